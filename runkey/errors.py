@@ -1,0 +1,55 @@
+"""The errors that users see: one base class, one line of text, exit code 1.
+
+The text names the file, the item and the way out.  Library code raises these (never `SystemExit`);
+`report_errors` is the one place that turns them into a line on stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class RunkeyError(Exception):
+    """Base of everything that a user can cause and mend."""
+
+
+class ParamsError(RunkeyError):
+    """params.yaml is unreadable, or holds an unknown key, a wrong type or a value out of range."""
+
+
+class DataError(RunkeyError):
+    """The data set is missing something, or holds something that must not be trained on."""
+
+
+class ModelError(RunkeyError):
+    """A model cannot be built, or a weights file does not fit it."""
+
+
+class TrainingError(RunkeyError):
+    """Training cannot go on (non-finite losses, no data, nothing fits in memory)."""
+
+
+class TrackingError(RunkeyError):
+    """The tracking store cannot be reached or refuses what is written to it."""
+
+
+class LockError(RunkeyError):
+    """The locked environment cannot be read, or something that a command needs is not installed."""
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """Print a `RunkeyError` as one line on stderr and exit with 1.
+
+    The traceback is shown only when `RUNKEY_TRACEBACK=1` or `--traceback` is on the command line.
+    """
+    try:
+        yield
+    except RunkeyError as error:
+        if os.environ.get("RUNKEY_TRACEBACK") == "1" or "--traceback" in sys.argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

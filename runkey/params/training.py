@@ -1,0 +1,165 @@
+"""`optimizer`, `schedule`, `training`, `memory`, `evaluate` and `runtime`."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from runkey.params.base import (
+    Count,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+
+
+class Clip(Section):
+    """Gradient clipping, once per optimizer step, after unscaling."""
+
+    mode: Literal["norm", "value", "none"] = "norm"
+    """norm: scale all gradients to at most this joint 2-norm; value: clamp each element."""
+    threshold: PositiveFloat = 0.1
+    """Largest norm, or largest absolute value.  DETR: 0.1."""
+
+
+class Optimizer(Section):
+    """`optimizer`: AdamW (Loshchilov and Hutter 2019).  The rate is the top-level `lr`."""
+
+    backbone_lr_factor: NonNegativeFloat = 1.0
+    """The backbone's rate is lr times this; 0 freezes it.  DETR: 0.1."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """Decoupled weight decay, per unit of rate."""
+    decay_norm_and_bias: bool = True
+    """Decay biases and norm weights too, as DETR does."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the mean of gradients."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the mean of squared gradients."""
+    clip: Clip = Clip()
+    """Gradient clipping."""
+
+
+class Schedule(Section):
+    """`schedule`: the factor on every rate, a pure function of the optimizer step."""
+
+    name: Literal[
+        "constant", "step", "multistep", "exponential", "cosine", "onecycle", "cyclical", "plateau"
+    ] = "cosine"
+    """Shape after warm-up."""
+    warmup_fraction: Fraction = 0.05
+    """Part of all steps in which the rate rises linearly from warmup_start."""
+    warmup_start: Fraction = 0.0
+    """Factor at step 0 of the warm-up."""
+    step_epochs: PositiveInt = 200
+    """step: epochs between drops."""
+    milestones: tuple[PositiveInt, ...] = ()
+    """multistep: epochs at which the rate drops."""
+    gamma: float = Field(default=0.1, gt=0, lt=1)
+    """step, multistep, plateau: factor of a drop; exponential: factor per epoch."""
+    min_factor: Fraction = 0.0
+    """cosine, onecycle, cyclical, plateau: the lowest factor."""
+    peak_fraction: float = Field(default=0.3, gt=0, lt=1)
+    """onecycle: part of all steps spent rising (it takes the place of warm-up)."""
+    cycle_epochs: PositiveFloat = 10.0
+    """cyclical: epochs of one triangle, up and down."""
+    patience: PositiveInt = 3
+    """plateau: evaluations without improvement before a drop."""
+    min_delta: NonNegativeFloat = 0.0
+    """plateau: smallest change that counts as improvement."""
+
+    @model_validator(mode="after")
+    def _milestones(self) -> Self:
+        if self.name == "multistep" and not self.milestones:
+            raise ValueError("multistep needs milestones, such as [200, 250]")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones {list(self.milestones)} must rise")
+        return self
+
+
+class EarlyStopping(Section):
+    """Stop when a metric of the evaluations no longer improves."""
+
+    enabled: bool = True
+    """false: always train all epochs."""
+    metric: str = "val/AP"
+    """Any metric logged at evaluations: val/AP, val/AP50, val/loss, ..."""
+    mode: Literal["max", "min"] = "max"
+    """max: larger is better."""
+    patience: PositiveInt = 5
+    """Evaluations without improvement before training stops."""
+    min_delta: NonNegativeFloat = 0.0
+    """Smallest change that counts as improvement, in the metric's unit."""
+
+
+class Training(Section):
+    """`training`: how long, in what batches, in what precision."""
+
+    epochs: PositiveInt = 30
+    """Passes over the training images."""
+    batch_size: PositiveInt = 8
+    """Images per optimizer step (the effective batch), whatever the memory."""
+    micro_batch: PositiveInt | Literal["auto"] = "auto"
+    """Images per forward pass; auto: the largest that profile_memory says fits."""
+    precision: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """Automatic mixed precision; boxes, costs and losses stay in fp32.  auto: bf16 on a GPU
+    that has it, off on a CPU."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of the moving average of the weights that is evaluated and kept; 0: none."""
+    evaluate_every: PositiveInt = 1
+    """Epochs between evaluations on the held-out images; the last epoch always has one."""
+    deterministic: bool = True
+    """Deterministic algorithms only: same seed and device, same bits."""
+    channels_last: bool = True
+    """Memory format of images and convolutions."""
+    early_stopping: EarlyStopping = EarlyStopping()
+    """When to stop before the last epoch."""
+
+
+class Memory(Section):
+    """`memory`: what the training step may take."""
+
+    budget_gib: PositiveFloat | Literal["device"] = "device"
+    """GiB for the training process (CPU: its peak resident set); device: what the device has."""
+    probe_batches: tuple[PositiveInt, PositiveInt] = (2, 4)
+    """The two batch sizes whose training steps are measured."""
+
+    @model_validator(mode="after")
+    def _probes(self) -> Self:
+        if self.probe_batches[0] >= self.probe_batches[1]:
+            raise ValueError(f"probe_batches {list(self.probe_batches)} must rise")
+        return self
+
+
+class Evaluate(Section):
+    """`evaluate`: COCO evaluation of the trained model."""
+
+    batch_size: PositiveInt = 8
+    """Images per forward pass; does not change the result."""
+    sheet_images: Count = 8
+    """Images in each of the two sheets, best and worst."""
+
+
+class Runtime(Section):
+    """`runtime`: how this machine runs it.  Nothing here changes results or is part of the key."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
+    workers: int | Literal["auto"] = Field(default="auto", ge=0)
+    """Loader processes; auto: 0 with the decoded cache, else one per core, 8 at most."""
+    prefetch: PositiveInt = 4
+    """Batches that each worker prepares ahead."""
+    pin_memory: bool = True
+    """Page-locked host memory for copies to a GPU; ignored on a CPU."""
+    log_every: PositiveInt = 10
+    """Optimizer steps between logged points."""
+    progress: bool = True
+    """A progress bar, where there is a terminal."""
+    mlflow: bool = True
+    """false: write the JSONL log only."""
+    experiment: str = Field(default="detection", min_length=1)
+    """MLflow experiment that runs are logged to."""
+    system_metrics_seconds: NonNegativeFloat = 5.0
+    """Seconds between samples of CPU, memory and GPU; 0: none."""

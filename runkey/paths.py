@@ -1,0 +1,40 @@
+"""Where things lie.  No other file resolves a path against the current folder.
+
+Two roots, which differ only inside `dvc exp run --temp|--queue`: the *workspace* is the folder that
+a stage runs in (its inputs and outputs), the *store root* is the main checkout, which outlives it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PARAMS = Path("params.yaml")
+LOCK = Path("conda-lock.yml")
+PREPARED = Path("prepared")
+MEMORY = Path("memory")
+MODEL = Path("model")
+RUN_JSON = Path("run.json")
+LOGS = Path("logs")
+EVALUATION = Path("evaluation")
+METRICS = Path("metrics")
+PLOTS = Path("plots")
+
+
+def workspace(start: Path | None = None) -> Path:
+    """The nearest folder at or above `start` (the current one) that holds params.yaml and stages/.
+
+    Raises:
+        FileNotFoundError: there is none; the text says what was looked for and where.
+    """
+    first = (start or Path.cwd()).resolve()
+    for folder in (first, *first.parents):
+        if (folder / PARAMS).is_file() and (folder / "stages").is_dir():
+            return folder
+    raise FileNotFoundError(f"no folder with params.yaml and stages/ at or above {first}")
+
+
+def store_root() -> Path:
+    """The main checkout: `DVC_ROOT` where DVC set it, so that runs from temporary folders last."""
+    from_dvc = os.environ.get("DVC_ROOT")
+    return Path(from_dvc).resolve() if from_dvc else workspace()
