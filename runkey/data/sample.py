@@ -1,0 +1,266 @@
+"""The sample data: handwritten digits on billiard balls on photographs, in COCO format.
+
+    make_sample(Path("data"), print)
+
+Everything in them comes with scikit-learn, so they can be given away and remade: the same files,
+byte for byte, under the locked versions of NumPy, Pillow and scikit-learn.  Each image has its own
+generator, keyed by (seed, split, index): none depends on another.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from runkey.data.index import Split
+from runkey.data.sample_drawing import HEIGHT, WIDTH, Ball, draw
+from runkey.errors import DataError
+
+SEED = 2026
+COUNTS: dict[Split, int] = {"train": 400, "val": 100}
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+# As on a pool table; number 8 not quite black, so that its shading shows.
+COLOURS = (
+    (236, 190, 36),
+    (38, 74, 178),
+    (206, 40, 40),
+    (112, 50, 140),
+    (236, 120, 32),
+    (24, 124, 70),
+    (126, 32, 42),
+    (44, 44, 50),
+)
+SMALLEST, LARGEST = 14, 120
+MOST_BALLS = 8
+MOST_OVERLAP = 0.35
+_TRAIN_DIGITS = 0.8
+_TRAIN_WIDTH = 0.65
+_JPEG_QUALITY = 72
+_MOST_NOISE = 0.8  # grey levels, standard deviation
+
+_DIGITS_CREDIT = (
+    "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning "
+    "Repository, 1998; CC BY 4.0"
+)
+_LICENSES: list[dict[str, Any]] = [
+    {
+        "id": 1,
+        "name": "CC BY 2.0 (photographs), CC BY 4.0 (digits); see LICENSE.txt",
+        "url": "https://creativecommons.org/licenses/by/2.0/",
+    }
+]
+_LICENSE_TEXT = """\
+Numbered balls: sample data of runkey
+=====================================
+
+500 pictures of 256 x 192 pixels (400 train, 100 val) in COCO format, made by
+runkey/data/sample.py from what comes with scikit-learn.  They may be used, changed and given away,
+if this text goes with them.
+
+Digits
+  Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning
+  Repository, 1998, https://archive.ics.uci.edu/ml/datasets/Optical+Recognition+of+Handwritten+Digits
+  Licence: CC BY 4.0, https://creativecommons.org/licenses/by/4.0/
+  Changed: enlarged, smoothed, turned, drawn in ink on a ball.
+
+Photographs (scikit-learn's load_sample_images; authors as its README names them)
+  china.jpg   by danielbuechele, https://www.flickr.com/photos/danielbuechele/6061409035/
+  flower.jpg  by vultilion, https://www.flickr.com/photos/vultilion/6056698931/
+              (scikit-learn's README credits danielbuechele for this one too)
+  Licence: CC BY 2.0, https://creativecommons.org/licenses/by/2.0/
+  Changed: cropped, mirrored, darkened or lightened, balls laid upon them.
+
+Drawing (balls, shadows, layout) and annotations
+  By the authors of runkey; CC BY 4.0.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What scikit-learn brings, divided between the splits before anything is drawn."""
+
+    photos: dict[Split, list[NDArray[np.uint8]]]
+    """[H, W, 3]: the left part of each photograph for train, the right part for val."""
+    digits_8x8: NDArray[np.float64]
+    rows: dict[Split, tuple[NDArray[np.int64], ...]]
+    """Per split and number: rows of `digits_8x8`."""
+
+
+def make_sample(out: Path, say: Callable[[str], None]) -> None:
+    """Write the whole data set: annotations/, train/, val/ and LICENSE.txt.
+
+    Args:
+        out: folder to write; what an earlier call left there is replaced.
+        say: takes a line of progress.
+
+    Raises:
+        DataError: `out` holds something that this function did not make.
+    """
+    known = {"annotations", "train", "val", "LICENSE.txt"}
+    strange = sorted(p.name for p in out.iterdir() if p.name not in known) if out.is_dir() else []
+    if strange:
+        raise DataError(f"{out}: holds {strange[0]}, no sample data; name a new or an empty folder")
+    for name in ("annotations", "train", "val"):
+        shutil.rmtree(out / name, ignore_errors=True)
+        (out / name).mkdir(parents=True)
+    (out / "LICENSE.txt").write_text(_LICENSE_TEXT, encoding="utf-8", newline="\n")
+    sources = load_sources()
+    for split, count in COUNTS.items():
+        laid: list[list[Ball]] = []
+        for index in range(count):
+            pixels, balls = make_picture(sources, split, index)
+            Image.fromarray(pixels).save(
+                out / split / _file_name(split, index), "JPEG", quality=_JPEG_QUALITY, optimize=True
+            )
+            laid.append(balls)
+        annotations = json.dumps(_coco(split, laid), separators=(",", ":")) + "\n"
+        path = out / "annotations" / f"instances_{split}.json"
+        path.write_text(annotations, encoding="utf-8", newline="\n")
+        say(f"{split}: {count} images, {sum(len(balls) for balls in laid)} balls")
+
+
+def make_picture(
+    sources: Sources, split: Split, index: int
+) -> tuple[NDArray[np.uint8], list[Ball]]:
+    """Image `index` of a split and its balls, whatever else has been made."""
+    rng = np.random.default_rng([SEED, list(COUNTS).index(split), index])
+    background = _background(sources.photos[split], rng)
+    balls: list[Ball] = []
+    for _ in range(int(rng.integers(1, MOST_BALLS + 1))):
+        ball = _place(balls, sources.rows[split], rng)
+        if ball is not None:
+            balls.append(ball)
+    sigma = float(rng.uniform(0, _MOST_NOISE))
+    noise = rng.standard_normal((HEIGHT, WIDTH, 3)) * sigma
+    return draw(background, balls, sources.digits_8x8, noise), balls
+
+
+def load_sources() -> Sources:
+    """Digits and photographs of scikit-learn, divided between train and val."""
+    # A second of import, for this one command only.
+    from sklearn.datasets import load_digits, load_sample_images
+
+    digits, target = load_digits(return_X_y=True)
+    rng = np.random.default_rng([SEED, len(COUNTS)])
+    rows: dict[Split, list[NDArray[np.int64]]] = {"train": [], "val": []}
+    for number in range(1, len(NUMBERS) + 1):
+        shuffled = rng.permutation(np.flatnonzero(target == number))
+        cut = round(len(shuffled) * _TRAIN_DIGITS)
+        rows["train"].append(shuffled[:cut])
+        rows["val"].append(shuffled[cut:])
+    photos = load_sample_images().images
+    cuts = [round(photo.shape[1] * _TRAIN_WIDTH) for photo in photos]
+    return Sources(
+        photos={
+            "train": [photo[:, :cut] for photo, cut in zip(photos, cuts, strict=True)],
+            "val": [photo[:, cut:] for photo, cut in zip(photos, cuts, strict=True)],
+        },
+        digits_8x8=np.asarray(digits, dtype=np.float64).reshape(-1, 8, 8),
+        rows={split: tuple(chosen) for split, chosen in rows.items()},
+    )
+
+
+def _background(photos: list[NDArray[np.uint8]], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """A crop of the shape of the picture, mirrored or not, darker or lighter: [H, W, 3]."""
+    photo = photos[int(rng.integers(len(photos)))]
+    height, width = photo.shape[:2]
+    largest = min(width, height * WIDTH // HEIGHT)
+    crop_width = int(rng.integers(min(180, largest), largest + 1))
+    crop_height = crop_width * HEIGHT // WIDTH
+    left = int(rng.integers(width - crop_width + 1))
+    top = int(rng.integers(height - crop_height + 1))
+    image = Image.fromarray(photo[top : top + crop_height, left : left + crop_width])
+    crop = np.asarray(image.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), dtype=np.float64)
+    if rng.random() < 0.5:
+        crop = crop[:, ::-1]
+    return np.rint(np.clip(crop * rng.uniform(0.55, 1.1), 0, 255)).astype(np.uint8)
+
+
+def _place(
+    balls: list[Ball], rows: tuple[NDArray[np.int64], ...], rng: np.random.Generator
+) -> Ball | None:
+    """One more ball where it covers little of the others; None after 40 attempts."""
+    for _ in range(40):
+        diameter = round(math.exp(rng.uniform(math.log(SMALLEST), math.log(LARGEST))))
+        left = int(rng.integers(WIDTH - diameter + 1))
+        top = int(rng.integers(HEIGHT - diameter + 1))
+        if any(_overlap(left, top, diameter, other) > MOST_OVERLAP for other in balls):
+            continue
+        number = int(rng.integers(1, len(NUMBERS) + 1))
+        brightness = rng.uniform(0.75, 1.15)
+        tint = rng.integers(-22, 23, size=3)
+        red, green, blue = (
+            float(min(255, max(0, channel * brightness + shift)))
+            for channel, shift in zip(COLOURS[number - 1], tint, strict=True)
+        )
+        digit = int(rng.choice(rows[number - 1]))
+        angle = int(rng.integers(-20, 21))
+        return Ball(left, top, diameter, number, (red, green, blue), digit, angle)
+    return None
+
+
+def _overlap(left: int, top: int, diameter: int, other: Ball) -> float:
+    """Shared area of two boxes, as a part of the smaller one."""
+    width = min(left + diameter, other.left + other.diameter) - max(left, other.left)
+    height = min(top + diameter, other.top + other.diameter) - max(top, other.top)
+    smaller: int = min(diameter, other.diameter) ** 2
+    return max(0, width) * max(0, height) / smaller
+
+
+def _file_name(split: Split, index: int) -> str:
+    return f"{_image_id(split, index):06d}.jpg"
+
+
+def _image_id(split: Split, index: int) -> int:
+    """1..400 in train, 1001..1100 in val: never the same in both."""
+    return 1 + index + 1000 * list(COUNTS).index(split)
+
+
+def _coco(split: Split, laid: list[list[Ball]]) -> dict[str, Any]:
+    """The annotation file of a split."""
+    images = [
+        {
+            "id": _image_id(split, index),
+            "file_name": _file_name(split, index),
+            "width": WIDTH,
+            "height": HEIGHT,
+            "license": 1,
+        }
+        for index in range(len(laid))
+    ]
+    annotations = [
+        {
+            "id": 100 * _image_id(split, index) + position,
+            "image_id": _image_id(split, index),
+            "category_id": ball.number,
+            "bbox": list(ball.box_xywh),
+            "area": ball.diameter**2,
+            "iscrowd": 0,
+        }
+        for index, balls in enumerate(laid)
+        for position, ball in enumerate(balls)
+    ]
+    return {
+        "info": {
+            "description": f"Numbered balls, {split} split: sample data of runkey",
+            "version": "1",
+            "year": 2026,
+            "contributor": f"{_DIGITS_CREDIT}; photographs by danielbuechele and vultilion",
+        },
+        "licenses": _LICENSES,
+        "images": images,
+        "annotations": annotations,
+        "categories": [
+            {"id": number, "name": name, "supercategory": "ball"}
+            for number, name in enumerate(NUMBERS, start=1)
+        ],
+    }
