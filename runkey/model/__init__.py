@@ -1,0 +1,1 @@
+"""The detector: backbone, Transformer, matching, losses, boxes out, weights in and out."""

@@ -1,0 +1,96 @@
+"""Multi-head attention without weights out, and keys and values of all decoder layers at once.
+
+Shapes: B images, T queries, S keys, D width, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017) with `nn.MultiheadAttention`'s parameter names.
+
+    Query and key carry a position, the value does not, as in DETR (Carion et al. 2020).
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def attend_self(self, x: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of a sequence to itself.
+
+        Args:
+            x: [B, T, D].
+            position: [B or 1, T, D], added to query and key.
+            mask: bool, broadcastable to [B, H, T, T], True where a key may be seen; None: all.
+
+        Returns:
+            [B, T, D].
+        """
+        dim = x.shape[-1]
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        query_key = F.linear(x + position, weight[: 2 * dim], bias[: 2 * dim])
+        value = F.linear(x, weight[2 * dim :], bias[2 * dim :])
+        query, key = query_key.chunk(2, dim=-1)
+        return self._attend(query, key, value, mask)
+
+    def attend_memory(
+        self, x: Tensor, position: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> Tensor:
+        """Attention of queries to the encoder's tokens.
+
+        Args:
+            x: [B, T, D].
+            position: [B or 1, T, D], added to the query.
+            keys_values: this layer's pair from `project_memory`, each [B, S, D].
+            mask: bool, broadcastable to [B, H, T, S], True where a key may be seen; None: all.
+
+        Returns:
+            [B, T, D].
+        """
+        dim = x.shape[-1]
+        query = F.linear(x + position, self.in_proj_weight[:dim], self.in_proj_bias[:dim])
+        return self._attend(query, *keys_values, mask)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        heads = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value)]
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        assert isinstance(out, Tensor)
+        return out
+
+
+def project_memory(
+    layers: Sequence[Attention], memory: Tensor, position: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of every decoder layer, in two matrix products instead of two a layer.
+
+    Args:
+        layers: the cross-attentions of the decoder.
+        memory: the encoder's tokens [B, S, D].
+        position: [B or 1, S, D], added for the keys.
+
+    Returns:
+        A pair (key, value), each [B, S, D], per layer.
+    """
+    dim = memory.shape[-1]
+    weights = [layer.in_proj_weight.unflatten(0, (3, dim)) for layer in layers]
+    biases = [layer.in_proj_bias.unflatten(0, (3, dim)) for layer in layers]
+    keys = F.linear(
+        memory + position, torch.cat([w[1] for w in weights]), torch.cat([b[1] for b in biases])
+    )
+    values = F.linear(memory, torch.cat([w[2] for w in weights]), torch.cat([b[2] for b in biases]))
+    return list(zip(keys.split(dim, dim=-1), values.split(dim, dim=-1), strict=True))
