@@ -44,7 +44,7 @@ class Attention(nn.Module):
         query_key = F.linear(x + position, weight[: 2 * dim], bias[: 2 * dim])
         value = F.linear(x, weight[2 * dim :], bias[2 * dim :])
         query, key = query_key.chunk(2, dim=-1)
-        return self._attend(query, key, value, mask)
+        return self.attend_heads(*map(self.split_heads, (query, key, value)), mask)
 
     def attend_memory(
         self, x: Tensor, position: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None
@@ -62,15 +62,20 @@ class Attention(nn.Module):
         """
         dim = x.shape[-1]
         query = F.linear(x + position, self.in_proj_weight[:dim], self.in_proj_bias[:dim])
-        return self._attend(query, *keys_values, mask)
+        return self.attend_heads(*map(self.split_heads, (query, *keys_values)), mask)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        heads = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value)]
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[B, T, D] to [B, H, T, D / H]."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def attend_heads(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Attention of [B, H, T or S, any width] and the output projection; [B, T, D]."""
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout)
-        out = self.out_proj(out.transpose(1, 2).flatten(2))
-        assert isinstance(out, Tensor)
-        return out
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return projected
 
 
 def project_memory(

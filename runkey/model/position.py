@@ -6,10 +6,11 @@ Shapes: B images, h x w tokens, D width.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+_MAX_SHAPES = 64
 
 
 def sine(places: Tensor, dim: int, temperature: float) -> Tensor:
@@ -29,41 +30,72 @@ def sine(places: Tensor, dim: int, temperature: float) -> Tensor:
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 
-def grid_position(
-    padding: Tensor | None,
-    shape: tuple[int, int],
-    dim: int,
-    *,
-    temperature: float,
-    centred: bool,
-    device: torch.device,
-) -> Tensor:
+class GridPosition:
     """The encoding of every token's place, as part of the valid height and width.
 
-    Padding is right and below (so rows and columns are encoded apart: h + w sines, not h * w).
+    Padding is right and below, so rows and columns are encoded apart: h + w sines, not h * w.
     The encoding of a feature map without padding is computed once per shape.
-
-    Args:
-        padding: bool [B, h, w], True on padding; None: no padding.
-        shape: (h, w).
-        dim: D; the first half encodes y, the second x.
-        temperature: see `sine`.
-        centred: places are tokens' centres; else their far edges, as in DETR.
-        device: where the encoding is wanted.
-
-    Returns:
-        float32 [B or 1, h * w, D].
     """
-    if padding is None:
-        return _full_grid(shape, dim, temperature, centred, device)
-    valid = ~padding
-    return _encode(valid[:, :, 0], valid[:, 0, :], dim, temperature, centred)
+
+    def __init__(self, dim: int, *, temperature: float, centred: bool) -> None:
+        """Settings of the encoding.
+
+        Args:
+            dim: D; the first half encodes y, the second x.
+            temperature: see `sine`.
+            centred: places are tokens' centres; else their far edges, as in DETR.
+        """
+        self.dim = dim
+        self.temperature = temperature
+        self.centred = centred
+        self._full: dict[tuple[int, int, torch.device], Tensor] = {}
+
+    def __call__(
+        self, padding: Tensor | None, shape: tuple[int, int], device: torch.device
+    ) -> Tensor:
+        """Encode a feature map.
+
+        Args:
+            padding: bool [B, h, w], True on padding; None: no padding.
+            shape: (h, w).
+            device: where the encoding is wanted.
+
+        Returns:
+            float32 [B or 1, h * w, D].
+        """
+        if padding is not None:
+            valid = ~padding
+            return self._encode(valid[:, :, 0], valid[:, 0, :])
+        key = (*shape, device)
+        if key not in self._full:
+            if len(self._full) >= _MAX_SHAPES:
+                self._full.clear()
+            # A tensor made in inference mode could not be used in training later.
+            with torch.inference_mode(False):
+                rows, columns = (torch.ones(1, n, dtype=torch.bool, device=device) for n in shape)
+                self._full[key] = self._encode(rows, columns)
+        return self._full[key]
+
+    def _encode(self, valid_rows: Tensor, valid_columns: Tensor) -> Tensor:
+        half = self.dim // 2
+        y = sine(self._places(valid_rows), half, self.temperature)
+        x = sine(self._places(valid_columns), half, self.temperature)
+        height, width = y.shape[1], x.shape[1]
+        y = y[:, :, None].expand(-1, -1, width, -1)
+        x = x[:, None].expand(-1, height, -1, -1)
+        return torch.cat((y, x), dim=-1).flatten(1, 2)
+
+    def _places(self, valid: Tensor) -> Tensor:
+        """Radians [B, n] of positions along one axis; `valid` is bool [B, n]."""
+        steps = valid.cumsum(1, dtype=torch.float32)
+        length = steps[:, -1:] + 1e-6
+        return ((steps - 0.5) if self.centred else steps) / length * (2 * math.pi)
 
 
 def grid_centres(padding: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
     """float32 [B or 1, h * w, 2]: (x, y) of tokens' centres, as parts of the valid width, height.
 
-    Tokens on padding lie outside 0..1; see `grid_position` for the arguments.
+    Tokens on padding get the last valid row's or column's place; see `GridPosition`.
     """
     if padding is None:
         rows, columns = (torch.ones(1, n, dtype=torch.bool, device=device) for n in shape)
@@ -74,31 +106,3 @@ def grid_centres(padding: Tensor | None, shape: tuple[int, int], device: torch.d
     x = x[:, None, :].expand(-1, height, -1)
     y = y[:, :, None].expand(-1, -1, width)
     return torch.stack((x, y), dim=-1).flatten(1, 2)
-
-
-def _encode(
-    valid_rows: Tensor, valid_columns: Tensor, dim: int, temperature: float, centred: bool
-) -> Tensor:
-    y, x = (
-        sine(_places(valid, centred), dim // 2, temperature)
-        for valid in (valid_rows, valid_columns)
-    )
-    height, width = y.shape[1], x.shape[1]
-    y = y[:, :, None].expand(-1, -1, width, -1)
-    x = x[:, None].expand(-1, height, -1, -1)
-    return torch.cat((y, x), dim=-1).flatten(1, 2)
-
-
-def _places(valid: Tensor, centred: bool) -> Tensor:
-    """Radians [B, n] of positions along one axis; `valid` is bool [B, n]."""
-    steps = valid.cumsum(1, dtype=torch.float32)
-    length = steps[:, -1:] + 1e-6
-    return ((steps - 0.5) if centred else steps) / length * (2 * math.pi)
-
-
-@lru_cache(maxsize=64)
-def _full_grid(
-    shape: tuple[int, int], dim: int, temperature: float, centred: bool, device: torch.device
-) -> Tensor:
-    rows, columns = (torch.ones(1, n, dtype=torch.bool, device=device) for n in shape)
-    return _encode(rows, columns, dim, temperature, centred)

@@ -1,0 +1,231 @@
+"""Image features: torchvision's ResNets and a compact network for small images.
+
+The parameter names under `body` are torchvision's, so that its weights, and the reference DETR's,
+load unchanged.
+Shapes: B images, H x W pixels, h x w feature cells, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+_EPSILON = 1e-5
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch norm with fixed statistics and fixed affine parameters, all of them buffers.
+
+    It is not called: `conv_norm` folds it into the convolution before it, which saves a pass over
+    the activations and keeps them in the convolution's dtype under autocast.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """[C] each: the norm is `x * scale + shift`."""
+        scale = self.weight * (self.running_var + _EPSILON).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # torchvision's weights come from live norms, which count their batches.
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """`norm(conv(x))`; a frozen norm costs nothing but a scaled copy of the kernel."""
+    if not isinstance(norm, FrozenBatchNorm2d):
+        out: Tensor = norm(conv(x))
+        return out
+    scale, shift = norm.scale_and_shift()
+    kernel = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, kernel, shift, conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+
+
+def residual_block(block: nn.Module, x: Tensor) -> Tensor:
+    """The forward pass of torchvision's blocks, with `conv_norm`."""
+    assert isinstance(block, BasicBlock | Bottleneck)
+    shortcut = x
+    if block.downsample is not None:
+        conv, norm = block.downsample
+        shortcut = conv_norm(conv, norm, x)  # type: ignore[arg-type]
+    out = F.relu(conv_norm(block.conv1, block.bn1, x), inplace=True)
+    out = conv_norm(block.conv2, block.bn2, out)
+    if isinstance(block, Bottleneck):
+        out = conv_norm(block.conv3, block.bn3, F.relu(out, inplace=True))
+    return F.relu(out + shortcut, inplace=True)
+
+
+class Body(nn.Module):
+    """A stem and stages of residual blocks.
+
+    `stages` names the modules that `frozen_stages` counts: the stem's first, then each layer.
+    """
+
+    def __init__(self, *, frozen_stages: int, checkpointing: bool) -> None:
+        super().__init__()
+        self.frozen_stages = frozen_stages
+        self.checkpointing = checkpointing
+
+    def stages(self) -> list[list[nn.Module]]:
+        """Modules of the stem, of layer1, ..."""
+        raise NotImplementedError
+
+    def freeze(self) -> None:
+        """Take the frozen stages' parameters out of training, statistics included."""
+        for stage in self.stages()[: self.frozen_stages]:
+            for module in stage:
+                module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Body:
+        """Training mode, in which frozen stages keep their running statistics."""
+        super().train(mode)
+        for stage in self.stages()[: self.frozen_stages]:
+            for module in stage:
+                module.eval()
+        return self
+
+    def run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        """All blocks of a stage."""
+        assert isinstance(stage, nn.Sequential)
+        for block in stage:
+            if self.checkpointing and block.training:
+                x = checkpoint(
+                    residual_block, block, x, use_reentrant=False, context_fn=_contexts(block)
+                )
+            else:
+                x = residual_block(block, x)
+        return x
+
+
+class ResNet(Body):
+    """ResNet-18, 34, 50 or 101 (He et al. 2016) without its classifier; stride 32, or 16."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        dilation: bool,
+        frozen_norm: bool,
+        frozen_stages: int,
+        checkpointing: bool,
+    ) -> None:
+        super().__init__(frozen_stages=frozen_stages, checkpointing=checkpointing)
+        net = getattr(torchvision.models, name)(
+            weights=None,
+            replace_stride_with_dilation=[False, False, dilation],
+            norm_layer=FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d,
+        )
+        self.conv1 = net.conv1
+        self.bn1 = net.bn1
+        self.layer1, self.layer2 = net.layer1, net.layer2
+        self.layer3, self.layer4 = net.layer3, net.layer4
+        self.num_channels: int = net.fc.in_features
+        self.stride = 16 if dilation else 32
+        self.freeze()
+
+    def stages(self) -> list[list[nn.Module]]:
+        """The stem and the four layers."""
+        layers = [self.layer1, self.layer2, self.layer3, self.layer4]
+        return [[self.conv1, self.bn1], *([layer] for layer in layers)]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float [B, 3, H, W] to [B, C, H / stride, W / stride]."""
+        x = F.relu(conv_norm(self.conv1, self.bn1, images), inplace=True)
+        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = self.run_stage(stage, x)
+        return x
+
+
+class Compact(Body):
+    """Two convolutions of stride 2, a residual block at stride 4 and one at stride 8."""
+
+    def __init__(self, *, frozen_norm: bool, frozen_stages: int, checkpointing: bool) -> None:
+        super().__init__(frozen_stages=frozen_stages, checkpointing=checkpointing)
+        norm = FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d
+        self.num_channels = 96
+        self.stride = 8
+        self.conv1 = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
+        self.bn1 = norm(16)
+        self.conv2 = nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False)
+        self.bn2 = norm(32)
+        self.layer1 = nn.Sequential(BasicBlock(32, 32, norm_layer=norm))
+        downsample = nn.Sequential(nn.Conv2d(32, 96, 1, stride=2, bias=False), norm(96))
+        self.layer2 = nn.Sequential(BasicBlock(32, 96, 2, downsample, norm_layer=norm))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.freeze()
+
+    def stages(self) -> list[list[nn.Module]]:
+        """The stem and the two layers."""
+        stem = [self.conv1, self.bn1, self.conv2, self.bn2]
+        return [stem, [self.layer1], [self.layer2]]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float [B, 3, H, W] to [B, 96, H / 8, W / 8]."""
+        x = F.relu(conv_norm(self.conv1, self.bn1, images), inplace=True)
+        x = F.relu(conv_norm(self.conv2, self.bn2, x), inplace=True)
+        return self.run_stage(self.layer2, self.run_stage(self.layer1, x))
+
+
+class Backbone(nn.Module):
+    """A body under the name that the reference's state dict has for it."""
+
+    def __init__(self, body: ResNet | Compact) -> None:
+        super().__init__()
+        self.body = body
+        self.num_channels = body.num_channels
+
+    def forward(self, images: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Features [B, C, h, w], and the padding [B, H, W] (True) at their size, or None."""
+        features = self.body(images)
+        if padding is None:
+            return features, None
+        shrunk = F.interpolate(padding[None].to(torch.uint8), size=features.shape[-2:])
+        return features, shrunk[0].bool()
+
+
+def _contexts(block: nn.Module) -> Any:
+    """Forward and recompute contexts of a checkpointed block.
+
+    The second forward pass must not update the norms' running statistics again.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _without_statistics(block)
+
+    return contexts
+
+
+@contextmanager
+def _without_statistics(block: nn.Module) -> Iterator[None]:
+    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
