@@ -1,0 +1,201 @@
+"""COCO's twelve numbers, by pycocotools itself.
+
+    result = evaluate_detections(records, classes, detections)
+    result.summary["AP"], result.per_class[0].ap50
+
+The truth is built from the index, in original pixels and category ids.  Annotations are numbered
+anew from 1: pycocotools takes a match with annotation id 0 for no match.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from runkey.data.index import ClassName, Record
+from runkey.evaluation.detections import DetectionsLike, Found, to_results_json
+
+# In the order of COCOeval.stats.
+SUMMARY_NAMES = (
+    "AP",
+    "AP50",
+    "AP75",
+    "AP_small",
+    "AP_medium",
+    "AP_large",
+    "AR_1",
+    "AR_10",
+    "AR_100",
+    "AR_small",
+    "AR_medium",
+    "AR_large",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassResult:
+    """One class's numbers; None where the truth has no object of it."""
+
+    name: str
+    category_id: int
+    objects: int
+    """Objects in the truth, crowd regions left out."""
+    ap: float | None
+    """Mean over IoU 0.50 to 0.95."""
+    ap50: float | None
+    ar: float | None
+    """Mean recall over IoU 0.50 to 0.95, at most 100 detections an image."""
+
+
+@dataclass(frozen=True, slots=True)
+class CocoResult:
+    """What COCOeval says about one set of detections."""
+
+    summary: dict[str, float | None]
+    """The twelve numbers by `SUMMARY_NAMES`, 0..1; None where nothing of that size exists."""
+    per_class: tuple[ClassResult, ...]
+    """In the order of the class list."""
+    iou_thresholds: NDArray[np.float64]
+    """[T]: 0.50, 0.55, ... 0.95."""
+    recalls: NDArray[np.float64]
+    """[R]: 0.00, 0.01, ... 1.00, where precision is read."""
+    precision: NDArray[np.float64]
+    """[K, T, R]: largest precision at that recall or beyond; NaN for a class without objects."""
+    score_at_recall: NDArray[np.float64]
+    """[K, T, R]: the score threshold that reaches the recall; 0 where it is never reached."""
+
+    def metrics(self, prefix: str = "") -> dict[str, float]:
+        """The numbers that are defined, for logging: {"AP": ..., "AP50": ..., ...}."""
+        return {prefix + name: value for name, value in self.summary.items() if value is not None}
+
+
+def evaluate_detections(
+    records: list[Record], classes: list[ClassName], detections: Mapping[int, DetectionsLike]
+) -> CocoResult:
+    """Evaluate all detections of all images; no score threshold.
+
+    Args:
+        records: the truth.
+        classes: all classes; labels of records and detections are places in this list.
+        detections: of every image id in `records`, images without detections included.
+
+    Raises:
+        ModelError: a score or a box is not finite.
+    """
+    wanted, got = {record.id for record in records}, set(detections)
+    if wanted != got:
+        raise ValueError(
+            f"detections of {len(wanted - got)} image(s) are missing, "
+            f"{len(got - wanted)} are of unknown images"
+        )
+    return evaluate_results(records, classes, to_results_json(detections, classes))
+
+
+def evaluate_results(
+    records: list[Record], classes: list[ClassName], results: list[Found]
+) -> CocoResult:
+    """Evaluate detections in COCO's results format, such as predictions.json holds."""
+    # pycocotools prints its progress and its table; the caller says what is worth a line.
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = _coco(_images(records), classes, _annotations(records, classes))
+        run = COCOeval(truth, _loaded(truth, results), "bbox")
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    return _result(run, records, classes)
+
+
+def _result(run: Any, records: list[Record], classes: list[ClassName]) -> CocoResult:
+    # COCOeval orders classes by category id; ours keep the order of the class list.
+    place = {int(category): k for k, category in enumerate(run.params.catIds)}
+    order = [place[c.id] for c in classes]
+    # [T, R, K, area, detections] -> [K, T, R], all areas, 100 detections.
+    precision = run.eval["precision"][:, :, order, 0, -1].transpose(2, 0, 1)
+    scores = run.eval["scores"][:, :, order, 0, -1].transpose(2, 0, 1)
+    recall = run.eval["recall"][:, order, 0, -1].T
+    objects = np.zeros(len(classes), dtype=np.int64)
+    for record in records:
+        for label, crowd in zip(record.labels, record.crowd, strict=True):
+            objects[label] += not crowd
+    per_class = tuple(
+        ClassResult(
+            name=c.name,
+            category_id=c.id,
+            objects=int(objects[k]),
+            ap=_mean(precision[k]),
+            ap50=_mean(precision[k, 0]),
+            ar=_mean(recall[k]),
+        )
+        for k, c in enumerate(classes)
+    )
+    return CocoResult(
+        summary={
+            name: None if value < 0 else float(value)
+            for name, value in zip(SUMMARY_NAMES, run.stats, strict=True)
+        },
+        per_class=per_class,
+        iou_thresholds=run.params.iouThrs,
+        recalls=run.params.recThrs,
+        precision=np.where(precision < 0, np.nan, precision),
+        score_at_recall=np.where(precision < 0, np.nan, scores),
+    )
+
+
+def _mean(values: NDArray[np.float64]) -> float | None:
+    """Mean of the values that are defined (pycocotools marks the others with -1)."""
+    defined = values[values > -1]
+    return float(np.mean(defined)) if defined.size else None
+
+
+def _images(records: list[Record]) -> list[dict[str, Any]]:
+    return [{"id": r.id, "width": r.width, "height": r.height} for r in records]
+
+
+def _annotations(records: list[Record], classes: list[ClassName]) -> list[dict[str, Any]]:
+    annotations: list[dict[str, Any]] = []
+    for record in records:
+        objects = zip(record.boxes_xywh, record.labels, record.areas, record.crowd, strict=True)
+        annotations += [
+            {
+                "id": len(annotations) + number,
+                "image_id": record.id,
+                "category_id": classes[label].id,
+                "bbox": list(box),
+                "area": area,
+                "iscrowd": int(crowd),
+            }
+            for number, (box, label, area, crowd) in enumerate(objects, start=1)
+        ]
+    return annotations
+
+
+def _coco(
+    images: list[dict[str, Any]], classes: list[ClassName], annotations: list[dict[str, Any]]
+) -> Any:
+    coco = COCO()
+    coco.dataset = {
+        "info": {},
+        "images": images,
+        "categories": [{"id": c.id, "name": c.name} for c in classes],
+        "annotations": annotations,
+    }
+    coco.createIndex()
+    return coco
+
+
+def _loaded(truth: Any, results: list[Found]) -> Any:
+    """The detections as pycocotools holds them; its own `loadRes` fails on an empty list."""
+    if not results:
+        coco = COCO()
+        coco.dataset = {**truth.dataset, "annotations": []}
+        coco.createIndex()
+        return coco
+    return truth.loadRes([dict(found) for found in results])

@@ -1,0 +1,185 @@
+"""How well each image went: matches, misses and false alarms at one score threshold.
+
+COCO's AP is a number of a whole data set.  For looking at pictures a plain count is clearer:
+detections above the threshold are matched at IoU 0.5, and an image is judged by its F1,
+2 right / (2 right + false + missed).  The threshold is the one at which the F1 of all images
+together is largest.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runkey.data.index import ClassName, Record
+from runkey.evaluation.detections import Found
+
+MATCH_IOU = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class ShownBox:
+    """A detection above the threshold."""
+
+    label: int
+    """Class index."""
+    box_xywh: tuple[float, float, float, float]
+    score: float
+    right: bool
+    """Matches an object of its class that no better detection took."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageScore:
+    """One image's detections above the threshold, against its truth."""
+
+    record: Record
+    shown: tuple[ShownBox, ...]
+    """By falling score; those that lie in a crowd region of their class are left out."""
+    found: tuple[bool, ...]
+    """For each box of the record, whether a detection matches it; False for crowds."""
+    mean_iou: float
+    """Of the matches; 0 without any."""
+
+    @property
+    def objects(self) -> int:
+        """Objects in the truth, crowds left out."""
+        return len(self.record.crowd) - sum(self.record.crowd)
+
+    @property
+    def right(self) -> int:
+        """Detections that match."""
+        return sum(self.found)
+
+    @property
+    def false(self) -> int:
+        """Detections that match nothing."""
+        return len(self.shown) - self.right
+
+    @property
+    def missed(self) -> int:
+        """Objects that nothing matches."""
+        return self.objects - self.right
+
+    @property
+    def f1(self) -> float:
+        """0..1; 1 for an empty image in which nothing was seen."""
+        total = 2 * self.right + self.false + self.missed
+        return 2 * self.right / total if total else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Match:
+    """What one detection met, whatever the threshold.
+
+    Matching goes by falling score, so what is below a threshold cannot change what is above it.
+    """
+
+    box: ShownBox
+    target: int
+    """Place of the matched box in the record; -1: none."""
+    iou: float
+
+
+def score_images(
+    records: list[Record], classes: list[ClassName], results: list[Found]
+) -> tuple[list[ImageScore], float]:
+    """Judge every image.
+
+    Returns:
+        The images in the order of `records`, and the score threshold.
+    """
+    label_of = {c.id: c.index for c in classes}
+    by_image: dict[int, list[Found]] = defaultdict(list)
+    for found in results:
+        by_image[found["image_id"]].append(found)
+    matches = [_match(record, by_image[record.id], label_of) for record in records]
+    objects = sum(len(r.crowd) - sum(r.crowd) for r in records)
+    threshold = _best_threshold([m for of_image in matches for m in of_image], objects)
+    scored = [
+        _image_score(record, [m for m in of_image if m.box.score >= threshold])
+        for record, of_image in zip(records, matches, strict=True)
+    ]
+    return scored, threshold
+
+
+def rank_images(scores: list[ImageScore], *, best: bool) -> list[ImageScore]:
+    """The images from best to worst, or from worst to best; ties are decided by the image id.
+
+    Of equal F1, boxes that fit better come first among the best, more faults first among the worst.
+    """
+    if best:
+        return sorted(scores, key=lambda s: (-s.f1, -round(s.mean_iou, 6), s.record.id))
+    return sorted(scores, key=lambda s: (s.f1, -s.missed - s.false, s.record.id))
+
+
+def iou_xywh(
+    boxes_xywh: NDArray[np.float64], others_xywh: NDArray[np.float64], crowd: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """IoU of each pair, [n, m]; for a crowd in `others`, the part of the box that lies in it."""
+    low = np.maximum(boxes_xywh[:, None, :2], others_xywh[None, :, :2])
+    high = np.minimum(
+        (boxes_xywh[:, :2] + boxes_xywh[:, 2:])[:, None],
+        (others_xywh[:, :2] + others_xywh[:, 2:])[None],
+    )
+    shared = np.clip(high - low, 0, None).prod(axis=2)
+    area = boxes_xywh[:, 2:].prod(axis=1)[:, None]
+    other_area = others_xywh[:, 2:].prod(axis=1)[None]
+    union = np.where(crowd[None], area, area + other_area - shared)
+    overlaps: NDArray[np.float64] = np.divide(
+        shared, union, out=np.zeros_like(shared), where=union > 0
+    )
+    return overlaps
+
+
+def _match(record: Record, results: list[Found], label_of: dict[int, int]) -> list[_Match]:
+    """Greedy matching by falling score, as COCO does; detections in a crowd are dropped."""
+    results = sorted(results, key=lambda found: -found["score"])
+    boxes = np.array([found["bbox"] for found in results], dtype=np.float64).reshape(-1, 4)
+    truth = np.array(record.boxes_xywh, dtype=np.float64).reshape(-1, 4)
+    crowd = np.array(record.crowd, dtype=bool)
+    labels = np.array(record.labels, dtype=np.int64)
+    overlaps = iou_xywh(boxes, truth, crowd)
+    free = np.ones(len(labels), dtype=bool)
+    matches = []
+    for found, overlap in zip(results, overlaps, strict=True):
+        label = label_of[found["category_id"]]
+        fits = (labels == label) & (overlap >= MATCH_IOU)
+        takes = fits & free & ~crowd
+        target = int(np.argmax(np.where(takes, overlap, -1))) if takes.any() else -1
+        if target < 0 and (fits & crowd).any():
+            continue
+        if target >= 0:
+            free[target] = False
+        left, top, width, height = found["bbox"]
+        box = ShownBox(label, (left, top, width, height), found["score"], right=target >= 0)
+        matches.append(_Match(box, target, float(overlap[target]) if target >= 0 else 0.0))
+    return matches
+
+
+def _best_threshold(matches: list[_Match], objects: int) -> float:
+    """The score at which F1 = 2 right / (shown + objects) is largest; the highest such score."""
+    if not matches:
+        return 0.0
+    scores = np.array([m.box.score for m in matches])
+    order = np.argsort(-scores, kind="stable")
+    right = np.cumsum([matches[i].target >= 0 for i in order])
+    f1 = 2 * right / (np.arange(1, len(order) + 1) + objects)
+    # A threshold shows all detections of its score, so only the last of equal scores counts.
+    falling = scores[order]
+    last = np.append(falling[1:] != falling[:-1], True)
+    return float(falling[np.argmax(np.where(last, f1, -1))])
+
+
+def _image_score(record: Record, matches: list[_Match]) -> ImageScore:
+    taken = {m.target for m in matches if m.target >= 0}
+    ious = [m.iou for m in matches if m.target >= 0]
+    return ImageScore(
+        record=record,
+        shown=tuple(m.box for m in matches),
+        found=tuple(place in taken for place in range(len(record.labels))),
+        mean_iou=sum(ious) / len(ious) if ious else 0.0,
+    )

@@ -1,0 +1,191 @@
+"""A model over a set of images: its detections, its loss, its COCO numbers.
+
+Images are passed in groups of one shape, without padding.  A mask keeps attention out of padding,
+but convolutions reach into it: past the first layer it is no longer zero, and an image's features
+near the edge would depend on what it shares a batch with.  Without padding the batch size cannot
+change the result.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from runkey.data.batch import Batch
+from runkey.data.index import ClassName, Record
+from runkey.data.normalise import normalise
+from runkey.evaluation.coco import CocoResult, evaluate_detections
+from runkey.evaluation.detections import DetectionsLike
+from runkey.model.targets import Targets
+
+# Takes the model's outputs and original sizes [B, 2]; gives each image's detections.
+Postprocess = Callable[[Any, Tensor], Sequence[DetectionsLike]]
+AutocastFactory = Callable[[], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageDetections:
+    """One image's detections, on the host."""
+
+    scores: NDArray[np.float32]
+    """[n], 0..1."""
+    labels: NDArray[np.int64]
+    """[n], class indices."""
+    boxes_xyxy: NDArray[np.float32]
+    """[n, 4], pixels of the original image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What `evaluate_model` finds out."""
+
+    result: CocoResult
+    detections: dict[int, ImageDetections]
+    """Of each image id."""
+    losses: dict[str, float]
+    """"loss" and its parts, over all images together as one batch; empty without a criterion."""
+
+    def metrics(self, prefix: str = "val/") -> dict[str, float]:
+        """What training logs: val/AP, val/AP50, ..., val/loss, ...; only what is defined."""
+        losses = {prefix + name: value for name, value in self.losses.items()}
+        return {**self.result.metrics(prefix), **losses}
+
+
+def predict(
+    model: nn.Module,
+    postprocess: Postprocess,
+    batches: Iterable[Batch],
+    device: torch.device,
+    autocast: AutocastFactory = nullcontext,
+) -> dict[int, ImageDetections]:
+    """All detections of all images, in evaluation mode; the model's mode is put back after."""
+    return _run(model, postprocess, batches, device, autocast, None)
+
+
+def evaluate_model(
+    model: nn.Module,
+    postprocess: Postprocess,
+    batches: Iterable[Batch],
+    records: list[Record],
+    classes: list[ClassName],
+    device: torch.device,
+    *,
+    autocast: AutocastFactory = nullcontext,
+    criterion: Any = None,
+) -> Evaluation:
+    """Detect, and compare with the truth.
+
+    Args:
+        model: a detector; called as model(images [B, 3, H, W], padding_mask [B, H, W]).
+        postprocess: makes detections of its outputs.
+        batches: every image of `records` once, in any order and any grouping.
+        records: the truth.
+        classes: as in classes.json.
+        device: where the model is.
+        autocast: makes the context of each forward pass (mixed precision).
+        criterion: if given, the loss is computed too, as training does; it is normalised over all
+            images at once, so the batch size does not change it either.
+
+    Raises:
+        ModelError: the model predicts NaN or infinity.
+    """
+    if criterion is None:
+        detections = _run(model, postprocess, batches, device, autocast, None)
+        losses = {}
+    else:
+        meter = _LossMeter(criterion, [sum(not c for c in r.crowd) for r in records])
+        detections = _run(model, postprocess, batches, device, autocast, meter)
+        losses = meter.losses()
+    return Evaluation(evaluate_detections(records, classes, detections), detections, losses)
+
+
+def same_shape_batches(batch: Batch) -> Iterator[Batch]:
+    """Split a batch by the images' valid sizes, and cut the padding off."""
+    rows_of: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for row, (height, width) in enumerate(batch.sizes.tolist()):
+        rows_of[height, width].append(row)
+    ends = list(accumulate(batch.counts, initial=0))
+    for (height, width), rows in rows_of.items():
+        boxes = [i for row in rows for i in range(ends[row], ends[row + 1])]
+        yield replace(
+            batch,
+            images=batch.images[rows, :, :height, :width],
+            sizes=batch.sizes[rows],
+            boxes_cxcywh=batch.boxes_cxcywh[boxes],
+            labels=batch.labels[boxes],
+            counts=tuple(batch.counts[row] for row in rows),
+            image_ids=tuple(batch.image_ids[row] for row in rows),
+            original_sizes=batch.original_sizes[rows],
+            colour=None if batch.colour is None else batch.colour[rows],
+        )
+
+
+class _LossMeter:
+    """Adds up the losses of batches, each normalised by the counts of the whole set."""
+
+    def __init__(self, criterion: Any, counts: list[int]) -> None:
+        self._criterion = criterion
+        self._counts = counts
+        self._normaliser = criterion.normaliser(counts)
+        self._sums: dict[str, Tensor] = {}
+        self._boxes = 0
+
+    def add(self, outputs: Any, batch: Batch) -> None:
+        targets = Targets(batch.boxes_cxcywh, batch.labels, batch.counts)
+        losses = self._criterion(outputs, targets, self._normaliser)
+        self._boxes += sum(batch.counts)
+        parts = {f"loss_{name}": part for name, part in losses.parts.items()}
+        for name, value in {"loss": losses.total, **parts}.items():
+            previous = self._sums.get(name)
+            self._sums[name] = value.detach() if previous is None else previous + value.detach()
+
+    def losses(self) -> dict[str, float]:
+        if self._boxes != sum(self._counts):
+            raise ValueError(f"batches hold {self._boxes} boxes, records {sum(self._counts)}")
+        return {name: float(value) for name, value in self._sums.items()}
+
+
+def _run(
+    model: nn.Module,
+    postprocess: Postprocess,
+    batches: Iterable[Batch],
+    device: torch.device,
+    autocast: AutocastFactory,
+    meter: _LossMeter | None,
+) -> dict[int, ImageDetections]:
+    detections: dict[int, ImageDetections] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        # no_grad, not inference_mode: what the model caches here (positions) is used in training.
+        with torch.no_grad():
+            for mixed in batches:
+                for batch in same_shape_batches(mixed):
+                    on_device = batch.to(device)
+                    with autocast():
+                        outputs = model(*normalise(on_device))
+                    found = postprocess(outputs, batch.original_sizes.to(device))
+                    for image_id, of_image in zip(batch.image_ids, found, strict=True):
+                        detections[image_id] = _to_host(of_image)
+                    if meter:
+                        meter.add(outputs, on_device)
+    finally:
+        model.train(was_training)
+    return detections
+
+
+def _to_host(found: Any) -> ImageDetections:
+    return ImageDetections(
+        scores=found.scores.float().cpu().numpy(),
+        labels=found.labels.cpu().numpy(),
+        boxes_xyxy=found.boxes_xyxy.float().cpu().numpy(),
+    )

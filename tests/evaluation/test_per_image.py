@@ -1,0 +1,157 @@
+"""Per-image judgement, on cases small enough to count by hand."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from runkey.data.index import ClassName, Record
+from runkey.errors import DataError
+from runkey.evaluation.coco import evaluate_results
+from runkey.evaluation.detections import to_results_json
+from runkey.evaluation.files import (
+    metrics_json,
+    read_precision_recall,
+    write_metrics,
+    write_precision_recall,
+)
+from runkey.evaluation.per_image import rank_images, score_images
+
+CLASSES = [ClassName(0, 5, "ball"), ClassName(1, 9, "cube")]
+
+
+def record(image_id, *objects, crowd=()):
+    boxes = tuple(box for _, box in objects)
+    return Record(
+        id=image_id,
+        file=f"{image_id}.jpg",
+        width=100,
+        height=100,
+        rotate=0,
+        mirror=False,
+        boxes_xywh=boxes,
+        labels=tuple(label for label, _ in objects),
+        areas=tuple(w * h for _, _, w, h in boxes),
+        crowd=tuple(i in crowd for i in range(len(objects))),
+        annotation_ids=tuple(range(len(objects))),
+    )
+
+
+def found(image_id, category_id, box, score):
+    return {"image_id": image_id, "category_id": category_id, "bbox": list(box), "score": score}
+
+
+BOX, NEAR, FAR = (10, 10, 40, 40), (12, 10, 40, 40), (60, 60, 20, 20)
+
+
+def judge(records, results):
+    scores, threshold = score_images(records, CLASSES, results)
+    return {s.record.id: s for s in scores}, threshold
+
+
+def test_counts_of_one_image():
+    images, threshold = judge(
+        [record(1, (0, BOX), (1, FAR)), record(2, (1, FAR))],
+        [
+            found(2, 9, FAR, 0.65),  # right
+            found(1, 5, NEAR, 0.9),  # right
+            found(1, 5, BOX, 0.8),  # a second one of the same object: false
+            found(1, 5, FAR, 0.7),  # wrong class: false
+            found(1, 9, FAR, 0.6),  # right
+            found(1, 9, BOX, 0.1),  # below the threshold
+        ],
+    )
+    assert threshold == 0.6  # F1 .75; at 0.9 it is .5
+    image = images[1]
+    assert [b.right for b in image.shown] == [True, False, False, True]
+    assert (image.right, image.false, image.missed) == (2, 2, 0)
+    assert image.f1 == pytest.approx(4 / 6)
+    assert image.mean_iou == pytest.approx((38 / 42 + 1) / 2)
+
+
+def test_crowds_are_neither_wanted_nor_held_against_anyone():
+    crowd = record(1, (0, (0, 0, 100, 100)), (0, BOX), crowd={0})
+    images, _ = judge([crowd], [found(1, 5, BOX, 0.9), found(1, 5, FAR, 0.9)])
+    assert images[1].objects == 1
+    assert (images[1].right, images[1].false, images[1].missed) == (1, 0, 0)
+    assert images[1].found == (False, True)
+
+
+def test_empty_images():
+    images, _ = judge(
+        [record(1), record(2), record(3, (0, BOX))],
+        [found(2, 5, BOX, 0.9), found(3, 5, BOX, 0.9)],
+    )
+    assert images[1].f1 == 1
+    assert images[2].f1 == 0
+    assert images[2].false == 1
+
+
+def test_no_detections_at_all():
+    images, threshold = judge([record(1, (0, BOX))], [])
+    assert threshold == 0
+    assert images[1].missed == 1
+
+
+def test_best_and_worst_first():
+    records = [record(1, (0, BOX)), record(2, (0, BOX)), record(3, (0, BOX), (1, FAR)), record(4)]
+    results = [
+        found(1, 5, NEAR, 0.9),
+        found(2, 5, BOX, 0.9),
+        found(4, 5, BOX, 0.95),
+    ]
+    scores, _ = score_images(records, CLASSES, results)
+    assert [s.record.id for s in rank_images(scores, best=True)] == [2, 1, 3, 4]
+    assert [s.record.id for s in rank_images(scores, best=False)] == [3, 4, 1, 2]
+
+
+def test_counting_agrees_with_coco_on_recall(world):
+    """At threshold 0, matches over objects is COCO's recall at IoU 0.5."""
+    made = world(seed=4, crowd_share=0.2, detections_per_image=40)
+    results = to_results_json(made.detections, made.classes)
+    for r in results:  # one score, so the best threshold shows everything
+        r["score"] = 0.5
+    scores, _ = score_images(made.records, made.classes, results)
+    result = evaluate_results(made.records, made.classes, results)
+    for c, name in enumerate(made.classes):
+        right = sum(
+            f and label == c
+            for s in scores
+            for f, label in zip(s.found, s.record.labels, strict=True)
+        )
+        recall = np.nanmax(np.where(result.precision[c, 0] > 0, result.recalls, 0))
+        assert right / result.per_class[c].objects == pytest.approx(recall, abs=0.0101), name
+
+
+def test_files(world, tmp_path):
+    made = world(seed=6, unused_classes=(2,))
+    result = evaluate_results(
+        made.records, made.classes, to_results_json(made.detections, made.classes)
+    )
+    write_metrics(tmp_path / "m" / "evaluate.json", result, loss=0.25)
+    saved = json.loads((tmp_path / "m" / "evaluate.json").read_text())
+    assert saved["AP"] == result.summary["AP"]
+    assert saved["loss"] == 0.25
+    assert saved["per_class"]["class 90"] == {"AP": None, "AP50": None, "AR": None, "objects": 0}
+
+    write_precision_recall(tmp_path / "e" / "pr.json", result)
+    curves = read_precision_recall(tmp_path / "e" / "pr.json")
+    assert curves["iou"][0] == 0.5
+    assert len(curves["recall"]) == 101
+    assert curves["classes"][2]["precision"] is None
+    saved_curve = curves["classes"][0]["precision"]
+    assert np.allclose(saved_curve, result.precision[0], atol=1e-4)
+
+
+def test_classes_of_one_name_keep_both_numbers(world):
+    made = world(seed=6, category_ids=(1, 2))
+    twins = [ClassName(0, 1, "cat"), ClassName(1, 2, "cat")]
+    result = evaluate_results(made.records, twins, to_results_json(made.detections, twins))
+    assert set(metrics_json(result)["per_class"]) == {"cat (1)", "cat (2)"}
+
+
+def test_missing_curves(tmp_path):
+    with pytest.raises(DataError, match=r"pr\.json: not found; run `dvc repro evaluate`"):
+        read_precision_recall(tmp_path / "pr.json")
