@@ -23,10 +23,14 @@ def _no_bool(value: Any) -> Any:
 
 _not_bool = BeforeValidator(_no_bool)
 
-Int = Annotated[int, _not_bool]
-Float = Annotated[float, _not_bool]
-PositiveInt = Annotated[int, _not_bool, Field(ge=1)]
-Count = Annotated[int, _not_bool, Field(ge=0)]
-PositiveFloat = Annotated[float, _not_bool, Field(gt=0)]
-NonNegativeFloat = Annotated[float, _not_bool, Field(ge=0)]
-Fraction = Annotated[float, _not_bool, Field(ge=0, le=1)]
+# The range first, so that it stays on the number and the JSON schema shows it.
+PositiveInt = Annotated[int, Field(ge=1), _not_bool]
+Count = Annotated[int, Field(ge=0), _not_bool]
+Seed = Annotated[int, Field(ge=0, lt=2**32), _not_bool]
+Stages = Annotated[int, Field(ge=0, le=5), _not_bool]
+PositiveFloat = Annotated[float, Field(gt=0), _not_bool]
+NonNegativeFloat = Annotated[float, Field(ge=0), _not_bool]
+Fraction = Annotated[float, Field(ge=0, le=1), _not_bool]
+BelowOne = Annotated[float, Field(ge=0, lt=1), _not_bool]
+OpenFraction = Annotated[float, Field(gt=0, lt=1), _not_bool]
+Rate = Annotated[float, Field(gt=0, le=1), _not_bool]

@@ -10,6 +10,7 @@ from runkey.params.base import (
     Count,
     Fraction,
     NonNegativeFloat,
+    OpenFraction,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -17,20 +18,25 @@ from runkey.params.base import (
 
 
 class Checks(Section):
-    """What to do about each kind of fault: mend it (fix), leave the item out (drop), stop (fail)."""
+    """What to do about each kind of fault: fix it, drop the item, or fail before any work."""
 
+    malformed_image: Literal["drop", "fail"] = "fail"
+    """An entry of `images` with a missing or wrong id, file_name, width or height."""
+    malformed_annotation: Literal["drop", "fail"] = "fail"
+    """One of `annotations` with a missing or wrong id, image_id, category_id, bbox or iscrowd."""
     missing_image: Literal["drop", "fail"] = "fail"
     """The JSON names an image file that is not there."""
     unreadable_image: Literal["drop", "fail"] = "fail"
     """The file is no image, or is cut short."""
     unsafe_path: Literal["drop", "fail"] = "fail"
-    """An absolute file name, or one that leaves the data folder by `..` or by a link."""
+    """An absolute file name, or one that leaves the data folder by `..` or by a link (DVC's own
+    links into its cache are followed)."""
     too_large_image: Literal["drop", "fail"] = "fail"
     """More pixels than `data.max_megapixels` (decompression bomb)."""
     size_mismatch: Literal["fix", "drop", "fail"] = "fail"
     """Width and height in the JSON are not the file's.  fix: scale the boxes to the file's size."""
     exif_rotation: Literal["fix", "drop", "fail"] = "fix"
-    """The file asks viewers to turn it.  fix: turn it if the JSON's size says so, else ignore it."""
+    """The file asks viewers to turn it.  fix: turn it if the JSON's size agrees, else do not."""
     unusual_mode: Literal["fix", "drop", "fail"] = "fix"
     """Grey, palette, CMYK, transparent or 16-bit pixels.  fix: convert to 8-bit RGB."""
     duplicate_image: Literal["drop", "fail"] = "fail"
@@ -46,13 +52,15 @@ class Checks(Section):
     negative_box: Literal["fix", "drop", "fail"] = "fail"
     """A negative width or height.  fix: swap the corners."""
     not_finite_box: Literal["drop", "fail"] = "fail"
-    """A box with NaN, infinity, or something that is no number."""
+    """A box with NaN, infinity, or something that is no number among its four."""
     outside_box: Literal["drop", "fail"] = "drop"
     """A box wholly outside its image."""
     overhanging_box: Literal["fix", "drop", "fail"] = "fix"
     """A box that reaches over its image's edge by more than a pixel.  fix: clip it."""
+    bad_area: Literal["fix", "drop", "fail"] = "fix"
+    """An `area` that is no positive number.  fix: take width x height of the box."""
     leaked_image: Literal["drop", "fail"] = "fail"
-    """The same file in train and in val.  drop: leave it out of train."""
+    """The same file, by name or by content, in train and in val.  drop: leave it out of train."""
 
 
 class Augment(Section):
@@ -95,7 +103,7 @@ class Data(Section):
 
     path: str = "data"
     """Folder with annotations/ and images, relative to the repository; tracked by data.dvc."""
-    val_fraction: float = Field(default=0.2, gt=0, lt=1)
+    val_fraction: OpenFraction = 0.2
     """Part of the images held out, when the data come with one JSON instead of train and val."""
     max_megapixels: PositiveFloat = 100.0
     """Largest image that is decoded, in 10^6 pixels."""
@@ -108,7 +116,7 @@ class Data(Section):
     group_by_aspect: bool = True
     """Batches hold landscape or portrait images only: the worst padded shape is half as large."""
     cache_gib: NonNegativeFloat = 1.0
-    """Largest decoded uint8 cache of a split, GiB; a larger split is decoded anew. 0: never cache."""
+    """Largest decoded uint8 cache of a split, GiB; a larger one is decoded anew. 0: no cache."""
     max_objects: Count = 0
     """Objects per training image, the largest kept; 0: as many as the model has queries."""
     augment: Augment = Augment()

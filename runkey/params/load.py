@@ -61,10 +61,10 @@ def _fault(error: Any) -> str:
     if error["type"] == "missing":
         return f"{name} is missing"
     text = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "should be")
-    return f"{name} = {error['input']!r}: {text}" if _is_scalar(error["input"]) else f"{name}: {text}"
+    return f"{name} = {error['input']!r}: {text}" if _is_plain(error["input"]) else f"{name}: {text}"
 
 
-def _is_scalar(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
     return isinstance(value, str | int | float | bool | list | None)
 
 

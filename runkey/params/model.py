@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from runkey.params.base import (
+    BelowOne,
     Count,
     Fraction,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     Section,
+    Stages,
 )
 
 Backbone = Literal["compact", "resnet18", "resnet34", "resnet50", "resnet101"]
@@ -54,12 +56,12 @@ class Model(Section):
     backbone_weights: str = "none"
     """none | imagenet (torchvision's, downloaded once) | a file with a state dict."""
     init_from: str | None = None
-    """Weights file of a whole detector, ours or the reference's; heads are matched by class name."""
+    """A whole detector's weights, ours or the reference's; heads are matched by class name."""
     dilation: bool = False
     """ResNets: stride 16 instead of 32 in the last stage (DC5)."""
     norm: Literal["live", "frozen"] = "live"
     """Batch norm: live statistics, or frozen as DETR does (only with pretrained weights)."""
-    frozen_stages: int = Field(default=0, ge=0, le=5)
+    frozen_stages: Stages = 0
     """ResNet stages without training: 1 the stem, 2 also layer1 (DETR with pretrained weights)."""
     hidden_dim: PositiveInt = 96
     """Width D of the Transformer."""
@@ -73,7 +75,7 @@ class Model(Section):
     """Transformer decoder layers, each with its own loss."""
     num_queries: PositiveInt = 30
     """Detections per image; must be at least the objects in an image."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: BelowOne = 0.0
     """Dropout in the Transformer; DETR: 0.1."""
     checkpointing: bool = False
     """Activation checkpointing: less memory, about a third more time, same numbers."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
-
-from runkey.params.base import Float, Int, Section
+from runkey.params.base import Rate, Section, Seed
 from runkey.params.data import Data
 from runkey.params.model import Model
 from runkey.params.training import Evaluate, Memory, Optimizer, Runtime, Schedule, Training
@@ -15,9 +13,9 @@ from runkey.params.training import Evaluate, Memory, Optimizer, Runtime, Schedul
 class Params(Section):
     """params.yaml, checked, with defaults filled in."""
 
-    lr: Annotated[Float, Field(gt=0, le=1)]
-    """Peak learning rate of AdamW, per step.  At the top, so that `dvc exp run -S lr=5e-5` works."""
-    seed: Annotated[Int, Field(ge=0, lt=2**32)]
+    lr: Rate
+    """Peak learning rate of AdamW, per step.  At the top for `dvc exp run -S lr=5e-5`."""
+    seed: Seed
     """Start of every random choice: weights, order, augmentation, dropout."""
     data: Data = Data()
     model: Model = Model()

@@ -7,9 +7,11 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from runkey.params.base import (
+    BelowOne,
     Count,
     Fraction,
     NonNegativeFloat,
+    OpenFraction,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -34,9 +36,9 @@ class Optimizer(Section):
     """Decoupled weight decay, per unit of rate."""
     decay_norm_and_bias: bool = True
     """Decay biases and norm weights too, as DETR does."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta1: BelowOne = 0.9
     """Decay of the mean of gradients."""
-    beta2: float = Field(default=0.999, ge=0, lt=1)
+    beta2: BelowOne = 0.999
     """Decay of the mean of squared gradients."""
     clip: Clip = Clip()
     """Gradient clipping."""
@@ -57,11 +59,11 @@ class Schedule(Section):
     """step: epochs between drops."""
     milestones: tuple[PositiveInt, ...] = ()
     """multistep: epochs at which the rate drops."""
-    gamma: float = Field(default=0.1, gt=0, lt=1)
+    gamma: OpenFraction = 0.1
     """step, multistep, plateau: factor of a drop; exponential: factor per epoch."""
     min_factor: Fraction = 0.0
     """cosine, onecycle, cyclical, plateau: the lowest factor."""
-    peak_fraction: float = Field(default=0.3, gt=0, lt=1)
+    peak_fraction: OpenFraction = 0.3
     """onecycle: part of all steps spent rising (it takes the place of warm-up)."""
     cycle_epochs: PositiveFloat = 10.0
     """cyclical: epochs of one triangle, up and down."""
@@ -106,7 +108,7 @@ class Training(Section):
     precision: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Automatic mixed precision; boxes, costs and losses stay in fp32.  auto: bf16 on a GPU
     that has it, off on a CPU."""
-    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    ema_decay: BelowOne = 0.0
     """Decay of the moving average of the weights that is evaluated and kept; 0: none."""
     evaluate_every: PositiveInt = 1
     """Epochs between evaluations on the held-out images; the last epoch always has one."""
@@ -147,7 +149,7 @@ class Runtime(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
-    workers: int | Literal["auto"] = Field(default="auto", ge=0)
+    workers: Count | Literal["auto"] = "auto"
     """Loader processes; auto: 0 with the decoded cache, else one per core, 8 at most."""
     prefetch: PositiveInt = 4
     """Batches that each worker prepares ahead."""
