@@ -1,0 +1,36 @@
+"""Where a run writes: a JSONL file always, MLflow when it is there.
+
+    store = locate_store()
+    tracker = RunTracker(JsonlLog(path), MlflowTracker(store, "detection", description, say=print))
+    tracker.log({"train/loss": 1.5}, step=10)
+    run_id = tracker.close()
+
+Importing this package imports no mlflow: that costs 5 s, which a thread spends during training.
+"""
+
+from __future__ import annotations
+
+from runkey.tracking.describe import (
+    Dataset,
+    RunDescription,
+    describe_run,
+    read_dataset,
+    run_name,
+)
+from runkey.tracking.jsonl import JsonlLog
+from runkey.tracking.mlflow_tracker import MlflowTracker
+from runkey.tracking.run import RunTracker
+from runkey.tracking.store import Store, locate_store
+
+__all__ = [
+    "Dataset",
+    "JsonlLog",
+    "MlflowTracker",
+    "RunDescription",
+    "RunTracker",
+    "Store",
+    "describe_run",
+    "locate_store",
+    "read_dataset",
+    "run_name",
+]

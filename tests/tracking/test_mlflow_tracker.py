@@ -1,0 +1,181 @@
+"""The MLflow tracker against a real sqlite store, and what it does when the store fails."""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from runkey.tracking import (
+    Dataset,
+    JsonlLog,
+    MlflowTracker,
+    RunDescription,
+    RunTracker,
+    Store,
+)
+from runkey.tracking.jsonl import read_jsonl
+from runkey.tracking.mlflow_tracker import Pace
+from runkey.tracking.store import open_client
+
+from .conftest import FAST
+
+DIGEST = "22a1a2931c8370d3aeedd7183606fd7f.dir"
+
+
+def description(**changes: object) -> RunDescription:
+    fields: dict[str, object] = {
+        "name": "lr=5e-05",
+        "params": {f"p{i}": "v" for i in range(130)} | {"lr": "5e-05", "key": "rk1-0"},
+        "tags": {"device": "cpu"},
+        "dataset": Dataset("data", DIGEST, '{"uri": "data"}', '{"images": 2}'),
+    }
+    return RunDescription(**(fields | changes))  # type: ignore[arg-type]
+
+
+def test_a_run_is_recorded_whole(store: Store, tmp_path: Path, said: list[str]) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights.pt").write_bytes(b"weights")
+    tracker = MlflowTracker(store, "detection", description(), say=said.append, pace=FAST)
+    for step in range(600):
+        tracker.log({"train/loss": 1 / (step + 1), "train/lr": 1e-4}, step)
+    tracker.log({"val/AP/kite (red)": 0.5, "val/loss": math.nan}, 600)
+    tracker.event("early_stop", epoch=3)
+    tracker.artifact(tmp_path / "model", "model")
+    run_id = tracker.close()
+
+    assert said == []
+    assert run_id is not None
+    client = open_client(store)
+    run = client.get_run(run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "lr=5e-05")
+    assert run.data.params["lr"] == "5e-05"
+    assert len(run.data.params) == 132
+    assert run.data.tags["device"] == "cpu"
+    assert run.data.tags["event.early_stop"] == '{"epoch": 3}'
+    (data,) = run.inputs.dataset_inputs
+    assert (data.dataset.digest, data.tags[0].value) == (DIGEST, "training")
+    history = client.get_metric_history(run_id, "train/loss")
+    assert [(m.step, m.value) for m in history] == [(s, 1 / (s + 1)) for s in range(600)]
+    assert run.data.metrics["val/AP/kite _red_"] == 0.5
+    assert math.isnan(run.data.metrics["val/loss"])
+    kept = tmp_path / "mlartifacts" / run_id / "artifacts" / "model" / "weights.pt"
+    assert kept.read_bytes() == b"weights"
+
+
+def test_an_existing_run_is_added_to_and_stays_finished(
+    store: Store, tmp_path: Path, said: list[str]
+) -> None:
+    run_id = MlflowTracker(store, "detection", description(), say=said.append, pace=FAST).close()
+    later = MlflowTracker(store, "detection", None, run_id=run_id, say=said.append, pace=FAST)
+    later.log({"eval/AP": 0.6}, 0)
+    assert later.close() == run_id
+    run = open_client(store).get_run(str(run_id))
+    assert run.data.metrics["eval/AP"] == 0.6
+    assert run.info.status == "FINISHED"
+    assert said == []
+
+
+def test_system_metrics_are_sampled(store: Store, said: list[str]) -> None:
+    pace = Pace(flush_seconds=0.2, system_seconds=0.1)
+    tracker = MlflowTracker(store, "detection", description(), say=said.append, pace=pace)
+    run_id = tracker.wait_for_run(60)
+    time.sleep(1.0)
+    tracker.close()
+    metrics = open_client(store).get_run(str(run_id)).data.metrics
+    assert metrics["system/process_memory_megabytes"] > 50
+    assert 0 <= metrics["system/cpu_utilization_percentage"] <= 100
+
+
+def test_a_locked_database_is_waited_for_and_nothing_is_lost(
+    store: Store, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # MLflow waits 20 s for a lock by itself; shortened, so that the failure is really seen.
+    monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
+    tracker = MlflowTracker(store, "detection", description(), say=said.append, pace=FAST)
+    run_id = tracker.wait_for_run(60)
+    assert store.database is not None
+    other = sqlite3.connect(store.database, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    started = time.monotonic()
+    for step in range(100):
+        tracker.log({"train/loss": float(step)}, step)
+    assert time.monotonic() - started < 0.5  # training does not wait for the database
+    time.sleep(1.0)
+    other.execute("COMMIT")
+    other.close()
+    assert tracker.close() == run_id
+    history = open_client(store).get_metric_history(str(run_id), "train/loss")
+    assert [m.value for m in history] == [float(s) for s in range(100)]
+
+
+def test_a_store_that_is_lost_in_the_middle_stops_nothing(
+    store: Store, tmp_path: Path, said: list[str]
+) -> None:
+    log = JsonlLog(tmp_path / "logs" / "train.jsonl", say=said.append)
+    mlflow = MlflowTracker(store, "detection", description(), say=said.append, pace=FAST)
+    tracker = RunTracker(log, mlflow)
+    tracker.log({"train/loss": 3.0}, 0)
+    run_id = tracker.run_id(60)
+    time.sleep(1.0)
+    assert store.database is not None
+    with sqlite3.connect(store.database) as database:
+        database.execute("DROP TABLE metrics")
+    database.close()
+    for step in range(1, 5):
+        tracker.log({"train/loss": 3.0 - step}, step)
+    time.sleep(1.5)
+
+    assert tracker.close() == run_id
+    assert [e["step"] for e in read_jsonl(log.path)] == [0, 1, 2, 3, 4]
+    assert len(said) == 2, said
+    assert said[0].startswith("MLflow: ")
+    assert said[0].endswith("training goes on, values are kept and sent later")
+    assert said[1].startswith(f"MLflow: run {run_id} lacks 4 values and 1 artifact (")
+
+
+def test_a_store_that_comes_back_gets_everything(store: Store, said: list[str]) -> None:
+    mlflow = MlflowTracker(store, "detection", description(), say=said.append, pace=FAST)
+    run_id = mlflow.wait_for_run(60)
+    time.sleep(1.0)
+    assert store.database is not None
+    with sqlite3.connect(store.database) as database:
+        database.execute("ALTER TABLE metrics RENAME TO hidden")
+    mlflow.log({"train/loss": 1.0}, 1)
+    time.sleep(1.0)
+    with database:
+        database.execute("ALTER TABLE hidden RENAME TO metrics")
+    database.close()
+    time.sleep(1.0)
+    assert mlflow.close() == run_id
+    assert said[-1] == "MLflow: recording again"
+    assert open_client(store).get_run(str(run_id)).data.metrics["train/loss"] == 1.0
+
+
+def test_a_server_that_is_not_there_costs_seconds_and_no_run(
+    said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    nobody = Store("http://127.0.0.1:9", None)
+    tracker = MlflowTracker(nobody, "detection", description(), say=said.append, pace=FAST)
+    tracker.log({"train/loss": 1.0}, 1)
+    started = time.monotonic()
+    assert tracker.close() is None
+    assert time.monotonic() - started < 60
+    assert said[-1].startswith("MLflow: no run was recorded (")
+    assert all("\n" not in line for line in said)
+
+
+def test_a_missing_artifact_is_said_and_the_rest_is_kept(
+    store: Store, tmp_path: Path, said: list[str]
+) -> None:
+    (tmp_path / "there.txt").write_text("x")
+    tracker = MlflowTracker(store, "detection", description(), say=said.append, pace=FAST)
+    tracker.artifact(tmp_path / "absent.txt")
+    tracker.artifact(tmp_path / "there.txt")
+    run_id = tracker.close()
+    assert said == [f"MLflow: {tmp_path}/absent.txt is not there and was not kept with the run"]
+    assert (tmp_path / "mlartifacts" / str(run_id) / "artifacts" / "there.txt").is_file()
