@@ -18,7 +18,7 @@ from runkey.data.random import uniforms
 from runkey.params.data import Augment, Data
 
 _GEOMETRY_DRAWS = 8
-_COLOUR_DRAWS = 3
+WHOLE = Region()
 UNBOUNDED = 2**31
 """A long side that never binds: the reference's resize before its crop has none."""
 
@@ -29,7 +29,7 @@ class View:
 
     size: tuple[int, int]
     """Output (height, width), pixels."""
-    region: Region = Region()
+    region: Region = WHOLE
     flip: bool = False
 
 
@@ -42,21 +42,24 @@ class Views:
     long_side: int
     augment: Augment
 
-    def draw(
-        self, epoch: int, ids: Sequence[int], sizes: Sequence[tuple[int, int]]
-    ) -> list[View]:
+    def draw(self, epoch: int, ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[View]:
         """Views of the images `ids`, whose original (height, width) are `sizes`."""
         draws = uniforms(self.seed, epoch, "geometry", ids, _GEOMETRY_DRAWS)
         return [self._view(u, size) for u, size in zip(draws.tolist(), sizes, strict=True)]
 
     def draw_colour(self, epoch: int, ids: Sequence[int]) -> NDArray[np.float32] | None:
-        """Factors [len(ids), 3] of brightness, contrast and saturation; None when all are 1."""
-        spread = np.array(
-            [self.augment.brightness, self.augment.contrast, self.augment.saturation]
-        )
+        """Factors of brightness, contrast and, where it varies, saturation.
+
+        Returns:
+            [len(ids), 2 or 3] around 1; None when nothing varies.
+        """
+        augment = self.augment
+        spread = np.array([augment.brightness, augment.contrast, augment.saturation])
         if not spread.any():
             return None
-        draws = uniforms(self.seed, epoch, "colour", ids, _COLOUR_DRAWS)
+        if not augment.saturation:
+            spread = spread[:2]
+        draws = uniforms(self.seed, epoch, "colour", ids, len(spread))
         return (1.0 + spread * (2.0 * draws - 1.0)).astype(np.float32)
 
     def _view(self, u: list[float], size: tuple[int, int]) -> View:
@@ -104,7 +107,6 @@ def _cropped(
     left, top = _below(u[3], width - crop_width + 1), _below(u[4], height - crop_height + 1)
     region = Region(left / width, top / height, crop_width / width, crop_height / height)
     return region, (crop_height, crop_width)
-
 
 
 def crop_sides(augment: Augment, side: int) -> tuple[int, int]:

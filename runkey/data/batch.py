@@ -20,7 +20,8 @@ class Batch:
     """Images of one forward pass with their targets, in one order."""
 
     images: Tensor
-    """uint8 [B, 3, H, W] RGB; zero right of and below each image's valid area."""
+    """uint8 [B, 3, H, W] RGB; zero right of and below each image's valid area.  Channels last in
+    memory, as the decoder, the resize and the GPU's convolutions like it."""
     sizes: Tensor
     """int64 [B, 2]: valid (height, width) of each image, pixels."""
     boxes_cxcywh: Tensor
@@ -34,7 +35,8 @@ class Batch:
     original_sizes: Tensor
     """int64 [B, 2]: (height, width) of the original image, on the host."""
     colour: Tensor | None = None
-    """float32 [B, 3]: brightness, contrast and saturation factors, or None for no change."""
+    """float32 [B, 2 or 3]: brightness, contrast and (where it varies) saturation factors, or None
+    for no change."""
 
     def __len__(self) -> int:
         return len(self.image_ids)

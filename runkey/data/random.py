@@ -66,7 +66,8 @@ def uniforms(
 
 def permutation(seed: int, epoch: int, purpose: Purpose, ids: Sequence[int]) -> list[int]:
     """Positions 0..len(ids)-1 in random order (each id's number is its own; ties by position)."""
-    return np.argsort(uniforms(seed, epoch, purpose, ids, 1)[:, 0], kind="stable").tolist()
+    draws = uniforms(seed, epoch, purpose, ids, 1)[:, 0]
+    return [int(i) for i in np.argsort(draws, kind="stable")]
 
 
 def _key(seed: int, epoch: int, purpose: str) -> tuple[int, int]:

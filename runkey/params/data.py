@@ -82,7 +82,7 @@ class Augment(Section):
     """Smallest side of the random crop, pixels at that size."""
     crop_max: PositiveInt = 600
     """Largest side of the random crop, pixels at that size."""
-    min_visible: Fraction = 0.35
+    min_visible: float = Field(default=0.35, ge=0, lt=1)
     """A box is kept if more than this part of its area stays in the picture."""
     brightness: Fraction = 0.2
     """Factor uniform in 1 +- brightness, on the device."""
