@@ -102,11 +102,18 @@ class Stack(nn.Module):
     """
 
     def __init__(
-        self, layers: list[EncoderLayer] | list[DecoderLayer], *, norm: bool, checkpointing: bool
+        self,
+        layers: list[EncoderLayer] | list[DecoderLayer],
+        dim: int,
+        *,
+        norm: bool,
+        checkpointing: bool,
     ) -> None:
         super().__init__()
+        self.dim = dim
         self.layers = nn.ModuleList(layers)
-        self.norm = nn.LayerNorm(layers[0].linear1.in_features) if norm else None
+        if norm:
+            self.norm = nn.LayerNorm(dim)
         self.checkpointing = checkpointing
 
     def run(self, index: int, *inputs: object) -> Tensor:

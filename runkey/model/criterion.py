@@ -1,0 +1,215 @@
+"""The training loss: match, then classification, L1 and generalised IoU of all layers at once.
+
+Losses are sums divided by numbers of the whole window (an optimizer step's images), so that adding
+up micro-batches gives the window's loss, however it is cut.
+
+Shapes: B images, N boxes of all images, R matched pairs, T predictions of all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from runkey import params
+from runkey.model.boxes import cxcywh_to_xyxy, full_precision, overlaps
+from runkey.model.losses import ClassificationLoss, QualityLoss, SoftmaxLoss
+from runkey.model.matcher import Matcher, Matches, PredictionSet
+from runkey.model.targets import DenoisingOutputs, Outputs, Targets
+
+
+@dataclass(frozen=True, slots=True)
+class Normaliser:
+    """What a window's sums of losses are divided by.  Known before anything is computed."""
+
+    boxes: float
+    """True boxes of the window, at least 1; divides L1 and GIoU losses."""
+    classification: float
+    """Divides classification losses: class weights of a layer's queries (detr), boxes (fast)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """A micro-batch's share of the window's loss."""
+
+    total: Tensor
+    """Scalar with a gradient: the sum of `parts`."""
+    parts: dict[str, Tensor]
+    """Detached scalars on the device, weighted and over all layers: classification, l1, giou, and
+    denoising where there is any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Criterion:
+    """Loss of a detector's outputs.  Made by `build_criterion`; it has no parameters."""
+
+    classification_loss: ClassificationLoss
+    matcher: Matcher
+    classification: float
+    l1: float
+    giou: float
+    no_object: float | None
+    """Weight of an unmatched query in the softmax loss; None: that loss counts boxes only."""
+    num_queries: int
+
+    def normaliser(self, counts: Sequence[int]) -> Normaliser:
+        """The window's numbers.
+
+        Args:
+            counts: true boxes of each image of the whole window: all micro-batches (and ranks).
+
+        Returns:
+            Divisors for `__call__`.
+        """
+        boxes = float(max(sum(counts), 1))
+        if self.no_object is None:
+            return Normaliser(boxes, boxes)
+        matched = sum(min(count, self.num_queries) for count in counts)
+        unmatched = self.num_queries * len(counts) - matched
+        return Normaliser(boxes, matched + self.no_object * unmatched)
+
+    def __call__(self, outputs: Outputs, targets: Targets, normaliser: Normaliser) -> Losses:
+        """Match and compute the losses.
+
+        Args:
+            outputs: the model's answer, computed under autocast or not.
+            targets: the micro-batch's true boxes.
+            normaliser: of the whole window.
+
+        Returns:
+            The micro-batch's share of the window's loss.
+
+        Raises:
+            TrainingError: predictions are not finite.
+        """
+        return self.losses(outputs, targets, self.match(outputs, targets), normaliser)
+
+    def match(self, outputs: Outputs, targets: Targets) -> list[Matches]:
+        """The assignments: the only step that needs values on the host."""
+        return self.matcher(_sets(outputs), targets)
+
+    def losses(
+        self,
+        outputs: Outputs,
+        targets: Targets,
+        matches: Sequence[Matches],
+        normaliser: Normaliser,
+    ) -> Losses:
+        """The losses of given assignments; no value is looked at, so fake tensors will do."""
+        with torch.autocast(outputs.logits.device.type, enabled=False):
+            parts = self._matched_parts(outputs, targets, matches, normaliser)
+            if outputs.denoising is not None:
+                parts["denoising"] = self._denoising(outputs.denoising, targets, normaliser)
+            total = torch.stack(list(parts.values())).sum()
+        return Losses(total, {name: part.detach() for name, part in parts.items()})
+
+    def _matched_parts(
+        self,
+        outputs: Outputs,
+        targets: Targets,
+        matches: Sequence[Matches],
+        normaliser: Normaliser,
+    ) -> dict[str, Tensor]:
+        """All layers of all sets are joined to one list of predictions, so each loss is one call."""
+        sets = _sets(outputs)
+        logits = torch.cat([full_precision(s.logits).flatten(0, 2) for s in sets])
+        boxes = torch.cat([full_precision(s.boxes_cxcywh).flatten(0, 2) for s in sets])
+        predictions, start = [], 0
+        for prediction_set, match in zip(sets, matches, strict=True):
+            predictions.append(match.predictions + start)
+            start += prediction_set.logits[..., 0].numel()
+        joined = Matches(torch.cat(predictions), torch.cat([match.targets for match in matches]))
+        padding = _padding(sets)
+        return self._parts(logits, boxes, joined, targets, padding, normaliser)
+
+    def _parts(
+        self,
+        logits: Tensor,
+        boxes_cxcywh: Tensor,
+        matches: Matches,
+        targets: Targets,
+        padding: Tensor | None,
+        normaliser: Normaliser,
+    ) -> dict[str, Tensor]:
+        """Weighted losses of flat predictions: logits [T, C], boxes [T, 4]."""
+        matched = boxes_cxcywh[matches.predictions]
+        true = targets.boxes_cxcywh[matches.targets].to(matched.dtype)
+        iou, giou = overlaps(cxcywh_to_xyxy(matched), cxcywh_to_xyxy(true))
+        labels = targets.labels[matches.targets]
+        classification = self.classification_loss.loss(
+            logits, matches.predictions, labels, iou.detach(), padding
+        )
+        return {
+            "classification": classification * (self.classification / normaliser.classification),
+            "l1": (matched - true).abs().sum() * (self.l1 / normaliser.boxes),
+            "giou": (1 - giou).sum() * (self.giou / normaliser.boxes),
+        }
+
+    def _denoising(
+        self, outputs: DenoisingOutputs, targets: Targets, normaliser: Normaliser
+    ) -> Tensor:
+        """The same losses for queries whose target is known, averaged over the groups."""
+        layers, pairs = len(outputs.logits), len(outputs.slots)
+        logits = full_precision(outputs.logits).flatten(1, 2)[:, outputs.slots].flatten(0, 1)
+        boxes = full_precision(outputs.boxes_cxcywh).flatten(1, 2)[:, outputs.slots].flatten(0, 1)
+        everyone = torch.arange(layers * pairs, device=logits.device)
+        matches = Matches(everyone, outputs.targets.repeat(layers))
+        parts = self._parts(logits, boxes, matches, targets, None, normaliser)
+        return torch.stack(list(parts.values())).sum() / outputs.groups
+
+
+def build_criterion(model: params.Model, num_classes: int) -> Criterion:
+    """The criterion of a preset.
+
+    Args:
+        model: section `model` of params.yaml.
+        num_classes: K; the last of the K + 1 logits of preset detr is no-object.
+
+    Returns:
+        A criterion for `build_model(model, num_classes)`.
+    """
+    assert num_classes > 0
+    loss, is_softmax = model.loss, model.preset == "detr"
+    kind: ClassificationLoss = (
+        SoftmaxLoss(loss.no_object) if is_softmax else QualityLoss(loss.focal_gamma)
+    )
+    return Criterion(
+        classification_loss=kind,
+        matcher=Matcher(kind.cost, loss.classification, loss.l1, loss.giou),
+        classification=loss.classification,
+        l1=loss.l1,
+        giou=loss.giou,
+        no_object=loss.no_object if is_softmax else None,
+        num_queries=model.num_queries,
+    )
+
+
+def _sets(outputs: Outputs) -> list[PredictionSet]:
+    sets = [PredictionSet("decoder layer", outputs.logits, outputs.boxes_cxcywh)]
+    if outputs.proposals is not None:
+        proposals = outputs.proposals
+        sets.append(
+            PredictionSet(
+                "the encoder's proposals",
+                proposals.logits[None],
+                proposals.boxes_cxcywh[None],
+                proposals.padding,
+            )
+        )
+    return sets
+
+
+def _padding(sets: Sequence[PredictionSet]) -> Tensor | None:
+    """bool [T] of all sets' flattened predictions; None where nothing is padding."""
+    if all(s.padding is None for s in sets):
+        return None
+    flat = [
+        torch.zeros_like(s.logits[..., 0], dtype=torch.bool)
+        if s.padding is None
+        else s.padding.expand(len(s.logits), -1, -1)
+        for s in sets
+    ]
+    return torch.cat([mask.flatten() for mask in flat])

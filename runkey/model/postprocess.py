@@ -1,0 +1,77 @@
+"""Model outputs to detections in the original image's pixels.
+
+Shapes: B images, Q queries, K classes, n detections of an image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from runkey import params
+from runkey.model.boxes import cxcywh_to_xyxy, full_precision
+from runkey.model.targets import Outputs
+
+# COCO's evaluation looks at the best 100 detections of an image.
+_MAX_DETECTIONS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Detections:
+    """The detections of one image, best first."""
+
+    scores: Tensor
+    """float [n] in 0..1."""
+    labels: Tensor
+    """int64 [n], class indices 0..K-1."""
+    boxes_xyxy: Tensor
+    """float [n, 4] in pixels of the original image; they may hang over its edges."""
+
+
+@dataclass(frozen=True, slots=True)
+class Postprocess:
+    """The last decoder layer's answer as detections; nothing is left out by a threshold."""
+
+    softmax: bool
+    """True: one class per query, its best that is not no-object (DETR).  False: the best 100 of
+    all pairs of query and class (Deformable DETR)."""
+
+    @torch.no_grad()
+    def __call__(self, outputs: Outputs, original_sizes: Tensor) -> list[Detections]:
+        """Detections of every image.
+
+        Args:
+            outputs: of the model; the last layer counts.
+            original_sizes: [B, 2] (height, width) of the original images, pixels.
+
+        Returns:
+            One `Detections` per image, on the outputs' device.
+        """
+        logits = full_precision(outputs.logits[-1])
+        boxes = cxcywh_to_xyxy(full_precision(outputs.boxes_cxcywh[-1]))
+        sizes = original_sizes.to(boxes.device, boxes.dtype)
+        boxes = boxes * sizes.flip(1).repeat(1, 2)[:, None]
+        if self.softmax:
+            scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+            scores, query = scores.sort(dim=1, descending=True, stable=True)
+            labels = labels.take_along_dim(query, dim=1)
+        else:
+            scores, labels, query = _best_pairs(logits.sigmoid())
+        boxes = boxes.take_along_dim(query[..., None], dim=1)
+        return [Detections(*image) for image in zip(scores, labels, boxes, strict=True)]
+
+
+def _best_pairs(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Score, class and query, each [B, n], of the best pairs of scores [B, Q, K]."""
+    num_classes = scores.shape[-1]
+    # A stable sort: topk's choice among equals is not the same on every device.
+    best, pair = scores.flatten(1).sort(dim=1, descending=True, stable=True)
+    best, pair = best[:, :_MAX_DETECTIONS], pair[:, :_MAX_DETECTIONS]
+    return best, pair % num_classes, pair // num_classes
+
+
+def build_postprocess(model: params.Model) -> Postprocess:
+    """The postprocessing of a preset."""
+    return Postprocess(softmax=model.preset == "detr")
