@@ -1,0 +1,104 @@
+# What one types here.  Every target does all that it needs, from an empty clone on, and takes
+# seconds when there is nothing to do.
+#
+#   make repro      make test      make help
+
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+.SUFFIXES:
+
+# .venv/bin, or that of an active conda environment that holds the locked packages.
+BIN := $(shell sh environment/setup.sh --bin)
+TOOLS := .venv-tools/bin
+NAME ?= sample
+PORT ?= 5000
+ARGS ?=
+
+# Stages are `python -m stages.X`: DVC must find the right python.
+export PATH := $(BIN):$(PATH)
+export PYTHONPATH :=
+# Nothing phones home.
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := true
+
+.PHONY: help
+help: ## Print this list
+	@echo "usage: make TARGET"; echo
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | \
+	  while IFS='|' read -r target text; do printf '  %-13s %s\n' "$$target" "$$text"; done
+
+.PHONY: repro
+repro: env data ## Environment, sample data, pipeline: ends with the key, the AP and where to look
+	$(BIN)/dvc repro
+	@$(BIN)/python -m runkey summary
+
+.PHONY: test
+test: env env-tools ## The tests, under 10 minutes on 2 cores; ARGS="-k name" for some of them
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
+
+.PHONY: test-all
+test-all: env env-tools ## The slow tests too: whole pipelines, experiments in a queue
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+.PHONY: lint
+lint: env env-tools ## Style, types and the direction of imports
+	$(TOOLS)/ruff check
+	$(TOOLS)/ruff format --check
+	$(TOOLS)/mypy --python-executable $(BIN)/python
+	PYTHONPATH=. $(TOOLS)/lint-imports --no-logo
+
+.PHONY: fix
+fix: env-tools ## Mend what ruff can mend, and format
+	$(TOOLS)/ruff check --fix
+	$(TOOLS)/ruff format
+
+.PHONY: ui
+ui: env ## MLflow's pages on the runs made here (PORT=5000)
+	$(BIN)/mlflow server --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" \
+	  --default-artifact-root "$(CURDIR)/mlartifacts" --host 127.0.0.1 --port $(PORT) --workers 1
+
+.PHONY: preset
+preset: ## Put presets/NAME.yaml in place as params.yaml (NAME=sample)
+	@test -f "presets/$(NAME).yaml" || { echo "error: no preset $(NAME); there are:" \
+	  $$(basename -s .yaml presets/*.yaml) >&2; exit 1; }
+	cp "presets/$(NAME).yaml" params.yaml
+
+.PHONY: sample-data
+sample-data: env ## Remake the sample data from scikit-learn in sample-data.new/, byte for byte
+	$(BIN)/python -m runkey sample-data sample-data.new
+
+.PHONY: lock
+lock: env env-tools ## Solve environment.yml anew and derive requirements.txt (asks channel and index)
+	$(TOOLS)/conda-lock lock --file environment.yml --platform linux-64 --lockfile conda-lock.yml \
+	  --virtual-package-spec environment/virtual-packages.yml
+	@$(MAKE) requirements
+
+# The wheels are Linux's; --custom-compile-command keeps paths of this machine out of the header.
+COMPILE = $(BIN)/uv pip compile --quiet --no-config --python-version 3.12 \
+  --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate \
+  --custom-compile-command "make requirements"
+
+.PHONY: requirements
+requirements: env env-tools ## Derive requirements.txt from conda-lock.yml, and the tools' from their list
+	$(BIN)/python -m runkey.identity.requirements > .venv-tools/pins.txt
+	$(COMPILE) .venv-tools/pins.txt --output-file requirements.txt
+	$(COMPILE) environment/tools/requirements.in --output-file environment/tools/requirements.txt
+
+.PHONY: env
+env: ## Set up .venv (the other targets do it themselves)
+	@sh environment/setup.sh .venv requirements.txt
+
+.PHONY: env-tools
+env-tools: ## Set up .venv-tools, the developers' tools (the other targets do it themselves)
+	@sh environment/setup.sh .venv-tools environment/tools/requirements.txt
+
+.PHONY: clean
+clean: ## Remove environments and caches (not data, models or runs)
+	rm -rf .venv .venv-tools .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find runkey stages tests -name __pycache__ -prune -exec rm -rf {} +
+
+# Pulled when it is missing or when data.dvc is newer; the folder's own time is the mark.
+data: data.dvc | env
+	$(BIN)/dvc pull data.dvc
+	@touch data

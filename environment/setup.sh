@@ -1,0 +1,104 @@
+#!/bin/sh
+# Puts the locked packages into a virtual environment; does nothing when they are there.
+#
+#   sh environment/setup.sh FOLDER REQUIREMENTS    make FOLDER (.venv) hold what REQUIREMENTS pins
+#   sh environment/setup.sh --bin                  print the folder of the Python to use
+#
+# Nothing outside FOLDER is changed.  An active conda environment that holds exactly the packages of
+# conda-lock.yml is used as it is.  A set-up that was interrupted is begun anew.
+set -eu
+
+stop() {
+  printf 'error: %s\n' "$*" >&2
+  exit 1
+}
+
+# conda keeps one file per installed build, named as the build's archive is.
+conda_holds_the_lock() {
+  [ -n "${CONDA_PREFIX:-}" ] && [ -x "$CONDA_PREFIX/bin/python" ] || return 1
+  sed -n 's|^  url: .*/\(.*\)\.conda$|\1|p; s|^  url: .*/\(.*\)\.tar\.bz2$|\1|p' conda-lock.yml |
+    while read -r build; do
+      [ -f "$CONDA_PREFIX/conda-meta/$build.json" ] || exit 1
+    done
+}
+
+is_python_312() {
+  "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1
+}
+
+find_python() {
+  for candidate in python3.12 python3 python; do
+    if is_python_312 "$candidate"; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  candidate=$(uv python find --no-project 3.12 2>/dev/null) && is_python_312 "$candidate" &&
+    printf '%s\n' "$candidate" && return
+  stop "Python 3.12 is not on PATH: install your system's python3.12 and python3.12-venv, or run" \
+    "\`pyenv install 3.12\`, \`uv python install 3.12\` or \`conda create -n python312 python=3.12\`" \
+    "(and activate it), then try again"
+}
+
+# The lines of one package in a hashed requirements file.
+pin_of() {
+  awk -v start="$1==" 'index($0, start) == 1 { on = 1 } on { print; if ($0 !~ /\\$/) exit }' "$2"
+}
+
+# uv from PATH, from the finished .venv, or the pinned one in a place of its own inside $folder.
+find_uv() {
+  for candidate in uv .venv/bin/uv "$folder/bootstrap/bin/uv"; do
+    if "$candidate" --version >/dev/null 2>&1; then
+      printf '%s\n' "$candidate"
+      return
+    fi
+  done
+  "$python" -m venv "$folder/bootstrap" >/dev/null 2>&1 ||
+    stop "$python cannot make virtual environments: install your system's python3.12-venv"
+  pin_of uv requirements.txt >"$folder/bootstrap/uv.txt"
+  "$folder/bootstrap/bin/python" -m pip --quiet --disable-pip-version-check --no-input install \
+    --require-hashes --requirement "$folder/bootstrap/uv.txt" >"$folder/bootstrap/log" 2>&1 || {
+    cat "$folder/bootstrap/log" >&2
+    stop "uv could not be installed; see the lines above, then try again"
+  }
+  printf '%s\n' "$folder/bootstrap/bin/uv"
+}
+
+cd "$(dirname "$0")/.."
+
+if [ "$1" = --bin ]; then
+  if conda_holds_the_lock; then printf '%s/bin\n' "$CONDA_PREFIX"; else printf '%s/.venv/bin\n' "$PWD"; fi
+  exit
+fi
+
+folder=$1
+requirements=$2
+stamp=$folder/requirements.installed
+
+if [ "$folder" = .venv ] && conda_holds_the_lock; then
+  exit
+fi
+# The path is in the stamp because the scripts in bin/ hold it: a copied folder is made anew.
+if [ -f "$stamp" ] && { pwd && cat "$requirements"; } | cmp -s - "$stamp" && is_python_312 "$folder/bin/python"; then
+  exit
+fi
+
+[ "$(uname -sm)" = "Linux x86_64" ] || stop "the packages are locked for Linux on x86_64, not for $(uname -sm)"
+python=$(find_python)
+if [ -e "$folder/unfinished" ] || ! is_python_312 "$folder/bin/python"; then
+  rm -rf "$folder"
+fi
+printf 'environment: %s packages of %s into %s (some minutes the first time)\n' \
+  "$(grep -c == "$requirements")" "$requirements" "$folder"
+mkdir -p "$folder"
+: >"$folder/unfinished"
+rm -f "$stamp"
+[ -x "$folder/bin/python" ] || "$python" -m venv --without-pip "$folder" ||
+  stop "$python cannot make virtual environments: install your system's python3.12-venv"
+uv=$(find_uv)
+quiet=--quiet
+[ ! -t 2 ] || quiet=
+UV_PYTHON_DOWNLOADS=never "$uv" pip sync $quiet --require-hashes --python "$folder/bin/python" "$requirements" ||
+  stop "$requirements could not be installed into $folder; see the lines above, then try again"
+{ pwd && cat "$requirements"; } >"$stamp"
+rm -f "$folder/unfinished"

@@ -1,0 +1,152 @@
+"""The environment part of a key: the packages that conda-lock.yml holds for one platform.
+
+What is really installed is no part of the key; `installed_packages` and `differences` record it
+beside the key, in the run's witness.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform as this_machine
+import re
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from runkey.errors import LockError
+from runkey.identity.yamltext import read_yaml_text
+
+PLATFORM = "linux-64"
+CATEGORY = "main"
+
+_PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)")
+
+
+@dataclass(frozen=True, order=True)
+class Package:
+    """One locked package: what tells its build from every other."""
+
+    name: str
+    version: str
+    build: str
+    """conda's build string, such as `py312h868fb18_0`; empty for a package from a Python index."""
+    hash: str
+    """`sha256:<hex>`, or `md5:<hex>` where the lock has no better."""
+    needs_python: bool = False
+    """Whether it lists Python among its dependencies.  Follows from the build, so not hashed."""
+
+    def row(self) -> list[str]:
+        """`[name, version, build, hash]`, as it enters the key."""
+        return list(astuple(self)[:4])
+
+
+def read_lock(path: Path, platform: str = PLATFORM) -> tuple[Package, ...]:
+    """The packages of one platform in a conda-lock file, sorted.
+
+    Raises:
+        LockError: the file is missing, is no conda-lock file, or does not know the platform.
+    """
+    try:
+        lock = read_yaml_text(path)
+    except FileNotFoundError:
+        raise LockError(f"{path.name}: not found; `git checkout {path.name}` restores it") from None
+    except ValueError as error:
+        raise LockError(f"{path.name}: {error}; `git checkout {path.name}` restores it") from None
+    entries = lock.get("package") if isinstance(lock, dict) else None
+    if not isinstance(entries, list):
+        raise LockError(f"{path.name}: holds no packages; `make lock` writes it anew")
+    try:
+        packages = sorted(
+            _package(entry)
+            for entry in entries
+            if entry["platform"] == platform and entry.get("category", CATEGORY) == CATEGORY
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise LockError(f"{path.name}: a package entry lacks {error}; is it conda-lock's?") from None
+    if not packages:
+        raise LockError(f"{path.name}: holds no packages for {platform}")
+    return tuple(packages)
+
+
+def _package(entry: Mapping[str, Any]) -> Package:
+    hashes = entry["hash"]
+    kind = "sha256" if "sha256" in hashes else "md5"
+    needs = entry.get("dependencies") or {}
+    return Package(
+        name=entry["name"],
+        version=entry["version"],
+        build=_build(entry) if entry["manager"] == "conda" else "",
+        hash=f"{kind}:{hashes[kind]}",
+        needs_python="python" in needs or "python_abi" in needs,
+    )
+
+
+def _build(entry: Mapping[str, Any]) -> str:
+    """The last of the three parts of `<name>-<version>-<build>.conda`."""
+    file = str(entry["url"]).rsplit("/", 1)[-1]
+    return file.removesuffix(".conda").removesuffix(".tar.bz2").rsplit("-", 1)[-1]
+
+
+def environment_preimage(lock: Path, platform: str = PLATFORM) -> dict[str, Any]:
+    """What the environment part hashes: the platform and its packages, nothing else of the file.
+
+    Raises:
+        LockError: see `read_lock`.
+    """
+    return {"platform": platform, "packages": [p.row() for p in read_lock(lock, platform)]}
+
+
+def normalise_name(name: str) -> str:
+    """A distribution's name in the one form that compares equal (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def read_requirements(path: Path) -> dict[str, str]:
+    """Version by normalised name of every `name==version` in a requirements file.
+
+    Raises:
+        LockError: the file is missing or pins nothing.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise LockError(f"{path.name}: not found; `git checkout {path.name}` restores it") from None
+    pins = {normalise_name(m[1]): m[2] for m in map(_PIN.match, lines) if m}
+    if not pins:
+        raise LockError(f"{path.name}: pins no package; `make lock` writes it anew")
+    return pins
+
+
+def installed_packages() -> dict[str, str]:
+    """Version by normalised name of every distribution that this interpreter can import."""
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"]
+        if name:
+            # The first on the path is the one that is imported.
+            found.setdefault(normalise_name(name), distribution.version)
+    return dict(sorted(found.items()))
+
+
+def differences(locked: Mapping[str, str], installed: Mapping[str, str]) -> list[str]:
+    """A line per locked package that is missing or of another version, such as
+    `numpy: locked 2.5.1, installed 2.4.0`; packages that are not locked do not count.
+    """
+    return [
+        f"{name}: locked {version}, installed {installed.get(name, 'none')}"
+        for name, version in sorted(locked.items())
+        if installed.get(name) != version
+    ]
+
+
+def interpreter() -> str:
+    """Implementation, version and machine, such as `CPython 3.12.13 Linux x86_64`."""
+    return " ".join(
+        (
+            this_machine.python_implementation(),
+            this_machine.python_version(),
+            this_machine.system(),
+            this_machine.machine(),
+        )
+    )
