@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,9 @@ _HEADER_BYTES = 128
 class ImageCache:
     """A split's decoded images, memory-mapped: opening costs nothing, processes share the pages."""
 
-    def __init__(self, folder: Path, split: str, offsets: list[int], shapes: list[list[int]]):
+    def __init__(
+        self, folder: Path, split: str, offsets: list[int], shapes: list[list[int]]
+    ) -> None:
         """Map the file; use `open_cache`, which reads offsets and shapes."""
         self._folder = folder
         self._split = split
@@ -73,6 +74,48 @@ def open_cache(folder: Path, split: str) -> ImageCache | None:
     if have != want:
         raise DataError(f"{data}: {have} bytes, not {want}; run `dvc repro --force prepare`")
     return ImageCache(folder, split, offsets, shapes)
+
+
+class Scratch:
+    """Decoded images on their way to a cache, kept on disk until it is known which of them stay."""
+
+    def __init__(self, path: Path) -> None:
+        """Start an empty scratch file at `path`."""
+        self._path = path
+        self._file = path.open("wb")
+        self._places: list[tuple[int, int, int]] = []
+
+    def append(self, pixels: NDArray[np.uint8]) -> int:
+        """Keep [h, w, 3] uint8 pixels; returns the number to ask for them by.
+
+        Raises:
+            DataError: the disk does not take them.
+        """
+        self._places.append((self._file.tell(), int(pixels.shape[0]), int(pixels.shape[1])))
+        try:
+            self._file.write(np.ascontiguousarray(pixels).data)
+        except OSError as error:
+            raise _disk_error(self._path, error) from error
+        return len(self._places) - 1
+
+    def bytes_of(self, numbers: Iterable[int]) -> int:
+        """Bytes that the images of these numbers take."""
+        return sum(self._places[n][1] * self._places[n][2] * 3 for n in numbers)
+
+    def read(self, numbers: Iterable[int]) -> Iterator[NDArray[np.uint8]]:
+        """The images of these numbers, one after another."""
+        self._file.flush()
+        with self._path.open("rb") as file:
+            for number in numbers:
+                start, height, width = self._places[number]
+                file.seek(start)
+                content = file.read(height * width * 3)
+                yield np.frombuffer(content, dtype=np.uint8).reshape(height, width, 3)
+
+    def close(self) -> None:
+        """Delete the file."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
 
 
 def cached_size(
@@ -121,17 +164,21 @@ def write_cache(folder: Path, split: str, images: Iterable[NDArray[np.uint8]]) -
                 total += math.prod(pixels.shape)
             file.seek(0)
             file.write(_npy_header(total))
-        os.replace(temporary, data)
+        temporary.replace(data)
         text = json.dumps({"offsets": offsets, "shapes": shapes})
         temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, table)
+        temporary.replace(table)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        reason = error.strerror or str(error)
-        raise DataError(
-            f"{data}: cannot write the cache ({reason}); set data.cache_gib: 0 in params.yaml"
-        ) from error
+        raise _disk_error(data, error) from error
     return total
+
+
+def _disk_error(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{path}: cannot be written ({error.strerror}); make room or set data.cache_gib: 0 "
+        "in params.yaml"
+    )
 
 
 def _npy_header(length: int) -> bytes:

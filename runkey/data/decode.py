@@ -1,7 +1,7 @@
 """Image files to 8-bit RGB: the one decoder that checking, loading and drawing share.
 
-Every mode that a photograph comes in is brought to RGB by a stated rule; what has no such rule (32-bit
-integers and floats: nobody knows their range) is refused.  Transparent pixels lie on white.
+Every mode that a photograph comes in is brought to RGB by a stated rule; what has no such rule
+(32-bit integers and floats: nobody knows their range) is refused.  Transparent pixels lie on white.
 """
 
 from __future__ import annotations

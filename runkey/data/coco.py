@@ -1,0 +1,232 @@
+"""One COCO JSON, read and typed.  Faults of single entries are findings, not exceptions.
+
+Only what detection needs is kept.  Segmentations (polygons, and the RLE of crowd regions) are let
+go while the text is parsed: they are nine tenths of COCO's memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runkey.data.index import ClassName
+from runkey.data.layout import Source
+from runkey.data.report import Findings, printable
+from runkey.errors import DataError
+
+_INT64 = 2**63
+_LISTS = ("images", "annotations", "categories")
+
+
+@dataclass(slots=True)
+class CocoImage:
+    """An entry of `images`."""
+
+    id: int
+    name: str
+    """file_name as the JSON has it, with forward slashes."""
+    width: int
+    height: int
+
+    @property
+    def item(self) -> str:
+        """How messages name it."""
+        return f"image {self.id} ({printable(self.name)})"
+
+
+@dataclass(slots=True)
+class CocoAnnotation:
+    """An entry of `annotations`; the box's numbers are not checked yet."""
+
+    id: int
+    image_id: int
+    category_id: int
+    bbox: list[Any]
+    """Four values of any type."""
+    area: Any
+    """None where the JSON has none."""
+    crowd: bool
+
+
+@dataclass(slots=True)
+class Coco:
+    """The parts of one JSON."""
+
+    images: list[CocoImage]
+    listed: frozenset[int]
+    """Ids of all entries of `images`, malformed ones too."""
+    annotations: list[CocoAnnotation]
+    categories: dict[int, str]
+
+
+def read_coco(source: Source, findings: Findings) -> Coco:
+    """Read a COCO JSON.
+
+    Args:
+        source: which one.
+        findings: takes the faults of single entries.
+
+    Raises:
+        DataError: no JSON, or not an object with the lists images, annotations and categories.
+    """
+    shown = source.shown_json
+    raw = _parse(source.json, shown)
+    if not isinstance(raw, dict):
+        raise DataError(f"{shown}: not an object with {_listed()}; export it as COCO detection")
+    for name in _LISTS:
+        if not isinstance(raw.get(name), list):
+            raise DataError(f"{shown}: no list `{name}`; export it as COCO detection ({_listed()})")
+    for name in ("images", "categories"):
+        if not raw[name]:
+            raise DataError(f"{shown}: the list `{name}` is empty; export the data set again")
+    categories = _categories(raw.pop("categories"), shown, findings)
+    ids = (_integer(e.get("id")) for e in raw["images"] if isinstance(e, dict))
+    listed = frozenset(number for number in ids if number is not None)
+    images = _entries(raw.pop("images"), "images", _image, "malformed_image", shown, findings)
+    annotations = _entries(
+        raw.pop("annotations"), "annotations", _annotation, "malformed_annotation", shown, findings
+    )
+    return Coco(images, listed, annotations, categories)
+
+
+def merge_classes(parts: list[tuple[str, dict[int, str]]], findings: Findings) -> list[ClassName]:
+    """The class list of one or two JSON files: ids in order, gaps closed.
+
+    Args:
+        parts: for each JSON, its name in messages and its {category id: name}.
+        findings: takes ids and names that the files disagree about.
+    """
+    merged: dict[int, str] = {}
+    for shown, categories in parts:
+        for number, name in categories.items():
+            if merged.setdefault(number, name) != name:
+                what = (
+                    f"category {number} is {printable(name)}, but {printable(merged[number])} "
+                    f"in {parts[0][0]}"
+                )
+                findings.refuse(shown, what, "give train and val the same categories")
+    ids: dict[str, int] = {}
+    for number, name in sorted(merged.items()):
+        if ids.setdefault(name, number) != number:
+            what = f"category name {printable(name)} has the ids {ids[name]} and {number}"
+            findings.refuse(parts[-1][0], what, "give every category one id and its own name")
+    return [ClassName(index, number, merged[number]) for index, number in enumerate(sorted(merged))]
+
+
+def _parse(path: Path, shown: str) -> Any:
+    try:
+        return json.loads(path.read_bytes(), object_hook=_without_segmentation)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}: {error.msg}"
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start} is not UTF-8"
+    except RecursionError:
+        where = "nested too deeply"
+    except ValueError:
+        where = "a number of thousands of digits"
+    except OSError as error:
+        raise DataError(f"{shown}: cannot be read ({error.strerror}); mend the file") from None
+    raise DataError(f"{shown}: not JSON ({where}); mend the file or export it again")
+
+
+def _without_segmentation(entry: dict[str, Any]) -> dict[str, Any]:
+    entry.pop("segmentation", None)
+    return entry
+
+
+def _categories(entries: list[Any], shown: str, findings: Findings) -> dict[int, str]:
+    categories: dict[int, str] = {}
+    way = "give every category an integer id and a name of its own"
+    for position, entry in enumerate(entries):
+        fields = entry if isinstance(entry, dict) else {}
+        number, name = _integer(fields.get("id")), fields.get("name")
+        if number is None:
+            findings.refuse(shown, f"categories[{position}]: id {_value(fields, 'id')}", way)
+        elif not isinstance(name, str) or not name.strip() or not name.isprintable():
+            findings.refuse(shown, f"category {number}: name {_value(fields, 'name')}", way)
+        elif number in categories:
+            findings.refuse(shown, f"category {number} ({name}) is listed twice", way)
+        else:
+            categories[number] = name
+    return categories
+
+
+def _entries[T](
+    entries: list[Any],
+    place: str,
+    read: Callable[[dict[str, Any]], T],
+    kind: str,
+    shown: str,
+    findings: Findings,
+) -> list[T]:
+    good: list[T] = []
+    for position, entry in enumerate(entries):
+        try:
+            good.append(read(entry if isinstance(entry, dict) else {}))
+        except _EntryError as error:
+            fields = entry if isinstance(entry, dict) else {}
+            number = _integer(fields.get("id"))
+            owner = _integer(fields.get("image_id"))
+            findings.add(
+                kind,
+                shown,
+                f"{place}[{position}]{'' if number is None else f' (id {number})'}: {error}",
+                image_id=number if place == "images" else owner,
+                annotation_id=None if place == "images" else number,
+            )
+    return good
+
+
+class _EntryError(ValueError):
+    """A field that is missing or of a wrong type; says which."""
+
+
+def _image(entry: dict[str, Any]) -> CocoImage:
+    number = _wanted(entry, "id")
+    name = entry.get("file_name")
+    if not isinstance(name, str) or not name.strip() or not name.isprintable():
+        raise _EntryError(f"file_name {_value(entry, 'file_name')}, a file's name is wanted")
+    width, height = _wanted(entry, "width"), _wanted(entry, "height")
+    if width < 1 or height < 1:
+        raise _EntryError(f"width {width} and height {height}, positive numbers are wanted")
+    return CocoImage(number, name.replace("\\", "/"), width, height)
+
+
+def _annotation(entry: dict[str, Any]) -> CocoAnnotation:
+    number = _wanted(entry, "id")
+    image, category = _wanted(entry, "image_id"), _wanted(entry, "category_id")
+    bbox = entry.get("bbox")
+    if not isinstance(bbox, list) or len(bbox) != 4:
+        raise _EntryError(f"bbox {_value(entry, 'bbox')}, [left, top, width, height] is wanted")
+    crowd = entry.get("iscrowd", 0)
+    if crowd not in (0, 1):
+        raise _EntryError(f"iscrowd {_value(entry, 'iscrowd')}, 0 or 1 is wanted")
+    return CocoAnnotation(number, image, category, bbox, entry.get("area"), bool(crowd))
+
+
+def _wanted(entry: dict[str, Any], name: str) -> int:
+    number = _integer(entry.get(name))
+    if number is None:
+        raise _EntryError(f"{name} {_value(entry, name)}, a whole number is wanted")
+    return number
+
+
+def _integer(value: Any) -> int | None:
+    """The value as an int if it is a whole number (1.0 is one, "1" and true are none)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if isinstance(value, float) and not value.is_integer():
+        return None
+    number = int(value)
+    return number if -_INT64 <= number < _INT64 else None
+
+
+def _value(entry: dict[str, Any], name: str) -> str:
+    return f"is {printable(json.dumps(entry[name]))}" if name in entry else "is missing"
+
+
+def _listed() -> str:
+    return "the lists images, annotations and categories"

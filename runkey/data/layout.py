@@ -1,0 +1,137 @@
+"""Where a COCO data set keeps its JSON and its images, in the layouts that are found in the wild.
+
+Two JSON files, `annotations/instances_train*.json` and `annotations/instances_val*.json`; or one
+JSON, in annotations/ or in the data folder itself, which `prepare` splits.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from runkey.errors import DataError
+
+_INSTANCES = re.compile(r"instances_(train|val)(.*)\.json")
+_DRIVE = re.compile(r"[A-Za-z]:")
+# What DVC's links in a workspace point at: .../files/md5/ab/<the other 30 hex digits>.
+_DVC_OBJECT = re.compile(r".*/files/md5/[0-9a-f]{2}/[0-9a-f]{30}")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One JSON, and the folders that its images may lie in."""
+
+    split: Literal["train", "val", "all"]
+    """all: the data set has one JSON, and is split by `data.val_fraction`."""
+    data: Path
+    """The data folder."""
+    json: Path
+    shown_data: str
+    """The data folder as messages name it."""
+    folders: tuple[str, ...]
+    """Folders that exist, relative to the data folder ("" is itself); the first match counts."""
+
+    @property
+    def shown_json(self) -> str:
+        """The JSON as messages name it."""
+        return self.show(self.json.relative_to(self.data).as_posix())
+
+    def show(self, file: str) -> str:
+        """A file of the data folder as messages name it."""
+        return f"{self.shown_data}/{file}" if file else self.shown_data
+
+    def find(self, name: str) -> str | None:
+        """The image's path relative to the data folder, or None if no folder has it."""
+        for folder in self.folders:
+            file = f"{folder}/{name}" if folder else name
+            if _is_file(self.data / file):
+                return file
+        return None
+
+
+def find_sources(data: Path, shown: str) -> list[Source]:
+    """The JSON files of a data folder: train and val, or a single one to be split.
+
+    Args:
+        data: the data folder.
+        shown: its name in messages.
+
+    Raises:
+        DataError: no folder, no JSON, or more than one that would do; lists what is there.
+    """
+    if not data.is_dir():
+        raise DataError(
+            f"{shown}: no such folder; run `dvc pull data.dvc` or set data.path in params.yaml"
+        )
+    found: dict[str, list[Path]] = {"train": [], "val": []}
+    in_annotations = sorted((data / "annotations").glob("*.json"))
+    for path in in_annotations:
+        if match := _INSTANCES.fullmatch(path.name):
+            found[match[1]].append(path)
+    train, val = found["train"], found["val"]
+    for paths in (train, val):
+        if len(paths) > 1:
+            raise DataError(
+                f"{shown}/annotations: more than one JSON of a split ({_names(data, paths)}); "
+                "leave one of them"
+            )
+    if train and val:
+        return [_source("train", data, shown, train[0]), _source("val", data, shown, val[0])]
+    candidates = in_annotations + sorted(data.glob("*.json"))
+    if len(candidates) == 1:
+        return [_source("all", data, shown, candidates[0])]
+    wanted = "annotations/instances_train*.json with instances_val*.json, or one JSON to be split"
+    if not candidates:
+        raise DataError(f"{shown}: no annotations found; put there {wanted}")
+    names = _names(data, candidates)
+    raise DataError(f"{shown}: cannot tell which JSON to take ({names}); leave {wanted}")
+
+
+def path_fault(name: str) -> str | None:
+    """Why a file name of a JSON must not be followed, or None.
+
+    Args:
+        name: with forward slashes.
+    """
+    if name.startswith("/") or _DRIVE.match(name):
+        return "is an absolute path"
+    if ".." in name.split("/"):
+        return "has `..` in it"
+    return None
+
+
+def leaves_folder(data: Path, file: Path) -> bool:
+    """Whether a link takes `file` out of `data`.  DVC's links into its cache do not count."""
+    target = os.path.realpath(file)
+    if _DVC_OBJECT.fullmatch(target.replace(os.sep, "/")):
+        return False
+    return not Path(target).is_relative_to(os.path.realpath(data))
+
+
+def _source(split: Literal["train", "val", "all"], data: Path, shown: str, path: Path) -> Source:
+    match = _INSTANCES.fullmatch(path.name)
+    # An image's own split comes first: train/1.jpg and val/1.jpg may be different images.
+    names: list[str] = []
+    for part in (split,) if split != "all" else ("train", "val"):
+        if match and match[1] == part:
+            names.append(part + match[2])
+        names += [part, *sorted(p.name for p in data.glob(f"{part}[0-9]*"))]
+        names += sorted(p.name for p in data.glob(f"images/{part}[0-9]*"))
+    beside = path.parent.relative_to(data).as_posix()
+    tried = [f"images/{n}" for n in names] + names + ["images", "", "" if beside == "." else beside]
+    folders = tuple(f for f in dict.fromkeys(tried) if (data / f).is_dir())
+    return Source(split, data, path, shown, folders)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for the file system
+        return False
+
+
+def _names(data: Path, paths: list[Path]) -> str:
+    return ", ".join(path.relative_to(data).as_posix() for path in paths)

@@ -1,0 +1,166 @@
+"""What `prepare` found wrong and what it did: collected, then failed on, printed and written.
+
+    prepared/report.json   {"passed": ..., "counts": {kind: {policy: n}}, "items": [...], ...}
+
+The report is written also where `prepare` fails, and its bytes depend on the data alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import get_args
+
+from runkey.errors import DataError
+from runkey.params.data import Checks
+
+LINES_PER_KIND = 20
+_LONGEST_NAME = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One item that something was wrong with."""
+
+    kind: str
+    """The check's name in `data.checks`, or "structure" for what no policy can mend."""
+    policy: str
+    """fix, drop or fail: what was done with it."""
+    file: str
+    """The JSON or the image, as the user may open it from the repository's root."""
+    image_id: int | None
+    annotation_id: int | None
+    what: str
+    """Which item, and what is wrong with it."""
+    done: str
+    """What became of it, or the way out where nothing could be done."""
+
+    @property
+    def line(self) -> str:
+        """One line: file, item, fault, and what was done or can be done."""
+        return f"{self.file}: {self.what}; {self.done}"
+
+
+@dataclass(slots=True)
+class Findings:
+    """Collects findings under the policies of `data.checks`."""
+
+    checks: Checks
+    items: list[Finding] = field(default_factory=list)
+
+    def add(
+        self,
+        kind: str,
+        file: str,
+        what: str,
+        *,
+        image_id: int | None = None,
+        annotation_id: int | None = None,
+        fixed: str = "",
+        dropped: str = "left out",
+    ) -> bool:
+        """Record a fault.
+
+        Args:
+            kind: the name of its check.
+            file: the JSON or the image.
+            what: item and fault.
+            image_id: the image it concerns, if one.
+            annotation_id: the annotation it concerns, if one.
+            fixed: what is done under `fix`.
+            dropped: what is done under `drop`.
+
+        Returns:
+            Whether the item stays, mended.  Under `fail` it does not, so that checking goes on
+            with the rest and all faults of the data set are known before it is refused.
+        """
+        policy: str = getattr(self.checks, kind)
+        done = {"fix": fixed, "drop": dropped}.get(policy) or way_out(kind)
+        self.items.append(Finding(kind, policy, file, image_id, annotation_id, what, done))
+        return policy == "fix"
+
+    def refuse(self, file: str, what: str, done: str) -> None:
+        """Record a fault that has no policy: the data set cannot be used with it."""
+        self.items.append(Finding("structure", "fail", file, None, None, what, done))
+
+    def stop_if_failed(self, report: str) -> None:
+        """Stop if anything was found that must not be trained on.
+
+        Args:
+            report: where the whole list is, as the error's text shall name it.
+
+        Raises:
+            DataError: one line for the first such fault, with the number of the others.
+        """
+        failed = [item for item in self.items if item.policy == "fail"]
+        if not failed:
+            return
+        more = len(failed) - 1
+        rest = f" ({more} more such fault{'s' if more > 1 else ''} in {report})" if more else ""
+        raise DataError(failed[0].line + rest)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The outcome of `prepare`."""
+
+    passed: bool
+    items: tuple[Finding, ...]
+    kept: dict[str, dict[str, int]]
+    """For each split, the images, objects and crowd regions that later stages see."""
+    notes: tuple[str, ...]
+    """What is worth knowing and no fault, one line each."""
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Items for each kind and policy, sorted by name."""
+        pairs = Counter((item.kind, item.policy) for item in self.items)
+        counts: dict[str, dict[str, int]] = {}
+        for (kind, policy), number in sorted(pairs.items()):
+            counts.setdefault(kind, {})[policy] = number
+        return counts
+
+    def write(self, path: Path) -> None:
+        """Write report.json, one item a line."""
+        head = {
+            "passed": self.passed,
+            "kept": self.kept,
+            "counts": self.counts,
+            "notes": list(self.notes),
+        }
+        text = json.dumps(head, indent=2, ensure_ascii=False)[:-2]
+        items = ",\n".join("    " + json.dumps(asdict(i), ensure_ascii=False) for i in self.items)
+        body = f"[\n{items}\n  ]" if items else "[]"
+        path.write_text(f'{text},\n  "items": {body}\n}}\n', encoding="utf-8")
+
+    def lines(self) -> list[str]:
+        """The table that is printed: every kind with its count, and the items themselves."""
+        lines: list[str] = []
+        for kind, policies in self.counts.items():
+            totals = ", ".join(f"{policy} {number}" for policy, number in policies.items())
+            lines.append(f"  {kind:<22}{totals}")
+            items = [item for item in self.items if item.kind == kind]
+            lines += [f"    {item.line}" for item in items[:LINES_PER_KIND]]
+            if len(items) > LINES_PER_KIND:
+                lines.append(f"    ... and {len(items) - LINES_PER_KIND} more in report.json")
+        lines += [f"  note: {note}" for note in self.notes]
+        return lines or ["  nothing found wrong"]
+
+
+def way_out(kind: str) -> str:
+    """What a user can do about a fault of this kind, for the end of an error line."""
+    options = get_args(_policies(kind))
+    ways = " or ".join(option for option in options if option != "fail")
+    return f"set data.checks.{kind}: {ways} in params.yaml or mend the file"
+
+
+def printable(name: str) -> str:
+    """A name from a JSON as it may stand in a one-line message."""
+    shown = name if name.isprintable() else ascii(name)[1:-1]
+    return shown if len(shown) <= _LONGEST_NAME else shown[:_LONGEST_NAME] + "..."
+
+
+def _policies(kind: str) -> object:
+    return Checks.model_fields[kind].annotation
