@@ -45,7 +45,11 @@ class Optimizer(Section):
 
 
 class Schedule(Section):
-    """`schedule`: the factor on every rate, a pure function of the optimizer step."""
+    """`schedule`: the factor on every rate, a pure function of the optimizer step.
+
+    Warm-up multiplies each shape, save cosine (starts where warm-up ends) and onecycle (its own
+    rise takes the place of warm-up).  Epochs are counted from the first step.
+    """
 
     name: Literal[
         "constant", "step", "multistep", "exponential", "cosine", "onecycle", "cyclical", "plateau"
@@ -53,14 +57,14 @@ class Schedule(Section):
     """Shape after warm-up."""
     warmup_fraction: Fraction = 0.05
     """Part of all steps in which the rate rises linearly from warmup_start."""
-    warmup_start: Fraction = 0.0
-    """Factor at step 0 of the warm-up."""
+    warmup_start: Fraction = 0.01
+    """Factor at step 0 of the warm-up, and of onecycle's rise."""
     step_epochs: PositiveInt = 200
     """step: epochs between drops."""
     milestones: tuple[PositiveInt, ...] = ()
     """multistep: epochs at which the rate drops."""
     gamma: OpenFraction = 0.1
-    """step, multistep, plateau: factor of a drop; exponential: factor per epoch."""
+    """step, multistep, plateau: factor of a drop; exponential: factor per epoch, step by step."""
     min_factor: Fraction = 0.0
     """cosine, onecycle, cyclical, plateau: the lowest factor."""
     peak_fraction: OpenFraction = 0.3
@@ -68,7 +72,8 @@ class Schedule(Section):
     cycle_epochs: PositiveFloat = 10.0
     """cyclical: epochs of one triangle, up and down."""
     patience: PositiveInt = 3
-    """plateau: evaluations without improvement before a drop."""
+    """plateau: evaluations on end without improvement (of training.early_stopping.metric) before
+    a drop."""
     min_delta: NonNegativeFloat = 0.0
     """plateau: smallest change that counts as improvement."""
 
@@ -87,11 +92,12 @@ class EarlyStopping(Section):
     enabled: bool = True
     """false: always train all epochs."""
     metric: str = "val/AP"
-    """Any metric logged at evaluations: val/AP, val/AP50, val/loss, ..."""
+    """Any metric logged at evaluations: val/AP, val/AP50, val/loss, ...  The weights with its best
+    value are the model, whether or not training stops early."""
     mode: Literal["max", "min"] = "max"
     """max: larger is better."""
     patience: PositiveInt = 5
-    """Evaluations without improvement before training stops."""
+    """Evaluations on end without improvement before training stops."""
     min_delta: NonNegativeFloat = 0.0
     """Smallest change that counts as improvement, in the metric's unit."""
 
@@ -109,7 +115,8 @@ class Training(Section):
     """Automatic mixed precision; boxes, costs and losses stay in fp32.  auto: bf16 on a GPU
     that has it, off on a CPU."""
     ema_decay: BelowOne = 0.0
-    """Decay of the moving average of the weights that is evaluated and kept; 0: none."""
+    """Decay per step of the moving average of the weights that is evaluated and kept; 0: none.
+    After n steps it is (1 + n) / (10 + n) at most, so that the start is soon forgotten."""
     evaluate_every: PositiveInt = 1
     """Epochs between evaluations on the held-out images; the last epoch always has one."""
     deterministic: bool = True

@@ -1,0 +1,56 @@
+"""Failures inside a step, told with the step, its images and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from runkey.data.batch import Window
+from runkey.errors import TrainingError
+from runkey.training.step import image_ids_of
+
+_MOST_IDS_SHOWN = 8
+
+
+@contextmanager
+def explained(step: int, window: Window, lr: float) -> Iterator[None]:
+    """Turn what can go wrong in a step into one line that a user can act on.
+
+    Args:
+        step: its number, from 1.
+        window: its images.
+        lr: its rate.
+
+    Raises:
+        TrainingError: memory ran out, an operation has no deterministic form, or the criterion
+            found something that is not finite.
+    """
+    try:
+        yield
+    except TrainingError as error:
+        raise TrainingError(
+            f"step {step} (lr {lr:.3g}, images {shown_ids(image_ids_of(window))}): {error}"
+        ) from error
+    except torch.OutOfMemoryError:
+        shapes = {f"{len(b)} x {b.images.shape[2]} x {b.images.shape[3]}" for b in window}
+        raise TrainingError(
+            f"step {step}: the device ran out of memory with micro-batches of "
+            f"{', '.join(sorted(shapes))} (images x height x width); set training.micro_batch "
+            "lower, or memory.budget_gib, and run `dvc repro` again"
+        ) from None
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        operation = str(error).split(" does not")[0]
+        raise TrainingError(
+            f"step {step}: {operation} has no deterministic form on this device; "
+            "set training.deterministic: false"
+        ) from error
+
+
+def shown_ids(ids: tuple[int, ...]) -> str:
+    """The first image ids, with a mark if there are more."""
+    more = ", ..." if len(ids) > _MOST_IDS_SHOWN else ""
+    return ", ".join(map(str, ids[:_MOST_IDS_SHOWN])) + more

@@ -1,0 +1,165 @@
+"""The training loop: epochs of steps, evaluations, the best weights, an early stop.
+
+result = fit(model, criterion, loader, evaluate, params, device=device, tracker=tracker)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from runkey.model.criterion import Criterion
+from runkey.params import Params
+from runkey.training.distributed import World
+from runkey.training.early_stopping import Judge, judge_history, watched_value
+from runkey.training.explain import explained
+from runkey.training.meters import timed
+from runkey.training.progress import Display, epoch_line, open_display
+from runkey.training.recorder import EpochRecorder
+from runkey.training.seed import seed_step
+from runkey.training.setup import Evaluate, Loader, Setup, build_setup
+from runkey.training.state import FitResult, LoopState
+from runkey.training.step import train_step
+from runkey.training.tracker import Quiet, Tracker
+
+
+def fit(
+    model: nn.Module,
+    criterion: Criterion,
+    loader: Loader,
+    evaluate: Evaluate,
+    params: Params,
+    *,
+    device: torch.device,
+    tracker: Tracker | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    world: World | None = None,
+) -> FitResult:
+    """Train a model; its best weights, not the last, are the result.
+
+    Args:
+        model: called as `model(images, padding_mask, targets)`; moved to `device` and changed.
+        criterion: its losses.
+        loader: the training data, already cut into micro-batches.
+        evaluate: metrics of a module in evaluation mode; called every `training.evaluate_every`
+            epochs and after the last, with the averaged weights if `training.ema_decay` is set.
+        params: lr, seed, optimizer, schedule, training and runtime are read.
+        device: where to train.
+        tracker: takes the metrics; its failure does not stop training.
+        say: prints a line.
+        world: this process among others; None for the only one.
+
+    Raises:
+        TrainingError: no data, nothing to train, losses that stay non-finite, memory exhausted, or
+            an early-stopping metric that evaluations do not log.
+    """
+    setup = build_setup(
+        model,
+        criterion,
+        loader,
+        evaluate,
+        params,
+        device=device,
+        tracker=tracker or Quiet(),
+        say=say,
+        world=world or World(),
+    )
+    state = LoopState()
+    epochs, every = params.training.epochs, params.training.evaluate_every
+    with open_display(
+        setup.schedule.total_steps, epochs, wanted=params.runtime.progress
+    ) as display:
+        while not state.stop_reason:
+            started = time.perf_counter()
+            values = _train_epoch(setup, state, display)
+            due = state.epoch % every == 0 or state.epoch == epochs
+            is_best = due and _evaluate(setup, state, values)
+            state.seconds += time.perf_counter() - started
+            _close_epoch(setup, state, values, is_best=is_best)
+    return _finish(setup, state)
+
+
+def _train_epoch(setup: Setup, state: LoopState, display: Display) -> dict[str, float]:
+    """All steps of one epoch; its values by metric name."""
+    setup.machinery.model.train()
+    recorder = EpochRecorder(setup, state, display)
+    watched = state.watched(setup.watched)
+    windows = setup.loader.epoch(state.epoch)
+    for window in timed(windows, recorder.pace, recorder.recent):
+        factor = setup.schedule.factor(state.step, watched)
+        seed_step(setup.params.seed, state.step, setup.world.rank)
+        with explained(state.step + 1, window, setup.params.lr * factor):
+            result = train_step(setup.machinery, window, factor)
+        if setup.ema is not None:
+            setup.ema.update()
+        state.step += 1
+        recorder.record(window, result, factor)
+    values = recorder.finish()
+    state.epoch += 1
+    if state.step != state.epoch * setup.loader.steps_per_epoch:
+        raise ValueError(f"epoch {state.epoch}: the loader's windows are not steps_per_epoch")
+    return values
+
+
+def _evaluate(setup: Setup, state: LoopState, values: dict[str, float]) -> bool:
+    """Evaluate, add the metrics to `values`, keep the best weights; whether these are the best."""
+    stopping = setup.params.training.early_stopping
+    module = setup.evaluated_module.eval()
+    with torch.no_grad():
+        metrics = {name: float(value) for name, value in setup.evaluate(module).items()}
+    value = watched_value(metrics, stopping.metric)
+    values |= metrics
+    state.evaluations.append(metrics)
+    if stopping.enabled:
+        judge = Judge(stopping.mode, stopping.min_delta)
+        history = state.watched(stopping.metric)
+        verdict = judge_history(history, judge, stopping.patience, stopping.metric)
+        state.stop_reason = verdict.reason
+    # The smallest change is for patience alone: better weights are better by however little.
+    return state.offer(value, metrics, module, Judge(stopping.mode))
+
+
+def _close_epoch(
+    setup: Setup, state: LoopState, values: dict[str, float], *, is_best: bool
+) -> None:
+    """Record, log and print an epoch; note the end of training."""
+    epochs = setup.params.training.epochs
+    values |= {"train/epoch": float(state.epoch), "train/skipped_steps": float(state.skipped_steps)}
+    state.history.append({"epoch": float(state.epoch), "step": float(state.step)} | values)
+    setup.tracker.log(values, state.step)
+    setup.say(
+        epoch_line(
+            state.epoch,
+            epochs,
+            values,
+            setup.seconds_left(state.step, state.seconds),
+            watched=setup.watched,
+            is_best=is_best,
+        )
+    )
+    if not state.stop_reason and state.epoch == epochs:
+        state.stop_reason = f"all {epochs} epochs done"
+
+
+def _finish(setup: Setup, state: LoopState) -> FitResult:
+    """Say how training ended, and hand over what it leaves behind."""
+    result = state.result()
+    setup.say(
+        f"{result.stop_reason}; kept the weights of epoch {result.best_epoch} "
+        f"({setup.watched} {result.best_metrics[setup.watched]:.4g})"
+    )
+    setup.tracker.event(
+        "training_end",
+        reason=result.stop_reason,
+        best_epoch=result.best_epoch,
+        best_step=result.best_step,
+        steps=result.steps,
+        skipped_steps=result.skipped_steps,
+        seconds=result.seconds,
+    )
+    return result

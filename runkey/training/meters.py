@@ -1,0 +1,130 @@
+"""Numbers of a running epoch: read late, so that nobody waits for the device."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from runkey.data.batch import Window
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Values of one optimizer step, on the host."""
+
+    step: int
+    """Optimizer steps tried up to and with this one."""
+    image_ids: tuple[int, ...]
+    """COCO ids of the images it was computed from."""
+    lr: float
+    """Its rate."""
+    values: dict[str, float]
+    """By metric name."""
+
+
+class LateReader:
+    """Hands out each step's values one step later, when the device has long delivered them.
+
+    The copy to the host is queued behind the step itself; by the time it is read, the matcher of
+    the next step has waited for the device anyway.
+    """
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._queued: tuple[Reading, Tensor, torch.cuda.Event | None] | None = None
+
+    def push(
+        self, step: int, image_ids: tuple[int, ...], lr: float, values: Mapping[str, Tensor]
+    ) -> Reading | None:
+        """Queue device scalars of a step; the reading before it, if there is one."""
+        previous = self.flush()
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        arrived = None
+        if stacked.is_cuda:
+            host = torch.empty(stacked.shape, pin_memory=True)
+            stacked = host.copy_(stacked, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        names = dict.fromkeys(values, 0.0)
+        self._queued = (Reading(step, image_ids, lr, names), stacked, arrived)
+        return previous
+
+    def flush(self) -> Reading | None:
+        """The reading that is still queued, waiting for it if need be."""
+        if self._queued is None:
+            return None
+        reading, stacked, arrived = self._queued
+        self._queued = None
+        if arrived is not None:
+            arrived.synchronize()
+        values = dict(zip(reading.values, stacked.tolist(), strict=True))
+        return replace(reading, values=values)
+
+
+class Means:
+    """Means of values over an epoch; values that are not finite are left out."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Take one more of each value."""
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._sums[name] = self._sums.get(name, 0.0) + value
+                self._counts[name] = self._counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """The mean of each name that had a finite value."""
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
+
+
+@dataclass
+class Pace:
+    """How fast images go by, and how long the loop waited for them, since the start of a span."""
+
+    images: int = 0
+    wait_seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def restart(self) -> None:
+        """Begin a new span now."""
+        self.images, self.wait_seconds, self.started = 0, 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Length of the span so far."""
+        return max(1e-9, time.perf_counter() - self.started)
+
+    @property
+    def images_per_second(self) -> float:
+        """Throughput."""
+        return self.images / self.seconds
+
+    @property
+    def data_wait_share(self) -> float:
+        """Part of the time in which the loop had no data to work on, 0..1."""
+        return min(1.0, self.wait_seconds / self.seconds)
+
+
+def timed(windows: Iterable[Window], *paces: Pace) -> Iterator[Window]:
+    """The same windows; the time that each was waited for, and its images, go to the paces."""
+    iterator = iter(windows)
+    while True:
+        started = time.perf_counter()
+        window = next(iterator, None)
+        waited = time.perf_counter() - started
+        for pace in paces:
+            pace.wait_seconds += waited
+        if window is None:
+            return
+        for pace in paces:
+            pace.images += sum(len(batch) for batch in window)
+        yield window

@@ -1,0 +1,117 @@
+"""What a person watching sees: a bar where there is a terminal, and one line per epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Protocol
+
+
+class Display(Protocol):
+    """Shows how far training is."""
+
+    def update(self, step: int, epoch: int, text: str) -> None:
+        """Show the optimizer steps done, the running epoch (from 1) and the latest values."""
+
+
+class _Nothing:
+    """No terminal, or no bar wanted."""
+
+    def update(self, step: int, epoch: int, text: str) -> None:
+        """Show nothing."""
+
+
+@contextmanager
+def open_display(total_steps: int, epochs: int, *, wanted: bool) -> Iterator[Display]:
+    """A progress bar on the terminal until the block ends; nothing where there is no terminal.
+
+    Lines printed meanwhile appear above it.
+
+    Args:
+        total_steps: optimizer steps of the whole training.
+        epochs: its epochs.
+        wanted: `runtime.progress`.
+    """
+    # rich may be missing on a bare GPU machine, and a log file wants no bar.
+    if not wanted or find_spec("rich") is None:
+        yield _Nothing()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    console = Console()
+    if not console.is_terminal:
+        yield _Nothing()
+        return
+    columns = (
+        TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+        BarColumn(bar_width=20),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
+        task = bar.add_task("train", total=total_steps, epoch=1, epochs=epochs, text="")
+
+        class _Bar:
+            def update(self, step: int, epoch: int, text: str) -> None:
+                """Move the bar."""
+                bar.update(task, completed=step, epoch=epoch, text=text)
+
+        yield _Bar()
+
+
+def bar_text(values: Mapping[str, float], seconds_left: float) -> str:
+    """Throughput, loss, gradient norm, rate, data-wait share and time left, in one short line."""
+    return "  ".join([*pace_parts(values, "train/loss"), f"left {clock(seconds_left)}"])
+
+
+def epoch_line(
+    epoch: int,
+    epochs: int,
+    values: Mapping[str, float],
+    seconds_left: float,
+    *,
+    watched: str,
+    is_best: bool,
+) -> str:
+    """The one line that an epoch leaves behind.
+
+    Args:
+        epoch: from 1.
+        epochs: of the whole training.
+        values: by metric name; those of an evaluation too, if there was one.
+        seconds_left: estimate.
+        watched: name of the metric that decides on the best weights.
+        is_best: whether this epoch's weights are the best so far.
+    """
+    width = len(str(epochs))
+    parts = [f"epoch {epoch:{width}d}/{epochs}", *pace_parts(values, "train/epoch_loss")]
+    shown = [name for name in values if name in (watched, "val/AP", "val/AP50", "val/loss")]
+    parts += [
+        f"{name} {values[name]:.4g}{' (best)' if is_best and name == watched else ''}"
+        for name in shown
+    ]
+    return "  ".join([*parts, f"left {clock(seconds_left)}"])
+
+
+def pace_parts(values: Mapping[str, float], loss_name: str) -> list[str]:
+    """`loss 3.21`, `grad 0.41` and so on, for the values that are there."""
+    shown = {
+        loss_name: "loss {:.4g}",
+        "train/grad_norm": "grad {:.3g}",
+        "train/lr": "lr {:.2e}",
+        "train/images_per_second": "{:.1f} img/s",
+        "train/data_wait_share": "wait {:.0%}",
+    }
+    return [form.format(values[name]) for name, form in shown.items() if name in values]
+
+
+def clock(seconds: float) -> str:
+    """`41s`, `2m10s`, `3h05m`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

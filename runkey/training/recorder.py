@@ -1,0 +1,105 @@
+"""The numbers of a running epoch on their way to the tracker, the bar and the epoch's line."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from runkey.data.batch import Window
+from runkey.errors import TrainingError
+from runkey.training.explain import shown_ids
+from runkey.training.meters import LateReader, Means, Pace, Reading
+from runkey.training.progress import Display, bar_text
+from runkey.training.setup import Setup
+from runkey.training.state import LoopState
+from runkey.training.step import StepResult, image_ids_of
+
+# Skipped steps on end after which training is taken to be lost.  A loss scaler in fp16 skips about
+# ten at the start while it looks for its factor.
+_MOST_SKIPPED_IN_A_ROW = 50
+
+
+class EpochRecorder:
+    """Takes each step's result, and hands its values on one step later."""
+
+    def __init__(self, setup: Setup, state: LoopState, display: Display) -> None:
+        """Start an epoch."""
+        self.pace = Pace()
+        """Of the whole epoch."""
+        self.recent = Pace()
+        """Since the last logged step."""
+        self._setup, self._state, self._display = setup, state, display
+        self._reader, self._means = LateReader(), Means()
+        self._seconds_before = state.seconds
+
+    def record(self, window: Window, result: StepResult, factor: float) -> None:
+        """Queue the values of the step that `state.step` now counts."""
+        lr = self._setup.params.lr * factor
+        self._take(self._reader.push(self._state.step, image_ids_of(window), lr, _scalars(result)))
+
+    def finish(self) -> dict[str, float]:
+        """Wait for the last step; the epoch's values by metric name.
+
+        Losses are means under `train/epoch_loss` and so on, so that they lie on one axis with the
+        evaluation's; gradient norms are means, the rate is the last.
+        """
+        last = self._reader.flush()
+        self._take(last)
+        values = {
+            name.replace("/loss", "/epoch_loss"): value
+            for name, value in self._means.means().items()
+        }
+        values |= _pace_values(self.pace)
+        return values if last is None else values | {"train/lr": last.lr}
+
+    def _take(self, reading: Reading | None) -> None:
+        """Count, log and show a step whose values have arrived on the host."""
+        if reading is None:
+            return
+        values = dict(reading.values)
+        self._count_skipped(reading, skipped=values.pop("skipped") > 0)
+        self._means.add(values)
+        if reading.step > 1 and reading.step % self._setup.params.runtime.log_every:
+            return
+        values |= _pace_values(self.recent)
+        values["train/lr"] = reading.lr
+        values["train/epoch"] = reading.step / self._setup.loader.steps_per_epoch
+        self.recent.restart()
+        self._setup.tracker.log(values, reading.step)
+        seconds = self._seconds_before + self.pace.seconds
+        text = bar_text(values, self._setup.seconds_left(self._state.step, seconds))
+        self._display.update(self._state.step, self._state.epoch + 1, text)
+
+    def _count_skipped(self, reading: Reading, *, skipped: bool) -> None:
+        """Keep count of steps that were not finite, and give up when there is nothing else."""
+        state = self._state
+        if not skipped:
+            state.skipped_in_a_row = 0
+            return
+        state.skipped_steps += 1
+        state.skipped_in_a_row += 1
+        self._setup.tracker.event(
+            "skipped_step", step=reading.step, image_ids=list(reading.image_ids)
+        )
+        if state.skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                f"step {reading.step} (lr {reading.lr:.3g}, images {shown_ids(reading.image_ids)}):"
+                f" loss or gradients were not finite in {state.skipped_in_a_row} steps on end; "
+                "try a lower lr, or training.precision: off"
+            )
+
+
+def _scalars(result: StepResult) -> dict[str, Tensor]:
+    """A step's scalars by metric name, and whether it was skipped."""
+    values = {f"train/{name}": value for name, value in result.losses.items()}
+    return values | {
+        "train/grad_norm": result.grad_norm,
+        "train/grad_norm_clipped": result.grad_norm_clipped,
+        "skipped": result.skipped,
+    }
+
+
+def _pace_values(pace: Pace) -> dict[str, float]:
+    return {
+        "train/images_per_second": pace.images_per_second,
+        "train/data_wait_share": pace.data_wait_share,
+    }

@@ -1,0 +1,159 @@
+"""What one training needs, built from its parameters, with the choices made said aloud."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from runkey.data.batch import Window
+from runkey.errors import TrainingError
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from runkey.model.criterion import Criterion
+from runkey.params import Params
+from runkey.training.distributed import World
+from runkey.training.ema import Ema
+from runkey.training.optimizer import build_optimizer, trained_parameters
+from runkey.training.precision import build_precision, choose_precision
+from runkey.training.schedule import Schedule, build_schedule
+from runkey.training.seed import set_up
+from runkey.training.step import Machinery
+from runkey.training.tracker import Contained, Tracker
+
+
+class Loader(Protocol):
+    """Training data: windows of micro-batches, the same for the same epoch."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Windows in an epoch."""
+        ...
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Window]:
+        """The windows of an epoch (from 0), from its `start_step`-th on."""
+        ...
+
+
+# Metrics by name (`val/AP`, ...) of a module in evaluation mode; called without gradients.
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What stays the same throughout a training."""
+
+    params: Params
+    machinery: Machinery
+    schedule: Schedule
+    ema: Ema | None
+    loader: Loader
+    evaluate: Evaluate
+    tracker: Tracker
+    say: Callable[[str], None]
+    world: World
+
+    @property
+    def evaluated_module(self) -> nn.Module:
+        """What is evaluated and kept: the moving average if there is one."""
+        return self.machinery.model if self.ema is None else self.ema.module
+
+    @property
+    def watched(self) -> str:
+        """Name of the metric that early stopping, plateau and the best weights go by."""
+        return self.params.training.early_stopping.metric
+
+    def seconds_left(self, step: int, seconds: float) -> float:
+        """Time that the remaining steps take if they are like the first `step`."""
+        return seconds / step * (self.schedule.total_steps - step)
+
+
+def build_setup(
+    model: nn.Module,
+    criterion: Criterion,
+    loader: Loader,
+    evaluate: Evaluate,
+    params: Params,
+    *,
+    device: torch.device,
+    tracker: Tracker,
+    say: Callable[[str], None],
+    world: World,
+) -> Setup:
+    """Seed torch, move the model, and build what the steps need.  See `loop.fit`."""
+    training = params.training
+    if loader.steps_per_epoch == 0:
+        raise TrainingError("prepared/train.json: no training images; see prepared/report.json")
+    if world.size > 1:
+        raise TrainingError(
+            f"environment: WORLD_SIZE={world.size}, but training runs in one process; "
+            "start it without torchrun"
+        )
+    set_up(params.seed, deterministic=training.deterministic)
+    machinery, precision_reason = _build_machinery(model, criterion, params, device)
+    setup = Setup(
+        params=params,
+        machinery=machinery,
+        schedule=build_schedule(
+            params.schedule,
+            epochs=training.epochs,
+            steps_per_epoch=loader.steps_per_epoch,
+            mode=training.early_stopping.mode,
+        ),
+        ema=Ema(machinery.model, training.ema_decay) if training.ema_decay > 0 else None,
+        loader=loader,
+        evaluate=evaluate,
+        tracker=Contained(tracker, say),
+        say=say,
+        world=world,
+    )
+    _say_choices(setup, precision_reason)
+    return setup
+
+
+def _build_machinery(
+    model: nn.Module, criterion: Criterion, params: Params, device: torch.device
+) -> tuple[Machinery, str]:
+    """The step's parts on the device, and why its precision was chosen."""
+    channels_last = params.training.channels_last
+    model = model.to(device)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    dtype, reason = choose_precision(params.training.precision, device)
+    machinery = Machinery(
+        model=model,
+        criterion=criterion,
+        optimizer=build_optimizer(model, params.optimizer, params.lr),
+        precision=build_precision(dtype, device),
+        channels_last=channels_last,
+        clip_mode=params.optimizer.clip.mode,
+        clip_threshold=params.optimizer.clip.threshold,
+    )
+    return machinery, reason
+
+
+def _say_choices(setup: Setup, precision_reason: str) -> None:
+    """Print and record what was decided for the user."""
+    machinery, total = setup.machinery, setup.schedule.total_steps
+    dtype = machinery.precision.dtype
+    precision = "fp32" if dtype is None else f"{dtype} autocast".removeprefix("torch.")
+    trained = sum(p.numel() for p in trained_parameters(machinery.optimizer))
+    everything = sum(p.numel() for p in machinery.model.parameters())
+    setup.say(f"precision: {precision} ({precision_reason})")
+    setup.say(
+        f"training {trained:,} of {everything:,} parameters on {machinery.device}: "
+        f"{setup.params.training.epochs} epochs of {setup.loader.steps_per_epoch} steps"
+    )
+    setup.tracker.event(
+        "training_start",
+        device=str(machinery.device),
+        precision=precision,
+        precision_reason=precision_reason,
+        trained_parameters=trained,
+        parameters=everything,
+        total_steps=total,
+        threads=torch.get_num_threads(),
+    )

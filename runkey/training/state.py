@@ -1,0 +1,117 @@
+"""Everything that a training knows about itself, in one place, so that it can be saved whole.
+
+Beside it there are only the tensors of model, optimizer, moving average and loss scaler, each with
+a state_dict of its own.  Counters of early stopping and plateau are not kept: both are functions of
+`evaluations`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from runkey.training.early_stopping import Judge
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far, and the weights it judged."""
+
+    value: float
+    """The watched metric; NaN only as long as no evaluation gave a number."""
+    metrics: dict[str, float]
+    epoch: int
+    """Epochs done, from 1."""
+    step: int
+    """Optimizer steps done."""
+    weights: dict[str, Tensor]
+    """State dict on the host, contiguous tensors."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a training leaves behind."""
+
+    best_state: dict[str, Tensor]
+    """State dict of the best weights, on the host."""
+    best_metrics: dict[str, float]
+    """Their evaluation."""
+    best_epoch: int
+    """Epochs done when they were evaluated, from 1."""
+    best_step: int
+    """Optimizer steps done by then."""
+    stop_reason: str
+    history: list[dict[str, float]]
+    """Values of each epoch by metric name, with `epoch` and `step`."""
+    steps: int
+    """Optimizer steps tried in all."""
+    skipped_steps: int
+    """Steps in which nothing was updated, since loss or gradients were not finite."""
+    seconds: float
+    """Wall time of training and evaluating."""
+
+
+@dataclass
+class LoopState:
+    """How far a training is, and what it has seen."""
+
+    epoch: int = 0
+    """Epochs finished."""
+    step: int = 0
+    """Optimizer steps tried; epoch and place in it follow from this."""
+    skipped_steps: int = 0
+    """Steps in which loss or gradients were not finite, so that nothing was updated."""
+    skipped_in_a_row: int = 0
+    """Such steps on end, up to now."""
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    """Metrics of each evaluation, in order."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Values of each epoch by metric name, with `epoch` and `step`."""
+    best: Best | None = None
+    seconds: float = 0.0
+    """Wall time of training and evaluating."""
+    stop_reason: str = ""
+    """Empty while training goes on."""
+
+    def watched(self, metric: str) -> list[float]:
+        """One metric at each evaluation so far."""
+        return [metrics[metric] for metrics in self.evaluations]
+
+    def offer(
+        self, value: float, metrics: dict[str, float], module: nn.Module, judge: Judge
+    ) -> bool:
+        """Keep a copy of the module's weights if `value` is the best so far; whether it was.
+
+        The first evaluation is kept even if it gave NaN, so that there always is a model.
+        """
+        best = judge.worst if self.best is None or math.isnan(self.best.value) else self.best.value
+        if self.best is not None and not judge.better(value, best):
+            return False
+        self.best = Best(value, dict(metrics), self.epoch, self.step, host_weights(module))
+        return True
+
+    def result(self) -> FitResult:
+        """What is left when training ends; the last epoch always has an evaluation."""
+        if self.best is None:
+            raise ValueError("training ended without an evaluation")
+        return FitResult(
+            best_state=self.best.weights,
+            best_metrics=self.best.metrics,
+            best_epoch=self.best.epoch,
+            best_step=self.best.step,
+            stop_reason=self.stop_reason,
+            history=self.history,
+            steps=self.step,
+            skipped_steps=self.skipped_steps,
+            seconds=self.seconds,
+        )
+
+
+def host_weights(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of the module's state dict as plain contiguous tensors on the host."""
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in module.state_dict().items()
+    }

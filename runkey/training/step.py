@@ -1,0 +1,117 @@
+"""One optimizer step over a window of micro-batches.
+
+The losses of a window are sums divided by the whole window's own counts, so the gradient is the
+same whatever the micro-batch.  Nothing here waits for the device; only the matcher, inside the
+criterion, fetches its costs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from runkey.data.batch import Batch, Window
+from runkey.data.normalise import normalise
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from runkey.model.criterion import Criterion, Losses, Normaliser
+from runkey.model.targets import Targets
+from runkey.training.clip import ClipMode, clip_gradients
+from runkey.training.optimizer import guarded_step, set_rates, trained_parameters
+from runkey.training.precision import Precision
+
+
+@dataclass(frozen=True)
+class Machinery:
+    """What a step works with."""
+
+    model: nn.Module
+    criterion: Criterion
+    optimizer: torch.optim.AdamW
+    precision: Precision
+    channels_last: bool
+    clip_mode: ClipMode
+    clip_threshold: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where training runs."""
+        return self.precision.device
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Scalars on the device: reading one waits for the step."""
+
+    losses: dict[str, Tensor]
+    """`loss`, the weighted sum that is minimised, and `loss_<part>`; of the whole window."""
+    grad_norm: Tensor
+    """Joint norm of the unscaled gradients."""
+    grad_norm_clipped: Tensor
+    """The same after clipping."""
+    skipped: Tensor
+    """1 where loss or gradients were not finite and nothing was updated, else 0."""
+
+
+def train_step(machinery: Machinery, window: Window, factor: float) -> StepResult:
+    """Forward and backward over each micro-batch, then one guarded update.
+
+    Args:
+        machinery: model, criterion, optimizer and settings.
+        window: the micro-batches of the effective batch, on the host.
+        factor: the schedule's factor on every rate.
+    """
+    scaler, optimizer = machinery.precision.scaler, machinery.optimizer
+    set_rates(optimizer, factor)
+    optimizer.zero_grad(set_to_none=True)
+    losses = accumulate_gradients(machinery, window)
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    gradients = [p.grad for p in trained_parameters(optimizer) if p.grad is not None]
+    before, after = clip_gradients(gradients, machinery.clip_mode, machinery.clip_threshold)
+    skipped = (~(before.isfinite() & losses["loss"].isfinite())).float()
+    guarded_step(optimizer, skipped)
+    if scaler is not None:
+        scaler.update()
+    return StepResult(losses, before, after, skipped)
+
+
+def accumulate_gradients(machinery: Machinery, window: Window) -> dict[str, Tensor]:
+    """Add the gradients of a window's losses to the parameters' `.grad`.
+
+    Returns:
+        `loss` and `loss_<part>`, detached scalars on the device.
+    """
+    counts = [count for batch in window for count in batch.counts]
+    normaliser = machinery.criterion.normaliser(counts)
+    scaler = machinery.precision.scaler
+    sums: dict[str, Tensor] = {}
+    for batch in window:
+        losses = _forward(machinery, batch, normaliser)
+        (losses.total if scaler is None else scaler.scale(losses.total)).backward()
+        parts = {"loss": losses.total.detach()}
+        parts |= {part_name(name): value for name, value in losses.parts.items()}
+        sums = {name: sums[name] + value for name, value in parts.items()} if sums else parts
+    return sums
+
+
+def _forward(machinery: Machinery, batch: Batch, normaliser: Normaliser) -> Losses:
+    """The losses of one micro-batch, computed in the chosen precision."""
+    batch = batch.to(machinery.device)
+    images, padding_mask = normalise(batch, channels_last=machinery.channels_last)
+    targets = Targets(batch.boxes_cxcywh, batch.labels, batch.counts)
+    with machinery.precision.autocast():
+        outputs = machinery.model(images, padding_mask, targets)
+        return machinery.criterion(outputs, targets, normaliser)
+
+
+def part_name(name: str) -> str:
+    """`loss_l1` for `l1` and for `loss_l1`."""
+    return name if name.startswith("loss") else f"loss_{name}"
+
+
+def image_ids_of(window: Window) -> tuple[int, ...]:
+    """COCO ids of a window's images."""
+    return tuple(image_id for batch in window for image_id in batch.image_ids)

@@ -1,0 +1,191 @@
+"""A small real detector task: coloured squares, a few convolutions, fixed matching.
+
+The model and the criterion follow the contract of runkey.model's; the tests of the whole (real
+model, real matching) are in test_real_model.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from runkey import params
+from runkey.data.batch import Batch, Window
+
+CLASSES = 3
+QUERIES = 4
+SIZE = 16
+
+
+@dataclass(frozen=True)
+class ToyOutputs:
+    logits: Tensor
+    boxes_cxcywh: Tensor
+
+
+@dataclass(frozen=True)
+class ToyNormaliser:
+    boxes: float
+    slots: float
+
+
+@dataclass(frozen=True)
+class ToyLosses:
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class ToyModel(nn.Module):
+    """Convolutions (a `backbone.`), then one linear head for QUERIES boxes."""
+
+    def __init__(self, dropout: float = 0.0, norm: bool = True) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1),
+            nn.BatchNorm2d(8) if norm else nn.GroupNorm(2, 8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, stride=2, padding=1),
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(8 * (SIZE // 4) ** 2, QUERIES * (CLASSES + 4))
+
+    def forward(self, images: Tensor, padding_mask: Tensor, targets: object = None) -> ToyOutputs:
+        assert images.shape[0] == padding_mask.shape[0]
+        features = self.backbone(images.to(self.head.weight.dtype)).flatten(1)
+        out = self.head(self.dropout(features)).view(-1, QUERIES, CLASSES + 4)
+        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        return ToyOutputs(out[..., :CLASSES], out[..., CLASSES:].sigmoid())
+
+
+class ToyCriterion:
+    """Query i answers for the i-th box of its image; sums divided by the window's counts."""
+
+    def normaliser(self, counts: Sequence[int]) -> ToyNormaliser:
+        return ToyNormaliser(max(1, sum(counts)), len(counts) * QUERIES)
+
+    def __call__(self, outputs, targets, normaliser) -> ToyLosses:
+        image = targets.image_index()
+        slot = torch.cat([torch.arange(count) for count in targets.counts])
+        wanted = torch.zeros_like(outputs.logits)
+        wanted[image, slot, targets.labels] = 1
+        classification = nn.functional.binary_cross_entropy_with_logits(
+            outputs.logits, wanted, reduction="sum"
+        )
+        l1 = (outputs.boxes_cxcywh[image, slot] - targets.boxes_cxcywh).abs().sum()
+        classification, l1 = classification / normaliser.slots, l1 / normaliser.boxes
+        total = 2 * classification + 5 * l1
+        return ToyLosses(
+            total, {"loss_classification": classification.detach(), "loss_l1": l1.detach()}
+        )
+
+
+def make_batch(image_ids: Sequence[int], dtype: torch.dtype = torch.float32) -> Batch:
+    """Images drawn from their ids alone; id 5k has no box."""
+    images, boxes, labels, counts = [], [], [], []
+    for image_id in image_ids:
+        generator = torch.Generator().manual_seed(image_id)
+        image = torch.randint(0, 60, (3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+        count = 0 if image_id % 5 == 0 else 1 + image_id % QUERIES
+        for _ in range(count):
+            x, y = torch.randint(0, SIZE - 6, (2,), generator=generator).tolist()
+            label = int(torch.randint(0, CLASSES, (1,), generator=generator))
+            image[label, y : y + 6, x : x + 6] = 220
+            boxes.append([(x + 3) / SIZE, (y + 3) / SIZE, 6 / SIZE, 6 / SIZE])
+            labels.append(label)
+        images.append(image)
+        counts.append(count)
+    sizes = torch.full((len(images), 2), SIZE)
+    return Batch(
+        images=torch.stack(images),
+        sizes=sizes,
+        boxes_cxcywh=torch.tensor(boxes, dtype=dtype).reshape(-1, 4),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        counts=tuple(counts),
+        image_ids=tuple(image_ids),
+        original_sizes=sizes,
+    )
+
+
+def make_window(image_ids: Sequence[int], micro_batch: int, **options) -> Window:
+    parts = [image_ids[i : i + micro_batch] for i in range(0, len(image_ids), micro_batch)]
+    return tuple(make_batch(part, **options) for part in parts)
+
+
+class ToyLoader:
+    """`images` images in windows of `batch_size`, the last one partial; the order by epoch."""
+
+    def __init__(self, images: int = 20, batch_size: int = 8, micro_batch: int = 8) -> None:
+        self.images, self.batch_size, self.micro_batch = images, batch_size, micro_batch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.images // self.batch_size)
+
+    def epoch(self, epoch: int, start_step: int = 0):
+        generator = torch.Generator().manual_seed(epoch)
+        order = (torch.randperm(self.images, generator=generator) + 1).tolist()
+        for step in range(start_step, self.steps_per_epoch):
+            ids = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield make_window(ids, self.micro_batch)
+
+
+class MemoryTracker:
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.events: list[tuple[str, dict[str, object]]] = []
+
+    def log(self, values, step: int) -> None:
+        self.logged.append((step, dict(values)))
+
+    def event(self, kind: str, **fields) -> None:
+        self.events.append((kind, fields))
+
+
+def make_params(lr: float = 1e-2, seed: int = 0, **sections) -> params.Params:
+    sections.setdefault("runtime", {})
+    sections["runtime"] = {"progress": False, "log_every": 1} | sections["runtime"]
+    sections.setdefault("training", {})
+    sections["training"] = {
+        "epochs": 3,
+        "early_stopping": {"metric": "val/loss", "mode": "min"},
+    } | sections["training"]
+    return params.parse_params({"lr": lr, "seed": seed} | sections)
+
+
+def val_loss(module: nn.Module) -> dict[str, float]:
+    """The toy loss on images that are not trained on."""
+    from runkey.data.normalise import normalise
+    from runkey.model.targets import Targets
+
+    assert not module.training
+    assert not torch.is_grad_enabled()
+    batch = make_batch(range(101, 113))
+    targets = Targets(batch.boxes_cxcywh, batch.labels, batch.counts)
+    criterion = ToyCriterion()
+    outputs = module(*normalise(batch), None)
+    losses = criterion(outputs, targets, criterion.normaliser(batch.counts))
+    return {"val/loss": float(losses.total), "val/AP": 0.5}
+
+
+@pytest.fixture
+def toy():
+    """Everything above, for tests that cannot import this file by name."""
+    import types
+
+    return types.SimpleNamespace(**{k: v for k, v in globals().items() if not k.startswith("_")})
+
+
+@pytest.fixture(autouse=True)
+def _restore_torch():
+    """`set_up` switches the whole process; leave it as the other tests expect it."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.utils.deterministic.fill_uninitialized_memory = fill

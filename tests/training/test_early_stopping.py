@@ -1,0 +1,58 @@
+"""When training stops, and what it says."""
+
+import pytest
+
+from runkey.errors import TrainingError
+from runkey.training.early_stopping import Judge, judge_history, watched_value
+
+NAN = float("nan")
+
+TABLE = [
+    # history, mode, min_delta, patience, stops, waited
+    ([], "max", 0, 1, False, 0),
+    ([0.1], "max", 0, 1, False, 0),
+    ([0.1, 0.1], "max", 0, 1, True, 1),  # the same again is no improvement
+    ([0.1, 0.1], "max", 0, 2, False, 1),
+    ([0.1, 0.2, 0.3], "max", 0, 1, False, 0),
+    ([0.3, 0.2, 0.1], "max", 0, 2, True, 2),
+    ([0.3, 0.2, 0.1], "min", 0, 2, False, 0),
+    ([0.1, 0.2, 0.3], "min", 0, 2, True, 2),
+    ([0.3, 0.2, 0.31, 0.2], "max", 0, 2, False, 1),
+    ([0.3, 0.2, 0.31, 0.2], "max", 0.05, 2, True, 3),  # 0.01 more is too little
+    ([0.30, 0.33, 0.36], "max", 0.05, 2, False, 0),  # measured from the best that counted
+    ([NAN], "max", 0, 1, True, 1),
+    ([NAN, 0.1], "max", 0, 2, False, 0),
+    ([NAN, 0.1], "min", 0, 2, False, 0),
+    ([0.1, NAN, NAN], "max", 0, 2, True, 2),
+    ([0.1, NAN, NAN], "min", 0, 2, True, 2),
+    ([float("-inf"), float("-inf")], "max", 0, 3, False, 2),
+    ([float("inf"), 5.0], "min", 0, 2, False, 0),
+]
+
+
+@pytest.mark.parametrize(("history", "mode", "min_delta", "patience", "stops", "waited"), TABLE)
+def test_table(history, mode, min_delta, patience, stops, waited):
+    verdict = judge_history(history, Judge(mode, min_delta), patience)
+    assert (verdict.stop, verdict.waited) == (stops, waited)
+    assert bool(verdict.reason) == stops
+
+
+def test_says_what_it_saw():
+    verdict = judge_history([0.2, 0.3125, 0.3, 0.31], Judge("max", 0.01), 2, "val/AP")
+    assert verdict.reason == (
+        "early stop: best val/AP 0.3125 at evaluation 2 of 4, "
+        "2 without improvement by more than 0.01 since"
+    )
+    verdict = judge_history([NAN, NAN], Judge("max"), 2, "val/AP")
+    assert verdict.reason == (
+        "early stop: val/AP was never a number, 2 without improvement since"
+    )
+
+
+def test_a_metric_that_is_not_there_is_named():
+    with pytest.raises(TrainingError) as caught:
+        watched_value({"val/loss": 1.0, "val/AP": 0.5}, "val/ap")
+    assert str(caught.value) == (
+        "params.yaml: training.early_stopping.metric = 'val/ap' is not logged at evaluations; "
+        "there are: val/AP, val/loss"
+    )
