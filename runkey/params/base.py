@@ -17,7 +17,7 @@ class Section(BaseModel):
 
 def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
-        raise ValueError("a number, not true/false, is wanted here")
+        raise ValueError("should be a number, not true or false")
     return value
 
 

@@ -25,6 +25,8 @@ def load_params(path: Path) -> Params:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ParamsError(f"{path.name}: not found; `make preset NAME=sample` makes one") from None
+    except OSError as error:
+        raise ParamsError(f"{path.name}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path.name}: not UTF-8 text ({error.reason})") from None
     try:
@@ -49,23 +51,69 @@ def parse_params(tree: Any, source: str = "params.yaml") -> Params:
     try:
         return Params.model_validate(tree)
     except ValidationError as error:
-        raise ParamsError("; ".join(f"{source}: {_fault(e)}" for e in error.errors())) from None
+        raise ParamsError(f"{source}: {'; '.join(_faults(error))}") from None
 
 
-def _fault(error: Any) -> str:
-    """One pydantic error as `key = value: what is allowed`."""
-    where = [part for part in error["loc"] if not _is_union_branch(part)]
-    name = ".".join(str(part) for part in where)
-    if error["type"] == "extra_forbidden":
-        return f"unknown key {name}{_suggest(where)}"
-    if error["type"] == "missing":
-        return f"{name} is missing"
-    text = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "should be")
-    return f"{name} = {error['input']!r}: {text}" if _is_plain(error["input"]) else f"{name}: {text}"
+def _faults(error: ValidationError) -> list[str]:
+    """Each faulty key once, as `key = value: what is allowed`."""
+    texts: dict[str, str] = {}
+    for fault in error.errors():
+        where = [part for part in fault["loc"] if not _is_union_branch(part)]
+        name = ".".join(str(part) for part in where)
+        if fault["type"] == "extra_forbidden":
+            texts[name] = f"unknown key {name}{_suggest(where)}"
+        elif fault["type"] == "missing":
+            texts[name] = f"{name} is missing"
+        elif name in texts:
+            # The further branches of a union: `... or 'auto'`.
+            texts[name] += f" or {_message(fault).removeprefix('should be ')}"
+        else:
+            texts[name] = f"{name}{_shown(fault['input'])}: {_message(fault)}"
+    return [texts[name].removeprefix(": ") for name in texts]
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool | list | None)
+def _shown(value: Any) -> str:
+    """` = value` as YAML writes it; nothing for a section."""
+    words = {"True": "true", "False": "false", "None": "null"}
+    text = repr(value)
+    return (
+        f" = {words.get(text, text)}" if isinstance(value, str | int | float | list | None) else ""
+    )
+
+
+_MESSAGES = {
+    "float_parsing": "should be a number",
+    "float_type": "should be a number",
+    "int_parsing": "should be a whole number",
+    "int_type": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "finite_number": "should be a finite number",
+    "bool_parsing": "should be true or false",
+    "bool_type": "should be true or false",
+    "string_type": "should be text",
+    "tuple_type": "should be a list",
+    "model_type": "should be a section with keys of its own",
+    "greater_than": "should be > {gt}",
+    "greater_than_equal": "should be >= {ge}",
+    "less_than": "should be < {lt}",
+    "less_than_equal": "should be <= {le}",
+    "literal_error": "should be {expected}",
+    "too_short": "should not be empty",
+    "too_long": "should have at most {max_length} entries",
+    "string_too_short": "should not be empty",
+}
+
+
+def _message(fault: Any) -> str:
+    """What is allowed, in the words of params.yaml rather than Python's."""
+    known = _MESSAGES.get(fault["type"])
+    if known is not None:
+        limits = fault.get("ctx", {})
+        plain = {
+            k: int(v) if isinstance(v, float) and v == int(v) else v for k, v in limits.items()
+        }
+        return known.format(**plain)
+    return " ".join(str(fault["msg"]).removeprefix("Value error, ").split())
 
 
 def _is_union_branch(part: str | int) -> bool:

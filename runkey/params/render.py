@@ -113,8 +113,8 @@ def _number(value: float) -> str:
 
 def _scalar(value: Any) -> str:
     if isinstance(value, str):
-        plain = value.lower() not in _QUOTED and value.replace("-", "").replace("/", "").isalnum()
-        return value if plain or value.replace("_", "").isalnum() else json.dumps(value)
+        plain = re.fullmatch(r"[A-Za-z][\w./-]*", value) and value.lower() not in _QUOTED
+        return value if plain else json.dumps(value)
     # 5e-05 is a number to YAML 1.2 alone; 5.0e-05 is one to every reader.
     return re.sub(r"^(-?\d+)e", r"\1.0e", json.dumps(value))
 

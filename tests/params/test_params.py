@@ -1,0 +1,189 @@
+"""params.yaml: each bad kind has its own line, and a number is a number however it is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from runkey.errors import ParamsError
+from runkey.params import load_params, parse_params
+
+TOP = "lr, seed, data, model, optimizer, schedule, training, memory, evaluate, runtime"
+
+BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": (
+        {"learning_rate": 1},
+        f"unknown key learning_rate (known: {TOP})",
+    ),
+    "misspelt key": ({"sed": 1}, f"unknown key sed; did you mean seed? (known: {TOP})"),
+    "unknown key in a section": (
+        {"optimizer": {"clip": {"treshold": 1}}},
+        "unknown key optimizer.clip.treshold; did you mean threshold? (known: mode, threshold)",
+    ),
+    "text for a number": ({"lr": "fast"}, "lr = 'fast': should be a number"),
+    "number out of range": ({"lr": 2}, "lr = 2: should be <= 1"),
+    "negative number": ({"lr": -1e-3}, "lr = -0.001: should be > 0"),
+    "bool for a number": ({"lr": True}, "lr = true: should be a number, not true or false"),
+    "bool for a fraction": (
+        {"model": {"dropout": False}},
+        "model.dropout = false: should be a number, not true or false",
+    ),
+    "bool for a count": (
+        {"model": {"frozen_stages": True}},
+        "model.frozen_stages = true: should be a number, not true or false",
+    ),
+    "not a number": ({"lr": float("nan")}, "lr = nan: should be a finite number"),
+    "infinity": (
+        {"optimizer": {"clip": {"threshold": float("inf")}}},
+        "optimizer.clip.threshold = inf: should be a finite number",
+    ),
+    "broken whole number": ({"seed": 1.5}, "seed = 1.5: should be a whole number"),
+    "null": ({"seed": None}, "seed = null: should be a whole number"),
+    "seed too large": ({"seed": 2**32}, "seed = 4294967296: should be < 4294967296"),
+    "number for text": ({"data": {"path": 7}}, "data.path = 7: should be text"),
+    "text for a bool": (
+        {"training": {"deterministic": "perhaps"}},
+        "training.deterministic = 'perhaps': should be true or false",
+    ),
+    "value for a section": ({"model": 3}, "model = 3: should be a section with keys of its own"),
+    "neither number nor word": (
+        {"memory": {"budget_gib": "lots"}},
+        "memory.budget_gib = 'lots': should be a number or 'device'",
+    ),
+    "union out of range": (
+        {"training": {"micro_batch": 0}},
+        "training.micro_batch = 0: should be >= 1 or 'auto'",
+    ),
+    "unknown choice": (
+        {"model": {"backbone": "resnet19"}},
+        "model.backbone = 'resnet19': should be 'compact', 'resnet18', 'resnet34', 'resnet50' or "
+        "'resnet101'",
+    ),
+    "unknown choice of precision": (
+        {"training": {"precision": "fp8"}},
+        "training.precision = 'fp8': should be 'auto', 'off', 'bf16' or 'fp16'",
+    ),
+    "empty list": ({"data": {"short_sides": []}}, "data.short_sides = []: should not be empty"),
+    "wrong entry of a list": (
+        {"data": {"short_sides": [100, "x"]}},
+        "data.short_sides.1 = 'x': should be a whole number",
+    ),
+    "list for a pair, too short": (
+        {"memory": {"probe_batches": [2]}},
+        "memory.probe_batches.1 is missing",
+    ),
+    "pair that does not rise": (
+        {"memory": {"probe_batches": [4, 2]}},
+        "memory: probe_batches [4, 2] must rise",
+    ),
+    "milestones missing": (
+        {"schedule": {"name": "multistep"}},
+        "schedule: multistep needs milestones, such as [200, 250]",
+    ),
+    "milestones unordered": (
+        {"schedule": {"name": "multistep", "milestones": [20, 10]}},
+        "schedule: milestones [20, 10] must rise",
+    ),
+    "heads do not divide the width": (
+        {"model": {"hidden_dim": 100, "num_heads": 6}},
+        "model: hidden_dim 100 is not a multiple of num_heads 6",
+    ),
+    "denoising without fast": (
+        {"model": {"preset": "detr", "denoising": {"groups": 3}}},
+        "model: denoising needs preset fast; set denoising.groups to 0",
+    ),
+    "short side over long side": (
+        {"data": {"short_sides": [200], "long_side": 160}},
+        "data: short_sides [200] exceed long_side 160",
+    ),
+    "crop range reversed": (
+        {"data": {"augment": {"crop_min": 700}}},
+        "data.augment: crop_min 700 is larger than crop_max 600",
+    ),
+    "two faults": (
+        {"lr": 5, "seed": -1},
+        "lr = 5: should be <= 1; seed = -1: should be >= 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_VALUES)
+def test_bad_value_is_named_with_what_is_allowed(kind):
+    changed, line = BAD_VALUES[kind]
+    with pytest.raises(ParamsError) as caught:
+        parse_params({"lr": 1e-3, "seed": 0} | changed)
+    assert str(caught.value) == f"params.yaml: {line}"
+    assert "\n" not in str(caught.value)
+
+
+BAD_FILES: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "p.yaml: holds no parameters; `make preset NAME=sample` makes some"),
+    "a list": (b"- 1\n", "p.yaml: holds no parameters; `make preset NAME=sample` makes some"),
+    "not YAML": (b"lr: [1\nseed: 2", "p.yaml line 2: not YAML: expected ',' or ']', but got ':'"),
+    "a key twice": (
+        b"lr: 1\nlr: 2\n",
+        'p.yaml line 2: not YAML: found duplicate key "lr" with value "2" (original value: "1")',
+    ),
+    "a Python object": (
+        b"lr: !!python/object:os.system 1",
+        "p.yaml line 1: not YAML: could not determine a constructor for the tag "
+        "'tag:yaml.org,2002:python/object:os.system'",
+    ),
+    "not UTF-8": (b"lr: 1 # \xff", "p.yaml: not UTF-8 text (invalid start byte)"),
+    "keys missing": (b"data:\n  path: data\n", "p.yaml: lr is missing; seed is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_file_is_named(tmp_path, kind):
+    content, line = BAD_FILES[kind]
+    path = tmp_path / "p.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ParamsError) as caught:
+        load_params(path)
+    assert str(caught.value) == line
+
+
+def test_missing_file_and_folder_are_named(tmp_path):
+    with pytest.raises(ParamsError) as caught:
+        load_params(tmp_path / "none.yaml")
+    assert str(caught.value) == "none.yaml: not found; `make preset NAME=sample` makes one"
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(ParamsError) as caught:
+        load_params(tmp_path / "folder.yaml")
+    assert str(caught.value) == "folder.yaml: cannot be read (Is a directory)"
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    ["5e-5", "5E-5", "5e-05", "5.0e-5", "5.e-5", "0.00005", ".00005", "+5e-5", "50e-6", "'5e-5'"],
+)
+def test_a_number_is_a_number_however_it_is_written(tmp_path, spelling):
+    path = tmp_path / "p.yaml"
+    path.write_text(f"lr: {spelling}\nseed: 0\n")
+    lr = load_params(path).lr
+    assert isinstance(lr, float)
+    assert lr == 5e-5
+
+
+def test_yaml_1_2_words_stay_words(tmp_path):
+    """`off` is a choice of training.precision; YAML 1.1 would read false."""
+    path = tmp_path / "p.yaml"
+    path.write_text("lr: 1e-3\nseed: 010\ntraining:\n  precision: off\n")
+    params = load_params(path)
+    assert params.training.precision == "off"
+    assert params.seed == 10
+
+
+def test_flat_names_leave_runtime_out():
+    params = parse_params({"lr": 1e-3, "seed": 0})
+    assert params.flat()["model.loss.l1"] == 5.0
+    assert not any(name.startswith("runtime.") for name in params.flat())
+    assert params.flat(runtime=True)["runtime.log_every"] == 10
+
+
+def test_params_cannot_be_changed():
+    params = parse_params({"lr": 1e-3, "seed": 0})
+    with pytest.raises(ValueError, match="frozen"):
+        params.model.num_queries = 3  # type: ignore[misc]
