@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,11 @@ def load_sources() -> Sources:
     # A second of import, for this one command only.
     from sklearn.datasets import load_digits, load_sample_images
 
-    digits, target = load_digits(return_X_y=True)
+    with warnings.catch_warnings():
+        # scikit-learn 1.8 sets an array's shape in place, which NumPy 2.5 advises against.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        digits, target = load_digits(return_X_y=True)
+        photos = load_sample_images().images
     rng = np.random.default_rng([SEED, len(COUNTS)])
     rows: dict[Split, list[NDArray[np.int64]]] = {"train": [], "val": []}
     for number in range(1, len(NUMBERS) + 1):
@@ -157,7 +162,6 @@ def load_sources() -> Sources:
         cut = round(len(shuffled) * _TRAIN_DIGITS)
         rows["train"].append(shuffled[:cut])
         rows["val"].append(shuffled[cut:])
-    photos = load_sample_images().images
     cuts = [round(photo.shape[1] * _TRAIN_WIDTH) for photo in photos]
     return Sources(
         photos={

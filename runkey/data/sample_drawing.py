@@ -28,6 +28,8 @@ _GLOSS = (-0.51, -0.61, 0.6065)
 _CORE_RADIUS = 0.64  # of the ball's radius
 _DIGIT_SIDE = 1.16  # of the ball's radius: side of the square that the digit is drawn in
 _DIGIT_PIXELS = 96
+# A steep ramp in place of a hard threshold: smooth edges.
+_INK_OF_GREY = [min(255, max(0, (grey - 106) * 5)) for grey in range(256)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,7 @@ def digit_ink(digit_8x8: NDArray[np.float64], angle_degrees: int, side: int) -> 
     size = (_DIGIT_PIXELS, _DIGIT_PIXELS)
     image = Image.fromarray(padded).resize(size, Image.Resampling.BICUBIC)
     image = image.filter(ImageFilter.GaussianBlur(_DIGIT_PIXELS // 48))
-    # A steep ramp in place of a hard threshold: smooth edges.
-    image = image.point([min(255, max(0, (value - 106) * 5)) for value in range(256)])
+    image = image.point(_INK_OF_GREY)
     image = image.rotate(angle_degrees, Image.Resampling.BICUBIC)
     image = image.resize((side, side), Image.Resampling.BOX)
     ink: Pixels = np.asarray(image, dtype=np.float64) / 255
@@ -109,8 +110,8 @@ def coverage(ball: Ball) -> Pixels:
 def _grid(left: int, top: int, width: int, height: int, ball: Ball) -> tuple[Pixels, Pixels]:
     """Pixel centres of a window (relative to the ball's box), in radii from the ball's centre."""
     radius = ball.diameter / 2
-    x = (np.arange(left, left + width) + 0.5 - radius) / radius
-    y = (np.arange(top, top + height) + 0.5 - radius) / radius
+    x: Pixels = (np.arange(left, left + width, dtype=np.float64) + 0.5 - radius) / radius
+    y: Pixels = (np.arange(top, top + height, dtype=np.float64) + 0.5 - radius) / radius
     return x[None, :], y[:, None]
 
 
