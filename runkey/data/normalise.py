@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -49,18 +51,22 @@ def normalise(batch: Batch, *, channels_last: bool = False) -> tuple[Tensor, Ten
 
 def _affine(batch: Batch) -> tuple[Tensor, Tensor]:
     """Factor and summand [B, 3] that take a uint8 value to a normalised one."""
-    device = batch.images.device
-    mean = torch.tensor(IMAGENET_MEAN, device=device) * 255.0
-    std = torch.tensor(IMAGENET_STD, device=device) * 255.0
+    mean, std = _constants(batch.images.device)
     if batch.colour is None:
-        ones = torch.ones(len(batch), 1, device=device)
-        return ones / std, (-mean / std).expand(len(batch), 3)
+        return (1.0 / std).expand(len(batch), 3), (-mean / std).expand(len(batch), 3)
     brightness, contrast = batch.colour[:, 0:1], batch.colour[:, 1:2]
     # Integers: the sum is exact, so padding and summation order cannot show in it.
     total = batch.images.sum(dim=(1, 2, 3), dtype=torch.int64)
     mean_pixel = (total / (3 * batch.sizes.prod(dim=1)))[:, None]
     neutral = (1.0 - contrast) * brightness * mean_pixel
     return contrast * brightness / std, (neutral - mean) / std
+
+
+@cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's mean and standard deviation, [3], of 0..255: sent once, as sending waits."""
+    mean, std = torch.tensor(IMAGENET_MEAN) * 255.0, torch.tensor(IMAGENET_STD) * 255.0
+    return mean.to(device), std.to(device)
 
 
 def _saturate(pixels: Tensor, saturation: Tensor) -> None:

@@ -1,0 +1,158 @@
+"""Tiny prepared folders: real images, a real index, made without the prepare stage."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from runkey.data.batch import Batch, Window
+from runkey.data.cache import cached_size, write_cache
+from runkey.data.decode import decode_rgb
+from runkey.data.index import Record, write_index
+from runkey.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
+from runkey.params.data import Augment, Data
+
+
+@pytest.fixture
+def plain() -> Augment:
+    """No augmentation."""
+    return Augment(flip_probability=0, zoom=0, aspect=0, shift=0, brightness=0, contrast=0)
+
+
+@pytest.fixture
+def make_record() -> Callable[..., Record]:
+    """A record of an image of `size` (height, width) with some boxes inside it."""
+    return _record
+
+
+def _record(id_: int, size: tuple[int, int] = (60, 80), boxes: int = 1, **changes) -> Record:
+    height, width = size
+    xywh = tuple(
+        (float(i % width // 2), float(i % height // 2), width / 4, height / 4) for i in range(boxes)
+    )
+    values = {
+        "id": id_,
+        "file": f"images/{id_}.png",
+        "width": width,
+        "height": height,
+        "rotate": 0,
+        "mirror": False,
+        "boxes_xywh": xywh,
+        "labels": tuple(i % 3 for i in range(boxes)),
+        "areas": tuple(w * h for _, _, w, h in xywh),
+        "crowd": (False,) * boxes,
+        "annotation_ids": tuple(1000 * id_ + i for i in range(boxes)),
+    }
+    return Record(**values | changes)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A workspace with data/ and prepared/."""
+
+    root: Path
+
+    @property
+    def prepared(self) -> Path:
+        return self.root / "prepared"
+
+    def write(self, records: list[Record], split: str = "train") -> None:
+        """Write the index, and noise as an image where there is no file yet."""
+        write_index(self.prepared / f"{split}.json", records)
+        for record in records:
+            path = self.root / "data" / record.file
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shape = (record.height, record.width, 3)
+                pixels = np.random.default_rng(record.id).integers(0, 256, shape, dtype=np.uint8)
+                Image.fromarray(pixels).save(path)
+
+    def cache(self, records: list[Record], data: Data, split: str = "train") -> None:
+        """Write the decoded cache that prepare would."""
+
+        def images() -> Iterator[np.ndarray]:
+            for record in records:
+                image = decode_rgb(self.root / "data" / record.file, record.rotate, record.mirror)
+                size = cached_size(record.width, record.height, data.short_sides, data.long_side)
+                array = image.permute(1, 2, 0).numpy()
+                yield np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BILINEAR))
+
+        write_cache(self.prepared, split, images())
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    (tmp_path / "prepared").mkdir()
+    return Workspace(tmp_path)
+
+
+@pytest.fixture
+def train_loader(workspace: Workspace) -> Iterator[Callable[..., TrainLoader]]:
+    """`build_train_loader` on the workspace; worker processes end with the test."""
+    made: list[TrainLoader] = []
+
+    def build(data: Data, **changes) -> TrainLoader:
+        values = {"seed": 1, "batch_size": 4, "micro_batch": 4, "workers": 0}
+        made.append(
+            build_train_loader(
+                data, prepared=workspace.prepared, root=workspace.root, **values | changes
+            )
+        )
+        return made[-1]
+
+    yield build
+    for loader in made:
+        loader.close()
+
+
+@pytest.fixture
+def eval_loader(workspace: Workspace) -> Iterator[Callable[..., EvalLoader]]:
+    """`build_eval_loader` on the workspace's training split."""
+    made: list[EvalLoader] = []
+
+    def build(data: Data, **changes) -> EvalLoader:
+        values = {"split": "train", "batch_size": 4, "workers": 0}
+        made.append(
+            build_eval_loader(
+                data, prepared=workspace.prepared, root=workspace.root, **values | changes
+            )
+        )
+        return made[-1]
+
+    yield build
+    for loader in made:
+        loader.close()
+
+
+@pytest.fixture
+def per_image() -> Callable[[Iterable[Batch]], list[tuple[int, str]]]:
+    """(image id, digest of everything that the batch says of it, padding aside), in order."""
+    return _per_image
+
+
+@pytest.fixture
+def per_window() -> Callable[[Iterable[Window]], list[list[tuple[int, str]]]]:
+    """`per_image` of each window."""
+    return lambda windows: [_per_image(window) for window in windows]
+
+
+def _per_image(batches: Iterable[Batch]) -> list[tuple[int, str]]:
+    found = []
+    for batch in batches:
+        boxes = batch.boxes_cxcywh.split(batch.counts)
+        labels = batch.labels.split(batch.counts)
+        for i, id_ in enumerate(batch.image_ids):
+            height, width = batch.sizes[i].tolist()
+            digest = hashlib.sha256(batch.images[i, :, :height, :width].numpy().tobytes())
+            for tensor in (batch.sizes[i], boxes[i], labels[i], batch.original_sizes[i]):
+                digest.update(tensor.numpy().tobytes())
+            if batch.colour is not None:
+                digest.update(batch.colour[i].numpy().tobytes())
+            found.append((id_, digest.hexdigest()))
+    return found

@@ -1,0 +1,72 @@
+"""The census against what the sampler really deals."""
+
+from __future__ import annotations
+
+import pytest
+
+from runkey.data.augment import build_views
+from runkey.data.sampler import WindowSampler, micro_batches
+from runkey.data.shapes import (
+    evaluation_shapes,
+    is_portrait,
+    most_objects,
+    reachable_shapes,
+    worst_batch_shape,
+)
+from runkey.params.data import Augment, Data
+
+SIZES = [(48, 64), (64, 48), (50, 50), (30, 70), (33, 64)]
+CROP = Augment(crop_probability=0.5, crop_short_sides=(12, 14), crop_min=8, crop_max=12)
+
+
+def dealt_shapes(data, records, epochs, batch, micro):
+    """Shapes of single images, and padded shapes of micro-batches, over some epochs."""
+    ids, sizes = [r.id for r in records], [(r.height, r.width) for r in records]
+    sampler = WindowSampler(build_views(data, 0), ids, sizes, batch, data.group_by_aspect)
+    single, padded = set(), set()
+    for epoch in range(epochs):
+        for window in sampler.windows(epoch):
+            for run in micro_batches(window, micro, grouped=data.group_by_aspect):
+                shapes = [view.size for _, view in run]
+                single.update(shapes)
+                padded.add((max(h for h, _ in shapes), max(w for _, w in shapes)))
+    return single, padded
+
+
+@pytest.mark.parametrize("augment", [Augment(), CROP], ids=["zoom", "crop"])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_census_is_what_is_dealt_no_less_and_no_more(make_record, augment, grouped):
+    data = Data(short_sides=(10, 16), long_side=24, augment=augment, group_by_aspect=grouped)
+    records = [make_record(i, size) for i, size in enumerate(SIZES * 6)]
+    census = reachable_shapes(data, records)
+    single, padded = dealt_shapes(data, records, 150, 6, 6)
+    assert single == census
+    worst = worst_batch_shape(census, 6, grouped=grouped)
+    assert all(
+        h <= worst[0] and w <= worst[1]
+        for h, w in padded
+        if is_portrait((h, w)) is is_portrait(worst)
+    )
+    assert max(h * w for h, w in padded) == worst[0] * worst[1]
+
+
+def test_grouping_halves_the_worst_shape(make_record):
+    data = Data(short_sides=(480, 800), long_side=1333)
+    shapes = reachable_shapes(data, [make_record(0, (480, 800)), make_record(1, (800, 480))])
+    assert worst_batch_shape(shapes, 2, grouped=True) in {(800, 1333), (1333, 800)}
+    assert worst_batch_shape(shapes, 2, grouped=False) == (1333, 1333)
+    assert worst_batch_shape(shapes, 1, grouped=False) in {(800, 1333), (1333, 800)}
+
+
+def test_evaluation_uses_the_largest_short_side(make_record):
+    data = Data(short_sides=(60, 120, 90), long_side=160)
+    records = [make_record(0, (192, 256)), make_record(1, (300, 100))]
+    assert evaluation_shapes(data, records) == {(120, 160), (159, 53)}
+
+
+def test_most_objects(make_record):
+    records = [make_record(i, boxes=n) for i, n in enumerate((3, 9, 0, 5))]
+    records.append(make_record(9, boxes=4, crowd=(True, True, True, False)))
+    assert most_objects(records, 2, 0) == 14
+    assert most_objects(records, 2, 6) == 11
+    assert most_objects(records, 100, 0) == 18
