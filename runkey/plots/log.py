@@ -1,0 +1,138 @@
+"""logs/train.jsonl as series of numbers.
+
+Reads what is there: a log that ends in the middle of a line, one that has no line yet, and one that
+a resumed training went on writing, in which a stretch of steps comes twice (the later one counts).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runkey.errors import DataError
+
+Series = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The values that were logged at one optimizer step."""
+
+    step: int
+    seconds: float
+    """Since 1970."""
+    values: dict[str, float]
+
+
+@dataclass(slots=True)
+class TrainingLog:
+    """One training's log."""
+
+    steps: list[Point] = field(default_factory=list)
+    """Every `runtime.log_every`-th optimizer step, rising."""
+    epochs: list[Point] = field(default_factory=list)
+    """Every epoch's end: means over the epoch, and the evaluation if there was one."""
+    events: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The last event of each kind."""
+
+    def of_steps(self, name: str) -> Series:
+        """Steps, and the values that a metric had at them."""
+        return _series(self.steps, name)
+
+    def of_epochs(self, name: str) -> Series:
+        """The same, of the values at the epochs' ends."""
+        return _series(self.epochs, name)
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        """Optimizer steps in one epoch; None before anything was logged."""
+        for point in (*self.epochs, *self.steps):
+            if point.values.get("train/epoch", 0) > 0:
+                return point.step / point.values["train/epoch"]
+        return None
+
+    def best_step(self) -> int | None:
+        """The step whose weights were kept; of an unfinished run, the best AP (or loss) so far."""
+        end = self.events.get("training_end", {})
+        if isinstance(end.get("best_step"), int):
+            return int(end["best_step"])
+        for name, sign in (("val/AP", 1), ("val/loss", -1)):
+            steps, values = self.of_epochs(name)
+            if np.isfinite(values).any():
+                return int(steps[np.nanargmax(sign * values)])
+        return None
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether early stopping ended the training."""
+        return "early stop" in str(self.events.get("training_end", {}).get("reason", ""))
+
+
+def read_log(path: Path) -> TrainingLog:
+    """Read a training's log.
+
+    Raises:
+        DataError: there is no such file; says to train.
+    """
+    log = TrainingLog()
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path}: not found; run `dvc repro train` first") from None
+    for entry in _entries(lines):
+        if isinstance(entry.get("values"), dict) and isinstance(entry.get("step"), int):
+            _add(log, entry)
+        else:
+            kind = str(entry.get("event", entry.get("kind", "")))
+            log.events[kind] = entry.get("fields", entry)
+    return log
+
+
+def _entries(lines: list[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # a line that a crash cut short, wherever a resumed training went on after it
+        if isinstance(entry, dict):
+            yield entry
+
+
+def _add(log: TrainingLog, entry: dict[str, Any]) -> None:
+    values = {name: _number(value) for name, value in entry["values"].items()}
+    point = Point(entry["step"], _number(entry.get("time")), values)
+    ends_epoch = "train/epoch_loss" in values or any(name.startswith("val/") for name in values)
+    # Steps that come again were trained again, from a checkpoint.
+    while log.steps and log.steps[-1].step > point.step:
+        log.steps.pop()
+    while log.epochs and log.epochs[-1].step > point.step:
+        log.epochs.pop()
+    points = log.epochs if ends_epoch else log.steps
+    if points and points[-1].step == point.step:
+        points[-1] = Point(point.step, point.seconds, points[-1].values | values)
+    else:
+        points.append(point)
+
+
+def _number(value: object) -> float:
+    """A float; NaN for infinities and for what is no number, so that curves have a gap there."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
+def _series(points: list[Point], name: str) -> Series:
+    have = [p for p in points if name in p.values]
+    return (
+        np.array([p.step for p in have], dtype=np.float64),
+        np.array([p.values[name] for p in have], dtype=np.float64),
+    )

@@ -1,0 +1,92 @@
+"""Precision over recall, of each class and at each IoU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runkey.evaluation.files import read_precision_recall
+from runkey.plots.fonts import drawable
+from runkey.plots.style import BLACK, CYCLE, GREY, drawing, legend_inside, say_nothing_yet, shades
+
+MOST_NAMED = 8
+LINES = (*CYCLE[:7], GREY)  # a yellow line is hard to see on white
+
+
+def precision_recall(curves: Path, path: Path) -> Path:
+    """Draw the curves that `evaluate` wrote.
+
+    Left: each class at IoU 0.5 (of more than eight classes, the best and the worst four by name).
+    Right: the mean over classes at several IoU.
+
+    Args:
+        curves: evaluation/precision_recall.json.
+        path: the picture, PNG.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    content = read_precision_recall(curves)
+    recall = np.array(content["recall"], dtype=np.float64)
+    classes = [c for c in content["classes"] if c["precision"] is not None]
+    with drawing(path, panels=1, height=4.2, columns=2) as (_, (left, right)):
+        left.set_title("Precision and recall of each class, IoU 0.5")
+        right.set_title("Mean over classes, by IoU")
+        if classes:
+            precision = np.array([c["precision"] for c in classes], dtype=np.float64)
+            _draw_classes(left, recall, precision[:, 0], [c["name"] for c in classes])
+            _draw_ious(right, recall, precision.mean(axis=0), content["iou"])
+        for axes in (left, right):
+            if not classes:
+                say_nothing_yet(axes, "no class has objects in the held-out images")
+                continue
+            axes.set_xlim(0, 1.01)
+            axes.set_ylim(0, 1.03)
+            axes.set_xlabel("recall: share of the objects that are found")
+        left.set_ylabel("precision: share of the detections that are right")
+    return path
+
+
+def _draw_classes(
+    axes: Any, recall: NDArray[np.float64], precision: NDArray[np.float64], names: list[str]
+) -> None:
+    ap50 = precision.mean(axis=1)
+    order = np.argsort(-ap50, kind="stable")
+    half = MOST_NAMED // 2
+    named = order if len(names) <= MOST_NAMED else np.concatenate([order[:half], order[-half:]])
+    for k in range(len(names)):
+        if k not in named:
+            axes.plot(recall, precision[k], color=GREY, alpha=0.25, linewidth=0.8)
+    for colour, k in zip(LINES, named, strict=False):
+        name = drawable(names[k], f"class number {k + 1}")
+        short = name if len(name) <= 22 else name[:21] + "…"
+        axes.plot(recall, precision[k], color=colour, label=f"{short}  {ap50[k]:.2f}")
+    title = "class, AP50" if len(names) <= MOST_NAMED else f"best and worst {half}, AP50"
+    legend_inside(axes, title, _free_corner(precision))
+
+
+def _draw_ious(
+    axes: Any, recall: NDArray[np.float64], precision: NDArray[np.float64], ious: list[float]
+) -> None:
+    chosen = [t for t in range(len(ious)) if round(ious[t] * 100) % 10 == 0 or t == len(ious) - 1]
+    for colour, t in zip(shades(len(chosen)), chosen, strict=True):
+        axes.plot(
+            recall, precision[t], color=colour, label=f"{ious[t]:.2f}  {precision[t].mean():.2f}"
+        )
+    axes.plot(
+        recall,
+        precision.mean(axis=0),
+        color=BLACK,
+        linestyle="--",
+        label=f"mean  {precision.mean():.2f}",
+    )
+    legend_inside(axes, "IoU, AP", _free_corner(precision))
+
+
+def _free_corner(precision: NDArray[np.float64]) -> str:
+    """Where no curve is: a good model's run along the top and the right, a bad one's below."""
+    at_30_percent = precision.shape[-1] * 3 // 10
+    return "lower left" if precision[..., at_30_percent].mean() > 0.6 else "upper right"

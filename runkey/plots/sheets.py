@@ -1,0 +1,300 @@
+"""Sheets of images: what is trained on, and what was detected beside what is there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from runkey.data.decode import decode_rgb
+from runkey.data.index import ClassName, Record
+from runkey.evaluation.detections import Found
+from runkey.evaluation.per_image import ImageScore, rank_images, score_images
+from runkey.plots.canvas import BLANK, Box, Canvas, shorten, text_width
+from runkey.plots.fonts import drawable
+from runkey.plots.style import BLUE, CYCLE, GREY, VERMILLION
+
+WIDTH = 1100
+MARGIN = 16
+GAP = 8
+ROW_HEIGHT = 190
+MOST_ROWS = 4
+MOST_IMAGES = 24
+MOST_TAGS = 10
+# Black lines vanish on dark photographs; white ones do not, having a dark shadow.
+CLASS_COLOURS = tuple("#FFFFFF" if colour == "#222222" else colour for colour in CYCLE)
+
+
+def contact_sheet(
+    records: list[Record], classes: list[ClassName], data_folder: Path, out: Path
+) -> Path:
+    """Draw images of a split, evenly chosen, with their boxes and class names, as a JPEG.
+
+    Args:
+        records: the split.
+        classes: all classes.
+        data_folder: what `Record.file` is relative to.
+        out: the picture; its folder is made.
+
+    Raises:
+        DataError: an image is gone since `prepare` checked it.
+    """
+    rows = _rows(_evenly(records, MOST_IMAGES))
+    shown = sum(len(row) for row, _ in rows)
+    counts = Counter(
+        label for r in records for label, crowd in zip(r.labels, r.crowd, strict=True) if not crowd
+    )
+    title = (
+        f"{shown:,} of {len(records):,} images · {counts.total():,} objects · "
+        f"{len(classes):,} class{'es' if len(classes) != 1 else ''}"
+    )
+    legend = _legend_lines(classes, counts)
+    head = MARGIN + 26 + 20 * len(legend) + GAP
+    height = head + sum(height + GAP for _, height in rows) + MARGIN - GAP
+    canvas = Canvas(WIDTH, height)
+    canvas.write((MARGIN, MARGIN - 4), title, 16, bold=True)
+    for number, line in enumerate(legend):
+        for x, colour, text in line:
+            y = MARGIN + 24 + 20 * number
+            canvas.chip((x, y), colour)
+            canvas.write((x + 18, y - 2), text, 12)
+    top = head
+    for row, row_height in rows:
+        left = float(MARGIN)
+        for record in row:
+            right = left + _aspect(record) * row_height
+            _draw_truth(canvas, record, classes, data_folder, (left, top, right, top + row_height))
+            left = right + GAP
+        top += row_height + GAP
+    return canvas.save(out)
+
+
+def detection_sheet(
+    records: list[Record],
+    classes: list[ClassName],
+    predictions: list[Found],
+    data_folder: Path,
+    out: Path,
+    *,
+    best: bool,
+    images: int = 8,
+) -> Path:
+    """Draw the best or the worst images, truth beside prediction, as a JPEG.
+
+    Images are judged by F1 at IoU 0.5 (`runkey.evaluation.per_image`); detections below the score
+    at which the F1 of the whole split is largest are not drawn.
+
+    Args:
+        records: the evaluated split.
+        classes: all classes.
+        predictions: COCO's results format, as in predictions.json.
+        data_folder: what `Record.file` is relative to.
+        out: the picture; its folder is made.
+        best: the best images first, else the worst.
+        images: how many.
+
+    Raises:
+        DataError: an image is gone since `prepare` checked it.
+    """
+    scores, threshold = score_images(records, classes, predictions)
+    chosen = rank_images(scores, best=best)[:images]
+    tile_width = (WIDTH - 2 * MARGIN - 2 * GAP - 2 * MARGIN) // 4
+    aspects = [r.record.width / r.record.height for r in chosen] or [4 / 3]
+    tile_height = round(tile_width / min(max(float(np.median(aspects)), 0.7), 2.0))
+    block = tile_height + 24 + MARGIN
+    head = MARGIN + 26 + 20 + GAP
+    canvas = Canvas(WIDTH, head + max(1, -(-len(chosen) // 2)) * block)
+    _sheet_head(canvas, scores, threshold, best=best, shown=len(chosen))
+    for number, score in enumerate(chosen):
+        left = MARGIN + (number % 2) * (2 * tile_width + GAP + 2 * MARGIN)
+        top = head + (number // 2) * block
+        caption = shorten(_caption(score), 2 * tile_width + GAP, 12)
+        canvas.write((left, top), caption, 12)
+        tile = (left, top + 20, left + tile_width, top + 20 + tile_height)
+        _draw_pair(canvas, score, classes, data_folder, tile, tile_width + GAP)
+    return canvas.save(out)
+
+
+def _draw_truth(
+    canvas: Canvas, record: Record, classes: list[ClassName], data_folder: Path, frame: Box
+) -> None:
+    place = canvas.paste(_picture(record, data_folder), frame)
+    boxes = []
+    for box, label, crowd in zip(record.boxes_xywh, record.labels, record.crowd, strict=True):
+        name = _name(classes[label])
+        colour = GREY if crowd else CLASS_COLOURS[label % len(CLASS_COLOURS)]
+        boxes.append((_placed(box, place), colour, f"{name} (crowd)" if crowd else name, crowd))
+    _draw_boxes(canvas, _with_few_tags(boxes), frame)
+
+
+def _draw_pair(
+    canvas: Canvas,
+    score: ImageScore,
+    classes: list[ClassName],
+    data_folder: Path,
+    tile: Box,
+    step: float,
+) -> None:
+    """The truth in `tile`, the prediction `step` pixels to its right."""
+    record, picture = score.record, _picture(score.record, data_folder)
+    place = canvas.paste(picture, tile)
+    truth = []
+    for box, label, crowd, found in zip(
+        record.boxes_xywh, record.labels, record.crowd, score.found, strict=True
+    ):
+        colour = GREY if crowd else BLUE if found else VERMILLION
+        name = _name(classes[label])
+        truth.append((_placed(box, place), colour, f"{name} (crowd)" if crowd else name, crowd))
+    _draw_boxes(canvas, truth, tile)
+
+    beside = (tile[0] + step, tile[1], tile[2] + step, tile[3])
+    place = canvas.paste(picture, beside)
+    predicted = [
+        (
+            _placed(shown.box_xywh, place),
+            BLUE if shown.right else VERMILLION,
+            f"{_name(classes[shown.label])} {shown.score:.2f}",
+            False,
+        )
+        for shown in score.shown
+    ]
+    _draw_boxes(canvas, predicted, beside)
+
+
+def _with_few_tags(boxes: list[tuple[Box, str, str, bool]]) -> list[tuple[Box, str, str, bool]]:
+    """In a crowded image, only the largest box of each class keeps its tag; colours tell the rest.
+
+    The tags would otherwise cover what they name.
+    """
+    if len(boxes) <= MOST_TAGS:
+        return boxes
+    largest: dict[str, Box] = {}
+    for box, _, text, _ in boxes:
+        if text not in largest or _area(box) > _area(largest[text]):
+            largest[text] = box
+    return [
+        (box, colour, text if box is largest[text] else "", dashed)
+        for box, colour, text, dashed in boxes
+    ]
+
+
+def _draw_boxes(canvas: Canvas, boxes: list[tuple[Box, str, str, bool]], frame: Box) -> None:
+    """Boxes (box, colour, text, dashed): large ones first, so that small ones lie on top."""
+    boxes = [(_clipped(box, frame), *rest) for box, *rest in boxes]
+    for box, colour, _, dashed in sorted(boxes, key=lambda b: -_area(b[0])):
+        canvas.outline(box, colour, dashed=dashed)
+    for box, colour, text, _ in sorted(boxes, key=lambda b: -_area(b[0])):
+        if text:
+            canvas.tag(box, frame, text, colour, [other for other, *_ in boxes])
+
+
+def _sheet_head(
+    canvas: Canvas, scores: list[ImageScore], threshold: float, *, best: bool, shown: int
+) -> None:
+    title = f"The {shown} {'best' if best else 'worst'} of {len(scores):,} images"
+    end = canvas.write((MARGIN, MARGIN - 4), title, 16, bold=True)
+    canvas.write((end + 10, MARGIN - 2), "truth left, prediction right", 13)
+    right = sum(s.right for s in scores)
+    total = 2 * right + sum(s.false + s.missed for s in scores)
+    x, y = float(MARGIN), MARGIN + 24
+    for colour, text in ((BLUE, "found, right"), (VERMILLION, "missed, false")):
+        canvas.chip((x, y), colour)
+        x = canvas.write((x + 18, y - 2), text, 12) + 18
+    canvas.write(
+        (x, y - 2),
+        f"shown: score {threshold:.2f} and above, where F1 of all images is largest "
+        f"({2 * right / total if total else 1:.2f}); a match is the class and IoU 0.5",
+        12,
+    )
+
+
+def _caption(score: ImageScore) -> str:
+    name = drawable(Path(score.record.file).name, f"image {score.record.id}")
+    return (
+        f"F1 {score.f1:.2f} · {score.right} of {score.objects} found · {score.false} false · {name}"
+    )
+
+
+def _legend_lines(
+    classes: list[ClassName], counts: Counter[int]
+) -> list[list[tuple[float, str, str]]]:
+    """At most two lines of (x, colour, text); what does not fit is counted at the end."""
+    lines: list[list[tuple[float, str, str]]] = [[]]
+    x = float(MARGIN)
+    for number, c in enumerate(classes):
+        text = f"{shorten(_name(c), 160, 12)} {counts[c.index]:,}"
+        width = 18 + text_width(text, 12) + 18
+        full = x + width > WIDTH - MARGIN - (120 if len(lines) == 2 else 0)
+        if full and len(lines) == 2:
+            lines[-1].append((x, BLANK, f"and {len(classes) - number} more"))
+            break
+        if full:
+            lines.append([])
+            x = float(MARGIN)
+        lines[-1].append((x, CLASS_COLOURS[c.index % len(CLASS_COLOURS)], text))
+        x += width
+    return lines
+
+
+def _rows(records: list[Record]) -> list[tuple[list[Record], int]]:
+    """Break images into full rows of one height each; the last row may stay short."""
+    rows: list[tuple[list[Record], int]] = []
+    row: list[Record] = []
+    for record in records:
+        row.append(record)
+        room = WIDTH - 2 * MARGIN - GAP * (len(row) - 1)
+        height = room / sum(_aspect(r) for r in row)
+        if height <= ROW_HEIGHT:
+            rows.append((row, int(height)))
+            row = []
+            if len(rows) == MOST_ROWS:
+                return rows
+    if row:
+        rows.append((row, ROW_HEIGHT))
+    return rows
+
+
+def _aspect(record: Record) -> float:
+    """Width to height of an image's frame; very long images get a frame that is less so."""
+    return min(max(record.width / record.height, 0.4), 3.0)
+
+
+def _evenly(records: list[Record], most: int) -> list[Record]:
+    count = min(most, len(records))
+    return [records[i * len(records) // count] for i in range(count)]
+
+
+def _picture(record: Record, data_folder: Path) -> Image.Image:
+    pixels = decode_rgb(data_folder / record.file, record.rotate, record.mirror)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def _name(c: ClassName) -> str:
+    return drawable(c.name, f"class {c.id}")
+
+
+def _placed(box_xywh: tuple[float, float, float, float], place: tuple[float, float, float]) -> Box:
+    scale, left, top = place
+    x, y, width, height = box_xywh
+    return (
+        left + scale * x,
+        top + scale * y,
+        left + scale * (x + width),
+        top + scale * (y + height),
+    )
+
+
+def _clipped(box: Box, frame: Box) -> Box:
+    left, top, right, bottom = frame
+    return (
+        min(max(box[0], left), right - 3),
+        min(max(box[1], top), bottom - 3),
+        min(max(box[2], left + 3), right - 1),
+        min(max(box[3], top + 3), bottom - 1),
+    )
+
+
+def _area(box: Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])

@@ -1,0 +1,124 @@
+"""How every figure looks: one palette, one size, the same bytes for the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+# Okabe and Ito (2008): told apart with any kind of colour blindness.
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+GREEN = "#009E73"
+VERMILLION = "#D55E00"
+PURPLE = "#CC79A7"
+SKY = "#56B4E9"
+YELLOW = "#F0E442"
+BLACK = "#222222"
+GREY = "#8A8A8A"
+PALE = "#EEF1F4"
+CYCLE = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK, YELLOW)
+
+_SETTINGS: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same everywhere
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E3E6E8",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.8,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "path.simplify": True,
+}
+_DPI = 100
+
+
+@contextmanager
+def drawing(
+    path: Path, panels: int, height: float = 3.0, columns: int = 1
+) -> Iterator[tuple[Figure, list[Any]]]:
+    """A figure of panels above each other, saved to `path` as PNG when the block ends.
+
+    Args:
+        path: where to; its folder is made.
+        panels: rows of axes; they share the horizontal one.
+        height: of one panel, in inches; the figure is 9 inches (900 pixels) wide.
+        columns: of axes in each row.
+    """
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=(9, height * panels + 0.5), dpi=_DPI, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(panels, columns, sharex="col", squeeze=False).ravel()
+        yield figure, list(axes)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Without the version of matplotlib in it, the file depends on what it shows alone.
+        figure.savefig(path, metadata={"Software": None})
+
+
+def say_nothing_yet(axes: Any, text: str = "nothing was logged yet") -> None:
+    """Mark a panel that has no data, instead of an empty frame."""
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+
+
+def whole_numbers(axes: Any) -> None:
+    """Put the ticks of the horizontal axis on whole numbers, with thousands separated."""
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
+def plain_log_scale(axes: Any) -> None:
+    """A logarithmic vertical axis with ticks at 1, 2, 5, 10, ... as plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def shades(count: int) -> list[str]:
+    """Blues from dark to light, for steps of one quantity."""
+    dark, light = (0, 58, 99), (142, 200, 236)
+    mixed = [
+        [round(d + (p - d) * i / max(1, count - 1)) for d, p in zip(dark, light, strict=True)]
+        for i in range(count)
+    ]
+    return ["#{:02X}{:02X}{:02X}".format(*colour) for colour in mixed]
+
+
+def legend(axes: Any) -> None:
+    """Name what has a label in one line above the panel, right of its title, off the curves."""
+    handles, _ = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(
+            loc="lower right",
+            bbox_to_anchor=(1.0, 1.0),
+            ncols=len(handles),
+            borderaxespad=0.15,
+            columnspacing=1.4,
+            handlelength=1.6,
+        )
+
+
+def legend_inside(axes: Any, title: str, corner: str) -> None:
+    """The same as a titled list in a corner of the panel, such as "lower left"."""
+    axes.legend(
+        loc=corner, title=title, alignment="left", frameon=True, framealpha=0.85, edgecolor="w"
+    )
