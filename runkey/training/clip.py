@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,17 +10,18 @@ from torch import Tensor
 ClipMode = Literal["norm", "value", "none"]
 
 
-def joint_norm(gradients: Sequence[Tensor]) -> Tensor:
+def joint_norm(gradients: list[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, a scalar on their device; NaN or inf if any holds one.
 
     Args:
         gradients: tensors of any shapes on one device, at least one.
     """
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    return norm
 
 
 def clip_gradients(
-    gradients: Sequence[Tensor], mode: ClipMode, threshold: float
+    gradients: list[Tensor], mode: ClipMode, threshold: float
 ) -> tuple[Tensor, Tensor]:
     """Clip gradients in place.
 

@@ -11,9 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from typing import TYPE_CHECKING
-if TYPE_CHECKING:
-    from runkey.model.criterion import Criterion
+from runkey.model.criterion import Criterion
 from runkey.params import Params
 from runkey.training.distributed import World
 from runkey.training.early_stopping import Judge, judge_history, watched_value

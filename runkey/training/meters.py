@@ -48,8 +48,8 @@ class LateReader:
         if stacked.is_cuda:
             host = torch.empty(stacked.shape, pin_memory=True)
             stacked = host.copy_(stacked, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()  # type: ignore[no-untyped-call]
         names = dict.fromkeys(values, 0.0)
         self._queued = (Reading(step, image_ids, lr, names), stacked, arrived)
         return previous

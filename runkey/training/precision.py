@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch.amp.grad_scaler import GradScaler
 
 
 def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype | None, str]:
@@ -59,7 +60,7 @@ class Precision:
 
     device: torch.device
     dtype: torch.dtype | None
-    scaler: torch.amp.GradScaler | None
+    scaler: GradScaler | None
     """fp16 only: its smallest gradients would be zero without a factor on the loss."""
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -71,5 +72,5 @@ class Precision:
 
 def build_precision(dtype: torch.dtype | None, device: torch.device) -> Precision:
     """Autocast and, for fp16, a loss scaler on `device`."""
-    scaler = torch.amp.GradScaler(device.type) if dtype is torch.float16 else None
+    scaler = GradScaler(device.type) if dtype is torch.float16 else None
     return Precision(device, dtype, scaler)

@@ -59,14 +59,14 @@ class Schedule:
             case "constant":
                 return 1.0
             case "step" | "multistep":
-                return self.gamma ** sum(step >= drop for drop in self.drop_steps)
+                return math.pow(self.gamma, sum(step >= drop for drop in self.drop_steps))
             case "exponential":
-                return self.gamma ** (step / self.steps_per_epoch)
+                return math.pow(self.gamma, step / self.steps_per_epoch)
             case "cyclical":
                 return self._triangle(step)
             case "plateau":
                 drops = count_drops(history, self.judge, self.patience)
-                return max(self.min_factor, self.gamma**drops)
+                return max(self.min_factor, math.pow(self.gamma, drops))
         raise ValueError(f"schedule {self.name!r}")
 
     def _cosine(self, step: int) -> float:
@@ -124,10 +124,9 @@ def build_schedule(
             `training.early_stopping`).
     """
     total = epochs * steps_per_epoch
+    drops: Sequence[int] = section.milestones if section.name == "multistep" else ()
     if section.name == "step":
         drops = range(section.step_epochs, epochs, section.step_epochs)
-    else:
-        drops = section.milestones if section.name == "multistep" else ()
     return Schedule(
         name=section.name,
         total_steps=total,

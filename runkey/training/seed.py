@@ -31,7 +31,7 @@ def set_up(seed: int, *, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     # The deterministic mode would also fill every new tensor with NaN: a memory pass for nothing,
     # since no operation of ours reads what it has not written.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(derive_seed(seed, "init"))
 
 

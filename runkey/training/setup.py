@@ -11,9 +11,7 @@ from torch import nn
 
 from runkey.data.batch import Window
 from runkey.errors import TrainingError
-from typing import TYPE_CHECKING
-if TYPE_CHECKING:
-    from runkey.model.criterion import Criterion
+from runkey.model.criterion import Criterion
 from runkey.params import Params
 from runkey.training.distributed import World
 from runkey.training.ema import Ema

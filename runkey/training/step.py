@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from runkey.data.batch import Batch, Window
 from runkey.data.normalise import normalise
-from typing import TYPE_CHECKING
-if TYPE_CHECKING:
-    from runkey.model.criterion import Criterion, Losses, Normaliser
+from runkey.model.criterion import Criterion, Losses, Normaliser
 from runkey.model.targets import Targets
 from runkey.training.clip import ClipMode, clip_gradients
 from runkey.training.optimizer import guarded_step, set_rates, trained_parameters
@@ -90,7 +88,8 @@ def accumulate_gradients(machinery: Machinery, window: Window) -> dict[str, Tens
     sums: dict[str, Tensor] = {}
     for batch in window:
         losses = _forward(machinery, batch, normaliser)
-        (losses.total if scaler is None else scaler.scale(losses.total)).backward()
+        total = losses.total if scaler is None else scaler.scale(losses.total)
+        total.backward()  # type: ignore[no-untyped-call]
         parts = {"loss": losses.total.detach()}
         parts |= {part_name(name): value for name, value in losses.parts.items()}
         sums = {name: sums[name] + value for name, value in parts.items()} if sums else parts

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from runkey import params
 from runkey.data.batch import Batch, Window
+from runkey.data.normalise import normalise
+from runkey.model.targets import Targets
 
 CLASSES = 3
 QUERIES = 4
@@ -83,22 +86,24 @@ class ToyCriterion:
         )
 
 
-def make_batch(image_ids: Sequence[int], dtype: torch.dtype = torch.float32) -> Batch:
+def make_batch(
+    image_ids: Sequence[int], dtype: torch.dtype = torch.float32, size: int = SIZE
+) -> Batch:
     """Images drawn from their ids alone; id 5k has no box."""
     images, boxes, labels, counts = [], [], [], []
     for image_id in image_ids:
         generator = torch.Generator().manual_seed(image_id)
-        image = torch.randint(0, 60, (3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+        image = torch.randint(0, 60, (3, size, size), generator=generator, dtype=torch.uint8)
         count = 0 if image_id % 5 == 0 else 1 + image_id % QUERIES
         for _ in range(count):
-            x, y = torch.randint(0, SIZE - 6, (2,), generator=generator).tolist()
+            x, y = torch.randint(0, size - 6, (2,), generator=generator).tolist()
             label = int(torch.randint(0, CLASSES, (1,), generator=generator))
             image[label, y : y + 6, x : x + 6] = 220
-            boxes.append([(x + 3) / SIZE, (y + 3) / SIZE, 6 / SIZE, 6 / SIZE])
+            boxes.append([(x + 3) / size, (y + 3) / size, 6 / size, 6 / size])
             labels.append(label)
         images.append(image)
         counts.append(count)
-    sizes = torch.full((len(images), 2), SIZE)
+    sizes = torch.full((len(images), 2), size)
     return Batch(
         images=torch.stack(images),
         sizes=sizes,
@@ -160,9 +165,6 @@ def make_params(lr: float = 1e-2, seed: int = 0, **sections) -> params.Params:
 
 def val_loss(module: nn.Module) -> dict[str, float]:
     """The toy loss on images that are not trained on."""
-    from runkey.data.normalise import normalise
-    from runkey.model.targets import Targets
-
     assert not module.training
     assert not torch.is_grad_enabled()
     batch = make_batch(range(101, 113))
@@ -173,12 +175,19 @@ def val_loss(module: nn.Module) -> dict[str, float]:
     return {"val/loss": float(losses.total), "val/AP": 0.5}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def toy():
-    """Everything above, for tests that cannot import this file by name."""
-    import types
-
-    return types.SimpleNamespace(**{k: v for k, v in globals().items() if not k.startswith("_")})
+    """All of this by name: with importlib import mode, tests cannot import this file."""
+    return SimpleNamespace(
+        ToyModel=ToyModel,
+        ToyCriterion=ToyCriterion,
+        ToyLoader=ToyLoader,
+        MemoryTracker=MemoryTracker,
+        make_batch=make_batch,
+        make_window=make_window,
+        make_params=make_params,
+        val_loss=val_loss,
+    )
 
 
 @pytest.fixture(autouse=True)

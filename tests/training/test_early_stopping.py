@@ -44,9 +44,7 @@ def test_says_what_it_saw():
         "2 without improvement by more than 0.01 since"
     )
     verdict = judge_history([NAN, NAN], Judge("max"), 2, "val/AP")
-    assert verdict.reason == (
-        "early stop: val/AP was never a number, 2 without improvement since"
-    )
+    assert verdict.reason == ("early stop: val/AP was never a number, 2 without improvement since")
 
 
 def test_a_metric_that_is_not_there_is_named():

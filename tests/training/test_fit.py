@@ -29,6 +29,9 @@ def run(toy, parameters=None, *, model=None, loader=None, evaluate=None, **optio
     )
 
 
+_PATIENT = {"enabled": False, "metric": "val/loss", "mode": "min"}
+
+
 def same(left, right):
     assert left.keys() == right.keys()
     return all(torch.equal(left[name], right[name]) for name in left)
@@ -39,10 +42,12 @@ def without_clock(values):
 
 
 def test_learns(toy):
-    result = run(toy, toy.make_params(training={"epochs": 20}))
-    assert result.best_metrics["val/loss"] < 0.6 * result.history[0]["val/loss"]
-    assert result.steps == 20 * 3
-    assert result.stop_reason == "all 20 epochs done"
+    parameters = toy.make_params(lr=3e-3, training={"epochs": 12, "early_stopping": _PATIENT})
+    result = run(toy, parameters)
+    assert result.history[-1]["train/epoch_loss"] < 0.6 * result.history[0]["train/epoch_loss"]
+    assert result.best_metrics["val/loss"] < result.history[0]["val/loss"]
+    assert result.steps == 12 * 3
+    assert result.stop_reason == "all 12 epochs done"
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
@@ -143,7 +148,9 @@ def test_tracker_gets_every_value(toy):
         "val/loss",
         "val/AP",
     }
-    assert [v["train/epoch"] for _, v in step_logs] == pytest.approx([s / 3 for s in (1, 2, 4, 6, 8)])
+    assert [v["train/epoch"] for _, v in step_logs] == pytest.approx(
+        [s / 3 for s in (1, 2, 4, 6, 8)]
+    )
     assert [kind for kind, _ in tracker.events] == ["training_start", "training_end"]
     assert tracker.events[0][1]["precision"] == "fp32"
     assert result.history[1]["val/loss"] == epoch_logs[1][1]["val/loss"]
@@ -257,9 +264,7 @@ def test_plateau_drops_the_rate(toy):
 def test_evaluates_and_keeps_the_average(toy):
     evaluate = Scripted([0.5])
     model = toy.ToyModel()
-    result = run(
-        toy, scripted_params(toy, 1, ema_decay=0.9), model=model, evaluate=evaluate
-    )
+    result = run(toy, scripted_params(toy, 1, ema_decay=0.9), model=model, evaluate=evaluate)
     assert same(result.best_state, evaluate.seen[0])
     assert not same(result.best_state, dict(model.state_dict()))
 
@@ -338,8 +343,9 @@ def test_skipped_steps_are_counted_and_left_out_of_means(toy):
 
 
 def test_gives_up_when_no_step_is_finite(toy):
+    parameters = toy.make_params(training={"epochs": 99, "early_stopping": _PATIENT})
     with pytest.raises(TrainingError, match=r"^step 50 .*not finite in 50 steps on end") as caught:
-        fit_not_finite(toy, set(range(999)), toy.make_params(training={"epochs": 99}))
+        fit_not_finite(toy, set(range(999)), parameters)
     assert "\n" not in str(caught.value)
 
 
@@ -390,7 +396,7 @@ def test_failures_name_the_step(toy, error, text):
 
 
 def test_other_errors_pass_unchanged(toy):
-    with pytest.raises(RuntimeError, match="^something else$"):
+    with pytest.raises(RuntimeError, match=r"^something else$"):
         fit(
             toy.ToyModel(),
             Failing(toy.ToyCriterion(), RuntimeError("something else")),
@@ -418,7 +424,9 @@ def test_refuses_several_processes(toy):
 
 
 def test_overfits_one_batch(toy):
-    parameters = toy.make_params(training={"epochs": 150}, schedule={"warmup_fraction": 0.02})
+    parameters = toy.make_params(
+        lr=3e-3, training={"epochs": 110, "evaluate_every": 110, "early_stopping": _PATIENT}
+    )
     result = run(toy, parameters, loader=toy.ToyLoader(images=8), model=_seeded(toy))
     first, last = result.history[0], result.history[-1]
     assert last["train/epoch_loss"] < 0.1 * first["train/epoch_loss"]

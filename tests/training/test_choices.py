@@ -1,0 +1,148 @@
+"""Choices of device, precision and processes, with their reasons; seeds."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from runkey.errors import TrainingError
+from runkey.training.device import choose_device
+from runkey.training.distributed import World, joined_world, read_world
+from runkey.training.precision import build_precision, choose_precision
+from runkey.training.seed import derive_seed, seed_step, set_up
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "reason"),
+    [
+        ("auto", None, "auto: mixed precision does not pay on a CPU"),
+        ("off", None, "asked for"),
+        ("bf16", torch.bfloat16, "asked for, though it is slower than fp32 on a CPU without AMX"),
+        ("fp16", torch.float16, "asked for; losses are scaled"),
+    ],
+)
+def test_precision_on_a_cpu(precision, dtype, reason):
+    assert choose_precision(precision, CPU) == (dtype, reason)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "reason"),
+    [
+        ((9, 0), torch.bfloat16, "auto: the GPU has bf16"),
+        ((8, 0), torch.bfloat16, "auto: the GPU has bf16"),
+        ((7, 5), None, "auto: the GPU has no bf16, and fp16 is only used when asked for"),
+    ],
+)
+def test_automatic_precision_on_a_gpu(monkeypatch, capability, dtype, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert choose_precision("auto", torch.device("cuda", 0)) == (dtype, reason)
+
+
+def test_only_fp16_scales_losses():
+    assert build_precision(None, CPU).scaler is None
+    assert build_precision(torch.bfloat16, CPU).scaler is None
+    assert build_precision(torch.float16, CPU).scaler is not None
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    with build_precision(dtype, CPU).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (dtype or torch.float32)
+
+
+def test_device(monkeypatch):
+    assert choose_device("cpu") == (CPU, "asked for")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == (CPU, "torch sees no GPU")
+    with pytest.raises(TrainingError, match=r"runtime.device = cuda, but torch sees no GPU"):
+        choose_device("cuda")
+
+
+@pytest.mark.gpu
+def test_device_on_a_gpu():
+    device, reason = choose_device("auto")
+    assert device == torch.device("cuda", 0)
+    assert reason == torch.cuda.get_device_name(0)
+
+
+def test_world():
+    assert read_world({}) == World(0, 0, 1)
+    world = read_world({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"})
+    assert (world.rank, world.local_rank, world.size, world.is_main) == (3, 1, 4, False)
+    with pytest.raises(TrainingError, match=r"RANK=2 is not below WORLD_SIZE=2"):
+        read_world({"RANK": "2", "WORLD_SIZE": "2"})
+
+
+def test_one_process_joins_nobody():
+    with joined_world(CPU) as world:
+        assert world == World()
+        assert not torch.distributed.is_initialized()
+
+
+_TWO = """
+import torch, torch.distributed as dist
+from runkey.training.distributed import joined_world
+with joined_world(torch.device("cpu")) as world:
+    total = torch.tensor([world.rank + 1.0])
+    dist.all_reduce(total)
+    assert total.item() == 3 and world.size == 2
+assert not dist.is_initialized()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_meet(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(_TWO)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            script,
+        ],
+        check=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},  # noqa: PTH109
+    )
+
+
+def test_seeds_depend_on_every_part():
+    seeds = {derive_seed(*parts) for parts in [(0,), (1,), (0, 1), (1, 0), (0, "1", 2), (0, 12)]}
+    assert len(seeds) == 6
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    # Written out: another machine or version must draw the same.
+    assert derive_seed(0, "step", 7, 0) == SEED_OF_STEP_7
+
+
+SEED_OF_STEP_7 = 206210036111531418
+
+
+def test_noise_of_a_step():
+    def draw(*arguments):
+        seed_step(*arguments)
+        return torch.rand(4)
+
+    first = draw(0, 5)
+    torch.rand(3)
+    assert torch.equal(first, draw(0, 5, 0))
+    for other in ((0, 6), (1, 5), (0, 5, 1)):
+        assert not torch.equal(first, draw(*other))
+
+
+def test_set_up_settles_the_kernels(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    set_up(3, deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    first = torch.rand(3)
+    set_up(3, deterministic=False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.equal(first, torch.rand(3))

@@ -1,0 +1,118 @@
+"""Late reading, means, pace, and what is printed."""
+
+import sys
+import time
+
+import pytest
+import torch
+
+from runkey.training.meters import LateReader, Means, Pace, timed
+from runkey.training.progress import bar_text, clock, epoch_line, open_display
+
+
+def test_values_come_one_step_late():
+    reader = LateReader()
+    assert (
+        reader.push(1, (7, 8), 0.1, {"loss": torch.tensor(2.0), "norm": torch.tensor(3.0)}) is None
+    )
+    first = reader.push(2, (9,), 0.2, {"loss": torch.tensor(4.0), "norm": torch.tensor(5.0)})
+    assert (first.step, first.image_ids, first.lr) == (1, (7, 8), 0.1)
+    assert first.values == {"loss": 2.0, "norm": 3.0}
+    assert reader.flush().values == {"loss": 4.0, "norm": 5.0}
+    assert reader.flush() is None
+
+
+def test_a_reading_does_not_change_with_its_tensor():
+    reader, loss = LateReader(), torch.tensor(2.0)
+    reader.push(1, (), 0.1, {"loss": loss})
+    loss.fill_(9)
+    assert reader.flush().values == {"loss": 2.0}
+
+
+def test_means_leave_out_what_is_not_finite():
+    means = Means()
+    for value in (1.0, float("nan"), 3.0, float("inf")):
+        means.add({"loss": value, "other": 1.0})
+    means.add({"never": float("nan")})
+    assert means.means() == {"loss": 2.0, "other": 1.0}
+
+
+def test_waiting_is_counted(toy):
+    def slow():
+        for ids in ([1, 2, 3], [4, 5]):
+            time.sleep(0.05)
+            yield toy.make_window(ids, 2)
+
+    pace, recent = Pace(), Pace()
+    for number, window in enumerate(timed(slow(), pace, recent)):
+        if number == 0:
+            assert recent.images == 3
+            recent.restart()
+        assert len(window) == 2 - number
+        time.sleep(0.05)
+    assert (pace.images, recent.images) == (5, 2)
+    assert pace.wait_seconds >= 0.1
+    assert 0.2 < pace.data_wait_share < 0.8
+    assert pace.images_per_second == pytest.approx(5 / pace.seconds, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-1, "0s"), (0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (130, "2m10s"), (11100, "3h05m")],
+)
+def test_clock(seconds, text):
+    assert clock(seconds) == text
+
+
+VALUES = {
+    "train/epoch_loss": 3.2111,
+    "train/epoch_loss_l1": 1.0,
+    "train/grad_norm": 0.4123,
+    "train/lr": 8.1e-4,
+    "train/images_per_second": 52.13,
+    "train/data_wait_share": 0.012,
+    "val/AP": 0.51234,
+    "val/AP50": 0.8,
+    "val/AP75": 0.4,
+    "val/loss": 2.5,
+}
+
+
+def test_epoch_line():
+    line = epoch_line(7, 30, VALUES, 130, watched="val/AP", is_best=True)
+    assert line == (
+        "epoch  7/30  loss 3.211  grad 0.412  lr 8.10e-04  52.1 img/s  wait 1%  "
+        "val/AP 0.5123 (best)  val/AP50 0.8  val/loss 2.5  left 2m10s"
+    )
+    line = epoch_line(7, 30, VALUES, 130, watched="val/AP75", is_best=False)
+    assert "val/AP75 0.4" in line
+    assert "best" not in line
+    train_only = {k: v for k, v in VALUES.items() if "val" not in k}
+    line = epoch_line(7, 30, train_only, 130, watched="val/AP", is_best=False)
+    assert line.endswith("wait 1%  left 2m10s")
+
+
+def test_bar_text():
+    assert bar_text(VALUES | {"train/loss": 3.0}, 41) == (
+        "loss 3  grad 0.412  lr 8.10e-04  52.1 img/s  wait 1%  left 41s"
+    )
+
+
+def test_no_bar_without_a_terminal(capsys):
+    with open_display(10, 2, wanted=True) as display:
+        display.update(1, 1, "text")
+    with open_display(10, 2, wanted=False) as display:
+        display.update(1, 1, "text")
+    assert capsys.readouterr().out == ""
+
+
+def test_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes any stream for a terminal
+    monkeypatch.setenv("COLUMNS", "120")
+    with open_display(10, 2, wanted=True) as display:
+        display.update(5, 1, "loss 3  left 41s")
+        sys.stdout.write("a line above\n")
+    out = capsys.readouterr().out
+    assert "loss 3  left 41s" in out
+    assert "50%" in out
+    assert "a line above" in out
