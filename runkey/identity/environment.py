@@ -63,7 +63,9 @@ def read_lock(path: Path, platform: str = PLATFORM) -> tuple[Package, ...]:
             if entry["platform"] == platform and entry.get("category", CATEGORY) == CATEGORY
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise LockError(f"{path.name}: a package entry lacks {error}; is it conda-lock's?") from None
+        raise LockError(
+            f"{path.name}: a package entry lacks {error}; is it conda-lock's?"
+        ) from None
     if not packages:
         raise LockError(f"{path.name}: holds no packages for {platform}")
     return tuple(packages)
@@ -122,16 +124,18 @@ def installed_packages() -> dict[str, str]:
     """Version by normalised name of every distribution that this interpreter can import."""
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name:
+        # Every access parses the file anew.
+        metadata = distribution.metadata
+        if metadata["Name"]:
             # The first on the path is the one that is imported.
-            found.setdefault(normalise_name(name), distribution.version)
+            found.setdefault(normalise_name(metadata["Name"]), metadata["Version"])
     return dict(sorted(found.items()))
 
 
 def differences(locked: Mapping[str, str], installed: Mapping[str, str]) -> list[str]:
-    """A line per locked package that is missing or of another version, such as
-    `numpy: locked 2.5.1, installed 2.4.0`; packages that are not locked do not count.
+    """A line per locked package that is missing or of another version.
+
+    Such as `numpy: locked 2.5.1, installed 2.4.0`; packages that are not locked do not count.
     """
     return [
         f"{name}: locked {version}, installed {installed.get(name, 'none')}"

@@ -23,7 +23,7 @@ def read_yaml_text(path: Path) -> Any:
         ValueError: it is no YAML in UTF-8; the text gives the line.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _LOADER)  # noqa: S506 - makes strings only
+        return yaml.load(path.read_text(encoding="utf-8"), _LOADER)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""

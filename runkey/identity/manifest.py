@@ -1,0 +1,163 @@
+"""run.json: which key a run has, where it is logged, and what it was really run with.
+
+The key says what was meant; the witness says what was there: device, micro-batch, packages, files.
+Two runs of one key and one kind of witness are the same bits on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Self
+
+from runkey.errors import LockError
+from runkey.identity.closure import imported_files, undeclared
+from runkey.identity.environment import (
+    differences,
+    installed_packages,
+    interpreter,
+    read_requirements,
+)
+from runkey.identity.errors import RecipeError
+from runkey.identity.key import Recipe
+
+SCHEMA = "run1"
+REQUIREMENTS = Path("requirements.txt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Witness:
+    """What a run was really run with; no part of the key."""
+
+    device: str
+    """Kind and name, such as `cpu x86_64` or `cuda NVIDIA H200`."""
+    micro_batch: int
+    """Images per forward pass."""
+    world_size: int
+    """Processes that trained together."""
+    threads: int
+    """Threads of one process's operators."""
+    precision: str = "off"
+    """Mixed precision really used: off, bf16 or fp16."""
+    interpreter: str
+    """Python's implementation and version, system and machine."""
+    packages: dict[str, str]
+    """Version by name of every package installed."""
+    package_differences: list[str]
+    """Where they differ from requirements.txt, such as `numpy: locked 2.5.1, installed 2.4.0`."""
+    files: list[str]
+    """The repository's files that were imported."""
+    undeclared_files: list[str]
+    """Those among them that the key does not cover."""
+    commit: str | None
+    """Git commit that was checked out; None outside git."""
+    dirty: bool
+    """Whether tracked files differed from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunManifest:
+    """The contents of run.json."""
+
+    key: str
+    """Key of the stage that ran, `rk1-<hex>`."""
+    stage: str
+    parts: dict[str, str]
+    """Hash of each part of the key."""
+    run_id: str | None
+    """MLflow run; None if it was not logged there."""
+    witness: Witness
+    schema: str = field(default=SCHEMA)
+
+    def write(self, path: Path) -> None:
+        """Write the file whole or not at all: a reader never meets half of it."""
+        text = json.dumps(asdict(self), indent=2, sort_keys=True, allow_nan=False) + "\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The manifest in a file.
+
+        Raises:
+            RecipeError: the file is missing, is no JSON, or holds other fields than these.
+        """
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecipeError(f"{path}: not found; `dvc repro train` writes it") from None
+        except ValueError:
+            raise RecipeError(f"{path}: not JSON; `dvc checkout {path.name}` restores it") from None
+        try:
+            if stored["schema"] != SCHEMA:
+                raise RecipeError(
+                    f"{path}: schema {stored['schema']!r}; this runkey reads {SCHEMA}"
+                )
+            return cls(**{**stored, "witness": Witness(**stored["witness"])})
+        except (KeyError, TypeError):
+            names = ", ".join(f.name for f in fields(cls))
+            raise RecipeError(f"{path}: not a run's manifest, which holds {names}") from None
+
+
+def take_witness(
+    root: Path,
+    recipe: Recipe,
+    *,
+    device: str,
+    micro_batch: int,
+    world_size: int,
+    threads: int,
+    precision: str = "off",
+) -> Witness:
+    """The witness of the run that this process is; call it at the end, when all is imported."""
+    packages = installed_packages()
+    files = imported_files(root)
+    code = recipe.preimages["code"]
+    return Witness(
+        device=device,
+        micro_batch=micro_batch,
+        world_size=world_size,
+        threads=threads,
+        precision=precision,
+        interpreter=interpreter(),
+        packages=packages,
+        package_differences=_package_differences(root, packages),
+        files=list(files),
+        undeclared_files=list(undeclared(files, code["files"], code["excluded"])),
+        commit=_git(root, "rev-parse", "HEAD"),
+        dirty=bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
+    )
+
+
+def make_manifest(recipe: Recipe, run_id: str | None, witness: Witness) -> RunManifest:
+    """The manifest of a run of a recipe."""
+    return RunManifest(
+        key=recipe.key, stage=recipe.stage, parts=recipe.parts, run_id=run_id, witness=witness
+    )
+
+
+def _package_differences(root: Path, packages: Mapping[str, str]) -> list[str]:
+    try:
+        return differences(read_requirements(root / REQUIREMENTS), packages)
+    except LockError as error:
+        # Code without its lists, on a bare GPU machine, is worth a record and no stop.
+        return [str(error)]
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

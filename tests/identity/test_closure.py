@@ -1,0 +1,118 @@
+"""Which files a stage can reach by import."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runkey.identity.closure import (
+    EXCLUDED,
+    hash_files,
+    import_closure,
+    imported_files,
+    undeclared,
+)
+from runkey.identity.errors import RecipeError
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_every_way_of_importing_is_followed(project):
+    assert import_closure("stages.train", project) == (
+        "runkey/__init__.py",
+        "runkey/late.py",
+        "runkey/model/__init__.py",
+        "runkey/model/deep/__init__.py",
+        "runkey/model/deep/layer.py",
+        "runkey/model/net.py",
+        "stages/__init__.py",
+        "stages/train.py",
+    )
+
+
+def test_relative_imports_go_up_by_their_dots(project):
+    closure = import_closure("stages.prepare", project)
+    assert {"runkey/data/coco.py", "runkey/data/boxes.py", "runkey/late.py"} <= set(closure)
+
+
+def test_an_excluded_file_brings_in_nothing(project):
+    assert "runkey/unused.py" not in import_closure("stages.train", project)
+    everything = import_closure("stages.train", project, excluded=())
+    assert {"runkey/tracking/log.py", "runkey/unused.py"} <= set(everything)
+
+
+def test_a_circle_of_imports_ends(project):
+    (project / "runkey/late.py").write_text("import runkey.model.net\n")
+    (project / "runkey/model/deep/layer.py").write_text("import runkey.late\nwidth = 3\n")
+    assert "runkey/late.py" in import_closure("stages.train", project)
+
+
+def test_a_package_without_init_file_is_followed(project):
+    (project / "runkey/plain").mkdir()
+    (project / "runkey/plain/part.py").touch()
+    (project / "stages/train.py").write_text("import runkey.plain.part as part\n")
+    assert "runkey/plain/part.py" in import_closure("stages.train", project)
+
+
+def test_hashes_are_of_bytes_and_not_of_line_ends(project):
+    before = hash_files(["runkey/data/coco.py"], project)
+    (project / "runkey/data/coco.py").write_bytes(b"from . import boxes\r\n")
+    assert hash_files(["runkey/data/coco.py"], project) == before
+    (project / "runkey/data/coco.py").write_bytes(b"from . import boxes \n")
+    assert hash_files(["runkey/data/coco.py"], project) != before
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "message"),
+    [
+        ("stages.gone", "", "stages.gone: no such module in the repository; see `cmd` in dvc.yaml"),
+        ("stages.train", "def f(:\n", "stages/train.py, line 1: invalid syntax"),
+    ],
+)
+def test_faults_are_named(project, module, text, message):
+    (project / "stages/train.py").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        import_closure(module, project)
+    assert str(caught.value) == message
+
+
+def test_what_was_really_imported_is_found_and_compared(project):
+    """A real process that imports a module by a name made at run time: only this way is it seen."""
+    (project / "stages/train.py").write_text(
+        "import importlib, sys\n"
+        "from pathlib import Path\n"
+        f"sys.path.append({str(REPOSITORY)!r})\n"
+        "import runkey.model.net\n"
+        "importlib.import_module('runkey.' + 'unused')\n"
+        "import runkey.tracking\n"
+        "for name in [n for n in sys.modules if n.split('.')[0] == 'runkey']:\n"
+        "    sys.modules['kept.' + name] = sys.modules.pop(name)\n"
+        f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from runkey.identity.closure import import_closure, imported_files, undeclared\n"
+        "root = Path.cwd()\n"
+        "print(*undeclared(imported_files(root), import_closure('stages.train', root)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.train"],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == ["runkey/unused.py"]
+
+
+def test_the_exclude_list_names_what_exists_or_is_planned():
+    """A renamed telemetry folder would silently enter the key."""
+    planned = {"runkey/registry/"}
+    missing = {entry for entry in EXCLUDED if not (REPOSITORY / entry).exists()}
+    assert missing <= planned
+
+
+def test_this_very_process_is_listed():
+    files = imported_files(REPOSITORY)
+    assert "runkey/identity/closure.py" in files
+    assert not any(path.startswith(".venv") for path in files)
+    assert undeclared(["a.py", "runkey/cli/x.py"], ["b.py"]) == ("a.py",)

@@ -1,0 +1,99 @@
+"""run.json and the witness in it."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy
+import pytest
+
+from runkey.identity.errors import RecipeError
+from runkey.identity.key import make_recipe
+from runkey.identity.manifest import RunManifest, make_manifest, take_witness
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def manifest(project):
+    recipe = make_recipe("train", project)
+    witness = take_witness(
+        REPOSITORY, recipe, device="cpu x86_64", micro_batch=4, world_size=1, threads=2
+    )
+    return make_manifest(recipe, "0a1b", witness)
+
+
+def test_what_is_written_is_read(manifest, tmp_path):
+    manifest.write(tmp_path / "new" / "run.json")
+    assert RunManifest.read(tmp_path / "new" / "run.json") == manifest
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["run.json"]
+    stored = json.loads((tmp_path / "new" / "run.json").read_text())
+    assert stored["key"].startswith("rk1-")
+    assert stored["run_id"] == "0a1b"
+
+
+def test_a_write_that_fails_leaves_the_old_file(manifest, tmp_path):
+    path = tmp_path / "run.json"
+    manifest.write(path)
+    before = path.read_bytes()
+    broken = RunManifest(
+        key=manifest.key,
+        stage="train",
+        parts={"code": float("nan")},
+        run_id=None,
+        witness=manifest.witness,
+    )
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        broken.write(path)
+    assert path.read_bytes() == before
+
+
+def test_the_witness_says_what_was_there(manifest):
+    witness = manifest.witness
+    assert witness.packages["numpy"] == numpy.__version__
+    assert "runkey/identity/manifest.py" in witness.files
+    # This process imported no file of the tmp project's recipe, and its own count as undeclared.
+    assert "runkey/hashing.py" in witness.undeclared_files
+    assert "runkey/identity/manifest.py" not in witness.undeclared_files
+    assert witness.interpreter.startswith("CPython 3.12")
+
+
+def test_the_witness_names_the_commit_and_whether_the_tree_is_clean(project):
+    recipe = make_recipe("train", project)
+
+    def witness():
+        return take_witness(project, recipe, device="cpu", micro_batch=1, world_size=1, threads=1)
+
+    assert witness().commit is None
+    assert witness().dirty is False
+    assert witness().package_differences == [
+        "requirements.txt: not found; `git checkout requirements.txt` restores it"
+    ]
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "all"]):
+        subprocess.run(["git", *identity, *command], cwd=project, check=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=project, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert (witness().commit, witness().dirty) == (commit, False)
+    (project / "README.md").write_text("changed")
+    assert witness().dirty is True
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "run.json: not found; `dvc repro train` writes it"),
+        ("{", "run.json: not JSON; `dvc checkout run.json` restores it"),
+        ("[]", "run.json: not a run's manifest, which holds key, stage, parts, run_id, witness"),
+        ('{"schema": "run1", "key": "rk1-0"}', "run.json: not a run's manifest"),
+        ('{"schema": "run0"}', "run.json: schema 'run0'; this runkey reads run1"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path("run.json").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        RunManifest.read(Path("run.json"))
+    assert str(caught.value).startswith(message)
