@@ -1,0 +1,72 @@
+"""`runkey summary` and `runkey ui`: what the last pipeline gave, and MLflow's pages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from runkey import paths
+from runkey.cli.place import workspace
+from runkey.errors import DataError
+from runkey.params import load_params
+
+_PLACES = (
+    (paths.MODEL, "weights, classes and parameters"),
+    (paths.PREPARED / "contact_sheet.jpg", "the data with its boxes"),
+    (paths.EVALUATION / "best.jpg", "images that went well, truth beside prediction"),
+    (paths.EVALUATION / "worst.jpg", "images that went badly"),
+    (paths.PLOTS, "curves and tables; `dvc plots show` makes a page of them"),
+)
+
+
+def summary() -> None:
+    """Show the result of the last pipeline, and where to look."""
+    root = workspace()
+    trained = _read(root / paths.METRICS / "train.json")
+    evaluated = _read(root / paths.METRICS / "evaluate.json")
+    run = _read(root / paths.RUN_JSON)
+    numbers = [f"{name} {evaluated[name]:.3f}" for name in ("AP", "AP50", "AP75")]
+    minutes, seconds = divmod(round(trained["seconds"]), 60)
+    rows = [
+        ("result", "   ".join(numbers) + "   (COCO, on the held-out images)"),
+        ("training", f"{minutes} min {seconds:02d} s, weights of epoch {trained['best_epoch']}"),
+        ("key", str(run["key"])),
+        *((str(place), text) for place, text in _PLACES if (root / place).exists()),
+        ("make ui", _mlflow_line(run)),
+        ("try", "dvc exp run -S lr=5e-5, then make ui or dvc metrics diff"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        print(f"  {name:<{width}}  {text}")
+
+
+def ui(
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Local port; 0: any free one.")
+    ] = 0,
+) -> None:
+    """Open MLflow's pages on the store until Ctrl-C; prints their address."""
+    from runkey.tracking.server import serve
+    from runkey.tracking.store import locate_store
+
+    root = workspace()
+    serve(locate_store(), load_params(root / paths.PARAMS).runtime.experiment, port, print)
+
+
+def _mlflow_line(run: dict[str, Any]) -> str:
+    if not run.get("run_id"):
+        return "(this run was not recorded in MLflow)"
+    return f"MLflow's pages; this run is {run['run_id']}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path.relative_to(path.parents[1])}: not found; `make repro` makes it"
+        ) from None
+    return content

@@ -1,0 +1,202 @@
+"""The command line: every command with help, errors in one line, nothing slow imported early."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from runkey.cli import app, main
+
+REPOSITORY = Path(__file__).parents[2]
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small repository with the presets, one commit, and nothing else."""
+    shutil.copytree(REPOSITORY / "presets", tmp_path / "presets")
+    (tmp_path / "stages").mkdir()
+    shutil.copy(tmp_path / "presets" / "sample.yaml", tmp_path / "params.yaml")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "start"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Calls the command line; gives exit code, stdout, stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["runkey", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def test_every_command_and_option_has_help() -> None:
+    group = typer.main.get_command(app)
+    commands = getattr(group, "commands")  # noqa: B009
+    assert set(commands) >= {"preset", "params", "sample-data", "summary", "ui"}
+    for command in [group, *commands.values()]:
+        assert command.help, command.name
+        for parameter in command.params:
+            if parameter.name != "help":
+                assert parameter.help, f"{command.name} {parameter.name}"
+
+
+def test_help_imports_neither_torch_nor_mlflow() -> None:
+    code = (
+        "import sys; sys.argv = ['runkey', 'params']\n"
+        "from runkey.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "slow = {'torch', 'mlflow', 'dvc', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
+        "print('slow:', sorted(slow))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.splitlines()[-1] == "slow: []"
+
+
+def test_module_runs(repository: Path) -> None:
+    out = subprocess.run(
+        [sys.executable, "-m", "runkey", "params"],
+        cwd=repository,
+        env={"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "lr = 0.001" in out.stdout.splitlines()
+
+
+def test_params_prints_what_dvc_would_read(repository: Path, run: Run) -> None:
+    path = repository / "params.yaml"
+    path.write_text(path.read_text().replace("lr: 0.001", "lr: 5e-05"))
+    code, out, _ = run("params", "--json")
+    assert code == 0
+    values = json.loads(out)
+    assert values["lr"] == 5e-5
+    assert values["runtime.mlflow"] is True
+    assert values["model.loss.giou"] == 2.0
+
+
+def test_a_fault_in_params_is_one_line(repository: Path, run: Run) -> None:
+    (repository / "params.yaml").write_text("lr: 1e-3\nseed: 0\ntrainig: {}\n")
+    code, out, err = run("params")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: params.yaml: unknown key trainig; did you mean training?")
+    assert err.count("\n") == 1
+
+
+def test_outside_a_repository_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("params")
+    assert code == 1
+    assert err == (
+        f"error: no folder with params.yaml and stages/ at or above {tmp_path};"
+        " change to a folder of the repository\n"
+    )
+
+
+def test_preset_is_put_in_place_byte_for_byte(repository: Path, run: Run) -> None:
+    code, out, _ = run("preset", "blood-cells")
+    assert code == 0
+    assert out.startswith("params.yaml is preset blood-cells: ")
+    wanted = (repository / "presets" / "blood-cells.yaml").read_bytes()
+    assert (repository / "params.yaml").read_bytes() == wanted
+    assert run("preset", "blood-cells")[1] == "params.yaml is preset blood-cells already\n"
+
+
+def test_presets_are_listed_in_short_lines(repository: Path, run: Run) -> None:
+    code, out, _ = run("preset")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == sorted(
+        path.stem for path in (repository / "presets").iterdir()
+    )
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_own_changes_are_not_lost_by_a_preset(repository: Path, run: Run) -> None:
+    params = repository / "params.yaml"
+    params.write_text(params.read_text().replace("seed: 0", "seed: 7"))
+    before = params.read_bytes()
+    code, _, err = run("preset", "blood-cells")
+    assert code == 1
+    assert err.startswith("error: params.yaml: holds changes that neither git nor a preset has;")
+    assert params.read_bytes() == before
+    assert run("preset", "blood-cells", "--force")[0] == 0
+    assert b"seed: 7" not in params.read_bytes()
+
+
+def test_committed_changes_may_be_replaced(repository: Path, run: Run) -> None:
+    params = repository / "params.yaml"
+    params.write_text(params.read_text().replace("seed: 0", "seed: 7"))
+    git = ["git", "-C", str(repository), "-c", "user.name=t", "-c", "user.email=t@t"]
+    subprocess.run([*git, "commit", "-q", "-am", "seed"], check=True)
+    assert run("preset", "sample")[0] == 0
+
+
+def test_unknown_preset_names_the_known(repository: Path, run: Run) -> None:
+    code, _, err = run("preset", "nix")
+    assert code == 1
+    assert err == (
+        "error: presets/nix.yaml: not found"
+        " (known: blood-cells, coco-detr-r101, coco-detr-r50, sample)\n"
+    )
+
+
+def test_sample_data_does_not_write_over_anything(repository: Path, run: Run) -> None:
+    own = repository / "data" / "annotations"
+    own.mkdir(parents=True)
+    code, _, err = run("sample-data")
+    assert code == 1
+    assert err.startswith(f"error: {repository}/data: is not empty;")
+    assert err.count("\n") == 1
+
+
+def test_summary_before_any_run_says_what_to_do(repository: Path, run: Run) -> None:
+    code, _, err = run("summary")
+    assert (code, err) == (1, "error: metrics/train.json: not found; `make repro` makes it\n")
+
+
+def test_summary_shows_the_result_and_where_to_look(repository: Path, run: Run) -> None:
+    (repository / "metrics").mkdir()
+    (repository / "model").mkdir()
+    (repository / "metrics" / "train.json").write_text('{"seconds": 272.4, "best_epoch": 28}')
+    (repository / "metrics" / "evaluate.json").write_text('{"AP": 0.6314, "AP50": 0.9, "AP75": 0}')
+    (repository / "run.json").write_text('{"key": "rk1-0123", "run_id": "cafe"}')
+    code, out, _ = run("summary")
+    assert code == 0
+    assert "AP 0.631   AP50 0.900   AP75 0.000" in out
+    assert "4 min 32 s, weights of epoch 28" in out
+    assert "rk1-0123" in out
+    assert "this run is cafe" in out
+    assert "model" in out
+    assert "evaluation/best.jpg" not in out  # it is not there
+
+
+def test_ui_without_a_store_says_what_to_do(
+    repository: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    code, _, err = run("ui")
+    assert code == 1
+    assert err == f"error: {repository}/mlflow.db: not found; `make repro` records the first run\n"

@@ -1,0 +1,101 @@
+"""A real MLflow server that goes away in the middle of a run, and comes back."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runkey.tracking import JsonlLog, MlflowTracker, RunTracker, Store
+from runkey.tracking.jsonl import read_jsonl
+from runkey.tracking.mlflow_tracker import Pace
+from runkey.tracking.server import (
+    free_port,
+    runs_address,
+    start_server,
+    stop_server,
+    wait_until_healthy,
+)
+from runkey.tracking.store import experiment_id, open_client
+
+from .test_mlflow_tracker import description
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+PACE = Pace(flush_points=5, flush_seconds=0.5, retry_seconds=1.0, system_seconds=0)
+
+
+class Server:
+    def __init__(self, store: Store) -> None:
+        self.store, self.port = store, free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        self.process = start_server(self.store, self.port)
+        wait_until_healthy(self.address, self.process)
+
+    def kill(self) -> None:
+        if self.process:
+            stop_server(self.process, kill=True)
+            self.process = None
+
+
+@pytest.fixture
+def server(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    running = Server(store)
+    running.start()
+    yield running
+    running.kill()
+
+
+def test_a_server_that_dies_in_the_middle_and_comes_back(
+    server: Server, store: Store, tmp_path: Path, said: list[str]
+) -> None:
+    assert runs_address(server.address, "detection") == server.address  # no such experiment yet
+    remote = Store(server.address, None)
+    mlflow = MlflowTracker(remote, "detection", description(), say=said.append, pace=PACE)
+    tracker = RunTracker(JsonlLog(tmp_path / "train.jsonl", said.append), mlflow)
+    tracker.log({"train/loss": 2.0}, 1)
+    run_id = tracker.run_id(120)
+    assert run_id is not None
+    number = experiment_id(open_client(store), store, "detection")
+    assert runs_address(server.address, "detection").endswith(f"/#/experiments/{number}/runs")
+
+    server.kill()
+    for step in range(2, 30):
+        tracker.log({"train/loss": 2.0 / step}, step)
+    time.sleep(5)
+    assert len(said) == 1
+    assert said[0].endswith("training goes on, values are kept and sent later")
+    server.start()
+    time.sleep(5)
+
+    assert tracker.close() == run_id
+    assert said[1:] == ["MLflow: recording again"]
+    history = open_client(store).get_metric_history(run_id, "train/loss")
+    assert [m.step for m in history] == list(range(1, 30))
+    assert open_client(store).get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_server_that_dies_for_good_ends_nothing(
+    server: Server, tmp_path: Path, said: list[str]
+) -> None:
+    remote = Store(server.address, None)
+    mlflow = MlflowTracker(remote, "detection", description(), say=said.append, pace=PACE)
+    tracker = RunTracker(JsonlLog(tmp_path / "train.jsonl", said.append), mlflow)
+    run_id = tracker.run_id(120)
+    assert run_id is not None
+    time.sleep(2)
+    server.kill()
+    for step in range(7):
+        tracker.log({"train/loss": 2.0}, step)
+    started = time.monotonic()
+    assert tracker.close() == run_id
+    assert time.monotonic() - started < 60
+    assert [entry["step"] for entry in read_jsonl(tmp_path / "train.jsonl")] == list(range(7))
+    assert said[-1].startswith(f"MLflow: run {run_id} lacks 7 values and 1 artifact (")
