@@ -96,7 +96,7 @@ class Canvas:
                 places.append(place)
         if not places:
             return False
-        place = min(places, key=lambda p: sum(_shared(p, b) / max(1, _area(b)) for b in boxes))
+        place = min(places, key=lambda p: sum(_shared(p, b) / max(1, box_area(b)) for b in boxes))
         self._tags.append(place)
         self._draw.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=colour)
         ink = INK if _is_light(colour) else PAPER
@@ -117,6 +117,11 @@ class Canvas:
         for start in range(top, bottom, 8):
             for x in (left, right):
                 self._draw.line((x, start, x, min(start + 4, bottom)), fill=colour, width=2)
+
+
+def box_area(box: Box) -> float:
+    """Pixels in a box."""
+    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def text_width(text: str, size: int = 13, *, bold: bool = False) -> float:
@@ -150,10 +155,6 @@ def _shared(one: Box, other: Box) -> float:
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     return max(0.0, width) * max(0.0, height)
-
-
-def _area(box: Box) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def _is_light(colour: str) -> bool:

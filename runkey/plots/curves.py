@@ -142,7 +142,7 @@ def loss_and_ap(log: TrainingLog, path: Path) -> Path:
     """Train and validation loss, and AP, with the best epoch and the stop marked."""
     with drawing(path, panels=2, height=2.9) as (_, (losses, scores)):
         losses.set_title("Loss")
-        scores.set_title("AP, held-out images")
+        scores.set_title("AP")
         if not (log.steps or log.epochs):
             for axes in (losses, scores):
                 say_nothing_yet(axes)
@@ -215,7 +215,7 @@ def _draw_scores(axes: Any, log: TrainingLog) -> bool:
             drawn = True
     if drawn:
         axes.set_ylim(0, 1)
-        axes.set_ylabel("average precision, 0 to 1")
+        axes.set_ylabel("AP of held-out images, 0 to 1")
     return drawn
 
 

@@ -12,9 +12,18 @@ from runkey.data.decode import decode_rgb
 from runkey.data.index import ClassName, Record
 from runkey.evaluation.detections import Found
 from runkey.evaluation.per_image import ImageScore, rank_images, score_images
-from runkey.plots.canvas import BLANK, Box, Canvas, shorten, text_width
+from runkey.plots.canvas import BLANK, Canvas, shorten, text_width
 from runkey.plots.fonts import drawable
-from runkey.plots.style import BLUE, CYCLE, GREY, VERMILLION
+from runkey.plots.marks import (
+    RIGHT,
+    WRONG,
+    class_colour,
+    class_marks,
+    class_name,
+    draw_marks,
+    judged_predictions,
+    judged_truth,
+)
 
 WIDTH = 1100
 MARGIN = 16
@@ -22,9 +31,6 @@ GAP = 8
 ROW_HEIGHT = 190
 MOST_ROWS = 4
 MOST_IMAGES = 24
-MOST_TAGS = 10
-# Black lines vanish on dark photographs; white ones do not, having a dark shadow.
-CLASS_COLOURS = tuple("#FFFFFF" if colour == "#222222" else colour for colour in CYCLE)
 
 
 def contact_sheet(
@@ -65,7 +71,9 @@ def contact_sheet(
         left = float(MARGIN)
         for record in row:
             right = left + _aspect(record) * row_height
-            _draw_truth(canvas, record, classes, data_folder, (left, top, right, top + row_height))
+            frame = (left, top, right, top + row_height)
+            place = canvas.paste(_picture(record, data_folder), frame)
+            draw_marks(canvas, class_marks(record, classes), place, frame)
             left = right + GAP
         top += row_height + GAP
     return canvas.save(out)
@@ -112,82 +120,14 @@ def detection_sheet(
         top = head + (number // 2) * block
         caption = shorten(_caption(score), 2 * tile_width + GAP, 12)
         canvas.write((left, top), caption, 12)
-        tile = (left, top + 20, left + tile_width, top + 20 + tile_height)
-        _draw_pair(canvas, score, classes, data_folder, tile, tile_width + GAP)
+        picture = _picture(score.record, data_folder)
+        for x, marks in (
+            (left, judged_truth(score, classes)),
+            (left + tile_width + GAP, judged_predictions(score, classes)),
+        ):
+            frame = (x, top + 20, x + tile_width, top + 20 + tile_height)
+            draw_marks(canvas, marks, canvas.paste(picture, frame), frame)
     return canvas.save(out)
-
-
-def _draw_truth(
-    canvas: Canvas, record: Record, classes: list[ClassName], data_folder: Path, frame: Box
-) -> None:
-    place = canvas.paste(_picture(record, data_folder), frame)
-    boxes = []
-    for box, label, crowd in zip(record.boxes_xywh, record.labels, record.crowd, strict=True):
-        name = _name(classes[label])
-        colour = GREY if crowd else CLASS_COLOURS[label % len(CLASS_COLOURS)]
-        boxes.append((_placed(box, place), colour, f"{name} (crowd)" if crowd else name, crowd))
-    _draw_boxes(canvas, _with_few_tags(boxes), frame)
-
-
-def _draw_pair(
-    canvas: Canvas,
-    score: ImageScore,
-    classes: list[ClassName],
-    data_folder: Path,
-    tile: Box,
-    step: float,
-) -> None:
-    """The truth in `tile`, the prediction `step` pixels to its right."""
-    record, picture = score.record, _picture(score.record, data_folder)
-    place = canvas.paste(picture, tile)
-    truth = []
-    for box, label, crowd, found in zip(
-        record.boxes_xywh, record.labels, record.crowd, score.found, strict=True
-    ):
-        colour = GREY if crowd else BLUE if found else VERMILLION
-        name = _name(classes[label])
-        truth.append((_placed(box, place), colour, f"{name} (crowd)" if crowd else name, crowd))
-    _draw_boxes(canvas, truth, tile)
-
-    beside = (tile[0] + step, tile[1], tile[2] + step, tile[3])
-    place = canvas.paste(picture, beside)
-    predicted = [
-        (
-            _placed(shown.box_xywh, place),
-            BLUE if shown.right else VERMILLION,
-            f"{_name(classes[shown.label])} {shown.score:.2f}",
-            False,
-        )
-        for shown in score.shown
-    ]
-    _draw_boxes(canvas, predicted, beside)
-
-
-def _with_few_tags(boxes: list[tuple[Box, str, str, bool]]) -> list[tuple[Box, str, str, bool]]:
-    """In a crowded image, only the largest box of each class keeps its tag; colours tell the rest.
-
-    The tags would otherwise cover what they name.
-    """
-    if len(boxes) <= MOST_TAGS:
-        return boxes
-    largest: dict[str, Box] = {}
-    for box, _, text, _ in boxes:
-        if text not in largest or _area(box) > _area(largest[text]):
-            largest[text] = box
-    return [
-        (box, colour, text if box is largest[text] else "", dashed)
-        for box, colour, text, dashed in boxes
-    ]
-
-
-def _draw_boxes(canvas: Canvas, boxes: list[tuple[Box, str, str, bool]], frame: Box) -> None:
-    """Boxes (box, colour, text, dashed): large ones first, so that small ones lie on top."""
-    boxes = [(_clipped(box, frame), *rest) for box, *rest in boxes]
-    for box, colour, _, dashed in sorted(boxes, key=lambda b: -_area(b[0])):
-        canvas.outline(box, colour, dashed=dashed)
-    for box, colour, text, _ in sorted(boxes, key=lambda b: -_area(b[0])):
-        if text:
-            canvas.tag(box, frame, text, colour, [other for other, *_ in boxes])
 
 
 def _sheet_head(
@@ -199,7 +139,7 @@ def _sheet_head(
     right = sum(s.right for s in scores)
     total = 2 * right + sum(s.false + s.missed for s in scores)
     x, y = float(MARGIN), MARGIN + 24
-    for colour, text in ((BLUE, "found, right"), (VERMILLION, "missed, false")):
+    for colour, text in ((RIGHT, "found, right"), (WRONG, "missed, false")):
         canvas.chip((x, y), colour)
         x = canvas.write((x + 18, y - 2), text, 12) + 18
     canvas.write(
@@ -224,7 +164,7 @@ def _legend_lines(
     lines: list[list[tuple[float, str, str]]] = [[]]
     x = float(MARGIN)
     for number, c in enumerate(classes):
-        text = f"{shorten(_name(c), 160, 12)} {counts[c.index]:,}"
+        text = f"{shorten(class_name(c), 160, 12)} {counts[c.index]:,}"
         width = 18 + text_width(text, 12) + 18
         full = x + width > WIDTH - MARGIN - (120 if len(lines) == 2 else 0)
         if full and len(lines) == 2:
@@ -233,7 +173,7 @@ def _legend_lines(
         if full:
             lines.append([])
             x = float(MARGIN)
-        lines[-1].append((x, CLASS_COLOURS[c.index % len(CLASS_COLOURS)], text))
+        lines[-1].append((x, class_colour(c.index), text))
         x += width
     return lines
 
@@ -269,32 +209,3 @@ def _evenly(records: list[Record], most: int) -> list[Record]:
 def _picture(record: Record, data_folder: Path) -> Image.Image:
     pixels = decode_rgb(data_folder / record.file, record.rotate, record.mirror)
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-
-
-def _name(c: ClassName) -> str:
-    return drawable(c.name, f"class {c.id}")
-
-
-def _placed(box_xywh: tuple[float, float, float, float], place: tuple[float, float, float]) -> Box:
-    scale, left, top = place
-    x, y, width, height = box_xywh
-    return (
-        left + scale * x,
-        top + scale * y,
-        left + scale * (x + width),
-        top + scale * (y + height),
-    )
-
-
-def _clipped(box: Box, frame: Box) -> Box:
-    left, top, right, bottom = frame
-    return (
-        min(max(box[0], left), right - 3),
-        min(max(box[1], top), bottom - 3),
-        min(max(box[2], left + 3), right - 1),
-        min(max(box[3], top + 3), bottom - 1),
-    )
-
-
-def _area(box: Box) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
