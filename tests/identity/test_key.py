@@ -186,7 +186,7 @@ def test_the_shape_of_a_key_and_its_round_trip(project):
 
 def test_equal_contents_of_two_parts_hash_differently(project):
     recipe = make_recipe("train", project)
-    same = Recipe("train", recipe.cmd, dict.fromkeys(PARTS, {"a": "b"}))
+    same = Recipe("train", recipe.cmd, {part: {"a": "b"} for part in PARTS})
     assert len(set(same.parts.values())) == len(PARTS)
 
 

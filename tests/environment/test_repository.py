@@ -1,0 +1,114 @@
+"""The repository as a whole: what is typed, what is imported, what is tracked."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runkey.identity.environment import normalise_name, read_lock
+from runkey.identity.requirements import python_pins
+
+REPOSITORY = Path(__file__).parents[2]
+FIRST_PARTY = {"runkey", "stages"}
+
+
+def test_make_help_lists_every_target():
+    text = (REPOSITORY / "Makefile").read_text()
+    targets = set(re.findall(r"^\.PHONY: (\S+)$", text, re.MULTILINE))
+    assert {"repro", "test", "test-all", "lint", "fix", "ui", "lock", "preset", "clean"} <= targets
+    done = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    listed = dict(re.findall(r"^  (\S+) +(\S.*)$", done.stdout, re.MULTILINE))
+    assert set(listed) == targets
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_make_preset_puts_one_in_place_or_names_those_that_there_are(tmp_path):
+    (tmp_path / "environment").mkdir()
+    (tmp_path / "presets").mkdir()
+    for name in ("Makefile", "environment/setup.sh", "conda-lock.yml"):
+        (tmp_path / name).write_bytes((REPOSITORY / name).read_bytes())
+    for name in ("small", "large"):
+        (tmp_path / f"presets/{name}.yaml").write_text(f"# {name}\n")
+    make = ["make", "-C", str(tmp_path), "preset"]
+    subprocess.run([*make, "NAME=small"], check=True, capture_output=True)
+    assert (tmp_path / "params.yaml").read_text() == "# small\n"
+    done = subprocess.run([*make, "NAME=tiny"], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[0] == "error: no preset tiny; there are: large small"
+    assert (tmp_path / "params.yaml").read_text() == "# small\n"
+
+
+def runtime_imports():
+    """Top-level names that runkey and stages import, standard library and first party left out."""
+    names = set()
+    for folder in FIRST_PARTY:
+        for file in (REPOSITORY / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_bytes())):
+                if isinstance(node, ast.Import):
+                    names |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    names.add(node.module.split(".")[0])
+    return names - set(sys.stdlib_module_names) - FIRST_PARTY
+
+
+def test_every_runtime_import_comes_from_a_locked_package():
+    providers = importlib.metadata.packages_distributions()
+    locked = set(python_pins(read_lock(REPOSITORY / "conda-lock.yml")))
+    imports = runtime_imports()
+    assert "torch" in imports
+    unlocked = {
+        name
+        for name in imports
+        if not locked & {normalise_name(package) for package in providers.get(name, ())}
+    }
+    assert unlocked == set()
+
+
+# The names are split so that this file is not among those found.
+HOSTS = r"py[p]i\.org|pyth[o]nhosted|deb[i]an\.org|npm[j]s\.(org|com)"
+PATHS = r"/(w[o]rk|f[a]rm|r[o]ot)/[A-Za-z.]"
+
+
+def test_no_tracked_file_names_a_package_registry_or_a_path_of_one_machine():
+    done = subprocess.run(
+        ["git", "grep", "-nIE", f"{HOSTS}|{PATHS}", "--", ".", ":!conda-lock.yml"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stdout
+
+
+def test_the_tools_of_the_hooks_are_those_of_make_lint():
+    """One set of versions: hooks run from .venv-tools, and nothing is fetched for them."""
+    text = (REPOSITORY / ".pre-commit-config.yaml").read_text()
+    assert re.findall(r"^  - repo: (.*)$", text, re.MULTILINE) == ["local"]
+    assert set(re.findall(r"language: (\w+)", text)) == {"system", "pygrep"}
+    pins = (REPOSITORY / "environment/tools/requirements.txt").read_text()
+    for tool in ("ruff", "mypy", "import-linter", "pre-commit", "conda-lock"):
+        assert re.search(rf"^{tool}==", pins, re.MULTILINE)
+    programs = set(re.findall(r"\.venv-tools/bin/(\S+)", text))
+    assert {"ruff", "mypy", "lint-imports"} <= programs
+    assert all((REPOSITORY / ".venv-tools/bin" / program).exists() for program in programs)
+
+
+@pytest.mark.parametrize(
+    "variable", ["DVC_NO_ANALYTICS", "MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"]
+)
+def test_make_turns_reporting_home_off(variable):
+    text = (REPOSITORY / "Makefile").read_text()
+    assert re.search(rf"^export {variable} := (1|true)$", text, re.MULTILINE)
+
+
+def test_continuous_integration_runs_what_people_run():
+    text = (REPOSITORY / ".ci/run").read_text()
+    assert re.search(r"^make lint test$", text, re.MULTILINE)
+    mode = subprocess.run(
+        ["git", "ls-files", "--stage", ".ci/run"],
+        cwd=REPOSITORY, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert mode.startswith("100755")
