@@ -44,7 +44,9 @@ class Attention(nn.Module):
         query_key = F.linear(x + position, weight[: 2 * dim], bias[: 2 * dim])
         value = F.linear(x, weight[2 * dim :], bias[2 * dim :])
         query, key = query_key.chunk(2, dim=-1)
-        return self.attend_heads(*map(self.split_heads, (query, key, value)), mask)
+        return self.attend_heads(
+            self.split_heads(query), self.split_heads(key), self.split_heads(value), mask
+        )
 
     def attend_memory(
         self, x: Tensor, position: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None
@@ -62,11 +64,14 @@ class Attention(nn.Module):
         """
         dim = x.shape[-1]
         query = F.linear(x + position, self.in_proj_weight[:dim], self.in_proj_bias[:dim])
-        return self.attend_heads(*map(self.split_heads, (query, *keys_values)), mask)
+        key, value = keys_values
+        return self.attend_heads(
+            self.split_heads(query), self.split_heads(key), self.split_heads(value), mask
+        )
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, H, T, D / H]."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
 
     def attend_heads(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
@@ -91,11 +96,11 @@ def project_memory(
     Returns:
         A pair (key, value), each [B, S, D], per layer.
     """
-    dim = memory.shape[-1]
-    weights = [layer.in_proj_weight.unflatten(0, (3, dim)) for layer in layers]
-    biases = [layer.in_proj_bias.unflatten(0, (3, dim)) for layer in layers]
+    weights = [layer.in_proj_weight.chunk(3) for layer in layers]
+    biases = [layer.in_proj_bias.chunk(3) for layer in layers]
     keys = F.linear(
         memory + position, torch.cat([w[1] for w in weights]), torch.cat([b[1] for b in biases])
     )
     values = F.linear(memory, torch.cat([w[2] for w in weights]), torch.cat([b[2] for b in biases]))
-    return list(zip(keys.split(dim, dim=-1), values.split(dim, dim=-1), strict=True))
+    count = len(layers)
+    return list(zip(keys.chunk(count, dim=-1), values.chunk(count, dim=-1), strict=True))

@@ -58,7 +58,7 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
         return out
     scale, shift = norm.scale_and_shift()
     kernel = conv.weight * scale[:, None, None, None]
-    return F.conv2d(x, kernel, shift, conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+    return F.conv2d(x, kernel, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def residual_block(block: nn.Module, x: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def residual_block(block: nn.Module, x: Tensor) -> Tensor:
     shortcut = x
     if block.downsample is not None:
         conv, norm = block.downsample
-        shortcut = conv_norm(conv, norm, x)  # type: ignore[arg-type]
+        shortcut = conv_norm(conv, norm, x)
     out = F.relu(conv_norm(block.conv1, block.bn1, x), inplace=True)
     out = conv_norm(block.conv2, block.bn2, out)
     if isinstance(block, Bottleneck):
@@ -150,7 +150,7 @@ class ResNet(Body):
         return [[self.conv1, self.bn1], *([layer] for layer in layers)]
 
     def forward(self, images: Tensor) -> Tensor:
-        """float [B, 3, H, W] to [B, C, H / stride, W / stride]."""
+        """Images [B, 3, H, W] to [B, C, H / stride, W / stride]."""
         x = F.relu(conv_norm(self.conv1, self.bn1, images), inplace=True)
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -180,11 +180,11 @@ class Compact(Body):
 
     def stages(self) -> list[list[nn.Module]]:
         """The stem and the two layers."""
-        stem = [self.conv1, self.bn1, self.conv2, self.bn2]
+        stem: list[nn.Module] = [self.conv1, self.bn1, self.conv2, self.bn2]
         return [stem, [self.layer1], [self.layer2]]
 
     def forward(self, images: Tensor) -> Tensor:
-        """float [B, 3, H, W] to [B, 96, H / 8, W / 8]."""
+        """Images [B, 3, H, W] to [B, 96, H / 8, W / 8]."""
         x = F.relu(conv_norm(self.conv1, self.bn1, images), inplace=True)
         x = F.relu(conv_norm(self.conv2, self.bn2, x), inplace=True)
         return self.run_stage(self.layer2, self.run_stage(self.layer1, x))

@@ -13,13 +13,13 @@ def full_precision(x: Tensor) -> Tensor:
 
 def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
     """[..., 4] (centre x, centre y, width, height) to (left, top, right, bottom)."""
-    centre, size = boxes_cxcywh.split(2, dim=-1)
+    centre, size = boxes_cxcywh.chunk(2, dim=-1)
     return torch.cat((centre - 0.5 * size, centre + 0.5 * size), dim=-1)
 
 
 def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
     """[..., 4] (left, top, right, bottom) to (centre x, centre y, width, height)."""
-    low, high = boxes_xyxy.split(2, dim=-1)
+    low, high = boxes_xyxy.chunk(2, dim=-1)
     return torch.cat(((low + high) / 2, high - low), dim=-1)
 
 
@@ -34,8 +34,8 @@ def overlaps(boxes_xyxy: Tensor, other_xyxy: Tensor) -> tuple[Tensor, Tensor]:
         IoU in 0..1 and GIoU in -1..1, each of the broadcast shape without its last dimension.
         Two boxes without any area give NaN.
     """
-    low_a, high_a = boxes_xyxy.split(2, dim=-1)
-    low_b, high_b = other_xyxy.split(2, dim=-1)
+    low_a, high_a = boxes_xyxy.chunk(2, dim=-1)
+    low_b, high_b = other_xyxy.chunk(2, dim=-1)
     inner = _area((torch.minimum(high_a, high_b) - torch.maximum(low_a, low_b)).clamp(min=0))
     hull = _area((torch.maximum(high_a, high_b) - torch.minimum(low_a, low_b)).clamp(min=0))
     union = _area(high_a - low_a) + _area(high_b - low_b) - inner

@@ -66,10 +66,10 @@ def project_memory_conditional(
     dim = memory.shape[-1]
     weight = torch.cat([layer.in_proj_weight[dim:] for layer in layers])
     bias = torch.cat([layer.in_proj_bias[dim:] for layer in layers])
-    contents = F.linear(memory, weight, bias).split(2 * dim, dim=-1)
+    contents = F.linear(memory, weight, bias).chunk(len(layers), dim=-1)
     place_weight = torch.cat([layer.key_position.weight for layer in layers])
     place_bias = torch.cat([layer.key_position.bias for layer in layers])
-    places = F.linear(position, place_weight, place_bias).split(dim, dim=-1)
+    places = F.linear(position, place_weight, place_bias).chunk(len(layers), dim=-1)
     pairs = []
     for layer, content, place in zip(layers, contents, places, strict=True):
         key, value = content.chunk(2, dim=-1)

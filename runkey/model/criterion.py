@@ -113,7 +113,7 @@ class Criterion:
         matches: Sequence[Matches],
         normaliser: Normaliser,
     ) -> dict[str, Tensor]:
-        """All layers of all sets are joined to one list of predictions, so each loss is one call."""
+        """All layers of all sets as one list of predictions, so each loss is one call."""
         sets = _sets(outputs)
         logits = torch.cat([full_precision(s.logits).flatten(0, 2) for s in sets])
         boxes = torch.cat([full_precision(s.boxes_cxcywh).flatten(0, 2) for s in sets])
@@ -166,15 +166,14 @@ def build_criterion(model: params.Model, num_classes: int) -> Criterion:
 
     Args:
         model: section `model` of params.yaml.
-        num_classes: K; the last of the K + 1 logits of preset detr is no-object.
+        num_classes: K; logit K of preset detr is no-object.
 
     Returns:
         A criterion for `build_model(model, num_classes)`.
     """
-    assert num_classes > 0
     loss, is_softmax = model.loss, model.preset == "detr"
     kind: ClassificationLoss = (
-        SoftmaxLoss(loss.no_object) if is_softmax else QualityLoss(loss.focal_gamma)
+        SoftmaxLoss(loss.no_object, num_classes) if is_softmax else QualityLoss(loss.focal_gamma)
     )
     return Criterion(
         classification_loss=kind,
@@ -203,7 +202,7 @@ def _sets(outputs: Outputs) -> list[PredictionSet]:
 
 
 def _padding(sets: Sequence[PredictionSet]) -> Tensor | None:
-    """bool [T] of all sets' flattened predictions; None where nothing is padding."""
+    """Padding, bool [T], of all sets' flattened predictions; None where nothing is padding."""
     if all(s.padding is None for s in sets):
         return None
     flat = [

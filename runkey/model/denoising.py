@@ -56,8 +56,8 @@ class Denoiser(nn.Module):
         boxes[slots] = self._noised_boxes(targets.boxes_cxcywh[sources].to(dtype))
         shape = (batch, self.groups * width)
         return NoisedQueries(
-            self.label_embed(labels).unflatten(0, shape),
-            boxes.clamp(1e-3, 1 - 1e-3).logit().unflatten(0, shape),
+            self.label_embed(labels).view(*shape, -1),
+            boxes.clamp(1e-3, 1 - 1e-3).logit().view(*shape, -1),
             mask,
             slots,
             sources,
@@ -88,7 +88,7 @@ def _slots(counts: tuple[int, ...], groups: int, width: int) -> tuple[Tensor, Te
 
 
 def _used(slots: Tensor, batch: int, queries: int) -> Tensor:
-    """bool [B, P]: the queries that are no filling."""
+    """[B, P]: the queries that are no filling."""
     used = torch.zeros(batch * queries, dtype=torch.bool)
     used[slots] = True
     return used.view(batch, queries)

@@ -5,6 +5,8 @@ Shapes: B images, Q queries, L decoder layers, K classes, D width.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -39,12 +41,15 @@ class Detr(Detector):
         self.bbox_embed = MLP(dim, dim, 4, 3)
 
     def forward(
-        self, images: Tensor, padding_mask: Tensor | None, targets: Targets | None = None
+        self,
+        images: Tensor,
+        padding_mask: Tensor | None,
+        targets: Targets | None = None,  # noqa: ARG002 - see Detector
     ) -> Outputs:
         """See `Detector.forward`; logits are [L, B, Q, K + 1], no-object last."""
         memory = self.encode(images, padding_mask)
         decoder = self.transformer.decoder
-        cross: list[Attention] = [layer.multihead_attn for layer in decoder.layers]  # type: ignore[misc]
+        cross = [cast(Attention, layer.multihead_attn) for layer in decoder.layers]
         pairs = project_memory(cross, memory.tokens, memory.position)
         position = self.query_embed.weight[None].to(memory.tokens.dtype)
         x = torch.zeros_like(position).expand(len(images), -1, -1)
@@ -71,9 +76,7 @@ def build_model(model: params.Model, num_classes: int) -> Detector:
     backbone = _backbone(model)
     transformer = _transformer(model)
     if model.preset == "detr":
-        return Detr(
-            backbone, transformer, num_classes=num_classes, num_queries=model.num_queries
-        )
+        return Detr(backbone, transformer, num_classes=num_classes, num_queries=model.num_queries)
     return FastDetr(
         backbone,
         transformer,

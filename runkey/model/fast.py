@@ -8,7 +8,7 @@ Shapes: B images, Q queries, P denoising queries, L decoder layers, K classes, D
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ class FastDetr(Detector):
             content = torch.cat((noised.content, content), dim=1)
             box_logits = torch.cat((noised.box_logits, box_logits), dim=1)
         logits, boxes = self._decode(content, box_logits, memory, noised)
-        if noised is None:
+        if self.denoiser is None or noised is None:
             return Outputs(logits, boxes, proposals)
         split = noised.content.shape[1]
         return Outputs(
@@ -112,7 +112,7 @@ class FastDetr(Detector):
             noised: the denoising queries, for their mask.
         """
         decoder = self.transformer.decoder
-        cross: list[ConditionalAttention] = [layer.multihead_attn for layer in decoder.layers]
+        cross = [cast(ConditionalAttention, layer.multihead_attn) for layer in decoder.layers]
         pairs = project_memory_conditional(cross, memory.tokens, memory.position)
         mask = None if noised is None else noised.mask
         states, boxes = [], []

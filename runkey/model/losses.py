@@ -49,6 +49,9 @@ class SoftmaxLoss:
     """DETR's weighted cross entropy; an unmatched query's class is no-object, the last one."""
 
     no_object: float
+    """Weight of no-object."""
+    num_classes: int
+    """K, and the index of no-object."""
 
     def cost(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """Minus the probability of the true class."""
@@ -56,15 +59,19 @@ class SoftmaxLoss:
         return -(logits[:, images, :, labels] - log_sum).exp()
 
     def loss(
-        self, logits: Tensor, matched: Tensor, labels: Tensor, iou: Tensor, padding: Tensor | None
+        self,
+        logits: Tensor,
+        matched: Tensor,
+        labels: Tensor,
+        iou: Tensor,  # noqa: ARG002 - the other loss's
+        padding: Tensor | None,
     ) -> Tensor:
         """See `ClassificationLoss.loss`; there is no padding here, and the overlap is not used."""
         assert padding is None
-        last = logits.shape[-1] - 1
-        classes = torch.full_like(logits[:, 0], last, dtype=torch.int64)
+        classes = torch.full_like(logits[:, 0], self.num_classes, dtype=torch.int64)
         classes[matched] = labels
         weights = torch.ones_like(logits[0])
-        weights[last] = self.no_object
+        weights[self.num_classes] = self.no_object
         return F.cross_entropy(logits, classes, weights, reduction="sum")
 
 

@@ -88,7 +88,7 @@ class Matcher:
         sizes = [pairs.shape[1] for pairs in assigned]
         together = torch.from_numpy(np.concatenate(assigned, axis=1))
         together = together.to(targets.labels.device, non_blocking=True)
-        return [Matches(*pairs) for pairs in together.split(sizes, dim=1)]
+        return [Matches(*pairs) for pairs in torch.split(together, sizes, dim=1)]
 
     def _costs(self, predictions: PredictionSet, targets: Targets, images: Tensor) -> Tensor:
         """[N, L, Q]: the costs of a box against its own image's predictions."""
@@ -104,7 +104,9 @@ class Matcher:
         return cost
 
 
-def _assign(cost: npt.NDArray[np.floating], counts: Sequence[int], queries: int) -> npt.NDArray:
+def _assign(
+    cost: npt.NDArray[np.floating], counts: Sequence[int], queries: int
+) -> npt.NDArray[np.int64]:
     """int64 [2, R]: flat prediction and target of each pair, layer by layer, image by image."""
     batch = len(counts)
     pairs = [np.empty((2, 0), dtype=np.int64)]
@@ -131,9 +133,8 @@ def _first_non_finite(sets: Sequence[PredictionSet], targets: Targets) -> str:
             bad = (~values.isfinite()).flatten(2).any(2).nonzero()
             if len(bad):
                 layer, image = bad[0].tolist()
-                where = f"{prediction_set.name} {layer + 1}" if len(values) > 1 else (
-                    prediction_set.name
-                )
+                number = f" {layer + 1}" if len(values) > 1 else ""
+                where = prediction_set.name + number
                 return (
                     f"{what} of {where}, image {image + 1} of the batch, are not finite;"
                     " lower lr, or set training.precision: off"

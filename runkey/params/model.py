@@ -52,7 +52,8 @@ class Model(Section):
     preset: Literal["fast", "detr"] = "fast"
     """detr: the reference's architecture and losses; fast: converges on small data."""
     backbone: Backbone = "compact"
-    """Image features.  compact: 4 convolution layers and 2 blocks, stride 8, for small images."""
+    """Image features.  compact: 2 convolutions and 2 residual blocks, 0.2 M parameters, stride 8,
+    for small images; ResNets: stride 32."""
     backbone_weights: str = "none"
     """none | imagenet (torchvision's, downloaded once) | a file with a state dict."""
     init_from: str | None = None
@@ -90,10 +91,18 @@ class Model(Section):
             raise ValueError(
                 f"hidden_dim {self.hidden_dim} is not a multiple of num_heads {self.num_heads}"
             )
-        if self.hidden_dim % 2:
-            raise ValueError(f"hidden_dim {self.hidden_dim} must be even")
+        if self.hidden_dim % 4:
+            raise ValueError(
+                f"hidden_dim {self.hidden_dim} is not a multiple of 4 (sine and cosine of x and y)"
+            )
         if self.preset == "detr" and self.denoising.groups:
             raise ValueError("denoising needs preset fast; set denoising.groups to 0")
         if self.backbone == "compact" and self.dilation:
             raise ValueError("dilation needs a ResNet backbone")
+        if self.dilation and self.backbone in ("resnet18", "resnet34"):
+            raise ValueError(f"dilation needs resnet50 or resnet101, not {self.backbone}")
+        if self.backbone == "compact" and self.backbone_weights == "imagenet":
+            raise ValueError("backbone_weights imagenet needs a ResNet backbone")
+        if self.backbone == "compact" and self.frozen_stages > 3:
+            raise ValueError(f"frozen_stages {self.frozen_stages}: backbone compact has 3")
         return self

@@ -61,9 +61,7 @@ def targets_by_formula(counts: tuple[int, ...], num_classes: int) -> Targets:
 
 @pytest.fixture
 def formula() -> Namespace:
-    return Namespace(
-        fill=fill_by_formula, images=images_by_formula, targets=targets_by_formula
-    )
+    return Namespace(fill=fill_by_formula, images=images_by_formula, targets=targets_by_formula)
 
 
 def small_detr(**changes: object) -> params.Model:
@@ -128,7 +126,7 @@ def build_reference(reference: Namespace):
     def build(model: params.Model) -> tuple[nn.Module, nn.Module, dict[str, float]]:
         arguments = Namespace(
             dataset_file="coco",
-            device="cpu",
+            device=str(torch.get_default_device()),
             masks=False,
             hidden_dim=model.hidden_dim,
             position_embedding="sine",
