@@ -44,7 +44,7 @@ def write_plot_tables(log: Path, out: Path) -> list[Path]:
     every = max(1, -(-len(content.steps) // MOST_ROWS))
     steps = ([p.step, *_cells(p, _STEP_COLUMNS.values())] for p in content.steps[::every])
     epochs = (
-        [round(p.values.get("train/epoch", number)), *_cells(p, _EPOCH_COLUMNS.values())]
+        [_epoch(p, number), *_cells(p, _EPOCH_COLUMNS.values())]
         for number, p in enumerate(content.epochs, start=1)
     )
     return [
@@ -71,6 +71,12 @@ def write_precision_recall_table(curves: Path, path: Path) -> Path:
         for recall, precision in list(zip(content["recall"], c["precision"][0], strict=True))[::5]
     )
     return _write(path, ["class", "recall", "precision"], rows)
+
+
+def _epoch(point: Point, number: int) -> int:
+    """The epoch that a point ends; its place in the log if it does not say."""
+    epoch = point.values.get("train/epoch", math.nan)
+    return round(epoch) if math.isfinite(epoch) else number
 
 
 def _cells(point: Point, names: Iterable[str]) -> list[str]:

@@ -1,0 +1,209 @@
+"""Contact sheets and detection sheets, on images as they come."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from runkey.data.index import write_classes, write_index
+from runkey.errors import DataError
+from runkey.evaluation.per_image import score_images
+from runkey.plots.canvas import Canvas
+from runkey.plots.evaluation import write_evaluation_plots
+from runkey.plots.fonts import drawable
+from runkey.plots.marks import class_colour, class_marks, judged_predictions, judged_truth
+from runkey.plots.precision_recall import precision_recall
+from runkey.plots.sheets import contact_sheet, detection_sheet
+from runkey.plots.tables import write_precision_recall_table
+
+MOST_BYTES = 150_000
+ODD_SIZES = [(1, 1), (4000, 30), (30, 4000), (64, 48), (2500, 2000), (7, 300)]
+NAMES = ("Blutkörperchen", "шар", "αβγ", "白血球", "", "a name that is far too long for a tag " * 3)
+
+
+def seen(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB")).copy()
+
+
+def near(picture, colour):
+    """Pixels of about that colour; JPEG blurs."""
+    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+    return int((np.abs(picture.astype(int) - wanted).max(axis=2) < 24).sum())
+
+
+def predicted(records, classes, *, right=True):
+    return [
+        {
+            "image_id": r.id,
+            "category_id": classes[label if right else (label + 1) % len(classes)].id,
+            "bbox": list(box),
+            "score": 0.9,
+        }
+        for r in records
+        for box, label in zip(r.boxes_xywh, r.labels, strict=True)
+    ]
+
+
+def test_contact_sheet_of_odd_sizes_and_names(image_set, tmp_path):
+    records, classes, folder = image_set(ODD_SIZES, NAMES, boxes=6)
+    path = contact_sheet(records, classes, folder, tmp_path / "new" / "sheet.jpg")
+    assert path.stat().st_size < MOST_BYTES
+    assert 100 < seen(path).shape[0] < 2000
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 60])
+def test_contact_sheet_of_any_number(image_set, tmp_path, count):
+    records, classes, folder = image_set([(64, 48)] * count)
+    picture = seen(contact_sheet(records, classes, folder, tmp_path / "sheet.jpg"))
+    assert picture.shape[1] == 1100
+    assert (near(picture, class_colour(0)) > 200) == (count > 0) or count == 0
+
+
+def test_contact_sheet_without_boxes_or_classes(image_set, tmp_path):
+    records, _, folder = image_set([(64, 48)] * 3, boxes=0)
+    assert contact_sheet(records, [], folder, tmp_path / "sheet.jpg").is_file()
+
+
+def test_hundreds_of_classes(image_set, tmp_path):
+    names = tuple(f"class with a name {i}" for i in range(300))
+    records, classes, folder = image_set([(64, 48)] * 4, names)
+    assert seen(contact_sheet(records, classes, folder, tmp_path / "sheet.jpg")).shape[0] < 600
+
+
+def test_noise_stays_light(tmp_path, image_set):
+    """Noise is the worst that a JPEG can be asked for."""
+    records, classes, folder = image_set([(640, 480)] * 8)
+    rng = np.random.default_rng(0)
+    for record in records:
+        noise = rng.integers(0, 255, (480, 640, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / record.file)
+    path = contact_sheet(records, classes, folder, tmp_path / "sheet.jpg")
+    assert path.stat().st_size < MOST_BYTES
+
+
+def test_best_and_worst(image_set, tmp_path):
+    records, classes, folder = image_set([(200, 150), (150, 200), (90, 90), (300, 60)])
+    good = predicted(records[:2], classes) + predicted(records[2:], classes, right=False)
+    best = detection_sheet(
+        records, classes, good, folder, tmp_path / "best.jpg", best=True, images=2
+    )
+    worst = detection_sheet(
+        records, classes, good, folder, tmp_path / "worst.jpg", best=False, images=2
+    )
+    right, wrong = "#0072B2", "#D55E00"
+    assert near(seen(best), right) > 5 * near(seen(best), wrong)
+    assert near(seen(worst), wrong) > 5 * near(seen(worst), right)
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_detection_sheet_of_odd_sizes_and_names(image_set, tmp_path, best):
+    records, classes, folder = image_set(ODD_SIZES, NAMES, boxes=6)
+    found = predicted(records, classes, right=best)
+    path = detection_sheet(records, classes, found, folder, tmp_path / "s.jpg", best=best)
+    assert path.stat().st_size < MOST_BYTES
+
+
+def test_nothing_detected_and_nothing_to_detect(image_set, tmp_path):
+    records, classes, folder = image_set([(64, 48)] * 3, boxes=0)
+    assert detection_sheet(records, classes, [], folder, tmp_path / "a.jpg", best=True).is_file()
+    assert detection_sheet([], classes, [], folder, tmp_path / "b.jpg", best=False).is_file()
+
+
+def test_same_bytes_again(image_set, tmp_path):
+    records, classes, folder = image_set([(200, 150)] * 5)
+    found = predicted(records, classes)
+    once = contact_sheet(records, classes, folder, tmp_path / "1.jpg").read_bytes()
+    assert contact_sheet(records, classes, folder, tmp_path / "2.jpg").read_bytes() == once
+    once = detection_sheet(records, classes, found, folder, tmp_path / "3.jpg", best=True)
+    again = detection_sheet(records, classes, found, folder, tmp_path / "4.jpg", best=True)
+    assert once.read_bytes() == again.read_bytes()
+
+
+def test_missing_image_is_named(image_set, tmp_path):
+    records, classes, folder = image_set([(64, 48)])
+    (folder / "1.png").unlink()
+    with pytest.raises(DataError, match=r"1\.png: not found"):
+        contact_sheet(records, classes, folder, tmp_path / "sheet.jpg")
+
+
+def test_crowded_images_keep_a_name_of_each_class_and_all_faults(image_set):
+    [record], classes, _ = image_set([(400, 300)], boxes=30)
+    names = [m.name for m in class_marks(record, classes) if m.tagged]
+    assert sorted(names) == ["one", "one (crowd)", "two"]
+    found = predicted([record], classes)[:20]
+    [score], _ = score_images([record], classes, found)
+    missed = [m for m in judged_truth(score, classes) if m.colour == "#D55E00"]
+    assert len(missed) >= 10
+    assert all(m.tagged for m in missed)
+    right = [m for m in judged_predictions(score, classes) if m.colour == "#0072B2"]
+    assert sum(m.tagged for m in right) == 2
+
+
+def test_tags_never_cover_each_other():
+    canvas = Canvas(200, 100)
+    frame = (0, 0, 200, 100)
+    placed = [canvas.tag((50, 40, 60, 50), frame, "name", "#0072B2") for _ in range(12)]
+    assert placed[0]
+    assert not placed[-1]
+    tags = canvas._tags
+    for number, one in enumerate(tags):
+        for other in tags[:number]:
+            apart = (
+                one[0] >= other[2] or other[0] >= one[2] or one[1] >= other[3] or other[1] >= one[3]
+            )
+            assert apart
+
+
+def test_names_in_letters_that_the_font_lacks():
+    assert drawable("Blutkörperchen", "class 1") == "Blutkörperchen"
+    assert drawable("шар", "class 1") == "шар"
+    assert drawable("白血球", "class 1") == "class 1"
+    assert drawable(" ", "class 1") == "class 1"
+
+
+def curves_json(path, count, *, objects=True):
+    recall = [round(r / 100, 2) for r in range(101)]
+    classes = [
+        {
+            "name": NAMES[k % len(NAMES)],
+            "objects": 5 * objects,
+            "ap": 0.5 if objects else None,
+            "precision": [[max(0.0, 1 - r * (t + 1) / 10) for r in recall] for t in range(10)]
+            if objects
+            else None,
+        }
+        for k in range(count)
+    ]
+    ious = [round(0.5 + t / 20, 2) for t in range(10)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"iou": ious, "recall": recall, "classes": classes}))
+    return path
+
+
+@pytest.mark.parametrize(("count", "objects"), [(1, True), (8, True), (90, True), (3, False)])
+def test_precision_recall(tmp_path, count, objects):
+    curves = curves_json(tmp_path / "pr.json", count, objects=objects)
+    path = precision_recall(curves, tmp_path / "out" / "pr.png")
+    assert path.stat().st_size < MOST_BYTES
+    table = write_precision_recall_table(curves, tmp_path / "pr.csv").read_text().splitlines()
+    assert len(table) == 1 + 21 * count * objects
+
+
+def test_all_pictures_of_an_evaluation(image_set, tmp_path):
+    records, classes, folder = image_set([(64, 48)] * 3)
+    prepared, evaluation = tmp_path / "prepared", tmp_path / "evaluation"
+    prepared.mkdir()
+    write_index(prepared / "val.json", records)
+    write_classes(prepared / "classes.json", classes)
+    curves_json(evaluation / "precision_recall.json", 2)
+    with pytest.raises(DataError, match=r"predictions\.json: not found"):
+        write_evaluation_plots(prepared, evaluation, folder, tmp_path / "out")
+    (evaluation / "predictions.json").write_text(json.dumps(predicted(records, classes)))
+    written = write_evaluation_plots(prepared, evaluation, folder, tmp_path / "out", images=2)
+    assert [p.name for p in written] == ["precision_recall.png", "best.jpg", "worst.jpg"]
+    assert all(p.is_file() for p in written)
+    assert len(write_evaluation_plots(prepared, evaluation, folder, tmp_path, images=0)) == 1

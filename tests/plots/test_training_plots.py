@@ -1,0 +1,148 @@
+"""The pictures and tables of a training, from whatever log there is."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from runkey.errors import DataError
+from runkey.plots.curves import loss_and_ap, write_training_plots
+from runkey.plots.log import read_log
+from runkey.plots.tables import write_plot_tables
+
+MOST_BYTES = 150_000
+ROOT = Path(__file__).parents[2]
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_log_gives_every_picture(any_log, tmp_path):
+    written = write_training_plots(any_log, tmp_path / "out")
+    assert [path.name for path in written] == [
+        "learning_rate.png",
+        "gradient_norm.png",
+        "loss_and_ap.png",
+        "throughput.png",
+    ]
+    for path in written:
+        assert 1_000 < path.stat().st_size < MOST_BYTES
+        with Image.open(path) as picture:
+            assert picture.width == 900
+            assert len(picture.getcolors(100_000)) > 2  # something is drawn
+
+
+def test_every_log_gives_both_tables(any_log, tmp_path):
+    steps, epochs = write_plot_tables(any_log, tmp_path / "out")
+    header = "step,lr,loss,grad_norm,grad_norm_clipped"
+    assert steps.read_text().splitlines()[0] == header
+    assert epochs.read_text().splitlines()[0] == "epoch,train_loss,val_loss,AP,AP50"
+    for row in rows(steps) + rows(epochs):
+        assert all(value == "" or np.isfinite(float(value)) for value in row.values())
+
+
+def test_same_log_same_bytes(log_of, tmp_path):
+    log = log_of("stopped early")
+    once = [p.read_bytes() for p in write_training_plots(log, tmp_path / "once")]
+    again = [p.read_bytes() for p in write_training_plots(log, tmp_path / "again")]
+    assert once == again
+    assert not any(b"matplotlib" in content for content in once)
+
+
+def test_pictures_show_what_was_logged(log_of, tmp_path):
+    """An early stop, a drop of the rate and clipping change the picture of which they are part."""
+    done = [p.read_bytes() for p in write_training_plots(log_of("complete"), tmp_path / "a")]
+    stopped = [
+        p.read_bytes() for p in write_training_plots(log_of("stopped early"), tmp_path / "b")
+    ]
+    # The two logs differ only in how they end.
+    assert [a == b for a, b in zip(done, stopped, strict=True)] == [True, True, False, True]
+
+
+def test_tables_hold_the_values(log_of, tmp_path):
+    steps, epochs = write_plot_tables(log_of("complete"), tmp_path)
+    assert [row["step"] for row in rows(steps)][:3] == ["1", "5", "10"]
+    assert float(rows(steps)[1]["lr"]) == pytest.approx(1e-3 / 6, rel=1e-4)
+    assert [row["epoch"] for row in rows(epochs)] == [str(e) for e in range(1, 13)]
+    assert float(rows(epochs)[7]["AP"]) == pytest.approx(0.64)
+
+
+def test_long_logs_are_thinned(tmp_path):
+    line = '{{"step": {0}, "time": 0, "values": {{"train/lr": 0.1}}}}\n'
+    log = tmp_path / "train.jsonl"
+    log.write_text("".join(line.format(step) for step in range(1, 7001)))
+    steps, _ = write_plot_tables(log, tmp_path)
+    assert 1000 < len(rows(steps)) <= 2000
+
+
+def test_a_cut_line_loses_nothing_else(log_of):
+    whole, part = read_log(log_of("complete")), read_log(log_of("interrupted"))
+    assert 0 < len(part.steps) < len(whole.steps)
+    assert [p.step for p in part.steps] == [p.step for p in whole.steps][: len(part.steps)]
+    assert part.events.keys() == {"training_start"}
+
+
+def test_resumed_log_counts_each_step_once(log_of):
+    log = read_log(log_of("resumed"))
+    whole = read_log(log_of("complete"))
+    steps = [p.step for p in log.steps]
+    assert steps == sorted(set(steps))
+    assert steps == [p.step for p in whole.steps]
+    assert [p.step for p in log.epochs] == [p.step for p in whole.epochs]
+
+
+def test_unfinished_log_marks_the_best_so_far(log_of):
+    log = read_log(log_of("interrupted"))
+    steps, values = log.of_epochs("val/AP")
+    assert log.best_step() == steps[np.argmax(values)]
+    assert read_log(log_of("complete")).best_step() == 160
+    assert read_log(log_of("empty")).best_step() is None
+
+
+def test_warmup_drop_threshold_and_share_are_found(log_of):
+    from runkey.plots import curves
+
+    log = read_log(log_of("complete"))
+    steps, rates = log.of_steps("train/lr")
+    assert curves._warmup_end(steps, rates) == 30
+    [(place, factor)] = curves._drops(rates)
+    assert steps[place] == 165
+    assert factor == pytest.approx(0.1)
+    _, before = log.of_steps("train/grad_norm")
+    _, after = log.of_steps("train/grad_norm_clipped")
+    assert curves._threshold(after, before > after * 1.001) == pytest.approx(0.5)
+    ends, share = curves._share_by_epoch(log, steps, before > after * 1.001)
+    assert ends.tolist() == [20 * e for e in range(1, 13)]
+    assert share[0] == 1
+    assert share[-1] < 1
+    # A cosine is steep at its end, but drops nowhere.
+    cosine = 1 + np.cos(np.linspace(0, np.pi, 40))
+    assert curves._drops(cosine) == []
+    # Clipping by value leaves norms of any size.
+    assert curves._threshold(np.array([0.2, 0.5]), np.array([True, True])) is None
+
+
+def test_no_log(tmp_path):
+    with pytest.raises(DataError, match=r"train\.jsonl: not found; run `dvc repro train` first"):
+        write_training_plots(tmp_path / "train.jsonl", tmp_path)
+
+
+def test_curves_need_neither_torch_nor_pyplot():
+    """Reports of runs are drawn where nothing is trained; torch alone takes seconds to import."""
+    check = (
+        "import sys, runkey.plots.curves, runkey.plots.tables, runkey.plots.precision_recall\n"
+        "print(sorted({'torch', 'mlflow', 'dvc', 'pycocotools', 'matplotlib.pyplot'}"
+        " & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
