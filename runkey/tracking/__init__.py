@@ -1,7 +1,6 @@
 """Where a run writes: a JSONL file always, MLflow when it is there.
 
-    store = locate_store()
-    tracker = RunTracker(JsonlLog(path), MlflowTracker(store, "detection", description, say=print))
+    tracker = open_run(params, root, key=..., parts=..., tags=..., counts=..., say=print)
     tracker.log({"train/loss": 1.5}, step=10)
     run_id = tracker.close()
 
@@ -19,10 +18,11 @@ from runkey.tracking.describe import (
 )
 from runkey.tracking.jsonl import JsonlLog
 from runkey.tracking.mlflow_tracker import MlflowTracker
-from runkey.tracking.run import RunTracker
+from runkey.tracking.run import TRAIN_LOG, RunTracker, open_run, reopen_run
 from runkey.tracking.store import Store, locate_store
 
 __all__ = [
+    "TRAIN_LOG",
     "Dataset",
     "JsonlLog",
     "MlflowTracker",
@@ -31,6 +31,8 @@ __all__ = [
     "Store",
     "describe_run",
     "locate_store",
+    "open_run",
     "read_dataset",
+    "reopen_run",
     "run_name",
 ]

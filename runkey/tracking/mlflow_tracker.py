@@ -274,7 +274,7 @@ class MlflowTracker:
     def _failed(self, error: Exception) -> None:
         first, self._error = self._error is None, _one_line(error)
         if first:
-            self._say(f"MLflow: {self._error}; training goes on, values are kept and sent later")
+            self._say(f"MLflow: {self._error}; the work goes on, values are kept and sent later")
 
     def _recovered(self) -> None:
         if self._error:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from runkey import paths
+from runkey.params import Params
+from runkey.tracking.describe import describe_run
 from runkey.tracking.jsonl import JsonlLog
-from runkey.tracking.mlflow_tracker import MlflowTracker, Status
+from runkey.tracking.mlflow_tracker import MlflowTracker, Pace, Status
+from runkey.tracking.store import locate_store
+
+TRAIN_LOG = paths.LOGS / "train.jsonl"
 
 
 class RunTracker:
@@ -29,6 +35,11 @@ class RunTracker:
         if self.mlflow:
             self.mlflow.event(kind, **fields)
 
+    def final(self, values: Mapping[str, float]) -> None:
+        """Record numbers of the run as a whole in MLflow; the log has them as `training_end`."""
+        if self.mlflow:
+            self.mlflow.log(values, 0)
+
     def artifact(self, path: Path, folder: str = "") -> None:
         """Keep a copy of a file, or of a folder's files, with the MLflow run."""
         if self.mlflow:
@@ -44,3 +55,53 @@ class RunTracker:
             self.mlflow.artifact(self.jsonl.path, "logs")
         self.jsonl.close()
         return self.mlflow.close(status) if self.mlflow else None
+
+
+def open_run(
+    params: Params,
+    root: Path,
+    *,
+    key: str,
+    parts: Mapping[str, str],
+    tags: Mapping[str, str],
+    counts: Mapping[str, int],
+    say: Callable[[str], None],
+) -> RunTracker:
+    """Begin to record a training, as `params.runtime` says.
+
+    Args:
+        params: the resolved parameters.
+        root: the workspace; the log is written there.
+        key: the recipe key.
+        parts: its parts by name.
+        tags: further facts for MLflow, such as the device.
+        counts: what the data set holds, such as {"train_images": 400}.
+        say: told about failures, in one line each.
+    """
+    log = JsonlLog(root / TRAIN_LOG, say)
+    if not params.runtime.mlflow:
+        return RunTracker(log, None)
+    description = describe_run(params, root, key=key, parts=parts, tags=tags, counts=counts)
+    pace = Pace(system_seconds=params.runtime.system_metrics_seconds)
+    experiment = params.runtime.experiment
+    return RunTracker(
+        log, MlflowTracker(locate_store(), experiment, description, say=say, pace=pace)
+    )
+
+
+def reopen_run(
+    params: Params, run_id: str | None, say: Callable[[str], None]
+) -> MlflowTracker | None:
+    """The MLflow run of a training, to add to; None if it was not recorded there.
+
+    Args:
+        params: the resolved parameters.
+        run_id: as run.json has it.
+        say: told about failures, in one line each.
+    """
+    if not params.runtime.mlflow:
+        return None
+    if run_id is None:
+        say("MLflow: the training was not recorded there, so there is nothing to add to")
+        return None
+    return MlflowTracker(locate_store(), params.runtime.experiment, None, run_id=run_id, say=say)

@@ -133,7 +133,7 @@ def test_a_store_that_is_lost_in_the_middle_stops_nothing(
     assert [e["step"] for e in read_jsonl(log.path)] == [0, 1, 2, 3, 4]
     assert len(said) == 2, said
     assert said[0].startswith("MLflow: ")
-    assert said[0].endswith("training goes on, values are kept and sent later")
+    assert said[0].endswith("the work goes on, values are kept and sent later")
     assert said[1].startswith(f"MLflow: run {run_id} lacks 4 values and 1 artifact (")
 
 

@@ -71,7 +71,7 @@ def test_a_server_that_dies_in_the_middle_and_comes_back(
         tracker.log({"train/loss": 2.0 / step}, step)
     time.sleep(5)
     assert len(said) == 1
-    assert said[0].endswith("training goes on, values are kept and sent later")
+    assert said[0].endswith("the work goes on, values are kept and sent later")
     server.start()
     time.sleep(5)
 

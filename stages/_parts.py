@@ -1,0 +1,117 @@
+"""What more than one stage puts together: the validation, and the step that is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from runkey import paths
+from runkey.data.batch import Window
+from runkey.data.index import ClassName, Record, read_classes, read_index
+from runkey.data.loader import EvalLoader, build_eval_loader
+from runkey.evaluation.run import Evaluation, evaluate_model
+from runkey.model.criterion import Criterion, build_criterion
+from runkey.model.detr import build_model
+from runkey.model.postprocess import Postprocess, build_postprocess
+from runkey.params import Model as ModelParams
+from runkey.params import Params
+from runkey.training.distributed import World
+from runkey.training.precision import Precision, build_precision, choose_precision
+from runkey.training.setup import build_setup
+from runkey.training.step import train_step
+from runkey.training.tracker import Quiet
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Judges a model on the held-out images; the same in training and in the last stage."""
+
+    records: list[Record]
+    classes: list[ClassName]
+    loader: EvalLoader
+    postprocess: Postprocess
+    criterion: Criterion
+    precision: Precision
+
+    def __call__(self, model: nn.Module) -> Evaluation:
+        """Detections, COCO numbers and losses of a model on `precision.device`."""
+        return evaluate_model(
+            model,
+            self.postprocess,
+            self.loader,
+            self.records,
+            self.classes,
+            self.precision.device,
+            autocast=self.precision.autocast,
+            criterion=self.criterion,
+        )
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """What training logs: val/AP, val/loss and so on."""
+        return self(model).metrics("val/")
+
+
+def build_validation(
+    params: Params, model: ModelParams, root: Path, device: torch.device
+) -> Validation:
+    """The validation of `root`'s prepared data, of a model with the parameters `model`."""
+    prepared, runtime = root / paths.PREPARED, params.runtime
+    classes = read_classes(prepared / "classes.json")
+    loader = build_eval_loader(
+        params.data,
+        prepared=prepared,
+        root=root,
+        batch_size=params.evaluate.batch_size,
+        workers=runtime.workers,
+        prefetch=runtime.prefetch,
+        pin_memory=runtime.pin_memory,
+    )
+    dtype, _ = choose_precision(params.training.precision, device)
+    return Validation(
+        records=read_index(prepared / "val.json"),
+        classes=classes,
+        loader=loader,
+        postprocess=build_postprocess(model),
+        criterion=build_criterion(model, len(classes)),
+        precision=build_precision(dtype, device),
+    )
+
+
+class _OneStep:
+    """Stands for a loader where the windows come from elsewhere."""
+
+    steps_per_epoch = 1
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Window]:  # noqa: ARG002
+        """No windows."""
+        return iter(())
+
+
+def build_step(params: Params, classes: int, device: torch.device) -> Callable[[Window], object]:
+    """A whole optimizer step of a fresh model, as `fit` does it, for the memory profile."""
+
+    def nothing(_: nn.Module) -> Mapping[str, float]:
+        return {}
+
+    setup = build_setup(
+        build_model(params.model, classes),
+        build_criterion(params.model, classes),
+        _OneStep(),
+        nothing,
+        params,
+        device=device,
+        tracker=Quiet(),
+        say=lambda _: None,
+        world=World(),
+    )
+
+    def step(window: Window) -> None:
+        train_step(setup.machinery, window, 1.0)
+        if setup.ema is not None:
+            setup.ema.update()
+
+    return step

@@ -1,0 +1,58 @@
+"""`python -m stages.evaluate`: COCO's numbers of the trained model, and pictures of them."""
+
+from __future__ import annotations
+
+from runkey import paths
+from runkey.errors import report_errors
+from runkey.evaluation.detections import to_results_json, write_results
+from runkey.evaluation.files import (
+    PRECISION_RECALL,
+    PREDICTIONS,
+    write_metrics,
+    write_precision_recall,
+)
+from runkey.identity.manifest import RunManifest
+from runkey.model.model_files import load_model
+from runkey.params import load_params
+from runkey.plots.evaluation import write_evaluation_plots
+from runkey.plots.tables import write_precision_recall_table
+from runkey.tracking import reopen_run
+from runkey.training.device import choose_device
+from runkey.training.seed import set_up
+from stages._parts import build_validation
+
+
+def main() -> None:
+    """Write evaluation/ and metrics/evaluate.json, and add both to the training's MLflow run."""
+    root = paths.workspace()
+    params = load_params(root / paths.PARAMS)
+    tracker = reopen_run(params, RunManifest.read(root / paths.RUN_JSON).run_id, say=print)
+    device, _ = choose_device(params.runtime.device)
+    set_up(params.seed, deterministic=params.training.deterministic)
+    model, card = load_model(root / paths.MODEL)
+    validation = build_validation(params, card.model, root, device)
+    evaluation = validation(model.to(device))
+    out, metrics = root / paths.EVALUATION, root / paths.METRICS / "evaluate.json"
+    write_metrics(metrics, evaluation.result, loss=evaluation.losses["loss"])
+    write_results(out / PREDICTIONS, to_results_json(evaluation.detections, validation.classes))
+    write_precision_recall(out / PRECISION_RECALL, evaluation.result)
+    write_precision_recall_table(out / PRECISION_RECALL, out / "precision_recall.csv")
+    write_evaluation_plots(
+        root / paths.PREPARED,
+        out,
+        root / params.data.path,
+        out,
+        images=params.evaluate.sheet_images,
+    )
+    if tracker:
+        tracker.log(evaluation.metrics("eval/"), 0)
+        tracker.artifact(out, "evaluation")
+        tracker.artifact(metrics, "metrics")
+        tracker.close()
+    numbers = evaluation.result.metrics()
+    print("  ".join(f"{name} {numbers[name]:.3f}" for name in ("AP", "AP50", "AP75")))
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()

@@ -1,0 +1,27 @@
+"""`python -m stages.prepare`: check the data set, index it, draw a sheet of it."""
+
+from __future__ import annotations
+
+from runkey import paths
+from runkey.data.index import read_classes, read_index
+from runkey.data.prepare import prepare
+from runkey.errors import report_errors
+from runkey.params import load_params
+from runkey.plots.sheets import contact_sheet
+
+
+def main() -> None:
+    """Write prepared/."""
+    root = paths.workspace()
+    params = load_params(root / paths.PARAMS)
+    out = root / paths.PREPARED
+    report = prepare(params.data, params.seed, root, out, params.model.num_queries, print)
+    records, classes = read_index(out / "train.json"), read_classes(out / "classes.json")
+    contact_sheet(records, classes, root / params.data.path, out / "contact_sheet.jpg")
+    kept = " + ".join(f"{counts['images']:,} ({split})" for split, counts in report.kept.items())
+    print(f"prepared {kept} images of {len(classes)} classes; see prepared/contact_sheet.jpg")
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()
