@@ -126,7 +126,8 @@ def scan_image(path: Path, stated: tuple[int, int], settings: ScanSettings) -> S
     """
     try:
         if path.stat().st_size > settings.max_pixels * _BYTES_PER_PIXEL + _BYTES_OF_METADATA:
-            return Scan(fault=("too_large_image", f"{path.stat().st_size} bytes"))
+            what = f"has {path.stat().st_size} bytes, more than data.max_megapixels allows"
+            return Scan(fault=("too_large_image", what))
         content = path.read_bytes()
     except OSError as error:
         return Scan(fault=("unreadable_image", f"cannot be read ({error.strerror})"))

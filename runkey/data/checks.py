@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from runkey.data.coco import Coco, CocoAnnotation, CocoImage
 from runkey.data.index import ClassName
-from runkey.data.layout import Source, leaves_folder, path_fault
+from runkey.data.layout import Source, path_fault
 from runkey.data.report import Findings
 
 
@@ -68,7 +68,7 @@ def _locate(image: CocoImage, source: Source, findings: Findings) -> str | None:
             "missing_image", shown, f"{image.item} not found in {looked}", image_id=image.id
         )
         return None
-    if leaves_folder(source.data, source.data / file):
+    if source.leaves(file):
         findings.add(
             "unsafe_path",
             source.show(file),

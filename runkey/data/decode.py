@@ -24,8 +24,8 @@ Image.MAX_IMAGE_PIXELS = None
 # What PIL says about odd metadata (EXIF cut short, unknown TIFF tags) is nothing to a detector.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# No EPS or WMF: PIL hands those to an outside program.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
+# No EPS or WMF: PIL hands those to an outside program.  JPEG includes the MPO of phones.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
 BACKGROUND = (255, 255, 255)
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _NO_KNOWN_RANGE = ("I", "F")
@@ -74,7 +74,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     image.load()
     if image.mode in _NO_KNOWN_RANGE:
-        raise UnknownRangeError(f"32-bit pixels (mode {image.mode}) have no known range")
+        raise UnknownRangeError(f"32-bit pixels (mode {image.mode}) of no known range")
     if image.mode in _SIXTEEN_BITS:
         wide = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
