@@ -10,8 +10,9 @@ was really imported, and `undeclared` compares the two.
 from __future__ import annotations
 
 import ast
+import functools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from runkey.hashing import sha256_bytes
@@ -61,7 +62,7 @@ def import_closure(module: str, root: Path, excluded: Iterable[str] = EXCLUDED) 
         if file in found or is_excluded(file, excluded):
             continue
         found.add(file)
-        for name in _imports(file, root):
+        for name in _imports(file, (root / file).read_bytes()):
             waiting += _files_of(name, root)
     return tuple(sorted(found))
 
@@ -117,19 +118,22 @@ def _files_of(module: str, root: Path) -> list[str]:
     return files
 
 
-def _imports(path: str, root: Path) -> Iterator[str]:
+# The stages of one pipeline share most of their files, and parsing is what takes time.
+@functools.cache
+def _imports(path: str, source: bytes) -> tuple[str, ...]:
     """Absolute dotted names of everything that a file imports, at any depth of its code."""
     try:
-        tree = ast.parse((root / path).read_bytes(), path)
+        tree = ast.parse(source, path)
     except SyntaxError as error:
         raise RecipeError(f"{path}, line {error.lineno}: {error.msg}") from None
     package = PurePosixPath(path).parent.parts
+    names: dict[str, None] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names |= dict.fromkeys(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             # One dot is the file's own package; each further dot goes one up.
             above = package[: len(package) - node.level + 1] if node.level else ()
             base = ".".join((*above, *(node.module.split(".") if node.module else ())))
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            names |= dict.fromkeys((base, *(f"{base}.{alias.name}" for alias in node.names)))
+    return tuple(names)
