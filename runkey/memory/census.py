@@ -26,16 +26,17 @@ class Census:
     """Padded (height, width) of the worst batch of two images or more."""
     worst_ungrouped: Shape
     """The same if landscape and portrait images came in one batch."""
-    grouped: bool
-    """`data.group_by_aspect`."""
+    worst_grouped: Shape
+    """The same if they never did (`data.group_by_aspect`); one of the two is `worst`."""
     objects: int
     """Most boxes of an image."""
 
     def lines(self) -> list[str]:
         """The census in words."""
         lines = [
-            f"census: {self.shapes} output shapes, the largest {_text(self.largest)}; worst padded "
-            f"batch {_text(self.worst)}; up to {self.objects} objects an image"
+            f"census: {self.shapes} output shape{'s' if self.shapes > 1 else ''}, the largest "
+            f"{_text(self.largest)}; worst padded batch {_text(self.worst)}; up to {self.objects} "
+            "objects an image"
         ]
         if self.worst_ungrouped != self.worst:
             times = _pixels(self.worst_ungrouped) / _pixels(self.worst)
@@ -43,9 +44,12 @@ class Census:
                 f"  grouping by aspect pays: mixed batches would pad to "
                 f"{_text(self.worst_ungrouped)}, {times:.2f} times the pixels"
             )
-        elif not self.grouped:
-            grouped = "data.group_by_aspect is off"
-            lines.append(f"  {grouped}: landscape and portrait images pad each other")
+        if self.worst != self.worst_grouped:
+            times = _pixels(self.worst) / _pixels(self.worst_grouped)
+            lines.append(
+                f"  data.group_by_aspect: true would pad to {_text(self.worst_grouped)} at most, "
+                f"1/{times:.2f} of the pixels"
+            )
         return lines
 
 
@@ -69,7 +73,7 @@ def take_census(data: Data, records: Sequence[Record], max_objects: int) -> Cens
         largest=worst_batch_shape(shapes, 1, grouped=grouped),
         worst=worst_batch_shape(shapes, _PADDED_TOGETHER, grouped=grouped),
         worst_ungrouped=worst_batch_shape(shapes, _PADDED_TOGETHER, grouped=False),
-        grouped=grouped,
+        worst_grouped=worst_batch_shape(shapes, _PADDED_TOGETHER, grouped=True),
         objects=most_objects(records, 1, max_objects),
     )
 

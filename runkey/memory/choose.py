@@ -49,7 +49,7 @@ def fit_line(peaks: Sequence[Peak]) -> Line:
 
 
 def spare_bytes(budget_bytes: int) -> int:
-    """What is left free for the allocator's fragments and for kernels' workspaces."""
+    """What is left free, for fragments, kernels' workspaces and the tracker beside the step."""
     return max(_SPARE_BYTES, round(_SPARE_PART * budget_bytes))
 
 
