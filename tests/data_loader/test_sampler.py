@@ -77,6 +77,16 @@ def test_seed_and_epoch_decide():
     assert first != make_sampler(50, 8, seed=1).windows(3)
 
 
+@pytest.mark.parametrize("grouped", [True, False])
+def test_other_images_come_together_each_epoch(grouped):
+    sampler = make_sampler(64, 4, grouped=grouped, augment=Augment())
+    windows = [
+        {frozenset(image for image, _ in window) for window in sampler.windows(epoch)}
+        for epoch in range(2)
+    ]
+    assert len(windows[0] & windows[1]) <= 1
+
+
 def test_order_does_not_depend_on_augmentation_when_not_grouped():
     """One thing changed at a time: a run with other augmentation sees the images in one order."""
 
