@@ -78,7 +78,11 @@ class CocoResult:
 
 
 def evaluate_detections(
-    records: list[Record], classes: list[ClassName], detections: Mapping[int, DetectionsLike]
+    records: list[Record],
+    classes: list[ClassName],
+    detections: Mapping[int, DetectionsLike],
+    *,
+    by_size: bool = True,
 ) -> CocoResult:
     """Evaluate all detections of all images; no score threshold.
 
@@ -86,6 +90,8 @@ def evaluate_detections(
         records: the truth.
         classes: all classes; labels of records and detections are places in this list.
         detections: of every image id in `records`, images without detections included.
+        by_size: compute the numbers of small, medium and large objects too.  They take more than
+            half of the time, and are None without.
 
     Raises:
         ModelError: a score or a box is not finite.
@@ -96,17 +102,23 @@ def evaluate_detections(
             f"detections of {len(wanted - got)} image(s) are missing, "
             f"{len(got - wanted)} are of unknown images"
         )
-    return evaluate_results(records, classes, to_results_json(detections, classes))
+    results = to_results_json(detections, classes)
+    return evaluate_results(records, classes, results, by_size=by_size)
 
 
 def evaluate_results(
-    records: list[Record], classes: list[ClassName], results: list[Found]
+    records: list[Record], classes: list[ClassName], results: list[Found], *, by_size: bool = True
 ) -> CocoResult:
-    """Evaluate detections in COCO's results format, such as predictions.json holds."""
+    """Evaluate detections in COCO's results format, such as predictions.json holds.
+
+    Arguments as for `evaluate_detections`.
+    """
     # pycocotools prints its progress and its table; the caller says what is worth a line.
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _coco(_images(records), classes, _annotations(records, classes))
         run = COCOeval(truth, _loaded(truth, results), "bbox")
+        if not by_size:
+            run.params.areaRng, run.params.areaRngLbl = run.params.areaRng[:1], ["all"]
         run.evaluate()
         run.accumulate()
         run.summarize()

@@ -81,6 +81,7 @@ def evaluate_model(
     *,
     autocast: AutocastFactory = nullcontext,
     criterion: Any = None,
+    by_size: bool = True,
 ) -> Evaluation:
     """Detect, and compare with the truth.
 
@@ -93,7 +94,9 @@ def evaluate_model(
         device: where the model is.
         autocast: makes the context of each forward pass (mixed precision).
         criterion: if given, the loss is computed too, as training does; it is normalised over all
-            images at once, so the batch size does not change it either.
+            images at once, so the batch size does not change it either.  The batches must then
+            hold all objects but crowds (`max_objects=0` in the loader).
+        by_size: see `evaluate_detections`.
 
     Raises:
         ModelError: the model predicts NaN or infinity.
@@ -105,7 +108,8 @@ def evaluate_model(
         meter = _LossMeter(criterion, [sum(not c for c in r.crowd) for r in records])
         detections = _run(model, postprocess, batches, device, autocast, meter)
         losses = meter.losses()
-    return Evaluation(evaluate_detections(records, classes, detections), detections, losses)
+    result = evaluate_detections(records, classes, detections, by_size=by_size)
+    return Evaluation(result, detections, losses)
 
 
 def same_shape_batches(batch: Batch) -> Iterator[Batch]:

@@ -102,6 +102,16 @@ def test_each_class_equals_pycocotools_on_that_class_alone(world, tmp_path, name
     assert [c.category_id for c in ours.per_class] == [c.id for c in made.classes]
 
 
+def test_leaving_out_sizes_changes_no_other_number(world):
+    made = world(seed=9, crowd_share=0.1)
+    full = evaluate_detections(made.records, made.classes, made.detections)
+    quick = evaluate_detections(made.records, made.classes, made.detections, by_size=False)
+    for name, value in full.summary.items():
+        sized = name.endswith(("small", "medium", "large"))
+        assert quick.summary[name] == (None if sized else value)
+    assert quick.per_class == full.per_class
+
+
 def test_the_saved_file_gives_the_same_numbers(world, tmp_path):
     made = world(seed=11, crowd_share=0.1)
     direct = evaluate_detections(made.records, made.classes, made.detections)
