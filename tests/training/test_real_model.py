@@ -87,5 +87,5 @@ def test_mixed_precision_gives_the_same_loss_nearly(toy, precision):
 def test_overfits_one_batch(toy, preset):
     loader = SquaresLoader(toy, images=8, micro_batch=8)
     still = {"dropout": 0.0, "denoising": {"groups": 0}}
-    result = train(toy, preset, loader, lr=2e-3, model=still, epochs=300, evaluate_every=300)
-    assert result.history[-1]["train/epoch_loss"] < 0.15 * result.history[0]["train/epoch_loss"]
+    result = train(toy, preset, loader, lr=2e-3, model=still, epochs=200, evaluate_every=200)
+    assert result.history[-1]["train/epoch_loss"] < 0.1 * result.history[0]["train/epoch_loss"]
