@@ -21,6 +21,8 @@ export PYTHONPATH :=
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
+# Eight processes for jobs that nobody here starts.
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 
 .PHONY: help
 help: ## Print this list
@@ -55,8 +57,12 @@ fix: env-tools ## Mend what ruff can mend, and format
 
 .PHONY: ui
 ui: env ## MLflow's pages on the runs made here (PORT=5000)
-	$(BIN)/mlflow server --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" \
-	  --default-artifact-root "$(CURDIR)/mlartifacts" --host 127.0.0.1 --port $(PORT) --workers 1
+	@case "$$MLFLOW_TRACKING_URI" in \
+	  http*) echo "the runs are at $$MLFLOW_TRACKING_URI";; \
+	  *) set -x; $(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
+	    --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" \
+	    --default-artifact-root "$(CURDIR)/mlartifacts";; \
+	esac
 
 .PHONY: preset
 preset: ## Put presets/NAME.yaml in place as params.yaml (NAME=sample)
