@@ -1,10 +1,12 @@
-"""What more than one stage puts together: the validation, and the step that is measured."""
+"""What more than one stage needs: the validation, the step that is measured, JSON files."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -115,3 +117,10 @@ def build_step(params: Params, classes: int, device: torch.device) -> Callable[[
             setup.ema.update()
 
     return step
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write an indented JSON file; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")

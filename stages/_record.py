@@ -23,6 +23,7 @@ from runkey.plots.curves import write_training_plots
 from runkey.plots.tables import write_plot_tables
 from runkey.tracking import TRAIN_LOG, RunTracker, open_run
 from runkey.training.state import FitResult
+from stages._parts import write_json
 
 _PRECISION = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -83,11 +84,11 @@ def keep(run: Run, result: FitResult, tracker: RunTracker) -> str | None:
     data = run.params.data
     sizes = Sizes(max(data.short_sides), data.long_side)
     save_model(model, result.best_state, run.params.model, run.classes, sizes)
-    _write_json(model / "key.json", run.recipe.as_dict())
+    write_json(model / "key.json", run.recipe.as_dict())
     write_plot_tables(root / TRAIN_LOG, root / paths.PLOTS)
     write_training_plots(root / TRAIN_LOG, root / paths.PLOTS)
     metrics = _metrics(result)
-    _write_json(root / paths.METRICS / "train.json", metrics)
+    write_json(root / paths.METRICS / "train.json", metrics)
     tracker.final({f"train/{name}": metrics[name] for name in ("seconds", "best_epoch")})
     witness = take_witness(
         root,
@@ -116,17 +117,12 @@ def keep(run: Run, result: FitResult, tracker: RunTracker) -> str | None:
 
 
 def _metrics(result: FitResult) -> dict[str, Any]:
-    """metrics/train.json: cost of the training, and the evaluation of the weights that it kept."""
-    best = result.best_metrics
+    """metrics/train.json: few numbers, since `dvc metrics show` prints them in one line."""
     return {
         "seconds": round(result.seconds, 1),
         "epochs": round(result.history[-1]["epoch"]),
         "best_epoch": result.best_epoch,
-        "steps": result.steps,
-        "skipped_steps": result.skipped_steps,
         "loss": result.history[-1]["train/epoch_loss"],
-        "val": {name: best.get(f"val/{name}") for name in ("loss", "AP", "AP50", "AP75")},
-        "stopped": result.stop_reason,
     }
 
 
@@ -138,9 +134,3 @@ def _data_counts(root: Path) -> dict[str, int]:
         for split, counts in report["kept"].items()
         for what, number in counts.items()
     }
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")

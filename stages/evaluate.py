@@ -19,7 +19,7 @@ from runkey.plots.tables import write_precision_recall_table
 from runkey.tracking import reopen_run
 from runkey.training.device import choose_device
 from runkey.training.seed import set_up
-from stages._parts import build_validation
+from stages._parts import build_validation, write_json
 
 
 def main() -> None:
@@ -32,8 +32,10 @@ def main() -> None:
     model, card = load_model(root / paths.MODEL)
     validation = build_validation(params, card.model, root, device)
     evaluation = validation(model.to(device))
-    out, metrics = root / paths.EVALUATION, root / paths.METRICS / "evaluate.json"
-    write_metrics(metrics, evaluation.result, loss=evaluation.losses["loss"])
+    out = root / paths.EVALUATION
+    loss = evaluation.losses["loss"]
+    write_metrics(out / "metrics.json", evaluation.result, loss=loss)
+    write_json(root / paths.METRICS / "evaluate.json", {**evaluation.result.summary, "loss": loss})
     write_results(out / PREDICTIONS, to_results_json(evaluation.detections, validation.classes))
     write_precision_recall(out / PRECISION_RECALL, evaluation.result)
     write_precision_recall_table(out / PRECISION_RECALL, out / "precision_recall.csv")
@@ -47,7 +49,6 @@ def main() -> None:
     if tracker:
         tracker.log(evaluation.metrics("eval/"), 0)
         tracker.artifact(out, "evaluation")
-        tracker.artifact(metrics, "metrics")
         tracker.close()
     numbers = evaluation.result.metrics()
     print("  ".join(f"{name} {numbers[name]:.3f}" for name in ("AP", "AP50", "AP75")))

@@ -11,6 +11,7 @@ import typer
 from runkey import paths
 from runkey.cli.place import workspace
 from runkey.errors import DataError
+from runkey.identity.key import short_key
 from runkey.params import load_params
 
 _PLACES = (
@@ -33,7 +34,7 @@ def summary() -> None:
     rows = [
         ("result", "   ".join(numbers) + "   (COCO, on the held-out images)"),
         ("training", f"{minutes} min {seconds:02d} s, weights of epoch {trained['best_epoch']}"),
-        ("key", str(run["key"])),
+        ("key", short_key(str(run["key"]))),
         *((str(place), text) for place, text in _PLACES if (root / place).exists()),
         ("make ui", _mlflow_line(run)),
         ("try", "dvc exp run -S lr=5e-5, then make ui or dvc metrics diff"),

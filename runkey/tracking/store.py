@@ -91,9 +91,10 @@ def open_client(store: Store) -> MlflowClient:
         from mlflow import MlflowClient
     except ImportError as error:
         raise TrackingError(f"mlflow cannot be imported ({error}); run `make env`") from None
+    quiet_mlflow()  # mlflow sets its own level when it is imported
     _adopt_moved(store)
     client = MlflowClient(store.uri)
-    quiet_mlflow()  # mlflow sets its own level when it is imported
+    _place_default(store)
     return client
 
 
@@ -155,3 +156,19 @@ def _adopt_moved(store: Store) -> None:
                     f" WHERE {column} = ? OR substr({column}, 1, ?) = ?",
                     (here, len(old) + 1, old, len(old) + 1, f"{old}/"),
                 )
+
+
+def _place_default(store: Store) -> None:
+    """Put the artifacts of MLflow's own experiment `Default` where all others' are.
+
+    We log nothing there, but whoever does should not find it in a folder that DVC deleted: MLflow
+    takes the current folder of the process that makes the database.
+    """
+    if not (store.database and store.artifacts):
+        return
+    with closing(sqlite3.connect(store.database, timeout=20)) as database, database:
+        database.execute(
+            "UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0"
+            " AND name = 'Default' AND artifact_location LIKE '%mlruns/0'",
+            (store.artifacts.as_uri(),),
+        )

@@ -181,12 +181,12 @@ def test_summary_shows_the_result_and_where_to_look(repository: Path, run: Run) 
     (repository / "model").mkdir()
     (repository / "metrics" / "train.json").write_text('{"seconds": 272.4, "best_epoch": 28}')
     (repository / "metrics" / "evaluate.json").write_text('{"AP": 0.6314, "AP50": 0.9, "AP75": 0}')
-    (repository / "run.json").write_text('{"key": "rk1-0123", "run_id": "cafe"}')
+    (repository / "run.json").write_text('{"key": "rk1-0123456789abcdef", "run_id": "cafe"}')
     code, out, _ = run("summary")
     assert code == 0
     assert "AP 0.631   AP50 0.900   AP75 0.000" in out
     assert "4 min 32 s, weights of epoch 28" in out
-    assert "rk1-0123" in out
+    assert "rk1-0123456789ab\n" in out
     assert "this run is cafe" in out
     assert "model" in out
     assert "evaluation/best.jpg" not in out  # it is not there

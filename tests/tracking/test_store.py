@@ -56,6 +56,7 @@ def test_experiment_has_an_absolute_location_from_any_folder(
     assert experiment_id(client, store, "detection") == number
     experiment = client.get_experiment(number)
     assert experiment.artifact_location == (tmp_path / "mlartifacts").as_uri()
+    assert "mlruns" not in client.get_experiment_by_name("Default").artifact_location
     assert list(elsewhere.iterdir()) == []
 
 

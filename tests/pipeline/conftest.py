@@ -1,0 +1,175 @@
+"""A copy of this repository with a data set of seconds, and real DVC in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw
+
+from runkey.params import parse_params
+from runkey.params.render import render
+
+REPOSITORY = Path(__file__).parents[2]
+
+TINY: dict[str, Any] = {
+    "lr": 1e-3,
+    "seed": 0,
+    "data": {"short_sides": [48], "long_side": 64},
+    "model": {
+        "hidden_dim": 16,
+        "num_heads": 2,
+        "feedforward_dim": 16,
+        "decoder_layers": 1,
+        "num_queries": 6,
+    },
+    "training": {"epochs": 2, "batch_size": 4},
+    "evaluate": {"sheet_images": 2},
+    "memory": {"probe_batches": [1, 2]},
+    "runtime": {"experiment": "tiny", "system_metrics_seconds": 1.0},
+}
+
+
+class Project:
+    """The copy, and commands run in it as from a newcomer's shell."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def run(
+        self, *command: str, env: Mapping[str, str] | None = None, timeout: float = 600
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command; it must end with exit code 0."""
+        done = subprocess.run(
+            command,
+            cwd=self.root,
+            env=_environment() | dict(env or {}),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        return done
+
+    def dvc(self, *arguments: str) -> str:
+        """Run DVC; its output, both streams."""
+        done = self.run(str(Path(sys.executable).with_name("dvc")), *arguments)
+        return done.stdout + done.stderr
+
+    def json(self, path: str) -> Any:
+        """A JSON file of the project."""
+        return json.loads((self.root / path).read_text())
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """The copy after its first `dvc repro`, committed."""
+    root = tmp_path_factory.mktemp("pipeline") / "repository"
+    copied = Project(root)
+    _copy(root)
+    shutil.rmtree(root / "data", ignore_errors=True)
+    _draw_data(root / "data")
+    (root / "params.yaml").write_text(render(parse_params(TINY), "# tiny"))
+    copied.run("git", "init", "-q")
+    copied.dvc("add", "data")
+    copied.run("git", "add", "-A")
+    copied.run("git", "commit", "-q", "-m", "start")
+    copied.first_output = copied.dvc("repro")  # type: ignore[attr-defined]
+    copied.run("git", "add", "-A")
+    copied.run("git", "commit", "-q", "-m", "results")
+    yield copied
+    _stop_queue(copied)
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without what names another repository, store or Python."""
+    strange = ("DVC_", "MLFLOW_", "GIT_", "PYTEST_")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(strange) and k != "PYTHONPATH"}
+    names = {
+        f"GIT_{who}_{what}": f"t@{what}"
+        for who in ("AUTHOR", "COMMITTER")
+        for what in ("NAME", "EMAIL")
+    }
+    path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
+    return kept | names | {"PATH": path, "OMP_WAIT_POLICY": "PASSIVE", "DVC_NO_ANALYTICS": "1"}
+
+
+def _copy(root: Path) -> None:
+    """The files of the working tree that git knows or would add: what is tested is what is here."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout.split("\0")
+    for name in listed:
+        skipped = name.startswith(("sample-data/", "metrics/")) or name in ("", "dvc.lock")
+        if not skipped and (REPOSITORY / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, root / name)
+    (root / "data.dvc").unlink()
+
+
+def _draw_data(data: Path) -> None:
+    """Twelve and six pictures of coloured rectangles, in COCO's format."""
+    rng = random.Random(0)
+    categories = [{"id": 3, "name": "red"}, {"id": 7, "name": "blue"}]
+    colours = {3: (220, 40, 40), 7: (40, 40, 220)}
+    (data / "annotations").mkdir(parents=True)
+    for split, count in (("train", 12), ("val", 6)):
+        (data / split).mkdir()
+        images, annotations = [], []
+        for number in range(1, count + 1):
+            picture = Image.new("RGB", (64, 48), (200, 200, 190 + number))
+            for category in (3, 7):
+                x, y = rng.randrange(4, 40), rng.randrange(4, 28)
+                box = [x, y, 16, 14]
+                ImageDraw.Draw(picture).rectangle((x, y, x + 15, y + 13), colours[category])
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": number,
+                        "category_id": category,
+                        "bbox": box,
+                        "area": 16 * 14,
+                        "iscrowd": 0,
+                    }
+                )
+            name = f"{split}_{number}.png"
+            picture.save(data / split / name)
+            images.append({"id": number, "file_name": name, "width": 64, "height": 48})
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (data / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def _stop_queue(project: Project) -> None:
+    """End DVC's workers, which otherwise wait for more work after the tests are gone."""
+    project.dvc("queue", "stop", "--kill")
+    end = time.monotonic() + 60
+    while _workers(project.root) and time.monotonic() < end:
+        time.sleep(0.5)
+    for pid in _workers(project.root):
+        os.kill(pid, 9)
+
+
+def _workers(root: Path) -> list[int]:
+    """Processes that run in the copy and name its DVC queue on their command line."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if "exp" in command and "queue-worker" in command and process.info["cwd"] == str(root):
+            found.append(process.pid)
+    return found

@@ -1,0 +1,74 @@
+"""dvc.yaml against the code: nothing that a stage imports or reads is left out."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from runkey.identity.closure import import_closure
+from runkey.identity.pipeline import Stage, covers, read_pipeline
+from runkey.params import load_params
+
+ROOT = Path(__file__).parents[2]
+STAGES = read_pipeline(ROOT, load_params(ROOT / "params.yaml").flat())
+
+
+@pytest.fixture(params=list(STAGES))
+def stage(request: pytest.FixtureRequest) -> Stage:
+    return STAGES[request.param]
+
+
+def test_there_are_the_four_stages() -> None:
+    assert list(STAGES) == ["prepare", "profile_memory", "train", "evaluate"]
+    assert [s.cmd for s in STAGES.values()] == [f"python -m stages.{name}" for name in STAGES]
+
+
+def test_all_that_is_imported_is_a_dependency(stage: Stage) -> None:
+    closure = import_closure(stage.module, ROOT)
+    missing = [file for file in closure if not any(covers(dep, file) for dep in stage.deps)]
+    assert missing == []
+
+
+def test_no_dependency_on_code_that_is_not_imported(stage: Stage) -> None:
+    closure = import_closure(stage.module, ROOT)
+    code = [dep for dep in stage.deps if dep.startswith(("runkey", "stages"))]
+    idle = [dep for dep in code if not any(covers(dep, file) for file in closure)]
+    assert idle == []
+
+
+def test_the_environment_is_a_dependency(stage: Stage) -> None:
+    assert "conda-lock.yml" in stage.deps
+
+
+def test_runtime_is_no_dependency(stage: Stage) -> None:
+    assert not [name for name in stage.params if name.startswith("runtime")]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_preset_holds_the_listed_parameters(stage: Stage, path: Path) -> None:
+    # DVC takes a name that params.yaml does not write out for an error, defaults or not.
+    tree = YAML(typ="safe", pure=True).load(path.read_text())
+    assert [name for name in stage.params if not _holds(tree, name)] == []
+
+
+def test_only_evaluate_depends_on_which_run_it_was() -> None:
+    assert [s.name for s in STAGES.values() if "run.json" in s.deps] == ["evaluate"]
+
+
+def test_outputs_are_ignored_by_git_and_metrics_are_not(stage: Stage) -> None:
+    ignored = subprocess.run(
+        ["git", "check-ignore", *stage.outs], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
+    assert ignored == [out for out in stage.outs if not out.startswith("metrics/")]
+
+
+def _holds(tree: Any, name: str) -> bool:
+    for part in name.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[part]
+    return True

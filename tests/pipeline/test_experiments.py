@@ -1,0 +1,174 @@
+"""Real DVC and MLflow: whatever starts a run, it lands whole in the one store."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runkey.tracking import locate_store
+from runkey.tracking.jsonl import read_jsonl
+from runkey.tracking.server import free_port, start_server, stop_server, wait_until_healthy
+from runkey.tracking.store import open_client
+
+from .conftest import Project, _environment
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+def runs(project: Project) -> dict[str, Any]:
+    """The MLflow runs of the project's store by id."""
+    store = locate_store(project.root)
+    client = open_client(store)
+    ids = [e.experiment_id for e in client.search_experiments()]
+    return {run.info.run_id: run for run in client.search_runs(ids)}
+
+
+def assert_whole(project: Project, run: Any) -> None:
+    """Finished, evaluated, with its artifacts in the checkout's own folder."""
+    assert run.info.status == "FINISHED"
+    assert 0 <= run.data.metrics["eval/AP"] <= 1
+    assert run.data.metrics["train/loss"] > 0
+    assert run.data.params["key"].startswith("rk1-")
+    digest = run.inputs.dataset_inputs[0].dataset.digest
+    assert f"md5: {digest}" in (project.root / "data.dvc").read_text()
+    artifacts = project.root / "mlartifacts" / run.info.run_id / "artifacts"
+    assert run.info.artifact_uri == artifacts.as_uri()
+    for name in ("model/weights.pt", "logs/train.jsonl", "evaluation/best.jpg", "run.json"):
+        assert (artifacts / name).is_file(), name
+
+
+def test_the_first_repro_records_a_whole_run(project: Project) -> None:
+    output = project.first_output  # type: ignore[attr-defined]
+    assert "error" not in output.lower()
+    (run,) = runs(project).values()
+    assert_whole(project, run)
+    manifest = project.json("run.json")
+    assert (manifest["run_id"], manifest["key"]) == (run.info.run_id, run.data.params["key"])
+    assert run.info.run_name == "baseline"
+    assert manifest["witness"]["undeclared_files"] == []
+    assert project.json("metrics/evaluate.json")["AP"] == run.data.metrics["eval/AP"]
+    # The stage that evaluates sees what training saw when it kept these weights.
+    entries = [e["values"] for e in read_jsonl(project.root / "logs/train.jsonl") if "values" in e]
+    best = max(values["val/AP"] for values in entries if "val/AP" in values)
+    assert project.json("metrics/evaluate.json")["AP"] == pytest.approx(best, abs=1e-9)
+
+
+def test_the_second_repro_does_nothing(project: Project) -> None:
+    before = set(runs(project))
+    assert "Data and pipelines are up to date." in project.dvc("repro")
+    assert set(runs(project)) == before
+    done = project.run("git", "status", "--porcelain")
+    assert done.stdout == ""
+
+
+def test_every_kind_of_experiment_lands_in_the_store(project: Project) -> None:
+    baseline = project.json("run.json")["run_id"]
+    project.dvc("exp", "run", "-S", "lr=5e-5")
+    assert "lr: 5e-05" in (project.root / "params.yaml").read_text()
+    assert project.json("run.json")["run_id"] != baseline
+    table = json.loads(project.dvc("metrics", "diff", "--json", "--all"))
+    assert {"AP", "AP50", "AP75", "loss"} <= set(table["metrics/evaluate.json"])
+    assert "seconds" in table["metrics/train.json"]
+    changed = json.loads(project.dvc("params", "diff", "--json"))
+    assert changed["params.yaml"]["lr"] == {"old": 0.001, "new": 5e-5, "diff": 5e-5 - 0.001}
+
+    project.dvc("exp", "run", "--temp", "-S", "lr=2e-4")
+    for rate in ("3e-4", "4e-4"):
+        project.dvc("exp", "run", "--queue", "-S", f"lr={rate}")
+    project.dvc("queue", "start", "-j", "2")
+    await_queue(project)
+
+    found = runs(project)
+    names = sorted(run.info.run_name for run in found.values())
+    assert names == ["baseline", "lr=0.0002", "lr=0.0003", "lr=0.0004", "lr=5e-05"]
+    for run in found.values():
+        assert_whole(project, run)
+    assert len({run.data.params["key"] for run in found.values()}) == 5
+    elsewhere = [p for p in project.root.rglob("mlflow.db") if p.parent != project.root]
+    assert elsewhere == []
+    assert not list(project.root.rglob("mlruns"))
+
+
+def test_a_restored_result_knows_its_run(project: Project) -> None:
+    before = set(runs(project))
+    project.run("git", "checkout", "-q", "params.yaml")
+    project.dvc("repro")
+    run_id = project.json("run.json")["run_id"]
+    assert run_id in before
+    assert runs(project)[run_id].info.run_name == "baseline"
+    assert set(runs(project)) == before
+
+
+def test_plots_are_shown(project: Project) -> None:
+    project.dvc("plots", "show")
+    page = (project.root / "dvc_plots" / "index.html").read_text()
+    for title in ("Loss", "AP on the held-out images", "Learning rate", "Gradient norm"):
+        assert title in page
+    pictures = {path.suffix for path in (project.root / "dvc_plots" / "static").iterdir()}
+    assert {".jpg", ".png"} <= pictures
+
+
+def test_training_ends_well_when_mlflow_goes_away_in_the_middle(
+    project: Project, tmp_path: Path
+) -> None:
+    copy = Project(tmp_path / "copy")
+    shutil.copytree(project.root, copy.root, ignore=shutil.ignore_patterns("mlartifacts", "tmp"))
+    params = (copy.root / "params.yaml").read_text()
+    params = params.replace("  epochs: 2\n", "  epochs: 400\n")
+    params = params.replace("  evaluate_every: 1\n", "  evaluate_every: 400\n")
+    (copy.root / "params.yaml").write_text(params)
+    store, port = locate_store(copy.root), free_port()
+    server = start_server(store, port)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_until_healthy(address, server)
+        known = _run_count(store.database)
+        training = subprocess.Popen(
+            [sys.executable, "-m", "stages.train"],
+            cwd=copy.root,
+            env=_environment() | {"MLFLOW_TRACKING_URI": address},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        while _run_count(store.database) == known and training.poll() is None:
+            time.sleep(0.1)
+    finally:
+        stop_server(server, kill=True)
+    assert training.poll() is None, "training ended before MLflow had begun"
+    output, _ = training.communicate(timeout=900)
+    assert training.returncode == 0, output
+    assert "; the work goes on, values are kept and sent later" in output
+    assert " lacks " in output
+    entries = list(read_jsonl(copy.root / "logs" / "train.jsonl"))
+    assert entries[-1]["event"] == "training_end"
+    assert copy.json("run.json")["run_id"]
+    assert (copy.root / "model" / "weights.pt").is_file()
+
+
+def _run_count(database: Path | None) -> int:
+    assert database is not None
+    with sqlite3.connect(database) as connection:
+        count = connection.execute("SELECT count(*) FROM runs").fetchone()[0]
+    connection.close()
+    return int(count)
+
+
+def await_queue(project: Project) -> None:
+    """Wait until no task is queued or running."""
+    end = time.monotonic() + 900
+    while time.monotonic() < end:
+        status = project.dvc("queue", "status")
+        if "Queued" not in status and "Running" not in status:
+            assert "Failed" not in status, project.dvc("queue", "logs", "--help") + status
+            return
+        time.sleep(3)
+    raise AssertionError(f"the queue did not end:\n{status}")
