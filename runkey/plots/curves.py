@@ -5,6 +5,7 @@ write_training_plots(Path("logs/train.jsonl"), Path("plots"))
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def _draw_losses(axes: Any, log: TrainingLog) -> None:
 
 
 def _draw_scores(axes: Any, log: TrainingLog) -> bool:
-    drawn = False
+    highest = math.nan
     for name, colour, label in (
         ("val/AP50", SKY, "AP50"),
         ("val/AP75", GREEN, "AP75"),
@@ -212,9 +213,10 @@ def _draw_scores(axes: Any, log: TrainingLog) -> bool:
         steps, values = log.of_epochs(name)
         if np.isfinite(values).any():
             axes.plot(steps, values, color=colour, marker=_marker(steps), markersize=4, label=label)
-            drawn = True
+            highest = np.nanmax([highest, *values])
+    drawn = math.isfinite(highest)
     if drawn:
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, min(1.0, max(0.1, 1.15 * highest)))
         axes.set_ylabel("AP of held-out images, 0 to 1")
     return drawn
 
