@@ -208,24 +208,25 @@ class Backbone(nn.Module):
 
 
 def _contexts(block: nn.Module) -> Any:
-    """Forward and recompute contexts of a checkpointed block.
-
-    The second forward pass must not update the norms' running statistics again.
-    """
+    """Forward and recompute contexts of a checkpointed block."""
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _without_statistics(block)
+        return nullcontext(), _scratch_statistics(block)
 
     return contexts
 
 
 @contextmanager
-def _without_statistics(block: nn.Module) -> Iterator[None]:
+def _scratch_statistics(block: nn.Module) -> Iterator[None]:
+    """Let norms update copies: the second forward pass must not count a batch again."""
     norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.track_running_stats = False
+    buffers = [dict(norm.named_buffers()) for norm in norms]
+    for norm, kept in zip(norms, buffers, strict=True):
+        for name, buffer in kept.items():
+            setattr(norm, name, buffer.clone())
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, kept in zip(norms, buffers, strict=True):
+            for name, buffer in kept.items():
+                setattr(norm, name, buffer)

@@ -41,14 +41,15 @@ class Detector(nn.Module):
     def __init__(
         self,
         backbone: Backbone,
-        input_proj: nn.Module,
         transformer: Transformer,
+        input_norm: nn.Module,
         grid_position: GridPosition,
     ) -> None:
         super().__init__()
         # The reference keeps its backbone beside a positional encoding: hence the "0" in the name.
         self.backbone = nn.ModuleList([backbone])
-        self.input_proj = input_proj
+        self.input_proj = nn.Conv2d(backbone.num_channels, transformer.encoder.dim, kernel_size=1)
+        self.input_norm = input_norm
         self.transformer = transformer
         self.grid_position = grid_position
 
@@ -60,7 +61,7 @@ class Detector(nn.Module):
         position = self.grid_position(padding, (height, width), features.device)
         position = position.to(features.dtype)
         mask = None if padding is None else ~padding.flatten(1)[:, None, None, :]
-        tokens = features.flatten(2).transpose(1, 2)
+        tokens = self.input_norm(features.flatten(2).transpose(1, 2))
         tokens = self.transformer.encode(tokens, position, mask)
         return Memory(tokens, position, (height, width), padding, mask)
 

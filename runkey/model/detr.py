@@ -32,8 +32,8 @@ class Detr(Detector):
         dim = transformer.encoder.dim
         super().__init__(
             backbone,
-            nn.Conv2d(backbone.num_channels, dim, kernel_size=1),
             transformer,
+            nn.Identity(),
             GridPosition(dim, temperature=10000.0, centred=False),
         )
         self.query_embed = nn.Embedding(num_queries, dim)

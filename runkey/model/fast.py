@@ -45,11 +45,9 @@ class FastDetr(Detector):
         dim = transformer.encoder.dim
         super().__init__(
             backbone,
-            nn.Sequential(
-                nn.Conv2d(backbone.num_channels, dim, kernel_size=1),
-                nn.GroupNorm(math.gcd(8, dim), dim),
-            ),
             transformer,
+            # Token by token, as statistics over the image would depend on its padding.
+            nn.LayerNorm(dim),
             GridPosition(dim, temperature=_TEMPERATURE, centred=True),
         )
         self.proposal_head = ProposalHead(dim, num_classes)
