@@ -26,6 +26,7 @@ def write_log(
 ) -> Path:
     """A training that warms up, is clipped, improves until epoch 8 and may be stopped."""
     rng = np.random.default_rng(0)
+    path.unlink(missing_ok=True)  # a log is appended to
     log = JsonlLog(path, say_nothing)
     log.event("training_start", device="cpu")
     for epoch in range(1, epochs + 1):

@@ -57,14 +57,11 @@ def test_same_log_same_bytes(log_of, tmp_path):
     assert not any(b"matplotlib" in content for content in once)
 
 
-def test_pictures_show_what_was_logged(log_of, tmp_path):
-    """An early stop, a drop of the rate and clipping change the picture of which they are part."""
-    done = [p.read_bytes() for p in write_training_plots(log_of("complete"), tmp_path / "a")]
-    stopped = [
-        p.read_bytes() for p in write_training_plots(log_of("stopped early"), tmp_path / "b")
-    ]
-    # The two logs differ only in how they end.
-    assert [a == b for a, b in zip(done, stopped, strict=True)] == [True, True, False, True]
+def test_an_early_stop_shows(log_of, tmp_path):
+    """The two logs differ only in how they end."""
+    done = loss_and_ap(read_log(log_of("complete")), tmp_path / "done.png").read_bytes()
+    stopped = loss_and_ap(read_log(log_of("stopped early")), tmp_path / "stop.png").read_bytes()
+    assert done != stopped
 
 
 def test_tables_hold_the_values(log_of, tmp_path):
@@ -84,7 +81,8 @@ def test_long_logs_are_thinned(tmp_path):
 
 
 def test_a_cut_line_loses_nothing_else(log_of):
-    whole, part = read_log(log_of("complete")), read_log(log_of("interrupted"))
+    whole = read_log(log_of("complete"))
+    part = read_log(log_of("interrupted"))
     assert 0 < len(part.steps) < len(whole.steps)
     assert [p.step for p in part.steps] == [p.step for p in whole.steps][: len(part.steps)]
     assert part.events.keys() == {"training_start"}
