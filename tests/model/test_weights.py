@@ -1,0 +1,296 @@
+"""Initial weights and saved models.  Files are real, and a download really fails."""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from runkey import params
+from runkey.errors import ModelError
+from runkey.model.coco_names import NUM_COCO_IDS, coco_names
+from runkey.model.detr import build_model
+from runkey.model.model_files import CARD, WEIGHTS, Sizes, load_model, save_model
+from runkey.model.weights import load_initial_weights
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = Path(os.environ.get("RUNKEY_SHARED", ROOT.parent / "shared"))
+SMALL = {"hidden_dim": 16, "num_heads": 2, "feedforward_dim": 24, "num_queries": 10}
+
+
+@dataclass
+class Name:
+    index: int
+    id: int
+    name: str
+
+
+def classes(*names):
+    return [Name(index, 10 + index, name) for index, name in enumerate(names)]
+
+
+def model_params(**changes):
+    return params.Model.model_validate(SMALL | changes)
+
+
+def saved(folder, names, **changes):
+    """A model of ours on disk; its state."""
+    model = model_params(**changes)
+    state = build_model(model, len(names)).state_dict()
+    save_model(folder, state, model, classes(*names), Sizes(120, 160))
+    return state
+
+
+def test_a_saved_model_comes_back_whole(tmp_path):
+    model = model_params(denoising={"groups": 2})
+    net = build_model(model, 2).to(memory_format=torch.channels_last)
+    save_model(tmp_path, net.state_dict(), model, classes("a", "ü"), Sizes(120, 160))
+    found, card = load_model(tmp_path)
+    assert not found.training
+    assert card.model == model
+    assert [(c.index, c.id, c.name) for c in card.classes] == [(0, 10, "a"), (1, 11, "ü")]
+    assert (card.sizes.short_side, card.sizes.long_side) == (120, 160)
+    for name, value in net.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+
+
+def test_the_same_model_is_the_same_bytes(tmp_path):
+    model = model_params()
+    state = build_model(model, 2).state_dict()
+    other = {
+        n: v.to(memory_format=torch.channels_last) if v.dim() == 4 else v for n, v in state.items()
+    }
+    for folder, values in (("a", state), ("b", other)):
+        save_model(tmp_path / folder, values, model, classes("x", "y"), Sizes(120, 160))
+    for file in (WEIGHTS, CARD):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_random_weights_are_reported_as_new():
+    net = build_model(model_params(), 2)
+    report = load_initial_weights(net, model_params(), ["a", "b"])
+    assert (report.loaded, report.dropped, report.warnings) == ((), (), ())
+    assert set(report.new) == set(net.state_dict())
+    assert report.lines()[0] == "initial weights: random weights"
+
+
+def test_heads_are_carried_over_by_class_name(tmp_path):
+    theirs = saved(tmp_path / "old", ["cat", "Dog", "cow"], denoising={"groups": 1})
+    model = model_params(init_from="old", denoising={"groups": 1}, num_queries=12)
+    net = build_model(model, 3)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    report = load_initial_weights(net, model, ["horse", "dog ", "cat"], tmp_path)
+    ours = net.state_dict()
+    heads = ["class_embed.weight", "class_embed.bias", "proposal_head.class_embed.weight"]
+    for head in [*heads, "denoiser.label_embed.weight"]:
+        assert torch.equal(ours[head][0], before[head][0]), head
+        assert torch.equal(ours[head][1], theirs[head][1]), head
+        assert torch.equal(ours[head][2], theirs[head][0]), head
+    assert torch.equal(ours["query_content.weight"][:10], theirs["query_content.weight"])
+    assert torch.equal(ours["query_content.weight"][10:], before["query_content.weight"][10:])
+    for name in ("bbox_embed.layers.2.weight", "backbone.0.body.conv1.weight"):
+        assert torch.equal(ours[name], theirs[name])
+    assert "class_embed.weight (2 of 3 classes; new: horse)" in report.loaded
+    assert "query_content.weight (queries 1 to 10 of 12)" in report.loaded
+    assert (report.new, report.dropped) == ((), ())
+
+
+def test_heads_without_class_names_start_anew(tmp_path):
+    state = saved(tmp_path / "old", ["cat", "dog"])
+    torch.save({"model": state}, tmp_path / "bare.pth")
+    model = model_params(init_from="bare.pth")
+    net = build_model(model, 2)
+    before = net.class_embed.weight.clone()
+    report = load_initial_weights(net, model, ["cat", "dog"], tmp_path)
+    assert torch.equal(net.class_embed.weight, before)
+    assert "class_embed.weight: it does not say its classes" in report.dropped
+    assert "class_embed.weight" in report.new
+
+
+def test_the_references_coco_rows_are_found_by_id(tmp_path):
+    """Its checkpoint of 91 ids and no-object, with its command line inside."""
+    model = model_params(preset="detr", backbone="resnet18")
+    theirs = build_model(model, NUM_COCO_IDS).state_dict()
+    checkpoint = {"model": theirs, "epoch": 3, "args": Namespace(lr=1e-4, masks=False)}
+    torch.save(checkpoint, tmp_path / "detr.pth")
+    ours = build_model(model, 3)
+    start = model_params(preset="detr", backbone="resnet18", init_from="detr.pth")
+    report = load_initial_weights(ours, start, ["zebra", "unicorn", "person"], tmp_path)
+    rows, old = ours.class_embed.weight, theirs["class_embed.weight"]
+    assert torch.equal(rows[0], old[24])
+    assert torch.equal(rows[2], old[1])
+    assert torch.equal(rows[3], old[91])
+    assert not torch.equal(rows[1], old[2])
+    note = "class_embed.weight (2 of 3 classes and no-object; new: unicorn)"
+    assert note in report.loaded
+    assert any(note in line for line in report.lines())
+
+
+def test_coco_names_are_those_of_its_files():
+    file = SHARED / "data/coco-tiny/annotations"
+    found = sorted(file.glob("instances*.json")) if file.is_dir() else []
+    known = {
+        entry["id"]: entry["name"]
+        for path in found[:1]
+        for entry in json.loads(path.read_text())["categories"]
+    }
+    known = known or {1: "person", 13: "stop sign", 27: "backpack", 90: "toothbrush"}
+    names = coco_names()
+    assert len([name for name in names if name]) == 80
+    for number, name in known.items():
+        assert names[number] == name
+
+
+def test_another_preset_gives_its_backbone_and_encoder_only(tmp_path):
+    theirs = saved(tmp_path / "old", ["a"], preset="detr")
+    model = model_params(init_from="old")
+    net = build_model(model, 1)
+    report = load_initial_weights(net, model, ["a"], tmp_path)
+    name = "transformer.encoder.layers.0.linear1.weight"
+    assert torch.equal(net.state_dict()[name], theirs[name])
+    assert {n.split(".")[0] for n in report.loaded} == {"backbone", "transformer"}
+    assert "bbox_embed.layers.0.weight: preset detr computes something else with it" in (
+        report.dropped
+    )
+
+
+def test_a_backbone_file_of_torchvision_loads(tmp_path):
+    theirs = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save(theirs, tmp_path / "r18.pth")
+    model = model_params(backbone="resnet18", backbone_weights="r18.pth", norm="frozen")
+    net = build_model(model, 2)
+    report = load_initial_weights(net, model, ["a", "b"], tmp_path)
+    for name, value in net.state_dict().items():
+        if name.startswith("backbone."):
+            assert torch.equal(value, theirs[name.removeprefix("backbone.0.body.")]), name
+    assert all(name.startswith("backbone.") for name in report.loaded)
+    assert not any(name.startswith("backbone.") for name in report.new)
+    assert (report.dropped, report.warnings) == ((), ())
+
+
+def test_a_detectors_backbone_serves_as_backbone_weights(tmp_path):
+    theirs = saved(tmp_path / "old", ["a"])
+    model = model_params(backbone_weights="old", hidden_dim=32)
+    net = build_model(model, 1)
+    report = load_initial_weights(net, model, ["a"], tmp_path)
+    name = "backbone.0.body.conv1.weight"
+    assert torch.equal(net.state_dict()[name], theirs[name])
+    assert all(n.startswith("backbone.") for n in report.loaded)
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """No machine answers, and torch's cache is empty."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+@pytest.mark.usefixtures("offline")
+def test_imagenet_offline_says_which_file_to_place_where(tmp_path):
+    model = model_params(backbone="resnet18", backbone_weights="imagenet")
+    with pytest.raises(ModelError) as caught:
+        load_initial_weights(build_model(model, 2), model, ["a", "b"])
+    text = str(caught.value)
+    folder = tmp_path / "torch/hub/checkpoints"
+    assert text.startswith("model.backbone_weights: imagenet: resnet18's weights could not be")
+    assert f"place resnet18-f37072fd.pth in {folder}, or name its path" in text
+    assert "\n" not in text
+    folder.mkdir(parents=True, exist_ok=True)
+    theirs = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save(theirs, folder / "resnet18-f37072fd.pth")
+    report = load_initial_weights(build_model(model, 2), model, ["a", "b"])
+    assert len(report.loaded) > 60
+
+
+def wrong_files(folder):
+    (folder / "text.pt").write_text("no weights")
+    torch.save({"model": torch.nn.Linear(1, 1)}, folder / "code.pt")
+    torch.save({"model": {"weight": 3}}, folder / "number.pt")
+    torch.save([1, 2], folder / "list.pt")
+    torch.save({"model": {"weight": torch.ones(2)}}, folder / "stranger.pt")
+    whole = (folder / "stranger.pt").read_bytes()
+    (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("absent.pt", "not found"),
+        ("text.pt", "no weights file that is safe to load"),
+        ("code.pt", "no weights file that is safe to load"),
+        ("cut.pt", "no weights file that is safe to load"),
+        ("number.pt", "'weight' is no tensor"),
+        ("list.pt", "holds no state dict"),
+        ("stranger.pt", "none of its 1 tensors fits this model"),
+    ],
+)
+@pytest.mark.parametrize("field", ["init_from", "backbone_weights"])
+def test_files_that_are_no_weights_are_refused(field, file, text, tmp_path):
+    wrong_files(tmp_path)
+    model = model_params(**{field: file})
+    with pytest.raises(ModelError) as caught:
+        load_initial_weights(build_model(model, 2), model, ["a", "b"], tmp_path)
+    assert str(tmp_path / file) in str(caught.value)
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [
+        ({"norm": "frozen"}, "model.norm: frozen without pretrained weights"),
+        ({"frozen_stages": 2}, "model.frozen_stages: 2 without pretrained weights"),
+    ],
+)
+def test_quietly_bad_settings_are_warned_of(changes, start):
+    model = model_params(backbone="resnet18", **changes)
+    report = load_initial_weights(build_model(model, 1), model, ["a"])
+    assert [w.startswith(start) for w in report.warnings] == [True]
+    assert report.lines()[-1].startswith(f"  warning: {start}")
+
+
+def damage_card(folder):
+    (folder / CARD).write_text("{")
+
+
+def damage_format(folder):
+    card = json.loads((folder / CARD).read_text())
+    (folder / CARD).write_text(json.dumps(card | {"format": 99}))
+
+
+def damage_weights(folder):
+    (folder / WEIGHTS).write_bytes(b"PK")
+
+
+def swap_weights(folder):
+    torch.save({"model": {"x": torch.ones(1)}}, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "text"),
+    [
+        (lambda f: (f / CARD).unlink(), CARD, "not found; run `dvc repro train` first"),
+        (lambda f: (f / WEIGHTS).unlink(), WEIGHTS, "not found; run `dvc repro train` first"),
+        (damage_card, CARD, "no model card"),
+        (damage_format, CARD, "format 99, this program reads 1"),
+        (damage_weights, WEIGHTS, "damaged"),
+        (swap_weights, WEIGHTS, "does not fit model.json"),
+    ],
+)
+def test_damaged_models_are_refused(damage, file, text, tmp_path):
+    saved(tmp_path, ["a"])
+    damage(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        load_model(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path / file))
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
