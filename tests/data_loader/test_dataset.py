@@ -140,9 +140,12 @@ def test_colours_stay_raw_until_the_device(workspace, make_record, train_loader,
     workspace.write([make_record(i) for i in range(4)])
     strong = plain.model_copy(update={"brightness": 0.5, "contrast": 0.5})
     data = Data(short_sides=(60,), long_side=80, augment=strong)
-    ((batch,),) = train_loader(data).epoch(0)
+    loader = train_loader(data)
+    ((batch,),) = loader.epoch(0)
     for image, id_ in zip(batch.images, batch.image_ids, strict=True):
         file = np.asarray(Image.open(workspace.root / f"data/images/{id_}.png"))
         assert np.array_equal(image.permute(1, 2, 0).numpy(), file)
     assert batch.colour.shape == (4, 2)
     assert len(set(batch.colour.flatten().tolist())) == 8
+    ((later,),) = loader.epoch(1)
+    assert not set(later.colour.flatten().tolist()) & set(batch.colour.flatten().tolist())

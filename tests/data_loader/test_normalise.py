@@ -78,6 +78,17 @@ def test_an_image_does_not_depend_on_its_batch(colour):
         assert torch.equal(wider[i, :, :h, :w], images[i, :, :h, :w])
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_padding_does_not_show_in_the_mean_of_a_large_image(seed):
+    """Its sum is beyond what float32 counts exactly, and padding would change the rounding."""
+    images = [
+        normalise(make_batch([(301, 403)], [[1.1, 0.6]], padded, seed))[0][0, :, :301, :403]
+        for padded in ((301, 403), (334, 500), (609, 417))
+    ]
+    assert torch.equal(images[0], images[1])
+    assert torch.equal(images[0], images[2])
+
+
 def test_the_batch_is_left_as_it_was():
     batch = make_batch(SIZES, COLOURS["saturation too"])
     before = batch.images.clone()
