@@ -57,18 +57,11 @@ fix: env-tools ## Mend what ruff can mend, and format
 
 .PHONY: ui
 ui: env ## MLflow's pages on the runs made here (PORT=5000)
-	@case "$$MLFLOW_TRACKING_URI" in \
-	  http*) echo "the runs are at $$MLFLOW_TRACKING_URI";; \
-	  *) set -x; $(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
-	    --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" \
-	    --default-artifact-root "$(CURDIR)/mlartifacts";; \
-	esac
+	@$(BIN)/python -m runkey ui --port $(PORT)
 
 .PHONY: preset
-preset: ## Put presets/NAME.yaml in place as params.yaml (NAME=sample)
-	@test -f "presets/$(NAME).yaml" || { echo "error: no preset $(NAME); there are:" \
-	  $$(basename -s .yaml presets/*.yaml) >&2; exit 1; }
-	cp "presets/$(NAME).yaml" params.yaml
+preset: env ## Put presets/NAME.yaml in place as params.yaml (NAME=sample)
+	@$(BIN)/python -m runkey preset $(NAME)
 
 .PHONY: sample-data
 sample-data: env ## Remake the sample data from scikit-learn in sample-data.new/, byte for byte

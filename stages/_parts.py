@@ -39,8 +39,8 @@ class Validation:
     criterion: Criterion
     precision: Precision
 
-    def __call__(self, model: nn.Module) -> Evaluation:
-        """Detections, COCO numbers and losses of a model on `precision.device`."""
+    def __call__(self, model: nn.Module, *, by_size: bool = True) -> Evaluation:
+        """Detections, COCO numbers (by object size, too) and losses of a model on its device."""
         return evaluate_model(
             model,
             self.postprocess,
@@ -50,11 +50,12 @@ class Validation:
             self.precision.device,
             autocast=self.precision.autocast,
             criterion=self.criterion,
+            by_size=by_size,
         )
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        """What training logs: val/AP, val/loss and so on."""
-        return self(model).metrics("val/")
+        """What training logs: val/AP, val/loss and so on; not by size (three times the work)."""
+        return self(model, by_size=False).metrics("val/")
 
 
 def build_validation(

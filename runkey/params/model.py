@@ -52,7 +52,7 @@ class Model(Section):
     preset: Literal["fast", "detr"] = "fast"
     """detr: the reference's architecture and losses; fast: converges on small data."""
     backbone: Backbone = "compact"
-    """Image features.  compact: 2 convolutions and 2 residual blocks, stride 8, for small images."""
+    """Image features.  compact: 2 convolutions, 2 residual blocks, stride 8, for small images."""
     backbone_weights: str = "none"
     """none | imagenet (torchvision's, downloaded once) | a file with a state dict."""
     init_from: str | None = None
