@@ -5,8 +5,8 @@
     python benchmarks/run_table.py --table              # the table of all results so far
 
 Each case clones the repository as it is committed, puts its preset, seed and data in place as a
-user would, types `make repro`, and leaves benchmarks/results/pipeline/<case>.json.  Run nothing else
-meanwhile: times are wall times.
+user would, types `make repro`, and leaves benchmarks/results/pipeline/<case>.json.  Times are wall
+times: run nothing else meanwhile.
 """
 
 from __future__ import annotations
