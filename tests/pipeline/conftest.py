@@ -95,11 +95,8 @@ def _environment() -> dict[str, str]:
     """This process's, without what names another repository, store or Python."""
     strange = ("DVC_", "MLFLOW_", "GIT_", "PYTEST_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(strange) and k != "PYTHONPATH"}
-    names = {
-        f"GIT_{who}_{what}": f"t@{what}"
-        for who in ("AUTHOR", "COMMITTER")
-        for what in ("NAME", "EMAIL")
-    }
+    who = {"NAME": "Tester", "EMAIL": "tester@example.org"}
+    names = {f"GIT_{role}_{k}": v for role in ("AUTHOR", "COMMITTER") for k, v in who.items()}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
     return kept | names | {"PATH": path, "OMP_WAIT_POLICY": "PASSIVE", "DVC_NO_ANALYTICS": "1"}
 
