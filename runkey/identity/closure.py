@@ -50,13 +50,16 @@ def import_closure(module: str, root: Path, excluded: Iterable[str] = EXCLUDED) 
     Raises:
         RecipeError: there is no such module, or a file of the closure is no Python.
     """
-    excluded = tuple(excluded)
     path = PurePosixPath(*module.split("."))
     entry = [p for p in (f"{path}.py", f"{path}/__main__.py") if (root / p).is_file()]
     if not entry:
         raise RecipeError(f"{module}: no such module in the repository; see `cmd` in dvc.yaml")
-    waiting = _files_of(module, root) + entry
-    found: set[str] = set()
+    return _reached(_files_of(module, root) + entry, root, tuple(excluded))
+
+
+def _reached(start: Iterable[str], root: Path, excluded: tuple[str, ...]) -> tuple[str, ...]:
+    """The files of `start` and all that they reach by import, sorted."""
+    waiting, found = list(start), set[str]()
     while waiting:
         file = waiting.pop()
         if file in found or is_excluded(file, excluded):
@@ -87,17 +90,29 @@ def imported_files(root: Path) -> tuple[str, ...]:
     """Repo-relative paths of the first-party files that this process has imported, sorted."""
     home = root.resolve()
     files = (getattr(module, "__file__", None) for module in tuple(sys.modules.values()))
-    paths = {Path(file).resolve() for file in files if file}
+    # Some of torch's modules name a file that does not exist, relative to nothing.
+    paths = {Path(file).resolve() for file in files if file and Path(file).is_absolute()}
     inside = (path.relative_to(home) for path in paths if path.is_relative_to(home))
     return tuple(sorted(p.as_posix() for p in inside if not p.parts[0].startswith(".")))
 
 
 def undeclared(
-    imported: Iterable[str], declared: Iterable[str], excluded: Iterable[str] = EXCLUDED
+    imported: Iterable[str],
+    declared: Iterable[str],
+    root: Path,
+    excluded: Iterable[str] = EXCLUDED,
 ) -> tuple[str, ...]:
-    """Imported files that a key does not cover: neither declared nor excluded, sorted."""
-    entries = tuple(excluded)
-    return tuple(sorted(p for p in set(imported) - set(declared) if not is_excluded(p, entries)))
+    """Imported files that a key does not cover, sorted.
+
+    Left out are declared files, excluded ones, and what excluded ones import.
+    """
+    entries, files = tuple(excluded), set(imported)
+    known = set(declared)
+    for path in files:
+        if is_excluded(path, entries):
+            module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+            known |= {path, *_reached(_files_of(module, root), root, ())}
+    return tuple(sorted(files - known))
 
 
 def _files_of(module: str, root: Path) -> list[str]:

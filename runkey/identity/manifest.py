@@ -132,7 +132,7 @@ def take_witness(
         packages=packages,
         package_differences=_package_differences(root, packages),
         files=list(files),
-        undeclared_files=list(undeclared(files, code["files"], code["excluded"])),
+        undeclared_files=list(undeclared(files, code["files"], root, code["excluded"])),
         commit=_git(root, "rev-parse", "HEAD"),
         dirty=bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
     )

@@ -91,7 +91,7 @@ def test_what_was_really_imported_is_found_and_compared(project):
         f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
         "from runkey.identity.closure import import_closure, imported_files, undeclared\n"
         "root = Path.cwd()\n"
-        "print(*undeclared(imported_files(root), import_closure('stages.train', root)))\n"
+        "print(*undeclared(imported_files(root), import_closure('stages.train', root), root))\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "stages.train"],
@@ -115,4 +115,11 @@ def test_this_very_process_is_listed():
     files = imported_files(REPOSITORY)
     assert "runkey/identity/closure.py" in files
     assert not any(path.startswith(".venv") for path in files)
-    assert undeclared(["a.py", "runkey/cli/x.py"], ["b.py"]) == ("a.py",)
+    assert all((REPOSITORY / path).is_file() for path in files)
+    assert undeclared(["a.py", "runkey/cli/x.py"], ["b.py"], REPOSITORY) == ("a.py",)
+
+
+def test_what_only_excluded_files_import_is_not_undeclared():
+    files = ["runkey/identity/key.py", "runkey/hashing.py", "runkey/model/detr.py"]
+    assert undeclared(files, [], REPOSITORY) == ("runkey/model/detr.py",)
+    assert undeclared(files[1:], [], REPOSITORY) == tuple(files[1:])
