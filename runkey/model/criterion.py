@@ -17,7 +17,7 @@ from torch import Tensor
 from runkey import params
 from runkey.model.boxes import cxcywh_to_xyxy, full_precision, overlaps
 from runkey.model.losses import ClassificationLoss, QualityLoss, SoftmaxLoss
-from runkey.model.matcher import Matcher, Matches, PredictionSet
+from runkey.model.matcher import Layers, Matcher, Matches
 from runkey.model.targets import DenoisingOutputs, Outputs, Targets
 
 
@@ -87,43 +87,22 @@ class Criterion:
         """
         return self.losses(outputs, targets, self.match(outputs, targets), normaliser)
 
-    def match(self, outputs: Outputs, targets: Targets) -> list[Matches]:
-        """The assignments: the only step that needs values on the host."""
-        return self.matcher(_sets(outputs), targets)
+    def match(self, outputs: Outputs, targets: Targets) -> Matches:
+        """The assignment of all layers: the only step that needs values on the host."""
+        return self.matcher(_layers(outputs), targets)
 
     def losses(
-        self,
-        outputs: Outputs,
-        targets: Targets,
-        matches: Sequence[Matches],
-        normaliser: Normaliser,
+        self, outputs: Outputs, targets: Targets, matches: Matches, normaliser: Normaliser
     ) -> Losses:
-        """The losses of given assignments; no value is looked at, so fake tensors will do."""
-        with torch.autocast(outputs.logits.device.type, enabled=False):
-            parts = self._matched_parts(outputs, targets, matches, normaliser)
+        """The losses of a given assignment; no value is looked at, so fake tensors will do."""
+        layers = _layers(outputs)
+        logits, boxes = layers.logits.flatten(0, 2), layers.boxes_cxcywh.flatten(0, 2)
+        with torch.autocast(logits.device.type, enabled=False):
+            parts = self._parts(logits, boxes, matches, targets, normaliser)
             if outputs.denoising is not None:
                 parts["denoising"] = self._denoising(outputs.denoising, targets, normaliser)
             total = torch.stack(list(parts.values())).sum()
         return Losses(total, {name: part.detach() for name, part in parts.items()})
-
-    def _matched_parts(
-        self,
-        outputs: Outputs,
-        targets: Targets,
-        matches: Sequence[Matches],
-        normaliser: Normaliser,
-    ) -> dict[str, Tensor]:
-        """All layers of all sets as one list of predictions, so each loss is one call."""
-        sets = _sets(outputs)
-        logits = torch.cat([full_precision(s.logits).flatten(0, 2) for s in sets])
-        boxes = torch.cat([full_precision(s.boxes_cxcywh).flatten(0, 2) for s in sets])
-        predictions, start = [], 0
-        for prediction_set, match in zip(sets, matches, strict=True):
-            predictions.append(match.predictions + start)
-            start += prediction_set.logits[..., 0].numel()
-        joined = Matches(torch.cat(predictions), torch.cat([match.targets for match in matches]))
-        padding = _padding(sets)
-        return self._parts(logits, boxes, joined, targets, padding, normaliser)
 
     def _parts(
         self,
@@ -131,7 +110,6 @@ class Criterion:
         boxes_cxcywh: Tensor,
         matches: Matches,
         targets: Targets,
-        padding: Tensor | None,
         normaliser: Normaliser,
     ) -> dict[str, Tensor]:
         """Weighted losses of flat predictions: logits [T, C], boxes [T, 4]."""
@@ -140,7 +118,7 @@ class Criterion:
         iou, giou = overlaps(cxcywh_to_xyxy(matched), cxcywh_to_xyxy(true))
         labels = targets.labels[matches.targets]
         classification = self.classification_loss.loss(
-            logits, matches.predictions, labels, iou.detach(), padding
+            logits, matches.predictions, labels, iou.detach()
         )
         return {
             "classification": classification * (self.classification / normaliser.classification),
@@ -157,7 +135,7 @@ class Criterion:
         boxes = full_precision(outputs.boxes_cxcywh).flatten(1, 2)[:, outputs.slots].flatten(0, 1)
         everyone = torch.arange(layers * pairs, device=logits.device)
         matches = Matches(everyone, outputs.targets.repeat(layers))
-        parts = self._parts(logits, boxes, matches, targets, None, normaliser)
+        parts = self._parts(logits, boxes, matches, targets, normaliser)
         return torch.stack(list(parts.values())).sum() / outputs.groups
 
 
@@ -186,29 +164,13 @@ def build_criterion(model: params.Model, num_classes: int) -> Criterion:
     )
 
 
-def _sets(outputs: Outputs) -> list[PredictionSet]:
-    sets = [PredictionSet("decoder layer", outputs.logits, outputs.boxes_cxcywh)]
-    if outputs.proposals is not None:
-        proposals = outputs.proposals
-        sets.append(
-            PredictionSet(
-                "the encoder's proposals",
-                proposals.logits[None],
-                proposals.boxes_cxcywh[None],
-                proposals.padding,
-            )
-        )
-    return sets
-
-
-def _padding(sets: Sequence[PredictionSet]) -> Tensor | None:
-    """Padding, bool [T], of all sets' flattened predictions; None where nothing is padding."""
-    if all(s.padding is None for s in sets):
-        return None
-    flat = [
-        torch.zeros_like(s.logits[..., 0], dtype=torch.bool)
-        if s.padding is None
-        else s.padding.expand(len(s.logits), -1, -1)
-        for s in sets
-    ]
-    return torch.cat([mask.flatten() for mask in flat])
+def _layers(outputs: Outputs) -> Layers:
+    """The encoder's proposals, where there are any, and the decoder's layers."""
+    logits, boxes = full_precision(outputs.logits), full_precision(outputs.boxes_cxcywh)
+    names = [f"decoder layer {number + 1}" for number in range(len(logits))]
+    proposals = outputs.proposals
+    if proposals is not None:
+        names.insert(0, "the encoder's proposals")
+        logits = torch.cat((full_precision(proposals.logits)[None], logits))
+        boxes = torch.cat((full_precision(proposals.boxes_cxcywh)[None], boxes))
+    return Layers(tuple(names), logits, boxes)

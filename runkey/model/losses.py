@@ -21,14 +21,7 @@ class ClassificationLoss(Protocol):
         """Cost [N, L, Q] of logits [L, B, Q, C] for boxes with images [N] and labels [N]."""
         ...
 
-    def loss(
-        self,
-        logits: Tensor,
-        matched: Tensor,
-        labels: Tensor,
-        iou: Tensor,
-        padding: Tensor | None,
-    ) -> Tensor:
+    def loss(self, logits: Tensor, matched: Tensor, labels: Tensor, iou: Tensor) -> Tensor:
         """Sum over predictions.
 
         Args:
@@ -36,7 +29,6 @@ class ClassificationLoss(Protocol):
             matched: int64 [R], matched predictions.
             labels: int64 [R], their true classes.
             iou: [R], their boxes' overlap with the true ones, detached.
-            padding: bool [T], True for predictions that do not count; None: all do.
 
         Returns:
             Scalar.
@@ -64,10 +56,8 @@ class SoftmaxLoss:
         matched: Tensor,
         labels: Tensor,
         iou: Tensor,  # noqa: ARG002 - the other loss's
-        padding: Tensor | None,
     ) -> Tensor:
-        """See `ClassificationLoss.loss`; there is no padding here, and the overlap is not used."""
-        assert padding is None
+        """See `ClassificationLoss.loss`; the overlap is not used."""
         classes = torch.full_like(logits[:, 0], self.num_classes, dtype=torch.int64)
         classes[matched] = labels
         weights = torch.ones_like(logits[0])
@@ -93,13 +83,9 @@ class QualityLoss:
         unmatched = 0.75 * score.square() * -F.logsigmoid(-picked)
         return matched - unmatched
 
-    def loss(
-        self, logits: Tensor, matched: Tensor, labels: Tensor, iou: Tensor, padding: Tensor | None
-    ) -> Tensor:
+    def loss(self, logits: Tensor, matched: Tensor, labels: Tensor, iou: Tensor) -> Tensor:
         """See `ClassificationLoss.loss`."""
         weights = logits.detach().sigmoid() ** self.gamma
-        if padding is not None:
-            weights = weights.masked_fill(padding[:, None], 0.0)
         weights[matched, labels] = 1.0
         quality = torch.zeros_like(weights)
         quality[matched, labels] = iou.to(weights.dtype)

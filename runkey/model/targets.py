@@ -1,7 +1,7 @@
 """What the model is asked for and what it answers.
 
-Shapes: B images, N boxes of all images together, L decoder layers, Q queries, S encoder tokens,
-P denoising queries, C class logits (K classes for preset fast, K + 1 with no-object for detr).
+Shapes: B images, N boxes of all images together, L decoder layers, Q queries, P denoising
+queries, C class logits (K classes for preset fast, K + 1 with no-object for detr).
 Boxes are (centre x, centre y, width, height) as parts of the image's valid width and height.
 """
 
@@ -32,14 +32,12 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class Proposals:
-    """Boxes that the encoder's tokens propose (two-stage detection; preset fast)."""
+    """Boxes of the encoder's best tokens (two-stage detection; preset fast)."""
 
     logits: Tensor
-    """[B, S, K]."""
+    """[B, Q, K]."""
     boxes_cxcywh: Tensor
-    """[B, S, 4]."""
-    padding: Tensor | None
-    """bool [B, S], True where the token lies on padding; None: no padding."""
+    """[B, Q, 4]."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,13 +78,10 @@ def test_class_weights_of_the_window_are_counted():
     assert criterion.normaliser(COUNTS).classification == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("groups", [0, 2])
 @pytest.mark.parametrize("counts", [(2, 0), (0, 0)])
-@pytest.mark.parametrize("preset", ["fast", "detr"])
+@pytest.mark.parametrize(("preset", "groups"), [("fast", 0), ("fast", 2), ("detr", 0)])
 def test_every_parameter_has_a_gradient(preset, counts, groups, formula):
     """Data-parallel training waits for all of them, also where no image has a box."""
-    if preset == "detr" and groups:
-        pytest.skip("denoising is preset fast's")
     model = params.Model.model_validate(
         SMALL | {"preset": preset, "denoising": {"groups": groups}, "norm": "live"}
     )
@@ -137,19 +134,12 @@ def test_quality_loss_is_its_formula():
     """IoU is the target where matched; elsewhere 0, with weight p^gamma."""
     logits = torch.tensor([[0.3, -1.0], [2.0, 0.5], [-0.7, 0.1]], dtype=torch.float64)
     iou = torch.tensor([0.8], dtype=torch.float64)
-    found = QualityLoss(1.5).loss(logits, torch.tensor([1]), torch.tensor([0]), iou, None)
+    found = QualityLoss(1.5).loss(logits, torch.tensor([1]), torch.tensor([0]), iou)
     p = logits.sigmoid()
     expected = (p**1.5 * -(1 - p).log()).sum()
     expected += p[1, 0] ** 1.5 * (1 - p[1, 0]).log()
     expected -= 0.8 * p[1, 0].log() + 0.2 * (1 - p[1, 0]).log()
     torch.testing.assert_close(found, expected)
-    padding = torch.tensor([True, False, True])
-    masked = QualityLoss(1.5).loss(logits, torch.tensor([1]), torch.tensor([0]), iou, padding)
-    other = logits.clone()
-    other[[0, 2]] += 1
-    same = QualityLoss(1.5).loss(other, torch.tensor([1]), torch.tensor([0]), iou, padding)
-    torch.testing.assert_close(masked, same)
-    assert masked < found
 
 
 def test_box_losses_are_their_formula(formula):
@@ -157,8 +147,8 @@ def test_box_losses_are_their_formula(formula):
     net, criterion = build_model(model, K).double(), build_criterion(model, K)
     targets = formula.targets((3, 1), K)
     outputs = net(formula.images(2, 32, 40), None)
-    (matches,) = criterion.match(outputs, targets)
-    parts = criterion.losses(outputs, targets, [matches], criterion.normaliser((3, 1))).parts
+    matches = criterion.match(outputs, targets)
+    parts = criterion.losses(outputs, targets, matches, criterion.normaliser((3, 1))).parts
     found = outputs.boxes_cxcywh.flatten(0, 2)[matches.predictions]
     true = targets.boxes_cxcywh[matches.targets]
     assert len(found) == 2 * 4

@@ -63,7 +63,7 @@ def test_outputs_have_the_stated_shapes_and_precision(net, formula):
         outputs = net(images, None, targets)
     assert outputs.logits.shape == (2, 2, 10, K)
     assert outputs.boxes_cxcywh.shape == (2, 2, 10, 4)
-    assert outputs.proposals.logits.shape == (2, 35, K)
+    assert outputs.proposals.logits.shape == (2, 10, K)
     for values in (outputs.logits, outputs.boxes_cxcywh, outputs.proposals.boxes_cxcywh):
         assert values.dtype == torch.float32
     assert 0 <= outputs.boxes_cxcywh.min() <= outputs.boxes_cxcywh.max() <= 1
@@ -71,7 +71,7 @@ def test_outputs_have_the_stated_shapes_and_precision(net, formula):
 
 def test_fewer_tokens_than_queries_are_filled_up(net, formula):
     outputs = net(formula.images(2, 16, 16).float(), None)
-    assert outputs.proposals.logits.shape[1] == 4
+    assert outputs.proposals.logits.shape == (2, 10, K)
     assert outputs.logits.shape == (2, 2, 10, K)
     assert outputs.logits.isfinite().all()
 

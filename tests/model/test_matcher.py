@@ -8,17 +8,18 @@ import torch
 from runkey.errors import TrainingError
 from runkey.model.boxes import cxcywh_to_xyxy, overlaps
 from runkey.model.losses import QualityLoss, SoftmaxLoss
-from runkey.model.matcher import Matcher, PredictionSet
+from runkey.model.matcher import Layers, Matcher
 from runkey.model.targets import Targets
 
 K, L, B, Q = 3, 2, 3, 5
+NAMES = ("decoder layer 1", "decoder layer 2")
 
 
 @pytest.fixture
 def predictions():
     generator = torch.Generator().manual_seed(1)
     boxes = torch.rand(L, B, Q, 4, generator=generator) * 0.5 + 0.2
-    return PredictionSet("decoder layer", torch.randn(L, B, Q, K, generator=generator), boxes)
+    return Layers(NAMES, torch.randn(L, B, Q, K, generator=generator), boxes)
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def cost_of(prediction_set, targets, layer, image, query, target, kind=None):
 
 def test_assignment_is_the_cheapest_of_all(predictions, targets):
     """Against every way of choosing queries for an image's boxes."""
-    (matches,) = matcher()([predictions], targets)
+    matches = matcher()(predictions, targets)
     found = {}
     for flat, target in zip(matches.predictions.tolist(), matches.targets.tolist(), strict=True):
         layer, rest = divmod(flat, B * Q)
@@ -69,17 +70,13 @@ def test_assignment_is_the_cheapest_of_all(predictions, targets):
 
 def test_images_do_not_see_each_other(predictions, targets):
     """A batch is matched as its images are one by one."""
-    (together,) = matcher()([predictions], targets)
+    together = matcher()(predictions, targets)
     pairs = set(zip(together.predictions.tolist(), together.targets.tolist(), strict=True))
     alone, first = set(), 0
     for image, count in enumerate(targets.counts):
         own = slice(first, first + count)
-        one = PredictionSet(
-            "x", predictions.logits[:, [image]], predictions.boxes_cxcywh[:, [image]]
-        )
-        (match,) = matcher()(
-            [one], Targets(targets.boxes_cxcywh[own], targets.labels[own], (count,))
-        )
+        one = Layers(NAMES, predictions.logits[:, [image]], predictions.boxes_cxcywh[:, [image]])
+        match = matcher()(one, Targets(targets.boxes_cxcywh[own], targets.labels[own], (count,)))
         for flat, target in zip(match.predictions.tolist(), match.targets.tolist(), strict=True):
             layer, query = divmod(flat, Q)
             alone.add(((layer * B + image) * Q + query, first + target))
@@ -90,26 +87,16 @@ def test_images_do_not_see_each_other(predictions, targets):
 def test_more_boxes_than_queries_match_every_query(predictions):
     boxes = torch.rand(8, 4, generator=torch.Generator().manual_seed(0)) * 0.3 + 0.3
     targets = Targets(boxes, torch.zeros(8, dtype=torch.int64), (8, 0, 0))
-    (matches,) = matcher()([predictions], targets)
+    matches = matcher()(predictions, targets)
     assert len(matches.predictions) == L * Q
     assert len(set(matches.predictions.tolist())) == L * Q
 
 
 def test_batch_without_boxes_matches_nothing(predictions):
     targets = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), (0,) * B)
-    (matches,) = matcher()([predictions], targets)
+    matches = matcher()(predictions, targets)
     assert len(matches.predictions) == len(matches.targets) == 0
     assert matches.predictions.dtype == torch.int64
-
-
-def test_padding_is_matched_last(predictions, targets):
-    padding = torch.zeros(B, Q, dtype=torch.bool)
-    padding[0, :1] = True
-    padding[2, 2:] = True
-    padded = PredictionSet("x", predictions.logits, predictions.boxes_cxcywh, padding)
-    (matches,) = matcher()([padded], targets)
-    flags = padding.flatten()[matches.predictions % (B * Q)]
-    assert not flags.any()
 
 
 def test_softmax_cost_is_minus_the_probability(predictions, targets):
@@ -127,7 +114,7 @@ def test_what_is_not_finite_is_named(what, predictions, targets):
     values = predictions.logits if what == "logits" else predictions.boxes_cxcywh
     values[1, 2] = torch.nan
     with pytest.raises(TrainingError) as caught:
-        matcher()([predictions], targets)
+        matcher()(predictions, targets)
     expected = f"{what} of decoder layer 2, image 3 of the batch, are not finite"
     assert str(caught.value).startswith(expected)
     assert "\n" not in str(caught.value)
@@ -136,4 +123,4 @@ def test_what_is_not_finite_is_named(what, predictions, targets):
 def test_true_boxes_that_are_not_finite_are_named(predictions, targets):
     targets.boxes_cxcywh[0, 0] = torch.inf
     with pytest.raises(TrainingError, match="true boxes of this batch"):
-        matcher()([predictions], targets)
+        matcher()(predictions, targets)
