@@ -59,7 +59,8 @@ class Detector(nn.Module):
         features = self.input_proj(features)
         height, width = features.shape[-2:]
         position = self.grid_position(padding, (height, width), features.device)
-        position = position.to(features.dtype)
+        # float32 under autocast: half precision would blur neighbouring tokens.
+        position = position.to(torch.promote_types(features.dtype, position.dtype))
         mask = None if padding is None else ~padding.flatten(1)[:, None, None, :]
         tokens = self.input_norm(features.flatten(2).transpose(1, 2))
         tokens = self.transformer.encode(tokens, position, mask)

@@ -51,7 +51,7 @@ class Detr(Detector):
         decoder = self.transformer.decoder
         cross = [cast(Attention, layer.multihead_attn) for layer in decoder.layers]
         pairs = project_memory(cross, memory.tokens, memory.position)
-        position = self.query_embed.weight[None].to(memory.tokens.dtype)
+        position = self.query_embed.weight[None]
         x = torch.zeros_like(position).expand(len(images), -1, -1)
         hidden = []
         for index, pair in enumerate(pairs):

@@ -87,7 +87,8 @@ class GridPosition:
 
     def _places(self, valid: Tensor) -> Tensor:
         """Radians [B, n] of positions along one axis; `valid` is bool [B, n]."""
-        steps = valid.cumsum(1, dtype=torch.float32)
+        # Counted in integers: a sum of floats has no deterministic algorithm on a GPU.
+        steps = valid.cumsum(1).float()
         length = steps[:, -1:] + 1e-6
         return ((steps - 0.5) if self.centred else steps) / length * (2 * math.pi)
 

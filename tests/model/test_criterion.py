@@ -110,11 +110,14 @@ def test_parts_sum_to_the_total(formula):
     assert not any(p.requires_grad for p in losses.parts.values())
 
 
-def test_losses_of_given_matches_look_at_no_value(formula):
-    """The memory profile runs this part on fake tensors."""
+@pytest.mark.parametrize(("preset", "groups"), [("fast", 2), ("detr", 0)])
+def test_forward_and_losses_of_given_matches_look_at_no_value(preset, groups, formula):
+    """No device is waited for but in the matcher; the memory profile runs this on fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    model = params.Model.model_validate(SMALL)
+    model = params.Model.model_validate(
+        SMALL | {"preset": preset, "denoising": {"groups": groups}, "norm": "live"}
+    )
     criterion = build_criterion(model, K)
     targets = formula.targets((3, 1), K)
     targets = Targets(targets.boxes_cxcywh.float(), targets.labels, targets.counts)
@@ -124,9 +127,8 @@ def test_losses_of_given_matches_look_at_no_value(formula):
         fake = build_model(model, K)
         images = torch.empty(2, 3, 32, 40)
         padding = torch.zeros(2, 32, 40, dtype=torch.bool)
-        losses = criterion.losses(
-            fake(images, padding), targets, matches, criterion.normaliser((3, 1))
-        )
+        outputs = fake(images, padding, targets)
+        losses = criterion.losses(outputs, targets, matches, criterion.normaliser((3, 1)))
     assert losses.total.shape == ()
 
 
