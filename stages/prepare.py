@@ -5,6 +5,7 @@ from __future__ import annotations
 from runkey import paths
 from runkey.data.index import read_classes, read_index
 from runkey.data.prepare import prepare
+from runkey.data.sample_remote import own_data_note
 from runkey.errors import report_errors
 from runkey.params import load_params
 from runkey.plots.sheets import contact_sheet
@@ -20,6 +21,9 @@ def main() -> None:
     contact_sheet(records, classes, root / params.data.path, out / "contact_sheet.jpg")
     kept = " + ".join(f"{counts['images']:,} ({split})" for split, counts in report.kept.items())
     print(f"prepared {kept} images of {len(classes)} classes; see prepared/contact_sheet.jpg")
+    note = own_data_note(root)
+    if note is not None:
+        print(note)
 
 
 if __name__ == "__main__":
