@@ -28,7 +28,11 @@ def main() -> None:
     params = load_params(root / paths.PARAMS)
     tracker = reopen_run(params, RunManifest.read(root / paths.RUN_JSON).run_id, say=print)
     device, _ = choose_device(params.runtime.device)
-    set_up(params.seed, deterministic=params.training.deterministic)
+    set_up(
+        params.seed,
+        deterministic=params.training.deterministic,
+        cpu_threads=params.training.cpu_threads,
+    )
     model, card = load_model(root / paths.MODEL)
     validation = build_validation(params, card.model, root, device)
     evaluation = validation(model.to(device))

@@ -25,7 +25,11 @@ def main() -> None:
     device, reason = choose_device(params.runtime.device)
     print(f"key {short_key(recipe.key)}; device {device} ({reason})")
     plan = read_plan(root / paths.MEMORY / PLAN, params.training.batch_size)
-    set_up(params.seed, deterministic=params.training.deterministic)
+    set_up(
+        params.seed,
+        deterministic=params.training.deterministic,
+        cpu_threads=params.training.cpu_threads,
+    )
     validation = build_validation(params, params.model, root, device)
     classes = validation.classes
     model = build_model(params.model, len(classes))

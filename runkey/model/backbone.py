@@ -7,16 +7,14 @@ Shapes: B images, H x W pixels, h x w feature cells, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 _EPSILON = 1e-5
 
@@ -61,16 +59,15 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     return F.conv2d(x, kernel, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def residual_block(block: nn.Module, x: Tensor) -> Tensor:
-    """The forward pass of torchvision's blocks, with `conv_norm`."""
-    assert isinstance(block, BasicBlock | Bottleneck)
+def residual_block(block: Any, x: Tensor) -> Tensor:
+    """The forward pass of torchvision's `BasicBlock` and `Bottleneck`, with `conv_norm`."""
     shortcut = x
     if block.downsample is not None:
         conv, norm = block.downsample
         shortcut = conv_norm(conv, norm, x)
     out = F.relu(conv_norm(block.conv1, block.bn1, x), inplace=True)
     out = conv_norm(block.conv2, block.bn2, out)
-    if isinstance(block, Bottleneck):
+    if hasattr(block, "conv3"):
         out = conv_norm(block.conv3, block.bn3, F.relu(out, inplace=True))
     return F.relu(out + shortcut, inplace=True)
 
@@ -131,7 +128,10 @@ class ResNet(Body):
         checkpointing: bool,
     ) -> None:
         super().__init__(frozen_stages=frozen_stages, checkpointing=checkpointing)
-        net = getattr(torchvision.models, name)(
+        # Not at the top: the import takes as long as torch's own, and `Compact` does not need it.
+        from torchvision import models
+
+        net = getattr(models, name)(
             weights=None,
             replace_stride_with_dilation=[False, False, dilation],
             norm_layer=FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d,
@@ -158,6 +158,26 @@ class ResNet(Body):
         return x
 
 
+class CompactBlock(nn.Module):
+    """Two convolutions beside a shortcut; `residual_block` runs it."""
+
+    def __init__(
+        self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = norm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = norm(outputs)
+        self.downsample = (
+            None
+            if (inputs, stride) == (outputs, 1)
+            else nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), norm(outputs)
+            )
+        )
+
+
 class Compact(Body):
     """Two convolutions of stride 2, a residual block at stride 4 and one at stride 8."""
 
@@ -170,9 +190,8 @@ class Compact(Body):
         self.bn1 = norm(16)
         self.conv2 = nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False)
         self.bn2 = norm(32)
-        self.layer1 = nn.Sequential(BasicBlock(32, 32, norm_layer=norm))
-        downsample = nn.Sequential(nn.Conv2d(32, 96, 1, stride=2, bias=False), norm(96))
-        self.layer2 = nn.Sequential(BasicBlock(32, 96, 2, downsample, norm_layer=norm))
+        self.layer1 = nn.Sequential(CompactBlock(32, 32, 1, norm))
+        self.layer2 = nn.Sequential(CompactBlock(32, 96, 2, norm))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -9,7 +9,6 @@ from pathlib import Path
 from urllib.error import URLError
 
 import torch
-import torchvision
 from torch import Tensor
 
 from runkey import params
@@ -95,7 +94,9 @@ def _class_names(file: Path) -> list[str] | None:
 
 def _imagenet(backbone: str) -> dict[str, Tensor]:
     """The ImageNet weights that DETR starts from, torchvision's first; cached by torch.hub."""
-    weights = torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
+    from torchvision import models  # seconds of import that other weights do not need
+
+    weights = models.get_model_weights(backbone)["IMAGENET1K_V1"]
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     try:
         state: dict[str, Tensor] = torch.hub.load_state_dict_from_url(

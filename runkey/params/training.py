@@ -123,6 +123,9 @@ class Training(Section):
     """Deterministic algorithms only: same seed and device, same bits."""
     channels_last: bool = True
     """Memory format of images and convolutions."""
+    cpu_threads: PositiveInt | Literal["auto"] = "auto"
+    """Threads of arithmetic on a CPU; auto: one per core.  The last bits of sums depend on it.
+    Small models gain nothing from more than 1."""
     early_stopping: EarlyStopping = EarlyStopping()
     """When to stop before the last epoch."""
 

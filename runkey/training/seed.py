@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from typing import Literal
 
 import torch
 
@@ -16,11 +17,12 @@ def derive_seed(*parts: int | str) -> int:
     return int(value) >> 1
 
 
-def set_up(seed: int, *, deterministic: bool) -> None:
+def set_up(seed: int, *, deterministic: bool, cpu_threads: int | Literal["auto"] = "auto") -> None:
     """Seed torch and settle which kernels may be used, before a model is built.
 
     Args:
         seed: start of the initial weights.
+        cpu_threads: threads of arithmetic on a CPU; auto: torch's choice, one per core.
         deterministic: only algorithms whose result is the same each time.  An operation that has
             none raises.
     """
@@ -32,6 +34,8 @@ def set_up(seed: int, *, deterministic: bool) -> None:
     # The deterministic mode would also fill every new tensor with NaN: a memory pass for nothing,
     # since no operation of ours reads what it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if cpu_threads != "auto":
+        torch.set_num_threads(cpu_threads)
     torch.manual_seed(derive_seed(seed, "init"))
 
 

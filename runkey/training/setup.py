@@ -90,7 +90,7 @@ def build_setup(
             f"environment: WORLD_SIZE={world.size}, but training runs in one process; "
             "start it without torchrun"
         )
-    set_up(params.seed, deterministic=training.deterministic)
+    set_up(params.seed, deterministic=training.deterministic, cpu_threads=training.cpu_threads)
     machinery, precision_reason = _build_machinery(model, criterion, params, device)
     setup = Setup(
         params=params,
