@@ -53,10 +53,10 @@ CASES = {
 }
 
 
-def run_case(name: str, case: Case, images: Path) -> None:
+def run_case(name: str, case: Case, images: Path, keep: Path | None) -> None:
     """Clone, set up, `make repro`, and write the result."""
     with tempfile.TemporaryDirectory(prefix="runkey-") as folder:
-        clone = Path(folder) / "clone"
+        clone = (keep or Path(folder)).resolve() / name
         _call("git", "clone", "--quiet", str(REPOSITORY), str(clone), cwd=REPOSITORY)
         commit = _call("git", "rev-parse", "--short", "HEAD", cwd=clone).strip()
         _put_in_place(clone, case, images)
@@ -146,12 +146,15 @@ def table() -> str:
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="what to run")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--images", type=Path, default=REPOSITORY.parent / "shared" / "data")
+    parser.add_argument("--keep", type=Path, help="folder to clone into and leave the clones in")
     parser.add_argument("--table", action="store_true", help="print the table of all results")
     arguments = parser.parse_args()
+    if unknown := set(arguments.cases) - set(CASES):
+        parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     for name in arguments.cases:
-        run_case(name, CASES[name], arguments.images)
+        run_case(name, CASES[name], arguments.images, arguments.keep)
     if arguments.table:
         print(table())
 

@@ -35,8 +35,7 @@ class Census:
         """The census in words."""
         lines = [
             f"census: {self.shapes} output shape{'s' if self.shapes > 1 else ''}, the largest "
-            f"{_text(self.largest)}; worst padded batch {_text(self.worst)}; up to {self.objects} "
-            "objects an image"
+            f"{_text(self.largest)}; worst batch {_text(self.worst)}; up to {self.objects} objects"
         ]
         if self.worst_ungrouped != self.worst:
             times = _pixels(self.worst_ungrouped) / _pixels(self.worst)

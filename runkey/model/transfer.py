@@ -55,7 +55,8 @@ class LoadReport:
             lines += [f"    {entry}" for entry in self.dropped[:_MOST_DROPS]]
             if len(self.dropped) > _MOST_DROPS:
                 lines.append(f"    and {len(self.dropped) - _MOST_DROPS} more")
-        if self.new:
+        # Of a model that starts from nothing, the parts that are new are all there are.
+        if self.new and (self.loaded or self.dropped):
             lines.append(f"  new {len(self.new)}: {_by_part(self.new)}")
         return lines + [f"  warning: {warning}" for warning in self.warnings]
 

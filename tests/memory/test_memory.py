@@ -70,8 +70,7 @@ def test_census_without_grouping_says_what_it_costs():
 def test_census_of_one_shape_is_one_line():
     census = take_census(Data(), [record(1, 256, 192, 4), record(2, 256, 192, 8)], max_objects=30)
     assert census.lines() == [
-        "census: 1 output shape, the largest 120 x 160; worst padded batch 120 x 160; "
-        "up to 8 objects an image"
+        "census: 1 output shape, the largest 120 x 160; worst batch 120 x 160; up to 8 objects"
     ]
 
 
