@@ -106,8 +106,9 @@ class BatchStream:
 def _next(answers: Iterator[Batch | Failure]) -> Batch | Failure:
     try:
         return next(answers)
-    except RuntimeError as error:
-        if "exited unexpectedly" not in str(error):
+    # The last three: it was killed while a tensor of its was being fetched.
+    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+        if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
             raise
         raise DataError(
             "a loader process was killed, mostly for want of memory or of /dev/shm: "

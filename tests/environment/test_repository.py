@@ -26,22 +26,6 @@ def test_make_help_lists_every_target():
     assert max(map(len, done.stdout.splitlines())) <= 100
 
 
-def test_make_preset_puts_one_in_place_or_names_those_that_there_are(tmp_path):
-    (tmp_path / "environment").mkdir()
-    (tmp_path / "presets").mkdir()
-    for name in ("Makefile", "environment/setup.sh", "conda-lock.yml"):
-        (tmp_path / name).write_bytes((REPOSITORY / name).read_bytes())
-    for name in ("small", "large"):
-        (tmp_path / f"presets/{name}.yaml").write_text(f"# {name}\n")
-    make = ["make", "-C", str(tmp_path), "preset"]
-    subprocess.run([*make, "NAME=small"], check=True, capture_output=True)
-    assert (tmp_path / "params.yaml").read_text() == "# small\n"
-    done = subprocess.run([*make, "NAME=tiny"], capture_output=True, text=True)
-    assert done.returncode != 0
-    assert done.stderr.splitlines()[0] == "error: no preset tiny; there are: large small"
-    assert (tmp_path / "params.yaml").read_text() == "# small\n"
-
-
 def runtime_imports():
     """Top-level names that runkey and stages import, standard library and first party left out."""
     names = set()
