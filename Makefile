@@ -32,6 +32,7 @@ help: ## Print this list
 
 .PHONY: repro
 repro: env data ## Environment, sample data, pipeline: ends with the key, the AP and where to look
+	@$(BIN)/python -m runkey params >/dev/null
 	$(BIN)/dvc repro
 	@$(BIN)/python -m runkey summary
 
