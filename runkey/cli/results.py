@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,6 +55,8 @@ def ui(
     from runkey.tracking.store import locate_store
 
     root = workspace()
+    # Ended by a process manager as by Ctrl-C: MLflow's own processes end with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     serve(locate_store(), load_params(root / paths.PARAMS).runtime.experiment, port, print)
 
 
