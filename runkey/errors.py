@@ -36,6 +36,10 @@ class TrackingError(RunkeyError):
     """The tracking store cannot be reached or refuses what is written to it."""
 
 
+class RegistryError(RunkeyError):
+    """A run, a snapshot or a copy of one is not there, is damaged, or cannot be reached."""
+
+
 class LockError(RunkeyError):
     """The locked environment cannot be read, or something that a command needs is not installed."""
 

@@ -19,6 +19,8 @@ LOGS = Path("logs")
 EVALUATION = Path("evaluation")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
+HOME = Path(".runkey")
+"""Beside the store: records, claims, checkpoints, work of `runkey reproduce`."""
 
 
 def workspace(start: Path | None = None) -> Path:

@@ -22,12 +22,13 @@ EXCLUDED = (
     "runkey/__main__.py",
     "runkey/cli/",
     "runkey/identity/",
+    "runkey/plots/",
     "runkey/registry/",
     "runkey/tracking/",
 )
-"""Files that tell about a run and do not change its results: the command line, telemetry, and what
-names runs (whose meaning is in `runkey.identity.key.SCHEMA`).  A folder ends with `/`.  What only
-these files import is left out as well.  The list itself is part of the key."""
+"""Files that tell about a run and do not change its results: the command line, telemetry, pictures,
+and what names runs (whose meaning is in `runkey.identity.key.SCHEMA`).  A folder ends with `/`.
+What only these files import is left out as well.  The list itself is part of the key."""
 
 
 def is_excluded(path: str, excluded: Iterable[str] = EXCLUDED) -> bool:

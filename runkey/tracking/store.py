@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _SQLITE = "sqlite:///"
+_SERVER = ("http://", "https://")
 
 # Set before mlflow is imported.  The two last ones bound how long a dead server holds a call up;
 # MLflow's own defaults (7 retries, 120 s each) are a quarter of an hour.
@@ -41,6 +42,8 @@ class Store:
     """What MLflow calls the tracking URI; a sqlite path in it is absolute."""
     artifacts: Path | None
     """Folder that new experiments put artifacts in; None: the server decides."""
+    home: Path
+    """Folder of what runkey itself keeps beside the store: records, claims, checkpoints."""
 
     @property
     def database(self) -> Path | None:
@@ -50,7 +53,7 @@ class Store:
     @property
     def is_server(self) -> bool:
         """Whether the store is asked over HTTP."""
-        return self.uri.startswith(("http://", "https://"))
+        return self.uri.startswith(_SERVER)
 
 
 def locate_store(root: Path | None = None) -> Store:
@@ -66,8 +69,10 @@ def locate_store(root: Path | None = None) -> Store:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or f"{_SQLITE}{root / 'mlflow.db'}"
     if uri.startswith(_SQLITE):
         uri = f"{_SQLITE}{root / uri.removeprefix(_SQLITE)}"
-    store = Store(uri, None)
-    return store if store.is_server else Store(uri, root / "mlartifacts")
+    database = Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+    home = (database.parent if database else root) / paths.HOME
+    is_server = uri.startswith(_SERVER)
+    return Store(uri, None if is_server else root / "mlartifacts", home)
 
 
 def quiet_mlflow() -> None:

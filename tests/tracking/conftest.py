@@ -19,7 +19,8 @@ FAST = Pace(
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("template")
-    open_client(Store(f"sqlite:///{root / 'mlflow.db'}", root / "mlartifacts")).search_experiments()
+    uri = f"sqlite:///{root / 'mlflow.db'}"
+    open_client(Store(uri, root / "mlartifacts", root)).search_experiments()
     return root / "mlflow.db"
 
 

@@ -156,10 +156,10 @@ def test_a_store_that_comes_back_gets_everything(store: Store, said: list[str]) 
 
 
 def test_a_server_that_is_not_there_costs_seconds_and_no_run(
-    said: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    nobody = Store("http://127.0.0.1:9", None)
+    nobody = Store("http://127.0.0.1:9", None, tmp_path)
     tracker = MlflowTracker(nobody, "detection", description(), say=said.append, pace=FAST)
     tracker.log({"train/loss": 1.0}, 1)
     started = time.monotonic()

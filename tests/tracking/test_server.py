@@ -57,7 +57,7 @@ def test_a_server_that_dies_comes_back_and_dies_for_good(
     server: Server, store: Store, tmp_path: Path, said: list[str]
 ) -> None:
     assert runs_address(server.address, "detection") == server.address  # no such experiment yet
-    remote = Store(server.address, None)
+    remote = Store(server.address, None, tmp_path)
     mlflow = MlflowTracker(remote, "detection", description(), say=said.append, pace=PACE)
     tracker = RunTracker(JsonlLog(tmp_path / "train.jsonl", said.append), mlflow)
     tracker.log({"train/loss": 2.0}, 1)

@@ -95,7 +95,7 @@ def test_deleted_experiment_is_said_with_the_way_out(store: Store) -> None:
 
 def test_missing_folder_of_the_database_is_said(tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match=r"nowhere: no such folder; set MLFLOW_TRACKING_URI"):
-        open_client(Store(f"sqlite:///{tmp_path}/nowhere/mlflow.db", tmp_path))
+        open_client(Store(f"sqlite:///{tmp_path}/nowhere/mlflow.db", tmp_path, tmp_path))
 
 
 def test_a_copied_checkout_keeps_its_artifacts_to_itself(store: Store, tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""What commands print: rich tables for people, JSON for scripts.
+
+Exit codes: 0 yes or done, 1 an error, 2 a wrong command line, 3 the answer is no (`verify` found
+faults, environments or runs differ).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+NO = 3
+"""Exit code of a command whose answer is no."""
+WIDTH = 100
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Key = Annotated[str, typer.Argument(help="Beginning of a key; KEY:RUN for one of its runs.")]
+
+
+def print_json(value: Any) -> None:
+    """Indented JSON on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def answer_no() -> NoReturn:
+    """End with the exit code of a no."""
+    raise typer.Exit(NO)
+
+
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()
+) -> None:
+    """A table without borders, at most as wide as the terminal (100 columns without one).
+
+    Args:
+        columns: headings.
+        rows: as many cells each.
+        right: headings of columns that are flush right, such as numbers.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    wide = shutil.get_terminal_size((WIDTH, 24)).columns if sys.stdout.isatty() else WIDTH
+    Console(width=wide, highlight=False).print(table)

@@ -1,0 +1,156 @@
+"""MLflow's REST interface, asked without MLflow, whose import costs 5 s.
+
+Addresses and names are MLflow's own: `api/2.0/mlflow/...`, `get-artifact`.  Log-in and certificates
+are read from the variables that MLflow reads: `MLFLOW_TRACKING_` with `USERNAME`, `PASSWORD`,
+`TOKEN`, `INSECURE_TLS`, `SERVER_CERT_PATH`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import ssl
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from http.client import HTTPException, HTTPResponse
+from typing import Any
+
+from runkey.errors import RegistryError
+
+SECONDS = 20.0
+"""How long one answer may take."""
+ATTEMPTS = 3
+_API = "api/2.0/mlflow"
+
+
+class RestError(RegistryError):
+    """The server refused; `code` is MLflow's error code, such as RESOURCE_ALREADY_EXISTS."""
+
+    def __init__(self, text: str, code: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class RestClient:
+    """A tracking server."""
+
+    def __init__(self, address: str, seconds: float = SECONDS) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            address: `http[s]://[user:password@]host[:port][/prefix]`.
+            seconds: how long one answer may take.
+        """
+        parts = urllib.parse.urlsplit(address)
+        host = parts.netloc.rpartition("@")[2]
+        self.address = urllib.parse.urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
+        self._seconds = seconds
+        self._headers = _log_in(parts)
+        self._tls = _tls() if parts.scheme == "https" else None
+
+    def get(self, path: str, query: Mapping[str, str | int] | None = None) -> Any:
+        """The JSON that `GET api/2.0/mlflow/<path>` answers.
+
+        Raises:
+            RestError: the server refused.
+            RegistryError: it cannot be reached.
+        """
+        tail = f"?{urllib.parse.urlencode(query)}" if query else ""
+        return self._json(f"{_API}/{path}{tail}", "GET", None, ATTEMPTS)
+
+    def post(self, path: str, content: Mapping[str, Any], *, repeat: bool = False) -> Any:
+        """The JSON that `POST api/2.0/mlflow/<path>` answers.
+
+        Args:
+            path: after `api/2.0/mlflow/`.
+            content: sent as JSON.
+            repeat: send again when the connection breaks; only for what may be done twice.
+
+        Raises:
+            RestError, RegistryError: see `get`.
+        """
+        return self._json(f"{_API}/{path}", "POST", content, ATTEMPTS if repeat else 1)
+
+    def send(self, method: str, path: str, content: Mapping[str, Any]) -> Any:
+        """The JSON answer to another method (PATCH, DELETE), which may be repeated.
+
+        Raises:
+            RestError, RegistryError: see `get`.
+        """
+        return self._json(f"{_API}/{path}", method, content, ATTEMPTS)
+
+    def artifact(self, run_id: str, path: str) -> HTTPResponse:
+        """A run's artifact, wherever the server keeps it; to be read and closed.
+
+        Raises:
+            RestError, RegistryError: see `get`.
+        """
+        query = urllib.parse.urlencode({"run_uuid": run_id, "path": path})
+        return self._open(f"get-artifact?{query}", "GET", None, ATTEMPTS)
+
+    def _json(self, path: str, method: str, content: Any, attempts: int) -> Any:
+        with self._open(path, method, content, attempts) as answer:
+            body = answer.read()
+        try:
+            return json.loads(body or b"{}")
+        except ValueError:
+            raise RegistryError(
+                f"{self.address}: did not answer as an MLflow server does; is the address right?"
+            ) from None
+
+    def _open(self, path: str, method: str, content: Any, attempts: int) -> HTTPResponse:
+        """Send a request, again after a broken connection or an error of the server's own."""
+        body = None if content is None else json.dumps(content).encode()
+        headers = self._headers | ({"Content-Type": "application/json"} if body else {})
+        request = urllib.request.Request(
+            f"{self.address}/{path}", data=body, headers=headers, method=method
+        )
+        for attempt in range(1, attempts + 1):
+            try:
+                answer = urllib.request.urlopen(request, timeout=self._seconds, context=self._tls)
+                assert isinstance(answer, HTTPResponse)
+                return answer
+            except urllib.error.HTTPError as error:
+                if error.code < 500 or attempt == attempts:
+                    raise _refusal(self.address, error) from None
+            except (OSError, HTTPException) as error:
+                if attempt == attempts:
+                    why = getattr(error, "reason", None) or error
+                    raise RegistryError(
+                        f"{self.address}: cannot be reached ({why}); see MLFLOW_TRACKING_URI"
+                    ) from None
+            time.sleep(0.3 * attempt)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _log_in(parts: urllib.parse.SplitResult) -> dict[str, str]:
+    name = parts.username or os.environ.get("MLFLOW_TRACKING_USERNAME")
+    word = parts.password or os.environ.get("MLFLOW_TRACKING_PASSWORD")
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    if name and word:
+        pair = base64.b64encode(f"{name}:{word}".encode()).decode()
+        return {"Authorization": f"Basic {pair}"}
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _tls() -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH"))
+    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() == "true":
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _refusal(address: str, error: urllib.error.HTTPError) -> RestError:
+    """MLflow's own words, if the answer has them."""
+    body = error.read()
+    try:
+        told = json.loads(body)
+        code, text = str(told["error_code"]), str(told["message"])
+    except (ValueError, KeyError, TypeError):
+        code, text = f"HTTP_{error.code}", f"HTTP {error.code} {error.reason}"
+    return RestError(f"{address}: {' '.join(text.split())[:300]}", code)
