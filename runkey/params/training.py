@@ -175,3 +175,10 @@ class Runtime(Section):
     """MLflow experiment that runs are logged to."""
     system_metrics_seconds: NonNegativeFloat = 5.0
     """Seconds between samples of CPU, memory and GPU; 0: none."""
+    reuse: bool = True
+    """Take the result of a finished run of the same key instead of training again."""
+    wait: bool = True
+    """When another process trains the key: wait for its result; false: stop at once."""
+    team_server: str = Field(default="none", pattern=r"^(none|https?://\S+)$")
+    """MLflow server that `runkey publish` copies runs to and runs are reused from; none: the
+    one of MLFLOW_TRACKING_URI, if that is a server."""

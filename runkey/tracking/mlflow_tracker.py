@@ -8,29 +8,19 @@ said once, retried, and summed up at the end.  The JSONL log has every value wha
 from __future__ import annotations
 
 import json
-import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
+from runkey.identity.record import LoggedRun
 from runkey.tracking.backlog import Backlog
 from runkey.tracking.describe import RunDescription
-from runkey.tracking.store import Store, experiment_id, open_client
+from runkey.tracking.store import Store
 from runkey.tracking.system import SystemSampler
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
-Status = Literal["FINISHED", "FAILED", "KILLED"]
-
-# MLflow's limits on one request and on one value.
-_BATCH_METRICS = 1000
-_BATCH_PARAMS = 100
-_VALUE_CHARACTERS = 6000
-_TAG_CHARACTERS = 5000
+from runkey.tracking.writer import RunWriter, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +55,8 @@ class MlflowTracker:
         *,
         say: Callable[[str], None],
         run_id: str | None = None,
+        changed: Callable[[LoggedRun], None] = lambda _: None,
+        supersedes: Iterable[str] = (),
         pace: Pace = Pace(),
     ) -> None:
         """Start the thread.
@@ -75,6 +67,8 @@ class MlflowTracker:
             description: name, params, tags and data set of a new run; None with `run_id`.
             say: told about failures, in one line each.
             run_id: an existing run to add to; its status is left alone.
+            changed: told, in the thread, what MLflow has of a run when it begins and when it ends.
+            supersedes: runs whose processes are dead; marked KILLED.
             pace: how often to write.
         """
         if (description is None) == (run_id is None):
@@ -87,7 +81,9 @@ class MlflowTracker:
         self._existing = run_id is not None
         self._run_id = run_id
         self._described = self._existing
-        self._client: MlflowClient | None = None
+        self._changed = changed
+        self._superseded = list(supersedes)
+        self._writer: RunWriter | None = None
         self._backlog = Backlog()
         self._sampler: SystemSampler | None = None
         self._status: Status | None = None
@@ -107,7 +103,11 @@ class MlflowTracker:
 
     def event(self, kind: str, **fields: object) -> None:
         """Record something that happened, as the tag `event.<kind>` (the last one stays)."""
-        self._backlog.add_tag(f"event.{kind}", json.dumps(fields, default=str))
+        self.tag(f"event.{kind}", json.dumps(fields, default=str))
+
+    def tag(self, name: str, value: str) -> None:
+        """Set a tag of the run."""
+        self._backlog.add_tag(name, value)
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Copy a file, or a folder's files, to `folder` of the run's artifacts.
@@ -190,82 +190,30 @@ class MlflowTracker:
 
     def _write(self) -> None:
         """Bring the run up to date: connection, run, description, values, tags, artifacts."""
-        if self._client is None:
-            self._client = open_client(self._store)
-            self._step_done()
+        if self._writer is None:
+            self._writer = RunWriter(self._store, self._step_done)
             if self._pace.system_seconds and not self._existing:
                 self._sampler = SystemSampler()
-        client = self._client
         if self._run_id is None:
-            self._run_id = self._create(client)
-            self._step_done()
+            assert self._description is not None
+            self._run_id = self._writer.create(self._experiment, self._description)
         self._made.set()
         if not self._described and self._description:
-            self._describe(client, self._run_id, self._description)
+            self._writer.describe(self._run_id, self._description)
             self._described = True
-            self._step_done()
-        self._write_metrics(client, self._run_id)
-        self._write_tags(client, self._run_id)
-        self._write_artifacts(client, self._run_id)
-
-    def _create(self, client: MlflowClient) -> str:
-        assert self._description is not None
-        experiment = experiment_id(client, self._store, self._experiment)
-        tags = {name: value[:_TAG_CHARACTERS] for name, value in self._description.tags.items()}
-        run = client.create_run(
-            experiment,
-            run_name=self._description.name,
-            tags=tags,
-            start_time=self._description.started_ms,
-        )
-        return str(run.info.run_id)
-
-    def _describe(self, client: MlflowClient, run_id: str, description: RunDescription) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
-
-        params = [
-            Param(_legal(name), value[:_VALUE_CHARACTERS])
-            for name, value in description.params.items()
-        ]
-        for start in range(0, len(params), _BATCH_PARAMS):
-            client.log_batch(run_id, params=params[start : start + _BATCH_PARAMS])
-        if description.dataset:
-            data = description.dataset
-            entity = Dataset(data.name, data.digest, "local", data.source, None, data.profile)
-            context = InputTag("mlflow.data.context", "training")
-            client.log_inputs(run_id, [DatasetInput(entity, [context])])
-
-    def _write_metrics(self, client: MlflowClient, run_id: str) -> None:
-        from mlflow.entities import Metric
-
-        while batch := self._backlog.metrics(_BATCH_METRICS):
-            metrics = [Metric(_legal(m.name), m.value, m.time_ms, m.step) for m in batch]
-            # Sent again after a lost answer, the same values are one entry in MLflow.
-            client.log_batch(run_id, metrics=metrics)
-            self._backlog.metrics_done(len(batch))
-            self._step_done()
-
-    def _write_tags(self, client: MlflowClient, run_id: str) -> None:
-        for name, value in self._backlog.tags().items():
-            client.set_tag(run_id, _legal(name), value[:_TAG_CHARACTERS])
-            self._backlog.tag_done(name, value)
-            self._step_done()
-
-    def _write_artifacts(self, client: MlflowClient, run_id: str) -> None:
-        while item := self._backlog.artifact():
-            path, folder = item
-            if not path.exists():
-                self._say(f"MLflow: {path} is not there and was not kept with the run")
-            elif path.is_dir():
-                client.log_artifacts(run_id, str(path), folder or None)
-            else:
-                client.log_artifact(run_id, str(path), folder or None)
-            self._backlog.artifact_done()
-            self._step_done()
+            self._changed(self._writer.read(self._run_id))
+        while self._superseded:
+            dead = self._writer.end_dead(self._superseded[-1])
+            if dead:
+                self._changed(dead)
+            self._superseded.pop()
+        self._writer.write(self._run_id, self._backlog, self._say)
 
     def _end(self) -> None:
-        if self._client and self._run_id and not self._existing:
-            self._client.set_terminated(self._run_id, self._status)
+        if self._writer and self._run_id:
+            if not self._existing and self._status:
+                self._writer.end(self._run_id, self._status)
+            self._changed(self._writer.read(self._run_id))
         self._ended = True
 
     def _step_done(self) -> None:
@@ -284,11 +232,6 @@ class MlflowTracker:
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
-
-
-def _legal(name: str) -> str:
-    """`name` with what MLflow refuses in names (brackets of a class name, say) replaced by _."""
-    return re.sub(r"[^\w\-. :/]", "_", name)[:250]
 
 
 def _one_line(error: Any, characters: int = 160) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from runkey import paths
+from runkey.identity.record import LoggedRun
 from runkey.params import Params
 from runkey.tracking.describe import describe_run
 from runkey.tracking.jsonl import JsonlLog
-from runkey.tracking.mlflow_tracker import MlflowTracker, Pace, Status
+from runkey.tracking.mlflow_tracker import MlflowTracker, Pace
 from runkey.tracking.store import locate_store
+from runkey.tracking.writer import Status
 
 TRAIN_LOG = paths.LOGS / "train.jsonl"
 
@@ -40,6 +43,11 @@ class RunTracker:
         if self.mlflow:
             self.mlflow.log(values, 0)
 
+    def tag(self, name: str, value: str) -> None:
+        """Set a tag of the MLflow run."""
+        if self.mlflow:
+            self.mlflow.tag(name, value)
+
     def artifact(self, path: Path, folder: str = "") -> None:
         """Keep a copy of a file, or of a folder's files, with the MLflow run."""
         if self.mlflow:
@@ -66,6 +74,9 @@ def open_run(
     tags: Mapping[str, str],
     counts: Mapping[str, int],
     say: Callable[[str], None],
+    name: str | None = None,
+    changed: Callable[[LoggedRun], None] = lambda _: None,
+    supersedes: Iterable[str] = (),
 ) -> RunTracker:
     """Begin to record a training, as `params.runtime` says.
 
@@ -77,31 +88,49 @@ def open_run(
         tags: further facts for MLflow, such as the device.
         counts: what the data set holds, such as {"train_images": 400}.
         say: told about failures, in one line each.
+        name: of the run; None: what differs from the committed parameters.
+        changed: see `MlflowTracker`.
+        supersedes: see `MlflowTracker`.
     """
     log = JsonlLog(root / TRAIN_LOG, say)
     if not params.runtime.mlflow:
         return RunTracker(log, None)
     description = describe_run(params, root, key=key, parts=parts, tags=tags, counts=counts)
+    if name is not None:
+        description = replace(description, name=name)
     pace = Pace(system_seconds=params.runtime.system_metrics_seconds)
     experiment = params.runtime.experiment
-    return RunTracker(
-        log, MlflowTracker(locate_store(), experiment, description, say=say, pace=pace)
+    mlflow = MlflowTracker(
+        locate_store(),
+        experiment,
+        description,
+        say=say,
+        changed=changed,
+        supersedes=supersedes,
+        pace=pace,
     )
+    return RunTracker(log, mlflow)
 
 
 def reopen_run(
-    params: Params, run_id: str | None, say: Callable[[str], None]
+    params: Params,
+    run_id: str | None,
+    say: Callable[[str], None],
+    changed: Callable[[LoggedRun], None] = lambda _: None,
 ) -> MlflowTracker | None:
     """The MLflow run of a training, to add to; None if it was not recorded there.
 
     Args:
         params: the resolved parameters.
-        run_id: as run.json has it.
+        run_id: its id in this store.
         say: told about failures, in one line each.
+        changed: see `MlflowTracker`.
     """
     if not params.runtime.mlflow:
         return None
     if run_id is None:
         say("MLflow: the training was not recorded there, so there is nothing to add to")
         return None
-    return MlflowTracker(locate_store(), params.runtime.experiment, None, run_id=run_id, say=say)
+    return MlflowTracker(
+        locate_store(), params.runtime.experiment, None, run_id=run_id, say=say, changed=changed
+    )
