@@ -1,11 +1,16 @@
-"""Where the command was called."""
+"""Where the command was called, and the store and runs that belong there."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runkey import paths
 from runkey.errors import RunkeyError
+
+if TYPE_CHECKING:
+    from runkey.registry.library import Library
+    from runkey.tracking.store import Store
 
 
 def workspace() -> Path:
@@ -18,3 +23,29 @@ def workspace() -> Path:
         return paths.workspace()
     except FileNotFoundError as error:
         raise RunkeyError(f"{error}; change to a folder of the repository") from None
+
+
+def store() -> Store:
+    """The store that the current folder, `DVC_ROOT` or `MLFLOW_TRACKING_URI` names.
+
+    Raises:
+        RunkeyError: the current folder lies in no repository.
+    """
+    from runkey.tracking.store import locate_store
+
+    try:
+        return locate_store()
+    except FileNotFoundError as error:
+        raise RunkeyError(f"{error}; change to a folder of the repository") from None
+
+
+def library() -> Library:
+    """The runs of that store.
+
+    Raises:
+        RunkeyError: see `store`.
+    """
+    from runkey.registry.open import open_library
+
+    place = store()
+    return open_library(place.uri, place.home)

@@ -1,0 +1,23 @@
+"""The library of a store, by its address."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from runkey.registry.library import Library
+from runkey.registry.local_library import LocalLibrary, tell
+from runkey.registry.server_library import ServerLibrary
+
+_SERVER = ("http://", "https://")
+
+
+def open_library(uri: str, home: Path, say: Callable[[str], None] = tell) -> Library:
+    """Where the runs of a store are looked up; nothing is read or asked yet.
+
+    Args:
+        uri: `Store.uri`.
+        home: `Store.home`; a server's runs are asked for and need none.
+        say: told what is left out of an answer, in one line each.
+    """
+    return ServerLibrary(uri) if uri.startswith(_SERVER) else LocalLibrary(home, say)

@@ -1,0 +1,118 @@
+"""The runs of a team's tracking server, asked over REST."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from http.client import HTTPException
+from typing import Any, BinaryIO, cast
+
+from runkey.errors import RegistryError
+from runkey.identity.errors import RecipeError
+from runkey.identity.record import DETAILS, KEY, Details, Record
+from runkey.registry.local_library import age, inside
+from runkey.registry.mlflow_json import run_from_json
+from runkey.registry.rest import RestClient, RestError
+
+_PAGE = 1000
+"""Runs an answer; MLflow allows 50,000, but a thousand are 15 MB already."""
+
+
+class ServerLibrary:
+    """Implements `Library` on a tracking server."""
+
+    def __init__(self, address: str) -> None:
+        """Nothing is asked yet.  Args: address: of the server."""
+        self.client = RestClient(address)
+        self._experiments: list[str] | None = None
+
+    @property
+    def place(self) -> str:
+        """The server's address, without a password."""
+        return self.client.address
+
+    def matching(self, prefix: str) -> list[Record]:
+        """See `Library`."""
+        return sorted(self.search(f"tags.{KEY} LIKE '{prefix}%'"), key=age)
+
+    def with_details(self, record: Record) -> Record:
+        """See `Library`."""
+        if record.details is not None:
+            return record
+        try:
+            with self.client.artifact(record.run.run_id, DETAILS) as answer:
+                content = answer.read()
+        except RestError as error:
+            if error.code in _ABSENT:
+                return record
+            raise
+        except (OSError, HTTPException) as error:
+            raise RegistryError(f"{self.place}: the connection broke ({error})") from None
+        where = f"{record.label}: {DETAILS} of run {record.run.run_id}"
+        try:
+            return replace(record, details=Details.from_dict(json.loads(content), where))
+        except ValueError:
+            raise RegistryError(f"{where}: not JSON") from None
+        except RecipeError as error:
+            raise RegistryError(str(error)) from None
+
+    def open_file(self, record: Record, path: str) -> AbstractContextManager[BinaryIO]:
+        """See `Library`."""
+        inner = str(inside(record, path))
+        try:
+            answer = self.client.artifact(record.run.run_id, inner)
+        except RestError as error:
+            raise RegistryError(
+                f"{record.label}: {path}: not to be had (run {record.run.run_id}; {error})"
+            ) from None
+        return cast("AbstractContextManager[BinaryIO]", answer)
+
+    def search(
+        self, filter_string: str, order_by: tuple[str, ...] = (), limit: int | None = None
+    ) -> Iterator[Record]:
+        """Records of active runs without details, in pages, as far as they are taken.
+
+        Args:
+            filter_string: in MLflow's language.
+            order_by: in MLflow's language.
+            limit: how many at most; None: all.
+
+        Raises:
+            RegistryError: the server refuses or cannot be reached.
+        """
+        question: dict[str, Any] = {
+            "experiment_ids": self.experiments(),
+            "filter": filter_string,
+            "run_view_type": "ACTIVE_ONLY",
+            "max_results": min(limit or _PAGE, _PAGE),
+            "order_by": list(order_by),
+        }
+        left = limit
+        while question["experiment_ids"]:
+            answer = self.client.post("runs/search", question, repeat=True)
+            for run in answer.get("runs", [])[:left]:
+                yield Record(run=run_from_json(run), details=None)
+            left = None if left is None else left - len(answer.get("runs", []))
+            token = answer.get("next_page_token")
+            if not token or (left is not None and left <= 0):
+                return
+            question["page_token"] = token
+
+    def experiments(self) -> list[str]:
+        """Ids of all active experiments."""
+        if self._experiments is None:
+            found: list[str] = []
+            question: dict[str, Any] = {"max_results": 1000, "view_type": "ACTIVE_ONLY"}
+            while True:
+                answer = self.client.post("experiments/search", question, repeat=True)
+                found += [str(e["experiment_id"]) for e in answer.get("experiments", [])]
+                if not answer.get("next_page_token"):
+                    break
+                question["page_token"] = answer["next_page_token"]
+            self._experiments = found
+        return self._experiments
+
+
+_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "HTTP_404", "NOT_FOUND")
