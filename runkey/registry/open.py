@@ -1,12 +1,16 @@
-"""The library of a store, by its address."""
+"""The library and the claims of a store, by its address."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
+from runkey.registry.claim_files import FileClaims
+from runkey.registry.claim_server import ServerClaims
+from runkey.registry.claims import Claims
 from runkey.registry.library import Library
 from runkey.registry.local_library import LocalLibrary, tell
+from runkey.registry.rest import RestClient
 from runkey.registry.server_library import ServerLibrary
 
 _SERVER = ("http://", "https://")
@@ -21,3 +25,15 @@ def open_library(uri: str, home: Path, say: Callable[[str], None] = tell) -> Lib
         say: told what is left out of an answer, in one line each.
     """
     return ServerLibrary(uri) if uri.startswith(_SERVER) else LocalLibrary(home, say)
+
+
+def open_claims(uri: str, home: Path) -> Claims:
+    """Where it is settled who trains a key of a store; nothing is read or asked yet.
+
+    Args:
+        uri: `Store.uri`.
+        home: `Store.home`; a server keeps its claims itself and needs none.
+    """
+    if uri.startswith(_SERVER):
+        return ServerClaims(RestClient(uri))
+    return FileClaims(home / "claims")
