@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from runkey.cli import params, results, sample
+from runkey.cli import key, params, results, sample
 from runkey.errors import report_errors
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command("key")(key.key)
 app.command("preset")(params.preset)
 app.command("params")(params.show)
 app.command("sample-data")(sample.sample_data)

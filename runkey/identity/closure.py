@@ -2,17 +2,18 @@
 
     import_closure("stages.train", root)    # ("runkey/__init__.py", "runkey/data/batch.py", ...)
 
-Nothing is imported, so this takes milliseconds and knows imports inside functions too.  What it
-cannot know is a module named at run time (`importlib`); `imported_files` lists, after a run, what
-was really imported, and `undeclared` compares the two.
+Nothing is imported, so this takes milliseconds and knows imports inside functions too, and those
+by `import_module("a.b")`.  What it cannot know is a name that is made at run time;
+`imported_files` lists, after a run, what was really imported, and `undeclared` compares the two.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from runkey.hashing import sha256_bytes
@@ -25,10 +26,18 @@ EXCLUDED = (
     "runkey/plots/",
     "runkey/registry/",
     "runkey/tracking/",
+    "stages/_once.py",
+    "stages/_record.py",
 )
 """Files that tell about a run and do not change its results: the command line, telemetry, pictures,
 and what names runs (whose meaning is in `runkey.identity.key.SCHEMA`).  A folder ends with `/`.
 What only these files import is left out as well.  The list itself is part of the key."""
+
+
+_CALLS = ("import_module", "__import__")
+_BY_NAME = tuple(name.encode() for name in _CALLS)
+_BODIES = ("body", "orelse", "finalbody", "handlers", "cases")
+"""Where statements hold other statements."""
 
 
 def is_excluded(path: str, excluded: Iterable[str] = EXCLUDED) -> bool:
@@ -55,10 +64,11 @@ def import_closure(module: str, root: Path, excluded: Iterable[str] = EXCLUDED) 
     entry = [p for p in (f"{path}.py", f"{path}/__main__.py") if (root / p).is_file()]
     if not entry:
         raise RecipeError(f"{module}: no such module in the repository; see `cmd` in dvc.yaml")
-    return _reached(_files_of(module, root) + entry, root, tuple(excluded))
+    tree = _Tree(root)
+    return _reached(tree.files_of(module) + entry, tree, tuple(excluded))
 
 
-def _reached(start: Iterable[str], root: Path, excluded: tuple[str, ...]) -> tuple[str, ...]:
+def _reached(start: Iterable[str], tree: _Tree, excluded: tuple[str, ...]) -> tuple[str, ...]:
     """The files of `start` and all that they reach by import, sorted."""
     waiting, found = list(start), set[str]()
     while waiting:
@@ -66,8 +76,8 @@ def _reached(start: Iterable[str], root: Path, excluded: tuple[str, ...]) -> tup
         if file in found or is_excluded(file, excluded):
             continue
         found.add(file)
-        for name in _imports(file, (root / file).read_bytes()):
-            waiting += _files_of(name, root)
+        for name in _imports(file, (tree.root / file).read_bytes()):
+            waiting += tree.files_of(name)
     return tuple(sorted(found))
 
 
@@ -109,29 +119,50 @@ def undeclared(
     """
     entries, files = tuple(excluded), set(imported)
     known = set(declared)
+    tree = _Tree(root)
     for path in files:
         if is_excluded(path, entries):
             module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-            known |= {path, *_reached(_files_of(module, root), root, ())}
+            known |= {path, *_reached(tree.files_of(module), tree, ())}
     return tuple(sorted(files - known))
 
 
-def _files_of(module: str, root: Path) -> list[str]:
-    """The file of a module and the `__init__.py` of the packages above it; [] if not first-party.
+class _Tree:
+    """The folders under a root, each listed once: what is there is asked thousands of times."""
 
-    A name that goes on after the last module (`package.module.function`) gives that module.
-    """
-    files: list[str] = []
-    folder = PurePosixPath()
-    for part in module.split("."):
-        if (root / folder / part / "__init__.py").is_file():
-            files.append(str(folder / part / "__init__.py"))
-        elif (root / folder / f"{part}.py").is_file():
-            return [*files, str(folder / f"{part}.py")]
-        elif not (root / folder / part).is_dir():
-            return files
-        folder /= part
-    return files
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._folders: dict[str, tuple[set[str], set[str]]] = {}
+
+    def files_of(self, module: str) -> list[str]:
+        """A module's file and the `__init__.py` of the packages above it; [] if not first-party.
+
+        A name that goes on after the last module (`package.module.function`) gives that module.
+        """
+        files: list[str] = []
+        folder = ""
+        for part in module.split("."):
+            names, folders = self._listed(folder)
+            inner = f"{folder}{part}/"
+            if part in folders and "__init__.py" in self._listed(inner)[0]:
+                files.append(f"{inner}__init__.py")
+            elif f"{part}.py" in names:
+                return [*files, f"{folder}{part}.py"]
+            elif part not in folders:
+                return files
+            folder = inner
+        return files
+
+    def _listed(self, folder: str) -> tuple[set[str], set[str]]:
+        """Names of the files and of the folders in a folder, which is "" or ends with `/`."""
+        if folder not in self._folders:
+            with os.scandir(self.root / folder) as entries:
+                kinds = [(entry.name, entry.is_dir()) for entry in entries]
+            self._folders[folder] = (
+                {name for name, is_folder in kinds if not is_folder},
+                {name for name, is_folder in kinds if is_folder},
+            )
+        return self._folders[folder]
 
 
 # The stages of one pipeline share most of their files, and parsing is what takes time.
@@ -144,12 +175,39 @@ def _imports(path: str, source: bytes) -> tuple[str, ...]:
         raise RecipeError(f"{path}, line {error.lineno}: {error.msg}") from None
     package = PurePosixPath(path).parent.parts
     names: dict[str, None] = {}
-    for node in ast.walk(tree):
+    for node in _import_statements(tree.body):
         if isinstance(node, ast.Import):
             names |= dict.fromkeys(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             # One dot is the file's own package; each further dot goes one up.
             above = package[: len(package) - node.level + 1] if node.level else ()
             base = ".".join((*above, *(node.module.split(".") if node.module else ())))
             names |= dict.fromkeys((base, *(f"{base}.{alias.name}" for alias in node.names)))
+    if any(word in source for word in _BY_NAME):
+        names |= dict.fromkeys(_imported_by_name(tree, ".".join(package)))
     return tuple(names)
+
+
+def _import_statements(body: Iterable[ast.AST]) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The import statements in statements; expressions hold none, and are most of a tree."""
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        else:
+            for part in _BODIES:
+                yield from _import_statements(getattr(node, part, ()))
+
+
+def _imported_by_name(tree: ast.AST, package: str) -> Iterator[str]:
+    """What `importlib.import_module("a.b")` and `__import__("a.b")` name by a literal."""
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and node.args):
+            continue
+        function, name = node.func, node.args[0]
+        called = (
+            function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+        )
+        if called in _CALLS and isinstance(name, ast.Constant) and isinstance(name.value, str):
+            dots = len(name.value) - len(name.value.lstrip("."))
+            above = package.split(".")[: len(package.split(".")) - dots + 1] if dots else []
+            yield ".".join((*above, name.value[dots:]))

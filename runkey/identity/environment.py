@@ -6,7 +6,6 @@ beside the key, in the run's witness.
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform as this_machine
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runkey.errors import LockError
+from runkey.identity.locktext import lock_entries
 from runkey.identity.yamltext import read_yaml_text
 
 PLATFORM = "linux-64"
@@ -47,15 +47,7 @@ def read_lock(path: Path, platform: str = PLATFORM) -> tuple[Package, ...]:
     Raises:
         LockError: the file is missing, is no conda-lock file, or does not know the platform.
     """
-    try:
-        lock = read_yaml_text(path)
-    except FileNotFoundError:
-        raise LockError(f"{path.name}: not found; `git checkout {path.name}` restores it") from None
-    except ValueError as error:
-        raise LockError(f"{path.name}: {error}; `git checkout {path.name}` restores it") from None
-    entries = lock.get("package") if isinstance(lock, dict) else None
-    if not isinstance(entries, list):
-        raise LockError(f"{path.name}: holds no packages; `make lock` writes it anew")
+    entries = _entries(path)
     try:
         packages = sorted(
             _package(entry)
@@ -69,6 +61,26 @@ def read_lock(path: Path, platform: str = PLATFORM) -> tuple[Package, ...]:
     if not packages:
         raise LockError(f"{path.name}: holds no packages for {platform}")
     return tuple(packages)
+
+
+def _entries(path: Path) -> list[Any]:
+    """What stands under `package`, not yet checked."""
+    try:
+        entries: Any = lock_entries(path.read_text(encoding="utf-8"))
+        if entries is None:
+            lock = read_yaml_text(path)
+            entries = lock.get("package") if isinstance(lock, dict) else None
+    except FileNotFoundError:
+        raise LockError(f"{path.name}: not found; `git checkout {path.name}` restores it") from None
+    except UnicodeDecodeError:
+        raise LockError(
+            f"{path.name}: not UTF-8 text; `git checkout {path.name}` restores it"
+        ) from None
+    except ValueError as error:
+        raise LockError(f"{path.name}: {error}; `git checkout {path.name}` restores it") from None
+    if not isinstance(entries, list):
+        raise LockError(f"{path.name}: holds no packages; `make lock` writes it anew")
+    return entries
 
 
 def _package(entry: Mapping[str, Any]) -> Package:
@@ -122,6 +134,9 @@ def read_requirements(path: Path) -> dict[str, str]:
 
 def installed_packages() -> dict[str, str]:
     """Version by normalised name of every distribution that this interpreter can import."""
+    # Not at the top: it costs 0.03 s, which no key needs.
+    import importlib.metadata
+
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
         # Every access parses the file anew.

@@ -14,15 +14,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from runkey.hashing import canonical_json, sha256_bytes, sha256_file
 from runkey.identity.closure import EXCLUDED, hash_files, import_closure
 from runkey.identity.environment import PLATFORM, environment_preimage
 from runkey.identity.errors import RecipeError
 from runkey.identity.pipeline import Stage, chain, covers, meets, read_pipeline, tracked_md5
-from runkey.params import Params, load_params
 from runkey.paths import LOCK, PARAMS
+
+if TYPE_CHECKING:
+    from runkey.params import Params
 
 SCHEMA = "rk1"
 """Changes whenever the same inputs would give another key."""
@@ -114,7 +116,11 @@ def make_recipe(
         ParamsError: params.yaml is missing or wrong.
         LockError: conda-lock.yml is missing or wrong.
     """
-    params = load_params(root / PARAMS) if params is None else params
+    if params is None:
+        # Its checks are built when it is imported, 0.2 s; those who only name keys need none.
+        from runkey.params import load_params
+
+        params = load_params(root / PARAMS)
     flat = params.flat()
     stages = chain(read_pipeline(root, flat), stage)
     data, files = _data_and_files(stages, flat, root)
