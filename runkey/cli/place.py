@@ -9,7 +9,7 @@ from runkey import paths
 from runkey.errors import RunkeyError
 
 if TYPE_CHECKING:
-    from runkey.registry.library import Library
+    from runkey.registry.query import SearchableLibrary
     from runkey.tracking.store import Store
 
 
@@ -39,7 +39,7 @@ def store() -> Store:
         raise RunkeyError(f"{error}; change to a folder of the repository") from None
 
 
-def library() -> Library:
+def library() -> SearchableLibrary:
     """The runs of that store.
 
     Raises:

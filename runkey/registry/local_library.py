@@ -19,8 +19,11 @@ from typing import BinaryIO
 from runkey.errors import RegistryError
 from runkey.identity.errors import RecipeError
 from runkey.identity.record import Record, read_record
+from runkey.registry.query import Query, choose
+from runkey.registry.record_cache import RecordCache, Stamp
 
 RUNS = "runs"
+CACHE = "runs.sqlite"
 _NAME = re.compile(r"rk1-[0-9a-f]{64}-[\w-]+\.json")
 
 
@@ -30,7 +33,7 @@ def tell(line: str) -> None:
 
 
 class LocalLibrary:
-    """Implements `Library` on the records' files."""
+    """Implements `SearchableLibrary` on the records' files."""
 
     def __init__(self, home: Path, say: Callable[[str], None] = tell) -> None:
         """Nothing is read yet.
@@ -95,33 +98,62 @@ class LocalLibrary:
         beside = self.home.parent / "mlartifacts" / Path(*said.parts[-2:])
         return beside if beside.is_dir() else said
 
+    def find(self, query: Query) -> list[Record]:
+        """See `SearchableLibrary`."""
+        cache = RecordCache(self.home / CACHE, self._record)
+        rows, problems = cache.rows(self._stamps(), query.prefix, query.fields)
+        for problem in problems:
+            self._say(f"{problem}; left out")
+        return [record for name in choose(rows, query) if (record := self._read(name))]
+
     def names(self, prefix: str = "") -> list[str]:
         """File names of the records whose key begins so; strange files are told of."""
+        return [entry.name for entry in self._entries(prefix)]
+
+    def _entries(self, prefix: str) -> list[os.DirEntry[str]]:
         try:
             with os.scandir(self.folder) as entries:
-                found = [entry.name for entry in entries if not entry.name.startswith(".")]
+                # Names that begin with a dot are records that are being written.
+                found = [e for e in entries if e.name.startswith(prefix) and e.name[0] != "."]
         except FileNotFoundError:
             return []
         except OSError as error:
             raise RegistryError(f"{self.folder}: {error.strerror}") from None
-        chosen = [name for name in found if name.startswith(prefix)]
-        for name in chosen:
-            if not _NAME.fullmatch(name):
-                self._say(f"{self.folder / name}: not a run's record; left out")
-        return [name for name in chosen if _NAME.fullmatch(name)]
+        strange = [entry for entry in found if not _NAME.fullmatch(entry.name)]
+        for entry in strange:
+            self._say(f"{self.folder / entry.name}: not a run's record; left out")
+        return [entry for entry in found if entry not in strange] if strange else found
+
+    def _stamps(self) -> dict[str, Stamp]:
+        """Time and size of each record's file."""
+        stamps = {}
+        for entry in self._entries(""):
+            try:
+                status = entry.stat()
+            except FileNotFoundError:
+                continue  # removed since the folder was listed
+            stamps[entry.name] = (status.st_mtime_ns, status.st_size)
+        return stamps
 
     def _read(self, name: str) -> Record | None:
         """The record in a file; None, and a line about it, if it holds none."""
+        record = self._record(name)
+        if isinstance(record, str):
+            if record:
+                self._say(f"{record}; left out")
+            return None
+        return record
+
+    def _record(self, name: str) -> Record | str:
+        """The record in a file, or what is wrong with it; nothing is, if it is gone."""
         try:
             record = read_record(self.folder / name)
         except FileNotFoundError:
-            return None  # removed since the folder was listed
+            return ""
         except (RecipeError, OSError) as error:
-            self._say(f"{error}; left out")
-            return None
+            return str(error)
         if record.file_name != name:
-            self._say(f"{self.folder / name}: holds the run {record.file_name}; left out")
-            return None
+            return f"{self.folder / name}: holds the run {record.file_name}"
         return record
 
 

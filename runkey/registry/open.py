@@ -8,15 +8,15 @@ from pathlib import Path
 from runkey.registry.claim_files import FileClaims
 from runkey.registry.claim_server import ServerClaims
 from runkey.registry.claims import Claims
-from runkey.registry.library import Library
 from runkey.registry.local_library import LocalLibrary, tell
+from runkey.registry.query import SearchableLibrary
 from runkey.registry.rest import RestClient
 from runkey.registry.server_library import ServerLibrary
 
 _SERVER = ("http://", "https://")
 
 
-def open_library(uri: str, home: Path, say: Callable[[str], None] = tell) -> Library:
+def open_library(uri: str, home: Path, say: Callable[[str], None] = tell) -> SearchableLibrary:
     """Where the runs of a store are looked up; nothing is read or asked yet.
 
     Args:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from http.client import HTTPException
+from itertools import islice
 from typing import Any, BinaryIO, cast
 
 from runkey.errors import RegistryError
@@ -14,6 +15,8 @@ from runkey.identity.errors import RecipeError
 from runkey.identity.record import DETAILS, KEY, Details, Record
 from runkey.registry.local_library import age, inside
 from runkey.registry.mlflow_json import run_from_json
+from runkey.registry.mlflow_query import filters, order_by
+from runkey.registry.query import Query, choose, fulfils, wanted
 from runkey.registry.rest import RestClient, RestError
 
 _PAGE = 1000
@@ -21,7 +24,7 @@ _PAGE = 1000
 
 
 class ServerLibrary:
-    """Implements `Library` on a tracking server."""
+    """Implements `SearchableLibrary` on a tracking server."""
 
     def __init__(self, address: str) -> None:
         """Nothing is asked yet.  Args: address: of the server."""
@@ -36,6 +39,21 @@ class ServerLibrary:
     def matching(self, prefix: str) -> list[Record]:
         """See `Library`."""
         return sorted(self.search(f"tags.{KEY} LIKE '{prefix}%'"), key=age)
+
+    def find(self, query: Query) -> list[Record]:
+        """See `SearchableLibrary`.
+
+        The server filters, sorts and cuts where its language can say it; the rest is done here, for
+        which all runs that it cannot rule out are fetched.
+        """
+        order = order_by(query)
+        found: list[Record] = []
+        for filter_string, exact in filters(query):
+            page = query.limit if exact and order else None
+            answer = wanted(self.search(filter_string, order or (), page), query)
+            kept = (record for record, values in answer if fulfils(values, query))
+            found += islice(kept, query.limit) if order else kept
+        return choose(wanted(found, query), query)
 
     def with_details(self, record: Record) -> Record:
         """See `Library`."""
@@ -70,14 +88,14 @@ class ServerLibrary:
         return cast("AbstractContextManager[BinaryIO]", answer)
 
     def search(
-        self, filter_string: str, order_by: tuple[str, ...] = (), limit: int | None = None
+        self, filter_string: str, order: tuple[str, ...] = (), page: int | None = None
     ) -> Iterator[Record]:
-        """Records of active runs without details, in pages, as far as they are taken.
+        """Records of active runs without details, asked for in pages as they are taken.
 
         Args:
             filter_string: in MLflow's language.
-            order_by: in MLflow's language.
-            limit: how many at most; None: all.
+            order: in MLflow's language.
+            page: runs an answer, if fewer than usual are wanted.
 
         Raises:
             RegistryError: the server refuses or cannot be reached.
@@ -86,19 +104,16 @@ class ServerLibrary:
             "experiment_ids": self.experiments(),
             "filter": filter_string,
             "run_view_type": "ACTIVE_ONLY",
-            "max_results": min(limit or _PAGE, _PAGE),
-            "order_by": list(order_by),
+            "max_results": min(page or _PAGE, _PAGE),
+            "order_by": list(order),
         }
-        left = limit
         while question["experiment_ids"]:
             answer = self.client.post("runs/search", question, repeat=True)
-            for run in answer.get("runs", [])[:left]:
+            for run in answer.get("runs", []):
                 yield Record(run=run_from_json(run), details=None)
-            left = None if left is None else left - len(answer.get("runs", []))
-            token = answer.get("next_page_token")
-            if not token or (left is not None and left <= 0):
+            if not answer.get("next_page_token"):
                 return
-            question["page_token"] = token
+            question["page_token"] = answer["next_page_token"]
 
     def experiments(self) -> list[str]:
         """Ids of all active experiments."""

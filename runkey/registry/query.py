@@ -1,0 +1,247 @@
+"""Questions about all runs: which, in which order, how many.
+
+    lr = parse_condition("lr=5e-5", known)
+    Query(conditions=(lr,), sort=Field("metrics", "eval/AP"), limit=20)
+
+A library answers them by `find`; what a question means is defined here, once for both libraries.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from difflib import get_close_matches
+from typing import Literal, Protocol
+
+from runkey.errors import RegistryError
+from runkey.identity.record import LoggedRun, Record
+from runkey.registry.library import Library
+
+Kind = Literal["run", "params", "metrics", "tags"]
+Value = str | float | None
+
+ATTRIBUTES = ("key", "run", "name", "status", "started", "ended", "seconds")
+"""Names of what every run has; times in milliseconds since 1970, seconds from start to end."""
+NAMES = {"AP": "eval/AP", "AP50": "eval/AP50", "AP75": "eval/AP75"}
+"""Metrics that have a shorter name in commands."""
+_CONDITION = re.compile(r"\s*([\w\-. :/]+?)\s*(>=|<=|!=|=|>|<|~)\s*(.*?)\s*")
+_TIMES = ("started", "ended")
+
+
+@dataclass(frozen=True)
+class Field:
+    """A value that runs have."""
+
+    kind: Kind
+    name: str
+    """One of `ATTRIBUTES` for a run, else MLflow's name."""
+
+    def of(self, run: LoggedRun) -> Value:
+        """Its value in a run; None if the run has none."""
+        if self.kind == "run":
+            return _attribute(run, self.name)
+        values: dict[str, str] | dict[str, float] = getattr(run, self.kind)
+        return values.get(self.name)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a run must fulfil."""
+
+    field: Field
+    operator: str
+    """One of = != < <= > >= and ~, which means `contains`, in any case of letters."""
+    value: str
+
+    @property
+    def number(self) -> float | None:
+        """The value as a number, or None."""
+        return number(self.value)
+
+    def holds(self, value: Value) -> bool:
+        """Whether a run with that value is meant.  Without a value it never is."""
+        if value is None:
+            return False
+        if self.operator == "~":
+            return self.value.lower() in str(value).lower()
+        left, right = number(value), self.number
+        if left is not None and right is not None:
+            return _compare(self.operator, left, right)
+        if self.operator in ("=", "!="):
+            same = str(value) == self.value
+            return same if self.operator == "=" else not same
+        return False
+
+
+@dataclass(frozen=True)
+class Query:
+    """A question about all runs."""
+
+    prefix: str = "rk1-"
+    """Beginning of the keys that are meant."""
+    conditions: tuple[Condition, ...] = ()
+    sort: Field = Field("run", "started")
+    descending: bool = True
+    """Either way runs without a value come last; equal ones newest first."""
+    limit: int | None = None
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """What `choose` must know of each run."""
+        return (
+            Field("run", "started"),
+            Field("run", "run"),
+            self.sort,
+            *(condition.field for condition in self.conditions),
+        )
+
+
+class SearchableLibrary(Library, Protocol):
+    """A library that answers questions about all its runs."""
+
+    def find(self, query: Query) -> list[Record]:
+        """The runs that a query means, in its order; a server's come without details.
+
+        Raises:
+            RegistryError: the store cannot be read.
+        """
+
+
+def choose[T](items: Iterable[tuple[T, Sequence[Value]]], query: Query) -> list[T]:
+    """The items that a query means, in its order.
+
+    Args:
+        items: each with the values of `query.fields`.
+        query: its prefix is not looked at.
+    """
+    kept = [(item, values) for item, values in items if fulfils(values, query)]
+    numeric = all(number(values[2]) is not None for _, values in kept if values[2] is not None)
+    kept.sort(key=lambda one: (-float(one[1][0] or 0), str(one[1][1])))
+    present = [one for one in kept if _sortable(one[1][2])]
+    absent = [one for one in kept if not _sortable(one[1][2])]
+    absent.sort(key=lambda one: one[1][2] is None)  # NaN before nothing, as MLflow does
+    if numeric:
+        present.sort(key=lambda one: number(one[1][2]) or 0.0, reverse=query.descending)
+    else:
+        present.sort(key=lambda one: str(one[1][2]), reverse=query.descending)
+    return [item for item, _ in (present + absent)[: query.limit]]
+
+
+def fulfils(values: Sequence[Value], query: Query) -> bool:
+    """Whether a run with these values of `query.fields` fulfils all conditions."""
+    pairs = zip(query.conditions, values[3:], strict=True)
+    return all(condition.holds(value) for condition, value in pairs)
+
+
+def find_field(name: str, known: Sequence[LoggedRun]) -> Field:
+    """The value that a user means by a name.
+
+    Args:
+        name: of a run's attribute, a metric, a parameter or a tag.  A parameter may be named by its
+            last part (`epochs`); `params.`, `metrics.` or `tags.` before it settles what it is.
+        known: runs whose names are known.
+
+    Raises:
+        RegistryError: no such name, or several that end so.
+    """
+    if name in ATTRIBUTES:
+        return Field("run", name)
+    for kind in _KINDS:
+        if name.startswith(f"{kind}."):
+            return Field(kind, name.removeprefix(f"{kind}."))
+    if name in NAMES:
+        return Field("metrics", NAMES[name])
+    names = {kind: {n for run in known for n in getattr(run, kind)} for kind in _KINDS}
+    for kind in _KINDS:
+        if name in names[kind]:
+            return Field(kind, name)
+    ends = sorted(
+        n for kind in _KINDS for n in names[kind] if re.search(rf"[./]{re.escape(name)}$", n)
+    )
+    if len(ends) == 1:
+        return find_field(ends[0], known)
+    if ends:
+        raise RegistryError(f"{name}: {', '.join(ends[:6])} end so; say which")
+    if not known or "/" in name:
+        return Field("metrics" if "/" in name else "params", name)
+    near = get_close_matches(name, [*ATTRIBUTES, *NAMES, *(n for k in _KINDS for n in names[k])])
+    hint = f"; like it: {', '.join(near)}" if near else "; `runkey show KEY --all` lists the names"
+    raise RegistryError(f"{name}: no run has a value of that name{hint}")
+
+
+def parse_condition(text: str, known: Sequence[LoggedRun]) -> Condition:
+    """A condition as it is typed: `lr=5e-05`, `eval/AP>0.6`, `status=FINISHED`, `name~warm`.
+
+    Raises:
+        RegistryError: it is no condition; the text says what one looks like.
+    """
+    match = _CONDITION.fullmatch(text)
+    if not match:
+        raise RegistryError(
+            f"{text}: not a condition; one is NAME=VALUE, with = != < <= > >= or ~ (contains)"
+        )
+    field, operator, value = find_field(match[1], known), match[2], match[3]
+    if field.kind == "run" and field.name in _TIMES:
+        value = str(_milliseconds(text, value))
+    elif field == Field("run", "status"):
+        value = value.upper()
+    if operator[0] in "<>" and number(value) is None:
+        raise RegistryError(f"{text}: {operator} compares numbers; {value!r} is none")
+    return Condition(field, operator, value)
+
+
+def number(value: Value) -> float | None:
+    """A value as a number; None if it is none."""
+    if value is None or isinstance(value, float):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def wanted(records: Iterable[Record], query: Query) -> Iterator[tuple[Record, Sequence[Value]]]:
+    """Records with the values of `query.fields`, as `choose` takes them."""
+    fields = query.fields
+    return ((record, [field.of(record.run) for field in fields]) for record in records)
+
+
+_KINDS: tuple[Literal["metrics", "params", "tags"], ...] = ("metrics", "params", "tags")
+
+
+def _attribute(run: LoggedRun, name: str) -> Value:
+    if name == "seconds":
+        return None if run.ended_ms is None else (run.ended_ms - run.started_ms) / 1000
+    if name == "ended":
+        return None if run.ended_ms is None else float(run.ended_ms)
+    if name == "started":
+        return float(run.started_ms)
+    return {"key": run.key, "run": run.run_id, "name": run.name, "status": run.status}[name]
+
+
+def _compare(operator: str, left: float, right: float) -> bool:
+    return {
+        "=": left == right,
+        "!=": left != right,
+        "<": left < right,
+        "<=": left <= right,
+        ">": left > right,
+        ">=": left >= right,
+    }[operator]
+
+
+def _sortable(value: Value) -> bool:
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+def _milliseconds(text: str, value: str) -> int:
+    """A day or a time on the user's clock, or milliseconds, as milliseconds since 1970."""
+    if value.isdigit() and len(value) > 8:
+        return int(value)
+    try:
+        return round(datetime.fromisoformat(value).astimezone().timestamp() * 1000)
+    except ValueError:
+        raise RegistryError(f"{text}: not a time; write 2026-11-22 or 2026-11-22T14:30") from None
