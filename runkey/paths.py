@@ -21,6 +21,8 @@ METRICS = Path("metrics")
 PLOTS = Path("plots")
 HOME = Path(".runkey")
 """Beside the store: records, claims, checkpoints, work of `runkey reproduce`."""
+RECORDS = Path("runs")
+"""In `HOME`: a file a run."""
 
 
 def workspace(start: Path | None = None) -> Path:

@@ -1,31 +1,46 @@
-"""How the train stage records its run: while it goes on, and what it leaves behind."""
+"""How a run is recorded: while it trains, what it leaves behind, and what evaluation adds."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import platform
-from collections.abc import Iterator
+import socket
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from runkey import paths
-from runkey.data.index import ClassName
-from runkey.identity.key import Recipe
-from runkey.identity.manifest import make_manifest, take_witness
+from runkey.errors import RegistryError
+from runkey.hashing import sha256_file
+from runkey.identity.key import Recipe, make_recipe, short_key
+from runkey.identity.manifest import RunManifest, Witness, make_manifest, take_witness
+from runkey.identity.record import DETAILS, Details, LoggedRun, Record, StoredFile, update_record
 from runkey.memory.plan import MemoryPlan
-from runkey.model.model_files import Sizes, save_model
 from runkey.params import Params
-from runkey.plots.curves import write_training_plots
-from runkey.plots.tables import write_plot_tables
-from runkey.tracking import TRAIN_LOG, RunTracker, open_run
-from runkey.training.state import FitResult
+from runkey.registry.library import canonical
+from runkey.registry.open import open_library
+from runkey.tracking import (
+    TRAIN_LOG,
+    MlflowTracker,
+    RunTracker,
+    Store,
+    locate_store,
+    open_run,
+    reopen_run,
+)
+from stages._once import Turn
 from stages._parts import write_json
 
 _PRECISION = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_OUTPUTS = (paths.MODEL, paths.LOGS, paths.PLOTS, paths.RUN_JSON, paths.METRICS / "train.json")
+_BESIDE = (paths.PARAMS, paths.PREPARED / "images.json")
+"""Kept with the run, though the stage does not write them."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +50,11 @@ class Run:
     params: Params
     root: Path
     recipe: Recipe
+    turn: Turn
     plan: MemoryPlan
     device: torch.device
     dtype: torch.dtype | None
     """Of the autocast; None: none."""
-    classes: list[ClassName]
 
     @property
     def device_name(self) -> str:
@@ -52,12 +67,19 @@ class Run:
 @contextmanager
 def recorded(run: Run) -> Iterator[RunTracker]:
     """The run's tracker; a training that fails or is interrupted is marked so in MLflow."""
+    turn = run.turn
     tags = {
         "device": run.device_name,
         "micro_batch": str(run.plan.micro_batch),
         "precision": _PRECISION[run.dtype],
         "torch": torch.__version__,
+        "host": socket.gethostname(),
+        "decision": turn.why,
     }
+    if turn.snapshot:
+        tags["snapshot"] = turn.snapshot
+    if turn.repeats:
+        tags["reproduction_of"] = turn.repeats.run.run_id
     tracker = open_run(
         run.params,
         run.root,
@@ -66,6 +88,9 @@ def recorded(run: Run) -> Iterator[RunTracker]:
         tags=tags,
         counts=_data_counts(run.root),
         say=print,
+        name=f"{short_key(run.recipe.key)} reproduced" if turn.repeats else None,
+        changed=turn.changed,
+        supersedes=turn.superseded,
     )
     try:
         yield tracker
@@ -74,22 +99,14 @@ def recorded(run: Run) -> Iterator[RunTracker]:
         raise
 
 
-def keep(run: Run, result: FitResult, tracker: RunTracker) -> str | None:
-    """Write the stage's outputs, and end the recording with copies of them.
+def keep(run: Run, tracker: RunTracker) -> str | None:
+    """Write the key and run.json beside the outputs, and end the recording with copies of all.
 
     Returns:
         The MLflow run's id, None if there is none.
     """
-    root, model = run.root, run.root / paths.MODEL
-    data = run.params.data
-    sizes = Sizes(max(data.short_sides), data.long_side)
-    save_model(model, result.best_state, run.params.model, run.classes, sizes)
-    write_json(model / "key.json", run.recipe.as_dict())
-    write_plot_tables(root / TRAIN_LOG, root / paths.PLOTS)
-    write_training_plots(root / TRAIN_LOG, root / paths.PLOTS)
-    metrics = _metrics(result)
-    write_json(root / paths.METRICS / "train.json", metrics)
-    tracker.final({f"train/{name}": metrics[name] for name in ("seconds", "best_epoch")})
+    root, turn = run.root, run.turn
+    write_json(root / paths.MODEL / "key.json", run.recipe.as_dict())
     witness = take_witness(
         root,
         run.recipe,
@@ -101,29 +118,64 @@ def keep(run: Run, result: FitResult, tracker: RunTracker) -> str | None:
     )
     for file in witness.undeclared_files:
         print(f"warning: {file} was imported, but is no part of the key")
-    manifest = make_manifest(run.recipe, tracker.run_id(), witness)
-    manifest.write(root / paths.RUN_JSON)
-    for path, folder in (
-        (model, "model"),
-        (root / paths.PLOTS, "plots"),
-        (root / paths.PARAMS, ""),
-        (root / paths.RUN_JSON, ""),
-    ):
-        tracker.artifact(path, folder)
-    run_id = tracker.close()
-    if run_id != manifest.run_id:  # MLflow answered late
-        replace(manifest, run_id=run_id).write(root / paths.RUN_JSON)
-    return run_id
+    undeclared = " ".join(witness.undeclared_files)
+    tracker.tag("key.audit", f"undeclared: {undeclared}" if undeclared else "ok")
+    # MLflow may answer late or never; evaluation then finds the run by its key.
+    make_manifest(run.recipe, tracker.run_id(), witness).write(root / paths.RUN_JSON)
+    turn.check()
+    details = turn.details = _details(run, witness, with_log=not tracker.jsonl.lost_lines)
+    with _as_file(details) as record:
+        for name in details.files:
+            if name != TRAIN_LOG.as_posix():  # goes when it is closed
+                _copy(root, name, tracker)
+        tracker.artifact(record)
+        return tracker.close()
 
 
-def _metrics(result: FitResult) -> dict[str, Any]:
-    """metrics/train.json: few numbers, since `dvc metrics show` prints them in one line."""
-    return {
-        "seconds": round(result.seconds, 1),
-        "epochs": round(result.history[-1]["epoch"]),
-        "best_epoch": result.best_epoch,
-        "loss": result.history[-1]["train/epoch_loss"],
-    }
+def _details(run: Run, witness: Witness, *, with_log: bool) -> Details:
+    root, turn = run.root, run.turn
+    outputs = _hashed(root, _OUTPUTS if with_log else [p for p in _OUTPUTS if p != paths.LOGS])
+    told = asdict(witness)
+    for long in ("packages", "files"):  # run.json has them
+        told.pop(long)
+    pointer = hashlib.md5((root / paths.RUN_JSON).read_bytes()).hexdigest()
+    return Details(
+        stage=run.recipe.stage,
+        files=outputs | _hashed(root, _BESIDE),
+        outputs=sorted(outputs),
+        witness=told,
+        host=socket.gethostname(),
+        snapshot=turn.snapshot,
+        pointer_md5=pointer if "DVC_STAGE" in os.environ else None,
+        decision=turn.why,
+    )
+
+
+def _hashed(root: Path, places: Iterable[Path]) -> dict[str, StoredFile]:
+    """Hash and size by path of all files at some places of the workspace."""
+    files: dict[str, StoredFile] = {}
+    for place in places:
+        top = root / place
+        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            if path.is_file():
+                name = path.relative_to(root).as_posix()
+                files[name] = StoredFile(sha256=sha256_file(path), size=path.stat().st_size)
+    return files
+
+
+def _copy(root: Path, path: str, tracker: RunTracker | MlflowTracker) -> None:
+    """Keep a file with the MLflow run, under its path in the workspace."""
+    folder = Path(path).parent
+    tracker.artifact(root / path, "" if folder == Path() else folder.as_posix())
+
+
+@contextmanager
+def _as_file(details: Details) -> Iterator[Path]:
+    """record.json, to be copied while this lasts."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / DETAILS
+        path.write_text(details.as_json(), encoding="utf-8")
+        yield path
 
 
 def _data_counts(root: Path) -> dict[str, int]:
@@ -134,3 +186,63 @@ def _data_counts(root: Path) -> dict[str, int]:
         for split, counts in report["kept"].items()
         for what, number in counts.items()
     }
+
+
+class EvaluationRecord:
+    """Adds an evaluation to the MLflow run of the training that run.json names."""
+
+    def __init__(self, params: Params, root: Path) -> None:
+        """Find the run, in whichever store it is here; MLflow is opened in the background."""
+        self._root = root
+        self._store = locate_store()
+        self._record = _recorded_run(self._store, RunManifest.read(root / paths.RUN_JSON))
+        self._key = make_recipe("evaluate", root, params).key if self._record else ""
+        self._details = self._record.details if self._record else None
+        run_id = self._record.run.run_id if self._record else None
+        self._mlflow = reopen_run(params, run_id, print, changed=self._changed)
+
+    def keep(self, metrics: Mapping[str, float], places: Iterable[Path]) -> None:
+        """Record metrics and copies of files, unless the run has this very evaluation.
+
+        Args:
+            metrics: by name, such as `eval/AP`.
+            places: files and folders in the workspace.
+        """
+        if self._mlflow is None:
+            return
+        before = self._details.evaluations.get(self._key) if self._details else None
+        if before == dict(metrics):
+            self._mlflow.close()
+            return
+        self._mlflow.log(metrics, 0)
+        files = _hashed(self._root, places)
+        for path in files:
+            _copy(self._root, path, self._mlflow)
+        if self._details is None:
+            self._mlflow.close()
+            return
+        self._details = replace(
+            self._details,
+            files=self._details.files | files,
+            evaluations=self._details.evaluations | {self._key: dict(metrics)},
+        )
+        with _as_file(self._details) as file:
+            self._mlflow.artifact(file)
+            self._mlflow.close()
+
+    def _changed(self, run: LoggedRun) -> None:
+        if not self._store.is_server:
+            update_record(self._store.home / paths.RECORDS, run, self._details)
+
+
+def _recorded_run(store: Store, manifest: RunManifest) -> Record | None:
+    """The run of a manifest in a store: itself, its copy, or another one of its key."""
+    library = open_library(store.uri, store.home)
+    try:
+        runs = library.matching(manifest.key)
+        ids = {manifest.run_id, None} - {None}
+        same = [r for r in runs if {r.run.run_id, r.run.tags.get("origin_run_id")} & ids]
+        return library.with_details(canonical(same or runs)) if runs else None
+    except RegistryError as error:
+        print(f"MLflow: {error}; the evaluation is not added to the run")
+        return None

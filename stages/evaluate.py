@@ -11,22 +11,21 @@ from runkey.evaluation.files import (
     write_metrics,
     write_precision_recall,
 )
-from runkey.identity.manifest import RunManifest
 from runkey.model.model_files import load_model
 from runkey.params import load_params
 from runkey.plots.evaluation import write_evaluation_plots
 from runkey.plots.tables import write_precision_recall_table
-from runkey.tracking import reopen_run
 from runkey.training.device import choose_device
 from runkey.training.seed import set_up
 from stages._parts import build_validation, write_json
+from stages._record import EvaluationRecord
 
 
 def main() -> None:
     """Write evaluation/ and metrics/evaluate.json, and add both to the training's MLflow run."""
     root = paths.workspace()
     params = load_params(root / paths.PARAMS)
-    tracker = reopen_run(params, RunManifest.read(root / paths.RUN_JSON).run_id, say=print)
+    record = EvaluationRecord(params, root)
     device, _ = choose_device(params.runtime.device)
     set_up(
         params.seed,
@@ -50,10 +49,7 @@ def main() -> None:
         out,
         images=params.evaluate.sheet_images,
     )
-    if tracker:
-        tracker.log(evaluation.metrics("eval/"), 0)
-        tracker.artifact(out, "evaluation")
-        tracker.close()
+    record.keep(evaluation.metrics("eval/"), (paths.EVALUATION, paths.METRICS / "evaluate.json"))
     numbers = evaluation.result.metrics()
     print("  ".join(f"{name} {numbers[name]:.3f}" for name in ("AP", "AP50", "AP75")))
 

@@ -183,6 +183,14 @@ def write_record(folder: Path, record: Record) -> Path:
     return path
 
 
+def update_record(folder: Path, run: LoggedRun, details: Details | None = None) -> Path:
+    """Write what MLflow has of a run now; without `details`, those in the file stay."""
+    path = folder / Record(run=run, details=None).file_name
+    if details is None and path.is_file():
+        details = read_record(path).details
+    return write_record(folder, Record(run=run, details=details))
+
+
 def read_record(path: Path) -> Record:
     """The record in a file.
 

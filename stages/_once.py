@@ -1,0 +1,174 @@
+"""A key is trained once: whether the train stage trains or takes a result that is there.
+
+    with once(params, root, recipe) as turn:
+        if turn is not None:
+            train(...)                  # else the stage's outputs have been put in place
+
+Nothing here imports torch or mlflow.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runkey import paths
+from runkey.errors import RegistryError
+from runkey.identity.key import Recipe, short_key
+from runkey.identity.record import Details, LoggedRun, Record, update_record
+from runkey.params import Params
+from runkey.registry.download import download
+from runkey.registry.keeper import HeldClaim
+from runkey.registry.library import Library
+from runkey.registry.once import Decision, decide
+from runkey.registry.open import open_claims, open_library
+from runkey.registry.snapshot import take_snapshot
+from runkey.tracking.store import Store, locate_store
+
+REPRODUCES = "RUNKEY_REPRODUCES"
+"""Environment variable: MLflow id of a run that is to be repeated, although its result is there."""
+
+
+@dataclass
+class Turn:
+    """The right to train a key, and what is known when training begins."""
+
+    store: Store
+    claim: HeldClaim | None
+    """None where nothing is recorded, or no claim could be made."""
+    why: str
+    """What was decided, in a line."""
+    snapshot: str | None
+    """Git commit that holds the tree that is run."""
+    superseded: tuple[str, ...] = ()
+    """MLflow runs of dead owners of the claim."""
+    repeats: Record | None = None
+    """The run that is reproduced."""
+    own_run: str | None = field(default=None, init=False)
+    details: Details | None = field(default=None, init=False)
+    """Set when training has ended well."""
+
+    def changed(self, run: LoggedRun) -> None:
+        """Take note of what MLflow has of a run; called from the tracker's thread."""
+        own = run.run_id not in self.superseded
+        if not self.store.is_server:
+            folder = self.store.home / paths.RECORDS
+            update_record(folder, run, self.details if own else None)
+        if own:
+            self.own_run = run.run_id
+            if self.claim and run.status == "RUNNING":
+                self.claim.set_run(run.run_id)
+
+    def check(self) -> None:
+        """Stop if another process has taken the key over.
+
+        Raises:
+            RegistryError: it has; the text names it.
+        """
+        if self.claim:
+            self.claim.check()
+
+
+@contextmanager
+def once(params: Params, root: Path, recipe: Recipe) -> Iterator[Turn | None]:
+    """This process's turn to train the key; None when the result was there and is in place now.
+
+    Raises:
+        RegistryError: another process trains the key and `runtime.wait` is false, or a file that
+            the run needs cannot be kept with it.
+    """
+    store = locate_store()
+    label = f"key {short_key(recipe.key)}"
+    if not params.runtime.mlflow:
+        line = f"{label}: trained without looking for a run (runtime.mlflow is false)"
+        print(line)
+        yield Turn(store, None, line, None)
+        return
+    library = open_library(store.uri, store.home)
+    repeats = _to_repeat(library, recipe.key)
+    decision = (
+        _again(label, repeats) if repeats else _reuse_or_train(params, root, recipe, store, library)
+    )
+    if decision is None:
+        yield None
+        return
+    with decision.claim or nullcontext() as claim:
+        snapshot = take_snapshot(root, paths.store_root(), recipe)
+        turn = Turn(store, claim, decision.line, snapshot, decision.superseded, repeats)
+        yield turn
+        if claim:
+            claim.finish(turn.own_run)
+
+
+def _again(label: str, repeats: Record) -> Decision:
+    decision = Decision(line=f"{label}: trained again to compare with run {repeats.run.run_id[:8]}")
+    print(decision.line)
+    return decision
+
+
+def _reuse_or_train(
+    params: Params,
+    root: Path,
+    recipe: Recipe,
+    store: Store,
+    library: Library,
+) -> Decision | None:
+    """The decision to train; None when a result was there, whose files are in place now."""
+    claims = open_claims(store.uri, store.home)
+    damaged: set[str] = set()
+    while True:
+        decision = decide(
+            library,
+            claims,
+            recipe.key,
+            reuse=params.runtime.reuse,
+            wait=params.runtime.wait,
+            say=print,
+            elsewhere=_team(params, store),
+            not_this=damaged,
+        )
+        print(decision.line)
+        if decision.record is None:
+            return decision
+        try:
+            _take(decision, root)
+        except RegistryError as error:
+            print(f"warning: {error}; not reused")
+            damaged.add(decision.record.run.run_id)
+        else:
+            return None
+
+
+def _take(decision: Decision, root: Path) -> None:
+    """Put a finished run's outputs in the workspace, their hashes verified."""
+    record = decision.record
+    assert record
+    assert record.details
+    assert decision.library
+    download(decision.library, record, record.details.outputs, root)
+
+
+def _team(params: Params, store: Store) -> tuple[Library, ...]:
+    """The team's server, unless runs are recorded there anyway."""
+    address = params.runtime.team_server
+    if address == "none" or address.rstrip("/") == store.uri.rstrip("/"):
+        return ()
+    return (open_library(address, store.home),)
+
+
+def _to_repeat(library: Library, key: str) -> Record | None:
+    """The run that `runkey reproduce` wants repeated.
+
+    Raises:
+        RegistryError: there is no such run of this key.
+    """
+    wanted = os.environ.get(REPRODUCES)
+    if not wanted:
+        return None
+    for record in library.matching(key):
+        if record.run.run_id == wanted:
+            return record
+    raise RegistryError(f"{REPRODUCES}: run {wanted} of key {key} is not in {library.place}")
