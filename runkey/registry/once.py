@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -125,7 +126,10 @@ class _Lookup:
         """The first store's run that can be reused."""
         for number, library in enumerate(self.libraries):
             try:
-                record = _whole_run(library, self.key, self.not_this)
+                # A library may remember what it asked a server, such as which experiments there
+                # are.  Each look starts from one that was not asked yet: what is waited for may be
+                # the first run of an experiment.
+                record = _whole_run(copy.copy(library), self.key, self.not_this)
             except (RegistryError, RecipeError) as error:
                 self.say(f"key {short_key(self.key)}: not looked up in {library.place}: {error}")
                 continue
