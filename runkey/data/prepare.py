@@ -1,6 +1,6 @@
 """The prepare stage's work: check a COCO folder, split it if need be, write what training reads.
 
-    prepared/   classes.json  train.json  val.json  statistics.json  report.json
+    prepared/   classes.json  train.json  val.json  images.json  statistics.json  report.json
                 cache_train.npy  cache_train.json  cache_val.npy  cache_val.json   (where they pay)
 
 The originals are neither copied nor touched.
@@ -19,6 +19,7 @@ from runkey.data.check_boxes import make_record
 from runkey.data.check_images import ScanSettings, check_scan, scan_images
 from runkey.data.checks import Item, check_ids
 from runkey.data.coco import merge_classes, read_coco
+from runkey.data.image_list import IMAGE_LIST, write_image_list
 from runkey.data.index import ClassName, Record, Split, write_classes, write_index
 from runkey.data.layout import Source, find_sources
 from runkey.data.report import Finding, Findings, Report
@@ -32,7 +33,7 @@ Say = Callable[[str], None]
 _SPLITS: tuple[Split, Split] = ("train", "val")
 _REPORT = "report.json"
 _OUTPUTS = (
-    *("classes.json", "train.json", "val.json", "statistics.json", _REPORT),
+    *("classes.json", "train.json", "val.json", IMAGE_LIST, "statistics.json", _REPORT),
     *("cache_train.npy", "cache_train.json", "cache_val.npy", "cache_val.json"),
 )
 _LISTED_NAMES = 10
@@ -221,6 +222,8 @@ def _write(
             f"{split}: {len(records)} images, {numbers['images_without_objects']} without objects; "
             f"{numbers['objects']} objects, {numbers['crowd_regions']} crowd regions; {cached}"
         )
+    listed = {s: [(i.record, i.digest) for i in images] for s, images in splits.items()}
+    write_image_list(job.out / IMAGE_LIST, listed, classes)
     write_statistics(job.out / "statistics.json", statistics)
     notes = _notes(splits, classes, num_queries)
     report = Report(True, tuple(job.findings.items), kept, notes)

@@ -40,7 +40,14 @@ def test_two_runs_write_the_same_bytes(folder):
     assert outputs(folder) == first
     assert sorted(first) == [
         *("cache_train.json", "cache_train.npy", "cache_val.json", "cache_val.npy"),
-        *("classes.json", "report.json", "statistics.json", "train.json", "val.json"),
+        *(
+            "classes.json",
+            "images.json",
+            "report.json",
+            "statistics.json",
+            "train.json",
+            "val.json",
+        ),
     ]
     assert all(str(folder.root).encode() not in content for content in first.values())
 
