@@ -1,0 +1,104 @@
+"""The train stage looks its key up first: as a process of its own, in a real repository."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runkey.identity.key import make_recipe
+from runkey.params import parse_params
+from runkey.params.render import render
+from runkey.registry.once import decide
+from runkey.registry.open import open_claims, open_library
+from tests.support.records import FILES, make_run
+
+from .conftest import TINY, _copy, _environment
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("once") / "repository"
+    _copy(root)
+    (root / "params.yaml").write_text(render(parse_params(TINY), "# tiny"))
+    (root / "data.dvc").write_text("outs:\n- md5: 0123abcd.dir\n  path: data\n")
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "start"]):
+        subprocess.run(["git", *command], cwd=root, check=True, env=_environment())
+    return root
+
+
+@pytest.fixture
+def root(template: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(template), str(copy)], check=True)
+    return copy
+
+
+def train(root: Path, *options: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, *options, "-m", "stages.train"],
+        cwd=root,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode == 0) is ok, done.stdout + done.stderr[-3000:]
+    return done
+
+
+def test_a_finished_run_is_taken_before_torch_is_imported(root: Path) -> None:
+    record = make_run(root, make_recipe("train", root).key)
+    done = train(root, "-X", "importtime")
+    assert done.stdout == (
+        f"key {record.label}: finished run {record.run.run_id[:8]} of here is reused\n"
+        f"warning: the reuse is not noted on its run: {root}/mlflow.db: no such table: tags\n"
+    )
+    assert {path: (root / path).read_bytes() for path in FILES} == FILES
+    imported = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "runkey.registry.once" in imported
+    assert not {"torch", "mlflow", "dvc", "numpy"} & imported
+
+
+def test_a_damaged_run_is_not_taken_and_its_files_are_not_touched(root: Path) -> None:
+    record = make_run(root, make_recipe("train", root).key)
+    artifacts = root / "mlartifacts" / record.run.run_id / "artifacts"
+    (artifacts / "model" / "weights.pt").write_bytes(b"weightz")
+    done = train(root, ok=False)  # the data are not there, so training stops early
+    reused, refused, decided, *_ = done.stdout.splitlines()
+    assert reused.endswith("is reused")
+    assert refused.startswith(f"warning: {record.label}: model/weights.pt: not what run ")
+    assert decided.startswith(f"key {record.label}: no run of this key: trained here")
+    assert not (root / "run.json").exists()
+    assert not (root / "model").exists()
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_key_that_is_trained_elsewhere_is_left_when_asked_to(root: Path) -> None:
+    text = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(text.replace("\n  wait: true\n", "\n  wait: false\n"))
+    home, key = root / ".runkey", make_recipe("train", root).key
+    uri = f"sqlite:///{root}/mlflow.db"
+    decision = decide(open_library(uri, home), open_claims(uri, home), key)
+    assert decision.claim is not None
+    with decision.claim as claim:
+        done = train(root, ok=False)
+        assert "trains it since" in done.stderr
+        assert "runtime.wait" in done.stderr
+        assert done.stderr.count("\n") == 1
+        claim.finish(None)
+
+
+def test_a_file_that_the_run_needs_and_git_ignores_stops_it_before_training(root: Path) -> None:
+    (root / ".gitignore").write_text("runkey/training/private.py\n")
+    (root / "runkey/training/private.py").write_text("X = 1\n")
+    loop = root / "runkey/training/loop.py"
+    loop.write_text(loop.read_text() + "\nfrom runkey.training import private  # noqa\n")
+    done = train(root, ok=False)
+    assert "runkey/training/private.py" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "training 1" not in done.stdout
