@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import socket
@@ -210,8 +211,10 @@ class EvaluationRecord:
         """
         if self._mlflow is None:
             return
+        # A record is JSON, which has no nan; MLflow keeps it.
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         before = self._details.evaluations.get(self._key) if self._details else None
-        if before == dict(metrics):
+        if before == finite:
             self._mlflow.close()
             return
         self._mlflow.log(metrics, 0)
@@ -224,7 +227,7 @@ class EvaluationRecord:
         self._details = replace(
             self._details,
             files=self._details.files | files,
-            evaluations=self._details.evaluations | {self._key: dict(metrics)},
+            evaluations=self._details.evaluations | {self._key: finite},
         )
         with _as_file(self._details) as file:
             self._mlflow.artifact(file)

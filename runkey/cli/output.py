@@ -7,6 +7,7 @@ faults, environments or runs differ).
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
@@ -23,8 +24,16 @@ Key = Annotated[str, typer.Argument(help="Beginning of a key; KEY:RUN for one of
 
 
 def print_json(value: Any) -> None:
-    """Indented JSON on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Indented JSON on stdout; numbers that JSON does not have (nan, inf) are strings in it."""
+    print(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def answer_no() -> NoReturn:

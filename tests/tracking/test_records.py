@@ -1,0 +1,95 @@
+"""What MLflow has of a run, against a real store."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from runkey.errors import TrackingError
+from runkey.identity.record import Details, LoggedRun, StoredFile
+from runkey.tracking import MlflowTracker, Store
+from runkey.tracking.records import logged_run, read_details, write_details
+from runkey.tracking.store import open_client
+from runkey.tracking.tags import set_tag
+
+from .conftest import FAST
+from .test_mlflow_tracker import description
+
+DETAILS = Details(
+    stage="train",
+    files={"model/weights.pt": StoredFile(sha256="0" * 64, size=3)},
+    outputs=["model/weights.pt"],
+    witness={"device": "cpu x86_64"},
+    host="here",
+    snapshot=None,
+    pointer_md5=None,
+    decision="no run of this key: trained here",
+)
+
+
+def tracker(store: Store, **options: object) -> MlflowTracker:
+    return MlflowTracker(store, "detection", description(), say=print, pace=FAST, **options)  # type: ignore[arg-type]
+
+
+def test_a_run_is_told_when_it_begins_and_when_it_ends(store: Store) -> None:
+    told: list[LoggedRun] = []
+    running = tracker(store, changed=told.append)
+    running.log({"train/loss": 2.0, "system/cpu": 50.0}, 1)
+    running.log({"train/loss": float("nan")}, 2)
+    running.log({"train/loss": 1.5}, 3)
+    running.tag("key.audit", "ok")
+    run_id = running.close()
+    assert [(run.run_id, run.status, run.metrics) for run in told] == [
+        (run_id, "RUNNING", {}),
+        (run_id, "FINISHED", {"train/loss": 1.5}),
+    ]
+    assert told[1].tags["key.audit"] == "ok"
+    assert not [name for name in told[1].tags if name.startswith("mlflow.")]
+    assert told[1] == logged_run(open_client(store).get_run(str(run_id)))
+    assert told[1].started_ms <= int(told[1].ended_ms or 0)
+
+
+def test_runs_of_dead_processes_are_ended_once(store: Store) -> None:
+    client = open_client(store)
+    dead, done = (client.create_run("0", run_name=name).info.run_id for name in ("dead", "done"))
+    client.set_terminated(done, "FINISHED")
+    told: list[LoggedRun] = []
+    run_id = tracker(store, changed=told.append, supersedes=[done, "0" * 32, dead]).close()
+    assert [(run.run_id, run.status) for run in told] == [
+        (run_id, "RUNNING"),
+        (dead, "KILLED"),
+        (run_id, "FINISHED"),
+    ]
+    assert client.get_run(done).info.status == "FINISHED"
+
+
+def test_details_are_kept_with_the_run_and_can_be_replaced(store: Store) -> None:
+    run_id = str(tracker(store).close())
+    client = open_client(store)
+    assert read_details(client, logged_run(client.get_run(run_id))) is None
+    first = write_details(store, run_id, DETAILS)
+    assert read_details(client, first) == DETAILS
+    more = replace(DETAILS, outcomes=[{"identical": True}])
+    second = write_details(store, run_id, more, {"reproduced": "identical"})
+    assert read_details(client, second) == more
+    assert second.tags["reproduced"] == "identical"
+
+
+def test_a_tag_is_set_without_mlflow(store: Store, tmp_path: Path) -> None:
+    run_id = str(tracker(store).close())
+
+    def never(path: str, content: dict[str, str]) -> None:
+        raise AssertionError(path)
+
+    for value in ("first", "second"):
+        set_tag(store, run_id, "reused", value, never)
+    assert open_client(store).get_run(run_id).data.tags["reused"] == "second"
+    empty = Store(f"sqlite:///{tmp_path}/empty.db", None, tmp_path)
+    with pytest.raises(TrackingError, match="no such table"):
+        set_tag(empty, run_id, "reused", "x", never)
+    sent: list[tuple[str, dict[str, str]]] = []
+    server = Store("http://127.0.0.1:9", None, tmp_path)
+    set_tag(server, run_id, "reused", "x", lambda path, content: sent.append((path, content)))
+    assert sent == [("runs/set-tag", {"run_id": run_id, "key": "reused", "value": "x"})]
