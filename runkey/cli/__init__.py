@@ -10,7 +10,21 @@ from typing import Annotated
 
 import typer
 
-from runkey.cli import key, params, results, sample
+from runkey import __version__
+from runkey.cli import (
+    archive,
+    env,
+    get,
+    index,
+    key,
+    list_runs,
+    open_page,
+    params,
+    results,
+    sample,
+    show_run,
+    team,
+)
 from runkey.errors import report_errors
 
 app = typer.Typer(
@@ -21,16 +35,36 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(env.app, name="env")
+app.command("export")(archive.export_run)
+app.command("fetch")(team.fetch)
+app.command("get")(get.get)
+app.command("import")(archive.import_run)
+app.command("index")(index.index)
 app.command("key")(key.key)
-app.command("preset")(params.preset)
+app.command("list")(list_runs.list_runs)
+app.command("open")(open_page.open_page)
 app.command("params")(params.show)
+app.command("preset")(params.preset)
+app.command("publish")(team.publish)
 app.command("sample-data")(sample.sample_data)
+app.command("show")(show_run.show)
 app.command("summary")(results.summary)
 app.command("ui")(results.ui)
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"runkey {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True),
+    ] = False,
     traceback: Annotated[
         bool, typer.Option("--traceback", help="Show where in the code an error came from.")
     ] = False,

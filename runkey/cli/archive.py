@@ -1,0 +1,61 @@
+"""`runkey export` and `runkey import`: a run as one file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from runkey.cli.output import AsJson, Key, print_json
+from runkey.cli.place import library, store, workspace
+from runkey.cli.team import WithData, runs_of
+from runkey.errors import RegistryError
+from runkey.identity.key import short_key
+
+
+def export_run(
+    key: Key,
+    file: Annotated[Path, typer.Argument(help="Archive to write, such as run.zip.")],
+    with_data: WithData = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over a file that is there already.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run to one file: results, DVC's entries, snapshot and MLflow run."""
+    from runkey.registry.carry import export_run as write
+    from runkey.registry.library import find_run
+
+    if file.exists() and not force:
+        raise RegistryError(f"{file}: is there already; name another, or say --force")
+    record, place = find_run(library(), key), store()
+    done = write(record, workspace(), place.home, runs_of(place), file, with_data=with_data)
+    size = file.stat().st_size
+    if as_json:
+        print_json(asdict(done) | {"file": str(file), "archive_size": size})
+        return
+    print(
+        f"{short_key(done.key)}: {done.files} files ({done.size / 1e6:.1f} MB) in {file},"
+        f" {size / 1e6:.1f} MB; `runkey import {file.name}` takes it in"
+    )
+
+
+def import_run(
+    file: Annotated[Path, typer.Argument(help="Archive that `runkey export` wrote.")],
+    as_json: AsJson = False,
+) -> None:
+    """Take in a run from a file, checked whole; `dvc repro` then restores it."""
+    from runkey.registry.carry import import_run as take
+
+    place = store()
+    done = take(file, workspace(), place.home, runs_of(place), library())
+    if as_json:
+        print_json(asdict(done))
+        return
+    state = "taken in as" if done.is_new else "was here already as"
+    print(
+        f"{short_key(done.key)}: {done.files} files ({done.size / 1e6:.1f} MB) verified,"
+        f" {state} MLflow run {done.run_id}"
+    )
