@@ -9,6 +9,7 @@ from runkey import paths
 from runkey.errors import RunkeyError
 
 if TYPE_CHECKING:
+    from runkey.registry.claims import Claims
     from runkey.registry.query import SearchableLibrary
     from runkey.tracking.store import Store
 
@@ -49,3 +50,15 @@ def library() -> SearchableLibrary:
 
     place = store()
     return open_library(place.uri, place.home)
+
+
+def claims() -> Claims:
+    """Who trains what in that store.
+
+    Raises:
+        RunkeyError: see `store`.
+    """
+    from runkey.registry.open import open_claims
+
+    place = store()
+    return open_claims(place.uri, place.home)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from runkey.errors import RegistryError
+from runkey.hashing import sha256_file
 from runkey.identity.record import Record, StoredFile
 from runkey.registry.library import Library
 from runkey.registry.local_library import inside
@@ -48,6 +50,21 @@ def download(library: Library, record: Record, paths: Iterable[str], target: Pat
         raise RegistryError(f"{library.place}: the connection broke ({error!r})") from None
     finally:
         shutil.rmtree(waiting, ignore_errors=True)
+
+
+def in_the_way(record: Record, paths: Iterable[str], target: Path) -> list[str]:
+    """Those of the paths that lie in the folder already, with other contents.
+
+    Raises:
+        RegistryError: see `download`.
+    """
+    wanted = {path: _recorded(record, path) for path in paths}
+    return [
+        path
+        for path, stored in wanted.items()
+        if os.path.lexists(target / path)
+        and not ((target / path).is_file() and sha256_file(target / path) == stored.sha256)
+    ]
 
 
 def _recorded(record: Record, path: str) -> StoredFile:

@@ -16,13 +16,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from runkey import paths
 from runkey.errors import RegistryError
 from runkey.identity.errors import RecipeError
 from runkey.identity.record import Record, read_record
 from runkey.registry.query import Query, choose
 from runkey.registry.record_cache import RecordCache, Stamp
 
-RUNS = "runs"
 CACHE = "runs.sqlite"
 _NAME = re.compile(r"rk1-[0-9a-f]{64}-[\w-]+\.json")
 
@@ -43,7 +43,7 @@ class LocalLibrary:
             say: told of files that are no records, in one line each.
         """
         self.home = home
-        self.folder = home / RUNS
+        self.folder = home / paths.RECORDS
         self._say = say
 
     @property
@@ -139,17 +139,16 @@ class LocalLibrary:
         """The record in a file; None, and a line about it, if it holds none."""
         record = self._record(name)
         if isinstance(record, str):
-            if record:
-                self._say(f"{record}; left out")
+            self._say(f"{record}; left out")
             return None
         return record
 
-    def _record(self, name: str) -> Record | str:
-        """The record in a file, or what is wrong with it; nothing is, if it is gone."""
+    def _record(self, name: str) -> Record | str | None:
+        """The record in a file, or what is wrong with it; None if it is gone."""
         try:
             record = read_record(self.folder / name)
         except FileNotFoundError:
-            return ""
+            return None
         except (RecipeError, OSError) as error:
             return str(error)
         if record.file_name != name:

@@ -167,7 +167,8 @@ def find_field(name: str, known: Sequence[LoggedRun]) -> Field:
         raise RegistryError(f"{name}: {', '.join(ends[:6])} end so; say which")
     if not known or "/" in name:
         return Field("metrics" if "/" in name else "params", name)
-    near = get_close_matches(name, [*ATTRIBUTES, *NAMES, *(n for k in _KINDS for n in names[k])])
+    leaves = {n.rpartition(".")[2] for n in names["params"]}
+    near = get_close_matches(name, [*ATTRIBUTES, *NAMES, *leaves, *set().union(*names.values())])
     hint = f"; like it: {', '.join(near)}" if near else "; `runkey show KEY --all` lists the names"
     raise RegistryError(f"{name}: no run has a value of that name{hint}")
 

@@ -32,8 +32,8 @@ _INSERT = f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * 13)})"
 
 Stamp = tuple[int, int]
 """Time of change in nanoseconds, and size in bytes."""
-Read = Callable[[str], Record | str]
-"""Gives the record in a file of that name, or what is wrong with it."""
+Read = Callable[[str], Record | str | None]
+"""Gives the record in a file of that name, or what is wrong with it; None if it is gone."""
 
 
 class RecordCache:
@@ -103,7 +103,8 @@ class RecordCache:
         gone = held.keys() - stamps.keys()
         changed = [file for file, stamp in stamps.items() if held.get(file) != stamp]
         if gone or changed:
-            rows = [_row(file, stamps[file], self._read(file)) for file in changed]
+            read = ((file, self._read(file)) for file in changed)
+            rows = [_row(file, stamps[file], what) for file, what in read if what is not None]
             database.execute("BEGIN IMMEDIATE")
             database.executemany("DELETE FROM runs WHERE file = ?", [(file,) for file in gone])
             database.executemany(_INSERT, rows)

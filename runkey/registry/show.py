@@ -1,0 +1,189 @@
+"""All that is known of a run, as lines for people."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from runkey.identity.record import KEY, Details, LoggedRun, Record
+from runkey.params import parse_params
+from runkey.registry.columns import address, span, text
+
+WIDTH = 100
+_LABEL = 13
+_PART_DIGITS = 12
+_FIRST = ("AP", "AP50", "AP75", "loss")
+_GROUPS = ("eval", "val", "train")
+
+Row = tuple[str, str]
+"""A label, empty if it is that of the row before, and a text of any length."""
+
+
+def lines(rows: Sequence[Row]) -> list[str]:
+    """The rows, wrapped at spaces to 100 columns."""
+    result = []
+    for label, content in rows:
+        result += textwrap.wrap(
+            content,
+            WIDTH,
+            initial_indent=f"{label:<{_LABEL}}",
+            subsequent_indent=" " * _LABEL,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return [line.replace(_NO_BREAK, " ") for line in result]
+
+
+def describe(
+    record: Record, *, status: str, others: Sequence[Record], page: str, every_param: bool
+) -> list[Row]:
+    """What is known of a run.
+
+    Args:
+        record: the run, with its details.
+        status: as it is now.
+        others: further runs of its key.
+        page: address of its MLflow page; empty if nothing serves one.
+        every_param: show all parameters, not only those that are not the default.
+    """
+    run, details = record.run, record.details
+    return [
+        ("key", record.key),
+        ("parts", _listed(f"{name} {digest[:_PART_DIGITS]}" for name, digest in run.parts.items())),
+        ("status", _status(run, status)),
+        ("name", run.name),
+        *([("repeats", f"run {record.reproduction_of}")] if record.reproduction_of else []),
+        *([("decision", details.decision)] if details and details.decision else []),
+        *_metrics(run.metrics),
+        *_params(run, every_param=every_param),
+        *(_witness(details) if details else [("details", "none: it ended before it wrote them")]),
+        *_others(others),
+        *_files(details),
+        ("MLflow run", f"{run.run_id} in experiment {run.experiment_id}"),
+        ("artifacts", run.artifact_uri),
+        *([("page", page)] if page else []),
+    ]
+
+
+def size(count: int) -> str:
+    """Bytes for people: `310 B`, `1.2 kB`, `45.1 MB`."""
+    amount = float(count)
+    for unit in ("B", "kB", "MB"):
+        if amount < 999.5:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} GB"
+
+
+def _status(run: LoggedRun, status: str) -> str:
+    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.started_ms / 1000))
+    if run.ended_ms is None:
+        return f"{status}, since {started}"
+    return f"{status}, {started}, took {span((run.ended_ms - run.started_ms) / 1000)}"
+
+
+def _metrics(metrics: Mapping[str, float]) -> Iterator[Row]:
+    """A row for each group, `eval` first, and in each the AP first."""
+
+    def group(name: str) -> str:
+        return name.rpartition("/")[0]
+
+    def order(name: str) -> tuple[Any, ...]:
+        head, leaf = group(name), name.rpartition("/")[2]
+        place = _GROUPS.index(head) if head in _GROUPS else len(_GROUPS)
+        first = _FIRST.index(leaf) if leaf in _FIRST else len(_FIRST)
+        return place, head, first, leaf
+
+    for head, names in groupby(sorted(metrics, key=order), key=group):
+        values = (f"{n.rpartition('/')[2]} {_short(metrics[n])}" for n in names)
+        yield head or "metrics", _listed(values)
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if 0.001 <= abs(value) < 1 else text(value)
+
+
+def _params(run: LoggedRun, *, every_param: bool) -> Iterator[Row]:
+    values = {name: v for name, v in run.params.items() if name.split(".")[0] != KEY}
+    if not values:
+        return
+    shown = values if every_param else _not_default(values)
+    if every_param:
+        yield "parameters", f"{len(values)}"
+        yield from (("", f"{name} = {value}") for name, value in sorted(shown.items()))
+        return
+    said = f"{len(values)}, of which {len(shown)} are not the default (--all shows them all)"
+    yield "parameters", said
+    if shown:
+        yield "", _listed(f"{name}={_unbroken(value)}" for name, value in sorted(shown.items()))
+
+
+def _not_default(values: Mapping[str, str]) -> dict[str, str]:
+    plain = parse_params({"lr": 1.0, "seed": 0}).flat(runtime=True)
+    default = {n: v if isinstance(v, str) else json.dumps(v) for n, v in plain.items()}
+    return {n: v for n, v in values.items() if n in ("lr", "seed") or v != default.get(n)}
+
+
+def _witness(details: Details) -> Iterator[Row]:
+    seen = details.witness
+    items = [
+        str(seen.get("device", "device unknown")),
+        f"micro-batch {seen.get('micro_batch', '?')}",
+        f"{seen.get('world_size', '?')} process(es)",
+        f"{seen.get('threads', '?')} thread(s)",
+        f"mixed precision {seen.get('precision', '?')}",
+    ]
+    yield "ran on", f"{details.host}: {_listed(items)}"
+    yield "", str(seen.get("interpreter", ""))
+    yield from _titled("packages", seen.get("package_differences") or ["as locked"])
+    yield from _titled("undeclared", seen.get("undeclared_files") or ())
+    commit = seen.get("commit")
+    if commit:
+        state = "with changes that were not committed" if seen.get("dirty") else "as committed"
+        yield "commit", f"{commit} {state}"
+    yield "snapshot", details.snapshot or "none: it did not run in a git repository"
+    yield from _titled("reproduced", (_outcome(outcome) for outcome in details.outcomes))
+
+
+def _outcome(outcome: Mapping[str, Any]) -> str:
+    plain = {k: v for k, v in outcome.items() if isinstance(v, str | int | float)}
+    return " ".join(f"{name} {text(v) if isinstance(v, float) else v}" for name, v in plain.items())
+
+
+def _others(others: Sequence[Record]) -> Iterator[Row]:
+    for number, other in enumerate(others):
+        what = "reproduction" if other.reproduction_of else "another run"
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(other.run.started_ms / 1000))
+        line = f"{address(other)} {what}, {other.run.status}, {when}"
+        yield ("" if number else "same key"), line
+
+
+def _files(details: Details | None) -> Iterator[Row]:
+    if details is None or not details.files:
+        return
+    total = sum(file.size for file in details.files.values())
+    yield "files", f"{len(details.files)}, {size(total)}"
+    paths = sorted(details.files, key=lambda path: (path.rpartition("/")[0], path))
+    for folder, inside in groupby(paths, key=lambda path: path.rpartition("/")[0]):
+        items = (f"{p.rpartition('/')[2]} {_unbroken(size(details.files[p].size))}" for p in inside)
+        yield "", f"{folder + '/: ' if folder else ''}{_listed(items)}"
+
+
+def _titled(label: str, items: Iterable[object]) -> Iterator[Row]:
+    for number, item in enumerate(items):
+        yield ("" if number else label), str(item)
+
+
+_NO_BREAK = "\N{NO-BREAK SPACE}"
+
+
+def _unbroken(value: str) -> str:
+    return value.replace(" ", _NO_BREAK)
+
+
+def _listed(items: Iterable[object]) -> str:
+    return ", ".join(_unbroken(str(item)) for item in items)
