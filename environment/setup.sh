@@ -4,8 +4,9 @@
 #   sh environment/setup.sh FOLDER REQUIREMENTS    make FOLDER (.venv) hold what REQUIREMENTS pins
 #   sh environment/setup.sh --bin                  print the folder of the Python to use
 #
-# Nothing outside FOLDER is changed.  An active conda environment that holds exactly the packages of
-# conda-lock.yml is used as it is.  A set-up that was interrupted is begun anew.
+# .venv gets the command `runkey` too.  Nothing outside FOLDER is changed.  An active conda
+# environment that holds exactly the packages of conda-lock.yml is used as it is; there the command
+# is `python -m runkey`.  A set-up that was interrupted is begun anew.
 set -eu
 
 stop() {
@@ -64,6 +65,20 @@ find_uv() {
   printf '%s\n' "$folder/bootstrap/bin/uv"
 }
 
+# The command `runkey`: environment/console.py behind two lines that are sh and Python both, since a
+# first line that names the Python of .venv could not hold every path.
+console() {
+  printf "#!/bin/sh\n'''exec' \"%s/.venv/bin/python\" \"\$0\" \"\$@\"\n' '''\n" "$PWD"
+  cat environment/console.py
+}
+
+write_console() {
+  [ "$folder" = .venv ] || return 0
+  if [ -f .venv/bin/runkey ] && console | cmp -s - .venv/bin/runkey; then return; fi
+  console >.venv/bin/runkey
+  chmod +x .venv/bin/runkey
+}
+
 cd "$(dirname "$0")/.."
 
 if [ "$1" = --bin ]; then
@@ -80,6 +95,7 @@ if [ "$folder" = .venv ] && conda_holds_the_lock; then
 fi
 # The path is in the stamp because the scripts in bin/ hold it: a copied folder is made anew.
 if [ -f "$stamp" ] && { pwd && cat "$requirements"; } | cmp -s - "$stamp" && is_python_312 "$folder/bin/python"; then
+  write_console
   exit
 fi
 
@@ -100,5 +116,6 @@ quiet=--quiet
 [ ! -t 2 ] || quiet=
 UV_PYTHON_DOWNLOADS=never "$uv" pip sync $quiet --require-hashes --python "$folder/bin/python" "$requirements" ||
   stop "$requirements could not be installed into $folder; see the lines above, then try again"
+write_console
 { pwd && cat "$requirements"; } >"$stamp"
 rm -f "$folder/unfinished"

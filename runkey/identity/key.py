@@ -50,13 +50,13 @@ class Recipe:
     @property
     def parts(self) -> dict[str, str]:
         """Hex sha256 of each part.  The part's name is hashed too: no part can pass for another."""
-        return {part: _digest(part, self.preimages[part]) for part in PARTS}
+        return {part: part_digest(part, self.preimages[part]) for part in PARTS}
 
     @property
     def key(self) -> str:
         """`rk1-` and 64 hex digits."""
         whole = {"schema": SCHEMA, "stage": self.stage, "cmd": dict(self.cmd), **self.parts}
-        return f"{SCHEMA}-{_digest('recipe', whole)}"
+        return f"{SCHEMA}-{part_digest('recipe', whole)}"
 
     def as_dict(self) -> dict[str, Any]:
         """For key.json: the key, its parts and everything that they hash."""
@@ -133,7 +133,8 @@ def make_recipe(
     return Recipe(stage, {one.name: one.cmd for one in stages}, preimages)
 
 
-def _digest(kind: str, preimage: Any) -> str:
+def part_digest(kind: str, preimage: Any) -> str:
+    """Hex sha256 of a preimage; `kind`, one of `PARTS` or `recipe`, is hashed before it."""
     return sha256_bytes(f"{SCHEMA}:{kind}\n{canonical_json(preimage)}".encode())
 
 

@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-COMMANDS = ("sh", "sed", "awk", "cat", "cmp", "dirname", "uname", "grep", "mkdir", "rm")
+COMMANDS = ("sh", "sed", "awk", "cat", "cmp", "dirname", "uname", "grep", "mkdir", "rm", "chmod")
 
 
 @pytest.fixture
 def clone(tmp_path):
     """A repository, and a PATH with nothing but the commands that every machine has."""
     (tmp_path / "repository/environment").mkdir(parents=True)
-    shutil.copy(REPOSITORY / "environment/setup.sh", tmp_path / "repository/environment")
+    for name in ("setup.sh", "console.py"):
+        shutil.copy(REPOSITORY / "environment" / name, tmp_path / "repository/environment")
     shutil.copy(REPOSITORY / "conda-lock.yml", tmp_path / "repository")
     (tmp_path / "repository/requirements.txt").write_text("# nothing\n")
     (tmp_path / "bin").mkdir()
@@ -82,6 +83,72 @@ def test_from_nothing_and_then_nothing_to_do(clone_with_python):
     second = set_up(clone_with_python)
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
     assert not (clone_with_python.parent / "calls").exists()
+
+
+COMMAND_LINE = """\
+import os, sys
+def main():
+    print(sys.prefix, os.path.dirname(os.path.dirname(__file__)), *sys.argv[1:])
+"""
+
+
+def add_runkey(repository):
+    (repository / "runkey").mkdir(parents=True)
+    (repository / "runkey/__init__.py").touch()
+    (repository / "runkey/__main__.py").touch()
+    (repository / "runkey/cli.py").write_text(COMMAND_LINE)
+
+
+def runkey(clone, folder, *arguments):
+    program = clone / ".venv/bin/runkey"
+    return subprocess.run([program, *arguments], cwd=folder, capture_output=True, text=True)
+
+
+def test_the_command_runs_the_repository_that_one_stands_in(clone_with_python, tmp_path):
+    set_up(clone_with_python)
+    add_runkey(clone_with_python)
+    add_runkey(tmp_path / "other clone")
+    (tmp_path / "other clone/a/b").mkdir(parents=True)
+    prefix = clone_with_python / ".venv"
+    for folder, repository in [
+        (clone_with_python, clone_with_python),
+        (clone_with_python / "environment", clone_with_python),
+        (clone_with_python / "runkey", clone_with_python),
+        (tmp_path / "other clone/a/b", tmp_path / "other clone"),
+        (tmp_path, clone_with_python),
+    ]:
+        done = runkey(clone_with_python, folder, "a b", "$0")
+        assert (done.stdout, done.stderr) == (f"{prefix} {repository} a b $0\n", "")
+    link = tmp_path / "linked"
+    link.symlink_to(clone_with_python / ".venv/bin/runkey")
+    done = subprocess.run([link], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == f"{prefix} {clone_with_python}\n"
+
+
+def test_the_command_is_made_where_a_folder_has_a_blank(clone_with_python, tmp_path):
+    blank = tmp_path / "my clone"
+    shutil.copytree(clone_with_python, blank, symlinks=True)
+    set_up(blank, PATH=str(clone_with_python.parent / "bin"))
+    add_runkey(blank)
+    assert runkey(blank, blank).stdout == f"{blank}/.venv {blank}\n"
+
+
+def test_a_lost_or_an_old_command_is_written_anew(clone_with_python):
+    set_up(clone_with_python)
+    program = clone_with_python / ".venv/bin/runkey"
+    before = program.read_bytes()
+    program.write_bytes(b"#!/bin/sh\n")
+    assert set_up(clone_with_python).stdout == ""
+    assert program.read_bytes() == before
+    program.unlink()
+    set_up(clone_with_python)
+    assert program.read_bytes() == before
+    assert os.access(program, os.X_OK)
+
+
+def test_only_the_main_environment_has_the_command(clone_with_python):
+    assert set_up(clone_with_python, ".venv-tools", "requirements.txt").returncode == 0
+    assert not (clone_with_python / ".venv-tools/bin/runkey").exists()
 
 
 def test_python3_will_do_if_it_is_312(clone_with_python):

@@ -1,0 +1,230 @@
+"""What is installed, compared with what is locked; and the locked environment of a recorded run.
+
+Without conda, Python packages are compared with requirements.txt, which is derived from the lock.
+In an active conda environment every package is compared with conda-lock.yml, its build too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from runkey.errors import RegistryError
+from runkey.identity.environment import (
+    Package,
+    environment_preimage,
+    installed_packages,
+    normalise_name,
+    read_lock,
+    read_requirements,
+)
+from runkey.identity.key import part_digest
+from runkey.identity.record import Record
+from runkey.identity.requirements import python_pins
+from runkey.paths import LOCK
+from runkey.registry.git import git, git_bytes
+from runkey.registry.snapshot import has_snapshot
+
+REQUIREMENTS = Path("requirements.txt")
+FILES = (LOCK, REQUIREMENTS)
+"""What an environment is made from."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A package that is not installed as it is locked."""
+
+    name: str
+    locked: str | None
+    """Version, in a conda environment `version build`; None: not locked."""
+    installed: str | None
+    """Likewise; None: not installed."""
+
+    @property
+    def kind(self) -> Literal["missing", "other", "extra"]:
+        """What is wrong with it; an extra package is no fault."""
+        if self.installed is None:
+            return "missing"
+        return "other" if self.locked is not None else "extra"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """An environment beside its lock."""
+
+    place: str
+    """Folder of the environment."""
+    against: str
+    """The file that names what is locked."""
+    same: int
+    """Packages installed as locked."""
+    differences: tuple[Difference, ...]
+    """All others, sorted by name."""
+    python: str
+    """Version of the interpreter."""
+    locked_python: str
+    way_out: str
+    """What to run where something is missing or other."""
+
+    def of_kind(self, kind: str) -> list[Difference]:
+        """The differences of one kind."""
+        return [d for d in self.differences if d.kind == kind]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether all that is locked is installed so."""
+        return not self.of_kind("missing") and not self.of_kind("other")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        lists = {
+            kind: [
+                {"name": d.name, "locked": d.locked, "installed": d.installed}
+                for d in self.of_kind(kind)
+            ]
+            for kind in ("missing", "other", "extra")
+        }
+        return {
+            "agrees": self.agrees,
+            "environment": self.place,
+            "against": self.against,
+            "python": self.python,
+            "locked_python": self.locked_python,
+            "same": self.same,
+            **lists,
+            "way_out": "" if self.agrees else self.way_out,
+        }
+
+
+def compare_environment(
+    folder: Path, prefix: Path | None = None, conda: Path | None = None
+) -> Comparison:
+    """What this interpreter can import, beside what a folder's lock names.
+
+    Args:
+        folder: with conda-lock.yml and requirements.txt, such as the repository.
+        prefix: of the interpreter; None: this one's.
+        conda: the active conda environment; None: what `CONDA_PREFIX` says.
+
+    Raises:
+        LockError: the folder's lists cannot be read.
+        RegistryError: a record of conda's is damaged.
+    """
+    prefix = Path(sys.prefix) if prefix is None else prefix
+    if conda is None and os.environ.get("CONDA_PREFIX"):
+        conda = Path(os.environ["CONDA_PREFIX"])
+    packages = read_lock(folder / LOCK)
+    python = ".".join(map(str, sys.version_info[:3]))
+    locked_python = next((p.version for p in packages if p.name == "python"), python)
+    if conda and conda.resolve() == prefix.resolve() and (conda / "conda-meta").is_dir():
+        against = LOCK
+        pairs = _conda_pairs(prefix, packages)
+    else:
+        against = REQUIREMENTS
+        pairs = _pairs(read_requirements(folder / REQUIREMENTS), installed_packages())
+        if python.split(".")[:2] != locked_python.split(".")[:2]:
+            pairs.append(Difference("python", locked_python, python))
+    return Comparison(
+        place=str(prefix),
+        against=str(against),
+        same=sum(pair.locked == pair.installed for pair in pairs),
+        differences=tuple(pair for pair in pairs if pair.locked != pair.installed),
+        python=python,
+        locked_python=locked_python,
+        way_out=_way_out(folder, prefix, against),
+    )
+
+
+def _pairs(locked: Mapping[str, str], installed: Mapping[str, str]) -> list[Difference]:
+    names = sorted(set(locked) | set(installed))
+    return [Difference(name, locked.get(name), installed.get(name)) for name in names]
+
+
+def _conda_pairs(prefix: Path, packages: tuple[Package, ...]) -> list[Difference]:
+    """Conda's packages by version and build, then what pip put beside or over them."""
+    installed, files = _conda_records(prefix)
+    pairs = _pairs({p.name: f"{p.version} {p.build}" for p in packages}, installed)
+    pins = python_pins(packages)
+    for path in sorted(prefix.glob("lib/python3*/site-packages/*.dist-info")):
+        if f"{path.relative_to(prefix).as_posix()}/METADATA" not in files:
+            name, _, version = path.stem.partition("-")
+            name = normalise_name(name)
+            pairs.append(Difference(name, pins.get(name), f"{version} by pip"))
+    return pairs
+
+
+def _conda_records(prefix: Path) -> tuple[dict[str, str], set[str]]:
+    """`version build` by name of all that conda installed, and the paths of all its files."""
+    found, files = {}, set[str]()
+    for path in sorted((prefix / "conda-meta").glob("*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            found[str(record["name"])] = f"{record['version']} {record['build']}"
+            files |= set(record.get("files", ()))
+        except (ValueError, KeyError, TypeError):
+            raise RegistryError(
+                f"{path}: not a record of conda's; `conda install --force-reinstall` the package"
+            ) from None
+    return found, files
+
+
+def _way_out(folder: Path, prefix: Path, against: Path) -> str:
+    if against == LOCK:
+        return f"conda-lock install --prefix {prefix} {LOCK}"
+    if prefix.resolve() == (folder / ".venv").resolve():
+        # `make env` trusts its mark, which a package installed by hand does not touch.
+        return "rm -f .venv/requirements.installed && make env"
+    return "make env, then .venv/bin/runkey"
+
+
+def export_environment(root: Path, record: Record, target: Path) -> list[Path]:
+    """Write the lock and the requirements that a run was made with, from its snapshot.
+
+    Args:
+        root: the repository, or a folder in it.
+        record: of the run, with its details.
+        target: folder; made if need be.
+
+    Returns:
+        The files written.
+
+    Raises:
+        RegistryError: the run has no snapshot, it is not here, its lock is not the one in the run's
+            key, or `target` holds other files of these names.
+    """
+    oid = record.details.snapshot if record.details else None
+    if oid is None:
+        raise RegistryError(f"{record.label}: the run kept no snapshot of its code")
+    if not has_snapshot(root, oid):
+        raise RegistryError(
+            f"{record.label}: its snapshot {oid[:12]} is not in this repository;"
+            f" `runkey fetch {record.label}` brings it"
+        )
+    top = git(root, "rev-parse", "--show-prefix")
+    contents = {name: git_bytes(root, "show", f"{oid}:{top}{name}") for name in FILES}
+    for name, content in contents.items():
+        path = target / name
+        if path.exists() and path.read_bytes() != content:
+            raise RegistryError(f"{path}: is there, with other content; name another folder")
+    return _write_checked(contents, record, target)
+
+
+def _write_checked(contents: Mapping[Path, bytes], record: Record, target: Path) -> list[Path]:
+    """The files, in place only if the lock among them is the one that the run's key hashes."""
+    with tempfile.TemporaryDirectory(prefix="runkey-") as folder:
+        copies = [(Path(folder) / name, content) for name, content in contents.items()]
+        for copy, content in copies:
+            copy.write_bytes(content)
+        digest = part_digest("environment", environment_preimage(Path(folder) / LOCK))
+        if digest != record.run.parts["environment"]:
+            raise RegistryError(f"{record.label}: the lock in its snapshot is not that of its key")
+    target.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (target / name).write_bytes(content)
+    return [target / name for name in contents]
