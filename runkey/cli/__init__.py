@@ -13,6 +13,7 @@ import typer
 from runkey import __version__
 from runkey.cli import (
     archive,
+    diff,
     env,
     get,
     index,
@@ -35,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command("diff")(diff.diff)
 app.add_typer(env.app, name="env")
 app.command("export")(archive.export_run)
 app.command("fetch")(team.fetch)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,11 +77,11 @@ class _Tree:
         *arguments: str,
         text: str | None = None,
         accept: Collection[int] = (0,),
-        **env: str,
+        env: Mapping[str, str] | None = None,
     ) -> str:
         """Run git on the tree, the main repository and the temporary index."""
-        env |= self._env()
-        return git(self.top, *_SETTINGS, *arguments, env=env, text=text, accept=accept)
+        places = self._env() | dict(env or {})
+        return git(self.top, *_SETTINGS, *arguments, env=places, text=text, accept=accept)
 
     def checked_out(self, oid: str, path: str) -> bytes:
         """The bytes that a check-out of a blob writes, filters applied."""
@@ -253,4 +253,4 @@ def _commit(tree: _Tree, parent: str | None) -> str:
     if parent and tree.git("rev-parse", f"{parent}^{{tree}}") == oid:
         return parent
     parents = ("-p", parent) if parent else ()
-    return tree.git("commit-tree", oid, *parents, "-m", _MESSAGE, **_WHO)
+    return tree.git("commit-tree", oid, *parents, "-m", _MESSAGE, env=_WHO)

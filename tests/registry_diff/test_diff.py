@@ -1,0 +1,257 @@
+"""`runkey diff`: which parts of two keys differ, and how, from real snapshots and records."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from runkey.cli import app
+from runkey.data.image_list import ListedImage
+from runkey.errors import RegistryError
+from runkey.identity.key import make_recipe
+from runkey.registry.diff import compare
+from runkey.registry.diff_data import compare_images
+from runkey.registry.diff_sides import run_side, tree_side
+from runkey.registry.local_library import LocalLibrary
+from runkey.registry.snapshot import take_snapshot
+from tests.support.records import make_run
+
+IMAGES = {
+    "train": {"a.jpg": [1, "aa", "01"], "b.jpg": [2, "bb", "02"], "c.jpg": [0, "cc", "03"]},
+    "val": {"d.jpg": [1, "dd", "04"]},
+}
+
+
+def images_json(images):
+    return json.dumps({"schema": "images1", "splits": images}).encode()
+
+
+def record(repository, run_id, images=IMAGES, **changes):
+    """The run of the tree as it stands."""
+    recipe = make_recipe("train", repository.root)
+    files = {
+        "model/key.json": json.dumps(recipe.as_dict()).encode(),
+        "run.json": json.dumps({"witness": {"packages": {"numpy": "2.10"}}}).encode(),
+        "model/weights.pt": run_id.encode(),
+    }
+    if images is not None:
+        files["prepared/images.json"] = images_json(images)
+    snapshot = take_snapshot(repository.root, repository.root, recipe)
+    fields = {"snapshot": snapshot, "files": files, **changes}
+    return make_run(repository.root, recipe.key, run_id * 32, **fields)
+
+
+@pytest.fixture
+def two(repository, monkeypatch):
+    """The repository with two runs: `first`, and `second` after a change of everything."""
+    monkeypatch.chdir(repository.root)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    repository.first = record(repository, "a", metrics={"eval/AP": 0.5, "val/loss": 1.0})
+    repository.write("params.yaml", "lr: 5e-5\nseed: 1\nmodel:\n  num_queries: 20\n")
+    repository.write("runkey/net.py", "import runkey.extra\nwidth = 4\n")
+    repository.write("runkey/extra.py", "a = 1\nb = 2\n")
+    repository.write("data.dvc", "outs:\n- md5: 4567cdef.dir\n  path: data\n")
+    lock = (repository.root / "conda-lock.yml").read_text()
+    repository.write("conda-lock.yml", lock.replace("2.10", "2.11"))
+    images = {
+        "train": {"a.jpg": [1, "xx", "01"], "b.jpg": [2, "bb", "99"], "d.jpg": [1, "dd", "04"]},
+        "val": {"e.jpg": [1, "ee", "05"]},
+    }
+    repository.second = record(
+        repository, "b", images, metrics={"eval/AP": 0.625, "val/loss": 1.0}, host="there"
+    )
+    return repository
+
+
+def sides(repository, a=None, b=None):
+    library = LocalLibrary(repository.root / ".runkey")
+    addresses = (a or repository.first.key, b or repository.second.key)
+    return [run_side(library, address, repository.root) for address in addresses]
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, ["diff", *arguments])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_every_part_and_how_it_differs(two):
+    diff = compare(*sides(two), two.root)
+    assert not diff.same_key
+    assert all(pair.a != pair.b for pair in diff.parts.values())
+    assert [(p.name, p.a, p.b) for p in diff.params] == [("lr", 1e-4, 5e-5)]
+    assert [(f.path, f.change, f.insertions, f.deletions) for f in diff.code.files] == [
+        ("runkey/extra.py", "added", 2, 0),
+        ("runkey/net.py", "changed", 2, 1),
+    ]
+    assert "-width = 3\n+import runkey.extra\n+width = 4" in diff.code.patch
+    assert "--- a/runkey/net.py\n+++ b/runkey/net.py\n" in diff.code.patch
+    assert [(p.name, p.a, p.b) for p in diff.data] == [
+        ("data", "md5:0123abcd.dir", "md5:4567cdef.dir")
+    ]
+    assert diff.images.by_kind() == {
+        "added": ["e.jpg"],
+        "removed": ["c.jpg"],
+        "relabelled": ["a.jpg"],
+        "replaced": ["b.jpg"],
+        "moved": ["d.jpg"],
+    }
+    assert [(p.name, p.a, p.b) for p in diff.packages] == [
+        ("numpy", "2.10 py312_0", "2.11 py312_0")
+    ]
+    assert [(p.name, p.b - p.a) for p in diff.metrics] == [("eval/AP", 0.125)]
+    assert diff.equal_metrics == 1
+    assert {p.name: (p.a, p.b) for p in diff.witness}["host"] == ("here", "there")
+    assert not diff.artifacts  # two keys: their files are two
+
+
+def test_as_text_it_is_read_in_100_columns(two):
+    said = run(two.first.key[:12], two.second.key[:12], "--patch")
+    assert max(map(len, said.splitlines())) <= 100
+    for line in (
+        "params: 1 differs",
+        "code: 2 differ",
+        "images: 4 in A, 4 in B",
+        "  1 relabelled\n    a.jpg",
+        "environment: 1 differs",
+        "metrics: 1 the same, 1 not",
+        "+width = 4",
+    ):
+        assert line in said
+    assert "\x1b" not in said
+
+
+def test_as_json_and_by_exit_code(two):
+    told = json.loads(run(two.first.key, two.second.key, "--json", "--exit-code", code=3))
+    assert told["a"]["run_id"] == "a" * 32
+    assert told["metrics"] == [{"name": "eval/AP", "a": 0.5, "b": 0.625, "difference": 0.125}]
+    assert "patch" not in told["code"]
+    assert json.loads(run(two.first.key, two.second.key, "--json"))["same_key"] is False
+    run(two.first.key, two.first.key, "--exit-code")
+
+
+def test_the_tree_as_it_stands(two):
+    told = json.loads(run(two.second.key, ".", "--json", "--exit-code"))
+    assert told["same_key"] is True
+    two.write("runkey/extra.py", "a = 1\nb = 3\n")
+    told = json.loads(run(two.second.key, ".", "--json", "--patch", "--exit-code", code=3))
+    assert [f["path"] for f in told["code"]["files"]] == ["runkey/extra.py"]
+    assert "-b = 2\n+b = 3\n" in told["code"]["patch"]
+    assert told["b"]["run_id"] is None
+    assert told["metrics"] == []
+
+
+def test_the_tree_s_images_count_only_if_they_are_of_its_data(two):
+    two.write("prepared/images.json", images_json(IMAGES))
+    assert tree_side(two.root).images is None
+    lock = "stages:\n  prepare:\n    deps:\n    - path: data\n      md5: 4567cdef.dir\n"
+    two.write("dvc.lock", lock)
+    side = tree_side(two.root)
+    assert list(side.images["val"]) == ["d.jpg"]
+    assert not side.notes
+
+
+def test_without_a_snapshot_the_hashes_are_compared(two):
+    for ref in two.git("for-each-ref", "--format=%(refname)", "refs/runkey").splitlines():
+        two.git("update-ref", "-d", ref)
+    two.git("gc", "-q", "--prune=now")
+    old, new = sides(two)
+    diff = compare(old, new, two.root)
+    # The first tree is HEAD, which a branch keeps; the second is nowhere any more.
+    assert "of its code only the hashes are known" in new.notes[0]
+    assert not old.notes
+    assert diff.code.unknown == ["runkey/extra.py", "runkey/net.py"]
+    assert diff.code.patch == ""
+    assert " -> " in run(two.first.key, two.second.key)
+
+
+def test_a_snapshot_of_something_else_is_not_taken_for_the_code(two):
+    changed = make_run(
+        two.root,
+        two.second.key,
+        "b" * 32,
+        files={"model/key.json": json.dumps(make_recipe("train", two.root).as_dict()).encode()},
+        snapshot=two.first.details.snapshot,
+    )
+    diff = compare(*sides(two, b=changed.key), two.root)
+    assert diff.code.unknown == ["runkey/extra.py", "runkey/net.py"]
+
+
+def test_two_runs_of_one_key(two):
+    again = record(two, "c", metrics={"eval/AP": 0.625, "val/loss": 1.5})
+    assert again.key == two.second.key
+    diff = compare(*sides(two, f"{again.key}:bbbb", f"{again.key}:cccc"), two.root)
+    assert diff.same_key
+    assert [p.name for p in diff.artifacts] == ["model/weights.pt", "prepared/images.json"]
+    assert diff.equal_artifacts == 2
+    said = run(f"{again.key}:bbbb", f"{again.key}:cccc", "--exit-code")
+    assert "the same key" in said
+    assert "files: 2 the same, 2 not" in said
+    assert "val/loss" in said
+    assert "the same run" in run(f"{again.key}:bbbb", f"{again.key}:bbbb")
+
+
+def test_a_run_that_failed_is_compared_by_what_is_known(two):
+    key = "rk1-" + "5" * 64
+    make_run(two.root, key, status="FAILED", with_details=False, files={})
+    told = json.loads(run(two.first.key, key, "--json"))
+    assert told["same_key"] is False
+    assert told["parts"]["code"]["a"] != told["parts"]["code"]["b"]
+    assert told["code"]["files"] == []
+    assert "model/key.json" in "".join(told["b"]["notes"])
+
+
+def test_a_key_json_of_another_run_is_an_error(two):
+    key = "rk1-" + "6" * 64
+    recipe = make_recipe("train", two.root)
+    make_run(two.root, key, files={"model/key.json": json.dumps(recipe.as_dict()).encode()})
+    with pytest.raises(RegistryError, match="holds another key"):
+        sides(two, b=key)
+
+
+def test_long_lists_are_cut(two):
+    images = {"train": {f"{n:03}.jpg": [1, "aa", f"{n}"] for n in range(50)}, "val": {}}
+    two.write("params.yaml", "lr: 0.5\nseed: 1\nmodel:\n  num_queries: 20\n")
+    many = record(two, "d", images)
+    said = run(two.second.key, many.key)
+    assert "50 added" in said
+    assert "... and 40 more (--all)" in said
+    assert "049.jpg" not in said
+    assert "(of the same data" in said
+    assert "049.jpg" in run(two.second.key, many.key, "--all")
+
+
+def test_without_lists_of_images_dvc_s_cache_names_files(two):
+    cache = two.root / ".dvc/cache/files/md5"
+    for md5, files in (
+        ("0123abcd", {"a.jpg": "1" * 32, "b.jpg": "2" * 32}),
+        ("4567cdef", {"b.jpg": "3" * 32, "c.jpg": "4" * 32}),
+    ):
+        path = cache / md5[:2] / f"{md5[2:]}.dir"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps([{"md5": m, "relpath": f} for f, m in files.items()]))
+    two.write("data.dvc", "outs:\n- md5: 0123abcd.dir\n  path: data\n")
+    bare = record(two, "e", None)
+    diff = compare(*sides(two, bare.key, two.second.key), two.root)
+    assert diff.images is None
+    assert diff.files.by_kind() == {
+        "added": ["data/c.jpg"],
+        "removed": ["data/a.jpg"],
+        "changed": ["data/b.jpg"],
+    }
+
+
+def test_a_command_and_the_list_of_what_is_left_out(two):
+    text = (two.root / "dvc.yaml").read_text()
+    two.write("dvc.yaml", text.replace("python -m stages.train", "python -O -m stages.train"))
+    told = json.loads(run(two.second.key, ".", "--json"))
+    assert told["commands"] == [
+        {"name": "train", "a": "python -m stages.train", "b": "python -O -m stages.train"}
+    ]
+    assert all(pair["a"] == pair["b"] for pair in told["parts"].values())
+    assert "commands: 1 differs" in run(two.second.key, ".")
+
+
+def test_images_of_equal_lists():
+    one = {"train": {"a.jpg": ListedImage(1, "aa", "01")}, "val": {}}
+    assert compare_images(one, one).is_empty
