@@ -148,7 +148,7 @@ class Askers:
         outcome = Outcome([], time.monotonic() + 0.1)
         for asker in self.askers:
             asker.ask(key, outcome.asked_at, seconds)
-        ends, expected = 0, self.count
+        ends, expected, dead = 0, self.count, -1
         while ends < expected:
             event = self.events.get(timeout=120)
             outcome.events.append(event)
@@ -158,7 +158,7 @@ class Askers:
                 self.askers[event["asker"]].send(signal.SIGKILL)
                 outcome.killed_at, dead = time.monotonic(), event["asker"]
                 expected -= 1
-        if kill:
+        if outcome.killed_at is not None:
             self.askers[dead].close()
             self.askers[dead] = self._start(dead)
             self._collect("ready", 1)
