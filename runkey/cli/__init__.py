@@ -21,10 +21,12 @@ from runkey.cli import (
     list_runs,
     open_page,
     params,
+    reproduce,
     results,
     sample,
     show_run,
     team,
+    verify,
 )
 from runkey.errors import report_errors
 
@@ -49,10 +51,12 @@ app.command("open")(open_page.open_page)
 app.command("params")(params.show)
 app.command("preset")(params.preset)
 app.command("publish")(team.publish)
+app.command("reproduce")(reproduce.reproduce)
 app.command("sample-data")(sample.sample_data)
 app.command("show")(show_run.show)
 app.command("summary")(results.summary)
 app.command("ui")(results.ui)
+app.command("verify")(verify.verify)
 
 
 def _say_version(asked: bool) -> None:

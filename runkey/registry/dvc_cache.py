@@ -65,12 +65,19 @@ class DvcCache:
 
     def entry_of(self, pointer_md5: str) -> Entry | None:
         """The entry of the stage that wrote a file, such as a run's run.json; None if none did."""
+        return self.entries_of([pointer_md5]).get(pointer_md5)
+
+    def entries_of(self, pointer_md5s: Iterable[str]) -> dict[str, Entry]:
+        """The same for several files in one search, by the md5s that were found."""
+        wanted = {md5.encode() for md5 in pointer_md5s}
+        found: dict[str, Entry] = {}
         for path, content in self._entries():
-            if pointer_md5.encode() in content.partition(_OUTS)[2]:
+            outs = content.partition(_OUTS)[2] if wanted else b""
+            for md5 in wanted.intersection(word for _, word in _OUT.findall(outs)):
                 entry = self._parse(path)
-                if entry and pointer_md5 in entry.outs.values():
-                    return entry
-        return None
+                if entry and md5.decode() in entry.outs.values():
+                    found[md5.decode()] = entry
+        return found
 
     def chain(self, entry: Entry) -> list[Entry]:
         """The entries whose outputs one took, itself, and those that took its own.
@@ -196,7 +203,7 @@ def cache_folder(root: Path) -> Path:
     """
     folder = root / ".dvc" / "cache"
     for file in (_user_config(), root / ".dvc" / "config", root / ".dvc" / "config.local"):
-        value = _read_config(file).get("cache", "dir", fallback="").strip("\"'")
+        value = read_config(file).get("cache", "dir", fallback="").strip("\"'")
         if value:
             folder = (file.parent / Path(value).expanduser()).resolve()
     return folder
@@ -217,7 +224,12 @@ def _user_config() -> Path:
     return (Path(named) if named else Path(base).expanduser() / "dvc") / "config"
 
 
-def _read_config(path: Path) -> configparser.ConfigParser:
+def read_config(path: Path) -> configparser.ConfigParser:
+    """One of DVC's settings files; empty if it is not there.
+
+    Raises:
+        RegistryError: it is none.
+    """
     config = configparser.ConfigParser(interpolation=None, strict=False)
     try:
         config.read(path, encoding="utf-8")

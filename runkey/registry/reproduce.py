@@ -1,0 +1,286 @@
+"""Train a recorded run again from its snapshot, and compare the two.
+
+    <home>/reproduce/<short key>-<process id>/     the worktree, removed afterwards
+
+The pipeline runs there with DVC's run-cache off: with it, DVC would give the first result back and
+prove nothing.  Nothing of the repeat enters DVC's cache either (`--no-commit`), where the newest
+entry of a key wins; it is kept in the store, as a run of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from runkey import paths
+from runkey.errors import RegistryError, RunkeyError
+from runkey.hashing import sha256_file
+from runkey.identity.key import PARTS, Recipe
+from runkey.identity.manifest import RunManifest
+from runkey.identity.record import Details, Record
+from runkey.registry.compare_runs import IDENTICAL, Side, Verdict, compare_runs
+from runkey.registry.environment import compare_environment
+from runkey.registry.findings import some
+from runkey.registry.library import Library
+from runkey.registry.worktree import (
+    Worktree,
+    add_worktree,
+    clean_environment,
+    remove_worktree,
+    share_cache,
+    tracked_inputs,
+)
+
+REPRODUCES = "RUNKEY_REPRODUCES"
+"""Tells the train stage which run it repeats, by MLflow id: it trains though the key is there."""
+TARGET = "evaluate"
+"""The stage that is asked for; all before it run as well."""
+_PATIENCE = 30.0
+"""Seconds that an interrupted pipeline has to end by itself."""
+# The snapshot's own code says what its key is: a later version has other defaults.
+_ASK_KEY = (
+    "import json; from pathlib import Path; from runkey.identity.key import make_recipe;"
+    " print(json.dumps(make_recipe({stage!r}, Path()).as_dict()))"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be reproduced, and how."""
+
+    library: Library
+    record: Record
+    """The run, with its details."""
+    main: Path
+    """The main checkout: its git, DVC cache and store are used."""
+    home: Path
+    """`Store.home`."""
+    say: Callable[[str], None]
+    """Told what is done, in one line each."""
+    output: TextIO
+    """A real file that the pipeline writes its own lines to."""
+    keep: bool = False
+    """Leave the worktree there."""
+    any_environment: bool = False
+    """Go on where packages are not as the snapshot locks them."""
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A run that was reproduced."""
+
+    run_id: str | None
+    """MLflow's; None if its parameters switch MLflow off."""
+    seconds: float
+    verdict: Verdict
+    outcome: dict[str, Any]
+    """For `Details.outcomes` of the first run."""
+
+
+def reproduce(request: Request) -> Repeat:
+    """Train the run again and compare.
+
+    Raises:
+        RegistryError: it cannot be reproduced here, or the pipeline failed; the text says what is
+            missing, and where the worktree was left.
+        KeyboardInterrupt: the pipeline was ended first, the worktree is gone.
+    """
+    record, details = request.record, _whole(request.record)
+    if details.snapshot is None:
+        raise RegistryError(
+            f"{record.label}: its code was not kept (it ran outside git); it cannot be reproduced"
+        )
+    folder = request.home / "reproduce" / f"{record.label}-{os.getpid()}"
+    tree = add_worktree(
+        request.main, details.snapshot, folder, f"`runkey fetch {record.label}` brings it"
+    )
+    request.say(f"snapshot {details.snapshot[:12]} is checked out in {tree.top}")
+    try:
+        repeat = _repeat(request, details, tree)
+    except RunkeyError as error:
+        raise RegistryError(f"{error}; its worktree is left in {tree.top}") from None
+    except KeyboardInterrupt:
+        remove_worktree(request.main, tree)
+        request.say(f"interrupted; {tree.top} is removed")
+        raise
+    if request.keep:
+        request.say(f"the worktree is kept: {tree.top}; `git worktree remove` ends it")
+    else:
+        remove_worktree(request.main, tree)
+    return repeat
+
+
+def _whole(record: Record) -> Details:
+    if not record.is_whole or record.details is None:
+        raise RegistryError(
+            f"{record.label}: run {record.run.run_id} is {record.run.status}, without a recorded"
+            " result to compare with"
+        )
+    return record.details
+
+
+def _repeat(request: Request, details: Details, tree: Worktree) -> Repeat:
+    """Make ready, train and evaluate, compare."""
+    record, root = request.record, tree.root
+    env = clean_environment(request.main, {REPRODUCES: record.run.run_id})
+    # DVC's stages call `python`: this one.
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', os.defpath)}"
+    _check_key(request, details.stage, root, env)
+    _check_packages(request, details, root)
+    share_cache(request.main, root)
+    _fetch_data(request, root, env)
+    (root / "dvc.lock").unlink(missing_ok=True)
+    request.say("training again: dvc repro without its run-cache")
+    begin = time.monotonic()
+    _run(["-m", "dvc", "repro", "--no-run-cache", "--no-commit", TARGET], root, env, request.output)
+    seconds = time.monotonic() - begin
+    manifest = RunManifest.read(root / paths.RUN_JSON)
+    if manifest.run_id == record.run.run_id:
+        raise RegistryError(
+            f"{record.label}: the snapshot's train stage took the run's own files and did not train"
+        )
+    verdict = compare_runs(_first(record, details), _second(root, manifest))
+    outcome = {
+        "when_ms": time.time_ns() // 1_000_000,
+        "run_id": manifest.run_id,
+        "host": os.uname().nodename,
+        "seconds": round(seconds, 1),
+        **verdict.as_dict(),
+    }
+    return Repeat(manifest.run_id, seconds, verdict, outcome)
+
+
+def _check_key(request: Request, stage: str, root: Path, env: Mapping[str, str]) -> None:
+    """Stop if the checked-out tree is of another key than the run."""
+    record = request.record
+    code = _ASK_KEY.format(stage=stage)
+    asked = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env=dict(env),
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    try:
+        found = Recipe.from_dict(json.loads(asked.stdout))
+    except ValueError:
+        said = (asked.stderr.strip() or "no answer").splitlines()[-1]
+        raise RegistryError(f"{record.label}: the snapshot's key cannot be made: {said}") from None
+    if found.key == record.key:
+        request.say("its key is the run's")
+        return
+    parts = record.run.parts
+    differing = [part for part in PARTS if found.parts[part] != parts[part]]
+    raise RegistryError(
+        f"{record.label}: its snapshot has the key {found.key}; the {' and '.join(differing)} of"
+        f" the key differ{'s' if len(differing) == 1 else ''}; `runkey verify {record.label}` says"
+        " more"
+    )
+
+
+def _check_packages(request: Request, details: Details, root: Path) -> None:
+    """Stop if what is installed is not what the snapshot locks, unless the run had the same."""
+    found = compare_environment(root)
+    if found.agrees:
+        request.say(f"{found.same} packages are installed as {found.against} of then locks them")
+        return
+    lines = [
+        f"{d.name}: locked {d.locked}, installed {d.installed or 'none'}"
+        for d in (*found.of_kind("missing"), *found.of_kind("other"))
+    ]
+    told = f"{len(lines)} packages are not as {found.against} of then locks them: {some(lines)}"
+    if sorted(lines) == sorted(details.witness["package_differences"]):
+        request.say(f"{told}; the run itself had the same")
+    elif request.any_environment:
+        request.say(f"{told}; goes on, as --any-environment says")
+    else:
+        raise RegistryError(
+            f"{told}; `runkey env export {request.record.label}` gives the lists to install from,"
+            " --any-environment goes on as it is"
+        )
+
+
+def _fetch_data(request: Request, root: Path, env: Mapping[str, str]) -> None:
+    """Put the data in place by their hash: from DVC's cache, else from their remote."""
+    for file in tracked_inputs(root, TARGET):
+        dvc = [sys.executable, "-m", "dvc"]
+        done = subprocess.run(
+            [*dvc, "checkout", "--quiet", file],
+            cwd=root,
+            env=dict(env),
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode:
+            request.say(f"{file}: not whole in DVC's cache; it is pulled")
+            _run(["-m", "dvc", "pull", file], root, env, request.output)
+        else:
+            request.say(f"{file}: data from DVC's cache, by their hash")
+
+
+def _run(arguments: list[str], root: Path, env: Mapping[str, str], output: TextIO) -> None:
+    """Run Python in the worktree, its output passed on; ended with us.
+
+    It has a process group of its own, so that all of it can be ended: DVC, the stage, its workers.
+
+    Raises:
+        RegistryError: it failed.
+    """
+    child = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=root,
+        env=dict(env),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        code = child.wait()
+    except BaseException:
+        _end(child)
+        raise
+    if code:
+        raise RegistryError(f"python {' '.join(arguments)}: failed with exit code {code}")
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End a process group: first as Ctrl-C does, so that the run is marked in MLflow."""
+    for number, seconds in ((signal.SIGINT, _PATIENCE), (signal.SIGTERM, 5.0)):
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(seconds)
+            break
+    # Whoever of the group is left, the leader or not.
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def _first(record: Record, details: Details) -> Side:
+    hashes = {path: file.sha256 for path, file in details.files.items()}
+    return Side(details.witness, hashes, record.run.metrics)
+
+
+def _second(root: Path, manifest: RunManifest) -> Side:
+    """The repeat, from the files that it wrote."""
+    hashes = {p: sha256_file(root / p) for p in IDENTICAL if (root / p).is_file()}
+    numbers = json.loads((root / paths.METRICS / "evaluate.json").read_text(encoding="utf-8"))
+    metrics = {f"eval/{name}": float(v) for name, v in numbers.items() if v is not None}
+    return Side(vars(manifest.witness), hashes, metrics)
+
+
+def with_outcome(details: Details, repeat: Repeat) -> Details:
+    """The details of the first run with what its repeat gave."""
+    return replace(details, outcomes=[*details.outcomes, repeat.outcome])
