@@ -42,14 +42,14 @@ def list_runs(
 ) -> None:
     """List recorded runs, newest first."""
     from runkey.registry import columns as show
-    from runkey.registry.query import Query, find_field, parse_condition
+    from runkey.registry.query import Query, find_field, parse_condition, split_condition
     from runkey.registry.state import known_runs, status_now
 
     runs = library()
     chosen = _columns(columns, show.COLUMNS)
-    # Names are looked up in runs that there are, where there are names to look up.
     own = {*show.COLUMNS, "started"}
-    known = known_runs(runs) if where or {sort, *chosen} - own else []
+    conditions = [split_condition(text)[0] for text in where or ()]
+    known = known_runs(runs, {sort, *chosen, *conditions} - own)
     query = Query(
         conditions=tuple(parse_condition(condition, known) for condition in where or ()),
         sort=find_field(sort, known),
@@ -67,7 +67,7 @@ def list_runs(
     states = {record.run.run_id: status_now(record, now) for record in found}
     rows = show.cells(found, chosen, states, time.time())
     right = [c for n, c in enumerate(chosen) if show.is_number_column(c, [row[n] for row in rows])]
-    print_table(chosen, rows, right=right)
+    print_table(chosen, rows, right=right, whole=("key", "when", "status", "AP", "took"))
 
 
 def _columns(asked: str, usual: tuple[str, ...]) -> list[str]:

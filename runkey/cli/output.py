@@ -11,7 +11,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -42,7 +42,11 @@ def answer_no() -> NoReturn:
 
 
 def print_table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Sequence[str] = (),
+    whole: Sequence[str] = (),
 ) -> None:
     """A table without borders, at most as wide as the terminal (100 columns without one).
 
@@ -50,6 +54,7 @@ def print_table(
         columns: headings.
         rows: as many cells each.
         right: headings of columns that are flush right, such as numbers.
+        whole: headings of columns whose cells stay on one line, such as keys.
     """
     from rich.console import Console
     from rich.table import Table
@@ -57,7 +62,8 @@ def print_table(
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        side: Literal["left", "right"] = "right" if column in right else "left"
+        table.add_column(column, justify=side, overflow="fold", no_wrap=column in whole)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     wide = shutil.get_terminal_size((WIDTH, 24)).columns if sys.stdout.isatty() else WIDTH

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from difflib import get_close_matches
+from heapq import nsmallest
 from typing import Literal, Protocol
 
 from runkey.errors import RegistryError
@@ -27,6 +28,8 @@ ATTRIBUTES = ("key", "run", "name", "status", "started", "ended", "seconds")
 """Names of what every run has; times in milliseconds since 1970, seconds from start to end."""
 NAMES = {"AP": "eval/AP", "AP50": "eval/AP50", "AP75": "eval/AP75"}
 """Metrics that have a shorter name in commands."""
+TAGS = ("decision", "device", "host", "micro_batch", "precision", "reproduction_of", "snapshot")
+"""Tags that are known by their name alone."""
 _CONDITION = re.compile(r"\s*([\w\-. :/]+?)\s*(>=|<=|!=|=|>|<|~)\s*(.*?)\s*")
 _TIMES = ("started", "ended")
 
@@ -118,16 +121,13 @@ def choose[T](items: Iterable[tuple[T, Sequence[Value]]], query: Query) -> list[
         query: its prefix is not looked at.
     """
     kept = [(item, values) for item, values in items if fulfils(values, query)]
-    numeric = all(number(values[2]) is not None for _, values in kept if values[2] is not None)
-    kept.sort(key=lambda one: (-float(one[1][0] or 0), str(one[1][1])))
-    present = [one for one in kept if _sortable(one[1][2])]
-    absent = [one for one in kept if not _sortable(one[1][2])]
-    absent.sort(key=lambda one: one[1][2] is None)  # NaN before nothing, as MLflow does
-    if numeric:
-        present.sort(key=lambda one: number(one[1][2]) or 0.0, reverse=query.descending)
-    else:
-        present.sort(key=lambda one: str(one[1][2]), reverse=query.descending)
-    return [item for item, _ in (present + absent)[: query.limit]]
+    rows = [
+        (number(value), value, -float(started or 0), str(run), place)
+        for place, (_, (started, run, value, *_rest)) in enumerate(kept)
+    ]
+    numeric = all(row[0] is not None for row in rows if row[1] is not None)
+    order = _by_number(rows, query) if numeric else _by_text(rows, query)
+    return [kept[place][0] for place in order]
 
 
 def fulfils(values: Sequence[Value], query: Query) -> bool:
@@ -147,13 +147,8 @@ def find_field(name: str, known: Sequence[LoggedRun]) -> Field:
     Raises:
         RegistryError: no such name, or several that end so.
     """
-    if name in ATTRIBUTES:
-        return Field("run", name)
-    for kind in _KINDS:
-        if name.startswith(f"{kind}."):
-            return Field(kind, name.removeprefix(f"{kind}."))
-    if name in NAMES:
-        return Field("metrics", NAMES[name])
+    if (field := fixed_field(name)) is not None:
+        return field
     names = {kind: {n for run in known for n in getattr(run, kind)} for kind in _KINDS}
     for kind in _KINDS:
         if name in names[kind]:
@@ -173,18 +168,26 @@ def find_field(name: str, known: Sequence[LoggedRun]) -> Field:
     raise RegistryError(f"{name}: no run has a value of that name{hint}")
 
 
+def fixed_field(name: str) -> Field | None:
+    """The value that a name means whatever runs there are; None if that depends on them."""
+    if name in ATTRIBUTES:
+        return Field("run", name)
+    for kind in _KINDS:
+        if name.startswith(f"{kind}."):
+            return Field(kind, name.removeprefix(f"{kind}."))
+    if name in NAMES:
+        return Field("metrics", NAMES[name])
+    return Field("tags", name) if name in TAGS else None
+
+
 def parse_condition(text: str, known: Sequence[LoggedRun]) -> Condition:
     """A condition as it is typed: `lr=5e-05`, `eval/AP>0.6`, `status=FINISHED`, `name~warm`.
 
     Raises:
         RegistryError: it is no condition; the text says what one looks like.
     """
-    match = _CONDITION.fullmatch(text)
-    if not match:
-        raise RegistryError(
-            f"{text}: not a condition; one is NAME=VALUE, with = != < <= > >= or ~ (contains)"
-        )
-    field, operator, value = find_field(match[1], known), match[2], match[3]
+    name, operator, value = split_condition(text)
+    field = find_field(name, known)
     if field.kind == "run" and field.name in _TIMES:
         value = str(_milliseconds(text, value))
     elif field == Field("run", "status"):
@@ -192,6 +195,20 @@ def parse_condition(text: str, known: Sequence[LoggedRun]) -> Condition:
     if operator[0] in "<>" and number(value) is None:
         raise RegistryError(f"{text}: {operator} compares numbers; {value!r} is none")
     return Condition(field, operator, value)
+
+
+def split_condition(text: str) -> tuple[str, str, str]:
+    """Name, operator and value of a condition.
+
+    Raises:
+        RegistryError: see `parse_condition`.
+    """
+    match = _CONDITION.fullmatch(text)
+    if not match:
+        raise RegistryError(
+            f"{text}: not a condition; one is NAME=VALUE, with = != < <= > >= or ~ (contains)"
+        )
+    return match[1], match[2], match[3]
 
 
 def number(value: Value) -> float | None:
@@ -234,8 +251,30 @@ def _compare(operator: str, left: float, right: float) -> bool:
     }[operator]
 
 
-def _sortable(value: Value) -> bool:
-    return value is not None and not (isinstance(value, float) and math.isnan(value))
+_Row = tuple[float | None, Value, float, str, int]
+"""Value as a number, value, minus the time of the start, run, place in the list."""
+
+
+def _by_number(rows: list[_Row], query: Query) -> list[int]:
+    sign = -1.0 if query.descending else 1.0
+
+    def key(row: _Row) -> tuple[int, float, float, str]:
+        value, _, age, run, _ = row
+        if value is None:
+            return 2, 0.0, age, run
+        return (1, 0.0, age, run) if math.isnan(value) else (0, sign * value, age, run)
+
+    if query.limit is None:
+        return [row[-1] for row in sorted(rows, key=key)]
+    return [row[-1] for row in nsmallest(query.limit, rows, key=key)]
+
+
+def _by_text(rows: list[_Row], query: Query) -> list[int]:
+    newest_first = sorted(rows, key=lambda row: row[2:4])
+    present = [row for row in newest_first if row[1] is not None]
+    present.sort(key=lambda row: str(row[1]), reverse=query.descending)
+    absent = [row for row in newest_first if row[1] is None]
+    return [row[-1] for row in (present + absent)[: query.limit]]
 
 
 def _milliseconds(text: str, value: str) -> int:

@@ -21,14 +21,17 @@ from runkey.registry.query import Field, Value
 
 _VERSION = 1
 _BUSY_SECONDS = 10.0
-_TABLE = """
-CREATE TABLE runs (
-    file TEXT PRIMARY KEY, mtime_ns INTEGER, size INTEGER, problem TEXT,
-    key TEXT, run TEXT, name TEXT, status TEXT, started REAL, ended REAL,
-    params TEXT, metrics TEXT, tags TEXT
+# Long texts lie apart: they are read only where a question is about them.
+_TABLES = (
+    """CREATE TABLE runs (
+        file TEXT PRIMARY KEY, mtime_ns INTEGER, size INTEGER, problem TEXT,
+        key TEXT, run TEXT, name TEXT, status TEXT, started REAL, ended REAL
+    ) WITHOUT ROWID""",
+    "CREATE TABLE params (file TEXT PRIMARY KEY, json TEXT)",
+    "CREATE TABLE metrics (file TEXT PRIMARY KEY, json TEXT)",
+    "CREATE TABLE tags (file TEXT PRIMARY KEY, json TEXT)",
 )
-"""
-_INSERT = f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * 13)})"
+_NAMES = ("runs", "params", "metrics", "tags")
 
 Stamp = tuple[int, int]
 """Time of change in nanoseconds, and size in bytes."""
@@ -104,10 +107,15 @@ class RecordCache:
         changed = [file for file, stamp in stamps.items() if held.get(file) != stamp]
         if gone or changed:
             read = ((file, self._read(file)) for file in changed)
-            rows = [_row(file, stamps[file], what) for file, what in read if what is not None]
+            rows = [_rows(file, stamps[file], what) for file, what in read if what is not None]
             database.execute("BEGIN IMMEDIATE")
-            database.executemany("DELETE FROM runs WHERE file = ?", [(file,) for file in gone])
-            database.executemany(_INSERT, rows)
+            for table, name in enumerate(_NAMES):
+                old = ((file,) for file in (*gone, *changed))
+                database.executemany(f"DELETE FROM {name} WHERE file = ?", old)
+                new = [row[table] for row in rows if row[table]]
+                if new:
+                    marks = ", ".join("?" * len(new[0]))
+                    database.executemany(f"INSERT INTO {name} VALUES ({marks})", new)
             database.execute("COMMIT")
         problems = database.execute("SELECT problem FROM runs WHERE problem IS NOT NULL")
         return [problem for (problem,) in problems]
@@ -115,8 +123,9 @@ class RecordCache:
     def _make_table(self, database: sqlite3.Connection) -> None:
         database.execute("BEGIN IMMEDIATE")
         if database.execute("PRAGMA user_version").fetchone()[0] != _VERSION:
-            database.execute("DROP TABLE IF EXISTS runs")
-            database.execute(_TABLE)
+            for name, table in zip(_NAMES, _TABLES, strict=True):
+                database.execute(f"DROP TABLE IF EXISTS {name}")
+                database.execute(table)
             database.execute(f"PRAGMA user_version = {_VERSION}")
         database.execute("COMMIT")
 
@@ -126,14 +135,17 @@ def _select(
 ) -> list[tuple[str, list[Value]]]:
     columns = [_column(field) for field in fields]
     names = [f'$."{field.name}"' for field in fields if field.kind != "run"]
-    question = f"SELECT file, {', '.join(columns)} FROM runs WHERE file >= ? AND file < ?"
-    rows = database.execute(f"{question} AND problem IS NULL", (*names, prefix, f"{prefix}~"))
+    tables = sorted({field.kind for field in fields if field.kind != "run"})
+    question = f"SELECT runs.file, {', '.join(columns)} FROM runs"
+    question += "".join(f" JOIN {table} USING (file)" for table in tables)
+    question += " WHERE runs.file >= ? AND runs.file < ? AND problem IS NULL"
+    rows = database.execute(question, (*names, prefix, f"{prefix}~"))
     return [(file, values) for file, *values in rows]
 
 
 def _column(field: Field) -> str:
     if field.kind != "run":
-        return f"json_extract({field.kind}, ?)"
+        return f"json_extract({field.kind}.json, ?)"
     return "(ended - started) / 1000" if field.name == "seconds" else field.name
 
 
@@ -155,12 +167,13 @@ _NOT_OURS = (
 """Faults that are not the file's: it is left as it is."""
 
 
-def _row(file: str, stamp: Stamp, read: Record | str) -> tuple[Value, ...]:
+def _rows(file: str, stamp: Stamp, read: Record | str) -> list[tuple[Value, ...]]:
+    """A row for each table; empty ones for a file that holds no record."""
     if isinstance(read, str):
-        return (file, *stamp, read, *[None] * 9)
+        return [(file, *stamp, read, *[None] * 6), (), (), ()]
     run = read.run
     # JSON has no NaN; as text it is read as a number all the same.
     metrics = {n: v if math.isfinite(v) else str(v) for n, v in run.metrics.items()}
     times = (float(run.started_ms), None if run.ended_ms is None else float(run.ended_ms))
-    texts = (json.dumps(values) for values in (run.params, metrics, run.tags))
-    return (file, *stamp, None, run.key, run.run_id, run.name, run.status, *times, *texts)
+    own = (file, *stamp, None, run.key, run.run_id, run.name, run.status, *times)
+    return [own, *((file, json.dumps(values)) for values in (run.params, metrics, run.tags))]

@@ -19,6 +19,8 @@ _PART_DIGITS = 12
 _FIRST = ("AP", "AP50", "AP75", "loss")
 _GROUPS = ("eval", "val", "train")
 
+_WITHOUT = {True: "none yet: they are written at the end", False: "none: it ended too early"}
+
 Row = tuple[str, str]
 """A label, empty if it is that of the row before, and a text of any length."""
 
@@ -60,7 +62,7 @@ def describe(
         *([("decision", details.decision)] if details and details.decision else []),
         *_metrics(run.metrics),
         *_params(run, every_param=every_param),
-        *(_witness(details) if details else [("details", "none: it ended before it wrote them")]),
+        *(_witness(details) if details else [("details", _WITHOUT[run.ended_ms is None])]),
         *_others(others),
         *_files(details),
         ("MLflow run", f"{run.run_id} in experiment {run.experiment_id}"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from runkey.identity.record import LoggedRun, Record
 from runkey.registry.claims import Claims, newest, state_now
-from runkey.registry.query import Condition, Field, Query, SearchableLibrary
+from runkey.registry.query import Query, SearchableLibrary, fixed_field
 
 DEAD = "DEAD"
 """MLflow has it as RUNNING, but nobody trains it any more."""
+_KNOWN = 10
 
 
 def status_now(record: Record, claims: Claims) -> str:
@@ -30,8 +33,8 @@ def status_now(record: Record, claims: Claims) -> str:
     return record.run.status if alive else DEAD
 
 
-def known_runs(library: SearchableLibrary) -> list[LoggedRun]:
-    """Runs that names of metrics, parameters and tags are looked up in: the newest ones."""
-    finished = Condition(Field("run", "status"), "=", "FINISHED")
-    found = library.find(Query(limit=1)) + library.find(Query(conditions=(finished,), limit=1))
-    return [record.run for record in found]
+def known_runs(library: SearchableLibrary, names: Iterable[str]) -> list[LoggedRun]:
+    """Runs to look names of metrics, parameters and tags up in: the newest; none if none is new."""
+    if all(fixed_field(name) for name in names):
+        return []
+    return [record.run for record in library.find(Query(limit=_KNOWN))]
