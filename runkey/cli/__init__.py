@@ -15,6 +15,7 @@ from runkey.cli import (
     archive,
     diff,
     env,
+    gc,
     get,
     index,
     key,
@@ -42,6 +43,7 @@ app.command("diff")(diff.diff)
 app.add_typer(env.app, name="env")
 app.command("export")(archive.export_run)
 app.command("fetch")(team.fetch)
+app.command("gc")(gc.gc)
 app.command("get")(get.get)
 app.command("import")(archive.import_run)
 app.command("index")(index.index)

@@ -27,6 +27,7 @@ from runkey.hashing import sha256_file
 from runkey.identity.key import PARTS, Recipe
 from runkey.identity.manifest import RunManifest
 from runkey.identity.record import Details, Record
+from runkey.registry.collect_files import mark_owner
 from runkey.registry.compare_runs import IDENTICAL, Side, Verdict, compare_runs
 from runkey.registry.environment import compare_environment
 from runkey.registry.findings import some
@@ -103,6 +104,7 @@ def reproduce(request: Request) -> Repeat:
     tree = add_worktree(
         request.main, details.snapshot, folder, f"`runkey fetch {record.label}` brings it"
     )
+    mark_owner(tree.top)
     request.say(f"snapshot {details.snapshot[:12]} is checked out in {tree.top}")
     try:
         repeat = _repeat(request, details, tree)
