@@ -10,7 +10,7 @@ from runkey.errors import RegistryError
 from runkey.identity.record import Record
 from runkey.registry.archive import Index, pack, unpack
 from runkey.registry.dvc_cache import DvcCache
-from runkey.registry.dvc_part import FILE, DvcPart, check_objects, install
+from runkey.registry.dvc_part import FILE, DvcPart, check_objects, check_outputs, install
 from runkey.registry.git import has_git
 from runkey.registry.library import Library
 from runkey.registry.package import (
@@ -99,8 +99,9 @@ def import_run(file: Path, root: Path, home: Path, runs: Runs, local: Library) -
     with staging(home, "import") as folder:
         index = unpack(file, folder)
         package = check(folder, index.key, file.name)
-        part = _dvc_part(folder, index, package, file.name)
+        part = _dvc_part(folder, index, file.name)
         check_objects(part, package.object_path)
+        check_outputs(part, package.object_path, package.details)
         _take_snapshot(root, folder, package, file.name)
         install(part, package.object_path, DvcCache(root))
         here = known(local, package.key, package.origin)
@@ -108,8 +109,8 @@ def import_run(file: Path, root: Path, home: Path, runs: Runs, local: Library) -
     return Carried(index.key, run_id, len(index.members), index.size, here is None)
 
 
-def _dvc_part(folder: Path, index: Index, package: Package, where: str) -> DvcPart:
-    """DVC's part, if the archive holds its objects, the run's own among them, and nothing else."""
+def _dvc_part(folder: Path, index: Index, where: str) -> DvcPart:
+    """DVC's part, if the archive holds a run, its objects and nothing else."""
     try:
         text = (folder / FILE).read_bytes()
     except FileNotFoundError:
@@ -119,8 +120,6 @@ def _dvc_part(folder: Path, index: Index, package: Package, where: str) -> DvcPa
     for name in index.members:
         if name not in expected and not name.startswith(f"{RUN}/"):
             raise RegistryError(f"{where}: {name!r} belongs to no run; refused")
-    if package.details.pointer_md5 not in part.objects:
-        raise RegistryError(f"{where}: {FILE} is not of this run: no object is its run.json")
     return part
 
 

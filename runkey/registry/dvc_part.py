@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from runkey.errors import RegistryError
+from runkey.hashing import sha256_file
+from runkey.identity.record import Details
 from runkey.registry.dvc_cache import DIR, DvcCache, md5_file
 from runkey.registry.dvc_entry import MD5, check_entry, check_listing
 from runkey.registry.safe_pickle import check_pickles
@@ -122,7 +124,7 @@ def collect(cache: DvcCache, pointer_md5: str, label: str, *, with_data: bool = 
 
 
 def check_objects(part: DvcPart, place: Callable[[str], Path]) -> None:
-    """Refuse objects that are not what their names say, or that could do harm.
+    """Refuse objects that are not what their names say, or outputs that could do harm.
 
     Args:
         part: what is expected.
@@ -132,10 +134,6 @@ def check_objects(part: DvcPart, place: Callable[[str], Path]) -> None:
         RegistryError: an object is missing, has another md5 or size, lists a file outside its
             folder or one that is not among the objects, or is a pickle that could run code.
     """
-    names: dict[str, str] = {}
-    for entry, text in part.entries.items():
-        for name, md5 in check_entry(entry, text).items():
-            names.setdefault(md5, name)
     for md5, size in part.objects.items():
         path = place(md5)
         if not path.is_file() or path.stat().st_size != size:
@@ -143,14 +141,52 @@ def check_objects(part: DvcPart, place: Callable[[str], Path]) -> None:
         if md5_file(path) != md5.removesuffix(DIR):
             raise RegistryError(f"DVC object {md5}: its contents have another md5; damaged")
         if md5.endswith(DIR):
-            listed = check_listing(md5, path.read_bytes())
-            if lacking := set(listed.values()) - part.objects.keys():
-                raise RegistryError(f"DVC object {md5}: lists {min(lacking)}, which is not there")
-            for name, inner in listed.items():
-                names[inner] = f"{names.get(md5, md5)}/{name}"
-    for md5 in part.objects:
+            check_listing(md5, path.read_bytes())
+    for entry, text in part.entries.items():
+        for name, md5 in _paths(check_entry(entry, text), part, place).items():
+            check_pickles(place(md5), name)
+
+
+def check_outputs(part: DvcPart, place: Callable[[str], Path], details: Details) -> None:
+    """Refuse results that are not those of the run: DVC's and MLflow's must be the same bytes.
+
+    Args:
+        part: checked by `check_objects`.
+        place: where the bytes of an md5 lie.
+        details: of the run.
+
+    Raises:
+        RegistryError: no entry is the run's, or an output of the run is missing or differs.
+    """
+    outs = (check_entry(entry, text) for entry, text in part.entries.items())
+    own = next((one for one in outs if details.pointer_md5 in one.values()), None)
+    if own is None:
+        raise RegistryError(f"{FILE}: not of this run: no entry has its run.json")
+    paths = _paths(own, part, place)
+    for name in details.outputs:
+        stored, md5 = details.files.get(name), paths.get(name)
+        if stored is None or md5 is None:
+            raise RegistryError(f"{name}: an output of the run, and not among its files or DVC's")
+        if sha256_file(place(md5)) != stored.sha256:
+            raise RegistryError(f"{name}: DVC object {md5} is not the file that the run recorded")
+
+
+def _paths(outs: Mapping[str, str], part: DvcPart, place: Callable[[str], Path]) -> dict[str, str]:
+    """md5 by path of every file of some outputs.
+
+    Raises:
+        RegistryError: see `check_listing`; or a file is not among the objects.
+    """
+    found: dict[str, str] = {}
+    for out, md5 in outs.items():
         if not md5.endswith(DIR):
-            check_pickles(place(md5), names.get(md5, md5))
+            found[out] = md5
+            continue
+        for path, inner in check_listing(md5, place(md5).read_bytes()).items():
+            if inner not in part.objects:
+                raise RegistryError(f"DVC object {md5}: lists {inner}, which is not there")
+            found[f"{out}/{path}"] = inner
+    return found
 
 
 def install(part: DvcPart, source: Callable[[str], Path], cache: DvcCache) -> int:

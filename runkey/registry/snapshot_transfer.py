@@ -57,7 +57,7 @@ def fetch_snapshot(root: Path, remote: str, key: str, oid: str) -> None:
     Raises:
         RegistryError: the remote does not have it, or has another commit under its name.
     """
-    _fetch(root, remote, key, oid)
+    _fetch(root, remote, key, oid, remote)
 
 
 def bundle_snapshot(root: Path, key: str, oid: str, path: Path) -> None:
@@ -97,20 +97,21 @@ def unbundle_snapshot(root: Path, path: Path, key: str, oid: str, staging: Path)
         raise RegistryError(f"{path.name}: holds {shown}, not just {expected}; refused")
     # A bundle's objects are not checked by git 2.39 as a remote's are: it becomes a remote first.
     git(root, "init", "--quiet", "--bare", "--template=", str(staging))
-    _fetch(staging, str(path), key, oid)
-    _fetch(root, str(staging), key, oid)
+    _fetch(staging, str(path), key, oid, path.name)
+    _fetch(root, str(staging), key, oid, path.name)
 
 
-def _fetch(root: Path, source: str, key: str, oid: str) -> None:
+def _fetch(root: Path, source: str, key: str, oid: str, where: str) -> None:
     ref = ref_of(key, oid)
     checked = ("-c", "transfer.fsckObjects=true")
     options = ("--quiet", "--no-tags", "--no-write-fetch-head", "--no-recurse-submodules")
     try:
         git(root, *checked, "fetch", *options, "--", source, f"{ref}:{ref}")
     except RegistryError as error:
-        raise RegistryError(f"{short_key(key)}: snapshot {oid[:12]} of {source}: {error}") from None
+        why = str(error).removeprefix("git -c: ")
+        raise RegistryError(
+            f"{short_key(key)}: git does not take the snapshot {oid[:12]} from {where} ({why})"
+        ) from None
     if git(root, "rev-parse", "--verify", f"{ref}^{{commit}}") != oid:
         git(root, "update-ref", "-d", ref)
-        raise RegistryError(
-            f"{short_key(key)}: {ref} of {source} is another commit than {oid[:12]}"
-        )
+        raise RegistryError(f"{short_key(key)}: {ref} of {where} is not the commit {oid[:12]}")

@@ -16,7 +16,7 @@ from typing import Literal
 from runkey.errors import RegistryError
 from runkey.identity.record import Record
 from runkey.registry.dvc_cache import DvcCache
-from runkey.registry.dvc_part import FILE, DvcPart, check_objects, install, lacking
+from runkey.registry.dvc_part import FILE, DvcPart, check_objects, check_outputs, install, lacking
 from runkey.registry.dvc_remote import DvcRemote
 from runkey.registry.library import Library
 from runkey.registry.package import (
@@ -155,6 +155,7 @@ def fetch(record: Record, places: Places, local: Library, mine: Runs, theirs: Ru
             return object_path(folder, md5) if md5 in wanted else cache.object_path(md5)
 
         check_objects(part, place)
+        check_outputs(part, place, package.details)
         if details.snapshot:
             fetch_snapshot(places.root, places.git, record.key, details.snapshot)
         install(part, place, cache)
