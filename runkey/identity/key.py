@@ -134,8 +134,18 @@ def make_recipe(
 
 
 def part_digest(kind: str, preimage: Any) -> str:
-    """Hex sha256 of a preimage; `kind`, one of `PARTS` or `recipe`, is hashed before it."""
-    return sha256_bytes(f"{SCHEMA}:{kind}\n{canonical_json(preimage)}".encode())
+    """Hex sha256 of a preimage; `kind`, one of `PARTS` or `recipe`, is hashed before it.
+
+    Text counts as it is written: nothing is normalised, letters that look alike may differ.
+
+    Raises:
+        RecipeError: a text holds half a character, which YAML can write and UTF-8 cannot.
+    """
+    try:
+        return sha256_bytes(f"{SCHEMA}:{kind}\n{canonical_json(preimage)}".encode())
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise RecipeError(f"{PARAMS}: a text holds half a character, {half}") from None
 
 
 def _code(
