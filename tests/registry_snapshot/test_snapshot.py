@@ -4,6 +4,8 @@ import hashlib
 import os
 import stat
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -270,3 +272,28 @@ def test_a_snapshot_without_its_ref_is_not_kept(repository):
     assert not has_snapshot(repository.root, "0" * 40)
     assert take(repository) == (key, oid)
     assert has_snapshot(repository.root, oid)
+
+
+@pytest.mark.slow
+def test_eight_at_the_same_time(repository):
+    repository.write("runkey/net.py", "import runkey.extra\n")
+    repository.write("runkey/extra.py", "a = 1\n")
+    source = Path(__file__).parents[2]
+    env = os.environ | {"DVC_ROOT": str(repository.root), "PYTHONPATH": str(source)}
+    script = str(Path(__file__).with_name("take_here.py"))
+    children = [
+        subprocess.Popen(
+            [sys.executable, script],
+            cwd=repository.root,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(8)
+    ]
+    ends = [child.communicate(timeout=120) for child in children]
+    assert {error for _, error in ends} == {""}
+    _, key, oid, _ = ends[0][0].split(maxsplit=3)
+    assert len({said for said, _ in ends}) == 1
+    assert snapshot_refs(repository.root, key) == {f"refs/runkey/{key}/{oid[:12]}": oid}
