@@ -155,8 +155,8 @@ class Record:
         return f"{self.key}-{self.run.run_id}.json"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON; the key first, for scripts."""
+        return {"key": self.key, **asdict(self)}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any], where: str) -> Self:
