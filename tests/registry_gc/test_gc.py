@@ -278,6 +278,36 @@ def test_only_what_is_old_enough(house):
     assert house.offered(days=7) == {("run", "b" * 32)}
 
 
+class Elsewhere:
+    """The runs of a local store, asked as a server's are."""
+
+    def __init__(self, library) -> None:
+        self.library = library
+        self.place = "a server"
+
+    def matching(self, prefix):
+        return [replace(record, details=None) for record in self.library.matching(prefix)]
+
+    def with_details(self, record):
+        return next(r for r in self.library.matching(record.key) if r.run == record.run)
+
+
+def test_on_a_server_runs_and_claims_are_left_alone(house, gone):
+    make_run(house.root, KEY, "a" * 32)
+    make_run(house.root, KEY, "b" * 32, status="FAILED")
+    house.claim(key_of("two"), owner=gone)
+    house.claim(key_of("two"), generation=2)
+    house.folder(KEY)
+    scope = Scope(
+        root=house.root,
+        home=house.home,
+        library=Elsewhere(LocalLibrary(house.home)),
+        claims=house.claims,
+        delete_run=house.deleted.append,
+    )
+    assert [item.kind for item in collect(scope)] == ["checkpoint"]
+
+
 @pytest.fixture
 def here(house, monkeypatch):
     monkeypatch.chdir(house.root)
