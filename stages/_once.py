@@ -10,11 +10,9 @@ Nothing here imports torch or mlflow.
 from __future__ import annotations
 
 import os
-import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from runkey import paths
@@ -22,15 +20,13 @@ from runkey.errors import RegistryError, TrackingError
 from runkey.identity.key import Recipe, short_key
 from runkey.identity.record import Details, LoggedRun, Record, update_record
 from runkey.params import Params
-from runkey.registry.download import download
 from runkey.registry.keeper import HeldClaim
 from runkey.registry.library import Library
 from runkey.registry.once import Decision, decide
 from runkey.registry.open import open_claims, open_library
-from runkey.registry.rest import RestClient
 from runkey.registry.snapshot import take_snapshot
 from runkey.tracking.store import Store, locate_store
-from runkey.tracking.tags import set_tag
+from stages._reuse import reuse_own, reuse_teams
 
 REPRODUCES = "RUNKEY_REPRODUCES"
 """Environment variable: MLflow id of a run that is to be repeated, although its result is there."""
@@ -137,36 +133,17 @@ def _reuse_or_train(
         print(decision.line)
         if decision.record is None:
             return decision
+        assert decision.library
         try:
-            _take(decision, root)
-        except RegistryError as error:
+            if decision.library is library:
+                reuse_own(library, decision.record, root, store, decision.line)
+            else:
+                reuse_teams(decision.library, decision.record, root, store, params)
+        except (RegistryError, TrackingError) as error:
             print(f"warning: {error}; not reused")
             damaged.add(decision.record.run.run_id)
         else:
-            if decision.library is library:
-                _note(store, decision.record, decision.line)
             return None
-
-
-def _take(decision: Decision, root: Path) -> None:
-    """Put a finished run's outputs in the workspace, their hashes verified."""
-    record = decision.record
-    assert record
-    assert record.details
-    assert decision.library
-    download(decision.library, record, record.details.outputs, root)
-
-
-def _note(store: Store, record: Record, line: str) -> None:
-    """Leave the decision on the run that was reused, over that of an earlier reuse."""
-    told = f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} on {socket.gethostname()}: {line}"
-    try:
-        set_tag(store, record.run.run_id, "reused", told, RestClient(store.uri).post)
-        if not store.is_server:
-            tags = record.run.tags | {"reused": told}
-            update_record(store.home / paths.RECORDS, replace(record.run, tags=tags))
-    except (TrackingError, RegistryError, OSError) as error:
-        print(f"warning: the reuse is not noted on its run: {error}")
 
 
 def _team(params: Params, store: Store) -> tuple[Library, ...]:

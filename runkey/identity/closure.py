@@ -28,6 +28,7 @@ EXCLUDED = (
     "runkey/tracking/",
     "stages/_once.py",
     "stages/_record.py",
+    "stages/_reuse.py",
 )
 """Files that tell about a run and do not change its results: the command line, telemetry, pictures,
 and what names runs (whose meaning is in `runkey.identity.key.SCHEMA`).  A folder ends with `/`.
@@ -105,6 +106,18 @@ def imported_files(root: Path) -> tuple[str, ...]:
     paths = {Path(file).resolve() for file in files if file and Path(file).is_absolute()}
     inside = (path.relative_to(home) for path in paths if path.is_relative_to(home))
     return tuple(sorted(p.as_posix() for p in inside if not p.parts[0].startswith(".")))
+
+
+def foreign_files(root: Path) -> tuple[str, ...]:
+    """Absolute paths of imported files outside the repository and the interpreter, sorted.
+
+    `PYTHONPATH` or a .pth file can put one before a locked package; no key covers it.
+    """
+    homes = [Path(home).resolve() for home in (root, sys.prefix, sys.base_prefix)]
+    files = (getattr(module, "__file__", None) for module in tuple(sys.modules.values()))
+    paths = {Path(file).resolve() for file in files if file and Path(file).is_absolute()}
+    outside = (p for p in paths if not any(p.is_relative_to(home) for home in homes))
+    return tuple(sorted(map(str, outside)))
 
 
 def undeclared(
