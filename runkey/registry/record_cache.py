@@ -39,6 +39,10 @@ Read = Callable[[str], Record | str | None]
 """Gives the record in a file of that name, or what is wrong with it; None if it is gone."""
 
 
+Answer = tuple[list[tuple[str, list[Value]]], list[str]]
+"""File name and values of each record; and what is wrong with files that hold none."""
+
+
 class RecordCache:
     """The values of all records in a folder."""
 
@@ -52,9 +56,7 @@ class RecordCache:
         self._path = path
         self._read = read
 
-    def rows(
-        self, stamps: Mapping[str, Stamp], prefix: str, fields: Sequence[Field]
-    ) -> tuple[list[tuple[str, list[Value]]], list[str]]:
+    def rows(self, stamps: Mapping[str, Stamp], prefix: str, fields: Sequence[Field]) -> Answer:
         """What the records hold now.
 
         Args:
@@ -62,8 +64,8 @@ class RecordCache:
             prefix: beginning of the keys that are meant.
             fields: the values that are asked for.
 
-        Returns:
-            File name and values of each record; and what is wrong with files that hold none.
+        Raises:
+            RegistryError: sqlite fails even in memory.
         """
         last: sqlite3.Error | None = None
         for make in (self._open_file, self._open_anew, self._open_memory):
@@ -71,8 +73,7 @@ class RecordCache:
                 continue
             try:
                 with closing(make()) as database:
-                    problems = self._bring_up_to_date(database, stamps)
-                    return _select(database, prefix, fields), problems
+                    return self._answer(database, stamps, prefix, fields)
             except sqlite3.Error as error:
                 # Damaged (made anew), or not to be written (made in memory): it is only a cache.
                 last = error
@@ -94,31 +95,35 @@ class RecordCache:
     def _open_memory(self) -> sqlite3.Connection:
         return sqlite3.connect(":memory:", isolation_level=None)
 
-    def _bring_up_to_date(
-        self, database: sqlite3.Connection, stamps: Mapping[str, Stamp]
-    ) -> list[str]:
+    def _answer(
+        self,
+        database: sqlite3.Connection,
+        stamps: Mapping[str, Stamp],
+        prefix: str,
+        fields: Sequence[Field],
+    ) -> Answer:
+        """What the files hold, compared and read in one transaction.
+
+        Another process may have listed the folder at another time, and brings the cache to what it
+        saw: between two transactions rows would come and go.
+        """
         if database.execute("PRAGMA user_version").fetchone()[0] != _VERSION:
             self._make_table(database)
-        held = {
-            file: (mtime, size)
-            for file, mtime, size in database.execute("SELECT file, mtime_ns, size FROM runs")
-        }
-        gone = held.keys() - stamps.keys()
-        changed = [file for file, stamp in stamps.items() if held.get(file) != stamp]
+        database.execute("BEGIN")
+        gone, changed = _differences(database, stamps)
         if gone or changed:
-            read = ((file, self._read(file)) for file in changed)
-            rows = [_rows(file, stamps[file], what) for file, what in read if what is not None]
-            database.execute("BEGIN IMMEDIATE")
-            for table, name in enumerate(_NAMES):
-                old = ((file,) for file in (*gone, *changed))
-                database.executemany(f"DELETE FROM {name} WHERE file = ?", old)
-                new = [row[table] for row in rows if row[table]]
-                if new:
-                    marks = ", ".join("?" * len(new[0]))
-                    database.executemany(f"INSERT INTO {name} VALUES ({marks})", new)
             database.execute("COMMIT")
-        problems = database.execute("SELECT problem FROM runs WHERE problem IS NOT NULL")
-        return [problem for (problem,) in problems]
+            # Read before the lock is taken: at first it is all of them, and takes seconds.
+            read = {file: self._read(file) for file in changed}
+            database.execute("BEGIN IMMEDIATE")
+            gone, changed = _differences(database, stamps)
+            read |= {file: self._read(file) for file in changed if file not in read}
+            held = {file: record for file in changed if (record := read[file]) is not None}
+            _replace(database, [*gone, *changed], [_rows(f, stamps[f], r) for f, r in held.items()])
+        problems = database.execute("SELECT problem FROM runs WHERE problem IS NOT NULL").fetchall()
+        answer = _select(database, prefix, fields), [problem for (problem,) in problems]
+        database.execute("COMMIT")
+        return answer
 
     def _make_table(self, database: sqlite3.Connection) -> None:
         database.execute("BEGIN IMMEDIATE")
@@ -128,6 +133,26 @@ class RecordCache:
                 database.execute(table)
             database.execute(f"PRAGMA user_version = {_VERSION}")
         database.execute("COMMIT")
+
+
+def _differences(
+    database: sqlite3.Connection, stamps: Mapping[str, Stamp]
+) -> tuple[list[str], list[str]]:
+    """Files that are gone, and files that are new or changed."""
+    rows = database.execute("SELECT file, mtime_ns, size FROM runs")
+    held = {file: (mtime, size) for file, mtime, size in rows}
+    changed = [file for file, stamp in stamps.items() if held.get(file) != stamp]
+    return [file for file in held if file not in stamps], changed
+
+
+def _replace(
+    database: sqlite3.Connection, old: list[str], new: list[list[tuple[Value, ...]]]
+) -> None:
+    for place, table in enumerate(_NAMES):
+        database.executemany(f"DELETE FROM {table} WHERE file = ?", [(file,) for file in old])
+        if rows := [row[place] for row in new if row[place]]:
+            marks = ", ".join("?" * len(rows[0]))
+            database.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
 
 
 def _select(

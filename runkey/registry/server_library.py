@@ -21,6 +21,8 @@ from runkey.registry.rest import RestClient, RestError
 
 _PAGE = 1000
 """Runs an answer; MLflow allows 50,000, but a thousand are 15 MB already."""
+_SECONDS = 120.0
+"""How long an answer may take: on sqlite MLflow sorts 10,000 runs by a metric in 10 s."""
 
 
 class ServerLibrary:
@@ -28,7 +30,7 @@ class ServerLibrary:
 
     def __init__(self, address: str) -> None:
         """Nothing is asked yet.  Args: address: of the server."""
-        self.client = RestClient(address)
+        self.client = RestClient(address, _SECONDS)
         self._experiments: list[str] | None = None
 
     @property

@@ -39,7 +39,7 @@ def recorded_runs(store: Store, say: Callable[[str], None]) -> Iterator[Record]:
             try:
                 details = read_details(client, logged)
             except (RecipeError, OSError, ValueError) as error:
-                say(f"{error}; the run is listed without its details")
+                say(f"run {logged.run_id}: listed without its details ({error})")
                 details = None
             yield Record(run=logged, details=details)
     except MlflowException as error:

@@ -202,8 +202,7 @@ def test_several_processes_write_and_ask_at_once(root: Path) -> None:
         )
         for n in range(4)
     ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        assert errors == ""
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert errors == [""] * 4
+    assert [process.returncode for process in processes] == [0] * 4
     assert len(LocalLibrary(root / ".runkey").find(Query())) == 60

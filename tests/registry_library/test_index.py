@@ -1,0 +1,130 @@
+"""`runkey index` on a real sqlite store: what it writes is what was there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from runkey.identity.record import DETAILS, Record, write_record
+from runkey.tracking.records import logged_run
+from runkey.tracking.store import Store, experiment_id, locate_store, open_client
+from tests.support.records import key_of, make_run
+
+from .conftest import Run
+
+KEYS = [key_of(str(number)) for number in range(4)]
+
+
+def log_runs(store: Store, scratch: Path) -> list[Record]:
+    """Runs in MLflow as training leaves them; the last one goes on, the first is reproduced."""
+    client = open_client(store)
+    experiment = experiment_id(client, store, "detection")
+    records = []
+    for number, key in enumerate([*KEYS, KEYS[0]]):
+        own = {"reproduction_of": records[0].run.run_id} if number == len(KEYS) else {}
+        run = client.create_run(
+            experiment, run_name=f"run {number}", start_time=1_700_000_000_000 + number,
+            tags={"key": key, "host": "here", **own},
+        )  # fmt: skip
+        run_id = run.info.run_id
+        for name, value in {"key": key, "lr": f"{number}e-05", "text": "ü 'x' \"y\""}.items():
+            client.log_param(run_id, name, value)
+        for name, value in {"eval/AP": number / 8, "system/cpu": 1.0, "odd": float("nan")}.items():
+            client.log_metric(run_id, name, value)
+        record = make_run(scratch, key, run_id)
+        running = number == len(KEYS) - 1
+        if not running:
+            assert record.details
+            (scratch / DETAILS).write_text(record.details.as_json())
+            client.log_artifact(run_id, str(scratch / DETAILS))
+            client.set_terminated(run_id, "FINISHED", end_time=1_700_000_060_000)
+        logged = logged_run(client.get_run(run_id))
+        records.append(Record(run=logged, details=None if running else record.details))
+    client.create_run(experiment, run_name="of somebody else", tags={"mlflow.note": "x"})
+    return records
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Record]]:
+    root = tmp_path_factory.mktemp("stored")
+    uri = f"sqlite:///{root / 'mlflow.db'}"
+    store = Store(uri, root / "mlartifacts", root / ".runkey")
+    records = log_runs(store, tmp_path_factory.mktemp("scratch"))
+    return root, records
+
+
+@pytest.fixture
+def recorded(root: Path, stored: tuple[Path, list[Record]]) -> tuple[Store, list[Record]]:
+    """A copy of the store, which so is a checkout that was copied, with its records."""
+    shutil.copytree(stored[0], root, dirs_exist_ok=True)
+    store = locate_store(root)
+    client = open_client(store)  # adopts the copied artifacts
+    records = [
+        Record(run=logged_run(client.get_run(record.run.run_id)), details=record.details)
+        for record in stored[1]
+    ]
+    for record in records:
+        write_record(store.home / "runs", record)
+    return store, records
+
+
+def test_commands_say_the_same_after_everything_was_lost(
+    recorded: tuple[Store, list[Record]], run: Run
+) -> None:
+    store, records = recorded
+    commands = [
+        ("list",), ("list", "--sort", "AP"), ("list", "--where", "lr=1e-05"),
+        *(("show", key) for key in KEYS), ("show", f"{KEYS[0]}:{records[-1].run.run_id}"),
+        ("open", KEYS[0], KEYS[1], "--port", "1"),
+    ]  # fmt: skip
+    before = [run(*command, "--json") for command in commands]
+    assert all(code == 0 for code, _, _ in before)
+    shutil.rmtree(store.home)
+    assert json.loads(run("list", "--json")[1]) == []
+    code, out, _ = run("index", "--json")
+    assert (code, json.loads(out)) == (0, {"runs": 5, "written": 5, "removed": 0})
+    assert [run(*command, "--json") for command in commands] == before
+    assert json.loads(run("index", "--json")[1]) == {"runs": 5, "written": 0, "removed": 0}
+
+
+def test_wrong_records_are_mended_and_strange_ones_removed(
+    recorded: tuple[Store, list[Record]], run: Run
+) -> None:
+    store, records = recorded
+    folder = store.home / "runs"
+    torn, changed, deleted = (folder / record.file_name for record in records[:3])
+    good = [path.read_text() for path in (torn, changed)]
+    torn.write_text("{")
+    changed.write_text(changed.read_text().replace("1e-05", "9e-05"))
+    open_client(store).delete_run(records[2].run.run_id)
+    (folder / f"{key_of('gone')}-00.json").write_text("{}")
+    code, out, _ = run("index")
+    assert code == 0
+    assert "4 runs in MLflow: 2 records written, 2 removed" in out
+    assert [path.read_text() for path in (torn, changed)] == good
+    assert not deleted.exists()
+
+
+def test_details_that_cannot_be_read_are_named(
+    recorded: tuple[Store, list[Record]], run: Run
+) -> None:
+    store, records = recorded
+    assert store.artifacts
+    (path,) = store.artifacts.rglob(f"{records[1].run.run_id}/artifacts/{DETAILS}")
+    path.write_text("{")
+    code, _, err = run("index")
+    assert code == 0
+    assert records[1].run.run_id in err
+    assert "without its details" in err
+    shown = json.loads(run("show", KEYS[1], "--json")[1])
+    assert shown["details"] is None
+
+
+def test_without_a_store_it_says_what_to_do(root: Path, run: Run) -> None:
+    code, _, err = run("index")
+    assert code == 1
+    assert "make repro" in err
+    assert not (root / "mlflow.db").exists()
