@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from runkey.errors import LockError
-from runkey.identity.closure import imported_files, undeclared
+from runkey.identity.closure import foreign_files, imported_files, undeclared
 from runkey.identity.environment import (
     differences,
     installed_packages,
@@ -27,6 +27,12 @@ from runkey.identity.key import Recipe
 
 SCHEMA = "run1"
 REQUIREMENTS = Path("requirements.txt")
+_VARIABLES = ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHASHSEED", "PYTHONPATH")
+_FAMILIES = (
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "ATEN_"),
+    *("TORCH_", "PYTORCH_", "CUDA_", "CUBLAS_", "CUDNN_", "NCCL_", "NVIDIA_", "TORCHINDUCTOR_"),
+)
+"""Threads, kernels and precision of arithmetic; where libraries and modules are looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +58,14 @@ class Witness:
     files: list[str]
     """The repository's files that were imported."""
     undeclared_files: list[str]
-    """Those among them that the key does not cover."""
+    """Those among them that the key does not cover; with their whole path, files from elsewhere
+    that were imported in place of or beside the locked packages."""
     commit: str | None
     """Git commit that was checked out; None outside git."""
     dirty: bool
     """Whether tracked files differed from it."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """Environment variables that libraries read and that can change the last bits of a result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +141,18 @@ def take_witness(
         packages=packages,
         package_differences=_package_differences(root, packages),
         files=list(files),
-        undeclared_files=list(undeclared(files, code["files"], root, code["excluded"])),
+        undeclared_files=[
+            *undeclared(files, code["files"], root, code["excluded"]),
+            *foreign_files(root),
+        ],
         commit=_git(root, "rev-parse", "HEAD"),
         dirty=bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
+        variables={name: value for name, value in sorted(os.environ.items()) if _counts(name)},
     )
+
+
+def _counts(variable: str) -> bool:
+    return variable in _VARIABLES or variable.startswith(_FAMILIES)
 
 
 def make_manifest(recipe: Recipe, run_id: str | None, witness: Witness) -> RunManifest:

@@ -187,7 +187,7 @@ def export_environment(root: Path, record: Record, target: Path) -> list[Path]:
     """Write the lock and the requirements that a run was made with, from its snapshot.
 
     Args:
-        root: the repository, or a folder in it.
+        root: the workspace, whose git repository keeps the snapshot.
         record: of the run, with its details.
         target: folder; made if need be.
 
@@ -206,8 +206,8 @@ def export_environment(root: Path, record: Record, target: Path) -> list[Path]:
             f"{record.label}: its snapshot {oid[:12]} is not in this repository;"
             f" `runkey fetch {record.label}` brings it"
         )
-    top = git(root, "rev-parse", "--show-prefix")
-    contents = {name: git_bytes(root, "show", f"{oid}:{top}{name}") for name in FILES}
+    prefix = git(root, "rev-parse", "--show-prefix")
+    contents = {name: git_bytes(root, "show", f"{oid}:{prefix}{name}") for name in FILES}
     for name, content in contents.items():
         path = target / name
         if path.exists() and path.read_bytes() != content:

@@ -1,5 +1,6 @@
 """Which files a stage can reach by import."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -123,3 +124,58 @@ def test_what_only_excluded_files_import_is_not_undeclared():
     files = ["runkey/identity/key.py", "runkey/hashing.py", "runkey/model/detr.py"]
     assert undeclared(files, [], REPOSITORY) == ("runkey/model/detr.py",)
     assert undeclared(files[1:], [], REPOSITORY) == tuple(files[1:])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "importlib.import_module('runkey.unused')",
+        "import_module('.unused', 'runkey')",
+        "__import__('runkey.unused')",
+    ],
+)
+def test_a_module_that_a_literal_names_is_followed(project, call):
+    (project / "runkey/late.py").write_text(
+        f"import importlib\nfrom importlib import import_module\n{call}\n"
+    )
+    assert "runkey/unused.py" in import_closure("stages.train", project)
+
+
+def test_an_import_inside_any_statement_is_followed(project):
+    (project / "stages/train.py").write_text(
+        "async def f(x):\n"
+        "    async with x:\n"
+        "        match x:\n"
+        "            case 1:\n"
+        "                try:\n"
+        "                    pass\n"
+        "                except* ValueError:\n"
+        "                    for _ in x:\n"
+        "                        pass\n"
+        "                    else:\n"
+        "                        class A:\n"
+        "                            import runkey.unused\n"
+    )
+    assert "runkey/unused.py" in import_closure("stages.train", project)
+
+
+def test_a_package_put_before_the_locked_one_is_reported(project, tmp_path_factory):
+    """As PYTHONPATH can: in the process itself, for only there it is seen."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "sortedcontainers.py").touch()
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sortedcontainers\n"
+            "from pathlib import Path\n"
+            "from runkey.identity.closure import foreign_files\n"
+            "print(*foreign_files(Path.cwd()), sep='\\n')",
+        ],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(elsewhere)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [str(elsewhere.resolve() / "sortedcontainers.py")]

@@ -97,3 +97,14 @@ def test_a_wrong_file_is_named(tmp_path, monkeypatch, text, message):
     with pytest.raises(RecipeError) as caught:
         RunManifest.read(Path("run.json"))
     assert str(caught.value).startswith(message)
+
+
+def test_the_witness_keeps_variables_that_libraries_read_and_no_others(project, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("PYTHONPATH", "somewhere")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+    recipe = make_recipe("train", project)
+    witness = take_witness(project, recipe, device="cpu", micro_batch=1, world_size=1, threads=3)
+    assert witness.variables["OMP_NUM_THREADS"] == "3"
+    assert witness.variables["PYTHONPATH"] == "somewhere"
+    assert "secret" not in witness.variables.values()
