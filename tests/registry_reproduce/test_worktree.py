@@ -1,0 +1,108 @@
+"""The checkout of a snapshot: made, given DVC's cache and remotes, taken away."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runkey.errors import RegistryError
+from runkey.registry.dvc_cache import cache_folder
+from runkey.registry.git import git
+from runkey.registry.worktree import (
+    add_worktree,
+    clean_environment,
+    remove_worktree,
+    share_cache,
+)
+
+WHO = {
+    f"GIT_{role}_{what}": value
+    for role in ("AUTHOR", "COMMITTER")
+    for what, value in (("NAME", "Tester"), ("EMAIL", "tester@example.org"))
+}
+CONFIG = """[core]
+    remote = store
+['remote "seed"']
+    url = ../seed
+['remote "store"']
+    url = store
+['remote "team"']
+    url = s3://bucket/path
+"""
+
+
+@pytest.fixture
+def main(tmp_path: Path) -> Path:
+    """A repository with DVC's settings, and a hook that must not run."""
+    root = tmp_path / "main"
+    (root / ".dvc").mkdir(parents=True)
+    (root / ".dvc" / "config").write_text(CONFIG)
+    (root / ".dvc" / ".gitignore").write_text("/config.local\n/cache\n/store\n/tmp\n")
+    (root / "seed").mkdir()
+    (root / "seed" / "object").write_text("x")
+    git(root, "init", "-q")
+    git(root, "add", "-A")
+    git(root, "commit", "-q", "-m", "start", env=WHO)
+    hook = root / ".git" / "hooks" / "post-checkout"
+    hook.write_text("#!/bin/sh\ntouch hooked\n")
+    hook.chmod(0o755)
+    return root
+
+
+def test_it_is_made_and_taken_away(main: Path, tmp_path: Path) -> None:
+    oid = git(main, "rev-parse", "HEAD")
+    tree = add_worktree(main, oid, tmp_path / "home" / "reproduce" / "a-1", "fetch it")
+    assert tree.root == tree.top
+    assert (tree.root / "seed" / "object").is_file()
+    assert not (tree.root / "hooked").exists()
+    assert git(tree.root, "rev-parse", "HEAD") == oid
+    remove_worktree(main, tree)
+    assert not tree.top.exists()
+    assert len(git(main, "worktree", "list").splitlines()) == 1
+    assert git(main, "status", "--porcelain") == ""
+
+
+def test_a_missing_snapshot_says_how_to_get_it(main: Path, tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match="snapshot 111111111111: not in git here; fetch it"):
+        add_worktree(main, "1" * 40, tmp_path / "tree", "fetch it")
+    assert not (tmp_path / "tree").exists()
+
+
+def test_dvc_finds_the_main_checkouts_cache_and_remotes(main: Path, tmp_path: Path) -> None:
+    (main / ".dvc" / "config.local").write_text(
+        "['remote \"team\"']\n    access_key_id = name\n[cache]\n    type = copy\n"
+    )
+    tree = add_worktree(main, git(main, "rev-parse", "HEAD"), tmp_path / "tree", "")
+    share_cache(main, tree.root)
+    assert cache_folder(tree.root) == main / ".dvc" / "cache"
+    listed = subprocess.run(
+        [sys.executable, "-m", "dvc", "config", "--list"],
+        cwd=tree.root,
+        env=clean_environment(main, {}),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    # The sample data lie in the snapshot itself, what was pushed beside the main checkout.
+    assert "remote.seed.url=" + str(tree.root / "seed") in listed or (
+        "remote.seed.url=../seed" in listed
+    )
+    assert f"remote.store.url={main / '.dvc' / 'store'}" in listed
+    assert "remote.team.url=s3://bucket/path" in listed
+    assert "remote.team.access_key_id=name" in listed
+    assert "cache.type=copy" in listed
+    assert git(tree.root, "status", "--porcelain") == ""
+
+
+def test_dvc_is_not_told_of_another_run(main: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "GIT_DIR"):
+        monkeypatch.setenv(name, "another")
+    env = clean_environment(main, {"RUNKEY_REPRODUCES": "abc"})
+    assert "another" not in env.values()
+    assert env["DVC_ROOT"] == str(main)
+    assert env["RUNKEY_REPRODUCES"] == "abc"
+    assert env["PATH"] == os.environ["PATH"]
