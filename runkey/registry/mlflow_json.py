@@ -26,7 +26,7 @@ def run_from_json(answer: Mapping[str, Any]) -> LoggedRun:
     Numbers of 64 bits come as numbers or as strings, NaN and Infinity as strings.
     """
     info, data = answer["info"], answer.get("data", {})
-    tags = {tag["key"]: str(tag.get("value", "")) for tag in data.get("tags", ())}
+    tags = _pairs(data, "tags")
     ended = info.get("end_time")
     return LoggedRun(
         run_id=str(info["run_id"]),
@@ -36,11 +36,16 @@ def run_from_json(answer: Mapping[str, Any]) -> LoggedRun:
         started_ms=int(info["start_time"]),
         ended_ms=int(ended) if ended else None,
         artifact_uri=str(info["artifact_uri"]),
-        params={param["key"]: str(param.get("value", "")) for param in data.get("params", ())},
+        params=_pairs(data, "params"),
         metrics={
-            metric["key"]: float(metric["value"])
-            for metric in data.get("metrics", ())
-            if not metric["key"].startswith(NOT_KEPT)
+            name: float(value)
+            for name, value in _pairs(data, "metrics").items()
+            if not name.startswith(NOT_KEPT)
         },
         tags={name: value for name, value in tags.items() if not name.startswith(_OWN)},
     )
+
+
+def _pairs(data: Mapping[str, Any], kind: str) -> dict[str, str]:
+    """Values by name, sorted; an empty text is left out of the answer."""
+    return dict(sorted((one["key"], str(one.get("value", ""))) for one in data.get(kind, ())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -56,7 +57,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
 
 def same(record: Record) -> str:
     """As text, in which nan is nan."""
-    return repr(record)
+    return json.dumps(record.as_dict(), sort_keys=True)
 
 
 def test_runs_are_the_same_in_all_they_hold(both: Both) -> None:
