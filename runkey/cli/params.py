@@ -13,8 +13,6 @@ import typer
 from runkey import paths
 from runkey.cli.place import workspace
 from runkey.errors import ParamsError
-from runkey.params import load_params
-from runkey.params.render import head_of
 
 _ABOUT_WIDTH = 78
 
@@ -28,6 +26,8 @@ def preset(
     ] = False,
 ) -> None:
     """Copy presets/NAME.yaml to params.yaml."""
+    from runkey.params import load_params  # 0.3 s
+
     root = workspace()
     presets = {path.stem: path for path in sorted((root / "presets").glob("*.yaml"))}
     if not name:
@@ -58,6 +58,8 @@ def show(
     ] = False,
 ) -> None:
     """Check params.yaml; print every value, defaults filled in."""
+    from runkey.params import load_params
+
     values = load_params(workspace() / paths.PARAMS).flat(runtime=True)
     if as_json:
         print(json.dumps(values, indent=2))
@@ -77,6 +79,8 @@ def _kept(root: Path, presets: dict[str, Path]) -> list[bytes]:
 
 def _about(path: Path) -> str:
     """What a preset says about itself in its first paragraph, cut to a line."""
+    from runkey.params.render import head_of
+
     paragraph = head_of(path.read_text(encoding="utf-8")).split("\n#\n")[0]
     text = paragraph.replace("\n#", " ").lstrip("# ").removeprefix(f"{path.stem}: ")
     return textwrap.shorten(text, _ABOUT_WIDTH, placeholder=" ...")

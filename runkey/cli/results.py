@@ -13,7 +13,6 @@ from runkey import paths
 from runkey.cli.place import workspace
 from runkey.errors import DataError
 from runkey.identity.key import short_key
-from runkey.params import load_params
 
 _PLACES = (
     (paths.MODEL, "weights, classes and parameters"),
@@ -51,6 +50,7 @@ def ui(
     ] = 0,
 ) -> None:
     """Open MLflow's pages on the store until Ctrl-C; prints their address."""
+    from runkey.params import load_params
     from runkey.tracking.server import serve
     from runkey.tracking.store import locate_store
 
