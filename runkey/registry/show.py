@@ -152,8 +152,17 @@ def _witness(details: Details) -> Iterator[Row]:
 
 
 def _outcome(outcome: Mapping[str, Any]) -> str:
-    plain = {k: v for k, v in outcome.items() if isinstance(v, str | int | float)}
-    return " ".join(f"{name} {text(v) if isinstance(v, float) else v}" for name, v in plain.items())
+    """When, where and what: see `runkey.registry.reproduce.Repeat`."""
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(outcome.get("when_ms", 0) / 1000))
+    if outcome.get("identical"):
+        verdict = "bit-identical"
+    elif outcome.get("reproduced"):
+        kind = ", ".join(outcome.get("class_differences", ()))
+        verdict = f"within tolerance on another kind of machine ({kind})"
+    else:
+        verdict = "NOT the same result"
+    run = f" (run {outcome['run_id']})" if outcome.get("run_id") else ""
+    return f"{when} on {outcome.get('host', '?')}: {verdict}{run}"
 
 
 def _others(others: Sequence[Record]) -> Iterator[Row]:

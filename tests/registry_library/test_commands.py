@@ -140,6 +140,18 @@ def test_show(runs: Path, run: Run) -> None:
     assert "none yet" in out
 
 
+def test_show_says_what_reproducing_it_gave(root: Path, run: Run) -> None:
+    whole = {"when_ms": 0, "run_id": "e" * 32, "host": "big", "identical": True, "reproduced": True}
+    near = {"identical": False, "reproduced": True, "class_differences": ["threads 1 | 2"]}
+    far = {"identical": False, "reproduced": False}
+    make_run(root, A, outcomes=[whole, {**whole, **near}, {**whole, **far}])
+    _, out, _ = run("show", A)
+    assert out.count("reproduced") == 1, "one heading for all of them"
+    assert f"on big: bit-identical (run {'e' * 32})" in out
+    assert "within tolerance on another kind of machine (threads 1 | 2)" in out
+    assert "NOT the same result" in out
+
+
 def test_get(runs: Path, run: Run) -> None:
     code, out, _ = run("get", A, "--only", "model")
     assert code == 0
