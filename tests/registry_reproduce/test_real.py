@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -131,7 +130,7 @@ def _running_in(folder: Path) -> list[int]:
     found = []
     for process in Path("/proc").iterdir():
         try:
-            if process.name.isdigit() and str(folder) in os.readlink(process / "cwd"):
+            if process.name.isdigit() and str(folder) in str((process / "cwd").readlink()):
                 found.append(int(process.name))
         except OSError:
             continue
