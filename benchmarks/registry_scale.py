@@ -62,6 +62,9 @@ METRICS = (
     *(f"train/{n}" for n in ("lr", "epoch", "grad_norm", "images_per_second", "seconds")),
     *(f"system/{n}" for n in ("cpu", "memory", "disk", "gpu")),
 )
+_NOTE = """\
+Server columns: CPU seconds are the command's own.  Sorted by a metric the server itself takes
+seconds: MLflow's query joins the metric's values without an index on sqlite."""
 
 
 def fill(store: Store, runs: int) -> list[str]:
@@ -265,6 +268,7 @@ def report(
         other = f"{there[name]:.3g}" if name in there else "-"
         lines.append(f"| {name} | {unit} | {value:.3g} | {other} |")
     load = ", ".join(f"{number:.1f}" for number in os.getloadavg())
+    lines += ["", _NOTE]
     lines += ["", f"Load of the machine at the end (1, 5, 15 minutes): {load}."]
     return "\n".join(lines) + "\n"
 
