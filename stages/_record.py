@@ -22,6 +22,7 @@ from runkey.hashing import sha256_file
 from runkey.identity.key import Recipe, make_recipe, short_key
 from runkey.identity.manifest import RunManifest, Witness, make_manifest, take_witness
 from runkey.identity.record import DETAILS, Details, LoggedRun, Record, StoredFile, update_record
+from runkey.identity.run_folder import ORIGIN
 from runkey.memory.plan import MemoryPlan
 from runkey.params import Params
 from runkey.registry.library import canonical
@@ -244,7 +245,7 @@ def _recorded_run(store: Store, manifest: RunManifest) -> Record | None:
     try:
         runs = library.matching(manifest.key)
         ids = {manifest.run_id, None} - {None}
-        same = [r for r in runs if {r.run.run_id, r.run.tags.get("origin_run_id")} & ids]
+        same = [r for r in runs if {r.run.run_id, r.run.tags.get(ORIGIN)} & ids]
         return library.with_details(canonical(same or runs)) if runs else None
     except RegistryError as error:
         print(f"MLflow: {error}; the evaluation is not added to the run")

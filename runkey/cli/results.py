@@ -34,10 +34,10 @@ def summary() -> None:
     rows = [
         ("result", "   ".join(numbers) + "   (COCO, on the held-out images)"),
         ("training", f"{minutes} min {seconds:02d} s, weights of epoch {trained['best_epoch']}"),
-        ("key", short_key(str(run["key"]))),
+        ("key", f"{(key := short_key(str(run['key'])))}   (runkey show {key})"),
         *((str(place), text) for place, text in _PLACES if (root / place).exists()),
         ("make ui", _mlflow_line(run)),
-        ("try", "dvc exp run -S lr=5e-5, then make ui or dvc metrics diff"),
+        ("try", "dvc exp run -S lr=5e-5, then runkey list, make ui or dvc metrics diff"),
     ]
     width = max(len(name) for name, _ in rows)
     for name, text in rows:

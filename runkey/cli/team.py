@@ -14,7 +14,6 @@ from runkey.cli.output import AsJson, Key, print_json
 from runkey.cli.place import library, store, workspace
 from runkey.errors import RegistryError
 from runkey.identity.key import short_key
-from runkey.params import load_params
 
 if TYPE_CHECKING:
     from runkey.registry.team import Handed, Places
@@ -95,6 +94,7 @@ _STATES = {
 
 def runs_of(place: Store) -> StoreRuns:
     """MLflow's part of a store; copies go to the experiment of params.yaml."""
+    from runkey.params import load_params
     from runkey.tracking.transfer import StoreRuns
 
     return StoreRuns(place, load_params(workspace() / paths.PARAMS).runtime.experiment)
@@ -127,6 +127,8 @@ def _team_server(root: Path) -> str:
     Raises:
         RegistryError: neither does.
     """
+    from runkey.params import load_params  # 0.3 s
+
     named = load_params(root / paths.PARAMS).runtime.team_server
     address = named if named != "none" else os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     if not address.startswith(_HTTP):
