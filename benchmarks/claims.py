@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from runkey.registry.keeper import Rhythm
+from runkey.registry.claims.keeper import Rhythm
 from runkey.registry.open import open_claims
 from runkey.tracking.server import free_port, start_server, stop_server, wait_until_healthy
 from runkey.tracking.store import Store

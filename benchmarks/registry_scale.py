@@ -38,7 +38,7 @@ from runkey.hashing import sha256_bytes  # noqa: E402
 from runkey.identity.record import DETAILS, Details, StoredFile  # noqa: E402
 from runkey.params import load_params  # noqa: E402
 from runkey.registry.open import open_library  # noqa: E402
-from runkey.registry.query import Field, Query  # noqa: E402
+from runkey.registry.reading.query import Field, Query  # noqa: E402
 from runkey.tracking.server import (  # noqa: E402
     free_port,
     start_server,

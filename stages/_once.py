@@ -20,9 +20,9 @@ from runkey.errors import RegistryError, TrackingError
 from runkey.identity.key import Recipe, short_key
 from runkey.identity.record import Details, LoggedRun, Record, update_record
 from runkey.params import Params
-from runkey.registry.keeper import HeldClaim
+from runkey.registry.claims.keeper import HeldClaim
+from runkey.registry.claims.once import Decision, decide
 from runkey.registry.library import Library
-from runkey.registry.once import Decision, decide
 from runkey.registry.open import open_claims, open_library
 from runkey.registry.snapshot import take_snapshot
 from runkey.tracking.store import Store, locate_store

@@ -15,8 +15,8 @@ from runkey.identity.record import Record, update_record
 from runkey.params import Params
 from runkey.registry.download import download
 from runkey.registry.library import Library
-from runkey.registry.package import check, read_run, staging
 from runkey.registry.rest import RestClient
+from runkey.registry.team.package import check, read_run, staging
 from runkey.tracking.store import Store
 from runkey.tracking.tags import set_tag
 

@@ -25,8 +25,8 @@ def export_run(
     as_json: AsJson = False,
 ) -> None:
     """Write a run to one file: results, DVC's entries, snapshot and MLflow run."""
-    from runkey.registry.carry import export_run as write
     from runkey.registry.library import find_run
+    from runkey.registry.team.carry import export_run as write
 
     if file.exists() and not force:
         raise RegistryError(f"{file}: is there already; name another, or say --force")
@@ -47,7 +47,7 @@ def import_run(
     as_json: AsJson = False,
 ) -> None:
     """Take in a run from a file, checked whole; `dvc repro` then restores it."""
-    from runkey.registry.carry import import_run as take
+    from runkey.registry.team.carry import import_run as take
 
     place = store()
     done = take(file, workspace(), place.home, runs_of(place), library())

@@ -12,8 +12,8 @@ from runkey.cli.output import AsJson, answer_no, print_json
 from runkey.cli.place import library, workspace
 
 if TYPE_CHECKING:
-    from runkey.registry.diff import Diff
-    from runkey.registry.diff_sides import Side
+    from runkey.registry.diff.diff import Diff
+    from runkey.registry.diff.diff_sides import Side
 
 _HELP = "Beginning of a key; KEY:RUN for one of its runs; . for the tree as it stands."
 
@@ -33,7 +33,7 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Compare two runs: the parts of their keys, metrics, machines."""
-    from runkey.registry.diff import compare
+    from runkey.registry.diff.diff import compare
 
     sides = (_side(a), _side(b))
     found = compare(*sides, paths.store_root())
@@ -48,7 +48,7 @@ def diff(
 
 
 def _side(address: str) -> Side:
-    from runkey.registry.diff_sides import TREE, run_side, tree_side
+    from runkey.registry.diff.diff_sides import TREE, run_side, tree_side
 
     if address == TREE:
         return tree_side(workspace())

@@ -8,9 +8,9 @@ from typing import Any
 
 from runkey.cli.output import print_table
 from runkey.identity.key import short_key
-from runkey.registry.diff import Diff
-from runkey.registry.diff_sides import Side
-from runkey.registry.pairs import Pair
+from runkey.registry.diff.diff import Diff
+from runkey.registry.diff.diff_sides import Side
+from runkey.registry.diff.pairs import Pair
 
 _CELL = 44
 """Characters of a value; longer ones are cut in the middle."""

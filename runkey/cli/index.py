@@ -10,7 +10,7 @@ from runkey.cli.place import store
 
 def index(as_json: AsJson = False) -> None:
     """Write the records of all runs again from MLflow; needed only if they were lost."""
-    from runkey.registry.index import Rebuilt, rebuild
+    from runkey.registry.reading.index import Rebuilt, rebuild
 
     place = store()
     if place.is_server:

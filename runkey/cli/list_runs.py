@@ -41,9 +41,9 @@ def list_runs(
     as_json: AsJson = False,
 ) -> None:
     """List recorded runs, newest first."""
-    from runkey.registry import columns as show
-    from runkey.registry.query import Query, find_field, parse_condition, split_condition
-    from runkey.registry.state import known_runs, status_now
+    from runkey.registry.reading import columns as show
+    from runkey.registry.reading.query import Query, find_field, parse_condition, split_condition
+    from runkey.registry.reading.state import known_runs, status_now
 
     runs = library()
     chosen = _columns(columns, show.COLUMNS)

@@ -26,7 +26,7 @@ def open_page(
 ) -> None:
     """Print the address of a run's MLflow page; of several, that of their comparison."""
     from runkey.registry.library import find_run
-    from runkey.registry.pages import comparison_page, run_page
+    from runkey.registry.reading.pages import comparison_page, run_page
 
     runs, place = library(), store()
     found = [find_run(runs, key).run for key in keys]

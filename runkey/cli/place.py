@@ -9,8 +9,8 @@ from runkey import paths
 from runkey.errors import RunkeyError
 
 if TYPE_CHECKING:
-    from runkey.registry.claims import Claims
-    from runkey.registry.query import SearchableLibrary
+    from runkey.registry.claims.claims import Claims
+    from runkey.registry.reading.query import SearchableLibrary
     from runkey.tracking.store import Store
 
 

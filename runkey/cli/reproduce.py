@@ -15,7 +15,7 @@ from runkey.errors import RegistryError
 
 if TYPE_CHECKING:
     from runkey.identity.record import Record
-    from runkey.registry.reproduce import Repeat
+    from runkey.registry.checks.reproduce import Repeat
 
 
 def reproduce(
@@ -30,9 +30,9 @@ def reproduce(
     as_json: AsJson = False,
 ) -> None:
     """Train a run again from its snapshot, data and lock; compare the weights and the numbers."""
+    from runkey.registry.checks.reproduce import Request
+    from runkey.registry.checks.reproduce import reproduce as repeat_run
     from runkey.registry.library import find_run
-    from runkey.registry.reproduce import Request
-    from runkey.registry.reproduce import reproduce as repeat_run
 
     library, store = place.library(), place.store()
     record = find_run(library, key)
@@ -74,8 +74,8 @@ def _record(record: Record, repeat: Repeat) -> None:
     from mlflow.exceptions import MlflowException
 
     from runkey.identity.record import update_record
+    from runkey.registry.checks.reproduce import with_outcome
     from runkey.registry.library import find_run
-    from runkey.registry.reproduce import with_outcome
     from runkey.tracking.records import write_details
 
     store = place.store()

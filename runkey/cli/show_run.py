@@ -19,9 +19,9 @@ def show(
 ) -> None:
     """Show a run: status, key, metrics, parameters, what it ran on, files, where it is."""
     from runkey.registry.library import find_run
-    from runkey.registry.pages import run_page
-    from runkey.registry.show import describe, lines
-    from runkey.registry.state import status_now
+    from runkey.registry.reading.pages import run_page
+    from runkey.registry.reading.show import describe, lines
+    from runkey.registry.reading.state import status_now
 
     runs, place = library(), store()
     record = find_run(runs, key)

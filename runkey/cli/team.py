@@ -16,7 +16,7 @@ from runkey.errors import RegistryError
 from runkey.identity.key import short_key
 
 if TYPE_CHECKING:
-    from runkey.registry.team import Handed, Places
+    from runkey.registry.team.team import Handed, Places
     from runkey.tracking.store import Store
     from runkey.tracking.transfer import StoreRuns
 
@@ -49,7 +49,7 @@ def publish(
 ) -> None:
     """Hand a run to the team: results, DVC's entries, snapshot and MLflow run."""
     from runkey.registry.library import find_run
-    from runkey.registry.team import publish as hand_over
+    from runkey.registry.team.team import publish as hand_over
 
     places, team = _places(remote, git_remote, server)
     record = find_run(library(), key)
@@ -73,7 +73,7 @@ def fetch(
 ) -> None:
     """Get a published run from the team, so that `dvc repro` restores it."""
     from runkey.registry.library import find_run
-    from runkey.registry.team import fetch as get
+    from runkey.registry.team.team import fetch as get
 
     places, team = _places(remote, git_remote, server)
     record = find_run(places.server, key)
@@ -102,9 +102,9 @@ def runs_of(place: Store) -> StoreRuns:
 
 def _places(remote: str, git_remote: str, server: str) -> tuple[Places, Store]:
     """Where to and where from; and the team's server as a store."""
-    from runkey.registry.dvc_remote import DvcRemote
     from runkey.registry.open import open_library
-    from runkey.registry.team import Places
+    from runkey.registry.team.dvc_remote import DvcRemote
+    from runkey.registry.team.team import Places
     from runkey.tracking.store import Store
 
     root, own = workspace(), store()

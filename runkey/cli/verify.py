@@ -12,8 +12,8 @@ from runkey.errors import RegistryError, RunkeyError
 
 if TYPE_CHECKING:
     from runkey.identity.record import Record
-    from runkey.registry.findings import Finding, Report
-    from runkey.registry.verify import Sources
+    from runkey.registry.checks.findings import Finding, Report
+    from runkey.registry.checks.verify import Sources
 
 _MARKS = {"ok": "ok", "warning": "warning", "fault": "FAULT"}
 
@@ -38,8 +38,8 @@ def verify(
 
 
 def _verify_one(key: str, *, quick: bool, as_json: bool) -> None:
+    from runkey.registry.checks.verify import verify_run
     from runkey.registry.library import find_run
-    from runkey.registry.verify import verify_run
 
     record = find_run(place.library(), key)
     report = verify_run(record, _sources([record], quick=quick))
@@ -56,9 +56,9 @@ def _verify_one(key: str, *, quick: bool, as_json: bool) -> None:
 
 def _verify_all(*, quick: bool, as_json: bool) -> None:
     """Every run, and what there is beside the records."""
-    from runkey.registry.findings import Finding, counted
+    from runkey.registry.checks.findings import Finding, counted
+    from runkey.registry.checks.verify import unrecorded, verify_run
     from runkey.registry.open import open_library
-    from runkey.registry.verify import unrecorded, verify_run
 
     torn: list[str] = []
     store = place.store()
@@ -97,9 +97,9 @@ def _sources(records: list[Record], *, quick: bool) -> Sources:
     import socket
 
     from runkey import paths
-    from runkey.registry.mlflow_run import run_reader
-    from runkey.registry.verify import Sources
-    from runkey.registry.verify_cache import CacheCheck
+    from runkey.registry.checks.mlflow_run import run_reader
+    from runkey.registry.checks.verify import Sources
+    from runkey.registry.checks.verify_cache import CacheCheck
 
     try:
         root = paths.store_root()

@@ -92,7 +92,7 @@ class Details:
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
     """Metrics by the key of the stage `evaluate`."""
     outcomes: list[dict[str, Any]] = field(default_factory=list)
-    """What `runkey reproduce` found, oldest first; see `runkey.registry.reproduce`."""
+    """What `runkey reproduce` found, oldest first; see `runkey.registry.checks.reproduce`."""
     schema: str = SCHEMA
 
     def as_json(self) -> str:

@@ -27,11 +27,11 @@ from runkey import paths
 from runkey.errors import RegistryError
 from runkey.identity.key import short_key
 from runkey.identity.record import Record
-from runkey.registry.claims import Claim, Claims, newest, state_now
+from runkey.registry.claims.claims import Claim, Claims, newest, state_now
 from runkey.registry.collect_files import Found, leftovers, size_of, worktrees
 from runkey.registry.git import git, has_git
 from runkey.registry.library import Library
-from runkey.registry.local_library import LocalLibrary
+from runkey.registry.reading.local_library import LocalLibrary
 from runkey.registry.snapshot import snapshot_refs
 
 Kind = Literal["run", "checkpoint", "claim", "worktree", "leftover"]

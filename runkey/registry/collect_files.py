@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from runkey.registry.owner import Owner, is_running, this_process
+from runkey.registry.claims.owner import Owner, is_running, this_process
 
 _PROC = Path("/proc")
 OWNER = ".runkey-owner.json"

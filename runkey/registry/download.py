@@ -14,7 +14,7 @@ from runkey.errors import RegistryError
 from runkey.hashing import sha256_file
 from runkey.identity.record import Record, StoredFile
 from runkey.registry.library import Library
-from runkey.registry.local_library import inside
+from runkey.registry.reading.local_library import inside
 
 _CHUNK = 1 << 20
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from runkey.registry.claim_files import FileClaims
-from runkey.registry.claim_server import ServerClaims
-from runkey.registry.claims import Claims
-from runkey.registry.local_library import LocalLibrary, tell
-from runkey.registry.query import SearchableLibrary
+from runkey.registry.claims.claim_files import FileClaims
+from runkey.registry.claims.claim_server import ServerClaims
+from runkey.registry.claims.claims import Claims
+from runkey.registry.reading.local_library import LocalLibrary, tell
+from runkey.registry.reading.query import SearchableLibrary
+from runkey.registry.reading.server_library import ServerLibrary
 from runkey.registry.rest import RestClient
-from runkey.registry.server_library import ServerLibrary
 
 _SERVER = ("http://", "https://")
 

@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-import psutil
-
 
 class _Monitor(Protocol):
     """MLflow's BaseMetricsMonitor, which has no types."""
@@ -27,6 +25,9 @@ class SystemSampler:
     """Reads CPU and memory of the machine, this process's memory, and GPUs where there are any."""
 
     def __init__(self) -> None:
+        # Here, for commands that only read import this package and count in milliseconds.
+        import psutil
+
         self._monitors = _monitors()
         self._process = psutil.Process()
         self._last_seconds = time.monotonic()

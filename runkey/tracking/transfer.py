@@ -34,7 +34,7 @@ _NOT_COPIED = ("mlflow.runName", "mlflow.artifactLocation")
 
 @dataclass(frozen=True)
 class StoreRuns:
-    """The runs of a store, as `runkey.registry.package.Runs` wants them."""
+    """The runs of a store, as `runkey.registry.team.package.Runs` wants them."""
 
     store: Store
     experiment: str

@@ -11,7 +11,7 @@ import pytest
 from runkey.identity.key import make_recipe
 from runkey.params import parse_params
 from runkey.params.render import render
-from runkey.registry.once import decide
+from runkey.registry.claims.once import decide
 from runkey.registry.open import open_claims, open_library
 from tests.support.records import FILES, make_run
 
@@ -59,7 +59,7 @@ def test_a_finished_run_is_taken_before_torch_is_imported(root: Path) -> None:
     )
     assert {path: (root / path).read_bytes() for path in FILES} == FILES
     imported = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert "runkey.registry.once" in imported
+    assert "runkey.registry.claims.once" in imported
     assert not {"torch", "mlflow", "dvc", "numpy"} & imported
 
 

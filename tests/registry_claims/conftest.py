@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from runkey.registry.claim_files import FileClaims
-from runkey.registry.claims import Claim
-from runkey.registry.keeper import Rhythm
-from runkey.registry.owner import Owner, this_process
+from runkey.registry.claims.claim_files import FileClaims
+from runkey.registry.claims.claims import Claim
+from runkey.registry.claims.keeper import Rhythm
+from runkey.registry.claims.owner import Owner, this_process
 from tests.support.records import key_of
 
 KEY = key_of("this one")

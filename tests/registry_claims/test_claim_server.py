@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.claims import server
 from runkey.errors import RegistryError
-from runkey.registry.claim_server import ServerClaims
-from runkey.registry.claims import newest
+from runkey.registry.claims.claim_server import ServerClaims
+from runkey.registry.claims.claims import newest
 from runkey.registry.open import open_claims
 from runkey.registry.rest import RestClient
 from tests.support.records import key_of

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import RegistryError
-from runkey.registry.claim_files import FileClaims
-from runkey.registry.claims import Claim, newest
-from runkey.registry.keeper import HeldClaim, Rhythm
+from runkey.registry.claims.claim_files import FileClaims
+from runkey.registry.claims.claims import Claim, newest
+from runkey.registry.claims.keeper import HeldClaim, Rhythm
 
 from .conftest import FAST, KEY, a_claim
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.claims import problem, rounds, server
-from runkey.registry.keeper import Rhythm
+from runkey.registry.claims.keeper import Rhythm
 from runkey.registry.open import open_claims
 from tests.support.claim_rounds import CONTAINER, QUICK, Askers, Event
 from tests.support.records import key_of

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 from runkey.cli import app
 from runkey.errors import TrackingError
 from runkey.identity.key import make_recipe
-from runkey.registry.claim_files import FileClaims
-from runkey.registry.claims import Claim
+from runkey.registry.claims.claim_files import FileClaims
+from runkey.registry.claims.claims import Claim
+from runkey.registry.claims.owner import this_process
 from runkey.registry.collect import Scope, collect
 from runkey.registry.collect_files import mark_owner
-from runkey.registry.local_library import LocalLibrary
-from runkey.registry.owner import this_process
+from runkey.registry.reading.local_library import LocalLibrary
 from runkey.registry.snapshot import snapshot_refs, take_snapshot
 from tests.support.records import key_of, make_run
 
@@ -28,7 +28,7 @@ KEY = key_of("one")
 def dead_owner():
     """The owner that a process of this machine was, which has ended."""
     code = (
-        "import json; from runkey.registry.owner import this_process as me;"
+        "import json; from runkey.registry.claims.owner import this_process as me;"
         " print(json.dumps(me().as_dict()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)

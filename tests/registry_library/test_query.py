@@ -10,8 +10,8 @@ import pytest
 
 from runkey.errors import RegistryError
 from runkey.identity.record import LoggedRun
-from runkey.registry.mlflow_query import filters, order_by
-from runkey.registry.query import (
+from runkey.registry.reading.mlflow_query import filters, order_by
+from runkey.registry.reading.query import (
     Condition,
     Field,
     Query,

@@ -25,11 +25,11 @@ from runkey.hashing import sha256_bytes
 from runkey.identity.key import Recipe
 from runkey.identity.record import DETAILS, Details, StoredFile
 from runkey.identity.run_folder import ARTIFACTS, CONTENT
-from runkey.registry.archive import pack
 from runkey.registry.dvc_cache import DvcCache
-from runkey.registry.dvc_part import FILE, collect
-from runkey.registry.package import BUNDLE, RUN, object_path
-from runkey.registry.snapshot_transfer import bundle_snapshot, ref_of
+from runkey.registry.team.archive import pack
+from runkey.registry.team.dvc_part import FILE, collect
+from runkey.registry.team.package import BUNDLE, RUN, object_path
+from runkey.registry.team.snapshot_transfer import bundle_snapshot, ref_of
 from runkey.tracking.store import Store, open_client
 
 RECIPE = Recipe(

@@ -20,11 +20,11 @@ from runkey.errors import RegistryError
 from runkey.hashing import sha256_bytes
 from runkey.identity.record import DETAILS
 from runkey.identity.run_folder import ARTIFACTS, CONTENT
-from runkey.registry.archive import INDEX, pack
-from runkey.registry.carry import import_run
-from runkey.registry.dvc_part import FILE
-from runkey.registry.local_library import LocalLibrary
-from runkey.registry.package import BUNDLE, RUN, object_path
+from runkey.registry.reading.local_library import LocalLibrary
+from runkey.registry.team.archive import INDEX, pack
+from runkey.registry.team.carry import import_run
+from runkey.registry.team.dvc_part import FILE
+from runkey.registry.team.package import BUNDLE, RUN, object_path
 
 from .conftest import RECIPE, Ready, entry_text, git, weights
 

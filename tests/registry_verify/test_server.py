@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from runkey.registry.findings import Report
-from runkey.registry.mlflow_run import run_reader
+from runkey.registry.checks.findings import Report
+from runkey.registry.checks.mlflow_run import run_reader
+from runkey.registry.checks.verify import Sources, verify_run
+from runkey.registry.checks.verify_cache import CacheCheck
 from runkey.registry.open import open_library
 from runkey.registry.rest import RestClient
-from runkey.registry.verify import Sources, verify_run
-from runkey.registry.verify_cache import CacheCheck
 from runkey.tracking.server import free_port, start_server, stop_server, wait_until_healthy
 from runkey.tracking.store import locate_store, open_client
 

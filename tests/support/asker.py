@@ -19,9 +19,9 @@ from typing import Any
 
 from runkey.errors import RegistryError
 from runkey.identity.record import DETAILS, Record
+from runkey.registry.claims.keeper import HeldClaim, Rhythm
+from runkey.registry.claims.once import Decision, decide
 from runkey.registry.download import download
-from runkey.registry.keeper import HeldClaim, Rhythm
-from runkey.registry.once import Decision, decide
 from runkey.registry.open import open_claims, open_library
 from runkey.registry.rest import RestClient, RestError
 from tests.support.records import make_run

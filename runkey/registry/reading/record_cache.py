@@ -17,7 +17,7 @@ from pathlib import Path
 
 from runkey.errors import RegistryError
 from runkey.identity.record import Record
-from runkey.registry.query import Field, Value
+from runkey.registry.reading.query import Field, Value
 
 _VERSION = 1
 _BUSY_SECONDS = 10.0

@@ -11,7 +11,7 @@ from typing import Any
 
 from runkey.identity.record import KEY, Details, LoggedRun, Record
 from runkey.params import parse_params
-from runkey.registry.columns import address, span, text
+from runkey.registry.reading.columns import address, span, text
 
 WIDTH = 100
 _LABEL = 13
@@ -152,7 +152,7 @@ def _witness(details: Details) -> Iterator[Row]:
 
 
 def _outcome(outcome: Mapping[str, Any]) -> str:
-    """When, where and what: see `runkey.registry.reproduce.Repeat`."""
+    """When, where and what: see `runkey.registry.checks.reproduce.Repeat`."""
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(outcome.get("when_ms", 0) / 1000))
     if outcome.get("identical"):
         verdict = "bit-identical"

@@ -14,8 +14,8 @@ from typing import Literal, Protocol
 
 from runkey.errors import RegistryError
 from runkey.hashing import sha256_bytes
+from runkey.registry.diff.pairs import Pair, differing
 from runkey.registry.git import git, git_bytes, has_git
-from runkey.registry.pairs import Pair, differing
 
 Change = Literal["added", "removed", "changed"]
 # The user's own settings for diffs would change what a script reads.

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from runkey.errors import RegistryError
-from runkey.registry.claims import STATES, Claim, in_order, split_name
-from runkey.registry.owner import Owner
+from runkey.registry.claims.claims import STATES, Claim, in_order, split_name
+from runkey.registry.claims.owner import Owner
 
 _END = ".json"
 

@@ -16,10 +16,17 @@ from typing import Literal
 from runkey.errors import RegistryError
 from runkey.identity.record import Record
 from runkey.registry.dvc_cache import DvcCache
-from runkey.registry.dvc_part import FILE, DvcPart, check_objects, check_outputs, install, lacking
-from runkey.registry.dvc_remote import DvcRemote
 from runkey.registry.library import Library
-from runkey.registry.package import (
+from runkey.registry.team.dvc_part import (
+    FILE,
+    DvcPart,
+    check_objects,
+    check_outputs,
+    install,
+    lacking,
+)
+from runkey.registry.team.dvc_remote import DvcRemote
+from runkey.registry.team.package import (
     OBJECTS,
     RUN,
     Runs,
@@ -32,7 +39,12 @@ from runkey.registry.package import (
     staging,
     whole,
 )
-from runkey.registry.snapshot_transfer import check_remote, fetch_snapshot, push_snapshot, ref_of
+from runkey.registry.team.snapshot_transfer import (
+    check_remote,
+    fetch_snapshot,
+    push_snapshot,
+    ref_of,
+)
 
 _LARGEST_LIST = 256 << 20
 """Bytes of dvc.json."""

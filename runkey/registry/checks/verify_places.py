@@ -9,10 +9,10 @@ from pathlib import Path
 from runkey.errors import RegistryError
 from runkey.identity.key import PARTS, Recipe
 from runkey.identity.record import KEY, Details, LoggedRun, Record
-from runkey.registry.code_tree import changed_files
-from runkey.registry.findings import Finding, State, some
+from runkey.registry.checks.findings import Finding, State, some
+from runkey.registry.checks.mlflow_run import ReadRun
+from runkey.registry.diff.code_tree import changed_files
 from runkey.registry.git import git, has_git
-from runkey.registry.mlflow_run import ReadRun
 from runkey.registry.snapshot import REFS, has_snapshot
 
 

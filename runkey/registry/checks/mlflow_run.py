@@ -11,7 +11,7 @@ from typing import Any
 
 from runkey.errors import RegistryError
 from runkey.identity.record import KEY, LoggedRun
-from runkey.registry.mlflow_json import run_from_json
+from runkey.registry.reading.mlflow_json import run_from_json
 from runkey.registry.rest import RestClient, RestError
 
 ReadRun = Callable[[str], LoggedRun | None]

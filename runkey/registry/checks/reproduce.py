@@ -27,12 +27,9 @@ from runkey.hashing import sha256_file
 from runkey.identity.key import PARTS, Recipe
 from runkey.identity.manifest import RunManifest
 from runkey.identity.record import Details, Record
-from runkey.registry.collect_files import mark_owner
-from runkey.registry.compare_runs import IDENTICAL, Side, Verdict, compare_runs
-from runkey.registry.environment import compare_environment
-from runkey.registry.findings import some
-from runkey.registry.library import Library
-from runkey.registry.worktree import (
+from runkey.registry.checks.compare_runs import IDENTICAL, Side, Verdict, compare_runs
+from runkey.registry.checks.findings import some
+from runkey.registry.checks.worktree import (
     Worktree,
     add_worktree,
     clean_environment,
@@ -40,6 +37,9 @@ from runkey.registry.worktree import (
     share_cache,
     tracked_inputs,
 )
+from runkey.registry.collect_files import mark_owner
+from runkey.registry.environment import compare_environment
+from runkey.registry.library import Library
 
 REPRODUCES = "RUNKEY_REPRODUCES"
 """Tells the train stage which run it repeats, by MLflow id: it trains though the key is there."""

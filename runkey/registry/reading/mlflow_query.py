@@ -10,7 +10,7 @@ import math
 from itertools import product
 
 from runkey.identity.record import KEY
-from runkey.registry.query import Condition, Query
+from runkey.registry.reading.query import Condition, Query
 
 _ATTRIBUTES = {
     "run": "attributes.run_id",

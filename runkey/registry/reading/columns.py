@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from runkey.identity.record import LoggedRun, Record
-from runkey.registry.query import NAMES, Field, Value, find_field, number
+from runkey.registry.reading.query import NAMES, Field, Value, find_field, number
 
 COLUMNS = ("key", "when", "status", "AP", "took", "name", "where")
 """Shown when nothing else is asked for."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from runkey.hashing import sha256_file
 from runkey.identity.record import Details, Record
+from runkey.registry.checks.findings import Finding, State
 from runkey.registry.dvc_cache import DIR, DvcCache, Entry, md5_file
-from runkey.registry.findings import Finding, State
 
 
 class CacheCheck:

@@ -15,7 +15,7 @@ from runkey.identity.key import Recipe, make_recipe
 from runkey.identity.pipeline import PIPELINE
 from runkey.identity.record import Record
 from runkey.identity.yamltext import read_yaml_text
-from runkey.registry.diff_code import Source, TreeSource, snapshot_source
+from runkey.registry.diff.diff_code import Source, TreeSource, snapshot_source
 from runkey.registry.library import Library, find_run
 
 TREE = "."

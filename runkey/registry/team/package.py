@@ -25,10 +25,10 @@ from runkey.identity.key import Recipe, short_key
 from runkey.identity.record import DETAILS, KEY, Details, LoggedRun, Record
 from runkey.identity.run_folder import ARTIFACTS, CONTENT, ORIGIN, SCHEMA
 from runkey.registry.dvc_cache import DvcCache
-from runkey.registry.dvc_part import DvcPart, collect
 from runkey.registry.library import Library
-from runkey.registry.safe_names import safe_path
-from runkey.registry.safe_pickle import check_pickles
+from runkey.registry.team.dvc_part import DvcPart, collect
+from runkey.registry.team.safe_names import safe_path
+from runkey.registry.team.safe_pickle import check_pickles
 
 RUN = "run"
 OBJECTS = "objects"

@@ -13,8 +13,8 @@ from typing import Any, cast
 
 from runkey.errors import RegistryError
 from runkey.identity.key import SCHEMA
-from runkey.registry.claims import STATES, Claim, State, in_order, split_name
-from runkey.registry.owner import Owner
+from runkey.registry.claims.claims import STATES, Claim, State, in_order, split_name
+from runkey.registry.claims.owner import Owner
 from runkey.registry.rest import RestClient, RestError
 
 _PAGE = 1000

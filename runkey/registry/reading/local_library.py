@@ -1,7 +1,7 @@
 """The runs of a store on this machine: one small file each, in `<home>/runs`.
 
 A file's name begins with the key, so a key is looked up in the folder's names alone.  What asks
-about all runs is answered from `runkey.registry.record_cache`.
+about all runs is answered from `runkey.registry.reading.record_cache`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from runkey import paths
 from runkey.errors import RegistryError
 from runkey.identity.errors import RecipeError
 from runkey.identity.record import Record, read_record
-from runkey.registry.query import Query, choose
-from runkey.registry.record_cache import RecordCache, Stamp
+from runkey.registry.reading.query import Query, choose
+from runkey.registry.reading.record_cache import RecordCache, Stamp
 
 CACHE = "runs.sqlite"
 _NAME = re.compile(r"rk1-[0-9a-f]{64}-[\w-]+\.json")

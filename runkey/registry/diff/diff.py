@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from runkey.identity.key import PARTS
-from runkey.registry.diff_code import CodeDiff, compare_code
-from runkey.registry.diff_data import FilesDiff, ImagesDiff, compare_files, compare_images
-from runkey.registry.diff_sides import Side
+from runkey.registry.diff.diff_code import CodeDiff, compare_code
+from runkey.registry.diff.diff_data import FilesDiff, ImagesDiff, compare_files, compare_images
+from runkey.registry.diff.diff_sides import Side
+from runkey.registry.diff.pairs import Pair, differing
 from runkey.registry.dvc_cache import DvcCache
-from runkey.registry.pairs import Pair, differing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from typing import Any, BinaryIO, cast
 from runkey.errors import RegistryError
 from runkey.identity.errors import RecipeError
 from runkey.identity.record import DETAILS, KEY, Details, Record
-from runkey.registry.local_library import age, inside
-from runkey.registry.mlflow_json import run_from_json
-from runkey.registry.mlflow_query import filters, order_by
-from runkey.registry.query import Query, choose, fulfils, wanted
+from runkey.registry.reading.local_library import age, inside
+from runkey.registry.reading.mlflow_json import run_from_json
+from runkey.registry.reading.mlflow_query import filters, order_by
+from runkey.registry.reading.query import Query, choose, fulfils, wanted
 from runkey.registry.rest import RestClient, RestError
 
 _PAGE = 1000
@@ -31,7 +31,6 @@ class ServerLibrary:
     def __init__(self, address: str) -> None:
         """Nothing is asked yet.  Args: address: of the server."""
         self.client = RestClient(address, _SECONDS)
-        self._experiments: list[str] | None = None
 
     @property
     def place(self) -> str:
@@ -118,18 +117,15 @@ class ServerLibrary:
             question["page_token"] = answer["next_page_token"]
 
     def experiments(self) -> list[str]:
-        """Ids of all active experiments."""
-        if self._experiments is None:
-            found: list[str] = []
-            question: dict[str, Any] = {"max_results": 1000, "view_type": "ACTIVE_ONLY"}
-            while True:
-                answer = self.client.post("experiments/search", question, repeat=True)
-                found += [str(e["experiment_id"]) for e in answer.get("experiments", [])]
-                if not answer.get("next_page_token"):
-                    break
-                question["page_token"] = answer["next_page_token"]
-            self._experiments = found
-        return self._experiments
+        """Ids of all active experiments, asked anew: another process may have made one."""
+        found: list[str] = []
+        question: dict[str, Any] = {"max_results": 1000, "view_type": "ACTIVE_ONLY"}
+        while True:
+            answer = self.client.post("experiments/search", question, repeat=True)
+            found += [str(e["experiment_id"]) for e in answer.get("experiments", [])]
+            if not answer.get("next_page_token"):
+                return found
+            question["page_token"] = answer["next_page_token"]
 
 
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "HTTP_404", "NOT_FOUND")

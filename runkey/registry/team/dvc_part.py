@@ -18,8 +18,8 @@ from runkey.errors import RegistryError
 from runkey.hashing import sha256_file
 from runkey.identity.record import Details
 from runkey.registry.dvc_cache import DIR, DvcCache, md5_file
-from runkey.registry.dvc_entry import MD5, check_entry, check_listing
-from runkey.registry.safe_pickle import check_pickles
+from runkey.registry.team.dvc_entry import MD5, check_entry, check_listing
+from runkey.registry.team.safe_pickle import check_pickles
 
 SCHEMA = "dvc1"
 FILE = "dvc.json"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from runkey.identity.key import SCHEMA
-from runkey.registry.owner import Owner, is_running
+from runkey.registry.claims.owner import Owner, is_running
 
 State = Literal["running", "finished", "failed"]
 StateNow = Literal["running", "finished", "failed", "dead", "silent"]

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +16,10 @@ from runkey.errors import RegistryError
 from runkey.identity.errors import RecipeError
 from runkey.identity.key import short_key
 from runkey.identity.record import Record
-from runkey.registry.claims import Claim, Claims, newest, state_now
-from runkey.registry.keeper import HeldClaim, Rhythm
+from runkey.registry.claims.claims import Claim, Claims, newest, state_now
+from runkey.registry.claims.keeper import HeldClaim, Rhythm
+from runkey.registry.claims.owner import this_process
 from runkey.registry.library import Library
-from runkey.registry.owner import this_process
 
 Say = Callable[[str], None]
 
@@ -126,10 +125,7 @@ class _Lookup:
         """The first store's run that can be reused."""
         for number, library in enumerate(self.libraries):
             try:
-                # A library may remember what it asked a server, such as which experiments there
-                # are.  Each look starts from one that was not asked yet: what is waited for may be
-                # the first run of an experiment.
-                record = _whole_run(copy.copy(library), self.key, self.not_this)
+                record = _whole_run(library, self.key, self.not_this)
             except (RegistryError, RecipeError) as error:
                 self.say(f"key {short_key(self.key)}: not looked up in {library.place}: {error}")
                 continue

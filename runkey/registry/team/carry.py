@@ -8,12 +8,12 @@ from pathlib import Path
 
 from runkey.errors import RegistryError
 from runkey.identity.record import Record
-from runkey.registry.archive import Index, pack, unpack
 from runkey.registry.dvc_cache import DvcCache
-from runkey.registry.dvc_part import FILE, DvcPart, check_objects, check_outputs, install
 from runkey.registry.git import has_git
 from runkey.registry.library import Library
-from runkey.registry.package import (
+from runkey.registry.team.archive import Index, pack, unpack
+from runkey.registry.team.dvc_part import FILE, DvcPart, check_objects, check_outputs, install
+from runkey.registry.team.package import (
     BUNDLE,
     RUN,
     Package,
@@ -26,7 +26,7 @@ from runkey.registry.package import (
     staging,
     whole,
 )
-from runkey.registry.snapshot_transfer import bundle_snapshot, unbundle_snapshot
+from runkey.registry.team.snapshot_transfer import bundle_snapshot, unbundle_snapshot
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from runkey.identity.record import LoggedRun, Record
-from runkey.registry.claims import Claims, newest, state_now
-from runkey.registry.query import Query, SearchableLibrary, fixed_field
+from runkey.registry.claims.claims import Claims, newest, state_now
+from runkey.registry.reading.query import Query, SearchableLibrary, fixed_field
 
 DEAD = "DEAD"
 """MLflow has it as RUNNING, but nobody trains it any more."""

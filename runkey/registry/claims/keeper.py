@@ -11,7 +11,7 @@ from typing import Self
 
 from runkey.errors import RegistryError
 from runkey.identity.key import short_key
-from runkey.registry.claims import Claim, Claims, newest
+from runkey.registry.claims.claims import Claim, Claims, newest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from typing import Any
 from runkey.errors import RegistryError
 from runkey.hashing import sha256_file
 from runkey.identity.key import SCHEMA as KEY_SCHEMA
-from runkey.registry.safe_names import safe_path
+from runkey.registry.team.safe_names import safe_path
 
 SCHEMA = "archive1"
 INDEX = "index.json"

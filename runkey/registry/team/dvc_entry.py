@@ -19,7 +19,7 @@ from ruamel.yaml.error import YAMLError
 
 from runkey.errors import RegistryError
 from runkey.hashing import sha256_bytes
-from runkey.registry.safe_names import safe_path
+from runkey.registry.team.safe_names import safe_path
 
 MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 _PATH = re.compile(r"([0-9a-f]{2})/(\1[0-9a-f]{62})/([0-9a-f]{64})")

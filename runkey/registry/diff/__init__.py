@@ -1,0 +1,1 @@
+"""Two keys compared part by part, and two runs."""

@@ -1,0 +1,1 @@
+"""Runs handed on: to the team's remotes and server, by one file, and from them."""
