@@ -121,7 +121,7 @@ class RestClient:
                 if attempt == attempts:
                     why = getattr(error, "reason", None) or error
                     raise RegistryError(
-                        f"{self.address}: cannot be reached ({why}); see MLFLOW_TRACKING_URI"
+                        f"{self.address}: cannot be reached ({why}); does the server run there?"
                     ) from None
             time.sleep(0.3 * attempt)
         raise AssertionError("unreachable: the last attempt returns or raises")

@@ -32,6 +32,10 @@ from runkey.registry.team.package import BUNDLE, RUN, object_path
 from runkey.registry.team.snapshot_transfer import bundle_snapshot, ref_of
 from runkey.tracking.store import Store, open_client
 
+from .clones import address, team
+
+__all__ = ["address", "team"]
+
 RECIPE = Recipe(
     "train",
     {"train": "python -m stages.train"},

@@ -90,7 +90,7 @@ def unrecorded(uri: str, run_ids: set[str]) -> list[Finding]:
     try:
         missing = sorted(finished_runs(uri) - run_ids)
     except RunkeyError as error:
-        return [Finding("mlflow", "fault", str(error), "see MLFLOW_TRACKING_URI")]
+        return [Finding("mlflow", "fault", str(error), "start it, or set MLFLOW_TRACKING_URI")]
     text = f"{len(missing)} finished runs of MLflow have no record here: {some(missing)}"
     return [Finding("record", "fault", text, "`runkey index` writes them")] if missing else []
 
