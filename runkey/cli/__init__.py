@@ -33,7 +33,7 @@ from runkey.errors import report_errors
 
 app = typer.Typer(
     name="runkey",
-    help="Reproducible object detection: parameters, sample data and results of the pipeline.",
+    help="Reproducible object detection: a pipeline, and a key for every run of it.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -77,7 +77,7 @@ def options(
         bool, typer.Option("--traceback", help="Show where in the code an error came from.")
     ] = False,
 ) -> None:
-    """Reproducible object detection: parameters, sample data and results of the pipeline."""
+    """Reproducible object detection: a pipeline, and a key for every run of it."""
 
 
 def main() -> None:

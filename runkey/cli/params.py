@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from runkey import paths
+from runkey.cli.output import AsJson, print_json
 from runkey.cli.place import workspace
 from runkey.errors import ParamsError
 
@@ -24,6 +25,7 @@ def preset(
     force: Annotated[
         bool, typer.Option("--force", help="Write over changes that nothing else holds.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Copy presets/NAME.yaml to params.yaml."""
     from runkey.params import load_params  # 0.3 s
@@ -31,8 +33,11 @@ def preset(
     root = workspace()
     presets = {path.stem: path for path in sorted((root / "presets").glob("*.yaml"))}
     if not name:
-        for known, path in presets.items():
-            print(f"{known:<16} {_about(path)}")
+        about = {known: _about(path) for known, path in presets.items()}
+        if as_json:
+            print_json(about)
+        for known, text in () if as_json else about.items():
+            print(f"{known:<16} {text}")
         return
     if name not in presets:
         raise ParamsError(f"presets/{name}.yaml: not found (known: {', '.join(presets)})")
@@ -45,24 +50,24 @@ def preset(
             "params.yaml: holds changes that neither git nor a preset has; commit them, or say"
             " --force to lose them"
         )
-    if old == new and target.is_file():
+    is_there = old == new and target.is_file()
+    if not is_there:
+        target.write_bytes(new)
+    if as_json:
+        print_json({"preset": name, "written": not is_there})
+    elif is_there:
         print(f"params.yaml is preset {name} already")
-        return
-    target.write_bytes(new)
-    print(f"params.yaml is preset {name}: {_about(presets[name])}")
+    else:
+        print(f"params.yaml is preset {name}: {_about(presets[name])}")
 
 
-def show(
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of a line per value.")
-    ] = False,
-) -> None:
+def show(as_json: AsJson = False) -> None:
     """Check params.yaml; print every value, defaults filled in."""
     from runkey.params import load_params
 
     values = load_params(workspace() / paths.PARAMS).flat(runtime=True)
     if as_json:
-        print(json.dumps(values, indent=2))
+        print_json(values)
         return
     for name, value in values.items():
         print(f"{name} = {json.dumps(value)}")

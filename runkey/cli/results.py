@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from runkey import paths
+from runkey.cli.output import AsJson, print_json
 from runkey.cli.place import workspace
 from runkey.errors import DataError
 from runkey.identity.key import short_key
@@ -23,12 +24,15 @@ _PLACES = (
 )
 
 
-def summary() -> None:
+def summary(as_json: AsJson = False) -> None:
     """Show the result of the last pipeline, and where to look."""
     root = workspace()
     trained = _read(root / paths.METRICS / "train.json")
     evaluated = _read(root / paths.METRICS / "evaluate.json")
     run = _read(root / paths.RUN_JSON)
+    if as_json:
+        print_json({"key": run["key"], "run": run["run_id"]} | trained | evaluated)
+        return
     numbers = [f"{name} {evaluated[name]:.3f}" for name in ("AP", "AP50", "AP75")]
     minutes, seconds = divmod(round(trained["seconds"]), 60)
     rows = [

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from runkey.cli.output import AsJson, print_json
 from runkey.cli.place import workspace
 from runkey.errors import DataError
 
@@ -18,6 +19,7 @@ def sample_data(
     force: Annotated[
         bool, typer.Option("--force", help="Write over sample data that are there already.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Remake the sample data, numbered balls, from scikit-learn's pictures, byte for byte."""
     target = out or workspace() / "data"
@@ -25,5 +27,8 @@ def sample_data(
         raise DataError(f"{target}: is not empty; name another folder, or say --force")
     from runkey.data.sample import make_sample  # scikit-learn: 2 s
 
-    make_sample(target, print)
+    make_sample(target, (lambda _: None) if as_json else print)
+    if as_json:
+        print_json({"folder": str(target)})
+        return
     print(f"written to {target}/; annotations are COCO's, LICENSE.txt names the authors")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -46,15 +47,29 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
+def all_commands(group: Any) -> list[Any]:
+    """A group, its commands, and those of the groups in it."""
+    inner = getattr(group, "commands", {}).values()
+    return [group, *(found for one in inner for found in all_commands(one))]
+
+
 def test_every_command_and_option_has_help() -> None:
-    group = typer.main.get_command(app)
-    commands = getattr(group, "commands")  # noqa: B009
-    assert set(commands) >= {"preset", "params", "sample-data", "summary", "ui"}
-    for command in [group, *commands.values()]:
+    commands = all_commands(typer.main.get_command(app))
+    assert {command.name for command in commands} >= {"preset", "summary", "ui", "key", "check"}
+    for command in commands:
         assert command.help, command.name
         for parameter in command.params:
             if parameter.name != "help":
                 assert parameter.help, f"{command.name} {parameter.name}"
+
+
+def test_every_command_that_ends_speaks_json() -> None:
+    without = []
+    for command in all_commands(typer.main.get_command(app)):
+        options = {option for parameter in command.params for option in parameter.opts}
+        if not hasattr(command, "commands") and "--json" not in options:
+            without.append(command.name)
+    assert without == ["ui"]
 
 
 def test_help_imports_neither_torch_nor_mlflow() -> None:
@@ -190,6 +205,16 @@ def test_summary_shows_the_result_and_where_to_look(repository: Path, run: Run) 
     assert "this run is cafe" in out
     assert "model" in out
     assert "evaluation/best.jpg" not in out  # it is not there
+    _, told, _ = run("summary", "--json")
+    assert json.loads(told) == {
+        "key": "rk1-0123456789abcdef",
+        "run": "cafe",
+        "seconds": 272.4,
+        "best_epoch": 28,
+        "AP": 0.6314,
+        "AP50": 0.9,
+        "AP75": 0,
+    }
 
 
 def test_ui_without_a_store_says_what_to_do(
