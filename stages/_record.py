@@ -19,7 +19,7 @@ import torch
 from runkey import paths
 from runkey.errors import RegistryError
 from runkey.hashing import sha256_file
-from runkey.identity.key import Recipe, make_recipe, short_key
+from runkey.identity.key import Recipe, make_recipe
 from runkey.identity.manifest import RunManifest, Witness, make_manifest, take_witness
 from runkey.identity.record import DETAILS, Details, LoggedRun, Record, StoredFile, update_record
 from runkey.identity.run_folder import ORIGIN
@@ -90,7 +90,7 @@ def recorded(run: Run) -> Iterator[RunTracker]:
         tags=tags,
         counts=_data_counts(run.root),
         say=print,
-        name=f"{short_key(run.recipe.key)} reproduced" if turn.repeats else None,
+        name=turn.repeats.run.name if turn.repeats else None,
         changed=turn.changed,
         supersedes=turn.superseded,
     )

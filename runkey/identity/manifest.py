@@ -147,12 +147,14 @@ def take_witness(
         ],
         commit=_git(root, "rev-parse", "HEAD"),
         dirty=bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
-        variables={name: value for name, value in sorted(os.environ.items()) if _counts(name)},
+        variables={n: value for n, value in sorted(os.environ.items()) if value and _counts(n)},
     )
 
 
 def _counts(variable: str) -> bool:
-    return variable in _VARIABLES or variable.startswith(_FAMILIES)
+    named = variable in _VARIABLES or variable.startswith(_FAMILIES)
+    # Where compiled kernels are kept changes no result, and torch sets it itself.
+    return named and not variable.endswith("_CACHE_DIR")
 
 
 def make_manifest(recipe: Recipe, run_id: str | None, witness: Witness) -> RunManifest:
