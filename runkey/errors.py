@@ -11,6 +11,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_INTERRUPTED = 130
+"""Exit code of shells after SIGINT: 128 and the signal's number."""
+
 
 class RunkeyError(Exception):
     """Base of everything that a user can cause and mend."""
@@ -46,14 +49,23 @@ class LockError(RunkeyError):
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Print a `RunkeyError` as one line on stderr and exit with 1.
+    """Print a `RunkeyError` as one line on stderr and exit with 1; after Ctrl-C with 130.
 
     The traceback is shown only when `RUNKEY_TRACEBACK=1` or `--traceback` is on the command line.
     """
     try:
         yield
     except RunkeyError as error:
-        if os.environ.get("RUNKEY_TRACEBACK") == "1" or "--traceback" in sys.argv:
+        if _wants_traceback():
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        if _wants_traceback():
+            raise
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(_INTERRUPTED) from None
+
+
+def _wants_traceback() -> bool:
+    return os.environ.get("RUNKEY_TRACEBACK") == "1" or "--traceback" in sys.argv

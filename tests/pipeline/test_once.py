@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,26 @@ def test_a_file_that_the_run_needs_and_git_ignores_stops_it_before_training(root
     assert "runkey/training/private.py" in done.stderr
     assert done.stderr.count("\n") == 1
     assert "training 1" not in done.stdout
+
+
+def test_ctrl_c_leaves_who_waits_in_one_line(root: Path) -> None:
+    home, key = root / ".runkey", make_recipe("train", root).key
+    uri = f"sqlite:///{root}/mlflow.db"
+    decision = decide(open_library(uri, home), open_claims(uri, home), key)
+    assert decision.claim is not None
+    with decision.claim as claim:
+        waiting = subprocess.Popen(
+            [sys.executable, "-m", "stages.train"],
+            cwd=root,
+            env=_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert waiting.stdout is not None
+        assert "waiting for its result" in waiting.stdout.readline()
+        waiting.send_signal(signal.SIGINT)
+        _, told = waiting.communicate(timeout=60)
+        assert (waiting.returncode, told) == (130, "interrupted\n")
+        claim.check()
+        claim.finish(None)

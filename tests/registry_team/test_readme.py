@@ -43,6 +43,7 @@ def walk() -> list[Typed]:
 
 def shape(line: str) -> str:
     """How a line begins, without what differs from run to run."""
+    line = re.sub(r"^\s*[\d.]+ [kM]?B\s+", "", line)  # a file's size, before its name
     first = re.split(r"\s{2,}", line.strip())[0]
     first = re.sub(r"[0-9a-f]{7,}|\d[\d.,:-]*", "#", first.split(":")[0])
     return " ".join(first.split()[:2])
