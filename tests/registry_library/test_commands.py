@@ -28,7 +28,8 @@ def runs(root: Path) -> Path:
     make_run(
         root, B, "b" * 32, started_ms=1_700_000_100_000, params=changed, name="lr=5e-05",
         metrics={"eval/AP": 0.625, "eval/AP50": 0.8, "train/loss": 1.0},
-        tags={"key": B, "host": "big", "device": "cuda H200"},
+        tags={"key": B, "host": "big", "device": "cuda H200", "decision": "no run: trained",
+              "reused": "today on small: finished run bbbbbbbb of big is reused"},
     )  # fmt: skip
     make_run(
         root, B, "d" * 32, started_ms=1_700_000_300_000, params=changed, name="lr=5e-05",
@@ -129,6 +130,8 @@ def test_show(runs: Path, run: Run) -> None:
     assert f"{B[:16]}:dddd reproduction, FINISHED" in out
     assert "weights.pt 7 B" in out
     assert max(len(line) for line in out.splitlines() if "file://" not in line) <= 100
+    assert "\ndecision     no run: trained\n" in out
+    assert "\nlast reuse   today on small: finished run bbbbbbbb of big is reused\n" in out
     _, everything, _ = run("show", B, "--all")
     assert "training.epochs = 12" in everything
     _, as_json, _ = run("show", f"{B[:16]}:dddd", "--json")

@@ -40,6 +40,10 @@ def lines(rows: Sequence[Row]) -> list[str]:
     return [line.replace(_NO_BREAK, " ") for line in result]
 
 
+_TOLD = (("decision", "decision"), ("last reuse", "reused"))
+"""Rows and the tags that they show: why it was trained, and who took its result last."""
+
+
 def describe(
     record: Record, *, status: str, others: Sequence[Record], page: str, every_param: bool
 ) -> list[Row]:
@@ -59,7 +63,7 @@ def describe(
         ("status", _status(run, status)),
         ("name", run.name),
         *([("repeats", f"run {record.reproduction_of}")] if record.reproduction_of else []),
-        *([("decision", details.decision)] if details and details.decision else []),
+        *((row, told) for row, tag in _TOLD if (told := run.tags.get(tag))),
         *_metrics(run.metrics),
         *_params(run, every_param=every_param),
         *(_witness(details) if details else [("details", _WITHOUT[run.ended_ms is None])]),
