@@ -136,7 +136,7 @@ def _reuse_or_train(
         assert decision.library
         try:
             if decision.library is library:
-                reuse_own(library, decision.record, root, store, decision.line)
+                reuse_own(library, decision.record, root, store, params, decision.line)
             else:
                 reuse_teams(decision.library, decision.record, root, store, params)
         except (RegistryError, TrackingError) as error:

@@ -21,14 +21,16 @@ from runkey.tracking.store import Store
 from runkey.tracking.tags import set_tag
 
 
-def reuse_own(library: Library, record: Record, root: Path, store: Store, line: str) -> None:
+def reuse_own(
+    library: Library, record: Record, root: Path, store: Store, params: Params, line: str
+) -> None:
     """Put the outputs of a run of this store in the workspace, and leave a note on the run.
 
     Raises:
-        RegistryError: a file is missing or is not what was recorded; nothing was put anywhere.
+        RegistryError: a file is missing, is not what was recorded, or is none of the stage's
+            outputs; nothing was put anywhere.
     """
-    assert record.details
-    download(library, record, record.details.outputs, root)
+    download(library, record, _outputs(record, root, params), root)
     told = f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} on {socket.gethostname()}: {line}"
     try:
         set_tag(store, record.run.run_id, "reused", told, RestClient(store.uri).post)
@@ -53,16 +55,28 @@ def reuse_teams(team: Library, record: Record, root: Path, store: Store, params:
     # Here, for mlflow's import takes longer than all else of a reuse.
     from runkey.tracking.transfer import StoreRuns
 
-    assert record.details
     experiment = params.runtime.experiment
-    stage = read_pipeline(root, params.flat())[record.details.stage]
-    for path in record.details.outputs:
-        if not any(covers(out, path) for out in stage.outs):
-            raise RegistryError(f"{record.label}: {path}: no output of the stage {stage.name}")
+    outputs = _outputs(record, root, params)
     with staging(store.home, "reuse") as folder:
         files = read_run(StoreRuns(Store(team.place, None, store.home), experiment), record, folder)
         package = check(folder, record.key, f"{record.label} of {team.place}")
-        for path in package.details.outputs:
+        if package.details.outputs != outputs:
+            raise RegistryError(f"{record.label}: its record changed while it was read")
+        for path in outputs:
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(files / path, root / path)
         StoreRuns(store, experiment).write(package.run)
+
+
+def _outputs(record: Record, root: Path, params: Params) -> list[str]:
+    """The files that a run gives back: a server's word does not write anywhere else.
+
+    Raises:
+        RegistryError: the record names a file that the stage does not write.
+    """
+    assert record.details
+    stage = read_pipeline(root, params.flat())[record.details.stage]
+    for path in record.details.outputs:
+        if ".." in path.split("/") or not any(covers(out, path) for out in stage.outs):
+            raise RegistryError(f"{record.label}: {path}: no output of the stage {stage.name}")
+    return record.details.outputs

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from runkey.errors import RegistryError
 from runkey.identity.key import make_recipe
-from runkey.params import parse_params
+from runkey.params import load_params, parse_params
 from runkey.params.render import render
 from runkey.registry.claims.once import decide
 from runkey.registry.open import open_claims, open_library
+from runkey.tracking.store import Store
+from stages._reuse import reuse_own
 from tests.support.records import FILES, make_run
 
 from .conftest import TINY, _copy, _environment
@@ -77,6 +80,19 @@ def test_a_damaged_run_is_not_taken_and_its_files_are_not_touched(root: Path) ->
     assert not (root / "model").exists()
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", ["stages/train.py", "model/../stages/train.py", ".git/config"])
+def test_a_record_cannot_write_beside_the_outputs(root: Path, path: str) -> None:
+    key = make_recipe("train", root).key
+    record = make_run(root, key, files=FILES | {path: b"import this"})
+    before = (root / "stages/train.py").read_bytes()
+    store = Store(f"sqlite:///{root}/mlflow.db", root / "mlartifacts", root / ".runkey")
+    library, params = open_library(store.uri, store.home), load_params(root / "params.yaml")
+    with pytest.raises(RegistryError, match="no output of the stage train"):
+        reuse_own(library, record, root, store, params, "")
+    assert (root / "stages/train.py").read_bytes() == before
+    assert not (root / "model").exists()
 
 
 def test_a_key_that_is_trained_elsewhere_is_left_when_asked_to(root: Path) -> None:
