@@ -9,11 +9,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from ruamel.yaml import YAML
+from typing import TYPE_CHECKING
 
 from runkey.errors import ParamsError
-from runkey.params import Params, parse_params
+from runkey.identity.pipeline import tracked_md5
+
+if TYPE_CHECKING:
+    # The schema takes 0.2 s, which every command that only reads would pay.
+    from runkey.params import Params
 
 _NAME_CHARACTERS = 80
 _NAME_ITEMS = 4
@@ -83,6 +86,8 @@ def run_name(params: Params, baseline: Params | None) -> str:
 
     Names are cut to their last part where that is unambiguous; at most four values are named.
     """
+    from runkey.params import parse_params
+
     values = params.flat()
     before = (baseline or parse_params({"lr": params.lr, "seed": params.seed})).flat()
     changed = {name: value for name, value in values.items() if before.get(name) != value}
@@ -103,6 +108,10 @@ def committed_params(root: Path) -> Params | None:
 
     None where there is no git, no commit, or no valid file in it.
     """
+    from ruamel.yaml import YAML
+
+    from runkey.params import parse_params
+
     try:
         shown = subprocess.run(
             ["git", "-C", str(root), "show", "HEAD:./params.yaml"],
@@ -118,13 +127,12 @@ def committed_params(root: Path) -> Params | None:
 
 def read_dataset(root: Path, data_path: str, counts: Mapping[str, int]) -> Dataset | None:
     """The data set with the digest that its .dvc file holds; None if it is not tracked by DVC."""
-    path = root / f"{data_path.rstrip('/')}.dvc"
-    if not path.is_file():
+    md5 = tracked_md5(data_path.rstrip("/"), root)
+    if md5 is None:
         return None
-    outs = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["outs"]
     return Dataset(
         name=Path(data_path).name,
-        digest=str(outs[0]["md5"]),
+        digest=md5.removeprefix("md5:"),
         source=json.dumps({"uri": data_path}),
         profile=json.dumps(dict(counts)),
     )

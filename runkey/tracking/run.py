@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runkey import paths
 from runkey.identity.record import LoggedRun
-from runkey.params import Params
 from runkey.tracking.describe import describe_run
 from runkey.tracking.jsonl import JsonlLog
 from runkey.tracking.mlflow_tracker import MlflowTracker, Pace
 from runkey.tracking.store import locate_store
 from runkey.tracking.writer import Status
+
+if TYPE_CHECKING:
+    from runkey.params import Params
 
 TRAIN_LOG = paths.LOGS / "train.jsonl"
 
