@@ -81,6 +81,7 @@ def leftovers(home: Path, root: Path, now: float) -> Iterator[Found]:
     places = [
         *home.glob("runs/.*"),
         *home.glob("claims/.*"),
+        *home.glob(".*-*"),  # of runs handed on
         *root.glob(".runkey-*"),  # of downloads
         *root.glob(".run.json.[0-9]*"),
     ]

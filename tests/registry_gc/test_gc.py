@@ -255,16 +255,17 @@ def test_half_written_files_of_long_ago(house):
         house.home / "runs/.abc.123",
         house.home / "claims/.claim.9f",
         house.root / ".runkey-x1/0",
+        house.home / ".fetch-x1/0",
         house.root / ".run.json.77",
     ]
     for path in old:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{")
         os.utime(path, (1e9, 1e9))
-        if path.parent.name.startswith(".runkey-"):
+        if path.parent.name.endswith("-x1"):
             os.utime(path.parent, (1e9, 1e9))
     (house.home / "runs/.now.5").write_text("{")
-    assert len(house.items()) == 4
+    assert len(house.items()) == 5
     house.apply()
     assert not any(path.exists() for path in old)
     assert (house.home / "runs/.now.5").exists()

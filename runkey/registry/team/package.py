@@ -81,7 +81,7 @@ def object_path(folder: Path, md5: str) -> Path:
 def staging(home: Path, what: str) -> Iterator[Path]:
     """A folder in `Store.home` for what is under way; gone afterwards."""
     home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{what}-", dir=home) as folder:
+    with tempfile.TemporaryDirectory(prefix=f".{what}-", dir=home) as folder:
         yield Path(folder)
 
 
