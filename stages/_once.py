@@ -18,7 +18,7 @@ from pathlib import Path
 from runkey import paths
 from runkey.errors import RegistryError, TrackingError
 from runkey.identity.key import Recipe, short_key
-from runkey.identity.record import Details, LoggedRun, Record, update_record
+from runkey.identity.record import REPRODUCES, Details, LoggedRun, Record, update_record
 from runkey.params import Params
 from runkey.registry.claims.keeper import HeldClaim
 from runkey.registry.claims.once import Decision, decide
@@ -27,9 +27,6 @@ from runkey.registry.open import open_claims, open_library
 from runkey.registry.snapshot import take_snapshot
 from runkey.tracking.store import Store, locate_store
 from stages._reuse import reuse_own, reuse_teams
-
-REPRODUCES = "RUNKEY_REPRODUCES"
-"""Environment variable: MLflow id of a run that is to be repeated, although its result is there."""
 
 
 @dataclass

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,17 @@ from runkey.errors import RegistryError
 from runkey.hashing import sha256_file
 from runkey.identity.key import Recipe, make_recipe
 from runkey.identity.manifest import RunManifest, Witness, make_manifest, take_witness
-from runkey.identity.record import DETAILS, Details, LoggedRun, Record, StoredFile, update_record
+from runkey.identity.record import (
+    DETAILS,
+    KEY_JSON,
+    REPRODUCTION_OF,
+    Details,
+    LoggedRun,
+    Record,
+    StoredFile,
+    this_host,
+    update_record,
+)
 from runkey.identity.run_folder import ORIGIN
 from runkey.memory.plan import MemoryPlan
 from runkey.params import Params
@@ -75,13 +84,13 @@ def recorded(run: Run) -> Iterator[RunTracker]:
         "micro_batch": str(run.plan.micro_batch),
         "precision": _PRECISION[run.dtype],
         "torch": torch.__version__,
-        "host": socket.gethostname(),
+        "host": this_host(),
         "decision": turn.why,
     }
     if turn.snapshot:
         tags["snapshot"] = turn.snapshot
     if turn.repeats:
-        tags["reproduction_of"] = turn.repeats.run.run_id
+        tags[REPRODUCTION_OF] = turn.repeats.run.run_id
     tracker = open_run(
         run.params,
         run.root,
@@ -108,7 +117,7 @@ def keep(run: Run, tracker: RunTracker) -> str | None:
         The MLflow run's id, None if there is none.
     """
     root, turn = run.root, run.turn
-    write_json(root / paths.MODEL / "key.json", run.recipe.as_dict())
+    write_json(root / KEY_JSON, run.recipe.as_dict())
     witness = take_witness(
         root,
         run.recipe,
@@ -146,7 +155,7 @@ def _details(run: Run, witness: Witness, *, with_log: bool) -> Details:
         files=outputs | _hashed(root, _BESIDE),
         outputs=sorted(outputs),
         witness=told,
-        host=socket.gethostname(),
+        host=this_host(),
         snapshot=turn.snapshot,
         pointer_md5=pointer if "DVC_STAGE" in os.environ else None,
         decision=turn.why,

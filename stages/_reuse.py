@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from runkey import paths
 from runkey.errors import RegistryError, TrackingError
 from runkey.identity.pipeline import covers, read_pipeline
-from runkey.identity.record import Record, update_record
+from runkey.identity.record import Record, this_host, update_record
 from runkey.params import Params
 from runkey.registry.download import download
 from runkey.registry.library import Library
@@ -31,7 +30,7 @@ def reuse_own(
             outputs; nothing was put anywhere.
     """
     download(library, record, _outputs(record, root, params), root)
-    told = f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} on {socket.gethostname()}: {line}"
+    told = f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} on {this_host()}: {line}"
     try:
         set_tag(store, record.run.run_id, "reused", told, RestClient(store.uri).post)
         if not store.is_server:

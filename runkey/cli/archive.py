@@ -13,6 +13,7 @@ from runkey.cli.place import library, store, workspace
 from runkey.cli.team import WithData, runs_of
 from runkey.errors import RegistryError
 from runkey.identity.key import short_key
+from runkey.registry.reading.columns import size
 
 
 def export_run(
@@ -32,13 +33,13 @@ def export_run(
         raise RegistryError(f"{file}: is there already; name another, or say --force")
     record, place = find_run(library(), key), store()
     done = write(record, workspace(), place.home, runs_of(place), file, with_data=with_data)
-    size = file.stat().st_size
+    packed = file.stat().st_size
     if as_json:
-        print_json(asdict(done) | {"file": str(file), "archive_size": size})
+        print_json(asdict(done) | {"file": str(file), "archive_size": packed})
         return
     print(
-        f"{short_key(done.key)}: {done.files} files ({done.size / 1e6:.1f} MB) in {file},"
-        f" {size / 1e6:.1f} MB; `runkey import {file.name}` takes it in"
+        f"{short_key(done.key)}: {done.files} files ({size(done.size)}) in {file},"
+        f" {size(packed)}; `runkey import {file.name}` takes it in"
     )
 
 
@@ -56,6 +57,6 @@ def import_run(
         return
     state = "taken in as" if done.is_new else "was here already as"
     print(
-        f"{short_key(done.key)}: {done.files} files ({done.size / 1e6:.1f} MB) verified,"
+        f"{short_key(done.key)}: {done.files} files ({size(done.size)}) verified,"
         f" {state} MLflow run {done.run_id}"
     )

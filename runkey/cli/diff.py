@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runkey import paths
 from runkey.cli.output import AsJson, answer_no, print_json
-from runkey.cli.place import library, workspace
+from runkey.cli.place import checkout, library, workspace
 
 if TYPE_CHECKING:
     from runkey.registry.diff.diff import Diff
@@ -36,7 +35,7 @@ def diff(
     from runkey.registry.diff.diff import compare
 
     sides = (_side(a), _side(b))
-    found = compare(*sides, paths.store_root())
+    found = compare(*sides, checkout())
     if as_json:
         print_json(_as_dict(sides, found, patch=patch))
     else:
@@ -52,7 +51,7 @@ def _side(address: str) -> Side:
 
     if address == TREE:
         return tree_side(workspace())
-    return run_side(library(), address, paths.store_root())
+    return run_side(library(), address, checkout())
 
 
 def _as_dict(sides: tuple[Side, Side], found: Diff, *, patch: bool) -> dict[str, Any]:

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runkey import paths
 from runkey.cli.output import AsJson, print_json, print_table
-from runkey.cli.place import store, workspace
+from runkey.cli.place import checkout, store, workspace
 from runkey.errors import RegistryError, RunkeyError
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def _scope() -> Scope:
         delete(place, run_id)
 
     return Scope(
-        root=paths.store_root(),
+        root=checkout(),
         home=place.home,
         library=open_library(place.uri, place.home),
         claims=open_claims(place.uri, place.home),
@@ -92,6 +91,8 @@ def _as_dict(items: list[Item], failed: dict[int, str], *, applied: bool) -> dic
 
 
 def _print(items: list[Item], failed: dict[int, str], *, applied: bool) -> None:
+    from runkey.registry.reading.columns import size
+
     if not items:
         print("nothing to delete")
         return
@@ -100,18 +101,11 @@ def _print(items: list[Item], failed: dict[int, str], *, applied: bool) -> None:
         error = f"; not deleted: {failed[number]}" if number in failed else ""
         name = item.name if item.kind != "run" else item.name[: item.name.index(":") + 9]
         days = f"{item.age_seconds / 86400:.1f}"
-        rows.append((item.kind, name, days, _size(item.size), f"{item.why}{error}"))
+        rows.append((item.kind, name, days, size(item.size), f"{item.why}{error}"))
     print_table(("kind", "name", "days", "size", "why"), rows, right=("days", "size"))
     gone = [item for number, item in enumerate(items) if number not in failed]
-    total = _size(sum(item.size for item in gone))
+    total = size(sum(item.size for item in gone))
     if applied:
         print(f"deleted {len(gone)}, freed {total}")
     else:
         print(f"{len(gone)} may go, {total}; --apply deletes them")
-
-
-def _size(size: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} B"

@@ -30,7 +30,7 @@ def get(
     """Copy a run's files here; each is checked against the hash that the run recorded."""
     from runkey.registry.download import download, in_the_way
     from runkey.registry.library import find_run
-    from runkey.registry.reading.show import size
+    from runkey.registry.reading.columns import size
 
     runs = library()
     record = find_run(runs, key)

@@ -26,6 +26,18 @@ def workspace() -> Path:
         raise RunkeyError(f"{error}; change to a folder of the repository") from None
 
 
+def checkout() -> Path:
+    """The main checkout: what `DVC_ROOT` names, else the repository of the current folder.
+
+    Raises:
+        RunkeyError: the current folder lies in no repository.
+    """
+    try:
+        return paths.store_root()
+    except FileNotFoundError as error:
+        raise RunkeyError(f"{error}; change to a folder of the repository") from None
+
+
 def store() -> Store:
     """The store that the current folder, `DVC_ROOT` or `MLFLOW_TRACKING_URI` names.
 
@@ -34,10 +46,7 @@ def store() -> Store:
     """
     from runkey.tracking.store import locate_store
 
-    try:
-        return locate_store()
-    except FileNotFoundError as error:
-        raise RunkeyError(f"{error}; change to a folder of the repository") from None
+    return locate_store(checkout())
 
 
 def library() -> SearchableLibrary:

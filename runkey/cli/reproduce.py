@@ -44,7 +44,7 @@ def reproduce(
     request = Request(
         library=library,
         record=record,
-        main=paths.store_root(),
+        main=place.checkout(),
         home=store.home,
         say=say,
         # JSON on stdout stays alone there.

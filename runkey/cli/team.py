@@ -140,8 +140,9 @@ def _team_server(root: Path) -> str:
 
 
 def _print_parts(done: Handed, sent: str) -> None:
-    megabytes = f"{done.size / 1e6:.1f} MB"
-    print(f"  DVC     {done.objects} objects ({megabytes}), {done.entries} stages;", end=" ")
+    from runkey.registry.reading.columns import size
+
+    print(f"  DVC     {done.objects} objects ({size(done.size)}), {done.entries} stages;", end=" ")
     print(f"{done.new_objects} {sent}" if done.new_objects else "all were there")
     print(f"  git     {done.ref or 'no snapshot: it was trained outside git'}")
     print(f"  MLflow  run {done.run_id}{' was there' if done.state == 'already there' else ''}")

@@ -8,7 +8,7 @@ import typer
 
 from runkey.cli import place
 from runkey.cli.output import AsJson, answer_no, print_json
-from runkey.errors import RegistryError, RunkeyError
+from runkey.errors import RunkeyError
 
 if TYPE_CHECKING:
     from runkey.identity.record import Record
@@ -92,27 +92,21 @@ def _sources(records: list[Record], *, quick: bool) -> Sources:
     """Where the store of the current folder and its checkout keep things.
 
     Raises:
-        RegistryError: the current folder lies in no repository.
+        RunkeyError: the current folder lies in no repository.
     """
-    import socket
-
-    from runkey import paths
+    from runkey.identity.record import this_host
     from runkey.registry.checks.mlflow_run import run_reader
     from runkey.registry.checks.verify import Sources
     from runkey.registry.checks.verify_cache import CacheCheck
 
-    try:
-        root = paths.store_root()
-    except FileNotFoundError as error:
-        raise RegistryError(f"{error}; change to a folder of the repository") from None
-    store = place.store()
+    store, root = place.store(), place.checkout()
     pointers = [r.details.pointer_md5 for r in records if r.details and r.details.pointer_md5]
     return Sources(
         library=place.library(),
         stored=run_reader(store.uri),
         root=root,
         cache=CacheCheck(root, pointers),
-        host=socket.gethostname(),
+        host=this_host(),
         is_shared=store.is_server,
         quick=quick,
     )

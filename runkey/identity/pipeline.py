@@ -155,15 +155,20 @@ def tracked_md5(path: str, root: Path) -> str | None:
     Raises:
         RecipeError: there is such a .dvc file, and it holds no md5.
     """
-    for tracked in (PurePosixPath(path), *PurePosixPath(path).parents[:-1]):
-        file = root / f"{tracked}.dvc"
-        if not file.is_file():
-            continue
-        try:
-            outs = read_yaml_text(file)["outs"]
-            return next(f"md5:{out['md5']}" for out in outs if out["path"] == tracked.name)
-        except (ValueError, KeyError, TypeError, StopIteration):
-            raise RecipeError(
-                f"{tracked}.dvc: holds no md5 of {tracked.name}; `dvc add {tracked}` writes it"
-            ) from None
-    return None
+    file = pointer_of(path, root)
+    if file is None:
+        return None
+    tracked = PurePosixPath(file.removesuffix(".dvc"))
+    try:
+        outs = read_yaml_text(root / file)["outs"]
+        return next(f"md5:{out['md5']}" for out in outs if out["path"] == tracked.name)
+    except (ValueError, KeyError, TypeError, StopIteration):
+        raise RecipeError(
+            f"{file}: holds no md5 of {tracked.name}; `dvc add {tracked}` writes it"
+        ) from None
+
+
+def pointer_of(path: str, root: Path) -> str | None:
+    """The .dvc file, relative to `root`, of what DVC tracks as `path` or as a folder above it."""
+    tracked = (PurePosixPath(path), *PurePosixPath(path).parents[:-1])
+    return next((f"{t}.dvc" for t in tracked if (root / f"{t}.dvc").is_file()), None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,13 @@ from runkey.identity.key import PARTS, short_key
 SCHEMA = "record1"
 DETAILS = "record.json"
 """Artifact of the MLflow run that holds the `Details`."""
+KEY_JSON = "model/key.json"
+"""Artifact, and output of the train stage, that holds the recipe."""
+REPRODUCES = "RUNKEY_REPRODUCES"
+"""Environment variable that tells the train stage which run it repeats, by its MLflow id: it trains
+although the result is there."""
+REPRODUCTION_OF = "reproduction_of"
+"""Tag of such a repeat: the MLflow id of the run that it repeats."""
 KEY = "key"
 """Name of the MLflow tag and param that hold the key; each part is the param `key.<part>`."""
 NOT_KEPT = ("system/",)
@@ -142,7 +150,7 @@ class Record:
     @property
     def reproduction_of(self) -> str | None:
         """MLflow id of the run that this one repeated."""
-        return self.run.tags.get("reproduction_of")
+        return self.run.tags.get(REPRODUCTION_OF)
 
     @property
     def label(self) -> str:
@@ -171,6 +179,11 @@ class Record:
         except (KeyError, TypeError) as error:
             raise RecipeError(f"{where}: not a run's record ({error})") from None
         return cls(run=run, details=Details.from_dict(details, where) if details else None)
+
+
+def this_host() -> str:
+    """This machine's name, as records, claims and notes on runs have it."""
+    return platform.node() or "unknown"
 
 
 def write_record(folder: Path, record: Record) -> Path:

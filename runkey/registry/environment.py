@@ -25,13 +25,13 @@ from runkey.identity.environment import (
     read_requirements,
 )
 from runkey.identity.key import part_digest
+from runkey.identity.manifest import REQUIREMENTS
 from runkey.identity.record import Record
 from runkey.identity.requirements import python_pins
 from runkey.paths import LOCK
 from runkey.registry.git import git, git_bytes
 from runkey.registry.snapshot import has_snapshot
 
-REQUIREMENTS = Path("requirements.txt")
 FILES = (LOCK, REQUIREMENTS)
 """What an environment is made from."""
 

@@ -9,7 +9,7 @@ from runkey.errors import RegistryError
 from runkey.identity.closure import import_closure
 from runkey.identity.key import DATA_PATH, FILE_PARAMS, Recipe
 from runkey.identity.manifest import REQUIREMENTS
-from runkey.identity.pipeline import PIPELINE, Stage
+from runkey.identity.pipeline import PIPELINE, Stage, pointer_of
 from runkey.params import load_params
 from runkey.paths import LOCK, PARAMS
 
@@ -38,7 +38,7 @@ def needed_files(root: Path, recipe: Recipe) -> set[str]:
     for dep in recipe.preimages["data"]:
         paths.add(str(flat[DATA_PATH]).rstrip("/") if dep == "data" else dep)
     paths |= {str(flat[name]) for name in FILE_PARAMS if _lies_inside(flat.get(name))}
-    return {file for path in paths for file in _real_files(_pointer(path, root) or path, root)}
+    return {file for path in paths for file in _real_files(pointer_of(path, root) or path, root)}
 
 
 def _lies_inside(value: object) -> bool:
@@ -50,12 +50,6 @@ def _lies_inside(value: object) -> bool:
     if value in (None, "none", "imagenet") or Path(str(value)).is_absolute():
         return False
     return ".." not in Path(str(value)).parts
-
-
-def _pointer(path: str, root: Path) -> str | None:
-    """The .dvc file of what DVC tracks as `path` or as a folder above it."""
-    tracked = (PurePosixPath(path), *PurePosixPath(path).parents[:-1])
-    return next((f"{t}.dvc" for t in tracked if (root / f"{t}.dvc").is_file()), None)
 
 
 def _real_files(path: str, root: Path) -> Iterator[str]:

@@ -26,7 +26,7 @@ from runkey.errors import RegistryError, RunkeyError
 from runkey.hashing import sha256_file
 from runkey.identity.key import PARTS, Recipe
 from runkey.identity.manifest import RunManifest
-from runkey.identity.record import Details, Record
+from runkey.identity.record import REPRODUCES, Details, Record, this_host
 from runkey.registry.checks.compare_runs import IDENTICAL, Side, Verdict, compare_runs
 from runkey.registry.checks.findings import some
 from runkey.registry.checks.worktree import (
@@ -41,8 +41,6 @@ from runkey.registry.collect_files import mark_owner
 from runkey.registry.environment import compare_environment
 from runkey.registry.library import Library
 
-REPRODUCES = "RUNKEY_REPRODUCES"
-"""Tells the train stage which run it repeats, by MLflow id: it trains though the key is there."""
 TARGET = "evaluate"
 """The stage that is asked for; all before it run as well."""
 _PATIENCE = 30.0
@@ -154,7 +152,7 @@ def _repeat(request: Request, details: Details, tree: Worktree) -> Repeat:
     outcome = {
         "when_ms": time.time_ns() // 1_000_000,
         "run_id": manifest.run_id,
-        "host": os.uname().nodename,
+        "host": this_host(),
         "seconds": round(seconds, 1),
         **verdict.as_dict(),
     }

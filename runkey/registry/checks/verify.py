@@ -19,16 +19,15 @@ from typing import Any, BinaryIO
 
 from runkey.errors import RunkeyError
 from runkey.identity.key import PARTS, Recipe
-from runkey.identity.record import DETAILS, Details, Record, StoredFile
+from runkey.identity.record import DETAILS, KEY_JSON, Details, Record, StoredFile
 from runkey.identity.run_folder import ORIGIN
-from runkey.paths import MODEL, RUN_JSON
+from runkey.paths import RUN_JSON
 from runkey.registry.checks.findings import Finding, Report, some
 from runkey.registry.checks.mlflow_run import ReadRun, finished_runs
 from runkey.registry.checks.verify_cache import CacheCheck
 from runkey.registry.checks.verify_places import check_environment, check_mlflow, check_snapshot
 from runkey.registry.library import Library
 
-KEY_JSON = (MODEL / "key.json").as_posix()
 _CHUNK = 1 << 20
 
 

@@ -9,10 +9,10 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from runkey.errors import RegistryError
-from runkey.identity.pipeline import chain, read_pipeline
+from runkey.identity.pipeline import chain, pointer_of, read_pipeline
 from runkey.params import load_params
 from runkey.paths import PARAMS
 from runkey.registry.dvc_cache import cache_folder, read_config
@@ -115,13 +115,8 @@ def tracked_inputs(root: Path, stage: str) -> list[str]:
     flat = load_params(root / PARAMS).flat()
     stages = chain(read_pipeline(root, flat), stage)
     wanted = [str(flat["data.path"]).rstrip("/"), *(dep for one in stages for dep in one.deps)]
-    found: dict[str, None] = {}
-    for dep in wanted:
-        for path in (PurePosixPath(dep), *PurePosixPath(dep).parents[:-1]):
-            if (root / f"{path}.dvc").is_file():
-                found[f"{path}.dvc"] = None
-                break
-    return list(found)
+    found = (pointer_of(dep, root) for dep in wanted)
+    return list(dict.fromkeys(file for file in found if file))
 
 
 def clean_environment(main: Path, more: Mapping[str, str]) -> dict[str, str]:

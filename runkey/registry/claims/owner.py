@@ -7,12 +7,13 @@ another container on this one, nothing is known but that its claim's beat goes o
 from __future__ import annotations
 
 import os
-import platform
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
+
+from runkey.identity.record import this_host
 
 _PROC = Path("/proc")
 _BOOT_ID = _PROC / "sys/kernel/random/boot_id"
@@ -67,7 +68,7 @@ def this_process() -> Owner:
     pid, proc_is_ours = os.getpid(), _proc_is_ours()
     stat = _stat(pid) if proc_is_ours else None
     return Owner(
-        host=platform.node() or "unknown",
+        host=this_host(),
         pid=pid,
         boot=_BOOT_ID.read_text(encoding="ascii").strip() if stat else "",
         namespace=str((_PROC / "self/ns/pid").readlink()) if stat else "",

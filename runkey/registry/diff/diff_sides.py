@@ -13,16 +13,14 @@ from runkey.data.image_list import IMAGE_LIST, ImageList, read_image_list
 from runkey.errors import DataError, RegistryError
 from runkey.identity.key import Recipe, make_recipe
 from runkey.identity.pipeline import PIPELINE
-from runkey.identity.record import Record
+from runkey.identity.record import KEY_JSON, Record
 from runkey.identity.yamltext import read_yaml_text
 from runkey.registry.diff.diff_code import Source, TreeSource, snapshot_source
 from runkey.registry.library import Library, find_run
 
 TREE = "."
 """How the tree as it stands is named."""
-KEY_JSON = "model/key.json"
 IMAGES_JSON = f"{paths.PREPARED}/{IMAGE_LIST}"
-RUN_JSON = "run.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +88,7 @@ def run_side(library: Library, address: str, root: Path) -> Side:
         record=record,
         code=code,
         images=_images(read(IMAGES_JSON), IMAGES_JSON, notes),
-        packages=_packages(read(RUN_JSON)),
+        packages=_packages(read(str(paths.RUN_JSON))),
         notes=notes,
     )
 

@@ -59,6 +59,16 @@ def span(seconds: float) -> str:
     return f"{seconds / 3600:.3g} h" if seconds < 2 * _DAY else f"{seconds / _DAY:.3g} d"
 
 
+def size(count: int) -> str:
+    """Bytes for people: `310 B`, `1.2 kB`, `45.1 MB`."""
+    amount = float(count)
+    for unit in ("B", "kB", "MB"):
+        if amount < 999.5:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} GB"
+
+
 def text(value: Value) -> str:
     """A value for people: numbers with 4 digits, nothing for nothing."""
     if isinstance(value, float):

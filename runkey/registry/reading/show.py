@@ -11,7 +11,7 @@ from typing import Any
 
 from runkey.identity.record import KEY, Details, LoggedRun, Record
 from runkey.params import parse_params
-from runkey.registry.reading.columns import address, span, text
+from runkey.registry.reading.columns import address, size, span, text
 
 WIDTH = 100
 _LABEL = 13
@@ -73,16 +73,6 @@ def describe(
         ("artifacts", run.artifact_uri),
         *([("page", page)] if page else []),
     ]
-
-
-def size(count: int) -> str:
-    """Bytes for people: `310 B`, `1.2 kB`, `45.1 MB`."""
-    amount = float(count)
-    for unit in ("B", "kB", "MB"):
-        if amount < 999.5:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} GB"
 
 
 def _status(run: LoggedRun, status: str) -> str:

@@ -22,7 +22,7 @@ from runkey.errors import RegistryError
 from runkey.hashing import sha256_file
 from runkey.identity.errors import RecipeError
 from runkey.identity.key import Recipe, short_key
-from runkey.identity.record import DETAILS, KEY, Details, LoggedRun, Record
+from runkey.identity.record import DETAILS, KEY, KEY_JSON, Details, LoggedRun, Record
 from runkey.identity.run_folder import ARTIFACTS, CONTENT, ORIGIN, SCHEMA
 from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.library import Library
@@ -33,7 +33,6 @@ from runkey.registry.team.safe_pickle import check_pickles
 RUN = "run"
 OBJECTS = "objects"
 BUNDLE = "snapshot.bundle"
-KEY_FILE = "model/key.json"
 
 _TEXTS = ("run_id", "name", "status")
 _TABLES = ("params", "tags", "metrics")
@@ -199,7 +198,7 @@ def _is_data(data: object) -> bool:
 
 def _recipe_key(files: Path, where: str) -> str:
     try:
-        return Recipe.from_dict(_json(files / KEY_FILE, f"{where}: {KEY_FILE}")).key
+        return Recipe.from_dict(_json(files / KEY_JSON, f"{where}: {KEY_JSON}")).key
     except RecipeError as error:
         raise RegistryError(f"{where}: {error}") from None
 
