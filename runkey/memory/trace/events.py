@@ -41,8 +41,8 @@ class Event(NamedTuple):
 class Mark(NamedTuple):
     """Where a phase begins."""
 
-    index: int
-    """Of the phase's first event; the end of the events if it has none."""
+    start: int
+    """Index of its first event; the end of the events if it has none."""
     phase: Phase
 
 
