@@ -1,0 +1,39 @@
+"""The helper itself: what it says of a page is so."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from tests.support.chromium import open_chromium
+
+PAGE = """<!doctype html><meta charset=utf-8><title>t</title>
+<h1>first</h1><p style="display:none">hidden</p>
+<script>setTimeout(() => { document.body.append('later ' + 6 * 7) }, 300)</script>
+"""
+BAD = """<!doctype html><img src="http://example.invalid/pixel.png">
+<script>console.error('broken', 3); setTimeout(() => { document.body.append('thrown'); nothing_of_that_name() }, 0)</script>
+<p>bad
+"""
+
+
+def test_text_requests_and_errors_of_pages(tmp_path: Path) -> None:
+    (tmp_path / "good.html").write_text(PAGE)
+    (tmp_path / "bad.html").write_text(BAD)
+    with open_chromium(tmp_path, 800, 600) as page:
+        good = (tmp_path / "good.html").as_uri()
+        page.open(good)
+        text = page.wait_for("first", "later 42", seconds=20)
+        assert "hidden" not in text
+        assert page.requests == [good]
+        assert page.requests_elsewhere(good) == []
+        assert page.errors == []
+        page.screenshot(tmp_path / "good.png")
+
+        bad = (tmp_path / "bad.html").as_uri()
+        page.open(bad)
+        page.wait_for("bad", "thrown", seconds=20)
+        assert page.requests_elsewhere(bad) == ["http://example.invalid/pixel.png"]
+        assert "broken 3" in page.errors
+        assert any("nothing_of_that_name is not defined" in error for error in page.errors)
+    with Image.open(tmp_path / "good.png") as picture:
+        assert picture.size == (800, 600)
