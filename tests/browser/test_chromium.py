@@ -11,7 +11,10 @@ PAGE = """<!doctype html><meta charset=utf-8><title>t</title>
 <script>setTimeout(() => { document.body.append('later ' + 6 * 7) }, 300)</script>
 """
 BAD = """<!doctype html><img src="http://example.invalid/pixel.png">
-<script>console.error('broken', 3); setTimeout(() => { document.body.append('thrown'); nothing_of_that_name() }, 0)</script>
+<script>
+console.error('broken', 3);
+setTimeout(() => { document.body.append('thrown'); nothing_of_that_name() }, 0)
+</script>
 <p>bad
 """
 

@@ -112,7 +112,7 @@ class Page:
         path.write_bytes(base64.b64decode(shot["data"]))
 
     def requests_elsewhere(self, address: str) -> list[str]:
-        """What was asked of any other host than that of `address` (of any host, where it is a file)."""
+        """What was asked of any other host than that of `address`; of any, where it is a file."""
         own = urllib.parse.urlsplit(address)
         asked = [(one, urllib.parse.urlsplit(one)) for one in self.requests]
         return [
