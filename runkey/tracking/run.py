@@ -41,6 +41,13 @@ class RunTracker:
         if self.mlflow:
             self.mlflow.event(kind, **fields)
 
+    def position(self) -> dict[str, int | str]:
+        """The log is not gone on with yet: it begins anew with each training."""
+        return {}
+
+    def resume(self, position: Mapping[str, int | str] | None) -> None:
+        """See `position`."""
+
     def final(self, values: Mapping[str, float]) -> None:
         """Record numbers of the run as a whole in MLflow; the log has them as `training_end`."""
         if self.mlflow:

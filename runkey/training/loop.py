@@ -5,7 +5,6 @@ result = fit(model, criterion, loader, evaluate, params, device=device, tracker=
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -13,15 +12,17 @@ from torch import nn
 
 from runkey.model.criterion import Criterion
 from runkey.params import Params
+from runkey.training.checkpoint.content import Checkpoints
 from runkey.training.distributed import World
 from runkey.training.early_stopping import Judge, judge_history, watched_value
 from runkey.training.explain import explained
-from runkey.training.meters import timed
-from runkey.training.progress import Display, epoch_line, open_display
+from runkey.training.meters import Stopwatch, timed
+from runkey.training.progress import epoch_line, open_display
 from runkey.training.recorder import EpochRecorder
+from runkey.training.resume import begin, take_content
 from runkey.training.seed import seed_step
-from runkey.training.setup import Evaluate, Loader, Setup, build_setup
-from runkey.training.state import FitResult, LoopState
+from runkey.training.setup import Evaluate, Loader, Setup, announce, build_setup
+from runkey.training.state import FitResult, LoopState, Running
 from runkey.training.step import train_step
 from runkey.training.tracker import Quiet, Tracker
 
@@ -37,8 +38,9 @@ def fit(
     tracker: Tracker | None = None,
     say: Callable[[str], None] = lambda _: None,
     world: World | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> FitResult:
-    """Train a model; its best weights, not the last, are the result.
+    """Train a model, from its newest checkpoint on; its best weights, not the last, are the result.
 
     Args:
         model: called as `model(images, padding_mask, targets)`; moved to `device` and changed.
@@ -51,6 +53,7 @@ def fit(
         tracker: takes the metrics; its failure does not stop training.
         say: prints a line.
         world: this process among others; None for the only one.
+        checkpoints: where training goes on from and is saved; None: neither.
 
     Raises:
         TrainingError: no data, nothing to train, losses that stay non-finite, memory exhausted, or
@@ -66,28 +69,29 @@ def fit(
         tracker=tracker or Quiet(),
         say=say,
         world=world or World(),
+        checkpoints=checkpoints,
     )
-    state = LoopState()
-    epochs, every = params.training.epochs, params.training.evaluate_every
-    with open_display(
-        setup.schedule.total_steps, epochs, wanted=params.runtime.progress
-    ) as display:
+    state = begin(setup)
+    announce(setup, step=state.step)
+    clock = Stopwatch()
+    total, epochs = setup.schedule.total_steps, params.training.epochs
+    with open_display(total, epochs, wanted=params.runtime.progress) as display:
         while not state.stop_reason:
-            started = time.perf_counter()
-            values = _train_epoch(setup, state, display)
-            due = state.epoch % every == 0 or state.epoch == epochs
-            is_best = due and _evaluate(setup, state, values)
-            state.seconds += time.perf_counter() - started
-            _close_epoch(setup, state, values, is_best=is_best)
+            recorder = EpochRecorder(setup, state, display)
+            _train_epoch(setup, state, recorder, clock)
+            _close_epoch(setup, state, recorder.finish(), clock)
+            _save_if_due(setup, state)
+    if setup.checkpoints:
+        setup.checkpoints.save(take_content(setup, state), wait=True)
     return _finish(setup, state)
 
 
-def _train_epoch(setup: Setup, state: LoopState, display: Display) -> dict[str, float]:
-    """All steps of one epoch; its values by metric name."""
+def _train_epoch(setup: Setup, state: LoopState, recorder: EpochRecorder, clock: Stopwatch) -> None:
+    """The steps of the running epoch that are not done yet."""
     setup.machinery.model.train()
-    recorder = EpochRecorder(setup, state, display)
     watched = state.watched(setup.watched)
-    windows = setup.loader.epoch(state.epoch)
+    done = state.step - state.epoch * setup.loader.steps_per_epoch
+    windows = setup.loader.epoch(state.epoch, done)
     for window in timed(windows, recorder.pace, recorder.recent):
         factor = setup.schedule.factor(state.step, watched)
         seed_step(setup.params.seed, state.step, setup.world.rank)
@@ -96,12 +100,21 @@ def _train_epoch(setup: Setup, state: LoopState, display: Display) -> dict[str, 
         if setup.ema is not None:
             setup.ema.update()
         state.step += 1
+        # Hands on the values of the step before: what is decided by a step's values is decided one
+        # step late, wherever a checkpoint made them known earlier.
         recorder.record(window, result, factor)
-    values = recorder.finish()
-    state.epoch += 1
-    if state.step != state.epoch * setup.loader.steps_per_epoch:
-        raise ValueError(f"epoch {state.epoch}: the loader's windows are not steps_per_epoch")
-    return values
+        state.seconds += clock.lap()
+        _save_if_due(setup, state, recorder)
+    if state.step != (state.epoch + 1) * setup.loader.steps_per_epoch:
+        raise ValueError(f"epoch {state.epoch + 1}: the loader's windows are not steps_per_epoch")
+
+
+def _save_if_due(setup: Setup, state: LoopState, recorder: EpochRecorder | None = None) -> None:
+    """Save a checkpoint at this boundary of a step, if it is time."""
+    if setup.checkpoints and setup.checkpoints.due(state.step):
+        if recorder:
+            recorder.settle()
+        setup.checkpoints.save(take_content(setup, state))
 
 
 def _evaluate(setup: Setup, state: LoopState, values: dict[str, float]) -> bool:
@@ -123,16 +136,21 @@ def _evaluate(setup: Setup, state: LoopState, values: dict[str, float]) -> bool:
 
 
 def _close_epoch(
-    setup: Setup, state: LoopState, values: dict[str, float], *, is_best: bool
+    setup: Setup, state: LoopState, values: dict[str, float], clock: Stopwatch
 ) -> None:
-    """Record, log and print an epoch; note the end of training."""
-    epochs = setup.params.training.epochs
-    values |= {"train/epoch": float(state.epoch), "train/skipped_steps": float(state.skipped_steps)}
-    state.history.append({"epoch": float(state.epoch), "step": float(state.step)} | values)
+    """Evaluate if that is due, log and print the epoch; note the end of training."""
+    epochs, every = setup.params.training.epochs, setup.params.training.evaluate_every
+    number = state.epoch + 1
+    due = number % every == 0 or number == epochs
+    is_best = due and _evaluate(setup, state, values)
+    state.epoch, state.running = number, Running()
+    state.seconds += clock.lap()
+    values |= {"train/epoch": float(number), "train/skipped_steps": float(state.skipped_steps)}
+    state.history.append({"epoch": float(number), "step": float(state.step)} | values)
     setup.tracker.log(values, state.step)
     setup.say(
         epoch_line(
-            state.epoch,
+            number,
             epochs,
             values,
             setup.seconds_left(state.step, state.seconds),
@@ -140,7 +158,7 @@ def _close_epoch(
             is_best=is_best,
         )
     )
-    if not state.stop_reason and state.epoch == epochs:
+    if not state.stop_reason and number == epochs:
         state.stop_reason = f"all {epochs} epochs done"
 
 

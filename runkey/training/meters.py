@@ -66,24 +66,36 @@ class LateReader:
         return replace(reading, values=values)
 
 
+@dataclass
 class Means:
     """Means of values over an epoch; values that are not finite are left out."""
 
-    def __init__(self) -> None:
-        """Start empty."""
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, values: Mapping[str, float]) -> None:
         """Take one more of each value."""
         for name, value in values.items():
             if math.isfinite(value):
-                self._sums[name] = self._sums.get(name, 0.0) + value
-                self._counts[name] = self._counts.get(name, 0) + 1
+                self.sums[name] = self.sums.get(name, 0.0) + value
+                self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
         """The mean of each name that had a finite value."""
-        return {name: total / self._counts[name] for name, total in self._sums.items()}
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
+
+class Stopwatch:
+    """Wall time, lap by lap."""
+
+    def __init__(self) -> None:
+        """Start now."""
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the start or the lap before."""
+        before, self._last = self._last, time.perf_counter()
+        return self._last - before
 
 
 @dataclass
@@ -93,6 +105,11 @@ class Pace:
     images: int = 0
     wait_seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def after(cls, images: int, wait_seconds: float, seconds: float) -> Pace:
+        """A span that another process began, as far as that one counted it."""
+        return cls(images, wait_seconds, time.perf_counter() - seconds)
 
     def restart(self) -> None:
         """Begin a new span now."""

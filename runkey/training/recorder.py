@@ -7,7 +7,7 @@ from torch import Tensor
 from runkey.data.batch import Window
 from runkey.errors import TrainingError
 from runkey.training.explain import shown_ids
-from runkey.training.meters import LateReader, Means, Pace, Reading
+from runkey.training.meters import LateReader, Pace, Reading
 from runkey.training.progress import Display, bar_text
 from runkey.training.setup import Setup
 from runkey.training.state import LoopState
@@ -22,19 +22,26 @@ class EpochRecorder:
     """Takes each step's result, and hands its values on one step later."""
 
     def __init__(self, setup: Setup, state: LoopState, display: Display) -> None:
-        """Start an epoch."""
-        self.pace = Pace()
+        """Start an epoch, or go on in the middle of one, as the state says."""
+        running = state.running
+        self.pace = Pace.after(running.images, running.wait_seconds, running.seconds)
         """Of the whole epoch."""
         self.recent = Pace()
         """Since the last logged step."""
         self._setup, self._state, self._display = setup, state, display
-        self._reader, self._means = LateReader(), Means()
-        self._seconds_before = state.seconds
+        self._reader = LateReader()
 
     def record(self, window: Window, result: StepResult, factor: float) -> None:
         """Queue the values of the step that `state.step` now counts."""
         lr = self._setup.params.lr * factor
         self._take(self._reader.push(self._state.step, image_ids_of(window), lr, _scalars(result)))
+
+    def settle(self) -> None:
+        """Wait for the last step, so that the state holds all numbers up to it."""
+        self._take(self._reader.flush())
+        running, pace = self._state.running, self.pace
+        running.images, running.wait_seconds = pace.images, pace.wait_seconds
+        running.seconds = pace.seconds
 
     def finish(self) -> dict[str, float]:
         """Wait for the last step; the epoch's values by metric name.
@@ -42,14 +49,14 @@ class EpochRecorder:
         Losses are means under `train/epoch_loss` and so on, so that they lie on one axis with the
         evaluation's; gradient norms are means, the rate is the last.
         """
-        last = self._reader.flush()
-        self._take(last)
+        self.settle()
+        running = self._state.running
         values = {
             name.replace("/loss", "/epoch_loss"): value
-            for name, value in self._means.means().items()
+            for name, value in running.means.means().items()
         }
         values |= _pace_values(self.pace)
-        return values if last is None else values | {"train/lr": last.lr}
+        return values if running.lr is None else values | {"train/lr": running.lr}
 
     def _take(self, reading: Reading | None) -> None:
         """Count, log and show a step whose values have arrived on the host."""
@@ -57,7 +64,8 @@ class EpochRecorder:
             return
         values = dict(reading.values)
         self._count_skipped(reading, skipped=values.pop("skipped") > 0)
-        self._means.add(values)
+        self._state.running.means.add(values)
+        self._state.running.lr = reading.lr
         if reading.step > 1 and reading.step % self._setup.params.runtime.log_every:
             return
         values |= _pace_values(self.recent)
@@ -65,8 +73,7 @@ class EpochRecorder:
         values["train/epoch"] = reading.step / self._setup.loader.steps_per_epoch
         self.recent.restart()
         self._setup.tracker.log(values, reading.step)
-        seconds = self._seconds_before + self.pace.seconds
-        text = bar_text(values, self._setup.seconds_left(self._state.step, seconds))
+        text = bar_text(values, self._setup.seconds_left(self._state.step, self._state.seconds))
         self._display.update(self._state.step, self._state.epoch + 1, text)
 
     def _count_skipped(self, reading: Reading, *, skipped: bool) -> None:

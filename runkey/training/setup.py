@@ -13,6 +13,7 @@ from runkey.data.batch import Window
 from runkey.errors import TrainingError
 from runkey.model.criterion import Criterion
 from runkey.params import Params
+from runkey.training.checkpoint.content import Checkpoints, Stateful
 from runkey.training.distributed import World
 from runkey.training.ema import Ema
 from runkey.training.optimizer import build_optimizer, trained_parameters
@@ -53,6 +54,22 @@ class Setup:
     tracker: Tracker
     say: Callable[[str], None]
     world: World
+    checkpoints: Checkpoints | None
+    """None: nothing is saved."""
+    precision_reason: str
+    """Why this precision, in a few words."""
+
+    @property
+    def parts(self) -> dict[str, Stateful]:
+        """What has tensors that change as training goes on, by name; saved in checkpoints."""
+        machinery = self.machinery
+        maybe: dict[str, Stateful | None] = {
+            "model": machinery.model,
+            "optimizer": machinery.optimizer,
+            "ema": self.ema,
+            "scaler": machinery.precision.scaler,
+        }
+        return {name: part for name, part in maybe.items() if part is not None}
 
     @property
     def evaluated_module(self) -> nn.Module:
@@ -80,6 +97,7 @@ def build_setup(
     tracker: Tracker,
     say: Callable[[str], None],
     world: World,
+    checkpoints: Checkpoints | None = None,
 ) -> Setup:
     """Seed torch, move the model, and build what the steps need.  See `loop.fit`."""
     training = params.training
@@ -92,7 +110,7 @@ def build_setup(
         )
     set_up(params.seed, deterministic=training.deterministic, cpu_threads=training.cpu_threads)
     machinery, precision_reason = _build_machinery(model, criterion, params, device)
-    setup = Setup(
+    return Setup(
         params=params,
         machinery=machinery,
         schedule=build_schedule(
@@ -107,9 +125,9 @@ def build_setup(
         tracker=Contained(tracker, say),
         say=say,
         world=world,
+        checkpoints=checkpoints,
+        precision_reason=precision_reason,
     )
-    _say_choices(setup, precision_reason)
-    return setup
 
 
 def _build_machinery(
@@ -133,23 +151,32 @@ def _build_machinery(
     return machinery, reason
 
 
-def _say_choices(setup: Setup, precision_reason: str) -> None:
-    """Print and record what was decided for the user."""
+def announce(setup: Setup, *, step: int) -> None:
+    """Print and record what was decided for the user.
+
+    Args:
+        setup: the training.
+        step: steps done before; 0: it starts from its beginning.
+    """
     machinery, total = setup.machinery, setup.schedule.total_steps
     dtype = machinery.precision.dtype
     precision = "fp32" if dtype is None else f"{dtype} autocast".removeprefix("torch.")
     trained = sum(p.numel() for p in trained_parameters(machinery.optimizer))
     everything = sum(p.numel() for p in machinery.model.parameters())
-    setup.say(f"precision: {precision} ({precision_reason})")
+    setup.say(f"precision: {precision} ({setup.precision_reason})")
     setup.say(
         f"training {trained:,} of {everything:,} parameters on {machinery.device}: "
         f"{setup.params.training.epochs} epochs of {setup.loader.steps_per_epoch} steps"
     )
+    if step:
+        setup.say(f"going on after step {step} of {total}")
+        setup.tracker.event("resumed", step=step)
+        return
     setup.tracker.event(
         "training_start",
         device=str(machinery.device),
         precision=precision,
-        precision_reason=precision_reason,
+        precision_reason=setup.precision_reason,
         trained_parameters=trained,
         parameters=everything,
         total_steps=total,

@@ -1,23 +1,27 @@
 """Everything that a training knows about itself, in one place, so that it can be saved whole.
 
 Beside it there are only the tensors of model, optimizer, moving average and loss scaler, each with
-a state_dict of its own.  Counters of early stopping and plateau are not kept: both are functions of
-`evaluations`.
+a state_dict of its own (`Setup.parts`).  Counters of early stopping and plateau are not kept: both
+are functions of `evaluations`.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from torch import Tensor, nn
 
 from runkey.training.early_stopping import Judge
+from runkey.training.meters import Means
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best evaluation so far, and the weights it judged."""
+    """The best evaluation so far."""
 
     value: float
     """The watched metric; NaN only as long as no evaluation gave a number."""
@@ -26,8 +30,22 @@ class Best:
     """Epochs done, from 1."""
     step: int
     """Optimizer steps done."""
-    weights: dict[str, Tensor]
-    """State dict on the host, contiguous tensors."""
+
+
+@dataclass
+class Running:
+    """The numbers of the epoch that is running, up to the last step that was read."""
+
+    means: Means = field(default_factory=Means)
+    """Of losses and gradient norms."""
+    lr: float | None = None
+    """Rate of the last step."""
+    images: int = 0
+    """Images gone by."""
+    wait_seconds: float = 0.0
+    """Time that the loop waited for them."""
+    seconds: float = 0.0
+    """Time since the epoch began, without interruptions."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +76,10 @@ class LoopState:
     """How far a training is, and what it has seen."""
 
     epoch: int = 0
-    """Epochs finished."""
+    """Epochs closed: trained, evaluated if that was due, and logged."""
     step: int = 0
-    """Optimizer steps tried; epoch and place in it follow from this."""
+    """Optimizer steps tried; the place in the running epoch follows from both.  The epoch's steps
+    may all be done, but not yet its evaluation."""
     skipped_steps: int = 0
     """Steps in which loss or gradients were not finite, so that nothing was updated."""
     skipped_in_a_row: int = 0
@@ -69,11 +88,32 @@ class LoopState:
     """Metrics of each evaluation, in order."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Values of each epoch by metric name, with `epoch` and `step`."""
+    running: Running = field(default_factory=Running)
     best: Best | None = None
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    """State dict of the weights that `best` judged: contiguous tensors on the host.  They are never
+    changed, only replaced."""
     seconds: float = 0.0
-    """Wall time of training and evaluating."""
+    """Wall time of training and evaluating, without interruptions."""
     stop_reason: str = ""
     """Empty while training goes on."""
+
+    def as_plain(self) -> dict[str, Any]:
+        """A copy of everything but the weights, as dicts, lists, numbers and strings."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "best_weights"}
+        plain["running"] = asdict(self.running)
+        plain["best"] = asdict(self.best) if self.best else None
+        return copy.deepcopy(plain)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any], best_weights: dict[str, Tensor]) -> LoopState:
+        """Continue from what `as_plain` gave."""
+        running, best = plain["running"], plain["best"]
+        nested = {
+            "running": Running(**running | {"means": Means(**running["means"])}),
+            "best": Best(**best) if best else None,
+        }
+        return cls(**{**plain, **nested}, best_weights=best_weights)
 
     def watched(self, metric: str) -> list[float]:
         """One metric at each evaluation so far."""
@@ -89,7 +129,8 @@ class LoopState:
         best = judge.worst if self.best is None or math.isnan(self.best.value) else self.best.value
         if self.best is not None and not judge.better(value, best):
             return False
-        self.best = Best(value, dict(metrics), self.epoch, self.step, host_weights(module))
+        self.best = Best(value, dict(metrics), self.epoch + 1, self.step)
+        self.best_weights = host_weights(module)
         return True
 
     def result(self) -> FitResult:
@@ -97,7 +138,7 @@ class LoopState:
         if self.best is None:
             raise ValueError("training ended without an evaluation")
         return FitResult(
-            best_state=self.best.weights,
+            best_state=self.best_weights,
             best_metrics=self.best.metrics,
             best_epoch=self.best.epoch,
             best_step=self.best.step,

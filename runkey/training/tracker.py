@@ -15,6 +15,20 @@ class Tracker(Protocol):
     def event(self, kind: str, **fields: object) -> None:
         """Record something that happened once: the device chosen, an early stop."""
 
+    def position(self) -> Mapping[str, int | str]:
+        """Where the log is now, safe on disk up to there; for a checkpoint."""
+        ...
+
+    def resume(self, position: Mapping[str, int | str] | None) -> None:
+        """Go on where a checkpoint was taken.
+
+        What the log holds after that place will be given once more, equal in all but times, and is
+        not to be recorded twice.
+
+        Args:
+            position: what `position` gave then; None: training starts from its beginning.
+        """
+
 
 class Quiet:
     """A tracker that keeps nothing."""
@@ -24,6 +38,13 @@ class Quiet:
 
     def event(self, kind: str, **fields: object) -> None:
         """Keep nothing."""
+
+    def position(self) -> Mapping[str, int | str]:
+        """Nowhere."""
+        return {}
+
+    def resume(self, position: Mapping[str, int | str] | None) -> None:
+        """Nothing to go on with."""
 
 
 class Contained:
@@ -48,6 +69,21 @@ class Contained:
         """See `Tracker.event`."""
         try:
             self._tracker.event(kind, **fields)
+        except Exception as error:  # noqa: BLE001  whatever it is, training goes on
+            self._give_up(error)
+
+    def position(self) -> Mapping[str, int | str]:
+        """See `Tracker.position`."""
+        try:
+            return self._tracker.position()
+        except Exception as error:  # noqa: BLE001  whatever it is, training goes on
+            self._give_up(error)
+            return {}
+
+    def resume(self, position: Mapping[str, int | str] | None) -> None:
+        """See `Tracker.resume`."""
+        try:
+            self._tracker.resume(position)
         except Exception as error:  # noqa: BLE001  whatever it is, training goes on
             self._give_up(error)
 

@@ -139,7 +139,7 @@ class ToyLoader:
 
 
 class MemoryTracker:
-    """Keeps what it is given."""
+    """Keeps what it is given; goes back to where a checkpoint was taken."""
 
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict[str, float]]] = []
@@ -150,6 +150,14 @@ class MemoryTracker:
 
     def event(self, kind: str, **fields) -> None:
         self.events.append((kind, fields))
+
+    def position(self) -> dict[str, int | str]:
+        return {"logged": len(self.logged), "events": len(self.events)}
+
+    def resume(self, position) -> None:
+        position = position or {"logged": 0, "events": 0}
+        del self.logged[position["logged"] :]
+        del self.events[position["events"] :]
 
 
 def make_params(lr: float = 1e-2, seed: int = 0, **sections) -> params.Params:

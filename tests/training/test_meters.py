@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from runkey.training.meters import LateReader, Means, Pace, timed
+from runkey.training.meters import LateReader, Means, Pace, Stopwatch, timed
 from runkey.training.progress import bar_text, clock, epoch_line, open_display
 
 
@@ -54,6 +54,22 @@ def test_waiting_is_counted(toy):
     assert pace.wait_seconds >= 0.1
     assert 0.2 < pace.data_wait_share < 0.8
     assert pace.images_per_second == pytest.approx(5 / pace.seconds, rel=0.1)
+
+
+def test_a_span_goes_on_where_another_process_left_it():
+    pace = Pace.after(images=30, wait_seconds=1.0, seconds=10.0)
+    assert pace.images_per_second == pytest.approx(3.0, rel=0.1)
+    assert pace.data_wait_share == pytest.approx(0.1, rel=0.1)
+    time.sleep(0.05)
+    assert pace.seconds > 10.04
+
+
+def test_laps_add_up():
+    watch = Stopwatch()
+    time.sleep(0.05)
+    first = watch.lap()
+    assert first >= 0.05
+    assert watch.lap() < first
 
 
 @pytest.mark.parametrize(

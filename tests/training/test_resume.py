@@ -1,0 +1,170 @@
+"""Training that goes on from a checkpoint at any step is the training that was never stopped."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from runkey.training.checkpoint.content import Content
+from runkey.training.loop import fit
+from runkey.training.seed import set_up
+from runkey.training.state import LoopState
+
+CPU = torch.device("cpu")
+
+
+class StoppedError(Exception):
+    """The end of a process, as far as a test in one process goes."""
+
+
+class InMemory:
+    """Keeps a copy of one content; ends training after `stop_after` of them."""
+
+    def __init__(self, content=None, stop_after=None):
+        self.content, self.stop_after, self.saved = content, stop_after, 0
+
+    def due(self, step):
+        return True
+
+    def save(self, content, *, wait=False, anchor=False):
+        self.content, self.saved = copy.deepcopy(content), self.saved + 1
+        if self.saved == self.stop_after:
+            raise StoppedError
+
+    def load(self):
+        return copy.deepcopy(self.content)
+
+    def load_anchor(self, step):
+        return None
+
+
+@pytest.fixture(scope="module")
+def parameters(toy):
+    """All that has state: an average, plateau, early stopping, a partial last window."""
+    return toy.make_params(
+        lr=3e-3,
+        schedule={"name": "plateau", "patience": 1, "warmup_fraction": 0.1},
+        training={
+            "epochs": 6,
+            "evaluate_every": 2,
+            "ema_decay": 0.9,
+            "early_stopping": {"metric": "val/loss", "mode": "min", "patience": 2},
+        },
+    )
+
+
+def train(toy, parameters, checkpoints=None, tracker=None, workers=None):
+    set_up(parameters.seed, deterministic=True)
+    model = toy.ToyModel(dropout=0.3)
+    result = fit(
+        model,
+        toy.ToyCriterion(),
+        toy.ToyLoader(micro_batch=3),
+        toy.val_loss,
+        parameters,
+        device=CPU,
+        tracker=tracker,
+        checkpoints=checkpoints,
+    )
+    return result, model
+
+
+def equal(left, right):
+    """Bit for bit, through all that is nested."""
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right) and left.stride() == right.stride()
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(equal(left[k], right[k]) for k in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(equal, left, right))
+    return left == right
+
+
+def without_clock(value):
+    """The same without what no two trainings share: times and paces."""
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if "second" not in k and "wait" not in k}
+        return {k: without_clock(v) for k, v in kept.items()}
+    return [without_clock(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def events_but_resumed(tracker):
+    return [(k, without_clock(f)) for k, f in tracker.events if k != "resumed"]
+
+
+# 18 steps and 6 ends of epochs.
+@pytest.mark.parametrize("stop_after", range(1, 25))
+def test_stopped_anywhere_it_is_the_same_training(toy, parameters, stop_after):
+    whole_tracker, whole_checkpoints = toy.MemoryTracker(), InMemory()
+    whole, _ = train(toy, parameters, whole_checkpoints, whole_tracker)
+    assert whole_checkpoints.saved == 18 + 6 + 1
+
+    stopped, tracker = InMemory(stop_after=stop_after), toy.MemoryTracker()
+    with pytest.raises(StoppedError):
+        train(toy, parameters, stopped, tracker)
+    torch.rand(3)
+    again = InMemory(stopped.content)
+    resumed, _ = train(toy, parameters, again, tracker)
+
+    assert equal(resumed.best_state, whole.best_state)
+    assert equal(again.content.parts, whole_checkpoints.content.parts)
+    assert without_clock(again.content.state) == without_clock(whole_checkpoints.content.state)
+    fields = [dataclasses.asdict(r) | {"best_state": None} for r in (resumed, whole)]
+    assert without_clock(fields[0]) == without_clock(fields[1])
+    assert without_clock(tracker.logged) == without_clock(whole_tracker.logged)
+    assert events_but_resumed(tracker) == events_but_resumed(whole_tracker)
+    assert again.saved == 25 - stop_after
+
+
+def test_checkpoints_change_nothing(toy, parameters):
+    without, model = train(toy, parameters, None, first := toy.MemoryTracker())
+    with_them, same = train(toy, parameters, InMemory(), second := toy.MemoryTracker())
+    assert equal(with_them.best_state, without.best_state)
+    assert equal(same.state_dict(), model.state_dict())
+    assert without_clock(first.logged) == without_clock(second.logged)
+
+
+def test_goes_on_after_the_end(toy, parameters):
+    """A process that dies between the last step and the recorded run has nothing to train again."""
+    kept = InMemory()
+    whole, _ = train(toy, parameters, kept)
+    lines = []
+    set_up(parameters.seed, deterministic=True)
+    again = fit(
+        toy.ToyModel(dropout=0.3),
+        toy.ToyCriterion(),
+        toy.ToyLoader(micro_batch=3),
+        lambda _: pytest.fail("evaluated again"),
+        parameters,
+        device=CPU,
+        say=lines.append,
+        checkpoints=InMemory(kept.content),
+    )
+    assert again.seconds == whole.seconds
+    assert equal(again.best_state, whole.best_state)
+    assert "going on after step 18 of 18" in lines
+
+
+def test_the_state_is_plain_and_whole(toy, parameters):
+    kept = InMemory(stop_after=12)
+    with pytest.raises(StoppedError):
+        train(toy, parameters, kept)
+    plain = kept.content.state
+    read = json.loads(json.dumps(plain))
+    assert read == plain
+    state = LoopState.from_plain(read, {})
+    assert state.as_plain() == plain
+    assert state.best.step == 6
+    assert {f.name for f in dataclasses.fields(state)} == {*plain, "best_weights"}
+
+
+def test_what_is_saved_does_not_change_with_the_training(toy, parameters):
+    """`as_plain` copies: a content may be written while training goes on."""
+    state = LoopState()
+    plain = state.as_plain()
+    state.evaluations.append({"val/AP": 0.1})
+    state.running.means.add({"loss": 1.0})
+    assert plain == LoopState().as_plain()
+    assert isinstance(Content(0, plain, {}, {}, {}).state["running"]["means"]["sums"], dict)
