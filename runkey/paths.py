@@ -25,6 +25,17 @@ RECORDS = Path("runs")
 """In `HOME`: a file a run."""
 
 
+def training_folder(home: Path, key: str, repeats: str | None = None) -> Path:
+    """The folder of all that a training needs to go on after an interruption.
+
+    Args:
+        home: `Store.home`.
+        key: what is trained, `rk1-<64 hex digits>`.
+        repeats: MLflow id of the run that is trained again to compare with it.
+    """
+    return home / (f"{key}-repeats-{repeats[:8]}" if repeats else key)
+
+
 def workspace(start: Path | None = None) -> Path:
     """The nearest folder at or above `start` (the current one) that holds params.yaml and stages/.
 

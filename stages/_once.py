@@ -36,6 +36,8 @@ class Turn:
     store: Store
     claim: HeldClaim | None
     """None where nothing is recorded, or no claim could be made."""
+    folder: Path
+    """Of this training: what an interrupted one needs to go on."""
     why: str
     """What was decided, in a line."""
     snapshot: str | None
@@ -82,7 +84,8 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[Turn | None]:
     if not params.runtime.mlflow:
         line = f"{label}: trained without looking for a run (runtime.mlflow is false)"
         print(line)
-        yield Turn(store, None, line, None)
+        folder = paths.training_folder(store.home, recipe.key)
+        yield Turn(store, None, folder, line, None)
         return
     library = open_library(store.uri, store.home)
     repeats = _to_repeat(library, recipe.key)
@@ -94,7 +97,10 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[Turn | None]:
         return
     with decision.claim or nullcontext() as claim:
         snapshot = take_snapshot(root, paths.store_root(), recipe)
-        turn = Turn(store, claim, decision.line, snapshot, decision.superseded, repeats)
+        folder = paths.training_folder(
+            store.home, recipe.key, repeats.run.run_id if repeats else None
+        )
+        turn = Turn(store, claim, folder, decision.line, snapshot, decision.superseded, repeats)
         yield turn
         if claim:
             claim.finish(turn.own_run)

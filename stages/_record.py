@@ -37,7 +37,6 @@ from runkey.params import Params
 from runkey.registry.library import canonical
 from runkey.registry.open import open_library
 from runkey.tracking import (
-    TRAIN_LOG,
     MlflowTracker,
     RunTracker,
     Store,
@@ -94,6 +93,7 @@ def recorded(run: Run) -> Iterator[RunTracker]:
     tracker = open_run(
         run.params,
         run.root,
+        turn.folder,
         key=run.recipe.key,
         parts=run.recipe.parts,
         tags=tags,
@@ -137,8 +137,7 @@ def keep(run: Run, tracker: RunTracker) -> str | None:
     details = turn.details = _details(run, witness, with_log=not tracker.jsonl.lost_lines)
     with _as_file(details) as record:
         for name in details.files:
-            if name != TRAIN_LOG.as_posix():  # goes when it is closed
-                _copy(root, name, tracker)
+            _copy(root, name, tracker)
         tracker.artifact(record)
         return tracker.close()
 

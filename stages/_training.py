@@ -61,6 +61,7 @@ def train(params: Params, root: Path, recipe: Recipe, turn: Turn) -> None:
             tracker=tracker,
             say=print,
         )
+        tracker.finish_log()
         _write_outputs(params, root, validation, result)
         run_id = keep(run, tracker)
     print(f"trained in {result.seconds:.0f} s; model/ is written; MLflow run {run_id or 'none'}")

@@ -1,80 +1,248 @@
 """The log that is always written: one JSON object a line, whole after a crash.
 
     {"step": 10, "time": 1763815420.1, "values": {"train/loss": 1.5}}
-    {"time": 1763815421.7, "event": "early_stop", "fields": {"epoch": 12}}
+    {"time": 1763815421.7, "event": "early_stop", "fields": {"step": 120, "epoch": 12}}
 
 Numbers that JSON does not have (nan, inf) are written as strings, which `float()` reads back.
+
+An interrupted training's log goes on where it ended.  The steps since its last checkpoint are
+trained again and come to the same values; they are recognised, and the first lines stay, with
+their times.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import os
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from runkey.tracking.lines import Entry, ExpectedEntries, time_ms
+
+_BYTES, _LOST = "log_bytes", "log_lost_lines"
+_MOST_WAITING_BYTES = 64 << 20
+"""Of lines that a full disk did not take: a hundred thousand, hours of training."""
+
 
 class JsonlLog:
-    """Appends to a JSONL file, flushed line by line.  Implements training's `Tracker`."""
+    """Appends to a JSONL file, line by line, whatever its disk does.  Nothing here raises."""
 
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        """Open `path` for appending; its folder is made.
+    def __init__(self, path: Path, say: Callable[[str], None], shown: Path | None = None) -> None:
+        """Open `path` to go on with it; its folder is made, and a line that is cut short goes.
 
         Args:
-            path: the file.
+            path: the file, in a folder that outlives the process.
             say: told once, in one line, if the file can no longer be written (disk full).
+            shown: where people look for it: a link to `path` until `finish` makes a copy.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._say = say
-        self._cut = _is_cut(path)
-        # Unbuffered: a line is the file's when `write` returns, and a failed one is not kept back.
-        self._file = path.open("ab", buffering=0)
-        self.lost_lines = 0
+        self._shown = shown
+        self._file = -1
+        self._size = 0
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
+        self._gone: list[int] = []
+        self._gone_before = 0
+        self._failed = False
+        self._expected = ExpectedEntries()
+        try:
+            self._open()
+        except OSError as error:
+            self._open_elsewhere(error)
+        else:
+            self._show()
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Write the values of one step.  Never raises."""
-        self._write({"step": step, "time": _now(), "values": _plain(values)})
+    @property
+    def lost_lines(self) -> int:
+        """Lines that the file lacks."""
+        return self._gone_before + len(self._gone) + len(self._waiting)
 
-    def event(self, kind: str, **fields: object) -> None:
-        """Write something that happened, such as `early_stop`.  Never raises."""
-        self._write({"time": _now(), "event": kind, "fields": _plain(fields)})
+    def log(self, values: Mapping[str, float], step: int) -> int | None:
+        """Write the values of one step.
+
+        Returns:
+            The line's time in milliseconds since 1970; None if the step's line is there already.
+        """
+        return self._write({"step": step, "time": _now(), "values": _plain(values)})
+
+    def event(self, kind: str, **fields: object) -> int | None:
+        """Write something that happened, such as `early_stop`; returns what `log` returns."""
+        return self._write({"time": _now(), "event": kind, "fields": _plain(fields)})
+
+    def position(self) -> dict[str, int | str]:
+        """Where the log is now, for a checkpoint; what is before it is on the disk."""
+        self.sync()
+        return {_BYTES: self._size, _LOST: self.lost_lines}
+
+    def resume(self, position: Mapping[str, int | str] | None) -> None:
+        """Expect what lies behind a checkpoint's position to come again; None: the whole log.
+
+        Comes before anything is logged.
+        """
+        offset = int(position.get(_BYTES, 0)) if position else 0
+        self._gone_before = int(position.get(_LOST, 0)) if position else 0
+        if offset > self._size:
+            self._say(
+                f"{self.path}: {offset - self._size} of the {offset} bytes that the checkpoint"
+                " knows of are gone; the log lacks the values in them"
+            )
+            offset = self._size
+        with contextlib.suppress(FileNotFoundError):
+            self._expected = ExpectedEntries.read(self.path, offset)
+
+    def sync(self) -> None:
+        """Return when what was written is on the disk."""
+        self._flush()
+        if self._file >= 0:
+            try:
+                os.fsync(self._file)
+            except OSError as error:
+                self._note(error)
 
     def close(self) -> None:
-        """Close the file; what was written stays."""
-        self._file.close()
+        """Close the file; say what it lacks, and whether steps that came again were the same."""
+        self.sync()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        if self.lost_lines:
+            self._say(f"{self.path}: lacks {self._lacks()}")
+        if steps := self._expected.differing:
+            self._say(
+                f"{self.path}: {len(steps)} steps that were trained again came to other values"
+                f" (the first is step {steps[0]}); the log has the earlier ones"
+            )
 
-    def _write(self, entry: dict[str, Any]) -> None:
-        line = (json.dumps(entry, ensure_ascii=False, default=str) + "\n").encode()
-        start = b"\n" if self._cut else b""
+    def finish(self) -> None:
+        """Close the file and put a copy where people look for it, which no later run changes."""
+        self.close()
+        if self._shown is None or self._shown == self.path:
+            return
+        temporary = self._shown.with_name(f".{self._shown.name}.{os.getpid()}")
         try:
-            written = self._file.write(start + line)
-            self._cut = written != len(start + line)
+            shutil.copyfile(self.path, temporary)
+            temporary.replace(self._shown)
         except OSError as error:
-            if not self.lost_lines:
-                self._say(f"{self.path}: cannot be written ({error.strerror}); training goes on")
-            self.lost_lines += 1
+            temporary.unlink(missing_ok=True)
+            self._say(f"{self._shown}: not written ({error.strerror}); the log is {self.path}")
 
+    def _open(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._unshare()
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self._size = _whole_bytes(file)
+        if self._size < os.fstat(file).st_size:
+            os.ftruncate(file, self._size)
+        self._file = file
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a log, without lines that a crash or a full disk cut short."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
+    def _unshare(self) -> None:
+        """A file that something else links to, DVC's cache perhaps, is not to be changed."""
+        both = self._shown and self._shown.exists() and self.path.exists()
+        if self._shown and both and self._shown.samefile(self.path) and self._shown != self.path:
+            self._shown.unlink()
+        if self.path.is_file() and self.path.stat().st_nlink > 1:
+            temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+            shutil.copyfile(self.path, temporary)
+            temporary.replace(self.path)
+
+    def _show(self) -> None:
+        """Link the file to where people look for it; across file systems it comes at the end."""
+        if self._shown is None:
+            return
+        try:
+            self._shown.parent.mkdir(parents=True, exist_ok=True)
+            self._shown.unlink(missing_ok=True)
+            os.link(self.path, self._shown)
+        except OSError as error:
+            self._say(f"{self._shown}: comes at the end ({error.strerror}); follow {self.path}")
+
+    def _open_elsewhere(self, error: OSError) -> None:
+        """Write where people look, if the lasting folder refuses; else wait for room."""
+        if self._shown is None:
+            self._note(error)
+            return
+        place, self.path = self.path, self._shown
+        try:
+            self._shown.unlink(missing_ok=True)
+            self._open()
+        except OSError as second:
+            self._note(second)
+            return
+        self._say(f"{place}: cannot be written ({error.strerror}); the log is {self.path} alone")
+
+    def _write(self, entry: Entry) -> int | None:
+        line = (json.dumps(entry, ensure_ascii=False, default=str) + "\n").encode()
+        # As it will be read back: a tuple is a list in JSON, a path is text.
+        if self._expected.take(json.loads(line)):
+            return None
+        self._waiting.append(line)
+        self._waiting_bytes += len(line)
+        self._flush()
+        while self._waiting_bytes > _MOST_WAITING_BYTES:
+            self._waiting_bytes -= len(self._waiting[0])
+            self._gone.append(_step(self._waiting.popleft()))
+        return time_ms(entry)
+
+    def _flush(self) -> None:
+        """Write the lines that wait, in order, as far as the disk takes them."""
+        while self._waiting:
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue
+                self._append(self._waiting[0])
+            except OSError as error:
+                self._note(error)
+                return
+            self._waiting_bytes -= len(self._waiting.popleft())
+        if self._failed:
+            self._failed = False
+            lacks = f"it lacks {self._lacks()}" if self.lost_lines else "nothing is missing"
+            self._say(f"{self.path}: written again; {lacks}")
+
+    def _append(self, line: bytes) -> None:
+        if self._file < 0:
+            self._open()
+        written = os.write(self._file, line)
+        if written < len(line):
+            os.ftruncate(self._file, self._size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._size += written
+
+    def _lacks(self) -> str:
+        steps = [step for step in (*self._gone, *map(_step, self._waiting)) if step >= 0]
+        which = f" (steps {min(steps)} to {max(steps)})" if steps else ""
+        return f"{self.lost_lines} line{'s' * (self.lost_lines != 1)}{which}"
+
+    def _note(self, error: OSError) -> None:
+        if not self._failed:
+            self._failed = True
+            self._say(
+                f"{self.path}: cannot be written ({error.strerror}); training goes on, lines are"
+                " kept and written when there is room"
+            )
 
 
-def _is_cut(path: Path) -> bool:
-    """Whether the file ends in the middle of a line."""
-    if not path.is_file() or not path.stat().st_size:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, 2)
-        return file.read(1) != b"\n"
+def _whole_bytes(file: int) -> int:
+    """Bytes up to the end of a file's last whole line."""
+    end = os.fstat(file).st_size
+    while end:
+        begin = max(end - 65536, 0)
+        if (last := os.pread(file, end - begin, begin).rfind(b"\n")) >= 0:
+            return begin + last + 1
+        end = begin
+    return 0
+
+
+def _step(line: bytes) -> int:
+    """The step of a line; -1: an event that has none."""
+    entry = json.loads(line)
+    return int(entry.get("step", entry.get("fields", {}).get("step", -1)))
 
 
 def _now() -> float:
@@ -82,7 +250,7 @@ def _now() -> float:
     return round(time.time(), 3)
 
 
-def _plain(values: Mapping[str, object]) -> dict[str, object]:
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in values.items()

@@ -96,9 +96,9 @@ class MlflowTracker:
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Record the values of one step."""
-        if self._backlog.add_metrics(values, step, _now_ms()) >= self._pace.flush_points:
+    def log(self, values: Mapping[str, float], step: int, time_ms: int | None = None) -> None:
+        """Record the values of one step; `time_ms` is milliseconds since 1970, None: now."""
+        if self._backlog.add_metrics(values, step, time_ms or _now_ms()) >= self._pace.flush_points:
             self._wake.set()
 
     def event(self, kind: str, **fields: object) -> None:

@@ -31,22 +31,27 @@ class RunTracker:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Record the values of one optimizer step."""
-        self.jsonl.log(values, step)
-        if self.mlflow:
-            self.mlflow.log(values, step)
+        time_ms = self.jsonl.log(values, step)
+        if self.mlflow and time_ms is not None:
+            self.mlflow.log(values, step, time_ms)
 
     def event(self, kind: str, **fields: object) -> None:
         """Record something that happened."""
-        self.jsonl.event(kind, **fields)
-        if self.mlflow:
+        is_new = self.jsonl.event(kind, **fields) is not None
+        if self.mlflow and is_new:
             self.mlflow.event(kind, **fields)
 
     def position(self) -> dict[str, int | str]:
-        """The log is not gone on with yet: it begins anew with each training."""
-        return {}
+        """See `JsonlLog.position`."""
+        return self.jsonl.position()
 
     def resume(self, position: Mapping[str, int | str] | None) -> None:
-        """See `position`."""
+        """See `JsonlLog.resume`."""
+        self.jsonl.resume(position)
+
+    def finish_log(self) -> None:
+        """Close the log, before what is made from it; see `JsonlLog.finish`."""
+        self.jsonl.finish()
 
     def final(self, values: Mapping[str, float]) -> None:
         """Record numbers of the run as a whole in MLflow; the log has them as `training_end`."""
@@ -69,8 +74,6 @@ class RunTracker:
 
     def close(self, status: Status = "FINISHED") -> str | None:
         """End the run.  Returns its MLflow id, None if there is none."""
-        if self.mlflow and not self.jsonl.lost_lines:
-            self.mlflow.artifact(self.jsonl.path, "logs")
         self.jsonl.close()
         return self.mlflow.close(status) if self.mlflow else None
 
@@ -78,6 +81,7 @@ class RunTracker:
 def open_run(
     params: Params,
     root: Path,
+    folder: Path,
     *,
     key: str,
     parts: Mapping[str, str],
@@ -92,7 +96,8 @@ def open_run(
 
     Args:
         params: the resolved parameters.
-        root: the workspace; the log is written there.
+        root: the workspace.
+        folder: of the training, see `paths.training_folder`; a log in it is gone on with.
         key: the recipe key.
         parts: its parts by name.
         tags: further facts for MLflow, such as the device.
@@ -102,7 +107,7 @@ def open_run(
         changed: see `MlflowTracker`.
         supersedes: see `MlflowTracker`.
     """
-    log = JsonlLog(root / TRAIN_LOG, say)
+    log = JsonlLog(folder / TRAIN_LOG.name, say, shown=root / TRAIN_LOG)
     if not params.runtime.mlflow:
         return RunTracker(log, None)
     description = describe_run(params, root, key=key, parts=parts, tags=tags, counts=counts)

@@ -13,7 +13,10 @@ class Tracker(Protocol):
         """Record metrics by name at an optimizer step."""
 
     def event(self, kind: str, **fields: object) -> None:
-        """Record something that happened once: the device chosen, an early stop."""
+        """Record something that happened once: the device chosen, an early stop.
+
+        What happens in a step has the field `step`.
+        """
 
     def position(self) -> Mapping[str, int | str]:
         """Where the log is now, safe on disk up to there; for a checkpoint."""

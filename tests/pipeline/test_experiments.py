@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from runkey.tracking import locate_store
-from runkey.tracking.jsonl import read_jsonl
+from runkey.tracking.lines import read_jsonl
 from runkey.tracking.server import free_port, start_server, stop_server, wait_until_healthy
 from runkey.tracking.store import open_client
 

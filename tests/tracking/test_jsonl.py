@@ -1,15 +1,28 @@
-"""The JSONL log: every line whole, whatever happens."""
+"""The JSONL log: every line whole and once, whatever happens."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
-from runkey.tracking.jsonl import JsonlLog, read_jsonl
+import pytest
+
+from runkey.tracking import jsonl
+from runkey.tracking.jsonl import JsonlLog
+from runkey.tracking.lines import read_jsonl
+
+
+def steps(path: Path) -> list[int]:
+    return [entry["step"] for entry in read_jsonl(path) if "step" in entry]
 
 
 def test_lines_are_on_disk_at_once_and_read_back(tmp_path: Path) -> None:
-    log = JsonlLog(tmp_path / "logs" / "train.jsonl", say=print)
+    log = JsonlLog(tmp_path / "home" / "train.jsonl", say=print)
     log.log({"train/loss": 1.5, "train/epoch": 0}, step=10)
     log.event("early_stop", epoch=3, folder=tmp_path)
     first, second = read_jsonl(log.path)  # not closed yet: a crash now would lose nothing
@@ -33,21 +46,183 @@ def test_values_that_json_lacks_are_kept(tmp_path: Path) -> None:
     assert (values["b"], values["c"]) == (math.inf, -math.inf)
 
 
-def test_after_a_crash_in_a_line_a_second_writer_begins_a_new_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", ['{"step": 2, "val', "{" + " " * 200_000, "\0" * 70_000])
+def test_a_line_that_a_crash_cut_short_goes(tmp_path: Path, torn: str) -> None:
     path = tmp_path / "train.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2, "val')
+    path.write_text('{"step": 1}\n' + torn)
     log = JsonlLog(path, say=print)
     log.log({"loss": 0.5}, 3)
-    log.log({"loss": 0.5}, 4)
     log.close()
-    assert [entry["step"] for entry in read_jsonl(path)] == [1, 3, 4]
+    assert steps(path) == [1, 3]
+    assert path.read_bytes().count(b"\n") == 2
 
 
-def test_a_full_disk_is_said_once_and_does_not_raise() -> None:
-    said: list[str] = []
-    log = JsonlLog(Path("/dev/full"), say=said.append)
-    for step in range(3):
-        log.log({"loss": 0.5}, step)
-    assert log.lost_lines == 3
-    assert said == ["/dev/full: cannot be written (No space left on device); training goes on"]
+def test_steps_that_are_trained_again_are_not_logged_twice(tmp_path: Path, said: list[str]) -> None:
+    path = tmp_path / "train.jsonl"
+    first = JsonlLog(path, said.append)
+    first.event("training_start", device="cpu")
+    for step in range(1, 8):
+        first.log({"train/loss": math.nan if step == 5 else 1 / step, "train/lr": 0.1}, step)
+        if step == 4:
+            position = json.loads(json.dumps(first.position()))
+        if step in (3, 6):
+            first.event("skipped_step", step=step, image_ids=(1, 2))
+    first.log({"train/epoch_loss": 0.5, "val/AP": 0.1}, 7)  # an epoch ends at a logged step
+    before = path.read_bytes()  # killed here
+
+    second = JsonlLog(path, said.append)
+    second.resume(position)
+    second.event("training_start", device="cpu")
+    for step in range(5, 8):
+        second.log({"train/loss": math.nan if step == 5 else 1 / step, "train/lr": 0.1}, step)
+        if step == 6:
+            second.event("skipped_step", step=step, image_ids=[1, 2])
+    assert second.log({"train/epoch_loss": 0.5, "val/AP": 0.1}, 7) is None
+    assert path.read_bytes() == before
+    assert isinstance(second.log({"train/loss": 1 / 8, "train/lr": 0.1}, 8), int)
+    second.event("skipped_step", step=8, image_ids=[1, 2])
+    second.close()
+    assert path.read_bytes().startswith(before)
+    assert len(path.read_bytes()[len(before) :].splitlines()) == 2
+    assert said == []
+
+
+def test_without_a_checkpoint_the_whole_log_is_expected(tmp_path: Path, said: list[str]) -> None:
+    path = tmp_path / "train.jsonl"
+    for _ in range(3):
+        log = JsonlLog(path, said.append)
+        log.resume(None)
+        for step in range(4):
+            log.log({"train/loss": 1.0, "train/images_per_second": os.urandom(2)[0]}, step)
+        log.close()
+    assert steps(path) == [0, 1, 2, 3]
+    assert said == []  # the pace of a machine is not a result
+
+
+def test_other_values_are_said_and_the_first_stay(tmp_path: Path, said: list[str]) -> None:
+    path = tmp_path / "train.jsonl"
+    for value in (1.0, 2.0):
+        log = JsonlLog(path, said.append)
+        log.resume(None)
+        for step in range(3):
+            log.log({"train/loss": 0.5 if step == 1 else value, "train/lr": 1}, step)
+        log.close()
+    assert [entry["values"]["train/loss"] for entry in read_jsonl(path)] == [1.0, 0.5, 1.0]
+    assert said == [
+        f"{path}: 2 steps that were trained again came to other values (the first is step 0);"
+        " the log has the earlier ones"
+    ]
+
+
+def test_a_log_that_lost_its_end_is_said(tmp_path: Path, said: list[str]) -> None:
+    path = tmp_path / "train.jsonl"
+    log = JsonlLog(path, said.append)
+    for step in range(5):
+        log.log({"loss": 1.0}, step)
+    position = log.position()
     log.close()
+    os.truncate(path, path.stat().st_size // 2)
+    log = JsonlLog(path, said.append)
+    log.resume(position)
+    log.log({"loss": 1.0}, 5)
+    log.close()
+    assert steps(path) == [0, 1, 5]
+    assert len(said) == 1
+    assert (
+        "bytes that the checkpoint knows of are gone; the log lacks the values in them" in said[0]
+    )
+
+
+def test_people_find_it_in_the_workspace(tmp_path: Path, said: list[str]) -> None:
+    live, shown = tmp_path / "home" / "train.jsonl", tmp_path / "logs" / "train.jsonl"
+    log = JsonlLog(live, said.append, shown)
+    log.log({"loss": 1.0}, 1)
+    assert shown.samefile(live)  # killed here; DVC may commit what it finds, and protect it
+    again = JsonlLog(live, said.append, shown)
+    assert shown.samefile(live)
+    again.log({"loss": 1.0}, 2)
+    again.finish()
+    assert not shown.samefile(live)
+    assert (steps(shown), said) == ([1, 2], [])
+    cached = tmp_path / "cached"
+    os.link(live, cached)
+    third = JsonlLog(live, said.append, shown)
+    third.log({"loss": 1.0}, 3)
+    assert (steps(cached), steps(shown)) == ([1, 2], [1, 2, 3])
+    third.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Take all room there is."""
+    path = disk / "filler"
+    with path.open("wb", buffering=0) as file:
+        for size in (4096, 1):
+            with contextlib.suppress(OSError):  # full
+                while True:
+                    file.write(b"x" * size)
+    return path
+
+
+def test_a_full_disk_is_said_once_and_lines_are_written_later(
+    small_disk: Path, tmp_path: Path, said: list[str]
+) -> None:
+    path, shown = small_disk / "train.jsonl", tmp_path / "logs" / "train.jsonl"
+    log = JsonlLog(path, said.append, shown)
+    assert said == [f"{shown}: comes at the end (Invalid cross-device link); follow {path}"]
+    log.log({"loss": 1.0}, 0)
+    filler = fill(small_disk)
+    for step in range(1, 200):
+        log.log({"loss": 1.0}, step)
+    assert log.lost_lines > 100
+    assert steps(path) == list(range(200 - log.lost_lines))
+    assert path.read_bytes().endswith(b"\n")  # what a full disk took of a line went again
+    assert said[1:] == [
+        f"{path}: cannot be written (No space left on device); training goes on, lines are kept"
+        " and written when there is room"
+    ]
+    filler.unlink()
+    log.log({"loss": 1.0}, 200)
+    log.finish()
+    assert said[2:] == [f"{path}: written again; nothing is missing"]
+    assert steps(shown) == steps(path) == list(range(201))
+
+
+def test_what_a_disk_that_stays_full_lacks_is_named(
+    small_disk: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jsonl, "_MOST_WAITING_BYTES", 1000)
+    path = small_disk / "train.jsonl"
+    log = JsonlLog(path, said.append)
+    log.log({"loss": 1.0}, 0)
+    position = log.position()
+    fill(small_disk)
+    for step in range(1, 301):
+        log.log({"loss": 1.0}, step)
+    written = steps(path)
+    log.close()
+    assert said[1:] == [f"{path}: lacks {300 - written[-1]} lines (steps {written[-1] + 1} to 300)"]
+    assert (position["log_lost_lines"], log.position()["log_lost_lines"]) == (0, log.lost_lines)
+
+
+def test_a_read_only_home_leaves_the_log_in_the_workspace(
+    small_disk: Path, tmp_path: Path, said: list[str]
+) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    place, shown = small_disk / "key" / "train.jsonl", tmp_path / "logs" / "train.jsonl"
+    log = JsonlLog(place, said.append, shown)
+    log.log({"loss": 1.0}, 1)
+    log.finish()
+    assert steps(shown) == [1]
+    assert said == [f"{place}: cannot be written (Read-only file system); the log is {shown} alone"]

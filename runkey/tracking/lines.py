@@ -1,0 +1,97 @@
+"""The lines of a log: read back, and recognised when a resumed training logs them again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Entry = dict[str, Any]
+"""Values, `{"step": 10, "time": .., "values": {..}}`, or an event, `{"time": .., "event": ..,
+"fields": {..}}`."""
+
+_WALL_TIME = ("seconds", "per_second", "data_wait_share")
+"""Ends of the names of values that tell how fast the machine was: no two runs agree on them."""
+
+
+def read_jsonl(path: Path) -> Iterator[Entry]:
+    """The objects of a log, without lines that a crash or a full disk cut short."""
+    with path.open("rb") as file:
+        for line in file:
+            if (entry := parse_line(line)) is not None:
+                yield entry
+
+
+def parse_line(line: bytes) -> Entry | None:
+    """The object in a line; None: it was cut short, or is something else."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def time_ms(entry: Entry) -> int:
+    """When an entry was made, in milliseconds since 1970: the timestamp of its points in MLflow."""
+    return round(float(entry["time"]) * 1000)
+
+
+class ExpectedEntries:
+    """Entries that lie in the log already and that a resumed training will make again.
+
+    Values are recognised by their step and names, events by kind and fields.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[int, tuple[str, ...]], dict[str, Any]] = {}
+        self._events: dict[str, int] = {}
+        self.differing: list[int] = []
+        """Steps at which values came again with other numbers."""
+
+    @classmethod
+    def read(cls, path: Path, offset: int) -> ExpectedEntries:
+        """Those of the log's lines that begin at `offset` or later; and all events.
+
+        Events before it are there for what is said at every start, such as `training_start`.
+        """
+        expected, begin = cls(), 0
+        with path.open("rb") as file:
+            for line in file:
+                if begin >= offset or b'"event"' in line:
+                    expected.add(parse_line(line) or {}, values_too=begin >= offset)
+                begin += len(line)
+        return expected
+
+    def add(self, entry: Entry, *, values_too: bool = True) -> None:
+        """Expect an entry."""
+        if "event" in entry:
+            name = _event_name(entry)
+            self._events[name] = self._events.get(name, 0) + 1
+        elif "values" in entry and values_too:
+            self._values[_place(entry)] = entry["values"]
+
+    def take(self, entry: Entry) -> bool:
+        """Whether the entry is one of those expected; it is expected no more then."""
+        if "event" in entry:
+            name = _event_name(entry)
+            left = self._events.get(name, 0)
+            if left:
+                self._events[name] = left - 1
+            return left > 0
+        before = self._values.pop(_place(entry), None)
+        if before is not None and _without_pace(before) != _without_pace(entry["values"]):
+            self.differing.append(entry["step"])
+        return before is not None
+
+
+def _place(entry: Entry) -> tuple[int, tuple[str, ...]]:
+    return entry["step"], tuple(sorted(entry["values"]))
+
+
+def _event_name(entry: Entry) -> str:
+    return json.dumps([entry["event"], _without_pace(entry.get("fields", {}))], sort_keys=True)
+
+
+def _without_pace(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if not name.endswith(_WALL_TIME)}
