@@ -113,9 +113,9 @@ def build_step(params: Params, classes: int, device: torch.device) -> Callable[[
     )
 
     def step(window: Window) -> None:
-        train_step(setup.machinery, window, 1.0)
+        result = train_step(setup.machinery, window, 1.0)
         if setup.ema is not None:
-            setup.ema.update()
+            setup.ema.update(result.skipped)
 
     return step
 

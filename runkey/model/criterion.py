@@ -8,6 +8,7 @@ Shapes: B images, N boxes of all images, R matched pairs, T predictions of all l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,8 @@ class Losses:
     parts: dict[str, Tensor]
     """Detached scalars on the device, weighted and over all layers: classification, l1, giou, and
     denoising where there is any."""
+    fault: str = ""
+    """What the matching found that is not finite; the total is NaN then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +83,7 @@ class Criterion:
             normaliser: of the whole window.
 
         Returns:
-            The micro-batch's share of the window's loss.
-
-        Raises:
-            TrainingError: predictions are not finite.
+            The micro-batch's share of the window's loss; NaN if a matching cost is not finite.
         """
         return self.losses(outputs, targets, self.match(outputs, targets), normaliser)
 
@@ -102,7 +102,11 @@ class Criterion:
             if outputs.denoising is not None:
                 parts["denoising"] = self._denoising(outputs.denoising, targets, normaliser)
             total = torch.stack(list(parts.values())).sum()
-        return Losses(total, {name: part.detach() for name, part in parts.items()})
+            if matches.fault:
+                # A prediction that is not finite may be in none of the pairs.
+                total = total * math.nan
+        detached = {name: part.detach() for name, part in parts.items()}
+        return Losses(total, detached, matches.fault)
 
     def _parts(
         self,

@@ -17,9 +17,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from runkey.errors import TrainingError
 from runkey.model.boxes import cxcywh_to_xyxy, overlaps
 from runkey.model.targets import Targets
+
+# Stands for a cost that is not finite: larger than any, yet sums of it still are.
+_NEVER = 1e30
 
 ClassCost = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logits [L, B, Q, C], image of each box [N], label of each box [N]) to cost [N, L, Q]."""
@@ -45,6 +47,8 @@ class Matches:
     """int64 [R] indices into the flattened L * B * Q predictions."""
     targets: Tensor
     """int64 [R] indices into the N boxes."""
+    fault: str = ""
+    """Which predictions or boxes are not finite; empty if all costs are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +69,18 @@ class Matcher:
             targets: the true boxes.
 
         Returns:
-            In each layer min(boxes, queries) pairs of every image.
-
-        Raises:
-            TrainingError: a cost is not finite; the text names the layer and the image.
+            In each layer min(boxes, queries) pairs of every image.  Where costs are not finite,
+            they are pairs all the same, and `fault` names the layer and the image.
         """
         device = layers.logits.device
         images = targets.image_index().to(device, non_blocking=True)
         cost = self._costs(layers, targets, images).cpu().numpy()
+        fault = ""
         if not np.isfinite(cost).all():
-            raise TrainingError(_first_non_finite(layers, targets))
+            fault = _first_non_finite(layers, targets)
+            cost = np.nan_to_num(cost, nan=_NEVER, posinf=_NEVER, neginf=_NEVER)
         pairs = torch.from_numpy(_assign(cost, targets.counts)).to(device, non_blocking=True)
-        return Matches(*pairs)
+        return Matches(pairs[0], pairs[1], fault)
 
     def _costs(self, layers: Layers, targets: Targets, images: Tensor) -> Tensor:
         """[N, L, Q]: the costs of a box against its own image's predictions."""
@@ -106,13 +110,10 @@ def _assign(cost: npt.NDArray[np.floating], counts: Sequence[int]) -> npt.NDArra
 def _first_non_finite(layers: Layers, targets: Targets) -> str:
     """Say what is not finite, first things first: targets, then layers in their order."""
     if not targets.boxes_cxcywh.isfinite().all():
-        return "the true boxes of this batch hold a number that is not finite; run prepare again"
+        return "the true boxes of this batch hold a number that is not finite"
     for layer, name in enumerate(layers.names):
         for what, values in (("logits", layers.logits), ("boxes", layers.boxes_cxcywh)):
             bad = (~values[layer].isfinite()).flatten(1).any(1).nonzero()
             if len(bad):
-                return (
-                    f"{what} of {name}, image {bad[0].item() + 1} of the batch, are not finite;"
-                    " lower lr, or set training.precision: off"
-                )
+                return f"{what} of {name}, image {bad[0].item() + 1} of the batch, are not finite"
     return "the matching cost is not finite though predictions are; a true box has no area"

@@ -12,6 +12,7 @@ from runkey.params.base import (
     Fraction,
     NonNegativeFloat,
     OpenFraction,
+    Percent,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -21,10 +22,15 @@ from runkey.params.base import (
 class Clip(Section):
     """Gradient clipping, once per optimizer step, after unscaling."""
 
-    mode: Literal["norm", "value", "none"] = "norm"
-    """norm: scale all gradients to at most this joint 2-norm; value: clamp each element."""
+    mode: Literal["norm", "value", "percentile", "none"] = "norm"
+    """norm: scale all gradients to at most this joint 2-norm; value: clamp each element;
+    percentile: as norm, to a percentile of past norms (AutoClip, Seetharaman et al. 2020)."""
     threshold: PositiveFloat = 0.1
-    """Largest norm, or largest absolute value.  DETR: 0.1."""
+    """norm, value: largest norm, or largest absolute value.  DETR: 0.1."""
+    percentile: Percent = 10.0
+    """percentile: this percentile of the norms; AutoClip: 10."""
+    history: PositiveInt = 1000
+    """percentile: how many of the latest steps' norms it is of."""
 
 
 class Optimizer(Section):
@@ -102,6 +108,35 @@ class EarlyStopping(Section):
     """Smallest change that counts as improvement, in the metric's unit."""
 
 
+class Guard(Section):
+    """What happens when numbers go wrong.
+
+    A step whose loss or gradients are not finite is skipped.  Too many of them: back to the last
+    anchor, a checkpoint of finite numbers, and on with the images that come next.
+    """
+
+    max_skips: PositiveInt = 10
+    """Skipped steps among the last window_steps that make training go back.  Those of fp16's loss
+    scaler, which looks for its factor, do not count."""
+    window_steps: PositiveInt = 1000
+    """Optimizer steps."""
+    max_rollbacks: Count = 3
+    """How often training goes back before it stops with a report."""
+    anchor_steps: PositiveInt = 500
+    """Optimizer steps from anchor to anchor."""
+    spike_score: NonNegativeFloat = 8.0
+    """A loss this many robust standard deviations above the median of the latest ones is recorded
+    as a spike (nothing else is done about it); 0: none is."""
+    spike_history: PositiveInt = 100
+    """How many of the latest finite losses are compared with."""
+
+    @model_validator(mode="after")
+    def _skips(self) -> Self:
+        if self.max_skips > self.window_steps:
+            raise ValueError(f"max_skips {self.max_skips} is more than {self.window_steps} steps")
+        return self
+
+
 class Training(Section):
     """`training`: how long, in what batches, in what precision."""
 
@@ -128,6 +163,8 @@ class Training(Section):
     Small models gain nothing from more than 1."""
     early_stopping: EarlyStopping = EarlyStopping()
     """When to stop before the last epoch."""
+    guard: Guard = Guard()
+    """What happens when numbers go wrong."""
 
 
 class Memory(Section):

@@ -98,7 +98,7 @@ def _train_epoch(setup: Setup, state: LoopState, recorder: EpochRecorder, clock:
         with explained(state.step + 1, window, setup.params.lr * factor):
             result = train_step(setup.machinery, window, factor)
         if setup.ema is not None:
-            setup.ema.update()
+            setup.ema.update(result.skipped)
         state.step += 1
         # Hands on the values of the step before: what is decided by a step's values is decided one
         # step late, wherever a checkpoint made them known earlier.

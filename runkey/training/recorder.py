@@ -98,11 +98,16 @@ class EpochRecorder:
 def _scalars(result: StepResult) -> dict[str, Tensor]:
     """A step's scalars by metric name, and whether it was skipped."""
     values = {f"train/{name}": value for name, value in result.losses.items()}
-    return values | {
-        "train/grad_norm": result.grad_norm,
-        "train/grad_norm_clipped": result.grad_norm_clipped,
+    values |= {
+        "train/grad_norm": result.clipped.before,
+        "train/grad_norm_clipped": result.clipped.after,
         "skipped": result.skipped,
     }
+    if result.clipped.threshold is not None:
+        values["train/clip_threshold"] = result.clipped.threshold
+    if result.scale is not None:
+        values["train/loss_scale"] = result.scale
+    return values
 
 
 def _pace_values(pace: Pace) -> dict[str, float]:

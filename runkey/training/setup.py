@@ -14,6 +14,7 @@ from runkey.errors import TrainingError
 from runkey.model.criterion import Criterion
 from runkey.params import Params
 from runkey.training.checkpoint.content import Checkpoints, Stateful
+from runkey.training.clip import Clipper
 from runkey.training.distributed import World
 from runkey.training.ema import Ema
 from runkey.training.optimizer import build_optimizer, trained_parameters
@@ -68,6 +69,7 @@ class Setup:
             "optimizer": machinery.optimizer,
             "ema": self.ema,
             "scaler": machinery.precision.scaler,
+            "clipper": machinery.clipper,
         }
         return {name: part for name, part in maybe.items() if part is not None}
 
@@ -145,8 +147,7 @@ def _build_machinery(
         optimizer=build_optimizer(model, params.optimizer, params.lr),
         precision=build_precision(dtype, device),
         channels_last=channels_last,
-        clip_mode=params.optimizer.clip.mode,
-        clip_threshold=params.optimizer.clip.threshold,
+        clipper=Clipper(params.optimizer.clip, device),
     )
     return machinery, reason
 

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-from runkey.errors import TrainingError
 from runkey.model.boxes import cxcywh_to_xyxy, overlaps
 from runkey.model.losses import QualityLoss, SoftmaxLoss
 from runkey.model.matcher import Layers, Matcher
@@ -109,18 +108,29 @@ def test_softmax_cost_is_minus_the_probability(predictions, targets):
         torch.testing.assert_close(cost[n], expected)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("what", ["logits", "boxes"])
-def test_what_is_not_finite_is_named(what, predictions, targets):
+def test_what_is_not_finite_is_named_and_matched_all_the_same(what, value, predictions, targets):
+    expected = matcher()(predictions, targets)
     values = predictions.logits if what == "logits" else predictions.boxes_cxcywh
-    values[1, 2] = torch.nan
-    with pytest.raises(TrainingError) as caught:
-        matcher()(predictions, targets)
-    expected = f"{what} of decoder layer 2, image 3 of the batch, are not finite"
-    assert str(caught.value).startswith(expected)
-    assert "\n" not in str(caught.value)
+    values[1, 2] = value
+    matches = matcher()(predictions, targets)
+    assert matches.fault == f"{what} of decoder layer 2, image 3 of the batch, are not finite"
+    assert len(matches.predictions) == len(expected.predictions)
+    # What is finite is matched as ever: layer 1, and the image before.
+    others = [i for i, p in enumerate(expected.predictions.tolist()) if p < (B + 2) * Q]
+    assert torch.equal(matches.predictions[others], expected.predictions[others])
+    assert expected.fault == ""
+
+
+def test_a_query_that_is_not_finite_is_chosen_last(predictions, targets):
+    predictions.boxes_cxcywh[0, 0, 2] = torch.nan
+    first = matcher()(predictions, targets).predictions
+    assert 2 not in first[:4].tolist()  # layer 1, image 1: four boxes, five queries
+    predictions.boxes_cxcywh[0, 0, 1] = torch.nan
+    assert len({1, 2} & set(matcher()(predictions, targets).predictions[:4].tolist())) == 1
 
 
 def test_true_boxes_that_are_not_finite_are_named(predictions, targets):
     targets.boxes_cxcywh[0, 0] = torch.inf
-    with pytest.raises(TrainingError, match="true boxes of this batch"):
-        matcher()(predictions, targets)
+    assert matcher()(predictions, targets).fault.startswith("the true boxes of this batch")

@@ -40,6 +40,7 @@ class ToyNormaliser:
 class ToyLosses:
     total: Tensor
     parts: dict[str, Tensor]
+    fault: str = ""
 
 
 class ToyModel(nn.Module):

@@ -9,6 +9,7 @@ from torch import nn
 from runkey import params
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
+from runkey.training.clip import Clipper
 from runkey.training.optimizer import build_optimizer, trained_parameters
 from runkey.training.precision import build_precision
 from runkey.training.step import Machinery, accumulate_gradients, train_step
@@ -25,8 +26,7 @@ def machinery(model, criterion, *, dtype=None, clip=("none", 1.0), lr=1e-2, **op
         optimizer=build_optimizer(model, params.Optimizer(**optimizer), lr),
         precision=build_precision(dtype, CPU),
         channels_last=False,
-        clip_mode=clip[0],
-        clip_threshold=clip[1],
+        clipper=Clipper(params.Clip(mode=clip[0], threshold=clip[1]), CPU),
     )
 
 
@@ -63,7 +63,7 @@ def real(preset):
 def gradients_of(parts, toy, ids, micro_batch):
     parts.optimizer.zero_grad()
     window = toy.make_window(ids, micro_batch, dtype=torch.float64, size=32)
-    losses = accumulate_gradients(parts, window)
+    losses = accumulate_gradients(parts, window).values
     return losses, {
         n: p.grad.clone() for n, p in parts.model.named_parameters() if p.grad is not None
     }
@@ -117,7 +117,8 @@ def test_the_toy_accumulates_too(toy):
 
 def gradients_of_toy(parts, toy, micro_batch, ids=IDS):
     parts.optimizer.zero_grad()
-    losses = accumulate_gradients(parts, toy.make_window(ids, micro_batch, dtype=torch.float64))
+    window = toy.make_window(ids, micro_batch, dtype=torch.float64)
+    losses = accumulate_gradients(parts, window).values
     return losses, {n: p.grad.clone() for n, p in parts.model.named_parameters()}
 
 
@@ -130,12 +131,14 @@ def test_clips_what_is_unscaled(toy, dtype):
     assert result.skipped.item() == 0
     norm = torch.stack([p.grad.norm() for p in parts.model.parameters()]).norm()
     assert norm.item() == pytest.approx(0.1, rel=1e-4)
-    assert result.grad_norm_clipped.item() == pytest.approx(0.1, rel=1e-4)
+    assert result.clipped.after.item() == pytest.approx(0.1, rel=1e-4)
     torch.manual_seed(0)
     exact = machinery(toy.ToyModel(norm=False), toy.ToyCriterion())
     expected = train_step(exact, toy.make_window(IDS, 8), 1.0)
     tolerance = 1e-5 if dtype is None else 0.05
-    assert result.grad_norm.item() == pytest.approx(expected.grad_norm.item(), rel=tolerance)
+    assert result.clipped.before.item() == pytest.approx(
+        expected.clipped.before.item(), rel=tolerance
+    )
     assert result.losses["loss"].item() == pytest.approx(expected.losses["loss"].item(), rel=0.02)
 
 
@@ -143,7 +146,7 @@ def test_clip_by_value(toy):
     parts = machinery(toy.ToyModel(), toy.ToyCriterion(), clip=("value", 1e-3))
     result = train_step(parts, toy.make_window(IDS, 8), 1.0)
     assert max(p.grad.abs().max().item() for p in parts.model.parameters()) == pytest.approx(1e-3)
-    assert result.grad_norm_clipped < result.grad_norm
+    assert result.clipped.after < result.clipped.before
 
 
 def test_rate_of_the_step(toy):
@@ -161,9 +164,10 @@ def test_rate_of_the_step(toy):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_gradients_that_are_not_finite_change_nothing(toy, value, dtype):
-    """One bad element in one micro-batch: weights, moments and counters stay, bit for bit."""
+    """One bad element in one micro-batch: weights, moments, counters and batch norm's statistics
+    stay, bit for bit."""
     torch.manual_seed(0)
-    parts = machinery(toy.ToyModel(norm=False), toy.ToyCriterion(), dtype=dtype)
+    parts = machinery(toy.ToyModel(), toy.ToyCriterion(), dtype=dtype)
     train_step(parts, toy.make_window(IDS, 8), 1.0)
     weights = copy.deepcopy(parts.model.state_dict())
     moments = copy.deepcopy(parts.optimizer.state_dict()["state"])
@@ -199,10 +203,35 @@ def test_a_loss_that_is_not_finite_changes_nothing(toy):
             return type(losses)(losses.total + float("nan"), losses.parts)
 
     parts = machinery(toy.ToyModel(), WithoutGradient())
-    before = copy.deepcopy(dict(parts.model.named_parameters()))
-    result = train_step(parts, toy.make_window(IDS, 8), 1.0)
+    before = copy.deepcopy(parts.model.state_dict())
+    result = train_step(parts, toy.make_window(IDS, 4), 1.0)
     assert result.skipped.item() == 1
-    assert all(torch.equal(before[n], p) for n, p in parts.model.named_parameters())
+    assert all(torch.equal(before[n], t) for n, t in parts.model.state_dict().items())
+
+
+def test_a_forward_pass_that_is_not_finite_changes_nothing(toy):
+    """A huge weight in front of batch norm: its statistics become infinite, then NaN."""
+    model = toy.ToyModel()
+    parts = machinery(model, toy.ToyCriterion())
+    train_step(parts, toy.make_window(IDS, 4), 1.0)
+    with torch.no_grad():
+        model.backbone[0].weight[0] = 1e38
+    before = copy.deepcopy(model.state_dict())
+    saved = parts.statistics.copy()
+    accumulate_gradients(parts, toy.make_window(IDS, 4))
+    assert not model.backbone[1].running_var.isfinite().all()  # what the guard is for
+    parts.statistics.restore(saved, torch.tensor(1.0))
+    result = train_step(parts, toy.make_window(IDS, 4), 1.0)
+    assert result.skipped.item() == 1
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_statistics_move_in_a_step_that_counts(toy):
+    model = toy.ToyModel()
+    train_step(machinery(model, toy.ToyCriterion()), toy.make_window(IDS, 2), 1.0)
+    norm = model.backbone[1]
+    assert norm.num_batches_tracked == 4
+    assert not torch.equal(norm.running_mean, torch.zeros(8))
 
 
 def test_fp16_scale_halves_after_an_overflow(toy):
