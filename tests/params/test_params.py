@@ -19,7 +19,8 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "misspelt key": ({"sed": 1}, f"unknown key sed; did you mean seed? (known: {TOP})"),
     "unknown key in a section": (
         {"optimizer": {"clip": {"treshold": 1}}},
-        "unknown key optimizer.clip.treshold; did you mean threshold? (known: mode, threshold, percentile, history)",
+        "unknown key optimizer.clip.treshold; did you mean threshold? "
+        "(known: mode, threshold, percentile, history)",
     ),
     "text for a number": ({"lr": "fast"}, "lr = 'fast': should be a number"),
     "number out of range": ({"lr": 2}, "lr = 2: should be <= 1"),
