@@ -6,6 +6,7 @@ from runkey import paths
 from runkey.errors import report_errors
 from runkey.evaluation.detections import to_results_json, write_results
 from runkey.evaluation.files import (
+    METRICS,
     PRECISION_RECALL,
     PREDICTIONS,
     write_metrics,
@@ -37,7 +38,7 @@ def main() -> None:
     evaluation = validation(model.to(device))
     out = root / paths.EVALUATION
     loss = evaluation.losses["loss"]
-    write_metrics(out / "metrics.json", evaluation.result, loss=loss)
+    write_metrics(out / METRICS, evaluation.result, loss=loss)
     write_json(root / paths.METRICS / "evaluate.json", {**evaluation.result.summary, "loss": loss})
     write_results(out / PREDICTIONS, to_results_json(evaluation.detections, validation.classes))
     write_precision_recall(out / PRECISION_RECALL, evaluation.result)

@@ -23,6 +23,8 @@ from pycocotools.cocoeval import COCOeval
 from runkey.data.index import ClassName, Record
 from runkey.evaluation.detections import DetectionsLike, Found, to_results_json
 
+SIZES = ("small", "medium", "large")
+"""COCO's: areas up to 32 x 32 pixels, up to 96 x 96, and above."""
 # In the order of COCOeval.stats.
 SUMMARY_NAMES = (
     "AP",
@@ -41,6 +43,16 @@ SUMMARY_NAMES = (
 
 
 @dataclass(frozen=True, slots=True)
+class SizeResult:
+    """One class's numbers among objects of one size."""
+
+    objects: int
+    """Objects in the truth, crowd regions left out."""
+    ap: float | None
+    """Mean over IoU 0.50 to 0.95; None where the truth has no such object."""
+
+
+@dataclass(frozen=True, slots=True)
 class ClassResult:
     """One class's numbers; None where the truth has no object of it."""
 
@@ -53,6 +65,8 @@ class ClassResult:
     ap50: float | None
     ar: float | None
     """Mean recall over IoU 0.50 to 0.95, at most 100 detections an image."""
+    by_size: dict[str, SizeResult]
+    """By `SIZES`; empty if it was not asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,18 +147,21 @@ def _result(run: Any, records: list[Record], classes: list[ClassName]) -> CocoRe
     precision = run.eval["precision"][:, :, order, 0, -1].transpose(2, 0, 1)
     scores = run.eval["scores"][:, :, order, 0, -1].transpose(2, 0, 1)
     recall = run.eval["recall"][:, order, 0, -1].T
-    objects = np.zeros(len(classes), dtype=np.int64)
-    for record in records:
-        for label, crowd in zip(record.labels, record.crowd, strict=True):
-            objects[label] += not crowd
+    objects = _count_objects(records, len(classes), run.params.areaRng)
+    by_area = run.eval["precision"][..., -1][:, :, order].transpose(3, 2, 0, 1)  # [area, K, T, R]
     per_class = tuple(
         ClassResult(
             name=c.name,
             category_id=c.id,
-            objects=int(objects[k]),
+            objects=objects[0][k],
             ap=_mean(precision[k]),
             ap50=_mean(precision[k, 0]),
             ar=_mean(recall[k]),
+            by_size={
+                name: SizeResult(objects[a][k], _mean(by_area[a, k]))
+                for a, name in enumerate(run.params.areaRngLbl)
+                if name in SIZES
+            },
         )
         for k, c in enumerate(classes)
     )
@@ -159,6 +176,19 @@ def _result(run: Any, records: list[Record], classes: list[ClassName]) -> CocoRe
         precision=np.where(precision < 0, np.nan, precision),
         score_at_recall=np.where(precision < 0, np.nan, scores),
     )
+
+
+def _count_objects(
+    records: list[Record], classes: int, ranges: list[tuple[float, float]]
+) -> list[list[int]]:
+    """Objects of each class in each range of areas, crowd regions left out."""
+    counts = [[0] * classes for _ in ranges]
+    for record in records:
+        for label, area, crowd in zip(record.labels, record.areas, record.crowd, strict=True):
+            for number, (least, most) in enumerate(ranges):
+                # COCOeval leaves out what is smaller or larger, so a size at a limit is in both.
+                counts[number][label] += not crowd and least <= area <= most
+    return counts
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:

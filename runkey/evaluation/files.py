@@ -1,6 +1,6 @@
 """What the evaluate stage writes.
 
-metrics/evaluate.json              the twelve numbers, and each class's, for `dvc metrics`
+evaluation/metrics.json            the twelve numbers, and each class's
 evaluation/predictions.json        all detections, COCO's results format
 evaluation/precision_recall.json   curves of each class at each IoU, for runkey.plots
 """
@@ -19,12 +19,13 @@ from runkey.errors import DataError
 if TYPE_CHECKING:  # plots read these files, and need no pycocotools for that
     from runkey.evaluation.coco import CocoResult
 
+METRICS = "metrics.json"
 PREDICTIONS = "predictions.json"
 PRECISION_RECALL = "precision_recall.json"
 
 
 def metrics_json(result: CocoResult) -> dict[str, Any]:
-    """The numbers as evaluate.json holds them; null where nothing of that size or class exists."""
+    """The numbers as metrics.json holds them; null where nothing of that size or class exists."""
     repeated = Counter(c.name for c in result.per_class)
     per_class = {
         c.name if repeated[c.name] == 1 else f"{c.name} ({c.category_id})": {
@@ -32,6 +33,7 @@ def metrics_json(result: CocoResult) -> dict[str, Any]:
             "AP50": c.ap50,
             "AR": c.ar,
             "objects": c.objects,
+            "by_size": {n: {"AP": s.ap, "objects": s.objects} for n, s in c.by_size.items()},
         }
         for c in result.per_class
     }
@@ -39,12 +41,21 @@ def metrics_json(result: CocoResult) -> dict[str, Any]:
 
 
 def write_metrics(path: Path, result: CocoResult, **more: float) -> None:
-    """Write evaluate.json; `more` are further numbers, such as the loss, after the twelve."""
+    """Write metrics.json; `more` are further numbers, such as the loss, after the twelve."""
     numbers = metrics_json(result)
     per_class = numbers.pop("per_class")
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {**numbers, **more, "per_class": per_class}
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Read metrics.json.
+
+    Raises:
+        DataError: the file is not there; says to run evaluate.
+    """
+    return _read(path)
 
 
 def write_precision_recall(path: Path, result: CocoResult) -> None:
@@ -75,6 +86,10 @@ def read_precision_recall(path: Path) -> dict[str, Any]:
     Raises:
         DataError: the file is not there; says to run evaluate.
     """
+    return _read(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

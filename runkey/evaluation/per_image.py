@@ -9,6 +9,7 @@ together is largest.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ MATCH_IOU = 0.5
 
 @dataclass(frozen=True, slots=True)
 class ShownBox:
-    """A detection above the threshold."""
+    """A detection, and whether it is right."""
 
     label: int
     """Class index."""
@@ -72,6 +73,18 @@ class ImageScore:
 
 
 @dataclass(frozen=True, slots=True)
+class Judgement:
+    """What `judge_images` finds out about a split."""
+
+    images: tuple[ImageScore, ...]
+    """In the order of the records."""
+    threshold: float
+    """The score at which F1 of all images together is largest."""
+    detections: tuple[ShownBox, ...]
+    """All of them, whatever their score; those in a crowd region of their class are left out."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Match:
     """What one detection met, whatever the threshold.
 
@@ -84,29 +97,26 @@ class _Match:
     iou: float
 
 
-def score_images(
+def judge_images(
     records: list[Record], classes: list[ClassName], results: list[Found]
-) -> tuple[list[ImageScore], float]:
-    """Judge every image.
-
-    Returns:
-        The images in the order of `records`, and the score threshold.
-    """
+) -> Judgement:
+    """Judge every image; detections are COCO's results format, as in predictions.json."""
     label_of = {c.id: c.index for c in classes}
     by_image: dict[int, list[Found]] = defaultdict(list)
     for found in results:
         by_image[found["image_id"]].append(found)
     matches = [_match(record, by_image[record.id], label_of) for record in records]
     objects = sum(len(r.crowd) - sum(r.crowd) for r in records)
-    threshold = _best_threshold([m for of_image in matches for m in of_image], objects)
+    every = [m for of_image in matches for m in of_image]
+    threshold = _best_threshold(every, objects)
     scored = [
         _image_score(record, [m for m in of_image if m.box.score >= threshold])
         for record, of_image in zip(records, matches, strict=True)
     ]
-    return scored, threshold
+    return Judgement(tuple(scored), threshold, tuple(m.box for m in every))
 
 
-def rank_images(scores: list[ImageScore], *, best: bool) -> list[ImageScore]:
+def rank_images(scores: Sequence[ImageScore], *, best: bool) -> list[ImageScore]:
     """The images from best to worst, or from worst to best; ties are decided by the image id.
 
     Of equal F1, boxes that fit better come first among the best, more faults first among the worst.

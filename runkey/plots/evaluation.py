@@ -5,8 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from runkey.data.index import read_classes, read_index
+from runkey.evaluation.calibration import calibration
+from runkey.evaluation.confusion import confusion
 from runkey.evaluation.detections import read_results
-from runkey.evaluation.files import PRECISION_RECALL, PREDICTIONS
+from runkey.evaluation.files import METRICS, PRECISION_RECALL, PREDICTIONS
+from runkey.evaluation.per_image import judge_images
+from runkey.plots.by_size import ap_by_size
+from runkey.plots.calibration import LEAST_SCORE, reliability
+from runkey.plots.confusion import confusion_matrix
+from runkey.plots.marks import class_name
 from runkey.plots.precision_recall import precision_recall
 from runkey.plots.sheets import detection_sheet
 
@@ -14,11 +21,11 @@ from runkey.plots.sheets import detection_sheet
 def write_evaluation_plots(
     prepared: Path, evaluation: Path, data_folder: Path, out: Path, *, images: int = 8
 ) -> list[Path]:
-    """Draw the best and the worst images and the precision-recall curves into a folder.
+    """Draw curves, confusion, sizes and calibration, and the best and the worst images.
 
     Args:
         prepared: the folder with classes.json and val.json.
-        evaluation: the folder with predictions.json and precision_recall.json.
+        evaluation: the folder with metrics.json, predictions.json and precision_recall.json.
         data_folder: what `Record.file` is relative to.
         out: the folder; made if it is not there.
         images: in each sheet; 0: no sheets.
@@ -29,18 +36,20 @@ def write_evaluation_plots(
     Raises:
         DataError: a file is missing; says which, and what to run.
     """
-    written = [precision_recall(evaluation / PRECISION_RECALL, out / "precision_recall.png")]
+    records, classes = read_index(prepared / "val.json"), read_classes(prepared / "classes.json")
+    judged = judge_images(records, classes, read_results(evaluation / PREDICTIONS))
+    written = [
+        precision_recall(evaluation / PRECISION_RECALL, out / "precision_recall.png"),
+        confusion_matrix(
+            confusion(judged, len(classes)), [class_name(c) for c in classes], out / "confusion.png"
+        ),
+        ap_by_size(evaluation / METRICS, out / "ap_by_size.png"),
+        reliability(calibration(judged, LEAST_SCORE), out / "calibration.png"),
+    ]
     if images:
-        records, classes = (
-            read_index(prepared / "val.json"),
-            read_classes(prepared / "classes.json"),
-        )
-        predictions = read_results(evaluation / PREDICTIONS)
         for best in (True, False):
             path = out / ("best.jpg" if best else "worst.jpg")
             written.append(
-                detection_sheet(
-                    records, classes, predictions, data_folder, path, best=best, images=images
-                )
+                detection_sheet(judged, classes, data_folder, path, best=best, images=images)
             )
     return written

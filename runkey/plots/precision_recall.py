@@ -10,7 +10,16 @@ from numpy.typing import NDArray
 
 from runkey.evaluation.files import read_precision_recall
 from runkey.plots.fonts import drawable
-from runkey.plots.style import BLACK, CYCLE, GREY, drawing, legend_inside, say_nothing_yet, shades
+from runkey.plots.style import (
+    BLACK,
+    CYCLE,
+    GREY,
+    drawing,
+    legend_beside,
+    legend_inside,
+    say_nothing_yet,
+    shades,
+)
 
 MOST_NAMED = 8
 LINES = (*CYCLE[:7], GREY)  # a yellow line is hard to see on white
@@ -33,8 +42,8 @@ def precision_recall(curves: Path, path: Path) -> Path:
     recall = np.array(content["recall"], dtype=np.float64)
     classes = [c for c in content["classes"] if c["precision"] is not None]
     with drawing(path, panels=1, height=4.2, columns=2) as (_, (left, right)):
-        left.set_title("Precision and recall of each class, IoU 0.5")
-        right.set_title("Mean over classes, by IoU")
+        left.set_title("Each class, at IoU 0.5")
+        right.set_title("Mean of the classes, by IoU")
         if classes:
             precision = np.array([c["precision"] for c in classes], dtype=np.float64)
             _draw_classes(left, recall, precision[:, 0], [c["name"] for c in classes])
@@ -83,7 +92,7 @@ def _draw_ious(
         linestyle="--",
         label=f"mean  {precision.mean():.2f}",
     )
-    legend_inside(axes, "IoU, AP", _free_corner(precision))
+    legend_beside(axes, "IoU, AP")
 
 
 def _free_corner(precision: NDArray[np.float64]) -> str:

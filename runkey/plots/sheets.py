@@ -10,8 +10,7 @@ from PIL import Image
 
 from runkey.data.decode import decode_rgb
 from runkey.data.index import ClassName, Record
-from runkey.evaluation.detections import Found
-from runkey.evaluation.per_image import ImageScore, rank_images, score_images
+from runkey.evaluation.per_image import ImageScore, Judgement, rank_images
 from runkey.plots.canvas import BLANK, Canvas, shorten, text_width
 from runkey.plots.fonts import drawable
 from runkey.plots.marks import (
@@ -80,9 +79,8 @@ def contact_sheet(
 
 
 def detection_sheet(
-    records: list[Record],
+    judged: Judgement,
     classes: list[ClassName],
-    predictions: list[Found],
     data_folder: Path,
     out: Path,
     *,
@@ -95,9 +93,8 @@ def detection_sheet(
     at which the F1 of the whole split is largest are not drawn.
 
     Args:
-        records: the evaluated split.
+        judged: the evaluated split.
         classes: all classes.
-        predictions: COCO's results format, as in predictions.json.
         data_folder: what `Record.file` is relative to.
         out: the picture; its folder is made.
         best: the best images first, else the worst.
@@ -106,15 +103,14 @@ def detection_sheet(
     Raises:
         DataError: an image is gone since `prepare` checked it.
     """
-    scores, threshold = score_images(records, classes, predictions)
-    chosen = rank_images(scores, best=best)[:images]
+    chosen = rank_images(judged.images, best=best)[:images]
     tile_width = (WIDTH - 2 * MARGIN - 2 * GAP - 2 * MARGIN) // 4
     aspects = [r.record.width / r.record.height for r in chosen] or [4 / 3]
     tile_height = round(tile_width / min(max(float(np.median(aspects)), 0.7), 2.0))
     block = tile_height + 24 + MARGIN
     head = MARGIN + 26 + 20 + GAP
     canvas = Canvas(WIDTH, head + max(1, -(-len(chosen) // 2)) * block)
-    _sheet_head(canvas, scores, threshold, best=best, shown=len(chosen))
+    _sheet_head(canvas, judged, best=best, shown=len(chosen))
     for number, score in enumerate(chosen):
         left = MARGIN + (number % 2) * (2 * tile_width + GAP + 2 * MARGIN)
         top = head + (number // 2) * block
@@ -130,9 +126,8 @@ def detection_sheet(
     return canvas.save(out)
 
 
-def _sheet_head(
-    canvas: Canvas, scores: list[ImageScore], threshold: float, *, best: bool, shown: int
-) -> None:
+def _sheet_head(canvas: Canvas, judged: Judgement, *, best: bool, shown: int) -> None:
+    scores = judged.images
     title = f"The {shown} {'best' if best else 'worst'} of {len(scores):,} images"
     end = canvas.write((MARGIN, MARGIN - 4), title, 16, bold=True)
     canvas.write((end + 10, MARGIN - 2), "truth left, prediction right", 13)
@@ -144,7 +139,7 @@ def _sheet_head(
         x = canvas.write((x + 18, y - 2), text, 12) + 18
     canvas.write(
         (x, y - 2),
-        f"shown: score {threshold:.2f} and above, where F1 of all images is largest "
+        f"shown: score {judged.threshold:.2f} and above, where F1 of all images is largest "
         f"({2 * right / total if total else 1:.2f}); a match is the class and IoU 0.5",
         12,
     )

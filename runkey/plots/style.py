@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from PIL import Image
 
 # Okabe and Ito (2008): told apart with any kind of colour blindness.
 BLUE = "#0072B2"
@@ -62,12 +65,22 @@ def drawing(
     """
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(9, height * panels + 0.5), dpi=_DPI, layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.subplots(panels, columns, sharex="col", squeeze=False).ravel()
         yield figure, list(axes)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Without the version of matplotlib in it, the file depends on what it shows alone.
-        figure.savefig(path, metadata={"Software": None})
+        path.write_bytes(_light_png(figure))
+
+
+def _light_png(figure: Figure) -> bytes:
+    """A PNG of at most 256 colours, a quarter of the size; it depends on what it shows alone."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    # An octree keeps the colours of lines and text as they are; a median cut would move them.
+    few = image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    content = io.BytesIO()
+    few.save(content, "PNG", optimize=True)
+    return content.getvalue()
 
 
 def say_nothing_yet(axes: Any, text: str = "nothing was logged yet") -> None:
@@ -115,6 +128,11 @@ def legend(axes: Any) -> None:
             columnspacing=1.4,
             handlelength=1.6,
         )
+
+
+def legend_beside(axes: Any, title: str) -> None:
+    """The same as a titled list right of the panel, which gets narrower."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=title, alignment="left")
 
 
 def legend_inside(axes: Any, title: str, corner: str) -> None:

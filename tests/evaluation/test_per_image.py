@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
 from runkey.data.index import ClassName, Record
 from runkey.errors import DataError
+from runkey.evaluation.calibration import calibration
 from runkey.evaluation.coco import evaluate_results
+from runkey.evaluation.confusion import confusion
 from runkey.evaluation.detections import to_results_json
 from runkey.evaluation.files import (
     metrics_json,
+    read_metrics,
     read_precision_recall,
     write_metrics,
     write_precision_recall,
 )
-from runkey.evaluation.per_image import rank_images, score_images
+from runkey.evaluation.per_image import judge_images, rank_images
 
 CLASSES = [ClassName(0, 5, "ball"), ClassName(1, 9, "cube")]
 
@@ -47,8 +48,8 @@ BOX, NEAR, FAR = (10, 10, 40, 40), (12, 10, 40, 40), (60, 60, 20, 20)
 
 
 def judge(records, results):
-    scores, threshold = score_images(records, CLASSES, results)
-    return {s.record.id: s for s in scores}, threshold
+    judged = judge_images(records, CLASSES, results)
+    return {s.record.id: s for s in judged.images}, judged.threshold
 
 
 def test_counts_of_one_image():
@@ -102,7 +103,7 @@ def test_best_and_worst_first():
         found(2, 5, BOX, 0.9),
         found(4, 5, BOX, 0.95),
     ]
-    scores, _ = score_images(records, CLASSES, results)
+    scores = judge_images(records, CLASSES, results).images
     assert [s.record.id for s in rank_images(scores, best=True)] == [2, 1, 3, 4]
     assert [s.record.id for s in rank_images(scores, best=False)] == [3, 4, 1, 2]
 
@@ -113,7 +114,7 @@ def test_counting_agrees_with_coco_on_recall(world):
     results = to_results_json(made.detections, made.classes)
     for r in results:  # one score, so the best threshold shows everything
         r["score"] = 0.5
-    scores, _ = score_images(made.records, made.classes, results)
+    scores = judge_images(made.records, made.classes, results).images
     result = evaluate_results(made.records, made.classes, results)
     for c, name in enumerate(made.classes):
         right = sum(
@@ -130,11 +131,15 @@ def test_files(world, tmp_path):
     result = evaluate_results(
         made.records, made.classes, to_results_json(made.detections, made.classes)
     )
-    write_metrics(tmp_path / "m" / "evaluate.json", result, loss=0.25)
-    saved = json.loads((tmp_path / "m" / "evaluate.json").read_text())
+    write_metrics(tmp_path / "m" / "metrics.json", result, loss=0.25)
+    saved = read_metrics(tmp_path / "m" / "metrics.json")
     assert saved["AP"] == result.summary["AP"]
     assert saved["loss"] == 0.25
-    assert saved["per_class"]["class 90"] == {"AP": None, "AP50": None, "AR": None, "objects": 0}
+    nothing = {"AP": None, "objects": 0}
+    assert saved["per_class"]["class 90"] == {
+        **{"AP": None, "AP50": None, "AR": None, "objects": 0},
+        "by_size": {"small": nothing, "medium": nothing, "large": nothing},
+    }
 
     write_precision_recall(tmp_path / "e" / "pr.json", result)
     curves = read_precision_recall(tmp_path / "e" / "pr.json")
@@ -155,3 +160,60 @@ def test_classes_of_one_name_keep_both_numbers(world):
 def test_missing_curves(tmp_path):
     with pytest.raises(DataError, match=r"pr\.json: not found; run `dvc repro evaluate`"):
         read_precision_recall(tmp_path / "pr.json")
+
+
+def test_numbers_by_size_are_those_of_coco(world):
+    made = world(seed=8, images=40)
+    results = to_results_json(made.detections, made.classes)
+    result = evaluate_results(made.records, made.classes, results)
+    for size in ("small", "medium", "large"):
+        of_size = [c.by_size[size] for c in result.per_class]
+        aps = [s.ap for s in of_size if s.ap is not None]
+        assert np.mean(aps) == pytest.approx(result.summary[f"AP_{size}"])
+        assert [s.ap is None for s in of_size] == [s.objects == 0 for s in of_size]
+    for c in result.per_class:
+        assert sum(s.objects for s in c.by_size.values()) == c.objects
+    quick = evaluate_results(made.records, made.classes, results, by_size=False)
+    assert all(c.by_size == {} for c in quick.per_class)
+
+
+def test_confusion_counted_by_hand():
+    records = [record(1, (0, BOX), (1, FAR)), record(2, (1, FAR)), record(3, (0, BOX), crowd={0})]
+    judged = judge_images(
+        records,
+        CLASSES,
+        [
+            found(1, 5, NEAR, 0.9),  # right
+            found(1, 5, FAR, 0.9),  # a cube taken for a ball
+            found(2, 9, BOX, 0.9),  # nothing is there; and the cube is missed
+            found(3, 5, BOX, 0.9),  # in a crowd: does not count
+        ],
+    )
+    counted = confusion(judged, 2)
+    assert counted.threshold == 0.9
+    assert counted.counts.tolist() == [[1, 0, 0], [1, 0, 1], [0, 1, 0]]
+
+
+def test_confusion_agrees_with_the_images(world):
+    made = world(seed=9, crowd_share=0.1)
+    judged = judge_images(
+        made.records, made.classes, to_results_json(made.detections, made.classes)
+    )
+    counts = confusion(judged, len(made.classes)).counts
+    assert np.trace(counts) == sum(image.right for image in judged.images)
+    assert counts[:-1].sum() == sum(image.objects for image in judged.images)
+    assert counts[:, :-1].sum() == sum(len(image.shown) for image in judged.images)
+    assert counts[-1, -1] == 0
+
+
+def test_calibration_counted_by_hand():
+    records = [record(n, (0, BOX)) for n in range(1, 5)]
+    results = [found(n, 5, BOX if n < 4 else FAR, 0.95) for n in range(1, 5)]
+    judged = judge_images(records, CLASSES, [*results, found(1, 9, BOX, 0.02)])
+    result = calibration(judged)
+    assert result.counts.tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0, 4]
+    assert result.shares_right[[0, 9]].tolist() == [0, 0.75]
+    assert np.isnan(result.mean_scores[1])
+    assert result.error == pytest.approx((4 * 0.2 + 0.02) / 5)
+    assert calibration(judged, least_score=0.05).error == pytest.approx(0.2)
+    assert calibration(judge_images(records, CLASSES, [])).error == 0

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
 
-from runkey.data.index import write_classes, write_index
 from runkey.errors import DataError
-from runkey.evaluation.per_image import score_images
+from runkey.evaluation.per_image import judge_images
 from runkey.plots.canvas import Canvas
-from runkey.plots.evaluation import write_evaluation_plots
 from runkey.plots.fonts import drawable
 from runkey.plots.marks import class_colour, class_marks, judged_predictions, judged_truth
-from runkey.plots.precision_recall import precision_recall
 from runkey.plots.sheets import contact_sheet, detection_sheet
-from runkey.plots.tables import write_precision_recall_table
 
 MOST_BYTES = 150_000
 ODD_SIZES = [(1, 1), (4000, 30), (30, 4000), (64, 48), (2500, 2000), (7, 300)]
@@ -89,10 +83,20 @@ def test_best_and_worst(image_set, tmp_path):
     records, classes, folder = image_set([(200, 150), (150, 200), (90, 90), (300, 60)])
     good = predicted(records[:2], classes) + predicted(records[2:], classes, right=False)
     best = detection_sheet(
-        records, classes, good, folder, tmp_path / "best.jpg", best=True, images=2
+        judge_images(records, classes, good),
+        classes,
+        folder,
+        tmp_path / "best.jpg",
+        best=True,
+        images=2,
     )
     worst = detection_sheet(
-        records, classes, good, folder, tmp_path / "worst.jpg", best=False, images=2
+        judge_images(records, classes, good),
+        classes,
+        folder,
+        tmp_path / "worst.jpg",
+        best=False,
+        images=2,
     )
     right, wrong = "#0072B2", "#D55E00"
     assert near(seen(best), right) > 5 * near(seen(best), wrong)
@@ -103,14 +107,20 @@ def test_best_and_worst(image_set, tmp_path):
 def test_detection_sheet_of_odd_sizes_and_names(image_set, tmp_path, best):
     records, classes, folder = image_set(ODD_SIZES, NAMES, boxes=6)
     found = predicted(records, classes, right=best)
-    path = detection_sheet(records, classes, found, folder, tmp_path / "s.jpg", best=best)
+    path = detection_sheet(
+        judge_images(records, classes, found), classes, folder, tmp_path / "s.jpg", best=best
+    )
     assert path.stat().st_size < MOST_BYTES
 
 
 def test_nothing_detected_and_nothing_to_detect(image_set, tmp_path):
     records, classes, folder = image_set([(64, 48)] * 3, boxes=0)
-    assert detection_sheet(records, classes, [], folder, tmp_path / "a.jpg", best=True).is_file()
-    assert detection_sheet([], classes, [], folder, tmp_path / "b.jpg", best=False).is_file()
+    assert detection_sheet(
+        judge_images(records, classes, []), classes, folder, tmp_path / "a.jpg", best=True
+    ).is_file()
+    assert detection_sheet(
+        judge_images([], classes, []), classes, folder, tmp_path / "b.jpg", best=False
+    ).is_file()
 
 
 def test_same_bytes_again(image_set, tmp_path):
@@ -118,8 +128,12 @@ def test_same_bytes_again(image_set, tmp_path):
     found = predicted(records, classes)
     once = contact_sheet(records, classes, folder, tmp_path / "1.jpg").read_bytes()
     assert contact_sheet(records, classes, folder, tmp_path / "2.jpg").read_bytes() == once
-    once = detection_sheet(records, classes, found, folder, tmp_path / "3.jpg", best=True)
-    again = detection_sheet(records, classes, found, folder, tmp_path / "4.jpg", best=True)
+    once = detection_sheet(
+        judge_images(records, classes, found), classes, folder, tmp_path / "3.jpg", best=True
+    )
+    again = detection_sheet(
+        judge_images(records, classes, found), classes, folder, tmp_path / "4.jpg", best=True
+    )
     assert once.read_bytes() == again.read_bytes()
 
 
@@ -135,7 +149,7 @@ def test_crowded_images_keep_a_name_of_each_class_and_all_faults(image_set):
     names = [m.name for m in class_marks(record, classes) if m.tagged]
     assert sorted(names) == ["one", "one (crowd)", "two"]
     found = predicted([record], classes)[:20]
-    [score], _ = score_images([record], classes, found)
+    [score] = judge_images([record], classes, found).images
     missed = [m for m in judged_truth(score, classes) if m.colour == "#D55E00"]
     assert len(missed) >= 10
     assert all(m.tagged for m in missed)
@@ -163,47 +177,3 @@ def test_names_in_letters_that_the_font_lacks():
     assert drawable("шар", "class 1") == "шар"
     assert drawable("白血球", "class 1") == "class 1"
     assert drawable(" ", "class 1") == "class 1"
-
-
-def curves_json(path, count, *, objects=True):
-    recall = [round(r / 100, 2) for r in range(101)]
-    classes = [
-        {
-            "name": NAMES[k % len(NAMES)],
-            "objects": 5 * objects,
-            "ap": 0.5 if objects else None,
-            "precision": [[max(0.0, 1 - r * (t + 1) / 10) for r in recall] for t in range(10)]
-            if objects
-            else None,
-        }
-        for k in range(count)
-    ]
-    ious = [round(0.5 + t / 20, 2) for t in range(10)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"iou": ious, "recall": recall, "classes": classes}))
-    return path
-
-
-@pytest.mark.parametrize(("count", "objects"), [(1, True), (8, True), (90, True), (3, False)])
-def test_precision_recall(tmp_path, count, objects):
-    curves = curves_json(tmp_path / "pr.json", count, objects=objects)
-    path = precision_recall(curves, tmp_path / "out" / "pr.png")
-    assert path.stat().st_size < MOST_BYTES
-    table = write_precision_recall_table(curves, tmp_path / "pr.csv").read_text().splitlines()
-    assert len(table) == 1 + 21 * count * objects
-
-
-def test_all_pictures_of_an_evaluation(image_set, tmp_path):
-    records, classes, folder = image_set([(64, 48)] * 3)
-    prepared, evaluation = tmp_path / "prepared", tmp_path / "evaluation"
-    prepared.mkdir()
-    write_index(prepared / "val.json", records)
-    write_classes(prepared / "classes.json", classes)
-    curves_json(evaluation / "precision_recall.json", 2)
-    with pytest.raises(DataError, match=r"predictions\.json: not found"):
-        write_evaluation_plots(prepared, evaluation, folder, tmp_path / "out")
-    (evaluation / "predictions.json").write_text(json.dumps(predicted(records, classes)))
-    written = write_evaluation_plots(prepared, evaluation, folder, tmp_path / "out", images=2)
-    assert [p.name for p in written] == ["precision_recall.png", "best.jpg", "worst.jpg"]
-    assert all(p.is_file() for p in written)
-    assert len(write_evaluation_plots(prepared, evaluation, folder, tmp_path, images=0)) == 1

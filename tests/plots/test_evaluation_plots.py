@@ -1,0 +1,135 @@
+"""The pictures of an evaluation: of a good model, of one that sees nothing, of many classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from runkey.data.index import ClassName, Record, write_classes, write_index
+from runkey.errors import DataError
+from runkey.evaluation.coco import evaluate_results
+from runkey.evaluation.detections import Found, write_results
+from runkey.evaluation.files import write_metrics, write_precision_recall
+from runkey.plots.confusion import _most_confused
+from runkey.plots.evaluation import write_evaluation_plots
+from runkey.plots.precision_recall import precision_recall
+from runkey.plots.tables import write_precision_recall_table
+
+MOST_BYTES = 150_000
+NAMES = ("Blutkörperchen", "шар", "白血球", "", "a name that is far too long for a tag " * 3)
+PICTURES = ["precision_recall.png", "confusion.png", "ap_by_size.png", "calibration.png"]
+
+
+def found(records: list[Record], classes: list[ClassName], kind: str) -> list[Found]:
+    """Detections of a model that is good, has seen one epoch, or sees nothing."""
+    rng = np.random.default_rng(0)
+    results: list[Found] = []
+    for record in records if kind != "nothing" else []:
+        for box, label in zip(record.boxes_xywh, record.labels, strict=True):
+            good = kind == "good"
+            category = classes[label if good else int(rng.integers(len(classes)))].id
+            left, top, width, height = box
+            shift = float(rng.uniform(0, 0.1 if good else 0.8)) * width
+            results.append(
+                Found(
+                    image_id=record.id,
+                    category_id=category,
+                    bbox=[left + shift, top, width, height],
+                    score=float(rng.uniform(0.5, 1) if good else rng.uniform(0, 0.2)),
+                )
+            )
+    return results
+
+
+def evaluated(tmp_path, records, classes, results) -> tuple[Path, Path]:
+    """The files that `prepare` and `evaluate` write."""
+    prepared, evaluation = tmp_path / "prepared", tmp_path / "evaluation"
+    prepared.mkdir()
+    write_index(prepared / "val.json", records)
+    write_classes(prepared / "classes.json", classes)
+    result = evaluate_results(records, classes, results)
+    write_metrics(evaluation / "metrics.json", result)
+    write_precision_recall(evaluation / "precision_recall.json", result)
+    write_results(evaluation / "predictions.json", results)
+    return prepared, evaluation
+
+
+@pytest.mark.parametrize("kind", ["good", "one epoch", "nothing"])
+@pytest.mark.parametrize(("count", "boxes"), [(2, 3), (90, 5), (5, 0)])
+def test_every_evaluation_gives_every_picture(image_set, tmp_path, kind, count, boxes):
+    names = tuple(f"{NAMES[k % len(NAMES)]}{k}" if k > 4 else NAMES[k] for k in range(count))
+    records, classes, folder = image_set([(300, 200), (64, 48), (150, 400)] * 3, names, boxes)
+    files = evaluated(tmp_path, records, classes, found(records, classes, kind))
+    out = tmp_path / "out"
+    written = write_evaluation_plots(*files, folder, out, images=0)
+    assert [path.name for path in written] == PICTURES
+    for path in written:
+        assert 1_000 < path.stat().st_size < MOST_BYTES
+        with Image.open(path) as picture:
+            assert picture.width == 900
+            assert picture.height < 1_100
+            assert len(picture.convert("RGB").getcolors(100_000)) > 2  # something is drawn
+
+
+def test_what_is_missing_is_named(image_set, tmp_path):
+    records, classes, folder = image_set([(64, 48)] * 3)
+    prepared, evaluation = evaluated(tmp_path, records, classes, found(records, classes, "good"))
+    written = write_evaluation_plots(prepared, evaluation, folder, tmp_path / "out", images=2)
+    assert [p.name for p in written] == [*PICTURES, "best.jpg", "worst.jpg"]
+    assert all(p.is_file() for p in written)
+    for name in ("metrics", "precision_recall", "predictions"):
+        file = evaluation / f"{name}.json"
+        content = file.read_bytes()
+        file.unlink()
+        with pytest.raises(DataError, match=rf"{name}\.json: not found; run `dvc repro evaluate`"):
+            write_evaluation_plots(prepared, evaluation, folder, tmp_path / "out")
+        file.write_bytes(content)
+
+
+def test_of_many_classes_the_most_confused_are_shown():
+    counts = 9 * np.eye(31, dtype=np.int64)
+    counts[-1, -1] = 0
+    counts[7, 3] = 4  # class 7 is taken for class 3
+    counts[29, -1] = 2
+    names = [f"class {k}" for k in range(30)]
+    few, shown = _most_confused(counts, names)
+    assert few.shape == (21, 21)
+    assert few.sum() == counts.sum()
+    assert {"class 3", "class 7", "class 29"} <= set(shown)
+    assert shown[-1] == "other classes"
+    assert few[shown.index("class 7"), shown.index("class 3")] == 4
+    assert few[shown.index("class 29"), -1] == 2
+    same, all_names = _most_confused(counts[:5, :5], names[:4])
+    assert same.tolist() == counts[:5, :5].tolist()
+    assert all_names == names[:4]
+
+
+def curves_json(path, count, *, objects=True):
+    recall = [round(r / 100, 2) for r in range(101)]
+    classes = [
+        {
+            "name": NAMES[k % len(NAMES)],
+            "objects": 5 * objects,
+            "ap": 0.5 if objects else None,
+            "precision": [[max(0.0, 1 - r * (t + 1) / 10) for r in recall] for t in range(10)]
+            if objects
+            else None,
+        }
+        for k in range(count)
+    ]
+    ious = [round(0.5 + t / 20, 2) for t in range(10)]
+    path.write_text(json.dumps({"iou": ious, "recall": recall, "classes": classes}))
+    return path
+
+
+@pytest.mark.parametrize(("count", "objects"), [(1, True), (8, True), (90, True), (3, False)])
+def test_precision_recall(tmp_path, count, objects):
+    curves = curves_json(tmp_path / "pr.json", count, objects=objects)
+    path = precision_recall(curves, tmp_path / "out" / "pr.png")
+    assert path.stat().st_size < MOST_BYTES
+    table = write_precision_recall_table(curves, tmp_path / "pr.csv").read_text().splitlines()
+    assert len(table) == 1 + 21 * count * objects
