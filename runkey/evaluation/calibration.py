@@ -46,6 +46,8 @@ def calibration(judged: Judgement, least_score: float = 0.0) -> Calibration:
 
     def mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
         sums = np.bincount(place, weights=values, minlength=BINS)
-        return np.divide(sums, counts, out=np.full(BINS, np.nan), where=counts > 0)
+        means: NDArray[np.float64] = np.full(BINS, np.nan)
+        np.divide(sums, counts, out=means, where=counts > 0)
+        return means
 
     return Calibration(counts, mean(scores), mean(right))

@@ -16,7 +16,6 @@ from runkey.plots.style import (
     GREY,
     drawing,
     legend_beside,
-    legend_inside,
     say_nothing_yet,
     shades,
 )
@@ -28,8 +27,8 @@ LINES = (*CYCLE[:7], GREY)  # a yellow line is hard to see on white
 def precision_recall(curves: Path, path: Path) -> Path:
     """Draw the curves that `evaluate` wrote.
 
-    Left: each class at IoU 0.5 (of more than eight classes, the best and the worst four by name).
-    Right: the mean over classes at several IoU.
+    Above: each class at IoU 0.5 (of more than eight classes, the best and the worst four by name).
+    Below: the mean over classes at several IoU.
 
     Args:
         curves: evaluation/precision_recall.json.
@@ -41,21 +40,21 @@ def precision_recall(curves: Path, path: Path) -> Path:
     content = read_precision_recall(curves)
     recall = np.array(content["recall"], dtype=np.float64)
     classes = [c for c in content["classes"] if c["precision"] is not None]
-    with drawing(path, panels=1, height=4.2, columns=2) as (_, (left, right)):
-        left.set_title("Each class, at IoU 0.5")
-        right.set_title("Mean of the classes, by IoU")
-        if classes:
-            precision = np.array([c["precision"] for c in classes], dtype=np.float64)
-            _draw_classes(left, recall, precision[:, 0], [c["name"] for c in classes])
-            _draw_ious(right, recall, precision.mean(axis=0), content["iou"])
-        for axes in (left, right):
-            if not classes:
+    with drawing(path, panels=2, height=3.1) as (_, (upper, lower)):
+        upper.set_title("Precision over recall of each class, at IoU 0.5")
+        lower.set_title("Mean of the classes, by IoU")
+        if not classes:
+            for axes in (upper, lower):
                 say_nothing_yet(axes, "no class has objects in the held-out images")
-                continue
+            return path
+        precision = np.array([c["precision"] for c in classes], dtype=np.float64)
+        _draw_classes(upper, recall, precision[:, 0], [c["name"] for c in classes])
+        _draw_ious(lower, recall, precision.mean(axis=0), content["iou"])
+        for axes in (upper, lower):
             axes.set_xlim(0, 1.01)
             axes.set_ylim(0, 1.03)
-            axes.set_xlabel("recall: share of the objects that are found")
-        left.set_ylabel("precision: share of the detections that are right")
+            axes.set_ylabel("precision: share right")
+        lower.set_xlabel("recall: share of the objects that are found")
     return path
 
 
@@ -74,7 +73,7 @@ def _draw_classes(
         short = name if len(name) <= 22 else name[:21] + "…"
         axes.plot(recall, precision[k], color=colour, label=f"{short}  {ap50[k]:.2f}")
     title = "class, AP50" if len(names) <= MOST_NAMED else f"best and worst {half}, AP50"
-    legend_inside(axes, title, _free_corner(precision))
+    legend_beside(axes, title)
 
 
 def _draw_ious(
@@ -93,9 +92,3 @@ def _draw_ious(
         label=f"mean  {precision.mean():.2f}",
     )
     legend_beside(axes, "IoU, AP")
-
-
-def _free_corner(precision: NDArray[np.float64]) -> str:
-    """Where no curve is: a good model's run along the top and the right, a bad one's below."""
-    at_30_percent = precision.shape[-1] * 3 // 10
-    return "lower left" if precision[..., at_30_percent].mean() > 0.6 else "upper right"

@@ -74,8 +74,8 @@ def drawing(
 def _light_png(figure: Figure) -> bytes:
     """A PNG of at most 256 colours, a quarter of the size; it depends on what it shows alone."""
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    canvas.draw()  # type: ignore[no-untyped-call]
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")  # type: ignore[no-untyped-call]
     # An octree keeps the colours of lines and text as they are; a median cut would move them.
     few = image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     content = io.BytesIO()
