@@ -1,0 +1,177 @@
+"""From a step that is lent to its trace.
+
+    session = trace_session(lend, Content(num_classes, colour), passes, gpu)
+
+`lend(device)` comes from the floors above, which know training; see `Lent`.
+
+The step itself is not touched: modules are watched by hooks, operations by a dispatch mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from runkey.data.batch import Window
+from runkey.memory.trace.attention import Gpu
+from runkey.memory.trace.batch import synthetic_batch
+from runkey.memory.trace.classify import Step, classify
+from runkey.memory.trace.events import Event, Pass, Phase, Session, Trace
+from runkey.memory.trace.fake import CUDA, fake_cuda, fake_tensors, own_backward
+from runkey.memory.trace.scope import Scope, watching
+from runkey.memory.trace.tracker import Tracker
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """A training step, and what it trains, from the floors that know training."""
+
+    step: Callable[[Window], object]
+    """A whole optimizer step over a window, the moving average's update included."""
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: nn.Module | None
+    """The moving average's module."""
+
+
+# Builds everything that trains, on a device.  Its criterion has `with_fixed_matches`.
+Lend = Callable[[torch.device], Lent]
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What batches hold beside their sizes."""
+
+    num_classes: int
+    colour: int | None
+    """See `synthetic_batch`."""
+
+
+class Recorder:
+    """Steps of one training, traced one after the other."""
+
+    def __init__(self, lend: Lend, device: torch.device, content: Content) -> None:
+        """Build what is lent; within the contexts that `recorder` enters."""
+        self.content = content
+        self.scope = Scope()
+        self.scope.on_model = self._model_entered
+        self.tracker = Tracker(device.type, self.scope)
+        self._inputs: set[int] = set()
+        self._starts: list[tuple[int, Phase]] = []
+        with self.tracker:
+            self.lent = lend(device)
+        self.scope.name(self.lent.model)
+        self._setup = len(self.tracker.log)
+
+    def step(self, passes: Sequence[Pass]) -> Step:
+        """Run one optimizer step over a window of these micro-batches."""
+        window = tuple(
+            synthetic_batch(one, self.content.num_classes, self.content.colour) for one in passes
+        )
+        before = tuple(self.tracker.alive)
+        start = len(self.tracker.log)
+        self._starts, self._inputs = [], set()
+        self._start("forward")
+        with watching(self.scope), self.tracker:
+            self.lent.step(window)
+        return Step(
+            passes=tuple(passes),
+            start=start,
+            end=len(self.tracker.log),
+            before=before,
+            starts=tuple(self._starts),
+            inputs=frozenset(self._inputs),
+            gradients=dict(self.tracker.blocks_of(self._gradients())),
+        )
+
+    def classified(self, steps: Sequence[Step]) -> tuple[tuple[Event, ...], list[Trace]]:
+        """The setup's events and the steps' traces; nothing can be traced after this."""
+        self.tracker.stop()
+        return classify(self.tracker, self._setup, steps, self._persistent())
+
+    def backward_started(self) -> None:
+        """The engine calls this."""
+        self._start("backward")
+
+    def backward_ended(self) -> None:
+        """The engine calls this; if another forward pass follows, `_model_entered` says so."""
+        self.scope.forget_nodes()
+        self._start("optimizer")
+
+    def _start(self, phase: Phase) -> None:
+        self.scope.start(phase)
+        self._starts.append((len(self.tracker.log), phase))
+
+    def _model_entered(self) -> None:
+        """What has been allocated since the last phase began, and is alive, is the input."""
+        start, phase = self._starts[-1]
+        if phase == "optimizer":
+            self._starts[-1] = (start, "forward")
+            self.scope.start("forward")
+        new = {block for kind, block, _ in self.tracker.log[start:] if kind == "alloc"}
+        self._inputs |= new & self.tracker.alive.keys()
+
+    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.lent.model.named_parameters():
+            if parameter.grad is not None:
+                yield name, parameter.grad
+
+    def _persistent(self) -> dict[int, tuple[str, str]]:
+        """(class, path) of the blocks of parameters, buffers and moments."""
+        found: dict[int, tuple[str, str]] = {}
+        modules = [("", self.lent.model)]
+        if self.lent.average is not None:
+            modules.append(("ema.", self.lent.average))
+        names: dict[Tensor, str] = {}
+        for prefix, module in modules:
+            for name, parameter in module.named_parameters():
+                names[parameter] = prefix + name
+                for _, block in self.tracker.blocks_of([("", parameter)]):
+                    found[block] = ("parameter", prefix + name)
+            for name, block in self.tracker.blocks_of(module.named_buffers()):
+                found[block] = ("buffer", prefix + name)
+        for trained, state in self.lent.optimizer.state.items():
+            tensors = [(names[trained], x) for x in state.values() if isinstance(x, Tensor)]
+            for name, block in self.tracker.blocks_of(tensors):
+                found[block] = ("optimizer", name)
+        return found
+
+
+@contextmanager
+def recorder(lend: Lend, content: Content, gpu: Gpu | None) -> Iterator[Recorder]:
+    """Build what trains, and trace its steps.
+
+    Args:
+        lend: builds it.
+        content: of the batches.
+        gpu: fake tensors on this GPU; None: fake tensors on a CPU.
+    """
+    device = torch.device("cpu") if gpu is None else CUDA
+    with ExitStack() as stack:
+        stack.enter_context(fake_tensors())
+        if gpu is not None:
+            stack.enter_context(fake_cuda(gpu))
+        one = Recorder(lend, device, content)
+        stack.enter_context(
+            own_backward(one.scope.enter_node, one.backward_started, one.backward_ended)
+        )
+        yield one
+
+
+def trace_session(lend: Lend, content: Content, passes: Sequence[Pass], gpu: Gpu | None) -> Session:
+    """The first step and a later one over the same window.
+
+    Args:
+        lend: builds what trains.
+        content: of the batches.
+        passes: the window.
+        gpu: see `recorder`.
+    """
+    with recorder(lend, content, gpu) as one:
+        steps = [one.step(passes) for _ in range(2)]
+        setup, (first, steady) = one.classified(steps)
+    return Session(setup, first, steady)
