@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -28,7 +29,13 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
     """
     normalise._constants.cache_clear()
     try:
-        with patch.object(torch.utils, "swap_tensors", _move), FakeTensorMode() as mode:
+        with (
+            warnings.catch_warnings(),
+            patch.object(torch.utils, "swap_tensors", _move),
+            FakeTensorMode() as mode,
+        ):
+            # torch asks for it when it copies a module, and does the right thing with the answer.
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             # A copied tensor (of the moving average) stays in the mode that it is of.
             mode.__deepcopy__ = lambda _: mode  # type: ignore[attr-defined]
             yield mode

@@ -1,0 +1,227 @@
+"""G1: memory predicted against measured on a GPU.
+
+    python -m benchmarks.gpu_memory predict predicted.json          # anywhere, minutes
+    python -m benchmarks.gpu_memory measure predicted.json FOLDER   # on a GPU, two minutes
+
+`measure` writes FOLDER/gpu_memory.json, and FOLDER/steps/<configuration>.json for some: every
+operation of a step with what the allocator was asked for meanwhile.  Both run without mlflow, dvc
+and pycocotools; `--only TEXT` takes the configurations whose name has the text in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_steps import log_fake_step, log_step
+from runkey.memory.allocator.replay import replay_steps
+from runkey.memory.trace.attention import Gpu
+from runkey.memory.trace.batch import synthetic_batch
+from runkey.memory.trace.events import Pass
+from runkey.memory.trace.record import Content, recorder
+from runkey.params import Params, load_params
+from stages._step import build_step, lender
+
+MIB = 2**20
+PRESETS = Path(__file__).parents[1] / "presets"
+CLASSES = 91
+OBJECTS = 10
+STEPS = 3
+# What predictions are for where no GPU can be asked.
+HOPPER = Gpu((9, 0), 91002)
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """One training."""
+
+    preset: str
+    precision: str
+    checkpointing: bool
+    batch: int
+    height: int
+    width: int
+    logged: bool = False
+    """Whether a step's operations are written down."""
+    passes: int = 1
+
+    @property
+    def name(self) -> str:
+        """For files and messages."""
+        kept = "checkpoints" if self.checkpointing else "all"
+        shape = f"{self.batch}x{self.height}x{self.width}"
+        return f"{self.preset}-{self.precision}-{kept}-{shape}-{self.passes}"
+
+    @property
+    def params(self) -> Params:
+        """Its parameters."""
+        tree = load_params(PRESETS / f"{self.preset}.yaml").model_dump()
+        tree["training"] = tree["training"] | {"precision": self.precision}
+        tree["model"] = tree["model"] | {"checkpointing": self.checkpointing}
+        return Params.model_validate(tree)
+
+    @property
+    def window(self) -> tuple[Pass, ...]:
+        """Its micro-batches."""
+        return (Pass(self.batch, self.height, self.width, OBJECTS),) * self.passes
+
+
+def configurations() -> list[Configuration]:
+    """The 64 of G1, by model, and some that other parts of the engine answer for."""
+    grid = [
+        Configuration(f"coco-detr-{backbone}", precision, kept, batch, height, width)
+        for backbone, precision, kept, (height, width), batch in itertools.product(
+            ("r50", "r101"), ("off", "bf16"), (False, True), ((800, 1333), (640, 640)), (1, 2, 4, 8)
+        )
+    ]
+    others = [
+        Configuration("coco-detr-r50", "off", False, 2, 800, 1333, logged=True, passes=2),
+        Configuration("coco-detr-r50", "bf16", False, 2, 800, 1333, logged=True, passes=2),
+        Configuration("coco-detr-r50", "bf16", True, 2, 800, 1333, logged=True, passes=2),
+        Configuration("coco-detr-r50", "fp16", False, 3, 750, 1000, logged=True),
+        Configuration("sample", "bf16", False, 8, 120, 160, logged=True),
+        Configuration("sample", "off", True, 8, 480, 640, logged=True),
+    ]
+    return grid + others
+
+
+def predict(chosen: list[Configuration], gpu: Gpu) -> dict[str, Any]:
+    """Allocated and reserved bytes of each, alone in its process, after `STEPS` steps."""
+    predicted: dict[str, Any] = {}
+    models = itertools.groupby(chosen, key=lambda c: (c.preset, c.precision, c.checkpointing))
+    for _, group in models:
+        predicted |= _predict_model(list(group), gpu)
+    return {"gpu": asdict(gpu), "torch": torch.__version__, "configurations": predicted}
+
+
+def _predict_model(group: list[Configuration], gpu: Gpu) -> dict[str, Any]:
+    params = group[0].params
+    predicted = {}
+    with recorder(lender(params, CLASSES), Content(CLASSES, None), gpu) as one:
+        steps = []
+        for configuration in group:
+            # As at the start: the next step makes the optimizer's state anew.
+            one.lent.optimizer.state.clear()
+            one.lent.optimizer.zero_grad()
+            steps += [one.step(configuration.window) for _ in range(2)]
+            if configuration.logged:
+                log = log_fake_step(one, configuration.window)
+                predicted[configuration.name] = {"log": log}
+        setup, traces = one.classified(steps)
+    for index, configuration in enumerate(group):
+        first, steady = traces[2 * index : 2 * index + 2]
+        result = replay_steps(setup, first, [steady] * (STEPS - 1))
+        content = {"allocated": result.allocated, "reserved": result.reserved}
+        predicted[configuration.name] = predicted.get(configuration.name, {}) | content
+        print(f"{configuration.name}: {result.allocated / MIB:.1f} {result.reserved / MIB:.0f} MiB")
+    return predicted
+
+
+def measure(chosen: list[Configuration], folder: Path) -> Iterator[dict[str, Any]]:
+    """The same numbers from the GPU."""
+    device = torch.device("cuda", 0)
+    for configuration in chosen:
+        start = time.perf_counter()
+        clean_up()
+        left = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        lent = build_step(configuration.params, CLASSES, device, fixed_matches=True)
+        window = tuple(synthetic_batch(one, CLASSES, None) for one in configuration.window)
+        built = torch.cuda.memory_allocated()
+        for _ in range(STEPS):
+            lent.step(window)
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        row = {
+            "name": configuration.name,
+            "left": left,
+            "built": built,
+            "allocated": torch.cuda.max_memory_allocated(),
+            "reserved": torch.cuda.max_memory_reserved(),
+            "outside": total - free - torch.cuda.memory_reserved(),
+            "retries": torch.cuda.memory_stats()["num_alloc_retries"],
+        }
+        if configuration.logged:
+            (folder / "steps").mkdir(parents=True, exist_ok=True)
+            text = json.dumps(log_step(lent, window))
+            (folder / "steps" / f"{configuration.name}.json").write_text(text)
+        row["seconds"] = round(time.perf_counter() - start, 2)
+        del lent, window
+        yield row
+
+
+def clean_up() -> None:
+    """Give back what the last training held, the libraries' workspaces too."""
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+
+
+def report(predicted: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Both side by side, and how far apart they are."""
+    errors = []
+    for row in rows:
+        wanted = predicted["configurations"].get(row["name"])
+        if wanted is None:
+            continue
+        row["predicted"] = {name: wanted[name] for name in ("allocated", "reserved")}
+        row["errors"] = {name: wanted[name] / row[name] - 1 for name in ("allocated", "reserved")}
+        errors.append(row["errors"]["allocated"])
+        print(
+            f"{row['name']:45} allocated {row['allocated'] / MIB:8.1f} MiB "
+            f"{row['errors']['allocated']:+7.2%}, reserved {row['reserved'] / MIB:6.0f} MiB "
+            f"{row['errors']['reserved']:+7.2%}"
+        )
+    worst = max(map(abs, errors), default=None)
+    print(f"{len(errors)} configurations; worst error of allocated: {worst}")
+    return {
+        "device": torch.cuda.get_device_name(),
+        "capability": torch.cuda.get_device_capability(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "predicted_with": {name: predicted[name] for name in ("gpu", "torch")},
+        "worst_error": worst,
+        "configurations": rows,
+    }
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["predict", "measure"])
+    parser.add_argument("predictions", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--only", default="")
+    arguments = parser.parse_args()
+    chosen = [one for one in configurations() if arguments.only in one.name]
+    if arguments.what == "predict":
+        gpu = HOPPER
+        if torch.cuda.is_available():
+            cudnn = torch.backends.cudnn.version() or 0
+            gpu = Gpu(torch.cuda.get_device_capability(), cudnn)
+        arguments.predictions.write_text(json.dumps(predict(chosen, gpu)))
+        return
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    predicted = json.loads(arguments.predictions.read_text())
+    rows = []
+    for row in measure(chosen, arguments.folder):
+        rows.append(row)
+        # After each one: a run that is cut short leaves what it has.
+        text = json.dumps(report(predicted, rows), indent=1)
+        (arguments.folder / "gpu_memory.json").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
