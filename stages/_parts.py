@@ -53,10 +53,6 @@ class Validation:
             by_size=by_size,
         )
 
-    def metrics(self, model: nn.Module) -> dict[str, float]:
-        """What training logs: val/AP, val/loss and so on; not by size (three times the work)."""
-        return self(model, by_size=False).metrics("val/")
-
 
 def build_validation(
     params: Params, model: ModelParams, root: Path, device: torch.device

@@ -17,8 +17,10 @@ from runkey.model.model_files import Sizes, save_model
 from runkey.model.weights import load_initial_weights
 from runkey.params import Params
 from runkey.plots.curves import write_training_plots
+from runkey.plots.hints import CLASS_SCORES, class_scores
+from runkey.plots.live import HintingTracker
 from runkey.plots.tables import write_plot_tables
-from runkey.tracking import TRAIN_LOG
+from runkey.tracking import SAMPLES, TRAIN_LOG
 from runkey.training.device import choose_device
 from runkey.training.loop import fit
 from runkey.training.seed import set_up
@@ -45,12 +47,21 @@ def train(params: Params, root: Path, recipe: Recipe, turn: Turn) -> None:
         print(line)
     loader = _loader(params, root, plan.micro_batch)
     run = Run(params, root, recipe, turn, plan, device, validation.precision.dtype)
-
-    def judge(module: nn.Module) -> Mapping[str, float]:
-        turn.check()
-        return validation.metrics(module)
-
     with recorded(run) as tracker:
+        hinting = HintingTracker(
+            tracker,
+            tracker.jsonl.path,
+            turn.folder / SAMPLES.name,
+            params.flat(runtime=True),
+            print,
+        )
+
+        def judge(module: nn.Module) -> Mapping[str, float]:
+            turn.check()
+            evaluation = validation(module, by_size=False)
+            hinting.event(CLASS_SCORES, **class_scores(evaluation.result.per_class))
+            return evaluation.metrics("val/")
+
         result = fit(
             model,
             validation.criterion,
@@ -58,7 +69,7 @@ def train(params: Params, root: Path, recipe: Recipe, turn: Turn) -> None:
             judge,
             params,
             device=device,
-            tracker=tracker,
+            tracker=hinting,
             say=print,
         )
         tracker.finish_log()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,14 @@ class TrainingLog:
     events: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The last event of each kind."""
 
+    def add(self, entry: dict[str, Any]) -> None:
+        """Take one more line of the log."""
+        if isinstance(entry.get("values"), dict) and isinstance(entry.get("step"), int):
+            self._add_values(entry)
+        else:
+            kind = str(entry.get("event", entry.get("kind", "")))
+            self.events[kind] = entry.get("fields", entry)
+
     def of_steps(self, name: str) -> Series:
         """Steps, and the values that a metric had at them."""
         return _series(self.steps, name)
@@ -74,6 +82,50 @@ class TrainingLog:
         """Whether early stopping ended the training."""
         return "early stop" in str(self.events.get("training_end", {}).get("reason", ""))
 
+    def _add_values(self, entry: dict[str, Any]) -> None:
+        values = {name: number(value) for name, value in entry["values"].items()}
+        point = Point(entry["step"], number(entry.get("time")), values)
+        ends_epoch = "train/epoch_loss" in values or any(name.startswith("val/") for name in values)
+        # Steps that come again were trained again, from a checkpoint.
+        while self.steps and self.steps[-1].step > point.step:
+            self.steps.pop()
+        while self.epochs and self.epochs[-1].step > point.step:
+            self.epochs.pop()
+        points = self.epochs if ends_epoch else self.steps
+        if points and points[-1].step == point.step:
+            points[-1] = Point(point.step, point.seconds, points[-1].values | values)
+        else:
+            points.append(point)
+
+
+class GrowingLog:
+    """A log that is still being written, read on from where it was."""
+
+    def __init__(self, path: Path) -> None:
+        """Nothing is read yet."""
+        self.path = path
+        self.log = TrainingLog()
+        self._offset = 0
+
+    def update(self) -> bool:
+        """Read the whole lines that were added; whether there were any.
+
+        A file that became shorter is another one, and is read from its start.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        with self.path.open("rb") as file:
+            if file.seek(0, 2) < self._offset:
+                self.log, self._offset = TrainingLog(), 0
+            file.seek(self._offset)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for entry in entries(whole.decode(errors="replace").splitlines()):
+            self.log.add(entry)
+        return bool(whole)
+
 
 def read_log(path: Path) -> TrainingLog:
     """Read a training's log.
@@ -81,21 +133,16 @@ def read_log(path: Path) -> TrainingLog:
     Raises:
         DataError: there is no such file; says to train.
     """
-    log = TrainingLog()
+    growing = GrowingLog(path)
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        growing.update()
     except FileNotFoundError:
         raise DataError(f"{path}: not found; run `dvc repro train` first") from None
-    for entry in _entries(lines):
-        if isinstance(entry.get("values"), dict) and isinstance(entry.get("step"), int):
-            _add(log, entry)
-        else:
-            kind = str(entry.get("event", entry.get("kind", "")))
-            log.events[kind] = entry.get("fields", entry)
-    return log
+    return growing.log
 
 
-def _entries(lines: list[str]) -> Iterator[dict[str, Any]]:
+def entries(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a log, without lines that a crash cut short."""
     for line in lines:
         try:
             entry = json.loads(line)
@@ -105,23 +152,7 @@ def _entries(lines: list[str]) -> Iterator[dict[str, Any]]:
             yield entry
 
 
-def _add(log: TrainingLog, entry: dict[str, Any]) -> None:
-    values = {name: _number(value) for name, value in entry["values"].items()}
-    point = Point(entry["step"], _number(entry.get("time")), values)
-    ends_epoch = "train/epoch_loss" in values or any(name.startswith("val/") for name in values)
-    # Steps that come again were trained again, from a checkpoint.
-    while log.steps and log.steps[-1].step > point.step:
-        log.steps.pop()
-    while log.epochs and log.epochs[-1].step > point.step:
-        log.epochs.pop()
-    points = log.epochs if ends_epoch else log.steps
-    if points and points[-1].step == point.step:
-        points[-1] = Point(point.step, point.seconds, points[-1].values | values)
-    else:
-        points.append(point)
-
-
-def _number(value: object) -> float:
+def number(value: object) -> float:
     """A float; NaN for infinities and for what is no number, so that curves have a gap there."""
     try:
         number = float(value)  # type: ignore[arg-type]

@@ -18,10 +18,11 @@ from runkey.tracking.describe import (
 )
 from runkey.tracking.jsonl import JsonlLog
 from runkey.tracking.mlflow_tracker import MlflowTracker
-from runkey.tracking.run import TRAIN_LOG, RunTracker, open_run, reopen_run
+from runkey.tracking.run import SAMPLES, TRAIN_LOG, RunTracker, open_run, reopen_run
 from runkey.tracking.store import Store, locate_store
 
 __all__ = [
+    "SAMPLES",
     "TRAIN_LOG",
     "Dataset",
     "JsonlLog",

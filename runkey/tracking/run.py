@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from runkey.params import Params
 
 TRAIN_LOG = paths.LOGS / "train.jsonl"
+SAMPLES = paths.LOGS / "system.jsonl"
+"""Samples of the machine: see `runkey.tracking.system`."""
 
 
 class RunTracker:

@@ -58,8 +58,10 @@ def evaluated(tmp_path, records, classes, results) -> tuple[Path, Path]:
     return prepared, evaluation
 
 
-@pytest.mark.parametrize("kind", ["good", "one epoch", "nothing"])
-@pytest.mark.parametrize(("count", "boxes"), [(2, 3), (90, 5), (5, 0)])
+@pytest.mark.parametrize(
+    ("kind", "count", "boxes"),
+    [("good", 2, 3), ("one epoch", 90, 5), ("nothing", 2, 3), ("nothing", 5, 0)],
+)
 def test_every_evaluation_gives_every_picture(image_set, tmp_path, kind, count, boxes):
     names = tuple(f"{NAMES[k % len(NAMES)]}{k}" if k > 4 else NAMES[k] for k in range(count))
     records, classes, folder = image_set([(300, 200), (64, 48), (150, 400)] * 3, names, boxes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,11 @@ import pytest
 from PIL import Image
 
 from runkey.errors import DataError
-from runkey.plots.curves import loss_and_ap, write_training_plots
-from runkey.plots.log import read_log
+from runkey.plots.curves import write_training_plots
+from runkey.plots.log import GrowingLog, read_log
+from runkey.plots.losses import loss_and_ap
+from runkey.plots.samples import read_samples
+from runkey.plots.system import machine
 from runkey.plots.tables import write_plot_tables
 
 MOST_BYTES = 150_000
@@ -32,6 +36,7 @@ def test_every_log_gives_every_picture(any_log, tmp_path):
         "gradient_norm.png",
         "loss_and_ap.png",
         "throughput.png",
+        "machine.png",
     ]
     for path in written:
         assert 1_000 < path.stat().st_size < MOST_BYTES
@@ -55,6 +60,40 @@ def test_same_log_same_bytes(log_of, tmp_path):
     again = [p.read_bytes() for p in write_training_plots(log, tmp_path / "again")]
     assert once == again
     assert not any(b"matplotlib" in content for content in once)
+
+
+@pytest.mark.parametrize("gpus", [0, 2, 8])
+@pytest.mark.parametrize("count", [1, 300])
+def test_the_machine_is_drawn_from_its_samples(tmp_path, count, gpus):
+    busy = {f"system/gpu_{g}_utilization_percentage": 90 - g for g in range(gpus)}
+    memory = {f"system/gpu_{g}_memory_usage_megabytes": 30_000 for g in range(gpus)}
+    values = {"system/cpu_utilization_percentage": 50, "system/process_memory_megabytes": 900}
+    lines = [json.dumps({"time": 5.0 * n, "values": values | busy | memory}) for n in range(count)]
+    path = tmp_path / "system.jsonl"
+    path.write_text("\n".join([*lines, '{"time": 1, "val']))
+    samples = read_samples(path)
+    assert [sample.seconds for sample in samples] == [5.0 * n for n in range(count)]
+    drawn = machine(samples, tmp_path / "drawn.png").read_bytes()
+    assert drawn != machine([], tmp_path / "empty.png").read_bytes()
+    assert len(drawn) < MOST_BYTES
+    assert read_samples(tmp_path / "none.jsonl") == []
+
+
+def test_a_log_is_read_on_as_it_grows(log_of, tmp_path):
+    log = log_of("stopped early")
+    whole = log.read_bytes()
+    path = tmp_path / "growing.jsonl"
+    growing = GrowingLog(path)
+    with pytest.raises(FileNotFoundError):
+        growing.update()
+    for end in (0, 1_000, 1_001, 5_000, len(whole)):
+        path.write_bytes(whole[:end])
+        growing.update()
+    assert growing.log == read_log(log)
+    assert not growing.update()
+    path.write_bytes(whole[:2_000])  # another training in the same place
+    assert growing.update()
+    assert 0 < len(growing.log.steps) < 10
 
 
 def test_an_early_stop_shows(log_of, tmp_path):
@@ -106,7 +145,7 @@ def test_unfinished_log_marks_the_best_so_far(log_of):
 
 
 def test_warmup_drop_threshold_and_share_are_found(log_of):
-    from runkey.plots import curves
+    from runkey.plots import curves, gradients
 
     log = read_log(log_of("complete"))
     steps, rates = log.of_steps("train/lr")
@@ -116,8 +155,8 @@ def test_warmup_drop_threshold_and_share_are_found(log_of):
     assert factor == pytest.approx(0.1)
     _, before = log.of_steps("train/grad_norm")
     _, after = log.of_steps("train/grad_norm_clipped")
-    assert curves._threshold(after, before > after * 1.001) == pytest.approx(0.5)
-    ends, share = curves._share_by_epoch(log, steps, before > after * 1.001)
+    assert gradients._threshold(after, before > after * 1.001) == pytest.approx(0.5)
+    ends, share = gradients._share_by_epoch(log, steps, before > after * 1.001)
     assert ends.tolist() == [20 * e for e in range(1, 13)]
     assert share[0] == 1
     assert share[-1] < 1
@@ -125,7 +164,7 @@ def test_warmup_drop_threshold_and_share_are_found(log_of):
     cosine = 1 + np.cos(np.linspace(0, np.pi, 40))
     assert curves._drops(cosine) == []
     # Clipping by value leaves norms of any size.
-    assert curves._threshold(np.array([0.2, 0.5]), np.array([True, True])) is None
+    assert gradients._threshold(np.array([0.2, 0.5]), np.array([True, True])) is None
 
 
 def test_no_log(tmp_path):

@@ -1,0 +1,88 @@
+"""Hints while a training runs: a tracker that looks at the log at the end of each epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from runkey.plots.hints import EVENT, find_hints, told_hints
+from runkey.plots.log import GrowingLog
+from runkey.plots.samples import read_samples
+
+
+class Tracker(Protocol):
+    """Where a training writes; `runkey.training.tracker.Tracker`, which training alone knows."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Record metrics."""
+
+    def event(self, kind: str, **fields: object) -> None:
+        """Record something that happened."""
+
+    def position(self) -> dict[str, int | str]:
+        """Where the record is now."""
+        ...
+
+    def resume(self, position: Mapping[str, int | str] | None) -> None:
+        """Go on from there."""
+
+
+class HintingTracker:
+    """Passes everything on; tells each kind of hint once, on the terminal and on the run.
+
+    A training that was interrupted has its earlier hints in the log, and is not told them again.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        log: Path,
+        samples: Path,
+        params: Mapping[str, Any],
+        say: Callable[[str], None],
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            tracker: where everything goes.
+            log: the JSONL file that it writes.
+            samples: of the machine; need not be there.
+            params: resolved parameters by dotted name.
+            say: prints a line.
+        """
+        self._tracker, self._samples, self._params, self._say = tracker, samples, params, say
+        self._growing = GrowingLog(log)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Record metrics; those of an epoch's end are looked at."""
+        self._tracker.log(values, step)
+        if "train/epoch_loss" in values:
+            self._look(step)
+
+    def event(self, kind: str, **fields: object) -> None:
+        """See `Tracker`."""
+        self._tracker.event(kind, **fields)
+
+    def position(self) -> dict[str, int | str]:
+        """See `Tracker`."""
+        return self._tracker.position()
+
+    def resume(self, position: Mapping[str, int | str] | None) -> None:
+        """See `Tracker`."""
+        self._tracker.resume(position)
+
+    def _look(self, step: int) -> None:
+        try:
+            self._growing.update()
+        except OSError:
+            return  # the log says itself that it cannot be written
+        log = self._growing.log
+        told = {hint.kind for hint in told_hints(log)}
+        for hint in find_hints(log, self._params, read_samples(self._samples)):
+            if hint.kind not in told:
+                told.add(hint.kind)
+                for line in hint.lines:
+                    self._say(line)
+                kind = f"{EVENT}{hint.kind}"
+                self._tracker.event(kind, step=step, seen=hint.seen, change=hint.change)

@@ -1,0 +1,177 @@
+"""Hints: each from a log that calls for it, none from a log that does not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runkey.evaluation.coco import ClassResult
+from runkey.plots.hints import CLASS_SCORES, class_scores, find_hints, told_hints
+from runkey.plots.live import HintingTracker
+from runkey.plots.log import Point, TrainingLog, read_log
+from runkey.tracking.jsonl import JsonlLog
+from runkey.tracking.run import RunTracker
+
+ROOT = Path(__file__).parents[2]
+PARAMS = {
+    "lr": 1e-4,
+    "optimizer.clip.mode": "norm",
+    "optimizer.clip.threshold": 0.5,
+    "runtime.workers": "auto",
+}
+EPOCHS, STEPS = 6, 10
+
+
+def made(step=None, epoch=None, **events) -> TrainingLog:
+    """A log of six epochs; healthy but for what `step(step)` and `epoch(epoch)` change."""
+    log = TrainingLog()
+    for number in range(1, EPOCHS * STEPS + 1):
+        values = {
+            "train/grad_norm": 0.4 + 0.3 * (number % 3),
+            "train/data_wait_share": 0.02,
+            "train/lr": 1e-4,
+            "train/epoch": number / STEPS,
+        } | (step(number) if step else {})
+        values["train/grad_norm_clipped"] = min(values["train/grad_norm"], 0.5)
+        log.add({"step": number, "time": number, "values": values})
+        if number % STEPS == 0:
+            at = number // STEPS
+            values = {
+                "train/epoch_loss": 10 / (1 + at),
+                "val/loss": 11 / (1 + at),
+                "val/AP": 0.1 * at,
+                "train/skipped_steps": 0,
+                "train/epoch": at,
+            } | (epoch(at) if epoch else {})
+            log.add({"step": number, "time": number, "values": values})
+    for kind, fields in events.items():
+        log.add({"time": 0, "event": kind, "fields": fields})
+    return log
+
+
+def samples(**values) -> list[Point]:
+    return [Point(n, n, {f"system/{name}": v for name, v in values.items()}) for n in range(20)]
+
+
+GPU = {"gpu_0_utilization_percentage": 90, "gpu_0_memory_usage_percentage": 80}
+SCORES = {"classes": 3, "mean_AP50": 0.4, "never_found": ["cat"], "never_found_count": 1}
+CASES = {
+    "loader": ({"step": lambda s: {"train/data_wait_share": 0.3}}, [], "30% of its time"),
+    "host_memory": ({}, samples(system_memory_usage_percentage=95), "95% of the host's memory"),
+    "host": ({}, samples(**GPU | {"gpu_0_utilization_percentage": 35}), "busy 35% of the time"),
+    "gpu_memory": ({}, samples(**GPU | {"gpu_0_memory_usage_percentage": 99}), "99% of the GPU"),
+    "clipping": ({"step": lambda s: {"train/grad_norm": 5 + s % 3}}, [], "clipped in 100%"),
+    "lr_high": (
+        {"epoch": lambda e: {"train/epoch_loss": 5 if e < 6 else 6}},
+        [],
+        "the training loss has risen from 5 to 6",
+    ),
+    "lr_low": (
+        {"epoch": lambda e: {"train/epoch_loss": 9.0 - 0.01 * e, "val/AP": 0.001}},
+        [],
+        "fallen by 0.6% in 6 epochs",
+    ),
+    "overfitting": (
+        {"epoch": lambda e: {"val/loss": 5 + 0.3 * abs(e - 2)}},
+        [],
+        "since epoch 2 the loss of held-out images has risen from 5 to 6.2",
+    ),
+    "class": ({CLASS_SCORES: SCORES}, [], "1 of 3 classes are never found (AP50 0): cat"),
+}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_each_hint_comes_when_it_should_and_alone(kind):
+    changed, machine, seen = CASES[kind]
+    [hint] = find_hints(made(**changed), PARAMS, machine)
+    assert hint.kind == kind
+    assert seen in hint.seen
+    assert "." in hint.change or "lr" in hint.change  # names a parameter
+
+
+def test_a_healthy_training_gets_none():
+    assert find_hints(made(), PARAMS, samples(**GPU, system_memory_usage_percentage=50)) == []
+
+
+def test_the_other_sides():
+    idle = samples(**GPU | {"gpu_0_memory_usage_percentage": 20})
+    assert [h.seen for h in find_hints(made(), PARAMS, idle)] == [
+        "only 20% of the GPU's memory is in use"
+    ]
+    never = find_hints(made(step=lambda s: {"train/grad_norm": 0.01}), PARAMS)
+    assert [(h.kind, h.seen) for h in never] == [
+        ("clipping", "clipping never acts: the largest gradient norm is 0.01")
+    ]
+    skipped = find_hints(made(epoch=lambda e: {"train/skipped_steps": 3 * (e > 5)}), PARAMS)
+    assert [(h.kind, h.seen[:1]) for h in skipped] == [("lr_high", "3")]
+
+
+def test_a_change_names_the_value_that_it_has():
+    log = made(step=lambda s: {"train/data_wait_share": 0.3, "train/grad_norm": 9.0})
+    as_logged = {name: v if isinstance(v, str) else json.dumps(v) for name, v in PARAMS.items()}
+    for params in (PARAMS, as_logged):  # MLflow has them as text
+        loader, clipping = find_hints(log, params)
+        assert loader.change.startswith("raise runtime.workers (now auto) or runtime.prefetch;")
+        assert clipping.change.startswith("raise optimizer.clip.threshold (now 0.5) to about 9 ")
+    assert "optimizer.clip.threshold to about" in find_hints(log, {})[1].change
+
+
+def test_every_log_can_be_asked(any_log):
+    assert isinstance(find_hints(read_log(any_log), PARAMS), list)
+
+
+def test_classes_that_are_never_found():
+    def of(name, ap50):
+        return ClassResult(name, 1, 5, ap50, ap50, ap50, {})
+
+    scores = class_scores([of("cat", 0.0), of("dog", 0.8), of("none there", None)])
+    assert scores == {
+        "classes": 2,
+        "mean_AP50": 0.4,
+        "never_found": ["cat"],
+        "never_found_count": 1,
+    }
+    many = class_scores([of("x" * 500, 0.0)] * 1203)
+    assert len(json.dumps(many)) < 2_000  # a tag of the run
+    assert class_scores([])["mean_AP50"] == 0
+
+
+def test_a_run_is_told_once_even_after_an_interruption(tmp_path):
+    said: list[str] = []
+    path = tmp_path / "train.jsonl"
+
+    def train(first: int, last: int) -> None:
+        tracker = RunTracker(JsonlLog(path, said.append), None)
+        hinting = HintingTracker(tracker, path, tmp_path / "none", PARAMS, said.append)
+        hinting.resume(None)
+        for entry in (p for p in whole.steps if first < p.step <= last):
+            hinting.log(entry.values, entry.step)
+            if entry.step % STEPS == 0:
+                hinting.log(dict(whole.epochs[entry.step // STEPS - 1].values), entry.step)
+        tracker.close()
+
+    whole = made(step=lambda s: {"train/data_wait_share": 0.3})
+    train(0, 30)
+    train(20, 60)  # ten steps come again
+    assert said == list(find_hints(whole, PARAMS)[0].lines)
+    log = read_log(path)
+    assert [p.step for p in log.steps] == list(range(1, 61))
+    assert [hint.kind for hint in told_hints(log)] == ["loader"]
+    assert log.events["hint.loader"]["step"] == 20
+    assert path.read_text().count("hint.loader") == 1
+
+
+def test_asking_imports_no_matplotlib():
+    """`runkey watch` looks every second, beside a training."""
+    check = (
+        "import sys, runkey.plots.hints, runkey.plots.live\n"
+        "print(sorted({'torch', 'mlflow', 'pycocotools', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
