@@ -11,10 +11,12 @@ import typer
 
 from runkey import paths
 from runkey.cli.output import AsJson, print_json
-from runkey.cli.place import workspace
+from runkey.cli.place import library, store, workspace
 from runkey.errors import DataError
 from runkey.identity.key import short_key
 
+_COMPARED = 3
+"""How many of the last runs `runkey ui` has an address for."""
 _PLACES = (
     (paths.MODEL, "weights, classes and parameters"),
     (paths.PREPARED / "contact_sheet.jpg", "the data with its boxes"),
@@ -53,15 +55,31 @@ def ui(
         int, typer.Option("--port", min=0, max=65535, help="Local port; 0: any free one.")
     ] = 0,
 ) -> None:
-    """Open MLflow's pages on the store until Ctrl-C; prints their address."""
+    """Serve MLflow's pages on the store until Ctrl-C; prints where to look."""
     from runkey.params import load_params
     from runkey.tracking.server import serve
-    from runkey.tracking.store import locate_store
 
-    root = workspace()
+    experiment = load_params(workspace() / paths.PARAMS).runtime.experiment
     # Ended by a process manager as by Ctrl-C: MLflow's own processes end with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    serve(locate_store(), load_params(root / paths.PARAMS).runtime.experiment, port, print)
+    serve(store(), port, print, lambda address: _pages(address, experiment))
+
+
+def _pages(address: str, experiment: str) -> list[str]:
+    """Lines that name the run list and the comparison of the last runs."""
+    from runkey.registry.reading.pages import comparison_page, list_page
+    from runkey.registry.reading.query import Condition, Field, Query
+    from runkey.registry.rest import RestClient
+    from runkey.tracking.view import VIEW
+
+    lines = ["all runs", f"  {list_page(RestClient(address), address, experiment, VIEW)}"]
+    finished = Condition(Field("run", "status"), "=", "FINISHED")
+    last = [record.run for record in library().find(Query(conditions=(finished,), limit=_COMPARED))]
+    if len(last) > 1:
+        names = ", ".join(f"{run.name} ({short_key(run.key)})" for run in last)
+        lines += [f"comparison of the last {len(last)}: {names}"]
+        lines += [f"  {comparison_page(address, last)}"]
+    return lines
 
 
 def _mlflow_line(run: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -11,9 +10,8 @@ import subprocess
 import sys
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from runkey.errors import TrackingError
 from runkey.tracking.store import Store, quiet_mlflow
@@ -22,22 +20,25 @@ _START_SECONDS = 180.0
 _HOST = "127.0.0.1"
 
 
-def serve(store: Store, experiment: str, port: int, say: Callable[[str], None]) -> None:
+def serve(
+    store: Store, port: int, say: Callable[[str], None], pages: Callable[[str], Iterable[str]]
+) -> None:
     """Serve the store's pages until the process is interrupted (Ctrl-C).
 
-    A store that is a server already is not served again: its address is said.
+    A store that is a server already is not served again: its pages are said.
 
     Args:
         store: what to show.
-        experiment: whose runs the said address lists.
         port: local port; 0: any free one.
-        say: told the address.
+        say: told the pages, and what goes on.
+        pages: lines that name pages of the server at an address.
 
     Raises:
         TrackingError: there is no store yet, the port is taken, or MLflow does not start.
     """
     if store.is_server:
-        say(f"MLflow is at {runs_address(store.uri, experiment)}")
+        for line in pages(store.uri):
+            say(line)
         return
     if store.database and not store.database.is_file():
         raise TrackingError(f"{store.database}: not found; `make repro` records the first run")
@@ -48,7 +49,9 @@ def serve(store: Store, experiment: str, port: int, say: Callable[[str], None]) 
     try:
         address = f"http://{_HOST}:{port}"
         wait_until_healthy(address, process)
-        say(f"runs: {runs_address(address, experiment)}   (Ctrl-C ends it)")
+        for line in pages(address):
+            say(line)
+        say("Ctrl-C ends it")
         process.wait()
     except KeyboardInterrupt:
         say("stopped")
@@ -101,18 +104,6 @@ def wait_until_healthy(address: str, process: subprocess.Popen[str]) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)
     raise TrackingError(f"mlflow server did not answer at {address} in {_START_SECONDS:.0f} s")
-
-
-def runs_address(address: str, experiment: str) -> str:
-    """The page that lists an experiment's runs; the start page if it cannot be asked for."""
-    query = urllib.parse.urlencode({"experiment_name": experiment})
-    url = f"{address}/api/2.0/mlflow/experiments/get-by-name?{query}"
-    try:
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            number = json.load(answer)["experiment"]["experiment_id"]
-    except (urllib.error.URLError, OSError, KeyError, ValueError):
-        return address
-    return f"{address}/#/experiments/{number}/runs"
 
 
 def free_port() -> int:

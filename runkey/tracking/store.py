@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from runkey import paths
 from runkey.errors import TrackingError
+from runkey.tracking.view import offer_view
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -120,7 +121,7 @@ def experiment_id(client: MlflowClient, store: Store, name: str) -> str:
     if experiment is None:
         location = store.artifacts.as_uri() if store.artifacts else None
         try:
-            return str(client.create_experiment(name, artifact_location=location))
+            client.create_experiment(name, artifact_location=location)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -130,6 +131,7 @@ def experiment_id(client: MlflowClient, store: Store, name: str) -> str:
             f"MLflow experiment {name!r} was deleted; restore it in the UI or set another name as"
             " runtime.experiment"
         )
+    offer_view(client, experiment.experiment_id, experiment.tags)
     return str(experiment.experiment_id)
 
 

@@ -176,14 +176,14 @@ def test_get(runs: Path, run: Run) -> None:
 
 def test_open(runs: Path, run: Run) -> None:
     code, out, err = run("open", A, "--port", "1")
-    assert (code, out) == (0, f"http://127.0.0.1:1/#/experiments/1/runs/{'a' * 32}\n")
+    kind = "workflowType=machine_learning"
+    assert (code, out) == (0, f"http://127.0.0.1:1/#/experiments/1/runs/{'a' * 32}?{kind}\n")
     assert "make ui PORT=1" in err
     _, out, _ = run("open", A, B, "--json", "--port", "1")
     opened = json.loads(out)
     assert opened["served"] is False
-    assert opened["page"].endswith(
-        f"/#/compare-runs?runs=%5B%22{'a' * 32}%22%2C+%22{'b' * 32}%22%5D&experiments=%5B%221%22%5D"
-    )
+    ids = f"%5B%22{'a' * 32}%22%2C+%22{'b' * 32}%22%5D"
+    assert opened["page"].endswith(f"/#/compare-runs?runs={ids}&experiments=%5B%221%22%5D&{kind}")
 
 
 def test_an_empty_place_says_so(root: Path, run: Run) -> None:

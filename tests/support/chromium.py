@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 import urllib.parse
 import urllib.request
@@ -54,20 +55,24 @@ class Page:
         self._connection = connection
         self._last_id = 0
         self.requests: list[str] = []
-        """Addresses that the page asked for."""
+        """Addresses that the page and its workers asked for."""
+        self.posts: list[str] = []
+        """Those among them that something was sent to."""
         self.errors: list[str] = []
         """Errors in its console, and exceptions that nobody caught."""
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.call(f"{domain}.enable")
+        # Workers are targets of their own, which wait until they are listened to.
+        self.call(
+            "Target.setAutoAttach", autoAttach=True, waitForDebuggerOnStart=True, flatten=True
+        )
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """Send a command of the DevTools protocol; its result."""
-        self._last_id += 1
-        message = {"id": self._last_id, "method": method, "params": params}
-        self._connection.send(json.dumps(message))
+        sent = self._send({"method": method, "params": params})
         while True:
             answer = json.loads(self._connection.recv(timeout=120))
-            if answer.get("id") == self._last_id:
+            if answer.get("id") == sent:
                 assert "error" not in answer, f"{method}: {answer['error']}"
                 return dict(answer["result"])
             self._note(answer)
@@ -122,6 +127,11 @@ class Page:
             and (parts.scheme, parts.netloc) != (own.scheme, own.netloc)
         ]
 
+    def _send(self, message: dict[str, Any]) -> int:
+        self._last_id += 1
+        self._connection.send(json.dumps({"id": self._last_id, **message}))
+        return self._last_id
+
     def _until(self, expression: str, seconds: float) -> None:
         end = time.monotonic() + seconds
         while not self.evaluate(expression):
@@ -132,6 +142,11 @@ class Page:
         method, params = event.get("method"), event.get("params", {})
         if method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
+            if params["request"]["method"] != "GET":
+                self.posts.append(params["request"]["url"])
+        elif method == "Target.attachedToTarget":
+            for command in ("Network.enable", "Runtime.runIfWaitingForDebugger"):
+                self._send({"method": command, "sessionId": params["sessionId"]})
         elif method == "Runtime.exceptionThrown":
             details = params["exceptionDetails"]
             self.errors.append(details.get("exception", details).get("description", str(details)))
@@ -155,8 +170,7 @@ def open_chromium(folder: Path, width: int = 1600, height: int = 1000) -> Iterat
     program = shutil.which("chromium") or shutil.which("google-chrome")
     if program is None:
         pytest.skip("Chromium is not installed; on Debian: apt-get install chromium")
-    profile = folder / "chromium"
-    profile.mkdir(parents=True, exist_ok=True)
+    profile = Path(tempfile.mkdtemp(prefix="chromium-", dir=folder))
     # A session of its own: Chromium is a dozen processes, which end together.
     process = subprocess.Popen(
         [program, *_FLAGS, f"--user-data-dir={profile}", "about:blank"],

@@ -9,17 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from runkey.registry.reading.pages import list_page
+from runkey.registry.rest import RestClient
 from runkey.tracking import JsonlLog, MlflowTracker, RunTracker, Store
 from runkey.tracking.lines import read_jsonl
 from runkey.tracking.mlflow_tracker import Pace
 from runkey.tracking.server import (
     free_port,
-    runs_address,
     start_server,
     stop_server,
     wait_until_healthy,
 )
 from runkey.tracking.store import experiment_id, open_client
+from runkey.tracking.view import VIEW
 
 from .test_mlflow_tracker import description
 
@@ -56,7 +58,8 @@ def server(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def test_a_server_that_dies_comes_back_and_dies_for_good(
     server: Server, store: Store, tmp_path: Path, said: list[str]
 ) -> None:
-    assert runs_address(server.address, "detection") == server.address  # no such experiment yet
+    client = RestClient(server.address)
+    assert list_page(client, server.address, "detection", VIEW) == server.address  # not there yet
     remote = Store(server.address, None, tmp_path)
     mlflow = MlflowTracker(remote, "detection", description(), say=said.append, pace=PACE)
     tracker = RunTracker(JsonlLog(tmp_path / "train.jsonl", said.append), mlflow)
@@ -64,7 +67,9 @@ def test_a_server_that_dies_comes_back_and_dies_for_good(
     run_id = tracker.run_id(120)
     assert run_id is not None
     number = experiment_id(open_client(store), store, "detection")
-    assert runs_address(server.address, "detection").endswith(f"/#/experiments/{number}/runs")
+    page = list_page(client, server.address, "detection", VIEW)
+    assert f"/#/experiments/{number}/runs?viewStateShareKey=runkey&" in page
+    assert "viewStateShareKey" not in list_page(client, server.address, "detection", "other")
 
     server.kill()
     for step in range(2, 30):

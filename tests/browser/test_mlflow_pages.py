@@ -1,0 +1,143 @@
+"""MLflow's pages in a real Chromium: `runkey ui` on a store with two runs, and what it names."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runkey import paths
+from runkey.identity.record import update_record
+from runkey.params import load_params
+from runkey.tracking import locate_store, open_run
+from runkey.tracking.server import free_port
+from tests.support.chromium import Page, open_chromium
+
+REPOSITORY = Path(__file__).parents[2]
+SCREENSHOTS = REPOSITORY / ".screenshots"
+PARTS = ("code", "params", "data", "environment")
+AP = {"baseline": 0.6681, "lr=0.0005": 0.6127}
+DATA = "4e07ac98afd05fc21423a795dc77f746.dir"
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A checkout in which the baseline and then another learning rate were trained."""
+    root = tmp_path_factory.mktemp("checkout")
+    (root / "stages").mkdir()
+    shutil.copy(REPOSITORY / "presets" / "sample.yaml", root / "params.yaml")
+    (root / "data.dvc").write_text(f"outs:\n- md5: {DATA}\n  path: data\n")
+    git = ["git", "-C", str(root), "-c", "user.name=t", "-c", "user.email=t@t"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "start"]):
+        subprocess.run([*git, *command], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.delenv("DVC_ROOT", raising=False)
+        patch.chdir(root)
+        text = (root / "params.yaml").read_text()
+        record(root, "baseline", "a")
+        (root / "params.yaml").write_text(re.sub("(?m)^lr: .*", "lr: 5e-4", text))
+        record(root, "lr=0.0005", "b")
+        yield root
+
+
+def record(root: Path, name: str, digit: str) -> None:
+    """A run as the stages record it; only the numbers are made up."""
+    params = load_params(root / "params.yaml")
+    records = locate_store().home / paths.RECORDS
+    same = {part: f"{n}" * 64 for n, part in enumerate(PARTS)}
+    tracker = open_run(
+        params,
+        root,
+        root / digit,
+        key=f"rk1-{digit * 64}",
+        parts=same | {"params": digit * 64},
+        tags={"device": "cpu x86_64", "host": "here"},
+        counts={"train_images": 400},
+        say=pytest.fail,
+        changed=lambda run: update_record(records, run),
+    )
+    for step in range(1, 21):
+        tracker.log({"train/loss": 3.0 / step, "train/lr": params.lr * step / 20}, step)
+    tracker.final({"eval/AP": AP[name], "eval/AP50": AP[name] + 0.2})
+    tracker.close()
+
+
+@pytest.fixture(scope="module")
+def addresses(checkout: Path) -> Iterator[list[str]]:
+    """What `runkey ui` names: the run list, the comparison of the last runs."""
+    command = [sys.executable, "-m", "runkey", "ui", "--port", str(free_port())]
+    process = subprocess.Popen(
+        command,
+        cwd=checkout,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    lines: list[str] = []
+    try:
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if lines[-1] == "Ctrl-C ends it":
+                break
+        assert lines[0].startswith("starting MLflow's server")
+        assert lines[1] == "all runs"
+        assert lines[3].startswith("comparison of the last 2: lr=0.0005 (rk1-bbbbbbbbbbbb), base")
+        yield [lines[2].strip(), lines[4].strip()]
+    finally:
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=60)[0]
+    assert rest.splitlines() == ["stopped"]
+    assert process.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with open_chromium(tmp_path_factory.mktemp("browser"), 2000, 1000) as opened:
+        yield opened
+
+
+def test_the_run_list_shows_what_matters_at_once(page: Page, addresses: list[str]) -> None:
+    page.open(addresses[0])
+    page.wait_for(*AP, "Ask questions about your experiments")
+    _close_assistant(page)
+    columns = ("eval/AP", "eval/AP50", "lr", "training.epochs", "key.data", "device", "Dataset")
+    values = ("0.6681", "0.6127", "0.001", "0.0005", *(d * 64 for d in "ab023"), DATA)
+    page.wait_for(*AP, *columns, *values)
+    page.screenshot(SCREENSHOTS / "mlflow_runs.png")
+    _asks_nobody_else(page, addresses[0])
+
+
+def test_the_comparison_says_what_differs(page: Page, addresses: list[str]) -> None:
+    page.open(addresses[1])
+    page.wait_for(*AP, "Show diff only", "key.params")
+    page.evaluate(_SHOW_DIFFERENCES)
+    text = page.wait_for("0.668", "0.613", "0.001", "0.0005", "a" * 64, "b" * 64)
+    page.resize(1600, 1800)
+    page.screenshot(SCREENSHOTS / "mlflow_compare.png")
+    assert "2" * 64 not in text  # the data are the same
+    _asks_nobody_else(page, addresses[1])
+
+
+_SHOW_DIFFERENCES = """
+document.querySelectorAll('[role=switch]').forEach(one => {
+  if (one.getAttribute('aria-checked') === 'false') one.click()
+})
+"""
+
+
+def _close_assistant(page: Page) -> None:
+    """MLflow opens it on the right when a browser comes for the first time."""
+    page.evaluate("document.querySelector('[aria-label=Close]').click()")
+
+
+def _asks_nobody_else(page: Page, address: str) -> None:
+    """No telemetry leaves, neither from the page and its workers nor by way of the server."""
+    assert page.requests_elsewhere(address) == []
+    assert [one for one in page.posts if "telemetry" in one.lower()] == []
