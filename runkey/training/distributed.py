@@ -1,7 +1,19 @@
-"""The processes of one training: which one this is, how many there are.
+"""The processes (ranks) of one training: which one this is, and what they tell each other.
 
-torchrun tells each process by environment variables; without them there is one process, on the
-same path.
+torchrun, or `runkey.training.ranks`, tells each process by environment variables; without them
+there is one process, for which everything here does nothing, on the same path.
+
+Two groups join the ranks.  One, on the hosts, carries small Python objects (counts of boxes, the
+wish to stop, metrics) and waits as long as it takes: rank 0 evaluates and writes while the others
+wait.  The other, of the devices, carries sums of tensors.
+
+torch's DistributedDataParallel is not used.  It adds gradients up during the last backward pass, so
+a rank whose memory runs out there leaves the others in half of an exchange, from which its reducer
+has no way back; and it wants a forward pass of ranks that have no image of a small last window.
+Here each rank accumulates its share by itself, can discard it and try again in smaller pieces, and
+all gradients travel in one sum when every rank has said that its share is there
+(`runkey.training.gradients`).  What that costs is the overlap of one exchange with one backward
+pass.
 """
 
 from __future__ import annotations
@@ -10,11 +22,22 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from runkey.errors import TrainingError
+from runkey.training.peers import Peers, this_process
+
+# Evaluations, or waiting for another training of the same key, take any time; ranks that die are
+# noticed without this.
+_AS_LONG_AS_IT_TAKES = timedelta(days=365)
+
+
+class SharedError(TrainingError):
+    """What went wrong on one rank, raised on all of them at the same place: rank 0 says it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +50,67 @@ class World:
     """Index among this machine's processes: the GPU to use."""
     size: int = 1
     """Number of processes."""
+    device_group: dist.ProcessGroup | None = None
+    """What joins the GPUs; None: the hosts' group does all."""
+    peers: Peers | None = None
+    """Notices when another process dies."""
 
     @property
     def is_main(self) -> bool:
         """Whether this is the process that prints, logs and writes."""
         return self.rank == 0
+
+    def gather[T](self, mine: T) -> list[T]:
+        """What each rank gives, by rank; every rank calls this at the same place.
+
+        Raises:
+            TrainingError: another rank has ended.
+        """
+        if self.size == 1:
+            return [mine]
+        everyone: list[T] = [mine] * self.size
+        with self._explained():
+            dist.all_gather_object(everyone, mine)
+        return everyone
+
+    def share[T](self, value: T) -> T:
+        """Rank 0's value; what the others give is not looked at.
+
+        Raises:
+            TrainingError: another rank has ended.
+        """
+        if self.size == 1:
+            return value
+        box = [value]
+        with self._explained():
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def any(self, wish: bool) -> bool:
+        """Whether a rank wants it; every rank calls this at the same place."""
+        return any(self.gather(wish))
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Replace a tensor by the sum over ranks, the same bits on each; on a GPU without waiting.
+
+        Raises:
+            TrainingError: another rank has ended.
+        """
+        if self.size > 1:
+            with self._explained():
+                dist.all_reduce(tensor, group=self.device_group if tensor.is_cuda else None)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Tell a broken connection as what it means."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = self.peers.lost() if self.peers else None
+            raise TrainingError(
+                f"{lost or f'rank {self.rank}: connection lost ({error})'}; training ends on all"
+                " ranks; run `dvc repro` again to go on from the last checkpoint"
+            ) from error
 
 
 def read_world(environment: Mapping[str, str] = os.environ) -> World:
@@ -55,21 +134,32 @@ def read_world(environment: Mapping[str, str] = os.environ) -> World:
 
 @contextmanager
 def joined_world(device: torch.device) -> Iterator[World]:
-    """Join the other processes, if there are any, and leave them at the end.
+    """Join the other processes, if there are any, and leave together at the end.
 
     Args:
-        device: a GPU is joined by NCCL, a CPU by gloo.
+        device: this rank's; GPUs are joined by NCCL, CPUs by gloo.
+
+    Raises:
+        TrainingError: another rank has ended.
     """
     world = read_world()
     if world.size == 1:
         yield world
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(world.local_rank)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", rank=world.rank, world_size=world.size
+        "gloo", rank=world.rank, world_size=world.size, timeout=_AS_LONG_AS_IT_TAKES
     )
+    group = dist.new_group(backend="nccl") if device.type == "cuda" else None
+    peers = Peers(world.rank, world.gather(this_process()))
+    world = World(world.rank, world.local_rank, world.size, group, peers)
     try:
         yield world
+        peers.leave()
+        world.gather(None)
+    except BaseException:
+        if group is not None:
+            group.abort()  # what waits for a dead rank never ends by itself
+        raise
     finally:
+        peers.close()
         dist.destroy_process_group()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from runkey.data.batch import Window
 from runkey.errors import TrainingError
+from runkey.training.distributed import SharedError
+from runkey.training.split import is_out_of_memory
 from runkey.training.step import image_ids_of
 
 _MOST_IDS_SHOWN = 8
@@ -29,18 +29,18 @@ def explained(step: int, window: Window, lr: float) -> Iterator[None]:
     """
     try:
         yield
+    except SharedError as error:
+        raise SharedError(f"step {step} (lr {lr:.3g}), {error}") from error
     except TrainingError as error:
         raise TrainingError(
             f"step {step} (lr {lr:.3g}, images {shown_ids(image_ids_of(window))}): {error}"
         ) from error
-    except torch.OutOfMemoryError:
-        shapes = {f"{len(b)} x {b.images.shape[2]} x {b.images.shape[3]}" for b in window}
-        raise TrainingError(
-            f"step {step}: the device ran out of memory with micro-batches of "
-            f"{', '.join(sorted(shapes))} (images x height x width); set training.micro_batch "
-            "lower, or memory.budget_gib, and run `dvc repro` again"
-        ) from None
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise TrainingError(
+                f"step {step}: memory ran out outside of the forward and backward passes, which"
+                " smaller batches do not help; go on with `dvc repro` where there is more memory"
+            ) from None
         if "does not have a deterministic implementation" not in str(error):
             raise
         operation = str(error).split(" does not")[0]

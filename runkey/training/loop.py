@@ -6,6 +6,7 @@ result = fit(model, criterion, loader, evaluate, params, device=device, tracker=
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -94,9 +95,9 @@ def _train_epoch(setup: Setup, state: LoopState, recorder: EpochRecorder, clock:
     windows = setup.loader.epoch(state.epoch, done)
     for window in timed(windows, recorder.pace, recorder.recent):
         factor = setup.schedule.factor(state.step, watched)
-        seed_step(setup.params.seed, state.step, setup.world.rank)
+        reseed = partial(seed_step, setup.params.seed, state.step, setup.world.rank)
         with explained(state.step + 1, window, setup.params.lr * factor):
-            result = train_step(setup.machinery, window, factor)
+            result = train_step(setup.machinery, window, factor, reseed=reseed)
         if setup.ema is not None:
             setup.ema.update(result.skipped)
         state.step += 1

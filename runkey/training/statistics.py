@@ -1,4 +1,7 @@
-"""Batch norm's running statistics: put back where the step that changed them does not count."""
+"""Batch norm's running statistics: put back where the step that changed them does not count.
+
+Ranks make them equal after each window.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from runkey.training.distributed import World
 
 
 class RunningStatistics:
@@ -39,10 +44,33 @@ class RunningStatistics:
         """
         for group, before in zip(self._groups, saved, strict=True):
             # A few kernels for all buffers, not one for each of a hundred.
-            chosen = torch.where(where > 0, before, _joined(group))
-            parts = torch.split(chosen, [buffer.numel() for buffer in group])
-            views = [part.view_as(buffer) for part, buffer in zip(parts, group, strict=True)]
-            torch._foreach_copy_(group, views)
+            _write(group, torch.where(where > 0, before, _joined(group)))
+
+    @torch.no_grad()
+    def average(self, world: World) -> None:
+        """Give all ranks the mean of their statistics, and rank 0's number of batches.
+
+        Each rank has moved them by the images of its own share, as each micro-batch does in one
+        process.  The mean is the same bits everywhere.
+        """
+        if world.size == 1:
+            return
+        for group in self._groups:
+            joined = _joined(group)
+            if joined.is_floating_point():
+                world.add_up(joined)
+                joined /= world.size
+            else:
+                joined *= world.is_main
+                world.add_up(joined)
+            _write(group, joined)
+
+
+def _write(tensors: list[Tensor], joined: Tensor) -> None:
+    """The way back from `_joined`."""
+    parts = torch.split(joined, [tensor.numel() for tensor in tensors])
+    views = [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+    torch._foreach_copy_(tensors, views)
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
