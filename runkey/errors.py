@@ -7,12 +7,13 @@ The text names the file, the item and the way out.  Library code raises these (n
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_INTERRUPTED = 130
-"""Exit code of shells after SIGINT: 128 and the signal's number."""
+_KILLED = 128
+"""Exit code of shells after a signal: this and its number."""
 
 
 class RunkeyError(Exception):
@@ -47,9 +48,20 @@ class LockError(RunkeyError):
     """The locked environment cannot be read, or something that a command needs is not installed."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal asked a training to stop.  Like Ctrl-C, no `except Exception` catches it."""
+
+    def __init__(self, number: signal.Signals, text: str = "") -> None:
+        """Args: number: the signal.  text: where training stopped, and how to go on."""
+        super().__init__(text or f"stopped by {number.name}")
+        self.number = number
+
+
 @contextmanager
 def report_errors() -> Iterator[None]:
     """Print a `RunkeyError` as one line on stderr and exit with 1; after Ctrl-C with 130.
+
+    `Interrupted` exits as a shell does: 143 after SIGTERM, 130 after SIGINT.
 
     The traceback is shown only when `RUNKEY_TRACEBACK=1` or `--traceback` is on the command line.
     """
@@ -60,11 +72,12 @@ def report_errors() -> Iterator[None]:
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if _wants_traceback():
             raise
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(_INTERRUPTED) from None
+        number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
+        print(str(stop) or "interrupted", file=sys.stderr)
+        raise SystemExit(_KILLED + number) from None
 
 
 def _wants_traceback() -> bool:

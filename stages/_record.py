@@ -67,6 +67,11 @@ class Run:
     """Of the autocast; None: none."""
 
     @property
+    def precision(self) -> str:
+        """Of the autocast: off, bf16 or fp16."""
+        return _PRECISION[self.dtype]
+
+    @property
     def device_name(self) -> str:
         """Such as `cpu x86_64` or `cuda NVIDIA H200`."""
         if self.device.type == "cuda":
@@ -81,7 +86,7 @@ def recorded(run: Run) -> Iterator[RunTracker]:
     tags = {
         "device": run.device_name,
         "micro_batch": str(run.plan.micro_batch),
-        "precision": _PRECISION[run.dtype],
+        "precision": run.precision,
         "torch": torch.__version__,
         "host": this_host(),
         "decision": turn.why,
@@ -125,7 +130,7 @@ def keep(run: Run, tracker: RunTracker) -> str | None:
         micro_batch=run.plan.micro_batch,
         world_size=1,
         threads=torch.get_num_threads(),
-        precision=_PRECISION[run.dtype],
+        precision=run.precision,
     )
     for file in witness.undeclared_files:
         print(f"warning: {file} was imported, but is no part of the key")

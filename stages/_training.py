@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import nn
 from runkey import paths
 from runkey.data.loader import TrainLoader, build_train_loader
 from runkey.identity.key import Recipe
-from runkey.memory.plan import PLAN, read_plan
+from runkey.memory.plan import PLAN, MemoryPlan, read_plan
 from runkey.model.detr import build_model
 from runkey.model.model_files import Sizes, save_model
 from runkey.model.weights import load_initial_weights
@@ -21,7 +23,12 @@ from runkey.plots.hints import CLASS_SCORES, class_scores
 from runkey.plots.live import HintingTracker
 from runkey.plots.tables import write_plot_tables
 from runkey.tracking import SAMPLES, TRAIN_LOG
+from runkey.training.checkpoint.folder import newest_fingerprint
+from runkey.training.checkpoint.interval import Interval
+from runkey.training.checkpoint.keeper import FolderCheckpoints
+from runkey.training.checkpoint.lock import locked
 from runkey.training.device import choose_device
+from runkey.training.interrupts import Interrupts
 from runkey.training.loop import fit
 from runkey.training.seed import set_up
 from runkey.training.state import FitResult
@@ -31,10 +38,18 @@ from stages._record import Run, keep, recorded
 
 
 def train(params: Params, root: Path, recipe: Recipe, turn: Turn) -> None:
-    """Train a model on the prepared data of `root`, write the stage's outputs, record the run."""
+    """Train a model on the prepared data of `root`, write the stage's outputs, record the run.
+
+    What an interrupted training left in the turn's folder is gone on with.
+    """
+    with Interrupts() as interrupts, locked(turn.folder, print):
+        _train(params, root, recipe, turn, interrupts)
+
+
+def _train(params: Params, root: Path, recipe: Recipe, turn: Turn, interrupts: Interrupts) -> None:
     device, reason = choose_device(params.runtime.device)
     print(f"device {device} ({reason})")
-    plan = read_plan(root / paths.MEMORY / PLAN, params.training.batch_size)
+    plan = _plan(params, root, turn)
     set_up(
         params.seed,
         deterministic=params.training.deterministic,
@@ -47,7 +62,7 @@ def train(params: Params, root: Path, recipe: Recipe, turn: Turn) -> None:
         print(line)
     loader = _loader(params, root, plan.micro_batch)
     run = Run(params, root, recipe, turn, plan, device, validation.precision.dtype)
-    with recorded(run) as tracker:
+    with recorded(run) as tracker, _checkpoints(run) as checkpoints:
         hinting = HintingTracker(
             tracker,
             tracker.jsonl.path,
@@ -71,11 +86,46 @@ def train(params: Params, root: Path, recipe: Recipe, turn: Turn) -> None:
             device=device,
             tracker=hinting,
             say=print,
+            checkpoints=checkpoints,
+            interrupts=interrupts,
         )
         tracker.finish_log()
         _write_outputs(params, root, validation, result)
         run_id = keep(run, tracker)
     print(f"trained in {result.seconds:.0f} s; model/ is written; MLflow run {run_id or 'none'}")
+
+
+def _plan(params: Params, root: Path, turn: Turn) -> MemoryPlan:
+    """How a step is cut into forward passes: as the checkpoint has it, if there is one."""
+    plan = read_plan(root / paths.MEMORY / PLAN, params.training.batch_size)
+    saved = newest_fingerprint(turn.folder)
+    if saved is None or saved["micro_batch"] == plan.micro_batch:
+        return plan
+    # Another size would round otherwise, and draw other noise.
+    micro_batch = int(saved["micro_batch"])
+    print(f"micro-batch {micro_batch}, as in the checkpoint (memory.json: {plan.micro_batch})")
+    return replace(plan, micro_batch=micro_batch, accumulation=-(-plan.batch_size // micro_batch))
+
+
+@contextmanager
+def _checkpoints(run: Run) -> Iterator[FolderCheckpoints]:
+    """The checkpoints in the turn's folder; what is being written then is whole afterwards."""
+    checkpoints = FolderCheckpoints(
+        run.turn.folder,
+        {
+            "key": run.recipe.key,
+            "micro_batch": run.plan.micro_batch,
+            "world_size": 1,
+            "device": run.device.type,
+            "precision": run.precision,
+        },
+        print,
+        interval=Interval(run.params.runtime.checkpoint_seconds),
+    )
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.finish()
 
 
 def _loader(params: Params, root: Path, micro_batch: int) -> TrainLoader:

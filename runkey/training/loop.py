@@ -11,18 +11,20 @@ from functools import partial
 import torch
 from torch import nn
 
+from runkey.errors import Interrupted
 from runkey.model.criterion import Criterion
 from runkey.params import Params
 from runkey.training.checkpoint.content import Checkpoints
 from runkey.training.distributed import World
 from runkey.training.early_stopping import Judge, judge_history, watched_value
 from runkey.training.explain import explained
+from runkey.training.interrupts import Interrupts
 from runkey.training.meters import Stopwatch, timed
 from runkey.training.progress import epoch_line, open_display
 from runkey.training.recorder import EpochRecorder
 from runkey.training.resume import begin, take_content
 from runkey.training.seed import seed_step
-from runkey.training.setup import Evaluate, Loader, Setup, announce, build_setup
+from runkey.training.setup import Evaluate, Loader, Setup, build_setup
 from runkey.training.state import FitResult, LoopState, Running
 from runkey.training.step import train_step
 from runkey.training.tracker import Quiet, Tracker
@@ -40,6 +42,7 @@ def fit(
     say: Callable[[str], None] = lambda _: None,
     world: World | None = None,
     checkpoints: Checkpoints | None = None,
+    interrupts: Interrupts | None = None,
 ) -> FitResult:
     """Train a model, from its newest checkpoint on; its best weights, not the last, are the result.
 
@@ -55,10 +58,12 @@ def fit(
         say: prints a line.
         world: this process among others; None for the only one.
         checkpoints: where training goes on from and is saved; None: neither.
+        interrupts: signals that end training at the boundary of a step; None: none are handled.
 
     Raises:
         TrainingError: no data, nothing to train, losses that stay non-finite, memory exhausted, or
             an early-stopping metric that evaluations do not log.
+        Interrupted: a signal came; a checkpoint has been written.
     """
     setup = build_setup(
         model,
@@ -71,20 +76,30 @@ def fit(
         say=say,
         world=world or World(),
         checkpoints=checkpoints,
+        interrupts=interrupts,
     )
     state = begin(setup)
-    announce(setup, step=state.step)
+    with setup.interrupts.held():
+        _train(setup, state)
+    return _finish(setup, state)
+
+
+def _train(setup: Setup, state: LoopState) -> None:
+    """The epochs that are left; afterwards the newest checkpoint is of the end."""
     clock = Stopwatch()
-    total, epochs = setup.schedule.total_steps, params.training.epochs
-    with open_display(total, epochs, wanted=params.runtime.progress) as display:
+    total, epochs = setup.schedule.total_steps, setup.params.training.epochs
+    with open_display(total, epochs, wanted=setup.params.runtime.progress) as display:
         while not state.stop_reason:
             recorder = EpochRecorder(setup, state, display)
-            _train_epoch(setup, state, recorder, clock)
-            _close_epoch(setup, state, recorder.finish(), clock)
-            _save_if_due(setup, state)
+            try:
+                _train_epoch(setup, state, recorder, clock)
+                _close_epoch(setup, state, recorder.finish(), clock)
+                _at_boundary(setup, state)
+            except Interrupted as stop:
+                recorder.settle()
+                raise _interrupted(setup, state, stop) from None
     if setup.checkpoints:
         setup.checkpoints.save(take_content(setup, state), wait=True)
-    return _finish(setup, state)
 
 
 def _train_epoch(setup: Setup, state: LoopState, recorder: EpochRecorder, clock: Stopwatch) -> None:
@@ -92,7 +107,7 @@ def _train_epoch(setup: Setup, state: LoopState, recorder: EpochRecorder, clock:
     setup.machinery.model.train()
     watched = state.watched(setup.watched)
     done = state.step - state.epoch * setup.loader.steps_per_epoch
-    windows = setup.loader.epoch(state.epoch, done)
+    windows = setup.interrupts.each_at_once(setup.loader.epoch(state.epoch, done))
     for window in timed(windows, recorder.pace, recorder.recent):
         factor = setup.schedule.factor(state.step, watched)
         reseed = partial(seed_step, setup.params.seed, state.step, setup.world.rank)
@@ -105,24 +120,42 @@ def _train_epoch(setup: Setup, state: LoopState, recorder: EpochRecorder, clock:
         # step late, wherever a checkpoint made them known earlier.
         recorder.record(window, result, factor)
         state.seconds += clock.lap()
-        _save_if_due(setup, state, recorder)
+        _at_boundary(setup, state, recorder)
     if state.step != (state.epoch + 1) * setup.loader.steps_per_epoch:
         raise ValueError(f"epoch {state.epoch + 1}: the loader's windows are not steps_per_epoch")
 
 
-def _save_if_due(setup: Setup, state: LoopState, recorder: EpochRecorder | None = None) -> None:
-    """Save a checkpoint at this boundary of a step, if it is time."""
+def _at_boundary(setup: Setup, state: LoopState, recorder: EpochRecorder | None = None) -> None:
+    """Between two steps: save a checkpoint if it is time, stop if a signal came."""
     if setup.checkpoints and setup.checkpoints.due(state.step):
         if recorder:
             recorder.settle()
         setup.checkpoints.save(take_content(setup, state))
+    setup.interrupts.check()
+
+
+def _interrupted(setup: Setup, state: LoopState, stop: Interrupted) -> Interrupted:
+    """Save a checkpoint at this boundary of a step; the signal with words on how to go on."""
+    where = f"stopped by {stop.number.name} after step {state.step}"
+    where += f" of {setup.schedule.total_steps}"
+    if setup.checkpoints is None:
+        return Interrupted(stop.number, f"{where}; nothing is saved")
+    setup.checkpoints.save(take_content(setup, state), wait=True)
+    match setup.checkpoints.newest:
+        case state.step:
+            how = "`dvc repro` goes on from there"
+        case None:
+            how = "there is no checkpoint, so `dvc repro` starts anew"
+        case older:
+            how = f"`dvc repro` goes on from step {older}"
+    return Interrupted(stop.number, f"{where}; {how}")
 
 
 def _evaluate(setup: Setup, state: LoopState, values: dict[str, float]) -> bool:
     """Evaluate, add the metrics to `values`, keep the best weights; whether these are the best."""
     stopping = setup.params.training.early_stopping
     module = setup.evaluated_module.eval()
-    with torch.no_grad():
+    with torch.no_grad(), setup.interrupts.at_once():
         metrics = {name: float(value) for name, value in setup.evaluate(module).items()}
     value = watched_value(metrics, stopping.metric)
     values |= metrics

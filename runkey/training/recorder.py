@@ -23,7 +23,7 @@ class EpochRecorder:
 
     def __init__(self, setup: Setup, state: LoopState, display: Display) -> None:
         """Start an epoch, or go on in the middle of one, as the state says."""
-        running = state.running
+        self._running = running = state.running
         self.pace = Pace.after(running.images, running.wait_seconds, running.seconds)
         """Of the whole epoch."""
         self.recent = Pace()
@@ -39,7 +39,7 @@ class EpochRecorder:
     def settle(self) -> None:
         """Wait for the last step, so that the state holds all numbers up to it."""
         self._take(self._reader.flush())
-        running, pace = self._state.running, self.pace
+        running, pace = self._running, self.pace
         running.images, running.wait_seconds = pace.images, pace.wait_seconds
         running.seconds = pace.seconds
 
@@ -50,7 +50,7 @@ class EpochRecorder:
         evaluation's; gradient norms are means, the rate is the last.
         """
         self.settle()
-        running = self._state.running
+        running = self._running
         values = {
             name.replace("/loss", "/epoch_loss"): value
             for name, value in running.means.means().items()
@@ -64,8 +64,8 @@ class EpochRecorder:
             return
         values = dict(reading.values)
         self._count_skipped(reading, skipped=values.pop("skipped") > 0)
-        self._state.running.means.add(values)
-        self._state.running.lr = reading.lr
+        self._running.means.add(values)
+        self._running.lr = reading.lr
         if reading.step > 1 and reading.step % self._setup.params.runtime.log_every:
             return
         values |= _pace_values(self.recent)

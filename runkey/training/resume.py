@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runkey.training.checkpoint.content import Content
-from runkey.training.setup import Setup
+from runkey.training.setup import Setup, announce
 from runkey.training.state import LoopState
 
 
@@ -27,9 +27,14 @@ def put_back(setup: Setup, content: Content) -> None:
 def begin(setup: Setup) -> LoopState:
     """The state that training starts from: of the newest checkpoint, else a new one."""
     content = setup.checkpoints.load() if setup.checkpoints else None
+    choices = announce(setup)
     if content is None:
         setup.tracker.resume(None)
+        setup.tracker.event("training_start", **choices)
         return LoopState()
     put_back(setup, content)
     setup.tracker.resume(content.position)
-    return LoopState.from_plain(content.state, dict(content.best_weights))
+    exactly = f", not bit for bit: {content.changes}" if content.changes else ""
+    setup.say(f"going on after step {content.step} of {setup.schedule.total_steps}{exactly}")
+    setup.tracker.event("resumed", step=content.step, changes=content.changes)
+    return LoopState.from_plain(content.state, content.best_weights)

@@ -17,6 +17,7 @@ from runkey.training.checkpoint.content import Checkpoints, Stateful
 from runkey.training.clip import Clipper
 from runkey.training.distributed import World
 from runkey.training.ema import Ema
+from runkey.training.interrupts import Interrupts
 from runkey.training.optimizer import build_optimizer, trained_parameters
 from runkey.training.precision import build_precision, choose_precision
 from runkey.training.schedule import Schedule, build_schedule
@@ -57,6 +58,7 @@ class Setup:
     world: World
     checkpoints: Checkpoints | None
     """None: nothing is saved."""
+    interrupts: Interrupts
     precision_reason: str
     """Why this precision, in a few words."""
 
@@ -100,6 +102,7 @@ def build_setup(
     say: Callable[[str], None],
     world: World,
     checkpoints: Checkpoints | None = None,
+    interrupts: Interrupts | None = None,
 ) -> Setup:
     """Seed torch, move the model, and build what the steps need.  See `loop.fit`."""
     training = params.training
@@ -128,6 +131,7 @@ def build_setup(
         say=say,
         world=world,
         checkpoints=checkpoints,
+        interrupts=interrupts or Interrupts(),
         precision_reason=precision_reason,
     )
 
@@ -152,13 +156,8 @@ def _build_machinery(
     return machinery, reason
 
 
-def announce(setup: Setup, *, step: int) -> None:
-    """Print and record what was decided for the user.
-
-    Args:
-        setup: the training.
-        step: steps done before; 0: it starts from its beginning.
-    """
+def announce(setup: Setup) -> dict[str, object]:
+    """Print what was decided for the user; the same by name, for the log."""
     machinery, total = setup.machinery, setup.schedule.total_steps
     dtype = machinery.precision.dtype
     precision = "fp32" if dtype is None else f"{dtype} autocast".removeprefix("torch.")
@@ -169,17 +168,12 @@ def announce(setup: Setup, *, step: int) -> None:
         f"training {trained:,} of {everything:,} parameters on {machinery.device}: "
         f"{setup.params.training.epochs} epochs of {setup.loader.steps_per_epoch} steps"
     )
-    if step:
-        setup.say(f"going on after step {step} of {total}")
-        setup.tracker.event("resumed", step=step)
-        return
-    setup.tracker.event(
-        "training_start",
-        device=str(machinery.device),
-        precision=precision,
-        precision_reason=setup.precision_reason,
-        trained_parameters=trained,
-        parameters=everything,
-        total_steps=total,
-        threads=torch.get_num_threads(),
-    )
+    return {
+        "device": str(machinery.device),
+        "precision": precision,
+        "precision_reason": setup.precision_reason,
+        "trained_parameters": trained,
+        "parameters": everything,
+        "total_steps": total,
+        "threads": torch.get_num_threads(),
+    }

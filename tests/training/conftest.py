@@ -6,6 +6,7 @@ model, real matching) are in test_real_model.py.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -161,6 +162,33 @@ class MemoryTracker:
         del self.events[position["events"] :]
 
 
+class StoppedError(Exception):
+    """The end of a process, as far as a test in one process goes."""
+
+
+class SavedInMemory:
+    """Checkpoints: keeps a copy of the newest content; ends training after `stop_after` of them."""
+
+    def __init__(self, content=None, stop_after=None, due=True) -> None:
+        self.content, self.stop_after, self.is_due, self.saved = content, stop_after, due, 0
+        self.newest: int | None = None
+
+    def due(self, step: int) -> bool:
+        return self.is_due
+
+    def save(self, content, *, wait: bool = False, anchor: bool = False) -> None:
+        self.content, self.saved = copy.deepcopy(content), self.saved + 1
+        self.newest = content.step
+        if self.saved == self.stop_after:
+            raise StoppedError
+
+    def load(self):
+        return copy.deepcopy(self.content)
+
+    def load_anchor(self, step: int):
+        return None
+
+
 def make_params(lr: float = 1e-2, seed: int = 0, **sections) -> params.Params:
     sections.setdefault("runtime", {})
     sections["runtime"] = {"progress": False, "log_every": 1} | sections["runtime"]
@@ -192,6 +220,8 @@ def toy():
         ToyCriterion=ToyCriterion,
         ToyLoader=ToyLoader,
         MemoryTracker=MemoryTracker,
+        SavedInMemory=SavedInMemory,
+        StoppedError=StoppedError,
         make_batch=make_batch,
         make_window=make_window,
         make_params=make_params,

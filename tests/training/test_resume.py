@@ -1,6 +1,5 @@
 """Training that goes on from a checkpoint at any step is the training that was never stopped."""
 
-import copy
 import dataclasses
 import json
 
@@ -13,31 +12,6 @@ from runkey.training.seed import set_up
 from runkey.training.state import LoopState
 
 CPU = torch.device("cpu")
-
-
-class StoppedError(Exception):
-    """The end of a process, as far as a test in one process goes."""
-
-
-class InMemory:
-    """Keeps a copy of one content; ends training after `stop_after` of them."""
-
-    def __init__(self, content=None, stop_after=None):
-        self.content, self.stop_after, self.saved = content, stop_after, 0
-
-    def due(self, step):
-        return True
-
-    def save(self, content, *, wait=False, anchor=False):
-        self.content, self.saved = copy.deepcopy(content), self.saved + 1
-        if self.saved == self.stop_after:
-            raise StoppedError
-
-    def load(self):
-        return copy.deepcopy(self.content)
-
-    def load_anchor(self, step):
-        return None
 
 
 @pytest.fixture(scope="module")
@@ -94,18 +68,24 @@ def events_but_resumed(tracker):
     return [(k, without_clock(f)) for k, f in tracker.events if k != "resumed"]
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(toy, parameters):
+    """Result, checkpoints and log of a training that nobody stopped."""
+    tracker, checkpoints = toy.MemoryTracker(), toy.SavedInMemory()
+    result, _ = train(toy, parameters, checkpoints, tracker)
+    assert checkpoints.saved == 18 + 6 + 1
+    return result, checkpoints, tracker
+
+
 # 18 steps and 6 ends of epochs.
 @pytest.mark.parametrize("stop_after", range(1, 25))
-def test_stopped_anywhere_it_is_the_same_training(toy, parameters, stop_after):
-    whole_tracker, whole_checkpoints = toy.MemoryTracker(), InMemory()
-    whole, _ = train(toy, parameters, whole_checkpoints, whole_tracker)
-    assert whole_checkpoints.saved == 18 + 6 + 1
-
-    stopped, tracker = InMemory(stop_after=stop_after), toy.MemoryTracker()
-    with pytest.raises(StoppedError):
+def test_stopped_anywhere_it_is_the_same_training(toy, parameters, uninterrupted, stop_after):
+    whole, whole_checkpoints, whole_tracker = uninterrupted
+    stopped, tracker = toy.SavedInMemory(stop_after=stop_after), toy.MemoryTracker()
+    with pytest.raises(toy.StoppedError):
         train(toy, parameters, stopped, tracker)
     torch.rand(3)
-    again = InMemory(stopped.content)
+    again = toy.SavedInMemory(stopped.content)
     resumed, _ = train(toy, parameters, again, tracker)
 
     assert equal(resumed.best_state, whole.best_state)
@@ -120,7 +100,7 @@ def test_stopped_anywhere_it_is_the_same_training(toy, parameters, stop_after):
 
 def test_checkpoints_change_nothing(toy, parameters):
     without, model = train(toy, parameters, None, first := toy.MemoryTracker())
-    with_them, same = train(toy, parameters, InMemory(), second := toy.MemoryTracker())
+    with_them, same = train(toy, parameters, toy.SavedInMemory(), second := toy.MemoryTracker())
     assert equal(with_them.best_state, without.best_state)
     assert equal(same.state_dict(), model.state_dict())
     assert without_clock(first.logged) == without_clock(second.logged)
@@ -128,7 +108,7 @@ def test_checkpoints_change_nothing(toy, parameters):
 
 def test_goes_on_after_the_end(toy, parameters):
     """A process that dies between the last step and the recorded run has nothing to train again."""
-    kept = InMemory()
+    kept = toy.SavedInMemory()
     whole, _ = train(toy, parameters, kept)
     lines = []
     set_up(parameters.seed, deterministic=True)
@@ -140,7 +120,7 @@ def test_goes_on_after_the_end(toy, parameters):
         parameters,
         device=CPU,
         say=lines.append,
-        checkpoints=InMemory(kept.content),
+        checkpoints=toy.SavedInMemory(kept.content),
     )
     assert again.seconds == whole.seconds
     assert equal(again.best_state, whole.best_state)
@@ -148,8 +128,8 @@ def test_goes_on_after_the_end(toy, parameters):
 
 
 def test_the_state_is_plain_and_whole(toy, parameters):
-    kept = InMemory(stop_after=12)
-    with pytest.raises(StoppedError):
+    kept = toy.SavedInMemory(stop_after=12)
+    with pytest.raises(toy.StoppedError):
         train(toy, parameters, kept)
     plain = kept.content.state
     read = json.loads(json.dumps(plain))

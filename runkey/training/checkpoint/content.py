@@ -31,12 +31,17 @@ class Content:
     """State dicts by name: `model`, `optimizer`, ...; live tensors until it has been saved."""
     position: Mapping[str, int | str]
     """Where the log was, see `Tracker.position`."""
-    best_weights: Mapping[str, Tensor]
+    best_weights: dict[str, Tensor]
     """State dict on the host of the best evaluation's weights; empty before the first one."""
+    changes: str = ""
+    """What is different now, such as `micro_batch 4 -> 2`; empty: training goes on bit for bit."""
 
 
 class Checkpoints(Protocol):
     """Keeps checkpoints.  Saving never raises: training goes on without."""
+
+    newest: int | None
+    """Step of the newest one that training could go on from; None: there is none."""
 
     def due(self, step: int) -> bool:
         """Whether one is to be saved at this boundary; cheap, asked after every step."""
