@@ -16,6 +16,7 @@ from runkey.model.model_files import load_model
 from runkey.params import load_params
 from runkey.plots.evaluation import write_evaluation_plots
 from runkey.plots.tables import write_precision_recall_table
+from runkey.progress import want_bars
 from runkey.training.device import choose_device
 from runkey.training.seed import set_up
 from stages._parts import build_validation, write_json
@@ -26,6 +27,7 @@ def main() -> None:
     """Write evaluation/ and metrics/evaluate.json, and add both to the training's MLflow run."""
     root = paths.workspace()
     params = load_params(root / paths.PARAMS)
+    want_bars(params.runtime.progress)
     record = EvaluationRecord(params, root)
     device, _ = choose_device(params.runtime.device)
     set_up(

@@ -9,12 +9,14 @@ from runkey.data.sample_remote import own_data_note
 from runkey.errors import report_errors
 from runkey.params import load_params
 from runkey.plots.sheets import contact_sheet
+from runkey.progress import want_bars
 
 
 def main() -> None:
     """Write prepared/."""
     root = paths.workspace()
     params = load_params(root / paths.PARAMS)
+    want_bars(params.runtime.progress)
     out = root / paths.PREPARED
     report = prepare(params.data, params.seed, root, out, params.model.num_queries, print)
     records, classes = read_index(out / "train.json"), read_classes(out / "classes.json")

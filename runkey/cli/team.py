@@ -14,6 +14,7 @@ from runkey.cli.output import AsJson, Key, print_json
 from runkey.cli.place import library, store, workspace
 from runkey.errors import RegistryError
 from runkey.identity.key import short_key
+from runkey.progress import progress
 
 if TYPE_CHECKING:
     from runkey.registry.team.team import Handed, Places
@@ -49,11 +50,14 @@ def publish(
 ) -> None:
     """Hand a run to the team: results, DVC's entries, snapshot and MLflow run."""
     from runkey.registry.library import find_run
+    from runkey.registry.team.team import PARTS
     from runkey.registry.team.team import publish as hand_over
 
     places, team = _places(remote, git_remote, server)
     record = find_run(library(), key)
-    done = hand_over(record, places, runs_of(store()), runs_of(team), with_data=with_data)
+    mine, theirs = runs_of(store()), runs_of(team)
+    with progress("publish", PARTS, "parts") as steps:
+        done = hand_over(record, places, mine, theirs, with_data=with_data, steps=steps)
     if as_json:
         print_json(asdict(done))
         return
@@ -73,11 +77,14 @@ def fetch(
 ) -> None:
     """Get a published run from the team, so that `dvc repro` restores it."""
     from runkey.registry.library import find_run
+    from runkey.registry.team.team import PARTS
     from runkey.registry.team.team import fetch as get
 
     places, team = _places(remote, git_remote, server)
     record = find_run(places.server, key)
-    done = get(record, places, library(), runs_of(store()), runs_of(team))
+    mine, theirs = runs_of(store()), runs_of(team)
+    with progress("fetch", PARTS, "parts") as steps:
+        done = get(record, places, library(), mine, theirs, steps=steps)
     if as_json:
         print_json(asdict(done))
         return

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -34,9 +33,9 @@ from runkey.data.decode import (
     turn,
 )
 from runkey.data.report import Findings
+from runkey.progress import progress
 
 _ORIENTATION_TAG = 0x0112
-_SAY_EVERY_SECONDS = 5.0
 # No format stores a pixel in more bytes than 16-bit RGBA does; a larger file is no such image.
 _BYTES_PER_PIXEL = 8
 _BYTES_OF_METADATA = 1 << 26
@@ -85,7 +84,7 @@ class Scan:
 
 
 def scan_images(
-    data: Path, items: list[Item], settings: ScanSettings, name: str, say: Callable[[str], None]
+    data: Path, items: list[Item], settings: ScanSettings, name: str
 ) -> Iterator[tuple[Item, Scan]]:
     """Read and decode each image once, in the order of `items`.
 
@@ -94,7 +93,6 @@ def scan_images(
         items: the images.
         settings: limits, and whether pixels are wanted.
         name: what the progress line calls them.
-        say: takes a progress line every few seconds.
 
     Yields:
         Each item with what its file holds; only some are in memory at a time.
@@ -104,16 +102,17 @@ def scan_images(
         return scan_image(data / item.file, (item.image.width, item.image.height), settings)
 
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    last = time.monotonic()
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor(threads) as pool,
+        progress(f"check {name}", len(items), "images") as steps,
+    ):
         # What PIL warns of is either found by our own checks or harmless.
         warnings.simplefilter("ignore")
         results = _in_order(pool, work, items, ahead=4 * (threads or 1))
-        for done, (item, scan) in enumerate(results, start=1):
+        for item, scan in results:
             yield item, scan
-            if time.monotonic() - last > _SAY_EVERY_SECONDS:
-                last = time.monotonic()
-                say(f"{name}: {done} of {len(items)} images checked")
+            steps.advance()
 
 
 def scan_image(path: Path, stated: tuple[int, int], settings: ScanSettings) -> Scan:

@@ -74,7 +74,7 @@ def prepare(data: Data, seed: int, root: Path, out: Path, num_queries: int, say:
         root: what `data.path` is relative to.
         out: folder for the outputs (prepared/); earlier outputs of the same names are replaced.
         num_queries: the model's; images with more objects are noted.
-        say: takes progress and the table of findings, a line at a time.
+        say: takes what was found and the table of findings, a line at a time.
 
     Returns:
         What was found and done; it is in report.json too.
@@ -143,7 +143,7 @@ def _check_images(
     )
     labels = {entry.id: entry.index for entry in classes}
     name = "data" if source.split == "all" else source.split
-    for item, scan in scan_images(source.data, items, settings, name, job.say):
+    for item, scan in scan_images(source.data, items, settings, name):
         frame = check_scan(item, scan, source.show(item.file), job.findings)
         if frame is None:
             continue

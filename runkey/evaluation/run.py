@@ -26,6 +26,7 @@ from runkey.data.normalise import normalise
 from runkey.evaluation.coco import CocoResult, evaluate_detections
 from runkey.evaluation.detections import DetectionsLike
 from runkey.model.targets import Targets
+from runkey.progress import Steps, progress
 
 # Takes the model's outputs and original sizes [B, 2]; gives each image's detections.
 Postprocess = Callable[[Any, Tensor], Sequence[DetectionsLike]]
@@ -68,7 +69,7 @@ def predict(
     autocast: AutocastFactory = nullcontext,
 ) -> dict[int, ImageDetections]:
     """All detections of all images, in evaluation mode; the model's mode is put back after."""
-    return _run(model, postprocess, batches, device, autocast, None)
+    return _run(model, postprocess, batches, device, autocast)
 
 
 def evaluate_model(
@@ -101,13 +102,11 @@ def evaluate_model(
     Raises:
         ModelError: the model predicts NaN or infinity.
     """
-    if criterion is None:
-        detections = _run(model, postprocess, batches, device, autocast, None)
-        losses = {}
-    else:
-        meter = _LossMeter(criterion, [sum(not c for c in r.crowd) for r in records])
-        detections = _run(model, postprocess, batches, device, autocast, meter)
-        losses = meter.losses()
+    counts = [sum(not crowd for crowd in record.crowd) for record in records]
+    meter = _LossMeter(criterion, counts) if criterion is not None else None
+    with progress("evaluate", len(records), "images") as steps:
+        detections = _run(model, postprocess, batches, device, autocast, meter, steps)
+    losses = meter.losses() if meter else {}
     result = evaluate_detections(records, classes, detections, by_size=by_size)
     return Evaluation(result, detections, losses)
 
@@ -164,7 +163,8 @@ def _run(
     batches: Iterable[Batch],
     device: torch.device,
     autocast: AutocastFactory,
-    meter: _LossMeter | None,
+    meter: _LossMeter | None = None,
+    steps: Steps | None = None,
 ) -> dict[int, ImageDetections]:
     detections: dict[int, ImageDetections] = {}
     was_training = model.training
@@ -182,6 +182,8 @@ def _run(
                         detections[image_id] = _to_host(of_image)
                     if meter:
                         meter.add(outputs, on_device)
+                    if steps:
+                        steps.advance(len(batch.image_ids))
     finally:
         model.train(was_training)
     return detections

@@ -13,6 +13,7 @@ from pathlib import Path
 from runkey.errors import RegistryError
 from runkey.hashing import sha256_file
 from runkey.identity.record import Record, StoredFile
+from runkey.progress import Steps, progress
 from runkey.registry.library import Library
 from runkey.registry.reading.local_library import inside
 
@@ -38,8 +39,9 @@ def download(library: Library, record: Record, paths: Iterable[str], target: Pat
     target.mkdir(parents=True, exist_ok=True)
     waiting = Path(tempfile.mkdtemp(prefix=".runkey-", dir=target))
     try:
-        for number, (path, stored) in enumerate(chosen.items()):
-            _copy(library, record, path, stored, waiting / str(number))
+        with progress("get", sum(stored.size for stored in chosen.values()), "bytes") as steps:
+            for number, (path, stored) in enumerate(chosen.items()):
+                _copy(library, record, path, stored, waiting / str(number), steps)
         for number, path in enumerate(chosen):
             place = target / inside(record, path)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -75,13 +77,16 @@ def _recorded(record: Record, path: str) -> StoredFile:
     return stored
 
 
-def _copy(library: Library, record: Record, path: str, stored: StoredFile, place: Path) -> None:
+def _copy(
+    library: Library, record: Record, path: str, stored: StoredFile, place: Path, steps: Steps
+) -> None:
     digest, size = hashlib.sha256(), 0
     with library.open_file(record, path) as source, place.open("wb") as copy:
         while chunk := source.read(_CHUNK):
             digest.update(chunk)
             size += len(chunk)
             copy.write(chunk)
+            steps.advance(len(chunk), path)
     if size != stored.size or digest.hexdigest() != stored.sha256:
         raise RegistryError(
             f"{record.label}: {path}: not what run {record.run.run_id} recorded ({size} bytes,"

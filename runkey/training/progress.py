@@ -1,11 +1,12 @@
-"""What a person watching sees: a bar where there is a terminal, and one line per epoch."""
+"""What a person watching sees: a bar where there is a terminal, and a line or two per epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Protocol
+
+from runkey.progress import progress, want_bars
 
 
 class Display(Protocol):
@@ -13,13 +14,6 @@ class Display(Protocol):
 
     def update(self, step: int, epoch: int, text: str) -> None:
         """Show the optimizer steps done, the running epoch (from 1) and the latest values."""
-
-
-class _Nothing:
-    """No terminal, or no bar wanted."""
-
-    def update(self, step: int, epoch: int, text: str) -> None:
-        """Show nothing."""
 
 
 @contextmanager
@@ -33,30 +27,17 @@ def open_display(total_steps: int, epochs: int, *, wanted: bool) -> Iterator[Dis
         epochs: its epochs.
         wanted: `runtime.progress`.
     """
-    # rich may be missing on a bare GPU machine, and a log file wants no bar.
-    if not wanted or find_spec("rich") is None:
-        yield _Nothing()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-    console = Console()
-    if not console.is_terminal:
-        yield _Nothing()
-        return
-    columns = (
-        TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-        BarColumn(bar_width=20),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[text]}"),
-    )
-    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as bar:
-        task = bar.add_task("train", total=total_steps, epoch=1, epochs=epochs, text="")
+    want_bars(wanted)
+    # An epoch leaves lines of its own.
+    with progress("train", total_steps, lines=False) as steps:
 
         class _Bar:
+            done = 0
+
             def update(self, step: int, epoch: int, text: str) -> None:
                 """Move the bar."""
-                bar.update(task, completed=step, epoch=epoch, text=text)
+                steps.advance(step - self.done, text, f"epoch {epoch}/{epochs}")
+                self.done = step
 
         yield _Bar()
 
@@ -75,7 +56,7 @@ def epoch_line(
     watched: str,
     is_best: bool,
 ) -> str:
-    """The one line that an epoch leaves behind.
+    """What an epoch leaves behind: a line, and one more below it if it was evaluated.
 
     Args:
         epoch: from 1.
@@ -85,14 +66,14 @@ def epoch_line(
         watched: name of the metric that decides on the best weights.
         is_best: whether this epoch's weights are the best so far.
     """
-    width = len(str(epochs))
-    parts = [f"epoch {epoch:{width}d}/{epochs}", *pace_parts(values, "train/epoch_loss")]
-    shown = [name for name in values if name in (watched, "val/AP", "val/AP50", "val/loss")]
-    parts += [
+    start = f"epoch {epoch:{len(str(epochs))}d}/{epochs}"
+    parts = [start, *pace_parts(values, "train/epoch_loss"), f"left {clock(seconds_left)}"]
+    shown = [
         f"{name} {values[name]:.4g}{' (best)' if is_best and name == watched else ''}"
-        for name in shown
+        for name in values
+        if name in (watched, "val/AP", "val/AP50", "val/loss")
     ]
-    return "  ".join([*parts, f"left {clock(seconds_left)}"])
+    return "\n".join("  ".join(line) for line in (parts, [" " * len(start), *shown]) if line[1:])
 
 
 def pace_parts(values: Mapping[str, float], loss_name: str) -> list[str]:

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import runkey.data.check_images as check_images
+from runkey import progress
 from runkey.data.cache import open_cache
 from runkey.data.index import read_classes, read_index
 from runkey.data.prepare import prepare
@@ -151,12 +152,11 @@ def test_one_thread_and_many_agree(folder, monkeypatch):
     assert outputs(folder) == many
 
 
-def test_progress_is_told(folder, monkeypatch):
-    monkeypatch.setattr(check_images, "_SAY_EVERY_SECONDS", -1.0)
-    said = []
-    folder.run(say=said.append)
+def test_progress_is_told(folder, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY_SECONDS", -1.0)
+    folder.run()
 
-    assert "train: 2 of 3 images checked" in said
+    assert "check train: 2/3 images" in capsys.readouterr().err.splitlines()
 
 
 def test_pil_does_not_warn_about_large_images(folder, monkeypatch):

@@ -1,6 +1,5 @@
 """Late reading, means, pace, and what is printed."""
 
-import sys
 import time
 
 import pytest
@@ -96,16 +95,23 @@ VALUES = {
 
 def test_epoch_line():
     line = epoch_line(7, 30, VALUES, 130, watched="val/AP", is_best=True)
-    assert line == (
-        "epoch  7/30  loss 3.211  grad 0.412  lr 8.10e-04  52.1 img/s  wait 1%  "
-        "val/AP 0.5123 (best)  val/AP50 0.8  val/loss 2.5  left 2m10s"
-    )
+    assert line.splitlines() == [
+        "epoch  7/30  loss 3.211  grad 0.412  lr 8.10e-04  52.1 img/s  wait 1%  left 2m10s",
+        "             val/AP 0.5123 (best)  val/AP50 0.8  val/loss 2.5",
+    ]
     line = epoch_line(7, 30, VALUES, 130, watched="val/AP75", is_best=False)
     assert "val/AP75 0.4" in line
     assert "best" not in line
     train_only = {k: v for k, v in VALUES.items() if "val" not in k}
     line = epoch_line(7, 30, train_only, 130, watched="val/AP", is_best=False)
     assert line.endswith("wait 1%  left 2m10s")
+
+
+def test_no_epoch_line_is_wider_than_100_columns():
+    large = {name: value * 1e4 for name, value in VALUES.items() if "share" not in name}
+    values = large | {"train/lr": 1e-4, "train/data_wait_share": 1.0, "val/AP75": 0.123456}
+    text = epoch_line(1000, 1000, values, 360_000, watched="val/AP75", is_best=True)
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_bar_text():
@@ -119,16 +125,4 @@ def test_no_bar_without_a_terminal(capsys):
         display.update(1, 1, "text")
     with open_display(10, 2, wanted=False) as display:
         display.update(1, 1, "text")
-    assert capsys.readouterr().out == ""
-
-
-def test_bar_on_a_terminal(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes any stream for a terminal
-    monkeypatch.setenv("COLUMNS", "120")
-    with open_display(10, 2, wanted=True) as display:
-        display.update(5, 1, "loss 3  left 41s")
-        sys.stdout.write("a line above\n")
-    out = capsys.readouterr().out
-    assert "loss 3  left 41s" in out
-    assert "50%" in out
-    assert "a line above" in out
+    assert capsys.readouterr() == ("", "")

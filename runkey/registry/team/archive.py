@@ -22,6 +22,7 @@ from typing import Any
 from runkey.errors import RegistryError
 from runkey.hashing import sha256_file
 from runkey.identity.key import SCHEMA as KEY_SCHEMA
+from runkey.progress import progress
 from runkey.registry.team.safe_names import safe_path
 
 SCHEMA = "archive1"
@@ -71,7 +72,10 @@ def pack(folder: Path, key: str, target: Path) -> Index:
     text = json.dumps({"schema": SCHEMA, "key": key, "members": listed}, indent=1)
     temporary = target.parent / f".{target.name}.{os.getpid()}"
     try:
-        with zipfile.ZipFile(temporary, "w") as archive:
+        with (
+            zipfile.ZipFile(temporary, "w") as archive,
+            progress("export", len(members), "files") as steps,
+        ):
             archive.writestr(_member(INDEX), text)
             for name, path in zip(members, files, strict=True):
                 with (
@@ -79,6 +83,7 @@ def pack(folder: Path, key: str, target: Path) -> Index:
                     archive.open(_member(name), "w", force_zip64=True) as copy,
                 ):
                     shutil.copyfileobj(source, copy, _CHUNK)
+                steps.advance()
         temporary.replace(target)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -98,8 +103,10 @@ def unpack(file: Path, folder: Path) -> Index:
         with zipfile.ZipFile(file) as archive:
             index = _index(archive, file.name)
             _refuse_large(index, folder, file.name)
-            for name, (size, digest) in index.members.items():
-                _unpack_member(archive, name, size, digest, folder, file.name)
+            with progress("import", len(index.members), "files") as steps:
+                for name, (size, digest) in index.members.items():
+                    _unpack_member(archive, name, size, digest, folder, file.name)
+                    steps.advance()
             return index
     except FileNotFoundError:
         raise RegistryError(f"{file}: no such file") from None

@@ -15,6 +15,7 @@ from typing import Literal
 
 from runkey.errors import RegistryError
 from runkey.identity.record import Record
+from runkey.progress import QUIET, Steps
 from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.library import Library
 from runkey.registry.team.dvc_part import (
@@ -48,6 +49,9 @@ from runkey.registry.team.snapshot_transfer import (
 
 _LARGEST_LIST = 256 << 20
 """Bytes of dvc.json."""
+
+PARTS = 3
+"""DVC's objects, the snapshot, the MLflow run."""
 
 State = Literal["new", "already there", "published from elsewhere"]
 
@@ -94,7 +98,13 @@ class Handed:
 
 
 def publish(
-    record: Record, places: Places, mine: Runs, theirs: Runs, *, with_data: bool = False
+    record: Record,
+    places: Places,
+    mine: Runs,
+    theirs: Runs,
+    *,
+    with_data: bool = False,
+    steps: Steps = QUIET,
 ) -> Handed:
     """Hand a run to the team.  Nothing is sent before all three places have answered.
 
@@ -104,6 +114,7 @@ def publish(
         mine: MLflow's part of this machine's store.
         theirs: of the server.
         with_data: the raw data too.
+        steps: told which of the `PARTS` it is at.
 
     Raises:
         RegistryError: the run is not whole, something of it is missing here, or one of the three
@@ -120,11 +131,14 @@ def publish(
     done = replace(done, size=part.size, entries=len(part.entries))
     if there and origin_of(there) != origin_of(record) and not record.reproduction_of:
         return replace(done, run_id=there.run.run_id, state="published from elsewhere")
+    steps.advance(0, f"{len(part.objects)} objects to DVC")
     new, _ = places.dvc.push(part.objects, part.entries)
+    steps.advance(1, "snapshot to git")
     done = replace(done, new_objects=new)
     if details.snapshot:
         fresh = push_snapshot(places.root, places.git, record.key, details.snapshot)
         done = replace(done, ref=ref_of(record.key, details.snapshot), new_ref=fresh)
+    steps.advance(1, "run to MLflow")
     if there and _has_list(there, places.server):
         return replace(done, run_id=there.run.run_id, state="already there")
     with staging(places.home, "publish") as folder:
@@ -138,7 +152,15 @@ def publish(
         return replace(done, run_id=theirs.write(folder / RUN).run_id)
 
 
-def fetch(record: Record, places: Places, local: Library, mine: Runs, theirs: Runs) -> Handed:
+def fetch(
+    record: Record,
+    places: Places,
+    local: Library,
+    mine: Runs,
+    theirs: Runs,
+    *,
+    steps: Steps = QUIET,
+) -> Handed:
     """Get a run from the team, so that `dvc repro` restores it.
 
     Args:
@@ -147,6 +169,7 @@ def fetch(record: Record, places: Places, local: Library, mine: Runs, theirs: Ru
         local: this machine's runs.
         mine: MLflow's part of this machine's store.
         theirs: of the server.
+        steps: told which of the `PARTS` it is at.
 
     Raises:
         RegistryError: the run is not whole or was not published, or something of it is missing,
@@ -157,9 +180,11 @@ def fetch(record: Record, places: Places, local: Library, mine: Runs, theirs: Ru
     part = _list_of(record, places.server)
     cache = DvcCache(places.root)
     wanted = set(lacking(part, cache))
+    steps.advance(0, "run from MLflow")
     with staging(places.home, "fetch") as folder:
         read_run(theirs, record, folder)
         package = check(folder, record.key, f"{record.label} of {places.server.place}")
+        steps.advance(1, f"{len(wanted)} objects from DVC")
         if wanted:
             places.dvc.pull(sorted(wanted), folder / OBJECTS)
 
@@ -168,6 +193,7 @@ def fetch(record: Record, places: Places, local: Library, mine: Runs, theirs: Ru
 
         check_objects(part, place)
         check_outputs(part, place, package.details)
+        steps.advance(1, "snapshot from git")
         if details.snapshot:
             fetch_snapshot(places.root, places.git, record.key, details.snapshot)
         install(part, place, cache)

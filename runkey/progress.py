@@ -1,0 +1,155 @@
+"""How far a long step is: a bar on a terminal, a plain line now and then everywhere else.
+
+    with progress("evaluate", len(images), "images") as steps:
+        for image in images:
+            ...
+            steps.advance()
+
+Both go to stderr, so that what a command answers can be piped.  The bar goes when the block ends:
+what is worth keeping is said by the step itself.  A step inside another one is a row of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+EVERY_SECONDS = 15.0
+"""Between plain lines; a step that takes less says nothing without a terminal."""
+_BAR_CHARACTERS = 14
+
+_wanted = True
+_shown: list[Progress] = []
+"""The bars on the terminal now: one group for all, since rich draws one at a time."""
+
+
+class Steps(Protocol):
+    """Told how far a step is."""
+
+    def advance(self, amount: float = 1, text: str = "", what: str = "") -> None:
+        """So much more is done.
+
+        Args:
+            amount: in the step's unit.
+            text: to show beside the bar; the earlier one stays if it is empty.
+            what: is done now, such as `epoch 3/20`; the earlier one stays if it is empty.
+        """
+
+
+def want_bars(wanted: bool) -> None:
+    """Whether steps of this process may draw bars (`runtime.progress`); lines are said anyway."""
+    global _wanted
+    _wanted = wanted
+
+
+@contextmanager
+def progress(what: str, total: float, unit: str = "", *, lines: bool = True) -> Iterator[Steps]:
+    """Show how far a step is until the block ends.
+
+    Args:
+        what: is done, such as `evaluate`.
+        total: how much there is to do.
+        unit: of `total`, such as `images`; `bytes` are shown as MB, none: percent.
+        lines: whether plain lines are said where there is no terminal.
+    """
+    if not _has_terminal():
+        yield _Lines(what, total, unit) if lines else _Nothing()
+        return
+    with _bars() as bars:
+        row = bars.add_task(what, total=total, amount=_amount(0, total, unit), text="")
+
+        class _Bar:
+            done = 0.0
+
+            def advance(self, amount: float = 1, text: str = "", what: str = "") -> None:
+                self.done += amount
+                bars.update(
+                    row,
+                    completed=self.done,
+                    description=what or None,
+                    amount=_amount(self.done, total, unit),
+                )
+                if text:
+                    bars.update(row, text=text)
+
+        try:
+            yield _Bar()
+        finally:
+            bars.remove_task(row)
+
+
+def _has_terminal() -> bool:
+    """Whether a bar can be drawn; rich may be missing on a bare GPU machine."""
+    both = sys.stdout.isatty() and sys.stderr.isatty()
+    return _wanted and both and find_spec("rich") is not None
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    """The group of bars that is shown, or a new one."""
+    if _shown:
+        yield _shown[-1]
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class TimeLeft(TimeRemainingColumn):
+        def render(self, task: Task) -> Text:
+            """Nothing beside a text, which says it better."""
+            return Text() if task.fields["text"] else super().render(task)
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=_BAR_CHARACTERS),
+        TextColumn("{task.fields[amount]}"),
+        TextColumn("{task.fields[text]}"),
+        TimeLeft(compact=True),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        _shown.append(bars)
+        try:
+            yield bars
+        finally:
+            _shown.remove(bars)
+
+
+def _amount(done: float, total: float, unit: str) -> str:
+    """`120/400 images`, `1.5/20.0 MB`, `35%`."""
+    if unit == "bytes":
+        return f"{done / 1e6:,.1f}/{total / 1e6:,.1f} MB"
+    return f"{done:,.0f}/{total:,.0f} {unit}" if unit else f"{done / max(total, 1):.0%}"
+
+
+class _Lines:
+    """Says a line when it is time."""
+
+    def __init__(self, what: str, total: float, unit: str) -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._done = 0.0
+        self._last = time.monotonic()
+
+    def advance(self, amount: float = 1, text: str = "", what: str = "") -> None:
+        self._done += amount
+        self._what = what or self._what
+        if time.monotonic() - self._last >= EVERY_SECONDS and self._done < self._total:
+            self._last = time.monotonic()
+            line = f"{self._what}: {_amount(self._done, self._total, self._unit)}  {text}"
+            sys.stderr.write(line.rstrip() + "\n")
+            sys.stderr.flush()
+
+
+class _Nothing:
+    def advance(self, amount: float = 1, text: str = "", what: str = "") -> None:
+        pass
+
+
+QUIET: Steps = _Nothing()
+"""For callers that nobody watches."""
