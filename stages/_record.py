@@ -34,6 +34,8 @@ from runkey.identity.record import (
 from runkey.identity.run_folder import ORIGIN
 from runkey.memory.plan import MemoryPlan
 from runkey.params import Params
+from runkey.plots.report.page import write_report
+from runkey.plots.report.source import recorded_run, workspace_run
 from runkey.registry.library import canonical
 from runkey.registry.open import open_library
 from runkey.tracking import (
@@ -49,7 +51,12 @@ from stages._parts import write_json
 
 _PRECISION = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _OUTPUTS = (paths.MODEL, paths.LOGS, paths.PLOTS, paths.RUN_JSON, paths.METRICS / "train.json")
-_BESIDE = (paths.PARAMS, paths.PREPARED / "images.json")
+_BESIDE = (
+    paths.PARAMS,
+    *(paths.PREPARED / name for name in ("images.json", "report.json", "statistics.json")),
+    paths.PREPARED / "contact_sheet.jpg",
+    paths.MEMORY,
+)
 """Kept with the run, though the stage does not write them."""
 
 
@@ -215,6 +222,11 @@ class EvaluationRecord:
         self._details = self._record.details if self._record else None
         run_id = self._record.run.run_id if self._record else None
         self._mlflow = reopen_run(params, run_id, print, changed=self._changed)
+
+    def write_report(self, path: Path) -> None:
+        """Write the page about the run; what it shows lies in the workspace by now."""
+        run = recorded_run(self._record, self._root) if self._record else workspace_run(self._root)
+        write_report([run], path)
 
     def keep(self, metrics: Mapping[str, float], places: Iterable[Path]) -> None:
         """Record metrics and copies of files, unless the run has this very evaluation.

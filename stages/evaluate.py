@@ -52,6 +52,7 @@ def main() -> None:
         out,
         images=params.evaluate.sheet_images,
     )
+    record.write_report(out / "report.html")
     record.keep(evaluation.metrics("eval/"), (paths.EVALUATION, paths.METRICS / "evaluate.json"))
     numbers = evaluation.result.metrics()
     print("  ".join(f"{name} {numbers[name]:.3f}" for name in ("AP", "AP50", "AP75")))

@@ -43,9 +43,9 @@ def write_training_plots(log: Path, out: Path) -> list[Path]:
     """
     content = read_log(log)
     return [
+        loss_and_ap(content, out / "loss_and_ap.png"),
         learning_rate(content, out / "learning_rate.png"),
         gradient_norm(content, out / "gradient_norm.png"),
-        loss_and_ap(content, out / "loss_and_ap.png"),
         throughput(content, out / "throughput.png"),
         machine(read_samples(log.with_name(SAMPLES)), out / "machine.png"),
     ]

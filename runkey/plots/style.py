@@ -130,9 +130,12 @@ def legend(axes: Any) -> None:
         )
 
 
-def legend_beside(axes: Any, title: str) -> None:
+def legend_beside(axes: Any, title: str = "") -> None:
     """The same as a titled list right of the panel, which gets narrower."""
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=title or None, alignment="left")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(
+            loc="upper left", bbox_to_anchor=(1.0, 1.0), title=title or None, alignment="left"
+        )
 
 
 def legend_inside(axes: Any, title: str, corner: str) -> None:

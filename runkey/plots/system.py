@@ -61,7 +61,7 @@ def machine(samples: Sequence[Point], path: Path) -> Path:
         memory.set_xlabel("minutes since the start")
         memory.set_xlim(0, max(0.1, float(minutes[-1])) * 1.01)
         for axes in (busy, memory):
-            legend_beside(axes, "")
+            legend_beside(axes)
     return path
 
 

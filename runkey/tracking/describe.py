@@ -68,7 +68,9 @@ def describe_run(
         tags: the witness, as text.
         counts: what the data set holds, such as {"train_images": 400}.
     """
-    values = {name: _text(value) for name, value in params.flat().items()}
+    from runkey.params.changed import as_text
+
+    values = {name: as_text(value) for name, value in params.flat().items()}
     values |= {"key": key} | {f"key.{part}": digest for part, digest in parts.items()}
     own = {"mlflow.source.name": "python -m stages.train", "mlflow.source.type": "LOCAL"}
     if experiment := os.environ.get("DVC_EXP_NAME"):
@@ -87,6 +89,7 @@ def run_name(params: Params, baseline: Params | None) -> str:
     Names are cut to their last part where that is unambiguous; at most four values are named.
     """
     from runkey.params import parse_params
+    from runkey.params.changed import as_text
 
     values = params.flat()
     before = (baseline or parse_params({"lr": params.lr, "seed": params.seed})).flat()
@@ -95,7 +98,7 @@ def run_name(params: Params, baseline: Params | None) -> str:
         return "baseline"
     leaves = [name.rsplit(".", 1)[-1] for name in values]
     items = [
-        f"{leaf if leaves.count(leaf := name.rsplit('.', 1)[-1]) == 1 else name}={_text(value)}"
+        f"{leaf if leaves.count(leaf := name.rsplit('.', 1)[-1]) == 1 else name}={as_text(value)}"
         for name, value in changed.items()
     ]
     named = " ".join(items[:_NAME_ITEMS])
@@ -136,8 +139,3 @@ def read_dataset(root: Path, data_path: str, counts: Mapping[str, int]) -> Datas
         source=json.dumps({"uri": data_path}),
         profile=json.dumps(dict(counts)),
     )
-
-
-def _text(value: object) -> str:
-    """A parameter as text: 5e-05, true, [120, 140], none."""
-    return value if isinstance(value, str) else json.dumps(value)

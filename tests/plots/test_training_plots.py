@@ -32,9 +32,9 @@ def rows(path):
 def test_every_log_gives_every_picture(any_log, tmp_path):
     written = write_training_plots(any_log, tmp_path / "out")
     assert [path.name for path in written] == [
+        "loss_and_ap.png",
         "learning_rate.png",
         "gradient_norm.png",
-        "loss_and_ap.png",
         "throughput.png",
         "machine.png",
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from runkey.identity.record import KEY, Details, LoggedRun, Record
-from runkey.params import parse_params
+from runkey.params.changed import changed_params
 from runkey.registry.reading.columns import address, size, span, text
 
 WIDTH = 100
@@ -107,7 +106,7 @@ def _params(run: LoggedRun, *, every_param: bool) -> Iterator[Row]:
     values = {name: v for name, v in run.params.items() if name.split(".")[0] != KEY}
     if not values:
         return
-    shown = values if every_param else _not_default(values)
+    shown = values if every_param else changed_params(values)
     if every_param:
         yield "parameters", f"{len(values)}"
         yield from (("", f"{name} = {value}") for name, value in sorted(shown.items()))
@@ -116,12 +115,6 @@ def _params(run: LoggedRun, *, every_param: bool) -> Iterator[Row]:
     yield "parameters", said
     if shown:
         yield "", _listed(f"{name}={_unbroken(value)}" for name, value in sorted(shown.items()))
-
-
-def _not_default(values: Mapping[str, str]) -> dict[str, str]:
-    plain = parse_params({"lr": 1.0, "seed": 0}).flat(runtime=True)
-    default = {n: v if isinstance(v, str) else json.dumps(v) for n, v in plain.items()}
-    return {n: v for n, v in values.items() if n in ("lr", "seed") or v != default.get(n)}
 
 
 def _witness(details: Details) -> Iterator[Row]:

@@ -1,0 +1,1 @@
+"""One page about a run, or about what differs between several: a single HTML file."""

@@ -1,0 +1,134 @@
+"""`runkey report`: a page that holds all it shows, of whatever run there is."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from runkey.cli import app
+from runkey.errors import RunkeyError
+
+VOID = {"meta", "link", "img", "br"}
+
+
+class Parsed(HTMLParser):
+    """Addresses, pictures and text of a page; fails on tags that are not closed in order."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.words: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open == []
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href")]
+        self.ids += [value for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+
+def report(*arguments: str, to: str = "page.html") -> Parsed:
+    app(["report", *arguments, "--to", to], standalone_mode=False)
+    page = Parsed(Path(to))
+    assert "script" not in page.seen
+    outside = [a for a in page.addresses if not a.startswith(("data:", "#"))]
+    assert outside == []
+    assert {a[1:] for a in page.addresses if a.startswith("#")} <= set(page.ids)
+    return page
+
+
+def test_a_page_of_a_run(a_run, capsys):
+    record = a_run("lr=0.0001", ap=0.512)
+    page = report(record.label)
+    assert capsys.readouterr().out == "page.html\n"
+    for text in (record.key, record.run.run_id, "lr=0.0001", "AP 0.512", "1,809", "400"):
+        assert text in page.text
+    assert "2 of 3 are not the default" not in page.text
+    assert "lr 0.0001" in page.text  # parameters
+    assert "cpu x86_64" in page.text
+    assert "白血球 & co" in page.text
+    assert "<script>alert(1)</script>" in page.text  # as text, not as a tag
+    assert len([a for a in page.addresses if a.startswith("data:image/png")]) == 6
+    assert Path("page.html").stat().st_size < 1_000_000
+
+
+def test_default_name_and_json(a_run, capsys):
+    record = a_run("one", kind="empty")
+    app(["report", record.label, "--json"], standalone_mode=False)
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"page": f"report-{record.label[4:]}.html", "keys": [record.key]}
+    assert Path(told["page"]).is_file()
+
+
+def test_of_two_runs_only_what_differs_is_on_top(a_run):
+    one, two = a_run("lr=0.0001", ap=0.5), a_run("lr=0.0005", ap=0.625, lr="0.0005")
+    page = report(one.label, two.label)
+    top, _, _ = page.text.partition("All of this run")
+    assert f"lr {one.run.params['lr']} {two.run.params['lr']}" in top
+    assert "AP 0.500 0.625 (+0.125)" in top
+    assert "params" in top
+    assert "code" not in top
+    assert "model.dropout" not in top
+    assert "seed" not in top
+    assert page.text.count("All of this run") == 2
+
+
+def test_runs_of_one_key_say_so(a_run):
+    one = a_run("one", kind="empty")
+    page = report(one.label, one.label)
+    assert "Nothing of the key: code, parameters, data and environment are the same." in page.text
+
+
+@pytest.mark.parametrize("kind", ["interrupted", "empty", "one epoch"])
+def test_a_run_that_was_interrupted_has_a_page(an_interrupted_run, a_run, kind):
+    record = an_interrupted_run(kind)
+    page = report(record.label)
+    assert "killed" in page.text
+    assert "Not recorded: the run did not come to its end." in page.text
+    assert len([a for a in page.addresses if a.startswith("data:image/png")]) == 4
+
+
+def test_a_run_that_was_interrupted_is_compared(an_interrupted_run, a_run):
+    page = report(a_run("whole").label, an_interrupted_run("empty").label)
+    assert "2 runs compared" in page.text
+    assert "AP 0.500" in page.text
+
+
+def test_a_run_without_any_file_has_a_page(an_interrupted_run, checkout):
+    record = an_interrupted_run("empty")
+    (checkout / ".runkey" / record.key / "train.jsonl").unlink()
+    assert "No log of this training is here." in report(record.label).text
+
+
+def test_pages_that_cannot_be_made(a_run, checkout):
+    record = a_run("one", kind="empty")
+    with pytest.raises(RunkeyError, match="no run of that key"):
+        report("rk1-0000")
+    (checkout / "a").write_text("")
+    with pytest.raises(RunkeyError, match=r"a/page\.html: .*; name another one with --to"):
+        report(record.label, to="a/page.html")
+    with pytest.raises(RunkeyError, match=r"run\.json: not found; `dvc repro train` writes it"):
+        report(".")
+
+
+def test_every_value_of_a_run_is_escaped(a_run):
+    page = report(a_run('<b>bold</b>"', kind="empty").label)
+    assert "b" not in page.seen[page.seen.index("h1") : page.seen.index("ul")]
+    assert '<b>bold</b>"' in page.text
