@@ -1,6 +1,6 @@
 """Where a run writes: a JSONL file always, MLflow when it is there.
 
-    tracker = open_run(params, root, key=..., parts=..., tags=..., counts=..., say=print)
+    tracker = open_run(params, root, folder, key=..., parts=..., tags=..., counts=..., say=print)
     tracker.log({"train/loss": 1.5}, step=10)
     run_id = tracker.close()
 
@@ -20,6 +20,7 @@ from runkey.tracking.jsonl import JsonlLog
 from runkey.tracking.mlflow_tracker import MlflowTracker
 from runkey.tracking.run import SAMPLES, TRAIN_LOG, RunTracker, open_run, reopen_run
 from runkey.tracking.store import Store, locate_store
+from runkey.tracking.sync import Training
 
 __all__ = [
     "SAMPLES",
@@ -30,6 +31,7 @@ __all__ = [
     "RunDescription",
     "RunTracker",
     "Store",
+    "Training",
     "describe_run",
     "locate_store",
     "open_run",

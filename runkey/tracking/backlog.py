@@ -1,4 +1,7 @@
-"""What waits to be written to MLflow.  Filled by training, emptied by the writing thread."""
+"""What waits in memory to be written to MLflow.  Filled by training, emptied by the writing thread.
+
+The values of a training's log are not among it: they wait in the log itself.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+
+_MOST_METRICS = 200_000
+"""Samples of the machine for a day; while MLflow is away for longer, the oldest go."""
 
 
 class MetricPoint(NamedTuple):
@@ -26,6 +32,8 @@ class Backlog:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._metrics: deque[MetricPoint] = deque()
+        self._first = 0
+        self._dropped = 0
         self._tags: dict[str, str] = {}
         self._artifacts: deque[tuple[Path, str]] = deque()
 
@@ -34,18 +42,22 @@ class Backlog:
         points = [MetricPoint(name, float(v), time_ms, step) for name, v in values.items()]
         with self._lock:
             self._metrics.extend(points)
+            while len(self._metrics) > _MOST_METRICS:
+                self._pop()
+                self._dropped += 1
             return len(self._metrics)
 
-    def metrics(self, most: int) -> list[MetricPoint]:
-        """The oldest values, at most that many; they stay until `metrics_done`."""
+    def metrics(self, most: int) -> tuple[list[MetricPoint], int]:
+        """The oldest values, at most that many, and the number to give to `metrics_done`."""
         with self._lock:
-            return list(islice(self._metrics, most))
+            points = list(islice(self._metrics, most))
+            return points, self._first + len(points)
 
-    def metrics_done(self, count: int) -> None:
-        """Drop the `count` oldest values."""
+    def metrics_done(self, end: int) -> None:
+        """Drop the values that `metrics` gave with this number."""
         with self._lock:
-            for _ in range(count):
-                self._metrics.popleft()
+            while self._first < end:
+                self._pop()
 
     def add_tag(self, name: str, value: str) -> None:
         """Set a tag, over an earlier value."""
@@ -57,11 +69,12 @@ class Backlog:
         with self._lock:
             return dict(self._tags)
 
-    def tag_done(self, name: str, value: str) -> None:
-        """Drop a tag, unless it was set to something else meanwhile."""
+    def tags_done(self, written: Mapping[str, str]) -> None:
+        """Drop tags, unless they were set to something else meanwhile."""
         with self._lock:
-            if self._tags.get(name) == value:
-                del self._tags[name]
+            for name, value in written.items():
+                if self._tags.get(name) == value:
+                    del self._tags[name]
 
     def add_artifact(self, path: Path, folder: str) -> None:
         """Append a file or folder."""
@@ -78,12 +91,24 @@ class Backlog:
         with self._lock:
             self._artifacts.popleft()
 
-    def missing(self) -> str:
-        """What still waits, for people (`12 values and 2 artifacts`); empty if nothing does."""
+    def missing(self, values_elsewhere: int = 0) -> str:
+        """What still waits, for people (`12 values and 2 artifacts`); empty if nothing does.
+
+        Args:
+            values_elsewhere: values that wait in the log.
+        """
         with self._lock:
-            counts = (
-                (len(self._metrics), "value"),
+            return counted(
+                (len(self._metrics) + self._dropped + values_elsewhere, "value"),
                 (len(self._tags), "tag"),
                 (len(self._artifacts), "artifact"),
             )
-        return " and ".join(f"{n} {noun}{'s' * (n != 1)}" for n, noun in counts if n)
+
+    def _pop(self) -> None:
+        self._metrics.popleft()
+        self._first += 1
+
+
+def counted(*counts: tuple[int, str]) -> str:
+    """`12 values and 2 artifacts`; what there is none of is left out."""
+    return " and ".join(f"{n} {noun}{'s' * (n != 1)}" for n, noun in counts if n)

@@ -43,7 +43,7 @@ class JsonlLog:
             shown: where people look for it: a link to `path` until `finish` makes a copy.
         """
         self.path = path
-        self._say = say
+        self.say = say
         self._shown = shown
         self._file = -1
         self._size = 0
@@ -90,7 +90,7 @@ class JsonlLog:
         offset = int(position.get(_BYTES, 0)) if position else 0
         self._gone_before = int(position.get(_LOST, 0)) if position else 0
         if offset > self._size:
-            self._say(
+            self.say(
                 f"{self.path}: {offset - self._size} of the {offset} bytes that the checkpoint"
                 " knows of are gone; the log lacks the values in them"
             )
@@ -114,12 +114,16 @@ class JsonlLog:
             os.close(self._file)
             self._file = -1
         if self.lost_lines:
-            self._say(f"{self.path}: lacks {self._lacks()}")
+            self.say(f"{self.path}: lacks {self._lacks()}")
         if steps := self._expected.differing:
-            self._say(
+            self.say(
                 f"{self.path}: {len(steps)} steps that were trained again came to other values"
                 f" (the first is step {steps[0]}); the log has the earlier ones"
             )
+
+    def unwritten(self) -> list[Entry]:
+        """The values that the disk did not take, as far as they are remembered."""
+        return [entry for line in self._waiting if "values" in (entry := json.loads(line))]
 
     def finish(self) -> None:
         """Close the file and put a copy where people look for it, which no later run changes."""
@@ -132,7 +136,7 @@ class JsonlLog:
             temporary.replace(self._shown)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            self._say(f"{self._shown}: not written ({error.strerror}); the log is {self.path}")
+            self.say(f"{self._shown}: not written ({error.strerror}); the log is {self.path}")
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +166,7 @@ class JsonlLog:
             self._shown.unlink(missing_ok=True)
             os.link(self.path, self._shown)
         except OSError as error:
-            self._say(f"{self._shown}: comes at the end ({error.strerror}); follow {self.path}")
+            self.say(f"{self._shown}: comes at the end ({error.strerror}); follow {self.path}")
 
     def _open_elsewhere(self, error: OSError) -> None:
         """Write where people look, if the lasting folder refuses; else wait for room."""
@@ -176,7 +180,7 @@ class JsonlLog:
         except OSError as second:
             self._note(second)
             return
-        self._say(f"{place}: cannot be written ({error.strerror}); the log is {self.path} alone")
+        self.say(f"{place}: cannot be written ({error.strerror}); the log is {self.path} alone")
 
     def _write(self, entry: Entry) -> int | None:
         line = (json.dumps(entry, ensure_ascii=False, default=str) + "\n").encode()
@@ -203,7 +207,7 @@ class JsonlLog:
         if self._failed:
             self._failed = False
             lacks = f"it lacks {self._lacks()}" if self.lost_lines else "nothing is missing"
-            self._say(f"{self.path}: written again; {lacks}")
+            self.say(f"{self.path}: written again; {lacks}")
 
     def _append(self, line: bytes) -> None:
         if self._file < 0:
@@ -222,7 +226,7 @@ class JsonlLog:
     def _note(self, error: OSError) -> None:
         if not self._failed:
             self._failed = True
-            self._say(
+            self.say(
                 f"{self.path}: cannot be written ({error.strerror}); training goes on, lines are"
                 " kept and written when there is room"
             )

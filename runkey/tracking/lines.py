@@ -11,6 +11,8 @@ Entry = dict[str, Any]
 """Values, `{"step": 10, "time": .., "values": {..}}`, or an event, `{"time": .., "event": ..,
 "fields": {..}}`."""
 
+ALWAYS_NEW = ("resumed",)
+"""Events that are never one that was logged before: the second time is a second one."""
 _WALL_TIME = ("seconds", "per_second", "data_wait_share")
 """Ends of the names of values that tell how fast the machine was: no two runs agree on them."""
 
@@ -24,12 +26,15 @@ def read_jsonl(path: Path) -> Iterator[Entry]:
 
 
 def parse_line(line: bytes) -> Entry | None:
-    """The object in a line; None: it was cut short, or is something else."""
+    """The entry in a line; None: it was cut short, or is something else."""
     try:
         entry = json.loads(line)
-    except ValueError:
+        is_whole = ("values" in entry and "step" in entry) or (
+            "event" in entry and "fields" in entry
+        )
+        return entry if is_whole and "time" in entry else None
+    except (ValueError, TypeError):
         return None
-    return entry if isinstance(entry, dict) else None
 
 
 def time_ms(entry: Entry) -> int:
@@ -66,8 +71,9 @@ class ExpectedEntries:
     def add(self, entry: Entry, *, values_too: bool = True) -> None:
         """Expect an entry."""
         if "event" in entry:
-            name = _event_name(entry)
-            self._events[name] = self._events.get(name, 0) + 1
+            if entry["event"] not in ALWAYS_NEW:
+                name = _event_name(entry)
+                self._events[name] = self._events.get(name, 0) + 1
         elif "values" in entry and values_too:
             self._values[_place(entry)] = entry["values"]
 

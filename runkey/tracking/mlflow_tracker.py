@@ -7,20 +7,19 @@ said once, retried, and summed up at the end.  The JSONL log has every value wha
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runkey.identity.record import LoggedRun
 from runkey.tracking.backlog import Backlog
-from runkey.tracking.describe import RunDescription
 from runkey.tracking.store import Store
+from runkey.tracking.sync import RunSync, Training
 from runkey.tracking.system import SystemSampler
-from runkey.tracking.writer import RunWriter, Status
+from runkey.tracking.writer import Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +27,15 @@ class Pace:
     """How often the thread works, in seconds and points."""
 
     flush_points: int = 500
-    """Values after which the thread is woken."""
+    """Values in memory after which the thread is woken."""
     flush_seconds: float = 5.0
     """Longest time that a value waits."""
     retry_seconds: float = 15.0
     """Pause after a failure."""
     close_seconds: float = 120.0
     """How long `close` waits without anything having been written."""
+    killed_seconds: float = 10.0
+    """The same when training was interrupted, by a scheduler perhaps that soon kills."""
     close_attempts: int = 3
     """Failures after which `close` gives up."""
     system_seconds: float = 5.0
@@ -42,7 +43,7 @@ class Pace:
 
 
 class MlflowTracker:
-    """One run in MLflow.  Implements training's `Tracker`.
+    """One run in MLflow.
 
     Nothing raises, and nothing waits but `wait_for_run` and `close`, for a bounded time.
     """
@@ -50,60 +51,47 @@ class MlflowTracker:
     def __init__(
         self,
         store: Store,
-        experiment: str,
-        description: RunDescription | None,
+        target: Training | str,
         *,
         say: Callable[[str], None],
-        run_id: str | None = None,
         changed: Callable[[LoggedRun], None] = lambda _: None,
-        supersedes: Iterable[str] = (),
         pace: Pace = Pace(),
     ) -> None:
         """Start the thread.
 
         Args:
             store: where to.
-            experiment: name of the MLflow experiment.
-            description: name, params, tags and data set of a new run; None with `run_id`.
+            target: a training, or the id of a run to add to, whose status is left alone.
             say: told about failures, in one line each.
-            run_id: an existing run to add to; its status is left alone.
-            changed: told, in the thread, what MLflow has of a run when it begins and when it ends.
-            supersedes: runs whose processes are dead; marked KILLED.
+            changed: told, in the thread, what MLflow has of a run when it begins, was interrupted,
+                or ends.
             pace: how often to write.
         """
-        if (description is None) == (run_id is None):
-            raise ValueError("give a description (new run) or a run_id (existing run)")
-        self._store = store
-        self._experiment = experiment
-        self._description = description
         self._say = say
         self._pace = pace
-        self._existing = run_id is not None
-        self._run_id = run_id
-        self._described = self._existing
-        self._changed = changed
-        self._superseded = list(supersedes)
-        self._writer: RunWriter | None = None
+        self._samples = isinstance(target, Training) and pace.system_seconds > 0
         self._backlog = Backlog()
+        self._sync = RunSync(
+            store, target, self._backlog, say=say, changed=changed, done=self._step_done
+        )
         self._sampler: SystemSampler | None = None
-        self._status: Status | None = None
-        self._ended = False
+        self._status: Status = "FINISHED"
         self._error: str | None = None
         self._progress = time.monotonic()
         self._wake = threading.Event()
         self._closing = threading.Event()
-        self._made = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether MLflow has everything, and the run's end; after `close`."""
+        return self._sync.ended
+
     def log(self, values: Mapping[str, float], step: int, time_ms: int | None = None) -> None:
-        """Record the values of one step; `time_ms` is milliseconds since 1970, None: now."""
+        """Record values that no log has; `time_ms` is milliseconds since 1970, None: now."""
         if self._backlog.add_metrics(values, step, time_ms or _now_ms()) >= self._pace.flush_points:
             self._wake.set()
-
-    def event(self, kind: str, **fields: object) -> None:
-        """Record something that happened, as the tag `event.<kind>` (the last one stays)."""
-        self.tag(f"event.{kind}", json.dumps(fields, default=str))
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag of the run."""
@@ -118,10 +106,10 @@ class MlflowTracker:
 
     def wait_for_run(self, seconds: float) -> str | None:
         """The run's id, waiting for it at most that long; None if there is none yet."""
-        if self._run_id is None and not self._closing.is_set():
+        if self._sync.run_id is None and not self._closing.is_set():
             self._wake.set()
-            self._made.wait(seconds)
-        return self._run_id
+            self._sync.made.wait(seconds)
+        return self._sync.run_id
 
     def close(self, status: Status = "FINISHED") -> str | None:
         """Write what is left and end the run; say what could not be written.
@@ -133,19 +121,17 @@ class MlflowTracker:
         self._progress = time.monotonic()
         self._closing.set()
         self._wake.set()
-        while self._thread.is_alive() and self._patient():
+        patience = self._pace.killed_seconds if status == "KILLED" else self._pace.close_seconds
+        while self._thread.is_alive() and time.monotonic() - self._progress < patience:
             self._thread.join(0.1)
-        why = self._error or "no answer in time"
-        if self._run_id is None:
+        run_id, why = self._sync.run_id, self._error or "no answer in time"
+        if run_id is None:
             self._say(f"MLflow: no run was recorded ({why})")
-        elif missing := self._backlog.missing():
-            self._say(f"MLflow: run {self._run_id} lacks {missing} ({why})")
-        elif not self._ended:
-            self._say(f"MLflow: run {self._run_id} is whole but not marked {status} ({why})")
-        return self._run_id
-
-    def _patient(self) -> bool:
-        return time.monotonic() - self._progress < self._pace.close_seconds
+        elif not self._sync.ended:
+            missing = self._sync.missing()
+            lack = f"lacks {missing}" if missing else f"is whole but not marked {status}"
+            self._say(f"MLflow: run {run_id} {lack} ({why})")
+        return run_id
 
     # What follows runs in the thread.
 
@@ -154,9 +140,9 @@ class MlflowTracker:
         while failures_closing < self._pace.close_attempts:
             closing = self._closing.is_set()
             try:
-                self._write()
+                self._sync.update()
                 if closing:
-                    self._end()
+                    self._sync.end(self._status)
                     return
                 self._recovered()
                 pause = self._pace.flush_seconds
@@ -175,46 +161,27 @@ class MlflowTracker:
         end = time.monotonic() + seconds
         interval = self._pace.system_seconds
         while not self._wake.is_set() and (left := end - time.monotonic()) > 0:
-            if self._sampler and self._sampler.due(interval):
-                self._sample(self._sampler)
-            self._wake.wait(min(left, interval) if self._sampler else left)
+            if self._samples and self._sync.run_id:
+                self._sample()
+            self._wake.wait(min(left, interval) if self._samples else left)
         self._wake.clear()
 
-    def _sample(self, sampler: SystemSampler) -> None:
+    def _sample(self) -> None:
+        """Sample the machine, if it is time; the step is the training's age in seconds.
+
+        So it goes on rising in a training that goes on.
+        """
         try:
-            self._backlog.add_metrics(sampler.sample(), sampler.count, _now_ms())
+            if self._sampler is None:
+                self._sampler = SystemSampler()
+            if self._sampler.due(self._pace.system_seconds):
+                now = _now_ms()
+                step = max(now - self._sync.started_ms, 0) // 1000
+                self._backlog.add_metrics(self._sampler.sample(), step, now)
         # psutil and the GPU driver raise their own kinds; samples are not worth a run.
         except Exception as error:  # noqa: BLE001
             self._say(f"MLflow: no more system metrics ({_one_line(error)})")
-            self._sampler = None
-
-    def _write(self) -> None:
-        """Bring the run up to date: connection, run, description, values, tags, artifacts."""
-        if self._writer is None:
-            self._writer = RunWriter(self._store, self._step_done)
-            if self._pace.system_seconds and not self._existing:
-                self._sampler = SystemSampler()
-        if self._run_id is None:
-            assert self._description is not None
-            self._run_id = self._writer.create(self._experiment, self._description)
-        self._made.set()
-        if not self._described and self._description:
-            self._writer.describe(self._run_id, self._description)
-            self._described = True
-            self._changed(self._writer.read(self._run_id))
-        while self._superseded:
-            dead = self._writer.end_dead(self._superseded[-1])
-            if dead:
-                self._changed(dead)
-            self._superseded.pop()
-        self._writer.write(self._run_id, self._backlog, self._say)
-
-    def _end(self) -> None:
-        if self._writer and self._run_id:
-            if not self._existing and self._status:
-                self._writer.end(self._run_id, self._status)
-            self._changed(self._writer.read(self._run_id))
-        self._ended = True
+            self._samples = False
 
     def _step_done(self) -> None:
         self._progress = time.monotonic()

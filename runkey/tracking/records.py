@@ -24,7 +24,8 @@ def logged_run(run: Any) -> LoggedRun:
         name=info.run_name or "",
         status=info.status,
         started_ms=info.start_time,
-        ended_ms=info.end_time,
+        # MLflow keeps the time of the end when a run goes on.
+        ended_ms=None if info.status == "RUNNING" else info.end_time,
         artifact_uri=info.artifact_uri,
         params=dict(sorted(data.params.items())),
         metrics={n: v for n, v in sorted(data.metrics.items()) if not n.startswith(NOT_KEPT)},

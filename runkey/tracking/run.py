@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runkey import paths
-from runkey.identity.record import LoggedRun
+from runkey.identity.key import short_key
+from runkey.identity.record import KEY, LoggedRun
 from runkey.tracking.describe import describe_run
 from runkey.tracking.jsonl import JsonlLog
+from runkey.tracking.kept import keep_end, keep_training
 from runkey.tracking.mlflow_tracker import MlflowTracker, Pace
 from runkey.tracking.store import locate_store
+from runkey.tracking.sync import Training
+from runkey.tracking.tail import points_of
 from runkey.tracking.writer import Status
 
 if TYPE_CHECKING:
@@ -24,24 +28,36 @@ SAMPLES = paths.LOGS / "system.jsonl"
 
 
 class RunTracker:
-    """Sends everything to both.  Implements training's `Tracker`; nothing here ever raises."""
+    """Writes the log, which MLflow gets from there.  Implements training's `Tracker`."""
 
-    def __init__(self, jsonl: JsonlLog, mlflow: MlflowTracker | None) -> None:
-        """Args: jsonl: the log file.  mlflow: the MLflow run, or None for the file alone."""
+    def __init__(
+        self, jsonl: JsonlLog, mlflow: MlflowTracker | None, training: Training | None = None
+    ) -> None:
+        """Nothing is written yet.
+
+        Args:
+            jsonl: the log.
+            mlflow: the MLflow run that follows it, or None for the file alone.
+            training: what is kept in its folder if MLflow lacks something at the end.
+        """
         self.jsonl = jsonl
         self.mlflow = mlflow
+        self._training = training
+        self._tags: dict[str, str] = {}
+        self._artifacts: list[tuple[Path, str]] = []
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether MLflow, if it is wanted, has everything; after `close`."""
+        return self.mlflow is None or self.mlflow.is_whole
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Record the values of one optimizer step."""
-        time_ms = self.jsonl.log(values, step)
-        if self.mlflow and time_ms is not None:
-            self.mlflow.log(values, step, time_ms)
+        self.jsonl.log(values, step)
 
     def event(self, kind: str, **fields: object) -> None:
-        """Record something that happened."""
-        is_new = self.jsonl.event(kind, **fields) is not None
-        if self.mlflow and is_new:
-            self.mlflow.event(kind, **fields)
+        """Record something that happened; in MLflow it is the tag `event.<kind>`."""
+        self.jsonl.event(kind, **fields)
 
     def position(self) -> dict[str, int | str]:
         """See `JsonlLog.position`."""
@@ -55,18 +71,15 @@ class RunTracker:
         """Close the log, before what is made from it; see `JsonlLog.finish`."""
         self.jsonl.finish()
 
-    def final(self, values: Mapping[str, float]) -> None:
-        """Record numbers of the run as a whole in MLflow; the log has them as `training_end`."""
-        if self.mlflow:
-            self.mlflow.log(values, 0)
-
     def tag(self, name: str, value: str) -> None:
         """Set a tag of the MLflow run."""
+        self._tags[name] = value
         if self.mlflow:
             self.mlflow.tag(name, value)
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Keep a copy of a file, or of a folder's files, with the MLflow run."""
+        self._artifacts.append((path, folder))
         if self.mlflow:
             self.mlflow.artifact(path, folder)
 
@@ -75,9 +88,35 @@ class RunTracker:
         return self.mlflow.wait_for_run(wait_seconds) if self.mlflow else None
 
     def close(self, status: Status = "FINISHED") -> str | None:
-        """End the run.  Returns its MLflow id, None if there is none."""
+        """End the run.
+
+        What MLflow lacks then stays in the training's folder, and how to send it is said.
+
+        Returns:
+            The run's MLflow id, None if there is none.
+        """
         self.jsonl.close()
-        return self.mlflow.close(status) if self.mlflow else None
+        if self.mlflow is None:
+            return None
+        if status == "FINISHED":
+            # Values that the disk did not take.  Not before: a training that goes on logs them
+            # again, at another time.
+            for entry in self.jsonl.unwritten():
+                for name, value, time_ms, step in points_of(entry):
+                    self.mlflow.log({name: value}, step, time_ms)
+        run_id = self.mlflow.close(status)
+        if not self.mlflow.is_whole and self._training:
+            self._keep(status, self._training)
+        return run_id
+
+    def _keep(self, status: Status, training: Training) -> None:
+        key = short_key(training.description.params[KEY])
+        try:
+            keep_end(training, status, self._tags, self._artifacts)
+        except OSError as error:
+            self.jsonl.say(f"{training.folder}: cannot be written ({error.strerror})")
+            return
+        self.jsonl.say(f"MLflow: `runkey replay {key}` sends the rest from {training.folder}")
 
 
 def open_run(
@@ -94,12 +133,13 @@ def open_run(
     changed: Callable[[LoggedRun], None] = lambda _: None,
     supersedes: Iterable[str] = (),
 ) -> RunTracker:
-    """Begin to record a training, as `params.runtime` says.
+    """Begin to record a training, or go on, as `params.runtime` says.
 
     Args:
         params: the resolved parameters.
         root: the workspace.
-        folder: of the training, see `paths.training_folder`; a log in it is gone on with.
+        folder: of the training, see `paths.training_folder`; a log and a run that it holds are
+            gone on with.
         key: the recipe key.
         parts: its parts by name.
         tags: further facts for MLflow, such as the device.
@@ -107,7 +147,7 @@ def open_run(
         say: told about failures, in one line each.
         name: of the run; None: what differs from the committed parameters.
         changed: see `MlflowTracker`.
-        supersedes: see `MlflowTracker`.
+        supersedes: see `Training`.
     """
     log = JsonlLog(folder / TRAIN_LOG.name, say, shown=root / TRAIN_LOG)
     if not params.runtime.mlflow:
@@ -115,18 +155,14 @@ def open_run(
     description = describe_run(params, root, key=key, parts=parts, tags=tags, counts=counts)
     if name is not None:
         description = replace(description, name=name)
+    training = Training(params.runtime.experiment, description, folder, log.path, tuple(supersedes))
+    try:
+        keep_training(training)
+    except OSError as error:
+        say(f"{folder}: cannot be written ({error.strerror})")
     pace = Pace(system_seconds=params.runtime.system_metrics_seconds)
-    experiment = params.runtime.experiment
-    mlflow = MlflowTracker(
-        locate_store(),
-        experiment,
-        description,
-        say=say,
-        changed=changed,
-        supersedes=supersedes,
-        pace=pace,
-    )
-    return RunTracker(log, mlflow)
+    mlflow = MlflowTracker(locate_store(), training, say=say, changed=changed, pace=pace)
+    return RunTracker(log, mlflow, training)
 
 
 def reopen_run(
@@ -148,6 +184,4 @@ def reopen_run(
     if run_id is None:
         say("MLflow: the training was not recorded there, so there is nothing to add to")
         return None
-    return MlflowTracker(
-        locate_store(), params.runtime.experiment, None, run_id=run_id, say=say, changed=changed
-    )
+    return MlflowTracker(locate_store(), run_id, say=say, changed=changed)

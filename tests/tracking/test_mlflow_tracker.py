@@ -9,17 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from runkey.tracking import (
-    Dataset,
-    JsonlLog,
-    MlflowTracker,
-    RunDescription,
-    RunTracker,
-    Store,
-)
+from runkey.tracking import Dataset, MlflowTracker, RunDescription, Store, Training
 from runkey.tracking.lines import read_jsonl
 from runkey.tracking.mlflow_tracker import Pace
 from runkey.tracking.store import open_client
+from tests.support.trainer import begin
 
 from .conftest import FAST
 
@@ -39,11 +33,11 @@ def description(**changes: object) -> RunDescription:
 def test_a_run_is_recorded_whole(store: Store, tmp_path: Path, said: list[str]) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights.pt").write_bytes(b"weights")
-    tracker = MlflowTracker(store, "detection", description(), say=said.append, pace=FAST)
+    tracker = MlflowTracker(store, Training("detection", description()), say=said.append, pace=FAST)
     for step in range(600):
         tracker.log({"train/loss": 1 / (step + 1), "train/lr": 1e-4}, step)
     tracker.log({"val/AP/kite (red)": 0.5, "val/loss": math.nan}, 600)
-    tracker.event("early_stop", epoch=3)
+    tracker.tag("event.early_stop", '{"epoch": 3}')
     tracker.artifact(tmp_path / "model", "model")
     run_id = tracker.close()
 
@@ -69,8 +63,10 @@ def test_a_run_is_recorded_whole(store: Store, tmp_path: Path, said: list[str]) 
 def test_an_existing_run_is_added_to_and_stays_finished(
     store: Store, tmp_path: Path, said: list[str]
 ) -> None:
-    run_id = MlflowTracker(store, "detection", description(), say=said.append, pace=FAST).close()
-    later = MlflowTracker(store, "detection", None, run_id=run_id, say=said.append, pace=FAST)
+    run_id = MlflowTracker(
+        store, Training("detection", description()), say=said.append, pace=FAST
+    ).close()
+    later = MlflowTracker(store, str(run_id), say=said.append, pace=FAST)
     later.log({"eval/AP": 0.6}, 0)
     assert later.close() == run_id
     run = open_client(store).get_run(str(run_id))
@@ -81,7 +77,7 @@ def test_an_existing_run_is_added_to_and_stays_finished(
 
 def test_system_metrics_are_sampled(store: Store, said: list[str]) -> None:
     pace = Pace(flush_seconds=0.2, system_seconds=0.1)
-    tracker = MlflowTracker(store, "detection", description(), say=said.append, pace=pace)
+    tracker = MlflowTracker(store, Training("detection", description()), say=said.append, pace=pace)
     run_id = tracker.wait_for_run(60)
     time.sleep(1.0)
     tracker.close()
@@ -95,7 +91,7 @@ def test_a_locked_database_is_waited_for_and_nothing_is_lost(
 ) -> None:
     # MLflow waits 20 s for a lock by itself; shortened, so that the failure is really seen.
     monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
-    tracker = MlflowTracker(store, "detection", description(), say=said.append, pace=FAST)
+    tracker = MlflowTracker(store, Training("detection", description()), say=said.append, pace=FAST)
     run_id = tracker.wait_for_run(60)
     assert store.database is not None
     other = sqlite3.connect(store.database, isolation_level=None)
@@ -115,9 +111,7 @@ def test_a_locked_database_is_waited_for_and_nothing_is_lost(
 def test_a_store_that_is_lost_in_the_middle_stops_nothing(
     store: Store, tmp_path: Path, said: list[str]
 ) -> None:
-    log = JsonlLog(tmp_path / "logs" / "train.jsonl", say=said.append)
-    mlflow = MlflowTracker(store, "detection", description(), say=said.append, pace=FAST)
-    tracker = RunTracker(log, mlflow)
+    tracker = begin(store, tmp_path / "key", said.append)
     tracker.log({"train/loss": 3.0}, 0)
     run_id = tracker.run_id(60)
     time.sleep(1.0)
@@ -130,15 +124,16 @@ def test_a_store_that_is_lost_in_the_middle_stops_nothing(
     time.sleep(1.5)
 
     assert tracker.close() == run_id
-    assert [e["step"] for e in read_jsonl(log.path)] == [0, 1, 2, 3, 4]
-    assert len(said) == 2, said
+    assert [e["step"] for e in read_jsonl(tracker.jsonl.path)] == [0, 1, 2, 3, 4]
+    assert len(said) == 3, said
     assert said[0].startswith("MLflow: ")
     assert said[0].endswith("the work goes on, values are kept and sent later")
     assert said[1].startswith(f"MLflow: run {run_id} lacks 4 values (")
+    assert said[2] == f"MLflow: `runkey replay rk1-555555555555` sends the rest from {tmp_path}/key"
 
 
 def test_a_store_that_comes_back_gets_everything(store: Store, said: list[str]) -> None:
-    mlflow = MlflowTracker(store, "detection", description(), say=said.append, pace=FAST)
+    mlflow = MlflowTracker(store, Training("detection", description()), say=said.append, pace=FAST)
     run_id = mlflow.wait_for_run(60)
     time.sleep(1.0)
     assert store.database is not None
@@ -160,7 +155,9 @@ def test_a_server_that_is_not_there_costs_seconds_and_no_run(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     nobody = Store("http://127.0.0.1:9", None, tmp_path)
-    tracker = MlflowTracker(nobody, "detection", description(), say=said.append, pace=FAST)
+    tracker = MlflowTracker(
+        nobody, Training("detection", description()), say=said.append, pace=FAST
+    )
     tracker.log({"train/loss": 1.0}, 1)
     started = time.monotonic()
     assert tracker.close() is None
@@ -173,7 +170,7 @@ def test_a_missing_artifact_is_said_and_the_rest_is_kept(
     store: Store, tmp_path: Path, said: list[str]
 ) -> None:
     (tmp_path / "there.txt").write_text("x")
-    tracker = MlflowTracker(store, "detection", description(), say=said.append, pace=FAST)
+    tracker = MlflowTracker(store, Training("detection", description()), say=said.append, pace=FAST)
     tracker.artifact(tmp_path / "absent.txt")
     tracker.artifact(tmp_path / "there.txt")
     run_id = tracker.close()

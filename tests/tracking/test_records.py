@@ -9,7 +9,7 @@ import pytest
 
 from runkey.errors import TrackingError
 from runkey.identity.record import Details, LoggedRun, StoredFile
-from runkey.tracking import MlflowTracker, Store
+from runkey.tracking import MlflowTracker, Store, Training
 from runkey.tracking.records import logged_run, read_details, write_details
 from runkey.tracking.store import open_client
 from runkey.tracking.tags import set_tag
@@ -29,8 +29,9 @@ DETAILS = Details(
 )
 
 
-def tracker(store: Store, **options: object) -> MlflowTracker:
-    return MlflowTracker(store, "detection", description(), say=print, pace=FAST, **options)  # type: ignore[arg-type]
+def tracker(store: Store, *dead: str, **options: object) -> MlflowTracker:
+    training = Training("detection", description(), supersedes=dead)
+    return MlflowTracker(store, training, say=print, pace=FAST, **options)  # type: ignore[arg-type]
 
 
 def test_a_run_is_told_when_it_begins_and_when_it_ends(store: Store) -> None:
@@ -56,7 +57,7 @@ def test_runs_of_dead_processes_are_ended_once(store: Store) -> None:
     dead, done = (client.create_run("0", run_name=name).info.run_id for name in ("dead", "done"))
     client.set_terminated(done, "FINISHED")
     told: list[LoggedRun] = []
-    run_id = tracker(store, changed=told.append, supersedes=[done, "0" * 32, dead]).close()
+    run_id = tracker(store, done, "0" * 32, dead, changed=told.append).close()
     assert [(run.run_id, run.status) for run in told] == [
         (run_id, "RUNNING"),
         (dead, "KILLED"),

@@ -11,7 +11,7 @@ import pytest
 
 from runkey.registry.reading.pages import list_page
 from runkey.registry.rest import RestClient
-from runkey.tracking import JsonlLog, MlflowTracker, RunTracker, Store
+from runkey.tracking import Store
 from runkey.tracking.lines import read_jsonl
 from runkey.tracking.mlflow_tracker import Pace
 from runkey.tracking.server import (
@@ -22,8 +22,7 @@ from runkey.tracking.server import (
 )
 from runkey.tracking.store import experiment_id, open_client
 from runkey.tracking.view import VIEW
-
-from .test_mlflow_tracker import description
+from tests.support.trainer import begin
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -61,8 +60,7 @@ def test_a_server_that_dies_comes_back_and_dies_for_good(
     client = RestClient(server.address)
     assert list_page(client, server.address, "detection", VIEW) == server.address  # not there yet
     remote = Store(server.address, None, tmp_path)
-    mlflow = MlflowTracker(remote, "detection", description(), say=said.append, pace=PACE)
-    tracker = RunTracker(JsonlLog(tmp_path / "train.jsonl", said.append), mlflow)
+    tracker = begin(remote, tmp_path / "key", said.append, pace=PACE)
     tracker.log({"train/loss": 2.0}, 1)
     run_id = tracker.run_id(120)
     assert run_id is not None
@@ -88,5 +86,5 @@ def test_a_server_that_dies_comes_back_and_dies_for_good(
     started = time.monotonic()
     assert tracker.close() == run_id
     assert time.monotonic() - started < 60
-    assert said[-1].startswith(f"MLflow: run {run_id} lacks 1 value (")
+    assert said[-2].startswith(f"MLflow: run {run_id} lacks 1 value (")
     assert [entry["step"] for entry in read_jsonl(tracker.jsonl.path)] == list(range(1, 31))

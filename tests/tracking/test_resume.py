@@ -1,0 +1,221 @@
+"""A training that was interrupted goes on in the same MLflow run: no point lost, none twice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from runkey.identity.record import LoggedRun
+from runkey.tracking import JsonlLog, Store
+from runkey.tracking.backlog import Backlog
+from runkey.tracking.kept import keep_training
+from runkey.tracking.pointer import POINTER, RunPointer, read_pointer, write_pointer
+from runkey.tracking.store import open_client
+from runkey.tracking.sync import RunSync
+from runkey.tracking.tail import LogTail
+from tests.support.points import assert_the_same_points, points_of_log, points_of_run
+from tests.support.trainer import begin, log_steps, training_in
+
+Position = dict[str, int | str]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / ".runkey" / "key"
+
+
+def interrupted(store: Store, folder: Path) -> Position:
+    """What a process leaves that dies in step 30, with 25 steps sent and a checkpoint of step 20.
+
+    Returns:
+        The checkpoint's position.
+    """
+    log = JsonlLog(folder / "train.jsonl", print)
+    training = training_in(folder)
+    keep_training(training)
+    sync = RunSync(store, training, Backlog(), say=print, changed=lambda _: None)
+    log_steps(log, 1, 20)
+    position = log.position()
+    log_steps(log, 21, 25)
+    sync.update()
+    log_steps(log, 26, 30)
+    return position
+
+
+def test_it_goes_on_in_the_same_run_with_every_point_once(
+    store: Store, folder: Path, said: list[str]
+) -> None:
+    position = interrupted(store, folder)
+    pointer = read_pointer(folder)
+    assert pointer is not None
+    assert pointer.run_id is not None
+    client = open_client(store)
+    client.set_terminated(pointer.run_id, "KILLED")
+    assert pointer.sent_bytes < (folder / "train.jsonl").stat().st_size
+    before = points_of_run(store, pointer.run_id)
+    assert {step for _, step, _, _ in before} == set(range(1, 26))
+
+    told: list[LoggedRun] = []
+    again = begin(store, folder, said.append, device="cuda", changed=told.append)
+    assert again.run_id(60) == pointer.run_id
+    assert client.get_run(pointer.run_id).info.status == "RUNNING"
+    again.resume(position)
+    again.event("resumed", step=20)
+    log_steps(again, 21, 50)
+    again.finish_log()
+    assert again.close() == pointer.run_id
+
+    assert said == []
+    points = assert_the_same_points(folder / "train.jsonl", store, pointer.run_id)
+    assert before < points
+    run = client.get_run(pointer.run_id)
+    assert (run.info.status, run.data.tags["device"]) == ("FINISHED", "cuda")
+    assert run.data.tags["resumed"] == "1"
+    assert run.data.tags["resumed.after"].startswith("step 20 at 20")
+    assert run.data.tags["event.skipped_step"] == '{"step": 49, "image_ids": [49]}'
+    assert [(run.status, run.ended_ms is None) for run in told] == [
+        ("RUNNING", True),
+        ("RUNNING", True),
+        ("FINISHED", False),
+    ]
+    assert told[1].tags["resumed"] == "1"
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+
+
+def test_every_interruption_is_told(store: Store, folder: Path, said: list[str]) -> None:
+    position = interrupted(store, folder)
+    for _ in range(3):  # killed again before its next checkpoint
+        again = begin(store, folder, said.append)
+        again.resume(position)
+        again.event("resumed", step=20)
+        log_steps(again, 21, 30)
+        run_id = again.close("KILLED")
+    tags = open_client(store).get_run(str(run_id)).data.tags
+    assert tags["resumed"] == "3"
+    assert tags["resumed.after"].count("step 20 at ") == 3
+    assert_the_same_points(folder / "train.jsonl", store, str(run_id))
+
+
+def test_a_run_whose_id_never_arrived_is_found(store: Store, folder: Path, said: list[str]) -> None:
+    tracker = begin(store, folder, said.append)
+    run_id = tracker.run_id(60)
+    tracker.close("KILLED")
+    pointer = read_pointer(folder)
+    assert pointer is not None
+    write_pointer(folder, RunPointer(pointer.uri, pointer.token))  # killed just after it was made
+    again = begin(store, folder, said.append)
+    log_steps(again, 1, 3)
+    assert again.close() == run_id
+    assert said == []
+    assert_the_same_points(folder / "train.jsonl", store, str(run_id))
+
+
+def test_a_run_that_was_made_but_not_described_is(
+    store: Store, folder: Path, said: list[str]
+) -> None:
+    client = open_client(store)
+    number = client.create_experiment("detection")
+    made = client.create_run(number, tags={"training": "ab"}).info.run_id
+    write_pointer(folder, RunPointer(store.uri, "ab"))
+    assert begin(store, folder, said.append).close() == made
+    assert client.get_run(made).data.params["lr"] == "5e-05"
+
+
+@pytest.mark.parametrize("uri", ["same", "http://team.example:5000"])
+def test_a_run_that_is_gone_is_replaced_and_gets_everything(
+    store: Store, folder: Path, said: list[str], uri: str
+) -> None:
+    position = interrupted(store, folder)
+    pointer = read_pointer(folder)
+    assert pointer is not None
+    if uri == "same":
+        open_client(store).delete_run(str(pointer.run_id))
+        made = ""
+    else:
+        write_pointer(folder, replace(pointer, run_id="0" * 32, uri=uri))
+        made = f", where it was made: {uri}"
+    again = begin(store, folder, said.append)
+    again.resume(position)
+    log_steps(again, 21, 40)
+    run_id = again.close()
+    assert run_id != pointer.run_id
+    named = "00000000" if made else str(pointer.run_id)[:8]
+    assert said == [
+        f"MLflow: run {named} of this training is not in {store.uri}{made}; it is recorded as a"
+        " new run"
+    ]
+    assert_the_same_points(folder / "train.jsonl", store, str(run_id))
+
+
+def test_what_was_sent_is_not_sent_again(store: Store, folder: Path, said: list[str]) -> None:
+    position = interrupted(store, folder)
+    pointer = read_pointer(folder)
+    assert pointer is not None
+    again = begin(store, folder, said.append)
+    again.resume(position)
+    log_steps(again, 21, 30)
+    again.close("KILLED")
+    assert again.mlflow
+    assert again.mlflow._sync.sent == 5 * 5 + 1  # of the steps 26 to 30 alone
+    end = (folder / "train.jsonl").stat().st_size
+    assert read_pointer(folder) == replace(pointer, sent_bytes=end)
+
+
+def test_a_mark_that_is_lost_doubles_nothing(store: Store, folder: Path, said: list[str]) -> None:
+    interrupted(store, folder)
+    pointer = read_pointer(folder)
+    assert pointer is not None
+    write_pointer(folder, replace(pointer, sent_bytes=0))
+    again = begin(store, folder, said.append)
+    assert again.close() == pointer.run_id
+    assert_the_same_points(folder / "train.jsonl", store, str(pointer.run_id))
+
+
+def test_a_folder_that_refuses_the_pointer_costs_one_line(
+    store: Store, folder: Path, said: list[str]
+) -> None:
+    (folder / POINTER).mkdir(parents=True)
+    tracker = begin(store, folder, said.append)
+    log_steps(tracker, 1, 3)
+    run_id = tracker.close()
+    assert said == [
+        f"{folder}: cannot be written (Is a directory); if training is interrupted now, it may go"
+        " on in another MLflow run"
+    ]
+    assert_the_same_points(folder / "train.jsonl", store, str(run_id))
+
+
+def test_only_whole_lines_are_sent_and_bad_ones_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(
+        b'{"step": 1, "time": 1.5, "values": {"a": 1.0, "b": "nan"}}\n'
+        b'\0\0\0\n{"step": 2}\n[1]\n{"step": 3, "time": 2.5, "values": {"a": "-inf"}}\n'
+        b'{"step": 4, "time": 3.5, "values": {"a": 4'
+    )
+    tail = LogTail(path, 0)
+    piece = tail.next()
+    assert piece is not None
+    assert [(p.name, p.step, p.time_ms) for p in piece.points] == [
+        ("a", 1, 1500),
+        ("b", 1, 1500),
+        ("a", 3, 2500),
+    ]
+    tail.offset = piece.end
+    assert tail.next() is None
+    with path.open("ab") as file:
+        file.write(b".0}}\n")
+    piece = tail.next()
+    assert piece is not None
+    assert [p.value for p in piece.points] == [4.0]
+    assert piece.end == path.stat().st_size
+    # A log that was lost and begun anew is sent from its beginning.
+    assert LogTail(path, 10_000).offset == 0
+
+
+def test_points_of_a_log_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    line = '{"step": 1, "time": 1.5, "values": {"a": 1.0}}\n'
+    path.write_text(line + line)
+    assert points_of_log(path) == {("a", 1, 1500, (1.0).hex()): 2}
