@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runkey import paths
-from runkey.errors import RegistryError, TrackingError
+from runkey.errors import RegistryError, TrackingError, TrainingError
 from runkey.identity.key import Recipe, short_key
+from runkey.identity.pointer import read_pointer
 from runkey.identity.record import REPRODUCES, Details, LoggedRun, Record, update_record
 from runkey.params import Params
 from runkey.registry.claims.keeper import HeldClaim
@@ -25,7 +26,9 @@ from runkey.registry.claims.once import Decision, decide
 from runkey.registry.library import Library
 from runkey.registry.open import open_claims, open_library
 from runkey.registry.snapshot import take_snapshot
+from runkey.tracking.kept import clear_training
 from runkey.tracking.store import Store, locate_store
+from runkey.training.checkpoint.lock import locked
 from stages._reuse import reuse_own, reuse_teams
 
 
@@ -47,6 +50,8 @@ class Turn:
     repeats: Record | None = None
     """The run that is reproduced."""
     own_run: str | None = field(default=None, init=False)
+    is_whole: bool = field(default=False, init=False)
+    """Whether the run is recorded with all there is; set when training has ended well."""
     details: Details | None = field(default=None, init=False)
     """Set when training has ended well."""
 
@@ -84,8 +89,9 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[Turn | None]:
     if not params.runtime.mlflow:
         line = f"{label}: trained without looking for a run (runtime.mlflow is false)"
         print(line)
-        folder = paths.training_folder(store.home, recipe.key)
-        yield Turn(store, None, folder, line, None)
+        turn = Turn(store, None, paths.training_folder(store.home, recipe.key), line, None)
+        yield turn
+        _clear(turn)
         return
     library = open_library(store.uri, store.home)
     repeats = _to_repeat(library, recipe.key)
@@ -95,15 +101,30 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[Turn | None]:
     if decision is None:
         yield None
         return
+    folder = paths.training_folder(store.home, recipe.key, repeats.run.run_id if repeats else None)
     with decision.claim or nullcontext() as claim:
         snapshot = take_snapshot(root, paths.store_root(), recipe)
-        folder = paths.training_folder(
-            store.home, recipe.key, repeats.run.run_id if repeats else None
-        )
-        turn = Turn(store, claim, folder, decision.line, snapshot, decision.superseded, repeats)
+        dead = _left_behind(decision, folder)
+        turn = Turn(store, claim, folder, decision.line, snapshot, dead, repeats)
         yield turn
         if claim:
             claim.finish(turn.own_run)
+    _clear(turn)
+
+
+def _left_behind(decision: Decision, folder: Path) -> tuple[str, ...]:
+    """The runs of dead owners, without the one that this training goes on with."""
+    pointer = read_pointer(folder)
+    return tuple(run for run in decision.superseded if pointer is None or run != pointer.run_id)
+
+
+def _clear(turn: Turn) -> None:
+    """Remove what only an interrupted training needs; what MLflow lacks stays."""
+    try:
+        with locked(turn.folder, print):
+            clear_training(turn.folder, everything=turn.is_whole)
+    except (TrainingError, OSError) as error:  # somebody trains there; a folder that is read-only
+        print(f"{turn.folder}: not removed ({error})")
 
 
 def _again(label: str, repeats: Record) -> Decision:

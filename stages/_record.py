@@ -151,7 +151,9 @@ def keep(run: Run, tracker: RunTracker) -> str | None:
         for name in details.files:
             _copy(root, name, tracker)
         tracker.artifact(record)
-        return tracker.close()
+        run_id = tracker.close()
+    turn.is_whole = tracker.is_whole
+    return run_id
 
 
 def _details(run: Run, witness: Witness, *, with_log: bool) -> Details:

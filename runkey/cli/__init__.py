@@ -22,6 +22,7 @@ from runkey.cli import (
     list_runs,
     open_page,
     params,
+    replay,
     report,
     reproduce,
     results,
@@ -54,6 +55,7 @@ app.command("open")(open_page.open_page)
 app.command("params")(params.show)
 app.command("preset")(params.preset)
 app.command("publish")(team.publish)
+app.command("replay")(replay.replay)
 app.command("report")(report.report)
 app.command("reproduce")(reproduce.reproduce)
 app.command("sample-data")(sample.sample_data)

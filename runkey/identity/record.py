@@ -29,6 +29,8 @@ REPRODUCES = "RUNKEY_REPRODUCES"
 although the result is there."""
 REPRODUCTION_OF = "reproduction_of"
 """Tag of such a repeat: the MLflow id of the run that it repeats."""
+RESUMED, RESUMED_AFTER = "resumed", "resumed.after"
+"""Tags: how often a training went on after it was interrupted; after which steps, and when."""
 KEY = "key"
 """Name of the MLflow tag and param that hold the key; each part is the param `key.<part>`."""
 NOT_KEPT = ("system/",)
@@ -61,6 +63,12 @@ class LoggedRun:
     def key(self) -> str:
         """`rk1-<64 hex digits>`."""
         return self.params.get(KEY) or self.tags[KEY]
+
+    @property
+    def resumed(self) -> int:
+        """How often it went on after an interruption."""
+        times = self.tags.get(RESUMED, "")
+        return int(times) if times.isdecimal() else 0
 
     @property
     def parts(self) -> dict[str, str]:

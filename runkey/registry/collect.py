@@ -6,7 +6,7 @@
 
 - runs that failed, were killed, or whose process is gone; with them their artifacts, and their
   snapshot if no other run needs it.  Not as long as a checkpoint could go on from them;
-- checkpoints of keys that a finished run has;
+- folders of trainings (checkpoints, log) whose key a finished run has;
 - claims of dead or ended owners that a newer generation has replaced;
 - worktrees of `runkey reproduce` that nobody works in, and files half written by dead processes.
 """
@@ -26,6 +26,7 @@ from typing import Literal
 from runkey import paths
 from runkey.errors import RegistryError
 from runkey.identity.key import short_key
+from runkey.identity.pointer import read_pointer
 from runkey.identity.record import Record
 from runkey.registry.claims.claims import Claim, Claims, newest, state_now
 from runkey.registry.collect_files import Found, leftovers, size_of, worktrees
@@ -35,7 +36,12 @@ from runkey.registry.reading.local_library import LocalLibrary
 from runkey.registry.snapshot import snapshot_refs
 
 Kind = Literal["run", "checkpoint", "claim", "worktree", "leftover"]
-_KEY = re.compile(r"rk1-[0-9a-f]{64}")
+_TRAINING = re.compile(r"(rk1-[0-9a-f]{64})(?:-repeats-([0-9a-f]{8}))?")
+"""Name of a training's folder, see `paths.training_folder`."""
+_QUIET_SECONDS = 3600.0
+_KEY_CHARACTERS = len("rk1-") + 64
+_REPEAT_SECONDS = 86400.0
+"""After so long an interrupted `runkey reproduce` may begin anew."""
 _ENDED = ("FAILED", "KILLED")
 
 
@@ -114,16 +120,16 @@ def collect(scope: Scope, older_than_days: float = 0.0) -> list[Item]:
 
 
 def _runs(scope: Scope) -> Iterator[Item]:
-    checkpoints = {path.name for path in _checkpoint_folders(scope.home)}
+    kept = [f for f in _training_folders(scope.home) if _why_obsolete(scope, f) is None]
+    # A training that can go on from its folder does so in its run.
+    keys = {folder.name for folder in kept}
+    runs = {pointer.run_id for folder in kept if (pointer := read_pointer(folder))}
     claims = scope.claims.all() if scope.is_local else []
     for record in scope.records:
         run = record.run
         why = run.status if run.status in _ENDED else _death(record, claims)
-        if why is None:
+        if why is None or record.key in keys or run.run_id in runs:
             continue
-        whole = any(other.is_whole for other in scope.runs_of(record.key))
-        if record.key in checkpoints and not whole:
-            continue  # a training that can go on from its checkpoint
         folder = _artifacts(scope, record)
         yield Item(
             kind="run",
@@ -142,7 +148,8 @@ def _death(record: Record, claims: list[Claim]) -> str | None:
     """
     if record.run.status != "RUNNING":
         return None
-    own = next((claim for claim in claims if claim.run_id == record.run.run_id), None)
+    # The newest of them: a training that goes on after its process died has the same run.
+    own = next((c for c in reversed(claims) if c.run_id == record.run.run_id), None)
     state = state_now(own) if own else None
     if state == "dead":
         return f"running, but its process {own.who if own else ''} is gone"
@@ -195,23 +202,36 @@ def _current_key(root: Path) -> str | None:
         return None
 
 
-def _checkpoint_folders(home: Path) -> list[Path]:
-    return sorted(p for p in home.glob("rk1-*") if p.is_dir() and _KEY.fullmatch(p.name))
+def _training_folders(home: Path) -> list[Path]:
+    return sorted(p for p in home.glob("rk1-*") if p.is_dir() and _TRAINING.fullmatch(p.name))
 
 
 def _checkpoints(scope: Scope) -> Iterator[Item]:
-    for folder in _checkpoint_folders(scope.home):
-        key = folder.name
-        whole = next((record for record in scope.runs_of(key) if record.is_whole), None)
-        if whole is None or scope.is_trained_now(key):
-            continue
-        yield _item(
-            scope,
-            "checkpoint",
-            Found(folder, f"run {whole.run.run_id[:8]} of its key is finished"),
-            f"{short_key(key)}/",
-            partial(shutil.rmtree, folder),
-        )
+    for folder in _training_folders(scope.home):
+        if why := _why_obsolete(scope, folder):
+            name = f"{short_key(folder.name)}{folder.name[_KEY_CHARACTERS:]}/"
+            yield _item(
+                scope, "checkpoint", Found(folder, why), name, partial(shutil.rmtree, folder)
+            )
+
+
+def _why_obsolete(scope: Scope, folder: Path) -> str | None:
+    """Why nothing will go on from a training's folder; None: it may."""
+    match = _TRAINING.fullmatch(folder.name)
+    assert match
+    key, repeats = match.groups()
+    whole = [record for record in scope.runs_of(key) if record.is_whole]
+    if repeats:  # it has no claim: only that nothing changes shows that nobody trains
+        quiet = scope.now - Found(folder, "").changed
+        whole = [r for r in whole if (r.reproduction_of or "").startswith(repeats)]
+        if quiet >= _REPEAT_SECONDS:
+            return "a repeat was interrupted long ago; it can begin anew"
+        busy = quiet < _QUIET_SECONDS
+    else:
+        busy = scope.is_trained_now(key)
+    if not whole or busy:
+        return None
+    return f"run {whole[0].run.run_id[:8]} of its key is finished"
 
 
 def _claims(scope: Scope, going: set[str]) -> Iterator[Item]:

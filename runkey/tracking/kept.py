@@ -16,12 +16,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from runkey.errors import TrackingError
+from runkey.identity.key import SCHEMA
+from runkey.identity.pointer import POINTER, RunPointer, read_pointer, write_durably
+from runkey.identity.record import DETAILS, Details
 from runkey.tracking.describe import Dataset, RunDescription
-from runkey.tracking.pointer import write_durably
 from runkey.tracking.sync import Training
 from runkey.tracking.writer import Status
 
 DESCRIPTION, ENDED, ARTIFACTS, LOG = "description.json", "ended.json", "artifacts", "train.jsonl"
+_FOR_MLFLOW = (DESCRIPTION, ENDED, ARTIFACTS, LOG)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,23 @@ def keep_end(
     write_durably(training.folder / ENDED, json.dumps(asdict(ended), sort_keys=True) + "\n")
 
 
+def clear_training(folder: Path, *, everything: bool) -> None:
+    """Remove what a training that has ended needs no more.
+
+    Args:
+        folder: of the training; the caller holds its lock.
+        everything: the folder itself; False: MLflow lacks something, and what it lacks stays.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if everything or path.name not in (*_FOR_MLFLOW, POINTER):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if everything and folder.is_dir():
+        folder.rmdir()
+
+
 def read_training(folder: Path) -> Training:
     """The training in a folder.
 
@@ -107,6 +127,42 @@ def read_end(folder: Path) -> Ended | None:
         return None
     except (OSError, ValueError, TypeError) as error:
         raise TrackingError(f"{path}: not readable ({error})") from None
+
+
+def read_details(folder: Path) -> Details | None:
+    """What the training says of itself, if it ended well; see `runkey.identity.record`.
+
+    Raises:
+        RecipeError: the file is damaged.
+    """
+    path = folder / ARTIFACTS / DETAILS
+    if not path.is_file():
+        return None
+    return Details.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
+
+
+def find_training(home: Path, address: str) -> Path | None:
+    """The folder of the training that a user means; None: there is none.
+
+    Args:
+        home: `Store.home`.
+        address: a key or a beginning of one, with `rk1-` or without; KEY:RUN for that of an MLflow
+            run.
+
+    Raises:
+        TrackingError: there are several.
+    """
+    key, _, run = address.strip().lower().removeprefix(f"{SCHEMA}-").partition(":")
+    runs = {
+        path: (read_pointer(path) or RunPointer("")).run_id or ""
+        for path in sorted(home.glob(f"{SCHEMA}-*"))
+        if path.name.startswith(f"{SCHEMA}-{key}") and (path / DESCRIPTION).is_file()
+    }
+    found = [path for path, run_id in runs.items() if run_id.startswith(run)]
+    if len(found) > 1:
+        several = ", ".join(f"{path.name[:16]}:{runs[path][:8]}" for path in found)
+        raise TrackingError(f"{address}: {len(found)} trainings are kept: {several}; name one")
+    return found[0] if found else None
 
 
 def _link(source: str, target: str) -> None:

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runkey.identity.record import LoggedRun
+from runkey.identity.pointer import RunPointer, read_pointer, write_pointer
+from runkey.identity.record import RESUMED, LoggedRun
 from runkey.tracking.backlog import Backlog
 from runkey.tracking.describe import RunDescription
-from runkey.tracking.pointer import RunPointer, read_pointer, write_pointer
 from runkey.tracking.store import Store
-from runkey.tracking.tail import RESUMED, LogTail
+from runkey.tracking.tail import LogTail
 from runkey.tracking.writer import RunWriter, Status
 
 

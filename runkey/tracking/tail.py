@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from runkey.identity.record import RESUMED, RESUMED_AFTER
 from runkey.tracking.backlog import MetricPoint
 from runkey.tracking.lines import ALWAYS_NEW, Entry, parse_line, time_ms
 
-RESUMED = "resumed"
-"""Tag: how often the training went on after an interruption."""
 _VALUES = 1000
 """In one piece: as many as MLflow takes at once."""
 _MOST_TOLD = 100
@@ -120,4 +119,4 @@ class LogTail:
 
     def _resumed_tags(self) -> dict[str, str]:
         told = self._resumed[-_MOST_TOLD:]
-        return {RESUMED: str(len(self._resumed)), f"{RESUMED}.after": "; ".join(told)}
+        return {RESUMED: str(len(self._resumed)), RESUMED_AFTER: "; ".join(told)}

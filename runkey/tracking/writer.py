@@ -11,10 +11,10 @@ from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from runkey.identity.pointer import TOKEN
 from runkey.identity.record import LoggedRun
 from runkey.tracking.backlog import Backlog, MetricPoint
 from runkey.tracking.describe import RunDescription
-from runkey.tracking.pointer import TOKEN
 from runkey.tracking.records import logged_run
 from runkey.tracking.store import Store, experiment_id, open_client
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from runkey.cli import app
 from runkey.errors import TrackingError
 from runkey.identity.key import make_recipe
+from runkey.identity.pointer import RunPointer, write_pointer
 from runkey.registry.claims.claim_files import FileClaims
 from runkey.registry.claims.claims import Claim
 from runkey.registry.claims.owner import this_process
@@ -163,6 +164,30 @@ def test_a_failed_run_with_a_checkpoint_can_go_on_and_stays(house):
     assert {kind for kind, _ in house.offered()} == {"run", "checkpoint"}
     house.apply()
     assert not checkpoint.exists()
+
+
+def test_a_training_that_was_resumed_is_not_dead(house, gone):
+    make_run(house.root, KEY, "b" * 32, status="RUNNING", with_details=False)
+    house.claim(generation=1, owner=gone, run_id="b" * 32)
+    house.claim(generation=2, run_id="b" * 32)
+    assert house.items() == []
+
+
+def test_what_a_repeat_can_go_on_from_stays_for_a_day(house):
+    make_run(house.root, KEY, "a" * 32)
+    repeated = {"key": KEY, "reproduction_of": "a" * 32}
+    make_run(house.root, KEY, "b" * 32, status="KILLED", with_details=False, tags=repeated)
+    folder = house.folder(f"{KEY}-repeats-{'a' * 8}")
+    write_pointer(folder, RunPointer("sqlite:///mlflow.db", run_id="b" * 32))
+    assert house.items() == []
+    assert {kind for kind, _ in house.offered(now=time.time() + 90_000)} == {"run", "checkpoint"}
+    make_run(house.root, KEY, "c" * 32, tags=repeated)
+    assert house.items() == []  # another one may train there
+    run, checkpoint = house.items(now=time.time() + 4000)
+    assert run.name.endswith("b" * 32)
+    assert checkpoint.name == f"{KEY[:16]}-repeats-{'a' * 8}/"
+    checkpoint.remove()
+    assert not folder.exists()
 
 
 def test_claims_that_newer_ones_replaced(house, gone):

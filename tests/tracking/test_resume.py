@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from runkey.identity.pointer import POINTER, RunPointer, read_pointer, write_pointer
 from runkey.identity.record import LoggedRun
 from runkey.tracking import JsonlLog, Store
 from runkey.tracking.backlog import Backlog
 from runkey.tracking.kept import keep_training
-from runkey.tracking.pointer import POINTER, RunPointer, read_pointer, write_pointer
 from runkey.tracking.store import open_client
 from runkey.tracking.sync import RunSync
 from runkey.tracking.tail import LogTail

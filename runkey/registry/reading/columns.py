@@ -111,7 +111,12 @@ def _show(
 def _plain(record: Record, field: Field) -> str:
     value = field.of(record.run)
     if field == Field("run", "name"):
-        return f"{value} (reproduction)" if record.reproduction_of else str(value)
+        times = record.run.resumed
+        remarks = (
+            *(("reproduction",) if record.reproduction_of else ()),
+            *((f"resumed {times}x",) if times else ()),
+        )
+        return f"{value} ({', '.join(remarks)})" if remarks else str(value)
     if field.kind == "run" and field.name in ("started", "ended") and isinstance(value, float):
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value / 1000))
     return text(value)

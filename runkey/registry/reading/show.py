@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from runkey.identity.record import KEY, Details, LoggedRun, Record
+from runkey.identity.record import KEY, RESUMED_AFTER, Details, LoggedRun, Record
 from runkey.params.changed import changed_params
 from runkey.registry.reading.columns import address, size, span, text
 
@@ -62,6 +62,7 @@ def describe(
         ("status", _status(run, status)),
         ("name", run.name),
         *([("repeats", f"run {record.reproduction_of}")] if record.reproduction_of else []),
+        *([("resumed", _resumed(run))] if run.resumed else []),
         *((row, told) for row, tag in _TOLD if (told := run.tags.get(tag))),
         *_metrics(run.metrics),
         *_params(run, every_param=every_param),
@@ -79,6 +80,11 @@ def _status(run: LoggedRun, status: str) -> str:
     if run.ended_ms is None:
         return f"{status}, since {started}"
     return f"{status}, {started}, took {span((run.ended_ms - run.started_ms) / 1000)}"
+
+
+def _resumed(run: LoggedRun) -> str:
+    times = "once" if run.resumed == 1 else f"{run.resumed} times"
+    return f"{times}, after {run.tags.get(RESUMED_AFTER, '?')}"
 
 
 def _metrics(metrics: Mapping[str, float]) -> Iterator[Row]:
