@@ -28,8 +28,8 @@ class RunPointer:
     process or the connection was lost in between."""
     run_id: str | None = None
     """None: not made yet, as far as is known."""
-    sent_bytes: int = 0
-    """All lines of the log before this place are in MLflow for certain."""
+    sent: dict[str, int] = field(default_factory=dict)
+    """By the name of a log how many bytes of it, all whole lines, are in MLflow for certain."""
 
 
 def read_pointer(folder: Path) -> RunPointer | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _MOST_METRICS = 200_000
-"""Samples of the machine for a day; while MLflow is away for longer, the oldest go."""
+"""Nothing that is logged here comes so often; if it does while MLflow is away, the oldest go."""
 
 
 class MetricPoint(NamedTuple):

@@ -24,7 +24,8 @@ from runkey.tracking.sync import Training
 from runkey.tracking.writer import Status
 
 DESCRIPTION, ENDED, ARTIFACTS, LOG = "description.json", "ended.json", "artifacts", "train.jsonl"
-_FOR_MLFLOW = (DESCRIPTION, ENDED, ARTIFACTS, LOG)
+SAMPLES = "system.jsonl"
+_FOR_MLFLOW = (DESCRIPTION, ENDED, ARTIFACTS, LOG, SAMPLES)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def read_training(folder: Path) -> Training:
         fields = stored["description"]
         dataset = Dataset(**fields["dataset"]) if fields["dataset"] else None
         description = RunDescription(**{**fields, "dataset": dataset})
-        return Training(stored["experiment"], description, folder, folder / LOG)
+        return Training(stored["experiment"], description, folder, (folder / LOG, folder / SAMPLES))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TrackingError(f"{path}: not the description of a training ({error})") from None
 

@@ -18,7 +18,7 @@ from runkey.identity.record import LoggedRun
 from runkey.tracking.backlog import Backlog
 from runkey.tracking.store import Store
 from runkey.tracking.sync import RunSync, Training
-from runkey.tracking.system import SystemSampler
+from runkey.tracking.system import SampleLog
 from runkey.tracking.writer import Status
 
 
@@ -38,8 +38,6 @@ class Pace:
     """The same when training was interrupted, by a scheduler perhaps that soon kills."""
     close_attempts: int = 3
     """Failures after which `close` gives up."""
-    system_seconds: float = 5.0
-    """Between samples of CPU, memory and GPU; 0: none."""
 
 
 class MlflowTracker:
@@ -55,6 +53,7 @@ class MlflowTracker:
         *,
         say: Callable[[str], None],
         changed: Callable[[LoggedRun], None] = lambda _: None,
+        samples: SampleLog | None = None,
         pace: Pace = Pace(),
     ) -> None:
         """Start the thread.
@@ -65,16 +64,16 @@ class MlflowTracker:
             say: told about failures, in one line each.
             changed: told, in the thread, what MLflow has of a run when it begins, was interrupted,
                 or ends.
+            samples: takes samples of the machine in this thread, as soon as there is a run.
             pace: how often to write.
         """
         self._say = say
         self._pace = pace
-        self._samples = isinstance(target, Training) and pace.system_seconds > 0
+        self._samples = samples
         self._backlog = Backlog()
         self._sync = RunSync(
             store, target, self._backlog, say=say, changed=changed, done=self._step_done
         )
-        self._sampler: SystemSampler | None = None
         self._status: Status = "FINISHED"
         self._error: str | None = None
         self._progress = time.monotonic()
@@ -159,29 +158,19 @@ class MlflowTracker:
     def _sleep(self, seconds: float) -> None:
         """Until woken, or `seconds` have passed; the system is sampled meanwhile."""
         end = time.monotonic() + seconds
-        interval = self._pace.system_seconds
         while not self._wake.is_set() and (left := end - time.monotonic()) > 0:
             if self._samples and self._sync.run_id:
-                self._sample()
-            self._wake.wait(min(left, interval) if self._samples else left)
+                self._sample(self._samples)
+            self._wake.wait(min(left, self._samples.interval_seconds) if self._samples else left)
         self._wake.clear()
 
-    def _sample(self) -> None:
-        """Sample the machine, if it is time; the step is the training's age in seconds.
-
-        So it goes on rising in a training that goes on.
-        """
+    def _sample(self, samples: SampleLog) -> None:
         try:
-            if self._sampler is None:
-                self._sampler = SystemSampler()
-            if self._sampler.due(self._pace.system_seconds):
-                now = _now_ms()
-                step = max(now - self._sync.started_ms, 0) // 1000
-                self._backlog.add_metrics(self._sampler.sample(), step, now)
+            samples.take(self._sync.started_ms)
         # psutil and the GPU driver raise their own kinds; samples are not worth a run.
         except Exception as error:  # noqa: BLE001
             self._say(f"MLflow: no more system metrics ({_one_line(error)})")
-            self._samples = False
+            self._samples = None
 
     def _step_done(self) -> None:
         self._progress = time.monotonic()

@@ -13,9 +13,10 @@ from runkey.identity.record import KEY, LoggedRun
 from runkey.tracking.describe import describe_run
 from runkey.tracking.jsonl import JsonlLog
 from runkey.tracking.kept import keep_end, keep_training
-from runkey.tracking.mlflow_tracker import MlflowTracker, Pace
+from runkey.tracking.mlflow_tracker import MlflowTracker
 from runkey.tracking.store import locate_store
 from runkey.tracking.sync import Training
+from runkey.tracking.system import SampleLog
 from runkey.tracking.tail import points_of
 from runkey.tracking.writer import Status
 
@@ -31,7 +32,11 @@ class RunTracker:
     """Writes the log, which MLflow gets from there.  Implements training's `Tracker`."""
 
     def __init__(
-        self, jsonl: JsonlLog, mlflow: MlflowTracker | None, training: Training | None = None
+        self,
+        jsonl: JsonlLog,
+        mlflow: MlflowTracker | None,
+        training: Training | None = None,
+        samples: SampleLog | None = None,
     ) -> None:
         """Nothing is written yet.
 
@@ -39,10 +44,12 @@ class RunTracker:
             jsonl: the log.
             mlflow: the MLflow run that follows it, or None for the file alone.
             training: what is kept in its folder if MLflow lacks something at the end.
+            samples: of the machine, taken by `mlflow`.
         """
         self.jsonl = jsonl
         self.mlflow = mlflow
         self._training = training
+        self._samples = samples
         self._tags: dict[str, str] = {}
         self._artifacts: list[tuple[Path, str]] = []
 
@@ -68,8 +75,10 @@ class RunTracker:
         self.jsonl.resume(position)
 
     def finish_log(self) -> None:
-        """Close the log, before what is made from it; see `JsonlLog.finish`."""
+        """Close the logs, before what is made from them; see `JsonlLog.finish`."""
         self.jsonl.finish()
+        if self._samples:
+            self._samples.finish()
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag of the MLflow run."""
@@ -155,14 +164,22 @@ def open_run(
     description = describe_run(params, root, key=key, parts=parts, tags=tags, counts=counts)
     if name is not None:
         description = replace(description, name=name)
-    training = Training(params.runtime.experiment, description, folder, log.path, tuple(supersedes))
+    seconds = params.runtime.system_metrics_seconds
+    sampled = JsonlLog(folder / SAMPLES.name, _not_twice, shown=root / SAMPLES) if seconds else None
+    samples = SampleLog(sampled, seconds) if sampled else None
+    logs = (log.path, sampled.path) if sampled else (log.path,)
+    training = Training(params.runtime.experiment, description, folder, logs, tuple(supersedes))
     try:
         keep_training(training)
     except OSError as error:
         say(f"{folder}: cannot be written ({error.strerror})")
-    pace = Pace(system_seconds=params.runtime.system_metrics_seconds)
-    mlflow = MlflowTracker(locate_store(), training, say=say, changed=changed, pace=pace)
-    return RunTracker(log, mlflow, training)
+    store = locate_store()
+    mlflow = MlflowTracker(store, training, say=say, changed=changed, samples=samples)
+    return RunTracker(log, mlflow, training, samples)
+
+
+def _not_twice(line: str) -> None:
+    """What the disk does to the samples it does to the training's log, which says so."""
 
 
 def reopen_run(

@@ -7,7 +7,7 @@ found again by its pointer, and a value that MLflow has already, to the millisec
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,8 +29,8 @@ class Training:
     description: RunDescription
     folder: Path | None = None
     """See `paths.training_folder`; where the run is remembered.  None: nowhere."""
-    log: Path | None = None
-    """The log whose values and events the run gets."""
+    logs: tuple[Path, ...] = ()
+    """The logs whose values and events the run gets."""
     supersedes: tuple[str, ...] = ()
     """MLflow runs whose processes are dead; marked KILLED."""
 
@@ -66,7 +66,7 @@ class RunSync:
         self._backlog = backlog
         self._say, self._changed, self._done, self._ask = say, changed, done, ask
         self._writer: RunWriter | None = None
-        self._tail: LogTail | None = None
+        self._tails: dict[str, LogTail] = {}
         self._pointer: RunPointer | None = None
         self._superseded = list(self._training.supersedes) if self._training else []
         self._opened = self._training is None
@@ -92,8 +92,8 @@ class RunSync:
             if dead:
                 self._changed(dead)
             self._superseded.pop()
-        if self._tail:
-            self._send_log(self._writer, self._tail, self.run_id)
+        for name, tail in self._tails.items():
+            self._send_log(self._writer, name, tail, self.run_id)
         self._writer.write(self.run_id, self._backlog, self._say)
 
     def end(self, status: Status, ended_ms: int | None = None) -> None:
@@ -107,9 +107,8 @@ class RunSync:
 
     def missing(self) -> str:
         """What MLflow lacks, for people; empty if nothing."""
-        log = self._training.log if self._training else None
-        tail = self._tail or (LogTail(log, 0) if log else None)
-        return self._backlog.missing(tail.left() if tail else 0)
+        tails = self._tails or self._open_tails({})
+        return self._backlog.missing(sum(tail.left() for tail in tails.values()))
 
     def _open(self, writer: RunWriter, training: Training) -> None:
         """Find the training's run or make it, and begin to read its log."""
@@ -121,9 +120,12 @@ class RunSync:
         self.started_ms = run.started_ms
         self._changed(run)
         assert self._pointer
-        if training.log:
-            self._tail = LogTail(training.log, 0 if self._ask else self._pointer.sent_bytes)
+        self._tails = self._open_tails({} if self._ask else self._pointer.sent)
         self._opened = True
+
+    def _open_tails(self, sent: Mapping[str, int]) -> dict[str, LogTail]:
+        logs = self._training.logs if self._training else ()
+        return {log.name: LogTail(log, sent.get(log.name, 0)) for log in logs}
 
     def _find(self, writer: RunWriter, training: Training, pointer: RunPointer) -> LoggedRun | None:
         """The run that a pointer names, going on; None: there is none any more, or none yet."""
@@ -150,7 +152,7 @@ class RunSync:
         writer.describe(run_id, training.description)
         return writer.read(run_id)
 
-    def _send_log(self, writer: RunWriter, tail: LogTail, run_id: str) -> None:
+    def _send_log(self, writer: RunWriter, name: str, tail: LogTail, run_id: str) -> None:
         interrupted = False
         while piece := tail.next():
             points = writer.missing(run_id, piece.points) if self._ask else piece.points
@@ -160,7 +162,7 @@ class RunSync:
             interrupted |= RESUMED in piece.tags
             tail.offset = piece.end
             assert self._pointer
-            self._point(replace(self._pointer, sent_bytes=piece.end))
+            self._point(replace(self._pointer, sent={**self._pointer.sent, name: piece.end}))
         if interrupted:
             self._changed(writer.read(run_id))
 

@@ -1,14 +1,17 @@
 """Samples of the machine while a run goes on: MLflow's own monitors, read from our thread.
 
-MLflow would start a second thread that logs by itself; one writer with one backlog is what can be
-retried as a whole.
+MLflow would start a second thread that logs by itself.  Here samples go to a log of their own,
+`system.jsonl` beside the training's, from which MLflow gets them like all else.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
+
+from runkey.tracking.jsonl import JsonlLog
 
 
 class _Monitor(Protocol):
@@ -21,6 +24,41 @@ class _Monitor(Protocol):
     def clear_metrics(self) -> None: ...
 
 
+class SampleLog:
+    """Samples on their way to a log; may be closed while another thread takes them."""
+
+    def __init__(self, log: JsonlLog, interval_seconds: float) -> None:
+        """Args: log: where to.  interval_seconds: between two samples."""
+        self.interval_seconds = interval_seconds
+        self._log = log
+        self._lock = threading.Lock()
+        self._closed = False
+        self._sampler: SystemSampler | None = None
+
+    def take(self, started_ms: int) -> None:
+        """Take a sample if it is time; its step is the training's age in whole seconds.
+
+        So it goes on rising in a training that goes on after an interruption.
+
+        Args:
+            started_ms: when the training began, in milliseconds since 1970.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            if self._sampler is None:
+                self._sampler = SystemSampler()
+            if self._sampler.due(self.interval_seconds):
+                age_ms = time.time_ns() // 1_000_000 - started_ms
+                self._log.log(self._sampler.sample(), max(age_ms, 0) // 1000)
+
+    def finish(self) -> None:
+        """Take no more; see `JsonlLog.finish`."""
+        with self._lock:
+            self._closed = True
+            self._log.finish()
+
+
 class SystemSampler:
     """Reads CPU and memory of the machine, this process's memory, and GPUs where there are any."""
 
@@ -31,8 +69,6 @@ class SystemSampler:
         self._monitors = _monitors()
         self._process = psutil.Process()
         self._last_seconds = time.monotonic()
-        self.count = 0
-        """Samples taken."""
 
     def due(self, interval_seconds: float) -> bool:
         """Whether the last sample is at least that old."""
@@ -41,7 +77,6 @@ class SystemSampler:
     def sample(self) -> dict[str, float]:
         """One sample, under the names that MLflow's UI shows as system metrics."""
         self._last_seconds = time.monotonic()
-        self.count += 1
         values = {"system/process_memory_megabytes": self._process.memory_info().rss / 1e6}
         for monitor in self._monitors:
             monitor.collect_metrics()

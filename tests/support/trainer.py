@@ -23,13 +23,13 @@ KEY = f"rk1-{'5' * 64}"
 DESCRIPTION = RunDescription(
     name="lr=5e-05", params={"lr": "5e-05", "key": KEY}, tags={"device": "cpu", "key": KEY}
 )
-QUICK = Pace(flush_seconds=0.2, retry_seconds=0.3, close_seconds=60, system_seconds=0)
+QUICK = Pace(flush_seconds=0.2, retry_seconds=0.3, close_seconds=60)
 
 
 def training_in(folder: Path, device: str = "cpu") -> Training:
     """What is recorded in a folder."""
     description = replace(DESCRIPTION, tags={**DESCRIPTION.tags, "device": device})
-    return Training("detection", description, folder, folder / "train.jsonl")
+    return Training("detection", description, folder, (folder / "train.jsonl",))
 
 
 def begin(

@@ -11,9 +11,7 @@ from runkey.tracking import Store, locate_store
 from runkey.tracking.mlflow_tracker import Pace
 from runkey.tracking.store import open_client
 
-FAST = Pace(
-    flush_points=50, flush_seconds=0.2, retry_seconds=0.3, close_seconds=60, system_seconds=0
-)
+FAST = Pace(flush_points=50, flush_seconds=0.2, retry_seconds=0.3, close_seconds=60)
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from runkey.tracking import Dataset, MlflowTracker, RunDescription, Store, Training
+from runkey.tracking import Dataset, JsonlLog, MlflowTracker, RunDescription, Store, Training
 from runkey.tracking.lines import read_jsonl
 from runkey.tracking.mlflow_tracker import Pace
 from runkey.tracking.store import open_client
+from runkey.tracking.system import SampleLog
 from tests.support.trainer import begin
 
 from .conftest import FAST
@@ -75,15 +76,28 @@ def test_an_existing_run_is_added_to_and_stays_finished(
     assert said == []
 
 
-def test_system_metrics_are_sampled(store: Store, said: list[str]) -> None:
-    pace = Pace(flush_seconds=0.2, system_seconds=0.1)
-    tracker = MlflowTracker(store, Training("detection", description()), say=said.append, pace=pace)
+def test_system_metrics_are_sampled(store: Store, said: list[str], tmp_path: Path) -> None:
+    pace = Pace(flush_seconds=0.2)
+    shown = tmp_path / "logs" / "system.jsonl"
+    log = JsonlLog(tmp_path / "key" / "system.jsonl", said.append, shown)
+    began = time.time_ns() // 1_000_000 - 3_600_000
+    training = Training("detection", description(started_ms=began), logs=(log.path,))
+    samples = SampleLog(log, 0.1)
+    tracker = MlflowTracker(store, training, say=said.append, samples=samples, pace=pace)
     run_id = tracker.wait_for_run(60)
     time.sleep(1.0)
+    samples.finish()
     tracker.close()
-    metrics = open_client(store).get_run(str(run_id)).data.metrics
-    assert metrics["system/process_memory_megabytes"] > 50
-    assert 0 <= metrics["system/cpu_utilization_percentage"] <= 100
+    entries = list(read_jsonl(shown))
+    assert len(entries) > 3
+    assert all(3600 <= entry["step"] < 3700 for entry in entries)  # seconds since it began
+    assert 0 <= entries[0]["values"]["system/cpu_utilization_percentage"] <= 100
+    history = open_client(store).get_metric_history(str(run_id), "system/process_memory_megabytes")
+    assert [m.value for m in history] == [
+        entry["values"]["system/process_memory_megabytes"] for entry in entries
+    ]
+    assert history[0].value > 50
+    assert said == []
 
 
 def test_a_locked_database_is_waited_for_and_nothing_is_lost(

@@ -53,7 +53,7 @@ def test_it_goes_on_in_the_same_run_with_every_point_once(
     assert pointer.run_id is not None
     client = open_client(store)
     client.set_terminated(pointer.run_id, "KILLED")
-    assert pointer.sent_bytes < (folder / "train.jsonl").stat().st_size
+    assert pointer.sent["train.jsonl"] < (folder / "train.jsonl").stat().st_size
     before = points_of_run(store, pointer.run_id)
     assert {step for _, step, _, _ in before} == set(range(1, 26))
 
@@ -160,14 +160,14 @@ def test_what_was_sent_is_not_sent_again(store: Store, folder: Path, said: list[
     assert again.mlflow
     assert again.mlflow._sync.sent == 5 * 5 + 1  # of the steps 26 to 30 alone
     end = (folder / "train.jsonl").stat().st_size
-    assert read_pointer(folder) == replace(pointer, sent_bytes=end)
+    assert read_pointer(folder) == replace(pointer, sent={"train.jsonl": end})
 
 
 def test_a_mark_that_is_lost_doubles_nothing(store: Store, folder: Path, said: list[str]) -> None:
     interrupted(store, folder)
     pointer = read_pointer(folder)
     assert pointer is not None
-    write_pointer(folder, replace(pointer, sent_bytes=0))
+    write_pointer(folder, replace(pointer, sent={}))
     again = begin(store, folder, said.append)
     assert again.close() == pointer.run_id
     assert_the_same_points(folder / "train.jsonl", store, str(pointer.run_id))

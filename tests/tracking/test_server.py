@@ -26,7 +26,7 @@ from tests.support.trainer import begin
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-PACE = Pace(flush_points=5, flush_seconds=0.5, retry_seconds=1.0, system_seconds=0)
+PACE = Pace(flush_points=5, flush_seconds=0.5, retry_seconds=1.0)
 
 
 class Server:
