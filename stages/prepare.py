@@ -18,11 +18,10 @@ def main() -> None:
     params = load_params(root / paths.PARAMS)
     want_bars(params.runtime.progress)
     out = root / paths.PREPARED
-    report = prepare(params.data, params.seed, root, out, params.model.num_queries, print)
+    prepare(params.data, params.seed, root, out, params.model.num_queries, print)
     records, classes = read_index(out / "train.json"), read_classes(out / "classes.json")
     contact_sheet(records, classes, root / params.data.path, out / "contact_sheet.jpg")
-    kept = " + ".join(f"{counts['images']:,} ({split})" for split, counts in report.kept.items())
-    print(f"prepared {kept} images of {len(classes)} classes; see prepared/contact_sheet.jpg")
+    print(f"{len(classes)} classes; see prepared/contact_sheet.jpg")
     note = own_data_note(root)
     if note is not None:
         print(note)

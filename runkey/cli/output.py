@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -39,6 +40,15 @@ def _plain(value: Any) -> Any:
 def answer_no() -> NoReturn:
     """End with the exit code of a no."""
     raise typer.Exit(NO)
+
+
+def print_beside(label: str, text: str) -> None:
+    """A label and a text, which goes on below itself where it is too long for a line."""
+    lines = textwrap.wrap(
+        text, WIDTH - len(label), break_long_words=False, break_on_hyphens=False
+    ) or [""]
+    for number, line in enumerate(lines):
+        print((" " * len(label) if number else label) + line)
 
 
 def print_table(

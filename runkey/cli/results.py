@@ -10,11 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from runkey import paths
-from runkey.cli.output import AsJson, print_json
+from runkey.cli.output import AsJson, print_beside, print_json
 from runkey.cli.place import library, store, workspace
 from runkey.errors import DataError
 from runkey.identity.key import short_key
 
+_HINTS = 2
 _COMPARED = 3
 """How many of the last runs `runkey ui` has an address for."""
 _PLACES = (
@@ -38,17 +39,29 @@ def summary(as_json: AsJson = False) -> None:
         return
     numbers = [f"{name} {evaluated[name]:.3f}" for name in ("AP", "AP50", "AP75")]
     minutes, seconds = divmod(round(trained["seconds"]), 60)
+    key = short_key(str(run["key"]))
     rows = [
         ("result", "   ".join(numbers) + "   (COCO, on the held-out images)"),
         ("training", f"{minutes} min {seconds:02d} s, weights of epoch {trained['best_epoch']}"),
-        ("key", f"{(key := short_key(str(run['key'])))}   (runkey show {key})"),
+        ("key", f"{key}   (runkey show {key})"),
         *((str(place), text) for place, text in _PLACES if (root / place).exists()),
         ("make ui", _mlflow_line(run)),
-        ("try", "dvc exp run -S lr=5e-5, then runkey list, make ui or dvc metrics diff"),
+        *_next(root),
     ]
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
-        print(f"  {name:<{width}}  {text}")
+        print_beside(f"  {name:<{width}}  ", text)
+
+
+def _next(root: Path) -> list[tuple[str, str]]:
+    """What to try next: what the training itself was told, and another value."""
+    from runkey.plots.hints import told_hints
+    from runkey.plots.log import read_log
+
+    log = root / paths.LOGS / "train.jsonl"
+    hints = told_hints(read_log(log)) if log.is_file() else []
+    rows = [("seen", f"{hint.seen}; {hint.change}") for hint in hints[:_HINTS]]
+    return [*rows, ("try", "dvc exp run -S lr=5e-4, then runkey list, make ui or dvc metrics diff")]
 
 
 def ui(

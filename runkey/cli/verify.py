@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from runkey.cli import place
-from runkey.cli.output import AsJson, answer_no, print_json
+from runkey.cli.output import AsJson, answer_no, print_beside, print_json
 from runkey.errors import RunkeyError
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ def _verify_one(key: str, *, quick: bool, as_json: bool) -> None:
     if as_json:
         print_json(report.as_dict())
     else:
-        print(f"{report.label}  {report.name or 'without a name'}  (run {report.run_id})")
+        print_beside(
+            f"{report.label}  ", f"{report.name or 'without a name'}  (run {report.run_id})"
+        )
         for finding in report.findings:
             _print(finding)
         print(report.summary)
@@ -113,9 +115,9 @@ def _sources(records: list[Record], *, quick: bool) -> Sources:
 
 
 def _print(finding: Finding) -> None:
-    print(f"  {_MARKS[finding.state]:<7}  {finding.check:<11}  {finding.text}")
+    print_beside(f"  {_MARKS[finding.state]:<7}  {finding.check:<11}  ", finding.text)
     if finding.way_out and finding.state != "ok":
-        print(f"  {'':<7}  {'':<11}  -> {finding.way_out}")
+        print_beside(f"  {'':<7}  {'':<11}  -> ", finding.way_out)
 
 
 def _print_line(report: Report) -> None:
@@ -123,7 +125,7 @@ def _print_line(report: Report) -> None:
     first = next(iter(report.of("fault") or report.of("warning")), None)
     mark = _MARKS[first.state] if first else "ok"
     told = f"{report.summary}: {first.check}: {first.text}" if first else report.name
-    print(f"  {mark:<7}  {report.label}:{report.run_id[:8]}  {told}")
+    print_beside(f"  {mark:<7}  {report.label}:{report.run_id[:8]}  ", told)
 
 
 def _all_as_dict(reports: list[Report], beside: list[Finding]) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def announce(setup: Setup) -> dict[str, object]:
     everything = sum(p.numel() for p in machinery.model.parameters())
     setup.say(f"precision: {precision} ({setup.precision_reason})")
     setup.say(
-        f"training {trained:,} of {everything:,} parameters on {machinery.device}: "
+        f"training {trained:,} of {everything:,} parameters: "
         f"{setup.params.training.epochs} epochs of {setup.loader.steps_per_epoch} steps"
     )
     return {

@@ -47,7 +47,7 @@ def test_a_damaged_run_is_a_no(checkout: Checkout, call: Call) -> None:
     (checkout.artifacts / "model/weights.pt").write_bytes(b"damaged")
     code, out, _ = call(checkout.record.key)
     assert code == 3
-    assert "FAULT    files        model/weights.pt: 7 bytes, recorded 200 (run " in out
+    assert "FAULT files model/weights.pt: 7 bytes, recorded 200 (run " in " ".join(out.split())
     assert out.splitlines()[-1] == "1 fault"
     code, out, _ = call(checkout.record.key, "--json")
     assert code == 3
@@ -79,7 +79,7 @@ def test_a_record_that_is_gone_or_torn_is_named(checkout: Checkout, call: Call) 
     path.unlink()
     code, out, _ = call("--all")
     assert code == 3
-    assert f"1 finished runs of MLflow have no record here: {run_id}" in out
+    assert f"1 finished runs of MLflow have no record here: {run_id}" in " ".join(out.split())
     assert "`runkey index`" in out
     code, out, _ = call("--all", "--json")
     assert json.loads(out)["right"] is False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,8 @@ COLUMNS = ("key", "when", "status", "AP", "took", "name", "where")
 RIGHT = ("AP", "took")
 """Those that are flush right."""
 _RUN_DIGITS = 4
+_DIGEST = re.compile("[0-9a-f]{40,64}")
+_DIGEST_DIGITS = 12
 _DAY = 86_400.0
 
 
@@ -117,6 +120,8 @@ def _plain(record: Record, field: Field) -> str:
             *((f"resumed {times}x",) if times else ()),
         )
         return f"{value} ({', '.join(remarks)})" if remarks else str(value)
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
+        return value[:_DIGEST_DIGITS]
     if field.kind == "run" and field.name in ("started", "ended") and isinstance(value, float):
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value / 1000))
     return text(value)

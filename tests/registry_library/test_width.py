@@ -1,0 +1,102 @@
+"""Whatever is said fits 100 columns, is readable without colour, and is said once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from runkey.cli import app
+from runkey.params import load_params
+from tests.support.records import FILES, key_of, make_run
+
+from .conftest import Run
+
+WIDTH = 100
+A, B = key_of("a"), key_of("b")
+HOST = "gpu-node-17.cluster.institute.example.org"
+HINT = {
+    "seen": "the loader keeps the model waiting for 40 % of the time (median of 12 epochs)",
+    "change": "more runtime.workers, more runtime.prefetch, or data.cache_gib so that images fit",
+}
+
+
+@pytest.fixture
+def runs(root: Path) -> Path:
+    """Two runs with long names of everything, and what the last one left in the workspace."""
+    params = {
+        name: json.dumps(value) for name, value in load_params(Path("params.yaml")).flat().items()
+    }
+    for key, lr in ((A, "0.001"), (B, "5e-05")):
+        make_run(
+            root,
+            key,
+            name=f"lr={lr} data.augment.crop_short_sides=[400, 500, 600] optimizer.clip.mode=norm",
+            params=params | {"lr": lr, "key": key, "key.params": key[4:]},
+            metrics={f"eval/AP_{n}_of_a_long_name": float(lr) * n for n in range(40)},
+            tags={"key": key, "host": HOST, "device": "cuda NVIDIA H100 80GB HBM3 MIG 3g.40gb"},
+            files=FILES | {f"evaluation/{'a_long_name_' * 5}{n}.jpg": b"x" for n in range(9)},
+            decision=f"key {key[:16]}: claim of {HOST}:12345 was dead (no heartbeat): taken over",
+        )  # fmt: skip
+    for place, content in {
+        "metrics/train.json": {"seconds": 228.4, "best_epoch": 24},
+        "metrics/evaluate.json": {"AP": 0.655, "AP50": 0.937, "AP75": 0.755},
+        "run.json": {"key": A, "run_id": "a" * 32},
+        "logs/train.jsonl": {"time": 1.0, "event": "hint.loader", "step": 3, "fields": HINT},
+    }.items():
+        (root / place).parent.mkdir(exist_ok=True)
+        (root / place).write_text(json.dumps(content) + "\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("list",),
+        ("list", "--columns", "+lr,key.params,data.augment.crop_short_sides,decision"),
+        ("show", A),
+        ("show", A, "--all"),
+        ("get", A, "--to", "here"),
+        ("verify", A),
+        ("summary",),
+        ("gc",),
+        ("params",),
+    ],
+    ids=" ".join,
+)
+def test_commands(runs: Path, run: Run, command: tuple[str, ...]) -> None:
+    code, out, err = run(*command)
+    assert code in (0, 3), err
+    lines = [line for line in (out + err).splitlines() if line.strip()]
+    assert lines
+    assert [line for line in lines if len(line) > WIDTH and not has_long_path(line)] == []
+    assert "\x1b" not in out + err
+    if command[0] != "list":  # these runs are much alike
+        assert [line for line in lines if lines.count(line) > 1] == []
+
+
+def has_long_path(line: str) -> bool:
+    """An address or a path is not broken."""
+    return any("/" in word and len(word) > WIDTH / 2 for word in line.split())
+
+
+def test_the_summary_says_what_the_training_was_told(runs: Path, run: Run) -> None:
+    _, out, _ = run("summary")
+    words = " ".join(out.split())
+    assert f"seen {HINT['seen']}; {HINT['change']} try dvc exp run" in words
+
+
+def test_help(root: Path, run: Run) -> None:
+    for path in paths_of(typer.main.get_command(app)):
+        code, out, _ = run(*path, "--help")
+        assert code == 0
+        assert max(map(len, out.splitlines())) <= WIDTH, path
+
+
+def paths_of(command: Any, before: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The words that call a command and each one in it."""
+    inner = getattr(command, "commands", {})
+    return [before, *(p for name, one in inner.items() for p in paths_of(one, (*before, name)))]
