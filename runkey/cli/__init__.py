@@ -30,6 +30,7 @@ from runkey.cli import (
     show_run,
     team,
     verify,
+    watch,
 )
 from runkey.errors import report_errors
 
@@ -63,6 +64,7 @@ app.command("show")(show_run.show)
 app.command("summary")(results.summary)
 app.command("ui")(results.ui)
 app.command("verify")(verify.verify)
+app.command("watch")(watch.watch)
 
 
 def _say_version(asked: bool) -> None:

@@ -7,6 +7,7 @@ hint says was measured, and it names the parameter that changes it.
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ _EMPTY_PERCENT = 40
 _FEWEST = 8
 """Logged steps, or samples of the machine, that say something."""
 _MOST_NAMES = 5
+_WIDTH = 100
+_INDENT = " " * len("hint: ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +52,12 @@ class Hint:
     """Which parameters change it, and which way."""
 
     @property
-    def lines(self) -> tuple[str, str]:
-        """For people."""
-        return f"hint: {self.seen}", f"      {self.change}"
+    def lines(self) -> list[str]:
+        """For people; at most 100 columns."""
+        return [
+            *textwrap.wrap(f"hint: {self.seen}", _WIDTH, subsequent_indent=_INDENT),
+            *textwrap.wrap(self.change, _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT),
+        ]
 
 
 def find_hints(
@@ -84,6 +90,15 @@ def told_hints(log: TrainingLog) -> list[Hint]:
         for kind, fields in log.events.items()
         if kind.startswith(EVENT)
     ]
+
+
+def all_hints(
+    log: TrainingLog, params: Mapping[str, Any], samples: Sequence[Point] = ()
+) -> list[Hint]:
+    """The hints that the training was told, and those of other kinds that its log gives now."""
+    told = told_hints(log)
+    kinds = {hint.kind for hint in told}
+    return [*told, *(h for h in find_hints(log, params, samples) if h.kind not in kinds)]
 
 
 def class_scores(per_class: Sequence[ClassResult]) -> dict[str, Any]:

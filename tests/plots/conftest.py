@@ -28,7 +28,7 @@ def write_log(
     rng = np.random.default_rng(0)
     path.unlink(missing_ok=True)  # a log is appended to
     log = JsonlLog(path, say_nothing)
-    log.event("training_start", device="cpu")
+    log.event("training_start", device="cpu", total_steps=epochs * STEPS_PER_EPOCH)
     for epoch in range(1, epochs + 1):
         for step in range((epoch - 1) * STEPS_PER_EPOCH + 1, epoch * STEPS_PER_EPOCH + 1):
             if step > 1 and step % 5:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from PIL import Image
 
 from runkey.identity.record import Record
+from tests.support.logs import LOGS
 from tests.support.records import key_of, make_run
 
 ROOT = Path(__file__).parents[2]
@@ -25,20 +24,6 @@ SIZES = {
     "medium": {"AP": 0.6, "objects": 4},
     "large": {"AP": None, "objects": 0},
 }
-
-
-def _plot_logs() -> ModuleType:
-    """The logs that the tests of plots have."""
-    place = ROOT / "tests" / "plots" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("plot_logs", place)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-LOGS: dict[str, Callable[[Path], Path]] = _plot_logs().LOGS
 
 
 def files_of(folder: Path, kind: str, ap: float) -> dict[str, bytes]:

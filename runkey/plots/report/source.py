@@ -19,7 +19,7 @@ from runkey.identity.manifest import RunManifest
 from runkey.identity.record import KEY, REPRODUCTION_OF, Record
 from runkey.params import load_params
 from runkey.params.changed import as_text
-from runkey.plots.hints import Hint, find_hints, told_hints
+from runkey.plots.hints import Hint, all_hints
 from runkey.plots.log import Point, TrainingLog, read_log
 from runkey.plots.samples import SAMPLES, read_samples
 
@@ -96,8 +96,8 @@ class Run:
         return {n.removeprefix("val/"): v for values in last for n, v in values.items()}
 
     def hints(self) -> list[Hint]:
-        """What the training was told; of one that was told nothing, what its log says now."""
-        return told_hints(self.log) or find_hints(self.log, self.params, self.samples)
+        """What the training was told, and what its log says now."""
+        return all_hints(self.log, self.params, self.samples)
 
 
 def is_wanted(path: str) -> bool:

@@ -52,6 +52,21 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         os.close(file)
 
 
+def trained_by(folder: Path) -> int | None:
+    """Id of the process that trains in a folder, 0 or less if it is out of sight; None: nobody.
+
+    Not for the trainer itself: see `locked`.
+    """
+    try:
+        file = os.open(folder / LOCK, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        return _holder(file)
+    finally:
+        os.close(file)
+
+
 def _take(file: int, folder: Path) -> None:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,1 @@
+"""A running training on a terminal, read from its log."""
