@@ -69,7 +69,7 @@ def test_every_command_that_ends_speaks_json() -> None:
         options = {option for parameter in command.params for option in parameter.opts}
         if not hasattr(command, "commands") and "--json" not in options:
             without.append(command.name)
-    assert without == ["ui"]
+    assert without == ["ui", "watch"]  # those show something until it is over
 
 
 def test_help_imports_neither_torch_nor_mlflow() -> None:
