@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,15 +53,7 @@ def gradient_norm(log: TrainingLog, path: Path) -> Path:
             marker=marker(steps),
             markersize=4,
         )
-        threshold = _threshold(after, clipped)
-        if threshold:
-            norms.axhline(
-                threshold,
-                color=BLACK,
-                linestyle="--",
-                linewidth=1.2,
-                label=f"threshold {threshold:.3g}",
-            )
+        _draw_threshold(norms, log)
         if (before[np.isfinite(before)] > 0).any():
             plain_log_scale(norms)
         norms.set_ylabel("2-norm of all gradients")
@@ -75,12 +68,16 @@ def gradient_norm(log: TrainingLog, path: Path) -> Path:
     return path
 
 
-def _threshold(after: NDArray[np.float64], clipped: NDArray[np.bool_]) -> float | None:
-    """The threshold of clipping by norm: all clipped norms are equal to it; None if not."""
-    norms = after[clipped & np.isfinite(after)]
-    if not len(norms) or np.ptp(norms) > 0.01 * norms.max():
-        return None
-    return float(np.median(norms))
+def _draw_threshold(axes: Any, log: TrainingLog) -> None:
+    """The largest norm that was let through, where norms are clipped: a line, or a curve."""
+    steps, limits = log.of_steps("train/clip_threshold")
+    finite = limits[np.isfinite(limits)]
+    if not len(finite):
+        return
+    least, most = float(finite.min()), float(finite.max())
+    moves = most > least * _CLIPPED
+    label = f"threshold {least:.3g} to {most:.3g}" if moves else f"threshold {least:.3g}"
+    axes.plot(steps, limits, color=BLACK, linestyle="--", linewidth=1.2, label=label)
 
 
 def _share_by_epoch(

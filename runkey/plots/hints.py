@@ -166,6 +166,8 @@ def _clipping(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
     before, after = _recent(log, "train/grad_norm"), _recent(log, "train/grad_norm_clipped")
     if len(before) < _FEWEST or len(before) != len(after):
         return
+    if settings.get("optimizer.clip.mode") == "percentile":
+        return  # the threshold follows the norms by itself
     share = float((before > 1.001 * after).mean())
     typical, high = (float(f"{np.percentile(before, q):.2g}") for q in (50, 90))
     threshold = _now("optimizer.clip.threshold", settings)

@@ -53,12 +53,28 @@ def _draw_losses(axes: Any, log: TrainingLog) -> None:
         steps, means = log.of_epochs(name)
         if len(steps):
             axes.plot(steps, means, color=colour, marker=marker(steps), markersize=4, label=label)
+    _draw_gap(axes, log)
     # A few wild first steps would press all the rest flat.
     finite = values[np.isfinite(values)]
     if len(finite) > 20:
         axes.set_ylim(top=max(float(np.percentile(finite, 98)), float(finite[10:].max())) * 1.1)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("loss, per object")
+
+
+def _draw_gap(axes: Any, log: TrainingLog) -> None:
+    """What separates the two losses: the generalisation gap, in numbers at two places."""
+    steps, gaps = log.of_epochs("val/loss_gap")
+    _, held_out = log.of_epochs("val/loss")
+    if len(gaps) != len(held_out) or not np.isfinite(gaps).any():
+        return
+    label = f"gap, {gaps[-1]:.3g} at the end"
+    at_best = gaps[steps == log.best_step()]
+    if len(at_best):
+        label = f"gap, {at_best[0]:.3g} at the kept weights, {gaps[-1]:.3g} at the end"
+    axes.fill_between(
+        steps, held_out - gaps, held_out, color=ORANGE, alpha=0.15, linewidth=0, label=label
+    )
 
 
 def _draw_scores(axes: Any, log: TrainingLog) -> bool:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from runkey import params
 
+# In a history's places without a norm yet.  Not NaN: what a checkpoint holds is finite.
+_NO_NORM = -1.0
+
 ClipMode = Literal["norm", "value", "percentile", "none"]
 
 
@@ -40,9 +43,8 @@ class Clipper:
         self.mode: ClipMode = section.mode
         self._limit = section.threshold
         self._part = section.percentile / 100
-        # NaN: no norm yet.
         length = section.history if section.mode == "percentile" else 0
-        self._norms = torch.full((length,), torch.nan, device=device)
+        self._norms = torch.full((length,), _NO_NORM, device=device)
 
     def clip(self, gradients: list[Tensor]) -> Clipped:
         """Clip in place, once per optimizer step.
@@ -68,10 +70,11 @@ class Clipper:
         """Take a norm into the history, unless it is not finite; the percentile of the history."""
         longer = torch.cat((self._norms[1:], norm.to(self._norms.dtype)[None]))
         self._norms = torch.where(norm.isfinite(), longer, self._norms)
-        return torch.nanquantile(self._norms, self._part)
+        known = torch.where(self._norms >= 0, self._norms, torch.nan)
+        return torch.nanquantile(known, self._part)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`norms` [history], the latest last, NaN where there is none yet; empty if not needed."""
+        """`norms` [history], the latest last, -1 where there is none yet; empty if not needed."""
         return {"norms": self._norms}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,9 @@ from typing import Literal
 
 from runkey.errors import TrainingError
 
+# Values after the best one that the reason shows, the latest.
+_MOST_SHOWN = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Judge:
@@ -62,12 +65,15 @@ def judge_history(
             waited += 1
     if waited < patience:
         return Verdict(False, waited, "")
-    seen = f"{metric} was never a number" if not at else f"best {metric} {best:.4g}"
-    where = "" if not at else f" at evaluation {at} of {len(history)}"
     least = f" by more than {judge.min_delta:g}" if judge.min_delta else ""
-    return Verdict(
-        True, waited, f"early stop: {seen}{where}, {waited} without improvement{least} since"
-    )
+    if not at:
+        seen = f"{metric} was never a number"
+    else:
+        latest = history[at:][-_MOST_SHOWN:]
+        later = ", ".join(f"{value:.4g}" for value in latest)
+        more = "... " if len(history) - at > len(latest) else ""
+        seen = f"best {metric} {best:.4g} at evaluation {at} of {len(history)}, then {more}{later}"
+    return Verdict(True, waited, f"early stop: {seen}: {waited} without improvement{least}")
 
 
 def watched_value(metrics: Mapping[str, float], metric: str) -> float:
@@ -83,3 +89,26 @@ def watched_value(metrics: Mapping[str, float], metric: str) -> float:
             f"evaluations; there are: {known}"
         )
     return metrics[metric]
+
+
+def loss_gap(values: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
+    """`val/loss_gap`: how far the held-out loss lies above the training loss.
+
+    Both are sums of the same parts over the same layers, divided by numbers of true boxes (detr: of
+    weighted queries); the loss of denoising queries, which evaluations have none of, is left out.
+    What differs: training images are augmented; the training loss is the mean over an epoch's
+    steps, of weights that were still moving, with dropout and batch statistics; the held-out loss
+    is of the weights at its end, averaged if there is an average.  So the gap may be below 0 early
+    on; what tells of overfitting is that it grows.
+
+    Args:
+        values: the epoch's, by metric name.
+        metrics: the evaluation's.
+
+    Returns:
+        Nothing where one of the two losses is missing.
+    """
+    if "val/loss" not in metrics or "train/epoch_loss" not in values:
+        return {}
+    trained = values["train/epoch_loss"] - values.get("train/epoch_loss_denoising", 0.0)
+    return {"val/loss_gap": metrics["val/loss"] - trained}

@@ -5,19 +5,21 @@ result = fit(model, criterion, loader, evaluate, params, device=device, tracker=
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import nn
 
+from runkey.data.batch import Window
 from runkey.errors import Interrupted
 from runkey.model.criterion import Criterion
 from runkey.params import Params
 from runkey.training.checkpoint.content import Checkpoints
 from runkey.training.distributed import World
-from runkey.training.early_stopping import Judge, judge_history, watched_value
+from runkey.training.early_stopping import Judge, judge_history, loss_gap, watched_value
 from runkey.training.explain import explained
+from runkey.training.guard.guard import Guard
 from runkey.training.interrupts import Interrupts
 from runkey.training.meters import Stopwatch, timed
 from runkey.training.progress import epoch_line, open_display
@@ -26,7 +28,7 @@ from runkey.training.resume import begin, take_content
 from runkey.training.seed import seed_step
 from runkey.training.setup import Evaluate, Loader, Setup, build_setup
 from runkey.training.state import FitResult, LoopState, Running
-from runkey.training.step import train_step
+from runkey.training.step import StepResult, train_step
 from runkey.training.tracker import Quiet, Tracker
 
 
@@ -86,15 +88,16 @@ def fit(
 
 def _train(setup: Setup, state: LoopState) -> None:
     """The epochs that are left; afterwards the newest checkpoint is of the end."""
-    clock = Stopwatch()
+    clock, guard = Stopwatch(), Guard(setup, state)
+    _save_first_anchor(setup, state)
     total, epochs = setup.schedule.total_steps, setup.params.training.epochs
     with open_display(total, epochs, wanted=setup.params.runtime.progress) as display:
         while not state.stop_reason:
-            recorder = EpochRecorder(setup, state, display)
+            recorder = EpochRecorder(setup, state, display, guard)
             try:
-                _train_epoch(setup, state, recorder, clock)
-                _close_epoch(setup, state, recorder.finish(), clock)
-                _at_boundary(setup, state)
+                _train_epoch(setup, state, recorder, guard, clock)
+                _close_epoch(setup, state, recorder.finish(), guard, clock)
+                _at_boundary(setup, state, guard)
             except Interrupted as stop:
                 recorder.settle()
                 raise _interrupted(setup, state, stop) from None
@@ -102,35 +105,68 @@ def _train(setup: Setup, state: LoopState) -> None:
         setup.checkpoints.save(take_content(setup, state), wait=True)
 
 
-def _train_epoch(setup: Setup, state: LoopState, recorder: EpochRecorder, clock: Stopwatch) -> None:
+def _train_epoch(
+    setup: Setup, state: LoopState, recorder: EpochRecorder, guard: Guard, clock: Stopwatch
+) -> None:
     """The steps of the running epoch that are not done yet."""
     setup.machinery.model.train()
     watched = state.watched(setup.watched)
     done = state.step - state.epoch * setup.loader.steps_per_epoch
     windows = setup.interrupts.each_at_once(setup.loader.epoch(state.epoch, done))
     for window in timed(windows, recorder.pace, recorder.recent):
-        factor = setup.schedule.factor(state.step, watched)
-        reseed = partial(seed_step, setup.params.seed, state.step, setup.world.rank)
-        with explained(state.step + 1, window, setup.params.lr * factor):
-            result = train_step(setup.machinery, window, factor, reseed=reseed)
-        if setup.ema is not None:
-            setup.ema.update(result.skipped)
-        state.step += 1
+        result, factor = take_step(setup, state, window, watched)
         # Hands on the values of the step before: what is decided by a step's values is decided one
         # step late, wherever a checkpoint made them known earlier.
         recorder.record(window, result, factor)
+        guard.act()
         state.seconds += clock.lap()
-        _at_boundary(setup, state, recorder)
+        _at_boundary(setup, state, guard, recorder)
     if state.step != (state.epoch + 1) * setup.loader.steps_per_epoch:
         raise ValueError(f"epoch {state.epoch + 1}: the loader's windows are not steps_per_epoch")
 
 
-def _at_boundary(setup: Setup, state: LoopState, recorder: EpochRecorder | None = None) -> None:
-    """Between two steps: save a checkpoint if it is time, stop if a signal came."""
-    if setup.checkpoints and setup.checkpoints.due(state.step):
+def take_step(
+    setup: Setup, state: LoopState, window: Window, watched: Sequence[float]
+) -> tuple[StepResult, float]:
+    """One optimizer step and what goes with it; its result, and the schedule's factor.
+
+    Args:
+        setup: the training.
+        state: its step is counted on.
+        window: the step's images.
+        watched: the metric that plateau goes by, at each evaluation so far.
+    """
+    factor = setup.schedule.factor(state.step, watched)
+    reseed = partial(seed_step, setup.params.seed, state.step, setup.world.rank)
+    with explained(state.step + 1, window, setup.params.lr * factor):
+        result = train_step(setup.machinery, window, factor, reseed=reseed)
+    if setup.ema is not None:
+        setup.ema.update(result.skipped)
+    state.step += 1
+    return result, factor
+
+
+def _save_first_anchor(setup: Setup, state: LoopState) -> None:
+    """Have something to go back to from the very start."""
+    checkpoints = setup.checkpoints
+    if checkpoints and state.step == 0 and checkpoints.newest is None:
+        checkpoints.save(take_content(setup, state), anchor=True)
+
+
+def _at_boundary(
+    setup: Setup, state: LoopState, guard: Guard, recorder: EpochRecorder | None = None
+) -> None:
+    """Between two steps: save a checkpoint if it is time, stop if a signal came.
+
+    One is saved after going back, too, so that every later step can be replayed from a checkpoint
+    without going back again.
+    """
+    went_back = guard.has_just_gone_back
+    anchor = recorder is not None and guard.wants_anchor()
+    if setup.checkpoints and (went_back or anchor or setup.checkpoints.due(state.step)):
         if recorder:
             recorder.settle()
-        setup.checkpoints.save(take_content(setup, state))
+        setup.checkpoints.save(take_content(setup, state), wait=went_back, anchor=anchor)
     setup.interrupts.check()
 
 
@@ -158,7 +194,7 @@ def _evaluate(setup: Setup, state: LoopState, values: dict[str, float]) -> bool:
     with torch.no_grad(), setup.interrupts.at_once():
         metrics = {name: float(value) for name, value in setup.evaluate(module).items()}
     value = watched_value(metrics, stopping.metric)
-    values |= metrics
+    values |= metrics | loss_gap(values, metrics)
     state.evaluations.append(metrics)
     if stopping.enabled:
         judge = Judge(stopping.mode, stopping.min_delta)
@@ -170,16 +206,22 @@ def _evaluate(setup: Setup, state: LoopState, values: dict[str, float]) -> bool:
 
 
 def _close_epoch(
-    setup: Setup, state: LoopState, values: dict[str, float], clock: Stopwatch
+    setup: Setup, state: LoopState, values: dict[str, float], guard: Guard, clock: Stopwatch
 ) -> None:
     """Evaluate if that is due, log and print the epoch; note the end of training."""
     epochs, every = setup.params.training.epochs, setup.params.training.evaluate_every
     number = state.epoch + 1
     due = number % every == 0 or number == epochs
+    if due:
+        guard.act_before_evaluation()
     is_best = due and _evaluate(setup, state, values)
     state.epoch, state.running = number, Running()
     state.seconds += clock.lap()
-    values |= {"train/epoch": float(number), "train/skipped_steps": float(state.skipped_steps)}
+    values |= {
+        "train/epoch": float(number),
+        "train/skipped_steps": float(state.skipped_steps),
+        "train/loss_spikes": float(state.guard.spikes),
+    }
     state.history.append({"epoch": float(number), "step": float(state.step)} | values)
     setup.tracker.log(values, state.step)
     setup.say(

@@ -25,6 +25,8 @@ class Reading:
     """Its rate."""
     values: dict[str, float]
     """By metric name."""
+    faults: tuple[str, ...] = ()
+    """What the matching found that is not finite."""
 
 
 class LateReader:
@@ -38,10 +40,13 @@ class LateReader:
         """Start empty."""
         self._queued: tuple[Reading, Tensor, torch.cuda.Event | None] | None = None
 
-    def push(
-        self, step: int, image_ids: tuple[int, ...], lr: float, values: Mapping[str, Tensor]
-    ) -> Reading | None:
-        """Queue device scalars of a step; the reading before it, if there is one."""
+    def push(self, reading: Reading, values: Mapping[str, Tensor]) -> Reading | None:
+        """Queue device scalars of a step; the reading before it, if there is one.
+
+        Args:
+            reading: what is known of the step; its values are filled in later.
+            values: scalars by metric name.
+        """
         previous = self.flush()
         stacked = torch.stack([value.detach().float() for value in values.values()])
         arrived = None
@@ -51,7 +56,7 @@ class LateReader:
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()  # type: ignore[no-untyped-call]
         names = dict.fromkeys(values, 0.0)
-        self._queued = (Reading(step, image_ids, lr, names), stacked, arrived)
+        self._queued = (replace(reading, values=names), stacked, arrived)
         return previous
 
     def flush(self) -> Reading | None:

@@ -5,36 +5,32 @@ from __future__ import annotations
 from torch import Tensor
 
 from runkey.data.batch import Window
-from runkey.errors import TrainingError
-from runkey.training.explain import shown_ids
+from runkey.training.guard.guard import Guard
 from runkey.training.meters import LateReader, Pace, Reading
 from runkey.training.progress import Display, bar_text
 from runkey.training.setup import Setup
 from runkey.training.state import LoopState
 from runkey.training.step import StepResult, image_ids_of
 
-# Skipped steps on end after which training is taken to be lost.  A loss scaler in fp16 skips about
-# ten at the start while it looks for its factor.
-_MOST_SKIPPED_IN_A_ROW = 50
-
 
 class EpochRecorder:
     """Takes each step's result, and hands its values on one step later."""
 
-    def __init__(self, setup: Setup, state: LoopState, display: Display) -> None:
+    def __init__(self, setup: Setup, state: LoopState, display: Display, guard: Guard) -> None:
         """Start an epoch, or go on in the middle of one, as the state says."""
         self._running = running = state.running
         self.pace = Pace.after(running.images, running.wait_seconds, running.seconds)
         """Of the whole epoch."""
         self.recent = Pace()
         """Since the last logged step."""
-        self._setup, self._state, self._display = setup, state, display
+        self._setup, self._state, self._display, self._guard = setup, state, display, guard
         self._reader = LateReader()
 
     def record(self, window: Window, result: StepResult, factor: float) -> None:
         """Queue the values of the step that `state.step` now counts."""
         lr = self._setup.params.lr * factor
-        self._take(self._reader.push(self._state.step, image_ids_of(window), lr, _scalars(result)))
+        reading = Reading(self._state.step, image_ids_of(window), lr, {}, result.faults)
+        self._take(self._reader.push(reading, _scalars(result)))
 
     def settle(self) -> None:
         """Wait for the last step, so that the state holds all numbers up to it."""
@@ -59,11 +55,11 @@ class EpochRecorder:
         return values if running.lr is None else values | {"train/lr": running.lr}
 
     def _take(self, reading: Reading | None) -> None:
-        """Count, log and show a step whose values have arrived on the host."""
+        """Judge, log and show a step whose values have arrived on the host."""
         if reading is None:
             return
-        values = dict(reading.values)
-        self._count_skipped(reading, skipped=values.pop("skipped") > 0)
+        self._guard.note(reading)
+        values = {name: value for name, value in reading.values.items() if name != "skipped"}
         self._running.means.add(values)
         self._running.lr = reading.lr
         if reading.step > 1 and reading.step % self._setup.params.runtime.log_every:
@@ -75,24 +71,6 @@ class EpochRecorder:
         self._setup.tracker.log(values, reading.step)
         text = bar_text(values, self._setup.seconds_left(self._state.step, self._state.seconds))
         self._display.update(self._state.step, self._state.epoch + 1, text)
-
-    def _count_skipped(self, reading: Reading, *, skipped: bool) -> None:
-        """Keep count of steps that were not finite, and give up when there is nothing else."""
-        state = self._state
-        if not skipped:
-            state.skipped_in_a_row = 0
-            return
-        state.skipped_steps += 1
-        state.skipped_in_a_row += 1
-        self._setup.tracker.event(
-            "skipped_step", step=reading.step, image_ids=list(reading.image_ids)
-        )
-        if state.skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
-            raise TrainingError(
-                f"step {reading.step} (lr {reading.lr:.3g}, images {shown_ids(reading.image_ids)}):"
-                f" loss or gradients were not finite in {state.skipped_in_a_row} steps on end; "
-                "try a lower lr, or training.precision: off"
-            )
 
 
 def _scalars(result: StepResult) -> dict[str, Tensor]:

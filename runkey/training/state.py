@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from runkey.training.early_stopping import Judge
+from runkey.training.guard.state import GuardState
 from runkey.training.meters import Means
 
 
@@ -89,6 +90,7 @@ class LoopState:
     history: list[dict[str, float]] = field(default_factory=list)
     """Values of each epoch by metric name, with `epoch` and `step`."""
     running: Running = field(default_factory=Running)
+    guard: GuardState = field(default_factory=GuardState)
     best: Best | None = None
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     """State dict of the weights that `best` judged: contiguous tensors on the host.  They are never
@@ -102,6 +104,7 @@ class LoopState:
         """A copy of everything but the weights, as dicts, lists, numbers and strings."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "best_weights"}
         plain["running"] = asdict(self.running)
+        plain["guard"] = asdict(self.guard)
         plain["best"] = asdict(self.best) if self.best else None
         return copy.deepcopy(plain)
 
@@ -111,6 +114,7 @@ class LoopState:
         running, best = plain["running"], plain["best"]
         nested = {
             "running": Running(**running | {"means": Means(**running["means"])}),
+            "guard": GuardState.from_plain(plain["guard"]),
             "best": Best(**best) if best else None,
         }
         return cls(**{**plain, **nested}, best_weights=best_weights)

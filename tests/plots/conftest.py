@@ -39,6 +39,7 @@ def write_log(
                     "train/loss": 2 + 8 * math.exp(-step / 60),
                     "train/grad_norm": norm,
                     "train/grad_norm_clipped": min(norm, 0.5),
+                    "train/clip_threshold": 0.5,
                     "train/images_per_second": 40.0,
                     "train/data_wait_share": 0.02,
                     "train/lr": 1e-3 * min(1, step / 30) * (0.1 if step > 160 else 1),
@@ -50,6 +51,7 @@ def write_log(
         if validated:
             ap = 0.08 * min(epoch, 16 - epoch)
             values |= {"val/AP": ap, "val/AP50": ap * 1.4, "val/AP75": ap, "val/loss": 2.5}
+            values["val/loss_gap"] = 2.5 - values["train/epoch_loss"]
         log.log(values, epoch * STEPS_PER_EPOCH)
     reason = "early stop: best val/AP 0.64" if stopped else f"all {epochs} epochs done"
     log.event("training_end", reason=reason, best_epoch=8, best_step=8 * STEPS_PER_EPOCH)

@@ -155,7 +155,6 @@ def test_warmup_drop_threshold_and_share_are_found(log_of):
     assert factor == pytest.approx(0.1)
     _, before = log.of_steps("train/grad_norm")
     _, after = log.of_steps("train/grad_norm_clipped")
-    assert gradients._threshold(after, before > after * 1.001) == pytest.approx(0.5)
     ends, share = gradients._share_by_epoch(log, steps, before > after * 1.001)
     assert ends.tolist() == [20 * e for e in range(1, 13)]
     assert share[0] == 1
@@ -163,8 +162,39 @@ def test_warmup_drop_threshold_and_share_are_found(log_of):
     # A cosine is steep at its end, but drops nowhere.
     cosine = 1 + np.cos(np.linspace(0, np.pi, 40))
     assert curves._drops(cosine) == []
-    # Clipping by value leaves norms of any size.
-    assert gradients._threshold(np.array([0.2, 0.5]), np.array([True, True])) is None
+
+
+def labels_drawn(draw, path, content):
+    """Labels of what a function draws."""
+    from runkey.plots.style import drawing
+
+    with drawing(path, panels=1, height=3) as (_, (axes,)):
+        draw(axes, content)
+        return axes.get_legend_handles_labels()[1]
+
+
+def test_threshold_is_the_one_that_was_logged(log_of, tmp_path):
+    from runkey.plots.gradients import _draw_threshold as draw
+
+    log = read_log(log_of("complete"))
+    assert labels_drawn(draw, tmp_path / "a.png", log) == ["threshold 0.5"]
+    for number, point in enumerate(log.steps):  # clipping by percentile
+        point.values["train/clip_threshold"] = 0.2 + number / 100
+    [label] = labels_drawn(draw, tmp_path / "a.png", log)
+    assert label.startswith("threshold 0.2 to 0.")
+    for point in log.steps:  # clipping by value
+        del point.values["train/clip_threshold"]
+    assert labels_drawn(draw, tmp_path / "a.png", log) == []
+
+
+def test_gap_is_told_where_the_weights_were_kept_and_at_the_end(log_of, tmp_path):
+    from runkey.plots.losses import _draw_gap as draw
+
+    log = read_log(log_of("complete"))
+    expected = "gap, -0.5 at the kept weights, -0.167 at the end"
+    assert labels_drawn(draw, tmp_path / "a.png", log) == [expected]
+    log = read_log(log_of("no evaluation"))
+    assert labels_drawn(draw, tmp_path / "a.png", log) == []
 
 
 def test_no_log(tmp_path):

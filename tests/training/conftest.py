@@ -16,13 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from runkey import params
-from runkey.data.batch import Batch, Window
 from runkey.data.normalise import normalise
 from runkey.model.targets import Targets
-
-CLASSES = 3
-QUERIES = 4
-SIZE = 16
+from tests.support.squares import CLASSES, QUERIES, SIZE, make_batch, make_window
 
 
 @dataclass(frozen=True)
@@ -88,40 +84,6 @@ class ToyCriterion:
         )
 
 
-def make_batch(
-    image_ids: Sequence[int], dtype: torch.dtype = torch.float32, size: int = SIZE
-) -> Batch:
-    """Images drawn from their ids alone; id 5k has no box."""
-    images, boxes, labels, counts = [], [], [], []
-    for image_id in image_ids:
-        generator = torch.Generator().manual_seed(image_id)
-        image = torch.randint(0, 60, (3, size, size), generator=generator, dtype=torch.uint8)
-        count = 0 if image_id % 5 == 0 else 1 + image_id % QUERIES
-        for _ in range(count):
-            x, y = torch.randint(0, size - 6, (2,), generator=generator).tolist()
-            label = int(torch.randint(0, CLASSES, (1,), generator=generator))
-            image[label, y : y + 6, x : x + 6] = 220
-            boxes.append([(x + 3) / size, (y + 3) / size, 6 / size, 6 / size])
-            labels.append(label)
-        images.append(image)
-        counts.append(count)
-    sizes = torch.full((len(images), 2), size)
-    return Batch(
-        images=torch.stack(images),
-        sizes=sizes,
-        boxes_cxcywh=torch.tensor(boxes, dtype=dtype).reshape(-1, 4),
-        labels=torch.tensor(labels, dtype=torch.int64),
-        counts=tuple(counts),
-        image_ids=tuple(image_ids),
-        original_sizes=sizes,
-    )
-
-
-def make_window(image_ids: Sequence[int], micro_batch: int, **options) -> Window:
-    parts = [image_ids[i : i + micro_batch] for i in range(0, len(image_ids), micro_batch)]
-    return tuple(make_batch(part, **options) for part in parts)
-
-
 class ToyLoader:
     """`images` images in windows of `batch_size`, the last one partial; the order by epoch."""
 
@@ -171,7 +133,8 @@ class SavedInMemory:
 
     def __init__(self, content=None, stop_after=None, due=True) -> None:
         self.content, self.stop_after, self.is_due, self.saved = content, stop_after, due, 0
-        self.newest: int | None = None
+        self.newest: int | None = None if content is None else content.step
+        self.path = None
 
     def due(self, step: int) -> bool:
         return self.is_due

@@ -3,7 +3,7 @@
 import pytest
 
 from runkey.errors import TrainingError
-from runkey.training.early_stopping import Judge, judge_history, watched_value
+from runkey.training.early_stopping import Judge, judge_history, loss_gap, watched_value
 
 NAN = float("nan")
 
@@ -40,11 +40,21 @@ def test_table(history, mode, min_delta, patience, stops, waited):
 def test_says_what_it_saw():
     verdict = judge_history([0.2, 0.3125, 0.3, 0.31], Judge("max", 0.01), 2, "val/AP")
     assert verdict.reason == (
-        "early stop: best val/AP 0.3125 at evaluation 2 of 4, "
-        "2 without improvement by more than 0.01 since"
+        "early stop: best val/AP 0.3125 at evaluation 2 of 4, then 0.3, 0.31: "
+        "2 without improvement by more than 0.01"
     )
     verdict = judge_history([NAN, NAN], Judge("max"), 2, "val/AP")
-    assert verdict.reason == ("early stop: val/AP was never a number, 2 without improvement since")
+    assert verdict.reason == "early stop: val/AP was never a number: 2 without improvement"
+    verdict = judge_history([0.5, *(n / 100 for n in range(10))], Judge("max"), 10, "val/AP")
+    assert "of 11, then ... 0.02, 0.03, " in verdict.reason
+
+
+def test_gap_is_of_what_both_losses_have():
+    values = {"train/epoch_loss": 3.0, "train/epoch_loss_denoising": 0.5, "train/epoch_loss_l1": 1}
+    assert loss_gap(values, {"val/loss": 2.75, "val/AP": 0.5}) == {"val/loss_gap": 0.25}
+    assert loss_gap(values, {"val/AP": 0.5}) == {}
+    del values["train/epoch_loss_denoising"]
+    assert loss_gap(values, {"val/loss": 2.75}) == {"val/loss_gap": -0.25}
 
 
 def test_a_metric_that_is_not_there_is_named():

@@ -73,12 +73,12 @@ def uninterrupted(toy, parameters):
     """Result, checkpoints and log of a training that nobody stopped."""
     tracker, checkpoints = toy.MemoryTracker(), toy.SavedInMemory()
     result, _ = train(toy, parameters, checkpoints, tracker)
-    assert checkpoints.saved == 18 + 6 + 1
+    assert checkpoints.saved == 1 + 18 + 6 + 1
     return result, checkpoints, tracker
 
 
-# 18 steps and 6 ends of epochs.
-@pytest.mark.parametrize("stop_after", range(1, 25))
+# The start, 18 steps and 6 ends of epochs.
+@pytest.mark.parametrize("stop_after", range(1, 26))
 def test_stopped_anywhere_it_is_the_same_training(toy, parameters, uninterrupted, stop_after):
     whole, whole_checkpoints, whole_tracker = uninterrupted
     stopped, tracker = toy.SavedInMemory(stop_after=stop_after), toy.MemoryTracker()
@@ -95,7 +95,7 @@ def test_stopped_anywhere_it_is_the_same_training(toy, parameters, uninterrupted
     assert without_clock(fields[0]) == without_clock(fields[1])
     assert without_clock(tracker.logged) == without_clock(whole_tracker.logged)
     assert events_but_resumed(tracker) == events_but_resumed(whole_tracker)
-    assert again.saved == 25 - stop_after
+    assert again.saved == 26 - stop_after
 
 
 def test_checkpoints_change_nothing(toy, parameters):

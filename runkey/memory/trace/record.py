@@ -72,7 +72,6 @@ class Recorder:
         window = tuple(
             synthetic_batch(one, self.content.num_classes, self.content.colour) for one in passes
         )
-        self.tracker.outside = {x.untyped_storage()._cdata for x in _tensors(window)}
         before = tuple(self.tracker.alive)
         start = len(self.tracker.log)
         self._starts, self._inputs = [], set()
@@ -140,12 +139,6 @@ class Recorder:
             for name, block in self.tracker.blocks_of(tensors):
                 found[block] = ("optimizer", name)
         return found
-
-
-def _tensors(window: Window) -> Iterator[Tensor]:
-    for batch in window:
-        every = (batch.images, batch.sizes, batch.boxes_cxcywh, batch.labels, batch.colour)
-        yield from (one for one in every if one is not None)
 
 
 @contextmanager

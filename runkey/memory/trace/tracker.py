@@ -56,8 +56,6 @@ class Tracker(TorchDispatchMode):
         self._scope = scope
         self._lives: dict[int, _Life] = {}
         self._watching = True
-        self.outside: set[int] = set()
-        """Storages (`_cdata`) on the device that are not the step's own: a batch on a CPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and look at what it returns."""
@@ -95,8 +93,6 @@ class Tracker(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self.outside:
-            return
         life = self._lives.get(key)
         if life is not None:
             if self.records[life.block].bytes == size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -40,6 +41,8 @@ class Content:
 class Checkpoints(Protocol):
     """Keeps checkpoints.  Saving never raises: training goes on without."""
 
+    path: Path | None
+    """The training's folder, where reports are written too; None: not in files."""
     newest: int | None
     """Step of the newest one that training could go on from; None: there is none."""
 

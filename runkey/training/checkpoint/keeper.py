@@ -52,6 +52,7 @@ class FolderCheckpoints:
             interval: when a checkpoint is due.
             retry_seconds: after a failure.
         """
+        self.path: Path | None = path
         self._folder = CheckpointFolder(path, fingerprint)
         # On a CPU, what the thread computes is taken from the training.
         self._shares_cpu = fingerprint["device"] == "cpu"

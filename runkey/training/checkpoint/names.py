@@ -34,10 +34,13 @@ def best_name(step: int, digest: str) -> str:
 
 
 def find_saved(folder: Path) -> list[Saved]:
-    """The checkpoints in a folder, the newest first."""
+    """The checkpoints in a folder, the newest first.
+
+    Of the same step, an anchor comes last: it was saved before the epoch's evaluation.
+    """
     matches = (_NAME.fullmatch(path.name) for path in folder.iterdir())
     found = [Saved(int(m.group(2)), m.group(1) == "anchor") for m in matches if m]
-    return sorted(found, reverse=True)
+    return sorted(found, key=lambda one: (one.step, not one.is_anchor), reverse=True)
 
 
 def obsolete(saved: Iterable[Saved]) -> list[Saved]:
