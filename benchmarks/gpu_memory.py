@@ -25,12 +25,12 @@ import torch
 
 from benchmarks.gpu_steps import log_fake_step, log_step
 from runkey.memory.allocator.replay import replay_steps
+from runkey.memory.trace.attention import Gpu
 from runkey.memory.trace.batch import synthetic_batch
 from runkey.memory.trace.events import Pass
-from runkey.memory.trace.gpu import Gpu, present_gpu
 from runkey.memory.trace.record import Content, recorder
+from runkey.one_step import build_step, lender
 from runkey.params import Params, load_params
-from stages._step import build_step, lender
 
 MIB = 2**20
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -207,7 +207,10 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = [one for one in configurations() if arguments.only in one.name]
     if arguments.what == "predict":
-        gpu = present_gpu() if torch.cuda.is_available() else HOPPER
+        gpu = HOPPER
+        if torch.cuda.is_available():
+            cudnn = torch.backends.cudnn.version() or 0
+            gpu = Gpu(torch.cuda.get_device_capability(), cudnn)
         arguments.predictions.write_text(json.dumps(predict(chosen, gpu)))
         return
     arguments.folder.mkdir(parents=True, exist_ok=True)

@@ -54,9 +54,9 @@ def _step_seconds(root: Path, threads: int, steps: int) -> float:
     from runkey import paths
     from runkey.data.index import read_classes
     from runkey.data.loader import build_train_loader
+    from runkey.one_step import build_step
     from runkey.params import load_params
     from runkey.training.seed import set_up
-    from stages._parts import build_step
 
     params = load_params(REPOSITORY / "presets" / "sample.yaml")
     set_up(params.seed, deterministic=True, cpu_threads=threads)
@@ -75,7 +75,7 @@ def _step_seconds(root: Path, threads: int, steps: int) -> float:
         say=lambda _: None,
     )
     classes = len(read_classes(prepared / "classes.json"))
-    step = build_step(params, classes, torch.device("cpu"))
+    step = build_step(params, classes, torch.device("cpu")).step
     taken = []
     for number, window in zip(range(WARM_UP + steps), loader.epoch(0), strict=False):
         start = time.perf_counter()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,14 @@ import torch
 from torch import nn
 
 from runkey import paths
-from runkey.data.batch import Window
 from runkey.data.index import ClassName, Record, read_classes, read_index
 from runkey.data.loader import EvalLoader, build_eval_loader
 from runkey.evaluation.run import Evaluation, evaluate_model
 from runkey.model.criterion import Criterion, build_criterion
-from runkey.model.detr import build_model
 from runkey.model.postprocess import Postprocess, build_postprocess
 from runkey.params import Model as ModelParams
 from runkey.params import Params
-from runkey.training.distributed import World
 from runkey.training.precision import Precision, build_precision, choose_precision
-from runkey.training.setup import build_setup
-from runkey.training.step import train_step
-from runkey.training.tracker import Quiet
 
 
 @dataclass(frozen=True)
@@ -78,42 +71,6 @@ def build_validation(
         criterion=build_criterion(model, len(classes)),
         precision=build_precision(dtype, device),
     )
-
-
-class _OneStep:
-    """Stands for a loader where the windows come from elsewhere."""
-
-    steps_per_epoch = 1
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Window]:  # noqa: ARG002
-        """No windows."""
-        return iter(())
-
-
-def build_step(params: Params, classes: int, device: torch.device) -> Callable[[Window], object]:
-    """A whole optimizer step of a fresh model, as `fit` does it, for the memory profile."""
-
-    def nothing(_: nn.Module) -> Mapping[str, float]:
-        return {}
-
-    setup = build_setup(
-        build_model(params.model, classes),
-        build_criterion(params.model, classes),
-        _OneStep(),
-        nothing,
-        params,
-        device=device,
-        tracker=Quiet(),
-        say=lambda _: None,
-        world=World(),
-    )
-
-    def step(window: Window) -> None:
-        result = train_step(setup.machinery, window, 1.0)
-        if setup.ema is not None:
-            setup.ema.update(result.skipped)
-
-    return step
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from runkey import paths
 from runkey.data.loader import TrainLoader, build_train_loader
 from runkey.identity.key import Recipe
-from runkey.memory.plan import PLAN, MemoryPlan, read_plan
+from runkey.memory.calibration import CALIBRATION
+from runkey.memory.decide import decide
+from runkey.memory.plan import MemoryPlan
 from runkey.model.detr import build_model
 from runkey.model.model_files import Sizes, save_model
 from runkey.model.weights import load_initial_weights
@@ -49,7 +51,7 @@ def train(params: Params, root: Path, recipe: Recipe, turn: Turn) -> None:
 def _train(params: Params, root: Path, recipe: Recipe, turn: Turn, interrupts: Interrupts) -> None:
     device, reason = choose_device(params.runtime.device)
     print(f"device {device} ({reason})")
-    plan = _plan(params, root, turn)
+    plan = _plan(params, root, turn, device)
     set_up(
         params.seed,
         deterministic=params.training.deterministic,
@@ -95,16 +97,21 @@ def _train(params: Params, root: Path, recipe: Recipe, turn: Turn, interrupts: I
     print(f"trained in {result.seconds:.0f} s; model/ is written; MLflow run {run_id or 'none'}")
 
 
-def _plan(params: Params, root: Path, turn: Turn) -> MemoryPlan:
-    """How a step is cut into forward passes: as the checkpoint has it, if there is one."""
-    plan = read_plan(root / paths.MEMORY / PLAN, params.training.batch_size)
+def _plan(params: Params, root: Path, turn: Turn, device: torch.device) -> MemoryPlan:
+    """How a step is cut into forward passes on this device: as the checkpoint has it, if it fits.
+
+    Another size would round otherwise, and draw other noise.
+    """
     saved = newest_fingerprint(turn.folder)
-    if saved is None or saved["micro_batch"] == plan.micro_batch:
-        return plan
-    # Another size would round otherwise, and draw other noise.
-    micro_batch = int(saved["micro_batch"])
-    print(f"micro-batch {micro_batch}, as in the checkpoint (memory.json: {plan.micro_batch})")
-    return replace(plan, micro_batch=micro_batch, accumulation=-(-plan.batch_size // micro_batch))
+    plan = decide(
+        params,
+        root / paths.MEMORY,
+        device,
+        trials=paths.store_root() / paths.HOME / CALIBRATION,
+        kept=None if saved is None else int(saved["micro_batch"]),
+    )
+    print(plan.line())
+    return plan
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""`python -m stages.profile_memory`: measure a training step, choose the micro-batch.
+"""`python -m stages.profile_memory`: predict a training step's memory; measure it where it runs.
 
-It starts itself anew with `--measure` and waits: a process that has done nothing else is measured,
-and if it takes all the memory there is, this one is left to say so.
+The prediction, memory/memory.json and its picture, is the same on every machine.  Steps are run in
+processes of their own (this file again, with `--trial`): they have done nothing else, and if one
+takes all the memory there is, this process is left to say so.
 """
 
 from __future__ import annotations
@@ -11,40 +12,33 @@ from pathlib import Path
 
 from runkey import paths
 from runkey.errors import report_errors
-from runkey.memory.guard import run_guarded
 
 
 def main() -> None:
     """Write memory/."""
     root = paths.workspace()
-    if "--measure" in sys.argv:
-        _measure(root)
+    if "--trial" in sys.argv:
+        job, result = sys.argv[sys.argv.index("--trial") + 1 :][:2]
+        _trial(root, Path(job), Path(result))
         return
-    again = [argument for argument in sys.argv[1:] if argument == "--traceback"]
-    command = [sys.executable, "-m", "stages.profile_memory", "--measure", *again]
-    raise SystemExit(run_guarded(command, root))
+    # Here, for a trial needs neither the prediction nor its picture.
+    from stages._profile import profile
+
+    profile(root)
 
 
-def _measure(root: Path) -> None:
-    # Here, for the waiting process needs none of it: torch alone is seconds of import.
+def _trial(root: Path, job: Path, result: Path) -> None:
     from runkey.data.index import read_classes
-    from runkey.memory.profile import profile
+    from runkey.memory.trial import read_job, run_trial, write_json
+    from runkey.one_step import build_step
     from runkey.params import load_params
     from runkey.training.device import choose_device
-    from stages._parts import build_step
 
     params = load_params(root / paths.PARAMS)
     device, _ = choose_device(params.runtime.device)
-    prepared = root / paths.PREPARED
-    classes = len(read_classes(prepared / "classes.json"))
-    profile(
-        params,
-        prepared=prepared,
-        out=root / paths.MEMORY,
-        make_step=lambda: build_step(params, classes, device),
-        device=device,
-        say=print,
-    )
+    classes = len(read_classes(root / paths.PREPARED / "classes.json"))
+    outcome = run_trial(lambda: build_step(params, classes, device).step, read_job(job), device)
+    write_json(result, outcome)
 
 
 if __name__ == "__main__":

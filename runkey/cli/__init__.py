@@ -20,6 +20,7 @@ from runkey.cli import (
     index,
     key,
     list_runs,
+    memory,
     open_page,
     params,
     replay,
@@ -52,6 +53,7 @@ app.command("import")(archive.import_run)
 app.command("index")(index.index)
 app.command("key")(key.key)
 app.command("list")(list_runs.list_runs)
+app.command("memory")(memory.memory)
 app.command("open")(open_page.open_page)
 app.command("params")(params.show)
 app.command("preset")(params.preset)

@@ -142,20 +142,33 @@ class BatchMaker:
         except RunkeyError as error:
             return Failure(str(error))
 
+    def objects_seen(
+        self, index: int, view: View, source: tuple[int, int]
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Boxes [n, 4] (cxcywh, 0..1) and labels [n] that a view of one image shows.
+
+        Args:
+            index: position of the image.
+            view: how it is seen.
+            source: (height, width) of the decoded image, pixels; no pixel is looked at.
+        """
+        height, width = source
+        placement = place(view.region, source, view.size)
+        parts_xyxy, labels = self.table.objects(index)
+        source_xyxy = parts_xyxy * [width, height, width, height]
+        boxes_xyxy, visible = carry_boxes(source_xyxy, placement, flip=view.flip)
+        keep = self._keep(boxes_xyxy, visible)
+        return _cxcywh(boxes_xyxy[keep] / ([*view.size[::-1]] * 2)), labels[keep]
+
     def _place(
         self, index: int, view: View, out: Tensor
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Put one image into the top left of `out`; give its boxes (cxcywh, 0..1) and labels."""
         image = self._image(index)
         height, width = image.shape[1:]
-        placement = place(view.region, (height, width), view.size)
-        pixels = crop_resize(image, placement)
+        pixels = crop_resize(image, place(view.region, (height, width), view.size))
         out[:, : view.size[0], : view.size[1]] = pixels.flip(-1) if view.flip else pixels
-        parts_xyxy, labels = self.table.objects(index)
-        source_xyxy = parts_xyxy * [width, height, width, height]
-        boxes_xyxy, visible = carry_boxes(source_xyxy, placement, flip=view.flip)
-        keep = self._keep(boxes_xyxy, visible)
-        return _cxcywh(boxes_xyxy[keep] / ([*view.size[::-1]] * 2)), labels[keep]
+        return self.objects_seen(index, view, (height, width))
 
     def _keep(
         self, boxes_xyxy: NDArray[np.float64], visible: NDArray[np.float64]

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from runkey.data.augment import UNBOUNDED, crop_sides, evaluation_size
 from runkey.data.geometry import resized_size
 from runkey.data.index import Record
@@ -68,18 +71,52 @@ def worst_batch_shape(shapes: Iterable[Shape], batch_size: int, *, grouped: bool
         batch_size: images in the batch; one image pads to nothing but itself.
         grouped: `data.group_by_aspect`: no batch holds landscape and portrait images together.
     """
-    shapes = list(shapes)
-    groups: list[list[Shape]] = [shapes]
-    if grouped:
-        groups = [[s for s in shapes if is_portrait(s) is portrait] for portrait in (False, True)]
     worst = [
         max(group, key=_pixels)
         if batch_size == 1
         else (max(h for h, _ in group), max(w for _, w in group))
-        for group in groups
-        if group
+        for group in _groups(shapes, grouped=grouped)
     ]
     return max(worst, key=_pixels)
+
+
+def padded_shapes(shapes: Iterable[Shape], batch_size: int, *, grouped: bool) -> set[Shape]:
+    """Every padded (height, width) that a batch of up to `batch_size` images can have.
+
+    Two images reach all that more can: one gives the height, the other the width.
+
+    Args:
+        shapes: what single images can have, from `reachable_shapes` or `evaluation_shapes`.
+        batch_size: images in the batch, at most.
+        grouped: `data.group_by_aspect`: no batch holds landscape and portrait images together.
+    """
+    if batch_size == 1:
+        return set(shapes)
+    padded = set[Shape]()
+    for group in _groups(shapes, grouped=grouped):
+        heights, least_width = _least(np.array([(h, w) for h, w in group]))
+        widths, least_height = _least(np.array([(w, h) for h, w in group]))
+        # (h, w) is reached if some image of height h is at most w wide, and the other way round.
+        fits = (least_width[:, None] <= widths) & (least_height <= heights[:, None])
+        rows, columns = fits.nonzero()
+        padded |= set(zip(heights[rows].tolist(), widths[columns].tolist(), strict=True))
+    return padded
+
+
+def _least(pairs: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The different first numbers of pairs [N, 2], and the least second number of each."""
+    order = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+    first, at = np.unique(order[:, 0], return_index=True)
+    return first, order[at, 1]
+
+
+def _groups(shapes: Iterable[Shape], *, grouped: bool) -> list[list[Shape]]:
+    """The shapes that can meet in a batch; no group is empty."""
+    shapes = list(shapes)
+    if not grouped:
+        return [shapes] if shapes else []
+    both = [[s for s in shapes if is_portrait(s) is portrait] for portrait in (False, True)]
+    return [group for group in both if group]
 
 
 def _pixels(shape: Shape) -> tuple[int, Shape]:

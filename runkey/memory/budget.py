@@ -7,7 +7,8 @@ from typing import Literal
 
 import torch
 
-from runkey.memory.choose import GIB
+from runkey.memory.choose import Room, spare_bytes
+from runkey.memory.line import GIB
 
 _PROC = Path("/proc/meminfo")
 # A container's limit and use, with cgroups version 2 and version 1.
@@ -20,19 +21,33 @@ _CGROUPS = (
 )
 
 
-def budget_bytes(budget_gib: float | Literal["device"], device: torch.device) -> int:
-    """The budget of `memory.budget_gib` in bytes; device: all that is there or free on it.
+def room_on(
+    budget_gib: float | Literal["device"], device: torch.device, outside_bytes: int
+) -> Room:
+    """What tensors may take on a device.
 
     Args:
-        budget_gib: GiB, or device.
-        device: where training runs.  GPU: its whole memory, since measured peaks count what
-            others have taken of it.  CPU: what is available now, within a container's limit.
+        budget_gib: `memory.budget_gib`: GiB for the process, or device, for all that is free.
+        device: where training runs; nothing of ours is on it yet.
+        outside_bytes: what the process takes beside tensors.  GPU: the context and the libraries'
+            kernels, of which free memory lacks a part already.  CPU: nothing, since what is
+            measured there is the whole process.
     """
     if budget_gib != "device":
-        return round(budget_gib * GIB)
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return available_bytes(_PROC, _CGROUPS)
+        budget = round(budget_gib * GIB)
+        return _room(budget, outside_bytes, "memory.budget_gib")
+    if device.type == "cpu":
+        return _room(available_bytes(_PROC, _CGROUPS), outside_bytes, "available")
+    free, total = torch.cuda.mem_get_info(device)
+    taken = min(outside_bytes, total - free)  # our context, or at least that much of others
+    return _room(free + taken, outside_bytes, f"free on {torch.cuda.get_device_name(device)}")
+
+
+def _room(budget: int, outside: int, what: str) -> Room:
+    spare = spare_bytes(budget)
+    beside = f", {outside / GIB:.2f} for the CUDA context" if outside else ""
+    text = f"{budget / GIB:.2f} GiB {what} less {spare / GIB:.2f} to spare{beside}"
+    return Room(budget - spare - outside, text)
 
 
 def available_bytes(meminfo: Path, cgroups: tuple[tuple[Path, Path], ...]) -> int:

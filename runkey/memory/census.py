@@ -1,13 +1,24 @@
-"""Which padded shapes training can meet, from annotations and parameters alone."""
+"""Which padded batches training can meet, from annotations and parameters alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from runkey.data.augment import build_views
+from runkey.data.dataset import BatchMaker, image_table
 from runkey.data.index import Record
-from runkey.data.shapes import Shape, most_objects, reachable_shapes, worst_batch_shape
+from runkey.data.sampler import Seen, WindowSampler, micro_batches
+from runkey.data.shapes import (
+    Shape,
+    most_objects,
+    padded_shapes,
+    reachable_shapes,
+    worst_batch_shape,
+)
 from runkey.errors import DataError
+from runkey.memory.trace.events import Pass
 from runkey.params.data import Data
 
 # From two images on, a batch can pad to the largest height and the largest width at once.
@@ -20,6 +31,8 @@ class Census:
 
     shapes: int
     """Different (height, width) of single images."""
+    padded_shapes: int
+    """Different padded (height, width) of batches of two images or more."""
     largest: Shape
     """(height, width) of the single image with the most pixels."""
     worst: Shape
@@ -28,14 +41,19 @@ class Census:
     """The same if landscape and portrait images came in one batch."""
     worst_grouped: Shape
     """The same if they never did (`data.group_by_aspect`); one of the two is `worst`."""
-    objects: int
-    """Most boxes of an image."""
+    objects: tuple[int, ...]
+    """Most boxes of a batch of 1, 2, ... images."""
+
+    def worst_of(self, images: int) -> Shape:
+        """Padded (height, width) of the worst batch of that many images."""
+        return self.largest if images == 1 else self.worst
 
     def lines(self) -> list[str]:
         """The census in words."""
         lines = [
-            f"census: {self.shapes} output shape{'s' if self.shapes > 1 else ''}, the largest "
-            f"{_text(self.largest)}; worst batch {_text(self.worst)}; up to {self.objects} objects"
+            f"census: {self.shapes:,} output shape{'s' if self.shapes > 1 else ''}, "
+            f"{self.padded_shapes:,} once padded, the largest {_text(self.largest)}; worst batch "
+            f"{_text(self.worst)}; up to {self.objects[0]} objects an image"
         ]
         if self.worst_ungrouped != self.worst:
             times = _pixels(self.worst_ungrouped) / _pixels(self.worst)
@@ -52,12 +70,15 @@ class Census:
         return lines
 
 
-def take_census(data: Data, records: Sequence[Record], max_objects: int) -> Census:
+def take_census(
+    data: Data, records: Sequence[Record], *, batch_size: int, max_objects: int
+) -> Census:
     """Count what `runkey.data`'s real transforms can make of the training images.
 
     Args:
         data: section `data` of params.yaml.
         records: the training split.
+        batch_size: images of an optimizer step.
         max_objects: boxes that the loader keeps of an image at most; 0: all.
 
     Raises:
@@ -69,11 +90,70 @@ def take_census(data: Data, records: Sequence[Record], max_objects: int) -> Cens
     grouped = data.group_by_aspect
     return Census(
         shapes=len(shapes),
+        padded_shapes=len(padded_shapes(shapes, _PADDED_TOGETHER, grouped=grouped)),
         largest=worst_batch_shape(shapes, 1, grouped=grouped),
         worst=worst_batch_shape(shapes, _PADDED_TOGETHER, grouped=grouped),
         worst_ungrouped=worst_batch_shape(shapes, _PADDED_TOGETHER, grouped=False),
         worst_grouped=worst_batch_shape(shapes, _PADDED_TOGETHER, grouped=True),
-        objects=most_objects(records, 1, max_objects),
+        objects=tuple(most_objects(records, n + 1, max_objects) for n in range(batch_size)),
+    )
+
+
+def census_of_shape(shape: Shape, *, batch_size: int, objects: int) -> Census:
+    """The census of a training that only ever sees one shape, each image with `objects` boxes."""
+    counts = tuple(objects * (n + 1) for n in range(batch_size))
+    return Census(1, 1, shape, shape, shape, shape, counts)
+
+
+def sample_windows(
+    data: Data,
+    records: Sequence[Record],
+    *,
+    seed: int,
+    batch_size: int,
+    micro_batch: int,
+    max_objects: int,
+    batches: int,
+) -> list[tuple[Pass, ...]]:
+    """The first optimizer steps that the real sampler deals, as shapes; no image is opened.
+
+    Args:
+        data: section `data` of params.yaml.
+        records: the training split, not empty.
+        seed: the run's seed.
+        batch_size: images of an optimizer step.
+        micro_batch: images of a forward pass, at most.
+        max_objects: as for `take_census`.
+        batches: forward passes to return, at least; the last step is whole.
+
+    Returns:
+        The forward passes of each step.
+    """
+    table = image_table(records)
+    views = build_views(data, seed)
+    sampler = WindowSampler(views, table.ids, table.sizes, batch_size, data.group_by_aspect)
+    maker = BatchMaker(table, Path(), None, views, data.augment.min_visible, max_objects)
+    windows: list[tuple[Pass, ...]] = []
+    count = epoch = 0
+    while count < batches:
+        for window in sampler.windows(epoch):
+            runs = micro_batches(window, micro_batch, grouped=data.group_by_aspect)
+            windows.append(tuple(_shape_of(maker, run) for run in runs))
+            count += len(runs)
+            if count >= batches:
+                break
+        epoch += 1
+    return windows
+
+
+def _shape_of(maker: BatchMaker, run: Sequence[Seen]) -> Pass:
+    sizes = maker.table.sizes
+    objects = [len(maker.objects_seen(index, view, sizes[index])[1]) for index, view in run]
+    return Pass(
+        batch=len(run),
+        height=max(view.size[0] for _, view in run),
+        width=max(view.size[1] for _, view in run),
+        objects=max(objects),
     )
 
 

@@ -1,33 +1,39 @@
-"""The line through two measured peaks, and the largest micro-batch under it that fits."""
+"""The largest micro-batch whose upper bound fits, or what would make one fit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from runkey.errors import TrainingError
-from runkey.memory.probe import Peak
+from runkey.memory.line import GIB, MIB
 
-GIB = 2**30
-MIB = 2**20
 _SPARE_BYTES = 256 * MIB
 _SPARE_PART = 0.03
 
+Bound = Callable[[int], int]
+"""Images of a forward pass to the bytes that the step takes at most."""
+
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """Peak bytes of a training step as a function of the images of a forward pass."""
+class Room:
+    """What a training step may take."""
 
-    base_bytes: float
-    """Weights, optimizer state, libraries: what no image adds to."""
-    bytes_per_image: float
+    bytes: int
+    text: str
+    """How that comes about, such as `16.00 GiB of memory.budget_gib less 0.48 to spare`."""
 
-    def at(self, images: int) -> int:
-        """Predicted peak, bytes."""
-        return round(self.base_bytes + self.bytes_per_image * images)
 
-    def __str__(self) -> str:
-        return f"{self.base_bytes / MIB:.0f} MiB + {self.bytes_per_image / MIB:.1f} MiB an image"
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What parameters and an earlier checkpoint ask for."""
+
+    batch_size: int
+    """Images of an optimizer step in this process."""
+    micro_batch: int | None = None
+    """`training.micro_batch`, if it is a number."""
+    kept: int | None = None
+    """Micro-batch of the checkpoint that training goes on from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,45 +44,71 @@ class Choice:
     """Images of a forward pass, at most."""
     accumulation: int
     """Forward passes of a step."""
+    reason: str
 
 
-def fit_line(peaks: Sequence[Peak]) -> Line:
-    """The line through the peaks of the fewest and the most images; it never falls."""
-    first, last = min(peaks, key=lambda p: p.images), max(peaks, key=lambda p: p.images)
-    slope = max(0.0, (last.bytes - first.bytes) / (last.images - first.images))
-    # Through the larger peak: where noise has flattened the line, it stays above both.
-    return Line(last.bytes - slope * last.images, slope)
+@dataclass(frozen=True, slots=True)
+class WayOut:
+    """A parameter that would make a step smaller."""
+
+    change: str
+    """As params.yaml writes it."""
+    bytes: int
+    """What one image would take then."""
+
+    def __str__(self) -> str:
+        return f"{self.change} ({self.bytes / GIB:.2f} GiB)"
 
 
 def spare_bytes(budget_bytes: int) -> int:
-    """What is left free, for fragments, kernels' workspaces and the tracker beside the step."""
+    """What is left free: max(256 MiB, 3%)."""
     return max(_SPARE_BYTES, round(_SPARE_PART * budget_bytes))
 
 
-def cut(batch_size: int, micro_batch: int) -> Choice:
-    """`batch_size` images in as few passes as `micro_batch` allows, of sizes as even as can be."""
+def cut(batch_size: int, micro_batch: int) -> tuple[int, int]:
+    """Passes as few as `micro_batch` allows, of sizes as even as can be: (micro-batch, passes)."""
     passes = -(-batch_size // min(micro_batch, batch_size))
-    return Choice(-(-batch_size // passes), passes)
+    return -(-batch_size // passes), passes
 
 
-def choose(line: Line, batch_size: int, budget_bytes: int) -> Choice:
-    """The fewest forward passes whose peak, with something to spare, is within the budget.
+def largest_fitting(bound: Bound, batch_size: int, room_bytes: int) -> int:
+    """The most images, up to `batch_size`, whose bound is within the room; 0: not even one."""
+    return max((n for n in range(1, batch_size + 1) if bound(n) <= room_bytes), default=0)
+
+
+def choose(bound: Bound, room: Room, wish: Wish, ways_out: Sequence[WayOut] = ()) -> Choice:
+    """The fewest forward passes whose upper bound is within the room.
 
     Args:
-        line: the model of memory.
-        batch_size: images of an optimizer step.
-        budget_bytes: for the whole process.
+        bound: upper bound on the device at hand.
+        room: what there is.
+        wish: the batch, and a micro-batch asked for: a number in `training.micro_batch` is obeyed,
+            a checkpoint's is kept if it fits.
+        ways_out: what could be changed if nothing fits.
 
     Raises:
-        TrainingError: not even one image fits.
+        TrainingError: not even one image fits; says what would make it fit.
     """
-    limit = budget_bytes - spare_bytes(budget_bytes)
-    fitting = [images for images in range(1, batch_size + 1) if line.at(images) <= limit]
-    if not fitting:
-        raise TrainingError(
-            f"memory.budget_gib: a training step of one image takes {line.at(1) / GIB:.2f} GiB and "
-            f"{spare_bytes(budget_bytes) / GIB:.2f} GiB to spare, the budget is "
-            f"{budget_bytes / GIB:.2f} GiB; raise it, lower data.short_sides and data.long_side, "
-            "or set model.checkpointing: true"
-        )
-    return cut(batch_size, max(fitting))
+    if wish.micro_batch is not None:
+        return Choice(*cut(wish.batch_size, wish.micro_batch), "training.micro_batch")
+    fits = largest_fitting(bound, wish.batch_size, room.bytes)
+    if not fits:
+        raise TrainingError(_nothing_fits(bound(1), room, ways_out))
+    if wish.kept is not None and wish.kept <= fits:
+        return Choice(wish.kept, -(-wish.batch_size // wish.kept), "the checkpoint's, which fits")
+    return Choice(*cut(wish.batch_size, fits), f"the largest that fits is {fits}")
+
+
+def _nothing_fits(needed: int, room: Room, ways_out: Sequence[WayOut]) -> str:
+    """One line: what one image takes, what there is, and the ways out, best those that suffice."""
+    helpful = sorted((way for way in ways_out if way.bytes < needed), key=lambda way: way.bytes)
+    enough = [str(way) for way in helpful if way.bytes <= room.bytes]
+    text = (
+        f"memory.budget_gib: a training step of one image takes up to {needed / GIB:.2f} GiB, "
+        f"there are {room.bytes / GIB:.2f} GiB ({room.text}); "
+    )
+    if enough:
+        return text + "it would fit with " + ", or with ".join(enough)
+    if helpful:
+        return text + "no single change makes it fit: " + ", ".join(map(str, helpful))
+    return text + "take a smaller model"

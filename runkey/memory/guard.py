@@ -1,6 +1,6 @@
-"""Run the measuring process so that its death for want of memory has a line of its own.
+"""A measuring process, whose death for want of memory has a line of its own.
 
-Imports nothing that takes memory or time: this process only waits.
+Imports nothing that takes memory or time.
 """
 
 from __future__ import annotations
@@ -15,21 +15,32 @@ from runkey.errors import TrainingError
 _SHELL = 128
 
 
-def run_guarded(command: Sequence[str], root: Path) -> int:
-    """Run a command with this process's output streams, and return its exit code.
+class Guarded:
+    """A process that runs beside this one, with its output streams."""
 
-    Args:
-        command: the process that measures.
-        root: its current folder.
+    def __init__(self, command: Sequence[str], root: Path) -> None:
+        """Start a command in the folder `root`."""
+        self._process = subprocess.Popen(command, cwd=root)
 
-    Raises:
-        TrainingError: the kernel killed it, as it does with what takes too much memory.
-    """
-    code = subprocess.run(command, cwd=root, check=False).returncode
-    if code in (-signal.SIGKILL, _SHELL + signal.SIGKILL):
-        raise TrainingError(
-            "memory.probe_batches: the machine ran out of memory while training steps were "
-            "measured; lower memory.probe_batches, data.short_sides and data.long_side, "
-            "or set model.checkpointing: true"
-        )
-    return code
+    def stop(self) -> None:
+        """End the process if it still runs."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+
+    def wait(self) -> None:
+        """Wait for its end.
+
+        Raises:
+            TrainingError: the kernel killed it, as it does with what takes too much memory.
+            SystemExit: it ended with another error, of which it has told.
+        """
+        code = self._process.wait()
+        if code in (-signal.SIGKILL, _SHELL + signal.SIGKILL):
+            raise TrainingError(
+                "memory.probe_batches: the machine ran out of memory while training steps were "
+                "measured; lower memory.probe_batches, data.short_sides and data.long_side, "
+                "or set model.checkpointing: true"
+            )
+        if code:
+            raise SystemExit(code)

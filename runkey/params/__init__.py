@@ -10,7 +10,7 @@ a string.
 from __future__ import annotations
 
 from runkey.params.data import Augment, Checks, Data
-from runkey.params.load import load_params, parse_params
+from runkey.params.load import load_params, override, parse_params
 from runkey.params.model import Denoising, LossWeights, Model
 from runkey.params.root import Params
 from runkey.params.training import (
@@ -41,5 +41,6 @@ __all__ = [
     "Schedule",
     "Training",
     "load_params",
+    "override",
     "parse_params",
 ]

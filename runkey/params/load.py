@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,24 @@ def _suggest(where: list[str | int]) -> str:
     close = difflib.get_close_matches(str(where[-1]), known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     return f"{hint} (known: {', '.join(known)})"
+
+
+def override(params: Params, changes: Mapping[str, Any]) -> Params:
+    """The same parameters with some changed.
+
+    Args:
+        params: the parameters.
+        changes: values by dotted name, such as `model.backbone`.
+
+    Raises:
+        ParamsError: see `load_params`.
+    """
+    tree = params.model_dump()
+    for name, value in changes.items():
+        section, *rest = tree, *name.split(".")
+        for part in rest[:-1]:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise ParamsError(f"{name}: {part} is no section of params.yaml")
+        section[rest[-1]] = value
+    return parse_params(tree)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from runkey.plots.hints import EVENT, Hint, find_hints, told_hints
+from runkey.plots.hints import EVENT, find_hints, told_hints
 from runkey.plots.log import GrowingLog
 from runkey.plots.samples import read_samples
 
@@ -53,12 +53,11 @@ class HintingTracker:
         """
         self._tracker, self._samples, self._params, self._say = tracker, samples, params, say
         self._growing = GrowingLog(log)
-        self._looking = True
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Record metrics; those of an epoch's end are looked at."""
         self._tracker.log(values, step)
-        if self._looking and "train/epoch_loss" in values:
+        if "train/epoch_loss" in values:
             self._look(step)
 
     def event(self, kind: str, **fields: object) -> None:
@@ -75,21 +74,15 @@ class HintingTracker:
 
     def _look(self, step: int) -> None:
         try:
-            hints = self._hints()
-        # A log that cannot be read, or a rule that stumbles over it: hints are not worth a log.
-        except Exception as error:  # noqa: BLE001
-            self._say(f"no more hints: {type(error).__name__}: {error}")
-            self._looking = False
-            return
-        for hint in hints:
-            for line in hint.lines:
-                self._say(line)
-            kind = f"{EVENT}{hint.kind}"
-            self._tracker.event(kind, step=step, seen=hint.seen, change=hint.change)
-
-    def _hints(self) -> list[Hint]:
-        """Those that the log gives now and that the run was not told."""
-        self._growing.update()
-        told = {hint.kind for hint in told_hints(self._growing.log)}
-        found = find_hints(self._growing.log, self._params, read_samples(self._samples))
-        return [hint for hint in found if hint.kind not in told]
+            self._growing.update()
+        except OSError:
+            return  # the log says itself that it cannot be written
+        log = self._growing.log
+        told = {hint.kind for hint in told_hints(log)}
+        for hint in find_hints(log, self._params, read_samples(self._samples)):
+            if hint.kind not in told:
+                told.add(hint.kind)
+                for line in hint.lines:
+                    self._say(line)
+                kind = f"{EVENT}{hint.kind}"
+                self._tracker.event(kind, step=step, seen=hint.seen, change=hint.change)

@@ -47,6 +47,7 @@ _SETTINGS: Any = {
     "xtick.color": "#444444",
     "ytick.color": "#444444",
     "path.simplify": True,
+    "svg.hashsalt": "runkey",  # else names inside of an SVG are random
 }
 _DPI = 100
 
@@ -55,10 +56,10 @@ _DPI = 100
 def drawing(
     path: Path, panels: int, height: float = 3.0, columns: int = 1
 ) -> Iterator[tuple[Figure, list[Any]]]:
-    """A figure of panels above each other, saved to `path` as PNG when the block ends.
+    """A figure of panels above each other, saved to `path` when the block ends.
 
     Args:
-        path: where to; its folder is made.
+        path: where to, .png or .svg; its folder is made.
         panels: rows of axes; they share the horizontal one.
         height: of one panel, in inches; the figure is 9 inches (900 pixels) wide.
         columns: of axes in each row.
@@ -68,7 +69,11 @@ def drawing(
         axes = figure.subplots(panels, columns, sharex="col", squeeze=False).ravel()
         yield figure, list(axes)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_light_png(figure))
+        if path.suffix == ".svg":
+            # Without date and version in it, the file depends on what it shows alone.
+            figure.savefig(path, metadata={"Date": None, "Creator": None})
+        else:
+            path.write_bytes(_light_png(figure))
 
 
 def _light_png(figure: Figure) -> bytes:
@@ -136,3 +141,10 @@ def legend_beside(axes: Any, title: str = "") -> None:
         axes.legend(
             loc="upper left", bbox_to_anchor=(1.0, 1.0), title=title or None, alignment="left"
         )
+
+
+def legend_inside(axes: Any, title: str, corner: str) -> None:
+    """The same as a titled list in a corner of the panel, such as "lower left"."""
+    axes.legend(
+        loc=corner, title=title, alignment="left", frameon=True, framealpha=0.85, edgecolor="w"
+    )

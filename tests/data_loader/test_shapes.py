@@ -10,6 +10,7 @@ from runkey.data.shapes import (
     evaluation_shapes,
     is_portrait,
     most_objects,
+    padded_shapes,
     reachable_shapes,
     worst_batch_shape,
 )
@@ -48,6 +49,22 @@ def test_census_is_what_is_dealt_no_less_and_no_more(make_record, augment, group
         if is_portrait((h, w)) is is_portrait(worst)
     )
     assert max(h * w for h, w in padded) == worst[0] * worst[1]
+    assert padded <= padded_shapes(census, 6, grouped=grouped)
+    assert padded_shapes(census, 1, grouped=grouped) == census
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_padded_shapes_are_those_of_all_pairs(make_record, grouped):
+    data = Data(short_sides=(10, 16), long_side=24, augment=CROP, group_by_aspect=grouped)
+    records = [make_record(i, size) for i, size in enumerate(SIZES * 6)]
+    census = reachable_shapes(data, records)
+    pairs = {
+        (max(a[0], b[0]), max(a[1], b[1]))
+        for a in census
+        for b in census
+        if not grouped or is_portrait(a) is is_portrait(b)
+    }
+    assert padded_shapes(census, 2, grouped=grouped) == pairs
 
 
 def test_grouping_halves_the_worst_shape(make_record):

@@ -1,4 +1,4 @@
-"""The real training step, measured in a process of its own, as the stage does."""
+"""The stage itself: the prediction beside the real training step, run in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,116 +9,135 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from runkey.data.index import ClassName, Record, write_classes, write_index
-from runkey.memory.plan import read_plan
-from runkey.params import Params, load_params
+from runkey.errors import TrainingError
+from runkey.memory.guard import Guarded
+from runkey.memory.model import read_model, write_model
+from runkey.memory.trace.batch import synthetic_batch
+from runkey.memory.trace.events import Pass
+from runkey.memory.trial import Job, read_job, read_result, run_trial, write_json
+from runkey.params import Params, override
 from runkey.params.render import render
 
 ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
 
 
-def workspace(folder: Path, changes: dict[str, object]) -> Params:
-    """A folder in which `python -m stages.profile_memory` runs: parameters and an index."""
-    params = load_params(ROOT / "presets/sample.yaml")
-    tree = params.model_dump() | {"runtime": {"device": "cpu"}}
-    for name, value in changes.items():
-        section, _, key = name.partition(".")
-        tree[section] = tree[section] | {key: value}
-    params = Params.model_validate(tree)
+def run_stage(folder: Path, params: Params, prepared: Path) -> subprocess.CompletedProcess[str]:
+    """`python -m stages.profile_memory` in a folder with parameters and an index."""
     (folder / "params.yaml").write_text(render(params, "# test"))
     for name in ("stages", "runkey"):
         (folder / name).symlink_to(ROOT / name)
-    prepared = folder / "prepared"
-    prepared.mkdir()
-    boxes = tuple((10.0 * i, 10.0, 9.0, 9.0) for i in range(8))
-    record = Record(
-        id=1,
-        file="1.jpg",
-        width=640,
-        height=480,
-        rotate=0,
-        mirror=False,
-        boxes_xywh=boxes,
-        labels=(0,) * 8,
-        areas=(81.0,) * 8,
-        crowd=(False,) * 8,
-        annotation_ids=tuple(range(8)),
-    )
-    write_index(prepared / "train.json", [record])
-    write_classes(prepared / "classes.json", [ClassName(i, i + 1, str(i)) for i in range(8)])
-    return params
-
-
-def profile(folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    (folder / "prepared").symlink_to(prepared)
     return subprocess.run(
         [sys.executable, "-m", "stages.profile_memory"],
         cwd=folder,
-        env=environment,
+        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
         capture_output=True,
         text=True,
         check=False,
     )
 
 
-def test_the_sample_fits_at_once(tmp_path):
-    """On any machine that can train at all: eight images in one pass."""
-    workspace(tmp_path, {})
-    result = profile(tmp_path)
+def test_stage(small_params, prepared, prediction, tmp_path):
+    """Another process predicts the same, to the byte, and measures this machine's step."""
+    result = run_stage(tmp_path, small_params, prepared)
     assert result.returncode == 0, result.stderr
-    plan = read_plan(tmp_path / "memory/memory.json", batch_size=8)
-    assert (plan.micro_batch, plan.accumulation, plan.chosen_by) == (8, 1, "measured")
-    measured = json.loads((tmp_path / "memory/measured.json").read_text())
+    out = tmp_path / "memory"
+    write_model(tmp_path / "again", prediction.model)
+    assert (out / "memory.json").read_bytes() == (tmp_path / "again/memory.json").read_bytes()
+    assert read_model(out / "memory.json") == prediction.model
+    assert (out / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (out / "timeline.svg").read_text()
+    measured = json.loads((out / "measured.json").read_text())
     assert [peak["images"] for peak in measured["peaks"]] == [2, 4]
     # torch itself is some 300 MB; the little model's step adds some tens an image.
     assert 200e6 < measured["peaks"][0]["bytes"] < 2e9
-    assert 1e6 < measured["line"]["bytes_per_image"] < 1e8
-    assert "micro-batch 8, 1 forward pass a step" in result.stdout
+    assert 0 <= measured["line"]["bytes_per_image"] < 1e8
+    assert "measured on this CPU: 2 images " in result.stdout
+    assert all(len(line) <= 120 for line in result.stdout.splitlines())
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_line_predicts_and_the_budget_cuts(tmp_path):
-    """Larger images: measured at 2 and 4, predicted for 8, and obeyed."""
-    large = {"data.short_sides": (240,), "data.long_side": 320}
-    folders = [tmp_path / name for name in ("line", "check", "tight", "none")]
-    for folder in folders:
+def test_the_line_of_a_cpu_predicts(small_params, prepared, tmp_path):
+    """Larger images: measured at 2 and 4, predicted for 8, and measured there."""
+    large = {"data.short_sides": (240,), "data.long_side": 320, "training.batch_size": 8}
+    lines = []
+    for name, probes in (("line", (2, 4)), ("check", (7, 8))):
+        folder = tmp_path / name
         folder.mkdir()
-    workspace(folders[0], large)
-    assert profile(folders[0]).returncode == 0
-    line = json.loads((folders[0] / "memory/measured.json").read_text())["line"]
-    predicted = line["base_bytes"] + 8 * line["bytes_per_image"]
-
-    # In the same run: a number in training.micro_batch is obeyed, though the budget is too small.
-    asked = {"memory.probe_batches": (7, 8), "memory.budget_gib": 0.3, "training.micro_batch": 5}
-    workspace(folders[1], large | asked)
-    result = profile(folders[1])
-    assert result.returncode == 0, result.stderr
-    plan = read_plan(folders[1] / "memory/memory.json")
-    assert (plan.micro_batch, plan.accumulation, plan.chosen_by) == (4, 2, "training.micro_batch")
-    assert "warning: training.micro_batch asks for more than the budget" in result.stdout
-    peaks = json.loads((folders[1] / "memory/measured.json").read_text())["peaks"]
+        params = override(small_params, large | {"memory.probe_batches": probes})
+        assert run_stage(folder, params, prepared).returncode == 0
+        lines.append(json.loads((folder / "memory/measured.json").read_text()))
+    predicted = lines[0]["line"]["base_bytes"] + 8 * lines[0]["line"]["bytes_per_image"]
     # Too much rather than too little: the second trial finds the heap in the first one's pieces.
-    assert 0.95 < predicted / peaks[1]["bytes"] < 1.15
+    assert 0.95 < predicted / lines[1]["peaks"][1]["bytes"] < 1.15
 
-    # Room for about three images.
-    budget = (line["base_bytes"] + 3.5 * line["bytes_per_image"]) / 2**30 + 0.25
-    workspace(folders[2], large | {"memory.budget_gib": budget})
-    result = profile(folders[2])
-    assert result.returncode == 0, result.stderr
-    plan = read_plan(folders[2] / "memory/memory.json")
-    assert plan.chosen_by == "measured"
-    assert 2 <= plan.micro_batch <= 4
-    assert plan.micro_batch * plan.accumulation >= 8
-    tight = json.loads((folders[2] / "memory/measured.json").read_text())
-    limit = tight["budget_bytes"] - tight["spare_bytes"]
-    assert tight["predicted_bytes"] <= limit
-    assert tight["line"]["base_bytes"] + 5 * tight["line"]["bytes_per_image"] > limit
 
-    workspace(folders[3], large | {"memory.budget_gib": 0.3})
-    result = profile(folders[3])
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: memory.budget_gib: a training step of one image takes ")
-    assert len(result.stderr.splitlines()) == 1
-    assert not (folders[3] / "memory").exists()
+def test_synthetic_batch_is_padded_and_full():
+    batch = synthetic_batch(Pass(3, 40, 60, 5), num_classes=4, colour=2)
+    assert batch.images.shape == (3, 3, 40, 60)
+    assert batch.counts == (5, 5, 5)
+    assert batch.labels.max() < 4
+    assert batch.sizes.tolist() == [[40, 60], [40, 60], [30, 60]]
+
+
+def job(*worst: Pass) -> Job:
+    return Job(worst, (worst[:1],), num_classes=4, colour=None, room_bytes=None)
+
+
+def test_a_trial_runs_each_window_and_tells_of_peaks(tmp_path):
+    seen = []
+
+    def make_step():
+        return lambda window: seen.append([len(batch) for batch in window])
+
+    asked = job(Pass(2, 40, 60, 5), Pass(3, 40, 60, 5))
+    write_json(tmp_path / "job.json", asked)
+    assert read_job(tmp_path / "job.json") == asked
+    result = run_trial(make_step, asked, CPU)
+    assert seen == [[2, 2], [2, 2], [3, 3], [3, 3], [2]]
+    assert [peak.images for peak in result.peaks] == [2, 3]
+    assert result.holds(asked)
+    write_json(tmp_path / "result.json", result)
+    assert read_result(tmp_path / "result.json") == result
+
+
+def test_a_step_that_does_not_fit_is_named():
+    def make_step():
+        return lambda window: torch.empty(2**50, dtype=torch.uint8)
+
+    with pytest.raises(TrainingError) as caught:
+        run_trial(make_step, job(Pass(2, 40, 60, 5)), CPU)
+    assert str(caught.value) == (
+        "memory.probe_batches: a training step of 2 images of 40 x 60 pixels does not fit in "
+        "memory; lower memory.probe_batches, data.short_sides and data.long_side, "
+        "or set model.checkpointing: true"
+    )
+
+
+def test_other_faults_of_a_step_are_not_hidden():
+    def make_step():
+        return lambda window: torch.zeros(2) + torch.zeros(3)
+
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        run_trial(make_step, job(Pass(2, 40, 60, 5)), CPU)
+
+
+def test_death_of_the_measuring_process_is_named(tmp_path):
+    killed = Guarded(
+        [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"], tmp_path
+    )
+    with pytest.raises(
+        TrainingError, match=r"^memory.probe_batches: the machine ran out of memory"
+    ):
+        killed.wait()
+    failed = Guarded([sys.executable, "-c", "raise SystemExit(3)"], tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        failed.wait()
+    assert caught.value.code == 3
+    sleeping = Guarded([sys.executable, "-c", "import time; time.sleep(600)"], tmp_path)
+    sleeping.stop()
+    sleeping.stop()

@@ -166,19 +166,6 @@ def test_a_run_is_told_once_even_after_an_interruption(tmp_path):
     assert path.read_text().count("hint.loader") == 1
 
 
-def test_hints_that_fail_cost_no_log(tmp_path):
-    said: list[str] = []
-    path = tmp_path / "train.jsonl"
-    tracker = RunTracker(JsonlLog(path, said.append), None)
-    hinting = HintingTracker(tracker, tmp_path / "elsewhere", tmp_path, PARAMS, said.append)
-    for epoch in made().epochs:
-        hinting.log(epoch.values, epoch.step)
-    tracker.close()
-    [line] = said
-    assert line.startswith("no more hints: FileNotFoundError: ")
-    assert len(read_log(path).epochs) == EPOCHS
-
-
 def test_asking_imports_no_matplotlib():
     """`runkey watch` looks every second, beside a training."""
     check = (

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from runkey.data.batch import Window
+from runkey.memory.trace.attention import Gpu
 from runkey.memory.trace.batch import synthetic_batch
 from runkey.memory.trace.classify import Step, classify
 from runkey.memory.trace.events import Event, Pass, Phase, Session, Trace
 from runkey.memory.trace.fake import CUDA, fake_cuda, fake_tensors, own_backward
-from runkey.memory.trace.gpu import Gpu
 from runkey.memory.trace.scope import Scope, watching
 from runkey.memory.trace.tracker import Tracker
-from runkey.memory.trace.workspaces import Workspaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +54,12 @@ class Content:
 class Recorder:
     """Steps of one training, traced one after the other."""
 
-    def __init__(
-        self, lend: Lend, device: torch.device, content: Content, gpu: Gpu | None = None
-    ) -> None:
-        """Build what is lent; within the contexts that `recorder` enters.
-
-        Args:
-            lend: builds it.
-            device: what is looked at.
-            content: of the batches.
-            gpu: whose workspaces are added; None: none are.
-        """
+    def __init__(self, lend: Lend, device: torch.device, content: Content) -> None:
+        """Build what is lent; within the contexts that `recorder` enters."""
         self.content = content
         self.scope = Scope()
         self.scope.on_model = self._model_entered
-        workspaces = None if gpu is None else Workspaces(gpu)
-        self.tracker = Tracker(device.type, self.scope, workspaces)
+        self.tracker = Tracker(device.type, self.scope)
         self._inputs: set[int] = set()
         self._starts: list[tuple[int, Phase]] = []
         with self.tracker:
@@ -83,7 +72,6 @@ class Recorder:
         window = tuple(
             synthetic_batch(one, self.content.num_classes, self.content.colour) for one in passes
         )
-        self.tracker.outside = {x.untyped_storage()._cdata for x in _tensors(window)}
         before = tuple(self.tracker.alive)
         start = len(self.tracker.log)
         self._starts, self._inputs = [], set()
@@ -134,7 +122,7 @@ class Recorder:
 
     def _persistent(self) -> dict[int, tuple[str, str]]:
         """(class, path) of the blocks of parameters, buffers and moments."""
-        found: dict[int, tuple[str, str]] = dict.fromkeys(self.tracker.library, ("library", ""))
+        found: dict[int, tuple[str, str]] = {}
         modules = [("", self.lent.model)]
         if self.lent.average is not None:
             modules.append(("ema.", self.lent.average))
@@ -153,12 +141,6 @@ class Recorder:
         return found
 
 
-def _tensors(window: Window) -> Iterator[Tensor]:
-    for batch in window:
-        every = (batch.images, batch.sizes, batch.boxes_cxcywh, batch.labels, batch.colour)
-        yield from (one for one in every if one is not None)
-
-
 @contextmanager
 def recorder(lend: Lend, content: Content, gpu: Gpu | None) -> Iterator[Recorder]:
     """Build what trains, and trace its steps.
@@ -173,7 +155,7 @@ def recorder(lend: Lend, content: Content, gpu: Gpu | None) -> Iterator[Recorder
         stack.enter_context(fake_tensors())
         if gpu is not None:
             stack.enter_context(fake_cuda(gpu))
-        one = Recorder(lend, device, content, gpu)
+        one = Recorder(lend, device, content)
         stack.enter_context(
             own_backward(one.scope.enter_node, one.backward_started, one.backward_ended)
         )

@@ -1,0 +1,200 @@
+"""The prediction: a few traced steps, from which every micro-batch and every shape follows.
+
+    prediction = predict(params, surroundings, lend_for)
+
+`lend_for(params)` comes from the floors above: it builds what trains under these parameters, see
+`runkey.memory.trace.record`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from runkey.memory.alternatives import other_batches, other_steps
+from runkey.memory.census import Census
+from runkey.memory.fragments import replay
+from runkey.memory.generations import WORKSPACE_SHARE
+from runkey.memory.laws import other_shape
+from runkey.memory.line import Line, line_through
+from runkey.memory.model import (
+    Alternative,
+    Confirmation,
+    Estimate,
+    MemoryModel,
+)
+from runkey.memory.template import Template, make_template
+from runkey.memory.timeline import timeline_of
+from runkey.memory.trace.attention import Gpu
+from runkey.memory.trace.events import Pass, Trace
+from runkey.memory.trace.record import Content, Lend, recorder
+from runkey.params import Params, override
+
+LendFor = Callable[[Params], Lend]
+"""Builds what trains under some parameters."""
+SampleWindows = Callable[[int, int], list[tuple[Pass, ...]]]
+"""Optimizer steps of the census, by images of a micro-batch and how many micro-batches."""
+
+# Images of the two traces that the line goes through.  Not 1: kernels skip copies of a single one.
+_FEW, _MANY = 2, 4
+_CONFIRMED = 3
+_BATCHES = (40, 200)
+"""Forward passes that are replayed, of few images and of the whole batch size."""
+# What memory.json is for: the generation that most train on.  Others differ in kernels and bands.
+_GPU = Gpu((8, 0), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a step is traced in, beside its parameters."""
+
+    census: Census
+    census_of: Callable[[Params], Census]
+    """The census under other parameters."""
+    sample: SampleWindows
+    num_classes: int
+
+    def worst(self, images: int) -> Pass:
+        """The worst micro-batch of that many images."""
+        return Pass(images, *self.census.worst_of(images), self.census.objects[0])
+
+    def windows(self, images: int, batches: int) -> list[tuple[Pass, ...]]:
+        """Sampled steps of micro-batches of up to that many images; the worst in their middle.
+
+        Args:
+            images: of a micro-batch.
+            batches: how many there are at least.
+        """
+        windows = self.sample(images, batches)
+        middle = len(windows) // 2
+        return [*windows[:middle], (self.worst(images),) * 2, *windows[middle:]]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The model of memory, and the step that it is of."""
+
+    model: MemoryModel
+    template: Template
+    around: Surroundings
+
+    def trace(self, images: int) -> Trace:
+        """The step with two of the worst micro-batches of that many images."""
+        return self.template.at(self.around.worst(images))
+
+
+def predict(params: Params, around: Surroundings, lend_for: LendFor) -> Prediction:
+    """Trace training steps on a GPU that is not there, and model their memory.
+
+    Args:
+        params: what is trained, and how.
+        around: the batches.
+        lend_for: builds it.
+
+    Returns:
+        The same on any machine, to the byte.
+    """
+    batch_size, stride = params.training.batch_size, token_stride(params)
+    few, many = around.worst(_FEW), around.worst(_MANY)
+    shape = other_shape((many.height, many.width), stride)
+    other = Pass(_CONFIRMED, *shape, many.objects)
+    unseen = Pass(_CONFIRMED + 2, shape[0] - 5, shape[1] - 3, many.objects)
+    *traces, check = _trace(lend_for(params), around, params, (few, many, other, unseen))
+    template = make_template(traces, stride)
+    replays = tuple(
+        replay(template, around.windows(images, batches), WORKSPACE_SHARE)
+        for images, batches in zip((_FEW, max(batch_size, _MANY)), _BATCHES, strict=True)
+    )
+    held = line_through(*((one.images, one.fragments_bytes) for one in replays))
+    estimate = _estimate(template, around, batch_size, held)
+    steps = {
+        change: _step_under(override(params, change.values), around, lend_for)
+        for change in other_steps(params)
+    }
+    batches = {
+        change: replace(around, census=around.census_of(override(params, change.values)))
+        for change in other_batches(params)
+    }
+    alternatives = [
+        *((change, _estimate(step, around, batch_size, held)) for change, step in steps.items()),
+        *(
+            (change, _estimate(template, some, batch_size, held))
+            for change, some in batches.items()
+        ),
+    ]
+    model = MemoryModel(
+        batch_size=batch_size,
+        precision=precision_on_gpu(params),
+        census=around.census,
+        gpu=estimate,
+        cpu=next((e.line for c, e in alternatives if c.name == "fp32"), estimate.line),
+        gradient_bytes=template.gradient_bytes(),
+        confirmation=Confirmation(
+            unseen.batch,
+            unseen.height,
+            unseen.width,
+            timeline_of(check).peak_bytes,
+            template.peak(unseen),
+        ),
+        replays=replays,
+        loose_blocks=template.loose_blocks,
+        alternatives=tuple(Alternative(c.name, str(c), e) for c, e in alternatives),
+    )
+    return Prediction(model, template, around)
+
+
+def token_stride(params: Params) -> int:
+    """Pixels from token to token."""
+    if params.model.backbone == "compact":
+        return 8
+    return 16 if params.model.dilation else 32
+
+
+def precision_on_gpu(params: Params) -> str:
+    """What a GPU that has bf16 computes in."""
+    names = {"auto": "bf16", "off": "fp32"}
+    return names.get(params.training.precision, params.training.precision)
+
+
+def colour_factors(params: Params) -> int | None:
+    """Colour factors of an image: brightness, contrast and, where it varies, saturation."""
+    augment = params.data.augment
+    if augment.saturation:
+        return 3
+    return 2 if augment.brightness or augment.contrast else None
+
+
+def _trace(lend: Lend, around: Surroundings, params: Params, passes: Sequence[Pass]) -> list[Trace]:
+    """A step over a window of two equal micro-batches, for each of `passes`."""
+    colour = colour_factors(params)
+    with recorder(lend, Content(around.num_classes, colour), _GPU) as one:
+        # The first step is unlike all others: it makes the optimizer's state.
+        steps = [one.step(window) for window in (passes[:1], *((p, p) for p in passes))]
+        _, traces = one.classified(steps)
+    return traces[1:]
+
+
+def _estimate(template: Template, around: Surroundings, batch_size: int, held: Line) -> Estimate:
+    """Of micro-batches up to `batch_size`.
+
+    Args:
+        template: the step.
+        around: its batches.
+        batch_size: images of the optimizer step.
+        held: what the allocator holds beside what is alive, over the images.
+    """
+    every = [around.worst(images) for images in range(1, batch_size + 1)]
+    last = max(batch_size, _MANY)
+    ends = [(images, template.peak(around.worst(images))) for images in (_FEW, last)]
+    return Estimate(
+        line_through(*ends),
+        tuple(template.peak(one) for one in every),
+        tuple(held.at(one.batch) + template.peak(one, WORKSPACE_SHARE) for one in every),
+    )
+
+
+def _step_under(params: Params, around: Surroundings, lend_for: LendFor) -> Template:
+    """The same step under other parameters, known for the worst shape only."""
+    passes = around.worst(_FEW), around.worst(_MANY)
+    traces = _trace(lend_for(params), around, params, passes)
+    return make_template(traces, token_stride(params))

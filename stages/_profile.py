@@ -1,0 +1,155 @@
+"""What the profile_memory stage does: predict, draw, and run steps where there is a device."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from runkey import paths
+from runkey.hashing import sha256_file
+from runkey.memory.budget import room_on
+from runkey.memory.calibration import CALIBRATION, Trial, add_trials, this_platform
+from runkey.memory.cards import shown_images
+from runkey.memory.choose import largest_fitting
+from runkey.memory.generations import generation_of
+from runkey.memory.guard import Guarded
+from runkey.memory.line import GIB, MIB
+from runkey.memory.measured import MEASURED, write_cpu, write_gpu
+from runkey.memory.model import MODEL, MemoryModel, read_model, write_model
+from runkey.memory.predict import Surroundings, colour_factors, predict
+from runkey.memory.profile import prepared_surroundings
+from runkey.memory.trial import Job, Result, read_result, write_json
+from runkey.one_step import lender
+from runkey.params import Params, load_params
+from runkey.plots.memory import draw_step
+from runkey.training.device import choose_device
+
+_CENSUS_BATCHES = 20
+"""Forward passes that a trial on a GPU runs after the worst ones."""
+_MOST_TRIALS = 4
+
+
+def profile(root: Path) -> None:
+    """Write memory/ of a workspace; on a GPU, remember what was measured for the next time."""
+    params = load_params(root / paths.PARAMS)
+    device, _ = choose_device(params.runtime.device)
+    around = prepared_surroundings(params, root / paths.PREPARED)
+    for text in around.census.lines():
+        print(text)
+    with tempfile.TemporaryDirectory() as folder:
+        if device.type == "cuda":
+            _write_prediction(params, around, root)
+            _measure_on_gpu(params, around, root, device, Path(folder))
+            return
+        # Beside the prediction: it has a core to itself, and its peak is its own.
+        with _Trial(root, Path(folder), _cpu_job(params, around)) as trial:
+            _write_prediction(params, around, root)
+            peaks = trial.result().peaks
+    measured = ", ".join(f"{peak.images} images {peak.bytes / MIB:.0f} MiB" for peak in peaks)
+    out = root / paths.MEMORY
+    line = write_cpu(out, sha256_file(out / MODEL), this_platform(device), peaks)
+    print(f"measured on this CPU: {measured}; so {line}")
+
+
+def _write_prediction(params: Params, around: Surroundings, root: Path) -> MemoryModel:
+    """memory.json and its picture."""
+    prediction = predict(params, around, lambda other: lender(other, around.num_classes))
+    model, out = prediction.model, root / paths.MEMORY
+    write_model(out, model)
+    (out / MEASURED).unlink(missing_ok=True)
+    budget = params.memory.budget_gib
+    budget_gib = None if budget == "device" else budget
+    images = shown_images(model, budget_gib)
+    draw_step(prediction, images, out, budget_gib)
+    print(
+        f"predicted on a GPU, {model.precision}: {model.gpu.line}; a micro-batch of {images} takes "
+        f"up to {model.gpu.upper(images) / GIB:.2f} GiB beside the CUDA context"
+    )
+    return model
+
+
+def _cpu_job(params: Params, around: Surroundings) -> Job:
+    worst = [around.worst(images) for images in params.memory.probe_batches]
+    return Job(tuple(worst), (), around.num_classes, colour_factors(params), None)
+
+
+def _measure_on_gpu(
+    params: Params, around: Surroundings, root: Path, device: torch.device, folder: Path
+) -> None:
+    """Run steps from the predicted micro-batch on, until one holds and one more does not fit."""
+    out = root / paths.MEMORY
+    model, digest = read_model(out / MODEL), sha256_file(out / MODEL)
+    generation = generation_of(torch.cuda.get_device_capability(device))
+    trials_file = paths.store_root() / paths.HOME / CALIBRATION
+    room = room_on(params.memory.budget_gib, device, generation.context_bytes[0])
+    most = params.training.batch_size
+    images = largest_fitting(model.gpu.upper, most, room.bytes) or 1
+    trials: list[Trial] = []
+    tried: set[int] = set()
+    while images not in tried and 1 <= images <= most and len(tried) < _MOST_TRIALS:
+        tried.add(images)
+        windows = tuple(around.windows(images, _CENSUS_BATCHES))
+        job = Job(
+            (around.worst(images),), windows, around.num_classes, colour_factors(params), room.bytes
+        )
+        with _Trial(root, folder, job) as running:
+            result = running.result()
+        holds = result.holds(job)
+        print(f"measured on {torch.cuda.get_device_name(device)}: {_told(images, result, model)}")
+        if holds:
+            peak = result.peaks[-1]
+            trials.append(
+                Trial(
+                    platform=this_platform(device),
+                    model=digest,
+                    images=images,
+                    upper_bytes=model.gpu.upper(images),
+                    reserved_bytes=peak.bytes,
+                    allocated_bytes=peak.allocated_bytes,
+                    outside_bytes=result.outside_bytes,
+                    retries=result.retries,
+                )
+            )
+        images += 1 if holds else -1
+    write_gpu(out, digest, trials)
+    add_trials(trials_file, trials)
+
+
+def _told(images: int, result: Result, model: MemoryModel) -> str:
+    """A trial in words."""
+    if not result.peaks:
+        return f"{images} images do not fit"
+    peak = result.peaks[-1]
+    ratio = peak.bytes / model.gpu.upper(images)
+    retries = f", {result.retries} retries" if result.retries else ""
+    return (
+        f"{images} images {peak.bytes / MIB:.0f} MiB ({peak.allocated_bytes / MIB:.0f} of tensors)"
+        f", {ratio:.2f} of the bound{retries}; {result.outside_bytes / MIB:.0f} MiB beside it"
+    )
+
+
+class _Trial:
+    """A job in a process of its own."""
+
+    def __init__(self, root: Path, folder: Path, job: Job) -> None:
+        self._result = folder / "result.json"
+        self._result.unlink(missing_ok=True)
+        write_json(folder / "job.json", job)
+        again = [argument for argument in sys.argv[1:] if argument == "--traceback"]
+        files = [str(folder / "job.json"), str(self._result)]
+        command = [sys.executable, "-m", "stages.profile_memory", *again, "--trial", *files]
+        self._process = Guarded(command, root)
+
+    def __enter__(self) -> _Trial:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stop()
+
+    def result(self) -> Result:
+        """How it went, when it has ended."""
+        self._process.wait()
+        return read_result(self._result)

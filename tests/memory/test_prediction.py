@@ -1,0 +1,147 @@
+"""The prediction of a small training, and what is chosen by it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from runkey.errors import TrainingError
+from runkey.hashing import sha256_file
+from runkey.memory.calibration import (
+    Correction,
+    Platform,
+    Trial,
+    add_trials,
+    correction,
+    read_trials,
+    this_platform,
+)
+from runkey.memory.cards import card_of, cards, shown_images
+from runkey.memory.cpu import cpu_line
+from runkey.memory.decide import decide
+from runkey.memory.line import GIB, MIB
+from runkey.memory.measured import write_cpu
+from runkey.memory.model import read_model, write_model
+from runkey.memory.trial import Peak
+from runkey.params import override
+
+CPU = torch.device("cpu")
+GPU = Platform("NVIDIA H100 80GB HBM3", "570.86.15", "2.11.0")
+
+
+def test_prediction(prediction):
+    model = prediction.model
+    check = model.confirmation
+    assert check.predicted_bytes == pytest.approx(check.traced_bytes, rel=1e-3)
+    assert model.precision == "bf16"
+    gpu = model.gpu
+    assert list(gpu.allocated_bytes) == sorted(gpu.allocated_bytes)
+    assert len(gpu.allocated_bytes) == len(gpu.upper_bytes) == model.batch_size == 5
+    pairs = zip(gpu.upper_bytes, gpu.allocated_bytes, strict=True)
+    assert all(upper > allocated for upper, allocated in pairs)
+    assert gpu.upper(7) > gpu.upper(6) > gpu.upper(5) == gpu.upper_bytes[-1]
+    less = {one.name: one.estimate.allocated_bytes[-1] for one in model.alternatives}
+    assert less["checkpointing"] < gpu.allocated_bytes[-1] < less["fp32"]
+    assert less["smaller images"] < gpu.allocated_bytes[-1] == less["no grouping"]
+    assert model.limit_pixels(3) == 3 * 90 * 120
+    assert model.replays[-1].batches >= 200
+    assert all(one.reserved_bytes >= one.allocated_bytes for one in model.replays)
+
+
+def test_the_model_is_read_as_it_was_written(prediction, tmp_path):
+    write_model(tmp_path, prediction.model)
+    assert read_model(tmp_path / "memory.json", 5) == prediction.model
+
+
+def test_bad_models_are_named(prediction, tmp_path):
+    path = tmp_path / "memory.json"
+    again = "run `dvc repro profile_memory`"
+    with pytest.raises(TrainingError) as caught:
+        read_model(path)
+    assert str(caught.value) == f"{path}: not found; {again} first"
+    write_model(tmp_path, prediction.model)
+    with pytest.raises(TrainingError) as caught:
+        read_model(path, batch_size=16)
+    assert str(caught.value) == f"{path}: made for training.batch_size 5, not 16; {again}"
+    later = path.read_text().replace('"format": 1', '"format": 2')
+    for text in ("{", '{"micro_batch": 3}', "[]", "3", later):
+        path.write_text(text)
+        with pytest.raises(TrainingError) as caught:
+            read_model(path)
+        assert str(caught.value) == f"{path}: no memory model of this version; {again}"
+
+
+def test_larger_cards_take_more(prediction):
+    gpu = prediction.model.gpu
+    images = [card.images for card in cards(gpu)]
+    assert images == sorted(images)
+    card = card_of(gpu, 1.4)
+    assert gpu.upper(card.images) <= card.room_bytes < gpu.upper(card.images + 1)
+    assert card_of(gpu, 1).images == 0
+    assert shown_images(prediction.model, None) == 5
+    assert shown_images(prediction.model, 1) == 1
+
+
+def test_training_on_a_cpu_goes_by_the_measured_line(prediction, small_params, tmp_path):
+    """As long as it was measured for this memory.json."""
+    write_model(tmp_path, prediction.model)
+    trials = tmp_path / "none.json"
+    params = override(small_params, {"memory.budget_gib": 3})
+    plan = decide(params, tmp_path, CPU, trials=trials)
+    assert (plan.micro_batch, plan.accumulation) == (5, 1)
+    assert plan.limit_pixels == 5 * 90 * 120
+    assert plan.needed_bytes == cpu_line(prediction.model.cpu).at(5)
+    assert plan.room_bytes == 3 * GIB - 256 * MIB
+    assert plan.line().startswith("micro-batch 5 (the largest that fits is 5), 1 forward pass a ")
+
+    digest = sha256_file(tmp_path / "memory.json")
+    peaks = [Peak(2, 2 * GIB, 2 * GIB), Peak(4, 3 * GIB, 3 * GIB)]
+    write_cpu(tmp_path, digest, this_platform(CPU), peaks)
+    plan = decide(params, tmp_path, CPU, trials=trials)
+    assert (plan.micro_batch, plan.accumulation, plan.needed_bytes) == (3, 2, round(2.5 * GIB))
+    assert decide(params, tmp_path, CPU, trials=trials, kept=2).micro_batch == 2
+    assert decide(params, tmp_path, CPU, trials=trials, kept=4).micro_batch == 3
+    assert decide(params, tmp_path, CPU, trials=trials, processes=3).micro_batch == 2
+    asked = override(params, {"training.micro_batch": 4})
+    assert decide(asked, tmp_path, CPU, trials=trials).chosen_by == "training.micro_batch"
+
+    tight = override(params, {"memory.budget_gib": 1.5})
+    with pytest.raises(TrainingError, match=r"up to 1\.50 GiB, there are 1\.25 GiB") as caught:
+        decide(tight, tmp_path, CPU, trials=trials)
+    # What a CPU cannot use is not offered.
+    assert "model.checkpointing: true" in str(caught.value)
+    assert "precision" not in str(caught.value)
+
+    write_cpu(tmp_path, "of another memory.json", this_platform(CPU), peaks)
+    assert decide(params, tmp_path, CPU, trials=trials).micro_batch == 5
+
+
+def trial(model: str, ratio: float, *, retries: int = 0, platform: Platform = GPU) -> Trial:
+    return Trial(platform, model, 4, 1000, round(1000 * ratio), 900, 500 * MIB, retries)
+
+
+def test_own_trials_correct_both_ways_and_others_upwards_only():
+    assert correction([], GPU, "this") == Correction()
+    own = [trial("this", 0.8), trial("this", 0.9), trial("other", 1.2)]
+    assert correction(own, GPU, "this") == Correction(0.9 * 1.01, 500 * MIB, 3)
+    assert correction([trial("this", 0.1)], GPU, "this").factor == 0.5
+    assert correction([trial("other", 0.8)], GPU, "this").factor == 1.0
+    assert correction([trial("other", 1.1)], GPU, "this").factor == pytest.approx(1.1 * 1.01)
+    elsewhere = replace(GPU, driver="580.1")
+    assert correction([trial("this", 1.1, platform=elsewhere)], GPU, "this") == Correction()
+    # A trial that only went on by giving its cache back says nothing of what it would have held.
+    assert correction([trial("this", 0.7, retries=2)], GPU, "this") == Correction()
+
+
+def test_trials_are_kept_the_latest_of_each(tmp_path):
+    path = tmp_path / ".runkey/memory.json"
+    assert read_trials(path) == ()
+    add_trials(path, [trial("a", 0.8), trial("b", 0.9)])
+    add_trials(path, [trial("a", 0.85)])
+    assert read_trials(path) == (trial("b", 0.9), trial("a", 0.85))
+    path.write_text(json.dumps({"format": 1, "trials": [{}]}))
+    with pytest.raises(TrainingError, match="no trials of this version"):
+        read_trials(path)
