@@ -46,6 +46,7 @@ from runkey.tracking import (
     open_run,
     reopen_run,
 )
+from runkey.training.guard.report import REPORTS
 from stages._once import Turn
 from stages._parts import write_json
 
@@ -118,8 +119,15 @@ def recorded(run: Run) -> Iterator[RunTracker]:
     try:
         yield tracker
     except BaseException as error:
+        _keep_reports(run, tracker)
         tracker.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
+
+
+def _keep_reports(run: Run, tracker: RunTracker) -> None:
+    """Keep what was written about steps that went wrong."""
+    for report in sorted(run.turn.folder.glob(REPORTS)):
+        tracker.artifact(report, "reports")
 
 
 def keep(run: Run, tracker: RunTracker) -> str | None:

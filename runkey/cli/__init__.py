@@ -13,6 +13,7 @@ import typer
 from runkey import __version__
 from runkey.cli import (
     archive,
+    debug_step,
     diff,
     env,
     gc,
@@ -43,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command("debug-step")(debug_step.debug_step)
 app.command("diff")(diff.diff)
 app.add_typer(env.app, name="env")
 app.command("export")(archive.export_run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -69,13 +70,11 @@ def diagnose(
         machinery,
         criterion=_WatchedCriterion(machinery.criterion, probe),  # type: ignore[arg-type]
     )
-    machinery.optimizer.zero_grad(set_to_none=True)
-    statistics = machinery.statistics.copy()
-    seed_step(seed, step, rank)
+    machinery.gradients.clear()
     with probe.watching():
-        losses = accumulate_gradients(watched, window)
-    machinery.statistics.restore(statistics, torch.ones((), device=machinery.device))
-    machinery.optimizer.zero_grad(set_to_none=True)
+        losses = accumulate_gradients(watched, window, reseed=partial(seed_step, seed, step, rank))
+    machinery.statistics.restore(losses.statistics, torch.ones((), device=machinery.device))
+    machinery.gradients.clear()
     finding = broken or probe.finding or Finding("nowhere")
     return Diagnosis(finding, {name: float(value) for name, value in losses.values.items()})
 

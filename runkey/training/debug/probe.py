@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from runkey.data.batch import Window
 from runkey.training.debug.finding import Finding
 from runkey.training.debug.tensors import TensorNumbers, floating, numbers_of, replaced
+from runkey.training.step import image_ids_of
 
 
 @dataclass
@@ -72,8 +73,10 @@ class Probe:
 
     @property
     def image_ids(self) -> tuple[int, ...]:
-        """Of the running micro-batch."""
-        return self._window[self._micro_batch - 1].image_ids
+        """Of the running micro-batch; of the window, if memory ran out and it was cut anew."""
+        if self._micro_batch <= len(self._window):
+            return self._window[self._micro_batch - 1].image_ids
+        return image_ids_of(self._window)
 
     def found(self, finding: Finding) -> None:
         """Take what was found outside of the model, unless there was something before."""

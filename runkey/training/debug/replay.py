@@ -13,6 +13,7 @@ from runkey.errors import TrainingError
 from runkey.training.checkpoint.file import DamagedError, read_facts, read_file
 from runkey.training.checkpoint.names import find_saved
 from runkey.training.guard.pins import find_pins
+from runkey.training.guard.report import REPORTS
 from runkey.training.loop import take_step
 from runkey.training.setup import Setup
 from runkey.training.state import LoopState
@@ -64,7 +65,7 @@ def _read(path: Path) -> Start | None:
 
 def bad_steps(folder: Path) -> list[int]:
     """The steps that a training reported or kept a checkpoint for, rising."""
-    reports = (path.stem.removeprefix("bad-step-") for path in folder.glob("bad-step-*.json"))
+    reports = (path.stem.removeprefix("bad-step-") for path in folder.glob(REPORTS))
     return sorted({int(text) for text in reports if text.isdigit()} | find_pins(folder).keys())
 
 

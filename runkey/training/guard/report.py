@@ -10,6 +10,9 @@ from typing import Any
 
 from runkey.training.guard.state import GuardState
 
+REPORTS = "bad-step-*.json"
+"""Pattern of their names."""
+
 
 def report_name(step: int) -> str:
     """Name of the file about a step and what followed."""
