@@ -44,6 +44,17 @@ test: env env-tools ## The tests, under 10 minutes on 2 cores; ARGS="-k name" fo
 test-all: env env-tools ## The slow tests too: whole pipelines, experiments in a queue
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
+# Commands of benchmarks/, which run on a bare GPU machine too; here with the locked environment.
+GPU_RESULTS := benchmarks/results/gpu
+
+.PHONY: gpu-checks
+gpu-checks: env ## On a machine with a GPU: memory as predicted, training under a cap (8 minutes)
+	mkdir -p $(GPU_RESULTS)
+	$(BIN)/python -m benchmarks.gpu_memory predict $(GPU_RESULTS)/predicted.json
+	$(BIN)/python -m benchmarks.gpu_memory measure $(GPU_RESULTS)/predicted.json $(GPU_RESULTS)
+	$(BIN)/python -m benchmarks.gpu_random_shapes predict $(GPU_RESULTS)/predicted
+	$(BIN)/python -m benchmarks.gpu_random_shapes run $(GPU_RESULTS)/predicted $(GPU_RESULTS)
+
 .PHONY: lint
 lint: env env-tools ## Style, types and the direction of imports
 	$(TOOLS)/ruff check
