@@ -1,0 +1,134 @@
+"""A training killed again and again must be the training that nobody killed.
+
+    python -m benchmarks.kills --kills 60 --terms 10 --workers 0 2 4
+
+The real stage, `python -m stages.train`, on a small data set with a real MLflow store.  A third of
+the SIGKILLs come while a checkpoint is being written.  Compared with an uninterrupted training are
+the last checkpoint, the model, the tables of the plots, the log, and MLflow with the log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.pipeline.conftest import Project
+from tests.support.kill_digest import digests, mlflow_faults
+from tests.support.kill_rounds import Training, kill_again_and_again, make_project
+
+
+def run(
+    folder: Path,
+    *,
+    kills: int,
+    terms: int,
+    workers: tuple[int, ...] = (0, 2, 4),
+    seed: int = 0,
+    epochs: int = 14,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Counts, and what was not as it should be.
+
+    Args:
+        folder: an empty one.
+        kills: by SIGKILL.
+        terms: by SIGTERM.
+        workers: numbers of loader processes, in turn.
+        seed: decides when.
+        epochs: of the training, of three steps each.
+        say: prints a line.
+    """
+    started = time.monotonic()
+    project = make_project(folder / "project", epochs)
+    quiet = Training(_copy(project, folder / "quiet"), folder / "quiet-store", 3 * epochs)
+    rng = random.Random(seed)
+    life = quiet.live("none", 0, rng)
+    faults = [] if life.code == 0 else [f"uninterrupted: exit code {life.code}: {life.output}"]
+    expected = digests(quiet.project.root, quiet.final)
+    faults += mlflow_faults(quiet.project.root, quiet.store)
+    say(f"uninterrupted: {3 * epochs} steps; project and training {_since(started)}")
+    counts: Counter[str] = Counter()
+    for training in kill_again_and_again(
+        project, folder, 3 * epochs, kills=kills, terms=terms, workers=workers, rng=rng
+    ):
+        found = digests(project.root, training.final)
+        differing = [name for name in expected if found.get(name) != expected[name]]
+        new = [f"{name} differs" for name in differing]
+        new += mlflow_faults(project.root, training.store) + _wrong_ends(training)
+        counts += _counted(training)
+        say(f"training {counts['trainings']}: {dict(_counted(training))}; {new or 'identical'}")
+        say(f"  {_since(started)}: {dict(counts)}")
+        faults += new
+    return {
+        **counts,
+        "compared": sorted(expected),
+        "faults": faults,
+        "minutes": round((time.monotonic() - started) / 60, 1),
+    }
+
+
+def _copy(project: Project, root: Path) -> Project:
+    shutil.copytree(project.root, root, symlinks=True)
+    return Project(root)
+
+
+def _counted(training: Training) -> Counter[str]:
+    """Ends by kind; `killed while writing` are those that left a file half written."""
+    ended = [life for life in training.lives if life.was_ended]
+    counts = Counter({"trainings": 1, "processes": len(training.lives)})
+    counts["SIGKILL"] = sum(life.kind != "term" for life in ended)
+    counts["SIGTERM"] = sum(life.kind == "term" for life in ended)
+    counts["killed while writing"] = sum(life.was_writing for life in ended)
+    counts.update(f"{life.workers} workers" for life in ended)
+    return counts
+
+
+def _wrong_ends(training: Training) -> list[str]:
+    """Processes that did not end as they should have."""
+    expected = {"term": 143, "none": 0}
+    wrong = []
+    for number, life in enumerate(training.lives):
+        code = expected.get(life.kind, -9)
+        told = life.kind != "term" or "`dvc repro` goes on" in life.output
+        if life.was_ended and (life.code != code or not told):
+            wrong.append(f"life {number} ({life.kind}): code {life.code}: {life.output[-2000:]}")
+    return wrong
+
+
+def _since(started: float) -> str:
+    return f"{time.monotonic() - started:.0f} s"
+
+
+def main() -> int:
+    """Run; the result as JSON, exit code 1 if anything was not as it should be."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=60, help="SIGKILLs")
+    parser.add_argument("--terms", type=int, default=10, help="SIGTERMs")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2, 4], help="in turn")
+    parser.add_argument("--seed", type=int, default=0, help="decides when")
+    parser.add_argument("--epochs", type=int, default=14, help="of three steps each")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="kills-") as folder:
+        result = run(
+            Path(folder),
+            kills=options.kills,
+            terms=options.terms,
+            workers=tuple(options.workers),
+            seed=options.seed,
+            epochs=options.epochs,
+        )
+    print(json.dumps(result, indent=1))
+    return 1 if result["faults"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

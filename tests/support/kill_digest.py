@@ -1,0 +1,99 @@
+"""What two trainings must have in common, however often one of them was killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runkey.training.checkpoint.file import read_file
+
+_OUTPUTS = ("plots/steps.csv", "plots/epochs.csv")
+_OF_THE_DAY = ("second", "wait")
+"""In names of values that no two trainings share."""
+
+
+def digests(root: Path, final: Path) -> dict[str, str]:
+    """sha256 by name: of the last checkpoint, of the stage's outputs, of the log.
+
+    Args:
+        root: the project.
+        final: the last checkpoint.
+    """
+    facts, tensors, _ = read_file(final)
+    found = {part: _sha256(_bytes(state)) for part, state in tensors["parts"].items()}
+    found["state"] = _sha256(_bytes(_without_clock(tensors["state"])))
+    found["best weights"] = str(facts["best_hash"])
+    files = [*(root / name for name in _OUTPUTS), *sorted((root / "model").glob("*.safetensors"))]
+    for path in files:
+        found[path.relative_to(root).as_posix()] = _sha256([path.read_bytes()])
+    found["log"] = _sha256([json.dumps(log_of(root)).encode()])
+    return found
+
+
+def log_of(root: Path) -> list[Any]:
+    """The log without times, paces, and events that tell of the day's machine."""
+    entries = map(json.loads, (root / "logs/train.jsonl").read_text().splitlines())
+    return [
+        _without_clock({name: value for name, value in entry.items() if name != "time"})
+        for entry in entries
+        if not entry.get("event", "").startswith(("resumed", "hint"))
+    ]
+
+
+def mlflow_faults(root: Path, store: Path) -> list[str]:
+    """What MLflow lacks, or has more than once, of what the log has; empty: nothing."""
+    with closing(sqlite3.connect(store / "mlflow.db")) as database:
+        runs = database.execute("SELECT run_uuid, status FROM runs").fetchall()
+        points = database.execute(
+            "SELECT key, step, value, timestamp FROM metrics WHERE key NOT LIKE 'system/%'"
+        ).fetchall()
+    faults = [] if [status for _, status in runs] == ["FINISHED"] else [f"runs: {runs}"]
+    there = Counter((key, step) for key, step, *_ in points)
+    faults += [f"{count} times {point}" for point, count in there.items() if count > 1]
+    values = {(key, step): (value, time_ms) for key, step, value, time_ms in points}
+    for entry in map(json.loads, (root / "logs/train.jsonl").read_text().splitlines()):
+        for name, value in entry.get("values", {}).items():
+            expected = (float(value), round(entry["time"] * 1000))
+            if values.get((name, entry["step"])) != expected:
+                faults.append(f"{name} at {entry['step']}: {values.get((name, entry['step']))}")
+    return faults
+
+
+def _without_clock(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if not any(word in k for word in _OF_THE_DAY)}
+        return {k: _without_clock(v) for k, v in kept.items()}
+    return [_without_clock(v) for v in value] if isinstance(value, list) else value
+
+
+def _bytes(tree: Any) -> Iterator[bytes]:
+    """All that is in nested dicts, lists and tensors, each with its place."""
+    if isinstance(tree, torch.Tensor):
+        yield f"{tree.dtype} {tuple(tree.shape)}".encode()
+        yield tree.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(tree, dict):
+        for key in sorted(tree, key=str):
+            yield repr(key).encode()
+            yield from _bytes(tree[key])
+    elif isinstance(tree, list | tuple):
+        for number, value in enumerate(tree):
+            yield str(number).encode()
+            yield from _bytes(value)
+    else:
+        yield repr(tree).encode()
+
+
+def _sha256(pieces: Any) -> str:
+    total = hashlib.sha256()
+    for piece in pieces:
+        total.update(len(piece).to_bytes(8))
+        total.update(piece)
+    return total.hexdigest()
