@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,7 @@ def main() -> int:
             workers=tuple(options.workers),
             seed=options.seed,
             epochs=options.epochs,
+            say=partial(print, flush=True),
         )
     print(json.dumps(result, indent=1))
     return 1 if result["faults"] else 0

@@ -34,6 +34,7 @@ from runkey.registry.git import git, has_git
 from runkey.registry.library import Library
 from runkey.registry.reading.local_library import LocalLibrary
 from runkey.registry.snapshot import snapshot_refs
+from runkey.training.checkpoint.lock import holder_of
 
 Kind = Literal["run", "checkpoint", "claim", "worktree", "leftover"]
 _TRAINING = re.compile(r"(rk1-[0-9a-f]{64})(?:-repeats-([0-9a-f]{8}))?")
@@ -229,7 +230,8 @@ def _why_obsolete(scope: Scope, folder: Path) -> str | None:
         busy = quiet < _QUIET_SECONDS
     else:
         busy = scope.is_trained_now(key)
-    if not whole or busy:
+    # Without a claim (runtime.mlflow: false) a training still holds its folder.
+    if not whole or busy or holder_of(folder) is not None:
         return None
     return f"run {whole[0].run.run_id[:8]} of its key is finished"
 

@@ -156,6 +156,25 @@ def test_a_checkpoint_goes_when_a_run_of_its_key_is_finished(house):
     assert house.items() == []
 
 
+def test_a_training_without_a_claim_keeps_its_folder(house):
+    """As with runtime.mlflow false: what shows that somebody trains is the lock."""
+    folder = house.folder(KEY, 5000)
+    make_run(house.root, KEY, "a" * 32)
+    script = "import sys; from pathlib import Path\n"
+    script += "from runkey.training.checkpoint.lock import locked\n"
+    script += "with locked(Path(sys.argv[1]), print): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as trainer:
+        assert trainer.stdout.readline() == "held\n"
+        assert house.items() == []
+        trainer.kill()
+    assert [item.kind for item in house.items()] == ["checkpoint"]
+
+
 def test_a_failed_run_with_a_checkpoint_can_go_on_and_stays(house):
     checkpoint = house.folder(KEY)
     make_run(house.root, KEY, "b" * 32, status="KILLED", with_details=False)

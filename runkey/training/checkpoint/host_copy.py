@@ -25,7 +25,7 @@ class HostCopy:
         self._shapes: list[tuple[torch.Size, tuple[int, ...], torch.dtype]] = []
         self._places: list[Tensor] = []
         self._buffers: dict[torch.dtype, Tensor] = {}
-        self._arrived: torch.cuda.Event | None = None
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
     def take(self, tree: Any) -> Any:
         """The same dicts and lists, with each tensor replaced by its copy on the host.
@@ -38,19 +38,28 @@ class HostCopy:
         if shapes != self._shapes:
             self._allocate(tensors, pinned=on_gpu)
             self._shapes = shapes
+        self._events = (_event(), _event()) if on_gpu else None
+        if self._events:
+            self._events[0].record()  # type: ignore[no-untyped-call]
         for place, tensor in zip(self._places, tensors, strict=True):
             place.copy_(tensor, non_blocking=True)
-        if on_gpu:
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()  # type: ignore[no-untyped-call]
+        if self._events:
+            self._events[1].record()  # type: ignore[no-untyped-call]
         places = iter(self._places)
         return _rebuilt(tree, lambda _: next(places))
 
-    def wait(self) -> None:
-        """Return when the last copy is whole; for any thread."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-            self._arrived = None
+    def wait(self) -> float:
+        """Return when the last copy is whole; for any thread.
+
+        Returns:
+            Seconds that the GPU copied and did nothing else; 0 without one.
+        """
+        if self._events is None:
+            return 0.0
+        begun, ended = self._events
+        ended.synchronize()
+        milliseconds: float = begun.elapsed_time(ended)  # type: ignore[no-untyped-call]
+        return milliseconds / 1000
 
     def _allocate(self, tensors: list[Tensor], *, pinned: bool) -> None:
         ends: dict[torch.dtype, int] = {}
@@ -79,6 +88,10 @@ def _zeros(length: int, dtype: torch.dtype, pinned: bool) -> Tensor:
         with suppress(RuntimeError):
             return torch.zeros(length, dtype=dtype, pin_memory=True)
     return torch.zeros(length, dtype=dtype)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def is_finite(tree: Any) -> bool:

@@ -118,7 +118,7 @@ class FolderCheckpoints:
     # What follows runs in the thread.
 
     def _write(self, saved: Saved, tensors: Any, content: Content, stall: float) -> None:
-        self._copy.wait()
+        stall += self._copy.wait()
         # Not all parts: a history of gradient norms is NaN where there is none yet.
         if not is_finite([tensors["parts"].get(name) for name in _FINITE]):
             self._fail("weights or moments are not finite")

@@ -82,6 +82,21 @@ def _take(file: int, folder: Path) -> None:
         ) from None
 
 
+def holder_of(folder: Path) -> int | None:
+    """Id of the process that trains in a folder, 0 if it is out of sight; None: nobody does.
+
+    Never to be asked by the process that holds the folder itself: see `locked`.
+    """
+    try:
+        file = os.open(folder / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        return _holder(file)
+    finally:
+        os.close(file)
+
+
 def _holder(file: int) -> int | None:
     """Id of the process that holds the lock; None: nobody does."""
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
