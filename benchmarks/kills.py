@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,30 +52,38 @@ def run(
     started = time.monotonic()
     project = make_project(folder / "project", epochs)
     quiet = Training(_copy(project, folder / "quiet"), folder / "quiet-store", 3 * epochs)
+    say(f"project: {_since(started)}")
     rng = random.Random(seed)
-    life = quiet.live("none", 0, rng)
-    faults = [] if life.code == 0 else [f"uninterrupted: exit code {life.code}: {life.output}"]
-    expected = digests(quiet.project.root, quiet.final)
-    faults += mlflow_faults(quiet.project.root, quiet.store)
-    say(f"uninterrupted: {3 * epochs} steps; project and training {_since(started)}")
     counts: Counter[str] = Counter()
-    for training in kill_again_and_again(
-        project, folder, 3 * epochs, kills=kills, terms=terms, workers=workers, rng=rng
-    ):
-        found = digests(project.root, training.final)
-        differing = [name for name in expected if found.get(name) != expected[name]]
-        new = [f"{name} differs" for name in differing]
-        new += mlflow_faults(project.root, training.store) + _wrong_ends(training)
-        counts += _counted(training)
-        say(f"training {counts['trainings']}: {dict(_counted(training))}; {new or 'identical'}")
-        say(f"  {_since(started)}: {dict(counts)}")
-        faults += new
+    faults: list[str] = []
+    with ThreadPoolExecutor() as pool:
+        whole = pool.submit(_uninterrupted, quiet, rng)
+        for training in kill_again_and_again(
+            project, folder, 3 * epochs, kills=kills, terms=terms, workers=workers, rng=rng
+        ):
+            expected, _ = whole.result()
+            found = digests(project.root, training.final)
+            new = [f"{name} differs" for name in expected if found.get(name) != expected[name]]
+            new += mlflow_faults(project.root, training.store) + _wrong_ends(training)
+            counts += _counted(training)
+            say(f"{_since(started)}: {dict(counts)}; {new or 'identical'}")
+            faults += new
+        expected, faults_alone = whole.result()
     return {
         **counts,
         "compared": sorted(expected),
-        "faults": faults,
+        "faults": faults_alone + faults,
         "minutes": round((time.monotonic() - started) / 60, 1),
     }
+
+
+def _uninterrupted(quiet: Training, rng: random.Random) -> tuple[dict[str, str], list[str]]:
+    """Digests of the training that nobody kills, and what is wrong with it."""
+    life = quiet.live("none", 0, rng)
+    if life.code:
+        raise RuntimeError(f"the uninterrupted training failed: {life.output}")
+    root = quiet.project.root
+    return digests(root, quiet.final), mlflow_faults(root, quiet.store)
 
 
 def _copy(project: Project, root: Path) -> Project:
