@@ -20,11 +20,12 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from tests.pipeline.conftest import Project
-from tests.support.kill_digest import digests, mlflow_faults
+from tests.support.kill_digest import digests, log_of, mlflow_faults
 from tests.support.kill_rounds import Training, kill_again_and_again, make_project
 
 
@@ -64,6 +65,7 @@ def run(
             expected, _ = whole.result()
             found = digests(project.root, training.final)
             new = [f"{name} differs" for name in expected if found.get(name) != expected[name]]
+            new += _log_faults(quiet.project.root, project.root)
             new += mlflow_faults(project.root, training.store) + _wrong_ends(training)
             counts += _counted(training)
             say(f"{_since(started)}: {dict(counts)}; {new or 'identical'}")
@@ -112,6 +114,12 @@ def _wrong_ends(training: Training) -> list[str]:
         if life.was_ended and (life.code != code or not told):
             wrong.append(f"life {number} ({life.kind}): code {life.code}: {life.output[-2000:]}")
     return wrong
+
+
+def _log_faults(quiet: Path, killed: Path) -> list[str]:
+    """The first entries of two logs that differ."""
+    pairs = zip_longest(log_of(quiet), log_of(killed))
+    return [f"log: {a} became {b}" for a, b in pairs if a != b][:3]
 
 
 def _since(started: float) -> str:

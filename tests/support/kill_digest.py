@@ -49,22 +49,25 @@ def log_of(root: Path) -> list[Any]:
 
 
 def mlflow_faults(root: Path, store: Path) -> list[str]:
-    """What MLflow lacks, or has more than once, of what the log has; empty: nothing."""
+    """What MLflow lacks, or has more often than the log; empty: nothing.
+
+    A point is a name, step, value and time; an epoch's mean may have the name and step of a step's
+    value.
+    """
     with closing(sqlite3.connect(store / "mlflow.db")) as database:
         runs = database.execute("SELECT run_uuid, status FROM runs").fetchall()
         points = database.execute(
-            "SELECT key, step, value, timestamp FROM metrics WHERE key NOT LIKE 'system/%'"
+            "SELECT key, step, value, timestamp FROM metrics"
+            " WHERE key LIKE 'train/%' OR key LIKE 'val/%'"
         ).fetchall()
     faults = [] if [status for _, status in runs] == ["FINISHED"] else [f"runs: {runs}"]
-    there = Counter((key, step) for key, step, *_ in points)
-    faults += [f"{count} times {point}" for point, count in there.items() if count > 1]
-    values = {(key, step): (value, time_ms) for key, step, value, time_ms in points}
+    expected: Counter[tuple[str, int, float, int]] = Counter()
     for entry in map(json.loads, (root / "logs/train.jsonl").read_text().splitlines()):
         for name, value in entry.get("values", {}).items():
-            expected = (float(value), round(entry["time"] * 1000))
-            if values.get((name, entry["step"])) != expected:
-                faults.append(f"{name} at {entry['step']}: {values.get((name, entry['step']))}")
-    return faults
+            expected[name, entry["step"], float(value), round(entry["time"] * 1000)] += 1
+    found = Counter(points)
+    faults += [f"MLflow lacks {point}" for point in expected - found]
+    return faults + [f"MLflow has too often {point}" for point in found - expected]
 
 
 def _without_clock(value: Any) -> Any:

@@ -78,7 +78,11 @@ class Watcher:
         self._home, self._keep = home, keep
         self.newest = -1
         """Step of the newest checkpoint; -1: there is none."""
+        self.written = 0
+        """Checkpoints since the watcher began."""
         self.is_writing = False
+        self._see()
+        self.written = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -90,9 +94,12 @@ class Watcher:
 
     def _watch(self) -> None:
         while not self._ended.wait(0.001):
-            for folder in self._home.glob("rk1-*"):
-                with contextlib.suppress(FileNotFoundError):  # it is removed at the end
-                    self._look(folder)
+            self._see()
+
+    def _see(self) -> None:
+        for folder in self._home.glob("rk1-*"):
+            with contextlib.suppress(FileNotFoundError):  # it is removed at the end
+                self._look(folder)
 
     def _look(self, folder: Path) -> None:
         names = [path.name for path in folder.iterdir()]
@@ -104,6 +111,7 @@ class Watcher:
             if not kept.exists() or not kept.samefile(path):
                 kept.unlink(missing_ok=True)
                 os.link(path, kept)
+                self.written += 1
 
 
 @dataclass
@@ -182,15 +190,16 @@ def _end(
     process: subprocess.Popen[bytes], kind: Kind, watcher: Watcher, total: int, rng: random.Random
 ) -> None:
     """Wait for the moment, then end the process."""
-    begun = watcher.newest
-    if kind == "none":
-        return
-    if kind == "start":
-        _sleep(process, rng.uniform(0, 8))
-    else:
-        # Of this life; a training that is done writes none before its last.
-        steps = total if kind == "end" else min(total, begun + 1 + rng.randrange(4))
-        _until(process, lambda: watcher.newest >= steps)
+    after = 1 + rng.randrange(4)
+    match kind:
+        case "none":
+            return
+        case "start":
+            _sleep(process, rng.uniform(0, 8))
+        case "end":
+            _until(process, lambda: watcher.written > 0 and watcher.newest >= total)
+        case _:
+            _until(process, lambda: watcher.written >= after)
     match kind:
         case "writing":
             _until(process, lambda: watcher.is_writing)

@@ -37,7 +37,7 @@ def test_checkpoints_are_found_by_name(tmp_path):
     others = ["step-00000013.ckpt.tmp", "step-00000014.ckpt.bad", "step-1.ckpt", "best-1.pt", "x"]
     for name in names + others:
         (tmp_path / name).touch()
-    assert [one.name for one in find_saved(tmp_path)] == [names[2], names[1], names[0]]
+    assert [one.name for one in find_saved(tmp_path)] == [names[2], names[0], names[1]]
 
 
 def tree():
