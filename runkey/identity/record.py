@@ -31,6 +31,8 @@ REPRODUCTION_OF = "reproduction_of"
 """Tag of such a repeat: the MLflow id of the run that it repeats."""
 RESUMED, RESUMED_AFTER = "resumed", "resumed.after"
 """Tags: how often a training went on after it was interrupted; after which steps, and when."""
+HINT = "event.hint."
+"""Beginning of the tags that hold hints: JSON of what was `seen` and what to `change`."""
 KEY = "key"
 """Name of the MLflow tag and param that hold the key; each part is the param `key.<part>`."""
 NOT_KEPT = ("system/",)

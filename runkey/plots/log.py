@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,8 @@ class TrainingLog:
     """Every epoch's end: means over the epoch, and the evaluation if there was one."""
     events: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The last event of each kind."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """How many events of each kind there are."""
 
     def add(self, entry: dict[str, Any]) -> None:
         """Take one more line of the log."""
@@ -49,6 +52,7 @@ class TrainingLog:
         else:
             kind = str(entry.get("event", entry.get("kind", "")))
             self.events[kind] = entry.get("fields", entry)
+            self.counts[kind] += 1
 
     def of_steps(self, name: str) -> Series:
         """Steps, and the values that a metric had at them."""

@@ -29,6 +29,7 @@ def runs(root: Path) -> Path:
         root, B, "b" * 32, started_ms=1_700_000_100_000, params=changed, name="lr=5e-05",
         metrics={"eval/AP": 0.625, "eval/AP50": 0.8, "train/loss": 1.0},
         tags={"key": B, "host": "big", "device": "cuda H200", "decision": "no run: trained",
+              "event.hint.loader": '{"seen": "it waits", "change": "raise runtime.workers"}',
               "reused": "today on small: finished run bbbbbbbb of big is reused"},
     )  # fmt: skip
     make_run(
@@ -127,6 +128,7 @@ def test_show(runs: Path, run: Run) -> None:
     assert (code, err) == (0, "")
     for part in (B, "FINISHED", "AP 0.625, AP50 0.800", "lr=5e-05", "b" * 32, "as locked"):
         assert part in out, part
+    assert "hints        it waits; raise runtime.workers" in out
     assert f"{B[:16]}:dddd reproduction, FINISHED" in out
     assert "weights.pt 7 B" in out
     assert max(len(line) for line in out.splitlines() if "file://" not in line) <= 100

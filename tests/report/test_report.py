@@ -10,6 +10,8 @@ import pytest
 
 from runkey.cli import app
 from runkey.errors import RunkeyError
+from runkey.plots.report.page import write_report
+from runkey.plots.report.source import recorded_run
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -126,6 +128,22 @@ def test_pages_that_cannot_be_made(a_run, checkout):
         report(record.label, to="a/page.html")
     with pytest.raises(RunkeyError, match=r"run\.json: not found; `dvc repro train` writes it"):
         report(".")
+
+
+def test_what_training_met_on_its_way_is_told(a_run, checkout):
+    record = a_run("one", kind="empty")
+    met = [
+        {"event": "skipped_step", "fields": {"step": 7, "image_ids": [1, 2], "why": None}},
+        {"event": "skipped_step", "fields": {"step": 9, "image_ids": list(range(99))}},
+        {"event": "hint.loader", "fields": {"seen": "it waits", "change": "raise workers"}},
+    ]
+    artifacts = checkout / "mlartifacts" / record.run.run_id / "artifacts"
+    lines = [json.dumps({"time": 1, **entry}) + "\n" for entry in met]
+    (artifacts / "logs" / "train.jsonl").write_text("".join(lines))
+    text = Parsed(write_report([recorded_run(record, artifacts)], Path("page.html"))).text
+    assert "skipped step 2 step 9, image_ids [0, 1, 2" in text
+    assert "it waits raise workers" in text
+    assert "hint.loader" not in text
 
 
 def test_every_value_of_a_run_is_escaped(a_run):

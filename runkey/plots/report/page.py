@@ -39,6 +39,7 @@ class Section:
     environment: Table
     data: Table
     hints: list[Hint]
+    happened: Table
     evaluation: list[Picture]
     curves: list[Picture]
     memory: list[Picture]
@@ -88,6 +89,7 @@ def _section(run: Run) -> Section:
         environment=tables.environment(run),
         data=tables.data(run),
         hints=run.hints(),
+        happened=tables.happened(run),
         evaluation=pictures.evaluation(run),
         curves=pictures.curves(run),
         memory=pictures.memory(run),

@@ -9,10 +9,13 @@ from typing import Any
 
 from runkey.identity.key import PARTS
 from runkey.params.changed import changed_params
+from runkey.plots.hints import CLASS_SCORES, EVENT
 from runkey.plots.report.source import Run
 
 SCORES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_100", "loss")
-_DIGITS = 12
+_USUAL = ("training_start", "training_end", CLASS_SCORES)
+"""Events of every training."""
+_MOST_LETTERS = 80
 _SAID = {
     "device": "device",
     "threads": "threads",
@@ -47,6 +50,17 @@ def head(run: Run) -> Table:
         ("ended", str(run.log.events.get("training_end", {}).get("reason", ""))),
     ]
     return Table((), [row for row in rows if row[1]])
+
+
+def happened(run: Run) -> Table:
+    """What training met on its way: steps skipped, interruptions and so on."""
+    rows = []
+    for kind, count in run.log.counts.items():
+        if kind not in _USUAL and not kind.startswith(EVENT):
+            fields = run.log.events[kind]
+            told = ", ".join(f"{n} {_brief(v)}" for n, v in fields.items() if v not in (None, []))
+            rows.append((kind.replace("_", " "), f"{count:,}", told))
+    return Table(("event", "times", "the last one"), rows)
 
 
 def key_parts(run: Run) -> Table:
@@ -152,6 +166,12 @@ def span(seconds: float) -> str:
 def only_differing(rows: Iterable[Sequence[str]]) -> list[Sequence[str]]:
     """The rows whose cells, but for the first, are not all the same."""
     return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def _brief(value: Any) -> str:
+    """A field of an event, cut to what fits a line."""
+    text = f"{value:.4g}" if isinstance(value, float) else _text(value)
+    return text if len(text) <= _MOST_LETTERS else text[: _MOST_LETTERS - 1] + "…"
 
 
 def _text(value: Any) -> str:

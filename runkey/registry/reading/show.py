@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from runkey.identity.record import KEY, RESUMED_AFTER, Details, LoggedRun, Record
+from runkey.identity.record import HINT, KEY, RESUMED_AFTER, Details, LoggedRun, Record
 from runkey.params.changed import changed_params
 from runkey.registry.reading.columns import address, size, span, text
 
@@ -64,6 +65,7 @@ def describe(
         *([("repeats", f"run {record.reproduction_of}")] if record.reproduction_of else []),
         *([("resumed", _resumed(run))] if run.resumed else []),
         *((row, told) for row, tag in _TOLD if (told := run.tags.get(tag))),
+        *_titled("hints", _hints(run)),
         *_metrics(run.metrics),
         *_params(run, every_param=every_param),
         *(_witness(details) if details else [("details", _WITHOUT[run.ended_ms is None])]),
@@ -85,6 +87,14 @@ def _status(run: LoggedRun, status: str) -> str:
 def _resumed(run: LoggedRun) -> str:
     times = "once" if run.resumed == 1 else f"{run.resumed} times"
     return f"{times}, after {run.tags.get(RESUMED_AFTER, '?')}"
+
+
+def _hints(run: LoggedRun) -> Iterator[str]:
+    """What the training was told, and what to change."""
+    for tag in sorted(run.tags):
+        if tag.startswith(HINT):
+            fields = json.loads(run.tags[tag])
+            yield f"{fields.get('seen')}; {fields.get('change')}"
 
 
 def _metrics(metrics: Mapping[str, float]) -> Iterator[Row]:
