@@ -48,12 +48,13 @@ test-all: env env-tools ## The slow tests too: whole pipelines, experiments in a
 GPU_RESULTS := benchmarks/results/gpu
 
 .PHONY: gpu-checks
-gpu-checks: env ## On a machine with a GPU: memory as predicted, training under a cap (8 minutes)
+gpu-checks: env ## On a machine with a GPU: memory, syncs, skipped steps, resume (10 minutes)
 	mkdir -p $(GPU_RESULTS)
 	$(BIN)/python -m benchmarks.gpu_memory predict $(GPU_RESULTS)/predicted.json
 	$(BIN)/python -m benchmarks.gpu_memory measure $(GPU_RESULTS)/predicted.json $(GPU_RESULTS)
 	$(BIN)/python -m benchmarks.gpu_random_shapes predict $(GPU_RESULTS)/predicted
 	$(BIN)/python -m benchmarks.gpu_random_shapes run $(GPU_RESULTS)/predicted $(GPU_RESULTS)
+	$(BIN)/python -m benchmarks.gpu_training --out $(GPU_RESULTS)
 
 .PHONY: lint
 lint: env env-tools ## Style, types and the direction of imports
