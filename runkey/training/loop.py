@@ -5,6 +5,7 @@ result = fit(model, criterion, loader, evaluate, params, device=device, tracker=
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from runkey.data.batch import Window
-from runkey.errors import Interrupted
+from runkey.errors import Interrupted, ModelError
 from runkey.model.criterion import Criterion
 from runkey.params import Params
 from runkey.training.checkpoint.content import Checkpoints
@@ -191,8 +192,7 @@ def _evaluate(setup: Setup, state: LoopState, values: dict[str, float]) -> bool:
     """Evaluate, add the metrics to `values`, keep the best weights; whether these are the best."""
     stopping = setup.params.training.early_stopping
     module = setup.evaluated_module.eval()
-    with torch.no_grad(), setup.interrupts.at_once():
-        metrics = {name: float(value) for name, value in setup.evaluate(module).items()}
+    metrics = _judge(setup, state, module)
     value = watched_value(metrics, stopping.metric)
     values |= metrics | loss_gap(values, metrics)
     state.evaluations.append(metrics)
@@ -203,6 +203,21 @@ def _evaluate(setup: Setup, state: LoopState, values: dict[str, float]) -> bool:
         state.stop_reason = verdict.reason
     # The smallest change is for patience alone: better weights are better by however little.
     return state.offer(value, metrics, module, Judge(stopping.mode))
+
+
+def _judge(setup: Setup, state: LoopState, module: nn.Module) -> dict[str, float]:
+    """The evaluation's metrics; of a model whose predictions are not finite, NaN.
+
+    That is the worst there is, so such weights are never the best; whether training goes on is the
+    guard's business, which sees the same in the next steps.
+    """
+    try:
+        with torch.no_grad(), setup.interrupts.at_once():
+            return {name: float(value) for name, value in setup.evaluate(module).items()}
+    except ModelError as error:
+        setup.say(f"evaluation after step {state.step}: {error}; it counts as the worst")
+        setup.tracker.event("evaluation_failed", step=state.step, reason=str(error))
+        return {setup.watched: math.nan}
 
 
 def _close_epoch(
@@ -243,7 +258,7 @@ def _finish(setup: Setup, state: LoopState) -> FitResult:
     result = state.result()
     setup.say(
         f"{result.stop_reason}; kept the weights of epoch {result.best_epoch} "
-        f"({setup.watched} {result.best_metrics[setup.watched]:.4g})"
+        f"({setup.watched} {result.best_metrics[setup.watched]:.4g}){_gap_text(result)}"
     )
     setup.tracker.event(
         "training_end",
@@ -255,3 +270,15 @@ def _finish(setup: Setup, state: LoopState) -> FitResult:
         seconds=result.seconds,
     )
     return result
+
+
+def _gap_text(result: FitResult) -> str:
+    """How far the held-out loss was above the training loss, in words; empty if not known."""
+    gaps = {e["step"]: e["val/loss_gap"] for e in result.history if "val/loss_gap" in e}
+    if result.best_step not in gaps:
+        return ""
+    last = list(gaps.values())[-1]
+    return (
+        f"; held-out loss minus training loss: {gaps[result.best_step]:.3g} there, {last:.3g} at "
+        "the end"
+    )

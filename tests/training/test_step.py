@@ -1,6 +1,7 @@
 """One optimizer step: accumulation, clipping after unscaling, and steps that must not count."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from runkey import params
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
 from runkey.training.clip import Clipper
+from runkey.training.ema import Ema
 from runkey.training.optimizer import build_optimizer, trained_parameters
 from runkey.training.precision import build_precision
 from runkey.training.step import Machinery, accumulate_gradients, train_step
@@ -258,18 +260,28 @@ def test_frozen_parameters_do_not_move(toy):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("clip", ["norm", "percentile"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-def test_a_step_waits_once_for_the_gpu(toy, dtype):
-    """Only the matcher may wait: with the toy's fixed matching, nothing does."""
+def test_a_step_waits_once_for_the_gpu(toy, dtype, clip):
+    """Only the matcher may wait: with the toy's fixed matching, nothing does, skipped or not."""
     device = torch.device("cuda", 0)
     model = toy.ToyModel().to(device)
-    parts = machinery(model, toy.ToyCriterion())
-    parts = copy.copy(parts)
-    object.__setattr__(parts, "precision", build_precision(dtype, device))
+    parts = dataclasses.replace(
+        machinery(model, toy.ToyCriterion()),
+        precision=build_precision(dtype, device),
+        clipper=Clipper(params.Clip(mode=clip), device),
+    )
+    ema = Ema(model, 0.9)
     window = tuple(batch.pin_memory() for batch in toy.make_window(IDS, 4))
-    train_step(parts, window, 1.0)
+    ema.update(train_step(parts, window, 1.0).skipped)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train_step(parts, window, 1.0)
+        results = [train_step(parts, window, 1.0)]
+        ema.update(results[0].skipped)
+        model.head.bias.register_hook(lambda gradient: gradient * float("nan"))
+        results.append(train_step(parts, window, 1.0))
+        ema.update(results[1].skipped)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert [result.skipped.item() for result in results] == [0, 1]
+    assert all(tensor.isfinite().all() for tensor in ema.module.state_dict().values())

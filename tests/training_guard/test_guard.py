@@ -7,15 +7,15 @@ import math
 import pytest
 import torch
 
-from runkey.errors import TrainingError
+from runkey.errors import ModelError, TrainingError
 from runkey.model.criterion import build_criterion
 from runkey.training.checkpoint.file import read_file
 from runkey.training.checkpoint.names import find_saved
 from runkey.training.distributed import World
 from runkey.training.guard.pins import find_pins
-from runkey.training.loop import take_step
+from runkey.training.loop import fit, take_step
 from runkey.training.setup import build_setup
-from runkey.training.state import LoopState
+from runkey.training.state import LoopState, host_weights
 from runkey.training.tracker import Quiet
 from tests.support.planted import plant
 from tests.support.squares import (
@@ -330,3 +330,73 @@ def test_what_is_pinned_is_the_checkpoint_before_the_step(tmp_path):
     # Its other name is gone, as it would be without the pin.
     assert {saved.step for saved in find_saved(tmp_path)} == {0, 11, 12}
     assert pin.stat().st_nlink == 1
+
+
+def test_a_model_that_predicts_nan_is_not_the_end(events):
+    """An evaluation says so; the weights kept are of a finite one, and training has gone on."""
+    parameters, evaluated = guarded(training={"evaluate_every": 1}), []
+
+    def evaluate(module):
+        evaluated.append(1)
+        if len(evaluated) == 2:
+            raise ModelError("the model predicts NaN or infinity")
+        return {"val/loss": float(len(evaluated))}
+
+    lines = []
+    result = fit(
+        make_detector(parameters),
+        build_criterion(parameters.model, CLASSES),
+        SquaresLoader(),
+        evaluate,
+        parameters,
+        device=CPU,
+        tracker=events,
+        say=lines.append,
+    )
+    assert (result.steps, result.best_epoch) == (12, 1)
+    assert [math.isnan(epoch["val/loss"]) for epoch in result.history] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert events.of("evaluation_failed")[0]["step"] == 6
+    assert lines[-1].startswith(
+        "all 4 epochs done; kept the weights of epoch 1 (val/loss 1); held-"
+    )
+
+
+def test_the_gap_and_what_was_kept_are_told(events):
+    """Training loss falls, held-out loss rises after epoch 2: the weights of epoch 2 are kept."""
+    parameters = guarded(
+        training={
+            "evaluate_every": 1,
+            "epochs": 9,
+            "early_stopping": {"metric": "val/loss", "mode": "min", "patience": 2},
+        }
+    )
+    values = iter([20.0, 15.0, 16.0, 17.0])
+    seen, lines = [], []
+
+    def evaluate(module):
+        seen.append(host_weights(module))
+        return {"val/loss": next(values)}
+
+    result = fit(
+        make_detector(parameters),
+        build_criterion(parameters.model, CLASSES),
+        SquaresLoader(),
+        evaluate,
+        parameters,
+        device=CPU,
+        tracker=events,
+        say=lines.append,
+    )
+    assert bits(result.best_state) == bits(seen[1])
+    assert lines[-1].startswith(
+        "early stop: best val/loss 15 at evaluation 2 of 4, then 16, 17: 2 without improvement; "
+        "kept the weights of epoch 2 (val/loss 15); held-out loss minus training loss: "
+    )
+    gaps = [epoch["val/loss_gap"] for epoch in result.history]
+    assert gaps == [e["val/loss"] - e["train/epoch_loss"] for e in result.history]
+    assert f"{gaps[1]:.3g} there, {gaps[3]:.3g} at the end" in lines[-1]
