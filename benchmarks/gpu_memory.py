@@ -23,11 +23,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_steps import log_fake_step, log_step
+from benchmarks.gpu_steps import (
+    end_history,
+    log_fake_step,
+    log_step,
+    replayed,
+    start_history,
+)
 from runkey.memory.allocator.replay import replay_steps
-from runkey.memory.trace.attention import Gpu
 from runkey.memory.trace.batch import synthetic_batch
 from runkey.memory.trace.events import Pass
+from runkey.memory.trace.gpu import Gpu, present_gpu
 from runkey.memory.trace.record import Content, recorder
 from runkey.one_step import build_step, lender
 from runkey.params import Params, load_params
@@ -107,12 +113,11 @@ def predict(chosen: list[Configuration], gpu: Gpu) -> dict[str, Any]:
 def _predict_model(group: list[Configuration], gpu: Gpu) -> dict[str, Any]:
     params = group[0].params
     predicted = {}
-    with recorder(lender(params, CLASSES), Content(CLASSES, None), gpu) as one:
+    content = Content(CLASSES, None)
+    with recorder(lender(params, CLASSES), content, gpu, kernels=True) as one:
         steps = []
         for configuration in group:
-            # As at the start: the next step makes the optimizer's state anew.
-            one.lent.optimizer.state.clear()
-            one.lent.optimizer.zero_grad()
+            one.restart()
             steps += [one.step(configuration.window) for _ in range(2)]
             if configuration.logged:
                 log = log_fake_step(one, configuration.window)
@@ -123,7 +128,8 @@ def _predict_model(group: list[Configuration], gpu: Gpu) -> dict[str, Any]:
         result = replay_steps(setup, first, [steady] * (STEPS - 1))
         content = {"allocated": result.allocated, "reserved": result.reserved}
         predicted[configuration.name] = predicted.get(configuration.name, {}) | content
-        print(f"{configuration.name}: {result.allocated / MIB:.1f} {result.reserved / MIB:.0f} MiB")
+        used, held = result.allocated / MIB, result.reserved / MIB
+        print(f"{configuration.name}: {used:.1f} {held:.0f} MiB", flush=True)
     return predicted
 
 
@@ -135,6 +141,8 @@ def measure(chosen: list[Configuration], folder: Path) -> Iterator[dict[str, Any
         clean_up()
         left = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
+        if configuration.logged:
+            start_history()
         lent = build_step(configuration.params, CLASSES, device, fixed_matches=True)
         window = tuple(synthetic_batch(one, CLASSES, None) for one in configuration.window)
         built = torch.cuda.memory_allocated()
@@ -152,6 +160,7 @@ def measure(chosen: list[Configuration], folder: Path) -> Iterator[dict[str, Any
             "retries": torch.cuda.memory_stats()["num_alloc_retries"],
         }
         if configuration.logged:
+            row["allocator"] = replayed(end_history())
             (folder / "steps").mkdir(parents=True, exist_ok=True)
             text = json.dumps(log_step(lent, window))
             (folder / "steps" / f"{configuration.name}.json").write_text(text)
@@ -207,10 +216,7 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = [one for one in configurations() if arguments.only in one.name]
     if arguments.what == "predict":
-        gpu = HOPPER
-        if torch.cuda.is_available():
-            cudnn = torch.backends.cudnn.version() or 0
-            gpu = Gpu(torch.cuda.get_device_capability(), cudnn)
+        gpu = present_gpu() if torch.cuda.is_available() else HOPPER
         arguments.predictions.write_text(json.dumps(predict(chosen, gpu)))
         return
     arguments.folder.mkdir(parents=True, exist_ok=True)

@@ -13,10 +13,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runkey.data.batch import Window
+from runkey.memory.allocator.blocks import Block
+from runkey.memory.allocator.model import Allocator
 from runkey.memory.trace.batch import synthetic_batch
 from runkey.memory.trace.events import Pass
 from runkey.memory.trace.record import Lent, Recorder
 from runkey.memory.trace.scope import watching
+
+History = tuple[str, int, int]
+"""What the allocator did, bytes, address."""
 
 
 class Operations(TorchDispatchMode):
@@ -49,19 +54,62 @@ def _allocations() -> int:
 
 def log_step(lent: Lent, window: Window) -> dict[str, Any]:
     """A step on a GPU: its operations, and the allocator's history."""
-    torch.cuda.synchronize()
-    torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=1_000_000)
+    start_history()
     before = _allocations()
     operations = Operations()
     with operations:
         lent.step(window)
+    return {"before": before, "operations": operations.rows, "history": end_history()}
+
+
+def start_history() -> None:
+    """Let the allocator write down what it does from here on."""
     torch.cuda.synchronize()
-    snapshot = torch.cuda.memory._snapshot()
+    torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=1_000_000)
+
+
+def end_history() -> list[History]:
+    """What it did."""
+    torch.cuda.synchronize()
+    (events,) = torch.cuda.memory._snapshot()["device_traces"]
     torch.cuda.memory._record_memory_history(enabled=None)
-    history = [
-        (event["action"], event["size"], event["addr"]) for event in snapshot["device_traces"][0]
-    ]
-    return {"before": before, "operations": operations.rows, "history": history}
+    return [(event["action"], event["size"], event["addr"]) for event in events]
+
+
+def replayed(history: list[History]) -> dict[str, Any]:
+    """The requests of a history from an empty cache, put to the model of the allocator.
+
+    Returns:
+        Peaks of both, and where the model first asked the GPU for a segment when torch did not, or
+        for another size.
+    """
+    allocator = Allocator()
+    blocks: dict[int, Block] = {}
+    torch_reserved = torch_most = model_grown = 0
+    torch_grown, first, requests = 0, None, 0
+    for action, size, address in history:
+        if action == "segment_alloc":
+            # It comes before the request that it is for.
+            torch_reserved += size
+            torch_grown += size
+            torch_most = max(torch_most, torch_reserved)
+        elif action == "segment_free":
+            torch_reserved -= size
+        elif action == "alloc":
+            before = allocator.reserved
+            blocks[address] = allocator.allocate(size)
+            model_grown += allocator.reserved - before
+            requests += 1
+            if first is None and model_grown != torch_grown:
+                first = {"request": requests, "bytes": size, "torch": torch_grown}
+        elif action == "free_completed" and address in blocks:
+            allocator.release(blocks.pop(address))
+    return {
+        "requests": requests,
+        "reserved": {"torch": torch_most, "model": allocator.max_reserved},
+        "allocated_by_model": allocator.max_allocated,
+        "first_difference": first,
+    }
 
 
 def log_fake_step(recorder: Recorder, passes: Sequence[Pass]) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from runkey.memory.model import (
 )
 from runkey.memory.template import Template, make_template
 from runkey.memory.timeline import timeline_of
-from runkey.memory.trace.attention import Gpu
 from runkey.memory.trace.events import Pass, Trace
+from runkey.memory.trace.gpu import Gpu
 from runkey.memory.trace.record import Content, Lend, recorder
 from runkey.params import Params, override
 

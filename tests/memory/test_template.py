@@ -10,8 +10,8 @@ import pytest
 from runkey.memory.laws import find_laws, other_shape, quantities
 from runkey.memory.template import make_template
 from runkey.memory.timeline import break_down, rounded, timeline_of
-from runkey.memory.trace.attention import Gpu
 from runkey.memory.trace.events import CLASSES, Pass
+from runkey.memory.trace.gpu import Gpu
 from runkey.memory.trace.record import Content, recorder
 from runkey.one_step import lender
 
@@ -79,9 +79,9 @@ def test_windows_of_other_lengths_are_what_is_traced(template, traces, number, w
 def test_a_workspace_comes_and_goes(template):
     """It shows in the peak, and nothing of it is left."""
     big = Pass(16, 475, 630, 6)
-    assert template.peak(big, 10.0) > template.peak(big)
+    assert template.peak(big, 100.0) > template.peak(big)
     left, count = [], []
-    for share in (0.0, 10.0):
+    for share in (0.0, 100.0):
         moves = list(template.moves([(big,)], share))
         left.append(sum(size if is_allocation else -size for is_allocation, _, size in moves))
         count.append(len(moves))

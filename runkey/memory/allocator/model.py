@@ -19,8 +19,8 @@ _SMALL_SEGMENT = 2 * MIB
 _LARGE_SEGMENT = 20 * MIB
 _OWN_SEGMENT = 10 * MIB
 _OWN_ROUND = 2 * MIB
-# Room for a segment's addresses: more than any GPU has memory.
-_ADDRESSES = 2**50
+# Room for an expandable segment's addresses: whole pages, more than any GPU has memory.
+_ADDRESSES = _LARGE_SEGMENT * 2**26
 
 
 class OutOfBudgetError(Exception):
@@ -94,23 +94,24 @@ class Allocator:
 
     def _grow(self, pool: Pool, size: int) -> Block:
         """A new segment's block, or an expandable segment's, after a second try if need be."""
-        wanted = segment_size(size)
-        if not self._has_room(wanted):
+        grow = self._expand if self.expandable else self._new_segment
+        try:
+            return grow(pool, size)
+        except OutOfBudgetError:
             self.empty_cache()
             self.retries += 1
-            if not self._has_room(wanted):
-                raise OutOfBudgetError
-        if self.expandable:
-            return self._expand(pool, size)
-        block = Block(pool, self._next_address, wanted)
-        self._next_address += wanted + _ROUND  # Segments never touch.
-        self._reserve(wanted)
+            return grow(pool, size)
+
+    def _new_segment(self, pool: Pool, size: int) -> Block:
+        size = segment_size(size)
+        self._reserve(size)
+        block = Block(pool, self._next_address, size)
+        self._next_address += size + _ROUND  # Segments never touch.
         return block
 
-    def _has_room(self, size: int) -> bool:
-        return self.budget is None or self.reserved + size <= self.budget
-
     def _reserve(self, size: int) -> None:
+        if self.budget is not None and self.reserved + size > self.budget:
+            raise OutOfBudgetError
         self.reserved += size
         if self.reserved > self.max_reserved:
             self.max_reserved = self.reserved
@@ -148,10 +149,10 @@ class Allocator:
         """Put memory behind an unmapped block's first `size` bytes, in whole pages."""
         page = _SMALL_SEGMENT if block.pool.small else _LARGE_SEGMENT
         size = min(block.size, -(-size // page) * page)
+        self._reserve(size)
         if size < block.size:
             block.cut(size)
         block.mapped = True
-        self._reserve(size)
         return self._join(block)
 
     def _unmap(self, block: Block) -> None:

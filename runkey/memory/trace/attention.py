@@ -8,33 +8,19 @@ dimensions, nothing causal, no nested tensors, equal numbers of heads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runkey.memory.trace.gpu import Gpu
+
 Kernel = Literal["flash", "efficient", "cudnn", "math"]
 _HALF = (torch.float16, torch.bfloat16)
 _FLASH_WIDTH = 256
 _FLASH_WIDTH_SMALL_SHARED_MEMORY = 192
 _CUDNN_WIDTH = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """What decides about kernels."""
-
-    capability: tuple[int, int]
-    """Compute capability: 7.0 V100, 7.5 T4, 8.0 A100, 8.6 A10, 8.9 L4, 9.0 H100, 10.0 B200."""
-    cudnn: int
-    """Version of cuDNN as torch tells it, such as 91002."""
-
-    @property
-    def has_bf16(self) -> bool:
-        """Whether it computes in bf16 (Ampere and later)."""
-        return self.capability >= (8, 0)
 
 
 def choose_kernel(

@@ -8,6 +8,7 @@ that one does on real tensors: gradients are the same bit for bit, lifetimes the
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
@@ -28,24 +29,25 @@ def run_backward(
     """Add the gradients of a scalar to the leaves' `.grad`, and free the graph.
 
     Args:
-        root: a scalar; it is detached from its graph, which would live on through it otherwise.
+        root: a scalar; it and the scalars that it is made from are detached.
         gradient: of the root; None: 1.
         on_node: called with the sequence number of each node before it runs.
     """
     assert root.grad_fn is not None, "the loss does not depend on any parameter"
     with torch.no_grad(), GraphExecGroup():
+        # Alive until the end, as torch keeps it.
         seed = torch.ones_like(root) if gradient is None else gradient
-        node, number = root.grad_fn, root.output_nr
-        root.detach_()
-        _Run(node, on_node).run(node, number, seed)
+        run = _Run(on_node)
+        run.begin(root, seed)
+        run.finish()
 
 
 class _Run:
     """One backward pass."""
 
-    def __init__(self, root: Any, on_node: Callable[[int], None]) -> None:
+    def __init__(self, on_node: Callable[[int], None]) -> None:
         self.on_node = on_node
-        self.awaited = _dependencies(root)
+        self.awaited: Counter[int] = Counter()
         self.waiting: dict[int, Slots] = {}
         # Highest number first, leaves before all; among leaves, the one that was ready first.
         self.ready: list[tuple[float, int, Any, Slots]] = []
@@ -53,13 +55,16 @@ class _Run:
         # In how many slots a gradient stands: what torch's engine has as a count of references.
         self.held: Counter[int] = Counter()
 
-    def run(self, root: Any, number: int, seed: Tensor) -> None:
-        slots: Slots = [None] * len(root._input_metadata)
-        slots[number] = seed
-        self.held[id(seed)] += 1
-        del seed
-        self._push(root, slots)
-        del root, slots
+    def begin(self, root: Tensor, seed: Tensor) -> None:
+        node: Any = root.grad_fn
+        slots: Slots = [None] * len(node._input_metadata)
+        slots[root.output_nr] = seed
+        self.held[id(seed)] += 2  # Its slot's reference, and the caller's.
+        self.awaited = _dependencies(node)
+        self._push(node, slots)
+        _cut_off(root)
+
+    def finish(self) -> None:
         while self.ready:
             _, _, node, slots = heappop(self.ready)
             if node.name() == _LEAF:
@@ -87,7 +92,11 @@ class _Run:
         slots.clear()
 
     def _hand_on(self, edges: Sequence[tuple[Any, int]], outputs: Slots) -> None:
-        """Put a node's gradients into the slots of the nodes that they are for."""
+        """Put a node's gradients into the slots of the nodes that they are for.
+
+        One that is added to another is alive until all are handed on.
+        """
+        added = []
         for gradient in outputs:
             if gradient is not None:
                 self.held[id(gradient)] += 1
@@ -102,6 +111,8 @@ class _Run:
             if slots is None:
                 slots = [None] * len(node._input_metadata)
             if gradient is not None:
+                if slots[number] is not None:
+                    added.append(gradient)
                 slots[number] = self._sum(slots[number], gradient)
             del gradient
             self.awaited[key] -= 1
@@ -146,6 +157,22 @@ class _Run:
         else:
             variable.grad = _copy_in_layout_of(gradient, variable)
         self._release(slots)
+
+
+def _cut_off(root: Tensor) -> None:
+    """Detach the root, and what else Python holds of the scalars it was made from.
+
+    A graph lives as long as a tensor made by it; torch frees what its nodes have saved all the
+    same, which cannot be done from here.
+    """
+    chain, node = [], root.grad_fn
+    while node is not None:
+        chain.append(node)
+        following = [one for one, _ in node.next_functions if one is not None]
+        node = following[0] if len(following) == 1 and len(node._input_metadata) == 1 else None
+    for held in gc.get_objects():
+        if issubclass(type(held), Tensor) and held.grad_fn in chain:
+            held.detach_()
 
 
 def _dependencies(root: Any) -> Counter[int]:

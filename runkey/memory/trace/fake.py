@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,12 +9,13 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from runkey.data import normalise
-from runkey.memory.trace.attention import Gpu, attend
+from runkey.memory.trace.attention import attend
 from runkey.memory.trace.backward import run_backward
+from runkey.memory.trace.gpu import Gpu
 
 CUDA = torch.device("cuda", 0)
 
@@ -30,14 +30,10 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
     normalise._constants.cache_clear()
     try:
         with (
-            warnings.catch_warnings(),
             patch.object(torch.utils, "swap_tensors", _move),
+            patch.object(FakeTensor, "__deepcopy__", _copy, create=True),
             FakeTensorMode() as mode,
         ):
-            # torch asks for it when it copies a module, and does the right thing with the answer.
-            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-            # A copied tensor (of the moving average) stays in the mode that it is of.
-            mode.__deepcopy__ = lambda _: mode  # type: ignore[attr-defined]
             yield mode
     finally:
         normalise._constants.cache_clear()
@@ -90,6 +86,17 @@ def _move(old: Any, new: Any) -> None:
     """
     old.data = new.data
     old.fake_device = new.fake_device
+
+
+def _copy(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
+    """`copy.deepcopy` of a fake parameter or buffer; torch's looks at its data."""
+    if id(tensor) not in memo:
+        copied = tensor.detach().clone()
+        if isinstance(tensor, nn.Parameter):
+            copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = copied
+    found: Tensor = memo[id(tensor)]
+    return found
 
 
 def _attention(gpu: Gpu) -> Callable[..., Tensor]:

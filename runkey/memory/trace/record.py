@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from runkey.data.batch import Window
-from runkey.memory.trace.attention import Gpu
 from runkey.memory.trace.batch import synthetic_batch
 from runkey.memory.trace.classify import Step, classify
 from runkey.memory.trace.events import Event, Pass, Phase, Session, Trace
 from runkey.memory.trace.fake import CUDA, fake_cuda, fake_tensors, own_backward
+from runkey.memory.trace.gpu import Gpu
 from runkey.memory.trace.scope import Scope, watching
 from runkey.memory.trace.tracker import Tracker
+from runkey.memory.trace.workspaces import Workspaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +55,25 @@ class Content:
 class Recorder:
     """Steps of one training, traced one after the other."""
 
-    def __init__(self, lend: Lend, device: torch.device, content: Content) -> None:
-        """Build what is lent; within the contexts that `recorder` enters."""
+    def __init__(
+        self,
+        lend: Lend,
+        device: torch.device,
+        content: Content,
+        workspaces: Workspaces | None = None,
+    ) -> None:
+        """Build what is lent; within the contexts that `recorder` enters.
+
+        Args:
+            lend: builds it.
+            device: what is looked at.
+            content: of the batches.
+            workspaces: what libraries and kernels take for themselves; None: not looked at.
+        """
         self.content = content
         self.scope = Scope()
         self.scope.on_model = self._model_entered
-        self.tracker = Tracker(device.type, self.scope)
+        self.tracker = Tracker(device.type, self.scope, workspaces)
         self._inputs: set[int] = set()
         self._starts: list[tuple[int, Phase]] = []
         with self.tracker:
@@ -72,6 +86,7 @@ class Recorder:
         window = tuple(
             synthetic_batch(one, self.content.num_classes, self.content.colour) for one in passes
         )
+        self.tracker.outside = {x.untyped_storage()._cdata for x in _tensors(window)}
         before = tuple(self.tracker.alive)
         start = len(self.tracker.log)
         self._starts, self._inputs = [], set()
@@ -87,6 +102,12 @@ class Recorder:
             inputs=frozenset(self._inputs),
             gradients=dict(self.tracker.blocks_of(self._gradients())),
         )
+
+    def restart(self) -> None:
+        """Forget the optimizer's state, gradients and libraries: the next step is a first one."""
+        self.lent.optimizer.state.clear()
+        self.lent.optimizer.zero_grad()
+        self.tracker.forget_libraries()
 
     def classified(self, steps: Sequence[Step]) -> tuple[tuple[Event, ...], list[Trace]]:
         """The setup's events and the steps' traces; nothing can be traced after this."""
@@ -122,7 +143,7 @@ class Recorder:
 
     def _persistent(self) -> dict[int, tuple[str, str]]:
         """(class, path) of the blocks of parameters, buffers and moments."""
-        found: dict[int, tuple[str, str]] = {}
+        found: dict[int, tuple[str, str]] = dict.fromkeys(self.tracker.library, ("library", ""))
         modules = [("", self.lent.model)]
         if self.lent.average is not None:
             modules.append(("ema.", self.lent.average))
@@ -141,21 +162,32 @@ class Recorder:
         return found
 
 
+def _tensors(window: Window) -> Iterator[Tensor]:
+    for batch in window:
+        every = (batch.images, batch.sizes, batch.boxes_cxcywh, batch.labels, batch.colour)
+        yield from (one for one in every if one is not None)
+
+
 @contextmanager
-def recorder(lend: Lend, content: Content, gpu: Gpu | None) -> Iterator[Recorder]:
+def recorder(
+    lend: Lend, content: Content, gpu: Gpu | None, *, kernels: bool = False
+) -> Iterator[Recorder]:
     """Build what trains, and trace its steps.
 
     Args:
         lend: builds it.
         content: of the batches.
         gpu: fake tensors on this GPU; None: fake tensors on a CPU.
+        kernels: add what kernels take while they run, too (not only what libraries keep).  Whether
+            a kernel takes anything depends on shapes, so such traces differ in more than bytes.
     """
     device = torch.device("cpu") if gpu is None else CUDA
     with ExitStack() as stack:
         stack.enter_context(fake_tensors())
         if gpu is not None:
             stack.enter_context(fake_cuda(gpu))
-        one = Recorder(lend, device, content)
+        workspaces = None if gpu is None else Workspaces(gpu, kernels=kernels)
+        one = Recorder(lend, device, content, workspaces)
         stack.enter_context(
             own_backward(one.scope.enter_node, one.backward_started, one.backward_ended)
         )

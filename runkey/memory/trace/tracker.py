@@ -1,7 +1,7 @@
 """Every storage that operations allocate on a device, and when it goes.
 
 Works for real and for fake tensors, and with any engine for the backward pass: it sees what
-operations return (a kernel's own workspace it does not see).
+operations return.  What kernels take for themselves has to be said by `Workspaces`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runkey.memory.trace.events import Kind, Phase
 from runkey.memory.trace.scope import Scope
+from runkey.memory.trace.workspaces import Workspaces
 
 
 @dataclass(slots=True)
@@ -44,7 +45,16 @@ class _Life(weakref.ref):  # type: ignore[type-arg]
 class Tracker(TorchDispatchMode):
     """While it is entered, and later too for frees, it writes down allocations and frees."""
 
-    def __init__(self, device_type: str, scope: Scope) -> None:
+    def __init__(
+        self, device_type: str, scope: Scope, workspaces: Workspaces | None = None
+    ) -> None:
+        """A tracker.
+
+        Args:
+            device_type: what to look at.
+            scope: where the step is.
+            workspaces: of its kernels.
+        """
         super().__init__()
         self.records: list[Record] = []
         """By number of block."""
@@ -54,8 +64,13 @@ class Tracker(TorchDispatchMode):
         """By number of block, in the order of allocation."""
         self._device_type = device_type
         self._scope = scope
+        self._workspaces = workspaces
         self._lives: dict[int, _Life] = {}
         self._watching = True
+        self.library: list[int] = []
+        """Blocks that libraries keep."""
+        self.outside: set[int] = set()
+        """Storages (`_cdata`) on the device that are not the step's own: a batch on a CPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and look at what it returns."""
@@ -70,6 +85,8 @@ class Tracker(TorchDispatchMode):
                     for inner in one:
                         if isinstance(inner, Tensor):
                             self._look(inner)
+        if self._workspaces is not None:
+            self._add_workspaces(func, args)
         return out
 
     def block_of(self, tensor: Tensor) -> int | None:
@@ -84,6 +101,13 @@ class Tracker(TorchDispatchMode):
             if block is not None:
                 yield name, block
 
+    def forget_libraries(self) -> None:
+        """Let the libraries take their workspaces anew."""
+        for block in self.library:
+            self.alive.pop(block, None)
+        if self._workspaces is not None:
+            self._workspaces.restart()
+
     def stop(self) -> None:
         """Ignore frees from now on."""
         self._watching = False
@@ -93,6 +117,8 @@ class Tracker(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
+        if key in self.outside:
+            return
         life = self._lives.get(key)
         if life is not None:
             if self.records[life.block].bytes == size:
@@ -102,16 +128,32 @@ class Tracker(TorchDispatchMode):
             self._allocate(storage, key, size)
 
     def _allocate(self, storage: torch.UntypedStorage, key: int, size: int) -> None:
+        life = _Life(storage, self._free)
+        life.block, life.key = self._record(size).block, key
+        self._lives[key] = life
+
+    def _record(self, size: int) -> Record:
         scope = self._scope
         record = Record(
             len(self.records), size, scope.path, scope.phase, scope.node, scope.recomputing
         )
-        life = _Life(storage, self._free)
-        life.block, life.key = record.block, key
-        self._lives[key] = life
         self.records.append(record)
         self.alive[record.block] = record
         self.log.append(("alloc", record.block, scope.phase))
+        return record
+
+    def _add_workspaces(self, func: Any, args: Any) -> None:
+        """What the kernel took while it ran, and what its library keeps from now on."""
+        assert self._workspaces is not None
+        phase = self._scope.phase
+        kept = self._workspaces.cublas(func, args, backward=phase == "backward")
+        if kept:
+            self.library.append(self._record(kept).block)
+        taken = [self._record(size) for size in self._workspaces.of(func, args)]
+        for record in taken:
+            del self.alive[record.block]
+            record.freed_at_node = record.node
+            self.log.append(("free", record.block, phase))
 
     def _free(self, life: _Life) -> None:
         if not self._watching or life.block not in self.alive:

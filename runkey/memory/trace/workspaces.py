@@ -1,0 +1,167 @@
+"""What kernels allocate for themselves while they run: no operation returns it.
+
+Taken from torch's sources (2.10, `Reduce.cuh`, `attention_backward.cu`, `flash_api.cpp`) and equal
+to the byte to what an H200 was seen to allocate (docs/memory.md).  Convolutions are cuDNN's, which
+decides by heuristics: their entries are what was seen, and are exact for no other GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runkey.memory.trace.gpu import Gpu
+
+_HALF = (torch.float16, torch.bfloat16)
+_WARP = 32
+_BLOCK_THREADS = 512
+_MIN_VALUES, _MAX_VALUES = 16, 256
+"""Numbers that one thread adds up."""
+# Most that cuDNN was seen to take for a convolution's backward pass, but for narrow ones.
+_CUDNN_FULL, _CUDNN_HALF = 17_301_760, 6_291_728
+
+
+class Workspaces:
+    """The workspaces of operations on a GPU."""
+
+    def __init__(self, gpu: Gpu, *, kernels: bool) -> None:
+        """Of libraries, which keep theirs, and of kernels too if asked for."""
+        aten = torch.ops.aten
+        self._gpu = gpu
+        self._known: dict[Any, Callable[[tuple[Any, ...], Gpu], list[int]]] = {
+            aten.sum.dim_IntList: _sum,
+            aten._scaled_dot_product_efficient_attention_backward.default: _efficient,
+            aten._scaled_dot_product_flash_attention_backward.default: _flash,
+            aten.convolution.default: _convolution,
+            aten.convolution_backward.default: _convolution_backward,
+        }
+        if not kernels:
+            self._known = {}
+        self._products = {getattr(aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm")}
+        self._threads: set[bool] = set()
+
+    def restart(self) -> None:
+        """As in a new process: no thread has used cuBLAS."""
+        self._threads.clear()
+
+    def of(self, func: Any, args: tuple[Any, ...]) -> list[int]:
+        """Bytes of each, in the order of allocation; all go when the operation ends."""
+        find = self._known.get(func)
+        if find is None or args[0].device.type != "cuda":
+            return []
+        return find(args, self._gpu)
+
+    def cublas(self, func: Any, args: tuple[Any, ...], *, backward: bool) -> int:
+        """Bytes that cuBLAS takes now and keeps: at a thread's first matrix product.
+
+        torch's engine runs the backward pass in a thread of its own.
+        """
+        if backward in self._threads or func not in self._products:
+            return 0
+        if args[0].device.type != "cuda":
+            return 0
+        self._threads.add(backward)
+        return self._gpu.cublas_workspace()
+
+
+def _sum(args: tuple[Any, ...], gpu: Gpu) -> list[int]:
+    x: Tensor = args[0]
+    every = tuple(range(x.ndim))
+    reduced = {dim % x.ndim for dim in args[1] or every} if x.ndim else set()
+    return reduction(x, reduced, gpu)
+
+
+def reduction(x: Tensor, reduced: set[int], gpu: Gpu) -> list[int]:
+    """Partial sums of blocks, where more than one works on an output; and their semaphores.
+
+    Args:
+        x: what is summed.
+        reduced: over these dimensions.
+        gpu: where.
+    """
+    inputs = prod(x.shape[dim] for dim in reduced)
+    outputs = prod(x.shape[dim] for dim in range(x.ndim) if dim not in reduced)
+    wide = [dim for dim in range(x.ndim) if x.shape[dim] > 1]
+    if not inputs or not outputs or not wide:
+        return []
+    fastest = min(wide, key=lambda dim: x.stride(dim))
+    along_rows = fastest in reduced
+    vector = 1
+    if not along_rows and x.stride(fastest) == 1:
+        vector = next(n for n in (4, 2, 1) if x.shape[fastest] % n == 0)
+    first, second = (inputs, outputs) if along_rows else (outputs // vector, inputs)
+    width, height = _block(first, second, _BLOCK_THREADS // vector)
+    step_in, step_out = (width, 1) if along_rows else (1, width)
+    if -(-inputs // step_in) < min(height * _MIN_VALUES, _MAX_VALUES):
+        return []
+    values = -(-inputs // (step_in * height))
+    grid = -(-outputs // vector // step_out)
+    most = gpu.threads_per_sm // (width * height) * gpu.sms
+    if values < _MAX_VALUES or grid > most:
+        return []
+    parts = max(min(-(-most // grid), -(-values // _MIN_VALUES)), -(-values // _MAX_VALUES))
+    if parts == 1:
+        return []
+    size = max(4, x.element_size()) * outputs * parts
+    return [size if along_rows else size * width * vector, 4 * grid]
+
+
+def _block(first: int, second: int, threads: int) -> tuple[int, int]:
+    """Width and height of a block of threads."""
+    first, second = (_power_below(n) if n < threads else threads for n in (first, second))
+    width = min(first, _WARP)
+    height = min(second, threads // width)
+    return min(first, threads // height), height
+
+
+def _power_below(number: int) -> int:
+    return 1 << (number.bit_length() - 1)
+
+
+def _efficient(args: tuple[Any, ...], _: Gpu) -> list[int]:
+    """Gradients of the output and of rows, and a float32 accumulator of the query's gradient."""
+    grad, query = args[0], args[1]
+    batch, heads, rows, width = query.shape
+    full = [] if query.dtype in _HALF else [grad.numel() * 4, batch * heads * rows * 4]
+    rows_up, width_up = _up(rows, 64), _up(width, 64)
+    accumulator = batch * heads * (4 * rows_up * width_up + 16 * (rows_up // 64))
+    return [*full, batch * heads * rows * 4, accumulator]
+
+
+def _flash(args: tuple[Any, ...], gpu: Gpu) -> list[int]:
+    """Softmax sums and float32 accumulators of the query's gradient; deterministic: several."""
+    query = args[1]
+    batch, heads, rows, width = query.shape
+    sums = batch * heads * _up(rows, 128) * 4
+    copies = 1
+    if torch.are_deterministic_algorithms_enabled():
+        copies = -(-gpu.sms // (batch * heads))
+    return [sums, sums * _up(width, 32) * copies]
+
+
+def _convolution(args: tuple[Any, ...], _: Gpu) -> list[int]:
+    """Images of three channels are copied, in half precision with eight, for tensor cores."""
+    images, kernel = args[0], args[1]
+    channels = images.shape[1]
+    if channels >= 4:
+        return []
+    padded = 8 if images.dtype in _HALF else channels
+    pixels = images.numel() // channels + kernel.numel() // channels
+    return [pixels * padded * images.element_size() + 16]
+
+
+def _convolution_backward(args: tuple[Any, ...], _: Gpu) -> list[int]:
+    images = args[1]
+    grad, channels = args[0], images.shape[1]
+    if channels < 4:
+        # Both are copied into another memory format.
+        return [(grad.numel() + images.numel()) * images.element_size()]
+    return [_CUDNN_HALF if images.dtype in _HALF else _CUDNN_FULL]
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
