@@ -133,7 +133,9 @@ def _mark_waiting(log: TrainingLog, best: int, losses: Any, scores: Any) -> None
         axes.axvspan(best, last, color=PALE, zorder=0)
         if log.stopped_early:
             axes.axvline(last, color=VERMILLION, linewidth=1.4)
-    label = f"{waited} evaluation{'s' * (waited != 1)} without improvement"
+    patience = log.events.get("training_start", {}).get("patience")
+    allowed = f" of {patience}" if patience else ""
+    label = f"{waited}{allowed} evaluation{'s' * (waited != 1)} without improvement"
     if log.stopped_early:
         scores.plot([], [], color=VERMILLION, linewidth=1.4, label=f"stopped: {label}")
     else:

@@ -159,6 +159,7 @@ def _build_machinery(
 def announce(setup: Setup) -> dict[str, object]:
     """Print what was decided for the user; the same by name, for the log."""
     machinery, total = setup.machinery, setup.schedule.total_steps
+    stopping = setup.params.training.early_stopping
     dtype = machinery.precision.dtype
     precision = "fp32" if dtype is None else f"{dtype} autocast".removeprefix("torch.")
     trained = sum(p.numel() for p in trained_parameters(machinery.optimizer))
@@ -175,5 +176,6 @@ def announce(setup: Setup) -> dict[str, object]:
         "trained_parameters": trained,
         "parameters": everything,
         "total_steps": total,
+        "patience": stopping.patience if stopping.enabled else None,
         "threads": torch.get_num_threads(),
     }

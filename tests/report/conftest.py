@@ -27,7 +27,11 @@ SIZES = {
 
 
 def files_of(folder: Path, kind: str, ap: float) -> dict[str, bytes]:
-    """The artifacts of a run whose log is of a kind."""
+    """The artifacts of a run whose log is of a kind; its AP is in its code, too."""
+    preimages = {
+        "code": {"files": {"runkey/same.py": "aa" * 32, "runkey/loop.py": f"{ap:.3f}" + "b" * 59}},
+        "environment": {"packages": [["torch", "2.10", f"b{ap}", "sha"], ["same", "1", "0", "x"]]},
+    }
     log = LOGS[kind](folder / "train.jsonl")
     picture = folder / "confusion.png"
     Image.new("RGB", (60, 40), "white").save(picture)
@@ -51,6 +55,7 @@ def files_of(folder: Path, kind: str, ap: float) -> dict[str, bytes]:
         "evaluation/predictions.json": b"[]",
         "prepared/statistics.json": json.dumps({"train": of_split, "val": of_split}).encode(),
         "model/weights.pt": b"weights",
+        "model/key.json": json.dumps({"preimages": preimages}).encode(),
     }
 
 

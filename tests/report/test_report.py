@@ -86,7 +86,10 @@ def test_of_two_runs_only_what_differs_is_on_top(a_run):
     assert f"lr {one.run.params['lr']} {two.run.params['lr']}" in top
     assert "AP 0.500 0.625 (+0.125)" in top
     assert "params" in top
-    assert "code" not in top
+    assert "runkey/loop.py 0.500bbbbbbb 0.625bbbbbbb" in top
+    assert "runkey/same.py" not in top
+    assert "torch 2.10 b0.5 2.10 b0.625" in top
+    assert "environment" not in top
     assert "model.dropout" not in top
     assert "seed" not in top
     assert page.text.count("All of this run") == 2

@@ -29,6 +29,9 @@ class Differences:
     parts: Table
     """Of the key."""
     parameters: Table
+    code: Table
+    """Files by their hashes."""
+    packages: Table
     environment: Table
     scores: Table
     classes: Table
@@ -49,10 +52,31 @@ def differences(runs: Sequence[Run]) -> Differences:
     return Differences(
         parts=Table(heads, only_differing(parts)),
         parameters=Table(heads, only_differing(parameters)),
+        code=Table(heads, _maps(runs, _files)),
+        packages=Table(heads, _maps(runs, _packages)),
         environment=Table(heads, only_differing(_environments(runs))),
         scores=Table(heads, [_took(runs), *_numbers(runs, _summary, SCORES)], numbers=True),
         classes=Table(heads, _numbers(runs, _per_class, _class_names(runs)), numbers=True),
     )
+
+
+def _maps(runs: Sequence[Run], of: Callable[[Run], Mapping[str, str]]) -> list[Sequence[str]]:
+    """A row for each name whose values differ; nothing if a run does not say."""
+    maps = [of(run) for run in runs]
+    if not all(maps):
+        return []
+    names = sorted({name for one in maps for name in one})
+    return only_differing([name, *(one.get(name, "not there") for one in maps)] for name in names)
+
+
+def _files(run: Run) -> Mapping[str, str]:
+    return {name: text[:_SHORT] for name, text in run.preimage("code").get("files", {}).items()}
+
+
+def _packages(run: Run) -> Mapping[str, str]:
+    """Version and build by name."""
+    packages = run.preimage("environment").get("packages", ())
+    return {name: f"{version} {build}" for name, version, build, *_ in packages}
 
 
 def _environments(runs: Sequence[Run]) -> list[list[str]]:

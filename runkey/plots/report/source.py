@@ -16,7 +16,7 @@ from runkey import paths
 from runkey.evaluation.files import METRICS
 from runkey.identity.key import short_key
 from runkey.identity.manifest import RunManifest
-from runkey.identity.record import KEY, REPRODUCTION_OF, Record
+from runkey.identity.record import KEY, KEY_JSON, REPRODUCTION_OF, Record
 from runkey.params import load_params
 from runkey.params.changed import as_text
 from runkey.plots.hints import Hint, all_hints
@@ -25,7 +25,10 @@ from runkey.plots.samples import SAMPLES, read_samples
 
 LOG = paths.LOGS / "train.jsonl"
 _SCORES = f"{paths.EVALUATION}/{METRICS}"
-_NOT_WANTED = ("model/", "evaluation/predictions.json", "prepared/images.json")
+_NOT_WANTED = (
+    *("model/weights.pt", "model/model.json", "evaluation/predictions.json"),
+    "prepared/images.json",
+)
 """Large, and in no report."""
 
 
@@ -82,6 +85,12 @@ class Run:
         """The contents of a JSON file; None if the run has none."""
         file = self.folder / path
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def preimage(self, part: str) -> Mapping[str, Any]:
+        """What a part of the key was made of; empty if the run does not say."""
+        recipe = self.json(KEY_JSON) or {}
+        found: Mapping[str, Any] = recipe.get("preimages", {}).get(part, {})
+        return found
 
     def scores(self) -> dict[str, Any]:
         """COCO's numbers with those of each class under `per_class`, or the last of training."""
