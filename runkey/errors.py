@@ -36,6 +36,10 @@ class TrainingError(RunkeyError):
     """Training cannot go on (non-finite losses, no data, nothing fits in memory)."""
 
 
+class StoppedError(TrainingError):
+    """Training cannot go on here and now; it can from where it stopped, elsewhere or later."""
+
+
 class TrackingError(RunkeyError):
     """The tracking store cannot be reached or refuses what is written to it."""
 
@@ -55,6 +59,11 @@ class Interrupted(KeyboardInterrupt):
         """Args: number: the signal.  text: where training stopped, and how to go on."""
         super().__init__(text or f"stopped by {number.name}")
         self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell has it after the signal."""
+        return _KILLED + self.number
 
 
 @contextmanager

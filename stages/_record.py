@@ -73,6 +73,8 @@ class Run:
     device: torch.device
     dtype: torch.dtype | None
     """Of the autocast; None: none."""
+    world_size: int = 1
+    """Processes that train together."""
 
     @property
     def precision(self) -> str:
@@ -143,7 +145,7 @@ def keep(run: Run, tracker: RunTracker) -> str | None:
         run.recipe,
         device=run.device_name,
         micro_batch=run.plan.micro_batch,
-        world_size=1,
+        world_size=run.world_size,
         threads=torch.get_num_threads(),
         precision=run.precision,
     )

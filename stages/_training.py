@@ -11,12 +11,10 @@ import torch
 from torch import nn
 
 from runkey import paths
-from runkey.data.loader import TrainLoader, build_train_loader
 from runkey.identity.key import Recipe
 from runkey.memory.calibration import CALIBRATION
 from runkey.memory.decide import decide
 from runkey.memory.plan import MemoryPlan
-from runkey.model.detr import build_model
 from runkey.model.model_files import Sizes, save_model
 from runkey.model.weights import load_initial_weights
 from runkey.params import Params
@@ -30,12 +28,13 @@ from runkey.training.checkpoint.interval import Interval
 from runkey.training.checkpoint.keeper import FolderCheckpoints
 from runkey.training.checkpoint.lock import locked
 from runkey.training.device import choose_device
+from runkey.training.distributed import World
 from runkey.training.interrupts import Interrupts
 from runkey.training.loop import fit
-from runkey.training.seed import set_up
 from runkey.training.state import FitResult
 from stages._once import Turn
-from stages._parts import Validation, build_validation, write_json
+from stages._parts import Validation, write_json
+from stages._ranks import Learner, build_learner, joined
 from stages._record import Run, keep, recorded
 
 
@@ -45,25 +44,24 @@ def train(params: Params, root: Path, recipe: Recipe, turn: Turn) -> None:
     What an interrupted training left in the turn's folder is gone on with.
     """
     with Interrupts() as interrupts, locked(turn.folder, print):
-        _train(params, root, recipe, turn, interrupts)
+        device, reason = choose_device(params.runtime.device)
+        plan = _plan(params, root, turn, device)
+        with joined(params, device) as world:
+            world.share(plan)
+            ranks = "" if world.size == 1 else f"{world.size} processes, this one on "
+            print(f"{ranks}device {device} ({reason})")
+            learner = build_learner(params, root, plan, device, world)
+            dtype = learner.validation.precision.dtype
+            run = Run(params, root, recipe, turn, plan, device, dtype, world.size)
+            _train(run, learner, world, interrupts)
 
 
-def _train(params: Params, root: Path, recipe: Recipe, turn: Turn, interrupts: Interrupts) -> None:
-    device, reason = choose_device(params.runtime.device)
-    print(f"device {device} ({reason})")
-    plan = _plan(params, root, turn, device)
-    set_up(
-        params.seed,
-        deterministic=params.training.deterministic,
-        cpu_threads=params.training.cpu_threads,
-    )
-    validation = build_validation(params, params.model, root, device)
+def _train(run: Run, learner: Learner, world: World, interrupts: Interrupts) -> None:
+    params, root, turn = run.params, run.root, run.turn
+    model, validation = learner.model, learner.validation
     names = [one.name for one in validation.classes]
-    model = build_model(params.model, len(names))
     for line in load_initial_weights(model, params.model, names, root).lines():
         print(line)
-    loader = _loader(params, root, plan.micro_batch)
-    run = Run(params, root, recipe, turn, plan, device, validation.precision.dtype)
     with recorded(run) as tracker, _checkpoints(run) as checkpoints:
         hinting = HintingTracker(
             tracker,
@@ -82,14 +80,16 @@ def _train(params: Params, root: Path, recipe: Recipe, turn: Turn, interrupts: I
         result = fit(
             model,
             validation.criterion,
-            loader,
+            learner.loader,
             judge,
             params,
-            device=device,
+            device=run.device,
             tracker=hinting,
             say=print,
+            world=world,
             checkpoints=checkpoints,
             interrupts=interrupts,
+            limit=run.plan.limit_pixels,
         )
         tracker.finish_log()
         _write_outputs(params, root, validation, result)
@@ -122,7 +122,7 @@ def _checkpoints(run: Run) -> Iterator[FolderCheckpoints]:
         {
             "key": run.recipe.key,
             "micro_batch": run.plan.micro_batch,
-            "world_size": 1,
+            "world_size": run.world_size,
             "device": run.device.type,
             "precision": run.precision,
         },
@@ -133,22 +133,6 @@ def _checkpoints(run: Run) -> Iterator[FolderCheckpoints]:
         yield checkpoints
     finally:
         checkpoints.finish()
-
-
-def _loader(params: Params, root: Path, micro_batch: int) -> TrainLoader:
-    return build_train_loader(
-        params.data,
-        prepared=root / paths.PREPARED,
-        root=root,
-        seed=params.seed,
-        batch_size=params.training.batch_size,
-        micro_batch=micro_batch,
-        max_objects=params.model.num_queries,
-        workers=params.runtime.workers,
-        prefetch=params.runtime.prefetch,
-        pin_memory=params.runtime.pin_memory,
-        say=print,
-    )
 
 
 def _write_outputs(params: Params, root: Path, validation: Validation, result: FitResult) -> None:

@@ -6,6 +6,7 @@ from runkey import paths
 from runkey.errors import report_errors
 from runkey.identity.key import make_recipe
 from runkey.params import load_params
+from runkey.training.ranks import is_follower, launched_by_torchrun, watch_leader
 from stages._once import once
 
 
@@ -13,6 +14,12 @@ def main() -> None:
     """Write model/, run.json, logs/, plots/ and metrics/train.json."""
     root = paths.workspace()
     params = load_params(root / paths.PARAMS)
+    if is_follower():
+        watch = watch_leader()
+        from stages._ranks import follow
+
+        follow(params, root, watch)
+        return
     recipe = make_recipe("train", root, params)
     with once(params, root, recipe) as turn:
         if turn is not None:
@@ -20,6 +27,10 @@ def main() -> None:
             from stages._training import train
 
             train(params, root, recipe, turn)
+        elif launched_by_torchrun():
+            from stages._ranks import dismiss
+
+            dismiss(params)
 
 
 if __name__ == "__main__":

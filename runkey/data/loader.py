@@ -21,19 +21,23 @@ from runkey.params.data import Data
 MOST_WORKERS = 8
 
 
-def resolve_workers(workers: int | Literal["auto"], cached: bool) -> tuple[int, str]:
+def resolve_workers(
+    workers: int | Literal["auto"], cached: bool, world_size: int = 1
+) -> tuple[int, str]:
     """The number of loader processes, and why, for the log.
 
     Args:
         workers: `runtime.workers`.
         cached: whether the split's decoded images are in the cache.
+        world_size: processes that train together; each has loader processes of its own.
     """
     if workers != "auto":
         return workers, "runtime.workers"
     if cached:
         return 0, "the images are in the decoded cache"
     cores = len(os.sched_getaffinity(0))
-    return min(cores, MOST_WORKERS), f"{cores} cores, at most {MOST_WORKERS} used"
+    share = max(1, cores // world_size)
+    return min(share, MOST_WORKERS), f"{share} cores, at most {MOST_WORKERS} used"
 
 
 class TrainLoader:
@@ -160,7 +164,7 @@ def build_train_loader(
         min_visible=data.augment.min_visible,
         max_objects=min(limits, default=0),
     )
-    count, reason = resolve_workers(workers, cache is not None)
+    count, reason = resolve_workers(workers, cache is not None, world_size)
     if say is not None:
         say(f"training images: {len(table)}; loader processes: {count} ({reason})")
     sampler = WindowSampler(views, table.ids, table.sizes, batch_size, data.group_by_aspect)

@@ -196,6 +196,9 @@ class Runtime(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
+    processes: PositiveInt | Literal["auto"] = 1
+    """Processes of this machine that share the images of each step; auto: one per GPU.  As with the
+    micro-batch, rounding and the noise of dropout differ with it, the step's images do not."""
     workers: Count | Literal["auto"] = "auto"
     """Loader processes; auto: 0 with the decoded cache, else one per core, 8 at most."""
     prefetch: PositiveInt = 4

@@ -28,16 +28,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runkey.errors import TrainingError
-from runkey.training.peers import Peers, this_process
+from runkey.errors import StoppedError, TrainingError
+from runkey.training.peers import Peers, this_process, watched
 
 # Evaluations, or waiting for another training of the same key, take any time; ranks that die are
 # noticed without this.
 _AS_LONG_AS_IT_TAKES = timedelta(days=365)
 
 
-class SharedError(TrainingError):
+class SharedError(StoppedError):
     """What went wrong on one rank, raised on all of them at the same place: rank 0 says it."""
+
+
+class LostRankError(StoppedError):
+    """Another rank has ended."""
+
+    def __init__(self, text: str, rank: int | None = None) -> None:
+        """Args: text: the line for the user.  rank: the one that ended, if that is known."""
+        super().__init__(text)
+        self.rank = rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +73,7 @@ class World:
         """What each rank gives, by rank; every rank calls this at the same place.
 
         Raises:
-            TrainingError: another rank has ended.
+            LostRankError: another rank has ended.
         """
         if self.size == 1:
             return [mine]
@@ -77,7 +86,7 @@ class World:
         """Rank 0's value; what the others give is not looked at.
 
         Raises:
-            TrainingError: another rank has ended.
+            LostRankError: another rank has ended.
         """
         if self.size == 1:
             return value
@@ -94,11 +103,16 @@ class World:
         """Replace a tensor by the sum over ranks, the same bits on each; on a GPU without waiting.
 
         Raises:
-            TrainingError: another rank has ended.
+            LostRankError: another rank has ended.
         """
         if self.size > 1:
             with self._explained():
                 dist.all_reduce(tensor, group=self.device_group if tensor.is_cuda else None)
+
+    def leave(self) -> None:
+        """From here on other ranks may end: all have come to the same end."""
+        if self.peers:
+            self.peers.leave()
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -107,9 +121,9 @@ class World:
             yield
         except RuntimeError as error:
             lost = self.peers.lost() if self.peers else None
-            raise TrainingError(
-                f"{lost or f'rank {self.rank}: connection lost ({error})'}; training ends on all"
-                " ranks; run `dvc repro` again to go on from the last checkpoint"
+            what = lost.text if lost else f"rank {self.rank} lost its connection ({error})"
+            raise LostRankError(
+                f"{what}; training ends on all ranks", lost.rank if lost else None
             ) from error
 
 
@@ -133,14 +147,15 @@ def read_world(environment: Mapping[str, str] = os.environ) -> World:
 
 
 @contextmanager
-def joined_world(device: torch.device) -> Iterator[World]:
-    """Join the other processes, if there are any, and leave together at the end.
+def joined_world(device: torch.device, watch: Peers | None = None) -> Iterator[World]:
+    """Join the other processes, if there are any, until the block ends.
 
     Args:
         device: this rank's; GPUs are joined by NCCL, CPUs by gloo.
+        watch: over ranks that are known before; ends when all watch each other.
 
     Raises:
-        TrainingError: another rank has ended.
+        LostRankError: another rank has ended.
     """
     world = read_world()
     if world.size == 1:
@@ -150,16 +165,16 @@ def joined_world(device: torch.device) -> Iterator[World]:
         "gloo", rank=world.rank, world_size=world.size, timeout=_AS_LONG_AS_IT_TAKES
     )
     group = dist.new_group(backend="nccl") if device.type == "cuda" else None
-    peers = Peers(world.rank, world.gather(this_process()))
-    world = World(world.rank, world.local_rank, world.size, group, peers)
-    try:
-        yield world
-        peers.leave()
-        world.gather(None)
-    except BaseException:
-        if group is not None:
-            group.abort()  # what waits for a dead rank never ends by itself
-        raise
-    finally:
-        peers.close()
-        dist.destroy_process_group()
+    processes = dict(enumerate(world.gather(this_process())))
+    with watched(world.rank, processes) as peers:
+        if watch:
+            watch.close()
+        try:
+            yield World(world.rank, world.local_rank, world.size, group, peers)
+        except BaseException:
+            if group is not None:
+                group.abort()  # what waits for a dead rank never ends by itself
+            raise
+        finally:
+            peers.leave()
+            dist.destroy_process_group()

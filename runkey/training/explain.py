@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from runkey.data.batch import Window
 from runkey.errors import TrainingError
-from runkey.training.distributed import SharedError
+from runkey.training.distributed import LostRankError, SharedError
 from runkey.training.split import is_out_of_memory
 from runkey.training.step import image_ids_of
 
@@ -24,22 +24,25 @@ def explained(step: int, window: Window, lr: float) -> Iterator[None]:
         lr: its rate.
 
     Raises:
+        StoppedError: memory ran out with one image, or a rank has ended.
         TrainingError: memory ran out, an operation has no deterministic form, or the criterion
             found something that is not finite.
     """
     try:
         yield
+    except LostRankError:
+        raise
     except SharedError as error:
         raise SharedError(f"step {step} (lr {lr:.3g}), {error}") from error
     except TrainingError as error:
-        raise TrainingError(
+        raise type(error)(
             f"step {step} (lr {lr:.3g}, images {shown_ids(image_ids_of(window))}): {error}"
         ) from error
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise TrainingError(
-                f"step {step}: memory ran out outside of the forward and backward passes, which"
-                " smaller batches do not help; go on with `dvc repro` where there is more memory"
+                f"step {step}: memory ran out outside of the forward and backward passes, where"
+                " smaller batches do not help; it needs a device with more memory"
             ) from None
         if "does not have a deterministic implementation" not in str(error):
             raise

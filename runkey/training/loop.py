@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 
 import torch
 from torch import nn
 
 from runkey.data.batch import Window
-from runkey.errors import Interrupted, ModelError
+from runkey.errors import DataError, Interrupted, ModelError, StoppedError
 from runkey.model.criterion import Criterion
 from runkey.params import Params
 from runkey.training.checkpoint.content import Checkpoints
@@ -30,6 +31,7 @@ from runkey.training.seed import seed_step
 from runkey.training.setup import Evaluate, Loader, Setup, build_setup
 from runkey.training.state import FitResult, LoopState, Running
 from runkey.training.step import StepResult, train_step
+from runkey.training.together import ended_together, metrics_together, windows_together
 from runkey.training.tracker import Quiet, Tracker
 
 
@@ -46,6 +48,7 @@ def fit(
     world: World | None = None,
     checkpoints: Checkpoints | None = None,
     interrupts: Interrupts | None = None,
+    limit: int | None = None,
 ) -> FitResult:
     """Train a model, from its newest checkpoint on; its best weights, not the last, are the result.
 
@@ -62,10 +65,15 @@ def fit(
         world: this process among others; None for the only one.
         checkpoints: where training goes on from and is saved; None: neither.
         interrupts: signals that end training at the boundary of a step; None: none are handled.
+        limit: most padded pixels (images x height x width) of a forward pass that memory is known
+            to suffice for: larger micro-batches are cut at once.  None: any are tried.
 
     Raises:
-        TrainingError: no data, nothing to train, losses that stay non-finite, memory exhausted, or
-            an early-stopping metric that evaluations do not log.
+        StoppedError: memory does not suffice for one image, or another rank has ended; a checkpoint
+            has been written.
+        DataError: an image cannot be read; a checkpoint has been written.
+        TrainingError: no data, nothing to train, losses that stay non-finite, or an early-stopping
+            metric that evaluations do not log.
         Interrupted: a signal came; a checkpoint has been written.
     """
     setup = build_setup(
@@ -81,9 +89,11 @@ def fit(
         checkpoints=checkpoints,
         interrupts=interrupts,
     )
-    state = begin(setup)
-    with setup.interrupts.held():
-        _train(setup, state)
+    with ended_together(setup.world):
+        state = begin(setup)
+        state.limit = min((n for n in (state.limit, limit) if n is not None), default=None)
+        with setup.interrupts.held():
+            _train(setup, state)
     return _finish(setup, state)
 
 
@@ -92,7 +102,9 @@ def _train(setup: Setup, state: LoopState) -> None:
     clock, guard = Stopwatch(), Guard(setup, state)
     _save_first_anchor(setup, state)
     total, epochs = setup.schedule.total_steps, setup.params.training.epochs
-    with open_display(total, epochs, wanted=setup.params.runtime.progress) as display:
+    with open_display(
+        total, epochs, wanted=setup.params.runtime.progress and setup.world.is_main
+    ) as display:
         while not state.stop_reason:
             recorder = EpochRecorder(setup, state, display, guard)
             try:
@@ -100,8 +112,12 @@ def _train(setup: Setup, state: LoopState) -> None:
                 _close_epoch(setup, state, recorder.finish(), guard, clock)
                 _at_boundary(setup, state, guard)
             except Interrupted as stop:
-                recorder.settle()
-                raise _interrupted(setup, state, stop) from None
+                where, how = _keep(setup, state, recorder)
+                text = f"stopped by {stop.number.name} after {where}; {how}"
+                raise Interrupted(stop.number, text) from None
+            except (StoppedError, DataError) as error:
+                where, how = _keep(setup, state, recorder)
+                raise type(error)(f"{error}; stopped after {where}; {how}") from error
     if setup.checkpoints:
         setup.checkpoints.save(take_content(setup, state), wait=True)
 
@@ -113,15 +129,15 @@ def _train_epoch(
     setup.machinery.model.train()
     watched = state.watched(setup.watched)
     done = state.step - state.epoch * setup.loader.steps_per_epoch
-    windows = setup.interrupts.each_at_once(setup.loader.epoch(state.epoch, done))
+    windows = windows_together(setup.loader.epoch(state.epoch, done), setup.world, setup.interrupts)
     for window in timed(windows, recorder.pace, recorder.recent):
         result, factor = take_step(setup, state, window, watched)
         # Hands on the values of the step before: what is decided by a step's values is decided one
         # step late, wherever a checkpoint made them known earlier.
-        recorder.record(window, result, factor)
+        recorder.record(result, factor)
         guard.act()
         state.seconds += clock.lap()
-        _at_boundary(setup, state, guard, recorder)
+        _at_boundary(setup, state, guard, recorder, is_cut=_note_splits(setup, state, result))
     if state.step != (state.epoch + 1) * setup.loader.steps_per_epoch:
         raise ValueError(f"epoch {state.epoch + 1}: the loader's windows are not steps_per_epoch")
 
@@ -140,11 +156,20 @@ def take_step(
     factor = setup.schedule.factor(state.step, watched)
     reseed = partial(seed_step, setup.params.seed, state.step, setup.world.rank)
     with explained(state.step + 1, window, setup.params.lr * factor):
-        result = train_step(setup.machinery, window, factor, reseed=reseed)
+        result = train_step(setup.machinery, window, factor, limit=state.limit, reseed=reseed)
     if setup.ema is not None:
         setup.ema.update(result.skipped)
     state.step += 1
     return result, factor
+
+
+def _note_splits(setup: Setup, state: LoopState, result: StepResult) -> bool:
+    """Keep and tell what memory did not suffice for in the last step; whether there was any."""
+    for split in result.splits:
+        state.limit = split.limit if state.limit is None else min(state.limit, split.limit)
+        setup.say(f"step {state.step}: {split.text}")
+        setup.tracker.event("split", step=state.step, **asdict(split))
+    return bool(result.splits)
 
 
 def _save_first_anchor(setup: Setup, state: LoopState) -> None:
@@ -155,44 +180,52 @@ def _save_first_anchor(setup: Setup, state: LoopState) -> None:
 
 
 def _at_boundary(
-    setup: Setup, state: LoopState, guard: Guard, recorder: EpochRecorder | None = None
+    setup: Setup,
+    state: LoopState,
+    guard: Guard,
+    recorder: EpochRecorder | None = None,
+    *,
+    is_cut: bool = False,
 ) -> None:
     """Between two steps: save a checkpoint if it is time, stop if a signal came.
 
     One is saved after going back, too, so that every later step can be replayed from a checkpoint
-    without going back again.
+    without going back again; and with a new limit of memory, so that no step has to find it anew.
     """
     went_back = guard.has_just_gone_back
     anchor = recorder is not None and guard.wants_anchor()
-    if setup.checkpoints and (went_back or anchor or setup.checkpoints.due(state.step)):
+    now = went_back or anchor or is_cut
+    if setup.checkpoints and (now or setup.checkpoints.due(state.step)):
         if recorder:
             recorder.settle()
         setup.checkpoints.save(take_content(setup, state), wait=went_back, anchor=anchor)
-    setup.interrupts.check()
+    if setup.world.size == 1:  # several ranks agree on it with the next window
+        setup.interrupts.check()
 
 
-def _interrupted(setup: Setup, state: LoopState, stop: Interrupted) -> Interrupted:
-    """Save a checkpoint at this boundary of a step; the signal with words on how to go on."""
-    where = f"stopped by {stop.number.name} after step {state.step}"
-    where += f" of {setup.schedule.total_steps}"
+def _keep(setup: Setup, state: LoopState, recorder: EpochRecorder) -> tuple[str, str]:
+    """Save a checkpoint at this boundary of a step; which one it is, and how to go on."""
+    recorder.settle()
+    where = f"step {state.step} of {setup.schedule.total_steps}"
     if setup.checkpoints is None:
-        return Interrupted(stop.number, f"{where}; nothing is saved")
+        return where, "nothing is saved"
     setup.checkpoints.save(take_content(setup, state), wait=True)
+    if not setup.world.is_main:
+        return where, "`dvc repro` goes on from rank 0's newest checkpoint"
     match setup.checkpoints.newest:
         case state.step:
-            how = "`dvc repro` goes on from there"
+            return where, "`dvc repro` goes on from there"
         case None:
-            how = "there is no checkpoint, so `dvc repro` starts anew"
+            return where, "there is no checkpoint, so `dvc repro` starts anew"
         case older:
-            how = f"`dvc repro` goes on from step {older}"
-    return Interrupted(stop.number, f"{where}; {how}")
+            return where, f"`dvc repro` goes on from step {older}"
 
 
 def _evaluate(setup: Setup, state: LoopState, values: dict[str, float]) -> bool:
     """Evaluate, add the metrics to `values`, keep the best weights; whether these are the best."""
     stopping = setup.params.training.early_stopping
     module = setup.evaluated_module.eval()
-    metrics = _judge(setup, state, module)
+    metrics = metrics_together(lambda: _judge(setup, state, module), setup.world, setup.interrupts)
     value = watched_value(metrics, stopping.metric)
     values |= metrics | loss_gap(values, metrics)
     state.evaluations.append(metrics)
@@ -212,7 +245,7 @@ def _judge(setup: Setup, state: LoopState, module: nn.Module) -> dict[str, float
     guard's business, which sees the same in the next steps.
     """
     try:
-        with torch.no_grad(), setup.interrupts.at_once():
+        with torch.no_grad():
             return {name: float(value) for name, value in setup.evaluate(module).items()}
     except ModelError as error:
         setup.say(f"evaluation after step {state.step}: {error}; it counts as the worst")

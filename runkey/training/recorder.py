@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from runkey.data.batch import Window
 from runkey.training.guard.guard import Guard
 from runkey.training.meters import LateReader, Pace, Reading
 from runkey.training.progress import Display, bar_text
 from runkey.training.setup import Setup
 from runkey.training.state import LoopState
-from runkey.training.step import StepResult, image_ids_of
+from runkey.training.step import StepResult
 
 
 class EpochRecorder:
@@ -26,10 +25,12 @@ class EpochRecorder:
         self._setup, self._state, self._display, self._guard = setup, state, display, guard
         self._reader = LateReader()
 
-    def record(self, window: Window, result: StepResult, factor: float) -> None:
+    def record(self, result: StepResult, factor: float) -> None:
         """Queue the values of the step that `state.step` now counts."""
+        for pace in (self.pace, self.recent):
+            pace.images += len(result.image_ids)
         lr = self._setup.params.lr * factor
-        reading = Reading(self._state.step, image_ids_of(window), lr, {}, result.faults)
+        reading = Reading(self._state.step, result.image_ids, lr, {}, result.faults)
         self._take(self._reader.push(reading, _scalars(result)))
 
     def settle(self) -> None:

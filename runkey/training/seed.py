@@ -17,7 +17,13 @@ def derive_seed(*parts: int | str) -> int:
     return int(value) >> 1
 
 
-def set_up(seed: int, *, deterministic: bool, cpu_threads: int | Literal["auto"] = "auto") -> None:
+def set_up(
+    seed: int,
+    *,
+    deterministic: bool,
+    cpu_threads: int | Literal["auto"] = "auto",
+    processes: int = 1,
+) -> None:
     """Seed torch and settle which kernels may be used, before a model is built.
 
     Args:
@@ -25,6 +31,7 @@ def set_up(seed: int, *, deterministic: bool, cpu_threads: int | Literal["auto"]
         cpu_threads: threads of arithmetic on a CPU; auto: torch's choice, one per core.
         deterministic: only algorithms whose result is the same each time.  An operation that has
             none raises.
+        processes: how many train together; they share the cores.
     """
     # cuBLAS reads this once, when its first handle is made.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -36,6 +43,8 @@ def set_up(seed: int, *, deterministic: bool, cpu_threads: int | Literal["auto"]
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if cpu_threads != "auto":
         torch.set_num_threads(cpu_threads)
+    elif processes > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
     torch.manual_seed(derive_seed(seed, "init"))
 
 

@@ -22,8 +22,10 @@ from runkey.training.optimizer import build_optimizer, trained_parameters
 from runkey.training.precision import build_precision, choose_precision
 from runkey.training.schedule import Schedule, build_schedule
 from runkey.training.seed import set_up
+from runkey.training.state import host_weights
 from runkey.training.step import Machinery
-from runkey.training.tracker import Contained, Tracker
+from runkey.training.together import CheckpointsTogether
+from runkey.training.tracker import Contained, Quiet, Tracker
 
 
 class Loader(Protocol):
@@ -108,13 +110,22 @@ def build_setup(
     training = params.training
     if loader.steps_per_epoch == 0:
         raise TrainingError("prepared/train.json: no training images; see prepared/report.json")
-    if world.size > 1:
+    if world.size > training.batch_size:
         raise TrainingError(
-            f"environment: WORLD_SIZE={world.size}, but training runs in one process; "
-            "start it without torchrun"
+            f"{world.size} processes share training.batch_size = {training.batch_size} images of"
+            " a step: some have none; lower runtime.processes"
         )
-    set_up(params.seed, deterministic=training.deterministic, cpu_threads=training.cpu_threads)
-    machinery, precision_reason = _build_machinery(model, criterion, params, device)
+    if world.size > 1:
+        checkpoints = CheckpointsTogether(checkpoints if world.is_main else None, world)
+    if not world.is_main:
+        tracker, say = Quiet(), _say_nothing
+    set_up(
+        params.seed,
+        deterministic=training.deterministic,
+        cpu_threads=training.cpu_threads,
+        processes=world.size,
+    )
+    machinery, precision_reason = _build_machinery(model, criterion, params, device, world)
     return Setup(
         params=params,
         machinery=machinery,
@@ -136,8 +147,12 @@ def build_setup(
     )
 
 
+def _say_nothing(_: str) -> None:
+    """Rank 0 says it."""
+
+
 def _build_machinery(
-    model: nn.Module, criterion: Criterion, params: Params, device: torch.device
+    model: nn.Module, criterion: Criterion, params: Params, device: torch.device, world: World
 ) -> tuple[Machinery, str]:
     """The step's parts on the device, and why its precision was chosen."""
     channels_last = params.training.channels_last
@@ -152,7 +167,10 @@ def _build_machinery(
         precision=build_precision(dtype, device),
         channels_last=channels_last,
         clipper=Clipper(params.optimizer.clip, device),
+        world=world,
     )
+    if world.size > 1:  # whatever made them: ranks that begin unlike stay unlike
+        model.load_state_dict(world.share(host_weights(model) if world.is_main else {}))
     return machinery, reason
 
 

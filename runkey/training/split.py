@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from runkey.data.batch import Batch, Window
-from runkey.errors import TrainingError
+from runkey.errors import StoppedError
 
 # What a CPU's allocator, cuBLAS and cuDNN say in a RuntimeError of no special kind.
 _SIGNS = (
@@ -66,10 +66,10 @@ def _smaller(batch: Batch) -> Split:
     """What to try after memory ran out with `batch`: the larger half of it."""
     images, (height, width) = len(batch), batch.images.shape[2:]
     if images == 1:
-        raise TrainingError(
+        raise StoppedError(
             f"memory ran out with a single image, {batch.image_ids[0]}, of {height} x {width}"
-            " pixels; go on with `dvc repro` where there is more memory, or train anew with a"
-            " lower data.long_side or with model.checkpointing: true"
+            " pixels; that needs a device with more memory, or a training with a lower"
+            " data.long_side or with model.checkpointing: true"
         )
     return Split(images, height, width, -(-images // 2) * height * width)
 
@@ -98,7 +98,7 @@ def in_pieces[T](
         limit: most padded pixels of one, if known.
 
     Raises:
-        TrainingError: one image does not fit.
+        StoppedError: one image does not fit.
     """
     splits: list[Split] = []
     while True:

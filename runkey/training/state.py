@@ -81,6 +81,8 @@ class LoopState:
     step: int = 0
     """Optimizer steps tried; the place in the running epoch follows from both.  The epoch's steps
     may all be done, but not yet its evaluation."""
+    limit: int | None = None
+    """Most padded pixels (images x height x width) of a forward pass; see `split`."""
     skipped_steps: int = 0
     """Steps in which loss or gradients were not finite, so that nothing was updated."""
     skipped_in_a_row: int = 0

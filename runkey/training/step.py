@@ -115,7 +115,7 @@ def train_step(
         reseed: sets the random state that the window's noise is drawn from.
 
     Raises:
-        TrainingError: one image does not fit in memory, or another rank failed.
+        StoppedError: one image does not fit in memory, or another rank failed.
     """
     set_rates(machinery.optimizer, factor)
     machinery.gradients.clear()
@@ -171,7 +171,7 @@ def accumulate_gradients(
         reseed: called before each attempt.
 
     Raises:
-        TrainingError: one image does not fit in memory, or a rank has ended.
+        StoppedError: one image does not fit in memory, or a rank has ended.
         SharedError: a rank cannot go on; raised on all of them.
     """
     shares = machinery.world.gather([(b.counts, b.image_ids) for b in window])

@@ -22,6 +22,7 @@ from runkey.training.distributed import World, joined_world
 from runkey.training.optimizer import build_optimizer
 from runkey.training.precision import build_precision
 from runkey.training.step import Machinery, accumulate_gradients
+from tests.support.rank_trainings import train  # noqa: F401  a scenario
 from tests.training.conftest import ToyCriterion, ToyModel, make_window
 
 CPU = torch.device("cpu")

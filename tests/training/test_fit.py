@@ -379,7 +379,7 @@ FAILURES = {
     ),
     "memory": (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-        r"^step 2 .*: memory ran out with a single image, \d+, of 16 x 16 pixels; go on",
+        r"^step 2 .*: memory ran out with a single image, \d+, of 16 x 16 pixels; that needs a",
     ),
     "deterministic": (
         RuntimeError("scatter_foo does not have a deterministic implementation, but you set"),
@@ -425,9 +425,9 @@ def test_refuses_no_data(toy):
         run(toy, loader=toy.ToyLoader(images=0))
 
 
-def test_refuses_several_processes(toy):
-    with pytest.raises(TrainingError, match="WORLD_SIZE=2"):
-        run(toy, world=World(rank=0, size=2))
+def test_refuses_more_processes_than_images_of_a_step(toy):
+    with pytest.raises(TrainingError, match=r"^9 processes share training.batch_size = 8 images"):
+        run(toy, world=World(rank=0, size=9))
 
 
 def test_overfits_one_batch(toy):

@@ -60,6 +60,12 @@ class Ranks:
             process.communicate()
 
 
+def command(scenario: str, folder: Path, *argument: str) -> list[str]:
+    """The command line of a rank; its results go to the folder."""
+    out = str(folder / "out-%.pt")
+    return [sys.executable, "-m", "tests.support.ranks", scenario, out, *argument]
+
+
 @pytest.fixture(scope="session")
 def start() -> Iterator[Callable[..., Ranks]]:
     """Start ranks; those that are left at the end are killed."""
@@ -82,9 +88,18 @@ def results(
 
     def run(scenario: str, *argument: str, size: int = 2) -> list[Any]:
         folder = tmp_path_factory.mktemp("ranks")
-        command = [sys.executable, "-m", "tests.support.ranks", scenario, str(folder / "out-%.pt")]
-        ended = start([*command, *argument], size).end()
+        ended = start(command(scenario, folder, *argument), size).end()
         assert all(code == 0 for code, _, _ in ended), ended
         return [torch.load(folder / f"out-{rank}.pt") for rank in range(size)]
+
+    return run
+
+
+@pytest.fixture
+def train(start: Callable[..., Ranks], tmp_path: Path) -> Callable[..., list[tuple[int, str, str]]]:
+    """Train the toy on two ranks in `tmp_path`, with something that happens; how they ended."""
+
+    def run(*what: str) -> list[tuple[int, str, str]]:
+        return start(command("train", tmp_path, str(tmp_path / "checkpoints"), *what)).end()
 
     return run

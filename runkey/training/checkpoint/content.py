@@ -41,10 +41,15 @@ class Content:
 class Checkpoints(Protocol):
     """Keeps checkpoints.  Saving never raises: training goes on without."""
 
-    path: Path | None
-    """The training's folder, where reports are written too; None: not in files."""
-    newest: int | None
-    """Step of the newest one that training could go on from; None: there is none."""
+    @property
+    def path(self) -> Path | None:
+        """The training's folder, where reports are written too; None: not in files."""
+        ...
+
+    @property
+    def newest(self) -> int | None:
+        """Step of the newest one that training could go on from; None: there is none."""
+        ...
 
     def due(self, step: int) -> bool:
         """Whether one is to be saved at this boundary; cheap, asked after every step."""

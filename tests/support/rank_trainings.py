@@ -1,0 +1,140 @@
+"""Trainings of the toy on several ranks, for tests.support.ranks: whole, killed, gone on with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from runkey.data.batch import Window
+from runkey.errors import DataError
+from runkey.training.checkpoint.interval import Interval
+from runkey.training.checkpoint.keeper import FolderCheckpoints
+from runkey.training.distributed import World
+from runkey.training.interrupts import Interrupts
+from runkey.training.loop import fit
+from runkey.training.seed import set_up
+from tests.training.conftest import (
+    MemoryTracker,
+    ToyCriterion,
+    ToyLoader,
+    ToyModel,
+    make_params,
+    make_window,
+    val_loss,
+)
+
+EPOCHS = 3
+STEPS = 3 * EPOCHS
+
+
+class SharedLoader(ToyLoader):
+    """17 images in windows of 8: of the last one, rank 1 gets none.  Acts once, at a step."""
+
+    def __init__(self, world: World, act: str, step: int) -> None:
+        super().__init__(images=17, micro_batch=2)
+        self.world, self.act, self.step = world, act, step
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Window]:
+        windows = super().epoch(epoch, start_step)
+        for number, window in enumerate(windows, start=epoch * 3 + start_step + 1):
+            ids = [image_id for batch in window for image_id in batch.image_ids]
+            if number == self.step:
+                self._act()
+            yield make_window(ids[self.world.rank :: self.world.size], self.micro_batch)
+
+    def _act(self) -> None:
+        if self.act == "unreadable":
+            raise DataError("data/7.png: cannot be read")
+        if self.act.startswith("SIG"):
+            os.kill(os.getpid(), signal.Signals[self.act])
+
+
+class Deadly(ToyCriterion):
+    """Ends its process in the middle of a step."""
+
+    def __init__(self, deadly_call: int) -> None:
+        self.left = deadly_call
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(*arguments)
+
+
+def without_clock(values: dict[str, float]) -> dict[str, float]:
+    return {k: v for k, v in values.items() if "per_second" not in k and "wait" not in k}
+
+
+def train(
+    world: World, folder: str, act: str = "", rank: str = "-1", step: str = "0"
+) -> dict[str, Any]:
+    """Train; what is left at the end.
+
+    Args:
+        world: the ranks.
+        folder: of the checkpoints, one after each step.
+        act: what happens: nothing, `unreadable`, a signal's name, or `killed in a step`.
+        rank: which rank it happens to.
+        step: the step that it happens before or in, from 1.
+    """
+    params = make_params(training={"epochs": EPOCHS, "ema_decay": 0.9}, lr=3e-3)
+    mine = act if world.rank == int(rank) else ""
+    set_up(0, deterministic=True)
+    criterion = Deadly(2 * int(step)) if mine == "killed in a step" else ToyCriterion()
+    fingerprint = {
+        "key": "k",
+        "micro_batch": 2,
+        "world_size": world.size,
+        "device": "cpu",
+        "precision": "off",
+    }
+    Path(folder).mkdir(exist_ok=True)
+    checkpoints = (
+        FolderCheckpoints(Path(folder), fingerprint, _say, interval=Interval(0))
+        if world.is_main
+        else None
+    )
+    tracker = MemoryTracker()
+    with Interrupts() as interrupts:
+        result = fit(
+            ToyModel(dropout=0.3),
+            criterion,  # type: ignore[arg-type]
+            SharedLoader(world, mine, int(step)),
+            _evaluate if world.is_main else _nobody_asks,
+            params,
+            device=torch.device("cpu"),
+            tracker=tracker,
+            say=_say,
+            world=world,
+            checkpoints=checkpoints,
+            interrupts=interrupts,
+        )
+    if checkpoints:
+        checkpoints.finish()
+    content = checkpoints.load() if checkpoints else None
+    return {
+        "best": result.best_state,
+        "history": [without_clock(values) for values in result.history],
+        "logged": [(step, without_clock(values)) for step, values in tracker.logged],
+        "parts": content.parts if content else {},
+    }
+
+
+def _evaluate(module: nn.Module) -> dict[str, float]:
+    return val_loss(module)
+
+
+def _nobody_asks(_: nn.Module) -> dict[str, float]:
+    raise AssertionError("rank 0 evaluates")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)  # noqa: T201

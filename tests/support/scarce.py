@@ -1,0 +1,112 @@
+"""A window that does not fit in memory: python -m tests.support.scarce
+
+Computes a window's gradients with all the memory there is, then with so little that the allocator
+refuses what 8 images need, and prints what came of it as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from runkey.data.batch import Window
+from runkey.errors import TrainingError
+from runkey.training.distributed import World
+from runkey.training.seed import seed_step
+from runkey.training.step import Machinery, accumulate_gradients
+from tests.support.ranks import machinery
+from tests.training.conftest import SIZE, ToyCriterion, ToyModel, make_window
+
+MIB = 2**20
+IDS = [1, 2, 3, 7, 5, 4, 6, 8]
+reseed = partial(seed_step, 0, 7)
+
+
+class Hungry(nn.Module):
+    """The toy, with a copy of its input that takes 48 MiB an image at a time.
+
+    Larger than what malloc ever keeps for itself (32 MiB): freed, it is gone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.toy = ToyModel(dropout=0.3)
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, images: torch.Tensor, padding_mask: Any, targets: Any) -> Any:
+        images = images.double()
+        size = 48 * MIB // (8 * 3 * SIZE**2)
+        many = (images[:, None].expand(-1, size, -1, -1, -1) * self.scale).square()
+        return self.toy(many.mean(1).sqrt(), padding_mask, targets)
+
+
+def attempt(parts: Machinery, window: Window, limit: int | None = None) -> dict[str, Any]:
+    parts.gradients.clear()
+    result = accumulate_gradients(parts, window, limit, reseed)
+    named = dict(parts.model.named_parameters())
+    return {
+        "gradients": {name: p.grad.clone() for name, p in named.items() if p.grad is not None},
+        "buffers": {name: b.clone() for name, b in parts.model.named_buffers()},
+        "splits": [(s.images, s.height, s.width, s.limit) for s in result.splits],
+    }
+
+
+def fresh() -> Machinery:
+    torch.manual_seed(0)
+    return machinery(Hungry().double().train(), ToyCriterion(), World())
+
+
+def allow(mib: int) -> None:
+    """Let the process grow by so much from here, and no more."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + mib * MIB
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(
+        torch.equal(tensor, other[kind][name])
+        for kind in ("gradients", "buffers")
+        for name, tensor in one[kind].items()
+    )
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    window = make_window(IDS, 8, dtype=torch.float64)
+    attempt(fresh(), make_window(IDS[:1], 1, dtype=torch.float64))  # libraries are loaded by now
+    limit = 2 * SIZE**2
+    known = attempt(fresh(), window, limit)
+    allow(550)
+    split = attempt(fresh(), window)
+    again = attempt(fresh(), window, split["splits"][-1][3])
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    allow(20)
+    parts = fresh()
+    buffers = {name: b.clone() for name, b in parts.model.named_buffers()}
+    line = ""
+    try:
+        attempt(parts, window)
+    except TrainingError as error:
+        line = str(error)
+    kept = all(torch.equal(b, buffers[name]) for name, b in parts.model.named_buffers())
+    cleared = all(p.grad is None for p in parts.model.parameters())
+    told = {
+        "splits": split["splits"],
+        "known": known["splits"],
+        "same as with the limit known": same(known, split),
+        "same again": same(again, split) and not again["splits"],
+        "line": line,
+        "kept": kept and cleared,
+    }
+    print(json.dumps(told))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
