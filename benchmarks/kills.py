@@ -34,6 +34,7 @@ def run(
     *,
     kills: int,
     terms: int,
+    worker_kills: int = 0,
     workers: tuple[int, ...] = (0, 2, 4),
     seed: int = 0,
     epochs: int = 14,
@@ -45,6 +46,7 @@ def run(
         folder: an empty one.
         kills: by SIGKILL.
         terms: by SIGTERM.
+        worker_kills: of a loader process.
         workers: numbers of loader processes, in turn.
         seed: decides when.
         epochs: of the training, of three steps each.
@@ -60,7 +62,14 @@ def run(
     with ThreadPoolExecutor() as pool:
         whole = pool.submit(_uninterrupted, quiet, rng)
         for training in kill_again_and_again(
-            project, folder, 3 * epochs, kills=kills, terms=terms, workers=workers, rng=rng
+            project,
+            folder,
+            3 * epochs,
+            kills=kills,
+            terms=terms,
+            worker_kills=worker_kills,
+            workers=workers,
+            rng=rng,
         ):
             expected, _ = whole.result()
             found = digests(project.root, training.final)
@@ -97,8 +106,9 @@ def _counted(training: Training) -> Counter[str]:
     """Ends by kind; `killed while writing` are those that left a file half written."""
     ended = [life for life in training.lives if life.was_ended]
     counts = Counter({"trainings": 1, "processes": len(training.lives)})
-    counts["SIGKILL"] = sum(life.kind != "term" for life in ended)
     counts["SIGTERM"] = sum(life.kind == "term" for life in ended)
+    counts["loader process killed"] = sum(life.kind == "worker" for life in ended)
+    counts["SIGKILL"] = len(ended) - counts["SIGTERM"] - counts["loader process killed"]
     counts["killed while writing"] = sum(life.was_writing for life in ended)
     counts.update(f"{life.workers} workers" for life in ended)
     return counts
@@ -106,11 +116,11 @@ def _counted(training: Training) -> Counter[str]:
 
 def _wrong_ends(training: Training) -> list[str]:
     """Processes that did not end as they should have."""
-    expected = {"term": 143, "none": 0}
+    expected = {"term": 143, "worker": 1, "none": 0}
     wrong = []
     for number, life in enumerate(training.lives):
         code = expected.get(life.kind, -9)
-        told = life.kind != "term" or "`dvc repro` goes on" in life.output
+        told = life.kind not in ("term", "worker") or "`dvc repro` goes on" in life.output
         if life.was_ended and (life.code != code or not told):
             wrong.append(f"life {number} ({life.kind}): code {life.code}: {life.output[-2000:]}")
     return wrong
@@ -131,6 +141,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=60, help="SIGKILLs")
     parser.add_argument("--terms", type=int, default=10, help="SIGTERMs")
+    parser.add_argument("--worker-kills", type=int, default=3, help="of a loader process")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2, 4], help="in turn")
     parser.add_argument("--seed", type=int, default=0, help="decides when")
     parser.add_argument("--epochs", type=int, default=14, help="of three steps each")
@@ -140,6 +151,7 @@ def main() -> int:
             Path(folder),
             kills=options.kills,
             terms=options.terms,
+            worker_kills=options.worker_kills,
             workers=tuple(options.workers),
             seed=options.seed,
             epochs=options.epochs,

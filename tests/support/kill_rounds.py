@@ -21,15 +21,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from runkey.params import Params, load_params, parse_params
 from runkey.params.render import render
 from runkey.training.checkpoint.file import TEMPORARY
 from runkey.training.checkpoint.names import find_saved
 from tests.pipeline.conftest import TINY, Project, _copy, _draw_data, _environment
 
-Kind = Literal["writing", "moment", "start", "end", "term", "none"]
+Kind = Literal["writing", "moment", "start", "end", "term", "worker", "none"]
 """When a training is ended: while a checkpoint is written, some time after it has begun to train,
-while it starts, after its last step; by SIGTERM some time after it has begun; not at all."""
+while it starts, after its last step; by SIGTERM some time after it has begun; by SIGKILL to one of
+its loader processes; not at all."""
 
 _LONGEST_SECONDS = 300.0
 """For one life of a trainer."""
@@ -208,12 +211,22 @@ def _end(
             _sleep(process, rng.uniform(0, 1.5))
         case "end":
             _sleep(process, rng.uniform(0, 5))
-    if kind != "term":
+    if kind == "worker":
+        _kill_worker(process.pid)
+    elif kind != "term":
         os.kill(process.pid, signal.SIGKILL)
     elif rng.random() < 0.5:
         os.kill(process.pid, signal.SIGTERM)
     else:
         os.killpg(process.pid, signal.SIGTERM)  # as a machine that shuts down does, workers too
+
+
+def _kill_worker(trainer: int) -> None:
+    """SIGKILL for a loader process, as from a kernel that is out of memory."""
+    # Workers are children of the fork server, which is a child of the trainer.
+    servers = psutil.Process(trainer).children()
+    workers = [worker for server in servers for worker in server.children()]
+    workers[-1].kill()
 
 
 def _until(process: subprocess.Popen[bytes], condition: Any) -> None:
@@ -240,11 +253,11 @@ def _set_workers(root: Path, workers: int) -> None:
     (root / "params.yaml").write_text(render(changed, "# kills"))
 
 
-def plan(kills: int, terms: int, rng: random.Random) -> Iterator[Kind]:
+def plan(kills: int, terms: int, worker_kills: int, rng: random.Random) -> Iterator[Kind]:
     """The ends to come, mixed: a third of the kills while a checkpoint is written."""
     writing = -(-kills // 3)
     others: list[Kind] = ["moment", "moment", "moment", "start", "end"]
-    kinds: list[Kind] = ["writing"] * writing + ["term"] * terms
+    kinds: list[Kind] = ["writing"] * writing + ["term"] * terms + ["worker"] * worker_kills
     kinds += [others[n % len(others)] for n in range(kills - writing)]
     rng.shuffle(kinds)
     return iter(kinds)
@@ -257,6 +270,7 @@ def kill_again_and_again(
     *,
     kills: int,
     terms: int,
+    worker_kills: int,
     workers: tuple[int, ...],
     rng: random.Random,
     most_per_training: int = 25,
@@ -269,16 +283,18 @@ def kill_again_and_again(
         total: steps of the training.
         kills: by SIGKILL.
         terms: by SIGTERM.
+        worker_kills: of a loader process, which ends the training too.
         workers: numbers of loader processes, in turn.
         rng: decides when.
         most_per_training: ends of one training.
     """
-    left, turn = list(plan(kills, terms, rng)), 0
+    left, turn = list(plan(kills, terms, worker_kills, rng)), 0
     while left:
         training = Training(project, stores / f"store-{turn}", total)
         while not training.is_done:
             kind: Kind = left.pop() if left and len(training.lives) < most_per_training else "none"
-            life = training.live(kind, workers[(turn + len(training.lives)) % len(workers)], rng)
+            count = workers[(turn + len(training.lives)) % len(workers)]
+            life = training.live(kind, max(count, kind == "worker"), rng)
             missed = kind != "none" and not life.was_ended
             if missed or (kind == "writing" and not life.was_writing):
                 left.insert(0, kind)  # it came too late: once more, another time

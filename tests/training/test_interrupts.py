@@ -9,7 +9,7 @@ import textwrap
 import pytest
 import torch
 
-from runkey.errors import Interrupted
+from runkey.errors import DataError, Interrupted
 from runkey.training.interrupts import Interrupts
 from runkey.training.loop import fit
 from runkey.training.seed import set_up
@@ -105,6 +105,33 @@ def test_stops_at_a_boundary_and_goes_on(toy, train, where, at, step, number):
 def test_says_so_when_nothing_is_saved(train):
     with pytest.raises(Interrupted, match=r"after step 3 of 12; nothing is saved$"):
         train(5, "step")
+
+
+def test_a_loader_that_fails_costs_no_step(toy):
+    """As when one of its processes is killed for want of memory."""
+
+    class Failing(toy.ToyLoader):
+        def epoch(self, epoch, start_step=0):
+            for number, window in enumerate(super().epoch(epoch, start_step)):
+                if (epoch, number) == (1, 2):
+                    raise DataError("a loader process was killed")
+                yield window
+
+    kept = toy.SavedInMemory(due=False)
+    with pytest.raises(DataError) as caught:
+        fit(
+            toy.ToyModel(),
+            toy.ToyCriterion(),
+            Failing(),
+            toy.val_loss,
+            toy.make_params(),
+            device=CPU,
+            checkpoints=kept,
+        )
+    text = "a loader process was killed; stopped after step 5 of 9; `dvc repro` goes on from there"
+    assert str(caught.value) == text
+    assert kept.content.step == 5
+    assert kept.content.state["running"]["means"]["counts"]["train/loss"] == 2
 
 
 def test_signals_are_handled_as_before_afterwards(train):
