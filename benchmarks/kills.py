@@ -76,6 +76,8 @@ def run(
             new = [f"{name} differs" for name in expected if found.get(name) != expected[name]]
             new += _log_faults(quiet.project.root, project.root)
             new += mlflow_faults(project.root, training.store) + _wrong_ends(training)
+            if new:
+                new.append(f"its last process said: {training.lives[-1].output[-3000:]}")
             counts += _counted(training)
             say(f"{_since(started)}: {dict(counts)}; {new or 'identical'}")
             faults += new

@@ -19,7 +19,7 @@ from runkey.model.model_files import Sizes, save_model
 from runkey.model.weights import load_initial_weights
 from runkey.params import Params
 from runkey.plots.curves import write_training_plots
-from runkey.plots.hints import CLASS_SCORES, class_scores
+from runkey.plots.hints import class_scores
 from runkey.plots.live import HintingTracker
 from runkey.plots.tables import write_plot_tables
 from runkey.tracking import SAMPLES, TRAIN_LOG
@@ -74,7 +74,7 @@ def _train(run: Run, learner: Learner, world: World, interrupts: Interrupts) -> 
         def judge(module: nn.Module) -> Mapping[str, float]:
             turn.check()
             evaluation = validation(module, by_size=False)
-            hinting.event(CLASS_SCORES, **class_scores(evaluation.result.per_class))
+            hinting.note_scores(class_scores(evaluation.result.per_class))
             return evaluation.metrics("val/")
 
         result = fit(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from runkey.plots.hints import EVENT, find_hints, told_hints
+from runkey.plots.hints import CLASS_SCORES, EVENT, find_hints, told_hints
 from runkey.plots.log import GrowingLog
 from runkey.plots.samples import read_samples
 
@@ -53,12 +53,21 @@ class HintingTracker:
         """
         self._tracker, self._samples, self._params, self._say = tracker, samples, params, say
         self._growing = GrowingLog(log)
+        self._scores: Mapping[str, Any] = {}
+
+    def note_scores(self, scores: Mapping[str, Any]) -> None:
+        """Take what an evaluation found of the classes; recorded with the epoch's metrics."""
+        self._scores = scores
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Record metrics; those of an epoch's end are looked at."""
         self._tracker.log(values, step)
-        if "train/epoch_loss" in values:
-            self._look(step)
+        if "train/epoch_loss" not in values:
+            return
+        if self._scores:
+            self._tracker.event(CLASS_SCORES, step=step, **self._scores)
+            self._scores = {}
+        self._look(step)
 
     def event(self, kind: str, **fields: object) -> None:
         """See `Tracker`."""

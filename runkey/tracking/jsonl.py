@@ -78,9 +78,14 @@ class JsonlLog:
         return self._write({"time": _now(), "event": kind, "fields": _plain(fields)})
 
     def position(self) -> dict[str, int | str]:
-        """Where the log is now, for a checkpoint; what is before it is on the disk."""
+        """Where the log is now, for a checkpoint; what is before it is on the disk.
+
+        Of a training that has not yet come again to where it was interrupted, this is before the
+        entries that are still expected: the next one after it has to expect them as well.
+        """
         self.sync()
-        return {_BYTES: self._size, _LOST: self.lost_lines}
+        first = self._expected.first()
+        return {_BYTES: self._size if first is None else first, _LOST: self.lost_lines}
 
     def resume(self, position: Mapping[str, int | str] | None) -> None:
         """Expect what lies behind a checkpoint's position to come again; None: the whole log.

@@ -49,46 +49,48 @@ class ExpectedEntries:
     """
 
     def __init__(self) -> None:
-        self._values: dict[tuple[int, tuple[str, ...]], dict[str, Any]] = {}
-        self._events: dict[str, int] = {}
+        self._values: dict[tuple[int, tuple[str, ...]], tuple[int, dict[str, Any]]] = {}
+        self._events: dict[str, list[int]] = {}
         self.differing: list[int] = []
         """Steps at which values came again with other numbers."""
 
     @classmethod
     def read(cls, path: Path, offset: int) -> ExpectedEntries:
-        """Those of the log's lines that begin at `offset` or later; and all events.
-
-        Events before it are there for what is said at every start, such as `training_start`.
-        """
-        expected, begin = cls(), 0
+        """Those of the log's lines that begin at `offset` or later."""
+        expected = cls()
         with path.open("rb") as file:
+            file.seek(offset)
             for line in file:
-                if begin >= offset or b'"event"' in line:
-                    expected.add(parse_line(line) or {}, values_too=begin >= offset)
-                begin += len(line)
+                expected.add(parse_line(line) or {}, offset)
+                offset += len(line)
         return expected
 
-    def add(self, entry: Entry, *, values_too: bool = True) -> None:
-        """Expect an entry."""
+    def add(self, entry: Entry, offset: int) -> None:
+        """Expect the entry whose line begins at `offset`."""
         if "event" in entry:
             if entry["event"] not in ALWAYS_NEW:
-                name = _event_name(entry)
-                self._events[name] = self._events.get(name, 0) + 1
-        elif "values" in entry and values_too:
-            self._values[_place(entry)] = entry["values"]
+                self._events.setdefault(_event_name(entry), []).append(offset)
+        elif "values" in entry:
+            self._values[_place(entry)] = offset, entry["values"]
 
     def take(self, entry: Entry) -> bool:
         """Whether the entry is one of those expected; it is expected no more then."""
         if "event" in entry:
             name = _event_name(entry)
-            left = self._events.get(name, 0)
-            if left:
-                self._events[name] = left - 1
-            return left > 0
-        before = self._values.pop(_place(entry), None)
+            offsets = self._events.pop(name, [])
+            if offsets[1:]:
+                self._events[name] = offsets[1:]
+            return bool(offsets)
+        _, before = self._values.pop(_place(entry), (0, None))
         if before is not None and _without_pace(before) != _without_pace(entry["values"]):
             self.differing.append(entry["step"])
         return before is not None
+
+    def first(self) -> int | None:
+        """Where the first entry that is still expected begins; None: none is."""
+        values = (offset for offset, _ in self._values.values())
+        events = (offsets[0] for offsets in self._events.values())
+        return min((*values, *events), default=None)
 
 
 def _place(entry: Entry) -> tuple[int, tuple[str, ...]]:

@@ -166,6 +166,20 @@ def test_a_run_is_told_once_even_after_an_interruption(tmp_path):
     assert path.read_text().count("hint.loader") == 1
 
 
+def test_scores_of_classes_are_recorded_with_their_epoch(tmp_path):
+    path = tmp_path / "train.jsonl"
+    tracker = RunTracker(JsonlLog(path, print), None)
+    hinting = HintingTracker(tracker, path, tmp_path / "none", PARAMS, print)
+    for step in (3, 6, 9):
+        if step != 6:  # without an evaluation
+            hinting.note_scores({"classes": 2, "mean_AP50": 0.0})
+        hinting.log({"train/loss": 1.0}, step)
+        hinting.log({"train/epoch_loss": 1.0}, step)
+    tracker.close()
+    events = [e["fields"] for e in map(json.loads, path.read_text().splitlines()) if "event" in e]
+    assert events == [{"step": step, "classes": 2, "mean_AP50": 0.0} for step in (3, 9)]
+
+
 def test_asking_imports_no_matplotlib():
     """`runkey watch` looks every second, beside a training."""
     check = (

@@ -66,8 +66,10 @@ def mlflow_faults(root: Path, store: Path) -> list[str]:
         for name, value in entry.get("values", {}).items():
             expected[name, entry["step"], float(value), round(entry["time"] * 1000)] += 1
     found = Counter(points)
-    faults += [f"MLflow lacks {point}" for point in expected - found]
-    return faults + [f"MLflow has too often {point}" for point in found - expected]
+    for what, points in (("lacks", expected - found), ("has too often", found - expected)):
+        if points:
+            faults.append(f"MLflow {what} {points.total()} points, such as {next(iter(points))}")
+    return faults
 
 
 def _without_clock(value: Any) -> Any:

@@ -9,6 +9,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,7 +73,6 @@ def test_steps_that_are_trained_again_are_not_logged_twice(tmp_path: Path, said:
 
     second = JsonlLog(path, said.append)
     second.resume(position)
-    second.event("training_start", device="cpu")
     for step in range(5, 8):
         second.log({"train/loss": math.nan if step == 5 else 1 / step, "train/lr": 0.1}, step)
         if step == 6:
@@ -84,6 +84,31 @@ def test_steps_that_are_trained_again_are_not_logged_twice(tmp_path: Path, said:
     second.close()
     assert path.read_bytes().startswith(before)
     assert len(path.read_bytes()[len(before) :].splitlines()) == 2
+    assert said == []
+
+
+def test_interrupted_again_before_it_is_where_it_was(tmp_path: Path, said: list[str]) -> None:
+    """A checkpoint that is taken on the way there knows what is still to come again."""
+    path = tmp_path / "train.jsonl"
+
+    def train(position: Any, steps: range, checkpoint: int) -> dict[str, int | str]:
+        log = JsonlLog(path, said.append)
+        log.resume(position)
+        for step in steps:
+            log.log({"train/loss": 1 / step}, step)
+            if step % 2 == 0:
+                log.event("loss_spike", step=step)
+            if step == checkpoint:
+                position = json.loads(json.dumps(log.position()))
+        log.close()
+        return position
+
+    position = train(None, range(1, 10), checkpoint=2)
+    position = train(position, range(3, 7), checkpoint=5)
+    position = train(position, range(6, 8), checkpoint=7)
+    train(position, range(8, 13), checkpoint=12)
+    assert steps(path) == list(range(1, 13))
+    assert path.read_text().count("loss_spike") == 6
     assert said == []
 
 
