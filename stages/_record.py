@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 
 from runkey import paths
-from runkey.errors import RegistryError
+from runkey.errors import RegistryError, TrackingError
+from runkey.evaluation.pyfunc import COLUMNS as PYFUNC_COLUMNS
 from runkey.hashing import sha256_file
 from runkey.identity.key import Recipe, make_recipe
 from runkey.identity.manifest import RunManifest, Witness, make_manifest, take_witness
 from runkey.identity.record import (
     DETAILS,
+    KEY,
     KEY_JSON,
     REPRODUCTION_OF,
     Details,
@@ -46,6 +48,7 @@ from runkey.tracking import (
     open_run,
     reopen_run,
 )
+from runkey.tracking.logged_model import log_model
 from runkey.training.guard.report import REPORTS
 from stages._once import Turn
 from stages._parts import write_json
@@ -270,6 +273,21 @@ class EvaluationRecord:
         with _as_file(self._details) as file:
             self._mlflow.artifact(file)
             self._mlflow.close()
+
+    def keep_model(self, name: str, example: Path) -> None:
+        """Show the run's model in MLflow, with a signature and an image that it can be tried on.
+
+        Args:
+            name: of the model there.
+            example: an image file.
+        """
+        if self._mlflow is None or self._record is None:
+            return
+        try:
+            run_id, tags = self._record.run.run_id, {KEY: self._record.key}
+            log_model(self._store, run_id, name, example, PYFUNC_COLUMNS, tags)
+        except TrackingError as error:
+            print(error)
 
     def _changed(self, run: LoggedRun) -> None:
         if not self._store.is_server:

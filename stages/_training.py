@@ -150,5 +150,5 @@ def _metrics(result: FitResult) -> dict[str, Any]:
         "seconds": round(result.seconds, 1),
         "epochs": round(result.history[-1]["epoch"]),
         "best_epoch": result.best_epoch,
-        "loss": result.history[-1]["train/epoch_loss"],
+        "train_loss": result.history[-1]["train/epoch_loss"],
     }

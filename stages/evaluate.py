@@ -41,7 +41,9 @@ def main() -> None:
     out = root / paths.EVALUATION
     loss = evaluation.losses["loss"]
     write_metrics(out / METRICS, evaluation.result, loss=loss)
-    write_json(root / paths.METRICS / "evaluate.json", {**evaluation.result.summary, "loss": loss})
+    # Few, for DVC's tables; all numbers are in evaluation/metrics.json.
+    few = {name: evaluation.result.summary[name] for name in ("AP", "AP50", "AP75")}
+    write_json(root / paths.METRICS / "evaluate.json", few | {"val_loss": loss})
     write_results(out / PREDICTIONS, to_results_json(evaluation.detections, validation.classes))
     write_precision_recall(out / PRECISION_RECALL, evaluation.result)
     write_precision_recall_table(out / PRECISION_RECALL, out / "precision_recall.csv")
@@ -54,6 +56,8 @@ def main() -> None:
     )
     record.write_report(out / "report.html")
     record.keep(evaluation.metrics("eval/"), (paths.EVALUATION, paths.METRICS / "evaluate.json"))
+    example = root / params.data.path / validation.records[0].file
+    record.keep_model(f"detector-{card.model.preset}", example)
     numbers = evaluation.result.metrics()
     print("  ".join(f"{name} {numbers[name]:.3f}" for name in ("AP", "AP50", "AP75")))
 

@@ -16,6 +16,7 @@ from runkey.plots.confusion import confusion_matrix
 from runkey.plots.marks import class_name
 from runkey.plots.precision_recall import precision_recall
 from runkey.plots.sheets import detection_sheet
+from runkey.plots.tables import write_confusion_table
 
 
 def write_evaluation_plots(
@@ -31,21 +32,22 @@ def write_evaluation_plots(
         images: in each sheet; 0: no sheets.
 
     Returns:
-        The written files.
+        The written pictures; the table beside them is for `dvc plots`.
 
     Raises:
         DataError: a file is missing; says which, and what to run.
     """
     records, classes = read_index(prepared / "val.json"), read_classes(prepared / "classes.json")
     judged = judge_images(records, classes, read_results(evaluation / PREDICTIONS))
+    names = [class_name(one) for one in classes]
+    counted = confusion(judged, len(classes))
     written = [
         precision_recall(evaluation / PRECISION_RECALL, out / "precision_recall.png"),
-        confusion_matrix(
-            confusion(judged, len(classes)), [class_name(c) for c in classes], out / "confusion.png"
-        ),
+        confusion_matrix(counted, names, out / "confusion.png"),
         ap_by_size(evaluation / METRICS, out / "ap_by_size.png"),
         reliability(calibration(judged, LEAST_SCORE), out / "calibration.png"),
     ]
+    write_confusion_table(counted, names, out / "confusion.csv")
     if images:
         for best in (True, False):
             path = out / ("best.jpg" if best else "worst.jpg")

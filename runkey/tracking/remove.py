@@ -7,7 +7,7 @@ from runkey.tracking.store import Store, open_client
 
 
 def delete_run(store: Store, run_id: str) -> None:
-    """Put a run into MLflow's trash, where `mlflow gc` finds it; its artifacts are left alone.
+    """Put a run and its models into MLflow's trash, for `mlflow gc`; artifacts are left alone.
 
     A run that is there already, or that MLflow does not know, is no error.
 
@@ -18,7 +18,10 @@ def delete_run(store: Store, run_id: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        if client.get_run(run_id).info.lifecycle_stage != "deleted":
+        run = client.get_run(run_id)
+        if run.info.lifecycle_stage != "deleted":
+            for model in run.outputs.model_outputs if run.outputs else ():
+                client.delete_logged_model(model.model_id)
             client.delete_run(run_id)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":

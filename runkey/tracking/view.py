@@ -37,6 +37,7 @@ _COLUMNS = {
     "params.`key.environment`": 140,
     "tags.`key`": 90,
     "tags.`device`": 100,
+    "attributes.`Models`": 150,
     "attributes.`Dataset`": 200,
 }
 """Width in pixels by column, from the left, after name and time; MLflow's names for them."""

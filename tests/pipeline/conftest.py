@@ -44,6 +44,8 @@ class Project:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.first_output = ""
+        """Of the first `dvc repro`, both streams."""
 
     def run(
         self, *command: str, env: Mapping[str, str] | None = None, timeout: float = 600
@@ -66,6 +68,10 @@ class Project:
         done = self.run(str(Path(sys.executable).with_name("dvc")), *arguments)
         return done.stdout + done.stderr
 
+    def summary(self) -> str:
+        """What `make repro` says at its end."""
+        return self.run(sys.executable, "-m", "runkey", "summary").stdout
+
     def json(self, path: str) -> Any:
         """A JSON file of the project."""
         return json.loads((self.root / path).read_text())
@@ -84,7 +90,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     copied.dvc("add", "data")
     copied.run("git", "add", "-A")
     copied.run("git", "commit", "-q", "-m", "start")
-    copied.first_output = copied.dvc("repro")  # type: ignore[attr-defined]
+    copied.first_output = copied.dvc("repro")
     copied.run("git", "add", "-A")
     copied.run("git", "commit", "-q", "-m", "results")
     yield copied

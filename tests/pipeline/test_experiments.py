@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import sqlite3
 import subprocess
@@ -21,6 +23,17 @@ from runkey.tracking.store import open_client
 from .conftest import Project, _environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+REPOSITORY = Path(__file__).parents[2]
+TITLES = {
+    "Loss",
+    "AP on the held-out images",
+    "Training loss",
+    "Learning rate",
+    "Gradient norm",
+    "Precision and recall at IoU 0.5",
+    "What was detected for what",
+}
 
 
 def runs(project: Project) -> dict[str, Any]:
@@ -61,6 +74,15 @@ def test_the_first_repro_records_a_whole_run(project: Project) -> None:
     assert project.json("metrics/evaluate.json")["AP"] == pytest.approx(best, abs=1e-9)
 
 
+def test_what_the_pipeline_says_fits_100_columns_and_is_said_once(project: Project) -> None:
+    said = [*project.first_output.splitlines(), *project.summary().splitlines()]
+    lines = [line for line in said if line.strip()]
+    assert [line for line in lines if len(line) > 100] == []
+    assert "\x1b" not in project.first_output
+    own = [line for line in lines if line != "Updating lock file 'dvc.lock'"]  # DVC's, each stage
+    assert [line for line in own if own.count(line) > 1] == []
+
+
 def test_the_second_repro_does_nothing(project: Project) -> None:
     before = set(runs(project))
     assert "Data and pipelines are up to date." in project.dvc("repro")
@@ -75,7 +97,7 @@ def test_every_kind_of_experiment_lands_in_the_store(project: Project) -> None:
     assert "lr: 5e-05" in (project.root / "params.yaml").read_text()
     assert project.json("run.json")["run_id"] != baseline
     table = json.loads(project.dvc("metrics", "diff", "--json", "--all"))
-    assert {"AP", "AP50", "AP75", "loss"} <= set(table["metrics/evaluate.json"])
+    assert set(table["metrics/evaluate.json"]) == {"AP", "AP50", "AP75", "val_loss"}
     assert "seconds" in table["metrics/train.json"]
     changed = json.loads(project.dvc("params", "diff", "--json"))
     assert changed["params.yaml"]["lr"] == {"old": 0.001, "new": 5e-5, "diff": 5e-5 - 0.001}
@@ -108,12 +130,36 @@ def test_a_restored_result_knows_its_run(project: Project) -> None:
 
 
 def test_plots_are_shown(project: Project) -> None:
-    project.dvc("plots", "show")
+    project.dvc("plots", "diff", "HEAD", "workspace")
     page = (project.root / "dvc_plots" / "index.html").read_text()
-    for title in ("Loss", "AP on the held-out images", "Learning rate", "Gradient norm"):
-        assert title in page
+    drawn = [json.loads(text) for text in re.findall(r"var spec = (\{.*?\});\n", page, re.DOTALL)]
+    revisions = {spec["title"]["text"]: {row["rev"] for row in rows_of(spec)} for spec in drawn}
+    assert set(revisions) == TITLES
+    assert all(revisions.values())
+    for spec in drawn:
+        for row in rows_of(spec):  # DVC draws an empty cell as a zero
+            assert "" not in row.values(), spec["title"]
     pictures = {path.suffix for path in (project.root / "dvc_plots" / "static").iterdir()}
     assert {".jpg", ".png"} <= pictures
+
+
+def rows_of(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(spec["data"]["values"])
+
+
+def test_the_table_of_experiments_has_what_differs(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "110")
+    told = (REPOSITORY / "Makefile").read_text()
+    command = re.search(r"dvc (exp show .*?)\n\n", told, re.DOTALL)
+    assert command
+    words = shlex.split(command[1].replace("\\\n", " ").replace("$$", "$"))
+    shown = project.dvc(*words)
+    heads = next(line for line in shown.splitlines() if "Experiment" in line).split()
+    assert heads[0] == "Experiment"
+    assert set(heads) >= {"train_loss", "AP", "AP50", "AP75", "val_loss", "lr"}
+    assert not {"Created", "epochs", "runkey/data", "model"} & set(heads)
 
 
 def test_training_ends_well_when_mlflow_goes_away_in_the_middle(

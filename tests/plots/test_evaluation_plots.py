@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -75,6 +76,19 @@ def test_every_evaluation_gives_every_picture(image_set, tmp_path, kind, count, 
             assert picture.width == 900
             assert picture.height < 1_100
             assert len(picture.convert("RGB").getcolors(100_000)) > 2  # something is drawn
+
+
+def test_the_table_of_confusion_has_a_row_for_each_object(image_set, tmp_path):
+    records, classes, folder = image_set([(64, 48)] * 3)
+    files = evaluated(tmp_path, records, classes, found(records, classes, "good"))
+    write_evaluation_plots(*files, folder, tmp_path, images=0)
+    with (tmp_path / "confusion.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = {one.name for one in classes}
+    assert {row["truth"] for row in rows} <= names | {"(background)"}
+    assert {row["detected"] for row in rows} <= names | {"(missed)"}
+    objects = sum(record.crowd.count(False) for record in records)
+    assert len([row for row in rows if row["truth"] in names]) == objects
 
 
 def test_what_is_missing_is_named(image_set, tmp_path):

@@ -1,0 +1,98 @@
+"""README and docs/: every link leads somewhere, every command that is named exists."""
+
+from __future__ import annotations
+
+import re
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from runkey.cli import app
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "benchmarks").rglob("*.md")),
+]
+FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`[^`\n]+`")
+LINK = re.compile(r"\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)")
+MAKE = re.compile(r"(?:^|[`$;&|(] *|\bthen )make ([a-z][a-z-]*)", re.MULTILINE)
+RUNKEY = re.compile(r"(?<!--name )\brunkey ([a-z][a-z-]*(?: [^`\n#;|&)]*)?)")
+HEADING = re.compile(r"^#{1,6} +(.+?) *#*$", re.MULTILINE)
+
+
+def links(page: Path) -> list[str]:
+    """What a page links to, pictures too."""
+    return LINK.findall(INLINE.sub("", FENCE.sub("", page.read_text(encoding="utf-8"))))
+
+
+def anchors(page: Path) -> set[str]:
+    """Names of a page's headings, as GitHub makes them."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    named = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title) for title in HEADING.findall(text)]
+    plain = [re.sub(r"[^\w\- ]", "", name.lower()).replace(" ", "-") for name in named]
+    return {f"{name}-{n}" if (n := plain[:i].count(name)) else name for i, name in enumerate(plain)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        if urllib.parse.urlsplit(link).scheme:
+            continue
+        path, _, anchor = urllib.parse.unquote(link).partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT), link
+        if anchor:
+            assert target.suffix == ".md", link
+            assert anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    code = [*FENCE.findall(text), *INLINE.findall(FENCE.sub("", text))]
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    known = dict(commands(typer.main.get_command(app)))
+    for part in code:
+        for target in MAKE.findall(part):
+            assert target in targets, f"make {target}"
+        for said in RUNKEY.findall(part):
+            check_command(said.split(), known)
+
+
+def check_command(words: list[str], known: dict[tuple[str, ...], Any]) -> None:
+    """The command and each of its options, where a command line is what is said."""
+    length = 2 if tuple(words[:2]) in known else 1
+    assert tuple(words[:length]) in known, f"runkey {' '.join(words)}"
+    options = {option for p in known[tuple(words[:length])].params for option in p.opts}
+    for word in words[length:]:
+        option = word.split("=")[0].rstrip(",.")
+        if option.startswith("--") and len(option) > 2:
+            assert option in options | {"--help"}, f"runkey {' '.join(words)}"
+
+
+def commands(group: Any, before: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command by the words that call it."""
+    for name, command in getattr(group, "commands", {}).items():
+        yield (*before, name), command
+        yield from commands(command, (*before, name))
+
+
+def test_the_check_finds_faults(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# One `two`, [three](x)!\n## Same\n## Same\n[a](b.md#c) ![p](<q r.png>)\n")
+    assert anchors(page) == {"one-two-three", "same", "same-1"}
+    assert links(page)[:2] == ["x", "b.md#c"]
+    known = dict(commands(typer.main.get_command(app)))
+    check_command(["list", "--where", "lr=1", "--limit", "3"], known)
+    check_command(["env", "check"], known)
+    for wrong in ("lits", "list --where2 x", "nothing at all"):
+        with pytest.raises(AssertionError):
+            check_command(wrong.split(), known)

@@ -1,0 +1,66 @@
+"""A run's model in MLflow: with signature and example, without a second copy of the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from runkey.data.index import ClassName
+from runkey.errors import TrackingError
+from runkey.evaluation.pyfunc import COLUMNS
+from runkey.model.detr import build_model
+from runkey.model.model_files import Sizes, save_model
+from runkey.params import Model
+from runkey.tracking.logged_model import log_model
+from runkey.tracking.remove import delete_run
+from runkey.tracking.store import Store, experiment_id, open_client
+
+CLASSES = [ClassName(0, 7, "a"), ClassName(1, 3, "b")]
+
+
+def test_the_model_is_recorded_once_loads_and_detects(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    card = Model(hidden_dim=32, num_heads=2, feedforward_dim=48, num_queries=8)
+    save_model(tmp_path / "model", build_model(card, 2).state_dict(), card, CLASSES, Sizes(48, 80))
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    client = open_client(store)
+    run_id = client.create_run(experiment_id(client, store, "detection")).info.run_id
+    client.log_artifacts(run_id, str(tmp_path / "model"), "model")
+
+    arguments = (store, run_id, "detector-fast", tmp_path / "image.png", COLUMNS, {"key": "rk1-1"})
+    model_id = log_model(*arguments)
+    assert log_model(*arguments) == model_id
+    recorded = client.get_logged_model(model_id)
+    assert (recorded.name, recorded.source_run_id) == ("detector-fast", run_id)
+    assert recorded.tags["key"] == "rk1-1"
+    kept = [path for path in (tmp_path / "mlartifacts" / "models").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in kept) < 100_000  # no weights among them
+
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+    loaded = mlflow.pyfunc.load_model(f"models:/{model_id}")
+    assert loaded.metadata.get_input_schema().input_names() == ["image"]
+    assert loaded.metadata.get_output_schema().input_names() == list(COLUMNS)
+    found = loaded.predict(loaded.input_example)
+    assert list(found.columns) == list(COLUMNS)
+    assert len(found) > 1
+    assert set(found["class"]) <= {"a", "b"}
+    assert found["score"].is_monotonic_decreasing
+
+    delete_run(store, run_id)
+    assert client.search_logged_models([recorded.experiment_id]) == []
+
+
+def test_a_store_that_refuses_is_told_in_one_line(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_bytes(b"any")
+    with pytest.raises(TrackingError, match=r"^MLflow: the model is not recorded \(") as refused:
+        log_model(store, "f" * 32, "detector", tmp_path / "image.png", COLUMNS, {})
+    assert "\n" not in str(refused.value)
