@@ -64,9 +64,9 @@ def _write_prediction(params: Params, around: Surroundings, root: Path) -> Memor
     budget_gib = None if budget == "device" else budget
     images = shown_images(model, budget_gib)
     draw_step(prediction, images, out, budget_gib)
+    print(f"predicted for a GPU, {model.precision}: {model.gpu.line}")
     print(
-        f"predicted on a GPU, {model.precision}: {model.gpu.line}; a micro-batch of {images} takes "
-        f"up to {model.gpu.upper(images) / GIB:.2f} GiB beside the CUDA context"
+        f"  {images} at once: at most {model.gpu.upper(images) / GIB:.2f} GiB and the CUDA context"
     )
     return model
 
@@ -98,7 +98,7 @@ def _measure_on_gpu(
         with _Trial(root, folder, job) as running:
             result = running.result()
         holds = result.holds(job)
-        print(f"measured on {torch.cuda.get_device_name(device)}: {_told(images, result, model)}")
+        print(f"measured: {_told(images, result, model)}")
         if holds:
             peak = result.peaks[-1]
             trials.append(

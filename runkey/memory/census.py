@@ -51,9 +51,9 @@ class Census:
     def lines(self) -> list[str]:
         """The census in words."""
         lines = [
-            f"census: {self.shapes:,} output shape{'s' if self.shapes > 1 else ''}, "
-            f"{self.padded_shapes:,} once padded, the largest {_text(self.largest)}; worst batch "
-            f"{_text(self.worst)}; up to {self.objects[0]} objects an image"
+            f"census: {_count(self.shapes, 'output shape')}, the largest {_text(self.largest)}; "
+            f"up to {self.objects[0]} objects an image",
+            f"  once padded {_count(self.padded_shapes, 'shape')}, the worst {_text(self.worst)}",
         ]
         if self.worst_ungrouped != self.worst:
             times = _pixels(self.worst_ungrouped) / _pixels(self.worst)
@@ -155,6 +155,10 @@ def _shape_of(maker: BatchMaker, run: Sequence[Seen]) -> Pass:
         width=max(view.size[1] for _, view in run),
         objects=max(objects),
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _text(shape: Shape) -> str:

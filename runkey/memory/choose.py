@@ -95,8 +95,8 @@ def choose(bound: Bound, room: Room, wish: Wish, ways_out: Sequence[WayOut] = ()
     if not fits:
         raise TrainingError(_nothing_fits(bound(1), room, ways_out))
     if wish.kept is not None and wish.kept <= fits:
-        return Choice(wish.kept, -(-wish.batch_size // wish.kept), "the checkpoint's, which fits")
-    return Choice(*cut(wish.batch_size, fits), f"the largest that fits is {fits}")
+        return Choice(wish.kept, -(-wish.batch_size // wish.kept), "the checkpoint's")
+    return Choice(*cut(wish.batch_size, fits), f"up to {fits} fit")
 
 
 def _nothing_fits(needed: int, room: Room, ways_out: Sequence[WayOut]) -> str:

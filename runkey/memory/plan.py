@@ -16,7 +16,7 @@ class MemoryPlan:
     accumulation: int
     """Forward passes of a step."""
     chosen_by: str
-    """memory, checkpoint or training.micro_batch."""
+    """Why this one: `up to N fit`, `the checkpoint's` or `training.micro_batch`."""
     limit_pixels: int
     """Padded pixels (images x height x width) of the largest batch that is vouched for."""
     needed_bytes: int
@@ -29,5 +29,5 @@ class MemoryPlan:
         passes = f"{self.accumulation} forward pass{'' if self.accumulation == 1 else 'es'} a step"
         return (
             f"micro-batch {self.micro_batch} ({self.chosen_by}), {passes}: "
-            f"up to {self.needed_bytes / GIB:.2f} GiB, {self.room_bytes / GIB:.2f} GiB to be had"
+            f"{self.needed_bytes / GIB:.2f} of {self.room_bytes / GIB:.2f} GiB at most"
         )

@@ -54,15 +54,13 @@ def test_steps_are_cut_evenly(batch_size, fits, expected):
 
 def test_choice_is_the_largest_that_fits():
     """1 GiB + 1 GiB an image: 4 images take 5 GiB."""
-    assert choose(LINE.at, room(5 * GIB), Wish(8)) == Choice(4, 2, "the largest that fits is 4")
+    assert choose(LINE.at, room(5 * GIB), Wish(8)) == Choice(4, 2, "up to 4 fit")
     assert choose(LINE.at, room(5 * GIB - 1), Wish(8)).micro_batch == 3
     assert choose(LINE.at, room(100 * GIB), Wish(8)).micro_batch == 8
 
 
 def test_a_checkpoints_micro_batch_is_kept_if_it_fits():
-    assert choose(LINE.at, room(9 * GIB), Wish(8, kept=3)) == Choice(
-        3, 3, "the checkpoint's, which fits"
-    )
+    assert choose(LINE.at, room(9 * GIB), Wish(8, kept=3)) == Choice(3, 3, "the checkpoint's")
     assert choose(LINE.at, room(3 * GIB), Wish(8, kept=3)).micro_batch == 2
 
 

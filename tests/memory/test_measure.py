@@ -56,7 +56,7 @@ def test_stage(small_params, prepared, prediction, tmp_path):
     assert 200e6 < measured["peaks"][0]["bytes"] < 2e9
     assert 0 <= measured["line"]["bytes_per_image"] < 1e8
     assert "measured on this CPU: 2 images " in result.stdout
-    assert all(len(line) <= 120 for line in result.stdout.splitlines())
+    assert all(len(line) <= 100 for line in result.stdout.splitlines())
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def test_training_on_a_cpu_goes_by_the_measured_line(prediction, small_params, t
     assert plan.limit_pixels == 5 * 90 * 120
     assert plan.needed_bytes == cpu_line(prediction.model.cpu).at(5)
     assert plan.room_bytes == 3 * GIB - 256 * MIB
-    assert plan.line().startswith("micro-batch 5 (the largest that fits is 5), 1 forward pass a ")
+    assert plan.line().startswith("micro-batch 5 (up to 5 fit), 1 forward pass a step: ")
 
     digest = sha256_file(tmp_path / "memory.json")
     peaks = [Peak(2, 2 * GIB, 2 * GIB), Peak(4, 3 * GIB, 3 * GIB)]

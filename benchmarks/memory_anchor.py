@@ -1,0 +1,135 @@
+"""The one published number for this job: mmdetection's DETR-R50, 2 images a GPU, 7.9 GB.
+
+    python -m benchmarks.memory_anchor       # no GPU, a minute; writes results/memory.md anew
+
+mmdetection 2 (configs/detr/metafile.yml: V100, fp32, "Training Memory (GB): 7.9", the largest
+`max_memory_allocated` of 8 GPUs over a training).  Predicted is our step in that set-up; then what
+theirs does otherwise is added piece by piece, in our model.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+from runkey.memory.line import MIB
+from runkey.memory.predict import colour_factors
+from runkey.memory.timeline import rounded, timeline_of
+from runkey.memory.trace import attention
+from runkey.memory.trace.attention import Gpu
+from runkey.memory.trace.events import Pass
+from runkey.memory.trace.record import Content, recorder
+from runkey.one_step import lender
+from runkey.params import load_params, override
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "memory.md"
+CLASSES = 80
+V100 = Gpu((7, 0), 0)
+PUBLISHED_GB = 7.9
+WORST = Pass(2, 1333, 1333, 30)
+"""The worst batch of their training is not published.  Taken is what its transforms can reach: the
+originals of a batch are of one aspect, but a crop of one may be of the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to train."""
+
+    title: str
+    changes: dict[str, object]
+    one: Pass
+    materialised: bool = False
+    """Attention keeps its maps, as `nn.MultiheadAttention` with weights does."""
+    keeps_gradients: bool = False
+    """They are there in the forward pass, zeroed: torch's default before 2.0."""
+    buckets: bool = False
+    """Of DistributedDataParallel: the gradients once more."""
+
+
+OURS = {"training.precision": "off", "training.batch_size": 2, "data.group_by_aspect": False}
+BATCH_NORM = {"model.norm": "live"}
+WAYS = (
+    Way("ours, batches grouped by aspect", OURS, Pass(2, 800, 1333, 30)),
+    Way("ours, as mmdetection batches", OURS, WORST),
+    Way("+ batch norm that is not folded into convolutions", OURS | BATCH_NORM, WORST),
+    Way("+ attention maps kept", OURS | BATCH_NORM, WORST, materialised=True),
+    Way("+ gradients kept", OURS | BATCH_NORM, WORST, materialised=True, keeps_gradients=True),
+    Way(
+        "+ buckets of data parallel training",
+        OURS | BATCH_NORM,
+        WORST,
+        materialised=True,
+        keeps_gradients=True,
+        buckets=True,
+    ),
+)
+
+
+def peak_bytes(way: Way) -> int:
+    """Most that tensors take in a step."""
+    params = override(load_params(ROOT / "presets" / "coco-detr-r50.yaml"), way.changes)
+    with ExitStack() as stack:
+        if way.materialised:
+            stack.enter_context(patch.object(attention, "choose_kernel", lambda *_: "math"))
+        content = Content(CLASSES, colour_factors(params))
+        one = stack.enter_context(recorder(lender(params, CLASSES), content, V100))
+        window = (way.one,) * (2 if way.keeps_gradients else 1)
+        steps = [one.step(window[:1]), one.step(window)]
+        _, (_, trace) = one.classified(steps)
+    gradients = sum(rounded(e.bytes) for e in trace.before if e.class_ == "gradient")
+    return timeline_of(trace).peak_bytes + (gradients if way.buckets else 0)
+
+
+def main() -> None:
+    """Predict, print, write the page."""
+    rows = []
+    for way in WAYS:
+        size = peak_bytes(way)
+        rows.append(
+            f"| {way.title} | {way.one.batch} x {way.one.height} x {way.one.width} "
+            f"| {size / MIB:,.0f} | {size / 1e9:.2f} | {size / 1e9 / PUBLISHED_GB - 1:+.0%} |"
+        )
+        print(rows[-1], flush=True)
+    RESULT.write_text(_page(rows), encoding="utf-8")
+
+
+def _page(rows: list[str]) -> str:
+    lines = [
+        "# Memory: predictions against what is published",
+        "",
+        f"`python -m benchmarks.memory_anchor`, torch {torch.__version__}, no GPU.  mmdetection's"
+        f" DETR with ResNet-50, 2 images a GPU, fp32, V100: **{PUBLISHED_GB} GB** (its metafile;"
+        " the largest `max_memory_allocated` of a whole training).",
+        "",
+        "| predicted | images x height x width | MiB | GB | against 7.9 GB |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        *_NOTES,
+    ]
+    return "\n".join(lines)
+
+
+_NOTES = (
+    "Read from above: our own step takes less than half, because frozen norms are folded into the",
+    "convolutions before them (else a convolution's result is kept for the norm as well) and",
+    "because attention keeps no maps; grouping by aspect takes a third off the rest.  With what",
+    "mmdetection does put back, the prediction meets the published number.  What is left open:",
+    "",
+    "- the worst batch of their training is unknown; 1333 x 1333 is the most that it can be;",
+    "- workspaces of an older cuDNN count in theirs and not here;",
+    "- torch 1.x: other attention code, another optimizer step;",
+    "- whether 7.9 GB are 10^9 or 2^30 bytes (7% apart); taken here is 10^9.",
+    "",
+    "So this is agreement within some percent of what can be known of that run, not a validation;",
+    "the validation is `gpu_memory.py` (G1).",
+    "",
+)
+
+if __name__ == "__main__":
+    main()
