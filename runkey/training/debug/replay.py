@@ -17,6 +17,7 @@ from runkey.training.guard.pins import find_pins
 from runkey.training.guard.report import REPORTS
 from runkey.training.loop import take_step
 from runkey.training.setup import Setup
+from runkey.training.split import cut
 from runkey.training.state import LoopState
 
 LOG = "train.jsonl"
@@ -95,7 +96,7 @@ def replay(setup: Setup, start: Start, step: int, folder: Path) -> Window:
         watched = [value for at, value in evaluations if at <= state.epoch * per_epoch]
         for window in setup.loader.epoch(state.epoch, state.step - state.epoch * per_epoch):
             if state.step == step - 1:
-                return window
+                return cut(window, state.limit)  # as it was computed
             take_step(setup, state, window, watched)
 
 
