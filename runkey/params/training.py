@@ -145,7 +145,7 @@ class Training(Section):
     batch_size: PositiveInt = 8
     """Images per optimizer step (the effective batch), whatever the memory."""
     micro_batch: PositiveInt | Literal["auto"] = "auto"
-    """Images per forward pass; auto: the largest that profile_memory says fits."""
+    """Images per forward pass; auto: as many as fit the device, by memory.json."""
     precision: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Automatic mixed precision; boxes, costs and losses stay in fp32.  auto: bf16 on a GPU
     that has it, off on a CPU."""
@@ -173,7 +173,7 @@ class Memory(Section):
     budget_gib: PositiveFloat | Literal["device"] = "device"
     """GiB for the training process (CPU: its peak resident set); device: what the device has."""
     probe_batches: tuple[PositiveInt, PositiveInt] = (2, 4)
-    """The two batch sizes whose training steps are measured."""
+    """Images of the two forward passes whose memory is measured on a CPU; a GPU needs none."""
 
     @model_validator(mode="after")
     def _probes(self) -> Self:
