@@ -85,6 +85,8 @@ def _from_folder(run: str, step: int | None, out: Path | None, *, as_json: bool)
         print_json(_as_dict(debugged.diagnosis, step, path))
         return
     _print(debugged.diagnosis)
+    if debugged.comparison:
+        print(debugged.comparison)
     print(f"replay it elsewhere: runkey debug-step {path}")
 
 

@@ -19,7 +19,7 @@ from runkey.plots.style import (
     SKY,
     VERMILLION,
     drawing,
-    legend,
+    legend_beside,
     say_nothing_yet,
 )
 
@@ -37,8 +37,8 @@ def loss_and_ap(log: TrainingLog, path: Path) -> Path:
         if not _draw_scores(scores, log):
             say_nothing_yet(scores, "no evaluation yet")
         _mark_best_and_stop(log, losses, scores)
-        legend(losses)
-        legend(scores)
+        legend_beside(losses)
+        legend_beside(scores)
         step_axis(scores, log)
     return path
 
@@ -68,10 +68,10 @@ def _draw_gap(axes: Any, log: TrainingLog) -> None:
     _, held_out = log.of_epochs("val/loss")
     if len(gaps) != len(held_out) or not np.isfinite(gaps).any():
         return
-    label = f"gap, {gaps[-1]:.3g} at the end"
+    label = f"gap: {gaps[-1]:.3g} at the end"
     at_best = gaps[steps == log.best_step()]
     if len(at_best):
-        label = f"gap, {at_best[0]:.3g} at the kept weights, {gaps[-1]:.3g} at the end"
+        label = f"gap: {at_best[0]:.3g} where kept,\n{gaps[-1]:.3g} at the end"
     axes.fill_between(
         steps, held_out - gaps, held_out, color=ORANGE, alpha=0.15, linewidth=0, label=label
     )
@@ -114,7 +114,7 @@ def _mark_best_and_stop(log: TrainingLog, losses: Any, scores: Any) -> None:
             marker="*",
             markersize=14,
             linestyle="none",
-            label=f"kept: {where}, AP {at_best[0]:.3f}",
+            label=f"kept: {where},\nAP {at_best[0]:.3f}",
             zorder=5,
         )
     else:
@@ -135,7 +135,7 @@ def _mark_waiting(log: TrainingLog, best: int, losses: Any, scores: Any) -> None
             axes.axvline(last, color=VERMILLION, linewidth=1.4)
     patience = log.events.get("training_start", {}).get("patience")
     allowed = f" of {patience}" if patience else ""
-    label = f"{waited}{allowed} evaluation{'s' * (waited != 1)} without improvement"
+    label = f"{waited}{allowed} evaluation{'s' * (waited != 1)}\nwithout improvement"
     if log.stopped_early:
         scores.plot([], [], color=VERMILLION, linewidth=1.4, label=f"stopped: {label}")
     else:

@@ -81,6 +81,7 @@ def test_debug_step_names_the_layer(project: Project, failed: str, tmp_path: Pat
     assert f"forward pass: {LAYER} (Linear) takes finite numbers and gives others" in done.stdout
     assert "weight   float32 [16 x 16]  finite" in done.stdout
     assert "absmax 3e+38" in done.stdout
+    assert "the losses are those of the log, to the last digit" in done.stdout
     [bundle] = project.root.glob(".runkey/rk1-*/bad-step-3.pt")
     assert f"runkey debug-step {bundle}" in done.stdout
 

@@ -194,7 +194,7 @@ def test_gap_is_told_where_the_weights_were_kept_and_at_the_end(log_of, tmp_path
     from runkey.plots.losses import _draw_gap as draw
 
     log = read_log(log_of("complete"))
-    expected = "gap, -0.5 at the kept weights, -0.167 at the end"
+    expected = "gap: -0.5 where kept,\n-0.167 at the end"
     assert labels_drawn(draw, tmp_path / "a.png", log) == [expected]
     log = read_log(log_of("no evaluation"))
     assert labels_drawn(draw, tmp_path / "a.png", log) == []

@@ -1,6 +1,8 @@
 """The first bad module is found by name, forward and backward, from a folder and from a bundle."""
 
 import dataclasses
+import json
+import math
 import shutil
 
 import pytest
@@ -11,7 +13,7 @@ from runkey.model.criterion import build_criterion
 from runkey.training.clip import Clipper
 from runkey.training.debug.bundle import Bundle
 from runkey.training.debug.diagnose import diagnose
-from runkey.training.debug.replay import bad_steps, find_start, replay
+from runkey.training.debug.replay import bad_steps, find_start, logged_losses, replay
 from runkey.training.distributed import World
 from runkey.training.optimizer import build_optimizer
 from runkey.training.precision import build_precision
@@ -266,3 +268,24 @@ def test_what_cannot_be_replayed_is_said(killed, tmp_path):
     torch.save({"format": "something else"}, tmp_path / "z.pt")
     with pytest.raises(TrainingError, match="of this version"):
         Bundle.read(tmp_path / "z.pt")
+
+
+def test_losses_of_a_step_are_found_in_the_log(tmp_path):
+    log = tmp_path / "train.jsonl"
+    lines = [
+        {
+            "step": 3,
+            "time": 1.0,
+            "values": {"train/loss": 2.5, "train/loss_l1": 1.0, "train/lr": 1},
+        },
+        {"step": 3, "time": 1.0, "values": {"train/epoch_loss": 9.0, "val/loss": 8.0}},
+        {
+            "time": 1.0,
+            "event": "skipped_step",
+            "fields": {"step": 4, "values": {"train/loss": "nan"}},
+        },
+    ]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "valu')
+    assert logged_losses(log, 3) == {"loss": 2.5, "loss_l1": 1.0}
+    assert math.isnan(logged_losses(log, 4)["loss"])
+    assert logged_losses(log, 5) == {}

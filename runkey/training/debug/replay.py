@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from runkey.training.guard.pins import find_pins
 from runkey.training.guard.report import REPORTS
 from runkey.training.loop import take_step
 from runkey.training.setup import Setup
+from runkey.training.split import cut
 from runkey.training.state import LoopState
 
 LOG = "train.jsonl"
@@ -85,7 +87,8 @@ def replay(setup: Setup, start: Start, step: int, folder: Path) -> Window:
     if not start.step < step <= total:
         raise TrainingError(f"--step {step}: training has the steps 1 to {total}")
     state = LoopState() if start.path is None else _restore(setup, start.path)
-    evaluations = _logged_evaluations(folder / LOG, setup.watched)
+    log = folder / LOG
+    evaluations = _logged_evaluations(log, setup.watched) if log.is_file() else []
     setup.machinery.model.train()
     while True:
         per_epoch = setup.loader.steps_per_epoch
@@ -93,7 +96,7 @@ def replay(setup: Setup, start: Start, step: int, folder: Path) -> Window:
         watched = [value for at, value in evaluations if at <= state.epoch * per_epoch]
         for window in setup.loader.epoch(state.epoch, state.step - state.epoch * per_epoch):
             if state.step == step - 1:
-                return window
+                return cut(window, state.limit)  # as it was computed
             take_step(setup, state, window, watched)
 
 
@@ -107,17 +110,31 @@ def _restore(setup: Setup, path: Path) -> LoopState:
     return LoopState.from_plain(tensors["state"], {})
 
 
-def _logged_evaluations(log: Path, metric: str) -> Sequence[tuple[int, float]]:
+def logged_losses(log: Path, step: int) -> dict[str, float]:
+    """The losses of a step as the training had them; empty if it logged none of that step."""
+    for entry in _entries(log):
+        fields = entry.get("fields", {}) if entry.get("event") == "skipped_step" else entry
+        values = fields.get("values", {})
+        if fields.get("step") == step and "train/loss" in values:
+            losses = {n.removeprefix("train/"): v for n, v in values.items() if "/loss" in n}
+            losses.pop("loss_scale", None)
+            return {name: float(value) for name, value in losses.items()}
+    return {}
+
+
+def _logged_evaluations(log: Path, metric: str) -> list[tuple[int, float]]:
     """Step and value of a metric at each evaluation: what plateau goes by."""
-    if not log.is_file():
-        return []
-    found = []
+    return [
+        (int(entry["step"]), float(entry["values"][metric]))
+        for entry in _entries(log)
+        if metric in entry.get("values", {})
+    ]
+
+
+def _entries(log: Path) -> Iterator[dict[str, Any]]:
+    """A log's lines, without one that was cut short when the training was killed."""
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+        with suppress(ValueError):
             entry = json.loads(line)
-        except ValueError:
-            continue  # a line that was cut short when the training was killed
-        values = entry.get("values") if isinstance(entry, dict) else None
-        if isinstance(values, dict) and metric in values:
-            found.append((int(entry["step"]), float(values[metric])))
-    return found
+            if isinstance(entry, dict):
+                yield entry

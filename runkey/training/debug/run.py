@@ -19,7 +19,7 @@ from runkey.model.weights import load_initial_weights
 from runkey.params import Params
 from runkey.training.debug.bundle import Bundle
 from runkey.training.debug.diagnose import Diagnosis, diagnose
-from runkey.training.debug.replay import Start, find_start, replay
+from runkey.training.debug.replay import LOG, Start, find_start, logged_losses, replay
 from runkey.training.device import choose_device
 from runkey.training.distributed import World
 from runkey.training.seed import set_up
@@ -36,6 +36,21 @@ class Debugged:
     bundle: Bundle
     start: Start
     """Where the replay began."""
+    logged: dict[str, float]
+    """The step's losses as they were; empty if that was not logged."""
+
+    @property
+    def comparison(self) -> str:
+        """Whether the replay is what was, in words; empty if that cannot be told."""
+        losses = self.diagnosis.losses
+        shared = [name for name in self.logged if name in losses]
+        if not shared:
+            return ""
+        # As text: nan is nan.
+        if all(str(self.logged[name]) == str(losses[name]) for name in shared):
+            return "the losses are those of the log, to the last digit"
+        was = "  ".join(f"{name} {self.logged[name]:.9g}" for name in shared)
+        return f"the losses are not those of the log: {was}"
 
 
 def debug_run(
@@ -78,7 +93,9 @@ def debug_run(
         diagnosis = diagnose(machinery, window, seed=params.seed, step=step - 1)
     finally:
         loader.close()
-    return Debugged(diagnosis, bundle, start)
+    log = folder / LOG
+    logged = logged_losses(log, step) if log.is_file() else {}
+    return Debugged(diagnosis, bundle, start, logged)
 
 
 def _loader(params: Params, root: Path, micro_batch: int) -> TrainLoader:
