@@ -1,0 +1,16 @@
+"""The short form of `python -m benchmarks.kills`: the real stage, killed and stopped."""
+
+import pytest
+
+from benchmarks.kills import run
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_training_is_the_one_that_nobody_killed(tmp_path):
+    lines = []
+    result = run(tmp_path, kills=3, terms=1, workers=(0, 2), epochs=4, say=lines.append)
+    assert result["faults"] == []
+    assert (result["SIGKILL"], result["SIGTERM"]) == (3, 1)
+    assert result["killed while writing"] >= 1
+    compared = {"model", "ema", "optimizer", "state", "best weights", "log", "plots/steps.csv"}
+    assert compared <= set(result["compared"])
