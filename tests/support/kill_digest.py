@@ -15,7 +15,7 @@ import torch
 
 from runkey.training.checkpoint.file import read_file
 
-_OUTPUTS = ("plots/steps.csv", "plots/epochs.csv")
+_OUTPUTS = ("model/weights.pt", "plots/steps.csv", "plots/epochs.csv")
 _OF_THE_DAY = ("second", "wait")
 """In names of values that no two trainings share."""
 
@@ -31,9 +31,8 @@ def digests(root: Path, final: Path) -> dict[str, str]:
     found = {part: _sha256(_bytes(state)) for part, state in tensors["parts"].items()}
     found["state"] = _sha256(_bytes(_without_clock(tensors["state"])))
     found["best weights"] = str(facts["best_hash"])
-    files = [*(root / name for name in _OUTPUTS), *sorted((root / "model").glob("*.safetensors"))]
-    for path in files:
-        found[path.relative_to(root).as_posix()] = _sha256([path.read_bytes()])
+    for name in _OUTPUTS:
+        found[name] = hashlib.sha256((root / name).read_bytes()).hexdigest()
     found["log"] = _sha256([json.dumps(log_of(root)).encode()])
     return found
 
