@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from runkey.memory.alternatives import other_batches, other_steps
 from runkey.memory.census import Census
 from runkey.memory.fragments import replay
-from runkey.memory.generations import WORKSPACE_SHARE
+from runkey.memory.generations import MODEL_ERROR, WORKSPACE_SHARE
 from runkey.memory.laws import other_shape
 from runkey.memory.line import Line, line_through
 from runkey.memory.model import (
@@ -189,7 +189,10 @@ def _estimate(template: Template, around: Surroundings, batch_size: int, held: L
     return Estimate(
         line_through(*ends),
         tuple(template.peak(one) for one in every),
-        tuple(held.at(one.batch) + template.peak(one, WORKSPACE_SHARE) for one in every),
+        tuple(
+            held.at(one.batch) + round(template.peak(one, WORKSPACE_SHARE) * (1 + MODEL_ERROR))
+            for one in every
+        ),
     )
 
 
