@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from runkey.identity.record import LoggedRun
 from runkey.tracking.backlog import Backlog
-from runkey.tracking.store import Store
+from runkey.tracking.store import Store, in_one_line
 from runkey.tracking.sync import RunSync, Training
 from runkey.tracking.system import SampleLog
 from runkey.tracking.writer import Status
@@ -169,14 +168,14 @@ class MlflowTracker:
             samples.take(self._sync.started_ms)
         # psutil and the GPU driver raise their own kinds; samples are not worth a run.
         except Exception as error:  # noqa: BLE001
-            self._say(f"MLflow: no more system metrics ({_one_line(error)})")
+            self._say(f"MLflow: no more system metrics ({in_one_line(error)})")
             self._samples = None
 
     def _step_done(self) -> None:
         self._progress = time.monotonic()
 
     def _failed(self, error: Exception) -> None:
-        first, self._error = self._error is None, _one_line(error)
+        first, self._error = self._error is None, in_one_line(error)
         if first:
             self._say(f"MLflow: {self._error}; the work goes on, values are kept and sent later")
 
@@ -188,8 +187,3 @@ class MlflowTracker:
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
-
-
-def _one_line(error: Any, characters: int = 160) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= characters else text[: characters - 1] + "…"

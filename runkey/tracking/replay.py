@@ -10,7 +10,7 @@ from runkey.errors import TrackingError
 from runkey.identity.record import LoggedRun
 from runkey.tracking.backlog import Backlog
 from runkey.tracking.kept import ARTIFACTS, read_end, read_training
-from runkey.tracking.store import Store
+from runkey.tracking.store import Store, in_one_line
 from runkey.tracking.sync import RunSync
 from runkey.tracking.writer import Status
 
@@ -62,7 +62,7 @@ def replay(
             sync.end(status, ended.ended_ms if ended else None)
     # Whatever MLflow, its database driver or the network raises.
     except Exception as error:  # noqa: BLE001
-        text = " ".join(str(error).split())[:200]
+        text = in_one_line(error)
         raise TrackingError(f"{store.uri}: {text}; {folder} is kept, try again") from None
     changed(found[-1])
     return Replayed(found[-1].run_id, found[-1].status, sync.sent, files)

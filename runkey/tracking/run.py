@@ -13,8 +13,8 @@ from runkey.identity.record import KEY, LoggedRun
 from runkey.tracking.describe import describe_run
 from runkey.tracking.jsonl import JsonlLog
 from runkey.tracking.kept import keep_end, keep_training
-from runkey.tracking.mlflow_tracker import MlflowTracker
-from runkey.tracking.store import locate_store
+from runkey.tracking.mlflow_tracker import MlflowTracker, Pace
+from runkey.tracking.store import Store, locate_store
 from runkey.tracking.sync import Training
 from runkey.tracking.system import SampleLog
 from runkey.tracking.tail import points_of
@@ -158,23 +158,53 @@ def open_run(
         changed: see `MlflowTracker`.
         supersedes: see `Training`.
     """
-    log = JsonlLog(folder / TRAIN_LOG.name, say, shown=root / TRAIN_LOG)
     if not params.runtime.mlflow:
-        return RunTracker(log, None)
+        return RunTracker(JsonlLog(folder / TRAIN_LOG.name, say, shown=root / TRAIN_LOG), None)
     description = describe_run(params, root, key=key, parts=parts, tags=tags, counts=counts)
     if name is not None:
         description = replace(description, name=name)
+    training = Training(params.runtime.experiment, description, folder, (), tuple(supersedes))
     seconds = params.runtime.system_metrics_seconds
-    sampled = JsonlLog(folder / SAMPLES.name, _not_twice, shown=root / SAMPLES) if seconds else None
-    samples = SampleLog(sampled, seconds) if sampled else None
-    logs = (log.path, sampled.path) if sampled else (log.path,)
-    training = Training(params.runtime.experiment, description, folder, logs, tuple(supersedes))
+    return begin_run(locate_store(), training, root, say, changed, system_seconds=seconds)
+
+
+def begin_run(
+    store: Store,
+    training: Training,
+    root: Path,
+    say: Callable[[str], None],
+    changed: Callable[[LoggedRun], None] = lambda _: None,
+    *,
+    system_seconds: float = 0.0,
+    pace: Pace | None = None,
+) -> RunTracker:
+    """Begin to record a training in a store, or go on.
+
+    Args:
+        store: where to.
+        training: with a folder; its logs are added here.
+        root: the workspace, where the logs are shown.
+        say: told about failures, in one line each.
+        changed: see `MlflowTracker`.
+        system_seconds: between samples of the machine; 0: none.
+        pace: see `MlflowTracker`.
+    """
+    folder = training.folder
+    assert folder
+    log = JsonlLog(folder / TRAIN_LOG.name, say, shown=root / TRAIN_LOG)
+    logs, samples = [log.path], None
+    if system_seconds:
+        sampled = JsonlLog(folder / SAMPLES.name, _not_twice, shown=root / SAMPLES)
+        logs.append(sampled.path)
+        samples = SampleLog(sampled, system_seconds)
+    training = replace(training, logs=tuple(logs))
     try:
         keep_training(training)
     except OSError as error:
         say(f"{folder}: cannot be written ({error.strerror})")
-    store = locate_store()
-    mlflow = MlflowTracker(store, training, say=say, changed=changed, samples=samples)
+    mlflow = MlflowTracker(
+        store, training, say=say, changed=changed, samples=samples, pace=pace or Pace()
+    )
     return RunTracker(log, mlflow, training, samples)
 
 

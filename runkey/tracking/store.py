@@ -83,6 +83,8 @@ def quiet_mlflow() -> None:
         os.environ.setdefault(name, value)
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It prints the traceback of each database error that it raises as well.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def open_client(store: Store) -> MlflowClient:
@@ -103,6 +105,14 @@ def open_client(store: Store) -> MlflowClient:
     client = MlflowClient(store.uri)
     _place_default(store)
     return client
+
+
+def in_one_line(error: BaseException, characters: int = 160) -> str:
+    """An error for people: of a database's, what the database said, without the statement."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= characters else text[: characters - 1] + "…"
 
 
 def experiment_id(client: MlflowClient, store: Store, name: str) -> str:

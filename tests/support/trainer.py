@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from runkey.identity.record import LoggedRun
-from runkey.tracking import JsonlLog, MlflowTracker, RunDescription, RunTracker, Store, Training
-from runkey.tracking.kept import keep_training
+from runkey.tracking import JsonlLog, RunDescription, RunTracker, Store, Training
 from runkey.tracking.mlflow_tracker import Pace
+from runkey.tracking.run import begin_run
 
 KEY = f"rk1-{'5' * 64}"
 DESCRIPTION = RunDescription(
@@ -40,13 +40,11 @@ def begin(
     device: str = "cpu",
     changed: Callable[[LoggedRun], None] = lambda _: None,
     pace: Pace = QUICK,
+    root: Path | None = None,
 ) -> RunTracker:
-    """Record a training in a folder, or go on."""
-    log = JsonlLog(folder / "train.jsonl", say)
+    """Record a training in a folder, or go on; its workspace is the folder's if None is given."""
     training = training_in(folder, device)
-    keep_training(training)
-    mlflow = MlflowTracker(store, training, say=say, changed=changed, pace=pace)
-    return RunTracker(log, mlflow, training)
+    return begin_run(store, training, root or folder / "workspace", say, changed, pace=pace)
 
 
 def log_steps(tracker: RunTracker | JsonlLog, first: int, last: int) -> None:

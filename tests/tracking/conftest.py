@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from runkey.tracking import Store, locate_store
 from runkey.tracking.mlflow_tracker import Pace
+from runkey.tracking.server import free_port, start_server, stop_server, wait_until_healthy
 from runkey.tracking.store import open_client
 
 FAST = Pace(flush_points=50, flush_seconds=0.2, retry_seconds=0.3, close_seconds=60)
@@ -27,6 +31,56 @@ def store(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     shutil.copy(empty_database, tmp_path / "mlflow.db")
     return locate_store(tmp_path)
+
+
+class Server:
+    """`mlflow server` on a store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.port = store, free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        self.process = start_server(self.store, self.port)
+        wait_until_healthy(self.address, self.process)
+
+    def kill(self) -> None:
+        if self.process:
+            stop_server(self.process, kill=True)
+            self.process = None
+
+
+@pytest.fixture
+def server(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    running = Server(store)
+    running.start()
+    yield running
+    running.kill()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of two MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Take all room there is."""
+    path = disk / "filler"
+    with path.open("wb", buffering=0) as file:
+        for size in (4096, 1):
+            with contextlib.suppress(OSError):  # full
+                while True:
+                    file.write(b"x" * size)
+    return path
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,8 @@ import pytest
 from runkey.tracking import jsonl
 from runkey.tracking.jsonl import JsonlLog
 from runkey.tracking.lines import read_jsonl
+
+from .conftest import fill
 
 
 def steps(path: Path) -> list[int]:
@@ -175,29 +175,6 @@ def test_people_find_it_in_the_workspace(tmp_path: Path, said: list[str]) -> Non
     third.log({"loss": 1.0}, 3)
     assert (steps(cached), steps(shown)) == ([1, 2], [1, 2, 3])
     third.close()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("file systems cannot be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def fill(disk: Path) -> Path:
-    """Take all room there is."""
-    path = disk / "filler"
-    with path.open("wb", buffering=0) as file:
-        for size in (4096, 1):
-            with contextlib.suppress(OSError):  # full
-                while True:
-                    file.write(b"x" * size)
-    return path
 
 
 def test_a_full_disk_is_said_once_and_lines_are_written_later(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,44 +12,17 @@ from runkey.registry.rest import RestClient
 from runkey.tracking import Store
 from runkey.tracking.lines import read_jsonl
 from runkey.tracking.mlflow_tracker import Pace
-from runkey.tracking.server import (
-    free_port,
-    start_server,
-    stop_server,
-    wait_until_healthy,
-)
+from runkey.tracking.replay import replay
 from runkey.tracking.store import experiment_id, open_client
 from runkey.tracking.view import VIEW
+from tests.support.points import assert_the_same_points
 from tests.support.trainer import begin
+
+from .conftest import Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PACE = Pace(flush_points=5, flush_seconds=0.5, retry_seconds=1.0)
-
-
-class Server:
-    def __init__(self, store: Store) -> None:
-        self.store, self.port = store, free_port()
-        self.address = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[str] | None = None
-
-    def start(self) -> None:
-        self.process = start_server(self.store, self.port)
-        wait_until_healthy(self.address, self.process)
-
-    def kill(self) -> None:
-        if self.process:
-            stop_server(self.process, kill=True)
-            self.process = None
-
-
-@pytest.fixture
-def server(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    running = Server(store)
-    running.start()
-    yield running
-    running.kill()
 
 
 def test_a_server_that_dies_comes_back_and_dies_for_good(
@@ -88,3 +59,9 @@ def test_a_server_that_dies_comes_back_and_dies_for_good(
     assert time.monotonic() - started < 60
     assert said[-2].startswith(f"MLflow: run {run_id} lacks 1 value (")
     assert [entry["step"] for entry in read_jsonl(tracker.jsonl.path)] == list(range(1, 31))
+
+    server.start()
+    sent = replay(remote, tmp_path / "key", said.append, lambda _: None)
+    assert (sent.run_id, sent.status, sent.values) == (run_id, "FINISHED", 1)
+    assert_the_same_points(tracker.jsonl.path, remote, run_id)
+    assert replay(remote, tmp_path / "key", said.append, lambda _: None).values == 0
