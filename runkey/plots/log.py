@@ -1,13 +1,15 @@
 """logs/train.jsonl as series of numbers.
 
-Reads what is there: a log that ends in the middle of a line, one that has no line yet, and one that
-a resumed training went on writing, in which a stretch of steps comes twice (the later one counts).
+Reads what is there: a log that ends in the middle of a line, one without a line yet, and one whose
+steps are not in order: a training that was resumed with another `runtime.log_every` adds steps
+between those that were there.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -90,16 +92,12 @@ class TrainingLog:
         values = {name: number(value) for name, value in entry["values"].items()}
         point = Point(entry["step"], number(entry.get("time")), values)
         ends_epoch = "train/epoch_loss" in values or any(name.startswith("val/") for name in values)
-        # Steps that come again were trained again, from a checkpoint.
-        while self.steps and self.steps[-1].step > point.step:
-            self.steps.pop()
-        while self.epochs and self.epochs[-1].step > point.step:
-            self.epochs.pop()
         points = self.epochs if ends_epoch else self.steps
-        if points and points[-1].step == point.step:
-            points[-1] = Point(point.step, point.seconds, points[-1].values | values)
+        place = bisect_left(points, point.step, key=lambda one: one.step)
+        if place < len(points) and points[place].step == point.step:
+            points[place] = Point(point.step, point.seconds, points[place].values | values)
         else:
-            points.append(point)
+            points.insert(place, point)
 
 
 class GrowingLog:

@@ -68,11 +68,17 @@ def cut(path: Path, part: float) -> Path:
 
 
 def resumed(path: Path) -> Path:
-    """An interrupted log that a resumed training went on writing, two epochs back."""
+    """A log that a resumed training with a smaller `runtime.log_every` went on writing.
+
+    What it logged between the steps that were there stands behind them, and so do hints.
+    """
     whole = path.read_text().splitlines(keepends=True)
-    first = [line for line in whole if '"step": 1' in line or '"step": ' in line][:30]
-    broken = first[-1][:25]
-    path.write_text("".join(first[:-1]) + broken + "\n" + "".join(whole[10:]))
+    later = [
+        line for line in whole[4:30] if '"step": ' in line and '"train/epoch_loss"' not in line
+    ]
+    late = later[::3]
+    first = [line for line in whole[:30] if line not in late]
+    path.write_text("".join([*first, *late, *whole[30:]]))
     return path
 
 

@@ -23,7 +23,10 @@ A, B, C = key_of("a"), key_of("b"), key_of("c")
 @pytest.fixture
 def runs(root: Path) -> Path:
     """Three keys; b was reproduced, c goes on."""
-    make_run(root, A, "a" * 32, started_ms=1_700_000_000_000, name="baseline")
+    make_run(
+        root, A, "a" * 32, started_ms=1_700_000_000_000, name="baseline",
+        tags={"key": A, "resumed": "2", "resumed.after": "step 40 at noon; step 80 at midnight"},
+    )  # fmt: skip
     changed = {"lr": "5e-05", "seed": "1", "training.epochs": "12", "key": B}
     make_run(
         root, B, "b" * 32, started_ms=1_700_000_100_000, params=changed, name="lr=5e-05",
@@ -52,6 +55,7 @@ def test_list(runs: Path, run: Run) -> None:
         f"{B[:16]}:dddd", C[:16], f"{B[:16]}:bbbb", A[:16],
     ]  # fmt: skip
     assert "(reproduction)" in out
+    assert "baseline (resumed 2x)" in out
     assert "(0.250)" in out
     assert "big cuda H200" in out
     assert max(map(len, lines)) <= 100
@@ -140,6 +144,8 @@ def test_show(runs: Path, run: Run) -> None:
     shown = json.loads(as_json)
     assert shown["run"]["run_id"] == "d" * 32
     assert [other["run_id"] for other in shown["same_key"]] == ["b" * 32]
+    _, interrupted, _ = run("show", A)
+    assert "\nresumed      2 times, after step 40 at noon; step 80 at midnight\n" in interrupted
     code, out, _ = run("show", C)
     assert code == 0
     assert "none yet" in out

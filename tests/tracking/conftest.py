@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import shutil
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,14 @@ def fill(disk: Path) -> Path:
                 while True:
                     file.write(b"x" * size)
     return path
+
+
+def until(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Return when the condition holds; a loaded machine takes its time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not come true"
+        time.sleep(0.05)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 from runkey.identity.pointer import POINTER, read_pointer
@@ -13,7 +12,7 @@ from runkey.tracking.kept import ENDED
 from tests.support.points import assert_the_same_points, points_of_run
 from tests.support.trainer import begin, log_steps
 
-from .conftest import fill
+from .conftest import fill, until
 
 
 def test_a_database_on_a_full_disk_gets_everything_later(
@@ -25,7 +24,7 @@ def test_a_database_on_a_full_disk_gets_everything_later(
     run_id = str(tracker.run_id(60))
     filler = fill(small_disk)
     log_steps(tracker, 1, 400)
-    time.sleep(2)
+    until(lambda: said)
     assert len(said) == 1
     # Without room for its journal, sqlite may take the database for read-only.
     reason = said[0].removesuffix("; the work goes on, values are kept and sent later")
@@ -36,7 +35,7 @@ def test_a_database_on_a_full_disk_gets_everything_later(
     )
     before = points_of_run(store, run_id).total()
     filler.unlink()
-    time.sleep(2)
+    until(lambda: said[1:])
     assert said[1:] == ["MLflow: recording again"]
     assert tracker.close() == run_id
     assert assert_the_same_points(tmp_path / "key" / "train.jsonl", store, run_id).total() > before
@@ -52,7 +51,6 @@ def test_a_training_folder_on_a_full_disk_costs_nothing_but_its_marks(
     run_id = str(tracker.run_id(60))
     filler = fill(small_disk)
     log_steps(tracker, 11, 100)
-    time.sleep(1)
     assert f"{folder}/train.jsonl: cannot be written (No space left on device)" in "".join(said)
     filler.unlink()
     log_steps(tracker, 101, 110)

@@ -18,7 +18,7 @@ from runkey.tracking.view import VIEW
 from tests.support.points import assert_the_same_points
 from tests.support.trainer import begin
 
-from .conftest import Server
+from .conftest import Server, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -43,11 +43,11 @@ def test_a_server_that_dies_comes_back_and_dies_for_good(
     server.kill()
     for step in range(2, 30):
         tracker.log({"train/loss": 2.0 / step}, step)
-    time.sleep(5)
+    until(lambda: said)
     assert len(said) == 1
     assert said[0].endswith("the work goes on, values are kept and sent later")
     server.start()
-    time.sleep(5)
+    until(lambda: said[1:])
     assert said[1:] == ["MLflow: recording again"]
     history = open_client(store).get_metric_history(run_id, "train/loss")
     assert [m.step for m in history] == list(range(1, 30))
