@@ -17,6 +17,7 @@ from pathlib import Path
 
 from runkey import paths
 from runkey.errors import RegistryError, TrackingError, TrainingError
+from runkey.identity.errors import RecipeError
 from runkey.identity.key import Recipe, short_key
 from runkey.identity.pointer import read_pointer
 from runkey.identity.record import REPRODUCES, Details, LoggedRun, Record, update_record
@@ -26,7 +27,8 @@ from runkey.registry.claims.once import Decision, decide
 from runkey.registry.library import Library
 from runkey.registry.open import open_claims, open_library
 from runkey.registry.snapshot import take_snapshot
-from runkey.tracking.kept import clear_training
+from runkey.tracking.kept import clear_training, read_end
+from runkey.tracking.replay import send_kept
 from runkey.tracking.store import Store, locate_store
 from runkey.training.checkpoint.lock import locked
 from stages._reuse import reuse_own, reuse_teams
@@ -95,6 +97,8 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[Turn | None]:
         return
     library = open_library(store.uri, store.home)
     repeats = _to_repeat(library, recipe.key)
+    if params.runtime.reuse and not repeats:
+        _send_kept(store, paths.training_folder(store.home, recipe.key), label)
     decision = (
         _again(label, repeats) if repeats else _reuse_or_train(params, root, recipe, store, library)
     )
@@ -110,6 +114,17 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[Turn | None]:
         if claim:
             claim.finish(turn.own_run)
     _clear(turn)
+
+
+def _send_kept(store: Store, folder: Path, label: str) -> None:
+    """Send a training that ended while MLflow was away, so that it is found and not done again."""
+    try:
+        ended = read_end(folder)
+        if ended and ended.status == "FINISHED":
+            print(f"{label}: trained before, while MLflow was away; sending it")
+            send_kept(store, folder, print)
+    except (TrackingError, TrainingError, RecipeError) as error:
+        print(f"warning: {error}")
 
 
 def _left_behind(decision: Decision, folder: Path) -> tuple[str, ...]:

@@ -6,13 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from runkey import paths
 from runkey.errors import TrackingError
-from runkey.identity.record import LoggedRun
+from runkey.identity.record import LoggedRun, update_record
 from runkey.tracking.backlog import Backlog
-from runkey.tracking.kept import ARTIFACTS, read_end, read_training
+from runkey.tracking.kept import (
+    ARTIFACTS,
+    clear_training,
+    read_details,
+    read_end,
+    read_training,
+)
 from runkey.tracking.store import Store, in_one_line
 from runkey.tracking.sync import RunSync
 from runkey.tracking.writer import Status
+from runkey.training.checkpoint.lock import locked
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,31 @@ class Replayed:
     """Of the run, as it now stands."""
     values: int
     files: int
+
+
+def send_kept(store: Store, folder: Path, say: Callable[[str], None]) -> Replayed:
+    """Send what a training's folder keeps, record the run, and remove the folder if it is finished.
+
+    Args:
+        store: where to.
+        folder: of the training, see `paths.training_folder`.
+        say: told what people should know, in one line each.
+
+    Raises:
+        TrainingError: a process trains there.
+        TrackingError, RecipeError: see `replay`; what the folder keeps is damaged.
+    """
+    with locked(folder, say):
+        details = read_details(folder)
+
+        def changed(run: LoggedRun) -> None:
+            if not store.is_server:
+                update_record(store.home / paths.RECORDS, run, details)
+
+        sent = replay(store, folder, say, changed)
+        if sent.status == "FINISHED":
+            clear_training(folder, everything=True)
+    return sent
 
 
 def replay(

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from runkey import paths
 from runkey.identity.key import short_key
 from runkey.identity.record import KEY, LoggedRun
+from runkey.tracking import kept
 from runkey.tracking.describe import describe_run
 from runkey.tracking.jsonl import JsonlLog
-from runkey.tracking.kept import keep_end, keep_training
 from runkey.tracking.mlflow_tracker import MlflowTracker, Pace
 from runkey.tracking.store import Store, locate_store
 from runkey.tracking.sync import Training
@@ -23,8 +23,8 @@ from runkey.tracking.writer import Status
 if TYPE_CHECKING:
     from runkey.params import Params
 
-TRAIN_LOG = paths.LOGS / "train.jsonl"
-SAMPLES = paths.LOGS / "system.jsonl"
+TRAIN_LOG = paths.LOGS / kept.LOG
+SAMPLES = paths.LOGS / kept.SAMPLES
 """Samples of the machine: see `runkey.tracking.system`."""
 
 
@@ -121,11 +121,13 @@ class RunTracker:
     def _keep(self, status: Status, training: Training) -> None:
         key = short_key(training.description.params[KEY])
         try:
-            keep_end(training, status, self._tags, self._artifacts)
+            kept.keep_end(training, status, self._tags, self._artifacts)
         except OSError as error:
             self.jsonl.say(f"{training.folder}: cannot be written ({error.strerror})")
             return
-        self.jsonl.say(f"MLflow: `runkey replay {key}` sends the rest from {training.folder}")
+        way = f"`runkey replay {key}` sends the rest from {training.folder}"
+        goes_on = "" if status == "FINISHED" else ", or training does when it goes on"
+        self.jsonl.say(f"MLflow: {way}{goes_on}")
 
 
 def open_run(
@@ -199,7 +201,7 @@ def begin_run(
         samples = SampleLog(sampled, system_seconds)
     training = replace(training, logs=tuple(logs))
     try:
-        keep_training(training)
+        kept.keep_training(training)
     except OSError as error:
         say(f"{folder}: cannot be written ({error.strerror})")
     mlflow = MlflowTracker(

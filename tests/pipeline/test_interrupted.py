@@ -95,12 +95,16 @@ def test_without_mlflow_it_ends_well_and_is_sent_later(copy: Project) -> None:
     assert list(folder.glob("*.ckpt")) == []
     log = (copy.root / "logs" / "train.jsonl").read_bytes()
 
-    sent = copy.run(sys.executable, "-m", "runkey", "replay", key[:16])
-    assert "FINISHED: " in sent.stdout
+    again = copy.run(sys.executable, "-m", "stages.train").stdout
+    assert f"key {key[:16]}: trained before, while MLflow was away; sending it\n" in again
+    assert "is reused" in again
     (run,) = runs_of(copy, key)
     assert_the_same_points(copy.root / "logs" / "train.jsonl", store, run.info.run_id)
     assert (copy.root / "logs" / "train.jsonl").read_bytes() == log
     assert not folder.exists()
-    assert "reused" in copy.run(sys.executable, "-m", "stages.train").stdout
+    kept = copy.run(sys.executable, "-m", "runkey", "replay", key[:16])
+    assert (
+        kept.stdout == f"run {run.info.run_id}, FINISHED: nothing is kept here that it could lack\n"
+    )
     verified = copy.run(sys.executable, "-m", "runkey", "verify", key, "--quick")
     assert "FAULT" not in verified.stdout
