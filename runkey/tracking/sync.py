@@ -160,7 +160,7 @@ class RunSync:
             writer.tag(run_id, piece.tags)
             self.sent += len(points)
             interrupted |= RESUMED in piece.tags
-            tail.offset = piece.end
+            tail.done(piece)
             assert self._pointer
             self._point(replace(self._pointer, sent={**self._pointer.sent, name: piece.end}))
         if interrupted:

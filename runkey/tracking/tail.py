@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +21,20 @@ from runkey.tracking.lines import ALWAYS_NEW, Entry, parse_line, time_ms
 _VALUES = 1000
 """In one piece: as many as MLflow takes at once."""
 _MOST_TOLD = 100
+_STEPS = 64
+"""The last ones, whose metrics are remembered."""
 
 
 @dataclass(slots=True)
 class Piece:
-    """Some lines on end."""
+    """Some lines on end, and what the tail knows behind them."""
 
     end: int
     """Byte behind them."""
+    names: dict[int, frozenset[str]]
+    """Metrics of the last steps."""
+    resumed: tuple[str, ...]
+    """The interruptions so far."""
     points: list[MetricPoint] = field(default_factory=list)
     tags: dict[str, str] = field(default_factory=dict)
 
@@ -42,7 +49,11 @@ def points_of(entry: Entry) -> list[MetricPoint]:
 
 
 class LogTail:
-    """Reads a log from where MLflow has it up to the end."""
+    """Reads a log from where MLflow has it up to the end.
+
+    Of a metric that a step has in two lines, its own and that of the epoch which it ends, MLflow
+    gets the first: one value a step.
+    """
 
     def __init__(self, path: Path, offset: int) -> None:
         """Nothing is read yet.
@@ -52,23 +63,28 @@ class LogTail:
             offset: MLflow has the lines before this byte.
         """
         self._path = path
-        self._resumed: list[str] = []
         size = path.stat().st_size if path.is_file() else 0
         # Shorter than what was sent: it was lost, and whatever is there now may be something else.
         self.offset = offset if offset <= size else 0
+        self._names: dict[int, frozenset[str]] = {}
+        self._resumed: tuple[str, ...] = ()
         if self.offset:
-            self._remember(self.offset)
+            self._remember()
 
     def next(self) -> Piece | None:
         """The lines at `offset`, some thousand values; None: there are no more yet."""
-        piece = Piece(self.offset)
+        piece = Piece(self.offset, dict(self._names), self._resumed)
         for line in self._lines():
             piece.end += len(line)
             if entry := parse_line(line):
-                self._add(piece, entry)
+                _add(piece, entry)
             if len(piece.points) >= _VALUES:
                 break
         return piece if piece.end > self.offset else None
+
+    def done(self, piece: Piece) -> None:
+        """Go on behind a piece; until then `next` gives it again."""
+        self.offset, self._names, self._resumed = piece.end, piece.names, piece.resumed
 
     def left(self) -> int:
         """How many values are still to be sent."""
@@ -92,31 +108,38 @@ class LogTail:
                     return
                 yield line
 
-    def _add(self, piece: Piece, entry: Entry) -> None:
-        if "event" in entry:
-            piece.tags[f"event.{entry['event']}"] = json.dumps(entry["fields"])
-            if entry["event"] in ALWAYS_NEW:
-                self._tell(entry)
-                piece.tags |= self._resumed_tags()
-        elif "values" in entry:
-            piece.points += points_of(entry)
-
-    def _remember(self, end: int) -> None:
-        """Note the interruptions that MLflow has been told of."""
+    def _remember(self) -> None:
+        """Note what `done` would have left: interruptions, and the metrics of the last steps."""
+        piece = Piece(self.offset, {}, ())
+        last: deque[bytes] = deque(maxlen=2 * _STEPS)
         with self._path.open("rb") as file:
             position = 0
             for line in file:
                 position += len(line)
-                if position > end:
-                    return
-                entry = parse_line(line) if b'"resumed"' in line else None
-                if entry and entry.get("event") in ALWAYS_NEW:
-                    self._tell(entry)
+                if position > self.offset:
+                    break
+                if b'"resumed"' in line:
+                    _add(piece, parse_line(line) or {})
+                last.append(line)
+        for entry in filter(None, map(parse_line, last)):
+            if "values" in entry:
+                _add(piece, entry)
+        self._names, self._resumed = piece.names, piece.resumed
 
-    def _tell(self, entry: Entry) -> None:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["time"]))
-        self._resumed.append(f"step {entry['fields'].get('step')} at {when}")
 
-    def _resumed_tags(self) -> dict[str, str]:
-        told = self._resumed[-_MOST_TOLD:]
-        return {RESUMED: str(len(self._resumed)), RESUMED_AFTER: "; ".join(told)}
+def _add(piece: Piece, entry: Entry) -> None:
+    """Add a line to a piece."""
+    if "event" in entry:
+        piece.tags[f"event.{entry['event']}"] = json.dumps(entry["fields"])
+        if entry["event"] in ALWAYS_NEW:
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["time"]))
+            piece.resumed += (f"step {entry['fields'].get('step')} at {when}",)
+            piece.tags[RESUMED] = str(len(piece.resumed))
+            piece.tags[RESUMED_AFTER] = "; ".join(piece.resumed[-_MOST_TOLD:])
+    elif "values" in entry:
+        step = entry["step"]
+        before = piece.names.pop(step, frozenset())
+        piece.names[step] = before | entry["values"].keys()
+        if len(piece.names) > _STEPS:
+            del piece.names[next(iter(piece.names))]
+        piece.points += [point for point in points_of(entry) if point.name not in before]

@@ -21,13 +21,23 @@ NOT_LOGGED = ("system/", "eval/")
 
 
 def points_of_log(path: Path) -> Counter[Point]:
-    """How often each point stands in a log."""
-    return Counter(
-        (legal_name(name), entry["step"], time_ms(entry), _exactly(float(value)))
+    """The points of a log; of a metric that a step has twice, the first."""
+    points: dict[tuple[str, int], Point] = {}
+    for entry in read_jsonl(path):
+        for name, value in entry.get("values", {}).items():
+            place = legal_name(name), entry["step"]
+            points.setdefault(place, (*place, time_ms(entry), _exactly(float(value))))
+    return Counter(points.values())
+
+
+def doubled_lines(path: Path) -> list[tuple[int, tuple[str, ...]]]:
+    """Step and metrics of lines that a log has more than once."""
+    lines = Counter(
+        (entry["step"], tuple(sorted(entry["values"])))
         for entry in read_jsonl(path)
         if "values" in entry
-        for name, value in entry["values"].items()
     )
+    return sorted(line for line, count in lines.items() if count > 1)
 
 
 def points_of_run(store: Store, run_id: str) -> Counter[Point]:
@@ -53,7 +63,8 @@ def assert_the_same_points(path: Path, store: Store, run_id: str) -> Counter[Poi
     lost, more = logged - recorded, recorded - logged
     assert not lost, f"{len(lost)} points are lost in MLflow, such as {sorted(lost)[:3]}"
     assert not more, f"MLflow has {len(more)} points more, such as {sorted(more)[:3]}"
-    assert doubled(logged.elements()) == []
+    assert doubled(recorded.elements()) == []
+    assert doubled_lines(path) == []
     return logged
 
 

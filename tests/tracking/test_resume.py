@@ -15,7 +15,12 @@ from runkey.tracking.kept import keep_training
 from runkey.tracking.store import open_client
 from runkey.tracking.sync import RunSync
 from runkey.tracking.tail import LogTail
-from tests.support.points import assert_the_same_points, points_of_log, points_of_run
+from tests.support.points import (
+    assert_the_same_points,
+    doubled_lines,
+    points_of_log,
+    points_of_run,
+)
 from tests.support.trainer import begin, log_steps, training_in
 
 Position = dict[str, int | str]
@@ -202,7 +207,7 @@ def test_only_whole_lines_are_sent_and_bad_ones_are_left_out(tmp_path: Path) -> 
         ("b", 1, 1500),
         ("a", 3, 2500),
     ]
-    tail.offset = piece.end
+    tail.done(piece)
     assert tail.next() is None
     with path.open("ab") as file:
         file.write(b".0}}\n")
@@ -214,8 +219,50 @@ def test_only_whole_lines_are_sent_and_bad_ones_are_left_out(tmp_path: Path) -> 
     assert LogTail(path, 10_000).offset == 0
 
 
-def test_points_of_a_log_are_counted(tmp_path: Path) -> None:
+def test_a_step_that_ends_an_epoch_has_each_metric_once(
+    store: Store, folder: Path, said: list[str]
+) -> None:
+    """Its own line and the epoch's have the rate both, and each its pace."""
+    log = JsonlLog(folder / "train.jsonl", print)
+    training = training_in(folder)
+    keep_training(training)
+    sync = RunSync(store, training, Backlog(), say=print, changed=lambda _: None)
+    log.log({"train/lr": 0.1, "train/images_per_second": 40.0}, 10)
+    sync.update()  # the process dies while it evaluates
+    again = begin(store, folder, said.append)
+    again.resume({"log_bytes": 0})
+    again.log({"train/lr": 0.1, "train/images_per_second": 50.0}, 10)
+    again.log({"train/lr": 0.1, "train/images_per_second": 30.0, "val/AP": 0.5}, 10)
+    run_id = str(again.close())
+    history = open_client(store).get_metric_history
+    assert [m.value for m in history(run_id, "train/lr")] == [0.1]
+    assert [m.value for m in history(run_id, "train/images_per_second")] == [40.0]
+    assert [m.value for m in history(run_id, "val/AP")] == [0.5]
+    assert_the_same_points(folder / "train.jsonl", store, run_id)
+
+
+def test_what_could_not_be_sent_is_not_counted_twice(tmp_path: Path) -> None:
+    log = JsonlLog(tmp_path / "train.jsonl", print)
+    log.event("resumed", step=3)
+    log.log({"a": 1.0}, 4)
+    tail = LogTail(log.path, 0)
+    assert tail.next() == tail.next()
+    piece = tail.next()
+    assert piece is not None
+    assert (piece.tags["resumed"], len(piece.points)) == ("1", 1)
+    later = LogTail(log.path, piece.end)
+    log.event("resumed", step=4)
+    log.log({"a": 1.0, "b": 2.0}, 4)
+    piece = later.next()
+    assert piece is not None
+    assert (piece.tags["resumed"], [point.name for point in piece.points]) == ("2", ["b"])
+
+
+def test_doubled_lines_of_a_log_are_found(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     line = '{"step": 1, "time": 1.5, "values": {"a": 1.0}}\n'
+    path.write_text(line)
+    assert doubled_lines(path) == []
     path.write_text(line + line)
-    assert points_of_log(path) == {("a", 1, 1500, (1.0).hex()): 2}
+    assert doubled_lines(path) == [(1, ("a",))]
+    assert points_of_log(path) == {("a", 1, 1500, (1.0).hex()): 1}
