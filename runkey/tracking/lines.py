@@ -50,7 +50,8 @@ class ExpectedEntries:
 
     def __init__(self) -> None:
         self._values: dict[tuple[int, tuple[str, ...]], tuple[int, dict[str, Any]]] = {}
-        self._events: dict[str, list[int]] = {}
+        self._events: dict[str, list[tuple[int, int | None]]] = {}
+        self._step = 0
         self.differing: list[int] = []
         """Steps at which values came again with other numbers."""
 
@@ -69,7 +70,8 @@ class ExpectedEntries:
         """Expect the entry whose line begins at `offset`."""
         if "event" in entry:
             if entry["event"] not in ALWAYS_NEW:
-                self._events.setdefault(_event_name(entry), []).append(offset)
+                place = offset, entry["fields"].get("step")
+                self._events.setdefault(_event_name(entry), []).append(place)
         elif "values" in entry:
             self._values[_place(entry)] = offset, entry["values"]
 
@@ -77,19 +79,25 @@ class ExpectedEntries:
         """Whether the entry is one of those expected; it is expected no more then."""
         if "event" in entry:
             name = _event_name(entry)
-            offsets = self._events.pop(name, [])
-            if offsets[1:]:
-                self._events[name] = offsets[1:]
-            return bool(offsets)
+            places = self._events.pop(name, [])
+            if places[1:]:
+                self._events[name] = places[1:]
+            return bool(places)
+        self._step = entry["step"]
         _, before = self._values.pop(_place(entry), (0, None))
         if before is not None and _without_pace(before) != _without_pace(entry["values"]):
             self.differing.append(entry["step"])
         return before is not None
 
     def first(self) -> int | None:
-        """Where the first entry that is still expected begins; None: none is."""
-        values = (offset for offset, _ in self._values.values())
-        events = (offsets[0] for offsets in self._events.values())
+        """Where the first entry that is still expected begins; None: none is.
+
+        What has not come by its step does not come: `runtime.log_every` is another one now, or the
+        entry told of the machine.
+        """
+        values = (offset for (step, _), (offset, _) in self._values.items() if step >= self._step)
+        places = (place for places in self._events.values() for place in places)
+        events = (offset for offset, step in places if step is None or step >= self._step)
         return min((*values, *events), default=None)
 
 

@@ -112,6 +112,22 @@ def test_interrupted_again_before_it_is_where_it_was(tmp_path: Path, said: list[
     assert said == []
 
 
+def test_what_does_not_come_again_holds_no_checkpoint_back(tmp_path: Path, said: list[str]) -> None:
+    path = tmp_path / "train.jsonl"
+    log = JsonlLog(path, said.append)
+    start = log.position()
+    for step in range(1, 7):
+        log.log({"loss": 1.0}, step)
+    log.event("hint.loader", step=2, seen="slow")
+    again = JsonlLog(path, said.append)
+    again.resume(start)
+    assert again.position()["log_bytes"] == 0
+    for step in (3, 6):  # runtime.log_every is 3 now, and the loader is fast
+        again.log({"loss": 1.0}, step)
+    assert again.position()["log_bytes"] == path.stat().st_size
+    assert steps(path) == [1, 2, 3, 4, 5, 6]
+
+
 def test_without_a_checkpoint_the_whole_log_is_expected(tmp_path: Path, said: list[str]) -> None:
     path = tmp_path / "train.jsonl"
     for _ in range(3):
