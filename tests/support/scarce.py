@@ -6,8 +6,11 @@ refuses what 8 images need, and prints what came of it as JSON.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,20 +21,39 @@ from torch import nn
 from runkey.data.batch import Window
 from runkey.errors import TrainingError
 from runkey.training.distributed import World
-from runkey.training.seed import seed_step
+from runkey.training.loop import fit
+from runkey.training.seed import seed_step, set_up
 from runkey.training.step import Machinery, accumulate_gradients
 from tests.support.ranks import machinery
-from tests.training.conftest import SIZE, ToyCriterion, ToyModel, make_window
+from tests.training.conftest import (
+    SIZE,
+    MemoryTracker,
+    SavedInMemory,
+    StoppedError,
+    ToyCriterion,
+    ToyLoader,
+    ToyModel,
+    make_params,
+    make_window,
+)
 
 MIB = 2**20
 IDS = [1, 2, 3, 7, 5, 4, 6, 8]
 reseed = partial(seed_step, 0, 7)
 
 
-class Hungry(nn.Module):
-    """The toy, with a copy of its input that takes 48 MiB an image at a time.
+class InFloat64(ToyLoader):
+    """The toy's images in windows of 8, with boxes in fp64."""
 
-    Larger than what malloc ever keeps for itself (32 MiB): freed, it is gone.
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Window]:
+        for window in super().epoch(epoch, start_step):
+            yield tuple(replace(b, boxes_cxcywh=b.boxes_cxcywh.double()) for b in window)
+
+
+class Hungry(nn.Module):
+    """The toy, with a copy of its input that takes 12 MiB an image at a time.
+
+    malloc is told (MALLOC_MMAP_THRESHOLD_) to give blocks of 1 MiB back when they are freed.
     """
 
     def __init__(self) -> None:
@@ -41,7 +63,7 @@ class Hungry(nn.Module):
 
     def forward(self, images: torch.Tensor, padding_mask: Any, targets: Any) -> Any:
         images = images.double()
-        size = 48 * MIB // (8 * 3 * SIZE**2)
+        size = 12 * MIB // (8 * 3 * SIZE**2)
         many = (images[:, None].expand(-1, size, -1, -1, -1) * self.scale).square()
         return self.toy(many.mean(1).sqrt(), padding_mask, targets)
 
@@ -77,13 +99,60 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
+def trained(memory_mib: int | None, limit: int | None, saved: SavedInMemory) -> Any:
+    """A training of 2 steps, stopped by `saved` or not: the result, what was told, said."""
+    tracker, lines = MemoryTracker(), []
+    set_up(0, deterministic=True)
+    params = make_params(training={"epochs": 1})
+    model = Hungry().double()
+    if memory_mib is not None:
+        allow(memory_mib)
+    result = None
+    with contextlib.suppress(StoppedError):
+        result = fit(
+            model,
+            ToyCriterion(),  # type: ignore[arg-type]
+            InFloat64(images=12),
+            lambda _: {"val/loss": 0.0},
+            params,
+            device=torch.device("cpu"),
+            tracker=tracker,
+            say=lines.append,
+            checkpoints=saved,
+            limit=limit,
+        )
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    splits = [fields for kind, fields in tracker.events if kind == "split"]
+    return result, model, splits, [line for line in lines if "memory ran out" in line]
+
+
+def whole_training() -> dict[str, Any]:
+    """Memory runs out in the first step: once found, the limit holds, through a resume as well."""
+    reference, model, none, _ = trained(None, 2 * SIZE**2, SavedInMemory(due=False))
+    saved = SavedInMemory(stop_after=2, due=False)
+    _, _, splits, lines = trained(140, None, saved)
+    step, limit = saved.content.step, saved.content.state["limit"]
+    saved.stop_after = None
+    _, again, more, _ = trained(140, None, saved)
+    state, other = model.state_dict(), again.state_dict()
+    return {
+        "limit known": none == [],
+        "splits": [[s["step"], s["images"], s["limit"]] for s in splits],
+        "lines": lines,
+        "stopped": [step, limit],
+        "splits after the resume": more,
+        "same weights": all(torch.equal(state[name], other[name]) for name in state),
+        "steps": reference.steps,
+    }
+
+
 def main() -> None:
     torch.set_num_threads(1)
     window = make_window(IDS, 8, dtype=torch.float64)
     attempt(fresh(), make_window(IDS[:1], 1, dtype=torch.float64))  # libraries are loaded by now
     limit = 2 * SIZE**2
     known = attempt(fresh(), window, limit)
-    allow(550)
+    allow(140)
     split = attempt(fresh(), window)
     again = attempt(fresh(), window, split["splits"][-1][3])
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
@@ -95,6 +164,7 @@ def main() -> None:
         attempt(parts, window)
     except TrainingError as error:
         line = str(error)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
     kept = all(torch.equal(b, buffers[name]) for name, b in parts.model.named_buffers())
     cleared = all(p.grad is None for p in parts.model.parameters())
     told = {
@@ -104,6 +174,7 @@ def main() -> None:
         "same again": same(again, split) and not again["splits"],
         "line": line,
         "kept": kept and cleared,
+        "training": whole_training(),
     }
     print(json.dumps(told))  # noqa: T201
 

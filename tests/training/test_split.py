@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,6 +27,7 @@ def test_memory_that_really_runs_out():
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.scarce"],
         cwd=REPOSITORY,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)},
         capture_output=True,
         text=True,
         check=False,
@@ -41,6 +43,18 @@ def test_memory_that_really_runs_out():
         "memory ran out with a single image, 1, of 16 x 16 pixels; that needs"
     )
     assert told["kept"]
+    training = told["training"]
+    assert training["limit known"]
+    assert training["splits"] == [[1, 8, 1024], [1, 4, 512]]
+    assert training["lines"][0] == (
+        "step 1: memory ran out with 8 x 16 x 16 (images x height x width); such a batch is"
+        " computed in parts of at most 4 from here on, with the same result up to rounding"
+    )
+    # Stopped by the second checkpoint (the first is of the start), saved for the limit's sake.
+    assert training["stopped"] == [1, 512]
+    assert training["splits after the resume"] == []
+    assert training["same weights"]
+    assert training["steps"] == 2
 
 
 def padded(toy, ids):
