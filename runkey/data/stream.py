@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -88,9 +89,11 @@ class BatchStream:
                 yield batch.pin_memory() if self._pin else batch
             return
         self._queue.requests = requests
-        answers = iter(self._loader)
+        with _deaths_told():  # one that died since the last pass
+            answers = iter(self._loader)
         for _ in requests:
-            answer = _next(answers)
+            with _deaths_told():
+                answer = next(answers)
             if isinstance(answer, Failure):
                 raise DataError(answer.line)
             yield answer
@@ -103,9 +106,11 @@ class BatchStream:
             self._loader._iterator = None
 
 
-def _next(answers: Iterator[Batch | Failure]) -> Batch | Failure:
+@contextmanager
+def _deaths_told() -> Iterator[None]:
+    """Turn the ways in which torch notices a killed worker into one line."""
     try:
-        return next(answers)
+        yield
     # The last three: it was killed while a tensor of its was being fetched.
     except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
         if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):

@@ -146,6 +146,16 @@ def test_a_killed_worker_is_told_of_in_one_line(records, train_loader):
         list(windows)
 
 
+def test_a_worker_that_was_killed_between_two_epochs_too(records, train_loader):
+    loader = train_loader(DATA, workers=1, prefetch=1, micro_batch=1)
+    list(loader.epoch(0))
+    worker = loader._stream._loader._iterator._workers[0]
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    with pytest.raises(DataError, match=r"^a loader process was killed.*runtime\.workers"):
+        next(loader.epoch(1))
+
+
 def test_no_index_and_an_empty_index(workspace, train_loader, eval_loader):
     with pytest.raises(DataError, match="dvc repro prepare"):
         train_loader(DATA)
