@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
@@ -83,6 +83,14 @@ def progress(what: str, total: float, unit: str = "", *, lines: bool = True) -> 
             yield _Bar()
         finally:
             bars.remove_task(row)
+
+
+def each[T](what: str, items: Sequence[T], unit: str) -> Iterator[T]:
+    """The items one by one, with the progress of a loop over them."""
+    with progress(what, len(items), unit) as steps:
+        for item in items:
+            yield item
+            steps.advance()
 
 
 def _has_terminal() -> bool:

@@ -25,6 +25,7 @@ from runkey.memory.trial import Job, Result, read_result, write_json
 from runkey.one_step import lender
 from runkey.params import Params, load_params
 from runkey.plots.memory import draw_step
+from runkey.progress import want_bars
 from runkey.training.device import choose_device
 
 _CENSUS_BATCHES = 20
@@ -35,6 +36,7 @@ _MOST_TRIALS = 4
 def profile(root: Path) -> None:
     """Write memory/ of a workspace; on a GPU, remember what was measured for the next time."""
     params = load_params(root / paths.PARAMS)
+    want_bars(params.runtime.progress)
     device, _ = choose_device(params.runtime.device)
     around = prepared_surroundings(params, root / paths.PREPARED)
     for text in around.census.lines():

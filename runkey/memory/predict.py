@@ -29,6 +29,7 @@ from runkey.memory.trace.events import Pass, Trace
 from runkey.memory.trace.gpu import Gpu
 from runkey.memory.trace.record import Content, Lend, recorder
 from runkey.params import Params, override
+from runkey.progress import each
 
 LendFor = Callable[[Params], Lend]
 """Builds what trains under some parameters."""
@@ -109,7 +110,7 @@ def predict(params: Params, around: Surroundings, lend_for: LendFor) -> Predicti
     estimate = _estimate(template, around, batch_size, held)
     steps = {
         change: _step_under(override(params, change.values), around, lend_for)
-        for change in other_steps(params)
+        for change in each("predict memory", other_steps(params), "settings")
     }
     batches = {
         change: replace(around, census=around.census_of(override(params, change.values)))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from runkey import progress as module
-from runkey.progress import progress
+from runkey.progress import each, progress
 
 REPOSITORY = Path(__file__).parents[2]
 COLUMNS = 100
@@ -107,6 +107,14 @@ def test_no_terminal_gets_a_line_now_and_then(
         "",
         "evaluate: 2/4 images\nget: 1.5/3.0 MB  model/weights.pt\n",
     )
+
+
+def test_a_loop_hands_out_its_items(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "EVERY_SECONDS", 0.0)
+    assert list(each("predict", ["a", "b", "c"], "settings")) == ["a", "b", "c"]
+    assert capsys.readouterr().err == "predict: 1/3 settings\npredict: 2/3 settings\n"
 
 
 def test_bars_can_be_unwanted() -> None:
