@@ -6,12 +6,13 @@
             steps.advance()
 
 Both go to stderr, so that what a command answers can be piped.  The bar goes when the block ends:
-what is worth keeping is said by the step itself.  A step inside another one is a row of its own.
+what is worth keeping is said by the step itself.  A step inside another one is told beside its bar.
 """
 
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
 
 EVERY_SECONDS = 15.0
 """Between plain lines; a step that takes less says nothing without a terminal."""
+WIDTH = 100
+"""Columns that what is said may take."""
 _BAR_CHARACTERS = 14
 
 _wanted = True
-_shown: list[Progress] = []
-"""The bars on the terminal now: one group for all, since rich draws one at a time."""
+_shown: list[_Bar] = []
+"""The bar on the terminal now."""
 
 
 class Steps(Protocol):
@@ -60,29 +63,23 @@ def progress(what: str, total: float, unit: str = "", *, lines: bool = True) -> 
         lines: whether plain lines are said where there is no terminal.
     """
     if not _has_terminal():
-        yield _Lines(what, total, unit) if lines else _Nothing()
+        yield _Lines(what, total, unit) if lines else QUIET
         return
-    with _bars() as bars:
-        row = bars.add_task(what, total=total, amount=_amount(0, total, unit), text="")
-
-        class _Bar:
-            done = 0.0
-
-            def advance(self, amount: float = 1, text: str = "", what: str = "") -> None:
-                self.done += amount
-                bars.update(
-                    row,
-                    completed=self.done,
-                    description=what or None,
-                    amount=_amount(self.done, total, unit),
-                )
-                if text:
-                    bars.update(row, text=text)
-
+    if _shown:
+        outer = _shown[-1]
+        before = outer.text
         try:
-            yield _Bar()
+            yield _Inside(outer, what, total, unit)
         finally:
-            bars.remove_task(row)
+            outer.show(before)
+        return
+    with _rich_bars() as bars:
+        bar = _Bar(bars, what, total, unit)
+        _shown.append(bar)
+        try:
+            yield bar
+        finally:
+            _shown.remove(bar)
 
 
 def each[T](what: str, items: Sequence[T], unit: str) -> Iterator[T]:
@@ -99,12 +96,8 @@ def _has_terminal() -> bool:
     return _wanted and both and find_spec("rich") is not None
 
 
-@contextmanager
-def _bars() -> Iterator[Progress]:
-    """The group of bars that is shown, or a new one."""
-    if _shown:
-        yield _shown[-1]
-        return
+def _rich_bars() -> Progress:
+    """What draws a bar on the terminal while it is entered."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
     from rich.text import Text
@@ -121,12 +114,45 @@ def _bars() -> Iterator[Progress]:
         TextColumn("{task.fields[text]}"),
         TimeLeft(compact=True),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        _shown.append(bars)
-        try:
-            yield bars
-        finally:
-            _shown.remove(bars)
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+class _Bar:
+    """The one bar."""
+
+    def __init__(self, bars: Progress, what: str, total: float, unit: str) -> None:
+        self._bars, self._total, self._unit = bars, total, unit
+        self._done = 0.0
+        self.text = ""
+        self._row = bars.add_task(what, total=total, amount=_amount(0, total, unit), text="")
+
+    def advance(self, amount: float = 1, text: str = "", what: str = "") -> None:
+        self._done += amount
+        self._bars.update(
+            self._row,
+            completed=self._done,
+            description=what or None,
+            amount=_amount(self._done, self._total, self._unit),
+        )
+        if text:
+            self.show(text)
+
+    def show(self, text: str) -> None:
+        self.text = text
+        self._bars.update(self._row, text=text)
+
+
+class _Inside:
+    """A step within the one that has the bar."""
+
+    def __init__(self, outer: _Bar, what: str, total: float, unit: str) -> None:
+        self._outer, self._what, self._total, self._unit = outer, what, total, unit
+        self._done = 0.0
+
+    def advance(self, amount: float = 1, text: str = "", what: str = "") -> None:
+        self._done += amount
+        self._what = what or self._what
+        self._outer.show(f"{self._what} {_amount(self._done, self._total, self._unit)}  {text}")
 
 
 def _amount(done: float, total: float, unit: str) -> str:
@@ -161,3 +187,17 @@ class _Nothing:
 
 QUIET: Steps = _Nothing()
 """For callers that nobody watches."""
+
+
+def tell(text: str) -> None:
+    """Say lines to whoever watches a stage, none wider than 100 columns."""
+    for line in text.splitlines():
+        start = " " * (len(line) - len(line.lstrip()) + 2)
+        parts = textwrap.wrap(
+            line,
+            WIDTH,
+            subsequent_indent=start,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        sys.stdout.write("\n".join(parts) + "\n")

@@ -22,6 +22,7 @@ from runkey.identity.key import Recipe, short_key
 from runkey.identity.pointer import read_pointer
 from runkey.identity.record import REPRODUCES, Details, LoggedRun, Record, update_record
 from runkey.params import Params
+from runkey.progress import tell
 from runkey.registry.claims.keeper import HeldClaim
 from runkey.registry.claims.once import Decision, decide
 from runkey.registry.library import Library
@@ -90,7 +91,7 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[Turn | None]:
     label = f"key {short_key(recipe.key)}"
     if not params.runtime.mlflow:
         line = f"{label}: trained without looking for a run (runtime.mlflow is false)"
-        print(line)
+        tell(line)
         turn = Turn(store, None, paths.training_folder(store.home, recipe.key), line, None)
         yield turn
         _clear(turn)
@@ -136,15 +137,15 @@ def _left_behind(decision: Decision, folder: Path) -> tuple[str, ...]:
 def _clear(turn: Turn) -> None:
     """Remove what only an interrupted training needs; what MLflow lacks stays."""
     try:
-        with locked(turn.folder, print):
+        with locked(turn.folder, tell):
             clear_training(turn.folder, everything=turn.is_whole)
     except (TrainingError, OSError) as error:  # somebody trains there; a folder that is read-only
-        print(f"{turn.folder}: not removed ({error})")
+        tell(f"{turn.folder}: not removed ({error})")
 
 
 def _again(label: str, repeats: Record) -> Decision:
     decision = Decision(line=f"{label}: trained again to compare with run {repeats.run.run_id[:8]}")
-    print(decision.line)
+    tell(decision.line)
     return decision
 
 
@@ -165,11 +166,11 @@ def _reuse_or_train(
             recipe.key,
             reuse=params.runtime.reuse,
             wait=params.runtime.wait,
-            say=print,
+            say=tell,
             elsewhere=_team(params, store),
             not_this=damaged,
         )
-        print(decision.line)
+        tell(decision.line)
         if decision.record is None:
             return decision
         assert decision.library
@@ -179,7 +180,7 @@ def _reuse_or_train(
             else:
                 reuse_teams(decision.library, decision.record, root, store, params)
         except (RegistryError, TrackingError) as error:
-            print(f"warning: {error}; not reused")
+            tell(f"warning: {error}; not reused")
             damaged.add(decision.record.run.run_id)
         else:
             return None

@@ -25,7 +25,7 @@ from runkey.memory.trial import Job, Result, read_result, write_json
 from runkey.one_step import lender
 from runkey.params import Params, load_params
 from runkey.plots.memory import draw_step
-from runkey.progress import want_bars
+from runkey.progress import tell, want_bars
 from runkey.training.device import choose_device
 
 _CENSUS_BATCHES = 20
@@ -40,7 +40,7 @@ def profile(root: Path) -> None:
     device, _ = choose_device(params.runtime.device)
     around = prepared_surroundings(params, root / paths.PREPARED)
     for text in around.census.lines():
-        print(text)
+        tell(text)
     with tempfile.TemporaryDirectory() as folder:
         if device.type == "cuda":
             _write_prediction(params, around, root)
@@ -53,7 +53,7 @@ def profile(root: Path) -> None:
     measured = ", ".join(f"{peak.images} images {peak.bytes / MIB:.0f} MiB" for peak in peaks)
     out = root / paths.MEMORY
     line = write_cpu(out, sha256_file(out / MODEL), this_platform(device), peaks)
-    print(f"measured on this CPU: {measured}; so {line}")
+    tell(f"measured on this CPU: {measured}; so {line}")
 
 
 def _write_prediction(params: Params, around: Surroundings, root: Path) -> MemoryModel:
@@ -66,8 +66,8 @@ def _write_prediction(params: Params, around: Surroundings, root: Path) -> Memor
     budget_gib = None if budget == "device" else budget
     images = shown_images(model, budget_gib)
     draw_step(prediction, images, out, budget_gib)
-    print(f"predicted for a GPU, {model.precision}: {model.gpu.line}")
-    print(
+    tell(f"predicted for a GPU, {model.precision}: {model.gpu.line}")
+    tell(
         f"  {images} at once: at most {model.gpu.upper(images) / GIB:.2f} GiB and the CUDA context"
     )
     return model
@@ -100,7 +100,7 @@ def _measure_on_gpu(
         with _Trial(root, folder, job) as running:
             result = running.result()
         holds = result.holds(job)
-        print(f"measured: {_told(images, result, model)}")
+        tell(f"measured: {_told(images, result, model)}")
         if holds:
             peak = result.peaks[-1]
             trials.append(

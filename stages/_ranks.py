@@ -22,6 +22,7 @@ from runkey.memory.plan import MemoryPlan
 from runkey.model.detector import Detector
 from runkey.model.detr import build_model
 from runkey.params import Params
+from runkey.progress import tell
 from runkey.training.device import choose_device, choose_processes
 from runkey.training.distributed import (
     LostRankError,
@@ -150,5 +151,5 @@ def _loader(
         pin_memory=params.runtime.pin_memory,
         rank=world.rank,
         world_size=world.size,
-        say=print if world.is_main else None,
+        say=tell if world.is_main else None,
     )

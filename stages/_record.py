@@ -38,6 +38,7 @@ from runkey.memory.plan import MemoryPlan
 from runkey.params import Params
 from runkey.plots.report.page import write_report
 from runkey.plots.report.source import recorded_run, workspace_run
+from runkey.progress import tell
 from runkey.registry.library import canonical
 from runkey.registry.open import open_library
 from runkey.tracking import (
@@ -116,7 +117,7 @@ def recorded(run: Run) -> Iterator[RunTracker]:
         parts=run.recipe.parts,
         tags=tags,
         counts=_data_counts(run.root),
-        say=print,
+        say=tell,
         name=turn.repeats.run.name if turn.repeats else None,
         changed=turn.changed,
         supersedes=turn.superseded,
@@ -153,7 +154,7 @@ def keep(run: Run, tracker: RunTracker) -> str | None:
         precision=run.precision,
     )
     for file in witness.undeclared_files:
-        print(f"warning: {file} was imported, but is no part of the key")
+        tell(f"warning: {file} was imported, but is no part of the key")
     undeclared = " ".join(witness.undeclared_files)
     tracker.tag("key.audit", f"undeclared: {undeclared}" if undeclared else "ok")
     # MLflow may answer late or never; evaluation then finds the run by its key.
@@ -236,7 +237,7 @@ class EvaluationRecord:
         self._key = make_recipe("evaluate", root, params).key if self._record else ""
         self._details = self._record.details if self._record else None
         run_id = self._record.run.run_id if self._record else None
-        self._mlflow = reopen_run(params, run_id, print, changed=self._changed)
+        self._mlflow = reopen_run(params, run_id, tell, changed=self._changed)
 
     def write_report(self, path: Path) -> None:
         """Write the page about the run; what it shows lies in the workspace by now."""
@@ -287,7 +288,7 @@ class EvaluationRecord:
             run_id, tags = self._record.run.run_id, {KEY: self._record.key}
             log_model(self._store, run_id, name, example, PYFUNC_COLUMNS, tags)
         except TrackingError as error:
-            print(error)
+            tell(str(error))
 
     def _changed(self, run: LoggedRun) -> None:
         if not self._store.is_server:
@@ -303,5 +304,5 @@ def _recorded_run(store: Store, manifest: RunManifest) -> Record | None:
         same = [r for r in runs if {r.run.run_id, r.run.tags.get(ORIGIN)} & ids]
         return library.with_details(canonical(same or runs)) if runs else None
     except RegistryError as error:
-        print(f"MLflow: {error}; the evaluation is not added to the run")
+        tell(f"MLflow: {error}; the evaluation is not added to the run")
         return None

@@ -12,6 +12,7 @@ from runkey.errors import RegistryError, TrackingError
 from runkey.identity.pipeline import covers, read_pipeline
 from runkey.identity.record import Record, this_host, update_record
 from runkey.params import Params
+from runkey.progress import tell
 from runkey.registry.download import download
 from runkey.registry.library import Library
 from runkey.registry.rest import RestClient
@@ -37,7 +38,7 @@ def reuse_own(
             tags = dict(sorted((record.run.tags | {"reused": told}).items()))
             update_record(store.home / paths.RECORDS, replace(record.run, tags=tags))
     except (TrackingError, RegistryError, OSError) as error:
-        print(f"warning: the reuse is not noted on its run: {error}")
+        tell(f"warning: the reuse is not noted on its run: {error}")
 
 
 def reuse_teams(team: Library, record: Record, root: Path, store: Store, params: Params) -> None:

@@ -22,6 +22,7 @@ from runkey.plots.curves import write_training_plots
 from runkey.plots.hints import class_scores
 from runkey.plots.live import HintingTracker
 from runkey.plots.tables import write_plot_tables
+from runkey.progress import tell
 from runkey.tracking import SAMPLES, TRAIN_LOG
 from runkey.training.checkpoint.folder import newest_fingerprint
 from runkey.training.checkpoint.interval import Interval
@@ -43,13 +44,13 @@ def train(params: Params, root: Path, recipe: Recipe, turn: Turn) -> None:
 
     What an interrupted training left in the turn's folder is gone on with.
     """
-    with Interrupts() as interrupts, locked(turn.folder, print):
+    with Interrupts() as interrupts, locked(turn.folder, tell):
         device, reason = choose_device(params.runtime.device)
         plan = _plan(params, root, turn, device)
         with joined(params, device) as world:
             world.share(plan)
             ranks = "" if world.size == 1 else f"{world.size} processes, this one on "
-            print(f"{ranks}device {device} ({reason})")
+            tell(f"{ranks}device {device} ({reason})")
             learner = build_learner(params, root, plan, device, world)
             dtype = learner.validation.precision.dtype
             run = Run(params, root, recipe, turn, plan, device, dtype, world.size)
@@ -61,14 +62,14 @@ def _train(run: Run, learner: Learner, world: World, interrupts: Interrupts) -> 
     model, validation = learner.model, learner.validation
     names = [one.name for one in validation.classes]
     for line in load_initial_weights(model, params.model, names, root).lines():
-        print(line)
+        tell(line)
     with recorded(run) as tracker, _checkpoints(run) as checkpoints:
         hinting = HintingTracker(
             tracker,
             tracker.jsonl.path,
             turn.folder / SAMPLES.name,
             params.flat(runtime=True),
-            print,
+            tell,
         )
 
         def judge(module: nn.Module) -> Mapping[str, float]:
@@ -85,7 +86,7 @@ def _train(run: Run, learner: Learner, world: World, interrupts: Interrupts) -> 
             params,
             device=run.device,
             tracker=hinting,
-            say=print,
+            say=tell,
             world=world,
             checkpoints=checkpoints,
             interrupts=interrupts,
@@ -94,7 +95,7 @@ def _train(run: Run, learner: Learner, world: World, interrupts: Interrupts) -> 
         tracker.finish_log()
         _write_outputs(params, root, validation, result)
         run_id = keep(run, tracker)
-    print(f"trained in {result.seconds:.0f} s; model/ is written; MLflow run {run_id or 'none'}")
+    tell(f"trained in {result.seconds:.0f} s; model/ is written; MLflow run {run_id or 'none'}")
 
 
 def _plan(params: Params, root: Path, turn: Turn, device: torch.device) -> MemoryPlan:
@@ -110,7 +111,7 @@ def _plan(params: Params, root: Path, turn: Turn, device: torch.device) -> Memor
         trials=paths.store_root() / paths.HOME / CALIBRATION,
         kept=None if saved is None else int(saved["micro_batch"]),
     )
-    print(plan.line())
+    tell(plan.line())
     return plan
 
 
@@ -126,7 +127,7 @@ def _checkpoints(run: Run) -> Iterator[FolderCheckpoints]:
             "device": run.device.type,
             "precision": run.precision,
         },
-        print,
+        tell,
         interval=Interval(run.params.runtime.checkpoint_seconds),
     )
     try:

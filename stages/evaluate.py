@@ -16,7 +16,7 @@ from runkey.model.model_files import load_model
 from runkey.params import load_params
 from runkey.plots.evaluation import write_evaluation_plots
 from runkey.plots.tables import write_precision_recall_table
-from runkey.progress import want_bars
+from runkey.progress import tell, want_bars
 from runkey.training.device import choose_device
 from runkey.training.seed import set_up
 from stages._parts import build_validation, write_json
@@ -59,7 +59,7 @@ def main() -> None:
     example = root / params.data.path / validation.records[0].file
     record.keep_model(f"detector-{card.model.preset}", example)
     numbers = evaluation.result.metrics()
-    print("  ".join(f"{name} {numbers[name]:.3f}" for name in ("AP", "AP50", "AP75")))
+    tell("  ".join(f"{name} {numbers[name]:.3f}" for name in ("AP", "AP50", "AP75")))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from runkey.data.sample_remote import own_data_note
 from runkey.errors import report_errors
 from runkey.params import load_params
 from runkey.plots.sheets import contact_sheet
-from runkey.progress import want_bars
+from runkey.progress import tell, want_bars
 
 
 def main() -> None:
@@ -18,13 +18,13 @@ def main() -> None:
     params = load_params(root / paths.PARAMS)
     want_bars(params.runtime.progress)
     out = root / paths.PREPARED
-    prepare(params.data, params.seed, root, out, params.model.num_queries, print)
+    prepare(params.data, params.seed, root, out, params.model.num_queries, tell)
     records, classes = read_index(out / "train.json"), read_classes(out / "classes.json")
     contact_sheet(records, classes, root / params.data.path, out / "contact_sheet.jpg")
-    print(f"{len(classes)} classes; see prepared/contact_sheet.jpg")
+    tell(f"{len(classes)} classes; see prepared/contact_sheet.jpg")
     note = own_data_note(root)
     if note is not None:
-        print(note)
+        tell(note)
 
 
 if __name__ == "__main__":

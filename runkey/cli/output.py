@@ -16,9 +16,10 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from runkey.progress import WIDTH
+
 NO = 3
 """Exit code of a command whose answer is no."""
-WIDTH = 100
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Key = Annotated[str, typer.Argument(help="Beginning of a key; KEY:RUN for one of its runs.")]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from runkey import progress as module
-from runkey.progress import each, progress
+from runkey.progress import each, progress, tell
 
 REPOSITORY = Path(__file__).parents[2]
 COLUMNS = 100
@@ -66,10 +66,10 @@ def test_a_terminal_shows_a_bar_which_goes_and_lines_that_stay() -> None:
     text = without_colour(written)
     assert "evaluate ━" in text
     assert "2/4 images" in text
-    assert "1.5/3.0 MB model/weights.pt" in text
+    assert "get 1.5/3.0 MB  model/weights.pt" in text
     assert "a result" in text
     # The last thing before the end is that the bar's line is erased.
-    assert written.rstrip().endswith("\x1b[2K\x1b[?25h\rthe end")
+    assert re.search(r"\x1b\[2K(\x1b\[\?25h\r)?the end\s*$", written)
 
 
 def test_training_fits_a_terminal_of_100_columns() -> None:
@@ -107,6 +107,19 @@ def test_no_terminal_gets_a_line_now_and_then(
         "",
         "evaluate: 2/4 images\nget: 1.5/3.0 MB  model/weights.pt\n",
     )
+
+
+def test_what_a_stage_tells_is_never_wider_than_100_columns(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tell("a short line\n  an indented one")
+    tell("early stop: " + ", ".join(f"word{n}" for n in range(40)))
+    tell("  " + "x" * 120)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["a short line", "  an indented one"]
+    assert lines[3].startswith("  word")
+    assert max(map(len, lines[:-1])) <= 100
+    assert lines[-1].strip() == "x" * 120  # a path, say, is not broken
 
 
 def test_a_loop_hands_out_its_items(
