@@ -122,10 +122,10 @@ def _send_kept(store: Store, folder: Path, label: str) -> None:
     try:
         ended = read_end(folder)
         if ended and ended.status == "FINISHED":
-            print(f"{label}: trained before, while MLflow was away; sending it")
-            send_kept(store, folder, print)
+            tell(f"{label}: trained before, while MLflow was away; sending it")
+            send_kept(store, folder, tell)
     except (TrackingError, TrainingError, RecipeError) as error:
-        print(f"warning: {error}")
+        tell(f"warning: {error}")
 
 
 def _left_behind(decision: Decision, folder: Path) -> tuple[str, ...]:
