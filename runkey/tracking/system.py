@@ -38,7 +38,8 @@ class SampleLog:
     def take(self, started_ms: int) -> None:
         """Take a sample if it is time; its step is the training's age in whole seconds.
 
-        So it goes on rising in a training that goes on after an interruption.
+        So it goes on rising in a training that goes on after an interruption.  Of several samples
+        in one second MLflow gets the first, the log has all.
 
         Args:
             started_ms: when the training began, in milliseconds since 1970.
