@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from runkey.training.checkpoint.file import read_file
+from tests.support.points import doubled, doubled_lines, points_of_log
 
 _OUTPUTS = ("model/weights.pt", "plots/steps.csv", "plots/epochs.csv")
 _OF_THE_DAY = ("second", "wait")
@@ -48,26 +49,25 @@ def log_of(root: Path) -> list[Any]:
 
 
 def mlflow_faults(root: Path, store: Path) -> list[str]:
-    """What MLflow lacks, or has more often than the log; empty: nothing.
+    """What MLflow lacks, or has too often, of what the log has; empty: nothing.
 
-    A point is a name, step, value and time; an epoch's mean may have the name and step of a step's
-    value.
+    Read past MLflow, whose import takes longer than the rest.
     """
+    log = root / "logs/train.jsonl"
     with closing(sqlite3.connect(store / "mlflow.db")) as database:
         runs = database.execute("SELECT run_uuid, status FROM runs").fetchall()
-        points = database.execute(
-            "SELECT key, step, value, timestamp FROM metrics"
+        recorded = database.execute(
+            "SELECT key, step, timestamp, value FROM metrics"
             " WHERE key LIKE 'train/%' OR key LIKE 'val/%'"
         ).fetchall()
     faults = [] if [status for _, status in runs] == ["FINISHED"] else [f"runs: {runs}"]
-    expected: Counter[tuple[str, int, float, int]] = Counter()
-    for entry in map(json.loads, (root / "logs/train.jsonl").read_text().splitlines()):
-        for name, value in entry.get("values", {}).items():
-            expected[name, entry["step"], float(value), round(entry["time"] * 1000)] += 1
-    found = Counter(points)
-    for what, points in (("lacks", expected - found), ("has too often", found - expected)):
+    faults += [f"the log has twice {line}" for line in doubled_lines(log)]
+    expected = points_of_log(log)
+    found = Counter((name, step, at, float(value).hex()) for name, step, at, value in recorded)
+    faults += [f"MLflow has twice {place}" for place in doubled(found.elements())]
+    for what, points in (("lacks", expected - found), ("has too many", found - expected)):
         if points:
-            faults.append(f"MLflow {what} {points.total()} points, such as {next(iter(points))}")
+            faults.append(f"MLflow {what}: {points.total()} points, such as {next(iter(points))}")
     return faults
 
 
