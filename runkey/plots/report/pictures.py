@@ -56,8 +56,7 @@ def evaluation(run: Run) -> list[Picture]:
 
 def memory(run: Run) -> list[Picture]:
     """The pictures that the run's memory profile made."""
-    names = sorted(path.stem for path in (run.folder / "memory").glob("*.png"))
-    return list(_stored(run, "memory", {n: n.replace("_", " ").capitalize() for n in names}))
+    return list(_stored(run, "memory", {"timeline": "Memory during a training step"}))
 
 
 def data(run: Run) -> list[Picture]:
