@@ -1,6 +1,6 @@
 """The one published number for this job: mmdetection's DETR-R50, 2 images a GPU, 7.9 GB.
 
-    python -m benchmarks.memory_anchor       # no GPU, a minute; writes results/memory.md anew
+    python -m benchmarks.memory_anchor       # no GPU, a minute; the table of results/memory.md
 
 mmdetection 2 (configs/detr/metafile.yml: V100, fp32, "Training Memory (GB): 7.9", the largest
 `max_memory_allocated` of 8 GPUs over a training).  Predicted is our step in that set-up; then what
@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-import torch
-
 from runkey.memory.line import MIB
 from runkey.memory.predict import colour_factors
 from runkey.memory.timeline import rounded, timeline_of
@@ -27,7 +25,6 @@ from runkey.one_step import lender
 from runkey.params import load_params, override
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "memory.md"
 CLASSES = 80
 V100 = Gpu((7, 0), 0)
 PUBLISHED_GB = 7.9
@@ -86,50 +83,17 @@ def peak_bytes(way: Way) -> int:
 
 
 def main() -> None:
-    """Predict, print, write the page."""
-    rows = []
+    """Predict and print a table's rows."""
+    print("| predicted | images x height x width | MiB | GB | against 7.9 GB |")
+    print("|---|---|---|---|---|")
     for way in WAYS:
         size = peak_bytes(way)
-        rows.append(
+        print(
             f"| {way.title} | {way.one.batch} x {way.one.height} x {way.one.width} "
-            f"| {size / MIB:,.0f} | {size / 1e9:.2f} | {size / 1e9 / PUBLISHED_GB - 1:+.0%} |"
+            f"| {size / MIB:,.0f} | {size / 1e9:.2f} | {size / 1e9 / PUBLISHED_GB - 1:+.0%} |",
+            flush=True,
         )
-        print(rows[-1], flush=True)
-    RESULT.write_text(_page(rows), encoding="utf-8")
 
-
-def _page(rows: list[str]) -> str:
-    lines = [
-        "# Memory: predictions against what is published",
-        "",
-        f"`python -m benchmarks.memory_anchor`, torch {torch.__version__}, no GPU.  mmdetection's"
-        f" DETR with ResNet-50, 2 images a GPU, fp32, V100: **{PUBLISHED_GB} GB** (its metafile;"
-        " the largest `max_memory_allocated` of a whole training).",
-        "",
-        "| predicted | images x height x width | MiB | GB | against 7.9 GB |",
-        "|---|---|---|---|---|",
-        *rows,
-        "",
-        *_NOTES,
-    ]
-    return "\n".join(lines)
-
-
-_NOTES = (
-    "Read from above: our own step takes less than half, because frozen norms are folded into the",
-    "convolutions before them (else a convolution's result is kept for the norm as well) and",
-    "because attention keeps no maps; grouping by aspect takes a third off the rest.  With what",
-    "mmdetection does put back, the prediction meets the published number.  What is left open:",
-    "",
-    "- the worst batch of their training is unknown; 1333 x 1333 is the most that it can be;",
-    "- workspaces of an older cuDNN count in theirs and not here;",
-    "- torch 1.x: other attention code, another optimizer step;",
-    "- whether 7.9 GB are 10^9 or 2^30 bytes (7% apart); taken here is 10^9.",
-    "",
-    "So this is agreement within some percent of what can be known of that run, not a validation;",
-    "the validation is `gpu_memory.py` (G1).",
-    "",
-)
 
 if __name__ == "__main__":
     main()

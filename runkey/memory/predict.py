@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from runkey.memory.alternatives import other_batches, other_steps
 from runkey.memory.census import Census
-from runkey.memory.fragments import replay
+from runkey.memory.fragments import Replay, replay
 from runkey.memory.generations import MODEL_ERROR, WORKSPACE_SHARE
 from runkey.memory.laws import other_shape
 from runkey.memory.line import Line, line_through
@@ -84,6 +84,18 @@ class Prediction:
         return self.template.at(self.around.worst(images))
 
 
+@dataclass(frozen=True, slots=True)
+class Bounded:
+    """A training step with what its micro-batches take at most, for the parameters as they are."""
+
+    template: Template
+    estimate: Estimate
+    held: Line
+    """What the allocator holds beside what is alive, over the images."""
+    replays: tuple[Replay, ...]
+    confirmation: Confirmation
+
+
 def predict(params: Params, around: Surroundings, lend_for: LendFor) -> Prediction:
     """Trace training steps on a GPU that is not there, and model their memory.
 
@@ -95,6 +107,26 @@ def predict(params: Params, around: Surroundings, lend_for: LendFor) -> Predicti
     Returns:
         The same on any machine, to the byte.
     """
+    bounded = bound_step(params, around, lend_for)
+    alternatives = _alternatives(params, around, lend_for, bounded)
+    fp32 = [one.estimate.line for one in alternatives if one.name == "fp32"]
+    model = MemoryModel(
+        batch_size=params.training.batch_size,
+        precision=precision_on_gpu(params),
+        census=around.census,
+        gpu=bounded.estimate,
+        cpu=fp32[0] if fp32 else bounded.estimate.line,
+        gradient_bytes=bounded.template.gradient_bytes(),
+        confirmation=bounded.confirmation,
+        replays=bounded.replays,
+        loose_blocks=bounded.template.loose_blocks,
+        alternatives=alternatives,
+    )
+    return Prediction(model, bounded.template, around)
+
+
+def bound_step(params: Params, around: Surroundings, lend_for: LendFor) -> Bounded:
+    """Trace the step, confirm the template, replay the census; arguments as for `predict`."""
     batch_size, stride = params.training.batch_size, token_stride(params)
     few, many = around.worst(_FEW), around.worst(_MANY)
     shape = other_shape((many.height, many.width), stride)
@@ -107,41 +139,28 @@ def predict(params: Params, around: Surroundings, lend_for: LendFor) -> Predicti
         for images, batches in zip((_FEW, max(batch_size, _MANY)), _BATCHES, strict=True)
     )
     held = line_through(*((one.images, one.fragments_bytes) for one in replays))
+    peaks = timeline_of(check).peak_bytes, template.peak(unseen)
+    confirmation = Confirmation(unseen.batch, unseen.height, unseen.width, *peaks)
     estimate = _estimate(template, around, batch_size, held)
-    steps = {
-        change: _step_under(override(params, change.values), around, lend_for)
-        for change in each("predict memory", other_steps(params), "settings")
-    }
-    batches = {
-        change: replace(around, census=around.census_of(override(params, change.values)))
-        for change in other_batches(params)
-    }
-    alternatives = [
-        *((change, _estimate(step, around, batch_size, held)) for change, step in steps.items()),
-        *(
-            (change, _estimate(template, some, batch_size, held))
-            for change, some in batches.items()
-        ),
-    ]
-    model = MemoryModel(
-        batch_size=batch_size,
-        precision=precision_on_gpu(params),
-        census=around.census,
-        gpu=estimate,
-        cpu=next((e.line for c, e in alternatives if c.name == "fp32"), estimate.line),
-        gradient_bytes=template.gradient_bytes(),
-        confirmation=Confirmation(
-            unseen.batch,
-            unseen.height,
-            unseen.width,
-            timeline_of(check).peak_bytes,
-            template.peak(unseen),
-        ),
-        replays=replays,
-        loose_blocks=template.loose_blocks,
-        alternatives=tuple(Alternative(c.name, str(c), e) for c, e in alternatives),
-    )
-    return Prediction(model, template, around)
+    return Bounded(template, estimate, held, replays, confirmation)
+
+
+def _alternatives(
+    params: Params, around: Surroundings, lend_for: LendFor, bounded: Bounded
+) -> tuple[Alternative, ...]:
+    """The same training with one parameter changed, for the same micro-batches."""
+    found = []
+    changes = [*other_steps(params), *other_batches(params)]
+    for change in each("predict memory", changes, "settings"):
+        changed = override(params, change.values)
+        template, batches = bounded.template, around
+        if change in other_steps(params):
+            template = _step_under(changed, around, lend_for)
+        else:
+            batches = replace(around, census=around.census_of(changed))
+        estimate = _estimate(template, batches, params.training.batch_size, bounded.held)
+        found.append(Alternative(change.name, str(change), estimate))
+    return tuple(found)
 
 
 def token_stride(params: Params) -> int:
