@@ -34,8 +34,7 @@ Kind = Literal["writing", "moment", "start", "end", "term", "worker", "none"]
 while it starts, after its last step; by SIGTERM some time after it has begun; by SIGKILL to one of
 its loader processes; not at all."""
 
-_LONGEST_SECONDS = 300.0
-"""For one life of a trainer."""
+_LONGEST_SECONDS = 600.0  # for one life of a trainer
 
 
 def make_project(root: Path, epochs: int) -> Project:
@@ -128,8 +127,6 @@ class Life:
     was_writing: bool
     """Whether it left a checkpoint half written."""
     output: str
-    newest: int
-    """Step of the newest checkpoint afterwards."""
 
     @property
     def was_ended(self) -> bool:
@@ -177,7 +174,7 @@ class Training:
             code = process.wait(_LONGEST_SECONDS)
             watcher.close()
             output.seek(0)
-            life = Life(kind, workers, code, self._is_torn(), output.read(), watcher.newest)
+            life = Life(kind, workers, code, self._is_torn(), output.read())
         self.lives.append(life)
         return life
 
@@ -206,7 +203,7 @@ def _end(
     match kind:
         case "writing":
             _until(process, lambda: watcher.is_writing)
-            _sleep(process, rng.uniform(0, 0.01))
+            _sleep(process, rng.uniform(0, 0.005))
         case "moment" | "term":
             _sleep(process, rng.uniform(0, 1.5))
         case "end":
@@ -295,6 +292,8 @@ def kill_again_and_again(
             kind: Kind = left.pop() if left and len(training.lives) < most_per_training else "none"
             count = workers[(turn + len(training.lives)) % len(workers)]
             life = training.live(kind, max(count, kind == "worker"), rng)
+            if kind == "none" and life.was_ended:
+                raise RuntimeError(f"a training that nobody killed failed: {life.output}")
             missed = kind != "none" and not life.was_ended
             if missed or (kind == "writing" and not life.was_writing):
                 left.insert(0, kind)  # it came too late: once more, another time

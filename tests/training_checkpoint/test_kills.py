@@ -10,7 +10,8 @@ def test_a_killed_training_is_the_one_that_nobody_killed(tmp_path):
     lines = []
     result = run(tmp_path, kills=3, terms=1, workers=(0, 2), epochs=4, say=lines.append)
     assert result["faults"] == []
-    assert (result["SIGKILL"], result["SIGTERM"]) == (3, 1)
+    assert result["SIGKILL"] >= 3  # more if one came too late for a file half written
+    assert result["SIGTERM"] == 1
     assert result["killed while writing"] >= 1
     compared = {"model", "ema", "optimizer", "state", "best weights", "log"}
     compared |= {"model/weights.pt", "plots/steps.csv", "plots/epochs.csv"}
