@@ -6,13 +6,14 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from runkey.data.batch import Window
+from runkey.data.batch import Batch, Window
 from runkey.errors import DataError
 from runkey.training.checkpoint.interval import Interval
 from runkey.training.checkpoint.keeper import FolderCheckpoints
@@ -47,13 +48,19 @@ class SharedLoader(ToyLoader):
             ids = [image_id for batch in window for image_id in batch.image_ids]
             if number == self.step:
                 self._act()
-            yield make_window(ids[self.world.rank :: self.world.size], self.micro_batch)
+            mine = make_window(ids[self.world.rank :: self.world.size], self.micro_batch)
+            poisoned = self.act == "poisoned" and number in (self.step, self.step + 1)
+            yield tuple(map(_poisoned, mine)) if poisoned else mine
 
     def _act(self) -> None:
         if self.act == "unreadable":
             raise DataError("data/7.png: cannot be read")
         if self.act.startswith("SIG"):
             os.kill(os.getpid(), signal.Signals[self.act])
+
+
+def _poisoned(batch: Batch) -> Batch:
+    return replace(batch, boxes_cxcywh=batch.boxes_cxcywh * float("inf"))
 
 
 class Deadly(ToyCriterion):
@@ -81,11 +88,15 @@ def train(
     Args:
         world: the ranks.
         folder: of the checkpoints, one after each step.
-        act: what happens: nothing, `unreadable`, a signal's name, or `killed in a step`.
+        act: what happens: nothing, `unreadable`, a signal's name, `killed in a step`, or `poisoned`
+            (the step and the one after it have a loss that is not finite; two are too many).
         rank: which rank it happens to.
         step: the step that it happens before or in, from 1.
     """
-    params = make_params(training={"epochs": EPOCHS, "ema_decay": 0.9}, lr=3e-3)
+    training: dict[str, Any] = {"epochs": EPOCHS, "ema_decay": 0.9}
+    if act == "poisoned":
+        training["guard"] = {"max_skips": 2, "window_steps": 9, "anchor_steps": 2}
+    params = make_params(training=training, lr=3e-3)
     mine = act if world.rank == int(rank) else ""
     set_up(0, deterministic=True)
     criterion = Deadly(2 * int(step)) if mine == "killed in a step" else ToyCriterion()
@@ -125,6 +136,7 @@ def train(
         "history": [without_clock(values) for values in result.history],
         "logged": [(step, without_clock(values)) for step, values in tracker.logged],
         "parts": content.parts if content else {},
+        "events": [kind for kind, _ in tracker.events],
     }
 
 

@@ -115,3 +115,18 @@ def test_an_image_that_one_rank_cannot_read_ends_all(train, tmp_path, whole):
         f" {STEPS}; {GOES_ON}"
     )
     resumed_exactly(train, tmp_path, whole)
+
+
+def test_ranks_skip_and_go_back_together(results, tmp_path):
+    """Rank 1's loss alone is not finite in steps 4 and 5: that is known after step 6."""
+    folder = tmp_path / "checkpoints"
+    first, second = results("train", str(folder), "poisoned", "1", "4")
+    assert [kind for kind in first["events"] if kind in ("skipped_step", "rollback")] == [
+        "skipped_step",
+        "skipped_step",
+        "rollback",
+    ]
+    assert second["events"] == []
+    assert same(first["best"], second["best"])
+    assert same(first["history"], second["history"])
+    assert [path.name for path in folder.glob("*.json")] == ["bad-step-4.json"]

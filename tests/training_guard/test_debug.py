@@ -4,6 +4,10 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +26,8 @@ from runkey.training.setup import build_setup
 from runkey.training.state import host_weights
 from runkey.training.step import Machinery, accumulate_gradients
 from runkey.training.tracker import Quiet
+from tests.support.killed_training import LAYER, planted_model
+from tests.support.killed_training import parameters as parameters_of_killed
 from tests.support.planted import plant
 from tests.support.squares import (
     CLASSES,
@@ -30,8 +36,9 @@ from tests.support.squares import (
     detector_params,
     make_detector,
     make_window,
-    train_detector,
 )
+
+REPOSITORY = Path(__file__).parents[2]
 
 LAYERS = [
     "backbone.0.body.layer1.0.conv2",
@@ -165,34 +172,15 @@ def test_fp16_names_what_overflows():
     assert finding.tensors["output"].dtype == "float16"
 
 
-class KilledError(Exception):
-    """Ends a training, as far as a test in one process goes."""
-
-
-def killing(step, bad=()):
-    def change(number, window):
-        if number == step:
-            raise KilledError
-        return window
-
-    return change
-
-
 @pytest.fixture(scope="module", params=["forward", "backward"])
 def killed(request, tmp_path_factory):
     """A run whose encoder layer goes wrong in step 6, killed before step 9; with its model."""
-    parameters = detector_params(schedule={"name": "plateau", "patience": 1})
-    folder = tmp_path_factory.mktemp("killed")
-
-    def model():
-        built = make_detector(parameters)
-        plant(built, LAYERS[2], request.param, {10})  # 2, 2 and 1 passes in an epoch's 3 steps
-        return built
-
-    loader = SquaresLoader(change=killing(9))
-    with pytest.raises(KilledError):
-        train_detector(parameters, model=model(), loader=loader, folder=folder, seconds=0)
-    return parameters, folder, model, request.param
+    folder, how = tmp_path_factory.mktemp("killed"), request.param
+    # Of each epoch's three steps the last has one micro-batch, the others two.
+    command = [sys.executable, "-m", "tests.support.killed_training", str(folder), how, "10", "9"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    return parameters_of_killed(), folder, lambda: planted_model(how, 10), how
 
 
 def rebuilt(parameters, model, loader):
@@ -231,7 +219,7 @@ def test_from_a_killed_runs_folder_and_from_a_bundle_elsewhere(killed, tmp_path)
     )
     bundle.write(folder / "bad-step-6.pt")
     found = diagnose(setup.machinery, bad, seed=0, step=5)
-    assert (found.finding.where, found.finding.module) == (how, LAYERS[2])
+    assert (found.finding.where, found.finding.module) == (how, LAYER)
     assert found.finding.image_ids == bad[0].image_ids
 
     elsewhere = tmp_path / "copy.pt"
