@@ -209,7 +209,7 @@ def _end(
         case "end":
             _sleep(process, rng.uniform(0, 5))
     if kind == "worker":
-        _kill_worker(process.pid)
+        _kill_worker(process)
     elif kind != "term":
         os.kill(process.pid, signal.SIGKILL)
     elif rng.random() < 0.5:
@@ -218,12 +218,18 @@ def _end(
         os.killpg(process.pid, signal.SIGTERM)  # as a machine that shuts down does, workers too
 
 
-def _kill_worker(trainer: int) -> None:
+def _kill_worker(trainer: subprocess.Popen[bytes]) -> None:
     """SIGKILL for a loader process, as from a kernel that is out of memory."""
-    # Workers are children of the fork server, which is a child of the trainer.
-    servers = psutil.Process(trainer).children()
-    workers = [worker for server in servers for worker in server.children()]
-    workers[-1].kill()
+
+    def workers() -> list[psutil.Process]:
+        # They are children of the fork server, which is a child of the trainer.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            servers = psutil.Process(trainer.pid).children()
+            return [worker for server in servers for worker in server.children()]
+        return []
+
+    _until(trainer, workers)
+    workers()[-1].kill()
 
 
 def _until(process: subprocess.Popen[bytes], condition: Any) -> None:
