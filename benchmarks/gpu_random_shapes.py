@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -106,8 +105,7 @@ def census_windows(params: Params, images: int, batches: int) -> list[tuple[Pass
 
 
 def write_prediction(folder: Path) -> None:
-    """memory.json of the training that `run` does, as on a machine without a GPU."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    """memory.json of the training that `run` does."""
     params = parameters()
 
     def census(other: Params) -> Any:

@@ -79,36 +79,32 @@ def end_history() -> list[History]:
 def replayed(history: list[History]) -> dict[str, Any]:
     """The requests of a history from an empty cache, put to the model of the allocator.
 
+    Torch has expandable segments, so every block's place in its segment can be compared.
+
     Returns:
-        Peaks of both, and where the model first asked the GPU for a segment when torch did not, or
-        for another size.
+        How many requests there were, how many of them the model put elsewhere and which was the
+        first; and the model's peaks.
     """
-    allocator = Allocator()
+    allocator = Allocator(expandable=True)
     blocks: dict[int, Block] = {}
-    torch_reserved = torch_most = model_grown = 0
-    torch_grown, first, requests = 0, None, 0
+    starts: dict[bool, int] = {}
+    requests, elsewhere, first = 0, 0, None
     for action, size, address in history:
-        if action == "segment_alloc":
-            # It comes before the request that it is for.
-            torch_reserved += size
-            torch_grown += size
-            torch_most = max(torch_most, torch_reserved)
-        elif action == "segment_free":
-            torch_reserved -= size
-        elif action == "alloc":
-            before = allocator.reserved
-            blocks[address] = allocator.allocate(size)
-            model_grown += allocator.reserved - before
+        if action == "alloc":
+            block = blocks[address] = allocator.allocate(size)
+            start = starts.setdefault(block.pool.small, address - block.address)
             requests += 1
-            if first is None and model_grown != torch_grown:
-                first = {"request": requests, "bytes": size, "torch": torch_grown}
+            if address - start != block.address:
+                elsewhere += 1
+                first = first or {"request": requests, "bytes": size}
         elif action == "free_completed" and address in blocks:
             allocator.release(blocks.pop(address))
     return {
         "requests": requests,
-        "reserved": {"torch": torch_most, "model": allocator.max_reserved},
-        "allocated_by_model": allocator.max_allocated,
-        "first_difference": first,
+        "elsewhere": elsewhere,
+        "first_elsewhere": first,
+        "allocated": allocator.max_allocated,
+        "reserved": allocator.max_reserved,
     }
 
 

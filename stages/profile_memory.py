@@ -22,12 +22,9 @@ def main() -> None:
         _trial(root, Path(job), Path(result))
         return
     # Here, for a trial needs neither the prediction nor its picture.
-    from stages._profile import profile, write_prediction
+    from stages._profile import profile
 
-    if "--predict" in sys.argv:
-        write_prediction(root)
-    else:
-        profile(root)
+    profile(root)
 
 
 def _trial(root: Path, job: Path, result: Path) -> None:

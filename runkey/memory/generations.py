@@ -24,9 +24,10 @@ class Generation:
     source: str
 
 
-WORKSPACE_SHARE = 0.5
-"""Most that a convolution takes as workspace, as a part of its result.  A workspace is there while
-one operation runs, and the peak is at the end of the forward pass, where results are small."""
+WORKSPACE_SHARE = 1.0
+"""Most that a convolution takes as workspace, as a part of its result: on an H200, some in float32
+were seen to copy their input to another memory format.  A workspace is there while one operation
+runs, and the peak is at the end of the forward pass, where results are small."""
 
 MODEL_ERROR = 0.01
 """Most that tensors and workspaces were measured to take beyond the prediction, as a part of it:

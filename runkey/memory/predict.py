@@ -16,7 +16,7 @@ from runkey.memory.census import Census
 from runkey.memory.fragments import Replay, replay
 from runkey.memory.generations import MODEL_ERROR, WORKSPACE_SHARE
 from runkey.memory.laws import other_shape
-from runkey.memory.line import Line, line_through
+from runkey.memory.line import MIB, Line, line_through
 from runkey.memory.model import (
     Alternative,
     Confirmation,
@@ -38,6 +38,7 @@ SampleWindows = Callable[[int, int], list[tuple[Pass, ...]]]
 
 # Images of the two traces that the line goes through.  Not 1: kernels skip copies of a single one.
 _FEW, _MANY = 2, 4
+_PARTIAL_SUMS = 160 * MIB
 _CONFIRMED = 3
 _BATCHES = (40, 200)
 """Forward passes that are replayed, of few images and of the whole batch size."""
@@ -141,7 +142,7 @@ def bound_step(params: Params, around: Surroundings, lend_for: LendFor) -> Bound
     held = line_through(*((one.images, one.fragments_bytes) for one in replays))
     peaks = timeline_of(check).peak_bytes, template.peak(unseen)
     confirmation = Confirmation(unseen.batch, unseen.height, unseen.width, *peaks)
-    estimate = _estimate(template, around, batch_size, held)
+    estimate = _estimate(params, template, around, held)
     return Bounded(template, estimate, held, replays, confirmation)
 
 
@@ -158,7 +159,7 @@ def _alternatives(
             template = _step_under(changed, around, lend_for)
         else:
             batches = replace(around, census=around.census_of(changed))
-        estimate = _estimate(template, batches, params.training.batch_size, bounded.held)
+        estimate = _estimate(changed, template, batches, bounded.held)
         found.append(Alternative(change.name, str(change), estimate))
     return tuple(found)
 
@@ -194,15 +195,16 @@ def _trace(lend: Lend, around: Surroundings, params: Params, passes: Sequence[Pa
     return traces[1:]
 
 
-def _estimate(template: Template, around: Surroundings, batch_size: int, held: Line) -> Estimate:
-    """Of micro-batches up to `batch_size`.
+def _estimate(params: Params, template: Template, around: Surroundings, held: Line) -> Estimate:
+    """Of micro-batches up to `training.batch_size`.
 
     Args:
+        params: what is trained.
         template: the step.
         around: its batches.
-        batch_size: images of the optimizer step.
         held: what the allocator holds beside what is alive, over the images.
     """
+    batch_size = params.training.batch_size
     every = [around.worst(images) for images in range(1, batch_size + 1)]
     last = max(batch_size, _MANY)
     ends = [(images, template.peak(around.worst(images))) for images in (_FEW, last)]
@@ -210,10 +212,24 @@ def _estimate(template: Template, around: Surroundings, batch_size: int, held: L
         line_through(*ends),
         tuple(template.peak(one) for one in every),
         tuple(
-            held.at(one.batch) + round(template.peak(one, WORKSPACE_SHARE) * (1 + MODEL_ERROR))
+            held.at(one.batch)
+            + round(template.peak(one, WORKSPACE_SHARE) * (1 + MODEL_ERROR))
+            + partial_sums_bytes(params, one)
             for one in every
         ),
     )
+
+
+def partial_sums_bytes(params: Params, one: Pass) -> int:
+    """Most that a kernel takes to sum up the gradient of the widest bias over all tokens.
+
+    See `runkey.memory.trace.workspaces.reduction`: two float32 numbers for each that is summed, and
+    no more than all blocks at once of the largest GPU have.
+    """
+    stride, model = token_stride(params), params.model
+    tokens = one.batch * -(-one.height // stride) * -(-one.width // stride)
+    widest = max(model.feedforward_dim, 2 * model.decoder_layers * model.hidden_dim)
+    return min(9 * tokens * widest, _PARTIAL_SUMS)
 
 
 def _step_under(params: Params, around: Surroundings, lend_for: LendFor) -> Template:

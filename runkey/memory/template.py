@@ -34,6 +34,10 @@ class Template:
         self._laws = laws
         self._numbers = _numbers(trace)
         self._before = [self._numbers[event.block] for event in trace.before]
+        kinds = [(self._numbers[event.block], event.class_) for event in trace.before]
+        self._late = [block for block, kind in kinds if kind == "optimizer"]
+        # Gradients are there from the first step's backward pass on.
+        self._early = [block for block, kind in kinds if kind not in ("optimizer", "gradient")]
         self._heirs = _heirs(trace, self._numbers)
         every = [self._compact(event) for event in trace.events]
         self._blocks = np.array([block for _, block, _ in every])
@@ -82,12 +86,20 @@ class Template:
         """
         sizes = {one: self._laws.bytes(one).tolist() for window in windows for one in window}
         new = itertools.count()
-        live = {block: (next(new), sizes[windows[0][0]][block]) for block in self._before}
+        constant = sizes[windows[0][0]]
+        live = {block: (next(new), constant[block]) for block in self._early}
         yield from ((True, *block) for block in live.values())
+        late = self._late
         for window in windows:
             parts = [(self._first, window[0]), *((self._later, one) for one in window[1:])]
             for events, one in [*parts, (self._last, window[0])]:
                 bytes_of = sizes[one]
+                if events is self._last:
+                    # The first step makes the optimizer's state, among what it has left over.
+                    made = {block: (next(new), constant[block]) for block in late}
+                    yield from ((True, *block) for block in made.values())
+                    live |= made
+                    late = []
                 for is_allocation, block, works in events:
                     # What a pass left behind is replaced when the pass comes again, and what a pass
                     # would have made that was left out cannot be freed.

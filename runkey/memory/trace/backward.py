@@ -122,15 +122,12 @@ class _Run:
                 self._push(node, slots)
 
     def _sum(self, old: Tensor | None, new: Tensor) -> Tensor:
-        """Of two gradients of one tensor: in place if nothing else needs one of them."""
+        """Of two gradients of one tensor: into the first if nothing else needs it."""
         if old is None:
             return new
         if self._is_sole(old):
             self._release([new])
             return old.add_(new)
-        if self._is_sole(new):
-            self._release([old])
-            return new.add_(old)
         total = old + new
         self._release([old, new])
         self.held[id(total)] += 1

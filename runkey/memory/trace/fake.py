@@ -10,6 +10,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from runkey.data import normalise
@@ -43,7 +44,8 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
 def fake_cuda(gpu: Gpu) -> Iterator[None]:
     """Answer what torch's Python code asks about the GPU, and choose the kernels that it would.
 
-    Without this, autocast turns itself off with a warning, and attention is materialised.
+    Without this, autocast turns itself off with a warning, attention is materialised, and
+    convolutions in bf16 lose the memory format that cuDNN keeps.
     """
     with ExitStack() as stack:
         replaced: list[tuple[Any, str, Callable[..., Any]]] = [
@@ -51,6 +53,7 @@ def fake_cuda(gpu: Gpu) -> Iterator[None]:
             (torch.cuda, "is_bf16_supported", lambda *_, **__: gpu.has_bf16),
             (torch.cuda, "get_device_capability", lambda *_: gpu.capability),
             (F, "scaled_dot_product_attention", _attention(gpu)),
+            (torch._C, "_conv_determine_backend_memory_format", _convolution_format),
         ]
         for place, name, value in replaced:
             stack.enter_context(patch.object(place, name, value))
@@ -76,6 +79,13 @@ def own_backward(
 
     with patch.object(torch.autograd, "backward", backward):
         yield
+
+
+def _convolution_format(images: Tensor, kernel: Tensor, _: Any) -> torch.memory_format:
+    """Channels last if either of the two is, as cuDNN computes."""
+    formats = (suggest_memory_format(images), suggest_memory_format(kernel))
+    last = torch.channels_last
+    return last if last in formats else torch.contiguous_format
 
 
 def _move(old: Any, new: Any) -> None:

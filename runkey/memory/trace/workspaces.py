@@ -21,8 +21,13 @@ _WARP = 32
 _BLOCK_THREADS = 512
 _MIN_VALUES, _MAX_VALUES = 16, 256
 """Numbers that one thread adds up."""
-# Most that cuDNN was seen to take for a convolution's backward pass, but for narrow ones.
-_CUDNN_FULL, _CUDNN_HALF = 17_301_760, 6_291_728
+# What cuDNN was seen to take at most for the backward pass of a convolution with a 1 x 1 kernel,
+# and with a larger one; in float32 and in half precision.
+_CUDNN_FULL, _CUDNN_HALF = (17_301_760, 8_651_487), (6_291_728, 2_359_671)
+
+
+Find = Callable[[tuple[Any, ...], Gpu], list[int]]
+"""(arguments, GPU) to bytes."""
 
 
 class Workspaces:
@@ -32,15 +37,14 @@ class Workspaces:
         """Of libraries, which keep theirs, and of kernels too if asked for."""
         aten = torch.ops.aten
         self._gpu = gpu
-        self._known: dict[Any, Callable[[tuple[Any, ...], Gpu], list[int]]] = {
+        every: dict[Any, Find] = {
             aten.sum.dim_IntList: _sum,
             aten._scaled_dot_product_efficient_attention_backward.default: _efficient,
             aten._scaled_dot_product_flash_attention_backward.default: _flash,
             aten.convolution.default: _convolution,
             aten.convolution_backward.default: _convolution_backward,
         }
-        if not kernels:
-            self._known = {}
+        self._known = every if kernels else {}
         self._products = {getattr(aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm")}
         self._threads: set[bool] = set()
 
@@ -154,13 +158,14 @@ def _convolution(args: tuple[Any, ...], _: Gpu) -> list[int]:
     return [pixels * padded * images.element_size() + 16]
 
 
-def _convolution_backward(args: tuple[Any, ...], _: Gpu) -> list[int]:
-    images = args[1]
-    grad, channels = args[0], images.shape[1]
-    if channels < 4:
+def _convolution_backward(args: tuple[Any, ...], gpu: Gpu) -> list[int]:
+    grad, images, kernel, with_bias = args[0], args[1], args[2], args[-1][2]
+    if images.shape[1] < 4:
         # Both are copied into another memory format.
         return [(grad.numel() + images.numel()) * images.element_size()]
-    return [_CUDNN_HALF if images.dtype in _HALF else _CUDNN_FULL]
+    seen = _CUDNN_HALF if images.dtype in _HALF else _CUDNN_FULL
+    sums = reduction(grad, {0, 2, 3}, gpu) if with_bias else []
+    return [seen[kernel.shape[-1] > 1], *sums]
 
 
 def _up(number: int, multiple: int) -> int:

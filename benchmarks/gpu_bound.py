@@ -1,0 +1,33 @@
+"""The bound that memory.json states for a micro-batch, as training goes by it."""
+
+from __future__ import annotations
+
+from runkey.memory.census import Census
+from runkey.memory.predict import Surroundings, bound_step
+from runkey.memory.trace.events import Pass
+from runkey.one_step import lender
+from runkey.params import Params, override
+
+
+def stated_bounds(
+    params: Params, shape: tuple[int, int], objects: int, classes: int, images: int
+) -> tuple[int, ...]:
+    """Most bytes that the allocator holds, for micro-batches of 1, 2, ... images of one shape.
+
+    Args:
+        params: what is trained.
+        shape: padded (height, width), pixels.
+        objects: boxes of an image.
+        classes: K.
+        images: most images.
+    """
+    census = Census(1, 1, shape, shape, shape, shape, (objects,))
+
+    def sample(count: int, batches: int) -> list[tuple[Pass, ...]]:
+        one = Pass(count, *shape, objects)
+        return [(one,), (one, one)] * (batches // 3)
+
+    around = Surroundings(census, lambda _: census, sample, classes)
+    params = override(params, {"training.batch_size": images})
+    bounded = bound_step(params, around, lambda changed: lender(changed, classes))
+    return bounded.estimate.upper_bytes
