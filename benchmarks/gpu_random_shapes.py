@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -105,7 +106,8 @@ def census_windows(params: Params, images: int, batches: int) -> list[tuple[Pass
 
 
 def write_prediction(folder: Path) -> None:
-    """memory.json of the training that `run` does."""
+    """memory.json of the training that `run` does, as on a machine without a GPU."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     params = parameters()
 
     def census(other: Params) -> Any:

@@ -26,7 +26,8 @@ from typing import Any
 
 from tests.pipeline.conftest import Project
 from tests.support.kill_digest import digests, log_of, mlflow_faults
-from tests.support.kill_rounds import Training, kill_again_and_again, make_project
+from tests.support.kill_project import make_project
+from tests.support.kill_rounds import Training, kill_again_and_again
 
 
 def run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -10,8 +11,7 @@ import torch
 
 from runkey import paths
 from runkey.hashing import sha256_file
-from runkey.memory.budget import room_on
-from runkey.memory.calibration import CALIBRATION, Trial, add_trials, this_platform
+from runkey.memory.calibration import CALIBRATION, Platform, Trial, add_trials, this_platform
 from runkey.memory.cards import shown_images
 from runkey.memory.choose import largest_fitting
 from runkey.memory.generations import generation_of
@@ -21,6 +21,7 @@ from runkey.memory.measured import MEASURED, write_cpu, write_gpu
 from runkey.memory.model import MODEL, MemoryModel, read_model, write_model
 from runkey.memory.predict import Surroundings, colour_factors, predict
 from runkey.memory.profile import prepared_surroundings
+from runkey.memory.trace.events import Pass
 from runkey.memory.trial import Job, Result, read_result, write_json
 from runkey.one_step import lender
 from runkey.params import Params, load_params
@@ -43,7 +44,8 @@ def profile(root: Path) -> None:
         tell(text)
     with tempfile.TemporaryDirectory() as folder:
         if device.type == "cuda":
-            _write_prediction(params, around, root)
+            # Where no GPU can be seen, so that it is the same everywhere.
+            Guarded(_again("--predict"), root, os.environ | {"CUDA_VISIBLE_DEVICES": ""}).wait()
             _measure_on_gpu(params, around, root, device, Path(folder))
             return
         # Beside the prediction: it has a core to itself, and its peak is its own.
@@ -56,7 +58,20 @@ def profile(root: Path) -> None:
     tell(f"measured on this CPU: {measured}; so {line}")
 
 
-def _write_prediction(params: Params, around: Surroundings, root: Path) -> MemoryModel:
+def write_prediction(root: Path) -> None:
+    """Write memory.json and its picture only."""
+    params = load_params(root / paths.PARAMS)
+    want_bars(params.runtime.progress)
+    _write_prediction(params, prepared_surroundings(params, root / paths.PREPARED), root)
+
+
+def _again(*arguments: str) -> list[str]:
+    """The command that is this stage, with other arguments."""
+    kept = [argument for argument in sys.argv[1:] if argument == "--traceback"]
+    return [sys.executable, "-m", "stages.profile_memory", *kept, *arguments]
+
+
+def _write_prediction(params: Params, around: Surroundings, root: Path) -> None:
     """memory.json and its picture."""
     prediction = predict(params, around, lambda other: lender(other, around.num_classes))
     model, out = prediction.model, root / paths.MEMORY
@@ -70,12 +85,28 @@ def _write_prediction(params: Params, around: Surroundings, root: Path) -> Memor
     tell(
         f"  {images} at once: at most {model.gpu.upper(images) / GIB:.2f} GiB and the CUDA context"
     )
-    return model
 
 
 def _cpu_job(params: Params, around: Surroundings) -> Job:
     worst = [around.worst(images) for images in params.memory.probe_batches]
-    return Job(tuple(worst), (), around.num_classes, colour_factors(params), None)
+    return _job(params, around, tuple(worst))
+
+
+def _job(
+    params: Params,
+    around: Surroundings,
+    worst: tuple[Pass, ...] = (),
+    census: tuple[tuple[Pass, ...], ...] = (),
+    outside_bytes: int = 0,
+) -> Job:
+    return Job(
+        worst=worst,
+        census=census,
+        num_classes=around.num_classes,
+        colour=colour_factors(params),
+        budget_gib=params.memory.budget_gib,
+        outside_bytes=outside_bytes,
+    )
 
 
 def _measure_on_gpu(
@@ -84,40 +115,47 @@ def _measure_on_gpu(
     """Run steps from the predicted micro-batch on, until one holds and one more does not fit."""
     out = root / paths.MEMORY
     model, digest = read_model(out / MODEL), sha256_file(out / MODEL)
-    generation = generation_of(torch.cuda.get_device_capability(device))
-    trials_file = paths.store_root() / paths.HOME / CALIBRATION
-    room = room_on(params.memory.budget_gib, device, generation.context_bytes[0])
+    outside = generation_of(torch.cuda.get_device_capability(device)).context_bytes[1]
+
+    def run(*worst: Pass, census: tuple[tuple[Pass, ...], ...] = ()) -> tuple[Job, Result]:
+        # In processes of their own, this one never opens the GPU: its context would take a part.
+        job = _job(params, around, worst, census, outside)
+        with _Trial(root, folder, job) as trial:
+            return job, trial.result()
+
     most = params.training.batch_size
-    images = largest_fitting(model.gpu.upper, most, room.bytes) or 1
+    images = largest_fitting(model.gpu.upper, most, run()[1].room_bytes) or 1
     trials: list[Trial] = []
     tried: set[int] = set()
     while images not in tried and 1 <= images <= most and len(tried) < _MOST_TRIALS:
         tried.add(images)
-        windows = tuple(around.windows(images, _CENSUS_BATCHES))
-        job = Job(
-            (around.worst(images),), windows, around.num_classes, colour_factors(params), room.bytes
+        job, result = run(
+            around.worst(images), census=tuple(around.windows(images, _CENSUS_BATCHES))
         )
-        with _Trial(root, folder, job) as running:
-            result = running.result()
-        holds = result.holds(job)
         tell(f"measured: {_told(images, result, model)}")
+        holds = result.holds(job)
         if holds:
-            peak = result.peaks[-1]
-            trials.append(
-                Trial(
-                    platform=this_platform(device),
-                    model=digest,
-                    images=images,
-                    upper_bytes=model.gpu.upper(images),
-                    reserved_bytes=peak.bytes,
-                    allocated_bytes=peak.allocated_bytes,
-                    outside_bytes=result.outside_bytes,
-                    retries=result.retries,
-                )
-            )
+            trials.append(_trial_of(images, result, model, digest, this_platform(device)))
         images += 1 if holds else -1
     write_gpu(out, digest, trials)
-    add_trials(trials_file, trials)
+    add_trials(paths.store_root() / paths.HOME / CALIBRATION, trials)
+
+
+def _trial_of(
+    images: int, result: Result, model: MemoryModel, digest: str, platform: Platform
+) -> Trial:
+    """What is remembered of a trial that held."""
+    peak = result.peaks[-1]
+    return Trial(
+        platform=platform,
+        model=digest,
+        images=images,
+        upper_bytes=model.gpu.upper(images),
+        reserved_bytes=peak.bytes,
+        allocated_bytes=peak.allocated_bytes,
+        outside_bytes=result.outside_bytes,
+        retries=result.retries,
+    )
 
 
 def _told(images: int, result: Result, model: MemoryModel) -> str:
@@ -140,10 +178,8 @@ class _Trial:
         self._result = folder / "result.json"
         self._result.unlink(missing_ok=True)
         write_json(folder / "job.json", job)
-        again = [argument for argument in sys.argv[1:] if argument == "--traceback"]
-        files = [str(folder / "job.json"), str(self._result)]
-        command = [sys.executable, "-m", "stages.profile_memory", *again, "--trial", *files]
-        self._process = Guarded(command, root)
+        command = _again("--trial", str(folder / "job.json"), str(self._result))
+        self._process = Guarded(command, root, os.environ)
 
     def __enter__(self) -> _Trial:
         return self

@@ -22,9 +22,12 @@ def main() -> None:
         _trial(root, Path(job), Path(result))
         return
     # Here, for a trial needs neither the prediction nor its picture.
-    from stages._profile import profile
+    from stages._profile import profile, write_prediction
 
-    profile(root)
+    if "--predict" in sys.argv:
+        write_prediction(root)
+    else:
+        profile(root)
 
 
 def _trial(root: Path, job: Path, result: Path) -> None:

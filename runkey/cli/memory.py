@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,8 +47,9 @@ def memory(
     params = override(load_params(root / paths.PARAMS), _parsed(changes or []))
     if batch > params.training.batch_size:
         params = override(params, {"training.batch_size": batch})
+    # A prediction is the same with and without a GPU as long as torch sees none.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     around = _around(params, root, shape)
-
     # Seconds of import, and seconds of work.
     from runkey.memory.cards import shown_images
     from runkey.memory.predict import predict

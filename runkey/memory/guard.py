@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from runkey.errors import TrainingError
@@ -18,9 +18,9 @@ _SHELL = 128
 class Guarded:
     """A process that runs beside this one, with its output streams."""
 
-    def __init__(self, command: Sequence[str], root: Path) -> None:
+    def __init__(self, command: Sequence[str], root: Path, environment: Mapping[str, str]) -> None:
         """Start a command in the folder `root`."""
-        self._process = subprocess.Popen(command, cwd=root)
+        self._process = subprocess.Popen(command, cwd=root, env=environment)
 
     def stop(self) -> None:
         """End the process if it still runs."""

@@ -11,14 +11,17 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from runkey.data.batch import Window
 from runkey.errors import TrainingError
+from runkey.memory.budget import room_on
+from runkey.memory.line import MIB
 from runkey.memory.trace.batch import synthetic_batch
 from runkey.memory.trace.events import Pass
 
@@ -35,13 +38,15 @@ class Job:
 
     worst: tuple[Pass, ...]
     """From few images to many, since a process's peak never falls; each in two steps of two
-    passes, so that one runs while the gradients of another are there."""
+    passes, so that one runs while the gradients of another are there.  None: only ask for room."""
     census: tuple[tuple[Pass, ...], ...]
     """Steps after those."""
     num_classes: int
     colour: int | None
-    room_bytes: int | None
-    """GPU: what the allocator may hold; None: all there is."""
+    budget_gib: float | Literal["device"]
+    """GPU: `memory.budget_gib`, which the allocator is kept to."""
+    outside_bytes: int
+    """GPU: what the process is taken to have beside the allocator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,8 @@ class Result:
     """GPU: times that the allocator gave its cache back to go on."""
     outside_bytes: int
     """GPU: what the process took beside the allocator, as far as it can be told from others."""
+    room_bytes: int
+    """GPU: what the allocator could hold."""
 
     def holds(self, job: Job) -> bool:
         """Whether all steps ran without a retry."""
@@ -86,25 +93,36 @@ def run_trial(make_step: MakeStep, job: Job, device: torch.device) -> Result:
     Raises:
         TrainingError: it does not fit in a CPU's memory.
     """
-    others = _used_by_others() if device.type == "cuda" else 0
-    if device.type == "cuda" and job.room_bytes is not None:
+    others = room = 0
+    if device.type == "cuda":
+        others = _used_by_others(device)
+        room = max(0, room_on(job.budget_gib, device, job.outside_bytes).bytes)
         total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, job.room_bytes / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, room / total), device)
     peaks: list[Peak] = []
     try:
-        step = make_step()
-        for number, one in enumerate(job.worst, start=1):
-            windows = [(one, one)] * _STEPS
-            for window in [*windows, *job.census] if number == len(job.worst) else windows:
-                batches = [synthetic_batch(p, job.num_classes, job.colour) for p in window]
-                step(tuple(batches))
-            peaks.append(_peak(one.batch, device))
+        for images in _run(make_step, job):
+            peaks.append(_peak(images, device))
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
         if device.type == "cpu":
             raise TrainingError(too_large(job.worst[len(peaks)])) from None
-    return _result(tuple(peaks), device, others)
+    return _result(tuple(peaks), device, others, room)
+
+
+def _run(make_step: MakeStep, job: Job) -> Iterator[int]:
+    """Run the steps; yields the images of each of `worst` when its steps are done."""
+    if not job.worst:
+        return
+    step = make_step()
+    for one in job.worst:
+        windows: list[tuple[Pass, ...]] = [(one, one)] * _STEPS
+        if one is job.worst[-1]:
+            windows += job.census
+        for window in windows:
+            step(tuple(synthetic_batch(p, job.num_classes, job.colour) for p in window))
+        yield one.batch
 
 
 def too_large(one: Pass) -> str:
@@ -158,21 +176,22 @@ def _peak(images: int, device: torch.device) -> Peak:
     return Peak(images, resident, resident)
 
 
-def _result(peaks: tuple[Peak, ...], device: torch.device, others: int) -> Result:
+def _result(peaks: tuple[Peak, ...], device: torch.device, others: int, room: int) -> Result:
     if device.type != "cuda":
-        return Result(peaks, 0, 0)
+        return Result(peaks, 0, 0, 0)
     free, total = torch.cuda.mem_get_info(device)
     outside = total - free - torch.cuda.memory_reserved(device) - others
     retries = int(torch.cuda.memory_stats(device)["num_alloc_retries"])
-    return Result(peaks, retries, max(0, outside))
+    return Result(peaks, retries, max(0, outside), room)
 
 
-def _used_by_others() -> int:
+def _used_by_others(device: torch.device) -> int:
     """GPU memory in use before this process takes any, bytes; 0 if nvidia-smi is not there."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return 0
-    command = [program, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    gpu = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = [program, gpu, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    first = answer.stdout.split("\n")[0].strip()
-    return int(first) * 2**20 if first.isdigit() else 0
+    used = answer.stdout.strip()
+    return int(used) * MIB if used.isdigit() else 0

@@ -19,6 +19,7 @@ pass.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -161,9 +162,10 @@ def joined_world(device: torch.device, watch: Peers | None = None) -> Iterator[W
     if world.size == 1:
         yield world
         return
-    dist.init_process_group(
-        "gloo", rank=world.rank, world_size=world.size, timeout=_AS_LONG_AS_IT_TAKES
-    )
+    with _without_stdout():
+        dist.init_process_group(
+            "gloo", rank=world.rank, world_size=world.size, timeout=_AS_LONG_AS_IT_TAKES
+        )
     group = dist.new_group(backend="nccl") if device.type == "cuda" else None
     processes = dict(enumerate(world.gather(this_process())))
     with watched(world.rank, processes) as peers:
@@ -178,3 +180,18 @@ def joined_world(device: torch.device, watch: Peers | None = None) -> Iterator[W
         finally:
             peers.leave()
             dist.destroy_process_group()
+
+
+@contextmanager
+def _without_stdout() -> Iterator[None]:
+    """Gloo prints a line for each rank that it has connected, and no setting stops it."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)

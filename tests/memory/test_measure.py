@@ -85,7 +85,7 @@ def test_synthetic_batch_is_padded_and_full():
 
 
 def job(*worst: Pass) -> Job:
-    return Job(worst, (worst[:1],), num_classes=4, colour=None, room_bytes=None)
+    return Job(worst, (worst[:1],), num_classes=4, colour=None, budget_gib=2.5, outside_bytes=9)
 
 
 def test_a_trial_runs_each_window_and_tells_of_peaks(tmp_path):
@@ -128,16 +128,18 @@ def test_other_faults_of_a_step_are_not_hidden():
 
 def test_death_of_the_measuring_process_is_named(tmp_path):
     killed = Guarded(
-        [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"], tmp_path
+        [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"],
+        tmp_path,
+        os.environ,
     )
     with pytest.raises(
         TrainingError, match=r"^memory.probe_batches: the machine ran out of memory"
     ):
         killed.wait()
-    failed = Guarded([sys.executable, "-c", "raise SystemExit(3)"], tmp_path)
+    failed = Guarded([sys.executable, "-c", "raise SystemExit(3)"], tmp_path, os.environ)
     with pytest.raises(SystemExit) as caught:
         failed.wait()
     assert caught.value.code == 3
-    sleeping = Guarded([sys.executable, "-c", "import time; time.sleep(600)"], tmp_path)
+    sleeping = Guarded([sys.executable, "-c", "import time; time.sleep(600)"], tmp_path, os.environ)
     sleeping.stop()
     sleeping.stop()

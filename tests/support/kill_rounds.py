@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,11 +22,10 @@ from typing import Any, Literal
 
 import psutil
 
-from runkey.params import Params, load_params, parse_params
-from runkey.params.render import render
 from runkey.training.checkpoint.file import TEMPORARY
 from runkey.training.checkpoint.names import find_saved
-from tests.pipeline.conftest import TINY, Project, _copy, _draw_data, _environment
+from tests.pipeline.conftest import Project, _environment
+from tests.support.kill_project import set_workers
 
 Kind = Literal["writing", "moment", "start", "end", "term", "worker", "none"]
 """When a training is ended: while a checkpoint is written, some time after it has begun to train,
@@ -35,41 +33,6 @@ while it starts, after its last step; by SIGTERM some time after it has begun; b
 its loader processes; not at all."""
 
 _LONGEST_SECONDS = 600.0  # for one life of a trainer
-
-
-def make_project(root: Path, epochs: int) -> Project:
-    """A project whose training has all that has state, prepared up to the train stage."""
-    project = Project(root)
-    _copy(root)
-    shutil.rmtree(root / "data", ignore_errors=True)
-    _draw_data(root / "data")
-    (root / "params.yaml").write_text(render(parse_params(parameters(epochs)), "# kills"))
-    project.run("git", "init", "-q")
-    project.dvc("add", "-q", "data")
-    project.run("git", "add", "-A")
-    project.run("git", "commit", "-q", "-m", "start")
-    for stage in ("prepare", "profile_memory"):
-        project.run(sys.executable, "-m", f"stages.{stage}")
-    return project
-
-
-def parameters(epochs: int) -> dict[str, Any]:
-    """Dropout, noise, an average, plateau, a partial last window, several micro-batches."""
-    return {
-        **TINY,
-        "model": TINY["model"] | {"dropout": 0.1, "denoising": {"groups": 2}},
-        "schedule": {"name": "plateau", "patience": 1},
-        "training": {
-            "epochs": epochs,
-            "batch_size": 5,
-            "micro_batch": 2,
-            "ema_decay": 0.9,
-            "evaluate_every": 2,
-            "cpu_threads": 1,
-            "early_stopping": {"enabled": False, "metric": "val/loss", "mode": "min"},
-        },
-        "runtime": TINY["runtime"] | {"checkpoint_seconds": 0, "log_every": 1},
-    }
 
 
 class Watcher:
@@ -156,7 +119,7 @@ class Training:
 
     def live(self, kind: Kind, workers: int, rng: random.Random) -> Life:
         """Start the stage; end it as `kind` says."""
-        _set_workers(self.project.root, workers)
+        set_workers(self.project.root, workers)
         (self.store / "kept").mkdir(parents=True, exist_ok=True)
         watcher = Watcher(self.store / ".runkey", self.store / "kept")
         address = f"sqlite:///{self.store / 'mlflow.db'}"
@@ -209,7 +172,7 @@ def _end(
         case "end":
             _sleep(process, rng.uniform(0, 5))
     if kind == "worker":
-        _kill_worker(process.pid)
+        _kill_worker(process)
     elif kind != "term":
         os.kill(process.pid, signal.SIGKILL)
     elif rng.random() < 0.5:
@@ -218,12 +181,18 @@ def _end(
         os.killpg(process.pid, signal.SIGTERM)  # as a machine that shuts down does, workers too
 
 
-def _kill_worker(trainer: int) -> None:
+def _kill_worker(trainer: subprocess.Popen[bytes]) -> None:
     """SIGKILL for a loader process, as from a kernel that is out of memory."""
-    # Workers are children of the fork server, which is a child of the trainer.
-    servers = psutil.Process(trainer).children()
-    workers = [worker for server in servers for worker in server.children()]
-    workers[-1].kill()
+
+    def workers() -> list[psutil.Process]:
+        # They are children of the fork server, which is a child of the trainer.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            servers = psutil.Process(trainer.pid).children()
+            return [worker for server in servers for worker in server.children()]
+        return []
+
+    _until(trainer, workers)
+    workers()[-1].kill()
 
 
 def _until(process: subprocess.Popen[bytes], condition: Any) -> None:
@@ -241,13 +210,6 @@ def _sleep(process: subprocess.Popen[bytes], seconds: float) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
         raise _EndedError
-
-
-def _set_workers(root: Path, workers: int) -> None:
-    params: Params = load_params(root / "params.yaml")
-    runtime = params.runtime.model_copy(update={"workers": workers})
-    changed = params.model_copy(update={"runtime": runtime})
-    (root / "params.yaml").write_text(render(changed, "# kills"))
 
 
 def plan(kills: int, terms: int, worker_kills: int, rng: random.Random) -> Iterator[Kind]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from runkey import params
 from runkey.data.batch import Window
+from runkey.tracking.jsonl import JsonlLog
 from tests.support.planted import How, plant
 from tests.support.squares import SquaresLoader, detector_params, make_detector, train_detector
 
@@ -48,6 +49,7 @@ def main(folder: str, how: How, number: str, last: str) -> None:
         loader=SquaresLoader(change=change),
         folder=Path(folder),
         seconds=0,
+        tracker=JsonlLog(Path(folder) / "train.jsonl", print),
     )
 
 

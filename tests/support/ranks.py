@@ -116,6 +116,13 @@ def accumulation(world: World) -> tuple[Any, Any]:
     return gradients(world), statistics(world, ([1, 2, 3, 4], [7]))
 
 
+def scarce(world: World, mib: str) -> Any:
+    """Memory runs out on rank 1; see tests/support/scarce.py, which needs this file."""
+    from tests.support.scarce import on_rank_1
+
+    return on_rank_1(world, mib)
+
+
 def main(scenario: str, out: str, *arguments: str) -> None:
     torch.set_num_threads(1)
     with joined_world(CPU) as world:

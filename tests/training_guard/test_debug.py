@@ -17,7 +17,7 @@ from runkey.model.criterion import build_criterion
 from runkey.training.clip import Clipper
 from runkey.training.debug.bundle import Bundle
 from runkey.training.debug.diagnose import diagnose
-from runkey.training.debug.replay import bad_steps, find_start, logged_losses, replay
+from runkey.training.debug.replay import LOG, bad_steps, find_start, logged_losses, replay
 from runkey.training.distributed import World
 from runkey.training.optimizer import build_optimizer
 from runkey.training.precision import build_precision
@@ -221,6 +221,11 @@ def test_from_a_killed_runs_folder_and_from_a_bundle_elsewhere(killed, tmp_path)
     found = diagnose(setup.machinery, bad, seed=0, step=5)
     assert (found.finding.where, found.finding.module) == (how, LAYER)
     assert found.finding.image_ids == bad[0].image_ids
+    logged = logged_losses(folder / LOG, 6)
+    assert len(logged) == 4
+    assert {name: str(value) for name, value in logged.items()} == {
+        name: str(value) for name, value in found.losses.items()
+    }  # as text: nan is nan
 
     elsewhere = tmp_path / "copy.pt"
     shutil.copy(folder / "bad-step-6.pt", elsewhere)
