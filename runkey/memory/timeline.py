@@ -92,7 +92,7 @@ def break_down(trace: Trace) -> Breakdown:
 def _group(module: str) -> str:
     """The part of the model that a module belongs to; "" is the step around the model."""
     names = (
-        module.replace("backbone.0.body.", "backbone.").replace("backbone.0", "backbone").split(".")
+        module.replace("backbone.0.body", "backbone").replace("backbone.0", "backbone").split(".")
     )
     return ".".join(names[: 2 if names[0] in _DEEP else 1])
 
