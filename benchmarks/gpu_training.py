@@ -302,7 +302,7 @@ def check_resume(device: torch.device) -> dict[str, Any]:
 
 
 KILLS = 3
-RESUME_STEPS = 120
+RESUME_STEPS = 80
 
 
 def _run_worker(folder: Path, device: torch.device) -> subprocess.Popen[bytes]:
