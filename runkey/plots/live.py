@@ -6,7 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+<<<<<<< HEAD
 from runkey.plots.hints import CLASS_SCORES, EVENT, find_hints, told_hints
+=======
+from runkey.plots.hints import EVENT, Hint, find_hints, told_hints
+>>>>>>> 7c91c6e (Hints that fail cost no log)
 from runkey.plots.log import GrowingLog
 from runkey.plots.samples import read_samples
 
@@ -54,6 +58,7 @@ class HintingTracker:
         self._tracker, self._samples, self._params, self._say = tracker, samples, params, say
         self._growing = GrowingLog(log)
         self._scores: Mapping[str, Any] = {}
+        self._looking = True
 
     def note_scores(self, scores: Mapping[str, Any]) -> None:
         """Take what an evaluation found of the classes; recorded with the epoch's metrics."""
@@ -67,7 +72,8 @@ class HintingTracker:
         if self._scores:
             self._tracker.event(CLASS_SCORES, step=step, **self._scores)
             self._scores = {}
-        self._look(step)
+        if self._looking:
+            self._look(step)
 
     def event(self, kind: str, **fields: object) -> None:
         """See `Tracker`."""
@@ -83,15 +89,21 @@ class HintingTracker:
 
     def _look(self, step: int) -> None:
         try:
-            self._growing.update()
-        except OSError:
-            return  # the log says itself that it cannot be written
-        log = self._growing.log
-        told = {hint.kind for hint in told_hints(log)}
-        for hint in find_hints(log, self._params, read_samples(self._samples)):
-            if hint.kind not in told:
-                told.add(hint.kind)
-                for line in hint.lines:
-                    self._say(line)
-                kind = f"{EVENT}{hint.kind}"
-                self._tracker.event(kind, step=step, seen=hint.seen, change=hint.change)
+            hints = self._hints()
+        # A log that cannot be read, or a rule that stumbles over it: hints are not worth a log.
+        except Exception as error:  # noqa: BLE001
+            self._say(f"no more hints: {type(error).__name__}: {error}")
+            self._looking = False
+            return
+        for hint in hints:
+            for line in hint.lines:
+                self._say(line)
+            kind = f"{EVENT}{hint.kind}"
+            self._tracker.event(kind, step=step, seen=hint.seen, change=hint.change)
+
+    def _hints(self) -> list[Hint]:
+        """Those that the log gives now and that the run was not told."""
+        self._growing.update()
+        told = {hint.kind for hint in told_hints(self._growing.log)}
+        found = find_hints(self._growing.log, self._params, read_samples(self._samples))
+        return [hint for hint in found if hint.kind not in told]

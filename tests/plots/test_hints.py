@@ -180,6 +180,19 @@ def test_scores_of_classes_are_recorded_with_their_epoch(tmp_path):
     assert events == [{"step": step, "classes": 2, "mean_AP50": 0.0} for step in (3, 9)]
 
 
+def test_hints_that_fail_cost_no_log(tmp_path):
+    said: list[str] = []
+    path = tmp_path / "train.jsonl"
+    tracker = RunTracker(JsonlLog(path, said.append), None)
+    hinting = HintingTracker(tracker, tmp_path / "elsewhere", tmp_path, PARAMS, said.append)
+    for epoch in made().epochs:
+        hinting.log(epoch.values, epoch.step)
+    tracker.close()
+    [line] = said
+    assert line.startswith("no more hints: FileNotFoundError: ")
+    assert len(read_log(path).epochs) == EPOCHS
+
+
 def test_asking_imports_no_matplotlib():
     """`runkey watch` looks every second, beside a training."""
     check = (
