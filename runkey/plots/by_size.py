@@ -62,7 +62,15 @@ def _draw_all(axes: Any, content: dict[str, Any]) -> None:
     for place, value in enumerate(values):
         text = f"{value:.3f}" if math.isfinite(value) else "none there"
         at = (place, value if math.isfinite(value) else 0.0)
-        axes.annotate(text, at, (0, 3), textcoords="offset points", ha="center", fontsize=9)
+        axes.annotate(
+            text,
+            at,
+            (0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+        )
     objects = {
         size: sum(_objects(c, size) for c in content["per_class"].values()) for size in SIZES
     }

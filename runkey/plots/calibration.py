@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from runkey.evaluation.calibration import BINS, Calibration
-from runkey.plots.style import BLUE, GREY, VERMILLION, drawing, legend_inside, say_nothing_yet
+from runkey.plots.style import BLUE, GREY, VERMILLION, drawing, legend_beside, say_nothing_yet
 
 LEAST_SCORE = 0.05
 """Below, there is a crowd of detections that nobody looks at, which would be most of the error."""
@@ -39,11 +39,11 @@ def reliability(scores: Calibration, path: Path) -> Path:
             color=VERMILLION,
             marker="o",
             markersize=4,
-            label=f"expected calibration error {scores.error:.3f}",
+            label=f"mean error {scores.error:.3f}",
         )
         shares.set_ylim(0, 1.03)
         shares.set_ylabel("share right, 0 to 1")
-        legend_inside(shares, "IoU 0.5", "upper left")
+        legend_beside(shares, "a match is IoU 0.5")
         counts.bar(edges, scores.counts, width, align="edge", color=GREY)
         for edge, count in zip(edges, scores.counts.tolist(), strict=True):
             counts.annotate(

@@ -54,9 +54,13 @@ class Hint:
     @property
     def lines(self) -> list[str]:
         """For people; at most 100 columns."""
+        return self.wrapped(_WIDTH)
+
+    def wrapped(self, width: int) -> list[str]:
+        """For people; at most so many columns."""
         return [
-            *textwrap.wrap(f"hint: {self.seen}", _WIDTH, subsequent_indent=_INDENT),
-            *textwrap.wrap(self.change, _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT),
+            *textwrap.wrap(f"hint: {self.seen}", width, subsequent_indent=_INDENT),
+            *textwrap.wrap(self.change, width, initial_indent=_INDENT, subsequent_indent=_INDENT),
         ]
 
 

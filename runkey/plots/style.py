@@ -141,10 +141,3 @@ def legend_beside(axes: Any, title: str = "") -> None:
         axes.legend(
             loc="upper left", bbox_to_anchor=(1.0, 1.0), title=title or None, alignment="left"
         )
-
-
-def legend_inside(axes: Any, title: str, corner: str) -> None:
-    """The same as a titled list in a corner of the panel, such as "lower left"."""
-    axes.legend(
-        loc=corner, title=title, alignment="left", frameon=True, framealpha=0.85, edgecolor="w"
-    )

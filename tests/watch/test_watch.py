@@ -183,7 +183,7 @@ def test_every_log_can_be_watched(tmp_path, kind):
         console.print(screen("title", log, hints, 0.0, width, height, unicode=unicode))
         drawn = console.export_text().splitlines()
         assert max(len(line.rstrip()) for line in drawn) <= min(width, 100)
-        heads = 3 + sum(len(hint.lines) for hint in hints)
+        heads = 3 + sum(len(hint.wrapped(width)) for hint in hints)
         assert len(drawn) <= height + 2 * heads
 
 

@@ -133,7 +133,7 @@ def data(run: Run) -> Table:
             f"{per_image.get('mean', 0):.3g}, at most {per_image.get('maximum', 0)}",
             f"{len(of.get('classes', {})):,}",
             " / ".join(f"{n:,}" for n in of.get("sizes_by_area", {}).values()),
-            " to ".join(f"{sides[q]:g}" for q in ("5%", "50%", "95%") if q in sides),
+            " / ".join(f"{sides[q]:g}" for q in ("5%", "50%", "95%") if q in sides),
             *(f"{c.get('objects', 0):,}" for c in of.get("classes", {}).values()),
         ]
 

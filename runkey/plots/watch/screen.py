@@ -72,7 +72,7 @@ def screen(
     while rows > 1 and (height - _BESIDES) // rows < _LEAST_HEIGHT + 1:
         rows -= 1
     chart_height = min(8, max(_LEAST_HEIGHT, (height - _BESIDES) // rows - 1))
-    lines = [Text(line) for hint in hints for line in hint.lines]
+    lines = [Text(line) for hint in hints for line in hint.wrapped(width)]
     grid = Table.grid(padding=(0, _GAP, 0, 0))
     panel_width = (width - 2 * _GAP) // 2
     for row in range(rows):

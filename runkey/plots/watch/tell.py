@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from runkey.plots.hints import all_hints
+from runkey.plots.hints import Hint, all_hints, told_hints
 from runkey.plots.log import TrainingLog
 from runkey.plots.samples import read_samples
 from runkey.training.progress import epoch_line
@@ -44,15 +44,16 @@ class Teller:
             for number in range(self._epochs, len(log.epochs)):
                 lines += _epoch(log, number).split("\n")
             self._epochs = len(log.epochs)
-            lines += self._new_hints(log)
+            lines += self._new(all_hints(log, self._params, read_samples(self._samples)))
+        lines += self._new(told_hints(log))  # of an epoch that was read a moment before them
         if (end := ended(log)) and not self._ended:
             self._ended = True
             lines += textwrap.wrap(end, WIDTH)
         return lines
 
-    def _new_hints(self, log: TrainingLog) -> list[str]:
+    def _new(self, hints: Iterable[Hint]) -> list[str]:
         lines = []
-        for hint in all_hints(log, self._params, read_samples(self._samples)):
+        for hint in hints:
             if hint.kind not in self._hints:
                 self._hints.add(hint.kind)
                 lines += hint.lines
