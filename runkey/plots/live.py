@@ -6,11 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-<<<<<<< HEAD
-from runkey.plots.hints import CLASS_SCORES, EVENT, find_hints, told_hints
-=======
-from runkey.plots.hints import EVENT, Hint, find_hints, told_hints
->>>>>>> 7c91c6e (Hints that fail cost no log)
+from runkey.plots.hints import CLASS_SCORES, EVENT, Hint, find_hints, told_hints
 from runkey.plots.log import GrowingLog
 from runkey.plots.samples import read_samples
 
