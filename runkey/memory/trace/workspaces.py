@@ -1,8 +1,8 @@
 """What kernels allocate for themselves while they run: no operation returns it.
 
 Taken from torch's sources (2.10, `Reduce.cuh`, `attention_backward.cu`, `flash_api.cpp`) and equal
-to the byte to what an H200 was seen to allocate (docs/memory.md).  Convolutions are cuDNN's, which
-decides by heuristics: their entries are what was seen, and are exact for no other GPU.
+to the byte to what an H200 was seen to allocate (benchmarks/gpu_steps.py).  Convolutions are
+cuDNN's, which decides by heuristics: their entries are what was seen there, exact for no other GPU.
 """
 
 from __future__ import annotations
