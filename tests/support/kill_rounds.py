@@ -253,7 +253,7 @@ def kill_again_and_again(
         while not training.is_done:
             kind: Kind = left.pop() if left and len(training.lives) < most_per_training else "none"
             count = workers[(turn + len(training.lives)) % len(workers)]
-            life = training.live(kind, max(count, kind == "worker"), rng)
+            life = training.live(kind, max(count, int(kind == "worker")), rng)
             if kind == "none" and life.was_ended:
                 raise RuntimeError(f"a training that nobody killed failed: {life.output}")
             missed = kind != "none" and not life.was_ended
