@@ -13,8 +13,6 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
-import platform
 import random
 import signal
 import subprocess
@@ -30,7 +28,8 @@ import torch
 import torch.utils._pytree
 from torch import Tensor, nn
 
-from runkey.data.batch import Batch, Window
+from benchmarks.gpu_common import CLASSES, SyntheticLoader, about
+from runkey.data.batch import Window
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
 from runkey.params import Params, parse_params
@@ -42,7 +41,6 @@ from runkey.training.loop import fit
 from runkey.training.seed import set_up
 from runkey.training.tracker import Quiet
 
-CLASSES = 8
 R50 = {
     "preset": "detr",
     "backbone": "resnet50",
@@ -78,75 +76,6 @@ def main() -> None:
         text = json.dumps(result, indent=1) + "\n"
         (chosen.out / f"training_{name}.json").write_text(text, encoding="utf-8")
         print(name, {k: v for k, v in result.items() if not isinstance(v, list)}, flush=True)
-
-
-def about(device: torch.device) -> dict[str, Any]:
-    """Device, driver, versions, date and commit."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    facts: dict[str, Any] = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": os.environ.get("RUNKEY_COMMIT", commit),
-        "device": "cpu",
-    }
-    if device.type == "cuda":
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-        facts |= {
-            "device": torch.cuda.get_device_name(),
-            "driver": driver,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        }
-    return facts
-
-
-class SyntheticLoader:
-    """Windows of made-up images on the host, a function of (epoch, step) alone."""
-
-    def __init__(
-        self, steps: int, images: int, micro_batch: int, size: tuple[int, int], *, pin: bool
-    ) -> None:
-        self.steps_per_epoch = steps
-        self._images, self._micro_batch, self._size, self._pin = images, micro_batch, size, pin
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Window]:
-        """The windows of an epoch."""
-        for step in range(start_step, self.steps_per_epoch):
-            yield self.window(epoch * self.steps_per_epoch + step)
-
-    def window(self, number: int) -> Window:
-        """One optimizer step's images."""
-        cuts = range(0, self._images, self._micro_batch)
-        window = tuple(
-            make_batch(number * 1000 + i, min(self._micro_batch, self._images - i), self._size)
-            for i in cuts
-        )
-        return tuple(batch.pin_memory() for batch in window) if self._pin else window
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-
-def make_batch(number: int, images: int, size: tuple[int, int]) -> Batch:
-    """A batch with 1 to 8 boxes an image; the last image is smaller, so there is padding."""
-    rng = torch.Generator().manual_seed(number)
-    counts = tuple(int(n) for n in torch.randint(1, 9, (images,), generator=rng))
-    sizes = torch.tensor([size] * images)
-    sizes[-1, 0] = max(1, size[0] * 3 // 4)
-    boxes = sum(counts)
-    return Batch(
-        images=torch.randint(0, 256, (images, 3, *size), dtype=torch.uint8, generator=rng),
-        sizes=sizes,
-        boxes_cxcywh=torch.rand(boxes, 4, generator=rng) * 0.4 + 0.3,
-        labels=torch.randint(0, CLASSES, (boxes,), generator=rng),
-        counts=counts,
-        image_ids=tuple(range(number, number + images)),
-        original_sizes=sizes,
-    )
 
 
 def _params(model: dict[str, Any], *, epochs: int, **training: Any) -> Params:
