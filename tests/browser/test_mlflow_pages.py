@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from runkey import paths
-from runkey.identity.record import update_record
+from runkey.identity.record import LoggedRun, update_record
 from runkey.params import load_params
-from runkey.tracking import locate_store, open_run
+from runkey.tracking import locate_store, open_run, reopen_run
 from runkey.tracking.server import free_port
 from tests.support.chromium import Page, open_chromium
 
@@ -51,6 +51,10 @@ def record(root: Path, name: str, digit: str) -> None:
     params = load_params(root / "params.yaml")
     records = locate_store().home / paths.RECORDS
     same = {part: f"{n}" * 64 for n, part in enumerate(PARTS)}
+
+    def changed(run: LoggedRun) -> None:
+        update_record(records, run)
+
     tracker = open_run(
         params,
         root,
@@ -60,12 +64,14 @@ def record(root: Path, name: str, digit: str) -> None:
         tags={"device": "cpu x86_64", "host": "here"},
         counts={"train_images": 400},
         say=pytest.fail,
-        changed=lambda run: update_record(records, run),
+        changed=changed,
     )
     for step in range(1, 21):
         tracker.log({"train/loss": 3.0 / step, "train/lr": params.lr * step / 20}, step)
-    tracker.final({"eval/AP": AP[name], "eval/AP50": AP[name] + 0.2})
-    tracker.close()
+    evaluation = reopen_run(params, tracker.close(), pytest.fail, changed=changed)
+    assert evaluation
+    evaluation.log({"eval/AP": AP[name], "eval/AP50": AP[name] + 0.2}, 0)
+    evaluation.close()
 
 
 @pytest.fixture(scope="module")
