@@ -57,7 +57,11 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, number: signal.Signals, text: str = "") -> None:
         """Args: number: the signal.  text: where training stopped, and how to go on."""
-        super().__init__(text or f"stopped by {number.name}")
+        # Without a text: before the first step, or when the model was being recorded.
+        anyhow = (
+            f"stopped by {number.name}; `dvc repro` goes on from the checkpoint, if there is one"
+        )
+        super().__init__(text or anyhow)
         self.number = number
 
     @property
