@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import tempfile
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,8 @@ def open_client(store: Store) -> MlflowClient:
         raise TrackingError(f"mlflow cannot be imported ({error}); run `make env`") from None
     quiet_mlflow()  # mlflow sets its own level when it is imported
     _adopt_moved(store)
+    if store.database:
+        _make_database(store.database)
     client = MlflowClient(store.uri)
     _place_default(store)
     return client
@@ -143,6 +146,26 @@ def experiment_id(client: MlflowClient, store: Store, name: str) -> str:
         )
     offer_view(client, experiment.experiment_id, experiment.tags)
     return str(experiment.experiment_id)
+
+
+def _make_database(path: Path) -> None:
+    """Make MLflow's database under another name, and give it its own when it is whole.
+
+    MLflow makes its tables in dozens of steps.  A process that is killed between two of them leaves
+    a database that no MLflow opens again.
+    """
+    from mlflow import MlflowClient
+
+    if path.exists():
+        return
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        MlflowClient(f"{_SQLITE}{draft}")
+        try:
+            path.hardlink_to(draft)
+        except OSError:  # another process was first, or this file system has no hard links
+            if not path.exists():
+                draft.rename(path)
 
 
 def _adopt_moved(store: Store) -> None:

@@ -133,3 +133,31 @@ def test_telemetry_is_off_before_mlflow_is_there(store: Store) -> None:
         command, cwd=REPOSITORY, env=kept, capture_output=True, text=True, check=False
     )
     assert out.stdout.strip() == "True", out.stderr
+
+
+OPEN = """
+import sys
+from pathlib import Path
+from runkey.tracking.store import Store, open_client
+root = Path(sys.argv[1])
+store = Store(f"sqlite:///{root}/mlflow.db", root / "mlartifacts", root)
+print(len(open_client(store).search_experiments()))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_killed_while_it_makes_the_database_leaves_none(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OPEN, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    # Some tables are there, the last ones are not.
+    while not any(p.stat().st_size > 100_000 for p in tmp_path.glob("mlflow.db.*/mlflow.db")):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "mlflow.db").exists()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
