@@ -94,6 +94,8 @@ def detector_params(lr: float = 1e-3, **sections: Any) -> params.Params:
         "epochs": 8,
         "evaluate_every": 4,
         "ema_decay": 0.9,
+        # As many in a process that other tests have run in as in a fresh one: bits depend on it.
+        "cpu_threads": 1,
         "early_stopping": {"metric": "val/loss", "mode": "min", "enabled": False},
     } | sections.pop("training", {})
     model = {

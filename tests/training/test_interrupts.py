@@ -188,6 +188,6 @@ def test_exit_codes_and_the_second_signal(number):
     assert (ended[0].returncode, ended[0].stdout) == (128 + number, "still here\n")
     assert ended[0].stderr.splitlines() == [
         f"{name}: stopping as soon as nothing is lost; again ends it at once",
-        f"stopped by {name}",
+        f"stopped by {name}; `dvc repro` goes on from the checkpoint, if there is one",
     ]
     assert (ended[1].returncode, ended[1].stdout) == (-number, "")
