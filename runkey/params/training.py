@@ -207,7 +207,7 @@ class Runtime(Section):
     """Page-locked host memory for copies to a GPU; ignored on a CPU."""
     checkpoint_seconds: NonNegativeFloat | Literal["auto"] = "auto"
     """Seconds between checkpoints; 0: after every optimizer step; auto: as often as 1% of the time
-    allows, by what the last one cost, 5 s at least."""
+    allows, by what the last one cost, 15 s at least."""
     log_every: PositiveInt = 10
     """Optimizer steps between logged points."""
     progress: bool = True

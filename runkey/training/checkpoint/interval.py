@@ -8,7 +8,7 @@ from typing import Literal
 
 SHARE = 0.01
 """Part of the time that checkpoints may cost."""
-SHORTEST_SECONDS = 5.0
+SHORTEST_SECONDS = 15.0
 """Between two of them, however cheap: nobody minds to lose so little."""
 
 
