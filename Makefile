@@ -37,7 +37,7 @@ repro: env data ## Environment, sample data, pipeline: ends with the key, the AP
 	@$(BIN)/python -m runkey summary
 
 .PHONY: test
-test: env env-tools ## The tests, under 10 minutes on 2 cores; ARGS="-k name" for some of them
+test: env env-tools ## The tests, about 10 minutes on 2 cores; ARGS="-k name" for some of them
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
 
 .PHONY: test-all
