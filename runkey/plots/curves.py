@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from runkey.plots.events import mark_events
 from runkey.plots.gradients import gradient_norm
 from runkey.plots.log import TrainingLog, read_log
 from runkey.plots.losses import loss_and_ap
@@ -54,7 +55,7 @@ def write_training_plots(log: Path, out: Path) -> list[Path]:
 def learning_rate(log: TrainingLog, path: Path) -> Path:
     """Learning rate over optimizer steps, with warm-up shaded and drops marked."""
     steps, rates = log.of_steps("train/lr")
-    with drawing(path, panels=1, height=3.4) as (_, (axes,)):
+    with drawing(path, panels=1, height=3.4) as (figure, (axes,)):
         axes.set_title("Learning rate")
         if not len(steps):
             say_nothing_yet(axes)
@@ -79,12 +80,13 @@ def learning_rate(log: TrainingLog, path: Path) -> Path:
         axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.3g}")
         step_axis(axes, log)
         legend(axes)
+        mark_events(figure, (axes,), log)
     return path
 
 
 def throughput(log: TrainingLog, path: Path) -> Path:
     """Images per second, and the share of time in which training waited for data."""
-    with drawing(path, panels=2, height=2.4) as (_, (speed, wait)):
+    with drawing(path, panels=2, height=2.4) as (figure, (speed, wait)):
         speed.set_title("Training speed")
         wait.set_title("Waiting for data")
         for axes, name, factor, colour, label in (
@@ -106,6 +108,7 @@ def throughput(log: TrainingLog, path: Path) -> Path:
             legend(axes)
         if log.steps:
             step_axis(wait, log)
+            mark_events(figure, (speed,), log)
     return path
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runkey.plots.events import mark_events
 from runkey.plots.log import TrainingLog
 from runkey.plots.steps import marker, step_axis
 from runkey.plots.style import (
@@ -29,7 +30,7 @@ def gradient_norm(log: TrainingLog, path: Path) -> Path:
     """Joint gradient norm before and after clipping, and the share of steps that were clipped."""
     steps, before = log.of_steps("train/grad_norm")
     after_steps, after = log.of_steps("train/grad_norm_clipped")
-    with drawing(path, panels=2, height=2.7) as (_, (norms, shares)):
+    with drawing(path, panels=2, height=2.7) as (figure, (norms, shares)):
         norms.set_title("Gradient norm and clipping")
         if not len(steps) or len(steps) != len(after_steps):
             for axes in (norms, shares):
@@ -65,6 +66,7 @@ def gradient_norm(log: TrainingLog, path: Path) -> Path:
         shares.set_ylabel("steps clipped, %")
         shares.set_ylim(-4, 104)
         step_axis(shares, log)
+        mark_events(figure, (norms,), log)
     return path
 
 

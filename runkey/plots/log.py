@@ -46,6 +46,8 @@ class TrainingLog:
     """The last event of each kind."""
     counts: Counter[str] = field(default_factory=Counter)
     """How many events of each kind there are."""
+    places: dict[str, set[int]] = field(default_factory=dict)
+    """Optimizer steps of the events that say theirs, by kind without what follows a dot."""
 
     def add(self, entry: dict[str, Any]) -> None:
         """Take one more line of the log."""
@@ -53,8 +55,10 @@ class TrainingLog:
             self._add_values(entry)
         else:
             kind = str(entry.get("event", entry.get("kind", "")))
-            self.events[kind] = entry.get("fields", entry)
+            fields = self.events[kind] = entry.get("fields", entry)
             self.counts[kind] += 1
+            if isinstance(fields, dict) and isinstance(fields.get("step"), int):
+                self.places.setdefault(kind.split(".")[0], set()).add(fields["step"])
 
     def of_steps(self, name: str) -> Series:
         """Steps, and the values that a metric had at them."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from runkey.plots.events import mark_events
 from runkey.plots.log import TrainingLog
 from runkey.plots.steps import marker, step_axis
 from runkey.plots.style import (
@@ -26,7 +27,7 @@ from runkey.plots.style import (
 
 def loss_and_ap(log: TrainingLog, path: Path) -> Path:
     """Train and validation loss, and AP, with the best epoch and the stop marked."""
-    with drawing(path, panels=2, height=2.9) as (_, (losses, scores)):
+    with drawing(path, panels=2, height=2.9) as (figure, (losses, scores)):
         losses.set_title("Loss")
         scores.set_title("AP")
         if not (log.steps or log.epochs):
@@ -40,6 +41,7 @@ def loss_and_ap(log: TrainingLog, path: Path) -> Path:
         legend_beside(losses)
         legend_beside(scores)
         step_axis(scores, log)
+        mark_events(figure, (losses,), log)
     return path
 
 

@@ -82,6 +82,24 @@ def resumed(path: Path) -> Path:
     return path
 
 
+EVENTS = (
+    *(("skipped_step", step) for step in (33, 34, 35)),
+    *(("loss_spike", step) for step in (60, 61)),
+    *(("rollback", 37), ("resumed", 120), ("split", 7), ("evaluation_failed", 200)),
+    *(("hint.loader", 40), ("hint.clip_always", 60)),
+)
+
+
+def troubled(path: Path) -> Path:
+    """A training on whose way much happened."""
+    log = JsonlLog(write_log(path), say_nothing)
+    for kind, step in EVENTS:
+        log.event(kind, step=step, seen="a", change="b")
+    log.event("of another version", step="33")
+    log.close()
+    return path
+
+
 LOGS: dict[str, Callable[[Path], Path]] = {
     "complete": lambda path: write_log(path),
     "stopped early": lambda path: write_log(path, stopped=True),
@@ -91,6 +109,7 @@ LOGS: dict[str, Callable[[Path], Path]] = {
     "interrupted": lambda path: cut(write_log(path), 0.4),
     "interrupted in the first line": lambda path: _text(path, '{"step": 1, "ti'),
     "resumed": lambda path: resumed(write_log(path)),
+    "troubled": lambda path: troubled(path),
     "empty": lambda path: _text(path, ""),
     "not finite": lambda path: _text(path, _with_nan(write_log(path))),
 }

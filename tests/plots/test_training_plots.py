@@ -14,9 +14,11 @@ from PIL import Image
 
 from runkey.errors import DataError
 from runkey.plots.curves import write_training_plots
+from runkey.plots.events import mark_events
 from runkey.plots.log import GrowingLog, read_log
 from runkey.plots.losses import loss_and_ap
 from runkey.plots.samples import read_samples
+from runkey.plots.style import drawing
 from runkey.plots.system import machine
 from runkey.plots.tables import write_plot_tables
 
@@ -63,6 +65,39 @@ def test_same_log_same_bytes(log_of, tmp_path):
     again = [p.read_bytes() for p in write_training_plots(log, tmp_path / "again")]
     assert once == again
     assert not any(b"matplotlib" in content for content in once)
+
+
+def test_what_happened_is_marked_where_it_happened(log_of, tmp_path):
+    """Each kind by a shape and a colour of its own, named with how often it came."""
+    with drawing(tmp_path / "drawn.png", panels=2) as (figure, panels):
+        mark_events(figure, panels, read_log(log_of("troubled")))
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == [
+        *("3 skipped steps", "2 loss spikes", "rollback", "failed evaluation"),
+        *("batch split", "resumed", "2 hints"),
+    ]
+    for axes in panels:
+        marks = [line for line in axes.lines if line.get_marker() != "None"]
+        assert [list(line.get_xdata()) for line in marks] == [
+            *([33, 34, 35], [60, 61], [37], [200], [7], [120], [40, 60])
+        ]
+        assert len({line.get_marker() for line in marks}) == len(marks)
+        across = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "None"]
+        assert across == [37, 120]  # lines where training went back or began again
+
+
+def test_events_are_on_every_curve_over_steps(log_of, tmp_path):
+    log = log_of("troubled")
+    with_events = write_training_plots(log, tmp_path / "with")
+    kept = [line for line in log.read_text().splitlines(True) if '"seen"' not in line]
+    log.write_text("".join(kept))
+    without = write_training_plots(log, tmp_path / "without")
+    same = [
+        a.name
+        for a, b in zip(with_events, without, strict=True)
+        if a.read_bytes() == b.read_bytes()
+    ]
+    assert same == ["machine.png"]
 
 
 @pytest.mark.parametrize("gpus", [0, 2, 8])

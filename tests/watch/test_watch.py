@@ -115,12 +115,17 @@ def test_a_killed_training_ends_it_too(checkout, train):
     assert said.splitlines()[-1] == "interrupted; `dvc repro` goes on from its last checkpoint"
 
 
-def test_on_a_terminal_it_draws(checkout, train):
+@pytest.mark.parametrize(
+    ("more", "shown"),
+    [({}, ("⣀", "\x1b[34m")), ({"NO_COLOR": "1"}, ("* train, a step", "+ held-out"))],
+    ids=["in colours", "without"],
+)
+def test_on_a_terminal_it_draws(checkout, train, more, shown):
+    """Without colours each curve has a mark of its own, which its name shows."""
     train("ends")
     ours, theirs = pty.openpty()
-    watching = subprocess.Popen(
-        command(), cwd=checkout, env=environment(TERM="xterm-256color"), stdout=theirs
-    )
+    environ = environment(TERM="xterm-256color", **more)
+    watching = subprocess.Popen(command(), cwd=checkout, env=environ, stdout=theirs)
     os.close(theirs)
     seen = b""
     end = time.monotonic() + 60
@@ -133,9 +138,12 @@ def test_on_a_terminal_it_draws(checkout, train):
     os.close(ours)
     assert watching.wait(10) == 0
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode())
-    for wanted in ("AP of held-out images", "learning rate", "gradient norm", "step 240/240", "⣀"):
+    for wanted in ("AP of held-out images", "learning rate", "gradient norm", "step 240/240"):
         assert wanted in text
+    for wanted in shown:
+        assert wanted in seen.decode() or wanted in text
     assert "\x1b[" in seen.decode()  # drawn over
+    assert ("\x1b[34m" in seen.decode()) == (not more)
 
 
 def test_a_run_that_has_ended_is_shown_from_the_store(checkout, tmp_path):
@@ -177,10 +185,10 @@ def test_every_log_can_be_watched(tmp_path, kind):
     assert max(map(len, lines), default=0) <= 100
     left = seconds_left(log, time.time())
     assert math.isnan(left) == (len(log.steps) < 2 or not total_steps(log))
-    for width, height, unicode in ((100, 40, True), (120, 24, True), (60, 12, False)):
+    for width, height, dots in ((100, 40, True), (120, 24, True), (60, 12, False)):
         console = Console(width=width, height=height, record=True, file=_Nowhere())
         hints = all_hints(log, {})
-        console.print(screen("title", log, hints, 0.0, width, height, unicode=unicode))
+        console.print(screen("title", log, hints, 0.0, width, height, dots=dots))
         drawn = console.export_text().splitlines()
         assert max(len(line.rstrip()) for line in drawn) <= min(width, 100)
         heads = 3 + sum(len(hint.wrapped(width)) for hint in hints)

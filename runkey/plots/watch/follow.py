@@ -87,7 +87,12 @@ def _drawing(
     from runkey.plots.watch.screen import screen
 
     console = Console(highlight=False)
-    unicode = console.encoding.lower().startswith("utf")
+    # Dots tell curves apart by colour alone; plain marks have a shape for each.
+    dots = (
+        console.encoding.lower().startswith("utf")
+        and console.color_system is not None
+        and not console.no_color
+    )
     with Live(console=console, auto_refresh=False) as live:
 
         def show(log: TrainingLog) -> None:
@@ -100,7 +105,7 @@ def _drawing(
                     time.time(),
                     console.width,
                     console.height,
-                    unicode=unicode,
+                    dots=dots,
                 ),
                 refresh=True,
             )

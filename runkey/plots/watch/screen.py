@@ -11,7 +11,7 @@ from rich.text import Text
 
 from runkey.plots.hints import Hint
 from runkey.plots.log import TrainingLog
-from runkey.plots.watch.chart import Cell, Curve, chart
+from runkey.plots.watch.chart import MARKS, Cell, Curve, chart
 from runkey.plots.watch.tell import WIDTH, ended, last_step, seconds_left, total_steps
 from runkey.training.progress import clock, pace_parts
 
@@ -54,7 +54,7 @@ def screen(
     width: int,
     height: int,
     *,
-    unicode: bool,
+    dots: bool,
 ) -> RenderableType:
     """What is shown now.
 
@@ -65,7 +65,7 @@ def screen(
         now: seconds since 1970.
         width: columns of the terminal; at most 100 are used.
         height: its rows; of low terminals, fewer charts are drawn.
-        unicode: whether it shows Braille and boxes.
+        dots: whether curves are coloured dots of Braille; else each has a mark of its own.
     """
     width = min(width, WIDTH)
     rows = _ROWS
@@ -78,15 +78,15 @@ def screen(
     for row in range(rows):
         panels = _PANELS[2 * row : 2 * row + 2]
         grid.add_row(
-            *(_panel(log, panel, panel_width, chart_height, unicode=unicode) for panel in panels)
+            *(_panel(log, panel, panel_width, chart_height, dots=dots) for panel in panels)
         )
-    return Group(*_head(title, log, now, width, unicode=unicode), grid, *lines)
+    return Group(*_head(title, log, now, width, dots=dots), grid, *lines)
 
 
-def _head(title: str, log: TrainingLog, now: float, width: int, *, unicode: bool) -> list[Text]:
+def _head(title: str, log: TrainingLog, now: float, width: int, *, dots: bool) -> list[Text]:
     step, total = last_step(log), total_steps(log)
     done = round(_BAR * step / total) if total else 0
-    full, empty = ("━", "─") if unicode else ("#", "-")
+    full, empty = ("━", "─") if dots else ("#", "-")
     left = seconds_left(log, now)
     state = ended(log) or ("waiting for the first step" if not step else "")
     if not state and not math.isnan(left):
@@ -100,12 +100,12 @@ def _head(title: str, log: TrainingLog, now: float, width: int, *, unicode: bool
     finite = {name: value for name, value in values.items() if math.isfinite(value)}
     head = [Text(title, style="bold"), progress, Text("  ".join(pace_parts(finite, "train/loss")))]
     for text in head:
-        text.truncate(width, overflow="ellipsis" if unicode else "crop")
+        text.truncate(width, overflow="ellipsis" if dots else "crop")
     return head
 
 
 def _panel(
-    log: TrainingLog, panel: tuple[str, Lines], width: int, height: int, *, unicode: bool
+    log: TrainingLog, panel: tuple[str, Lines], width: int, height: int, *, dots: bool
 ) -> Text:
     name, lines = panel
     curves: list[Curve] = [
@@ -114,9 +114,10 @@ def _panel(
     text = Text(name, style="bold")
     for number, (label, _, _) in enumerate(lines):
         if label and len(curves[number][0]):
-            text.append(f"  {label}", style=f"not bold {_STYLES[number]}")
+            mark = "" if dots else f"{MARKS[number]} "
+            text.append(f"  {mark}{label}", style=f"not bold {_STYLES[number]}")
     text.truncate(width)
-    for row in chart(curves, width, height, unicode=unicode):
+    for row in chart(curves, width, height, dots=dots):
         text.append("\n", style="not bold")
         for character, style in _runs(row):
             text.append(character, style=style)
