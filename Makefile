@@ -56,6 +56,13 @@ gpu-checks: env ## On a machine with a GPU: memory, syncs, skipped steps, resume
 	$(BIN)/python -m benchmarks.gpu_random_shapes run $(GPU_RESULTS)/predicted $(GPU_RESULTS)
 	$(BIN)/python -m benchmarks.gpu_training --out $(GPU_RESULTS)
 
+# A fresh start each time: Sphinx warns only about the pages that it reads anew.
+.PHONY: docs
+docs: env-tools ## A site of README and docs/ in .site/, opens offline; fails on a broken link
+	rm -rf .site
+	$(TOOLS)/sphinx-build --quiet --fail-on-warning --nitpicky -c docs/site . .site
+	@echo "the site: .site/index.html"
+
 .PHONY: lint
 lint: env env-tools ## Style, types and the direction of imports
 	$(TOOLS)/ruff check
@@ -113,7 +120,7 @@ env-tools: ## Set up .venv-tools, the developers' tools (the other targets do it
 
 .PHONY: clean
 clean: ## Remove environments and caches (not data, models or runs)
-	rm -rf .venv .venv-tools .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-tools .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .site
 	find runkey stages tests -name __pycache__ -prune -exec rm -rf {} +
 
 # Pulled when it is missing or when data.dvc is newer; the folder's own time is the mark.
