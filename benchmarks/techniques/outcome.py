@@ -1,0 +1,94 @@
+"""What came of a run: numbers from its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runkey.plots.log import TrainingLog, read_log
+
+WARM = 0.2
+"""The share of a run's points that is left out of the median speed: caches and compilers warm up."""
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All numbers of a run that tables show; what a failed run did not get to is not there."""
+    found: dict[str, Any] = {"AP": None}
+    for name in ("train", "evaluate"):
+        path = folder / "metrics" / f"{name}.json"
+        if path.exists():
+            found |= json.loads(path.read_text(encoding="utf-8"))
+    log = folder / "logs" / "train.jsonl"
+    if log.exists():
+        found |= _of_log(read_log(log))
+    found["said"] = _said(folder)
+    found["memory"] = _memory(folder)
+    return found
+
+
+def _of_log(log: TrainingLog) -> dict[str, Any]:
+    end = log.events.get("training_end", {})
+    _, norm = log.of_steps("train/grad_norm")
+    _, clipped = log.of_steps("train/grad_norm_clipped")
+    skipped = _last(log, "train/skipped_steps")
+    return {
+        "reason": end.get("reason"),
+        "best_AP": _best(log, "val/AP"),
+        "steps": log.steps[-1].step if log.steps else 0,
+        "clipped_share": _share(clipped < norm * 0.999),
+        "images_per_second": _median(log, "train/images_per_second"),
+        "data_wait_share": _median(log, "train/data_wait_share"),
+        "loss_gap": _last(log, "val/loss_gap"),
+        "val_loss_last": _last(log, "val/loss"),
+        "val_loss_least": _least(log, "val/loss"),
+        "train_loss_last": _last(log, "train/epoch_loss"),
+        "skipped_steps": end.get("skipped_steps", skipped),
+        "loss_spikes": _last(log, "train/loss_spikes"),
+        "events": dict(log.counts),
+    }
+
+
+def _share(which: Any) -> float | None:
+    return round(float(np.mean(which)), 3) if len(which) else None
+
+
+def _median(log: TrainingLog, name: str) -> float | None:
+    _, values = log.of_steps(name)
+    values = values[int(len(values) * WARM) :]
+    return round(float(np.nanmedian(values)), 4) if len(values) else None
+
+
+def _last(log: TrainingLog, name: str) -> float | None:
+    _, values = log.of_epochs(name)
+    return round(float(values[-1]), 4) if len(values) and np.isfinite(values[-1]) else None
+
+
+def _least(log: TrainingLog, name: str) -> float | None:
+    _, values = log.of_epochs(name)
+    return round(float(np.nanmin(values)), 4) if np.isfinite(values).any() else None
+
+
+def _best(log: TrainingLog, name: str) -> float | None:
+    _, values = log.of_epochs(name)
+    return round(float(np.nanmax(values)), 4) if np.isfinite(values).any() else None
+
+
+def _memory(folder: Path) -> list[str]:
+    """What the profile stage and the train stage said of memory."""
+    paths = [folder / "profile_memory.log", folder / "train.log"]
+    text = "".join(p.read_text(encoding="utf-8", errors="replace") for p in paths if p.exists())
+    starts = ("predicted", "measured", "micro-batch", "  8 at once")
+    return [line.strip() for line in text.splitlines() if line.startswith(starts)]
+
+
+def _said(folder: Path) -> list[str]:
+    """Hints, warnings and errors that the stages printed."""
+    lines: list[str] = []
+    for path in sorted(folder.glob("*.log")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        starts = ("hint", "warning", "error", "step ", "rolled", "skipped")
+        lines += [line for line in text.splitlines() if line.startswith(starts)]
+    return lines[:40]

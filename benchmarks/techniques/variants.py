@@ -1,0 +1,125 @@
+"""The variants of the sample run: what is changed, and which of the guide's pages speak of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One change to the sample's parameters."""
+
+    name: str
+    """Of its folder."""
+    pages: tuple[str, ...]
+    """Those of docs/guide that have it in their table."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Parameters by dotted name; what is not named is as in presets/sample.yaml."""
+    seeds: int = 1
+    """How many seeds there are at least, from 0 on."""
+    device: str = "cpu"
+
+    @property
+    def label(self) -> str:
+        """What is changed, as one types it after `dvc exp run`."""
+        return " ".join(f"-S {name}={_typed(value)}" for name, value in self.settings.items())
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ",".join(str(one) for one in value) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+_ALL = (
+    "schedules", "clipping", "overfitting", "accumulation", "memory", "mixed-precision",
+    "data-loading", "nan", "distributed",
+)  # fmt: skip
+_LONG = {"training.epochs": 72, "schedule.name": "constant"}
+_BARE = {
+    "data.augment.zoom": 0.0,
+    "data.augment.aspect": 0.0,
+    "data.augment.shift": 0.0,
+    "data.augment.brightness": 0.0,
+    "data.augment.contrast": 0.0,
+}
+
+
+def _schedule(name: str, title: str = "", **more: Any) -> Variant:
+    settings = {"schedule.name": name} | {f"schedule.{key}": value for key, value in more.items()}
+    return Variant(title or name, ("schedules",), settings, seeds=2)
+
+
+def _clip(name: str, mode: str, lr: float | None = None, **more: Any) -> Variant:
+    settings: dict[str, Any] = {} if lr is None else {"lr": lr}
+    if mode != "norm":
+        settings["optimizer.clip.mode"] = mode
+    settings |= {f"optimizer.clip.{key}": value for key, value in more.items()}
+    return Variant(name, ("clipping",), settings, seeds=2)
+
+
+VARIANTS = (
+    Variant("baseline", _ALL, seeds=4),
+    _schedule("constant"),
+    _schedule("step", step_epochs=8, gamma=0.3),
+    _schedule("multistep", milestones=[16, 21]),
+    _schedule("exponential", gamma=0.85),
+    _schedule("onecycle"),
+    _schedule("cyclical", cycle_epochs=8.0),
+    _schedule("plateau", patience=1, gamma=0.3),
+    Variant("no-warmup", ("schedules",), {"schedule.warmup_fraction": 0.0}, seeds=2),
+    Variant("lr-5e-5", ("schedules",), {"lr": 5e-5}),
+    Variant("lr-5e-4", ("schedules",), {"lr": 5e-4}, seeds=2),
+    Variant("lr-3e-3", ("schedules", "clipping"), {"lr": 3e-3}, seeds=2),
+    Variant("lr-1e-2", ("schedules", "nan"), {"lr": 1e-2}),
+    Variant("lr-1e-1", ("nan",), {"lr": 0.1}),
+    _clip("clip-none", "none"),
+    _clip("clip-0.1", "norm", threshold=0.1),
+    _clip("clip-17", "norm", threshold=17.0),
+    _clip("clip-value", "value", threshold=0.01),
+    _clip("clip-percentile", "percentile"),
+    _clip("clip-none-lr-3e-3", "none", lr=3e-3),
+    Variant("long", ("early-stopping",), _LONG),
+    Variant(
+        "long-no-stop", ("early-stopping",), _LONG | {"training.early_stopping.enabled": False}
+    ),
+    Variant("no-augment", ("overfitting",), _BARE, seeds=2),
+    Variant(
+        "no-augment-long",
+        ("overfitting", "early-stopping"),
+        _BARE | _LONG | {"training.early_stopping.enabled": False},
+    ),
+    Variant("no-ema", ("overfitting",), {"training.ema_decay": 0.0}, seeds=2),
+    Variant("dropout", ("overfitting",), {"model.dropout": 0.1}, seeds=2),
+    Variant("weight-decay", ("overfitting",), {"optimizer.weight_decay": 0.05}, seeds=2),
+    Variant("micro-1", ("accumulation",), {"training.micro_batch": 1}),
+    Variant("micro-2", ("accumulation", "memory"), {"training.micro_batch": 2}),
+    Variant("batch-32", ("accumulation",), {"training.batch_size": 32}, seeds=2),
+    Variant("batch-32-lr", ("accumulation",), {"training.batch_size": 32, "lr": 2e-3}, seeds=2),
+    Variant("checkpointing", ("memory",), {"model.checkpointing": True}),
+    Variant("bf16", ("mixed-precision",), {"training.precision": "bf16"}),
+    Variant("uncached-0", ("data-loading",), {"data.cache_gib": 0.0, "runtime.workers": 0}),
+    Variant("uncached-2", ("data-loading",), {"data.cache_gib": 0.0, "runtime.workers": 2}),
+    Variant("cached-2", ("data-loading",), {"runtime.workers": 2}),
+    Variant("two-processes", ("distributed",), {"runtime.processes": 2}),
+    Variant("gpu", ("mixed-precision", "data-loading"), device="cuda", seeds=3),
+    Variant("gpu-fp32", ("mixed-precision",), {"training.precision": "off"}, device="cuda"),
+    Variant("gpu-fp16", ("mixed-precision",), {"training.precision": "fp16"}, device="cuda"),
+    Variant(
+        "gpu-uncached-0",
+        ("data-loading",),
+        {"data.cache_gib": 0.0, "runtime.workers": 0},
+        device="cuda",
+    ),
+    Variant(
+        "gpu-uncached-4",
+        ("data-loading",),
+        {"data.cache_gib": 0.0, "runtime.workers": 4},
+        device="cuda",
+    ),
+)
+
+BY_NAME = {variant.name: variant for variant in VARIANTS}
