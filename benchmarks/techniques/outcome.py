@@ -11,7 +11,7 @@ import numpy as np
 from runkey.plots.log import TrainingLog, read_log
 
 WARM = 0.2
-"""The share of a run's points that is left out of the median speed: caches and compilers warm up."""
+"""Share of a run's points left out of its median speed: caches and compilers warm up."""
 
 
 def outcome(folder: Path) -> dict[str, Any]:
