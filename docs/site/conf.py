@@ -79,7 +79,7 @@ def _absolute(path: PurePosixPath) -> str:
 
 
 def _add_table_of_contents(_app: Sphinx, page: str, source: list[str]) -> None:
-    if page.endswith("/README"):
+    if page.endswith(("/README", "/index")):
         source[0] += "\n" + table_of_contents(page, source[0])
 
 
