@@ -4,8 +4,9 @@ A process of its own, the only code here that imports DVC: every kind of remote 
 (S3, SSH, a folder, ...), and the registry goes without DVC's second of import time.
 
 stdin    {"action": "check" | "push" | "pull", "root": ..., "remote": name or null,
-          "objects": [md5, ...], "entries": [path below runs/, ...], "to": folder for "pull"}
-stdout   {"place": ..., "objects": number, "entries": number}, or {"error": text} with exit code 1
+          "objects": {md5: bytes, ...}, "entries": [path below runs/, ...], "to": folder for "pull"}
+stdout   a line of JSON each: {"total": bytes to move}, {"moved": bytes since the last such line};
+         last {"place": ..., "objects": number, "entries": number}, or {"error": text}, exit code 1
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from threading import Lock
+from typing import Any, override
 
 from dvc.config import NoRemoteError, RemoteNotFoundError
 from dvc.exceptions import NotDvcRepoError
@@ -24,6 +28,10 @@ from dvc.fs import generic as copying
 from dvc.repo import Repo
 from dvc_data.hashfile.db import get_odb
 from dvc_data.hashfile.hash_info import HashInfo
+from fsspec.callbacks import Callback
+
+_EVERY_SECONDS = 0.2
+"""Between two lines about bytes that were moved."""
 
 
 class _RefusedError(Exception):
@@ -33,9 +41,15 @@ class _RefusedError(Exception):
 def main() -> int:
     """Do what stdin says; see above."""
     wanted = json.load(sys.stdin)
+    answers = sys.stdout
+
+    def say(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
     try:
         with redirect_stdout(sys.stderr):
-            answer = _act(wanted)
+            answer = _act(wanted, _Moved(wanted["objects"], say))
     except _RefusedError as error:
         answer = {"error": str(error)}
     except RemoteNotFoundError:
@@ -48,11 +62,60 @@ def main() -> int:
     except Exception as error:  # noqa: BLE001
         text = " ".join(f"{type(error).__name__}: {error}".split())
         answer = {"error": f"DVC remote {wanted['remote'] or '(default)'}: {text[:300]}"}
-    sys.stdout.write(json.dumps(answer) + "\n")
+    say(answer)
     return 1 if "error" in answer else 0
 
 
-def _act(wanted: dict[str, Any]) -> dict[str, Any]:
+class _Moved(Callback):  # type: ignore[misc]
+    """Counts the bytes of objects while DVC moves them, in several threads."""
+
+    def __init__(self, sizes: dict[str, int], say: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__()
+        self._sizes, self._say = sizes, say
+        self._lock, self._unsaid, self._last = Lock(), 0, time.monotonic()
+
+    def expect(self, objects: set[HashInfo]) -> None:
+        """These are moved, and no others."""
+        self._say({"total": sum(self._sizes[str(one.value)] for one in objects)})
+
+    @override
+    def branched(self, path_1: str, path_2: str, **kwargs: Any) -> Callback:
+        """Counts one object."""
+        return _OneMoved(self, self._sizes.get("".join(PurePath(path_1).parts[-2:]), 0))
+
+    def add(self, amount: int) -> None:
+        """So many bytes more were moved."""
+        with self._lock:
+            self._unsaid += amount
+            if time.monotonic() - self._last >= _EVERY_SECONDS:
+                self._say({"moved": self._unsaid})
+                self._unsaid, self._last = 0, time.monotonic()
+
+
+class _OneMoved(Callback):  # type: ignore[misc]
+    """Counts an object's bytes, never more than it has: what failed is sent again."""
+
+    def __init__(self, all_moved: _Moved, bytes_: int) -> None:
+        super().__init__()
+        self._all, self._bytes, self._counted = all_moved, bytes_, 0
+
+    @override
+    def call(self, hook_name: str | None = None, **kwargs: Any) -> None:
+        """The value has changed."""
+        self._count(self.value)
+
+    def close(self) -> None:
+        """Some kinds of remote do not say how far they are."""
+        self._count(self._bytes)
+
+    def _count(self, bytes_: int) -> None:
+        new = min(bytes_, self._bytes) - self._counted
+        if new > 0:
+            self._counted += new
+            self._all.add(new)
+
+
+def _act(wanted: dict[str, Any], moved_bytes: _Moved) -> dict[str, Any]:
     repo = Repo(wanted["root"])
     name = wanted["remote"]
     remote = repo.cloud.get_remote_odb(name, "push")
@@ -62,13 +125,13 @@ def _act(wanted: dict[str, Any]) -> dict[str, Any]:
     if wanted["action"] != "pull":
         _refuse_own_folder(repo, remote, name)
     if wanted["action"] == "push":
-        moved = _move(repo, repo.cache.local, remote, hashes)
+        moved = _move(repo, repo.cache.local, remote, hashes, moved_bytes)
         entries = _push_entries(repo, name, wanted["entries"])
     if wanted["action"] == "pull":
         folder = get_odb(  # type: ignore[no-untyped-call]
             LocalFileSystem(), wanted["to"], hash_name="md5"
         )
-        moved = _move(repo, remote, folder, hashes)
+        moved = _move(repo, remote, folder, hashes, moved_bytes)
     return {"place": place, "objects": moved, "entries": entries}
 
 
@@ -83,15 +146,18 @@ def _refuse_own_folder(repo: Repo, remote: Any, name: str | None) -> None:
         )
 
 
-def _move(repo: Repo, source: Any, target: Any, hashes: set[HashInfo]) -> int:
+def _move(repo: Repo, source: Any, target: Any, hashes: set[HashInfo], moved_bytes: _Moved) -> int:
     """Copy the objects that the target lacks; how many."""
     lost: list[str] = []
 
     def validate(status: Any) -> None:
         lost.extend(str(one.value) for one in status.missing)
+        moved_bytes.expect(status.new)
 
     # DVC's index of what a remote had is left out: objects may have been deleted there since.
-    done = repo.cloud.transfer(source, target, hashes, validate_status=validate)
+    done = repo.cloud.transfer(
+        source, target, hashes, validate_status=validate, callback=moved_bytes
+    )
     lost += [str(one.value) for one in done.failed]
     if lost:
         where = source.fs.unstrip_protocol(source.path)

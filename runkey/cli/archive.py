@@ -13,6 +13,7 @@ from runkey.cli.place import library, store, workspace
 from runkey.cli.team import WithData, runs_of
 from runkey.errors import RegistryError
 from runkey.identity.key import short_key
+from runkey.progress import progress
 from runkey.registry.reading.columns import size
 
 
@@ -27,12 +28,15 @@ def export_run(
 ) -> None:
     """Write a run to one file: results, DVC's entries, snapshot and MLflow run."""
     from runkey.registry.library import find_run
+    from runkey.registry.team.carry import PARTS
     from runkey.registry.team.carry import export_run as write
 
     if file.exists() and not force:
         raise RegistryError(f"{file}: is there already; name another, or say --force")
     record, place = find_run(library(), key), store()
-    done = write(record, workspace(), place.home, runs_of(place), file, with_data=with_data)
+    runs = runs_of(place)
+    with progress("export", PARTS, "parts") as steps:
+        done = write(record, workspace(), place.home, runs, file, with_data=with_data, steps=steps)
     packed = file.stat().st_size
     if as_json:
         print_json(asdict(done) | {"file": str(file), "archive_size": packed})
@@ -48,10 +52,13 @@ def import_run(
     as_json: AsJson = False,
 ) -> None:
     """Take in a run from a file, checked whole; `dvc repro` then restores it."""
+    from runkey.registry.team.carry import PARTS
     from runkey.registry.team.carry import import_run as take
 
     place = store()
-    done = take(file, workspace(), place.home, runs_of(place), library())
+    runs, local = runs_of(place), library()
+    with progress("import", PARTS, "parts") as steps:
+        done = take(file, workspace(), place.home, runs, local, steps=steps)
     if as_json:
         print_json(asdict(done))
         return

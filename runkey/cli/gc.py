@@ -9,6 +9,7 @@ import typer
 from runkey.cli.output import AsJson, print_json, print_table
 from runkey.cli.place import checkout, store, workspace
 from runkey.errors import RegistryError, RunkeyError
+from runkey.progress import each
 
 if TYPE_CHECKING:
     from runkey.registry.collect import Item, Scope
@@ -66,7 +67,7 @@ def _scope() -> Scope:
 def _remove(items: list[Item]) -> dict[int, str]:
     """Delete all; by the number of an item why it could not be deleted."""
     failed = {}
-    for number, item in enumerate(items):
+    for number, item in enumerate(each("delete", items, "items")):
         try:
             item.remove()
         except (RunkeyError, OSError) as error:

@@ -9,6 +9,7 @@ import typer
 from runkey.cli import place
 from runkey.cli.output import AsJson, answer_no, print_beside, print_json
 from runkey.errors import RunkeyError
+from runkey.progress import each
 
 if TYPE_CHECKING:
     from runkey.identity.record import Record
@@ -66,7 +67,7 @@ def _verify_all(*, quick: bool, as_json: bool) -> None:
     store = place.store()
     runs = open_library(store.uri, store.home, torn.append)
     records, beside = [], []
-    for record in runs.matching("rk1-"):
+    for record in each("read records", runs.matching("rk1-"), "runs"):
         try:
             records.append(runs.with_details(record))
         except RunkeyError as error:
@@ -75,7 +76,7 @@ def _verify_all(*, quick: bool, as_json: bool) -> None:
     beside += unrecorded(store.uri, {record.run.run_id for record in records})
     sources = _sources(records, quick=quick)
     reports = []
-    for record in records:
+    for record in each("verify", records, "runs"):
         reports.append(verify_run(record, sources))
         if not as_json:
             _print_line(reports[-1])

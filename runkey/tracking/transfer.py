@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from runkey import paths
 from runkey.errors import TrackingError
 from runkey.identity.record import DETAILS, KEY, Details, LoggedRun, Record, write_record
 from runkey.identity.run_folder import ARTIFACTS, CONTENT, ORIGIN, SCHEMA
+from runkey.progress import Steps, each, progress
 from runkey.tracking.records import logged_run
 from runkey.tracking.store import Store, experiment_id, open_client, quiet_mlflow
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 _METRICS = 1000
 _PARAMS = 100
 _TAGS = 100
+_LOOK_SECONDS = 0.3
 _NOT_COPIED = ("mlflow.runName", "mlflow.artifactLocation")
 
 
@@ -100,14 +103,16 @@ def read_run(store: Store, run_id: str, folder: Path) -> dict[str, Any]:
         "ended_ms": run.info.end_time,
         "params": dict(run.data.params),
         "tags": {n: v for n, v in run.data.tags.items() if n not in _NOT_COPIED},
-        "metrics": {name: _history(client, run_id, name) for name in sorted(run.data.metrics)},
+        "metrics": {
+            name: _history(client, run_id, name)
+            for name in each("metrics from MLflow", sorted(run.data.metrics), "metrics")
+        },
         "datasets": [_dataset(used) for used in inputs],
     }
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
     (folder / CONTENT).write_text(text + "\n", encoding="utf-8")
     (folder / ARTIFACTS).mkdir()
-    if client.list_artifacts(run_id):
-        client.download_artifacts(run_id, "", str(folder / ARTIFACTS))
+    _read_files(client, run_id, folder / ARTIFACTS)
     return content
 
 
@@ -144,7 +149,7 @@ def write_run(store: Store, experiment: str, folder: Path) -> LoggedRun:
     )
     run_id = str(created.info.run_id)
     _write_values(client, run_id, content)
-    client.log_artifacts(run_id, str(folder / ARTIFACTS))
+    _write_files(client, run_id, folder / ARTIFACTS)
     client.set_terminated(run_id, content["status"], end_time=content["ended_ms"])
     _write_key(client, run_id, content)
     return logged_run(client.get_run(run_id))
@@ -153,6 +158,61 @@ def write_run(store: Store, experiment: str, folder: Path) -> LoggedRun:
 def copies(client: MlflowClient, experiment: str, origin: str) -> list[Any]:
     """The runs of an experiment that were copied from the run `origin`."""
     return list(client.search_runs([experiment], f"tags.{ORIGIN} = '{origin}'", max_results=100))
+
+
+def _read_files(client: MlflowClient, run_id: str, folder: Path) -> None:
+    """Copy all artifacts of a run to a folder."""
+    sizes = [file.file_size or 0 for file in _artifacts(client, run_id)]
+    if sizes:
+        with progress("files from MLflow", sum(sizes), "bytes") as steps, _watched(folder, steps):
+            client.download_artifacts(run_id, "", str(folder))
+
+
+@contextmanager
+def _watched(folder: Path, steps: Steps) -> Iterator[None]:
+    """Tell how a folder grows: MLflow does not say how far its downloads are."""
+    ended = Event()
+
+    def look() -> None:
+        before = 0
+        while not ended.wait(_LOOK_SECONDS):
+            now = 0
+            for path in folder.rglob("*"):
+                with suppress(FileNotFoundError):  # it got its name meanwhile
+                    now += path.stat().st_size if path.is_file() else 0
+            steps.advance(max(0, now - before))
+            before = max(now, before)
+
+    thread = Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _artifacts(client: MlflowClient, run_id: str, path: str | None = None) -> Iterator[Any]:
+    """`mlflow.entities.FileInfo` of every file of a run."""
+    for found in client.list_artifacts(run_id, path):
+        if found.is_dir:
+            yield from _artifacts(client, run_id, found.path)
+        else:
+            yield found
+
+
+def _write_files(client: MlflowClient, run_id: str, folder: Path) -> None:
+    """Copy all files of a folder to a run's artifacts."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = [path.stat().st_size for path in files]
+    with progress("files to MLflow", sum(sizes), "bytes") as steps:
+        for path, size in zip(files, sizes, strict=True):
+            name = path.relative_to(folder)
+            steps.advance(0, name.as_posix())
+            client.log_artifact(
+                run_id, str(path), name.parent.as_posix() if name.parent.name else None
+            )
+            steps.advance(size)
 
 
 def _history(client: MlflowClient, run_id: str, name: str) -> list[list[Any]]:
@@ -185,8 +245,10 @@ def _write_values(client: MlflowClient, run_id: str, content: dict[str, Any]) ->
         for name, points in content["metrics"].items()
         for step, time_ms, value in points
     ]
-    for some in batched(metrics, _METRICS):
-        client.log_batch(run_id, metrics=list(some))
+    with progress("metrics to MLflow", len(metrics), "points") as steps:
+        for some in batched(metrics, _METRICS):
+            client.log_batch(run_id, metrics=list(some))
+            steps.advance(len(some))
     params = [Param(name, value) for name, value in content["params"].items() if name != KEY]
     for few in batched(params, _PARAMS):
         client.log_batch(run_id, params=list(few))

@@ -53,6 +53,22 @@ def finished_runs(uri: str) -> set[str]:
         return {run_id for (run_id,) in database.execute(query, (KEY,))}
 
 
+def count_runs(uri: str) -> int | None:
+    """How many active runs have a key; None: it is no sqlite store, and only MLflow could say.
+
+    Raises:
+        RegistryError: the store cannot be read.
+    """
+    if not uri.startswith(_SQLITE):
+        return None
+    query = (
+        "SELECT count(*) FROM runs JOIN tags USING (run_uuid) WHERE tags.key = ?"
+        " AND lifecycle_stage = 'active'"
+    )
+    with _opened(Path(uri.removeprefix(_SQLITE))) as database:
+        return int(database.execute(query, (KEY,)).fetchone()[0])
+
+
 def _from_sqlite(path: Path, run_id: str) -> LoggedRun | None:
     with _opened(path) as database:
         answer = _ask(database, run_id)

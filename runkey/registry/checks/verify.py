@@ -22,6 +22,7 @@ from runkey.identity.key import PARTS, Recipe
 from runkey.identity.record import DETAILS, KEY_JSON, Details, Record, StoredFile
 from runkey.identity.run_folder import ORIGIN
 from runkey.paths import RUN_JSON
+from runkey.progress import QUIET, Steps, progress
 from runkey.registry.checks.findings import Finding, Report, some
 from runkey.registry.checks.mlflow_run import ReadRun, finished_runs
 from runkey.registry.checks.verify_cache import CacheCheck
@@ -110,7 +111,9 @@ def _findings(run: _Run) -> Iterator[Finding]:
 def _check_files(run: _Run) -> Iterator[Finding]:
     """Every recorded file, and the record of them itself."""
     files = run.details.files
-    wrong = {path: why for path, file in files.items() if (why := _wrong(run, path, file))}
+    with progress("verify", sum(file.size for file in files.values()), "bytes") as steps:
+        told = {path: _wrong(run, path, file, steps) for path, file in files.items()}
+    wrong = {path: why for path, why in told.items() if why}
     yield from _check_record_file(run)
     if len(wrong) == len(files) > 1:
         text = f"none of its {len(files)} files can be read: {next(iter(wrong.values()))}"
@@ -131,7 +134,7 @@ def _fetch(run: _Run) -> str:
     return f"`runkey fetch {run.record.label}`, if it was published"
 
 
-def _wrong(run: _Run, path: str, recorded: StoredFile) -> str:
+def _wrong(run: _Run, path: str, recorded: StoredFile, steps: Steps) -> str:
     """What is wrong with a file, in words; empty if nothing."""
     where = f"(run {run.record.run.run_id})"
     try:
@@ -139,7 +142,7 @@ def _wrong(run: _Run, path: str, recorded: StoredFile) -> str:
             if run.sources.quick:
                 size, digest = _size(file), recorded.sha256
             else:
-                size, digest = _hash(file)
+                size, digest = _hash(file, steps)
     except (RunkeyError, OSError) as error:
         return str(error).removeprefix(f"{run.record.label}: ").removeprefix(f"{path}: ")
     if size != recorded.size:
@@ -149,11 +152,12 @@ def _wrong(run: _Run, path: str, recorded: StoredFile) -> str:
     return ""
 
 
-def _hash(file: BinaryIO) -> tuple[int, str]:
+def _hash(file: BinaryIO, steps: Steps = QUIET) -> tuple[int, str]:
     digest, size = hashlib.sha256(), 0
     while chunk := file.read(_CHUNK):
         digest.update(chunk)
         size += len(chunk)
+        steps.advance(len(chunk))
     return size, digest.hexdigest()
 
 

@@ -74,7 +74,7 @@ def pack(folder: Path, key: str, target: Path) -> Index:
     try:
         with (
             zipfile.ZipFile(temporary, "w") as archive,
-            progress("export", len(members), "files") as steps,
+            progress("pack", sum(size for size, _ in members.values()), "bytes") as steps,
         ):
             archive.writestr(_member(INDEX), text)
             for name, path in zip(members, files, strict=True):
@@ -82,8 +82,9 @@ def pack(folder: Path, key: str, target: Path) -> Index:
                     path.open("rb") as source,
                     archive.open(_member(name), "w", force_zip64=True) as copy,
                 ):
-                    shutil.copyfileobj(source, copy, _CHUNK)
-                steps.advance()
+                    while chunk := source.read(_CHUNK):
+                        copy.write(chunk)
+                        steps.advance(len(chunk), name)
         temporary.replace(target)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -103,10 +104,11 @@ def unpack(file: Path, folder: Path) -> Index:
         with zipfile.ZipFile(file) as archive:
             index = _index(archive, file.name)
             _refuse_large(index, folder, file.name)
-            with progress("import", len(index.members), "files") as steps:
+            with progress("unpack", index.size, "bytes") as steps:
                 for name, (size, digest) in index.members.items():
+                    steps.advance(0, name)
                     _unpack_member(archive, name, size, digest, folder, file.name)
-                    steps.advance()
+                    steps.advance(size)
             return index
     except FileNotFoundError:
         raise RegistryError(f"{file}: no such file") from None

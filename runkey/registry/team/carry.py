@@ -8,6 +8,7 @@ from pathlib import Path
 
 from runkey.errors import RegistryError
 from runkey.identity.record import Record
+from runkey.progress import QUIET, Steps, each
 from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.git import has_git
 from runkey.registry.library import Library
@@ -28,6 +29,9 @@ from runkey.registry.team.package import (
 )
 from runkey.registry.team.snapshot_transfer import bundle_snapshot, unbundle_snapshot
 
+PARTS = 3
+"""Of what export and import do: the run, the objects, the file; or the other way round."""
+
 
 @dataclass(frozen=True)
 class Carried:
@@ -44,7 +48,14 @@ class Carried:
 
 
 def export_run(
-    record: Record, root: Path, home: Path, runs: Runs, target: Path, *, with_data: bool = False
+    record: Record,
+    root: Path,
+    home: Path,
+    runs: Runs,
+    target: Path,
+    *,
+    with_data: bool = False,
+    steps: Steps = QUIET,
 ) -> Carried:
     """Write a run to an archive.
 
@@ -55,6 +66,7 @@ def export_run(
         runs: MLflow's part of the store.
         target: file to write; replaced if it is there.
         with_data: the raw data too.
+        steps: told which of the `PARTS` it is at.
 
     Raises:
         RegistryError: the run is not whole, something of it is missing, or the file cannot be
@@ -65,21 +77,26 @@ def export_run(
     cache = DvcCache(root)
     part = collect_dvc(record, cache, with_data=with_data)
     with staging(home, "export") as folder:
+        steps.advance(0, "run from MLflow")
         read_run(runs, record, folder)
         check(folder, record.key, record.label)
+        steps.advance(1, "objects of DVC")
         (folder / FILE).write_text(part.as_json(), encoding="utf-8")
-        for md5 in part.objects:
+        for md5 in each("copy objects", list(part.objects), "objects"):
             place = object_path(folder, md5)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(cache.object_path(md5), place)
         check_objects(part, lambda md5: object_path(folder, md5))
         if details.snapshot:
             bundle_snapshot(root, record.key, details.snapshot, (folder / BUNDLE).resolve())
+        steps.advance(1, target.name)
         index = pack(folder, record.key, target)
     return Carried(record.key, record.run.run_id, len(index.members), index.size)
 
 
-def import_run(file: Path, root: Path, home: Path, runs: Runs, local: Library) -> Carried:
+def import_run(
+    file: Path, root: Path, home: Path, runs: Runs, local: Library, *, steps: Steps = QUIET
+) -> Carried:
     """Take a run from an archive, which may come from anybody.
 
     Everything is unpacked and checked in a folder apart; then objects, entries, the snapshot and,
@@ -91,17 +108,21 @@ def import_run(file: Path, root: Path, home: Path, runs: Runs, local: Library) -
         home: `Store.home`.
         runs: MLflow's part of this machine's store.
         local: this machine's runs.
+        steps: told which of the `PARTS` it is at.
 
     Raises:
         RegistryError: it is damaged, incomplete, or made to do harm; the text names what.
         TrackingError: MLflow refuses.
     """
     with staging(home, "import") as folder:
+        steps.advance(0, file.name)
         index = unpack(file, folder)
+        steps.advance(1, "check it")
         package = check(folder, index.key, file.name)
         part = _dvc_part(folder, index, file.name)
         check_objects(part, package.object_path)
         check_outputs(part, package.object_path, package.details)
+        steps.advance(1, "put in place")
         _take_snapshot(root, folder, package, file.name)
         install(part, package.object_path, DvcCache(root))
         here = known(local, package.key, package.origin)

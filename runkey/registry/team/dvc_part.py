@@ -17,6 +17,7 @@ from typing import Any, Self
 from runkey.errors import RegistryError
 from runkey.hashing import sha256_file
 from runkey.identity.record import Details
+from runkey.progress import each
 from runkey.registry.dvc_cache import DIR, DvcCache, md5_file
 from runkey.registry.team.dvc_entry import MD5, check_entry, check_listing
 from runkey.registry.team.safe_pickle import check_pickles
@@ -134,7 +135,7 @@ def check_objects(part: DvcPart, place: Callable[[str], Path]) -> None:
         RegistryError: an object is missing, has another md5 or size, lists a file outside its
             folder or one that is not among the objects, or is a pickle that could run code.
     """
-    for md5, size in part.objects.items():
+    for md5, size in each("hash objects", list(part.objects.items()), "objects"):
         path = place(md5)
         if not path.is_file() or path.stat().st_size != size:
             raise RegistryError(f"DVC object {md5}: missing, or not of {size} bytes")

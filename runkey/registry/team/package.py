@@ -24,6 +24,7 @@ from runkey.identity.errors import RecipeError
 from runkey.identity.key import Recipe, short_key
 from runkey.identity.record import DETAILS, KEY, KEY_JSON, Details, LoggedRun, Record
 from runkey.identity.run_folder import ARTIFACTS, CONTENT, ORIGIN, SCHEMA
+from runkey.progress import each
 from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.library import Library
 from runkey.registry.team.dvc_part import DvcPart, collect
@@ -211,7 +212,7 @@ def _details(path: Path, where: str) -> Details:
 
 
 def _check_files(files: Path, details: Details, where: str) -> None:
-    for name, stored in details.files.items():
+    for name, stored in each("hash files", list(details.files.items()), "files"):
         path = files / safe_path(name, f"{where}: {DETAILS}")
         if not path.is_file():
             raise RegistryError(f"{where}: {name}: recorded by the run, and not there")

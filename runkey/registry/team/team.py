@@ -179,14 +179,14 @@ def fetch(
     details = whole(record)
     part = _list_of(record, places.server)
     cache = DvcCache(places.root)
-    wanted = set(lacking(part, cache))
+    wanted = {md5: part.objects[md5] for md5 in lacking(part, cache)}
     steps.advance(0, "run from MLflow")
     with staging(places.home, "fetch") as folder:
         read_run(theirs, record, folder)
         package = check(folder, record.key, f"{record.label} of {places.server.place}")
         steps.advance(1, f"{len(wanted)} objects from DVC")
         if wanted:
-            places.dvc.pull(sorted(wanted), folder / OBJECTS)
+            places.dvc.pull(wanted, folder / OBJECTS)
 
         def place(md5: str) -> Path:
             return object_path(folder, md5) if md5 in wanted else cache.object_path(md5)
