@@ -35,6 +35,7 @@ from runkey.cli import (
     watch,
 )
 from runkey.errors import report_errors
+from runkey.progress import WIDTH
 
 app = typer.Typer(
     name="runkey",
@@ -43,6 +44,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"max_content_width": WIDTH},
 )
 app.command("debug-step")(debug_step.debug_step)
 app.command("diff")(diff.diff)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from runkey.cli.output import AsJson, Key, print_json
+from runkey.cli.output import AsJson, Key, print_beside, print_json
 from runkey.cli.place import library, store, workspace
 from runkey.cli.team import WithData, runs_of
 from runkey.errors import RegistryError
@@ -41,9 +41,10 @@ def export_run(
     if as_json:
         print_json(asdict(done) | {"file": str(file), "archive_size": packed})
         return
-    print(
-        f"{short_key(done.key)}: {done.files} files ({size(done.size)}) in {file},"
-        f" {size(packed)}; `runkey import {file.name}` takes it in"
+    print_beside(
+        f"{short_key(done.key)}: ",
+        f"{done.files} files ({size(done.size)}) in {file}, {size(packed)};"
+        f" `runkey import {file.name}` takes it in",
     )
 
 
@@ -63,7 +64,7 @@ def import_run(
         print_json(asdict(done))
         return
     state = "taken in as" if done.is_new else "was here already as"
-    print(
-        f"{short_key(done.key)}: {done.files} files ({size(done.size)}) verified,"
-        f" {state} MLflow run {done.run_id}"
+    print_beside(
+        f"{short_key(done.key)}: ",
+        f"{done.files} files ({size(done.size)}) verified, {state} MLflow run {done.run_id}",
     )

@@ -31,7 +31,7 @@ def debug_step(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Replay a step; name the first module that made NaN or infinity out of finite numbers.
+    """Replay a step; name the first module that made NaN or inf out of finite numbers.
 
     The step is computed from the checkpoint before it, with the same images, noise and weights.
     A bundle is written, bad-step-STEP.pt, with which another machine replays it without data set

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from runkey.cli import place
-from runkey.cli.output import AsJson, Key, answer_no, print_json
+from runkey.cli.output import AsJson, Key, answer_no, print_beside, print_json
 
 if TYPE_CHECKING:
     from runkey.registry.environment import Comparison
@@ -54,9 +54,9 @@ def export(
     if as_json:
         print_json({"key": record.key, "files": [str(lock), str(requirements)]})
         return
-    print(f"{lock}, {requirements}: the environment of {record.label}")
-    print(f"with conda: conda-lock install --name {record.label} {lock}")
-    print(f"without: uv venv --python 3.12 ENV; uv pip sync --python ENV {requirements}")
+    print_beside("", f"the environment of {record.label}: {lock}, {requirements}")
+    print_beside("with conda: ", f"conda-lock install --name {record.label} {lock}")
+    print_beside("without: ", f"uv venv --python 3.12 ENV; uv pip sync --python ENV {requirements}")
 
 
 def _lines(found: Comparison) -> list[str]:

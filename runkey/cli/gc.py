@@ -27,7 +27,7 @@ def gc(
     ] = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    """List what may go: failed runs, old checkpoints, dead claims; never a finished run."""
+    """List what may go: failed runs, old checkpoints, dead claims; no finished run."""
     from runkey.registry.collect import collect
 
     workspace()

@@ -6,9 +6,9 @@ faults, environments or runs differ).
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -77,5 +77,10 @@ def print_table(
         table.add_column(column, justify=side, overflow="fold", no_wrap=column in whole)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    wide = shutil.get_terminal_size((WIDTH, 24)).columns if sys.stdout.isatty() else WIDTH
-    Console(width=wide, highlight=False).print(table)
+    if sys.stdout.isatty():
+        Console(highlight=False).print(table)
+        return
+    text = io.StringIO()
+    Console(width=WIDTH, highlight=False, file=text).print(table)
+    for line in text.getvalue().splitlines():
+        print(line.rstrip())  # Rich fills the last column up with spaces

@@ -9,7 +9,10 @@ from runkey.cli.output import AsJson, Key, print_json
 
 
 def replay(key: Key, as_json: AsJson = False) -> None:
-    """Send MLflow what it lacks of a training that ended while it was away, or make the run."""
+    """Send MLflow what it lacks of a training that ended while it was away.
+
+    A training that MLflow never heard of gets its run.
+    """
     from runkey.registry.library import find_run
     from runkey.tracking.kept import find_training
     from runkey.tracking.replay import send_kept

@@ -33,7 +33,7 @@ def report(
     browser: Annotated[bool, typer.Option("--browser", help="Open it in the web browser.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a page with all about a run, or about what differs between runs; it opens offline."""
+    """Write a page about a run, or about what differs between runs; it opens offline."""
     from runkey.plots.report.page import write_report
 
     with tempfile.TemporaryDirectory(prefix="runkey-report-") as folder:

@@ -29,7 +29,7 @@ def reproduce(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a run again from its snapshot, data and lock; compare the weights and the numbers."""
+    """Train a run again from its snapshot, data and lock; compare weights and numbers."""
     from runkey.registry.checks.reproduce import Request
     from runkey.registry.checks.reproduce import reproduce as repeat_run
     from runkey.registry.library import find_run

@@ -21,7 +21,10 @@ def sample_data(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remake the sample data, numbered balls, from scikit-learn's pictures, byte for byte."""
+    """Remake the sample data, numbered balls, from scikit-learn's pictures.
+
+    They come out the same, byte for byte.
+    """
     target = out or workspace() / "data"
     if not force and target.exists() and any(target.iterdir()):
         raise DataError(f"{target}: is not empty; name another folder, or say --force")

@@ -151,5 +151,6 @@ def _print_parts(done: Handed, sent: str) -> None:
 
     print(f"  DVC     {done.objects} objects ({size(done.size)}), {done.entries} stages;", end=" ")
     print(f"{done.new_objects} {sent}" if done.new_objects else "all were there")
-    print(f"  git     {done.ref or 'no snapshot: it was trained outside git'}")
+    ref = done.ref and done.ref.replace(done.key, f"{short_key(done.key)}...")
+    print(f"  git     {ref or 'no snapshot: it was trained outside git'}")
     print(f"  MLflow  run {done.run_id}{' was there' if done.state == 'already there' else ''}")

@@ -29,7 +29,7 @@ def verify(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Hash every file of a run again; check its MLflow run, snapshot, DVC entry and environment."""
+    """Hash a run's files again; check MLflow run, snapshot, DVC entry, environment."""
     if bool(key) == every:
         raise typer.BadParameter("give one KEY, or --all")
     if every:

@@ -29,7 +29,10 @@ def watch(
         str | None, typer.Argument(help="Beginning of a key [the newest training here].")
     ] = None,
 ) -> None:
-    """Follow a training: loss, AP, learning rate, gradient norm, speed, hints; ends with it."""
+    """Follow a training: loss, AP, learning rate, gradient norm, speed, hints.
+
+    It ends with the training.
+    """
     from runkey.plots.watch.follow import follow
 
     with _found(key) as found:

@@ -89,11 +89,15 @@ def test_the_summary_says_what_the_training_was_told(runs: Path, run: Run) -> No
     assert f"seen {HINT['seen']}; {HINT['change']} try dvc exp run" in words
 
 
-def test_help(root: Path, run: Run) -> None:
+def test_help(root: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
     for path in paths_of(typer.main.get_command(app)):
         code, out, _ = run(*path, "--help")
         assert code == 0
         assert max(map(len, out.splitlines())) <= WIDTH, path
+        assert [
+            line for line in out.splitlines() if line.startswith("  ") and line.endswith("...")
+        ] == []
 
 
 def paths_of(command: Any, before: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
@@ -88,8 +89,9 @@ def _head(title: str, log: TrainingLog, now: float, width: int, *, dots: bool) -
     done = round(_BAR * step / total) if total else 0
     full, empty = ("━", "─") if dots else ("#", "-")
     left = seconds_left(log, now)
-    state = ended(log) or ("waiting for the first step" if not step else "")
-    if not state and not math.isnan(left):
+    end = ended(log)
+    state = "" if step or end else "waiting for the first step"
+    if not state and not end and not math.isnan(left):
         state = f"left {clock(left)}"
     per_epoch = log.steps_per_epoch
     epoch = f"epoch {step / per_epoch:.1f}/{total / per_epoch:.0f}  " if per_epoch and total else ""
@@ -101,7 +103,7 @@ def _head(title: str, log: TrainingLog, now: float, width: int, *, dots: bool) -
     head = [Text(title, style="bold"), progress, Text("  ".join(pace_parts(finite, "train/loss")))]
     for text in head:
         text.truncate(width, overflow="ellipsis" if dots else "crop")
-    return head
+    return [*head, *(Text(line) for line in textwrap.wrap(end, width))]
 
 
 def _panel(

@@ -150,7 +150,12 @@ def _witness(details: Details) -> Iterator[Row]:
     if commit:
         state = "with changes that were not committed" if seen.get("dirty") else "as committed"
         yield "commit", f"{commit} {state}"
-    yield "snapshot", details.snapshot or "none: it did not run in a git repository"
+    if details.snapshot is None:
+        yield "snapshot", "none: it did not run in a git repository"
+    elif details.snapshot == commit:
+        yield "snapshot", "the commit itself"
+    else:
+        yield "snapshot", details.snapshot
     yield from _titled("reproduced", (_outcome(outcome) for outcome in details.outcomes))
 
 

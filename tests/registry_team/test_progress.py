@@ -1,0 +1,68 @@
+"""Long ways to the team and from it say how far they are."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from dvc.fs import LocalFileSystem, generic
+from dvc_data.hashfile.hash_info import HashInfo
+
+from runkey import dvc_transfer, progress
+from runkey.progress import progress as shown
+from runkey.tracking import transfer as runs
+
+
+def test_objects_are_counted_by_their_bytes_as_dvc_moves_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dvc_transfer, "_EVERY_SECONDS", 0.0)
+    sizes = {"aa" + "0" * 30: 5 << 20, "bb" + "1" * 30: 0, "cc" + "2" * 30: 7}
+    sources, targets = [], []
+    for md5, size in sizes.items():
+        sources.append(tmp_path / "cache" / md5[:2] / md5[2:])
+        targets.append(tmp_path / "remote" / md5[:2] / md5[2:])
+        sources[-1].parent.mkdir(parents=True)
+        targets[-1].parent.mkdir(parents=True)
+        sources[-1].write_bytes(b"x" * size)
+    told: list[dict[str, int]] = []
+    moved = dvc_transfer._Moved(sizes, told.append)
+    moved.expect({HashInfo("md5", md5) for md5 in sizes})
+    here = LocalFileSystem()
+    generic.transfer(here, list(map(str, sources)), here, list(map(str, targets)), callback=moved)
+    assert [path.stat().st_size for path in targets] == list(sizes.values())
+    assert told[0] == {"total": sum(sizes.values())}
+    assert sum(line["moved"] for line in told[1:]) == sum(sizes.values())
+
+
+def test_an_object_that_is_sent_again_counts_once() -> None:
+    told: list[dict[str, int]] = []
+    moved = dvc_transfer._Moved({"ab" + "c" * 30: 100}, told.append)
+    moved._last = -1e9
+    with moved.branched(f"/x/ab/{'c' * 30}", "/y") as one:
+        one.relative_update(80)
+        one.absolute_update(0)
+        one.relative_update(90)
+        one.relative_update(80)
+    moved._last = -1e9
+    moved.add(0)
+    assert sum(line["moved"] for line in told) == 100
+
+
+def test_a_download_is_seen_growing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(runs, "_LOOK_SECONDS", 0.01)
+    seen = threading.Event()
+    with shown("files from MLflow", 4_000_000, "bytes") as steps, runs._watched(tmp_path, steps):
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "weights.pt").write_bytes(b"x" * 1_000_000)
+        end = time.monotonic() + 20
+        while time.monotonic() < end and not seen.wait(0.05):
+            said = capsys.readouterr().err
+            if "files from MLflow: 1.0/4.0 MB" in said:
+                seen.set()
+    assert seen.is_set()
