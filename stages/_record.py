@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,6 +55,7 @@ from stages._once import Turn
 from stages._parts import write_json
 
 _PRECISION = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_MOST_NAMES = 5
 _OUTPUTS = (paths.MODEL, paths.LOGS, paths.PLOTS, paths.RUN_JSON, paths.METRICS / "train.json")
 _BESIDE = (
     paths.PARAMS,
@@ -153,10 +154,10 @@ def keep(run: Run, tracker: RunTracker) -> str | None:
         threads=torch.get_num_threads(),
         precision=run.precision,
     )
-    for file in witness.undeclared_files:
-        tell(f"warning: {file} was imported, but is no part of the key")
-    undeclared = " ".join(witness.undeclared_files)
-    tracker.tag("key.audit", f"undeclared: {undeclared}" if undeclared else "ok")
+    audit = _audit(witness.undeclared_files)
+    if audit:
+        tell(f"warning: imported, but no part of the key: {audit}")
+    tracker.tag("key.audit", f"undeclared: {audit}" if audit else "ok")
     # MLflow may answer late or never; evaluation then finds the run by its key.
     make_manifest(run.recipe, tracker.run_id(), witness).write(root / paths.RUN_JSON)
     turn.check()
@@ -168,6 +169,12 @@ def keep(run: Run, tracker: RunTracker) -> str | None:
         run_id = tracker.close()
     turn.is_whole = tracker.is_whole
     return run_id
+
+
+def _audit(files: Sequence[str]) -> str:
+    """Names of files in a line; an environment outside the lock brings a thousand."""
+    more = len(files) - _MOST_NAMES
+    return ", ".join(files[:_MOST_NAMES]) + (f" and {more} more (run.json)" if more > 0 else "")
 
 
 def _details(run: Run, witness: Witness, *, with_log: bool) -> Details:

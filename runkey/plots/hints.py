@@ -146,8 +146,7 @@ def _machine(
         yield Hint(
             "host",
             f"the GPU is busy {busy:.0f}% of the time though its data is there: the host is slower",
-            f"raise {_now('training.batch_size', settings)} or"
-            f" {_now('training.micro_batch', settings)}, so that each launch does more",
+            f"raise {_larger_batch(settings)}, so that each launch does more",
         )
     memory = _median(recent, gpu_names(recent, _GPU_MEMORY))
     if memory >= _FULL_PERCENT["GPU"]:
@@ -161,8 +160,7 @@ def _machine(
         yield Hint(
             "gpu_memory",
             f"only {memory:.0f}% of the GPU's memory is in use",
-            f"raise {_now('training.micro_batch', settings)} (auto takes what fits) or"
-            f" {_now('training.batch_size', settings)}",
+            f"raise {_larger_batch(settings)}, or train a larger model or larger images",
         )
 
 
@@ -198,9 +196,10 @@ def _rate(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
     lr = _now("lr", settings)
     _, losses = _finite(log, "train/epoch_loss")
     if skipped := _skipped(log):
+        were = "step was" if skipped == 1 else "steps were"
         yield Hint(
             "lr_high",
-            f"{skipped} of the last steps were skipped: loss or gradients were not finite",
+            f"{skipped} {were} skipped in the last epoch: loss or gradients were not finite",
             f"lower {lr} to a third, or set training.precision: off",
         )
     elif len(losses) >= 3 and losses[-1] > 1.1 * losses[:-1].min():
@@ -271,12 +270,26 @@ def _finite(log: TrainingLog, name: str) -> tuple[NDArray[np.float64], NDArray[n
 
 
 def _skipped(log: TrainingLog) -> int:
-    """Steps of the last epoch that were skipped, if it was one in a hundred or more."""
+    """Steps of the last epoch that were skipped, if it was one in a hundred or more.
+
+    With fp16 one in ten: its loss scale finds its place, and later its bounds, by such steps.
+    """
     steps, counts = log.of_epochs("train/skipped_steps")
     if len(counts) < 2:
         return 0
     skipped, tried = counts[-1] - counts[-2], steps[-1] - steps[-2]
-    return int(skipped) if np.isfinite(skipped) and skipped >= max(1, tried / 100) else 0
+    precision = str(log.events.get("training_start", {}).get("precision"))
+    scaled = precision.startswith("float16")
+    few = max(3, tried / 10) if scaled else max(1, tried / 100)
+    return int(skipped) if np.isfinite(skipped) and skipped >= few else 0
+
+
+def _larger_batch(settings: Mapping[str, Any]) -> str:
+    """What makes forward passes larger: `auto` takes as many images as the step has and fit."""
+    names = ["training.batch_size"]
+    if settings.get("training.micro_batch") != "auto":
+        names.insert(0, "training.micro_batch")
+    return " or ".join(_now(name, settings) for name in names)
 
 
 def _median(samples: Sequence[Point], names: Sequence[str]) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from runkey.evaluation.coco import ClassResult
-from runkey.plots.hints import CLASS_SCORES, class_scores, find_hints, told_hints
+from runkey.plots.hints import CLASS_SCORES, Hint, class_scores, find_hints, told_hints
 from runkey.plots.live import HintingTracker
 from runkey.plots.log import Point, TrainingLog, read_log
 from runkey.tracking.jsonl import JsonlLog
@@ -107,8 +107,28 @@ def test_the_other_sides():
     assert [(h.kind, h.seen) for h in never] == [
         ("clipping", "clipping never acts: the largest gradient norm is 0.01")
     ]
-    skipped = find_hints(made(epoch=lambda e: {"train/skipped_steps": 3 * (e > 5)}), PARAMS)
-    assert [(h.kind, h.seen[:1]) for h in skipped] == [("lr_high", "3")]
+    auto, fixed = (PARAMS | {"training.micro_batch": value} for value in ("auto", 2))
+    assert idle_change(find_hints(made(), auto, idle)).startswith("raise training.batch_size")
+    assert idle_change(find_hints(made(), fixed, idle)).startswith(
+        "raise training.micro_batch (now 2)"
+    )
+
+
+def idle_change(hints: list[Hint]) -> str:
+    (hint,) = hints
+    return hint.change
+
+
+def test_the_loss_scale_of_fp16_may_skip_some_steps():
+    def skip(count: int, precision: str) -> list[Hint]:
+        start = {"training_start": {"precision": precision}}
+        log = made(epoch=lambda e: {"train/skipped_steps": count * (e > 5)}, **start)
+        return find_hints(log, PARAMS)
+
+    assert skip(2, "float16 autocast") == skip(0, "fp32") == []
+    few, many = skip(1, "fp32"), skip(STEPS // 2, "float16 autocast")
+    assert [h.seen.split(":")[0] for h in few] == ["1 step was skipped in the last epoch"]
+    assert [h.kind for h in many] == ["lr_high"]
 
 
 def test_a_change_names_the_value_that_it_has():
