@@ -149,6 +149,8 @@ class RunSync:
         self._point(pointer)
         run_id = writer.create(training.experiment, training.description, pointer.token)
         self._point(replace(pointer, run_id=run_id))
+        # There is a run from here on, whatever fails next: people are told its name.
+        self.run_id, self.started_ms = run_id, training.description.started_ms
         writer.describe(run_id, training.description)
         return writer.read(run_id)
 

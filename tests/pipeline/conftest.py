@@ -77,24 +77,38 @@ class Project:
         return json.loads((self.root / path).read_text())
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """The copy after its first `dvc repro`, committed."""
-    root = tmp_path_factory.mktemp("pipeline") / "repository"
-    copied = Project(root)
+def begin_project(root: Path, params: Mapping[str, Any]) -> Project:
+    """The copy with its data and parameters, committed; nothing has run."""
+    begun = Project(root)
     _copy(root)
     shutil.rmtree(root / "data", ignore_errors=True)
     _draw_data(root / "data")
-    (root / "params.yaml").write_text(render(parse_params(TINY), "# tiny"))
-    copied.run("git", "init", "-q")
-    copied.dvc("add", "data")
-    copied.run("git", "add", "-A")
-    copied.run("git", "commit", "-q", "-m", "start")
-    copied.first_output = copied.dvc("repro")
-    copied.run("git", "add", "-A")
-    copied.run("git", "commit", "-q", "-m", "results")
+    (root / "params.yaml").write_text(render(parse_params(params), "# tiny"))
+    begun.run("git", "init", "-q")
+    begun.dvc("add", "data")
+    begun.run("git", "add", "-A")
+    begun.run("git", "commit", "-q", "-m", "start")
+    return begun
+
+
+@pytest.fixture(scope="session")
+def first_repro(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The copy after its first `dvc repro`, committed; tests change copies of it."""
+    begun = begin_project(tmp_path_factory.mktemp("first") / "repository", TINY)
+    begun.first_output = begun.dvc("repro")
+    begun.run("git", "add", "-A")
+    begun.run("git", "commit", "-q", "-m", "results")
+    return begun
+
+
+@pytest.fixture(scope="module")
+def project(first_repro: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """The copy after its first `dvc repro`, committed, for this module's tests to change."""
+    copied = Project(tmp_path_factory.mktemp("pipeline") / "repository")
+    shutil.copytree(first_repro.root, copied.root, symlinks=True)
+    copied.first_output = first_repro.first_output
     yield copied
-    _stop_queue(copied)
+    stop_queue(copied)
 
 
 def _environment() -> dict[str, str]:
@@ -156,17 +170,17 @@ def _draw_data(data: Path) -> None:
         (data / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
 
-def _stop_queue(project: Project) -> None:
+def stop_queue(project: Project) -> None:
     """End DVC's workers, which otherwise wait for more work after the tests are gone."""
     project.dvc("queue", "stop", "--kill")
     end = time.monotonic() + 60
-    while _workers(project.root) and time.monotonic() < end:
+    while queue_workers(project.root) and time.monotonic() < end:
         time.sleep(0.5)
-    for pid in _workers(project.root):
+    for pid in queue_workers(project.root):
         os.kill(pid, 9)
 
 
-def _workers(root: Path) -> list[int]:
+def queue_workers(root: Path) -> list[int]:
     """Processes that run in the copy and name its DVC queue on their command line."""
     import psutil
 

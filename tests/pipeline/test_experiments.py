@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import sqlite3
 import subprocess
 import sys
 import time
@@ -15,12 +14,16 @@ from typing import Any
 
 import pytest
 
+from runkey.identity.key import make_recipe
+from runkey.identity.pointer import read_pointer
+from runkey.params import load_params
+from runkey.paths import training_folder
 from runkey.tracking import locate_store
 from runkey.tracking.lines import read_jsonl
 from runkey.tracking.server import free_port, start_server, stop_server, wait_until_healthy
 from runkey.tracking.store import open_client
 
-from .conftest import Project, _environment
+from .conftest import Project, _environment, queue_workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -158,7 +161,11 @@ def test_the_table_of_experiments_has_what_differs(
     shown = project.dvc(*words)
     heads = next(line for line in shown.splitlines() if "Experiment" in line).split()
     assert heads[0] == "Experiment"
-    assert set(heads) >= {"train_loss", "AP", "AP50", "AP75", "val_loss", "lr"}
+    assert set(heads) >= {"train_loss", "val_loss", "lr"}
+    # So short a training finds nothing, perhaps, and then nothing of it differs.
+    found = [run.data.metrics for run in runs(project).values()]
+    differ = {n for n in ("AP", "AP50", "AP75") if len({m[f"eval/{n}"] for m in found}) > 1}
+    assert {"AP", "AP50", "AP75"} & set(heads) == differ
     assert not {"Created", "epochs", "runkey/data", "model"} & set(heads)
 
 
@@ -171,12 +178,12 @@ def test_training_ends_well_when_mlflow_goes_away_in_the_middle(
     params = params.replace("  epochs: 2\n", "  epochs: 400\n")
     params = params.replace("  evaluate_every: 1\n", "  evaluate_every: 400\n")
     (copy.root / "params.yaml").write_text(params)
+    key = make_recipe("train", copy.root, load_params(copy.root / "params.yaml")).key
     store, port = locate_store(copy.root), free_port()
     server = start_server(store, port)
     try:
         address = f"http://127.0.0.1:{port}"
         wait_until_healthy(address, server)
-        known = _run_count(store.database)
         training = subprocess.Popen(
             [sys.executable, "-m", "stages.train"],
             cwd=copy.root,
@@ -185,36 +192,37 @@ def test_training_ends_well_when_mlflow_goes_away_in_the_middle(
             stderr=subprocess.STDOUT,
             text=True,
         )
-        while _run_count(store.database) == known and training.poll() is None:
+        folder = training_folder(store.home, key)
+        while training.poll() is None:
+            if (pointer := read_pointer(folder)) and pointer.sent.get("train.jsonl"):
+                break
             time.sleep(0.1)
     finally:
         stop_server(server, kill=True)
-    assert training.poll() is None, "training ended before MLflow had begun"
+    assert training.poll() is None, "training ended before MLflow had anything of it"
     output, _ = training.communicate(timeout=900)
     assert training.returncode == 0, output
-    assert "; the work goes on, values are kept and sent later" in output
-    assert " lacks " in output
+    said = " ".join(output.split())  # long lines are wrapped
+    assert "; the work goes on, values are kept and sent later" in said
+    run_id = copy.json("run.json")["run_id"]
+    assert re.search(rf"MLflow: run {run_id} lacks \d+ values", said)
     entries = list(read_jsonl(copy.root / "logs" / "train.jsonl"))
     assert entries[-1]["event"] == "training_end"
-    assert copy.json("run.json")["run_id"]
     assert (copy.root / "model" / "weights.pt").is_file()
 
 
-def _run_count(database: Path | None) -> int:
-    assert database is not None
-    with sqlite3.connect(database) as connection:
-        count = connection.execute("SELECT count(*) FROM runs").fetchone()[0]
-    connection.close()
-    return int(count)
-
-
 def await_queue(project: Project) -> None:
-    """Wait until no task is queued or running."""
-    end = time.monotonic() + 900
-    while time.monotonic() < end:
+    """Wait until no task is queued or running, as long as somebody works on them.
+
+    A busy machine takes its time; a queue that DVC's workers have left never ends.
+    """
+    seen = time.monotonic()
+    while True:
         status = project.dvc("queue", "status")
+        assert "Failed" not in status, status
         if "Queued" not in status and "Running" not in status:
-            assert "Failed" not in status, project.dvc("queue", "logs", "--help") + status
             return
+        if queue_workers(project.root):
+            seen = time.monotonic()
+        assert time.monotonic() - seen < 60, f"nobody works on the queue:\n{status}"
         time.sleep(3)
-    raise AssertionError(f"the queue did not end:\n{status}")

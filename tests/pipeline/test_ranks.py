@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +14,8 @@ import psutil
 import pytest
 
 from runkey.hashing import sha256_file
-from runkey.params import parse_params
-from runkey.params.render import render
 
-from .conftest import TINY, Project, _copy, _draw_data, _environment
+from .conftest import TINY, Project, _environment, begin_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STAGE = ("-m", "stages.train")
@@ -44,18 +41,10 @@ def weights_of(project: Any) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A repository whose data are prepared, that asks for two processes."""
-    copied = Project(tmp_path_factory.mktemp("ranks") / "repository")
-    _copy(copied.root)
-    shutil.rmtree(copied.root / "data", ignore_errors=True)
-    _draw_data(copied.root / "data")
     runtime = {"processes": 2, "checkpoint_seconds": 0, "device": "cpu"}
     training = {"epochs": 12, "evaluate_every": 4, "early_stopping": {"enabled": False}}
     asked = TINY | {"training": TINY["training"] | training, "runtime": TINY["runtime"] | runtime}
-    (copied.root / "params.yaml").write_text(render(parse_params(asked), "# tiny"))
-    copied.run("git", "init", "-q")
-    copied.dvc("add", "data")
-    copied.run("git", "add", "-A")
-    copied.run("git", "commit", "-q", "-m", "start")
+    copied = begin_project(tmp_path_factory.mktemp("ranks") / "repository", asked)
     for stage in ("prepare", "profile_memory"):
         copied.run(sys.executable, "-m", f"stages.{stage}")
     return copied

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.conftest import Project, _environment, project
+from tests.pipeline.conftest import Project, _environment, first_repro, project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-__all__ = ["project"]
+__all__ = ["first_repro", "project"]
 
 
 def record(project: Project, run_id: str) -> dict[str, object]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from runkey.params import parse_params
-from runkey.params.render import render
 from runkey.tracking.server import free_port, start_server, stop_server, wait_until_healthy
 from runkey.tracking.store import Store
-from tests.pipeline.conftest import TINY, Project, _copy, _draw_data
+from tests.pipeline.conftest import TINY, Project, begin_project
 
 
 @dataclass
@@ -55,20 +52,12 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def team(tmp_path_factory: pytest.TempPathFactory, address: str) -> Team:
     folder = tmp_path_factory.mktemp("team")
-    first = Project(folder / "first")
-    _copy(first.root)
-    shutil.rmtree(first.root / "data", ignore_errors=True)
-    _draw_data(first.root / "data")
     runtime = TINY["runtime"] | {"team_server": address}
-    params = parse_params(TINY | {"runtime": runtime})
-    (first.root / "params.yaml").write_text(render(params, "# tiny"))
-    first.run("git", "init", "-q")
+    first = begin_project(folder / "first", TINY | {"runtime": runtime})
     first.run("git", "init", "-q", "--bare", str(folder / "remote.git"))
     first.run("git", "remote", "add", "origin", str(folder / "remote.git"))
     first.dvc("remote", "modify", "store", "url", str(folder / "store"))
-    first.dvc("add", "data")
-    first.run("git", "add", "-A")
-    first.run("git", "commit", "-q", "-m", "start")
+    first.run("git", "commit", "-q", "-a", "-m", "remotes")
     first.run("git", "push", "-q", "origin", "HEAD")
     first.dvc("push", "data.dvc")
     first.dvc("repro")

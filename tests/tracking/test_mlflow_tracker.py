@@ -147,6 +147,23 @@ def test_a_store_that_is_lost_in_the_middle_stops_nothing(
     assert said[2] == f"MLflow: `runkey replay rk1-555555555555` sends the rest from {tmp_path}/key"
 
 
+def test_a_run_that_was_made_and_could_not_be_described_has_a_name(
+    store: Store, tmp_path: Path, said: list[str]
+) -> None:
+    assert store.database is not None
+    with sqlite3.connect(store.database) as database:
+        database.execute(
+            "CREATE TRIGGER refuse BEFORE INSERT ON params BEGIN SELECT RAISE(FAIL, 'full'); END"
+        )
+    database.close()
+    tracker = begin(store, tmp_path / "key", said.append)
+    tracker.log({"train/loss": 3.0}, 0)
+    run_id = tracker.close()
+    assert open_client(store).get_run(str(run_id)).info.status == "RUNNING"
+    assert said[0].endswith("the work goes on, values are kept and sent later")
+    assert said[1].startswith(f"MLflow: run {run_id} lacks 1 value (")
+
+
 def test_a_store_that_comes_back_gets_everything(store: Store, said: list[str]) -> None:
     mlflow = MlflowTracker(store, Training("detection", description()), say=said.append, pace=FAST)
     run_id = mlflow.wait_for_run(60)
