@@ -83,9 +83,7 @@ VARIANTS = (
     _clip("clip-percentile", "percentile"),
     _clip("clip-none-lr-3e-3", "none", lr=3e-3),
     Variant("long", ("early-stopping",), _LONG),
-    Variant(
-        "long-no-stop", ("early-stopping",), _LONG | {"training.early_stopping.enabled": False}
-    ),
+    Variant("no-augment-stop", ("early-stopping", "overfitting"), _BARE | _LONG),
     Variant("no-augment", ("overfitting",), _BARE, seeds=2),
     Variant(
         "no-augment-long",
