@@ -6,7 +6,10 @@ import argparse
 from pathlib import Path
 
 from benchmarks.techniques import __doc__ as about
-from benchmarks.techniques.run import run_all
+from benchmarks.techniques.collect import collect
+from benchmarks.techniques.pictures import draw_all
+from benchmarks.techniques.run import REPOSITORY, run_all
+from benchmarks.techniques.tables import write_tables
 from benchmarks.techniques.variants import BY_NAME, VARIANTS
 
 
@@ -24,8 +27,17 @@ def main() -> None:
     run.add_argument("--jobs", type=int, default=1)
     run.add_argument("--mlflow", action="store_true")
     run.add_argument("--deadline", type=float, default=1e9, help="seconds; none begins after it")
+    commands.add_parser("collect").add_argument("folders", type=Path, nargs="+")
+    commands.add_parser("tables")
+    commands.add_parser("pictures")
     arguments = parser.parse_args()
-    _run(arguments)
+    if arguments.command == "run":
+        _run(arguments)
+    elif arguments.command == "collect":
+        print(collect(arguments.folders))
+    else:
+        for path in write_tables() if arguments.command == "tables" else draw_all():
+            print(path.relative_to(REPOSITORY))
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -66,10 +66,11 @@ def run_one(variant: Variant, seed: int, folder: Path, *, mlflow: bool) -> str:
         (folder / part).symlink_to(REPOSITORY / part)
     _write_params(variant, seed, folder / "params.yaml", mlflow=mlflow)
     seconds: dict[str, float] = {}
+    cpu_seconds: dict[str, float] = {}
     failed = ""
     for stage in STAGES:
         started = time.perf_counter()
-        code = _run_stage(stage, variant, folder)
+        code, cpu_seconds[stage] = _run_stage(stage, variant, folder)
         seconds[stage] = round(time.perf_counter() - started, 1)
         if code:
             failed = f"{stage} ended with {code}"
@@ -80,6 +81,7 @@ def run_one(variant: Variant, seed: int, folder: Path, *, mlflow: bool) -> str:
         "settings": variant.settings,
         "machine": _machine(variant.device),
         "stage_seconds": seconds,
+        "stage_cpu_seconds": cpu_seconds,
         "failed": failed,
     } | outcome(folder)
     text = json.dumps(result, indent=2)
@@ -108,7 +110,8 @@ def _write_params(variant: Variant, seed: int, path: Path, *, mlflow: bool) -> N
         yaml.dump(params, file)
 
 
-def _run_stage(stage: str, variant: Variant, folder: Path) -> int:
+def _run_stage(stage: str, variant: Variant, folder: Path) -> tuple[int, float]:
+    """The exit status, and the seconds of processor time that it and its children took."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -118,10 +121,13 @@ def _run_stage(stage: str, variant: Variant, folder: Path) -> int:
     if variant.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with (folder / f"{stage}.log").open("wb") as log:
-        return subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-m", f"stages.{stage}"],
-            cwd=folder, env=environment, stdout=log, stderr=log, check=False,
-        ).returncode  # fmt: skip
+            cwd=folder, env=environment, stdout=log, stderr=log,
+        )  # fmt: skip
+        _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, round(used.ru_utime + used.ru_stime, 1)
 
 
 def _machine(device: str) -> dict[str, Any]:

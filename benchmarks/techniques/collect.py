@@ -1,0 +1,70 @@
+"""A sweep in two files of benchmarks/results: numbers, and curves for the pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.techniques.outcome import curves, outcome
+from benchmarks.techniques.run import REPOSITORY, RESULT
+from benchmarks.techniques.variants import BY_NAME
+
+RESULTS = REPOSITORY / "benchmarks" / "results" / "techniques.json"
+CURVES = REPOSITORY / "benchmarks" / "results" / "techniques_curves.json"
+
+
+def collect(folders: Sequence[Path]) -> str:
+    """Write both files from the folders of runs; later folders win.
+
+    A training that ended and whose evaluation did not (its machine went away) counts: its AP is
+    that of its best evaluation in training, which is of the same weights and images.
+
+    Args:
+        folders: each as `run --out` wrote it.
+
+    Returns:
+        A line about it.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    lines: dict[str, Any] = {}
+    for folder in folders:
+        for run in sorted(path for path in folder.iterdir() if path.is_dir()):
+            row = _row(run)
+            if row is not None:
+                name = f"{run.name} {row['machine']['cpu'].split()[0]}"
+                rows[name] = row
+                lines[name] = curves(run)
+    _write(RESULTS, rows)
+    _write(CURVES, lines)
+    return f"{len(rows)} runs in {RESULTS.relative_to(REPOSITORY)}"
+
+
+def _row(run: Path) -> dict[str, Any] | None:
+    path = run / RESULT
+    if path.exists():
+        row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        name, _, seed = run.name.rpartition("-")
+        facts = {"variant": name, "seed": int(seed), "settings": BY_NAME[name].settings}
+        machine = json.loads((run.parent / "machine.json").read_text(encoding="utf-8"))
+        row = facts | {"machine": machine, "failed": ""} | outcome(run)
+        if row.get("reason") is None:
+            return None  # it was cut off
+        row["AP"] = row["best_AP"]
+        row["AP_of"] = "the best evaluation in training"
+    logged = outcome(run)  # anew, for numbers that were thought of after it ran
+    row |= {name: value for name, value in logged.items() if name not in row}
+    row["hints"] = [line for line in row["said"] if line.startswith(("hint", "error"))]
+    row["memory"] = [line for line in row["memory"] if line.startswith(("predicted", "measured"))]
+    del row["said"]
+    return row
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """A line for each run, so that a change of one is a line in a diff."""
+    body = ",\n".join(
+        f"{json.dumps(name)}: {json.dumps(content[name])}" for name in sorted(content)
+    )
+    path.write_text("{\n" + body + "\n}\n", encoding="utf-8")
