@@ -48,13 +48,14 @@ test-all: env env-tools ## The slow tests too: whole pipelines, experiments in a
 GPU_RESULTS := benchmarks/results/gpu
 
 .PHONY: gpu-checks
-gpu-checks: env ## On a machine with a GPU: memory, syncs, skipped steps, resume (10 minutes)
+gpu-checks: env data ## On a machine with a GPU: memory, syncs, skipped steps, resume, the sample (25 minutes)
 	mkdir -p $(GPU_RESULTS)
 	$(BIN)/python -m benchmarks.gpu_memory predict $(GPU_RESULTS)/predicted.json
 	$(BIN)/python -m benchmarks.gpu_memory measure $(GPU_RESULTS)/predicted.json $(GPU_RESULTS)
 	$(BIN)/python -m benchmarks.gpu_random_shapes predict $(GPU_RESULTS)/predicted
 	$(BIN)/python -m benchmarks.gpu_random_shapes run $(GPU_RESULTS)/predicted $(GPU_RESULTS)
 	$(BIN)/python -m benchmarks.gpu_training --out $(GPU_RESULTS)
+	$(BIN)/python -m benchmarks.gpu_pipeline --runs .gpu-runs --out $(GPU_RESULTS)
 
 # A fresh start each time: Sphinx warns only about the pages that it reads anew.
 .PHONY: docs

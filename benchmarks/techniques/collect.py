@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,21 @@ def collect(folders: Sequence[Path]) -> str:
     rows: dict[str, dict[str, Any]] = {}
     lines: dict[str, Any] = {}
     for folder in folders:
-        for run in sorted(path for path in folder.iterdir() if path.is_dir()):
-            row = _row(run)
-            if row is not None:
-                name = f"{run.name} {row['machine']['cpu'].split()[0]}"
-                rows[name] = row
-                lines[name] = curves(run)
+        for run, row in read_runs(folder):
+            name = f"{run.name} {row['machine']['cpu'].split()[0]}"
+            rows[name] = row
+            lines[name] = curves(run)
     _write(RESULTS, rows)
     _write(CURVES, lines)
     return f"{len(rows)} runs in {RESULTS.relative_to(REPOSITORY)}"
+
+
+def read_runs(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The folders in which a training ended, with their numbers."""
+    for run in sorted(path for path in folder.iterdir() if path.is_dir()):
+        row = _row(run)
+        if row is not None:
+            yield run, row
 
 
 def _row(run: Path) -> dict[str, Any] | None:
