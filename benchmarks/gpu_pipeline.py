@@ -2,7 +2,7 @@
 
     python3 -m benchmarks.gpu_pipeline --runs RUNS --out benchmarks/results/gpu
 
-Runs what RUNS does not have yet (3 seeds each, one after the other; 3 minutes a seed on an H200 with
+Runs what RUNS does not have yet (3 seeds each, one after the other; 3 minutes a seed on an H200 and
 its CPU), with MLflow where it is installed, and writes pipeline.json: AP by seed, speed, share of
 waiting, and what the samples say of the GPU.
 """
