@@ -97,15 +97,7 @@ def _draw(axes: Any, timeline: Timeline, title: str, lines: Sequence[tuple[str, 
         timeline.live[[CLASSES.index(c) for c in classes]][:, events].sum(0) / unit
         for _, classes, _ in _LAYERS
     ]
-    shown = [row for row, height in enumerate(heights) if height.max() > 0]
-    axes.stackplot(
-        places,
-        [heights[row] for row in shown],
-        labels=[_LAYERS[row][0] for row in shown],
-        colors=[_LAYERS[row][2] for row in shown],
-        step="post",
-        linewidth=0,
-    )
+    _draw_layers(axes, places, heights)
     top = timeline.peak_bytes / unit
     near = [(text, level) for text, level in lines if level <= _FAR * timeline.peak_bytes]
     for (text, level), style in zip(near, ("--", ":", "-."), strict=False):
@@ -125,6 +117,32 @@ def _draw(axes: Any, timeline: Timeline, title: str, lines: Sequence[tuple[str, 
     axes.legend(
         handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), borderaxespad=0.8
     )
+
+
+def _draw_layers(
+    axes: Any, places: NDArray[np.float64], heights: Sequence[NDArray[np.float64]]
+) -> None:
+    """Stack the layers that hold anything.
+
+    A point where neither edge of a layer moves is left out: an SVG's size is that of its points.
+    """
+    below = np.zeros_like(places)
+    for (label, _, colour), height in zip(_LAYERS, heights, strict=True):
+        if not height.max() > 0:
+            continue
+        above = below + height
+        moves = (np.diff(below, prepend=np.nan) != 0) | (np.diff(above, prepend=np.nan) != 0)
+        moves[-1] = True
+        axes.fill_between(
+            places[moves],
+            below[moves],
+            above[moves],
+            label=label,
+            color=colour,
+            step="post",
+            linewidth=0,
+        )
+        below = above
 
 
 def _columns(timeline: Timeline) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
