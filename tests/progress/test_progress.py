@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import pytest
 
 from runkey import progress as module
 from runkey.progress import each, progress, tell
+from tests.support.terminal import COLUMNS
+from tests.support.terminal import on_terminal as run_on_terminal
 
 REPOSITORY = Path(__file__).parents[2]
-COLUMNS = 100
 
 
 def on_terminal(code: str) -> str:
     """What a program writes to a terminal of 100 columns."""
-    ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, COLUMNS, 0, 0))
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        cwd=REPOSITORY,
-        env={**os.environ, "TERM": "xterm-256color"},
-    )
-    os.close(theirs)
-    written = b""
-    while True:
-        try:
-            some = os.read(ours, 1 << 16)
-        except OSError:  # Linux's way to say that nobody holds the other end any more
-            break
-        if not some:
-            break
-        written += some
-    os.close(ours)
-    assert process.wait() == 0, written.decode()
-    return written.decode()
+    exit_code, written = run_on_terminal([sys.executable, "-c", code], cwd=REPOSITORY)
+    assert exit_code == 0, written
+    return written
 
 
 def without_colour(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import typer.main
 from runkey.cli import app
 from runkey.params import load_params
 from tests.support.records import FILES, key_of, make_run
+from tests.support.terminal import on_terminal, screen
 
 from .conftest import Run
 
+REPOSITORY = Path(__file__).parents[2]
 WIDTH = 100
 A, B = key_of("a"), key_of("b")
 HOST = "gpu-node-17.cluster.institute.example.org"
@@ -52,21 +55,36 @@ def runs(root: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("list",),
-        ("list", "--columns", "+lr,key.params,data.augment.crop_short_sides,decision"),
-        ("show", A),
-        ("show", A, "--all"),
-        ("get", A, "--to", "here"),
-        ("verify", A),
-        ("summary",),
-        ("gc",),
-        ("params",),
-    ],
-    ids=" ".join,
+COMMANDS = (
+    ("list",),
+    ("list", "--columns", "+lr,key.params,data.augment.crop_short_sides,decision"),
+    ("show", A),
+    ("show", A, "--all"),
+    ("get", A, "--to", "here", "--force"),
+    ("verify", A),
+    ("verify", "--all"),
+    ("open", A, B),
+    ("report", A, B, "--to", "page.html"),
+    ("summary",),
+    ("gc",),
+    ("params",),
 )
+ALIKE = ("list", "verify")
+"""Commands whose lines may be the same: these runs are much alike."""
+TYPE_ALL = """
+import json, sys
+from runkey.cli import main
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["runkey", *words]
+    print("$", *words, flush=True)
+    try:
+        main()
+    except SystemExit:
+        pass
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_commands(runs: Path, run: Run, command: tuple[str, ...]) -> None:
     code, out, err = run(*command)
     assert code in (0, 3), err
@@ -74,8 +92,25 @@ def test_commands(runs: Path, run: Run, command: tuple[str, ...]) -> None:
     assert lines
     assert [line for line in lines if len(line) > WIDTH and not has_long_path(line)] == []
     assert "\x1b" not in out + err
-    if command[0] != "list":  # these runs are much alike
+    if command[0] not in ALIKE:
         assert [line for line in lines if lines.count(line) > 1] == []
+
+
+def test_a_terminal_is_told_the_same(runs: Path, run: Run) -> None:
+    """All commands on a real terminal: bars are gone at the end, and the lines are a pipe's."""
+    piped = {command: "".join(run(*command)[1:]) for command in COMMANDS}
+    typed = [sys.executable, "-c", TYPE_ALL, json.dumps(COMMANDS)]
+    environment = {"PYTHONPATH": str(REPOSITORY), "HOME": str(runs)}
+    code, written = on_terminal(typed, cwd=runs, env=environment)
+    assert code == 0, written
+    assert "\x1b[1m" in written  # headings are bold, so it was taken for a terminal
+    said = "\n".join(screen(written)).split("\n$ ")
+    assert len(said) == len(COMMANDS)
+    for command, text in zip(COMMANDS, said, strict=True):
+        lines = [line for line in text.splitlines()[1:] if line.strip()]
+        assert [line for line in lines if len(line) > WIDTH and not has_long_path(line)] == []
+        told = [line.rstrip() for line in piped[command].splitlines() if line.strip()]
+        assert lines == told, command
 
 
 def has_long_path(line: str) -> bool:

@@ -49,6 +49,11 @@ def shape(line: str) -> str:
     return " ".join(first.split()[:2])
 
 
+def is_too_long(line: str) -> bool:
+    """More than 100 columns, though no address or path is too long to be broken."""
+    return len(line) > 100 and not any("/" in word and len(word) > 50 for word in line.split())
+
+
 def test_every_command_of_the_registry_is_in_the_readme() -> None:
     shown = {one.command.split()[1] for one in walk() if one.command.startswith("runkey ")}
     told = (REPOSITORY / "README.md").read_text()
@@ -95,6 +100,8 @@ def _type(step: Typed, project: Project, real: dict[str, str]) -> None:
     printed = done.stdout + done.stderr
     shapes = {shape(line) for line in printed.splitlines()}
     wanted = {shape(line) for line in step.shown}
+    if command.startswith("runkey "):
+        assert [line for line in printed.splitlines() if is_too_long(line)] == [], command
     assert wanted <= shapes, json.dumps([command, sorted(wanted - shapes), printed], indent=1)
     if " --to " in command:
         assert any(Path(project.root / command.split()[-1]).iterdir())
