@@ -116,7 +116,10 @@ _LOSSES = {
     "held-out loss": _mean("val_loss_last", ".2f"),
 }
 _COLUMNS: dict[str, dict[str, Callable[[Sequence[Row]], str]]] = {
-    "schedules": _AP50 | {"best epoch": _mean("best_epoch", ".0f")} | _LOSSES,
+    "schedules": _AP50
+    | {"best epoch": _mean("best_epoch", ".0f")}
+    | _LOSSES
+    | {"hints": _first(_said)},
     "clipping": _AP50
     | {"median norm": _mean("grad_norm", ".3g"), "clipped": _mean("clipped_share", ".0%")},
     "early-stopping": {

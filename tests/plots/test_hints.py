@@ -131,6 +131,18 @@ def test_the_loss_scale_of_fp16_may_skip_some_steps():
     assert [h.kind for h in many] == ["lr_high"]
 
 
+def test_a_gap_between_the_losses_that_stays():
+    def gap(factor: float) -> list[Hint]:
+        return find_hints(made(epoch=lambda e: {"val/loss": factor * 10 / (1 + e)}), PARAMS)
+
+    assert gap(1.3) == []
+    (hint,) = gap(1.5)
+    assert (hint.kind, hint.seen) == (
+        "overfitting",
+        "the loss of held-out images is 2.14, that of training images 1.43",
+    )
+
+
 def test_a_change_names_the_value_that_it_has():
     log = made(step=lambda s: {"train/data_wait_share": 0.3, "train/grad_norm": 9.0})
     as_logged = {name: v if isinstance(v, str) else json.dumps(v) for name, v in PARAMS.items()}
