@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,28 @@ def test_the_loss_scale_of_fp16_may_skip_some_steps():
     few, many = skip(1, "fp32"), skip(STEPS // 2, "float16 autocast")
     assert [h.seen.split(":")[0] for h in few] == ["1 step was skipped in the last epoch"]
     assert [h.kind for h in many] == ["lr_high"]
+
+
+def test_a_rate_on_its_way_up_or_high_is_not_called_too_low():
+    def slow(rate: Callable[[int], float], lr: float = 1e-4) -> list[Hint]:
+        log = made(
+            step=lambda s: {"train/lr": rate(s)},
+            epoch=lambda e: {"train/epoch_loss": 9.0 - 0.01 * e, "val/AP": 0.001},
+        )
+        return find_hints(log, PARAMS | {"lr": lr})
+
+    assert slow(lambda s: 1e-5 * s) == slow(lambda s: 0.1, lr=0.1) == []
+    assert [hint.kind for hint in slow(lambda s: 1e-3 / s)] == ["lr_low"]
+
+
+def test_a_cycle_of_the_rate_is_compared_with_the_one_before():
+    def hints(losses: list[float]) -> list[Hint]:
+        log = made(epoch=lambda e: {"train/epoch_loss": losses[e - 1]})
+        return find_hints(log, PARAMS | {"schedule.name": "cyclical", "schedule.cycle_epochs": 3})
+
+    assert hints([9, 7, 5, 8, 6, 5.4]) == []
+    (hint,) = hints([9, 7, 5, 8, 8, 8])
+    assert (hint.kind, hint.seen) == ("lr_high", "the training loss has risen from 5 to 8")
 
 
 def test_a_gap_between_the_losses_that_stays():

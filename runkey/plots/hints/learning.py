@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from runkey.plots.hints.hint import CLASS_SCORES, MOST_NAMES, Hint
 from runkey.plots.hints.values import finite, now, recent, skipped_lately
@@ -13,6 +15,8 @@ from runkey.plots.log import TrainingLog, number
 
 _FEWEST = 8
 """Logged steps that say something."""
+_HIGH = 2e-3
+"""Of AdamW's rates; above it a loss that stays is not for want of more."""
 _GAP = 1.4
 """Held-out loss over training loss.  On the sample 0.9 to 1; without augmentation 1.3 in epoch 15,
 2 at the end, and AP 0.05 lower (benchmarks/results/techniques.json)."""
@@ -58,8 +62,7 @@ def rate(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
             f"{skipped} {were} skipped in the last epoch: loss or gradients were not finite",
             f"lower {lr} to a third, or set training.precision: off",
         )
-    elif len(losses) >= 3 and losses[-1] > 1.1 * losses[:-1].min():
-        least = float(losses[:-1].min())
+    elif len(losses) >= 3 and losses[-1] > 1.1 * (least := _least_before(losses, settings)):
         yield Hint(
             "lr_high",
             f"the training loss has risen from {least:.3g} to {losses[-1]:.3g}",
@@ -67,12 +70,33 @@ def rate(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
         )
     _, scores = finite(log, "val/AP")
     fallen = 1 - losses[-1] / losses[0] if len(losses) else 1.0
-    if len(losses) >= 4 and 0 <= fallen < 0.05 and (not len(scores) or scores.max() < 0.1):
+    slow = len(losses) >= 4 and 0 <= fallen < 0.05 and not _rising(log)
+    given = settings.get("lr")
+    slow = slow and not (isinstance(given, (int, float)) and given > _HIGH)
+    if slow and (not len(scores) or scores.max() < 0.1):
         yield Hint(
             "lr_low",
             f"the training loss has fallen by {fallen:.1%} in {len(losses)} epochs",
             f"raise {lr} three times, or lower {now('schedule.warmup_fraction', settings)}",
         )
+
+
+def _least_before(losses: NDArray[np.float64], settings: Mapping[str, Any]) -> float:
+    """The least of the earlier epochs' losses; with a cyclical rate, of those a cycle ago."""
+    earlier = losses[:-1]
+    cycle = settings.get("schedule.cycle_epochs")
+    if settings.get("schedule.name") == "cyclical" and isinstance(cycle, (int, float)):
+        earlier = losses[: -max(1, round(cycle))]
+    return float(earlier.min()) if len(earlier) else math.inf
+
+
+def _rising(log: TrainingLog) -> bool:
+    """Whether the rate is higher than an epoch ago: warm-up, or a schedule's way up."""
+    steps, rates = log.of_steps("train/lr")
+    if not len(rates):
+        return False
+    ago = float(np.interp(steps[-1] - (log.steps_per_epoch or 1.0), steps, rates))
+    return bool(rates[-1] > 1.02 * ago)
 
 
 def overfitting(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
