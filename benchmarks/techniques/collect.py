@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.techniques.outcome import curves, outcome
+from benchmarks.techniques.outcome import curves, hints, outcome
 from benchmarks.techniques.run import REPOSITORY, RESULT
 from benchmarks.techniques.variants import BY_NAME
 
@@ -19,7 +19,8 @@ def collect(folders: Sequence[Path]) -> str:
     """Write both files from the folders of runs; later folders win.
 
     A training that ended and whose evaluation did not (its machine went away) counts: its AP is
-    that of its best evaluation in training, which is of the same weights and images.
+    that of its best evaluation in training, which is of the same weights and images.  Its machine is
+    then what `machine.json` beside the runs says.
 
     Args:
         folders: each as `run --out` wrote it.
@@ -62,9 +63,8 @@ def _row(run: Path) -> dict[str, Any] | None:
         row["AP_of"] = "the best evaluation in training"
     logged = outcome(run)  # anew, for numbers that were thought of after it ran
     row |= {name: value for name, value in logged.items() if name not in row}
-    row["hints"] = [line for line in row["said"] if line.startswith(("hint", "error"))]
+    row["hints"] = hints(run, row["settings"])
     row["memory"] = [line for line in row["memory"] if line.startswith(("predicted", "measured"))]
-    del row["said"]
     return row
 
 

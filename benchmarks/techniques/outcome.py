@@ -8,7 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from runkey.plots.log import TrainingLog, read_log
+from runkey.params import load_params
+from runkey.plots.hints import EVENT, find_hints
+from runkey.plots.log import TrainingLog, entries, read_log
+
+PRESET = Path(__file__).resolve().parents[2] / "presets" / "sample.yaml"
 
 OF_STEPS = (
     "train/lr", "train/loss", "train/grad_norm", "train/images_per_second", "train/data_wait_share",
@@ -29,7 +33,6 @@ def outcome(folder: Path) -> dict[str, Any]:
     log = folder / "logs" / "train.jsonl"
     if log.exists():
         found |= _of_log(read_log(log))
-    found["said"] = _said(folder)
     found["memory"] = _memory(folder)
     return found
 
@@ -49,6 +52,20 @@ def curves(folder: Path) -> dict[str, list[list[float | None]]]:
                 if np.isfinite(value)
             ]
     return found
+
+
+def hints(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """What the run is told by today's rules, epoch by epoch, by kind."""
+    params = load_params(PRESET).flat(runtime=True) | settings
+    log, told = TrainingLog(), dict[str, str]()
+    text = (folder / "logs" / "train.jsonl").read_text(encoding="utf-8")
+    for entry in entries(text.splitlines()):
+        if not str(entry.get("event", "")).startswith(EVENT):
+            log.add(entry)
+        if "train/epoch_loss" in entry.get("values", {}):
+            for hint in find_hints(log, params):
+                told.setdefault(hint.kind, f"epoch {len(log.epochs)}: {hint.seen}")
+    return told
 
 
 def _of_log(log: TrainingLog) -> dict[str, Any]:
@@ -105,13 +122,3 @@ def _memory(folder: Path) -> list[str]:
     text = "".join(p.read_text(encoding="utf-8", errors="replace") for p in paths if p.exists())
     starts = ("predicted", "measured", "micro-batch", "  8 at once")
     return [line.strip() for line in text.splitlines() if line.startswith(starts)]
-
-
-def _said(folder: Path) -> list[str]:
-    """Hints, warnings and errors that the stages printed."""
-    lines: list[str] = []
-    for path in sorted(folder.glob("*.log")):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        starts = ("hint", "warning", "error", "step ", "rolled", "skipped")
-        lines += [line for line in text.splitlines() if line.startswith(starts)]
-    return lines[:40]

@@ -105,8 +105,7 @@ def _processor_time(row: Row) -> str:
 
 
 def _said(row: Row) -> str:
-    kinds = [kind.removeprefix("hint.") for kind in row["events"] if kind.startswith("hint.")]
-    return ", ".join(f"`{kind}`" for kind in kinds) or "none"
+    return ", ".join(f"`{kind}`" for kind in row["hints"]) or "none"
 
 
 _AP50 = {"AP50": _mean("AP50", ".3f")}
@@ -129,7 +128,7 @@ _COLUMNS: dict[str, dict[str, Callable[[Sequence[Row]], str]]] = {
         "held-out loss, least": _mean("val_loss_least", ".2f"),
         "last": _mean("val_loss_last", ".2f"),
     },
-    "overfitting": _LOSSES | {"gap": _mean("loss_gap", "+.2f")},
+    "overfitting": _LOSSES | {"gap": _mean("loss_gap", "+.2f"), "hints": _first(_said)},
     "memory": {"GPU, bf16, predicted": _first(_memory)} | {"CPU s": _first(_processor_time)},
     "accumulation": _AP50 | {"optimizer steps": _mean("steps", ".0f")} | _LOSSES,
     "mixed-precision": _AP50
