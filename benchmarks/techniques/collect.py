@@ -19,8 +19,8 @@ def collect(folders: Sequence[Path]) -> str:
     """Write both files from the folders of runs; later folders win.
 
     A training that ended and whose evaluation did not (its machine went away) counts: its AP is
-    that of its best evaluation in training, which is of the same weights and images.  `machine.json`
-    beside the runs then says which machine it was.
+    that of its best evaluation in training, which is of the same weights and images.  Then
+    `machine.json` beside the runs says which machine it was.
 
     Args:
         folders: each as `run --out` wrote it.
