@@ -91,6 +91,11 @@ def begin_project(root: Path, params: Mapping[str, Any]) -> Project:
     return begun
 
 
+def in_one_line(said: str) -> str:
+    """What stages said, without the line breaks that they put in after 100 columns."""
+    return " ".join(said.split())
+
+
 @pytest.fixture(scope="session")
 def first_repro(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The copy after its first `dvc repro`, committed; tests change copies of it."""

@@ -23,7 +23,7 @@ from runkey.tracking.lines import read_jsonl
 from runkey.tracking.server import free_port, start_server, stop_server, wait_until_healthy
 from runkey.tracking.store import open_client
 
-from .conftest import Project, _environment, queue_workers
+from .conftest import Project, _environment, in_one_line, queue_workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -202,7 +202,7 @@ def test_training_ends_well_when_mlflow_goes_away_in_the_middle(
     assert training.poll() is None, "training ended before MLflow had anything of it"
     output, _ = training.communicate(timeout=900)
     assert training.returncode == 0, output
-    said = " ".join(output.split())  # long lines are wrapped
+    said = in_one_line(output)
     assert "; the work goes on, values are kept and sent later" in said
     run_id = copy.json("run.json")["run_id"]
     assert re.search(rf"MLflow: run {run_id} lacks \d+ values", said)

@@ -19,7 +19,7 @@ from runkey.tracking import locate_store
 from runkey.tracking.store import open_client
 from tests.support.points import assert_the_same_points
 
-from .conftest import Project, _environment
+from .conftest import Project, _environment, in_one_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -91,7 +91,8 @@ def test_without_mlflow_it_ends_well_and_is_sent_later(copy: Project) -> None:
     }
     done = copy.run(sys.executable, "-m", "stages.train", env=nobody)
     folder = paths.training_folder(store.home, key)
-    assert f"MLflow: `runkey replay {key[:16]}` sends the rest from {folder}" in done.stdout
+    way = f"MLflow: `runkey replay {key[:16]}` sends the rest from {folder}"
+    assert way in in_one_line(done.stdout)
     assert list(folder.glob("*.ckpt")) == []
     log = (copy.root / "logs" / "train.jsonl").read_bytes()
 
