@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -18,18 +17,17 @@ import torch
 from runkey import paths
 from runkey.errors import RegistryError, TrackingError
 from runkey.evaluation.pyfunc import COLUMNS as PYFUNC_COLUMNS
-from runkey.hashing import sha256_file
 from runkey.identity.key import Recipe, make_recipe
 from runkey.identity.manifest import RunManifest, Witness, make_manifest, take_witness
 from runkey.identity.record import (
-    DETAILS,
     KEY,
     KEY_JSON,
     REPRODUCTION_OF,
     Details,
     LoggedRun,
     Record,
-    StoredFile,
+    details_file,
+    hashed_files,
     this_host,
     update_record,
 )
@@ -162,7 +160,7 @@ def keep(run: Run, tracker: RunTracker) -> str | None:
     make_manifest(run.recipe, tracker.run_id(), witness).write(root / paths.RUN_JSON)
     turn.check()
     details = turn.details = _details(run, witness, with_log=not tracker.jsonl.lost_lines)
-    with _as_file(details) as record:
+    with details_file(details) as record:
         for name in details.files:
             _copy(root, name, tracker)
         tracker.artifact(record)
@@ -179,14 +177,14 @@ def _audit(files: Sequence[str]) -> str:
 
 def _details(run: Run, witness: Witness, *, with_log: bool) -> Details:
     root, turn = run.root, run.turn
-    outputs = _hashed(root, _OUTPUTS if with_log else [p for p in _OUTPUTS if p != paths.LOGS])
+    outputs = hashed_files(root, _OUTPUTS if with_log else [p for p in _OUTPUTS if p != paths.LOGS])
     told = asdict(witness)
     for long in ("packages", "files"):  # run.json has them
         told.pop(long)
     pointer = hashlib.md5((root / paths.RUN_JSON).read_bytes()).hexdigest()
     return Details(
         stage=run.recipe.stage,
-        files=outputs | _hashed(root, _BESIDE),
+        files=outputs | hashed_files(root, _BESIDE),
         outputs=sorted(outputs),
         witness=told,
         host=this_host(),
@@ -196,31 +194,10 @@ def _details(run: Run, witness: Witness, *, with_log: bool) -> Details:
     )
 
 
-def _hashed(root: Path, places: Iterable[Path]) -> dict[str, StoredFile]:
-    """Hash and size by path of all files at some places of the workspace."""
-    files: dict[str, StoredFile] = {}
-    for place in places:
-        top = root / place
-        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
-            if path.is_file():
-                name = path.relative_to(root).as_posix()
-                files[name] = StoredFile(sha256=sha256_file(path), size=path.stat().st_size)
-    return files
-
-
 def _copy(root: Path, path: str, tracker: RunTracker | MlflowTracker) -> None:
     """Keep a file with the MLflow run, under its path in the workspace."""
     folder = Path(path).parent
     tracker.artifact(root / path, "" if folder == Path() else folder.as_posix())
-
-
-@contextmanager
-def _as_file(details: Details) -> Iterator[Path]:
-    """record.json, to be copied while this lasts."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / DETAILS
-        path.write_text(details.as_json(), encoding="utf-8")
-        yield path
 
 
 def _data_counts(root: Path) -> dict[str, int]:
@@ -267,7 +244,7 @@ class EvaluationRecord:
             self._mlflow.close()
             return
         self._mlflow.log(metrics, 0)
-        files = _hashed(self._root, places)
+        files = hashed_files(self._root, places)
         for path in files:
             _copy(self._root, path, self._mlflow)
         if self._details is None:
@@ -278,7 +255,7 @@ class EvaluationRecord:
             files=self._details.files | files,
             evaluations=self._details.evaluations | {self._key: finite},
         )
-        with _as_file(self._details) as file:
+        with details_file(self._details) as file:
             self._mlflow.artifact(file)
             self._mlflow.close()
 

@@ -11,11 +11,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from runkey.hashing import sha256_file
 from runkey.identity.errors import RecipeError
 from runkey.identity.key import PARTS, short_key
 
@@ -226,3 +229,24 @@ def read_record(path: Path) -> Record:
     except ValueError:
         raise RecipeError(f"{path}: not JSON; delete it, `runkey index` writes it again") from None
     return Record.from_dict(stored, str(path))
+
+
+def hashed_files(root: Path, places: Iterable[Path]) -> dict[str, StoredFile]:
+    """Hash and size by path of all files at some places of a workspace."""
+    files: dict[str, StoredFile] = {}
+    for place in places:
+        top = root / place
+        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            if path.is_file():
+                name = path.relative_to(root).as_posix()
+                files[name] = StoredFile(sha256=sha256_file(path), size=path.stat().st_size)
+    return files
+
+
+@contextmanager
+def details_file(details: Details) -> Iterator[Path]:
+    """record.json, to be copied while this lasts."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / DETAILS
+        path.write_text(details.as_json(), encoding="utf-8")
+        yield path
