@@ -27,6 +27,17 @@ OTHER = WITNESS | {"threads": 2}
 CHANGED = HASHES | {"model/weights.pt": "4" * 64}
 
 
+def test_a_number_that_the_data_cannot_give_is_not_compared() -> None:
+    """AP of large objects, where there are none, is NaN."""
+    nothing = {"eval/AP_large": float("nan")}
+    first = Side(WITNESS, HASHES, METRICS | nothing)
+    elsewhere = compare_runs(first, Side(OTHER, CHANGED, METRICS))
+    assert elsewhere.line == "reproduced within tolerance, on another kind of machine"
+    # One that it could give and did not is far away.
+    lost = compare_runs(FIRST, Side(OTHER, CHANGED, METRICS | {"eval/AP": float("nan")}))
+    assert lost.line == "NOT reproduced: eval/AP within tolerance"
+
+
 def test_the_same_bits() -> None:
     # The commit and run.json may differ: they say when and where.
     again = compare_runs(

@@ -23,6 +23,7 @@ from typing import Any, TextIO
 
 from runkey import paths
 from runkey.errors import RegistryError, RunkeyError
+from runkey.evaluation.files import METRICS
 from runkey.hashing import sha256_file
 from runkey.identity.key import PARTS, Recipe
 from runkey.identity.manifest import RunManifest
@@ -276,8 +277,9 @@ def _first(record: Record, details: Details) -> Side:
 def _second(root: Path, manifest: RunManifest) -> Side:
     """The repeat, from the files that it wrote."""
     hashes = {p: sha256_file(root / p) for p in IDENTICAL if (root / p).is_file()}
-    numbers = json.loads((root / paths.METRICS / "evaluate.json").read_text(encoding="utf-8"))
-    metrics = {f"eval/{name}": float(v) for name, v in numbers.items() if v is not None}
+    # All of COCO's numbers; DVC's metrics are a few of them.
+    numbers = json.loads((root / paths.EVALUATION / METRICS).read_text(encoding="utf-8"))
+    metrics = {f"eval/{n}": float(v) for n, v in numbers.items() if isinstance(v, int | float)}
     return Side(vars(manifest.witness), hashes, metrics)
 
 
