@@ -90,6 +90,16 @@ def test_commands_say_the_same_after_everything_was_lost(
     assert json.loads(run("index", "--json")[1]) == {"runs": 5, "written": 0, "removed": 0}
 
 
+def test_it_says_how_far_it_is(
+    recorded: tuple[Store, list[Record]], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten thousand runs take a minute and a half; the run of somebody else is not counted."""
+    monkeypatch.setattr("runkey.progress.EVERY_SECONDS", 0.0)
+    _, _, err = run("index")
+    count = len(recorded[1])
+    assert err.splitlines() == [f"index: {n}/{count} runs" for n in range(1, count)]
+
+
 def test_wrong_records_are_mended_and_strange_ones_removed(
     recorded: tuple[Store, list[Record]], run: Run
 ) -> None:
