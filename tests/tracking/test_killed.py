@@ -10,7 +10,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from runkey.tracking import Store
 from runkey.tracking.lines import read_jsonl
 from runkey.tracking.store import open_client
 from tests.support.points import assert_the_same_points
+from tests.support.trainer import KEY
 
 from .conftest import Server
 
@@ -73,17 +74,23 @@ class Trainer:
         return said
 
 
-def check(trainer: Trainer, store: Store, kills: int) -> None:
-    pointer = read_pointer(trainer.folder)
+def runs_of_all(store: Store) -> set[str]:
+    """Ids of the runs that trainers of such tests made there."""
+    client = open_client(store)
+    experiments = [one.experiment_id for one in client.search_experiments()]
+    return {run.info.run_id for run in client.search_runs(experiments, f"tags.key = '{KEY}'")}
+
+
+def check(trainer: Trainer, kills: int, others: Set[str] = frozenset()) -> None:
+    store, pointer = trainer.store, read_pointer(trainer.folder)
     assert pointer is not None
     assert pointer.run_id is not None
     points = assert_the_same_points(trainer.folder / "train.jsonl", store, pointer.run_id)
     assert points.total() > 1000
-    client = open_client(store)
-    run = client.get_run(pointer.run_id)
+    run = open_client(store).get_run(pointer.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.tags["resumed"] == str(kills)
-    assert len(client.search_runs([run.info.experiment_id])) == 1
+    assert runs_of_all(store) - others == {pointer.run_id}
 
 
 def test_on_a_database(store: Store, tmp_path: Path) -> None:
@@ -91,7 +98,7 @@ def test_on_a_database(store: Store, tmp_path: Path) -> None:
     for _ in range(KILLS):
         trainer.kill_one(rng)
     assert trainer.finish() == ""
-    check(trainer, store, KILLS)
+    check(trainer, KILLS)
 
 
 def test_on_a_server_that_is_killed_too(server: Server, store: Store, tmp_path: Path) -> None:
@@ -102,18 +109,17 @@ def test_on_a_server_that_is_killed_too(server: Server, store: Store, tmp_path: 
         if number % 2:
             server.start()
     assert trainer.finish() == ""
-    check(trainer, trainer.store, KILLS)
+    check(trainer, KILLS)
 
 
 @pytest.mark.skipif(
     "RUNKEY_TEST_TRACKING_URI" not in os.environ, reason="RUNKEY_TEST_TRACKING_URI names no server"
 )
 def test_on_the_server_of_the_environment(tmp_path: Path) -> None:
-    trainer = Trainer(
-        tmp_path / "key", Store(os.environ["RUNKEY_TEST_TRACKING_URI"], None, tmp_path)
-    )
+    store = Store(os.environ["RUNKEY_TEST_TRACKING_URI"], None, tmp_path)
+    trainer, others = Trainer(tmp_path / "key", store), runs_of_all(store)
     rng = random.Random(2)
     for _ in range(KILLS):
         trainer.kill_one(rng)
     assert trainer.finish() == ""
-    check(trainer, trainer.store, KILLS)
+    check(trainer, KILLS, others)
