@@ -68,7 +68,7 @@ PICTURES = {
         {
             "baseline-0 Intel(R)": "sample",
             "no-augment-0 Intel(R)": "no augmentation",
-            "no-augment-long-0 AMD": "no augmentation,\nlr constant, 72 epochs",
+            "no-augment-stop-0 AMD": "no augmentation,\nlr constant",
         },
     ),
     "accumulation": Picture(

@@ -35,8 +35,8 @@ def _typed(value: Any) -> str:
 
 
 _ALL = (
-    "schedules", "clipping", "overfitting", "accumulation", "memory", "mixed-precision",
-    "data-loading", "nan", "distributed",
+    "schedules", "clipping", "early-stopping", "overfitting", "accumulation", "memory",
+    "mixed-precision", "data-loading", "nan", "distributed",
 )  # fmt: skip
 _LONG = {"training.epochs": 72, "schedule.name": "constant"}
 _BARE = {
@@ -82,26 +82,16 @@ VARIANTS = (
     _clip("clip-value", "value", threshold=0.01),
     _clip("clip-percentile", "percentile"),
     _clip("clip-none-lr-3e-3", "none", lr=3e-3),
-    Variant("long", ("early-stopping",), _LONG),
     Variant("no-augment-stop", ("early-stopping", "overfitting"), _BARE | _LONG),
-    Variant("no-augment", ("overfitting",), _BARE, seeds=2),
-    Variant(
-        "no-augment-long",
-        ("overfitting", "early-stopping"),
-        _BARE | _LONG | {"training.early_stopping.enabled": False},
-    ),
+    Variant("no-augment", ("overfitting", "early-stopping"), _BARE, seeds=2),
     Variant("no-ema", ("overfitting",), {"training.ema_decay": 0.0}, seeds=2),
     Variant("dropout", ("overfitting",), {"model.dropout": 0.1}, seeds=2),
     Variant("weight-decay", ("overfitting",), {"optimizer.weight_decay": 0.05}, seeds=2),
-    Variant("micro-1", ("accumulation",), {"training.micro_batch": 1}),
     Variant("micro-2", ("accumulation", "memory"), {"training.micro_batch": 2}),
     Variant("batch-32", ("accumulation",), {"training.batch_size": 32}, seeds=2),
     Variant("batch-32-lr", ("accumulation",), {"training.batch_size": 32, "lr": 2e-3}, seeds=2),
     Variant("checkpointing", ("memory",), {"model.checkpointing": True}),
     Variant("bf16", ("mixed-precision",), {"training.precision": "bf16"}),
-    Variant("uncached-0", ("data-loading",), {"data.cache_gib": 0.0, "runtime.workers": 0}),
-    Variant("uncached-2", ("data-loading",), {"data.cache_gib": 0.0, "runtime.workers": 2}),
-    Variant("cached-2", ("data-loading",), {"runtime.workers": 2}),
     Variant("two-processes", ("distributed",), {"runtime.processes": 2}),
     Variant("gpu", ("mixed-precision", "data-loading"), device="cuda", seeds=3),
     Variant("gpu-fp32", ("mixed-precision",), {"training.precision": "off"}, device="cuda"),
