@@ -83,6 +83,26 @@ VARIANTS = (
     _clip("clip-percentile", "percentile"),
     _clip("clip-none-lr-3e-3", "none", lr=3e-3),
     Variant("no-augment-stop", ("early-stopping", "overfitting"), _BARE | _LONG),
+    Variant(
+        "no-augment-loss",
+        ("early-stopping",),
+        _BARE
+        | {
+            "training.early_stopping.metric": "val/loss",
+            "training.early_stopping.mode": "min",
+            "training.early_stopping.patience": 1,
+        },
+    ),
+    Variant(
+        "impatient",
+        ("early-stopping",),
+        {
+            "schedule.name": "constant",
+            "training.ema_decay": 0.0,
+            "training.evaluate_every": 1,
+            "training.early_stopping.patience": 2,
+        },
+    ),
     Variant("no-augment", ("overfitting", "early-stopping"), _BARE, seeds=2),
     Variant("no-ema", ("overfitting",), {"training.ema_decay": 0.0}, seeds=2),
     Variant("dropout", ("overfitting",), {"model.dropout": 0.1}, seeds=2),

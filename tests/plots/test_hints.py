@@ -67,7 +67,7 @@ CASES = {
     "gpu_memory": ({}, samples(**GPU | {"gpu_0_memory_usage_percentage": 99}), "99% of the GPU"),
     "clipping": ({"step": lambda s: {"train/grad_norm": 5 + s % 3}}, [], "clipped in 100%"),
     "lr_high": (
-        {"epoch": lambda e: {"train/epoch_loss": 5 if e < 6 else 6}},
+        {"epoch": lambda e: {"train/epoch_loss": 5 if e < 4 else 6}},
         [],
         "the training loss has risen from 5 to 6",
     ),

@@ -15,6 +15,8 @@ from runkey.plots.log import TrainingLog, number
 
 _FEWEST = 8
 """Logged steps that say something."""
+_LATEST = 3
+"""Epochs that must all say that the loss has risen: one alone may, of a training that goes well."""
 _HIGH = 2e-3
 """Of AdamW's rates; above it a loss that stays is not for want of more."""
 _GAP = 1.4
@@ -62,7 +64,9 @@ def rate(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
             f"{skipped} {were} skipped in the last epoch: loss or gradients were not finite",
             f"lower {lr} to a third, or set training.precision: off",
         )
-    elif len(losses) >= 3 and losses[-1] > 1.1 * (least := _least_before(losses, settings)):
+    elif len(losses) > _LATEST and losses[-_LATEST:].min() > 1.1 * (
+        least := _least_before(losses, settings)
+    ):
         yield Hint(
             "lr_high",
             f"the training loss has risen from {least:.3g} to {losses[-1]:.3g}",
@@ -83,10 +87,10 @@ def rate(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
 
 def _least_before(losses: NDArray[np.float64], settings: Mapping[str, Any]) -> float:
     """The least of the earlier epochs' losses; with a cyclical rate, of those a cycle ago."""
-    earlier = losses[:-1]
+    earlier = losses[:-_LATEST]
     cycle = settings.get("schedule.cycle_epochs")
     if settings.get("schedule.name") == "cyclical" and isinstance(cycle, (int, float)):
-        earlier = losses[: -max(1, round(cycle))]
+        earlier = losses[: -max(_LATEST, round(cycle))]
     return float(earlier.min()) if len(earlier) else math.inf
 
 
