@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 
 from runkey.params import parse_params
 from runkey.params.render import render
+from runkey.tracking.store import locate_store, open_client
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -112,6 +113,9 @@ def project(first_repro: Project, tmp_path_factory: pytest.TempPathFactory) -> I
     copied = Project(tmp_path_factory.mktemp("pipeline") / "repository")
     shutil.copytree(first_repro.root, copied.root, symlinks=True)
     copied.first_output = first_repro.first_output
+    # Runs name their artifacts by where they were made: the copy makes them its own, as it would at
+    # its own next run; tests from another clone must not write into the first repository.
+    open_client(locate_store(copied.root))
     yield copied
     stop_queue(copied)
 
