@@ -153,7 +153,7 @@ def rows_of(spec: dict[str, Any]) -> list[dict[str, Any]]:
 def test_the_table_of_experiments_has_what_differs(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "110")
+    monkeypatch.setenv("COLUMNS", "100")
     told = (REPOSITORY / "Makefile").read_text()
     command = re.search(r"dvc (exp show .*?)\n\n", told, re.DOTALL)
     assert command
@@ -164,9 +164,9 @@ def test_the_table_of_experiments_has_what_differs(
     assert set(heads) >= {"train_loss", "val_loss", "lr"}
     # So short a training finds nothing, perhaps, and then nothing of it differs.
     found = [run.data.metrics for run in runs(project).values()]
-    differ = {n for n in ("AP", "AP50", "AP75") if len({m[f"eval/{n}"] for m in found}) > 1}
-    assert {"AP", "AP50", "AP75"} & set(heads) == differ
-    assert not {"Created", "epochs", "runkey/data", "model"} & set(heads)
+    differ = {n for n in ("AP", "AP50") if len({m[f"eval/{n}"] for m in found}) > 1}
+    assert {"AP", "AP50"} & set(heads) == differ
+    assert not {"Created", "epochs", "runkey/data", "model", "…"} & set(heads)
 
 
 def test_training_ends_well_when_mlflow_goes_away_in_the_middle(
