@@ -113,6 +113,19 @@ def test_a_terminal_is_told_the_same(runs: Path, run: Run) -> None:
         assert lines == told, command
 
 
+def test_an_error_is_one_line_but_on_a_terminal(runs: Path, run: Run) -> None:
+    code, _, err = run("show", "not-a-key")
+    assert code == 1
+    assert len(err) > WIDTH
+    assert err.count("\n") == 1
+    typed = [sys.executable, "-m", "runkey", "show", "not-a-key"]
+    code, written = on_terminal(typed, cwd=runs, env={"PYTHONPATH": str(REPOSITORY)})
+    assert code == 1
+    lines = [line for line in screen(written) if line]
+    assert max(map(len, lines)) <= WIDTH
+    assert " ".join(line.strip() for line in lines) == err.strip()
+
+
 def has_long_path(line: str) -> bool:
     """An address or a path is not broken."""
     return any("/" in word and len(word) > WIDTH / 2 for word in line.split())
