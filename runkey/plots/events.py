@@ -68,19 +68,20 @@ def _mark(axes: Any, steps: Sequence[int], kind: _Kind) -> None:
     if kind.across:
         for step in steps:
             axes.axvline(step, color=kind.colour, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
-    axes.plot(
-        steps,
-        [0.0] * len(steps),
-        transform=axes.get_xaxis_transform(),  # steps across, the panel's edge below
-        color=kind.colour,
-        marker=kind.marker,
-        markersize=_SIZE,
-        markeredgecolor="white",
-        markeredgewidth=0.7,
-        linestyle="none",
-        clip_on=False,
-        zorder=6,
-    )
+    # Edges below all marks: those of marks that stand close would hide them.
+    for colour, size, order in (("white", _SIZE + 2, 5), (kind.colour, _SIZE, 6)):
+        axes.plot(
+            steps,
+            [0.0] * len(steps),
+            transform=axes.get_xaxis_transform(),  # steps across, the panel's edge below
+            color=colour,
+            marker=kind.marker,
+            markersize=size,
+            markeredgewidth=0,
+            linestyle="none",
+            clip_on=False,
+            zorder=order,
+        )
 
 
 def _handle(kind: _Kind, label: str) -> Line2D:

@@ -137,7 +137,8 @@ def _mark_waiting(log: TrainingLog, best: int, losses: Any, scores: Any) -> None
             axes.axvline(last, color=VERMILLION, linewidth=1.4)
     patience = log.events.get("training_start", {}).get("patience")
     allowed = f" of {patience}" if patience else ""
-    label = f"{waited}{allowed} evaluation{'s' * (waited != 1)}\nwithout improvement"
+    plural = "s" * (waited != 1 or bool(patience))
+    label = f"{waited}{allowed} evaluation{plural}\nwithout improvement"
     if log.stopped_early:
         scores.plot([], [], color=VERMILLION, linewidth=1.4, label=f"stopped: {label}")
     else:

@@ -77,7 +77,11 @@ def test_what_happened_is_marked_where_it_happened(log_of, tmp_path):
         *("batch split", "resumed", "2 hints"),
     ]
     for axes in panels:
-        marks = [line for line in axes.lines if line.get_marker() != "None"]
+        marks = [
+            line
+            for line in axes.lines
+            if line.get_marker() != "None" and line.get_color() != "white"
+        ]
         assert [list(line.get_xdata()) for line in marks] == [
             *([33, 34, 35], [60, 61], [37], [200], [7], [120], [40, 60])
         ]
