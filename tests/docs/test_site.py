@@ -81,15 +81,18 @@ def test_it_opens_in_a_browser_without_a_network(site: Path, browser: Page) -> N
     browser.open((site / "index.html").as_uri())
     browser.wait_for("In the order in which one needs it", "Start", seconds=20)
     browser.screenshot(SCREENSHOTS / "docs.png")
-    for name in ("README", "docs/memory", "benchmarks/results/pipeline"):
-        for width in (1400, 500):
+    for name in PAGES:
+        address = (site / name.replace(".md", ".html")).as_uri()
+        for width in (1400, 400):
             browser.resize(width, 900)
-            browser.open((site / f"{name}.html").as_uri())
+            browser.open(address)
             browser.evaluate("document.querySelectorAll('img').forEach(i => i.loading = 'eager')")
+            # Wide tables and outputs scroll by themselves.
             assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
             broken = "[...document.images].filter(i => !(i.complete && i.naturalWidth)).length"
             assert browser.evaluate(broken) == 0, name
-            browser.screenshot(SCREENSHOTS / f"docs-{Path(name).name}-{width}.png")
+            if name in ("README.md", "docs/memory.md", "docs/guide/schedules.md"):
+                browser.screenshot(SCREENSHOTS / f"docs-{Path(name).stem}-{width}.png")
     browser.open((site / "search.html").as_uri() + "?q=anchor")
     assert "Numbers going wrong" in browser.wait_for("Numbers going wrong", seconds=20)
     assert browser.requests_elsewhere(site.as_uri()) == []
