@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,16 @@ from benchmarks.techniques.variants import BY_NAME
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "techniques.json"
 CURVES = REPOSITORY / "benchmarks" / "results" / "techniques_curves.json"
+PICTURES = REPOSITORY / "docs" / "pictures" / "guide"
+COPIES = {
+    "impatient-0": ("plots/loss_and_ap.png", "early-stopping.png"),
+    "checkpointing-0": ("memory/timeline.png", "memory.png"),
+}
+"""Pictures of single runs that the guide shows: file of the run, name in the guide."""
 
 
 def collect(folders: Sequence[Path]) -> str:
-    """Write both files from the folders of runs; later folders win.
+    """Write both files and `COPIES` from the folders of runs; later folders win.
 
     A training that ended and whose evaluation did not (its machine went away) counts: its AP is
     that of its best evaluation in training, which is of the same weights and images.  Then
@@ -35,6 +42,9 @@ def collect(folders: Sequence[Path]) -> str:
             name = f"{run.name} {row['machine']['cpu'].split()[0]}"
             rows[name] = row
             lines[name] = curves(run)
+            if run.name in COPIES:
+                source, target = COPIES[run.name]
+                shutil.copy(run / source, PICTURES / target)
     _write(RESULTS, rows)
     _write(CURVES, lines)
     return f"{len(rows)} runs in {RESULTS.relative_to(REPOSITORY)}"
