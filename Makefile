@@ -48,7 +48,7 @@ test-all: env env-tools ## The slow tests too: whole pipelines, experiments in a
 GPU_RESULTS := benchmarks/results/gpu
 
 .PHONY: gpu-checks
-gpu-checks: env data ## On a machine with a GPU: memory, syncs, skipped steps, resume, the sample (25 minutes)
+gpu-checks: env data ## On a GPU machine: memory, syncs, skipped steps, resume, the sample (25 minutes)
 	mkdir -p $(GPU_RESULTS)
 	$(BIN)/python -m benchmarks.gpu_memory predict $(GPU_RESULTS)/predicted.json
 	$(BIN)/python -m benchmarks.gpu_memory measure $(GPU_RESULTS)/predicted.json $(GPU_RESULTS)
