@@ -54,12 +54,17 @@ def summary(as_json: AsJson = False) -> None:
 
 
 def _next(root: Path) -> list[tuple[str, str]]:
-    """What to try next: what the training itself was told, and another value."""
-    from runkey.plots.hints import told_hints
+    """What to try next: what the training was told and is still so, and another value."""
+    from runkey.params import load_params
+    from runkey.plots.hints import standing_hints
     from runkey.plots.log import read_log
+    from runkey.plots.samples import SAMPLES, read_samples
 
     log = root / paths.LOGS / "train.jsonl"
-    hints = told_hints(read_log(log)) if log.is_file() else []
+    hints = []
+    if log.is_file():
+        params = load_params(root / paths.PARAMS).flat(runtime=True)
+        hints = standing_hints(read_log(log), params, read_samples(log.with_name(SAMPLES)))
     rows = [("seen", f"{hint.seen}; {hint.change}") for hint in hints[:_HINTS]]
     return [*rows, ("try", "dvc exp run -S lr=5e-4, then runkey list, make ui or dvc metrics diff")]
 

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from runkey.evaluation.coco import ClassResult
-from runkey.plots.hints import CLASS_SCORES, Hint, class_scores, find_hints, told_hints
+from runkey.plots.hints import (
+    CLASS_SCORES,
+    Hint,
+    all_hints,
+    class_scores,
+    find_hints,
+    standing_hints,
+    told_hints,
+)
 from runkey.plots.live import HintingTracker
 from runkey.plots.log import Point, TrainingLog, read_log
 from runkey.tracking.jsonl import JsonlLog
@@ -178,6 +186,24 @@ def test_a_change_names_the_value_that_it_has():
 
 def test_every_log_can_be_asked(any_log):
     assert isinstance(find_hints(read_log(any_log), PARAMS), list)
+
+
+def test_what_was_told_and_came_to_nothing():
+    def told(log: TrainingLog) -> TrainingLog:
+        fields = {"seen": "1 of 3 classes are never found", "change": "more images"}
+        log.add({"time": 0, "event": "hint.class", "fields": fields})
+        return log
+
+    found, lost = SCORES | {"never_found": [], "never_found_count": 0}, SCORES
+    running = told(made(**{CLASS_SCORES: found}))
+    assert [h.seen for h in all_hints(running, PARAMS)] == ["1 of 3 classes are never found"]
+    ended = told(made(**{CLASS_SCORES: found, "training_end": {}}))
+    assert [h.seen for h in all_hints(ended, PARAMS)] == [
+        "1 of 3 classes are never found (no longer at the end)"
+    ]
+    assert standing_hints(ended, PARAMS) == []
+    (standing,) = standing_hints(told(made(**{CLASS_SCORES: lost, "training_end": {}})), PARAMS)
+    assert standing.seen.endswith("(AP50 0): cat")
 
 
 def test_classes_that_are_never_found():

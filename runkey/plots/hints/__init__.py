@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,16 @@ from runkey.plots.log import Point, TrainingLog
 if TYPE_CHECKING:  # who only reads a log needs no pycocotools
     from runkey.evaluation.coco import ClassResult
 
-__all__ = ["CLASS_SCORES", "EVENT", "Hint", "all_hints", "class_scores", "find_hints", "told_hints"]
+__all__ = [
+    "CLASS_SCORES",
+    "EVENT",
+    "Hint",
+    "all_hints",
+    "class_scores",
+    "find_hints",
+    "standing_hints",
+    "told_hints",
+]
 
 
 def find_hints(
@@ -57,10 +67,26 @@ def told_hints(log: TrainingLog) -> list[Hint]:
 def all_hints(
     log: TrainingLog, params: Mapping[str, Any], samples: Sequence[Point] = ()
 ) -> list[Hint]:
-    """The hints that the training was told, and those of other kinds that its log gives now."""
-    told = told_hints(log)
-    kinds = {hint.kind for hint in told}
-    return [*told, *(h for h in find_hints(log, params, samples) if h.kind not in kinds)]
+    """The hints that the training was told, and those of other kinds that its log gives now.
+
+    Of a training that has ended, those that came to nothing say so.
+    """
+    found = find_hints(log, params, samples)
+    told, kinds = told_hints(log), {hint.kind for hint in found}
+    if "training_end" in log.events:
+        told = [
+            h if h.kind in kinds else replace(h, seen=f"{h.seen} (no longer at the end)")
+            for h in told
+        ]
+    return [*told, *(h for h in found if h.kind not in {one.kind for one in told})]
+
+
+def standing_hints(
+    log: TrainingLog, params: Mapping[str, Any], samples: Sequence[Point] = ()
+) -> list[Hint]:
+    """The hints that the training was told and that its log still gives, as it gives them now."""
+    told = {hint.kind for hint in told_hints(log)}
+    return [hint for hint in find_hints(log, params, samples) if hint.kind in told]
 
 
 def class_scores(per_class: Sequence[ClassResult]) -> dict[str, Any]:
