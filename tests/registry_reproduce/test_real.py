@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.conftest import Project, _environment, first_repro, project
+from tests.pipeline.conftest import Project, _environment
+from tests.pipeline.conftest import first_repro as project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-__all__ = ["first_repro", "project"]
+__all__ = ["project"]
 
 
 def record(project: Project, run_id: str) -> dict[str, object]:
