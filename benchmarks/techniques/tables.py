@@ -67,8 +67,7 @@ def short_machine(row: Row) -> str:
 
 
 def _changed(variant: Variant) -> str:
-    shown = variant.label.removeprefix("-S ").replace(" -S ", ", ")
-    return f"`{shown}`" if shown else "nothing"
+    return f"`{variant.label}`" if variant.label else "nothing"
 
 
 def _ap(rows: Sequence[Row]) -> str:

@@ -22,8 +22,13 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """What is changed, as one types it after `dvc exp run`."""
-        return " ".join(f"-S {name}={_typed(value)}" for name, value in self.settings.items())
+        """What is changed, parameters with their values; without any augmentation in short."""
+        left = dict(self.settings)
+        parts = []
+        if left.items() >= _BARE.items():
+            left = {name: value for name, value in left.items() if name not in _BARE}
+            parts = ["data.augment.*=0"]
+        return ", ".join([*parts, *(f"{name}={_typed(value)}" for name, value in left.items())])
 
 
 def _typed(value: Any) -> str:
