@@ -60,19 +60,18 @@ def read_runs(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 def _row(run: Path) -> dict[str, Any] | None:
     path = run / RESULT
+    logged = outcome(run)  # anew, for numbers that were thought of after it ran
     if path.exists():
-        row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) | logged
+    elif logged.get("reason") is None:
+        return None  # it was cut off
     else:
         name, _, seed = run.name.rpartition("-")
         facts = {"variant": name, "seed": int(seed), "settings": BY_NAME[name].settings}
         machine = json.loads((run.parent / "machine.json").read_text(encoding="utf-8"))
-        row = facts | {"machine": machine, "failed": ""} | outcome(run)
-        if row.get("reason") is None:
-            return None  # it was cut off
+        row = facts | {"machine": machine, "failed": ""} | logged
         row["AP"] = row["best_AP"]
         row["AP_of"] = "the best evaluation in training"
-    logged = outcome(run)  # anew, for numbers that were thought of after it ran
-    row |= {name: value for name, value in logged.items() if name not in row}
     row["hints"] = hints(run, row["settings"])
     row["memory"] = [line for line in row["memory"] if line.startswith(("predicted", "measured"))]
     return row

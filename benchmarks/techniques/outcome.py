@@ -18,7 +18,8 @@ OF_STEPS = (
     "train/lr", "train/loss", "train/grad_norm", "train/images_per_second", "train/data_wait_share",
 )  # fmt: skip
 OF_EPOCHS = ("train/epoch_loss", "val/loss", "val/AP")
-MOST_POINTS = 60
+MOST_POINTS = {"train/lr": 130}
+"""Of a curve; 60 of others: drops of the rate are to be steep."""
 WARM = 0.2
 """Share of a run's points left out of its median speed: caches and compilers warm up."""
 
@@ -38,14 +39,14 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def curves(folder: Path) -> dict[str, list[list[float | None]]]:
-    """Epochs and values by metric, of `MOST_POINTS` points at most, for the pictures."""
+    """Epochs and values by metric, thinned, for the pictures."""
     log = read_log(folder / "logs" / "train.jsonl")
     per_epoch = log.steps_per_epoch or 1.0
     found: dict[str, list[list[float | None]]] = {}
     for names, series in ((OF_STEPS, log.of_steps), (OF_EPOCHS, log.of_epochs)):
         for name in names:
             steps, values = series(name)
-            every = max(1, -(-len(steps) // MOST_POINTS))
+            every = max(1, -(-len(steps) // MOST_POINTS.get(name, 60)))
             found[name] = [
                 [round(float(step) / per_epoch, 3), float(f"{value:.4g}")]
                 for step, value in list(zip(steps, values, strict=True))[::every]
@@ -76,7 +77,7 @@ def _of_log(log: TrainingLog) -> dict[str, Any]:
     return {
         "reason": end.get("reason"),
         "best_AP": _best(log, "val/AP"),
-        "steps": log.steps[-1].step if log.steps else 0,
+        "steps": end.get("steps"),
         "grad_norm": _median(log, "train/grad_norm"),
         "clipped_share": _share(clipped < norm * 0.999),
         "images_per_second": _median(log, "train/images_per_second"),
