@@ -7,9 +7,13 @@ long as the loader.  What a batch holds does not depend on them.
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import parent_process
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -126,6 +130,18 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    """One thread a worker; Ctrl-C is for the parent, which then ends its workers."""
+    """One thread a worker; Ctrl-C is for the trainer, which then ends its workers.
+
+    A trainer that is killed ends nothing.  torch's own watch is over the worker's parent, which is
+    the fork server, and that lives as long as it has workers.
+    """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trainer = parent_process()
+    assert trainer is not None
+    threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
+
+
+def _end_with(trainer: BaseProcess) -> None:
+    trainer.join()
+    os._exit(1)
