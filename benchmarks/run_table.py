@@ -63,7 +63,7 @@ def run_case(name: str, case: Case, images: Path, keep: Path | None) -> None:
         started = time.perf_counter()
         _call("make", "repro", cwd=clone, log=RESULTS / f"{name}.log")
         seconds = time.perf_counter() - started
-        result = {"case": name, "commit": commit, "seed": case.seed, "machine": _machine()}
+        result = {"case": name, "commit": commit, "seed": case.seed, "machine": machine()}
         result |= {"make_repro_seconds": round(seconds, 1)} | _outcome(clone)
     RESULTS.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=2, sort_keys=True)
@@ -99,7 +99,8 @@ def _outcome(clone: Path) -> dict[str, Any]:
     }
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Processor, cores and versions that times and bits depend on."""
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     return {
         "cpu": model[1] if model else platform.machine(),

@@ -14,12 +14,12 @@ from benchmarks.techniques.variants import BY_NAME
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "techniques.json"
 CURVES = REPOSITORY / "benchmarks" / "results" / "techniques_curves.json"
-PICTURES = REPOSITORY / "docs" / "pictures" / "guide"
+FOLDER = REPOSITORY / "docs" / "pictures" / "guide"
 COPIES = {
     "impatient-0": ("plots/loss_and_ap.png", "early-stopping.png"),
     "checkpointing-0": ("memory/timeline.png", "memory.png"),
 }
-"""Pictures of single runs that the guide shows: file of the run, name in the guide."""
+"""Pictures of single runs that the guide shows: file of the run, name in `FOLDER`."""
 
 
 def collect(folders: Sequence[Path]) -> str:
@@ -44,7 +44,7 @@ def collect(folders: Sequence[Path]) -> str:
             lines[name] = curves(run)
             if run.name in COPIES:
                 source, target = COPIES[run.name]
-                shutil.copy(run / source, PICTURES / target)
+                shutil.copy(run / source, FOLDER / target)
     _write(RESULTS, rows)
     _write(CURVES, lines)
     return f"{len(rows)} runs in {RESULTS.relative_to(REPOSITORY)}"
@@ -73,7 +73,6 @@ def _row(run: Path) -> dict[str, Any] | None:
         row["AP"] = row["best_AP"]
         row["AP_of"] = "the best evaluation in training"
     row["hints"] = hints(run, row["settings"])
-    row["memory"] = [line for line in row["memory"] if line.startswith(("predicted", "measured"))]
     return row
 
 

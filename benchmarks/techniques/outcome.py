@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from runkey.plots.log import TrainingLog, entries, read_log
 PRESET = Path(__file__).resolve().parents[2] / "presets" / "sample.yaml"
 
 OF_STEPS = (
-    "train/lr", "train/loss", "train/grad_norm", "train/images_per_second", "train/data_wait_share",
+    "train/lr", "train/grad_norm", "train/images_per_second", "train/data_wait_share",
 )  # fmt: skip
 OF_EPOCHS = ("train/epoch_loss", "val/loss", "val/AP")
 MOST_POINTS = {"train/lr": 130}
@@ -76,7 +77,7 @@ def _of_log(log: TrainingLog) -> dict[str, Any]:
     skipped = _last(log, "train/skipped_steps")
     return {
         "reason": end.get("reason"),
-        "best_AP": _best(log, "val/AP"),
+        "best_AP": _extreme(log, "val/AP", np.nanmax),
         "steps": end.get("steps"),
         "grad_norm": _median(log, "train/grad_norm"),
         "clipped_share": _share(clipped < norm * 0.999),
@@ -84,7 +85,7 @@ def _of_log(log: TrainingLog) -> dict[str, Any]:
         "data_wait_share": _median(log, "train/data_wait_share"),
         "loss_gap": _last(log, "val/loss_gap"),
         "val_loss_last": _last(log, "val/loss"),
-        "val_loss_least": _least(log, "val/loss"),
+        "val_loss_least": _extreme(log, "val/loss", np.nanmin),
         "train_loss_last": _last(log, "train/epoch_loss"),
         "skipped_steps": end.get("skipped_steps", skipped),
         "loss_spikes": _last(log, "train/loss_spikes"),
@@ -107,19 +108,14 @@ def _last(log: TrainingLog, name: str) -> float | None:
     return round(float(values[-1]), 4) if len(values) and np.isfinite(values[-1]) else None
 
 
-def _least(log: TrainingLog, name: str) -> float | None:
+def _extreme(log: TrainingLog, name: str, pick: Callable[[Any], Any]) -> float | None:
+    """The least or the largest finite value."""
     _, values = log.of_epochs(name)
-    return round(float(np.nanmin(values)), 4) if np.isfinite(values).any() else None
-
-
-def _best(log: TrainingLog, name: str) -> float | None:
-    _, values = log.of_epochs(name)
-    return round(float(np.nanmax(values)), 4) if np.isfinite(values).any() else None
+    return round(float(pick(values)), 4) if np.isfinite(values).any() else None
 
 
 def _memory(folder: Path) -> list[str]:
-    """What the profile stage and the train stage said of memory."""
-    paths = [folder / "profile_memory.log", folder / "train.log"]
-    text = "".join(p.read_text(encoding="utf-8", errors="replace") for p in paths if p.exists())
-    starts = ("predicted", "measured", "micro-batch", "  8 at once")
-    return [line.strip() for line in text.splitlines() if line.startswith(starts)]
+    """What the profile stage predicted and measured, in its words."""
+    path = folder / "profile_memory.log"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [line for line in lines if line.startswith(("predicted", "measured"))]

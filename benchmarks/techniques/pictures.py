@@ -10,13 +10,11 @@ from typing import Any
 
 from matplotlib.ticker import PercentFormatter
 
-from benchmarks.techniques.collect import CURVES
+from benchmarks.techniques.collect import CURVES, FOLDER
 from runkey.plots.style import CYCLE, drawing, legend_beside, plain_log_scale
 
-OUT = CURVES.parents[2] / "docs" / "pictures" / "guide"
 _UNITS = {
     "train/lr": "learning rate",
-    "train/loss": "training loss",
     "train/epoch_loss": "training loss",
     "train/grad_norm": "gradient norm",
     "train/images_per_second": "images per second",
@@ -116,7 +114,7 @@ def draw_all() -> list[Path]:
     """Draw every picture whose runs are there."""
     curves = json.loads(CURVES.read_text(encoding="utf-8"))
     return [
-        draw(picture, curves, OUT / f"{page}.png")
+        draw(picture, curves, FOLDER / f"{page}.png")
         for page, picture in PICTURES.items()
         if set(picture.runs) <= set(curves)
     ]

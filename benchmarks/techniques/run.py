@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
+from benchmarks.run_table import machine
 from benchmarks.techniques.outcome import outcome
 from benchmarks.techniques.variants import Variant
 
@@ -131,13 +129,7 @@ def _run_stage(stage: str, variant: Variant, folder: Path) -> tuple[int, float]:
 
 
 def _machine(device: str) -> dict[str, Any]:
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    facts: dict[str, Any] = {
-        "cpu": model[1] if model else platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-    }
+    facts = machine()
     if device == "cuda":
         asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         facts["gpu"] = subprocess.run(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.techniques.collect import CURVES
-from benchmarks.techniques.pictures import OUT, PICTURES, draw
+from benchmarks.techniques.collect import CURVES, FOLDER
+from benchmarks.techniques.pictures import PICTURES, draw
 from benchmarks.techniques.tables import GUIDE, fill, read_rows, table
 from benchmarks.techniques.variants import VARIANTS
 from runkey.params import load_params
@@ -32,7 +32,7 @@ def test_a_picture_is_drawn_from_runs_in_the_results(page: str, tmp_path: Path) 
     curves = json.loads(CURVES.read_text(encoding="utf-8"))
     drawn = draw(PICTURES[page], curves, tmp_path / "drawn.png")
     assert drawn.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert (OUT / f"{page}.png").stat().st_size < 150_000
+    assert (FOLDER / f"{page}.png").stat().st_size < 150_000
 
 
 def test_variants_change_what_there_is() -> None:

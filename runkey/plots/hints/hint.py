@@ -5,13 +5,14 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 
+from runkey.progress import WIDTH
+
 CLASS_SCORES = "class_scores"
 """Event of an evaluation during training; its fields are what `class_scores` gives."""
 EVENT = "hint."
 """Beginning of the kinds of events that hold hints."""
 MOST_NAMES = 5
 """Of classes, in a hint."""
-_WIDTH = 100
 _INDENT = " " * len("hint: ")
 
 
@@ -29,7 +30,7 @@ class Hint:
     @property
     def lines(self) -> list[str]:
         """For people; at most 100 columns."""
-        return self.wrapped(_WIDTH)
+        return self.wrapped(WIDTH)
 
     def wrapped(self, width: int) -> list[str]:
         """For people; at most so many columns."""

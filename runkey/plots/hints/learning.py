@@ -10,11 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runkey.plots.hints.hint import CLASS_SCORES, MOST_NAMES, Hint
-from runkey.plots.hints.values import finite, now, recent, skipped_lately
+from runkey.plots.hints.values import FEWEST, finite, now, recent, skipped_lately
 from runkey.plots.log import TrainingLog, number
 
-_FEWEST = 8
-"""Logged steps that say something."""
 _LATEST = 3
 """Epochs that must all say that the loss has risen: one alone may, of a training that goes well."""
 _HIGH = 2e-3
@@ -27,7 +25,7 @@ _GAP = 1.4
 def clipping(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
     """Every step is clipped, or none."""
     before, after = recent(log, "train/grad_norm"), recent(log, "train/grad_norm_clipped")
-    if len(before) < _FEWEST or len(before) != len(after):
+    if len(before) < FEWEST or len(before) != len(after):
         return
     if settings.get("optimizer.clip.mode") == "percentile":
         return  # the threshold follows the norms by itself

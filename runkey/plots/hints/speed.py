@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from runkey.plots.hints.hint import Hint
-from runkey.plots.hints.values import median, now, recent
+from runkey.plots.hints.values import FEWEST, median, now, recent
 from runkey.plots.log import Point, TrainingLog
 from runkey.plots.samples import gpu_names
 
@@ -20,14 +20,12 @@ _LOADER_SHARE = 0.15
 _BUSY_PERCENT = 60
 _FULL_PERCENT = {"host": 92, "GPU": 97}
 _EMPTY_PERCENT = 40
-_FEWEST = 8
-"""Logged steps, or samples of the machine, that say something."""
 
 
 def loader(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
     """Training waits for data."""
     waits = recent(log, "train/data_wait_share")
-    if len(waits) >= _FEWEST and (share := float(np.median(waits))) >= _LOADER_SHARE:
+    if len(waits) >= FEWEST and (share := float(np.median(waits))) >= _LOADER_SHARE:
         yield Hint(
             "loader",
             f"training waits for data {share:.0%} of its time",
@@ -41,7 +39,7 @@ def machine(
 ) -> Iterator[Hint]:
     """The host's memory is full, the GPU not busy, the GPU's memory full or empty."""
     last = samples[-60:]
-    if len(last) < _FEWEST:
+    if len(last) < FEWEST:
         return
     if (full := median(last, [_HOST_MEMORY])) >= _FULL_PERCENT["host"]:
         yield Hint(

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from runkey.plots.log import Point, TrainingLog
 
+FEWEST = 8
+"""Logged steps, or samples of the machine, that say something."""
+
 
 def recent(log: TrainingLog, name: str) -> NDArray[np.float64]:
     """Finite values of the logged steps of the last two whole epochs."""

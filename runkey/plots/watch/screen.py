@@ -13,7 +13,8 @@ from rich.text import Text
 from runkey.plots.hints import Hint
 from runkey.plots.log import TrainingLog
 from runkey.plots.watch.chart import MARKS, Cell, Curve, chart
-from runkey.plots.watch.tell import WIDTH, ended, last_step, seconds_left, total_steps
+from runkey.plots.watch.tell import ended, last_step, seconds_left, total_steps
+from runkey.progress import WIDTH
 from runkey.training.progress import clock, pace_parts
 
 _STYLES = ("blue", "yellow", "green")

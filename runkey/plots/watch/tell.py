@@ -11,9 +11,8 @@ from typing import Any
 from runkey.plots.hints import Hint, all_hints, told_hints
 from runkey.plots.log import TrainingLog
 from runkey.plots.samples import read_samples
+from runkey.progress import WIDTH
 from runkey.training.progress import epoch_line
-
-WIDTH = 100
 
 
 class Teller:
