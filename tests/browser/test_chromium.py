@@ -1,5 +1,7 @@
 """The helper itself: what it says of a page is so."""
 
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from PIL import Image
@@ -17,6 +19,27 @@ setTimeout(() => { document.body.append('thrown'); nothing_of_that_name() }, 0)
 </script>
 <p>bad
 """
+GOING_ON = """<!doctype html><link rel=icon href="data:,"><script>
+const steps = Number(location.search.slice(1));
+onload = () => {
+  if (steps) location.replace('?' + (steps - 1)); else document.body.append('here');
+};
+</script><body>"""
+
+
+class _Hops(BaseHTTPRequestHandler):
+    """Documents of which each goes on to the next, and each into another process."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        if int(self.path.partition("?")[2]) % 2:
+            self.send_header("Cross-Origin-Opener-Policy", "same-origin")
+        self.end_headers()
+        self.wfile.write(GOING_ON.encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """No lines of its own."""
 
 
 def test_text_requests_and_errors_of_pages(tmp_path: Path) -> None:
@@ -40,3 +63,16 @@ def test_text_requests_and_errors_of_pages(tmp_path: Path) -> None:
         assert any("nothing_of_that_name is not defined" in error for error in page.errors)
     with Image.open(tmp_path / "good.png") as picture:
         assert picture.size == (800, 600)
+
+
+def test_a_page_that_goes_on_while_it_is_asked(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hops)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with open_chromium(tmp_path) as page:
+            page.open(f"http://127.0.0.1:{server.server_port}/?40")
+            assert page.wait_for("here", seconds=60, pause=0).strip() == "here"
+            assert len({one for one in page.requests if one.startswith("http")}) == 41
+    finally:
+        server.shutdown()
+        server.server_close()

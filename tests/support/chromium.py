@@ -46,6 +46,12 @@ _FLAGS = (
     "--remote-debugging-port=0",
 )
 _START_SECONDS = 60.0
+_LOAD_SECONDS = 60.0
+_GOING = "Inspected target navigated or closed"
+
+
+class _GoneOnError(AssertionError):
+    """The document that was asked made way for the next one before it could answer."""
 
 
 class Page:
@@ -60,8 +66,10 @@ class Page:
         """Those among them that something was sent to."""
         self.errors: list[str] = []
         """Errors in its console, and exceptions that nobody caught."""
+        self._loaded: set[str] = set()
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
         # Workers are targets of their own, which wait until they are listened to.
         self.call(
             "Target.setAutoAttach", autoAttach=True, waitForDebuggerOnStart=True, flatten=True
@@ -73,7 +81,9 @@ class Page:
         while True:
             answer = json.loads(self._connection.recv(timeout=120))
             if answer.get("id") == sent:
-                assert "error" not in answer, f"{method}: {answer['error']}"
+                if "error" in answer:
+                    kind = _GoneOnError if answer["error"]["message"] == _GOING else AssertionError
+                    raise kind(f"{method}: {answer['error']}")
                 return dict(answer["result"])
             self._note(answer)
 
@@ -81,7 +91,10 @@ class Page:
         """Go to an address; returns when its files are there, what scripts add comes later."""
         result = self.call("Page.navigate", url=address)
         assert "errorText" not in result, f"{address}: {result['errorText']}"
-        self._until("document.readyState === 'complete'", 60.0)
+        # Asking the page whether it is complete may ask the one before it, which is about to go.
+        # An anchor of the page that is open loads nothing.
+        if loader := result.get("loaderId"):
+            self._until_loaded(loader, address)
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression."""
@@ -93,17 +106,19 @@ class Page:
         """The text that can be seen."""
         return str(self.evaluate("document.body ? document.body.innerText : ''"))
 
-    def wait_for(self, *texts: str, seconds: float = 90.0) -> str:
+    def wait_for(self, *texts: str, seconds: float = 90.0, pause: float = 0.2) -> str:
         """The page's text as soon as all `texts` are in it; fails when they do not come."""
         end = time.monotonic() + seconds
+        shown = ""
         while True:
-            shown = self.text()
+            with suppress(_GoneOnError):
+                shown = self.text()
             missing = [text for text in texts if text not in shown]
             if not missing:
                 return shown
             if time.monotonic() > end:
                 pytest.fail(f"not on the page after {seconds:.0f} s: {missing}\n{shown}")
-            time.sleep(0.2)
+            time.sleep(pause)
 
     def resize(self, width: int, height: int) -> None:
         """Set the size of what is seen, in pixels."""
@@ -132,11 +147,13 @@ class Page:
         self._connection.send(json.dumps({"id": self._last_id, **message}))
         return self._last_id
 
-    def _until(self, expression: str, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while not self.evaluate(expression):
-            assert time.monotonic() < end, f"not after {seconds:.0f} s: {expression}"
-            time.sleep(0.1)
+    def _until_loaded(self, loader: str, address: str) -> None:
+        end = time.monotonic() + _LOAD_SECONDS
+        while loader not in self._loaded:
+            left = end - time.monotonic()
+            assert left > 0, f"not loaded after {_LOAD_SECONDS:.0f} s: {address}"
+            with suppress(TimeoutError):
+                self._note(json.loads(self._connection.recv(timeout=left)))
 
     def _note(self, event: dict[str, Any]) -> None:
         method, params = event.get("method"), event.get("params", {})
@@ -144,6 +161,8 @@ class Page:
             self.requests.append(params["request"]["url"])
             if params["request"]["method"] != "GET":
                 self.posts.append(params["request"]["url"])
+        elif method == "Page.lifecycleEvent" and params["name"] == "load":
+            self._loaded.add(params["loaderId"])
         elif method == "Target.attachedToTarget":
             for command in ("Network.enable", "Runtime.runIfWaitingForDebugger"):
                 self._send({"method": command, "sessionId": params["sessionId"]})
