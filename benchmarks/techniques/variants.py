@@ -117,6 +117,15 @@ VARIANTS = (
     Variant("batch-32-lr", ("accumulation",), {"training.batch_size": 32, "lr": 2e-3}, seeds=2),
     Variant("checkpointing", ("memory",), {"model.checkpointing": True}),
     Variant("bf16", ("mixed-precision",), {"training.precision": "bf16"}),
+    *(
+        Variant(
+            f"uncached-{workers}",
+            ("data-loading",),
+            {"data.cache_gib": 0.0, "runtime.workers": workers},
+        )
+        for workers in (0, 1, 2)
+    ),
+    Variant("cached-2", ("data-loading",), {"runtime.workers": 2}),
     Variant("two-processes", ("distributed",), {"runtime.processes": 2}),
     Variant("gpu", ("mixed-precision", "data-loading"), device="cuda", seeds=3),
     Variant("gpu-fp32", ("mixed-precision",), {"training.precision": "off"}, device="cuda"),
