@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from runkey.progress import folded
+
 _KILLED = 128
 """Exit code of shells after a signal: this and its number."""
 
@@ -74,6 +76,7 @@ class Interrupted(KeyboardInterrupt):
 def report_errors() -> Iterator[None]:
     """Print a `RunkeyError` as one line on stderr and exit with 1; after Ctrl-C with 130.
 
+    On a terminal the line is folded at 100 columns; where it is piped it stays one, to be searched.
     `Interrupted` exits as a shell does: 143 after SIGTERM, 130 after SIGINT.
 
     The traceback is shown only when `RUNKEY_TRACEBACK=1` or `--traceback` is on the command line.
@@ -83,14 +86,18 @@ def report_errors() -> Iterator[None]:
     except RunkeyError as error:
         if _wants_traceback():
             raise
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         raise SystemExit(1) from None
     except KeyboardInterrupt as stop:
         if _wants_traceback():
             raise
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
-        print(str(stop) or "interrupted", file=sys.stderr)
+        _say(str(stop) or "interrupted")
         raise SystemExit(_KILLED + number) from None
+
+
+def _say(line: str) -> None:
+    print("\n".join(folded(line)) if sys.stderr.isatty() else line, file=sys.stderr)
 
 
 def _wants_traceback() -> bool:

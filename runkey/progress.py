@@ -191,6 +191,13 @@ QUIET: Steps = _Nothing()
 
 def tell(text: str) -> None:
     """Say lines to whoever watches a stage, none wider than 100 columns."""
+    for line in folded(text):
+        sys.stdout.write(line + "\n")
+
+
+def folded(text: str) -> list[str]:
+    """A text's lines; those wider than 100 columns go on below themselves, two columns in."""
+    lines = []
     for line in text.splitlines():
         start = " " * (len(line) - len(line.lstrip()) + 2)
         parts = textwrap.wrap(
@@ -200,4 +207,5 @@ def tell(text: str) -> None:
             break_long_words=False,
             break_on_hyphens=False,
         )
-        sys.stdout.write("\n".join(parts) + "\n")
+        lines += parts or [""]
+    return lines
