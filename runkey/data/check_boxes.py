@@ -1,4 +1,4 @@
-"""Boxes of one image: numbers, sign, area, and their place in the image."""
+"""Boxes: their unit; of one image numbers, sign, area, and their place in the image."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from runkey.data.checks import Item
 from runkey.data.index import Record
+from runkey.data.layout import Source
 from runkey.data.report import Findings
 
 # An overhang up to this is rounding, clipped without a word.
@@ -27,6 +28,27 @@ class Frame:
     scale_x: float = 1.0
     """Pixels of the file for a pixel of the JSON's width; not 1 where `size_mismatch` was fixed."""
     scale_y: float = 1.0
+
+
+def check_units(items: list[Item], source: Source, findings: Findings) -> None:
+    """Refuse boxes in parts of the image's size, as YOLO's files have them.
+
+    One such box may be a speck; where all are, nothing in the images is larger than a pixel.
+
+    Args:
+        items: all images of the JSON, with their annotations.
+        source: the JSON.
+        findings: takes the fault.
+    """
+    boxes = [annotation.bbox for item in items for annotation in item.annotations]
+    sound = [box for box in boxes if all(_finite(side) for side in box) and min(box[2:]) > 0]
+    if sound and all(0 <= value <= 1 for box in sound for value in box):
+        findings.refuse(
+            source.shown_json,
+            f"all {len(sound)} boxes lie between 0 and 1, such as {_show(sound[0])}: parts of the "
+            "image's size, as in YOLO's files",
+            "write [left, top, width, height] in pixels",
+        )
 
 
 def make_record(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runkey.data.cache import Scratch, cache_bytes, write_cache
-from runkey.data.check_boxes import make_record
+from runkey.data.check_boxes import check_units, make_record
 from runkey.data.check_images import ScanSettings, check_scan, scan_images
 from runkey.data.checks import Item, check_ids
 from runkey.data.coco import merge_classes, read_coco
@@ -116,6 +116,7 @@ def _prepare(job: _Job, num_queries: int) -> Report:
     parts: list[list[_Image]] = []
     for source, coco in read:
         items = check_ids(coco, source, classes, job.findings)
+        check_units(items, source, job.findings)
         parts.append(list(_check_images(job, source, items, classes)))
     if len(parts) == 2:
         parts[0] = _without_leaks(parts[0], parts[1], job.findings)
