@@ -48,6 +48,17 @@ class Learner:
     validation: Validation
 
 
+def count_ranks(params: Params, device: torch.device) -> int:
+    """How many processes train together: as many as torchrun started, else as the parameters say.
+
+    Raises:
+        TrainingError: there are fewer GPUs than that.
+    """
+    if launched_by_torchrun():
+        return read_world().size
+    return choose_processes(params.runtime.processes, device, params.training.batch_size)
+
+
 @contextmanager
 def joined(params: Params, device: torch.device) -> Iterator[World]:
     """All ranks together, for rank 0; the others follow from when the block begins."""
@@ -55,7 +66,7 @@ def joined(params: Params, device: torch.device) -> Iterator[World]:
         with joined_world(device) as world:
             yield world
         return
-    size = choose_processes(params.runtime.processes, device, params.training.batch_size)
+    size = count_ranks(params, device)
     again = [argument for argument in sys.argv[1:] if argument == "--traceback"]
     with (
         started(size, ["-m", "stages.train", *again]) as watch,

@@ -35,7 +35,7 @@ from runkey.training.loop import fit
 from runkey.training.state import FitResult
 from stages._once import Turn
 from stages._parts import Validation, write_json
-from stages._ranks import Learner, build_learner, joined
+from stages._ranks import Learner, build_learner, count_ranks, joined
 from stages._record import Run, keep, recorded
 
 
@@ -95,7 +95,7 @@ def _train(run: Run, learner: Learner, world: World, interrupts: Interrupts) -> 
         tracker.finish_log()
         _write_outputs(params, root, validation, result)
         run_id = keep(run, tracker)
-    tell(f"trained in {result.seconds:.0f} s; model/ is written; MLflow run {run_id or 'none'}")
+    tell(f"model/ is written; MLflow run {run_id or 'none'}")
 
 
 def _plan(params: Params, root: Path, turn: Turn, device: torch.device) -> MemoryPlan:
@@ -110,6 +110,8 @@ def _plan(params: Params, root: Path, turn: Turn, device: torch.device) -> Memor
         device,
         trials=paths.store_root() / paths.HOME / CALIBRATION,
         kept=None if saved is None else int(saved["micro_batch"]),
+        # On a CPU they share the memory, and so the plan (`build_learner`).
+        processes=count_ranks(params, device) if device.type == "cuda" else 1,
     )
     tell(plan.line())
     return plan
