@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from runkey import paths
 from runkey.errors import report_errors
+from runkey.evaluation.coco import SIZES, CocoResult
 from runkey.evaluation.detections import to_results_json, write_results
 from runkey.evaluation.files import (
     METRICS,
@@ -58,8 +59,18 @@ def main() -> None:
     record.keep(evaluation.metrics("eval/"), (paths.EVALUATION, paths.METRICS / "evaluate.json"))
     example = root / params.data.path / validation.records[0].file
     record.keep_model(f"detector-{card.model.preset}", example)
-    numbers = evaluation.result.metrics()
-    tell("  ".join(f"{name} {numbers[name]:.3f}" for name in ("AP", "AP50", "AP75")))
+    tell(_details(evaluation.result))
+
+
+def _details(result: CocoResult) -> str:
+    """What `runkey summary` does not say: AP by size of the objects, the worst class, the best."""
+    by_size = [(size, result.summary[f"AP_{size}"]) for size in SIZES]
+    text = ", ".join(f"{size} {ap:.3f}" for size, ap in by_size if ap is not None)
+    classes = [(one.ap, one.name) for one in result.per_class if one.ap is not None]
+    if len(classes) > 1:
+        worst, best = min(classes), max(classes)
+        text += f"; by class: from {worst[1]} {worst[0]:.3f} to {best[1]} {best[0]:.3f}"
+    return f"AP by size: {text}"
 
 
 if __name__ == "__main__":

@@ -54,7 +54,10 @@ def summary(as_json: AsJson = False) -> None:
 
 
 def _next(root: Path) -> list[tuple[str, str]]:
-    """What to try next: what the training was told and is still so, and another value."""
+    """What to try next: by the hints that still hold at the end, and another value.
+
+    What they saw was said while it trained, and is on the report.
+    """
     from runkey.params import load_params
     from runkey.plots.hints import standing_hints
     from runkey.plots.log import read_log
@@ -65,8 +68,10 @@ def _next(root: Path) -> list[tuple[str, str]]:
     if log.is_file():
         params = load_params(root / paths.PARAMS).flat(runtime=True)
         hints = standing_hints(read_log(log), params, read_samples(log.with_name(SAMPLES)))
-    rows = [("seen", f"{hint.seen}; {hint.change}") for hint in hints[:_HINTS]]
-    return [*rows, ("try", "dvc exp run -S lr=5e-4, then runkey list, make ui or dvc metrics diff")]
+    changes = [f"{hint.change}   (hint: {hint.kind})" for hint in hints[:_HINTS]]
+    another = "dvc exp run -S lr=5e-4, then runkey list, make ui or dvc metrics diff"
+    first, *others = [*changes, another]
+    return [("try", first), *(("", text) for text in others)]
 
 
 def ui(
@@ -104,7 +109,7 @@ def _pages(address: str, experiment: str) -> list[str]:
 def _mlflow_line(run: dict[str, Any]) -> str:
     if not run.get("run_id"):
         return "(this run was not recorded in MLflow)"
-    return f"MLflow's pages; this run is {run['run_id']}"
+    return "MLflow's pages on all runs"
 
 
 def _read(path: Path) -> dict[str, Any]:

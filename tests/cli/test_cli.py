@@ -202,7 +202,7 @@ def test_summary_shows_the_result_and_where_to_look(repository: Path, run: Run) 
     assert "AP 0.631   AP50 0.900   AP75 0.000" in out
     assert "4 min 32 s, weights of epoch 28" in out
     assert "rk1-0123456789ab   (runkey show rk1-0123456789ab)\n" in out
-    assert "this run is cafe" in out
+    assert "MLflow's pages on all runs" in out
     assert "model" in out
     assert "evaluation/best.jpg" not in out  # it is not there
     _, told, _ = run("summary", "--json")

@@ -144,6 +144,6 @@ def classes(log: TrainingLog) -> Iterator[Hint]:
         yield Hint(
             "class",
             f"{count} of {classes} classes are never found (AP50 0): {shown}{more}",
-            "more images of them help most; else raise training.epochs, or look at their names and"
-            " boxes in prepared/contact_sheet.jpg",
+            "add images of these classes, which helps most; or raise training.epochs, or look at"
+            " their names and boxes in prepared/contact_sheet.jpg",
         )
