@@ -23,8 +23,9 @@ COPIES = {
 
 
 def collect(folders: Sequence[Path]) -> str:
-    """Write both files and `COPIES` from the folders of runs; later folders win.
+    """Add the runs of folders to both files, and write `COPIES`; later folders win.
 
+    Runs that were collected before stay, as long as there is such a variant.
     A training that ended and whose evaluation did not (its machine went away) counts: its AP is
     that of its best evaluation in training, which is of the same weights and images.  Then
     `machine.json` beside the runs says which machine it was.
@@ -35,8 +36,9 @@ def collect(folders: Sequence[Path]) -> str:
     Returns:
         A line about it.
     """
-    rows: dict[str, dict[str, Any]] = {}
-    lines: dict[str, Any] = {}
+    rows, lines = _read(RESULTS), _read(CURVES)
+    rows = {name: row for name, row in rows.items() if row["variant"] in BY_NAME}
+    lines = {name: curve for name, curve in lines.items() if name in rows}
     for folder in folders:
         for run, row in read_runs(folder):
             name = f"{run.name} {row['machine']['cpu'].split()[0]}"
@@ -74,6 +76,11 @@ def _row(run: Path) -> dict[str, Any] | None:
         row["AP_of"] = "the best evaluation in training"
     row["hints"] = hints(run, row["settings"])
     return row
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

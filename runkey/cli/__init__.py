@@ -6,10 +6,6 @@ the command that needs it, so help and checks answer at once.
 
 from __future__ import annotations
 
-import sys
-import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -38,7 +34,7 @@ from runkey.cli import (
     verify,
     watch,
 )
-from runkey.errors import RunkeyError, report_errors
+from runkey.errors import report_errors
 from runkey.progress import WIDTH
 
 app = typer.Typer(
@@ -98,23 +94,5 @@ def options(
 
 def main() -> None:
     """Run the command line; errors that a user can mend are one line, exit code 1."""
-    with report_errors(), _broken_on_terminals():
+    with report_errors():
         app()
-
-
-@contextmanager
-def _broken_on_terminals() -> Iterator[None]:
-    """Break a long error into lines where somebody reads it; a pipe gets it as one line."""
-    try:
-        yield
-    except RunkeyError as error:
-        if sys.stderr.isatty():
-            text = textwrap.fill(
-                f"error: {error}",
-                WIDTH,
-                subsequent_indent="  ",
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-            error.args = (text.removeprefix("error: "),)
-        raise

@@ -141,11 +141,11 @@ def has_long_path(line: str) -> bool:
     return any("/" in word and len(word) > WIDTH / 2 for word in line.split())
 
 
-def test_the_summary_says_what_the_training_was_told(runs: Path, run: Run) -> None:
+def test_the_summary_says_what_to_change(runs: Path, run: Run) -> None:
     _, out, _ = run("summary")
     words = " ".join(out.split())
-    assert "seen training waits for data 40% of its time; raise runtime.workers (now auto)" in words
-    assert "so that images lie decoded try dvc exp run" in words
+    assert "try raise runtime.workers (now auto) or runtime.prefetch" in words
+    assert "so that images lie decoded (hint: loader) dvc exp run" in words
 
 
 def test_help(root: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
