@@ -14,7 +14,7 @@ import pytest
 
 from runkey.params import load_params
 from runkey.params.data import Checks
-from tests.data_prepare.test_bad_inputs import CASES
+from tests.support.bad_data.cases import CASES
 from tests.support.messages import Templates, flat
 
 ROOT = Path(__file__).parents[2]
