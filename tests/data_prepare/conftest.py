@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runkey.data.index import Record, read_index
 from runkey.data.prepare import prepare
 from runkey.data.report import Report
 from runkey.params.data import Checks, Data
@@ -95,6 +96,17 @@ class Folder:
 
     def report(self) -> Any:
         return json.loads((self.out / "report.json").read_text())
+
+
+def index(folder: Folder, split: str = "train") -> dict[int, Record]:
+    """What `prepare` left in the index of a split, by image id."""
+    return {record.id: record for record in read_index(folder.out / f"{split}.json")}
+
+
+def only_item(folder: Folder) -> Any:
+    """The one fault that the report has."""
+    (item,) = folder.report()["items"]
+    return item
 
 
 @pytest.fixture
