@@ -1,0 +1,105 @@
+"""What a training tells of its losses: spikes, an evaluation that failed, the held-out gap."""
+
+import math
+
+from runkey.errors import ModelError
+from runkey.model.criterion import build_criterion
+from runkey.training.loop import fit
+from runkey.training.state import host_weights
+from runkey.training.tracker import Quiet
+from tests.support.guarded import bits, guarded, poisoned
+from tests.support.squares import CLASSES, CPU, SquaresLoader, make_detector, train_detector
+
+
+def test_a_spike_is_told_and_changes_nothing(events):
+    change = poisoned({9}, factor=30.0)
+    lines, results = [], []
+    for score in (6.0, 0.0):
+        parameters = guarded({"spike_history": 6, "spike_score": score})
+        results.append(
+            train_detector(
+                parameters,
+                loader=SquaresLoader(change=change),
+                tracker=events if score else Quiet(),
+                say=lines.append,
+            )
+        )
+    [spike] = events.of("loss_spike")
+    assert spike["step"] == 9
+    assert spike["score"] > 6
+    assert len(spike["image_ids"]) == 4
+    told = [line for line in lines if "spikes to" in line]
+    assert len(told) == 1
+    assert told[0].startswith("step 9 (images ")
+    assert [epoch["train/loss_spikes"] for epoch in results[0].history] == [0, 0, 1, 1]
+    assert bits(results[0].best_state) == bits(results[1].best_state)
+
+
+def test_a_model_that_predicts_nan_is_not_the_end(events):
+    """An evaluation says so; the weights kept are of a finite one, and training has gone on."""
+    parameters, evaluated = guarded(training={"evaluate_every": 1}), []
+
+    def evaluate(module):
+        evaluated.append(1)
+        if len(evaluated) == 2:
+            raise ModelError("the model predicts NaN or infinity")
+        return {"val/loss": float(len(evaluated))}
+
+    lines = []
+    result = fit(
+        make_detector(parameters),
+        build_criterion(parameters.model, CLASSES),
+        SquaresLoader(),
+        evaluate,
+        parameters,
+        device=CPU,
+        tracker=events,
+        say=lines.append,
+    )
+    assert (result.steps, result.best_epoch) == (12, 1)
+    assert [math.isnan(epoch["val/loss"]) for epoch in result.history] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert events.of("evaluation_failed")[0]["step"] == 6
+    assert lines[-1].startswith(
+        "all 4 epochs done; kept the weights of epoch 1 (val/loss 1); held-"
+    )
+
+
+def test_the_gap_and_what_was_kept_are_told(events):
+    """Training loss falls, held-out loss rises after epoch 2: the weights of epoch 2 are kept."""
+    parameters = guarded(
+        training={
+            "evaluate_every": 1,
+            "epochs": 9,
+            "early_stopping": {"metric": "val/loss", "mode": "min", "patience": 2},
+        }
+    )
+    values = iter([20.0, 15.0, 16.0, 17.0])
+    seen, lines = [], []
+
+    def evaluate(module):
+        seen.append(host_weights(module))
+        return {"val/loss": next(values)}
+
+    result = fit(
+        make_detector(parameters),
+        build_criterion(parameters.model, CLASSES),
+        SquaresLoader(),
+        evaluate,
+        parameters,
+        device=CPU,
+        tracker=events,
+        say=lines.append,
+    )
+    assert bits(result.best_state) == bits(seen[1])
+    assert lines[-1].startswith(
+        "early stop: best val/loss 15 at evaluation 2 of 4, then 16, 17: 2 without improvement; "
+        "kept the weights of epoch 2 (val/loss 15); held-out loss minus training loss: "
+    )
+    gaps = [epoch["val/loss_gap"] for epoch in result.history]
+    assert gaps == [e["val/loss"] - e["train/epoch_loss"] for e in result.history]
+    assert f"{gaps[1]:.3g} there, {gaps[3]:.3g} at the end" in lines[-1]
