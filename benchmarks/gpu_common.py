@@ -1,4 +1,4 @@
-"""What the checks of training on a GPU share: made-up windows, and facts about the machine."""
+"""What the checks of training on a GPU share: parameters, made-up windows, the machine's facts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from runkey.data.batch import Batch, Window
+from runkey.params import Params, parse_params
 
 CLASSES = 8
 
@@ -38,6 +39,24 @@ def about(device: torch.device) -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version(),
         }
     return facts
+
+
+def training_params(model: dict[str, Any], *, epochs: int, **training: Any) -> Params:
+    """Parameters of a training that logs each step; `training` adds to that section."""
+    return parse_params(
+        {
+            "lr": 1e-4,
+            "seed": 0,
+            "model": model,
+            "optimizer": {"clip": {"threshold": 0.1}},
+            "training": {
+                "epochs": epochs,
+                "early_stopping": {"metric": "val/loss", "mode": "min", "enabled": False},
+                **training,
+            },
+            "runtime": {"progress": False, "log_every": 1},
+        }
+    )
 
 
 class SyntheticLoader:
