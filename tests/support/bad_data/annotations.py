@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.support.bad_data.faults import MALFORMED_BOX, TRAIN, Case, annotation, policy
+
+
+def in_parts(folder: Any, split: str = "train") -> None:
+    """Boxes as a YOLO file has them: centre and size, divided by the image's size."""
+    for entry in getattr(folder, split)["annotations"]:
+        left, top, width, height = entry["bbox"]
+        entry["bbox"] = [(left + width / 2) / 40, (top + height / 2) / 30, width / 40, height / 30]
+        del entry["area"]
+
 
 CASES = [
     # Entries of `annotations`.
@@ -100,5 +111,11 @@ CASES = [
         f"{TRAIN}: image 1 (a.jpg), annotation 102: area -1 is no positive number; "
         "set data.checks.bad_area: fix or drop in params.yaml or mend the file",
         policy("bad_area"),
+    ),
+    Case(
+        "boxes in parts of the image",
+        in_parts,
+        f"{TRAIN}: all 3 boxes lie between 0 and 1, such as [0.175, 0.3, 0.25, 0.4]: parts of the "
+        "image's size, as in YOLO's files; write [left, top, width, height] in pixels",
     ),
 ]
