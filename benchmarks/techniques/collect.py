@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.techniques.outcome import curves, hints, outcome
 from benchmarks.techniques.run import REPOSITORY, RESULT
 from benchmarks.techniques.variants import BY_NAME
+from runkey.plots.curves import write_training_plots
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "techniques.json"
 CURVES = REPOSITORY / "benchmarks" / "results" / "techniques_curves.json"
@@ -18,6 +19,7 @@ FOLDER = REPOSITORY / "docs" / "pictures" / "guide"
 COPIES = {
     "impatient-0": ("plots/loss_and_ap.png", "early-stopping.png"),
     "checkpointing-0": ("memory/timeline.png", "memory.png"),
+    "lr-1-fp16-0": ("plots/loss_and_ap.png", "nan-stopped.png"),
 }
 """Pictures of single runs that the guide shows: file of the run, name in `FOLDER`."""
 
@@ -46,6 +48,8 @@ def collect(folders: Sequence[Path]) -> str:
             lines[name] = curves(run)
             if run.name in COPIES:
                 source, target = COPIES[run.name]
+                if not (run / "plots").exists():  # of a training that gave up
+                    write_training_plots(run / "logs" / "train.jsonl", run / "plots")
                 shutil.copy(run / source, FOLDER / target)
     _write(RESULTS, rows)
     _write(CURVES, lines)

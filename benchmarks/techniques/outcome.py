@@ -100,7 +100,7 @@ def _share(which: Any) -> float | None:
 def _median(log: TrainingLog, name: str) -> float | None:
     _, values = log.of_steps(name)
     values = values[int(len(values) * WARM) :]
-    return round(float(np.nanmedian(values)), 4) if len(values) else None
+    return round(float(np.nanmedian(values)), 4) if np.isfinite(values).any() else None
 
 
 def _last(log: TrainingLog, name: str) -> float | None:

@@ -91,6 +91,10 @@ def _first(make: Callable[[Row], str]) -> Callable[[Sequence[Row]], str]:
     return lambda rows: make(rows[0])
 
 
+def _count(event: str) -> Callable[[Row], str]:
+    return lambda row: str(row["events"].get(event, 0))
+
+
 def _memory(row: Row) -> str:
     for line in row["memory"]:
         if found := re.search(r"predicted for a GPU, \w+: (.*)", line):
@@ -136,8 +140,9 @@ _COLUMNS: dict[str, dict[str, Callable[[Sequence[Row]], str]]] = {
     "data-loading": _SPEED | {"CPU s": _first(_processor_time)},
     "nan": _LOSSES
     | {
-        "skipped steps": _mean("skipped_steps", ".0f"),
-        "spikes": _mean("loss_spikes", ".0f"),
+        "skipped steps": _first(_count("skipped_step")),
+        "spikes": _first(_count("loss_spike")),
+        "gone back": _first(_count("rollback")),
         "hints": _first(_said),
     },
     "distributed": {"images/s": _SPEED["images/s"], "CPU s": _first(_processor_time)},

@@ -81,6 +81,16 @@ VARIANTS = (
     Variant("lr-3e-3", ("schedules", "clipping"), {"lr": 3e-3}, seeds=2),
     Variant("lr-1e-2", ("schedules", "nan"), {"lr": 1e-2}),
     Variant("lr-1e-1", ("nan",), {"lr": 0.1}),
+    Variant(
+        "lr-1-fp16",
+        ("nan",),
+        {
+            "lr": 1.0,
+            "training.precision": "fp16",
+            "schedule.warmup_fraction": 0.0,
+            "optimizer.clip.mode": "none",
+        },
+    ),
     _clip("clip-none", "none"),
     _clip("clip-0.1", "norm", threshold=0.1),
     _clip("clip-17", "norm", threshold=17.0),
