@@ -1,7 +1,7 @@
 """The commands of DVC's extension for VS Code, word for word, and what it needs of the answers.
 
 They are those of its public code (iterative/vscode-dvc, `extension/src/cli/dvc/reader.ts`
-and `contract.ts`); the extension itself is not run here.
+and `contract.ts`).  What the extension itself showed, opened once in VS Code: docs/dvc.md.
 """
 
 from __future__ import annotations
