@@ -18,14 +18,12 @@ from runkey.training.clip import Clipper
 from runkey.training.debug.bundle import Bundle
 from runkey.training.debug.diagnose import diagnose
 from runkey.training.debug.replay import LOG, bad_steps, find_start, logged_losses, replay
-from runkey.training.distributed import World
 from runkey.training.optimizer import build_optimizer
 from runkey.training.precision import build_precision
 from runkey.training.seed import seed_step
-from runkey.training.setup import build_setup
 from runkey.training.state import host_weights
 from runkey.training.step import Machinery, accumulate_gradients
-from runkey.training.tracker import Quiet
+from tests.support.guarded import setup_of
 from tests.support.killed_training import LAYER, planted_model
 from tests.support.killed_training import parameters as parameters_of_killed
 from tests.support.planted import plant
@@ -183,27 +181,13 @@ def killed(request, tmp_path_factory):
     return parameters_of_killed(), folder, lambda: planted_model(how, 10), how
 
 
-def rebuilt(parameters, model, loader):
-    return build_setup(
-        model,
-        build_criterion(parameters.model, CLASSES),
-        loader,
-        lambda _: {},
-        parameters,
-        device=CPU,
-        tracker=Quiet(),
-        say=print,
-        world=World(),
-    )
-
-
 def test_from_a_killed_runs_folder_and_from_a_bundle_elsewhere(killed, tmp_path):
     parameters, folder, model, how = killed
     assert bad_steps(folder) == [6]
     start = find_start(folder, 6)
     assert start.path.name == "bad-step-00000006.ckpt"
     assert start.step in (4, 5)  # that of step 5 may just be being written
-    setup = rebuilt(parameters, model(), SquaresLoader())
+    setup = setup_of(parameters, model(), SquaresLoader())
     bad = replay(setup, start, 6, folder)
     bundle = Bundle(
         key="rk1-test",
@@ -238,7 +222,7 @@ def test_replay_from_an_earlier_checkpoint_or_from_the_start_is_the_same(killed)
     parameters, folder, model, _ = killed
     states = []
     for start in (find_start(folder, 6), find_start(folder, 1)):
-        setup = rebuilt(parameters, model(), SquaresLoader())
+        setup = setup_of(parameters, model(), SquaresLoader())
         bad = replay(setup, start, 6, folder)
         states.append({n: p.state_dict() for n, p in setup.parts.items()} | {"ids": bad})
     assert find_start(folder, 1).step == 0
@@ -249,7 +233,7 @@ def test_replay_from_an_earlier_checkpoint_or_from_the_start_is_the_same(killed)
 
 def test_what_cannot_be_replayed_is_said(killed, tmp_path):
     parameters, folder, model, _ = killed
-    setup = rebuilt(parameters, model(), SquaresLoader())
+    setup = setup_of(parameters, model(), SquaresLoader())
     with pytest.raises(TrainingError, match=r"^--step 99: training has the steps 1 to 24$"):
         replay(setup, find_start(folder, 99), 99, folder)
     with pytest.raises(TrainingError, match="holds no checkpoint"):
