@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -52,17 +53,24 @@ class Project:
         self, *command: str, env: Mapping[str, str] | None = None, timeout: float = 600
     ) -> subprocess.CompletedProcess[str]:
         """Run a command; it must end with exit code 0."""
-        done = subprocess.run(
-            command,
-            cwd=self.root,
-            env=_environment() | dict(env or {}),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-        assert done.returncode == 0, f"{command}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-        return done
+        # Files, not pipes: DVC's queue workers keep the streams that they were started with, and
+        # one that hangs at its end (seen) would keep a reader of a pipe waiting.
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            code = subprocess.run(
+                command,
+                cwd=self.root,
+                env=_environment() | dict(env or {}),
+                stdout=out,
+                stderr=err,
+                timeout=timeout,
+                check=False,
+            ).returncode
+            texts = []
+            for file in (out, err):
+                file.seek(0)
+                texts.append(file.read())
+        assert code == 0, f"{command}:\n{texts[0][-4000:]}\n{texts[1][-4000:]}"
+        return subprocess.CompletedProcess(command, code, *texts)
 
     def dvc(self, *arguments: str) -> str:
         """Run DVC; its output, both streams."""
