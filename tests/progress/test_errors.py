@@ -39,3 +39,15 @@ def test_on_a_terminal_and_in_a_pipe(checkout: Path) -> None:
     assert max(map(len, lines)) <= COLUMNS
     assert all(line.startswith("  ") for line in lines[1:])
     assert " ".join(line.strip() for line in lines) == done.stderr.strip()
+
+
+@pytest.mark.parametrize("stage", ["prepare", "profile_memory", "train", "evaluate"])
+def test_a_python_without_the_packages_is_named(stage: str) -> None:
+    """-S leaves the environment's packages out, as the system's Python does."""
+    command = [sys.executable, "-S", "-m", f"stages.{stage}"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"error: {sys.executable}: no package pydantic; "
+        "`source .venv/bin/activate` or `make repro`\n"
+    )
