@@ -88,7 +88,6 @@ def _of_log(log: TrainingLog) -> dict[str, Any]:
         "val_loss_least": _extreme(log, "val/loss", np.nanmin),
         "train_loss_last": _last(log, "train/epoch_loss"),
         "skipped_steps": end.get("skipped_steps", skipped),
-        "loss_spikes": _last(log, "train/loss_spikes"),
         "events": dict(log.counts),
     }
 

@@ -148,11 +148,12 @@ def train_detector(
     *,
     model: nn.Module | None = None,
     loader: SquaresLoader | None = None,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     folder: Path | None = None,
     seconds: float = 1e6,
     **options: Any,
 ) -> FitResult:
-    """Train it; `folder`: with checkpoints there."""
+    """Train it; `evaluate`: not by the held-out loss; `folder`: with checkpoints there."""
     model = model or make_detector(parameters)
     checkpoints = folder_checkpoints(folder, options.get("say", print), seconds) if folder else None
     try:
@@ -160,7 +161,7 @@ def train_detector(
             model,
             build_criterion(parameters.model, CLASSES),
             loader or SquaresLoader(),
-            held_out_loss(parameters),
+            evaluate or held_out_loss(parameters),
             parameters,
             device=CPU,
             checkpoints=checkpoints,

@@ -3,12 +3,10 @@
 import math
 
 from runkey.errors import ModelError
-from runkey.model.criterion import build_criterion
-from runkey.training.loop import fit
 from runkey.training.state import host_weights
 from runkey.training.tracker import Quiet
 from tests.support.guarded import bits, guarded, poisoned
-from tests.support.squares import CLASSES, CPU, SquaresLoader, make_detector, train_detector
+from tests.support.squares import SquaresLoader, train_detector
 
 
 def test_a_spike_is_told_and_changes_nothing(events):
@@ -46,16 +44,7 @@ def test_a_model_that_predicts_nan_is_not_the_end(events):
         return {"val/loss": float(len(evaluated))}
 
     lines = []
-    result = fit(
-        make_detector(parameters),
-        build_criterion(parameters.model, CLASSES),
-        SquaresLoader(),
-        evaluate,
-        parameters,
-        device=CPU,
-        tracker=events,
-        say=lines.append,
-    )
+    result = train_detector(parameters, evaluate=evaluate, tracker=events, say=lines.append)
     assert (result.steps, result.best_epoch) == (12, 1)
     assert [math.isnan(epoch["val/loss"]) for epoch in result.history] == [
         False,
@@ -85,16 +74,7 @@ def test_the_gap_and_what_was_kept_are_told(events):
         seen.append(host_weights(module))
         return {"val/loss": next(values)}
 
-    result = fit(
-        make_detector(parameters),
-        build_criterion(parameters.model, CLASSES),
-        SquaresLoader(),
-        evaluate,
-        parameters,
-        device=CPU,
-        tracker=events,
-        say=lines.append,
-    )
+    result = train_detector(parameters, evaluate=evaluate, tracker=events, say=lines.append)
     assert bits(result.best_state) == bits(seen[1])
     assert lines[-1].startswith(
         "early stop: best val/loss 15 at evaluation 2 of 4, then 16, 17: 2 without improvement; "
