@@ -108,7 +108,7 @@ COMPILE = $(BIN)/uv pip compile --quiet --no-config --python-version 3.12 \
 
 .PHONY: requirements
 requirements: env env-tools ## Derive requirements.txt from conda-lock.yml, and the tools' from their list
-	$(BIN)/python -m runkey.identity.requirements > .venv-tools/pins.txt
+	$(BIN)/python -m runkey.identity.environment > .venv-tools/pins.txt
 	$(COMPILE) .venv-tools/pins.txt --output-file requirements.txt
 	$(COMPILE) environment/tools/requirements.in --output-file environment/tools/requirements.txt
 

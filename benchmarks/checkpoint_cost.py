@@ -31,20 +31,18 @@ import torch
 from torch import Tensor, nn
 
 from runkey import paths
-from runkey.data.batch import Window
+from runkey.data.dataset import Window
 from runkey.data.index import read_classes
 from runkey.data.loader import TrainLoader, build_train_loader
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
 from runkey.params import Params, load_params
-from runkey.training.checkpoint.interval import Interval
-from runkey.training.checkpoint.keeper import FolderCheckpoints
-from runkey.training.ema import Ema
-from runkey.training.guard.guard import Guard
+from runkey.training.checkpoint.folder import FolderCheckpoints, Interval
+from runkey.training.device import set_up
+from runkey.training.guard import Guard
 from runkey.training.loop import fit
-from runkey.training.optimizer import guarded_step
-from runkey.training.seed import set_up
-from runkey.training.statistics import RunningStatistics
+from runkey.training.metrics import RunningStatistics
+from runkey.training.optimizer import Ema, guarded_step
 
 REPOSITORY = Path(__file__).parents[1]
 RESULT = REPOSITORY / "benchmarks" / "results" / "checkpoint_cost.md"

@@ -21,10 +21,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from runkey.registry.claims.keeper import Rhythm
-from runkey.registry.open import open_claims
-from runkey.tracking.server import free_port, start_server, stop_server, wait_until_healthy
-from runkey.tracking.store import Store
+from runkey.registry.once import Rhythm
+from runkey.registry.server_library import open_claims
+from runkey.tracking.store import Store, free_port, start_server, stop_server, wait_until_healthy
 from tests.support.claim_rounds import CONTAINER, QUICK, Askers, Outcome
 from tests.support.records import key_of
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from runkey.memory.census import Census
+from runkey.memory.batch_shapes import Census
 from runkey.memory.predict import Surroundings, bound_step
-from runkey.memory.trace.events import Pass
-from runkey.one_step import lender
+from runkey.memory.trace.tracker import Pass
 from runkey.params import Params, override
+from runkey.pipeline.one_step import lender
 
 
 def stated_bounds(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from runkey.data.batch import Batch, Window
+from runkey.data.dataset import Batch, Window
 from runkey.params import Params, parse_params
 
 CLASSES = 8

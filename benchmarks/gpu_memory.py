@@ -32,14 +32,13 @@ from benchmarks.gpu_steps import (
     start_history,
 )
 from runkey.data import normalise
-from runkey.memory.allocator.replay import replay_steps
-from runkey.memory.generations import generation_of
-from runkey.memory.trace.batch import synthetic_batch
-from runkey.memory.trace.events import Pass
-from runkey.memory.trace.gpu import Gpu, present_gpu
-from runkey.memory.trace.record import Content, recorder
-from runkey.one_step import build_step, lender
+from runkey.memory.allocator import replay_steps
+from runkey.memory.predict import generation_of
+from runkey.memory.trace.backward import Gpu, present_gpu
+from runkey.memory.trace.record import Content, recorder, synthetic_batch
+from runkey.memory.trace.tracker import Pass
 from runkey.params import Params, load_params
+from runkey.pipeline.one_step import build_step, lender
 from runkey.training.device import choose_device
 
 MIB = 2**20

@@ -22,7 +22,7 @@ from benchmarks.gpu_common import about
 from benchmarks.techniques.collect import read_runs
 from benchmarks.techniques.run import run_all
 from benchmarks.techniques.variants import BY_NAME
-from runkey.plots.samples import SAMPLES, read_samples
+from runkey.plots.log import SAMPLES, read_samples
 
 _SAMPLED = {
     "gpu_busy_percent": "system/gpu_0_utilization_percentage",

@@ -27,15 +27,14 @@ import numpy as np
 import torch
 
 from runkey.data.index import Record
-from runkey.memory.census import sample_windows, take_census
+from runkey.memory.batch_shapes import sample_windows, take_census
 from runkey.memory.choose import largest_fitting, spare_bytes
-from runkey.memory.line import GIB, MIB
-from runkey.memory.model import MODEL, MemoryModel, read_model, write_model
+from runkey.memory.memory_model import GIB, MIB, MODEL, MemoryModel, read_model, write_model
 from runkey.memory.predict import Surroundings, colour_factors, predict
-from runkey.memory.trace.batch import synthetic_batch
-from runkey.memory.trace.events import Pass
-from runkey.one_step import build_step, lender
+from runkey.memory.trace.record import synthetic_batch
+from runkey.memory.trace.tracker import Pass
 from runkey.params import Params, load_params, override
+from runkey.pipeline.one_step import build_step, lender
 from runkey.training.device import choose_device
 
 PRESET = Path(__file__).parents[1] / "presets" / "coco-detr-r50.yaml"

@@ -20,11 +20,10 @@ from torch import Tensor
 from benchmarks.gpu_common import CLASSES, SyntheticLoader, training_params
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
-from runkey.training.checkpoint.interval import Interval
-from runkey.training.checkpoint.keeper import FolderCheckpoints
+from runkey.training.checkpoint.folder import FolderCheckpoints, Interval
 from runkey.training.checkpoint.lock import locked
+from runkey.training.device import set_up
 from runkey.training.loop import fit
-from runkey.training.seed import set_up
 
 KILLS = 3
 RESUME_STEPS = 80

@@ -12,13 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runkey.data.batch import Window
-from runkey.memory.allocator.blocks import Block
-from runkey.memory.allocator.model import Allocator
-from runkey.memory.trace.batch import synthetic_batch
-from runkey.memory.trace.events import Pass
-from runkey.memory.trace.record import Lent, Recorder
-from runkey.memory.trace.scope import watching
+from runkey.data.dataset import Window
+from runkey.memory.allocator import Allocator, Block
+from runkey.memory.trace.record import Lent, Recorder, synthetic_batch
+from runkey.memory.trace.tracker import Pass, watching
 
 History = tuple[str, int, int]
 """What the allocator did, bytes, address."""

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_common import CLASSES, SyntheticLoader, training_params
-from runkey.data.batch import Window
+from runkey.data.dataset import Window
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
+from runkey.training.device import set_up
 from runkey.training.distributed import World
 from runkey.training.loop import fit
-from runkey.training.seed import set_up
-from runkey.training.tracker import Quiet
+from runkey.training.metrics import Quiet
 
 R50 = {
     "preset": "detr",
@@ -96,7 +96,7 @@ def check_syncs(device: torch.device) -> dict[str, Any]:
 
 def check_skip(device: torch.device) -> dict[str, Any]:
     """G6: a gradient that is not finite leaves parameters and moments as they are, at no sync."""
-    from runkey.training.setup import build_setup
+    from runkey.training.build import build_setup
     from runkey.training.step import train_step
 
     size = (800, 1333) if device.type == "cuda" else (96, 128)

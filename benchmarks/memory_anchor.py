@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from runkey.memory.line import MIB
+from runkey.memory.memory_model import MIB
 from runkey.memory.predict import colour_factors
 from runkey.memory.timeline import rounded, timeline_of
-from runkey.memory.trace import attention
-from runkey.memory.trace.attention import Gpu
-from runkey.memory.trace.events import Pass
+from runkey.memory.trace import backward
+from runkey.memory.trace.backward import Gpu
 from runkey.memory.trace.record import Content, recorder
-from runkey.one_step import lender
+from runkey.memory.trace.tracker import Pass
 from runkey.params import load_params, override
+from runkey.pipeline.one_step import lender
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 80
@@ -72,7 +72,7 @@ def peak_bytes(way: Way) -> int:
     params = override(load_params(ROOT / "presets" / "coco-detr-r50.yaml"), way.changes)
     with ExitStack() as stack:
         if way.materialised:
-            stack.enter_context(patch.object(attention, "choose_kernel", lambda *_: "math"))
+            stack.enter_context(patch.object(backward, "choose_kernel", lambda *_: "math"))
         content = Content(CLASSES, colour_factors(params))
         one = stack.enter_context(recorder(lender(params, CLASSES), content, V100))
         window = (way.one,) * (2 if way.keeps_gradients else 1)

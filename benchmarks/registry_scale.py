@@ -37,15 +37,18 @@ sys.path.insert(0, str(REPOSITORY))
 from runkey.hashing import sha256_bytes  # noqa: E402
 from runkey.identity.record import DETAILS, Details, StoredFile  # noqa: E402
 from runkey.params import load_params  # noqa: E402
-from runkey.registry.open import open_library  # noqa: E402
-from runkey.registry.reading.query import Field, Query  # noqa: E402
-from runkey.tracking.server import (  # noqa: E402
+from runkey.registry.query import Field, Query  # noqa: E402
+from runkey.registry.server_library import open_library  # noqa: E402
+from runkey.tracking.store import (  # noqa: E402  # noqa: E402
+    Store,
+    experiment_id,
     free_port,
+    locate_store,
+    open_client,
     start_server,
     stop_server,
     wait_until_healthy,
 )
-from runkey.tracking.store import Store, experiment_id, locate_store, open_client  # noqa: E402
 
 TIMES = 5
 PARTS = ("code", "params", "data", "environment")

@@ -54,9 +54,9 @@ def _step_seconds(root: Path, threads: int, steps: int) -> float:
     from runkey import paths
     from runkey.data.index import read_classes
     from runkey.data.loader import build_train_loader
-    from runkey.one_step import build_step
     from runkey.params import load_params
-    from runkey.training.seed import set_up
+    from runkey.pipeline.one_step import build_step
+    from runkey.training.device import set_up
 
     params = load_params(REPOSITORY / "presets" / "sample.yaml")
     set_up(params.seed, deterministic=True, cpu_threads=threads)

@@ -1,8 +1,4 @@
-"""The errors that users see: one base class, one line of text, exit code 1.
-
-The text names the file, the item and the way out.  Library code raises these (never `SystemExit`);
-`report_errors` is the one place that turns them into a line on stderr.
-"""
+"""The error of this package."""
 
 from __future__ import annotations
 
@@ -13,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from runkey.progress import folded
+
+# The errors that users see: one base class, one line of text, exit code 1.
+
 
 _KILLED = 128
 """Exit code of shells after a signal: this and its number."""
@@ -102,3 +101,7 @@ def _say(line: str) -> None:
 
 def _wants_traceback() -> bool:
     return os.environ.get("RUNKEY_TRACEBACK") == "1" or "--traceback" in sys.argv
+
+
+class RecipeError(RunkeyError):
+    """The key of a stage cannot be made: something that enters it is missing or unreadable."""

@@ -15,13 +15,12 @@ from runkey.evaluation.files import (
 )
 from runkey.model.model_files import load_model
 from runkey.params import load_params
+from runkey.pipeline.parts import build_validation, write_json
+from runkey.pipeline.record import EvaluationRecord
 from runkey.plots.evaluation import write_evaluation_plots
 from runkey.plots.tables import write_precision_recall_table
 from runkey.progress import tell, want_bars
-from runkey.training.device import choose_device
-from runkey.training.seed import set_up
-from stages._parts import build_validation, write_json
-from stages._record import EvaluationRecord
+from runkey.training.device import choose_device, set_up
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from runkey import paths
 from runkey.data.index import read_classes, read_index
 from runkey.data.prepare import prepare
-from runkey.data.sample_remote import own_data_note
+from runkey.data.sample import own_data_note
 from runkey.errors import report_errors
 from runkey.params import load_params
 from runkey.plots.sheets import contact_sheet

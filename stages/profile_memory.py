@@ -22,7 +22,7 @@ def main() -> None:
         _trial(root, Path(job), Path(result))
         return
     # Here, for a trial needs neither the prediction nor its picture.
-    from stages._profile import profile, write_prediction
+    from runkey.pipeline.profile_memory import profile, write_prediction
 
     if "--predict" in sys.argv:
         write_prediction(root)
@@ -33,8 +33,8 @@ def main() -> None:
 def _trial(root: Path, job: Path, result: Path) -> None:
     from runkey.data.index import read_classes
     from runkey.memory.trial import read_job, run_trial, write_json
-    from runkey.one_step import build_step
     from runkey.params import load_params
+    from runkey.pipeline.one_step import build_step
     from runkey.training.device import choose_device
 
     params = load_params(root / paths.PARAMS)

@@ -6,8 +6,8 @@ from runkey import paths
 from runkey.errors import report_errors
 from runkey.identity.key import make_recipe
 from runkey.params import load_params
+from runkey.pipeline.once import once
 from runkey.training.ranks import is_follower, launched_by_torchrun, watch_leader
-from stages._once import once
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     params = load_params(root / paths.PARAMS)
     if is_follower():
         watch = watch_leader()
-        from stages._ranks import follow
+        from runkey.pipeline.ranks import follow
 
         follow(params, root, watch)
         return
@@ -24,11 +24,11 @@ def main() -> None:
     with once(params, root, recipe) as turn:
         if turn is not None:
             # Here, for a result that is reused needs no torch, whose import takes longer than that.
-            from stages._training import train
+            from runkey.pipeline.train import train
 
             train(params, root, recipe, turn)
         elif launched_by_torchrun():
-            from stages._ranks import dismiss
+            from runkey.pipeline.ranks import dismiss
 
             dismiss(params)
 

@@ -12,27 +12,18 @@ import typer
 
 from runkey import __version__
 from runkey.cli import (
-    archive,
-    debug_step,
+    debug,
     diff,
     env,
-    gc,
     get,
-    index,
-    key,
     list_runs,
     memory,
-    open_page,
     params,
-    replay,
     report,
-    reproduce,
-    results,
-    sample,
-    show_run,
-    team,
+    share,
+    store,
+    summary,
     verify,
-    watch,
 )
 from runkey.errors import report_errors
 from runkey.progress import WIDTH
@@ -46,31 +37,31 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"max_content_width": WIDTH},
 )
-app.command("debug-step")(debug_step.debug_step)
+app.command("debug-step")(debug.debug_step)
 app.command("diff")(diff.diff)
 app.add_typer(env.app, name="env")
-app.command("export")(archive.export_run)
-app.command("fetch")(team.fetch)
-app.command("gc")(gc.gc)
+app.command("export")(share.export_run)
+app.command("fetch")(share.fetch)
+app.command("gc")(store.gc)
 app.command("get")(get.get)
-app.command("import")(archive.import_run)
-app.command("index")(index.index)
-app.command("key")(key.key)
+app.command("import")(share.import_run)
+app.command("index")(store.index)
+app.command("key")(params.key)
 app.command("list")(list_runs.list_runs)
 app.command("memory")(memory.memory)
-app.command("open")(open_page.open_page)
+app.command("open")(get.open_page)
 app.command("params")(params.show)
 app.command("preset")(params.preset)
-app.command("publish")(team.publish)
-app.command("replay")(replay.replay)
+app.command("publish")(share.publish)
+app.command("replay")(store.replay)
 app.command("report")(report.report)
-app.command("reproduce")(reproduce.reproduce)
-app.command("sample-data")(sample.sample_data)
-app.command("show")(show_run.show)
-app.command("summary")(results.summary)
-app.command("ui")(results.ui)
+app.command("reproduce")(verify.reproduce)
+app.command("sample-data")(params.sample_data)
+app.command("show")(list_runs.show)
+app.command("summary")(summary.summary)
+app.command("ui")(summary.ui)
 app.command("verify")(verify.verify)
-app.command("watch")(watch.watch)
+app.command("watch")(report.watch)
 
 
 def _say_version(asked: bool) -> None:

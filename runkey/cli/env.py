@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from runkey.cli import place
+from runkey.cli import output
 from runkey.cli.output import AsJson, Key, answer_no, print_beside, print_json
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def check(as_json: AsJson = False) -> None:
     """
     from runkey.registry.environment import compare_environment
 
-    found = compare_environment(place.workspace())
+    found = compare_environment(output.workspace())
     if as_json:
         print_json(found.as_dict())
     else:
@@ -48,9 +48,9 @@ def export(
     from runkey.registry.environment import export_environment
     from runkey.registry.library import find_run
 
-    record = find_run(place.library(), key)
+    record = find_run(output.library(), key)
     target = to or Path(f"{record.label}-environment")
-    lock, requirements = export_environment(place.workspace(), record, target)
+    lock, requirements = export_environment(output.workspace(), record, target)
     if as_json:
         print_json({"key": record.key, "files": [str(lock), str(requirements)]})
         return

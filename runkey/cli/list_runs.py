@@ -1,4 +1,4 @@
-"""`runkey list`: the runs, newest first."""
+"""`runkey show KEY`: all that is known of a run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from runkey.cli.output import AsJson, print_json, print_table
-from runkey.cli.place import claims, library
+from runkey.cli.output import AsJson, Key, claims, library, print_json, print_table, store
+
+# `runkey list`: the runs, newest first.
 
 
 def list_runs(
@@ -41,9 +42,9 @@ def list_runs(
     as_json: AsJson = False,
 ) -> None:
     """List recorded runs, newest first."""
-    from runkey.registry.reading import columns as show
-    from runkey.registry.reading.query import Query, find_field, parse_condition, split_condition
-    from runkey.registry.reading.state import known_runs, status_now
+    from runkey.registry import query as show
+    from runkey.registry.local_library import known_runs, status_now
+    from runkey.registry.query import Query, find_field, parse_condition, split_condition
 
     runs = library()
     chosen = _columns(columns, show.COLUMNS)
@@ -73,3 +74,34 @@ def list_runs(
 def _columns(asked: str, usual: tuple[str, ...]) -> list[str]:
     names = [name.strip() for name in asked.removeprefix("+").split(",") if name.strip()]
     return [*usual, *names] if asked.startswith("+") or not names else names
+
+
+def show_run(
+    key: Key,
+    every_param: Annotated[
+        bool, typer.Option("--all", help="Show all parameters, not only the changed ones.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show a run: status, key, metrics, parameters, what it ran on, files, where it is."""
+    from runkey.registry.library import find_run
+    from runkey.registry.local_library import status_now
+    from runkey.registry.server_library import run_page
+    from runkey.registry.show import describe, lines
+
+    runs, place = library(), store()
+    record = find_run(runs, key)
+    others = [r for r in runs.matching(record.key) if r.run.run_id != record.run.run_id]
+    status = status_now(record, claims())
+    if as_json:
+        print_json(
+            {
+                **record.as_dict(),
+                "status_now": status,
+                "same_key": [other.as_dict()["run"] for other in others],
+            }
+        )
+        return
+    page = run_page(runs.place, record.run) if place.is_server else ""
+    rows = describe(record, status=status, others=others, page=page, every_param=every_param)
+    print("\n".join(lines(rows)))

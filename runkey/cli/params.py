@@ -1,4 +1,4 @@
-"""`runkey preset` and `runkey params`: put a parameter file in place, check it, print it."""
+"""`runkey sample-data`: draw the sample data set again."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Annotated
 import typer
 
 from runkey import paths
-from runkey.cli.output import AsJson, print_json
-from runkey.cli.place import workspace
-from runkey.errors import ParamsError
+from runkey.cli.output import AsJson, print_json, workspace
+from runkey.errors import DataError, ParamsError
+
+# `runkey preset` and `runkey params`: put a parameter file in place, check it, print it.
+
 
 _ABOUT_WIDTH = 78
 
@@ -89,3 +91,52 @@ def _about(path: Path) -> str:
     paragraph = head_of(path.read_text(encoding="utf-8")).split("\n#\n")[0]
     text = paragraph.replace("\n#", " ").lstrip("# ").removeprefix(f"{path.stem}: ")
     return textwrap.shorten(text, _ABOUT_WIDTH, placeholder=" ...")
+
+
+# `runkey key`: the key that a stage's result would have, of the tree as it stands.
+
+
+def key(
+    stage: Annotated[str, typer.Argument(help="Stage of dvc.yaml.")] = "train",
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="List every file, parameter, hash and package in it."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the key of the tree as it stands; nothing needs to have run."""
+    from runkey.identity.key import explain as lines_of
+    from runkey.identity.key import make_recipe
+
+    recipe = make_recipe(stage, workspace())
+    if as_json:
+        print_json(recipe.as_dict())
+    elif explain:
+        print("\n".join(lines_of(recipe)))
+    else:
+        print(recipe.key)
+
+
+def sample_data(
+    out: Annotated[
+        Path | None, typer.Argument(help="Folder to write to; default: data/ of the repository.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over sample data that are there already.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remake the sample data, numbered balls, from scikit-learn's pictures.
+
+    They come out the same, byte for byte.
+    """
+    target = out or workspace() / "data"
+    if not force and target.exists() and any(target.iterdir()):
+        raise DataError(f"{target}: is not empty; name another folder, or say --force")
+    from runkey.data.sample import make_sample  # scikit-learn: 2 s
+
+    make_sample(target, (lambda _: None) if as_json else print)
+    if as_json:
+        print_json({"folder": str(target)})
+        return
+    print(f"written to {target}/; annotations are COCO's, LICENSE.txt names the authors")

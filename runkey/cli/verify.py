@@ -2,19 +2,131 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runkey.cli import place
-from runkey.cli.output import AsJson, answer_no, print_beside, print_json
-from runkey.errors import RunkeyError
+from runkey import paths
+from runkey.cli import output
+from runkey.cli.output import AsJson, Key, answer_no, print_beside, print_json, print_table
+from runkey.errors import RegistryError, RunkeyError
 from runkey.progress import each
 
 if TYPE_CHECKING:
     from runkey.identity.record import Record
-    from runkey.registry.checks.findings import Finding, Report
-    from runkey.registry.checks.verify import Sources
+    from runkey.registry.reproduce import Repeat
+    from runkey.registry.verify import Sources
+    from runkey.registry.verify_places import Finding, Report
+
+
+# `runkey reproduce KEY`: train a run again, and say whether the result is the same.
+
+
+def reproduce(
+    key: Key,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the worktree that it was trained in.")
+    ] = False,
+    any_environment: Annotated[
+        bool,
+        typer.Option("--any-environment", help="Go on where packages are not as locked then."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a run again from its snapshot, data and lock; compare weights and numbers."""
+    from runkey.registry.library import find_run
+    from runkey.registry.reproduce import Request
+    from runkey.registry.reproduce import reproduce as repeat_run
+
+    library, store = output.library(), output.store()
+    record = find_run(library, key)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+    say(f"{record.label}: run {record.run.run_id}, {record.run.name or 'without a name'}")
+    request = Request(
+        library=library,
+        record=record,
+        main=output.checkout(),
+        home=store.home,
+        say=say,
+        # JSON on stdout stays alone there.
+        output=sys.stderr if as_json else sys.stdout,
+        keep=keep,
+        any_environment=any_environment,
+    )
+    # Ended by a process manager or a closed terminal as by Ctrl-C: the pipeline ends first.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    repeat = repeat_run(request)
+    _record(record, repeat)
+    if as_json:
+        print_json({"key": record.key, "run": record.run.run_id, **repeat.outcome})
+    else:
+        _print_reproduction(record, repeat)
+    if not repeat.verdict.holds:
+        answer_no()
+
+
+def _record(record: Record, repeat: Repeat) -> None:
+    """Write the outcome on the first run: its record and its tag `reproduced`.
+
+    Raises:
+        RegistryError: MLflow refuses; the comparison is printed with it.
+    """
+    from mlflow.exceptions import MlflowException
+
+    from runkey.identity.record import update_record
+    from runkey.registry.library import find_run
+    from runkey.registry.reproduce import with_outcome
+    from runkey.tracking.transfer import write_details
+
+    store = output.store()
+    # Read again: training took its time, and others may have written since.
+    latest = find_run(output.library(), f"{record.key}:{record.run.run_id}")
+    if latest.details is None:
+        raise RegistryError(f"{record.label}: run {record.run.run_id} has lost its record.json")
+    details = with_outcome(latest.details, repeat)
+    tags = {"reproduced": f"{repeat.verdict.line} (run {repeat.run_id})"}
+    try:
+        run = write_details(store, record.run.run_id, details, tags)
+    except MlflowException as error:
+        raise RegistryError(
+            f"{record.label}: {repeat.verdict.line}; MLflow did not record it: {error.message}"
+        ) from None
+    if not store.is_server:
+        update_record(store.home / paths.RECORDS, run, details)
+
+
+def _print_reproduction(record: Record, repeat: Repeat) -> None:
+    """Both side by side, and the verdict."""
+    verdict = repeat.verdict
+    rows = []
+    for file in verdict.files:
+        told = _said(file.is_same, "same bits")
+        rows.append((file.path, _short(file.first), _short(file.repeat), told))
+    for number in verdict.numbers:
+        near = _said(number.is_near, f"within {number.limit:.3g}")
+        told = "equal" if number.first == number.repeat else near
+        rows.append((number.name, f"{number.first:.6g}", f"{number.repeat:.6g}", told))
+    first, second = record.run.run_id[:8], _short(repeat.run_id)[:8]
+    print()
+    print_table(("", f"run {first}", f"repeat {second}", ""), rows)
+    for difference in verdict.class_differences:
+        print(f"witness: {difference}")
+    print(f"{record.label} {verdict.line} ({repeat.seconds:.0f} s)")
+
+
+def _said(good: bool, words: str) -> str:
+    return words if good else f"NOT {words}"
+
+
+def _short(value: Any) -> str:
+    return str(value)[:12] if value else "none"
+
 
 _MARKS = {"ok": "ok", "warning": "warning", "fault": "FAULT"}
 
@@ -39,10 +151,10 @@ def verify(
 
 
 def _verify_one(key: str, *, quick: bool, as_json: bool) -> None:
-    from runkey.registry.checks.verify import verify_run
     from runkey.registry.library import find_run
+    from runkey.registry.verify import verify_run
 
-    record = find_run(place.library(), key)
+    record = find_run(output.library(), key)
     report = verify_run(record, _sources([record], quick=quick))
     if as_json:
         print_json(report.as_dict())
@@ -59,12 +171,12 @@ def _verify_one(key: str, *, quick: bool, as_json: bool) -> None:
 
 def _verify_all(*, quick: bool, as_json: bool) -> None:
     """Every run, and what there is beside the records."""
-    from runkey.registry.checks.findings import Finding, counted
-    from runkey.registry.checks.verify import unrecorded, verify_run
-    from runkey.registry.open import open_library
+    from runkey.registry.server_library import open_library
+    from runkey.registry.verify import unrecorded, verify_run
+    from runkey.registry.verify_places import Finding, counted
 
     torn: list[str] = []
-    store = place.store()
+    store = output.store()
     runs = open_library(store.uri, store.home, torn.append)
     records, beside = [], []
     for record in each("read records", runs.matching("rk1-"), "runs"):
@@ -98,14 +210,13 @@ def _sources(records: list[Record], *, quick: bool) -> Sources:
         RunkeyError: the current folder lies in no repository.
     """
     from runkey.identity.record import this_host
-    from runkey.registry.checks.mlflow_run import run_reader
-    from runkey.registry.checks.verify import Sources
-    from runkey.registry.checks.verify_cache import CacheCheck
+    from runkey.registry.verify import Sources
+    from runkey.registry.verify_places import CacheCheck, run_reader
 
-    store, root = place.store(), place.checkout()
+    store, root = output.store(), output.checkout()
     pointers = [r.details.pointer_md5 for r in records if r.details and r.details.pointer_md5]
     return Sources(
-        library=place.library(),
+        library=output.library(),
         stored=run_reader(store.uri),
         root=root,
         cache=CacheCheck(root, pointers),

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from runkey.data.cache import cached_size
-from runkey.data.check_boxes import Frame
-from runkey.data.checks import Item
+from runkey.data.checks import Frame, Item
 from runkey.data.decode import (
     ORIENTATIONS,
     UnknownRangeError,

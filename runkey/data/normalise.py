@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from runkey.data.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
+from runkey.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Batch
 
 # ITU-R BT.601, as PIL and torchvision weigh the channels of a grey picture.
 GREY_WEIGHTS = (0.299, 0.587, 0.114)

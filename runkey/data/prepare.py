@@ -15,16 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from runkey.data.cache import Scratch, cache_bytes, write_cache
-from runkey.data.check_boxes import check_units, make_record
 from runkey.data.check_images import ScanSettings, check_scan, scan_images
-from runkey.data.checks import Item, check_ids
+from runkey.data.checks import Item, check_ids, check_units, make_record
 from runkey.data.coco import merge_classes, read_coco
-from runkey.data.image_list import IMAGE_LIST, write_image_list
-from runkey.data.index import ClassName, Record, Split, write_classes, write_index
+from runkey.data.index import (
+    IMAGE_LIST,
+    ClassName,
+    Record,
+    Split,
+    write_classes,
+    write_image_list,
+    write_index,
+)
 from runkey.data.layout import Source, find_sources
 from runkey.data.report import Finding, Findings, Report
+from runkey.data.shapes import describe, shown_classes, write_statistics
 from runkey.data.split import choose_val
-from runkey.data.statistics import describe, shown_classes, write_statistics
 from runkey.errors import DataError
 from runkey.params.data import Data
 

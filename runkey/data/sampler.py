@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runkey.data.augment import View, Views
-from runkey.data.random import permutation
+from runkey.data.augment import View, Views, permutation
 from runkey.data.shapes import is_portrait
 
 # One image of a window: its position in the index, and how it is seen.

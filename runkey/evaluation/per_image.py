@@ -18,6 +18,103 @@ from numpy.typing import NDArray
 from runkey.data.index import ClassName, Record
 from runkey.evaluation.detections import Found
 
+# Whether a score of 0.8 means that 8 of 10 such detections are right.
+
+
+BINS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Scores against what they promise."""
+
+    counts: NDArray[np.int64]
+    """[BINS]: detections in each bin."""
+    mean_scores: NDArray[np.float64]
+    """[BINS]; NaN where a bin is empty."""
+    shares_right: NDArray[np.float64]
+    """[BINS], 0..1; NaN where a bin is empty."""
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error, 0..1; 0 without detections."""
+        used = self.counts > 0
+        distances = np.abs(self.mean_scores - self.shares_right)[used]
+        return float(np.average(distances, weights=self.counts[used])) if used.any() else 0.0
+
+
+def calibration(judged: Judgement, least_score: float = 0.0) -> Calibration:
+    """Bin all detections of at least some score; the bins are 0 to 0.1, 0.1 to 0.2, and so on."""
+    shown = [d for d in judged.detections if d.score >= least_score]
+    scores = np.array([d.score for d in shown], dtype=np.float64)
+    right = np.array([d.right for d in shown], dtype=np.float64)
+    place = np.minimum((scores * BINS).astype(np.int64), BINS - 1)
+    counts = np.bincount(place, minlength=BINS)
+
+    def mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        sums = np.bincount(place, weights=values, minlength=BINS)
+        means: NDArray[np.float64] = np.full(BINS, np.nan)
+        np.divide(sums, counts, out=means, where=counts > 0)
+        return means
+
+    return Calibration(counts, mean(scores), mean(right))
+
+
+# Which class is taken for which, with the background as one more class.
+
+
+@dataclass(frozen=True, slots=True)
+class Confusion:
+    """Counts over all images at one score threshold."""
+
+    counts: NDArray[np.int64]
+    """[K+1, K+1]: rows are the truth, columns what was detected; the last of each is background:
+    detections where nothing is, and objects that were missed."""
+    threshold: float
+    """Detections below this score do not count."""
+
+
+def confusion(judged: Judgement, classes: int) -> Confusion:
+    """Count which class was detected for which.
+
+    Args:
+        judged: the evaluated split.
+        classes: K.
+    """
+    counts = np.zeros((classes + 1, classes + 1), dtype=np.int64)
+    for image in judged.images:
+        _add(counts, image)
+    return Confusion(counts, judged.threshold)
+
+
+def _add(counts: NDArray[np.int64], image: ImageScore) -> None:
+    background = len(counts) - 1
+    record = image.record
+    missed = []
+    for place, (label, crowd) in enumerate(zip(record.labels, record.crowd, strict=True)):
+        if image.found[place]:
+            counts[label, label] += 1
+        elif not crowd:
+            missed.append(place)
+    false = [box for box in image.shown if not box.right]
+    overlaps = iou_xywh(
+        np.array([box.box_xywh for box in false], dtype=np.float64).reshape(-1, 4),
+        np.array([record.boxes_xywh[i] for i in missed], dtype=np.float64).reshape(-1, 4),
+        np.zeros(len(missed), dtype=bool),
+    )
+    alone, unseen = set(range(len(false))), set(range(len(missed)))
+    while overlaps.size and overlaps.max() >= MATCH_IOU:
+        d, o = map(int, np.unravel_index(np.argmax(overlaps), overlaps.shape))
+        counts[record.labels[missed[o]], false[d].label] += 1
+        overlaps[d], overlaps[:, o] = -1, -1
+        alone.discard(d)
+        unseen.discard(o)
+    for d in alone:
+        counts[background, false[d].label] += 1
+    for o in unseen:
+        counts[record.labels[missed[o]], background] += 1
+
+
 MATCH_IOU = 0.5
 
 

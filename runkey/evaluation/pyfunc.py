@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from runkey.data.batch import Batch
 from runkey.data.cache import cached_size
+from runkey.data.dataset import Batch
 from runkey.data.decode import open_image, to_rgb
 from runkey.data.normalise import normalise
 from runkey.model.detector import Detector

@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from runkey.data.batch import Batch
+from runkey.data.dataset import Batch
 from runkey.data.index import ClassName, Record
 from runkey.data.normalise import normalise
 from runkey.evaluation.coco import CocoResult, evaluate_detections
 from runkey.evaluation.detections import DetectionsLike
-from runkey.model.targets import Targets
+from runkey.model.matcher import Targets
 from runkey.progress import Steps, progress
 
 # Takes the model's outputs and original sizes [B, 2]; gives each image's detections.

@@ -1,21 +1,103 @@
-"""The environment part of a key: the packages that conda-lock.yml holds for one platform.
+"""The pins of requirements.txt, derived from conda-lock.yml: the same versions without conda.
 
-What is really installed is no part of the key; `installed_packages` and `differences` record it
-beside the key, in the run's witness.
+    python -m runkey.identity.environment | uv pip compile --generate-hashes - -o requirements.txt
+
+(`make lock` does this.)  A conda package is a Python package if it depends on Python; the tables
+below name the few whose names differ, and those that exist on one side only.
 """
 
 from __future__ import annotations
 
 import platform as this_machine
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from runkey.errors import LockError
-from runkey.identity.locktext import lock_entries
-from runkey.identity.yamltext import read_yaml_text
+import yaml
+
+from runkey.errors import LockError, report_errors
+from runkey.identity.dvc_yaml import parse_yaml_text, read_yaml_text
+from runkey.paths import LOCK, workspace
+
+# The package entries of conda-lock.yml: read line by line where it is written as conda-lock does.
+
+
+# Scalars that mean in YAML exactly what stands there: no `: `, ` #`, anchors, tags, flow brackets.
+_PLAIN = r"[A-Za-z0-9_<=](?:[A-Za-z0-9_.+!~<>=*|,/%@-]|:(?=/))*"
+_SCALAR = rf"(?:{_PLAIN}|'(?:[ -&(-~]|'')*')"
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
+
+_HEAD = re.compile(
+    r"(?:#[ -~]*\n)*version: 1\nmetadata:\n(?:  [ -~]*\n)+package:\n",
+)
+_ENTRY = re.compile(
+    rf"- name: (?P<name>{_SCALAR})\n"
+    rf"  version: (?P<version>{_SCALAR})\n"
+    rf"  manager: (?P<manager>{_SCALAR})\n"
+    rf"  platform: (?P<platform>{_SCALAR})\n"
+    rf"  dependencies:(?P<dependencies> {{}}\n|\n(?:    {_NAME}: {_SCALAR}\n)+)"
+    rf"  url: (?P<url>{_SCALAR})\n"
+    rf"  hash:\n"
+    rf"    md5: (?P<md5>{_SCALAR})\n"
+    rf"(?:    sha256: (?P<sha256>{_SCALAR})\n)?"
+    rf"  category: (?P<category>{_SCALAR})\n"
+    rf"  optional: (?P<optional>{_SCALAR})\n"
+)
+_DEPENDENCY = re.compile(rf"    ({_NAME}): ({_SCALAR})\n")
+_SCALARS = ("name", "version", "manager", "platform", "url", "category", "optional")
+
+
+def lock_entries(text: str) -> list[dict[str, Any]] | None:
+    """The entries under `package`, as `runkey.identity.dvc_yaml` reads them.
+
+    Args:
+        text: contents of a conda-lock file.
+
+    Returns:
+        None if any line is of another form than conda-lock gives it.
+    """
+    head = _HEAD.match(text)
+    if not head or not _is_whole(text[: head.end() - len("package:\n")]):
+        return None
+    entries = []
+    position = head.end()
+    while position < len(text):
+        match = _ENTRY.match(text, position)
+        if not match:
+            return None
+        entries.append(_entry(match))
+        position = match.end()
+    return entries or None
+
+
+def _is_whole(head: str) -> bool:
+    """Whether nothing that begins before `package:` reaches beyond it, such as an open quote."""
+    try:
+        return isinstance(parse_yaml_text(head), dict)
+    except yaml.YAMLError:
+        return False
+
+
+def _entry(match: re.Match[str]) -> dict[str, Any]:
+    entry: dict[str, Any] = {field: _value(match[field]) for field in _SCALARS}
+    entry["dependencies"] = {
+        name: _value(wanted) for name, wanted in _DEPENDENCY.findall(match["dependencies"])
+    }
+    kinds = ("md5", "sha256") if match["sha256"] else ("md5",)
+    entry["hash"] = {kind: _value(match[kind]) for kind in kinds}
+    return entry
+
+
+def _value(scalar: str) -> str:
+    """What a scalar says: without its quotes, in which `''` is one quote."""
+    return scalar[1:-1].replace("''", "'") if scalar.startswith("'") else scalar
+
+
+# The environment part of a key: the packages that conda-lock.yml holds for one platform.
+
 
 PLATFORM = "linux-64"
 CATEGORY = "main"
@@ -169,3 +251,58 @@ def interpreter() -> str:
             this_machine.machine(),
         )
     )
+
+
+PYTHON_NAMES: dict[str, tuple[str, ...]] = {
+    "antlr-python-runtime": ("antlr4-python3-runtime",),
+    "brotli-python": ("brotli",),
+    "docker-py": ("docker",),
+    "fastapi-core": ("fastapi",),
+    "matplotlib-base": ("matplotlib",),
+    # conda's mlflow-skinny carries the files of mlflow-tracing.
+    "mlflow-skinny": ("mlflow-skinny", "mlflow-tracing"),
+    "pyarrow-core": ("pyarrow",),
+    "python-tzdata": ("tzdata",),
+    "pytorch": ("torch",),
+    # A program that needs no Python, but is published on the Python index too.
+    "uv": ("uv",),
+}
+"""Conda name -> names on the Python index, where they are not the same single one."""
+
+CONDA_ONLY = frozenset(
+    {
+        "cpython",  # the interpreter
+        "fastapi",  # names fastapi-core and its extras
+        "mlflow-ui",  # its files are in the wheel of mlflow
+        "pyarrow",  # names pyarrow-core and its libraries
+        "python-gssapi",  # optional in conda's own builds of other packages
+        "pyu2f",  # likewise
+        "pywin32-on-windows",  # empty on Linux
+        "torchvision-extra-decoders",  # on the Python index torchvision does without
+        "triton",  # torch's wheel pins the version it was built for
+    }
+)
+"""Conda packages that depend on Python and have no line of their own in requirements.txt."""
+
+
+def python_pins(packages: Iterable[Package]) -> dict[str, str]:
+    """Version by name on the Python index of every Python package among the locked ones, sorted."""
+    pins: dict[str, str] = {}
+    for package in packages:
+        if package.name in CONDA_ONLY:
+            continue
+        if package.needs_python or package.name in PYTHON_NAMES:
+            for name in PYTHON_NAMES.get(package.name, (package.name,)):
+                pins[normalise_name(name)] = package.version
+    return dict(sorted(pins.items()))
+
+
+def main() -> None:
+    """Write the pins of the repository's lock to standard output, one a line."""
+    with report_errors():
+        for name, version in python_pins(read_lock(workspace() / LOCK)).items():
+            sys.stdout.write(f"{name}=={version}\n")
+
+
+if __name__ == "__main__":
+    main()

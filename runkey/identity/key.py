@@ -11,20 +11,82 @@ never the hashes of their outputs: a key that changes by having run could not be
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from runkey.errors import RecipeError
 from runkey.hashing import canonical_json, sha256_bytes, sha256_file
-from runkey.identity.closure import EXCLUDED, hash_files, import_closure
+from runkey.identity.code import EXCLUDED, hash_files, import_closure
+from runkey.identity.dvc_yaml import Stage, chain, covers, meets, read_pipeline, tracked_md5
 from runkey.identity.environment import PLATFORM, environment_preimage
-from runkey.identity.errors import RecipeError
-from runkey.identity.pipeline import Stage, chain, covers, meets, read_pipeline, tracked_md5
 from runkey.paths import LOCK, PARAMS
 
 if TYPE_CHECKING:
     from runkey.params import Params
+
+
+# A recipe as text: the key, its four parts, and everything that each part hashes.
+
+
+_SHOWN = 12
+"""Digits of a file's or package's hash; `as_dict` has them all."""
+_WIDTH = 100
+
+
+def explain(recipe: Recipe) -> Iterator[str]:
+    """The lines of `runkey key --explain`; packages come last, since they are most of them."""
+    yield recipe.key
+    yield f"stage {recipe.stage}: what decides its result, known before anything has run"
+    parts = recipe.parts
+    for part in PARTS:
+        yield ""
+        yield f"{part:<12} {parts[part]}"
+        yield from (f"  {line}" for line in _LINES[part](recipe.preimages[part]))
+    yield ""
+    yield "commands"
+    width = max(map(len, recipe.cmd))
+    yield from (f"  {stage:<{width}}  {cmd}" for stage, cmd in recipe.cmd.items())
+
+
+def _explain_code(preimage: Mapping[str, Any]) -> Iterator[str]:
+    files = preimage["files"]
+    yield f"{len(files)} files, line ends as \\n, comments too:"
+    yield from (f"{sha256[:_SHOWN]}  {path}" for path, sha256 in sorted(files.items()))
+    yield "left out, since they tell of a run and do not change it:"
+    yield from (f"{'':<{_SHOWN}}  {path}" for path in preimage["excluded"])
+
+
+def _explain_params(preimage: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{len(preimage)} values, defaults filled in; none of runtime, no path of a file:"
+    yield from (f"{name} = {json.dumps(value)}" for name, value in sorted(preimage.items()))
+
+
+def _data(preimage: Mapping[str, Any]) -> Iterator[str]:
+    yield "what `dvc add` wrote into each .dvc file:"
+    yield from (f"{name} = {md5}" for name, md5 in sorted(preimage.items()))
+
+
+def _environment(preimage: Mapping[str, Any]) -> Iterator[str]:
+    packages = preimage["packages"]
+    yield f"{len(packages)} packages of conda-lock.yml for {preimage['platform']}:"
+    for name, version, build, content in packages:
+        kind, _, digits = content.partition(":")
+        short = digits[:_SHOWN] if kind == "sha256" else f"{kind}:{digits[:_SHOWN]}"
+        line = f"{short}  {name} {version}"
+        # Builds are flush right where there is room: the eye reads names and versions.
+        yield f"{line} {build:>{max(0, _WIDTH - 3 - len(line))}}"
+
+
+_LINES = {
+    "code": _explain_code,
+    "params": _explain_params,
+    "data": _data,
+    "environment": _environment,
+}
+
 
 SCHEMA = "rk1"
 """Changes whenever the same inputs would give another key."""
@@ -109,7 +171,7 @@ def make_recipe(
         root: the repository, or DVC's temporary copy of it.
         params: the checked parameters; read from params.yaml if None.
         platform: whose packages of conda-lock.yml are meant.
-        excluded: see `runkey.identity.closure.EXCLUDED`.
+        excluded: see `runkey.identity.code.EXCLUDED`.
 
     Raises:
         RecipeError: something that enters the recipe is missing; the text names it.

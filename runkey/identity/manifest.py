@@ -14,15 +14,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Self
 
-from runkey.errors import LockError
-from runkey.identity.closure import foreign_files, imported_files, undeclared
+from runkey.errors import LockError, RecipeError
+from runkey.identity.code import foreign_files, imported_files, undeclared
 from runkey.identity.environment import (
     differences,
     installed_packages,
     interpreter,
     read_requirements,
 )
-from runkey.identity.errors import RecipeError
 from runkey.identity.key import Recipe
 
 SCHEMA = "run1"

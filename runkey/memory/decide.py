@@ -7,21 +7,75 @@ Reads memory.json, what was measured for it if anything was, and the device.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from runkey.hashing import sha256_file
-from runkey.memory.budget import room_on
-from runkey.memory.calibration import correction, read_trials, this_platform
-from runkey.memory.choose import Bound, Room, WayOut, Wish, choose
-from runkey.memory.cpu import cpu_line
-from runkey.memory.generations import generation_of
-from runkey.memory.measured import read_line
-from runkey.memory.model import MODEL, Estimate, MemoryModel, read_model
-from runkey.memory.plan import MemoryPlan
+from runkey.memory.choose import (
+    Bound,
+    MemoryPlan,
+    Room,
+    WayOut,
+    Wish,
+    choose,
+    largest_fitting,
+    room_on,
+    spare_bytes,
+)
+from runkey.memory.measured import correction, read_line, read_trials, this_platform
+from runkey.memory.memory_model import GIB, MODEL, Estimate, MemoryModel, read_model
+from runkey.memory.predict import GENERATIONS, generation_of
+from runkey.memory.trial import cpu_line
 from runkey.params import Params
+
+# The largest micro-batch on GPUs that people have.
+
+
+CARDS_GIB = (8, 12, 16, 24, 40, 80)
+_USUAL_GIB = 24
+MOST_IMAGES = 999
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A GPU of some size."""
+
+    gib: float
+    room_bytes: int
+    """For the allocator: less the context, libraries and what is spared."""
+    images: int
+    """Largest micro-batch, beyond the batch size too; 0: not even one image fits."""
+
+
+def cards(estimate: Estimate) -> list[Card]:
+    """What fits on common GPUs."""
+    return [card_of(estimate, gib) for gib in CARDS_GIB]
+
+
+def card_of(estimate: Estimate, gib: float) -> Card:
+    """What fits on a GPU of `gib` GiB."""
+    room = room_bytes(round(gib * GIB))
+    return Card(gib, room, largest_fitting(estimate.upper, MOST_IMAGES, room))
+
+
+def room_bytes(budget: int) -> int:
+    """What is left of a GPU's memory for the allocator, whatever the GPU's generation."""
+    outside = max(one.context_bytes[1] for one in GENERATIONS)
+    return budget - outside - spare_bytes(budget)
+
+
+def shown_images(model: MemoryModel, budget_gib: float | None) -> int:
+    """The micro-batch that tables and pictures are of: the largest that fits the budget.
+
+    Args:
+        model: the prediction.
+        budget_gib: `memory.budget_gib`; None, where it is `device`: a usual GPU's.
+    """
+    fits = card_of(model.gpu, budget_gib or _USUAL_GIB).images
+    return max(1, min(model.batch_size, fits))
+
 
 _GPU_ONLY = ("bf16", "fp32")
 

@@ -1,35 +1,145 @@
-"""The prediction: a few traced steps, from which every micro-batch and every shape follows.
-
-    prediction = predict(params, surroundings, lend_for)
-
-`lend_for(params)` comes from the floors above: it builds what trains under these parameters, see
-`runkey.memory.trace.record`.
-"""
+"""What `profile_memory` needs to know before it predicts: the batches of prepared data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
-from runkey.memory.alternatives import other_batches, other_steps
-from runkey.memory.census import Census
-from runkey.memory.fragments import Replay, replay
-from runkey.memory.generations import MODEL_ERROR, WORKSPACE_SHARE
-from runkey.memory.laws import other_shape
-from runkey.memory.line import MIB, Line, line_through
-from runkey.memory.model import (
+from runkey.data.index import Record, read_classes, read_index
+from runkey.data.shapes import Shape
+from runkey.memory.batch_shapes import Census, census_of_shape, sample_windows, take_census
+from runkey.memory.memory_model import (
+    MIB,
     Alternative,
     Confirmation,
     Estimate,
+    Line,
     MemoryModel,
+    Replay,
+    Template,
+    line_through,
+    make_template,
+    other_shape,
+    replay,
 )
-from runkey.memory.template import Template, make_template
 from runkey.memory.timeline import timeline_of
-from runkey.memory.trace.events import Pass, Trace
-from runkey.memory.trace.gpu import Gpu
+from runkey.memory.trace.backward import Gpu
 from runkey.memory.trace.record import Content, Lend, recorder
+from runkey.memory.trace.tracker import Pass, Trace
 from runkey.params import Params, override
 from runkey.progress import each
+
+# What a GPU's libraries add to the tensors of a step: bands, by generation.
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """GPUs of one architecture."""
+
+    name: str
+    capability: tuple[int, int]
+    """The least compute capability of it."""
+    context_bytes: tuple[int, int]
+    """Least and most that a process takes beside the allocator: the CUDA context, the handles of
+    cuBLAS and cuDNN, and their kernels, which are loaded when they are first used."""
+    has_bf16: bool
+    source: str
+
+
+WORKSPACE_SHARE = 1.0
+"""Most that a convolution takes as workspace, as a part of its result: on an H200, some in float32
+were seen to copy their input to another memory format.  A workspace is there while one operation
+runs, and the peak is at the end of the forward pass, where results are small."""
+
+MODEL_ERROR = 0.01
+"""Most that tensors and workspaces were measured to take beyond the prediction, as a part of it:
+0.95% of 105 MiB, else 0.39%, in 70 trainings on the H200 below."""
+
+_NOT_MEASURED = "not measured; maskrcnn-benchmark#182 reports up to 1 GB"
+_H200 = (
+    "measured: 707 to 723 MiB over 70 trainings (benchmarks/results/gpu/gpu_memory.json), NVIDIA "
+    "H200, driver 580.159.04, torch 2.11.0+cu130"
+)
+
+GENERATIONS = (
+    Generation("Maxwell or older", (0, 0), (300 * MIB, 1024 * MIB), False, _NOT_MEASURED),
+    Generation("Pascal", (6, 0), (300 * MIB, 1024 * MIB), False, _NOT_MEASURED),
+    Generation("Volta, Turing", (7, 0), (300 * MIB, 1024 * MIB), False, _NOT_MEASURED),
+    Generation("Ampere, Ada", (8, 0), (300 * MIB, 1024 * MIB), True, _NOT_MEASURED),
+    Generation("Hopper", (9, 0), (700 * MIB, 800 * MIB), True, _H200),
+    Generation("Blackwell", (10, 0), (300 * MIB, 1024 * MIB), True, _NOT_MEASURED),
+)
+
+
+def generation_of(capability: tuple[int, int]) -> Generation:
+    """The generation of a compute capability, such as (9, 0)."""
+    return [one for one in GENERATIONS if one.capability <= capability][-1]
+
+
+# What would save memory: the same training with one parameter changed.
+
+
+Name = Literal["checkpointing", "bf16", "fp32", "smaller images", "grouping", "no grouping"]
+
+_SMALLER = 0.75
+_SHORT = 3
+"""Lists of more entries are shortened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change of parameters."""
+
+    name: Name
+    changes: tuple[tuple[str, Any], ...]
+    """Dotted names and values."""
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """By dotted name."""
+        return dict(self.changes)
+
+    def __str__(self) -> str:
+        """As params.yaml writes it."""
+        return ", ".join(f"{name}: {_yaml(value)}" for name, value in self.changes)
+
+
+def other_steps(params: Params) -> list[Change]:
+    """Changes of the step itself, which must be traced anew."""
+    changes = []
+    if not params.model.checkpointing:
+        changes.append(Change("checkpointing", (("model.checkpointing", True),)))
+    if params.training.precision == "off":
+        changes.append(Change("bf16", (("training.precision", "bf16"),)))
+    else:
+        changes.append(Change("fp32", (("training.precision", "off"),)))
+    return changes
+
+
+def other_batches(params: Params) -> list[Change]:
+    """Changes of the batches that the same step gets."""
+    data = params.data
+    sides = tuple(max(1, round(side * _SMALLER)) for side in data.short_sides)
+    long_side = max(1, round(data.long_side * _SMALLER))
+    smaller = (("data.short_sides", sides), ("data.long_side", long_side))
+    grouped = data.group_by_aspect
+    return [
+        Change("smaller images", smaller),
+        Change("no grouping" if grouped else "grouping", (("data.group_by_aspect", not grouped),)),
+    ]
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{value[0]}, ..., {value[-1]}]" if len(value) > _SHORT else str(list(value))
+    return str(value).lower()
+
+
+# The prediction: a few traced steps, from which every micro-batch and every shape follows.
+
 
 LendFor = Callable[[Params], Lend]
 """Builds what trains under some parameters."""
@@ -237,3 +347,78 @@ def _step_under(params: Params, around: Surroundings, lend_for: LendFor) -> Temp
     passes = around.worst(_FEW), around.worst(_MANY)
     traces = _trace(lend_for(params), around, params, passes)
     return make_template(traces, token_stride(params))
+
+
+def prepared_surroundings(params: Params, prepared: Path) -> Surroundings:
+    """The batches that training will meet.
+
+    Args:
+        params: data, seed, model.num_queries and training.batch_size are read.
+        prepared: prepare's output folder.
+
+    Raises:
+        DataError: prepare has not run, or left no image.
+    """
+    records = read_index(prepared / "train.json")
+    census = partial(_census, records)
+    return Surroundings(
+        census=census(params),
+        census_of=census,
+        sample=partial(_sample, params, records),
+        num_classes=len(read_classes(prepared / "classes.json")),
+    )
+
+
+def single_shape_surroundings(
+    params: Params, shape: Shape, *, objects: int, num_classes: int
+) -> Surroundings:
+    """Batches of one shape, without any data.
+
+    Args:
+        params: data.short_sides and training.batch_size are read.
+        shape: padded (height, width), pixels.
+        objects: boxes of each image.
+        num_classes: K.
+    """
+
+    def census(other: Params) -> Census:
+        part = max(other.data.short_sides) / max(params.data.short_sides)
+        height, width = (max(1, round(side * part)) for side in shape)
+        if not other.data.group_by_aspect:
+            height = width = max(height, width)
+        return census_of_shape(
+            (height, width), batch_size=other.training.batch_size, objects=objects
+        )
+
+    def sample(images: int, _: int) -> list[tuple[Pass, ...]]:
+        return [(Pass(images, *shape, objects),) * 2] * 2
+
+    return Surroundings(census(params), census, sample, num_classes)
+
+
+def max_objects(params: Params) -> int:
+    """Boxes of an image that the loader keeps."""
+    return min(n for n in (params.data.max_objects, params.model.num_queries) if n)
+
+
+def _census(records: list[Record], params: Params) -> Census:
+    return take_census(
+        params.data,
+        records,
+        batch_size=params.training.batch_size,
+        max_objects=max_objects(params),
+    )
+
+
+def _sample(
+    params: Params, records: list[Record], images: int, batches: int
+) -> list[tuple[Pass, ...]]:
+    return sample_windows(
+        params.data,
+        records,
+        seed=params.seed,
+        batch_size=params.training.batch_size,
+        micro_batch=images,
+        max_objects=max_objects(params),
+        batches=batches,
+    )

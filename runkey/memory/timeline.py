@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from runkey.memory.trace.events import CLASSES, BlockClass, Event, Mark, Trace
+from runkey.memory.trace.tracker import CLASSES, BlockClass, Event, Mark, Trace
 
 ROUND_BYTES = 512
 """CUDA's caching allocator hands out multiples of this."""

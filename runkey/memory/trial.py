@@ -10,20 +10,74 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from runkey.data.batch import Window
+from runkey.data.dataset import Window
 from runkey.errors import TrainingError
-from runkey.memory.budget import room_on
-from runkey.memory.line import MIB
-from runkey.memory.trace.batch import synthetic_batch
-from runkey.memory.trace.events import Pass
+from runkey.memory.choose import room_on
+from runkey.memory.memory_model import MIB, Line
+from runkey.memory.trace.record import synthetic_batch
+from runkey.memory.trace.tracker import Pass
+
+# What a process takes on a CPU, from the bytes of its tensors.
+
+
+_PROCESS_BYTES = 700 * MIB
+"""Python, torch and MLflow before any tensor."""
+_HEAP_FACTOR = 1.5
+"""Resident bytes a byte of tensors: the heap's pieces, and what oneDNN lays out anew."""
+
+
+def cpu_line(tensors: Line) -> Line:
+    """Peak resident set over the images of a forward pass; rather too much than too little."""
+    return Line(
+        _PROCESS_BYTES + _HEAP_FACTOR * tensors.base_bytes, _HEAP_FACTOR * tensors.bytes_per_image
+    )
+
+
+# A measuring process, whose death for want of memory has a line of its own.
+
+
+_SHELL = 128
+
+
+class Guarded:
+    """A process that runs beside this one, with its output streams."""
+
+    def __init__(self, command: Sequence[str], root: Path, environment: Mapping[str, str]) -> None:
+        """Start a command in the folder `root`."""
+        self._process = subprocess.Popen(command, cwd=root, env=environment)
+
+    def stop(self) -> None:
+        """End the process if it still runs."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+
+    def wait(self) -> None:
+        """Wait for its end.
+
+        Raises:
+            TrainingError: the kernel killed it, as it does with what takes too much memory.
+            SystemExit: it ended with another error, of which it has told.
+        """
+        code = self._process.wait()
+        if code in (-signal.SIGKILL, _SHELL + signal.SIGKILL):
+            raise TrainingError(
+                "memory.probe_batches: the machine ran out of memory while training steps were "
+                "measured; lower memory.probe_batches, data.short_sides and data.long_side, "
+                "or set model.checkpointing: true"
+            )
+        if code:
+            raise SystemExit(code)
+
 
 # Builds everything that trains, and returns a whole optimizer step over a window.
 MakeStep = Callable[[], Callable[[Window], object]]

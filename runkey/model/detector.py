@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from runkey.model.backbone import Backbone
+from runkey.model.matcher import Outputs, Targets
 from runkey.model.position import GridPosition
-from runkey.model.targets import Outputs, Targets
 from runkey.model.transformer import Transformer
 
 

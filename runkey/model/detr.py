@@ -11,16 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from runkey import params
-from runkey.model.attention import Attention, project_memory
 from runkey.model.backbone import Backbone, Compact, ResNet
 from runkey.model.boxes import full_precision
-from runkey.model.conditional import ConditionalAttention
 from runkey.model.detector import Detector, without_autocast
-from runkey.model.fast import FastDetr
-from runkey.model.layers import MLP
+from runkey.model.fast import ConditionalAttention, FastDetr
+from runkey.model.matcher import Outputs, Targets
 from runkey.model.position import GridPosition
-from runkey.model.targets import Outputs, Targets
-from runkey.model.transformer import DecoderLayer, EncoderLayer, Stack, Transformer
+from runkey.model.transformer import (
+    MLP,
+    Attention,
+    DecoderLayer,
+    EncoderLayer,
+    Stack,
+    Transformer,
+    project_memory,
+)
 
 
 class Detr(Detector):

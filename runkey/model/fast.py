@@ -8,21 +8,266 @@ Shapes: B images, Q queries, P denoising queries, L decoder layers, K classes, D
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runkey.model.anchors import ProposalHead, box_head, class_head
 from runkey.model.backbone import Backbone
 from runkey.model.boxes import full_precision
-from runkey.model.conditional import ConditionalAttention, project_memory_conditional
-from runkey.model.denoising import Denoiser, NoisedQueries
 from runkey.model.detector import Detector, Memory, without_autocast
-from runkey.model.layers import MLP
-from runkey.model.position import GridPosition, sine
-from runkey.model.targets import DenoisingOutputs, Outputs, Targets
-from runkey.model.transformer import Transformer
+from runkey.model.matcher import DenoisingOutputs, Outputs, Proposals, Targets
+from runkey.model.position import GridPosition, grid_centres, sine
+from runkey.model.transformer import MLP, Attention, Transformer
+
+# Two-stage selection: the encoder's tokens propose boxes, the best become reference boxes.
+
+
+# Width and height that a token's proposal starts from, as a part of the image's.
+_START_SIZE = 0.1
+# Logit of a chance of 1 in 100: most queries match nothing (RetinaNet, Lin et al. 2017).
+PRIOR_LOGIT = -math.log((1 - 0.01) / 0.01)
+
+
+def class_head(dim: int, num_classes: int) -> nn.Linear:
+    """A linear layer whose scores start near 0.01."""
+    head = nn.Linear(dim, num_classes)
+    nn.init.constant_(head.bias, PRIOR_LOGIT)
+    return head
+
+
+def box_head(dim: int) -> MLP:
+    """An MLP whose refinements start at zero."""
+    head = MLP(dim, dim, 4, 3)
+    last = head.layers[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return head
+
+
+class ProposalHead(nn.Module):
+    """Class and box of the encoder's tokens, and the choice of reference boxes."""
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.class_embed = class_head(dim, num_classes)
+        self.bbox_embed = box_head(dim)
+
+    def forward(self, memory: Memory, num_queries: int) -> tuple[Proposals, Tensor]:
+        """Propose.
+
+        Only the chosen tokens learn: that finds boxes sooner than a loss on all of them does
+        (numbered balls: AP .382 after 250 steps and .560 after 500, against .340 and .540).
+
+        Args:
+            memory: the encoder's tokens; call without autocast.
+            num_queries: Q.
+
+        Returns:
+            Proposals of the Q tokens with the highest score in any class, and the logits of their
+            boxes [B, Q, 4], detached.
+        """
+        tokens, starts, scores = self._candidates(memory, num_queries)
+        best = scores.topk(num_queries, dim=1).indices[..., None]
+        chosen = tokens.take_along_dim(best, dim=1)
+        start = starts.expand(len(tokens), -1, -1).take_along_dim(best, dim=1)
+        box_logits = self.bbox_embed(chosen) + start.to(tokens.dtype)
+        proposals = Proposals(self.class_embed(chosen), box_logits.sigmoid())
+        return proposals, box_logits.detach()
+
+    def _candidates(self, memory: Memory, least: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, S, D], start boxes [B or 1, S, 4] and scores [B, S]; S is at least `least`.
+
+        Padding, and filling where there are too few tokens, are all alike and come last: what
+        is chosen does not depend on how far an image is padded.
+        """
+        tokens, starts = full_precision(memory.tokens), start_boxes(memory)
+        if memory.padding is not None:
+            padding = memory.padding.flatten(1)[..., None]
+            tokens = tokens.masked_fill(padding, 0.0)
+            starts = starts.masked_fill(padding, 0.0)
+        missing = max(0, least - tokens.shape[1])
+        if missing:
+            tokens, starts = (F.pad(x, (0, 0, 0, missing)) for x in (tokens, starts))
+        with torch.no_grad():
+            scores: Tensor = self.class_embed(tokens).amax(-1)
+            if memory.padding is not None:
+                filled = F.pad(padding[..., 0], (0, missing), value=True)
+                scores = scores.masked_fill(filled, -math.inf)
+            elif missing:
+                scores[:, -missing:] = -math.inf
+        return tokens, starts, scores
+
+
+def start_boxes(memory: Memory) -> Tensor:
+    """Logits, float32 [B or 1, S, 4], of a box of one size about each token's centre."""
+    centres = grid_centres(memory.padding, memory.shape, memory.tokens.device)
+    return torch.cat((centres, torch.full_like(centres, _START_SIZE)), dim=-1).logit()
+
+
+# Conditional cross-attention: content meets content, place meets place.
+
+
+class ConditionalAttention(Attention):
+    """Cross-attention of Conditional DETR (Meng et al. 2021) and DAB-DETR (Liu et al. 2022).
+
+    The place of a query (the sine of its box's centre, scaled by an MLP of its content) is
+    compared with the places of keys apart from the content, by concatenation in every head.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__(dim, num_heads, dropout)
+        self.scale = MLP(dim, dim, dim, 2)
+        self.query_position = nn.Linear(dim, dim)
+        self.key_position = nn.Linear(dim, dim)
+
+    def attend_memory(
+        self, x: Tensor, position: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> Tensor:
+        """Attention of queries to the encoder's tokens.
+
+        Args:
+            x: content [B, T, D].
+            position: sine of the reference centres [B, T, D].
+            keys_values: from `project_memory_conditional`: keys [B, H, S, 2 D / H], values
+                [B, H, S, D / H].
+            mask: as in `Attention.attend_memory`.
+
+        Returns:
+            [B, T, D].
+        """
+        dim = x.shape[-1]
+        content = F.linear(x, self.in_proj_weight[:dim], self.in_proj_bias[:dim])
+        place = self.query_position(position * self.scale(x))
+        query = torch.cat([self.split_heads(content), self.split_heads(place)], dim=-1)
+        return self.attend_heads(query, *keys_values, mask)
+
+
+def project_memory_conditional(
+    layers: Sequence[ConditionalAttention], memory: Tensor, position: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys (content and place) and values of every decoder layer, in two matrix products.
+
+    Args:
+        layers: the cross-attentions of the decoder.
+        memory: the encoder's tokens [B, S, D].
+        position: their places' encoding [B or 1, S, D].
+
+    Returns:
+        A pair per layer, split in heads: see `ConditionalAttention.attend_memory`.
+    """
+    dim = memory.shape[-1]
+    weight = torch.cat([layer.in_proj_weight[dim:] for layer in layers])
+    bias = torch.cat([layer.in_proj_bias[dim:] for layer in layers])
+    contents = F.linear(memory, weight, bias).chunk(len(layers), dim=-1)
+    place_weight = torch.cat([layer.key_position.weight for layer in layers])
+    place_bias = torch.cat([layer.key_position.bias for layer in layers])
+    places = F.linear(position, place_weight, place_bias).chunk(len(layers), dim=-1)
+    pairs = []
+    for layer, content, place in zip(layers, contents, places, strict=True):
+        key, value = content.chunk(2, dim=-1)
+        place = layer.split_heads(place).expand(len(memory), -1, -1, -1)
+        pairs.append((torch.cat([layer.split_heads(key), place], dim=-1), layer.split_heads(value)))
+    return pairs
+
+
+# Denoising queries (DN-DETR, Li et al. 2022): noised true boxes that the decoder must restore.
+
+
+@dataclass(frozen=True, slots=True)
+class NoisedQueries:
+    """Queries that stand before the learned ones."""
+
+    content: Tensor
+    """[B, P, D]."""
+    box_logits: Tensor
+    """[B, P, 4]."""
+    mask: Tensor
+    """bool [B, 1, P + Q, P + Q], True where a query may be seen."""
+    slots: Tensor
+    """int64 [G * N], see `DenoisingOutputs`."""
+    targets: Tensor
+    """int64 [G * N]."""
+
+
+class Denoiser(nn.Module):
+    """Makes noised queries.  Its random numbers are torch's global ones of the device."""
+
+    def __init__(
+        self, dim: int, num_classes: int, *, groups: int, label_noise: float, box_noise: float
+    ) -> None:
+        super().__init__()
+        self.groups = groups
+        self.label_noise = label_noise
+        self.box_noise = box_noise
+        self.label_embed = nn.Embedding(num_classes, dim)
+
+    def forward(self, targets: Targets, num_queries: int) -> NoisedQueries:
+        """Noise the targets; images with fewer boxes than M get filling that nobody sees."""
+        batch, width = len(targets.counts), max(1, *targets.counts)
+        device, dtype = targets.boxes_cxcywh.device, self.label_embed.weight.dtype
+        slots, sources = _slots(targets.counts, self.groups, width)
+        used = _used(slots, batch, self.groups * width)
+        mask = _mask(used, self.groups, width, num_queries)
+        slots, sources, mask = (x.to(device, non_blocking=True) for x in (slots, sources, mask))
+        labels = torch.zeros(batch * self.groups * width, dtype=torch.int64, device=device)
+        labels[slots] = self._noised_labels(targets.labels[sources])
+        boxes = torch.full((len(labels), 4), 0.5, dtype=dtype, device=device)
+        boxes[slots] = self._noised_boxes(targets.boxes_cxcywh[sources].to(dtype))
+        shape = (batch, self.groups * width)
+        return NoisedQueries(
+            self.label_embed(labels).view(*shape, -1),
+            boxes.clamp(1e-3, 1 - 1e-3).logit().view(*shape, -1),
+            mask,
+            slots,
+            sources,
+        )
+
+    def _noised_labels(self, labels: Tensor) -> Tensor:
+        random = torch.randint_like(labels, self.label_embed.num_embeddings)
+        swap = torch.rand(labels.shape, device=labels.device) < self.label_noise
+        return torch.where(swap, random, labels)
+
+    def _noised_boxes(self, boxes_cxcywh: Tensor) -> Tensor:
+        """The centre moves by up to half the noise times the size, the size by the noise."""
+        size = boxes_cxcywh[:, 2:]
+        noise = (torch.rand_like(boxes_cxcywh) * 2 - 1) * self.box_noise
+        return boxes_cxcywh + noise * torch.cat((size / 2, size), dim=-1)
+
+
+def _slots(counts: tuple[int, ...], groups: int, width: int) -> tuple[Tensor, Tensor]:
+    """Where each noised copy stands among B * P queries, and which target it is a copy of."""
+    slots, targets, first = [], [], 0
+    for image, count in enumerate(counts):
+        for group in range(groups):
+            start = (image * groups + group) * width
+            slots.append(torch.arange(start, start + count))
+            targets.append(torch.arange(first, first + count))
+        first += count
+    return torch.cat(slots), torch.cat(targets)
+
+
+def _used(slots: Tensor, batch: int, queries: int) -> Tensor:
+    """[B, P]: the queries that are no filling."""
+    used = torch.zeros(batch * queries, dtype=torch.bool)
+    used[slots] = True
+    return used.view(batch, queries)
+
+
+def _mask(used: Tensor, groups: int, width: int, num_queries: int) -> Tensor:
+    """Learned queries see each other; a noised one sees its own group and the learned ones."""
+    group = torch.arange(groups).repeat_interleave(width)
+    noised = (group[:, None] == group)[None] & used[:, None, :]
+    batch, queries = used.shape
+    mask = torch.zeros(batch, queries + num_queries, queries + num_queries, dtype=torch.bool)
+    mask[:, :queries, :queries] = noised
+    mask[:, :, queries:] = True
+    return mask[:, None]
+
 
 # Ratio of wavelengths for places in 0..1, as in DAB-DETR: DETR's 10000 hardly tells them apart.
 _TEMPERATURE = 20.0

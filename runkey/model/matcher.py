@@ -18,7 +18,66 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from runkey.model.boxes import cxcywh_to_xyxy, overlaps
-from runkey.model.targets import Targets
+
+# What the model is asked for and what it answers.
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The true boxes of a batch, all images after one another."""
+
+    boxes_cxcywh: Tensor
+    """float [N, 4]."""
+    labels: Tensor
+    """int64 [N], class indices 0..K-1."""
+    counts: tuple[int, ...]
+    """Boxes of each image; they sum to N.  On the host: no device has to be asked."""
+
+    def image_index(self) -> Tensor:
+        """int64 [N], on the host: which image (0..B-1) each box belongs to."""
+        counts = torch.tensor(self.counts, dtype=torch.int64)
+        return torch.repeat_interleave(torch.arange(len(self.counts)), counts)
+
+
+@dataclass(frozen=True, slots=True)
+class Proposals:
+    """Boxes of the encoder's best tokens (two-stage detection; preset fast)."""
+
+    logits: Tensor
+    """[B, Q, K]."""
+    boxes_cxcywh: Tensor
+    """[B, Q, 4]."""
+
+
+@dataclass(frozen=True, slots=True)
+class DenoisingOutputs:
+    """Answers to the denoising queries.  `slots[i]` was made from target `targets[i]`."""
+
+    logits: Tensor
+    """[L, B, P, K]."""
+    boxes_cxcywh: Tensor
+    """[L, B, P, 4]."""
+    slots: Tensor
+    """int64 [G * N] indices into the flattened B * P queries; the other queries are filling."""
+    targets: Tensor
+    """int64 [G * N] indices into the batch's N boxes."""
+    groups: int
+    """G: noised copies of each box."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a detector's forward pass returns; the last decoder layer is the answer."""
+
+    logits: Tensor
+    """[L, B, Q, C], float32 at least."""
+    boxes_cxcywh: Tensor
+    """[L, B, Q, 4] in 0..1, float32 at least."""
+    proposals: Proposals | None = None
+    """Preset fast."""
+    denoising: DenoisingOutputs | None = None
+    """Preset fast with denoising groups, in training."""
+
 
 # Stands for a cost that is not finite: larger than any, yet sums of it still are.
 _NEVER = 1e30

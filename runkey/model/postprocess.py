@@ -12,7 +12,7 @@ from torch import Tensor
 
 from runkey import params
 from runkey.model.boxes import cxcywh_to_xyxy, full_precision
-from runkey.model.targets import Outputs
+from runkey.model.matcher import Outputs
 
 # COCO's evaluation looks at the best 100 detections of an image.
 _MAX_DETECTIONS = 100

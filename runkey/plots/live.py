@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from runkey.plots.hints import CLASS_SCORES, EVENT, Hint, find_hints, told_hints
-from runkey.plots.log import GrowingLog
-from runkey.plots.samples import read_samples
+from runkey.plots.log import GrowingLog, read_samples
 
 
 class Tracker(Protocol):
-    """Where a training writes; `runkey.training.tracker.Tracker`, which training alone knows."""
+    """Where a training writes; `runkey.training.metrics.Tracker`, which training alone knows."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Record metrics."""

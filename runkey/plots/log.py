@@ -11,7 +11,7 @@ import json
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runkey.errors import DataError
+
+# logs/system.jsonl: what the machine did while a training ran, sampled every few seconds.
+
+
+SAMPLES = "system.jsonl"
+"""Beside the training's log."""
+
+
+def read_samples(path: Path) -> list[Point]:
+    """The samples of the machine, in the order of time; `step` counts them.
+
+    A training that records no MLflow run samples nothing and leaves no file: no samples.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [
+        Point(step, number(entry["time"]), {n: number(v) for n, v in entry["values"].items()})
+        for step, entry in enumerate(entries(lines), start=1)
+        if isinstance(entry.get("values"), dict) and "time" in entry
+    ]
+
+
+def gpu_names(samples: Sequence[Point], ending: str) -> list[str]:
+    """Names of the metrics of each GPU that end so, such as `system/gpu_0_utilization_...`."""
+    names = {name for sample in samples for name in sample.values}
+    return sorted(n for n in names if n.startswith("system/gpu_") and n.endswith(ending))
+
 
 Series = tuple[NDArray[np.float64], NDArray[np.float64]]
 

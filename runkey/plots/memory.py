@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runkey.memory.line import GIB, MIB
+from runkey.memory.memory_model import GIB, MIB
 from runkey.memory.predict import Prediction
 from runkey.memory.timeline import Timeline, timeline_of
-from runkey.memory.trace.events import CLASSES
+from runkey.memory.trace.tracker import CLASSES
 from runkey.plots.style import (
     BLACK,
     BLUE,

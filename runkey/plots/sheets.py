@@ -11,17 +11,20 @@ from PIL import Image
 from runkey.data.decode import decode_rgb
 from runkey.data.index import ClassName, Record
 from runkey.evaluation.per_image import ImageScore, Judgement, rank_images
-from runkey.plots.canvas import BLANK, Canvas, shorten, text_width
-from runkey.plots.fonts import drawable
-from runkey.plots.marks import (
+from runkey.plots.canvas import (
+    BLANK,
     RIGHT,
     WRONG,
+    Canvas,
     class_colour,
     class_marks,
     class_name,
     draw_marks,
+    drawable,
     judged_predictions,
     judged_truth,
+    shorten,
+    text_width,
 )
 
 WIDTH = 1100

@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from runkey.evaluation.confusion import Confusion
 from runkey.evaluation.files import read_precision_recall
+from runkey.evaluation.per_image import Confusion
 from runkey.plots.log import Point, read_log
 
 # More rows than pixels across a screen only make the page slow.

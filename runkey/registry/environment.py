@@ -21,16 +21,15 @@ from runkey.identity.environment import (
     environment_preimage,
     installed_packages,
     normalise_name,
+    python_pins,
     read_lock,
     read_requirements,
 )
 from runkey.identity.key import part_digest
 from runkey.identity.manifest import REQUIREMENTS
 from runkey.identity.record import Record
-from runkey.identity.requirements import python_pins
 from runkey.paths import LOCK
-from runkey.registry.git import git, git_bytes
-from runkey.registry.snapshot import has_snapshot
+from runkey.registry.snapshot import git, git_bytes, has_snapshot
 
 FILES = (LOCK, REQUIREMENTS)
 """What an environment is made from."""

@@ -12,18 +12,152 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from runkey.errors import RegistryError
-from runkey.identity.key import Recipe
-from runkey.identity.pipeline import covers, read_pipeline
+from runkey.identity.code import import_closure
+from runkey.identity.dvc_yaml import PIPELINE, Stage, covers, pointer_of, read_pipeline
+from runkey.identity.key import DATA_PATH, FILE_PARAMS, Recipe
+from runkey.identity.manifest import REQUIREMENTS
 from runkey.params import load_params
-from runkey.paths import PARAMS
-from runkey.registry.git import git, git_bytes, has_git
-from runkey.registry.needed import needed_files
+from runkey.paths import LOCK, PARAMS
+
+# git, run as a command.
+
+
+# What makes git look elsewhere than in its current folder; hooks and DVC hand them down.
+_ELSEWHERE = (
+    *("GIT_DIR", "GIT_WORK_TREE", "GIT_IMPLICIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE"),
+    *("GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_QUARANTINE_PATH"),
+    *("GIT_PREFIX", "GIT_NAMESPACE", "GIT_GRAFT_FILE", "GIT_SHALLOW_FILE"),
+    *("GIT_REPLACE_REF_BASE", "GIT_LITERAL_PATHSPECS", "GIT_GLOB_PATHSPECS"),
+)
+
+
+def git(
+    root: Path,
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    text: str | None = None,
+    accept: Collection[int] = (0,),
+) -> str:
+    """What a git command prints, without the line end.
+
+    Args:
+        root: folder that it is run in; inherited variables that name another repository are void.
+        arguments: after `git`.
+        env: variables beside this process's own.
+        text: its standard input.
+        accept: exit codes that are no failure.
+
+    Raises:
+        RegistryError: git is not installed, or the command failed; the text has its last line.
+    """
+    printed = git_bytes(root, *arguments, env=env, text=text, accept=accept)
+    return printed.decode("utf-8", "surrogateescape").rstrip("\n")
+
+
+def git_bytes(
+    root: Path,
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    text: str | None = None,
+    accept: Collection[int] = (0,),
+) -> bytes:
+    """What a git command prints, byte for byte; all else as in `git`."""
+    own = {name: value for name, value in os.environ.items() if name not in _ELSEWHERE}
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=root,
+            env=own | dict(env or {}),
+            input=None if text is None else text.encode("utf-8", "surrogateescape"),
+            capture_output=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise RegistryError("git: not installed; the code of a run is kept with it") from None
+    if done.returncode not in accept:
+        told = (done.stderr.strip() or done.stdout.strip()).decode("utf-8", "replace")
+        said = (told or "no message").splitlines()
+        raise RegistryError(f"git {arguments[0]}: {said[-1].removeprefix('fatal: ')}")
+    return done.stdout
+
+
+def has_git(root: Path) -> bool:
+    """Whether `root` lies in a git repository (and git is installed)."""
+    try:
+        git(root, "rev-parse", "--git-dir")
+    except RegistryError:
+        return False
+    return True
+
+
+# Which files a run needs to run again: what its snapshot must hold, tracked by git or not.
+
+
+_ALWAYS = (str(PIPELINE), str(PARAMS), str(LOCK), str(REQUIREMENTS), ".dvc/config", ".dvcignore")
+
+
+def needed_files(root: Path, recipe: Recipe) -> set[str]:
+    """The files that the recipe's stages need, relative to `root`, posix.
+
+    All that they import (telemetry too, which the key leaves out), what dvc.yaml declares beside
+    it, parameters, lock, weights to start from; in place of a file that DVC tracks its .dvc file.
+    Of a symbolic link both the link and what it points to.
+
+    Args:
+        root: the workspace.
+        recipe: made in it.
+
+    Raises:
+        RegistryError: a file is a link that leaves the repository.
+    """
+    flat = load_params(root / PARAMS).flat()
+    paths = {path for path in _ALWAYS if (root / path).is_file()}
+    paths |= set(recipe.preimages["code"]["files"])
+    for name, cmd in recipe.cmd.items():
+        paths |= set(import_closure(Stage(name, cmd, (), (), ()).module, root, ()))
+    for dep in recipe.preimages["data"]:
+        paths.add(str(flat[DATA_PATH]).rstrip("/") if dep == "data" else dep)
+    paths |= {str(flat[name]) for name in FILE_PARAMS if _lies_inside(flat.get(name))}
+    return {file for path in paths for file in _real_files(pointer_of(path, root) or path, root)}
+
+
+def _lies_inside(value: object) -> bool:
+    """Whether a parameter is a file of the repository.
+
+    One outside it has no place in a snapshot; the key holds its hash, so that no other file can
+    pass for it.
+    """
+    if value in (None, "none", "imagenet") or Path(str(value)).is_absolute():
+        return False
+    return ".." not in Path(str(value)).parts
+
+
+def _real_files(path: str, root: Path) -> Iterator[str]:
+    """`path` without links in it, and every link on the way."""
+    home = root.resolve()
+    for part in reversed((PurePosixPath(path), *PurePosixPath(path).parents[:-1])):
+        link = root / part
+        if not link.is_symlink():
+            continue
+        yield str(part)
+        target = link.resolve()
+        if not target.is_relative_to(home):
+            raise RegistryError(
+                f"{path}: a link to {link.readlink()}, outside the repository, so that no snapshot"
+                " can hold what the run needs; put the file itself there"
+            )
+        rest = PurePosixPath(path).relative_to(part)
+        yield from _real_files((target.relative_to(home) / rest).as_posix(), home)
+        return
+    yield path
+
 
 REFS = "refs/runkey"
 LARGEST_MB = 10

@@ -16,9 +16,15 @@ from runkey.tracking.describe import (
     read_dataset,
     run_name,
 )
-from runkey.tracking.jsonl import JsonlLog
-from runkey.tracking.mlflow_tracker import MlflowTracker
-from runkey.tracking.run import SAMPLES, TRAIN_LOG, RunTracker, open_run, reopen_run
+from runkey.tracking.log import JsonlLog
+from runkey.tracking.mlflow_run import (
+    SAMPLES,
+    TRAIN_LOG,
+    MlflowTracker,
+    RunTracker,
+    open_run,
+    reopen_run,
+)
 from runkey.tracking.store import Store, locate_store
 from runkey.tracking.sync import Training
 

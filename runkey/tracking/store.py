@@ -6,21 +6,256 @@ checkout also inside `dvc exp run --temp|--queue` (whose folder is deleted after
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
+import signal
+import socket
 import sqlite3
+import subprocess
+import sys
 import tempfile
-from contextlib import closing
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runkey import paths
 from runkey.errors import TrackingError
-from runkey.tracking.view import offer_view
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+
+# Set a tag on a recorded run without importing mlflow: that would take longer than all else.
+
+
+_BUSY_SECONDS = 20.0
+
+
+def set_tag(
+    store: Store, run_id: str, name: str, value: str, post: Callable[[str, dict[str, str]], object]
+) -> None:
+    """Set a tag over an earlier value.
+
+    Args:
+        store: a server or a sqlite database; nothing is done in another kind of database.
+        run_id: the run.
+        name: of the tag.
+        value: its text.
+        post: sends a JSON object to an address below the server's `api/2.0/mlflow/`.
+
+    Raises:
+        TrackingError: the database cannot be written.
+        RegistryError: from `post`.
+    """
+    if store.is_server:
+        post("runs/set-tag", {"run_id": run_id, "key": name, "value": value})
+    elif store.database:
+        try:
+            with (
+                closing(sqlite3.connect(store.database, timeout=_BUSY_SECONDS)) as database,
+                database,
+            ):
+                database.execute(
+                    "INSERT INTO tags (key, value, run_uuid) VALUES (?, ?, ?)"
+                    " ON CONFLICT (key, run_uuid) DO UPDATE SET value = excluded.value",
+                    (name, value, run_id),
+                )
+        except sqlite3.Error as error:
+            raise TrackingError(f"{store.database}: {error}") from None
+
+
+# Which columns MLflow's list of runs shows at once.
+
+
+VIEW = "runkey"
+"""Its name in addresses and in the menu."""
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
+# To be counted up with every change of the columns (milliseconds, as MLflow has it).
+_VERSION_MS = 1_795_600_000_001
+
+_COLUMNS = {
+    "duration": 80,
+    "metrics.`eval/AP`": 85,
+    "metrics.`eval/AP50`": 85,
+    "metrics.`eval/AP75`": 85,
+    "metrics.`eval/loss`": 85,
+    "params.`lr`": 80,
+    "params.`training.epochs`": 125,
+    "params.`training.batch_size`": 150,
+    "params.`seed`": 60,
+    "params.`key.code`": 90,
+    "params.`key.params`": 100,
+    "params.`key.data`": 90,
+    "params.`key.environment`": 140,
+    "tags.`key`": 90,
+    "tags.`device`": 100,
+    "attributes.`Models`": 150,
+    "attributes.`Dataset`": 200,
+}
+"""Width in pixels by column, from the left, after name and time; MLflow's names for them."""
+
+
+def view_text() -> str:
+    """The tag's value: a named view as MLflow's pages save one, and what it holds as JSON text."""
+    state = {
+        "orderByKey": "attributes.start_time",
+        "orderByAsc": False,
+        "selectedColumns": list(_COLUMNS),
+        "columnOrder": list(_COLUMNS),
+        "columnWidths": _COLUMNS,
+    }
+    view = {"name": VIEW, "createdAt": _VERSION_MS, "updatedAt": _VERSION_MS}
+    return json.dumps(view | {"state": json.dumps(state)})
+
+
+def is_due(tags: Mapping[str, str]) -> bool:
+    """Whether an experiment with these tags lacks the view, or has an older one that nobody edited.
+
+    MLflow's pages set `updatedAt` when a view is overridden.
+    """
+    try:
+        kept = json.loads(tags[VIEW_TAG])
+        return bool(kept["createdAt"] == kept["updatedAt"] < _VERSION_MS)
+    except KeyError:
+        return True
+    except (TypeError, ValueError):
+        return False
+
+
+def offer_view(client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> None:
+    """Write the view to an experiment where that is due.
+
+    Args:
+        client: of the store.
+        experiment: its id.
+        tags: those that it has.
+    """
+    from mlflow.exceptions import MlflowException
+
+    # Two processes may write it at once, and a server may let only some people do so: the view is
+    # a convenience, not worth a run.
+    with suppress(MlflowException):
+        if is_due(tags):
+            client.set_experiment_tag(experiment, VIEW_TAG, view_text())
+
+
+# MLflow's pages on the store, as a process of their own.
+
+
+_START_SECONDS = 180.0
+_HOST = "127.0.0.1"
+
+
+def serve(
+    store: Store, port: int, say: Callable[[str], None], pages: Callable[[str], Iterable[str]]
+) -> None:
+    """Serve the store's pages until the process is interrupted (Ctrl-C).
+
+    A store that is a server already is not served again: its pages are said.
+
+    Args:
+        store: what to show.
+        port: local port; 0: any free one.
+        say: told the pages, and what goes on.
+        pages: lines that name pages of the server at an address.
+
+    Raises:
+        TrackingError: there is no store yet, the port is taken, or MLflow does not start.
+    """
+    if store.is_server:
+        for line in pages(store.uri):
+            say(line)
+        return
+    if store.database and not store.database.is_file():
+        raise TrackingError(f"{store.database}: not found; `make repro` records the first run")
+    port = port or free_port()
+    _refuse_taken(port)
+    say("starting MLflow's server (some 10 s) ...")
+    process = start_server(store, port)
+    try:
+        address = f"http://{_HOST}:{port}"
+        wait_until_healthy(address, process)
+        for line in pages(address):
+            say(line)
+        say("Ctrl-C ends it")
+        process.wait()
+    except KeyboardInterrupt:
+        say("stopped")
+    finally:
+        stop_server(process)
+
+
+def start_server(store: Store, port: int) -> subprocess.Popen[str]:
+    """`mlflow server` with one worker on a local port; the caller ends it by `stop_server`."""
+    quiet_mlflow()
+    # Jobs (for generative AI) would be a second process of 240 MB.
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store.uri]
+    command += ["--host", _HOST, "--port", str(port), "--workers", "1"]
+    if store.artifacts:
+        command += ["--default-artifact-root", store.artifacts.as_uri()]
+    # A session of its own: MLflow's process starts the one that serves and would leave it behind.
+    return subprocess.Popen(
+        command,
+        env=environment,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def stop_server(process: subprocess.Popen[str], kill: bool = False) -> None:
+    """End the server with the processes that it started; `kill` leaves them no time."""
+    # The group may be gone already, which is what is wanted.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL if kill else signal.SIGTERM)
+    process.wait()
+
+
+def wait_until_healthy(address: str, process: subprocess.Popen[str]) -> None:
+    """Return when the server answers.
+
+    Raises:
+        TrackingError: it ended, or did not answer in three minutes.
+    """
+    end = time.monotonic() + _START_SECONDS
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise TrackingError(f"mlflow server ended with code {process.returncode}")
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    raise TrackingError(f"mlflow server did not answer at {address} in {_START_SECONDS:.0f} s")
+
+
+def free_port() -> int:
+    """A local port that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind((_HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _refuse_taken(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((_HOST, port))
+        except OSError as error:
+            raise TrackingError(
+                f"port {port}: {error.strerror}; name another, or 0 for any free one"
+            ) from None
+
 
 _SQLITE = "sqlite:///"
 _SERVER = ("http://", "https://")

@@ -1,6 +1,6 @@
 """Copies an MLflow run from one store to another, by way of a folder.
 
-The copy is a run like any other, with an id of its own; `runkey.identity.run_folder` says what lies
+The copy is a run like any other, with an id of its own; `runkey.identity.record` says what lies
 in the folder.
 """
 
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import tempfile
+import urllib.parse
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import batched
@@ -17,15 +19,174 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from runkey import paths
-from runkey.errors import TrackingError
-from runkey.identity.record import DETAILS, KEY, Details, LoggedRun, Record, write_record
-from runkey.identity.run_folder import ARTIFACTS, CONTENT, ORIGIN, SCHEMA
+from runkey.errors import RecipeError, TrackingError
+from runkey.identity.record import (
+    ARTIFACTS,
+    CONTENT,
+    DETAILS,
+    KEY,
+    NOT_KEPT,
+    ORIGIN,
+    RUN_FOLDER_SCHEMA,
+    Details,
+    LoggedRun,
+    Record,
+    write_record,
+)
 from runkey.progress import Steps, each, progress
-from runkey.tracking.records import logged_run
 from runkey.tracking.store import Store, experiment_id, open_client, quiet_mlflow
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+
+# What MLflow has of a run, in the form that the registry keeps and compares.
+
+
+def logged_run(run: Any) -> LoggedRun:
+    """The parts of an `mlflow.entities.Run` that a record holds."""
+    info, data = run.info, run.data
+    return LoggedRun(
+        run_id=info.run_id,
+        experiment_id=str(info.experiment_id),
+        name=info.run_name or "",
+        status=info.status,
+        started_ms=info.start_time,
+        # MLflow keeps the time of the end when a run goes on.
+        ended_ms=None if info.status == "RUNNING" else info.end_time,
+        artifact_uri=info.artifact_uri,
+        params=dict(sorted(data.params.items())),
+        metrics={n: v for n, v in sorted(data.metrics.items()) if not n.startswith(NOT_KEPT)},
+        tags={n: v for n, v in sorted(data.tags.items()) if not n.startswith("mlflow.")},
+    )
+
+
+def read_details(client: MlflowClient, run: LoggedRun) -> Details | None:
+    """The details that a run wrote as its artifact; None if it ended before.
+
+    Raises:
+        RecipeError: the artifact is not a run's record.
+        MlflowException, OSError: the artifacts cannot be reached.
+    """
+    where = f"{DETAILS} of run {run.run_id}"
+    parts = urllib.parse.urlsplit(run.artifact_uri)
+    if parts.scheme == "file":
+        # Past MLflow, which takes 20 ms a file: `runkey index` reads thousands.
+        path = Path(urllib.parse.unquote(parts.path)) / DETAILS
+        if not path.is_file():
+            return None
+        return Details.from_dict(json.loads(path.read_text(encoding="utf-8")), where)
+    if DETAILS not in {item.path for item in client.list_artifacts(run.run_id)}:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(client.download_artifacts(run.run_id, DETAILS, folder))
+        return Details.from_dict(json.loads(path.read_text(encoding="utf-8")), where)
+
+
+def write_details(
+    store: Store, run_id: str, details: Details, tags: dict[str, str] | None = None
+) -> LoggedRun:
+    """Replace the details of a recorded run, and set tags; the run as it then stands.
+
+    Raises:
+        TrackingError: the store cannot be opened.
+        MlflowException: it refuses.
+    """
+    client = open_client(store)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / DETAILS
+        path.write_text(details.as_json(), encoding="utf-8")
+        client.log_artifact(run_id, str(path))
+    for name, value in (tags or {}).items():
+        client.set_tag(run_id, name, value)
+    return logged_run(client.get_run(run_id))
+
+
+# Delete a run from MLflow.
+
+
+def delete_run(store: Store, run_id: str) -> None:
+    """Put a run and its models into MLflow's trash, for `mlflow gc`; artifacts are left alone.
+
+    A run that is there already, or that MLflow does not know, is no error.
+
+    Raises:
+        TrackingError: the store cannot be reached, or refuses.
+    """
+    client = open_client(store)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+        if run.info.lifecycle_stage != "deleted":
+            for model in run.outputs.model_outputs if run.outputs else ():
+                client.delete_logged_model(model.model_id)
+            client.delete_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise TrackingError(f"run {run_id}: not deleted from MLflow: {error.message}") from None
+
+
+# All runs that have a key, read from MLflow: what the registry's records are made from.
+
+
+_PAGE = 1000
+"""Runs a question: MLflow keeps all of them in memory, some 100 KB each."""
+
+
+def recorded_runs(store: Store, say: Callable[[str], None]) -> Iterator[Record]:
+    """Every active run that has a key, newest first, with its details.
+
+    Args:
+        store: where to look.
+        say: told of runs whose details cannot be read; they come without.
+
+    Raises:
+        TrackingError: there is no store yet, or it cannot be read.
+    """
+    if store.database and not store.database.is_file():
+        raise TrackingError(f"{store.database}: not found; `make repro` records the first run")
+    client = open_client(store)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        for run in _runs(client):
+            logged = logged_run(run)
+            try:
+                details = read_details(client, logged)
+            except (RecipeError, OSError, ValueError) as error:
+                say(f"run {logged.run_id}: listed without its details ({error})")
+                details = None
+            yield Record(run=logged, details=details)
+    except MlflowException as error:
+        raise TrackingError(f"{store.uri}: {' '.join(str(error).split())[:200]}") from None
+
+
+def _runs(client: MlflowClient) -> Iterator[Any]:
+    """`mlflow.entities.Run`s, in pages."""
+    experiments = [
+        str(experiment.experiment_id)
+        for page in _pages(client.search_experiments, max_results=_PAGE)
+        for experiment in page
+    ]
+    if experiments:  # MLflow takes none for all
+        for page in _pages(
+            client.search_runs,
+            experiment_ids=experiments,
+            filter_string=f"tags.{KEY} LIKE 'rk1-%'",
+            max_results=_PAGE,
+        ):
+            yield from page
+
+
+def _pages(search: Callable[..., Any], **question: Any) -> Iterator[Any]:
+    """Every page that a search gives."""
+    page = search(**question)
+    yield page
+    while page.token:
+        page = search(**question, page_token=page.token)
+        yield page
+
 
 # MLflow's bounds on one request.
 _METRICS = 1000
@@ -37,7 +198,7 @@ _NOT_COPIED = ("mlflow.runName", "mlflow.artifactLocation")
 
 @dataclass(frozen=True)
 class StoreRuns:
-    """The runs of a store, as `runkey.registry.team.package.Runs` wants them."""
+    """The runs of a store, as `runkey.registry.package.Runs` wants them."""
 
     store: Store
     experiment: str
@@ -95,7 +256,7 @@ def read_run(store: Store, run_id: str, folder: Path) -> dict[str, Any]:
     run = client.get_run(run_id)
     inputs = run.inputs.dataset_inputs if run.inputs else []
     content = {
-        "schema": SCHEMA,
+        "schema": RUN_FOLDER_SCHEMA,
         "run_id": run_id,
         "name": run.info.run_name or "",
         "status": run.info.status,

@@ -5,33 +5,214 @@ result = fit(model, criterion, loader, evaluate, params, device=device, tracker=
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from runkey.data.batch import Window
-from runkey.errors import DataError, Interrupted, StoppedError
+from runkey.data.dataset import Window
+from runkey.errors import DataError, Interrupted, ModelError, StoppedError
 from runkey.model.criterion import Criterion
 from runkey.params import Params
-from runkey.training.checkpoint.content import Checkpoints
-from runkey.training.distributed import World
-from runkey.training.epoch_end import close_epoch, finish
-from runkey.training.explain import explained
-from runkey.training.guard.guard import Guard
+from runkey.training.build import Evaluate, Loader, Setup, build_setup
+from runkey.training.checkpoint.file import Checkpoints
+from runkey.training.device import seed_step
+from runkey.training.distributed import World, ended_together, metrics_together, windows_together
+from runkey.training.early_stopping import Judge, judge_history, loss_gap, watched_value
+from runkey.training.guard import Guard, begin, explained, take_content
 from runkey.training.interrupts import Interrupts
-from runkey.training.meters import Stopwatch, timed
-from runkey.training.progress import open_display
-from runkey.training.recorder import EpochRecorder
-from runkey.training.resume import begin, take_content
-from runkey.training.seed import seed_step
-from runkey.training.setup import Evaluate, Loader, Setup, build_setup
-from runkey.training.state import FitResult, LoopState
+from runkey.training.metrics import LateReader, Pace, Quiet, Reading, Stopwatch, Tracker, timed
+from runkey.training.progress import Display, bar_text, epoch_line, open_display
+from runkey.training.state import FitResult, LoopState, Running
 from runkey.training.step import StepResult, train_step
-from runkey.training.together import ended_together, windows_together
-from runkey.training.tracker import Quiet, Tracker
+
+# The numbers of a running epoch on their way to the tracker, the bar and the epoch's line.
+
+
+class EpochRecorder:
+    """Takes each step's result, and hands its values on one step later."""
+
+    def __init__(self, setup: Setup, state: LoopState, display: Display, guard: Guard) -> None:
+        """Start an epoch, or go on in the middle of one, as the state says."""
+        self._running = running = state.running
+        self.pace = Pace.after(running.images, running.wait_seconds, running.seconds)
+        """Of the whole epoch."""
+        self.recent = Pace()
+        """Since the last logged step."""
+        self._setup, self._state, self._display, self._guard = setup, state, display, guard
+        self._reader = LateReader()
+
+    def record(self, result: StepResult, factor: float) -> None:
+        """Queue the values of the step that `state.step` now counts."""
+        for pace in (self.pace, self.recent):
+            pace.images += len(result.image_ids)
+        lr = self._setup.params.lr * factor
+        reading = Reading(self._state.step, result.image_ids, lr, {}, result.faults)
+        self._take(self._reader.push(reading, _scalars(result)))
+
+    def settle(self) -> None:
+        """Wait for the last step, so that the state holds all numbers up to it."""
+        self._take(self._reader.flush())
+        running, pace = self._running, self.pace
+        running.images, running.wait_seconds = pace.images, pace.wait_seconds
+        running.seconds = pace.seconds
+
+    def finish(self) -> dict[str, float]:
+        """Wait for the last step; the epoch's values by metric name.
+
+        Losses are means under `train/epoch_loss` and so on, so that they lie on one axis with the
+        evaluation's; gradient norms are means, the rate is the last.
+        """
+        self.settle()
+        running = self._running
+        values = {
+            name.replace("/loss", "/epoch_loss"): value
+            for name, value in running.means.means().items()
+        }
+        values |= _pace_values(self.pace)
+        return values if running.lr is None else values | {"train/lr": running.lr}
+
+    def _take(self, reading: Reading | None) -> None:
+        """Judge, log and show a step whose values have arrived on the host."""
+        if reading is None:
+            return
+        self._guard.note(reading)
+        values = {name: value for name, value in reading.values.items() if name != "skipped"}
+        self._running.means.add(values)
+        self._running.lr = reading.lr
+        if reading.step > 1 and reading.step % self._setup.params.runtime.log_every:
+            return
+        values |= _pace_values(self.recent)
+        values["train/lr"] = reading.lr
+        values["train/epoch"] = reading.step / self._setup.loader.steps_per_epoch
+        self.recent.restart()
+        self._setup.tracker.log(values, reading.step)
+        text = bar_text(values, self._setup.seconds_left(self._state.step, self._state.seconds))
+        self._display.update(self._state.step, self._state.epoch + 1, text)
+
+
+def _scalars(result: StepResult) -> dict[str, Tensor]:
+    """A step's scalars by metric name, and whether it was skipped."""
+    values = {f"train/{name}": value for name, value in result.losses.items()}
+    values |= {
+        "train/grad_norm": result.clipped.before,
+        "train/grad_norm_clipped": result.clipped.after,
+        "skipped": result.skipped,
+    }
+    if result.clipped.threshold is not None:
+        values["train/clip_threshold"] = result.clipped.threshold
+    if result.scale is not None:
+        values["train/loss_scale"] = result.scale
+    return values
+
+
+def _pace_values(pace: Pace) -> dict[str, float]:
+    return {
+        "train/images_per_second": pace.images_per_second,
+        "train/data_wait_share": pace.data_wait_share,
+    }
+
+
+# The end of an epoch and of a training: evaluation, the best weights, an early stop, a line.
+
+
+def close_epoch(
+    setup: Setup, state: LoopState, values: dict[str, float], guard: Guard, clock: Stopwatch
+) -> None:
+    """Evaluate if that is due, log and print the epoch; note the end of training."""
+    epochs, every = setup.params.training.epochs, setup.params.training.evaluate_every
+    number = state.epoch + 1
+    due = number % every == 0 or number == epochs
+    if due:
+        guard.act_before_evaluation()
+    is_best = due and _evaluate(setup, state, values)
+    state.epoch, state.running = number, Running()
+    state.seconds += clock.lap()
+    values |= {
+        "train/epoch": float(number),
+        "train/skipped_steps": float(state.skipped_steps),
+        "train/loss_spikes": float(state.guard.spikes),
+    }
+    state.history.append({"epoch": float(number), "step": float(state.step)} | values)
+    setup.tracker.log(values, state.step)
+    setup.say(
+        epoch_line(
+            number,
+            epochs,
+            values,
+            setup.seconds_left(state.step, state.seconds),
+            watched=setup.watched,
+            is_best=is_best,
+        )
+    )
+    if not state.stop_reason and number == epochs:
+        state.stop_reason = f"all {epochs} epochs done"
+
+
+def _evaluate(setup: Setup, state: LoopState, values: dict[str, float]) -> bool:
+    """Evaluate, add the metrics to `values`, keep the best weights; whether these are the best."""
+    stopping = setup.params.training.early_stopping
+    module = setup.evaluated_module.eval()
+    metrics = metrics_together(lambda: _judge(setup, state, module), setup.world, setup.interrupts)
+    value = watched_value(metrics, stopping.metric)
+    values |= metrics | loss_gap(values, metrics)
+    state.evaluations.append(metrics)
+    if stopping.enabled:
+        judge = Judge(stopping.mode, stopping.min_delta)
+        history = state.watched(stopping.metric)
+        verdict = judge_history(history, judge, stopping.patience, stopping.metric)
+        state.stop_reason = verdict.reason
+    # The smallest change is for patience alone: better weights are better by however little.
+    return state.offer(value, metrics, module, Judge(stopping.mode))
+
+
+def _judge(setup: Setup, state: LoopState, module: nn.Module) -> dict[str, float]:
+    """The evaluation's metrics; of a model whose predictions are not finite, NaN.
+
+    That is the worst there is, so such weights are never the best; whether training goes on is the
+    guard's business, which sees the same in the next steps.
+    """
+    try:
+        with torch.no_grad():
+            return {name: float(value) for name, value in setup.evaluate(module).items()}
+    except ModelError as error:
+        setup.say(f"evaluation after step {state.step}: {error}; it counts as the worst")
+        setup.tracker.event("evaluation_failed", step=state.step, reason=str(error))
+        return {setup.watched: math.nan}
+
+
+def finish(setup: Setup, state: LoopState) -> FitResult:
+    """Say how training ended, and hand over what it leaves behind."""
+    result = state.result()
+    setup.say(
+        f"{result.stop_reason}; kept the weights of epoch {result.best_epoch} "
+        f"({setup.watched} {result.best_metrics[setup.watched]:.4g}){_gap_text(result)}"
+    )
+    setup.tracker.event(
+        "training_end",
+        reason=result.stop_reason,
+        best_epoch=result.best_epoch,
+        best_step=result.best_step,
+        steps=result.steps,
+        skipped_steps=result.skipped_steps,
+        seconds=result.seconds,
+    )
+    return result
+
+
+def _gap_text(result: FitResult) -> str:
+    """How far the held-out loss was above the training loss, in words; empty if not known."""
+    gaps = {e["step"]: e["val/loss_gap"] for e in result.history if "val/loss_gap" in e}
+    if result.best_step not in gaps:
+        return ""
+    last = list(gaps.values())[-1]
+    return (
+        f"; held-out loss minus training loss: {gaps[result.best_step]:.3g} there, {last:.3g} at "
+        "the end"
+    )
 
 
 def fit(

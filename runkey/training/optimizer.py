@@ -2,13 +2,257 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from runkey import params
 from runkey.errors import TrainingError
+from runkey.training.distributed import World
+
+# Gradient clipping by joint norm or by value, without a host sync.
+
+
+# In a history's places without a norm yet.  Not NaN: what a checkpoint holds is finite.
+_NO_NORM = -1.0
+
+ClipMode = Literal["norm", "value", "percentile", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Clipped:
+    """What clipping saw and did: scalars on the gradients' device."""
+
+    before: Tensor
+    """Joint 2-norm before."""
+    after: Tensor
+    """Joint 2-norm after."""
+    threshold: Tensor | None
+    """Largest norm that was let through; None: norms are not what is clipped."""
+
+
+class Clipper:
+    """Clips each step's gradients; percentile remembers past norms.
+
+    norm scales all gradients by one factor, so that the joint 2-norm is at most `threshold`
+    (Pascanu et al. 2013).  percentile is the same with a percentile of the last norms, this step's
+    included, in the threshold's place (AutoClip, Seetharaman et al. 2020).  value clamps each
+    element to +-`threshold`; none changes nothing.
+    """
+
+    def __init__(self, section: params.Clip, device: torch.device) -> None:
+        """Start without a history."""
+        self.mode: ClipMode = section.mode
+        self._limit = section.threshold
+        self._part = section.percentile / 100
+        length = section.history if section.mode == "percentile" else 0
+        self._norms = torch.full((length,), _NO_NORM, device=device)
+
+    def clip(self, gradients: list[Tensor]) -> Clipped:
+        """Clip in place, once per optimizer step.
+
+        Args:
+            gradients: tensors of any shapes on one device, at least one; unscaled.
+        """
+        before = joint_norm(gradients)
+        match self.mode:
+            case "norm":
+                limit = torch.full_like(before, self._limit)
+                return Clipped(before, scale_to(gradients, before, self._limit), limit)
+            case "percentile":
+                limit = self._percentile_with(before)
+                return Clipped(before, scale_to(gradients, before, limit), limit)
+            case "value":
+                torch._foreach_clamp_min_(gradients, -self._limit)
+                torch._foreach_clamp_max_(gradients, self._limit)
+                return Clipped(before, joint_norm(gradients), None)
+        return Clipped(before, before, None)
+
+    def _percentile_with(self, norm: Tensor) -> Tensor:
+        """Take a norm into the history, unless it is not finite; the percentile of the history."""
+        longer = torch.cat((self._norms[1:], norm.to(self._norms.dtype)[None]))
+        self._norms = torch.where(norm.isfinite(), longer, self._norms)
+        known = torch.where(self._norms >= 0, self._norms, torch.nan)
+        return torch.nanquantile(known, self._part)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`norms` [history], the latest last, -1 where there is none yet; empty if not needed."""
+        return {"norms": self._norms}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state_dict` gave."""
+        self._norms = state["norms"].to(self._norms.device, copy=True)
+
+
+def joint_norm(gradients: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, a scalar on their device; NaN or inf if any holds one.
+
+    Args:
+        gradients: tensors of any shapes on one device, at least one.
+    """
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    return norm
+
+
+def scale_to(gradients: list[Tensor], norm: Tensor, limit: float | Tensor) -> Tensor:
+    """Scale gradients in place so that their joint norm is at most `limit`.
+
+    Args:
+        gradients: tensors of any shapes on one device.
+        norm: their joint norm.
+        limit: positive.
+
+    Returns:
+        The joint norm after.
+    """
+    # 1e-6 as in torch: a norm at the limit is never multiplied by more than 1.
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, factor)
+    return norm * factor
+
+
+# Moving average of the weights (Polyak and Juditsky 1992): evaluated and kept in their place.
+
+
+# Tensors begin at multiples of this many elements, as they would on their own.
+_ALIGNMENT = 64
+
+
+class Ema:
+    """An averaged copy of a module: average += (1 - decay) * (weights - average).
+
+    The decay grows as (1 + n) / (10 + n) with the n steps so far, up to `decay`: a short training
+    is not averaged with its random start.  Floating buffers (batch norm's statistics) are averaged
+    in the same way, others copied.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        """Start from a copy of `module` as it is."""
+        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        self.decay = decay
+        self.updates = 0
+        pairs = [
+            (average, weight)
+            for average, weight in zip(_tensors(self.module), _tensors(module), strict=True)
+            # A frozen weight never moves, so neither does its average.
+            if not isinstance(weight, nn.Parameter) or weight.requires_grad
+        ]
+        self._averages = [average for average, _ in pairs if average.is_floating_point()]
+        self._weights = [weight for average, weight in pairs if average.is_floating_point()]
+        self._copies = [pair for pair in pairs if not pair[0].is_floating_point()]
+        dtypes = dict.fromkeys(average.dtype for average in self._averages)
+        self._flat = [
+            _lay_out([average for average in self._averages if average.dtype == dtype])
+            for dtype in dtypes
+        ]
+
+    def current_decay(self) -> float:
+        """The decay of the next update."""
+        return min(self.decay, (1 + self.updates) / (10 + self.updates))
+
+    @torch.no_grad()
+    def update(self, skipped: Tensor) -> None:
+        """Take one step towards the module's present weights, without a host sync.
+
+        Args:
+            skipped: float scalar on the device; where it is 1, the optimizer's step was skipped,
+                and the averages stay as they are, bit for bit.  The decay's n counts it all the
+                same: the host does not know yet.
+        """
+        before = [flat.clone() for flat in self._flat]
+        torch._foreach_lerp_(self._averages, self._weights, 1 - self.current_decay())
+        for flat, old in zip(self._flat, before, strict=True):
+            torch.where(skipped > 0, old, flat, out=flat)
+        for average, weight in self._copies:  # put back already where the step was skipped
+            average.copy_(weight)
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, object]:
+        """The averaged tensors and the number of updates."""
+        return {"module": self.module.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Continue from what `state_dict` gave."""
+        self.module.load_state_dict(state["module"])  # type: ignore[arg-type]
+        self.updates = int(state["updates"])  # type: ignore[call-overload]
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _lay_out(tensors: list[Tensor]) -> Tensor:
+    """Move tensors of one dtype into one flat tensor, which can be copied in one go.
+
+    Shapes, strides and values stay; so does the order of arithmetic on each of them.
+    """
+    starts, end = [], 0
+    for tensor in tensors:
+        starts.append(end)
+        end += -(-tensor.numel() // _ALIGNMENT) * _ALIGNMENT
+    flat = tensors[0].new_zeros(end)
+    for start, tensor in zip(starts, tensors, strict=True):
+        place = torch.as_strided(flat, tensor.shape, _dense_stride(tensor), start)
+        place.copy_(tensor)
+        tensor.data = place
+    return flat
+
+
+def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
+    """The strides of a copy without gaps, in the same memory format."""
+    return torch.empty_like(tensor).stride()
+
+
+# The gradients of a step: cleared, and added up over the ranks.
+
+
+class Gradients:
+    """The `.grad` of the trained parameters."""
+
+    def __init__(self, parameters: Iterable[Tensor], world: World) -> None:
+        """Take note of the parameters; all ranks have the same ones in the same order."""
+        self._parameters = list(parameters)
+        self._world = world
+
+    def clear(self) -> None:
+        """Let go of all gradients and their memory."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def add_up(self) -> None:
+        """Make each gradient the sum over ranks, the same bits on all of them.
+
+        They travel in one piece, into which they are copied once a step: by then the activations
+        are gone, so the copy does not add to the step's peak of memory.  A rank without a gradient
+        (no image of this window was its) adds zero.
+        """
+        if self._world.size == 1:
+            return
+        for dtype in sorted({p.dtype for p in self._parameters}, key=str):
+            self._add_up([p for p in self._parameters if p.dtype == dtype])
+
+    def _add_up(self, parameters: list[Tensor]) -> None:
+        total = sum(p.numel() for p in parameters)
+        flat = torch.zeros(total, dtype=parameters[0].dtype, device=parameters[0].device)
+        # A dense parameter's own strides (channels last): the optimizer reads both in one order.
+        starts = [0]
+        for parameter in parameters:
+            starts.append(starts[-1] + parameter.numel())
+        views = [
+            flat.as_strided(p.shape, p.stride(), start)
+            for p, start in zip(parameters, starts, strict=False)
+        ]
+        ours = [(v, p.grad) for v, p in zip(views, parameters, strict=True) if p.grad is not None]
+        if ours:
+            torch._foreach_copy_([v for v, _ in ours], [g for _, g in ours])
+        for parameter, view in zip(parameters, views, strict=True):
+            parameter.grad = view
+        self._world.add_up(flat)
+
 
 _BACKBONE = "backbone."
 

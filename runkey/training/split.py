@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from runkey.data.batch import Batch, Window
+from runkey.data.dataset import Batch, Window
 from runkey.errors import StoppedError
 
 # What a CPU's allocator, cuBLAS and cuDNN say in a RuntimeError of no special kind.

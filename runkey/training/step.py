@@ -15,18 +15,23 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from runkey.data.batch import Batch, Window
+from runkey.data.dataset import Batch, Window
 from runkey.data.normalise import normalise
 from runkey.errors import RunkeyError
 from runkey.model.criterion import Criterion, Losses, Normaliser
-from runkey.model.targets import Targets
-from runkey.training.clip import Clipped, Clipper
+from runkey.model.matcher import Targets
+from runkey.training.device import Precision
 from runkey.training.distributed import SharedError, World
-from runkey.training.gradients import Gradients
-from runkey.training.optimizer import guarded_step, set_rates, trained_parameters
-from runkey.training.precision import Precision
+from runkey.training.metrics import RunningStatistics
+from runkey.training.optimizer import (
+    Clipped,
+    Clipper,
+    Gradients,
+    guarded_step,
+    set_rates,
+    trained_parameters,
+)
 from runkey.training.split import Split, in_pieces, is_out_of_memory
-from runkey.training.statistics import RunningStatistics
 
 
 @dataclass(frozen=True)

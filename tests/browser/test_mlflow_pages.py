@@ -15,7 +15,7 @@ from runkey import paths
 from runkey.identity.record import LoggedRun, update_record
 from runkey.params import load_params
 from runkey.tracking import locate_store, open_run, reopen_run
-from runkey.tracking.server import free_port
+from runkey.tracking.store import free_port
 from tests.support.chromium import Page, open_chromium
 
 REPOSITORY = Path(__file__).parents[2]

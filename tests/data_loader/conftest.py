@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runkey.data.batch import Batch, Window
 from runkey.data.cache import cached_size, write_cache
+from runkey.data.dataset import Batch, Window
 from runkey.data.decode import decode_rgb
 from runkey.data.index import Record, write_index
 from runkey.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader

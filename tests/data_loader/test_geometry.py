@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from runkey.data.augment import Views
-from runkey.data.geometry import (
+from runkey.data.augment import (
     OUTSIDE_RGB,
     Region,
+    Views,
     carry_boxes,
     crop_resize,
     place,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from runkey.data.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
+from runkey.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Batch
 from runkey.data.normalise import normalise
 
 

@@ -14,7 +14,7 @@ import pytest
 TRAINER = """
 import sys
 
-from runkey.data.stream import BatchStream
+from runkey.data.loader import BatchStream
 
 
 class Maker:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runkey.data.random import permutation, philox, uniforms
+from runkey.data.augment import permutation, philox, uniforms
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from runkey.errors import DataError
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
 from runkey.params.data import Augment, Data
+from runkey.training.device import set_up
 from runkey.training.loop import fit
-from runkey.training.seed import set_up
 from tests.training.conftest import SavedInMemory, make_params
 
 DATA = Data(short_sides=(32,), long_side=48, augment=Augment())

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from runkey.data.image_list import IMAGE_LIST, ListedImage, read_image_list, write_image_list
-from runkey.data.index import ClassName, Record
+from runkey.data.index import (
+    IMAGE_LIST,
+    ClassName,
+    ListedImage,
+    Record,
+    read_image_list,
+    write_image_list,
+)
 from runkey.errors import DataError
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from runkey.identity.environment import (
+    CONDA_ONLY,
+    PYTHON_NAMES,
     differences,
     installed_packages,
+    python_pins,
     read_lock,
     read_requirements,
 )
-from runkey.identity.requirements import CONDA_ONLY, PYTHON_NAMES, python_pins
 
 REPOSITORY = Path(__file__).parents[2]
 # Each call of conda-lock takes some seconds: the tools' lock is checked in the slow suite.
@@ -113,7 +115,7 @@ def test_the_tables_of_names_hold_nothing_that_the_lock_lacks():
 
 def test_the_pins_are_derived_by_a_command():
     done = subprocess.run(
-        [sys.executable, "-m", "runkey.identity.requirements"],
+        [sys.executable, "-m", "runkey.identity.environment"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

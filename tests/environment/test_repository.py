@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runkey.identity.environment import normalise_name, read_lock
-from runkey.identity.requirements import python_pins
+from runkey.identity.environment import normalise_name, python_pins, read_lock
 
 REPOSITORY = Path(__file__).parents[2]
 FIRST_PARTY = {"runkey", "stages"}

@@ -7,9 +7,7 @@ import pytest
 
 from runkey.data.index import ClassName, Record
 from runkey.errors import DataError
-from runkey.evaluation.calibration import calibration
 from runkey.evaluation.coco import evaluate_results
-from runkey.evaluation.confusion import confusion
 from runkey.evaluation.detections import to_results_json
 from runkey.evaluation.files import (
     metrics_json,
@@ -18,7 +16,7 @@ from runkey.evaluation.files import (
     write_metrics,
     write_precision_recall,
 )
-from runkey.evaluation.per_image import judge_images, rank_images
+from runkey.evaluation.per_image import calibration, confusion, judge_images, rank_images
 
 CLASSES = [ClassName(0, 5, "ball"), ClassName(1, 9, "cube")]
 

@@ -17,8 +17,8 @@ from runkey.errors import RunkeyError
 from runkey.evaluation.run import evaluate_model, predict, same_shape_batches
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
+from runkey.model.matcher import Targets
 from runkey.model.postprocess import build_postprocess
-from runkey.model.targets import Targets
 from runkey.params import Data, Model
 
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
+from runkey.errors import RecipeError
 from runkey.hashing import canonical_json, sha256_json
-from runkey.identity.closure import hash_files
-from runkey.identity.errors import RecipeError
+from runkey.identity.code import hash_files
 from runkey.identity.key import make_recipe, part_digest
 from runkey.params import load_params, parse_params
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from runkey.identity.closure import (
+from runkey.errors import RecipeError
+from runkey.identity.code import (
     EXCLUDED,
     hash_files,
     import_closure,
     imported_files,
     undeclared,
 )
-from runkey.identity.errors import RecipeError
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -90,7 +90,7 @@ def test_what_was_really_imported_is_found_and_compared(project):
         "for name in [n for n in sys.modules if n.split('.')[0] == 'runkey']:\n"
         "    sys.modules['kept.' + name] = sys.modules.pop(name)\n"
         f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "from runkey.identity.closure import import_closure, imported_files, undeclared\n"
+        "from runkey.identity.code import import_closure, imported_files, undeclared\n"
         "root = Path.cwd()\n"
         "print(*undeclared(imported_files(root), import_closure('stages.train', root), root))\n"
     )
@@ -114,7 +114,7 @@ def test_the_exclude_list_names_what_exists_or_is_planned():
 
 def test_this_very_process_is_listed():
     files = imported_files(REPOSITORY)
-    assert "runkey/identity/closure.py" in files
+    assert "runkey/identity/code.py" in files
     assert not any(path.startswith(".venv") for path in files)
     assert all((REPOSITORY / path).is_file() for path in files)
     assert undeclared(["a.py", "runkey/cli/x.py"], ["b.py"], REPOSITORY) == ("a.py",)
@@ -169,7 +169,7 @@ def test_a_package_put_before_the_locked_one_is_reported(project, tmp_path_facto
             "-c",
             "import sortedcontainers\n"
             "from pathlib import Path\n"
-            "from runkey.identity.closure import foreign_files\n"
+            "from runkey.identity.code import foreign_files\n"
             "print(*foreign_files(Path.cwd()), sep='\\n')",
         ],
         cwd=REPOSITORY,

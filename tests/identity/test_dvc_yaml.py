@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from runkey.identity.closure import EXCLUDED, import_closure, is_excluded
+from runkey.identity.code import EXCLUDED, import_closure, is_excluded
+from runkey.identity.dvc_yaml import covers, meets, read_pipeline
 from runkey.identity.key import PARTS, make_recipe
-from runkey.identity.pipeline import covers, meets, read_pipeline
 from runkey.params import load_params
 
 REPOSITORY = Path(__file__).parents[2]

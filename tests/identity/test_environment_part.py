@@ -11,10 +11,10 @@ from runkey.identity.environment import (
     environment_preimage,
     installed_packages,
     normalise_name,
+    python_pins,
     read_lock,
     read_requirements,
 )
-from runkey.identity.requirements import python_pins
 
 REPOSITORY = Path(__file__).parents[2]
 

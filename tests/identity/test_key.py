@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runkey.identity.errors import RecipeError
+from runkey.errors import RecipeError
 from runkey.identity.key import PARTS, Recipe, make_recipe, short_key
 
 REPOSITORY = Path(__file__).parents[2]

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runkey.identity.explain import explain
-from runkey.identity.key import PARTS, Recipe, make_recipe
+from runkey.identity.key import PARTS, Recipe, explain, make_recipe
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -7,8 +7,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runkey.identity.locktext import lock_entries
-from runkey.identity.yamltext import parse_yaml_text
+from runkey.identity.dvc_yaml import parse_yaml_text
+from runkey.identity.environment import lock_entries
 
 REPOSITORY = Path(__file__).parents[2]
 LOCK = (REPOSITORY / "conda-lock.yml").read_text()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from runkey.identity.errors import RecipeError
+from runkey.errors import RecipeError
 from runkey.identity.key import make_recipe
 from runkey.identity.manifest import RunManifest, make_manifest, take_witness
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import ParamsError
-from runkey.identity.closure import EXCLUDED, is_excluded
+from runkey.identity.code import EXCLUDED, is_excluded
+from runkey.identity.dvc_yaml import chain, read_pipeline
 from runkey.identity.key import DATA_PATH, FILE_PARAMS, PARTS, make_recipe, short_key
-from runkey.identity.pipeline import chain, read_pipeline
 from runkey.params import Params, load_params, parse_params
 
 REPOSITORY = Path(__file__).parents[2]

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from runkey.data.index import ClassName, Record, write_classes, write_index
-from runkey.memory.predict import Prediction, predict
-from runkey.memory.profile import prepared_surroundings
-from runkey.one_step import lender
+from runkey.memory.predict import Prediction, predict, prepared_surroundings
 from runkey.params import Params, load_params, override
+from runkey.pipeline.one_step import lender
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,7 @@ from PIL import Image
 from runkey.data.index import write_index
 from runkey.data.loader import build_train_loader
 from runkey.errors import DataError
-from runkey.memory.census import sample_windows, take_census
+from runkey.memory.batch_shapes import sample_windows, take_census
 from runkey.params import Augment, Data
 
 

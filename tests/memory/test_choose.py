@@ -8,10 +8,19 @@ import pytest
 import torch
 
 from runkey.errors import TrainingError
-from runkey.memory.budget import available_bytes, room_on
-from runkey.memory.choose import Choice, Room, WayOut, Wish, choose, cut, spare_bytes
-from runkey.memory.cpu import cpu_line
-from runkey.memory.line import GIB, MIB, Line, line_through
+from runkey.memory.choose import (
+    Choice,
+    Room,
+    WayOut,
+    Wish,
+    available_bytes,
+    choose,
+    cut,
+    room_on,
+    spare_bytes,
+)
+from runkey.memory.memory_model import GIB, MIB, Line, line_through
+from runkey.memory.trial import cpu_line
 
 CPU = torch.device("cpu")
 LINE = Line(GIB, GIB)

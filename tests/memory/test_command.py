@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from runkey.cli.memory_text import as_dict, print_memory
-from runkey.memory.line import GIB
+from runkey.cli.memory import as_dict, print_memory
+from runkey.memory.memory_model import GIB
 from runkey.memory.timeline import timeline_of
 from runkey.plots.memory import draw_step
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from runkey.errors import TrainingError
-from runkey.memory.guard import Guarded
-from runkey.memory.model import read_model, write_model
-from runkey.memory.trace.batch import synthetic_batch
-from runkey.memory.trace.events import Pass
-from runkey.memory.trial import Job, read_job, read_result, run_trial, write_json
+from runkey.memory.memory_model import read_model, write_model
+from runkey.memory.trace.record import synthetic_batch
+from runkey.memory.trace.tracker import Pass
+from runkey.memory.trial import Guarded, Job, read_job, read_result, run_trial, write_json
 from runkey.params import Params, override
 from runkey.params.render import render
 

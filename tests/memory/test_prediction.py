@@ -10,7 +10,8 @@ import torch
 
 from runkey.errors import TrainingError
 from runkey.hashing import sha256_file
-from runkey.memory.calibration import (
+from runkey.memory.decide import card_of, cards, decide, shown_images
+from runkey.memory.measured import (
     Correction,
     Platform,
     Trial,
@@ -18,14 +19,10 @@ from runkey.memory.calibration import (
     correction,
     read_trials,
     this_platform,
+    write_cpu,
 )
-from runkey.memory.cards import card_of, cards, shown_images
-from runkey.memory.cpu import cpu_line
-from runkey.memory.decide import decide
-from runkey.memory.line import GIB, MIB
-from runkey.memory.measured import write_cpu
-from runkey.memory.model import read_model, write_model
-from runkey.memory.trial import Peak
+from runkey.memory.memory_model import GIB, MIB, read_model, write_model
+from runkey.memory.trial import Peak, cpu_line
 from runkey.params import override
 
 CPU = torch.device("cpu")

@@ -7,13 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from runkey.memory.laws import find_laws, other_shape, quantities
-from runkey.memory.template import make_template
+from runkey.memory.memory_model import find_laws, make_template, other_shape, quantities
 from runkey.memory.timeline import break_down, rounded, timeline_of
-from runkey.memory.trace.events import CLASSES, Pass
-from runkey.memory.trace.gpu import Gpu
+from runkey.memory.trace.backward import Gpu
 from runkey.memory.trace.record import Content, recorder
-from runkey.one_step import lender
+from runkey.memory.trace.tracker import CLASSES, Pass
+from runkey.pipeline.one_step import lender
 
 SEEN = Pass(2, 90, 120, 6), Pass(4, 90, 120, 6), Pass(3, *other_shape((90, 120), 8), 6)
 UNSEEN = Pass(5, 83, 108, 6), Pass(1, 90, 120, 6), Pass(7, 88, 70, 6)

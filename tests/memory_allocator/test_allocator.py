@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runkey.memory.allocator.blocks import Block
-from runkey.memory.allocator.model import Allocator, OutOfBudgetError, rounded, segment_size
+from runkey.memory.allocator import Allocator, Block, OutOfBudgetError, rounded, segment_size
 
 KIB, MIB = 2**10, 2**20
 

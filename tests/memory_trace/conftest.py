@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from runkey.data import normalise
-from runkey.memory.allocator.replay import Result, replay_steps
-from runkey.memory.trace.events import Event, Pass, Trace
+from runkey.memory.allocator import Result, replay_steps
 from runkey.memory.trace.fake import fake_tensors, own_backward
 from runkey.memory.trace.record import Content, Lent, Recorder
-from runkey.one_step import build_step, lender
+from runkey.memory.trace.tracker import Event, Pass, Trace
 from runkey.params import Params, load_params
+from runkey.pipeline.one_step import build_step, lender
 
 PRESETS = Path(__file__).parents[2] / "presets"
 CLASSES = 8

@@ -9,8 +9,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from runkey.memory.trace.backward import _Run, run_backward
-from runkey.memory.trace.batch import synthetic_batch
 from runkey.memory.trace.fake import own_backward
+from runkey.memory.trace.record import synthetic_batch
 
 FAST = ("fast", "detr, dropout, no average")
 every_training = pytest.mark.parametrize("training", FAST, indirect=True)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from runkey import params
-from runkey.model.targets import Targets
+from runkey.model.matcher import Targets
 
 ROOT = Path(__file__).resolve().parents[2]
 

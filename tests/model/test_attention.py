@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from runkey.model.attention import Attention, project_memory
-from runkey.model.conditional import ConditionalAttention, project_memory_conditional
+from runkey.model.fast import ConditionalAttention, project_memory_conditional
 from runkey.model.position import GridPosition, grid_centres
+from runkey.model.transformer import Attention, project_memory
 
 D, H, B, T, S = 16, 4, 2, 5, 7
 

@@ -5,10 +5,9 @@ import torch
 
 from runkey import params
 from runkey.model.boxes import cxcywh_to_xyxy, overlaps
-from runkey.model.criterion import build_criterion
+from runkey.model.criterion import QualityLoss, build_criterion
 from runkey.model.detr import build_model
-from runkey.model.losses import QualityLoss
-from runkey.model.targets import Targets
+from runkey.model.matcher import Targets
 
 K = 4
 COUNTS = (3, 0, 7, 1, 0, 12, 2, 5)  # one image with more boxes than queries

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from runkey.model.boxes import cxcywh_to_xyxy, overlaps
-from runkey.model.losses import QualityLoss, SoftmaxLoss
-from runkey.model.matcher import Layers, Matcher
-from runkey.model.targets import Targets
+from runkey.model.criterion import QualityLoss, SoftmaxLoss
+from runkey.model.matcher import Layers, Matcher, Targets
 
 K, L, B, Q = 3, 2, 3, 5
 NAMES = ("decoder layer 1", "decoder layer 2")

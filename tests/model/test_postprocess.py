@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from runkey.model.matcher import Outputs
 from runkey.model.postprocess import Postprocess
-from runkey.model.targets import Outputs
 
 
 @pytest.fixture

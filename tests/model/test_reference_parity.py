@@ -14,8 +14,8 @@ import torch
 
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
+from runkey.model.matcher import Outputs
 from runkey.model.postprocess import build_postprocess
-from runkey.model.targets import Outputs
 
 GOLDEN = Path(__file__).parent / "golden_detr.json"
 TOLERANCE = 1e-9

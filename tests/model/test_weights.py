@@ -14,10 +14,9 @@ import torchvision
 
 from runkey import params
 from runkey.errors import ModelError
-from runkey.model.coco_names import NUM_COCO_IDS, coco_names
 from runkey.model.detr import build_model
 from runkey.model.model_files import CARD, WEIGHTS, Sizes, load_model, save_model
-from runkey.model.weights import load_initial_weights
+from runkey.model.weights import NUM_COCO_IDS, coco_names, load_initial_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("RUNKEY_SHARED", ROOT.parent / "shared"))

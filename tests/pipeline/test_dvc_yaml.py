@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from runkey.identity.closure import import_closure
-from runkey.identity.pipeline import Stage, covers, read_pipeline
+from runkey.identity.code import import_closure
+from runkey.identity.dvc_yaml import Stage, covers, read_pipeline
 from runkey.params import load_params
 
 ROOT = Path(__file__).parents[2]

@@ -15,13 +15,18 @@ from typing import Any
 import pytest
 
 from runkey.identity.key import make_recipe
-from runkey.identity.pointer import read_pointer
+from runkey.identity.record import read_pointer
 from runkey.params import load_params
 from runkey.paths import training_folder
 from runkey.tracking import locate_store
-from runkey.tracking.lines import read_jsonl
-from runkey.tracking.server import free_port, start_server, stop_server, wait_until_healthy
-from runkey.tracking.store import open_client
+from runkey.tracking.log import read_jsonl
+from runkey.tracking.store import (
+    free_port,
+    open_client,
+    start_server,
+    stop_server,
+    wait_until_healthy,
+)
 
 from .conftest import Project, _environment, in_one_line, queue_workers
 

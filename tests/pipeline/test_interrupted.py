@@ -13,7 +13,7 @@ import pytest
 
 from runkey import paths
 from runkey.identity.key import make_recipe
-from runkey.identity.pointer import read_pointer
+from runkey.identity.record import read_pointer
 from runkey.params import load_params
 from runkey.tracking import locate_store
 from runkey.tracking.store import open_client

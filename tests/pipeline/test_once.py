@@ -13,10 +13,10 @@ from runkey.errors import RegistryError
 from runkey.identity.key import make_recipe
 from runkey.params import load_params, parse_params
 from runkey.params.render import render
-from runkey.registry.claims.once import decide
-from runkey.registry.open import open_claims, open_library
+from runkey.pipeline.once import reuse_own
+from runkey.registry.once import decide
+from runkey.registry.server_library import open_claims, open_library
 from runkey.tracking.store import Store
-from stages._reuse import reuse_own
 from tests.support.records import FILES, make_run
 
 from .conftest import TINY, _copy, _environment
@@ -66,7 +66,7 @@ def test_a_finished_run_is_taken_before_torch_is_imported(root: Path) -> None:
     )
     assert {path: (root / path).read_bytes() for path in FILES} == FILES
     imported = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert "runkey.registry.claims.once" in imported
+    assert "runkey.registry.once" in imported
     assert not {"torch", "mlflow", "dvc", "numpy"} & imported
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from runkey.data.index import ClassName, Record
-from runkey.tracking.jsonl import JsonlLog
+from runkey.tracking.log import JsonlLog
 
 STEPS_PER_EPOCH = 20
 

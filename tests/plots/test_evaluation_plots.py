@@ -15,9 +15,7 @@ from runkey.errors import DataError
 from runkey.evaluation.coco import evaluate_results
 from runkey.evaluation.detections import Found, write_results
 from runkey.evaluation.files import write_metrics, write_precision_recall
-from runkey.plots.confusion import _most_confused
-from runkey.plots.evaluation import write_evaluation_plots
-from runkey.plots.precision_recall import precision_recall
+from runkey.plots.evaluation import _most_confused, precision_recall, write_evaluation_plots
 from runkey.plots.tables import write_precision_recall_table
 
 MOST_BYTES = 150_000

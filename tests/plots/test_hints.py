@@ -22,8 +22,8 @@ from runkey.plots.hints import (
 )
 from runkey.plots.live import HintingTracker
 from runkey.plots.log import Point, TrainingLog, read_log
-from runkey.tracking.jsonl import JsonlLog
-from runkey.tracking.run import RunTracker
+from runkey.tracking.log import JsonlLog
+from runkey.tracking.mlflow_run import RunTracker
 
 ROOT = Path(__file__).parents[2]
 PARAMS = {

@@ -8,9 +8,14 @@ from PIL import Image
 
 from runkey.errors import DataError
 from runkey.evaluation.per_image import judge_images
-from runkey.plots.canvas import Canvas
-from runkey.plots.fonts import drawable
-from runkey.plots.marks import class_colour, class_marks, judged_predictions, judged_truth
+from runkey.plots.canvas import (
+    Canvas,
+    class_colour,
+    class_marks,
+    drawable,
+    judged_predictions,
+    judged_truth,
+)
 from runkey.plots.sheets import contact_sheet, detection_sheet
 
 MOST_BYTES = 150_000

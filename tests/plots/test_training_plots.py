@@ -13,13 +13,9 @@ import pytest
 from PIL import Image
 
 from runkey.errors import DataError
-from runkey.plots.curves import write_training_plots
-from runkey.plots.events import mark_events
-from runkey.plots.log import GrowingLog, read_log
-from runkey.plots.losses import loss_and_ap
-from runkey.plots.samples import read_samples
+from runkey.plots.curves import loss_and_ap, machine, mark_events, write_training_plots
+from runkey.plots.log import GrowingLog, read_log, read_samples
 from runkey.plots.style import drawing
-from runkey.plots.system import machine
 from runkey.plots.tables import write_plot_tables
 
 MOST_BYTES = 150_000
@@ -187,7 +183,7 @@ def test_unfinished_log_marks_the_best_so_far(log_of):
 
 
 def test_warmup_drop_threshold_and_share_are_found(log_of):
-    from runkey.plots import curves, gradients
+    from runkey.plots import curves
 
     log = read_log(log_of("complete"))
     steps, rates = log.of_steps("train/lr")
@@ -197,7 +193,7 @@ def test_warmup_drop_threshold_and_share_are_found(log_of):
     assert factor == pytest.approx(0.1)
     _, before = log.of_steps("train/grad_norm")
     _, after = log.of_steps("train/grad_norm_clipped")
-    ends, share = gradients._share_by_epoch(log, steps, before > after * 1.001)
+    ends, share = curves._share_by_epoch(log, steps, before > after * 1.001)
     assert ends.tolist() == [20 * e for e in range(1, 13)]
     assert share[0] == 1
     assert share[-1] < 1
@@ -216,7 +212,7 @@ def labels_drawn(draw, path, content):
 
 
 def test_threshold_is_the_one_that_was_logged(log_of, tmp_path):
-    from runkey.plots.gradients import _draw_threshold as draw
+    from runkey.plots.curves import _draw_threshold as draw
 
     log = read_log(log_of("complete"))
     assert labels_drawn(draw, tmp_path / "a.png", log) == ["threshold 0.5"]
@@ -230,7 +226,7 @@ def test_threshold_is_the_one_that_was_logged(log_of, tmp_path):
 
 
 def test_gap_is_told_where_the_weights_were_kept_and_at_the_end(log_of, tmp_path):
-    from runkey.plots.losses import _draw_gap as draw
+    from runkey.plots.curves import _draw_gap as draw
 
     log = read_log(log_of("complete"))
     expected = "gap: -0.5 where kept,\n-0.167 at the end"
@@ -247,7 +243,7 @@ def test_no_log(tmp_path):
 def test_curves_need_neither_torch_nor_pyplot():
     """Reports of runs are drawn where nothing is trained; torch alone takes seconds to import."""
     check = (
-        "import sys, runkey.plots.curves, runkey.plots.tables, runkey.plots.precision_recall\n"
+        "import sys, runkey.plots.curves, runkey.plots.tables, runkey.plots.evaluation\n"
         "print(sorted({'torch', 'mlflow', 'dvc', 'pycocotools', 'matplotlib.pyplot'}"
         " & set(sys.modules)))"
     )

@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 
-from runkey.registry.claims.claim_files import FileClaims
-from runkey.registry.claims.claims import Claim
-from runkey.registry.claims.keeper import Rhythm
-from runkey.registry.claims.owner import Owner, this_process
+from runkey.registry.claims import Claim, FileClaims, Owner, this_process
+from runkey.registry.once import Rhythm
 from tests.support.records import key_of
 
 KEY = key_of("this one")

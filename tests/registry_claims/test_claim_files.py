@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import RegistryError
-from runkey.registry.claims.claim_files import FileClaims
-from runkey.registry.claims.claims import newest, state_now
-from runkey.registry.open import open_claims
+from runkey.registry.claims import FileClaims, newest, state_now
+from runkey.registry.server_library import open_claims
 from tests.support.records import key_of
 
 from .conftest import KEY, a_claim

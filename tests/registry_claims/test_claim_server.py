@@ -11,10 +11,9 @@ import pytest
 
 from benchmarks.claims import server
 from runkey.errors import RegistryError
-from runkey.registry.claims.claim_server import ServerClaims
-from runkey.registry.claims.claims import newest
-from runkey.registry.open import open_claims
+from runkey.registry.claims import ServerClaims, newest
 from runkey.registry.rest import RestClient
+from runkey.registry.server_library import open_claims
 from tests.support.records import key_of
 
 from .conftest import a_claim

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import RegistryError
-from runkey.registry.claims.claim_files import FileClaims
-from runkey.registry.claims.claims import Claim, newest
-from runkey.registry.claims.keeper import HeldClaim, Rhythm
+from runkey.registry.claims import Claim, FileClaims, newest
+from runkey.registry.once import HeldClaim, Rhythm
 
 from .conftest import FAST, KEY, a_claim
 

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 
 from runkey.errors import RegistryError
-from runkey.registry.claims import once
-from runkey.registry.claims.claim_files import FileClaims
-from runkey.registry.claims.claims import Claim, Claims, newest
-from runkey.registry.claims.once import Decision
-from runkey.registry.open import open_claims, open_library
-from runkey.tracking.server import free_port
+from runkey.registry import once
+from runkey.registry.claims import Claim, Claims, FileClaims, newest
+from runkey.registry.once import Decision
+from runkey.registry.server_library import open_claims, open_library
+from runkey.tracking.store import free_port
 from tests.support.records import make_run
 
 from .conftest import FAST, KEY, a_claim, owner_of

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runkey.errors import RegistryError
-from runkey.registry.claims.claim_files import FileClaims
-from runkey.registry.claims.claims import newest
-from runkey.registry.claims.keeper import HeldClaim, Rhythm
+from runkey.registry.claims import FileClaims, newest
+from runkey.registry.once import HeldClaim, Rhythm
 
 from .conftest import KEY, a_claim
 

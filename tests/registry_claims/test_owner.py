@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from runkey.registry.claims.owner import Owner, is_running, this_process
+from runkey.registry.claims import Owner, is_running, this_process
 from tests.support.claim_rounds import CONTAINER, REPOSITORY
 
 from .conftest import owner_of
@@ -48,7 +48,7 @@ def test_of_a_process_elsewhere_nothing_is_known(elsewhere: dict[str, str]) -> N
 @pytest.mark.parametrize("own_proc", [True, False], ids=["own /proc", "the outer /proc"])
 def test_a_container_is_elsewhere_although_its_numbers_look_the_same(own_proc: bool) -> None:
     """Its pid 1 is not ours, and with the outer /proc mounted it must not trust that either."""
-    program = "import json; from runkey.registry.claims.owner import *;"
+    program = "import json; from runkey.registry.claims import *;"
     program += "print(json.dumps([this_process().as_dict(), is_running(this_process())]))"
     prefix = CONTAINER if own_proc else CONTAINER[:-1]
     command = [*prefix, sys.executable, "-c", f"import sys; sys.path.insert(0, '.'); {program}"]

@@ -6,13 +6,12 @@ import pytest
 from typer.testing import CliRunner
 
 from runkey.cli import app
-from runkey.data.image_list import ListedImage
+from runkey.data.index import ListedImage
 from runkey.errors import RegistryError
 from runkey.identity.key import make_recipe
-from runkey.registry.diff.diff import compare
-from runkey.registry.diff.diff_data import compare_images
-from runkey.registry.diff.diff_sides import run_side, tree_side
-from runkey.registry.reading.local_library import LocalLibrary
+from runkey.registry.diff import compare, run_side, tree_side
+from runkey.registry.diff_files import compare_images
+from runkey.registry.local_library import LocalLibrary
 from runkey.registry.snapshot import take_snapshot
 from tests.support.records import make_run
 

@@ -8,11 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from runkey.registry.claims.claim_files import FileClaims
-from runkey.registry.claims.claims import Claim
-from runkey.registry.claims.owner import this_process
-from runkey.registry.collect import Scope, collect
-from runkey.registry.reading.local_library import LocalLibrary
+from runkey.registry.claims import Claim, FileClaims, this_process
+from runkey.registry.gc import Scope, collect
+from runkey.registry.local_library import LocalLibrary
 from tests.support.records import key_of
 from tests.support.repository import make_repository
 
@@ -22,7 +20,7 @@ KEY = key_of("one")
 def dead_owner():
     """The owner that a process of this machine was, which has ended."""
     code = (
-        "import json; from runkey.registry.claims.owner import this_process as me;"
+        "import json; from runkey.registry.claims import this_process as me;"
         " print(json.dumps(me().as_dict()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)

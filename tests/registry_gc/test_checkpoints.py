@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 
-from runkey.identity.pointer import RunPointer, write_pointer
+from runkey.identity.record import RunPointer, write_pointer
 from tests.support.records import key_of, make_run
 
 from .conftest import KEY

@@ -47,7 +47,7 @@ def test_what_cannot_be_deleted_is_said_and_the_rest_goes(here, monkeypatch):
     def refuse(store, run_id):
         raise TrackingError(f"run {run_id}: the database is locked")
 
-    monkeypatch.setattr("runkey.tracking.remove.delete_run", refuse)
+    monkeypatch.setattr("runkey.tracking.transfer.delete_run", refuse)
     result = CliRunner().invoke(app, ["gc", "--apply"])
     assert result.exit_code == 1
     assert "the database is locked" in " ".join(result.output.split())

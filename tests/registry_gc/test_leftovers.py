@@ -6,8 +6,8 @@ import sys
 import time
 from dataclasses import replace
 
-from runkey.registry.claims.owner import this_process
-from runkey.registry.collect_files import mark_owner
+from runkey.registry.claims import this_process
+from runkey.registry.gc import mark_owner
 from tests.support.records import key_of, make_run
 
 from .conftest import KEY
@@ -38,7 +38,7 @@ def test_worktrees_nobody_works_in(house, gone, monkeypatch):
     ended, used, unknown = map(house.worktree, ("rk1-ended-1", "rk1-used-2", "rk1-unknown-3"))
     mark_owner(used)
     with monkeypatch.context() as other:
-        other.setattr("runkey.registry.collect_files.this_process", lambda: gone)
+        other.setattr("runkey.registry.gc.this_process", lambda: gone)
         mark_owner(ended)
     assert house.offered() == {("worktree", "reproduce/rk1-ended-1")}
     later = time.time() + 7200
@@ -59,7 +59,7 @@ def test_worktrees_nobody_works_in(house, gone, monkeypatch):
 def test_a_worktree_that_git_does_not_know_goes_too(house, gone, monkeypatch):
     path = house.folder("reproduce/rk1-lost-1")
     with monkeypatch.context() as other:
-        other.setattr("runkey.registry.collect_files.this_process", lambda: gone)
+        other.setattr("runkey.registry.gc.this_process", lambda: gone)
         mark_owner(path)
     house.apply()
     assert not path.exists()

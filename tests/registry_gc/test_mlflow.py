@@ -7,8 +7,8 @@ from typer.testing import CliRunner
 
 from runkey.cli import app
 from runkey.tracking import Store, locate_store
-from runkey.tracking.remove import delete_run
 from runkey.tracking.store import experiment_id, open_client
+from runkey.tracking.transfer import delete_run
 from tests.support.records import key_of, make_run
 
 

@@ -5,9 +5,9 @@ import time
 from dataclasses import replace
 
 from runkey.identity.key import make_recipe
-from runkey.registry.claims.owner import this_process
-from runkey.registry.collect import Scope, collect
-from runkey.registry.reading.local_library import LocalLibrary
+from runkey.registry.claims import this_process
+from runkey.registry.gc import Scope, collect
+from runkey.registry.local_library import LocalLibrary
 from runkey.registry.snapshot import snapshot_refs, take_snapshot
 from tests.support.records import key_of, make_run
 

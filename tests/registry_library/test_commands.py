@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runkey.registry.claims.claim_files import FileClaims
-from runkey.registry.claims.claims import Claim
-from runkey.registry.claims.owner import this_process
+from runkey.registry.claims import Claim, FileClaims, this_process
 from tests.support.records import key_of, make_run
 
 from .conftest import Run
@@ -122,7 +120,7 @@ def test_a_run_whose_process_is_gone_does_not_look_alive(runs: Path, run: Run) -
 
 _OWNER = """
 import json
-from runkey.registry.claims.owner import this_process
+from runkey.registry.claims import this_process
 print(json.dumps(this_process().as_dict()))
 """
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from runkey.identity.record import DETAILS, Record, write_record
-from runkey.tracking.records import logged_run
 from runkey.tracking.store import Store, experiment_id, locate_store, open_client
+from runkey.tracking.transfer import logged_run
 from tests.support.records import key_of, make_run
 
 from .conftest import Run

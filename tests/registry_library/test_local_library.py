@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import RegistryError
-from runkey.registry.reading.local_library import LocalLibrary
-from runkey.registry.reading.query import Condition, Field, Query
+from runkey.registry.local_library import LocalLibrary
+from runkey.registry.query import Condition, Field, Query
 from tests.support.records import key_of, make_run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -113,7 +113,7 @@ def test_a_damaged_cache_costs_time_and_nothing_else(
 def test_a_cache_that_another_holds_locked_is_done_without(
     root: Path, library: LocalLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runkey.registry.reading.record_cache._BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("runkey.registry.record_cache._BUSY_SECONDS", 0.1)
     first = make_run(root, key_of("a"))
     assert library.find(Query()) == [first]
     holder = sqlite3.connect(root / ".runkey" / "runs.sqlite", isolation_level=None)
@@ -179,8 +179,8 @@ def test_artifacts_on_no_disk_of_ours_are_named(root: Path, library: LocalLibrar
 ASK = """
 import sys
 from pathlib import Path
-from runkey.registry.reading.local_library import LocalLibrary
-from runkey.registry.reading.query import Query
+from runkey.registry.local_library import LocalLibrary
+from runkey.registry.query import Query
 from tests.support.records import key_of, make_run
 root, name = Path(sys.argv[1]), sys.argv[2]
 library = LocalLibrary(root / ".runkey")

@@ -10,8 +10,7 @@ import pytest
 
 from runkey.errors import RegistryError
 from runkey.identity.record import LoggedRun
-from runkey.registry.reading.mlflow_query import filters, order_by
-from runkey.registry.reading.query import (
+from runkey.registry.query import (
     Condition,
     Field,
     Query,
@@ -21,6 +20,7 @@ from runkey.registry.reading.query import (
     number,
     parse_condition,
 )
+from runkey.registry.server_library import filters, order_by
 
 LR = Field("params", "lr")
 

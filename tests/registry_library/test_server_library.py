@@ -12,15 +12,20 @@ import pytest
 
 from runkey.errors import RegistryError
 from runkey.identity.record import Record, write_record
-from runkey.registry.download import download
+from runkey.registry.dvc_cache import download
 from runkey.registry.library import find_run
-from runkey.registry.open import open_library
-from runkey.registry.reading.local_library import LocalLibrary
-from runkey.registry.reading.query import Field, Query, parse_condition
-from runkey.registry.reading.server_library import ServerLibrary
-from runkey.tracking.records import logged_run
-from runkey.tracking.server import free_port, start_server, stop_server, wait_until_healthy
-from runkey.tracking.store import Store, open_client
+from runkey.registry.local_library import LocalLibrary
+from runkey.registry.query import Field, Query, parse_condition
+from runkey.registry.server_library import ServerLibrary, open_library
+from runkey.tracking.store import (
+    Store,
+    free_port,
+    open_client,
+    start_server,
+    stop_server,
+    wait_until_healthy,
+)
+from runkey.tracking.transfer import logged_run
 
 from .conftest import Run
 from .test_index import KEYS, log_runs

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from runkey.errors import RegistryError
-from runkey.registry.checks.compare_runs import AP_TOLERANCE, LOSS_TOLERANCE, Side, compare_runs
+from runkey.registry.compare_runs import AP_TOLERANCE, LOSS_TOLERANCE, Side, compare_runs
 
 WITNESS: dict[str, Any] = {
     "device": "cpu x86_64",

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import RegistryError
-from runkey.registry.checks.worktree import (
+from runkey.registry.dvc_cache import cache_folder
+from runkey.registry.reproduce import (
     add_worktree,
     clean_environment,
     remove_worktree,
     share_cache,
 )
-from runkey.registry.dvc_cache import cache_folder
-from runkey.registry.git import git
+from runkey.registry.snapshot import git
 
 WHO = {
     f"GIT_{role}_{what}": value

@@ -12,13 +12,12 @@ import pytest
 
 from runkey.errors import RegistryError
 from runkey.hashing import sha256_bytes
-from runkey.identity.record import DETAILS
-from runkey.identity.run_folder import ARTIFACTS
-from runkey.registry.reading.local_library import LocalLibrary
-from runkey.registry.team.archive import pack
-from runkey.registry.team.carry import import_run
-from runkey.registry.team.dvc_part import FILE
-from runkey.registry.team.package import RUN, object_path
+from runkey.identity.record import ARTIFACTS, DETAILS
+from runkey.registry.archive import pack
+from runkey.registry.local_library import LocalLibrary
+from runkey.registry.package import RUN, object_path
+from runkey.registry.share import import_run
+from runkey.registry.share_dvc import FILE
 
 from .conftest import RECIPE, entry_text, git
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from runkey.tracking.server import free_port, start_server, stop_server, wait_until_healthy
-from runkey.tracking.store import Store
+from runkey.tracking.store import Store, free_port, start_server, stop_server, wait_until_healthy
 from tests.pipeline.conftest import TINY, Project, begin_project
 
 

@@ -23,13 +23,12 @@ from ruamel.yaml import YAML
 
 from runkey.hashing import sha256_bytes
 from runkey.identity.key import Recipe
-from runkey.identity.record import DETAILS, Details, StoredFile
-from runkey.identity.run_folder import ARTIFACTS, CONTENT
+from runkey.identity.record import ARTIFACTS, CONTENT, DETAILS, Details, StoredFile
+from runkey.registry.archive import pack
 from runkey.registry.dvc_cache import DvcCache
-from runkey.registry.team.archive import pack
-from runkey.registry.team.dvc_part import FILE, collect
-from runkey.registry.team.package import BUNDLE, RUN, object_path
-from runkey.registry.team.snapshot_transfer import bundle_snapshot, ref_of
+from runkey.registry.package import BUNDLE, RUN, object_path
+from runkey.registry.share_dvc import FILE, collect
+from runkey.registry.share_snapshot import bundle_snapshot, ref_of
 from runkey.tracking.store import Store, open_client
 
 from .clones import address, team

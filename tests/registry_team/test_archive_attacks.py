@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from runkey.hashing import sha256_bytes
-from runkey.registry.team.archive import INDEX
-from runkey.registry.team.dvc_part import FILE
+from runkey.registry.archive import INDEX
+from runkey.registry.share_dvc import FILE
 
 from .attacks import refused
 

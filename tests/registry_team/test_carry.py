@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 
 from runkey.errors import RegistryError, TrackingError
-from runkey.identity.record import read_record
-from runkey.identity.run_folder import ORIGIN
+from runkey.identity.record import ORIGIN, read_record
 from runkey.registry.dvc_cache import DvcCache
-from runkey.registry.reading.local_library import LocalLibrary
+from runkey.registry.local_library import LocalLibrary
+from runkey.registry.share import export_run, import_run
 from runkey.registry.snapshot import has_snapshot
-from runkey.registry.team.carry import export_run, import_run
 from runkey.tracking.store import Store, open_client
 from runkey.tracking.transfer import StoreRuns
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from runkey.identity.record import DETAILS
-from runkey.identity.run_folder import ARTIFACTS
-from runkey.registry.team.dvc_part import FILE
-from runkey.registry.team.package import RUN, object_path
+from runkey.identity.record import ARTIFACTS, DETAILS
+from runkey.registry.package import RUN, object_path
+from runkey.registry.share_dvc import FILE
 
 from .attacks import add_bad_object, change_json, packed, record_weights, refused
 from .conftest import Ready, weights

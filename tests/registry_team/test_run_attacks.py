@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from runkey.identity.record import DETAILS
-from runkey.identity.run_folder import ARTIFACTS, CONTENT
-from runkey.registry.team.package import RUN
+from runkey.identity.record import ARTIFACTS, CONTENT, DETAILS
+from runkey.registry.package import RUN
 
 from .attacks import change_json, packed, record_weights, refused
 from .conftest import weights

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import RegistryError
-from runkey.registry.team.safe_pickle import check_pickles, forbidden
+from runkey.registry.share_dvc import check_pickles, forbidden
 
 from .conftest import weights
 

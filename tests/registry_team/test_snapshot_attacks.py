@@ -6,9 +6,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from runkey.identity.record import DETAILS
-from runkey.identity.run_folder import ARTIFACTS
-from runkey.registry.team.package import BUNDLE, RUN
+from runkey.identity.record import ARTIFACTS, DETAILS
+from runkey.registry.package import BUNDLE, RUN
 
 from .attacks import change_json, packed, refused
 from .conftest import Ready, git

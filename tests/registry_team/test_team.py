@@ -13,16 +13,14 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import RegistryError
-from runkey.identity.run_folder import CONTENT
+from runkey.identity.record import CONTENT
+from runkey.registry.archive import pack
 from runkey.registry.dvc_cache import DvcCache
-from runkey.registry.reading.local_library import LocalLibrary
+from runkey.registry.local_library import LocalLibrary
+from runkey.registry.package import RUN
+from runkey.registry.share import Handed, Places, fetch, import_run, publish
+from runkey.registry.share_dvc import FILE, DvcRemote
 from runkey.registry.snapshot import has_snapshot
-from runkey.registry.team.archive import pack
-from runkey.registry.team.carry import import_run
-from runkey.registry.team.dvc_part import FILE
-from runkey.registry.team.dvc_remote import DvcRemote
-from runkey.registry.team.package import RUN
-from runkey.registry.team.team import Handed, Places, fetch, publish
 from runkey.tracking.store import Store
 from runkey.tracking.transfer import StoreRuns
 

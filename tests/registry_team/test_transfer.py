@@ -11,8 +11,7 @@ import pytest
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
 from runkey.errors import TrackingError
-from runkey.identity.record import DETAILS
-from runkey.identity.run_folder import ARTIFACTS, CONTENT, ORIGIN
+from runkey.identity.record import ARTIFACTS, CONTENT, DETAILS, ORIGIN
 from runkey.tracking.store import Store, experiment_id, open_client
 from runkey.tracking.transfer import StoreRuns, read_run, write_run
 

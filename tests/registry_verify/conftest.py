@@ -18,18 +18,16 @@ from typing import Any
 import pytest
 
 from runkey.hashing import sha256_file
-from runkey.identity.closure import hash_files
+from runkey.identity.code import hash_files
 from runkey.identity.key import Recipe
 from runkey.identity.manifest import RunManifest, Witness
 from runkey.identity.record import DETAILS, Details, Record, StoredFile, write_record
-from runkey.registry.checks.findings import Report
-from runkey.registry.checks.mlflow_run import run_reader
-from runkey.registry.checks.verify import Sources, verify_run
-from runkey.registry.checks.verify_cache import CacheCheck
 from runkey.registry.dvc_cache import md5_file
-from runkey.registry.open import open_library
-from runkey.tracking.records import logged_run
+from runkey.registry.server_library import open_library
+from runkey.registry.verify import Sources, verify_run
+from runkey.registry.verify_places import CacheCheck, Report, run_reader
 from runkey.tracking.store import experiment_id, locate_store, open_client
+from runkey.tracking.transfer import logged_run
 
 PIPELINE = """
 stages:

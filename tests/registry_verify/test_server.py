@@ -7,14 +7,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from runkey.registry.checks.findings import Report
-from runkey.registry.checks.mlflow_run import run_reader
-from runkey.registry.checks.verify import Sources, verify_run
-from runkey.registry.checks.verify_cache import CacheCheck
-from runkey.registry.open import open_library
 from runkey.registry.rest import RestClient
-from runkey.tracking.server import free_port, start_server, stop_server, wait_until_healthy
-from runkey.tracking.store import locate_store, open_client
+from runkey.registry.server_library import open_library
+from runkey.registry.verify import Sources, verify_run
+from runkey.registry.verify_places import CacheCheck, Report, run_reader
+from runkey.tracking.store import (
+    free_port,
+    locate_store,
+    open_client,
+    start_server,
+    stop_server,
+    wait_until_healthy,
+)
 
 from .conftest import Checkout
 

@@ -10,8 +10,8 @@ import pytest
 
 from runkey.cli import app
 from runkey.errors import RunkeyError
-from runkey.plots.report.page import write_report
-from runkey.plots.report.source import recorded_run
+from runkey.plots.report import write_report
+from runkey.plots.report_source import recorded_run
 
 VOID = {"meta", "link", "img", "br"}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runkey.data.sample_remote import own_data_note
+from runkey.data.sample import own_data_note
 from runkey.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,8 +15,19 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from runkey.data import sample
-from runkey.data.sample import COUNTS, NUMBERS, load_sources, make_picture, make_sample
-from runkey.data.sample_drawing import HEIGHT, WIDTH, Ball, coverage, digit_ink, draw
+from runkey.data.sample import (
+    COUNTS,
+    HEIGHT,
+    NUMBERS,
+    WIDTH,
+    Ball,
+    coverage,
+    digit_ink,
+    draw,
+    load_sources,
+    make_picture,
+    make_sample,
+)
 from runkey.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]

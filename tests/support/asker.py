@@ -19,11 +19,10 @@ from typing import Any
 
 from runkey.errors import RegistryError
 from runkey.identity.record import DETAILS, Record
-from runkey.registry.claims.keeper import HeldClaim, Rhythm
-from runkey.registry.claims.once import Decision, decide
-from runkey.registry.download import download
-from runkey.registry.open import open_claims, open_library
+from runkey.registry.dvc_cache import download
+from runkey.registry.once import Decision, HeldClaim, Rhythm, decide
 from runkey.registry.rest import RestClient, RestError
+from runkey.registry.server_library import open_claims, open_library
 from tests.support.records import make_run
 
 WEIGHTS = "model/weights.pt"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from runkey.registry.claims.keeper import Rhythm
+from runkey.registry.once import Rhythm
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONTAINER = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")

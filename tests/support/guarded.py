@@ -5,9 +5,9 @@ import dataclasses
 import torch
 
 from runkey.model.criterion import build_criterion
+from runkey.training.build import build_setup
 from runkey.training.distributed import World
-from runkey.training.setup import build_setup
-from runkey.training.tracker import Quiet
+from runkey.training.metrics import Quiet
 from tests.support.squares import CLASSES, CPU, detector_params
 
 LAYER = "transformer.encoder.layers.0.linear2"

@@ -22,8 +22,7 @@ from typing import Any, Literal
 
 import psutil
 
-from runkey.training.checkpoint.file import TEMPORARY
-from runkey.training.checkpoint.names import find_saved
+from runkey.training.checkpoint.file import TEMPORARY, find_saved
 from tests.pipeline.conftest import Project, _environment
 from tests.support.kill_project import set_workers
 

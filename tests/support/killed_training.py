@@ -15,8 +15,8 @@ from pathlib import Path
 from torch import nn
 
 from runkey import params
-from runkey.data.batch import Window
-from runkey.tracking.jsonl import JsonlLog
+from runkey.data.dataset import Window
+from runkey.tracking.log import JsonlLog
 from tests.support.planted import How, plant
 from tests.support.squares import SquaresLoader, detector_params, make_detector, train_detector
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from runkey.tracking import Store
-from runkey.tracking.lines import read_jsonl, time_ms
+from runkey.tracking.log import read_jsonl, time_ms
 from runkey.tracking.store import open_client
-from runkey.tracking.writer import legal_name
+from runkey.tracking.sync import legal_name
 
 Point = tuple[str, int, int, str]
 """Metric, step, milliseconds since 1970, value to the last bit."""

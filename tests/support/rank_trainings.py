@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from runkey.data.batch import Batch, Window
+from runkey.data.dataset import Batch, Window
 from runkey.errors import DataError
-from runkey.training.checkpoint.interval import Interval
-from runkey.training.checkpoint.keeper import FolderCheckpoints
+from runkey.training.checkpoint.folder import FolderCheckpoints, Interval
+from runkey.training.device import set_up
 from runkey.training.distributed import World
 from runkey.training.interrupts import Interrupts
 from runkey.training.loop import fit
-from runkey.training.seed import set_up
 from tests.training.conftest import (
     MemoryTracker,
     ToyCriterion,

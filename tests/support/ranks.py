@@ -17,10 +17,9 @@ from runkey import params
 from runkey.errors import report_errors
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
-from runkey.training.clip import Clipper
+from runkey.training.device import build_precision
 from runkey.training.distributed import World, joined_world
-from runkey.training.optimizer import build_optimizer
-from runkey.training.precision import build_precision
+from runkey.training.optimizer import Clipper, build_optimizer
 from runkey.training.step import Machinery, accumulate_gradients
 from tests.support.rank_trainings import train  # noqa: F401  a scenario
 from tests.training.conftest import ToyCriterion, ToyModel, make_window

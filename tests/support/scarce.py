@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from runkey.data.batch import Window
+from runkey.data.dataset import Window
 from runkey.errors import TrainingError
+from runkey.training.device import seed_step, set_up
 from runkey.training.distributed import World
 from runkey.training.loop import fit
-from runkey.training.seed import seed_step, set_up
 from runkey.training.step import Machinery, accumulate_gradients
 from tests.support.ranks import machinery
 from tests.training.conftest import (

@@ -10,15 +10,14 @@ import torch
 from torch import nn
 
 from runkey import params
-from runkey.data.batch import Batch, Window
+from runkey.data.dataset import Batch, Window
 from runkey.data.normalise import normalise
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
-from runkey.model.targets import Targets
-from runkey.training.checkpoint.interval import Interval
-from runkey.training.checkpoint.keeper import FolderCheckpoints
+from runkey.model.matcher import Targets
+from runkey.training.checkpoint.folder import FolderCheckpoints, Interval
+from runkey.training.device import set_up
 from runkey.training.loop import fit
-from runkey.training.seed import set_up
 from runkey.training.state import FitResult
 
 CLASSES = 3

@@ -2,8 +2,8 @@
 
 import torch
 
+from runkey.training.device import set_up
 from runkey.training.loop import fit
-from runkey.training.seed import set_up
 
 CPU = torch.device("cpu")
 PATIENT = {"enabled": False, "metric": "val/loss", "mode": "min"}

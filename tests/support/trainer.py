@@ -16,8 +16,7 @@ from pathlib import Path
 
 from runkey.identity.record import LoggedRun
 from runkey.tracking import JsonlLog, RunDescription, RunTracker, Store, Training
-from runkey.tracking.mlflow_tracker import Pace
-from runkey.tracking.run import begin_run
+from runkey.tracking.mlflow_run import Pace, begin_run
 
 KEY = f"rk1-{'5' * 64}"
 DESCRIPTION = RunDescription(

@@ -12,9 +12,14 @@ from pathlib import Path
 import pytest
 
 from runkey.tracking import Store, locate_store
-from runkey.tracking.mlflow_tracker import Pace
-from runkey.tracking.server import free_port, start_server, stop_server, wait_until_healthy
-from runkey.tracking.store import open_client
+from runkey.tracking.mlflow_run import Pace
+from runkey.tracking.store import (
+    free_port,
+    open_client,
+    start_server,
+    stop_server,
+    wait_until_healthy,
+)
 
 FAST = Pace(flush_points=50, flush_seconds=0.2, retry_seconds=0.3, close_seconds=60)
 

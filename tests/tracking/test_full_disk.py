@@ -6,9 +6,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from runkey.identity.pointer import POINTER, read_pointer
+from runkey.identity.record import POINTER, read_pointer
 from runkey.tracking import Store
-from runkey.tracking.kept import ENDED
+from runkey.tracking.replay import ENDED
 from tests.support.points import assert_the_same_points, points_of_run
 from tests.support.trainer import begin, log_steps
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from runkey.identity.pointer import read_pointer
+from runkey.identity.record import read_pointer
 from runkey.tracking import Store
-from runkey.tracking.lines import read_jsonl
+from runkey.tracking.log import read_jsonl
 from runkey.tracking.store import open_client
 from tests.support.points import assert_the_same_points
 from tests.support.trainer import KEY

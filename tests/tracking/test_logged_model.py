@@ -15,9 +15,9 @@ from runkey.evaluation.pyfunc import COLUMNS
 from runkey.model.detr import build_model
 from runkey.model.model_files import Sizes, save_model
 from runkey.params import Model
-from runkey.tracking.logged_model import log_model
-from runkey.tracking.remove import delete_run
+from runkey.tracking.describe import log_model
 from runkey.tracking.store import Store, experiment_id, open_client
+from runkey.tracking.transfer import delete_run
 
 CLASSES = [ClassName(0, 7, "a"), ClassName(1, 3, "b")]
 

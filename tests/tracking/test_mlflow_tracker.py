@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from runkey.tracking import Dataset, JsonlLog, MlflowTracker, RunDescription, Store, Training
-from runkey.tracking.lines import read_jsonl
-from runkey.tracking.mlflow_tracker import Pace
+from runkey.tracking.describe import SampleLog
+from runkey.tracking.log import read_jsonl
+from runkey.tracking.mlflow_run import Pace
 from runkey.tracking.store import open_client
-from runkey.tracking.system import SampleLog
 from tests.support.trainer import begin
 
 from .conftest import FAST, until

@@ -10,9 +10,8 @@ import pytest
 from runkey.errors import TrackingError
 from runkey.identity.record import Details, LoggedRun, StoredFile
 from runkey.tracking import MlflowTracker, Store, Training
-from runkey.tracking.records import logged_run, read_details, write_details
-from runkey.tracking.store import open_client
-from runkey.tracking.tags import set_tag
+from runkey.tracking.store import open_client, set_tag
+from runkey.tracking.transfer import logged_run, read_details, write_details
 
 from .conftest import FAST
 from .test_mlflow_tracker import description

@@ -13,11 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from runkey.cli import app
-from runkey.identity.pointer import read_pointer
-from runkey.identity.record import DETAILS
-from runkey.registry.open import open_library
+from runkey.identity.record import DETAILS, read_pointer
+from runkey.registry.server_library import open_library
 from runkey.tracking import Store
-from runkey.tracking.kept import ARTIFACTS, ENDED
+from runkey.tracking.replay import ARTIFACTS, ENDED
 from runkey.tracking.store import open_client
 from tests.support.points import assert_the_same_points
 from tests.support.trainer import KEY, begin, log_steps

@@ -7,14 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from runkey.identity.pointer import POINTER, RunPointer, read_pointer, write_pointer
-from runkey.identity.record import LoggedRun
+from runkey.identity.record import POINTER, LoggedRun, RunPointer, read_pointer, write_pointer
 from runkey.tracking import JsonlLog, Store
-from runkey.tracking.backlog import Backlog
-from runkey.tracking.kept import keep_training
+from runkey.tracking.replay import keep_training
 from runkey.tracking.store import open_client
-from runkey.tracking.sync import RunSync
-from runkey.tracking.tail import LogTail
+from runkey.tracking.sync import Backlog, LogTail, RunSync
 from tests.support.points import (
     assert_the_same_points,
     doubled_lines,

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from runkey.registry.reading.pages import list_page
 from runkey.registry.rest import RestClient
+from runkey.registry.server_library import list_page
 from runkey.tracking import Store
-from runkey.tracking.lines import read_jsonl
-from runkey.tracking.mlflow_tracker import Pace
+from runkey.tracking.log import read_jsonl
+from runkey.tracking.mlflow_run import Pace
 from runkey.tracking.replay import replay
-from runkey.tracking.store import experiment_id, open_client
-from runkey.tracking.view import VIEW
+from runkey.tracking.store import VIEW, experiment_id, open_client
 from tests.support.points import assert_the_same_points
 from tests.support.trainer import begin
 

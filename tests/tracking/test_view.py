@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from runkey.tracking.store import Store, experiment_id, open_client
-from runkey.tracking.view import VIEW_TAG, is_due, view_text
+from runkey.tracking.store import VIEW_TAG, Store, experiment_id, is_due, open_client, view_text
 
 
 def test_an_experiment_has_the_view_and_keeps_one_that_was_edited(store: Store) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from runkey import params
 from runkey.data.normalise import normalise
-from runkey.model.targets import Targets
+from runkey.model.matcher import Targets
 from tests.support.squares import CLASSES, QUERIES, SIZE, make_batch, make_window
 
 

@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from runkey.errors import TrainingError
-from runkey.training.device import choose_device
+from runkey.training.device import (
+    build_precision,
+    choose_device,
+    choose_precision,
+    derive_seed,
+    seed_step,
+    set_up,
+)
 from runkey.training.distributed import World, joined_world, read_world
-from runkey.training.precision import build_precision, choose_precision
-from runkey.training.seed import derive_seed, seed_step, set_up
 
 CPU = torch.device("cpu")
 

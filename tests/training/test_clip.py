@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from runkey import params
-from runkey.training.clip import Clipper, joint_norm
+from runkey.training.optimizer import Clipper, joint_norm
 
 CPU = torch.device("cpu")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from runkey.training.seed import set_up
+from runkey.training.device import set_up
 from tests.support.toy_training import PATIENT, run, same, seeded
 
 

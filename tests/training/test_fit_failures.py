@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from runkey.errors import TrainingError
+from runkey.training.device import set_up
 from runkey.training.distributed import World
 from runkey.training.loop import fit
-from runkey.training.seed import set_up
 from tests.support.toy_training import CPU, PATIENT, run
 
 

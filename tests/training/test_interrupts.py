@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from runkey.errors import DataError, Interrupted
+from runkey.training.device import set_up
 from runkey.training.interrupts import Interrupts
 from runkey.training.loop import fit
-from runkey.training.seed import set_up
 
 CPU = torch.device("cpu")
 

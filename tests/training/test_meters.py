@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from runkey.training.meters import LateReader, Means, Pace, Reading, Stopwatch, timed
+from runkey.training.metrics import LateReader, Means, Pace, Reading, Stopwatch, timed
 from runkey.training.progress import bar_text, clock, epoch_line, open_display
 
 

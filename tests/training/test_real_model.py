@@ -6,9 +6,9 @@ import torch
 from runkey.data.normalise import normalise
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
-from runkey.model.targets import Targets
+from runkey.model.matcher import Targets
+from runkey.training.device import set_up
 from runkey.training.loop import fit
-from runkey.training.seed import set_up
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_dim": 32, "num_heads": 2, "feedforward_dim": 64, "num_queries": 8}

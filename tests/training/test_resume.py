@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from runkey.training.checkpoint.content import Content
+from runkey.training.checkpoint.file import Content
+from runkey.training.device import set_up
 from runkey.training.loop import fit
-from runkey.training.seed import set_up
 from runkey.training.state import LoopState
 
 CPU = torch.device("cpu")

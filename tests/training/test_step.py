@@ -10,10 +10,8 @@ from torch import nn
 from runkey import params
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
-from runkey.training.clip import Clipper
-from runkey.training.ema import Ema
-from runkey.training.optimizer import build_optimizer, trained_parameters
-from runkey.training.precision import build_precision
+from runkey.training.device import build_precision
+from runkey.training.optimizer import Clipper, Ema, build_optimizer, trained_parameters
 from runkey.training.step import Machinery, accumulate_gradients, train_step
 
 CPU = torch.device("cpu")

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from runkey.training.checkpoint.content import Content
-from runkey.training.checkpoint.interval import Interval
-from runkey.training.checkpoint.keeper import FolderCheckpoints
+from runkey.training.checkpoint.file import Content
+from runkey.training.checkpoint.folder import FolderCheckpoints, Interval
 from runkey.training.state import Best, LoopState
 
 FINGERPRINT = {

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from runkey.training.checkpoint.host_copy import HostCopy, is_finite
-from runkey.training.checkpoint.interval import SHORTEST_SECONDS, Interval
-from runkey.training.checkpoint.names import Saved, find_saved, obsolete
+from runkey.training.checkpoint.file import HostCopy, Saved, find_saved, is_finite, obsolete
+from runkey.training.checkpoint.folder import SHORTEST_SECONDS, Interval
 
 
 def saved(*names):

@@ -9,7 +9,7 @@ import torch
 
 from runkey.params import load_params
 from runkey.params.root import Params
-from stages._ranks import count_ranks
+from runkey.pipeline.ranks import count_ranks
 
 CPU = torch.device("cpu")
 PARAMS = Path(__file__).parents[2] / "params.yaml"

@@ -14,13 +14,17 @@ import torch
 
 from runkey.errors import TrainingError
 from runkey.model.criterion import build_criterion
-from runkey.training.clip import Clipper
-from runkey.training.debug.bundle import Bundle
-from runkey.training.debug.diagnose import diagnose
-from runkey.training.debug.replay import LOG, bad_steps, find_start, logged_losses, replay
-from runkey.training.optimizer import build_optimizer
-from runkey.training.precision import build_precision
-from runkey.training.seed import seed_step
+from runkey.training.debug.run import (
+    LOG,
+    Bundle,
+    bad_steps,
+    diagnose,
+    find_start,
+    logged_losses,
+    replay,
+)
+from runkey.training.device import build_precision, seed_step
+from runkey.training.optimizer import Clipper, build_optimizer
 from runkey.training.state import host_weights
 from runkey.training.step import Machinery, accumulate_gradients
 from tests.support.guarded import setup_of

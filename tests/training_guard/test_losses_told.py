@@ -3,8 +3,8 @@
 import math
 
 from runkey.errors import ModelError
+from runkey.training.metrics import Quiet
 from runkey.training.state import host_weights
-from runkey.training.tracker import Quiet
 from tests.support.guarded import bits, guarded, poisoned
 from tests.support.squares import SquaresLoader, train_detector
 

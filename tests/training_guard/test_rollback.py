@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from runkey.errors import TrainingError
-from runkey.training.guard.pins import find_pins
+from runkey.training.guard import find_pins
 from runkey.training.loop import take_step
 from runkey.training.state import LoopState
 from tests.support.guarded import LAYER, bits, guarded, poisoned, setup_of

@@ -4,9 +4,8 @@ import math
 
 import pytest
 
-from runkey.training.checkpoint.file import read_file
-from runkey.training.checkpoint.names import find_saved
-from runkey.training.guard.pins import find_pins
+from runkey.training.checkpoint.file import find_saved, read_file
+from runkey.training.guard import find_pins
 from runkey.training.loop import take_step
 from runkey.training.state import LoopState
 from tests.support.guarded import LAYER, bits, guarded, poisoned, setup_of

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runkey.errors import TrainingError
-from runkey.training.guard.guard import Guard
-from runkey.training.guard.spikes import robust_score
-from runkey.training.meters import Reading
+from runkey.training.guard import Guard, robust_score
+from runkey.training.metrics import Reading
 from runkey.training.state import LoopState
 from tests.support.squares import SquaresLoader, detector_params, make_detector
 
@@ -51,9 +50,9 @@ def test_equal_losses_do_not_make_everything_a_spike():
 @pytest.fixture(scope="module")
 def setup():
     from runkey.model.criterion import build_criterion
+    from runkey.training.build import build_setup
     from runkey.training.distributed import World
-    from runkey.training.setup import build_setup
-    from runkey.training.tracker import Quiet
+    from runkey.training.metrics import Quiet
     from tests.support.squares import CLASSES, CPU
 
     guard = {"max_skips": 3, "window_steps": 7, "anchor_steps": 1}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runkey.plots.watch.chart import LABEL, chart
+from runkey.plots.watch import LABEL, chart
 
 
 def text(rows) -> list[str]:

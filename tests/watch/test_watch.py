@@ -22,8 +22,7 @@ from runkey.cli import app
 from runkey.errors import RunkeyError
 from runkey.plots.hints import all_hints
 from runkey.plots.log import read_log
-from runkey.plots.watch.screen import screen
-from runkey.plots.watch.tell import Teller, seconds_left, total_steps
+from runkey.plots.watch import Teller, screen, seconds_left, total_steps
 from tests.support.logs import LOGS
 from tests.support.records import key_of, make_run
 

@@ -14,9 +14,7 @@ from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from runkey.data import normalise
-from runkey.memory.trace.attention import attend
-from runkey.memory.trace.backward import run_backward
-from runkey.memory.trace.gpu import Gpu
+from runkey.memory.trace.backward import Gpu, attend, run_backward
 
 CUDA = torch.device("cuda", 0)
 

@@ -11,20 +11,108 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from runkey.data.batch import Window
-from runkey.memory.trace.batch import synthetic_batch
-from runkey.memory.trace.classify import Step, classify
-from runkey.memory.trace.events import Event, Pass, Phase, Session, Trace
+from runkey.data.dataset import Batch, Window
+from runkey.memory.trace.backward import Gpu
 from runkey.memory.trace.fake import CUDA, fake_cuda, fake_tensors, own_backward
-from runkey.memory.trace.gpu import Gpu
-from runkey.memory.trace.scope import Scope, watching
-from runkey.memory.trace.tracker import Tracker
+from runkey.memory.trace.tracker import (
+    Event,
+    Pass,
+    Phase,
+    Scope,
+    Session,
+    Step,
+    Trace,
+    Tracker,
+    classify,
+    watching,
+)
 from runkey.memory.trace.workspaces import Workspaces
+from runkey.model.criterion import Criterion
+from runkey.model.matcher import Layers, Matcher, Matches, Targets
+
+# Matches without values: what a fake step does where a real one looks at its predictions.
+
+
+class FixedMatcher(Matcher):
+    """Allocates what the matcher allocates; an image's i-th box gets its i-th prediction.
+
+    Any assignment costs the same memory: its sizes follow from the numbers of boxes alone.
+    """
+
+    @torch.no_grad()
+    def __call__(self, layers: Layers, targets: Targets) -> Matches:
+        """See `Matcher`; nothing is fetched from the device."""
+        device = layers.logits.device
+        images = _image_index(targets.counts).to(device, non_blocking=True)
+        self._costs(layers, targets, images)
+        pairs = _pairs(layers, targets.counts).to(device, non_blocking=True)
+        return Matches(pairs[0], pairs[1])
+
+
+def with_fixed_matches(criterion: Criterion) -> Criterion:
+    """The same criterion with a `FixedMatcher`."""
+    matcher = criterion.matcher
+    return replace(
+        criterion,
+        matcher=FixedMatcher(matcher.class_cost, matcher.classification, matcher.l1, matcher.giou),
+    )
+
+
+def _image_index(counts: tuple[int, ...]) -> Tensor:
+    """int64 [N]: `Targets.image_index`, whose operations fake tensors cannot run."""
+    index = [image for image, count in enumerate(counts) for _ in range(count)]
+    return torch.tensor(index, dtype=torch.int64)
+
+
+def _pairs(layers: Layers, counts: tuple[int, ...]) -> Tensor:
+    """int64 [2, R]: as `runkey.model.matcher` lays them out."""
+    num_layers, batch, queries = layers.logits.shape[:3]
+    predictions: list[int] = []
+    targets: list[int] = []
+    for layer in range(num_layers):
+        first = 0
+        for image, count in enumerate(counts):
+            chosen = min(count, queries)
+            start = (layer * batch + image) * queries
+            predictions += range(start, start + chosen)
+            targets += range(first, first + chosen)
+            first += count
+    return torch.tensor([predictions, targets], dtype=torch.int64)
+
+
+# Batches of a given size whose content does not matter.
+
+
+def synthetic_batch(one: Pass, num_classes: int, colour: int | None) -> Batch:
+    """A batch on the CPU, of real or of fake tensors.
+
+    The last image is smaller, as in a real batch that pads.
+
+    Args:
+        one: sizes.
+        num_classes: K.
+        colour: factors of an image (2, or 3 with saturation); None: colours are not changed.
+    """
+    boxes = one.batch * one.objects
+    sizes = torch.tensor([[one.height, one.width]] * one.batch)
+    if one.batch > 1:
+        sizes[-1, 0] = max(1, one.height * 3 // 4)
+    images = torch.zeros(one.batch, one.height, one.width, 3, dtype=torch.uint8)
+    return Batch(
+        images=images.permute(0, 3, 1, 2),
+        sizes=sizes,
+        boxes_cxcywh=torch.linspace(0.2, 0.6, boxes * 4).view(boxes, 4),
+        labels=torch.arange(boxes) % num_classes,
+        counts=(one.objects,) * one.batch,
+        image_ids=tuple(range(one.batch)),
+        original_sizes=sizes,
+        colour=None if colour is None else torch.ones(one.batch, colour),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,23 +1,238 @@
-"""Every storage that operations allocate on a device, and when it goes.
-
-Works for real and for fake tensors, and with any engine for the backward pass: it sees what
-operations return.  What kernels take for themselves has to be said by `Workspaces`.
-"""
+"""What each block of a traced step was for, seen from its end."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runkey.memory.trace.events import Kind, Phase
-from runkey.memory.trace.scope import Scope
 from runkey.memory.trace.workspaces import Workspaces
+from runkey.model import backbone
+
+# What a traced training step is: allocations and frees of blocks of device memory, in order.
+
+
+Kind = Literal["alloc", "free"]
+Phase = Literal["setup", "forward", "backward", "optimizer"]
+"""setup: the model, its average and what lives as long as they do, before the first step."""
+BlockClass = Literal[
+    "parameter", "buffer", "gradient", "optimizer", "activation", "input", "temporary", "library"
+]
+"""parameter and buffer: the model's, and its moving average's (module `ema...`).  optimizer:
+moments, step counters, the loss scale.  input: a batch as it came and as the model reads it.
+activation: kept by the forward pass (or its recomputation) for the backward pass.  library:
+workspaces that cuBLAS keeps.  temporary: everything else."""
+CLASSES: tuple[BlockClass, ...] = get_args(BlockClass)
+
+
+class Event(NamedTuple):
+    """One allocation or free.  Both events of a block carry the same bytes, class and module."""
+
+    kind: Kind
+    block: int
+    """Number of the block, unique in a session."""
+    bytes: int
+    """Bytes asked for, not rounded."""
+    class_: BlockClass
+    module: str
+    """Path of the module that allocated it (`transformer.encoder.layers.0`), or whose backward
+    pass did; a parameter's, buffer's, gradient's or moment's own path; "" outside of the model."""
+    phase: Phase
+    """When the event happened."""
+
+
+class Mark(NamedTuple):
+    """Where a phase begins."""
+
+    start: int
+    """Index of its first event; the end of the events if it has none."""
+    phase: Phase
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One micro-batch: what its forward and backward pass allocate follows from these numbers."""
+
+    batch: int
+    """Images."""
+    height: int
+    """Padded, pixels."""
+    width: int
+    objects: int
+    """Boxes of each image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One optimizer step over a window of micro-batches."""
+
+    passes: tuple[Pass, ...]
+    """The window's micro-batches; forward and backward phases alternate over them."""
+    before: tuple[Event, ...]
+    """Blocks that are alive when the step starts, as allocations."""
+    events: tuple[Event, ...]
+    marks: tuple[Mark, ...]
+
+    @property
+    def batch(self) -> int:
+        """Images of the largest micro-batch."""
+        return max(one.batch for one in self.passes)
+
+    @property
+    def height(self) -> int:
+        """Largest padded height, pixels."""
+        return max(one.height for one in self.passes)
+
+    @property
+    def width(self) -> int:
+        """Largest padded width, pixels."""
+        return max(one.width for one in self.passes)
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A training from its first allocation to a step like all later ones.
+
+    Replayed in order (`setup`, `first.events`, then `steady.events` as often as one likes) it is
+    what an allocator would see of a training on a single shape.
+    """
+
+    setup: tuple[Event, ...]
+    """Allocations and frees while the model, the average and the optimizer are built."""
+    first: Trace
+    """The first step: it makes the optimizer's state and the libraries' workspaces."""
+    steady: Trace
+    """Every later step.  What is alive at its end is what was alive at its start, block by block
+    of the same bytes; see `runkey.memory.allocator`."""
+
+
+# Where a step is: its phase, and the module whose forward or backward pass allocates.
+
+
+class Scope:
+    """The present phase and module path.
+
+    Autograd numbers its nodes in the order of their making.  The numbers at which a module was
+    entered and left tell later, in the backward pass, which module made a node.
+    """
+
+    def __init__(self) -> None:
+        self.phase: Phase = "setup"
+        self.path = ""
+        self.node = 0
+        """Backward: how many nodes have run."""
+        self.recomputing = False
+        """Backward: inside of a forward pass that is run again."""
+        self.on_model: Callable[[], None] = lambda: None
+        """Called when a model that is watched starts its forward pass."""
+        self._names: dict[int, str] = {}
+        self._stack: list[str] = []
+        self._numbers: list[int] = [0]
+        self._paths: list[str] = [""]
+
+    def name(self, model: nn.Module) -> None:
+        """Learn the paths of a model's modules."""
+        self._names = {id(module): path for path, module in model.named_modules()}
+
+    def enter(self, module: nn.Module) -> None:
+        """A module's forward pass begins."""
+        path = self._names.get(id(module), self.path)
+        self._stack.append(self.path)
+        if not path and self.phase != "backward":
+            self.on_model()
+        self.recomputing = self.phase == "backward"
+        self._move(path)
+
+    def leave(self) -> None:
+        """It ends, by an exception or not."""
+        if self._stack:
+            self._move(self._stack.pop())
+
+    def enter_node(self, number: int) -> None:
+        """A node of the backward pass is about to run.
+
+        Args:
+            number: its sequence number; that of a parameter's gradient is no module's.
+        """
+        self.node += 1
+        self.recomputing = False
+        self._stack.clear()
+        self.path = self._paths[bisect_right(self._numbers, number) - 1]
+
+    def start(self, phase: Phase) -> None:
+        """Another phase begins, outside of all modules."""
+        self.phase, self.path, self.recomputing = phase, "", False
+        self._stack.clear()
+        self._move("")
+
+    def forget_nodes(self) -> None:
+        """A backward pass has ended: no node made before will run."""
+        number = torch._C._autograd._get_sequence_nr()
+        self._numbers, self._paths = [number], [self.path]
+
+    def _move(self, path: str) -> None:
+        self.path = path
+        if self.phase == "forward":
+            number = torch._C._autograd._get_sequence_nr()
+            if number == self._numbers[-1]:
+                self._paths[-1] = path
+            else:
+                self._numbers.append(number)
+                self._paths.append(path)
+
+
+@contextmanager
+def watching(scope: Scope) -> Iterator[None]:
+    """Tell `scope` of every module that is entered and left.
+
+    A residual block and its convolutions are run by functions (`runkey.model.backbone`), not called
+    as modules, so these functions are watched too.
+    """
+
+    def before(module: nn.Module, _: Any) -> None:
+        scope.enter(module)
+
+    def after(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+        scope.leave()
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(module: nn.Module, *rest: Any) -> Any:
+            scope.enter(module)
+            try:
+                return function(module, *rest)
+            finally:
+                scope.leave()
+
+        return call
+
+    hooks = (
+        register_module_forward_pre_hook(before),
+        register_module_forward_hook(after, always_call=True),
+    )
+    originals = {name: getattr(backbone, name) for name in ("residual_block", "conv_norm")}
+    for name, function in originals.items():
+        setattr(backbone, name, watched(function))
+    try:
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(backbone, name, function)
+        for hook in hooks:
+            hook.remove()
+
+
+# Every storage that operations allocate on a device, and when it goes.
 
 
 @dataclass(slots=True)
@@ -163,3 +378,99 @@ class Tracker(TorchDispatchMode):
         if self._lives.get(life.key) is life:
             del self._lives[life.key]
         self.log.append(("free", life.block, self._scope.phase))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step in a tracker's log."""
+
+    passes: tuple[Pass, ...]
+    start: int
+    end: int
+    """Its part of the log."""
+    before: tuple[int, ...]
+    """Blocks alive at its start."""
+    starts: tuple[tuple[int, Phase], ...]
+    """Where in the log its phases begin."""
+    inputs: frozenset[int]
+    """Blocks allocated before the model ran and alive when it started."""
+    gradients: Mapping[str, int]
+    """Block of each parameter's gradient at the end."""
+
+
+def classify(
+    tracker: Tracker,
+    setup: int,
+    steps: Sequence[Step],
+    persistent: Mapping[int, tuple[str, str]],
+) -> tuple[tuple[Event, ...], list[Trace]]:
+    """Events with classes, paths and phases.
+
+    Args:
+        tracker: its records and its log.
+        setup: length of the log when all was built.
+        steps: in their order.
+        persistent: class and path of the blocks that outlive steps.
+    """
+    meanings: list[tuple[BlockClass, str]] = [("temporary", r.module) for r in tracker.records]
+    for step in steps:
+        _mark_step(tracker, step, meanings)
+    for block, (kind, path) in persistent.items():
+        meanings[block] = (cast(BlockClass, kind), path)
+    setup_events = tuple(_event(tracker, meanings, index, "setup") for index in range(setup))
+    return setup_events, [_trace(tracker, step, meanings) for step in steps]
+
+
+def _mark_step(tracker: Tracker, step: Step, meanings: list[tuple[BlockClass, str]]) -> None:
+    """Activations, inputs and gradients of a step."""
+    alive: set[int] = set()
+    phase_at = dict(step.starts)
+    phase: Phase = "forward"
+    for index in range(step.start, step.end):
+        if index in phase_at:
+            phase = phase_at[index]
+            if phase == "backward":
+                for block in alive:
+                    meanings[block] = ("activation", meanings[block][1])
+            alive.clear()
+        kind, block, _ = tracker.log[index]
+        if kind == "alloc":
+            alive.add(block)
+            if phase == "backward" and _is_recomputed(tracker.records[block]):
+                meanings[block] = ("activation", meanings[block][1])
+        else:
+            alive.discard(block)
+    for block in step.inputs:
+        meanings[block] = ("input", "")
+    for path, block in step.gradients.items():
+        meanings[block] = ("gradient", path)
+
+
+def _is_recomputed(record: Record) -> bool:
+    """Allocated by a forward pass that ran again, and kept longer than it."""
+    return record.recomputed and record.freed_at_node != record.node
+
+
+def _trace(tracker: Tracker, step: Step, meanings: list[tuple[BlockClass, str]]) -> Trace:
+    before = tuple(
+        Event("alloc", block, tracker.records[block].bytes, *meanings[block], "setup")
+        for block in step.before
+    )
+    events: list[Event] = []
+    marks: list[Mark] = []
+    starts = list(step.starts)
+    phase: Phase = "forward"
+    for index in range(step.start, step.end):
+        while starts and starts[0][0] <= index:
+            phase = starts.pop(0)[1]
+            marks.append(Mark(index - step.start, phase))
+        events.append(_event(tracker, meanings, index, phase))
+    marks += [Mark(len(events), phase) for _, phase in starts]
+    return Trace(step.passes, before, tuple(events), tuple(marks))
+
+
+def _event(
+    tracker: Tracker, meanings: list[tuple[BlockClass, str]], index: int, phase: Phase
+) -> Event:
+    kind, block, _ = tracker.log[index]
+    return Event(kind, block, tracker.records[block].bytes, *meanings[block], phase)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runkey.memory.trace.gpu import Gpu
+from runkey.memory.trace.backward import Gpu
 
 _HALF = (torch.float16, torch.bfloat16)
 _WARP = 32

@@ -15,12 +15,251 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
+from torch import Tensor
+
+# Names of the files in a training's folder, and which of them may go.
+
+
+KEPT = 2
+"""Newest checkpoints that are kept, beside anchors."""
+BAD = ".bad"
+"""Ending added to the name of a file that could not be used."""
+
+_NAME = re.compile(r"(step|anchor)-(\d{8,})\.ckpt")
+
+
+@dataclass(frozen=True, order=True)
+class Saved:
+    """A checkpoint's file, ordered by how far its training was."""
+
+    step: int
+    is_anchor: bool
+
+    @property
+    def name(self) -> str:
+        """The file's."""
+        return f"{'anchor' if self.is_anchor else 'step'}-{self.step:08d}.ckpt"
+
+
+def best_name(step: int, digest: str) -> str:
+    """Name of a file with the best weights: another content never has the same."""
+    return f"best-{step:08d}-{digest[:12]}.pt"
+
+
+def find_saved(folder: Path) -> list[Saved]:
+    """The checkpoints in a folder, the newest first.
+
+    Of the same step, an anchor comes last: it was saved before the epoch's evaluation.
+    """
+    matches = (_NAME.fullmatch(path.name) for path in folder.iterdir())
+    found = [Saved(int(m.group(2)), m.group(1) == "anchor") for m in matches if m]
+    return sorted(found, key=lambda one: (one.step, not one.is_anchor), reverse=True)
+
+
+def obsolete(saved: Iterable[Saved]) -> list[Saved]:
+    """Those that may go: all but the newest two, and the anchors that these may be rolled back to.
+
+    An anchor is needed if it is the newest at or before a checkpoint that is kept, or after it:
+    rolling back takes the newest one before the step that training is at.
+    """
+    newest_first = sorted(saved, reverse=True)
+    steps = [one for one in newest_first if not one.is_anchor]
+    anchors = [one for one in newest_first if one.is_anchor]
+    kept = (steps or anchors)[:KEPT]
+    needed = next((a.step for a in anchors if a.step <= kept[-1].step), 0)
+    return [*steps[KEPT:], *(anchor for anchor in anchors if anchor.step < needed)]
+
+
+# What a checkpoint holds, and whoever keeps them.
+
+
+class Stateful(Protocol):
+    """Model, average, optimizer, loss scaler: what has tensors of its own."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Its tensors and numbers; the tensors are its own, not copies."""
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Continue from what `state_dict` gave."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """A training at the boundary of a step."""
+
+    step: int
+    """Optimizer steps tried."""
+    state: dict[str, Any]
+    """`LoopState.as_plain()`."""
+    parts: dict[str, Mapping[str, Any]]
+    """State dicts by name: `model`, `optimizer`, ...; live tensors until it has been saved."""
+    position: Mapping[str, int | str]
+    """Where the log was, see `Tracker.position`."""
+    best_weights: dict[str, Tensor]
+    """State dict on the host of the best evaluation's weights; empty before the first one."""
+    changes: str = ""
+    """What is different now, such as `micro_batch 4 -> 2`; empty: training goes on bit for bit."""
+
+
+class Checkpoints(Protocol):
+    """Keeps checkpoints.  Saving never raises: training goes on without."""
+
+    @property
+    def path(self) -> Path | None:
+        """The training's folder, where reports are written too; None: not in files."""
+        ...
+
+    @property
+    def newest(self) -> int | None:
+        """Step of the newest one that training could go on from; None: there is none."""
+        ...
+
+    def due(self, step: int) -> bool:
+        """Whether one is to be saved at this boundary; cheap, asked after every step."""
+        ...
+
+    def save(self, content: Content, *, wait: bool = False, anchor: bool = False) -> None:
+        """Copy the content and begin to write it; the caller may go on changing the tensors.
+
+        Args:
+            content: what to save.
+            wait: return only when it is on disk.
+            anchor: keep it as one that training may be rolled back to.
+        """
+
+    def load(self) -> Content | None:
+        """The newest that is whole; None: there is none."""
+        ...
+
+    def load_anchor(self, step: int) -> Content | None:
+        """The newest anchor at or before a step; None: there is none."""
+        ...
+
+
+# Copies of tensors in host memory that is used again and again.
+
+
+_ALIGNED = 16
+"""Elements: every tensor begins at a multiple, as vector instructions like it."""
+
+
+class HostCopy:
+    """Takes copies of nested dicts and lists of tensors; each copy overwrites the one before."""
+
+    def __init__(self) -> None:
+        """Hold no memory yet."""
+        self._shapes: list[tuple[torch.Size, tuple[int, ...], torch.dtype]] = []
+        self._places: list[Tensor] = []
+        self._buffers: dict[torch.dtype, Tensor] = {}
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+
+    def take(self, tree: Any) -> Any:
+        """The same dicts and lists, with each tensor replaced by its copy on the host.
+
+        On a GPU the copying is only queued behind the work there; `wait` before reading.
+        """
+        tensors = [tensor.detach() for tensor in _tensors(tree)]
+        shapes = [(tensor.size(), tensor.stride(), tensor.dtype) for tensor in tensors]
+        on_gpu = any(tensor.is_cuda for tensor in tensors)
+        if shapes != self._shapes:
+            self._allocate(tensors, pinned=on_gpu)
+            self._shapes = shapes
+        self._events = (_event(), _event()) if on_gpu else None
+        if self._events:
+            self._events[0].record()  # type: ignore[no-untyped-call]
+        for place, tensor in zip(self._places, tensors, strict=True):
+            place.copy_(tensor, non_blocking=True)
+        if self._events:
+            self._events[1].record()  # type: ignore[no-untyped-call]
+        places = iter(self._places)
+        return _rebuilt(tree, lambda _: next(places))
+
+    def wait(self) -> float:
+        """Return when the last copy is whole; for any thread.
+
+        Returns:
+            Seconds that the GPU copied and did nothing else; 0 without one.
+        """
+        if self._events is None:
+            return 0.0
+        begun, ended = self._events
+        ended.synchronize()
+        milliseconds: float = begun.elapsed_time(ended)  # type: ignore[no-untyped-call]
+        return milliseconds / 1000
+
+    def _allocate(self, tensors: list[Tensor], *, pinned: bool) -> None:
+        ends: dict[torch.dtype, int] = {}
+        starts = []
+        for tensor in tensors:
+            start = ends.get(tensor.dtype, 0)
+            starts.append(start)
+            ends[tensor.dtype] = start + -(-tensor.numel() // _ALIGNED) * _ALIGNED
+        # Zeros, for what lies between tensors is written too.
+        self._buffers = {dtype: _zeros(end, dtype, pinned) for dtype, end in ends.items()}
+        self._places = [
+            torch.as_strided(
+                self._buffers[tensor.dtype],
+                tensor.size(),
+                # Its own strides (channels last) if they leave no gaps.
+                torch.empty_like(tensor, device="meta").stride(),
+                start,
+            )
+            for start, tensor in zip(starts, tensors, strict=True)
+        ]
+
+
+def _zeros(length: int, dtype: torch.dtype, pinned: bool) -> Tensor:
+    if pinned:
+        # Hosts limit what can be page-locked.  Ordinary memory only makes the copy slower.
+        with suppress(RuntimeError):
+            return torch.zeros(length, dtype=dtype, pin_memory=True)
+    return torch.zeros(length, dtype=dtype)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def is_finite(tree: Any) -> bool:
+    """Whether tensors on the host, in nested dicts and lists, hold neither NaN nor infinity."""
+    # The largest absolute value is NaN if one of them is.  No temporary, unlike isfinite.
+    largest = [
+        torch.linalg.vector_norm(tensor, float("inf"))
+        for tensor in _tensors(tree)
+        if tensor.is_floating_point() and tensor.numel()
+    ]
+    return all(value.isfinite() for value in largest)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _rebuilt(tree, note)
+    return found
+
+
+def _rebuilt(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of nested dicts, lists and tuples, with each tensor changed."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        return {key: _rebuilt(value, change) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_rebuilt(value, change) for value in tree)
+    return tree
+
 
 TEMPORARY = ".tmp"
 """Ending of the name that a file has while it is written."""

@@ -1,26 +1,48 @@
-"""The checkpoints in a training's folder, written and read at once; `keeper` does it meanwhile."""
+"""Checkpoints that are written by a thread while training goes on.
+
+    checkpoints = FolderCheckpoints(folder, fingerprint, say, interval=Interval("auto"))
+    content = checkpoints.load()
+    ...
+    if checkpoints.due(step):
+        checkpoints.save(content)
+    checkpoints.finish()
+
+Whatever goes wrong in writing is said once; training goes on, older checkpoints stay, and it is
+tried again.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
-from runkey.training.checkpoint.content import Content
 from runkey.training.checkpoint.file import (
+    BAD,
     TEMPORARY,
+    Content,
     DamagedError,
+    HostCopy,
+    Saved,
+    best_name,
+    find_saved,
     give_name,
+    is_finite,
+    obsolete,
     read_facts,
     read_file,
     sync_folder,
     temporary_name,
     write_temporary,
 )
-from runkey.training.checkpoint.names import BAD, Saved, best_name, find_saved, obsolete
+
+# The checkpoints in a training's folder, written and read at once; `keeper` does it meanwhile.
+
 
 Fingerprint = Mapping[str, str | int]
 """What trains: `key`, `micro_batch`, `world_size`, `device` (cpu, cuda), `precision`."""
@@ -158,3 +180,175 @@ def _changes(theirs: Fingerprint, ours: Fingerprint) -> str:
     """`micro_batch 4 -> 2, device cpu -> cuda`; empty if all is the same."""
     differing = [name for name in ours if theirs.get(name) != ours[name]]
     return ", ".join(f"{name} {theirs.get(name)} -> {ours[name]}" for name in differing)
+
+
+# When the next checkpoint is due: so often that all together cost at most 1% of the time.
+
+
+SHARE = 0.01
+"""Part of the time that checkpoints may cost."""
+SHORTEST_SECONDS = 15.0
+"""Between two of them, however cheap: nobody minds to lose so little."""
+
+
+class Interval:
+    """The time between checkpoints; with `auto` it follows from what the last one cost."""
+
+    def __init__(
+        self,
+        seconds: float | Literal["auto"],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start now.
+
+        Args:
+            seconds: a fixed time, 0: after every step; auto: the first one at once, so that its
+                cost is known, the next ones as seldom as the cost asks for.
+            clock: in seconds.
+        """
+        self._clock = clock
+        self._is_fixed = seconds != "auto"
+        self.seconds = 0.0 if seconds == "auto" else float(seconds)
+        self._last = clock()
+
+    @property
+    def is_each_step(self) -> bool:
+        """Whether every step is to have one."""
+        return self._is_fixed and self.seconds == 0
+
+    def is_over(self) -> bool:
+        """Whether the next one is due."""
+        return self._clock() - self._last >= self.seconds
+
+    def restart(self) -> None:
+        """One is begun now."""
+        self._last = self._clock()
+
+    def set_cost(self, seconds: float) -> None:
+        """What one cost: time that training waited, or could not use."""
+        if not self._is_fixed:
+            self.seconds = max(SHORTEST_SECONDS, seconds / SHARE)
+
+
+_RETRY_SECONDS = 30.0
+"""Before the next attempt, after one that failed."""
+_FINITE = ("model", "ema", "optimizer")
+"""Parts that are not written when a number in them is not finite."""
+
+
+class FolderCheckpoints:
+    """Implements `Checkpoints` in a folder that this process holds, see `locked`."""
+
+    def __init__(
+        self,
+        path: Path,
+        fingerprint: Fingerprint,
+        say: Callable[[str], None],
+        *,
+        interval: Interval,
+        retry_seconds: float = _RETRY_SECONDS,
+    ) -> None:
+        """Clear away what a killed process has left half written.
+
+        Args:
+            path: the folder of one training.
+            fingerprint: what trains.
+            say: told, in one line each, what goes wrong.
+            interval: when a checkpoint is due.
+            retry_seconds: after a failure.
+        """
+        self.path: Path | None = path
+        self._folder = CheckpointFolder(path, fingerprint)
+        # On a CPU, what the thread computes is taken from the training.
+        self._shares_cpu = fingerprint["device"] == "cpu"
+        self._say = say
+        self._interval = interval
+        self._retry_seconds = retry_seconds
+        self._retry_at = 0.0
+        self._failed = False
+        self._asked: float | None = None
+        self._copy = HostCopy()
+        self._thread: threading.Thread | None = None
+        self.newest: int | None = None
+        """Step of the newest checkpoint on disk; None: there is none."""
+        try:
+            self._folder.clear()
+        except OSError as error:
+            self._fail(error.strerror or str(error))
+
+    def due(self, step: int) -> bool:  # noqa: ARG002  the time decides
+        """Whether one is to be saved at this boundary."""
+        waits = self._failed and time.monotonic() < self._retry_at
+        busy = self._thread is not None and self._thread.is_alive()
+        if waits or (busy and not self._interval.is_each_step) or not self._interval.is_over():
+            return False
+        self._asked = time.perf_counter()
+        return True
+
+    def save(self, content: Content, *, wait: bool = False, anchor: bool = False) -> None:
+        """Copy the content and begin to write it; see `Checkpoints.save`."""
+        started, self._asked = self._asked or time.perf_counter(), None
+        self.finish()
+        self._interval.restart()
+        tensors = self._copy.take(
+            {"state": content.state, "parts": content.parts, "position": dict(content.position)}
+        )
+        stall = time.perf_counter() - started
+        self._thread = threading.Thread(
+            target=self._write,
+            args=(Saved(content.step, anchor), tensors, content, stall),
+            name="checkpoint",
+        )
+        self._thread.start()
+        if wait:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until what was saved is on disk, or could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def load(self) -> Content | None:
+        """The newest checkpoint that is whole and of this key; None: there is none."""
+        content = self._folder.newest(lambda _: True, self._say)
+        self.newest = None if content is None else content.step
+        return content
+
+    def load_anchor(self, step: int) -> Content | None:
+        """The newest whole anchor at or before a step; None: there is none."""
+        self.finish()
+        return self._folder.newest(lambda saved: saved.is_anchor and saved.step <= step, self._say)
+
+    # What follows runs in the thread.
+
+    def _write(self, saved: Saved, tensors: Any, content: Content, stall: float) -> None:
+        stall += self._copy.wait()
+        # Not all parts: a history of gradient norms is NaN where there is none yet.
+        if not is_finite([tensors["parts"].get(name) for name in _FINITE]):
+            self._fail("weights or moments are not finite")
+            return
+        best = content.state["best"]
+        try:
+            self._folder.write(saved, tensors, content.best_weights, best["step"] if best else 0)
+        except OSError as error:
+            self._fail(error.strerror or str(error))
+            return
+        self.newest = saved.step
+        self._interval.set_cost(stall + (time.thread_time() if self._shares_cpu else 0.0))
+        if self._failed:
+            self._failed = False
+            self._say(
+                f"{self._folder.path}: checkpoints are written again, now of step {saved.step}"
+            )
+
+    def _fail(self, why: str) -> None:
+        self._retry_at = time.monotonic() + self._retry_seconds
+        if not self._failed:
+            self._failed = True
+            newest = (
+                "there is none" if self.newest is None else f"the newest is of step {self.newest}"
+            )
+            self._say(
+                f"{self._folder.path}: no checkpoint is written ({why}); training goes on, {newest}"
+            )

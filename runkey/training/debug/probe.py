@@ -10,21 +10,152 @@ backward hooks take neither dataclasses nor in-place operations behind them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from runkey.data.batch import Window
-from runkey.training.debug.finding import Finding
-from runkey.training.debug.tensors import TensorNumbers, floating, numbers_of, replaced
+from runkey.data.dataset import Window
+from runkey.training.guard import json_safe
 from runkey.training.step import image_ids_of
+
+# Where the numbers of a step stop being finite.
+
+
+Where = Literal["weights", "image", "targets", "forward", "loss", "backward", "nowhere"]
+
+_HEADLINES = {
+    "weights": "the weights were not finite before this step: {module}",
+    "image": "the input is not finite before the model sees it",
+    "targets": "the true boxes are not what they should be",
+    "forward": "forward pass: {module} ({kind}) takes finite numbers and gives others",
+    "loss": "the loss: predictions and targets are finite, {module} is not",
+    "backward": "backward pass: {module} ({kind}) takes finite gradients and gives others",
+    "nowhere": "everything in this step is finite",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The first place at which something that is not finite came out of finite numbers."""
+
+    where: Where
+    module: str = ""
+    """Its name in the model; of the loss, its parts; of the weights, the tensor."""
+    kind: str = ""
+    """Its class."""
+    micro_batch: int | None = None
+    """Which of the window's, from 1; None: all the same."""
+    image_ids: tuple[int, ...] = ()
+    """COCO ids of that micro-batch, or of the images in it that are concerned."""
+    tensors: dict[str, TensorNumbers] = field(default_factory=dict)
+    """What went in, what came out, the module's own."""
+
+    def lines(self) -> list[str]:
+        """In words: the place first, then the numbers."""
+        head = _HEADLINES[self.where].format(module=self.module or "the model", kind=self.kind)
+        lines = [head]
+        if self.micro_batch is not None:
+            ids = ", ".join(map(str, self.image_ids))
+            lines.append(f"  micro-batch {self.micro_batch}, images {ids}")
+        width = max(map(len, self.tensors), default=0)
+        return lines + [f"  {name:<{width}}  {numbers}" for name, numbers in self.tensors.items()]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        plain: dict[str, Any] = json_safe(asdict(self))
+        return plain
+
+
+# Tensors in numbers, and tensors inside of what modules take and return.
+
+
+@dataclass(frozen=True, slots=True)
+class TensorNumbers:
+    """What a tensor holds.  Least, greatest and so on are of its finite elements."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    nan: int
+    inf: int
+    least: float
+    """NaN, like the others, if no element is finite."""
+    greatest: float
+    mean: float
+    greatest_absolute: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether there is neither NaN nor infinity."""
+        return not self.nan + self.inf
+
+    def __str__(self) -> str:
+        size = " x ".join(map(str, self.shape)) or "scalar"
+        bad = f"{self.nan} NaN, {self.inf} inf" if not self.is_finite else "finite"
+        return (
+            f"{self.dtype} [{size}]  {bad}  min {self.least:.4g}  max {self.greatest:.4g}  "
+            f"mean {self.mean:.4g}  absmax {self.greatest_absolute:.4g}"
+        )
+
+
+@torch.no_grad()
+def numbers_of(tensor: Tensor) -> TensorNumbers:
+    """Read a floating tensor; waits for its device."""
+    finite = tensor.isfinite()
+    values = tensor[finite].double()
+    nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    least = greatest = mean = absolute = float("nan")
+    if values.numel():
+        least, greatest = float(values.min()), float(values.max())
+        mean, absolute = float(values.mean()), max(abs(least), abs(greatest))
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return TensorNumbers(tuple(tensor.shape), dtype, nan, inf, least, greatest, mean, absolute)
+
+
+def floating(value: Any) -> list[tuple[str, Tensor]]:
+    """The floating tensors in nested tuples, dicts and dataclasses, with their places in it."""
+    return [(place, tensor) for place, tensor in _walk("", value) if tensor.is_floating_point()]
+
+
+def _walk(place: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield place, value
+        return
+    for name, item in _items(value):
+        yield from _walk(f"{place}.{name}" if place else name, item)
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        yield from ((str(key), item) for key, item in value.items())
+    elif isinstance(value, list | tuple):
+        yield from ((str(index), item) for index, item in enumerate(value))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+
+
+def replaced(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nested value with its tensors changed; itself where nothing is."""
+    if isinstance(value, Tensor):
+        return change(value)
+    new = {name: replaced(item, change) for name, item in _items(value)}
+    if all(new[name] is item for name, item in _items(value)):
+        return value
+    if isinstance(value, Mapping):
+        return {key: new[str(key)] for key in value}
+    if isinstance(value, list | tuple):
+        # A named tuple takes its items one by one.
+        return (
+            type(value)(*new.values()) if hasattr(value, "_fields") else type(value)(new.values())
+        )
+    return dataclasses.replace(value, **new)
 
 
 @dataclass

@@ -1,0 +1,226 @@
+"""Which of the repository's own files a stage can reach by import, read from their syntax trees.
+
+    import_closure("stages.train", root)    # ("runkey/__init__.py", "runkey/data/dataset.py", ...)
+
+Nothing is imported, so this takes milliseconds and knows imports inside functions too, and those
+by `import_module("a.b")`.  What it cannot know is a name that is made at run time;
+`imported_files` lists, after a run, what was really imported, and `undeclared` compares the two.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from runkey.errors import RecipeError
+from runkey.hashing import sha256_bytes
+
+EXCLUDED = (
+    "runkey/__main__.py",
+    "runkey/cli/",
+    "runkey/identity/",
+    "runkey/plots/",
+    "runkey/registry/",
+    "runkey/tracking/",
+    "runkey/pipeline/once.py",
+    "runkey/pipeline/record.py",
+    "runkey/pipeline/once.py",
+)
+"""Files that tell about a run and do not change its results: the command line, telemetry, pictures,
+and what names runs (whose meaning is in `runkey.identity.key.SCHEMA`).  A folder ends with `/`.
+What only these files import is left out as well.  The list itself is part of the key."""
+
+
+_CALLS = ("import_module", "__import__")
+_BY_NAME = tuple(name.encode() for name in _CALLS)
+_BODIES = ("body", "orelse", "finalbody", "handlers", "cases")
+"""Where statements hold other statements."""
+
+
+def is_excluded(path: str, excluded: Iterable[str] = EXCLUDED) -> bool:
+    """Whether a repo-relative path is on the list of excluded files and folders."""
+    return any(
+        path == entry or (entry.endswith("/") and path.startswith(entry)) for entry in excluded
+    )
+
+
+def import_closure(module: str, root: Path, excluded: Iterable[str] = EXCLUDED) -> tuple[str, ...]:
+    """Repo-relative paths of the first-party files that `python -m module` can import, sorted.
+
+    First-party is what lies under `root`; the `__init__.py` of every package on the way counts.
+
+    Args:
+        module: dotted name of the module that is run, such as `stages.train`.
+        root: the repository.
+        excluded: files and folders (with a `/` at the end) that are left out and not looked into.
+
+    Raises:
+        RecipeError: there is no such module, or a file of the closure is no Python.
+    """
+    path = PurePosixPath(*module.split("."))
+    entry = [p for p in (f"{path}.py", f"{path}/__main__.py") if (root / p).is_file()]
+    if not entry:
+        raise RecipeError(f"{module}: no such module in the repository; see `cmd` in dvc.yaml")
+    tree = _Tree(root)
+    return _reached(tree.files_of(module) + entry, tree, tuple(excluded))
+
+
+def _reached(start: Iterable[str], tree: _Tree, excluded: tuple[str, ...]) -> tuple[str, ...]:
+    """The files of `start` and all that they reach by import, sorted."""
+    waiting, found = list(start), set[str]()
+    while waiting:
+        file = waiting.pop()
+        if file in found or is_excluded(file, excluded):
+            continue
+        found.add(file)
+        for name in _imports(file, (tree.root / file).read_bytes()):
+            waiting += tree.files_of(name)
+    return tuple(sorted(found))
+
+
+def hash_files(paths: Iterable[str], root: Path) -> dict[str, str]:
+    """Hex sha256 by path; CRLF counts as LF, so that a checkout on Windows has the same key.
+
+    Raises:
+        RecipeError: a file is missing.
+    """
+    hashes = {}
+    for path in paths:
+        try:
+            content = (root / path).read_bytes()
+        except FileNotFoundError:
+            raise RecipeError(f"{path}: a file of the stage's code is missing") from None
+        hashes[path] = sha256_bytes(content.replace(b"\r\n", b"\n"))
+    return hashes
+
+
+def imported_files(root: Path) -> tuple[str, ...]:
+    """Repo-relative paths of the first-party files that this process has imported, sorted."""
+    home = root.resolve()
+    files = (getattr(module, "__file__", None) for module in tuple(sys.modules.values()))
+    # Some of torch's modules name a file that does not exist, relative to nothing.
+    paths = {Path(file).resolve() for file in files if file and Path(file).is_absolute()}
+    inside = (path.relative_to(home) for path in paths if path.is_relative_to(home))
+    return tuple(sorted(p.as_posix() for p in inside if not p.parts[0].startswith(".")))
+
+
+def foreign_files(root: Path) -> tuple[str, ...]:
+    """Absolute paths of imported files outside the repository and the interpreter, sorted.
+
+    `PYTHONPATH` or a .pth file can put one before a locked package; no key covers it.
+    """
+    homes = [Path(home).resolve() for home in (root, sys.prefix, sys.base_prefix)]
+    files = (getattr(module, "__file__", None) for module in tuple(sys.modules.values()))
+    paths = {Path(file).resolve() for file in files if file and Path(file).is_absolute()}
+    outside = (p for p in paths if not any(p.is_relative_to(home) for home in homes))
+    return tuple(sorted(map(str, outside)))
+
+
+def undeclared(
+    imported: Iterable[str],
+    declared: Iterable[str],
+    root: Path,
+    excluded: Iterable[str] = EXCLUDED,
+) -> tuple[str, ...]:
+    """Imported files that a key does not cover, sorted.
+
+    Left out are declared files, excluded ones, and what excluded ones import.
+    """
+    entries, files = tuple(excluded), set(imported)
+    known = set(declared)
+    tree = _Tree(root)
+    for path in files:
+        if is_excluded(path, entries):
+            module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+            known |= {path, *_reached(tree.files_of(module), tree, ())}
+    return tuple(sorted(files - known))
+
+
+class _Tree:
+    """The folders under a root, each listed once: what is there is asked thousands of times."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._folders: dict[str, tuple[set[str], set[str]]] = {}
+
+    def files_of(self, module: str) -> list[str]:
+        """A module's file and the `__init__.py` of the packages above it; [] if not first-party.
+
+        A name that goes on after the last module (`package.module.function`) gives that module.
+        """
+        files: list[str] = []
+        folder = ""
+        for part in module.split("."):
+            names, folders = self._listed(folder)
+            inner = f"{folder}{part}/"
+            if part in folders and "__init__.py" in self._listed(inner)[0]:
+                files.append(f"{inner}__init__.py")
+            elif f"{part}.py" in names:
+                return [*files, f"{folder}{part}.py"]
+            elif part not in folders:
+                return files
+            folder = inner
+        return files
+
+    def _listed(self, folder: str) -> tuple[set[str], set[str]]:
+        """Names of the files and of the folders in a folder, which is "" or ends with `/`."""
+        if folder not in self._folders:
+            with os.scandir(self.root / folder) as entries:
+                kinds = [(entry.name, entry.is_dir()) for entry in entries]
+            self._folders[folder] = (
+                {name for name, is_folder in kinds if not is_folder},
+                {name for name, is_folder in kinds if is_folder},
+            )
+        return self._folders[folder]
+
+
+# The stages of one pipeline share most of their files, and parsing is what takes time.
+@functools.cache
+def _imports(path: str, source: bytes) -> tuple[str, ...]:
+    """Absolute dotted names of everything that a file imports, at any depth of its code."""
+    try:
+        tree = ast.parse(source, path)
+    except SyntaxError as error:
+        raise RecipeError(f"{path}, line {error.lineno}: {error.msg}") from None
+    package = PurePosixPath(path).parent.parts
+    names: dict[str, None] = {}
+    for node in _import_statements(tree.body):
+        if isinstance(node, ast.Import):
+            names |= dict.fromkeys(alias.name for alias in node.names)
+        else:
+            # One dot is the file's own package; each further dot goes one up.
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join((*above, *(node.module.split(".") if node.module else ())))
+            names |= dict.fromkeys((base, *(f"{base}.{alias.name}" for alias in node.names)))
+    if any(word in source for word in _BY_NAME):
+        names |= dict.fromkeys(_imported_by_name(tree, ".".join(package)))
+    return tuple(names)
+
+
+def _import_statements(body: Iterable[ast.AST]) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The import statements in statements; expressions hold none, and are most of a tree."""
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        else:
+            for part in _BODIES:
+                yield from _import_statements(getattr(node, part, ()))
+
+
+def _imported_by_name(tree: ast.AST, package: str) -> Iterator[str]:
+    """What `importlib.import_module("a.b")` and `__import__("a.b")` name by a literal."""
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and node.args):
+            continue
+        function, name = node.func, node.args[0]
+        called = (
+            function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+        )
+        if called in _CALLS and isinstance(name, ast.Constant) and isinstance(name.value, str):
+            dots = len(name.value) - len(name.value.lstrip("."))
+            above = package.split(".")[: len(package.split(".")) - dots + 1] if dots else []
+            yield ".".join((*above, name.value[dots:]))

@@ -1,0 +1,281 @@
+"""A key is trained once: whether the train stage trains or takes a result that is there.
+
+    with once(params, root, recipe) as turn:
+        if turn is not None:
+            train(...)                  # else the stage's outputs have been put in place
+
+Nothing here imports torch or mlflow.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from runkey import paths
+from runkey.errors import RecipeError, RegistryError, TrackingError, TrainingError
+from runkey.identity.dvc_yaml import covers, read_pipeline
+from runkey.identity.key import Recipe, short_key
+from runkey.identity.record import (
+    REPRODUCES,
+    Details,
+    LoggedRun,
+    Record,
+    read_pointer,
+    this_host,
+    update_record,
+)
+from runkey.params import Params
+from runkey.progress import tell
+from runkey.registry.dvc_cache import download
+from runkey.registry.library import Library
+from runkey.registry.once import Decision, HeldClaim, decide
+from runkey.registry.package import check, read_run, staging
+from runkey.registry.rest import RestClient
+from runkey.registry.server_library import open_claims, open_library
+from runkey.registry.snapshot import take_snapshot
+from runkey.tracking.replay import clear_training, read_end, send_kept
+from runkey.tracking.store import Store, locate_store, set_tag
+from runkey.training.checkpoint.lock import locked
+
+# A finished run's outputs in place of a training: from this store, or from the team's server.
+
+
+def reuse_own(
+    library: Library, record: Record, root: Path, store: Store, params: Params, line: str
+) -> None:
+    """Put the outputs of a run of this store in the workspace, and leave a note on the run.
+
+    Raises:
+        RegistryError: a file is missing, is not what was recorded, or is none of the stage's
+            outputs; nothing was put anywhere.
+    """
+    download(library, record, _outputs(record, root, params), root)
+    told = f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} on {this_host()}: {line}"
+    try:
+        set_tag(store, record.run.run_id, "reused", told, RestClient(store.uri).post)
+        if not store.is_server:
+            tags = dict(sorted((record.run.tags | {"reused": told}).items()))
+            update_record(store.home / paths.RECORDS, replace(record.run, tags=tags))
+    except (TrackingError, RegistryError, OSError) as error:
+        tell(f"warning: the reuse is not noted on its run: {error}")
+
+
+def reuse_teams(team: Library, record: Record, root: Path, store: Store, params: Params) -> None:
+    """Put the outputs of a run of the team's server in the workspace, and copy the run here.
+
+    What comes from another machine is checked as `runkey fetch` checks it, and nothing but outputs
+    of the stage is written.
+
+    Raises:
+        RegistryError: a file is missing, is not what was recorded, could run code, or is none of
+            the stage's outputs; nothing was put anywhere.
+        TrackingError: MLflow refuses.
+    """
+    # Here, for mlflow's import takes longer than all else of a reuse.
+    from runkey.tracking.transfer import StoreRuns
+
+    experiment = params.runtime.experiment
+    outputs = _outputs(record, root, params)
+    with staging(store.home, "reuse") as folder:
+        files = read_run(StoreRuns(Store(team.place, None, store.home), experiment), record, folder)
+        package = check(folder, record.key, f"{record.label} of {team.place}")
+        if package.details.outputs != outputs:
+            raise RegistryError(f"{record.label}: its record changed while it was read")
+        for path in outputs:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(files / path, root / path)
+        StoreRuns(store, experiment).write(package.run)
+
+
+def _outputs(record: Record, root: Path, params: Params) -> list[str]:
+    """The files that a run gives back: a server's word does not write anywhere else.
+
+    Raises:
+        RegistryError: the record names a file that the stage does not write.
+    """
+    assert record.details
+    stage = read_pipeline(root, params.flat())[record.details.stage]
+    for path in record.details.outputs:
+        if ".." in path.split("/") or not any(covers(out, path) for out in stage.outs):
+            raise RegistryError(f"{record.label}: {path}: no output of the stage {stage.name}")
+    return record.details.outputs
+
+
+@dataclass
+class Turn:
+    """The right to train a key, and what is known when training begins."""
+
+    store: Store
+    claim: HeldClaim | None
+    """None where nothing is recorded, or no claim could be made."""
+    folder: Path
+    """Of this training: what an interrupted one needs to go on."""
+    why: str
+    """What was decided, in a line."""
+    snapshot: str | None
+    """Git commit that holds the tree that is run."""
+    superseded: tuple[str, ...] = ()
+    """MLflow runs of dead owners of the claim."""
+    repeats: Record | None = None
+    """The run that is reproduced."""
+    own_run: str | None = field(default=None, init=False)
+    is_whole: bool = field(default=False, init=False)
+    """Whether the run is recorded with all there is; set when training has ended well."""
+    details: Details | None = field(default=None, init=False)
+    """Set when training has ended well."""
+
+    def changed(self, run: LoggedRun) -> None:
+        """Take note of what MLflow has of a run; called from the tracker's thread."""
+        own = run.run_id not in self.superseded
+        if not self.store.is_server:
+            folder = self.store.home / paths.RECORDS
+            update_record(folder, run, self.details if own else None)
+        if own:
+            self.own_run = run.run_id
+            if self.claim and run.status == "RUNNING":
+                self.claim.set_run(run.run_id)
+
+    def check(self) -> None:
+        """Stop if another process has taken the key over.
+
+        Raises:
+            RegistryError: it has; the text names it.
+        """
+        if self.claim:
+            self.claim.check()
+
+
+@contextmanager
+def once(params: Params, root: Path, recipe: Recipe) -> Iterator[Turn | None]:
+    """This process's turn to train the key; None when the result was there and is in place now.
+
+    Raises:
+        RegistryError: another process trains the key and `runtime.wait` is false, or a file that
+            the run needs cannot be kept with it.
+    """
+    store = locate_store()
+    label = f"key {short_key(recipe.key)}"
+    if not params.runtime.mlflow:
+        line = f"{label}: trained without looking for a run (runtime.mlflow is false)"
+        tell(line)
+        turn = Turn(store, None, paths.training_folder(store.home, recipe.key), line, None)
+        yield turn
+        _clear(turn)
+        return
+    library = open_library(store.uri, store.home)
+    repeats = _to_repeat(library, recipe.key)
+    if params.runtime.reuse and not repeats:
+        _send_kept(store, paths.training_folder(store.home, recipe.key), label)
+    decision = (
+        _again(label, repeats) if repeats else _reuse_or_train(params, root, recipe, store, library)
+    )
+    if decision is None:
+        yield None
+        return
+    folder = paths.training_folder(store.home, recipe.key, repeats.run.run_id if repeats else None)
+    with decision.claim or nullcontext() as claim:
+        snapshot = take_snapshot(root, paths.store_root(), recipe)
+        dead = _left_behind(decision, folder)
+        turn = Turn(store, claim, folder, decision.line, snapshot, dead, repeats)
+        yield turn
+        if claim:
+            claim.finish(turn.own_run)
+    _clear(turn)
+
+
+def _send_kept(store: Store, folder: Path, label: str) -> None:
+    """Send a training that ended while MLflow was away, so that it is found and not done again."""
+    try:
+        ended = read_end(folder)
+        if ended and ended.status == "FINISHED":
+            tell(f"{label}: trained before, while MLflow was away; sending it")
+            send_kept(store, folder, tell)
+    except (TrackingError, TrainingError, RecipeError) as error:
+        tell(f"warning: {error}")
+
+
+def _left_behind(decision: Decision, folder: Path) -> tuple[str, ...]:
+    """The runs of dead owners, without the one that this training goes on with."""
+    pointer = read_pointer(folder)
+    return tuple(run for run in decision.superseded if pointer is None or run != pointer.run_id)
+
+
+def _clear(turn: Turn) -> None:
+    """Remove what only an interrupted training needs; what MLflow lacks stays."""
+    try:
+        with locked(turn.folder, tell):
+            clear_training(turn.folder, everything=turn.is_whole)
+    except (TrainingError, OSError) as error:  # somebody trains there; a folder that is read-only
+        tell(f"{turn.folder}: not removed ({error})")
+
+
+def _again(label: str, repeats: Record) -> Decision:
+    decision = Decision(line=f"{label}: trained again to compare with run {repeats.run.run_id[:8]}")
+    tell(decision.line)
+    return decision
+
+
+def _reuse_or_train(
+    params: Params,
+    root: Path,
+    recipe: Recipe,
+    store: Store,
+    library: Library,
+) -> Decision | None:
+    """The decision to train; None when a result was there, whose files are in place now."""
+    claims = open_claims(store.uri, store.home)
+    damaged: set[str] = set()
+    while True:
+        decision = decide(
+            library,
+            claims,
+            recipe.key,
+            reuse=params.runtime.reuse,
+            wait=params.runtime.wait,
+            say=tell,
+            elsewhere=_team(params, store),
+            not_this=damaged,
+        )
+        tell(decision.line)
+        if decision.record is None:
+            return decision
+        assert decision.library
+        try:
+            if decision.library is library:
+                reuse_own(library, decision.record, root, store, params, decision.line)
+            else:
+                reuse_teams(decision.library, decision.record, root, store, params)
+        except (RegistryError, TrackingError) as error:
+            tell(f"warning: {error}; not reused")
+            damaged.add(decision.record.run.run_id)
+        else:
+            return None
+
+
+def _team(params: Params, store: Store) -> tuple[Library, ...]:
+    """The team's server, unless runs are recorded there anyway."""
+    address = params.runtime.team_server
+    if address == "none" or address.rstrip("/") == store.uri.rstrip("/"):
+        return ()
+    return (open_library(address, store.home),)
+
+
+def _to_repeat(library: Library, key: str) -> Record | None:
+    """The run that `runkey reproduce` wants repeated.
+
+    Raises:
+        RegistryError: there is no such run of this key.
+    """
+    wanted = os.environ.get(REPRODUCES)
+    if not wanted:
+        return None
+    for record in library.matching(key):
+        if record.run.run_id == wanted:
+            return record
+    raise RegistryError(f"{REPRODUCES}: run {wanted} of key {key} is not in {library.place}")

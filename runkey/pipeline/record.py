@@ -1,0 +1,292 @@
+"""How a run is recorded: while it trains, what it leaves behind, and what evaluation adds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from runkey import paths
+from runkey.errors import RegistryError, TrackingError
+from runkey.evaluation.pyfunc import COLUMNS as PYFUNC_COLUMNS
+from runkey.identity.key import Recipe, make_recipe
+from runkey.identity.manifest import RunManifest, Witness, make_manifest, take_witness
+from runkey.identity.record import (
+    KEY,
+    KEY_JSON,
+    ORIGIN,
+    REPRODUCTION_OF,
+    Details,
+    LoggedRun,
+    Record,
+    details_file,
+    hashed_files,
+    this_host,
+    update_record,
+)
+from runkey.memory.choose import MemoryPlan
+from runkey.params import Params
+from runkey.pipeline.once import Turn
+from runkey.pipeline.parts import write_json
+from runkey.plots.report import write_report
+from runkey.plots.report_source import recorded_run, workspace_run
+from runkey.progress import tell
+from runkey.registry.library import canonical
+from runkey.registry.server_library import open_library
+from runkey.tracking import (
+    MlflowTracker,
+    RunTracker,
+    Store,
+    locate_store,
+    open_run,
+    reopen_run,
+)
+from runkey.tracking.describe import log_model
+from runkey.training.guard import REPORTS
+
+_PRECISION = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_MOST_NAMES = 5
+_OUTPUTS = (paths.MODEL, paths.LOGS, paths.PLOTS, paths.RUN_JSON, paths.METRICS / "train.json")
+_BESIDE = (
+    paths.PARAMS,
+    *(paths.PREPARED / name for name in ("images.json", "report.json", "statistics.json")),
+    paths.PREPARED / "contact_sheet.jpg",
+    paths.MEMORY,
+)
+"""Kept with the run, though the stage does not write them."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: what was asked for, and what it runs on."""
+
+    params: Params
+    root: Path
+    recipe: Recipe
+    turn: Turn
+    plan: MemoryPlan
+    device: torch.device
+    dtype: torch.dtype | None
+    """Of the autocast; None: none."""
+    world_size: int = 1
+    """Processes that train together."""
+
+    @property
+    def precision(self) -> str:
+        """Of the autocast: off, bf16 or fp16."""
+        return _PRECISION[self.dtype]
+
+    @property
+    def device_name(self) -> str:
+        """Such as `cpu x86_64` or `cuda NVIDIA H200`."""
+        if self.device.type == "cuda":
+            return f"cuda {torch.cuda.get_device_name(self.device)}"
+        return f"{self.device.type} {platform.machine()}"
+
+
+@contextmanager
+def recorded(run: Run) -> Iterator[RunTracker]:
+    """The run's tracker; a training that fails or is interrupted is marked so in MLflow."""
+    turn = run.turn
+    tags = {
+        "device": run.device_name,
+        "micro_batch": str(run.plan.micro_batch),
+        "precision": run.precision,
+        "torch": torch.__version__,
+        "host": this_host(),
+        "decision": turn.why,
+    }
+    if turn.snapshot:
+        tags["snapshot"] = turn.snapshot
+    if turn.repeats:
+        tags[REPRODUCTION_OF] = turn.repeats.run.run_id
+    tracker = open_run(
+        run.params,
+        run.root,
+        turn.folder,
+        key=run.recipe.key,
+        parts=run.recipe.parts,
+        tags=tags,
+        counts=_data_counts(run.root),
+        say=tell,
+        name=turn.repeats.run.name if turn.repeats else None,
+        changed=turn.changed,
+        supersedes=turn.superseded,
+    )
+    try:
+        yield tracker
+    except BaseException as error:
+        _keep_reports(run, tracker)
+        tracker.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+
+
+def _keep_reports(run: Run, tracker: RunTracker) -> None:
+    """Keep what was written about steps that went wrong."""
+    for report in sorted(run.turn.folder.glob(REPORTS)):
+        tracker.artifact(report, "reports")
+
+
+def keep(run: Run, tracker: RunTracker) -> str | None:
+    """Write the key and run.json beside the outputs, and end the recording with copies of all.
+
+    Returns:
+        The MLflow run's id, None if there is none.
+    """
+    root, turn = run.root, run.turn
+    write_json(root / KEY_JSON, run.recipe.as_dict())
+    witness = take_witness(
+        root,
+        run.recipe,
+        device=run.device_name,
+        micro_batch=run.plan.micro_batch,
+        world_size=run.world_size,
+        threads=torch.get_num_threads(),
+        precision=run.precision,
+    )
+    audit = _audit(witness.undeclared_files)
+    if audit:
+        tell(f"warning: imported, but no part of the key: {audit}")
+    tracker.tag("key.audit", f"undeclared: {audit}" if audit else "ok")
+    # MLflow may answer late or never; evaluation then finds the run by its key.
+    make_manifest(run.recipe, tracker.run_id(), witness).write(root / paths.RUN_JSON)
+    turn.check()
+    details = turn.details = _details(run, witness, with_log=not tracker.jsonl.lost_lines)
+    with details_file(details) as record:
+        for name in details.files:
+            _copy(root, name, tracker)
+        tracker.artifact(record)
+        run_id = tracker.close()
+    turn.is_whole = tracker.is_whole
+    return run_id
+
+
+def _audit(files: Sequence[str]) -> str:
+    """Names of files in a line; an environment outside the lock brings a thousand."""
+    more = len(files) - _MOST_NAMES
+    return ", ".join(files[:_MOST_NAMES]) + (f" and {more} more (run.json)" if more > 0 else "")
+
+
+def _details(run: Run, witness: Witness, *, with_log: bool) -> Details:
+    root, turn = run.root, run.turn
+    outputs = hashed_files(root, _OUTPUTS if with_log else [p for p in _OUTPUTS if p != paths.LOGS])
+    told = asdict(witness)
+    for long in ("packages", "files"):  # run.json has them
+        told.pop(long)
+    pointer = hashlib.md5((root / paths.RUN_JSON).read_bytes()).hexdigest()
+    return Details(
+        stage=run.recipe.stage,
+        files=outputs | hashed_files(root, _BESIDE),
+        outputs=sorted(outputs),
+        witness=told,
+        host=this_host(),
+        snapshot=turn.snapshot,
+        pointer_md5=pointer if "DVC_STAGE" in os.environ else None,
+        decision=turn.why,
+    )
+
+
+def _copy(root: Path, path: str, tracker: RunTracker | MlflowTracker) -> None:
+    """Keep a file with the MLflow run, under its path in the workspace."""
+    folder = Path(path).parent
+    tracker.artifact(root / path, "" if folder == Path() else folder.as_posix())
+
+
+def _data_counts(root: Path) -> dict[str, int]:
+    """Images and objects of each split, as prepare counted them."""
+    report = json.loads((root / paths.PREPARED / "report.json").read_text(encoding="utf-8"))
+    return {
+        f"{split}_{what}": number
+        for split, counts in report["kept"].items()
+        for what, number in counts.items()
+    }
+
+
+class EvaluationRecord:
+    """Adds an evaluation to the MLflow run of the training that run.json names."""
+
+    def __init__(self, params: Params, root: Path) -> None:
+        """Find the run, in whichever store it is here; MLflow is opened in the background."""
+        self._root = root
+        self._store = locate_store()
+        self._record = _recorded_run(self._store, RunManifest.read(root / paths.RUN_JSON))
+        self._key = make_recipe("evaluate", root, params).key if self._record else ""
+        self._details = self._record.details if self._record else None
+        run_id = self._record.run.run_id if self._record else None
+        self._mlflow = reopen_run(params, run_id, tell, changed=self._changed)
+
+    def write_report(self, path: Path) -> None:
+        """Write the page about the run; what it shows lies in the workspace by now."""
+        run = recorded_run(self._record, self._root) if self._record else workspace_run(self._root)
+        write_report([run], path)
+
+    def keep(self, metrics: Mapping[str, float], places: Iterable[Path]) -> None:
+        """Record metrics and copies of files, unless the run has this very evaluation.
+
+        Args:
+            metrics: by name, such as `eval/AP`.
+            places: files and folders in the workspace.
+        """
+        if self._mlflow is None:
+            return
+        # A record is JSON, which has no nan; MLflow keeps it.
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        before = self._details.evaluations.get(self._key) if self._details else None
+        if before == finite:
+            self._mlflow.close()
+            return
+        self._mlflow.log(metrics, 0)
+        files = hashed_files(self._root, places)
+        for path in files:
+            _copy(self._root, path, self._mlflow)
+        if self._details is None:
+            self._mlflow.close()
+            return
+        self._details = replace(
+            self._details,
+            files=self._details.files | files,
+            evaluations=self._details.evaluations | {self._key: finite},
+        )
+        with details_file(self._details) as file:
+            self._mlflow.artifact(file)
+            self._mlflow.close()
+
+    def keep_model(self, name: str, example: Path) -> None:
+        """Show the run's model in MLflow, with a signature and an image that it can be tried on.
+
+        Args:
+            name: of the model there.
+            example: an image file.
+        """
+        if self._mlflow is None or self._record is None:
+            return
+        try:
+            run_id, tags = self._record.run.run_id, {KEY: self._record.key}
+            log_model(self._store, run_id, name, example, PYFUNC_COLUMNS, tags)
+        except TrackingError as error:
+            tell(str(error))
+
+    def _changed(self, run: LoggedRun) -> None:
+        if not self._store.is_server:
+            update_record(self._store.home / paths.RECORDS, run, self._details)
+
+
+def _recorded_run(store: Store, manifest: RunManifest) -> Record | None:
+    """The run of a manifest in a store: itself, its copy, or another one of its key."""
+    library = open_library(store.uri, store.home)
+    try:
+        runs = library.matching(manifest.key)
+        ids = {manifest.run_id, None} - {None}
+        same = [r for r in runs if {r.run.run_id, r.run.tags.get(ORIGIN)} & ids]
+        return library.with_details(canonical(same or runs)) if runs else None
+    except RegistryError as error:
+        tell(f"MLflow: {error}; the evaluation is not added to the run")
+        return None

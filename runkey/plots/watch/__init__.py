@@ -1,1 +1,0 @@
-"""A running training on a terminal, read from its log."""

@@ -1,1 +1,0 @@
-"""Whether a run is whole, and whether it can be had again."""

@@ -1,1 +1,0 @@
-"""Two keys compared part by part, and two runs."""

@@ -1,0 +1,310 @@
+"""How the data of two runs differ: image by image where their lists are known, else by file."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from runkey.data.index import ImageList
+from runkey.errors import RegistryError
+from runkey.hashing import sha256_bytes
+from runkey.registry.snapshot import git, git_bytes, has_git
+
+# Two mappings side by side: what a comparison is made of.
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A name whose values differ; None: not there on that side."""
+
+    name: str
+    a: Any
+    b: Any
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Pair]:
+    """The names whose values are not the same, in alphabetical order."""
+    return [
+        Pair(name, a.get(name), b.get(name))
+        for name in sorted(a.keys() | b.keys())
+        if (name in a, a.get(name)) != (name in b, b.get(name))
+    ]
+
+
+# The code of a snapshot beside the code part of a key.
+
+
+def changed_files(root: Path, oid: str, hashes: Mapping[str, str]) -> dict[str, str]:
+    """Files of a key's code that a commit lacks, or has otherwise.
+
+    Args:
+        root: the workspace in the repository that holds the commit.
+        oid: the commit.
+        hashes: hex sha256 by path relative to the workspace; CRLF counts as LF.
+
+    Returns:
+        What is wrong by path, in words; empty when all agree.
+
+    Raises:
+        RegistryError: git cannot read the commit.
+    """
+    blobs = _blobs(root, oid)
+    wrong = {path: "is not in it" for path in hashes if path not in blobs}
+    wanted = [path for path in hashes if path in blobs]
+    contents = _contents(root, [blobs[path] for path in wanted])
+    for path in wanted:
+        if _hash(contents.get(blobs[path])) == hashes[path]:
+            continue
+        # A check-out may pass it through filters; git does that for single files only.
+        given = git_bytes(root, "cat-file", "--filters", f"--path={path}", blobs[path])
+        if _hash(given) != hashes[path]:
+            wrong[path] = "is another one in it"
+    return wrong
+
+
+def _hash(content: bytes | None) -> str | None:
+    return None if content is None else sha256_bytes(content.replace(b"\r\n", b"\n"))
+
+
+def _blobs(root: Path, oid: str) -> dict[str, str]:
+    """Name of the blob by path relative to the workspace."""
+    prefix = git(root, "rev-parse", "--show-prefix")
+    rows = git(root, "ls-tree", "-r", "-z", "--full-tree", oid).split("\0")
+    found = {}
+    for row in rows:
+        head, _, path = row.partition("\t")
+        if path.startswith(prefix) and head.split(" ")[1:2] == ["blob"]:
+            found[path.removeprefix(prefix)] = head.split(" ")[2]
+    return found
+
+
+def _contents(root: Path, oids: list[str]) -> dict[str, bytes]:
+    """Bytes by name of some blobs, from one git process; those that are missing are left out."""
+    asked = list(dict.fromkeys(oids))
+    answer = git_bytes(root, "cat-file", "--batch", text="".join(f"{oid}\n" for oid in asked))
+    found, start = {}, 0
+    for oid in asked:
+        end = answer.index(b"\n", start)
+        head = answer[start:end].split(b" ")
+        start = end + 1
+        if head[-1] != b"missing":
+            size = int(head[2])
+            found[oid] = answer[start : start + size]
+            start += size + 1
+    return found
+
+
+# How the code of two runs differs: a git diff of the files that their keys hold.
+
+
+Change = Literal["added", "removed", "changed"]
+# The user's own settings for diffs would change what a script reads.
+_PLAIN = ("--no-ext-diff", "--no-textconv", "--no-color", "--no-renames", "--src-prefix=a/")
+
+
+class Source(Protocol):
+    """Where the files of one side are read."""
+
+    def read(self, path: str) -> bytes | None:
+        """The bytes of a file; None: not there."""
+
+
+@dataclass(frozen=True)
+class SnapshotSource:
+    """The files of a snapshot."""
+
+    root: Path
+    oid: str
+
+    def read(self, path: str) -> bytes | None:
+        """See `Source`."""
+        try:
+            # `./`: the repository may lie below the top folder of git.
+            return git_bytes(self.root, "cat-file", "blob", f"{self.oid}:./{path}")
+        except RegistryError:
+            return None
+
+
+@dataclass(frozen=True)
+class TreeSource:
+    """The files of a folder."""
+
+    root: Path
+
+    def read(self, path: str) -> bytes | None:
+        """See `Source`."""
+        file = self.root / path
+        return file.read_bytes() if file.is_file() else None
+
+
+@dataclass(frozen=True)
+class FileChange:
+    """A file that is not the same on both sides."""
+
+    path: str
+    change: Change
+    a: str | None
+    """sha256 of its text, as the key holds it."""
+    b: str | None
+    insertions: int | None
+    """Lines; None where the file's text is not known."""
+    deletions: int | None
+
+
+@dataclass(frozen=True)
+class CodeDiff:
+    """The difference of two code parts."""
+
+    files: list[FileChange]
+    patch: str
+    """Of the files whose text is known."""
+    unknown: list[str]
+    """Files whose text no snapshot here has."""
+
+
+def compare_code(
+    a: Mapping[str, str], b: Mapping[str, str], source_a: Source | None, source_b: Source | None
+) -> CodeDiff:
+    """The files that differ, and how.
+
+    Args:
+        a: sha256 by path, as the code part of the first key holds it.
+        b: of the second.
+        source_a: where the first one's files are; None: nowhere here.
+        source_b: where the second one's are.
+    """
+    pairs = differing(a, b)
+    texts = {
+        pair.name: (_text(pair.a, pair, source_a), _text(pair.b, pair, source_b)) for pair in pairs
+    }
+    known = {path: (x, y) for path, (x, y) in texts.items() if x is not None and y is not None}
+    lines, patch = _git_diff(known, {pair.name: pair for pair in pairs}) if known else ({}, "")
+    files = [
+        FileChange(pair.name, _change(pair), pair.a, pair.b, *lines.get(pair.name, (None, None)))
+        for pair in pairs
+    ]
+    return CodeDiff(files, patch, [pair.name for pair in pairs if pair.name not in lines])
+
+
+def _change(pair: Pair) -> Change:
+    if pair.a is None:
+        return "added"
+    return "removed" if pair.b is None else "changed"
+
+
+def _text(recorded: str | None, pair: Pair, source: Source | None) -> bytes | None:
+    """A file's text with LF at line ends, as keys see it; None if it is not the recorded one."""
+    if recorded is None:
+        return b""
+    content = source.read(pair.name) if source else None
+    if content is None:
+        return None
+    content = content.replace(b"\r\n", b"\n")
+    return content if sha256_bytes(content) == recorded else None
+
+
+def _git_diff(
+    texts: Mapping[str, tuple[bytes, bytes]], pairs: Mapping[str, Pair]
+) -> tuple[dict[str, tuple[int | None, int | None]], str]:
+    """Lines added and removed by path, and the patch, made in a repository for the purpose."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        git(root, "init", "-q", "--template=")
+        trees = []
+        for side in (0, 1):
+            for path, both in texts.items():
+                file = root / path
+                file.unlink(missing_ok=True)
+                if (pairs[path].a, pairs[path].b)[side] is not None:
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(both[side])
+            git(root, "-c", "core.autocrlf=false", "add", "-A", "-f", ".")
+            trees.append(git(root, "write-tree"))
+        numbers = git(root, "diff", *_PLAIN, "--numstat", "-z", *trees)
+        patch = git_bytes(root, "diff", *_PLAIN, "--dst-prefix=b/", *trees)
+    text = patch.decode("utf-8", "replace")
+    rows = [row.split("\t", 2) for row in numbers.split("\0") if row]
+    return {path: (_number(plus), _number(minus)) for plus, minus, path in rows}, text
+
+
+def _number(text: str) -> int | None:
+    """Lines as git counts them; it gives `-` for a file that is no text."""
+    return None if text == "-" else int(text)
+
+
+def snapshot_source(root: Path, oid: str | None) -> SnapshotSource | None:
+    """The source of a snapshot, if the repository of `root` has it."""
+    if oid is None or not has_git(root):
+        return None
+    try:
+        git(root, "cat-file", "-e", f"{oid}^{{tree}}")
+    except RegistryError:
+        return None
+    return SnapshotSource(root, oid)
+
+
+@dataclass(frozen=True)
+class ImagesDiff:
+    """Files of images, relative to the data folder, by what became of them from A to B."""
+
+    added: list[str]
+    removed: list[str]
+    relabelled: list[str]
+    """Other boxes or other classes."""
+    replaced: list[str]
+    """Another picture of the same name."""
+    moved: list[str]
+    """From one split to the other."""
+    total_a: int
+    total_b: int
+
+    def by_kind(self) -> dict[str, list[str]]:
+        """The lists by name."""
+        kinds = ("added", "removed", "relabelled", "replaced", "moved")
+        return {kind: getattr(self, kind) for kind in kinds}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the images are the same."""
+        return not any(self.by_kind().values())
+
+
+@dataclass(frozen=True)
+class FilesDiff:
+    """Files of a data folder by what became of them from A to B."""
+
+    added: list[str]
+    removed: list[str]
+    changed: list[str]
+
+    def by_kind(self) -> dict[str, list[str]]:
+        """The lists by name."""
+        return {"added": self.added, "removed": self.removed, "changed": self.changed}
+
+
+def compare_images(a: ImageList, b: ImageList) -> ImagesDiff:
+    """What became of each image from A to B; one that is relabelled and replaced is in both."""
+    old = {file: (split, one) for split, members in a.items() for file, one in members.items()}
+    new = {file: (split, one) for split, members in b.items() for file, one in members.items()}
+    both = sorted(old.keys() & new.keys())
+    return ImagesDiff(
+        added=sorted(new.keys() - old.keys()),
+        removed=sorted(old.keys() - new.keys()),
+        relabelled=[f for f in both if old[f][1].labels != new[f][1].labels],
+        replaced=[f for f in both if old[f][1].content != new[f][1].content],
+        moved=[f for f in both if old[f][0] != new[f][0]],
+        total_a=len(old),
+        total_b=len(new),
+    )
+
+
+def compare_files(a: Mapping[str, str], b: Mapping[str, str]) -> FilesDiff:
+    """What became of each file from A to B, by its md5."""
+    return FilesDiff(
+        added=sorted(b.keys() - a.keys()),
+        removed=sorted(a.keys() - b.keys()),
+        changed=sorted(path for path in a.keys() & b.keys() if a[path] != b[path]),
+    )

@@ -1,0 +1,436 @@
+"""One key, one training: whether to reuse a run, wait for one, or train.
+
+- finished somewhere: reuse it;
+- claimed, and the owner lives: wait and look again, or leave;
+- claimed, and the owner is dead, or failed: train as the claim's next generation;
+- none of these: train as generation 1.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Self
+
+from runkey.errors import RecipeError, RegistryError
+from runkey.identity.key import short_key
+from runkey.identity.record import Record
+from runkey.registry.claims import Claim, Claims, newest, state_now, this_process
+from runkey.registry.library import Library
+
+# A claim that this process holds: kept alive while it trains, given up when it ends.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rhythm:
+    """How often claims are written and looked at, in seconds."""
+
+    beat_seconds: float = 10.0
+    dead_after: float = 60.0
+    """A claim whose beat stands still for so long is dead, by the clock of whoever watches it."""
+    poll_seconds: float = 2.0
+    """Between two looks of a process that waits."""
+
+
+class HeldClaim:
+    """The claim of this process, in a `with` block while it trains.
+
+    Inside the block a thread writes the beat.  A block that is left without `finish` says that the
+    training failed.  All methods may be called from several threads.
+    """
+
+    def __init__(
+        self, claims: Claims, claim: Claim, rhythm: Rhythm, say: Callable[[str], None]
+    ) -> None:
+        """Nothing is written yet.
+
+        Args:
+            claims: where it is kept.
+            claim: as this process made it.
+            rhythm: how often it is written.
+            say: told when it cannot be written, and when it can again.
+        """
+        self._claims, self._claim, self._rhythm, self._say = claims, claim, rhythm, say
+        self._writing = threading.RLock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="claim", daemon=True)
+        self._looked = _clock()
+        self._taken_by: Claim | None = None
+        self._unreached = False
+
+    @property
+    def claim(self) -> Claim:
+        """As it was written last."""
+        return self._claim
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        with self._writing:
+            if self._claim.state == "running":
+                self._claim = replace(self._claim, state="failed")
+                self._try_to_write()
+
+    def set_run(self, run_id: str) -> None:
+        """Say which MLflow run it is, as soon as that is known."""
+        with self._writing:
+            if run_id != self._claim.run_id:
+                self._claim = replace(self._claim, run_id=run_id)
+                self._try_to_write()
+
+    def check(self) -> None:
+        """Return if the key is still this process's to train; cheap, for every step.
+
+        It looks by itself only after a pause that was long enough for others to take over (the
+        process was stopped, the machine slept); else the beating thread does.
+
+        Raises:
+            RegistryError: another process took over; the text says which.
+        """
+        # A server that does not answer holds the writing thread up, and must not hold up training.
+        late = _clock() - self._looked > self._rhythm.dead_after / 2
+        if late and self._writing.acquire(blocking=False):
+            try:
+                self._try_to_write()
+            finally:
+                self._writing.release()
+        if taken_by := self._taken_by:
+            raise RegistryError(
+                f"key {short_key(self._claim.key)}: {taken_by.who} took over as generation"
+                f" {taken_by.generation} while this process gave no sign of life; the result of"
+                " this one is not needed"
+            )
+
+    def finish(self, run_id: str | None = None) -> None:
+        """Say that the key is trained.  The run must be recorded whole by now.
+
+        Args:
+            run_id: of the MLflow run; None: as `set_run` said.
+
+        Raises:
+            RegistryError: another process took over.
+        """
+        with self._writing:
+            self._look()
+            self.check()
+            self._claim = replace(
+                self._claim, run_id=run_id or self._claim.run_id, state="finished"
+            )
+            self._try_to_write()
+
+    def _keep(self) -> None:
+        while not self._ended.wait(self._rhythm.beat_seconds):
+            with self._writing:
+                if self._taken_by or self._claim.state != "running":
+                    return
+                self._try_to_write()
+
+    def _look(self) -> None:
+        """Find out who holds the newest claim, if the claims can be reached."""
+        try:
+            last = newest(self._claims, self._claim.key)
+        except RegistryError as error:
+            self._note_unreached(error)
+            return
+        self._note_newest(last)
+
+    def _try_to_write(self) -> None:
+        """Write the claim with its next beat, unless another process has taken over.
+
+        Claims that cannot be reached do not stop a training: the next beat tries again, and whoever
+        took over in between is found then.
+        """
+        try:
+            last = newest(self._claims, self._claim.key)
+            self._note_newest(last)
+            if self._taken_by:
+                return
+            self._claim = replace(self._claim, beat=self._claim.beat + 1)
+            # Deleted by hand: the name is free, so it is made again, or somebody else did.
+            if not self._claims.update(self._claim) and not self._claims.make(self._claim):
+                self._note_newest(newest(self._claims, self._claim.key))
+        except RegistryError as error:
+            self._note_unreached(error)
+            return
+        if self._unreached:
+            self._unreached = False
+            self._say(f"claim of {short_key(self._claim.key)}: kept again")
+
+    def _note_newest(self, last: Claim | None) -> None:
+        self._looked = _clock()
+        if last is not None and not self._claim.is_same(last):
+            self._taken_by = last
+
+    def _note_unreached(self, error: RegistryError) -> None:
+        self._looked = _clock()  # the next look waits its turn
+        if not self._unreached:
+            self._unreached = True
+            self._say(
+                f"claim of {short_key(self._claim.key)}: {error}; training goes on, after"
+                f" {self._rhythm.dead_after:.0f} s of this others may train the same key"
+            )
+
+
+def _clock() -> float:
+    """Seconds since boot, with those that the machine slept."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What to do about a key.  Without a record and a claim: train, with nobody knowing."""
+
+    line: str
+    """What was decided and why."""
+    record: Record | None = None
+    """A whole run to be reused."""
+    library: Library | None = None
+    """Where the record lies."""
+    claim: HeldClaim | None = None
+    """This process's claim; training happens in a `with` block of it."""
+    superseded: tuple[str, ...] = ()
+    """MLflow ids of the runs of dead owners that this training replaces, oldest first."""
+
+
+class _Watch:
+    """How long a claim's beat has stood still, by the clock of the process that watches.
+
+    Only time in which this process looked counts: one that was stopped itself, together with the
+    owner, would else find the owner dead when both go on.
+    """
+
+    def __init__(self, rhythm: Rhythm) -> None:
+        self._rhythm = rhythm
+        self._seen: Claim | None = None
+        self._looked = 0.0
+        self._still = 0.0
+
+    def death_of(self, claim: Claim) -> str | None:
+        """Why the claim, as just read, counts as dead; None: it does not (yet)."""
+        if state_now(claim) == "dead":
+            return "process gone"
+        now = time.monotonic()
+        if claim == self._seen:
+            self._still += min(now - self._looked, 2 * self._rhythm.poll_seconds)
+        else:
+            self._seen, self._still = claim, 0.0
+        self._looked = now
+        if self._still >= self._rhythm.dead_after:
+            return f"no sign of life for {self._still:.0f} s"
+        return None
+
+
+def decide(
+    library: Library,
+    claims: Claims,
+    key: str,
+    *,
+    reuse: bool = True,
+    wait: bool = True,
+    say: Say = print,
+    elsewhere: Sequence[Library] = (),
+    not_this: Collection[str] = (),
+    rhythm: Rhythm | None = None,
+) -> Decision:
+    """Find a run of the key, or make this process the one that trains it.
+
+    Args:
+        library: the runs of this process's store.
+        claims: of the same store.
+        key: `rk1-<64 hex digits>`.
+        reuse: False: train without looking.
+        wait: when another process trains the key, wait for it; False: refuse at once.
+        say: told once whom it waits for, and what cannot be reached.
+        elsewhere: further stores to look in, such as the team's server.
+        not_this: MLflow ids of runs that turned out damaged and must not be offered again.
+        rhythm: how often to look and beat.
+
+    Raises:
+        RegistryError: another process trains it and `wait` is False.
+    """
+    label = f"key {short_key(key)}"
+    if not reuse:
+        return Decision(line=f"{label}: trained without looking for a run (runtime.reuse is false)")
+    lookup = _Lookup([library, *elsewhere], key, not_this, say)
+    asking = _Asking(claims, key, rhythm or Rhythm(), say)
+    try:
+        return _decide(lookup, asking, label, wait=wait)
+    except _UnreachedError as error:
+        found = lookup.first()
+        return found or Decision(line=f"{label}: {error}; trained here without a claim")
+
+
+class _UnreachedError(Exception):
+    """The claims cannot be reached; the text says why."""
+
+
+@dataclass(frozen=True)
+class _Lookup:
+    """Where finished runs of a key are looked up."""
+
+    libraries: Sequence[Library]
+    key: str
+    not_this: Collection[str]
+    say: Say
+
+    def first(self) -> Decision | None:
+        """The first store's run that can be reused."""
+        for number, library in enumerate(self.libraries):
+            try:
+                record = _whole_run(library, self.key, self.not_this)
+            except (RegistryError, RecipeError) as error:
+                self.say(f"key {short_key(self.key)}: not looked up in {library.place}: {error}")
+                continue
+            if record is not None and record.details is not None:
+                where = f" ({library.place})" if number else ""
+                run = f"finished run {record.run.run_id[:8]} of {record.details.host}{where}"
+                line = f"key {short_key(self.key)}: {run} is reused"
+                return Decision(line=line, record=record, library=library)
+        return None
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """The claims, as one process asks them."""
+
+    claims: Claims
+    key: str
+    rhythm: Rhythm
+    say: Say
+
+    def newest(self) -> Claim | None:
+        """The claim that counts."""
+        try:
+            return newest(self.claims, self.key)
+        except RegistryError as error:
+            raise _UnreachedError(str(error)) from None
+
+    def make(self, generation: int) -> HeldClaim | None:
+        """This process's claim of a generation; None: another process was first."""
+        claim = Claim(
+            key=self.key,
+            generation=generation,
+            owner=this_process(),
+            state="running",
+            run_id=None,
+            beat=0,
+            since_ms=time.time_ns() // 1_000_000,
+        )
+        try:
+            # A process that was stopped before this line may make a generation that others have
+            # left behind and cleared away: only the newest one counts.
+            won = self.claims.make(claim) and claim.is_same(newest(self.claims, self.key))
+        except RegistryError as error:
+            raise _UnreachedError(str(error)) from None
+        return HeldClaim(self.claims, claim, self.rhythm, self.say) if won else None
+
+    def left_running(self, generation: int) -> tuple[str, ...]:
+        """Runs of generations before this one that nobody ended.
+
+        More than one, when an owner died before it could say so of the one that it replaced.
+        """
+        try:
+            earlier = [c for c in self.claims.of(self.key) if c.generation < generation]
+        except RegistryError as error:
+            self.say(f"runs of dead owners stay as they are: {error}")
+            return ()
+        return tuple(c.run_id for c in earlier if c.state == "running" and c.run_id)
+
+
+def _decide(lookup: _Lookup, asking: _Asking, label: str, *, wait: bool) -> Decision:
+    """Look and ask until there is a run to reuse or a claim of this process."""
+    watch = _Watch(asking.rhythm)
+    begin = reached = time.monotonic()
+    waits_for: Claim | None = None
+    found = lookup.first()  # most often there is a run: claims are not asked for
+    while found is None:
+        try:
+            # The claim is read before the runs: what it says is finished is among them then.
+            claim = asking.newest()
+            death = watch.death_of(claim) if claim and claim.state == "running" else None
+            if claim is None or claim.state != "running" or death:
+                found = lookup.first()
+                if found is None and (held := asking.make(claim.generation + 1 if claim else 1)):
+                    return _won(lookup, asking, held, claim, death, label)
+                continue
+            reached = time.monotonic()
+        except _UnreachedError:
+            # Who waits for a training outlasts a server that is started again.
+            if waits_for is None or time.monotonic() - reached > asking.rhythm.dead_after:
+                raise
+        else:
+            if not claim.is_same(waits_for):
+                waits_for = claim
+                _say_whom(claim, asking.say, label, wait=wait)
+        time.sleep(asking.rhythm.poll_seconds)
+    if waits_for:
+        return replace(
+            found, line=f"{found.line}, after {time.monotonic() - begin:.0f} s of waiting"
+        )
+    return found
+
+
+def _say_whom(claim: Claim, say: Say, label: str, *, wait: bool) -> None:
+    """Say who is waited for, once; or refuse."""
+    text = f"{label}: {claim.who} trains it since {claim.since}"
+    if not wait:
+        raise RegistryError(
+            f"{text}; set runtime.wait to true to wait for its result, or try again later"
+        )
+    say(f"{text}; waiting for its result (Ctrl-C leaves)")
+
+
+def _won(
+    lookup: _Lookup,
+    asking: _Asking,
+    held: HeldClaim,
+    before: Claim | None,
+    death: str | None,
+    label: str,
+) -> Decision:
+    """What the winner of a claim does: train, unless a run was finished just before."""
+    if found := lookup.first():
+        assert found.record is not None
+        with held:
+            held.finish(found.record.run.run_id)
+        return found
+    number = held.claim.generation
+    if before is None:
+        why = "no run of this key: trained here"
+    elif death:
+        why = f"claim of {before.who} was dead ({death}): taken over as generation {number}"
+    elif before.state == "failed":
+        why = f"training by {before.who} failed: trained here as generation {number}"
+    else:
+        run = f"run {before.run_id[:8]}" if before.run_id else "the run"
+        why = (
+            f"{run} of {before.who} is finished but not there, or damaged:"
+            f" trained here as generation {number}"
+        )
+    return Decision(line=f"{label}: {why}", claim=held, superseded=asking.left_running(number))
+
+
+def _whole_run(library: Library, key: str, not_this: Collection[str]) -> Record | None:
+    """The run that stands for the key, as `canonical` chooses, among those that can be reused."""
+    finished = [r for r in library.matching(key) if r.run.status == "FINISHED" and r.key == key]
+    for record in sorted(finished, key=lambda record: record.reproduction_of is not None):
+        if record.run.run_id not in not_this:
+            whole = library.with_details(record)
+            if whole.is_whole:
+                return whole
+    return None

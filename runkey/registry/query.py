@@ -1,0 +1,425 @@
+"""Questions about all runs: which, in which order, how many.
+
+    lr = parse_condition("lr=5e-5", known)
+    Query(conditions=(lr,), sort=Field("metrics", "eval/AP"), limit=20)
+
+A library answers them by `find`; what a question means is defined here, once for both libraries.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from difflib import get_close_matches
+from heapq import nsmallest
+from typing import Literal, Protocol
+
+from runkey.errors import RegistryError
+from runkey.identity.record import LoggedRun, Record
+from runkey.registry.library import Library
+
+# What `runkey list` shows of a run in each column.
+
+
+COLUMNS = ("key", "when", "status", "AP", "took", "name", "where")
+"""Shown when nothing else is asked for."""
+RIGHT = ("AP", "took")
+"""Those that are flush right."""
+_RUN_DIGITS = 4
+_DIGEST = re.compile("[0-9a-f]{40,64}")
+_DIGEST_DIGITS = 12
+_DAY = 86_400.0
+
+
+def cells(
+    records: Sequence[Record], columns: Sequence[str], states: Mapping[str, str], now: float
+) -> list[list[str]]:
+    """The text of each column of each run.
+
+    Args:
+        records: in the order of the rows.
+        columns: names in `COLUMNS`, or what `find_field` knows.
+        states: status as it is now, by run id.
+        now: seconds since 1970.
+
+    Raises:
+        RegistryError: a column has no such name.
+    """
+    known = [record.run for record in records]
+    times_seen = Counter(record.key for record in records)
+    show = {column: _show(column, known, times_seen, states, now) for column in columns}
+    return [[show[column](record) for column in columns] for record in records]
+
+
+def is_number_column(column: str, rows: Sequence[str]) -> bool:
+    """Whether a column looks best flush right."""
+    return column in RIGHT or (any(rows) and all(number(c) is not None for c in rows if c))
+
+
+def ago(started_ms: int, now: float) -> str:
+    """When something was, such as `5 min ago`; a day after a day."""
+    seconds = max(0.0, now - started_ms / 1000)
+    if seconds < _DAY:
+        return f"{span(seconds)} ago"
+    return time.strftime("%Y-%m-%d", time.localtime(started_ms / 1000))
+
+
+def span(seconds: float) -> str:
+    """A duration in its largest unit: `35 s`, `4 min`, `2.5 h`, `3.1 d`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if seconds < 99.5 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.3g} h" if seconds < 2 * _DAY else f"{seconds / _DAY:.3g} d"
+
+
+def size(count: int) -> str:
+    """Bytes for people: `310 B`, `1.2 kB`, `45.1 MB`."""
+    amount = float(count)
+    for unit in ("B", "kB", "MB"):
+        if amount < 999.5:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} GB"
+
+
+def text(value: Value) -> str:
+    """A value for people: numbers with 4 digits, nothing for nothing."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else value
+
+
+def address(record: Record) -> str:
+    """What names this run and no other of its key."""
+    return f"{record.label}:{record.run.run_id[:_RUN_DIGITS]}"
+
+
+def average_precision(run: LoggedRun) -> str:
+    """COCO AP on the held-out images; in brackets: the last one that training itself measured."""
+    if (final := run.metrics.get(NAMES["AP"])) is not None:
+        return f"{final:.3f}"
+    last = run.metrics.get("val/AP")
+    return "" if last is None else f"({last:.3f})"
+
+
+def _show(
+    column: str,
+    known: Sequence[LoggedRun],
+    times_seen: Counter[str],
+    states: Mapping[str, str],
+    now: float,
+) -> Callable[[Record], str]:
+    if column == "key":
+        return lambda r: address(r) if times_seen[r.key] > 1 or r.reproduction_of else r.label
+    if column == "status":
+        return lambda r: states[r.run.run_id]
+    if column == "when":
+        return lambda r: ago(r.run.started_ms, now)
+    if column in _OWN:
+        return _OWN[column]
+    field = find_field(column, known)
+    return lambda r: _plain(r, field)
+
+
+def _plain(record: Record, field: Field) -> str:
+    value = field.of(record.run)
+    if field == Field("run", "name"):
+        times = record.run.resumed
+        remarks = (
+            *(("reproduction",) if record.reproduction_of else ()),
+            *((f"resumed {times}x",) if times else ()),
+        )
+        return f"{value} ({', '.join(remarks)})" if remarks else str(value)
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
+        return value[:_DIGEST_DIGITS]
+    if field.kind == "run" and field.name in ("started", "ended") and isinstance(value, float):
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value / 1000))
+    return text(value)
+
+
+def _took(record: Record) -> str:
+    seconds = Field("run", "seconds").of(record.run)
+    return span(seconds) if isinstance(seconds, float) else ""
+
+
+def _where(record: Record) -> str:
+    return " ".join(filter(None, (record.run.tags.get(name) for name in ("host", "device"))))
+
+
+_OWN: dict[str, Callable[[Record], str]] = {
+    "AP": lambda record: average_precision(record.run),
+    "took": _took,
+    "where": _where,
+}
+
+
+Kind = Literal["run", "params", "metrics", "tags"]
+Value = str | float | None
+
+ATTRIBUTES = ("key", "run", "name", "status", "started", "ended", "seconds")
+"""Names of what every run has; times in milliseconds since 1970, seconds from start to end."""
+NAMES = {"AP": "eval/AP", "AP50": "eval/AP50", "AP75": "eval/AP75"}
+"""Metrics that have a shorter name in commands."""
+TAGS = ("decision", "device", "host", "micro_batch", "precision", "reproduction_of", "snapshot")
+"""Tags that are known by their name alone."""
+_CONDITION = re.compile(r"\s*([\w\-. :/]+?)\s*(>=|<=|!=|=|>|<|~)\s*(.*?)\s*")
+_TIMES = ("started", "ended")
+
+
+@dataclass(frozen=True)
+class Field:
+    """A value that runs have."""
+
+    kind: Kind
+    name: str
+    """One of `ATTRIBUTES` for a run, else MLflow's name."""
+
+    def of(self, run: LoggedRun) -> Value:
+        """Its value in a run; None if the run has none."""
+        if self.kind == "run":
+            return _attribute(run, self.name)
+        values: dict[str, str] | dict[str, float] = getattr(run, self.kind)
+        return values.get(self.name)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a run must fulfil."""
+
+    field: Field
+    operator: str
+    """One of = != < <= > >= and ~, which means `contains`, in any case of letters."""
+    value: str
+
+    @property
+    def number(self) -> float | None:
+        """The value as a number, or None."""
+        return number(self.value)
+
+    def holds(self, value: Value) -> bool:
+        """Whether a run with that value is meant.  Without a value it never is."""
+        if value is None:
+            return False
+        if self.operator == "~":
+            return self.value.lower() in str(value).lower()
+        left, right = number(value), self.number
+        if left is not None and right is not None:
+            return _compare(self.operator, left, right)
+        if self.operator in ("=", "!="):
+            same = str(value) == self.value
+            return same if self.operator == "=" else not same
+        return False
+
+
+@dataclass(frozen=True)
+class Query:
+    """A question about all runs."""
+
+    prefix: str = "rk1-"
+    """Beginning of the keys that are meant."""
+    conditions: tuple[Condition, ...] = ()
+    sort: Field = Field("run", "started")
+    descending: bool = True
+    """Either way runs without a value come last; equal ones newest first."""
+    limit: int | None = None
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """What `choose` must know of each run."""
+        return (
+            Field("run", "started"),
+            Field("run", "run"),
+            self.sort,
+            *(condition.field for condition in self.conditions),
+        )
+
+
+class SearchableLibrary(Library, Protocol):
+    """A library that answers questions about all its runs."""
+
+    def find(self, query: Query) -> list[Record]:
+        """The runs that a query means, in its order; a server's come without details.
+
+        Raises:
+            RegistryError: the store cannot be read.
+        """
+
+
+def choose[T](items: Iterable[tuple[T, Sequence[Value]]], query: Query) -> list[T]:
+    """The items that a query means, in its order.
+
+    Args:
+        items: each with the values of `query.fields`.
+        query: its prefix is not looked at.
+    """
+    kept = [(item, values) for item, values in items if fulfils(values, query)]
+    rows = [
+        (number(value), value, -float(started or 0), str(run), place)
+        for place, (_, (started, run, value, *_rest)) in enumerate(kept)
+    ]
+    numeric = all(row[0] is not None for row in rows if row[1] is not None)
+    order = _by_number(rows, query) if numeric else _by_text(rows, query)
+    return [kept[place][0] for place in order]
+
+
+def fulfils(values: Sequence[Value], query: Query) -> bool:
+    """Whether a run with these values of `query.fields` fulfils all conditions."""
+    pairs = zip(query.conditions, values[3:], strict=True)
+    return all(condition.holds(value) for condition, value in pairs)
+
+
+def find_field(name: str, known: Sequence[LoggedRun]) -> Field:
+    """The value that a user means by a name.
+
+    Args:
+        name: of a run's attribute, a metric, a parameter or a tag.  A parameter may be named by its
+            last part (`epochs`); `params.`, `metrics.` or `tags.` before it settles what it is.
+        known: runs whose names are known.
+
+    Raises:
+        RegistryError: no such name, or several that end so.
+    """
+    if (field := fixed_field(name)) is not None:
+        return field
+    names = {kind: {n for run in known for n in getattr(run, kind)} for kind in _KINDS}
+    for kind in _KINDS:
+        if name in names[kind]:
+            return Field(kind, name)
+    ends = sorted(
+        n for kind in _KINDS for n in names[kind] if re.search(rf"[./]{re.escape(name)}$", n)
+    )
+    if len(ends) == 1:
+        return find_field(ends[0], known)
+    if ends:
+        raise RegistryError(f"{name}: {', '.join(ends[:6])} end so; say which")
+    if not known or "/" in name:
+        return Field("metrics" if "/" in name else "params", name)
+    leaves = {n.rpartition(".")[2] for n in names["params"]}
+    near = get_close_matches(name, [*ATTRIBUTES, *NAMES, *leaves, *set().union(*names.values())])
+    hint = f"; like it: {', '.join(near)}" if near else "; `runkey show KEY --all` lists the names"
+    raise RegistryError(f"{name}: no run has a value of that name{hint}")
+
+
+def fixed_field(name: str) -> Field | None:
+    """The value that a name means whatever runs there are; None if that depends on them."""
+    if name in ATTRIBUTES:
+        return Field("run", name)
+    for kind in _KINDS:
+        if name.startswith(f"{kind}."):
+            return Field(kind, name.removeprefix(f"{kind}."))
+    if name in NAMES:
+        return Field("metrics", NAMES[name])
+    return Field("tags", name) if name in TAGS else None
+
+
+def parse_condition(text: str, known: Sequence[LoggedRun]) -> Condition:
+    """A condition as it is typed: `lr=5e-05`, `eval/AP>0.6`, `status=FINISHED`, `name~warm`.
+
+    Raises:
+        RegistryError: it is no condition; the text says what one looks like.
+    """
+    name, operator, value = split_condition(text)
+    field = find_field(name, known)
+    if field.kind == "run" and field.name in _TIMES:
+        value = str(_milliseconds(text, value))
+    elif field == Field("run", "status"):
+        value = value.upper()
+    if operator[0] in "<>" and number(value) is None:
+        raise RegistryError(f"{text}: {operator} compares numbers; {value!r} is none")
+    return Condition(field, operator, value)
+
+
+def split_condition(text: str) -> tuple[str, str, str]:
+    """Name, operator and value of a condition.
+
+    Raises:
+        RegistryError: see `parse_condition`.
+    """
+    match = _CONDITION.fullmatch(text)
+    if not match:
+        raise RegistryError(
+            f"{text}: not a condition; one is NAME=VALUE, with = != < <= > >= or ~ (contains)"
+        )
+    return match[1], match[2], match[3]
+
+
+def number(value: Value) -> float | None:
+    """A value as a number; None if it is none."""
+    if value is None or isinstance(value, float):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def wanted(records: Iterable[Record], query: Query) -> Iterator[tuple[Record, Sequence[Value]]]:
+    """Records with the values of `query.fields`, as `choose` takes them."""
+    fields = query.fields
+    return ((record, [field.of(record.run) for field in fields]) for record in records)
+
+
+_KINDS: tuple[Literal["metrics", "params", "tags"], ...] = ("metrics", "params", "tags")
+
+
+def _attribute(run: LoggedRun, name: str) -> Value:
+    if name == "seconds":
+        return None if run.ended_ms is None else (run.ended_ms - run.started_ms) / 1000
+    if name == "ended":
+        return None if run.ended_ms is None else float(run.ended_ms)
+    if name == "started":
+        return float(run.started_ms)
+    return {"key": run.key, "run": run.run_id, "name": run.name, "status": run.status}[name]
+
+
+def _compare(operator: str, left: float, right: float) -> bool:
+    return {
+        "=": left == right,
+        "!=": left != right,
+        "<": left < right,
+        "<=": left <= right,
+        ">": left > right,
+        ">=": left >= right,
+    }[operator]
+
+
+_Row = tuple[float | None, Value, float, str, int]
+"""Value as a number, value, minus the time of the start, run, place in the list."""
+
+
+def _by_number(rows: list[_Row], query: Query) -> list[int]:
+    sign = -1.0 if query.descending else 1.0
+
+    def key(row: _Row) -> tuple[int, float, float, str]:
+        value, _, age, run, _ = row
+        if value is None:
+            return 2, 0.0, age, run
+        return (1, 0.0, age, run) if math.isnan(value) else (0, sign * value, age, run)
+
+    if query.limit is None:
+        return [row[-1] for row in sorted(rows, key=key)]
+    return [row[-1] for row in nsmallest(query.limit, rows, key=key)]
+
+
+def _by_text(rows: list[_Row], query: Query) -> list[int]:
+    newest_first = sorted(rows, key=lambda row: row[2:4])
+    present = [row for row in newest_first if row[1] is not None]
+    present.sort(key=lambda row: str(row[1]), reverse=query.descending)
+    absent = [row for row in newest_first if row[1] is None]
+    return [row[-1] for row in (present + absent)[: query.limit]]
+
+
+def _milliseconds(text: str, value: str) -> int:
+    """A day or a time on the user's clock, or milliseconds, as milliseconds since 1970."""
+    if value.isdigit() and len(value) > 8:
+        return int(value)
+    try:
+        return round(datetime.fromisoformat(value).astimezone().timestamp() * 1000)
+    except ValueError:
+        raise RegistryError(f"{text}: not a time; write 2026-11-22 or 2026-11-22T14:30") from None

@@ -1,1 +1,0 @@
-"""Runs handed on: to the team's remotes and server, by one file, and from them."""
