@@ -28,7 +28,6 @@ EXCLUDED = (
     "runkey/tracking/",
     "runkey/pipeline/once.py",
     "runkey/pipeline/record.py",
-    "runkey/pipeline/once.py",
 )
 """Files that tell about a run and do not change its results: the command line, telemetry, pictures,
 and what names runs (whose meaning is in `runkey.identity.key.SCHEMA`).  A folder ends with `/`.

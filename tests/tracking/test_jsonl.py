@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from runkey.tracking import log
+from runkey.tracking import log as log_module
 from runkey.tracking.log import JsonlLog, read_jsonl
 
 from .conftest import fill
@@ -219,7 +219,7 @@ def test_a_full_disk_is_said_once_and_lines_are_written_later(
 def test_what_a_disk_that_stays_full_lacks_is_named(
     small_disk: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log, "_MOST_WAITING_BYTES", 1000)
+    monkeypatch.setattr(log_module, "_MOST_WAITING_BYTES", 1000)
     path = small_disk / "train.jsonl"
     log = JsonlLog(path, said.append)
     log.log({"loss": 1.0}, 0)
