@@ -11,6 +11,7 @@ what is worth keeping is said by the step itself.  A step inside another one is 
 
 from __future__ import annotations
 
+import logging
 import sys
 import textwrap
 import time
@@ -187,6 +188,32 @@ class _Nothing:
 
 QUIET: Steps = _Nothing()
 """For callers that nobody watches."""
+
+
+def log_to_terminal() -> None:
+    """Print the package's log messages on stdout; each entry point calls it once.
+
+    The library says everything by `logging.getLogger(__name__)`. INFO is printed as it is,
+    WARNING and above with the level's name in front; lines wider than 100 columns are folded.
+    """
+    logger = logging.getLogger("runkey")
+    if not any(isinstance(handler, _TerminalHandler) for handler in logger.handlers):
+        logger.addHandler(_TerminalHandler())
+    logger.setLevel(logging.INFO)
+
+
+class _TerminalHandler(logging.Handler):
+    """Writes to whatever `sys.stdout` is when a message comes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            text = f"{record.levelname.lower()}: {text}"
+        try:
+            for line in folded(text):
+                sys.stdout.write(line + "\n")
+        except (OSError, ValueError):  # a closed pipe must not end a training
+            self.handleError(record)
 
 
 def tell(text: str) -> None:
