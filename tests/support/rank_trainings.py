@@ -20,7 +20,7 @@ from runkey.training.device import set_up
 from runkey.training.distributed import World
 from runkey.training.interrupts import Interrupts
 from runkey.training.loop import fit
-from tests.training.conftest import (
+from tests.support.toy import (
     MemoryTracker,
     ToyCriterion,
     ToyLoader,

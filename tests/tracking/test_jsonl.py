@@ -13,8 +13,7 @@ import pytest
 
 from runkey.tracking import log as log_module
 from runkey.tracking.log import JsonlLog, read_jsonl
-
-from .conftest import fill
+from tests.support.mlflow_store import fill
 
 
 def steps(path: Path) -> list[int]:

@@ -18,10 +18,9 @@ from runkey.registry.server_library import open_library
 from runkey.tracking import Store
 from runkey.tracking.replay import ARTIFACTS, ENDED
 from runkey.tracking.store import open_client
+from tests.support.mlflow_store import RECORD
 from tests.support.points import assert_the_same_points
 from tests.support.trainer import KEY, begin, log_steps
-
-from .test_records import DETAILS as RECORD
 
 Run = Callable[..., str]
 
