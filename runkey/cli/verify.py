@@ -12,6 +12,7 @@ from runkey import paths
 from runkey.cli import output
 from runkey.cli.output import AsJson, Key, answer_no, print_beside, print_json, print_table
 from runkey.errors import RegistryError, RunkeyError
+from runkey.identity.key import ANY_KEY
 from runkey.progress import each
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def _verify_all(*, quick: bool, as_json: bool) -> None:
     store = output.store()
     runs = open_library(store.uri, store.home, torn.append)
     records, beside = [], []
-    for record in each("read records", runs.matching("rk1-"), "runs"):
+    for record in each("read records", runs.matching(ANY_KEY), "runs"):
         try:
             records.append(runs.with_details(record))
         except RunkeyError as error:

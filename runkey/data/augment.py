@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from runkey.params.data import Augment, Data
+from runkey.params import Augment, Data
 
 # Random numbers as a pure function of (seed, epoch, purpose, image id); no state anywhere.
 

@@ -22,7 +22,7 @@ from runkey.data.index import Split, read_index
 from runkey.data.sampler import Seen, WindowSampler, micro_batches
 from runkey.data.shapes import is_portrait
 from runkey.errors import DataError
-from runkey.params.data import Data
+from runkey.params import Data
 
 # Requests answered in order, by worker processes or in this one.
 

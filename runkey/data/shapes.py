@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from runkey.data.augment import UNBOUNDED, crop_sides, evaluation_size, resized_size
 from runkey.data.index import ClassName, Record
-from runkey.params.data import Data
+from runkey.params import Data
 
 # The shape census: which output sizes the loader can produce, and the worst batch of them.
 

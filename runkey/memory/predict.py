@@ -30,7 +30,7 @@ from runkey.memory.trace.backward import Gpu
 from runkey.memory.trace.record import Content, Lend, recorder
 from runkey.memory.trace.tracker import Pass, Trace
 from runkey.params import Params, override
-from runkey.progress import each
+from runkey.progress import progress
 
 # What a GPU's libraries add to the tensors of a step: bands, by generation.
 
@@ -262,15 +262,17 @@ def _alternatives(
     """The same training with one parameter changed, for the same micro-batches."""
     found = []
     changes = [*other_steps(params), *other_batches(params)]
-    for change in each("predict memory", changes, "settings"):
-        changed = override(params, change.values)
-        template, batches = bounded.template, around
-        if change in other_steps(params):
-            template = _step_under(changed, around, lend_for)
-        else:
-            batches = replace(around, census=around.census_of(changed))
-        estimate = _estimate(changed, template, batches, bounded.held)
-        found.append(Alternative(change.name, str(change), estimate))
+    with progress("predict memory", len(changes), "settings") as steps:
+        for change in changes:
+            changed = override(params, change.values)
+            template, batches = bounded.template, around
+            if change in other_steps(params):
+                template = _step_under(changed, around, lend_for)
+            else:
+                batches = replace(around, census=around.census_of(changed))
+            estimate = _estimate(changed, template, batches, bounded.held)
+            found.append(Alternative(change.name, str(change), estimate))
+            steps.advance()
     return tuple(found)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self, cast
 
 from runkey.errors import RegistryError
-from runkey.identity.key import SCHEMA
+from runkey.identity.key import ANY_KEY, ANY_SCHEMA
 from runkey.identity.record import this_host
 from runkey.registry.rest import RestClient, RestError
 
@@ -124,7 +124,7 @@ def _stat(pid: int) -> tuple[str, int] | None:
 State = Literal["running", "finished", "failed"]
 StateNow = Literal["running", "finished", "failed", "dead", "silent"]
 STATES: tuple[State, ...] = ("running", "finished", "failed")
-_NAME = re.compile(rf"^({SCHEMA}-[0-9a-f]{{64}})(?:\.g([1-9][0-9]{{0,8}}))?$")
+_NAME = re.compile(rf"^({ANY_SCHEMA}-[0-9a-f]{{64}})(?:\.g([1-9][0-9]{{0,8}}))?$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,7 +367,7 @@ class ServerClaims:
 
     def all(self) -> list[Claim]:
         """See `Claims`."""
-        return [claim for claim, _ in self._search(f"{SCHEMA}-")]
+        return [claim for claim, _ in self._search(ANY_KEY)]
 
     def make(self, claim: Claim) -> bool:
         """See `Claims`."""

@@ -1,6 +1,6 @@
 """What differs between two runs, or between a run and the tree as it stands, and how.
 
-    diff = compare(run_side(library, "rk1-1d0c", root), tree_side(root), root)
+    diff = compare(run_side(library, "rk2-1d0c", root), tree_side(root), root)
 
 First the four parts of the key, by their hashes; then each part that differs, by what it hashes;
 then what the runs gave (metrics) and what they were run with (witness).
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from runkey import paths
 from runkey.data.index import IMAGE_LIST, ImageList, read_image_list
 from runkey.errors import DataError, RegistryError
 from runkey.identity.dvc_yaml import PIPELINE, read_yaml_text
-from runkey.identity.key import PARTS, Recipe, make_recipe
+from runkey.identity.key import PARTS, Recipe, make_recipe, older_rule
 from runkey.identity.record import KEY_JSON, Record
 from runkey.registry.diff_files import (
     CodeDiff,
@@ -90,7 +91,7 @@ def run_side(library: Library, address: str, root: Path) -> Side:
         RecipeError: its key.json is damaged.
     """
     record = find_run(library, address)
-    notes: list[str] = []
+    notes = [older] if (older := older_rule(record.key)) else []
 
     def read(path: str) -> bytes | None:
         return _artifact(library, record, path, notes)
@@ -164,7 +165,7 @@ def _artifact(library: Library, record: Record, path: str, notes: list[str]) -> 
     try:
         with library.open_file(record, path) as file:
             return file.read()
-    except RegistryError as error:
+    except (RegistryError, OSError, HTTPException) as error:
         notes.append(str(error))
         return None
 
@@ -241,13 +242,13 @@ def compare(a: Side, b: Side, root: Path) -> Diff:
     on_both = a.record is not None and b.record is not None
     data_a, data_b = a.preimage("data"), b.preimage("data")
     images = compare_images(a.images, b.images) if a.images and b.images else None
-    code_a, code_b = (side.preimage("code").get("files", {}) for side in (a, b))
+    code_a, code_b = (side.preimage("code") for side in (a, b))
     return Diff(
         same_key=a.key == b.key,
         parts={part: Pair(part, a.parts.get(part), b.parts.get(part)) for part in PARTS},
         commands=_commands(a, b) if known else [],
         params=differing(a.params, b.params) if known else _as_texts(a.params, b.params),
-        code=compare_code(code_a, code_b, a.code, b.code) if known else CodeDiff([], "", []),
+        code=compare_code(code_a, code_b, a.code, b.code) if known else CodeDiff([], "", [], []),
         excluded=_excluded(a, b) if known else [],
         data=differing(data_a, data_b) if known else [],
         images=images,

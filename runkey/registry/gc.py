@@ -26,7 +26,7 @@ from typing import Literal
 
 from runkey import paths
 from runkey.errors import RegistryError
-from runkey.identity.key import short_key
+from runkey.identity.key import ANY_SCHEMA, SCHEMA, short_key
 from runkey.identity.record import Record, read_pointer
 from runkey.registry.claims import Claim, Claims, Owner, is_running, newest, state_now, this_process
 from runkey.registry.library import Library
@@ -152,10 +152,10 @@ def _walk(path: Path) -> Iterator[os.stat_result]:
 
 
 Kind = Literal["run", "checkpoint", "claim", "worktree", "leftover"]
-_TRAINING = re.compile(r"(rk1-[0-9a-f]{64})(?:-repeats-([0-9a-f]{8}))?")
+_TRAINING = re.compile(rf"({ANY_SCHEMA}-[0-9a-f]{{64}})(?:-repeats-([0-9a-f]{{8}}))?")
 """Name of a training's folder, see `paths.training_folder`."""
 _QUIET_SECONDS = 3600.0
-_KEY_CHARACTERS = len("rk1-") + 64
+_KEY_CHARACTERS = len(f"{SCHEMA}-") + 64
 _REPEAT_SECONDS = 86400.0
 """After so long an interrupted `runkey reproduce` may begin anew."""
 _ENDED = ("FAILED", "KILLED")
@@ -319,7 +319,9 @@ def _current_key(root: Path) -> str | None:
 
 
 def _training_folders(home: Path) -> list[Path]:
-    return sorted(p for p in home.glob("rk1-*") if p.is_dir() and _TRAINING.fullmatch(p.name))
+    return sorted(
+        p for p in home.glob(f"{ANY_SCHEMA}-*") if p.is_dir() and _TRAINING.fullmatch(p.name)
+    )
 
 
 def _checkpoints(scope: Scope) -> Iterator[Item]:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from runkey import paths
 from runkey.errors import RecipeError, RegistryError
+from runkey.identity.key import ANY_SCHEMA
 from runkey.identity.record import NOT_KEPT, LoggedRun, Record, Status, read_record
 from runkey.registry.claims import Claims, newest, state_now
 from runkey.registry.query import Query, SearchableLibrary, choose, fixed_field
@@ -103,7 +104,7 @@ def _pairs(data: Mapping[str, Any], kind: str) -> dict[str, str]:
 
 
 CACHE = "runs.sqlite"
-_NAME = re.compile(r"rk1-[0-9a-f]{64}-[\w-]+\.json")
+_NAME = re.compile(rf"{ANY_SCHEMA}-[0-9a-f]{{64}}-[\w-]+\.json")
 
 
 def tell(line: str) -> None:

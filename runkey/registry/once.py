@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
-from runkey.errors import RecipeError, RegistryError
+from runkey.errors import RecipeError, RegistryError, RunkeyError
 from runkey.identity.key import short_key
 from runkey.identity.record import Record
 from runkey.registry.claims import Claim, Claims, newest, state_now, this_process
@@ -141,7 +141,7 @@ class HeldClaim:
         """Find out who holds the newest claim, if the claims can be reached."""
         try:
             last = newest(self._claims, self._claim.key)
-        except RegistryError as error:
+        except Exception as error:  # noqa: BLE001 - see _try_to_write
             self._note_unreached(error)
             return
         self._note_newest(last)
@@ -150,7 +150,8 @@ class HeldClaim:
         """Write the claim with its next beat, unless another process has taken over.
 
         Claims that cannot be reached do not stop a training: the next beat tries again, and whoever
-        took over in between is found then.
+        took over in between is found then.  No error ends the beating thread, not even one of ours:
+        it is reported, and others would take a claim without a beat for dead.
         """
         try:
             last = newest(self._claims, self._claim.key)
@@ -161,7 +162,7 @@ class HeldClaim:
             # Deleted by hand: the name is free, so it is made again, or somebody else did.
             if not self._claims.update(self._claim) and not self._claims.make(self._claim):
                 self._note_newest(newest(self._claims, self._claim.key))
-        except RegistryError as error:
+        except Exception as error:  # noqa: BLE001 - see above
             self._note_unreached(error)
             return
         if self._unreached:
@@ -173,12 +174,13 @@ class HeldClaim:
         if last is not None and not self._claim.is_same(last):
             self._taken_by = last
 
-    def _note_unreached(self, error: RegistryError) -> None:
+    def _note_unreached(self, error: Exception) -> None:
         self._looked = _clock()  # the next look waits its turn
         if not self._unreached:
             self._unreached = True
+            why = str(error) if isinstance(error, RunkeyError) else f"unexpected {error!r}"
             self._say(
-                f"claim of {short_key(self._claim.key)}: {error}; training goes on, after"
+                f"claim of {short_key(self._claim.key)}: {why}; training goes on, after"
                 f" {self._rhythm.dead_after:.0f} s of this others may train the same key"
             )
 
@@ -252,7 +254,7 @@ def decide(
     Args:
         library: the runs of this process's store.
         claims: of the same store.
-        key: `rk1-<64 hex digits>`.
+        key: `rk2-<64 hex digits>`.
         reuse: False: train without looking.
         wait: when another process trains the key, wait for it; False: refuse at once.
         say: told once whom it waits for, and what cannot be reached.

@@ -29,6 +29,7 @@ from runkey import paths
 from runkey.errors import RegistryError, RunkeyError
 from runkey.evaluation.files import METRICS
 from runkey.hashing import sha256_file
+from runkey.identity.dvc_files import cache_folder, read_config
 from runkey.identity.dvc_yaml import chain, pointer_of, read_pipeline
 from runkey.identity.key import PARTS, Recipe
 from runkey.identity.manifest import RunManifest
@@ -36,7 +37,6 @@ from runkey.identity.record import REPRODUCES, Details, Record, this_host
 from runkey.params import load_params
 from runkey.paths import PARAMS
 from runkey.registry.compare_runs import IDENTICAL, Side, Verdict, compare_runs
-from runkey.registry.dvc_cache import cache_folder, read_config
 from runkey.registry.environment import compare_environment
 from runkey.registry.gc import mark_owner
 from runkey.registry.library import Library

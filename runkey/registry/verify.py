@@ -14,11 +14,12 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from runkey.errors import RunkeyError
-from runkey.identity.key import PARTS, Recipe
+from runkey.errors import RegistryError, RunkeyError
+from runkey.identity.key import PARTS, Recipe, older_rule
 from runkey.identity.record import DETAILS, KEY_JSON, ORIGIN, Details, Record, StoredFile
 from runkey.paths import RUN_JSON
 from runkey.progress import QUIET, Steps, progress
@@ -149,7 +150,7 @@ def _wrong(run: _Run, path: str, recorded: StoredFile, steps: Steps) -> str:
                 size, digest = _size(file), recorded.sha256
             else:
                 size, digest = _hash(file, steps)
-    except (RunkeyError, OSError) as error:
+    except (RunkeyError, OSError, HTTPException) as error:
         return str(error).removeprefix(f"{run.record.label}: ").removeprefix(f"{path}: ")
     if size != recorded.size:
         return f"{size} bytes, recorded {recorded.size} {where}"
@@ -204,7 +205,8 @@ def _check_key(run: _Run) -> Iterator[Finding]:
     wrong = list(_wrong_in_run_json(run, stated))
     yield from (Finding("key", "fault", f"{RUN_JSON}: {text}", way_out) for text in wrong)
     if not wrong:
-        yield Finding("key", "ok", f"{KEY_JSON} hashes to the key, {RUN_JSON} names it")
+        older = f"; {rule}" if (rule := older_rule(stated.key)) else ""
+        yield Finding("key", "ok", f"{KEY_JSON} hashes to the key, {RUN_JSON} names it{older}")
 
 
 def _wrong_in_run_json(run: _Run, stated: Recipe) -> Iterator[str]:
@@ -236,8 +238,11 @@ def _plain(run: _Run, path: str, error: Exception) -> str:
 
 
 def _read(run: _Run, path: str) -> bytes:
-    with run.sources.library.open_file(run.record, path) as file:
-        return file.read()
+    try:
+        with run.sources.library.open_file(run.record, path) as file:
+            return file.read()
+    except (OSError, HTTPException) as error:
+        raise RegistryError(f"{path}: cannot be read ({error})") from None
 
 
 def _mlflow(run: _Run) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from runkey import paths
 from runkey.errors import RecipeError, TrackingError
+from runkey.identity.key import ANY_KEY
 from runkey.identity.record import (
     ARTIFACTS,
     CONTENT,
@@ -173,7 +174,7 @@ def _runs(client: MlflowClient) -> Iterator[Any]:
         for page in _pages(
             client.search_runs,
             experiment_ids=experiments,
-            filter_string=f"tags.{KEY} LIKE 'rk1-%'",
+            filter_string=f"tags.{KEY} LIKE '{ANY_KEY}%'",
             max_results=_PAGE,
         ):
             yield from page
@@ -192,7 +193,7 @@ def _pages(search: Callable[..., Any], **question: Any) -> Iterator[Any]:
 _METRICS = 1000
 _PARAMS = 100
 _TAGS = 100
-_LOOK_SECONDS = 0.3
+LOOK_SECONDS = 0.3
 _NOT_COPIED = ("mlflow.runName", "mlflow.artifactLocation")
 
 
@@ -325,18 +326,18 @@ def _read_files(client: MlflowClient, run_id: str, folder: Path) -> None:
     """Copy all artifacts of a run to a folder."""
     sizes = [file.file_size or 0 for file in _artifacts(client, run_id)]
     if sizes:
-        with progress("files from MLflow", sum(sizes), "bytes") as steps, _watched(folder, steps):
+        with progress("files from MLflow", sum(sizes), "bytes") as steps, growing(folder, steps):
             client.download_artifacts(run_id, "", str(folder))
 
 
 @contextmanager
-def _watched(folder: Path, steps: Steps) -> Iterator[None]:
+def growing(folder: Path, steps: Steps) -> Iterator[None]:
     """Tell how a folder grows: MLflow does not say how far its downloads are."""
     ended = Event()
 
     def look() -> None:
         before = 0
-        while not ended.wait(_LOOK_SECONDS):
+        while not ended.wait(LOOK_SECONDS):
             now = 0
             for path in folder.rglob("*"):
                 with suppress(FileNotFoundError):  # it got its name meanwhile

@@ -20,11 +20,8 @@ from runkey.data.index import read_classes, read_index
 from runkey.data.prepare import prepare
 from runkey.data.report import LINES_PER_KIND
 from runkey.errors import DataError
-from runkey.params.data import Checks, Data
-
-BESIDE = Path(__file__).resolve().parents[2].parent / "shared"
-SHARED = Path(os.environ.get("RUNKEY_SHARED", BESIDE)) / "data"
-SETS = [name for name in ("blood-cells", "coco-tiny") if (SHARED / name).is_dir()]
+from runkey.params import Checks, Data
+from tests.support.shared import shared_data
 
 
 def outputs(folder):
@@ -105,7 +102,8 @@ def test_a_good_data_set_says_so(folder):
 
 
 def test_every_policy_that_is_no_failure_is_offered_in_the_message():
-    for name, field in Checks.model_fields.items():
+    for name in Checks.policies("repair"):
+        field = Checks.model_fields[name]
         assert field.default in field.annotation.__args__, name
         assert "fail" in field.annotation.__args__, name
 
@@ -174,7 +172,11 @@ def test_a_full_disk_is_one_line(folder, monkeypatch):
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("needs /dev/full")
-    monkeypatch.setattr(check_images, "cached_size", lambda w, h, *rest: (w * 20, h * 20))
+
+    def enlarged(image, *rest):
+        return image.resize((image.width * 20, image.height * 20))
+
+    monkeypatch.setattr(check_images, "shrink", enlarged)
     folder.write()
     folder.out.mkdir()
     (folder.out / "cache_train.npy.tmp").symlink_to(full)
@@ -183,10 +185,11 @@ def test_a_full_disk_is_one_line(folder, monkeypatch):
         folder.prepare()
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", ["blood-cells", "coco-tiny"])
 def test_shared_data_sets_pass_with_the_defaults(name, tmp_path):
     said = []
-    report = prepare(Data(path=name), 0, SHARED, tmp_path / "prepared", 50, said.append)
+    root = shared_data(name).parent
+    report = prepare(Data(path=name), 0, root, tmp_path / "prepared", 50, said.append)
 
     assert report.passed
     train = read_index(tmp_path / "prepared/train.json")
@@ -212,7 +215,7 @@ _MEASURE = """
 import re, sys
 from pathlib import Path
 from runkey.data.prepare import prepare
-from runkey.params.data import Data
+from runkey.params import Data
 
 def peak_kib():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -53,7 +53,10 @@ def test_telemetry_makes_no_stage_run_again(stages, name):
     deps = stages[name].deps
     assert [dep for dep in deps if is_excluded(dep)] == []
     assert [
-        entry for entry in EXCLUDED if any(covers(dep, entry.rstrip("/")) for dep in deps)
+        entry
+        for entry in EXCLUDED
+        # A single file may lie in a folder that counts: the stage starts and finds its result.
+        if entry.endswith("/") and any(covers(dep, entry.rstrip("/")) for dep in deps)
     ] == []
 
 
@@ -77,7 +80,7 @@ def test_every_parameter_is_read_by_a_stage_and_runtime_by_none(stages, flat):
 def test_the_real_recipe_is_whole():
     recipe = make_recipe("train", REPOSITORY)
     code = recipe.preimages["code"]["files"]
-    assert {"stages/prepare.py", "stages/train.py", "runkey/params/root.py"} <= set(code)
+    assert {"stages/prepare.py", "stages/train.py", "runkey/params/schema.py"} <= set(code)
     assert not any(is_excluded(path) for path in code)
     assert {"lr", "seed"} <= set(recipe.preimages["params"])
     assert not any(name.startswith("runtime") for name in recipe.preimages["params"])

@@ -18,7 +18,7 @@ from runkey.identity.record import LoggedRun
 from runkey.tracking import JsonlLog, RunDescription, RunTracker, Store, Training
 from runkey.tracking.mlflow_run import Pace, begin_run
 
-KEY = f"rk1-{'5' * 64}"
+KEY = f"rk2-{'5' * 64}"
 DESCRIPTION = RunDescription(
     name="lr=5e-05", params={"lr": "5e-05", "key": KEY}, tags={"device": "cpu", "key": KEY}
 )
