@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from runkey import paths
-from runkey.data.dataset import Window
+from runkey.data.dataset import GlobalBatch
 from runkey.data.index import read_classes
 from runkey.data.loader import TrainLoader, build_train_loader
 from runkey.model.criterion import build_criterion
@@ -63,7 +63,7 @@ class TimedLoader:
         """Windows in an epoch."""
         return self._loader.steps_per_epoch
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Window]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[GlobalBatch]:
         """The windows of an epoch."""
         for window in self._loader.epoch(epoch, start_step):
             self.times.append(self._clock())

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from runkey.data.dataset import Batch, Window
+from runkey.data.dataset import Batch, GlobalBatch
 from runkey.params import Params, parse_params
 
 CLASSES = 8
@@ -68,12 +68,12 @@ class SyntheticLoader:
         self.steps_per_epoch = steps
         self._images, self._micro_batch, self._size, self._pin = images, micro_batch, size, pin
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Window]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[GlobalBatch]:
         """The windows of an epoch."""
         for step in range(start_step, self.steps_per_epoch):
             yield self.window(epoch * self.steps_per_epoch + step)
 
-    def window(self, number: int) -> Window:
+    def window(self, number: int) -> GlobalBatch:
         """One optimizer step's images."""
         cuts = range(0, self._images, self._micro_batch)
         window = tuple(

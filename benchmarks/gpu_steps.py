@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runkey.data.dataset import Window
+from runkey.data.dataset import GlobalBatch
 from runkey.memory.allocator import Allocator, Block
 from runkey.memory.trace.record import Lent, Recorder, synthetic_batch
 from runkey.memory.trace.tracker import Pass, watching
@@ -49,7 +49,7 @@ def _allocations() -> int:
     return count
 
 
-def log_step(lent: Lent, window: Window) -> dict[str, Any]:
+def log_step(lent: Lent, window: GlobalBatch) -> dict[str, Any]:
     """A step on a GPU: its operations, and the allocator's history."""
     start_history()
     before = _allocations()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_common import CLASSES, SyntheticLoader, training_params
-from runkey.data.dataset import Window
+from runkey.data.dataset import GlobalBatch
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
 from runkey.training.device import set_up
@@ -73,7 +73,7 @@ def check_syncs(device: torch.device) -> dict[str, Any]:
     with SyncCounter(device) as counter:
 
         class Counted(SyntheticLoader):
-            def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Window]:
+            def epoch(self, epoch: int, start_step: int = 0) -> Iterator[GlobalBatch]:
                 """The same windows; what was counted until each is asked for."""
                 for window in super().epoch(epoch, start_step):
                     counts.append(counter.count)

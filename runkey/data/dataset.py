@@ -84,7 +84,7 @@ class Batch:
 
 # One optimizer step's images: micro-batches of at most `micro_batch` images each, the effective
 # batch together.  The loader yields windows, so a step knows all its counts before it starts.
-Window = tuple[Batch, ...]
+GlobalBatch = tuple[Batch, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from runkey.data.augment import View, build_views, evaluation_size
 from runkey.data.cache import open_cache
-from runkey.data.dataset import Batch, BatchMaker, Failure, ImageTable, Request, Window, image_table
+from runkey.data.dataset import (
+    Batch,
+    BatchMaker,
+    Failure,
+    GlobalBatch,
+    ImageTable,
+    Request,
+    image_table,
+)
 from runkey.data.index import Split, read_index
 from runkey.data.sampler import Seen, WindowSampler, micro_batches
 from runkey.data.shapes import is_portrait
@@ -203,7 +211,7 @@ class TrainLoader:
         """Windows in each epoch, the last and smaller one included."""
         return self._sampler.steps_per_epoch
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Window]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[GlobalBatch]:
         """Yield the windows of an epoch, from its window `start_step` on.
 
         A window is one batch or more of at most `micro_batch` images.  With several ranks each

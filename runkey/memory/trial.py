@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from runkey.data.dataset import Window
+from runkey.data.dataset import GlobalBatch
 from runkey.errors import TrainingError
 from runkey.memory.choose import room_on
 from runkey.memory.memory_model import MIB, Line
@@ -80,7 +80,7 @@ class Guarded:
 
 
 # Builds everything that trains, and returns a whole optimizer step over a window.
-MakeStep = Callable[[], Callable[[Window], object]]
+MakeStep = Callable[[], Callable[[GlobalBatch], object]]
 
 _STEPS = 2  # The first one makes the optimizer's state; the second has it from the start.
 _STATUS = Path("/proc/self/status")

@@ -108,7 +108,7 @@ def _outputs(record: Record, root: Path, params: Params) -> list[str]:
 
 
 @dataclass
-class Turn:
+class KeyClaim:
     """The right to train a key, and what is known when training begins."""
 
     store: Store
@@ -152,7 +152,7 @@ class Turn:
 
 
 @contextmanager
-def once(params: Params, root: Path, recipe: Recipe) -> Iterator[Turn | None]:
+def once(params: Params, root: Path, recipe: Recipe) -> Iterator[KeyClaim | None]:
     """This process's turn to train the key; None when the result was there and is in place now.
 
     Raises:
@@ -164,7 +164,7 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[Turn | None]:
     if not params.runtime.mlflow:
         line = f"{label}: trained without looking for a run (runtime.mlflow is false)"
         tell(line)
-        turn = Turn(store, None, paths.training_folder(store.home, recipe.key), line, None)
+        turn = KeyClaim(store, None, paths.training_folder(store.home, recipe.key), line, None)
         yield turn
         _clear(turn)
         return
@@ -182,7 +182,7 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[Turn | None]:
     with decision.claim or nullcontext() as claim:
         snapshot = take_snapshot(root, paths.store_root(), recipe)
         dead = _left_behind(decision, folder)
-        turn = Turn(store, claim, folder, decision.line, snapshot, dead, repeats)
+        turn = KeyClaim(store, claim, folder, decision.line, snapshot, dead, repeats)
         yield turn
         if claim:
             claim.finish(turn.own_run)
@@ -206,7 +206,7 @@ def _left_behind(decision: Decision, folder: Path) -> tuple[str, ...]:
     return tuple(run for run in decision.superseded if pointer is None or run != pointer.run_id)
 
 
-def _clear(turn: Turn) -> None:
+def _clear(turn: KeyClaim) -> None:
     """Remove what only an interrupted training needs; what MLflow lacks stays."""
     try:
         with locked(turn.folder, tell):

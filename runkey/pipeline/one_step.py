@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from runkey.data.dataset import Window
+from runkey.data.dataset import GlobalBatch
 from runkey.memory.trace.record import Lend, Lent, with_fixed_matches
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
@@ -26,7 +26,7 @@ class _OneStep:
 
     steps_per_epoch = 1
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Window]:  # noqa: ARG002
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[GlobalBatch]:  # noqa: ARG002
         """No windows."""
         return iter(())
 
@@ -59,7 +59,7 @@ def build_step(
         world=World(),
     )
 
-    def step(window: Window) -> None:
+    def step(window: GlobalBatch) -> None:
         result = train_step(setup.machinery, window, 1.0)
         if setup.ema is not None:
             setup.ema.update(result.skipped)

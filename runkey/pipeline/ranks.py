@@ -29,7 +29,7 @@ from runkey.training.distributed import (
     LostRankError,
     SharedError,
     World,
-    joined_world,
+    join_world,
     read_world,
 )
 from runkey.training.interrupts import Interrupts
@@ -61,14 +61,14 @@ def count_ranks(params: Params, device: torch.device) -> int:
 def joined(params: Params, device: torch.device) -> Iterator[World]:
     """All ranks together, for rank 0; the others follow from when the block begins."""
     if launched_by_torchrun():
-        with joined_world(device) as world:
+        with join_world(device) as world:
             yield world
         return
     size = count_ranks(params, device)
     again = [argument for argument in sys.argv[1:] if argument == "--traceback"]
     with (
         started(size, ["-m", "stages.train", *again]) as watch,
-        joined_world(device, watch) as world,
+        join_world(device, watch) as world,
     ):
         yield world
 
@@ -76,7 +76,7 @@ def joined(params: Params, device: torch.device) -> Iterator[World]:
 def dismiss(params: Params) -> None:
     """Tell ranks that torchrun started that there is nothing to train."""
     device, _ = choose_device(params.runtime.device)
-    with joined_world(device) as world:
+    with join_world(device) as world:
         world.share(None)
 
 
@@ -105,7 +105,7 @@ def follow(params: Params, root: Path, watch: Peers | None) -> None:
 
 def _follow(params: Params, root: Path, watch: Peers | None, interrupts: Interrupts) -> None:
     device, _ = choose_device(params.runtime.device, read_world().local_rank)
-    with joined_world(device, watch) as world:
+    with join_world(device, watch) as world:
         plan: MemoryPlan | None = world.share(None)
         if plan is None:
             return

@@ -34,7 +34,7 @@ from runkey.identity.record import (
 )
 from runkey.memory.choose import MemoryPlan
 from runkey.params import Params
-from runkey.pipeline.once import Turn
+from runkey.pipeline.once import KeyClaim
 from runkey.pipeline.parts import write_json
 from runkey.plots.report import write_report
 from runkey.plots.report_source import recorded_run, workspace_run
@@ -71,7 +71,7 @@ class Run:
     params: Params
     root: Path
     recipe: Recipe
-    turn: Turn
+    turn: KeyClaim
     plan: MemoryPlan
     device: torch.device
     dtype: torch.dtype | None

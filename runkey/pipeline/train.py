@@ -19,7 +19,7 @@ from runkey.memory.measured import CALIBRATION
 from runkey.model.model_files import Sizes, save_model
 from runkey.model.weights import load_initial_weights
 from runkey.params import Params
-from runkey.pipeline.once import Turn
+from runkey.pipeline.once import KeyClaim
 from runkey.pipeline.parts import Validation, write_json
 from runkey.pipeline.ranks import Learner, build_learner, count_ranks, joined
 from runkey.pipeline.record import Run, keep, recorded
@@ -38,7 +38,7 @@ from runkey.training.loop import fit
 from runkey.training.state import FitResult
 
 
-def train(params: Params, root: Path, recipe: Recipe, turn: Turn) -> None:
+def train(params: Params, root: Path, recipe: Recipe, turn: KeyClaim) -> None:
     """Train a model on the prepared data of `root`, write the stage's outputs, record the run.
 
     What an interrupted training left in the turn's folder is gone on with.
@@ -97,7 +97,7 @@ def _train(run: Run, learner: Learner, world: World, interrupts: Interrupts) -> 
     tell(f"model/ is written; MLflow run {run_id or 'none'}")
 
 
-def _plan(params: Params, root: Path, turn: Turn, device: torch.device) -> MemoryPlan:
+def _plan(params: Params, root: Path, turn: KeyClaim, device: torch.device) -> MemoryPlan:
     """How a step is cut into forward passes on this device: as the checkpoint has it, if it fits.
 
     Another size would round otherwise, and draw other noise.

@@ -9,19 +9,19 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from runkey.data.dataset import Window
+from runkey.data.dataset import GlobalBatch
 from runkey.errors import TrainingError
 from runkey.model.criterion import Criterion
 from runkey.params import Params
 from runkey.training.checkpoint.file import Checkpoints, Stateful
 from runkey.training.device import build_precision, choose_precision, set_up
-from runkey.training.distributed import CheckpointsTogether, World
+from runkey.training.distributed import SharedCheckpoints, World
 from runkey.training.interrupts import Interrupts
 from runkey.training.metrics import Contained, Quiet, Tracker
 from runkey.training.optimizer import Clipper, Ema, build_optimizer, trained_parameters
 from runkey.training.schedule import Schedule, build_schedule
 from runkey.training.state import host_weights
-from runkey.training.step import Machinery
+from runkey.training.step import TrainStep
 
 
 class Loader(Protocol):
@@ -32,7 +32,7 @@ class Loader(Protocol):
         """Windows in an epoch."""
         ...
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Window]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[GlobalBatch]:
         """The windows of an epoch (from 0), from its `start_step`-th on."""
         ...
 
@@ -46,7 +46,7 @@ class Setup:
     """What stays the same throughout a training."""
 
     params: Params
-    machinery: Machinery
+    machinery: TrainStep
     schedule: Schedule
     ema: Ema | None
     loader: Loader
@@ -112,7 +112,7 @@ def build_setup(
             " a step: some have none; lower runtime.processes"
         )
     if world.size > 1:
-        checkpoints = CheckpointsTogether(checkpoints if world.is_main else None, world)
+        checkpoints = SharedCheckpoints(checkpoints if world.is_main else None, world)
     if not world.is_main:
         tracker, say = Quiet(), _say_nothing
     set_up(
@@ -149,14 +149,14 @@ def _say_nothing(_: str) -> None:
 
 def _build_machinery(
     model: nn.Module, criterion: Criterion, params: Params, device: torch.device, world: World
-) -> tuple[Machinery, str]:
+) -> tuple[TrainStep, str]:
     """The step's parts on the device, and why its precision was chosen."""
     channels_last = params.training.channels_last
     model = model.to(device)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     dtype, reason = choose_precision(params.training.precision, device)
-    machinery = Machinery(
+    machinery = TrainStep(
         model=model,
         criterion=criterion,
         optimizer=build_optimizer(model, params.optimizer, params.lr),

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runkey.data.dataset import Window
+from runkey.data.dataset import GlobalBatch
 from runkey.errors import Interrupted, RunkeyError, StoppedError, TrainingError
 from runkey.training.checkpoint.file import Checkpoints, Content
 from runkey.training.interrupts import Interrupts
@@ -40,9 +40,9 @@ from runkey.training.ranks import Peers, this_process, watched
 # What the loop asks for, made the same on all ranks: windows, metrics, checkpoints.
 
 
-def windows_together(
-    windows: Iterator[Window], world: World, interrupts: Interrupts
-) -> Iterator[Window]:
+def synchronised_batches(
+    windows: Iterator[GlobalBatch], world: World, interrupts: Interrupts
+) -> Iterator[GlobalBatch]:
     """This rank's share of each window, handed out when all ranks have theirs.
 
     Raises:
@@ -65,7 +65,7 @@ def windows_together(
         yield window
 
 
-def metrics_together(
+def broadcast_metrics(
     evaluate: Callable[[], dict[str, float]], world: World, interrupts: Interrupts
 ) -> dict[str, float]:
     """Rank 0's evaluation, told to all; the others wait for it as long as it takes.
@@ -92,7 +92,7 @@ def metrics_together(
     return metrics
 
 
-class CheckpointsTogether:
+class SharedCheckpoints:
     """Rank 0's checkpoints: it alone saves them, all ranks go on from them."""
 
     def __init__(self, own: Checkpoints | None, world: World) -> None:
@@ -129,7 +129,7 @@ class CheckpointsTogether:
 
 
 @contextmanager
-def ended_together(world: World) -> Iterator[None]:
+def ending_together(world: World) -> Iterator[None]:
     """Ranks leave the block at the same time; after that, or an error, each may end by itself."""
     try:
         yield
@@ -269,7 +269,7 @@ def read_world(environment: Mapping[str, str] = os.environ) -> World:
 
 
 @contextmanager
-def joined_world(device: torch.device, watch: Peers | None = None) -> Iterator[World]:
+def join_world(device: torch.device, watch: Peers | None = None) -> Iterator[World]:
     """Join the other processes, if there are any, until the block ends.
 
     Args:

@@ -14,7 +14,7 @@ _MOST_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Judge:
+class MetricComparator:
     """Compares two values of a metric.  NaN is the worst value there is."""
 
     mode: Literal["max", "min"]
@@ -36,7 +36,7 @@ class Judge:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class StopDecision:
     """What a history of evaluations says."""
 
     stop: bool
@@ -46,9 +46,9 @@ class Verdict:
     """What was seen, in one line; empty while training goes on."""
 
 
-def judge_history(
-    history: Sequence[float], judge: Judge, patience: int, metric: str = "the metric"
-) -> Verdict:
+def decide_stop(
+    history: Sequence[float], judge: MetricComparator, patience: int, metric: str = "the metric"
+) -> StopDecision:
     """Whether to stop after the evaluations so far.
 
     Args:
@@ -64,7 +64,7 @@ def judge_history(
         else:
             waited += 1
     if waited < patience:
-        return Verdict(False, waited, "")
+        return StopDecision(False, waited, "")
     least = f" by more than {judge.min_delta:g}" if judge.min_delta else ""
     if not at:
         seen = f"{metric} was never a number"
@@ -73,7 +73,7 @@ def judge_history(
         later = ", ".join(f"{value:.4g}" for value in latest)
         more = "... " if len(history) - at > len(latest) else ""
         seen = f"best {metric} {best:.4g} at evaluation {at} of {len(history)}, then {more}{later}"
-    return Verdict(True, waited, f"early stop: {seen}: {waited} without improvement{least}")
+    return StopDecision(True, waited, f"early stop: {seen}: {waited} without improvement{least}")
 
 
 def watched_value(metrics: Mapping[str, float], metric: str) -> float:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runkey.data.dataset import Window
+from runkey.data.dataset import GlobalBatch
 from runkey.errors import TrainingError
 from runkey.training.build import Setup, announce
 from runkey.training.checkpoint.file import Content, find_saved
@@ -171,7 +171,7 @@ _MOST_IDS_SHOWN = 8
 
 
 @contextmanager
-def explained(step: int, window: Window, lr: float) -> Iterator[None]:
+def explained(step: int, window: GlobalBatch, lr: float) -> Iterator[None]:
     """Turn what can go wrong in a step into one line that a user can act on.
 
     Args:

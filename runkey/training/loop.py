@@ -13,15 +13,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from runkey.data.dataset import Window
+from runkey.data.dataset import GlobalBatch
 from runkey.errors import DataError, Interrupted, ModelError, StoppedError
 from runkey.model.criterion import Criterion
 from runkey.params import Params
 from runkey.training.build import Evaluate, Loader, Setup, build_setup
 from runkey.training.checkpoint.file import Checkpoints
 from runkey.training.device import seed_step
-from runkey.training.distributed import World, ended_together, metrics_together, windows_together
-from runkey.training.early_stopping import Judge, judge_history, loss_gap, watched_value
+from runkey.training.distributed import (
+    World,
+    broadcast_metrics,
+    ending_together,
+    synchronised_batches,
+)
+from runkey.training.early_stopping import MetricComparator, decide_stop, loss_gap, watched_value
 from runkey.training.guard import Guard, begin, explained, take_content
 from runkey.training.interrupts import Interrupts
 from runkey.training.metrics import LateReader, Pace, Quiet, Reading, Stopwatch, Tracker, timed
@@ -156,17 +161,17 @@ def _evaluate(setup: Setup, state: LoopState, values: dict[str, float]) -> bool:
     """Evaluate, add the metrics to `values`, keep the best weights; whether these are the best."""
     stopping = setup.params.training.early_stopping
     module = setup.evaluated_module.eval()
-    metrics = metrics_together(lambda: _judge(setup, state, module), setup.world, setup.interrupts)
+    metrics = broadcast_metrics(lambda: _judge(setup, state, module), setup.world, setup.interrupts)
     value = watched_value(metrics, stopping.metric)
     values |= metrics | loss_gap(values, metrics)
     state.evaluations.append(metrics)
     if stopping.enabled:
-        judge = Judge(stopping.mode, stopping.min_delta)
+        judge = MetricComparator(stopping.mode, stopping.min_delta)
         history = state.watched(stopping.metric)
-        verdict = judge_history(history, judge, stopping.patience, stopping.metric)
+        verdict = decide_stop(history, judge, stopping.patience, stopping.metric)
         state.stop_reason = verdict.reason
     # The smallest change is for patience alone: better weights are better by however little.
-    return state.offer(value, metrics, module, Judge(stopping.mode))
+    return state.offer(value, metrics, module, MetricComparator(stopping.mode))
 
 
 def _judge(setup: Setup, state: LoopState, module: nn.Module) -> dict[str, float]:
@@ -269,7 +274,7 @@ def fit(
         checkpoints=checkpoints,
         interrupts=interrupts,
     )
-    with ended_together(setup.world):
+    with ending_together(setup.world):
         state = begin(setup)
         state.limit = min((n for n in (state.limit, limit) if n is not None), default=None)
         with setup.interrupts.held():
@@ -309,7 +314,9 @@ def _train_epoch(
     setup.machinery.model.train()
     watched = state.watched(setup.watched)
     done = state.step - state.epoch * setup.loader.steps_per_epoch
-    windows = windows_together(setup.loader.epoch(state.epoch, done), setup.world, setup.interrupts)
+    windows = synchronised_batches(
+        setup.loader.epoch(state.epoch, done), setup.world, setup.interrupts
+    )
     for window in timed(windows, recorder.pace, recorder.recent):
         result, factor = take_step(setup, state, window, watched)
         # Hands on the values of the step before: what is decided by a step's values is decided one
@@ -323,7 +330,7 @@ def _train_epoch(
 
 
 def take_step(
-    setup: Setup, state: LoopState, window: Window, watched: Sequence[float]
+    setup: Setup, state: LoopState, window: GlobalBatch, watched: Sequence[float]
 ) -> tuple[StepResult, float]:
     """One optimizer step and what goes with it; its result, and the schedule's factor.
 

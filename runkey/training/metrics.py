@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from runkey.data.dataset import Window
+from runkey.data.dataset import GlobalBatch
 from runkey.training.distributed import World
 
 # Where values of a training go, as far as the training knows.
@@ -297,7 +297,7 @@ class Pace:
         return min(1.0, self.wait_seconds / self.seconds)
 
 
-def timed(windows: Iterable[Window], *paces: Pace) -> Iterator[Window]:
+def timed(windows: Iterable[GlobalBatch], *paces: Pace) -> Iterator[GlobalBatch]:
     """The same windows; the time that each was waited for goes to the paces."""
     iterator = iter(windows)
     while True:

@@ -1,7 +1,7 @@
 """Starts the other ranks of a training on this machine, so that nobody has to know torchrun.
 
     with started(2, ["-m", "stages.train"]):         # in the process that becomes rank 0
-        with joined_world(device) as world: ...
+        with join_world(device) as world: ...
 
 Rank 0 is the process that was started first: its signals, messages and exit code are those of the
 training.  The others get torchrun's variables, by which `read_world` knows them, and end with it.
@@ -171,7 +171,7 @@ def started(size: int, arguments: Sequence[str]) -> Iterator[Peers | None]:
         arguments: what follows the interpreter on their command line.
 
     Yields:
-        A watch over them, for `joined_world` to take over.
+        A watch over them, for `join_world` to take over.
     """
     if size == 1:
         yield None

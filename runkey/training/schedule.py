@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from runkey import params
-from runkey.training.early_stopping import Judge
+from runkey.training.early_stopping import MetricComparator
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Schedule:
     peak_step: float
     cycle_steps: float
     patience: int
-    judge: Judge
+    judge: MetricComparator
 
     def factor(self, step: int, history: Sequence[float] = ()) -> float:
         """The factor of an optimizer step.
@@ -91,7 +91,7 @@ def _cosine_between(start: float, end: float, done: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
-def count_drops(history: Sequence[float], judge: Judge, patience: int) -> int:
+def count_drops(history: Sequence[float], judge: MetricComparator, patience: int) -> int:
     """How often a plateau has been met: `patience` evaluations on end without improvement.
 
     After a drop the count starts again; the best value so far stands.
@@ -139,5 +139,5 @@ def build_schedule(
         peak_step=max(0.0, section.peak_fraction * total - 1),
         cycle_steps=section.cycle_epochs * steps_per_epoch,
         patience=section.patience,
-        judge=Judge(mode, section.min_delta),
+        judge=MetricComparator(mode, section.min_delta),
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from runkey.data.dataset import Batch, Window
+from runkey.data.dataset import Batch, GlobalBatch
 from runkey.errors import StoppedError
 
 # What a CPU's allocator, cuBLAS and cuDNN say in a RuntimeError of no special kind.
@@ -52,7 +52,7 @@ def pixels(batch: Batch) -> int:
     return len(batch) * batch.images.shape[2] * batch.images.shape[3]
 
 
-def cut(window: Window, limit: int | None) -> Window:
+def cut(window: GlobalBatch, limit: int | None) -> GlobalBatch:
     """The same images in batches of at most `limit` padded pixels, or of one image.
 
     The padding stays as it is: convolutions see its edge, so cutting it would change the result.
@@ -83,9 +83,9 @@ class Pieces[T]:
 
 
 def in_pieces[T](
-    attempt: Callable[[Window], T | Batch],
+    attempt: Callable[[GlobalBatch], T | Batch],
     undo: Callable[[], None],
-    window: Window,
+    window: GlobalBatch,
     limit: int | None,
 ) -> Pieces[T]:
     """Attempt a window, cut smaller each time that memory runs out.

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from runkey.training.early_stopping import Judge
+from runkey.training.early_stopping import MetricComparator
 from runkey.training.metrics import Means
 
 # What the guard remembers: plain numbers, saved with every checkpoint.
@@ -185,7 +185,7 @@ class LoopState:
         return [metrics[metric] for metrics in self.evaluations]
 
     def offer(
-        self, value: float, metrics: dict[str, float], module: nn.Module, judge: Judge
+        self, value: float, metrics: dict[str, float], module: nn.Module, judge: MetricComparator
     ) -> bool:
         """Keep a copy of the module's weights if `value` is the best so far; whether it was.
 

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from runkey.data.dataset import Batch, Window
+from runkey.data.dataset import Batch, GlobalBatch
 from runkey.data.normalise import normalise
 from runkey.errors import RunkeyError
 from runkey.model.criterion import Criterion, Losses, Normaliser
@@ -35,7 +35,7 @@ from runkey.training.split import Split, in_pieces, is_out_of_memory
 
 
 @dataclass(frozen=True)
-class Machinery:
+class TrainStep:
     """What a step works with."""
 
     model: nn.Module
@@ -100,8 +100,8 @@ class StepResult:
 
 
 def train_step(
-    machinery: Machinery,
-    window: Window,
+    machinery: TrainStep,
+    window: GlobalBatch,
     factor: float,
     *,
     limit: int | None = None,
@@ -127,7 +127,7 @@ def train_step(
     return _update(machinery, accumulate_gradients(machinery, window, limit, reseed))
 
 
-def _update(machinery: Machinery, losses: WindowLosses) -> StepResult:
+def _update(machinery: TrainStep, losses: WindowLosses) -> StepResult:
     """Clip the gradients and step, or undo what the forward passes left behind.
 
     Args:
@@ -158,8 +158,8 @@ def _update(machinery: Machinery, losses: WindowLosses) -> StepResult:
 
 
 def accumulate_gradients(
-    machinery: Machinery,
-    window: Window,
+    machinery: TrainStep,
+    window: GlobalBatch,
     limit: int | None = None,
     reseed: Callable[[], None] = lambda: None,
 ) -> WindowLosses:
@@ -189,7 +189,7 @@ def accumulate_gradients(
         machinery.gradients.clear()
         machinery.statistics.restore(before, torch.ones((), device=machinery.device))
 
-    def attempt(parts: Window) -> tuple[dict[str, Tensor], tuple[str, ...]] | Batch:
+    def attempt(parts: GlobalBatch) -> tuple[dict[str, Tensor], tuple[str, ...]] | Batch:
         reseed()
         return _add_gradients(machinery, parts, normaliser)
 
@@ -214,7 +214,7 @@ class _Outcome:
     splits: tuple[Split, ...]
 
 
-def _together(machinery: Machinery, accumulate: Callable[[], _Outcome]) -> _Outcome:
+def _together(machinery: TrainStep, accumulate: Callable[[], _Outcome]) -> _Outcome:
     """Accumulate on every rank; when all are done, add up gradients, losses and statistics."""
     world, scaler = machinery.world, machinery.precision.scaler
     zero = torch.zeros((), device=machinery.device)
@@ -246,7 +246,7 @@ def _together(machinery: Machinery, accumulate: Callable[[], _Outcome]) -> _Outc
 
 
 def _add_gradients(
-    machinery: Machinery, window: Window, normaliser: Normaliser
+    machinery: TrainStep, window: GlobalBatch, normaliser: Normaliser
 ) -> tuple[dict[str, Tensor], tuple[str, ...]] | Batch:
     """Add up gradients; the losses and faults, or the batch for which memory ran out.
 
@@ -273,7 +273,7 @@ def _add_gradients(
     return sums, tuple(faults)
 
 
-def _forward(machinery: Machinery, batch: Batch, normaliser: Normaliser) -> Losses:
+def _forward(machinery: TrainStep, batch: Batch, normaliser: Normaliser) -> Losses:
     """The losses of one micro-batch, computed in the chosen precision."""
     batch = batch.to(machinery.device)
     images, padding_mask = normalise(batch, channels_last=machinery.channels_last)
@@ -288,6 +288,6 @@ def part_name(name: str) -> str:
     return name if name.startswith("loss") else f"loss_{name}"
 
 
-def image_ids_of(window: Window) -> tuple[int, ...]:
+def image_ids_of(window: GlobalBatch) -> tuple[int, ...]:
     """COCO ids of a window's images."""
     return tuple(image_id for batch in window for image_id in batch.image_ids)

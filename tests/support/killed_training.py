@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from runkey import params
-from runkey.data.dataset import Window
+from runkey.data.dataset import GlobalBatch
 from runkey.tracking.log import JsonlLog
 from tests.support.planted import How, plant
 from tests.support.squares import SquaresLoader, detector_params, make_detector, train_detector
@@ -38,7 +38,7 @@ def planted_model(how: How, number: int) -> nn.Module:
 def main(folder: str, how: How, number: str, last: str) -> None:
     """Train until the end."""
 
-    def change(step: int, window: Window) -> Window:
+    def change(step: int, window: GlobalBatch) -> GlobalBatch:
         if step == int(last):
             os.kill(os.getpid(), signal.SIGKILL)
         return window

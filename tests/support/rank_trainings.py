@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from runkey.data.dataset import Batch, Window
+from runkey.data.dataset import Batch, GlobalBatch
 from runkey.errors import DataError
 from runkey.training.checkpoint.folder import FolderCheckpoints, Interval
 from runkey.training.device import set_up
@@ -41,7 +41,7 @@ class SharedLoader(ToyLoader):
         super().__init__(images=17, micro_batch=2)
         self.world, self.act, self.step = world, act, step
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Window]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[GlobalBatch]:
         windows = super().epoch(epoch, start_step)
         for number, window in enumerate(windows, start=epoch * 3 + start_step + 1):
             ids = [image_id for batch in window for image_id in batch.image_ids]

@@ -18,9 +18,9 @@ from runkey.errors import report_errors
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
 from runkey.training.device import build_precision
-from runkey.training.distributed import World, joined_world
+from runkey.training.distributed import World, join_world
 from runkey.training.optimizer import Clipper, build_optimizer
-from runkey.training.step import Machinery, accumulate_gradients
+from runkey.training.step import TrainStep, accumulate_gradients
 from tests.support.rank_trainings import train  # noqa: F401  a scenario
 from tests.support.toy import ToyCriterion, ToyModel, make_window
 
@@ -45,8 +45,8 @@ class InFloat64(nn.Module):
         return self.model(images.double(), padding_mask, targets)
 
 
-def machinery(model: nn.Module, criterion: Any, world: World) -> Machinery:
-    return Machinery(
+def machinery(model: nn.Module, criterion: Any, world: World) -> TrainStep:
+    return TrainStep(
         model=model,
         criterion=criterion,
         optimizer=build_optimizer(model, params.Optimizer(), 1e-2),
@@ -57,7 +57,7 @@ def machinery(model: nn.Module, criterion: Any, world: World) -> Machinery:
     )
 
 
-def real(preset: str, world: World) -> Machinery:
+def real(preset: str, world: World) -> TrainStep:
     """A small real detector in fp64, with norms that do not follow the data."""
     section = params.Model(
         preset=preset,  # type: ignore[arg-type]
@@ -124,7 +124,7 @@ def scarce(world: World, mib: str) -> Any:
 
 def main(scenario: str, out: str, *arguments: str) -> None:
     torch.set_num_threads(1)
-    with joined_world(CPU) as world:
+    with join_world(CPU) as world:
         result = globals()[scenario](world, *arguments)
         torch.save(result, out.replace("%", str(world.rank)))
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from runkey.data.dataset import Window
+from runkey.data.dataset import GlobalBatch
 from runkey.errors import TrainingError
 from runkey.training.device import seed_step, set_up
 from runkey.training.distributed import World
 from runkey.training.loop import fit
-from runkey.training.step import Machinery, accumulate_gradients
+from runkey.training.step import TrainStep, accumulate_gradients
 from tests.support.ranks import machinery
 from tests.support.toy import (
     SIZE,
@@ -45,7 +45,7 @@ reseed = partial(seed_step, 0, 7)
 class InFloat64(ToyLoader):
     """The toy's images in windows of 8, with boxes in fp64."""
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Window]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[GlobalBatch]:
         for window in super().epoch(epoch, start_step):
             yield tuple(replace(b, boxes_cxcywh=b.boxes_cxcywh.double()) for b in window)
 
@@ -68,7 +68,7 @@ class Hungry(nn.Module):
         return self.toy(many.mean(1).sqrt(), padding_mask, targets)
 
 
-def attempt(parts: Machinery, window: Window, limit: int | None = None) -> dict[str, Any]:
+def attempt(parts: TrainStep, window: GlobalBatch, limit: int | None = None) -> dict[str, Any]:
     parts.gradients.clear()
     result = accumulate_gradients(parts, window, limit, reseed)
     named = dict(parts.model.named_parameters())
@@ -79,7 +79,7 @@ def attempt(parts: Machinery, window: Window, limit: int | None = None) -> dict[
     }
 
 
-def fresh() -> Machinery:
+def fresh() -> TrainStep:
     torch.manual_seed(0)
     return machinery(Hungry().double().train(), ToyCriterion(), World())
 

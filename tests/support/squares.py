@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from runkey import params
-from runkey.data.dataset import Batch, Window
+from runkey.data.dataset import Batch, GlobalBatch
 from runkey.data.normalise import normalise
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
@@ -55,7 +55,7 @@ def make_batch(
     )
 
 
-def make_window(image_ids: Sequence[int], micro_batch: int, **options) -> Window:
+def make_window(image_ids: Sequence[int], micro_batch: int, **options) -> GlobalBatch:
     parts = [image_ids[i : i + micro_batch] for i in range(0, len(image_ids), micro_batch)]
     return tuple(make_batch(part, **options) for part in parts)
 
@@ -68,7 +68,7 @@ class SquaresLoader:
         images: int = 20,
         batch_size: int = 8,
         micro_batch: int = 4,
-        change: Callable[[int, Window], Window] = lambda _, window: window,
+        change: Callable[[int, GlobalBatch], GlobalBatch] = lambda _, window: window,
     ) -> None:
         """Args: change: makes another window of that of a step (from 1)."""
         self.images, self.batch_size, self.micro_batch = images, batch_size, micro_batch
@@ -78,7 +78,7 @@ class SquaresLoader:
     def steps_per_epoch(self) -> int:
         return -(-self.images // self.batch_size)
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Window]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[GlobalBatch]:
         generator = torch.Generator().manual_seed(epoch)
         order = (torch.randperm(self.images, generator=generator) + 1).tolist()
         for step in range(start_step, self.steps_per_epoch):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from runkey.data.cache import cached_size, write_cache
-from runkey.data.dataset import Batch, Window
+from runkey.data.dataset import Batch, GlobalBatch
 from runkey.data.decode import decode_rgb
 from runkey.data.index import Record, write_index
 from runkey.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
@@ -139,7 +139,7 @@ def per_image() -> Callable[[Iterable[Batch]], list[tuple[int, str]]]:
 
 
 @pytest.fixture
-def per_window() -> Callable[[Iterable[Window]], list[list[tuple[int, str]]]]:
+def per_window() -> Callable[[Iterable[GlobalBatch]], list[list[tuple[int, str]]]]:
     """`per_image` of each window."""
     return lambda windows: [_per_image(window) for window in windows]
 

@@ -16,7 +16,7 @@ from runkey.training.device import (
     seed_step,
     set_up,
 )
-from runkey.training.distributed import World, joined_world, read_world
+from runkey.training.distributed import World, join_world, read_world
 
 CPU = torch.device("cpu")
 
@@ -83,15 +83,15 @@ def test_world():
 
 
 def test_one_process_joins_nobody():
-    with joined_world(CPU) as world:
+    with join_world(CPU) as world:
         assert world == World()
         assert not torch.distributed.is_initialized()
 
 
 _TWO = """
 import torch, torch.distributed as dist
-from runkey.training.distributed import joined_world
-with joined_world(torch.device("cpu")) as world:
+from runkey.training.distributed import join_world
+with join_world(torch.device("cpu")) as world:
     total = torch.tensor([world.rank + 1.0])
     dist.all_reduce(total)
     assert total.item() == 3 and world.size == 2

@@ -26,7 +26,7 @@ from runkey.training.debug.run import (
 from runkey.training.device import build_precision, seed_step
 from runkey.training.optimizer import Clipper, build_optimizer
 from runkey.training.state import host_weights
-from runkey.training.step import Machinery, accumulate_gradients
+from runkey.training.step import TrainStep, accumulate_gradients
 from tests.support.guarded import setup_of
 from tests.support.killed_training import LAYER, planted_model
 from tests.support.killed_training import parameters as parameters_of_killed
@@ -53,7 +53,7 @@ IDS = [1, 2, 3, 5, 6, 7, 8]
 
 
 def machinery_of(parameters, model, dtype=None):
-    return Machinery(
+    return TrainStep(
         model=model.train(),
         criterion=build_criterion(parameters.model, CLASSES),
         optimizer=build_optimizer(model, parameters.optimizer, parameters.lr),

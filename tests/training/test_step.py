@@ -12,7 +12,7 @@ from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
 from runkey.training.device import build_precision
 from runkey.training.optimizer import Clipper, Ema, build_optimizer, trained_parameters
-from runkey.training.step import Machinery, accumulate_gradients, train_step
+from runkey.training.step import TrainStep, accumulate_gradients, train_step
 from tests.support import toy
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ PARTIAL = [11, 15, 12, 13, 14]  # the last window of an epoch
 
 
 def machinery(model, criterion, *, dtype=None, clip=("none", 1.0), lr=1e-2, **optimizer):
-    return Machinery(
+    return TrainStep(
         model=model,
         criterion=criterion,
         optimizer=build_optimizer(model, params.Optimizer(**optimizer), lr),

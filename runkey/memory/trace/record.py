@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from runkey.data.dataset import Batch, Window
+from runkey.data.dataset import Batch, GlobalBatch
 from runkey.memory.trace.backward import Gpu
 from runkey.memory.trace.fake import CUDA, fake_cuda, fake_tensors, own_backward
 from runkey.memory.trace.tracker import (
@@ -119,7 +119,7 @@ def synthetic_batch(one: Pass, num_classes: int, colour: int | None) -> Batch:
 class Lent:
     """A training step, and what it trains, from the floors that know training."""
 
-    step: Callable[[Window], object]
+    step: Callable[[GlobalBatch], object]
     """A whole optimizer step over a window, the moving average's update included."""
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -250,7 +250,7 @@ class Recorder:
         return found
 
 
-def _tensors(window: Window) -> Iterator[Tensor]:
+def _tensors(window: GlobalBatch) -> Iterator[Tensor]:
     for batch in window:
         every = (batch.images, batch.sizes, batch.boxes_cxcywh, batch.labels, batch.colour)
         yield from (one for one in every if one is not None)

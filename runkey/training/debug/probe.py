@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from runkey.data.dataset import Window
+from runkey.data.dataset import GlobalBatch
 from runkey.training.guard import json_safe
 from runkey.training.step import image_ids_of
 
@@ -182,7 +182,7 @@ class _Call:
 class Probe:
     """What is found in a step; see the module's text."""
 
-    def __init__(self, model: nn.Module, window: Window) -> None:
+    def __init__(self, model: nn.Module, window: GlobalBatch) -> None:
         """Watch nothing yet; `watching` does."""
         self._model, self._window = model, window
         self._running: list[_Call] = []

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from runkey import paths
-from runkey.data.dataset import Batch, Window
+from runkey.data.dataset import Batch, GlobalBatch
 from runkey.data.index import read_classes
 from runkey.data.loader import TrainLoader, build_train_loader
 from runkey.data.normalise import normalise
@@ -36,7 +36,7 @@ from runkey.training.loop import take_step
 from runkey.training.metrics import Quiet
 from runkey.training.split import cut
 from runkey.training.state import LoopState, host_weights
-from runkey.training.step import Machinery, accumulate_gradients
+from runkey.training.step import TrainStep, accumulate_gradients
 
 # A step in one small file, which replays where there is neither data set nor checkpoint.
 
@@ -60,7 +60,7 @@ class Bundle:
     """State dict before the step, on the host."""
     scaler: dict[str, Any]
     """State of fp16's loss scaler; empty without one."""
-    window: Window
+    window: GlobalBatch
     device: str
     """cpu or cuda: where the run was trained."""
     torch_version: str
@@ -132,10 +132,10 @@ class _OneWindow:
 
     steps_per_epoch = 1
 
-    def __init__(self, window: Window) -> None:
+    def __init__(self, window: GlobalBatch) -> None:
         self._window = window
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Window]:  # noqa: ARG002
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[GlobalBatch]:  # noqa: ARG002
         """The window."""
         yield self._window
 
@@ -189,7 +189,7 @@ class _WatchedCriterion:
 
 
 def diagnose(
-    machinery: Machinery, window: Window, *, seed: int, step: int, rank: int = 0
+    machinery: TrainStep, window: GlobalBatch, *, seed: int, step: int, rank: int = 0
 ) -> Diagnosis:
     """Run a step's forward and backward passes; weights and moments are not changed.
 
@@ -215,7 +215,7 @@ def diagnose(
     return Diagnosis(finding, {name: float(value) for name, value in losses.values.items()})
 
 
-def _before(model: nn.Module, window: Window, channels_last: bool) -> Finding | None:
+def _before(model: nn.Module, window: GlobalBatch, channels_last: bool) -> Finding | None:
     """What is wrong before the step computes anything."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
@@ -301,7 +301,7 @@ def bad_steps(folder: Path) -> list[int]:
     return sorted({int(text) for text in reports if text.isdigit()} | find_pins(folder).keys())
 
 
-def replay(setup: Setup, start: Start, step: int, folder: Path) -> Window:
+def replay(setup: Setup, start: Start, step: int, folder: Path) -> GlobalBatch:
     """Bring model, optimizer and so on to where they were before a step; that step's window.
 
     Args:
@@ -486,7 +486,7 @@ def _differing(start: Start, setup: Setup) -> str:
     return ", ".join(pairs)
 
 
-def _bundle(setup: Setup, step: int, key: str, num_classes: int, window: Window) -> Bundle:
+def _bundle(setup: Setup, step: int, key: str, num_classes: int, window: GlobalBatch) -> Bundle:
     scaler = setup.machinery.precision.scaler
     return Bundle(
         key=key,
