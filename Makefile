@@ -64,6 +64,10 @@ docs: env-tools ## A site of README and docs/ in .site/, opens offline; fails on
 	$(TOOLS)/sphinx-build --quiet --fail-on-warning --nitpicky -c docs/site . .site
 	@echo "the site: .site/index.html"
 
+.PHONY: reference-docs
+reference-docs: env ## Render docs/reference/ from the program
+	$(BIN)/python -m docs.site.commands > docs/reference/commands.md
+
 .PHONY: lint
 lint: env env-tools ## Style, types and the direction of imports
 	$(TOOLS)/ruff check

@@ -22,7 +22,6 @@ GUIDE = ROOT / "docs" / "guide"
 INDEX = GUIDE / "index.md"
 TECHNIQUES = sorted(page for page in GUIDE.glob("*.md") if page != INDEX)
 PAGES = [INDEX, *TECHNIQUES]
-PARTS = ("Parameters", "Try it", "Does it work", "On the sample data", "Traps", "Sources")
 SECTIONS = "data|model|optimizer|schedule|training|memory|evaluate|runtime"
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -31,8 +30,6 @@ METRIC = re.compile(r"\b((?:train|val|eval|system)/[A-Za-z]\w*)")
 HINT = re.compile(r"\bhints? `([^`]+)`")
 EVENT = re.compile(r"\bevents? `([^`]+)`(?:, `([^`]+)` and `([^`]+)`)?")
 ROW = re.compile(r"^\| `([a-z_.]+)` \| ([^|]+) \| `([^|]*)` \|", re.MULTILINE)
-TABLE = re.compile(r"<!-- techniques: ([a-z-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
-PICTURE = re.compile(r"!\[[^\]]+\]\((\S+\.(?:png|jpg))\)")
 
 
 def by_name(page: Path) -> str:
@@ -102,28 +99,12 @@ def test_names_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", TECHNIQUES, ids=by_name)
-def test_a_page_has_its_parts(page: Path) -> None:
-    text = text_of(page)
-    assert tuple(re.findall(r"^## (.+)$", text, re.MULTILINE)) == PARTS
-    assert PICTURE.search(text)
-    assert re.search(r"https://(arxiv\.org/abs/|doi\.org/)", text) or page.stem == "dependencies"
-    told = dict(re.split(r"^## (.+)\n", text, flags=re.MULTILINE)[i : i + 2] for i in (1, 3, 5, 7))
-    assert "|---" in told["Parameters"]
-    assert "```console" in told["Try it"]
-    sample = told["On the sample data"]
-    assert sample.count("\n|") >= 3  # heads, the line below them, a run
-    if page.stem != "dependencies":
-        ((name, rows),) = TABLE.findall(sample)
-        assert name == page.stem
-        assert rows.count("\n") >= 3
-    assert 50 <= len(text.splitlines()) <= 130
-
-
-@pytest.mark.parametrize("page", TECHNIQUES, ids=by_name)
 def test_parameters_are_as_the_schema_has_them(page: Path) -> None:
     """Range and value of each row: as the schema and params.yaml have them."""
     values = load_params(ROOT / "params.yaml").model_dump(mode="json")
-    for name, admitted, value in ROW.findall(text_of(page)):
+    rows = ROW.findall(text_of(page))
+    assert rows or page.stem == "dependencies"
+    for name, admitted, value in rows:
         assert admitted == allowed(KNOWN[name]).replace(" | ", ", "), name
         here = values
         for part in name.split("."):

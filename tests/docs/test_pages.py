@@ -1,7 +1,9 @@
-"""README and docs/: every command that is named exists.  Links: test_site.py."""
+"""README and docs/: every command and every import that they name exists.  Links: test_site.py."""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "benchmarks").rglob("*.md")),
 ]
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`[^`\n]+`")
 MAKE = re.compile(r"(?:^|[`$;&|(] *|\bthen )make ([a-z][a-z-]*)", re.MULTILINE)
@@ -35,6 +38,18 @@ def test_commands_exist(page: Path) -> None:
             assert target in targets, f"make {target}"
         for said in RUNKEY.findall(part):
             check_command(said.split(), known)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_python_imports_what_exists(page: Path) -> None:
+    for code in PYTHON.findall(page.read_text(encoding="utf-8")):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module or "")
+                assert [one.name for one in node.names if not hasattr(module, one.name)] == []
+            elif isinstance(node, ast.Import):
+                for one in node.names:
+                    importlib.import_module(one.name)
 
 
 def check_command(words: list[str], known: dict[tuple[str, ...], Any]) -> None:

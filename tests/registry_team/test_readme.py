@@ -1,4 +1,4 @@
-"""The README's walk through the registry, typed in real clones, gives what it shows."""
+"""The walk of docs/registry.md, typed in real clones, gives what it shows."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.pipeline.conftest import REPOSITORY, Project
 
 from .clones import Team
 
-HEADING = "## Every run has a key"
-KEY = re.compile(r"rk1-[0-9a-f]{4,64}")
+PAGE = REPOSITORY / "docs/registry.md"
+KEY = re.compile(r"rk\d-[0-9a-f]{4,64}")
 
 
 @dataclass
 class Typed:
-    """One command of the README and what it shows below it."""
+    """One command of the page and what it shows below it."""
 
     who: str
     """Empty, or `colleague`."""
@@ -29,10 +29,9 @@ class Typed:
 
 
 def walk() -> list[Typed]:
-    text = (REPOSITORY / "README.md").read_text()
-    section = text.split(HEADING)[1].split("\n## ")[0]
+    text = PAGE.read_text(encoding="utf-8")
     typed: list[Typed] = []
-    for block in re.findall(r"```console\n(.*?)```", section, re.DOTALL):
+    for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
         for line in block.splitlines():
             if match := re.match(r"(colleague)?\$ (.*)", line):
                 typed.append(Typed(match[1] or "", match[2].split("  #")[0].strip()))
@@ -54,9 +53,9 @@ def is_too_long(line: str) -> bool:
     return len(line) > 100 and not any("/" in word and len(word) > 50 for word in line.split())
 
 
-def test_every_command_of_the_registry_is_in_the_readme() -> None:
+def test_every_command_of_the_registry_is_on_the_page() -> None:
     shown = {one.command.split()[1] for one in walk() if one.command.startswith("runkey ")}
-    told = (REPOSITORY / "README.md").read_text()
+    told = PAGE.read_text(encoding="utf-8")
     registry = "key list show open diff get verify reproduce env publish fetch export import"
     assert set(registry.split()) <= shown
     assert [name for name in ("gc", "index") if f"`runkey {name}`" not in told] == []
@@ -84,7 +83,7 @@ def test_the_walk_gives_what_it_shows(team: Team) -> None:
 
 
 def _keys(steps: list[Typed]) -> tuple[str, str]:
-    """The two keys of the README's runs, cut to what all mentions of them have."""
+    """The two keys of the page's runs, cut to what all mentions of them have."""
     text = "\n".join("\n".join([step.command, *step.shown]) for step in steps)
     short = list(dict.fromkeys(key[:8] for key in KEY.findall(text)))
     assert len(short) == 2, short
