@@ -24,10 +24,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from tests.pipeline.conftest import Project
 from tests.support.kill_digest import digests, log_of, mlflow_faults
 from tests.support.kill_project import make_project
 from tests.support.kill_rounds import Training, kill_again_and_again
+from tests.support.project import Project
 
 
 def run(

@@ -17,19 +17,18 @@ from runkey.registry.claims.once import decide
 from runkey.registry.open import open_claims, open_library
 from runkey.tracking.store import Store
 from stages._reuse import reuse_own
+from tests.support.project import TINY, clean_environment, copy_repository
 from tests.support.records import FILES, make_run
-
-from .conftest import TINY, _copy, _environment
 
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("once") / "repository"
-    _copy(root)
+    copy_repository(root)
     (root / "params.yaml").write_text(render(parse_params(TINY), "# tiny"))
     (root / "data.dvc").write_text("outs:\n- md5: 0123abcd.dir\n  path: data\n")
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "start"]):
-        subprocess.run(["git", *command], cwd=root, check=True, env=_environment())
+        subprocess.run(["git", *command], cwd=root, check=True, env=clean_environment())
     return root
 
 
@@ -44,7 +43,7 @@ def train(root: Path, *options: str, ok: bool = True) -> subprocess.CompletedPro
     done = subprocess.run(
         [sys.executable, *options, "-m", "stages.train"],
         cwd=root,
-        env=_environment(),
+        env=clean_environment(),
         capture_output=True,
         text=True,
         timeout=120,
@@ -134,7 +133,7 @@ def test_ctrl_c_leaves_who_waits_in_one_line(root: Path) -> None:
         waiting = subprocess.Popen(
             [sys.executable, "-m", "stages.train"],
             cwd=root,
-            env=_environment(),
+            env=clean_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -9,15 +9,15 @@ from typing import Any
 
 from runkey.params import Params, load_params, parse_params
 from runkey.params.render import render
-from tests.pipeline.conftest import TINY, Project, _copy, _draw_data
+from tests.support.project import TINY, Project, copy_repository, draw_data
 
 
 def make_project(root: Path, epochs: int) -> Project:
     """The project, prepared up to the train stage."""
     project = Project(root)
-    _copy(root)
+    copy_repository(root)
     shutil.rmtree(root / "data", ignore_errors=True)
-    _draw_data(root / "data")
+    draw_data(root / "data")
     (root / "params.yaml").write_text(render(parse_params(parameters(epochs)), "# kills"))
     project.run("git", "init", "-q")
     project.dvc("add", "-q", "data")

@@ -24,8 +24,8 @@ import psutil
 
 from runkey.training.checkpoint.file import TEMPORARY
 from runkey.training.checkpoint.names import find_saved
-from tests.pipeline.conftest import Project, _environment
 from tests.support.kill_project import set_workers
+from tests.support.project import Project, clean_environment
 
 Kind = Literal["writing", "moment", "start", "end", "term", "worker", "none"]
 """When a training is ended: while a checkpoint is written, some time after it has begun to train,
@@ -127,7 +127,7 @@ class Training:
             process = subprocess.Popen(
                 [sys.executable, "-m", "stages.train"],
                 cwd=self.project.root,
-                env=_environment() | {"MLFLOW_TRACKING_URI": address},
+                env=clean_environment() | {"MLFLOW_TRACKING_URI": address},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

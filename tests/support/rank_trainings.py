@@ -21,7 +21,7 @@ from runkey.training.distributed import World
 from runkey.training.interrupts import Interrupts
 from runkey.training.loop import fit
 from runkey.training.seed import set_up
-from tests.training.conftest import (
+from tests.support.toy import (
     MemoryTracker,
     ToyCriterion,
     ToyLoader,

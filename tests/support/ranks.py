@@ -23,7 +23,7 @@ from runkey.training.optimizer import build_optimizer
 from runkey.training.precision import build_precision
 from runkey.training.step import Machinery, accumulate_gradients
 from tests.support.rank_trainings import train  # noqa: F401  a scenario
-from tests.training.conftest import ToyCriterion, ToyModel, make_window
+from tests.support.toy import ToyCriterion, ToyModel, make_window
 
 CPU = torch.device("cpu")
 PRESETS = ("fast", "detr")
@@ -112,7 +112,7 @@ def statistics(world: World, windows: Sequence[list[int]]) -> list[dict[str, Any
 
 
 def accumulation(world: World) -> tuple[Any, Any]:
-    """All that tests/training_distributed/test_gradients.py looks at."""
+    """All that tests/training/test_ranks_gradients.py looks at."""
     return gradients(world), statistics(world, ([1, 2, 3, 4], [7]))
 
 

@@ -98,3 +98,8 @@ def make_repository(root: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
     made.git("init", "-q", "-b", "main")
     made.commit()
     return made
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    return make_repository(tmp_path / "Werk statt", monkeypatch)

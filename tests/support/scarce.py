@@ -25,7 +25,7 @@ from runkey.training.loop import fit
 from runkey.training.seed import seed_step, set_up
 from runkey.training.step import Machinery, accumulate_gradients
 from tests.support.ranks import machinery
-from tests.training.conftest import (
+from tests.support.toy import (
     SIZE,
     MemoryTracker,
     SavedInMemory,

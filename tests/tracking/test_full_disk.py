@@ -9,10 +9,9 @@ from pathlib import Path
 from runkey.identity.pointer import POINTER, read_pointer
 from runkey.tracking import Store
 from runkey.tracking.kept import ENDED
+from tests.support.mlflow_store import fill, until
 from tests.support.points import assert_the_same_points, points_of_run
 from tests.support.trainer import begin, log_steps
-
-from .conftest import fill, until
 
 
 def test_a_database_on_a_full_disk_gets_everything_later(

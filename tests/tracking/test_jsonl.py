@@ -14,8 +14,7 @@ import pytest
 from runkey.tracking import jsonl
 from runkey.tracking.jsonl import JsonlLog
 from runkey.tracking.lines import read_jsonl
-
-from .conftest import fill
+from tests.support.mlflow_store import fill
 
 
 def steps(path: Path) -> list[int]:

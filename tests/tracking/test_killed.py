@@ -19,10 +19,9 @@ from runkey.identity.pointer import read_pointer
 from runkey.tracking import Store
 from runkey.tracking.lines import read_jsonl
 from runkey.tracking.store import open_client
+from tests.support.mlflow_store import Server
 from tests.support.points import assert_the_same_points
 from tests.support.trainer import KEY
-
-from .conftest import Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

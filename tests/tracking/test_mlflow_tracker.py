@@ -9,26 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from runkey.tracking import Dataset, JsonlLog, MlflowTracker, RunDescription, Store, Training
+from runkey.tracking import JsonlLog, MlflowTracker, Store, Training
 from runkey.tracking.lines import read_jsonl
 from runkey.tracking.mlflow_tracker import Pace
 from runkey.tracking.store import open_client
 from runkey.tracking.system import SampleLog
+from tests.support.mlflow_store import DIGEST, FAST, description, until
 from tests.support.trainer import begin
-
-from .conftest import FAST, until
-
-DIGEST = "22a1a2931c8370d3aeedd7183606fd7f.dir"
-
-
-def description(**changes: object) -> RunDescription:
-    fields: dict[str, object] = {
-        "name": "lr=5e-05",
-        "params": {f"p{i}": "v" for i in range(130)} | {"lr": "5e-05", "key": "rk1-0"},
-        "tags": {"device": "cpu"},
-        "dataset": Dataset("data", DIGEST, '{"uri": "data"}', '{"images": 2}'),
-    }
-    return RunDescription(**(fields | changes))  # type: ignore[arg-type]
 
 
 def test_a_run_is_recorded_whole(store: Store, tmp_path: Path, said: list[str]) -> None:

@@ -8,25 +8,12 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import TrackingError
-from runkey.identity.record import Details, LoggedRun, StoredFile
+from runkey.identity.record import LoggedRun
 from runkey.tracking import MlflowTracker, Store, Training
 from runkey.tracking.records import logged_run, read_details, write_details
 from runkey.tracking.store import open_client
 from runkey.tracking.tags import set_tag
-
-from .conftest import FAST
-from .test_mlflow_tracker import description
-
-DETAILS = Details(
-    stage="train",
-    files={"model/weights.pt": StoredFile(sha256="0" * 64, size=3)},
-    outputs=["model/weights.pt"],
-    witness={"device": "cpu x86_64"},
-    host="here",
-    snapshot=None,
-    pointer_md5=None,
-    decision="no run of this key: trained here",
-)
+from tests.support.mlflow_store import FAST, RECORD, description
 
 
 def tracker(store: Store, *dead: str, **options: object) -> MlflowTracker:
@@ -70,9 +57,9 @@ def test_details_are_kept_with_the_run_and_can_be_replaced(store: Store) -> None
     run_id = str(tracker(store).close())
     client = open_client(store)
     assert read_details(client, logged_run(client.get_run(run_id))) is None
-    first = write_details(store, run_id, DETAILS)
-    assert read_details(client, first) == DETAILS
-    more = replace(DETAILS, outcomes=[{"identical": True}])
+    first = write_details(store, run_id, RECORD)
+    assert read_details(client, first) == RECORD
+    more = replace(RECORD, outcomes=[{"identical": True}])
     second = write_details(store, run_id, more, {"reproduced": "identical"})
     assert read_details(client, second) == more
     assert second.tags["reproduced"] == "identical"

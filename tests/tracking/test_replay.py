@@ -19,10 +19,9 @@ from runkey.registry.open import open_library
 from runkey.tracking import Store
 from runkey.tracking.kept import ARTIFACTS, ENDED
 from runkey.tracking.store import open_client
+from tests.support.mlflow_store import RECORD
 from tests.support.points import assert_the_same_points
 from tests.support.trainer import KEY, begin, log_steps
-
-from .test_records import DETAILS as RECORD
 
 Run = Callable[..., str]
 

@@ -15,10 +15,9 @@ from runkey.tracking.mlflow_tracker import Pace
 from runkey.tracking.replay import replay
 from runkey.tracking.store import experiment_id, open_client
 from runkey.tracking.view import VIEW
+from tests.support.mlflow_store import Server, until
 from tests.support.points import assert_the_same_points
 from tests.support.trainer import begin
-
-from .conftest import Server, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -10,7 +10,8 @@ from runkey.errors import TrainingError
 from runkey.training.distributed import World
 from runkey.training.loop import fit
 from runkey.training.seed import set_up
-from tests.support.toy_training import CPU, PATIENT, run
+from tests.support import toy
+from tests.support.toy import CPU, PATIENT, run
 
 
 class NotFinite:
@@ -30,7 +31,7 @@ class NotFinite:
         return dataclasses.replace(losses, total=losses.total * float("inf"))
 
 
-def fit_not_finite(toy, steps, parameters, **options):
+def fit_not_finite(steps, parameters, **options):
     set_up(0, deterministic=True)
     criterion = NotFinite(toy.ToyCriterion(), steps)
     return fit(
@@ -38,7 +39,7 @@ def fit_not_finite(toy, steps, parameters, **options):
     )
 
 
-def test_skipped_steps_are_counted_and_left_out_of_means(toy):
+def test_skipped_steps_are_counted_and_left_out_of_means():
     tracker = toy.MemoryTracker()
     result = fit_not_finite(toy, {2, 5}, toy.make_params(), tracker=tracker)
     assert result.skipped_steps == 2
@@ -49,7 +50,7 @@ def test_skipped_steps_are_counted_and_left_out_of_means(toy):
     assert all(t.isfinite().all() for t in result.best_state.values())
 
 
-def test_gives_up_when_no_step_is_finite(toy):
+def test_gives_up_when_no_step_is_finite():
     """Without checkpoints there is nothing to go back to; see tests/training_guard."""
     parameters = toy.make_params(training={"epochs": 99, "early_stopping": PATIENT})
     with pytest.raises(
@@ -92,7 +93,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize(("error", "text"), FAILURES.values(), ids=FAILURES.keys())
-def test_failures_name_the_step(toy, error, text):
+def test_failures_name_the_step(error, text):
     criterion = Failing(toy.ToyCriterion(), error)
     with pytest.raises(TrainingError, match=text):
         fit(
@@ -105,7 +106,7 @@ def test_failures_name_the_step(toy, error, text):
         )
 
 
-def test_other_errors_pass_unchanged(toy):
+def test_other_errors_pass_unchanged():
     with pytest.raises(RuntimeError, match=r"^something else$"):
         fit(
             toy.ToyModel(),
@@ -117,17 +118,17 @@ def test_other_errors_pass_unchanged(toy):
         )
 
 
-def test_refuses_a_metric_that_is_not_there(toy):
+def test_refuses_a_metric_that_is_not_there():
     parameters = toy.make_params(training={"early_stopping": {"metric": "val/map"}})
     with pytest.raises(TrainingError, match=r"'val/map' is not logged .*: val/AP, val/loss$"):
-        run(toy, parameters)
+        run(parameters)
 
 
-def test_refuses_no_data(toy):
+def test_refuses_no_data():
     with pytest.raises(TrainingError, match="no training images"):
-        run(toy, loader=toy.ToyLoader(images=0))
+        run(loader=toy.ToyLoader(images=0))
 
 
-def test_refuses_more_processes_than_images_of_a_step(toy):
+def test_refuses_more_processes_than_images_of_a_step():
     with pytest.raises(TrainingError, match=r"^9 processes share training.batch_size = 8 images"):
-        run(toy, world=World(rank=0, size=9))
+        run(world=World(rank=0, size=9))

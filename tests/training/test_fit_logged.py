@@ -2,12 +2,13 @@
 
 import pytest
 
-from tests.support.toy_training import run, same
+from tests.support import toy
+from tests.support.toy import run, same
 
 
-def test_tracker_gets_every_value(toy):
+def test_tracker_gets_every_value():
     tracker = toy.MemoryTracker()
-    result = run(toy, toy.make_params(runtime={"log_every": 2}), tracker=tracker)
+    result = run(toy.make_params(runtime={"log_every": 2}), tracker=tracker)
     step_logs = [(s, v) for s, v in tracker.logged if "train/loss" in v]
     epoch_logs = [(s, v) for s, v in tracker.logged if "train/epoch_loss" in v]
     assert [s for s, _ in step_logs] == [1, 2, 4, 6, 8]
@@ -52,16 +53,16 @@ def test_tracker_gets_every_value(toy):
     assert all(v["train/grad_norm_clipped"] <= 0.1 + 1e-6 for _, v in step_logs)
 
 
-def test_epoch_loss_is_the_mean_of_its_steps(toy):
+def test_epoch_loss_is_the_mean_of_its_steps():
     tracker = toy.MemoryTracker()
-    result = run(toy, toy.make_params(training={"epochs": 2}), tracker=tracker)
+    result = run(toy.make_params(training={"epochs": 2}), tracker=tracker)
     losses = [v["train/loss"] for _, v in tracker.logged if "train/loss" in v]
     assert len(losses) == 6
     means = [sum(losses[:3]) / 3, sum(losses[3:]) / 3]
     assert [e["train/epoch_loss"] for e in result.history] == pytest.approx(means)
 
 
-def test_logged_rate_is_the_schedules(toy):
+def test_logged_rate_is_the_schedules():
     tracker = toy.MemoryTracker()
     run(
         toy,
@@ -73,7 +74,7 @@ def test_logged_rate_is_the_schedules(toy):
     assert rates == pytest.approx([1e-3] * 3 + [1e-4] * 3 + [1e-5] * 3)
 
 
-def test_a_tracker_that_breaks_does_not_stop_training(toy):
+def test_a_tracker_that_breaks_does_not_stop_training():
     class Broken(toy.MemoryTracker):
         def log(self, values, step):
             if step >= 4:
@@ -81,17 +82,17 @@ def test_a_tracker_that_breaks_does_not_stop_training(toy):
             super().log(values, step)
 
     tracker, lines = Broken(), []
-    broken = run(toy, tracker=tracker, say=lines.append)
-    assert same(broken.best_state, run(toy).best_state)
+    broken = run(tracker=tracker, say=lines.append)
+    assert same(broken.best_state, run().best_state)
     assert len(broken.history) == 3
     assert [line for line in lines if "tracking" in line] == [
         "tracking stopped, training goes on: OSError: disk full"
     ]
 
 
-def test_says_one_line_per_epoch(toy):
+def test_says_one_line_per_epoch():
     lines = []
-    run(toy, say=lines.append)
+    run(say=lines.append)
     epochs = [line for line in lines if line.startswith("epoch")]
     assert len(epochs) == 3
     for word in ("loss ", "grad ", "lr ", "img/s", "wait ", "val/loss ", "left "):

@@ -13,6 +13,7 @@ from runkey.errors import DataError, Interrupted
 from runkey.training.interrupts import Interrupts
 from runkey.training.loop import fit
 from runkey.training.seed import set_up
+from tests.support import toy
 
 CPU = torch.device("cpu")
 
@@ -30,7 +31,7 @@ class Signalling:
 
 
 @pytest.fixture
-def train(toy):
+def train():
     """Trains with a signal at the n-th loading, step or evaluation."""
 
     def train(at=0, where="step", checkpoints=None, number=signal.SIGTERM):
@@ -82,7 +83,7 @@ def train(toy):
     ],
 )
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stops_at_a_boundary_and_goes_on(toy, train, where, at, step, number):
+def test_stops_at_a_boundary_and_goes_on(train, where, at, step, number):
     whole = toy.SavedInMemory(due=False)
     expected = train(checkpoints=whole)
     stopped = toy.SavedInMemory(due=False)
@@ -107,7 +108,7 @@ def test_says_so_when_nothing_is_saved(train):
         train(5, "step")
 
 
-def test_a_loader_that_fails_costs_no_step(toy):
+def test_a_loader_that_fails_costs_no_step():
     """As when one of its processes is killed for want of memory."""
 
     class Failing(toy.ToyLoader):

@@ -7,6 +7,7 @@ import torch
 
 from runkey.training.meters import LateReader, Means, Pace, Reading, Stopwatch, timed
 from runkey.training.progress import bar_text, clock, epoch_line, open_display
+from tests.support import toy
 
 
 def test_values_come_one_step_late():
@@ -36,7 +37,7 @@ def test_means_leave_out_what_is_not_finite():
     assert means.means() == {"loss": 2.0, "other": 1.0}
 
 
-def test_waiting_is_counted(toy):
+def test_waiting_is_counted():
     def slow():
         for ids in ([1, 2, 3], [4, 5]):
             time.sleep(0.05)

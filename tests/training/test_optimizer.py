@@ -14,13 +14,14 @@ from runkey.training.optimizer import (
     set_rates,
     trained_parameters,
 )
+from tests.support import toy
 
 
 def groups(optimizer):
     return {group["name"]: group for group in optimizer.param_groups}
 
 
-def test_backbone_has_its_own_rate(toy):
+def test_backbone_has_its_own_rate():
     model = toy.ToyModel()
     optimizer = build_optimizer(
         model, params.Optimizer(backbone_lr_factor=0.1, weight_decay=0.02), 1e-3
@@ -38,7 +39,7 @@ def test_backbone_has_its_own_rate(toy):
     assert by_name["rest"]["fused"]
 
 
-def test_no_decay_for_biases_and_norms(toy):
+def test_no_decay_for_biases_and_norms():
     model = toy.ToyModel()
     section = params.Optimizer(decay_norm_and_bias=False, weight_decay=0.1, beta1=0.8, beta2=0.9)
     by_name = groups(build_optimizer(model, section, 1e-3))
@@ -50,7 +51,7 @@ def test_no_decay_for_biases_and_norms(toy):
     assert by_name["rest"]["betas"] == (0.8, 0.9)
 
 
-def test_frozen_parameters_are_left_out(toy):
+def test_frozen_parameters_are_left_out():
     model = toy.ToyModel()
     model.backbone[0].requires_grad_(False)
     optimizer = build_optimizer(model, params.Optimizer(), 1e-3)
@@ -59,14 +60,14 @@ def test_frozen_parameters_are_left_out(toy):
     assert id(model.backbone[0].weight) not in held
 
 
-def test_factor_zero_freezes_the_backbone(toy):
+def test_factor_zero_freezes_the_backbone():
     model = toy.ToyModel()
     optimizer = build_optimizer(model, params.Optimizer(backbone_lr_factor=0), 1e-3)
     assert set(groups(optimizer)) == {"rest"}
     assert not any(p.requires_grad for p in model.backbone.parameters())
 
 
-def test_nothing_to_train_is_refused(toy):
+def test_nothing_to_train_is_refused():
     with pytest.raises(TrainingError, match="every parameter of the model is frozen"):
         build_optimizer(toy.ToyModel().requires_grad_(False), params.Optimizer(), 1e-3)
 

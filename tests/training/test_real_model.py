@@ -9,6 +9,7 @@ from runkey.model.detr import build_model
 from runkey.model.targets import Targets
 from runkey.training.loop import fit
 from runkey.training.seed import set_up
+from tests.support import toy
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_dim": 32, "num_heads": 2, "feedforward_dim": 64, "num_queries": 8}
@@ -22,7 +23,7 @@ WATCHED = {"metric": "val/loss", "mode": "min", "enabled": False}
 class SquaresLoader:
     """The toy's images, large enough for stride 8; the last window is partial."""
 
-    def __init__(self, toy, images=12, batch_size=8, micro_batch=4):
+    def __init__(self, images=12, batch_size=8, micro_batch=4):
         self.toy, self.images = toy, images
         self.batch_size, self.micro_batch = batch_size, micro_batch
 
@@ -37,7 +38,7 @@ class SquaresLoader:
             yield self.toy.make_window(ids, self.micro_batch, size=32)
 
 
-def train(toy, preset, loader, lr=1e-3, model=None, **training):
+def train(preset, loader, lr=1e-3, model=None, **training):
     parameters = toy.make_params(
         lr=lr,
         model=PRESETS[preset] | (model or {}),
@@ -58,7 +59,7 @@ def train(toy, preset, loader, lr=1e-3, model=None, **training):
 
 
 @pytest.mark.parametrize("preset", ["fast", "detr"])
-def test_twice_the_same_bits(toy, preset):
+def test_twice_the_same_bits(preset):
     """With dropout, denoising noise, live norm, accumulation, an average, a partial window."""
     first, second = (
         train(toy, preset, SquaresLoader(toy), epochs=2, ema_decay=0.9) for _ in range(2)
@@ -72,7 +73,7 @@ def test_twice_the_same_bits(toy, preset):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_gives_the_same_loss_nearly(toy, precision):
+def test_mixed_precision_gives_the_same_loss_nearly(precision):
     plain, mixed = (
         train(toy, "fast", SquaresLoader(toy), epochs=1, model={"dropout": 0.0}, precision=choice)
         for choice in ("off", precision)
@@ -84,7 +85,7 @@ def test_mixed_precision_gives_the_same_loss_nearly(toy, precision):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["fast", "detr"])
-def test_overfits_one_batch(toy, preset):
+def test_overfits_one_batch(preset):
     loader = SquaresLoader(toy, images=8, micro_batch=8)
     still = {"dropout": 0.0, "denoising": {"groups": 0}}
     result = train(toy, preset, loader, lr=2e-3, model=still, epochs=200, evaluate_every=200)

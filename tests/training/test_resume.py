@@ -10,12 +10,13 @@ from runkey.training.checkpoint.content import Content
 from runkey.training.loop import fit
 from runkey.training.seed import set_up
 from runkey.training.state import LoopState
+from tests.support import toy
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def parameters(toy):
+def parameters():
     """All that has state: an average, plateau, early stopping, a partial last window."""
     return toy.make_params(
         lr=3e-3,
@@ -29,7 +30,7 @@ def parameters(toy):
     )
 
 
-def train(toy, parameters, checkpoints=None, tracker=None, workers=None):
+def train(parameters, checkpoints=None, tracker=None, workers=None):
     set_up(parameters.seed, deterministic=True)
     model = toy.ToyModel(dropout=0.3)
     result = fit(
@@ -69,7 +70,7 @@ def events_but_resumed(tracker):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(toy, parameters):
+def uninterrupted(parameters):
     """Result, checkpoints and log of a training that nobody stopped."""
     tracker, checkpoints = toy.MemoryTracker(), toy.SavedInMemory()
     result, _ = train(toy, parameters, checkpoints, tracker)
@@ -79,7 +80,7 @@ def uninterrupted(toy, parameters):
 
 # The start, 18 steps and 6 ends of epochs.
 @pytest.mark.parametrize("stop_after", range(1, 26))
-def test_stopped_anywhere_it_is_the_same_training(toy, parameters, uninterrupted, stop_after):
+def test_stopped_anywhere_it_is_the_same_training(parameters, uninterrupted, stop_after):
     whole, whole_checkpoints, whole_tracker = uninterrupted
     stopped, tracker = toy.SavedInMemory(stop_after=stop_after), toy.MemoryTracker()
     with pytest.raises(toy.StoppedError):
@@ -98,7 +99,7 @@ def test_stopped_anywhere_it_is_the_same_training(toy, parameters, uninterrupted
     assert again.saved == 26 - stop_after
 
 
-def test_checkpoints_change_nothing(toy, parameters):
+def test_checkpoints_change_nothing(parameters):
     without, model = train(toy, parameters, None, first := toy.MemoryTracker())
     with_them, same = train(toy, parameters, toy.SavedInMemory(), second := toy.MemoryTracker())
     assert equal(with_them.best_state, without.best_state)
@@ -106,7 +107,7 @@ def test_checkpoints_change_nothing(toy, parameters):
     assert without_clock(first.logged) == without_clock(second.logged)
 
 
-def test_goes_on_after_the_end(toy, parameters):
+def test_goes_on_after_the_end(parameters):
     """A process that dies between the last step and the recorded run has nothing to train again."""
     kept = toy.SavedInMemory()
     whole, _ = train(toy, parameters, kept)
@@ -127,7 +128,7 @@ def test_goes_on_after_the_end(toy, parameters):
     assert "going on after step 18 of 18" in lines
 
 
-def test_the_state_is_plain_and_whole(toy, parameters):
+def test_the_state_is_plain_and_whole(parameters):
     kept = toy.SavedInMemory(stop_after=12)
     with pytest.raises(toy.StoppedError):
         train(toy, parameters, kept)
@@ -140,7 +141,7 @@ def test_the_state_is_plain_and_whole(toy, parameters):
     assert {f.name for f in dataclasses.fields(state)} == {*plain, "best_weights"}
 
 
-def test_what_is_saved_does_not_change_with_the_training(toy, parameters):
+def test_what_is_saved_does_not_change_with_the_training(parameters):
     """`as_plain` copies: a content may be written while training goes on."""
     state = LoopState()
     plain = state.as_plain()

@@ -15,6 +15,7 @@ import torch
 from runkey.training.distributed import World
 from runkey.training.split import cut, is_out_of_memory, pixels
 from runkey.training.step import accumulate_gradients
+from tests.support import toy
 from tests.support.ranks import machinery, real
 
 REPOSITORY = Path(__file__).parents[2]
@@ -57,7 +58,7 @@ def test_memory_that_really_runs_out():
     assert training["steps"] == 2
 
 
-def padded(toy, ids):
+def padded(ids):
     """A batch whose images differ in their valid size."""
     (batch,) = toy.make_window(ids, len(ids), dtype=torch.float64, size=32)
     sizes = torch.tensor([[32 - 4 * (i % 3), 32 - 4 * (i % 2)] for i in range(len(ids))])
@@ -75,7 +76,7 @@ def gradients_of(parts, window, limit):
 
 @pytest.mark.parametrize("preset", ["fast", "detr"])
 @pytest.mark.parametrize("images", [1, 3, 5])
-def test_a_cut_batch_gives_the_same_gradient(toy, preset, images):
+def test_a_cut_batch_gives_the_same_gradient(preset, images):
     """In fp64, on the real model, with padding and an image without boxes."""
     parts, window = real(preset, ALONE), (padded(toy, IDS),)
     losses, whole = gradients_of(parts, window, None)
@@ -87,7 +88,7 @@ def test_a_cut_batch_gives_the_same_gradient(toy, preset, images):
         assert other_losses[name].item() == pytest.approx(value.item(), rel=1e-10)
 
 
-def test_cut_keeps_images_targets_and_padding(toy):
+def test_cut_keeps_images_targets_and_padding():
     (batch,) = toy.make_window(IDS, 8)
     batch = replace(batch, colour=torch.arange(16.0).view(8, 2))
     parts = cut((batch,), 3 * 16 * 16)
@@ -100,7 +101,7 @@ def test_cut_keeps_images_targets_and_padding(toy):
     assert all(sum(p.counts) == len(p.labels) == len(p.boxes_cxcywh) for p in parts)
 
 
-def test_a_limit_below_one_image_cuts_to_single_images(toy):
+def test_a_limit_below_one_image_cuts_to_single_images():
     window = toy.make_window([1, 2, 3], 3)
     assert [len(part) for part in cut(window, 1)] == [1, 1, 1]
     assert cut(window, None) is window
@@ -112,7 +113,7 @@ def test_other_errors_are_not_memory():
     assert is_out_of_memory(MemoryError())
 
 
-def test_a_bug_is_not_retried(toy):
+def test_a_bug_is_not_retried():
     class Broken(toy.ToyCriterion):
         calls = 0
 

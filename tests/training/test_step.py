@@ -15,6 +15,7 @@ from runkey.training.ema import Ema
 from runkey.training.optimizer import build_optimizer, trained_parameters
 from runkey.training.precision import build_precision
 from runkey.training.step import Machinery, accumulate_gradients, train_step
+from tests.support import toy
 
 CPU = torch.device("cpu")
 IDS = [1, 2, 3, 7, 5, 4, 6, 8]  # image 5 is empty; 1 to 4 boxes in the others
@@ -62,7 +63,7 @@ def real(preset):
     return machinery(model, build_criterion(section, 3))
 
 
-def gradients_of(parts, toy, ids, micro_batch):
+def gradients_of(parts, ids, micro_batch):
     parts.optimizer.zero_grad()
     window = toy.make_window(ids, micro_batch, dtype=torch.float64, size=32)
     losses = accumulate_gradients(parts, window).values
@@ -73,7 +74,7 @@ def gradients_of(parts, toy, ids, micro_batch):
 
 @pytest.mark.parametrize("preset", ["fast", "detr"])
 @pytest.mark.parametrize("ids", [IDS, PARTIAL, [5, 10]], ids=["whole", "partial", "all-empty"])
-def test_accumulation_changes_no_gradient(toy, preset, ids):
+def test_accumulation_changes_no_gradient(preset, ids):
     """1 x 8 = 2 x 4 = 4 x 2 = 8 x 1, with unequal numbers of boxes, on the real model."""
     parts = real(preset)
     losses, whole = gradients_of(parts, toy, ids, 8)
@@ -89,14 +90,14 @@ def test_accumulation_changes_no_gradient(toy, preset, ids):
             assert other_losses[name].item() == pytest.approx(value.item(), rel=1e-10), name
 
 
-def test_every_parameter_gets_a_gradient(toy):
+def test_every_parameter_gets_a_gradient():
     for preset in ("fast", "detr"):
         parts = real(preset)
         _, found = gradients_of(parts, toy, [5], 1)
         assert found.keys() == {n for n, p in parts.model.named_parameters() if p.requires_grad}
 
 
-def test_loss_names(toy):
+def test_loss_names():
     losses, _ = gradients_of(real("fast"), toy, IDS, 4)
     assert set(losses) == {"loss", "loss_classification", "loss_l1", "loss_giou"}
     total = sum(value for name, value in losses.items() if name != "loss")
@@ -104,7 +105,7 @@ def test_loss_names(toy):
     assert not any(value.requires_grad for value in losses.values())
 
 
-def test_the_toy_accumulates_too(toy):
+def test_the_toy_accumulates_too():
     """Negative control: a normaliser of each micro-batch's own would fail the test above."""
     torch.manual_seed(0)
     parts = machinery(toy.ToyModel(norm=False).double(), toy.ToyCriterion())
@@ -117,7 +118,7 @@ def test_the_toy_accumulates_too(toy):
         assert (mean_of_means - gradient).abs().max() > 1e-5
 
 
-def gradients_of_toy(parts, toy, micro_batch, ids=IDS):
+def gradients_of_toy(parts, micro_batch, ids=IDS):
     parts.optimizer.zero_grad()
     window = toy.make_window(ids, micro_batch, dtype=torch.float64)
     losses = accumulate_gradients(parts, window).values
@@ -125,7 +126,7 @@ def gradients_of_toy(parts, toy, micro_batch, ids=IDS):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-def test_clips_what_is_unscaled(toy, dtype):
+def test_clips_what_is_unscaled(dtype):
     """In fp16 the gradients carry a factor of 65,536 until they are unscaled."""
     torch.manual_seed(0)
     parts = machinery(toy.ToyModel(norm=False), toy.ToyCriterion(), dtype=dtype, clip=("norm", 0.1))
@@ -144,14 +145,14 @@ def test_clips_what_is_unscaled(toy, dtype):
     assert result.losses["loss"].item() == pytest.approx(expected.losses["loss"].item(), rel=0.02)
 
 
-def test_clip_by_value(toy):
+def test_clip_by_value():
     parts = machinery(toy.ToyModel(), toy.ToyCriterion(), clip=("value", 1e-3))
     result = train_step(parts, toy.make_window(IDS, 8), 1.0)
     assert max(p.grad.abs().max().item() for p in parts.model.parameters()) == pytest.approx(1e-3)
     assert result.clipped.after < result.clipped.before
 
 
-def test_rate_of_the_step(toy):
+def test_rate_of_the_step():
     """Adam's first step moves each weight by its rate, whatever the gradient."""
     parts = machinery(
         toy.ToyModel(), toy.ToyCriterion(), backbone_lr_factor=0.1, weight_decay=0, lr=1e-3
@@ -165,7 +166,7 @@ def test_rate_of_the_step(toy):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_gradients_that_are_not_finite_change_nothing(toy, value, dtype):
+def test_gradients_that_are_not_finite_change_nothing(value, dtype):
     """One bad element in one micro-batch: weights, moments, counters and batch norm's statistics
     stay, bit for bit."""
     torch.manual_seed(0)
@@ -196,7 +197,7 @@ def test_gradients_that_are_not_finite_change_nothing(toy, value, dtype):
     assert not torch.equal(weights["head.weight"], parts.model.head.weight)
 
 
-def test_a_loss_that_is_not_finite_changes_nothing(toy):
+def test_a_loss_that_is_not_finite_changes_nothing():
     """A NaN loss can come with finite gradients (it may be a term without any)."""
 
     class WithoutGradient(toy.ToyCriterion):
@@ -211,7 +212,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(toy):
     assert all(torch.equal(before[n], t) for n, t in parts.model.state_dict().items())
 
 
-def test_a_forward_pass_that_is_not_finite_changes_nothing(toy):
+def test_a_forward_pass_that_is_not_finite_changes_nothing():
     """A huge weight in front of batch norm: its statistics become infinite, then NaN."""
     model = toy.ToyModel()
     parts = machinery(model, toy.ToyCriterion())
@@ -228,7 +229,7 @@ def test_a_forward_pass_that_is_not_finite_changes_nothing(toy):
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
 
-def test_statistics_move_in_a_step_that_counts(toy):
+def test_statistics_move_in_a_step_that_counts():
     model = toy.ToyModel()
     train_step(machinery(model, toy.ToyCriterion()), toy.make_window(IDS, 2), 1.0)
     norm = model.backbone[1]
@@ -236,7 +237,7 @@ def test_statistics_move_in_a_step_that_counts(toy):
     assert not torch.equal(norm.running_mean, torch.zeros(8))
 
 
-def test_fp16_scale_halves_after_an_overflow(toy):
+def test_fp16_scale_halves_after_an_overflow():
     parts = machinery(toy.ToyModel(norm=False), toy.ToyCriterion(), dtype=torch.float16)
     scaler = parts.precision.scaler
     first = scaler.get_scale()
@@ -248,7 +249,7 @@ def test_fp16_scale_halves_after_an_overflow(toy):
     assert scaler.get_scale() == first / 2
 
 
-def test_frozen_parameters_do_not_move(toy):
+def test_frozen_parameters_do_not_move():
     model = toy.ToyModel()
     model.backbone[0].requires_grad_(False)
     parts = machinery(model, toy.ToyCriterion())
@@ -262,7 +263,7 @@ def test_frozen_parameters_do_not_move(toy):
 @pytest.mark.gpu
 @pytest.mark.parametrize("clip", ["norm", "percentile"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-def test_a_step_waits_once_for_the_gpu(toy, dtype, clip):
+def test_a_step_waits_once_for_the_gpu(dtype, clip):
     """Only the matcher may wait: with the toy's fixed matching, nothing does, skipped or not."""
     device = torch.device("cuda", 0)
     model = toy.ToyModel().to(device)

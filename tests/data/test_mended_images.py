@@ -1,0 +1,149 @@
+"""Faults of images: what `fix` and `drop` leave in the index, and what the report says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from runkey.data.cache import open_cache
+from runkey.data.decode import decode_rgb
+from runkey.data.index import read_index
+from tests.support.coco_folder import index, only_item
+
+
+def test_size_mismatch_scales_boxes_and_areas(folder):
+    folder.train["images"][0].update(width=80, height=40)
+    folder.run(checks={"size_mismatch": "fix"})
+
+    record = index(folder)[1]
+    assert (record.width, record.height) == (40, 30)
+    assert record.boxes_xywh[0] == (1.0, 2.25, 5.0, 9.0)
+    assert record.areas[0] == 45.0
+    assert only_item(folder)["done"] == "boxes scaled by 0.5 and 0.75"
+
+
+@pytest.mark.parametrize(
+    ("orientation", "rotate", "mirror"),
+    [(5, 270, True), (6, 90, False), (7, 90, True), (8, 270, 0)],
+)
+def test_exif_is_followed_where_the_json_has_the_turned_size(folder, orientation, rotate, mirror):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    folder.picture(5).save(folder.data / "train/b.jpg", exif=tags)
+    folder.train["images"][1].update(width=30, height=40)
+    folder.train["annotations"][2]["bbox"] = [0, 0, 30, 40]
+    folder.run(short_sides=(30,), long_side=40)
+
+    record = index(folder)[2]
+    assert (record.width, record.height) == (30, 40)
+    assert (record.rotate, record.mirror) == (rotate, bool(mirror))
+    assert record.boxes_xywh == ((0, 0, 30, 40),)
+    decoded = decode_rgb(folder.data / record.file, record.rotate, record.mirror)
+    assert decoded.shape == (3, 40, 30)
+    assert torch.equal(open_cache(folder.out, "train").image(1), decoded)
+    assert only_item(folder)["done"].startswith(
+        ("turned clockwise by", "mirrored and turned clockwise by")
+    )
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 4, 6])
+def test_exif_is_not_followed_where_the_json_has_the_stored_size(folder, orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    folder.picture(5).save(folder.data / "train/b.jpg", exif=tags)
+    folder.run()
+
+    assert (index(folder)[2].rotate, index(folder)[2].mirror) == (0, False)
+    item = only_item(folder)
+    assert item["kind"] == "exif_rotation"
+    assert item["done"] == "not turned, as its size in the JSON does not ask for it"
+
+
+def test_broken_exif_is_no_reason_to_lose_an_image(folder):
+    folder.picture(5).save(folder.data / "train/b.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0\1")
+    folder.run()
+
+    assert sorted(index(folder)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "I;16", "P", "RGBA"])
+def test_unusual_modes_are_converted_and_reported(folder, mode):
+    name = "b.jpg" if mode == "CMYK" else "b.png"
+    if mode == "I;16":
+        image = Image.fromarray(np.full((30, 40), 30000, np.uint16))
+    else:
+        image = folder.picture(5).convert(mode)
+    image.save(folder.data / "train" / name)
+    folder.train["images"][1]["file_name"] = name
+    folder.run(short_sides=(30,), long_side=40)
+
+    item = only_item(folder)
+    assert (item["kind"], item["policy"], item["done"]) == (
+        ("unusual_mode", "fix", "converted to RGB")
+    )
+    assert item["file"] == f"data/train/{name}"
+    decoded = decode_rgb(folder.data / "train" / name, 0, False)
+    assert torch.equal(open_cache(folder.out, "train").image(1), decoded)
+
+
+def broken(folder):
+    path = folder.data / "train/a.jpg"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("unreadable_image", broken),
+        ("missing_image", lambda folder: (folder.data / "train/a.jpg").unlink()),
+        ("unsafe_path", lambda folder: folder.train["images"][0].update(file_name="../a.jpg")),
+        ("malformed_image", lambda folder: folder.train["images"][0].update(width="40")),
+        ("size_mismatch", lambda folder: folder.train["images"][0].update(width=41)),
+        ("unusual_mode", lambda folder: Image.new("L", (40, 30)).save(folder.data / "train/a.jpg")),
+    ],
+)
+def test_a_dropped_image_goes_with_its_annotations(folder, kind, change):
+    change(folder)
+    report = folder.run(checks={kind: "drop"})
+
+    assert sorted(index(folder)) == [2, 3]
+    assert report.kept["train"] == {"images": 2, "objects": 1, "crowd_regions": 0}
+    assert report.counts == {kind: {"drop": 1}}
+    assert only_item(folder)["image_id"] == 1
+    cache = open_cache(folder.out, "train")
+    assert len(cache) == 2
+
+
+def test_the_cache_follows_the_index_after_drops(folder):
+    (folder.data / "train/a.jpg").unlink()
+    folder.train["images"].reverse()
+    folder.run(checks={"missing_image": "drop"}, short_sides=(30,), long_side=40)
+
+    cache = open_cache(folder.out, "train")
+    for position, record in enumerate(read_index(folder.out / "train.json")):
+        decoded = decode_rgb(folder.data / record.file, 0, False)
+        assert torch.equal(cache.image(position), decoded)
+
+
+def test_duplicate_image_keeps_the_first(folder):
+    folder.train["images"].append({"id": 4, "file_name": "a.jpg", "width": 40, "height": 30})
+    folder.train["annotations"].append(
+        {"id": 104, "image_id": 4, "category_id": 1, "bbox": [1] * 4}
+    )
+    folder.run(checks={"duplicate_image": "drop"})
+
+    assert sorted(index(folder)) == [1, 2, 3]
+    assert only_item(folder)["done"] == "left out, the first kept"
+
+
+def test_a_leaked_image_is_left_out_of_train(folder):
+    content = (folder.data / "val/d.jpg").read_bytes()
+    (folder.data / "train/c.jpg").write_bytes(content)
+    folder.run(checks={"leaked_image": "drop"}, short_sides=(30,), long_side=40)
+
+    assert sorted(index(folder)) == [1, 2]
+    assert sorted(index(folder, "val")) == [11, 12]
+    assert len(open_cache(folder.out, "train")) == 2
+    assert only_item(folder)["done"] == "left out of train"

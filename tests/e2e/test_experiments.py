@@ -1,0 +1,227 @@
+"""Real DVC and MLflow: whatever starts a run, it lands whole in the one store."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runkey.identity.key import make_recipe
+from runkey.identity.pointer import read_pointer
+from runkey.params import load_params
+from runkey.paths import training_folder
+from runkey.tracking import locate_store
+from runkey.tracking.lines import read_jsonl
+from runkey.tracking.server import free_port, start_server, stop_server, wait_until_healthy
+from runkey.tracking.store import open_client
+from tests.support.project import Project, clean_environment, in_one_line, queue_workers
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+REPOSITORY = Path(__file__).parents[2]
+TITLES = {
+    "Loss",
+    "AP on the held-out images",
+    "Training loss",
+    "Learning rate",
+    "Gradient norm",
+    "Precision and recall at IoU 0.5",
+    "What was detected for what",
+}
+
+
+def runs(project: Project) -> dict[str, Any]:
+    """The MLflow runs of the project's store by id."""
+    store = locate_store(project.root)
+    client = open_client(store)
+    ids = [e.experiment_id for e in client.search_experiments()]
+    return {run.info.run_id: run for run in client.search_runs(ids)}
+
+
+def assert_whole(project: Project, run: Any) -> None:
+    """Finished, evaluated, with its artifacts in the checkout's own folder."""
+    assert run.info.status == "FINISHED"
+    assert 0 <= run.data.metrics["eval/AP"] <= 1
+    assert run.data.metrics["train/loss"] > 0
+    assert run.data.params["key"].startswith("rk1-")
+    digest = run.inputs.dataset_inputs[0].dataset.digest
+    assert f"md5: {digest}" in (project.root / "data.dvc").read_text()
+    artifacts = project.root / "mlartifacts" / run.info.run_id / "artifacts"
+    assert run.info.artifact_uri == artifacts.as_uri()
+    for name in ("model/weights.pt", "logs/train.jsonl", "evaluation/best.jpg", "run.json"):
+        assert (artifacts / name).is_file(), name
+
+
+def test_the_first_repro_records_a_whole_run(project: Project) -> None:
+    output = project.first_output  # type: ignore[attr-defined]
+    assert "error" not in output.lower()
+    (run,) = runs(project).values()
+    assert_whole(project, run)
+    manifest = project.json("run.json")
+    assert (manifest["run_id"], manifest["key"]) == (run.info.run_id, run.data.params["key"])
+    assert run.info.run_name == "baseline"
+    assert manifest["witness"]["undeclared_files"] == []
+    assert project.json("metrics/evaluate.json")["AP"] == run.data.metrics["eval/AP"]
+    # The stage that evaluates sees what training saw when it kept these weights.
+    entries = [e["values"] for e in read_jsonl(project.root / "logs/train.jsonl") if "values" in e]
+    best = max(values["val/AP"] for values in entries if "val/AP" in values)
+    assert project.json("metrics/evaluate.json")["AP"] == pytest.approx(best, abs=1e-9)
+
+
+def test_what_the_pipeline_says_fits_100_columns_and_is_said_once(project: Project) -> None:
+    said = [*project.first_output.splitlines(), *project.summary().splitlines()]
+    lines = [line for line in said if line.strip()]
+    assert [line for line in lines if len(line) > 100] == []
+    assert "\x1b" not in project.first_output
+    own = [line for line in lines if line != "Updating lock file 'dvc.lock'"]  # DVC's, each stage
+    assert [line for line in own if own.count(line) > 1] == []
+
+
+def test_the_second_repro_does_nothing(project: Project) -> None:
+    before = set(runs(project))
+    assert "Data and pipelines are up to date." in project.dvc("repro")
+    assert set(runs(project)) == before
+    done = project.run("git", "status", "--porcelain")
+    assert done.stdout == ""
+
+
+def test_every_kind_of_experiment_lands_in_the_store(project: Project) -> None:
+    baseline = project.json("run.json")["run_id"]
+    project.dvc("exp", "run", "-S", "lr=5e-5")
+    assert "lr: 5e-05" in (project.root / "params.yaml").read_text()
+    assert project.json("run.json")["run_id"] != baseline
+    table = json.loads(project.dvc("metrics", "diff", "--json", "--all"))
+    assert set(table["metrics/evaluate.json"]) == {"AP", "AP50", "AP75", "val_loss"}
+    assert "seconds" in table["metrics/train.json"]
+    changed = json.loads(project.dvc("params", "diff", "--json"))
+    assert changed["params.yaml"]["lr"] == {"old": 0.001, "new": 5e-5, "diff": 5e-5 - 0.001}
+
+    project.dvc("exp", "run", "--temp", "-S", "lr=2e-4")
+    for rate in ("3e-4", "4e-4"):
+        project.dvc("exp", "run", "--queue", "-S", f"lr={rate}")
+    project.dvc("queue", "start", "-j", "2")
+    await_queue(project)
+
+    found = runs(project)
+    names = sorted(run.info.run_name for run in found.values())
+    assert names == ["baseline", "lr=0.0002", "lr=0.0003", "lr=0.0004", "lr=5e-05"]
+    for run in found.values():
+        assert_whole(project, run)
+    assert len({run.data.params["key"] for run in found.values()}) == 5
+    elsewhere = [p for p in project.root.rglob("mlflow.db") if p.parent != project.root]
+    assert elsewhere == []
+    assert not list(project.root.rglob("mlruns"))
+
+
+def test_a_restored_result_knows_its_run(project: Project) -> None:
+    before = set(runs(project))
+    project.run("git", "checkout", "-q", "params.yaml")
+    project.dvc("repro")
+    run_id = project.json("run.json")["run_id"]
+    assert run_id in before
+    assert runs(project)[run_id].info.run_name == "baseline"
+    assert set(runs(project)) == before
+
+
+def test_plots_are_shown(project: Project) -> None:
+    project.dvc("plots", "diff", "HEAD", "workspace")
+    page = (project.root / "dvc_plots" / "index.html").read_text()
+    drawn = [json.loads(text) for text in re.findall(r"var spec = (\{.*?\});\n", page, re.DOTALL)]
+    revisions = {spec["title"]["text"]: {row["rev"] for row in rows_of(spec)} for spec in drawn}
+    assert set(revisions) == TITLES
+    assert all(revisions.values())
+    for spec in drawn:
+        for row in rows_of(spec):  # DVC draws an empty cell as a zero
+            assert "" not in row.values(), spec["title"]
+    pictures = {path.suffix for path in (project.root / "dvc_plots" / "static").iterdir()}
+    assert {".jpg", ".png"} <= pictures
+
+
+def rows_of(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(spec["data"]["values"])
+
+
+def test_the_table_of_experiments_has_what_differs(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    told = (REPOSITORY / "Makefile").read_text()
+    command = re.search(r"dvc (exp show .*?)\n\n", told, re.DOTALL)
+    assert command
+    words = shlex.split(command[1].replace("\\\n", " ").replace("$$", "$"))
+    shown = project.dvc(*words)
+    heads = next(line for line in shown.splitlines() if "Experiment" in line).split()
+    assert heads[0] == "Experiment"
+    assert set(heads) >= {"train_loss", "val_loss", "lr"}
+    # So short a training finds nothing, perhaps, and then nothing of it differs.
+    found = [run.data.metrics for run in runs(project).values()]
+    differ = {n for n in ("AP", "AP50") if len({m[f"eval/{n}"] for m in found}) > 1}
+    assert {"AP", "AP50"} & set(heads) == differ
+    assert not {"Created", "epochs", "runkey/data", "model", "…"} & set(heads)
+
+
+def test_training_ends_well_when_mlflow_goes_away_in_the_middle(
+    project: Project, tmp_path: Path
+) -> None:
+    copy = Project(tmp_path / "copy")
+    shutil.copytree(project.root, copy.root, ignore=shutil.ignore_patterns("mlartifacts", "tmp"))
+    params = (copy.root / "params.yaml").read_text()
+    params = params.replace("  epochs: 2\n", "  epochs: 400\n")
+    params = params.replace("  evaluate_every: 1\n", "  evaluate_every: 400\n")
+    (copy.root / "params.yaml").write_text(params)
+    key = make_recipe("train", copy.root, load_params(copy.root / "params.yaml")).key
+    store, port = locate_store(copy.root), free_port()
+    server = start_server(store, port)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_until_healthy(address, server)
+        training = subprocess.Popen(
+            [sys.executable, "-m", "stages.train"],
+            cwd=copy.root,
+            env=clean_environment() | {"MLFLOW_TRACKING_URI": address},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        folder = training_folder(store.home, key)
+        while training.poll() is None:
+            if (pointer := read_pointer(folder)) and pointer.sent.get("train.jsonl"):
+                break
+            time.sleep(0.1)
+    finally:
+        stop_server(server, kill=True)
+    assert training.poll() is None, "training ended before MLflow had anything of it"
+    output, _ = training.communicate(timeout=900)
+    assert training.returncode == 0, output
+    said = in_one_line(output)
+    assert "; the work goes on, values are kept and sent later" in said
+    run_id = copy.json("run.json")["run_id"]
+    assert re.search(rf"MLflow: run {run_id} lacks \d+ values", said)
+    entries = list(read_jsonl(copy.root / "logs" / "train.jsonl"))
+    assert entries[-1]["event"] == "training_end"
+    assert (copy.root / "model" / "weights.pt").is_file()
+
+
+def await_queue(project: Project) -> None:
+    """Wait until no task is queued or running, as long as somebody works on them.
+
+    A busy machine takes its time; a queue that DVC's workers have left never ends.
+    """
+    seen = time.monotonic()
+    while True:
+        status = project.dvc("queue", "status")
+        assert "Failed" not in status, status
+        if "Queued" not in status and "Running" not in status:
+            return
+        if queue_workers(project.root):
+            seen = time.monotonic()
+        assert time.monotonic() - seen < 60, f"nobody works on the queue:\n{status}"
+        time.sleep(3)

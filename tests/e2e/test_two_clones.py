@@ -1,0 +1,83 @@
+"""Two machines in effect: own caches, own MLflow stores; one git remote, DVC remote and server."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.clones import Team, runkey
+from tests.support.project import Project
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+def timed_repro(project: Project) -> str:
+    """`dvc repro`; what it printed, its seconds told to whoever reads the test's output."""
+    start = time.monotonic()
+    printed = project.dvc("repro")
+    sys.stdout.write(f"dvc repro in {project.root.name}: {time.monotonic() - start:.1f} s\n")
+    return printed
+
+
+def same_results(one: Project, other: Project) -> None:
+    for path in ("run.json", "metrics/train.json", "model/weights.pt", "model/key.json"):
+        assert (one.root / path).read_bytes() == (other.root / path).read_bytes(), path
+
+
+def test_publish_says_what_it_sent_and_sends_it_once(team: Team) -> None:
+    assert "published\n" in team.published
+    assert re.search(r"DVC +\d\d objects \(\d+\.\d MB\), 4 stages; \d\d sent to ", team.published)
+    again = runkey(team.first, "publish", team.key)
+    assert "published already" in again
+    assert "all were there" in again
+    listed = subprocess.run(
+        ["git", "ls-remote", str(team.folder / "remote.git"), f"refs/runkey/{team.key}/*"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    assert len(listed) == 1
+
+
+def test_a_fetched_key_is_restored_and_no_stage_runs(team: Team) -> None:
+    second = team.clone("second")
+    start = time.monotonic()
+    fetched = runkey(second, "fetch", team.key[:12], "--json")
+    sys.stdout.write(f"runkey fetch: {time.monotonic() - start:.1f} s\n")
+    assert json.loads(fetched)["state"] == "new"
+    printed = timed_repro(second)
+    assert "Running stage" not in printed
+    assert printed.count("is cached - skipping run") == 4
+    same_results(team.first, second)
+    same = ("metrics/evaluate.json", "evaluation/metrics.json")
+    assert all(second.json(path) == team.first.json(path) for path in same)
+    (record,) = json.loads(runkey(second, "list", "--json", "--limit", "5"))
+    assert team.key in json.dumps(record)
+    # Handed on from here it is still the first one's run.
+    assert "published already" in runkey(second, "publish", team.key)
+    assert json.loads(runkey(second, "fetch", team.key, "--json"))["state"] == "already there"
+
+
+def test_without_fetch_train_takes_the_result_from_the_server(team: Team) -> None:
+    third = team.clone("third")
+    printed = timed_repro(third)
+    assert "model/ is written" not in printed
+    same_results(team.first, third)
+
+
+def test_an_archive_does_the_same_without_a_server(team: Team, tmp_path: Path) -> None:
+    archive = tmp_path / "run.zip"
+    runkey(team.first, "export", team.key, str(archive))
+    fourth = team.clone("fourth")
+    start = time.monotonic()
+    taken = json.loads(runkey(fourth, "import", str(archive), "--json"))
+    sys.stdout.write(f"runkey import: {time.monotonic() - start:.1f} s\n")
+    assert taken["is_new"]
+    assert "Running stage" not in timed_repro(fourth)
+    same_results(team.first, fourth)

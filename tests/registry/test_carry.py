@@ -1,0 +1,120 @@
+"""An archive taken in for real: a real MLflow store, a real repository, DVC's cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runkey.errors import RegistryError, TrackingError
+from runkey.identity.record import read_record
+from runkey.identity.run_folder import ORIGIN
+from runkey.registry.dvc_cache import DvcCache
+from runkey.registry.reading.local_library import LocalLibrary
+from runkey.registry.snapshot import has_snapshot
+from runkey.registry.team.carry import export_run, import_run
+from runkey.tracking.store import Store, open_client
+from runkey.tracking.transfer import StoreRuns
+from tests.support.run_package import Ready
+
+
+def take(archive: Path, store: Store, runs: Any = None) -> Any:
+    root = store.home.parent
+    runs = runs or StoreRuns(store, "tests")
+    return import_run(archive, root, store.home, runs, LocalLibrary(store.home))
+
+
+def test_an_archive_gives_the_run_back(ready: Ready, archive: Path, store: Store) -> None:
+    root = store.home.parent
+    done = take(archive, store)
+    assert done.is_new
+    run = open_client(store).get_run(done.run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "lr=0.1")
+    assert (run.info.start_time, run.info.end_time) == (1_700_000_000_000, 1_700_000_060_000)
+    assert run.data.tags[ORIGIN] == "a" * 32
+    assert run.data.tags["key"] == run.data.params["key"] == ready.key
+    loss = open_client(store).get_metric_history(done.run_id, "loss")
+    assert [(m.step, str(m.value)) for m in loss] == [(0, "2.0"), (1, "nan")]
+    assert has_snapshot(root, ready.snapshot)
+    cache = DvcCache(root)
+    entry = cache.entry_of(ready.pointer_md5)
+    assert entry
+    assert all(cache.object_path(m).is_file() for m in cache.objects(entry.outs.values()))
+    assert cache.object_path(ready.pointer_md5).stat().st_mode & 0o777 == 0o444
+    (record,) = LocalLibrary(store.home).matching(ready.key)
+    assert record.is_whole
+    assert record.run.run_id == done.run_id
+    assert [p.name for p in store.home.iterdir()] == ["runs"]
+    # Once more: it is known by its origin, and stays one run.
+    again = take(archive, store)
+    assert (again.run_id, again.is_new) == (done.run_id, False)
+    # And on: the copy's copy still names the first one.
+    further = archive.with_name("further.zip")
+    export_run(record, root, store.home, StoreRuns(store, "tests"), further)
+    assert take(further, store).run_id == done.run_id
+
+
+class Breaks(StoreRuns):
+    """A store that goes away before the last step."""
+
+    def write(self, folder: Path) -> Any:
+        raise TrackingError("gone")
+
+
+def test_an_interrupted_import_shows_no_run_and_can_be_repeated(
+    ready: Ready, archive: Path, store: Store
+) -> None:
+    with pytest.raises(TrackingError):
+        take(archive, store, Breaks(store, "tests"))
+    assert list(store.home.iterdir()) == []
+    assert LocalLibrary(store.home).matching(ready.key) == []
+    assert open_client(store).search_experiments(filter_string="name = 'tests'") == []
+    assert take(archive, store).is_new
+
+
+def test_a_half_copy_is_deleted_by_the_next(ready: Ready, archive: Path, store: Store) -> None:
+    client = open_client(store)
+    experiment = client.create_experiment("tests", (store.home.parent / "mlartifacts").as_uri())
+    half = client.create_run(experiment, tags={ORIGIN: "a" * 32})
+    done = take(archive, store)
+    assert client.get_run(half.info.run_id).info.lifecycle_stage == "deleted"
+    found = client.search_runs([experiment], f"tags.{ORIGIN} = '{'a' * 32}'")
+    assert [run.info.run_id for run in found] == [done.run_id]
+
+
+def test_what_is_missing_is_named_before_a_file_is_written(
+    ready: Ready, archive: Path, store: Store
+) -> None:
+    root = store.home.parent
+    take(archive, store)
+    (record,) = LocalLibrary(store.home).matching(ready.key)
+    cache = DvcCache(root)
+    entry = cache.entry_of(ready.pointer_md5)
+    assert entry
+    listed = cache.files(entry.outs)
+    cache.object_path(listed["model/weights.pt"]).unlink()
+    target = archive.with_name("new.zip")
+    with pytest.raises(RegistryError, match=r"DVC's cache lacks model/weights\.pt"):
+        export_run(record, root, store.home, StoreRuns(store, "tests"), target)
+    (cache.runs / entry.path).unlink()
+    with pytest.raises(RegistryError, match="has no entry of this run"):
+        export_run(record, root, store.home, StoreRuns(store, "tests"), target)
+    assert not target.exists()
+
+
+def test_a_failed_run_is_not_handed_on(ready: Ready, archive: Path, store: Store) -> None:
+    done = take(archive, store)
+    (path,) = (store.home / "runs").iterdir()
+    stored = json.loads(path.read_text())
+    stored["run"]["status"] = "FAILED"
+    path.write_text(json.dumps(stored))
+    with pytest.raises(RegistryError, match=f"run {done.run_id} is FAILED; only a finished run"):
+        export_run(
+            read_record(path),
+            store.home.parent,
+            store.home,
+            StoreRuns(store, "tests"),
+            archive.with_name("new.zip"),
+        )

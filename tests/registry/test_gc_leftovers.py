@@ -1,0 +1,86 @@
+"""`runkey gc`: claims that were replaced, worktrees that nobody works in, half-written files."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+from runkey.registry.claims.owner import this_process
+from runkey.registry.collect_files import mark_owner
+from tests.support.collectable import KEY
+from tests.support.records import key_of, make_run
+
+
+def test_claims_that_newer_ones_replaced(house, gone):
+    house.claim(generation=1, owner=gone)
+    house.claim(generation=2, state="failed")
+    house.claim(generation=3, owner=gone)
+    far = replace(this_process(), boot="another machine")
+    house.claim(key_of("two"), generation=1, owner=far)
+    house.claim(key_of("two"), generation=2)
+    names = [item.name for item in house.items()]
+    assert names == [f"{KEY[:16]}.g1", f"{KEY[:16]}.g2"]
+    house.apply()
+    assert [claim.generation for claim in house.claims.of(KEY)] == [3]
+
+
+def test_the_claim_that_shows_a_run_dead_stays_with_it(house, gone):
+    make_run(house.root, KEY, "b" * 32, status="RUNNING", with_details=False)
+    house.claim(generation=1, owner=gone, run_id="b" * 32)
+    house.claim(generation=2)
+    house.folder(KEY)  # from which the run can go on, so it stays
+    assert house.items() == []
+
+
+def test_worktrees_nobody_works_in(house, gone, monkeypatch):
+    ended, used, unknown = map(house.worktree, ("rk1-ended-1", "rk1-used-2", "rk1-unknown-3"))
+    mark_owner(used)
+    with monkeypatch.context() as other:
+        other.setattr("runkey.registry.collect_files.this_process", lambda: gone)
+        mark_owner(ended)
+    assert house.offered() == {("worktree", "reproduce/rk1-ended-1")}
+    later = time.time() + 7200
+    assert len(house.offered(now=later)) == 2  # the unknown one has stood still for long
+    child = subprocess.Popen([sys.executable, "-c", "input()"], cwd=ended, stdin=subprocess.PIPE)
+    try:
+        assert house.items() == []  # DVC goes on when `runkey reproduce` alone is killed
+    finally:
+        child.communicate(b"\n", timeout=20)
+    house.apply()
+    assert not ended.exists()
+    listed = house.repository.git("worktree", "list")
+    assert "rk1-ended-1" not in listed
+    assert "rk1-used-2" in listed
+    assert unknown.exists()
+
+
+def test_a_worktree_that_git_does_not_know_goes_too(house, gone, monkeypatch):
+    path = house.folder("reproduce/rk1-lost-1")
+    with monkeypatch.context() as other:
+        other.setattr("runkey.registry.collect_files.this_process", lambda: gone)
+        mark_owner(path)
+    house.apply()
+    assert not path.exists()
+
+
+def test_half_written_files_of_long_ago(house):
+    make_run(house.root, KEY, "a" * 32)
+    old = [
+        house.home / "runs/.abc.123",
+        house.home / "claims/.claim.9f",
+        house.root / ".runkey-x1/0",
+        house.home / ".fetch-x1/0",
+        house.root / ".run.json.77",
+    ]
+    for path in old:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{")
+        os.utime(path, (1e9, 1e9))
+        if path.parent.name.endswith("-x1"):
+            os.utime(path.parent, (1e9, 1e9))
+    (house.home / "runs/.now.5").write_text("{")
+    assert len(house.items()) == 5
+    house.apply()
+    assert not any(path.exists() for path in old)
+    assert (house.home / "runs/.now.5").exists()

@@ -1,0 +1,109 @@
+"""`runkey index` on a real sqlite store: what it writes is what was there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from runkey.identity.record import DETAILS, Record, write_record
+from runkey.tracking.records import logged_run
+from runkey.tracking.store import Store, locate_store, open_client
+from tests.support.command_line import Run
+from tests.support.records import key_of
+from tests.support.stored_runs import KEYS, log_runs
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Record]]:
+    root = tmp_path_factory.mktemp("stored")
+    uri = f"sqlite:///{root / 'mlflow.db'}"
+    store = Store(uri, root / "mlartifacts", root / ".runkey")
+    records = log_runs(store, tmp_path_factory.mktemp("scratch"))
+    return root, records
+
+
+@pytest.fixture
+def recorded(root: Path, stored: tuple[Path, list[Record]]) -> tuple[Store, list[Record]]:
+    """A copy of the store, which so is a checkout that was copied, with its records."""
+    shutil.copytree(stored[0], root, dirs_exist_ok=True)
+    store = locate_store(root)
+    client = open_client(store)  # adopts the copied artifacts
+    records = [
+        Record(run=logged_run(client.get_run(record.run.run_id)), details=record.details)
+        for record in stored[1]
+    ]
+    for record in records:
+        write_record(store.home / "runs", record)
+    return store, records
+
+
+def test_commands_say_the_same_after_everything_was_lost(
+    recorded: tuple[Store, list[Record]], run: Run
+) -> None:
+    store, records = recorded
+    commands = [
+        ("list",), ("list", "--sort", "AP"), ("list", "--where", "lr=1e-05"),
+        *(("show", key) for key in KEYS), ("show", f"{KEYS[0]}:{records[-1].run.run_id}"),
+        ("open", KEYS[0], KEYS[1], "--port", "1"),
+    ]  # fmt: skip
+    before = [run(*command, "--json") for command in commands]
+    assert all(code == 0 for code, _, _ in before)
+    shutil.rmtree(store.home)
+    assert json.loads(run("list", "--json")[1]) == []
+    code, out, _ = run("index", "--json")
+    assert (code, json.loads(out)) == (0, {"runs": 5, "written": 5, "removed": 0})
+    assert [run(*command, "--json") for command in commands] == before
+    assert json.loads(run("index", "--json")[1]) == {"runs": 5, "written": 0, "removed": 0}
+
+
+def test_it_says_how_far_it_is(
+    recorded: tuple[Store, list[Record]], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten thousand runs take a minute and a half; the run of somebody else is not counted."""
+    monkeypatch.setattr("runkey.progress.EVERY_SECONDS", 0.0)
+    _, _, err = run("index")
+    count = len(recorded[1])
+    assert err.splitlines() == [f"index: {n}/{count} runs" for n in range(1, count)]
+
+
+def test_wrong_records_are_mended_and_strange_ones_removed(
+    recorded: tuple[Store, list[Record]], run: Run
+) -> None:
+    store, records = recorded
+    folder = store.home / "runs"
+    torn, changed, deleted = (folder / record.file_name for record in records[:3])
+    good = [path.read_text() for path in (torn, changed)]
+    torn.write_text("{")
+    changed.write_text(changed.read_text().replace("1e-05", "9e-05"))
+    open_client(store).delete_run(records[2].run.run_id)
+    (folder / f"{key_of('gone')}-00.json").write_text("{}")
+    code, out, _ = run("index")
+    assert code == 0
+    assert "4 runs in MLflow: 2 records written, 2 removed" in out
+    assert [path.read_text() for path in (torn, changed)] == good
+    assert not deleted.exists()
+
+
+def test_details_that_cannot_be_read_are_named(
+    recorded: tuple[Store, list[Record]], run: Run
+) -> None:
+    store, records = recorded
+    assert store.artifacts
+    (path,) = store.artifacts.rglob(f"{records[1].run.run_id}/artifacts/{DETAILS}")
+    path.write_text("{")
+    code, _, err = run("index")
+    assert code == 0
+    assert records[1].run.run_id in err
+    assert "without its details" in err
+    shown = json.loads(run("show", KEYS[1], "--json")[1])
+    assert shown["details"] is None
+
+
+def test_without_a_store_it_says_what_to_do(root: Path, run: Run) -> None:
+    code, _, err = run("index")
+    assert code == 1
+    assert "make repro" in err
+    assert not (root / "mlflow.db").exists()

@@ -1,0 +1,76 @@
+"""DVC's cache as files, against what DVC itself wrote."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from runkey.errors import RegistryError
+from runkey.registry.dvc_cache import DvcCache, cache_folder, md5_file
+from tests.support.recorded_checkout import Checkout, run
+
+
+def test_a_runs_entry_and_those_around_it(checkout: Checkout) -> None:
+    cache = DvcCache(checkout.root)
+    entry = cache.entry_of(md5_file(checkout.root / "run.json"))
+    assert entry
+    assert entry.outs.keys() == {"model", "run.json", "metrics/train.json"}
+    assert entry.deps.keys() == {"make.py", "prepared/images.bin"}
+    # It took a file of a folder that the stage before it gave.
+    cmds = [one.cmd.split()[2] for one in cache.chain(entry)]
+    assert cmds == ["prepared/images.bin", "model/weights.pt", "evaluation/metrics.json"]
+    assert cache.chain(entry)[1] == entry
+
+
+def test_all_objects_are_there_uncached_outputs_too(checkout: Checkout) -> None:
+    cache = DvcCache(checkout.root)
+    entry = cache.entry_of(md5_file(checkout.root / "run.json"))
+    assert entry
+    objects = cache.objects(entry.outs.values())
+    assert sorted(objects.values()) == ["", "", "", "key.json", "weights.pt"]
+    assert set(objects) == set(cache.files(entry.outs).values())
+    for md5 in objects:
+        assert md5_file(cache.object_path(md5)) == md5.removesuffix(".dir")
+
+
+def test_what_is_not_there(checkout: Checkout) -> None:
+    cache = DvcCache(checkout.root)
+    assert cache.entry_of("0" * 32) is None
+    # evaluate took run.json and did not write it.
+    assert cache.entry_of(md5_file(checkout.root / "make.py")) is None
+    shutil.rmtree(cache.folder)
+    assert cache.entry_of(md5_file(checkout.root / "run.json")) is None
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[", b'{"a": 1}', json.dumps([{"relpath": "x", "md5": "../../etc"}]).encode()]
+)
+def test_a_torn_folder_object_lists_nothing(checkout: Checkout, content: bytes) -> None:
+    cache = DvcCache(checkout.root)
+    entry = cache.entry_of(md5_file(checkout.root / "run.json"))
+    assert entry
+    place = cache.object_path(entry.outs["model"])
+    place.chmod(0o600)
+    place.write_bytes(content)
+    assert cache.objects([entry.outs["model"]]) == {entry.outs["model"]: ""}
+
+
+def test_settings_say_where_the_cache_is(checkout: Checkout, tmp_path: Path) -> None:
+    root = checkout.root
+    assert cache_folder(root) == root / ".dvc" / "cache"
+    run(root, "dvc", "cache", "dir", str(tmp_path / "shared"))
+    assert cache_folder(root) == tmp_path / "shared"
+    run(root, "dvc", "config", "--local", "cache.dir", "../mine")
+    # A relative path given to DVC is meant from the current folder.
+    assert cache_folder(root) == tmp_path / "mine"
+    # git keeps .dvc/config, so a worktree has it; config.local stays behind.
+    checkout.git("add", ".dvc/config")
+    checkout.git("commit", "-q", "-m", "settings")
+    checkout.git("worktree", "add", "-q", "--detach", str(tmp_path / "tree"))
+    assert cache_folder(tmp_path / "tree") == tmp_path / "shared"
+    (root / ".dvc" / "config.local").write_text("nonsense\n")
+    with pytest.raises(RegistryError, match=r"config\.local: not a DVC settings file"):
+        cache_folder(root)

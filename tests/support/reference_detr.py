@@ -1,0 +1,154 @@
+"""Shared by the model's tests: weights from a formula, made-up targets, the reference DETR."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from runkey import params
+from runkey.model.targets import Targets
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def fill_by_formula(module: nn.Module) -> None:
+    """Weights that any machine makes alike: sines, scaled by the fan-in.
+
+    The parameter's place in the list is its phase, so no two are equal.
+    """
+    state = module.state_dict()
+    for phase, (name, tensor) in enumerate(sorted(state.items())):
+        if not tensor.is_floating_point():
+            continue
+        count = torch.arange(tensor.numel(), dtype=torch.float64)
+        wave = (count * 12.9898 + phase * 78.233).sin().view(tensor.shape)
+        if name.endswith("running_var"):
+            value = 1 + 0.5 * wave
+        elif tensor.dim() > 1:
+            value = wave * (2.0 / tensor[0].numel()) ** 0.5
+        elif name.endswith("weight"):
+            value = 1 + 0.1 * wave
+        else:
+            value = 0.1 * wave
+        state[name] = value.to(tensor.dtype)
+    module.load_state_dict(state)
+
+
+def images_by_formula(batch: int, height: int, width: int) -> torch.Tensor:
+    """float64 [batch, 3, height, width] in about -2..2."""
+    count = torch.arange(batch * 3 * height * width, dtype=torch.float64)
+    smooth = (count / 7).sin() + (count / width / 5).cos()
+    return (smooth + (count * 12.9898).sin() / 2).view(batch, 3, height, width)
+
+
+def targets_by_formula(counts: tuple[int, ...], num_classes: int) -> Targets:
+    """Boxes of different places and sizes, float64."""
+    n = torch.arange(sum(counts), dtype=torch.float64)
+    centre = 0.5 + 0.3 * torch.stack(((n * 2.1).sin(), (n * 1.3).cos()), 1)
+    size = 0.15 + 0.1 * torch.stack(((n * 0.7).cos(), (n * 1.7).sin()), 1)
+    return Targets(torch.cat((centre, size), 1), (n * 5).long() % num_classes, counts)
+
+
+@pytest.fixture
+def formula() -> Namespace:
+    return Namespace(fill=fill_by_formula, images=images_by_formula, targets=targets_by_formula)
+
+
+def small_detr(**changes: object) -> params.Model:
+    """Preset detr, small, as the reference builds it: frozen norms, stem and layer1 frozen."""
+    values = {
+        "preset": "detr",
+        "backbone": "resnet18",
+        "norm": "frozen",
+        "frozen_stages": 2,
+        "hidden_dim": 32,
+        "num_heads": 4,
+        "feedforward_dim": 48,
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "num_queries": 12,
+        "loss": {"classification": 1.0, "l1": 5.0, "giou": 2.0},
+    }
+    return params.Model.model_validate(values | changes)
+
+
+@pytest.fixture
+def detr_params():
+    return small_detr
+
+
+def _reference_repository() -> Path | None:
+    named = os.environ.get("RUNKEY_DETR_REFERENCE")
+    path = Path(named) if named else ROOT.parent / ".mirror/facebookresearch+detr/repo"
+    return path if path.exists() else None
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Namespace:
+    """The reference implementation's `build`, its matcher and losses, checked out of a mirror."""
+    repository = _reference_repository()
+    if repository is None:
+        pytest.skip("no mirror of the reference DETR here (RUNKEY_DETR_REFERENCE)")
+    folder = tmp_path_factory.mktemp("reference")
+    archive = subprocess.run(
+        ["git", "-C", str(repository), "archive", "HEAD", "models", "util"],
+        check=True,
+        capture_output=True,
+    )
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+        files.extractall(folder, filter="data")
+    sys.path.insert(0, str(folder))
+    try:
+        detr = importlib.import_module("models.detr")
+        backbone = importlib.import_module("models.backbone")
+        misc = importlib.import_module("util.misc")
+    finally:
+        sys.path.remove(str(folder))
+    # The rank that is not the main one does not download weights.
+    backbone.is_main_process = lambda: False
+    return Namespace(build=detr.build, nested=misc.NestedTensor, postprocess=detr.PostProcess)
+
+
+@pytest.fixture
+def build_reference(reference: Namespace):
+    """(model, criterion, loss weights) of the reference for our parameters, dropout off, K = 91."""
+
+    def build(model: params.Model) -> tuple[nn.Module, nn.Module, dict[str, float]]:
+        arguments = Namespace(
+            dataset_file="coco",
+            device=str(torch.get_default_device()),
+            masks=False,
+            hidden_dim=model.hidden_dim,
+            position_embedding="sine",
+            lr_backbone=1e-5,
+            backbone=model.backbone,
+            dilation=model.dilation,
+            dropout=0.0,
+            nheads=model.num_heads,
+            dim_feedforward=model.feedforward_dim,
+            enc_layers=model.encoder_layers,
+            dec_layers=model.decoder_layers,
+            pre_norm=False,
+            num_queries=model.num_queries,
+            aux_loss=True,
+            set_cost_class=1,
+            set_cost_bbox=5,
+            set_cost_giou=2,
+            bbox_loss_coef=5,
+            giou_loss_coef=2,
+            eos_coef=model.loss.no_object,
+        )
+        net, criterion, _ = reference.build(arguments)
+        return net, criterion, criterion.weight_dict
+
+    return build

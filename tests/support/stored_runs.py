@@ -1,0 +1,41 @@
+"""Runs in a real MLflow store as training leaves them, with their records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runkey.identity.record import DETAILS, Record
+from runkey.tracking.records import logged_run
+from runkey.tracking.store import Store, experiment_id, open_client
+from tests.support.records import key_of, make_run
+
+KEYS = [key_of(str(number)) for number in range(4)]
+
+
+def log_runs(store: Store, scratch: Path) -> list[Record]:
+    """Runs in MLflow as training leaves them; the last one goes on, the first is reproduced."""
+    client = open_client(store)
+    experiment = experiment_id(client, store, "detection")
+    records = []
+    for number, key in enumerate([*KEYS, KEYS[0]]):
+        own = {"reproduction_of": records[0].run.run_id} if number == len(KEYS) else {}
+        run = client.create_run(
+            experiment, run_name=f"run {number}", start_time=1_700_000_000_000 + number,
+            tags={"key": key, "host": "here", **own},
+        )  # fmt: skip
+        run_id = run.info.run_id
+        for name, value in {"key": key, "lr": f"{number}e-05", "text": "ü 'x' \"y\""}.items():
+            client.log_param(run_id, name, value)
+        for name, value in {"eval/AP": number / 8, "system/cpu": 1.0, "odd": float("nan")}.items():
+            client.log_metric(run_id, name, value)
+        record = make_run(scratch, key, run_id)
+        running = number == len(KEYS) - 1
+        if not running:
+            assert record.details
+            (scratch / DETAILS).write_text(record.details.as_json())
+            client.log_artifact(run_id, str(scratch / DETAILS))
+            client.set_terminated(run_id, "FINISHED", end_time=1_700_000_060_000)
+        logged = logged_run(client.get_run(run_id))
+        records.append(Record(run=logged, details=None if running else record.details))
+    client.create_run(experiment, run_name="of somebody else", tags={"mlflow.note": "x"})
+    return records

@@ -1,0 +1,210 @@
+"""Trainings small enough to run for real, and the ways to trace a step of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from runkey.data import normalise
+from runkey.memory.allocator.replay import Result, replay_steps
+from runkey.memory.trace.events import Event, Pass, Trace
+from runkey.memory.trace.fake import fake_tensors, own_backward
+from runkey.memory.trace.record import Content, Lent, Recorder
+from runkey.one_step import build_step, lender
+from runkey.params import Params, load_params
+
+PRESETS = Path(__file__).parents[2] / "presets"
+CLASSES = 8
+
+
+@dataclass(frozen=True)
+class Training:
+    """Parameters and a window."""
+
+    preset: str
+    changes: dict[str, Any]
+    passes: tuple[Pass, ...]
+
+    @property
+    def params(self) -> Params:
+        tree = load_params(PRESETS / f"{self.preset}.yaml").model_dump()
+        for name, value in self.changes.items():
+            section, _, key = name.partition(".")
+            tree[section] = tree[section] | {key: value}
+        return Params.model_validate(tree)
+
+
+def _training(preset: str, *passes: tuple[int, int, int, int], **changes: Any) -> Training:
+    named = {name.replace("__", "."): value for name, value in changes.items()}
+    return Training(preset, named, tuple(Pass(*one) for one in passes))
+
+
+NOISE = {"groups": 2, "label_noise": 0.2, "box_noise": 0.4}
+OFF, BF16, FP16 = (
+    {"training__precision": precision, "training__cpu_threads": 1}
+    for precision in ("off", "bf16", "fp16")
+)
+SMALL = {"model__encoder_layers": 2, "model__decoder_layers": 2}
+TRAININGS = {
+    "fast": _training("sample", (2, 120, 160, 3), **OFF),
+    "fast, two passes, checkpoints": _training(
+        "sample", (3, 96, 130, 5), (2, 96, 130, 5), **OFF, model__checkpointing=True
+    ),
+    "detr, dropout, no average": _training(
+        "sample",
+        (2, 96, 130, 5),
+        **OFF,
+        model__preset="detr",
+        model__dropout=0.1,
+        training__ema_decay=0.0,
+    ),
+    "denoising, contiguous": _training(
+        "sample",
+        (2, 96, 130, 5),
+        **OFF,
+        training__channels_last=False,
+        model__denoising=NOISE,
+    ),
+    "one image, clipped by value": _training(
+        "sample", (1, 96, 130, 1), **OFF, optimizer__clip={"mode": "value", "threshold": 1.0}
+    ),
+    "bf16, checkpoints, frozen norms": _training(
+        "sample",
+        (3, 96, 130, 5),
+        (3, 96, 130, 5),
+        **BF16,
+        model__norm="frozen",
+        model__checkpointing=True,
+    ),
+    "fp16, denoising": _training(
+        "sample", (2, 96, 130, 5), **FP16, model__norm="frozen", model__denoising=NOISE
+    ),
+    "resnet18, frozen stem": _training(
+        "sample", (2, 96, 130, 5), **OFF, model__backbone="resnet18", model__frozen_stages=1
+    ),
+    "resnet18, detr, backbone frozen": _training(
+        "sample",
+        (2, 96, 130, 5),
+        **OFF,
+        model__backbone="resnet18",
+        model__preset="detr",
+        optimizer__backbone_lr_factor=0.0,
+    ),
+    "resnet50": _training("coco-detr-r50", (1, 96, 130, 5), **OFF, **SMALL),
+    "resnet50, checkpoints": _training(
+        "coco-detr-r50", (2, 96, 130, 5), **OFF, **SMALL, model__checkpointing=True
+    ),
+    "resnet50, bf16, fast": _training(
+        "coco-detr-r50", (1, 96, 130, 5), **BF16, **SMALL, model__preset="fast"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Two steps, traced one way."""
+
+    setup: tuple[Event, ...]
+    steps: list[Trace]
+    gradients: list[Tensor]
+
+    @property
+    def result(self) -> Result:
+        first, steady = self.steps
+        return replay_steps(self.setup, first, [steady, steady])
+
+
+def trace(training: Training, *, fake: bool, own: bool) -> Traced:
+    """Trace a training on the CPU.
+
+    Args:
+        training: which.
+        fake: on fake tensors.
+        own: with our backward pass, not torch's.
+    """
+    # Kept by the process; a step that finds it there allocates less.
+    normalise._constants.cache_clear()
+    torch.manual_seed(0)
+    with ExitStack() as stack:
+        if fake:
+            stack.enter_context(fake_tensors())
+        lend = lender(training.params, CLASSES)
+        one = Recorder(lend, torch.device("cpu"), Content(CLASSES, 2))
+        stack.enter_context(
+            own_backward(one.scope.enter_node, one.backward_started, one.backward_ended)
+            if own
+            else torch_backward(one)
+        )
+        steps = [one.step(training.passes) for _ in range(2)]
+        parameters = one.lent.model.parameters()
+        gradients = [p.grad.clone() for p in parameters if p.grad is not None]
+        setup, traces = one.classified(steps)
+    return Traced(setup, traces, gradients)
+
+
+@contextmanager
+def torch_backward(one: Recorder) -> Iterator[None]:
+    """Torch's own engine, which tells the recorder when it runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        original = torch.autograd.backward
+
+        def backward(*args: Any, **kwargs: Any) -> None:
+            one.backward_started()
+            original(*args, **kwargs)
+            one.backward_ended()
+
+        patch.setattr(torch.autograd, "backward", backward)
+        yield
+
+
+def in_order(events: Sequence[tuple[bool, int, int]]) -> list[object]:
+    """Events (is an allocation, block, bytes) without what may differ by chance.
+
+    Blocks are numbered in the order of allocation, and frees between two allocations are sorted:
+    whether one tensor goes before another when both go at once changes nothing.
+    """
+    numbers: dict[int, int] = {}
+    result: list[object] = []
+    frees: list[tuple[int, int]] = []
+    for is_allocation, block, size in events:
+        if is_allocation:
+            numbers[block] = len(numbers)
+            result += [sorted(frees), size]
+            frees = []
+        else:
+            frees.append((numbers.get(block, -1), size))
+    return [*result, sorted(frees)]
+
+
+@pytest.fixture(params=TRAININGS)
+def training(request: pytest.FixtureRequest) -> Training:
+    return TRAININGS[request.param]
+
+
+@pytest.fixture(name="trace")
+def trace_fixture() -> Callable[..., Traced]:
+    return trace
+
+
+@pytest.fixture(name="in_order")
+def in_order_fixture() -> Callable[..., list[object]]:
+    return in_order
+
+
+@pytest.fixture
+def build() -> Callable[[Training], tuple[Lent, Content]]:
+    """A training's step on the CPU, on real tensors."""
+
+    def built(training: Training) -> tuple[Lent, Content]:
+        torch.manual_seed(0)
+        cpu = torch.device("cpu")
+        return build_step(training.params, CLASSES, cpu, fixed_matches=True), Content(CLASSES, 2)
+
+    return built
