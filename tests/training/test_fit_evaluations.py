@@ -33,7 +33,7 @@ NAN = float("nan")
 @pytest.mark.parametrize("enabled", [True, False])
 def test_best_weights_not_the_last(enabled):
     evaluate = Scripted([0.1, 0.4, 0.3, 0.35])
-    result = run(scripted_params(toy, 4, enabled=enabled, patience=3), evaluate=evaluate)
+    result = run(scripted_params(4, enabled=enabled, patience=3), evaluate=evaluate)
     assert (result.best_epoch, result.best_step, result.best_metrics) == (2, 6, {"val/AP": 0.4})
     assert same(result.best_state, evaluate.seen[1])
     assert not same(result.best_state, evaluate.seen[3])
@@ -52,7 +52,7 @@ def test_better_by_less_than_min_delta_is_still_the_model():
 
 def test_early_stop_counts_evaluations_not_epochs():
     evaluate = Scripted([0.5, 0.4, 0.4, 0.9])
-    result = run(scripted_params(toy, 9, every=2), evaluate=evaluate)
+    result = run(scripted_params(9, every=2), evaluate=evaluate)
     assert len(evaluate.seen) == 3
     assert result.steps == 6 * 3
     assert [e["epoch"] for e in result.history if "val/AP" in e] == [2, 4, 6]
@@ -60,15 +60,15 @@ def test_early_stop_counts_evaluations_not_epochs():
 
 def test_the_last_epoch_has_an_evaluation():
     evaluate = Scripted([0.5, 0.6])
-    result = run(scripted_params(toy, 3, every=2), evaluate=evaluate)
+    result = run(scripted_params(3, every=2), evaluate=evaluate)
     assert [e["epoch"] for e in result.history if "val/AP" in e] == [2, 3]
     assert result.best_epoch == 3
 
 
 def test_nan_is_never_the_best():
-    result = run(scripted_params(toy, 3, patience=9), evaluate=Scripted([NAN, -1.0, NAN]))
+    result = run(scripted_params(3, patience=9), evaluate=Scripted([NAN, -1.0, NAN]))
     assert result.best_epoch == 2
-    result = run(scripted_params(toy, 2, patience=9), evaluate=Scripted([NAN, NAN]))
+    result = run(scripted_params(2, patience=9), evaluate=Scripted([NAN, NAN]))
     assert result.best_epoch == 1
     assert math.isnan(result.best_metrics["val/AP"])
 
@@ -93,7 +93,7 @@ def test_plateau_drops_the_rate():
 def test_evaluates_and_keeps_the_average():
     evaluate = Scripted([0.5])
     model = toy.ToyModel()
-    result = run(scripted_params(toy, 1, ema_decay=0.9), model=model, evaluate=evaluate)
+    result = run(scripted_params(1, ema_decay=0.9), model=model, evaluate=evaluate)
     assert same(result.best_state, evaluate.seen[0])
     assert not same(result.best_state, dict(model.state_dict()))
 

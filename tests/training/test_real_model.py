@@ -24,7 +24,7 @@ class SquaresLoader:
     """The toy's images, large enough for stride 8; the last window is partial."""
 
     def __init__(self, images=12, batch_size=8, micro_batch=4):
-        self.toy, self.images = toy, images
+        self.self.images = images
         self.batch_size, self.micro_batch = batch_size, micro_batch
 
     @property
@@ -61,9 +61,7 @@ def train(preset, loader, lr=1e-3, model=None, **training):
 @pytest.mark.parametrize("preset", ["fast", "detr"])
 def test_twice_the_same_bits(preset):
     """With dropout, denoising noise, live norm, accumulation, an average, a partial window."""
-    first, second = (
-        train(toy, preset, SquaresLoader(toy), epochs=2, ema_decay=0.9) for _ in range(2)
-    )
+    first, second = (train(preset, SquaresLoader(), epochs=2, ema_decay=0.9) for _ in range(2))
     assert first.best_state.keys() == second.best_state.keys()
     for name, tensor in first.best_state.items():
         assert torch.equal(tensor, second.best_state[name]), name
@@ -75,7 +73,7 @@ def test_twice_the_same_bits(preset):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_gives_the_same_loss_nearly(precision):
     plain, mixed = (
-        train(toy, "fast", SquaresLoader(toy), epochs=1, model={"dropout": 0.0}, precision=choice)
+        train("fast", SquaresLoader(), epochs=1, model={"dropout": 0.0}, precision=choice)
         for choice in ("off", precision)
     )
     expected = plain.history[0]["train/epoch_loss"]
@@ -86,7 +84,7 @@ def test_mixed_precision_gives_the_same_loss_nearly(precision):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["fast", "detr"])
 def test_overfits_one_batch(preset):
-    loader = SquaresLoader(toy, images=8, micro_batch=8)
+    loader = SquaresLoader(images=8, micro_batch=8)
     still = {"dropout": 0.0, "denoising": {"groups": 0}}
-    result = train(toy, preset, loader, lr=2e-3, model=still, epochs=200, evaluate_every=200)
+    result = train(preset, loader, lr=2e-3, model=still, epochs=200, evaluate_every=200)
     assert result.history[-1]["train/epoch_loss"] < 0.1 * result.history[0]["train/epoch_loss"]

@@ -73,7 +73,7 @@ def events_but_resumed(tracker):
 def uninterrupted(parameters):
     """Result, checkpoints and log of a training that nobody stopped."""
     tracker, checkpoints = toy.MemoryTracker(), toy.SavedInMemory()
-    result, _ = train(toy, parameters, checkpoints, tracker)
+    result, _ = train(parameters, checkpoints, tracker)
     assert checkpoints.saved == 1 + 18 + 6 + 1
     return result, checkpoints, tracker
 
@@ -84,10 +84,10 @@ def test_stopped_anywhere_it_is_the_same_training(parameters, uninterrupted, sto
     whole, whole_checkpoints, whole_tracker = uninterrupted
     stopped, tracker = toy.SavedInMemory(stop_after=stop_after), toy.MemoryTracker()
     with pytest.raises(toy.StoppedError):
-        train(toy, parameters, stopped, tracker)
+        train(parameters, stopped, tracker)
     torch.rand(3)
     again = toy.SavedInMemory(stopped.content)
-    resumed, _ = train(toy, parameters, again, tracker)
+    resumed, _ = train(parameters, again, tracker)
 
     assert equal(resumed.best_state, whole.best_state)
     assert equal(again.content.parts, whole_checkpoints.content.parts)
@@ -100,8 +100,8 @@ def test_stopped_anywhere_it_is_the_same_training(parameters, uninterrupted, sto
 
 
 def test_checkpoints_change_nothing(parameters):
-    without, model = train(toy, parameters, None, first := toy.MemoryTracker())
-    with_them, same = train(toy, parameters, toy.SavedInMemory(), second := toy.MemoryTracker())
+    without, model = train(parameters, None, first := toy.MemoryTracker())
+    with_them, same = train(parameters, toy.SavedInMemory(), second := toy.MemoryTracker())
     assert equal(with_them.best_state, without.best_state)
     assert equal(same.state_dict(), model.state_dict())
     assert without_clock(first.logged) == without_clock(second.logged)
@@ -110,7 +110,7 @@ def test_checkpoints_change_nothing(parameters):
 def test_goes_on_after_the_end(parameters):
     """A process that dies between the last step and the recorded run has nothing to train again."""
     kept = toy.SavedInMemory()
-    whole, _ = train(toy, parameters, kept)
+    whole, _ = train(parameters, kept)
     lines = []
     set_up(parameters.seed, deterministic=True)
     again = fit(
@@ -131,7 +131,7 @@ def test_goes_on_after_the_end(parameters):
 def test_the_state_is_plain_and_whole(parameters):
     kept = toy.SavedInMemory(stop_after=12)
     with pytest.raises(toy.StoppedError):
-        train(toy, parameters, kept)
+        train(parameters, kept)
     plain = kept.content.state
     read = json.loads(json.dumps(plain))
     assert read == plain

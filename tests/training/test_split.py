@@ -78,7 +78,7 @@ def gradients_of(parts, window, limit):
 @pytest.mark.parametrize("images", [1, 3, 5])
 def test_a_cut_batch_gives_the_same_gradient(preset, images):
     """In fp64, on the real model, with padding and an image without boxes."""
-    parts, window = real(preset, ALONE), (padded(toy, IDS),)
+    parts, window = real(preset, ALONE), (padded(IDS),)
     losses, whole = gradients_of(parts, window, None)
     other_losses, other = gradients_of(parts, window, images * 32 * 32)
     largest = max(gradient.abs().max().item() for gradient in whole.values())

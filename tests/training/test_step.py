@@ -77,12 +77,12 @@ def gradients_of(parts, ids, micro_batch):
 def test_accumulation_changes_no_gradient(preset, ids):
     """1 x 8 = 2 x 4 = 4 x 2 = 8 x 1, with unequal numbers of boxes, on the real model."""
     parts = real(preset)
-    losses, whole = gradients_of(parts, toy, ids, 8)
+    losses, whole = gradients_of(parts, ids, 8)
     assert len(whole) > 50
     largest = max(g.abs().max().item() for g in whole.values())
     assert largest > 1e-3
     for micro_batch in (4, 2, 1):
-        other_losses, other = gradients_of(parts, toy, ids, micro_batch)
+        other_losses, other = gradients_of(parts, ids, micro_batch)
         assert whole.keys() == other.keys()
         for name, gradient in whole.items():
             assert (gradient - other[name]).abs().max().item() < 1e-10 * largest, name
@@ -93,12 +93,12 @@ def test_accumulation_changes_no_gradient(preset, ids):
 def test_every_parameter_gets_a_gradient():
     for preset in ("fast", "detr"):
         parts = real(preset)
-        _, found = gradients_of(parts, toy, [5], 1)
+        _, found = gradients_of(parts, [5], 1)
         assert found.keys() == {n for n, p in parts.model.named_parameters() if p.requires_grad}
 
 
 def test_loss_names():
-    losses, _ = gradients_of(real("fast"), toy, IDS, 4)
+    losses, _ = gradients_of(real("fast"), IDS, 4)
     assert set(losses) == {"loss", "loss_classification", "loss_l1", "loss_giou"}
     total = sum(value for name, value in losses.items() if name != "loss")
     assert losses["loss"].item() == pytest.approx(total.item())
@@ -109,9 +109,9 @@ def test_the_toy_accumulates_too():
     """Negative control: a normaliser of each micro-batch's own would fail the test above."""
     torch.manual_seed(0)
     parts = machinery(toy.ToyModel(norm=False).double(), toy.ToyCriterion())
-    _, whole = gradients_of_toy(parts, toy, 8)
-    _, halves = gradients_of_toy(parts, toy, 4)
-    own = [gradients_of_toy(parts, toy, 4, ids)[1] for ids in (IDS[:4], IDS[4:])]
+    _, whole = gradients_of_toy(parts, 8)
+    _, halves = gradients_of_toy(parts, 4)
+    own = [gradients_of_toy(parts, 4, ids)[1] for ids in (IDS[:4], IDS[4:])]
     for name, gradient in whole.items():
         torch.testing.assert_close(gradient, halves[name], rtol=0, atol=1e-10)
         mean_of_means = (own[0][name] + own[1][name]) / 2
