@@ -77,7 +77,6 @@ def test_plateau_drops_the_rate():
     tracker = toy.MemoryTracker()
     stopping = {"metric": "val/AP", "patience": 9}
     run(
-        toy,
         toy.make_params(
             lr=1e-3,
             schedule={"name": "plateau", "patience": 1, "warmup_fraction": 0},

@@ -65,7 +65,6 @@ def test_epoch_loss_is_the_mean_of_its_steps():
 def test_logged_rate_is_the_schedules():
     tracker = toy.MemoryTracker()
     run(
-        toy,
         toy.make_params(lr=1e-3, schedule={"name": "multistep", "milestones": [1, 2]}),
         tracker=tracker,
     )
