@@ -115,7 +115,7 @@ _AP50 = {"AP50": _mean("AP50", ".3f")}
 _SPEED = {"images/s": _mean("images_per_second", ".0f"), "waits": _mean("data_wait_share", ".0%")}
 _LOSSES = {
     "training loss": _mean("train_loss_last", ".2f"),
-    "held-out loss": _mean("val_loss_last", ".2f"),
+    "val loss": _mean("val_loss_last", ".2f"),
 }
 _COLUMNS: dict[str, dict[str, Callable[[Sequence[Row]], str]]] = {
     "schedules": _AP50
@@ -128,7 +128,7 @@ _COLUMNS: dict[str, dict[str, Callable[[Sequence[Row]], str]]] = {
         "epochs run": _mean("epochs", ".0f"),
         "best epoch": _mean("best_epoch", ".0f"),
         "minutes": _mean("seconds", ".1f", 1 / 60),
-        "held-out loss, least": _mean("val_loss_least", ".2f"),
+        "val loss, least": _mean("val_loss_least", ".2f"),
         "last": _mean("val_loss_last", ".2f"),
     },
     "overfitting": _LOSSES | {"gap": _mean("loss_gap", "+.2f"), "hints": _first(_said)},
@@ -142,7 +142,7 @@ _COLUMNS: dict[str, dict[str, Callable[[Sequence[Row]], str]]] = {
     | {
         "skipped steps": _first(_count("skipped_step")),
         "spikes": _first(_count("loss_spike")),
-        "gone back": _first(_count("rollback")),
+        "rollbacks": _first(_count("rollback")),
         "hints": _first(_said),
     },
     "distributed": {"images/s": _SPEED["images/s"], "CPU s": _first(_processor_time)},
