@@ -1,3 +1,3 @@
-"""The fixtures of this folder's tests, from tests/support."""
+"""Build the documentation site once, with the command of `make docs`."""
 
 from tests.support.site import build, site

@@ -1,4 +1,4 @@
-"""docs/guide/: what its pages say of parameters, commands, metrics and hints is so."""
+"""The parameters, commands, metrics and hints that docs/guide/ names exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/keys.md: which change gives another key, and by which of its parts, is so."""
+"""The table of docs/keys.md: which change gives another key, and in which part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages of docs/troubleshooting.md, brought about: the page has exactly what is said."""
+"""Provoke messages of docs/troubleshooting.md: the page quotes exactly what is printed."""
 
 from __future__ import annotations
 

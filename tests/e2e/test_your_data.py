@@ -85,7 +85,7 @@ def meant(command: str) -> str | None:
 def fixed(line: str) -> str:
     """A line without what differs from run to run: numbers, times, keys, ids, spaces."""
     line = re.sub(r"\b\d+ (min|s)\b", "#", line)
-    line = re.sub(r"rk1-[0-9a-f]+|\b[0-9a-f]{32}\b", "#", line)
+    line = re.sub(r"rk\d-[0-9a-f]+|\b[0-9a-f]{32}\b", "#", line)
     return re.sub(r"[\d.,]+(e[-+]\d+)?", "#", " ".join(line.split()))
 
 
