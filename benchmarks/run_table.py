@@ -19,6 +19,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def run_case(name: str, case: Case, images: Path, keep: Path | None) -> None:
 
 def _put_in_place(clone: Path, case: Case, images: Path) -> None:
     """The preset, the seed, and the user's own data, as README says."""
-    shutil.copy(clone / "presets" / f"{case.preset}.yaml", clone / "params.yaml")
+    _call(sys.executable, "-m", "runkey", "preset", case.preset, cwd=clone)
     _set(clone / "params.yaml", "seed", case.seed)
     if case.epochs is not None:
         _set(clone / "params.yaml", "  epochs", case.epochs)

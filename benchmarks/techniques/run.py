@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from benchmarks.run_table import machine
 from benchmarks.techniques.outcome import outcome
 from benchmarks.techniques.variants import Variant
+from runkey.params.presets import render_preset
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CODE = ("runkey", "stages")
@@ -89,7 +90,7 @@ def run_one(variant: Variant, seed: int, folder: Path, *, mlflow: bool) -> str:
 
 def _write_params(variant: Variant, seed: int, path: Path, *, mlflow: bool) -> None:
     yaml = YAML()
-    params = yaml.load((REPOSITORY / "presets" / "sample.yaml").read_text(encoding="utf-8"))
+    params = yaml.load(render_preset("sample"))
     fixed = {
         "seed": seed,
         "runtime.device": variant.device,

@@ -1,4 +1,4 @@
-"""`runkey preset` and `runkey params`: put a parameter file in place, check it, print it."""
+"""`runkey preset` and `runkey params`: write params.yaml from a preset, check it, print it."""
 
 from __future__ import annotations
 
@@ -19,50 +19,53 @@ _ABOUT_WIDTH = 78
 
 
 def preset(
-    name: Annotated[
-        str, typer.Argument(help="File name in presets/ without .yaml; none: list them.")
-    ] = "",
+    name: Annotated[str, typer.Argument(help="Name of the preset; none: list them.")] = "",
     force: Annotated[
-        bool, typer.Option("--force", help="Write over changes that nothing else holds.")
+        bool, typer.Option("--force", help="Overwrite changes that are not committed.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Copy presets/NAME.yaml to params.yaml."""
-    from runkey.params import load_params  # 0.3 s
+    """Write a preset as a complete, commented params.yaml; without a name, list the presets."""
+    from runkey.params import presets  # 0.3 s
 
-    root = workspace()
-    presets = {path.stem: path for path in sorted((root / "presets").glob("*.yaml"))}
     if not name:
-        about = {known: _about(path) for known, path in presets.items()}
+        about = {known: _about(presets.describe_preset(known)) for known in presets.preset_files()}
         if as_json:
             print_json(about)
         for known, text in () if as_json else about.items():
             print(f"{known:<16} {text}")
         return
-    if name not in presets:
-        raise ParamsError(f"presets/{name}.yaml: not found (known: {', '.join(presets)})")
-    load_params(presets[name])
-    target = root / paths.PARAMS
-    new = presets[name].read_bytes()
-    old = target.read_bytes() if target.is_file() else new
-    if not force and old not in _kept(root, presets):
-        raise ParamsError(
-            "params.yaml: holds changes that neither git nor a preset has; commit them, or say"
-            " --force to lose them"
-        )
-    is_there = old == new and target.is_file()
-    if not is_there:
-        target.write_bytes(new)
+    new = presets.render_preset(name)
+    target = _target()
+    old = target.read_text(encoding="utf-8") if target.is_file() else None
+    written = old != new
+    if written:
+        if old is not None and not force and not _is_kept(old, target):
+            raise ParamsError(
+                "params.yaml: has changes that are not committed; commit them, or use --force to"
+                " overwrite them"
+            )
+        target.write_text(new, encoding="utf-8", newline="\n")
     if as_json:
-        print_json({"preset": name, "written": not is_there})
-    elif is_there:
-        print(f"params.yaml is preset {name} already")
+        print_json({"preset": name, "written": written})
+    elif written:
+        print(f"params.yaml is preset {name}: {_about(presets.describe_preset(name))}")
     else:
-        print(f"params.yaml is preset {name}: {_about(presets[name])}")
+        print(f"params.yaml is preset {name} already")
 
 
-def show(as_json: AsJson = False) -> None:
+def show(
+    as_json: AsJson = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the reference page of all parameters instead.")
+    ] = False,
+) -> None:
     """Check params.yaml; print every value, defaults filled in."""
+    if markdown:
+        from runkey.params.render import reference
+
+        print(reference(), end="")
+        return
     from runkey.params import load_params
 
     values = load_params(workspace() / paths.PARAMS).flat(runtime=True)
@@ -73,19 +76,26 @@ def show(as_json: AsJson = False) -> None:
         print(f"{name} = {json.dumps(value)}")
 
 
-def _kept(root: Path, presets: dict[str, Path]) -> list[bytes]:
-    """The contents of params.yaml that are not lost when it is overwritten."""
+def _target() -> Path:
+    """Return the params.yaml to write: the repository's, or a new one in a folder with stages/."""
+    if Path("stages").is_dir():
+        return paths.PARAMS.resolve()
+    return workspace() / paths.PARAMS
+
+
+def _is_kept(text: str, target: Path) -> bool:
+    """Return True if git's HEAD or a preset still has this params.yaml."""
+    from runkey.params import presets
+
     committed = subprocess.run(
-        ["git", "-C", str(root), "show", f"HEAD:./{paths.PARAMS}"], capture_output=True, check=False
+        ["git", "-C", str(target.parent), "show", f"HEAD:./{paths.PARAMS}"],
+        capture_output=True,
+        check=False,
     )
-    contents = [path.read_bytes() for path in presets.values()]
-    return contents if committed.returncode else [*contents, committed.stdout]
+    if committed.returncode == 0 and committed.stdout == text.encode():
+        return True
+    return any(presets.render_preset(name) == text for name in presets.preset_files())
 
 
-def _about(path: Path) -> str:
-    """What a preset says about itself in its first paragraph, cut to a line."""
-    from runkey.params.render import head_of
-
-    paragraph = head_of(path.read_text(encoding="utf-8")).split("\n#\n")[0]
-    text = paragraph.replace("\n#", " ").lstrip("# ").removeprefix(f"{path.stem}: ")
+def _about(text: str) -> str:
     return textwrap.shorten(text, _ABOUT_WIDTH, placeholder=" ...")

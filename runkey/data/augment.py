@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from runkey.data.geometry import Region, resized_size
 from runkey.data.random import uniforms
-from runkey.params.data import Augment, Data
+from runkey.params import Augment, Data
 
 _GEOMETRY_DRAWS = 8
 WHOLE = Region()

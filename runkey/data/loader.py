@@ -16,7 +16,7 @@ from runkey.data.sampler import Seen, WindowSampler, micro_batches
 from runkey.data.shapes import is_portrait
 from runkey.data.stream import BatchStream
 from runkey.errors import DataError
-from runkey.params.data import Data
+from runkey.params import Data
 
 MOST_WORKERS = 8
 

@@ -26,7 +26,7 @@ from runkey.data.report import Finding, Findings, Report
 from runkey.data.split import choose_val
 from runkey.data.statistics import describe, shown_classes, write_statistics
 from runkey.errors import DataError
-from runkey.params.data import Data
+from runkey.params import Data
 
 Say = Callable[[str], None]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 from runkey.errors import DataError
-from runkey.params.data import Checks
+from runkey.params import Checks
 
 LINES_PER_KIND = 20
 _LONGEST_NAME = 120

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from runkey.data.augment import UNBOUNDED, crop_sides, evaluation_size
 from runkey.data.geometry import resized_size
 from runkey.data.index import Record
-from runkey.params.data import Data
+from runkey.params import Data
 
 Shape = tuple[int, int]
 

@@ -19,7 +19,7 @@ from runkey.data.shapes import (
 )
 from runkey.errors import DataError
 from runkey.memory.trace.events import Pass
-from runkey.params.data import Data
+from runkey.params import Data
 
 # From two images on, a batch can pad to the largest height and the largest width at once.
 _PADDED_TOGETHER = 2

@@ -1,24 +1,28 @@
-"""params.yaml: the schema, and its one reader.
+"""params.yaml: its schema, its only reader, and the presets.
 
     params = load_params(root / "params.yaml")
     params.lr, params.model.num_queries
 
-YAML 1.2, as DVC reads it: PyYAML would turn the `5e-05` that `dvc exp run -S lr=5e-5` writes into
-a string.
+The file is YAML 1.2, as DVC reads it: PyYAML would read the `5e-05` that `dvc exp run -S lr=5e-5`
+writes as a string.
 """
 
 from __future__ import annotations
 
-from runkey.params.data import Augment, Checks, Data
-from runkey.params.load import load_params, override, parse_params
-from runkey.params.model import Denoising, LossWeights, Model
-from runkey.params.root import Params
-from runkey.params.training import (
+from runkey.params.load import as_text, changed_params, load_params, override, parse_params
+from runkey.params.schema import (
+    Augment,
+    Checks,
     Clip,
+    Data,
+    Denoising,
     EarlyStopping,
     Evaluate,
+    LossWeights,
     Memory,
+    Model,
     Optimizer,
+    Params,
     Runtime,
     Schedule,
     Training,
@@ -40,6 +44,8 @@ __all__ = [
     "Runtime",
     "Schedule",
     "Training",
+    "as_text",
+    "changed_params",
     "load_params",
     "override",
     "parse_params",

@@ -1,8 +1,9 @@
-"""Read params.yaml and say in one line what is wrong with it."""
+"""Read params.yaml, report every fault in it in one line, and compare values with the defaults."""
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,23 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from runkey.errors import ParamsError
-from runkey.params.root import Params
+from runkey.params.schema import Params
+
+ALWAYS_SHOWN = ("lr", "seed")
+"""Parameters without a default."""
 
 
 def load_params(path: Path) -> Params:
-    """The checked parameters of a YAML 1.2 file.
+    """Read and check a YAML 1.2 file.
 
     Raises:
-        ParamsError: the file is missing or no YAML, or a key is unknown, of a wrong type or out of
-            range; the text has a line per fault with key, value and what is allowed.
+        ParamsError: the file is missing or not YAML, or a key is unknown, of a wrong type or out of
+            range.  The one-line message names each faulty key, its value and what is allowed.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ParamsError(f"{path.name}: not found; `make preset NAME=sample` makes one") from None
+        raise ParamsError(f"{path.name}: not found; run `make preset NAME=sample`") from None
     except OSError as error:
         raise ParamsError(f"{path.name}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -42,13 +46,17 @@ def load_params(path: Path) -> Params:
 
 
 def parse_params(tree: Any, source: str = "params.yaml") -> Params:
-    """The checked parameters of a nested dict.
+    """Check a nested dict.
+
+    Args:
+        tree: the sections and values.
+        source: file name for error messages.
 
     Raises:
-        ParamsError: see `load_params`.
+        ParamsError: as `load_params`.
     """
     if not isinstance(tree, dict):
-        raise ParamsError(f"{source}: holds no parameters; `make preset NAME=sample` makes some")
+        raise ParamsError(f"{source}: holds no parameters; run `make preset NAME=sample`")
     try:
         return Params.model_validate(tree)
     except ValidationError as error:
@@ -56,7 +64,7 @@ def parse_params(tree: Any, source: str = "params.yaml") -> Params:
 
 
 def _faults(error: ValidationError) -> list[str]:
-    """Each faulty key once, as `key = value: what is allowed`."""
+    """Return `key = value: what is allowed` for each faulty key."""
     texts: dict[str, str] = {}
     for fault in error.errors():
         where = [part for part in fault["loc"] if not _is_union_branch(part)]
@@ -66,7 +74,7 @@ def _faults(error: ValidationError) -> list[str]:
         elif fault["type"] == "missing":
             texts[name] = f"{name} is missing"
         elif name in texts:
-            # The further branches of a union: `... or 'auto'`.
+            # Another branch of a union: `... or 'auto'`.
             texts[name] += f" or {_message(fault).removeprefix('should be ')}"
         else:
             texts[name] = f"{name}{_shown(fault['input'])}: {_message(fault)}"
@@ -74,7 +82,7 @@ def _faults(error: ValidationError) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    """` = value` as YAML writes it; nothing for a section."""
+    """Return ` = value` in YAML's spelling; nothing for a section."""
     words = {"True": "true", "False": "false", "None": "null"}
     text = repr(value)
     return (
@@ -106,7 +114,7 @@ _MESSAGES = {
 
 
 def _message(fault: Any) -> str:
-    """What is allowed, in the words of params.yaml rather than Python's."""
+    """Say what is allowed, in YAML's words instead of Python's."""
     known = _MESSAGES.get(fault["type"])
     if known is not None:
         limits = fault.get("ctx", {})
@@ -118,14 +126,14 @@ def _message(fault: Any) -> str:
 
 
 def _is_union_branch(part: str | int) -> bool:
-    """Pydantic adds the branch of a union ("int", "literal['auto']") to the location."""
+    # Pydantic puts the branch of a union ("int", "literal['auto']") into the location.
     return isinstance(part, str) and (
         "[" in part or part in ("int", "float", "str") or "constrained" in part
     )
 
 
 def _suggest(where: list[str | int]) -> str:
-    """`; did you mean X?` and the keys that the section knows."""
+    """Return `; did you mean X?` and the known keys of the section."""
     section: type[BaseModel] = Params
     for part in where[:-1]:
         section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
@@ -136,21 +144,33 @@ def _suggest(where: list[str | int]) -> str:
 
 
 def override(params: Params, changes: Mapping[str, Any]) -> Params:
-    """The same parameters with some changed.
+    """Return a copy of the parameters with some values changed.
 
     Args:
         params: the parameters.
         changes: values by dotted name, such as `model.backbone`.
 
     Raises:
-        ParamsError: see `load_params`.
+        ParamsError: as `load_params`.
     """
-    tree = params.model_dump()
+    tree = params.written()
     for name, value in changes.items():
         section, *rest = tree, *name.split(".")
         for part in rest[:-1]:
             section = section.setdefault(part, {})
             if not isinstance(section, dict):
-                raise ParamsError(f"{name}: {part} is no section of params.yaml")
+                raise ParamsError(f"{name}: {part} is not a section of params.yaml")
         section[rest[-1]] = value
     return parse_params(tree)
+
+
+def as_text(value: object) -> str:
+    """Format a value as MLflow and run records store it: 5e-05, true, [120, 140], none."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def changed_params(values: Mapping[str, str]) -> dict[str, str]:
+    """Return the values, by dotted name as text, that differ from the schema's defaults."""
+    plain = parse_params({"lr": 1.0, "seed": 0}).flat(runtime=True)
+    default = {name: as_text(value) for name, value in plain.items()}
+    return {n: v for n, v in values.items() if n in ALWAYS_SHOWN or v != default.get(n)}

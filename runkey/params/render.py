@@ -1,9 +1,9 @@
-"""Write parameters as a complete YAML file: every field, with its effect, unit and range above it.
+"""Render parameters as a complete, commented params.yaml, and the schema as a reference page.
 
-    python -m runkey.params.render params.yaml presets/*.yaml
+    python -m runkey.params.render params.yaml
 
-rewrites files from their own values and the schema's comments, after a field was added or changed.
-The comment block at a file's head is kept.
+rewrites files with their own values and the schema's current comments.  Run it after adding a
+field.  The comment block at the head of a file is kept.
 """
 
 from __future__ import annotations
@@ -12,19 +12,31 @@ import json
 import re
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from runkey.params.load import load_params
-from runkey.params.root import Params
+from runkey.params.schema import LEVELS, Checks, Params
 
 _WIDTH = 100
-# YAML 1.1 readers take these for booleans; quoted, every reader sees text.
+# YAML 1.1 reads these words as booleans or null unless they are quoted.
 _QUOTED = {"off", "on", "yes", "no", "null", "true", "false", ""}
+
+_PAGE_HEAD = """\
+# Parameters
+
+<!-- Generated from runkey/params/schema.py: runkey params --markdown > docs/reference/params.md -->
+
+Every parameter of `params.yaml`. A key that is not written has its default; an unknown key is an
+error. `runkey params` checks the file and prints every value, `runkey preset NAME` writes a
+complete file from a preset, and `dvc exp run -S model.num_queries=40` changes one value for one
+run. A check that `params.yaml` does not list needs a plus sign: `-S +data.checks.empty_box=fail`.
+"""
 
 
 def render(params: Params, head: str) -> str:
-    """The file's text.
+    """Return the text of a complete params.yaml.
 
     Args:
         params: the values.
@@ -32,12 +44,12 @@ def render(params: Params, head: str) -> str:
     """
     schema = Params.model_json_schema()
     lines = [*head.splitlines(), ""]
-    lines += _section(schema, schema["$defs"], params.model_dump(mode="json"), "")
+    lines += _section(schema, schema["$defs"], params.written(), "")
     return "\n".join(lines) + "\n"
 
 
 def head_of(text: str) -> str:
-    """The comment lines that open a file, up to the first line without `#`."""
+    """Return the comment lines that open a file, up to the first line without `#`."""
     lines = text.splitlines()
     count = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     return "\n".join(lines[:count])
@@ -49,24 +61,54 @@ def _section(
     lines: list[str] = []
     for name, value in values.items():
         field = schema["properties"][name]
-        target = sections.get(field.get("$ref", "").rpartition("/")[2])
-        text = field.get("description") or (target or {}).get("description", "")
-        if not indent and target:
-            lines.append("")
-        lines += _comment(text, "" if target else allowed(field), indent)
+        target = sections.get(_section_name(field))
         if target:
+            lines += [] if indent else [""]
+            lines += _comment(_description(target), "", indent)
             lines.append(f"{indent}{name}:")
             lines += _section(target, sections, value, indent + "  ")
+            if target["title"] == Checks.__name__:
+                lines += _check_list(indent + "  ")
         else:
+            lines += _comment(_description(field), allowed(field), indent)
             lines.append(f"{indent}{name}: {_scalar(value)}")
     return lines
 
 
+def _section_name(field: dict[str, Any]) -> str:
+    """Return the class of a field that is a section of its own, else nothing."""
+    return str(field.get("$ref", "")).rpartition("/")[2]
+
+
+def _description(field: dict[str, Any]) -> str:
+    return " ".join(field.get("description", "").split())
+
+
+def _check_list(indent: str) -> list[str]:
+    """Return comment lines that list the single checks with their policy at each level."""
+    text = (
+        "Set a check here, such as `empty_box: fail`, to override the level. The policy of each"
+        " check at each level, and the allowed ones (docs/reference/params.md explains them):"
+    )
+    fields = Checks.model_json_schema()["properties"]
+    rows = [("check", *LEVELS, "allowed")]
+    rows += [(n, *policies, allowed(fields[n])) for n, policies in _policies()]
+    table = [f"{indent}#   {r[0]:<21} {r[1]:<7} {r[2]:<7} {r[3]:<5} {r[4]}" for r in rows]
+    return [*_comment(text, "", indent), *table]
+
+
+def _policies() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield each check with its policy at each level."""
+    by_level = [Checks.policies(level) for level in LEVELS]
+    for name in by_level[0]:
+        yield name, tuple(policies[name] for policies in by_level)
+
+
 def _comment(text: str, allowed_values: str, indent: str) -> list[str]:
-    # A no-break space while lines are cut, so that the brackets stay on one line.
+    # No-break spaces keep the brackets on one line while the text is wrapped.
     bracket = f"[{allowed_values}]".replace(" ", "\xa0") if allowed_values else ""
     lines = textwrap.wrap(
-        " ".join([*text.split(), bracket]),
+        f"{text} {bracket}",
         _WIDTH,
         initial_indent=f"{indent}# ",
         subsequent_indent=f"{indent}# ",
@@ -77,7 +119,7 @@ def _comment(text: str, allowed_values: str, indent: str) -> list[str]:
 
 
 def allowed(field: dict[str, Any]) -> str:
-    """What a field's JSON schema admits, in words: `number, 0..1`, `fast | detr`, ..."""
+    """Describe what a field's JSON schema allows: `number >= 0, <= 1`, `fast | detr`, ..."""
     if "anyOf" in field:
         return " | ".join(allowed(branch) for branch in field["anyOf"])
     if "const" in field:
@@ -87,10 +129,9 @@ def allowed(field: dict[str, Any]) -> str:
     if field.get("type") == "array":
         items = field.get("items") or field["prefixItems"][0]
         return f"list of {allowed(items)}"
-    words = {"integer": "whole number", "number": "number", "string": "text", "boolean": "bool"}
-    kind = words.get(field.get("type", ""), field.get("type", ""))
-    kind = "true | false" if kind == "bool" else kind
-    return f"{kind}{_range(field)}"
+    words = {"integer": "whole number", "string": "text", "boolean": "true | false"}
+    kind = field.get("type", "")
+    return f"{words.get(kind, kind)}{_range(field)}"
 
 
 def _range(field: dict[str, Any]) -> str:
@@ -115,8 +156,39 @@ def _scalar(value: Any) -> str:
     if isinstance(value, str):
         plain = re.fullmatch(r"[A-Za-z][\w./-]*", value) and value.lower() not in _QUOTED
         return value if plain else json.dumps(value)
-    # 5e-05 is a number to YAML 1.2 alone; 5.0e-05 is one to every reader.
+    # Only YAML 1.2 reads 5e-05 as a number; every reader takes 5.0e-05 for one.
     return re.sub(r"^(-?\d+)e", r"\1.0e", json.dumps(value))
+
+
+def reference() -> str:
+    """Return the reference page of every parameter, in Markdown."""
+    schema = Params.model_json_schema()
+    return _PAGE_HEAD + "".join(_page_section(schema, schema["$defs"], ""))
+
+
+def _page_section(schema: dict[str, Any], sections: dict[str, Any], prefix: str) -> Iterator[str]:
+    fields = schema["properties"]
+    single = {n: field for n, field in fields.items() if _section_name(field) not in sections}
+    if prefix:
+        yield f"\n## {prefix[:-1]}\n\n{_description(schema)}\n"
+    if schema["title"] == Checks.__name__:
+        single = {"level": fields["level"]}
+    yield "\n| Parameter | Values | Default | Effect |\n|---|---|---|---|\n"
+    for name, field in single.items():
+        default = f"`{_scalar(field['default'])}`" if "default" in field else "required"
+        yield f"| `{prefix}{name}` | {_values(field)} | {default} | {_description(field)} |\n"
+    if schema["title"] == Checks.__name__:
+        yield f"\n| Check | Values | {' | '.join(LEVELS)} | Fault |\n|---|---|---|---|---|---|\n"
+        for name, policies in _policies():
+            cells = [f"`{prefix}{name}`", _values(fields[name]), *policies]
+            yield f"| {' | '.join(cells)} | {_description(fields[name])} |\n"
+    for name, field in fields.items():
+        if _section_name(field) in sections:
+            yield from _page_section(sections[_section_name(field)], sections, f"{prefix}{name}.")
+
+
+def _values(field: dict[str, Any]) -> str:
+    return allowed(field).replace(" | ", ", ")
 
 
 def main(paths: list[str]) -> None:

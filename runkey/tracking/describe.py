@@ -68,7 +68,7 @@ def describe_run(
         tags: the witness, as text.
         counts: what the data set holds, such as {"train_images": 400}.
     """
-    from runkey.params.changed import as_text
+    from runkey.params import as_text
 
     values = {name: as_text(value) for name, value in params.flat().items()}
     values |= {"key": key} | {f"key.{part}": digest for part, digest in parts.items()}
@@ -88,8 +88,7 @@ def run_name(params: Params, baseline: Params | None) -> str:
 
     Names are cut to their last part where that is unambiguous; at most four values are named.
     """
-    from runkey.params import parse_params
-    from runkey.params.changed import as_text
+    from runkey.params import as_text, parse_params
 
     values = params.flat()
     before = (baseline or parse_params({"lr": params.lr, "seed": params.seed})).flat()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from runkey.params.presets import render_preset
 from tests.support.terminal import COLUMNS, on_terminal, screen
 
 REPOSITORY = Path(__file__).parents[2]
@@ -17,7 +18,7 @@ STAGE = [sys.executable, "-m", "stages.prepare"]
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A folder whose params.yaml has a misspelt name."""
-    sample = (REPOSITORY / "presets/sample.yaml").read_text(encoding="utf-8")
+    sample = render_preset("sample")
     assert sample.count("\n  epochs: ") == 1
     (tmp_path / "params.yaml").write_text(sample.replace("\n  epochs: ", "\n  epoch: "))
     for package in ("stages", "runkey"):

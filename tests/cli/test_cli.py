@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import pytest
 import typer.main
 
 from runkey.cli import app, main
+from runkey.params.presets import render_preset
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -22,10 +22,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small repository with the presets, one commit, and nothing else."""
-    shutil.copytree(REPOSITORY / "presets", tmp_path / "presets")
+    """A small repository with params.yaml, one commit, and nothing else."""
     (tmp_path / "stages").mkdir()
-    shutil.copy(tmp_path / "presets" / "sample.yaml", tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text(render_preset("sample"))
     git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "start"]):
         subprocess.run([*git, *command], check=True)
@@ -130,20 +129,35 @@ def test_outside_a_repository_is_one_line(
     )
 
 
-def test_preset_is_put_in_place_byte_for_byte(repository: Path, run: Run) -> None:
+def test_preset_is_written_as_a_complete_file(repository: Path, run: Run) -> None:
     code, out, _ = run("preset", "blood-cells")
     assert code == 0
     assert out.startswith("params.yaml is preset blood-cells: ")
-    wanted = (repository / "presets" / "blood-cells.yaml").read_bytes()
-    assert (repository / "params.yaml").read_bytes() == wanted
+    assert (repository / "params.yaml").read_text() == render_preset("blood-cells")
     assert run("preset", "blood-cells")[1] == "params.yaml is preset blood-cells already\n"
+
+
+def test_preset_replaces_a_missing_params_file(repository: Path, run: Run) -> None:
+    (repository / "params.yaml").unlink()
+    assert run("preset", "sample")[0] == 0
+    assert (repository / "params.yaml").read_text() == render_preset("sample")
+
+
+def test_preset_from_a_folder_below_is_written_at_the_root(
+    repository: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (repository / "notes").mkdir()
+    monkeypatch.chdir(repository / "notes")
+    assert run("preset", "blood-cells")[0] == 0
+    assert (repository / "params.yaml").read_text() == render_preset("blood-cells")
+    assert list((repository / "notes").iterdir()) == []
 
 
 def test_presets_are_listed_in_short_lines(repository: Path, run: Run) -> None:
     code, out, _ = run("preset")
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == sorted(
-        path.stem for path in (repository / "presets").iterdir()
+        path.stem for path in (REPOSITORY / "presets").iterdir()
     )
     assert max(map(len, out.splitlines())) <= 100
 
@@ -154,7 +168,7 @@ def test_own_changes_are_not_lost_by_a_preset(repository: Path, run: Run) -> Non
     before = params.read_bytes()
     code, _, err = run("preset", "blood-cells")
     assert code == 1
-    assert err.startswith("error: params.yaml: holds changes that neither git nor a preset has;")
+    assert err.startswith("error: params.yaml: has changes that are not committed;")
     assert params.read_bytes() == before
     assert run("preset", "blood-cells", "--force")[0] == 0
     assert b"seed: 7" not in params.read_bytes()
@@ -172,8 +186,7 @@ def test_unknown_preset_names_the_known(repository: Path, run: Run) -> None:
     code, _, err = run("preset", "nix")
     assert code == 1
     assert err == (
-        "error: presets/nix.yaml: not found"
-        " (known: blood-cells, coco-detr-r101, coco-detr-r50, sample)\n"
+        "error: preset nix: not found (known: blood-cells, coco-detr-r101, coco-detr-r50, sample)\n"
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from runkey.data.augment import WHOLE, Views
-from runkey.params.data import Augment
+from runkey.params import Augment
 
 DRAWS = 8000
 

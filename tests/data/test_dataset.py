@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from runkey.params.data import Augment, Data
+from runkey.params import Augment, Data
 
 
 def draw(path, height, width, box_xyxy):

@@ -17,7 +17,7 @@ from runkey.data.geometry import (
     place,
     resized_size,
 )
-from runkey.params.data import Augment
+from runkey.params import Augment
 
 
 def reference_size(height: int, width: int, size: int, max_size: int) -> tuple[int, int]:

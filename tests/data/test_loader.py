@@ -11,7 +11,7 @@ import torch
 
 from runkey.data.loader import resolve_workers
 from runkey.errors import DataError
-from runkey.params.data import Augment, Data
+from runkey.params import Augment, Data
 
 DATA = Data(
     short_sides=(30, 40),

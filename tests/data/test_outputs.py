@@ -20,7 +20,7 @@ from runkey.data.index import read_classes, read_index
 from runkey.data.prepare import prepare
 from runkey.data.report import LINES_PER_KIND
 from runkey.errors import DataError
-from runkey.params.data import Checks, Data
+from runkey.params import Checks, Data
 
 BESIDE = Path(__file__).resolve().parents[2].parent / "shared"
 SHARED = Path(os.environ.get("RUNKEY_SHARED", BESIDE)) / "data"
@@ -212,7 +212,7 @@ _MEASURE = """
 import re, sys
 from pathlib import Path
 from runkey.data.prepare import prepare
-from runkey.params.data import Data
+from runkey.params import Data
 
 def peak_kib():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -10,7 +10,7 @@ import pytest
 from runkey.data.augment import build_views
 from runkey.data.sampler import WindowSampler, micro_batches
 from runkey.data.shapes import is_portrait
-from runkey.params.data import Augment, Data
+from runkey.params import Augment, Data
 
 CROP = Augment(crop_probability=0.5, crop_short_sides=(100, 120), crop_min=60, crop_max=110)
 

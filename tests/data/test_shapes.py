@@ -14,7 +14,7 @@ from runkey.data.shapes import (
     reachable_shapes,
     worst_batch_shape,
 )
-from runkey.params.data import Augment, Data
+from runkey.params import Augment, Data
 
 SIZES = [(48, 64), (64, 48), (50, 50), (30, 70), (33, 64)]
 CROP = Augment(crop_probability=0.5, crop_short_sides=(12, 14), crop_min=8, crop_max=12)

@@ -12,7 +12,7 @@ import torch
 from runkey.errors import DataError
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
-from runkey.params.data import Augment, Data
+from runkey.params import Augment, Data
 from runkey.training.loop import fit
 from runkey.training.seed import set_up
 from tests.support.toy import SavedInMemory, make_params

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from dvc.utils.hydra import apply_overrides
 
-from runkey.params import Params, load_params
-from runkey.params.changed import as_text
+from runkey.params import Params, as_text, load_params
 from runkey.params.render import allowed
 
 ROOT = Path(__file__).parents[2]

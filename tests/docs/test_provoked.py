@@ -21,6 +21,7 @@ from runkey.cli import app
 from runkey.errors import RunkeyError
 from runkey.evaluation.detections import to_results_json
 from runkey.params import load_params
+from runkey.params.presets import render_preset
 from runkey.training.device import choose_device
 from runkey.training.early_stopping import Judge, judge_history, watched_value
 from runkey.training.split import Split
@@ -28,7 +29,7 @@ from tests.support.messages import flat
 
 ROOT = Path(__file__).parents[2]
 PAGE = flat((ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"))
-SAMPLE = (ROOT / "presets/sample.yaml").read_text(encoding="utf-8")
+SAMPLE = render_preset("sample")
 Change = Callable[[Path], None]
 
 
@@ -36,7 +37,6 @@ Change = Callable[[Path], None]
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that runkey takes for a checkout, the current one."""
     (tmp_path / "stages").mkdir()
-    shutil.copytree(ROOT / "presets", tmp_path / "presets")
     (tmp_path / "params.yaml").write_text(SAMPLE, encoding="utf-8")
     for name in [name for name in os.environ if name.startswith(("DVC_", "MLFLOW_"))]:
         monkeypatch.delenv(name)

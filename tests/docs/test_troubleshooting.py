@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from runkey.params import load_params
-from runkey.params.data import Checks
+from runkey.params import Checks, load_params
 from tests.support.bad_data.cases import CASES
 from tests.support.messages import Templates, flat
 

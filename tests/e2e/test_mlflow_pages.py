@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 from runkey import paths
 from runkey.identity.record import LoggedRun, update_record
 from runkey.params import load_params
+from runkey.params.presets import render_preset
 from runkey.tracking import locate_store, open_run, reopen_run
 from runkey.tracking.server import free_port
 from tests.support.chromium import Page, open_chromium
@@ -30,7 +30,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A checkout in which the baseline and then another learning rate were trained."""
     root = tmp_path_factory.mktemp("checkout")
     (root / "stages").mkdir()
-    shutil.copy(REPOSITORY / "presets" / "sample.yaml", root / "params.yaml")
+    (root / "params.yaml").write_text(render_preset("sample"))
     (root / "data.dvc").write_text(f"outs:\n- md5: {DATA}\n  path: data\n")
     git = ["git", "-C", str(root), "-c", "user.name=t", "-c", "user.email=t@t"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "start"]):

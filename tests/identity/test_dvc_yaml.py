@@ -77,7 +77,7 @@ def test_every_parameter_is_read_by_a_stage_and_runtime_by_none(stages, flat):
 def test_the_real_recipe_is_whole():
     recipe = make_recipe("train", REPOSITORY)
     code = recipe.preimages["code"]["files"]
-    assert {"stages/prepare.py", "stages/train.py", "runkey/params/root.py"} <= set(code)
+    assert {"stages/prepare.py", "stages/train.py", "runkey/params/schema.py"} <= set(code)
     assert not any(is_excluded(path) for path in code)
     assert {"lr", "seed"} <= set(recipe.preimages["params"])
     assert not any(name.startswith("runtime") for name in recipe.preimages["params"])

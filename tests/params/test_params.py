@@ -43,6 +43,30 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "null": ({"seed": None}, "seed = null: should be a whole number"),
     "seed too large": ({"seed": 2**32}, "seed = 4294967296: should be < 4294967296"),
     "number for text": ({"data": {"path": 7}}, "data.path = 7: should be text"),
+    "bool for a part": (
+        {"data": {"augment": {"min_visible": False}}},
+        "data.augment.min_visible = false: should be a number, not true or false",
+    ),
+    "unknown level of checks": (
+        {"data": {"checks": {"level": "stict"}}},
+        "data.checks.level = 'stict': should be 'strict', 'repair' or 'drop'",
+    ),
+    "level that is a list": (
+        {"data": {"checks": {"level": ["strict"]}}},
+        "data.checks.level = ['strict']: should be 'strict', 'repair' or 'drop'",
+    ),
+    "policy that a check does not have": (
+        {"data": {"checks": {"level": "strict", "empty_box": "fix"}}},
+        "data.checks.empty_box = 'fix': should be 'drop' or 'fail'",
+    ),
+    "null for a check": (
+        {"data": {"checks": {"empty_box": None}}},
+        "data.checks.empty_box = null: should be 'drop' or 'fail'",
+    ),
+    "level for the checks": (
+        {"data": {"checks": "strict"}},
+        "data.checks = 'strict': should be a section with keys of its own",
+    ),
     "text for a bool": (
         {"training": {"deterministic": "perhaps"}},
         "training.deterministic = 'perhaps': should be true or false",
@@ -119,8 +143,8 @@ def test_bad_value_is_named_with_what_is_allowed(kind):
 
 
 BAD_FILES: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "p.yaml: holds no parameters; `make preset NAME=sample` makes some"),
-    "a list": (b"- 1\n", "p.yaml: holds no parameters; `make preset NAME=sample` makes some"),
+    "empty": (b"", "p.yaml: holds no parameters; run `make preset NAME=sample`"),
+    "a list": (b"- 1\n", "p.yaml: holds no parameters; run `make preset NAME=sample`"),
     "not YAML": (b"lr: [1\nseed: 2", "p.yaml line 2: not YAML: expected ',' or ']', but got ':'"),
     "a key twice": (
         b"lr: 1\nlr: 2\n",
@@ -149,7 +173,7 @@ def test_bad_file_is_named(tmp_path, kind):
 def test_missing_file_and_folder_are_named(tmp_path):
     with pytest.raises(ParamsError) as caught:
         load_params(tmp_path / "none.yaml")
-    assert str(caught.value) == "none.yaml: not found; `make preset NAME=sample` makes one"
+    assert str(caught.value) == "none.yaml: not found; run `make preset NAME=sample`"
     (tmp_path / "folder.yaml").mkdir()
     with pytest.raises(ParamsError) as caught:
         load_params(tmp_path / "folder.yaml")

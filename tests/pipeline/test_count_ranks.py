@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runkey.params import load_params
-from runkey.params.root import Params
+from runkey.params import Params, load_params
 from stages._ranks import count_ranks
 
 CPU = torch.device("cpu")

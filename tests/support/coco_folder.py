@@ -14,7 +14,7 @@ from PIL import Image
 from runkey.data.index import Record, read_index
 from runkey.data.prepare import prepare
 from runkey.data.report import Report
-from runkey.params.data import Checks, Data
+from runkey.params import Checks, Data
 
 WIDTH, HEIGHT = 40, 30
 

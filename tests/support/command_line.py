@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from runkey.cli import main
+from runkey.params.presets import render_preset
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -21,7 +21,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout without runs, which is the current folder."""
     root = tmp_path / "checkout"
     (root / "stages").mkdir(parents=True)
-    shutil.copy(REPOSITORY / "presets" / "sample.yaml", root / "params.yaml")
+    (root / "params.yaml").write_text(render_preset("sample"))
     for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(root)

@@ -16,7 +16,7 @@ from runkey.data.cache import cached_size, write_cache
 from runkey.data.decode import decode_rgb
 from runkey.data.index import Record, write_index
 from runkey.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
-from runkey.params.data import Augment, Data
+from runkey.params import Augment, Data
 
 
 @pytest.fixture

@@ -17,8 +17,7 @@ from runkey.evaluation.files import METRICS
 from runkey.identity.key import short_key
 from runkey.identity.manifest import RunManifest
 from runkey.identity.record import KEY, KEY_JSON, REPRODUCTION_OF, Record
-from runkey.params import load_params
-from runkey.params.changed import as_text
+from runkey.params import as_text, load_params
 from runkey.plots.hints import Hint, all_hints
 from runkey.plots.log import Point, TrainingLog, read_log
 from runkey.plots.samples import SAMPLES, read_samples

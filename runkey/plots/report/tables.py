@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runkey.identity.key import PARTS
-from runkey.params.changed import changed_params
+from runkey.params import changed_params
 from runkey.plots.hints import CLASS_SCORES, EVENT
 from runkey.plots.report.source import Run
 

@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from runkey.identity.record import HINT, KEY, RESUMED_AFTER, Details, LoggedRun, Record
-from runkey.params.changed import changed_params
+from runkey.params import changed_params
 from runkey.registry.reading.columns import address, size, span, text
 
 WIDTH = 100
