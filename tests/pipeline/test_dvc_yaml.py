@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 from runkey.identity.closure import import_closure
 from runkey.identity.pipeline import Stage, covers, read_pipeline
 from runkey.params import load_params
+from runkey.params.presets import preset_files, render_preset
 
 ROOT = Path(__file__).parents[2]
 STAGES = read_pipeline(ROOT, load_params(ROOT / "params.yaml").flat())
@@ -34,11 +35,11 @@ def test_no_dependency_on_code_that_is_not_imported(stage: Stage) -> None:
     assert idle == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_preset_holds_the_listed_parameters(stage: Stage, path: Path) -> None:
+@pytest.mark.parametrize("name", preset_files())
+def test_every_rendered_preset_holds_the_listed_parameters(stage: Stage, name: str) -> None:
     # DVC takes a name that params.yaml does not write out for an error, defaults or not.
-    tree = YAML(typ="safe", pure=True).load(path.read_text())
-    assert [name for name in stage.params if not _holds(tree, name)] == []
+    tree = YAML(typ="safe", pure=True).load(render_preset(name))
+    assert [listed for listed in stage.params if not _holds(tree, listed)] == []
 
 
 def test_only_evaluate_depends_on_which_run_it_was() -> None:
