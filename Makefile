@@ -67,6 +67,7 @@ docs: env-tools ## A site of README and docs/ in .site/, opens offline; fails on
 .PHONY: reference-docs
 reference-docs: env ## Render docs/reference/ from the program
 	$(BIN)/python -m docs.site.commands > docs/reference/commands.md
+	$(BIN)/python -m runkey params --markdown > docs/reference/params.md
 
 .PHONY: lint
 lint: env env-tools ## Style, types and the direction of imports
@@ -92,7 +93,7 @@ ui: env ## MLflow's pages on the runs made here (PORT=5000)
 	@$(BIN)/python -m runkey ui --port $(PORT)
 
 .PHONY: preset
-preset: env ## Put presets/NAME.yaml in place as params.yaml (NAME=sample)
+preset: env ## Write the preset NAME as a complete, commented params.yaml (NAME=sample)
 	@$(BIN)/python -m runkey preset $(NAME)
 
 .PHONY: sample-data

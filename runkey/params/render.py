@@ -26,7 +26,7 @@ _QUOTED = {"off", "on", "yes", "no", "null", "true", "false", ""}
 _PAGE_HEAD = """\
 # Parameters
 
-<!-- Generated from runkey/params/schema.py: runkey params --markdown > docs/reference/params.md -->
+<!-- Generated from runkey/params/schema.py by `make reference-docs`. -->
 
 Every parameter of `params.yaml`. A key that is not written has its default; an unknown key is an
 error. `runkey params` checks the file and prints every value, `runkey preset NAME` writes a

@@ -150,7 +150,7 @@ def test_every_field_says_what_it_does():
 
 def test_reference_page_is_generated():
     page = (ROOT / "docs/reference/params.md").read_text(encoding="utf-8")
-    assert reference() == page, "runkey params --markdown > docs/reference/params.md"
+    assert reference() == page, "make reference-docs"
 
 
 def test_reference_page_has_every_parameter_once():
