@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http.client import HTTPException, HTTPResponse
 from typing import Any
 
@@ -28,11 +28,14 @@ _API = "api/2.0/mlflow"
 
 
 class RestError(RegistryError):
-    """The server refused; `code` is MLflow's error code, such as RESOURCE_ALREADY_EXISTS."""
+    """The server refused.
 
-    def __init__(self, text: str, code: str) -> None:
+    `code` is MLflow's error code, such as RESOURCE_ALREADY_EXISTS, `status` the HTTP status.
+    """
+
+    def __init__(self, text: str, code: str, status: int) -> None:
         super().__init__(text)
-        self.code = code
+        self.code, self.status = code, status
 
 
 class RestClient:
@@ -90,41 +93,82 @@ class RestClient:
             RestError, RegistryError: see `get`.
         """
         query = urllib.parse.urlencode({"run_uuid": run_id, "path": path})
-        return self._open(f"get-artifact?{query}", "GET", None, ATTEMPTS)
+        return self._ask(f"get-artifact?{query}", "GET", None, ATTEMPTS, lambda answer: answer)
+
+    def artifact_bytes(self, run_id: str, path: str) -> bytes:
+        """A run's artifact, read whole; for small ones.
+
+        Raises:
+            RestError, RegistryError: see `get`.
+        """
+        query = urllib.parse.urlencode({"run_uuid": run_id, "path": path})
+        return self._ask(f"get-artifact?{query}", "GET", None, ATTEMPTS, _read)
 
     def _json(self, path: str, method: str, content: Any, attempts: int) -> Any:
-        with self._open(path, method, content, attempts) as answer:
-            body = answer.read()
+        return self._ask(path, method, content, attempts, self._read_json)
+
+    def _read_json(self, answer: HTTPResponse) -> Any:
         try:
-            return json.loads(body or b"{}")
+            found = json.loads(_read(answer) or b"{}")
         except ValueError:
+            found = None
+        if not isinstance(found, dict):
             raise RegistryError(
                 f"{self.address}: did not answer as an MLflow server does; is the address right?"
-            ) from None
+            )
+        return found
 
-    def _open(self, path: str, method: str, content: Any, attempts: int) -> HTTPResponse:
-        """Send a request, again after a broken connection or an error of the server's own."""
+    def _ask[T](
+        self,
+        path: str,
+        method: str,
+        content: Any,
+        attempts: int,
+        read: Callable[[HTTPResponse], T],
+    ) -> T:
+        """Send a request and read the answer.
+
+        Try again after a broken connection, an answer cut off anywhere in its body, one that is not
+        JSON, and an error of the server's own.
+        """
         body = None if content is None else json.dumps(content).encode()
         headers = self._headers | ({"Content-Type": "application/json"} if body else {})
         request = urllib.request.Request(
             f"{self.address}/{path}", data=body, headers=headers, method=method
         )
         for attempt in range(1, attempts + 1):
+            failure: RegistryError
             try:
-                answer = urllib.request.urlopen(request, timeout=self._seconds, context=self._tls)
-                assert isinstance(answer, HTTPResponse)
-                return answer
-            except urllib.error.HTTPError as error:
-                if error.code < 500 or attempt == attempts:
-                    raise _refusal(self.address, error) from None
+                return read(self._open(request))
+            except RestError as error:
+                failure = error
+                if error.status < 500:
+                    raise
+            except RegistryError as error:
+                failure = error
             except (OSError, HTTPException) as error:
-                if attempt == attempts:
-                    why = getattr(error, "reason", None) or error
-                    raise RegistryError(
-                        f"{self.address}: cannot be reached ({why}); does the server run there?"
-                    ) from None
+                why = getattr(error, "reason", None) or error
+                failure = RegistryError(
+                    f"{self.address}: cannot be reached ({why}); does the server run there?"
+                )
+            if attempt == attempts:
+                raise failure from None
             time.sleep(0.3 * attempt)
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _open(self, request: urllib.request.Request) -> HTTPResponse:
+        try:
+            answer = urllib.request.urlopen(request, timeout=self._seconds, context=self._tls)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise _refusal(self.address, error) from None
+        assert isinstance(answer, HTTPResponse)
+        return answer
+
+
+def _read(answer: HTTPResponse) -> bytes:
+    with answer:
+        return answer.read()
 
 
 def _log_in(parts: urllib.parse.SplitResult) -> dict[str, str]:
@@ -153,4 +197,4 @@ def _refusal(address: str, error: urllib.error.HTTPError) -> RestError:
         code, text = str(told["error_code"]), str(told["message"])
     except (ValueError, KeyError, TypeError):
         code, text = f"HTTP_{error.code}", f"HTTP {error.code} {error.reason}"
-    return RestError(f"{address}: {' '.join(text.split())[:300]}", code)
+    return RestError(f"{address}: {' '.join(text.split())[:300]}", code, error.code)

@@ -14,10 +14,11 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from runkey.errors import RunkeyError
+from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.key import PARTS, Recipe
 from runkey.identity.record import DETAILS, KEY_JSON, Details, Record, StoredFile
 from runkey.identity.run_folder import ORIGIN
@@ -143,7 +144,7 @@ def _wrong(run: _Run, path: str, recorded: StoredFile, steps: Steps) -> str:
                 size, digest = _size(file), recorded.sha256
             else:
                 size, digest = _hash(file, steps)
-    except (RunkeyError, OSError) as error:
+    except (RunkeyError, OSError, HTTPException) as error:
         return str(error).removeprefix(f"{run.record.label}: ").removeprefix(f"{path}: ")
     if size != recorded.size:
         return f"{size} bytes, recorded {recorded.size} {where}"
@@ -230,8 +231,11 @@ def _plain(run: _Run, path: str, error: Exception) -> str:
 
 
 def _read(run: _Run, path: str) -> bytes:
-    with run.sources.library.open_file(run.record, path) as file:
-        return file.read()
+    try:
+        with run.sources.library.open_file(run.record, path) as file:
+            return file.read()
+    except (OSError, HTTPException) as error:
+        raise RegistryError(f"{path}: cannot be read ({error})") from None
 
 
 def _mlflow(run: _Run) -> Iterator[Finding]:

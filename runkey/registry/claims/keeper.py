@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
-from runkey.errors import RegistryError
+from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.key import short_key
 from runkey.registry.claims.claims import Claim, Claims, newest
 
@@ -131,7 +131,7 @@ class HeldClaim:
         """Find out who holds the newest claim, if the claims can be reached."""
         try:
             last = newest(self._claims, self._claim.key)
-        except RegistryError as error:
+        except Exception as error:  # noqa: BLE001 - see _try_to_write
             self._note_unreached(error)
             return
         self._note_newest(last)
@@ -140,7 +140,8 @@ class HeldClaim:
         """Write the claim with its next beat, unless another process has taken over.
 
         Claims that cannot be reached do not stop a training: the next beat tries again, and whoever
-        took over in between is found then.
+        took over in between is found then.  No error ends the beating thread, not even one of ours:
+        it is reported, and others would take a claim without a beat for dead.
         """
         try:
             last = newest(self._claims, self._claim.key)
@@ -151,7 +152,7 @@ class HeldClaim:
             # Deleted by hand: the name is free, so it is made again, or somebody else did.
             if not self._claims.update(self._claim) and not self._claims.make(self._claim):
                 self._note_newest(newest(self._claims, self._claim.key))
-        except RegistryError as error:
+        except Exception as error:  # noqa: BLE001 - see above
             self._note_unreached(error)
             return
         if self._unreached:
@@ -163,12 +164,13 @@ class HeldClaim:
         if last is not None and not self._claim.is_same(last):
             self._taken_by = last
 
-    def _note_unreached(self, error: RegistryError) -> None:
+    def _note_unreached(self, error: Exception) -> None:
         self._looked = _clock()  # the next look waits its turn
         if not self._unreached:
             self._unreached = True
+            why = str(error) if isinstance(error, RunkeyError) else f"unexpected {error!r}"
             self._say(
-                f"claim of {short_key(self._claim.key)}: {error}; training goes on, after"
+                f"claim of {short_key(self._claim.key)}: {why}; training goes on, after"
                 f" {self._rhythm.dead_after:.0f} s of this others may train the same key"
             )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def _artifact(library: Library, record: Record, path: str, notes: list[str]) -> 
     try:
         with library.open_file(record, path) as file:
             return file.read()
-    except RegistryError as error:
+    except (RegistryError, OSError, HTTPException) as error:
         notes.append(str(error))
         return None
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from http.client import HTTPException
 from itertools import islice
 from typing import Any, BinaryIO, cast
 
@@ -61,14 +60,11 @@ class ServerLibrary:
         if record.details is not None:
             return record
         try:
-            with self.client.artifact(record.run.run_id, DETAILS) as answer:
-                content = answer.read()
+            content = self.client.artifact_bytes(record.run.run_id, DETAILS)
         except RestError as error:
             if error.code in _ABSENT:
                 return record
             raise
-        except (OSError, HTTPException) as error:
-            raise RegistryError(f"{self.place}: the connection broke ({error})") from None
         where = f"{record.label}: {DETAILS} of run {record.run.run_id}"
         try:
             return replace(record, details=Details.from_dict(json.loads(content), where))
