@@ -42,7 +42,7 @@ def _params(preimage: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _data(preimage: Mapping[str, Any]) -> Iterator[str]:
-    yield "what `dvc add` wrote into each .dvc file:"
+    yield "what `dvc add` writes into the .dvc file of each:"
     yield from (f"{name} = {md5}" for name, md5 in sorted(preimage.items()))
 
 

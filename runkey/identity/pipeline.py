@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from runkey.identity.dvc_files import md5_below
 from runkey.identity.errors import RecipeError
 from runkey.identity.yamltext import read_yaml_text
 from runkey.paths import PARAMS
@@ -148,12 +149,14 @@ def meets(dep: str, out: str) -> bool:
 
 
 def tracked_md5(path: str, root: Path) -> str | None:
-    """`md5:<hash>` of the DVC-tracked file or folder that is `path` or holds it, None if none does.
+    """`md5:<hash>` of a file or folder that DVC tracks, by itself or in a folder; else None.
 
-    It is what `dvc add` wrote into `<path>.dvc`; the data themselves are not looked at.
+    It is what `dvc add` wrote into `<path>.dvc`; of a part of a tracked folder, what it would write
+    for that part alone.  The data themselves are not looked at.
 
     Raises:
-        RecipeError: there is such a .dvc file, and it holds no md5.
+        RecipeError: there is such a .dvc file, and it holds no md5, or its list of files is not in
+            DVC's cache, or does not hold the path.
     """
     file = pointer_of(path, root)
     if file is None:
@@ -161,11 +164,14 @@ def tracked_md5(path: str, root: Path) -> str | None:
     tracked = PurePosixPath(file.removesuffix(".dvc"))
     try:
         outs = read_yaml_text(root / file)["outs"]
-        return next(f"md5:{out['md5']}" for out in outs if out["path"] == tracked.name)
+        md5 = next(str(out["md5"]) for out in outs if out["path"] == tracked.name)
     except (ValueError, KeyError, TypeError, StopIteration):
         raise RecipeError(
             f"{file}: holds no md5 of {tracked.name}; `dvc add {tracked}` writes it"
         ) from None
+    if PurePosixPath(path) != tracked:
+        md5 = md5_below(file, tracked, md5, path, root)
+    return f"md5:{md5}"
 
 
 def pointer_of(path: str, root: Path) -> str | None:

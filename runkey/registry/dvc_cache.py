@@ -10,7 +10,6 @@ of all outputs of an entry, those with `cache: false` as well.
 
 from __future__ import annotations
 
-import configparser
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runkey.errors import RegistryError
+from runkey.identity.dvc_files import cache_folder
 from runkey.identity.pipeline import covers
 from runkey.identity.yamltext import read_yaml_text
 
@@ -195,20 +194,6 @@ class DvcCache:
         return [entry for entry in parsed if entry and not outs.isdisjoint(entry.deps.items())]
 
 
-def cache_folder(root: Path) -> Path:
-    """Where a checkout's DVC keeps its cache: `cache.dir` of its settings, else .dvc/cache.
-
-    Raises:
-        RegistryError: a settings file cannot be read.
-    """
-    folder = root / ".dvc" / "cache"
-    for file in (_user_config(), root / ".dvc" / "config", root / ".dvc" / "config.local"):
-        value = read_config(file).get("cache", "dir", fallback="").strip("\"'")
-        if value:
-            folder = (file.parent / Path(value).expanduser()).resolve()
-    return folder
-
-
 def md5_file(path: Path) -> str:
     """Hex md5 of a file's bytes, as DVC names it."""
     digest = hashlib.md5(usedforsecurity=False)
@@ -216,26 +201,6 @@ def md5_file(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _user_config() -> Path:
-    named = os.environ.get("DVC_GLOBAL_CONFIG_DIR")
-    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return (Path(named) if named else Path(base).expanduser() / "dvc") / "config"
-
-
-def read_config(path: Path) -> configparser.ConfigParser:
-    """One of DVC's settings files; empty if it is not there.
-
-    Raises:
-        RegistryError: it is none.
-    """
-    config = configparser.ConfigParser(interpolation=None, strict=False)
-    try:
-        config.read(path, encoding="utf-8")
-    except (configparser.Error, UnicodeDecodeError):
-        raise RegistryError(f"{path}: not a DVC settings file; `dvc config -l` says more") from None
-    return config
 
 
 def _folders(path: Path | str) -> list[os.DirEntry[str]]:

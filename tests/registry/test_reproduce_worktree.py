@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import RegistryError
+from runkey.identity.dvc_files import cache_folder
 from runkey.registry.checks.worktree import (
     add_worktree,
     clean_environment,
     remove_worktree,
     share_cache,
 )
-from runkey.registry.dvc_cache import cache_folder
 from runkey.registry.git import git
 
 WHO = {

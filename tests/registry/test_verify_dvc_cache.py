@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import RegistryError
-from runkey.registry.dvc_cache import DvcCache, cache_folder, md5_file
+from runkey.identity.dvc_files import cache_folder
+from runkey.registry.dvc_cache import DvcCache, md5_file
 from tests.support.recorded_checkout import Checkout, run
 
 

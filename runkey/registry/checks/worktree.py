@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runkey.errors import RegistryError
+from runkey.identity.dvc_files import cache_folder, read_config
 from runkey.identity.pipeline import chain, pointer_of, read_pipeline
 from runkey.params import load_params
 from runkey.paths import PARAMS
-from runkey.registry.dvc_cache import cache_folder, read_config
 from runkey.registry.git import git
 
 # A user's hooks (DVC's own among them) are for his checkouts, not for this one.
