@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from runkey import paths
+from runkey.data.cache import open_cache
 from runkey.identity.key import Recipe
 from runkey.memory.calibration import CALIBRATION
 from runkey.memory.decide import decide
@@ -140,7 +141,8 @@ def _checkpoints(run: Run) -> Iterator[FolderCheckpoints]:
 
 def _write_outputs(params: Params, root: Path, validation: Validation, result: FitResult) -> None:
     """Write model/, plots/ and metrics/train.json."""
-    sizes = Sizes(max(params.data.short_sides), params.data.long_side)
+    cached = open_cache(root / paths.PREPARED, "val") is not None
+    sizes = Sizes(max(params.data.short_sides), params.data.long_side, cached)
     save_model(root / paths.MODEL, result.best_state, params.model, validation.classes, sizes)
     write_plot_tables(root / TRAIN_LOG, root / paths.PLOTS)
     write_training_plots(root / TRAIN_LOG, root / paths.PLOTS)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from runkey.errors import DataError
@@ -128,6 +129,14 @@ def cached_size(
     wanted = min(max(short_sides) / min(width, height), long_side / max(width, height))
     scale = min(1.0, HEADROOM * wanted)
     return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def shrink(image: Image.Image, short_sides: Sequence[int], long_side: int) -> Image.Image:
+    """The image at the size that it is cached at; see `cached_size`."""
+    size = cached_size(image.width, image.height, short_sides, long_side)
+    if size == image.size:
+        return image
+    return image.resize(size, Image.Resampling.BICUBIC)  # PIL's shrinking is antialiased
 
 
 def cache_bytes(

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runkey.data.cache import cached_size
+from runkey.data.cache import shrink
 from runkey.data.check_boxes import Frame
 from runkey.data.checks import Item
 from runkey.data.decode import (
@@ -138,7 +138,7 @@ def scan_image(path: Path, stated: tuple[int, int], settings: ScanSettings) -> S
         if image.width * image.height > settings.max_pixels:
             limit = f"more than data.max_megapixels: {settings.max_pixels / 1e6:g}"
             return Scan(fault=("too_large_image", f"is {image.width}x{image.height}, {limit}"))
-        unusual, mode, orientation = is_unusual(image), image.mode, _orientation(image)
+        unusual, mode, orientation = is_unusual(image), image.mode, exif_orientation(image)
         try:
             rgb = to_rgb(image)
         except UnknownRangeError as error:
@@ -228,8 +228,8 @@ def _unreadable(error: Exception, what: str) -> Scan:
     return Scan(fault=("unreadable_image", what))
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation; 1 where there is none, or none that can be read."""
+def exif_orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1..8; 1 where there is none, or none that can be read."""
     if image.format == "TIFF":  # PIL turns these itself
         return 1
     try:
@@ -250,10 +250,7 @@ def _shrunk(
 ) -> NDArray[np.uint8] | None:
     if settings.cache is None:
         return None
-    size = cached_size(rgb.width, rgb.height, *settings.cache)
-    if size != rgb.size:
-        rgb = rgb.resize(size, Image.Resampling.BICUBIC)  # PIL's shrinking is antialiased
-    return turn(np.asarray(rgb), rotate, mirror)
+    return turn(np.asarray(shrink(rgb, *settings.cache)), rotate, mirror)
 
 
 def _in_order(

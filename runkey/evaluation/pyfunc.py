@@ -12,14 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
-from runkey.data.batch import Batch
-from runkey.data.cache import cached_size
-from runkey.data.decode import open_image, to_rgb
-from runkey.data.normalise import normalise
+from runkey.evaluation.run import predict
+from runkey.inference.preprocess import preprocess
 from runkey.model.detector import Detector
 from runkey.model.model_files import ModelCard, load_model
 from runkey.model.postprocess import build_postprocess
@@ -63,39 +59,24 @@ class PyfuncDetector:
             params: of no use here; MLflow hands it on.
 
         Returns:
-            DataFrame with `COLUMNS`: the image's row, its detections best first, boxes in pixels.
+            DataFrame with `COLUMNS`: the image's row, its detections best first, boxes in pixels of
+            the image as `preprocess` turns it.
         """
         import pandas as pd
 
-        rows = [
-            (number, *found)
+        batches = (
+            preprocess(content, self._sizes, number)
             for number, content in enumerate(frame["image"])
-            for found in self._detect(content)
-        ]
-        return pd.DataFrame(rows, columns=list(COLUMNS))
-
-    def _detect(self, content: bytes) -> list[tuple[Any, ...]]:
-        with open_image(content) as opened:
-            image = to_rgb(opened)
-        size = cached_size(
-            image.width, image.height, (self._sizes.short_side,), self._sizes.long_side
         )
-        pixels = image.resize(size, Image.Resampling.BICUBIC) if size != image.size else image
-        batch = Batch(
-            images=torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None],
-            sizes=torch.tensor([[pixels.height, pixels.width]]),
-            boxes_cxcywh=torch.zeros(0, 4),
-            labels=torch.zeros(0, dtype=torch.int64),
-            counts=(0,),
-            image_ids=(0,),
-            original_sizes=torch.tensor([[image.height, image.width]]),
-        )
-        with torch.inference_mode():
-            found = self._postprocess(self._detector(*normalise(batch)), batch.original_sizes)[0]
-        names = [self._names[label] for label in found.labels.tolist()]
-        return [
-            (name, score, *box)
-            for name, score, box in zip(
-                names, found.scores.tolist(), found.boxes_xyxy.tolist(), strict=True
+        found = predict(self._detector, self._postprocess, batches, torch.device("cpu"))
+        rows = [
+            (number, self._names[label], score, *box)
+            for number, of_image in found.items()
+            for label, score, box in zip(
+                of_image.labels.tolist(),
+                of_image.scores.tolist(),
+                of_image.boxes_xyxy.tolist(),
+                strict=True,
             )
         ]
+        return pd.DataFrame(rows, columns=list(COLUMNS))

@@ -60,6 +60,8 @@ class Sizes:
     """Short side after resizing."""
     long_side: int
     """Upper bound of the long side; wins over the short side."""
+    cached: bool = False
+    """Whether images were shrunk to prepare's cache first.  Older models do not say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,7 +174,11 @@ def test_a_full_disk_is_one_line(folder, monkeypatch):
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("needs /dev/full")
-    monkeypatch.setattr(check_images, "cached_size", lambda w, h, *rest: (w * 20, h * 20))
+
+    def enlarged(image, *rest):
+        return image.resize((image.width * 20, image.height * 20))
+
+    monkeypatch.setattr(check_images, "shrink", enlarged)
     folder.write()
     folder.out.mkdir()
     (folder.out / "cache_train.npy.tmp").symlink_to(full)

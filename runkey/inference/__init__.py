@@ -1,0 +1,1 @@
+"""From image files to detections, as `evaluate` makes them."""

@@ -1,0 +1,213 @@
+"""What MLflow serves is what `evaluate` judges: the same detections of the same files."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from runkey.data.cache import open_cache
+from runkey.data.index import ClassName, Record, read_classes, read_index
+from runkey.data.loader import build_eval_loader
+from runkey.data.prepare import prepare
+from runkey.evaluation.coco import evaluate_detections
+from runkey.evaluation.pyfunc import PyfuncDetector
+from runkey.evaluation.run import ImageDetections, predict
+from runkey.inference.preprocess import preprocess
+from runkey.model.detector import Detector
+from runkey.model.detr import build_model
+from runkey.model.model_files import CardClass, ModelCard, Sizes
+from runkey.model.postprocess import build_postprocess
+from runkey.params import Checks, Data, Model
+
+SAMPLE = Path(__file__).parents[2] / "sample-data/files/md5"
+CHECKS = Checks(exif_rotation="fix", unusual_mode="fix", size_mismatch="fix")
+MODEL = Model(hidden_dim=32, num_heads=2, feedforward_dim=48, num_queries=12)
+CPU = torch.device("cpu")
+ORIENTATION = 0x0112
+
+
+def turned_by_exif(image: Image.Image) -> bytes:
+    """A JPEG that lies on its side, with the tag that has viewers turn it upright."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    return encoded(image.rotate(90, expand=True), "JPEG", exif=exif)
+
+
+def transparent(image: Image.Image) -> bytes:
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return encoded(image, "PNG")
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+ODD = {
+    0: turned_by_exif,
+    1: lambda image: encoded(image.convert("CMYK"), "JPEG"),
+    2: transparent,
+    3: lambda image: encoded(image.convert("L").convert("P"), "PNG"),
+    # Half the size that the JSON says.
+    4: lambda image: encoded(image.reduce(2), "PNG"),
+}
+"""Some of the images are made into these; the rest stay the sample's own JPEGs."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Ten of the sample's held-out images after `prepare`, and a model that nobody trained."""
+
+    root: Path
+    data: Data
+    records: list[Record]
+    classes: list[ClassName]
+    detector: Detector
+
+    def evaluated(self) -> dict[int, ImageDetections]:
+        """As `evaluate` detects."""
+        loader = build_eval_loader(
+            self.data, prepared=self.root / "prepared", root=self.root, batch_size=4, workers=0
+        )
+        return predict(self.detector, build_postprocess(MODEL), loader, CPU)
+
+    def served(self, *, cached: bool) -> dict[int, ImageDetections]:
+        """As MLflow's model answers."""
+        sizes = Sizes(max(self.data.short_sides), self.data.long_side, cached)
+        classes = tuple(CardClass(c.index, c.id, c.name) for c in self.classes)
+        served = PyfuncDetector(self.detector, ModelCard(MODEL, classes, sizes))
+        files = [(self.root / "data" / record.file).read_bytes() for record in self.records]
+        answer = served.predict(pd.DataFrame({"image": files}))
+        index = {c.name: c.index for c in self.classes}
+        return {
+            self.records[number].id: ImageDetections(
+                rows["score"].to_numpy(np.float32),
+                rows["class"].map(index).to_numpy(np.int64),
+                rows[["x1", "y1", "x2", "y2"]].to_numpy(np.float32),
+            )
+            for number, rows in answer.groupby("image")
+        }
+
+    def is_cached(self) -> bool:
+        return open_cache(self.root / "prepared", "val") is not None
+
+
+def prepare_sample(root: Path, **options: Any) -> Prepared:
+    (listing,) = SAMPLE.glob("*/*.dir")
+    md5_of = {one["relpath"]: one["md5"] for one in json.loads(listing.read_bytes())}
+
+    def read(path: str) -> bytes:
+        return (SAMPLE / md5_of[path][:2] / md5_of[path][2:]).read_bytes()
+
+    for split, count in (("train", 2), ("val", 10)):
+        content = json.loads(read(f"annotations/instances_{split}.json"))
+        content["images"] = content["images"][:count]
+        kept = {image["id"] for image in content["images"]}
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+        for number, image in enumerate(content["images"]):
+            (path,) = [p for p in md5_of if p.endswith(f"/{image['file_name']}") and split in p]
+            file = read(path)
+            if split == "val" and number in ODD:
+                with Image.open(io.BytesIO(file)) as opened:
+                    file = ODD[number](opened.convert("RGB"))
+            (root / "data" / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / "data" / path).write_bytes(file)
+        (root / "data/annotations").mkdir(exist_ok=True)
+        text = json.dumps(content)
+        (root / f"data/annotations/instances_{split}.json").write_text(text)
+    data = Data(path="data", short_sides=(96,), long_side=128, checks=CHECKS, **options)
+    prepare(data, 0, root, root / "prepared", 12, lambda line: None)
+    classes = read_classes(root / "prepared/classes.json")
+    torch.manual_seed(0)
+    detector = build_model(MODEL, len(classes)).eval()
+    return Prepared(root, data, read_index(root / "prepared/val.json"), classes, detector)
+
+
+def with_truth(record: Record, found: ImageDetections) -> Record:
+    """The record with the best detections as its objects: against them, AP is no zero."""
+    boxes = found.boxes_xyxy[:4].clip(0, [record.width, record.height] * 2)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    return replace(
+        record,
+        boxes_xywh=tuple(map(tuple, np.hstack([boxes[:, :2], sides]).tolist())),
+        labels=tuple(found.labels[:4].tolist()),
+        areas=tuple(sides.prod(axis=1).tolist()),
+        crowd=(False,) * len(boxes),
+        annotation_ids=tuple(range(len(boxes))),
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_gib": 0}], ids=["cached", "not cached"])
+def test_the_served_model_detects_what_evaluate_detects(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    prepared = prepare_sample(tmp_path, **options)
+    assert prepared.is_cached() == (not options)
+    assert len(prepared.records) == 10
+    assert any(record.rotate for record in prepared.records)
+    evaluated = prepared.evaluated()
+    served = prepared.served(cached=prepared.is_cached())
+    assert evaluated.keys() == served.keys()
+    for image_id, found in evaluated.items():
+        same = served[image_id]
+        # Evaluation's batches hold several images of one shape, which rounds otherwise.
+        assert np.allclose(found.scores, same.scores, rtol=1e-5, atol=1e-6)
+        best = slice(0, 4)
+        assert np.array_equal(found.labels[best], same.labels[best])
+        assert np.allclose(found.boxes_xyxy[best], same.boxes_xyxy[best], rtol=1e-4, atol=1e-3)
+
+    records = [with_truth(record, evaluated[record.id]) for record in prepared.records]
+
+    def ap(found: dict[int, ImageDetections]) -> float:
+        value = evaluate_detections(records, prepared.classes, found).summary["AP"]
+        assert value is not None
+        return value
+
+    assert ap(evaluated) > 0.3
+    assert round(ap(served), 3) == round(ap(evaluated), 3)
+    # The scores tell one preprocessing from another, so that the test can fail.
+    other = prepared.served(cached=not prepared.is_cached())
+    differences = [np.abs(other[i].scores - evaluated[i].scores).max() for i in evaluated]
+    assert max(differences) > 1e-5
+
+
+def test_the_pixels_are_those_of_the_loader(tmp_path: Path) -> None:
+    prepared = prepare_sample(tmp_path)
+    loader = build_eval_loader(
+        prepared.data, prepared=tmp_path / "prepared", root=tmp_path, batch_size=1, workers=0
+    )
+    batches = {batch.image_ids[0]: batch for batch in loader}
+    for record in prepared.records:
+        content = (tmp_path / "data" / record.file).read_bytes()
+        own, theirs = preprocess(content, Sizes(96, 128, True), 3), batches[record.id]
+        assert torch.equal(own.images, theirs.images)
+        assert torch.equal(own.sizes, theirs.sizes)
+        assert torch.equal(own.original_sizes, theirs.original_sizes)
+        assert own.image_ids == (3,)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size"), [(1, (60, 40)), (3, (60, 40)), (6, (40, 60)), (7, (40, 60))]
+)
+def test_exif_turns_what_prepare_would_turn(orientation: int, size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    stored = encoded(Image.fromarray(pixels), "PNG", exif=exif)
+    batch = preprocess(stored, Sizes(40, 60))
+    width, height = size
+    assert batch.original_sizes.tolist() == [[height, width]]
+    assert tuple(batch.images.shape) == (1, 3, height, width)
+    same = torch.from_numpy(pixels).permute(2, 0, 1)
+    expected = {6: same.rot90(-1, (1, 2)), 7: same.flip(2).rot90(-1, (1, 2))}
+    assert torch.equal(batch.images[0], expected.get(orientation, same))
