@@ -74,7 +74,7 @@ lint: env env-tools ## Style, types and the direction of imports
 	$(TOOLS)/ruff check
 	$(TOOLS)/ruff format --check
 	$(TOOLS)/mypy --python-executable $(BIN)/python
-	PYTHONPATH=. $(TOOLS)/lint-imports --no-logo
+	$(TOOLS)/lint-imports --no-logo
 
 .PHONY: fix
 fix: env-tools ## Mend what ruff can mend, and format
@@ -128,6 +128,7 @@ env-tools: ## Set up .venv-tools, the developers' tools (the other targets do it
 .PHONY: clean
 clean: ## Remove environments and caches (not data, models or runs)
 	rm -rf .venv .venv-tools .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .site
+	rm -rf runkey.egg-info build dist
 	find runkey stages tests -name __pycache__ -prune -exec rm -rf {} +
 
 # Pulled when it is missing or when data.dvc is newer; the folder's own time is the mark.

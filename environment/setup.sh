@@ -1,12 +1,13 @@
 #!/bin/sh
-# Puts the locked packages into a virtual environment; does nothing when they are there.
+# Put the locked packages into a virtual environment; do nothing if they are there.
 #
 #   sh environment/setup.sh FOLDER REQUIREMENTS    make FOLDER (.venv) hold what REQUIREMENTS pins
 #   sh environment/setup.sh --bin                  print the folder of the Python to use
 #
-# .venv gets the command `runkey` too.  Nothing outside FOLDER is changed.  An active conda
-# environment that holds exactly the packages of conda-lock.yml is used as it is; there the command
-# is `python -m runkey`.  A set-up that was interrupted is begun anew.
+# .venv gets this project too, in editable form, and with it the command `runkey`.  An active conda
+# environment that holds exactly the packages of conda-lock.yml is used instead of .venv and gets the
+# project in the same way; nothing else outside FOLDER is changed.  An interrupted set-up starts again
+# from an empty folder.
 set -eu
 
 stop() {
@@ -65,18 +66,23 @@ find_uv() {
   printf '%s\n' "$folder/bootstrap/bin/uv"
 }
 
-# The command `runkey`: environment/console.py behind two lines that are sh and Python both, since a
-# first line that names the Python of .venv could not hold every path.
-console() {
-  printf "#!/bin/sh\n'''exec' \"%s/.venv/bin/python\" \"\$0\" \"\$@\"\n' '''\n" "$PWD"
-  cat environment/console.py
-}
+# The path is part of both stamps: scripts and the editable install hold it, so a copied or moved
+# folder is set up again.
+packages_stamp() { pwd && cat "$requirements"; }
+project_stamp() { pwd && cat pyproject.toml runkey/version.py; }
 
-write_console() {
-  [ "$folder" = .venv ] || return 0
-  if [ -f .venv/bin/runkey ] && console | cmp -s - .venv/bin/runkey; then return; fi
-  console >.venv/bin/runkey
-  chmod +x .venv/bin/runkey
+# Install the project in editable form into the environment at $1 by the uv at $2 (none: find one).
+# Needs no network: setuptools, which builds it, is locked.
+install_project() {
+  if [ -x "$1/bin/runkey" ] && project_stamp | cmp -s - "$1/runkey.installed"; then return; fi
+  rm -f "$1/runkey.installed"
+  [ $# -gt 1 ] || set -- "$1" "$(find_uv)"
+  "$2" pip install --quiet --offline --no-deps --no-build-isolation --reinstall-package runkey \
+    --python "$1/bin/python" --editable . || {
+    echo >&2 # uv's last line may not be ended
+    stop "runkey could not be installed into $1; see the lines above, then try again"
+  }
+  project_stamp >"$1/runkey.installed"
 }
 
 cd "$(dirname "$0")/.."
@@ -91,11 +97,11 @@ requirements=$2
 stamp=$folder/requirements.installed
 
 if [ "$folder" = .venv ] && conda_holds_the_lock; then
+  install_project "$CONDA_PREFIX" "$CONDA_PREFIX/bin/uv"
   exit
 fi
-# The path is in the stamp because the scripts in bin/ hold it: a copied folder is made anew.
-if [ -f "$stamp" ] && { pwd && cat "$requirements"; } | cmp -s - "$stamp" && is_python_312 "$folder/bin/python"; then
-  write_console
+if [ -f "$stamp" ] && packages_stamp | cmp -s - "$stamp" && is_python_312 "$folder/bin/python"; then
+  [ "$folder" != .venv ] || install_project .venv
   exit
 fi
 
@@ -116,6 +122,10 @@ quiet=--quiet
 [ ! -t 2 ] || quiet=
 UV_PYTHON_DOWNLOADS=never "$uv" pip sync $quiet --require-hashes --python "$folder/bin/python" "$requirements" ||
   stop "$requirements could not be installed into $folder; see the lines above, then try again"
-write_console
-{ pwd && cat "$requirements"; } >"$stamp"
+if [ "$folder" = .venv ]; then
+  # What was installed before is no longer there, or was built for another folder.
+  rm -f .venv/runkey.installed
+  install_project .venv "$uv"
+fi
+packages_stamp >"$stamp"
 rm -f "$folder/unfinished"

@@ -1,3 +1,3 @@
 """runkey: train a detector on COCO-format images, and find every run again by its key."""
 
-__version__ = "0.1.0"
+from runkey.version import __version__ as __version__

@@ -21,8 +21,9 @@ def check(as_json: AsJson = False) -> None:
     """Compare what is installed with what is locked.
 
     In a conda environment all packages with their builds against conda-lock.yml, else Python
-    packages against requirements.txt. Exit code 3 if a package is missing or of another version;
-    those that are not locked are listed and are no fault.
+    packages, and the CUDA that torch is built for, against requirements.txt. Exit code 3 if a
+    package is missing or of another version or build; those that are not locked are listed and
+    are no fault.
     """
     from runkey.registry.environment import compare_environment
 
@@ -62,8 +63,9 @@ def export(
 def _lines(found: Comparison) -> list[str]:
     counts = {kind: len(found.of_kind(kind)) for kind in ("missing", "other", "extra")}
     patch = "" if found.python == found.locked_python else f" (the lock has {found.locked_python})"
+    torch = f"torch for CUDA {found.cuda}" if found.cuda else "torch for the CPU"
     lines = [
-        f"{found.place}, Python {found.python}{patch}, against {found.against}",
+        f"{found.place}, Python {found.python}{patch}, {torch}, against {found.against}",
         f"{found.same} as locked, {counts['missing']} missing, {counts['other']} of another"
         f" version, {counts['extra']} extra",
     ]

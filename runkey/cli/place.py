@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,12 +42,23 @@ def checkout() -> Path:
 def store() -> Store:
     """The store that the current folder, `DVC_ROOT` or `MLFLOW_TRACKING_URI` names.
 
+    Outside a repository the address alone will do: a server's, or a database's with its full path.
+
     Raises:
-        RunkeyError: the current folder lies in no repository.
+        RunkeyError: the current folder lies in no repository, and no such address is set.
     """
     from runkey.tracking.store import locate_store
 
-    return locate_store(checkout())
+    try:
+        return locate_store(paths.store_root())
+    except FileNotFoundError as error:
+        address = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+        if address.startswith(("http://", "https://", "sqlite:////")):
+            return locate_store(Path.cwd())
+        raise RunkeyError(
+            f"{error}; change to a folder of the repository, or set MLFLOW_TRACKING_URI to a"
+            " server's address or sqlite:////full/path/mlflow.db"
+        ) from None
 
 
 def library() -> SearchableLibrary:

@@ -26,6 +26,7 @@ EXCLUDED = (
     "runkey/plots/",
     "runkey/registry/",
     "runkey/tracking/",
+    "runkey/version.py",
     "stages/_once.py",
     "stages/_record.py",
     "stages/_reuse.py",

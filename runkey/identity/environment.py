@@ -132,8 +132,43 @@ def read_requirements(path: Path) -> dict[str, str]:
     return pins
 
 
+def locked_cuda(packages: Mapping[str, str] | tuple[Package, ...]) -> str | None:
+    """The CUDA version that the locked torch is built for, such as `12.9`; None: for the CPU.
+
+    conda and the Python index have different builds of one version of torch: conda's build string
+    names its CUDA (`cuda129_...`); the wheel depends on the packages of the CUDA it is built for.
+
+    Args:
+        packages: of conda-lock.yml, or the pins of requirements.txt.
+    """
+    if isinstance(packages, Mapping):
+        runtime = (v for name, v in packages.items() if name.startswith("nvidia-cuda-runtime"))
+        return next((".".join(version.split(".")[:2]) for version in runtime), None)
+    builds = (re.match(r"cuda(\d+)(\d)_", p.build) for p in packages if p.name == "pytorch")
+    return next((f"{build[1]}.{build[2]}" for build in builds if build), None)
+
+
+def installed_cuda() -> str | None:
+    """The CUDA version that the installed torch is built for; None: for the CPU, or no torch.
+
+    The wheel's version does not say (`2.10.0` for every build), so this reads the assignment in
+    torch/version.py, without the seconds that an import of torch takes.
+    """
+    import importlib.util  # not at the top: no key needs it
+
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    found = re.search(r"^cuda\b[^=\n]*= *['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    return found[1] if found else None
+
+
 def installed_packages() -> dict[str, str]:
-    """Version by normalised name of every distribution that this interpreter can import."""
+    """Version by normalised name of every distribution that this interpreter can import.
+
+    Without this project itself, whose code the key has file by file.
+    """
     # Not at the top: it costs 0.03 s, which no key needs.
     import importlib.metadata
 
@@ -144,6 +179,7 @@ def installed_packages() -> dict[str, str]:
         if metadata["Name"]:
             # The first on the path is the one that is imported.
             found.setdefault(normalise_name(metadata["Name"]), metadata["Version"])
+    found.pop("runkey", None)
     return dict(sorted(found.items()))
 
 

@@ -1,7 +1,8 @@
 """What is installed, compared with what is locked; and the locked environment of a recorded run.
 
-Without conda, Python packages are compared with requirements.txt, which is derived from the lock.
-In an active conda environment every package is compared with conda-lock.yml, its build too.
+Without conda, Python packages are compared with requirements.txt, which is derived from the lock,
+and so is the CUDA that torch is built for, which its version does not tell.  In an active conda
+environment every package is compared with conda-lock.yml, its build too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from runkey.errors import RegistryError
 from runkey.identity.environment import (
     Package,
     environment_preimage,
+    installed_cuda,
     installed_packages,
+    locked_cuda,
     normalise_name,
     read_lock,
     read_requirements,
@@ -69,6 +72,8 @@ class Comparison:
     python: str
     """Version of the interpreter."""
     locked_python: str
+    cuda: str | None
+    """CUDA version that the installed torch is built for; None: for the CPU, or no torch."""
     way_out: str
     """What to run where something is missing or other."""
 
@@ -96,6 +101,7 @@ class Comparison:
             "against": self.against,
             "python": self.python,
             "locked_python": self.locked_python,
+            "cuda": self.cuda,
             "same": self.same,
             **lists,
             "way_out": "" if self.agrees else self.way_out,
@@ -122,12 +128,17 @@ def compare_environment(
     packages = read_lock(folder / LOCK)
     python = ".".join(map(str, sys.version_info[:3]))
     locked_python = next((p.version for p in packages if p.name == "python"), python)
+    cuda = installed_cuda()
     if conda and conda.resolve() == prefix.resolve() and (conda / "conda-meta").is_dir():
         against = LOCK
         pairs = _conda_pairs(prefix, packages)
     else:
         against = REQUIREMENTS
-        pairs = _pairs(read_requirements(folder / REQUIREMENTS), installed_packages())
+        locked, installed = read_requirements(folder / REQUIREMENTS), installed_packages()
+        pairs = _pairs(locked, installed)
+        wanted = locked_cuda(locked)
+        if locked.get("torch") == installed.get("torch") and wanted != cuda:
+            pairs.append(Difference("torch's build", _build(wanted), _build(cuda)))
         if python.split(".")[:2] != locked_python.split(".")[:2]:
             pairs.append(Difference("python", locked_python, python))
     return Comparison(
@@ -137,8 +148,13 @@ def compare_environment(
         differences=tuple(pair for pair in pairs if pair.locked != pair.installed),
         python=python,
         locked_python=locked_python,
+        cuda=cuda,
         way_out=_way_out(folder, prefix, against),
     )
+
+
+def _build(cuda: str | None) -> str:
+    return f"for CUDA {cuda}" if cuda else "for the CPU"
 
 
 def _pairs(locked: Mapping[str, str], installed: Mapping[str, str]) -> list[Difference]:
@@ -155,6 +171,8 @@ def _conda_pairs(prefix: Path, packages: tuple[Package, ...]) -> list[Difference
         if f"{path.relative_to(prefix).as_posix()}/METADATA" not in files:
             name, _, version = path.stem.partition("-")
             name = normalise_name(name)
+            if name == "runkey":  # the project, in editable form
+                continue
             pairs.append(Difference(name, pins.get(name), f"{version} by pip"))
     return pairs
 

@@ -11,7 +11,9 @@ import pytest
 
 from runkey.identity.environment import (
     differences,
+    installed_cuda,
     installed_packages,
+    locked_cuda,
     read_lock,
     read_requirements,
 )
@@ -140,3 +142,24 @@ def test_what_is_installed_is_what_is_locked():
         torch_parts = re.compile(r"(nvidia-(?!ml-py)|cuda-|triton$|uv$|mlflow-tracing$)")
         locked = {name: v for name, v in locked.items() if not torch_parts.match(name)}
     assert differences(locked, installed_packages()) == []
+
+
+def test_the_cuda_of_both_builds_of_torch_is_what_is_said_and_what_is_installed():
+    """One version of torch, two builds: conda's, and the wheel that requirements.txt installs."""
+    packages = read_lock(REPOSITORY / "conda-lock.yml")
+    conda = locked_cuda(packages)
+    wheel = locked_cuda(read_requirements(REPOSITORY / "requirements.txt"))
+    builds = {p.name: p.build for p in packages if "cuda" in p.build}
+    assert set(builds) >= {"pytorch", "libtorch", "torchvision", "triton"}
+    tag = f"cuda{conda.replace('.', '')}"
+    assert all(build.startswith(tag) for name, build in builds.items() if name != "cuda-version")
+    assert next(p.version for p in packages if p.name == "cuda-version") == conda
+    pages = [REPOSITORY / "README.md", *(REPOSITORY / "docs").rglob("*.md")]
+    said = {page.name: set(re.findall(r"CUDA (\d+\.\d+)", page.read_text())) for page in pages}
+    assert said["dependencies.md"] == {conda, wheel}
+    assert set().union(*said.values()) == {conda, wheel}, said
+    import torch
+
+    is_conda = os.environ.get("CONDA_PREFIX") == sys.prefix
+    assert installed_cuda() == torch.version.cuda == (conda if is_conda else wheel)
+    assert is_conda or torch.__version__.endswith(f"+cu{wheel.replace('.', '')}")

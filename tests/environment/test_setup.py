@@ -1,8 +1,11 @@
 """environment/setup.sh: from nothing to .venv, and nothing when there is nothing to do.
 
-Each test has a repository of its own whose requirements are empty: all but the download is real.
+Each test has a repository of its own with our pyproject.toml, a small runkey/ and empty
+requirements: all but the download is real.  setuptools, which is locked and builds the project,
+comes from the environment that runs the tests.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -15,20 +18,37 @@ REPOSITORY = Path(__file__).parents[2]
 COMMANDS = ("sh", "sed", "awk", "cat", "cmp", "dirname", "uname", "grep", "mkdir", "rm", "chmod")
 
 
+COMMAND_LINE = """\
+import sys
+from pathlib import Path
+def main():
+    print(sys.prefix, Path(__file__).parents[1], *sys.argv[1:])
+"""
+
+
 @pytest.fixture
 def clone(tmp_path):
     """A repository, and a PATH with nothing but the commands that every machine has."""
-    (tmp_path / "repository/environment").mkdir(parents=True)
-    for name in ("setup.sh", "console.py"):
-        shutil.copy(REPOSITORY / "environment" / name, tmp_path / "repository/environment")
-    shutil.copy(REPOSITORY / "conda-lock.yml", tmp_path / "repository")
-    (tmp_path / "repository/requirements.txt").write_text("# nothing\n")
+    repository = tmp_path / "repository"
+    (repository / "environment").mkdir(parents=True)
+    shutil.copy(REPOSITORY / "environment/setup.sh", repository / "environment")
+    for name in ("conda-lock.yml", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, repository)
+    (repository / "requirements.txt").write_text("# nothing\n")
+    (repository / "runkey").mkdir()
+    (repository / "runkey/__init__.py").touch()
+    (repository / "runkey/version.py").write_text('__version__ = "7.8"\n')
+    (repository / "runkey/cli.py").write_text(COMMAND_LINE)
+    (tmp_path / "backend").mkdir()
+    packages = Path(importlib.util.find_spec("setuptools").origin).parents[1]
+    for path in (packages / "_distutils_hack", *packages.glob("setuptools*")):
+        (tmp_path / "backend" / path.name).symlink_to(path)
     (tmp_path / "bin").mkdir()
     for command in COMMANDS:
         found = shutil.which(command)
         assert found
         (tmp_path / "bin" / command).symlink_to(found)
-    return tmp_path / "repository"
+    return repository
 
 
 @pytest.fixture
@@ -46,10 +66,12 @@ def add(clone, name, target):
 
 
 def set_up(clone, *arguments, **environment):
+    home = clone.parent
+    base = {"PATH": str(home / "bin"), "HOME": str(home), "PYTHONPATH": str(home / "backend")}
     return subprocess.run(
         ["sh", "environment/setup.sh", *(arguments or (".venv", "requirements.txt"))],
         cwd=clone,
-        env={"PATH": str(clone.parent / "bin"), "HOME": str(clone.parent), **environment},
+        env=base | environment,
         capture_output=True,
         text=True,
         timeout=120,
@@ -85,65 +107,76 @@ def test_from_nothing_and_then_nothing_to_do(clone_with_python):
     assert not (clone_with_python.parent / "calls").exists()
 
 
-COMMAND_LINE = """\
-import os, sys
-def main():
-    print(sys.prefix, os.path.dirname(os.path.dirname(__file__)), *sys.argv[1:])
-"""
-
-
-def add_runkey(repository):
-    (repository / "runkey").mkdir(parents=True)
-    (repository / "runkey/__init__.py").touch()
-    (repository / "runkey/__main__.py").touch()
-    (repository / "runkey/cli.py").write_text(COMMAND_LINE)
-
-
 def runkey(clone, folder, *arguments):
     program = clone / ".venv/bin/runkey"
     return subprocess.run([program, *arguments], cwd=folder, capture_output=True, text=True)
 
 
-def test_the_command_runs_the_repository_that_one_stands_in(clone_with_python, tmp_path):
+def test_the_project_is_installed_in_editable_form(clone_with_python, tmp_path):
     set_up(clone_with_python)
-    add_runkey(clone_with_python)
-    add_runkey(tmp_path / "other clone")
-    (tmp_path / "other clone/a/b").mkdir(parents=True)
-    prefix = clone_with_python / ".venv"
-    for folder, repository in [
-        (clone_with_python, clone_with_python),
-        (clone_with_python / "environment", clone_with_python),
-        (clone_with_python / "runkey", clone_with_python),
-        (tmp_path / "other clone/a/b", tmp_path / "other clone"),
-        (tmp_path, clone_with_python),
-    ]:
+    expected = f"{clone_with_python}/.venv {clone_with_python} a b $0\n"
+    for folder in (clone_with_python, clone_with_python / "environment", tmp_path):
         done = runkey(clone_with_python, folder, "a b", "$0")
-        assert (done.stdout, done.stderr) == (f"{prefix} {repository} a b $0\n", "")
-    link = tmp_path / "linked"
-    link.symlink_to(clone_with_python / ".venv/bin/runkey")
-    done = subprocess.run([link], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == f"{prefix} {clone_with_python}\n"
+        assert (done.stdout, done.stderr) == (expected, "")
+    (clone_with_python / "runkey/cli.py").write_text("def main():\n    print('edited')\n")
+    assert runkey(clone_with_python, tmp_path).stdout == "edited\n"
 
 
-def test_the_command_is_made_where_a_folder_has_a_blank(clone_with_python, tmp_path):
+def test_python_m_runs_the_code_of_the_folder_and_not_the_installed_one(clone_with_python):
+    """As the stages do in worktrees of `runkey reproduce` and in DVC's temporary folders."""
+    set_up(clone_with_python)
+    other = clone_with_python.parent / "other"
+    shutil.copytree(clone_with_python / "runkey", other / "runkey")
+    (other / "stages").mkdir()
+    (other / "stages/train.py").write_text("import runkey.cli\nrunkey.cli.main()\n")
+    done = subprocess.run(
+        [clone_with_python / ".venv/bin/python", "-m", "stages.train"],
+        cwd=other, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == f"{clone_with_python}/.venv {other}\n", done.stderr
+
+
+def test_the_command_works_where_a_folder_has_a_blank(clone_with_python, tmp_path):
     blank = tmp_path / "my clone"
     shutil.copytree(clone_with_python, blank, symlinks=True)
-    set_up(blank, PATH=str(clone_with_python.parent / "bin"))
-    add_runkey(blank)
+    assert set_up(blank).returncode == 0
     assert runkey(blank, blank).stdout == f"{blank}/.venv {blank}\n"
 
 
-def test_a_lost_or_an_old_command_is_written_anew(clone_with_python):
+def test_a_lost_command_is_installed_anew(clone_with_python):
     set_up(clone_with_python)
-    program = clone_with_python / ".venv/bin/runkey"
-    before = program.read_bytes()
-    program.write_bytes(b"#!/bin/sh\n")
+    (clone_with_python / ".venv/bin/runkey").unlink()
     assert set_up(clone_with_python).stdout == ""
-    assert program.read_bytes() == before
-    program.unlink()
+    assert runkey(clone_with_python, "/").returncode == 0
+
+
+def installed_version(clone):
+    code = "import importlib.metadata as m; print(m.version('runkey'))"
+    return subprocess.run(
+        [clone / ".venv/bin/python", "-c", code], cwd="/", capture_output=True, text=True
+    ).stdout.strip()
+
+
+def test_a_new_version_or_other_settings_install_the_project_anew_and_nothing_else(
+    clone_with_python,
+):
     set_up(clone_with_python)
-    assert program.read_bytes() == before
-    assert os.access(program, os.X_OK)
+    assert installed_version(clone_with_python) == "7.8"
+    (clone_with_python / "runkey/version.py").write_text('__version__ = "7.9"\n')
+    done = set_up(clone_with_python)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert installed_version(clone_with_python) == "7.9"
+
+
+def test_a_project_that_cannot_be_built_is_an_error_with_its_reason(clone_with_python):
+    with (clone_with_python / "pyproject.toml").open("a") as file:
+        file.write("[[[\n")
+    for _ in range(2):
+        done = set_up(clone_with_python)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith(
+            "error: runkey could not be installed into .venv; see the lines above"
+        )
 
 
 def test_only_the_main_environment_has_the_command(clone_with_python):
@@ -194,22 +227,28 @@ def test_an_environment_whose_python_is_gone_is_made_anew(clone_with_python):
     assert works(clone_with_python)
 
 
-def test_a_copied_environment_is_made_anew(clone_with_python, tmp_path):
-    """Its scripts name the folder that they were installed into."""
+@pytest.mark.parametrize("how", ["copied", "moved"])
+def test_a_copied_or_moved_environment_is_set_up_again(clone_with_python, tmp_path, how):
+    """Its scripts and the project's install name the folder that they were installed into."""
     set_up(clone_with_python)
-    copy = tmp_path / "copy"
-    shutil.copytree(clone_with_python, copy, symlinks=True)
-    done = set_up(copy, PATH=str(clone_with_python.parent / "bin"))
-    assert done.stdout.startswith("environment: ")
+    there = tmp_path / "there"
+    if how == "copied":
+        shutil.copytree(clone_with_python, there, symlinks=True)
+    else:
+        clone_with_python.rename(there)
+    assert set_up(there).stdout.startswith("environment: ")
+    assert runkey(there, tmp_path).stdout == f"{there}/.venv {there}\n"
+    assert set_up(there).stdout == ""
 
 
 @pytest.fixture
 def conda(clone_with_python):
     """A folder as conda makes it, with the record of every locked build."""
     prefix = clone_with_python.parent / "conda"
-    (prefix / "conda-meta").mkdir(parents=True)
-    (prefix / "bin").mkdir()
-    (prefix / "bin/python").symlink_to(Path(sys.executable).resolve())
+    python = Path(sys.executable).resolve()
+    subprocess.run([python, "-m", "venv", "--without-pip", prefix], check=True)
+    (clone_with_python.parent / "bin/uv").rename(prefix / "bin/uv")
+    (prefix / "conda-meta").mkdir()
     for line in (clone_with_python / "conda-lock.yml").read_text().splitlines():
         if line.startswith("  url: "):
             file = line.rsplit("/", 1)[-1].removesuffix(".conda").removesuffix(".tar.bz2")
@@ -220,13 +259,19 @@ def conda(clone_with_python):
 def test_an_active_conda_environment_with_the_locked_packages_is_used(clone_with_python, conda):
     active = {"CONDA_PREFIX": str(conda)}
     assert set_up(clone_with_python, "--bin", **active).stdout == f"{conda}/bin\n"
-    done = set_up(clone_with_python, **active)
-    assert (done.returncode, done.stdout) == (0, "")
+    for _ in range(2):
+        done = set_up(clone_with_python, **active)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    # The project is installed into it, once.
+    assert (clone_with_python.parent / "calls").read_text().split() == ["uv"]
+    done = subprocess.run([conda / "bin/runkey"], cwd=conda, capture_output=True, text=True)
+    assert done.stdout == f"{conda} {clone_with_python}\n"
     assert not (clone_with_python / ".venv").exists()
 
 
 def test_another_conda_environment_is_not(clone_with_python, conda):
     next((conda / "conda-meta").glob("numpy-*.json")).unlink()
+    (conda / "bin/uv").rename(clone_with_python.parent / "bin/uv")
     active = {"CONDA_PREFIX": str(conda)}
     expected = f"{clone_with_python}/.venv/bin\n"
     assert set_up(clone_with_python, "--bin", **active).stdout == expected

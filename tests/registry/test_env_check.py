@@ -66,6 +66,15 @@ def test_what_is_missing_other_and_extra_is_named_and_answered_no(folder):
     ]
 
 
+def test_another_build_of_the_same_torch_is_a_fault(folder):
+    """A wheel for another CUDA, or for none, has the same version."""
+    edit(folder, "requirements.txt", "nvidia-cuda-runtime-cu12==12.8.", "# nvidia-")
+    found = compare_environment(folder, conda=Path("none"))
+    installed = f"for CUDA {found.cuda}"
+    assert found.of_kind("other") == [Difference("torch's build", "for the CPU", installed)]
+    assert not found.agrees
+
+
 def test_extra_packages_alone_are_no_fault(folder):
     edit(folder, "requirements.txt", "sortedcontainers==2.4.0", "# was here: sortedcontainers")
     found = compare_environment(folder, conda=Path("none"))
@@ -153,6 +162,7 @@ def test_what_pip_put_over_conda_is_seen(folder, conda):
     (site / f"numpy-{numpy.version}.dist-info").rmdir()
     (site / "numpy-9.9.dist-info").mkdir()
     (site / "My_Own-0.1.dist-info").mkdir()
+    (site / "runkey-0.1.dist-info").mkdir()  # this project, in editable form
     found = compare(folder, conda)
     assert found.of_kind("other") == [Difference("numpy", numpy.version, "9.9 by pip")]
     assert found.of_kind("extra") == [Difference("my-own", None, "0.1 by pip")]
