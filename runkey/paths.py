@@ -30,7 +30,7 @@ def training_folder(home: Path, key: str, repeats: str | None = None) -> Path:
 
     Args:
         home: `Store.home`.
-        key: what is trained, `rk1-<64 hex digits>`.
+        key: what is trained, `rk2-<64 hex digits>`.
         repeats: MLflow id of the run that is trained again to compare with it.
     """
     return home / (f"{key}-repeats-{repeats[:8]}" if repeats else key)

@@ -10,6 +10,7 @@ import typer
 from runkey.cli import place
 from runkey.cli.output import AsJson, print_json
 from runkey.errors import TrainingError
+from runkey.identity.key import ANY_SCHEMA, SCHEMAS
 
 if TYPE_CHECKING:
     from runkey.training.debug.diagnose import Diagnosis
@@ -96,7 +97,9 @@ def _folder(home: Path, key: str) -> Path:
     Raises:
         TrainingError: there is none, or there are several.
     """
-    found = sorted(path for path in home.glob("rk1-*") if path.is_dir() and _fits(path.name, key))
+    found = sorted(
+        path for path in home.glob(f"{ANY_SCHEMA}-*") if path.is_dir() and _fits(path.name, key)
+    )
     if len(found) > 1 and (home / key).is_dir():
         return home / key
     if len(found) == 1:
@@ -109,7 +112,7 @@ def _folder(home: Path, key: str) -> Path:
 
 
 def _fits(name: str, key: str) -> bool:
-    return name.startswith((key, f"rk1-{key}"))
+    return name.startswith((key, *(f"{schema}-{key}" for schema in SCHEMAS)))
 
 
 def _print(diagnosis: Diagnosis) -> None:

@@ -84,9 +84,21 @@ def _print_code(diff: Diff, *, patch: bool, limit: int | None) -> None:
             rows.append((file.change, file.path, counts if known else hashes))
         print_table(("", "file", "lines"), rows)
         _more(len(files), limit)
+    _print_incomparable(diff.code.incomparable, limit)
     _pairs("left out of the code part", diff.excluded, limit)
     if patch and diff.code.patch:
         print(f"\n{diff.code.patch}", end="")
+
+
+def _print_incomparable(paths: Sequence[str], limit: int | None) -> None:
+    if paths:
+        print(
+            f"\ncode: {len(paths)} files cannot be compared: their hashes are made by different"
+            " rules, and their text is not here"
+        )
+        for path in paths[:limit]:
+            print(f"  {path}")
+        _more(len(paths), limit)
 
 
 def _print_data(diff: Diff, limit: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Annotated
 
 import typer
@@ -41,6 +42,7 @@ def list_runs(
     as_json: AsJson = False,
 ) -> None:
     """List recorded runs, newest first."""
+    from runkey.identity.key import older_rule
     from runkey.registry.reading import columns as show
     from runkey.registry.reading.query import Query, find_field, parse_condition, split_condition
     from runkey.registry.reading.state import known_runs, status_now
@@ -68,6 +70,9 @@ def list_runs(
     rows = show.cells(found, chosen, states, time.time())
     right = [c for n, c in enumerate(chosen) if show.is_number_column(c, [row[n] for row in rows])]
     print_table(chosen, rows, right=right, whole=("key", "when", "status", "AP", "took"))
+    older = Counter(filter(None, (older_rule(record.key) for record in found)))
+    for rule, count in older.items():
+        print(f"{count} of these: {rule}")
 
 
 def _columns(asked: str, usual: tuple[str, ...]) -> list[str]:

@@ -9,6 +9,7 @@ import typer
 from runkey.cli import place
 from runkey.cli.output import AsJson, answer_no, print_beside, print_json
 from runkey.errors import RunkeyError
+from runkey.identity.key import ANY_KEY
 from runkey.progress import each
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def _verify_all(*, quick: bool, as_json: bool) -> None:
     store = place.store()
     runs = open_library(store.uri, store.home, torn.append)
     records, beside = [], []
-    for record in each("read records", runs.matching("rk1-"), "runs"):
+    for record in each("read records", runs.matching(ANY_KEY), "runs"):
         try:
             records.append(runs.with_details(record))
         except RunkeyError as error:

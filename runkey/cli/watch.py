@@ -17,11 +17,11 @@ from runkey import paths
 from runkey.cli.output import answer_no
 from runkey.cli.place import library, store, workspace
 from runkey.errors import RegistryError, RunkeyError
-from runkey.identity.key import SCHEMA, short_key
+from runkey.identity.key import ANY_SCHEMA, SCHEMA, short_key
 
 _LOG = paths.LOGS / "train.jsonl"
-_FOLDER = re.compile(rf"({SCHEMA}-[0-9a-f]{{64}})(-repeats-[0-9a-f]{{8}})?")
-_PREFIX = re.compile(rf"(?:{SCHEMA}-)?([0-9a-f]{{4,64}})")
+_FOLDER = re.compile(rf"({ANY_SCHEMA}-[0-9a-f]{{64}})(-repeats-[0-9a-f]{{8}})?")
+_PREFIX = re.compile(rf"(?:({ANY_SCHEMA})-)?([0-9a-f]{{4,64}})")
 
 
 def watch(
@@ -56,9 +56,10 @@ def _found(key: str | None) -> Iterator[_Training]:
     match = _PREFIX.fullmatch((key or "").strip().lower())
     if key and not match:
         raise RunkeyError(f"{key}: not a key; a key is {SCHEMA}- and hex digits, at least 4")
+    schema, digits = match.groups() if match else (None, "")
     logs = [
         log
-        for log in home.glob(f"{SCHEMA}-{match[1] if match else ''}*/{_LOG.name}")
+        for log in home.glob(f"{schema or ANY_SCHEMA}-{digits}*/{_LOG.name}")
         if _FOLDER.fullmatch(log.parent.name)
     ]
     if logs:

@@ -13,28 +13,35 @@ import ast
 import functools
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 from runkey.hashing import sha256_bytes
 from runkey.identity.errors import RecipeError
+from runkey.identity.syntax import RULE, syntax_digest
 
 EXCLUDED = (
     "runkey/__main__.py",
     "runkey/cli/",
+    "runkey/errors.py",
     "runkey/identity/",
     "runkey/plots/",
+    "runkey/progress.py",
     "runkey/registry/",
     "runkey/tracking/",
+    "runkey/training/progress.py",
     "runkey/version.py",
     "stages/_once.py",
     "stages/_record.py",
     "stages/_reuse.py",
 )
 """Files that tell about a run and do not change its results: the command line, telemetry, pictures,
-and what names runs (whose meaning is in `runkey.identity.key.SCHEMA`).  A folder ends with `/`.
-What only these files import is left out as well.  The list itself is part of the key."""
-
+errors, progress, and what names runs (whose meaning is in `runkey.identity.key.SCHEMA`).  A folder
+ends with `/`.  What only these files import is left out as well.  The list itself is part of the
+key."""
+BYTES = "bytes"
+"""Rule of the keys `rk1-`: a file of code is hashed by its bytes."""
 
 _CALLS = ("import_module", "__import__")
 _BY_NAME = tuple(name.encode() for name in _CALLS)
@@ -78,24 +85,51 @@ def _reached(start: Iterable[str], tree: _Tree, excluded: tuple[str, ...]) -> tu
         if file in found or is_excluded(file, excluded):
             continue
         found.add(file)
-        for name in _imports(file, (tree.root / file).read_bytes()):
+        for name in _read(file, _with_lf((tree.root / file).read_bytes())).imports:
             waiting += tree.files_of(name)
     return tuple(sorted(found))
 
 
-def hash_files(paths: Iterable[str], root: Path) -> dict[str, str]:
-    """Hex sha256 by path; CRLF counts as LF, so that a checkout on Windows has the same key.
+def code_rule(code: Mapping[str, Any]) -> str:
+    """Return the rule by which the files in a key's code part are hashed: `RULE` or `BYTES`."""
+    return str(code.get("rule", BYTES))
+
+
+def hash_code(path: str, data: bytes, rule: str = RULE) -> str:
+    """Return the hex sha256 of a file of code.
+
+    By `RULE`, what Python does with a `.py` file is hashed, see `runkey.identity.syntax`; of other
+    files, and by `BYTES`, the bytes.  CRLF counts as LF: a checkout on Windows has the same key.
 
     Raises:
-        RecipeError: a file is missing.
+        RecipeError: the file is no Python, or reads its docstrings.
+    """
+    data = _with_lf(data)
+    if rule == BYTES or not path.endswith(".py"):
+        return sha256_bytes(data)
+    digest = _read(path, data).digest
+    if isinstance(digest, RecipeError):
+        raise digest
+    return digest
+
+
+def _with_lf(data: bytes) -> bytes:
+    return data.replace(b"\r\n", b"\n")
+
+
+def hash_files(paths: Iterable[str], root: Path, rule: str = RULE) -> dict[str, str]:
+    """Return the hash of each file by its path, see `hash_code`.
+
+    Raises:
+        RecipeError: a file is missing, or see `hash_code`.
     """
     hashes = {}
     for path in paths:
         try:
-            content = (root / path).read_bytes()
+            data = (root / path).read_bytes()
         except FileNotFoundError:
             raise RecipeError(f"{path}: a file of the stage's code is missing") from None
-        hashes[path] = sha256_bytes(content.replace(b"\r\n", b"\n"))
+        hashes[path] = hash_code(path, data, rule)
     return hashes
 
 
@@ -179,14 +213,33 @@ class _Tree:
         return self._folders[folder]
 
 
+class _Module(NamedTuple):
+    """What a key needs of a Python file."""
+
+    imports: tuple[str, ...]
+    """Absolute dotted names of everything that it imports, at any depth of its code."""
+    digest: str | RecipeError
+    """See `syntax_digest`.  A file on the exclude list may be one that cannot be hashed."""
+
+
 # The stages of one pipeline share most of their files, and parsing is what takes time.
 @functools.cache
-def _imports(path: str, source: bytes) -> tuple[str, ...]:
-    """Absolute dotted names of everything that a file imports, at any depth of its code."""
+def _read(path: str, source: bytes) -> _Module:
     try:
         tree = ast.parse(source, path)
     except SyntaxError as error:
         raise RecipeError(f"{path}, line {error.lineno}: {error.msg}") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise RecipeError(f"{path}: cannot be parsed ({error})") from None
+    digest: str | RecipeError
+    try:
+        digest = syntax_digest(path, tree)
+    except RecipeError as error:
+        digest = error
+    return _Module(_imports(path, source, tree), digest)
+
+
+def _imports(path: str, source: bytes, tree: ast.Module) -> tuple[str, ...]:
     package = PurePosixPath(path).parent.parts
     names: dict[str, None] = {}
     for node in _import_statements(tree.body):

@@ -30,7 +30,7 @@ def explain(recipe: Recipe) -> Iterator[str]:
 
 def _code(preimage: Mapping[str, Any]) -> Iterator[str]:
     files = preimage["files"]
-    yield f"{len(files)} files, line ends as \\n, comments too:"
+    yield f"{len(files)} files; of Python the syntax tree, without comments, docstrings, log text:"
     yield from (f"{sha256[:_SHOWN]}  {path}" for path, sha256 in sorted(files.items()))
     yield "left out, since they tell of a run and do not change it:"
     yield from (f"{'':<{_SHOWN}}  {path}" for path in preimage["excluded"])

@@ -1,7 +1,7 @@
 """The key of a stage's result: a hash over all that decides it, known before anything has run.
 
     recipe = make_recipe("train", root)
-    recipe.key                  # rk1-<64 hex digits>
+    recipe.key                  # rk2-<64 hex digits>
     recipe.parts["code"]        # one of the four hashes in it
     recipe.preimages["code"]    # what that one hashes, for a comparison of two runs
 
@@ -17,17 +17,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from runkey.hashing import canonical_json, sha256_bytes, sha256_file
-from runkey.identity.closure import EXCLUDED, hash_files, import_closure
+from runkey.identity.closure import BYTES, EXCLUDED, code_rule, hash_files, import_closure
 from runkey.identity.environment import PLATFORM, environment_preimage
 from runkey.identity.errors import RecipeError
 from runkey.identity.pipeline import Stage, chain, covers, meets, read_pipeline, tracked_md5
+from runkey.identity.syntax import RULE
 from runkey.paths import LOCK, PARAMS
 
 if TYPE_CHECKING:
     from runkey.params import Params
 
-SCHEMA = "rk1"
+SCHEMA = "rk2"
 """Changes whenever the same inputs would give another key."""
+OLDER = {"rk1": "bytes of the code"}
+"""Rules by which older runs are named, and what they hash; such runs keep their keys."""
+SCHEMAS = (SCHEMA, *OLDER)
+ANY_SCHEMA = "rk[12]"
+"""Matches the rule of any key, in a regular expression and in a glob."""
+ANY_KEY = "rk"
+"""What every key begins with."""
 SHORT = 12
 PARTS = ("code", "params", "data", "environment")
 
@@ -46,22 +54,23 @@ class Recipe:
     """Command by stage, of this one and of all before it."""
     preimages: Mapping[str, Any]
     """What each of the four `PARTS` hashes."""
+    schema: str = SCHEMA
 
     @property
     def parts(self) -> dict[str, str]:
         """Hex sha256 of each part.  The part's name is hashed too: no part can pass for another."""
-        return {part: part_digest(part, self.preimages[part]) for part in PARTS}
+        return {part: part_digest(part, self.preimages[part], self.schema) for part in PARTS}
 
     @property
     def key(self) -> str:
-        """`rk1-` and 64 hex digits."""
-        whole = {"schema": SCHEMA, "stage": self.stage, "cmd": dict(self.cmd), **self.parts}
-        return f"{SCHEMA}-{part_digest('recipe', whole)}"
+        """`rk2-` and 64 hex digits."""
+        whole = {"schema": self.schema, "stage": self.stage, "cmd": dict(self.cmd), **self.parts}
+        return f"{self.schema}-{part_digest('recipe', whole, self.schema)}"
 
     def as_dict(self) -> dict[str, Any]:
         """For key.json: the key, its parts and everything that they hash."""
         return {
-            "schema": SCHEMA,
+            "schema": self.schema,
             "key": self.key,
             "stage": self.stage,
             "cmd": dict(self.cmd),
@@ -71,28 +80,39 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Self:
-        """The recipe that `as_dict` gave.
+        """The recipe that `as_dict` gave, also of an older rule.
 
         Raises:
             RecipeError: it is of another schema, is incomplete, or does not hash to its own key.
         """
-        if stored.get("schema") != SCHEMA:
+        schema = stored.get("schema")
+        if schema not in SCHEMAS:
             raise RecipeError(
-                f"key.json: schema {stored.get('schema')!r}; this runkey reads {SCHEMA}"
+                f"key.json: schema {schema!r}; this runkey reads {' and '.join(SCHEMAS)}"
             )
         try:
-            recipe = cls(stored["stage"], stored["cmd"], stored["preimages"])
+            recipe = cls(stored["stage"], stored["cmd"], stored["preimages"], schema)
             matches = recipe.key == stored["key"]
         except (KeyError, TypeError) as error:
             raise RecipeError(f"key.json: lacks {error}") from None
         if not matches:
             raise RecipeError(f"key.json: its contents do not hash to its key {stored['key']}")
+        code = recipe.preimages["code"]
+        rule = code_rule(code) if isinstance(code, Mapping) else None
+        if rule not in (RULE, BYTES):
+            raise RecipeError(f"key.json: code by rule {rule!r}; this runkey reads {RULE}, {BYTES}")
         return recipe
 
 
 def short_key(key: str) -> str:
-    """The key as it is shown: `rk1-` and 12 digits."""
+    """The key as it is shown: `rk2-` and 12 digits."""
     return key[: len(SCHEMA) + 1 + SHORT]
+
+
+def older_rule(key: str) -> str:
+    """Return what to tell of a key that is made by an older rule; empty for any other."""
+    schema = key.partition("-")[0]
+    return f"key by the older rule {schema} ({OLDER[schema]})" if schema in OLDER else ""
 
 
 def make_recipe(
@@ -133,7 +153,7 @@ def make_recipe(
     return Recipe(stage, {one.name: one.cmd for one in stages}, preimages)
 
 
-def part_digest(kind: str, preimage: Any) -> str:
+def part_digest(kind: str, preimage: Any, schema: str = SCHEMA) -> str:
     """Hex sha256 of a preimage; `kind`, one of `PARTS` or `recipe`, is hashed before it.
 
     Text counts as it is written: nothing is normalised, letters that look alike may differ.
@@ -142,7 +162,7 @@ def part_digest(kind: str, preimage: Any) -> str:
         RecipeError: a text holds half a character, which YAML can write and UTF-8 cannot.
     """
     try:
-        return sha256_bytes(f"{SCHEMA}:{kind}\n{canonical_json(preimage)}".encode())
+        return sha256_bytes(f"{schema}:{kind}\n{canonical_json(preimage)}".encode())
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
         raise RecipeError(f"{PARAMS}: a text holds half a character, {half}") from None
@@ -155,7 +175,11 @@ def _code(
     paths = set(files)
     for stage in stages:
         paths |= set(import_closure(stage.module, root, excluded))
-    return {"files": hash_files(sorted(paths), root), "excluded": sorted(excluded)}
+    return {
+        "rule": RULE,
+        "files": hash_files(sorted(paths), root),
+        "excluded": sorted(excluded),
+    }
 
 
 def _params(stages: Iterable[Stage], flat: Mapping[str, Any], root: Path) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class RunManifest:
     """The contents of run.json."""
 
     key: str
-    """Key of the stage that ran, `rk1-<hex>`."""
+    """Key of the stage that ran, `rk2-<hex>`."""
     stage: str
     parts: dict[str, str]
     """Hash of each part of the key."""

@@ -66,7 +66,7 @@ class LoggedRun:
 
     @property
     def key(self) -> str:
-        """`rk1-<64 hex digits>`."""
+        """`rk2-<64 hex digits>`; of older runs `rk1-`."""
         return self.params.get(KEY) or self.tags[KEY]
 
     @property
@@ -152,7 +152,7 @@ class Record:
 
     @property
     def key(self) -> str:
-        """`rk1-<64 hex digits>`."""
+        """`rk2-<64 hex digits>`; of older runs `rk1-`."""
         return self.run.key
 
     @property

@@ -29,7 +29,7 @@ from runkey.memory.trace.events import Pass, Trace
 from runkey.memory.trace.gpu import Gpu
 from runkey.memory.trace.record import Content, Lend, recorder
 from runkey.params import Params, override
-from runkey.progress import each
+from runkey.progress import progress
 
 LendFor = Callable[[Params], Lend]
 """Builds what trains under some parameters."""
@@ -152,15 +152,17 @@ def _alternatives(
     """The same training with one parameter changed, for the same micro-batches."""
     found = []
     changes = [*other_steps(params), *other_batches(params)]
-    for change in each("predict memory", changes, "settings"):
-        changed = override(params, change.values)
-        template, batches = bounded.template, around
-        if change in other_steps(params):
-            template = _step_under(changed, around, lend_for)
-        else:
-            batches = replace(around, census=around.census_of(changed))
-        estimate = _estimate(changed, template, batches, bounded.held)
-        found.append(Alternative(change.name, str(change), estimate))
+    with progress("predict memory", len(changes), "settings") as steps:
+        for change in changes:
+            changed = override(params, change.values)
+            template, batches = bounded.template, around
+            if change in other_steps(params):
+                template = _step_under(changed, around, lend_for)
+            else:
+                batches = replace(around, census=around.census_of(changed))
+            estimate = _estimate(changed, template, batches, bounded.held)
+            found.append(Alternative(change.name, str(change), estimate))
+            steps.advance()
     return tuple(found)
 
 

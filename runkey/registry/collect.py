@@ -25,7 +25,7 @@ from typing import Literal
 
 from runkey import paths
 from runkey.errors import RegistryError
-from runkey.identity.key import short_key
+from runkey.identity.key import ANY_SCHEMA, SCHEMA, short_key
 from runkey.identity.pointer import read_pointer
 from runkey.identity.record import Record
 from runkey.registry.claims.claims import Claim, Claims, newest, state_now
@@ -37,10 +37,10 @@ from runkey.registry.snapshot import snapshot_refs
 from runkey.training.checkpoint.lock import holder_of
 
 Kind = Literal["run", "checkpoint", "claim", "worktree", "leftover"]
-_TRAINING = re.compile(r"(rk1-[0-9a-f]{64})(?:-repeats-([0-9a-f]{8}))?")
+_TRAINING = re.compile(rf"({ANY_SCHEMA}-[0-9a-f]{{64}})(?:-repeats-([0-9a-f]{{8}}))?")
 """Name of a training's folder, see `paths.training_folder`."""
 _QUIET_SECONDS = 3600.0
-_KEY_CHARACTERS = len("rk1-") + 64
+_KEY_CHARACTERS = len(f"{SCHEMA}-") + 64
 _REPEAT_SECONDS = 86400.0
 """After so long an interrupted `runkey reproduce` may begin anew."""
 _ENDED = ("FAILED", "KILLED")
@@ -204,7 +204,9 @@ def _current_key(root: Path) -> str | None:
 
 
 def _training_folders(home: Path) -> list[Path]:
-    return sorted(p for p in home.glob("rk1-*") if p.is_dir() and _TRAINING.fullmatch(p.name))
+    return sorted(
+        p for p in home.glob(f"{ANY_SCHEMA}-*") if p.is_dir() and _TRAINING.fullmatch(p.name)
+    )
 
 
 def _checkpoints(scope: Scope) -> Iterator[Item]:

@@ -10,10 +10,10 @@ from contextlib import AbstractContextManager
 from typing import BinaryIO, Protocol
 
 from runkey.errors import RegistryError
-from runkey.identity.key import SCHEMA
+from runkey.identity.key import ANY_SCHEMA, SCHEMA, SCHEMAS
 from runkey.identity.record import Record
 
-_ADDRESS = re.compile(rf"^(?:{SCHEMA}-)?([0-9a-f]{{4,64}})(?::([0-9a-f]{{4,32}}))?$")
+_ADDRESS = re.compile(rf"^(?:({ANY_SCHEMA})-)?([0-9a-f]{{4,64}})(?::([0-9a-f]{{4,32}}))?$")
 
 
 class Library(Protocol):
@@ -24,7 +24,7 @@ class Library(Protocol):
         """For messages: a folder, or a server's address."""
 
     def matching(self, prefix: str) -> list[Record]:
-        """Records of all runs whose key begins with `prefix` (with `rk1-`), oldest first.
+        """Records of all runs whose key begins with `prefix` (with `rk2-`), oldest first.
 
         A server's come without details.
 
@@ -48,7 +48,7 @@ def find_run(library: Library, address: str) -> Record:
 
     Args:
         library: where to look.
-        address: a key or any unique beginning of one, with `rk1-` or without; a run of that key
+        address: a key or any unique beginning of one, with `rk2-` or without; a run of that key
             that is not the first one is named by `KEY:RUN`, RUN the beginning of its MLflow id.
 
     Returns:
@@ -63,9 +63,11 @@ def find_run(library: Library, address: str) -> Record:
             f"{address}: not a key; a key is {SCHEMA}- and hex digits, at least 4 of them"
             " (`runkey list` shows them)"
         )
-    found = library.matching(f"{SCHEMA}-{match[1]}")
-    if match[2]:
-        found = [r for r in found if r.run.run_id.startswith(match[2])]
+    schema, digits, run_id = match.groups(default="")
+    found = [
+        r for s in ([schema] if schema else SCHEMAS) for r in library.matching(f"{s}-{digits}")
+    ]
+    found = [r for r in found if r.run.run_id.startswith(run_id)]
     keys = sorted({record.key for record in found})
     if not keys:
         raise RegistryError(

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from runkey.errors import TrackingError
-from runkey.identity.key import SCHEMA
+from runkey.identity.key import ANY_SCHEMA, SCHEMAS
 from runkey.identity.pointer import POINTER, RunPointer, read_pointer, write_durably
 from runkey.identity.record import DETAILS, Details
 from runkey.tracking.describe import Dataset, RunDescription
@@ -147,17 +147,18 @@ def find_training(home: Path, address: str) -> Path | None:
 
     Args:
         home: `Store.home`.
-        address: a key or a beginning of one, with `rk1-` or without; KEY:RUN for that of an MLflow
+        address: a key or a beginning of one, with `rk2-` or without; KEY:RUN for that of an MLflow
             run.
 
     Raises:
         TrackingError: there are several.
     """
-    key, _, run = address.strip().lower().removeprefix(f"{SCHEMA}-").partition(":")
+    key, _, run = address.strip().lower().partition(":")
+    begins = (key, *(f"{schema}-{key}" for schema in SCHEMAS))
     runs = {
         path: (read_pointer(path) or RunPointer("")).run_id or ""
-        for path in sorted(home.glob(f"{SCHEMA}-*"))
-        if path.name.startswith(f"{SCHEMA}-{key}") and (path / DESCRIPTION).is_file()
+        for path in sorted(home.glob(f"{ANY_SCHEMA}-*"))
+        if path.name.startswith(begins) and (path / DESCRIPTION).is_file()
     }
     found = [path for path, run_id in runs.items() if run_id.startswith(run)]
     if len(found) > 1:

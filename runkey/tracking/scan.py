@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from runkey.errors import TrackingError
 from runkey.identity.errors import RecipeError
+from runkey.identity.key import ANY_KEY
 from runkey.identity.record import KEY, Record
 from runkey.tracking.records import logged_run, read_details
 from runkey.tracking.store import Store, open_client
@@ -57,7 +58,7 @@ def _runs(client: MlflowClient) -> Iterator[Any]:
         for page in _pages(
             client.search_runs,
             experiment_ids=experiments,
-            filter_string=f"tags.{KEY} LIKE 'rk1-%'",
+            filter_string=f"tags.{KEY} LIKE '{ANY_KEY}%'",
             max_results=_PAGE,
         ):
             yield from page

@@ -209,18 +209,18 @@ def test_summary_shows_the_result_and_where_to_look(repository: Path, run: Run) 
     (repository / "model").mkdir()
     (repository / "metrics" / "train.json").write_text('{"seconds": 272.4, "best_epoch": 28}')
     (repository / "metrics" / "evaluate.json").write_text('{"AP": 0.6314, "AP50": 0.9, "AP75": 0}')
-    (repository / "run.json").write_text('{"key": "rk1-0123456789abcdef", "run_id": "cafe"}')
+    (repository / "run.json").write_text('{"key": "rk2-0123456789abcdef", "run_id": "cafe"}')
     code, out, _ = run("summary")
     assert code == 0
     assert "AP 0.631   AP50 0.900   AP75 0.000" in out
     assert "4 min 32 s, weights of epoch 28" in out
-    assert "rk1-0123456789ab   (runkey show rk1-0123456789ab)\n" in out
+    assert "rk2-0123456789ab   (runkey show rk2-0123456789ab)\n" in out
     assert "MLflow's pages on all runs" in out
     assert "model" in out
     assert "evaluation/best.jpg" not in out  # it is not there
     _, told, _ = run("summary", "--json")
     assert json.loads(told) == {
-        "key": "rk1-0123456789abcdef",
+        "key": "rk2-0123456789abcdef",
         "run": "cafe",
         "seconds": 272.4,
         "best_epoch": 28,

@@ -106,7 +106,7 @@ PROVOKED = {
     "no parameters": without_params,
     "no such preset": typed("preset", "balls"),
     "changed parameters": both(edited(("lr: 0.001", "lr: 0.002")), typed("preset", "sample")),
-    "no such run": typed("show", "rk1-0000"),
+    "no such run": typed("show", "rk2-0000"),
     "no key": typed("show", "nothing"),
     "nothing trained": typed("watch"),
     "server away": elsewhere,

@@ -68,7 +68,7 @@ def test_the_training_stops_with_a_report(project: Project, failed: str) -> None
     assert "`runkey debug-step --step 3`" in line
     skipped = "is skipped: loss or gradients are not finite (micro-batch 1: logits of "
     assert skipped in in_one_line(failed)
-    [report] = project.root.glob(".runkey/rk1-*/bad-step-3.json")
+    [report] = project.root.glob(".runkey/rk2-*/bad-step-3.json")
     assert json.loads(report.read_text())["outcome"] == "stopped: gone back 1 times already"
     # MLflow's run has them too, and is marked as failed.
     kept = {path.name for path in project.root.glob("mlartifacts/*/artifacts/reports/*.json")}
@@ -83,7 +83,7 @@ def test_debug_step_names_the_layer(project: Project, failed: str, tmp_path: Pat
     assert "weight   float32 [16 x 16]  finite" in done.stdout
     assert "absmax 3e+38" in done.stdout
     assert "the losses are those of the log, to the last digit" in done.stdout
-    [bundle] = project.root.glob(".runkey/rk1-*/bad-step-3.pt")
+    [bundle] = project.root.glob(".runkey/rk2-*/bad-step-3.pt")
     assert f"runkey debug-step {bundle}" in done.stdout
 
     # Elsewhere: neither data, nor checkpoints, nor parameters.
@@ -106,7 +106,7 @@ def test_debug_step_names_the_layer(project: Project, failed: str, tmp_path: Pat
 def test_what_cannot_be_debugged_is_one_line(project: Project, failed: str) -> None:
     runkey = (sys.executable, "-m", "runkey", "debug-step")
     for arguments, line in (
-        (("rk1-00",), "holds no training of key rk1-00; one that ended well leaves nothing to"),
+        (("rk2-00",), "holds no training of key rk2-00; one that ended well leaves nothing to"),
         (("--step", "99"), "--step 99: training has the steps 1 to 12"),
         (("nothing.pt",), "nothing.pt: not found"),
     ):

@@ -64,7 +64,7 @@ def test_the_snapshot_of_a_temporary_folder_lies_in_the_main_repository(reposito
 
     said = dvc(root, "exp", "run", "--temp", "-C", "runkey/extra.py", "-S", "lr=5e-5")
     key, oid, where = next(
-        line.split(maxsplit=3)[1:] for line in said.splitlines() if line.startswith("snapshot rk1")
+        line.split(maxsplit=3)[1:] for line in said.splitlines() if line.startswith("snapshot rk2")
     )
     assert "/.dvc/tmp/exps/" in where
     assert not Path(where).exists()

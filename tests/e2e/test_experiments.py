@@ -51,7 +51,7 @@ def assert_whole(project: Project, run: Any) -> None:
     assert run.info.status == "FINISHED"
     assert 0 <= run.data.metrics["eval/AP"] <= 1
     assert run.data.metrics["train/loss"] > 0
-    assert run.data.params["key"].startswith("rk1-")
+    assert run.data.params["key"].startswith("rk2-")
     digest = run.inputs.dataset_inputs[0].dataset.digest
     assert f"md5: {digest}" in (project.root / "data.dvc").read_text()
     artifacts = project.root / "mlartifacts" / run.info.run_id / "artifacts"

@@ -59,7 +59,7 @@ def record(root: Path, name: str, digit: str) -> None:
         params,
         root,
         root / digit,
-        key=f"rk1-{digit * 64}",
+        key=f"rk2-{digit * 64}",
         parts=same | {"params": digit * 64},
         tags={"device": "cpu x86_64", "host": "here"},
         counts={"train_images": 400},
@@ -94,7 +94,7 @@ def addresses(checkout: Path) -> Iterator[list[str]]:
                 break
         assert lines[0].startswith("starting MLflow's server")
         assert lines[1] == "all runs"
-        assert lines[3].startswith("comparison of the last 2: lr=0.0005 (rk1-bbbbbbbbbbbb), base")
+        assert lines[3].startswith("comparison of the last 2: lr=0.0005 (rk2-bbbbbbbbbbbb), base")
         yield [lines[2].strip(), lines[4].strip()]
     finally:
         process.send_signal(signal.SIGINT)

@@ -178,12 +178,12 @@ def test_params_in_another_order_and_style_are_the_same(project, seed, flow, crl
 
 @many
 @given(st.binary(max_size=60))
-def test_line_ends_of_code_are_one_and_all_other_bytes_count(tmp_path, content):
+def test_line_ends_of_other_code_are_one_and_all_other_bytes_count(tmp_path, content):
     unix = content.replace(b"\r", b"")
-    (tmp_path / "a.py").write_bytes(unix)
-    (tmp_path / "b.py").write_bytes(unix.replace(b"\n", b"\r\n"))
-    (tmp_path / "c.py").write_bytes(unix + b"#")
-    a, b, c = hash_files(["a.py", "b.py", "c.py"], tmp_path).values()
+    (tmp_path / "a.csv").write_bytes(unix)
+    (tmp_path / "b.csv").write_bytes(unix.replace(b"\n", b"\r\n"))
+    (tmp_path / "c.csv").write_bytes(unix + b"#")
+    a, b, c = hash_files(["a.csv", "b.csv", "c.csv"], tmp_path).values()
     assert a == b != c
 
 

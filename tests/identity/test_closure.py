@@ -56,11 +56,13 @@ def test_a_package_without_init_file_is_followed(project):
     assert "runkey/plain/part.py" in import_closure("stages.train", project)
 
 
-def test_hashes_are_of_bytes_and_not_of_line_ends(project):
+def test_hashes_are_of_what_python_does_and_not_of_bytes(project):
     before = hash_files(["runkey/data/coco.py"], project)
     (project / "runkey/data/coco.py").write_bytes(b"from . import boxes\r\n")
     assert hash_files(["runkey/data/coco.py"], project) == before
-    (project / "runkey/data/coco.py").write_bytes(b"from . import boxes \n")
+    (project / "runkey/data/coco.py").write_bytes(b"from . import boxes  # why\n")
+    assert hash_files(["runkey/data/coco.py"], project) == before
+    (project / "runkey/data/coco.py").write_bytes(b"from . import box\n")
     assert hash_files(["runkey/data/coco.py"], project) != before
 
 

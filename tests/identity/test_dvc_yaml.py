@@ -53,7 +53,10 @@ def test_telemetry_makes_no_stage_run_again(stages, name):
     deps = stages[name].deps
     assert [dep for dep in deps if is_excluded(dep)] == []
     assert [
-        entry for entry in EXCLUDED if any(covers(dep, entry.rstrip("/")) for dep in deps)
+        entry
+        for entry in EXCLUDED
+        # A single file may lie in a folder that counts: the stage starts and finds its result.
+        if entry.endswith("/") and any(covers(dep, entry.rstrip("/")) for dep in deps)
     ] == []
 
 

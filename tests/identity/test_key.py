@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runkey.identity.errors import RecipeError
-from runkey.identity.key import PARTS, Recipe, make_recipe, short_key
+from runkey.identity.key import PARTS, Recipe, make_recipe, older_rule, short_key
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -37,7 +37,8 @@ def section(text):
 
 CHANGES = {
     "a file reached by import": ("runkey/model/deep/layer.py", "3", "4", {"code"}),
-    "a comment in such a file": ("runkey/model/net.py", "from", "# why\nfrom", {"code"}),
+    "a comment in such a file": ("runkey/model/net.py", "from", "# why\nfrom", set()),
+    "a docstring": ("runkey/late.py", "", '"""Why."""\n', set()),
     "an import inside a function": ("runkey/late.py", "", "x = 1\n", {"code"}),
     "a package's init file": ("runkey/model/__init__.py", "", "x = 1\n", {"code"}),
     "code of an upstream stage only": ("runkey/data/boxes.py", "*", "x", {"code"}),
@@ -169,7 +170,7 @@ def test_stages_of_one_code_have_keys_of_their_own(project):
 
 def test_the_shape_of_a_key_and_its_round_trip(project):
     recipe = make_recipe("train", project)
-    assert re.fullmatch(r"rk1-[0-9a-f]{64}", recipe.key)
+    assert re.fullmatch(r"rk2-[0-9a-f]{64}", recipe.key)
     assert short_key(recipe.key) == recipe.key[:16]
     stored = json.loads(json.dumps(recipe.as_dict()))
     assert Recipe.from_dict(stored).key == recipe.key
@@ -180,8 +181,51 @@ def test_the_shape_of_a_key_and_its_round_trip(project):
         Recipe.from_dict(stored)
     with pytest.raises(RecipeError, match="schema 'rk0'"):
         Recipe.from_dict({**stored, "schema": "rk0"})
-    with pytest.raises(RecipeError, match="lacks 'stage'"):
-        Recipe.from_dict({"schema": "rk1"})
+    for schema in ("rk1", "rk2"):
+        with pytest.raises(RecipeError, match="lacks 'stage'"):
+            Recipe.from_dict({"schema": schema})
+
+
+OLDER = {
+    "schema": "rk1",
+    "key": "rk1-c7fa2bdff1e1617ea149bb6ec4bca667e3afff320b527b162fd7aa84dd988455",
+    "stage": "train",
+    "cmd": {"train": "python -m stages.train"},
+    "parts": {
+        "code": "97bacc227b42a58050ec594aec818012620591cfd74a0961dc447bd37fdeafb7",
+        "params": "defa9ebd822bbac1d70b2d8bb3860cf9eff6a228ad4eab837dd298458e41702d",
+        "data": "42b99ce4a6ac54922d8651820ad618b65a43f15a08870f6b46c0936f28e38401",
+        "environment": "e3f92af27aace806c7a9fedab84ac5e16a1e5827567c2f30c67b0756974118fc",
+    },
+    "preimages": {
+        "code": {
+            "files": {"stages/train.py": "ab" * 32},
+            "excluded": ["runkey/cli/"],
+        },
+        "params": {"lr": 0.1},
+        "data": {"data": "md5:01.dir"},
+        "environment": {"platform": "linux-64", "packages": []},
+    },
+}
+
+
+def test_a_recipe_of_the_older_rule_keeps_its_key():
+    """key.json of a run from before `rk2`, written by the code of then."""
+    recipe = Recipe.from_dict(OLDER)
+    assert (recipe.schema, recipe.key) == ("rk1", OLDER["key"])
+    assert recipe.as_dict() == OLDER
+    assert older_rule(recipe.key) == "key by the older rule rk1 (bytes of the code)"
+    with pytest.raises(RecipeError, match="do not hash to its key"):
+        Recipe.from_dict({**OLDER, "schema": "rk2"})
+
+
+def test_code_hashed_by_an_unknown_rule_is_refused(project):
+    recipe = make_recipe("train", project)
+    assert older_rule(recipe.key) == ""
+    code = {**recipe.preimages["code"], "rule": "ast9"}
+    later = Recipe("train", recipe.cmd, {**recipe.preimages, "code": code})
+    with pytest.raises(RecipeError, match="code by rule 'ast9'; this runkey reads ast1, bytes"):
+        Recipe.from_dict(later.as_dict())
 
 
 def test_equal_contents_of_two_parts_hash_differently(project):

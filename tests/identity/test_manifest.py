@@ -28,7 +28,7 @@ def test_what_is_written_is_read(manifest, tmp_path):
     assert RunManifest.read(tmp_path / "new" / "run.json") == manifest
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["run.json"]
     stored = json.loads((tmp_path / "new" / "run.json").read_text())
-    assert stored["key"].startswith("rk1-")
+    assert stored["key"].startswith("rk2-")
     assert stored["run_id"] == "0a1b"
 
 
@@ -86,7 +86,7 @@ def test_the_witness_names_the_commit_and_whether_the_tree_is_clean(project):
         (None, "run.json: not found; `dvc repro train` writes it"),
         ("{", "run.json: not JSON; `dvc checkout run.json` restores it"),
         ("[]", "run.json: not a run's manifest, which holds key, stage, parts, run_id, witness"),
-        ('{"schema": "run1", "key": "rk1-0"}', "run.json: not a run's manifest"),
+        ('{"schema": "run1", "key": "rk2-0"}', "run.json: not a run's manifest"),
         ('{"schema": "run0"}', "run.json: schema 'run0'; this runkey reads run1"),
     ],
 )

@@ -125,7 +125,7 @@ def test_a_run_without_any_file_has_a_page(an_interrupted_run, checkout):
 def test_pages_that_cannot_be_made(a_run, checkout):
     record = a_run("one", kind="empty")
     with pytest.raises(RunkeyError, match="no run of that key"):
-        report("rk1-0000")
+        report("rk2-0000")
     (checkout / "a").write_text("")
     with pytest.raises(RunkeyError, match=r"a/page\.html: .*; name another one with --to"):
         report(record.label, to="a/page.html")

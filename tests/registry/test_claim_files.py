@@ -58,7 +58,7 @@ def test_of_many_threads_one_makes_each_generation(claims: FileClaims) -> None:
     assert not [path for path in Path(claims.place).iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("torn", ["", '{"key": "rk1-', "[]", '{"owner": {"host": 1}}', "\x00" * 40])
+@pytest.mark.parametrize("torn", ["", '{"key": "rk2-', "[]", '{"owner": {"host": 1}}', "\x00" * 40])
 def test_a_torn_file_is_a_claim_of_nobody_that_only_time_ends(
     claims: FileClaims, torn: str
 ) -> None:
@@ -81,7 +81,7 @@ def test_a_file_that_says_something_else_than_its_name_counts_by_its_name(
     folder = Path(claims.place)
     Path(folder, f"{KEY}.g1.json").rename(folder / f"{KEY}.g3.json")
     assert [claim.generation for claim in claims.of(KEY)] == [3]
-    for strange in ("notes.json", f"{KEY}.g0.json", f"{KEY}.gx.json", "rk1-abc.g1.json"):
+    for strange in ("notes.json", f"{KEY}.g0.json", f"{KEY}.gx.json", "rk2-abc.g1.json"):
         (folder / strange).write_text("{}", encoding="utf-8")
     assert [claim.name for claim in claims.all()] == [f"{KEY}.g3"]
 

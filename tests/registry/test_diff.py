@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 from runkey.cli import app
 from runkey.data.image_list import ListedImage
 from runkey.errors import RegistryError
-from runkey.identity.key import make_recipe
+from runkey.identity.closure import BYTES, hash_files
+from runkey.identity.key import Recipe, make_recipe
 from runkey.registry.diff.diff import compare
 from runkey.registry.diff.diff_data import compare_images
 from runkey.registry.diff.diff_sides import run_side, tree_side
@@ -192,7 +193,7 @@ def test_two_runs_of_one_key(two):
 
 
 def test_a_run_that_failed_is_compared_by_what_is_known(two):
-    key = "rk1-" + "5" * 64
+    key = "rk2-" + "5" * 64
     make_run(two.root, key, status="FAILED", with_details=False, files={})
     told = json.loads(run(two.first.key, key, "--json"))
     assert told["same_key"] is False
@@ -202,7 +203,7 @@ def test_a_run_that_failed_is_compared_by_what_is_known(two):
 
 
 def test_a_key_json_of_another_run_is_an_error(two):
-    key = "rk1-" + "6" * 64
+    key = "rk2-" + "6" * 64
     recipe = make_recipe("train", two.root)
     make_run(two.root, key, files={"model/key.json": json.dumps(recipe.as_dict()).encode()})
     with pytest.raises(RegistryError, match="holds another key"):
@@ -255,3 +256,52 @@ def test_a_command_and_the_list_of_what_is_left_out(two):
 def test_images_of_equal_lists():
     one = {"train": {"a.jpg": ListedImage(1, "aa", "01")}, "val": {}}
     assert compare_images(one, one).is_empty
+
+
+def record_older(repository, run_id, **changes):
+    """The run of the tree as it stands, as the rule `rk1` named it."""
+    recipe = make_recipe("train", repository.root)
+    code = recipe.preimages["code"]
+    files = hash_files(code["files"], repository.root, BYTES)
+    bytes_of = {**recipe.preimages, "code": {"files": files, "excluded": code["excluded"]}}
+    older = Recipe("train", recipe.cmd, bytes_of, "rk1")
+    snapshot = take_snapshot(repository.root, repository.root, recipe)
+    stored = {"model/key.json": json.dumps(older.as_dict()).encode()}
+    fields = {"snapshot": snapshot, "files": stored, **changes}
+    return make_run(repository.root, older.key, run_id * 32, **fields)
+
+
+def test_a_run_of_the_older_rule_is_compared_by_the_text_of_its_files(two):
+    older = record_older(two, "e")
+    assert older.key.startswith("rk1-")
+    two.write("runkey/net.py", "# why\nimport runkey.extra\nwidth = (4)\n")
+    commented = compare(*sides(two, older.key, record(two, "f").key), two.root)
+    assert not commented.same_key
+    assert (commented.code.files, commented.code.incomparable) == ([], [])
+    two.write("runkey/net.py", "# why\nimport runkey.extra\nwidth = 5\n")
+    for addresses in ((older.key, "."), (".", older.key)):
+        told = json.loads(run(*addresses, "--json"))
+        assert [file["path"] for file in told["code"]["files"]] == ["runkey/net.py"]
+    said = run(older.key, ".", "--patch")
+    assert "-width = 4\n" in said
+    assert "note on A: key by the older rule rk1 (bytes of the code)" in said
+
+
+def test_hashes_by_two_rules_are_not_compared_where_the_text_is_not_at_hand(two):
+    older = record_older(two, "e", snapshot=None)
+    diff = compare(*sides(two, older.key, two.second.key), two.root)
+    assert diff.code.files == []
+    files = make_recipe("train", two.root).preimages["code"]["files"]
+    assert diff.code.incomparable == list(files)
+    said = run(older.key, two.second.key)
+    assert "code: 5 files cannot be compared: their hashes are made by different rules" in said
+    assert "  runkey/net.py\n" in said
+
+
+def test_two_runs_of_the_older_rule_are_compared_by_bytes(two):
+    older = record_older(two, "e")
+    two.write("runkey/net.py", "# why\nimport runkey.extra\nwidth = 4\n")
+    diff = compare(*sides(two, older.key, record_older(two, "f").key), two.root)
+    assert [(f.path, f.insertions, f.deletions) for f in diff.code.files] == [
+        ("runkey/net.py", 1, 0)
+    ]

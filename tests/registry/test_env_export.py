@@ -97,10 +97,10 @@ def test_a_snapshot_whose_lock_is_not_the_keys_is_refused(repository, run, tmp_p
 
 
 def test_a_run_without_snapshot_and_one_whose_snapshot_is_elsewhere(repository, tmp_path):
-    key = f"rk1-{'0' * 64}"
+    key = f"rk2-{'0' * 64}"
     for snapshot, text in (
-        (None, "rk1-000000000000: the run kept no snapshot of its code"),
-        ("1" * 40, "rk1-000000000000: its snapshot 111111111111 is not in this repository; "),
+        (None, "rk2-000000000000: the run kept no snapshot of its code"),
+        ("1" * 40, "rk2-000000000000: its snapshot 111111111111 is not in this repository; "),
     ):
         record = make_run(repository, key, snapshot=snapshot)
         with pytest.raises(RegistryError) as caught:

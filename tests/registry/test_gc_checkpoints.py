@@ -15,7 +15,7 @@ def test_a_checkpoint_goes_when_a_run_of_its_key_is_finished(house):
     house.folder(other)
     make_run(house.root, KEY, "a" * 32)
     make_run(house.root, other, "b" * 32, status="RUNNING", with_details=False)
-    house.folder("rk1-not-a-key")
+    house.folder("rk2-not-a-key")
     [item] = house.items()
     assert (item.kind, item.size >= 5000) == ("checkpoint", True)
     house.claim(KEY)  # as when it is trained again with runtime.reuse false

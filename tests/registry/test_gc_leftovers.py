@@ -34,12 +34,12 @@ def test_the_claim_that_shows_a_run_dead_stays_with_it(house, gone):
 
 
 def test_worktrees_nobody_works_in(house, gone, monkeypatch):
-    ended, used, unknown = map(house.worktree, ("rk1-ended-1", "rk1-used-2", "rk1-unknown-3"))
+    ended, used, unknown = map(house.worktree, ("rk2-ended-1", "rk2-used-2", "rk2-unknown-3"))
     mark_owner(used)
     with monkeypatch.context() as other:
         other.setattr("runkey.registry.collect_files.this_process", lambda: gone)
         mark_owner(ended)
-    assert house.offered() == {("worktree", "reproduce/rk1-ended-1")}
+    assert house.offered() == {("worktree", "reproduce/rk2-ended-1")}
     later = time.time() + 7200
     assert len(house.offered(now=later)) == 2  # the unknown one has stood still for long
     child = subprocess.Popen([sys.executable, "-c", "input()"], cwd=ended, stdin=subprocess.PIPE)
@@ -50,13 +50,13 @@ def test_worktrees_nobody_works_in(house, gone, monkeypatch):
     house.apply()
     assert not ended.exists()
     listed = house.repository.git("worktree", "list")
-    assert "rk1-ended-1" not in listed
-    assert "rk1-used-2" in listed
+    assert "rk2-ended-1" not in listed
+    assert "rk2-used-2" in listed
     assert unknown.exists()
 
 
 def test_a_worktree_that_git_does_not_know_goes_too(house, gone, monkeypatch):
-    path = house.folder("reproduce/rk1-lost-1")
+    path = house.folder("reproduce/rk2-lost-1")
     with monkeypatch.context() as other:
         other.setattr("runkey.registry.collect_files.this_process", lambda: gone)
         mark_owner(path)

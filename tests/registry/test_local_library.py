@@ -35,12 +35,12 @@ def test_runs_of_a_prefix_come_oldest_first(root: Path, library: LocalLibrary) -
     early = make_run(root, key, "e" * 32, started_ms=HOUR)
     make_run(root, key_of("b"))
     assert library.matching(key[:12]) == [early, late]
-    assert library.matching("rk1-0000000") == []
-    assert len(library.matching("rk1-")) == 3
+    assert library.matching("rk2-0000000") == []
+    assert len(library.matching("rk2-")) == 3
 
 
 def test_an_empty_place_has_no_runs(library: LocalLibrary) -> None:
-    assert library.matching("rk1-") == []
+    assert library.matching("rk2-") == []
     assert library.find(Query()) == []
 
 
@@ -65,7 +65,7 @@ def test_files_that_are_no_records_are_named_and_left_out(
     path.write_bytes(path.read_bytes()[:100])
     (library.folder / other.file_name).rename(library.folder / f"{key_of('d')}-aa.json")
     (library.folder / "notes.txt").write_text("x")
-    for found in (library.find(Query()), library.matching("rk1-"), library.find(Query())):
+    for found in (library.find(Query()), library.matching("rk2-"), library.find(Query())):
         assert found == [whole]
     assert any(torn.file_name in line and "not JSON" in line for line in said)
     assert any(f"{key_of('d')}-aa.json" in line for line in said)
@@ -165,7 +165,7 @@ def test_artifacts_elsewhere_are_read_where_they_are(root: Path, tmp_path: Path)
 @pytest.mark.parametrize("path", ["gone", "../../outside", "/etc/passwd", "model", "a\\b", ""])
 def test_what_cannot_be_read_is_named(root: Path, library: LocalLibrary, path: str) -> None:
     record = make_run(root, key_of("a"))
-    with pytest.raises(RegistryError, match="rk1-") as caught:
+    with pytest.raises(RegistryError, match="rk2-") as caught:
         library.open_file(record, path)
     assert path in str(caught.value) or repr(path) in str(caught.value)
 

@@ -34,9 +34,9 @@ def logged(**changes: Any) -> LoggedRun:
         "started_ms": 1_000_000,
         "ended_ms": 1_060_000,
         "artifact_uri": "file:///x",
-        "params": {"key": "rk1-0", "lr": "5e-05", "training.epochs": "24", "model.name": "x"},
+        "params": {"key": "rk2-0", "lr": "5e-05", "training.epochs": "24", "model.name": "x"},
         "metrics": {"eval/AP": 0.5, "eval/loss": 1.0, "train/loss": 2.0},
-        "tags": {"key": "rk1-0", "host": "here"},
+        "tags": {"key": "rk2-0", "host": "here"},
     }
     return LoggedRun(**{**fields, **changes})
 
@@ -124,7 +124,7 @@ def test_numbers() -> None:
 def asked(*conditions: Condition, **question: Any) -> list[tuple[str, bool]]:
     found = filters(Query(conditions=conditions, **question))
     return [
-        (text.removeprefix("tags.key LIKE 'rk1-%'").removeprefix(" AND "), e) for text, e in found
+        (text.removeprefix("tags.key LIKE 'rk%'").removeprefix(" AND "), e) for text, e in found
     ]
 
 

@@ -50,7 +50,7 @@ def test_list(runs: Path, run: Run) -> None:
     lines = out.splitlines()
     assert (code, err) == (0, "")
     assert lines[0].split() == ["key", "when", "status", "AP", "took", "name", "where"]
-    assert [line.split()[0] for line in lines[1:] if line.startswith("rk1-")] == [
+    assert [line.split()[0] for line in lines[1:] if line.startswith("rk2-")] == [
         f"{B[:16]}:dddd", C[:16], f"{B[:16]}:bbbb", A[:16],
     ]  # fmt: skip
     assert "(reproduction)" in out
@@ -91,11 +91,11 @@ def test_mistakes_are_one_line(runs: Path, run: Run) -> None:
     for arguments in (
         ("list", "--where", "epoch12"),
         ("list", "--sort", "nothing"),
-        ("show", "rk1-0000"),
+        ("show", "rk2-0000"),
         ("show", "main"),
         ("get", C),
         ("get", A, "--only", "nothing"),
-        ("open", "rk1-0000"),
+        ("open", "rk2-0000"),
     ):
         code, out, err = run(*arguments)
         assert (code, out, err.count("\n")) == (1, "", 1), arguments
@@ -209,3 +209,19 @@ def test_reading_imports_nothing_slow(runs: Path, command: tuple[str, ...]) -> N
     )
     environment = {"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"}
     subprocess.run([sys.executable, "-c", code], cwd=runs, env=environment, check=True, timeout=60)
+
+
+def test_runs_of_the_older_rule_are_found_and_say_so(runs: Path, run: Run) -> None:
+    key = f"rk1-{'5' * 64}"
+    make_run(runs, key, "e" * 32, started_ms=1_600_000_000_000)
+    _, out, _ = run("list")
+    assert f"{key[:16]}  " in out
+    assert out.endswith("1 of these: key by the older rule rk1 (bytes of the code)\n")
+    assert key in run("list", "--where", f"key~{key[:8]}", "--json")[1]
+    for address in (key, "rk1-5555", "5555"):
+        _, out, _ = run("show", address)
+        first, second, *_ = out.splitlines()
+        assert first.split() == ["key", key]
+        assert second.strip() == "key by the older rule rk1 (bytes of the code)"
+    assert "older rule" not in run("show", A)[1]
+    assert "no run of that key" in run("show", "rk2-5555")[2]

@@ -17,7 +17,7 @@ from tests.support.run_package import weights
 
 
 def test_another_key_in_the_index(package: Path, colleague: Path) -> None:
-    other = "rk1-" + "0" * 64
+    other = "rk2-" + "0" * 64
     assert "its run has another key" in refused(packed(package, other), colleague)
 
 

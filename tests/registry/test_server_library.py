@@ -61,12 +61,12 @@ def same(record: Record) -> str:
 
 def test_runs_are_the_same_in_all_they_hold(both: Both) -> None:
     server, local = both
-    there = [server.with_details(record) for record in server.matching("rk1-")]
-    assert [same(r) for r in there] == [same(r) for r in local.matching("rk1-")]
+    there = [server.with_details(record) for record in server.matching("rk2-")]
+    assert [same(r) for r in there] == [same(r) for r in local.matching("rk2-")]
     assert same(find_run(server, KEYS[0][:10])) == same(find_run(local, KEYS[0][:10]))
     assert find_run(server, KEYS[3]).details is None
     with pytest.raises(RegistryError, match="no run of that key in http://"):
-        find_run(server, "rk1-00000000")
+        find_run(server, "rk2-00000000")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_questions_have_the_same_answers(
     both: Both, conditions: tuple[str, ...], sort: str, descending: bool, limit: int | None
 ) -> None:
     server, local = both
-    known = [record.run for record in local.matching("rk1-")]
+    known = [record.run for record in local.matching("rk2-")]
     fields = {"lr": Field("params", "lr"), "odd": Field("metrics", "odd")}
     kind = Field("metrics", sort) if "/" in sort else Field("run", sort)
     query = Query(

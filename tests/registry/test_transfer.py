@@ -16,7 +16,7 @@ from runkey.identity.run_folder import ARTIFACTS, CONTENT, ORIGIN
 from runkey.tracking.store import Store, experiment_id, open_client
 from runkey.tracking.transfer import StoreRuns, read_run, write_run
 
-KEY = "rk1-" + "e" * 64
+KEY = "rk2-" + "e" * 64
 
 
 def other_store(folder: Path, database: Path) -> Store:

@@ -244,7 +244,7 @@ def test_what_was_otherwise_when_it_ran_is_a_warning(checkout: Checkout) -> None
 
 
 def test_a_record_without_what_it_should_hold(checkout: Checkout) -> None:
-    checkout.change_details(witness={}, snapshot=5, evaluations={"rk1-e": None})
+    checkout.change_details(witness={}, snapshot=5, evaluations={"rk2-e": None})
     assert {check for check, _ in faults(checkout)} == {"mlflow", "snapshot", "environment"}
 
 

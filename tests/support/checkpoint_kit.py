@@ -17,7 +17,7 @@ from runkey.training.checkpoint.keeper import FolderCheckpoints
 from runkey.training.state import Best, LoopState
 
 FINGERPRINT = {
-    "key": "rk1-" + "a" * 64,
+    "key": "rk2-" + "a" * 64,
     "micro_batch": 4,
     "world_size": 1,
     "device": "cpu",

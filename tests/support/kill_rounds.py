@@ -62,7 +62,7 @@ class Watcher:
             self._see()
 
     def _see(self) -> None:
-        for folder in self._home.glob("rk1-*"):
+        for folder in self._home.glob("rk2-*"):
             with contextlib.suppress(FileNotFoundError):  # it is removed at the end
                 self._look(folder)
 
@@ -142,7 +142,7 @@ class Training:
         return life
 
     def _is_torn(self) -> bool:
-        return any(self.store.glob(f".runkey/rk1-*/*{TEMPORARY}"))
+        return any(self.store.glob(f".runkey/rk2-*/*{TEMPORARY}"))
 
 
 class _EndedError(Exception):

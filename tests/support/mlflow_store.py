@@ -34,7 +34,7 @@ RECORD = Details(
 def description(**changes: object) -> RunDescription:
     fields: dict[str, object] = {
         "name": "lr=5e-05",
-        "params": {f"p{i}": "v" for i in range(130)} | {"lr": "5e-05", "key": "rk1-0"},
+        "params": {f"p{i}": "v" for i in range(130)} | {"lr": "5e-05", "key": "rk2-0"},
         "tags": {"device": "cpu"},
         "dataset": Dataset("data", DIGEST, '{"uri": "data"}', '{"images": 2}'),
     }

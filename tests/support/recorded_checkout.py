@@ -180,7 +180,7 @@ def _record_run(root: Path) -> None:
         snapshot=oid,
         pointer_md5=md5_file(root / "run.json"),
         decision="no run of this key: trained here",
-        evaluations={"rk1-e": {"eval/AP": 0.5}},
+        evaluations={"rk2-e": {"eval/AP": 0.5}},
     )
     for path in FILES:
         folder = str(Path(path).parent)

@@ -20,7 +20,7 @@ FILES = {
 
 def key_of(name: str) -> str:
     """A key of the right shape for any name."""
-    return f"rk1-{hashlib.sha256(name.encode()).hexdigest()}"
+    return f"rk2-{hashlib.sha256(name.encode()).hexdigest()}"
 
 
 def make_run(

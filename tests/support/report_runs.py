@@ -88,7 +88,7 @@ def a_run(checkout: Path, tmp_path: Path) -> Callable[..., Record]:
             params={
                 **{"lr": lr, "seed": "0", "model.dropout": "0.1", "key": key},
                 **{f"key.{part}": digest for part, digest in parts.items()},
-                "key.params": key.removeprefix("rk1-"),
+                "key.params": key.removeprefix("rk2-"),
             },
         )
 

@@ -134,7 +134,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
     git(root, "update-ref", ref_of(RECIPE.key, oid), oid)
     folder = root.parent / "package"
     _write_run(folder / RUN, files, pointer, oid)
-    part = collect(DvcCache(root), pointer, "rk1-test")
+    part = collect(DvcCache(root), pointer, "rk2-test")
     (folder / FILE).write_text(part.as_json())
     for md5 in part.objects:
         place = object_path(folder, md5)

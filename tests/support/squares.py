@@ -135,7 +135,7 @@ def folder_checkpoints(
     folder: Path, say: Callable[[str], None] = lambda _: None, seconds: float = 1e6
 ) -> FolderCheckpoints:
     """Checkpoints on disk; only anchors and the last one, unless `seconds` is small."""
-    fingerprint = {"key": "rk1-test", "micro_batch": 4, "world_size": 1} | {
+    fingerprint = {"key": "rk2-test", "micro_batch": 4, "world_size": 1} | {
         "device": "cpu",
         "precision": "off",
     }

@@ -19,7 +19,7 @@ from runkey.tracking import JsonlLog, RunDescription, RunTracker, Store, Trainin
 from runkey.tracking.mlflow_tracker import Pace
 from runkey.tracking.run import begin_run
 
-KEY = f"rk1-{'5' * 64}"
+KEY = f"rk2-{'5' * 64}"
 DESCRIPTION = RunDescription(
     name="lr=5e-05", params={"lr": "5e-05", "key": KEY}, tags={"device": "cpu", "key": KEY}
 )

@@ -77,9 +77,9 @@ def test_the_data_set_has_dvcs_digest(tmp_path: Path) -> None:
 def test_the_key_and_its_parts_are_params(tmp_path: Path) -> None:
     parts = {"code": "c", "params": "p", "data": "d", "environment": "e"}
     run = describe_run(
-        params(), tmp_path, key="rk1-7", parts=parts, tags={"device": "cpu"}, counts={}
+        params(), tmp_path, key="rk2-7", parts=parts, tags={"device": "cpu"}, counts={}
     )
-    assert run.params["key"] == "rk1-7"
+    assert run.params["key"] == "rk2-7"
     assert {run.params[f"key.{part}"] for part in parts} == {"c", "p", "d", "e"}
     assert run.params["lr"] == "0.001"
     assert run.params["data.short_sides"] == "[120]"

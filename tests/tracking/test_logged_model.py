@@ -34,12 +34,12 @@ def test_the_model_is_recorded_once_loads_and_detects(
     run_id = client.create_run(experiment_id(client, store, "detection")).info.run_id
     client.log_artifacts(run_id, str(tmp_path / "model"), "model")
 
-    arguments = (store, run_id, "detector-fast", tmp_path / "image.png", COLUMNS, {"key": "rk1-1"})
+    arguments = (store, run_id, "detector-fast", tmp_path / "image.png", COLUMNS, {"key": "rk2-1"})
     model_id = log_model(*arguments)
     assert log_model(*arguments) == model_id
     recorded = client.get_logged_model(model_id)
     assert (recorded.name, recorded.source_run_id) == ("detector-fast", run_id)
-    assert recorded.tags["key"] == "rk1-1"
+    assert recorded.tags["key"] == "rk2-1"
     kept = [path for path in (tmp_path / "mlartifacts" / "models").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in kept) < 100_000  # no weights among them
 

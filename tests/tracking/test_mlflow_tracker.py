@@ -131,7 +131,7 @@ def test_a_store_that_is_lost_in_the_middle_stops_nothing(
     assert said[0].startswith("MLflow: ")
     assert said[0].endswith("the work goes on, values are kept and sent later")
     assert said[1].startswith(f"MLflow: run {run_id} lacks 4 values (")
-    assert said[2] == f"MLflow: `runkey replay rk1-555555555555` sends the rest from {tmp_path}/key"
+    assert said[2] == f"MLflow: `runkey replay rk2-555555555555` sends the rest from {tmp_path}/key"
 
 
 def test_a_run_that_was_made_and_could_not_be_described_has_a_name(

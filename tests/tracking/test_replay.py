@@ -187,4 +187,4 @@ def test_a_training_that_goes_on_is_left_alone(
 
 
 def test_an_unknown_key_is_said(run: Run) -> None:
-    assert "no run of that key" in run("rk1-abcd", code=1)
+    assert "no run of that key" in run("rk2-abcd", code=1)

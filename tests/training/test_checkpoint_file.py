@@ -30,7 +30,7 @@ TENSORS = {
 @pytest.fixture
 def written(tmp_path):
     path = tmp_path / "file.ckpt"
-    write_temporary(path, {"step": 7, "key": "rk1-"}, TENSORS)
+    write_temporary(path, {"step": 7, "key": "rk2-"}, TENSORS)
     assert not path.exists()
     give_name(path)
     return path
@@ -38,7 +38,7 @@ def written(tmp_path):
 
 def test_what_is_read_is_what_was_written(written):
     facts, tensors, digest = read_file(written)
-    assert facts == {"step": 7, "key": "rk1-"} == read_facts(written)
+    assert facts == {"step": 7, "key": "rk2-"} == read_facts(written)
     assert kit.equal(tensors, TENSORS)
     assert len(digest) == 64
     assert [path.name for path in written.parent.iterdir()] == [written.name]
@@ -46,9 +46,9 @@ def test_what_is_read_is_what_was_written(written):
 
 def test_the_same_content_has_the_same_hash(written, tmp_path):
     first = read_file(written)[2]
-    again = write_temporary(tmp_path / "other.pt", {"step": 7, "key": "rk1-"}, TENSORS)
+    again = write_temporary(tmp_path / "other.pt", {"step": 7, "key": "rk2-"}, TENSORS)
     assert again == first
-    assert write_temporary(tmp_path / "other.pt", {"step": 8, "key": "rk1-"}, TENSORS) != first
+    assert write_temporary(tmp_path / "other.pt", {"step": 8, "key": "rk2-"}, TENSORS) != first
 
 
 def test_a_file_cut_short_anywhere_is_refused(written):

@@ -127,7 +127,7 @@ def test_all_files_bad_is_a_new_start(tmp_path, open_checkpoints):
 
 
 def test_another_key_is_refused(tmp_path, open_checkpoints):
-    lines, other = kit.Lines(), "rk1-" + "b" * 64
+    lines, other = kit.Lines(), "rk2-" + "b" * 64
     run(kit.Training(), open_checkpoints(key=other), 1)
     assert open_checkpoints(say=lines).load() is None
     assert f"step-00000001.ckpt: it is of another key, {other}; " in lines[0]

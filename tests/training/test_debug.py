@@ -190,7 +190,7 @@ def test_from_a_killed_runs_folder_and_from_a_bundle_elsewhere(killed, tmp_path)
     setup = setup_of(parameters, model(), SquaresLoader())
     bad = replay(setup, start, 6, folder)
     bundle = Bundle(
-        key="rk1-test",
+        key="rk2-test",
         step=5,
         rank=0,
         params=parameters.model_dump(mode="json"),

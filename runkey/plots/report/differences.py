@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from runkey.identity.closure import code_rule
 from runkey.identity.key import PARTS
 from runkey.plots.report.source import Run
 from runkey.plots.report.tables import (
@@ -52,7 +53,7 @@ def differences(runs: Sequence[Run]) -> Differences:
     return Differences(
         parts=Table(heads, only_differing(parts)),
         parameters=Table(heads, only_differing(parameters)),
-        code=Table(heads, _maps(runs, _files)),
+        code=Table(heads, _code(runs)),
         packages=Table(heads, _maps(runs, _packages)),
         environment=Table(heads, only_differing(_environments(runs))),
         scores=Table(heads, [_took(runs), *_numbers(runs, _summary, SCORES)], numbers=True),
@@ -67,6 +68,15 @@ def _maps(runs: Sequence[Run], of: Callable[[Run], Mapping[str, str]]) -> list[S
         return []
     names = sorted({name for one in maps for name in one})
     return only_differing([name, *(one.get(name, "not there") for one in maps)] for name in names)
+
+
+def _code(runs: Sequence[Run]) -> list[Sequence[str]]:
+    """A row for each file that differs; hashes by different rules cannot be compared."""
+    parts = [run.preimage("code") for run in runs]
+    rules = [code_rule(part) for part in parts]
+    if all(parts) and len(set(rules)) > 1:
+        return [["rule of the hashes", *rules]]
+    return _maps(runs, _files)
 
 
 def _files(run: Run) -> Mapping[str, str]:

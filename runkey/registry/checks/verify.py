@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from runkey.errors import RegistryError, RunkeyError
-from runkey.identity.key import PARTS, Recipe
+from runkey.identity.key import PARTS, Recipe, older_rule
 from runkey.identity.record import DETAILS, KEY_JSON, Details, Record, StoredFile
 from runkey.identity.run_folder import ORIGIN
 from runkey.paths import RUN_JSON
@@ -199,7 +199,8 @@ def _check_key(run: _Run) -> Iterator[Finding]:
     wrong = list(_wrong_in_run_json(run, stated))
     yield from (Finding("key", "fault", f"{RUN_JSON}: {text}", way_out) for text in wrong)
     if not wrong:
-        yield Finding("key", "ok", f"{KEY_JSON} hashes to the key, {RUN_JSON} names it")
+        older = f"; {rule}" if (rule := older_rule(stated.key)) else ""
+        yield Finding("key", "ok", f"{KEY_JSON} hashes to the key, {RUN_JSON} names it{older}")
 
 
 def _wrong_in_run_json(run: _Run, stated: Recipe) -> Iterator[str]:

@@ -117,7 +117,7 @@ def check_snapshot(
         text = f"{ref} is missing: git's gc may delete commit {oid[:12]}"
         yield Finding("snapshot", "fault", text, f"`git update-ref {ref} {oid}`")
         return
-    wrong = changed_files(root, oid, recipe.preimages["code"]["files"]) if recipe else {}
+    wrong = changed_files(root, oid, recipe.preimages["code"]) if recipe else {}
     for path, why in wrong.items():
         yield Finding("snapshot", "fault", f"commit {oid[:12]}: {path} {why}", fetch)
     if not wrong:

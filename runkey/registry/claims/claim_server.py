@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from runkey.errors import RegistryError
-from runkey.identity.key import SCHEMA
+from runkey.identity.key import ANY_KEY
 from runkey.registry.claims.claims import STATES, Claim, State, in_order, split_name
 from runkey.registry.claims.owner import Owner
 from runkey.registry.rest import RestClient, RestError
@@ -42,7 +42,7 @@ class ServerClaims:
 
     def all(self) -> list[Claim]:
         """See `Claims`."""
-        return [claim for claim, _ in self._search(f"{SCHEMA}-")]
+        return [claim for claim, _ in self._search(ANY_KEY)]
 
     def make(self, claim: Claim) -> bool:
         """See `Claims`."""

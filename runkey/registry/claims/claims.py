@@ -13,13 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from runkey.identity.key import SCHEMA
+from runkey.identity.key import ANY_SCHEMA
 from runkey.registry.claims.owner import Owner, is_running
 
 State = Literal["running", "finished", "failed"]
 StateNow = Literal["running", "finished", "failed", "dead", "silent"]
 STATES: tuple[State, ...] = ("running", "finished", "failed")
-_NAME = re.compile(rf"^({SCHEMA}-[0-9a-f]{{64}})(?:\.g([1-9][0-9]{{0,8}}))?$")
+_NAME = re.compile(rf"^({ANY_SCHEMA}-[0-9a-f]{{64}})(?:\.g([1-9][0-9]{{0,8}}))?$")
 
 
 @dataclass(frozen=True, kw_only=True)

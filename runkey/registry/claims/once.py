@@ -85,7 +85,7 @@ def decide(
     Args:
         library: the runs of this process's store.
         claims: of the same store.
-        key: `rk1-<64 hex digits>`.
+        key: `rk2-<64 hex digits>`.
         reuse: False: train without looking.
         wait: when another process trains the key, wait for it; False: refuse at once.
         say: told once whom it waits for, and what cannot be reached.

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from runkey.hashing import sha256_bytes
+from runkey.errors import RunkeyError
+from runkey.identity.closure import code_rule, hash_code
 from runkey.registry.git import git, git_bytes
 
 
-def changed_files(root: Path, oid: str, hashes: Mapping[str, str]) -> dict[str, str]:
+def changed_files(root: Path, oid: str, code: Mapping[str, Any]) -> dict[str, str]:
     """Files of a key's code that a commit lacks, or has otherwise.
 
     Args:
         root: the workspace in the repository that holds the commit.
         oid: the commit.
-        hashes: hex sha256 by path relative to the workspace; CRLF counts as LF.
+        code: the code part of a recipe; its paths are relative to the workspace.
 
     Returns:
         What is wrong by path, in words; empty when all agree.
@@ -23,22 +25,27 @@ def changed_files(root: Path, oid: str, hashes: Mapping[str, str]) -> dict[str, 
     Raises:
         RegistryError: git cannot read the commit.
     """
+    hashes, rule = code["files"], code_rule(code)
     blobs = _blobs(root, oid)
     wrong = {path: "is not in it" for path in hashes if path not in blobs}
     wanted = [path for path in hashes if path in blobs]
     contents = _contents(root, [blobs[path] for path in wanted])
     for path in wanted:
-        if _hash(contents.get(blobs[path])) == hashes[path]:
+        if same_code(path, contents.get(blobs[path]), hashes[path], rule):
             continue
         # A check-out may pass it through filters; git does that for single files only.
         given = git_bytes(root, "cat-file", "--filters", f"--path={path}", blobs[path])
-        if _hash(given) != hashes[path]:
+        if not same_code(path, given, hashes[path], rule):
             wrong[path] = "is another one in it"
     return wrong
 
 
-def _hash(content: bytes | None) -> str | None:
-    return None if content is None else sha256_bytes(content.replace(b"\r\n", b"\n"))
+def same_code(path: str, data: bytes | None, digest: str, rule: str) -> bool:
+    """Return True if a file of code has the hash that a key holds; None is no file."""
+    try:
+        return data is not None and hash_code(path, data, rule) == digest
+    except RunkeyError:  # no Python
+        return False
 
 
 def _blobs(root: Path, oid: str) -> dict[str, str]:

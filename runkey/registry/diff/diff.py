@@ -66,13 +66,13 @@ def compare(a: Side, b: Side, root: Path) -> Diff:
     on_both = a.record is not None and b.record is not None
     data_a, data_b = a.preimage("data"), b.preimage("data")
     images = compare_images(a.images, b.images) if a.images and b.images else None
-    code_a, code_b = (side.preimage("code").get("files", {}) for side in (a, b))
+    code_a, code_b = (side.preimage("code") for side in (a, b))
     return Diff(
         same_key=a.key == b.key,
         parts={part: Pair(part, a.parts.get(part), b.parts.get(part)) for part in PARTS},
         commands=_commands(a, b) if known else [],
         params=differing(a.params, b.params) if known else _as_texts(a.params, b.params),
-        code=compare_code(code_a, code_b, a.code, b.code) if known else CodeDiff([], "", []),
+        code=compare_code(code_a, code_b, a.code, b.code) if known else CodeDiff([], "", [], []),
         excluded=_excluded(a, b) if known else [],
         data=differing(data_a, data_b) if known else [],
         images=images,

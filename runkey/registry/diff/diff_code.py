@@ -10,10 +10,12 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from runkey.errors import RegistryError
-from runkey.hashing import sha256_bytes
+from runkey.identity.closure import code_rule, hash_code
+from runkey.identity.syntax import RULE
+from runkey.registry.diff.code_tree import same_code
 from runkey.registry.diff.pairs import Pair, differing
 from runkey.registry.git import git, git_bytes, has_git
 
@@ -64,7 +66,7 @@ class FileChange:
     path: str
     change: Change
     a: str | None
-    """sha256 of its text, as the key holds it."""
+    """Its hash, as the key holds it."""
     b: str | None
     insertions: int | None
     """Lines; None where the file's text is not known."""
@@ -80,30 +82,56 @@ class CodeDiff:
     """Of the files whose text is known."""
     unknown: list[str]
     """Files whose text no snapshot here has."""
+    incomparable: list[str]
+    """Files that may differ or not: their hashes are made by different rules, and the text of one
+    side is not here."""
 
 
 def compare_code(
-    a: Mapping[str, str], b: Mapping[str, str], source_a: Source | None, source_b: Source | None
+    a: Mapping[str, Any], b: Mapping[str, Any], source_a: Source | None, source_b: Source | None
 ) -> CodeDiff:
-    """The files that differ, and how.
+    """Compare the code of two keys file by file.
+
+    Where the keys are made by different rules, files on both sides are compared by their text,
+    under the newer rule: a comment makes no difference.
 
     Args:
-        a: sha256 by path, as the code part of the first key holds it.
+        a: the code part of the first key.
         b: of the second.
         source_a: where the first one's files are; None: nowhere here.
         source_b: where the second one's are.
     """
-    pairs = differing(a, b)
+    pairs = differing(a["files"], b["files"])
+    rules = code_rule(a), code_rule(b)
     texts = {
-        pair.name: (_text(pair.a, pair, source_a), _text(pair.b, pair, source_b)) for pair in pairs
+        pair.name: (
+            _text(pair.a, pair, source_a, rules[0]),
+            _text(pair.b, pair, source_b, rules[1]),
+        )
+        for pair in pairs
     }
+    incomparable: list[str] = []
+    if rules[0] != rules[1]:
+        both = [pair.name for pair in pairs if pair.a is not None and pair.b is not None]
+        incomparable = [path for path in both if None in texts[path]]
+        same = {
+            path for path in both if path not in incomparable and _does_same(path, *texts[path])
+        }
+        pairs = [pair for pair in pairs if pair.name not in {*incomparable, *same}]
+        texts = {pair.name: texts[pair.name] for pair in pairs}
     known = {path: (x, y) for path, (x, y) in texts.items() if x is not None and y is not None}
     lines, patch = _git_diff(known, {pair.name: pair for pair in pairs}) if known else ({}, "")
     files = [
         FileChange(pair.name, _change(pair), pair.a, pair.b, *lines.get(pair.name, (None, None)))
         for pair in pairs
     ]
-    return CodeDiff(files, patch, [pair.name for pair in pairs if pair.name not in lines])
+    unknown = [pair.name for pair in pairs if pair.name not in lines]
+    return CodeDiff(files, patch, unknown, incomparable)
+
+
+def _does_same(path: str, a: bytes | None, b: bytes | None) -> bool:
+    assert a is not None
+    return same_code(path, b, hash_code(path, a), RULE)
 
 
 def _change(pair: Pair) -> Change:
@@ -112,7 +140,7 @@ def _change(pair: Pair) -> Change:
     return "removed" if pair.b is None else "changed"
 
 
-def _text(recorded: str | None, pair: Pair, source: Source | None) -> bytes | None:
+def _text(recorded: str | None, pair: Pair, source: Source | None, rule: str) -> bytes | None:
     """A file's text with LF at line ends, as keys see it; None if it is not the recorded one."""
     if recorded is None:
         return b""
@@ -120,7 +148,7 @@ def _text(recorded: str | None, pair: Pair, source: Source | None) -> bytes | No
     if content is None:
         return None
     content = content.replace(b"\r\n", b"\n")
-    return content if sha256_bytes(content) == recorded else None
+    return content if same_code(pair.name, content, recorded, rule) else None
 
 
 def _git_diff(

@@ -12,7 +12,7 @@ from typing import Any
 from runkey import paths
 from runkey.data.image_list import IMAGE_LIST, ImageList, read_image_list
 from runkey.errors import DataError, RegistryError
-from runkey.identity.key import Recipe, make_recipe
+from runkey.identity.key import Recipe, make_recipe, older_rule
 from runkey.identity.pipeline import PIPELINE
 from runkey.identity.record import KEY_JSON, Record
 from runkey.identity.yamltext import read_yaml_text
@@ -70,7 +70,7 @@ def run_side(library: Library, address: str, root: Path) -> Side:
         RecipeError: its key.json is damaged.
     """
     record = find_run(library, address)
-    notes: list[str] = []
+    notes = [older] if (older := older_rule(record.key)) else []
 
     def read(path: str) -> bytes | None:
         return _artifact(library, record, path, notes)

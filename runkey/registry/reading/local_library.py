@@ -19,12 +19,13 @@ from typing import BinaryIO
 from runkey import paths
 from runkey.errors import RegistryError
 from runkey.identity.errors import RecipeError
+from runkey.identity.key import ANY_SCHEMA
 from runkey.identity.record import Record, read_record
 from runkey.registry.reading.query import Query, choose
 from runkey.registry.reading.record_cache import RecordCache, Stamp
 
 CACHE = "runs.sqlite"
-_NAME = re.compile(r"rk1-[0-9a-f]{64}-[\w-]+\.json")
+_NAME = re.compile(rf"{ANY_SCHEMA}-[0-9a-f]{{64}}-[\w-]+\.json")
 
 
 def tell(line: str) -> None:

@@ -18,6 +18,7 @@ from heapq import nsmallest
 from typing import Literal, Protocol
 
 from runkey.errors import RegistryError
+from runkey.identity.key import ANY_KEY
 from runkey.identity.record import LoggedRun, Record
 from runkey.registry.library import Library
 
@@ -83,7 +84,7 @@ class Condition:
 class Query:
     """A question about all runs."""
 
-    prefix: str = "rk1-"
+    prefix: str = ANY_KEY
     """Beginning of the keys that are meant."""
     conditions: tuple[Condition, ...] = ()
     sort: Field = Field("run", "started")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from runkey.identity.key import older_rule
 from runkey.identity.record import HINT, KEY, RESUMED_AFTER, Details, LoggedRun, Record
 from runkey.params import changed_params
 from runkey.registry.reading.columns import address, size, span, text
@@ -59,6 +60,7 @@ def describe(
     run, details = record.run, record.details
     return [
         ("key", record.key),
+        *([("", older)] if (older := older_rule(record.key)) else []),
         ("parts", _listed(f"{name} {digest[:_PART_DIGITS]}" for name, digest in run.parts.items())),
         ("status", _status(run, status)),
         ("name", run.name),

@@ -21,7 +21,7 @@ from typing import Any
 
 from runkey.errors import RegistryError
 from runkey.hashing import sha256_file
-from runkey.identity.key import SCHEMA as KEY_SCHEMA
+from runkey.identity.key import ANY_SCHEMA
 from runkey.progress import progress
 from runkey.registry.team.safe_names import safe_path
 
@@ -34,7 +34,7 @@ _LARGEST_INDEX = 64 << 20
 _MOST = 1_000_000
 _LEFT_FREE = 64 << 20
 """Bytes that unpacking leaves on the disk."""
-_KEY = re.compile(rf"{KEY_SCHEMA}-[0-9a-f]{{64}}")
+_KEY = re.compile(rf"{ANY_SCHEMA}-[0-9a-f]{{64}}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _KINDS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _SQUEEZED = (".zip", ".pt", ".jpg", ".png")

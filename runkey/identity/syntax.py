@@ -1,0 +1,242 @@
+"""Hash what a Python file does: its syntax tree without what cannot change a result.
+
+    syntax_digest("runkey/model/boxes.py", ast.parse(source))
+
+No tree holds comments or formatting.  Also left out are:
+
+- constants that stand alone as a statement (docstrings, also those below attributes) and `pass`:
+  Python compiles them to nothing;
+- the text of log messages, see `_log_residue`.
+
+A program can read its docstrings; a file that does so is refused, see `_refuse_readers`.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from runkey.hashing import sha256_bytes
+from runkey.identity.errors import RecipeError
+
+RULE = "ast1"
+"""Changes whenever the same file would give another hash."""
+
+_NOT_WRITTEN = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
+"""Fields that follow from the rest of the tree, or that Python ignores."""
+_DOCSTRING_READERS = frozenset(
+    {"__doc__", "findsource", "getcomments", "getdoc", "getsource", "getsourcelines"}
+)
+_LOGGERS = ("logger", "log")
+_LOG_METHODS = frozenset({"debug", "info", "warning", "error", "exception", "critical"})
+
+
+def syntax_digest(path: str, tree: ast.Module) -> str:
+    """Return the hex sha256 of a file's syntax tree.
+
+    Args:
+        path: of the file, for errors.
+        tree: its syntax tree.
+
+    Raises:
+        RecipeError: the file reads docstrings or source text, or is nested too deeply.
+    """
+    _refuse_readers(path, tree)
+    text: list[str] = [RULE, "\n"]
+    try:
+        _write(tree, text, _module_loggers(tree))
+    except RecursionError:
+        raise RecipeError(f"{path}: an expression is nested too deeply; split it") from None
+    return sha256_bytes("".join(text).encode())
+
+
+def _refuse_readers(path: str, tree: ast.Module) -> None:
+    """Refuse a file that can read what is left out of the hash."""
+    for node in ast.walk(tree):
+        kind = type(node)
+        if kind is ast.Attribute:
+            name = node.attr  # type: ignore[attr-defined]
+        elif kind is ast.Name:
+            name = node.id  # type: ignore[attr-defined]
+        elif kind is ast.alias:
+            name = node.name  # type: ignore[attr-defined]
+        elif kind is ast.Constant:
+            name = node.value  # type: ignore[attr-defined]
+        else:
+            continue
+        if isinstance(name, str) and name in _DOCSTRING_READERS:
+            line = node.lineno  # type: ignore[attr-defined]
+            raise RecipeError(
+                f"{path}, line {line}: {name} reads docstrings or source text, which are not in the"
+                " key; put the text that is needed into a variable"
+            )
+
+
+def _write(node: Any, text: list[str], loggers: frozenset[str]) -> None:
+    """Append a node, or a field's plain value, in the one form of all trees that do the same.
+
+    Fields that are None or empty are left out: a later Python's optional fields change nothing.
+    """
+    if not isinstance(node, ast.AST):
+        text.append(_plain(node))
+        return
+    kind = type(node)
+    text.append(f"{kind.__name__}(")
+    if kind is ast.Constant:
+        text.append(_plain(node.value))  # type: ignore[attr-defined]
+    else:
+        for name in kind._fields:
+            value = getattr(node, name, None)
+            if value is None or name in _NOT_WRITTEN:
+                continue
+            if isinstance(value, list):
+                _write_list(name, value, text, loggers)
+            else:
+                text.append(f"{name}=")
+                _write(value, text, loggers)
+                text.append(",")
+    text.append(")")
+
+
+def _write_list(name: str, items: list[Any], text: list[str], loggers: frozenset[str]) -> None:
+    start = len(text)
+    for item in items:
+        if isinstance(item, ast.stmt):
+            if _does_nothing(item):
+                continue
+            residue = _log_residue(item, loggers)
+            if residue is not None:
+                _write_list("log", list(residue), text, loggers)
+                continue
+        _write(item, text, loggers)
+        text.append(",")
+    if len(text) > start:
+        text.insert(start, f"{name}=[")
+        text.append("],")
+
+
+def _plain(value: object) -> str:
+    """Return a constant as text, so that 1, 1.0, True and "1" differ, and -0.0 and 0.0."""
+    if value is None or value is ... or isinstance(value, bool | bytes):
+        return repr(value)
+    if isinstance(value, str):
+        return ascii(value)
+    if isinstance(value, int):
+        return hex(value)  # `str` refuses thousands of digits
+    if isinstance(value, float):
+        return value.hex()
+    assert isinstance(value, complex)
+    return f"complex({value.real.hex()},{value.imag.hex()})"
+
+
+def _does_nothing(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.Expr):
+        return isinstance(statement.value, ast.Constant)
+    return isinstance(statement, ast.Pass)
+
+
+# --- log messages
+
+
+def _module_loggers(tree: ast.Module) -> frozenset[str]:
+    """Return those of the names `logger` and `log` that are certainly loggers.
+
+    That is a name which the module binds once, at its top level, to `logging.getLogger(...)` of
+    `__name__` or a text; `logging` is bound once, by `import logging`; nothing is set on either.
+    """
+    names = [
+        statement.targets[0].id
+        for statement in tree.body
+        if isinstance(statement, ast.Assign)
+        and isinstance(statement.targets[0], ast.Name)
+        and statement.targets[0].id in _LOGGERS
+        and _makes_logger(statement.value)
+    ]
+    if not names:
+        return frozenset()
+    bound = Counter(_bound_names(tree))
+    imported = any(
+        isinstance(statement, ast.Import)
+        and any(alias.name == "logging" and alias.asname is None for alias in statement.names)
+        for statement in tree.body
+    )
+    if not imported or bound["logging"] != 1 or bound["*"]:
+        return frozenset()
+    return frozenset(name for name in names if bound[name] == 1)
+
+
+def _makes_logger(value: ast.expr) -> bool:
+    match value:
+        case ast.Call(
+            func=ast.Attribute(value=ast.Name(id="logging"), attr="getLogger"),
+            args=[ast.Name(id="__name__") | ast.Constant()],
+            keywords=[],
+        ):
+            return True
+    return False
+
+
+def _bound_names(tree: ast.Module) -> Iterator[str]:
+    """Every name as often as the module binds or deletes it, or sets an attribute of it."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store() | ast.Del()):
+                yield name
+            case ast.Attribute(value=ast.Name(id=name), ctx=ast.Store() | ast.Del()):
+                yield name
+            case ast.arg(arg=name):
+                yield name
+            case ast.alias(name=name, asname=other):
+                yield other or name.split(".")[0]
+            case (
+                ast.FunctionDef(name=name)
+                | ast.AsyncFunctionDef(name=name)
+                | ast.ClassDef(name=name)
+                | ast.ExceptHandler(name=str(name))
+                | ast.MatchAs(name=str(name))
+                | ast.MatchStar(name=str(name))
+                | ast.MatchMapping(rest=str(name))
+                | ast.TypeVar(name=name)
+                | ast.TypeVarTuple(name=name)
+                | ast.ParamSpec(name=name)
+            ):
+                yield name
+            case ast.Global(names=names) | ast.Nonlocal(names=names):
+                yield from names
+
+
+def _log_residue(statement: ast.stmt, loggers: frozenset[str]) -> list[ast.expr] | None:
+    """Return what counts of a statement such as `logger.info("...", x)`; None for any other.
+
+    Text and the plain names that are printed do not count.  Everything in it that may run code
+    does: calls, attributes (which may be properties), arithmetic, format specifications.
+    """
+    match statement:
+        case ast.Expr(
+            value=ast.Call(
+                func=ast.Attribute(value=ast.Name(id=name), attr=method),
+                args=arguments,
+                keywords=keywords,
+            )
+        ) if name in loggers and method in _LOG_METHODS:
+            values = [*arguments, *(keyword.value for keyword in keywords)]
+            if any(keyword.arg is None for keyword in keywords):
+                return [statement.value]
+            return list(_running(values))
+    return None
+
+
+def _running(values: Iterable[ast.expr]) -> Iterator[ast.expr]:
+    """The expressions in a log message that may run code."""
+    for value in values:
+        match value:
+            case ast.Constant() | ast.Name():
+                pass
+            case ast.JoinedStr(values=inner):
+                yield from _running(inner)
+            case ast.FormattedValue(value=inner, format_spec=None):
+                yield from _running([inner])
+            case _:
+                yield value
