@@ -1,6 +1,6 @@
 """What differs between two runs, or between a run and the tree as it stands, and how.
 
-    diff = compare(run_side(library, "rk1-1d0c", root), tree_side(root), root)
+    diff = compare(run_side(library, "rk2-1d0c", root), tree_side(root), root)
 
 First the four parts of the key, by their hashes; then each part that differs, by what it hashes;
 then what the runs gave (metrics) and what they were run with (witness).
