@@ -200,7 +200,7 @@ def measure(chosen: list[Configuration], folder: Path) -> Iterator[dict[str, Any
 def clean_up() -> None:
     """Give back what the last training held, the libraries' workspaces too."""
     gc.collect()
-    normalise._constants.cache_clear()
+    normalise.constants.cache_clear()
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
 

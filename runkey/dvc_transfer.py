@@ -30,7 +30,7 @@ from dvc_data.hashfile.db import get_odb
 from dvc_data.hashfile.hash_info import HashInfo
 from fsspec.callbacks import Callback
 
-_EVERY_SECONDS = 0.2
+EVERY_SECONDS = 0.2
 """Between two lines about bytes that were moved."""
 
 
@@ -49,7 +49,7 @@ def main() -> int:
 
     try:
         with redirect_stdout(sys.stderr):
-            answer = _act(wanted, _Moved(wanted["objects"], say))
+            answer = _act(wanted, Moved(wanted["objects"], say))
     except _RefusedError as error:
         answer = {"error": str(error)}
     except RemoteNotFoundError:
@@ -66,7 +66,7 @@ def main() -> int:
     return 1 if "error" in answer else 0
 
 
-class _Moved(Callback):  # type: ignore[misc]
+class Moved(Callback):  # type: ignore[misc]
     """Counts the bytes of objects while DVC moves them, in several threads."""
 
     def __init__(self, sizes: dict[str, int], say: Callable[[dict[str, Any]], None]) -> None:
@@ -87,7 +87,7 @@ class _Moved(Callback):  # type: ignore[misc]
         """So many bytes more were moved."""
         with self._lock:
             self._unsaid += amount
-            if time.monotonic() - self._last >= _EVERY_SECONDS:
+            if time.monotonic() - self._last >= EVERY_SECONDS:
                 self._say({"moved": self._unsaid})
                 self._unsaid, self._last = 0, time.monotonic()
 
@@ -95,7 +95,7 @@ class _Moved(Callback):  # type: ignore[misc]
 class _OneMoved(Callback):  # type: ignore[misc]
     """Counts an object's bytes, never more than it has: what failed is sent again."""
 
-    def __init__(self, all_moved: _Moved, bytes_: int) -> None:
+    def __init__(self, all_moved: Moved, bytes_: int) -> None:
         super().__init__()
         self._all, self._bytes, self._counted = all_moved, bytes_, 0
 
@@ -115,7 +115,7 @@ class _OneMoved(Callback):  # type: ignore[misc]
             self._all.add(new)
 
 
-def _act(wanted: dict[str, Any], moved_bytes: _Moved) -> dict[str, Any]:
+def _act(wanted: dict[str, Any], moved_bytes: Moved) -> dict[str, Any]:
     repo = Repo(wanted["root"])
     name = wanted["remote"]
     remote = repo.cloud.get_remote_odb(name, "push")
@@ -146,7 +146,7 @@ def _refuse_own_folder(repo: Repo, remote: Any, name: str | None) -> None:
         )
 
 
-def _move(repo: Repo, source: Any, target: Any, hashes: set[HashInfo], moved_bytes: _Moved) -> int:
+def _move(repo: Repo, source: Any, target: Any, hashes: set[HashInfo], moved_bytes: Moved) -> int:
     """Copy the objects that the target lacks; how many."""
     lost: list[str] = []
 

@@ -51,7 +51,7 @@ def normalise(batch: Batch, *, channels_last: bool = False) -> tuple[Tensor, Ten
 
 def _affine(batch: Batch) -> tuple[Tensor, Tensor]:
     """Factor and summand [B, 3] that take a uint8 value to a normalised one."""
-    mean, std = _constants(batch.images.device)
+    mean, std = constants(batch.images.device)
     if batch.colour is None:
         return (1.0 / std).expand(len(batch), 3), (-mean / std).expand(len(batch), 3)
     brightness, contrast = batch.colour[:, 0:1], batch.colour[:, 1:2]
@@ -63,7 +63,7 @@ def _affine(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+def constants(device: torch.device) -> tuple[Tensor, Tensor]:
     """ImageNet's mean and standard deviation, [3], of 0..255: sent once, as sending waits."""
     mean, std = torch.tensor(IMAGENET_MEAN) * 255.0, torch.tensor(IMAGENET_STD) * 255.0
     return mean.to(device), std.to(device)

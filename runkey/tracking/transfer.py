@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _METRICS = 1000
 _PARAMS = 100
 _TAGS = 100
-_LOOK_SECONDS = 0.3
+LOOK_SECONDS = 0.3
 _NOT_COPIED = ("mlflow.runName", "mlflow.artifactLocation")
 
 
@@ -164,18 +164,18 @@ def _read_files(client: MlflowClient, run_id: str, folder: Path) -> None:
     """Copy all artifacts of a run to a folder."""
     sizes = [file.file_size or 0 for file in _artifacts(client, run_id)]
     if sizes:
-        with progress("files from MLflow", sum(sizes), "bytes") as steps, _watched(folder, steps):
+        with progress("files from MLflow", sum(sizes), "bytes") as steps, growing(folder, steps):
             client.download_artifacts(run_id, "", str(folder))
 
 
 @contextmanager
-def _watched(folder: Path, steps: Steps) -> Iterator[None]:
+def growing(folder: Path, steps: Steps) -> Iterator[None]:
     """Tell how a folder grows: MLflow does not say how far its downloads are."""
     ended = Event()
 
     def look() -> None:
         before = 0
-        while not ended.wait(_LOOK_SECONDS):
+        while not ended.wait(LOOK_SECONDS):
             now = 0
             for path in folder.rglob("*"):
                 with suppress(FileNotFoundError):  # it got its name meanwhile

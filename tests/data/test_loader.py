@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ import torch
 from runkey.data.loader import resolve_workers
 from runkey.errors import DataError
 from runkey.params import Augment, Data
+from tests.support.workspace import loader_processes
 
 DATA = Data(
     short_sides=(30, 40),
@@ -46,14 +46,16 @@ def test_bytes_are_the_same_for_any_number_of_workers(records, train_loader, per
     want = [per_window(train_loader(DATA).epoch(epoch)) for epoch in range(3)]
     assert want[0] != want[1]
     for workers in (1, 2):
+        before = loader_processes()
         loader = train_loader(DATA, workers=workers, prefetch=2)
         assert per_window(loader.epoch(0)) == want[0]
-        pids = [w.pid for w in loader._stream._loader._iterator._workers]
+        started = loader_processes() - before
+        assert len(started) == workers
         left = loader.epoch(1)
         next(left)
         assert per_window(loader.epoch(2)) == want[2]
         assert per_window(loader.epoch(1, start_step=2)) == want[1][2:]
-        assert [w.pid for w in loader._stream._loader._iterator._workers] == pids
+        assert loader_processes() - before == started
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 5, 6])
@@ -139,18 +141,21 @@ def test_a_bad_image_is_named_in_one_line(workspace, records, train_loader, work
 
 def test_a_killed_worker_is_told_of_in_one_line(records, train_loader):
     loader = train_loader(DATA, workers=1, prefetch=1, micro_batch=1)
+    before = loader_processes()
     windows = loader.epoch(0)
     next(windows)
-    os.kill(loader._stream._loader._iterator._workers[0].pid, signal.SIGKILL)
+    (worker,) = loader_processes() - before
+    worker.kill()
     with pytest.raises(DataError, match=r"^a loader process was killed.*runtime\.workers"):
         list(windows)
 
 
 def test_a_worker_that_was_killed_between_two_epochs_too(records, train_loader):
     loader = train_loader(DATA, workers=1, prefetch=1, micro_batch=1)
+    before = loader_processes()
     list(loader.epoch(0))
-    worker = loader._stream._loader._iterator._workers[0]
-    os.kill(worker.pid, signal.SIGKILL)
+    (worker,) = loader_processes() - before
+    worker.kill()
     worker.join()
     with pytest.raises(DataError, match=r"^a loader process was killed.*runtime\.workers"):
         next(loader.epoch(1))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 TRAINER = """
+import multiprocessing
 import sys
 
 from runkey.data.stream import BatchStream
@@ -26,7 +27,7 @@ if __name__ == "__main__":
     stream = BatchStream(Maker(), workers=2, prefetch=2, pin_memory=False)
     answers = stream.answer(range(100))
     next(answers)
-    print(*(worker.pid for worker in stream._loader._iterator._workers), flush=True)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
     sys.stdin.read()
 """
 

@@ -21,10 +21,7 @@ from runkey.data.prepare import prepare
 from runkey.data.report import LINES_PER_KIND
 from runkey.errors import DataError
 from runkey.params import Checks, Data
-
-BESIDE = Path(__file__).resolve().parents[2].parent / "shared"
-SHARED = Path(os.environ.get("RUNKEY_SHARED", BESIDE)) / "data"
-SETS = [name for name in ("blood-cells", "coco-tiny") if (SHARED / name).is_dir()]
+from tests.support.shared import shared_data
 
 
 def outputs(folder):
@@ -188,10 +185,11 @@ def test_a_full_disk_is_one_line(folder, monkeypatch):
         folder.prepare()
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", ["blood-cells", "coco-tiny"])
 def test_shared_data_sets_pass_with_the_defaults(name, tmp_path):
     said = []
-    report = prepare(Data(path=name), 0, SHARED, tmp_path / "prepared", 50, said.append)
+    root = shared_data(name).parent
+    report = prepare(Data(path=name), 0, root, tmp_path / "prepared", 50, said.append)
 
     assert report.passed
     train = read_index(tmp_path / "prepared/train.json")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +14,7 @@ from runkey.params import Augment, Data
 from runkey.training.loop import fit
 from runkey.training.seed import set_up
 from tests.support.toy import SavedInMemory, make_params
+from tests.support.workspace import loader_processes
 
 DATA = Data(short_sides=(32,), long_side=48, augment=Augment())
 SMALL = {"hidden_dim": 16, "num_heads": 2, "feedforward_dim": 16, "num_queries": 6}
@@ -28,8 +27,8 @@ class Killing(SimpleNamespace):
         windows = self.loader.epoch(epoch, start_step)
         for number, window in enumerate(windows, start=start_step + 1):
             if (epoch, number) == self.at:
-                worker = self.loader._stream._loader._iterator._workers[0]
-                os.kill(worker.pid, signal.SIGKILL)
+                worker = next(iter(loader_processes() - self.before))
+                worker.kill()
                 worker.join()
             yield window
 
@@ -56,8 +55,14 @@ def test_training_ends_with_a_checkpoint_and_goes_on(workspace, make_record, tra
     expected = train(train_loader(DATA, micro_batch=2), SavedInMemory(due=False))
     saved = SavedInMemory(due=False)
     loader = train_loader(DATA, micro_batch=2, workers=2, prefetch=1)
+    killing = Killing(
+        loader=loader,
+        at=(1, 2),
+        steps_per_epoch=loader.steps_per_epoch,
+        before=loader_processes(),
+    )
     with pytest.raises(DataError) as caught:
-        train(Killing(loader=loader, at=(1, 2), steps_per_epoch=loader.steps_per_epoch), saved)
+        train(killing, saved)
     line = str(caught.value)
     assert line.startswith("a loader process was killed")
     assert line.endswith(

@@ -13,12 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.project import REPOSITORY, Project, copy_repository
+from tests.support.shared import shared_data
 
-DATA = REPOSITORY.parent / "shared/data/blood-cells"
-# git worktrees lie a folder deeper.
-IMAGES = next(
-    (d for d in (DATA, REPOSITORY.parents[1] / "shared/data/blood-cells") if d.is_dir()), DATA
-)
 EPOCHS = {"training.epochs=6": "training.epochs=1", "epochs: 41": "epochs: 2"}
 """What the page trains, and what is trained here."""
 
@@ -52,10 +48,7 @@ def test_the_walk_is_whole() -> None:
 @pytest.fixture
 def clone(tmp_path: Path) -> Iterator[Project]:
     """A repository as `git clone` leaves it."""
-    if not IMAGES.is_dir():
-        pytest.skip(
-            "the blood cells are not here (shared/data/blood-cells); they are not ours to ship"
-        )
+    shared_data("blood-cells")
     project = Project(tmp_path / "cells")
     copy_repository(project.root)
     for name in ("data.dvc", "sample-data/README.md"):
@@ -74,7 +67,7 @@ def meant(command: str) -> str | None:
     """What is typed here; None: it has been done, or would make an environment."""
     if command.startswith(("git clone", "make env", "source ")):
         return None
-    command = command.replace("/path/to/blood-cells", str(IMAGES))
+    command = command.replace("/path/to/blood-cells", str(shared_data("blood-cells")))
     for page, here in EPOCHS.items():
         command = command.replace(page, here)
     # The environment that runs this test is the locked one.

@@ -1,3 +1,3 @@
 """The fixtures of this folder's tests, from tests/support."""
 
-from tests.support.detections import boxes, shared, world
+from tests.support.detections import boxes, world

@@ -19,6 +19,7 @@ from runkey.data.index import ClassName, Record
 from runkey.errors import DataError, ModelError
 from runkey.evaluation.coco import SUMMARY_NAMES, evaluate_detections, evaluate_results
 from runkey.evaluation.detections import read_results, to_results_json, write_results
+from tests.support.shared import shared_data
 
 
 def plain_pycocotools(world, folder):
@@ -212,10 +213,8 @@ def test_sample_sized_evaluation_is_quick(world):
     assert time.process_time() - start < 5
 
 
-def test_truth_as_detections_is_perfect(shared, boxes):
-    path = shared / "data" / "coco-tiny" / "annotations"
-    if not path.is_dir():
-        pytest.skip("shared/data/coco-tiny is not here")
+def test_truth_as_detections_is_perfect(boxes):
+    path = shared_data("coco-tiny") / "annotations"
     names = sorted(path.glob("*.json"))
     content = json.loads(names[0].read_text())
     classes = [ClassName(k, c["id"], c["name"]) for k, c in enumerate(content["categories"])]

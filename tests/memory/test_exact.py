@@ -71,7 +71,7 @@ def allocations(prof):
     found = []
 
     def walk(event):
-        if event.tag == torch._C._profiler._EventType.Allocation:
+        if event.tag.name == "Allocation":
             fields = event.extra_fields
             found.append((event.start_time_ns, fields.alloc_size, fields.ptr))
         for child in event.children:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from runkey import params
+from runkey.memory.trace.fake import fake_tensors
 from runkey.model.boxes import cxcywh_to_xyxy, overlaps
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
@@ -113,8 +114,6 @@ def test_parts_sum_to_the_total(formula):
 @pytest.mark.parametrize(("preset", "groups"), [("fast", 2), ("detr", 0)])
 def test_forward_and_losses_of_given_matches_look_at_no_value(preset, groups, formula):
     """No device is waited for but in the matcher; the memory profile runs this on fake tensors."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     model = params.Model.model_validate(
         SMALL | {"preset": preset, "denoising": {"groups": groups}, "norm": "live"}
     )
@@ -123,7 +122,8 @@ def test_forward_and_losses_of_given_matches_look_at_no_value(preset, groups, fo
     targets = Targets(targets.boxes_cxcywh.float(), targets.labels, targets.counts)
     net = build_model(model, K)
     matches = criterion.match(net(formula.images(2, 32, 40).float(), None), targets)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_tensors() as mode:
+        mode.allow_non_fake_inputs = True
         fake = build_model(model, K)
         images = torch.empty(2, 3, 32, 40)
         padding = torch.zeros(2, 32, 40, dtype=torch.bool)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from runkey.model.coco_names import NUM_COCO_IDS, coco_names
 from runkey.model.detr import build_model
 from runkey.model.model_files import CARD, WEIGHTS, Sizes, load_model, save_model
 from runkey.model.weights import load_initial_weights
+from tests.support.shared import shared_data
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = Path(os.environ.get("RUNKEY_SHARED", ROOT.parent / "shared"))
 SMALL = {"hidden_dim": 16, "num_heads": 2, "feedforward_dim": 24, "num_queries": 10}
 
 
@@ -133,18 +132,13 @@ def test_the_references_coco_rows_are_found_by_id(tmp_path):
 
 
 def test_coco_names_are_those_of_its_files():
-    file = SHARED / "data/coco-tiny/annotations"
-    found = sorted(file.glob("instances*.json")) if file.is_dir() else []
-    known = {
-        entry["id"]: entry["name"]
-        for path in found[:1]
-        for entry in json.loads(path.read_text())["categories"]
-    }
-    known = known or {1: "person", 13: "stop sign", 27: "backpack", 90: "toothbrush"}
     names = coco_names()
     assert len([name for name in names if name]) == 80
-    for number, name in known.items():
+    for number, name in {1: "person", 13: "stop sign", 27: "backpack", 90: "toothbrush"}.items():
         assert names[number] == name
+    file = next((shared_data("coco-tiny") / "annotations").glob("instances*.json"))
+    for entry in json.loads(file.read_text())["categories"]:
+        assert names[entry["id"]] == entry["name"]
 
 
 def test_another_preset_gives_its_backbone_and_encoder_only(tmp_path):

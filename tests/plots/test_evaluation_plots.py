@@ -13,12 +13,14 @@ from PIL import Image
 from runkey.data.index import ClassName, Record, write_classes, write_index
 from runkey.errors import DataError
 from runkey.evaluation.coco import evaluate_results
+from runkey.evaluation.confusion import Confusion
 from runkey.evaluation.detections import Found, write_results
 from runkey.evaluation.files import write_metrics, write_precision_recall
-from runkey.plots.confusion import _most_confused
+from runkey.plots.confusion import confusion_matrix
 from runkey.plots.evaluation import write_evaluation_plots
 from runkey.plots.precision_recall import precision_recall
 from runkey.plots.tables import write_precision_recall_table
+from tests.support.figures import figure_of
 
 MOST_BYTES = 150_000
 NAMES = ("Blutkörperchen", "шар", "白血球", "", "a name that is far too long for a tag " * 3)
@@ -106,22 +108,28 @@ def test_what_is_missing_is_named(image_set, tmp_path):
         file.write_bytes(content)
 
 
-def test_of_many_classes_the_most_confused_are_shown():
+def test_of_many_classes_the_most_confused_are_shown(tmp_path):
+    def drawn(counts, names):
+        """Names on the axis of the truth, and counts by row and column."""
+        (axes,) = figure_of(confusion_matrix, Confusion(counts, 0.5), names, folder=tmp_path).axes
+        cells = {text.get_position()[::-1]: int(text.get_text()) for text in axes.texts}
+        return [label.get_text() for label in axes.get_yticklabels()], cells
+
     counts = 9 * np.eye(31, dtype=np.int64)
     counts[-1, -1] = 0
     counts[7, 3] = 4  # class 7 is taken for class 3
     counts[29, -1] = 2
     names = [f"class {k}" for k in range(30)]
-    few, shown = _most_confused(counts, names)
-    assert few.shape == (21, 21)
-    assert few.sum() == counts.sum()
+    shown, cells = drawn(counts, names)
+    assert len(shown) == 21
+    assert sum(cells.values()) == counts.sum()
     assert {"class 3", "class 7", "class 29"} <= set(shown)
-    assert shown[-1] == "other classes"
-    assert few[shown.index("class 7"), shown.index("class 3")] == 4
-    assert few[shown.index("class 29"), -1] == 2
-    same, all_names = _most_confused(counts[:5, :5], names[:4])
-    assert same.tolist() == counts[:5, :5].tolist()
-    assert all_names == names[:4]
+    assert shown[-2:] == ["other classes", "background"]
+    assert cells[shown.index("class 7"), shown.index("class 3")] == 4
+    assert cells[shown.index("class 29"), 20] == 2
+    shown, cells = drawn(counts[:5, :5], names[:4])
+    assert shown == [*names[:4], "background"]
+    assert cells == {(k, k): 9 for k in range(5)}
 
 
 def curves_json(path, count, *, objects=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 from runkey.errors import DataError
 from runkey.evaluation.per_image import judge_images
@@ -160,10 +160,17 @@ def test_crowded_images_keep_a_name_of_each_class_and_all_faults(image_set):
 def test_tags_never_cover_each_other():
     canvas = Canvas(200, 100)
     frame = (0, 0, 200, 100)
-    placed = [canvas.tag((50, 40, 60, 50), frame, "name", "#0072B2") for _ in range(12)]
+    placed, tags = [], []
+    for number in range(12):  # each in a colour of its own: what changes is the whole tag
+        before = canvas.image.copy()
+        colour = f"#{20 * number:02x}40a0"
+        placed.append(canvas.tag((50, 40, 60, 50), frame, "name", colour))
+        changed = ImageChops.difference(before, canvas.image).getbbox()
+        assert (changed is not None) is placed[-1]
+        tags += [changed] if changed else []
     assert placed[0]
     assert not placed[-1]
-    tags = canvas._tags
+    assert len(tags) > 1
     for number, one in enumerate(tags):
         for other in tags[:number]:
             apart = (

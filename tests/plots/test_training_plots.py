@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,16 @@ import pytest
 from PIL import Image
 
 from runkey.errors import DataError
-from runkey.plots.curves import write_training_plots
+from runkey.plots.curves import learning_rate, write_training_plots
 from runkey.plots.events import mark_events
+from runkey.plots.gradients import gradient_norm
 from runkey.plots.log import GrowingLog, read_log
 from runkey.plots.losses import loss_and_ap
 from runkey.plots.samples import read_samples
 from runkey.plots.style import drawing
 from runkey.plots.system import machine
 from runkey.plots.tables import write_plot_tables
+from tests.support.figures import figure_of, labels_of
 
 MOST_BYTES = 150_000
 ROOT = Path(__file__).parents[2]
@@ -186,57 +189,47 @@ def test_unfinished_log_marks_the_best_so_far(log_of):
     assert read_log(log_of("empty")).best_step() is None
 
 
-def test_warmup_drop_threshold_and_share_are_found(log_of):
-    from runkey.plots import curves, gradients
-
+def test_warmup_drop_threshold_and_share_are_found(log_of, tmp_path):
     log = read_log(log_of("complete"))
-    steps, rates = log.of_steps("train/lr")
-    assert curves._warmup_end(steps, rates) == 30
-    [(place, factor)] = curves._drops(rates)
-    assert steps[place] == 165
-    assert factor == pytest.approx(0.1)
-    _, before = log.of_steps("train/grad_norm")
-    _, after = log.of_steps("train/grad_norm_clipped")
-    ends, share = gradients._share_by_epoch(log, steps, before > after * 1.001)
-    assert ends.tolist() == [20 * e for e in range(1, 13)]
-    assert share[0] == 1
-    assert share[-1] < 1
+    (axes,) = figure_of(learning_rate, log, folder=tmp_path).axes
+    assert labels_of(axes) == ["warm-up, about 30 steps"]
+    assert [list(line.get_xdata()) for line in axes.lines[1:]] == [[165, 165]]
+    assert [text.get_text() for text in axes.texts] == ["x 0.1"]
+    _, shares = figure_of(gradient_norm, log, folder=tmp_path).axes
+    (line,) = shares.lines
+    assert list(line.get_xdata()) == [20 * e for e in range(1, 13)]
+    assert line.get_ydata()[0] == 100
+    assert line.get_ydata()[-1] < 100
     # A cosine is steep at its end, but drops nowhere.
-    cosine = 1 + np.cos(np.linspace(0, np.pi, 40))
-    assert curves._drops(cosine) == []
-
-
-def labels_drawn(draw, path, content):
-    """Labels of what a function draws."""
-    from runkey.plots.style import drawing
-
-    with drawing(path, panels=1, height=3) as (_, (axes,)):
-        draw(axes, content)
-        return axes.get_legend_handles_labels()[1]
+    for place, point in enumerate(log.steps):
+        point.values["train/lr"] = 1 + math.cos(math.pi * place / (len(log.steps) - 1))
+    (axes,) = figure_of(learning_rate, log, folder=tmp_path).axes
+    assert len(axes.lines) == 1
+    assert labels_of(axes) == []
 
 
 def test_threshold_is_the_one_that_was_logged(log_of, tmp_path):
-    from runkey.plots.gradients import _draw_threshold as draw
+    def drawn():
+        return labels_of(figure_of(gradient_norm, log, folder=tmp_path).axes[0], "threshold")
 
     log = read_log(log_of("complete"))
-    assert labels_drawn(draw, tmp_path / "a.png", log) == ["threshold 0.5"]
+    assert drawn() == ["threshold 0.5"]
     for number, point in enumerate(log.steps):  # clipping by percentile
         point.values["train/clip_threshold"] = 0.2 + number / 100
-    [label] = labels_drawn(draw, tmp_path / "a.png", log)
+    [label] = drawn()
     assert label.startswith("threshold 0.2 to 0.")
     for point in log.steps:  # clipping by value
         del point.values["train/clip_threshold"]
-    assert labels_drawn(draw, tmp_path / "a.png", log) == []
+    assert drawn() == []
 
 
 def test_gap_is_told_where_the_weights_were_kept_and_at_the_end(log_of, tmp_path):
-    from runkey.plots.losses import _draw_gap as draw
+    def drawn(kind):
+        log = read_log(log_of(kind))
+        return labels_of(figure_of(loss_and_ap, log, folder=tmp_path).axes[0], "gap")
 
-    log = read_log(log_of("complete"))
-    expected = "gap: -0.5 where kept,\n-0.167 at the end"
-    assert labels_drawn(draw, tmp_path / "a.png", log) == [expected]
-    log = read_log(log_of("no evaluation"))
-    assert labels_drawn(draw, tmp_path / "a.png", log) == []
+    assert drawn("complete") == ["gap: -0.5 where kept,\n-0.167 at the end"]
+    assert drawn("no evaluation") == []
 
 
 def test_no_log(tmp_path):

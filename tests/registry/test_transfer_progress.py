@@ -18,7 +18,7 @@ from runkey.tracking import transfer as runs
 def test_objects_are_counted_by_their_bytes_as_dvc_moves_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dvc_transfer, "_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(dvc_transfer, "EVERY_SECONDS", 0.0)
     sizes = {"aa" + "0" * 30: 5 << 20, "bb" + "1" * 30: 0, "cc" + "2" * 30: 7}
     sources, targets = [], []
     for md5, size in sizes.items():
@@ -28,7 +28,7 @@ def test_objects_are_counted_by_their_bytes_as_dvc_moves_them(
         targets[-1].parent.mkdir(parents=True)
         sources[-1].write_bytes(b"x" * size)
     told: list[dict[str, int]] = []
-    moved = dvc_transfer._Moved(sizes, told.append)
+    moved = dvc_transfer.Moved(sizes, told.append)
     moved.expect({HashInfo("md5", md5) for md5 in sizes})
     here = LocalFileSystem()
     generic.transfer(here, list(map(str, sources)), here, list(map(str, targets)), callback=moved)
@@ -37,16 +37,15 @@ def test_objects_are_counted_by_their_bytes_as_dvc_moves_them(
     assert sum(line["moved"] for line in told[1:]) == sum(sizes.values())
 
 
-def test_an_object_that_is_sent_again_counts_once() -> None:
+def test_an_object_that_is_sent_again_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dvc_transfer, "EVERY_SECONDS", 0.0)
     told: list[dict[str, int]] = []
-    moved = dvc_transfer._Moved({"ab" + "c" * 30: 100}, told.append)
-    moved._last = -1e9
+    moved = dvc_transfer.Moved({"ab" + "c" * 30: 100}, told.append)
     with moved.branched(f"/x/ab/{'c' * 30}", "/y") as one:
         one.relative_update(80)
         one.absolute_update(0)
         one.relative_update(90)
         one.relative_update(80)
-    moved._last = -1e9
     moved.add(0)
     assert sum(line["moved"] for line in told) == 100
 
@@ -55,9 +54,9 @@ def test_a_download_is_seen_growing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
-    monkeypatch.setattr(runs, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(runs, "LOOK_SECONDS", 0.01)
     seen = threading.Event()
-    with shown("files from MLflow", 4_000_000, "bytes") as steps, runs._watched(tmp_path, steps):
+    with shown("files from MLflow", 4_000_000, "bytes") as steps, runs.growing(tmp_path, steps):
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "weights.pt").write_bytes(b"x" * 1_000_000)
         end = time.monotonic() + 20

@@ -1,18 +1,14 @@
-"""Made-up truth and detections, and where the shared data sets are."""
+"""Made-up truth and detections."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from runkey.data.index import ClassName, Record
-
-SHARED = Path(os.environ.get("RUNKEY_SHARED", Path(__file__).parents[3] / "shared"))
 
 
 @dataclass(frozen=True)
@@ -115,8 +111,3 @@ def world() -> Callable[..., World]:
 @pytest.fixture
 def boxes() -> type[Boxes]:
     return Boxes
-
-
-@pytest.fixture
-def shared() -> Path:
-    return SHARED

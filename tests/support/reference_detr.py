@@ -19,6 +19,7 @@ from runkey import params
 from runkey.model.targets import Targets
 
 ROOT = Path(__file__).resolve().parents[2]
+COMMIT = "29901c5"
 
 
 def fill_by_formula(module: nn.Module) -> None:
@@ -88,8 +89,8 @@ def detr_params():
 
 
 def _reference_repository() -> Path | None:
-    named = os.environ.get("RUNKEY_DETR_REFERENCE")
-    path = Path(named) if named else ROOT.parent / ".mirror/facebookresearch+detr/repo"
+    """`make reference` clones it; RUNKEY_DETR_REFERENCE names a clone or a mirror elsewhere."""
+    path = Path(os.environ.get("RUNKEY_DETR_REFERENCE") or ROOT / ".reference" / "detr")
     return path if path.exists() else None
 
 
@@ -98,10 +99,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Namespace:
     """The reference implementation's `build`, its matcher and losses, checked out of a mirror."""
     repository = _reference_repository()
     if repository is None:
-        pytest.skip("no mirror of the reference DETR here (RUNKEY_DETR_REFERENCE)")
+        pytest.skip("needs the reference DETR: `make reference`, or set RUNKEY_DETR_REFERENCE")
     folder = tmp_path_factory.mktemp("reference")
     archive = subprocess.run(
-        ["git", "-C", str(repository), "archive", "HEAD", "models", "util"],
+        ["git", "-C", str(repository), "archive", COMMIT, "models", "util"],
         check=True,
         capture_output=True,
     )

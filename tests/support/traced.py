@@ -130,7 +130,7 @@ def trace(training: Training, *, fake: bool, own: bool) -> Traced:
         own: with our backward pass, not torch's.
     """
     # Kept by the process; a step that finds it there allocates less.
-    normalise._constants.cache_clear()
+    normalise.constants.cache_clear()
     torch.manual_seed(0)
     with ExitStack() as stack:
         if fake:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -156,3 +158,8 @@ def _per_image(batches: Iterable[Batch]) -> list[tuple[int, str]]:
                 digest.update(batch.colour[i].numpy().tobytes())
             found.append((id_, digest.hexdigest()))
     return found
+
+
+def loader_processes() -> set[BaseProcess]:
+    """Those that run now: Python lists the processes that were started here."""
+    return set(multiprocessing.active_children())

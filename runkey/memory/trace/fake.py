@@ -28,7 +28,7 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
     The one cache of the project that would carry fake tensors out of it, or real ones into it, is
     emptied at both ends.
     """
-    normalise._constants.cache_clear()
+    normalise.constants.cache_clear()
     try:
         with (
             patch.object(torch.utils, "swap_tensors", _move),
@@ -37,7 +37,7 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
         ):
             yield mode
     finally:
-        normalise._constants.cache_clear()
+        normalise.constants.cache_clear()
 
 
 @contextmanager
