@@ -1,13 +1,14 @@
 """docs/troubleshooting.md quotes messages that the code has, word for word.
 
 Every quoted message is held against the strings of the sources; those about data must be among
-the ones that tests/data_prepare provokes; some more are provoked in test_provoked.py.
+the ones that tests/data provokes; some more are provoked in test_provoked.py.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,7 @@ def known() -> Templates:
     return templates
 
 
+@cache
 def names_of_parameters() -> set[str]:
     names = load_params(ROOT / "params.yaml").flat(runtime=True)
     return {part for name in names for part in name.split(".")}
