@@ -81,7 +81,7 @@ def test_a_budget_is_a_line_or_a_word(prediction, tmp_path):
     [
         (["--shape", "800"], "--shape 800: not HEIGHTxWIDTH in pixels, such as 800x1333"),
         (["-S", "lr"], "-S lr: not NAME=VALUE, such as model.backbone=resnet101"),
-        (["-S", "lr.x=1"], "lr.x: lr is no section of params.yaml"),
+        (["-S", "lr.x=1"], "lr.x: lr is not a section of params.yaml"),
         (["-S", "lr=fast"], "params.yaml: lr = 'fast': should be a number"),
     ],
 )
