@@ -20,9 +20,10 @@ extensions = ["myst_parser"]
 root_doc = "docs/README"
 
 # Other folders are not even walked: environments and stores hold 100,000 files.
-include_patterns = ["README.md", "docs/**.md", "benchmarks/**.md"]
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+include_patterns = [*PAGES, "docs/**.md", "benchmarks/**.md"]
 exclude_patterns = [
-    path.name for path in ROOT.iterdir() if path.name not in ("README.md", "docs", "benchmarks")
+    path.name for path in ROOT.iterdir() if path.name not in (*PAGES, "docs", "benchmarks")
 ]
 
 nitpicky = True  # a reference that leads nowhere is a warning, and warnings are errors
