@@ -124,7 +124,7 @@ def train(params: Params, root: Path, folder: Path | None, clock: Callable[[], f
 
     checkpoints = None
     if folder is not None:
-        fingerprint = {"key": "rk1-", "device": device.type}
+        fingerprint = {"key": "rk2-", "device": device.type}
         interval = Interval("auto")
         checkpoints = FolderCheckpoints(folder, fingerprint, print, interval=interval)
         save = checkpoints.save

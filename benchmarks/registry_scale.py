@@ -81,7 +81,7 @@ def fill(store: Store, runs: int) -> list[str]:
     keys = []
     with closing(sqlite3.connect(store.database)) as database, database:
         for index in range(runs):
-            key = f"rk1-{sha256_bytes(str(index).encode())}"
+            key = f"rk2-{sha256_bytes(str(index).encode())}"
             run = hashlib.md5(key.encode()).hexdigest()
             folder = store.artifacts / run / "artifacts"
             folder.mkdir(parents=True)
@@ -229,7 +229,7 @@ def main() -> None:
         store = locate_store(root)
         if store.database and not store.database.exists():
             fill(store, options.runs)
-        key = f"rk1-{sha256_bytes(str(options.runs // 2).encode())}"
+        key = f"rk2-{sha256_bytes(str(options.runs // 2).encode())}"
         shutil.rmtree(store.home, ignore_errors=True)
         index = cpu_seconds(root, "index", times=1)
         first = cpu_seconds(root, "list", times=1)

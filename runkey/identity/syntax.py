@@ -43,13 +43,16 @@ def syntax_digest(path: str, tree: ast.Module) -> str:
     Raises:
         RecipeError: the file reads docstrings or source text, or is nested too deeply.
     """
-    _refuse_readers(path, tree)
-    text: list[str] = [RULE, "\n"]
+    parts: list[str] = [RULE, "\n"]
     try:
-        _write(tree, text, _module_loggers(tree))
+        _write(tree, parts, _module_loggers(tree))
     except RecursionError:
         raise RecipeError(f"{path}: an expression is nested too deeply; split it") from None
-    return sha256_bytes("".join(text).encode())
+    text = "".join(parts)
+    # All names and texts are in it, quoted; walking every tree would take as long as writing it.
+    if any(f"'{name}'" in text for name in _DOCSTRING_READERS):
+        _refuse_readers(path, tree)
+    return sha256_bytes(text.encode())
 
 
 def _refuse_readers(path: str, tree: ast.Module) -> None:
@@ -106,7 +109,7 @@ def _write_list(name: str, items: list[Any], text: list[str], loggers: frozenset
         if isinstance(item, ast.stmt):
             if _does_nothing(item):
                 continue
-            residue = _log_residue(item, loggers)
+            residue = _log_residue(item, loggers) if loggers else None
             if residue is not None:
                 _write_list("log", list(residue), text, loggers)
                 continue
@@ -119,10 +122,10 @@ def _write_list(name: str, items: list[Any], text: list[str], loggers: frozenset
 
 def _plain(value: object) -> str:
     """Return a constant as text, so that 1, 1.0, True and "1" differ, and -0.0 and 0.0."""
-    if value is None or value is ... or isinstance(value, bool | bytes):
-        return repr(value)
     if isinstance(value, str):
         return ascii(value)
+    if value is None or value is ... or isinstance(value, bool | bytes):
+        return repr(value)
     if isinstance(value, int):
         return hex(value)  # `str` refuses thousands of digits
     if isinstance(value, float):

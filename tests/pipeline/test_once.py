@@ -69,6 +69,19 @@ def test_a_finished_run_is_taken_before_torch_is_imported(root: Path) -> None:
     assert not {"torch", "mlflow", "dvc", "numpy"} & imported
 
 
+def test_a_comment_in_the_model_takes_the_finished_run(root: Path) -> None:
+    """So it is when DVC, which hashes bytes, starts the stage."""
+    record = make_run(root, make_recipe("train", root).key)
+    path = root / "runkey/model/boxes.py"
+    text = path.read_text()
+    path.write_text(text.replace('"""', '"""Said again: ', 1) + "# A comment.\n")
+    assert f"finished run {record.run.run_id[:8]} of here is reused" in train(root).stdout
+    assert {path: (root / path).read_bytes() for path in FILES} == FILES
+    assert text.count(" 2,") == 1
+    path.write_text(text.replace(" 2,", " 3,"))
+    assert make_recipe("train", root).key != record.key
+
+
 def test_a_damaged_run_is_not_taken_and_its_files_are_not_touched(root: Path) -> None:
     record = make_run(root, make_recipe("train", root).key)
     artifacts = root / "mlartifacts" / record.run.run_id / "artifacts"
