@@ -6,7 +6,7 @@ from runkey.memory.batch_shapes import Census
 from runkey.memory.predict import Surroundings, bound_step
 from runkey.memory.trace.tracker import Pass
 from runkey.params import Params, override
-from runkey.pipeline.one_step import lender
+from runkey.pipeline.one_step import step_factory
 
 
 def stated_bounds(
@@ -29,5 +29,5 @@ def stated_bounds(
 
     around = Surroundings(census, lambda _: census, sample, classes)
     params = override(params, {"training.batch_size": images})
-    bounded = bound_step(params, around, lambda changed: lender(changed, classes))
+    bounded = bound_step(params, around, lambda changed: step_factory(changed, classes))
     return bounded.estimate.upper_bytes

@@ -38,7 +38,7 @@ from runkey.memory.trace.backward import Gpu, present_gpu
 from runkey.memory.trace.record import Content, recorder, synthetic_batch
 from runkey.memory.trace.tracker import Pass
 from runkey.params import Params, load_params
-from runkey.pipeline.one_step import build_step, lender
+from runkey.pipeline.one_step import build_step, step_factory
 from runkey.training.device import choose_device
 
 MIB = 2**20
@@ -131,7 +131,7 @@ def _predict_model(group: list[Configuration], gpu: Gpu) -> dict[str, Any]:
     params = group[0].params
     predicted = {}
     content = Content(CLASSES, None)
-    with recorder(lender(params, CLASSES), content, gpu, kernels=True) as one:
+    with recorder(step_factory(params, CLASSES), content, gpu, kernels=True) as one:
         steps = []
         for configuration in group:
             one.restart()
@@ -169,11 +169,11 @@ def measure(chosen: list[Configuration], folder: Path) -> Iterator[dict[str, Any
         torch.cuda.reset_peak_memory_stats()
         if configuration.logged:
             start_history()
-        lent = build_step(configuration.params, CLASSES, device, fixed_matches=True)
+        trained = build_step(configuration.params, CLASSES, device, fixed_matches=True)
         window = tuple(synthetic_batch(one, CLASSES, None) for one in configuration.window)
         built = torch.cuda.memory_allocated()
         for _ in range(STEPS):
-            lent.step(window)
+            trained.step(window)
         torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info()
         row = {
@@ -189,10 +189,10 @@ def measure(chosen: list[Configuration], folder: Path) -> Iterator[dict[str, Any
         if configuration.logged:
             row["allocator"] = replayed(end_history())
             (folder / "steps").mkdir(parents=True, exist_ok=True)
-            text = json.dumps(log_step(lent, window))
+            text = json.dumps(log_step(trained, window))
             (folder / "steps" / f"{configuration.name}.json").write_text(text)
         row["seconds"] = round(time.perf_counter() - start, 2)
-        del lent, window
+        del trained, window
         yield row
 
 

@@ -34,7 +34,7 @@ from runkey.memory.predict import Surroundings, colour_factors, predict
 from runkey.memory.trace.record import synthetic_batch
 from runkey.memory.trace.tracker import Pass
 from runkey.params import Params, load_params, override
-from runkey.pipeline.one_step import build_step, lender
+from runkey.pipeline.one_step import build_step, step_factory
 from runkey.training.device import choose_device
 
 PRESET = Path(__file__).parents[1] / "presets" / "coco-detr-r50.yaml"
@@ -120,7 +120,7 @@ def write_prediction(folder: Path) -> None:
         sample=lambda images, batches: census_windows(params, images, batches),
         num_classes=CLASSES,
     )
-    write_model(folder, predict(params, around, lambda other: lender(other, CLASSES)).model)
+    write_model(folder, predict(params, around, lambda other: step_factory(other, CLASSES)).model)
 
 
 def run(model: MemoryModel, budget_gib: float, steps: int, seconds: float) -> dict[str, Any]:

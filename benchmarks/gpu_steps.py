@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runkey.data.dataset import GlobalBatch
 from runkey.memory.allocator import Allocator, Block
-from runkey.memory.trace.record import Lent, Recorder, synthetic_batch
+from runkey.memory.trace.record import BuiltStep, Recorder, synthetic_batch
 from runkey.memory.trace.tracker import Pass, watching
 
 History = tuple[str, int, int]
@@ -49,13 +49,13 @@ def _allocations() -> int:
     return count
 
 
-def log_step(lent: Lent, window: GlobalBatch) -> dict[str, Any]:
+def log_step(built: BuiltStep, window: GlobalBatch) -> dict[str, Any]:
     """A step on a GPU: its operations, and the allocator's history."""
     start_history()
     before = _allocations()
     operations = Operations()
     with operations:
-        lent.step(window)
+        built.step(window)
     return {"before": before, "operations": operations.rows, "history": end_history()}
 
 
@@ -111,5 +111,5 @@ def log_fake_step(recorder: Recorder, passes: Sequence[Pass]) -> dict[str, Any]:
     window = tuple(synthetic_batch(one, content.num_classes, content.colour) for one in passes)
     operations = Operations()
     with watching(recorder.scope), recorder.tracker, operations:
-        recorder.lent.step(window)
+        recorder.built.step(window)
     return {"operations": operations.rows}

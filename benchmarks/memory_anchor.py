@@ -22,7 +22,7 @@ from runkey.memory.trace.backward import Gpu
 from runkey.memory.trace.record import Content, recorder
 from runkey.memory.trace.tracker import Pass
 from runkey.params import load_params, override
-from runkey.pipeline.one_step import lender
+from runkey.pipeline.one_step import step_factory
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 80
@@ -74,7 +74,7 @@ def peak_bytes(way: Way) -> int:
         if way.materialised:
             stack.enter_context(patch.object(backward, "choose_kernel", lambda *_: "math"))
         content = Content(CLASSES, colour_factors(params))
-        one = stack.enter_context(recorder(lender(params, CLASSES), content, V100))
+        one = stack.enter_context(recorder(step_factory(params, CLASSES), content, V100))
         window = (way.one,) * (2 if way.keeps_gradients else 1)
         steps = [one.step(window[:1]), one.step(window)]
         _, (_, trace) = one.classified(steps)

@@ -176,9 +176,9 @@ def memory(
     # Seconds of import, and seconds of work.
     from runkey.memory.decide import shown_images
     from runkey.memory.predict import predict
-    from runkey.pipeline.one_step import lender
+    from runkey.pipeline.one_step import step_factory
 
-    prediction = predict(params, around, lambda other: lender(other, around.num_classes))
+    prediction = predict(params, around, lambda other: step_factory(other, around.num_classes))
     budget = params.memory.budget_gib
     budget_gib = None if budget == "device" else budget
     images = batch or shown_images(prediction.model, budget_gib)

@@ -27,7 +27,7 @@ from runkey.memory.memory_model import (
 )
 from runkey.memory.timeline import timeline_of
 from runkey.memory.trace.backward import Gpu
-from runkey.memory.trace.record import Content, Lend, recorder
+from runkey.memory.trace.record import Content, StepFactory, recorder
 from runkey.memory.trace.tracker import Pass, Trace
 from runkey.params import Params, override
 from runkey.progress import progress
@@ -141,7 +141,7 @@ def _yaml(value: Any) -> str:
 # The prediction: a few traced steps, from which every micro-batch and every shape follows.
 
 
-LendFor = Callable[[Params], Lend]
+FactoryFor = Callable[[Params], StepFactory]
 """Builds what trains under some parameters."""
 SampleWindows = Callable[[int, int], list[tuple[Pass, ...]]]
 """Optimizer steps of the census, by images of a micro-batch and how many micro-batches."""
@@ -207,19 +207,19 @@ class Bounded:
     confirmation: Confirmation
 
 
-def predict(params: Params, around: Surroundings, lend_for: LendFor) -> Prediction:
+def predict(params: Params, around: Surroundings, factory_for: FactoryFor) -> Prediction:
     """Trace training steps on a GPU that is not there, and model their memory.
 
     Args:
         params: what is trained, and how.
         around: the batches.
-        lend_for: builds it.
+        factory_for: builds it.
 
     Returns:
         The same on any machine, to the byte.
     """
-    bounded = bound_step(params, around, lend_for)
-    alternatives = _alternatives(params, around, lend_for, bounded)
+    bounded = bound_step(params, around, factory_for)
+    alternatives = _alternatives(params, around, factory_for, bounded)
     fp32 = [one.estimate.line for one in alternatives if one.name == "fp32"]
     model = MemoryModel(
         batch_size=params.training.batch_size,
@@ -236,14 +236,14 @@ def predict(params: Params, around: Surroundings, lend_for: LendFor) -> Predicti
     return Prediction(model, bounded.template, around)
 
 
-def bound_step(params: Params, around: Surroundings, lend_for: LendFor) -> Bounded:
+def bound_step(params: Params, around: Surroundings, factory_for: FactoryFor) -> Bounded:
     """Trace the step, confirm the template, replay the census; arguments as for `predict`."""
     batch_size, stride = params.training.batch_size, token_stride(params)
     few, many = around.worst(_FEW), around.worst(_MANY)
     shape = other_shape((many.height, many.width), stride)
     other = Pass(_CONFIRMED, *shape, many.objects)
     unseen = Pass(_CONFIRMED + 2, shape[0] - 5, shape[1] - 3, many.objects)
-    *traces, check = _trace(lend_for(params), around, params, (few, many, other, unseen))
+    *traces, check = _trace(factory_for(params), around, params, (few, many, other, unseen))
     template = make_template(traces, stride)
     replays = tuple(
         replay(template, around.windows(images, batches), WORKSPACE_SHARE)
@@ -257,7 +257,7 @@ def bound_step(params: Params, around: Surroundings, lend_for: LendFor) -> Bound
 
 
 def _alternatives(
-    params: Params, around: Surroundings, lend_for: LendFor, bounded: Bounded
+    params: Params, around: Surroundings, factory_for: FactoryFor, bounded: Bounded
 ) -> tuple[Alternative, ...]:
     """The same training with one parameter changed, for the same micro-batches."""
     found = []
@@ -267,7 +267,7 @@ def _alternatives(
             changed = override(params, change.values)
             template, batches = bounded.template, around
             if change in other_steps(params):
-                template = _step_under(changed, around, lend_for)
+                template = _step_under(changed, around, factory_for)
             else:
                 batches = replace(around, census=around.census_of(changed))
             estimate = _estimate(changed, template, batches, bounded.held)
@@ -297,10 +297,12 @@ def colour_factors(params: Params) -> int | None:
     return 2 if augment.brightness or augment.contrast else None
 
 
-def _trace(lend: Lend, around: Surroundings, params: Params, passes: Sequence[Pass]) -> list[Trace]:
+def _trace(
+    factory: StepFactory, around: Surroundings, params: Params, passes: Sequence[Pass]
+) -> list[Trace]:
     """A step over a window of two equal micro-batches, for each of `passes`."""
     colour = colour_factors(params)
-    with recorder(lend, Content(around.num_classes, colour), _GPU) as one:
+    with recorder(factory, Content(around.num_classes, colour), _GPU) as one:
         # The first step is unlike all others: it makes the optimizer's state.
         steps = [one.step(window) for window in (passes[:1], *((p, p) for p in passes))]
         _, traces = one.classified(steps)
@@ -344,10 +346,10 @@ def partial_sums_bytes(params: Params, one: Pass) -> int:
     return min(9 * tokens * widest, _PARTIAL_SUMS)
 
 
-def _step_under(params: Params, around: Surroundings, lend_for: LendFor) -> Template:
+def _step_under(params: Params, around: Surroundings, factory_for: FactoryFor) -> Template:
     """The same step under other parameters, known for the worst shape only."""
     passes = around.worst(_FEW), around.worst(_MANY)
-    traces = _trace(lend_for(params), around, params, passes)
+    traces = _trace(factory_for(params), around, params, passes)
     return make_template(traces, token_stride(params))
 
 

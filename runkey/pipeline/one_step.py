@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from runkey.data.dataset import GlobalBatch
-from runkey.memory.trace.record import Lend, Lent, with_fixed_matches
+from runkey.memory.trace.record import BuiltStep, StepFactory, with_fixed_matches
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
 from runkey.params import Params
@@ -33,7 +33,7 @@ class _OneStep:
 
 def build_step(
     params: Params, classes: int, device: torch.device, *, fixed_matches: bool = False
-) -> Lent:
+) -> BuiltStep:
     """A whole optimizer step of a fresh model.
 
     Args:
@@ -64,7 +64,7 @@ def build_step(
         if setup.ema is not None:
             setup.ema.update(result.skipped)
 
-    return Lent(
+    return BuiltStep(
         step,
         setup.machinery.model,
         setup.machinery.optimizer,
@@ -72,6 +72,6 @@ def build_step(
     )
 
 
-def lender(params: Params, classes: int) -> Lend:
+def step_factory(params: Params, classes: int) -> StepFactory:
     """Builds the step on a device that is not there."""
     return lambda device: build_step(params, classes, device, fixed_matches=True)

@@ -34,7 +34,7 @@ from runkey.memory.predict import (
 from runkey.memory.trace.tracker import Pass
 from runkey.memory.trial import Guarded, Job, Result, read_result, write_json
 from runkey.params import Params, load_params
-from runkey.pipeline.one_step import lender
+from runkey.pipeline.one_step import step_factory
 from runkey.plots.memory import draw_step
 from runkey.progress import tell, want_bars
 from runkey.training.device import choose_device
@@ -83,7 +83,7 @@ def _again(*arguments: str) -> list[str]:
 
 def _write_prediction(params: Params, around: Surroundings, root: Path) -> None:
     """memory.json and its picture."""
-    prediction = predict(params, around, lambda other: lender(other, around.num_classes))
+    prediction = predict(params, around, lambda other: step_factory(other, around.num_classes))
     model, out = prediction.model, root / paths.MEMORY
     write_model(out, model)
     (out / MEASURED).unlink(missing_ok=True)

@@ -48,16 +48,16 @@ def check_real_allocations(training, build, in_order):
     """What the CPU's allocator is asked for, kernels' own needs and all, in a whole step."""
     seen, weights = [], []
     for own in (False, True):
-        lent, content = build(training)
+        built, content = build(training)
         window = tuple(synthetic_batch(p, content.num_classes, 2) for p in training.passes)
         nothing = lambda *_: None  # noqa: E731
         with own_backward(nothing, nothing, nothing) if own else pytest.MonkeyPatch.context():
-            lent.step(window)
+            built.step(window)
             gc.collect()
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-                lent.step(window)
+                built.step(window)
         seen.append(sizes_only(in_order(allocations(prof))))
-        weights.append([p.detach().clone() for p in lent.model.parameters()])
+        weights.append([p.detach().clone() for p in built.model.parameters()])
     assert len(seen[0]) > 1000
     assert seen[1] == seen[0]
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))

@@ -12,7 +12,7 @@ from runkey.memory.timeline import break_down, rounded, timeline_of
 from runkey.memory.trace.backward import Gpu
 from runkey.memory.trace.record import Content, recorder
 from runkey.memory.trace.tracker import CLASSES, Pass
-from runkey.pipeline.one_step import lender
+from runkey.pipeline.one_step import step_factory
 
 SEEN = Pass(2, 90, 120, 6), Pass(4, 90, 120, 6), Pass(3, *other_shape((90, 120), 8), 6)
 UNSEEN = Pass(5, 83, 108, 6), Pass(1, 90, 120, 6), Pass(7, 88, 70, 6)
@@ -21,7 +21,7 @@ UNSEEN = Pass(5, 83, 108, 6), Pass(1, 90, 120, 6), Pass(7, 88, 70, 6)
 @pytest.fixture(scope="module")
 def traces(small_params):
     """Steps over one, two and three micro-batches, traced for themselves."""
-    with recorder(lender(small_params, 8), Content(8, 2), Gpu((8, 0), 0)) as one:
+    with recorder(step_factory(small_params, 8), Content(8, 2), Gpu((8, 0), 0)) as one:
         windows = [(SEEN[0],), *((p, p) for p in (*SEEN, *UNSEEN)), (UNSEEN[0],) * 3, SEEN[:1]]
         steps = [one.step(window) for window in windows]
         setup, found = one.classified(steps)

@@ -10,7 +10,7 @@ import pytest
 from runkey.data.index import ClassName, Record, write_classes, write_index
 from runkey.memory.predict import Prediction, predict, prepared_surroundings
 from runkey.params import Params, load_params, override
-from runkey.pipeline.one_step import lender
+from runkey.pipeline.one_step import step_factory
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,4 +68,4 @@ def prepared(make_record: Callable[..., Record], tmp_path_factory: pytest.TempPa
 def prediction(small_params: Params, prepared: Path) -> Prediction:
     """The prediction of it, on those images."""
     around = prepared_surroundings(small_params, prepared)
-    return predict(small_params, around, lambda other: lender(other, around.num_classes))
+    return predict(small_params, around, lambda other: step_factory(other, around.num_classes))

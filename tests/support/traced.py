@@ -15,10 +15,10 @@ from torch import Tensor
 from runkey.data import normalise
 from runkey.memory.allocator import Result, replay_steps
 from runkey.memory.trace.fake import fake_tensors, own_backward
-from runkey.memory.trace.record import Content, Lent, Recorder
+from runkey.memory.trace.record import BuiltStep, Content, Recorder
 from runkey.memory.trace.tracker import Event, Pass, Trace
 from runkey.params import Params, load_params
-from runkey.pipeline.one_step import build_step, lender
+from runkey.pipeline.one_step import build_step, step_factory
 
 PRESETS = Path(__file__).parents[2] / "presets"
 CLASSES = 8
@@ -135,15 +135,15 @@ def trace(training: Training, *, fake: bool, own: bool) -> Traced:
     with ExitStack() as stack:
         if fake:
             stack.enter_context(fake_tensors())
-        lend = lender(training.params, CLASSES)
-        one = Recorder(lend, torch.device("cpu"), Content(CLASSES, 2))
+        factory = step_factory(training.params, CLASSES)
+        one = Recorder(factory, torch.device("cpu"), Content(CLASSES, 2))
         stack.enter_context(
             own_backward(one.scope.enter_node, one.backward_started, one.backward_ended)
             if own
             else torch_backward(one)
         )
         steps = [one.step(training.passes) for _ in range(2)]
-        parameters = one.lent.model.parameters()
+        parameters = one.built.model.parameters()
         gradients = [p.grad.clone() for p in parameters if p.grad is not None]
         setup, traces = one.classified(steps)
     return Traced(setup, traces, gradients)
@@ -199,10 +199,10 @@ def in_order_fixture() -> Callable[..., list[object]]:
 
 
 @pytest.fixture
-def build() -> Callable[[Training], tuple[Lent, Content]]:
+def build() -> Callable[[Training], tuple[BuiltStep, Content]]:
     """A training's step on the CPU, on real tensors."""
 
-    def built(training: Training) -> tuple[Lent, Content]:
+    def built(training: Training) -> tuple[BuiltStep, Content]:
         torch.manual_seed(0)
         cpu = torch.device("cpu")
         return build_step(training.params, CLASSES, cpu, fixed_matches=True), Content(CLASSES, 2)

@@ -1,8 +1,8 @@
-"""From a step that is lent to its trace.
+"""From a step that is built to its trace.
 
-    session = trace_session(lend, Content(num_classes, colour), passes, gpu)
+    session = trace_session(factory, Content(num_classes, colour), passes, gpu)
 
-`lend(device)` comes from the floors above, which know training; see `Lent`.
+`factory(device)` comes from the floors above, which know training; see `BuiltStep`.
 
 The step itself is not touched: modules are watched by hooks, operations by a dispatch mode.
 """
@@ -116,7 +116,7 @@ def synthetic_batch(one: Pass, num_classes: int, colour: int | None) -> Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Lent:
+class BuiltStep:
     """A training step, and what it trains, from the floors that know training."""
 
     step: Callable[[GlobalBatch], object]
@@ -128,7 +128,7 @@ class Lent:
 
 
 # Builds everything that trains, on a device.  Its criterion has `with_fixed_matches`.
-Lend = Callable[[torch.device], Lent]
+StepFactory = Callable[[torch.device], BuiltStep]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,15 +145,15 @@ class Recorder:
 
     def __init__(
         self,
-        lend: Lend,
+        factory: StepFactory,
         device: torch.device,
         content: Content,
         workspaces: Workspaces | None = None,
     ) -> None:
-        """Build what is lent; within the contexts that `recorder` enters.
+        """Build what is built; within the contexts that `recorder` enters.
 
         Args:
-            lend: builds it.
+            factory: builds it.
             device: what is looked at.
             content: of the batches.
             workspaces: what libraries and kernels take for themselves; None: not looked at.
@@ -165,8 +165,8 @@ class Recorder:
         self._inputs: set[int] = set()
         self._starts: list[tuple[int, Phase]] = []
         with self.tracker:
-            self.lent = lend(device)
-        self.scope.name(self.lent.model)
+            self.built = factory(device)
+        self.scope.name(self.built.model)
         self._setup = len(self.tracker.log)
 
     def step(self, passes: Sequence[Pass]) -> Step:
@@ -180,7 +180,7 @@ class Recorder:
         self._starts, self._inputs = [], set()
         self._start("forward")
         with watching(self.scope), self.tracker:
-            self.lent.step(window)
+            self.built.step(window)
         return Step(
             passes=tuple(passes),
             start=start,
@@ -193,8 +193,8 @@ class Recorder:
 
     def restart(self) -> None:
         """Forget the optimizer's state, gradients and libraries: the next step is a first one."""
-        self.lent.optimizer.state.clear()
-        self.lent.optimizer.zero_grad()
+        self.built.optimizer.state.clear()
+        self.built.optimizer.zero_grad()
         self.tracker.forget_libraries()
 
     def classified(self, steps: Sequence[Step]) -> tuple[tuple[Event, ...], list[Trace]]:
@@ -225,16 +225,16 @@ class Recorder:
         self._inputs |= new & self.tracker.alive.keys()
 
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.lent.model.named_parameters():
+        for name, parameter in self.built.model.named_parameters():
             if parameter.grad is not None:
                 yield name, parameter.grad
 
     def _persistent(self) -> dict[int, tuple[str, str]]:
         """(class, path) of the blocks of parameters, buffers and moments."""
         found: dict[int, tuple[str, str]] = dict.fromkeys(self.tracker.library, ("library", ""))
-        modules = [("", self.lent.model)]
-        if self.lent.average is not None:
-            modules.append(("ema.", self.lent.average))
+        modules = [("", self.built.model)]
+        if self.built.average is not None:
+            modules.append(("ema.", self.built.average))
         names: dict[Tensor, str] = {}
         for prefix, module in modules:
             for name, parameter in module.named_parameters():
@@ -243,7 +243,7 @@ class Recorder:
                     found[block] = ("parameter", prefix + name)
             for name, block in self.tracker.blocks_of(module.named_buffers()):
                 found[block] = ("buffer", prefix + name)
-        for trained, state in self.lent.optimizer.state.items():
+        for trained, state in self.built.optimizer.state.items():
             tensors = [(names[trained], x) for x in state.values() if isinstance(x, Tensor)]
             for name, block in self.tracker.blocks_of(tensors):
                 found[block] = ("optimizer", name)
@@ -258,12 +258,12 @@ def _tensors(window: GlobalBatch) -> Iterator[Tensor]:
 
 @contextmanager
 def recorder(
-    lend: Lend, content: Content, gpu: Gpu | None, *, kernels: bool = False
+    factory: StepFactory, content: Content, gpu: Gpu | None, *, kernels: bool = False
 ) -> Iterator[Recorder]:
     """Build what trains, and trace its steps.
 
     Args:
-        lend: builds it.
+        factory: builds it.
         content: of the batches.
         gpu: fake tensors on this GPU; None: fake tensors on a CPU.
         kernels: add what kernels take while they run, too (not only what libraries keep).  Whether
@@ -275,23 +275,25 @@ def recorder(
         if gpu is not None:
             stack.enter_context(fake_cuda(gpu))
         workspaces = None if gpu is None else Workspaces(gpu, kernels=kernels)
-        one = Recorder(lend, device, content, workspaces)
+        one = Recorder(factory, device, content, workspaces)
         stack.enter_context(
             own_backward(one.scope.enter_node, one.backward_started, one.backward_ended)
         )
         yield one
 
 
-def trace_session(lend: Lend, content: Content, passes: Sequence[Pass], gpu: Gpu | None) -> Session:
+def trace_session(
+    factory: StepFactory, content: Content, passes: Sequence[Pass], gpu: Gpu | None
+) -> Session:
     """The first step and a later one over the same window.
 
     Args:
-        lend: builds what trains.
+        factory: builds what trains.
         content: of the batches.
         passes: the window.
         gpu: see `recorder`.
     """
-    with recorder(lend, content, gpu) as one:
+    with recorder(factory, content, gpu) as one:
         steps = [one.step(passes) for _ in range(2)]
         setup, (first, steady) = one.classified(steps)
     return Session(setup, first, steady)
