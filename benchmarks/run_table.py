@@ -96,7 +96,9 @@ def _outcome(clone: Path) -> dict[str, Any]:
     return {
         "train": json.loads((clone / "metrics" / "train.json").read_text(encoding="utf-8")),
         "evaluate": json.loads((clone / "metrics" / "evaluate.json").read_text(encoding="utf-8")),
-        "weights_sha256": hashlib.sha256((clone / "model/weights.pt").read_bytes()).hexdigest(),
+        "weights_sha256": hashlib.sha256(
+            (clone / "model/weights.safetensors").read_bytes()
+        ).hexdigest(),
     }
 
 

@@ -1,28 +1,34 @@
-"""A trained model on disk: `weights.pt` with tensors only, `model.json` with all else.
+"""A trained model on disk: `weights.safetensors` with its tensors, `model.json` with all else.
 
-`weights.pt`: `{"model": state dict}`, contiguous CPU tensors; loads with `weights_only=True`.
+`weights.safetensors`: the state dict, contiguous CPU tensors; nothing in it can run code.
 `model.json`: `{"format": 1, "model": params, "classes": [{index, id, name}], "sizes": {...}}`.
+Models of runkey 0.1 hold `weights.pt` instead: `{"model": state dict}` by `torch.save`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import safetensors.torch
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from runkey import params
 from runkey.errors import ModelError
+from runkey.files import write_atomically, write_json
 from runkey.model.detector import Detector
 from runkey.model.detr import build_model
 
-WEIGHTS = "weights.pt"
+WEIGHTS = "weights.safetensors"
+OLD_WEIGHTS = "weights.pt"
+"""What models of runkey 0.1 have in place of `WEIGHTS`."""
 CARD = "model.json"
 _FORMAT = 1
 
@@ -89,21 +95,19 @@ def save_model(
         classes: the K classes, in order of their index.
         sizes: of the images that it was evaluated on.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     # A fresh contiguous copy: neither strides nor the rest of a shared storage get into the file.
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
     }
-    torch.save({"model": plain}, folder / WEIGHTS)
+    write_atomically(folder / WEIGHTS, safetensors.torch.save(plain, {"format": "pt"}))
     card = {
         "format": _FORMAT,
         "model": model.model_dump(mode="json"),
         "classes": [{"index": c.index, "id": c.id, "name": c.name} for c in classes],
         "sizes": asdict(sizes),
     }
-    text = json.dumps(card, indent=2, ensure_ascii=False)
-    (folder / CARD).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / CARD, card)
 
 
 def read_card(folder: Path) -> ModelCard:
@@ -129,6 +133,34 @@ def read_card(folder: Path) -> ModelCard:
         raise ModelError(f"{path}: no model card ({reason}); run `dvc repro train`") from None
 
 
+def weights_file(folder: Path) -> Path:
+    """Return the weights file of a saved model, or the path where it is missing."""
+    old = folder / OLD_WEIGHTS
+    new = folder / WEIGHTS
+    return old if old.is_file() and not new.is_file() else new
+
+
+def read_weights(path: Path) -> Any:
+    """Read a `.safetensors` file, or what `torch.save` wrote, without running code from it.
+
+    Returns:
+        The state dict of a `.safetensors` file; else whatever was saved, tensors on the CPU.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or holds something other than tensors and plain values.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        # The reference's training checkpoints hold their command line too; it is only read past.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        text = str(error).strip()
+        raise ValueError(text.splitlines()[0] if text else "cut short") from None
+
+
 def load_model(folder: Path) -> tuple[Detector, ModelCard]:
     """A saved model, on the CPU, in evaluation mode, with its card.
 
@@ -136,12 +168,13 @@ def load_model(folder: Path) -> tuple[Detector, ModelCard]:
         ModelError: a file is missing or damaged, or the two do not fit together.
     """
     card = read_card(folder)
-    path = folder / WEIGHTS
+    path = weights_file(folder)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["model"]
+        state = read_weights(path)
+        state = state["model"] if path.name == OLD_WEIGHTS else state
     except FileNotFoundError:
         raise ModelError(f"{path}: not found; run `dvc repro train` first") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         raise ModelError(f"{path}: damaged; run `dvc repro train` again") from None
     detector = build_model(card.model, len(card.classes))
     try:

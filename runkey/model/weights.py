@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import pickle
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +14,14 @@ from torch import Tensor
 from runkey import params
 from runkey.errors import ModelError
 from runkey.model.detector import Detector
-from runkey.model.model_files import CARD, WEIGHTS, read_card
+from runkey.model.model_files import (
+    CARD,
+    OLD_WEIGHTS,
+    WEIGHTS,
+    read_card,
+    read_weights,
+    weights_file,
+)
 
 # The names of COCO's category ids, for heads that were trained with ids as class indices.
 
@@ -265,18 +270,15 @@ def read_source(path: Path) -> Source:
     Raises:
         ModelError: see `load_initial_weights`.
     """
-    file = path / WEIGHTS if path.is_dir() else path
+    file = weights_file(path) if path.is_dir() else path
     try:
-        # The reference's training checkpoints hold their command line too; it is only read past.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+        loaded = read_weights(file)
     except FileNotFoundError:
         raise ModelError(f"{file}: not found; mend model.init_from or .backbone_weights") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "cut short"
+    except (ValueError, KeyError) as error:
         raise ModelError(
-            f"{file}: no weights file that is safe to load ({reason[:90]}); save its tensors alone"
-            ' with torch.save({"model": model.state_dict()}, file)'
+            f"{file}: no weights file that is safe to load ({str(error)[:90]}); save its tensors"
+            ' alone with torch.save({"model": model.state_dict()}, file)'
         ) from None
     return Source(str(path), _tensors(loaded, file), _class_names(file))
 
@@ -298,7 +300,7 @@ def _tensors(loaded: object, file: Path) -> dict[str, Tensor]:
 
 def _class_names(file: Path) -> list[str] | None:
     """Names of the classes of one of our models, from the card beside its weights."""
-    if file.name != WEIGHTS or not file.with_name(CARD).is_file():
+    if file.name not in (WEIGHTS, OLD_WEIGHTS) or not file.with_name(CARD).is_file():
         return None
     return [entry.name for entry in read_card(file.parent).classes]
 

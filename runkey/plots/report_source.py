@@ -24,8 +24,8 @@ from runkey.plots.log import SAMPLES, Point, TrainingLog, read_log, read_samples
 LOG = paths.LOGS / "train.jsonl"
 _SCORES = f"{paths.EVALUATION}/{METRICS}"
 _NOT_WANTED = (
-    *("model/weights.pt", "model/model.json", "evaluation/predictions.json"),
-    "prepared/images.json",
+    *("model/weights.safetensors", "model/weights.pt", "model/model.json"),
+    *("evaluation/predictions.json", "prepared/images.json"),
 )
 """Large, and in no report."""
 

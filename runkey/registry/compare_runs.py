@@ -20,7 +20,8 @@ AP_TOLERANCE = 0.02
 (benchmarks/results/pipeline.md); another order of rounding changes no more than another seed."""
 LOSS_TOLERANCE = 0.05
 """Relative, of losses, which have no upper bound."""
-IDENTICAL = ("model/weights.pt", "evaluation/predictions.json")
+_WEIGHTS = ("model/weights.safetensors", "model/weights.pt")  # the latter in runs of runkey 0.1
+IDENTICAL = (*_WEIGHTS, "evaluation/predictions.json")
 """Files that are compared by their bits: what was trained, and what it sees on the held-out images.
 The others hold times and names."""
 _COMPARED = re.compile(r"eval/(?!loss_)")
@@ -148,10 +149,8 @@ def compare_runs(first: Side, repeat: Side) -> Verdict:
     Raises:
         RegistryError: the first has no weights recorded, so nothing can be said.
     """
-    if IDENTICAL[0] not in first.hashes:
-        raise RegistryError(
-            f"{IDENTICAL[0]}: the run recorded none, so there is nothing to compare"
-        )
+    if not any(path in first.hashes for path in _WEIGHTS):
+        raise RegistryError(f"{_WEIGHTS[0]}: the run recorded none, so there is nothing to compare")
     known = [path for path in IDENTICAL if path in first.hashes]
     # NaN: the data have no object of that size, in either run.
     names = sorted(n for n, v in first.metrics.items() if _COMPARED.match(n) and math.isfinite(v))

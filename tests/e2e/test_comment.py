@@ -15,7 +15,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 def test_the_stage_starts_and_puts_the_finished_run_in_place(project: Project) -> None:
     """DVC hashes bytes; the key is the same."""
-    before, weights = project.json("run.json"), (project.root / "model/weights.pt").read_bytes()
+    before, weights = (
+        project.json("run.json"),
+        (project.root / "model/weights.safetensors").read_bytes(),
+    )
     path = project.root / "runkey/model/boxes.py"
     text = path.read_text()
     path.write_text(text.replace('"""', '"""Said again: ', 1) + "# A comment.\n")
@@ -25,7 +28,7 @@ def test_the_stage_starts_and_puts_the_finished_run_in_place(project: Project) -
     assert f"{label}: finished run {before['run_id'][:8]} of" in said
     assert f"{label}: no run of this key" not in said
     assert project.json("run.json") == before
-    assert (project.root / "model/weights.pt").read_bytes() == weights
+    assert (project.root / "model/weights.safetensors").read_bytes() == weights
     # Nothing that takes seconds to import.
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "stages.train"],

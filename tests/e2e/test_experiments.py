@@ -61,7 +61,8 @@ def assert_whole(project: Project, run: Any) -> None:
     assert f"md5: {digest}" in (project.root / "data.dvc").read_text()
     artifacts = project.root / "mlartifacts" / run.info.run_id / "artifacts"
     assert run.info.artifact_uri == artifacts.as_uri()
-    for name in ("model/weights.pt", "logs/train.jsonl", "evaluation/best.jpg", "run.json"):
+    weights = "model/weights.safetensors"
+    for name in (weights, "logs/train.jsonl", "evaluation/best.jpg", "run.json"):
         assert (artifacts / name).is_file(), name
 
 
@@ -212,7 +213,7 @@ def test_training_ends_well_when_mlflow_goes_away_in_the_middle(
     assert re.search(rf"MLflow: run {run_id} lacks \d+ values", said)
     entries = list(read_jsonl(copy.root / "logs" / "train.jsonl"))
     assert entries[-1]["event"] == "training_end"
-    assert (copy.root / "model" / "weights.pt").is_file()
+    assert (copy.root / "model" / "weights.safetensors").is_file()
 
 
 def await_queue(project: Project) -> None:

@@ -26,7 +26,7 @@ def timed_repro(project: Project) -> str:
 
 
 def same_results(one: Project, other: Project) -> None:
-    for path in ("run.json", "metrics/train.json", "model/weights.pt", "model/key.json"):
+    for path in ("run.json", "metrics/train.json", "model/weights.safetensors", "model/key.json"):
         assert (one.root / path).read_bytes() == (other.root / path).read_bytes(), path
 
 

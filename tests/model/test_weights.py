@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from safetensors.torch import load_file, save_file
 
 from runkey import params
 from runkey.errors import ModelError
 from runkey.model.detr import build_model
-from runkey.model.model_files import CARD, WEIGHTS, Sizes, load_model, save_model
-from runkey.model.weights import NUM_COCO_IDS, coco_names, load_initial_weights
+from runkey.model.model_files import CARD, OLD_WEIGHTS, WEIGHTS, Sizes, load_model, save_model
+from runkey.model.weights import NUM_COCO_IDS, coco_names, load_initial_weights, read_source
 from tests.support.shared import shared_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -265,7 +266,17 @@ def damage_weights(folder):
 
 
 def swap_weights(folder):
-    torch.save({"model": {"x": torch.ones(1)}}, folder / WEIGHTS)
+    save_file({"x": torch.ones(1)}, folder / WEIGHTS)
+
+
+def damage_header(folder):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[:8] + b"[" + data[9:])
+
+
+def cut_short(folder):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[:-100])
 
 
 @pytest.mark.parametrize(
@@ -276,6 +287,8 @@ def swap_weights(folder):
         (damage_card, CARD, "no model card"),
         (damage_format, CARD, "format 99, this program reads 1"),
         (damage_weights, WEIGHTS, "damaged"),
+        (damage_header, WEIGHTS, "damaged"),
+        (cut_short, WEIGHTS, "damaged"),
         (swap_weights, WEIGHTS, "does not fit model.json"),
     ],
 )
@@ -287,3 +300,34 @@ def test_damaged_models_are_refused(damage, file, text, tmp_path):
     assert str(caught.value).startswith(str(tmp_path / file))
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+class Attack:
+    def __reduce__(self):
+        return (open, ("attacked", "w"))
+
+
+def as_saved_by_0_1(folder, content=None):
+    """Turn a saved model into what runkey 0.1 wrote."""
+    state = load_file(folder / WEIGHTS)
+    torch.save({"model": state} if content is None else content, folder / OLD_WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    return state
+
+
+def test_a_model_of_runkey_0_1_loads(tmp_path):
+    saved(tmp_path, ["a", "b"])
+    state = as_saved_by_0_1(tmp_path)
+    model, card = load_model(tmp_path)
+    assert [one.name for one in card.classes] == ["a", "b"]
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert read_source(tmp_path).class_names == ["a", "b"]
+
+
+def test_an_older_file_that_would_run_code_is_refused_unrun(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path, ["a"])
+    as_saved_by_0_1(tmp_path, {"model": Attack()})
+    with pytest.raises(ModelError, match="damaged"):
+        load_model(tmp_path)
+    assert not (tmp_path / "attacked").exists()

@@ -102,5 +102,5 @@ def test_other_packages_are_another_kind_of_machine() -> None:
 
 
 def test_a_run_without_weights_cannot_be_compared() -> None:
-    with pytest.raises(RegistryError, match=r"model/weights\.pt: the run recorded none"):
+    with pytest.raises(RegistryError, match=r"model/weights\.safetensors: the run recorded none"):
         compare_runs(Side(WITNESS, {}, {}), FIRST)

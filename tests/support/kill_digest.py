@@ -16,7 +16,7 @@ import torch
 from runkey.training.checkpoint.file import read_file
 from tests.support.points import doubled, doubled_lines, points_of_log
 
-_OUTPUTS = ("model/weights.pt", "plots/steps.csv", "plots/epochs.csv")
+_OUTPUTS = ("model/weights.safetensors", "plots/steps.csv", "plots/epochs.csv")
 _OF_THE_DAY = ("second", "wait")
 """In names of values that no two trainings share."""
 
