@@ -34,8 +34,8 @@ from runkey import paths
 from runkey.data.dataset import GlobalBatch
 from runkey.data.index import read_classes
 from runkey.data.loader import TrainLoader, build_train_loader
+from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
-from runkey.model.detr import build_model
 from runkey.params import Params, load_params
 from runkey.training.checkpoint.folder import FolderCheckpoints, Interval
 from runkey.training.device import set_up

@@ -18,8 +18,8 @@ import torch.utils._pytree
 from torch import Tensor
 
 from benchmarks.gpu_common import CLASSES, SyntheticLoader, training_params
+from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
-from runkey.model.detr import build_model
 from runkey.training.checkpoint.folder import FolderCheckpoints, Interval
 from runkey.training.checkpoint.lock import locked
 from runkey.training.device import set_up

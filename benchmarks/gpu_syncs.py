@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_common import CLASSES, SyntheticLoader, training_params
 from runkey.data.dataset import GlobalBatch
+from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
-from runkey.model.detr import build_model
 from runkey.training.device import set_up
 from runkey.training.distributed import World
 from runkey.training.loop import fit

@@ -16,7 +16,7 @@ import torch
 
 from runkey.evaluation.run import predict
 from runkey.inference.preprocess import preprocess
-from runkey.model.detector import Detector
+from runkey.model.detr import Detector
 from runkey.model.model_files import ModelCard, load_model
 from runkey.model.postprocess import build_postprocess
 

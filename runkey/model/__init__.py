@@ -1,1 +1,1 @@
-"""The detector: backbone, Transformer, matching, losses, boxes out, weights in and out."""
+"""The detector: backbone, transformer, matching, losses, postprocessing, and weights files."""

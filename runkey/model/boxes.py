@@ -1,4 +1,4 @@
-"""Box formats and overlaps.  The format is in the name: cxcywh or xyxy."""
+"""Box formats and overlaps. The format is in the name: `boxes_cxcywh` or `boxes_xyxy`."""
 
 from __future__ import annotations
 
@@ -7,32 +7,35 @@ from torch import Tensor
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """`x` in float32 where it is half or bfloat16; float32 and float64 stay as they are."""
+    """Convert half and bfloat16 to float32; leave float32 and float64 as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
-    """[..., 4] (centre x, centre y, width, height) to (left, top, right, bottom)."""
+    """Convert [..., 4] (centre x, centre y, width, height) to (left, top, right, bottom)."""
     centre, size = boxes_cxcywh.chunk(2, dim=-1)
     return torch.cat((centre - 0.5 * size, centre + 0.5 * size), dim=-1)
 
 
 def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
-    """[..., 4] (left, top, right, bottom) to (centre x, centre y, width, height)."""
+    """Convert [..., 4] (left, top, right, bottom) to (centre x, centre y, width, height)."""
     low, high = boxes_xyxy.chunk(2, dim=-1)
     return torch.cat(((low + high) / 2, high - low), dim=-1)
 
 
 def overlaps(boxes_xyxy: Tensor, other_xyxy: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and generalised IoU (Rezatofighi et al. 2019) of boxes that broadcast together.
+    """Compute IoU and generalised IoU (Rezatofighi et al. 2019) of boxes that broadcast together.
+
+    IoU = intersection / union; GIoU = IoU - (hull - union) / hull, with hull the area of the
+    smallest box around both.
 
     Args:
-        boxes_xyxy: [..., 4].
-        other_xyxy: [..., 4], broadcastable; give [N, 1, 4] and [M, 4] for all pairs.
+        boxes_xyxy: [..., 4], any unit.
+        other_xyxy: [..., 4], broadcastable, same unit; [N, 1, 4] and [M, 4] give all pairs.
 
     Returns:
         IoU in 0..1 and GIoU in -1..1, each of the broadcast shape without its last dimension.
-        Two boxes without any area give NaN.
+        Two boxes without area give NaN.
     """
     low_a, high_a = boxes_xyxy.chunk(2, dim=-1)
     low_b, high_b = other_xyxy.chunk(2, dim=-1)

@@ -1,9 +1,10 @@
-"""The training loss: match, then classification, L1 and generalised IoU of all layers at once.
+"""The training loss: matching, then classification, L1 and GIoU losses of all layers together.
 
-Losses are sums divided by numbers of the whole window (an optimizer step's images), so that adding
-up micro-batches gives the window's loss, however it is cut.
+Losses are sums divided by counts of the whole global batch (all images of an optimizer step), so
+the losses of its micro-batches add up to its loss, however it is split.
 
-Shapes: B images, N boxes of all images, R matched pairs, T predictions of all layers.
+Shapes: B images, N boxes of all images, R matched pairs, T predictions of all layers, L layers,
+Q queries, C logits, K classes.
 """
 
 from __future__ import annotations
@@ -21,24 +22,31 @@ from runkey import params
 from runkey.model.boxes import cxcywh_to_xyxy, full_precision, overlaps
 from runkey.model.matcher import DenoisingOutputs, Layers, Matcher, Matches, Outputs, Targets
 
-# The classification losses of the two presets, each with its matching cost.
-
 
 class ClassificationLoss(Protocol):
-    """A loss of logits, and the matching cost that goes with it."""
+    """A classification loss and the matching cost that goes with it."""
 
     def cost(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """Cost [N, L, Q] of logits [L, B, Q, C] for boxes with images [N] and labels [N]."""
+        """Compute the matching cost.
+
+        Args:
+            logits: [L, B, Q, C].
+            images: int64 [N], image of each box.
+            labels: int64 [N], class of each box.
+
+        Returns:
+            [N, L, Q].
+        """
         ...
 
     def loss(self, logits: Tensor, matched: Tensor, labels: Tensor, iou: Tensor) -> Tensor:
-        """Sum over predictions.
+        """Sum the loss over all predictions.
 
         Args:
             logits: [T, C].
-            matched: int64 [R], matched predictions.
+            matched: int64 [R], indices of the matched predictions.
             labels: int64 [R], their true classes.
-            iou: [R], their boxes' overlap with the true ones, detached.
+            iou: [R], IoU of predicted and true boxes, detached.
 
         Returns:
             Scalar.
@@ -48,15 +56,15 @@ class ClassificationLoss(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SoftmaxLoss:
-    """DETR's weighted cross entropy; an unmatched query's class is no-object, the last one."""
+    """DETR's weighted cross entropy; unmatched queries are no-object, the last class."""
 
     no_object: float
     """Weight of no-object."""
     num_classes: int
-    """K, and the index of no-object."""
+    """K, which is also the index of no-object."""
 
     def cost(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """Minus the probability of the true class."""
+        """Return minus the probability of the true class (Carion et al. 2020)."""
         log_sum = logits.logsumexp(-1).transpose(0, 1)[images]
         return -(logits[:, images, :, labels] - log_sum).exp()
 
@@ -65,9 +73,9 @@ class SoftmaxLoss:
         logits: Tensor,
         matched: Tensor,
         labels: Tensor,
-        iou: Tensor,  # noqa: ARG002 - the other loss's
+        iou: Tensor,  # noqa: ARG002 - the other loss needs it
     ) -> Tensor:
-        """See `ClassificationLoss.loss`; the overlap is not used."""
+        """Sum the cross entropy; `iou` is not used."""
         classes = torch.full_like(logits[:, 0], self.num_classes, dtype=torch.int64)
         classes[matched] = labels
         weights = torch.ones_like(logits[0])
@@ -77,16 +85,16 @@ class SoftmaxLoss:
 
 @dataclass(frozen=True, slots=True)
 class QualityLoss:
-    """Binary cross entropy whose target at a matched query is its IoU.
+    """Binary cross entropy whose target at a matched query is the IoU (IA-BCE, Cai et al. 2023).
 
-    Elsewhere the target is 0 and the weight p^gamma, as in the matchability-aware loss of DEIM
-    (Huang et al. 2025), so that scores tell how good a box is (IA-BCE, Cai et al. 2023).
+    Elsewhere the target is 0 and the weight is p^gamma, as in the matchability-aware loss of DEIM
+    (Huang et al. 2025). A score then predicts how well the box fits.
     """
 
     gamma: float
 
     def cost(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """The focal matching cost of Deformable DETR, with alpha 0.25 and gamma 2."""
+        """Return the focal cost of Deformable DETR (Zhu et al. 2021), alpha 0.25, gamma 2."""
         picked = logits[:, images, :, labels]
         score = picked.sigmoid()
         matched = 0.25 * (1 - score).square() * -F.logsigmoid(picked)
@@ -94,7 +102,7 @@ class QualityLoss:
         return matched - unmatched
 
     def loss(self, logits: Tensor, matched: Tensor, labels: Tensor, iou: Tensor) -> Tensor:
-        """See `ClassificationLoss.loss`."""
+        """Sum the weighted binary cross entropy."""
         weights = logits.detach().sigmoid() ** self.gamma
         weights[matched, labels] = 1.0
         quality = torch.zeros_like(weights)
@@ -104,30 +112,30 @@ class QualityLoss:
 
 @dataclass(frozen=True, slots=True)
 class Normaliser:
-    """What a window's sums of losses are divided by.  Known before anything is computed."""
+    """The divisors of a global batch's summed losses, known before the forward pass."""
 
     boxes: float
-    """True boxes of the window, at least 1; divides L1 and GIoU losses."""
+    """True boxes of the global batch, at least 1; divides the L1 and GIoU losses."""
     classification: float
-    """Divides classification losses: class weights of a layer's queries (detr), boxes (fast)."""
+    """Divides classification losses: class weights of one layer's queries (detr), boxes (fast)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """A micro-batch's share of the window's loss."""
+    """A micro-batch's part of the global batch's loss."""
 
     total: Tensor
-    """Scalar with a gradient: the sum of `parts`."""
+    """Scalar with gradient: the sum of `parts`."""
     parts: dict[str, Tensor]
-    """Detached scalars on the device, weighted and over all layers: classification, l1, giou, and
-    denoising where there is any."""
+    """Detached scalars on the device, weighted and summed over layers: classification, l1, giou,
+    and denoising if there are denoising queries."""
     fault: str = ""
     """What the matching found that is not finite; the total is NaN then."""
 
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """Loss of a detector's outputs.  Made by `build_criterion`; it has no parameters."""
+    """The loss of a detector's outputs, without parameters; `build_criterion` makes it."""
 
     classification_loss: ClassificationLoss
     matcher: Matcher
@@ -135,17 +143,14 @@ class Criterion:
     l1: float
     giou: float
     no_object: float | None
-    """Weight of an unmatched query in the softmax loss; None: that loss counts boxes only."""
+    """Weight of an unmatched query in the softmax loss; None: the loss is divided by boxes."""
     num_queries: int
 
     def normaliser(self, counts: Sequence[int]) -> Normaliser:
-        """The window's numbers.
+        """Compute the divisors of a global batch.
 
         Args:
-            counts: true boxes of each image of the whole window: all micro-batches (and ranks).
-
-        Returns:
-            Divisors for `__call__`.
+            counts: true boxes of each image, over all micro-batches and ranks.
         """
         boxes = float(max(sum(counts), 1))
         if self.no_object is None:
@@ -155,30 +160,30 @@ class Criterion:
         return Normaliser(boxes, matched + self.no_object * unmatched)
 
     def __call__(self, outputs: Outputs, targets: Targets, normaliser: Normaliser) -> Losses:
-        """Match and compute the losses.
+        """Match predictions to boxes and compute the losses.
 
         Args:
-            outputs: the model's answer, computed under autocast or not.
+            outputs: the model's, computed with or without autocast.
             targets: the micro-batch's true boxes.
-            normaliser: of the whole window.
+            normaliser: the global batch's.
 
         Returns:
-            The micro-batch's share of the window's loss; NaN if a matching cost is not finite.
+            The micro-batch's part of the loss; NaN if a matching cost is not finite.
         """
         return self.losses(outputs, targets, self.match(outputs, targets), normaliser)
 
     def match(self, outputs: Outputs, targets: Targets) -> Matches:
-        """The assignment of all layers: the only step that needs values on the host."""
+        """Match all layers: the only step that reads values on the host."""
         return self.matcher(_layers(outputs), targets)
 
     def losses(
         self, outputs: Outputs, targets: Targets, matches: Matches, normaliser: Normaliser
     ) -> Losses:
-        """The losses of a given assignment; no value is looked at, so fake tensors will do."""
+        """Compute the losses of given matches; reads no value, so it runs on fake tensors."""
         layers = _layers(outputs)
-        logits, boxes = layers.logits.flatten(0, 2), layers.boxes_cxcywh.flatten(0, 2)
+        logits, boxes_cxcywh = layers.logits.flatten(0, 2), layers.boxes_cxcywh.flatten(0, 2)
         with torch.autocast(logits.device.type, enabled=False):
-            parts = self._parts(logits, boxes, matches, targets, normaliser)
+            parts = self._parts(logits, boxes_cxcywh, matches, targets, normaliser)
             if outputs.denoising is not None:
                 parts["denoising"] = self._denoising(outputs.denoising, targets, normaliser)
             total = torch.stack(list(parts.values())).sum()
@@ -197,16 +202,16 @@ class Criterion:
         normaliser: Normaliser,
     ) -> dict[str, Tensor]:
         """Weighted losses of flat predictions: logits [T, C], boxes [T, 4]."""
-        matched = boxes_cxcywh[matches.predictions]
-        true = targets.boxes_cxcywh[matches.targets].to(matched.dtype)
-        iou, giou = overlaps(cxcywh_to_xyxy(matched), cxcywh_to_xyxy(true))
+        matched_cxcywh = boxes_cxcywh[matches.predictions]
+        true_cxcywh = targets.boxes_cxcywh[matches.targets].to(matched_cxcywh.dtype)
+        iou, giou = overlaps(cxcywh_to_xyxy(matched_cxcywh), cxcywh_to_xyxy(true_cxcywh))
         labels = targets.labels[matches.targets]
         classification = self.classification_loss.loss(
             logits, matches.predictions, labels, iou.detach()
         )
         return {
             "classification": classification * (self.classification / normaliser.classification),
-            "l1": (matched - true).abs().sum() * (self.l1 / normaliser.boxes),
+            "l1": (matched_cxcywh - true_cxcywh).abs().sum() * (self.l1 / normaliser.boxes),
             "giou": (1 - giou).sum() * (self.giou / normaliser.boxes),
         }
 
@@ -215,31 +220,30 @@ class Criterion:
     ) -> Tensor:
         """The same losses for queries whose target is known, averaged over the groups."""
         layers, pairs = len(outputs.logits), len(outputs.slots)
-        logits = full_precision(outputs.logits).flatten(1, 2)[:, outputs.slots].flatten(0, 1)
-        boxes = full_precision(outputs.boxes_cxcywh).flatten(1, 2)[:, outputs.slots].flatten(0, 1)
+        logits, boxes_cxcywh = (
+            full_precision(x).flatten(1, 2)[:, outputs.slots].flatten(0, 1)
+            for x in (outputs.logits, outputs.boxes_cxcywh)
+        )
         everyone = torch.arange(layers * pairs, device=logits.device)
         matches = Matches(everyone, outputs.targets.repeat(layers))
-        parts = self._parts(logits, boxes, matches, targets, normaliser)
+        parts = self._parts(logits, boxes_cxcywh, matches, targets, normaliser)
         return torch.stack(list(parts.values())).sum() / outputs.groups
 
 
 def build_criterion(model: params.Model, num_classes: int) -> Criterion:
-    """The criterion of a preset.
+    """Build the criterion for `build_model(model, num_classes)`.
 
     Args:
         model: section `model` of params.yaml.
-        num_classes: K; logit K of preset detr is no-object.
-
-    Returns:
-        A criterion for `build_model(model, num_classes)`.
+        num_classes: K; with preset detr, logit K is no-object.
     """
     loss, is_softmax = model.loss, model.preset == "detr"
-    kind: ClassificationLoss = (
+    classification_loss: ClassificationLoss = (
         SoftmaxLoss(loss.no_object, num_classes) if is_softmax else QualityLoss(loss.focal_gamma)
     )
     return Criterion(
-        classification_loss=kind,
-        matcher=Matcher(kind.cost, loss.classification, loss.l1, loss.giou),
+        classification_loss=classification_loss,
+        matcher=Matcher(classification_loss.cost, loss.classification, loss.l1, loss.giou),
         classification=loss.classification,
         l1=loss.l1,
         giou=loss.giou,
@@ -249,12 +253,12 @@ def build_criterion(model: params.Model, num_classes: int) -> Criterion:
 
 
 def _layers(outputs: Outputs) -> Layers:
-    """The encoder's proposals, where there are any, and the decoder's layers."""
-    logits, boxes = full_precision(outputs.logits), full_precision(outputs.boxes_cxcywh)
-    names = [f"decoder layer {number + 1}" for number in range(len(logits))]
+    """The encoder's proposals, if there are any, and the decoder's layers."""
+    logits, boxes_cxcywh = full_precision(outputs.logits), full_precision(outputs.boxes_cxcywh)
+    names = [f"decoder layer {index + 1}" for index in range(len(logits))]
     proposals = outputs.proposals
     if proposals is not None:
         names.insert(0, "the encoder's proposals")
         logits = torch.cat((full_precision(proposals.logits)[None], logits))
-        boxes = torch.cat((full_precision(proposals.boxes_cxcywh)[None], boxes))
-    return Layers(tuple(names), logits, boxes)
+        boxes_cxcywh = torch.cat((full_precision(proposals.boxes_cxcywh)[None], boxes_cxcywh))
+    return Layers(tuple(names), logits, boxes_cxcywh)

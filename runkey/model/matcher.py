@@ -1,9 +1,9 @@
-"""Bipartite matching of predictions and true boxes, of all decoder layers in one go.
+"""Targets, model outputs, and the bipartite matching between them.
 
-Only the costs between an image's own predictions and boxes are computed, they travel to the host
-in one transfer, and the assignments go back in another.
+All decoder layers are matched together: only the costs between an image's own predictions and
+boxes are computed, one transfer takes them to the host, another takes the assignment back.
 
-Shapes: B images, N boxes of all images, L layers, Q queries, C logits, R pairs.
+Shapes: B images, N boxes of all images, L layers, Q queries, C logits, K classes, R pairs.
 """
 
 from __future__ import annotations
@@ -19,22 +19,20 @@ from torch import Tensor
 
 from runkey.model.boxes import cxcywh_to_xyxy, overlaps
 
-# What the model is asked for and what it answers.
-
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The true boxes of a batch, all images after one another."""
+    """The true boxes of a batch, concatenated over its images."""
 
     boxes_cxcywh: Tensor
-    """float [N, 4]."""
+    """float [N, 4], fractions of the image's width and height."""
     labels: Tensor
     """int64 [N], class indices 0..K-1."""
     counts: tuple[int, ...]
-    """Boxes of each image; they sum to N.  On the host: no device has to be asked."""
+    """Boxes of each image; they sum to N. On the host, so that no device sync is needed."""
 
     def image_index(self) -> Tensor:
-        """int64 [N], on the host: which image (0..B-1) each box belongs to."""
+        """Return the image (0..B-1) of each box: int64 [N], on the host."""
         counts = torch.tensor(self.counts, dtype=torch.int64)
         return torch.repeat_interleave(torch.arange(len(self.counts)), counts)
 
@@ -46,19 +44,19 @@ class Proposals:
     logits: Tensor
     """[B, Q, K]."""
     boxes_cxcywh: Tensor
-    """[B, Q, 4]."""
+    """[B, Q, 4] in 0..1."""
 
 
 @dataclass(frozen=True, slots=True)
 class DenoisingOutputs:
-    """Answers to the denoising queries.  `slots[i]` was made from target `targets[i]`."""
+    """Predictions of the P denoising queries. `slots[i]` was made from target `targets[i]`."""
 
     logits: Tensor
     """[L, B, P, K]."""
     boxes_cxcywh: Tensor
-    """[L, B, P, 4]."""
+    """[L, B, P, 4] in 0..1."""
     slots: Tensor
-    """int64 [G * N] indices into the flattened B * P queries; the other queries are filling."""
+    """int64 [G * N] indices into the flattened B * P queries; the other queries are unused."""
     targets: Tensor
     """int64 [G * N] indices into the batch's N boxes."""
     groups: int
@@ -67,19 +65,19 @@ class DenoisingOutputs:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """What a detector's forward pass returns; the last decoder layer is the answer."""
+    """What a detector's forward pass returns; the last decoder layer is the prediction."""
 
     logits: Tensor
-    """[L, B, Q, C], float32 at least."""
+    """[L, B, Q, C], at least float32."""
     boxes_cxcywh: Tensor
-    """[L, B, Q, 4] in 0..1, float32 at least."""
+    """[L, B, Q, 4] in 0..1, at least float32."""
     proposals: Proposals | None = None
     """Preset fast."""
     denoising: DenoisingOutputs | None = None
     """Preset fast with denoising groups, in training."""
 
 
-# Stands for a cost that is not finite: larger than any, yet sums of it still are.
+# Replaces a cost that is not finite: larger than any real one, and sums of it stay finite.
 _NEVER = 1e30
 
 ClassCost = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -88,31 +86,34 @@ ClassCost = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """Predictions of the layers that are matched, in full precision."""
+    """Predictions of all layers to match, in full precision."""
 
     names: tuple[str, ...]
-    """How messages call each layer."""
+    """Name of each layer in messages."""
     logits: Tensor
     """[L, B, Q, C]."""
     boxes_cxcywh: Tensor
-    """[L, B, Q, 4]."""
+    """[L, B, Q, 4] in 0..1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """Which prediction stands for which box."""
+    """Pairs of a prediction and a true box."""
 
     predictions: Tensor
     """int64 [R] indices into the flattened L * B * Q predictions."""
     targets: Tensor
     """int64 [R] indices into the N boxes."""
     fault: str = ""
-    """Which predictions or boxes are not finite; empty if all costs are."""
+    """Which predictions or boxes are not finite; empty if all costs are finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class Matcher:
-    """Cheapest assignment (Carion et al. 2020): class cost, L1 and generalised IoU, weighted."""
+    """Hungarian matching (Carion et al. 2020).
+
+    cost = `classification` * class cost + `l1` * L1 distance - `giou` * generalised IoU
+    """
 
     class_cost: ClassCost
     classification: float
@@ -121,15 +122,15 @@ class Matcher:
 
     @torch.no_grad()
     def __call__(self, layers: Layers, targets: Targets) -> Matches:
-        """Match every layer.
+        """Find the cheapest assignment of every layer and image.
 
         Args:
-            layers: predictions; their images are the targets'.
+            layers: predictions for the targets' images.
             targets: the true boxes.
 
         Returns:
-            In each layer min(boxes, queries) pairs of every image.  Where costs are not finite,
-            they are pairs all the same, and `fault` names the layer and the image.
+            min(boxes, queries) pairs of each layer and image. If costs are not finite, there are
+            pairs nevertheless, and `fault` names the layer and the image.
         """
         device = layers.logits.device
         images = targets.image_index().to(device, non_blocking=True)
@@ -142,17 +143,17 @@ class Matcher:
         return Matches(pairs[0], pairs[1], fault)
 
     def _costs(self, layers: Layers, targets: Targets, images: Tensor) -> Tensor:
-        """[N, L, Q]: the costs of a box against its own image's predictions."""
-        boxes = layers.boxes_cxcywh.transpose(0, 1)[images]
-        true = targets.boxes_cxcywh.to(boxes.dtype)[:, None, None, :]
-        distance = (boxes - true).abs().sum(-1)
-        _, giou = overlaps(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(true))
+        """[N, L, Q]: the costs of each box and its own image's predictions."""
+        boxes_cxcywh = layers.boxes_cxcywh.transpose(0, 1)[images]
+        true_cxcywh = targets.boxes_cxcywh.to(boxes_cxcywh.dtype)[:, None, None, :]
+        distance = (boxes_cxcywh - true_cxcywh).abs().sum(-1)
+        _, giou = overlaps(cxcywh_to_xyxy(boxes_cxcywh), cxcywh_to_xyxy(true_cxcywh))
         cost = self.classification * self.class_cost(layers.logits, images, targets.labels)
         return cost + self.l1 * distance - self.giou * giou
 
 
 def _assign(cost: npt.NDArray[np.floating], counts: Sequence[int]) -> npt.NDArray[np.int64]:
-    """int64 [2, R]: flat prediction and target of each pair, layer by layer, image by image."""
+    """int64 [2, R]: flat prediction and target of each pair, by layer, then by image."""
     _, num_layers, queries = cost.shape
     pairs = [np.empty((2, 0), dtype=np.int64)]
     for layer in range(num_layers):
@@ -167,7 +168,7 @@ def _assign(cost: npt.NDArray[np.floating], counts: Sequence[int]) -> npt.NDArra
 
 
 def _first_non_finite(layers: Layers, targets: Targets) -> str:
-    """Say what is not finite, first things first: targets, then layers in their order."""
+    """Name the first that is not finite: targets, then layers in order."""
     if not targets.boxes_cxcywh.isfinite().all():
         return "the true boxes of this batch hold a number that is not finite"
     for layer, name in enumerate(layers.names):

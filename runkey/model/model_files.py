@@ -23,8 +23,8 @@ from torch import Tensor
 from runkey import params
 from runkey.errors import ModelError
 from runkey.files import write_atomically, write_json
-from runkey.model.detector import Detector
-from runkey.model.detr import build_model
+from runkey.model.build import build_model
+from runkey.model.detr import Detector
 
 WEIGHTS = "weights.safetensors"
 OLD_WEIGHTS = "weights.pt"
@@ -34,11 +34,11 @@ _FORMAT = 1
 
 
 class NamedClass(Protocol):
-    """A class as `runkey.data.index.ClassName` describes it."""
+    """A class, such as `runkey.data.index.ClassName`."""
 
     @property
     def index(self) -> int:
-        """0..K-1, the row of the class head."""
+        """Row of the class head, 0..K-1."""
 
     @property
     def id(self) -> int:
@@ -46,7 +46,7 @@ class NamedClass(Protocol):
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +60,19 @@ class CardClass:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How images are resized before the model sees them in evaluation, pixels."""
+    """Image sizes in evaluation, pixels."""
 
     short_side: int
     """Short side after resizing."""
     long_side: int
-    """Upper bound of the long side; wins over the short side."""
+    """Upper bound of the long side; it takes precedence over the short side."""
     cached: bool = False
-    """Whether images were shrunk to prepare's cache first.  Older models do not say."""
+    """Whether images were first shrunk for prepare's cache. Older models do not record it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """All that a saved model's weights do not say."""
+    """The parameters, classes and image sizes of a saved model."""
 
     model: params.Model
     classes: tuple[CardClass, ...]
@@ -86,16 +86,16 @@ def save_model(
     classes: Sequence[NamedClass],
     sizes: Sizes,
 ) -> None:
-    """Write a model; the same values give the same bytes.
+    """Write a model; equal values give equal bytes.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it is missing.
         state: the detector's state dict, on any device and in any memory format.
         model: the parameters that it was built with.
         classes: the K classes, in order of their index.
         sizes: of the images that it was evaluated on.
     """
-    # A fresh contiguous copy: neither strides nor the rest of a shared storage get into the file.
+    # A contiguous copy: neither strides nor the rest of a shared storage get into the file.
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
@@ -111,10 +111,10 @@ def save_model(
 
 
 def read_card(folder: Path) -> ModelCard:
-    """The card of a saved model.
+    """Read the card of a saved model.
 
     Raises:
-        ModelError: it is missing, damaged or of another format.
+        ModelError: the card is missing, damaged or of another format.
     """
     path = folder / CARD
     try:
@@ -162,10 +162,10 @@ def read_weights(path: Path) -> Any:
 
 
 def load_model(folder: Path) -> tuple[Detector, ModelCard]:
-    """A saved model, on the CPU, in evaluation mode, with its card.
+    """Load a saved model, on the CPU and in evaluation mode, with its card.
 
     Raises:
-        ModelError: a file is missing or damaged, or the two do not fit together.
+        ModelError: a file is missing or damaged, or the weights do not fit the card.
     """
     card = read_card(folder)
     path = weights_file(folder)

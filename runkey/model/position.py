@@ -1,4 +1,4 @@
-"""Sine encodings of places: of every token of a feature map, and of boxes.
+"""Sine position encodings of a feature map's tokens and of boxes.
 
 Shapes: B images, h x w tokens, D width.
 """
@@ -13,42 +13,42 @@ from torch import Tensor
 _MAX_SHAPES = 64
 
 
-def sine(places: Tensor, dim: int, temperature: float) -> Tensor:
-    """Sines and cosines of `places` at `dim / 2` wavelengths (Vaswani et al. 2017).
+def sine(radians: Tensor, dim: int, temperature: float) -> Tensor:
+    """Encode positions as sines and cosines at `dim / 2` wavelengths (Vaswani et al. 2017).
 
     Args:
-        places: [...] in radians (one whole image is 2 pi).
-        dim: even number of channels.
-        temperature: ratio of the longest to the shortest wavelength, about.
+        radians: [...]; 2 pi is the whole image.
+        dim: number of channels, even.
+        temperature: approximate ratio of the longest to the shortest wavelength.
 
     Returns:
-        [..., dim], sine and cosine by turns.
+        [..., dim]; sine and cosine alternate.
     """
-    # float32 whatever the model is, as the reference: its float64 results depend on this rounding.
-    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=places.device) / dim
-    angles = places[..., None] / temperature**exponents
+    # float32 for every model, as in the reference: its float64 results depend on this rounding.
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=radians.device) / dim
+    angles = radians[..., None] / temperature**exponents
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 
 class GridPosition:
-    """The encoding of every token's place, as part of the valid height and width.
+    """The encoding of every token's position, relative to the valid height and width.
 
-    Padding is right and below, so rows and columns are encoded apart: h + w sines, not h * w.
+    Padding is right and below, so rows and columns are encoded separately: h + w sines, not h * w.
     The encoding of a feature map without padding is computed once per shape.
     """
 
     def __init__(self, dim: int, *, temperature: float, centred: bool) -> None:
-        """Settings of the encoding.
+        """Set the encoding up.
 
         Args:
             dim: D; the first half encodes y, the second x.
             temperature: see `sine`.
-            centred: places are tokens' centres; else their far edges, as in DETR.
+            centred: encode the tokens' centres; else their far edges, as in DETR.
         """
         self.dim = dim
         self.temperature = temperature
         self.centred = centred
-        self._full: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._unpadded: dict[tuple[int, int, torch.device], Tensor] = {}
 
     def __call__(
         self, padding: Tensor | None, shape: tuple[int, int], device: torch.device
@@ -58,35 +58,33 @@ class GridPosition:
         Args:
             padding: bool [B, h, w], True on padding; None: no padding.
             shape: (h, w).
-            device: where the encoding is wanted.
+            device: device of the encoding.
 
         Returns:
             float32 [B or 1, h * w, D].
         """
         if padding is not None:
-            valid = ~padding
-            return self._encode(valid[:, :, 0], valid[:, 0, :])
+            return self._encode(*_valid_rows_columns(padding, shape, device))
         key = (*shape, device)
-        if key not in self._full:
-            if len(self._full) >= _MAX_SHAPES:
-                self._full.clear()
+        if key not in self._unpadded:
+            if len(self._unpadded) >= _MAX_SHAPES:
+                self._unpadded.clear()
             # A tensor made in inference mode could not be used in training later.
             with torch.inference_mode(False):
-                rows, columns = (torch.ones(1, n, dtype=torch.bool, device=device) for n in shape)
-                self._full[key] = self._encode(rows, columns)
-        return self._full[key]
+                self._unpadded[key] = self._encode(*_valid_rows_columns(None, shape, device))
+        return self._unpadded[key]
 
     def _encode(self, valid_rows: Tensor, valid_columns: Tensor) -> Tensor:
         half = self.dim // 2
-        y = sine(self._places(valid_rows), half, self.temperature)
-        x = sine(self._places(valid_columns), half, self.temperature)
+        y = sine(self._radians(valid_rows), half, self.temperature)
+        x = sine(self._radians(valid_columns), half, self.temperature)
         height, width = y.shape[1], x.shape[1]
         y = y[:, :, None].expand(-1, -1, width, -1)
         x = x[:, None].expand(-1, height, -1, -1)
         return torch.cat((y, x), dim=-1).flatten(1, 2)
 
-    def _places(self, valid: Tensor) -> Tensor:
-        """Radians [B, n] of positions along one axis; `valid` is bool [B, n]."""
+    def _radians(self, valid: Tensor) -> Tensor:
+        """Positions [B, n] along one axis; `valid` is bool [B, n]."""
         # Counted in integers: a sum of floats has no deterministic algorithm on a GPU.
         steps = valid.cumsum(1).float()
         length = steps[:, -1:] + 1e-6
@@ -94,16 +92,30 @@ class GridPosition:
 
 
 def grid_centres(padding: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
-    """float32 [B or 1, h * w, 2]: (x, y) of tokens' centres, as parts of the valid width, height.
+    """Return the tokens' centres as fractions of the valid width and height.
 
-    Tokens on padding get the last valid row's or column's place; see `GridPosition`.
+    Args:
+        padding: bool [B, h, w], True on padding; None: no padding. A token on padding gets the
+            position of the last valid row or column.
+        shape: (h, w).
+        device: device of the result.
+
+    Returns:
+        float32 [B or 1, h * w, 2], (x, y).
     """
-    if padding is None:
-        rows, columns = (torch.ones(1, n, dtype=torch.bool, device=device) for n in shape)
-    else:
-        rows, columns = ~padding[:, :, 0], ~padding[:, 0, :]
+    rows, columns = _valid_rows_columns(padding, shape, device)
     y, x = ((n.cumsum(1) - 0.5) / n.sum(1, keepdim=True) for n in (rows, columns))
     height, width = shape
     x = x[:, None, :].expand(-1, height, -1)
     y = y[:, :, None].expand(-1, -1, width)
     return torch.stack((x, y), dim=-1).flatten(1, 2)
+
+
+def _valid_rows_columns(
+    padding: Tensor | None, shape: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Bool [B or 1, h] and [B or 1, w], True on rows and columns that hold image."""
+    if padding is None:
+        rows, columns = (torch.ones(1, n, dtype=torch.bool, device=device) for n in shape)
+        return rows, columns
+    return ~padding[:, :, 0], ~padding[:, 0, :]

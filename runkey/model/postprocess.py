@@ -1,4 +1,4 @@
-"""Model outputs to detections in the original image's pixels.
+"""Convert model outputs to detections in the original image's pixels.
 
 Shapes: B images, Q queries, K classes, n detections of an image.
 """
@@ -14,7 +14,7 @@ from runkey import params
 from runkey.model.boxes import cxcywh_to_xyxy, full_precision
 from runkey.model.matcher import Outputs
 
-# COCO's evaluation looks at the best 100 detections of an image.
+# COCO's evaluation counts the best 100 detections of an image.
 _MAX_DETECTIONS = 100
 
 
@@ -27,51 +27,51 @@ class Detections:
     labels: Tensor
     """int64 [n], class indices 0..K-1."""
     boxes_xyxy: Tensor
-    """float [n, 4] in pixels of the original image; they may hang over its edges."""
+    """float [n, 4] in pixels of the original image; they may reach beyond its edges."""
 
 
 @dataclass(frozen=True, slots=True)
 class Postprocess:
-    """The last decoder layer's answer as detections; nothing is left out by a threshold."""
+    """Turns the last decoder layer's predictions into detections; applies no score threshold."""
 
     softmax: bool
-    """True: one class per query, its best that is not no-object (DETR).  False: the best 100 of
-    all pairs of query and class (Deformable DETR)."""
+    """True: each query's best class that is not no-object (DETR). False: the 100 best pairs of
+    query and class (Deformable DETR, Zhu et al. 2021)."""
 
     @torch.no_grad()
     def __call__(self, outputs: Outputs, original_sizes: Tensor) -> list[Detections]:
-        """Detections of every image.
+        """Convert the outputs of a batch.
 
         Args:
-            outputs: of the model; the last layer counts.
-            original_sizes: [B, 2] (height, width) of the original images, pixels.
+            outputs: the model's; only the last decoder layer is used.
+            original_sizes: int [B, 2], (height, width) of the original images, pixels.
 
         Returns:
             One `Detections` per image, on the outputs' device.
         """
         logits = full_precision(outputs.logits[-1])
-        boxes = cxcywh_to_xyxy(full_precision(outputs.boxes_cxcywh[-1]))
-        sizes = original_sizes.to(boxes.device, boxes.dtype)
-        boxes = boxes * sizes.flip(1).repeat(1, 2)[:, None]
+        boxes_xyxy = cxcywh_to_xyxy(full_precision(outputs.boxes_cxcywh[-1]))
+        sizes = original_sizes.to(boxes_xyxy.device, boxes_xyxy.dtype)
+        boxes_xyxy = boxes_xyxy * sizes.flip(1).repeat(1, 2)[:, None]
         if self.softmax:
             scores, labels = logits.softmax(-1)[..., :-1].max(-1)
             scores, query = scores.sort(dim=1, descending=True, stable=True)
             labels = labels.take_along_dim(query, dim=1)
         else:
             scores, labels, query = _best_pairs(logits.sigmoid())
-        boxes = boxes.take_along_dim(query[..., None], dim=1)
-        return [Detections(*image) for image in zip(scores, labels, boxes, strict=True)]
+        boxes_xyxy = boxes_xyxy.take_along_dim(query[..., None], dim=1)
+        return [Detections(*image) for image in zip(scores, labels, boxes_xyxy, strict=True)]
 
 
 def _best_pairs(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Score, class and query, each [B, n], of the best pairs of scores [B, Q, K]."""
+    """Score, class and query, each [B, n], of the best pairs in scores [B, Q, K]."""
     num_classes = scores.shape[-1]
-    # A stable sort: topk's choice among equals is not the same on every device.
+    # A stable sort: topk's choice among equal scores differs between devices.
     best, pair = scores.flatten(1).sort(dim=1, descending=True, stable=True)
     best, pair = best[:, :_MAX_DETECTIONS], pair[:, :_MAX_DETECTIONS]
     return best, pair % num_classes, pair // num_classes
 
 
 def build_postprocess(model: params.Model) -> Postprocess:
-    """The postprocessing of a preset."""
+    """Build the postprocessing of a preset from section `model` of params.yaml."""
     return Postprocess(softmax=model.preset == "detr")

@@ -1,7 +1,7 @@
-"""Encoder and decoder layers, shared by both presets.
+"""Attention, encoder and decoder layers, shared by both presets.
 
 Parameter names are the reference DETR's, so that its state dict loads unchanged.
-Shapes: B images, S tokens, T queries, D width.
+Shapes: B images, S encoder tokens, T queries (or tokens in self-attention), D width, H heads.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Multi-head attention without weights out, and keys and values of all decoder layers at once.
-
 
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017) with `nn.MultiheadAttention`'s parameter names.
 
-    Query and key carry a position, the value does not, as in DETR (Carion et al. 2020).
+    The position is added to query and key, not to the value, as in DETR (Carion et al. 2020).
     """
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
@@ -34,12 +32,12 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def attend_self(self, x: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of a sequence to itself.
+        """Attend from a sequence to itself.
 
         Args:
             x: [B, T, D].
             position: [B or 1, T, D], added to query and key.
-            mask: bool, broadcastable to [B, H, T, T], True where a key may be seen; None: all.
+            mask: bool, broadcastable to [B, H, T, T], True where attention is allowed; None: all.
 
         Returns:
             [B, T, D].
@@ -56,13 +54,13 @@ class Attention(nn.Module):
     def attend_memory(
         self, x: Tensor, position: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None
     ) -> Tensor:
-        """Attention of queries to the encoder's tokens.
+        """Attend from queries to the encoder's tokens.
 
         Args:
             x: [B, T, D].
             position: [B or 1, T, D], added to the query.
-            keys_values: this layer's pair from `project_memory`, each [B, S, D].
-            mask: bool, broadcastable to [B, H, T, S], True where a key may be seen; None: all.
+            keys_values: this layer's pair from `project_memory`, [B, S, D] each.
+            mask: bool, broadcastable to [B, H, T, S], True where attention is allowed; None: all.
 
         Returns:
             [B, T, D].
@@ -75,13 +73,23 @@ class Attention(nn.Module):
         )
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """[B, T, D] to [B, H, T, D / H]."""
+        """Reshape [B, T, D] to [B, H, T, D / H]."""
         return x.reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
 
     def attend_heads(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Attention of [B, H, T or S, any width] and the output projection; [B, T, D]."""
+        """Attend in every head and apply the output projection.
+
+        Args:
+            query: [B, H, T, E], for any E.
+            key: [B, H, S, E].
+            value: [B, H, S, D / H].
+            mask: as in `attend_memory`.
+
+        Returns:
+            [B, T, D].
+        """
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
@@ -91,7 +99,7 @@ class Attention(nn.Module):
 def project_memory(
     layers: Sequence[Attention], memory: Tensor, position: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of every decoder layer, in two matrix products instead of two a layer.
+    """Compute keys and values of all decoder layers in two matrix products.
 
     Args:
         layers: the cross-attentions of the decoder.
@@ -99,7 +107,7 @@ def project_memory(
         position: [B or 1, S, D], added for the keys.
 
     Returns:
-        A pair (key, value), each [B, S, D], per layer.
+        A pair (key, value) per layer, [B, S, D] each.
     """
     weights = [layer.in_proj_weight.chunk(3) for layer in layers]
     biases = [layer.in_proj_bias.chunk(3) for layer in layers]
@@ -111,9 +119,6 @@ def project_memory(
     return list(zip(keys.chunk(count, dim=-1), values.chunk(count, dim=-1), strict=True))
 
 
-# Small parts that several places share.
-
-
 class MLP(nn.Module):
     """Linear layers with ReLU between them."""
 
@@ -123,7 +128,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_dim] to [..., out_dim]."""
+        """Map [..., in_dim] to [..., out_dim]."""
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             x = layer(x) if index == last else F.relu(layer(x))
@@ -131,7 +136,7 @@ class MLP(nn.Module):
 
 
 class _FeedForward(nn.Module):
-    """The second half of every layer: two linear layers on each token."""
+    """The second half of every layer: two linear layers applied to each token."""
 
     def __init__(self, dim: int, feedforward_dim: int, dropout: float) -> None:
         super().__init__()
@@ -140,12 +145,12 @@ class _FeedForward(nn.Module):
         self.dropout = dropout
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., D]."""
+        """Map [..., D] to [..., D]."""
         projected: Tensor = self.linear2(self.drop(F.relu(self.linear1(x))))
         return projected
 
     def drop(self, x: Tensor) -> Tensor:
-        """Dropout, in training and where there is any."""
+        """Apply dropout in training."""
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
@@ -159,14 +164,14 @@ class EncoderLayer(_FeedForward):
         self.norm2 = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
-        """Tokens [B, S, D], position [B or 1, S, D], mask as in `Attention`; [B, S, D]."""
+        """Run the layer on tokens [B, S, D] with position [B or 1, S, D]; returns [B, S, D]."""
         x = self.norm1(x + self.drop(self.self_attn.attend_self(x, position, mask)))
         out: Tensor = self.norm2(x + self.drop(self.feed_forward(x)))
         return out
 
 
 class DecoderLayer(_FeedForward):
-    """Self-attention, attention to the encoder's tokens, feed-forward (post-norm)."""
+    """Self-attention, cross-attention to the encoder's tokens, feed-forward (post-norm)."""
 
     def __init__(
         self,
@@ -192,31 +197,28 @@ class DecoderLayer(_FeedForward):
         self_mask: Tensor | None,
         memory_mask: Tensor | None,
     ) -> Tensor:
-        """One layer.
+        """Run the layer.
 
         Args:
-            x: queries' content [B, T, D].
-            position: queries' position [B or 1, T, D] for self-attention.
-            cross_position: the same for the attention to memory.
-            keys_values: this layer's projections of the encoder's tokens.
-            self_mask: bool, True where a query may be seen by a query; None: all.
-            memory_mask: bool, True where a token may be seen; None: all.
+            x: the queries' content [B, T, D].
+            position: their position in self-attention [B or 1, T, D].
+            cross_position: their position in cross-attention [B or 1, T, D].
+            keys_values: this layer's keys and values of the encoder's tokens.
+            self_mask: see `Attention.attend_self`.
+            memory_mask: see `Attention.attend_memory`.
 
         Returns:
             [B, T, D].
         """
         x = self.norm1(x + self.drop(self.self_attn.attend_self(x, position, self_mask)))
-        seen = self.multihead_attn.attend_memory(x, cross_position, keys_values, memory_mask)
-        x = self.norm2(x + self.drop(seen))
+        attended = self.multihead_attn.attend_memory(x, cross_position, keys_values, memory_mask)
+        x = self.norm2(x + self.drop(attended))
         out: Tensor = self.norm3(x + self.drop(self.feed_forward(x)))
         return out
 
 
 class Stack(nn.Module):
-    """Layers under the name `layers`, and a norm where the decoder has one.
-
-    `run(i, ...)` calls layer i, under activation checkpointing where that is on.
-    """
+    """Layers under the name `layers`, and the decoder's final norm."""
 
     def __init__(
         self,
@@ -234,7 +236,7 @@ class Stack(nn.Module):
         self.checkpointing = checkpointing
 
     def run(self, index: int, *inputs: object) -> Tensor:
-        """The output of one layer."""
+        """Run layer `index`, under activation checkpointing if it is on."""
         layer = self.layers[index]
         if self.checkpointing and self.training:
             recomputed: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
@@ -244,7 +246,7 @@ class Stack(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`transformer.encoder` and `transformer.decoder`, Xavier-initialised as DETR's."""
+    """`transformer.encoder` and `transformer.decoder`, Xavier-initialised as in DETR."""
 
     def __init__(self, encoder: Stack, decoder: Stack) -> None:
         super().__init__()
@@ -255,7 +257,7 @@ class Transformer(nn.Module):
                 nn.init.xavier_uniform_(parameter)
 
     def encode(self, x: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
-        """All encoder layers: tokens [B, S, D], position [B or 1, S, D], mask; [B, S, D]."""
+        """Run all encoder layers on tokens [B, S, D] with position [B or 1, S, D] and a mask."""
         for index in range(len(self.encoder.layers)):
             x = self.encoder.run(index, x, position, mask)
         return x

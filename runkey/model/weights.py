@@ -1,4 +1,4 @@
-"""Weights in: pretrained backbones and whole detectors, with heads matched by class name."""
+"""Load initial weights: a pretrained backbone or a detector, its heads matched by class name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from runkey import params
 from runkey.errors import ModelError
-from runkey.model.detector import Detector
+from runkey.model.detr import Detector
 from runkey.model.model_files import (
     CARD,
     OLD_WEIGHTS,
@@ -23,10 +23,8 @@ from runkey.model.model_files import (
     weights_file,
 )
 
-# The names of COCO's category ids, for heads that were trained with ids as class indices.
-
-
-# COCO's ids run to 90 with gaps: (first id, names of it and the ids after it).
+# Names of COCO's category ids, for heads trained with ids as class indices. The ids run to 90 with
+# gaps: (first id, names of it and the ids after it).
 _RUNS: tuple[tuple[int, str], ...] = (
     (1, "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant"),
     (13, "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe"),
@@ -41,12 +39,12 @@ _RUNS: tuple[tuple[int, str], ...] = (
     (84, "book,clock,vase,scissors,teddy bear,hair drier,toothbrush"),
 )
 
-# Logits of the reference's COCO models without no-object: ids 0..90.
 NUM_COCO_IDS = 91
+"""Logits of the reference's COCO models without no-object: ids 0..90."""
 
 
 def coco_names() -> list[str]:
-    """Name of each id 0..90, empty where COCO has no category."""
+    """Return the name of each id 0..90, empty where COCO has no category."""
     names = [""] * NUM_COCO_IDS
     for first, run in _RUNS:
         for offset, name in enumerate(run.split(",")):
@@ -54,14 +52,12 @@ def coco_names() -> list[str]:
     return names
 
 
-# Tensors of one state dict into a detector of perhaps other classes, queries or preset.
-
-
 # Tensors with a row per class, and with a row per query.
 _CLASS_ROWS = ("class_embed.weight", "class_embed.bias", "label_embed.weight")
 _QUERY_ROWS = ("query_embed.weight", "query_content.weight")
-# Where the two presets compute the same thing under the same name.
+# What both presets compute in the same way under the same name.
 _COMMON = ("backbone.", "transformer.encoder.")
+_MOST_DROPS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,28 +65,28 @@ class Source:
     """Weights to start from."""
 
     name: str
-    """How messages call it."""
+    """Its name in messages."""
     state: dict[str, Tensor]
     class_names: list[str] | None
-    """Classes 0..K-1 of its heads, where it says."""
+    """Classes 0..K-1 of its heads; None: unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """Where every tensor of a detector comes from."""
+    """Which tensors of a detector were loaded."""
 
     source: str
     loaded: tuple[str, ...]
-    """Names taken over, with how many rows where not all were."""
+    """Names of loaded tensors, with the number of rows if not all were loaded."""
     dropped: tuple[str, ...]
-    """Names of the source that found no place, and why."""
+    """Names of the source's tensors that were not used, and why."""
     new: tuple[str, ...]
-    """Names that keep their random start."""
+    """Names of tensors that keep their random values."""
     warnings: tuple[str, ...] = ()
-    """Settings that train badly without saying so."""
+    """Settings that make training fail quietly."""
 
     def lines(self) -> list[str]:
-        """The report for people: counts by part of the model, drops in full, warnings."""
+        """Format the report: counts by part of the model, dropped tensors, warnings."""
         lines = [f"initial weights: {self.source}"]
         if self.loaded:
             lines.append(f"  loaded {len(self.loaded)}: {_by_part(self.loaded)}")
@@ -100,49 +96,44 @@ class LoadReport:
             lines += [f"    {entry}" for entry in self.dropped[:_MOST_DROPS]]
             if len(self.dropped) > _MOST_DROPS:
                 lines.append(f"    and {len(self.dropped) - _MOST_DROPS} more")
-        # Of a model that starts from nothing, the parts that are new are all there are.
+        # Not for a model with random weights, where everything is new.
         if self.new and (self.loaded or self.dropped):
             lines.append(f"  new {len(self.new)}: {_by_part(self.new)}")
         return lines + [f"  warning: {warning}" for warning in self.warnings]
 
 
-_MOST_DROPS = 12
-
-
 def transfer(
     detector: Detector, source: Source, class_names: Sequence[str], warnings: tuple[str, ...]
 ) -> LoadReport:
-    """Copy what fits into `detector`, in place.
+    """Copy the tensors that fit into `detector`, in place.
 
     Args:
-        detector: with its random start, which is kept where nothing fits.
+        detector: keeps its random values where nothing fits.
         source: the weights.
         class_names: the detector's classes 0..K-1.
         warnings: passed on to the report.
 
-    Returns:
-        The report.
-
     Raises:
         ModelError: nothing fits.
     """
-    target = detector.state_dict()  # the parameters themselves, so copying into them is loading
-    theirs = _theirs(source, "proposal_head.class_embed.weight" in target)
-    loaded, dropped, new = [], list(theirs.refused), []
+    target = detector.state_dict()  # refers to the parameters: copying into it loads them
+    state, dropped = _usable(source, "proposal_head.class_embed.weight" in target)
+    their_names = _source_class_names(source)
+    loaded, new = [], []
     for name, ours in target.items():
         if name.endswith("num_batches_tracked"):
             continue
-        found = theirs.state.get(name)
-        note = None if found is None else _copy(name, ours, found, theirs.class_names, class_names)
+        found = state.get(name)
+        note = None if found is None else _copy(name, ours, found, their_names, class_names)
         if found is None or note is None:
             new.append(name)
             if found is not None:
-                dropped.append(f"{name}: {_why(name, ours, found, theirs.class_names)}")
+                dropped.append(f"{name}: {_why(name, ours, found, their_names)}")
         else:
             loaded.append(f"{name}{note}")
     dropped += [
         f"{name}: this model has none"
-        for name in theirs.state
+        for name in state
         if name not in target and not name.endswith("num_batches_tracked")
     ]
     if not loaded:
@@ -153,33 +144,37 @@ def transfer(
     return LoadReport(source.name, tuple(loaded), tuple(dropped), tuple(new), warnings)
 
 
-@dataclass(frozen=True, slots=True)
-class _Theirs:
-    state: dict[str, Tensor]
-    class_names: list[str] | None
-    refused: tuple[str, ...]
-
-
-def _theirs(source: Source, target_is_fast: bool) -> _Theirs:
-    """What of the source means the same in this preset, and what its classes are called."""
-    state, refused = source.state, []
-    is_fast = any(name.startswith("proposal_head.") for name in state)
+def _usable(source: Source, target_is_fast: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """The source's tensors that mean the same in the target's preset, and why others do not."""
+    state = source.state
     is_detector = any(name.startswith("class_embed.") for name in state)
-    if is_detector and is_fast != target_is_fast:
-        reason = f"preset {'fast' if is_fast else 'detr'} computes something else with it"
-        refused = [f"{name}: {reason}" for name in state if not name.startswith(_COMMON)]
-        state = {name: tensor for name, tensor in state.items() if name.startswith(_COMMON)}
-    names = source.class_names
+    if not is_detector or _is_fast(state) == target_is_fast:
+        return state, []
+    reason = f"preset {'fast' if _is_fast(state) else 'detr'} computes something else with it"
+    refused = [f"{name}: {reason}" for name in state if not name.startswith(_COMMON)]
+    return {n: tensor for n, tensor in state.items() if n.startswith(_COMMON)}, refused
+
+
+def _is_fast(state: dict[str, Tensor]) -> bool:
+    return any(name.startswith("proposal_head.") for name in state)
+
+
+def _source_class_names(source: Source) -> list[str] | None:
+    """The source's class names; COCO's for a head of the reference's size."""
     head = source.state.get("class_embed.weight")
-    if names is None and head is not None and not is_fast and len(head) == NUM_COCO_IDS + 1:
-        names = coco_names()
-    return _Theirs(state, names, tuple(refused))
+    if source.class_names is None and head is not None and not _is_fast(source.state):
+        return coco_names() if len(head) == NUM_COCO_IDS + 1 else None
+    return source.class_names
 
 
 def _copy(
     name: str, ours: Tensor, found: Tensor, their_names: Sequence[str] | None, names: Sequence[str]
 ) -> str | None:
-    """Copy `found` into `ours` as far as it fits; a note on rows, "" for all, None for nothing."""
+    """Copy the rows of `found` that fit into `ours`.
+
+    Returns:
+        "" if all rows were copied, a note if some were, None if none was.
+    """
     if name.endswith(_CLASS_ROWS):
         return _copy_classes(ours, found, their_names, names)
     if name.endswith(_QUERY_ROWS) and ours.shape[1:] == found.shape[1:]:
@@ -195,7 +190,7 @@ def _copy(
 def _copy_classes(
     ours: Tensor, found: Tensor, their_names: Sequence[str] | None, names: Sequence[str]
 ) -> str | None:
-    """Rows of classes that both name, and no-object's, which is the last of a softmax head."""
+    """Copy the rows of common classes, and no-object's, which is the last of a softmax head."""
     if their_names is None or ours.shape[1:] != found.shape[1:]:
         return None
     extra = len(found) - len(their_names)
@@ -222,14 +217,14 @@ def _plain(name: str) -> str:
 
 
 def _why(name: str, ours: Tensor, found: Tensor, their_names: Sequence[str] | None) -> str:
-    """Why a tensor of the right name was not taken."""
+    """Why a tensor of the right name was not loaded."""
     if name.endswith(_CLASS_ROWS) and ours.shape[1:] == found.shape[1:]:
         return "it does not say its classes" if their_names is None else "no class in common"
     return f"shape {list(found.shape)}, here {list(ours.shape)}"
 
 
 def _by_part(names: Sequence[str]) -> str:
-    """`backbone 120, transformer 60, class_embed 2`."""
+    """Counts as in `backbone 120, transformer 60, class_embed 2`."""
     parts = Counter(name.split(".", 1)[0] for name in names)
     return ", ".join(f"{part} {count}" for part, count in parts.items())
 
@@ -237,19 +232,19 @@ def _by_part(names: Sequence[str]) -> str:
 def load_initial_weights(
     detector: Detector, model: params.Model, class_names: Sequence[str], root: Path | None = None
 ) -> LoadReport:
-    """Put `model.init_from`'s or `model.backbone_weights`' weights into a new detector.
+    """Load the weights that `model.init_from` or `model.backbone_weights` names.
 
     Args:
         detector: from `build_model(model, len(class_names))`; changed in place.
         model: section `model` of params.yaml.
-        class_names: names of classes 0..K-1, to find heads' rows by.
-        root: folder that relative files are relative to; None: the current one.
+        class_names: names of classes 0..K-1, to match the heads' rows.
+        root: folder that relative paths start from; None: the current one.
 
     Returns:
-        What was loaded, dropped and left new, and warnings about quietly bad settings.
+        What was loaded and dropped, what stays random, and warnings about settings.
 
     Raises:
-        ModelError: a file is missing, is no weights file, or fits nowhere; or a download failed.
+        ModelError: a file is missing, is no weights file, or does not fit; or a download failed.
     """
     warnings = _warnings(model)
     if model.init_from is not None:
@@ -265,7 +260,7 @@ def load_initial_weights(
 
 
 def read_source(path: Path) -> Source:
-    """A weights file, or the folder of one of our models, with its classes where they are known.
+    """Read a weights file or the folder of a saved model.
 
     Raises:
         ModelError: see `load_initial_weights`.
@@ -284,7 +279,7 @@ def read_source(path: Path) -> Source:
 
 
 def _tensors(loaded: object, file: Path) -> dict[str, Tensor]:
-    """The state dict in what was loaded, under `model`, `state_dict` or itself."""
+    """The state dict in a loaded file: under `model`, under `state_dict`, or the whole."""
     if isinstance(loaded, dict):
         for key in ("model", "state_dict"):
             if isinstance(loaded.get(key), dict):
@@ -299,14 +294,14 @@ def _tensors(loaded: object, file: Path) -> dict[str, Tensor]:
 
 
 def _class_names(file: Path) -> list[str] | None:
-    """Names of the classes of one of our models, from the card beside its weights."""
+    """Class names of a saved model, from the card beside its weights."""
     if file.name not in (WEIGHTS, OLD_WEIGHTS) or not file.with_name(CARD).is_file():
         return None
     return [entry.name for entry in read_card(file.parent).classes]
 
 
 def _imagenet(backbone: str) -> dict[str, Tensor]:
-    """The ImageNet weights that DETR starts from, torchvision's first; cached by torch.hub."""
+    """Torchvision's first ImageNet weights, which DETR starts from; cached by torch.hub."""
     from torchvision import models  # seconds of import that other weights do not need
 
     weights = models.get_model_weights(backbone)["IMAGENET1K_V1"]
@@ -326,7 +321,7 @@ def _imagenet(backbone: str) -> dict[str, Tensor]:
 
 
 def _as_backbone(source: Source) -> Source:
-    """A backbone's own state dict under a detector's names; a detector's is cut to its backbone."""
+    """The backbone of a detector's state dict, or a backbone's own under a detector's names."""
     prefix = "backbone.0.body."
     if any(name.startswith(prefix) for name in source.state):
         state = {n: t for n, t in source.state.items() if n.startswith(prefix)}
@@ -337,7 +332,7 @@ def _as_backbone(source: Source) -> Source:
 
 
 def _warnings(model: params.Model) -> tuple[str, ...]:
-    """Settings that train, but badly, and would say nothing."""
+    """Settings that train badly without an error."""
     warnings = []
     pretrained = model.init_from is not None or model.backbone_weights != "none"
     if model.norm == "frozen" and not pretrained:

@@ -12,8 +12,8 @@ from torch import nn
 
 from runkey.data.dataset import GlobalBatch
 from runkey.memory.trace.record import BuiltStep, StepFactory, with_fixed_matches
+from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
-from runkey.model.detr import build_model
 from runkey.params import Params
 from runkey.training.build import build_setup
 from runkey.training.distributed import World

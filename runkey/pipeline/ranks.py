@@ -19,8 +19,8 @@ from runkey import paths
 from runkey.data.loader import TrainLoader, build_train_loader
 from runkey.errors import Interrupted
 from runkey.memory.choose import MemoryPlan
-from runkey.model.detector import Detector
-from runkey.model.detr import build_model
+from runkey.model.build import build_model
+from runkey.model.detr import Detector
 from runkey.params import Params
 from runkey.pipeline.parts import Validation, build_validation
 from runkey.progress import tell

@@ -22,8 +22,8 @@ from runkey.evaluation.coco import evaluate_detections
 from runkey.evaluation.pyfunc import PyfuncDetector
 from runkey.evaluation.run import ImageDetections, predict
 from runkey.inference.preprocess import preprocess
-from runkey.model.detector import Detector
-from runkey.model.detr import build_model
+from runkey.model.build import build_model
+from runkey.model.detr import Detector
 from runkey.model.model_files import CardClass, ModelCard, Sizes
 from runkey.model.postprocess import build_postprocess
 from runkey.params import Checks, Data, Model

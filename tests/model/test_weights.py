@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from runkey import params
 from runkey.errors import ModelError
-from runkey.model.detr import build_model
+from runkey.model.build import build_model
 from runkey.model.model_files import CARD, OLD_WEIGHTS, WEIGHTS, Sizes, load_model, save_model
 from runkey.model.weights import NUM_COCO_IDS, coco_names, load_initial_weights, read_source
 from tests.support.shared import shared_data

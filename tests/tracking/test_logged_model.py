@@ -12,7 +12,7 @@ from PIL import Image
 from runkey.data.index import ClassName
 from runkey.errors import TrackingError
 from runkey.evaluation.pyfunc import COLUMNS
-from runkey.model.detr import build_model
+from runkey.model.build import build_model
 from runkey.model.model_files import Sizes, save_model
 from runkey.params import Model
 from runkey.tracking.describe import log_model

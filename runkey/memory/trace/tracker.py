@@ -18,7 +18,7 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runkey.memory.trace.workspaces import Workspaces
-from runkey.model import backbone
+from runkey.model import backbones
 
 # What a traced training step is: allocations and frees of blocks of device memory, in order.
 
@@ -196,8 +196,8 @@ class Scope:
 def watching(scope: Scope) -> Iterator[None]:
     """Tell `scope` of every module that is entered and left.
 
-    A residual block and its convolutions are run by functions (`runkey.model.backbone`), not called
-    as modules, so these functions are watched too.
+    A residual block and its convolutions are run by functions (`runkey.model.backbones`), not
+    called as modules, so these functions are watched too.
     """
 
     def before(module: nn.Module, _: Any) -> None:
@@ -220,14 +220,14 @@ def watching(scope: Scope) -> Iterator[None]:
         register_module_forward_pre_hook(before),
         register_module_forward_hook(after, always_call=True),
     )
-    originals = {name: getattr(backbone, name) for name in ("residual_block", "conv_norm")}
+    originals = {name: getattr(backbones, name) for name in ("residual_block", "conv_norm")}
     for name, function in originals.items():
-        setattr(backbone, name, watched(function))
+        setattr(backbones, name, watched(function))
     try:
         yield
     finally:
         for name, function in originals.items():
-            setattr(backbone, name, function)
+            setattr(backbones, name, function)
         for hook in hooks:
             hook.remove()
 

@@ -22,8 +22,8 @@ from runkey.data.index import read_classes
 from runkey.data.loader import TrainLoader, build_train_loader
 from runkey.data.normalise import normalise
 from runkey.errors import TrainingError
+from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
-from runkey.model.detr import build_model
 from runkey.model.weights import load_initial_weights
 from runkey.params import Params, parse_params
 from runkey.training.build import Setup, build_setup

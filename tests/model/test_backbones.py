@@ -8,8 +8,8 @@ import torchvision
 from torch import nn
 
 from runkey import params
-from runkey.model.backbone import FrozenBatchNorm2d, ResNet, conv_norm
-from runkey.model.detr import build_model
+from runkey.model.backbones import FrozenBatchNorm2d, ResNet, conv_norm
+from runkey.model.build import build_model
 
 PLAIN = {"dilation": False, "frozen_norm": False, "frozen_stages": 0, "checkpointing": False}
 

@@ -1,6 +1,6 @@
 """Image features: torchvision's ResNets and a compact network for small images.
 
-The parameter names under `body` are torchvision's, so that its weights, and the reference DETR's,
+Parameters under `body` have torchvision's names, so that its weights, and the reference DETR's,
 load unchanged.
 Shapes: B images, H x W pixels, h x w feature cells, C channels.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ _EPSILON = 1e-5
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Batch norm with fixed statistics and fixed affine parameters, all of them buffers.
+    """Batch norm whose statistics and affine parameters are fixed buffers.
 
-    It is not called: `conv_norm` folds it into the convolution before it, which saves a pass over
-    the activations and keeps them in the convolution's dtype under autocast.
+    `conv_norm` folds it into the preceding convolution instead of calling it. That saves a pass
+    over the activations and keeps them in the convolution's dtype under autocast.
     """
 
     weight: Tensor
@@ -39,7 +40,7 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(num_features))
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """[C] each: the norm is `x * scale + shift`."""
+        """Return scale and shift, [C] each; the norm is `x * scale + shift`."""
         scale = self.weight * (self.running_var + _EPSILON).rsqrt()
         return scale, self.bias - self.running_mean * scale
 
@@ -50,7 +51,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-    """`norm(conv(x))`; a frozen norm costs nothing but a scaled copy of the kernel."""
+    """Compute `norm(conv(x))`; a frozen norm only scales the kernel."""
     if not isinstance(norm, FrozenBatchNorm2d):
         out: Tensor = norm(conv(x))
         return out
@@ -60,7 +61,7 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def residual_block(block: Any, x: Tensor) -> Tensor:
-    """The forward pass of torchvision's `BasicBlock` and `Bottleneck`, with `conv_norm`."""
+    """Run torchvision's `BasicBlock` or `Bottleneck` (He et al. 2016) with `conv_norm`."""
     shortcut = x
     if block.downsample is not None:
         conv, norm = block.downsample
@@ -73,10 +74,7 @@ def residual_block(block: Any, x: Tensor) -> Tensor:
 
 
 class Body(nn.Module):
-    """A stem and stages of residual blocks.
-
-    `stages` names the modules that `frozen_stages` counts: the stem's first, then each layer.
-    """
+    """A stem and stages of residual blocks; `frozen_stages` counts the stem as the first."""
 
     def __init__(self, *, frozen_stages: int, checkpointing: bool) -> None:
         super().__init__()
@@ -84,18 +82,18 @@ class Body(nn.Module):
         self.checkpointing = checkpointing
 
     def stages(self) -> list[list[nn.Module]]:
-        """Modules of the stem, of layer1, ..."""
+        """Return the modules of the stem, of layer1, and so on."""
         raise NotImplementedError
 
     def freeze(self) -> None:
-        """Take the frozen stages' parameters out of training, statistics included."""
+        """Exclude the frozen stages from training, running statistics included."""
         for stage in self.stages()[: self.frozen_stages]:
             for module in stage:
                 module.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Body:
-        """Training mode, in which frozen stages keep their running statistics."""
+        """Set training mode; frozen stages stay in evaluation mode."""
         super().train(mode)
         for stage in self.stages()[: self.frozen_stages]:
             for module in stage:
@@ -103,20 +101,22 @@ class Body(nn.Module):
         return self
 
     def run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
-        """All blocks of a stage."""
+        """Run all blocks of a stage, under activation checkpointing if it is on."""
         assert isinstance(stage, nn.Sequential)
         for block in stage:
             if self.checkpointing and block.training:
-                x = checkpoint(
-                    residual_block, block, x, use_reentrant=False, context_fn=_contexts(block)
-                )
+                contexts = partial(_checkpoint_contexts, block)
+                x = checkpoint(residual_block, block, x, use_reentrant=False, context_fn=contexts)
             else:
                 x = residual_block(block, x)
         return x
 
 
 class ResNet(Body):
-    """ResNet-18, 34, 50 or 101 (He et al. 2016) without its classifier; stride 32, or 16."""
+    """ResNet-18, 34, 50 or 101 (He et al. 2016) without its classifier.
+
+    The stride is 32; with `dilation` of the last stage (DC5), 16.
+    """
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class ResNet(Body):
         checkpointing: bool,
     ) -> None:
         super().__init__(frozen_stages=frozen_stages, checkpointing=checkpointing)
-        # Not at the top: the import takes as long as torch's own, and `Compact` does not need it.
+        # Imported here because it takes as long as torch's own import; `Compact` needs none of it.
         from torchvision import models
 
         net = getattr(models, name)(
@@ -145,12 +145,12 @@ class ResNet(Body):
         self.freeze()
 
     def stages(self) -> list[list[nn.Module]]:
-        """The stem and the four layers."""
+        """Return the stem and the four layers."""
         layers = [self.layer1, self.layer2, self.layer3, self.layer4]
         return [[self.conv1, self.bn1], *([layer] for layer in layers)]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to [B, C, H / stride, W / stride]."""
+        """Map images [B, 3, H, W] to features [B, C, H / stride, W / stride]."""
         x = F.relu(conv_norm(self.conv1, self.bn1, images), inplace=True)
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -159,7 +159,7 @@ class ResNet(Body):
 
 
 class CompactBlock(nn.Module):
-    """Two convolutions beside a shortcut; `residual_block` runs it."""
+    """Two convolutions and a shortcut; `residual_block` runs it."""
 
     def __init__(
         self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]
@@ -169,13 +169,10 @@ class CompactBlock(nn.Module):
         self.bn1 = norm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.bn2 = norm(outputs)
-        self.downsample = (
-            None
-            if (inputs, stride) == (outputs, 1)
-            else nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), norm(outputs)
-            )
-        )
+        self.downsample = None
+        if (inputs, stride) != (outputs, 1):
+            conv = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+            self.downsample = nn.Sequential(conv, norm(outputs))
 
 
 class Compact(Body):
@@ -198,19 +195,19 @@ class Compact(Body):
         self.freeze()
 
     def stages(self) -> list[list[nn.Module]]:
-        """The stem and the two layers."""
+        """Return the stem and the two layers."""
         stem: list[nn.Module] = [self.conv1, self.bn1, self.conv2, self.bn2]
         return [stem, [self.layer1], [self.layer2]]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to [B, 96, H / 8, W / 8]."""
+        """Map images [B, 3, H, W] to features [B, 96, H / 8, W / 8]."""
         x = F.relu(conv_norm(self.conv1, self.bn1, images), inplace=True)
         x = F.relu(conv_norm(self.conv2, self.bn2, x), inplace=True)
         return self.run_stage(self.layer2, self.run_stage(self.layer1, x))
 
 
 class Backbone(nn.Module):
-    """A body under the name that the reference's state dict has for it."""
+    """A body under the name that it has in the reference's state dict."""
 
     def __init__(self, body: ResNet | Compact) -> None:
         super().__init__()
@@ -218,34 +215,38 @@ class Backbone(nn.Module):
         self.num_channels = body.num_channels
 
     def forward(self, images: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Features [B, C, h, w], and the padding [B, H, W] (True) at their size, or None."""
+        """Compute features, and resize the padding mask to them.
+
+        Args:
+            images: float [B, 3, H, W].
+            padding: bool [B, H, W], True on padding; None: no padding.
+
+        Returns:
+            Features [B, C, h, w], and the padding bool [B, h, w] or None.
+        """
         features = self.body(images)
         if padding is None:
             return features, None
-        shrunk = F.interpolate(padding[None].to(torch.uint8), size=features.shape[-2:])
-        return features, shrunk[0].bool()
+        resized = F.interpolate(padding[None].to(torch.uint8), size=features.shape[-2:])
+        return features, resized[0].bool()
 
 
-def _contexts(block: nn.Module) -> Any:
-    """Forward and recompute contexts of a checkpointed block."""
-
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _scratch_statistics(block)
-
-    return contexts
+def _checkpoint_contexts(
+    block: nn.Module,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of a checkpointed block's forward pass and of its recomputation."""
+    return nullcontext(), _scratch_statistics(block)
 
 
 @contextmanager
 def _scratch_statistics(block: nn.Module) -> Iterator[None]:
-    """Let norms update copies: the second forward pass must not count a batch again."""
+    """Let norms update copies, so that recomputing does not count a batch twice."""
     norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
-    buffers = [dict(norm.named_buffers()) for norm in norms]
-    for norm, kept in zip(norms, buffers, strict=True):
-        for name, buffer in kept.items():
-            setattr(norm, name, buffer.clone())
+    saved = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers()]
+    for norm, name, buffer in saved:
+        setattr(norm, name, buffer.clone())
     try:
         yield
     finally:
-        for norm, kept in zip(norms, buffers, strict=True):
-            for name, buffer in kept.items():
-                setattr(norm, name, buffer)
+        for norm, name, buffer in saved:
+            setattr(norm, name, buffer)
