@@ -1,4 +1,4 @@
-"""`python -m stages.evaluate`: COCO's numbers of the trained model, and pictures of them."""
+"""`python -m stages.evaluate`: evaluate the trained model (COCO metrics)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from runkey.evaluation.files import (
     write_metrics,
     write_precision_recall,
 )
+from runkey.identity.key import make_recipe
 from runkey.model.model_files import load_model
 from runkey.params import load_params
 from runkey.pipeline.parts import build_validation, write_json
-from runkey.pipeline.record import EvaluationRecord
-from runkey.plots.evaluation import write_evaluation_plots
-from runkey.plots.tables import write_precision_recall_table
+from runkey.pipeline.record import FinishedRun
 from runkey.progress import tell, want_bars
 from runkey.training.device import choose_device, set_up
 
@@ -28,7 +27,7 @@ def main() -> None:
     root = paths.workspace()
     params = load_params(root / paths.PARAMS)
     want_bars(params.runtime.progress)
-    record = EvaluationRecord(params, root)
+    run, key = FinishedRun(params, root), make_recipe("evaluate", root, params).key
     device, _ = choose_device(params.runtime.device)
     set_up(
         params.seed,
@@ -46,18 +45,9 @@ def main() -> None:
     write_json(root / paths.METRICS / "evaluate.json", few | {"val_loss": loss})
     write_results(out / PREDICTIONS, to_results_json(evaluation.detections, validation.classes))
     write_precision_recall(out / PRECISION_RECALL, evaluation.result)
-    write_precision_recall_table(out / PRECISION_RECALL, out / "precision_recall.csv")
-    write_evaluation_plots(
-        root / paths.PREPARED,
-        out,
-        root / params.data.path,
-        out,
-        images=params.evaluate.sheet_images,
-    )
-    record.write_report(out / "report.html")
-    record.keep(evaluation.metrics("eval/"), (paths.EVALUATION, paths.METRICS / "evaluate.json"))
+    run.add_evaluation(key, evaluation.metrics("eval/"))
     example = root / params.data.path / validation.records[0].file
-    record.keep_model(f"detector-{card.model.preset}", example)
+    run.keep_model(f"detector-{card.model.preset}", example)
     tell(_details(evaluation.result))
 
 

@@ -11,7 +11,7 @@ from runkey.training.ranks import is_follower, launched_by_torchrun, watch_leade
 
 
 def main() -> None:
-    """Write model/, run.json, logs/, plots/ and metrics/train.json."""
+    """Write model/, run.json, logs/ and metrics/train.json."""
     root = paths.workspace()
     params = load_params(root / paths.PARAMS)
     if is_follower():

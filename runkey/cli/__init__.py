@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 app.command("debug-step")(debug.debug_step)
 app.command("diff")(diff.diff)
+app.command("draw")(report.draw)
 app.add_typer(env.app, name="env")
 app.command("export")(share.export_run)
 app.command("fetch")(share.fetch)

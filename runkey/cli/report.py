@@ -66,6 +66,18 @@ def report(
         webbrowser.open(target.resolve().as_uri())
 
 
+def draw(as_json: AsJson = False) -> None:
+    """Draw the last run's plots/ and report anew (the stage `plots` of dvc.yaml)."""
+    from runkey.pipeline.draw import REPORT
+    from runkey.pipeline.draw import draw as draw_run
+
+    draw_run(workspace())
+    if as_json:
+        print_json({"folder": str(paths.PLOTS), "page": str(REPORT)})
+    else:
+        print(f"{paths.PLOTS}/ is drawn; see {REPORT}")
+
+
 def _run(address: str, folder: Path) -> Run:
     """A run, with those of its files that a page shows put into a folder."""
     from runkey.plots.report_source import LOG, is_wanted, recorded_run, workspace_run

@@ -20,9 +20,9 @@ _COMPARED = 3
 _PLACES = (
     (paths.MODEL, "weights, classes and parameters"),
     (paths.PREPARED / "contact_sheet.jpg", "the data with its boxes"),
-    (paths.EVALUATION / "report.html", "all of it on one page, for a browser"),
-    (paths.EVALUATION / "best.jpg", "images that went well, truth beside prediction"),
-    (paths.EVALUATION / "worst.jpg", "images that went badly"),
+    (paths.PLOTS / "report.html", "all of it on one page, for a browser"),
+    (paths.PLOTS / "best.jpg", "images that went well, truth beside prediction"),
+    (paths.PLOTS / "worst.jpg", "images that went badly"),
     (paths.PLOTS, "curves and tables; `dvc plots show` makes a page of them"),
 )
 

@@ -7,7 +7,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from runkey import paths
 from runkey.errors import RegistryError, TrackingError
 from runkey.evaluation.pyfunc import COLUMNS as PYFUNC_COLUMNS
-from runkey.identity.key import Recipe, make_recipe
+from runkey.identity.key import Recipe
 from runkey.identity.manifest import RunManifest, Witness, make_manifest, take_witness
 from runkey.identity.record import (
     KEY,
@@ -27,6 +28,7 @@ from runkey.identity.record import (
     Details,
     LoggedRun,
     Record,
+    StoredFile,
     details_file,
     hashed_files,
     this_host,
@@ -36,12 +38,12 @@ from runkey.memory.choose import MemoryPlan
 from runkey.params import Params
 from runkey.pipeline.once import KeyClaim
 from runkey.pipeline.parts import write_json
-from runkey.plots.report import write_report
-from runkey.plots.report_source import recorded_run, workspace_run
+from runkey.plots.curves import write_training_plots
 from runkey.progress import tell
 from runkey.registry.library import canonical
 from runkey.registry.server_library import open_library
 from runkey.tracking import (
+    TRAIN_LOG,
     MlflowTracker,
     RunTracker,
     Store,
@@ -54,7 +56,7 @@ from runkey.training.guard import REPORTS
 
 _PRECISION = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _MOST_NAMES = 5
-_OUTPUTS = (paths.MODEL, paths.LOGS, paths.PLOTS, paths.RUN_JSON, paths.METRICS / "train.json")
+_OUTPUTS = (paths.MODEL, paths.LOGS, paths.RUN_JSON, paths.METRICS / "train.json")
 _BESIDE = (
     paths.PARAMS,
     *(paths.PREPARED / name for name in ("images.json", "report.json", "statistics.json")),
@@ -159,12 +161,19 @@ def keep(run: Run, tracker: RunTracker) -> str | None:
     # MLflow may answer late or never; evaluation then finds the run by its key.
     make_manifest(run.recipe, tracker.run_id(), witness).write(root / paths.RUN_JSON)
     turn.check()
-    details = turn.details = _details(run, witness, with_log=not tracker.jsonl.lost_lines)
-    with details_file(details) as record:
-        for name in details.files:
-            _copy(root, name, tracker)
-        tracker.artifact(record)
-        run_id = tracker.close()
+    details = _details(run, witness, with_log=not tracker.jsonl.lost_lines)
+    with tempfile.TemporaryDirectory() as folder:
+        # Only for the run's MLflow page: the stage `plots` draws them in the workspace.
+        drawn = Path(folder)
+        write_training_plots(root / TRAIN_LOG, drawn / paths.PLOTS)
+        curves = hashed_files(drawn, [paths.PLOTS])
+        turn.details = replace(details, files=details.files | curves)
+        with details_file(turn.details) as record:
+            for top, names in ((root, details.files), (drawn, curves)):
+                for name in names:
+                    _copy(top, name, tracker)
+            tracker.artifact(record)
+            run_id = tracker.close()
     turn.is_whole = tracker.is_whole
     return run_id
 
@@ -210,41 +219,56 @@ def _data_counts(root: Path) -> dict[str, int]:
     }
 
 
-class EvaluationRecord:
-    """Adds an evaluation to the MLflow run of the training that run.json names."""
+class FinishedRun:
+    """The recorded run that run.json names, to add an evaluation or pictures to."""
 
     def __init__(self, params: Params, root: Path) -> None:
-        """Find the run, in whichever store it is here; MLflow is opened in the background."""
+        """Find the run in the store in use; MLflow is opened in the background."""
         self._root = root
         self._store = locate_store()
-        self._record = _recorded_run(self._store, RunManifest.read(root / paths.RUN_JSON))
-        self._key = make_recipe("evaluate", root, params).key if self._record else ""
-        self._details = self._record.details if self._record else None
-        run_id = self._record.run.run_id if self._record else None
+        self.record = _recorded_run(self._store, RunManifest.read(root / paths.RUN_JSON))
+        self._details = self.record.details if self.record else None
+        run_id = self.record.run.run_id if self.record else None
         self._mlflow = reopen_run(params, run_id, tell, changed=self._changed)
 
-    def write_report(self, path: Path) -> None:
-        """Write the page about the run; what it shows lies in the workspace by now."""
-        run = recorded_run(self._record, self._root) if self._record else workspace_run(self._root)
-        write_report([run], path)
-
-    def keep(self, metrics: Mapping[str, float], places: Iterable[Path]) -> None:
-        """Record metrics and copies of files, unless the run has this very evaluation.
+    def add_evaluation(self, key: str, metrics: Mapping[str, float]) -> None:
+        """Record an evaluation and copies of its files, unless the run has these very metrics.
 
         Args:
+            key: of the stage `evaluate`.
             metrics: by name, such as `eval/AP`.
-            places: files and folders in the workspace.
         """
         if self._mlflow is None:
             return
         # A record is JSON, which has no nan; MLflow keeps it.
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        before = self._details.evaluations.get(self._key) if self._details else None
-        if before == finite:
+        evaluations = self._details.evaluations if self._details else {}
+        if evaluations.get(key) == finite:
             self._mlflow.close()
             return
         self._mlflow.log(metrics, 0)
-        files = hashed_files(self._root, places)
+        files = hashed_files(self._root, (paths.EVALUATION, paths.METRICS / "evaluate.json"))
+        self._add(files, evaluations | {key: finite})
+
+    def add_pictures(self, page: Path) -> None:
+        """Record copies of plots/, unless the run has them.
+
+        Args:
+            page: the report, relative to the workspace; it holds the time it was written at, so
+                that it is not compared.
+        """
+        if self._mlflow is None:
+            return
+        files = hashed_files(self._root, (paths.PLOTS,))
+        recorded = self._details.files if self._details else {}
+        if all(recorded.get(n) == f for n, f in files.items() if n != page.as_posix()):
+            self._mlflow.close()
+        else:
+            self._add(files, self._details.evaluations if self._details else {})
+
+    def _add(self, files: dict[str, StoredFile], evaluations: dict[str, dict[str, float]]) -> None:
+        """Copy files of the workspace to the run, note them in its record, and close it."""
+        assert self._mlflow
         for path in files:
             _copy(self._root, path, self._mlflow)
         if self._details is None:
@@ -253,7 +277,7 @@ class EvaluationRecord:
         self._details = replace(
             self._details,
             files=self._details.files | files,
-            evaluations=self._details.evaluations | {self._key: finite},
+            evaluations=evaluations,
         )
         with details_file(self._details) as file:
             self._mlflow.artifact(file)
@@ -266,10 +290,10 @@ class EvaluationRecord:
             name: of the model there.
             example: an image file.
         """
-        if self._mlflow is None or self._record is None:
+        if self._mlflow is None or self.record is None:
             return
         try:
-            run_id, tags = self._record.run.run_id, {KEY: self._record.key}
+            run_id, tags = self.record.run.run_id, {KEY: self.record.key}
             log_model(self._store, run_id, name, example, PYFUNC_COLUMNS, tags)
         except TrackingError as error:
             tell(str(error))
@@ -288,5 +312,5 @@ def _recorded_run(store: Store, manifest: RunManifest) -> Record | None:
         same = [r for r in runs if {r.run.run_id, r.run.tags.get(ORIGIN)} & ids]
         return library.with_details(canonical(same or runs)) if runs else None
     except RegistryError as error:
-        tell(f"MLflow: {error}; the evaluation is not added to the run")
+        tell(f"MLflow: {error}; nothing is added to the run")
         return None

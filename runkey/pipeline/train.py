@@ -23,12 +23,10 @@ from runkey.pipeline.once import KeyClaim
 from runkey.pipeline.parts import Validation, write_json
 from runkey.pipeline.ranks import Learner, build_learner, count_ranks, joined
 from runkey.pipeline.record import Run, keep, recorded
-from runkey.plots.curves import write_training_plots
 from runkey.plots.hints import class_scores
 from runkey.plots.live import HintingTracker
-from runkey.plots.tables import write_plot_tables
 from runkey.progress import tell
-from runkey.tracking import SAMPLES, TRAIN_LOG
+from runkey.tracking import SAMPLES
 from runkey.training.checkpoint.folder import FolderCheckpoints, Interval, newest_fingerprint
 from runkey.training.checkpoint.lock import locked
 from runkey.training.device import choose_device
@@ -138,12 +136,10 @@ def _checkpoints(run: Run) -> Iterator[FolderCheckpoints]:
 
 
 def _write_outputs(params: Params, root: Path, validation: Validation, result: FitResult) -> None:
-    """Write model/, plots/ and metrics/train.json."""
+    """Write model/ and metrics/train.json."""
     cached = open_cache(root / paths.PREPARED, "val") is not None
     sizes = Sizes(max(params.data.short_sides), params.data.long_side, cached)
     save_model(root / paths.MODEL, result.best_state, params.model, validation.classes, sizes)
-    write_plot_tables(root / TRAIN_LOG, root / paths.PLOTS)
-    write_training_plots(root / TRAIN_LOG, root / paths.PLOTS)
     write_json(root / paths.METRICS / "train.json", _metrics(result))
 
 

@@ -70,17 +70,19 @@ def curves(run: Run) -> list[Picture]:
 
 def evaluation(run: Run) -> list[Picture]:
     """The pictures that the run's evaluation made."""
-    return list(_stored(run, "evaluation", _EVALUATION))
+    # Runs of before the stage `plots` have them in evaluation/.
+    return list(_stored(run, ("plots", "evaluation"), _EVALUATION))
 
 
 def memory(run: Run) -> list[Picture]:
     """The pictures that the run's memory profile made."""
-    return list(_stored(run, "memory", {"timeline": "Memory during a training step"}))
+    return list(_stored(run, ("memory",), {"timeline": "Memory during a training step"}))
 
 
 def data(run: Run) -> list[Picture]:
     """Images of the data set with their boxes."""
-    return list(_stored(run, "prepared", {"contact_sheet": "Training images with their boxes"}))
+    titles = {"contact_sheet": "Training images with their boxes"}
+    return list(_stored(run, ("plots", "prepared"), titles))
 
 
 def comparison(runs: list[Run]) -> Picture:
@@ -91,12 +93,13 @@ def comparison(runs: list[Run]) -> Picture:
         return _picture(path, "AP, loss and learning rate of all runs")
 
 
-def _stored(run: Run, folder: str, titles: dict[str, str]) -> Iterator[Picture]:
+def _stored(run: Run, folders: Sequence[str], titles: dict[str, str]) -> Iterator[Picture]:
+    """Yield each picture from the first of the folders that has it."""
     for name, title in titles.items():
-        for ending in _TYPES:
-            path = run.folder / folder / f"{name}{ending}"
-            if path.is_file():
-                yield _picture(path, title)
+        places = (run.folder / folder / f"{name}{end}" for folder in folders for end in _TYPES)
+        path = next((path for path in places if path.is_file()), None)
+        if path:
+            yield _picture(path, title)
 
 
 def _picture(path: Path, title: str) -> Picture:

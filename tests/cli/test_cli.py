@@ -217,7 +217,7 @@ def test_summary_shows_the_result_and_where_to_look(repository: Path, run: Run) 
     assert "rk2-0123456789ab   (runkey show rk2-0123456789ab)\n" in out
     assert "MLflow's pages on all runs" in out
     assert "model" in out
-    assert "evaluation/best.jpg" not in out  # it is not there
+    assert "plots/best.jpg" not in out  # it is not there
     _, told, _ = run("summary", "--json")
     assert json.loads(told) == {
         "key": "rk2-0123456789abcdef",

@@ -62,7 +62,9 @@ def assert_whole(project: Project, run: Any) -> None:
     artifacts = project.root / "mlartifacts" / run.info.run_id / "artifacts"
     assert run.info.artifact_uri == artifacts.as_uri()
     weights = "model/weights.safetensors"
-    for name in (weights, "logs/train.jsonl", "evaluation/best.jpg", "run.json"):
+    for name in (weights, "logs/train.jsonl", "plots/loss_and_ap.png", "run.json"):
+        assert (artifacts / name).is_file(), name
+    for name in ("evaluation/metrics.json", "plots/best.jpg", "plots/report.html"):
         assert (artifacts / name).is_file(), name
 
 
@@ -97,6 +99,30 @@ def test_the_second_repro_does_nothing(project: Project) -> None:
     assert set(runs(project)) == before
     done = project.run("git", "status", "--porcelain")
     assert done.stdout == ""
+
+
+def test_a_changed_plot_is_drawn_again_and_nothing_else_runs(project: Project) -> None:
+    run_id = project.json("run.json")["run_id"]
+    recorded = project.root / "mlartifacts" / run_id / "artifacts" / "plots"
+    curve, report = project.root / "plots/loss_and_ap.png", project.root / "plots/report.html"
+    before = curve.read_bytes(), report.read_bytes()
+    assert (recorded / curve.name).read_bytes() == before[0]
+    style = project.root / "runkey/plots/style.py"
+    code = style.read_text()
+    style.write_text(code.replace('BLUE = "#0072B2"', 'BLUE = "#0000FF"'))
+    assert re.findall(r"Running stage '(\w+)'", project.dvc("repro")) == ["plots"]
+    assert curve.read_bytes() != before[0]
+    assert report.read_bytes() != before[1]
+    assert (recorded / curve.name).read_bytes() == curve.read_bytes()
+    assert project.json("run.json")["run_id"] == run_id
+    project.run(sys.executable, "-m", "runkey", "verify", project.json("run.json")["key"])
+    style.write_text(code)
+    assert "Running stage" not in project.dvc("repro")
+    assert (curve.read_bytes(), report.read_bytes()) == before
+    project.run(sys.executable, "-m", "runkey", "draw")  # by hand: MLflow has what is here, again
+    assert (recorded / curve.name).read_bytes() == curve.read_bytes() == before[0]
+    project.dvc("repro", "--force", "plots")
+    project.run("git", "commit", "-q", "-a", "-m", "pictures")
 
 
 def test_every_kind_of_experiment_lands_in_the_store(project: Project) -> None:

@@ -14,5 +14,5 @@ def test_a_killed_training_is_the_one_that_nobody_killed(tmp_path):
     assert result["SIGTERM"] == 1
     assert result["killed while writing"] >= 1
     compared = {"model", "ema", "optimizer", "state", "best weights", "log"}
-    compared |= {"model/weights.safetensors", "plots/steps.csv", "plots/epochs.csv"}
+    compared |= {"model/weights.safetensors", "steps.csv", "epochs.csv"}
     assert compared <= set(result["compared"])

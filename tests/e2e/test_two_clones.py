@@ -32,7 +32,7 @@ def same_results(one: Project, other: Project) -> None:
 
 def test_publish_says_what_it_sent_and_sends_it_once(team: Team) -> None:
     assert "published\n" in team.published
-    assert re.search(r"DVC +\d\d objects \(\d+\.\d MB\), 4 stages; \d\d sent to ", team.published)
+    assert re.search(r"DVC +\d\d objects \(\d+\.\d MB\), 5 stages; \d\d sent to ", team.published)
     again = runkey(team.first, "publish", team.key)
     assert "published already" in again
     assert "all were there" in again
@@ -53,7 +53,7 @@ def test_a_fetched_key_is_restored_and_no_stage_runs(team: Team) -> None:
     assert json.loads(fetched)["state"] == "new"
     printed = timed_repro(second)
     assert "Running stage" not in printed
-    assert printed.count("is cached - skipping run") == 4
+    assert printed.count("is cached - skipping run") == 5
     same_results(team.first, second)
     same = ("metrics/evaluate.json", "evaluation/metrics.json")
     assert all(second.json(path) == team.first.json(path) for path in same)

@@ -77,9 +77,7 @@ def test_curves_and_pictures_of_both_side_by_side(compared: Project) -> None:
     kinds = {path: shown[0]["type"] for path, shown in answer["data"].items()}
     assert {path for path, kind in kinds.items() if kind == "vega"} == CURVES
     pictures = {path: shown for path, shown in answer["data"].items() if kinds[path] == "image"}
-    assert {"plots/learning_rate.png", "evaluation/worst.jpg", "memory/timeline.png"} < set(
-        pictures
-    )
+    assert {"plots/learning_rate.png", "plots/worst.jpg", "memory/timeline.png"} < set(pictures)
     for shown in pictures.values():
         assert len(shown) == 2
         assert all(Path(one["url"]).is_file() for one in shown)
@@ -98,6 +96,6 @@ def test_files_and_stages(compared: Project) -> None:
     assert changed <= {"modified", "added"}
     stages = compared.run("dvc", "stage", "list").stdout
     assert [line.split()[0] for line in stages.splitlines()] == [
-        *("prepare", "profile_memory", "train", "evaluate"),
+        *("prepare", "profile_memory", "train", "evaluate", "plots"),
     ]
     assert compared.run("dvc", "dag", "--md").stdout.startswith("```mermaid")

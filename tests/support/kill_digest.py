@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -13,10 +14,11 @@ from typing import Any
 
 import torch
 
+from runkey.plots.tables import write_plot_tables
 from runkey.training.checkpoint.file import read_file
 from tests.support.points import doubled, doubled_lines, points_of_log
 
-_OUTPUTS = ("model/weights.safetensors", "plots/steps.csv", "plots/epochs.csv")
+_WEIGHTS = "model/weights.safetensors"
 _OF_THE_DAY = ("second", "wait")
 """In names of values that no two trainings share."""
 
@@ -32,8 +34,10 @@ def digests(root: Path, final: Path) -> dict[str, str]:
     found = {part: _sha256(_bytes(state)) for part, state in tensors["parts"].items()}
     found["state"] = _sha256(_bytes(_without_clock(tensors["state"])))
     found["best weights"] = str(facts["best_hash"])
-    for name in _OUTPUTS:
-        found[name] = hashlib.sha256((root / name).read_bytes()).hexdigest()
+    with tempfile.TemporaryDirectory() as folder:
+        steps, epochs, _ = write_plot_tables(root / "logs/train.jsonl", Path(folder))
+        for name, path in ((_WEIGHTS, root / _WEIGHTS), (steps.name, steps), (epochs.name, epochs)):
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     found["log"] = _sha256([json.dumps(log_of(root)).encode()])
     return found
 

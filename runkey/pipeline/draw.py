@@ -1,0 +1,60 @@
+"""What the stage `plots` does (`runkey draw`): every picture and table of a run, and its report.
+
+Everything is drawn from the run's files, so that nothing is trained or evaluated again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from runkey import paths
+from runkey.data.index import read_classes, read_index
+from runkey.evaluation.files import PRECISION_RECALL
+from runkey.params import Params, load_params
+from runkey.pipeline.record import FinishedRun
+from runkey.plots.curves import write_training_plots
+from runkey.plots.evaluation import write_evaluation_plots
+from runkey.plots.report import write_report
+from runkey.plots.report_source import recorded_run, workspace_run
+from runkey.plots.sheets import contact_sheet
+from runkey.plots.tables import write_plot_tables, write_precision_recall_table
+from runkey.tracking import TRAIN_LOG
+
+REPORT = paths.PLOTS / "report.html"
+
+
+def draw(root: Path) -> None:
+    """Write plots/ of a workspace anew, and add its files to the MLflow run.
+
+    Args:
+        root: the workspace; logs/, evaluation/, prepared/ and run.json are read.
+
+    Raises:
+        RunkeyError: one of these is missing; the text says which stage writes it.
+    """
+    params = load_params(root / paths.PARAMS)
+    run = FinishedRun(params, root)  # first: MLflow is opened while we draw
+    out = root / paths.PLOTS
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = _draw_pictures(params, root, Path(folder))
+        shutil.rmtree(out, ignore_errors=True)  # its files may be links into DVC's cache
+        out.mkdir()
+        for path in drawn:
+            shutil.copyfile(path, out / path.name)
+    shown = recorded_run(run.record, root) if run.record else workspace_run(root)
+    write_report([shown], root / REPORT)
+    run.add_pictures(REPORT)
+
+
+def _draw_pictures(params: Params, root: Path, out: Path) -> list[Path]:
+    prepared, evaluation = root / paths.PREPARED, root / paths.EVALUATION
+    data = root / params.data.path
+    write_plot_tables(root / TRAIN_LOG, out)
+    write_training_plots(root / TRAIN_LOG, out)
+    write_precision_recall_table(evaluation / PRECISION_RECALL, out / "precision_recall.csv")
+    write_evaluation_plots(prepared, evaluation, data, out, images=params.evaluate.sheet_images)
+    train, classes = read_index(prepared / "train.json"), read_classes(prepared / "classes.json")
+    contact_sheet(train, classes, data, out / "contact_sheet.jpg")
+    return sorted(out.iterdir())
