@@ -190,20 +190,28 @@ QUIET: Steps = _Nothing()
 """For callers that nobody watches."""
 
 
-def log_to_terminal() -> None:
-    """Print the package's log messages on stdout; each entry point calls it once.
+def log_to_terminal(*, stderr: bool = False) -> None:
+    """Print the package's log messages; each entry point calls it once.
 
     The library says everything by `logging.getLogger(__name__)`. INFO is printed as it is,
     WARNING and above with the level's name in front; lines wider than 100 columns are folded.
+
+    Args:
+        stderr: print on stderr, for commands whose answer on stdout may be piped; else on stdout.
     """
     logger = logging.getLogger("runkey")
-    if not any(isinstance(handler, _TerminalHandler) for handler in logger.handlers):
-        logger.addHandler(_TerminalHandler())
+    for handler in [one for one in logger.handlers if isinstance(one, _TerminalHandler)]:
+        logger.removeHandler(handler)
+    logger.addHandler(_TerminalHandler(stderr))
     logger.setLevel(logging.INFO)
 
 
 class _TerminalHandler(logging.Handler):
-    """Writes to whatever `sys.stdout` is when a message comes."""
+    """Writes to whatever `sys.stdout` or `sys.stderr` is when a message comes."""
+
+    def __init__(self, stderr: bool) -> None:
+        super().__init__()
+        self._stderr = stderr
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
@@ -211,7 +219,7 @@ class _TerminalHandler(logging.Handler):
             text = f"{record.levelname.lower()}: {text}"
         try:
             for line in folded(text):
-                sys.stdout.write(line + "\n")
+                (sys.stderr if self._stderr else sys.stdout).write(line + "\n")
         except (OSError, ValueError):  # a closed pipe must not end a training
             self.handleError(record)
 

@@ -18,12 +18,13 @@ from runkey.model.model_files import load_model
 from runkey.params import load_params
 from runkey.pipeline.parts import build_validation, write_json
 from runkey.pipeline.record import FinishedRun
-from runkey.progress import tell, want_bars
+from runkey.progress import log_to_terminal, tell, want_bars
 from runkey.training.device import choose_device, set_up
 
 
 def main() -> None:
     """Write evaluation/ and metrics/evaluate.json, and add both to the training's MLflow run."""
+    log_to_terminal()
     root = paths.workspace()
     params = load_params(root / paths.PARAMS)
     want_bars(params.runtime.progress)

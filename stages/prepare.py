@@ -9,11 +9,12 @@ from runkey.data.sample import own_data_note
 from runkey.errors import report_errors
 from runkey.params import load_params
 from runkey.plots.sheets import contact_sheet
-from runkey.progress import tell, want_bars
+from runkey.progress import log_to_terminal, tell, want_bars
 
 
 def main() -> None:
     """Write prepared/."""
+    log_to_terminal()
     root = paths.workspace()
     params = load_params(root / paths.PARAMS)
     want_bars(params.runtime.progress)

@@ -16,13 +16,15 @@ from runkey.errors import report_errors
 
 def main() -> None:
     """Write memory/."""
+    log_to_terminal()
     root = paths.workspace()
     if "--trial" in sys.argv:
         job, result = sys.argv[sys.argv.index("--trial") + 1 :][:2]
         _trial(root, Path(job), Path(result))
         return
     # Here, for a trial needs neither the prediction nor its picture.
-    from runkey.pipeline.profile_memory import profile, write_prediction
+    from runkey.progress import log_to_terminal
+from runkey.pipeline.profile_memory import profile, write_prediction
 
     if "--predict" in sys.argv:
         write_prediction(root)

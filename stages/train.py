@@ -7,11 +7,13 @@ from runkey.errors import report_errors
 from runkey.identity.key import make_recipe
 from runkey.params import load_params
 from runkey.pipeline.once import once
+from runkey.progress import log_to_terminal
 from runkey.training.ranks import is_follower, launched_by_torchrun, watch_leader
 
 
 def main() -> None:
     """Write model/, run.json, logs/ and metrics/train.json."""
+    log_to_terminal()
     root = paths.workspace()
     params = load_params(root / paths.PARAMS)
     if is_follower():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +12,7 @@ from runkey.cli import output
 from runkey.cli.output import AsJson, Key, checkout, print_json, print_table, store, workspace
 from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.record import Record
-from runkey.progress import each, progress
+from runkey.progress import each, log_to_terminal, progress
 
 if TYPE_CHECKING:
     from runkey.registry.gc import Item, Scope
@@ -137,10 +136,8 @@ def index(as_json: AsJson = False) -> None:
         return
     from runkey.tracking.transfer import recorded_runs
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr)
-
-    records = recorded_runs(place, say)
+    log_to_terminal(stderr=True)
+    records = recorded_runs(place)
     if place.database and place.database.is_file() and (total := count_runs(place.uri)):
         records = _watched(records, total)
     counts = rebuild(place.home, records)
@@ -166,17 +163,20 @@ def replay(key: Key, as_json: AsJson = False) -> None:
     A training that MLflow never heard of gets its run.
     """
     from runkey.registry.library import find_run
-    from runkey.tracking.replay import find_training, send_kept
+    from runkey.tracking.replay import find_training, send_saved
 
-    store, say = output.store(), (lambda _: None) if as_json else print
+    log_to_terminal(stderr=True)
+    store = output.store()
     folder = find_training(store.home, key)
     if folder is None:
         run = find_run(output.library(), key).run
         answer = {"run_id": run.run_id, "status": run.status, "values": 0, "files": 0}
-        say(f"run {run.run_id}, {run.status}: nothing is kept here that it could lack")
+        line = f"run {run.run_id}, {run.status}: nothing is kept here that it could lack"
     else:
-        sent = send_kept(store, folder, say)
+        sent = send_saved(store, folder)
         answer = asdict(sent)
-        say(f"run {sent.run_id}, {sent.status}: {sent.values} values and {sent.files} files sent")
+        line = f"run {sent.run_id}, {sent.status}: {sent.values} values and {sent.files} files sent"
     if as_json:
         print_json(answer)
+    else:
+        print(line)

@@ -13,6 +13,7 @@ from runkey import paths
 from runkey.cli.output import AsJson, library, print_beside, print_json, store, workspace
 from runkey.errors import DataError
 from runkey.identity.key import short_key
+from runkey.progress import log_to_terminal
 
 _HINTS = 2
 _COMPARED = 3
@@ -79,12 +80,23 @@ def ui(
 ) -> None:
     """Serve MLflow's pages on the store until Ctrl-C; prints where to look."""
     from runkey.params import load_params
-    from runkey.tracking.store import serve
+    from runkey.tracking.store import served
 
+    log_to_terminal()
     experiment = load_params(workspace() / paths.PARAMS).runtime.experiment
     # Ended by a process manager as by Ctrl-C: MLflow's own processes end with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    serve(store(), port, print, lambda address: _pages(address, experiment))
+    place = store()
+    if place.is_server:
+        print("\n".join(_pages(place.uri, experiment)))
+        return
+    try:
+        with served(place, port) as (address, server):
+            print("\n".join(_pages(address, experiment)))
+            print("Ctrl-C ends it")
+            server.wait()
+    except KeyboardInterrupt:
+        print("stopped")
 
 
 def _pages(address: str, experiment: str) -> list[str]:

@@ -39,7 +39,7 @@ from runkey.registry.package import check, read_run, staging
 from runkey.registry.rest import RestClient
 from runkey.registry.server_library import open_claims, open_library
 from runkey.registry.snapshot import take_snapshot
-from runkey.tracking.replay import clear_training, read_end, send_kept
+from runkey.tracking.replay import clear_training, read_end, send_saved
 from runkey.tracking.store import Store, locate_store, set_tag
 from runkey.training.checkpoint.lock import locked
 
@@ -171,7 +171,7 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[KeyClaim | None
     library = open_library(store.uri, store.home)
     repeats = _to_repeat(library, recipe.key)
     if params.runtime.reuse and not repeats:
-        _send_kept(store, paths.training_folder(store.home, recipe.key), label)
+        _send_saved(store, paths.training_folder(store.home, recipe.key), label)
     decision = (
         _again(label, repeats) if repeats else _reuse_or_train(params, root, recipe, store, library)
     )
@@ -189,13 +189,13 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[KeyClaim | None
     _clear(turn)
 
 
-def _send_kept(store: Store, folder: Path, label: str) -> None:
+def _send_saved(store: Store, folder: Path, label: str) -> None:
     """Send a training that ended while MLflow was away, so that it is found and not done again."""
     try:
         ended = read_end(folder)
         if ended and ended.status == "FINISHED":
             tell(f"{label}: trained before, while MLflow was away; sending it")
-            send_kept(store, folder, tell)
+            send_saved(store, folder)
     except (TrackingError, TrainingError, RecipeError) as error:
         tell(f"warning: {error}")
 

@@ -44,12 +44,13 @@ from runkey.registry.library import canonical
 from runkey.registry.server_library import open_library
 from runkey.tracking import (
     TRAIN_LOG,
-    MlflowTracker,
-    RunTracker,
+    RunSender,
     Store,
+    TrackedRun,
+    TrainingRun,
+    describe_run,
     locate_store,
     open_run,
-    reopen_run,
 )
 from runkey.tracking.describe import log_model
 from runkey.training.guard import REPORTS
@@ -95,7 +96,7 @@ class Run:
 
 
 @contextmanager
-def recorded(run: Run) -> Iterator[RunTracker]:
+def recorded(run: Run) -> Iterator[TrackedRun]:
     """The run's tracker; a training that fails or is interrupted is marked so in MLflow."""
     turn = run.turn
     tags = {
@@ -110,18 +111,22 @@ def recorded(run: Run) -> Iterator[RunTracker]:
         tags["snapshot"] = turn.snapshot
     if turn.repeats:
         tags[REPRODUCTION_OF] = turn.repeats.run.run_id
-    tracker = open_run(
+    runtime = run.params.runtime
+    description = describe_run(
         run.params,
         run.root,
-        turn.folder,
         key=run.recipe.key,
         parts=run.recipe.parts,
         tags=tags,
         counts=_data_counts(run.root),
-        say=tell,
         name=turn.repeats.run.name if turn.repeats else None,
-        changed=turn.changed,
-        supersedes=turn.superseded,
+    )
+    tracker = open_run(
+        locate_store() if runtime.mlflow else None,
+        TrainingRun(runtime.experiment, description, turn.folder, supersedes=turn.superseded),
+        run.root,
+        on_change=turn.changed,
+        system_seconds=runtime.system_metrics_seconds,
     )
     try:
         yield tracker
@@ -131,13 +136,13 @@ def recorded(run: Run) -> Iterator[RunTracker]:
         raise
 
 
-def _keep_reports(run: Run, tracker: RunTracker) -> None:
+def _keep_reports(run: Run, tracker: TrackedRun) -> None:
     """Keep what was written about steps that went wrong."""
     for report in sorted(run.turn.folder.glob(REPORTS)):
         tracker.artifact(report, "reports")
 
 
-def keep(run: Run, tracker: RunTracker) -> str | None:
+def keep(run: Run, tracker: TrackedRun) -> str | None:
     """Write the key and run.json beside the outputs, and end the recording with copies of all.
 
     Returns:
@@ -161,6 +166,7 @@ def keep(run: Run, tracker: RunTracker) -> str | None:
     # MLflow may answer late or never; evaluation then finds the run by its key.
     make_manifest(run.recipe, tracker.run_id(), witness).write(root / paths.RUN_JSON)
     turn.check()
+    assert tracker.jsonl
     details = _details(run, witness, with_log=not tracker.jsonl.lost_lines)
     with tempfile.TemporaryDirectory() as folder:
         # Only for the run's MLflow page: the stage `plots` draws them in the workspace.
@@ -203,7 +209,7 @@ def _details(run: Run, witness: Witness, *, with_log: bool) -> Details:
     )
 
 
-def _copy(root: Path, path: str, tracker: RunTracker | MlflowTracker) -> None:
+def _copy(root: Path, path: str, tracker: TrackedRun) -> None:
     """Keep a file with the MLflow run, under its path in the workspace."""
     folder = Path(path).parent
     tracker.artifact(root / path, "" if folder == Path() else folder.as_posix())
@@ -228,8 +234,13 @@ class FinishedRun:
         self._store = locate_store()
         self.record = _recorded_run(self._store, RunManifest.read(root / paths.RUN_JSON))
         self._details = self.record.details if self.record else None
-        run_id = self.record.run.run_id if self.record else None
-        self._mlflow = reopen_run(params, run_id, tell, changed=self._changed)
+        self._mlflow: TrackedRun | None = None
+        if params.runtime.mlflow and self.record:
+            run_id = self.record.run.run_id
+            sender = RunSender(self._store, run_id, on_change=self._changed)
+            self._mlflow = TrackedRun(None, sender)
+        elif params.runtime.mlflow:
+            tell("MLflow: the training was not recorded there, so there is nothing to add to")
 
     def add_evaluation(self, key: str, metrics: Mapping[str, float]) -> None:
         """Record an evaluation and copies of its files, unless the run has these very metrics.

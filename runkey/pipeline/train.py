@@ -61,8 +61,9 @@ def _train(run: Run, learner: Learner, world: World, interrupts: Interrupts) -> 
     for line in load_initial_weights(model, params.model, names, root).lines():
         tell(line)
     with recorded(run) as tracker, _checkpoints(run) as checkpoints:
+        assert tracker.jsonl
         hinting = HintingTracker(
-            tracker,
+            tracker.jsonl,
             tracker.jsonl.path,
             turn.folder / SAMPLES.name,
             params.flat(runtime=True),
@@ -89,7 +90,7 @@ def _train(run: Run, learner: Learner, world: World, interrupts: Interrupts) -> 
             interrupts=interrupts,
             limit=run.plan.limit_pixels,
         )
-        tracker.finish_log()
+        tracker.finish_logs()
         _write_outputs(params, root, validation, result)
         run_id = keep(run, tracker)
     tell(f"model/ is written; MLflow run {run_id or 'none'}")

@@ -1,47 +1,27 @@
-"""Where a run writes: a JSONL file always, MLflow when it is there.
+"""Record a training run: in a JSONL log always, in MLflow when it can be reached.
 
-    tracker = open_run(params, root, folder, key=..., parts=..., tags=..., counts=..., say=print)
-    tracker.log({"train/loss": 1.5}, step=10)
-    run_id = tracker.close()
-
-Importing this package imports no mlflow: that costs 5 s, which a thread spends during training.
+Importing this package does not import mlflow, which takes 5 s; a thread does that during training.
 """
 
 from __future__ import annotations
 
-from runkey.tracking.describe import (
-    Dataset,
-    RunDescription,
-    describe_run,
-    read_dataset,
-    run_name,
-)
+from runkey.tracking.describe import Dataset, RunDescription, describe_run
 from runkey.tracking.log import JsonlLog
-from runkey.tracking.mlflow_run import (
-    SAMPLES,
-    TRAIN_LOG,
-    MlflowTracker,
-    RunTracker,
-    open_run,
-    reopen_run,
-)
+from runkey.tracking.mlflow_run import SAMPLES, TRAIN_LOG, TrackedRun, open_run
 from runkey.tracking.store import Store, locate_store
-from runkey.tracking.sync import Training
+from runkey.tracking.sync import RunSender, TrainingRun
 
 __all__ = [
     "SAMPLES",
     "TRAIN_LOG",
     "Dataset",
     "JsonlLog",
-    "MlflowTracker",
     "RunDescription",
-    "RunTracker",
+    "RunSender",
     "Store",
-    "Training",
+    "TrackedRun",
+    "TrainingRun",
     "describe_run",
     "locate_store",
     "open_run",
-    "read_dataset",
-    "reopen_run",
-    "run_name",
 ]

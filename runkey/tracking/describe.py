@@ -1,8 +1,4 @@
-"""A run's model as MLflow shows it: with a signature, an example, and the run that made it.
-
-`mlflow.pytorch.log_model` traces and pickles the model (10 s) and keeps its weights a second time.
-What is written here is small: MLflow's description, the example, and the run's id.
-"""
+"""Describe a run to MLflow: name, parameters, tags and data set, and later its model."""
 
 from __future__ import annotations
 
@@ -10,114 +6,20 @@ import json
 import os
 import subprocess
 import tempfile
-import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from runkey.errors import ParamsError, TrackingError
 from runkey.identity.dvc_yaml import tracked_md5
-from runkey.tracking.log import JsonlLog
 from runkey.tracking.store import Store, open_client
 
 if TYPE_CHECKING:
     from runkey.params import Params
-
-
-# Samples of the machine while a run goes on: MLflow's own monitors, read from our thread.
-
-
-class _Monitor(Protocol):
-    """MLflow's BaseMetricsMonitor, which has no types."""
-
-    def collect_metrics(self) -> None: ...
-
-    def aggregate_metrics(self) -> dict[str, float]: ...
-
-    def clear_metrics(self) -> None: ...
-
-
-class SampleLog:
-    """Samples on their way to a log; may be closed while another thread takes them."""
-
-    def __init__(self, log: JsonlLog, interval_seconds: float) -> None:
-        """Args: log: where to.  interval_seconds: between two samples."""
-        self.interval_seconds = interval_seconds
-        self._log = log
-        self._lock = threading.Lock()
-        self._closed = False
-        self._sampler: SystemSampler | None = None
-
-    def take(self, started_ms: int) -> None:
-        """Take a sample if it is time; its step is the training's age in whole seconds.
-
-        So it goes on rising in a training that goes on after an interruption.  Of several samples
-        in one second MLflow gets the first, the log has all.
-
-        Args:
-            started_ms: when the training began, in milliseconds since 1970.
-        """
-        with self._lock:
-            if self._closed:
-                return
-            if self._sampler is None:
-                self._sampler = SystemSampler()
-            if self._sampler.due(self.interval_seconds):
-                age_ms = time.time_ns() // 1_000_000 - started_ms
-                self._log.log(self._sampler.sample(), max(age_ms, 0) // 1000)
-
-    def finish(self) -> None:
-        """Take no more; see `JsonlLog.finish`."""
-        with self._lock:
-            self._closed = True
-            self._log.finish()
-
-
-class SystemSampler:
-    """Reads CPU and memory of the machine, this process's memory, and GPUs where there are any."""
-
-    def __init__(self) -> None:
-        # Here, for commands that only read import this package and count in milliseconds.
-        import psutil
-
-        self._monitors = _monitors()
-        self._process = psutil.Process()
-        self._last_seconds = time.monotonic()
-
-    def due(self, interval_seconds: float) -> bool:
-        """Whether the last sample is at least that old."""
-        return time.monotonic() - self._last_seconds >= interval_seconds
-
-    def sample(self) -> dict[str, float]:
-        """One sample, under the names that MLflow's UI shows as system metrics."""
-        self._last_seconds = time.monotonic()
-        values = {"system/process_memory_megabytes": self._process.memory_info().rss / 1e6}
-        for monitor in self._monitors:
-            monitor.collect_metrics()
-            values |= {f"system/{k}": float(v) for k, v in monitor.aggregate_metrics().items()}
-            monitor.clear_metrics()
-        return values
-
-
-def _monitors() -> list[_Monitor]:
-    """MLflow's monitors of CPU and memory, and of GPUs (whose constructor raises without one)."""
-    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-
-    cpu: Callable[[], _Monitor] = CPUMonitor
-    gpu: Callable[[], _Monitor] = GPUMonitor
-    try:
-        return [cpu(), gpu()]
-    except (ImportError, RuntimeError):
-        return [cpu()]
-
-
-# What is said about a run when it begins: its name, parameters, tags and data set.
-
 
 _NAME_CHARACTERS = 80
 _NAME_ITEMS = 4
@@ -129,7 +31,7 @@ class Dataset:
 
     name: str
     digest: str
-    """DVC's md5 of the folder; the same text as in data.dvc.  At most 36 characters."""
+    """DVC's md5 of the folder, as in data.dvc; at most 36 characters."""
     source: str
     """JSON for MLflow's page: {"uri": "data"}."""
     profile: str | None = None
@@ -138,11 +40,11 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True)
 class RunDescription:
-    """A new run."""
+    """What MLflow is told of a run when it starts."""
 
     name: str
     params: Mapping[str, str]
-    """The resolved parameters under dotted names, the key and its parts."""
+    """Resolved parameters under dotted names, the key and its parts."""
     tags: Mapping[str, str]
     dataset: Dataset | None = None
     started_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
@@ -157,17 +59,19 @@ def describe_run(
     parts: Mapping[str, str],
     tags: Mapping[str, str],
     counts: Mapping[str, int],
+    name: str | None = None,
 ) -> RunDescription:
-    """The description of a training run.
+    """Describe a training run.
 
     Args:
         params: the resolved parameters.
         root: the workspace.
         key: the recipe key.
-        parts: its parts by name (code, params, data, environment).  They are logged as params, as
-            MLflow's comparison page then says which part differs.
-        tags: the witness, as text.
-        counts: what the data set holds, such as {"train_images": 400}.
+        parts: hash of each part of the key (code, params, data, environment). They become params,
+            so that MLflow's comparison page shows which part differs.
+        tags: the run environment (device, host, ...), as text.
+        counts: size of the data set, such as {"train_images": 400}.
+        name: of the run; None: what differs from the committed parameters.
     """
     from runkey.params import as_text
 
@@ -177,7 +81,7 @@ def describe_run(
     if experiment := os.environ.get("DVC_EXP_NAME"):
         own["dvc.experiment"] = experiment
     return RunDescription(
-        name=run_name(params, committed_params(root)),
+        name=name or run_name(params, committed_params(root)),
         params=values,
         tags={**own, "key": key, **tags},
         dataset=read_dataset(root, params.data.path, counts),
@@ -185,9 +89,13 @@ def describe_run(
 
 
 def run_name(params: Params, baseline: Params | None) -> str:
-    """What differs from the baseline, such as `lr=5e-05 epochs=12`; `baseline` if nothing does.
+    """Name a run by what differs from the baseline, such as `lr=5e-05 epochs=12`, or `baseline`.
 
-    Names are cut to their last part where that is unambiguous; at most four values are named.
+    Parameter names are cut to their last part where that is unambiguous; at most four are listed.
+
+    Args:
+        params: of the run.
+        baseline: the committed parameters; None: the schema's defaults.
     """
     from runkey.params import as_text, parse_params
 
@@ -207,9 +115,10 @@ def run_name(params: Params, baseline: Params | None) -> str:
 
 
 def committed_params(root: Path) -> Params | None:
-    """params.yaml as git's HEAD has it (the baseline commit inside a DVC experiment).
+    """Read params.yaml of git's HEAD (the baseline commit inside a DVC experiment).
 
-    None where there is no git, no commit, or no valid file in it.
+    Returns:
+        None without git, without a commit, or if the file is not valid.
     """
     from ruamel.yaml import YAML
 
@@ -229,7 +138,7 @@ def committed_params(root: Path) -> Params | None:
 
 
 def read_dataset(root: Path, data_path: str, counts: Mapping[str, int]) -> Dataset | None:
-    """The data set with the digest that its .dvc file holds; None if it is not tracked by DVC."""
+    """Return the data set with the digest in its .dvc file; None if DVC does not track it."""
     md5 = tracked_md5(data_path.rstrip("/"), root)
     if md5 is None:
         return None
@@ -254,25 +163,27 @@ def log_model(
     outputs: Mapping[str, str],
     tags: Mapping[str, str],
 ) -> str:
-    """Record the model of a run, once.
+    """Log a run's model to MLflow, with a signature, an example and the id of the run; once.
+
+    `mlflow.pytorch.log_model` would trace and pickle the model (10 s) and store its weights twice.
 
     Args:
         store: where the run is.
         run_id: MLflow's id; its artifacts hold `model/`.
         name: of the model.
         example: an image file.
-        outputs: MLflow type by name of the columns that the model answers.
+        outputs: MLflow type of each column that the model returns.
         tags: of the model.
 
     Returns:
-        MLflow's id of the model; that of an earlier one, if the run has one.
+        MLflow's id of the model; if the run has a model already, that one's.
 
     Raises:
         TrackingError: MLflow refuses or cannot be reached.
     """
     client = open_client(store)
     with warnings.catch_warnings():
-        # When they are imported: MLflow of its own type hints, its parts of what is outdated.
+        # Importing them warns of MLflow's own type hints and of outdated packages.
         warnings.simplefilter("ignore")
         import pandas as pd
         from mlflow.entities import LoggedModelOutput
@@ -285,7 +196,7 @@ def log_model(
         Schema([ColSpec("binary", "image")]),
         Schema([ColSpec(kind, column) for column, kind in outputs.items()]),
     )
-    # MLflow compares column names with a range, which pandas 3 refuses for its own kind of text.
+    # MLflow compares column names with a range, which pandas 3 refuses for its string type.
     columns = pd.Index(["image"], dtype=object)
     try:
         run = client.get_run(run_id)

@@ -1,13 +1,12 @@
-"""The log that is always written: one JSON object a line, whole after a crash.
+"""The training log: a JSONL file that is always written and stays whole after a crash.
 
     {"step": 10, "time": 1763815420.1, "values": {"train/loss": 1.5}}
     {"time": 1763815421.7, "event": "early_stop", "fields": {"step": 120, "epoch": 12}}
 
 Numbers that JSON does not have (nan, inf) are written as strings, which `float()` reads back.
 
-An interrupted training's log goes on where it ended.  The steps since its last checkpoint are
-trained again and come to the same values; they are recognised, and the first lines stay, with
-their times.
+A resumed training appends to the log. It repeats the steps since its last checkpoint and gets the
+same values; the log recognises them and keeps the first lines, with their times.
 """
 
 from __future__ import annotations
@@ -15,30 +14,35 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import math
 import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# The lines of a log: read back, and recognised when a resumed training logs them again.
+from runkey.units import MIB
 
+logger = logging.getLogger(__name__)
 
 Entry = dict[str, Any]
 """Values, `{"step": 10, "time": .., "values": {..}}`, or an event, `{"time": .., "event": ..,
 "fields": {..}}`."""
 
 ALWAYS_NEW = ("resumed",)
-"""Events that are never one that was logged before: the second time is a second one."""
+"""Events that are never a repetition of an earlier one."""
 _WALL_TIME = ("seconds", "per_second", "data_wait_share")
-"""Ends of the names of values that tell how fast the machine was: no two runs agree on them."""
+"""Endings of the names of values that measure the machine's speed, which differ in every run."""
+_BYTES, _LOST = "log_bytes", "log_lost_lines"
+_MAX_WAITING_BYTES = 64 * MIB
+"""Bound on the lines kept in memory while the disk is full: about 100,000 lines."""
 
 
 def read_jsonl(path: Path) -> Iterator[Entry]:
-    """The objects of a log, without lines that a crash or a full disk cut short."""
+    """Yield the entries of a log; skip lines that a crash or a full disk cut short."""
     with path.open("rb") as file:
         for line in file:
             if (entry := parse_line(line)) is not None:
@@ -46,7 +50,7 @@ def read_jsonl(path: Path) -> Iterator[Entry]:
 
 
 def parse_line(line: bytes) -> Entry | None:
-    """The entry in a line; None: it was cut short, or is something else."""
+    """Parse one line; return None if it was cut short or is no entry."""
     try:
         entry = json.loads(line)
         is_whole = ("values" in entry and "step" in entry) or (
@@ -58,12 +62,12 @@ def parse_line(line: bytes) -> Entry | None:
 
 
 def time_ms(entry: Entry) -> int:
-    """When an entry was made, in milliseconds since 1970: the timestamp of its points in MLflow."""
+    """Return an entry's time in milliseconds since 1970: the timestamp of its points in MLflow."""
     return round(float(entry["time"]) * 1000)
 
 
 class ExpectedEntries:
-    """Entries that lie in the log already and that a resumed training will make again.
+    """Entries already in the log that a resumed training will log again.
 
     Values are recognised by their step and names, events by kind and fields.
     """
@@ -73,30 +77,21 @@ class ExpectedEntries:
         self._events: dict[str, list[tuple[int, int | None]]] = {}
         self._step = 0
         self.differing: list[int] = []
-        """Steps at which values came again with other numbers."""
+        """Steps whose repeated values differ from the logged ones."""
 
     @classmethod
     def read(cls, path: Path, offset: int) -> ExpectedEntries:
-        """Those of the log's lines that begin at `offset` or later."""
+        """Read the lines of a log that begin at byte `offset` or later."""
         expected = cls()
         with path.open("rb") as file:
             file.seek(offset)
             for line in file:
-                expected.add(parse_line(line) or {}, offset)
+                expected._add(parse_line(line) or {}, offset)
                 offset += len(line)
         return expected
 
-    def add(self, entry: Entry, offset: int) -> None:
-        """Expect the entry whose line begins at `offset`."""
-        if "event" in entry:
-            if entry["event"] not in ALWAYS_NEW:
-                place = offset, entry["fields"].get("step")
-                self._events.setdefault(_event_name(entry), []).append(place)
-        elif "values" in entry:
-            self._values[_place(entry)] = offset, entry["values"]
-
     def take(self, entry: Entry) -> bool:
-        """Whether the entry is one of those expected; it is expected no more then."""
+        """Return True if the entry was expected; it is not expected again after that."""
         if "event" in entry:
             name = _event_name(entry)
             places = self._events.pop(name, [])
@@ -109,16 +104,24 @@ class ExpectedEntries:
             self.differing.append(entry["step"])
         return before is not None
 
-    def first(self) -> int | None:
-        """Where the first entry that is still expected begins; None: none is.
+    def first_offset(self) -> int | None:
+        """Return the byte at which the first entry still expected begins; None if there is none.
 
-        What has not come by its step does not come: `runtime.log_every` is another one now, or the
-        entry told of the machine.
+        An entry of an earlier step will not come any more: `runtime.log_every` has changed, or the
+        entry described the machine.
         """
         values = (offset for (step, _), (offset, _) in self._values.items() if step >= self._step)
         places = (place for places in self._events.values() for place in places)
         events = (offset for offset, step in places if step is None or step >= self._step)
         return min((*values, *events), default=None)
+
+    def _add(self, entry: Entry, offset: int) -> None:
+        if "event" in entry:
+            if entry["event"] not in ALWAYS_NEW:
+                place = offset, entry["fields"].get("step")
+                self._events.setdefault(_event_name(entry), []).append(place)
+        elif "values" in entry:
+            self._values[_place(entry)] = offset, entry["values"]
 
 
 def _place(entry: Entry) -> tuple[int, tuple[str, ...]]:
@@ -133,31 +136,29 @@ def _without_pace(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if not name.endswith(_WALL_TIME)}
 
 
-_BYTES, _LOST = "log_bytes", "log_lost_lines"
-_MOST_WAITING_BYTES = 64 << 20
-"""Of lines that a full disk did not take: a hundred thousand, hours of training."""
-
-
 class JsonlLog:
-    """Appends to a JSONL file, line by line, whatever its disk does.  Nothing here raises."""
+    """A JSONL file that is appended to line by line. No disk error is raised; it is logged once.
 
-    def __init__(self, path: Path, say: Callable[[str], None], shown: Path | None = None) -> None:
-        """Open `path` to go on with it; its folder is made, and a line that is cut short goes.
+    Implements training's protocol for metrics.
+    """
+
+    def __init__(self, path: Path, shown: Path | None = None, *, quiet: bool = False) -> None:
+        """Open the file, make its folder, and cut off a half-written last line.
 
         Args:
             path: the file, in a folder that outlives the process.
-            say: told once, in one line, if the file can no longer be written (disk full).
-            shown: where people look for it: a link to `path` until `finish` makes a copy.
+            shown: where people look for it: a hard link to `path`, replaced by a copy in `finish`.
+            quiet: log no warnings; for a second log on the same disk.
         """
         self.path = path
-        self.say = say
         self._shown = shown
+        self._quiet = quiet
         self._file = -1
         self._size = 0
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0
-        self._gone: list[int] = []
-        self._gone_before = 0
+        self._dropped_steps: list[int] = []
+        self._lost_before = 0
         self._failed = False
         self._expected = ExpectedEntries()
         try:
@@ -169,40 +170,39 @@ class JsonlLog:
 
     @property
     def lost_lines(self) -> int:
-        """Lines that the file lacks."""
-        return self._gone_before + len(self._gone) + len(self._waiting)
+        """Number of lines missing from the file."""
+        return self._lost_before + len(self._dropped_steps) + len(self._waiting)
 
-    def log(self, values: Mapping[str, float], step: int) -> int | None:
-        """Write the values of one step.
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Write the values of one optimizer step, unless the file has that line already."""
+        self._write({"step": step, "time": _now(), "values": _plain(values)})
 
-        Returns:
-            The line's time in milliseconds since 1970; None if the step's line is there already.
-        """
-        return self._write({"step": step, "time": _now(), "values": _plain(values)})
-
-    def event(self, kind: str, **fields: object) -> int | None:
-        """Write something that happened, such as `early_stop`; returns what `log` returns."""
-        return self._write({"time": _now(), "event": kind, "fields": _plain(fields)})
+    def event(self, kind: str, **fields: object) -> None:
+        """Write an event such as `early_stop`; in MLflow it becomes the tag `event.<kind>`."""
+        self._write({"time": _now(), "event": kind, "fields": _plain(fields)})
 
     def position(self) -> dict[str, int | str]:
-        """Where the log is now, for a checkpoint; what is before it is on the disk.
+        """Flush to the disk and return the position for a checkpoint.
 
-        Of a training that has not yet come again to where it was interrupted, this is before the
-        entries that are still expected: the next one after it has to expect them as well.
+        While a resumed training still repeats logged steps, this is the position of the first
+        entry to come: a training resumed from that checkpoint has to expect it too.
         """
         self.sync()
-        first = self._expected.first()
+        first = self._expected.first_offset()
         return {_BYTES: self._size if first is None else first, _LOST: self.lost_lines}
 
     def resume(self, position: Mapping[str, int | str] | None) -> None:
-        """Expect what lies behind a checkpoint's position to come again; None: the whole log.
+        """Expect the entries behind a checkpoint's position to be logged again.
 
-        Comes before anything is logged.
+        Call it before anything is logged.
+
+        Args:
+            position: from `position`; None: expect the whole log again.
         """
         offset = int(position.get(_BYTES, 0)) if position else 0
-        self._gone_before = int(position.get(_LOST, 0)) if position else 0
+        self._lost_before = int(position.get(_LOST, 0)) if position else 0
         if offset > self._size:
-            self.say(
+            self._warn(
                 f"{self.path}: {offset - self._size} of the {offset} bytes that the checkpoint"
                 " knows of are gone; the log lacks the values in them"
             )
@@ -211,30 +211,30 @@ class JsonlLog:
             self._expected = ExpectedEntries.read(self.path, offset)
 
     def sync(self) -> None:
-        """Return when what was written is on the disk."""
+        """Flush everything written so far to the disk."""
         self._flush()
         if self._file >= 0:
             try:
                 os.fsync(self._file)
             except OSError as error:
-                self._note(error)
+                self._note_failure(error)
 
     def close(self) -> None:
-        """Close the file; say what it lacks, and whether steps that came again were the same."""
+        """Close the file; warn of missing lines and of repeated steps with other values."""
         self.sync()
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
         if self.lost_lines:
-            self.say(f"{self.path}: lacks {self._lacks()}")
+            self._warn(f"{self.path}: lacks {self._lost_text()}")
         if steps := self._expected.differing:
-            self.say(
+            self._warn(
                 f"{self.path}: {len(steps)} steps that were trained again came to other values"
                 f" (the first is step {steps[0]}); the log has the earlier ones"
             )
 
     def unwritten(self) -> list[Entry]:
-        """The values that the disk did not take, as far as they are remembered."""
+        """Return the values that the disk did not take, as far as they are still in memory."""
         return [entry for line in self._waiting if "values" in (entry := json.loads(line))]
 
     def finish(self) -> None:
@@ -242,13 +242,14 @@ class JsonlLog:
         self.close()
         if self._shown is None or self._shown == self.path:
             return
-        temporary = self._shown.with_name(f".{self._shown.name}.{os.getpid()}")
         try:
-            shutil.copyfile(self.path, temporary)
-            temporary.replace(self._shown)
+            _copy_atomically(self.path, self._shown)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            self.say(f"{self._shown}: not written ({error.strerror}); the log is {self.path}")
+            self._warn(f"{self._shown}: not written ({error.strerror}); the log is {self.path}")
+
+    def _warn(self, text: str) -> None:
+        if not self._quiet:
+            logger.warning(text)
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -260,17 +261,15 @@ class JsonlLog:
         self._file = file
 
     def _unshare(self) -> None:
-        """A file that something else links to, DVC's cache perhaps, is not to be changed."""
+        """Break hard links to the file: DVC's cache may have one, and must not change."""
         both = self._shown and self._shown.exists() and self.path.exists()
         if self._shown and both and self._shown.samefile(self.path) and self._shown != self.path:
             self._shown.unlink()
         if self.path.is_file() and self.path.stat().st_nlink > 1:
-            temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            shutil.copyfile(self.path, temporary)
-            temporary.replace(self.path)
+            _copy_atomically(self.path, self.path)
 
     def _show(self) -> None:
-        """Link the file to where people look for it; across file systems it comes at the end."""
+        """Link the file to where people look for it; across file systems `finish` copies it."""
         if self._shown is None:
             return
         try:
@@ -278,48 +277,47 @@ class JsonlLog:
             self._shown.unlink(missing_ok=True)
             os.link(self.path, self._shown)
         except OSError as error:
-            self.say(f"{self._shown}: comes at the end ({error.strerror}); follow {self.path}")
+            self._warn(f"{self._shown}: comes at the end ({error.strerror}); follow {self.path}")
 
     def _open_elsewhere(self, error: OSError) -> None:
-        """Write where people look, if the lasting folder refuses; else wait for room."""
+        """Write to `shown` if the lasting folder refuses; otherwise wait for room."""
         if self._shown is None:
-            self._note(error)
+            self._note_failure(error)
             return
-        place, self.path = self.path, self._shown
+        refused, self.path = self.path, self._shown
         try:
             self._shown.unlink(missing_ok=True)
             self._open()
         except OSError as second:
-            self._note(second)
+            self._note_failure(second)
             return
-        self.say(f"{place}: cannot be written ({error.strerror}); the log is {self.path} alone")
+        self._warn(f"{refused}: cannot be written ({error.strerror}); the log is {self.path} alone")
 
-    def _write(self, entry: Entry) -> int | None:
+    def _write(self, entry: Entry) -> None:
         line = (json.dumps(entry, ensure_ascii=False, default=str) + "\n").encode()
-        # As it will be read back: a tuple is a list in JSON, a path is text.
+        # Compared as it is read back: a tuple is a list in JSON, a path is text.
         if self._expected.take(json.loads(line)):
-            return None
+            return
         self._waiting.append(line)
         self._waiting_bytes += len(line)
         self._flush()
-        while self._waiting_bytes > _MOST_WAITING_BYTES:
+        while self._waiting_bytes > _MAX_WAITING_BYTES:
             self._waiting_bytes -= len(self._waiting[0])
-            self._gone.append(_step(self._waiting.popleft()))
-        return time_ms(entry)
+            self._dropped_steps.append(_step(self._waiting.popleft()))
 
     def _flush(self) -> None:
-        """Write the lines that wait, in order, as far as the disk takes them."""
+        """Write the waiting lines in order, as far as the disk takes them."""
         while self._waiting:
             try:
                 self._append(self._waiting[0])
             except OSError as error:
-                self._note(error)
+                self._note_failure(error)
                 return
             self._waiting_bytes -= len(self._waiting.popleft())
         if self._failed:
             self._failed = False
-            lacks = f"it lacks {self._lacks()}" if self.lost_lines else "nothing is missing"
-            self.say(f"{self.path}: written again; {lacks}")
+            lacks = f"it lacks {self._lost_text()}" if self.lost_lines else "nothing is missing"
+            self._warn(f"{self.path}: written again; {lacks}")
 
     def _append(self, line: bytes) -> None:
         if self._file < 0:
@@ -330,22 +328,32 @@ class JsonlLog:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._size += written
 
-    def _lacks(self) -> str:
-        steps = [step for step in (*self._gone, *map(_step, self._waiting)) if step >= 0]
+    def _lost_text(self) -> str:
+        steps = [s for s in (*self._dropped_steps, *map(_step, self._waiting)) if s >= 0]
         which = f" (steps {min(steps)} to {max(steps)})" if steps else ""
         return f"{self.lost_lines} line{'s' * (self.lost_lines != 1)}{which}"
 
-    def _note(self, error: OSError) -> None:
+    def _note_failure(self, error: OSError) -> None:
         if not self._failed:
             self._failed = True
-            self.say(
+            self._warn(
                 f"{self.path}: cannot be written ({error.strerror}); training goes on, lines are"
                 " kept and written when there is room"
             )
 
 
+def _copy_atomically(source: Path, target: Path) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        shutil.copyfile(source, temporary)
+        temporary.replace(target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def _whole_bytes(file: int) -> int:
-    """Bytes up to the end of a file's last whole line."""
+    """Return the size of a file up to the end of its last whole line."""
     end = os.fstat(file).st_size
     while end:
         begin = max(end - 65536, 0)
@@ -356,13 +364,13 @@ def _whole_bytes(file: int) -> int:
 
 
 def _step(line: bytes) -> int:
-    """The step of a line; -1: an event that has none."""
+    """Return the step of a line, -1 for an event without one."""
     entry = json.loads(line)
     return int(entry.get("step", entry.get("fields", {}).get("step", -1)))
 
 
 def _now() -> float:
-    """Seconds since 1970, to the millisecond."""
+    """Return seconds since 1970, rounded to the milliseconds that MLflow keeps."""
     return round(time.time(), 3)
 
 

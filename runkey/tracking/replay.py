@@ -1,8 +1,13 @@
-"""Send what is left of a training to MLflow: the values that it lacks, its files, its end."""
+"""Save a training that MLflow lacks, or lacks in part, in its folder; send it later.
+
+The folder holds the description, the logs, how the training ended, and links to its artifacts:
+enough to make the MLflow run without the training. `runkey replay KEY` sends it.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -12,6 +17,7 @@ from pathlib import Path
 
 from runkey import paths
 from runkey.errors import TrackingError
+from runkey.files import write_atomically
 from runkey.identity.key import ANY_SCHEMA, SCHEMAS
 from runkey.identity.record import (
     DETAILS,
@@ -21,63 +27,59 @@ from runkey.identity.record import (
     RunPointer,
     read_pointer,
     update_record,
-    write_durably,
 )
 from runkey.tracking.describe import Dataset, RunDescription
 from runkey.tracking.store import Store, in_one_line
-from runkey.tracking.sync import Backlog, RunSync, Status, Training
+from runkey.tracking.sync import RunSender, Status, TrainingRun
 from runkey.training.checkpoint.lock import locked
 
-# What a training's folder keeps for MLflow, beside the log: enough to make its run without it.
-
+logger = logging.getLogger(__name__)
 
 DESCRIPTION, ENDED, ARTIFACTS, LOG = "description.json", "ended.json", "artifacts", "train.jsonl"
 SAMPLES = "system.jsonl"
-_FOR_MLFLOW = (DESCRIPTION, ENDED, ARTIFACTS, LOG, SAMPLES)
+_FOR_MLFLOW = (DESCRIPTION, ENDED, ARTIFACTS, LOG, SAMPLES, POINTER)
 
 
 @dataclass(frozen=True)
-class Ended:
+class TrainingEnd:
     """How a training ended."""
 
     status: Status
     ended_ms: int
     """Milliseconds since 1970."""
     tags: dict[str, str]
-    """Those that were set while it ran."""
+    """Tags set while it ran."""
 
 
-def keep_training(training: Training) -> None:
-    """Write what the run is; it goes on, so how it ended before is no longer true.
+def save_description(training: TrainingRun) -> None:
+    """Save the description of a training that starts; remove how an earlier attempt ended.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    assert training.folder
     (training.folder / ENDED).unlink(missing_ok=True)
     shutil.rmtree(training.folder / ARTIFACTS, ignore_errors=True)
-    content = {"experiment": training.experiment, "description": asdict(training.description)}
-    write_durably(training.folder / DESCRIPTION, json.dumps(content, sort_keys=True) + "\n")
+    stored = {"experiment": training.experiment, "description": asdict(training.description)}
+    write_atomically(training.folder / DESCRIPTION, json.dumps(stored, sort_keys=True) + "\n")
 
 
-def keep_end(
-    training: Training,
+def save_end(
+    training: TrainingRun,
     status: Status,
     tags: Mapping[str, str],
     artifacts: Iterable[tuple[Path, str]],
 ) -> None:
-    """Keep how a training ended, and the files that its run is to have.
+    """Save how a training ended, and the artifacts of its run.
 
     Args:
         training: has a folder.
         status: of the run.
         tags: set while it ran.
-        artifacts: files and folders, each with the folder that it lies in among the artifacts.
+        artifacts: files and folders, each with the folder that it goes to among the artifacts.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    assert training.folder
     for path, folder in artifacts:
         place = training.folder / ARTIFACTS / folder
         place.mkdir(parents=True, exist_ok=True)
@@ -85,29 +87,29 @@ def keep_end(
             shutil.copytree(path, place, copy_function=_link, dirs_exist_ok=True)
         elif path.is_file():
             _link(str(path), str(place / path.name))
-    ended = Ended(status, time.time_ns() // 1_000_000, dict(tags))
-    write_durably(training.folder / ENDED, json.dumps(asdict(ended), sort_keys=True) + "\n")
+    ended = TrainingEnd(status, time.time_ns() // 1_000_000, dict(tags))
+    write_atomically(training.folder / ENDED, json.dumps(asdict(ended), sort_keys=True) + "\n")
 
 
 def clear_training(folder: Path, *, everything: bool) -> None:
-    """Remove what a training that has ended needs no more.
+    """Clear the folder of a training that has ended.
 
     Args:
         folder: of the training; the caller holds its lock.
-        everything: the folder itself; False: MLflow lacks something, and what it lacks stays.
+        everything: remove the folder itself; False: keep what MLflow still lacks.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
     for path in folder.iterdir() if folder.is_dir() else ():
-        if everything or path.name not in (*_FOR_MLFLOW, POINTER):
+        if everything or path.name not in _FOR_MLFLOW:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if everything and folder.is_dir():
         folder.rmdir()
 
 
-def read_training(folder: Path) -> Training:
-    """The training in a folder.
+def read_training(folder: Path) -> TrainingRun:
+    """Read the training saved in a folder.
 
     Raises:
         TrackingError: the folder holds none.
@@ -118,20 +120,21 @@ def read_training(folder: Path) -> Training:
         fields = stored["description"]
         dataset = Dataset(**fields["dataset"]) if fields["dataset"] else None
         description = RunDescription(**{**fields, "dataset": dataset})
-        return Training(stored["experiment"], description, folder, (folder / LOG, folder / SAMPLES))
+        logs = (folder / LOG, folder / SAMPLES)
+        return TrainingRun(stored["experiment"], description, folder, logs)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TrackingError(f"{path}: not the description of a training ({error})") from None
 
 
-def read_end(folder: Path) -> Ended | None:
-    """How the training in a folder ended; None: it was interrupted, or MLflow had it all.
+def read_end(folder: Path) -> TrainingEnd | None:
+    """Read how the training ended; None: it was interrupted, or MLflow has everything.
 
     Raises:
         TrackingError: the file is damaged.
     """
     path = folder / ENDED
     try:
-        return Ended(**json.loads(path.read_text(encoding="utf-8")))
+        return TrainingEnd(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
@@ -139,7 +142,7 @@ def read_end(folder: Path) -> Ended | None:
 
 
 def read_details(folder: Path) -> Details | None:
-    """What the training says of itself, if it ended well; see `runkey.identity.record`.
+    """Read the record that a training left if it ended well.
 
     Raises:
         RecipeError: the file is damaged.
@@ -151,15 +154,14 @@ def read_details(folder: Path) -> Details | None:
 
 
 def find_training(home: Path, address: str) -> Path | None:
-    """The folder of the training that a user means; None: there is none.
+    """Find the folder of a saved training; None if there is none.
 
     Args:
         home: `Store.home`.
-        address: a key or a beginning of one, with `rk2-` or without; KEY:RUN for that of an MLflow
-            run.
+        address: a key or its beginning, with or without `rk2-`; KEY:RUN names an MLflow run's.
 
     Raises:
-        TrackingError: there are several.
+        TrackingError: several trainings match.
     """
     key, _, run = address.strip().lower().partition(":")
     begins = (key, *(f"{schema}-{key}" for schema in SCHEMAS))
@@ -176,7 +178,7 @@ def find_training(home: Path, address: str) -> Path | None:
 
 
 def _link(source: str, target: str) -> None:
-    """A second name for a file, which it keeps when the first goes; a copy on another disk."""
+    """Hard-link a file; copy it if `target` is on another disk."""
     Path(target).unlink(missing_ok=True)
     try:
         os.link(source, target)
@@ -190,73 +192,64 @@ class Replayed:
 
     run_id: str
     status: str
-    """Of the run, as it now stands."""
+    """Of the run, after sending."""
     values: int
     files: int
 
 
-def send_kept(store: Store, folder: Path, say: Callable[[str], None]) -> Replayed:
-    """Send what a training's folder keeps, record the run, and remove the folder if it is finished.
+def send_saved(store: Store, folder: Path) -> Replayed:
+    """Send a saved training, update the run's record, and remove the folder if it is finished.
 
     Args:
         store: where to.
         folder: of the training, see `paths.training_folder`.
-        say: told what people should know, in one line each.
 
     Raises:
         TrainingError: a process trains there.
-        TrackingError, RecipeError: see `replay`; what the folder keeps is damaged.
+        TrackingError, RecipeError: see `replay`; a saved file is damaged.
     """
-    with locked(folder, say):
+    with locked(folder, logger.warning):
         details = read_details(folder)
 
-        def changed(run: LoggedRun) -> None:
+        def on_change(run: LoggedRun) -> None:
             if not store.is_server:
                 update_record(store.home / paths.RECORDS, run, details)
 
-        sent = replay(store, folder, say, changed)
+        sent = replay(store, folder, on_change)
         if sent.status == "FINISHED":
             clear_training(folder, everything=True)
     return sent
 
 
-def replay(
-    store: Store,
-    folder: Path,
-    say: Callable[[str], None],
-    changed: Callable[[LoggedRun], None],
-) -> Replayed:
-    """Bring the MLflow run of a training that nobody works on up to date, or make it.
-
-    What the run has already is asked for and not sent again.
+def replay(store: Store, folder: Path, on_change: Callable[[LoggedRun], None]) -> Replayed:
+    """Send MLflow what it lacks of a training that no process works on; make the run if need be.
 
     Args:
         store: where to.
         folder: of the training, see `paths.training_folder`.
-        say: told what people should know, in one line each.
-        changed: told what MLflow has of the run, at the end.
+        on_change: called with what MLflow has of the run at the end.
 
     Raises:
         TrackingError: the folder holds no training, or MLflow cannot be reached or refuses.
     """
     training, ended = read_training(folder), read_end(folder)
-    backlog = Backlog()
-    for name, value in ended.tags.items() if ended else ():
-        backlog.add_tag(name, value)
-    artifacts = folder / ARTIFACTS
-    if ended and artifacts.is_dir():
-        backlog.add_artifact(artifacts, "")
-    files = sum(path.is_file() for path in artifacts.rglob("*")) if ended else 0
     found: list[LoggedRun] = []
-    sync = RunSync(store, training, backlog, say=say, changed=found.append, ask=True)
+    sender = RunSender(store, training, on_change=found.append, resend=True)
+    artifacts, files = folder / ARTIFACTS, 0
+    if ended:
+        sender.tags.extend(ended.tags.items())
+        if artifacts.is_dir():
+            sender.artifacts.append((artifacts, ""))
+        files = sum(path.is_file() for path in artifacts.rglob("*"))
     try:
-        sync.update()
-        status: Status = ended.status if ended else "KILLED"
-        if ended or found[0].status == "RUNNING":
-            sync.end(status, ended.ended_ms if ended else None)
+        sender.update()
+        if ended:
+            sender.end(ended.status, ended.ended_ms)
+        elif found[0].status == "RUNNING":
+            sender.end("KILLED")
     # Whatever MLflow, its database driver or the network raises.
     except Exception as error:  # noqa: BLE001
         text = in_one_line(error)
         raise TrackingError(f"{store.uri}: {text}; {folder} is kept, try again") from None
-    changed(found[-1])
-    return Replayed(found[-1].run_id, found[-1].status, sync.sent, files)
+    on_change(found[-1])
+    return Replayed(found[-1].run_id, found[-1].status, sender.values_sent, files)

@@ -1,12 +1,11 @@
-"""Where runs are recorded: a database beside the repository, or the server that a team names.
+"""The MLflow store: a database beside the repository, or the server that MLFLOW_TRACKING_URI names.
 
 The default is `<root>/mlflow.db` with artifacts in `<root>/mlartifacts`, where `<root>` is the main
-checkout also inside `dvc exp run --temp|--queue` (whose folder is deleted after the run).
+checkout, also inside `dvc exp run --temp|--queue`, whose folder is deleted after the run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -19,8 +18,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,24 +30,219 @@ from runkey.errors import TrackingError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+logger = logging.getLogger(__name__)
 
-# Set a tag on a recorded run without importing mlflow: that would take longer than all else.
-
+MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100
+"""MLflow's limits on one request."""
 
 _BUSY_SECONDS = 20.0
+_SQLITE = "sqlite:///"
+_SERVER = ("http://", "https://")
+
+# Set before mlflow is imported. The last two bound how long a call to a dead server takes: with
+# MLflow's defaults (7 retries, 120 s each) that is a quarter of an hour.
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """An MLflow tracking store."""
+
+    uri: str
+    """MLflow's tracking URI; a sqlite path in it is absolute."""
+    artifacts: Path | None
+    """Artifact folder of new experiments; None: the server decides."""
+    home: Path
+    """Folder for runkey's own files beside the store: records, claims, checkpoints."""
+
+    @property
+    def database(self) -> Path | None:
+        """The sqlite file; None for a server or another database."""
+        return Path(self.uri.removeprefix(_SQLITE)) if self.uri.startswith(_SQLITE) else None
+
+    @property
+    def is_server(self) -> bool:
+        """Whether the store is reached over HTTP."""
+        return self.uri.startswith(_SERVER)
+
+
+def locate_store(root: Path | None = None) -> Store:
+    """Return the store that `MLFLOW_TRACKING_URI` names, else the one in `root`.
+
+    A relative sqlite path is relative to `root`, not to the current folder, which may be one of
+    DVC's temporary folders.
+
+    Args:
+        root: the main checkout; None: `paths.store_root()`.
+    """
+    root = (root or paths.store_root()).resolve()
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or f"{_SQLITE}{root / 'mlflow.db'}"
+    if uri.startswith(_SQLITE):
+        uri = f"{_SQLITE}{root / uri.removeprefix(_SQLITE)}"
+    database = Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+    home = (database.parent if database else root) / paths.HOME
+    is_server = uri.startswith(_SERVER)
+    return Store(uri, None if is_server else root / "mlartifacts", home)
+
+
+def quiet_mlflow() -> None:
+    """Turn off MLflow's telemetry and chatter; call it before mlflow is first imported."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # This logger prints the traceback of every database error that is also raised.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+
+def open_client(store: Store) -> MlflowClient:
+    """Open a client of the store. The first one imports mlflow (5 s) and makes the database (3 s).
+
+    Raises:
+        TrackingError: mlflow is not installed, or the database's folder is not there.
+    """
+    quiet_mlflow()
+    if store.database and not store.database.parent.is_dir():
+        raise TrackingError(f"{store.database.parent}: no such folder; set MLFLOW_TRACKING_URI")
+    try:
+        from mlflow import MlflowClient
+    except ImportError as error:
+        raise TrackingError(f"mlflow cannot be imported ({error}); run `make env`") from None
+    quiet_mlflow()  # mlflow sets its own level when it is imported
+    _adopt_moved(store)
+    if store.database:
+        _make_database(store.database)
+    client = MlflowClient(store.uri)
+    _place_default(store)
+    return client
+
+
+def in_one_line(error: BaseException, characters: int = 160) -> str:
+    """Shorten an error to one line; of a database error keep the cause, without the statement."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= characters else text[: characters - 1] + "…"
+
+
+def experiment_id(client: MlflowClient, store: Store, name: str) -> str:
+    """Return the id of the experiment; create it if need be, also from several processes at once.
+
+    Its artifact location is explicit: MLflow would take the current folder of whichever process
+    creates it, and that folder may be temporary.
+
+    Raises:
+        TrackingError: the experiment was deleted in the UI.
+        MlflowException: the store cannot be reached or refuses.
+    """
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        location = store.artifacts.as_uri() if store.artifacts else None
+        try:
+            client.create_experiment(name, artifact_location=location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        experiment = client.get_experiment_by_name(name)
+    if experiment is None or experiment.lifecycle_stage != "active":
+        raise TrackingError(
+            f"MLflow experiment {name!r} was deleted; restore it in the UI or set another name as"
+            " runtime.experiment"
+        )
+    # Another process may set it at the same time, and a server may forbid it: not worth a run.
+    with suppress(MlflowException):
+        if is_due(experiment.tags):
+            client.set_experiment_tag(experiment.experiment_id, VIEW_TAG, view_text())
+    return str(experiment.experiment_id)
+
+
+def _make_database(path: Path) -> None:
+    """Make MLflow's database under a temporary name and rename it when it is complete.
+
+    MLflow makes its tables in dozens of steps. A process that is killed in between leaves a
+    database that MLflow cannot open any more.
+    """
+    from mlflow import MlflowClient
+
+    if path.exists():
+        return
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        MlflowClient(f"{_SQLITE}{draft}")
+        try:
+            path.hardlink_to(draft)
+        except OSError:  # another process was faster, or the file system has no hard links
+            if not path.exists():
+                draft.rename(path)
+
+
+def _adopt_moved(store: Store) -> None:
+    """Point the database at the artifacts beside it if the checkout was moved or copied.
+
+    MLflow stores absolute artifact paths, so a copy would keep writing into the original's folder.
+    Only paths that end in our own folder's name are changed.
+    """
+    if not (store.database and store.artifacts and store.database.is_file()):
+        return
+    if store.database.parent != store.artifacts.parent:
+        return
+    here = store.artifacts.as_uri()
+    tail = f"/{store.artifacts.name}"
+    with closing(sqlite3.connect(store.database, timeout=_BUSY_SECONDS)) as database, database:
+        if not database.execute(
+            "SELECT 1 FROM sqlite_master WHERE type='table' AND name='experiments'"
+        ).fetchone():
+            return
+        moved = database.execute(
+            "SELECT artifact_location FROM experiments WHERE artifact_location LIKE ?"
+            " AND artifact_location <> ?",
+            (f"file://%{tail}", here),
+        ).fetchall()
+        for (old,) in moved:
+            for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+                database.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?)"
+                    f" WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                    (here, len(old) + 1, old, len(old) + 1, f"{old}/"),
+                )
+
+
+def _place_default(store: Store) -> None:
+    """Move the artifact location of MLflow's experiment `Default` beside all others.
+
+    runkey logs nothing there, but a user may. MLflow sets it to the current folder of the process
+    that makes the database, which DVC may delete.
+    """
+    if not (store.database and store.artifacts):
+        return
+    with closing(sqlite3.connect(store.database, timeout=_BUSY_SECONDS)) as database, database:
+        database.execute(
+            "UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0"
+            " AND name = 'Default' AND artifact_location LIKE '%mlruns/0'",
+            (store.artifacts.as_uri(),),
+        )
 
 
 def set_tag(
     store: Store, run_id: str, name: str, value: str, post: Callable[[str, dict[str, str]], object]
 ) -> None:
-    """Set a tag over an earlier value.
+    """Set a tag of a run without importing mlflow, which takes 5 s.
 
     Args:
-        store: a server or a sqlite database; nothing is done in another kind of database.
+        store: a server or a sqlite database; in another kind of database nothing is set.
         run_id: the run.
         name: of the tag.
         value: its text.
-        post: sends a JSON object to an address below the server's `api/2.0/mlflow/`.
+        post: sends a JSON object to a path below the server's `api/2.0/mlflow/`.
 
     Raises:
         TrackingError: the database cannot be written.
@@ -71,13 +265,10 @@ def set_tag(
             raise TrackingError(f"{store.database}: {error}") from None
 
 
-# Which columns MLflow's list of runs shows at once.
-
-
 VIEW = "runkey"
-"""Its name in addresses and in the menu."""
+"""Name of the view that selects the columns of MLflow's run list."""
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
-# To be counted up with every change of the columns (milliseconds, as MLflow has it).
+# Increase it with every change of the columns (MLflow has a time in milliseconds here).
 _VERSION_MS = 1_795_600_000_001
 
 _COLUMNS = {
@@ -99,11 +290,11 @@ _COLUMNS = {
     "attributes.`Models`": 150,
     "attributes.`Dataset`": 200,
 }
-"""Width in pixels by column, from the left, after name and time; MLflow's names for them."""
+"""Width in pixels of each column after name and time, from the left, by MLflow's names."""
 
 
 def view_text() -> str:
-    """The tag's value: a named view as MLflow's pages save one, and what it holds as JSON text."""
+    """Return the tag's value: a named view as MLflow's pages save one, its state as JSON text."""
     state = {
         "orderByKey": "attributes.start_time",
         "orderByAsc": False,
@@ -116,93 +307,62 @@ def view_text() -> str:
 
 
 def is_due(tags: Mapping[str, str]) -> bool:
-    """Whether an experiment with these tags lacks the view, or has an older one that nobody edited.
+    """Return True if an experiment has no view, or an older one that no user has edited.
 
     MLflow's pages set `updatedAt` when a view is overridden.
     """
     try:
-        kept = json.loads(tags[VIEW_TAG])
-        return bool(kept["createdAt"] == kept["updatedAt"] < _VERSION_MS)
+        view = json.loads(tags[VIEW_TAG])
+        return bool(view["createdAt"] == view["updatedAt"] < _VERSION_MS)
     except KeyError:
         return True
     except (TypeError, ValueError):
         return False
 
 
-def offer_view(client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> None:
-    """Write the view to an experiment where that is due.
-
-    Args:
-        client: of the store.
-        experiment: its id.
-        tags: those that it has.
-    """
-    from mlflow.exceptions import MlflowException
-
-    # Two processes may write it at once, and a server may let only some people do so: the view is
-    # a convenience, not worth a run.
-    with suppress(MlflowException):
-        if is_due(tags):
-            client.set_experiment_tag(experiment, VIEW_TAG, view_text())
-
-
-# MLflow's pages on the store, as a process of their own.
-
-
 _START_SECONDS = 180.0
 _HOST = "127.0.0.1"
 
 
-def serve(
-    store: Store, port: int, say: Callable[[str], None], pages: Callable[[str], Iterable[str]]
-) -> None:
-    """Serve the store's pages until the process is interrupted (Ctrl-C).
-
-    A store that is a server already is not served again: its pages are said.
+@contextmanager
+def served(store: Store, port: int) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Serve MLflow's pages on a local store until the block ends.
 
     Args:
         store: what to show.
         port: local port; 0: any free one.
-        say: told the pages, and what goes on.
-        pages: lines that name pages of the server at an address.
+
+    Yields:
+        The server's address and its process.
 
     Raises:
         TrackingError: there is no store yet, the port is taken, or MLflow does not start.
     """
-    if store.is_server:
-        for line in pages(store.uri):
-            say(line)
-        return
     if store.database and not store.database.is_file():
         raise TrackingError(f"{store.database}: not found; `make repro` records the first run")
     port = port or free_port()
     _refuse_taken(port)
-    say("starting MLflow's server (some 10 s) ...")
+    logger.info("starting MLflow's server (some 10 s) ...")
     process = start_server(store, port)
     try:
         address = f"http://{_HOST}:{port}"
         wait_until_healthy(address, process)
-        for line in pages(address):
-            say(line)
-        say("Ctrl-C ends it")
-        process.wait()
-    except KeyboardInterrupt:
-        say("stopped")
+        yield address, process
     finally:
         stop_server(process)
 
 
 def start_server(store: Store, port: int) -> subprocess.Popen[str]:
-    """`mlflow server` with one worker on a local port; the caller ends it by `stop_server`."""
+    """Start `mlflow server` with one worker on a local port; end it with `stop_server`."""
     quiet_mlflow()
-    # Jobs (for generative AI) would be a second process of 240 MB.
+    # Without this, jobs (for generative AI) are a second process of 240 MB.
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     environment.pop("MLFLOW_TRACKING_URI", None)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store.uri]
     command += ["--host", _HOST, "--port", str(port), "--workers", "1"]
     if store.artifacts:
         command += ["--default-artifact-root", store.artifacts.as_uri()]
-    # A session of its own: MLflow's process starts the one that serves and would leave it behind.
+    # A session of its own, to end the process that serves together with the one that starts it.
     return subprocess.Popen(
         command,
         env=environment,
@@ -214,18 +374,17 @@ def start_server(store: Store, port: int) -> subprocess.Popen[str]:
 
 
 def stop_server(process: subprocess.Popen[str], kill: bool = False) -> None:
-    """End the server with the processes that it started; `kill` leaves them no time."""
-    # The group may be gone already, which is what is wanted.
-    with contextlib.suppress(ProcessLookupError):
+    """Stop the server and the processes that it started, with SIGKILL if `kill` is true."""
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL if kill else signal.SIGTERM)
     process.wait()
 
 
 def wait_until_healthy(address: str, process: subprocess.Popen[str]) -> None:
-    """Return when the server answers.
+    """Wait until the server answers.
 
     Raises:
-        TrackingError: it ended, or did not answer in three minutes.
+        TrackingError: it ended, or did not answer within three minutes.
     """
     end = time.monotonic() + _START_SECONDS
     while time.monotonic() < end:
@@ -240,7 +399,7 @@ def wait_until_healthy(address: str, process: subprocess.Popen[str]) -> None:
 
 
 def free_port() -> int:
-    """A local port that nobody listens on at the moment."""
+    """Return a local port that no process listens on at the moment."""
     with socket.socket() as probe:
         probe.bind((_HOST, 0))
         return int(probe.getsockname()[1])
@@ -255,196 +414,3 @@ def _refuse_taken(port: int) -> None:
             raise TrackingError(
                 f"port {port}: {error.strerror}; name another, or 0 for any free one"
             ) from None
-
-
-_SQLITE = "sqlite:///"
-_SERVER = ("http://", "https://")
-
-# Set before mlflow is imported.  The two last ones bound how long a dead server holds a call up;
-# MLflow's own defaults (7 retries, 120 s each) are a quarter of an hour.
-_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Store:
-    """An MLflow tracking store."""
-
-    uri: str
-    """What MLflow calls the tracking URI; a sqlite path in it is absolute."""
-    artifacts: Path | None
-    """Folder that new experiments put artifacts in; None: the server decides."""
-    home: Path
-    """Folder of what runkey itself keeps beside the store: records, claims, checkpoints."""
-
-    @property
-    def database(self) -> Path | None:
-        """The sqlite file, or None for a server or another database."""
-        return Path(self.uri.removeprefix(_SQLITE)) if self.uri.startswith(_SQLITE) else None
-
-    @property
-    def is_server(self) -> bool:
-        """Whether the store is asked over HTTP."""
-        return self.uri.startswith(_SERVER)
-
-
-def locate_store(root: Path | None = None) -> Store:
-    """The store that `MLFLOW_TRACKING_URI` names, else the one in `root`.
-
-    A relative sqlite path is taken from `root`, not from the current folder, which may be one of
-    DVC's temporary folders.
-
-    Args:
-        root: the main checkout; `paths.store_root()` when None.
-    """
-    root = (root or paths.store_root()).resolve()
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or f"{_SQLITE}{root / 'mlflow.db'}"
-    if uri.startswith(_SQLITE):
-        uri = f"{_SQLITE}{root / uri.removeprefix(_SQLITE)}"
-    database = Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
-    home = (database.parent if database else root) / paths.HOME
-    is_server = uri.startswith(_SERVER)
-    return Store(uri, None if is_server else root / "mlartifacts", home)
-
-
-def quiet_mlflow() -> None:
-    """Turn telemetry and chatter off; must run before mlflow is imported anywhere."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # It prints the traceback of each database error that it raises as well.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-
-
-def open_client(store: Store) -> MlflowClient:
-    """A client of the store.  The first one imports mlflow (5 s) and makes the database (3 s).
-
-    Raises:
-        TrackingError: mlflow is not installed, or the database's folder is not there.
-    """
-    quiet_mlflow()
-    if store.database and not store.database.parent.is_dir():
-        raise TrackingError(f"{store.database.parent}: no such folder; set MLFLOW_TRACKING_URI")
-    try:
-        from mlflow import MlflowClient
-    except ImportError as error:
-        raise TrackingError(f"mlflow cannot be imported ({error}); run `make env`") from None
-    quiet_mlflow()  # mlflow sets its own level when it is imported
-    _adopt_moved(store)
-    if store.database:
-        _make_database(store.database)
-    client = MlflowClient(store.uri)
-    _place_default(store)
-    return client
-
-
-def in_one_line(error: BaseException, characters: int = 160) -> str:
-    """An error for people: of a database's, what the database said, without the statement."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= characters else text[: characters - 1] + "…"
-
-
-def experiment_id(client: MlflowClient, store: Store, name: str) -> str:
-    """The id of the experiment, made if need be; several processes may ask at the same time.
-
-    Its artifact location is given explicitly: MLflow would take the current folder of whichever
-    process came first, and that may be temporary.
-
-    Raises:
-        TrackingError: the experiment was deleted in the UI.
-        MlflowException: the store cannot be reached or refuses.
-    """
-    from mlflow.exceptions import MlflowException
-
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        location = store.artifacts.as_uri() if store.artifacts else None
-        try:
-            client.create_experiment(name, artifact_location=location)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        experiment = client.get_experiment_by_name(name)
-    if experiment is None or experiment.lifecycle_stage != "active":
-        raise TrackingError(
-            f"MLflow experiment {name!r} was deleted; restore it in the UI or set another name as"
-            " runtime.experiment"
-        )
-    offer_view(client, experiment.experiment_id, experiment.tags)
-    return str(experiment.experiment_id)
-
-
-def _make_database(path: Path) -> None:
-    """Make MLflow's database under another name, and give it its own when it is whole.
-
-    MLflow makes its tables in dozens of steps.  A process that is killed between two of them leaves
-    a database that no MLflow opens again.
-    """
-    from mlflow import MlflowClient
-
-    if path.exists():
-        return
-    with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as folder:
-        draft = Path(folder) / path.name
-        MlflowClient(f"{_SQLITE}{draft}")
-        try:
-            path.hardlink_to(draft)
-        except OSError:  # another process was first, or this file system has no hard links
-            if not path.exists():
-                draft.rename(path)
-
-
-def _adopt_moved(store: Store) -> None:
-    """Point the database at the artifacts beside it, if the checkout was moved or copied.
-
-    MLflow keeps artifact folders as absolute paths, so a copy would go on writing into the
-    original's folder.  Only paths that end in our own folder's name are touched.
-    """
-    if not (store.database and store.artifacts and store.database.is_file()):
-        return
-    if store.database.parent != store.artifacts.parent:
-        return
-    here = store.artifacts.as_uri()
-    tail = f"/{store.artifacts.name}"
-    with closing(sqlite3.connect(store.database, timeout=20)) as database, database:
-        if not database.execute(
-            "SELECT 1 FROM sqlite_master WHERE type='table' AND name='experiments'"
-        ).fetchone():
-            return
-        moved = database.execute(
-            "SELECT artifact_location FROM experiments WHERE artifact_location LIKE ?"
-            " AND artifact_location <> ?",
-            (f"file://%{tail}", here),
-        ).fetchall()
-        for (old,) in moved:
-            for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
-                database.execute(
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?)"
-                    f" WHERE {column} = ? OR substr({column}, 1, ?) = ?",
-                    (here, len(old) + 1, old, len(old) + 1, f"{old}/"),
-                )
-
-
-def _place_default(store: Store) -> None:
-    """Put the artifacts of MLflow's own experiment `Default` where all others' are.
-
-    We log nothing there, but whoever does should not find it in a folder that DVC deleted: MLflow
-    takes the current folder of the process that makes the database.
-    """
-    if not (store.database and store.artifacts):
-        return
-    with closing(sqlite3.connect(store.database, timeout=20)) as database, database:
-        database.execute(
-            "UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0"
-            " AND name = 'Default' AND artifact_location LIKE '%mlruns/0'",
-            (store.artifacts.as_uri(),),
-        )

@@ -1,12 +1,13 @@
-"""Copies an MLflow run from one store to another, by way of a folder.
+"""Read and write whole MLflow runs: list, delete, and copy from one store to another via a folder.
 
-The copy is a run like any other, with an id of its own; `runkey.identity.record` says what lies
-in the folder.
+A copy is an MLflow run like any other, with an id of its own. `runkey.identity.record` describes
+the folder's layout.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import tempfile
 import urllib.parse
@@ -35,17 +36,29 @@ from runkey.identity.record import (
     write_record,
 )
 from runkey.progress import Steps, each, progress
-from runkey.tracking.store import Store, experiment_id, open_client, quiet_mlflow
+from runkey.tracking.store import (
+    MAX_METRICS,
+    MAX_PARAMS,
+    MAX_TAGS,
+    Store,
+    experiment_id,
+    open_client,
+    quiet_mlflow,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+logger = logging.getLogger(__name__)
 
-# What MLflow has of a run, in the form that the registry keeps and compares.
+LOOK_SECONDS = 0.3
+_PAGE = 1000
+"""Runs a request: MLflow keeps all of them in memory, about 100 KB each."""
+_NOT_COPIED = ("mlflow.runName", "mlflow.artifactLocation")
 
 
 def logged_run(run: Any) -> LoggedRun:
-    """The parts of an `mlflow.entities.Run` that a record holds."""
+    """Convert an `mlflow.entities.Run` to the part of it that a record holds."""
     info, data = run.info, run.data
     return LoggedRun(
         run_id=info.run_id,
@@ -53,7 +66,7 @@ def logged_run(run: Any) -> LoggedRun:
         name=info.run_name or "",
         status=info.status,
         started_ms=info.start_time,
-        # MLflow keeps the time of the end when a run goes on.
+        # MLflow keeps the end time of a run that is resumed.
         ended_ms=None if info.status == "RUNNING" else info.end_time,
         artifact_uri=info.artifact_uri,
         params=dict(sorted(data.params.items())),
@@ -63,7 +76,7 @@ def logged_run(run: Any) -> LoggedRun:
 
 
 def read_details(client: MlflowClient, run: LoggedRun) -> Details | None:
-    """The details that a run wrote as its artifact; None if it ended before.
+    """Read record.json among a run's artifacts; None if the run ended before it was written.
 
     Raises:
         RecipeError: the artifact is not a run's record.
@@ -72,7 +85,7 @@ def read_details(client: MlflowClient, run: LoggedRun) -> Details | None:
     where = f"{DETAILS} of run {run.run_id}"
     parts = urllib.parse.urlsplit(run.artifact_uri)
     if parts.scheme == "file":
-        # Past MLflow, which takes 20 ms a file: `runkey index` reads thousands.
+        # Read directly: through MLflow a file takes 20 ms, and `runkey index` reads thousands.
         path = Path(urllib.parse.unquote(parts.path)) / DETAILS
         if not path.is_file():
             return None
@@ -87,7 +100,7 @@ def read_details(client: MlflowClient, run: LoggedRun) -> Details | None:
 def write_details(
     store: Store, run_id: str, details: Details, tags: dict[str, str] | None = None
 ) -> LoggedRun:
-    """Replace the details of a recorded run, and set tags; the run as it then stands.
+    """Replace record.json of a run and set tags; return the run as it is then.
 
     Raises:
         TrackingError: the store cannot be opened.
@@ -103,13 +116,10 @@ def write_details(
     return logged_run(client.get_run(run_id))
 
 
-# Delete a run from MLflow.
-
-
 def delete_run(store: Store, run_id: str) -> None:
-    """Put a run and its models into MLflow's trash, for `mlflow gc`; artifacts are left alone.
+    """Move a run and its models to MLflow's trash (for `mlflow gc`); leave its artifacts alone.
 
-    A run that is there already, or that MLflow does not know, is no error.
+    A run that is in the trash already, or that MLflow does not know, is no error.
 
     Raises:
         TrackingError: the store cannot be reached, or refuses.
@@ -128,19 +138,10 @@ def delete_run(store: Store, run_id: str) -> None:
             raise TrackingError(f"run {run_id}: not deleted from MLflow: {error.message}") from None
 
 
-# All runs that have a key, read from MLflow: what the registry's records are made from.
+def recorded_runs(store: Store) -> Iterator[Record]:
+    """Yield every active run that has a key, newest first, with its details.
 
-
-_PAGE = 1000
-"""Runs a question: MLflow keeps all of them in memory, some 100 KB each."""
-
-
-def recorded_runs(store: Store, say: Callable[[str], None]) -> Iterator[Record]:
-    """Every active run that has a key, newest first, with its details.
-
-    Args:
-        store: where to look.
-        say: told of runs whose details cannot be read; they come without.
+    A run whose details cannot be read comes without them; a warning names it.
 
     Raises:
         TrackingError: there is no store yet, or it cannot be read.
@@ -156,7 +157,7 @@ def recorded_runs(store: Store, say: Callable[[str], None]) -> Iterator[Record]:
             try:
                 details = read_details(client, logged)
             except (RecipeError, OSError, ValueError) as error:
-                say(f"run {logged.run_id}: listed without its details ({error})")
+                logger.warning(f"run {logged.run_id}: listed without its details ({error})")
                 details = None
             yield Record(run=logged, details=details)
     except MlflowException as error:
@@ -164,13 +165,13 @@ def recorded_runs(store: Store, say: Callable[[str], None]) -> Iterator[Record]:
 
 
 def _runs(client: MlflowClient) -> Iterator[Any]:
-    """`mlflow.entities.Run`s, in pages."""
+    """Yield the `mlflow.entities.Run`s that have a key, page by page."""
     experiments = [
         str(experiment.experiment_id)
         for page in _pages(client.search_experiments, max_results=_PAGE)
         for experiment in page
     ]
-    if experiments:  # MLflow takes none for all
+    if experiments:  # MLflow takes an empty list for all
         for page in _pages(
             client.search_runs,
             experiment_ids=experiments,
@@ -180,30 +181,21 @@ def _runs(client: MlflowClient) -> Iterator[Any]:
             yield from page
 
 
-def _pages(search: Callable[..., Any], **question: Any) -> Iterator[Any]:
-    """Every page that a search gives."""
-    page = search(**question)
+def _pages(search: Callable[..., Any], **query: Any) -> Iterator[Any]:
+    page = search(**query)
     yield page
     while page.token:
-        page = search(**question, page_token=page.token)
+        page = search(**query, page_token=page.token)
         yield page
-
-
-# MLflow's bounds on one request.
-_METRICS = 1000
-_PARAMS = 100
-_TAGS = 100
-LOOK_SECONDS = 0.3
-_NOT_COPIED = ("mlflow.runName", "mlflow.artifactLocation")
 
 
 @dataclass(frozen=True)
 class StoreRuns:
-    """The runs of a store, as `runkey.registry.package.Runs` wants them."""
+    """The runs of a store, as the protocol `runkey.registry.package.Runs` asks for."""
 
     store: Store
     experiment: str
-    """Name of the experiment that copies are put in."""
+    """Name of the experiment that copies go to."""
 
     def read(self, run_id: str, folder: Path) -> dict[str, Any]:
         """Copy a run to a folder; see `read_run`."""
@@ -211,7 +203,7 @@ class StoreRuns:
             return read_run(self.store, run_id, folder)
 
     def write(self, folder: Path) -> LoggedRun:
-        """Copy a run from a folder; see `write_run`.  A local store gets its record's file too."""
+        """Copy a run from a folder, see `write_run`; in a local store also write its record."""
         with self._errors("the run could not be written"):
             run = write_run(self.store, self.experiment, folder)
         if not self.store.is_server:
@@ -247,7 +239,7 @@ def read_run(store: Store, run_id: str, folder: Path) -> dict[str, Any]:
         folder: must exist; `CONTENT` and `ARTIFACTS` are made in it.
 
     Returns:
-        What `CONTENT` holds.
+        The data in `CONTENT`.
 
     Raises:
         TrackingError: the store cannot be opened.
@@ -281,12 +273,12 @@ def read_run(store: Store, run_id: str, folder: Path) -> dict[str, Any]:
 def write_run(store: Store, experiment: str, folder: Path) -> LoggedRun:
     """Copy a run into a store, from the folder that `read_run` filled.
 
-    The key is written last: until then nobody who looks for it finds the copy.  What an earlier,
-    interrupted copy of the same run left is deleted first.
+    The key is written last, so that no search by key finds an incomplete copy. What an interrupted
+    copy of the same run left is deleted first.
 
     Args:
         store: where to.
-        experiment: name of the experiment, made if need be.
+        experiment: name of the experiment; created if need be.
         folder: as `read_run` leaves it.
 
     Returns:
@@ -318,12 +310,11 @@ def write_run(store: Store, experiment: str, folder: Path) -> LoggedRun:
 
 
 def copies(client: MlflowClient, experiment: str, origin: str) -> list[Any]:
-    """The runs of an experiment that were copied from the run `origin`."""
+    """Return the runs of an experiment that were copied from the run `origin`."""
     return list(client.search_runs([experiment], f"tags.{ORIGIN} = '{origin}'", max_results=100))
 
 
 def _read_files(client: MlflowClient, run_id: str, folder: Path) -> None:
-    """Copy all artifacts of a run to a folder."""
     sizes = [file.file_size or 0 for file in _artifacts(client, run_id)]
     if sizes:
         with progress("files from MLflow", sum(sizes), "bytes") as steps, growing(folder, steps):
@@ -332,7 +323,7 @@ def _read_files(client: MlflowClient, run_id: str, folder: Path) -> None:
 
 @contextmanager
 def growing(folder: Path, steps: Steps) -> Iterator[None]:
-    """Tell how a folder grows: MLflow does not say how far its downloads are."""
+    """Advance the progress by a folder's growth: MLflow does not report its downloads' progress."""
     ended = Event()
 
     def look() -> None:
@@ -340,7 +331,7 @@ def growing(folder: Path, steps: Steps) -> Iterator[None]:
         while not ended.wait(LOOK_SECONDS):
             now = 0
             for path in folder.rglob("*"):
-                with suppress(FileNotFoundError):  # it got its name meanwhile
+                with suppress(FileNotFoundError):  # it was renamed meanwhile
                     now += path.stat().st_size if path.is_file() else 0
             steps.advance(max(0, now - before))
             before = max(now, before)
@@ -355,7 +346,7 @@ def growing(folder: Path, steps: Steps) -> Iterator[None]:
 
 
 def _artifacts(client: MlflowClient, run_id: str, path: str | None = None) -> Iterator[Any]:
-    """`mlflow.entities.FileInfo` of every file of a run."""
+    """Yield the `mlflow.entities.FileInfo` of every file of a run."""
     for found in client.list_artifacts(run_id, path):
         if found.is_dir:
             yield from _artifacts(client, run_id, found.path)
@@ -364,7 +355,6 @@ def _artifacts(client: MlflowClient, run_id: str, path: str | None = None) -> It
 
 
 def _write_files(client: MlflowClient, run_id: str, folder: Path) -> None:
-    """Copy all files of a folder to a run's artifacts."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sizes = [path.stat().st_size for path in files]
     with progress("files to MLflow", sum(sizes), "bytes") as steps:
@@ -378,7 +368,7 @@ def _write_files(client: MlflowClient, run_id: str, folder: Path) -> None:
 
 
 def _history(client: MlflowClient, run_id: str, name: str) -> list[list[Any]]:
-    """`[step, milliseconds since 1970, value]` of each point; JSON has no NaN, so that is text."""
+    """Return each point as `[step, milliseconds since 1970, value]`; NaN and inf as text."""
     return [
         [m.step, m.timestamp, m.value if math.isfinite(m.value) else repr(m.value)]
         for m in client.get_metric_history(run_id, name)
@@ -399,7 +389,7 @@ def _dataset(used: Any) -> dict[str, Any]:
 
 
 def _write_values(client: MlflowClient, run_id: str, content: dict[str, Any]) -> None:
-    """All but the key itself."""
+    """Write metrics, params, tags and data sets, but not the key."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
     metrics = [
@@ -408,15 +398,15 @@ def _write_values(client: MlflowClient, run_id: str, content: dict[str, Any]) ->
         for step, time_ms, value in points
     ]
     with progress("metrics to MLflow", len(metrics), "points") as steps:
-        for some in batched(metrics, _METRICS):
+        for some in batched(metrics, MAX_METRICS):
             client.log_batch(run_id, metrics=list(some))
             steps.advance(len(some))
     params = [Param(name, value) for name, value in content["params"].items() if name != KEY]
-    for few in batched(params, _PARAMS):
+    for few in batched(params, MAX_PARAMS):
         client.log_batch(run_id, params=list(few))
     skipped = (KEY, ORIGIN, *_NOT_COPIED)
     tags = [RunTag(name, value) for name, value in content["tags"].items() if name not in skipped]
-    for part in batched(tags, _TAGS):
+    for part in batched(tags, MAX_TAGS):
         client.log_batch(run_id, tags=list(part))
     inputs = []
     for data in content["datasets"]:

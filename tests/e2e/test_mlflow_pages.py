@@ -14,7 +14,14 @@ from runkey import paths
 from runkey.identity.record import LoggedRun, update_record
 from runkey.params import load_params
 from runkey.params.presets import render_preset
-from runkey.tracking import locate_store, open_run, reopen_run
+from runkey.tracking import (
+    RunSender,
+    TrackedRun,
+    TrainingRun,
+    describe_run,
+    locate_store,
+    open_run,
+)
 from runkey.tracking.store import free_port
 from tests.support.chromium import Page, open_chromium
 
@@ -52,24 +59,23 @@ def record(root: Path, name: str, digit: str) -> None:
     records = locate_store().home / paths.RECORDS
     same = {part: f"{n}" * 64 for n, part in enumerate(PARTS)}
 
-    def changed(run: LoggedRun) -> None:
+    def on_change(run: LoggedRun) -> None:
         update_record(records, run)
 
-    tracker = open_run(
+    description = describe_run(
         params,
         root,
-        root / digit,
         key=f"rk2-{digit * 64}",
         parts=same | {"params": digit * 64},
         tags={"device": "cpu x86_64", "host": "here"},
         counts={"train_images": 400},
-        say=pytest.fail,
-        changed=changed,
     )
+    training = TrainingRun(params.runtime.experiment, description, root / digit)
+    tracker = open_run(locate_store(), training, root, on_change=on_change)
     for step in range(1, 21):
         tracker.log({"train/loss": 3.0 / step, "train/lr": params.lr * step / 20}, step)
-    evaluation = reopen_run(params, tracker.close(), pytest.fail, changed=changed)
-    assert evaluation
+    sender = RunSender(locate_store(), str(tracker.close()), on_change=on_change)
+    evaluation = TrackedRun(None, sender)
     evaluation.log({"eval/AP": AP[name], "eval/AP50": AP[name] + 0.2}, 0)
     evaluation.close()
 

@@ -23,7 +23,6 @@ from runkey.plots.hints import (
 from runkey.plots.live import HintingTracker
 from runkey.plots.log import Point, TrainingLog, read_log
 from runkey.tracking.log import JsonlLog
-from runkey.tracking.mlflow_run import RunTracker
 
 ROOT = Path(__file__).parents[2]
 PARAMS = {
@@ -227,7 +226,7 @@ def test_a_run_is_told_once_even_after_an_interruption(tmp_path):
     path = tmp_path / "train.jsonl"
 
     def train(first: int, last: int) -> None:
-        tracker = RunTracker(JsonlLog(path, said.append), None)
+        tracker = JsonlLog(path)
         hinting = HintingTracker(tracker, path, tmp_path / "none", PARAMS, said.append)
         hinting.resume(None)
         for entry in (p for p in whole.steps if first < p.step <= last):
@@ -249,7 +248,7 @@ def test_a_run_is_told_once_even_after_an_interruption(tmp_path):
 
 def test_scores_of_classes_are_recorded_with_their_epoch(tmp_path):
     path = tmp_path / "train.jsonl"
-    tracker = RunTracker(JsonlLog(path, print), None)
+    tracker = JsonlLog(path)
     hinting = HintingTracker(tracker, path, tmp_path / "none", PARAMS, print)
     for step in (3, 6, 9):
         if step != 6:  # without an evaluation
@@ -264,7 +263,7 @@ def test_scores_of_classes_are_recorded_with_their_epoch(tmp_path):
 def test_hints_that_fail_cost_no_log(tmp_path):
     said: list[str] = []
     path = tmp_path / "train.jsonl"
-    tracker = RunTracker(JsonlLog(path, said.append), None)
+    tracker = JsonlLog(path)
     hinting = HintingTracker(tracker, tmp_path / "elsewhere", tmp_path, PARAMS, said.append)
     for epoch in made().epochs:
         hinting.log(epoch.values, epoch.step)

@@ -49,7 +49,7 @@ def main(folder: str, how: How, number: str, last: str) -> None:
         loader=SquaresLoader(change=change),
         folder=Path(folder),
         seconds=0,
-        tracker=JsonlLog(Path(folder) / "train.jsonl", print),
+        tracker=JsonlLog(Path(folder) / "train.jsonl"),
     )
 
 

@@ -17,17 +17,13 @@ from runkey.tracking.log import JsonlLog
 STEPS_PER_EPOCH = 20
 
 
-def say_nothing(_: str) -> None:
-    pass
-
-
 def write_log(
     path: Path, epochs: int = 12, *, stopped: bool = False, validated: bool = True
 ) -> Path:
     """A training that warms up, is clipped, improves until epoch 8 and may be stopped."""
     rng = np.random.default_rng(0)
     path.unlink(missing_ok=True)  # a log is appended to
-    log = JsonlLog(path, say_nothing)
+    log = JsonlLog(path, quiet=True)
     log.event("training_start", device="cpu", total_steps=epochs * STEPS_PER_EPOCH)
     for epoch in range(1, epochs + 1):
         for step in range((epoch - 1) * STEPS_PER_EPOCH + 1, epoch * STEPS_PER_EPOCH + 1):
@@ -92,7 +88,7 @@ EVENTS = (
 
 def troubled(path: Path) -> Path:
     """A training on whose way much happened."""
-    log = JsonlLog(write_log(path), say_nothing)
+    log = JsonlLog(write_log(path), quiet=True)
     for kind, step in EVENTS:
         log.event(kind, step=step, seen="a", change="b")
     log.event("of another version", step="33")

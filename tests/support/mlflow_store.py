@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from runkey.identity.record import Details, StoredFile
-from runkey.tracking import Dataset, RunDescription, Store, locate_store
-from runkey.tracking.mlflow_run import Pace
+from runkey.tracking import (
+    Dataset,
+    RunDescription,
+    RunSender,
+    Store,
+    TrainingRun,
+    locate_store,
+)
+from runkey.tracking.mlflow_run import Pace, TrackedRun
 from runkey.tracking.store import (
     free_port,
     open_client,
@@ -22,7 +31,7 @@ from runkey.tracking.store import (
     wait_until_healthy,
 )
 
-FAST = Pace(flush_points=50, flush_seconds=0.2, retry_seconds=0.3, close_seconds=60)
+FAST = Pace(flush_seconds=0.2, retry_seconds=0.3, close_seconds=60)
 DIGEST = "22a1a2931c8370d3aeedd7183606fd7f.dir"
 RECORD = Details(
     stage="train",
@@ -44,6 +53,12 @@ def description(**changes: object) -> RunDescription:
         "dataset": Dataset("data", DIGEST, '{"uri": "data"}', '{"images": 2}'),
     }
     return RunDescription(**(fields | changes))  # type: ignore[arg-type]
+
+
+def start_run(store: Store, *dead: str, **options: Any) -> TrackedRun:
+    """Record a run without a log; what it is given goes straight to MLflow."""
+    training = TrainingRun("detection", description(), store.home / "key", supersedes=dead)
+    return TrackedRun(None, RunSender(store, training, **options), pace=FAST)
 
 
 @pytest.fixture(scope="session")
@@ -119,6 +134,20 @@ def until(condition: Callable[[], object], seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
+class _Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
 @pytest.fixture
-def said() -> list[str]:
-    return []
+def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Messages that runkey logs during the test, as they come; from any thread."""
+    logger, handler = logging.getLogger("runkey"), _Messages()
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    logger.addHandler(handler)
+    yield handler.texts
+    logger.removeHandler(handler)

@@ -8,15 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from runkey.identity.record import LoggedRun
-from runkey.tracking import JsonlLog, RunDescription, RunTracker, Store, Training
-from runkey.tracking.mlflow_run import Pace, begin_run
+from runkey.progress import log_to_terminal
+from runkey.tracking import JsonlLog, RunDescription, Store, TrackedRun, TrainingRun, open_run
+from runkey.tracking.mlflow_run import Pace
 
 KEY = f"rk2-{'5' * 64}"
 DESCRIPTION = RunDescription(
@@ -25,67 +25,68 @@ DESCRIPTION = RunDescription(
 QUICK = Pace(flush_seconds=0.2, retry_seconds=0.3, close_seconds=60)
 
 
-def training_in(folder: Path, device: str = "cpu") -> Training:
+def training_in(folder: Path, device: str = "cpu") -> TrainingRun:
     """What is recorded in a folder."""
     description = replace(DESCRIPTION, tags={**DESCRIPTION.tags, "device": device})
-    return Training("detection", description, folder, (folder / "train.jsonl",))
+    return TrainingRun("detection", description, folder, (folder / "train.jsonl",))
 
 
 def begin(
     store: Store,
     folder: Path,
-    say: Callable[[str], None],
     *,
     device: str = "cpu",
-    changed: Callable[[LoggedRun], None] = lambda _: None,
+    on_change: Callable[[LoggedRun], None] = lambda _: None,
     pace: Pace = QUICK,
     root: Path | None = None,
-) -> RunTracker:
+) -> TrackedRun:
     """Record a training in a folder, or go on; its workspace is the folder's if None is given."""
     training = training_in(folder, device)
-    return begin_run(store, training, root or folder / "workspace", say, changed, pace=pace)
+    return open_run(store, training, root or folder / "workspace", on_change=on_change, pace=pace)
 
 
-def log_steps(tracker: RunTracker | JsonlLog, first: int, last: int) -> None:
-    """The same values in every process."""
+def log_steps(target: TrackedRun | JsonlLog, first: int, last: int) -> None:
+    """Log the same values in every process."""
+    log = target if isinstance(target, JsonlLog) else log_of(target)
     for step in range(first, last + 1):
         values = {f"train/v{n}": math.sin(step * n) for n in range(1, 6)}
         if step % 5 == 0:
             values["val/loss"] = math.nan if step % 20 == 0 else 1 / step
-        tracker.log(values, step)
+        log.log(values, step)
         if step % 7 == 0:
-            tracker.event("skipped_step", step=step, image_ids=[step])
+            log.event("skipped_step", step=step, image_ids=[step])
 
 
-def say(line: str) -> None:
-    """Print a line at once."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+def log_of(run: TrackedRun) -> JsonlLog:
+    """The log of a run that has one."""
+    assert run.jsonl
+    return run.jsonl
 
 
 def train(arguments: argparse.Namespace) -> None:
     """Go on from the checkpoint, if there is one, to the last step."""
     folder = Path(arguments.folder)
     checkpoint = folder / "checkpoint.json"
-    tracker = begin(Store(arguments.address, arguments.artifacts, folder), folder, say)
+    tracker = begin(Store(arguments.address, arguments.artifacts, folder), folder)
+    log = log_of(tracker)
     step = 0
     if checkpoint.is_file():
         content = json.loads(checkpoint.read_text())
         step = content["step"]
-        tracker.resume(content["position"])
-        tracker.event("resumed", step=step)
+        log.resume(content["position"])
+        log.event("resumed", step=step)
     else:
-        tracker.resume(None)
+        log.resume(None)
     while step < arguments.steps:
         step += 1
-        log_steps(tracker, step, step)
+        log_steps(log, step, step)
         if step % arguments.every == 0:
-            content = {"step": step, "position": tracker.position()}
+            content = {"step": step, "position": log.position()}
             temporary = checkpoint.with_suffix(".new")
             temporary.write_text(json.dumps(content))
             temporary.replace(checkpoint)
         time.sleep(arguments.pause)
-    tracker.finish_log()
+    tracker.finish_logs()
     tracker.close()
 
 
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--pause", type=float, default=0.01)
+    log_to_terminal()
     train(parser.parse_args())
 
 

@@ -11,7 +11,7 @@ from runkey.tracking import Store
 from runkey.tracking.replay import ENDED
 from tests.support.mlflow_store import fill, until
 from tests.support.points import assert_the_same_points, points_of_run
-from tests.support.trainer import begin, log_steps
+from tests.support.trainer import begin, log_of, log_steps
 
 
 def test_a_database_on_a_full_disk_gets_everything_later(
@@ -19,7 +19,7 @@ def test_a_database_on_a_full_disk_gets_everything_later(
 ) -> None:
     shutil.copy(empty_database, small_disk / "mlflow.db")
     store = Store(f"sqlite:///{small_disk / 'mlflow.db'}", small_disk / "mlartifacts", tmp_path)
-    tracker = begin(store, tmp_path / "key", said.append)
+    tracker = begin(store, tmp_path / "key")
     run_id = str(tracker.run_id(60))
     filler = fill(small_disk)
     log_steps(tracker, 1, 400)
@@ -45,7 +45,7 @@ def test_a_training_folder_on_a_full_disk_costs_nothing_but_its_marks(
     small_disk: Path, store: Store, tmp_path: Path, said: list[str]
 ) -> None:
     folder, shown = small_disk / "key", tmp_path / "logs" / "train.jsonl"
-    tracker = begin(store, folder, said.append, root=tmp_path)
+    tracker = begin(store, folder, root=tmp_path)
     log_steps(tracker, 1, 10)
     run_id = str(tracker.run_id(60))
     filler = fill(small_disk)
@@ -53,7 +53,7 @@ def test_a_training_folder_on_a_full_disk_costs_nothing_but_its_marks(
     assert f"{folder}/train.jsonl: cannot be written (No space left on device)" in "".join(said)
     filler.unlink()
     log_steps(tracker, 101, 110)
-    tracker.finish_log()
+    tracker.finish_logs()
     assert tracker.close() == run_id
     assert any("written again; nothing is missing" in line for line in said)
     assert_the_same_points(shown, store, run_id)
@@ -64,12 +64,12 @@ def test_lines_that_the_disk_never_took_are_in_mlflow(
     small_disk: Path, store: Store, said: list[str]
 ) -> None:
     folder = small_disk / "key"
-    tracker = begin(store, folder, said.append)
+    tracker = begin(store, folder)
     log_steps(tracker, 1, 10)
     run_id = str(tracker.run_id(60))
     fill(small_disk)
     log_steps(tracker, 11, 100)
-    assert tracker.jsonl.lost_lines > 50
+    assert log_of(tracker).lost_lines > 50
     assert tracker.close() == run_id
     lost = next(line for line in said if "lacks" in line)
     assert lost.endswith(" to 100)")
@@ -82,9 +82,9 @@ def test_a_read_only_folder_costs_lines_and_no_values(
 ) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     folder, shown = small_disk / "key", tmp_path / "logs" / "train.jsonl"
-    tracker = begin(store, folder, said.append, root=tmp_path)
+    tracker = begin(store, folder, root=tmp_path)
     log_steps(tracker, 1, 20)
-    tracker.finish_log()
+    tracker.finish_logs()
     run_id = str(tracker.close())
     assert said[0].endswith(f"cannot be written (Read-only file system); the log is {shown} alone")
     assert said[1].startswith(f"{folder}: cannot be written (Read-only file system)")

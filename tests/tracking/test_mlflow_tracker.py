@@ -9,19 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from runkey.tracking import JsonlLog, MlflowTracker, Store, Training
-from runkey.tracking.describe import SampleLog
+from runkey.tracking import JsonlLog, RunSender, Store, TrackedRun, TrainingRun
 from runkey.tracking.log import read_jsonl
-from runkey.tracking.mlflow_run import Pace
+from runkey.tracking.mlflow_run import Pace, SystemSampler
 from runkey.tracking.store import open_client
-from tests.support.mlflow_store import DIGEST, FAST, description, until
-from tests.support.trainer import begin
+from tests.support.mlflow_store import DIGEST, FAST, description, start_run, until
+from tests.support.trainer import begin, log_of
 
 
 def test_a_run_is_recorded_whole(store: Store, tmp_path: Path, said: list[str]) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights.pt").write_bytes(b"weights")
-    tracker = MlflowTracker(store, Training("detection", description()), say=said.append, pace=FAST)
+    tracker = start_run(store)
     for step in range(600):
         tracker.log({"train/loss": 1 / (step + 1), "train/lr": 1e-4}, step)
     tracker.log({"val/AP/kite (red)": 0.5, "val/loss": math.nan}, 600)
@@ -51,10 +50,8 @@ def test_a_run_is_recorded_whole(store: Store, tmp_path: Path, said: list[str]) 
 def test_an_existing_run_is_added_to_and_stays_finished(
     store: Store, tmp_path: Path, said: list[str]
 ) -> None:
-    run_id = MlflowTracker(
-        store, Training("detection", description()), say=said.append, pace=FAST
-    ).close()
-    later = MlflowTracker(store, str(run_id), say=said.append, pace=FAST)
+    run_id = start_run(store).close()
+    later = TrackedRun(None, RunSender(store, str(run_id)), pace=FAST)
     later.log({"eval/AP": 0.6}, 0)
     assert later.close() == run_id
     run = open_client(store).get_run(str(run_id))
@@ -66,14 +63,15 @@ def test_an_existing_run_is_added_to_and_stays_finished(
 def test_system_metrics_are_sampled(store: Store, said: list[str], tmp_path: Path) -> None:
     pace = Pace(flush_seconds=0.2)
     shown = tmp_path / "logs" / "system.jsonl"
-    log = JsonlLog(tmp_path / "key" / "system.jsonl", said.append, shown)
+    log = JsonlLog(tmp_path / "key" / "system.jsonl", shown)
     began = time.time_ns() // 1_000_000 - 3_600_000
-    training = Training("detection", description(started_ms=began), logs=(log.path,))
-    samples = SampleLog(log, 0.1)
-    tracker = MlflowTracker(store, training, say=said.append, samples=samples, pace=pace)
-    run_id = tracker.wait_for_run(60)
+    about = description(started_ms=began)
+    training = TrainingRun("detection", about, tmp_path / "key", logs=(log.path,))
+    sampler = SystemSampler(log, 0.1)
+    tracker = TrackedRun(None, RunSender(store, training), sampler=sampler, pace=pace)
+    run_id = tracker.run_id(60)
     until(lambda: len(list(read_jsonl(log.path))) > 3)
-    samples.finish()
+    sampler.finish()
     tracker.close()
     entries = list(read_jsonl(shown))
     assert all(3600 <= entry["step"] < 3700 for entry in entries)  # seconds since it began
@@ -93,8 +91,8 @@ def test_a_locked_database_is_waited_for_and_nothing_is_lost(
 ) -> None:
     # MLflow waits 20 s for a lock by itself; shortened, so that the failure is really seen.
     monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
-    tracker = MlflowTracker(store, Training("detection", description()), say=said.append, pace=FAST)
-    run_id = tracker.wait_for_run(60)
+    tracker = start_run(store)
+    run_id = tracker.run_id(60)
     assert store.database is not None
     other = sqlite3.connect(store.database, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
@@ -113,7 +111,7 @@ def test_a_locked_database_is_waited_for_and_nothing_is_lost(
 def test_a_store_that_is_lost_in_the_middle_stops_nothing(
     store: Store, tmp_path: Path, said: list[str]
 ) -> None:
-    tracker = begin(store, tmp_path / "key", said.append)
+    tracker = begin(store, tmp_path / "key")
     tracker.log({"train/loss": 3.0}, 0)
     run_id = tracker.run_id(60)
     time.sleep(1.0)
@@ -126,7 +124,7 @@ def test_a_store_that_is_lost_in_the_middle_stops_nothing(
     time.sleep(1.5)
 
     assert tracker.close() == run_id
-    assert [e["step"] for e in read_jsonl(tracker.jsonl.path)] == [0, 1, 2, 3, 4]
+    assert [e["step"] for e in read_jsonl(log_of(tracker).path)] == [0, 1, 2, 3, 4]
     assert len(said) == 3, said
     assert said[0].startswith("MLflow: ")
     assert said[0].endswith("the work goes on, values are kept and sent later")
@@ -143,7 +141,7 @@ def test_a_run_that_was_made_and_could_not_be_described_has_a_name(
             "CREATE TRIGGER refuse BEFORE INSERT ON params BEGIN SELECT RAISE(FAIL, 'full'); END"
         )
     database.close()
-    tracker = begin(store, tmp_path / "key", said.append)
+    tracker = begin(store, tmp_path / "key")
     tracker.log({"train/loss": 3.0}, 0)
     run_id = tracker.close()
     assert open_client(store).get_run(str(run_id)).info.status == "RUNNING"
@@ -152,8 +150,8 @@ def test_a_run_that_was_made_and_could_not_be_described_has_a_name(
 
 
 def test_a_store_that_comes_back_gets_everything(store: Store, said: list[str]) -> None:
-    mlflow = MlflowTracker(store, Training("detection", description()), say=said.append, pace=FAST)
-    run_id = mlflow.wait_for_run(60)
+    mlflow = start_run(store)
+    run_id = mlflow.run_id(60)
     time.sleep(1.0)
     assert store.database is not None
     with sqlite3.connect(store.database) as database:
@@ -174,14 +172,12 @@ def test_a_server_that_is_not_there_costs_seconds_and_no_run(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     nobody = Store("http://127.0.0.1:9", None, tmp_path)
-    tracker = MlflowTracker(
-        nobody, Training("detection", description()), say=said.append, pace=FAST
-    )
+    tracker = start_run(nobody)
     tracker.log({"train/loss": 1.0}, 1)
     started = time.monotonic()
     assert tracker.close() is None
     assert time.monotonic() - started < 60
-    assert said[-1].startswith("MLflow: no run was recorded (")
+    assert said[-2].startswith("MLflow: no run was recorded (")
     assert all("\n" not in line for line in said)
 
 
@@ -189,7 +185,7 @@ def test_a_missing_artifact_is_said_and_the_rest_is_kept(
     store: Store, tmp_path: Path, said: list[str]
 ) -> None:
     (tmp_path / "there.txt").write_text("x")
-    tracker = MlflowTracker(store, Training("detection", description()), say=said.append, pace=FAST)
+    tracker = start_run(store)
     tracker.artifact(tmp_path / "absent.txt")
     tracker.artifact(tmp_path / "there.txt")
     run_id = tracker.close()

@@ -9,42 +9,37 @@ import pytest
 
 from runkey.errors import TrackingError
 from runkey.identity.record import LoggedRun
-from runkey.tracking import MlflowTracker, Store, Training
+from runkey.tracking import Store
 from runkey.tracking.store import open_client, set_tag
 from runkey.tracking.transfer import logged_run, read_details, write_details
-from tests.support.mlflow_store import FAST, RECORD, description
-
-
-def tracker(store: Store, *dead: str, **options: object) -> MlflowTracker:
-    training = Training("detection", description(), supersedes=dead)
-    return MlflowTracker(store, training, say=print, pace=FAST, **options)  # type: ignore[arg-type]
+from tests.support.mlflow_store import RECORD, start_run
 
 
 def test_a_run_is_told_when_it_begins_and_when_it_ends(store: Store) -> None:
-    told: list[LoggedRun] = []
-    running = tracker(store, changed=told.append)
+    changes: list[LoggedRun] = []
+    running = start_run(store, on_change=changes.append)
     running.log({"train/loss": 2.0, "system/cpu": 50.0}, 1)
     running.log({"train/loss": float("nan")}, 2)
     running.log({"train/loss": 1.5}, 3)
     running.tag("key.audit", "ok")
     run_id = running.close()
-    assert [(run.run_id, run.status, run.metrics) for run in told] == [
+    assert [(run.run_id, run.status, run.metrics) for run in changes] == [
         (run_id, "RUNNING", {}),
         (run_id, "FINISHED", {"train/loss": 1.5}),
     ]
-    assert told[1].tags["key.audit"] == "ok"
-    assert not [name for name in told[1].tags if name.startswith("mlflow.")]
-    assert told[1] == logged_run(open_client(store).get_run(str(run_id)))
-    assert told[1].started_ms <= int(told[1].ended_ms or 0)
+    assert changes[1].tags["key.audit"] == "ok"
+    assert not [name for name in changes[1].tags if name.startswith("mlflow.")]
+    assert changes[1] == logged_run(open_client(store).get_run(str(run_id)))
+    assert changes[1].started_ms <= int(changes[1].ended_ms or 0)
 
 
 def test_runs_of_dead_processes_are_ended_once(store: Store) -> None:
     client = open_client(store)
     dead, done = (client.create_run("0", run_name=name).info.run_id for name in ("dead", "done"))
     client.set_terminated(done, "FINISHED")
-    told: list[LoggedRun] = []
-    run_id = tracker(store, done, "0" * 32, dead, changed=told.append).close()
-    assert [(run.run_id, run.status) for run in told] == [
+    changes: list[LoggedRun] = []
+    run_id = start_run(store, done, "0" * 32, dead, on_change=changes.append).close()
+    assert [(run.run_id, run.status) for run in changes] == [
         (run_id, "RUNNING"),
         (dead, "KILLED"),
         (run_id, "FINISHED"),
@@ -53,7 +48,7 @@ def test_runs_of_dead_processes_are_ended_once(store: Store) -> None:
 
 
 def test_details_are_kept_with_the_run_and_can_be_replaced(store: Store) -> None:
-    run_id = str(tracker(store).close())
+    run_id = str(start_run(store).close())
     client = open_client(store)
     assert read_details(client, logged_run(client.get_run(run_id))) is None
     first = write_details(store, run_id, RECORD)
@@ -65,7 +60,7 @@ def test_details_are_kept_with_the_run_and_can_be_replaced(store: Store) -> None
 
 
 def test_a_tag_is_set_without_mlflow(store: Store, tmp_path: Path) -> None:
-    run_id = str(tracker(store).close())
+    run_id = str(start_run(store).close())
 
     def never(path: str, content: dict[str, str]) -> None:
         raise AssertionError(path)

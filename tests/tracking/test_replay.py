@@ -20,7 +20,7 @@ from runkey.tracking.replay import ARTIFACTS, ENDED
 from runkey.tracking.store import open_client
 from tests.support.mlflow_store import RECORD
 from tests.support.points import assert_the_same_points
-from tests.support.trainer import KEY, begin, log_steps
+from tests.support.trainer import KEY, begin, log_of, log_steps
 
 Run = Callable[..., str]
 
@@ -56,7 +56,7 @@ def ended_without(table: str, store: Store, folder: Path, tmp_path: Path, said: 
     (outputs / "model").mkdir(parents=True)
     (outputs / "model" / "weights.pt").write_bytes(b"weights")
     (outputs / DETAILS).write_text(RECORD.as_json())
-    tracker = begin(store, folder, said.append)
+    tracker = begin(store, folder)
     log_steps(tracker, 1, 9)
     assert tracker.run_id(60)
     assert store.database is not None
@@ -66,7 +66,7 @@ def ended_without(table: str, store: Store, folder: Path, tmp_path: Path, said: 
     tracker.tag("key.audit", "ok")
     tracker.artifact(outputs / "model", "model")
     tracker.artifact(outputs / DETAILS)
-    tracker.finish_log()
+    tracker.finish_logs()
     tracker.close()
     assert not tracker.is_whole
     with database:
@@ -110,7 +110,7 @@ def test_a_run_that_was_never_made_is_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    tracker = begin(Store("http://127.0.0.1:9", None, store.home), folder, said.append)
+    tracker = begin(Store("http://127.0.0.1:9", None, store.home), folder)
     log_steps(tracker, 1, 30)
     tracker.close()
     assert said[-1] == f"MLflow: `runkey replay {KEY[:16]}` sends the rest from {folder}"
@@ -128,7 +128,7 @@ def test_a_run_that_was_never_made_is_made(
 def test_only_what_is_missing_is_sent_and_an_interrupted_training_can_go_on(
     store: Store, folder: Path, said: list[str], run: Run
 ) -> None:
-    tracker = begin(store, folder, said.append)
+    tracker = begin(store, folder)
     log_steps(tracker, 1, 20)
     run_id = str(tracker.close("FAILED"))
     line = '{"step": 21, "time": 1763815420.123, "values": {"train/v1": 0.5}}\n'
@@ -138,8 +138,8 @@ def test_only_what_is_missing_is_sent_and_an_interrupted_training_can_go_on(
         answer = json.loads(run(KEY, "--json"))
         assert answer == {"run_id": run_id, "status": "FAILED", "values": values, "files": 0}
     assert_the_same_points(folder / "train.jsonl", store, run_id)
-    again = begin(store, folder, said.append)
-    again.resume(None)
+    again = begin(store, folder)
+    log_of(again).resume(None)
     log_steps(again, 1, 20)
     again.log({"train/v1": 0.5}, 21)
     assert again.close() == run_id
@@ -165,7 +165,7 @@ def test_a_store_that_is_still_away_leaves_everything(
 def test_a_training_that_goes_on_is_left_alone(
     store: Store, folder: Path, said: list[str], run: Run
 ) -> None:
-    begin(store, folder, said.append).close("KILLED")
+    begin(store, folder).close("KILLED")
     code = (
         "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX);"
         "print('held', flush=True); sys.stdin.read()"

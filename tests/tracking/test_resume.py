@@ -13,16 +13,16 @@ from mlflow.entities import Metric
 
 from runkey.identity.record import POINTER, LoggedRun, RunPointer, read_pointer, write_pointer
 from runkey.tracking import JsonlLog, Store
-from runkey.tracking.replay import keep_training
+from runkey.tracking.replay import save_description
 from runkey.tracking.store import open_client
-from runkey.tracking.sync import Backlog, LogTail, RunSync
+from runkey.tracking.sync import LogTail, RunSender
 from tests.support.points import (
     assert_the_same_points,
     doubled_lines,
     points_of_log,
     points_of_run,
 )
-from tests.support.trainer import begin, log_steps, training_in
+from tests.support.trainer import begin, log_of, log_steps, training_in
 
 Position = dict[str, int | str]
 
@@ -38,10 +38,10 @@ def interrupted(store: Store, folder: Path) -> Position:
     Returns:
         The checkpoint's position.
     """
-    log = JsonlLog(folder / "train.jsonl", print)
+    log = JsonlLog(folder / "train.jsonl")
     training = training_in(folder)
-    keep_training(training)
-    sync = RunSync(store, training, Backlog(), say=print, changed=lambda _: None)
+    save_description(training)
+    sync = RunSender(store, training)
     log_steps(log, 1, 20)
     position = log.position()
     log_steps(log, 21, 25)
@@ -63,14 +63,14 @@ def test_it_goes_on_in_the_same_run_with_every_point_once(
     before = points_of_run(store, pointer.run_id)
     assert {step for _, step, _, _ in before} == set(range(1, 26))
 
-    told: list[LoggedRun] = []
-    again = begin(store, folder, said.append, device="cuda", changed=told.append)
+    changes: list[LoggedRun] = []
+    again = begin(store, folder, device="cuda", on_change=changes.append)
     assert again.run_id(60) == pointer.run_id
     assert client.get_run(pointer.run_id).info.status == "RUNNING"
-    again.resume(position)
-    again.event("resumed", step=20)
+    log_of(again).resume(position)
+    log_of(again).event("resumed", step=20)
     log_steps(again, 21, 50)
-    again.finish_log()
+    again.finish_logs()
     assert again.close() == pointer.run_id
 
     assert said == []
@@ -81,21 +81,21 @@ def test_it_goes_on_in_the_same_run_with_every_point_once(
     assert run.data.tags["resumed"] == "1"
     assert run.data.tags["resumed.after"].startswith("step 20 at 20")
     assert run.data.tags["event.skipped_step"] == '{"step": 49, "image_ids": [49]}'
-    assert [(run.status, run.ended_ms is None) for run in told] == [
+    assert [(run.status, run.ended_ms is None) for run in changes] == [
         ("RUNNING", True),
         ("RUNNING", True),
         ("FINISHED", False),
     ]
-    assert told[1].tags["resumed"] == "1"
+    assert changes[1].tags["resumed"] == "1"
     assert len(client.search_runs([run.info.experiment_id])) == 1
 
 
 def test_every_interruption_is_told(store: Store, folder: Path, said: list[str]) -> None:
     position = interrupted(store, folder)
     for _ in range(3):  # killed again before its next checkpoint
-        again = begin(store, folder, said.append)
-        again.resume(position)
-        again.event("resumed", step=20)
+        again = begin(store, folder)
+        log_of(again).resume(position)
+        log_of(again).event("resumed", step=20)
         log_steps(again, 21, 30)
         run_id = again.close("KILLED")
     tags = open_client(store).get_run(str(run_id)).data.tags
@@ -105,13 +105,13 @@ def test_every_interruption_is_told(store: Store, folder: Path, said: list[str])
 
 
 def test_a_run_whose_id_never_arrived_is_found(store: Store, folder: Path, said: list[str]) -> None:
-    tracker = begin(store, folder, said.append)
+    tracker = begin(store, folder)
     run_id = tracker.run_id(60)
     tracker.close("KILLED")
     pointer = read_pointer(folder)
     assert pointer is not None
     write_pointer(folder, RunPointer(pointer.uri, pointer.token))  # killed just after it was made
-    again = begin(store, folder, said.append)
+    again = begin(store, folder)
     log_steps(again, 1, 3)
     assert again.close() == run_id
     assert said == []
@@ -125,7 +125,7 @@ def test_a_run_that_was_made_but_not_described_is(
     number = client.create_experiment("detection")
     made = client.create_run(number, tags={"training": "ab"}).info.run_id
     write_pointer(folder, RunPointer(store.uri, "ab"))
-    assert begin(store, folder, said.append).close() == made
+    assert begin(store, folder).close() == made
     assert client.get_run(made).data.params["lr"] == "5e-05"
 
 
@@ -142,8 +142,8 @@ def test_a_run_that_is_gone_is_replaced_and_gets_everything(
     else:
         write_pointer(folder, replace(pointer, run_id="0" * 32, uri=uri))
         made = f", where it was made: {uri}"
-    again = begin(store, folder, said.append)
-    again.resume(position)
+    again = begin(store, folder)
+    log_of(again).resume(position)
     log_steps(again, 21, 40)
     run_id = again.close()
     assert run_id != pointer.run_id
@@ -169,8 +169,8 @@ def test_what_was_sent_is_not_sent_again(
         return log_batch(client, run_id, metrics, **more)
 
     monkeypatch.setattr(MlflowClient, "log_batch", send)
-    again = begin(store, folder, said.append)
-    again.resume(position)
+    again = begin(store, folder)
+    log_of(again).resume(position)
     log_steps(again, 21, 30)
     again.close("KILLED")
     assert len(sent) == 5 * 5 + 1  # of the steps 26 to 30 alone
@@ -183,7 +183,7 @@ def test_a_mark_that_is_lost_doubles_nothing(store: Store, folder: Path, said: l
     pointer = read_pointer(folder)
     assert pointer is not None
     write_pointer(folder, replace(pointer, sent={}))
-    again = begin(store, folder, said.append)
+    again = begin(store, folder)
     assert again.close() == pointer.run_id
     assert_the_same_points(folder / "train.jsonl", store, str(pointer.run_id))
 
@@ -192,7 +192,7 @@ def test_a_folder_that_refuses_the_pointer_costs_one_line(
     store: Store, folder: Path, said: list[str]
 ) -> None:
     (folder / POINTER).mkdir(parents=True)
-    tracker = begin(store, folder, said.append)
+    tracker = begin(store, folder)
     log_steps(tracker, 1, 3)
     run_id = tracker.close()
     assert said == [
@@ -210,21 +210,21 @@ def test_only_whole_lines_are_sent_and_bad_ones_are_left_out(tmp_path: Path) -> 
         b'{"step": 4, "time": 3.5, "values": {"a": 4'
     )
     tail = LogTail(path, 0)
-    piece = tail.next()
-    assert piece is not None
-    assert [(p.name, p.step, p.time_ms) for p in piece.points] == [
+    batch = tail.next()
+    assert batch is not None
+    assert [(p.name, p.step, p.time_ms) for p in batch.points] == [
         ("a", 1, 1500),
         ("b", 1, 1500),
         ("a", 3, 2500),
     ]
-    tail.done(piece)
+    tail.sent(batch)
     assert tail.next() is None
     with path.open("ab") as file:
         file.write(b".0}}\n")
-    piece = tail.next()
-    assert piece is not None
-    assert [p.value for p in piece.points] == [4.0]
-    assert piece.end == path.stat().st_size
+    batch = tail.next()
+    assert batch is not None
+    assert [p.value for p in batch.points] == [4.0]
+    assert batch.end == path.stat().st_size
     # A log that was lost and begun anew is sent from its beginning.
     assert LogTail(path, 10_000).offset == 0
 
@@ -233,14 +233,14 @@ def test_a_step_that_ends_an_epoch_has_each_metric_once(
     store: Store, folder: Path, said: list[str]
 ) -> None:
     """Its own line and the epoch's have the rate both, and each its pace."""
-    log = JsonlLog(folder / "train.jsonl", print)
+    log = JsonlLog(folder / "train.jsonl")
     training = training_in(folder)
-    keep_training(training)
-    sync = RunSync(store, training, Backlog(), say=print, changed=lambda _: None)
+    save_description(training)
+    sync = RunSender(store, training)
     log.log({"train/lr": 0.1, "train/images_per_second": 40.0}, 10)
     sync.update()  # the process dies while it evaluates
-    again = begin(store, folder, said.append)
-    again.resume({"log_bytes": 0})
+    again = begin(store, folder)
+    log_of(again).resume({"log_bytes": 0})
     again.log({"train/lr": 0.1, "train/images_per_second": 50.0}, 10)
     again.log({"train/lr": 0.1, "train/images_per_second": 30.0, "val/AP": 0.5}, 10)
     run_id = str(again.close())
@@ -252,20 +252,20 @@ def test_a_step_that_ends_an_epoch_has_each_metric_once(
 
 
 def test_what_could_not_be_sent_is_not_counted_twice(tmp_path: Path) -> None:
-    log = JsonlLog(tmp_path / "train.jsonl", print)
+    log = JsonlLog(tmp_path / "train.jsonl")
     log.event("resumed", step=3)
     log.log({"a": 1.0}, 4)
     tail = LogTail(log.path, 0)
     assert tail.next() == tail.next()
-    piece = tail.next()
-    assert piece is not None
-    assert (piece.tags["resumed"], len(piece.points)) == ("1", 1)
-    later = LogTail(log.path, piece.end)
+    batch = tail.next()
+    assert batch is not None
+    assert (batch.tags["resumed"], len(batch.points)) == ("1", 1)
+    later = LogTail(log.path, batch.end)
     log.event("resumed", step=4)
     log.log({"a": 1.0, "b": 2.0}, 4)
-    piece = later.next()
-    assert piece is not None
-    assert (piece.tags["resumed"], [point.name for point in piece.points]) == ("2", ["b"])
+    batch = later.next()
+    assert batch is not None
+    assert (batch.tags["resumed"], [point.name for point in batch.points]) == ("2", ["b"])
 
 
 def test_doubled_lines_of_a_log_are_found(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from runkey.tracking.replay import replay
 from runkey.tracking.store import VIEW, experiment_id, open_client
 from tests.support.mlflow_store import Server, until
 from tests.support.points import assert_the_same_points
-from tests.support.trainer import begin
+from tests.support.trainer import begin, log_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-PACE = Pace(flush_points=5, flush_seconds=0.5, retry_seconds=1.0)
+PACE = Pace(flush_seconds=0.5, retry_seconds=1.0)
 
 
 def test_a_server_that_dies_comes_back_and_dies_for_good(
@@ -29,7 +29,7 @@ def test_a_server_that_dies_comes_back_and_dies_for_good(
     client = RestClient(server.address)
     assert list_page(client, server.address, "detection", VIEW) == server.address  # not there yet
     remote = Store(server.address, None, tmp_path)
-    tracker = begin(remote, tmp_path / "key", said.append, pace=PACE)
+    tracker = begin(remote, tmp_path / "key", pace=PACE)
     tracker.log({"train/loss": 2.0}, 1)
     run_id = tracker.run_id(120)
     assert run_id is not None
@@ -56,10 +56,10 @@ def test_a_server_that_dies_comes_back_and_dies_for_good(
     assert tracker.close() == run_id
     assert time.monotonic() - started < 60
     assert said[-2].startswith(f"MLflow: run {run_id} lacks 1 value (")
-    assert [entry["step"] for entry in read_jsonl(tracker.jsonl.path)] == list(range(1, 31))
+    assert [entry["step"] for entry in read_jsonl(log_of(tracker).path)] == list(range(1, 31))
 
     server.start()
-    sent = replay(remote, tmp_path / "key", said.append, lambda _: None)
+    sent = replay(remote, tmp_path / "key", lambda _: None)
     assert (sent.run_id, sent.status, sent.values) == (run_id, "FINISHED", 1)
-    assert_the_same_points(tracker.jsonl.path, remote, run_id)
-    assert replay(remote, tmp_path / "key", said.append, lambda _: None).values == 0
+    assert_the_same_points(log_of(tracker).path, remote, run_id)
+    assert replay(remote, tmp_path / "key", lambda _: None).values == 0
