@@ -12,6 +12,7 @@ from pathlib import Path
 
 from runkey import paths
 from runkey.errors import report_errors
+from runkey.progress import log_to_terminal
 
 
 def main() -> None:
@@ -23,8 +24,7 @@ def main() -> None:
         _trial(root, Path(job), Path(result))
         return
     # Here, for a trial needs neither the prediction nor its picture.
-    from runkey.progress import log_to_terminal
-from runkey.pipeline.profile_memory import profile, write_prediction
+    from runkey.pipeline.profile_memory import profile, write_prediction
 
     if "--predict" in sys.argv:
         write_prediction(root)
