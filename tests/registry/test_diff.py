@@ -10,8 +10,9 @@ from runkey.data.index import ListedImage
 from runkey.errors import RegistryError
 from runkey.identity.code import BYTES, hash_files
 from runkey.identity.key import Recipe, make_recipe
+from runkey.identity.syntax import RULE
 from runkey.registry.diff import compare, run_side, tree_side
-from runkey.registry.diff_files import compare_images
+from runkey.registry.diff_files import changed_files, compare_images
 from runkey.registry.local_library import LocalLibrary
 from runkey.registry.snapshot import take_snapshot
 from tests.support.records import make_run
@@ -304,3 +305,15 @@ def test_two_runs_of_the_older_rule_are_compared_by_bytes(two):
     assert [(f.path, f.insertions, f.deletions) for f in diff.code.files] == [
         ("runkey/net.py", 1, 0)
     ]
+
+
+def test_a_snapshot_is_verified_by_the_rule_of_its_key(two):
+    two.write("runkey/net.py", "# why\nimport runkey.extra\nwidth = 4\n")
+    older, newer = record_older(two, "e"), record(two, "f")
+    for run, rule in ((older, BYTES), (newer, RULE)):
+        side = run_side(LocalLibrary(two.root / ".runkey"), run.key, two.root)
+        code = side.recipe.preimages["code"]
+        assert changed_files(two.root, run.details.snapshot, code) == {}
+        # An earlier snapshot lacks the comment, which only the older rule counts.
+        wrong = changed_files(two.root, two.second.details.snapshot, code)
+        assert list(wrong) == (["runkey/net.py"] if rule == BYTES else [])

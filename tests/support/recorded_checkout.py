@@ -22,6 +22,7 @@ from runkey.identity.code import hash_files
 from runkey.identity.key import Recipe
 from runkey.identity.manifest import RunManifest, Witness
 from runkey.identity.record import DETAILS, Details, Record, StoredFile, write_record
+from runkey.identity.syntax import RULE
 from runkey.registry.dvc_cache import md5_file
 from runkey.registry.server_library import open_library
 from runkey.registry.verify import Sources, verify_run
@@ -144,7 +145,7 @@ def _record_run(root: Path) -> None:
         "train",
         {"train": "python -m stages.train"},
         {
-            "code": {"files": code, "excluded": []},
+            "code": {"rule": RULE, "files": code, "excluded": []},
             "params": {"lr": 0.001, "seed": 0},
             "data": {"data": "md5:0123.dir"},
             "environment": {"platform": "linux-64", "packages": [["numpy", "2.0", "b", "h"]]},
