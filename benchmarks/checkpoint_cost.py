@@ -147,18 +147,9 @@ def train(params: Params, root: Path, folder: Path | None, clock: Callable[[], f
 
 
 def _loader(params: Params, root: Path) -> TrainLoader:
-    return build_train_loader(
-        params.data,
-        prepared=root / paths.PREPARED,
-        root=root,
-        seed=params.seed,
-        batch_size=params.training.batch_size,
-        micro_batch=params.training.batch_size,
-        max_objects=params.model.num_queries,
-        workers=0,
-        prefetch=1,
-        pin_memory=False,
-    )
+    runtime = params.runtime.model_copy(update={"workers": 0, "pin_memory": False})
+    params = params.model_copy(update={"runtime": runtime})
+    return build_train_loader(params, root, params.training.batch_size)
 
 
 def main() -> int:

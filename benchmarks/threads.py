@@ -60,21 +60,10 @@ def _step_seconds(root: Path, threads: int, steps: int) -> float:
 
     params = load_params(REPOSITORY / "presets" / "sample.yaml")
     set_up(params.seed, deterministic=True, cpu_threads=threads)
-    prepared = root / paths.PREPARED
-    loader = build_train_loader(
-        params.data,
-        prepared=prepared,
-        root=root,
-        seed=params.seed,
-        batch_size=params.training.batch_size,
-        micro_batch=params.training.batch_size,
-        max_objects=params.model.num_queries,
-        workers=0,
-        prefetch=1,
-        pin_memory=False,
-        say=lambda _: None,
-    )
-    classes = len(read_classes(prepared / "classes.json"))
+    runtime = params.runtime.model_copy(update={"workers": 0, "pin_memory": False})
+    params = params.model_copy(update={"runtime": runtime})
+    loader = build_train_loader(params, root, params.training.batch_size)
+    classes = len(read_classes(root / paths.PREPARED / "classes.json"))
     step = build_step(params, classes, torch.device("cpu")).step
     taken = []
     for number, window in zip(range(WARM_UP + steps), loader.epoch(0), strict=False):

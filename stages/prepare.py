@@ -17,9 +17,10 @@ def main() -> None:
     log_to_terminal()
     root = paths.workspace()
     params = load_params(root / paths.PARAMS)
+    log_to_terminal()
     want_bars(params.runtime.progress)
     out = root / paths.PREPARED
-    prepare(params.data, params.seed, root, out, params.model.num_queries, tell)
+    prepare(params.data, params.seed, root, out, params.model.num_queries)
     records, classes = read_index(out / "train.json"), read_classes(out / "classes.json")
     contact_sheet(records, classes, root / params.data.path, out / "contact_sheet.jpg")
     tell(f"{len(classes)} classes; see prepared/contact_sheet.jpg")

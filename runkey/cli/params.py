@@ -145,8 +145,10 @@ def sample_data(
         raise DataError(f"{target}: is not empty; name another folder, or say --force")
     from runkey.data.sample import make_sample  # scikit-learn: 2 s
 
-    make_sample(target, (lambda _: None) if as_json else print)
+    counts = make_sample(target)
     if as_json:
         print_json({"folder": str(target)})
         return
+    for split, (images, balls) in counts.items():
+        print(f"{split}: {images} images, {balls} balls")
     print(f"written to {target}/; annotations are COCO's, LICENSE.txt names the authors")

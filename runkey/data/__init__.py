@@ -1,1 +1,1 @@
-"""COCO-format images in, batches of uint8 tensors out.  Knows nothing of models."""
+"""COCO data: checks, split, cache, augmentation, and the loaders."""

@@ -1,7 +1,7 @@
-"""Which part of an image is trained on, at what size, mirrored or not: drawn, not yet applied.
+"""Augmentation: random parameters per image, and the resampling that applies them.
 
-A `View` follows from (seed, epoch, image id) and the image's size alone, so the sampler knows every
-output size of an epoch before any image is read.
+`AugmentParams` follow from (seed, epoch, image id) and the image's size alone, so the sampler
+knows every output size of an epoch before any image is read.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from torch.nn import functional
 
 from runkey.params import Augment, Data
 
-# Random numbers as a pure function of (seed, epoch, purpose, image id); no state anywhere.
-
-
 Purpose = Literal["order", "windows", "geometry", "colour"]
+"""What random numbers are for; the name is hashed. "windows" orders an epoch's global batches."""
 
 _MASK = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
@@ -33,7 +31,7 @@ _ROUNDS = 10
 
 
 def philox(counters: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
-    """The Philox4x32-10 bijection.
+    """Apply the Philox4x32-10 bijection (Salmon et al. 2011).
 
     Args:
         counters: [M, 4], each below 2^32.
@@ -54,12 +52,14 @@ def philox(counters: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uin
 def uniforms(
     seed: int, epoch: int, purpose: Purpose, ids: Sequence[int], draws: int
 ) -> NDArray[np.float64]:
-    """Independent uniform numbers in [0, 1), with 32 random bits each.
+    """Draw independent uniform numbers in [0, 1), with 32 random bits each.
+
+    They are a pure function of the arguments; there is no random state.
 
     Args:
         seed: the run's seed.
         epoch: from 0.
-        purpose: what the numbers are for; each purpose has its own.
+        purpose: different purposes give independent numbers.
         ids: image ids (any integers; taken modulo 2^64).
         draws: numbers for each id.
 
@@ -75,7 +75,7 @@ def uniforms(
 
 
 def permutation(seed: int, epoch: int, purpose: Purpose, ids: Sequence[int]) -> list[int]:
-    """Positions 0..len(ids)-1 in random order (each id's number is its own; ties by position)."""
+    """Return positions 0..len(ids)-1 in random order: sorted by one `uniforms` number per id."""
     draws = uniforms(seed, epoch, purpose, ids, 1)[:, 0]
     return [int(i) for i in np.argsort(draws, kind="stable")]
 
@@ -85,19 +85,16 @@ def _key(seed: int, epoch: int, purpose: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-# Sizes, source regions, and the one crop-and-resize that pixels and boxes go through.
-
-
-# What the output holds outside the source: ImageNet's mean colour, which becomes about 0.
 OUTSIDE_RGB = (124, 116, 104)
+"""Colour of output pixels outside the source: ImageNet's mean, which is normalised to about 0."""
 
 
 def resized_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
-    """Output (height, width), pixels, by the reference's rule (Carion et al. 2020, their code).
+    """Return the output (height, width), pixels, by the rule of the reference DETR's code.
 
-    The short side becomes `short_side`, unless the long one would exceed `long_side`; then the
-    short side is rounded down to fit.  Where the reference's rounding lets the long side exceed the
-    bound by a few pixels (ratios above 2), the bound holds here.
+    The short side becomes `short_side`, unless the long side would exceed `long_side`; then the
+    short side is reduced to fit. The reference's rounding can exceed the bound by a few pixels
+    (at ratios above 2); this function does not.
     """
     low, high = min(height, width), max(height, width)
     if high / low * short_side > long_side:
@@ -108,7 +105,7 @@ def resized_size(height: int, width: int, short_side: int, long_side: int) -> tu
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Left, top, width and height as parts of the source's width and height."""
+    """A rectangle of the source image, as fractions of its width and height."""
 
     left: float = 0.0
     top: float = 0.0
@@ -118,7 +115,7 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One axis of a placement: source pixels [start, stop) go to output pixels [to, to_stop)."""
+    """One axis of a placement: source pixels [start, stop) map to output pixels [to, to_stop)."""
 
     start: int
     stop: int
@@ -127,24 +124,25 @@ class Span:
 
     @property
     def scale(self) -> float:
-        """Output pixels per source pixel."""
+        """Return output pixels per source pixel."""
         return (self.to_stop - self.to) / (self.stop - self.start)
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where which source pixels go in an output of `size` (height, width)."""
+    """The mapping of source pixels to output pixels."""
 
     x: Span
     y: Span
     size: tuple[int, int]
+    """Output (height, width), pixels."""
 
 
 def place(region: Region, source: tuple[int, int], size: tuple[int, int]) -> Placement:
-    """Put `region` on whole pixels.
+    """Round a region to whole pixels.
 
     Args:
-        region: what is to fill the output.
+        region: the part of the source that fills the output; it may extend beyond the source.
         source: (height, width) of the decoded image, pixels.
         size: (height, width) of the output, pixels.
     """
@@ -156,11 +154,11 @@ def place(region: Region, source: tuple[int, int], size: tuple[int, int]) -> Pla
 
 
 def _span(first: float, length: float, source: int, out: int) -> Span:
-    """One axis: cut the region off at the source's edges, then round both ends of both."""
+    """One axis: clip the region to the source, then round its ends in source and output."""
     last = first + length
     start = min(max(round(first * source), 0), source - 1)
     stop = min(max(round(last * source), start + 1), source)
-    # An end that was cut off by the source lies inside the output; the other ends are its edges.
+    # A clipped end lies inside the output; the other ends are the output's edges.
     to = round((start / source - first) / length * out) if first < 0 else 0
     to_stop = round((stop / source - first) / length * out) if last > 1 else out
     to = min(max(to, 0), out - 1)
@@ -168,21 +166,21 @@ def _span(first: float, length: float, source: int, out: int) -> Span:
 
 
 def crop_resize(image: Tensor, placement: Placement) -> Tensor:
-    """Resample once, bilinear with antialias, uint8 to uint8.
+    """Crop and resize in one resampling, bilinear with antialiasing.
 
     Args:
-        image: uint8 [3, h, w] of the size that the placement was made for.
+        image: uint8 [3, h, w], of the size that the placement was made for.
         placement: source pixels to output pixels.
 
     Returns:
-        uint8 [3, *placement.size], channels last in memory for an image that is so;
-        `OUTSIDE_RGB` where the source does not reach.
+        uint8 [3, *placement.size], in the memory format of `image`; `OUTSIDE_RGB` outside the
+        source.
     """
     x, y = placement.x, placement.y
     part = image[:, y.start : y.stop, x.start : x.stop]
     target = (y.to_stop - y.to, x.to_stop - x.to)
     if part.shape[1:] != target:
-        # Said to be channels last as a batch of one, which is what makes this 2.4 times faster.
+        # As a batch of one that torch recognises as channels last: 2.4 times faster.
         one = part.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
         part = functional.interpolate(one, size=target, mode="bilinear", antialias=True)[0]
     if target == placement.size:
@@ -193,19 +191,19 @@ def crop_resize(image: Tensor, placement: Placement) -> Tensor:
     return out
 
 
-def carry_boxes(
+def transform_boxes(
     boxes_xyxy: NDArray[np.float64], placement: Placement, *, flip: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Move boxes with the pixels and cut them off at the output's edges.
+    """Move boxes with the pixels and clip them to the output.
 
     Args:
-        boxes_xyxy: [N, 4] in pixels of the source that the placement was made for.
+        boxes_xyxy: [N, 4], pixels of the source that the placement was made for.
         placement: source pixels to output pixels.
-        flip: whether the output is mirrored left-right after placing.
+        flip: mirror the output left-right.
 
     Returns:
-        Boxes [N, 4] as xyxy in output pixels (some perhaps without area), and the part of each
-        box's area that is visible, [N] in 0..1.
+        Boxes xyxy [N, 4] in output pixels (some may have no area), and the visible fraction of
+        each box's area, [N] in 0..1.
     """
     x, y, (height, width) = placement.x, placement.y, placement.size
     scale = np.array([x.scale, y.scale] * 2)
@@ -214,45 +212,49 @@ def carry_boxes(
         boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
     whole = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     boxes = boxes.clip(0, [width, height] * 2)
-    seen = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    return boxes, seen / np.maximum(whole, np.finfo(np.float64).tiny)
+    visible = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return boxes, visible / np.maximum(whole, np.finfo(np.float64).tiny)
 
 
 _GEOMETRY_DRAWS = 8
 WHOLE = Region()
 UNBOUNDED = 2**31
-"""A long side that never binds: the reference's resize before its crop has none."""
+"""A long side without effect, for the reference's resize before its crop."""
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """How one image goes into a batch."""
+class AugmentParams:
+    """The geometry of one image in a batch."""
 
     size: tuple[int, int]
     """Output (height, width), pixels."""
     region: Region = WHOLE
+    """The part of the image that fills the output."""
     flip: bool = False
+    """Mirror left-right after resizing."""
 
 
 @dataclass(frozen=True, slots=True)
-class Views:
-    """Draws views and colour factors of training images; see `params.data.Augment`."""
+class Augmentation:
+    """Draws the random parameters of training images; see `params.Augment`."""
 
     seed: int
     short_sides: tuple[int, ...]
     long_side: int
     augment: Augment
 
-    def draw(self, epoch: int, ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[View]:
-        """Views of the images `ids`, whose original (height, width) are `sizes`."""
+    def draw(
+        self, epoch: int, ids: Sequence[int], sizes: Sequence[tuple[int, int]]
+    ) -> list[AugmentParams]:
+        """Draw the geometry of the images `ids`, whose original (height, width) are `sizes`."""
         draws = uniforms(self.seed, epoch, "geometry", ids, _GEOMETRY_DRAWS)
-        return [self._view(u, size) for u, size in zip(draws.tolist(), sizes, strict=True)]
+        return [self._params(u, size) for u, size in zip(draws.tolist(), sizes, strict=True)]
 
     def draw_colour(self, epoch: int, ids: Sequence[int]) -> NDArray[np.float32] | None:
-        """Factors of brightness, contrast and, where it varies, saturation.
+        """Draw factors of brightness, contrast and, if it varies, saturation.
 
         Returns:
-            [len(ids), 2 or 3] around 1; None when nothing varies.
+            [len(ids), 2 or 3], around 1; None if no factor varies.
         """
         augment = self.augment
         spread = np.array([augment.brightness, augment.contrast, augment.saturation])
@@ -263,16 +265,16 @@ class Views:
         draws = uniforms(self.seed, epoch, "colour", ids, len(spread))
         return (1.0 + spread * (2.0 * draws - 1.0)).astype(np.float32)
 
-    def _view(self, u: list[float], size: tuple[int, int]) -> View:
-        """The view that eight uniform numbers stand for; each number has one fixed meaning."""
+    def _params(self, u: list[float], size: tuple[int, int]) -> AugmentParams:
+        """Parameters from eight uniform numbers, each with one fixed meaning."""
         augment, (height, width) = self.augment, size
         short_side = self.short_sides[_below(u[1], len(self.short_sides))]
         flip = u[0] < augment.flip_probability
         if u[2] >= augment.crop_probability:
             out = resized_size(height, width, short_side, self.long_side)
-            return View(out, _zoomed(augment, u[3:7]), flip)
+            return AugmentParams(out, _zoomed(augment, u[3:7]), flip)
         region, cropped = _cropped(augment, size, u[3:])
-        return View(resized_size(*cropped, short_side, self.long_side), region, flip)
+        return AugmentParams(resized_size(*cropped, short_side, self.long_side), region, flip)
 
 
 def _below(u: float, count: int) -> int:
@@ -281,7 +283,7 @@ def _below(u: float, count: int) -> int:
 
 
 def _zoomed(augment: Augment, u: Sequence[float]) -> Region:
-    """The region that shows the image enlarged by exp(+-zoom), stretched and moved."""
+    """The region that shows the image enlarged by exp(+-zoom), stretched and shifted."""
     zoom, aspect, right, down = (2.0 * value - 1.0 for value in u)
     scale, stretch = math.exp(augment.zoom * zoom), math.exp(augment.aspect * aspect / 2.0)
     width, height = 1.0 / (scale * stretch), stretch / scale
@@ -293,13 +295,13 @@ def _zoomed(augment: Augment, u: Sequence[float]) -> Region:
 def _cropped(
     augment: Augment, size: tuple[int, int], u: Sequence[float]
 ) -> tuple[Region, tuple[int, int]]:
-    """DETR's random crop: resize, cut a rectangle of random sides, as a region of the source.
+    """DETR's random crop (resize, then cut a rectangle of random sides) as a region of the source.
 
-    The reference resizes here and once more to the output size; the two are one resample here.
+    The reference resizes before the crop and again after it; here both are one resampling.
 
     Returns:
-        The region, and the (height, width) of the crop in pixels of the intermediate size, from
-        which the output size follows.
+        The region, and the crop's (height, width) in pixels of the intermediate size, which the
+        output size is computed from.
     """
     short_side = augment.crop_short_sides[_below(u[0], len(augment.crop_short_sides))]
     height, width = resized_size(*size, short_side, UNBOUNDED)
@@ -311,9 +313,9 @@ def _cropped(
 
 
 def crop_sides(augment: Augment, side: int) -> tuple[int, int]:
-    """Smallest and largest side of the random crop along an image side of `side` pixels.
+    """Return the smallest and largest side of the random crop along a side of `side` pixels.
 
-    An image smaller than `crop_min` (which stops the reference) is kept whole along that side.
+    A side shorter than `crop_min` is kept whole; the reference fails there.
     """
     high = min(side, augment.crop_max)
     return min(augment.crop_min, high), high
@@ -324,11 +326,11 @@ def _side(augment: Augment, side: int, u: float) -> int:
     return low + _below(u, high - low + 1)
 
 
-def build_views(data: Data, seed: int) -> Views:
-    """The training views that `data` asks for."""
-    return Views(seed, data.short_sides, data.long_side, data.augment)
+def build_augmentation(data: Data, seed: int) -> Augmentation:
+    """Build the training augmentation from section `data` of the parameters."""
+    return Augmentation(seed, data.short_sides, data.long_side, data.augment)
 
 
 def evaluation_size(data: Data, height: int, width: int) -> tuple[int, int]:
-    """Output (height, width) of an image in evaluation: the largest short side."""
+    """Return an image's output (height, width) in evaluation: with the largest short side."""
     return resized_size(height, width, max(data.short_sides), data.long_side)

@@ -1,6 +1,6 @@
-"""Decoded images of a split in one flat file, shrunk to what training can use.
+"""Decoded images of a split in one flat file, shrunk to the largest size that training needs.
 
-prepared/cache_train.npy    uint8, one dimension: the images' [h, w, 3] bytes, one after another
+prepared/cache_train.npy    uint8, one dimension: the images' [h, w, 3] bytes, concatenated
 prepared/cache_train.json   {"offsets": [...], "shapes": [[h, w], ...]}   in the index's order
 """
 
@@ -20,19 +20,19 @@ from torch import Tensor
 
 from runkey.errors import DataError
 
-# How much larger than the largest wanted size an image is kept, so that zooming in by
-# augmentation (exp(0.25) = 1.28 by default) still has pixels to show.
 HEADROOM = 1.35
+"""Cached size relative to the largest output size: zooming in by augmentation (exp(0.25) = 1.28
+by default) needs the additional pixels."""
 _HEADER_BYTES = 128
 
 
 class ImageCache:
-    """A split's decoded images, memory-mapped: opening costs nothing, processes share the pages."""
+    """A split's decoded images, memory-mapped: opening is free, and processes share the pages."""
 
     def __init__(
         self, folder: Path, split: str, offsets: list[int], shapes: list[list[int]]
     ) -> None:
-        """Map the file; use `open_cache`, which reads offsets and shapes."""
+        """Map the file; `open_cache` reads offsets and shapes."""
         self._folder = folder
         self._split = split
         self._offsets = offsets
@@ -43,14 +43,14 @@ class ImageCache:
         return len(self._offsets)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A worker process maps the file anew; pickling the pixels would copy all of them."""
+        """Pickle the file's name: a worker process maps the file itself."""
         return ImageCache, (self._folder, self._split, self._offsets, self._shapes)
 
     def image(self, index: int) -> Tensor:
-        """The image at `index` of the split's index, turned as its record says.
+        """Read the image at position `index` of the split's index, rotated by its EXIF tag.
 
         Returns:
-            uint8 [3, h, w] RGB, channels last in memory; a copy, free to be written to.
+            uint8 [3, h, w] RGB, channels last in memory; a copy, so it may be modified.
         """
         height, width = self._shapes[index]
         start = self._offsets[index]
@@ -59,10 +59,10 @@ class ImageCache:
 
 
 def open_cache(folder: Path, split: str) -> ImageCache | None:
-    """The split's cache in `folder` (prepared/), or None if prepare made none.
+    """Open a split's cache in `folder` (prepared/); None if prepare made none.
 
     Raises:
-        DataError: the two files of the cache do not fit each other; says to run prepare.
+        DataError: the cache's two files do not fit each other.
     """
     path = _table_path(folder, split)
     if not path.is_file():
@@ -78,19 +78,19 @@ def open_cache(folder: Path, split: str) -> ImageCache | None:
 
 
 class Scratch:
-    """Decoded images on their way to a cache, kept on disk until it is known which of them stay."""
+    """Decoded images in a temporary file, until it is known which of them enter a cache."""
 
     def __init__(self, path: Path) -> None:
-        """Start an empty scratch file at `path`."""
+        """Create an empty file."""
         self._path = path
         self._file = path.open("wb")
         self._places: list[tuple[int, int, int]] = []
 
     def append(self, pixels: NDArray[np.uint8]) -> int:
-        """Keep [h, w, 3] uint8 pixels; returns the number to ask for them by.
+        """Append uint8 pixels [h, w, 3], and return their index.
 
         Raises:
-            DataError: the disk does not take them.
+            DataError: the file cannot be written.
         """
         self._places.append((self._file.tell(), int(pixels.shape[0]), int(pixels.shape[1])))
         try:
@@ -99,19 +99,19 @@ class Scratch:
             raise _disk_error(self._path, error) from error
         return len(self._places) - 1
 
-    def bytes_of(self, numbers: Iterable[int]) -> int:
-        """Bytes that the images of these numbers take."""
-        return sum(self._places[n][1] * self._places[n][2] * 3 for n in numbers)
+    def bytes_of(self, indices: Iterable[int]) -> int:
+        """Return the size of these images in bytes."""
+        return sum(self._places[i][1] * self._places[i][2] * 3 for i in indices)
 
-    def read(self, numbers: Iterable[int]) -> Iterator[NDArray[np.uint8]]:
-        """The images of these numbers, one after another."""
+    def read(self, indices: Iterable[int]) -> Iterator[NDArray[np.uint8]]:
+        """Yield these images in order."""
         self._file.flush()
         with self._path.open("rb") as file:
-            for number in numbers:
-                start, height, width = self._places[number]
+            for index in indices:
+                start, height, width = self._places[index]
                 file.seek(start)
-                content = file.read(height * width * 3)
-                yield np.frombuffer(content, dtype=np.uint8).reshape(height, width, 3)
+                data = file.read(height * width * 3)
+                yield np.frombuffer(data, dtype=np.uint8).reshape(height, width, 3)
 
     def close(self) -> None:
         """Delete the file."""
@@ -122,9 +122,9 @@ class Scratch:
 def cached_size(
     width: int, height: int, short_sides: Sequence[int], long_side: int
 ) -> tuple[int, int]:
-    """(width, height) that an image is cached at: `HEADROOM` times the largest that is wanted.
+    """Return the (width, height) of a cached image: `HEADROOM` times the largest output size.
 
-    Never larger than the image.  The long side's bound wins over the short side, as in resizing.
+    It is never larger than the image. As in resizing, the long side's bound takes precedence.
     """
     wanted = min(max(short_sides) / min(width, height), long_side / max(width, height))
     scale = min(1.0, HEADROOM * wanted)
@@ -132,7 +132,7 @@ def cached_size(
 
 
 def shrink(image: Image.Image, short_sides: Sequence[int], long_side: int) -> Image.Image:
-    """The image at the size that it is cached at; see `cached_size`."""
+    """Resize an image to its `cached_size`."""
     size = cached_size(image.width, image.height, short_sides, long_side)
     if size == image.size:
         return image
@@ -142,21 +142,21 @@ def shrink(image: Image.Image, short_sides: Sequence[int], long_side: int) -> Im
 def cache_bytes(
     sizes: Iterable[tuple[int, int]], short_sides: Sequence[int], long_side: int
 ) -> int:
-    """Bytes that images of the given (width, height) take in a cache."""
+    """Return the bytes that images of the given (width, height) take in a cache."""
     shrunk = (cached_size(w, h, short_sides, long_side) for w, h in sizes)
     return sum(w * h * 3 for w, h in shrunk)
 
 
 def write_cache(folder: Path, split: str, images: Iterable[NDArray[np.uint8]]) -> int:
-    """Write [h, w, 3] uint8 images, in the index's order; the same images give the same bytes.
+    """Write uint8 images [h, w, 3] in the index's order; equal images give equal bytes.
 
-    The table is written last, so that a run that is cut short leaves no cache that opens.
+    The table is written last, so an interrupted run leaves no cache that opens.
 
     Returns:
         Bytes of pixels written.
 
     Raises:
-        DataError: the disk does not take it.
+        DataError: the files cannot be written.
     """
     data, table = _data_path(folder, split), _table_path(folder, split)
     temporary = data.with_name(data.name + ".tmp")
@@ -191,7 +191,7 @@ def _disk_error(path: Path, error: OSError) -> DataError:
 
 
 def _npy_header(length: int) -> bytes:
-    """Version 1.0 header of a flat uint8 array, padded to a size that any length fits in."""
+    """Header (npy version 1.0) of a flat uint8 array, of the same size for every length."""
     text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({length},), }}"
     return (
         b"\x93NUMPY\x01\x00"

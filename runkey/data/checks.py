@@ -1,39 +1,91 @@
-"""Boxes: their unit; of one image numbers, sign, area, and their place in the image."""
+"""The checks of `prepare`: ids and file names of a JSON, image files, boxes.
+
+A check calls `findings.add(NAME, ...)` with the item and its fault; NAME is a field of
+`params.Checks` that sets whether the item is fixed, dropped or an error.
+Images are decoded once, in one thread per core, because PIL decodes and resizes without Python's
+lock. The same pass shrinks the pixels for the cache and sums them for the mean.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from runkey.data.cache import shrink
 from runkey.data.coco import Coco, CocoAnnotation, CocoImage
+from runkey.data.decode import (
+    UnknownRangeError,
+    exif_orientation,
+    exif_rotation,
+    is_unusual,
+    open_image,
+    to_rgb,
+    turn,
+)
 from runkey.data.index import ClassName, Record
 from runkey.data.layout import Source, path_fault
 from runkey.data.report import Findings
+from runkey.progress import progress
 
-# Checks of one JSON against itself and the folder: ids that repeat or lead nowhere, file names.
+# No format uses more bytes per pixel than 16-bit RGBA; a larger file is no such image.
+_BYTES_PER_PIXEL = 8
+_BYTES_OF_METADATA = 1 << 26
+# A box that overhangs the image by less is rounding, clipped without a finding.
+TOLERANCE_PIXELS = 1.0
+
+Box = tuple[float, float, float, float]
+"""xywh, pixels."""
 
 
 @dataclass(slots=True)
 class Item:
-    """An image of the JSON that is there, with its annotations."""
+    """An image of the JSON whose file exists, with its annotations."""
 
     image: CocoImage
     file: str
-    """Relative to the data folder, posix."""
+    """Relative to the data folder, with forward slashes."""
     annotations: list[CocoAnnotation]
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The decoded image that boxes must fit into."""
+
+    width: int
+    """Pixels, after rotation."""
+    height: int
+    rotate: int
+    """Clockwise degrees."""
+    mirror: bool
+    """Mirrored left-right before rotating."""
+    scale_x: float = 1.0
+    """Pixels of the file per pixel of the JSON's width; not 1 if `size_mismatch` was fixed."""
+    scale_y: float = 1.0
 
 
 def check_ids(
     coco: Coco, source: Source, classes: list[ClassName], findings: Findings
 ) -> list[Item]:
-    """The images that exist under a safe name, once each, with annotations of known classes.
+    """Return the images that exist under a safe name, with their annotations of known classes.
 
     Args:
-        coco: what the JSON says; its annotations may be given new ids.
+        coco: the JSON's entries; annotations may be given new ids.
         source: the JSON and its folders.
         classes: the classes that annotations may have.
-        findings: takes the faults.
+        findings: collects the faults.
     """
     items: dict[int, Item] = {}
     files: dict[str, int] = {}
@@ -55,7 +107,7 @@ def check_ids(
             continue
         items[image.id] = Item(image, file, [])
         files[file] = image.id
-    _hand_out(coco, items, source, classes, findings)
+    _assign_annotations(coco, items, source, classes, findings)
     return list(items.values())
 
 
@@ -83,14 +135,13 @@ def _locate(image: CocoImage, source: Source, findings: Findings) -> str | None:
     return file
 
 
-def _hand_out(
+def _assign_annotations(
     coco: Coco,
     items: dict[int, Item],
     source: Source,
     classes: list[ClassName],
     findings: Findings,
 ) -> None:
-    """Give each annotation to its image."""
     shown = source.shown_json
     known = {entry.id for entry in classes}
     seen: set[int] = set()
@@ -101,7 +152,7 @@ def _hand_out(
             what = f"annotation {number} is of image {owner}, which `images` does not list"
             findings.add("unknown_image", shown, what, image_id=owner, annotation_id=number)
             continue
-        if owner not in items:  # goes with its image, which has been reported
+        if owner not in items:  # dropped with its image, which has been reported
             continue
         item = items[owner]
         if annotation.category_id not in known:
@@ -129,34 +180,218 @@ def _hand_out(
         item.annotations.append(annotation)
 
 
-# An overhang up to this is rounding, clipped without a word.
-TOLERANCE_PIXELS = 1.0
+@dataclass(frozen=True, slots=True)
+class ScanSettings:
+    """Settings of the pass over the image files."""
 
-Box = tuple[float, float, float, float]
+    max_pixels: float
+    """Largest image that is decoded."""
+    turn: bool
+    """Apply EXIF rotation; see `exif_rotation`."""
+    cache: tuple[tuple[int, ...], int] | None
+    """(short_sides, long_side) to shrink images for, pixels; None: no cache."""
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
-    """The image that boxes must fit, as decoding gives it."""
+class Scan:
+    """The content of an image file, or its fault."""
 
-    width: int
-    height: int
-    rotate: int
-    mirror: bool
-    scale_x: float = 1.0
-    """Pixels of the file for a pixel of the JSON's width; not 1 where `size_mismatch` was fixed."""
-    scale_y: float = 1.0
+    fault: tuple[str, str] | None = None
+    """(name of the check, fault); the other fields are then not set."""
+    width: int = 0
+    height: int = 0
+    """Size as stored, before rotation, pixels."""
+    mode: str = ""
+    unusual: bool = False
+    orientation: int = 1
+    """EXIF's, 1..8."""
+    rotate: int = 0
+    mirror: bool = False
+    """The rotation that decoding will apply; see `exif_rotation`."""
+    digest: bytes = b""
+    """SHA-256 of the file."""
+    sums: tuple[tuple[int, ...], tuple[int, ...]] = ((0, 0, 0), (0, 0, 0))
+    """Sum and sum of squares of the stored pixels, 0..255, in each channel."""
+    pixels: NDArray[np.uint8] | None = None
+    """[h, w, 3], rotated and shrunk for the cache."""
+
+    @property
+    def frame(self) -> tuple[int, int]:
+        """Return (width, height) after rotation, pixels."""
+        swapped = self.rotate in (90, 270)
+        return (self.height, self.width) if swapped else (self.width, self.height)
+
+
+def scan_images(
+    data: Path, items: list[Item], settings: ScanSettings, name: str
+) -> Iterator[tuple[Item, Scan]]:
+    """Read and decode each image once, in the order of `items`.
+
+    Args:
+        data: the data folder.
+        items: the images.
+        settings: limits and sizes.
+        name: their name in the progress report.
+
+    Yields:
+        Each item with its scan; only some are in memory at a time.
+    """
+
+    def work(item: Item) -> Scan:
+        return scan_image(data / item.file, (item.image.width, item.image.height), settings)
+
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor(threads) as pool,
+        progress(f"check {name}", len(items), "images") as steps,
+    ):
+        # What PIL warns of is harmless or found by a check.
+        warnings.simplefilter("ignore")
+        results = _in_order(pool, work, items, ahead=4 * (threads or 1))
+        for item, scan in results:
+            yield item, scan
+            steps.advance()
+
+
+def scan_image(path: Path, stated: tuple[int, int], settings: ScanSettings) -> Scan:
+    """Read and decode one image.
+
+    Args:
+        path: the file.
+        stated: (width, height) in the JSON, pixels.
+        settings: limits and sizes.
+    """
+    try:
+        if path.stat().st_size > settings.max_pixels * _BYTES_PER_PIXEL + _BYTES_OF_METADATA:
+            what = f"has {path.stat().st_size} bytes, more than data.max_megapixels allows"
+            return Scan(fault=("too_large_image", what))
+        content = path.read_bytes()
+    except OSError as error:
+        return Scan(fault=("unreadable_image", f"cannot be read ({error.strerror})"))
+    try:
+        image = open_image(content)
+    except Exception as error:  # noqa: BLE001 - PIL raises almost any type on bad bytes
+        return _unreadable(error, "is no image of a known format" if content else "is empty")
+    with image:
+        if image.width * image.height > settings.max_pixels:
+            limit = f"more than data.max_megapixels: {settings.max_pixels / 1e6:g}"
+            return Scan(fault=("too_large_image", f"is {image.width}x{image.height}, {limit}"))
+        unusual, mode, orientation = is_unusual(image), image.mode, exif_orientation(image)
+        try:
+            rgb = to_rgb(image)
+        except UnknownRangeError as error:
+            return Scan(fault=("unreadable_image", f"has {error}"))
+        except Exception as error:  # noqa: BLE001 - as above
+            return _unreadable(error, "is cut short or damaged")
+    rotate, mirror = exif_rotation(orientation, rgb.size, stated) if settings.turn else (0, False)
+    return Scan(
+        width=rgb.width,
+        height=rgb.height,
+        mode=mode,
+        unusual=unusual,
+        orientation=orientation,
+        rotate=rotate,
+        mirror=mirror,
+        digest=hashlib.sha256(content).digest(),
+        sums=_sums(rgb),
+        pixels=_shrunk(rgb, rotate, mirror, settings),
+    )
+
+
+def check_scan(item: Item, scan: Scan, shown: str, findings: Findings) -> Frame | None:
+    """Compare an image file with its entry in the JSON.
+
+    Args:
+        item: the entry.
+        scan: the file's content.
+        shown: name of the file in messages.
+        findings: collects the faults.
+
+    Returns:
+        The frame that boxes must fit into; None if the image is left out.
+    """
+    image = item.image
+
+    def found(kind: str, what: str, fixed: str = "") -> bool:
+        what = f"image {image.id} {what}"
+        return findings.add(kind, shown, what, image_id=image.id, fixed=fixed)
+
+    if scan.fault:
+        found(*scan.fault)
+        return None
+    if scan.orientation != 1:
+        what = f"is to be turned by EXIF (orientation {scan.orientation})"
+        if not found("exif_rotation", what, _turned(scan)):
+            return None
+    if scan.unusual and not found("unusual_mode", f"is of mode {scan.mode}", "converted to RGB"):
+        return None
+    width, height = scan.frame
+    if (width, height) == (image.width, image.height):
+        return Frame(width, height, scan.rotate, scan.mirror)
+    scale_x, scale_y = width / image.width, height / image.height
+    what = f"is {width}x{height}, but {image.width}x{image.height} in the JSON"
+    if not found("size_mismatch", what, f"boxes scaled by {scale_x:.6g} and {scale_y:.6g}"):
+        return None
+    return Frame(width, height, scan.rotate, scan.mirror, scale_x, scale_y)
+
+
+def _turned(scan: Scan) -> str:
+    if scan.rotate or scan.mirror:
+        first = "mirrored and " if scan.mirror else ""
+        return f"{first}turned clockwise by {scan.rotate} degrees, as its size in the JSON says"
+    return "not turned, as its size in the JSON does not ask for it"
+
+
+def _unreadable(error: Exception, what: str) -> Scan:
+    if isinstance(error, MemoryError):
+        raise error
+    return Scan(fault=("unreadable_image", what))
+
+
+def _sums(rgb: Image.Image) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    counts = np.array(rgb.histogram(), dtype=np.int64).reshape(3, 256)
+    values = np.arange(256, dtype=np.int64)
+    return tuple((counts @ values).tolist()), tuple((counts @ values**2).tolist())
+
+
+def _shrunk(
+    rgb: Image.Image, rotate: int, mirror: bool, settings: ScanSettings
+) -> NDArray[np.uint8] | None:
+    if settings.cache is None:
+        return None
+    return turn(np.asarray(shrink(rgb, *settings.cache)), rotate, mirror)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[Item], Scan], items: Iterable[Item], ahead: int
+) -> Iterator[tuple[Item, Scan]]:
+    """Results in the order of the items; at most `ahead` are started and not yet consumed."""
+    waiting: deque[tuple[Item, Future[Scan]]] = deque()
+    rest = iter(items)
+    try:
+        for item in islice(rest, ahead):
+            waiting.append((item, pool.submit(work, item)))
+        while waiting:
+            item, future = waiting.popleft()
+            scan = future.result()
+            for following in islice(rest, 1):
+                waiting.append((following, pool.submit(work, following)))
+            yield item, scan
+    finally:
+        for _, future in waiting:
+            future.cancel()
 
 
 def check_units(items: list[Item], source: Source, findings: Findings) -> None:
-    """Refuse boxes in parts of the image's size, as YOLO's files have them.
+    """Refuse boxes in fractions of the image's size, as in YOLO's files.
 
-    One such box may be a speck; where all are, nothing in the images is larger than a pixel.
+    One box within 0..1 may be a tiny object; if all are, no object is larger than a pixel.
 
     Args:
         items: all images of the JSON, with their annotations.
         source: the JSON.
-        findings: takes the fault.
+        findings: collects the fault.
     """
     boxes = [annotation.bbox for item in items for annotation in item.annotations]
     sound = [box for box in boxes if all(_finite(side) for side in box) and min(box[2:]) > 0]
@@ -172,14 +407,14 @@ def check_units(items: list[Item], source: Source, findings: Findings) -> None:
 def make_record(
     item: Item, frame: Frame, shown: str, labels: dict[int, int], findings: Findings
 ) -> Record:
-    """The image's entry in the index, with the boxes that are sound or were mended.
+    """Make an image's entry in the index, with the boxes that are valid or were repaired.
 
     Args:
         item: the image and its annotations.
-        frame: its decoded size and what decoding applies.
-        shown: the JSON as messages name it.
+        frame: its decoded size and rotation.
+        shown: name of the JSON in messages.
         labels: class index of each category id.
-        findings: takes the faults.
+        findings: collects the faults.
     """
     rows = []
     for annotation in item.annotations:
@@ -206,7 +441,7 @@ def make_record(
 
 @dataclass(frozen=True, slots=True)
 class _BoxCheck:
-    """One annotation under the checks; a method gives None where the annotation is left out."""
+    """Checks one annotation; a method returns None if the annotation is left out."""
 
     item: Item
     annotation_id: int
@@ -224,7 +459,7 @@ class _BoxCheck:
                 return None
             left, width = min(left, left + width), abs(width)
             top, height = min(top, top + height), abs(height)
-        # Not only 0: 1e-20 to the right of 100 is 100.
+        # Not only size 0: 100 + 1e-20 is 100.
         if left + width == left or top + height == top:
             self._found("empty_box", f"box {_show(bbox)} has no area")
             return None
@@ -255,7 +490,7 @@ class _BoxCheck:
         return (x0, y0, x1 - x0, y1 - y0)
 
     def area(self, area: Any, box: Box, frame: Frame) -> float | None:
-        """COCO's area in pixels of the file, or the box's where the JSON has none."""
+        """COCO's area in pixels of the file; the box's area if the JSON has none."""
         whole = box[2] * box[3]
         if area is None:
             return whole
@@ -281,7 +516,7 @@ def _finite(value: Any) -> bool:
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # an int beyond every float
+    except OverflowError:  # an int larger than any float
         return False
 
 

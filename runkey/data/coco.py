@@ -1,7 +1,6 @@
-"""One COCO JSON, read and typed.  Faults of single entries are findings, not exceptions.
+"""Read a COCO JSON into typed entries; faults of single entries are findings, not exceptions.
 
-Only what detection needs is kept.  Segmentations (polygons, and the RLE of crowd regions) are let
-go while the text is parsed: they are nine tenths of COCO's memory.
+Segmentations are dropped during parsing: they take nine tenths of COCO's memory.
 """
 
 from __future__ import annotations
@@ -27,50 +26,52 @@ class CocoImage:
 
     id: int
     name: str
-    """file_name as the JSON has it, with forward slashes."""
+    """file_name of the JSON, with forward slashes."""
     width: int
+    """Pixels."""
     height: int
 
     @property
     def item(self) -> str:
-        """How messages name it."""
+        """Return its name in messages."""
         return f"image {self.id} ({printable(self.name)})"
 
 
 @dataclass(slots=True)
 class CocoAnnotation:
-    """An entry of `annotations`; the box's numbers are not checked yet."""
+    """An entry of `annotations`; the box is not checked yet."""
 
     id: int
     image_id: int
     category_id: int
     bbox: list[Any]
-    """Four values of any type."""
+    """xywh: four values of any type."""
     area: Any
-    """None where the JSON has none."""
+    """None if the JSON has none."""
     crowd: bool
 
 
 @dataclass(slots=True)
 class Coco:
-    """The parts of one JSON."""
+    """The entries of one JSON."""
 
     images: list[CocoImage]
     listed: frozenset[int]
-    """Ids of all entries of `images`, malformed ones too."""
+    """Ids of all entries of `images`, including malformed ones."""
     annotations: list[CocoAnnotation]
     categories: dict[int, str]
+    """Name of each category id."""
 
 
 def read_coco(source: Source, findings: Findings) -> Coco:
     """Read a COCO JSON.
 
     Args:
-        source: which one.
-        findings: takes the faults of single entries.
+        source: the JSON.
+        findings: collects the faults of single entries.
 
     Raises:
-        DataError: no JSON, or not an object with the lists images, annotations and categories.
+        DataError: it is no JSON object with the lists images, annotations and categories.
     """
     shown = source.shown_json
     raw = _parse(source.json, shown)
@@ -93,11 +94,11 @@ def read_coco(source: Source, findings: Findings) -> Coco:
 
 
 def merge_classes(parts: list[tuple[str, dict[int, str]]], findings: Findings) -> list[ClassName]:
-    """The class list of one or two JSON files: ids in order, gaps closed.
+    """Merge the categories of one or two JSON files into classes 0..K-1, sorted by id.
 
     Args:
         parts: for each JSON, its name in messages and its {category id: name}.
-        findings: takes ids and names that the files disagree about.
+        findings: collects ids and names that the files disagree about.
     """
     merged: dict[int, str] = {}
     for shown, categories in parts:
@@ -133,7 +134,7 @@ def _parse(path: Path, shown: str) -> Any:
 
 
 def _text(path: Path) -> str:
-    """The text of a JSON in UTF-8, 16 or 32; its bytes are gone on return (COCO has 450 MB)."""
+    """The text of a JSON in UTF-8, 16 or 32; a function, so that its bytes (450 MB) are freed."""
     content = path.read_bytes()
     return content.decode(json.detect_encoding(content))
 
@@ -187,7 +188,7 @@ def _entries[T](
 
 
 class _EntryError(ValueError):
-    """A field that is missing or of a wrong type; says which."""
+    """A field is missing or of a wrong type."""
 
 
 def _image(entry: dict[str, Any]) -> CocoImage:
@@ -221,7 +222,7 @@ def _wanted(entry: dict[str, Any], name: str) -> int:
 
 
 def _integer(value: Any) -> int | None:
-    """The value as an int if it is a whole number (1.0 is one, "1" and true are none)."""
+    """The value as an int if it is a whole number; 1.0 is one, "1" and true are not."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if isinstance(value, float) and not value.is_integer():

@@ -1,12 +1,12 @@
-"""Image files to 8-bit RGB: the one decoder that checking, loading and drawing share.
+"""Decode image files to 8-bit RGB; checking, loading, drawing and inference all use this.
 
-Every mode that a photograph comes in is brought to RGB by a stated rule; what has no such rule
-(32-bit integers and floats: nobody knows their range) is refused.  Transparent pixels lie on white.
+Images of 32-bit integers or floats are refused, because their value range is unknown.
 """
 
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from pathlib import Path
 
@@ -18,19 +18,19 @@ from torch import Tensor
 
 from runkey.errors import DataError
 
-# PIL's own limit warns at 89 and stops at 179 megapixels, whatever the user allows.  Ours is
-# `data.max_megapixels`, judged by the header before a pixel is decoded.
+# PIL's own limit warns at 89 and fails at 179 megapixels. `data.max_megapixels` replaces it; it is
+# checked by the header before any pixel is decoded.
 Image.MAX_IMAGE_PIXELS = None
-# What PIL says about odd metadata (EXIF cut short, unknown TIFF tags) is nothing to a detector.
+# PIL warns of odd metadata (truncated EXIF, unknown TIFF tags), which does not affect the pixels.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# No EPS or WMF: PIL hands those to an outside program.  JPEG includes the MPO of phones.
+# Not EPS or WMF: PIL runs another program for those. JPEG includes the MPO of phones.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
 BACKGROUND = (255, 255, 255)
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _NO_KNOWN_RANGE = ("I", "F")
-
-# EXIF orientation -> (clockwise degrees, mirrored left-right before turning).
+_ORIENTATION_TAG = 0x0112
+# EXIF orientation -> (clockwise degrees, mirrored left-right before rotating).
 ORIENTATIONS = {
     1: (0, False),
     2: (0, True),
@@ -44,33 +44,69 @@ ORIENTATIONS = {
 
 
 class UnknownRangeError(ValueError):
-    """Pixels of 32 bits, whose black and white nobody states."""
+    """The image has 32-bit pixels, whose value range is unknown."""
 
 
 def open_image(content: bytes) -> Image.Image:
     """Read the header of an image file's bytes; no pixel is decoded.
 
     Raises:
-        OSError: it is no image of a format in `FORMATS`.
+        OSError: the bytes are no image of a format in `FORMATS`.
     """
     return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
+def exif_orientation(image: Image.Image) -> int:
+    """Return EXIF's orientation, 1..8; 1 if there is none or it cannot be read."""
+    if image.format == "TIFF":  # PIL rotates these itself
+        return 1
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except (OSError, SyntaxError, ValueError, LookupError, TypeError, struct.error):
+        return 1
+    return value if isinstance(value, int) and value in ORIENTATIONS else 1
+
+
+def exif_rotation(
+    orientation: int, size: tuple[int, int], stated: tuple[int, int]
+) -> tuple[int, bool]:
+    """Return the rotation to apply: EXIF's, if the JSON's size is that of the rotated image.
+
+    That is so if stored and rotated image differ in being upright and the JSON has the rotated
+    one's shape. Rotations by 180 degrees, mirror images and squares leave no trace in the size,
+    so they are not applied.
+
+    Args:
+        orientation: EXIF's, 1..8.
+        size: (width, height) as stored, pixels.
+        stated: (width, height) in the JSON, pixels.
+
+    Returns:
+        Clockwise degrees, and whether to mirror left-right first.
+    """
+    rotate, mirror = ORIENTATIONS[orientation]
+    stored_upright, stated_upright = size[1] - size[0], stated[1] - stated[0]
+    if rotate in (90, 270) and stored_upright * stated_upright < 0:
+        return rotate, mirror
+    return 0, False
+
+
 def is_unusual(image: Image.Image) -> bool:
-    """Whether the pixels are anything but 8-bit RGB without transparency."""
+    """Return True unless the pixels are 8-bit RGB without transparency."""
     raw_modes = (str(tile[3]) for tile in getattr(image, "tile", ()))
     return image.mode != "RGB" or "transparency" in image.info or any(";16" in m for m in raw_modes)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The first frame as 8-bit RGB.
+    """Convert the first frame to 8-bit RGB.
 
-    Grey is repeated three times; 16-bit grey is scaled from 0..65535 to 0..255; transparency is
-    laid on white; CMYK is read by Adobe's inverted convention only where the file says so.
+    Grey is repeated three times; 16-bit grey is scaled from 0..65535 to 0..255; transparent
+    pixels are blended with white; CMYK is read by Adobe's inverted convention only if the file
+    says so.
 
     Raises:
         UnknownRangeError: 32-bit integer or float pixels.
-        OSError: the file is cut short (PIL raises other types too for damaged files).
+        OSError: the file is truncated (for damaged files PIL raises other types too).
     """
     image.load()
     if image.mode in _NO_KNOWN_RANGE:
@@ -79,19 +115,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
         wide = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        # La and RGBa (premultiplied) convert to RGBA only by way of their own kin.
+        # La and RGBa (premultiplied) cannot be converted to RGBA directly.
         kin = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
         clear = (image.convert(kin) if kin else image).convert("RGBA")
         ground = Image.new("RGBA", clear.size, (*BACKGROUND, 255))
         return Image.alpha_composite(ground, clear).convert("RGB")
     if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
-        # PIL takes every CMYK JPEG for Adobe's, which stores the inks inverted.
+        # PIL treats every CMYK JPEG as Adobe's, which stores the inks inverted.
         return ImageChops.invert(image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def turn(pixels: NDArray[np.uint8], rotate: int, mirror: bool) -> NDArray[np.uint8]:
-    """Mirror [H, W, 3] left-right if asked, then turn it clockwise by 0, 90, 180 or 270 degrees."""
+    """Mirror [H, W, 3] left-right if asked, then rotate it clockwise (multiples of 90 degrees)."""
     if mirror:
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(np.rot90(pixels, k=-(rotate // 90)))
@@ -102,20 +138,20 @@ def decode_rgb(path: Path, rotate: int, mirror: bool) -> Tensor:
 
     Args:
         path: the file.
-        rotate: clockwise degrees, 0, 90, 180 or 270, as `Record.rotate` has it.
-        mirror: whether to mirror left-right before turning, as `Record.mirror` has it.
+        rotate: clockwise degrees, 0, 90, 180 or 270; see `Record.rotate`.
+        mirror: mirror left-right before rotating; see `Record.mirror`.
 
     Returns:
-        uint8 [3, H, W] RGB, channels last in memory (as resizing likes it), free to be written to.
+        uint8 [3, H, W] RGB, channels last in memory (resizing is faster so); may be modified.
 
     Raises:
-        DataError: the file is gone, or no longer what `prepare` saw.
+        DataError: the file is missing or has changed since `prepare`.
     """
     try:
         content = path.read_bytes()
         with open_image(content) as image:
             pixels = np.array(to_rgb(image))
-    # PIL's decoders raise nearly anything (struct.error, SyntaxError, IndexError) on bad bytes.
+    # PIL's decoders raise almost any type (struct.error, SyntaxError, IndexError) on bad bytes.
     except Exception as error:
         reason = "not found" if isinstance(error, FileNotFoundError) else f"unreadable ({error})"
         raise DataError(

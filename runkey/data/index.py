@@ -1,10 +1,11 @@
-"""What is in a data set, image by image, small enough to be kept with every run.
+"""What `prepare` writes for later stages: classes, the index of each split, the list of images.
 
+    prepared/classes.json  prepared/train.json  prepared/val.json
     prepared/images.json    {"schema": "images1", "splits": {"train": {"a.jpg": [3, "...", "..."]}}}
 
-By the file's path: the number of boxes, a digest of what they say, a digest of the file.  Two such
-lists tell which images were added, removed, labelled anew or replaced, without the data at hand.
-COCO's 118,000 images take 9 MB.
+images.json holds by path the number of boxes, a digest of the boxes and a digest of the file. Two
+such lists tell which images were added, removed, relabelled or replaced, without the data. It is
+kept with every run; for COCO's 118,000 images it takes 9 MB.
 """
 
 from __future__ import annotations
@@ -18,15 +19,12 @@ from typing import Any, Literal
 from runkey.errors import DataError
 from runkey.hashing import sha256_json
 
-# What `prepare` hands to all later stages: a checked index of each split, and the classes.
-
-
 Split = Literal["train", "val"]
 
 
 @dataclass(frozen=True, slots=True)
 class ClassName:
-    """A class: its contiguous index (0..K-1), the category id that the JSON has, its name."""
+    """A class: its contiguous index (0..K-1), its category id in the JSON, its name."""
 
     index: int
     id: int
@@ -35,26 +33,26 @@ class ClassName:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One checked image with its annotations, in original pixels after `rotate` was applied."""
+    """One checked image and its annotations, in pixels of the original image after rotation."""
 
     id: int
     """COCO image id."""
     file: str
-    """Path relative to the data folder, posix."""
+    """Path relative to the data folder, with forward slashes."""
     width: int
     height: int
     rotate: int
     """Clockwise degrees (0, 90, 180, 270) that decoding applies, from EXIF."""
     mirror: bool
-    """Whether decoding mirrors left-right before rotating, from EXIF."""
+    """Decoding mirrors left-right before rotating, from EXIF."""
     boxes_xywh: tuple[tuple[float, float, float, float], ...]
-    """Left, top, width, height in pixels; inside the image, with area."""
+    """Left, top, width, height, pixels; inside the image, with area."""
     labels: tuple[int, ...]
     """Class index (not category id) of each box."""
     areas: tuple[float, ...]
-    """COCO's `area` (of the segmentation where there is one), which S/M/L are judged by."""
+    """COCO's `area`, square pixels (of the segmentation if there is one); defines S/M/L."""
     crowd: tuple[bool, ...]
-    """Crowd regions: never trained on, ignored by the evaluation as COCO does."""
+    """True for crowd regions: not trained on, and ignored by the evaluation as in COCO."""
     annotation_ids: tuple[int, ...]
 
 
@@ -68,13 +66,13 @@ def read_classes(path: Path) -> list[ClassName]:
     """Read classes.json.
 
     Raises:
-        DataError: the file is not there; says to run prepare.
+        DataError: the file is missing.
     """
     return [ClassName(**entry) for entry in json.loads(_read(path))]
 
 
 def write_index(path: Path, records: list[Record]) -> None:
-    """Write a split's index, one image a line (so that a diff shows images)."""
+    """Write a split's index, one image a line."""
     lines = ",\n".join(json.dumps(asdict(r), ensure_ascii=False) for r in records)
     path.write_text(f'{{"images": [\n{lines}\n]}}\n', encoding="utf-8")
 
@@ -83,7 +81,7 @@ def read_index(path: Path) -> list[Record]:
     """Read a split's index.
 
     Raises:
-        DataError: the file is not there; says to run prepare.
+        DataError: the file is missing.
     """
     return [_record(entry) for entry in json.loads(_read(path))["images"]]
 
@@ -105,17 +103,17 @@ def _read(path: Path) -> str:
 IMAGE_LIST = "images.json"
 SCHEMA = "images1"
 _DIGITS = 16
-"""Of each digest, in hex: 64 bits tell the images of one data set apart."""
+"""Hex digits of each digest: 64 bits distinguish the images of a data set."""
 
 
 @dataclass(frozen=True, slots=True)
 class ListedImage:
-    """An image of a data set as far as a comparison needs it."""
+    """What a comparison of data sets needs to know of an image."""
 
     boxes: int
-    """Crowd regions are counted too."""
+    """Number of boxes, crowd regions included."""
     labels: str
-    """Digest of its boxes with their classes, in any order."""
+    """Digest of its boxes with their classes; their order does not matter."""
     content: str
     """Digest of the file's bytes."""
 
@@ -129,12 +127,12 @@ def write_image_list(
     images: Mapping[Split, Iterable[tuple[Record, bytes]]],
     classes: Iterable[ClassName],
 ) -> None:
-    """Write the list, one image a line, in the order of the paths.
+    """Write the list of images, one a line, sorted by path.
 
     Args:
         path: the file.
         images: by split, each image with the sha256 of its file.
-        classes: of the labels; their names are hashed, not their numbers.
+        classes: classes of the labels; their names are hashed, not their indices.
     """
     names = [entry.name for entry in sorted(classes, key=lambda entry: entry.index)]
     splits = []
@@ -147,14 +145,14 @@ def write_image_list(
 
 
 def read_image_list(content: bytes, where: str) -> ImageList:
-    """The list that `write_image_list` wrote.
+    """Parse a list that `write_image_list` wrote.
 
     Args:
-        content: of the file.
-        where: said in errors.
+        content: the file's bytes.
+        where: its name in errors.
 
     Raises:
-        DataError: it is no such list.
+        DataError: the bytes are no such list.
     """
     try:
         stored = json.loads(content)
@@ -169,11 +167,11 @@ def read_image_list(content: bytes, where: str) -> ImageList:
 
 
 def _row(record: Record, digest: bytes, names: list[str]) -> list[Any]:
-    said = sorted(
+    boxes = sorted(
         [names[label], *box, crowd]
         for label, box, crowd in zip(record.labels, record.boxes_xywh, record.crowd, strict=True)
     )
-    return [len(said), sha256_json(said)[:_DIGITS], digest.hex()[:_DIGITS]]
+    return [len(boxes), sha256_json(boxes)[:_DIGITS], digest.hex()[:_DIGITS]]
 
 
 def _json(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""Where a COCO data set keeps its JSON and its images, in the layouts that are found in the wild.
+"""Find the JSON files and images of a COCO data set in its common layouts.
 
-Two JSON files, `annotations/instances_train*.json` and `annotations/instances_val*.json`; or one
-JSON, in annotations/ or in the data folder itself, which `prepare` splits.
+Either two JSON files, `annotations/instances_train*.json` and `annotations/instances_val*.json`,
+or one JSON in annotations/ or in the data folder itself, which `prepare` splits.
 """
 
 from __future__ import annotations
@@ -16,44 +16,41 @@ from runkey.errors import DataError
 
 _INSTANCES = re.compile(r"instances_(train|val)(.*)\.json")
 _DRIVE = re.compile(r"[A-Za-z]:")
-# What DVC's links in a workspace point at: .../files/md5/ab/<the other 30 hex digits>.
+# Target of DVC's links in a workspace: .../files/md5/ab/<the other 30 hex digits>.
 _DVC_OBJECT = re.compile(r".*/files/md5/[0-9a-f]{2}/[0-9a-f]{30}")
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One JSON, and the folders that its images may lie in."""
+    """One JSON, and the folders that may hold its images."""
 
     split: Literal["train", "val", "all"]
-    """all: the data set has one JSON, and is split by `data.val_fraction`."""
+    """all: the data set has one JSON and is split by `data.val_fraction`."""
     data: Path
     """The data folder."""
     json: Path
     shown_data: str
-    """The data folder as messages name it."""
+    """Name of the data folder in messages."""
     shown_json: str
-    """The JSON as messages name it."""
+    """Name of the JSON in messages."""
     folders: tuple[str, ...]
-    """Folders that exist, relative to the data folder ("" is itself); the first match counts."""
+    """Existing folders, relative to the data folder ("" is itself), in the order of search."""
 
     def show(self, file: str) -> str:
-        """A file of the data folder as messages name it."""
+        """Return the name of a file of the data folder in messages."""
         return f"{self.shown_data}/{file}" if file else self.shown_data
 
     def find(self, name: str) -> str | None:
-        """The image's path relative to the data folder, or None if no folder has it."""
+        """Return an image's path relative to the data folder; None if no folder has it."""
         for folder in self.folders:
             file = f"{folder}/{name}" if folder else name
-            # os.path, not pathlib: this runs for every image, and pathlib takes ten times as long.
+            # os.path: this runs for every image, and pathlib takes ten times as long.
             if os.path.isfile(f"{self.data}/{file}"):  # noqa: PTH113
                 return file
         return None
 
     def leaves(self, file: str) -> bool:
-        """Whether a link takes a file out of the data folder.
-
-        DVC's own links into its cache do not count.
-        """
+        """Return True if a link leads out of the data folder, other than into DVC's cache."""
         target = os.path.realpath(f"{self.data}/{file}")
         if target.startswith(f"{os.path.realpath(self.data)}{os.sep}"):
             return False
@@ -61,14 +58,14 @@ class Source:
 
 
 def find_sources(data: Path, shown: str) -> list[Source]:
-    """The JSON files of a data folder: train and val, or a single one to be split.
+    """Find the JSON files of a data folder: train and val, or a single one to split.
 
     Args:
         data: the data folder.
         shown: its name in messages.
 
     Raises:
-        DataError: no folder, no JSON, or more than one that would do; lists what is there.
+        DataError: there is no folder, no JSON, or more than one candidate.
     """
     if not data.is_dir():
         raise DataError(
@@ -99,11 +96,7 @@ def find_sources(data: Path, shown: str) -> list[Source]:
 
 
 def path_fault(name: str) -> str | None:
-    """Why a file name of a JSON must not be followed, or None.
-
-    Args:
-        name: with forward slashes.
-    """
+    """Return why an image's file name (with forward slashes) is unsafe; None if it is safe."""
     if name.startswith("/") or _DRIVE.match(name):
         return "is an absolute path"
     if ".." in name.split("/"):
@@ -113,7 +106,7 @@ def path_fault(name: str) -> str | None:
 
 def _source(split: Literal["train", "val", "all"], data: Path, shown: str, path: Path) -> Source:
     match = _INSTANCES.fullmatch(path.name)
-    # An image's own split comes first: train/1.jpg and val/1.jpg may be different images.
+    # The image's own split first: train/1.jpg and val/1.jpg may be different images.
     names: list[str] = []
     for part in (split,) if split != "all" else ("train", "val"):
         if match and match[1] == part:

@@ -1,11 +1,15 @@
-"""The loaders of training and of evaluation: which batches there are, in which order."""
+"""The loaders of training and evaluation: which batches they yield, in which order.
+
+Batches are made by worker processes or, without any, in this process; the bytes are the same.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import parent_process
 from multiprocessing.process import BaseProcess
@@ -15,7 +19,8 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from runkey.data.augment import View, build_views, evaluation_size
+from runkey import paths
+from runkey.data.augment import AugmentParams, build_augmentation, evaluation_size
 from runkey.data.cache import open_cache
 from runkey.data.dataset import (
     Batch,
@@ -27,12 +32,14 @@ from runkey.data.dataset import (
     image_table,
 )
 from runkey.data.index import Split, read_index
-from runkey.data.sampler import Seen, WindowSampler, micro_batches
+from runkey.data.sampler import AugmentedImage, GlobalBatchSampler, micro_batches
 from runkey.data.shapes import is_portrait
 from runkey.errors import DataError
-from runkey.params import Data
+from runkey.params import Data, Params, Runtime
 
-# Requests answered in order, by worker processes or in this one.
+logger = logging.getLogger(__name__)
+
+MOST_WORKERS = 8
 
 
 class _Requests(Dataset["Batch | Failure"]):
@@ -46,7 +53,7 @@ class _Requests(Dataset["Batch | Failure"]):
 
 
 class _Queue(Sampler[Request]):
-    """The requests of the next pass; set anew for each."""
+    """The requests of the next pass."""
 
     def __init__(self) -> None:
         self.requests: Sequence[Request] = ()
@@ -59,16 +66,16 @@ class _Queue(Sampler[Request]):
 
 
 class BatchStream:
-    """Answers requests in order, with 0 or more worker processes that are kept between passes."""
+    """Makes requested batches in order; worker processes are kept between passes."""
 
     def __init__(self, maker: BatchMaker, workers: int, prefetch: int, pin_memory: bool) -> None:
-        """Start nothing yet.
+        """Set the stream up; workers start with the first pass.
 
         Args:
             maker: makes the batches.
-            workers: processes; 0: make batches here.
-            prefetch: batches that each worker is ahead.
-            pin_memory: page-lock the batches, where there is a GPU.
+            workers: number of processes; 0: make batches in this one.
+            prefetch: batches that each worker makes ahead.
+            pin_memory: page-lock the batches, if there is a GPU.
         """
         self._maker = maker
         self._queue = _Queue()
@@ -82,17 +89,17 @@ class BatchStream:
                 batch_size=None,
                 sampler=self._queue,
                 num_workers=workers,
-                collate_fn=_as_it_is,
+                collate_fn=_identity,
                 pin_memory=self._pin,
                 prefetch_factor=prefetch,
                 persistent_workers=True,
                 multiprocessing_context=context,
                 worker_init_fn=_start_worker,
-                # Its own generator: else every pass would draw from the global random state.
+                # Without a generator, every pass would draw from the global random state.
                 generator=torch.Generator(),
             )
 
-    def answer(self, requests: Sequence[Request]) -> Iterator[Batch]:
+    def batches(self, requests: Sequence[Request]) -> Iterator[Batch]:
         """Yield the batch of each request.
 
         Raises:
@@ -104,14 +111,14 @@ class BatchStream:
                 yield batch.pin_memory() if self._pin else batch
             return
         self._queue.requests = requests
-        with _deaths_told():  # one that died since the last pass
-            answers = iter(self._loader)
+        with _killed_workers_reported():  # a worker may have died since the last pass
+            results = iter(self._loader)
         for _ in requests:
-            with _deaths_told():
-                answer = next(answers)
-            if isinstance(answer, Failure):
-                raise DataError(answer.line)
-            yield answer
+            with _killed_workers_reported():
+                result = next(results)
+            if isinstance(result, Failure):
+                raise DataError(result.line)
+            yield result
 
     def close(self) -> None:
         """End the worker processes; the next pass starts new ones."""
@@ -122,11 +129,11 @@ class BatchStream:
 
 
 @contextmanager
-def _deaths_told() -> Iterator[None]:
-    """Turn the ways in which torch notices a killed worker into one line."""
+def _killed_workers_reported() -> Iterator[None]:
+    """Convert the errors that torch raises for a killed worker to a `DataError`."""
     try:
         yield
-    # The last three: it was killed while a tensor of its was being fetched.
+    # The last three: it was killed while one of its tensors was being fetched.
     except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
         if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
             raise
@@ -136,15 +143,15 @@ def _deaths_told() -> Iterator[None]:
         ) from error
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 def _start_worker(_: int) -> None:
-    """One thread a worker; Ctrl-C is for the trainer, which then ends its workers.
+    """Use one thread, ignore Ctrl-C, which the trainer handles, and end with the trainer.
 
-    A trainer that is killed ends nothing.  torch's own watch is over the worker's parent, which is
-    the fork server, and that lives as long as it has workers.
+    A killed trainer cannot end its workers. torch watches the worker's parent instead, but that
+    is the fork server, which lives as long as it has workers.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -158,18 +165,18 @@ def _end_with(trainer: BaseProcess) -> None:
     os._exit(1)
 
 
-MOST_WORKERS = 8
-
-
 def resolve_workers(
     workers: int | Literal["auto"], cached: bool, world_size: int = 1
 ) -> tuple[int, str]:
-    """The number of loader processes, and why, for the log.
+    """Choose the number of loader processes.
 
     Args:
         workers: `runtime.workers`.
-        cached: whether the split's decoded images are in the cache.
-        world_size: processes that train together; each has loader processes of its own.
+        cached: whether the split has a cache of decoded images.
+        world_size: number of ranks; each has its own loader processes.
+
+    Returns:
+        The number, and the reason for the log.
     """
     if workers != "auto":
         return workers, "runtime.workers"
@@ -181,24 +188,24 @@ def resolve_workers(
 
 
 class TrainLoader:
-    """Windows of augmented training images: one window is one optimizer step."""
+    """Yields global batches of augmented training images, one per optimizer step."""
 
     def __init__(
         self,
-        sampler: WindowSampler,
+        sampler: GlobalBatchSampler,
         stream: BatchStream,
         micro_batch: int,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Put a loader together; `build_train_loader` does so from parameters.
+        """Combine a sampler and a stream; `build_train_loader` does so from parameters.
 
         Args:
-            sampler: deals the images of an epoch into windows.
-            stream: makes the batches.
+            sampler: deals the images of an epoch into global batches.
+            stream: makes the micro-batches.
             micro_batch: most images of a forward pass.
-            rank: which share of each window is ours.
-            world_size: processes that share each window.
+            rank: this process's rank; it gets every `world_size`-th image of a global batch.
+            world_size: number of ranks.
         """
         self._sampler = sampler
         self._stream = stream
@@ -208,28 +215,30 @@ class TrainLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Windows in each epoch, the last and smaller one included."""
+        """Return the number of global batches in every epoch."""
         return self._sampler.steps_per_epoch
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[GlobalBatch]:
-        """Yield the windows of an epoch, from its window `start_step` on.
+        """Yield this rank's part of an epoch's global batches, from step `start_step` on.
 
-        A window is one batch or more of at most `micro_batch` images.  With several ranks each
-        gets its part of every window; a last window with fewer images than ranks gives some of
-        them an empty one.
+        Each is one or more micro-batches. If the last global batch has fewer images than there
+        are ranks, some ranks get an empty one.
 
         Raises:
             DataError: an image cannot be read, or a worker process was killed.
         """
-        windows = [self._cut(epoch, w) for w in self._sampler.windows(epoch)[start_step:]]
-        batches = self._stream.answer([request for window in windows for request in window])
-        for window in windows:
-            yield tuple(next(batches) for _ in window)
+        steps = [
+            self._requests(epoch, images)
+            for images in self._sampler.global_batches(epoch)[start_step:]
+        ]
+        batches = self._stream.batches([request for requests in steps for request in requests])
+        for requests in steps:
+            yield tuple(next(batches) for _ in requests)
 
-    def _cut(self, epoch: int, window: Sequence[Seen]) -> list[Request]:
-        ours = window[self._rank :: self._world_size]
-        runs = micro_batches(ours, self._micro_batch, grouped=self._sampler.group_by_aspect)
-        return [_request(run, epoch) for run in runs]
+    def _requests(self, epoch: int, images: Sequence[AugmentedImage]) -> list[Request]:
+        ours = images[self._rank :: self._world_size]
+        parts = micro_batches(ours, self._micro_batch, grouped=self._sampler.group_by_aspect)
+        return [_request(part, epoch) for part in parts]
 
     def close(self) -> None:
         """End the worker processes."""
@@ -237,10 +246,10 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Every image of a split once, unchanged but for its size, in an order that pads little."""
+    """Yields every image of a split once, resized only, in an order that needs little padding."""
 
     def __init__(self, requests: Sequence[Request], stream: BatchStream) -> None:
-        """Put a loader together; `build_eval_loader` does so from parameters."""
+        """Combine requests and a stream; `build_eval_loader` does so from parameters."""
         self._requests = requests
         self._stream = stream
 
@@ -248,7 +257,7 @@ class EvalLoader:
         return len(self._requests)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._stream.answer(self._requests)
+        return self._stream.batches(self._requests)
 
     def close(self) -> None:
         """End the worker processes."""
@@ -256,109 +265,90 @@ class EvalLoader:
 
 
 def build_train_loader(
-    data: Data,
-    *,
-    prepared: Path,
-    root: Path,
-    seed: int,
-    batch_size: int,
-    micro_batch: int,
-    max_objects: int = 0,
-    workers: int | Literal["auto"] = "auto",
-    prefetch: int = 4,
-    pin_memory: bool = True,
-    rank: int = 0,
-    world_size: int = 1,
-    say: Callable[[str], None] | None = None,
+    params: Params, root: Path, micro_batch: int, *, rank: int = 0, world_size: int = 1
 ) -> TrainLoader:
-    """The loader of the training split.
+    """Build the loader of the training split; rank 0 logs the number of worker processes.
 
     Args:
-        data: the parameters.
-        prepared: prepare's output folder.
-        root: the workspace, which `data.path` is relative to.
-        seed: the run's seed.
-        batch_size: images of an optimizer step.
+        params: the parameters. An image has at most `model.num_queries` boxes, or fewer by
+            `data.max_objects`.
+        root: the workspace with prepared/ and the data folder.
         micro_batch: most images of a forward pass.
-        max_objects: boxes that the model can take of one image (its queries); 0: any number.
-            `data.max_objects` holds too, where it is smaller.
-        workers: loader processes, or auto.
-        prefetch: batches that each worker is ahead.
-        pin_memory: page-lock batches, where there is a GPU.
-        rank: this process among those that train together.
-        world_size: how many train together.
-        say: told how many workers there are and why.
+        rank: this process's rank.
+        world_size: number of ranks.
 
     Raises:
-        DataError: there is no index, or it holds no image, or its cache is damaged.
+        DataError: there is no index, it holds no image, or its cache is damaged.
     """
+    data, prepared = params.data, root / paths.PREPARED
     table = _read_table(prepared, "train")
     cache = open_cache(prepared, "train")
-    views = build_views(data, seed)
-    limits = [limit for limit in (data.max_objects, max_objects) if limit]
+    augmentation = build_augmentation(data, params.seed)
+    limits = [limit for limit in (data.max_objects, params.model.num_queries) if limit]
     maker = BatchMaker(
         table=table,
         folder=root / data.path,
         cache=cache,
-        views=views,
+        augmentation=augmentation,
         min_visible=data.augment.min_visible,
-        max_objects=min(limits, default=0),
+        max_objects=min(limits),
     )
-    count, reason = resolve_workers(workers, cache is not None, world_size)
-    if say is not None:
-        say(f"training images: {len(table)}; loader processes: {count} ({reason})")
-    sampler = WindowSampler(views, table.ids, table.sizes, batch_size, data.group_by_aspect)
-    stream = BatchStream(maker, count, prefetch, pin_memory)
+    workers, reason = resolve_workers(params.runtime.workers, cache is not None, world_size)
+    if rank == 0:
+        logger.info(f"training images: {len(table)}; loader processes: {workers} ({reason})")
+    sampler = GlobalBatchSampler(
+        augmentation, table.ids, table.sizes, params.training.batch_size, data.group_by_aspect
+    )
+    stream = _stream(maker, workers, params.runtime)
     return TrainLoader(sampler, stream, micro_batch, rank, world_size)
 
 
-def build_eval_loader(
-    data: Data,
-    *,
-    prepared: Path,
-    root: Path,
-    split: Split = "val",
-    batch_size: int,
-    max_objects: int = 0,
-    workers: int | Literal["auto"] = "auto",
-    prefetch: int = 4,
-    pin_memory: bool = True,
-) -> EvalLoader:
-    """The loader of a split without augmentation; arguments as for `build_train_loader`.
+def build_eval_loader(params: Params, root: Path, split: Split = "val") -> EvalLoader:
+    """Build the loader of a split without augmentation, in batches of `evaluate.batch_size`.
+
+    Args:
+        params: the parameters.
+        root: the workspace with prepared/ and the data folder.
+        split: which images.
 
     Raises:
-        DataError: there is no index, or it holds no image, or its cache is damaged.
+        DataError: there is no index, it holds no image, or its cache is damaged.
     """
+    data, prepared = params.data, root / paths.PREPARED
     table = _read_table(prepared, split)
     cache = open_cache(prepared, split)
     maker = BatchMaker(
         table=table,
         folder=root / data.path,
         cache=cache,
-        views=None,
+        augmentation=None,
         min_visible=0.0,
-        max_objects=max_objects,
+        max_objects=0,
     )
-    count, _ = resolve_workers(workers, cache is not None)
-    stream = BatchStream(maker, count, prefetch, pin_memory)
-    return EvalLoader(_evaluation_requests(data, table, batch_size), stream)
+    workers, _ = resolve_workers(params.runtime.workers, cache is not None)
+    requests = _evaluation_requests(data, table, params.evaluate.batch_size)
+    return EvalLoader(requests, _stream(maker, workers, params.runtime))
+
+
+def _stream(maker: BatchMaker, workers: int, runtime: Runtime) -> BatchStream:
+    return BatchStream(maker, workers, runtime.prefetch, runtime.pin_memory)
 
 
 def _evaluation_requests(data: Data, table: ImageTable, batch_size: int) -> list[Request]:
     """Batches sorted by aspect, then size; landscape and portrait apart if training has it so."""
-    views = [View(evaluation_size(data, *size)) for size in table.sizes]
+    augments = [AugmentParams(evaluation_size(data, *size)) for size in table.sizes]
 
     def key(i: int) -> tuple[bool, float, int]:
-        height, width = views[i].size
-        return is_portrait(views[i].size), width / height, height
+        height, width = augments[i].size
+        return is_portrait(augments[i].size), width / height, height
 
-    order = [(i, views[i]) for i in sorted(range(len(table)), key=key)]
-    runs = micro_batches(order, batch_size, grouped=data.group_by_aspect)
-    return [_request(run, None) for run in runs]
+    order = [(i, augments[i]) for i in sorted(range(len(table)), key=key)]
+    parts = micro_batches(order, batch_size, grouped=data.group_by_aspect)
+    return [_request(part, None) for part in parts]
 
 
-def _request(run: Sequence[Seen], epoch: int | None) -> Request:
-    return Request(tuple(i for i, _ in run), tuple(view for _, view in run), epoch)
+def _request(images: Sequence[AugmentedImage], epoch: int | None) -> Request:
+    return Request(tuple(i for i, _ in images), tuple(augment for _, augment in images), epoch)
 
 
 def _read_table(prepared: Path, split: Split) -> ImageTable:

@@ -1,4 +1,4 @@
-"""uint8 pixels to what the model reads, on the device that the batch is on."""
+"""Normalise a batch's uint8 pixels for the model, on the batch's device."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from torch import Tensor
 
 from runkey.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Batch
 
-# ITU-R BT.601, as PIL and torchvision weigh the channels of a grey picture.
 GREY_WEIGHTS = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in a grey value (ITU-R BT.601), as in PIL and torchvision."""
 
 
 def normalise(batch: Batch, *, channels_last: bool = False) -> tuple[Tensor, Tensor]:
     """Apply the batch's colour factors, then (x / 255 - mean) / std with ImageNet's numbers.
 
-    Brightness b, contrast c and saturation s of an image with mean m (over its valid pixels and
-    channels): y = c b x + (1 - c) b m, then s y + (1 - s) grey(y).  Nothing is clipped, so the
-    order of the three does not matter and no detail is lost.  An image's pixels do not depend on
-    what it is batched with, to the last bit.  No wait for the device.
+    For brightness b, contrast c and saturation s of an image with mean m (over its valid pixels
+    and channels): y = c b x + (1 - c) b m, then s y + (1 - s) grey(y). Values are not clipped, so
+    the order of the three does not matter. An image's result does not depend on its batch, to the
+    last bit. There is no device sync.
 
     Args:
         batch: on the device to compute on.
         channels_last: memory format of the result.
 
     Returns:
-        float32 [B, 3, H, W], exactly 0 in the padding, and bool [B, H, W], True in the padding.
+        Images float32 [B, 3, H, W], exactly 0 in the padding, and the padding mask
+        bool [B, H, W], True in the padding.
     """
     count, _, height, width = batch.images.shape
     device = batch.images.device
@@ -37,9 +38,8 @@ def normalise(batch: Batch, *, channels_last: bool = False) -> tuple[Tensor, Ten
     pixels = nhwc.to(torch.float32, memory_format=torch.contiguous_format)
     if batch.colour is not None and batch.colour.shape[1] == 3:
         _saturate(pixels, batch.colour[:, 2])
-    # Whole rows of W * 3 numbers: broadcasting over an innermost axis of 3 is 20 times slower.
-    # The valid area is a product of rows and columns, so the offset is laid on without a mask;
-    # where either is 0 it adds exactly 0 to padding that is 0.
+    # On rows of W * 3 numbers: broadcasting over an innermost axis of 3 is 20 times slower.
+    # The offset is added as a product of valid rows and columns, so the padding stays exactly 0.
     lines = pixels.view(count, height, width * 3)
     lines.mul_(scale.repeat(1, width)[:, None])
     offsets = (columns[:, :, None] * offset[:, None]).view(count, 1, width * 3)
@@ -50,12 +50,12 @@ def normalise(batch: Batch, *, channels_last: bool = False) -> tuple[Tensor, Ten
 
 
 def _affine(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Factor and summand [B, 3] that take a uint8 value to a normalised one."""
+    """Factor and summand, [B, 3] each, that normalise a uint8 value."""
     mean, std = constants(batch.images.device)
     if batch.colour is None:
         return (1.0 / std).expand(len(batch), 3), (-mean / std).expand(len(batch), 3)
     brightness, contrast = batch.colour[:, 0:1], batch.colour[:, 1:2]
-    # Integers: the sum is exact, so padding and summation order cannot show in it.
+    # In integers the sum is exact: padding and summation order do not change it.
     total = batch.images.sum(dim=(1, 2, 3), dtype=torch.int64)
     mean_pixel = (total / (3 * batch.sizes.prod(dim=1)))[:, None]
     neutral = (1.0 - contrast) * brightness * mean_pixel
@@ -64,13 +64,13 @@ def _affine(batch: Batch) -> tuple[Tensor, Tensor]:
 
 @cache
 def constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet's mean and standard deviation, [3], of 0..255: sent once, as sending waits."""
+    """Return ImageNet's mean and std on a 0..255 scale, [3] each; cached, as copying syncs."""
     mean, std = torch.tensor(IMAGENET_MEAN) * 255.0, torch.tensor(IMAGENET_STD) * 255.0
     return mean.to(device), std.to(device)
 
 
 def _saturate(pixels: Tensor, saturation: Tensor) -> None:
-    """Move [B, H, W, 3] in place towards (or away from) each pixel's grey value."""
+    """Move pixels [B, H, W, 3] in place towards, or away from, their grey value."""
     red, green, blue = (pixels[..., i] * GREY_WEIGHTS[i] for i in range(3))
     grey = red.add_(green).add_(blue)
     factor = saturation[:, None, None, None]

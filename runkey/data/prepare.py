@@ -1,22 +1,34 @@
-"""The prepare stage's work: check a COCO folder, split it if need be, write what training reads.
+"""Check a COCO folder, split it if it has one JSON, and write what training reads.
 
     prepared/   classes.json  train.json  val.json  images.json  statistics.json  report.json
-                cache_train.npy  cache_train.json  cache_val.npy  cache_val.json   (where they pay)
+                cache_train.npy  cache_train.json  cache_val.npy  cache_val.json   (if they fit)
 
-The originals are neither copied nor touched.
+The data folder is only read.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from runkey.data.cache import Scratch, cache_bytes, write_cache
-from runkey.data.check_images import ScanSettings, check_scan, scan_images
-from runkey.data.checks import Item, check_ids, check_units, make_record
+from runkey.data.checks import (
+    Item,
+    ScanSettings,
+    check_ids,
+    check_scan,
+    check_units,
+    make_record,
+    scan_images,
+)
 from runkey.data.coco import merge_classes, read_coco
 from runkey.data.index import (
     IMAGE_LIST,
@@ -29,12 +41,12 @@ from runkey.data.index import (
 )
 from runkey.data.layout import Source, find_sources
 from runkey.data.report import Finding, Findings, Report
-from runkey.data.shapes import describe, shown_classes, write_statistics
 from runkey.data.split import choose_val
 from runkey.errors import DataError
 from runkey.params import Data
+from runkey.units import GIB, MIB
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 _SPLITS: tuple[Split, Split] = ("train", "val")
 _REPORT = "report.json"
@@ -43,6 +55,11 @@ _OUTPUTS = (
     *("cache_train.npy", "cache_train.json", "cache_val.npy", "cache_val.json"),
 )
 _LISTED_NAMES = 10
+_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+_MOST_SIZES = 20
+# COCO's bounds of small, medium and large, square pixels.
+SMALL_AREA = 32.0**2
+MEDIUM_AREA = 96.0**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +70,13 @@ class _Image:
     source: Source
     digest: bytes
     sums: tuple[tuple[int, ...], tuple[int, ...]]
-    number: int | None
-    """Its number in the scratch file, where pixels are kept."""
+    pixels: int | None
+    """Index of its pixels in the scratch file; None: it is not cached."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What all steps share."""
+    """What all steps need."""
 
     data: Data
     seed: int
@@ -68,26 +85,24 @@ class _Job:
     shown_report: str
     findings: Findings
     scratch: Scratch
-    say: Say
 
 
-def prepare(data: Data, seed: int, root: Path, out: Path, num_queries: int, say: Say) -> Report:
-    """Check the data set and write the outputs named above.
+def prepare(data: Data, seed: int, root: Path, out: Path, num_queries: int) -> Report:
+    """Check the data set, write the outputs and log the report.
 
     Args:
-        data: the `data` section of the parameters.
-        seed: decides which images are held out, where the data set has one JSON.
-        root: what `data.path` is relative to.
-        out: folder for the outputs (prepared/); earlier outputs of the same names are replaced.
-        num_queries: the model's; images with more objects are noted.
-        say: takes what was found and the table of findings, a line at a time.
+        data: section `data` of the parameters.
+        seed: chooses the validation images if the data set has one JSON.
+        root: the folder that `data.path` is relative to.
+        out: folder for the outputs (prepared/); earlier outputs are replaced.
+        num_queries: the model's; images with more objects are reported.
 
     Returns:
-        What was found and done; it is in report.json too.
+        The faults and what was done, as in report.json.
 
     Raises:
-        DataError: the data set has a fault whose policy is `fail`, or cannot be used at all.  All
-            of it is checked first, and report.json lists every fault.
+        DataError: the data set has a fault whose policy is `fail`, or cannot be used at all. All
+            checks run first, and report.json lists every fault.
     """
     out.mkdir(parents=True, exist_ok=True)
     for name in _OUTPUTS:
@@ -96,7 +111,7 @@ def prepare(data: Data, seed: int, root: Path, out: Path, num_queries: int, say:
     findings = Findings(data.checks)
     scratch = Scratch(out / "scratch.tmp")
     report_path = (shown / _REPORT).as_posix()
-    job = _Job(data, seed, root / data.path, out, report_path, findings, scratch, say)
+    job = _Job(data, seed, root / data.path, out, report_path, findings, scratch)
     try:
         report = _prepare(job, num_queries)
     except DataError as error:
@@ -118,7 +133,7 @@ def _prepare(job: _Job, num_queries: int) -> Report:
         [(source.shown_json, coco.categories) for source, coco in read], job.findings
     )
     if any(item.kind == "structure" for item in job.findings.items):
-        job.findings.stop_if_failed(job.shown_report)  # without sound classes all else is noise
+        job.findings.stop_if_failed(job.shown_report)  # other checks need the classes
     parts: list[list[_Image]] = []
     for source, coco in read:
         items = check_ids(coco, source, classes, job.findings)
@@ -137,16 +152,16 @@ def _prepare(job: _Job, num_queries: int) -> Report:
 def _check_images(
     job: _Job, source: Source, items: list[Item], classes: list[ClassName]
 ) -> Iterator[_Image]:
-    """Open every file, hold it against the JSON, then its boxes against the image."""
+    """Check every file against the JSON, then its boxes against the image."""
     data = job.data
     sizes = [(item.image.width, item.image.height) for item in items]
-    # Both splits share this pass where there is one JSON; each then has its own limit.
+    # One JSON holds both splits; the limit applies to each.
     share = 1.0 if source.split != "all" else max(data.val_fraction, 1 - data.val_fraction)
-    pays = cache_bytes(sizes, data.short_sides, data.long_side) * share <= _limit_bytes(data)
+    fits = cache_bytes(sizes, data.short_sides, data.long_side) * share <= data.cache_gib * GIB
     settings = ScanSettings(
         max_pixels=data.max_megapixels * 1e6,
         turn=data.checks.exif_rotation == "fix",
-        cache=(data.short_sides, data.long_side) if pays else None,
+        cache=(data.short_sides, data.long_side) if fits else None,
     )
     labels = {entry.id: entry.index for entry in classes}
     name = "data" if source.split == "all" else source.split
@@ -155,12 +170,12 @@ def _check_images(
         if frame is None:
             continue
         record = make_record(item, frame, source.shown_json, labels, job.findings)
-        number = None if scan.pixels is None else job.scratch.append(scan.pixels)
-        yield _Image(record, source, scan.digest, scan.sums, number)
+        pixels = None if scan.pixels is None else job.scratch.append(scan.pixels)
+        yield _Image(record, source, scan.digest, scan.sums, pixels)
 
 
 def _without_leaks(train: list[_Image], val: list[_Image], findings: Findings) -> list[_Image]:
-    """Train without the images that val has too, by name or by content."""
+    """Train without the images that are also in val, by name or by content."""
     held: dict[str | bytes, _Image] = {}
     for image in val:
         held[image.record.file] = held[image.digest] = image
@@ -185,7 +200,7 @@ def _without_leaks(train: list[_Image], val: list[_Image], findings: Findings) -
 
 
 def _split(job: _Job, images: list[_Image], source: Source) -> tuple[list[_Image], list[_Image]]:
-    """Train and val of a data set with one JSON.  Copies of an image stay on one side."""
+    """Split a data set with one JSON. Copies of an image stay in the same split."""
     twins: dict[bytes, list[_Image]] = {}
     for image in images:
         twins.setdefault(image.digest, []).append(image)
@@ -196,12 +211,12 @@ def _split(job: _Job, images: list[_Image], source: Source) -> tuple[list[_Image
         )
     groups = {min(image.record.id for image in group): group for group in twins.values()}
     classes_of = {
-        number: frozenset().union(*(shown_classes(image.record) for image in group))
-        for number, group in groups.items()
+        image_id: frozenset().union(*(object_classes(image.record) for image in group))
+        for image_id, group in groups.items()
     }
     held = choose_val(classes_of, job.data.val_fraction, job.seed)
-    train = [image for number, group in groups.items() if number not in held for image in group]
-    val = [image for number, group in groups.items() if number in held for image in group]
+    train = [image for first, group in groups.items() if first not in held for image in group]
+    val = [image for first, group in groups.items() if first in held for image in group]
     return train, val
 
 
@@ -209,7 +224,7 @@ def _refuse_empty(images: list[_Image], split: Split, source: Source, report: st
     way = f"add annotated images or see what was left out in {report}"
     if not images:
         raise DataError(f"{source.shown_json}: no image is left for {split}; {way}")
-    if not any(shown_classes(image.record) for image in images):
+    if not any(object_classes(image.record) for image in images):
         raise DataError(f"{source.shown_json}: no image for {split} has an object; {way}")
 
 
@@ -217,7 +232,7 @@ def _write(
     job: _Job, splits: dict[Split, list[_Image]], classes: list[ClassName], num_queries: int
 ) -> Report:
     write_classes(job.out / "classes.json", classes)
-    statistics: dict[str, dict[str, Any]] = {}
+    statistics: dict[Split, dict[str, Any]] = {}
     kept: dict[str, dict[str, int]] = {}
     for split, images in splits.items():
         records = [image.record for image in images]
@@ -225,36 +240,37 @@ def _write(
         statistics[split] = numbers = describe(records, classes, *_colour(images))
         kept[split] = {key: numbers[key] for key in ("images", "objects", "crowd_regions")}
         cached = _write_cache(job, split, images)
-        job.say(
+        logger.info(
             f"{split}: {len(records)} images, {numbers['images_without_objects']} without objects; "
             f"{numbers['objects']} objects, {numbers['crowd_regions']} crowd regions; {cached}"
         )
     listed = {s: [(i.record, i.digest) for i in images] for s, images in splits.items()}
     write_image_list(job.out / IMAGE_LIST, listed, classes)
-    write_statistics(job.out / "statistics.json", statistics)
+    text = json.dumps(statistics, indent=2, ensure_ascii=False)
+    (job.out / "statistics.json").write_text(text + "\n", encoding="utf-8")
     notes = _notes(splits, classes, num_queries)
     report = Report(True, tuple(job.findings.items), kept, notes)
     for line in report.lines():
-        job.say(line)
+        logger.info(line)
     return report
 
 
 def _write_cache(job: _Job, split: Split, images: list[_Image]) -> str:
-    numbers = [image.number for image in images if image.number is not None]
-    size = job.scratch.bytes_of(numbers)
-    if len(numbers) < len(images) or size > _limit_bytes(job.data):
+    indices = [image.pixels for image in images if image.pixels is not None]
+    size = job.scratch.bytes_of(indices)
+    if len(indices) < len(images) or size > job.data.cache_gib * GIB:
         return f"not cached, as it would take more than data.cache_gib: {job.data.cache_gib:g}"
-    write_cache(job.out, split, job.scratch.read(numbers))
-    return f"{size / 2**20:.1f} MiB cached"
+    write_cache(job.out, split, job.scratch.read(indices))
+    return f"{size / MIB:.1f} MiB cached"
 
 
 def _colour(images: list[_Image]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of the pixels for each channel, 0..1, from exact sums."""
+    """Mean and standard deviation of the pixels in each channel, 0..1, from exact sums."""
     pixels = sum(image.record.width * image.record.height for image in images)
     sums = [sum(image.sums[0][c] for image in images) for c in range(3)]
     squares = [sum(image.sums[1][c] for image in images) for c in range(3)]
     mean = [s / pixels / 255 for s in sums]
-    # In integers up to the division: the difference of two large floats would not be exact.
+    # Integers up to the division: a difference of two large floats would not be exact.
     var = [
         (pixels * q - s * s) / (pixels * pixels) / 255**2
         for s, q in zip(sums, squares, strict=True)
@@ -267,7 +283,7 @@ def _notes(
 ) -> tuple[str, ...]:
     notes = []
     for split, images in splits.items():
-        shown = frozenset().union(*(shown_classes(image.record) for image in images))
+        shown = frozenset().union(*(object_classes(image.record) for image in images))
         absent = [entry.name for entry in classes if entry.index not in shown]
         if absent:
             names = ", ".join(absent[:_LISTED_NAMES])
@@ -286,9 +302,86 @@ def _notes(
 
 
 def _by_id(images: list[_Image]) -> list[_Image]:
-    """The index does not depend on the order of the JSON."""
+    """Sort by id, so that the index does not depend on the order of the JSON."""
     return sorted(images, key=lambda image: image.record.id)
 
 
-def _limit_bytes(data: Data) -> float:
-    return data.cache_gib * 2**30
+def describe(
+    records: list[Record], classes: list[ClassName], mean: list[float], std: list[float]
+) -> dict[str, Any]:
+    """Compute the statistics of one split, for statistics.json.
+
+    Args:
+        records: its images.
+        classes: all classes.
+        mean: mean of the pixels in each channel of RGB, 0..1.
+        std: standard deviation of the pixels in each channel of RGB, 0..1.
+    """
+    objects = [
+        (box, label, area, record)
+        for record in records
+        for box, label, area, crowd in zip(
+            record.boxes_xywh, record.labels, record.areas, record.crowd, strict=True
+        )
+        if not crowd
+    ]
+    per_image = [sum(not crowd for crowd in record.crowd) for record in records]
+    labels = Counter(label for _, label, _, _ in objects)
+    images_of = Counter(label for record in records for label in object_classes(record))
+    areas = np.array([area for _, _, area, _ in objects], dtype=np.float64)
+    boxes = np.array([box for box, _, _, _ in objects], dtype=np.float64).reshape(-1, 4)
+    frames = np.array([(r.width, r.height) for _, _, _, r in objects], dtype=np.float64)
+    sides = np.sqrt(boxes[:, 2] * boxes[:, 3])
+    sizes = Counter((record.width, record.height) for record in records)
+    common = sorted(sizes.items(), key=lambda pair: (-pair[1], pair[0]))[:_MOST_SIZES]
+    return {
+        "images": len(records),
+        "images_without_objects": per_image.count(0),
+        "objects": len(objects),
+        "crowd_regions": sum(sum(record.crowd) for record in records),
+        "objects_per_image": {
+            "mean": _rounded(len(objects) / max(1, len(records))),
+            "maximum": max(per_image, default=0),
+        },
+        "classes": {
+            entry.name: {"objects": labels[entry.index], "images": images_of[entry.index]}
+            for entry in classes
+        },
+        "sizes_by_area": {
+            "small": int((areas < SMALL_AREA).sum()),
+            "medium": int(((areas >= SMALL_AREA) & (areas < MEDIUM_AREA)).sum()),
+            "large": int((areas >= MEDIUM_AREA).sum()),
+        },
+        "box_side_pixels": _quantiles(sides),
+        "box_side_of_image": _quantiles(sides / np.sqrt(frames.reshape(-1, 2).prod(axis=1))),
+        "box_width_to_height": _quantiles(boxes[:, 2] / boxes[:, 3]),
+        "image_width_to_height": _quantiles(np.array([r.width / r.height for r in records])),
+        "image_sizes": {
+            "distinct": len(sizes),
+            "most_common": [
+                {"width": width, "height": height, "images": count}
+                for (width, height), count in common
+            ],
+        },
+        "pixel_mean": [_rounded(value) for value in mean],
+        "pixel_std": [_rounded(value) for value in std],
+    }
+
+
+def object_classes(record: Record) -> frozenset[int]:
+    """Return the classes of an image's objects, without crowd regions."""
+    pairs = zip(record.labels, record.crowd, strict=True)
+    return frozenset(label for label, crowd in pairs if not crowd)
+
+
+def _quantiles(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float] | None:
+    if values.size == 0:
+        return None
+    return {
+        f"{round(100 * q)}%": _rounded(value)
+        for q, value in zip(_QUANTILES, np.quantile(values, _QUANTILES), strict=True)
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")

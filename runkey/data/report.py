@@ -1,8 +1,8 @@
-"""What `prepare` found wrong and what it did: collected, then failed on, printed and written.
+"""The faults that `prepare` finds and what it does about them.
 
     prepared/report.json   {"passed": ..., "counts": {kind: {policy: n}}, "items": [...], ...}
 
-The report is written also where `prepare` fails, and its bytes depend on the data alone.
+The report is also written if `prepare` fails. Its bytes depend on the data only.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ _LONGEST_NAME = 120
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One item that something was wrong with."""
+    """A fault of one item of the data set."""
 
     kind: str
-    """The check's name in `data.checks`, or "structure" for what no policy can mend."""
+    """The check's name in `data.checks`, or "structure" for faults without a policy."""
     policy: str
-    """fix, drop or fail: what was done with it."""
+    """fix, drop or fail."""
     file: str
-    """The JSON or the image, as the user may open it from the repository's root."""
+    """The JSON or the image, as a path from the repository's root."""
     image_id: int | None
     annotation_id: int | None
     what: str
-    """Which item, and what is wrong with it."""
+    """The item and its fault."""
     done: str
-    """What became of it, or the way out where nothing could be done."""
+    """What was done, or what the user can do."""
 
     @property
     def line(self) -> str:
-        """One line: file, item, fault, and what was done or can be done."""
+        """Return one line: file, item, fault, and what was done or can be done."""
         return f"{self.file}: {self.what}; {self.done}"
 
 
@@ -67,14 +67,14 @@ class Findings:
             kind: the name of its check.
             file: the JSON or the image.
             what: item and fault.
-            image_id: the image it concerns, if one.
-            annotation_id: the annotation it concerns, if one.
-            fixed: what is done under `fix`.
-            dropped: what is done under `drop`.
+            image_id: the image concerned, if any.
+            annotation_id: the annotation concerned, if any.
+            fixed: what policy `fix` does.
+            dropped: what policy `drop` does.
 
         Returns:
-            Whether the item stays, mended.  Under `fail` it does not, so that checking goes on
-            with the rest and all faults of the data set are known before it is refused.
+            True if the item stays, repaired. False under `drop`, and under `fail` too: checking
+            continues without the item, so that all faults are known before the data is refused.
         """
         policy: str = getattr(self.checks, kind)
         done = {"fix": fixed, "drop": dropped}.get(policy) or way_out(kind)
@@ -82,17 +82,17 @@ class Findings:
         return policy == "fix"
 
     def refuse(self, file: str, what: str, done: str) -> None:
-        """Record a fault that has no policy: the data set cannot be used with it."""
+        """Record a fault without a policy: the data set cannot be used with it."""
         self.items.append(Finding("structure", "fail", file, None, None, what, done))
 
     def stop_if_failed(self, report: str) -> None:
-        """Stop if anything was found that must not be trained on.
+        """Raise if any fault has policy `fail`.
 
         Args:
-            report: where the whole list is, as the error's text shall name it.
+            report: name of the file with all faults, for the error.
 
         Raises:
-            DataError: one line for the first such fault, with the number of the others.
+            DataError: names the first such fault and the number of the others.
         """
         failed = [item for item in self.items if item.policy == "fail"]
         if not failed:
@@ -109,13 +109,13 @@ class Report:
     passed: bool
     items: tuple[Finding, ...]
     kept: dict[str, dict[str, int]]
-    """For each split, the images, objects and crowd regions that later stages see."""
+    """For each split, the numbers of images, objects and crowd regions that remain."""
     notes: tuple[str, ...]
-    """What is worth knowing and no fault, one line each."""
+    """Observations that are no faults, one line each."""
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """Items for each kind and policy, sorted by name."""
+        """Return the number of items of each kind and policy, sorted by kind."""
         pairs = Counter((item.kind, item.policy) for item in self.items)
         counts: dict[str, dict[str, int]] = {}
         for (kind, policy), number in sorted(pairs.items()):
@@ -136,7 +136,7 @@ class Report:
         path.write_text(f'{text},\n  "items": {body}\n}}\n', encoding="utf-8")
 
     def lines(self) -> list[str]:
-        """The table that is printed: every kind with its count, and the items themselves."""
+        """Format the report for the terminal: every kind with its count and its first items."""
         lines: list[str] = []
         for kind, policies in self.counts.items():
             totals = ", ".join(f"{policy} {number}" for policy, number in policies.items())
@@ -150,17 +150,13 @@ class Report:
 
 
 def way_out(kind: str) -> str:
-    """What a user can do about a fault of this kind, for the end of an error line."""
-    options = get_args(_policies(kind))
+    """Return what a user can do about a fault of this kind, for the end of an error line."""
+    options = get_args(Checks.model_fields[kind].annotation)
     ways = " or ".join(option for option in options if option != "fail")
     return f"set data.checks.{kind}: {ways} in params.yaml or mend the file"
 
 
 def printable(name: str) -> str:
-    """A name from a JSON as it may stand in a one-line message."""
+    """Return a name from a JSON, escaped and shortened for a one-line message."""
     shown = name if name.isprintable() else ascii(name)[1:-1]
     return shown if len(shown) <= _LONGEST_NAME else shown[:_LONGEST_NAME] + "..."
-
-
-def _policies(kind: str) -> object:
-    return Checks.model_fields[kind].annotation

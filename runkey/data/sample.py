@@ -1,7 +1,9 @@
-"""Whether data.dvc holds the sample data or somebody's own, and what that means for `dvc push`.
+"""Make the sample data: handwritten digits on billiard balls on photographs, in COCO format.
 
-`dvc add data` keeps the lines `remote: seed` and `push: false` of the sample's data.dvc.  So images
-of one's own are never pushed into the repository by surprise; nor are they pushed anywhere else.
+    runkey sample-data [FOLDER]
+
+Every image has its own random generator, keyed by (seed, split, index), so the data set comes out
+the same, byte for byte, under the locked versions.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,6 @@ from ruamel.yaml.error import YAMLError
 from runkey.data.index import Split
 from runkey.errors import DataError
 
-# Draw one picture of the sample data: numbered balls on a crop of a photograph.
-
-
 WIDTH = 256
 HEIGHT = 192
 
@@ -35,21 +34,22 @@ Pixels = NDArray[np.float64]
 
 _INK = np.array([22.0, 20.0, 26.0])
 _CORE = np.array([247.0, 244.0, 236.0])
-# Towards the lamp, upper left and in front; a unit vector.
+# Direction of the lamp, upper left and in front; a unit vector.
 _LIGHT = (-0.48, -0.60, 0.64)
 _GLOSS = (-0.51, -0.61, 0.6065)
 _CORE_RADIUS = 0.64  # of the ball's radius
 _DIGIT_SIDE = 1.16  # of the ball's radius: side of the square that the digit is drawn in
 _DIGIT_PIXELS = 96
-# A steep ramp in place of a hard threshold: smooth edges.
+# A steep ramp instead of a threshold gives smooth edges.
 _INK_OF_GREY = [min(255, max(0, (grey - 106) * 5)) for grey in range(256)]
 
 
 @dataclass(frozen=True, slots=True)
 class Ball:
-    """A ball: where it lies, and what is on it."""
+    """A ball: its position, colour and digit."""
 
     left: int
+    """Pixels."""
     top: int
     diameter: int
     number: int
@@ -62,12 +62,12 @@ class Ball:
 
     @property
     def box_xywh(self) -> tuple[int, int, int, int]:
-        """The disc's exact extent, pixels."""
+        """Return the disc's exact extent, pixels."""
         return self.left, self.top, self.diameter, self.diameter
 
 
 def digit_ink(digit_8x8: NDArray[np.float64], angle_degrees: int, side: int) -> Pixels:
-    """The strokes of a handwritten digit as coverage.
+    """Draw the strokes of a handwritten digit as coverage.
 
     Args:
         digit_8x8: values 0..16.
@@ -77,7 +77,7 @@ def digit_ink(digit_8x8: NDArray[np.float64], angle_degrees: int, side: int) -> 
     Returns:
         [side, side], 0..1.
     """
-    # A margin of one cell, so that strokes at the edge are neither cut nor fade there.
+    # A margin of one cell, so that strokes at the edge are not cut off.
     padded = np.pad(np.rint(digit_8x8 * (255 / 16)), 1).astype(np.uint8)
     size = (_DIGIT_PIXELS, _DIGIT_PIXELS)
     image = Image.fromarray(padded).resize(size, Image.Resampling.BICUBIC)
@@ -95,13 +95,13 @@ def draw(
     digits_8x8: NDArray[np.float64],
     noise: Pixels,
 ) -> NDArray[np.uint8]:
-    """The finished picture.
+    """Draw a picture.
 
     Args:
         background: [HEIGHT, WIDTH, 3].
-        balls: in the order they are laid down; later ones cover earlier ones.
-        digits_8x8: [*, 8, 8] that `Ball.digit` points into.
-        noise: [HEIGHT, WIDTH, 3], added at the end, in grey levels.
+        balls: later ones cover earlier ones.
+        digits_8x8: [*, 8, 8], indexed by `Ball.digit`.
+        noise: [HEIGHT, WIDTH, 3], added at the end, grey levels.
 
     Returns:
         [HEIGHT, WIDTH, 3].
@@ -114,14 +114,14 @@ def draw(
 
 
 def coverage(ball: Ball) -> Pixels:
-    """How much of each pixel of its box the ball covers: [diameter, diameter], 0..1."""
+    """Return the covered fraction of each pixel of a ball's box: [diameter, diameter], 0..1."""
     x, y = _grid(0, 0, ball.diameter, ball.diameter, ball)
     distance = np.sqrt(x * x + y * y) * (ball.diameter / 2)
     return np.clip(ball.diameter / 2 - distance + 0.5, 0, 1)
 
 
 def _grid(left: int, top: int, width: int, height: int, ball: Ball) -> tuple[Pixels, Pixels]:
-    """Pixel centres of a window (relative to the ball's box), in radii from the ball's centre."""
+    """Pixel centres of a rectangle in the ball's box, in radii from the ball's centre."""
     radius = ball.diameter / 2
     x: Pixels = (np.arange(left, left + width, dtype=np.float64) + 0.5 - radius) / radius
     y: Pixels = (np.arange(top, top + height, dtype=np.float64) + 0.5 - radius) / radius
@@ -129,13 +129,13 @@ def _grid(left: int, top: int, width: int, height: int, ball: Ball) -> tuple[Pix
 
 
 def _shadow(canvas: Pixels, ball: Ball) -> None:
-    """Darken what lies to the lower right of the ball, softly."""
+    """Darken the area to the lower right of a ball."""
     reach = ball.diameter // 2 + 1
     left, top = max(0, ball.left - reach), max(0, ball.top - reach)
     right = min(WIDTH, ball.left + ball.diameter + reach)
     bottom = min(HEIGHT, ball.top + ball.diameter + reach)
     x, y = _grid(left - ball.left, top - ball.top, right - left, bottom - top, ball)
-    # An ellipse around the point where the light's ray through the centre meets the ground.
+    # An ellipse around the point where the ray of light through the centre meets the ground.
     u, v = (x - 0.30) / 1.22, (y - 0.40) / 1.10
     fade = np.clip(1 - (u * u + v * v), 0, 1)
     fade = fade * fade * (3 - 2 * fade)
@@ -159,17 +159,17 @@ def _ball(canvas: Pixels, ball: Ball, digit_8x8: NDArray[np.float64]) -> None:
     surface = _mix(np.broadcast_to(np.array(ball.colour), (*core.shape, 3)), _CORE, core)
     surface = _mix(surface, _INK, ink * core)
     # The core is lit more evenly than the coloured rim, so that the number stays legible.
-    shade = _mix_scalar(0.42 + 0.68 * lit, 0.74 + 0.32 * lit, core)
-    shaded = surface * shade[:, :, None]
+    rim, inner = 0.42 + 0.68 * lit, 0.74 + 0.32 * lit
+    shaded = surface * (rim + (inner - rim) * core)[:, :, None]
 
-    # A small bright spot on the coloured rim, where it shows; power 64 by squaring.
+    # A small bright spot on the coloured rim; power 64 by squaring.
     gloss = np.clip(_GLOSS[0] * x + _GLOSS[1] * y + _GLOSS[2] * height, 0, 1)
     for _ in range(6):
         gloss = gloss * gloss
     shaded = _mix(shaded, np.array([255.0, 255.0, 255.0]), 0.85 * gloss * (1 - ink))
 
-    window = canvas[ball.top : ball.top + diameter, ball.left : ball.left + diameter]
-    window[:] = _mix(window, shaded, coverage(ball))
+    below = canvas[ball.top : ball.top + diameter, ball.left : ball.left + diameter]
+    below[:] = _mix(below, shaded, coverage(ball))
 
 
 def _mix(below: Pixels, above: Pixels, part: Pixels) -> Pixels:
@@ -178,17 +178,10 @@ def _mix(below: Pixels, above: Pixels, part: Pixels) -> Pixels:
     return mixed
 
 
-def _mix_scalar(below: Pixels, above: Pixels, part: Pixels) -> Pixels:
-    return below + (above - below) * part
-
-
-# The sample data: handwritten digits on billiard balls on photographs, in COCO format.
-
-
 SEED = 2026
 COUNTS: dict[Split, int] = {"train": 400, "val": 100}
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
-# As on a pool table; number 8 not quite black, so that its shading shows.
+# As in pool; number 8 is not quite black, so that its shading is visible.
 COLOURS = (
     (236, 190, 36),
     (38, 74, 178),
@@ -246,24 +239,26 @@ Drawing (balls, shadows, layout) and annotations
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What scikit-learn brings, divided between the splits before anything is drawn."""
+    """scikit-learn's pictures, divided between the splits."""
 
     photos: dict[Split, list[NDArray[np.uint8]]]
     """[H, W, 3]: the left part of each photograph for train, the right part for val."""
     digits_8x8: NDArray[np.float64]
     rows: dict[Split, tuple[NDArray[np.int64], ...]]
-    """Per split and number: rows of `digits_8x8`."""
+    """By split and number: rows of `digits_8x8`."""
 
 
-def make_sample(out: Path, say: Callable[[str], None]) -> None:
-    """Write the whole data set: annotations/, train/, val/ and LICENSE.txt.
+def make_sample(out: Path) -> dict[Split, tuple[int, int]]:
+    """Write the data set: annotations/, train/, val/ and LICENSE.txt.
 
     Args:
-        out: folder to write; what an earlier call left there is replaced.
-        say: takes a line of progress.
+        out: the folder; files of an earlier call are replaced.
+
+    Returns:
+        Numbers of images and balls in each split.
 
     Raises:
-        DataError: `out` holds something that this function did not make.
+        DataError: `out` holds something that this function does not write.
     """
     known = {"annotations", "train", "val", "LICENSE.txt"}
     strange = sorted(p.name for p in out.iterdir() if p.name not in known) if out.is_dir() else []
@@ -274,6 +269,7 @@ def make_sample(out: Path, say: Callable[[str], None]) -> None:
         (out / name).mkdir(parents=True)
     (out / "LICENSE.txt").write_text(_LICENSE_TEXT, encoding="utf-8", newline="\n")
     sources = load_sources()
+    made: dict[Split, tuple[int, int]] = {}
     for split, count in COUNTS.items():
         laid: list[list[Ball]] = []
         for index in range(count):
@@ -285,13 +281,14 @@ def make_sample(out: Path, say: Callable[[str], None]) -> None:
         annotations = json.dumps(_coco(split, laid), separators=(",", ":")) + "\n"
         path = out / "annotations" / f"instances_{split}.json"
         path.write_text(annotations, encoding="utf-8", newline="\n")
-        say(f"{split}: {count} images, {sum(len(balls) for balls in laid)} balls")
+        made[split] = (count, sum(len(balls) for balls in laid))
+    return made
 
 
 def make_picture(
     sources: Sources, split: Split, index: int
 ) -> tuple[NDArray[np.uint8], list[Ball]]:
-    """Image `index` of a split and its balls, whatever else has been made."""
+    """Draw image `index` of a split; it does not depend on other images."""
     rng = np.random.default_rng([SEED, list(COUNTS).index(split), index])
     background = _background(sources.photos[split], rng)
     balls: list[Ball] = []
@@ -305,12 +302,12 @@ def make_picture(
 
 
 def load_sources() -> Sources:
-    """Digits and photographs of scikit-learn, divided between train and val."""
-    # A second of import, for this one command only.
+    """Load scikit-learn's digits and photographs, and divide them between train and val."""
+    # Imported here because it takes a second.
     from sklearn.datasets import load_digits, load_sample_images
 
     with warnings.catch_warnings():
-        # scikit-learn 1.8 sets an array's shape in place, which NumPy 2.5 advises against.
+        # scikit-learn 1.8 sets an array's shape in place, which NumPy 2.5 deprecates.
         warnings.simplefilter("ignore", DeprecationWarning)
         digits, target = load_digits(return_X_y=True)
         photos = load_sample_images().images
@@ -333,7 +330,7 @@ def load_sources() -> Sources:
 
 
 def _background(photos: list[NDArray[np.uint8]], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """A crop of the shape of the picture, mirrored or not, darker or lighter: [H, W, 3]."""
+    """A random crop of a photograph, perhaps mirrored, darker or lighter: [H, W, 3]."""
     photo = photos[int(rng.integers(len(photos)))]
     height, width = photo.shape[:2]
     largest = min(width, height * WIDTH // HEIGHT)
@@ -351,7 +348,7 @@ def _background(photos: list[NDArray[np.uint8]], rng: np.random.Generator) -> ND
 def _place(
     balls: list[Ball], rows: tuple[NDArray[np.int64], ...], rng: np.random.Generator
 ) -> Ball | None:
-    """One more ball where it covers little of the others; None after 40 attempts."""
+    """One more ball that overlaps others little; None after 40 attempts."""
     for _ in range(40):
         diameter = round(math.exp(rng.uniform(math.log(SMALLEST), math.log(LARGEST))))
         left = int(rng.integers(WIDTH - diameter + 1))
@@ -372,7 +369,7 @@ def _place(
 
 
 def _overlap(left: int, top: int, diameter: int, other: Ball) -> float:
-    """Shared area of two boxes, as a part of the smaller one."""
+    """Shared area of two boxes, as a fraction of the smaller one."""
     width = min(left + diameter, other.left + other.diameter) - max(left, other.left)
     height = min(top + diameter, other.top + other.diameter) - max(top, other.top)
     smaller: int = min(diameter, other.diameter) ** 2
@@ -384,7 +381,7 @@ def _file_name(split: Split, index: int) -> str:
 
 
 def _image_id(split: Split, index: int) -> int:
-    """1..400 in train, 1001..1100 in val: never the same in both."""
+    """1..400 in train, 1001..1100 in val."""
     return 1 + index + 1000 * list(COUNTS).index(split)
 
 
@@ -434,13 +431,16 @@ SEED_FOLDER = Path("sample-data")
 
 
 def own_data_note(root: Path) -> str | None:
-    """A line for users whose own data would not be pushed; None where there is nothing to say.
+    """Return a note for users whose own data `dvc push` would skip; None if there are none.
+
+    `dvc add data` keeps the lines `remote: seed` and `push: false` of the sample's data.dvc, so
+    own images are not pushed into the repository by accident, and not to another remote either.
 
     Args:
-        root: the workspace; data.dvc and sample-data/ are looked for there.
+        root: the workspace with data.dvc and sample-data/.
 
     Raises:
-        DataError: data.dvc is there and cannot be read.
+        DataError: data.dvc cannot be read.
     """
     path = root / DATA_DVC
     if not path.is_file():

@@ -1,28 +1,22 @@
-"""Numbers about a checked data set, for choosing sizes and queries: prepared/statistics.json."""
+"""Which image and batch shapes the loader can produce, and the largest of them."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runkey.data.augment import UNBOUNDED, crop_sides, evaluation_size, resized_size
-from runkey.data.index import ClassName, Record
+from runkey.data.index import Record
 from runkey.params import Data
 
-# The shape census: which output sizes the loader can produce, and the worst batch of them.
-
-
 Shape = tuple[int, int]
+"""(height, width), pixels."""
 
 
 def reachable_shapes(data: Data, records: Iterable[Record]) -> set[Shape]:
-    """Every (height, width), pixels, that an image of `records` can have in a training batch."""
+    """Return every shape that an image of `records` can have in a training batch."""
     sizes = {(record.height, record.width) for record in records}
     augment, shapes = data.augment, set[Shape]()
     if augment.crop_probability < 1.0:
@@ -33,13 +27,13 @@ def reachable_shapes(data: Data, records: Iterable[Record]) -> set[Shape]:
 
 
 def evaluation_shapes(data: Data, records: Iterable[Record]) -> set[Shape]:
-    """Every (height, width), pixels, that an image of `records` has in evaluation."""
+    """Return every shape that an image of `records` has in evaluation."""
     sizes = {(record.height, record.width) for record in records}
     return {evaluation_size(data, *size) for size in sizes}
 
 
 def _crops(data: Data, sizes: set[Shape]) -> set[Shape]:
-    """Every (height, width) that the random crop can cut out of images of `sizes`."""
+    """Every shape that the random crop can cut out of images of `sizes`."""
     ranges = set()
     for size in sizes:
         for short_side in data.augment.crop_short_sides:
@@ -62,16 +56,16 @@ def _resized(data: Data, sizes: set[Shape]) -> set[Shape]:
 
 
 def is_portrait(shape: Shape) -> bool:
-    """Whether an output belongs to the portrait batches of `group_by_aspect` (squares do not)."""
+    """Return True for portrait shapes; squares belong to landscape in `group_by_aspect`."""
     return shape[0] > shape[1]
 
 
 def worst_batch_shape(shapes: Iterable[Shape], batch_size: int, *, grouped: bool) -> Shape:
-    """The largest padded (height, width) of a batch of images with these shapes.
+    """Return the padded shape with the most pixels that a batch can have.
 
     Args:
-        shapes: what single images can have, from `reachable_shapes` or `evaluation_shapes`.
-        batch_size: images in the batch; one image pads to nothing but itself.
+        shapes: of single images, from `reachable_shapes` or `evaluation_shapes`.
+        batch_size: images in the batch; a single image is not padded.
         grouped: `data.group_by_aspect`: no batch holds landscape and portrait images together.
     """
     worst = [
@@ -84,14 +78,10 @@ def worst_batch_shape(shapes: Iterable[Shape], batch_size: int, *, grouped: bool
 
 
 def padded_shapes(shapes: Iterable[Shape], batch_size: int, *, grouped: bool) -> set[Shape]:
-    """Every padded (height, width) that a batch of up to `batch_size` images can have.
+    """Return every padded shape that a batch of up to `batch_size` images can have.
 
-    Two images reach all that more can: one gives the height, the other the width.
-
-    Args:
-        shapes: what single images can have, from `reachable_shapes` or `evaluation_shapes`.
-        batch_size: images in the batch, at most.
-        grouped: `data.group_by_aspect`: no batch holds landscape and portrait images together.
+    Two images are enough to reach them all: one determines the height, the other the width.
+    Arguments as for `worst_batch_shape`.
     """
     if batch_size == 1:
         return set(shapes)
@@ -99,7 +89,7 @@ def padded_shapes(shapes: Iterable[Shape], batch_size: int, *, grouped: bool) ->
     for group in _groups(shapes, grouped=grouped):
         heights, least_width = _least(np.array([(h, w) for h, w in group]))
         widths, least_height = _least(np.array([(w, h) for h, w in group]))
-        # (h, w) is reached if some image of height h is at most w wide, and the other way round.
+        # (h, w) is reached if an image of height h is at most w wide, and the reverse.
         fits = (least_width[:, None] <= widths) & (least_height <= heights[:, None])
         rows, columns = fits.nonzero()
         padded |= set(zip(heights[rows].tolist(), widths[columns].tolist(), strict=True))
@@ -107,14 +97,14 @@ def padded_shapes(shapes: Iterable[Shape], batch_size: int, *, grouped: bool) ->
 
 
 def _least(pairs: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The different first numbers of pairs [N, 2], and the least second number of each."""
+    """The distinct first numbers of pairs [N, 2], and the least second number of each."""
     order = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
     first, at = np.unique(order[:, 0], return_index=True)
     return first, order[at, 1]
 
 
 def _groups(shapes: Iterable[Shape], *, grouped: bool) -> list[list[Shape]]:
-    """The shapes that can meet in a batch; no group is empty."""
+    """The sets of shapes that a batch can combine; none is empty."""
     shapes = list(shapes)
     if not grouped:
         return [shapes] if shapes else []
@@ -127,106 +117,12 @@ def _pixels(shape: Shape) -> tuple[int, Shape]:
 
 
 def most_objects(records: Sequence[Record], batch_size: int, max_objects: int) -> int:
-    """The most boxes that a training batch of `batch_size` different images can hold.
+    """Return the most boxes that a training batch of `batch_size` different images can hold.
 
     Args:
-        records: the split's index; crowd regions do not count.
+        records: the split's index; crowd regions are not counted.
         batch_size: images in the batch.
-        max_objects: boxes kept of one image; 0: all.
+        max_objects: most boxes of one image; 0: no limit.
     """
     counts = sorted((r.crowd.count(False) for r in records), reverse=True)[:batch_size]
     return sum(min(count, max_objects) if max_objects else count for count in counts)
-
-
-_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-_MOST_SIZES = 20
-# COCO's bounds of small, medium and large, in squared pixels.
-SMALL_AREA = 32.0**2
-MEDIUM_AREA = 96.0**2
-
-
-def describe(
-    records: list[Record], classes: list[ClassName], mean: list[float], std: list[float]
-) -> dict[str, Any]:
-    """The statistics of one split.
-
-    Args:
-        records: its images.
-        classes: all classes.
-        mean: of the pixels, for each channel of RGB, 0..1.
-        std: of the pixels, for each channel of RGB, 0..1.
-    """
-    objects = [
-        (box, label, area, record)
-        for record in records
-        for box, label, area, crowd in zip(
-            record.boxes_xywh, record.labels, record.areas, record.crowd, strict=True
-        )
-        if not crowd
-    ]
-    per_image = [sum(not crowd for crowd in record.crowd) for record in records]
-    labels = Counter(label for _, label, _, _ in objects)
-    showing = Counter(label for record in records for label in shown_classes(record))
-    areas = np.array([area for _, _, area, _ in objects], dtype=np.float64)
-    boxes = np.array([box for box, _, _, _ in objects], dtype=np.float64).reshape(-1, 4)
-    frames = np.array([(r.width, r.height) for _, _, _, r in objects], dtype=np.float64)
-    sides = np.sqrt(boxes[:, 2] * boxes[:, 3])
-    sizes = Counter((record.width, record.height) for record in records)
-    common = sorted(sizes.items(), key=lambda pair: (-pair[1], pair[0]))[:_MOST_SIZES]
-    return {
-        "images": len(records),
-        "images_without_objects": per_image.count(0),
-        "objects": len(objects),
-        "crowd_regions": sum(sum(record.crowd) for record in records),
-        "objects_per_image": {
-            "mean": _rounded(len(objects) / max(1, len(records))),
-            "maximum": max(per_image, default=0),
-        },
-        "classes": {
-            entry.name: {"objects": labels[entry.index], "images": showing[entry.index]}
-            for entry in classes
-        },
-        "sizes_by_area": {
-            "small": int((areas < SMALL_AREA).sum()),
-            "medium": int(((areas >= SMALL_AREA) & (areas < MEDIUM_AREA)).sum()),
-            "large": int((areas >= MEDIUM_AREA).sum()),
-        },
-        "box_side_pixels": _quantiles(sides),
-        "box_side_of_image": _quantiles(sides / np.sqrt(frames.reshape(-1, 2).prod(axis=1))),
-        "box_width_to_height": _quantiles(boxes[:, 2] / boxes[:, 3]),
-        "image_width_to_height": _quantiles(np.array([r.width / r.height for r in records])),
-        "image_sizes": {
-            "distinct": len(sizes),
-            "most_common": [
-                {"width": width, "height": height, "images": number}
-                for (width, height), number in common
-            ],
-        },
-        "pixel_mean": [_rounded(value) for value in mean],
-        "pixel_std": [_rounded(value) for value in std],
-    }
-
-
-def shown_classes(record: Record) -> frozenset[int]:
-    """Classes of an image's objects, crowd regions left aside."""
-    pairs = zip(record.labels, record.crowd, strict=True)
-    return frozenset(label for label, crowd in pairs if not crowd)
-
-
-def write_statistics(path: Path, splits: dict[str, dict[str, Any]]) -> None:
-    """Write statistics.json: the same data give the same bytes."""
-    text = json.dumps(splits, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def _quantiles(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float] | None:
-    if values.size == 0:
-        return None
-    return {
-        f"{round(100 * q)}%": _rounded(value)
-        for q, value in zip(_QUANTILES, np.quantile(values, _QUANTILES), strict=True)
-    }
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.5g}")

@@ -1,7 +1,7 @@
-"""Splits one data set into train and val: by image id, with every class in both.
+"""Split one data set into train and val by image id, with every class in both.
 
-Iterative stratification for several labels an image (Sechidis, Tsoumakas, Vlahavas, 2011), with a
-hash of seed and id in place of chance: neither the order of the JSON nor the machine matters.
+Iterative stratification for multi-label data (Sechidis, Tsoumakas, Vlahavas 2011). Hashes of seed
+and image id replace random numbers, so the result does not depend on the order of the JSON.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from collections.abc import Mapping
 def choose_val(
     classes_of: Mapping[int, frozenset[int]], val_fraction: float, seed: int
 ) -> frozenset[int]:
-    """The images that are held out.
+    """Choose the validation images.
 
-    A class that two images or more show is in both splits, unless other classes of the same few
-    images make that impossible; then, and where one image shows it, it is in train.
+    A class of two images or more is in both splits, unless other classes of the same few images
+    prevent it; then, and if only one image has it, it is in train.
 
     Args:
-        classes_of: image id -> the classes it shows (empty for an image without objects).
-        val_fraction: part of the images that is held out, 0..1.
-        seed: another seed holds out other images.
+        classes_of: image id -> its classes (empty for an image without objects).
+        val_fraction: fraction of validation images, 0..1.
+        seed: another seed chooses other images.
 
     Returns:
-        Ids of the val images: at least one, and not all, where there are two images.
+        Ids of the val images; of two images or more at least one and not all.
     """
     order = sorted(classes_of, key=lambda number: _rank(seed, number))
     split = _Split(classes_of, order, val_fraction)
@@ -40,7 +40,7 @@ def choose_val(
 
 
 class _Split:
-    """The sets while they grow.  `order` is the only source of chance."""
+    """The growing splits. All randomness is in `order`."""
 
     def __init__(
         self, classes_of: Mapping[int, frozenset[int]], order: list[int], fraction: float
@@ -69,7 +69,7 @@ class _Split:
         (self.train if in_val else self.val).discard(number)
 
     def assign(self, label: int) -> None:
-        """Share out the images of a class that no rarer class has claimed."""
+        """Assign the images of a class that no rarer class has assigned."""
         count = self.total[label]
         quota = min(max(1, round(self.fraction * count)), count - 1)
         for number in self.members[label]:
@@ -77,13 +77,13 @@ class _Split:
                 self.put(number, self.held[label] < quota)
 
     def assign_empty(self) -> None:
-        """Images without objects fill val up to its size."""
+        """Fill val up to its size with images without objects."""
         for number in self.order:
             if not self.classes_of[number]:
                 self.put(number, len(self.val) < self.wanted)
 
     def repair(self, label: int) -> None:
-        """A class that is in one split alone: move one of its images, if no other class minds."""
+        """Move an image of a class that is in one split only, if other classes allow it."""
         held = self.held[label]
         if self.total[label] < 2 or 0 < held < self.total[label]:
             return
@@ -92,11 +92,11 @@ class _Split:
             if self._allowed(number, to_val, slack=False):
                 self.put(number, to_val)
                 return
-        if held:  # better unjudged than untrained
+        if held:  # a class that is never evaluated is better than one that is never trained
             self.put(self.members[label][0], in_val=False)
 
     def balance(self) -> None:
-        """Move images to bring val to its size, as far as every class keeps its share."""
+        """Move images until val has its size, as long as every class keeps its share."""
         for number in self.order:
             if len(self.val) == self.wanted:
                 return
@@ -105,7 +105,7 @@ class _Split:
                 self.put(number, to_val)
 
     def _allowed(self, number: int, to_val: bool, slack: bool) -> bool:
-        """Whether a move leaves each class of the image in both splits, and about in proportion."""
+        """True if a move keeps each class in both splits (slack: and its share about right)."""
         for label in self.classes_of[number]:
             share = self.fraction * self.total[label]
             after = self.held[label] + (1 if to_val else -1)

@@ -1,1 +1,1 @@
-"""From image files to detections, as `evaluate` makes them."""
+"""From image files to detections, exactly as `evaluate` computes them."""

@@ -1,7 +1,6 @@
-"""Image files to what the model sees in evaluation: the same pixels, made of the same functions.
+"""Preprocess an image file exactly as evaluation does: same functions, same pixels.
 
-Where `prepare` keeps decoded images, evaluation resizes what it kept, so an image goes by way of
-that size here too.
+If `prepare` cached decoded images, evaluation resizes the cached ones, so this does both steps.
 """
 
 from __future__ import annotations
@@ -11,35 +10,42 @@ import torch
 
 from runkey.data.augment import WHOLE, crop_resize, place, resized_size
 from runkey.data.cache import shrink
-from runkey.data.check_images import exif_orientation, orient
 from runkey.data.dataset import Batch
-from runkey.data.decode import ORIENTATIONS, open_image, to_rgb, turn
+from runkey.data.decode import (
+    ORIENTATIONS,
+    exif_orientation,
+    exif_rotation,
+    open_image,
+    to_rgb,
+    turn,
+)
 from runkey.model.model_files import Sizes
 
 
 def preprocess(content: bytes, sizes: Sizes, image_id: int = 0) -> Batch:
     """Decode an image file and resize it as evaluation does.
 
-    An image that EXIF says to turn by 90 or 270 degrees is turned, as `prepare` turns one whose
-    size in the JSON is the turned one.  Like there, half turns and mirror images are not applied.
+    EXIF rotations by 90 and 270 degrees are applied (orientations 5 to 8), as `prepare` applies
+    them if the JSON has the rotated size. Orientations 2 to 4 (mirrored, upside down) are not
+    applied, here or in `prepare`: a phone photo with orientation 3 stays upside down.
 
     Args:
         content: bytes of an image file.
         sizes: of the model's card.
-        image_id: what the batch calls it.
+        image_id: id of the image in the batch.
 
     Returns:
-        A batch of one image without objects; its original size is that of the turned image.
+        A batch of one image without objects; its original size is that of the rotated image.
 
     Raises:
-        OSError: it is no image, or cut short (PIL raises other types too for damaged files).
+        OSError: not an image, or truncated (for damaged files PIL raises other types too).
         UnknownRangeError: 32-bit pixels.
     """
     with open_image(content) as opened:
         orientation = exif_orientation(opened)
         image = to_rgb(opened)
     width, height = image.size if ORIENTATIONS[orientation][0] in (0, 180) else image.size[::-1]
-    rotate, mirror = orient(orientation, image.size, (width, height))
+    rotate, mirror = exif_rotation(orientation, image.size, (width, height))
     if sizes.cached:
         image = shrink(image, (sizes.short_side,), sizes.long_side)
     pixels = torch.from_numpy(turn(np.array(image), rotate, mirror)).permute(2, 0, 1)

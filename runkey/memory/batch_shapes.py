@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runkey.data.augment import build_views
+from runkey.data.augment import build_augmentation
 from runkey.data.dataset import BatchMaker, image_table
 from runkey.data.index import Record
-from runkey.data.sampler import Seen, WindowSampler, micro_batches
+from runkey.data.sampler import AugmentedImage, GlobalBatchSampler, micro_batches
 from runkey.data.shapes import (
     Shape,
     most_objects,
@@ -130,13 +130,15 @@ def sample_windows(
         The forward passes of each step.
     """
     table = image_table(records)
-    views = build_views(data, seed)
-    sampler = WindowSampler(views, table.ids, table.sizes, batch_size, data.group_by_aspect)
-    maker = BatchMaker(table, Path(), None, views, data.augment.min_visible, max_objects)
+    augmentation = build_augmentation(data, seed)
+    sampler = GlobalBatchSampler(
+        augmentation, table.ids, table.sizes, batch_size, data.group_by_aspect
+    )
+    maker = BatchMaker(table, Path(), None, augmentation, data.augment.min_visible, max_objects)
     windows: list[tuple[Pass, ...]] = []
     count = epoch = 0
     while count < batches:
-        for window in sampler.windows(epoch):
+        for window in sampler.global_batches(epoch):
             runs = micro_batches(window, micro_batch, grouped=data.group_by_aspect)
             windows.append(tuple(_shape_of(maker, run) for run in runs))
             count += len(runs)
@@ -146,13 +148,15 @@ def sample_windows(
     return windows
 
 
-def _shape_of(maker: BatchMaker, run: Sequence[Seen]) -> Pass:
+def _shape_of(maker: BatchMaker, run: Sequence[AugmentedImage]) -> Pass:
     sizes = maker.table.sizes
-    objects = [len(maker.objects_seen(index, view, sizes[index])[1]) for index, view in run]
+    objects = [
+        len(maker.visible_objects(index, augment, sizes[index])[1]) for index, augment in run
+    ]
     return Pass(
         batch=len(run),
-        height=max(view.size[0] for _, view in run),
-        width=max(view.size[1] for _, view in run),
+        height=max(augment.size[0] for _, augment in run),
+        width=max(augment.size[1] for _, augment in run),
         objects=max(objects),
     )
 

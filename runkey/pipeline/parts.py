@@ -51,17 +51,9 @@ def build_validation(
     params: Params, model: ModelParams, root: Path, device: torch.device
 ) -> Validation:
     """The validation of `root`'s prepared data, of a model with the parameters `model`."""
-    prepared, runtime = root / paths.PREPARED, params.runtime
+    prepared = root / paths.PREPARED
     classes = read_classes(prepared / "classes.json")
-    loader = build_eval_loader(
-        params.data,
-        prepared=prepared,
-        root=root,
-        batch_size=params.evaluate.batch_size,
-        workers=runtime.workers,
-        prefetch=runtime.prefetch,
-        pin_memory=runtime.pin_memory,
-    )
+    loader = build_eval_loader(params, root)
     dtype, _ = choose_precision(params.training.precision, device)
     return Validation(
         records=read_index(prepared / "val.json"),

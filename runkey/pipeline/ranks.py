@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from runkey import paths
 from runkey.data.loader import TrainLoader, build_train_loader
 from runkey.errors import Interrupted
 from runkey.memory.choose import MemoryPlan
@@ -23,7 +22,6 @@ from runkey.model.build import build_model
 from runkey.model.detr import Detector
 from runkey.params import Params
 from runkey.pipeline.parts import Validation, build_validation
-from runkey.progress import tell
 from runkey.training.device import choose_device, choose_processes, set_up
 from runkey.training.distributed import (
     LostRankError,
@@ -148,17 +146,9 @@ def _loader(
     # Each GPU has the memory that the plan was made for; on a CPU the ranks share it.
     shared_by = world.size if device.type == "cpu" else 1
     return build_train_loader(
-        params.data,
-        prepared=root / paths.PREPARED,
-        root=root,
-        seed=params.seed,
-        batch_size=params.training.batch_size,
-        micro_batch=max(1, plan.micro_batch // shared_by),
-        max_objects=params.model.num_queries,
-        workers=params.runtime.workers,
-        prefetch=params.runtime.prefetch,
-        pin_memory=params.runtime.pin_memory,
+        params,
+        root,
+        max(1, plan.micro_batch // shared_by),
         rank=world.rank,
         world_size=world.size,
-        say=tell if world.is_main else None,
     )

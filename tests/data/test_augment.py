@@ -1,4 +1,4 @@
-"""The distributions that training views are drawn from."""
+"""The distributions that training drawn are drawn from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from runkey.data.augment import WHOLE, Views
+from runkey.data.augment import WHOLE, Augmentation
 from runkey.params import Augment
 
 DRAWS = 8000
@@ -38,10 +38,10 @@ def test_random_crop_has_the_references_distribution(size):
     augment, short_sides = Augment(crop_probability=1), (480, 576, 800)
     rng = random.Random(1)
     want = np.array([reference_crop(rng, *size, augment, short_sides) for _ in range(DRAWS)])
-    views = Views(0, short_sides, 1333, augment).draw(0, range(DRAWS), [size] * DRAWS)
-    regions = [view.region for view in views]
+    drawn = Augmentation(0, short_sides, 1333, augment).draw(0, range(DRAWS), [size] * DRAWS)
+    regions = [one.region for one in drawn]
     got = np.array(
-        [(r.left, r.top, r.width, r.height, *v.size) for r, v in zip(regions, views, strict=True)]
+        [(r.left, r.top, r.width, r.height, *v.size) for r, v in zip(regions, drawn, strict=True)]
     )
     for name, a, b in zip(("left", "top", "w", "h", "H", "W"), want.T, got.T, strict=True):
         assert stats.ks_2samp(a, b).pvalue > 1e-3, name
@@ -50,17 +50,17 @@ def test_random_crop_has_the_references_distribution(size):
 
 def test_random_crop_keeps_a_small_image_whole():
     augment = Augment(crop_probability=1, crop_short_sides=(100,))
-    view = Views(0, (100,), 400, augment).draw(0, [1], [(50, 80)])[0]
-    assert (view.region.left, view.region.top) == (0, 0)
-    assert (view.region.width, view.region.height) == (1, 1)
+    one = Augmentation(0, (100,), 400, augment).draw(0, [1], [(50, 80)])[0]
+    assert (one.region.left, one.region.top) == (0, 0)
+    assert (one.region.width, one.region.height) == (1, 1)
 
 
 def test_zoom_is_about_the_image_and_keeps_the_output_size():
     augment = Augment(zoom=0.25, aspect=0.1, shift=0.1)
-    views = Views(0, (120,), 160, augment).draw(0, range(DRAWS), [(192, 256)] * DRAWS)
-    assert {view.size for view in views} == {(120, 160)}
+    drawn = Augmentation(0, (120,), 160, augment).draw(0, range(DRAWS), [(192, 256)] * DRAWS)
+    assert {one.size for one in drawn} == {(120, 160)}
     regions = np.array(
-        [(v.region.left, v.region.top, v.region.width, v.region.height) for v in views]
+        [(v.region.left, v.region.top, v.region.width, v.region.height) for v in drawn]
     )
     zoom = -np.log(regions[:, 2] * regions[:, 3]) / 2
     aspect = -np.log(regions[:, 2] / regions[:, 3])
@@ -71,27 +71,29 @@ def test_zoom_is_about_the_image_and_keeps_the_output_size():
 
 def test_flip_short_side_and_crop_have_their_chances():
     augment = Augment(flip_probability=0.3, crop_probability=0.25, zoom=0, aspect=0, shift=0)
-    views = Views(0, (480, 512, 800), 1333, augment).draw(0, range(DRAWS), [(480, 640)] * DRAWS)
-    assert np.mean([v.flip for v in views]) == pytest.approx(0.3, abs=0.02)
-    shorts = [min(v.size) for v in views]
+    drawn = Augmentation(0, (480, 512, 800), 1333, augment).draw(
+        0, range(DRAWS), [(480, 640)] * DRAWS
+    )
+    assert np.mean([v.flip for v in drawn]) == pytest.approx(0.3, abs=0.02)
+    shorts = [min(v.size) for v in drawn]
     parts = [shorts.count(short) / DRAWS for short in (480, 512, 800)]
     assert parts == pytest.approx([1 / 3] * 3, abs=0.02)
-    assert np.mean([v.region != WHOLE for v in views]) == pytest.approx(0.25, abs=0.02)
+    assert np.mean([v.region != WHOLE for v in drawn]) == pytest.approx(0.25, abs=0.02)
 
 
 def test_everything_off_shows_the_whole_image(plain):
-    views = Views(0, (120,), 160, plain)
-    view = views.draw(0, [5], [(192, 256)])[0]
-    assert (view.size, view.flip) == ((120, 160), False)
-    region = view.region
+    drawn = Augmentation(0, (120,), 160, plain)
+    one = drawn.draw(0, [5], [(192, 256)])[0]
+    assert (one.size, one.flip) == ((120, 160), False)
+    region = one.region
     assert (region.left, region.top, region.width, region.height) == (0, 0, 1, 1)
-    assert views.draw_colour(0, [5]) is None
+    assert drawn.draw_colour(0, [5]) is None
 
 
 def test_colour_factors():
     augment = Augment(brightness=0.2, contrast=0.4, saturation=0.1)
-    colour = Views(0, (120,), 160, augment).draw_colour(0, range(DRAWS))
+    colour = Augmentation(0, (120,), 160, augment).draw_colour(0, range(DRAWS))
     for values, bound in zip(colour.T, (0.2, 0.4, 0.1), strict=True):
         assert stats.kstest(values, stats.uniform(1 - bound, 2 * bound).cdf).pvalue > 1e-3
-    without = Views(0, (120,), 160, Augment(saturation=0)).draw_colour(0, [1, 2])
+    without = Augmentation(0, (120,), 160, Augment(saturation=0)).draw_colour(0, [1, 2])
     assert without.shape == (2, 2)

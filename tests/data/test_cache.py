@@ -123,11 +123,10 @@ def test_prepare_shrinks_large_images(folder):
     assert torch.allclose(cache.image(0).float().mean((1, 2)), whole.mean((1, 2)), atol=4)
 
 
-def test_no_cache_where_it_would_be_too_large(folder):
-    said = []
-    folder.run(cache_gib=0.0, say=said.append)
+def test_no_cache_where_it_would_be_too_large(folder, logged):
+    folder.run(cache_gib=0.0)
     assert open_cache(folder.out, "train") is None
-    assert any("not cached" in line for line in said)
+    assert any("not cached" in line for line in logged())
 
     just_val = (2 * 40 * 30 * 3 + 1) / 2**30
     folder.run(cache_gib=just_val, short_sides=(30,), long_side=40)

@@ -101,7 +101,7 @@ def test_a_batch_without_any_box(workspace, make_record, train_loader):
     assert batch.counts == (0, 0, 0)
 
 
-@pytest.mark.parametrize(("limit", "queries"), [(2, 0), (0, 2), (2, 5), (5, 2)])
+@pytest.mark.parametrize(("limit", "queries"), [(2, 1000), (0, 2), (2, 5), (5, 2)])
 def test_the_largest_objects_are_kept_in_order(
     workspace, make_record, train_loader, plain, limit, queries
 ):

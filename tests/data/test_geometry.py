@@ -10,12 +10,12 @@ import torch
 
 from runkey.data.augment import (
     OUTSIDE_RGB,
+    Augmentation,
     Region,
-    Views,
-    carry_boxes,
     crop_resize,
     place,
     resized_size,
+    transform_boxes,
 )
 from runkey.params import Augment
 
@@ -66,7 +66,7 @@ AUGMENTS = {
 def test_boxes_follow_pixels_within_a_pixel(augment):
     """A red rectangle on blue: found by its colour after augmentation, it is where its box is."""
     rng = np.random.default_rng(0)
-    views = Views(0, (60, 90), 130, augment)
+    drawn = Augmentation(0, (60, 90), 130, augment)
     seen = flipped = 0
     for id_ in range(400):
         height, width = (int(side) for side in rng.integers(60, 200, 2))
@@ -75,23 +75,23 @@ def test_boxes_follow_pixels_within_a_pixel(augment):
         image = torch.zeros(height, width, 3, dtype=torch.uint8).permute(2, 0, 1)
         image[2] = 255
         image[:, top:bottom, left:right] = torch.tensor([255, 0, 0])[:, None, None]
-        view = views.draw(0, [id_], [(height, width)])[0]
-        placement = place(view.region, (height, width), view.size)
+        one = drawn.draw(0, [id_], [(height, width)])[0]
+        placement = place(one.region, (height, width), one.size)
         out = crop_resize(image, placement)
-        out = out.flip(-1) if view.flip else out
+        out = out.flip(-1) if one.flip else out
         assert out.dtype == torch.uint8
-        assert out.shape == (3, *view.size)
+        assert out.shape == (3, *one.size)
         box = np.array([[left, top, right, bottom]], dtype=np.float64)
-        (carried,), (visible,) = carry_boxes(box, placement, flip=view.flip)
+        (carried,), (visible,) = transform_boxes(box, placement, flip=one.flip)
         red = (out[0].int() - out[2].int()) > 20
         if min(carried[2] - carried[0], carried[3] - carried[1]) < 3:
             continue
         ys, xs = np.flatnonzero(red.any(1)), np.flatnonzero(red.any(0))
         found = [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]
-        assert np.abs(carried - found).max() <= 1.0, (id_, view, carried, found)
+        assert np.abs(carried - found).max() <= 1.0, (id_, one, carried, found)
         assert 0 < visible <= 1
         seen += 1
-        flipped += view.flip
+        flipped += one.flip
     assert seen > 150
     assert flipped > 60
 
@@ -128,8 +128,8 @@ def test_resampling_is_antialiased():
 def test_visible_part_of_a_box():
     placement = place(Region(0.5, 0.5, 0.5, 0.5), (100, 100), (50, 50))
     boxes = np.array([[40.0, 60, 60, 80], [0, 0, 50, 50], [45, 45, 65, 65], [60, 60, 70, 70]])
-    carried, visible = carry_boxes(boxes, placement, flip=False)
+    carried, visible = transform_boxes(boxes, placement, flip=False)
     assert np.allclose(visible, [0.5, 0.0, 0.5625, 1.0])
     assert np.allclose(carried[0], [0, 10, 10, 30])
-    mirrored, _ = carry_boxes(boxes, placement, flip=True)
+    mirrored, _ = transform_boxes(boxes, placement, flip=True)
     assert np.allclose(mirrored[0], [40, 10, 50, 30])

@@ -25,7 +25,7 @@ class Maker:
 
 if __name__ == "__main__":
     stream = BatchStream(Maker(), workers=2, prefetch=2, pin_memory=False)
-    answers = stream.answer(range(100))
+    answers = stream.batches(range(100))
     next(answers)
     print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
     sys.stdin.read()

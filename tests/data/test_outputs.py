@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import runkey.data.check_images as check_images
 from runkey import progress
+from runkey.data import checks
 from runkey.data.cache import open_cache
 from runkey.data.index import read_classes, read_index
 from runkey.data.prepare import prepare
@@ -70,14 +70,14 @@ def test_report_of_a_layout_fault(folder):
     assert item["what"].startswith("data: no annotations found")
 
 
-def test_the_table_names_every_item_up_to_a_limit(folder):
+def test_the_table_names_every_item_up_to_a_limit(folder, logged):
     more = LINES_PER_KIND + 5
     for number in range(more):
         box = {"id": 500 + number, "image_id": 3, "category_id": 1, "bbox": [number, 2, 0, 4]}
         folder.train["annotations"].append(box)
     Image.new("L", (40, 30), 7).save(folder.data / "val/d.jpg")
-    said = []
-    folder.run(say=said.append)
+    folder.run()
+    said = logged()
 
     assert "  empty_box             drop 25" in said
     assert "    ... and 5 more in report.json" in said
@@ -91,9 +91,9 @@ def test_the_table_names_every_item_up_to_a_limit(folder):
     assert len(folder.report()["items"]) == more + 1
 
 
-def test_a_good_data_set_says_so(folder):
-    said = []
-    folder.run(say=said.append)
+def test_a_good_data_set_says_so(folder, logged):
+    folder.run()
+    said = logged()
 
     assert said[0] == (
         "train: 3 images, 1 without objects; 3 objects, 0 crowd regions; 0.0 MiB cached"
@@ -176,7 +176,7 @@ def test_a_full_disk_is_one_line(folder, monkeypatch):
     def enlarged(image, *rest):
         return image.resize((image.width * 20, image.height * 20))
 
-    monkeypatch.setattr(check_images, "shrink", enlarged)
+    monkeypatch.setattr(checks, "shrink", enlarged)
     folder.write()
     folder.out.mkdir()
     (folder.out / "cache_train.npy.tmp").symlink_to(full)

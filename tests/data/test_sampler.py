@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from runkey.data.augment import build_views
-from runkey.data.sampler import WindowSampler, micro_batches
+from runkey.data.augment import build_augmentation
+from runkey.data.sampler import GlobalBatchSampler, micro_batches
 from runkey.data.shapes import is_portrait
 from runkey.params import Augment, Data
 
@@ -20,7 +20,7 @@ def make_sampler(count, batch, *, grouped=True, augment=CROP, seed=0):
     sizes = [(rng.randint(100, 200), rng.randint(100, 200)) for _ in range(count)]
     data = Data(short_sides=(80, 120), long_side=160, augment=augment, group_by_aspect=grouped)
     ids = [1000 - 7 * i for i in range(count)]
-    return WindowSampler(build_views(data, seed), ids, sizes, batch, grouped)
+    return GlobalBatchSampler(build_augmentation(data, seed), ids, sizes, batch, grouped)
 
 
 @pytest.mark.parametrize("grouped", [True, False])
@@ -30,61 +30,61 @@ def test_every_image_once_and_a_fixed_number_of_steps(count, batch, grouped):
     sampler = make_sampler(count, batch, grouped=grouped)
     orders = set()
     for epoch in range(6):
-        windows = sampler.windows(epoch)
-        assert len(windows) == sampler.steps_per_epoch
-        images = [image for window in windows for image, _ in window]
+        batches = sampler.global_batches(epoch)
+        assert len(batches) == sampler.steps_per_epoch
+        images = [image for batch in batches for image, _ in batch]
         assert sorted(images) == list(range(count))
-        assert sorted(map(len, windows))[1:] == [batch] * (len(windows) - 1)
+        assert sorted(map(len, batches))[1:] == [batch] * (len(batches) - 1)
         orders.add(tuple(images))
     assert len(orders) == 6 or count < 8
 
 
-def test_only_the_last_two_windows_mix_orientations():
+def test_only_the_last_two_batches_mix_orientations():
     """Crops change an image's orientation, and it is the crop's that counts."""
     sampler = make_sampler(203, 8)
     for epoch in range(5):
         mixed = [
-            len({is_portrait(view.size) for _, view in window}) > 1
-            for window in sampler.windows(epoch)
+            len({is_portrait(augment.size) for _, augment in batch}) > 1
+            for batch in sampler.global_batches(epoch)
         ]
         assert sum(mixed) <= 2
-        for window in sampler.windows(epoch):
-            for run in micro_batches(window, 8, grouped=True):
-                assert len({is_portrait(view.size) for _, view in run}) == 1
+        for batch in sampler.global_batches(epoch):
+            for run in micro_batches(batch, 8, grouped=True):
+                assert len({is_portrait(augment.size) for _, augment in run}) == 1
 
 
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("micro", [1, 3, 5, 16, 99])
 def test_micro_batches_only_cut(micro, grouped):
-    for window in make_sampler(100, 16, grouped=grouped).windows(0):
-        runs = micro_batches(window, micro, grouped=grouped)
-        assert [seen for run in runs for seen in run] == list(window)
+    for batch in make_sampler(100, 16, grouped=grouped).global_batches(0):
+        runs = micro_batches(batch, micro, grouped=grouped)
+        assert [image for run in runs for image in run] == list(batch)
         assert all(1 <= len(run) <= micro for run in runs)
 
 
-def test_windows_come_in_random_order():
+def test_batches_come_in_random_order():
     """Orientation must not go with the time in the epoch."""
     sampler = make_sampler(400, 8)
-    portrait = [is_portrait(window[0][1].size) for window in sampler.windows(0)]
+    portrait = [is_portrait(batch[0][1].size) for batch in sampler.global_batches(0)]
     changes = sum(a != b for a, b in itertools.pairwise(portrait))
     assert changes > 10
 
 
 def test_seed_and_epoch_decide():
-    first = make_sampler(50, 8).windows(3)
-    assert first == make_sampler(50, 8).windows(3)
-    assert first != make_sampler(50, 8).windows(4)
-    assert first != make_sampler(50, 8, seed=1).windows(3)
+    first = make_sampler(50, 8).global_batches(3)
+    assert first == make_sampler(50, 8).global_batches(3)
+    assert first != make_sampler(50, 8).global_batches(4)
+    assert first != make_sampler(50, 8, seed=1).global_batches(3)
 
 
 @pytest.mark.parametrize("grouped", [True, False])
 def test_other_images_come_together_each_epoch(grouped):
     sampler = make_sampler(64, 4, grouped=grouped, augment=Augment())
-    windows = [
-        {frozenset(image for image, _ in window) for window in sampler.windows(epoch)}
+    batches = [
+        {frozenset(image for image, _ in batch) for batch in sampler.global_batches(epoch)}
         for epoch in range(2)
     ]
-    assert len(windows[0] & windows[1]) <= 1
+    assert len(batches[0] & batches[1]) <= 1
 
 
 def test_order_does_not_depend_on_augmentation_when_not_grouped():
@@ -92,6 +92,6 @@ def test_order_does_not_depend_on_augmentation_when_not_grouped():
 
     def images(augment):
         sampler = make_sampler(50, 8, grouped=False, augment=augment)
-        return [{image for image, _ in window} for window in sampler.windows(0)]
+        return [{image for image, _ in batch} for batch in sampler.global_batches(0)]
 
     assert images(Augment()) == images(CROP)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from runkey.data.augment import build_views
-from runkey.data.sampler import WindowSampler, micro_batches
+from runkey.data.augment import build_augmentation
+from runkey.data.sampler import GlobalBatchSampler, micro_batches
 from runkey.data.shapes import (
     evaluation_shapes,
     is_portrait,
@@ -23,12 +23,14 @@ CROP = Augment(crop_probability=0.5, crop_short_sides=(12, 14), crop_min=8, crop
 def dealt_shapes(data, records, epochs, batch, micro):
     """Shapes of single images, and padded shapes of micro-batches, over some epochs."""
     ids, sizes = [r.id for r in records], [(r.height, r.width) for r in records]
-    sampler = WindowSampler(build_views(data, 0), ids, sizes, batch, data.group_by_aspect)
+    sampler = GlobalBatchSampler(
+        build_augmentation(data, 0), ids, sizes, batch, data.group_by_aspect
+    )
     single, padded = set(), set()
     for epoch in range(epochs):
-        for window in sampler.windows(epoch):
-            for run in micro_batches(window, micro, grouped=data.group_by_aspect):
-                shapes = [view.size for _, view in run]
+        for images in sampler.global_batches(epoch):
+            for run in micro_batches(images, micro, grouped=data.group_by_aspect):
+                shapes = [augment.size for _, augment in run]
                 single.update(shapes)
                 padded.add((max(h for h, _ in shapes), max(w for _, w in shapes)))
     return single, padded

@@ -20,6 +20,7 @@ from runkey.model.criterion import build_criterion
 from runkey.model.matcher import Targets
 from runkey.model.postprocess import build_postprocess
 from runkey.params import Data, Model
+from tests.support.workspace import loader_params
 
 CPU = torch.device("cpu")
 CLASSES = [ClassName(0, 7, "a"), ClassName(1, 3, "b"), ClassName(2, 90, "c")]
@@ -85,9 +86,7 @@ def prepared(tmp_path_factory):
 
 
 def loader(root, batch_size):
-    return build_eval_loader(
-        DATA, prepared=root / "prepared", root=root, batch_size=batch_size, workers=0
-    )
+    return build_eval_loader(loader_params(DATA, batch_size=batch_size), root)
 
 
 def evaluation(root, preset, batch_size):

@@ -27,6 +27,7 @@ from runkey.model.detr import Detector
 from runkey.model.model_files import CardClass, ModelCard, Sizes
 from runkey.model.postprocess import build_postprocess
 from runkey.params import Checks, Data, Model
+from tests.support.workspace import loader_params
 
 SAMPLE = Path(__file__).parents[2] / "sample-data/files/md5"
 CHECKS = Checks(exif_rotation="fix", unusual_mode="fix", size_mismatch="fix")
@@ -76,9 +77,7 @@ class Prepared:
 
     def evaluated(self) -> dict[int, ImageDetections]:
         """As `evaluate` detects."""
-        loader = build_eval_loader(
-            self.data, prepared=self.root / "prepared", root=self.root, batch_size=4, workers=0
-        )
+        loader = build_eval_loader(loader_params(self.data), self.root)
         return predict(self.detector, build_postprocess(MODEL), loader, CPU)
 
     def served(self, *, cached: bool) -> dict[int, ImageDetections]:
@@ -126,7 +125,7 @@ def prepare_sample(root: Path, **options: Any) -> Prepared:
         text = json.dumps(content)
         (root / f"data/annotations/instances_{split}.json").write_text(text)
     data = Data(path="data", short_sides=(96,), long_side=128, checks=CHECKS, **options)
-    prepare(data, 0, root, root / "prepared", 12, lambda line: None)
+    prepare(data, 0, root, root / "prepared", 12)
     classes = read_classes(root / "prepared/classes.json")
     torch.manual_seed(0)
     detector = build_model(MODEL, len(classes)).eval()
@@ -183,9 +182,7 @@ def test_the_served_model_detects_what_evaluate_detects(
 
 def test_the_pixels_are_those_of_the_loader(tmp_path: Path) -> None:
     prepared = prepare_sample(tmp_path)
-    loader = build_eval_loader(
-        prepared.data, prepared=tmp_path / "prepared", root=tmp_path, batch_size=1, workers=0
-    )
+    loader = build_eval_loader(loader_params(prepared.data, batch_size=1), tmp_path)
     batches = {batch.image_ids[0]: batch for batch in loader}
     for record in prepared.records:
         content = (tmp_path / "data" / record.file).read_bytes()

@@ -11,6 +11,7 @@ from runkey.data.loader import build_train_loader
 from runkey.errors import DataError
 from runkey.memory.batch_shapes import sample_windows, take_census
 from runkey.params import Augment, Data
+from tests.support.workspace import loader_params
 
 
 @pytest.fixture
@@ -83,9 +84,8 @@ def test_sampled_steps_are_those_of_the_real_loader(make_record, tmp_path):
     for record in records:  # only now is there anything to open
         pixels = np.zeros((record.height, record.width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "data" / record.file)
-    loader = build_train_loader(
-        data, prepared=tmp_path / "prepared", root=tmp_path, workers=0, **common
-    )
+    params = loader_params(data, seed=3, batch_size=6, max_objects=3)
+    loader = build_train_loader(params, tmp_path, 4)
     real = [window for epoch in range(2) for window in loader.epoch(epoch)][: len(windows)]
     assert sum(map(len, windows)) >= 12
     assert len(real) == len(windows)

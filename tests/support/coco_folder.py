@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +86,11 @@ class Folder:
             if text is not None:
                 self.path(split).write_bytes(text)
 
-    def prepare(self, seed: int = 0, num_queries: int = 20, say: Any = None, **data: Any) -> Report:
+    def prepare(self, seed: int = 0, num_queries: int = 20, **data: Any) -> Report:
         """Write the JSON files and run the stage's work on them."""
         checks = Checks(**data.pop("checks", {}))
         section = Data(checks=checks, **data)
-        return prepare(section, seed, self.root, self.out, num_queries, say or (lambda line: None))
+        return prepare(section, seed, self.root, self.out, num_queries)
 
     def run(self, **options: Any) -> Report:
         self.write()
@@ -112,3 +114,10 @@ def only_item(folder: Folder) -> Any:
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path)
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """The log's lines so far."""
+    caplog.set_level(logging.INFO, "runkey")
+    return lambda: [record.getMessage() for record in caplog.records]

@@ -9,8 +9,6 @@ from runkey.data.sample import make_sample
 
 @pytest.fixture(scope="session")
 def remade(tmp_path_factory):
-    """A fresh set and what was said while it was made."""
+    """A fresh set, and its numbers of images and balls."""
     folder = tmp_path_factory.mktemp("sample") / "data"
-    said: list[str] = []
-    make_sample(folder, said.append)
-    return folder, said
+    return folder, make_sample(folder)

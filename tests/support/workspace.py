@@ -18,7 +18,7 @@ from runkey.data.dataset import Batch, GlobalBatch
 from runkey.data.decode import decode_rgb
 from runkey.data.index import Record, write_index
 from runkey.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
-from runkey.params import Augment, Data
+from runkey.params import Augment, Data, Evaluate, Model, Params, Runtime, Training
 
 
 @pytest.fixture
@@ -94,16 +94,39 @@ def workspace(tmp_path: Path) -> Workspace:
     return Workspace(tmp_path)
 
 
+def loader_params(
+    data: Data,
+    *,
+    seed: int = 1,
+    batch_size: int = 4,
+    workers: int = 0,
+    prefetch: int = 4,
+    max_objects: int = 1000,
+) -> Params:
+    """Parameters of a loader; the others have their defaults."""
+    return Params(
+        lr=1e-3,
+        seed=seed,
+        data=data,
+        model=Model(num_queries=max_objects),
+        training=Training(batch_size=batch_size),
+        evaluate=Evaluate(batch_size=batch_size),
+        runtime=Runtime(workers=workers, prefetch=prefetch),
+    )
+
+
 @pytest.fixture
 def train_loader(workspace: Workspace) -> Iterator[Callable[..., TrainLoader]]:
     """`build_train_loader` on the workspace; worker processes end with the test."""
     made: list[TrainLoader] = []
 
-    def build(data: Data, **changes) -> TrainLoader:
-        values = {"seed": 1, "batch_size": 4, "micro_batch": 4, "workers": 0}
+    def build(
+        data: Data, micro_batch: int = 4, rank: int = 0, world_size: int = 1, **changes
+    ) -> TrainLoader:
+        params = loader_params(data, **changes)
         made.append(
             build_train_loader(
-                data, prepared=workspace.prepared, root=workspace.root, **values | changes
+                params, workspace.root, micro_batch, rank=rank, world_size=world_size
             )
         )
         return made[-1]
@@ -119,12 +142,7 @@ def eval_loader(workspace: Workspace) -> Iterator[Callable[..., EvalLoader]]:
     made: list[EvalLoader] = []
 
     def build(data: Data, **changes) -> EvalLoader:
-        values = {"split": "train", "batch_size": 4, "workers": 0}
-        made.append(
-            build_eval_loader(
-                data, prepared=workspace.prepared, root=workspace.root, **values | changes
-            )
-        )
+        made.append(build_eval_loader(loader_params(data, **changes), workspace.root, "train"))
         return made[-1]
 
     yield build

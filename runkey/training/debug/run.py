@@ -421,7 +421,7 @@ def debug_run(
     start = find_start(folder, step)
     if start.fingerprint.get("key") != key:
         raise TrainingError(f"{folder}: trained by key {start.fingerprint.get('key')}, not {key}")
-    loader = _loader(params, root, int(start.fingerprint["micro_batch"]))
+    loader = build_train_loader(params, root, int(start.fingerprint["micro_batch"]))
     setup, num_classes = _build(params, root, loader)
     whence = f"{start.path.name}, after step {start.step}" if start.path else "the start"
     say(f"step {step} is replayed from {whence}")
@@ -438,22 +438,6 @@ def debug_run(
     log = folder / LOG
     logged = logged_losses(log, step) if log.is_file() else {}
     return Debugged(diagnosis, bundle, start, logged)
-
-
-def _loader(params: Params, root: Path, micro_batch: int) -> TrainLoader:
-    runtime = params.runtime
-    return build_train_loader(
-        params.data,
-        prepared=root / paths.PREPARED,
-        root=root,
-        seed=params.seed,
-        batch_size=params.training.batch_size,
-        micro_batch=micro_batch,
-        max_objects=params.model.num_queries,
-        workers=runtime.workers,
-        prefetch=runtime.prefetch,
-        pin_memory=runtime.pin_memory,
-    )
 
 
 def _build(params: Params, root: Path, loader: TrainLoader) -> tuple[Setup, int]:
