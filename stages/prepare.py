@@ -17,7 +17,6 @@ def main() -> None:
     log_to_terminal()
     root = paths.workspace()
     params = load_params(root / paths.PARAMS)
-    log_to_terminal()
     want_bars(params.runtime.progress)
     out = root / paths.PREPARED
     prepare(params.data, params.seed, root, out, params.model.num_queries)
