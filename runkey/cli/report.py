@@ -18,6 +18,7 @@ from runkey import paths
 from runkey.cli.output import AsJson, answer_no, library, print_json, store, workspace
 from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.key import ANY_SCHEMA, SCHEMA, short_key
+from runkey.progress import log_to_terminal
 
 if TYPE_CHECKING:
     from runkey.plots.report_source import Run
@@ -71,6 +72,7 @@ def draw(as_json: AsJson = False) -> None:
     from runkey.pipeline.draw import REPORT
     from runkey.pipeline.draw import draw as draw_run
 
+    log_to_terminal(stderr=True)
     draw_run(workspace())
     if as_json:
         print_json({"folder": str(paths.PLOTS), "page": str(REPORT)})

@@ -125,25 +125,29 @@ class LogTail:
 
         Args:
             path: the log; it need not exist yet.
-            offset: bytes of the log that MLflow has.
+            offset: bytes of the log that MLflow has, all whole lines.
         """
         self._path = path
-        size = path.stat().st_size if path.is_file() else 0
-        # A log shorter than what was sent was lost, and what is there now is another one.
-        self.offset = offset if offset <= size else 0
+        self.offset = 0
         self._names: dict[int, frozenset[str]] = {}
         self._resumed: tuple[str, ...] = ()
-        if self.offset:
-            self._restore()
+        # A log shorter than what was sent was lost, and what is there now is another one.
+        if path.is_file() and offset <= path.stat().st_size:
+            while self.offset < offset and (batch := self.next(offset)):
+                self.sent(batch)
 
-    def next(self) -> Batch | None:
-        """Return the lines at `offset`, about a thousand values; None if there are no more yet."""
+    def next(self, stop: int = sys.maxsize) -> Batch | None:
+        """Return the lines at `offset`, about a thousand values; None if there are no more yet.
+
+        Args:
+            stop: byte before which the batch ends.
+        """
         batch = Batch(self.offset, dict(self._names), self._resumed)
         for line in self._lines():
             batch.end += len(line)
             if entry := parse_line(line):
                 batch.add(entry)
-            if len(batch.points) >= MAX_METRICS:
+            if len(batch.points) >= MAX_METRICS or batch.end >= stop:
                 break
         return batch if batch.end > self.offset else None
 
@@ -172,24 +176,6 @@ class LogTail:
                 if left < 0 or not line.endswith(b"\n"):
                     return
                 yield line
-
-    def _restore(self) -> None:
-        """Rebuild the state before `offset`: resumes, and the metrics of the last steps."""
-        batch = Batch(self.offset, {}, ())
-        last: deque[bytes] = deque(maxlen=2 * _STEPS_REMEMBERED)
-        with self._path.open("rb") as file:
-            position = 0
-            for line in file:
-                position += len(line)
-                if position > self.offset:
-                    break
-                if b'"resumed"' in line:
-                    batch.add(parse_line(line) or {})
-                last.append(line)
-        for entry in filter(None, map(parse_line, last)):
-            if "values" in entry:
-                batch.add(entry)
-        self._names, self._resumed = batch.names, batch.resumed
 
 
 @dataclass(frozen=True, slots=True)

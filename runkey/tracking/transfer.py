@@ -165,28 +165,20 @@ def recorded_runs(store: Store) -> Iterator[Record]:
 
 
 def _runs(client: MlflowClient) -> Iterator[Any]:
-    """Yield the `mlflow.entities.Run`s that have a key, page by page."""
-    experiments = [
-        str(experiment.experiment_id)
-        for page in _pages(client.search_experiments, max_results=_PAGE)
-        for experiment in page
-    ]
+    """Yield the `mlflow.entities.Run`s that have a key."""
+    experiments = [str(one.experiment_id) for one in _pages(client.search_experiments)]
     if experiments:  # MLflow takes an empty list for all
-        for page in _pages(
-            client.search_runs,
-            experiment_ids=experiments,
-            filter_string=f"tags.{KEY} LIKE '{ANY_KEY}%'",
-            max_results=_PAGE,
-        ):
-            yield from page
+        has_key = f"tags.{KEY} LIKE '{ANY_KEY}%'"
+        yield from _pages(client.search_runs, experiment_ids=experiments, filter_string=has_key)
 
 
 def _pages(search: Callable[..., Any], **query: Any) -> Iterator[Any]:
-    page = search(**query)
-    yield page
+    """Yield what a search finds, page by page."""
+    page = search(**query, max_results=_PAGE)
+    yield from page
     while page.token:
-        page = search(**query, page_token=page.token)
-        yield page
+        page = search(**query, max_results=_PAGE, page_token=page.token)
+        yield from page
 
 
 @dataclass(frozen=True)
@@ -261,7 +253,10 @@ def read_run(store: Store, run_id: str, folder: Path) -> dict[str, Any]:
             name: _history(client, run_id, name)
             for name in each("metrics from MLflow", sorted(run.data.metrics), "metrics")
         },
-        "datasets": [_dataset(used) for used in inputs],
+        "datasets": [
+            {**used.dataset.to_dictionary(), "tags": {tag.key: tag.value for tag in used.tags}}
+            for used in inputs
+        ],
     }
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
     (folder / CONTENT).write_text(text + "\n", encoding="utf-8")
@@ -373,19 +368,6 @@ def _history(client: MlflowClient, run_id: str, name: str) -> list[list[Any]]:
         [m.step, m.timestamp, m.value if math.isfinite(m.value) else repr(m.value)]
         for m in client.get_metric_history(run_id, name)
     ]
-
-
-def _dataset(used: Any) -> dict[str, Any]:
-    data = used.dataset
-    return {
-        "name": data.name,
-        "digest": data.digest,
-        "source_type": data.source_type,
-        "source": data.source,
-        "schema": data.schema,
-        "profile": data.profile,
-        "tags": {tag.key: tag.value for tag in used.tags},
-    }
 
 
 def _write_values(client: MlflowClient, run_id: str, content: dict[str, Any]) -> None:
