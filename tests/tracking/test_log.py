@@ -45,7 +45,11 @@ def test_values_that_json_lacks_are_kept(tmp_path: Path) -> None:
     assert (values["b"], values["c"]) == (math.inf, -math.inf)
 
 
-@pytest.mark.parametrize("torn", ['{"step": 2, "val', "{" + " " * 200_000, "\0" * 70_000])
+@pytest.mark.parametrize(
+    "torn",
+    ['{"step": 2, "val', "{" + " " * 200_000, "\0" * 70_000],
+    ids=["half", "long", "zeros"],
+)
 def test_a_line_that_a_crash_cut_short_goes(tmp_path: Path, torn: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('{"step": 1, "time": 1.5, "values": {"loss": 2.0}}\n' + torn)
