@@ -1,22 +1,16 @@
-"""`python -m runkey.dvc_transfer`: run-cache entries and objects to a DVC remote, and back.
+"""Copy run-cache entries and objects to a DVC remote and back.
 
-A process of its own, the only code here that imports DVC: every kind of remote that DVC has works
-(S3, SSH, a folder, ...), and the registry goes without DVC's second of import time.
-
-stdin    {"action": "check" | "push" | "pull", "root": ..., "remote": name or null,
-          "objects": {md5: bytes, ...}, "entries": [path below runs/, ...], "to": folder for "pull"}
-stdout   a line of JSON each: {"total": bytes to move}, {"moved": bytes since the last such line};
-         last {"place": ..., "objects": number, "entries": number}, or {"error": text}, exit code 1
+The only file that imports DVC: every kind of remote that DVC has works (S3, SSH, a folder, ...).
+The command line imports it where a run is published or fetched; DVC takes a second to import.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-import sys
-import time
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from threading import Lock
 from typing import Any, override
@@ -30,162 +24,188 @@ from dvc_data.hashfile.db import get_odb
 from dvc_data.hashfile.hash_info import HashInfo
 from fsspec.callbacks import Callback
 
-EVERY_SECONDS = 0.2
-"""Between two lines about bytes that were moved."""
+from runkey.errors import RegistryError
+from runkey.progress import QUIET, progress
 
 
-class _RefusedError(Exception):
-    """Something that the user can mend; the text says how."""
+@dataclass(frozen=True)
+class DvcRemote:
+    """A DVC remote of a checkout.
+
+    Every method raises RegistryError if the remote is not set, cannot be reached or refuses.
+    """
+
+    root: Path
+    """The checkout."""
+    name: str | None = None
+    """As `dvc remote list` shows it; None: DVC's default."""
+
+    def check(self) -> str:
+        """Return its address, for messages.
+
+        Raises:
+            RegistryError: also where it is a folder of the checkout itself, which no colleague
+                can read.
+        """
+        with self._opened() as (repo, remote):
+            root = Path(repo.root_dir).resolve()
+            local = isinstance(remote.fs, LocalFileSystem)
+            if local and root in Path(remote.path).resolve().parents:
+                name = self.name or repo.config["core"].get("remote")
+                raise RegistryError(
+                    f"DVC remote {name} is a folder of this checkout, which nobody else reads;"
+                    f" `dvc remote modify {name} url <address>` names your team's"
+                )
+            return str(remote.fs.unstrip_protocol(remote.path))
+
+    def push(self, objects: Mapping[str, int], entries: Iterable[str]) -> int:
+        """Copy objects and entries from the checkout's cache.
+
+        Args:
+            objects: bytes by md5.
+            entries: paths below the cache's runs/. Over HTTP, where DVC keeps none, they are left
+                out: `runkey fetch` has them from the MLflow run.
+
+        Returns:
+            Number of objects that were not there yet.
+
+        Raises:
+            RegistryError: also where the cache lacks an object.
+        """
+        with self._opened() as (repo, remote):
+            new = _move(repo, repo.cache.local, remote, objects, "objects to DVC")
+            self._push_entries(repo, entries)
+            return new
+
+    def pull(self, objects: Mapping[str, int], folder: Path) -> None:
+        """Copy objects to `<folder>/<2 digits>/<the rest>`; their contents are not checked.
+
+        Args:
+            objects: bytes by md5.
+            folder: target folder.
+
+        Raises:
+            RegistryError: also where the remote lacks an object.
+        """
+        with self._opened() as (repo, remote):
+            target = get_odb(  # type: ignore[no-untyped-call]
+                LocalFileSystem(), str(folder), hash_name="md5"
+            )
+            _move(repo, remote, target, objects, "objects from DVC")
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Repo, Any]]:
+        """The repository, and the remote's object database; DVC's own bars are off meanwhile."""
+        logger = logging.getLogger("dvc")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)
+        try:
+            with Repo(str(self.root)) as repo:
+                yield repo, repo.cloud.get_remote_odb(self.name, "push")
+        except RegistryError:
+            raise
+        except RemoteNotFoundError:
+            text = f"DVC has no remote {self.name!r}; `dvc remote list` shows them"
+            raise RegistryError(text) from None
+        except NoRemoteError:
+            text = "DVC has no default remote; `dvc remote add -d store <address>`"
+            raise RegistryError(text) from None
+        except NotDvcRepoError:
+            raise RegistryError(f"{self.root}: not a DVC repository; `dvc init`") from None
+        # Every storage's driver raises its own kinds: no log-in, no network, no space.
+        except Exception as error:  # noqa: BLE001
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            name = self.name or "(default)"
+            raise RegistryError(f"DVC remote {name}: {text[:300]}") from None
+        finally:
+            logger.setLevel(level)
+
+    def _push_entries(self, repo: Repo, paths: Iterable[str]) -> None:
+        """Copy run-cache entries, so that `dvc pull --run-cache` finds them too."""
+        remote = repo.cloud.get_remote_odb(self.name, "push", hash_name="md5-dos2unix")
+        if isinstance(remote.fs, HTTPFileSystem):
+            return
+        for path in paths:
+            target = remote.fs.join(remote.path, "runs", *path.split("/"))
+            if not remote.fs.exists(target):
+                remote.fs.makedirs(remote.fs.parent(target), exist_ok=True)
+                source = os.path.join(repo.stage_cache.cache_dir, path)  # noqa: PTH118
+                copying.copy(LocalFileSystem(), source, remote.fs, target)
 
 
-def main() -> int:
-    """Do what stdin says; see above."""
-    wanted = json.load(sys.stdin)
-    answers = sys.stdout
+def _move(repo: Repo, source: Any, target: Any, objects: Mapping[str, int], what: str) -> int:
+    """Copy the objects that the target lacks; return their number."""
+    missing: list[str] = []
+    with TransferProgress(objects, what) as callback:
 
-    def say(answer: dict[str, Any]) -> None:
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        def validate(status: Any) -> None:
+            missing.extend(str(one.value) for one in status.missing)
+            callback.start(status.new)
 
-    try:
-        with redirect_stdout(sys.stderr):
-            answer = _act(wanted, Moved(wanted["objects"], say))
-    except _RefusedError as error:
-        answer = {"error": str(error)}
-    except RemoteNotFoundError:
-        answer = {"error": f"DVC has no remote {wanted['remote']!r}; `dvc remote list` shows them"}
-    except NoRemoteError:
-        answer = {"error": "DVC has no default remote; `dvc remote add -d store <address>`"}
-    except NotDvcRepoError:
-        answer = {"error": f"{wanted['root']}: not a DVC repository; `dvc init`"}
-    # Every storage's driver raises its own kinds: no log-in, no network, no space.
-    except Exception as error:  # noqa: BLE001
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        answer = {"error": f"DVC remote {wanted['remote'] or '(default)'}: {text[:300]}"}
-    say(answer)
-    return 1 if "error" in answer else 0
-
-
-class Moved(Callback):  # type: ignore[misc]
-    """Counts the bytes of objects while DVC moves them, in several threads."""
-
-    def __init__(self, sizes: dict[str, int], say: Callable[[dict[str, Any]], None]) -> None:
-        super().__init__()
-        self._sizes, self._say = sizes, say
-        self._lock, self._unsaid, self._last = Lock(), 0, time.monotonic()
-
-    def expect(self, objects: set[HashInfo]) -> None:
-        """These are moved, and no others."""
-        self._say({"total": sum(self._sizes[str(one.value)] for one in objects)})
-
-    @override
-    def branched(self, path_1: str, path_2: str, **kwargs: Any) -> Callback:
-        """Counts one object."""
-        return _OneMoved(self, self._sizes.get("".join(PurePath(path_1).parts[-2:]), 0))
-
-    def add(self, amount: int) -> None:
-        """So many bytes more were moved."""
-        with self._lock:
-            self._unsaid += amount
-            if time.monotonic() - self._last >= EVERY_SECONDS:
-                self._say({"moved": self._unsaid})
-                self._unsaid, self._last = 0, time.monotonic()
-
-
-class _OneMoved(Callback):  # type: ignore[misc]
-    """Counts an object's bytes, never more than it has: what failed is sent again."""
-
-    def __init__(self, all_moved: Moved, bytes_: int) -> None:
-        super().__init__()
-        self._all, self._bytes, self._counted = all_moved, bytes_, 0
-
-    @override
-    def call(self, hook_name: str | None = None, **kwargs: Any) -> None:
-        """The value has changed."""
-        self._count(self.value)
-
-    def close(self) -> None:
-        """Some kinds of remote do not say how far they are."""
-        self._count(self._bytes)
-
-    def _count(self, bytes_: int) -> None:
-        new = min(bytes_, self._bytes) - self._counted
-        if new > 0:
-            self._counted += new
-            self._all.add(new)
-
-
-def _act(wanted: dict[str, Any], moved_bytes: Moved) -> dict[str, Any]:
-    repo = Repo(wanted["root"])
-    name = wanted["remote"]
-    remote = repo.cloud.get_remote_odb(name, "push")
-    place = str(remote.fs.unstrip_protocol(remote.path))
-    hashes = {HashInfo("md5", md5) for md5 in wanted["objects"]}
-    moved, entries = 0, 0
-    if wanted["action"] != "pull":
-        _refuse_own_folder(repo, remote, name)
-    if wanted["action"] == "push":
-        moved = _move(repo, repo.cache.local, remote, hashes, moved_bytes)
-        entries = _push_entries(repo, name, wanted["entries"])
-    if wanted["action"] == "pull":
-        folder = get_odb(  # type: ignore[no-untyped-call]
-            LocalFileSystem(), wanted["to"], hash_name="md5"
+        # DVC's index of the remote is not used: objects may have been deleted there since.
+        done = repo.cloud.transfer(
+            source,
+            target,
+            {HashInfo("md5", md5) for md5 in objects},
+            validate_status=validate,
+            callback=callback,
         )
-        moved = _move(repo, remote, folder, hashes, moved_bytes)
-    return {"place": place, "objects": moved, "entries": entries}
-
-
-def _refuse_own_folder(repo: Repo, remote: Any, name: str | None) -> None:
-    """A folder of this checkout is nothing that a colleague can read."""
-    root = Path(repo.root_dir).resolve()
-    if isinstance(remote.fs, LocalFileSystem) and root in Path(remote.path).resolve().parents:
-        name = name or repo.config["core"].get("remote")
-        raise _RefusedError(
-            f"DVC remote {name} is a folder of this checkout, which nobody else reads;"
-            f" `dvc remote modify {name} url <address>` names your team's"
-        )
-
-
-def _move(repo: Repo, source: Any, target: Any, hashes: set[HashInfo], moved_bytes: Moved) -> int:
-    """Copy the objects that the target lacks; how many."""
-    lost: list[str] = []
-
-    def validate(status: Any) -> None:
-        lost.extend(str(one.value) for one in status.missing)
-        moved_bytes.expect(status.new)
-
-    # DVC's index of what a remote had is left out: objects may have been deleted there since.
-    done = repo.cloud.transfer(
-        source, target, hashes, validate_status=validate, callback=moved_bytes
-    )
-    lost += [str(one.value) for one in done.failed]
-    if lost:
+    missing += [str(one.value) for one in done.failed]
+    if missing:
         where = source.fs.unstrip_protocol(source.path)
-        raise _RefusedError(
-            f"{where}: {len(lost)} of {len(hashes)} objects are missing or could not be read,"
-            f" {min(lost)} among them"
+        raise RegistryError(
+            f"{where}: {len(missing)} of {len(objects)} objects are missing or could not be read,"
+            f" {min(missing)} among them"
         )
     return len(done.transferred)
 
 
-def _push_entries(repo: Repo, name: str | None, paths: list[str]) -> int:
-    """Copy run-cache entries, so that `dvc pull --run-cache` finds them too; how many.
+class TransferProgress(Callback):  # type: ignore[misc]
+    """Progress in bytes of objects that DVC moves in several threads."""
 
-    Over HTTP DVC itself keeps none; `runkey fetch` has them from the MLflow run.
-    """
-    remote = repo.cloud.get_remote_odb(name, "push", hash_name="md5-dos2unix")
-    if isinstance(remote.fs, HTTPFileSystem):
-        return 0
-    new = 0
-    for path in paths:
-        target = remote.fs.join(remote.path, "runs", *path.split("/"))
-        if not remote.fs.exists(target):
-            remote.fs.makedirs(remote.fs.parent(target), exist_ok=True)
-            source = os.path.join(repo.stage_cache.cache_dir, path)  # noqa: PTH118
-            copying.copy(LocalFileSystem(), source, remote.fs, target)
-            new += 1
-    return new
+    def __init__(self, sizes: Mapping[str, int], what: str) -> None:
+        """Args: sizes: bytes by md5.  what: text in front of the bar."""
+        super().__init__()
+        self._sizes, self._what, self._lock = sizes, what, Lock()
+        self._steps, self._bar = QUIET, ExitStack()
+
+    def start(self, objects: Iterable[HashInfo]) -> None:
+        """Begin, with the total of these objects."""
+        total = sum(self._sizes[str(one.value)] for one in objects)
+        self._steps = self._bar.enter_context(progress(self._what, total, "bytes"))
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()
+
+    @override
+    def branched(self, path_1: str, path_2: str, **kwargs: Any) -> Callback:
+        """Return the callback of one object."""
+        return _ObjectProgress(self, self._sizes.get("".join(PurePath(path_1).parts[-2:]), 0))
+
+    def add(self, amount: int) -> None:
+        """Count more bytes as moved."""
+        with self._lock:
+            self._steps.advance(amount)
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+class _ObjectProgress(Callback):  # type: ignore[misc]
+    """Counts an object's bytes, each once: an object that failed is sent again."""
+
+    def __init__(self, parent: TransferProgress, size: int) -> None:
+        super().__init__()
+        self._parent, self._size, self._counted = parent, size, 0
+
+    @override
+    def call(self, hook_name: str | None = None, **kwargs: Any) -> None:
+        self._count(self.value)
+
+    def close(self) -> None:
+        """Count the rest: some kinds of remote do not report progress."""
+        self._count(self._size)
+
+    def _count(self, value: int) -> None:
+        new = min(value, self._size) - self._counted
+        if new > 0:
+            self._counted += new
+            self._parent.add(new)

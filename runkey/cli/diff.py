@@ -1,4 +1,4 @@
-"""`runkey diff`: what differs between two runs."""
+"""`runkey diff`: compare two runs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,9 @@ from runkey.cli.output import (
     workspace,
 )
 from runkey.identity.key import short_key
-from runkey.registry.diff import Diff, Side
-from runkey.registry.diff_files import Pair
 
 if TYPE_CHECKING:
-    from runkey.registry.diff import Diff, Side
-
-
-# A comparison as text of 100 columns.
+    from runkey.registry.diff import Diff, Pair, Side
 
 
 _CELL = 44
@@ -35,14 +30,14 @@ _HASH = 12
 
 
 def print_diff(a: Side, b: Side, diff: Diff, *, patch: bool, limit: int | None) -> None:
-    """Print it all; empty sections are left out.
+    """Print all sections that are not empty.
 
     Args:
         a: the one side.
         b: the other.
-        diff: of the two.
+        diff: the comparison of the two.
         patch: print the lines of code that differ.
-        limit: names of each kind; None: all.
+        limit: most names of each kind; None: all.
     """
     print_table(("", "key", "run", "started", "status", ""), [_head("A", a), _head("B", b)])
     _print_verdict(a, b, diff)
@@ -184,7 +179,7 @@ def _more(count: int, limit: int | None, indent: str = "") -> None:
 
 
 def _value(value: Any) -> str:
-    """Short enough for a cell: the beginning and the end of long texts tell them apart."""
+    """Fit a value into a cell; long texts keep their beginning and end."""
     if isinstance(value, Iterable) and not isinstance(value, str):
         value = ", ".join(map(str, value)) or "none"
     text = "-" if value is None else str(value)
@@ -231,10 +226,10 @@ def _side(address: str) -> Side:
 
 
 def _as_dict(sides: tuple[Side, Side], found: Diff, *, patch: bool) -> dict[str, Any]:
-    told: dict[str, Any] = {}
+    answer: dict[str, Any] = {}
     for name, side in zip("ab", sides, strict=True):
         run = side.record.run if side.record else None
-        told[name] = {
+        answer[name] = {
             "address": side.address,
             "key": side.key,
             "run_id": run.run_id if run else None,
@@ -242,10 +237,10 @@ def _as_dict(sides: tuple[Side, Side], found: Diff, *, patch: bool) -> dict[str,
             "status": run.status if run else None,
             "notes": side.notes,
         }
-    told |= asdict(found)
+    answer |= asdict(found)
     if not patch:
-        del told["code"]["patch"]
-    for pair in told["metrics"]:
+        del answer["code"]["patch"]
+    for pair in answer["metrics"]:
         numbers = (pair["a"], pair["b"])
         pair["difference"] = None if None in numbers else pair["b"] - pair["a"]
-    return told
+    return answer

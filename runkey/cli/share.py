@@ -1,4 +1,4 @@
-"""`runkey publish` and `runkey fetch`: runs to the team, and from it."""
+"""`runkey publish | fetch | export | import`: hand a run to others, and take one in."""
 
 from __future__ import annotations
 
@@ -14,71 +14,12 @@ from runkey.cli.output import AsJson, Key, library, print_beside, print_json, st
 from runkey.errors import RegistryError
 from runkey.identity.key import short_key
 from runkey.progress import progress
-from runkey.registry.query import size
+from runkey.units import format_bytes
 
 if TYPE_CHECKING:
     from runkey.registry.share import Handed, Places
     from runkey.tracking.store import Store
     from runkey.tracking.transfer import StoreRuns
-
-
-# `runkey export` and `runkey import`: a run as one file.
-
-
-def export_run(
-    key: Key,
-    file: Annotated[Path, typer.Argument(help="Archive to write, such as run.zip.")],
-    with_data: WithData = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Write over a file that is there already.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write a run to one file: results, DVC's entries, snapshot and MLflow run."""
-    from runkey.registry.library import find_run
-    from runkey.registry.share import CARRY_PARTS
-    from runkey.registry.share import export_run as write
-
-    if file.exists() and not force:
-        raise RegistryError(f"{file}: is there already; name another, or say --force")
-    record, place = find_run(library(), key), store()
-    runs = runs_of(place)
-    with progress("export", CARRY_PARTS, "parts") as steps:
-        done = write(record, workspace(), place.home, runs, file, with_data=with_data, steps=steps)
-    packed = file.stat().st_size
-    if as_json:
-        print_json(asdict(done) | {"file": str(file), "archive_size": packed})
-        return
-    print_beside(
-        f"{short_key(done.key)}: ",
-        f"{done.files} files ({size(done.size)}) in {file}, {size(packed)};"
-        f" `runkey import {file.name}` takes it in",
-    )
-
-
-def import_run(
-    file: Annotated[Path, typer.Argument(help="Archive that `runkey export` wrote.")],
-    as_json: AsJson = False,
-) -> None:
-    """Take in a run from a file, checked whole; `dvc repro` then restores it."""
-    from runkey.registry.share import CARRY_PARTS
-    from runkey.registry.share import import_run as take
-
-    place = store()
-    runs, local = runs_of(place), library()
-    with progress("import", CARRY_PARTS, "parts") as steps:
-        done = take(file, workspace(), place.home, runs, local, steps=steps)
-    if as_json:
-        print_json(asdict(done))
-        return
-    state = "taken in as" if done.is_new else "was here already as"
-    print_beside(
-        f"{short_key(done.key)}: ",
-        f"{done.files} files ({size(done.size)}) verified, {state} MLflow run {done.run_id}",
-    )
-
-
-_HTTP = ("http://", "https://")
 
 Server = Annotated[
     str,
@@ -97,6 +38,60 @@ WithData = Annotated[
 ]
 
 
+def export_run(
+    key: Key,
+    file: Annotated[Path, typer.Argument(help="Archive to write, such as run.zip.")],
+    with_data: WithData = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over a file that is there already.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run to one file: results, DVC's entries, snapshot and MLflow run."""
+    from runkey.registry import share
+    from runkey.registry.library import find_run
+
+    if file.exists() and not force:
+        raise RegistryError(f"{file}: is there already; name another, or say --force")
+    record, place = find_run(library(), key), store()
+    runs = _runs_of(place)
+    with progress("export", share.PARTS, "parts") as steps:
+        done = share.export_run(
+            record, workspace(), place.home, runs, file, with_data=with_data, steps=steps
+        )
+    packed = file.stat().st_size
+    if as_json:
+        print_json(asdict(done) | {"file": str(file), "archive_size": packed})
+        return
+    print_beside(
+        f"{short_key(done.key)}: ",
+        f"{done.files} files ({format_bytes(done.size)}) in {file}, {format_bytes(packed)};"
+        f" `runkey import {file.name}` takes it in",
+    )
+
+
+def import_run(
+    file: Annotated[Path, typer.Argument(help="Archive that `runkey export` wrote.")],
+    as_json: AsJson = False,
+) -> None:
+    """Take in a run from a file, checked whole; `dvc repro` then restores it."""
+    from runkey.registry import share
+
+    place = store()
+    runs, local = _runs_of(place), library()
+    with progress("import", share.PARTS, "parts") as steps:
+        done = share.import_run(file, workspace(), place.home, runs, local, steps=steps)
+    if as_json:
+        print_json(asdict(done))
+        return
+    state = "taken in as" if done.is_new else "was here already as"
+    print_beside(
+        f"{short_key(done.key)}: ",
+        f"{done.files} files ({format_bytes(done.size)}) verified, {state} MLflow run"
+        f" {done.run_id}",
+    )
+
+
 def publish(
     key: Key,
     remote: Remote = "",
@@ -106,15 +101,14 @@ def publish(
     as_json: AsJson = False,
 ) -> None:
     """Hand a run to the team: results, DVC's entries, snapshot and MLflow run."""
+    from runkey.registry import share
     from runkey.registry.library import find_run
-    from runkey.registry.share import PARTS
-    from runkey.registry.share import publish as hand_over
 
     places, team = _places(remote, git_remote, server)
     record = find_run(library(), key)
-    mine, theirs = runs_of(store()), runs_of(team)
-    with progress("publish", PARTS, "parts") as steps:
-        done = hand_over(record, places, mine, theirs, with_data=with_data, steps=steps)
+    mine, theirs = _runs_of(store()), _runs_of(team)
+    with progress("publish", share.PARTS, "parts") as steps:
+        done = share.publish(record, places, mine, theirs, with_data=with_data, steps=steps)
     if as_json:
         print_json(asdict(done))
         return
@@ -133,15 +127,14 @@ def fetch(
     as_json: AsJson = False,
 ) -> None:
     """Get a published run from the team, so that `dvc repro` restores it."""
+    from runkey.registry import share
     from runkey.registry.library import find_run
-    from runkey.registry.share import PARTS
-    from runkey.registry.share import fetch as get
 
     places, team = _places(remote, git_remote, server)
     record = find_run(places.server, key)
-    mine, theirs = runs_of(store()), runs_of(team)
-    with progress("fetch", PARTS, "parts") as steps:
-        done = get(record, places, library(), mine, theirs, steps=steps)
+    mine, theirs = _runs_of(store()), _runs_of(team)
+    with progress("fetch", share.PARTS, "parts") as steps:
+        done = share.fetch(record, places, library(), mine, theirs, steps=steps)
     if as_json:
         print_json(asdict(done))
         return
@@ -156,8 +149,8 @@ _STATES = {
 }
 
 
-def runs_of(place: Store) -> StoreRuns:
-    """MLflow's part of a store; copies go to the experiment of params.yaml."""
+def _runs_of(place: Store) -> StoreRuns:
+    """A store's MLflow runs; copies go to the experiment of params.yaml."""
     from runkey.params import load_params
     from runkey.tracking.transfer import StoreRuns
 
@@ -165,10 +158,10 @@ def runs_of(place: Store) -> StoreRuns:
 
 
 def _places(remote: str, git_remote: str, server: str) -> tuple[Places, Store]:
-    """Where to and where from; and the team's server as a store."""
+    """The team's places, and its server as a store."""
+    from runkey.dvc_transfer import DvcRemote
     from runkey.registry.server_library import open_library
     from runkey.registry.share import Places
-    from runkey.registry.share_dvc import DvcRemote
     from runkey.tracking.store import Store
 
     root, own = workspace(), store()
@@ -186,16 +179,12 @@ def _places(remote: str, git_remote: str, server: str) -> tuple[Places, Store]:
 
 
 def _team_server(root: Path) -> str:
-    """The server that params.yaml or the environment names.
-
-    Raises:
-        RegistryError: neither does.
-    """
+    """The server that params.yaml or the environment names."""
     from runkey.params import load_params  # 0.3 s
 
     named = load_params(root / paths.PARAMS).runtime.team_server
     address = named if named != "none" else os.environ.get("MLFLOW_TRACKING_URI", "").strip()
-    if not address.startswith(_HTTP):
+    if not address.startswith(("http://", "https://")):
         raise RegistryError(
             "no MLflow server of the team is named; set runtime.team_server in params.yaml, or"
             " say --server http://..."
@@ -204,9 +193,8 @@ def _team_server(root: Path) -> str:
 
 
 def _print_parts(done: Handed, sent: str) -> None:
-    from runkey.registry.query import size
-
-    print(f"  DVC     {done.objects} objects ({size(done.size)}), {done.entries} stages;", end=" ")
+    size = format_bytes(done.size)
+    print(f"  DVC     {done.objects} objects ({size}), {done.entries} stages;", end=" ")
     print(f"{done.new_objects} {sent}" if done.new_objects else "all were there")
     ref = done.ref and done.ref.replace(done.key, f"{short_key(done.key)}...")
     print(f"  git     {ref or 'no snapshot: it was trained outside git'}")

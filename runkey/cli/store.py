@@ -124,8 +124,8 @@ def _print(items: list[Item], failed: dict[int, str], *, applied: bool) -> None:
 
 def index(as_json: AsJson = False) -> None:
     """Write the records of all runs again from MLflow; needed only if they were lost."""
+    from runkey.registry.mlflow_runs import count_runs
     from runkey.registry.record_cache import Rebuilt, rebuild
-    from runkey.registry.verify_places import count_runs
 
     place = store()
     if place.is_server:

@@ -1,85 +1,101 @@
-"""What differs between two runs, or between a run and the tree as it stands, and how.
+"""Compare two runs, or a run with the working tree.
 
     diff = compare(run_side(library, "rk2-1d0c", root), tree_side(root), root)
 
-First the four parts of the key, by their hashes; then each part that differs, by what it hashes;
-then what the runs gave (metrics) and what they were run with (witness).
+The four parts of the key are compared by their hashes, each part that differs by what it hashes:
+code by a git diff, data image by image or file by file. Then come metrics and witness.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from runkey import paths
 from runkey.data.index import IMAGE_LIST, ImageList, read_image_list
 from runkey.errors import DataError, RegistryError
+from runkey.identity.code import code_rule, hash_code
 from runkey.identity.dvc_yaml import PIPELINE, read_yaml_text
 from runkey.identity.key import PARTS, Recipe, make_recipe, older_rule
 from runkey.identity.record import KEY_JSON, Record
-from runkey.registry.diff_files import (
-    CodeDiff,
-    FilesDiff,
-    ImagesDiff,
-    Pair,
-    Source,
-    TreeSource,
-    compare_code,
-    compare_files,
-    compare_images,
-    differing,
-    snapshot_source,
-)
+from runkey.identity.syntax import RULE
 from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.library import Library, find_run
+from runkey.registry.snapshot import git, git_bytes, has_git, same_code
 
-# The two sides of a comparison: a recorded run, or the tree as it stands.
+ReadFile = Callable[[str], bytes | None]
+"""Returns the bytes of a file of one side; None: not there."""
+Change = Literal["added", "removed", "changed"]
+# The user's own settings for diffs would change what a script reads.
+_PLAIN = ("--no-ext-diff", "--no-textconv", "--no-color", "--no-renames", "--src-prefix=a/")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A name whose values differ; None: not there on that side."""
+
+    name: str
+    a: Any
+    b: Any
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Pair]:
+    """List the names whose values are not the same, in alphabetical order."""
+    return [
+        Pair(name, a.get(name), b.get(name))
+        for name in sorted(a.keys() | b.keys())
+        if (name in a, a.get(name)) != (name in b, b.get(name))
+    ]
+
+
+# The two sides of a comparison.
 
 
 TREE = "."
-"""How the tree as it stands is named."""
+"""Address of the working tree."""
 IMAGES_JSON = f"{paths.PREPARED}/{IMAGE_LIST}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """What is known of one side."""
+    """One side of a comparison."""
 
     address: str
     """As the user named it."""
     key: str
     parts: dict[str, str]
     recipe: Recipe | None
-    """None: the run left no key.json, as when it failed."""
+    """None: the run has no key.json, such as a failed one."""
     record: Record | None
-    """None: the tree as it stands."""
-    code: Source | None
-    """Where its files are; None: nowhere here."""
+    """None: the working tree."""
+    read: ReadFile | None
+    """Reads its files; None: they are not here."""
     images: ImageList | None
     packages: dict[str, str] = field(default_factory=dict)
-    """Version by name of what was really installed; empty if not known."""
+    """Installed version by name; empty if unknown."""
     notes: list[str] = field(default_factory=list)
     """What could not be read, and why."""
 
     @property
     def params(self) -> dict[str, Any]:
-        """The parameters in the key; of a run without key.json as MLflow has them, as text."""
+        """The parameters in the key; of a run without key.json as text, as MLflow has them."""
         if self.recipe:
             return dict(self.recipe.preimages["params"])
         logged = self.record.run.params if self.record else {}
         return {n: v for n, v in logged.items() if n.split(".")[0] not in ("key", "runtime")}
 
     def preimage(self, part: str) -> dict[str, Any]:
-        """What a part hashes; empty if not known."""
+        """Return what a part hashes; empty if unknown."""
         return dict(self.recipe.preimages[part]) if self.recipe else {}
 
 
 def run_side(library: Library, address: str, root: Path) -> Side:
-    """A recorded run.
+    """Read a recorded run.
 
     Args:
         library: where runs are looked up.
@@ -93,13 +109,13 @@ def run_side(library: Library, address: str, root: Path) -> Side:
     record = find_run(library, address)
     notes = [older] if (older := older_rule(record.key)) else []
 
-    def read(path: str) -> bytes | None:
+    def artifact(path: str) -> bytes | None:
         return _artifact(library, record, path, notes)
 
-    recipe = _recipe(record, read)
+    recipe = _recipe(record, artifact(KEY_JSON))
     oid = record.details.snapshot if record.details else record.run.tags.get("snapshot")
-    code = snapshot_source(root, oid)
-    if code is None:
+    read = _snapshot_reader(root, oid)
+    if read is None:
         what = f"its snapshot {oid[:12]} is not in this repository" if oid else "it has no snapshot"
         notes.append(f"{what}; of its code only the hashes are known")
     return Side(
@@ -108,15 +124,15 @@ def run_side(library: Library, address: str, root: Path) -> Side:
         parts=recipe.parts if recipe else record.run.parts,
         recipe=recipe,
         record=record,
-        code=code,
-        images=_images(read(IMAGES_JSON), IMAGES_JSON, notes),
-        packages=_locked_packages(read(str(paths.RUN_JSON))),
+        read=read,
+        images=_images(artifact(IMAGES_JSON), IMAGES_JSON, notes),
+        packages=_installed_packages(artifact(str(paths.RUN_JSON))),
         notes=notes,
     )
 
 
 def tree_side(workspace: Path) -> Side:
-    """The tree as it stands, as a training of it would be keyed.
+    """Read the working tree, with the key that a training of it would have.
 
     Raises:
         RecipeError, ParamsError, LockError: see `make_recipe`.
@@ -125,8 +141,7 @@ def tree_side(workspace: Path) -> Side:
     notes: list[str] = []
     images = None
     if _prepared_md5(workspace) in recipe.preimages["data"].values():
-        file = workspace / IMAGES_JSON
-        images = _images(file.read_bytes() if file.is_file() else None, IMAGES_JSON, notes)
+        images = _images(_read_or_none(workspace / IMAGES_JSON), IMAGES_JSON, notes)
     else:
         notes.append(f"{paths.PREPARED}/ is not of these data; `dvc repro prepare` lists images")
     return Side(
@@ -135,18 +150,40 @@ def tree_side(workspace: Path) -> Side:
         parts=recipe.parts,
         recipe=recipe,
         record=None,
-        code=TreeSource(workspace),
+        read=lambda path: _read_or_none(workspace / path),
         images=images,
         notes=notes,
     )
 
 
-def _recipe(record: Record, read: Callable[[str], bytes | None]) -> Recipe | None:
-    content = read(KEY_JSON)
-    if content is None:
+def _read_or_none(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _snapshot_reader(root: Path, oid: str | None) -> ReadFile | None:
+    """What reads a snapshot's files, if the repository of `root` has it."""
+    if oid is None or not has_git(root):
         return None
     try:
-        recipe = Recipe.from_dict(json.loads(content))
+        git(root, "cat-file", "-e", f"{oid}^{{tree}}")
+    except RegistryError:
+        return None
+
+    def read(path: str) -> bytes | None:
+        try:
+            # `./`: the repository may lie below the top folder of git.
+            return git_bytes(root, "cat-file", "blob", f"{oid}:./{path}")
+        except RegistryError:
+            return None
+
+    return read
+
+
+def _recipe(record: Record, data: bytes | None) -> Recipe | None:
+    if data is None:
+        return None
+    try:
+        recipe = Recipe.from_dict(json.loads(data))
     except (ValueError, AttributeError):
         raise RegistryError(
             f"{record.label}: {KEY_JSON}: not JSON (run {record.run.run_id});"
@@ -158,7 +195,7 @@ def _recipe(record: Record, read: Callable[[str], bytes | None]) -> Recipe | Non
 
 
 def _artifact(library: Library, record: Record, path: str, notes: list[str]) -> bytes | None:
-    """An artifact's bytes; None, and a note, if it is not there."""
+    """An artifact's bytes; None and a note if it is not there."""
     if record.details and path not in record.details.files:
         notes.append(f"it kept no {path}")
         return None
@@ -170,18 +207,18 @@ def _artifact(library: Library, record: Record, path: str, notes: list[str]) -> 
         return None
 
 
-def _images(content: bytes | None, where: str, notes: list[str]) -> ImageList | None:
+def _images(data: bytes | None, where: str, notes: list[str]) -> ImageList | None:
     try:
-        return None if content is None else read_image_list(content, where)
+        return None if data is None else read_image_list(data, where)
     except DataError as error:
         notes.append(str(error))
         return None
 
 
-def _locked_packages(content: bytes | None) -> dict[str, str]:
-    """Installed packages in a run.json; {} if there are none to be read."""
+def _installed_packages(data: bytes | None) -> dict[str, str]:
+    """Installed packages in a run.json; {} if it has none or cannot be read."""
     try:
-        stored = json.loads(content or b"{}")
+        stored = json.loads(data or b"{}")
         return dict(stored["witness"]["packages"])
     except (ValueError, KeyError, TypeError):
         return {}
@@ -197,39 +234,231 @@ def _prepared_md5(workspace: Path) -> str | None:
         return None
 
 
+# Code, file by file.
+
+
+@dataclass(frozen=True)
+class FileChange:
+    """A file that differs."""
+
+    path: str
+    change: Change
+    a: str | None
+    """Its hash in the key."""
+    b: str | None
+    insertions: int | None
+    """Lines; None where the file's text is unknown."""
+    deletions: int | None
+
+
+@dataclass(frozen=True)
+class CodeDiff:
+    """The difference of two code parts."""
+
+    files: list[FileChange]
+    patch: str
+    """git's, of the files whose text is known."""
+    unknown: list[str]
+    """Files that are in no snapshot here."""
+    incomparable: list[str]
+    """Files that may differ or not: different rules made their hashes, and one side's text is not
+    here."""
+
+
+def compare_code(
+    a: Mapping[str, Any], b: Mapping[str, Any], read_a: ReadFile | None, read_b: ReadFile | None
+) -> CodeDiff:
+    """Compare the code of two keys file by file.
+
+    If the keys were made by different rules, files on both sides are compared by their text under
+    the newer rule, in which a comment makes no difference.
+
+    Args:
+        a: the code part of the first key.
+        b: of the second.
+        read_a: reads the first one's files; None: they are not here.
+        read_b: reads the second one's files.
+    """
+    pairs = differing(a["files"], b["files"])
+    rule_a, rule_b = code_rule(a), code_rule(b)
+    texts = {
+        pair.name: (
+            _text(pair.name, pair.a, read_a, rule_a),
+            _text(pair.name, pair.b, read_b, rule_b),
+        )
+        for pair in pairs
+    }
+    known = {path: (x, y) for path, (x, y) in texts.items() if x is not None and y is not None}
+    incomparable: list[str] = []
+    if rule_a != rule_b:
+        both = [pair.name for pair in pairs if pair.a is not None and pair.b is not None]
+        incomparable = [path for path in both if path not in known]
+        same = {
+            path
+            for path in both
+            if path in known
+            and same_code(path, known[path][1], hash_code(path, known[path][0]), RULE)
+        }
+        pairs = [pair for pair in pairs if pair.name not in {*incomparable, *same}]
+    changed = [pair for pair in pairs if pair.name in known]
+    lines, patch = _git_diff(changed, known) if changed else ({}, "")
+    files = [
+        FileChange(pair.name, _change(pair), pair.a, pair.b, *lines.get(pair.name, (None, None)))
+        for pair in pairs
+    ]
+    unknown = [pair.name for pair in pairs if pair.name not in lines]
+    return CodeDiff(files, patch, unknown, incomparable)
+
+
+def _change(pair: Pair) -> Change:
+    if pair.a is None:
+        return "added"
+    return "removed" if pair.b is None else "changed"
+
+
+def _text(path: str, recorded: str | None, read: ReadFile | None, rule: str) -> bytes | None:
+    """A file's text with LF at line ends, as in keys; None if it is not the recorded one."""
+    if recorded is None:
+        return b""
+    data = read(path) if read else None
+    if data is None:
+        return None
+    data = data.replace(b"\r\n", b"\n")
+    return data if same_code(path, data, recorded, rule) else None
+
+
+def _git_diff(
+    pairs: list[Pair], texts: Mapping[str, tuple[bytes, bytes]]
+) -> tuple[dict[str, tuple[int | None, int | None]], str]:
+    """Lines added and removed by path, and the patch, made in a temporary repository."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        git(root, "init", "-q", "--template=")
+        trees = []
+        for side in (0, 1):
+            for pair in pairs:
+                file = root / pair.name
+                file.unlink(missing_ok=True)
+                if (pair.a, pair.b)[side] is not None:
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(texts[pair.name][side])
+            git(root, "-c", "core.autocrlf=false", "add", "-A", "-f", ".")
+            trees.append(git(root, "write-tree"))
+        numbers = git(root, "diff", *_PLAIN, "--numstat", "-z", *trees)
+        patch = git_bytes(root, "diff", *_PLAIN, "--dst-prefix=b/", *trees)
+    rows = [row.split("\t", 2) for row in numbers.split("\0") if row]
+    lines = {path: (_number(plus), _number(minus)) for plus, minus, path in rows}
+    return lines, patch.decode("utf-8", "replace")
+
+
+def _number(text: str) -> int | None:
+    """Lines as git counts them: `-` stands for a file that is no text."""
+    return None if text == "-" else int(text)
+
+
+# Data, image by image or file by file.
+
+
+@dataclass(frozen=True)
+class ImagesDiff:
+    """Image files, relative to the data folder, by what changed from A to B."""
+
+    added: list[str]
+    removed: list[str]
+    relabelled: list[str]
+    """Other boxes or other classes."""
+    replaced: list[str]
+    """Another picture of the same name."""
+    moved: list[str]
+    """From one split to the other."""
+    total_a: int
+    total_b: int
+
+    def by_kind(self) -> dict[str, list[str]]:
+        """Return the lists by name."""
+        kinds = ("added", "removed", "relabelled", "replaced", "moved")
+        return {kind: getattr(self, kind) for kind in kinds}
+
+    @property
+    def is_empty(self) -> bool:
+        """True if the images are the same."""
+        return not any(self.by_kind().values())
+
+
+@dataclass(frozen=True)
+class FilesDiff:
+    """Files of a data folder by what changed from A to B."""
+
+    added: list[str]
+    removed: list[str]
+    changed: list[str]
+
+    def by_kind(self) -> dict[str, list[str]]:
+        """Return the lists by name."""
+        return {"added": self.added, "removed": self.removed, "changed": self.changed}
+
+
+def compare_images(a: ImageList, b: ImageList) -> ImagesDiff:
+    """Compare two lists of images; an image that is relabelled and replaced is in both lists."""
+    old = {file: (split, one) for split, members in a.items() for file, one in members.items()}
+    new = {file: (split, one) for split, members in b.items() for file, one in members.items()}
+    both = sorted(old.keys() & new.keys())
+    return ImagesDiff(
+        added=sorted(new.keys() - old.keys()),
+        removed=sorted(old.keys() - new.keys()),
+        relabelled=[f for f in both if old[f][1].labels != new[f][1].labels],
+        replaced=[f for f in both if old[f][1].content != new[f][1].content],
+        moved=[f for f in both if old[f][0] != new[f][0]],
+        total_a=len(old),
+        total_b=len(new),
+    )
+
+
+def compare_files(a: Mapping[str, str], b: Mapping[str, str]) -> FilesDiff:
+    """Compare two folders by the md5 of each file."""
+    return FilesDiff(
+        added=sorted(b.keys() - a.keys()),
+        removed=sorted(a.keys() - b.keys()),
+        changed=sorted(path for path in a.keys() & b.keys() if a[path] != b[path]),
+    )
+
+
+# The whole comparison.
+
+
 @dataclass(frozen=True, kw_only=True)
 class Diff:
-    """The comparison of A and B.  Every `Pair` is of values that differ."""
+    """The differences of A and B. Every `Pair` is of values that differ."""
 
     same_key: bool
     parts: dict[str, Pair]
-    """Every part with its two hashes, the same ones too."""
+    """Hashes of every part, also of equal ones."""
     commands: list[Pair]
-    """Of the stages, by name."""
+    """Commands of the stages, by name."""
     params: list[Pair]
     code: CodeDiff
     excluded: list[Pair]
-    """Files and folders that the code part leaves out on one side only: True where it does."""
+    """Files and folders that only one side's code part leaves out: True where it does."""
     data: list[Pair]
-    """md5 by name of the data."""
+    """md5s by name of the data."""
     images: ImagesDiff | None
-    """None if either side's images are not known."""
+    """None if one side's images are unknown."""
     files: FilesDiff | None
-    """Of the data folder; where images are not known and DVC's cache has both folders' lists."""
+    """Files of the data folder, if the images are unknown and DVC's cache lists both folders."""
     packages: list[Pair]
-    """Locked packages, as `version build`; of one version and build, with their hashes."""
+    """Locked packages as `version build`; if these are equal, as hashes."""
     metrics: list[Pair]
     witness: list[Pair]
     installed: list[Pair]
-    """Versions of what was really installed, where both runs say."""
+    """Installed versions, if known of both runs."""
     artifacts: list[Pair]
-    """sha256 by path of kept files; only of runs of one key."""
+    """sha256 by path of recorded files; only for runs of one key."""
     equal_metrics: int
     equal_artifacts: int
 
 
 def compare(a: Side, b: Side, root: Path) -> Diff:
-    """What differs from A to B.
+    """Compare two sides.
 
     Args:
         a: the one side.
@@ -246,9 +475,9 @@ def compare(a: Side, b: Side, root: Path) -> Diff:
     return Diff(
         same_key=a.key == b.key,
         parts={part: Pair(part, a.parts.get(part), b.parts.get(part)) for part in PARTS},
-        commands=_commands(a, b) if known else [],
+        commands=differing(a.recipe.cmd, b.recipe.cmd) if a.recipe and b.recipe else [],
         params=differing(a.params, b.params) if known else _as_texts(a.params, b.params),
-        code=compare_code(code_a, code_b, a.code, b.code) if known else CodeDiff([], "", [], []),
+        code=compare_code(code_a, code_b, a.read, b.read) if known else CodeDiff([], "", [], []),
         excluded=_excluded(a, b) if known else [],
         data=differing(data_a, data_b) if known else [],
         images=images,
@@ -268,15 +497,9 @@ def _equal(a: Mapping[str, Any], b: Mapping[str, Any]) -> int:
 
 
 def _as_texts(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Pair]:
-    """The names on both sides whose values differ as text, which is all that MLflow has."""
+    """The names on both sides whose values differ as text, as MLflow has them."""
     both = a.keys() & b.keys()
     return differing({n: str(a[n]) for n in both}, {n: str(b[n]) for n in both})
-
-
-def _commands(a: Side, b: Side) -> list[Pair]:
-    assert a.recipe
-    assert b.recipe
-    return differing(a.recipe.cmd, b.recipe.cmd)
 
 
 def _excluded(a: Side, b: Side) -> list[Pair]:
@@ -285,7 +508,7 @@ def _excluded(a: Side, b: Side) -> list[Pair]:
 
 
 def _data_files(a: Mapping[str, str], b: Mapping[str, str], root: Path) -> FilesDiff | None:
-    """By the lists of files that DVC's cache has of both data folders."""
+    """Compare the data folders that differ by the lists of files in DVC's cache."""
     changed = differing(a, b)
     if not changed:
         return None
@@ -296,7 +519,7 @@ def _data_files(a: Mapping[str, str], b: Mapping[str, str], root: Path) -> Files
         for pair in changed:
             md5 = names.get(pair.name, "").removeprefix("md5:")
             listed = cache.files({pair.name: md5}) if md5 else {}
-            if md5 and len(listed) < 2:  # the folder itself alone: its list is not there
+            if md5 and len(listed) < 2:  # only the folder itself: its list is not there
                 return None
             files |= {path: one for path, one in listed.items() if not path.endswith("/")}
         sides.append(files)
@@ -325,7 +548,7 @@ def _rows(packages: list[list[str]]) -> dict[str, list[tuple[str, str]]]:
 
 
 def _witness(side: Side) -> dict[str, Any]:
-    """What a run was really run with, in one flat list."""
+    """What a run ran with, in one flat table."""
     assert side.record
     details, tags = side.record.details, side.record.run.tags
     if details is None:

@@ -1,11 +1,11 @@
-"""DVC's cache, read as files, without DVC: which results it holds, and where their bytes lie.
+"""Read DVC's cache as files, without DVC; download files of a run.
 
     <cache>/runs/<ab>/<hash of the stage>/<hash of all>   what a stage took and gave, as YAML
     <cache>/files/md5/<ab>/<the other 30 digits>          a file by its md5
     <cache>/files/md5/<ab>/<...>.dir                      a folder: JSON list of {md5, relpath}
 
-A run is found by the md5 of its run.json, which is an output of its stage.  DVC keeps the objects
-of all outputs of an entry, those with `cache: false` as well.
+A run is found by the md5 of its run.json, which is an output of its stage. DVC keeps the objects
+of all outputs of an entry, also of those with `cache: false`.
 """
 
 from __future__ import annotations
@@ -30,22 +30,20 @@ from runkey.identity.record import Record, StoredFile
 from runkey.progress import Steps, progress
 from runkey.registry.library import Library
 from runkey.registry.local_library import inside
+from runkey.units import MIB
 
-# Copy files of a run, each checked against the hash that the run recorded.
-
-
-_DOWNLOAD_CHUNK = 1 << 20
+_CHUNK = MIB
 
 
 def download(library: Library, record: Record, paths: Iterable[str], target: Path) -> None:
-    """Put artifacts of a run into a folder, all of them or none.
+    """Copy artifacts of a run into a folder, all of them or none.
 
-    They are written beside their places, hashed on the way, and moved only when all are right.
+    They are written to a temporary folder, hashed on the way, and moved only when all are right.
 
     Args:
         library: where the run is.
         record: the run, with its details.
-        paths: of artifacts; they keep them below `target`.
+        paths: of artifacts; also their paths below `target`.
         target: the folder; files in it of the same name are replaced.
 
     Raises:
@@ -72,7 +70,7 @@ def download(library: Library, record: Record, paths: Iterable[str], target: Pat
 
 
 def in_the_way(record: Record, paths: Iterable[str], target: Path) -> list[str]:
-    """Those of the paths that lie in the folder already, with other contents.
+    """List those of the paths that exist in the folder with other content.
 
     Raises:
         RegistryError: see `download`.
@@ -99,7 +97,7 @@ def _copy(
 ) -> None:
     digest, size = hashlib.sha256(), 0
     with library.open_file(record, path) as source, place.open("wb") as copy:
-        while chunk := source.read(_DOWNLOAD_CHUNK):
+        while chunk := source.read(_CHUNK):
             digest.update(chunk)
             size += len(chunk)
             copy.write(chunk)
@@ -116,21 +114,20 @@ DIR = ".dir"
 """End of the md5 of a folder."""
 _OUTS = b"\nouts:\n"
 _OUT = re.compile(rb"^- path: (.+)\n(?:  .*\n)*?  md5: ([0-9a-f]{32}(?:\.dir)?)$", re.MULTILINE)
-_MD5 = re.compile(r"[0-9a-f]{32}(?:\.dir)?")
-_CHUNK = 1 << 20
+MD5 = re.compile(r"[0-9a-f]{32}(?:\.dir)?")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of DVC's memory: a stage, what it was given and what it gave."""
+    """An entry of DVC's run-cache: a stage, its inputs and its outputs."""
 
     path: str
-    """Of its file, posix, relative to the cache's runs/."""
+    """Of its file, with `/`, relative to the cache's runs/."""
     cmd: str
     deps: Mapping[str, str]
     """md5 by path; a folder's ends with `.dir`."""
     outs: Mapping[str, str]
-    """Likewise, metrics and plots included."""
+    """Likewise, with metrics and plots."""
 
 
 class DvcCache:
@@ -144,23 +141,23 @@ class DvcCache:
 
     @property
     def runs(self) -> Path:
-        """Folder of the entries."""
+        """The folder of the entries."""
         return self.folder / "runs"
 
     def object_path(self, md5: str) -> Path:
-        """Where the object of an md5 lies, or would lie."""
+        """Return where the object of an md5 lies, or would lie."""
         return self.folder / "files" / "md5" / md5[:2] / md5[2:]
 
     def entry_of(self, pointer_md5: str) -> Entry | None:
-        """The entry of the stage that wrote a file, such as a run's run.json; None if none did."""
+        """Find the entry of the stage that wrote a file, such as a run's run.json."""
         return self.entries_of([pointer_md5]).get(pointer_md5)
 
     def entries_of(self, pointer_md5s: Iterable[str]) -> dict[str, Entry]:
-        """The same for several files in one search, by the md5s that were found."""
+        """Find the entries for several files in one search, by md5."""
         wanted = {md5.encode() for md5 in pointer_md5s}
         found: dict[str, Entry] = {}
-        for path, content in self._entries():
-            outs = content.partition(_OUTS)[2] if wanted else b""
+        for path, data in self._entries():
+            outs = data.partition(_OUTS)[2] if wanted else b""
             for md5 in wanted.intersection(word for _, word in _OUT.findall(outs)):
                 entry = self._parse(path)
                 if entry and md5.decode() in entry.outs.values():
@@ -168,23 +165,20 @@ class DvcCache:
         return found
 
     def chain(self, entry: Entry) -> list[Entry]:
-        """The entries whose outputs one took, itself, and those that took its own.
-
-        Those before and after it include the ones that are linked through others.
-        """
+        """List the entries before one, itself, and those after it, also those linked indirectly."""
         before = self._follow(entry, back=True)
         after = self._follow(entry, back=False)
         return [*reversed(before), entry, *after]
 
     def objects(self, md5s: Iterable[str]) -> dict[str, str]:
-        """All objects of some md5s: themselves, and the files of those that are folders.
+        """List all objects of some md5s: themselves, and the files of those that are folders.
 
         Args:
             md5s: of files, or of folders (`.dir`).
 
         Returns:
-            By md5 the file's path in its folder, `""` for those given.  The files of a folder whose
-            own object is missing or torn are not known, and left out.
+            By md5 the file's path in its folder, `""` for those given. The files of a folder whose
+            own object is missing or torn are unknown and left out.
         """
         found: dict[str, str] = {}
         for md5 in md5s:
@@ -194,7 +188,7 @@ class DvcCache:
         return found
 
     def files(self, outs: Mapping[str, str]) -> dict[str, str]:
-        """md5 by path of every object of some outputs; a folder stands there itself with a `/`."""
+        """Return the md5 by path of every object of some outputs; a folder's path ends in `/`."""
         found: dict[str, str] = {}
         for out, md5 in outs.items():
             found[f"{out}/" if md5.endswith(DIR) else out] = md5
@@ -210,22 +204,22 @@ class DvcCache:
             listed = {str(item["relpath"]): str(item["md5"]) for item in items}
         except (OSError, ValueError, KeyError, TypeError):
             return {}
-        # What is no md5 must not become a path in the cache.
-        return {path: inner for path, inner in listed.items() if _MD5.fullmatch(inner)}
+        # Anything but an md5 must not become a path in the cache.
+        return {path: inner for path, inner in listed.items() if MD5.fullmatch(inner)}
 
     def _entries(self) -> Iterator[tuple[str, bytes]]:
-        """Path and content of every entry.  Searched as bytes: parsing takes 50 times as long."""
+        """Path and bytes of every entry; searching bytes is 50 times as fast as parsing."""
         for folder in _folders(self.runs):
             for stage in _folders(folder.path):
                 for file in os.scandir(stage.path):
                     try:
-                        content = Path(file.path).read_bytes()
-                    except OSError:  # DVC's own temporary file, or swept away meanwhile
+                        data = Path(file.path).read_bytes()
+                    except OSError:  # a temporary file of DVC, or deleted meanwhile
                         continue
-                    yield f"{folder.name}/{stage.name}/{file.name}", content
+                    yield f"{folder.name}/{stage.name}/{file.name}", data
 
     def _parse(self, path: str) -> Entry | None:
-        """The entry in a file; None if it is not whole, which DVC takes for no entry as well."""
+        """The entry in a file; None if it is torn (DVC ignores it then, too)."""
         try:
             tree = read_yaml_text(self.runs / path)
             return Entry(path, tree["cmd"], _md5s(tree.get("deps")), _md5s(tree["outs"]))
@@ -233,7 +227,7 @@ class DvcCache:
             return None
 
     def _follow(self, entry: Entry, *, back: bool) -> list[Entry]:
-        """Entries linked to one, directly and through others, nearest first."""
+        """Entries linked to one, directly and indirectly, nearest first."""
         found: dict[str, Entry] = {}
         newest = [entry]
         while newest:
@@ -243,7 +237,7 @@ class DvcCache:
         return list(found.values())
 
     def _givers(self, entries: list[Entry]) -> list[Entry]:
-        """Entries whose outputs some entries took."""
+        """Entries whose outputs are inputs of some entries."""
         deps = {(path, md5) for entry in entries for path, md5 in entry.deps.items()}
         known: dict[tuple[str, str], bool] = {}
 
@@ -253,14 +247,14 @@ class DvcCache:
             return known[out]
 
         near = []
-        for path, content in self._entries():
-            outs = _OUT.findall(content.partition(_OUTS)[2])
+        for path, data in self._entries():
+            outs = _OUT.findall(data.partition(_OUTS)[2])
             if any(given((name.decode(errors="replace"), md5.decode())) for name, md5 in outs):
                 near.append(path)
         return [entry for entry in map(self._parse, near) if entry]
 
     def _gives(self, out: tuple[str, str], deps: set[tuple[str, str]]) -> bool:
-        """Whether an output is a dependency, or a folder that the dependency is a file of."""
+        """Return True if an output is a dependency, or a folder that holds one."""
         if out in deps:
             return True
         folder, md5 = out
@@ -271,20 +265,20 @@ class DvcCache:
         return not inside.isdisjoint(listed)
 
     def _takers(self, entries: list[Entry]) -> list[Entry]:
-        """Entries that took an output of some entries whole."""
+        """Entries that have an output of some entries as an input."""
         outs = {(path, md5) for entry in entries for path, md5 in entry.outs.items()}
         marks = [md5.encode() for _, md5 in outs]
         near = [
             path
-            for path, content in self._entries()
-            if any(mark in content.partition(_OUTS)[0] for mark in marks)
+            for path, data in self._entries()
+            if any(mark in data.partition(_OUTS)[0] for mark in marks)
         ]
         parsed = (self._parse(path) for path in near)
         return [entry for entry in parsed if entry and not outs.isdisjoint(entry.deps.items())]
 
 
 def md5_file(path: Path) -> str:
-    """Hex md5 of a file's bytes, as DVC names it."""
+    """Return the hex md5 of a file's bytes, as DVC names it."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -301,4 +295,4 @@ def _folders(path: Path | str) -> list[os.DirEntry[str]]:
 
 def _md5s(items: Any) -> dict[str, str]:
     """md5 by path of an entry's deps or outs."""
-    return {item["path"]: item["md5"] for item in items or () if _MD5.fullmatch(item["md5"])}
+    return {item["path"]: item["md5"] for item in items or () if MD5.fullmatch(item["md5"])}

@@ -1,21 +1,25 @@
-"""A run handed on: to the team's remotes and server, and from them.
+"""Hand a run to the team or to another machine, and take one in.
 
     publish   objects and entries to the DVC remote, snapshot to the git remote, MLflow run last
-    fetch     the other way round: everything is checked in a folder apart, MLflow run last
+    fetch     the other way round: everything is checked in a temporary folder, MLflow run last
+    export    everything to one file, for machines that never meet
+    import    from such a file, which may come from anybody
 
-So whoever finds the run finds all of it, and an interruption leaves at most what nobody points at.
+The MLflow run comes last, so that whoever finds the run finds all of it, and an interruption
+leaves only objects that nothing refers to.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from runkey.errors import RegistryError
-from runkey.identity.record import Record
+from runkey.identity.record import ORIGIN, Details, Record
 from runkey.progress import QUIET, Steps, each
 from runkey.registry.archive import Index, pack, unpack
 from runkey.registry.dvc_cache import DvcCache
@@ -27,38 +31,42 @@ from runkey.registry.package import (
     Package,
     Runs,
     check,
-    collect_dvc,
-    known,
     object_path,
-    origin_of,
     read_run,
     staging,
-    whole,
 )
-from runkey.registry.share_dvc import (
-    FILE,
-    DvcPart,
-    DvcRemote,
-    check_objects,
-    check_outputs,
-    install,
-    lacking,
-)
-from runkey.registry.share_snapshot import (
+from runkey.registry.share_dvc import FILE, DvcPart, collect
+from runkey.registry.snapshot import (
     bundle_snapshot,
     check_remote,
     fetch_snapshot,
+    has_git,
     push_snapshot,
     ref_of,
     unbundle_snapshot,
 )
-from runkey.registry.snapshot import has_git
+from runkey.units import MIB
 
-# A run as a file, for machines that never meet: `export` and `import`.
+PARTS = 3
+"""Parts of each of the four commands, for `steps`."""
+_LARGEST_LIST = 256 * MIB
+"""Bytes of dvc.json."""
 
 
-CARRY_PARTS = 3
-"""Of what export and import do: the run, the objects, the file; or the other way round."""
+class Remote(Protocol):
+    """A DVC remote; `runkey.dvc_transfer.DvcRemote` implements it with DVC."""
+
+    def check(self) -> str:
+        """Return its address; raise RegistryError if nobody else can read it."""
+
+    def push(self, objects: Mapping[str, int], entries: Iterable[str]) -> int:
+        """Copy objects and entries there; return the number of new objects."""
+
+    def pull(self, objects: Mapping[str, int], folder: Path) -> None:
+        """Copy objects from there to `<folder>/<2 digits>/<the rest>`."""
+
+
+# export and import
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ class Carried:
     size: int
     """Bytes, unpacked."""
     is_new: bool = True
-    """Whether the run was not there before."""
+    """True if the run was not there before."""
 
 
 def export_run(
@@ -91,19 +99,19 @@ def export_run(
         record: a run of this machine's store.
         root: this checkout.
         home: `Store.home`.
-        runs: MLflow's part of the store.
+        runs: the store's MLflow runs.
         target: file to write; replaced if it is there.
-        with_data: the raw data too.
-        steps: told which of the `PARTS` it is at.
+        with_data: also write the raw data.
+        steps: progress over `PARTS`.
 
     Raises:
         RegistryError: the run is not whole, something of it is missing, or the file cannot be
             written.
         TrackingError: MLflow refuses.
     """
-    details = whole(record)
+    details = _whole(record)
     cache = DvcCache(root)
-    part = collect_dvc(record, cache, with_data=with_data)
+    part = _collect(record, details, cache, with_data=with_data)
     with staging(home, "export") as folder:
         steps.advance(0, "run from MLflow")
         read_run(runs, record, folder)
@@ -114,7 +122,7 @@ def export_run(
             place = object_path(folder, md5)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(cache.object_path(md5), place)
-        check_objects(part, lambda md5: object_path(folder, md5))
+        part.check_objects(lambda md5: object_path(folder, md5))
         if details.snapshot:
             bundle_snapshot(root, record.key, details.snapshot, (folder / BUNDLE).resolve())
         steps.advance(1, target.name)
@@ -127,16 +135,16 @@ def import_run(
 ) -> Carried:
     """Take a run from an archive, which may come from anybody.
 
-    Everything is unpacked and checked in a folder apart; then objects, entries, the snapshot and,
-    last, the MLflow run are put in place.
+    Everything is unpacked and checked in a temporary folder. Then objects, entries, the snapshot
+    and, last, the MLflow run are put in place.
 
     Args:
         file: the archive.
         root: this checkout.
         home: `Store.home`.
-        runs: MLflow's part of this machine's store.
+        runs: the store's MLflow runs.
         local: this machine's runs.
-        steps: told which of the `PARTS` it is at.
+        steps: progress over `PARTS`.
 
     Raises:
         RegistryError: it is damaged, incomplete, or made to do harm; the text names what.
@@ -147,19 +155,19 @@ def import_run(
         index = unpack(file, folder)
         steps.advance(1, "check it")
         package = check(folder, index.key, file.name)
-        part = _dvc_part(folder, index, file.name)
-        check_objects(part, package.object_path)
-        check_outputs(part, package.object_path, package.details)
+        part = _packed_part(folder, index, file.name)
+        part.check_objects(package.object_path)
+        part.check_outputs(package.object_path, package.details)
         steps.advance(1, "put in place")
-        _take_snapshot(root, folder, package, file.name)
-        install(part, package.object_path, DvcCache(root))
-        here = known(local, package.key, package.origin)
+        _take_snapshot(root, package, file.name)
+        part.install(package.object_path, DvcCache(root))
+        here = _known(local, package)
         run_id = here.run.run_id if here else runs.write(package.run).run_id
     return Carried(index.key, run_id, len(index.members), index.size, here is None)
 
 
-def _dvc_part(folder: Path, index: Index, where: str) -> DvcPart:
-    """DVC's part, if the archive holds a run, its objects and nothing else."""
+def _packed_part(folder: Path, index: Index, where: str) -> DvcPart:
+    """The DVC part of an archive that holds a run, its objects and nothing else."""
     try:
         text = (folder / FILE).read_bytes()
     except FileNotFoundError:
@@ -172,51 +180,48 @@ def _dvc_part(folder: Path, index: Index, where: str) -> DvcPart:
     return part
 
 
-def _take_snapshot(root: Path, folder: Path, package: Package, where: str) -> None:
-    """The snapshot into the repository; objects that no ref names are all that a failure leaves."""
-    oid, bundle = package.details.snapshot, folder / BUNDLE
+def _take_snapshot(root: Path, package: Package, where: str) -> None:
+    """Put the snapshot into the repository; a failure leaves only objects that no ref names."""
+    oid, bundle = package.details.snapshot, package.folder / BUNDLE
     if oid is None:
         return
     if not bundle.is_file():
         raise RegistryError(f"{where}: {BUNDLE}: not there, and the run has a snapshot")
     if not has_git(root):
         raise RegistryError(f"{root}: not a git repository; the snapshot has nowhere to go")
-    unbundle_snapshot(root, bundle.resolve(), package.key, oid, (folder / "git").resolve())
+    unbundle_snapshot(root, bundle.resolve(), package.key, oid, (package.folder / "git").resolve())
 
 
-_LARGEST_LIST = 256 << 20
-"""Bytes of dvc.json."""
+# publish and fetch
 
-PARTS = 3
-"""DVC's objects, the snapshot, the MLflow run."""
 
 State = Literal["new", "already there", "published from elsewhere"]
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where a run is handed to, or had from."""
+    """This checkout and the team's three places."""
 
     root: Path
     """This checkout."""
     home: Path
-    """`Store.home`; folders for what is under way are made in it."""
-    dvc: DvcRemote
+    """`Store.home`; temporary folders are made in it."""
+    dvc: Remote
     git: str
     """Name of the git remote."""
     server: Library
-    """The team's."""
+    """Runs of the team's server."""
     own: bool
-    """Whether this machine records its runs on that server anyway."""
+    """True if this machine records its runs on that server anyway."""
 
 
 @dataclass(frozen=True)
 class Handed:
-    """What was done."""
+    """What was published or fetched."""
 
     key: str
     run_id: str
-    """Of the run where it was handed to."""
+    """MLflow id where the run was handed to."""
     state: State
     """Of the MLflow run there."""
     server: str
@@ -225,12 +230,12 @@ class Handed:
     objects: int = 0
     """DVC objects of the run."""
     new_objects: int = 0
-    """Those that were not there before."""
+    """Objects that were not there before."""
     size: int = 0
-    """Bytes of all of them."""
+    """Bytes of all objects."""
     entries: int = 0
     ref: str | None = None
-    """The snapshot's, None for a run that was trained outside git."""
+    """The snapshot's; None for a run that was trained outside git."""
     new_ref: bool = False
 
 
@@ -243,38 +248,44 @@ def publish(
     with_data: bool = False,
     steps: Steps = QUIET,
 ) -> Handed:
-    """Hand a run to the team.  Nothing is sent before all three places have answered.
+    """Hand a run to the team. Nothing is sent before all three places have answered.
 
     Args:
         record: a run of this machine's store.
-        places: where to.
-        mine: MLflow's part of this machine's store.
-        theirs: of the server.
-        with_data: the raw data too.
-        steps: told which of the `PARTS` it is at.
+        places: the team's.
+        mine: MLflow runs of this machine's store.
+        theirs: MLflow runs of the server.
+        with_data: also send the raw data.
+        steps: progress over `PARTS`.
 
     Raises:
         RegistryError: the run is not whole, something of it is missing here, or one of the three
             places is not set or cannot be reached.
         TrackingError: MLflow refuses.
     """
-    details = whole(record)
-    part = collect_dvc(record, DvcCache(places.root), with_data=with_data)
-    address = places.dvc.check()
+    details = _whole(record)
+    part = _collect(record, details, DvcCache(places.root), with_data=with_data)
+    done = Handed(
+        record.key,
+        "",
+        "new",
+        places.server.place,
+        dvc=places.dvc.check(),
+        objects=len(part.objects),
+        size=part.size,
+        entries=len(part.entries),
+    )
     if details.snapshot:
         check_remote(places.root, places.git)
     there = _finished(record, places.server)
-    done = Handed(record.key, "", "new", places.server.place, address, len(part.objects))
-    done = replace(done, size=part.size, entries=len(part.entries))
-    if there and origin_of(there) != origin_of(record) and not record.reproduction_of:
+    if there and _origin(there) != _origin(record) and not record.reproduction_of:
         return replace(done, run_id=there.run.run_id, state="published from elsewhere")
     steps.advance(0, f"{len(part.objects)} objects to DVC")
-    new, _ = places.dvc.push(part.objects, part.entries)
+    done = replace(done, new_objects=places.dvc.push(part.objects, part.entries))
     steps.advance(1, "snapshot to git")
-    done = replace(done, new_objects=new)
     if details.snapshot:
-        fresh = push_snapshot(places.root, places.git, record.key, details.snapshot)
-        done = replace(done, ref=ref_of(record.key, details.snapshot), new_ref=fresh)
+        is_new = push_snapshot(places.root, places.git, record.key, details.snapshot)
+        done = replace(done, ref=ref_of(record.key, details.snapshot), new_ref=is_new)
     steps.advance(1, "run to MLflow")
     if there and _has_list(there, places.server):
         return replace(done, run_id=there.run.run_id, state="already there")
@@ -302,21 +313,21 @@ def fetch(
 
     Args:
         record: a run of the team's server.
-        places: where from.
+        places: the team's.
         local: this machine's runs.
-        mine: MLflow's part of this machine's store.
-        theirs: of the server.
-        steps: told which of the `PARTS` it is at.
+        mine: MLflow runs of this machine's store.
+        theirs: MLflow runs of the server.
+        steps: progress over `PARTS`.
 
     Raises:
         RegistryError: the run is not whole or was not published, or something of it is missing,
             damaged, or could do harm; the text names it.
         TrackingError: MLflow refuses.
     """
-    details = whole(record)
-    part = _list_of(record, places.server)
+    details = _whole(record)
+    part = _published_part(record, places.server)
     cache = DvcCache(places.root)
-    wanted = {md5: part.objects[md5] for md5 in lacking(part, cache)}
+    wanted = {md5: part.objects[md5] for md5 in part.missing_from(cache)}
     steps.advance(0, "run from MLflow")
     with staging(places.home, "fetch") as folder:
         read_run(theirs, record, folder)
@@ -325,16 +336,16 @@ def fetch(
         if wanted:
             places.dvc.pull(wanted, folder / OBJECTS)
 
-        def place(md5: str) -> Path:
-            return object_path(folder, md5) if md5 in wanted else cache.object_path(md5)
+        def path_of(md5: str) -> Path:
+            return package.object_path(md5) if md5 in wanted else cache.object_path(md5)
 
-        check_objects(part, place)
-        check_outputs(part, place, package.details)
+        part.check_objects(path_of)
+        part.check_outputs(path_of, package.details)
         steps.advance(1, "snapshot from git")
         if details.snapshot:
             fetch_snapshot(places.root, places.git, record.key, details.snapshot)
-        install(part, place, cache)
-        here = record if places.own else known(local, record.key, package.origin)
+        part.install(path_of, cache)
+        here = record if places.own else _known(local, package)
         run_id = here.run.run_id if here else mine.write(package.run).run_id
     return Handed(
         record.key,
@@ -349,10 +360,41 @@ def fetch(
     )
 
 
+def _whole(record: Record) -> Details:
+    """The details of a run that can be handed on."""
+    if record.details is None or not record.is_whole:
+        raise RegistryError(
+            f"{record.label}: run {record.run.run_id} is {record.run.status}"
+            f"{'' if record.details else ' and has no record.json'}; only a finished run that was"
+            " recorded whole can be handed on"
+        )
+    return record.details
+
+
+def _collect(record: Record, details: Details, cache: DvcCache, *, with_data: bool) -> DvcPart:
+    if details.pointer_md5 is None:
+        raise RegistryError(
+            f"{record.label}: was not trained by `dvc repro`, so DVC has nothing that could be"
+            " handed on; `dvc repro` trains it so"
+        )
+    return collect(cache, details.pointer_md5, record.label, with_data=with_data)
+
+
+def _origin(record: Record) -> str:
+    """MLflow id of the run that a run is a copy of; its own if it is none."""
+    return record.run.tags.get(ORIGIN) or record.run.run_id
+
+
+def _known(library: Library, package: Package) -> Record | None:
+    """The package's run in a store, or a finished copy of it."""
+    finished = (one for one in library.matching(package.key) if one.run.status == "FINISHED")
+    return next((r for r in finished if package.origin in (r.run.run_id, _origin(r))), None)
+
+
 def _finished(record: Record, server: Library) -> Record | None:
-    """The server's run of the key: this one or a copy of it, else the oldest that is finished."""
+    """The server's run of the key: this one or a copy of it, else the oldest finished one."""
     found = [one for one in server.matching(record.key) if one.run.status == "FINISHED"]
-    same = [one for one in found if origin_of(one) == origin_of(record)]
+    same = [one for one in found if _origin(one) == _origin(record)]
     others = [one for one in found if not one.reproduction_of]
     return next(iter(same or others), None)
 
@@ -365,12 +407,12 @@ def _has_list(record: Record, server: Library) -> bool:
         return False
 
 
-def _list_of(record: Record, server: Library) -> DvcPart:
-    """What the publisher said of DVC's part."""
+def _published_part(record: Record, server: Library) -> DvcPart:
+    """The DVC part that the publisher wrote."""
     where = f"{record.label}: {FILE} of run {record.run.run_id}"
     try:
         with server.open_file(record, FILE) as file:
-            content = file.read(_LARGEST_LIST + 1)
+            data = file.read(_LARGEST_LIST + 1)
     except RegistryError:
         host = record.details.host if record.details else "where it was trained"
         raise RegistryError(
@@ -379,6 +421,6 @@ def _list_of(record: Record, server: Library) -> DvcPart:
         ) from None
     except (OSError, HTTPException) as error:
         raise RegistryError(f"{server.place}: the connection broke ({error})") from None
-    if len(content) > _LARGEST_LIST:
+    if len(data) > _LARGEST_LIST:
         raise RegistryError(f"{where}: larger than 256 MiB; refused")
-    return DvcPart.from_json(content, where)
+    return DvcPart.from_json(data, where)

@@ -1,35 +1,36 @@
-"""The code of a run, kept as a commit: the tree that ran, whatever of it was committed before.
+"""Snapshots: the code of a run as a git commit of the tree that ran, committed before or not.
 
     oid = take_snapshot(workspace, store_root, recipe)    # refs/runkey/<key>/<12 digits> keeps it
     git worktree add --detach ../again <oid>              # the tree again; its key is the same
 
-It holds the tracked files as they stand, and untracked ones that the run needs.  Left as they were
-committed are dvc.lock and the pipeline's own outputs, which change by running.  Neither the user's
-index nor a file of the working tree is touched.
+A snapshot holds the tracked files as they stand, and untracked files that the run needs. dvc.lock
+and the pipeline's own outputs, which change by running, stay as they were committed. Neither the
+user's index nor a file of the working tree is touched.
+
+Snapshots travel between repositories by a git remote, or by a bundle in a file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from runkey.errors import RegistryError
-from runkey.identity.code import import_closure
+from runkey.errors import RegistryError, RunkeyError
+from runkey.identity.code import code_rule, hash_code, import_closure
 from runkey.identity.dvc_yaml import PIPELINE, Stage, covers, pointer_of, read_pipeline
-from runkey.identity.key import DATA_PATH, FILE_PARAMS, Recipe
+from runkey.identity.key import DATA_PATH, FILE_PARAMS, Recipe, short_key
 from runkey.identity.manifest import REQUIREMENTS
 from runkey.params import load_params
 from runkey.paths import LOCK, PARAMS
 
-# git, run as a command.
-
-
-# What makes git look elsewhere than in its current folder; hooks and DVC hand them down.
+# Variables that make git look elsewhere than in its current folder; hooks and DVC pass them on.
 _ELSEWHERE = (
     *("GIT_DIR", "GIT_WORK_TREE", "GIT_IMPLICIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE"),
     *("GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_QUARANTINE_PATH"),
@@ -45,12 +46,12 @@ def git(
     text: str | None = None,
     accept: Collection[int] = (0,),
 ) -> str:
-    """What a git command prints, without the line end.
+    """Run a git command; return what it prints, without the line end.
 
     Args:
-        root: folder that it is run in; inherited variables that name another repository are void.
-        arguments: after `git`.
-        env: variables beside this process's own.
+        root: folder to run it in; inherited variables that name another repository are dropped.
+        arguments: the command line after `git`.
+        env: more variables.
         text: its standard input.
         accept: exit codes that are no failure.
 
@@ -68,7 +69,7 @@ def git_bytes(
     text: str | None = None,
     accept: Collection[int] = (0,),
 ) -> bytes:
-    """What a git command prints, byte for byte; all else as in `git`."""
+    """Run a git command; return what it prints, byte for byte. All else as in `git`."""
     own = {name: value for name, value in os.environ.items() if name not in _ELSEWHERE}
     try:
         done = subprocess.run(
@@ -82,14 +83,14 @@ def git_bytes(
     except FileNotFoundError:
         raise RegistryError("git: not installed; the code of a run is kept with it") from None
     if done.returncode not in accept:
-        told = (done.stderr.strip() or done.stdout.strip()).decode("utf-8", "replace")
-        said = (told or "no message").splitlines()
-        raise RegistryError(f"git {arguments[0]}: {said[-1].removeprefix('fatal: ')}")
+        output = (done.stderr.strip() or done.stdout.strip()).decode("utf-8", "replace")
+        lines = (output or "no message").splitlines()
+        raise RegistryError(f"git {arguments[0]}: {lines[-1].removeprefix('fatal: ')}")
     return done.stdout
 
 
 def has_git(root: Path) -> bool:
-    """Whether `root` lies in a git repository (and git is installed)."""
+    """Return True if `root` lies in a git repository and git is installed."""
     try:
         git(root, "rev-parse", "--git-dir")
     except RegistryError:
@@ -97,18 +98,18 @@ def has_git(root: Path) -> bool:
     return True
 
 
-# Which files a run needs to run again: what its snapshot must hold, tracked by git or not.
+# Which files a run needs to run again.
 
 
 _ALWAYS = (str(PIPELINE), str(PARAMS), str(LOCK), str(REQUIREMENTS), ".dvc/config", ".dvcignore")
 
 
 def needed_files(root: Path, recipe: Recipe) -> set[str]:
-    """The files that the recipe's stages need, relative to `root`, posix.
+    """List the files that the recipe's stages need, as posix paths relative to `root`.
 
-    All that they import (telemetry too, which the key leaves out), what dvc.yaml declares beside
-    it, parameters, lock, weights to start from; in place of a file that DVC tracks its .dvc file.
-    Of a symbolic link both the link and what it points to.
+    These are all files that they import (also those that the key leaves out), what dvc.yaml
+    declares, the parameters, the lock and the initial weights. A file that DVC tracks is replaced
+    by its .dvc file. Of a symbolic link both the link and its target are needed.
 
     Args:
         root: the workspace.
@@ -129,9 +130,9 @@ def needed_files(root: Path, recipe: Recipe) -> set[str]:
 
 
 def _lies_inside(value: object) -> bool:
-    """Whether a parameter is a file of the repository.
+    """Return True if a parameter names a file of the repository.
 
-    One outside it has no place in a snapshot; the key holds its hash, so that no other file can
+    A file outside it has no place in a snapshot; the key holds its hash, so that no other file can
     pass for it.
     """
     if value in (None, "none", "imagenet") or Path(str(value)).is_absolute():
@@ -140,7 +141,7 @@ def _lies_inside(value: object) -> bool:
 
 
 def _real_files(path: str, root: Path) -> Iterator[str]:
-    """`path` without links in it, and every link on the way."""
+    """`path` with its links resolved, and every link on the way."""
     home = root.resolve()
     for part in reversed((PurePosixPath(path), *PurePosixPath(path).parents[:-1])):
         link = root / part
@@ -159,12 +160,15 @@ def _real_files(path: str, root: Path) -> Iterator[str]:
     yield path
 
 
+# Taking a snapshot.
+
+
 REFS = "refs/runkey"
 LARGEST_MB = 10
 """Of an untracked file, in 10^6 bytes; larger ones belong to DVC."""
 
 _MESSAGE = "runkey: the tree that ran"
-# The same for everybody, so that the same tree has the same commit.
+# The same author and date for everybody, so that the same tree gives the same commit.
 _WHO = {
     f"GIT_{role}_{what}": value
     for role in ("AUTHOR", "COMMITTER")
@@ -174,7 +178,7 @@ _WHO = {
         ("DATE", "2000-01-01T00:00:00+00:00"),
     )
 }
-# A user's settings that would leave files behind, refuse some, or give another commit.
+# Overrides user settings that would leave files out, refuse some, or give another commit.
 _SETTINGS = tuple(
     word
     for setting in (
@@ -191,20 +195,19 @@ _SETTINGS = tuple(
 
 @dataclass(frozen=True)
 class _Tree:
-    """The working tree of the run, seen through the repository that the snapshot is kept in.
+    """The working tree of the run, together with the repository that keeps the snapshot.
 
-    The two differ in `dvc exp run --temp|--queue`, whose folder is a repository of its own that is
-    deleted afterwards.
+    The two differ in `dvc exp run --temp|--queue`, whose folder is a temporary repository.
     """
 
     top: Path
     """Top folder of the workspace's repository."""
     prefix: str
-    """Of the workspace in it: empty, or ending in `/`."""
+    """Path of the workspace in it: empty, or ending in `/`."""
     git_dir: str
     """Of the main checkout."""
     index: Path
-    """A temporary one."""
+    """A temporary index file."""
 
     def git(
         self,
@@ -213,7 +216,6 @@ class _Tree:
         accept: Collection[int] = (0,),
         env: Mapping[str, str] | None = None,
     ) -> str:
-        """Run git on the tree, the main repository and the temporary index."""
         places = self._env() | dict(env or {})
         return git(self.top, *_SETTINGS, *arguments, env=places, text=text, accept=accept)
 
@@ -221,6 +223,9 @@ class _Tree:
         """The bytes that a check-out of a blob writes, filters applied."""
         arguments = ("cat-file", "--filters", f"--path={path}", oid)
         return git_bytes(self.top, *_SETTINGS, *arguments, env=self._env())
+
+    def update_index(self, paths: Iterable[str], *options: str) -> None:
+        self.git("update-index", "-z", *options, "--stdin", text="".join(f"{p}\0" for p in paths))
 
     def _env(self) -> dict[str, str]:
         places = {"GIT_DIR": self.git_dir, "GIT_WORK_TREE": str(self.top)}
@@ -253,21 +258,20 @@ def take_snapshot(workspace: Path, store_root: Path, recipe: Recipe) -> str | No
         parent = _parent(tree)
         _fill_index(tree, parent, needed, _outputs(workspace))
         oid = _commit(tree, parent)
-        ref = f"{REFS}/{recipe.key}/{oid[:12]}"
         if oid not in snapshot_refs(store_root, recipe.key).values():
-            tree.git("update-ref", ref, oid)
+            tree.git("update-ref", f"{REFS}/{recipe.key}/{oid[:12]}", oid)
     return oid
 
 
 def snapshot_refs(root: Path, key: str) -> dict[str, str]:
-    """Commit by name of every ref that keeps a snapshot of the key."""
+    """Return the commit of every ref that keeps a snapshot of the key, by the ref's name."""
     printed = git(root, "for-each-ref", "--format=%(refname) %(objectname)", f"{REFS}/{key}/")
     words = [line.split(" ") for line in printed.splitlines()]
     return {ref: oid for ref, oid in words}  # noqa: C416 (dict() does not know that they are pairs)
 
 
 def has_snapshot(root: Path, oid: str) -> bool:
-    """Whether the commit and its tree are there, and a ref of ours keeps them from git's gc."""
+    """Return True if the commit and its tree are there, and a ref of ours keeps them from gc."""
     try:
         git(root, "cat-file", "-e", f"{oid}^{{tree}}")
         return bool(git(root, "for-each-ref", f"--points-at={oid}", f"{REFS}/"))
@@ -276,7 +280,7 @@ def has_snapshot(root: Path, oid: str) -> bool:
 
 
 def _parent(tree: _Tree) -> str | None:
-    """What the workspace has checked out, else DVC's baseline: whichever the repository knows."""
+    """The workspace's HEAD, else DVC's baseline: the first one that the repository knows."""
     try:
         head = git(tree.top, "rev-parse", "--verify", "HEAD^{commit}")
     except RegistryError:
@@ -303,12 +307,12 @@ def _fill_index(tree: _Tree, parent: str | None, needed: set[str], outputs: list
         before = set(tree.git("ls-files", "-z").split("\0")) - {""}
     tracked, missing = _tracked(tree)
     own = {p for p in before | tracked if any(covers(tree.prefix + out, p) for out in outputs)}
-    untracked = needed - tracked
-    _refuse(tree, untracked)
-    # With `rm --cached` a file is meant to stay out.
-    _update(tree, before - tracked - needed - own, "--force-remove")
-    _update(tree, (tracked | needed) - (own - needed) - missing, "--add", "--remove", "--replace")
-    _check_bytes(tree, needed)
+    _check_untracked(tree, needed - tracked)
+    # A file that was taken out with `rm --cached` stays out.
+    tree.update_index(before - tracked - needed - own, "--force-remove")
+    kept = (tracked | needed) - (own - needed) - missing
+    tree.update_index(kept, "--add", "--remove", "--replace")
+    _check_filters(tree, needed)
 
 
 def _tracked(tree: _Tree) -> tuple[set[str], set[str]]:
@@ -319,12 +323,8 @@ def _tracked(tree: _Tree) -> tuple[set[str], set[str]]:
     return {path for _, path in pairs}, {p for p in skipped if not os.path.lexists(tree.top / p)}
 
 
-def _update(tree: _Tree, paths: Iterable[str], *options: str) -> None:
-    tree.git("update-index", "-z", *options, "--stdin", text="".join(f"{p}\0" for p in paths))
-
-
-def _refuse(tree: _Tree, untracked: set[str]) -> None:
-    """Stop at files that must not go into a commit unasked."""
+def _check_untracked(tree: _Tree, untracked: set[str]) -> None:
+    """Refuse untracked files that must not go into a commit unasked."""
     for path in sorted(untracked):
         size = (tree.top / path).lstat().st_size
         if size > LARGEST_MB * 1e6:
@@ -348,37 +348,37 @@ def _ignored(tree: _Tree, paths: set[str]) -> dict[str, str]:
     arguments = ("check-ignore", "-z", "--stdin", "--verbose")
     fields = tree.git(*arguments, text=names, accept=(0, 1)).split("\0")  # 1: none is ignored
     rows = zip(fields[0::4], fields[1::4], fields[2::4], fields[3::4], strict=False)
-    # A pattern with `!` takes a file out again.
+    # A pattern with `!` un-ignores a file.
     return {p: f"{file}:{line} {rule}" for file, line, rule, p in rows if rule[:1] not in ("", "!")}
 
 
-def _check_bytes(tree: _Tree, needed: set[str]) -> None:
-    """Stop at files that a check-out would not give back: clean filters may lose something.
+def _check_filters(tree: _Tree, needed: set[str]) -> None:
+    """Refuse files that a check-out would not give back: clean filters may lose something.
 
-    In text CRLF counts as LF, as in keys; git may be told to turn one into the other.
+    In text CRLF counts as LF, as in keys, because git may be set to turn one into the other.
     """
     listed = tree.git("ls-files", "-s", "-z").split("\0")
     for entry in listed:
         head, _, path = entry.partition("\t")
         if path not in needed or not head.startswith("100"):
             continue
-        oid, content = head.split()[1], (tree.top / path).read_bytes()
-        if _blob_oid(content, len(oid)) == oid:
+        oid, data = head.split()[1], (tree.top / path).read_bytes()
+        if _blob_oid(data, len(oid)) == oid:
             continue
-        given = tree.checked_out(oid, path)
-        if b"\0" not in content:
-            content, given = (data.replace(b"\r\n", b"\n") for data in (content, given))
-        if given != content:
+        restored = tree.checked_out(oid, path)
+        if b"\0" not in data:
+            data, restored = (text.replace(b"\r\n", b"\n") for text in (data, restored))
+        if restored != data:
             raise RegistryError(
                 f"{path}: the run needs it, and a filter in .gitattributes stores it so that git"
                 " would not give the same back; take it out of the filter, or `dvc add` it"
             )
 
 
-def _blob_oid(content: bytes, digits: int) -> str:
+def _blob_oid(data: bytes, digits: int) -> str:
     """The name that git gives these bytes; its repositories have sha1 or sha256."""
     digest = hashlib.new("sha1" if digits == 40 else "sha256", usedforsecurity=False)
-    digest.update(b"blob %d\0" % len(content) + content)
+    digest.update(b"blob %d\0" % len(data) + data)
     return digest.hexdigest()
 
 
@@ -388,3 +388,180 @@ def _commit(tree: _Tree, parent: str | None) -> str:
         return parent
     parents = ("-p", parent) if parent else ()
     return tree.git("commit-tree", oid, *parents, "-m", _MESSAGE, env=_WHO)
+
+
+# The code of a snapshot beside the code part of a key.
+
+
+def same_code(path: str, data: bytes | None, digest: str, rule: str) -> bool:
+    """Return True if a file of code has the hash that a key holds; None is no file."""
+    try:
+        return data is not None and hash_code(path, data, rule) == digest
+    except RunkeyError:  # no Python
+        return False
+
+
+def changed_files(root: Path, oid: str, code: Mapping[str, Any]) -> dict[str, str]:
+    """Find files of a key's code that a commit lacks or has with other content.
+
+    Args:
+        root: the workspace in the repository that holds the commit.
+        oid: the commit.
+        code: the code part of a recipe; its paths are relative to the workspace.
+
+    Returns:
+        What is wrong by path, in words; empty when all agree.
+
+    Raises:
+        RegistryError: git cannot read the commit.
+    """
+    hashes, rule = code["files"], code_rule(code)
+    blobs = _blobs(root, oid)
+    wrong = {path: "is not in it" for path in hashes if path not in blobs}
+    wanted = [path for path in hashes if path in blobs]
+    data = _read_blobs(root, [blobs[path] for path in wanted])
+    for path in wanted:
+        if same_code(path, data.get(blobs[path]), hashes[path], rule):
+            continue
+        # A check-out may pass it through filters; git does that for single files only.
+        restored = git_bytes(root, "cat-file", "--filters", f"--path={path}", blobs[path])
+        if not same_code(path, restored, hashes[path], rule):
+            wrong[path] = "is another one in it"
+    return wrong
+
+
+def _blobs(root: Path, oid: str) -> dict[str, str]:
+    """Name of the blob by path relative to the workspace."""
+    prefix = git(root, "rev-parse", "--show-prefix")
+    found = {}
+    for row in git(root, "ls-tree", "-r", "-z", "--full-tree", oid).split("\0"):
+        head, _, path = row.partition("\t")
+        if path.startswith(prefix) and head.split(" ")[1:2] == ["blob"]:
+            found[path.removeprefix(prefix)] = head.split(" ")[2]
+    return found
+
+
+def _read_blobs(root: Path, oids: list[str]) -> dict[str, bytes]:
+    """Bytes by name of some blobs, from one git process; missing ones are left out."""
+    unique = list(dict.fromkeys(oids))
+    answer = git_bytes(root, "cat-file", "--batch", text="".join(f"{oid}\n" for oid in unique))
+    found, start = {}, 0
+    for oid in unique:
+        end = answer.index(b"\n", start)
+        head = answer[start:end].split(b" ")
+        start = end + 1
+        if head[-1] != b"missing":
+            size = int(head[2])
+            found[oid] = answer[start : start + size]
+            start += size + 1
+    return found
+
+
+# Snapshots between repositories: by a remote, or by a bundle in a file.
+
+
+_OID = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+
+
+def ref_of(key: str, oid: str) -> str:
+    """Return the name of the ref that keeps a snapshot.
+
+    Raises:
+        RegistryError: `oid` is no commit's name.
+    """
+    if not _OID.fullmatch(oid):
+        raise RegistryError(f"{short_key(key)}: {oid[:60]!r} names no commit; refused")
+    return f"{REFS}/{key}/{oid[:12]}"
+
+
+def check_remote(root: Path, remote: str) -> None:
+    """Check that there is a git remote of that name.
+
+    Raises:
+        RegistryError: there is none.
+    """
+    try:
+        git(root, "remote", "get-url", "--", remote)
+    except RegistryError:
+        raise RegistryError(
+            f"git has no remote {remote!r}; `git remote add {remote} <address>`, or --git-remote"
+        ) from None
+
+
+def push_snapshot(root: Path, remote: str, key: str, oid: str) -> bool:
+    """Send a snapshot to a remote; return True if it was not there yet.
+
+    Raises:
+        RegistryError: it is not here, or the remote cannot be reached or refuses.
+    """
+    ref = ref_of(key, oid)
+    if git(root, "ls-remote", "--", remote, ref).startswith(oid):
+        return False
+    git(root, "push", "--quiet", "--no-verify", "--", remote, f"{oid}:{ref}")
+    return True
+
+
+def fetch_snapshot(root: Path, remote: str, key: str, oid: str) -> None:
+    """Get a snapshot from a remote, and keep it by its ref.
+
+    Raises:
+        RegistryError: the remote does not have it, or has another commit under its name.
+    """
+    _fetch(root, remote, key, oid, remote)
+
+
+def bundle_snapshot(root: Path, key: str, oid: str, path: Path) -> None:
+    """Write a snapshot with its history to a file.
+
+    Raises:
+        RegistryError: it is not here.
+    """
+    try:
+        git(root, "bundle", "create", "--quiet", str(path), ref_of(key, oid))
+    except RegistryError:
+        raise RegistryError(
+            f"{short_key(key)}: the snapshot {oid[:12]} is not in this repository;"
+            f" `runkey verify {short_key(key)}` says what else is missing"
+        ) from None
+
+
+def unbundle_snapshot(root: Path, path: Path, key: str, oid: str, staging: Path) -> None:
+    """Get a snapshot from a bundle of unknown origin, and keep it by its ref.
+
+    git checks every object (fsck) on the way, and no other ref is taken.
+
+    Args:
+        root: the repository.
+        path: the bundle.
+        key: of the run.
+        oid: the commit that must be in it.
+        staging: a folder for a temporary repository; must not exist.
+
+    Raises:
+        RegistryError: it is no bundle, holds other refs or damaged objects, or lacks the commit.
+    """
+    expected = f"{oid} {ref_of(key, oid)}"
+    heads = git(root, "bundle", "list-heads", str(path)).splitlines()
+    if heads != [expected]:
+        shown = ", ".join(heads)[:200] or "nothing"
+        raise RegistryError(f"{path.name}: holds {shown}, not just {expected}; refused")
+    # git 2.39 checks a remote's objects, but not a bundle's: make a remote of the bundle first.
+    git(root, "init", "--quiet", "--bare", "--template=", str(staging))
+    _fetch(staging, str(path), key, oid, path.name)
+    _fetch(root, str(staging), key, oid, path.name)
+
+
+def _fetch(root: Path, source: str, key: str, oid: str, where: str) -> None:
+    ref = ref_of(key, oid)
+    checked = ("-c", "transfer.fsckObjects=true")
+    options = ("--quiet", "--no-tags", "--no-write-fetch-head", "--no-recurse-submodules")
+    try:
+        git(root, *checked, "fetch", *options, "--", source, f"{ref}:{ref}")
+    except RegistryError as error:
+        why = str(error).removeprefix("git -c: ")
+        raise RegistryError(
+            f"{short_key(key)}: git does not take the snapshot {oid[:12]} from {where} ({why})"
+        ) from None
+    if git(root, "rev-parse", "--verify", f"{ref}^{{commit}}") != oid:
+        git(root, "update-ref", "-d", ref)
+        raise RegistryError(f"{short_key(key)}: {ref} of {where} is not the commit {oid[:12]}")

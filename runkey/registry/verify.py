@@ -1,42 +1,153 @@
-"""Whether recorded runs still are what they say they are.
+"""Verify that recorded runs still are what they say they are.
 
-    report = verify_run(record, sources)      # every file hashed, MLflow, snapshot, DVC's cache ...
+    report = verify_run(record, sources)      # files, key, MLflow, snapshot, DVC's cache, ...
     report.is_right
 
-Nothing is written.  Whatever is deleted or torn becomes a finding that names it; a check that
-cannot be made is a fault of its own, and the others are made all the same.
+Nothing is written. Whatever is deleted or torn becomes a result that names it. A check that cannot
+be made is a fault, and the other checks are made all the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from runkey.errors import RegistryError, RunkeyError
+from runkey.hashing import sha256_file
 from runkey.identity.key import PARTS, Recipe, older_rule
-from runkey.identity.record import DETAILS, KEY_JSON, ORIGIN, Details, Record, StoredFile
+from runkey.identity.record import (
+    DETAILS,
+    KEY,
+    KEY_JSON,
+    ORIGIN,
+    Details,
+    LoggedRun,
+    Record,
+    StoredFile,
+)
 from runkey.paths import RUN_JSON
 from runkey.progress import QUIET, Steps, progress
+from runkey.registry.dvc_cache import DIR, DvcCache, Entry, md5_file
 from runkey.registry.library import Library
-from runkey.registry.verify_places import (
-    CacheCheck,
-    Finding,
-    ReadRun,
-    Report,
-    check_environment,
-    check_mlflow,
-    check_snapshot,
-    finished_runs,
-    some,
-)
+from runkey.registry.mlflow_runs import ReadRun, finished_runs
+from runkey.registry.snapshot import REFS, changed_files, git, has_git, has_snapshot
+from runkey.units import MIB
 
-_CHUNK = 1 << 20
+_CHUNK = MIB
+
+State = Literal["ok", "warning", "fault"]
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """The result of one check, or one thing that it found wrong."""
+
+    check: str
+    """files, key, mlflow, snapshot, dvc cache or environment."""
+    state: State
+    """A warning is worth knowing and no fault: the run is what it says it is."""
+    text: str
+    """Names the file and the run where something is wrong."""
+    way_out: str = ""
+    """A command, or what to do."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All results about one run."""
+
+    label: str
+    """The short key."""
+    run_id: str
+    """MLflow's."""
+    name: str
+    status: str
+    """MLflow's; only a FINISHED run has anything to verify."""
+    findings: tuple[CheckResult, ...]
+
+    def of(self, state: State) -> list[CheckResult]:
+        """Return the results of one state."""
+        return [result for result in self.findings if result.state == state]
+
+    @property
+    def is_right(self) -> bool:
+        """True if nothing is wrong."""
+        return not self.of("fault")
+
+    @property
+    def summary(self) -> str:
+        """Such as `2 faults, 1 warning`."""
+        return summarize(self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Format for JSON."""
+        return {"right": self.is_right, "summary": self.summary, **asdict(self)}
+
+
+def summarize(results: Iterable[CheckResult]) -> str:
+    """Say how many faults and warnings there are."""
+    states = [result.state for result in results]
+    faults, warnings = states.count("fault"), states.count("warning")
+    text = f"{faults or 'no'} fault{'' if faults == 1 else 's'}"
+    return f"{text}, {warnings} warning{'' if warnings == 1 else 's'}" if warnings else text
+
+
+def first_few(names: Iterable[str], most: int = 3) -> str:
+    """Join the first few names, and say how many more there are."""
+    listed = list(names)
+    more = len(listed) - most
+    return ", ".join(listed[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+class CacheReader:
+    """Finds runs in one checkout's DVC cache."""
+
+    def __init__(self, root: Path, pointers: Iterable[str]) -> None:
+        """Read nothing yet.
+
+        Args:
+            root: the main checkout.
+            pointers: md5s of the run.json of all runs that will be asked for, so that the cache's
+                entries (some 10,000) are searched once for all of them.
+        """
+        self._root = root
+        self._pointers = frozenset(pointers)
+
+    @cached_property
+    def cache(self) -> DvcCache:
+        """The cache; RegistryError if DVC's settings cannot be read."""
+        return DvcCache(self._root)
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """The entries of all runs that have one, by the md5 of run.json."""
+        return self.cache.entries_of(self._pointers)
+
+    def copy_of(self, details: Details, path: str) -> Path | None:
+        """Return the object that holds an artifact as recorded, if the cache has it whole."""
+        entry = self.entries.get(details.pointer_md5 or "")
+        md5 = self.cache.files(entry.outs).get(path) if entry else None
+        place = self.cache.object_path(md5) if md5 else None
+        if place and place.is_file() and sha256_file(place) == details.files[path].sha256:
+            return place
+        return None
+
+    def why_wrong(self, md5: str, *, quick: bool) -> str:
+        """Say what is wrong with an object; empty if nothing."""
+        place = self.cache.object_path(md5)
+        if not place.is_file():
+            return f"{place} is not there"
+        if not quick and (now := md5_file(place)) != md5.removesuffix(DIR):
+            return f"{place} is damaged (md5 {now})"
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +156,16 @@ class Sources:
 
     library: Library
     stored: ReadRun | None
-    """Reads runs of MLflow; None: its database is one that only MLflow reads."""
+    """Reads MLflow's runs; None: its database is one that only MLflow reads."""
     root: Path
     """The main checkout, with git's and DVC's stores."""
-    cache: CacheCheck
+    cache: CacheReader
     host: str
-    """This machine's name: what another machine keeps need not be here."""
+    """This machine's name."""
     is_shared: bool
-    """Whether the store is a server, whose runs come from several machines."""
+    """True if the store is a server, whose runs come from several machines."""
     quick: bool = False
-    """Presence and sizes only."""
+    """Check presence and sizes only."""
 
 
 @dataclass
@@ -67,28 +178,50 @@ class _Run:
     recipe: Recipe | None = field(default=None)
     """Set once key.json was read."""
 
+    @property
+    def run_id(self) -> str:
+        return self.record.run.run_id
+
+    @property
+    def fetch(self) -> str:
+        return f"`runkey fetch {self.record.label}`"
+
+    def missing(self) -> tuple[State, str]:
+        """State of a missing part, and a note: a run of another machine may keep it there."""
+        if self.sources.is_shared and self.details.host != self.sources.host:
+            return "warning", f" (it ran on {self.details.host})"
+        return "fault", ""
+
+    def read(self, path: str) -> bytes:
+        try:
+            with self.sources.library.open_file(self.record, path) as file:
+                return file.read()
+        except (OSError, HTTPException) as error:
+            raise RegistryError(f"{path}: cannot be read ({error})") from None
+
 
 def verify_run(record: Record, sources: Sources) -> Report:
-    """All findings about a run.
+    """Make all checks of a run.
 
     Args:
         record: the run, with its details.
         sources: where to look.
     """
-    if record.run.status != "FINISHED":
-        text = f"run {record.run.run_id} is {record.run.status}; there is no result to verify"
-        findings = [Finding("files", "warning", text)]
-    elif record.details is None:
-        text = f"{DETAILS}: run {record.run.run_id} has none, so its files are not known"
-        findings = [Finding("files", "fault", text, "`runkey index` reads it from MLflow again")]
-    else:
-        findings = list(_findings(_Run(record, record.details, sources)))
     run = record.run
-    return Report(record.label, run.run_id, run.name, run.status, tuple(findings))
+    if run.status != "FINISHED":
+        text = f"run {run.run_id} is {run.status}; there is no result to verify"
+        results = [CheckResult("files", "warning", text)]
+    elif record.details is None:
+        text = f"{DETAILS}: run {run.run_id} has none, so its files are not known"
+        way_out = "`runkey index` reads it from MLflow again"
+        results = [CheckResult("files", "fault", text, way_out)]
+    else:
+        results = list(_check_all(_Run(record, record.details, sources)))
+    return Report(record.label, run.run_id, run.name, run.status, tuple(results))
 
 
-def unrecorded(uri: str, run_ids: set[str]) -> list[Finding]:
-    """Finished runs of a store on this machine that MLflow has and the records do not.
+def find_unrecorded(uri: str, run_ids: set[str]) -> list[CheckResult]:
+    """Find finished runs that this machine's MLflow store has and the records do not.
 
     Args:
         uri: `Store.uri`.
@@ -97,53 +230,50 @@ def unrecorded(uri: str, run_ids: set[str]) -> list[Finding]:
     try:
         missing = sorted(finished_runs(uri) - run_ids)
     except RunkeyError as error:
-        return [Finding("mlflow", "fault", str(error), "start it, or set MLFLOW_TRACKING_URI")]
-    text = f"{len(missing)} finished runs of MLflow have no record here: {some(missing)}"
-    return [Finding("record", "fault", text, "`runkey index` writes them")] if missing else []
+        return [CheckResult("mlflow", "fault", str(error), "start it, or set MLFLOW_TRACKING_URI")]
+    if not missing:
+        return []
+    text = f"{len(missing)} finished runs of MLflow have no record here: {first_few(missing)}"
+    return [CheckResult("record", "fault", text, "`runkey index` writes them")]
 
 
-def _findings(run: _Run) -> Iterator[Finding]:
-    """The checks in order; what one of them raises is its finding."""
+def _check_all(run: _Run) -> Iterator[CheckResult]:
+    """Make the checks in order; what a check raises is its result."""
     for name, check in _CHECKS.items():
         try:
             yield from check(run)
         except RunkeyError as error:
-            yield Finding(name, "fault", str(error))
+            yield CheckResult(name, "fault", str(error))
         # Recorded values of another type than they should have; files that cannot be read.
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             text = f"cannot be checked: {type(error).__name__}: {error}"
-            yield Finding(name, "fault", f"run {run.record.run.run_id} {text}")
+            yield CheckResult(name, "fault", f"run {run.run_id} {text}")
 
 
-def _check_files(run: _Run) -> Iterator[Finding]:
-    """Every recorded file, and the record of them itself."""
+def _check_files(run: _Run) -> Iterator[CheckResult]:
     files = run.details.files
-    with progress("verify", sum(file.size for file in files.values()), "bytes") as steps:
-        told = {path: _wrong(run, path, file, steps) for path, file in files.items()}
-    wrong = {path: why for path, why in told.items() if why}
+    size = sum(file.size for file in files.values())
+    with progress("verify", size, "bytes") as steps:
+        answers = {path: _why_wrong(run, path, file, steps) for path, file in files.items()}
+    wrong = {path: why for path, why in answers.items() if why}
     yield from _check_record_file(run)
+    way_out = f"{run.fetch}, if it was published"
     if len(wrong) == len(files) > 1:
         text = f"none of its {len(files)} files can be read: {next(iter(wrong.values()))}"
-        yield Finding("files", "fault", text, _fetch(run))
+        yield CheckResult("files", "fault", text, way_out)
         return
     for path, why in wrong.items():
         place = run.sources.cache.copy_of(run.details, path)
-        way_out = f"DVC's cache has it: cp {place} over it" if place else _fetch(run)
-        yield Finding("files", "fault", f"{path}: {why}", way_out)
+        copy = f"DVC's cache has it: cp {place} over it" if place else way_out
+        yield CheckResult("files", "fault", f"{path}: {why}", copy)
     if not wrong:
-        megabytes = sum(file.size for file in files.values()) / 1e6
         how = "sizes" if run.sources.quick else "sizes and sha256"
-        text = f"{len(files)} files, {megabytes:.1f} MB: {how} as recorded"
-        yield Finding("files", "ok", text)
+        text = f"{len(files)} files, {size / 1e6:.1f} MB: {how} as recorded"
+        yield CheckResult("files", "ok", text)
 
 
-def _fetch(run: _Run) -> str:
-    return f"`runkey fetch {run.record.label}`, if it was published"
-
-
-def _wrong(run: _Run, path: str, recorded: StoredFile, steps: Steps) -> str:
-    """What is wrong with a file, in words; empty if nothing."""
-    where = f"(run {run.record.run.run_id})"
+def _why_wrong(run: _Run, path: str, recorded: StoredFile, steps: Steps) -> str:
+    """Say what is wrong with a file; empty if nothing."""
     try:
         with run.sources.library.open_file(run.record, path) as file:
             if run.sources.quick:
@@ -153,9 +283,9 @@ def _wrong(run: _Run, path: str, recorded: StoredFile, steps: Steps) -> str:
     except (RunkeyError, OSError, HTTPException) as error:
         return str(error).removeprefix(f"{run.record.label}: ").removeprefix(f"{path}: ")
     if size != recorded.size:
-        return f"{size} bytes, recorded {recorded.size} {where}"
+        return f"{size} bytes, recorded {recorded.size} (run {run.run_id})"
     if digest != recorded.sha256:
-        return f"sha256 {digest[:12]}, recorded {recorded.sha256[:12]} {where}"
+        return f"sha256 {digest[:12]}, recorded {recorded.sha256[:12]} (run {run.run_id})"
     return ""
 
 
@@ -169,52 +299,55 @@ def _hash(file: BinaryIO, steps: Steps = QUIET) -> tuple[int, str]:
 
 
 def _size(file: BinaryIO) -> int:
-    """Bytes of a file; a server's is read only if the server did not say."""
+    """Bytes of a file; a server's file is read only if the server did not state its length."""
     if file.seekable():
         return file.seek(0, os.SEEK_END)
     length = getattr(file, "length", None)
     return _hash(file)[0] if length is None else int(length)
 
 
-def _check_record_file(run: _Run) -> Iterator[Finding]:
-    """record.json is not among its own files: it is compared with this store's copy of it."""
+def _check_record_file(run: _Run) -> Iterator[CheckResult]:
+    """Compare record.json, which is not among its own files, with this store's copy of it."""
     try:
-        stored = _read(run, DETAILS)
+        stored = run.read(DETAILS)
     except RunkeyError as error:
         text = str(error).removeprefix(f"{run.record.label}: ")
-        yield Finding("files", "fault", text, "this store's record is whole; `runkey export` it")
+        way_out = "this store's record is whole; `runkey export` it"
+        yield CheckResult("files", "fault", text, way_out)
         return
     if stored != run.details.as_json().encode():
-        text = f"{DETAILS}: differs from this store's record (run {run.record.run.run_id})"
-        yield Finding("files", "fault", text, "`runkey index` shows which of them can be read")
+        text = f"{DETAILS}: differs from this store's record (run {run.run_id})"
+        yield CheckResult("files", "fault", text, "`runkey index` shows which of them can be read")
 
 
-def _check_key(run: _Run) -> Iterator[Finding]:
-    """key.json hashes to the key, and run.json names the same."""
+def _check_key(run: _Run) -> Iterator[CheckResult]:
+    """Check that key.json hashes to the key, and run.json names the same."""
     way_out = f"`runkey get {run.record.label}` says which file is damaged"
     try:
-        run.recipe = Recipe.from_dict(json.loads(_read(run, KEY_JSON)))
-        stated = run.recipe
+        stated = Recipe.from_dict(json.loads(run.read(KEY_JSON)))
     except (RunkeyError, ValueError, AttributeError) as error:
-        yield Finding("key", "fault", f"{KEY_JSON}: {_plain(run, KEY_JSON, error)}", way_out)
+        text = f"{KEY_JSON}: {_short_error(run, KEY_JSON, error)}"
+        yield CheckResult("key", "fault", text, way_out)
         return
+    run.recipe = stated
     if stated.key != run.record.key:
         text = f"{KEY_JSON}: is of key {stated.key}, the run of {run.record.key}"
-        yield Finding("key", "fault", text, way_out)
+        yield CheckResult("key", "fault", text, way_out)
         return
     wrong = list(_wrong_in_run_json(run, stated))
-    yield from (Finding("key", "fault", f"{RUN_JSON}: {text}", way_out) for text in wrong)
+    yield from (CheckResult("key", "fault", f"{RUN_JSON}: {text}", way_out) for text in wrong)
     if not wrong:
         older = f"; {rule}" if (rule := older_rule(stated.key)) else ""
-        yield Finding("key", "ok", f"{KEY_JSON} hashes to the key, {RUN_JSON} names it{older}")
+        text = f"{KEY_JSON} hashes to the key, {RUN_JSON} names it{older}"
+        yield CheckResult("key", "ok", text)
 
 
 def _wrong_in_run_json(run: _Run, stated: Recipe) -> Iterator[str]:
     try:
-        manifest: dict[str, Any] = json.loads(_read(run, RUN_JSON.as_posix()))
+        manifest: dict[str, Any] = json.loads(run.read(RUN_JSON.as_posix()))
         key, parts, run_id = (manifest.get(name) for name in ("key", "parts", "run_id"))
     except (RunkeyError, ValueError, AttributeError) as error:
-        yield _plain(run, RUN_JSON.as_posix(), error)
+        yield _short_error(run, RUN_JSON.as_posix(), error)
         return
     if key != stated.key:
         yield f"is of key {key}, the run of {stated.key}"
@@ -222,55 +355,157 @@ def _wrong_in_run_json(run: _Run, stated: Recipe) -> Iterator[str]:
         named = parts if isinstance(parts, dict) else {}
         differing = [part for part in PARTS if named.get(part) != stated.parts[part]]
         yield f"states other hashes of {', '.join(differing)} than {KEY_JSON}"
-    own = {run.record.run.run_id, run.record.run.tags.get(ORIGIN)}
-    if run_id is not None and run_id not in own:
-        yield f"names MLflow run {run_id}, this one is {run.record.run.run_id}"
+    if run_id is not None and run_id not in {run.run_id, run.record.run.tags.get(ORIGIN)}:
+        yield f"names MLflow run {run_id}, this one is {run.run_id}"
 
 
-def _plain(run: _Run, path: str, error: Exception) -> str:
-    """What is wrong, without what the finding says anyway."""
-    if isinstance(error, RunkeyError):
-        text = str(error)
-        for known in (f"{run.record.label}: ", f"{path}: ", "key.json: "):
-            text = text.removeprefix(known)
-        return text
-    return f"not JSON as a run writes it (run {run.record.run.run_id})"
+def _short_error(run: _Run, path: str, error: Exception) -> str:
+    """What is wrong with a file, without the names that the result states anyway."""
+    if not isinstance(error, RunkeyError):
+        return f"not JSON as a run writes it (run {run.run_id})"
+    text = str(error)
+    for prefix in (f"{run.record.label}: ", f"{path}: ", "key.json: "):
+        text = text.removeprefix(prefix)
+    return text
 
 
-def _read(run: _Run, path: str) -> bytes:
+def _check_mlflow(run: _Run) -> Iterator[CheckResult]:
+    """Compare what MLflow has of the run now with the record and the key."""
+    if run.sources.stored is None:
+        text = "its database is read through a server only; skipped"
+        yield CheckResult("mlflow", "warning", text)
+        return
+    now = run.sources.stored(run.run_id)
+    if now is None:
+        text = f"run {run.run_id} is not in MLflow, or was deleted there"
+        way_out = f"restore it on MLflow's pages, or {run.fetch}"
+        yield CheckResult("mlflow", "fault", text, way_out)
+        return
+    wrong = [*_missing_in_mlflow(run, now), *_changed_in_mlflow(now, run.record.run)]
+    way_out = "`runkey index` takes over what MLflow has, if that is right"
+    for text in wrong:
+        yield CheckResult("mlflow", "fault", f"run {run.run_id}: {text}", way_out)
+    if not wrong:
+        text = f"{len(now.params)} params, {len(now.metrics)} metrics, the key and its parts"
+        yield CheckResult("mlflow", "ok", text)
+
+
+def _missing_in_mlflow(run: _Run, now: LoggedRun) -> Iterator[str]:
+    """What every finished run has."""
+    key = run.record.key
+    for place, value in (("param", now.params.get(KEY)), ("tag", now.tags.get(KEY))):
+        if value != key:
+            yield f"{place} {KEY} is {value or 'missing'}, the run's key {key}"
+    for part in PARTS:
+        value = now.params.get(f"{KEY}.{part}")
+        if not value or (run.recipe and value != run.recipe.parts[part]):
+            yield f"param {KEY}.{part} is {value or 'missing'}, not that of the key"
+    evaluated = {name for metrics in run.details.evaluations.values() for name in metrics}
+    if missing := sorted(evaluated - now.metrics.keys()):
+        yield f"metrics of its evaluation are missing: {first_few(missing)}"
+
+
+def _changed_in_mlflow(now: LoggedRun, recorded: LoggedRun) -> Iterator[str]:
+    """What differs from the record; tags may be edited freely."""
+    if now.status != recorded.status:
+        yield f"status {now.status}, recorded {recorded.status}"
+    yield from _other_values("param", now.params, recorded.params)
+    yield from _other_values("metric", now.metrics, recorded.metrics)
+
+
+def _other_values(
+    kind: str, now: Mapping[str, str | float], recorded: Mapping[str, str | float]
+) -> Iterator[str]:
+    for name in sorted(now.keys() | recorded.keys()):
+        value, was = now.get(name, "missing"), recorded.get(name, "missing")
+        if value != was and not (_is_nan(value) and _is_nan(was)):
+            yield f"{kind} {name} is {value}, recorded {was}"
+
+
+def _is_nan(value: str | float) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _check_snapshot(run: _Run) -> Iterator[CheckResult]:
+    """Check that the commit is there, kept by a ref, and of the code that the key names."""
+    root, oid = run.sources.root, run.details.snapshot
+    if oid is None or not has_git(root):
+        where = "it ran outside git" if oid is None else f"{root} is no git repository"
+        yield CheckResult("snapshot", "warning", f"none: {where}")
+        return
+    commit = f"commit {oid[:12]}"
     try:
-        with run.sources.library.open_file(run.record, path) as file:
-            return file.read()
-    except (OSError, HTTPException) as error:
-        raise RegistryError(f"{path}: cannot be read ({error})") from None
+        git(root, "cat-file", "-e", f"{oid}^{{tree}}")
+    except RegistryError:
+        state, note = run.missing()
+        yield CheckResult("snapshot", state, f"{commit} is not in git here{note}", run.fetch)
+        return
+    if not has_snapshot(root, oid):
+        ref = f"{REFS}/{run.record.key}/{oid[:12]}"
+        text = f"{ref} is missing: git's gc may delete {commit}"
+        yield CheckResult("snapshot", "fault", text, f"`git update-ref {ref} {oid}`")
+        return
+    code = run.recipe.preimages["code"] if run.recipe and not run.sources.quick else None
+    wrong = changed_files(root, oid, code) if code else {}
+    for path, why in wrong.items():
+        yield CheckResult("snapshot", "fault", f"{commit}: {path} {why}", run.fetch)
+    if not wrong:
+        hashed = f", its {len(code['files'])} files of code hash as in the key" if code else ""
+        yield CheckResult("snapshot", "ok", f"{commit}{hashed}")
 
 
-def _mlflow(run: _Run) -> Iterator[Finding]:
-    return check_mlflow(run.record, run.recipe, run.sources.stored)
+def _check_dvc_cache(run: _Run) -> Iterator[CheckResult]:
+    """Check the run-cache entry, and each object of its outputs."""
+    details, sources = run.details, run.sources
+    if details.pointer_md5 is None or run.record.reproduction_of:
+        # `runkey reproduce` keeps its run out of DVC's cache, where the newest entry wins.
+        repeat = "a repeat is kept in MLflow only"
+        why = repeat if run.record.reproduction_of else "not run by DVC"
+        yield CheckResult("dvc cache", "ok", f"none: {why}")
+        return
+    way_out = f"{run.fetch}, or `dvc repro`, which takes the run's files"
+    entry, cache = sources.cache.entries.get(details.pointer_md5), sources.cache.cache
+    if entry is None:
+        state, note = run.missing()
+        text = f"no entry in {cache.runs} gave this run.json ({details.pointer_md5})"
+        yield CheckResult("dvc cache", state, f"{text}{note}", way_out)
+        return
+    files = cache.files(entry.outs)
+    is_wrong = False
+    for name, md5 in files.items():
+        if why := sources.cache.why_wrong(md5, quick=sources.quick):
+            is_wrong = True
+            text = f"{name}: {why} (entry {entry.path})"
+            yield CheckResult("dvc cache", "fault", text, way_out)
+    if not is_wrong:
+        how = "are there" if sources.quick else "hash to their md5"
+        yield CheckResult("dvc cache", "ok", f"its {len(files)} objects {how}")
 
 
-def _snapshot(run: _Run) -> Iterator[Finding]:
-    sources = run.sources
-    away = sources.is_shared and run.details.host != sources.host
-    recipe = None if sources.quick else run.recipe
-    return check_snapshot(run.record, run.details, recipe, sources.root, away=away)
+def _check_environment(run: _Run) -> Iterator[CheckResult]:
+    """Check that the key names locked packages; warn where the run had others."""
+    if run.recipe is not None:
+        locked = run.recipe.preimages["environment"]
+        if locked.get("packages"):
+            text = f"{len(locked['packages'])} locked packages for {locked.get('platform')}"
+            yield CheckResult("environment", "ok", text)
+        else:
+            text = "key.json: its environment names no packages"
+            yield CheckResult("environment", "fault", text)
+    witness = run.details.witness
+    if differing := witness["package_differences"]:
+        text = f"{len(differing)} packages were not as locked: {first_few(differing)}"
+        yield CheckResult("environment", "warning", text)
+    for path in witness["undeclared_files"]:
+        text = f"{path} was imported, and is no part of the key"
+        yield CheckResult("environment", "warning", text)
 
 
-def _dvc_cache(run: _Run) -> Iterator[Finding]:
-    sources = run.sources
-    away = sources.is_shared and run.details.host != sources.host
-    return sources.cache.check(run.record, run.details, away=away, quick=sources.quick)
-
-
-def _environment(run: _Run) -> Iterator[Finding]:
-    return check_environment(run.details, run.recipe)
-
-
-_CHECKS: dict[str, Callable[[_Run], Iterator[Finding]]] = {
+_CHECKS: dict[str, Callable[[_Run], Iterator[CheckResult]]] = {
     "files": _check_files,
     "key": _check_key,
-    "mlflow": _mlflow,
-    "snapshot": _snapshot,
-    "dvc cache": _dvc_cache,
-    "environment": _environment,
+    "mlflow": _check_mlflow,
+    "snapshot": _check_snapshot,
+    "dvc cache": _check_dvc_cache,
+    "environment": _check_environment,
 }

@@ -93,9 +93,9 @@ def test_what_is_missing_is_named_before_a_file_is_written(
     entry = cache.entry_of(ready.pointer_md5)
     assert entry
     listed = cache.files(entry.outs)
-    cache.object_path(listed["model/weights.pt"]).unlink()
+    cache.object_path(listed["model/weights.safetensors"]).unlink()
     target = archive.with_name("new.zip")
-    with pytest.raises(RegistryError, match=r"DVC's cache lacks model/weights\.pt"):
+    with pytest.raises(RegistryError, match=r"DVC's cache lacks model/weights\.safetensors"):
         export_run(record, root, store.home, StoreRuns(store, "tests"), target)
     (cache.runs / entry.path).unlink()
     with pytest.raises(RegistryError, match="has no entry of this run"):

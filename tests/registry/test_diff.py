@@ -11,10 +11,9 @@ from runkey.errors import RegistryError
 from runkey.identity.code import BYTES, hash_files
 from runkey.identity.key import Recipe, make_recipe
 from runkey.identity.syntax import RULE
-from runkey.registry.diff import compare, run_side, tree_side
-from runkey.registry.diff_files import changed_files, compare_images
+from runkey.registry.diff import compare, compare_images, run_side, tree_side
 from runkey.registry.local_library import LocalLibrary
-from runkey.registry.snapshot import take_snapshot
+from runkey.registry.snapshot import changed_files, take_snapshot
 from tests.support.records import make_run
 
 IMAGES = {

@@ -12,12 +12,14 @@ from runkey.identity.record import ARTIFACTS, DETAILS
 from runkey.registry.package import RUN, object_path
 from runkey.registry.share_dvc import FILE
 from tests.support.attacks import add_bad_object, change_json, packed, record_weights, refused
-from tests.support.run_package import Ready, weights
+from tests.support.run_package import Ready, torch_weights, weights
 
 
 def test_weights_in_dvc_alone_that_run_a_command(package: Path, colleague: Path) -> None:
-    add_bad_object(package, weights(eval), "model.pt")
-    assert "model.pt: loading it would use" in refused(packed(package), colleague)
+    add_bad_object(package, torch_weights(eval), "model.pt")
+    assert "model.pt: torch does not load it with weights_only=True" in refused(
+        packed(package), colleague
+    )
 
 
 def test_an_object_with_another_md5(package: Path, colleague: Path) -> None:
@@ -76,7 +78,7 @@ def test_objects_of_another_run(package: Path, colleague: Path) -> None:
 
 def test_weights_of_dvc_that_are_not_the_runs(package: Path, colleague: Path) -> None:
     """MLflow's part is in order; DVC would put other weights in place."""
-    record_weights(package, weights([1]))
+    record_weights(package, weights(1))
     text = refused(packed(package), colleague)
-    assert "model/weights.pt: DVC object" in text
+    assert "model/weights.safetensors: DVC object" in text
     assert "is not the file that the run recorded" in text

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from runkey.identity.record import ARTIFACTS, CONTENT, DETAILS
-from runkey.registry.package import RUN
+from runkey.registry.package import RUN, check
 from tests.support.attacks import change_json, packed, record_weights, refused
-from tests.support.run_package import weights
+from tests.support.run_package import Ready, torch_weights, weights
 
 
 def test_another_key_in_the_index(package: Path, colleague: Path) -> None:
@@ -29,9 +29,9 @@ def test_a_key_that_its_recipe_does_not_give(package: Path, colleague: Path) -> 
 
 
 def test_a_file_that_the_run_did_not_record(package: Path, colleague: Path) -> None:
-    (package / RUN / ARTIFACTS / "model/weights.pt").write_bytes(weights([1]))
+    (package / RUN / ARTIFACTS / "model/weights.safetensors").write_bytes(weights(1))
     text = refused(packed(package), colleague)
-    assert "model/weights.pt: not the file that the run recorded" in text
+    assert "model/weights.safetensors: not the file that the run recorded" in text
 
 
 def test_a_recorded_file_outside(package: Path, colleague: Path) -> None:
@@ -68,9 +68,10 @@ def test_a_run_of_wrong_types(package: Path, colleague: Path, change: dict[str, 
 
 
 def test_weights_that_run_a_command(package: Path, colleague: Path) -> None:
-    record_weights(package, weights(os.system))
+    record_weights(package, torch_weights(os.system), "model/weights.pt")
     text = refused(packed(package), colleague)
-    assert "model/weights.pt: loading it would use posix.system" in text
+    assert "model/weights.pt: torch does not load it with weights_only=True" in text
+    assert "posix.system" in text
 
 
 def test_a_raw_pickle(package: Path, colleague: Path) -> None:
@@ -79,5 +80,15 @@ def test_a_raw_pickle(package: Path, colleague: Path) -> None:
 
 
 def test_weights_that_are_no_zip(package: Path, colleague: Path) -> None:
+    record_weights(package, pickle.dumps({}), "model/weights.pt")
+    assert "torch does not load it with weights_only=True" in refused(packed(package), colleague)
+
+
+def test_a_pickle_under_the_name_of_safetensors(package: Path, colleague: Path) -> None:
     record_weights(package, pickle.dumps({}))
-    assert "not weights in torch's zip format" in refused(packed(package), colleague)
+    assert "not a whole safetensors file" in refused(packed(package), colleague)
+
+
+def test_weights_of_an_older_run_are_taken(ready: Ready, package: Path) -> None:
+    record_weights(package, torch_weights(), "model/weights.pt")
+    assert check(package, ready.key, "run.zip").key == ready.key

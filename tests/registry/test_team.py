@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from runkey.dvc_transfer import DvcRemote
 from runkey.errors import RegistryError
 from runkey.identity.record import CONTENT
 from runkey.registry.archive import pack
@@ -19,7 +20,7 @@ from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.local_library import LocalLibrary
 from runkey.registry.package import RUN
 from runkey.registry.share import Handed, Places, fetch, import_run, publish
-from runkey.registry.share_dvc import FILE, DvcRemote
+from runkey.registry.share_dvc import FILE
 from runkey.registry.snapshot import has_snapshot
 from runkey.tracking.store import Store
 from runkey.tracking.transfer import StoreRuns
@@ -180,10 +181,10 @@ def test_what_is_damaged_on_the_way_is_not_taken(ready: Ready, archive: Path, te
     assert "1 of 4 objects are missing" in said()
     assert one.publish(ready.key).new_objects == 1
     (record,) = team.library.matching(ready.key)
-    weights = team.library.path_of(record, "model/weights.pt")
+    weights = team.library.path_of(record, "model/weights.safetensors")
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + b"x")
-    assert "model/weights.pt: not the file that the run recorded" in said()
+    assert "model/weights.safetensors: not the file that the run recorded" in said()
     weights.write_bytes(content)
     assert two.fetch(ready.key).state == "new"
 

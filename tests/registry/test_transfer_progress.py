@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,32 @@ from runkey.progress import progress as shown
 from runkey.tracking import transfer as runs
 
 
+class Bar:
+    """What is shown of a transfer."""
+
+    def __init__(self, what: str, total: float, unit: str) -> None:
+        self.what, self.total, self.unit, self.done = what, total, unit, 0.0
+
+    def advance(self, amount: float = 1, text: str = "", what: str = "") -> None:
+        self.done += amount
+
+
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[Bar]:
+    made: list[Bar] = []
+
+    @contextmanager
+    def record(what: str, total: float, unit: str) -> Iterator[Bar]:
+        made.append(Bar(what, total, unit))
+        yield made[-1]
+
+    monkeypatch.setattr(dvc_transfer, "progress", record)
+    return made
+
+
 def test_objects_are_counted_by_their_bytes_as_dvc_moves_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bars: list[Bar]
 ) -> None:
-    monkeypatch.setattr(dvc_transfer, "EVERY_SECONDS", 0.0)
     sizes = {"aa" + "0" * 30: 5 << 20, "bb" + "1" * 30: 0, "cc" + "2" * 30: 7}
     sources, targets = [], []
     for md5, size in sizes.items():
@@ -27,27 +51,28 @@ def test_objects_are_counted_by_their_bytes_as_dvc_moves_them(
         sources[-1].parent.mkdir(parents=True)
         targets[-1].parent.mkdir(parents=True)
         sources[-1].write_bytes(b"x" * size)
-    told: list[dict[str, int]] = []
-    moved = dvc_transfer.Moved(sizes, told.append)
-    moved.expect({HashInfo("md5", md5) for md5 in sizes})
     here = LocalFileSystem()
-    generic.transfer(here, list(map(str, sources)), here, list(map(str, targets)), callback=moved)
+    with dvc_transfer.TransferProgress(sizes, "objects to DVC") as moved:
+        moved.start({HashInfo("md5", md5) for md5 in sizes})
+        generic.transfer(
+            here, list(map(str, sources)), here, list(map(str, targets)), callback=moved
+        )
     assert [path.stat().st_size for path in targets] == list(sizes.values())
-    assert told[0] == {"total": sum(sizes.values())}
-    assert sum(line["moved"] for line in told[1:]) == sum(sizes.values())
+    (bar,) = bars
+    assert (bar.total, bar.unit) == (sum(sizes.values()), "bytes")
+    assert bar.done == sum(sizes.values())
 
 
-def test_an_object_that_is_sent_again_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dvc_transfer, "EVERY_SECONDS", 0.0)
-    told: list[dict[str, int]] = []
-    moved = dvc_transfer.Moved({"ab" + "c" * 30: 100}, told.append)
-    with moved.branched(f"/x/ab/{'c' * 30}", "/y") as one:
-        one.relative_update(80)
-        one.absolute_update(0)
-        one.relative_update(90)
-        one.relative_update(80)
-    moved.add(0)
-    assert sum(line["moved"] for line in told) == 100
+def test_an_object_that_is_sent_again_counts_once(bars: list[Bar]) -> None:
+    md5 = "ab" + "c" * 30
+    with dvc_transfer.TransferProgress({md5: 100}, "objects to DVC") as moved:
+        moved.start({HashInfo("md5", md5)})
+        with moved.branched(f"/x/ab/{'c' * 30}", "/y") as one:
+            one.relative_update(80)
+            one.absolute_update(0)
+            one.relative_update(90)
+            one.relative_update(80)
+    assert bars[0].done == 100
 
 
 def test_a_download_is_seen_growing(

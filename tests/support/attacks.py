@@ -82,7 +82,7 @@ def add_bad_object(package: Path, content: bytes, name: str, suffix: str = "") -
     return md5
 
 
-def record_weights(package: Path, content: bytes, name: str = "model/weights.pt") -> None:
+def record_weights(package: Path, content: bytes, name: str = "model/weights.safetensors") -> None:
     """Put a file into the run, recorded with its right hash."""
     path = package / RUN / ARTIFACTS / name
     path.write_bytes(content)

@@ -24,9 +24,9 @@ from runkey.identity.manifest import RunManifest, Witness
 from runkey.identity.record import DETAILS, Details, Record, StoredFile, write_record
 from runkey.identity.syntax import RULE
 from runkey.registry.dvc_cache import md5_file
+from runkey.registry.mlflow_runs import run_reader
 from runkey.registry.server_library import open_library
-from runkey.registry.verify import Sources, verify_run
-from runkey.registry.verify_places import CacheCheck, Report, run_reader
+from runkey.registry.verify import CacheReader, Report, Sources, verify_run
 from runkey.tracking.store import experiment_id, locate_store, open_client
 from runkey.tracking.transfer import logged_run
 
@@ -94,7 +94,7 @@ class Checkout:
             library=open_library(store.uri, store.home),
             stored=run_reader(store.uri),
             root=self.root,
-            cache=CacheCheck(self.root, [pointer] if pointer else []),
+            cache=CacheReader(self.root, [pointer] if pointer else []),
             host=host or socket.gethostname(),
             is_shared=is_shared,
             quick=quick,

@@ -8,16 +8,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import pickle
 import shutil
 import subprocess
-import zipfile
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from dvc.utils import dict_sha256
 from ruamel.yaml import YAML
 
@@ -28,7 +26,7 @@ from runkey.registry.archive import pack
 from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.package import BUNDLE, RUN, object_path
 from runkey.registry.share_dvc import FILE, collect
-from runkey.registry.share_snapshot import bundle_snapshot, ref_of
+from runkey.registry.snapshot import bundle_snapshot, ref_of
 from runkey.tracking.store import Store
 
 RECIPE = Recipe(
@@ -50,13 +48,18 @@ class Ready:
     snapshot: str
 
 
-def weights(named: object = None) -> bytes:
-    """A file as `torch.save` makes it; `named`: something more that its pickle names."""
-    state = OrderedDict(weight=named) if named else OrderedDict()
+def weights(value: int = 0) -> bytes:
+    """Return a safetensors file with one tensor of one byte."""
+    tensor = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
+    header = json.dumps({"weight": tensor}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes([value])
+
+
+def torch_weights(named: object = None) -> bytes:
+    """Return weights as older runs have them; `named`: something more that the pickle names."""
+    state = {"weight": torch.zeros(1), "more": named} if named else {"weight": torch.zeros(1)}
     content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        archive.writestr("weights/data.pkl", pickle.dumps({"model": state}, protocol=2))
-        archive.writestr("weights/version", b"3\n")
+    torch.save({"model": state}, content)
     return content.getvalue()
 
 
@@ -118,7 +121,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
     """A run with one stage, `train`, whose outputs are model/ and run.json."""
     root = new_checkout(tmp_path_factory.mktemp("ready") / "checkout")
     files = {
-        "model/weights.pt": weights(),
+        "model/weights.safetensors": weights(),
         "model/key.json": json.dumps(RECIPE.as_dict()).encode(),
         "run.json": b'{"run_id": "1"}',
     }
