@@ -1,4 +1,4 @@
-"""`runkey debug-step [KEY | BUNDLE]`: one step again, and where its numbers went wrong."""
+"""`runkey debug-step [KEY | BUNDLE]`: replay one step, and find where its numbers went wrong."""
 
 from __future__ import annotations
 
@@ -91,11 +91,7 @@ def _from_folder(run: str, step: int | None, out: Path | None, *, as_json: bool)
 
 
 def _folder(home: Path, key: str) -> Path:
-    """The one training's folder whose name begins so.
-
-    Raises:
-        TrainingError: there is none, or there are several.
-    """
+    """The one training folder whose key begins so."""
     found = sorted(
         path for path in home.glob(f"{ANY_SCHEMA}-*") if path.is_dir() and _fits(path.name, key)
     )

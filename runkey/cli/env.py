@@ -1,4 +1,4 @@
-"""`runkey env`: what is installed against what is locked, and the lock of a recorded run."""
+"""`runkey env`: compare what is installed with the lock; export the lock of a recorded run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from runkey.cli import output
 from runkey.cli.output import AsJson, Key, answer_no, print_beside, print_json
 
 if TYPE_CHECKING:
-    from runkey.registry.environment import Comparison
+    from runkey.registry.environment import EnvironmentComparison
 
 app = typer.Typer(help="Compare what is installed with the lock; get a run's lock.")
 
@@ -60,7 +60,7 @@ def export(
     print_beside("without: ", f"uv venv --python 3.12 ENV; uv pip sync --python ENV {requirements}")
 
 
-def _lines(found: Comparison) -> list[str]:
+def _lines(found: EnvironmentComparison) -> list[str]:
     counts = {kind: len(found.of_kind(kind)) for kind in ("missing", "other", "extra")}
     patch = "" if found.python == found.locked_python else f" (the lock has {found.locked_python})"
     torch = f"torch for CUDA {found.cuda}" if found.cuda else "torch for the CPU"

@@ -1,4 +1,4 @@
-"""`runkey memory`: what a training step takes, predicted; no GPU is needed."""
+"""`runkey memory`: predict the memory of a training step, without a GPU."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ import typer
 from runkey import paths
 from runkey.cli.output import AsJson, print_json, print_table, workspace
 from runkey.errors import DataError, ParamsError
+from runkey.units import GIB, MIB
 
 if TYPE_CHECKING:
     from runkey.memory.memory_model import Estimate
     from runkey.memory.predict import Prediction, Surroundings
     from runkey.params import Params
-
-
-# How `runkey memory` tells of a prediction: tables for people, a dict for scripts.
 
 
 _COLUMNS = {
@@ -32,7 +30,7 @@ _COLUMNS = {
     "inputs": ("input",),
     "temporary": ("temporary",),
 }
-"""Columns of the table, each with its classes."""
+"""Columns of the table, and the classes of tensors in each."""
 _TITLES = {
     "checkpointing": "activation checkpointing",
     "bf16": "bf16",
@@ -41,11 +39,10 @@ _TITLES = {
     "grouping": "batches grouped by aspect",
     "no grouping": "batches not grouped by aspect",
 }
-_MIB, _GIB = 2**20, 2**30
 
 
 def as_dict(prediction: Prediction, images: int) -> dict[str, Any]:
-    """memory.json's content, and the breakdown of a micro-batch."""
+    """Format for JSON: the content of memory.json, and the breakdown of a micro-batch."""
     from runkey.memory.decide import cards
     from runkey.memory.timeline import break_down
 
@@ -62,7 +59,7 @@ def as_dict(prediction: Prediction, images: int) -> dict[str, Any]:
 
 
 def print_memory(prediction: Prediction, images: int) -> None:
-    """Four tables: the peak by class and module, what would save, what fits where."""
+    """Print the peak by class and module, what changes would save, and what fits which GPU."""
     model = prediction.model
     height, width = model.census.worst_of(images)
     peak = prediction.template.peak(prediction.around.worst(images))
@@ -70,7 +67,7 @@ def print_memory(prediction: Prediction, images: int) -> None:
         print(line)
     print(
         f"\nA training step of {images} images of {height} x {width}, {model.precision}: "
-        f"{peak / _GIB:.2f} GiB of tensors at the peak,\nup to {model.gpu.upper(images) / _GIB:.2f}"
+        f"{peak / GIB:.2f} GiB of tensors at the peak,\nup to {model.gpu.upper(images) / GIB:.2f}"
         f" GiB held by the allocator, and the CUDA context beside it.  {model.gpu.line}\n"
     )
     _print_breakdown(prediction, images)
@@ -93,29 +90,29 @@ def _print_breakdown(prediction: Prediction, images: int) -> None:
 
 
 def _cells(sizes: Mapping[Any, int]) -> list[str]:
-    """MiB by column and in sum; nothing where there is nothing."""
+    """MiB by column, and the sum; empty where it is 0."""
     columns = [sum(sizes.get(name, 0) for name in names) for names in _COLUMNS.values()]
     return [_mib(size) for size in (*columns, sum(columns))]
 
 
 def _print_changes(prediction: Prediction, images: int) -> None:
-    """What each technique would give, for the same micro-batch."""
+    """The memory of the same micro-batch with each technique."""
     model = prediction.model
     now = model.gpu.upper(images)
-    rows = [["as it is", "", f"{now / _GIB:.2f}", ""]]
+    rows = [["as it is", "", f"{now / GIB:.2f}", ""]]
     for one in model.alternatives:
         upper = one.estimate.upper(images)
         if upper == now:
-            continue  # One shape only: grouping changes nothing.
-        cells = [_TITLES[one.name], one.change, f"{upper / _GIB:.2f}", f"{upper / now - 1:+.0%}"]
+            continue  # with one shape only, grouping changes nothing
+        cells = [_TITLES[one.name], one.change, f"{upper / GIB:.2f}", f"{upper / now - 1:+.0%}"]
         rows.append(cells)
     print(f"\nWhat changes would give, GiB at most for {images} images")
     print_table(["", "params.yaml", "GiB", "change"], rows, right=["GiB", "change"])
 
 
 def _print_cards(prediction: Prediction) -> None:
-    """The largest micro-batch on common GPUs, as it is and with each change of the step."""
-    from runkey.memory.decide import CARDS_GIB, cards
+    """The largest micro-batch on common GPUs, as it is and with each technique."""
+    from runkey.memory.decide import CARDSGIB, cards
 
     model = prediction.model
     kinds: list[tuple[str, Estimate]] = [("as it is", model.gpu)]
@@ -124,7 +121,7 @@ def _print_cards(prediction: Prediction) -> None:
         for one in model.alternatives
         if one.estimate.upper_bytes != model.gpu.upper_bytes
     ]
-    names = [f"{gib} GiB" for gib in CARDS_GIB]
+    names = [f"{gib} GiB" for gib in CARDSGIB]
     rows = [[name, *(_images(card.images) for card in cards(kind))] for name, kind in kinds]
     print("\nThe largest micro-batch on a GPU of")
     print_table(["", *names], rows, right=names)
@@ -139,10 +136,10 @@ def _images(count: int) -> str:
 def _mib(size: int) -> str:
     if not size:
         return ""
-    return f"{size / _MIB:,.0f}" if size >= 10 * _MIB else f"{size / _MIB:.1f}"
+    return f"{size / MIB:,.0f}" if size >= 10 * MIB else f"{size / MIB:.1f}"
 
 
-# Without data: as many objects and classes as COCO's crowded images have.
+# Without data, assume the objects and classes of COCO's crowded images.
 _OBJECTS = 60
 _CLASSES = 80
 
@@ -170,10 +167,9 @@ def memory(
     params = override(load_params(root / paths.PARAMS), _parsed(changes or []))
     if batch > params.training.batch_size:
         params = override(params, {"training.batch_size": batch})
-    # A prediction is the same with and without a GPU as long as torch sees none.
+    # Hide the GPU from torch, so that the prediction is the same with and without one.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     around = _around(params, root, shape)
-    # Seconds of import, and seconds of work.
     from runkey.memory.decide import shown_images
     from runkey.memory.predict import predict
     from runkey.pipeline.one_step import step_factory
@@ -193,7 +189,7 @@ def memory(
 
 
 def _parsed(changes: list[str]) -> dict[str, Any]:
-    """NAME=VALUE by name; values are YAML 1.2, as in `dvc exp run -S`."""
+    """Values by name, read as YAML 1.2, as in `dvc exp run -S`."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -210,12 +206,7 @@ def _parsed(changes: list[str]) -> dict[str, Any]:
 
 
 def _around(params: Params, root: Path, shape: str) -> Surroundings:
-    """The batches of the prepared data, or of one shape.
-
-    Raises:
-        DataError: there are no prepared data.
-        ParamsError: the shape is none.
-    """
+    """The batches of the prepared data, or of one shape."""
     from runkey.memory.predict import prepared_surroundings, single_shape_surroundings
 
     if not shape:

@@ -1,4 +1,4 @@
-"""`runkey watch [KEY]`: follow a running training from another terminal."""
+"""`runkey report`, `runkey draw` and `runkey watch`: pages and plots of a run."""
 
 from __future__ import annotations
 
@@ -22,9 +22,6 @@ from runkey.progress import log_to_terminal
 
 if TYPE_CHECKING:
     from runkey.plots.report_source import Run
-
-
-# `runkey report KEY...`: one HTML page about a run, or about what differs between several.
 
 
 _WORKSPACE = "."
@@ -81,7 +78,7 @@ def draw(as_json: AsJson = False) -> None:
 
 
 def _run(address: str, folder: Path) -> Run:
-    """A run, with those of its files that a page shows put into a folder."""
+    """A run whose files, as far as a page shows them, are copied into a folder."""
     from runkey.plots.report_source import LOG, is_wanted, recorded_run, workspace_run
     from runkey.registry.dvc_cache import download
     from runkey.registry.library import find_run
@@ -94,7 +91,7 @@ def _run(address: str, folder: Path) -> Run:
         wanted = [path for path in record.details.files if is_wanted(path)]
         download(runs, record, wanted, folder)
         return recorded_run(record, folder)
-    # It runs, or was interrupted: what there is of it lies where it trains.
+    # It runs or was interrupted: its logs are in its training folder.
     training = paths.training_folder(store().home, record.key, record.reproduction_of)
     (folder / LOG.parent).mkdir(parents=True)
     for log in training.glob("*.jsonl"):
@@ -134,7 +131,7 @@ class _Training:
 
 @contextmanager
 def _found(key: str | None) -> Iterator[_Training]:
-    """The training that is meant; the log of one that has ended is fetched."""
+    """The training of a key, or the newest one; the log of an ended one is downloaded."""
     home = store().home
     match = _PREFIX.fullmatch((key or "").strip().lower())
     if key and not match:
@@ -163,12 +160,12 @@ def _is_trained(folder: Path) -> bool:
 
 
 def _here(log: Path) -> _Training:
-    """A training in its folder, with what its store knows of it."""
+    """A training in its folder, with its name and parameters from the store."""
     key = log.parent.name.partition("-repeats-")[0]
     try:
         known = library().matching(key)[-1:]
     except RegistryError:
-        known = []  # the log alone will do
+        known = []  # the log is enough
     name = known[0].run.name if known else ""
     return _Training(
         log, f"{short_key(key)}  {name}".rstrip(), known[0].run.params if known else {}
@@ -176,7 +173,7 @@ def _here(log: Path) -> _Training:
 
 
 def _ended(key: str, folder: Path) -> _Training:
-    """A run that has ended, its log put into a folder."""
+    """A run that has ended, its log copied into a folder."""
     from runkey.registry.dvc_cache import download
     from runkey.registry.library import find_run
 

@@ -170,25 +170,11 @@ class DvcCache:
         after = self._follow(entry, back=False)
         return [*reversed(before), entry, *after]
 
-    def objects(self, md5s: Iterable[str]) -> dict[str, str]:
-        """List all objects of some md5s: themselves, and the files of those that are folders.
-
-        Args:
-            md5s: of files, or of folders (`.dir`).
-
-        Returns:
-            By md5 the file's path in its folder, `""` for those given. The files of a folder whose
-            own object is missing or torn are unknown and left out.
-        """
-        found: dict[str, str] = {}
-        for md5 in md5s:
-            found[md5] = ""
-            for path, inner in self._listing(md5).items():
-                found.setdefault(inner, path)
-        return found
-
     def files(self, outs: Mapping[str, str]) -> dict[str, str]:
-        """Return the md5 by path of every object of some outputs; a folder's path ends in `/`."""
+        """Return the md5 by path of every object of some outputs; a folder's path ends in `/`.
+
+        Files of a folder whose own object is missing or torn are unknown and left out.
+        """
         found: dict[str, str] = {}
         for out, md5 in outs.items():
             found[f"{out}/" if md5.endswith(DIR) else out] = md5

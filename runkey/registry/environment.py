@@ -1,8 +1,8 @@
-"""What is installed, compared with what is locked; and the locked environment of a recorded run.
+"""Compare what is installed with the lock; export the locked environment of a recorded run.
 
-Without conda, Python packages are compared with requirements.txt, which is derived from the lock,
-and so is the CUDA that torch is built for, which its version does not tell.  In an active conda
-environment every package is compared with conda-lock.yml, its build too.
+Without conda, Python packages and the CUDA version that torch is built for are compared with
+requirements.txt, which is derived from the lock. In an active conda environment every package and
+its build is compared with conda-lock.yml.
 """
 
 from __future__ import annotations
@@ -35,58 +35,58 @@ from runkey.paths import LOCK
 from runkey.registry.snapshot import git, git_bytes, has_snapshot
 
 FILES = (LOCK, REQUIREMENTS)
-"""What an environment is made from."""
+"""The files that an environment is made from."""
 
 
 @dataclass(frozen=True)
-class Difference:
+class PackageDifference:
     """A package that is not installed as it is locked."""
 
     name: str
     locked: str | None
-    """Version, in a conda environment `version build`; None: not locked."""
+    """Version; in a conda environment `version build`. None: not locked."""
     installed: str | None
     """Likewise; None: not installed."""
 
     @property
     def kind(self) -> Literal["missing", "other", "extra"]:
-        """What is wrong with it; an extra package is no fault."""
+        """What is wrong; an extra package is no fault."""
         if self.installed is None:
             return "missing"
         return "other" if self.locked is not None else "extra"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """An environment beside its lock."""
+class EnvironmentComparison:
+    """The comparison of an environment with its lock."""
 
     place: str
     """Folder of the environment."""
     against: str
     """The file that names what is locked."""
     same: int
-    """Packages installed as locked."""
-    differences: tuple[Difference, ...]
-    """All others, sorted by name."""
+    """Number of packages installed as locked."""
+    differences: tuple[PackageDifference, ...]
+    """All other packages, sorted by name."""
     python: str
-    """Version of the interpreter."""
+    """Version of this interpreter."""
     locked_python: str
     cuda: str | None
-    """CUDA version that the installed torch is built for; None: for the CPU, or no torch."""
+    """CUDA version of the installed torch; None: built for the CPU, or not installed."""
     way_out: str
-    """What to run where something is missing or other."""
+    """Command that installs what is locked."""
 
-    def of_kind(self, kind: str) -> list[Difference]:
-        """The differences of one kind."""
+    def of_kind(self, kind: str) -> list[PackageDifference]:
+        """Return the differences of one kind."""
         return [d for d in self.differences if d.kind == kind]
 
     @property
     def agrees(self) -> bool:
-        """Whether all that is locked is installed so."""
+        """True if everything is installed as locked."""
         return not self.of_kind("missing") and not self.of_kind("other")
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Format for JSON."""
         lists = {
             kind: [
                 {"name": d.name, "locked": d.locked, "installed": d.installed}
@@ -109,13 +109,13 @@ class Comparison:
 
 def compare_environment(
     folder: Path, prefix: Path | None = None, conda: Path | None = None
-) -> Comparison:
-    """What this interpreter can import, beside what a folder's lock names.
+) -> EnvironmentComparison:
+    """Compare what this interpreter can import with a folder's lock.
 
     Args:
-        folder: with conda-lock.yml and requirements.txt, such as the repository.
+        folder: holds conda-lock.yml and requirements.txt, such as the repository.
         prefix: of the interpreter; None: this one's.
-        conda: the active conda environment; None: what `CONDA_PREFIX` says.
+        conda: the active conda environment; None: `CONDA_PREFIX`.
 
     Raises:
         LockError: the folder's lists cannot be read.
@@ -137,10 +137,10 @@ def compare_environment(
         pairs = _pairs(locked, installed)
         wanted = locked_cuda(locked)
         if locked.get("torch") == installed.get("torch") and wanted != cuda:
-            pairs.append(Difference("torch's build", _build(wanted), _build(cuda)))
+            pairs.append(PackageDifference("torch's build", _build(wanted), _build(cuda)))
         if python.split(".")[:2] != locked_python.split(".")[:2]:
-            pairs.append(Difference("python", locked_python, python))
-    return Comparison(
+            pairs.append(PackageDifference("python", locked_python, python))
+    return EnvironmentComparison(
         place=str(prefix),
         against=str(against),
         same=sum(pair.locked == pair.installed for pair in pairs),
@@ -156,13 +156,13 @@ def _build(cuda: str | None) -> str:
     return f"for CUDA {cuda}" if cuda else "for the CPU"
 
 
-def _pairs(locked: Mapping[str, str], installed: Mapping[str, str]) -> list[Difference]:
+def _pairs(locked: Mapping[str, str], installed: Mapping[str, str]) -> list[PackageDifference]:
     names = sorted(set(locked) | set(installed))
-    return [Difference(name, locked.get(name), installed.get(name)) for name in names]
+    return [PackageDifference(name, locked.get(name), installed.get(name)) for name in names]
 
 
-def _conda_pairs(prefix: Path, packages: tuple[Package, ...]) -> list[Difference]:
-    """Conda's packages by version and build, then what pip put beside or over them."""
+def _conda_pairs(prefix: Path, packages: tuple[Package, ...]) -> list[PackageDifference]:
+    """Conda's packages by version and build, then those that pip installed."""
     installed, files = _conda_records(prefix)
     pairs = _pairs({p.name: f"{p.version} {p.build}" for p in packages}, installed)
     pins = python_pins(packages)
@@ -172,12 +172,12 @@ def _conda_pairs(prefix: Path, packages: tuple[Package, ...]) -> list[Difference
             name = normalise_name(name)
             if name == "runkey":  # the project, in editable form
                 continue
-            pairs.append(Difference(name, pins.get(name), f"{version} by pip"))
+            pairs.append(PackageDifference(name, pins.get(name), f"{version} by pip"))
     return pairs
 
 
 def _conda_records(prefix: Path) -> tuple[dict[str, str], set[str]]:
-    """`version build` by name of all that conda installed, and the paths of all its files."""
+    """`version build` by name of what conda installed, and the paths of its files."""
     found, files = {}, set[str]()
     for path in sorted((prefix / "conda-meta").glob("*.json")):
         try:
@@ -195,24 +195,24 @@ def _way_out(folder: Path, prefix: Path, against: Path) -> str:
     if against == LOCK:
         return f"conda-lock install --prefix {prefix} {LOCK}"
     if prefix.resolve() == (folder / ".venv").resolve():
-        # `make env` trusts its mark, which a package installed by hand does not touch.
+        # `make env` does nothing while its mark is there, whatever was installed by hand.
         return "rm -f .venv/requirements.installed && make env"
     return "make env, then .venv/bin/runkey"
 
 
 def export_environment(root: Path, record: Record, target: Path) -> list[Path]:
-    """Write the lock and the requirements that a run was made with, from its snapshot.
+    """Write a run's lock and requirements, from its snapshot.
 
     Args:
         root: the workspace, whose git repository keeps the snapshot.
         record: of the run, with its details.
-        target: folder; made if need be.
+        target: folder; made if it is missing.
 
     Returns:
         The files written.
 
     Raises:
-        RegistryError: the run has no snapshot, it is not here, its lock is not the one in the run's
+        RegistryError: the run has no snapshot, it is not here, its lock is not that of the run's
             key, or `target` holds other files of these names.
     """
     oid = record.details.snapshot if record.details else None
@@ -233,7 +233,7 @@ def export_environment(root: Path, record: Record, target: Path) -> list[Path]:
 
 
 def _write_checked(contents: Mapping[Path, bytes], record: Record, target: Path) -> list[Path]:
-    """The files, in place only if the lock among them is the one that the run's key hashes."""
+    """Write the files, if the lock among them is the one of the run's key."""
     with tempfile.TemporaryDirectory(prefix="runkey-") as folder:
         copies = [(Path(folder) / name, content) for name, content in contents.items()]
         for copy, content in copies:

@@ -1,14 +1,14 @@
-"""What may go from a store: never a finished run, nor anything that is its only copy.
+"""Find what may be deleted from a store: never a finished run, nor the only copy of anything.
 
     for item in collect(scope):
         print(item.kind, item.name, item.why, item.size)
         item.remove()
 
-- runs that failed, were killed, or whose process is gone; with them their artifacts, and their
-  snapshot if no other run needs it.  Not as long as a checkpoint could go on from them;
+- runs that failed, were killed, or whose process is gone, with their artifacts, and their snapshot
+  if no other run needs it; but not while a training could resume from a checkpoint in them;
 - folders of trainings (checkpoints, log) whose key a finished run has;
 - claims of dead or ended owners that a newer generation has replaced;
-- worktrees of `runkey reproduce` that nobody works in, and files half written by dead processes.
+- worktrees of `runkey reproduce` that no process uses, and files half written by dead processes.
 """
 
 from __future__ import annotations
@@ -34,146 +34,37 @@ from runkey.registry.local_library import LocalLibrary
 from runkey.registry.snapshot import git, has_git, snapshot_refs
 from runkey.training.checkpoint.lock import holder_of
 
-# Files and folders that dead processes left behind.
-
-
 _PROC = Path("/proc")
 OWNER = ".runkey-owner.json"
-"""In a worktree of `runkey reproduce`: the process that works in it."""
-_QUIET_FILE_SECONDS = 3600.0
-"""How long a worktree of an unknown or unseen owner must have stood still."""
+"""In a worktree of `runkey reproduce`: the process that uses it."""
+_QUIET_SECONDS = 3600.0
+"""How long a folder whose owner cannot be seen must be unchanged."""
 _HALF_WRITTEN_SECONDS = 86400.0
-"""No file takes so long to be written."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A file or folder that may go."""
-
-    path: Path
-    why: str
-
-    @property
-    def changed(self) -> float:
-        """When it changed last, in seconds since 1970; a folder, by any file in it."""
-        return max((status.st_mtime for status in _walk(self.path)), default=0.0)
-
-    def remove(self) -> None:
-        """Delete it."""
-        if self.path.is_dir() and not self.path.is_symlink():
-            shutil.rmtree(self.path)
-        else:
-            self.path.unlink(missing_ok=True)
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder; what is linked to is not counted."""
-    return sum(status.st_size for status in _walk(path) if status.st_nlink < 2)
-
-
-def mark_owner(folder: Path) -> None:
-    """Say in a worktree that this process works in it."""
-    owner = json.dumps(this_process().as_dict())
-    (folder / OWNER).write_text(f"{owner}\n", encoding="utf-8")
-
-
-def worktrees(folder: Path, now: float) -> Iterator[Found]:
-    """The worktrees of `runkey reproduce` that nobody works in.
-
-    Args:
-        folder: `<home>/reproduce`.
-        now: seconds since 1970.
-    """
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if not path.is_dir() or path.is_symlink():
-            continue
-        owner = _owner(path)
-        seen = is_running(owner) if owner else None
-        found = Found(path, f"its process {owner.label} is gone" if owner else "nobody works in it")
-        quiet = seen is False or now - found.changed >= _QUIET_FILE_SECONDS
-        # A stage goes on for a while when `runkey reproduce` itself is killed.
-        if not seen and quiet and not _has_processes(path):
-            yield found
-
-
-def leftovers(home: Path, root: Path, now: float) -> Iterator[Found]:
-    """Files that were being written when their process died.
-
-    Args:
-        home: `Store.home`.
-        root: the main checkout.
-        now: seconds since 1970.
-    """
-    places = [
-        *home.glob("runs/.*"),
-        *home.glob("claims/.*"),
-        *home.glob(".*-*"),  # of runs handed on
-        *root.glob(".runkey-*"),  # of downloads
-        *root.glob(".run.json.[0-9]*"),
-    ]
-    for path in sorted(places):
-        found = Found(path, "half written, by a process that is gone")
-        if now - found.changed >= _HALF_WRITTEN_SECONDS:
-            yield found
-
-
-def _owner(path: Path) -> Owner | None:
-    try:
-        return Owner.from_dict(json.loads((path / OWNER).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _has_processes(path: Path) -> bool:
-    """Whether a process of this machine has its current folder in `path`."""
-    top = path.resolve()
-    for process in _PROC.glob("[0-9]*"):
-        try:
-            if (process / "cwd").readlink().is_relative_to(top):
-                return True
-        except OSError:
-            continue  # it has ended, or is another user's
-    return False
-
-
-def _walk(path: Path) -> Iterator[os.stat_result]:
-    """The status of a file, or of a folder and all in it, without following links."""
-    try:
-        yield path.lstat()
-    except FileNotFoundError:
-        return
-    if path.is_dir() and not path.is_symlink():
-        for folder, folders, files in os.walk(path):
-            for name in (*folders, *files):
-                try:
-                    yield (Path(folder) / name).lstat()
-                except FileNotFoundError:
-                    continue  # removed meanwhile
+"""Longer than any file takes to be written."""
 
 
 Kind = Literal["run", "checkpoint", "claim", "worktree", "leftover"]
 _TRAINING = re.compile(rf"({ANY_SCHEMA}-[0-9a-f]{{64}})(?:-repeats-([0-9a-f]{{8}}))?")
-"""Name of a training's folder, see `paths.training_folder`."""
-_QUIET_SECONDS = 3600.0
+"""Names of folders of trainings, see `paths.training_folder`."""
 _KEY_CHARACTERS = len(f"{SCHEMA}-") + 64
 _REPEAT_SECONDS = 86400.0
-"""After so long an interrupted `runkey reproduce` may begin anew."""
+"""After this time an interrupted `runkey reproduce` has to start again."""
 _ENDED = ("FAILED", "KILLED")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """Something that may go."""
+    """Something that may be deleted."""
 
     kind: Kind
     name: str
     why: str
     size: int
-    """Bytes that it frees."""
+    """Bytes that deleting it frees."""
     age_seconds: float
-    """Since it ended or changed last."""
+    """Since it ended or last changed."""
     remove: Callable[[], None] = field(repr=False, compare=False)
-    """Removes it.  Raises: RunkeyError, OSError."""
+    """Deletes it; may raise RunkeyError or OSError."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +76,7 @@ class Scope:
     home: Path
     """`Store.home`."""
     library: Library
-    """Of the store; on a server its runs are only asked about, never offered."""
+    """Of the store; a server's runs are read, but never offered for deletion."""
     claims: Claims
     delete_run: Callable[[str], None]
     """Deletes a run from MLflow by its id."""
@@ -194,7 +85,7 @@ class Scope:
 
     @cached_property
     def is_local(self) -> bool:
-        """Whether runs and claims are files of this machine."""
+        """True if runs and claims are files of this machine."""
         return isinstance(self.library, LocalLibrary)
 
     @cached_property
@@ -203,27 +94,33 @@ class Scope:
         return self.library.matching("") if self.is_local else []
 
     def runs_of(self, key: str) -> list[Record]:
-        """All runs of a key, with details."""
+        """Return all runs of a key, with details."""
         if self.is_local:
             return [record for record in self.records if record.key == key]
         return [self.library.with_details(record) for record in self.library.matching(key)]
 
     def is_trained_now(self, key: str) -> bool:
-        """Whether somebody trains the key, or may: the owner of a claim may be out of sight."""
+        """Return True if the key is, or may be, trained now: an owner may not be visible here."""
         claim = newest(self.claims, key)
         return claim is not None and state_now(claim) in ("running", "silent")
 
     def age(self, since_ms: int | None) -> float:
-        """Seconds since a time in milliseconds since 1970."""
+        """Return the seconds since a time in milliseconds since 1970."""
         return max(self.now - (since_ms or 0) / 1000, 0.0)
 
 
+def mark_owner(folder: Path) -> None:
+    """Note in a worktree that this process uses it."""
+    owner = json.dumps(this_process().as_dict())
+    (folder / OWNER).write_text(f"{owner}\n", encoding="utf-8")
+
+
 def collect(scope: Scope, older_than_days: float = 0.0) -> list[Item]:
-    """What may go, the oldest first within its kind; nothing is removed.
+    """List what may be deleted, the oldest first within its kind.
 
     Args:
         scope: where to look.
-        older_than_days: only what ended or changed so long ago.
+        older_than_days: list only what ended or last changed before.
 
     Raises:
         RegistryError: runs or claims cannot be read.
@@ -231,13 +128,14 @@ def collect(scope: Scope, older_than_days: float = 0.0) -> list[Item]:
     least = older_than_days * 86400
     runs = [item for item in _runs(scope) if item.age_seconds >= least]
     going = {item.name.rpartition(":")[2] for item in runs}
-    others = [*_checkpoints(scope), *_claims(scope, going), *_found(scope)]
+    others = [*_checkpoints(scope), *_claims(scope, going)]
+    others += [*_worktrees(scope), *_leftovers(scope)]
     return [*runs, *(item for item in others if item.age_seconds >= least)]
 
 
 def _runs(scope: Scope) -> Iterator[Item]:
     kept = [f for f in _training_folders(scope.home) if _why_obsolete(scope, f) is None]
-    # A training that can go on from its folder does so in its run.
+    # A training that can resume from its folder does so in its run.
     keys = {folder.name for folder in kept}
     runs = {pointer.run_id for folder in kept if (pointer := read_pointer(folder))}
     claims = scope.claims.all() if scope.is_local else []
@@ -251,20 +149,20 @@ def _runs(scope: Scope) -> Iterator[Item]:
             kind="run",
             name=f"{record.label}:{run.run_id}",
             why=why.lower(),
-            size=size_of(folder) if folder else 0,
+            size=_size(folder) if folder else 0,
             age_seconds=scope.age(run.ended_ms or run.started_ms),
             remove=partial(_remove_run, scope, record, folder),
         )
 
 
 def _death(record: Record, claims: list[Claim]) -> str | None:
-    """Why a run that MLflow has as RUNNING is not; None: it may be.
+    """Why a run that is RUNNING in MLflow does not run; None: it may run.
 
-    Only the run's own claim tells.  A run without one, such as a reproduction, is left alone.
+    Only the run's own claim shows it. A run without one, such as a reproduction, is left alone.
     """
     if record.run.status != "RUNNING":
         return None
-    # The newest of them: a training that goes on after its process died has the same run.
+    # The newest: a training that was resumed by another process has the same run.
     own = next((c for c in reversed(claims) if c.run_id == record.run.run_id), None)
     state = state_now(own) if own else None
     if state == "dead":
@@ -273,7 +171,7 @@ def _death(record: Record, claims: list[Claim]) -> str | None:
 
 
 def _artifacts(scope: Scope, record: Record) -> Path | None:
-    """The run's folder in our own folder of artifacts; None: elsewhere, and not ours to delete."""
+    """The run's folder in our folder of artifacts; None: it is elsewhere and not ours to delete."""
     assert isinstance(scope.library, LocalLibrary)
     try:
         folder = scope.library.artifacts(record).parent
@@ -288,19 +186,19 @@ def _remove_run(scope: Scope, record: Record, folder: Path | None) -> None:
     scope.delete_run(record.run.run_id)
     if folder:
         shutil.rmtree(folder)
-    # The record last of the run's own: as long as it is there, the run is offered again.
+    # The record comes last: as long as it is there, the run is offered again.
     _remove_refs(scope, record)
     (scope.home / paths.RECORDS / record.file_name).unlink(missing_ok=True)
 
 
 def _remove_refs(scope: Scope, record: Record) -> None:
-    """Let go of the run's snapshot, unless another run of the key has the same."""
+    """Delete the refs of the run's snapshot, unless another run of the key has the same."""
     oid = _snapshot(record)
     here = [other for other in scope.library.matching(record.key) if other.run != record.run]
     if oid is None or not has_git(scope.root) or oid in map(_snapshot, here):
         return
     if scope.is_trained_now(record.key) or _current_key(scope.root) == record.key:
-        return  # a snapshot is taken before its run is known; another store may have the run
+        return  # the snapshot may be of a run that just starts, or of one in another store
     for ref, kept in snapshot_refs(scope.root, record.key).items():
         if kept == oid:
             git(scope.root, "update-ref", "-d", ref, oid)
@@ -311,7 +209,7 @@ def _snapshot(record: Record) -> str | None:
 
 
 def _current_key(root: Path) -> str | None:
-    """Key of the result in the working tree."""
+    """The key of the result in the working tree."""
     try:
         return str(json.loads((root / paths.RUN_JSON).read_text(encoding="utf-8"))["key"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -328,33 +226,31 @@ def _checkpoints(scope: Scope) -> Iterator[Item]:
     for folder in _training_folders(scope.home):
         if why := _why_obsolete(scope, folder):
             name = f"{short_key(folder.name)}{folder.name[_KEY_CHARACTERS:]}/"
-            yield _item(
-                scope, "checkpoint", Found(folder, why), name, partial(shutil.rmtree, folder)
-            )
+            yield _item(scope, "checkpoint", folder, why, name, partial(shutil.rmtree, folder))
 
 
 def _why_obsolete(scope: Scope, folder: Path) -> str | None:
-    """Why nothing will go on from a training's folder; None: it may."""
+    """Why no training will resume from a folder; None: one may."""
     match = _TRAINING.fullmatch(folder.name)
     assert match
     key, repeats = match.groups()
     whole = [record for record in scope.runs_of(key) if record.is_whole]
-    if repeats:  # it has no claim: only that nothing changes shows that nobody trains
-        quiet = scope.now - Found(folder, "").changed
+    if repeats:  # a repeat has no claim: it has ended if nothing changes any more
+        quiet = scope.now - _changed(folder)
         whole = [r for r in whole if (r.reproduction_of or "").startswith(repeats)]
         if quiet >= _REPEAT_SECONDS:
-            return "a repeat was interrupted long ago; it can begin anew"
+            return "a repeat was interrupted long ago; it can start again"
         busy = quiet < _QUIET_SECONDS
     else:
         busy = scope.is_trained_now(key)
-    # Without a claim (runtime.mlflow: false) a training still holds its folder.
+    # A training without a claim (runtime.mlflow: false) still locks its folder.
     if not whole or busy or holder_of(folder) is not None:
         return None
     return f"run {whole[0].run.run_id[:8]} of its key is finished"
 
 
 def _claims(scope: Scope, going: set[str]) -> Iterator[Item]:
-    """Generations that a newer one has replaced and that tell nothing any more."""
+    """Generations that a newer one has replaced and that are needed for nothing."""
     if not scope.is_local:
         return
     claims = scope.claims.all()
@@ -365,7 +261,7 @@ def _claims(scope: Scope, going: set[str]) -> Iterator[Item]:
         if claim.generation == last[claim.key] or state in ("running", "silent"):
             continue
         if claim.run_id in running - going:
-            continue  # by this claim alone it is known that the run is dead
+            continue  # only this claim shows that the run is dead
         yield Item(
             kind="claim",
             name=f"{short_key(claim.key)}.g{claim.generation}",
@@ -376,18 +272,11 @@ def _claims(scope: Scope, going: set[str]) -> Iterator[Item]:
         )
 
 
-def _found(scope: Scope) -> Iterator[Item]:
-    for found in worktrees(scope.home / "reproduce", scope.now):
-        name = f"reproduce/{found.path.name}"
-        yield _item(scope, "worktree", found, name, partial(_remove_tree, scope.root, found.path))
-    for found in leftovers(scope.home, scope.root, scope.now):
-        yield _item(scope, "leftover", found, str(found.path), found.remove)
-
-
-def _item(scope: Scope, kind: Kind, found: Found, name: str, remove: Callable[[], None]) -> Item:
-    age = max(scope.now - found.changed, 0.0)
-    size = size_of(found.path)
-    return Item(kind=kind, name=name, why=found.why, size=size, age_seconds=age, remove=remove)
+def _item(
+    scope: Scope, kind: Kind, path: Path, why: str, name: str, remove: Callable[[], None]
+) -> Item:
+    age = max(scope.now - _changed(path), 0.0)
+    return Item(kind=kind, name=name, why=why, size=_size(path), age_seconds=age, remove=remove)
 
 
 def _remove_tree(root: Path, path: Path) -> None:
@@ -397,3 +286,85 @@ def _remove_tree(root: Path, path: Path) -> None:
         shutil.rmtree(path)
         if has_git(root):
             git(root, "worktree", "prune")
+
+
+def _worktrees(scope: Scope) -> Iterator[Item]:
+    """The worktrees of `runkey reproduce` that no process uses."""
+    folder = scope.home / "reproduce"
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if not path.is_dir() or path.is_symlink():
+            continue
+        owner = _owner(path)
+        seen = is_running(owner) if owner else None
+        quiet = seen is False or scope.now - _changed(path) >= _QUIET_SECONDS
+        # A stage runs on for a while after `runkey reproduce` itself was killed.
+        if not seen and quiet and not _has_processes(path):
+            why = f"its process {owner.label} is gone" if owner else "nobody works in it"
+            remove = partial(_remove_tree, scope.root, path)
+            yield _item(scope, "worktree", path, why, f"reproduce/{path.name}", remove)
+
+
+def _leftovers(scope: Scope) -> Iterator[Item]:
+    """Files that were being written when their process died."""
+    places = [
+        *scope.home.glob("runs/.*"),
+        *scope.home.glob("claims/.*"),
+        *scope.home.glob(".*-*"),  # of publish, fetch, export and import
+        *scope.root.glob(".runkey-*"),  # of downloads
+        *scope.root.glob(".run.json.[0-9]*"),
+    ]
+    for path in sorted(places):
+        if scope.now - _changed(path) >= _HALF_WRITTEN_SECONDS:
+            why = "half written, by a process that is gone"
+            yield _item(scope, "leftover", path, why, str(path), partial(_remove_path, path))
+
+
+def _remove_path(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _owner(path: Path) -> Owner | None:
+    try:
+        return Owner.from_dict(json.loads((path / OWNER).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _has_processes(path: Path) -> bool:
+    """Return True if a process of this machine has its current folder in `path`."""
+    top = path.resolve()
+    for process in _PROC.glob("[0-9]*"):
+        try:
+            if (process / "cwd").readlink().is_relative_to(top):
+                return True
+        except OSError:
+            continue  # it has ended, or belongs to another user
+    return False
+
+
+def _changed(path: Path) -> float:
+    """Time of the last change of a file, or of anything in a folder, in seconds since 1970."""
+    return max((status.st_mtime for status in _walk(path)), default=0.0)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder, without hard-linked ones."""
+    return sum(status.st_size for status in _walk(path) if status.st_nlink < 2)
+
+
+def _walk(path: Path) -> Iterator[os.stat_result]:
+    """The status of a file, or of a folder and everything in it; links are not followed."""
+    try:
+        yield path.lstat()
+    except FileNotFoundError:
+        return
+    if path.is_dir() and not path.is_symlink():
+        for folder, folders, files in os.walk(path):
+            for name in (*folders, *files):
+                try:
+                    yield (Path(folder) / name).lstat()
+                except FileNotFoundError:
+                    continue  # deleted meanwhile

@@ -191,9 +191,8 @@ def collect(cache: DvcCache, pointer_md5: str, label: str, *, with_data: bool = 
         here = {md5: path for md5, path in inputs.items() if cache.object_path(md5).is_file()}
         tops = here | tops
     names: dict[str, str] = {}
-    for md5, path in tops.items():
-        for inner, below in cache.objects([md5]).items():
-            names.setdefault(inner, f"{path}/{below}" if below else path)
+    for path, md5 in cache.files({path: md5 for md5, path in tops.items()}).items():
+        names.setdefault(md5, path)
     for md5, name in names.items():
         if not cache.object_path(md5).is_file():
             raise RegistryError(

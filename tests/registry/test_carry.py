@@ -40,7 +40,7 @@ def test_an_archive_gives_the_run_back(ready: Ready, archive: Path, store: Store
     cache = DvcCache(root)
     entry = cache.entry_of(ready.pointer_md5)
     assert entry
-    assert all(cache.object_path(m).is_file() for m in cache.objects(entry.outs.values()))
+    assert all(cache.object_path(m).is_file() for m in cache.files(entry.outs).values())
     assert cache.object_path(ready.pointer_md5).stat().st_mode & 0o777 == 0o444
     (record,) = LocalLibrary(store.home).matching(ready.key)
     assert record.is_whole

@@ -12,7 +12,7 @@ import pytest
 
 from runkey.errors import RegistryError
 from runkey.identity.environment import installed_packages, read_lock
-from runkey.registry.environment import Difference, compare_environment
+from runkey.registry.environment import PackageDifference, compare_environment
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -71,14 +71,14 @@ def test_another_build_of_the_same_torch_is_a_fault(folder):
     edit(folder, "requirements.txt", "nvidia-cuda-runtime-cu12==12.8.", "# nvidia-")
     found = compare_environment(folder, conda=Path("none"))
     installed = f"for CUDA {found.cuda}"
-    assert found.of_kind("other") == [Difference("torch's build", "for the CPU", installed)]
+    assert found.of_kind("other") == [PackageDifference("torch's build", "for the CPU", installed)]
     assert not found.agrees
 
 
 def test_extra_packages_alone_are_no_fault(folder):
     edit(folder, "requirements.txt", "sortedcontainers==2.4.0", "# was here: sortedcontainers")
     found = compare_environment(folder, conda=Path("none"))
-    assert found.of_kind("extra") == [Difference("sortedcontainers", None, "2.4.0")]
+    assert found.of_kind("extra") == [PackageDifference("sortedcontainers", None, "2.4.0")]
     assert found.agrees
     assert found.as_dict()["way_out"] == ""
 
@@ -145,12 +145,12 @@ def test_another_build_of_the_same_version_is_another_package(folder, conda):
     write_record(conda, "extra-thing", "1.0", "0")
     found = compare(folder, conda)
     assert found.of_kind("other") == [
-        Difference(
+        PackageDifference(
             "libtorch", f"{libtorch.version} {libtorch.build}", f"{libtorch.version} cpu_mkl_0"
         )
     ]
     assert [d.name for d in found.of_kind("missing")] == ["zstd"]
-    assert found.of_kind("extra") == [Difference("extra-thing", None, "1.0 0")]
+    assert found.of_kind("extra") == [PackageDifference("extra-thing", None, "1.0 0")]
     assert not found.agrees
     assert found.way_out == f"conda-lock install --prefix {conda} conda-lock.yml"
 
@@ -164,8 +164,8 @@ def test_what_pip_put_over_conda_is_seen(folder, conda):
     (site / "My_Own-0.1.dist-info").mkdir()
     (site / "runkey-0.1.dist-info").mkdir()  # this project, in editable form
     found = compare(folder, conda)
-    assert found.of_kind("other") == [Difference("numpy", numpy.version, "9.9 by pip")]
-    assert found.of_kind("extra") == [Difference("my-own", None, "0.1 by pip")]
+    assert found.of_kind("other") == [PackageDifference("numpy", numpy.version, "9.9 by pip")]
+    assert found.of_kind("extra") == [PackageDifference("my-own", None, "0.1 by pip")]
 
 
 def test_a_damaged_record_is_named(folder, conda):

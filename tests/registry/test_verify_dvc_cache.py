@@ -30,10 +30,15 @@ def test_all_objects_are_there_uncached_outputs_too(checkout: Checkout) -> None:
     cache = DvcCache(checkout.root)
     entry = cache.entry_of(md5_file(checkout.root / "run.json"))
     assert entry
-    objects = cache.objects(entry.outs.values())
-    assert sorted(objects.values()) == ["", "", "", "key.json", "weights.pt"]
-    assert set(objects) == set(cache.files(entry.outs).values())
-    for md5 in objects:
+    files = cache.files(entry.outs)
+    assert sorted(files) == [
+        "metrics/train.json",
+        "model/",
+        "model/key.json",
+        "model/weights.pt",
+        "run.json",
+    ]
+    for md5 in files.values():
         assert md5_file(cache.object_path(md5)) == md5.removesuffix(".dir")
 
 
@@ -56,7 +61,7 @@ def test_a_torn_folder_object_lists_nothing(checkout: Checkout, content: bytes) 
     place = cache.object_path(entry.outs["model"])
     place.chmod(0o600)
     place.write_bytes(content)
-    assert cache.objects([entry.outs["model"]]) == {entry.outs["model"]: ""}
+    assert cache.files({"model": entry.outs["model"]}) == {"model/": entry.outs["model"]}
 
 
 def test_settings_say_where_the_cache_is(checkout: Checkout, tmp_path: Path) -> None:
