@@ -112,7 +112,7 @@ def _print_changes(prediction: Prediction, images: int) -> None:
 
 def _print_cards(prediction: Prediction) -> None:
     """The largest micro-batch on common GPUs, as it is and with each technique."""
-    from runkey.memory.decide import CARDSGIB, cards
+    from runkey.memory.decide import CARDS_GIB, cards
 
     model = prediction.model
     kinds: list[tuple[str, Estimate]] = [("as it is", model.gpu)]
@@ -121,7 +121,7 @@ def _print_cards(prediction: Prediction) -> None:
         for one in model.alternatives
         if one.estimate.upper_bytes != model.gpu.upper_bytes
     ]
-    names = [f"{gib} GiB" for gib in CARDSGIB]
+    names = [f"{gib} GiB" for gib in CARDS_GIB]
     rows = [[name, *(_images(card.images) for card in cards(kind))] for name, kind in kinds]
     print("\nThe largest micro-batch on a GPU of")
     print_table(["", *names], rows, right=names)
