@@ -19,11 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from runkey.errors import DataError
+from runkey.files import write_atomically
 
 HEADROOM = 1.35
 """Cached size relative to the largest output size: zooming in by augmentation (exp(0.25) = 1.28
 by default) needs the additional pixels."""
-_HEADER_BYTES = 128
+_HEADER_BYTES = 128  # NumPy pads the header of a flat array to this, whatever the length
 
 
 class ImageCache:
@@ -172,11 +173,10 @@ def write_cache(folder: Path, split: str, images: Iterable[NDArray[np.uint8]]) -
                 shapes.append([int(pixels.shape[0]), int(pixels.shape[1])])
                 total += math.prod(pixels.shape)
             file.seek(0)
-            file.write(_npy_header(total))
+            header = {"descr": "|u1", "fortran_order": False, "shape": (total,)}
+            np.lib.format.write_array_header_1_0(file, header)
         temporary.replace(data)
-        text = json.dumps({"offsets": offsets, "shapes": shapes})
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(table)
+        write_atomically(table, json.dumps({"offsets": offsets, "shapes": shapes}) + "\n")
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _disk_error(data, error) from error
@@ -187,16 +187,6 @@ def _disk_error(path: Path, error: OSError) -> DataError:
     return DataError(
         f"{path}: cannot be written ({error.strerror}); make room or set data.cache_gib: 0 "
         "in params.yaml"
-    )
-
-
-def _npy_header(length: int) -> bytes:
-    """Header (npy version 1.0) of a flat uint8 array, of the same size for every length."""
-    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({length},), }}"
-    return (
-        b"\x93NUMPY\x01\x00"
-        + (_HEADER_BYTES - 10).to_bytes(2, "little")
-        + (text.ljust(_HEADER_BYTES - 11) + "\n").encode("ascii")
     )
 
 

@@ -7,7 +7,7 @@ Shapes: B images, H x W padded pixels, N boxes of all images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,28 +55,20 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy the tensors that model and criterion read to a device, without waiting."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return replace(
-            self,
-            images=move(self.images),
-            sizes=move(self.sizes),
-            boxes_cxcywh=move(self.boxes_cxcywh),
-            labels=move(self.labels),
-            colour=None if self.colour is None else move(self.colour),
-        )
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Copy the same tensors to page-locked memory; torch's loader calls this by name."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
             self,
-            images=self.images.pin_memory(),
-            sizes=self.sizes.pin_memory(),
-            boxes_cxcywh=self.boxes_cxcywh.pin_memory(),
-            labels=self.labels.pin_memory(),
-            colour=None if self.colour is None else self.colour.pin_memory(),
+            images=function(self.images),
+            sizes=function(self.sizes),
+            boxes_cxcywh=function(self.boxes_cxcywh),
+            labels=function(self.labels),
+            colour=None if self.colour is None else function(self.colour),
         )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from runkey import paths
 from runkey.data.augment import AugmentParams, build_augmentation, evaluation_size
@@ -52,19 +52,6 @@ class _Requests(Dataset["Batch | Failure"]):
         return self._maker.make_or_fail(request)
 
 
-class _Queue(Sampler[Request]):
-    """The requests of the next pass."""
-
-    def __init__(self) -> None:
-        self.requests: Sequence[Request] = ()
-
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self.requests)
-
-    def __len__(self) -> int:
-        return len(self.requests)
-
-
 class BatchStream:
     """Makes requested batches in order; worker processes are kept between passes."""
 
@@ -78,7 +65,8 @@ class BatchStream:
             pin_memory: page-lock the batches, if there is a GPU.
         """
         self._maker = maker
-        self._queue = _Queue()
+        self._queue: list[Request] = []
+        """The requests of the next pass; torch iterates over it when a pass starts."""
         self._pin = pin_memory and torch.cuda.is_available()
         self._loader: DataLoader[Batch | Failure] | None = None
         if workers:
@@ -110,7 +98,7 @@ class BatchStream:
                 batch = self._maker.make(request)
                 yield batch.pin_memory() if self._pin else batch
             return
-        self._queue.requests = requests
+        self._queue[:] = requests
         with _killed_workers_reported():  # a worker may have died since the last pass
             results = iter(self._loader)
         for _ in requests:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +22,17 @@ from runkey.model.boxes import cxcywh_to_xyxy, full_precision, overlaps
 from runkey.model.matcher import DenoisingOutputs, Layers, Matcher, Matches, Outputs, Targets
 
 
-class ClassificationLoss(Protocol):
-    """A classification loss and the matching cost that goes with it."""
+@dataclass(frozen=True, slots=True)
+class SoftmaxLoss:
+    """DETR's weighted cross entropy (Carion et al. 2020); unmatched queries are no-object."""
+
+    no_object: float
+    """Weight of no-object."""
+    num_classes: int
+    """K, which is also the index of no-object."""
 
     def cost(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """Compute the matching cost.
+        """Return the matching cost: minus the probability of the true class.
 
         Args:
             logits: [L, B, Q, C].
@@ -37,34 +42,6 @@ class ClassificationLoss(Protocol):
         Returns:
             [N, L, Q].
         """
-        ...
-
-    def loss(self, logits: Tensor, matched: Tensor, labels: Tensor, iou: Tensor) -> Tensor:
-        """Sum the loss over all predictions.
-
-        Args:
-            logits: [T, C].
-            matched: int64 [R], indices of the matched predictions.
-            labels: int64 [R], their true classes.
-            iou: [R], IoU of predicted and true boxes, detached.
-
-        Returns:
-            Scalar.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class SoftmaxLoss:
-    """DETR's weighted cross entropy; unmatched queries are no-object, the last class."""
-
-    no_object: float
-    """Weight of no-object."""
-    num_classes: int
-    """K, which is also the index of no-object."""
-
-    def cost(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """Return minus the probability of the true class (Carion et al. 2020)."""
         log_sum = logits.logsumexp(-1).transpose(0, 1)[images]
         return -(logits[:, images, :, labels] - log_sum).exp()
 
@@ -75,7 +52,17 @@ class SoftmaxLoss:
         labels: Tensor,
         iou: Tensor,  # noqa: ARG002 - the other loss needs it
     ) -> Tensor:
-        """Sum the cross entropy; `iou` is not used."""
+        """Sum the cross entropy over all predictions.
+
+        Args:
+            logits: [T, C].
+            matched: int64 [R], indices of the matched predictions.
+            labels: int64 [R], their true classes.
+            iou: [R], IoU of predicted and true boxes, detached; not used here.
+
+        Returns:
+            Scalar.
+        """
         classes = torch.full_like(logits[:, 0], self.num_classes, dtype=torch.int64)
         classes[matched] = labels
         weights = torch.ones_like(logits[0])
@@ -94,7 +81,10 @@ class QualityLoss:
     gamma: float
 
     def cost(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the focal cost of Deformable DETR (Zhu et al. 2021), alpha 0.25, gamma 2."""
+        """Return the focal cost of Deformable DETR (Zhu et al. 2021), alpha 0.25, gamma 2.
+
+        Arguments as for `SoftmaxLoss.cost`.
+        """
         picked = logits[:, images, :, labels]
         score = picked.sigmoid()
         matched = 0.25 * (1 - score).square() * -F.logsigmoid(picked)
@@ -102,7 +92,7 @@ class QualityLoss:
         return matched - unmatched
 
     def loss(self, logits: Tensor, matched: Tensor, labels: Tensor, iou: Tensor) -> Tensor:
-        """Sum the weighted binary cross entropy."""
+        """Sum the weighted binary cross entropy; arguments as for `SoftmaxLoss.loss`."""
         weights = logits.detach().sigmoid() ** self.gamma
         weights[matched, labels] = 1.0
         quality = torch.zeros_like(weights)
@@ -137,7 +127,7 @@ class Losses:
 class Criterion:
     """The loss of a detector's outputs, without parameters; `build_criterion` makes it."""
 
-    classification_loss: ClassificationLoss
+    classification_loss: SoftmaxLoss | QualityLoss
     matcher: Matcher
     classification: float
     l1: float
@@ -238,7 +228,7 @@ def build_criterion(model: params.Model, num_classes: int) -> Criterion:
         num_classes: K; with preset detr, logit K is no-object.
     """
     loss, is_softmax = model.loss, model.preset == "detr"
-    classification_loss: ClassificationLoss = (
+    classification_loss = (
         SoftmaxLoss(loss.no_object, num_classes) if is_softmax else QualityLoss(loss.focal_gamma)
     )
     return Criterion(

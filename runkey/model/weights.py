@@ -61,7 +61,7 @@ _MOST_DROPS = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class PretrainedWeights:
     """Weights to start from."""
 
     name: str
@@ -103,7 +103,10 @@ class LoadReport:
 
 
 def transfer(
-    detector: Detector, source: Source, class_names: Sequence[str], warnings: tuple[str, ...]
+    detector: Detector,
+    source: PretrainedWeights,
+    class_names: Sequence[str],
+    warnings: tuple[str, ...],
 ) -> LoadReport:
     """Copy the tensors that fit into `detector`, in place.
 
@@ -144,7 +147,7 @@ def transfer(
     return LoadReport(source.name, tuple(loaded), tuple(dropped), tuple(new), warnings)
 
 
-def _usable(source: Source, target_is_fast: bool) -> tuple[dict[str, Tensor], list[str]]:
+def _usable(source: PretrainedWeights, target_is_fast: bool) -> tuple[dict[str, Tensor], list[str]]:
     """The source's tensors that mean the same in the target's preset, and why others do not."""
     state = source.state
     is_detector = any(name.startswith("class_embed.") for name in state)
@@ -159,7 +162,7 @@ def _is_fast(state: dict[str, Tensor]) -> bool:
     return any(name.startswith("proposal_head.") for name in state)
 
 
-def _source_class_names(source: Source) -> list[str] | None:
+def _source_class_names(source: PretrainedWeights) -> list[str] | None:
     """The source's class names; COCO's for a head of the reference's size."""
     head = source.state.get("class_embed.weight")
     if source.class_names is None and head is not None and not _is_fast(source.state):
@@ -253,13 +256,15 @@ def load_initial_weights(
     if model.backbone_weights == "none":
         return LoadReport("random weights", (), (), tuple(detector.state_dict()), warnings)
     if model.backbone_weights == "imagenet":
-        source = Source("torchvision's ImageNet weights", _imagenet(model.backbone), None)
+        source = PretrainedWeights(
+            "torchvision's ImageNet weights", _imagenet(model.backbone), None
+        )
     else:
         source = read_source((root or Path()) / model.backbone_weights)
     return transfer(detector, _as_backbone(source), class_names, warnings)
 
 
-def read_source(path: Path) -> Source:
+def read_source(path: Path) -> PretrainedWeights:
     """Read a weights file or the folder of a saved model.
 
     Raises:
@@ -275,7 +280,7 @@ def read_source(path: Path) -> Source:
             f"{file}: no weights file that is safe to load ({str(error)[:90]}); save its tensors"
             ' alone with torch.save({"model": model.state_dict()}, file)'
         ) from None
-    return Source(str(path), _tensors(loaded, file), _class_names(file))
+    return PretrainedWeights(str(path), _tensors(loaded, file), _class_names(file))
 
 
 def _tensors(loaded: object, file: Path) -> dict[str, Tensor]:
@@ -320,7 +325,7 @@ def _imagenet(backbone: str) -> dict[str, Tensor]:
     return state
 
 
-def _as_backbone(source: Source) -> Source:
+def _as_backbone(source: PretrainedWeights) -> PretrainedWeights:
     """The backbone of a detector's state dict, or a backbone's own under a detector's names."""
     prefix = "backbone.0.body."
     if any(name.startswith(prefix) for name in source.state):
@@ -328,7 +333,7 @@ def _as_backbone(source: Source) -> Source:
     else:
         # fc is the classifier of ImageNet's 1000 classes.
         state = {prefix + n: t for n, t in source.state.items() if not n.startswith("fc.")}
-    return Source(source.name, state, None)
+    return PretrainedWeights(source.name, state, None)
 
 
 def _warnings(model: params.Model) -> tuple[str, ...]:
