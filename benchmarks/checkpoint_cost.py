@@ -33,16 +33,13 @@ from torch import Tensor, nn
 from runkey import paths
 from runkey.data.dataset import GlobalBatch
 from runkey.data.index import read_classes
-from runkey.data.loader import TrainLoader, build_train_loader
-from runkey.model.build import build_model
-from runkey.model.criterion import build_criterion
 from runkey.params import Params, load_params
+from runkey.training.build import Loader, Replacements, TrainData, build_loader, build_training
 from runkey.training.checkpoint.folder import FolderCheckpoints, Interval
-from runkey.training.device import set_up
 from runkey.training.guard import Guard
 from runkey.training.loop import fit
-from runkey.training.metrics import RunningStatistics
 from runkey.training.optimizer import Ema, guarded_step
+from runkey.training.step import RunningStatistics
 
 REPOSITORY = Path(__file__).parents[1]
 RESULT = REPOSITORY / "benchmarks" / "results" / "checkpoint_cost.md"
@@ -54,7 +51,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 class TimedLoader:
     """Passes windows on, and notes when each was asked for."""
 
-    def __init__(self, loader: TrainLoader, clock: Callable[[], float]) -> None:
+    def __init__(self, loader: Loader, clock: Callable[[], float]) -> None:
         self._loader, self._clock = loader, clock
         self.times: list[float] = []
 
@@ -112,7 +109,6 @@ def unguarded() -> Iterator[None]:
 def train(params: Params, root: Path, folder: Path | None, clock: Callable[[], float]) -> Result:
     """Train; with checkpoints and guards if there is a folder for them."""
     device = torch.device("cpu")
-    set_up(params.seed, deterministic=True, cpu_threads=params.training.cpu_threads)
     classes = len(read_classes(root / paths.PREPARED / "classes.json"))
     loader = TimedLoader(_loader(params, root), clock)
     written = []
@@ -124,21 +120,14 @@ def train(params: Params, root: Path, folder: Path | None, clock: Callable[[], f
     if folder is not None:
         fingerprint = {"key": "rk2-", "device": device.type}
         interval = Interval("auto")
-        checkpoints = FolderCheckpoints(folder, fingerprint, print, interval=interval)
+        checkpoints = FolderCheckpoints(folder, fingerprint, interval=interval)
         save = checkpoints.save
         checkpoints.save = lambda *a, **k: (written.append(1), save(*a, **k))  # type: ignore[method-assign]
     with ExitStack() as stack:
         if folder is None:
             stack.enter_context(unguarded())
-        result = fit(
-            build_model(params.model, classes),
-            build_criterion(params.model, classes),
-            loader,
-            evaluate,
-            params,
-            device=device,
-            checkpoints=checkpoints,
-        )
+        context = build_training(params, classes, device, replace=Replacements(loader=loader))
+        result = fit(context, evaluate, checkpoints=checkpoints)
     times = loader.times[WARM_UP:]
     # At an epoch's end a time is noted twice; what lies between is the evaluation.
     taken = [after - before for before, after in pairwise(times)]
@@ -146,10 +135,11 @@ def train(params: Params, root: Path, folder: Path | None, clock: Callable[[], f
     return Result(sum(taken) / steps, result.best_state, len(written))
 
 
-def _loader(params: Params, root: Path) -> TrainLoader:
-    runtime = params.runtime.model_copy(update={"workers": 0, "pin_memory": False})
-    params = params.model_copy(update={"runtime": runtime})
-    return build_train_loader(params, root, params.training.batch_size)
+def _loader(params: Params, root: Path) -> Loader:
+    runtime = {"workers": 0, "prefetch": 1, "pin_memory": False}
+    params = params.model_copy(update={"runtime": params.runtime.model_copy(update=runtime)})
+    data = TrainData(root, (), params.training.batch_size)
+    return build_loader(params, data, torch.device("cpu"))
 
 
 def main() -> int:

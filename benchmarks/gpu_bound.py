@@ -6,7 +6,7 @@ from runkey.memory.batch_shapes import Census
 from runkey.memory.predict import Surroundings, bound_step
 from runkey.memory.trace.tracker import Pass
 from runkey.params import Params, override
-from runkey.pipeline.one_step import step_factory
+from runkey.pipeline.step_factory import step_factory
 
 
 def stated_bounds(

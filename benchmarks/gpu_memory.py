@@ -38,7 +38,7 @@ from runkey.memory.trace.backward import Gpu, present_gpu
 from runkey.memory.trace.record import Content, recorder, synthetic_batch
 from runkey.memory.trace.tracker import Pass
 from runkey.params import Params, load_params
-from runkey.pipeline.one_step import build_step, step_factory
+from runkey.pipeline.step_factory import build_step, step_factory
 from runkey.training.device import choose_device
 
 MIB = 2**20

@@ -34,7 +34,7 @@ from runkey.memory.predict import Surroundings, colour_factors, predict
 from runkey.memory.trace.record import synthetic_batch
 from runkey.memory.trace.tracker import Pass
 from runkey.params import Params, load_params, override
-from runkey.pipeline.one_step import build_step, step_factory
+from runkey.pipeline.step_factory import build_step, step_factory
 from runkey.training.device import choose_device
 
 PRESET = Path(__file__).parents[1] / "presets" / "coco-detr-r50.yaml"

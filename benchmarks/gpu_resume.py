@@ -18,11 +18,9 @@ import torch.utils._pytree
 from torch import Tensor
 
 from benchmarks.gpu_common import CLASSES, SyntheticLoader, training_params
-from runkey.model.build import build_model
-from runkey.model.criterion import build_criterion
+from runkey.training.build import Replacements, build_training
 from runkey.training.checkpoint.folder import FolderCheckpoints, Interval
 from runkey.training.checkpoint.lock import locked
-from runkey.training.device import set_up
 from runkey.training.loop import fit
 
 KILLS = 3
@@ -75,7 +73,6 @@ def train_to_the_end(folder: Path, device: torch.device) -> None:
     params = training_params(
         COMPACT, epochs=4, precision=precision, ema_decay=0.99, batch_size=8, cpu_threads=1
     )
-    set_up(0, deterministic=True)
     size = (120, 160) if device.type == "cuda" else (32, 48)
     loader = SyntheticLoader(RESUME_STEPS // 4, 8, 4, size, pin=device.type == "cuda")
     fingerprint = {
@@ -85,23 +82,19 @@ def train_to_the_end(folder: Path, device: torch.device) -> None:
         "device": device.type,
         "precision": precision,
     }
-    with locked(folder, print):
+    with locked(folder):
         # A checkpoint after every step.
-        checkpoints = FolderCheckpoints(folder, fingerprint, print, interval=Interval(0))
+        checkpoints = FolderCheckpoints(folder, fingerprint, interval=Interval(0))
         fit(
-            build_model(params.model, CLASSES),
-            build_criterion(params.model, CLASSES),
-            loader,
+            build_training(params, CLASSES, device, replace=Replacements(loader=loader)),
             lambda module: {"val/loss": float(sum(p.double().sum() for p in module.parameters()))},
-            params,
-            device=device,
             checkpoints=checkpoints,
         )
         checkpoints.finish()
-        content = checkpoints.load()
-    assert content is not None
-    hashes = {name: _hash_tree(part) for name, part in content.parts.items()}
-    (folder / "result.json").write_text(json.dumps(hashes | {"step": content.step}))
+        checkpoint = checkpoints.load()
+    assert checkpoint is not None
+    hashes = {name: _hash_tree(part) for name, part in checkpoint.parts.items()}
+    (folder / "result.json").write_text(json.dumps(hashes | {"step": checkpoint.step}))
 
 
 def _hash_tree(tree: Any) -> str:

@@ -14,12 +14,9 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_common import CLASSES, SyntheticLoader, training_params
 from runkey.data.dataset import GlobalBatch
-from runkey.model.build import build_model
-from runkey.model.criterion import build_criterion
-from runkey.training.device import set_up
-from runkey.training.distributed import World
+from runkey.training.build import Replacements, build_training
 from runkey.training.loop import fit
-from runkey.training.metrics import Quiet
+from runkey.training.step import train_step
 
 R50 = {
     "preset": "detr",
@@ -68,7 +65,6 @@ def check_syncs(device: torch.device) -> dict[str, Any]:
     """G4: syncs per training step in the whole loop, R50 at 800 x 1333, two images."""
     size, steps = ((800, 1333), 12) if device.type == "cuda" else ((96, 128), 5)
     params = training_params(R50, epochs=1, precision="bf16", ema_decay=0.999, batch_size=2)
-    set_up(0, deterministic=True)
     counts: list[int] = []
     with SyncCounter(device) as counter:
 
@@ -80,15 +76,8 @@ def check_syncs(device: torch.device) -> dict[str, Any]:
                     yield window
 
         loader = Counted(steps, 2, 2, size, pin=device.type == "cuda")
-        fit(
-            build_model(params.model, CLASSES),
-            build_criterion(params.model, CLASSES),
-            loader,
-            lambda _: {"val/loss": 1.0},
-            params,
-            device=device,
-            tracker=Quiet(),
-        )
+        context = build_training(params, CLASSES, device, replace=Replacements(loader=loader))
+        fit(context, lambda _: {"val/loss": 1.0})
     each = [after - before for before, after in itertools.pairwise(counts)]
     # The first steps make optimizer state and handles.
     return {"check": "G4", "syncs_per_step": each, "most": max(each[3:]), "places": counter.places}
@@ -96,36 +85,22 @@ def check_syncs(device: torch.device) -> dict[str, Any]:
 
 def check_skip(device: torch.device) -> dict[str, Any]:
     """G6: a gradient that is not finite leaves parameters and moments as they are, at no sync."""
-    from runkey.training.build import build_setup
-    from runkey.training.step import train_step
-
     size = (800, 1333) if device.type == "cuda" else (96, 128)
     params = training_params(R50, epochs=1, precision="bf16", ema_decay=0.999, batch_size=2)
     loader = SyntheticLoader(8, 2, 2, size, pin=device.type == "cuda")
-    set_up(0, deterministic=True)
-    setup = build_setup(
-        build_model(params.model, CLASSES),
-        build_criterion(params.model, CLASSES),
-        loader,
-        lambda _: {"val/loss": 1.0},
-        params,
-        device=device,
-        tracker=Quiet(),
-        say=lambda _: None,
-        world=World(),
-    )
+    parts = build_training(params, CLASSES, device, replace=Replacements(loader=loader)).step
     poison = torch.ones((), device=device)
-    victim = next(p for p in setup.machinery.model.parameters() if p.requires_grad)
+    victim = next(p for p in parts.model.parameters() if p.requires_grad)
     victim.register_hook(lambda gradient: gradient * poison)
     syncs: dict[str, int] = {}
     skipped: dict[str, float] = {}
     same = {}
     for number, name in enumerate(("first", "second", "ordinary", "poisoned", "after")):
         poison.fill_(float("nan") if name == "poisoned" else 1.0)
-        before = _bits(setup.machinery.model, setup.machinery.optimizer)
+        before = _bits(parts.model, parts.optimizer)
         with SyncCounter(device) as counter:
-            result = train_step(setup.machinery, loader.window(number), 1.0)
-        after = _bits(setup.machinery.model, setup.machinery.optimizer)
+            result = train_step(parts, loader.window(number), 1.0)
+        after = _bits(parts.model, parts.optimizer)
         syncs[name], skipped[name] = counter.count, float(result.skipped)
         same[name] = before == after
     return {"check": "G6", "syncs": syncs, "skipped": skipped, "nothing_changed": same}

@@ -22,7 +22,7 @@ from runkey.memory.trace.backward import Gpu
 from runkey.memory.trace.record import Content, recorder
 from runkey.memory.trace.tracker import Pass
 from runkey.params import load_params, override
-from runkey.pipeline.one_step import step_factory
+from runkey.pipeline.step_factory import step_factory
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 80

@@ -53,18 +53,18 @@ def _step_seconds(root: Path, threads: int, steps: int) -> float:
 
     from runkey import paths
     from runkey.data.index import read_classes
-    from runkey.data.loader import build_train_loader
     from runkey.params import load_params
-    from runkey.pipeline.one_step import build_step
-    from runkey.training.device import set_up
+    from runkey.pipeline.step_factory import build_step
+    from runkey.training.build import TrainData, build_loader
 
     params = load_params(REPOSITORY / "presets" / "sample.yaml")
-    set_up(params.seed, deterministic=True, cpu_threads=threads)
-    runtime = params.runtime.model_copy(update={"workers": 0, "pin_memory": False})
-    params = params.model_copy(update={"runtime": runtime})
-    loader = build_train_loader(params, root, params.training.batch_size)
-    classes = len(read_classes(root / paths.PREPARED / "classes.json"))
-    step = build_step(params, classes, torch.device("cpu")).step
+    runtime = params.runtime.model_copy(update={"workers": 0, "prefetch": 1, "pin_memory": False})
+    training = params.training.model_copy(update={"cpu_threads": threads, "deterministic": True})
+    params = params.model_copy(update={"runtime": runtime, "training": training})
+    device, names = torch.device("cpu"), read_classes(root / paths.PREPARED / "classes.json")
+    data = TrainData(root, [one.name for one in names], params.training.batch_size)
+    loader = build_loader(params, data, device)
+    step = build_step(params, len(names), device).step
     taken = []
     for number, window in zip(range(WARM_UP + steps), loader.epoch(0), strict=False):
         start = time.perf_counter()

@@ -1,68 +1,11 @@
-"""`python -m stages.evaluate`: evaluate the trained model (COCO metrics)."""
-
-from __future__ import annotations
+"""Evaluate the trained model (COCO metrics): `python -m stages.evaluate`."""
 
 from runkey import paths
 from runkey.errors import report_errors
-from runkey.evaluation.coco import SIZES, CocoResult
-from runkey.evaluation.detections import to_results_json, write_results
-from runkey.evaluation.files import (
-    METRICS,
-    PRECISION_RECALL,
-    PREDICTIONS,
-    write_metrics,
-    write_precision_recall,
-)
-from runkey.identity.key import make_recipe
-from runkey.model.model_files import load_model
-from runkey.params import load_params
-from runkey.pipeline.parts import build_validation, write_json
-from runkey.pipeline.record import FinishedRun
-from runkey.progress import log_to_terminal, tell, want_bars
-from runkey.training.device import choose_device, set_up
-
-
-def main() -> None:
-    """Write evaluation/ and metrics/evaluate.json, and add both to the training's MLflow run."""
-    log_to_terminal()
-    root = paths.workspace()
-    params = load_params(root / paths.PARAMS)
-    want_bars(params.runtime.progress)
-    run, key = FinishedRun(params, root), make_recipe("evaluate", root, params).key
-    device, _ = choose_device(params.runtime.device)
-    set_up(
-        params.seed,
-        deterministic=params.training.deterministic,
-        cpu_threads=params.training.cpu_threads,
-    )
-    model, card = load_model(root / paths.MODEL)
-    validation = build_validation(params, card.model, root, device)
-    evaluation = validation(model.to(device))
-    out = root / paths.EVALUATION
-    loss = evaluation.losses["loss"]
-    write_metrics(out / METRICS, evaluation.result, loss=loss)
-    # Few, for DVC's tables; all numbers are in evaluation/metrics.json.
-    few = {name: evaluation.result.summary[name] for name in ("AP", "AP50", "AP75")}
-    write_json(root / paths.METRICS / "evaluate.json", few | {"val_loss": loss})
-    write_results(out / PREDICTIONS, to_results_json(evaluation.detections, validation.classes))
-    write_precision_recall(out / PRECISION_RECALL, evaluation.result)
-    run.add_evaluation(key, evaluation.metrics("eval/"))
-    example = root / params.data.path / validation.records[0].file
-    run.keep_model(f"detector-{card.model.preset}", example)
-    tell(_details(evaluation.result))
-
-
-def _details(result: CocoResult) -> str:
-    """What `runkey summary` does not say: AP by size of the objects, the worst class, the best."""
-    by_size = [(size, result.summary[f"AP_{size}"]) for size in SIZES]
-    text = ", ".join(f"{size} {ap:.3f}" for size, ap in by_size if ap is not None)
-    classes = [(one.ap, one.name) for one in result.per_class if one.ap is not None]
-    if len(classes) > 1:
-        worst, best = min(classes), max(classes)
-        text += f"; by class: from {worst[1]} {worst[0]:.3f} to {best[1]} {best[0]:.3f}"
-    return f"AP by size: {text}"
-
+from runkey.pipeline.evaluate import evaluate
+from runkey.progress import log_to_terminal
 
 if __name__ == "__main__":
     with report_errors():
-        main()
+        log_to_terminal()
+        evaluate(paths.workspace())

@@ -1,6 +1,4 @@
-"""`python -m stages.train`: train, keep the best weights, record the run; once per key."""
-
-from __future__ import annotations
+"""Train once per key, keep the best weights, record the run: `python -m stages.train`."""
 
 from runkey import paths
 from runkey.errors import report_errors
@@ -8,29 +6,29 @@ from runkey.identity.key import make_recipe
 from runkey.params import load_params
 from runkey.pipeline.once import once
 from runkey.progress import log_to_terminal
-from runkey.training.ranks import is_follower, launched_by_torchrun, watch_leader
+from runkey.training.ranks import is_follower, launched_by_torchrun, monitor_leader
 
 
 def main() -> None:
     """Write model/, run.json, logs/ and metrics/train.json."""
-    log_to_terminal()
     root = paths.workspace()
     params = load_params(root / paths.PARAMS)
     if is_follower():
-        watch = watch_leader()
-        from runkey.pipeline.ranks import follow
+        monitor = monitor_leader()
+        from runkey.pipeline.train import follow
 
-        follow(params, root, watch)
+        follow(params, root, monitor)
         return
+    log_to_terminal()
     recipe = make_recipe("train", root, params)
-    with once(params, root, recipe) as turn:
-        if turn is not None:
-            # Here, for a result that is reused needs no torch, whose import takes longer than that.
+    with once(params, root, recipe) as claim:
+        if claim is not None:
+            # Imported here: a reused result needs no torch, whose import takes longer than that.
             from runkey.pipeline.train import train
 
-            train(params, root, recipe, turn)
+            train(params, root, recipe, claim)
         elif launched_by_torchrun():
-            from runkey.pipeline.ranks import dismiss
+            from runkey.pipeline.train import dismiss
 
             dismiss(params)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,9 +12,12 @@ from runkey.cli import output
 from runkey.cli.output import AsJson, print_json
 from runkey.errors import TrainingError
 from runkey.identity.key import ANY_SCHEMA, SCHEMAS
+from runkey.progress import log_to_terminal
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from runkey.training.debug.run import Diagnosis
+    from runkey.training.debug.replay import Diagnosis
 
 
 def debug_step(
@@ -47,7 +51,7 @@ def debug_step(
 def _from_bundle(path: Path, *, as_json: bool) -> None:
     import torch
 
-    from runkey.training.debug.run import Bundle
+    from runkey.training.debug.replay import Bundle
 
     bundle = Bundle.read(path)
     diagnosis = bundle.diagnose()
@@ -64,21 +68,22 @@ def _from_folder(run: str, step: int | None, out: Path | None, *, as_json: bool)
     from runkey import paths
     from runkey.identity.key import make_recipe
     from runkey.params import load_params
-    from runkey.training.debug.run import bad_steps, debug_run
+    from runkey.training.debug.replay import bad_steps, debug_run
 
     root, home = output.workspace(), output.store().home
     params = load_params(root / paths.PARAMS)
     own = make_recipe("train", root, params).key
     folder = _folder(home, run or own)
     key = folder.name.partition("-repeats-")[0]
-    say = (lambda _: None) if as_json else print
+    if not as_json:
+        log_to_terminal()
     if key != own:
-        say(f"warning: code, parameters or data here are not those of {key[:12]}: key {own[:12]}")
+        logger.warning(f"code, parameters or data here are not those of {key[:12]}: key {own[:12]}")
     if step is None:
         step = next(reversed(bad_steps(folder)), None)
     if step is None:
         raise TrainingError(f"{folder}: tells of no bad step; name one with --step")
-    debugged = debug_run(folder, step, key=key, params=params, root=root, say=say)
+    debugged = debug_run(folder, step, key=key, params=params, root=root)
     path = out or folder / f"bad-step-{step}.pt"
     debugged.bundle.write(path)
     if as_json:

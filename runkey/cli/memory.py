@@ -172,7 +172,7 @@ def memory(
     around = _around(params, root, shape)
     from runkey.memory.decide import shown_images
     from runkey.memory.predict import predict
-    from runkey.pipeline.one_step import step_factory
+    from runkey.pipeline.step_factory import step_factory
 
     prediction = predict(params, around, lambda other: step_factory(other, around.num_classes))
     budget = params.memory.budget_gib

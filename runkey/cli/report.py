@@ -154,9 +154,9 @@ def _found(key: str | None) -> Iterator[_Training]:
 
 
 def _is_trained(folder: Path) -> bool:
-    from runkey.training.checkpoint.lock import trained_by
+    from runkey.training.checkpoint.lock import holder_of
 
-    return trained_by(folder) is not None
+    return holder_of(folder) is not None
 
 
 def _here(log: Path) -> _Training:

@@ -1,14 +1,15 @@
-"""A key is trained once: whether the train stage trains or takes a result that is there.
+"""Once per key: whether the train stage trains, or reuses the result of a finished run.
 
-    with once(params, root, recipe) as turn:
-        if turn is not None:
-            train(...)                  # else the stage's outputs have been put in place
+    with once(params, root, recipe) as claim:
+        if claim is not None:
+            train(...)                  # else the stage's outputs are in place
 
 Nothing here imports torch or mlflow.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -31,7 +32,6 @@ from runkey.identity.record import (
     update_record,
 )
 from runkey.params import Params
-from runkey.progress import tell
 from runkey.registry.dvc_cache import download
 from runkey.registry.library import Library
 from runkey.registry.once import Decision, HeldClaim, decide
@@ -43,41 +43,42 @@ from runkey.tracking.replay import clear_training, read_end, send_saved
 from runkey.tracking.store import Store, locate_store, set_tag
 from runkey.training.checkpoint.lock import locked
 
-# A finished run's outputs in place of a training: from this store, or from the team's server.
+logger = logging.getLogger(__name__)
+
+# Reuse: a finished run's outputs in place of a training.
 
 
 def reuse_own(
     library: Library, record: Record, root: Path, store: Store, params: Params, line: str
 ) -> None:
-    """Put the outputs of a run of this store in the workspace, and leave a note on the run.
+    """Put the outputs of a run of this store in the workspace, and note the reuse on the run.
 
     Raises:
         RegistryError: a file is missing, is not what was recorded, or is none of the stage's
             outputs; nothing was put anywhere.
     """
     download(library, record, _outputs(record, root, params), root)
-    told = f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} on {this_host()}: {line}"
+    note = f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} on {this_host()}: {line}"
     try:
-        set_tag(store, record.run.run_id, "reused", told, RestClient(store.uri).post)
+        set_tag(store, record.run.run_id, "reused", note, RestClient(store.uri).post)
         if not store.is_server:
-            tags = dict(sorted((record.run.tags | {"reused": told}).items()))
+            tags = dict(sorted((record.run.tags | {"reused": note}).items()))
             update_record(store.home / paths.RECORDS, replace(record.run, tags=tags))
     except (TrackingError, RegistryError, OSError) as error:
-        tell(f"warning: the reuse is not noted on its run: {error}")
+        logger.warning(f"the reuse is not noted on its run: {error}")
 
 
 def reuse_teams(team: Library, record: Record, root: Path, store: Store, params: Params) -> None:
     """Put the outputs of a run of the team's server in the workspace, and copy the run here.
 
-    What comes from another machine is checked as `runkey fetch` checks it, and nothing but outputs
-    of the stage is written.
+    Files are checked as by `runkey fetch`, and nothing but outputs of the stage is written.
 
     Raises:
         RegistryError: a file is missing, is not what was recorded, could run code, or is none of
             the stage's outputs; nothing was put anywhere.
         TrackingError: MLflow refuses.
     """
-    # Here, for mlflow's import takes longer than all else of a reuse.
+    # Imported here: mlflow's import takes longer than the rest of a reuse.
     from runkey.tracking.transfer import StoreRuns
 
     experiment = params.runtime.experiment
@@ -94,7 +95,7 @@ def reuse_teams(team: Library, record: Record, root: Path, store: Store, params:
 
 
 def _outputs(record: Record, root: Path, params: Params) -> list[str]:
-    """The files that a run gives back: a server's word does not write anywhere else.
+    """List the files of a run to put in place; a record from a server cannot name any other.
 
     Raises:
         RegistryError: the record names a file that the stage does not write.
@@ -113,25 +114,25 @@ class KeyClaim:
 
     store: Store
     claim: HeldClaim | None
-    """None where nothing is recorded, or no claim could be made."""
+    """The claim in the store; None if nothing is recorded, or no claim could be made."""
     folder: Path
-    """Of this training: what an interrupted one needs to go on."""
+    """Of this training: checkpoints, log, and what MLflow lacks."""
     why: str
-    """What was decided, in a line."""
+    """The decision to train, in one line."""
     snapshot: str | None
-    """Git commit that holds the tree that is run."""
+    """Git commit of the tree that runs."""
     superseded: tuple[str, ...] = ()
     """MLflow runs of dead owners of the claim."""
     repeats: Record | None = None
     """The run that is reproduced."""
     own_run: str | None = field(default=None, init=False)
     is_whole: bool = field(default=False, init=False)
-    """Whether the run is recorded with all there is; set when training has ended well."""
+    """Whether the run is recorded completely; set when training has ended well."""
     details: Details | None = field(default=None, init=False)
     """Set when training has ended well."""
 
     def changed(self, run: LoggedRun) -> None:
-        """Take note of what MLflow has of a run; called from the tracker's thread."""
+        """Update the record of a run that MLflow has changed; called from the tracker's thread."""
         own = run.run_id not in self.superseded
         if not self.store.is_server:
             folder = self.store.home / paths.RECORDS
@@ -153,7 +154,7 @@ class KeyClaim:
 
 @contextmanager
 def once(params: Params, root: Path, recipe: Recipe) -> Iterator[KeyClaim | None]:
-    """This process's turn to train the key; None when the result was there and is in place now.
+    """Claim the key for this process; yield None if a result is reused, which is in place then.
 
     Raises:
         RegistryError: another process trains the key and `runtime.wait` is false, or a file that
@@ -163,10 +164,10 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[KeyClaim | None
     label = f"key {short_key(recipe.key)}"
     if not params.runtime.mlflow:
         line = f"{label}: trained without looking for a run (runtime.mlflow is false)"
-        tell(line)
-        turn = KeyClaim(store, None, paths.training_folder(store.home, recipe.key), line, None)
-        yield turn
-        _clear(turn)
+        logger.info(line)
+        claim = KeyClaim(store, None, paths.training_folder(store.home, recipe.key), line, None)
+        yield claim
+        _clear(claim)
         return
     library = open_library(store.uri, store.home)
     repeats = _to_repeat(library, recipe.key)
@@ -179,45 +180,45 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[KeyClaim | None
         yield None
         return
     folder = paths.training_folder(store.home, recipe.key, repeats.run.run_id if repeats else None)
-    with decision.claim or nullcontext() as claim:
+    with decision.claim or nullcontext() as held:
         snapshot = take_snapshot(root, paths.store_root(), recipe)
         dead = _left_behind(decision, folder)
-        turn = KeyClaim(store, claim, folder, decision.line, snapshot, dead, repeats)
-        yield turn
-        if claim:
-            claim.finish(turn.own_run)
-    _clear(turn)
+        claim = KeyClaim(store, held, folder, decision.line, snapshot, dead, repeats)
+        yield claim
+        if held:
+            held.finish(claim.own_run)
+    _clear(claim)
 
 
 def _send_saved(store: Store, folder: Path, label: str) -> None:
-    """Send a training that ended while MLflow was away, so that it is found and not done again."""
+    """Send a training that ended while MLflow was away, so that it is found and not repeated."""
     try:
         ended = read_end(folder)
         if ended and ended.status == "FINISHED":
-            tell(f"{label}: trained before, while MLflow was away; sending it")
+            logger.info(f"{label}: trained before, while MLflow was away; sending it")
             send_saved(store, folder)
     except (TrackingError, TrainingError, RecipeError) as error:
-        tell(f"warning: {error}")
+        logger.warning(f"{error}")
 
 
 def _left_behind(decision: Decision, folder: Path) -> tuple[str, ...]:
-    """The runs of dead owners, without the one that this training goes on with."""
+    """The runs of dead owners, without the one that this training continues."""
     pointer = read_pointer(folder)
     return tuple(run for run in decision.superseded if pointer is None or run != pointer.run_id)
 
 
-def _clear(turn: KeyClaim) -> None:
-    """Remove what only an interrupted training needs; what MLflow lacks stays."""
+def _clear(claim: KeyClaim) -> None:
+    """Remove what only an interrupted training needs; keep what MLflow lacks."""
     try:
-        with locked(turn.folder, tell):
-            clear_training(turn.folder, everything=turn.is_whole)
-    except (TrainingError, OSError) as error:  # somebody trains there; a folder that is read-only
-        tell(f"{turn.folder}: not removed ({error})")
+        with locked(claim.folder):
+            clear_training(claim.folder, everything=claim.is_whole)
+    except (TrainingError, OSError) as error:  # another process trains there; a read-only folder
+        logger.info(f"{claim.folder}: not removed ({error})")
 
 
 def _again(label: str, repeats: Record) -> Decision:
     decision = Decision(line=f"{label}: trained again to compare with run {repeats.run.run_id[:8]}")
-    tell(decision.line)
+    logger.info(decision.line)
     return decision
 
 
@@ -228,7 +229,7 @@ def _reuse_or_train(
     store: Store,
     library: Library,
 ) -> Decision | None:
-    """The decision to train; None when a result was there, whose files are in place now."""
+    """Decide to train; None if a result is reused, whose files are in place then."""
     claims = open_claims(store.uri, store.home)
     damaged: set[str] = set()
     while True:
@@ -238,11 +239,11 @@ def _reuse_or_train(
             recipe.key,
             reuse=params.runtime.reuse,
             wait=params.runtime.wait,
-            say=tell,
+            say=logger.info,
             elsewhere=_team(params, store),
             not_this=damaged,
         )
-        tell(decision.line)
+        logger.info(decision.line)
         if decision.record is None:
             return decision
         assert decision.library
@@ -252,7 +253,7 @@ def _reuse_or_train(
             else:
                 reuse_teams(decision.library, decision.record, root, store, params)
         except (RegistryError, TrackingError) as error:
-            tell(f"warning: {error}; not reused")
+            logger.warning(f"{error}; not reused")
             damaged.add(decision.record.run.run_id)
         else:
             return None
@@ -267,7 +268,7 @@ def _team(params: Params, store: Store) -> tuple[Library, ...]:
 
 
 def _to_repeat(library: Library, key: str) -> Record | None:
-    """The run that `runkey reproduce` wants repeated.
+    """Find the run that `runkey reproduce` wants repeated.
 
     Raises:
         RegistryError: there is no such run of this key.

@@ -1,7 +1,8 @@
-"""What the profile_memory stage does: predict, draw, and run steps where there is a device."""
+"""The profile_memory stage: predict a step's memory, draw it, and measure it on this machine."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from runkey.memory.measured import (
     write_cpu,
     write_gpu,
 )
-from runkey.memory.memory_model import GIB, MIB, MODEL, MemoryModel, read_model, write_model
+from runkey.memory.memory_model import MODEL, MemoryModel, read_model, write_model
 from runkey.memory.predict import (
     Surroundings,
     colour_factors,
@@ -34,10 +35,13 @@ from runkey.memory.predict import (
 from runkey.memory.trace.tracker import Pass
 from runkey.memory.trial import Guarded, Job, Result, read_result, write_json
 from runkey.params import Params, load_params
-from runkey.pipeline.one_step import step_factory
+from runkey.pipeline.step_factory import step_factory
 from runkey.plots.memory import draw_step
-from runkey.progress import tell, want_bars
+from runkey.progress import want_bars
 from runkey.training.device import choose_device
+from runkey.units import GIB, MIB
+
+logger = logging.getLogger(__name__)
 
 _CENSUS_BATCHES = 20
 """Forward passes that a trial on a GPU runs after the worst ones."""
@@ -45,38 +49,38 @@ _MOST_TRIALS = 4
 
 
 def profile(root: Path) -> None:
-    """Write memory/ of a workspace; on a GPU, remember what was measured for the next time."""
+    """Write memory/ of a workspace; on a GPU, also add what was measured to the calibration."""
     params = load_params(root / paths.PARAMS)
     want_bars(params.runtime.progress)
     device, _ = choose_device(params.runtime.device)
     around = prepared_surroundings(params, root / paths.PREPARED)
     for text in around.census.lines():
-        tell(text)
+        logger.info(text)
     with tempfile.TemporaryDirectory() as folder:
         if device.type == "cuda":
-            # Where no GPU can be seen, so that it is the same everywhere.
+            # In a process that sees no GPU, so that the prediction is the same everywhere.
             Guarded(_again("--predict"), root, os.environ | {"CUDA_VISIBLE_DEVICES": ""}).wait()
             _measure_on_gpu(params, around, root, device, Path(folder))
             return
-        # Beside the prediction: it has a core to itself, and its peak is its own.
+        # At the same time as the prediction, in a process with a peak of its own.
         with _Trial(root, Path(folder), _cpu_job(params, around)) as trial:
             _write_prediction(params, around, root)
             peaks = trial.result().peaks
     measured = ", ".join(f"{peak.images} images {peak.bytes / MIB:.0f} MiB" for peak in peaks)
     out = root / paths.MEMORY
     line = write_cpu(out, sha256_file(out / MODEL), this_platform(device), peaks)
-    tell(f"measured on this CPU: {measured}; so {line}")
+    logger.info(f"measured on this CPU: {measured}; so {line}")
 
 
 def write_prediction(root: Path) -> None:
-    """Write memory.json and its picture only."""
+    """Write memory.json and its picture, without a measurement."""
     params = load_params(root / paths.PARAMS)
     want_bars(params.runtime.progress)
     _write_prediction(params, prepared_surroundings(params, root / paths.PREPARED), root)
 
 
 def _again(*arguments: str) -> list[str]:
-    """The command that is this stage, with other arguments."""
+    """Return the command of this stage with other arguments."""
     kept = [argument for argument in sys.argv[1:] if argument == "--traceback"]
     return [sys.executable, "-m", "stages.profile_memory", *kept, *arguments]
 
@@ -91,8 +95,8 @@ def _write_prediction(params: Params, around: Surroundings, root: Path) -> None:
     budget_gib = None if budget == "device" else budget
     images = shown_images(model, budget_gib)
     draw_step(prediction, images, out, budget_gib)
-    tell(f"predicted for a GPU, {model.precision}: {model.gpu.line}")
-    tell(
+    logger.info(f"predicted for a GPU, {model.precision}: {model.gpu.line}")
+    logger.info(
         f"  {images} at once: at most {model.gpu.upper(images) / GIB:.2f} GiB and the CUDA context"
     )
 
@@ -122,13 +126,13 @@ def _job(
 def _measure_on_gpu(
     params: Params, around: Surroundings, root: Path, device: torch.device, folder: Path
 ) -> None:
-    """Run steps from the predicted micro-batch on, until one holds and one more does not fit."""
+    """Run trials from the predicted micro-batch on, until one fits and one more image does not."""
     out = root / paths.MEMORY
     model, digest = read_model(out / MODEL), sha256_file(out / MODEL)
     outside = generation_of(torch.cuda.get_device_capability(device)).context_bytes[1]
 
     def run(*worst: Pass, census: tuple[tuple[Pass, ...], ...] = ()) -> tuple[Job, Result]:
-        # In processes of their own, this one never opens the GPU: its context would take a part.
+        # In a process of its own: this one never opens the GPU, whose context would take memory.
         job = _job(params, around, worst, census, outside)
         with _Trial(root, folder, job) as trial:
             return job, trial.result()
@@ -142,7 +146,7 @@ def _measure_on_gpu(
         job, result = run(
             around.worst(images), census=tuple(around.windows(images, _CENSUS_BATCHES))
         )
-        tell(f"measured: {_told(images, result, model)}")
+        logger.info(f"measured: {_describe(images, result, model)}")
         holds = result.holds(job)
         if holds:
             trials.append(_trial_of(images, result, model, digest, this_platform(device)))
@@ -154,7 +158,7 @@ def _measure_on_gpu(
 def _trial_of(
     images: int, result: Result, model: MemoryModel, digest: str, platform: Platform
 ) -> Trial:
-    """What is remembered of a trial that held."""
+    """What the calibration keeps of a trial that fit."""
     peak = result.peaks[-1]
     return Trial(
         platform=platform,
@@ -168,8 +172,8 @@ def _trial_of(
     )
 
 
-def _told(images: int, result: Result, model: MemoryModel) -> str:
-    """A trial in words."""
+def _describe(images: int, result: Result, model: MemoryModel) -> str:
+    """Describe a trial in one line."""
     if not result.peaks:
         return f"{images} images do not fit"
     peak = result.peaks[-1]
@@ -182,7 +186,7 @@ def _told(images: int, result: Result, model: MemoryModel) -> str:
 
 
 class _Trial:
-    """A job in a process of its own."""
+    """A trial in a process of its own."""
 
     def __init__(self, root: Path, folder: Path, job: Job) -> None:
         self._result = folder / "result.json"
@@ -198,6 +202,6 @@ class _Trial:
         self._process.stop()
 
     def result(self) -> Result:
-        """How it went, when it has ended."""
+        """Wait until it has ended, and return its result."""
         self._process.wait()
         return read_result(self._result)

@@ -1,9 +1,10 @@
-"""How a run is recorded: while it trains, what it leaves behind, and what evaluation adds."""
+"""Record a run: while it trains, its outputs and environment at the end, and its evaluation."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -18,6 +19,7 @@ import torch
 from runkey import paths
 from runkey.errors import RegistryError, TrackingError
 from runkey.evaluation.pyfunc import COLUMNS as PYFUNC_COLUMNS
+from runkey.files import write_json
 from runkey.identity.key import Recipe
 from runkey.identity.manifest import RunManifest, Witness, make_manifest, take_witness
 from runkey.identity.record import (
@@ -37,9 +39,7 @@ from runkey.identity.record import (
 from runkey.memory.choose import MemoryPlan
 from runkey.params import Params
 from runkey.pipeline.once import KeyClaim
-from runkey.pipeline.parts import write_json
 from runkey.plots.curves import write_training_plots
-from runkey.progress import tell
 from runkey.registry.library import canonical
 from runkey.registry.server_library import open_library
 from runkey.tracking import (
@@ -55,6 +55,8 @@ from runkey.tracking import (
 from runkey.tracking.describe import log_model
 from runkey.training.guard import REPORTS
 
+logger = logging.getLogger(__name__)
+
 _PRECISION = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _MOST_NAMES = 5
 _OUTPUTS = (paths.MODEL, paths.LOGS, paths.RUN_JSON, paths.METRICS / "train.json")
@@ -64,17 +66,17 @@ _BESIDE = (
     paths.PREPARED / "contact_sheet.jpg",
     paths.MEMORY,
 )
-"""Kept with the run, though the stage does not write them."""
+"""Recorded with the run, though the stage does not write them."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: what was asked for, and what it runs on."""
+    """One training: its key and parameters, and the device it runs on."""
 
     params: Params
     root: Path
     recipe: Recipe
-    turn: KeyClaim
+    claim: KeyClaim
     plan: MemoryPlan
     device: torch.device
     dtype: torch.dtype | None
@@ -97,20 +99,20 @@ class Run:
 
 @contextmanager
 def recorded(run: Run) -> Iterator[TrackedRun]:
-    """The run's tracker; a training that fails or is interrupted is marked so in MLflow."""
-    turn = run.turn
+    """Open the run's tracker; mark the MLflow run if training fails or is interrupted."""
+    claim = run.claim
     tags = {
         "device": run.device_name,
         "micro_batch": str(run.plan.micro_batch),
         "precision": run.precision,
         "torch": torch.__version__,
         "host": this_host(),
-        "decision": turn.why,
+        "decision": claim.why,
     }
-    if turn.snapshot:
-        tags["snapshot"] = turn.snapshot
-    if turn.repeats:
-        tags[REPRODUCTION_OF] = turn.repeats.run.run_id
+    if claim.snapshot:
+        tags["snapshot"] = claim.snapshot
+    if claim.repeats:
+        tags[REPRODUCTION_OF] = claim.repeats.run.run_id
     runtime = run.params.runtime
     description = describe_run(
         run.params,
@@ -119,36 +121,36 @@ def recorded(run: Run) -> Iterator[TrackedRun]:
         parts=run.recipe.parts,
         tags=tags,
         counts=_data_counts(run.root),
-        name=turn.repeats.run.name if turn.repeats else None,
+        name=claim.repeats.run.name if claim.repeats else None,
     )
     tracker = open_run(
         locate_store() if runtime.mlflow else None,
-        TrainingRun(runtime.experiment, description, turn.folder, supersedes=turn.superseded),
+        TrainingRun(runtime.experiment, description, claim.folder, supersedes=claim.superseded),
         run.root,
-        on_change=turn.changed,
+        on_change=claim.changed,
         system_seconds=runtime.system_metrics_seconds,
     )
     try:
         yield tracker
     except BaseException as error:
-        _keep_reports(run, tracker)
+        _save_reports(run, tracker)
         tracker.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
 
 
-def _keep_reports(run: Run, tracker: TrackedRun) -> None:
-    """Keep what was written about steps that went wrong."""
-    for report in sorted(run.turn.folder.glob(REPORTS)):
+def _save_reports(run: Run, tracker: TrackedRun) -> None:
+    """Record the reports of bad steps."""
+    for report in sorted(run.claim.folder.glob(REPORTS)):
         tracker.artifact(report, "reports")
 
 
-def keep(run: Run, tracker: TrackedRun) -> str | None:
+def save_run(run: Run, tracker: TrackedRun) -> str | None:
     """Write the key and run.json beside the outputs, and end the recording with copies of all.
 
     Returns:
         The MLflow run's id, None if there is none.
     """
-    root, turn = run.root, run.turn
+    root, claim = run.root, run.claim
     write_json(root / KEY_JSON, run.recipe.as_dict())
     witness = take_witness(
         root,
@@ -161,11 +163,11 @@ def keep(run: Run, tracker: TrackedRun) -> str | None:
     )
     audit = _audit(witness.undeclared_files)
     if audit:
-        tell(f"warning: imported, but no part of the key: {audit}")
+        logger.warning(f"imported, but no part of the key: {audit}")
     tracker.tag("key.audit", f"undeclared: {audit}" if audit else "ok")
-    # MLflow may answer late or never; evaluation then finds the run by its key.
+    # MLflow may answer late or never; the evaluate stage then finds the run by its key.
     make_manifest(run.recipe, tracker.run_id(), witness).write(root / paths.RUN_JSON)
-    turn.check()
+    claim.check()
     assert tracker.jsonl
     details = _details(run, witness, with_log=not tracker.jsonl.lost_lines)
     with tempfile.TemporaryDirectory() as folder:
@@ -173,50 +175,50 @@ def keep(run: Run, tracker: TrackedRun) -> str | None:
         drawn = Path(folder)
         write_training_plots(root / TRAIN_LOG, drawn / paths.PLOTS)
         curves = hashed_files(drawn, [paths.PLOTS])
-        turn.details = replace(details, files=details.files | curves)
-        with details_file(turn.details) as record:
+        claim.details = replace(details, files=details.files | curves)
+        with details_file(claim.details) as record:
             for top, names in ((root, details.files), (drawn, curves)):
                 for name in names:
                     _copy(top, name, tracker)
             tracker.artifact(record)
             run_id = tracker.close()
-    turn.is_whole = tracker.is_whole
+    claim.is_whole = tracker.is_whole
     return run_id
 
 
 def _audit(files: Sequence[str]) -> str:
-    """Names of files in a line; an environment outside the lock brings a thousand."""
+    """Names of files in one line; an environment outside the lock adds a thousand."""
     more = len(files) - _MOST_NAMES
     return ", ".join(files[:_MOST_NAMES]) + (f" and {more} more (run.json)" if more > 0 else "")
 
 
 def _details(run: Run, witness: Witness, *, with_log: bool) -> Details:
-    root, turn = run.root, run.turn
+    root, claim = run.root, run.claim
     outputs = hashed_files(root, _OUTPUTS if with_log else [p for p in _OUTPUTS if p != paths.LOGS])
-    told = asdict(witness)
+    environment = asdict(witness)
     for long in ("packages", "files"):  # run.json has them
-        told.pop(long)
+        environment.pop(long)
     pointer = hashlib.md5((root / paths.RUN_JSON).read_bytes()).hexdigest()
     return Details(
         stage=run.recipe.stage,
         files=outputs | hashed_files(root, _BESIDE),
         outputs=sorted(outputs),
-        witness=told,
+        witness=environment,
         host=this_host(),
-        snapshot=turn.snapshot,
+        snapshot=claim.snapshot,
         pointer_md5=pointer if "DVC_STAGE" in os.environ else None,
-        decision=turn.why,
+        decision=claim.why,
     )
 
 
 def _copy(root: Path, path: str, tracker: TrackedRun) -> None:
-    """Keep a file with the MLflow run, under its path in the workspace."""
+    """Copy a file to the MLflow run, under its path in the workspace."""
     folder = Path(path).parent
     tracker.artifact(root / path, "" if folder == Path() else folder.as_posix())
 
 
 def _data_counts(root: Path) -> dict[str, int]:
-    """Images and objects of each split, as prepare counted them."""
+    """Images and objects of each split, as counted by prepare."""
     report = json.loads((root / paths.PREPARED / "report.json").read_text(encoding="utf-8"))
     return {
         f"{split}_{what}": number
@@ -240,7 +242,9 @@ class FinishedRun:
             sender = RunSender(self._store, run_id, on_change=self._changed)
             self._mlflow = TrackedRun(None, sender)
         elif params.runtime.mlflow:
-            tell("MLflow: the training was not recorded there, so there is nothing to add to")
+            logger.info(
+                "MLflow: the training was not recorded there, so there is nothing to add to"
+            )
 
     def add_evaluation(self, key: str, metrics: Mapping[str, float]) -> None:
         """Record an evaluation and copies of its files, unless the run has these very metrics.
@@ -251,7 +255,7 @@ class FinishedRun:
         """
         if self._mlflow is None:
             return
-        # A record is JSON, which has no nan; MLflow keeps it.
+        # A record is JSON, which has no NaN; MLflow has.
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         evaluations = self._details.evaluations if self._details else {}
         if evaluations.get(key) == finite:
@@ -294,11 +298,11 @@ class FinishedRun:
             self._mlflow.artifact(file)
             self._mlflow.close()
 
-    def keep_model(self, name: str, example: Path) -> None:
-        """Show the run's model in MLflow, with a signature and an image that it can be tried on.
+    def save_model(self, name: str, example: Path) -> None:
+        """Log the run's model in MLflow, with a signature and an example image.
 
         Args:
-            name: of the model there.
+            name: of the model in MLflow.
             example: an image file.
         """
         if self._mlflow is None or self.record is None:
@@ -307,7 +311,7 @@ class FinishedRun:
             run_id, tags = self.record.run.run_id, {KEY: self.record.key}
             log_model(self._store, run_id, name, example, PYFUNC_COLUMNS, tags)
         except TrackingError as error:
-            tell(str(error))
+            logger.info(str(error))
 
     def _changed(self, run: LoggedRun) -> None:
         if not self._store.is_server:
@@ -315,7 +319,7 @@ class FinishedRun:
 
 
 def _recorded_run(store: Store, manifest: RunManifest) -> Record | None:
-    """The run of a manifest in a store: itself, its copy, or another one of its key."""
+    """Find the run of a manifest in a store: itself, its copy, or another run of its key."""
     library = open_library(store.uri, store.home)
     try:
         runs = library.matching(manifest.key)
@@ -323,5 +327,5 @@ def _recorded_run(store: Store, manifest: RunManifest) -> Record | None:
         same = [r for r in runs if {r.run.run_id, r.run.tags.get(ORIGIN)} & ids]
         return library.with_details(canonical(same or runs)) if runs else None
     except RegistryError as error:
-        tell(f"MLflow: {error}; nothing is added to the run")
+        logger.info(f"MLflow: {error}; nothing is added to the run")
         return None

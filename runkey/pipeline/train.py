@@ -1,7 +1,13 @@
-"""What the train stage does when it is to train."""
+"""The train stage, on one process or several ranks.
+
+Started by `dvc repro`, rank 0 launches the other ranks itself, if `runtime.processes` asks for
+some. Under torchrun all are there from the start; those that are not 0 wait for rank 0's decision.
+"""
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,114 +18,124 @@ from torch import nn
 
 from runkey import paths
 from runkey.data.cache import open_cache
+from runkey.data.index import read_classes
+from runkey.errors import Interrupted
+from runkey.files import write_json
 from runkey.identity.key import Recipe
 from runkey.memory.choose import MemoryPlan
 from runkey.memory.decide import decide
 from runkey.memory.measured import CALIBRATION
 from runkey.model.model_files import Sizes, save_model
-from runkey.model.weights import load_initial_weights
 from runkey.params import Params
 from runkey.pipeline.once import KeyClaim
-from runkey.pipeline.parts import Validation, write_json
-from runkey.pipeline.ranks import Learner, build_learner, count_ranks, joined
-from runkey.pipeline.record import Run, keep, recorded
+from runkey.pipeline.record import Run, recorded, save_run
+from runkey.pipeline.validation import Validation, build_validation
 from runkey.plots.hints import class_scores
 from runkey.plots.live import HintingTracker
-from runkey.progress import tell
 from runkey.tracking import SAMPLES
+from runkey.training.build import TrainContext, TrainData, build_training
 from runkey.training.checkpoint.folder import FolderCheckpoints, Interval, newest_fingerprint
 from runkey.training.checkpoint.lock import locked
-from runkey.training.device import choose_device
-from runkey.training.distributed import World
+from runkey.training.device import choose_device, choose_processes
+from runkey.training.distributed import (
+    LostRankError,
+    SharedError,
+    World,
+    join_world,
+    read_world,
+)
 from runkey.training.interrupts import Interrupts
 from runkey.training.loop import fit
+from runkey.training.ranks import RankMonitor, launched_by_torchrun, launched_ranks
 from runkey.training.state import FitResult
 
+logger = logging.getLogger(__name__)
 
-def train(params: Params, root: Path, recipe: Recipe, turn: KeyClaim) -> None:
+
+def train(params: Params, root: Path, recipe: Recipe, claim: KeyClaim) -> None:
     """Train a model on the prepared data of `root`, write the stage's outputs, record the run.
 
-    What an interrupted training left in the turn's folder is gone on with.
+    An interrupted training is resumed from the checkpoints in the claim's folder.
     """
-    with Interrupts() as interrupts, locked(turn.folder, tell):
+    with Interrupts() as interrupts, locked(claim.folder):
         device, reason = choose_device(params.runtime.device)
-        plan = _plan(params, root, turn, device)
-        with joined(params, device) as world:
-            world.share(plan)
+        plan = _plan(params, root, claim, device)
+        with _all_ranks(params, device) as world:
+            world.broadcast(plan)
             ranks = "" if world.size == 1 else f"{world.size} processes, this one on "
-            tell(f"{ranks}device {device} ({reason})")
-            learner = build_learner(params, root, plan, device, world)
-            dtype = learner.validation.precision.dtype
-            run = Run(params, root, recipe, turn, plan, device, dtype, world.size)
-            _train(run, learner, world, interrupts)
+            logger.info(f"{ranks}device {device} ({reason})")
+            context = _build(params, root, plan, device, world)
+            dtype = context.step.precision.dtype
+            run = Run(params, root, recipe, claim, plan, device, dtype, world.size)
+            _train(run, context, interrupts)
 
 
-def _train(run: Run, learner: Learner, world: World, interrupts: Interrupts) -> None:
-    params, root, turn = run.params, run.root, run.turn
-    model, validation = learner.model, learner.validation
-    names = [one.name for one in validation.classes]
-    for line in load_initial_weights(model, params.model, names, root).lines():
-        tell(line)
+def _train(run: Run, context: TrainContext, interrupts: Interrupts) -> None:
+    params, root, claim = run.params, run.root, run.claim
+    validation = build_validation(params, params.model, root, run.device)
     with recorded(run) as tracker, _checkpoints(run) as checkpoints:
         assert tracker.jsonl
         hinting = HintingTracker(
             tracker.jsonl,
             tracker.jsonl.path,
-            turn.folder / SAMPLES.name,
+            claim.folder / SAMPLES.name,
             params.flat(runtime=True),
-            tell,
+            logger.info,
         )
 
-        def judge(module: nn.Module) -> Mapping[str, float]:
-            turn.check()
+        def evaluate(module: nn.Module) -> Mapping[str, float]:
+            claim.check()
             evaluation = validation(module, by_size=False)
             hinting.note_scores(class_scores(evaluation.result.per_class))
             return evaluation.metrics("val/")
 
         result = fit(
-            model,
-            validation.criterion,
-            learner.loader,
-            judge,
-            params,
-            device=run.device,
+            context,
+            evaluate,
             tracker=hinting,
-            say=tell,
-            world=world,
             checkpoints=checkpoints,
             interrupts=interrupts,
             limit=run.plan.limit_pixels,
         )
         tracker.finish_logs()
         _write_outputs(params, root, validation, result)
-        run_id = keep(run, tracker)
-    tell(f"model/ is written; MLflow run {run_id or 'none'}")
+        run_id = save_run(run, tracker)
+    logger.info(f"model/ is written; MLflow run {run_id or 'none'}")
 
 
-def _plan(params: Params, root: Path, turn: KeyClaim, device: torch.device) -> MemoryPlan:
-    """How a step is cut into forward passes on this device: as the checkpoint has it, if it fits.
+def _build(
+    params: Params, root: Path, plan: MemoryPlan, device: torch.device, world: World
+) -> TrainContext:
+    """Build one rank's training."""
+    names = [one.name for one in read_classes(root / paths.PREPARED / "classes.json")]
+    data = TrainData(root, names, plan.micro_batch)
+    return build_training(params, len(names), device, world, data)
 
-    Another size would round otherwise, and draw other noise.
+
+def _plan(params: Params, root: Path, claim: KeyClaim, device: torch.device) -> MemoryPlan:
+    """Choose the micro-batch for this device: that of the checkpoint, if it fits.
+
+    Another one would round differently, and draw other noise.
     """
-    saved = newest_fingerprint(turn.folder)
+    saved = newest_fingerprint(claim.folder)
     plan = decide(
         params,
         root / paths.MEMORY,
         device,
         trials=paths.store_root() / paths.HOME / CALIBRATION,
         kept=None if saved is None else int(saved["micro_batch"]),
-        # On a CPU they share the memory, and so the plan (`build_learner`).
+        # On a CPU the ranks share the memory, and so the micro-batch (`build_loader`).
         processes=count_ranks(params, device) if device.type == "cuda" else 1,
     )
-    tell(plan.line())
+    logger.info(plan.line())
     return plan
 
 
 @contextmanager
 def _checkpoints(run: Run) -> Iterator[FolderCheckpoints]:
-    """The checkpoints in the turn's folder; what is being written then is whole afterwards."""
+    """The checkpoints in the claim's folder; at the end, what is being written is completed."""
     checkpoints = FolderCheckpoints(
-        run.turn.folder,
+        run.claim.folder,
         {
             "key": run.recipe.key,
             "micro_batch": run.plan.micro_batch,
@@ -127,7 +143,6 @@ def _checkpoints(run: Run) -> Iterator[FolderCheckpoints]:
             "device": run.device.type,
             "precision": run.precision,
         },
-        tell,
         interval=Interval(run.params.runtime.checkpoint_seconds),
     )
     try:
@@ -152,3 +167,68 @@ def _metrics(result: FitResult) -> dict[str, Any]:
         "best_epoch": result.best_epoch,
         "train_loss": result.history[-1]["train/epoch_loss"],
     }
+
+
+# Ranks.
+
+
+def count_ranks(params: Params, device: torch.device) -> int:
+    """Return how many processes train together: torchrun's number, else `runtime.processes`.
+
+    Raises:
+        TrainingError: there are fewer GPUs than that.
+    """
+    if launched_by_torchrun():
+        return read_world().size
+    return choose_processes(params.runtime.processes, device, params.training.batch_size)
+
+
+@contextmanager
+def _all_ranks(params: Params, device: torch.device) -> Iterator[World]:
+    """Connect all ranks, for rank 0; the others follow from when the block begins."""
+    arguments = [argument for argument in sys.argv[1:] if argument == "--traceback"]
+    with (
+        launched_ranks(count_ranks(params, device), ["-m", "stages.train", *arguments]) as monitor,
+        join_world(device, monitor) as world,
+    ):
+        yield world
+
+
+def dismiss(params: Params) -> None:
+    """Tell ranks that torchrun launched that there is nothing to train."""
+    device, _ = choose_device(params.runtime.device)
+    with join_world(device) as world:
+        world.broadcast(None)
+
+
+def follow(params: Params, root: Path, monitor: RankMonitor | None) -> None:
+    """Train along with rank 0, which logs and writes.
+
+    Rank 0 reports what ends all ranks, if it lives.
+
+    Args:
+        params: as rank 0 reads them.
+        root: the workspace.
+        monitor: of rank 0, if it launched this process.
+    """
+    try:
+        with Interrupts() as interrupts:
+            device, _ = choose_device(params.runtime.device, read_world().local_rank)
+            with join_world(device, monitor) as world:
+                plan: MemoryPlan | None = world.broadcast(None)
+                if plan is None:
+                    return
+                context = _build(params, root, plan, device, world)
+                fit(context, _never, interrupts=interrupts, limit=plan.limit_pixels)
+    except SharedError:
+        raise SystemExit(1) from None
+    except LostRankError as error:
+        if error.rank:
+            raise SystemExit(1) from None
+        raise
+    except Interrupted as stop:
+        raise SystemExit(stop.exit_code) from None
+
+
+def _never(_: nn.Module) -> Mapping[str, float]:
+    raise AssertionError("rank 0 evaluates")

@@ -208,7 +208,7 @@ def send_saved(store: Store, folder: Path) -> Replayed:
         TrainingError: a process trains there.
         TrackingError, RecipeError: see `replay`; a saved file is damaged.
     """
-    with locked(folder, logger.warning):
+    with locked(folder):
         details = read_details(folder)
 
         def on_change(run: LoggedRun) -> None:

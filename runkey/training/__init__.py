@@ -1,4 +1,5 @@
 """Training: device, precision, seeds, optimizer, schedule, the step, and the loop around it.
 
-`runkey.training.loop.fit` is the way in.
+`runkey.training.build.build_training` composes a training from its parameters, and
+`runkey.training.loop.fit` runs it.
 """

@@ -1,39 +1,48 @@
-"""What one training needs, built from its parameters, with the choices made said aloud."""
+"""Build everything a training needs from its parameters: the only place that composes it.
+
+The train stage, `runkey debug-step`, the memory trace and the benchmarks all call `build_training`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from runkey.data.dataset import GlobalBatch
+from runkey.data.loader import TrainLoader, build_train_loader
 from runkey.errors import TrainingError
-from runkey.model.criterion import Criterion
-from runkey.params import Params
-from runkey.training.checkpoint.file import Checkpoints, Stateful
-from runkey.training.device import build_precision, choose_precision, set_up
-from runkey.training.distributed import SharedCheckpoints, World
-from runkey.training.interrupts import Interrupts
-from runkey.training.metrics import Contained, Quiet, Tracker
-from runkey.training.optimizer import Clipper, Ema, build_optimizer, trained_parameters
+from runkey.model.build import build_model
+from runkey.model.criterion import Criterion, build_criterion
+from runkey.model.weights import load_initial_weights
+from runkey.params import EarlyStopping, Params
+from runkey.params.schema import Guard as GuardLimits
+from runkey.training.checkpoint.file import Stateful
+from runkey.training.device import build_precision, choose_precision, configure_torch
+from runkey.training.distributed import World
+from runkey.training.optimizer import Ema, build_clipper, build_optimizer, trained_parameters
 from runkey.training.schedule import Schedule, build_schedule
-from runkey.training.state import host_weights
 from runkey.training.step import TrainStep
+from runkey.training.tensors import host_weights
+
+logger = logging.getLogger(__name__)
 
 
 class Loader(Protocol):
-    """Training data: windows of micro-batches, the same for the same epoch."""
+    """Training data: global batches, the same for the same epoch."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """Windows in an epoch."""
+        """Global batches in an epoch."""
         ...
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[GlobalBatch]:
-        """The windows of an epoch (from 0), from its `start_step`-th on."""
+        """Yield the global batches of an epoch (from 0), from its `start_step`-th on."""
         ...
 
 
@@ -42,154 +51,217 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
-class Setup:
+class TrainData:
+    """The prepared data that a training reads."""
+
+    root: Path
+    """The workspace: prepared data, images and the file of initial weights."""
+    class_names: Sequence[str]
+    micro_batch: int
+    """Most images of a forward pass."""
+
+
+@dataclass(frozen=True)
+class Replacements:
+    """Parts that replace those of the parameters: in traces, benchmarks and tests."""
+
+    model: nn.Module | None = None
+    """In place of a freshly initialised one."""
+    criterion: Criterion | None = None
+    loader: Loader | None = None
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Settings of the training loop, as plain values."""
+
+    seed: int
+    epochs: int
+    evaluate_every: int
+    """Epochs."""
+    early_stopping: EarlyStopping
+    guard: GuardLimits
+    log_every: int
+    """Optimizer steps."""
+    progress: bool
+    """Whether to draw a progress bar."""
+
+
+@dataclass(frozen=True)
+class TrainContext:
     """What stays the same throughout a training."""
 
-    params: Params
-    machinery: TrainStep
+    step: TrainStep
     schedule: Schedule
     ema: Ema | None
     loader: Loader
-    evaluate: Evaluate
-    tracker: Tracker
-    say: Callable[[str], None]
-    world: World
-    checkpoints: Checkpoints | None
-    """None: nothing is saved."""
-    interrupts: Interrupts
+    settings: LoopSettings
     precision_reason: str
     """Why this precision, in a few words."""
 
     @property
+    def world(self) -> World:
+        """The ranks that train together."""
+        return self.step.world
+
+    @property
     def parts(self) -> dict[str, Stateful]:
-        """What has tensors that change as training goes on, by name; saved in checkpoints."""
-        machinery = self.machinery
+        """What has tensors that change during training, by name; saved in checkpoints."""
         maybe: dict[str, Stateful | None] = {
-            "model": machinery.model,
-            "optimizer": machinery.optimizer,
+            "model": self.step.model,
+            "optimizer": self.step.optimizer,
             "ema": self.ema,
-            "scaler": machinery.precision.scaler,
-            "clipper": machinery.clipper,
+            "scaler": self.step.precision.scaler,
+            "clipper": self.step.clipper,
         }
         return {name: part for name, part in maybe.items() if part is not None}
 
     @property
     def evaluated_module(self) -> nn.Module:
-        """What is evaluated and kept: the moving average if there is one."""
-        return self.machinery.model if self.ema is None else self.ema.module
+        """The module to evaluate and keep: the moving average if there is one."""
+        return self.step.model if self.ema is None else self.ema.module
 
     @property
-    def watched(self) -> str:
-        """Name of the metric that early stopping, plateau and the best weights go by."""
-        return self.params.training.early_stopping.metric
-
-    def seconds_left(self, step: int, seconds: float) -> float:
-        """Time that the remaining steps take if they are like the first `step`."""
-        return seconds / step * (self.schedule.total_steps - step)
+    def watched_metric(self) -> str:
+        """Metric that decides on early stopping, plateau and the best weights."""
+        return self.settings.early_stopping.metric
 
 
-def build_setup(
-    model: nn.Module,
-    criterion: Criterion,
-    loader: Loader,
-    evaluate: Evaluate,
+def build_training(
     params: Params,
-    *,
+    num_classes: int,
     device: torch.device,
-    tracker: Tracker,
-    say: Callable[[str], None],
-    world: World,
-    checkpoints: Checkpoints | None = None,
-    interrupts: Interrupts | None = None,
-) -> Setup:
-    """Seed torch, move the model, and build what the steps need.  See `loop.fit`."""
-    training = params.training
-    if loader.steps_per_epoch == 0:
-        raise TrainingError("prepared/train.json: no training images; see prepared/report.json")
+    world: World | None = None,
+    data: TrainData | None = None,
+    replace: Replacements | None = None,
+) -> TrainContext:
+    """Seed torch and build model, criterion, optimizer, schedule, average and loader.
+
+    Args:
+        params: of the run.
+        num_classes: K.
+        device: where to train; the model is moved there.
+        world: this process among those that train together; None: it is the only one.
+        data: the data to train on, and whether to load initial weights; None: no loader (one step
+            an epoch, and no batches), random weights.
+        replace: parts to use in place of those that the parameters describe.
+
+    Raises:
+        TrainingError: no data, nothing to train, or fewer images per step than ranks.
+        DataError: the data set is not prepared.
+        ModelError: the initial weights cannot be read.
+    """
+    world, replace, training = world or World(), replace or Replacements(), params.training
     if world.size > training.batch_size:
         raise TrainingError(
             f"{world.size} processes share training.batch_size = {training.batch_size} images of"
             " a step: some have none; lower runtime.processes"
         )
-    if world.size > 1:
-        checkpoints = SharedCheckpoints(checkpoints if world.is_main else None, world)
-    if not world.is_main:
-        tracker, say = Quiet(), _say_nothing
-    set_up(
+    configure_torch(
         params.seed,
         deterministic=training.deterministic,
         cpu_threads=training.cpu_threads,
         processes=world.size,
     )
-    machinery, precision_reason = _build_machinery(model, criterion, params, device, world)
-    return Setup(
-        params=params,
-        machinery=machinery,
+    detector = build_model(params.model, num_classes) if replace.model is None else None
+    loader = replace.loader or (build_loader(params, data, device, world) if data else _NoData())
+    if loader.steps_per_epoch == 0:
+        raise TrainingError("prepared/train.json: no training images; see prepared/report.json")
+    if detector is not None and data and world.is_main:
+        loaded = load_initial_weights(detector, params.model, data.class_names, data.root)
+        for line in loaded.lines():
+            logger.info(line)
+    dtype, reason = choose_precision(training.precision, device)
+    model: nn.Module | None = replace.model if detector is None else detector
+    assert model is not None
+    model = model.to(device)
+    if training.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    step = TrainStep(
+        model=model,
+        criterion=replace.criterion or build_criterion(params.model, num_classes),
+        optimizer=build_optimizer(model, params.optimizer, params.lr),
+        precision=build_precision(dtype, device),
+        channels_last=training.channels_last,
+        clipper=build_clipper(params.optimizer.clip, device),
+        world=world,
+    )
+    if world.size > 1:  # ranks that start with different weights would stay different
+        model.load_state_dict(world.broadcast(host_weights(model) if world.is_main else {}))
+    return TrainContext(
+        step=step,
         schedule=build_schedule(
             params.schedule,
             epochs=training.epochs,
             steps_per_epoch=loader.steps_per_epoch,
             mode=training.early_stopping.mode,
         ),
-        ema=Ema(machinery.model, training.ema_decay) if training.ema_decay > 0 else None,
+        ema=Ema(model, training.ema_decay) if training.ema_decay > 0 else None,
         loader=loader,
-        evaluate=evaluate,
-        tracker=Contained(tracker, say),
-        say=say,
-        world=world,
-        checkpoints=checkpoints,
-        interrupts=interrupts or Interrupts(),
-        precision_reason=precision_reason,
+        settings=LoopSettings(
+            seed=params.seed,
+            epochs=training.epochs,
+            evaluate_every=training.evaluate_every,
+            early_stopping=training.early_stopping,
+            guard=training.guard,
+            log_every=params.runtime.log_every,
+            progress=params.runtime.progress,
+        ),
+        precision_reason=reason,
     )
 
 
-def _say_nothing(_: str) -> None:
-    """Rank 0 says it."""
+def build_loader(
+    params: Params, data: TrainData, device: torch.device, world: World | None = None
+) -> TrainLoader:
+    """Build one rank's loader of the training split.
 
+    Args:
+        params: of the run.
+        data: what to read, and the micro-batch that fits the device.
+        device: GPUs each have the memory that the micro-batch fits; on a CPU the ranks share it.
+        world: this process among those that train together.
 
-def _build_machinery(
-    model: nn.Module, criterion: Criterion, params: Params, device: torch.device, world: World
-) -> tuple[TrainStep, str]:
-    """The step's parts on the device, and why its precision was chosen."""
-    channels_last = params.training.channels_last
-    model = model.to(device)
-    if channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    dtype, reason = choose_precision(params.training.precision, device)
-    machinery = TrainStep(
-        model=model,
-        criterion=criterion,
-        optimizer=build_optimizer(model, params.optimizer, params.lr),
-        precision=build_precision(dtype, device),
-        channels_last=channels_last,
-        clipper=Clipper(params.optimizer.clip, device),
-        world=world,
+    Raises:
+        DataError: the data set is not prepared, or holds no image.
+    """
+    world = world or World()
+    shared_by = world.size if device.type == "cpu" else 1
+    micro_batch = max(1, data.micro_batch // shared_by)
+    return build_train_loader(
+        params, data.root, micro_batch, rank=world.rank, world_size=world.size
     )
-    if world.size > 1:  # whatever made them: ranks that begin unlike stay unlike
-        model.load_state_dict(world.share(host_weights(model) if world.is_main else {}))
-    return machinery, reason
 
 
-def announce(setup: Setup) -> dict[str, object]:
-    """Print what was decided for the user; the same by name, for the log."""
-    machinery, total = setup.machinery, setup.schedule.total_steps
-    stopping = setup.params.training.early_stopping
-    dtype = machinery.precision.dtype
+class _NoData:
+    """A loader without batches, where the steps' batches come from elsewhere."""
+
+    steps_per_epoch = 1
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[GlobalBatch]:  # noqa: ARG002
+        return iter(())
+
+
+def describe(context: TrainContext) -> dict[str, object]:
+    """Log what was decided for the user; return the same by name, for the tracker."""
+    step, settings = context.step, context.settings
+    dtype = step.precision.dtype
     precision = "fp32" if dtype is None else f"{dtype} autocast".removeprefix("torch.")
-    trained = sum(p.numel() for p in trained_parameters(machinery.optimizer))
-    everything = sum(p.numel() for p in machinery.model.parameters())
-    setup.say(f"precision: {precision} ({setup.precision_reason})")
-    setup.say(
+    trained = sum(p.numel() for p in trained_parameters(step.optimizer))
+    everything = sum(p.numel() for p in step.model.parameters())
+    logger.info(f"precision: {precision} ({context.precision_reason})")
+    logger.info(
         f"training {trained:,} of {everything:,} parameters: "
-        f"{setup.params.training.epochs} epochs of {setup.loader.steps_per_epoch} steps"
+        f"{settings.epochs} epochs of {context.loader.steps_per_epoch} steps"
     )
+    stopping = settings.early_stopping
     return {
-        "device": str(machinery.device),
+        "device": str(step.device),
         "precision": precision,
-        "precision_reason": setup.precision_reason,
+        "precision_reason": context.precision_reason,
         "trained_parameters": trained,
         "parameters": everything,
-        "total_steps": total,
+        "total_steps": context.schedule.total_steps,
         "patience": stopping.patience if stopping.enabled else None,
         "threads": torch.get_num_threads(),
     }

@@ -1,4 +1,7 @@
-"""Randomness as a function of (seed, step): nothing about it has to be saved for a resume."""
+"""Device, mixed precision and seeds.
+
+Randomness is a function of (seed, step): nothing about it has to be saved for a resume.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +17,22 @@ from torch.amp.grad_scaler import GradScaler
 
 from runkey.errors import TrainingError
 
-# Which device trains, and how many processes do.
-
 
 def choose_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
-    """The device for `runtime.device`, and why.
+    """Choose the device for `runtime.device`.
 
     Args:
         name: auto, cpu or cuda.
-        local_rank: this process among those of this machine: which GPU is its own.
+        local_rank: index among this machine's processes: which GPU to use.
 
     Returns:
-        The device (a GPU with its index) and a few words on the reason, for the log.
+        The device (a GPU with its index) and the reason in a few words, for the log.
 
     Raises:
         TrainingError: cuda was asked for and torch sees no GPU, or fewer than processes.
     """
-    # The allocator reads this once, when the GPU is first used.  Padded shapes vary: without it, it
-    # holds up to 30% more than there are tensors, in pieces of sizes that no longer fit.
+    # The allocator reads this once, when the GPU is first used. Padded shapes vary: without it, the
+    # allocator reserves up to 30% more than the tensors take, in blocks of sizes that do not fit.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if name == "cpu":
         return torch.device("cpu"), "asked for"
@@ -50,7 +51,7 @@ def choose_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
 
 
 def choose_processes(processes: int | Literal["auto"], device: torch.device, images: int) -> int:
-    """The number of processes for `runtime.processes`.
+    """Choose the number of processes for `runtime.processes`.
 
     Args:
         processes: auto, or a number.
@@ -69,7 +70,7 @@ def choose_processes(processes: int | Literal["auto"], device: torch.device, ima
 
 
 def _check_gpus(processes: int) -> None:
-    """Each process has a GPU of its own: NCCL joins no two on the same one."""
+    """Check that each process has a GPU of its own: NCCL cannot connect two on the same one."""
     if processes > torch.cuda.device_count():
         raise TrainingError(
             f"{processes} processes, but torch sees {torch.cuda.device_count()} GPUs; set"
@@ -77,18 +78,15 @@ def _check_gpus(processes: int) -> None:
         )
 
 
-# Automatic mixed precision: which dtype the forward pass computes in, and why.
-
-
 def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype | None, str]:
-    """The autocast dtype for `training.precision`, and why.
+    """Choose the autocast dtype for `training.precision`.
 
     Args:
         precision: auto, off, bf16 or fp16.
         device: where training runs.
 
     Returns:
-        A dtype, or None for fp32 throughout, and a few words on the reason, for the log.
+        A dtype, or None for fp32 throughout, and the reason in a few words, for the log.
     """
     match precision:
         case "off":
@@ -123,7 +121,7 @@ def _has_bf16(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Precision:
-    """How one training computes: the autocast context, and the loss scaler that fp16 needs."""
+    """Mixed precision: the autocast context, and the loss scaler that fp16 needs."""
 
     device: torch.device
     dtype: torch.dtype | None
@@ -131,39 +129,39 @@ class Precision:
     """fp16 only: its smallest gradients would be zero without a factor on the loss."""
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context of the forward pass."""
+        """Return the context of the forward pass."""
         if self.dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
 
 def build_precision(dtype: torch.dtype | None, device: torch.device) -> Precision:
-    """Autocast and, for fp16, a loss scaler on `device`."""
+    """Build autocast and, for fp16, a loss scaler on `device`."""
     scaler = GradScaler(device.type) if dtype is torch.float16 else None
     return Precision(device, dtype, scaler)
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from any parts: unlike sums, other parts never give the same one by design."""
+    """Hash any parts to a 63-bit seed; unlike a sum, other parts do not give the same one."""
     text = "/".join(str(part) for part in parts).encode()
     (value,) = struct.unpack("<Q", hashlib.blake2b(text, digest_size=8).digest())
     return int(value) >> 1
 
 
-def set_up(
+def configure_torch(
     seed: int,
     *,
     deterministic: bool,
     cpu_threads: int | Literal["auto"] = "auto",
     processes: int = 1,
 ) -> None:
-    """Seed torch and settle which kernels may be used, before a model is built.
+    """Seed torch and set determinism and threads, before a model is built.
 
     Args:
         seed: start of the initial weights.
         cpu_threads: threads of arithmetic on a CPU; auto: torch's choice, one per core.
-        deterministic: only algorithms whose result is the same each time.  An operation that has
-            none raises.
+        deterministic: use algorithms with reproducible results only; an operation that has none
+            raises.
         processes: how many train together; they share the cores.
     """
     # cuBLAS reads this once, when its first handle is made.
@@ -171,8 +169,8 @@ def set_up(
     # Benchmarking picks kernels by their time on the day, and padded shapes vary from step to step.
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(deterministic)
-    # The deterministic mode would also fill every new tensor with NaN: a memory pass for nothing,
-    # since no operation of ours reads what it has not written.
+    # The deterministic mode would also fill every new tensor with NaN, a memory pass for nothing:
+    # no operation of ours reads what it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if cpu_threads != "auto":
         torch.set_num_threads(cpu_threads)
@@ -184,7 +182,7 @@ def set_up(
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
     """Make the noise of one optimizer step (dropout, denoising) a function of its arguments.
 
-    The micro-batches of a window draw one after the other, so noise depends on the micro-batch
-    size too; without dropout and denoising there is none.
+    The micro-batches of a step draw one after the other, so noise depends on the micro-batch size
+    too; without dropout and denoising there is none.
     """
     torch.manual_seed(derive_seed(seed, "step", step, rank))

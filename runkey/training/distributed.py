@@ -1,23 +1,23 @@
-"""The processes (ranks) of one training: which one this is, and what they tell each other.
+"""Collective communication between the processes (ranks) of one training.
 
-torchrun, or `runkey.training.ranks`, tells each process by environment variables; without them
-there is one process, for which everything here does nothing, on the same path.
+Environment variables set by torchrun, or by `runkey.training.ranks`, say which rank this process
+is; without them there is one process, and everything here does nothing, on the same code path.
 
-Two groups join the ranks.  One, on the hosts, carries small Python objects (counts of boxes, the
-wish to stop, metrics) and waits as long as it takes: rank 0 evaluates and writes while the others
-wait.  The other, of the devices, carries sums of tensors.
+Two process groups connect the ranks. The hosts' group carries small Python objects (counts of
+boxes, signals, metrics) and waits as long as it takes: rank 0 evaluates and writes while the others
+wait. The devices' group carries sums of tensors.
 
-torch's DistributedDataParallel is not used.  It adds gradients up during the last backward pass, so
-a rank whose memory runs out there leaves the others in half of an exchange, from which its reducer
-has no way back; and it wants a forward pass of ranks that have no image of a small last window.
-Here each rank accumulates its share by itself, can discard it and try again in smaller pieces, and
-all gradients travel in one sum when every rank has said that its share is there
-(`runkey.training.optimizer`).  What that costs is the overlap of one exchange with one backward
-pass.
+torch's DistributedDataParallel is not used. It sums gradients during the last backward pass, so a
+rank whose memory runs out there leaves the others in the middle of an exchange, which its reducer
+cannot recover from; and it needs a forward pass on ranks that have no image of a small last batch.
+Here each rank accumulates its share alone, can discard it and try again in smaller micro-batches,
+and one all-reduce sums all gradients when every rank has reported success
+(`runkey.training.optimizer`). The cost is that this exchange does not overlap with a backward pass.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -33,45 +33,47 @@ from torch import Tensor
 
 from runkey.data.dataset import GlobalBatch
 from runkey.errors import Interrupted, RunkeyError, StoppedError, TrainingError
-from runkey.training.checkpoint.file import Checkpoints, Content
+from runkey.training.checkpoint.file import Checkpoint, Checkpoints
 from runkey.training.interrupts import Interrupts
-from runkey.training.ranks import Peers, this_process, watched
+from runkey.training.ranks import RankMonitor, monitoring, this_process
 
-# What the loop asks for, made the same on all ranks: windows, metrics, checkpoints.
+logger = logging.getLogger("runkey")
+
+# What the loop needs to be the same on all ranks: batches, metrics, checkpoints.
 
 
 def synchronised_batches(
-    windows: Iterator[GlobalBatch], world: World, interrupts: Interrupts
+    batches: Iterator[GlobalBatch], world: World, interrupts: Interrupts
 ) -> Iterator[GlobalBatch]:
-    """This rank's share of each window, handed out when all ranks have theirs.
+    """Yield this rank's share of each global batch, once all ranks have theirs.
 
     Raises:
-        SharedError: a rank has none, for its images cannot be read; on all ranks.
+        SharedError: a rank has none, because its images cannot be read; on all ranks.
         Interrupted: a signal reached a rank; on all ranks.
     """
     if world.size == 1:
-        yield from interrupts.each_at_once(windows)
+        yield from interrupts.each_at_once(batches)
         return
     while True:
-        window, fault = None, ""
+        batch, fault = None, ""
         try:
-            window = next(windows, None)
+            batch = next(batches, None)
         except RunkeyError as error:
             fault = f"rank {world.rank} of {world.size}: {error}"
-        told = world.gather((fault, interrupts.signal, window is None))
-        _raise_first(world, [fault for fault, _, _ in told], [number for _, number, _ in told])
-        if window is None:
+        received = world.gather((fault, interrupts.signal))
+        _raise_first(world, received)
+        if batch is None:
             return
-        yield window
+        yield batch
 
 
 def broadcast_metrics(
     evaluate: Callable[[], dict[str, float]], world: World, interrupts: Interrupts
 ) -> dict[str, float]:
-    """Rank 0's evaluation, told to all; the others wait for it as long as it takes.
+    """Evaluate on rank 0 and broadcast the metrics; the others wait as long as it takes.
 
     Raises:
-        SharedError: it failed; on all ranks.
+        SharedError: the evaluation failed; on all ranks.
         Interrupted: a signal reached rank 0; on all ranks.
     """
     if world.size == 1:
@@ -87,16 +89,16 @@ def broadcast_metrics(
             fault = str(error)
         except Interrupted as stop:
             number = stop.number
-    metrics, fault, number = world.share((metrics, fault, number))
-    _raise_first(world, [fault], [number])
+    metrics, fault, number = world.broadcast((metrics, fault, number))
+    _raise_first(world, [(fault, number)])
     return metrics
 
 
 class SharedCheckpoints:
-    """Rank 0's checkpoints: it alone saves them, all ranks go on from them."""
+    """Rank 0's checkpoints: rank 0 alone saves them, all ranks resume from them."""
 
     def __init__(self, own: Checkpoints | None, world: World) -> None:
-        """Take rank 0's; None on the other ranks, or where nothing is saved."""
+        """Wrap rank 0's; None on the other ranks, or if nothing is saved."""
         self._own = own
         self._world = world
 
@@ -114,85 +116,83 @@ class SharedCheckpoints:
         """See `Checkpoints.due`."""
         return self._own is not None and self._own.due(step)
 
-    def save(self, content: Content, *, wait: bool = False, anchor: bool = False) -> None:
+    def save(self, checkpoint: Checkpoint, *, wait: bool = False, anchor: bool = False) -> None:
         """See `Checkpoints.save`."""
         if self._own:
-            self._own.save(content, wait=wait, anchor=anchor)
+            self._own.save(checkpoint, wait=wait, anchor=anchor)
 
-    def load(self) -> Content | None:
-        """See `Checkpoints.load`; it travels from rank 0, so no disk has to be shared."""
-        return self._world.share(self._own.load() if self._own else None)
+    def load(self) -> Checkpoint | None:
+        """See `Checkpoints.load`; rank 0 sends it, so no disk has to be shared."""
+        return self._world.broadcast(self._own.load() if self._own else None)
 
-    def load_anchor(self, step: int) -> Content | None:
+    def load_anchor(self, step: int) -> Checkpoint | None:
         """See `Checkpoints.load_anchor`."""
-        return self._world.share(self._own.load_anchor(step) if self._own else None)
+        return self._world.broadcast(self._own.load_anchor(step) if self._own else None)
 
 
 @contextmanager
 def ending_together(world: World) -> Iterator[None]:
-    """Ranks leave the block at the same time; after that, or an error, each may end by itself."""
+    """Make ranks leave the block at the same time; after it, or an error, each may end alone."""
     try:
         yield
-        world.leave()
+        world.shutdown()
         world.gather(None)
     finally:
-        world.leave()
+        world.shutdown()
 
 
-def _raise_first(
-    world: World, faults: Sequence[str], numbers: Sequence[signal.Signals | None]
-) -> None:
-    """Raise the same on all ranks.  Those with nothing to save end before the others."""
-    for fault in faults:
+def _raise_first(world: World, received: Sequence[tuple[str, signal.Signals | None]]) -> None:
+    """Raise the first fault, else the first signal, the same on all ranks."""
+    for fault, _ in received:
         if fault:
-            world.leave()
+            world.shutdown()
             raise SharedError(fault)
-    for number in numbers:
+    for _, number in received:
         if number is not None:
-            world.leave()
+            world.shutdown()
             raise Interrupted(number)
 
 
-# Evaluations, or waiting for another training of the same key, take any time; ranks that die are
-# noticed without this.
+# Evaluations, or waiting for another training of the same key, take any time; the monitor notices
+# ranks that die.
 _AS_LONG_AS_IT_TAKES = timedelta(days=365)
 
 
 class SharedError(StoppedError):
-    """What went wrong on one rank, raised on all of them at the same place: rank 0 says it."""
+    """An error of one rank, raised on all of them at the same place; rank 0 reports it."""
 
 
 class LostRankError(StoppedError):
     """Another rank has ended."""
 
     def __init__(self, text: str, rank: int | None = None) -> None:
-        """Args: text: the line for the user.  rank: the one that ended, if that is known."""
+        """Args: text: the line for the user. rank: the one that ended, if that is known."""
         super().__init__(text)
         self.rank = rank
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among those that train together."""
+    """The ranks of a training, as seen by one of them."""
 
     rank: int = 0
-    """0..size-1; rank 0 prints, logs and writes."""
+    """0..size-1; rank 0 logs and writes."""
     local_rank: int = 0
     """Index among this machine's processes: the GPU to use."""
     size: int = 1
     """Number of processes."""
     device_group: dist.ProcessGroup | None = None
-    """What joins the GPUs; None: the hosts' group does all."""
-    peers: Peers | None = None
+    """Connects the GPUs; None: the hosts' group does everything."""
+    monitor: RankMonitor | None = None
     """Notices when another process dies."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that prints, logs and writes."""
+        """Whether this is the process that logs and writes."""
         return self.rank == 0
 
     def gather[T](self, mine: T) -> list[T]:
-        """What each rank gives, by rank; every rank calls this at the same place.
+        """Return what each rank gives, by rank; every rank calls this at the same place.
 
         Raises:
             LostRankError: another rank has ended.
@@ -200,12 +200,12 @@ class World:
         if self.size == 1:
             return [mine]
         everyone: list[T] = [mine] * self.size
-        with self._explained():
+        with self._naming_lost_ranks():
             dist.all_gather_object(everyone, mine)
         return everyone
 
-    def share[T](self, value: T) -> T:
-        """Rank 0's value; what the others give is not looked at.
+    def broadcast[T](self, value: T) -> T:
+        """Return rank 0's value; what the others give is ignored.
 
         Raises:
             LostRankError: another rank has ended.
@@ -213,36 +213,32 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        with self._explained():
+        with self._naming_lost_ranks():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def any(self, wish: bool) -> bool:
-        """Whether a rank wants it; every rank calls this at the same place."""
-        return any(self.gather(wish))
-
-    def add_up(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
         """Replace a tensor by the sum over ranks, the same bits on each; on a GPU without waiting.
 
         Raises:
             LostRankError: another rank has ended.
         """
         if self.size > 1:
-            with self._explained():
+            with self._naming_lost_ranks():
                 dist.all_reduce(tensor, group=self.device_group if tensor.is_cuda else None)
 
-    def leave(self) -> None:
-        """From here on other ranks may end: all have come to the same end."""
-        if self.peers:
-            self.peers.leave()
+    def shutdown(self) -> None:
+        """Allow other ranks to end: all have reached the same end."""
+        if self.monitor:
+            self.monitor.stand_down()
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Tell a broken connection as what it means."""
+    def _naming_lost_ranks(self) -> Iterator[None]:
+        """Turn a broken connection into the name of the rank that ended."""
         try:
             yield
         except RuntimeError as error:
-            lost = self.peers.lost() if self.peers else None
+            lost = self.monitor.lost() if self.monitor else None
             what = lost.text if lost else f"rank {self.rank} lost its connection ({error})"
             raise LostRankError(
                 f"{what}; training ends on all ranks", lost.rank if lost else None
@@ -250,7 +246,7 @@ class World:
 
 
 def read_world(environment: Mapping[str, str] = os.environ) -> World:
-    """The world that torchrun's variables describe; one process without them.
+    """Read the world from torchrun's variables; one process without them.
 
     Raises:
         TrainingError: the variables contradict each other.
@@ -269,12 +265,14 @@ def read_world(environment: Mapping[str, str] = os.environ) -> World:
 
 
 @contextmanager
-def join_world(device: torch.device, watch: Peers | None = None) -> Iterator[World]:
-    """Join the other processes, if there are any, until the block ends.
+def join_world(device: torch.device, monitor: RankMonitor | None = None) -> Iterator[World]:
+    """Connect to the other processes, if there are any, until the block ends.
+
+    Only rank 0 logs: the others' messages are dropped meanwhile.
 
     Args:
-        device: this rank's; GPUs are joined by NCCL, CPUs by gloo.
-        watch: over ranks that are known before; ends when all watch each other.
+        device: this rank's; NCCL connects GPUs, gloo CPUs.
+        monitor: of ranks that are known before; closed when all monitor each other.
 
     Raises:
         LostRankError: another rank has ended.
@@ -289,23 +287,27 @@ def join_world(device: torch.device, watch: Peers | None = None) -> Iterator[Wor
         )
     group = dist.new_group(backend="nccl") if device.type == "cuda" else None
     processes = dict(enumerate(world.gather(this_process())))
-    with watched(world.rank, processes) as peers:
-        if watch:
-            watch.close()
+    level = logger.level
+    if not world.is_main:
+        logger.setLevel(logging.CRITICAL + 1)
+    with monitoring(world.rank, processes) as everyone:
+        if monitor:
+            monitor.close()
         try:
-            yield World(world.rank, world.local_rank, world.size, group, peers)
+            yield World(world.rank, world.local_rank, world.size, group, everyone)
         except BaseException:
             if group is not None:
                 group.abort()  # what waits for a dead rank never ends by itself
             raise
         finally:
-            peers.leave()
+            everyone.stand_down()
             dist.destroy_process_group()
+            logger.setLevel(level)
 
 
 @contextmanager
 def _without_stdout() -> Iterator[None]:
-    """Gloo prints a line for each rank that it has connected, and no setting stops it."""
+    """Silence gloo, which prints a line for each rank it connects and has no setting for it."""
     sys.stdout.flush()
     kept = os.dup(1)
     nothing = os.open(os.devnull, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""When a metric no longer improves, as pure functions of its recorded history."""
+"""Early stopping: when a metric no longer improves, as pure functions of its history."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class MetricComparator:
-    """Compares two values of a metric.  NaN is the worst value there is."""
+    """Compares two values of a metric. NaN is worse than every number."""
 
     mode: Literal["max", "min"]
     """max: larger is better."""
@@ -24,11 +24,11 @@ class MetricComparator:
 
     @property
     def worst(self) -> float:
-        """What every value but NaN, and the worst infinity, is better than."""
+        """The value that every number but the same infinity is better than."""
         return -math.inf if self.mode == "max" else math.inf
 
     def better(self, value: float, best: float) -> bool:
-        """Whether `value` improves on `best` by more than the smallest change."""
+        """Return True if `value` improves on `best` by more than the smallest change."""
         if math.isnan(value):
             return False
         gain = value - best if self.mode == "max" else best - value
@@ -37,35 +37,38 @@ class MetricComparator:
 
 @dataclass(frozen=True, slots=True)
 class StopDecision:
-    """What a history of evaluations says."""
+    """Whether training stops after a history of evaluations, and why."""
 
     stop: bool
     waited: int
     """Evaluations on end without improvement."""
     reason: str
-    """What was seen, in one line; empty while training goes on."""
+    """One line; empty while training goes on."""
 
 
 def decide_stop(
-    history: Sequence[float], judge: MetricComparator, patience: int, metric: str = "the metric"
+    history: Sequence[float],
+    comparator: MetricComparator,
+    patience: int,
+    metric: str = "the metric",
 ) -> StopDecision:
-    """Whether to stop after the evaluations so far.
+    """Decide whether to stop after the evaluations so far.
 
     Args:
         history: the metric at each evaluation, in order.
-        judge: what counts as improvement.
+        comparator: what counts as improvement.
         patience: evaluations on end without improvement before training stops.
         metric: its name, for the reason.
     """
-    best, at, waited = judge.worst, 0, 0
+    best, at, waited = comparator.worst, 0, 0
     for number, value in enumerate(history, start=1):
-        if judge.better(value, best):
+        if comparator.better(value, best):
             best, at, waited = value, number, 0
         else:
             waited += 1
     if waited < patience:
         return StopDecision(False, waited, "")
-    least = f" by more than {judge.min_delta:g}" if judge.min_delta else ""
+    least = f" by more than {comparator.min_delta:g}" if comparator.min_delta else ""
     if not at:
         seen = f"{metric} was never a number"
     else:
@@ -77,7 +80,7 @@ def decide_stop(
 
 
 def watched_value(metrics: Mapping[str, float], metric: str) -> float:
-    """The metric that early stopping watches, out of an evaluation's.
+    """Pick the metric that early stopping watches from an evaluation's.
 
     Raises:
         TrainingError: evaluations do not log it.
@@ -92,21 +95,21 @@ def watched_value(metrics: Mapping[str, float], metric: str) -> float:
 
 
 def loss_gap(values: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
-    """`val/loss_gap`: how far the held-out loss lies above the training loss.
+    """Compute `val/loss_gap`, the generalisation gap: val loss minus train loss.
 
     Both are sums of the same parts over the same layers, divided by numbers of true boxes (detr: of
-    weighted queries); the loss of denoising queries, which evaluations have none of, is left out.
-    What differs: training images are augmented; the training loss is the mean over an epoch's
-    steps, of weights that were still moving, with dropout and batch statistics; the held-out loss
-    is of the weights at its end, averaged if there is an average.  So the gap may be below 0 early
-    on; what tells of overfitting is that it grows.
+    weighted queries); the loss of denoising queries, which evaluations do not have, is left out.
+    They differ in this: training images are augmented, and the training loss is the mean over an
+    epoch's steps, of weights that were still moving, with dropout and batch statistics; the val
+    loss is of the weights at its end, averaged if there is an average. So the gap may start below
+    0; overfitting shows in its growth.
 
     Args:
         values: the epoch's, by metric name.
         metrics: the evaluation's.
 
     Returns:
-        Nothing where one of the two losses is missing.
+        Empty if one of the two losses is missing.
     """
     if "val/loss" not in metrics or "train/epoch_loss" not in values:
         return {}

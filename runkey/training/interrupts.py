@@ -1,13 +1,13 @@
-"""SIGTERM and SIGINT while a model trains: a step is never cut in two.
+"""SIGTERM and SIGINT during training: a step is never interrupted half-way.
 
     with Interrupts() as interrupts:      # signals raise `Interrupted` at once ...
-        with interrupts.held():           # ... but here only
+        with interrupts.held():           # ... but in this block only
             step()
-            interrupts.check()            # ... where it is asked for
-            with interrupts.at_once():    # ... or in a part that may be given up half way
+            interrupts.check()            # ... where it is checked for
+            with interrupts.at_once():    # ... or in a part that may be given up half-way
                 evaluate()
 
-A second signal ends the process at once, whatever it does.
+A second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupts:
-    """Takes note of signals; without a `with` block around it, it never sees one."""
+    """Signal handling of a training; without a `with` block around it, no signal is handled."""
 
     def __init__(self) -> None:
-        """Take note of nothing yet."""
+        """Handle nothing yet."""
         self.signal: signal.Signals | None = None
-        """The one that came; None: none."""
+        """The one that has come; None: none."""
         self._held = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -42,13 +42,13 @@ class Interrupts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Handle them as before."""
+        """Restore the handlers from before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Only take note of a signal until the block ends, or asks."""
+        """Only remember a signal until the block ends or calls `check`."""
         self._held = True
         try:
             yield
@@ -58,7 +58,7 @@ class Interrupts:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside `held`: let a signal end this block."""
+        """Let a signal end this block, inside `held`."""
         self._held = False
         self.check()
         try:
@@ -67,7 +67,7 @@ class Interrupts:
             self._held = True
 
     def each_at_once[T](self, items: Iterator[T]) -> Iterator[T]:
-        """The same items; a signal ends the wait for one."""
+        """Yield the same items; a signal ends the wait for one."""
         while True:
             with self.at_once():
                 item = next(items, _END)
@@ -76,7 +76,7 @@ class Interrupts:
             yield item
 
     def check(self) -> None:
-        """Stop if a signal has come.
+        """Raise if a signal has come.
 
         Raises:
             Interrupted: it has.

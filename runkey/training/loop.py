@@ -1,102 +1,204 @@
-"""The training loop: epochs of steps, evaluations, the best weights, an early stop.
+"""The training loop: epochs of steps, evaluations, the best weights, early stopping.
 
-result = fit(model, criterion, loader, evaluate, params, device=device, tracker=tracker)
+context = build_training(params, num_classes, device, data=data)
+result = fit(context, evaluate, tracker=tracker, checkpoints=checkpoints)
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from runkey.data.dataset import GlobalBatch
-from runkey.errors import DataError, Interrupted, ModelError, StoppedError
-from runkey.model.criterion import Criterion
-from runkey.params import Params
-from runkey.training.build import Evaluate, Loader, Setup, build_setup
-from runkey.training.checkpoint.file import Checkpoints
+from runkey.errors import DataError, Interrupted, ModelError, StoppedError, TrainingError
+from runkey.training.build import Evaluate, TrainContext, describe
+from runkey.training.checkpoint.file import Checkpoint, Checkpoints
 from runkey.training.device import seed_step
 from runkey.training.distributed import (
-    World,
+    LostRankError,
+    SharedCheckpoints,
+    SharedError,
     broadcast_metrics,
     ending_together,
     synchronised_batches,
 )
 from runkey.training.early_stopping import MetricComparator, decide_stop, loss_gap, watched_value
-from runkey.training.guard import Guard, begin, explained, take_content
+from runkey.training.guard import Guard, restore, shown_ids
 from runkey.training.interrupts import Interrupts
-from runkey.training.metrics import LateReader, Pace, Quiet, Reading, Stopwatch, Tracker, timed
+from runkey.training.metrics import (
+    DelayedReader,
+    NullTracker,
+    SafeTracker,
+    StepValues,
+    Stopwatch,
+    Throughput,
+    Tracker,
+    timed,
+)
+from runkey.training.optimizer import current_rates
 from runkey.training.progress import Display, bar_text, epoch_line, open_display
 from runkey.training.state import FitResult, LoopState, Running
-from runkey.training.step import StepResult, train_step
+from runkey.training.step import StepResult, image_ids_of, is_out_of_memory, train_step
 
-# The numbers of a running epoch on their way to the tracker, the bar and the epoch's line.
+logger = logging.getLogger(__name__)
 
 
-class EpochRecorder:
-    """Takes each step's result, and hands its values on one step later."""
+def fit(
+    context: TrainContext,
+    evaluate: Evaluate,
+    *,
+    tracker: Tracker | None = None,
+    checkpoints: Checkpoints | None = None,
+    interrupts: Interrupts | None = None,
+    limit: int | None = None,
+) -> FitResult:
+    """Train a model from its newest checkpoint on; its best weights, not the last, are the result.
 
-    def __init__(self, setup: Setup, state: LoopState, display: Display, guard: Guard) -> None:
-        """Start an epoch, or go on in the middle of one, as the state says."""
-        self._running = running = state.running
-        self.pace = Pace.after(running.images, running.wait_seconds, running.seconds)
+    Args:
+        context: from `build_training`; its model is changed.
+        evaluate: metrics of a module in evaluation mode; called every `training.evaluate_every`
+            epochs and after the last, with the averaged weights if `training.ema_decay` is set.
+        tracker: records metrics and events; its failure does not stop training.
+        checkpoints: where to resume from and save to; None: neither.
+        interrupts: signals that end training at the boundary of a step; None: none are handled.
+        limit: most padded pixels (images x height x width) of a forward pass that are known to fit
+            in memory: larger micro-batches are split at once. None: any are tried.
+
+    Raises:
+        StoppedError: memory does not suffice for one image, or another rank has ended; a checkpoint
+            has been written.
+        DataError: an image cannot be read; a checkpoint has been written.
+        TrainingError: losses that stay non-finite, or an early-stopping metric that evaluations do
+            not log.
+        Interrupted: a signal came; a checkpoint has been written.
+    """
+    world = context.world
+    if world.size > 1:
+        checkpoints = SharedCheckpoints(checkpoints if world.is_main else None, world)
+    recorder = SafeTracker(tracker if tracker and world.is_main else NullTracker())
+    trainer = _Trainer(context, evaluate, recorder, checkpoints, interrupts or Interrupts())
+    with ending_together(world):
+        trainer.resume(limit)
+        with trainer.interrupts.held():
+            trainer.train()
+    return trainer.finish()
+
+
+def take_step(
+    context: TrainContext, state: LoopState, batch: GlobalBatch, watched: Sequence[float]
+) -> StepResult:
+    """Take one optimizer step, update the average, and count the step.
+
+    Args:
+        context: the training.
+        state: its step is counted up.
+        batch: the step's images.
+        watched: the metric that plateau watches, at each evaluation so far.
+    """
+    factor = context.schedule.factor(state.step, watched)
+    reseed = partial(seed_step, context.settings.seed, state.step, context.world.rank)
+    with _explained(state.step + 1, batch, context.step.optimizer):
+        result = train_step(context.step, batch, factor, limit=state.limit, reseed=reseed)
+    if context.ema is not None:
+        context.ema.update(result.skipped)
+    state.step += 1
+    return result
+
+
+@contextmanager
+def _explained(step: int, batch: GlobalBatch, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Turn what can go wrong in a step into one line that names the step and the way out."""
+    try:
+        yield
+    except LostRankError:
+        raise
+    except TrainingError as error:
+        lr = current_rates(optimizer)["train/lr"]
+        if isinstance(error, SharedError):
+            raise SharedError(f"step {step} (lr {lr:.3g}), {error}") from error
+        ids = shown_ids(image_ids_of(batch))
+        raise type(error)(f"step {step} (lr {lr:.3g}, images {ids}): {error}") from error
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise TrainingError(
+                f"step {step}: memory ran out outside of the forward and backward passes, where"
+                " smaller batches do not help; it needs a device with more memory"
+            ) from None
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        operation = str(error).split(" does not")[0]
+        raise TrainingError(
+            f"step {step}: {operation} has no deterministic form on this device; "
+            "set training.deterministic: false"
+        ) from error
+
+
+class _EpochMetrics:
+    """Metrics of the current epoch, on their way to guard, tracker, bar and the epoch's line."""
+
+    def __init__(self, trainer: _Trainer, display: Display) -> None:
+        """Start an epoch, or continue in the middle of one, as the state says."""
+        self._context, self._state = trainer.context, trainer.state
+        self._guard, self._tracker, self._display = trainer.guard, trainer.tracker, display
+        running = self._state.running
+        self.whole = Throughput.after(running.images, running.wait_seconds, running.seconds)
         """Of the whole epoch."""
-        self.recent = Pace()
+        self.recent = Throughput()
         """Since the last logged step."""
-        self._setup, self._state, self._display, self._guard = setup, state, display, guard
-        self._reader = LateReader()
+        self._reader = DelayedReader()
 
-    def record(self, result: StepResult, factor: float) -> None:
-        """Queue the values of the step that `state.step` now counts."""
-        for pace in (self.pace, self.recent):
-            pace.images += len(result.image_ids)
-        lr = self._setup.params.lr * factor
-        reading = Reading(self._state.step, result.image_ids, lr, {}, result.faults)
-        self._take(self._reader.push(reading, _scalars(result)))
+    def add(self, result: StepResult) -> None:
+        """Queue the values of the step that was just taken."""
+        for period in (self.whole, self.recent):
+            period.images += len(result.image_ids)
+        step = StepValues(self._state.step, result.image_ids, result.rates, {}, result.faults)
+        self._take(self._reader.push(step, _scalars(result)))
 
     def settle(self) -> None:
         """Wait for the last step, so that the state holds all numbers up to it."""
         self._take(self._reader.flush())
-        running, pace = self._running, self.pace
-        running.images, running.wait_seconds = pace.images, pace.wait_seconds
-        running.seconds = pace.seconds
+        running, whole = self._state.running, self.whole
+        running.images, running.wait_seconds = whole.images, whole.wait_seconds
+        running.seconds = whole.seconds
 
     def finish(self) -> dict[str, float]:
-        """Wait for the last step; the epoch's values by metric name.
+        """Wait for the last step; return the epoch's values by metric name.
 
-        Losses are means under `train/epoch_loss` and so on, so that they lie on one axis with the
-        evaluation's; gradient norms are means, the rate is the last.
+        Losses are means under `train/epoch_loss` and so on, so that they share an axis with the
+        evaluation's; gradient norms are means, learning rates are the last step's.
         """
         self.settle()
-        running = self._running
+        running = self._state.running
         values = {
             name.replace("/loss", "/epoch_loss"): value
             for name, value in running.means.means().items()
         }
-        values |= _pace_values(self.pace)
-        return values if running.lr is None else values | {"train/lr": running.lr}
+        return values | self.whole.as_metrics() | running.rates
 
-    def _take(self, reading: Reading | None) -> None:
-        """Judge, log and show a step whose values have arrived on the host."""
-        if reading is None:
+    def _take(self, step: StepValues | None) -> None:
+        """Pass a step on whose values have arrived on the host."""
+        if step is None:
             return
-        self._guard.note(reading)
-        values = {name: value for name, value in reading.values.items() if name != "skipped"}
-        self._running.means.add(values)
-        self._running.lr = reading.lr
-        if reading.step > 1 and reading.step % self._setup.params.runtime.log_every:
+        context, state = self._context, self._state
+        self._guard.note(step)
+        values = {name: value for name, value in step.values.items() if name != "skipped"}
+        state.running.means.add(values)
+        state.running.rates = step.rates
+        if step.step > 1 and step.step % context.settings.log_every:
             return
-        values |= _pace_values(self.recent)
-        values["train/lr"] = reading.lr
-        values["train/epoch"] = reading.step / self._setup.loader.steps_per_epoch
+        values |= self.recent.as_metrics() | step.rates
+        values["train/epoch"] = step.step / context.loader.steps_per_epoch
         self.recent.restart()
-        self._setup.tracker.log(values, reading.step)
-        text = bar_text(values, self._setup.seconds_left(self._state.step, self._state.seconds))
-        self._display.update(self._state.step, self._state.epoch + 1, text)
+        self._tracker.log(values, step.step)
+        text = bar_text(values, _seconds_left(context, state))
+        self._display.update(state.step, state.epoch + 1, text)
 
 
 def _scalars(result: StepResult) -> dict[str, Tensor]:
@@ -114,295 +216,232 @@ def _scalars(result: StepResult) -> dict[str, Tensor]:
     return values
 
 
-def _pace_values(pace: Pace) -> dict[str, float]:
-    return {
-        "train/images_per_second": pace.images_per_second,
-        "train/data_wait_share": pace.data_wait_share,
-    }
+def _seconds_left(context: TrainContext, state: LoopState) -> float:
+    """Time that the remaining steps take if they are like those so far."""
+    return state.seconds / state.step * (context.schedule.total_steps - state.step)
 
 
-# The end of an epoch and of a training: evaluation, the best weights, an early stop, a line.
+class _Trainer:
+    """One run of the loop: a context, its state, and where it records and saves."""
 
+    def __init__(
+        self,
+        context: TrainContext,
+        evaluate: Evaluate,
+        tracker: Tracker,
+        checkpoints: Checkpoints | None,
+        interrupts: Interrupts,
+    ) -> None:
+        self.context, self.evaluate = context, evaluate
+        self.tracker, self.checkpoints, self.interrupts = tracker, checkpoints, interrupts
+        self.state = LoopState()
+        self.guard = Guard(context, self.state, tracker, checkpoints)
+        self.clock = Stopwatch()
 
-def close_epoch(
-    setup: Setup, state: LoopState, values: dict[str, float], guard: Guard, clock: Stopwatch
-) -> None:
-    """Evaluate if that is due, log and print the epoch; note the end of training."""
-    epochs, every = setup.params.training.epochs, setup.params.training.evaluate_every
-    number = state.epoch + 1
-    due = number % every == 0 or number == epochs
-    if due:
-        guard.act_before_evaluation()
-    is_best = due and _evaluate(setup, state, values)
-    state.epoch, state.running = number, Running()
-    state.seconds += clock.lap()
-    values |= {
-        "train/epoch": float(number),
-        "train/skipped_steps": float(state.skipped_steps),
-        "train/loss_spikes": float(state.guard.spikes),
-    }
-    state.history.append({"epoch": float(number), "step": float(state.step)} | values)
-    setup.tracker.log(values, state.step)
-    setup.say(
-        epoch_line(
+    def resume(self, limit: int | None) -> None:
+        """Start from the newest checkpoint, if there is one."""
+        checkpoint = self.checkpoints.load() if self.checkpoints else None
+        choices = describe(self.context)
+        if checkpoint is None:
+            self.tracker.resume(None)
+            self.tracker.event("training_start", **choices)
+        else:
+            restore(self.context, checkpoint)
+            self.tracker.resume(checkpoint.position)
+            total, changes = self.context.schedule.total_steps, checkpoint.changes
+            exactly = f", not bit for bit: {changes}" if changes else ""
+            logger.info(f"resuming after step {checkpoint.step} of {total}{exactly}")
+            self.tracker.event("resumed", step=checkpoint.step, changes=changes)
+            self.state = LoopState.from_plain(checkpoint.state, checkpoint.best_weights)
+        limits = [pixels for pixels in (self.state.limit, limit) if pixels is not None]
+        self.state.limit = min(limits, default=None)
+
+    def train(self) -> None:
+        """Train the remaining epochs; afterwards the newest checkpoint is of the end."""
+        context, checkpoints = self.context, self.checkpoints
+        self.clock = Stopwatch()
+        self.guard = Guard(context, self.state, self.tracker, checkpoints)
+        if checkpoints and self.state.step == 0 and checkpoints.newest is None:
+            # An anchor to roll back to from the very start.
+            checkpoints.save(self._checkpoint(), anchor=True)
+        total, epochs = context.schedule.total_steps, context.settings.epochs
+        wanted = context.settings.progress and context.world.is_main
+        with open_display(total, epochs, wanted=wanted) as display:
+            while not self.state.stop_reason:
+                metrics = _EpochMetrics(self, display)
+                try:
+                    self._train_epoch(metrics)
+                    self._close_epoch(metrics.finish())
+                    self._at_boundary()
+                except Interrupted as stop:
+                    where, how = self._save_before_stop(metrics)
+                    text = f"stopped by {stop.number.name} after {where}; {how}"
+                    raise Interrupted(stop.number, text) from None
+                except (StoppedError, DataError) as error:
+                    where, how = self._save_before_stop(metrics)
+                    raise type(error)(f"{error}; stopped after {where}; {how}") from error
+        if checkpoints:
+            checkpoints.save(self._checkpoint(), wait=True)
+
+    def finish(self) -> FitResult:
+        """Log how training ended, and return the result."""
+        result, metric = self.state.result(), self.context.watched_metric
+        logger.info(
+            f"{result.stop_reason}; kept the weights of epoch {result.best_epoch} "
+            f"({metric} {result.best_metrics[metric]:.4g}){_gap_text(result)}"
+        )
+        self.tracker.event(
+            "training_end",
+            reason=result.stop_reason,
+            best_epoch=result.best_epoch,
+            best_step=result.best_step,
+            steps=result.steps,
+            skipped_steps=result.skipped_steps,
+            seconds=result.seconds,
+        )
+        return result
+
+    def _checkpoint(self) -> Checkpoint:
+        """What has to be saved at this boundary of a step; tensors are not copied."""
+        return Checkpoint(
+            step=self.state.step,
+            state=self.state.as_plain(),
+            parts={name: part.state_dict() for name, part in self.context.parts.items()},
+            position=self.tracker.position(),
+            best_weights=self.state.best_weights,
+        )
+
+    def _train_epoch(self, metrics: _EpochMetrics) -> None:
+        """Take the remaining steps of the current epoch."""
+        context, state = self.context, self.state
+        context.step.model.train()
+        watched = state.watched(context.watched_metric)
+        per_epoch = context.loader.steps_per_epoch
+        batches = context.loader.epoch(state.epoch, state.step - state.epoch * per_epoch)
+        shares = synchronised_batches(batches, context.world, self.interrupts)
+        for batch in timed(shares, metrics.whole, metrics.recent):
+            result = take_step(context, state, batch, watched)
+            # Passes on the values of the step before: what a step's values lead to is decided one
+            # step late, wherever a checkpoint made them known earlier.
+            metrics.add(result)
+            self.guard.act()
+            state.seconds += self.clock.lap()
+            self._at_boundary(metrics, is_split=self._note_splits(result))
+        if state.step != (state.epoch + 1) * per_epoch:
+            raise ValueError(f"epoch {state.epoch + 1}: the loader's batches are not as announced")
+
+    def _note_splits(self, result: StepResult) -> bool:
+        """Keep and log what did not fit in memory in the last step; whether there was any."""
+        state = self.state
+        for split in result.splits:
+            state.limit = split.limit if state.limit is None else min(state.limit, split.limit)
+            logger.info(f"step {state.step}: {split.text}")
+            self.tracker.event("split", step=state.step, **asdict(split))
+        return bool(result.splits)
+
+    def _at_boundary(self, metrics: _EpochMetrics | None = None, *, is_split: bool = False) -> None:
+        """Between two steps: save a checkpoint if it is due, stop if a signal came.
+
+        One is also saved after a rollback, so that every later step can be replayed from a
+        checkpoint without another rollback; and with a new pixel limit, so that no step has to
+        find it again.
+        """
+        rolled_back = self.guard.has_just_rolled_back
+        anchor = metrics is not None and self.guard.wants_anchor()
+        now = rolled_back or anchor or is_split
+        if self.checkpoints and (now or self.checkpoints.due(self.state.step)):
+            if metrics:
+                metrics.settle()
+            self.checkpoints.save(self._checkpoint(), wait=rolled_back, anchor=anchor)
+        if self.context.world.size == 1:  # several ranks agree on it with the next batch
+            self.interrupts.check()
+
+    def _save_before_stop(self, metrics: _EpochMetrics) -> tuple[str, str]:
+        """Save a checkpoint at this boundary of a step; return which step, and how to continue."""
+        metrics.settle()
+        where = f"step {self.state.step} of {self.context.schedule.total_steps}"
+        if self.checkpoints is None:
+            return where, "nothing is saved"
+        self.checkpoints.save(self._checkpoint(), wait=True)
+        if not self.context.world.is_main:
+            return where, "`dvc repro` goes on from rank 0's newest checkpoint"
+        match self.checkpoints.newest:
+            case self.state.step:
+                return where, "`dvc repro` goes on from there"
+            case None:
+                return where, "there is no checkpoint, so `dvc repro` starts anew"
+            case older:
+                return where, f"`dvc repro` goes on from step {older}"
+
+    def _close_epoch(self, values: dict[str, float]) -> None:
+        """Evaluate if that is due, log the epoch, and decide on the end of training."""
+        state, settings = self.state, self.context.settings
+        number = state.epoch + 1
+        due = number % settings.evaluate_every == 0 or number == settings.epochs
+        if due:
+            self.guard.act_before_evaluation()
+        is_best = due and self._evaluate(values)
+        state.epoch, state.running = number, Running()
+        state.seconds += self.clock.lap()
+        values |= {
+            "train/epoch": float(number),
+            "train/skipped_steps": float(state.skipped_steps),
+            "train/loss_spikes": float(state.guard.spikes),
+        }
+        state.history.append({"epoch": float(number), "step": float(state.step)} | values)
+        self.tracker.log(values, state.step)
+        line = epoch_line(
             number,
-            epochs,
+            settings.epochs,
             values,
-            setup.seconds_left(state.step, state.seconds),
-            watched=setup.watched,
+            _seconds_left(self.context, state),
+            watched=self.context.watched_metric,
             is_best=is_best,
         )
-    )
-    if not state.stop_reason and number == epochs:
-        state.stop_reason = f"all {epochs} epochs done"
+        logger.info(line)
+        if not state.stop_reason and number == settings.epochs:
+            state.stop_reason = f"all {settings.epochs} epochs done"
 
+    def _evaluate(self, values: dict[str, float]) -> bool:
+        """Evaluate and add the metrics to `values`; return True if the weights are the best."""
+        state, stopping = self.state, self.context.settings.early_stopping
+        module = self.context.evaluated_module.eval()
+        metrics = broadcast_metrics(self._metrics, self.context.world, self.interrupts)
+        value = watched_value(metrics, stopping.metric)
+        values |= metrics | loss_gap(values, metrics)
+        state.evaluations.append(metrics)
+        if stopping.enabled:
+            comparator = MetricComparator(stopping.mode, stopping.min_delta)
+            history = state.watched(stopping.metric)
+            decision = decide_stop(history, comparator, stopping.patience, stopping.metric)
+            state.stop_reason = decision.reason
+        # min_delta is for patience alone: better weights are better by however little.
+        return state.keep_if_best(value, metrics, module, MetricComparator(stopping.mode))
 
-def _evaluate(setup: Setup, state: LoopState, values: dict[str, float]) -> bool:
-    """Evaluate, add the metrics to `values`, keep the best weights; whether these are the best."""
-    stopping = setup.params.training.early_stopping
-    module = setup.evaluated_module.eval()
-    metrics = broadcast_metrics(lambda: _judge(setup, state, module), setup.world, setup.interrupts)
-    value = watched_value(metrics, stopping.metric)
-    values |= metrics | loss_gap(values, metrics)
-    state.evaluations.append(metrics)
-    if stopping.enabled:
-        judge = MetricComparator(stopping.mode, stopping.min_delta)
-        history = state.watched(stopping.metric)
-        verdict = decide_stop(history, judge, stopping.patience, stopping.metric)
-        state.stop_reason = verdict.reason
-    # The smallest change is for patience alone: better weights are better by however little.
-    return state.offer(value, metrics, module, MetricComparator(stopping.mode))
+    def _metrics(self) -> dict[str, float]:
+        """The evaluation's metrics; NaN if the model's predictions are not finite.
 
-
-def _judge(setup: Setup, state: LoopState, module: nn.Module) -> dict[str, float]:
-    """The evaluation's metrics; of a model whose predictions are not finite, NaN.
-
-    That is the worst there is, so such weights are never the best; whether training goes on is the
-    guard's business, which sees the same in the next steps.
-    """
-    try:
-        with torch.no_grad():
-            return {name: float(value) for name, value in setup.evaluate(module).items()}
-    except ModelError as error:
-        setup.say(f"evaluation after step {state.step}: {error}; it counts as the worst")
-        setup.tracker.event("evaluation_failed", step=state.step, reason=str(error))
-        return {setup.watched: math.nan}
-
-
-def finish(setup: Setup, state: LoopState) -> FitResult:
-    """Say how training ended, and hand over what it leaves behind."""
-    result = state.result()
-    setup.say(
-        f"{result.stop_reason}; kept the weights of epoch {result.best_epoch} "
-        f"({setup.watched} {result.best_metrics[setup.watched]:.4g}){_gap_text(result)}"
-    )
-    setup.tracker.event(
-        "training_end",
-        reason=result.stop_reason,
-        best_epoch=result.best_epoch,
-        best_step=result.best_step,
-        steps=result.steps,
-        skipped_steps=result.skipped_steps,
-        seconds=result.seconds,
-    )
-    return result
+        NaN is the worst value, so such weights are never the best; whether training goes on is up
+        to the guard, which sees the same in the next steps.
+        """
+        try:
+            with torch.no_grad():
+                metrics = self.evaluate(self.context.evaluated_module)
+                return {name: float(value) for name, value in metrics.items()}
+        except ModelError as error:
+            step = self.state.step
+            logger.info(f"evaluation after step {step}: {error}; it counts as the worst")
+            self.tracker.event("evaluation_failed", step=step, reason=str(error))
+            return {self.context.watched_metric: math.nan}
 
 
 def _gap_text(result: FitResult) -> str:
-    """How far the held-out loss was above the training loss, in words; empty if not known."""
+    """The generalisation gap in words; empty if it is not known."""
     gaps = {e["step"]: e["val/loss_gap"] for e in result.history if "val/loss_gap" in e}
     if result.best_step not in gaps:
         return ""
     last = list(gaps.values())[-1]
     return (
-        f"; held-out loss minus training loss: {gaps[result.best_step]:.3g} there, {last:.3g} at "
-        "the end"
+        f"; generalisation gap (val loss - train loss): {gaps[result.best_step]:.3g} at the best "
+        f"epoch, {last:.3g} at the end"
     )
-
-
-def fit(
-    model: nn.Module,
-    criterion: Criterion,
-    loader: Loader,
-    evaluate: Evaluate,
-    params: Params,
-    *,
-    device: torch.device,
-    tracker: Tracker | None = None,
-    say: Callable[[str], None] = lambda _: None,
-    world: World | None = None,
-    checkpoints: Checkpoints | None = None,
-    interrupts: Interrupts | None = None,
-    limit: int | None = None,
-) -> FitResult:
-    """Train a model, from its newest checkpoint on; its best weights, not the last, are the result.
-
-    Args:
-        model: called as `model(images, padding_mask, targets)`; moved to `device` and changed.
-        criterion: its losses.
-        loader: the training data, already cut into micro-batches.
-        evaluate: metrics of a module in evaluation mode; called every `training.evaluate_every`
-            epochs and after the last, with the averaged weights if `training.ema_decay` is set.
-        params: lr, seed, optimizer, schedule, training and runtime are read.
-        device: where to train.
-        tracker: takes the metrics; its failure does not stop training.
-        say: prints a line.
-        world: this process among others; None for the only one.
-        checkpoints: where training goes on from and is saved; None: neither.
-        interrupts: signals that end training at the boundary of a step; None: none are handled.
-        limit: most padded pixels (images x height x width) of a forward pass that memory is known
-            to suffice for: larger micro-batches are cut at once.  None: any are tried.
-
-    Raises:
-        StoppedError: memory does not suffice for one image, or another rank has ended; a checkpoint
-            has been written.
-        DataError: an image cannot be read; a checkpoint has been written.
-        TrainingError: no data, nothing to train, losses that stay non-finite, or an early-stopping
-            metric that evaluations do not log.
-        Interrupted: a signal came; a checkpoint has been written.
-    """
-    setup = build_setup(
-        model,
-        criterion,
-        loader,
-        evaluate,
-        params,
-        device=device,
-        tracker=tracker or Quiet(),
-        say=say,
-        world=world or World(),
-        checkpoints=checkpoints,
-        interrupts=interrupts,
-    )
-    with ending_together(setup.world):
-        state = begin(setup)
-        state.limit = min((n for n in (state.limit, limit) if n is not None), default=None)
-        with setup.interrupts.held():
-            _train(setup, state)
-    return finish(setup, state)
-
-
-def _train(setup: Setup, state: LoopState) -> None:
-    """The epochs that are left; afterwards the newest checkpoint is of the end."""
-    clock, guard = Stopwatch(), Guard(setup, state)
-    _save_first_anchor(setup, state)
-    total, epochs = setup.schedule.total_steps, setup.params.training.epochs
-    with open_display(
-        total, epochs, wanted=setup.params.runtime.progress and setup.world.is_main
-    ) as display:
-        while not state.stop_reason:
-            recorder = EpochRecorder(setup, state, display, guard)
-            try:
-                _train_epoch(setup, state, recorder, guard, clock)
-                close_epoch(setup, state, recorder.finish(), guard, clock)
-                _at_boundary(setup, state, guard)
-            except Interrupted as stop:
-                where, how = _keep(setup, state, recorder)
-                text = f"stopped by {stop.number.name} after {where}; {how}"
-                raise Interrupted(stop.number, text) from None
-            except (StoppedError, DataError) as error:
-                where, how = _keep(setup, state, recorder)
-                raise type(error)(f"{error}; stopped after {where}; {how}") from error
-    if setup.checkpoints:
-        setup.checkpoints.save(take_content(setup, state), wait=True)
-
-
-def _train_epoch(
-    setup: Setup, state: LoopState, recorder: EpochRecorder, guard: Guard, clock: Stopwatch
-) -> None:
-    """The steps of the running epoch that are not done yet."""
-    setup.machinery.model.train()
-    watched = state.watched(setup.watched)
-    done = state.step - state.epoch * setup.loader.steps_per_epoch
-    windows = synchronised_batches(
-        setup.loader.epoch(state.epoch, done), setup.world, setup.interrupts
-    )
-    for window in timed(windows, recorder.pace, recorder.recent):
-        result, factor = take_step(setup, state, window, watched)
-        # Hands on the values of the step before: what is decided by a step's values is decided one
-        # step late, wherever a checkpoint made them known earlier.
-        recorder.record(result, factor)
-        guard.act()
-        state.seconds += clock.lap()
-        _at_boundary(setup, state, guard, recorder, is_cut=_note_splits(setup, state, result))
-    if state.step != (state.epoch + 1) * setup.loader.steps_per_epoch:
-        raise ValueError(f"epoch {state.epoch + 1}: the loader's windows are not steps_per_epoch")
-
-
-def take_step(
-    setup: Setup, state: LoopState, window: GlobalBatch, watched: Sequence[float]
-) -> tuple[StepResult, float]:
-    """One optimizer step and what goes with it; its result, and the schedule's factor.
-
-    Args:
-        setup: the training.
-        state: its step is counted on.
-        window: the step's images.
-        watched: the metric that plateau goes by, at each evaluation so far.
-    """
-    factor = setup.schedule.factor(state.step, watched)
-    reseed = partial(seed_step, setup.params.seed, state.step, setup.world.rank)
-    with explained(state.step + 1, window, setup.params.lr * factor):
-        result = train_step(setup.machinery, window, factor, limit=state.limit, reseed=reseed)
-    if setup.ema is not None:
-        setup.ema.update(result.skipped)
-    state.step += 1
-    return result, factor
-
-
-def _note_splits(setup: Setup, state: LoopState, result: StepResult) -> bool:
-    """Keep and tell what memory did not suffice for in the last step; whether there was any."""
-    for split in result.splits:
-        state.limit = split.limit if state.limit is None else min(state.limit, split.limit)
-        setup.say(f"step {state.step}: {split.text}")
-        setup.tracker.event("split", step=state.step, **asdict(split))
-    return bool(result.splits)
-
-
-def _save_first_anchor(setup: Setup, state: LoopState) -> None:
-    """Have something to go back to from the very start."""
-    checkpoints = setup.checkpoints
-    if checkpoints and state.step == 0 and checkpoints.newest is None:
-        checkpoints.save(take_content(setup, state), anchor=True)
-
-
-def _at_boundary(
-    setup: Setup,
-    state: LoopState,
-    guard: Guard,
-    recorder: EpochRecorder | None = None,
-    *,
-    is_cut: bool = False,
-) -> None:
-    """Between two steps: save a checkpoint if it is time, stop if a signal came.
-
-    One is saved after going back, too, so that every later step can be replayed from a checkpoint
-    without going back again; and with a new limit of memory, so that no step has to find it anew.
-    """
-    went_back = guard.has_just_gone_back
-    anchor = recorder is not None and guard.wants_anchor()
-    now = went_back or anchor or is_cut
-    if setup.checkpoints and (now or setup.checkpoints.due(state.step)):
-        if recorder:
-            recorder.settle()
-        setup.checkpoints.save(take_content(setup, state), wait=went_back, anchor=anchor)
-    if setup.world.size == 1:  # several ranks agree on it with the next window
-        setup.interrupts.check()
-
-
-def _keep(setup: Setup, state: LoopState, recorder: EpochRecorder) -> tuple[str, str]:
-    """Save a checkpoint at this boundary of a step; which one it is, and how to go on."""
-    recorder.settle()
-    where = f"step {state.step} of {setup.schedule.total_steps}"
-    if setup.checkpoints is None:
-        return where, "nothing is saved"
-    setup.checkpoints.save(take_content(setup, state), wait=True)
-    if not setup.world.is_main:
-        return where, "`dvc repro` goes on from rank 0's newest checkpoint"
-    match setup.checkpoints.newest:
-        case state.step:
-            return where, "`dvc repro` goes on from there"
-        case None:
-            return where, "there is no checkpoint, so `dvc repro` starts anew"
-        case older:
-            return where, f"`dvc repro` goes on from step {older}"

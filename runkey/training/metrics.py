@@ -1,26 +1,28 @@
-"""Numbers of a running epoch: read late, so that nobody waits for the device."""
+"""Per-step metrics: where they are logged to, and how they are read one step late.
+
+Reading a step's values at once would wait for the device. They are copied to the host behind the
+step itself, and read when the next one has been queued.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor
 
 from runkey.data.dataset import GlobalBatch
-from runkey.training.distributed import World
 
-# Where values of a training go, as far as the training knows.
+logger = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """Takes values and events.  Calls are cheap, buffered, and never raise."""
+    """Records metrics and events. Calls are cheap, buffered, and never raise."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Record metrics by name at an optimizer step."""
@@ -32,47 +34,46 @@ class Tracker(Protocol):
         """
 
     def position(self) -> Mapping[str, int | str]:
-        """Where the log is now, safe on disk up to there; for a checkpoint."""
+        """Return where the log is, safe on disk up to there; for a checkpoint."""
         ...
 
     def resume(self, position: Mapping[str, int | str] | None) -> None:
-        """Go on where a checkpoint was taken.
+        """Continue where a checkpoint was taken.
 
-        What the log holds after that place will be given once more, equal in all but times, and is
-        not to be recorded twice.
+        What the log holds after that place will be logged again, equal in all but times, and must
+        not be recorded twice.
 
         Args:
             position: what `position` gave then; None: training starts from its beginning.
         """
 
 
-class Quiet:
-    """A tracker that keeps nothing."""
+class NullTracker:
+    """A tracker that records nothing."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Keep nothing."""
+        """Record nothing."""
 
     def event(self, kind: str, **fields: object) -> None:
-        """Keep nothing."""
+        """Record nothing."""
 
     def position(self) -> Mapping[str, int | str]:
-        """Nowhere."""
+        """Return no position."""
         return {}
 
     def resume(self, position: Mapping[str, int | str] | None) -> None:
-        """Nothing to go on with."""
+        """Do nothing."""
 
 
-class Contained:
-    """Passes everything on to a tracker until that one raises, then says so and goes on without it.
+class SafeTracker:
+    """Passes everything to a tracker until that one raises, then goes on without it.
 
-    Trackers promise never to raise; a broken promise may cost the log, but not the training.
+    Trackers promise not to raise; a broken promise may cost the log, but not the training.
     """
 
-    def __init__(self, tracker: Tracker, say: Callable[[str], None]) -> None:
-        """Wrap `tracker`; `say` prints a line."""
+    def __init__(self, tracker: Tracker) -> None:
+        """Wrap `tracker`."""
         self._tracker: Tracker = tracker
-        self._say = say
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """See `Tracker.log`."""
@@ -104,94 +105,28 @@ class Contained:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        self._tracker = Quiet()
-        self._say(f"tracking stopped, training goes on: {type(error).__name__}: {error}")
-
-
-# Batch norm's running statistics: put back where the step that changed them does not count.
-
-
-class RunningStatistics:
-    """The buffers that a module's forward pass changes in training.
-
-    A forward pass poisons them before anyone knows that its loss is not finite, and unlike the
-    optimizer's update this cannot be left out afterwards.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        """Find them in `module`, which is on its device already."""
-        by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-        for part in module.modules():
-            if isinstance(part, _NormBase) and part.track_running_stats:
-                for buffer in part.buffers(recurse=False):
-                    by_dtype[buffer.dtype].append(buffer)
-        self._groups = list(by_dtype.values())
-
-    def copy(self) -> list[Tensor]:
-        """Their present values, one flat tensor for each dtype."""
-        return [_joined(group) for group in self._groups]
-
-    @torch.no_grad()
-    def restore(self, saved: list[Tensor], where: Tensor) -> None:
-        """Put back, bit for bit, what `copy` gave, where `where` is not 0; without a host sync.
-
-        Args:
-            saved: from `copy`.
-            where: float scalar on the device, 0 or 1.
-        """
-        for group, before in zip(self._groups, saved, strict=True):
-            # A few kernels for all buffers, not one for each of a hundred.
-            _write(group, torch.where(where > 0, before, _joined(group)))
-
-    @torch.no_grad()
-    def average(self, world: World) -> None:
-        """Give all ranks the mean of their statistics, and rank 0's number of batches.
-
-        Each rank has moved them by the images of its own share, as each micro-batch does in one
-        process.  The mean is the same bits everywhere.
-        """
-        if world.size == 1:
-            return
-        for group in self._groups:
-            joined = _joined(group)
-            if joined.is_floating_point():
-                world.add_up(joined)
-                joined /= world.size
-            else:
-                joined *= world.is_main
-                world.add_up(joined)
-            _write(group, joined)
-
-
-def _write(tensors: list[Tensor], joined: Tensor) -> None:
-    """The way back from `_joined`."""
-    parts = torch.split(joined, [tensor.numel() for tensor in tensors])
-    views = [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
-    torch._foreach_copy_(tensors, views)
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+        self._tracker = NullTracker()
+        logger.info(f"tracking stopped, training goes on: {type(error).__name__}: {error}")
 
 
 @dataclass(frozen=True)
-class Reading:
+class StepValues:
     """Values of one optimizer step, on the host."""
 
     step: int
     """Optimizer steps tried up to and with this one."""
     image_ids: tuple[int, ...]
     """COCO ids of the images it was computed from."""
-    lr: float
-    """Its rate."""
+    rates: dict[str, float]
+    """Learning rates by metric name; see `current_rates`."""
     values: dict[str, float]
     """By metric name."""
     faults: tuple[str, ...] = ()
     """What the matching found that is not finite."""
 
 
-class LateReader:
-    """Hands out each step's values one step later, when the device has long delivered them.
+class DelayedReader:
+    """Returns each step's values one step later, when the device has delivered them.
 
     The copy to the host is queued behind the step itself; by the time it is read, the matcher of
     the next step has waited for the device anyway.
@@ -199,13 +134,13 @@ class LateReader:
 
     def __init__(self) -> None:
         """Start empty."""
-        self._queued: tuple[Reading, Tensor, torch.cuda.Event | None] | None = None
+        self._queued: tuple[StepValues, Tensor, torch.cuda.Event | None] | None = None
 
-    def push(self, reading: Reading, values: Mapping[str, Tensor]) -> Reading | None:
-        """Queue device scalars of a step; the reading before it, if there is one.
+    def push(self, step: StepValues, values: Mapping[str, Tensor]) -> StepValues | None:
+        """Queue device scalars of a step; return the step before it, if there is one.
 
         Args:
-            reading: what is known of the step; its values are filled in later.
+            step: what is known of the step; its values are filled in later.
             values: scalars by metric name.
         """
         previous = self.flush()
@@ -217,19 +152,18 @@ class LateReader:
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()  # type: ignore[no-untyped-call]
         names = dict.fromkeys(values, 0.0)
-        self._queued = (replace(reading, values=names), stacked, arrived)
+        self._queued = (replace(step, values=names), stacked, arrived)
         return previous
 
-    def flush(self) -> Reading | None:
-        """The reading that is still queued, waiting for it if need be."""
+    def flush(self) -> StepValues | None:
+        """Return the step that is still queued, waiting for it if need be."""
         if self._queued is None:
             return None
-        reading, stacked, arrived = self._queued
+        step, stacked, arrived = self._queued
         self._queued = None
         if arrived is not None:
             arrived.synchronize()
-        values = dict(zip(reading.values, stacked.tolist(), strict=True))
-        return replace(reading, values=values)
+        return replace(step, values=dict(zip(step.values, stacked.tolist(), strict=True)))
 
 
 @dataclass
@@ -240,14 +174,14 @@ class Means:
     counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, values: Mapping[str, float]) -> None:
-        """Take one more of each value."""
+        """Add one more of each value."""
         for name, value in values.items():
             if math.isfinite(value):
                 self.sums[name] = self.sums.get(name, 0.0) + value
                 self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
-        """The mean of each name that had a finite value."""
+        """Return the mean of each name that had a finite value."""
         return {name: total / self.counts[name] for name, total in self.sums.items()}
 
 
@@ -259,53 +193,50 @@ class Stopwatch:
         self._last = time.perf_counter()
 
     def lap(self) -> float:
-        """Seconds since the start or the lap before."""
+        """Return the seconds since the start or the lap before."""
         before, self._last = self._last, time.perf_counter()
         return self._last - before
 
 
 @dataclass
-class Pace:
-    """How fast images go by, and how long the loop waited for them, since the start of a span."""
+class Throughput:
+    """Images per second, and the share of time that the loop waited for data, of a period."""
 
     images: int = 0
     wait_seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def after(cls, images: int, wait_seconds: float, seconds: float) -> Pace:
-        """A span that another process began, as far as that one counted it."""
+    def after(cls, images: int, wait_seconds: float, seconds: float) -> Throughput:
+        """Continue a period that another process began, as far as that one counted it."""
         return cls(images, wait_seconds, time.perf_counter() - seconds)
 
     def restart(self) -> None:
-        """Begin a new span now."""
+        """Begin a new period now."""
         self.images, self.wait_seconds, self.started = 0, 0.0, time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Length of the span so far."""
+        """Length of the period so far."""
         return max(1e-9, time.perf_counter() - self.started)
 
-    @property
-    def images_per_second(self) -> float:
-        """Throughput."""
-        return self.images / self.seconds
-
-    @property
-    def data_wait_share(self) -> float:
-        """Part of the time in which the loop had no data to work on, 0..1."""
-        return min(1.0, self.wait_seconds / self.seconds)
+    def as_metrics(self) -> dict[str, float]:
+        """Return images per second and the share (0..1) of time without data, by metric name."""
+        return {
+            "train/images_per_second": self.images / self.seconds,
+            "train/data_wait_share": min(1.0, self.wait_seconds / self.seconds),
+        }
 
 
-def timed(windows: Iterable[GlobalBatch], *paces: Pace) -> Iterator[GlobalBatch]:
-    """The same windows; the time that each was waited for goes to the paces."""
-    iterator = iter(windows)
+def timed(batches: Iterable[GlobalBatch], *periods: Throughput) -> Iterator[GlobalBatch]:
+    """Yield the same batches; add the time that each was waited for to the periods."""
+    iterator = iter(batches)
     while True:
         started = time.perf_counter()
-        window = next(iterator, None)
+        batch = next(iterator, None)
         waited = time.perf_counter() - started
-        for pace in paces:
-            pace.wait_seconds += waited
-        if window is None:
+        for period in periods:
+            period.wait_seconds += waited
+        if batch is None:
             return
-        yield window
+        yield batch

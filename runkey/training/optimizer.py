@@ -1,4 +1,4 @@
-"""AdamW over groups of parameters, each with its own rate and decay."""
+"""AdamW and what goes with it: gradient clipping, the moving average, gradients over ranks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,103 @@ from torch import Tensor, nn
 from runkey import params
 from runkey.errors import TrainingError
 from runkey.training.distributed import World
+from runkey.training.tensors import FlatLayout, by_dtype
 
-# Gradient clipping by joint norm or by value, without a host sync.
+# Optimizer: AdamW over named parameter groups.
+
+_BACKBONE = "backbone."
+_NO_DECAY = "/no_decay"
 
 
-# In a history's places without a norm yet.  Not NaN: what a checkpoint holds is finite.
+def build_optimizer(module: nn.Module, section: params.Optimizer, lr: float) -> torch.optim.AdamW:
+    """Build AdamW (Loshchilov and Hutter 2019) for the trainable parameters of a module.
+
+    Groups are named `backbone` or `rest`, with `/no_decay` for biases and norm weights if those
+    have no weight decay. Each keeps its peak rate as `base_lr`; `set_rates` scales it. A factor of
+    0 for the backbone's rate freezes it: its parameters no longer require gradients after this.
+
+    Args:
+        module: names of its backbone's parameters start with `backbone.`.
+        section: the optimizer's parameters.
+        lr: peak rate, per step.
+
+    Raises:
+        TrainingError: nothing is left to train.
+    """
+    if section.backbone_lr_factor == 0:
+        for name, parameter in module.named_parameters():
+            if name.startswith(_BACKBONE):
+                parameter.requires_grad_(False)
+    groups: dict[str, list[Tensor]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            group = "backbone" if name.startswith(_BACKBONE) else "rest"
+            if parameter.ndim < 2 and not section.decay_norm_and_bias:
+                group += _NO_DECAY
+            groups.setdefault(group, []).append(parameter)
+    if not groups:
+        raise TrainingError("params.yaml: every parameter of the model is frozen; nothing to train")
+    return torch.optim.AdamW(
+        [
+            {
+                "name": name,
+                "params": parameters,
+                "base_lr": lr * (section.backbone_lr_factor if "backbone" in name else 1.0),
+                "weight_decay": 0.0 if name.endswith(_NO_DECAY) else section.weight_decay,
+            }
+            for name, parameters in sorted(groups.items())
+        ],
+        lr=lr,
+        betas=(section.beta1, section.beta2),
+        fused=True,
+    )
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's rate to its peak rate times the schedule's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def current_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Read the rates of the parameter groups, by metric name.
+
+    Returns:
+        `train/lr` of the main group, `train/lr_backbone` of the backbone's. Groups that differ in
+        weight decay only share a rate. `train/lr` is the backbone's if nothing else is trained.
+    """
+    rates = {
+        group["name"].removesuffix(_NO_DECAY): float(group["lr"])
+        for group in optimizer.param_groups
+    }
+    main = "rest" if "rest" in rates else next(iter(rates))
+    return {"train/lr": rates.pop(main)} | {f"train/lr_{name}": lr for name, lr in rates.items()}
+
+
+def trained_parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Yield the parameters of all groups."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def guarded_step(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
+    """Take one step, or none where `skip` is 1, decided on the device without a host sync.
+
+    A skipped step leaves parameters, moments and step counters as they were, bit for bit: the
+    fused kernel has this for loss scaling, and reads it from an attribute.
+
+    Args:
+        optimizer: a fused AdamW.
+        skip: float scalar on the parameters' device, 0 or 1.
+    """
+    optimizer.found_inf = skip  # type: ignore[attr-defined]
+    optimizer.step()
+    del optimizer.found_inf  # type: ignore[attr-defined]
+
+
+# Gradient clipping, without a host sync.
+
+# Marks the places of a history that have no norm yet. Not NaN: a checkpoint holds finite numbers.
 _NO_NORM = -1.0
 
 ClipMode = Literal["norm", "value", "percentile", "none"]
@@ -25,31 +117,47 @@ ClipMode = Literal["norm", "value", "percentile", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Clipped:
-    """What clipping saw and did: scalars on the gradients' device."""
+    """Joint norms before and after clipping: scalars on the gradients' device."""
 
     before: Tensor
     """Joint 2-norm before."""
     after: Tensor
     """Joint 2-norm after."""
     threshold: Tensor | None
-    """Largest norm that was let through; None: norms are not what is clipped."""
+    """Largest norm that passes unchanged; None in the modes that do not limit norms."""
 
 
 class Clipper:
-    """Clips each step's gradients; percentile remembers past norms.
+    """Gradient clipping; the percentile mode remembers past norms.
 
     norm scales all gradients by one factor, so that the joint 2-norm is at most `threshold`
-    (Pascanu et al. 2013).  percentile is the same with a percentile of the last norms, this step's
-    included, in the threshold's place (AutoClip, Seetharaman et al. 2020).  value clamps each
-    element to +-`threshold`; none changes nothing.
+    (Pascanu et al. 2013). percentile does the same with a percentile of the last norms, this
+    step's included (AutoClip, Seetharaman et al. 2020). value clamps each element to +-`threshold`;
+    none changes nothing.
     """
 
-    def __init__(self, section: params.Clip, device: torch.device) -> None:
-        """Start without a history."""
-        self.mode: ClipMode = section.mode
-        self._limit = section.threshold
-        self._part = section.percentile / 100
-        length = section.history if section.mode == "percentile" else 0
+    def __init__(
+        self,
+        mode: ClipMode,
+        threshold: float,
+        device: torch.device,
+        *,
+        percentile: float = 10.0,
+        history: int = 1000,
+    ) -> None:
+        """Start without a history.
+
+        Args:
+            mode: what is clipped.
+            threshold: largest norm (norm) or absolute value (value).
+            device: of the gradients.
+            percentile: 0..100, of the norms.
+            history: how many of the latest norms the percentile is taken of.
+        """
+        self.mode = mode
+        self._limit = threshold
+        self._quantile = percentile / 100
+        length = history if mode == "percentile" else 0
         self._norms = torch.full((length,), _NO_NORM, device=device)
 
     def clip(self, gradients: list[Tensor]) -> Clipped:
@@ -73,14 +181,14 @@ class Clipper:
         return Clipped(before, before, None)
 
     def _percentile_with(self, norm: Tensor) -> Tensor:
-        """Take a norm into the history, unless it is not finite; the percentile of the history."""
+        """Add a norm to the history unless it is not finite; return the history's percentile."""
         longer = torch.cat((self._norms[1:], norm.to(self._norms.dtype)[None]))
         self._norms = torch.where(norm.isfinite(), longer, self._norms)
         known = torch.where(self._norms >= 0, self._norms, torch.nan)
-        return torch.nanquantile(known, self._part)
+        return torch.nanquantile(known, self._quantile)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`norms` [history], the latest last, -1 where there is none yet; empty if not needed."""
+        """Return `norms` [history], the latest last, -1 where there is none yet."""
         return {"norms": self._norms}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -88,11 +196,25 @@ class Clipper:
         self._norms = state["norms"].to(self._norms.device, copy=True)
 
 
+def build_clipper(section: params.Clip, device: torch.device) -> Clipper:
+    """Build the clipper of `optimizer.clip`."""
+    return Clipper(
+        section.mode,
+        section.threshold,
+        device,
+        percentile=section.percentile,
+        history=section.history,
+    )
+
+
 def joint_norm(gradients: list[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, a scalar on their device; NaN or inf if any holds one.
+    """Return the 2-norm of all gradients together; NaN or inf if any holds one.
 
     Args:
         gradients: tensors of any shapes on one device, at least one.
+
+    Returns:
+        A scalar on their device.
     """
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     return norm
@@ -115,19 +237,18 @@ def scale_to(gradients: list[Tensor], norm: Tensor, limit: float | Tensor) -> Te
     return norm * factor
 
 
-# Moving average of the weights (Polyak and Juditsky 1992): evaluated and kept in their place.
+# Moving average of the weights.
 
-
-# Tensors begin at multiples of this many elements, as they would on their own.
+# Tensors start at multiples of this many elements, as they would on their own.
 _ALIGNMENT = 64
 
 
 class Ema:
-    """An averaged copy of a module: average += (1 - decay) * (weights - average).
+    """Moving average of a module's weights (Polyak and Juditsky 1992), which is evaluated and kept.
 
-    The decay grows as (1 + n) / (10 + n) with the n steps so far, up to `decay`: a short training
-    is not averaged with its random start.  Floating buffers (batch norm's statistics) are averaged
-    in the same way, others copied.
+    average += (1 - decay) * (weights - average). The decay grows as (1 + n) / (10 + n) with the n
+    steps so far, up to `decay`: a short training is not averaged with its random start. Floating
+    buffers (batch norm's statistics) are averaged in the same way, others copied.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -137,21 +258,17 @@ class Ema:
         self.updates = 0
         pairs = [
             (average, weight)
-            for average, weight in zip(_tensors(self.module), _tensors(module), strict=True)
+            for average, weight in zip(_state(self.module), _state(module), strict=True)
             # A frozen weight never moves, so neither does its average.
             if not isinstance(weight, nn.Parameter) or weight.requires_grad
         ]
         self._averages = [average for average, _ in pairs if average.is_floating_point()]
         self._weights = [weight for average, weight in pairs if average.is_floating_point()]
         self._copies = [pair for pair in pairs if not pair[0].is_floating_point()]
-        dtypes = dict.fromkeys(average.dtype for average in self._averages)
-        self._flat = [
-            _lay_out([average for average in self._averages if average.dtype == dtype])
-            for dtype in dtypes
-        ]
+        self._flat = [_flatten(group) for group in by_dtype(self._averages).values()]
 
     def current_decay(self) -> float:
-        """The decay of the next update."""
+        """Return the decay of the next update."""
         return min(self.decay, (1 + self.updates) / (10 + self.updates))
 
     @torch.no_grad()
@@ -160,19 +277,19 @@ class Ema:
 
         Args:
             skipped: float scalar on the device; where it is 1, the optimizer's step was skipped,
-                and the averages stay as they are, bit for bit.  The decay's n counts it all the
+                and the averages stay as they are, bit for bit. The decay's n counts it all the
                 same: the host does not know yet.
         """
         before = [flat.clone() for flat in self._flat]
         torch._foreach_lerp_(self._averages, self._weights, 1 - self.current_decay())
         for flat, old in zip(self._flat, before, strict=True):
             torch.where(skipped > 0, old, flat, out=flat)
-        for average, weight in self._copies:  # put back already where the step was skipped
+        for average, weight in self._copies:  # already restored if the step was skipped
             average.copy_(weight)
         self.updates += 1
 
     def state_dict(self) -> dict[str, object]:
-        """The averaged tensors and the number of updates."""
+        """Return the averaged tensors and the number of updates."""
         return {"module": self.module.state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
@@ -181,37 +298,22 @@ class Ema:
         self.updates = int(state["updates"])  # type: ignore[call-overload]
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
+def _state(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _lay_out(tensors: list[Tensor]) -> Tensor:
-    """Move tensors of one dtype into one flat tensor, which can be copied in one go.
-
-    Shapes, strides and values stay; so does the order of arithmetic on each of them.
-    """
-    starts, end = [], 0
-    for tensor in tensors:
-        starts.append(end)
-        end += -(-tensor.numel() // _ALIGNMENT) * _ALIGNMENT
-    flat = tensors[0].new_zeros(end)
-    for start, tensor in zip(starts, tensors, strict=True):
-        place = torch.as_strided(flat, tensor.shape, _dense_stride(tensor), start)
-        place.copy_(tensor)
-        tensor.data = place
+def _flatten(tensors: list[Tensor]) -> Tensor:
+    """Move tensors of one dtype into one flat tensor, of which they are views afterwards."""
+    layout = FlatLayout(tensors, _ALIGNMENT)
+    flat = tensors[0].new_zeros(layout.size)
+    for tensor, view in zip(tensors, layout.views(flat), strict=True):
+        view.copy_(tensor)
+        tensor.data = view
     return flat
 
 
-def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
-    """The strides of a copy without gaps, in the same memory format."""
-    return torch.empty_like(tensor).stride()
-
-
-# The gradients of a step: cleared, and added up over the ranks.
-
-
 class Gradients:
-    """The `.grad` of the trained parameters."""
+    """The `.grad` of the trained parameters: cleared, and summed over ranks."""
 
     def __init__(self, parameters: Iterable[Tensor], world: World) -> None:
         """Take note of the parameters; all ranks have the same ones in the same order."""
@@ -219,110 +321,28 @@ class Gradients:
         self._world = world
 
     def clear(self) -> None:
-        """Let go of all gradients and their memory."""
+        """Free all gradients."""
         for parameter in self._parameters:
             parameter.grad = None
 
-    def add_up(self) -> None:
+    def all_reduce(self) -> None:
         """Make each gradient the sum over ranks, the same bits on all of them.
 
-        They travel in one piece, into which they are copied once a step: by then the activations
-        are gone, so the copy does not add to the step's peak of memory.  A rank without a gradient
-        (no image of this window was its) adds zero.
+        They travel in one flat tensor, into which they are copied once a step: by then the
+        activations are gone, so the copy does not add to the step's peak of memory. A rank without
+        a gradient (it has no image of this global batch) adds zero.
         """
         if self._world.size == 1:
             return
-        for dtype in sorted({p.dtype for p in self._parameters}, key=str):
-            self._add_up([p for p in self._parameters if p.dtype == dtype])
-
-    def _add_up(self, parameters: list[Tensor]) -> None:
-        total = sum(p.numel() for p in parameters)
-        flat = torch.zeros(total, dtype=parameters[0].dtype, device=parameters[0].device)
-        # A dense parameter's own strides (channels last): the optimizer reads both in one order.
-        starts = [0]
-        for parameter in parameters:
-            starts.append(starts[-1] + parameter.numel())
-        views = [
-            flat.as_strided(p.shape, p.stride(), start)
-            for p, start in zip(parameters, starts, strict=False)
-        ]
-        ours = [(v, p.grad) for v, p in zip(views, parameters, strict=True) if p.grad is not None]
-        if ours:
-            torch._foreach_copy_([v for v, _ in ours], [g for _, g in ours])
-        for parameter, view in zip(parameters, views, strict=True):
-            parameter.grad = view
-        self._world.add_up(flat)
-
-
-_BACKBONE = "backbone."
-
-
-def build_optimizer(module: nn.Module, section: params.Optimizer, lr: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) for the parameters of `module` that are to be trained.
-
-    Groups are named `backbone` or `rest`, with `/no_decay` for biases and norm weights if those
-    are to have none.  Each keeps its peak rate as `base_lr`; `set_rates` scales it.  A factor of 0
-    for the backbone's rate freezes it: its parameters no longer require gradients after this.
-
-    Args:
-        module: its backbone is what `backbone.` begins the names of.
-        section: the optimizer's parameters.
-        lr: peak rate, per step.
-
-    Raises:
-        TrainingError: nothing is left to train.
-    """
-    if section.backbone_lr_factor == 0:
-        for name, parameter in module.named_parameters():
-            if name.startswith(_BACKBONE):
-                parameter.requires_grad_(False)
-    groups: dict[str, list[Tensor]] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            group = "backbone" if name.startswith(_BACKBONE) else "rest"
-            if parameter.ndim < 2 and not section.decay_norm_and_bias:
-                group += "/no_decay"
-            groups.setdefault(group, []).append(parameter)
-    if not groups:
-        raise TrainingError("params.yaml: every parameter of the model is frozen; nothing to train")
-    return torch.optim.AdamW(
-        [
-            {
-                "name": name,
-                "params": parameters,
-                "base_lr": lr * (section.backbone_lr_factor if "backbone" in name else 1.0),
-                "weight_decay": 0.0 if name.endswith("/no_decay") else section.weight_decay,
-            }
-            for name, parameters in sorted(groups.items())
-        ],
-        lr=lr,
-        betas=(section.beta1, section.beta2),
-        fused=True,
-    )
-
-
-def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's rate to its peak rate times the schedule's factor."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
-
-
-def trained_parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """The parameters of all groups."""
-    for group in optimizer.param_groups:
-        yield from group["params"]
-
-
-def guarded_step(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
-    """One step, or none at all where `skip` is 1, decided on the device without a host sync.
-
-    A skipped step leaves parameters, moments and step counters as they were, bit for bit: the
-    fused kernel has this for loss scaling, and reads it from an attribute.
-
-    Args:
-        optimizer: a fused AdamW.
-        skip: float scalar on the parameters' device, 0 or 1.
-    """
-    optimizer.found_inf = skip  # type: ignore[attr-defined]
-    optimizer.step()
-    del optimizer.found_inf  # type: ignore[attr-defined]
+        for _, parameters in sorted(by_dtype(self._parameters).items(), key=lambda g: str(g[0])):
+            layout = FlatLayout(parameters)
+            flat = parameters[0].new_zeros(layout.size)
+            views = layout.views(flat)
+            ours = [
+                (v, p.grad) for v, p in zip(views, parameters, strict=True) if p.grad is not None
+            ]
+            if ours:
+                torch._foreach_copy_([v for v, _ in ours], [g for _, g in ours])
+            for parameter, view in zip(parameters, views, strict=True):
+                parameter.grad = view
+            self._world.all_reduce(flat)

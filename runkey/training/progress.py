@@ -1,4 +1,4 @@
-"""What a person watching sees: a bar where there is a terminal, and a line or two per epoch."""
+"""Progress of a training: a bar on a terminal, and a line or two per epoch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from runkey.progress import progress, want_bars
 
 
 class Display(Protocol):
-    """Shows how far training is."""
+    """Shows the progress of a training."""
 
     def update(self, step: int, epoch: int, text: str) -> None:
-        """Show the optimizer steps done, the running epoch (from 1) and the latest values."""
+        """Show the optimizer steps done, the current epoch (from 1) and the latest values."""
 
 
 @contextmanager
 def open_display(total_steps: int, epochs: int, *, wanted: bool) -> Iterator[Display]:
-    """A progress bar on the terminal until the block ends; nothing where there is no terminal.
+    """Show a progress bar until the block ends; nothing where there is no terminal.
 
     Lines printed meanwhile appear above it.
 
@@ -28,7 +28,7 @@ def open_display(total_steps: int, epochs: int, *, wanted: bool) -> Iterator[Dis
         wanted: `runtime.progress`.
     """
     want_bars(wanted)
-    # An epoch leaves lines of its own.
+    # Each epoch logs a line of its own.
     with progress("train", total_steps, lines=False) as steps:
 
         class _Bar:
@@ -43,7 +43,7 @@ def open_display(total_steps: int, epochs: int, *, wanted: bool) -> Iterator[Dis
 
 
 def bar_text(values: Mapping[str, float], seconds_left: float) -> str:
-    """Throughput, loss, gradient norm, rate, data-wait share and time left, in one short line."""
+    """Format throughput, loss, gradient norm, rate, data wait and time left in one short line."""
     return "  ".join([*pace_parts(values, "train/loss"), f"left {clock(seconds_left)}"])
 
 
@@ -56,7 +56,7 @@ def epoch_line(
     watched: str,
     is_best: bool,
 ) -> str:
-    """What an epoch leaves behind: a line, and one more below it if it was evaluated.
+    """Format an epoch's log line, and one more below it if it was evaluated.
 
     Args:
         epoch: from 1.
@@ -77,7 +77,7 @@ def epoch_line(
 
 
 def pace_parts(values: Mapping[str, float], loss_name: str) -> list[str]:
-    """`loss 3.21`, `grad 0.41` and so on, for the values that are there."""
+    """Format the values that are there: `loss 3.21`, `grad 0.41`, ..."""
     shown = {
         loss_name: "loss {:.4g}",
         "train/grad_norm": "grad {:.3g}",
@@ -89,7 +89,7 @@ def pace_parts(values: Mapping[str, float], loss_name: str) -> list[str]:
 
 
 def clock(seconds: float) -> str:
-    """`41s`, `2m10s`, `3h05m`."""
+    """Format a duration: `41s`, `2m10s`, `3h05m`."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole}s"

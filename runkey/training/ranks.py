@@ -1,11 +1,11 @@
-"""Starts the other ranks of a training on this machine, so that nobody has to know torchrun.
+"""Launch the other ranks of a training on this machine, so that nobody has to know torchrun.
 
-    with started(2, ["-m", "stages.train"]):         # in the process that becomes rank 0
-        with join_world(device) as world: ...
+    with launched_ranks(2, ["-m", "stages.train"]) as monitor:    # in the process of rank 0
+        with join_world(device, monitor) as world: ...
 
 Rank 0 is the process that was started first: its signals, messages and exit code are those of the
-training.  The others get torchrun's variables, by which `read_world` knows them, and end with it.
-Nothing here imports torch: a rank that is not 0 first sees to it that it does not outlive rank 0.
+training. The others get torchrun's variables, from which `read_world` knows them, and end with it.
+Nothing here imports torch: a rank that is not 0 makes sure first that it does not outlive rank 0.
 """
 
 from __future__ import annotations
@@ -21,23 +21,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-# Notices when another process of the same training dies, whatever this one is doing.
-
-
 _NOTICE_SECONDS = 5.0
-"""For a dying process to be gone after its connection broke."""
+"""Time for a dying process to be gone after its connection broke."""
 _END_SECONDS = 10.0
-"""For this process to come to where it notices; a GPU that waits for a dead rank never does."""
+"""Time for this process to notice by itself; a GPU that waits for a dead rank never does."""
 
 
 class Process(NamedTuple):
-    """A process, and where its number means something."""
+    """A process id and the machine (boot and pid namespace) where it is valid."""
 
     host: str
     pid: int
 
 
-class Lost(NamedTuple):
+class LostRank(NamedTuple):
     """A process that ended too early."""
 
     rank: int
@@ -46,53 +43,53 @@ class Lost(NamedTuple):
 
 
 def this_process(pid: int | None = None) -> Process:
-    """This one, or another one of this machine."""
+    """Identify this process, or another one of this machine."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return Process(f"{boot} {Path('/proc/self/ns/pid').readlink()}", pid or os.getpid())
 
 
-class Peers:
-    """Watches other ranks on this machine from a thread, through the kernel (pidfd).
+class RankMonitor:
+    """A thread that notices when another rank on this machine dies, through the kernel (pidfd).
 
-    When one dies, this process is given some seconds to notice by itself, and is ended if it does
-    not.  Ranks on other machines are their launcher's to watch.
+    When one dies, this process gets some seconds to notice by itself; if it does not, the thread
+    ends it. Ranks on other machines are monitored by their launcher.
     """
 
     def __init__(self, rank: int, processes: Mapping[int, Process]) -> None:
-        """Start watching.
+        """Start monitoring.
 
         Args:
             rank: ours.
             processes: by rank; this one is left out.
         """
         self._rank = rank
-        self._watched: dict[int, Lost] = {}
-        self._lost: Lost | None = None
+        self._monitored: dict[int, LostRank] = {}
+        self._lost: LostRank | None = None
         self._found, self._stood_down = threading.Event(), threading.Event()
         here = this_process()
         for number, process in processes.items():
             if process != here and process.host == here.host:
-                self._watch(number, process.pid)
+                self._add(number, process.pid)
         self._wake = os.eventfd(0)
-        self._thread = threading.Thread(target=self._wait, name="peers", daemon=True)
-        self._open = [*self._watched, self._wake]
+        self._thread = threading.Thread(target=self._wait, name="rank monitor", daemon=True)
+        self._open = [*self._monitored, self._wake]
         self._thread.start()
 
-    def lost(self) -> Lost | None:
-        """Which rank died; None if none of this machine did.
+    def lost(self) -> LostRank | None:
+        """Return which rank died; None if none of this machine did.
 
-        Called by whoever has noticed: this process then ends by itself, and is not ended.
+        The caller has noticed an error and ends this process itself.
         """
         self._stood_down.set()
         self._found.wait(_NOTICE_SECONDS)
         return self._lost
 
-    def leave(self) -> None:
-        """From here on other ranks may end: training is over."""
+    def stand_down(self) -> None:
+        """Let other ranks end from here on: training is over."""
         self._stood_down.set()
 
     def close(self) -> None:
-        """Stop watching, if that has not been done yet."""
+        """Stop monitoring, if that has not been done yet."""
         self._stood_down.set()
         if self._thread.is_alive():
             os.eventfd_write(self._wake, 1)
@@ -100,26 +97,26 @@ class Peers:
         while self._open:
             os.close(self._open.pop())
 
-    def _watch(self, number: int, pid: int) -> None:
-        lost = Lost(number, f"rank {number} (process {pid}) ended while training")
+    def _add(self, number: int, pid: int) -> None:
+        lost = LostRank(number, f"rank {number} (process {pid}) ended while training")
         try:
-            self._watched[os.pidfd_open(pid)] = lost
+            self._monitored[os.pidfd_open(pid)] = lost
         except ProcessLookupError:
             self._found_out(lost)
 
-    def _found_out(self, lost: Lost) -> None:
+    def _found_out(self, lost: LostRank) -> None:
         self._lost = lost
         self._found.set()
 
     def _wait(self) -> None:
         if not self._lost:
             poll = select.poll()
-            for descriptor in (*self._watched, self._wake):
+            for descriptor in (*self._monitored, self._wake):
                 poll.register(descriptor, select.POLLIN)
             ended = [descriptor for descriptor, _ in poll.poll() if descriptor != self._wake]
             if not ended:
                 return
-            self._found_out(self._watched[ended[0]])
+            self._found_out(self._monitored[ended[0]])
         if not self._stood_down.wait(_END_SECONDS):
             assert self._lost
             line = f"error: {self._lost.text}, and rank {self._rank} waited for it: ended, too\n"
@@ -129,51 +126,53 @@ class Peers:
 
 
 @contextmanager
-def watched(rank: int, processes: Mapping[int, Process]) -> Iterator[Peers]:
-    """Watch other ranks until the block ends; see `Peers`."""
-    peers = Peers(rank, processes)
+def monitoring(rank: int, processes: Mapping[int, Process]) -> Iterator[RankMonitor]:
+    """Monitor other ranks until the block ends; see `RankMonitor`."""
+    monitor = RankMonitor(rank, processes)
     try:
-        yield peers
+        yield monitor
     finally:
-        peers.close()
+        monitor.close()
 
 
 _LEADER = "RUNKEY_RANK_0_PID"
-"""Environment variable of the ranks that were started here."""
+"""Environment variable of the ranks that rank 0 launched."""
 _LEAVE_SECONDS = 10.0
-"""For a rank to end by itself when training is over."""
+"""Time for a rank to end by itself when training is over."""
 
 
 def is_follower(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is one of several and not the one that decides, logs and writes."""
+    """Return True if this is a rank other than 0, which decides, logs and writes."""
     return environment.get("RANK", "0") != "0"
 
 
 def launched_by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether others wait already, or this is one of them."""
+    """Return True if torchrun (or rank 0) has started this process as one of several."""
     return "WORLD_SIZE" in environment
 
 
-def watch_leader() -> Peers | None:
-    """End with rank 0, if it started this process; None if something else did."""
+def monitor_leader() -> RankMonitor | None:
+    """End this process with rank 0, if rank 0 launched it; return None if torchrun did."""
     pid = os.environ.get(_LEADER)
     if pid is None:
         return None
-    return Peers(int(os.environ["RANK"]), {0: this_process(int(pid))})
+    return RankMonitor(int(os.environ["RANK"]), {0: this_process(int(pid))})
 
 
 @contextmanager
-def started(size: int, arguments: Sequence[str]) -> Iterator[Peers | None]:
-    """Run `size` - 1 further ranks while the block lasts; with one rank this does nothing.
+def launched_ranks(size: int, arguments: Sequence[str]) -> Iterator[RankMonitor | None]:
+    """Run `size` - 1 further ranks while the block lasts.
+
+    With one rank, or under torchrun, which has launched them, this does nothing.
 
     Args:
         size: processes in all.
         arguments: what follows the interpreter on their command line.
 
     Yields:
-        A watch over them, for `join_world` to take over.
+        Their monitor, for `join_world` to take over.
     """
-    if size == 1:
+    if size == 1 or launched_by_torchrun():
         yield None
         return
     common = {
@@ -196,8 +195,8 @@ def started(size: int, arguments: Sequence[str]) -> Iterator[Peers | None]:
                 )
             )
         pids = {rank: this_process(p.pid) for rank, p in enumerate(processes, start=1)}
-        with watched(0, pids) as peers:
-            yield peers
+        with monitoring(0, pids) as monitor:
+            yield monitor
         _wait(processes)
     finally:
         # They write nothing, so nothing is lost; most often they are gone by now.

@@ -1,10 +1,10 @@
-"""The factor on every rate, as a pure function of the optimizer step.
+"""Learning-rate schedules: the factor on every rate, as a pure function of the optimizer step.
 
     rate of step s = peak rate * Schedule.factor(s, history)
 
-A resumed training needs no state but its step; plateau also needs the metrics recorded so far.
-Steps that a guard skips count too.  Warm-up multiplies each shape except cosine, which starts where
-warm-up ends, and onecycle, whose own rise takes its place.  Epochs are counted from step 0.
+A resumed training needs no state but its step; plateau also needs the metrics logged so far. Steps
+that a guard skips count too. Warm-up multiplies each shape except cosine, which starts where
+warm-up ends, and onecycle, whose own rise replaces it. Epochs are counted from step 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from runkey.training.early_stopping import MetricComparator
 
 @dataclass(frozen=True)
 class Schedule:
-    """A shape with its numbers, all in optimizer steps."""
+    """A shape and its numbers, all in optimizer steps."""
 
     name: str
     total_steps: int
@@ -34,10 +34,10 @@ class Schedule:
     peak_step: float
     cycle_steps: float
     patience: int
-    judge: MetricComparator
+    comparator: MetricComparator
 
     def factor(self, step: int, history: Sequence[float] = ()) -> float:
-        """The factor of an optimizer step.
+        """Return the factor of an optimizer step.
 
         Args:
             step: updates tried before this one, 0..total_steps-1.
@@ -65,12 +65,12 @@ class Schedule:
             case "cyclical":
                 return self._triangle(step)
             case "plateau":
-                drops = count_drops(history, self.judge, self.patience)
+                drops = count_drops(history, self.comparator, self.patience)
                 return max(self.min_factor, math.pow(self.gamma, drops))
         raise ValueError(f"schedule {self.name!r}")
 
     def _cosine(self, step: int) -> float:
-        """SGDR's one period (Loshchilov and Hutter 2017)."""
+        """One period of SGDR (Loshchilov and Hutter 2017)."""
         done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         return _cosine_between(1.0, self.min_factor, done)
 
@@ -82,7 +82,7 @@ class Schedule:
         return _cosine_between(1.0, self.min_factor, (step - self.peak_step) / fall)
 
     def _triangle(self, step: int) -> float:
-        """Smith 2017: from `min_factor` up to 1 and down again, over and over."""
+        """Smith 2017: from `min_factor` up to 1 and down again, repeatedly."""
         place = step / self.cycle_steps % 1.0
         return self.min_factor + (1 - self.min_factor) * (1 - abs(2 * place - 1))
 
@@ -91,14 +91,14 @@ def _cosine_between(start: float, end: float, done: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
-def count_drops(history: Sequence[float], judge: MetricComparator, patience: int) -> int:
-    """How often a plateau has been met: `patience` evaluations on end without improvement.
+def count_drops(history: Sequence[float], comparator: MetricComparator, patience: int) -> int:
+    """Count the plateaus: `patience` evaluations in a row without improvement.
 
     After a drop the count starts again; the best value so far stands.
     """
-    drops, waited, best = 0, 0, judge.worst
+    drops, waited, best = 0, 0, comparator.worst
     for value in history:
-        if judge.better(value, best):
+        if comparator.better(value, best):
             best, waited = value, 0
         else:
             waited += 1
@@ -114,7 +114,7 @@ def build_schedule(
     steps_per_epoch: int,
     mode: Literal["max", "min"],
 ) -> Schedule:
-    """The schedule for a training of `epochs` passes.
+    """Build the schedule of a training.
 
     Args:
         section: the schedule's parameters.
@@ -139,5 +139,5 @@ def build_schedule(
         peak_step=max(0.0, section.peak_fraction * total - 1),
         cycle_steps=section.cycle_epochs * steps_per_epoch,
         patience=section.patience,
-        judge=MetricComparator(mode, section.min_delta),
+        comparator=MetricComparator(mode, section.min_delta),
     )

@@ -1,8 +1,8 @@
-"""Everything that a training knows about itself, in one place, so that it can be saved whole.
+"""The state of a training, in one place, so that it can be saved whole.
 
 Beside it there are only the tensors of model, optimizer, moving average and loss scaler, each with
-a state_dict of its own (`Setup.parts`).  Counters of early stopping and plateau are not kept: both
-are functions of `evaluations`.
+a state_dict of its own (`TrainContext.parts`). Counters of early stopping and plateau are not
+saved: both are functions of `evaluations`.
 """
 
 from __future__ import annotations
@@ -17,23 +17,22 @@ from torch import Tensor, nn
 
 from runkey.training.early_stopping import MetricComparator
 from runkey.training.metrics import Means
-
-# What the guard remembers: plain numbers, saved with every checkpoint.
-
+from runkey.training.tensors import host_weights
 
 NORMS_KEPT = 100
-"""Gradient norms that a report shows."""
+"""Gradient norms in a report."""
 
 
 @dataclass
 class Skip:
-    """A step that changed nothing, since its loss or gradients were not finite."""
+    """A skipped step: its loss or gradients were not finite, and nothing was updated."""
 
     step: int
     """Its number, from 1."""
     image_ids: list[int]
     """COCO ids of its images."""
     lr: float
+    """Of the main parameter group."""
     values: dict[str, float]
     """By metric name: losses and gradient norms."""
     faults: list[str]
@@ -42,7 +41,7 @@ class Skip:
 
 @dataclass
 class Rollback:
-    """Training taken back to an anchor."""
+    """A return to the weights of an anchor."""
 
     at: int
     """Steps done then."""
@@ -53,12 +52,12 @@ class Rollback:
 
 @dataclass
 class GuardState:
-    """All that decisions go by, so that an interrupted training takes the same ones."""
+    """What the guard decides by; saved, so that a resumed training decides the same."""
 
     skips: list[Skip] = field(default_factory=list)
-    """Those that count, since the last time that training was taken back; the latest few."""
+    """Those that count, since the last rollback; the latest few."""
     scaler_skips: int = 0
-    """Steps that fp16's loss scaler skipped while it looked for its factor; they do not count."""
+    """Steps that fp16's loss scaler skipped while it searched its factor; they do not count."""
     rollbacks: list[Rollback] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     """The latest finite ones, the last one last."""
@@ -71,7 +70,7 @@ class GuardState:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> GuardState:
-        """Continue from what `dataclasses.asdict` gave."""
+        """Rebuild from what `dataclasses.asdict` gave."""
         nested = {
             "skips": [Skip(**skip) for skip in plain["skips"]],
             "rollbacks": [Rollback(**rollback) for rollback in plain["rollbacks"]],
@@ -94,23 +93,23 @@ class Best:
 
 @dataclass
 class Running:
-    """The numbers of the epoch that is running, up to the last step that was read."""
+    """Metrics of the current epoch, up to the last step that was read."""
 
     means: Means = field(default_factory=Means)
     """Of losses and gradient norms."""
-    lr: float | None = None
-    """Rate of the last step."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Learning rates of the last step, by metric name."""
     images: int = 0
-    """Images gone by."""
+    """Images seen."""
     wait_seconds: float = 0.0
     """Time that the loop waited for them."""
     seconds: float = 0.0
-    """Time since the epoch began, without interruptions."""
+    """Time since the epoch began, interruptions left out."""
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training leaves behind."""
+    """Result of a training."""
 
     best_state: dict[str, Tensor]
     """State dict of the best weights, on the host."""
@@ -133,19 +132,19 @@ class FitResult:
 
 @dataclass
 class LoopState:
-    """How far a training is, and what it has seen."""
+    """Progress and history of a training."""
 
     epoch: int = 0
     """Epochs closed: trained, evaluated if that was due, and logged."""
     step: int = 0
-    """Optimizer steps tried; the place in the running epoch follows from both.  The epoch's steps
-    may all be done, but not yet its evaluation."""
+    """Optimizer steps tried; the position in the current epoch follows from both. All steps of the
+    epoch may be done, but not yet its evaluation."""
     limit: int | None = None
-    """Most padded pixels (images x height x width) of a forward pass; see `split`."""
+    """Most padded pixels (images x height x width) of a forward pass; see `training.step`."""
     skipped_steps: int = 0
     """Steps in which loss or gradients were not finite, so that nothing was updated."""
     skipped_in_a_row: int = 0
-    """Such steps on end, up to now."""
+    """Such steps in a row, up to now."""
     evaluations: list[dict[str, float]] = field(default_factory=list)
     """Metrics of each evaluation, in order."""
     history: list[dict[str, float]] = field(default_factory=list)
@@ -154,15 +153,15 @@ class LoopState:
     guard: GuardState = field(default_factory=GuardState)
     best: Best | None = None
     best_weights: dict[str, Tensor] = field(default_factory=dict)
-    """State dict of the weights that `best` judged: contiguous tensors on the host.  They are never
-    changed, only replaced."""
+    """State dict of the best weights: contiguous tensors on the host. They are never changed, only
+    replaced."""
     seconds: float = 0.0
-    """Wall time of training and evaluating, without interruptions."""
+    """Wall time of training and evaluating, interruptions left out."""
     stop_reason: str = ""
     """Empty while training goes on."""
 
     def as_plain(self) -> dict[str, Any]:
-        """A copy of everything but the weights, as dicts, lists, numbers and strings."""
+        """Copy everything but the weights, as dicts, lists, numbers and strings."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "best_weights"}
         plain["running"] = asdict(self.running)
         plain["guard"] = asdict(self.guard)
@@ -171,7 +170,7 @@ class LoopState:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any], best_weights: dict[str, Tensor]) -> LoopState:
-        """Continue from what `as_plain` gave."""
+        """Rebuild from what `as_plain` gave."""
         running, best = plain["running"], plain["best"]
         nested = {
             "running": Running(**running | {"means": Means(**running["means"])}),
@@ -181,25 +180,31 @@ class LoopState:
         return cls(**{**plain, **nested}, best_weights=best_weights)
 
     def watched(self, metric: str) -> list[float]:
-        """One metric at each evaluation so far."""
+        """Return one metric at each evaluation so far."""
         return [metrics[metric] for metrics in self.evaluations]
 
-    def offer(
-        self, value: float, metrics: dict[str, float], module: nn.Module, judge: MetricComparator
+    def keep_if_best(
+        self,
+        value: float,
+        metrics: dict[str, float],
+        module: nn.Module,
+        comparator: MetricComparator,
     ) -> bool:
-        """Keep a copy of the module's weights if `value` is the best so far; whether it was.
+        """Copy the module's weights if `value` is the best so far; return True if it is.
 
         The first evaluation is kept even if it gave NaN, so that there always is a model.
         """
-        best = judge.worst if self.best is None or math.isnan(self.best.value) else self.best.value
-        if self.best is not None and not judge.better(value, best):
-            return False
+        best = self.best
+        if best is not None:
+            to_beat = comparator.worst if math.isnan(best.value) else best.value
+            if not comparator.better(value, to_beat):
+                return False
         self.best = Best(value, dict(metrics), self.epoch + 1, self.step)
         self.best_weights = host_weights(module)
         return True
 
     def result(self) -> FitResult:
-        """What is left when training ends; the last epoch always has an evaluation."""
+        """Return the result when training ends; the last epoch always has an evaluation."""
         if self.best is None:
             raise ValueError("training ended without an evaluation")
         return FitResult(
@@ -213,11 +218,3 @@ class LoopState:
             skipped_steps=self.skipped_steps,
             seconds=self.seconds,
         )
-
-
-def host_weights(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of the module's state dict as plain contiguous tensors on the host."""
-    return {
-        name: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in module.state_dict().items()
-    }

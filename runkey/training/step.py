@@ -1,42 +1,106 @@
-"""One optimizer step over a window of micro-batches.
+"""One optimizer step over a global batch, which is computed in micro-batches.
 
-The losses of a window are sums divided by the whole window's own counts over all ranks, known
-before the first forward pass, so the gradient is the same whatever the micro-batch and however
-many ranks share the window.  Nothing here waits for the device; only the matcher, inside the
-criterion, fetches its costs.
+The losses of a global batch are sums divided by its own counts over all ranks, known before the
+first forward pass, so the gradient is the same whatever the micro-batch and however many ranks
+share it. Nothing here waits for the device; only the matcher, inside the criterion, fetches its
+costs.
+
+When a micro-batch does not fit in memory, it is split and the global batch is tried again. What
+fits is a number of padded pixels (images x height x width) of one forward pass: the pixel limit.
+It only goes down, is saved with the training's state, and a resumed training starts with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from runkey.data.dataset import Batch, GlobalBatch
 from runkey.data.normalise import normalise
-from runkey.errors import RunkeyError
+from runkey.errors import RunkeyError, StoppedError
 from runkey.model.criterion import Criterion, Losses, Normaliser
 from runkey.model.matcher import Targets
 from runkey.training.device import Precision
 from runkey.training.distributed import SharedError, World
-from runkey.training.metrics import RunningStatistics
 from runkey.training.optimizer import (
     Clipped,
     Clipper,
     Gradients,
+    current_rates,
     guarded_step,
     set_rates,
     trained_parameters,
 )
-from runkey.training.split import Split, in_pieces, is_out_of_memory
+from runkey.training.tensors import FlatLayout, by_dtype
+
+
+class RunningStatistics:
+    """Batch norm's running statistics: restored where the step that changed them does not count.
+
+    A forward pass poisons them before anyone knows that its loss is not finite, and unlike the
+    optimizer's update this cannot be left out afterwards.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """Find them in `module`, which is on its device already."""
+        buffers = [
+            buffer
+            for part in module.modules()
+            if isinstance(part, _NormBase) and part.track_running_stats
+            for buffer in part.buffers(recurse=False)
+        ]
+        self._groups = [(group, FlatLayout(group)) for group in by_dtype(buffers).values()]
+
+    def copy(self) -> list[Tensor]:
+        """Return their present values, one flat tensor for each dtype."""
+        return [_joined(group) for group, _ in self._groups]
+
+    @torch.no_grad()
+    def restore(self, saved: list[Tensor], where: Tensor) -> None:
+        """Restore, bit for bit, what `copy` gave where `where` is not 0; without a host sync.
+
+        Args:
+            saved: from `copy`.
+            where: float scalar on the device, 0 or 1.
+        """
+        for (group, layout), before in zip(self._groups, saved, strict=True):
+            # A few kernels for all buffers, not one for each of a hundred.
+            restored = torch.where(where > 0, before, _joined(group))
+            torch._foreach_copy_(group, layout.views(restored))
+
+    @torch.no_grad()
+    def average(self, world: World) -> None:
+        """Give all ranks the mean of their statistics, and rank 0's number of batches.
+
+        Each rank has moved them by the images of its own share, as each micro-batch does in one
+        process. The mean is the same bits everywhere.
+        """
+        if world.size == 1:
+            return
+        for group, layout in self._groups:
+            joined = _joined(group)
+            if joined.is_floating_point():
+                world.all_reduce(joined)
+                joined /= world.size
+            else:
+                joined *= world.is_main
+                world.all_reduce(joined)
+            torch._foreach_copy_(group, layout.views(joined))
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 @dataclass(frozen=True)
 class TrainStep:
-    """What a step works with."""
+    """What an optimizer step works with."""
 
     model: nn.Module
     criterion: Criterion
@@ -45,7 +109,7 @@ class TrainStep:
     channels_last: bool
     clipper: Clipper
     world: World = field(default_factory=World)
-    """The ranks that share each window."""
+    """The ranks that share each global batch."""
 
     @property
     def device(self) -> torch.device:
@@ -64,8 +128,8 @@ class TrainStep:
 
 
 @dataclass(frozen=True, slots=True)
-class WindowLosses:
-    """What the forward passes of a window gave, on all ranks."""
+class BatchLosses:
+    """Result of a global batch's forward and backward passes, on all ranks."""
 
     values: dict[str, Tensor]
     """`loss` and `loss_<part>`, detached scalars on the device."""
@@ -76,15 +140,15 @@ class WindowLosses:
     splits: tuple[Split, ...]
     """See `StepResult.splits`."""
     statistics: list[Tensor]
-    """The model's running statistics from before the window."""
+    """The model's running statistics from before."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Scalars on the device: reading one waits for the step."""
+    """Result of a step. Scalars are on the device: reading one waits for the step."""
 
     losses: dict[str, Tensor]
-    """`loss`, the weighted sum that is minimised, and `loss_<part>`; of the whole window."""
+    """`loss`, the weighted sum that is minimised, and `loss_<part>`; of the whole global batch."""
     faults: tuple[str, ...]
     """What the matching found that is not finite, with the micro-batch; on the host."""
     clipped: Clipped
@@ -93,57 +157,50 @@ class StepResult:
     """1 where loss or gradients were not finite and nothing was updated, else 0."""
     scale: Tensor | None
     """The loss scaler's factor in this step; None without one."""
+    rates: dict[str, float]
+    """Learning rates of the parameter groups, by metric name."""
     image_ids: tuple[int, ...]
-    """COCO ids of the window, rank by rank."""
+    """COCO ids of the global batch, rank by rank."""
     splits: tuple[Split, ...]
     """Micro-batches that did not fit in memory; the last limit holds from here on."""
 
 
 def train_step(
-    machinery: TrainStep,
-    window: GlobalBatch,
+    parts: TrainStep,
+    batch: GlobalBatch,
     factor: float,
     *,
     limit: int | None = None,
     reseed: Callable[[], None] = lambda: None,
 ) -> StepResult:
-    """Forward and backward over each micro-batch, then one guarded update.
+    """Run forward and backward over each micro-batch, then one guarded update.
 
     A step whose loss or gradients are not finite leaves weights, moments, counters and running
     statistics as they were, bit for bit.
 
     Args:
-        machinery: model, criterion, optimizer and settings.
-        window: this rank's micro-batches of the effective batch, on the host.
-        factor: the schedule's factor on every rate.
+        parts: model, criterion, optimizer and settings.
+        batch: this rank's micro-batches of the global batch, on the host.
+        factor: the schedule's factor on every learning rate.
         limit: most padded pixels (images x height x width) of a forward pass, if known.
-        reseed: sets the random state that the window's noise is drawn from.
+        reseed: sets the random state that the step's noise is drawn from.
 
     Raises:
         StoppedError: one image does not fit in memory, or another rank failed.
     """
-    set_rates(machinery.optimizer, factor)
-    machinery.gradients.clear()
-    return _update(machinery, accumulate_gradients(machinery, window, limit, reseed))
-
-
-def _update(machinery: TrainStep, losses: WindowLosses) -> StepResult:
-    """Clip the gradients and step, or undo what the forward passes left behind.
-
-    Args:
-        machinery: its parameters have the window's gradients.
-        losses: of the window.
-    """
-    scaler, optimizer = machinery.precision.scaler, machinery.optimizer
+    set_rates(parts.optimizer, factor)
+    parts.gradients.clear()
+    losses = accumulate_gradients(parts, batch, limit, reseed)
+    scaler, optimizer = parts.precision.scaler, parts.optimizer
     scale = None
     if scaler is not None:
-        scale = scaler.scale(torch.ones((), device=machinery.device))
+        scale = scaler.scale(torch.ones((), device=parts.device))
         scaler.unscale_(optimizer)
     gradients = [p.grad for p in trained_parameters(optimizer) if p.grad is not None]
-    clipped = machinery.clipper.clip(gradients)
+    clipped = parts.clipper.clip(gradients)
     skipped = (~(clipped.before.isfinite() & losses.values["loss"].isfinite())).float()
     guarded_step(optimizer, skipped)
-    machinery.statistics.restore(losses.statistics, skipped)
+    parts.statistics.restore(losses.statistics, skipped)
     if scaler is not None:
         scaler.update()
     return StepResult(
@@ -152,61 +209,67 @@ def _update(machinery: TrainStep, losses: WindowLosses) -> StepResult:
         clipped,
         skipped,
         scale,
+        current_rates(optimizer),
         image_ids=losses.image_ids,
         splits=losses.splits,
     )
 
 
 def accumulate_gradients(
-    machinery: TrainStep,
-    window: GlobalBatch,
+    parts: TrainStep,
+    batch: GlobalBatch,
     limit: int | None = None,
     reseed: Callable[[], None] = lambda: None,
-) -> WindowLosses:
-    """Make the gradients of a window's losses, over all ranks, the parameters' `.grad`.
+) -> BatchLosses:
+    """Compute the gradients of a global batch's losses, over all ranks, into `.grad`.
 
     When memory runs out, this rank's gradients are discarded and its share is computed again in
-    smaller pieces, from the same random state and running statistics: the result is what it would
-    be had the limit been known.  If this raises, running statistics are as they were before.
+    smaller micro-batches, from the same random state and running statistics: the result is what it
+    would be had the limit been known. If this raises, running statistics are as they were before.
 
     Args:
-        machinery: model, criterion and ranks; its gradients are clear.
-        window: this rank's share; nothing, if there are fewer images than ranks.
+        parts: model, criterion and ranks; its gradients are clear.
+        batch: this rank's share; empty if there are fewer images than ranks.
         limit: most padded pixels of a forward pass, if known.
         reseed: called before each attempt.
 
     Raises:
         StoppedError: one image does not fit in memory, or a rank has ended.
-        SharedError: a rank cannot go on; raised on all of them.
+        SharedError: a rank cannot continue; raised on all of them.
     """
-    shares = machinery.world.gather([(b.counts, b.image_ids) for b in window])
+    shares = parts.world.gather([(b.counts, b.image_ids) for b in batch])
     counts = [count for share in shares for some, _ in share for count in some]
     ids = tuple(image_id for share in shares for _, some in share for image_id in some)
-    normaliser = machinery.criterion.normaliser(counts)
-    before = machinery.statistics.copy()
+    normaliser = parts.criterion.normaliser(counts)
+    before = parts.statistics.copy()
 
     def undo() -> None:
-        machinery.gradients.clear()
-        machinery.statistics.restore(before, torch.ones((), device=machinery.device))
+        parts.gradients.clear()
+        parts.statistics.restore(before, torch.ones((), device=parts.device))
 
-    def attempt(parts: GlobalBatch) -> tuple[dict[str, Tensor], tuple[str, ...]] | Batch:
-        reseed()
-        return _add_gradients(machinery, parts, normaliser)
-
-    def accumulate() -> _Outcome:
-        pieces = in_pieces(attempt, undo, window, limit)
-        return _Outcome(*pieces.result, pieces.splits)
+    def accumulate() -> _ShareLosses:
+        nonlocal limit
+        splits: list[Split] = []
+        while True:
+            reseed()
+            result = _add_gradients(parts, split_batches(batch, limit), normaliser)
+            if not isinstance(result, Batch):
+                return _ShareLosses(*result, tuple(splits))
+            undo()
+            _free_memory()
+            splits.append(_halve(result))
+            limit = splits[-1].limit
 
     try:
-        outcome = accumulate() if machinery.world.size == 1 else _together(machinery, accumulate)
+        losses = accumulate() if parts.world.size == 1 else _over_ranks(parts, accumulate)
     except BaseException:
         undo()
         raise
-    return WindowLosses(outcome.values, outcome.faults, ids, outcome.splits, before)
+    return BatchLosses(losses.values, losses.faults, ids, losses.splits, before)
 
 
 @dataclass(frozen=True, slots=True)
-class _Outcome:
+class _ShareLosses:
     """Of one rank's share, or of all."""
 
     values: dict[str, Tensor]
@@ -214,80 +277,178 @@ class _Outcome:
     splits: tuple[Split, ...]
 
 
-def _together(machinery: TrainStep, accumulate: Callable[[], _Outcome]) -> _Outcome:
-    """Accumulate on every rank; when all are done, add up gradients, losses and statistics."""
-    world, scaler = machinery.world, machinery.precision.scaler
-    zero = torch.zeros((), device=machinery.device)
+def _over_ranks(parts: TrainStep, accumulate: Callable[[], _ShareLosses]) -> _ShareLosses:
+    """Accumulate on every rank; when all are done, sum gradients, losses and statistics."""
+    world, scaler = parts.world, parts.precision.scaler
+    zero = torch.zeros((), device=parts.device)
     if scaler is not None:  # makes the scaler's factor, if this rank has no image to do so
         scaler.scale(zero)
-    mine, failure = _Outcome({}, (), ()), ""
+    mine, failure = _ShareLosses({}, (), ()), ""
     try:
         mine = accumulate()
     except RunkeyError as error:
         failure = f"rank {world.rank} of {world.size}: {error}"
-    told = world.gather((failure, tuple(mine.values), mine.faults, mine.splits))
-    for failure, *_ in told:
+    received = world.gather((failure, tuple(mine.values), mine.faults, mine.splits))
+    for failure, *_ in received:
         if failure:
             raise SharedError(failure)
-    machinery.gradients.add_up()
-    machinery.statistics.average(world)
-    names = next(names for _, names, _, _ in told if names)
+    parts.gradients.all_reduce()
+    parts.statistics.average(world)
+    names = next(names for _, names, _, _ in received if names)
     values = torch.stack([mine.values.get(name, zero) for name in names]).double()
-    world.add_up(values)
-    return _Outcome(
+    world.all_reduce(values)
+    return _ShareLosses(
         dict(zip(names, values, strict=True)),
         tuple(
             f"rank {rank}, {fault}"
-            for rank, (_, _, faults, _) in enumerate(told)
+            for rank, (_, _, faults, _) in enumerate(received)
             for fault in faults
         ),
-        tuple(split for *_, splits in told for split in splits),
+        tuple(split for *_, splits in received for split in splits),
     )
 
 
 def _add_gradients(
-    machinery: TrainStep, window: GlobalBatch, normaliser: Normaliser
+    parts: TrainStep, batch: GlobalBatch, normaliser: Normaliser
 ) -> tuple[dict[str, Tensor], tuple[str, ...]] | Batch:
-    """Add up gradients; the losses and faults, or the batch for which memory ran out.
+    """Add up gradients; return the losses and faults, or the micro-batch that did not fit.
 
     In the latter case nothing refers to what was computed: the exception, whose traceback holds
     every tensor on the way, ends in here.
     """
-    scaler = machinery.precision.scaler
+    scaler = parts.precision.scaler
     sums: dict[str, Tensor] = {}
     faults = []
-    for number, batch in enumerate(window, start=1):
+    for number, micro_batch in enumerate(batch, start=1):
         try:
-            losses = _forward(machinery, batch, normaliser)
+            losses = _forward(parts, micro_batch, normaliser)
             total = losses.total if scaler is None else scaler.scale(losses.total)
             total.backward()  # type: ignore[no-untyped-call]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            return batch
-        parts = {"loss": losses.total.detach()}
-        parts |= {part_name(name): value for name, value in losses.parts.items()}
-        sums = {name: sums[name] + value for name, value in parts.items()} if sums else parts
+            return micro_batch
+        values = {"loss": losses.total.detach()}
+        values |= {_loss_name(name): value for name, value in losses.parts.items()}
+        sums = {name: sums[name] + value for name, value in values.items()} if sums else values
         if losses.fault:
             faults.append(f"micro-batch {number}: {losses.fault}")
     return sums, tuple(faults)
 
 
-def _forward(machinery: TrainStep, batch: Batch, normaliser: Normaliser) -> Losses:
-    """The losses of one micro-batch, computed in the chosen precision."""
-    batch = batch.to(machinery.device)
-    images, padding_mask = normalise(batch, channels_last=machinery.channels_last)
-    targets = Targets(batch.boxes_cxcywh, batch.labels, batch.counts)
-    with machinery.precision.autocast():
-        outputs = machinery.model(images, padding_mask, targets)
-        return machinery.criterion(outputs, targets, normaliser)
+def _forward(parts: TrainStep, micro_batch: Batch, normaliser: Normaliser) -> Losses:
+    """Compute the losses of one micro-batch in the chosen precision."""
+    micro_batch = micro_batch.to(parts.device)
+    images, padding_mask = normalise(micro_batch, channels_last=parts.channels_last)
+    targets = Targets(micro_batch.boxes_cxcywh, micro_batch.labels, micro_batch.counts)
+    with parts.precision.autocast():
+        outputs = parts.model(images, padding_mask, targets)
+        return parts.criterion(outputs, targets, normaliser)
 
 
-def part_name(name: str) -> str:
-    """`loss_l1` for `l1` and for `loss_l1`."""
+def _loss_name(name: str) -> str:
     return name if name.startswith("loss") else f"loss_{name}"
 
 
-def image_ids_of(window: GlobalBatch) -> tuple[int, ...]:
-    """COCO ids of a window's images."""
-    return tuple(image_id for batch in window for image_id in batch.image_ids)
+def image_ids_of(batch: GlobalBatch) -> tuple[int, ...]:
+    """Return the COCO ids of a batch's images."""
+    return tuple(image_id for micro_batch in batch for image_id in micro_batch.image_ids)
+
+
+# Micro-batches that do not fit in memory.
+
+# What a CPU's allocator, cuBLAS and cuDNN say in a RuntimeError of no special kind.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A micro-batch that did not fit in memory, and the limit from then on."""
+
+    images: int
+    height: int
+    """Padded, pixels."""
+    width: int
+    limit: int
+    """Most padded pixels of a forward pass from here on."""
+
+    @property
+    def text(self) -> str:
+        """In words, for the log and the terminal."""
+        fits = max(1, self.limit // (self.height * self.width))
+        return (
+            f"memory ran out with {self.images} x {self.height} x {self.width} (images x height"
+            f" x width); such a batch is computed in parts of at most {fits} from here on, with the"
+            " same result up to rounding"
+        )
+
+
+def pixels(micro_batch: Batch) -> int:
+    """Return the padded pixels of a micro-batch, which its memory grows with."""
+    return len(micro_batch) * micro_batch.images.shape[2] * micro_batch.images.shape[3]
+
+
+def split_batches(batch: GlobalBatch, limit: int | None) -> GlobalBatch:
+    """Split micro-batches until each has at most `limit` padded pixels, or one image.
+
+    The padding stays as it is: convolutions see its edge, so cutting it would change the result.
+    """
+    if limit is None:
+        return batch
+    return tuple(part for micro_batch in batch for part in _parts(micro_batch, limit))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if an exception means that memory ran out, on a GPU or on a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
+
+
+def _halve(micro_batch: Batch) -> Split:
+    """Return what to try after memory ran out: the larger half."""
+    images, (height, width) = len(micro_batch), micro_batch.images.shape[2:]
+    if images == 1:
+        raise StoppedError(
+            f"memory ran out with a single image, {micro_batch.image_ids[0]}, of {height} x {width}"
+            " pixels; that needs a device with more memory, or a training with a lower"
+            " data.long_side or with model.checkpointing: true"
+        )
+    return Split(images, height, width, -(-images // 2) * height * width)
+
+
+def _free_memory() -> None:
+    """Free what nothing refers to any more, cycles and the allocator's cache included."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU
+
+
+def _parts(micro_batch: Batch, limit: int) -> Iterator[Batch]:
+    """Yield halves of halves, in order: the same cuts as if memory had run out with each."""
+    if pixels(micro_batch) <= limit or len(micro_batch) == 1:
+        yield micro_batch
+        return
+    half = -(-len(micro_batch) // 2)
+    yield from _parts(_images(micro_batch, 0, half), limit)
+    yield from _parts(_images(micro_batch, half, len(micro_batch)), limit)
+
+
+def _images(batch: Batch, start: int, stop: int) -> Batch:
+    """Images `start` to `stop` with their targets; views, so pinned memory stays pinned."""
+    first, last = sum(batch.counts[:start]), sum(batch.counts[:stop])
+    return replace(
+        batch,
+        images=batch.images[start:stop],
+        sizes=batch.sizes[start:stop],
+        boxes_cxcywh=batch.boxes_cxcywh[first:last],
+        labels=batch.labels[first:last],
+        counts=batch.counts[start:stop],
+        image_ids=batch.image_ids[start:stop],
+        original_sizes=batch.original_sizes[start:stop],
+        colour=None if batch.colour is None else batch.colour[start:stop],
+    )

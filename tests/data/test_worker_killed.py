@@ -11,8 +11,8 @@ from runkey.errors import DataError
 from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
 from runkey.params import Augment, Data
-from runkey.training.device import set_up
-from runkey.training.loop import fit
+from runkey.training.device import configure_torch
+from tests.support.fitting import fit
 from tests.support.toy import SavedInMemory, make_params
 from tests.support.workspace import loader_processes
 
@@ -35,7 +35,7 @@ class Killing(SimpleNamespace):
 
 def train(loader, saved):
     params = make_params(model=SMALL, training={"epochs": 3})
-    set_up(0, deterministic=True)
+    configure_torch(0, deterministic=True)
     model = build_model(params.model, 3)
     criterion = build_criterion(params.model, 3)
     fit(
@@ -44,7 +44,6 @@ def train(loader, saved):
         loader,
         lambda _: {"val/loss": 0.0},
         params,
-        device=torch.device("cpu"),
         checkpoints=saved,
     )
     return model.state_dict()

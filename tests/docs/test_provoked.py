@@ -24,7 +24,7 @@ from runkey.params import load_params
 from runkey.params.presets import render_preset
 from runkey.training.device import choose_device
 from runkey.training.early_stopping import MetricComparator, decide_stop, watched_value
-from runkey.training.split import Split
+from runkey.training.step import Split
 from tests.support.messages import flat
 
 ROOT = Path(__file__).parents[2]

@@ -64,12 +64,12 @@ def failed(project: Project) -> str:
 def test_the_training_stops_with_a_report(project: Project, failed: str) -> None:
     [line] = [line for line in failed.splitlines() if line.startswith("error: step ")]
     assert "loss or gradients were not finite in 2 of the last" in line
-    assert "gone back 1 times already; see " in line
+    assert "already rolled back 1 times; see " in line
     assert "`runkey debug-step --step 3`" in line
     skipped = "is skipped: loss or gradients are not finite (micro-batch 1: logits of "
     assert skipped in in_one_line(failed)
     [report] = project.root.glob(".runkey/rk2-*/bad-step-3.json")
-    assert json.loads(report.read_text())["outcome"] == "stopped: gone back 1 times already"
+    assert json.loads(report.read_text())["outcome"] == "stopped: already rolled back 1 times"
     # MLflow's run has them too, and is marked as failed.
     kept = {path.name for path in project.root.glob("mlartifacts/*/artifacts/reports/*.json")}
     assert kept == {"bad-step-1.json", "bad-step-3.json"}

@@ -76,7 +76,7 @@ def test_killed_and_started_again_it_is_one_run(copy: Project) -> None:
     assert "MLflow: " not in done.stdout
     shown = copy.run(sys.executable, "-m", "runkey", "show", key).stdout
     listed = copy.run(sys.executable, "-m", "runkey", "list").stdout
-    if "going on after step" in done.stdout:  # else it was killed before its first checkpoint
+    if "resuming after step" in done.stdout:  # else it was killed before its first checkpoint
         assert "resumed      once, after step " in shown
         assert "(resumed 1x)" in listed
     assert "reused" in copy.run(sys.executable, "-m", "stages.train").stdout

@@ -99,7 +99,7 @@ def test_a_killed_rank_ends_the_stage_and_repeated_it_gives_the_same_model(proje
     assert line.endswith("; `dvc repro` goes on from there")
     assert "Traceback" not in said
     again = project.run(sys.executable, *STAGE)
-    assert "going on after step" in again.stdout
+    assert "resuming after step" in again.stdout
     assert weights_of(project) == before
     set_params(project, reuse="true")
 

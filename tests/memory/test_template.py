@@ -12,7 +12,7 @@ from runkey.memory.timeline import break_down, rounded, timeline_of
 from runkey.memory.trace.backward import Gpu
 from runkey.memory.trace.record import Content, recorder
 from runkey.memory.trace.tracker import CLASSES, Pass
-from runkey.pipeline.one_step import step_factory
+from runkey.pipeline.step_factory import step_factory
 
 SEEN = Pass(2, 90, 120, 6), Pass(4, 90, 120, 6), Pass(3, *other_shape((90, 120), 8), 6)
 UNSEEN = Pass(5, 83, 108, 6), Pass(1, 90, 120, 6), Pass(7, 88, 70, 6)

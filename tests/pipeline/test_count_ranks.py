@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from runkey.params import Params, load_params
-from runkey.pipeline.ranks import count_ranks
+from runkey.pipeline.train import count_ranks
 
 CPU = torch.device("cpu")
 PARAMS = Path(__file__).parents[2] / "params.yaml"

@@ -14,7 +14,7 @@ from runkey.training.checkpoint.lock import locked
 
 def main(folder: Path, log: Path, mode: str) -> None:
     lines = log.read_text().splitlines(keepends=True)
-    with locked(folder, sys.stderr.write), (folder / "train.jsonl").open("w") as file:
+    with locked(folder), (folder / "train.jsonl").open("w") as file:
         for number, line in enumerate(lines):
             file.write(line)
             file.flush()

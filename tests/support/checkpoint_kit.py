@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from runkey.training.checkpoint.file import Content
+from runkey.training.checkpoint.file import Checkpoint
 from runkey.training.checkpoint.folder import FolderCheckpoints, Interval
 from runkey.training.state import Best, LoopState
 
@@ -45,8 +45,8 @@ class Training:
         self.state.best = Best(0.5, {"val/AP": 0.5}, 1, self.state.step)
         self.state.best_weights = {k: v.clone() for k, v in self.model.state_dict().items()}
 
-    def content(self) -> Content:
-        return Content(
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(
             step=self.state.step,
             state=self.state.as_plain(),
             parts={"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()},
@@ -55,24 +55,14 @@ class Training:
         )
 
 
-class Lines(list):
-    """What was said."""
-
-    def __call__(self, line: str) -> None:
-        self.append(line)
-
-
 @pytest.fixture
 def open_checkpoints(tmp_path: Path) -> Callable[..., FolderCheckpoints]:
     """Checkpoints in `tmp_path`, or another folder, as a new process would open them."""
 
-    def open_checkpoints(
-        folder: Path = tmp_path, say=lambda _: None, seconds=0, retry_seconds=0.0, **changes
-    ):
+    def open_checkpoints(folder: Path = tmp_path, seconds=0, retry_seconds=0.0, **changes):
         return FolderCheckpoints(
             folder,
             FINGERPRINT | changes,
-            say,
             interval=Interval(seconds),
             retry_seconds=retry_seconds,
         )

@@ -5,10 +5,9 @@ import dataclasses
 import torch
 
 from runkey.model.criterion import build_criterion
-from runkey.training.build import build_setup
-from runkey.training.distributed import World
-from runkey.training.metrics import Quiet
-from tests.support.squares import CLASSES, CPU, detector_params
+from runkey.training.build import TrainContext
+from tests.support.fitting import build
+from tests.support.squares import CLASSES, detector_params
 
 LAYER = "transformer.encoder.layers.0.linear2"
 GUARD = {"max_skips": 3, "window_steps": 50, "anchor_steps": 4, "max_rollbacks": 1}
@@ -32,18 +31,8 @@ def guarded(guard=None, **sections):
     return detector_params(training=training, **sections)
 
 
-def setup_of(parameters, model, loader):
-    return build_setup(
-        model,
-        build_criterion(parameters.model, CLASSES),
-        loader,
-        lambda _: {},
-        parameters,
-        device=CPU,
-        tracker=Quiet(),
-        say=print,
-        world=World(),
-    )
+def context_of(parameters, model, loader) -> TrainContext:
+    return build(model, build_criterion(parameters.model, CLASSES), loader, parameters)
 
 
 def bits(tree):

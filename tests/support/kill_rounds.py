@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import psutil
 
-from runkey.training.checkpoint.file import TEMPORARY, find_saved
+from runkey.training.checkpoint.file import TEMPORARY, find_checkpoints
 from tests.support.kill_project import set_workers
 from tests.support.project import Project, clean_environment
 
@@ -68,7 +68,7 @@ class Watcher:
     def _look(self, folder: Path) -> None:
         names = [path.name for path in folder.iterdir()]
         self.is_writing = any(name.endswith(TEMPORARY) for name in names)
-        saved = find_saved(folder)
+        saved = find_checkpoints(folder)
         if saved:
             self.newest = max(self.newest, saved[0].step)
             kept, path = self._keep / saved[0].name, folder / saved[0].name

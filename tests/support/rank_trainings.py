@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from runkey.data.dataset import Batch, GlobalBatch
 from runkey.errors import DataError
 from runkey.training.checkpoint.folder import FolderCheckpoints, Interval
-from runkey.training.device import set_up
+from runkey.training.device import configure_torch
 from runkey.training.distributed import World
 from runkey.training.interrupts import Interrupts
-from runkey.training.loop import fit
+from tests.support.fitting import fit
 from tests.support.toy import (
     MemoryTracker,
     ToyCriterion,
@@ -97,7 +96,7 @@ def train(
         training["guard"] = {"max_skips": 2, "window_steps": 9, "anchor_steps": 2}
     params = make_params(training=training, lr=3e-3)
     mine = act if world.rank == int(rank) else ""
-    set_up(0, deterministic=True)
+    configure_torch(0, deterministic=True)
     criterion = Deadly(2 * int(step)) if mine == "killed in a step" else ToyCriterion()
     fingerprint = {
         "key": "k",
@@ -108,11 +107,12 @@ def train(
     }
     Path(folder).mkdir(exist_ok=True)
     checkpoints = (
-        FolderCheckpoints(Path(folder), fingerprint, _say, interval=Interval(0))
+        FolderCheckpoints(Path(folder), fingerprint, interval=Interval(0))
         if world.is_main
         else None
     )
     tracker = MemoryTracker()
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
     with Interrupts() as interrupts:
         result = fit(
             ToyModel(dropout=0.3),
@@ -120,9 +120,7 @@ def train(
             SharedLoader(world, mine, int(step)),
             _evaluate if world.is_main else _nobody_asks,
             params,
-            device=torch.device("cpu"),
             tracker=tracker,
-            say=_say,
             world=world,
             checkpoints=checkpoints,
             interrupts=interrupts,
@@ -145,7 +143,3 @@ def _evaluate(module: nn.Module) -> dict[str, float]:
 
 def _nobody_asks(_: nn.Module) -> dict[str, float]:
     raise AssertionError("rank 0 evaluates")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)  # noqa: T201

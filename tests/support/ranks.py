@@ -52,7 +52,7 @@ def machinery(model: nn.Module, criterion: Any, world: World) -> TrainStep:
         optimizer=build_optimizer(model, params.Optimizer(), 1e-2),
         precision=build_precision(None, CPU),
         channels_last=False,
-        clipper=Clipper(params.Clip(mode="none"), CPU),
+        clipper=Clipper("none", 1.0, CPU),
         world=world,
     )
 

@@ -20,10 +20,11 @@ from torch import nn
 
 from runkey.data.dataset import GlobalBatch
 from runkey.errors import TrainingError
-from runkey.training.device import seed_step, set_up
+from runkey.training.device import configure_torch, seed_step
 from runkey.training.distributed import World
-from runkey.training.loop import fit
 from runkey.training.step import TrainStep, accumulate_gradients
+from tests.support.fitting import fit
+from tests.support.logged import logged_lines
 from tests.support.ranks import machinery
 from tests.support.toy import (
     SIZE,
@@ -101,23 +102,21 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def trained(memory_mib: int | None, limit: int | None, saved: SavedInMemory) -> Any:
     """A training of 2 steps, stopped by `saved` or not: the result, what was told, said."""
-    tracker, lines = MemoryTracker(), []
-    set_up(0, deterministic=True)
+    tracker = MemoryTracker()
+    configure_torch(0, deterministic=True)
     params = make_params(training={"epochs": 1})
     model = Hungry().double()
     if memory_mib is not None:
         allow(memory_mib)
     result = None
-    with contextlib.suppress(StoppedError):
+    with logged_lines() as lines, contextlib.suppress(StoppedError):
         result = fit(
             model,
             ToyCriterion(),  # type: ignore[arg-type]
             InFloat64(images=12),
             lambda _: {"val/loss": 0.0},
             params,
-            device=torch.device("cpu"),
             tracker=tracker,
-            say=lines.append,
             checkpoints=saved,
             limit=limit,
         )

@@ -10,7 +10,7 @@ import pytest
 from runkey.data.index import ClassName, Record, write_classes, write_index
 from runkey.memory.predict import Prediction, predict, prepared_surroundings
 from runkey.params import Params, load_params, override
-from runkey.pipeline.one_step import step_factory
+from runkey.pipeline.step_factory import step_factory
 
 ROOT = Path(__file__).resolve().parents[2]
 

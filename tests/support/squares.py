@@ -16,9 +16,9 @@ from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
 from runkey.model.matcher import Targets
 from runkey.training.checkpoint.folder import FolderCheckpoints, Interval
-from runkey.training.device import set_up
-from runkey.training.loop import fit
+from runkey.training.device import configure_torch
 from runkey.training.state import FitResult
+from tests.support.fitting import fit
 
 CLASSES = 3
 QUERIES = 4
@@ -113,7 +113,7 @@ def detector_params(lr: float = 1e-3, **sections: Any) -> params.Params:
 
 def make_detector(parameters: params.Params) -> nn.Module:
     """Its model, freshly initialised."""
-    set_up(parameters.seed, deterministic=True)
+    configure_torch(parameters.seed, deterministic=True)
     return build_model(parameters.model, CLASSES)
 
 
@@ -130,16 +130,14 @@ def held_out_loss(parameters: params.Params) -> Callable[[nn.Module], dict[str, 
     return evaluate
 
 
-def folder_checkpoints(
-    folder: Path, say: Callable[[str], None] = lambda _: None, seconds: float = 1e6
-) -> FolderCheckpoints:
+def folder_checkpoints(folder: Path, seconds: float = 1e6) -> FolderCheckpoints:
     """Checkpoints on disk; only anchors and the last one, unless `seconds` is small."""
     fingerprint = {"key": "rk2-test", "micro_batch": 4, "world_size": 1} | {
         "device": "cpu",
         "precision": "off",
     }
     folder.mkdir(parents=True, exist_ok=True)
-    return FolderCheckpoints(folder, fingerprint, say, interval=Interval(seconds))
+    return FolderCheckpoints(folder, fingerprint, interval=Interval(seconds))
 
 
 def train_detector(
@@ -154,7 +152,7 @@ def train_detector(
 ) -> FitResult:
     """Train it; `evaluate`: not by the held-out loss; `folder`: with checkpoints there."""
     model = model or make_detector(parameters)
-    checkpoints = folder_checkpoints(folder, options.get("say", print), seconds) if folder else None
+    checkpoints = folder_checkpoints(folder, seconds) if folder else None
     try:
         return fit(
             model,
@@ -162,7 +160,6 @@ def train_detector(
             loader or SquaresLoader(),
             evaluate or held_out_loss(parameters),
             parameters,
-            device=CPU,
             checkpoints=checkpoints,
             **options,
         )

@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def restore_torch() -> Iterator[None]:
-    """`set_up` switches the whole process; leave it as the other tests expect it."""
+    """`configure_torch` switches the whole process; leave it as the other tests expect it."""
     before = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     threads = torch.get_num_threads()

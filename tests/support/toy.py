@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from runkey import params
 from runkey.data.normalise import normalise
 from runkey.model.matcher import Targets
-from runkey.training.device import set_up
-from runkey.training.loop import fit
+from runkey.training.device import configure_torch
+from tests.support.fitting import fit
 from tests.support.squares import CLASSES, QUERIES, SIZE, make_batch, make_window
 
 CPU = torch.device("cpu")
@@ -180,7 +180,7 @@ def val_loss(module: nn.Module) -> dict[str, float]:
 
 def run(parameters=None, *, model=None, loader=None, evaluate=None, **options):
     parameters = parameters or make_params()
-    set_up(parameters.seed, deterministic=True)
+    configure_torch(parameters.seed, deterministic=True)
     model = model or ToyModel()
     return fit(
         model,
@@ -188,7 +188,6 @@ def run(parameters=None, *, model=None, loader=None, evaluate=None, **options):
         loader or ToyLoader(),
         evaluate or val_loss,
         parameters,
-        device=CPU,
         **options,
     )
 

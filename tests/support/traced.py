@@ -18,7 +18,7 @@ from runkey.memory.trace.fake import fake_tensors, own_backward
 from runkey.memory.trace.record import BuiltStep, Content, Recorder
 from runkey.memory.trace.tracker import Event, Pass, Trace
 from runkey.params import Params, load_params
-from runkey.pipeline.one_step import build_step, step_factory
+from runkey.pipeline.step_factory import build_step, step_factory
 
 PRESETS = Path(__file__).parents[2] / "presets"
 CLASSES = 8

@@ -10,9 +10,9 @@ import torch
 from runkey.training.checkpoint.file import (
     TEMPORARY,
     DamagedError,
-    give_name,
     read_facts,
     read_file,
+    rename_temporary,
     temporary_name,
     write_temporary,
 )
@@ -32,7 +32,7 @@ def written(tmp_path):
     path = tmp_path / "file.ckpt"
     write_temporary(path, {"step": 7, "key": "rk2-"}, TENSORS)
     assert not path.exists()
-    give_name(path)
+    rename_temporary(path)
     return path
 
 
@@ -99,7 +99,7 @@ def test_no_code_is_run(tmp_path):
     with pytest.raises(SystemExit, match="ran"):
         pickle.loads(pickle.dumps(Opens()))  # noqa: S301
     write_temporary(path, {}, {"weights": Opens()})
-    give_name(path)
+    rename_temporary(path)
     with pytest.raises(DamagedError, match="something else than tensors"):
         read_file(path)
 
@@ -110,7 +110,7 @@ def test_a_full_disk_leaves_nothing(small_disk):
         write_temporary(path, {}, {"weights": torch.zeros(1_000_000)})
     assert list(small_disk.iterdir()) == []
     write_temporary(path, {}, {"weights": torch.zeros(1_000)})
-    give_name(path)
+    rename_temporary(path)
     assert read_file(path)[1]["weights"].shape == (1_000,)
 
 

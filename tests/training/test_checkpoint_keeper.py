@@ -16,7 +16,7 @@ from tests.support import checkpoint_kit as kit
 def run(training, checkpoints, steps, wait=True):
     for _ in range(steps):
         training.step()
-        checkpoints.save(training.content(), wait=wait)
+        checkpoints.save(training.checkpoint(), wait=wait)
     checkpoints.finish()
 
 
@@ -28,7 +28,7 @@ def test_goes_on_from_the_newest(tmp_path, open_checkpoints):
     training = kit.Training()
     run(training, open_checkpoints(), 3)
     loaded = open_checkpoints().load()
-    expected = training.content()
+    expected = training.checkpoint()
     assert (loaded.step, loaded.state, loaded.position) == (3, expected.state, expected.position)
     assert kit.equal(loaded.parts["model"], dict(expected.parts["model"]))
     assert kit.equal(loaded.parts["optimizer"], expected.parts["optimizer"])
@@ -56,7 +56,7 @@ def test_training_goes_on_while_it_is_written(open_checkpoints, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: (go_on.wait(30), sync(file)))
     training.step()
     expected = {k: v.clone() for k, v in training.model.state_dict().items()}
-    checkpoints.save(training.content())
+    checkpoints.save(training.checkpoint())
     for _ in range(3):
         training.step()
     assert not kit.equal(expected, dict(training.model.state_dict()))
@@ -75,7 +75,7 @@ def test_is_not_due_while_one_is_written_unless_each_step_is(open_checkpoints, m
     seldom, each = open_checkpoints(seconds=1e-9), open_checkpoints(seconds=0)
     for checkpoints in (seldom, each):
         assert checkpoints.due(0)
-        checkpoints.save(training.content())
+        checkpoints.save(training.checkpoint())
     assert not seldom.due(1)
     assert each.due(1)
     go_on.set()
@@ -85,8 +85,8 @@ def test_is_not_due_while_one_is_written_unless_each_step_is(open_checkpoints, m
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign"])
-def test_a_bad_file_falls_back_and_says_so(tmp_path, open_checkpoints, damage):
-    training, lines = kit.Training(), kit.Lines()
+def test_a_bad_file_falls_back_and_says_so(tmp_path, open_checkpoints, damage, lines):
+    training = kit.Training()
     run(training, open_checkpoints(), 3)
     newest = tmp_path / "step-00000003.ckpt"
     content = newest.read_bytes()
@@ -99,7 +99,7 @@ def test_a_bad_file_falls_back_and_says_so(tmp_path, open_checkpoints, damage):
             newest.write_bytes(b"")
         case "foreign":
             torch.save({"model": {}}, newest)
-    again = open_checkpoints(say=lines)
+    again = open_checkpoints()
     assert again.load().step == again.newest == 2
     assert len(lines) == 1
     assert lines[0].startswith(f"{newest}: it")
@@ -115,21 +115,20 @@ def test_a_bad_file_falls_back_and_says_so(tmp_path, open_checkpoints, damage):
     assert open_checkpoints().load().step == 3
 
 
-def test_all_files_bad_is_a_new_start(tmp_path, open_checkpoints):
-    lines = kit.Lines()
+def test_all_files_bad_is_a_new_start(tmp_path, open_checkpoints, lines):
     run(kit.Training(), open_checkpoints(), 2)
     for path in tmp_path.iterdir():
         path.write_bytes(b"nothing")
-    again = open_checkpoints(say=lines)
+    again = open_checkpoints()
     assert again.load() is None
     assert again.newest is None
     assert len(lines) == 2
 
 
-def test_another_key_is_refused(tmp_path, open_checkpoints):
-    lines, other = kit.Lines(), "rk2-" + "b" * 64
+def test_another_key_is_refused(tmp_path, open_checkpoints, lines):
+    other = "rk2-" + "b" * 64
     run(kit.Training(), open_checkpoints(key=other), 1)
-    assert open_checkpoints(say=lines).load() is None
+    assert open_checkpoints().load() is None
     assert f"step-00000001.ckpt: it is of another key, {other}; " in lines[0]
 
 
@@ -172,8 +171,10 @@ def test_best_weights_are_written_once_each(tmp_path, open_checkpoints):
 
 
 @pytest.mark.parametrize("damage", ["gone", "other", "cut"])
-def test_a_checkpoint_without_its_best_weights_is_not_used(tmp_path, open_checkpoints, damage):
-    training, checkpoints, lines = kit.Training(), open_checkpoints(), kit.Lines()
+def test_a_checkpoint_without_its_best_weights_is_not_used(
+    tmp_path, open_checkpoints, damage, lines
+):
+    training, checkpoints = kit.Training(), open_checkpoints()
     run(training, checkpoints, 1)
     training.evaluate()
     run(training, checkpoints, 1)
@@ -185,7 +186,7 @@ def test_a_checkpoint_without_its_best_weights_is_not_used(tmp_path, open_checkp
             shutil.copy(tmp_path / "step-00000001.ckpt", best)
         case "cut":
             best.write_bytes(best.read_bytes()[:-1])
-    assert open_checkpoints(say=lines).load().step == 1
+    assert open_checkpoints().load().step == 1
     assert "its best weights, best-00000001-" in lines[0]
 
 
@@ -199,9 +200,9 @@ def test_what_a_killed_process_left_goes(tmp_path, open_checkpoints):
 
 
 @pytest.mark.parametrize("part", ["model", "optimizer"])
-def test_numbers_that_are_not_finite_are_never_written(tmp_path, open_checkpoints, part):
-    training, lines = kit.Training(), kit.Lines()
-    checkpoints = open_checkpoints(say=lines)
+def test_numbers_that_are_not_finite_are_never_written(tmp_path, open_checkpoints, part, lines):
+    training = kit.Training()
+    checkpoints = open_checkpoints()
     run(training, checkpoints, 2)
     if part == "model":
         training.model[0].weight.data[0, 0, 0, 0] = float("nan")
@@ -209,8 +210,8 @@ def test_numbers_that_are_not_finite_are_never_written(tmp_path, open_checkpoint
         moments = training.optimizer.state_dict()["state"][0]
         moments["exp_avg_sq"][0] = float("inf")
     training.state.step += 1
-    checkpoints.save(training.content(), wait=True)
-    checkpoints.save(training.content(), wait=True)
+    checkpoints.save(training.checkpoint(), wait=True)
+    checkpoints.save(training.checkpoint(), wait=True)
     assert names(tmp_path) == ["step-00000001.ckpt", "step-00000002.ckpt"]
     assert lines == [
         f"{tmp_path}: no checkpoint is written (weights or moments are not finite); "
@@ -220,10 +221,10 @@ def test_numbers_that_are_not_finite_are_never_written(tmp_path, open_checkpoint
 
 def test_anchors(tmp_path, open_checkpoints):
     training, checkpoints = kit.Training(), open_checkpoints()
-    checkpoints.save(training.content(), anchor=True)
+    checkpoints.save(training.checkpoint(), anchor=True)
     run(training, checkpoints, 3)
     assert checkpoints.load_anchor(3).step == 0
-    checkpoints.save(training.content(), anchor=True)
+    checkpoints.save(training.checkpoint(), anchor=True)
     assert checkpoints.load_anchor(3).step == 3
     assert checkpoints.load_anchor(2).step == 0  # training could go on from step 2
     run(training, checkpoints, 1)
@@ -234,9 +235,9 @@ def test_anchors(tmp_path, open_checkpoints):
     assert names(tmp_path) == ["anchor-00000003.ckpt", "step-00000003.ckpt", "step-00000004.ckpt"]
 
 
-def test_a_full_disk_is_said_once_and_nothing_is_lost(small_disk, open_checkpoints):
-    training, lines = kit.Training(width=600), kit.Lines()
-    checkpoints = open_checkpoints(small_disk, say=lines)
+def test_a_full_disk_is_said_once_and_nothing_is_lost(small_disk, open_checkpoints, lines):
+    training = kit.Training(width=600)
+    checkpoints = open_checkpoints(small_disk)
     run(training, checkpoints, 2)
     filler = small_disk / "filler"
     filler.write_bytes(b"\0" * shutil.disk_usage(small_disk).free)
@@ -264,12 +265,12 @@ def test_after_a_failure_it_is_tried_again_later(small_disk, open_checkpoints):
     assert not checkpoints.due(1)
 
 
-def test_a_read_only_folder_is_gone_on_from(small_disk, open_checkpoints):
-    training, lines = kit.Training(), kit.Lines()
+def test_a_read_only_folder_is_gone_on_from(small_disk, open_checkpoints, lines):
+    training = kit.Training()
     run(training, open_checkpoints(small_disk), 1)
     (small_disk / "best.pt.tmp").touch()
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    checkpoints = open_checkpoints(small_disk, say=lines)
+    checkpoints = open_checkpoints(small_disk)
     assert checkpoints.load().step == 1
     run(training, checkpoints, 2)
     assert len(lines) == 1

@@ -11,14 +11,13 @@ import pytest
 
 from runkey.errors import TrainingError
 from runkey.training.checkpoint.lock import LOCK, locked
-from tests.support import checkpoint_kit as kit
 
 HOLDER = textwrap.dedent(
     """
     import os, sys, time
     from pathlib import Path
     from runkey.training.checkpoint.lock import locked
-    with locked(Path(sys.argv[1]), print):
+    with locked(Path(sys.argv[1])):
         if sys.argv[2] == "worker" and os.fork() == 0:
             time.sleep(60)      # with all files of its parent open
         print("held", flush=True)
@@ -54,7 +53,7 @@ def hold(tmp_path):
 def test_the_second_trainer_is_told_who_the_first_is(tmp_path, hold):
     first = hold()
     folder = tmp_path / "folder"
-    with pytest.raises(TrainingError) as caught, locked(folder, pytest.fail):
+    with pytest.raises(TrainingError) as caught, locked(folder):
         pytest.fail("two trainers")
     text = str(caught.value)
     assert text.startswith(f"{folder}: process {first.pid} trains this key already; ")
@@ -70,22 +69,22 @@ def test_a_killed_trainer_holds_nothing(tmp_path, hold, kind):
     if kind == "worker":
         os.killpg(first.pid, 0)  # its child lives, and has the lock's file open
     held = []
-    with locked(tmp_path / "folder", pytest.fail):
+    with locked(tmp_path / "folder"):
         held.append(True)
     assert held
 
 
 def test_it_can_be_taken_again(tmp_path, hold):
     for _ in range(2):
-        with locked(tmp_path / "folder", pytest.fail):
+        with locked(tmp_path / "folder"):
             assert (tmp_path / "folder" / LOCK).is_file()
     assert hold()
 
 
-def test_a_folder_that_cannot_be_made_holds_nobody_up(tmp_path):
+def test_a_folder_that_cannot_be_made_holds_nobody_up(tmp_path, lines):
     (tmp_path / "file").touch()
-    lines, ran = kit.Lines(), []
-    with locked(tmp_path / "file" / "folder", lines):
+    ran = []
+    with locked(tmp_path / "file" / "folder"):
         ran.append(True)
     assert ran
     assert len(lines) == 1

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from runkey.training.checkpoint.file import HostCopy, Saved, find_saved, is_finite, obsolete
+from runkey.training.checkpoint.file import CheckpointName, HostCopy, find_checkpoints, obsolete
 from runkey.training.checkpoint.folder import SHORTEST_SECONDS, Interval
+from runkey.training.tensors import all_finite, named_tensors
 from tests.support import checkpoint_kit as kit
 
 
 def saved(*names):
-    return [Saved(int(name.lstrip("a")), name.startswith("a")) for name in names]
+    return [CheckpointName(int(name.lstrip("a")), name.startswith("a")) for name in names]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def test_checkpoints_are_found_by_name(tmp_path):
     others = ["step-00000013.ckpt.tmp", "step-00000014.ckpt.bad", "step-1.ckpt", "best-1.pt", "x"]
     for name in names + others:
         (tmp_path / name).touch()
-    assert [one.name for one in find_saved(tmp_path)] == [names[2], names[0], names[1]]
+    assert [one.name for one in find_checkpoints(tmp_path)] == [names[2], names[0], names[1]]
 
 
 def tree():
@@ -87,9 +88,9 @@ def test_no_two_tensors_share_a_place():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_found(value):
     copy = HostCopy().take(tree())
-    assert is_finite(copy)
+    assert all_finite(tensor for _, tensor in named_tensors(copy))
     copy["model"]["conv"][2, 1, 0, 1] = value
-    assert not is_finite(copy)
+    assert not all_finite(tensor for _, tensor in named_tensors(copy))
 
 
 def test_the_first_one_is_due_at_once_then_by_cost():

@@ -12,9 +12,9 @@ from runkey.training.device import (
     build_precision,
     choose_device,
     choose_precision,
+    configure_torch,
     derive_seed,
     seed_step,
-    set_up,
 )
 from runkey.training.distributed import World, join_world, read_world
 
@@ -143,11 +143,11 @@ def test_noise_of_a_step():
 
 def test_set_up_settles_the_kernels(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    set_up(3, deterministic=True)
+    configure_torch(3, deterministic=True)
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.backends.cudnn.benchmark
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     first = torch.rand(3)
-    set_up(3, deterministic=False)
+    configure_torch(3, deterministic=False)
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.equal(first, torch.rand(3))

@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from runkey import params
-from runkey.training.optimizer import Clipper, joint_norm
+from runkey.training.optimizer import Clipper, build_clipper, joint_norm
 
 CPU = torch.device("cpu")
 
 
 def clip(tensors, mode, threshold=0.1, **options):
     section = params.Clip(mode=mode, threshold=threshold, **options)
-    return Clipper(section, CPU).clip(tensors)
+    return build_clipper(section, CPU).clip(tensors)
 
 
 def gradients():
@@ -81,7 +81,7 @@ def clip_all(clipper, norms):
 
 
 def percentile_clipper(percentile=10.0, history=1000):
-    return Clipper(params.Clip(mode="percentile", percentile=percentile, history=history), CPU)
+    return Clipper("percentile", 0.1, CPU, percentile=percentile, history=history)
 
 
 def test_percentile_is_autoclips():

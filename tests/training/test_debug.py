@@ -14,7 +14,7 @@ import torch
 
 from runkey.errors import TrainingError
 from runkey.model.criterion import build_criterion
-from runkey.training.debug.run import (
+from runkey.training.debug.replay import (
     LOG,
     Bundle,
     bad_steps,
@@ -24,10 +24,10 @@ from runkey.training.debug.run import (
     replay,
 )
 from runkey.training.device import build_precision, seed_step
-from runkey.training.optimizer import Clipper, build_optimizer
-from runkey.training.state import host_weights
+from runkey.training.optimizer import build_clipper, build_optimizer
 from runkey.training.step import TrainStep, accumulate_gradients
-from tests.support.guarded import setup_of
+from runkey.training.tensors import host_weights
+from tests.support.guarded import context_of
 from tests.support.killed_training import LAYER, planted_model
 from tests.support.killed_training import parameters as parameters_of_killed
 from tests.support.planted import plant
@@ -59,7 +59,7 @@ def machinery_of(parameters, model, dtype=None):
         optimizer=build_optimizer(model, parameters.optimizer, parameters.lr),
         precision=build_precision(dtype, CPU),
         channels_last=True,
-        clipper=Clipper(parameters.optimizer.clip, CPU),
+        clipper=build_clipper(parameters.optimizer.clip, CPU),
     )
 
 
@@ -201,22 +201,22 @@ def test_from_a_killed_runs_folder_and_from_a_bundle_elsewhere(killed, tmp_path)
     start = find_start(folder, 6)
     assert start.path.name == "bad-step-00000006.ckpt"
     assert start.step in (4, 5)  # that of step 5 may just be being written
-    setup = setup_of(parameters, model(), SquaresLoader())
-    bad = replay(setup, start, 6, folder)
+    context = context_of(parameters, model(), SquaresLoader())
+    bad = replay(context, start, 6, folder)
     bundle = Bundle(
         key="rk2-test",
         step=5,
         rank=0,
         params=parameters.model_dump(mode="json"),
         num_classes=CLASSES,
-        model=host_weights(setup.machinery.model),
+        model=host_weights(context.step.model),
         scaler={},
-        window=bad,
+        batch=bad,
         device="cpu",
         torch_version=str(torch.__version__),
     )
     bundle.write(folder / "bad-step-6.pt")
-    found = diagnose(setup.machinery, bad, seed=0, step=5)
+    found = diagnose(context.step, bad, seed=0, step=5)
     assert (found.finding.where, found.finding.module) == (how, LAYER)
     assert found.finding.image_ids == bad[0].image_ids
     logged = logged_losses(folder / LOG, 6)
@@ -236,9 +236,9 @@ def test_replay_from_an_earlier_checkpoint_or_from_the_start_is_the_same(killed)
     parameters, folder, model, _ = killed
     states = []
     for start in (find_start(folder, 6), find_start(folder, 1)):
-        setup = setup_of(parameters, model(), SquaresLoader())
-        bad = replay(setup, start, 6, folder)
-        states.append({n: p.state_dict() for n, p in setup.parts.items()} | {"ids": bad})
+        context = context_of(parameters, model(), SquaresLoader())
+        bad = replay(context, start, 6, folder)
+        states.append({n: p.state_dict() for n, p in context.parts.items()} | {"ids": bad})
     assert find_start(folder, 1).step == 0
     left, right = states
     assert all(torch.equal(left["model"][n], right["model"][n]) for n in left["model"])
@@ -247,9 +247,9 @@ def test_replay_from_an_earlier_checkpoint_or_from_the_start_is_the_same(killed)
 
 def test_what_cannot_be_replayed_is_said(killed, tmp_path):
     parameters, folder, model, _ = killed
-    setup = setup_of(parameters, model(), SquaresLoader())
+    context = context_of(parameters, model(), SquaresLoader())
     with pytest.raises(TrainingError, match=r"^--step 99: training has the steps 1 to 24$"):
-        replay(setup, find_start(folder, 99), 99, folder)
+        replay(context, find_start(folder, 99), 99, folder)
     with pytest.raises(TrainingError, match="holds no checkpoint"):
         find_start(tmp_path, 3)
     (tmp_path / "x.pt").write_bytes(b"no bundle")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from runkey.training.device import set_up
+from runkey.training.device import configure_torch
 from tests.support import toy
 from tests.support.toy import PATIENT, run, same, seeded
 
@@ -28,7 +28,7 @@ def test_twice_the_same_bits(ema):
     for _ in range(2):
         trackers.append(toy.MemoryTracker())
         model = toy.ToyModel  # dropout: its noise must come back too
-        set_up(0, deterministic=True)
+        configure_torch(0, deterministic=True)
         results.append(run(parameters, model=model(dropout=0.3), tracker=trackers[-1]))
         torch.rand(7)  # somebody else draws in between
     assert same(results[0].best_state, results[1].best_state)
@@ -47,7 +47,7 @@ def test_noise_is_a_function_of_the_step():
     parameters = toy.make_params(training={"epochs": 1})
     states = []
     for draws in (0, 1000):
-        set_up(0, deterministic=True)
+        configure_torch(0, deterministic=True)
         model = toy.ToyModel(dropout=0.5)
 
         class Drawing(toy.ToyLoader):

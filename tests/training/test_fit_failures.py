@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from runkey.errors import TrainingError
-from runkey.training.device import set_up
+from runkey.training.device import configure_torch
 from runkey.training.distributed import World
-from runkey.training.loop import fit
 from tests.support import toy
-from tests.support.toy import CPU, PATIENT, run
+from tests.support.fitting import fit
+from tests.support.toy import PATIENT, run
 
 
 class NotFinite:
@@ -32,11 +32,9 @@ class NotFinite:
 
 
 def fit_not_finite(steps, parameters, **options):
-    set_up(0, deterministic=True)
+    configure_torch(0, deterministic=True)
     criterion = NotFinite(toy.ToyCriterion(), steps)
-    return fit(
-        toy.ToyModel(), criterion, toy.ToyLoader(), toy.val_loss, parameters, device=CPU, **options
-    )
+    return fit(toy.ToyModel(), criterion, toy.ToyLoader(), toy.val_loss, parameters, **options)
 
 
 def test_skipped_steps_are_counted_and_left_out_of_means():
@@ -102,7 +100,6 @@ def test_failures_name_the_step(error, text):
             toy.ToyLoader(),
             toy.val_loss,
             toy.make_params(schedule={"name": "constant", "warmup_fraction": 0}),
-            device=CPU,
         )
 
 
@@ -114,7 +111,6 @@ def test_other_errors_pass_unchanged():
             toy.ToyLoader(),
             toy.val_loss,
             toy.make_params(),
-            device=CPU,
         )
 
 

@@ -21,6 +21,7 @@ def test_tracker_gets_every_value():
         "train/grad_norm_clipped",
         "train/clip_threshold",
         "train/lr",
+        "train/lr_backbone",
         "train/images_per_second",
         "train/data_wait_share",
         "train/epoch",
@@ -33,6 +34,7 @@ def test_tracker_gets_every_value():
         "train/grad_norm_clipped",
         "train/clip_threshold",
         "train/lr",
+        "train/lr_backbone",
         "train/images_per_second",
         "train/data_wait_share",
         "train/epoch",
@@ -62,6 +64,18 @@ def test_epoch_loss_is_the_mean_of_its_steps():
     assert [e["train/epoch_loss"] for e in result.history] == pytest.approx(means)
 
 
+def test_every_groups_rate_is_logged():
+    tracker = toy.MemoryTracker()
+    optimizer = {"backbone_lr_factor": 0.1, "decay_norm_and_bias": False}
+    schedule = {"name": "multistep", "milestones": [2]}
+    run(toy.make_params(lr=1e-3, schedule=schedule, optimizer=optimizer), tracker=tracker)
+    main = [v["train/lr"] for _, v in tracker.logged]
+    backbone = [v["train/lr_backbone"] for _, v in tracker.logged]
+    assert main[0] == pytest.approx(1e-3)
+    assert main[-1] == pytest.approx(1e-4)
+    assert backbone == pytest.approx([rate / 10 for rate in main])
+
+
 def test_logged_rate_is_the_schedules():
     tracker = toy.MemoryTracker()
     run(
@@ -73,15 +87,14 @@ def test_logged_rate_is_the_schedules():
     assert rates == pytest.approx([1e-3] * 3 + [1e-4] * 3 + [1e-5] * 3)
 
 
-def test_a_tracker_that_breaks_does_not_stop_training():
+def test_a_tracker_that_breaks_does_not_stop_training(lines):
     class Broken(toy.MemoryTracker):
         def log(self, values, step):
             if step >= 4:
                 raise OSError("disk full")
             super().log(values, step)
 
-    tracker, lines = Broken(), []
-    broken = run(tracker=tracker, say=lines.append)
+    broken = run(tracker=Broken())
     assert same(broken.best_state, run().best_state)
     assert len(broken.history) == 3
     assert [line for line in lines if "tracking" in line] == [
@@ -89,9 +102,8 @@ def test_a_tracker_that_breaks_does_not_stop_training():
     ]
 
 
-def test_says_one_line_per_epoch():
-    lines = []
-    run(say=lines.append)
+def test_logs_one_line_per_epoch(lines):
+    run()
     epochs = [line for line in lines if line.startswith("epoch")]
     assert len(epochs) == 3
     for word in ("loss ", "grad ", "lr ", "img/s", "wait ", "val/loss ", "left "):

@@ -10,12 +10,10 @@ import pytest
 import torch
 
 from runkey.errors import DataError, Interrupted
-from runkey.training.device import set_up
+from runkey.training.device import configure_torch
 from runkey.training.interrupts import Interrupts
-from runkey.training.loop import fit
 from tests.support import toy
-
-CPU = torch.device("cpu")
+from tests.support.fitting import fit
 
 
 class Signalling:
@@ -56,7 +54,7 @@ def train():
             return toy.val_loss(module)
 
         parameters = toy.make_params(training={"epochs": 4, "ema_decay": 0.9})
-        set_up(0, deterministic=True)
+        configure_torch(0, deterministic=True)
         with Interrupts() as interrupts:
             return fit(
                 toy.ToyModel(dropout=0.3),
@@ -64,7 +62,6 @@ def train():
                 Loader(micro_batch=4),
                 evaluate,
                 parameters,
-                device=CPU,
                 checkpoints=checkpoints,
                 interrupts=interrupts,
             )
@@ -126,7 +123,6 @@ def test_a_loader_that_fails_costs_no_step():
             Failing(),
             toy.val_loss,
             toy.make_params(),
-            device=CPU,
             checkpoints=kept,
         )
     text = "a loader process was killed; stopped after step 5 of 9; `dvc repro` goes on from there"

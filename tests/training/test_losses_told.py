@@ -3,23 +3,22 @@
 import math
 
 from runkey.errors import ModelError
-from runkey.training.metrics import Quiet
-from runkey.training.state import host_weights
+from runkey.training.metrics import NullTracker
+from runkey.training.tensors import host_weights
 from tests.support.guarded import bits, guarded, poisoned
 from tests.support.squares import SquaresLoader, train_detector
 
 
-def test_a_spike_is_told_and_changes_nothing(events):
+def test_a_spike_is_logged_and_changes_nothing(events, lines):
     change = poisoned({9}, factor=30.0)
-    lines, results = [], []
+    results = []
     for score in (6.0, 0.0):
         parameters = guarded({"spike_history": 6, "spike_score": score})
         results.append(
             train_detector(
                 parameters,
                 loader=SquaresLoader(change=change),
-                tracker=events if score else Quiet(),
-                say=lines.append,
+                tracker=events if score else NullTracker(),
             )
         )
     [spike] = events.of("loss_spike")
@@ -33,7 +32,7 @@ def test_a_spike_is_told_and_changes_nothing(events):
     assert bits(results[0].best_state) == bits(results[1].best_state)
 
 
-def test_a_model_that_predicts_nan_is_not_the_end(events):
+def test_a_model_that_predicts_nan_is_not_the_end(events, lines):
     """An evaluation says so; the weights kept are of a finite one, and training has gone on."""
     parameters, evaluated = guarded(training={"evaluate_every": 1}), []
 
@@ -43,8 +42,7 @@ def test_a_model_that_predicts_nan_is_not_the_end(events):
             raise ModelError("the model predicts NaN or infinity")
         return {"val/loss": float(len(evaluated))}
 
-    lines = []
-    result = train_detector(parameters, evaluate=evaluate, tracker=events, say=lines.append)
+    result = train_detector(parameters, evaluate=evaluate, tracker=events)
     assert (result.steps, result.best_epoch) == (12, 1)
     assert [math.isnan(epoch["val/loss"]) for epoch in result.history] == [
         False,
@@ -53,12 +51,10 @@ def test_a_model_that_predicts_nan_is_not_the_end(events):
         False,
     ]
     assert events.of("evaluation_failed")[0]["step"] == 6
-    assert lines[-1].startswith(
-        "all 4 epochs done; kept the weights of epoch 1 (val/loss 1); held-"
-    )
+    assert lines[-1].startswith("all 4 epochs done; kept the weights of epoch 1 (val/loss 1); gen")
 
 
-def test_the_gap_and_what_was_kept_are_told(events):
+def test_the_gap_and_what_was_kept_are_logged(events, lines):
     """Training loss falls, held-out loss rises after epoch 2: the weights of epoch 2 are kept."""
     parameters = guarded(
         training={
@@ -68,18 +64,18 @@ def test_the_gap_and_what_was_kept_are_told(events):
         }
     )
     values = iter([20.0, 15.0, 16.0, 17.0])
-    seen, lines = [], []
+    seen = []
 
     def evaluate(module):
         seen.append(host_weights(module))
         return {"val/loss": next(values)}
 
-    result = train_detector(parameters, evaluate=evaluate, tracker=events, say=lines.append)
+    result = train_detector(parameters, evaluate=evaluate, tracker=events)
     assert bits(result.best_state) == bits(seen[1])
     assert lines[-1].startswith(
         "early stop: best val/loss 15 at evaluation 2 of 4, then 16, 17: 2 without improvement; "
-        "kept the weights of epoch 2 (val/loss 15); held-out loss minus training loss: "
+        "kept the weights of epoch 2 (val/loss 15); generalisation gap (val loss - train loss): "
     )
     gaps = [epoch["val/loss_gap"] for epoch in result.history]
     assert gaps == [e["val/loss"] - e["train/epoch_loss"] for e in result.history]
-    assert f"{gaps[1]:.3g} there, {gaps[3]:.3g} at the end" in lines[-1]
+    assert f"{gaps[1]:.3g} at the best epoch, {gaps[3]:.3g} at the end" in lines[-1]

@@ -5,26 +5,33 @@ import time
 import pytest
 import torch
 
-from runkey.training.metrics import LateReader, Means, Pace, Reading, Stopwatch, timed
+from runkey.training.metrics import (
+    DelayedReader,
+    Means,
+    StepValues,
+    Stopwatch,
+    Throughput,
+    timed,
+)
 from runkey.training.progress import bar_text, clock, epoch_line, open_display
 from tests.support import toy
 
 
 def test_values_come_one_step_late():
-    reader = LateReader()
+    reader = DelayedReader()
     values = {"loss": torch.tensor(2.0), "norm": torch.tensor(3.0)}
-    assert reader.push(Reading(1, (7, 8), 0.1, {}), values) is None
+    assert reader.push(StepValues(1, (7, 8), {"train/lr": 0.1}, {}), values) is None
     values = {"loss": torch.tensor(4.0), "norm": torch.tensor(5.0)}
-    first = reader.push(Reading(2, (9,), 0.2, {}), values)
-    assert (first.step, first.image_ids, first.lr) == (1, (7, 8), 0.1)
+    first = reader.push(StepValues(2, (9,), {"train/lr": 0.2}, {}), values)
+    assert (first.step, first.image_ids, first.rates) == (1, (7, 8), {"train/lr": 0.1})
     assert first.values == {"loss": 2.0, "norm": 3.0}
     assert reader.flush().values == {"loss": 4.0, "norm": 5.0}
     assert reader.flush() is None
 
 
 def test_a_reading_does_not_change_with_its_tensor():
-    reader, loss = LateReader(), torch.tensor(2.0)
-    reader.push(Reading(1, (), 0.1, {}), {"loss": loss})
+    reader, loss = DelayedReader(), torch.tensor(2.0)
+    reader.push(StepValues(1, (), {"train/lr": 0.1}, {}), {"loss": loss})
     loss.fill_(9)
     assert reader.flush().values == {"loss": 2.0}
 
@@ -43,7 +50,7 @@ def test_waiting_is_counted():
             time.sleep(0.05)
             yield toy.make_window(ids, 2)
 
-    pace, recent = Pace(), Pace()
+    pace, recent = Throughput(), Throughput()
     for number, window in enumerate(timed(slow(), pace, recent)):
         for span in (pace, recent):
             span.images += 3 - number
@@ -53,14 +60,16 @@ def test_waiting_is_counted():
         time.sleep(0.05)
     assert (pace.images, recent.images) == (5, 2)
     assert pace.wait_seconds >= 0.1
-    assert 0.2 < pace.data_wait_share < 0.8
-    assert pace.images_per_second == pytest.approx(5 / pace.seconds, rel=0.1)
+    metrics = pace.as_metrics()
+    assert 0.2 < metrics["train/data_wait_share"] < 0.8
+    assert metrics["train/images_per_second"] == pytest.approx(5 / pace.seconds, rel=0.1)
 
 
 def test_a_span_goes_on_where_another_process_left_it():
-    pace = Pace.after(images=30, wait_seconds=1.0, seconds=10.0)
-    assert pace.images_per_second == pytest.approx(3.0, rel=0.1)
-    assert pace.data_wait_share == pytest.approx(0.1, rel=0.1)
+    pace = Throughput.after(images=30, wait_seconds=1.0, seconds=10.0)
+    metrics = pace.as_metrics()
+    assert metrics["train/images_per_second"] == pytest.approx(3.0, rel=0.1)
+    assert metrics["train/data_wait_share"] == pytest.approx(0.1, rel=0.1)
     time.sleep(0.05)
     assert pace.seconds > 10.04
 

@@ -54,7 +54,7 @@ def gone_on_with(train, folder: Path) -> Any:
     ended = train()
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert f"of {STEPS}" in ended[0][2]
-    assert "going on after step" in ended[0][2]
+    assert "resuming after step" in ended[0][2]
     return torch.load(folder / "out-0.pt")
 
 

@@ -7,11 +7,10 @@ from runkey.data.normalise import normalise
 from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
 from runkey.model.matcher import Targets
-from runkey.training.device import set_up
-from runkey.training.loop import fit
+from runkey.training.device import configure_torch
 from tests.support import toy
+from tests.support.fitting import fit
 
-CPU = torch.device("cpu")
 SMALL = {"hidden_dim": 32, "num_heads": 2, "feedforward_dim": 64, "num_queries": 8}
 PRESETS = {
     "fast": SMALL | {"dropout": 0.1, "denoising": {"groups": 2}},
@@ -45,7 +44,7 @@ def train(preset, loader, lr=1e-3, model=None, **training):
         optimizer={"clip": {"threshold": 0.5}},
         training={"early_stopping": WATCHED} | training,
     )
-    set_up(parameters.seed, deterministic=True)
+    configure_torch(parameters.seed, deterministic=True)
     module = build_model(parameters.model, 3)
     criterion = build_criterion(parameters.model, 3)
 
@@ -55,7 +54,7 @@ def train(preset, loader, lr=1e-3, model=None, **training):
         losses = criterion(module(*normalise(batch)), targets, criterion.normaliser(batch.counts))
         return {"val/loss": float(losses.total)}
 
-    return fit(module, criterion, loader, evaluate, parameters, device=CPU)
+    return fit(module, criterion, loader, evaluate, parameters)
 
 
 @pytest.mark.parametrize("preset", ["fast", "detr"])

@@ -6,13 +6,11 @@ import json
 import pytest
 import torch
 
-from runkey.training.checkpoint.file import Content
-from runkey.training.device import set_up
-from runkey.training.loop import fit
+from runkey.training.checkpoint.file import Checkpoint
+from runkey.training.device import configure_torch
 from runkey.training.state import LoopState
 from tests.support import toy
-
-CPU = torch.device("cpu")
+from tests.support.fitting import fit
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +29,7 @@ def parameters():
 
 
 def train(parameters, checkpoints=None, tracker=None, workers=None):
-    set_up(parameters.seed, deterministic=True)
+    configure_torch(parameters.seed, deterministic=True)
     model = toy.ToyModel(dropout=0.3)
     result = fit(
         model,
@@ -39,7 +37,6 @@ def train(parameters, checkpoints=None, tracker=None, workers=None):
         toy.ToyLoader(micro_batch=3),
         toy.val_loss,
         parameters,
-        device=CPU,
         tracker=tracker,
         checkpoints=checkpoints,
     )
@@ -107,25 +104,22 @@ def test_checkpoints_change_nothing(parameters):
     assert without_clock(first.logged) == without_clock(second.logged)
 
 
-def test_goes_on_after_the_end(parameters):
+def test_resumes_after_the_end(parameters, lines):
     """A process that dies between the last step and the recorded run has nothing to train again."""
     kept = toy.SavedInMemory()
     whole, _ = train(parameters, kept)
-    lines = []
-    set_up(parameters.seed, deterministic=True)
+    configure_torch(parameters.seed, deterministic=True)
     again = fit(
         toy.ToyModel(dropout=0.3),
         toy.ToyCriterion(),
         toy.ToyLoader(micro_batch=3),
         lambda _: pytest.fail("evaluated again"),
         parameters,
-        device=CPU,
-        say=lines.append,
         checkpoints=toy.SavedInMemory(kept.content),
     )
     assert again.seconds == whole.seconds
     assert equal(again.best_state, whole.best_state)
-    assert "going on after step 18 of 18" in lines
+    assert "resuming after step 18 of 18" in lines
 
 
 def test_the_state_is_plain_and_whole(parameters):
@@ -148,4 +142,4 @@ def test_what_is_saved_does_not_change_with_the_training(parameters):
     state.evaluations.append({"val/AP": 0.1})
     state.running.means.add({"loss": 1.0})
     assert plain == LoopState().as_plain()
-    assert isinstance(Content(0, plain, {}, {}, {}).state["running"]["means"]["sums"], dict)
+    assert isinstance(Checkpoint(0, plain, {}, {}, {}).state["running"]["means"]["sums"], dict)

@@ -10,18 +10,16 @@ from runkey.errors import TrainingError
 from runkey.training.guard import find_pins
 from runkey.training.loop import take_step
 from runkey.training.state import LoopState
-from tests.support.guarded import LAYER, bits, guarded, poisoned, setup_of
+from tests.support.guarded import LAYER, bits, context_of, guarded, poisoned
 from tests.support.squares import SquaresLoader, folder_checkpoints, make_detector, train_detector
 
 
-def test_goes_back_when_the_budget_is_used_up(events, tmp_path):
-    lines = []
+def test_goes_back_when_the_budget_is_used_up(events, lines, tmp_path):
     result = train_detector(
         guarded(),
         loader=SquaresLoader(change=poisoned({6, 7, 8})),
         folder=tmp_path,
         tracker=events,
-        say=lines.append,
     )
     assert (result.steps, result.skipped_steps) == (12, 3)
     # Step 8 is known to be skipped after step 9; no anchor was written at step 8.
@@ -32,13 +30,13 @@ def test_goes_back_when_the_budget_is_used_up(events, tmp_path):
             "reason": "loss or gradients were not finite in 3 of the last 8 steps",
         }
     ]
-    [line] = [line for line in lines if "back to the weights of step 4" in line]
+    [line] = [line for line in lines if "rolled back to the weights of step 4" in line]
     assert line.startswith("after step 9: loss or gradients were not finite in 3 of the last 8")
     report = json.loads((tmp_path / "bad-step-6.json").read_text())
     assert report["step"] == 6
     assert [skip["step"] for skip in report["skips"]] == [6, 7, 8]
     assert report["skips"][0]["values"]["train/loss_l1"] == "inf"
-    assert report["outcome"].startswith("back to the weights of step 4")
+    assert report["outcome"].startswith("rolled back to the weights of step 4")
     assert len(report["latest_grad_norms"]) == 8
     assert find_pins(tmp_path).keys() == {6}
     content = folder_checkpoints(tmp_path).load()
@@ -53,14 +51,14 @@ def test_after_going_back_all_is_as_it_was(tmp_path):
     model = make_detector(parameters)
     train_detector(parameters, model=model, loader=loader, folder=tmp_path)
     expected = make_detector(parameters)
-    setup, state = setup_of(parameters, expected, loader), LoopState()
+    context, state = context_of(parameters, expected, loader), LoopState()
     expected.train()
     windows = [window for epoch in range(4) for window in loader.epoch(epoch)]
     for window in windows[:4]:
-        take_step(setup, state, window, [])
+        take_step(context, state, window, [])
     state.step = 9
     for window in windows[9:]:
-        take_step(setup, state, window, [])
+        take_step(context, state, window, [])
     assert bits(dict(model.state_dict())) == bits(dict(expected.state_dict()))
 
 
@@ -103,9 +101,9 @@ def test_stops_with_a_report_when_going_back_does_not_help(events, tmp_path):
     # Skipped: 5, 6; back after 7; 7 is known, and 8, 9 in a row: 8 is known after 9.
     assert line.startswith("step 8 (lr 0.00")
     report = tmp_path / "bad-step-7.json"
-    assert f"; gone back 1 times already; see {report}, and `runkey debug-step --step 7`" in line
+    assert f"; already rolled back 1 times; see {report}, and `runkey debug-step --step 7`" in line
     content = json.loads(report.read_text())
-    assert content["outcome"] == "stopped: gone back 1 times already"
+    assert content["outcome"] == "stopped: already rolled back 1 times"
     assert [(one["at"], one["to"]) for one in content["rollbacks"]] == [(7, 4)]
     assert [skip["step"] for skip in content["skips"]] == [7, 8]
     assert len(content["skips"][0]["image_ids"]) == 8
@@ -115,7 +113,9 @@ def test_stops_with_a_report_when_going_back_does_not_help(events, tmp_path):
 
 def test_without_anchors_it_stops_at_once():
     loader = SquaresLoader(change=poisoned({2, 3, 4}))
-    with pytest.raises(TrainingError, match=r"^step 4 .*there is no anchor to go back to; a lower"):
+    with pytest.raises(
+        TrainingError, match=r"^step 4 .*there is no anchor to roll back to; a lower"
+    ):
         train_detector(guarded(), loader=loader)
 
 

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from runkey.training.checkpoint.file import find_saved, read_file
+from runkey.training.checkpoint.file import find_checkpoints, read_file
 from runkey.training.guard import find_pins
 from runkey.training.loop import take_step
 from runkey.training.state import LoopState
-from tests.support.guarded import LAYER, bits, guarded, poisoned, setup_of
+from tests.support.guarded import LAYER, bits, context_of, guarded, poisoned
 from tests.support.planted import plant
 from tests.support.squares import SquaresLoader, make_detector, train_detector
 
@@ -21,31 +21,31 @@ def test_a_skipped_step_leaves_nothing_behind(how, precision):
     model = make_detector(parameters)
     plant(model, LAYER, how, {7})
     loader = SquaresLoader()
-    setup, state = setup_of(parameters, model, loader), LoopState()
+    context, state = context_of(parameters, model, loader), LoopState()
     model.train()
     windows = [*loader.epoch(0), *loader.epoch(1)]
     for window in windows[:3]:
-        take_step(setup, state, window, [])
-    before = bits({name: part.state_dict() for name, part in setup.parts.items()})
-    result, _ = take_step(setup, state, windows[3], [])
+        take_step(context, state, window, [])
+    before = bits({name: part.state_dict() for name, part in context.parts.items()})
+    result = take_step(context, state, windows[3], [])
     assert result.skipped == 1
     assert math.isnan(result.losses["loss"]) == (how == "forward")
-    after = bits({name: part.state_dict() for name, part in setup.parts.items()})
+    after = bits({name: part.state_dict() for name, part in context.parts.items()})
     before.pop("scaler", None), after.pop("scaler", None)
     # The schedule's rate is set before anyone knows.
     for parts in (before, after):
         for group in parts["optimizer"]["param_groups"]:
             del group["lr"]
     assert before == after
-    result, _ = take_step(setup, state, windows[4], [])
+    result = take_step(context, state, windows[4], [])
     assert result.skipped == 0
 
 
-def test_a_forward_pass_that_is_not_finite_is_a_skipped_step(events):
+def test_a_forward_pass_that_is_not_finite_is_a_skipped_step(events, lines):
     parameters = guarded()
-    model, lines = make_detector(parameters), []
+    model = make_detector(parameters)
     plant(model, LAYER, "forward", {7})
-    result = train_detector(parameters, model=model, tracker=events, say=lines.append)
+    result = train_detector(parameters, model=model, tracker=events)
     assert (result.steps, result.skipped_steps) == (12, 1)
     [event] = events.of("skipped_step")
     assert event["step"] == 4
@@ -111,5 +111,5 @@ def test_what_is_pinned_is_the_checkpoint_before_the_step(tmp_path):
     assert facts["step"] in (3, 4)  # that of step 4 may just be being written
     assert tensors["state"]["step"] == facts["step"]
     # Its other name is gone, as it would be without the pin.
-    assert {saved.step for saved in find_saved(tmp_path)} == {0, 11, 12}
+    assert {saved.step for saved in find_checkpoints(tmp_path)} == {0, 11, 12}
     assert pin.stat().st_nlink == 1

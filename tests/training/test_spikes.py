@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from runkey.errors import TrainingError
 from runkey.training.guard import Guard, robust_score
-from runkey.training.metrics import Reading
+from runkey.training.metrics import NullTracker, StepValues
 from runkey.training.state import LoopState
+from tests.support.guarded import context_of
 from tests.support.squares import SquaresLoader, detector_params, make_detector
 
 numbers = st.floats(-1e6, 1e6)
@@ -48,32 +49,16 @@ def test_equal_losses_do_not_make_everything_a_spike():
 
 
 @pytest.fixture(scope="module")
-def setup():
-    from runkey.model.criterion import build_criterion
-    from runkey.training.build import build_setup
-    from runkey.training.distributed import World
-    from runkey.training.metrics import Quiet
-    from tests.support.squares import CLASSES, CPU
-
+def context():
     guard = {"max_skips": 3, "window_steps": 7, "anchor_steps": 1}
     parameters = detector_params(training={"guard": guard})
-    return build_setup(
-        make_detector(parameters),
-        build_criterion(parameters.model, CLASSES),
-        SquaresLoader(),
-        lambda _: {},
-        parameters,
-        device=CPU,
-        tracker=Quiet(),
-        say=lambda _: None,
-        world=World(),
-    )
+    return context_of(parameters, make_detector(parameters), SquaresLoader())
 
 
 def reading(step, skipped):
     loss = math.nan if skipped else 1.0
     values = {"train/loss": loss, "train/grad_norm": loss, "skipped": float(skipped)}
-    return Reading(step, (1, 2), 1e-3, values)
+    return StepValues(step, (1, 2), {"train/lr": 1e-3}, values)
 
 
 @settings(deadline=None, max_examples=60)
@@ -82,10 +67,10 @@ def reading(step, skipped):
     st.sets(st.integers(1, 30)),
     st.sets(st.integers(1, 30)),
 )
-def test_budget_is_used_up_when_the_window_holds_so_many(setup, flags, settled, resumed):
+def test_budget_is_used_up_when_the_window_holds_so_many(context, flags, settled, resumed):
     """Whenever checkpoints made values known earlier, or training went on from one."""
     state = LoopState()
-    guard, noted, stopped = Guard(setup, state), 0, None
+    guard, noted, stopped = Guard(context, state, NullTracker(), None), 0, None
 
     def note(step):
         nonlocal noted
@@ -106,7 +91,7 @@ def test_budget_is_used_up_when_the_window_holds_so_many(setup, flags, settled, 
             note(step)
         if step in resumed:
             state = LoopState.from_plain(state.as_plain(), {})
-            guard = Guard(setup, state)
+            guard = Guard(context, state, NullTracker(), None)
     expected = next(
         (
             step

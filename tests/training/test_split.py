@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from runkey.training.distributed import World
-from runkey.training.split import cut, is_out_of_memory, pixels
-from runkey.training.step import accumulate_gradients
+from runkey.training.step import accumulate_gradients, is_out_of_memory, pixels, split_batches
 from tests.support import toy
 from tests.support.ranks import machinery, real
 
@@ -91,7 +90,7 @@ def test_a_cut_batch_gives_the_same_gradient(preset, images):
 def test_cut_keeps_images_targets_and_padding():
     (batch,) = toy.make_window(IDS, 8)
     batch = replace(batch, colour=torch.arange(16.0).view(8, 2))
-    parts = cut((batch,), 3 * 16 * 16)
+    parts = split_batches((batch,), 3 * 16 * 16)
     assert [len(part) for part in parts] == [2, 2, 2, 2]
     assert all(pixels(part) <= 3 * 256 for part in parts)
     assert sum((part.image_ids for part in parts), ()) == batch.image_ids
@@ -103,9 +102,9 @@ def test_cut_keeps_images_targets_and_padding():
 
 def test_a_limit_below_one_image_cuts_to_single_images():
     window = toy.make_window([1, 2, 3], 3)
-    assert [len(part) for part in cut(window, 1)] == [1, 1, 1]
-    assert cut(window, None) is window
-    assert cut(window, 3 * 256)[0] is window[0]
+    assert [len(part) for part in split_batches(window, 1)] == [1, 1, 1]
+    assert split_batches(window, None) is window
+    assert split_batches(window, 3 * 256)[0] is window[0]
 
 
 def test_other_errors_are_not_memory():

@@ -27,7 +27,7 @@ def machinery(model, criterion, *, dtype=None, clip=("none", 1.0), lr=1e-2, **op
         optimizer=build_optimizer(model, params.Optimizer(**optimizer), lr),
         precision=build_precision(dtype, CPU),
         channels_last=False,
-        clipper=Clipper(params.Clip(mode=clip[0], threshold=clip[1]), CPU),
+        clipper=Clipper(*clip, CPU),
     )
 
 
@@ -268,7 +268,7 @@ def test_a_step_waits_once_for_the_gpu(dtype, clip):
     parts = dataclasses.replace(
         machinery(model, toy.ToyCriterion()),
         precision=build_precision(dtype, device),
-        clipper=Clipper(params.Clip(mode=clip), device),
+        clipper=Clipper(clip, 0.1, device),
     )
     ema = Ema(model, 0.9)
     window = tuple(batch.pin_memory() for batch in toy.make_window(IDS, 4))

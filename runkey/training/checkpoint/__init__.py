@@ -1,5 +1,5 @@
-"""Checkpoints: everything that a training needs to go on as if it had not been interrupted.
+"""Checkpoints: everything a training needs to resume exactly.
 
-Taken at the boundary of an optimizer step.  Nothing about random numbers, loader or schedule is in
-them: all of that is a function of seed, epoch and step.
+They are taken at the boundary of an optimizer step. Nothing about random numbers, loader or
+schedule is in them: all of that is a function of seed, epoch and step.
 """

@@ -4,8 +4,8 @@
     {"step": 120, ...}                          facts: one line of JSON, read without the rest
     <what torch.save wrote>
 
-A file has its name only when it is whole and on disk: it is written under another name, synced, and
-renamed.  The hash is for what happens later, or beneath: a bad disk, a copy that was cut short.
+A file gets its name only when it is whole and on disk: it is written under another name, synced,
+and renamed. The hash is for what happens later: a bad disk, a copy that was cut short.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,74 +25,24 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from torch import Tensor
 
-# Names of the files in a training's folder, and which of them may go.
+from runkey.files import sync_folder
+from runkey.training.tensors import FlatLayout, by_dtype, map_tensors, named_tensors
 
-
-KEPT = 2
-"""Newest checkpoints that are kept, beside anchors."""
-BAD = ".bad"
-"""Ending added to the name of a file that could not be used."""
-
-_NAME = re.compile(r"(step|anchor)-(\d{8,})\.ckpt")
-
-
-@dataclass(frozen=True, order=True)
-class Saved:
-    """A checkpoint's file, ordered by how far its training was."""
-
-    step: int
-    is_anchor: bool
-
-    @property
-    def name(self) -> str:
-        """The file's."""
-        return f"{'anchor' if self.is_anchor else 'step'}-{self.step:08d}.ckpt"
-
-
-def best_name(step: int, digest: str) -> str:
-    """Name of a file with the best weights: another content never has the same."""
-    return f"best-{step:08d}-{digest[:12]}.pt"
-
-
-def find_saved(folder: Path) -> list[Saved]:
-    """The checkpoints in a folder, the newest first.
-
-    Of the same step, an anchor comes last: it was saved before the epoch's evaluation.
-    """
-    matches = (_NAME.fullmatch(path.name) for path in folder.iterdir())
-    found = [Saved(int(m.group(2)), m.group(1) == "anchor") for m in matches if m]
-    return sorted(found, key=lambda one: (one.step, not one.is_anchor), reverse=True)
-
-
-def obsolete(saved: Iterable[Saved]) -> list[Saved]:
-    """Those that may go: all but the newest two, and the anchors that these may be rolled back to.
-
-    An anchor is needed if it is the newest at or before a checkpoint that is kept, or after it:
-    rolling back takes the newest one before the step that training is at.
-    """
-    newest_first = sorted(saved, reverse=True)
-    steps = [one for one in newest_first if not one.is_anchor]
-    anchors = [one for one in newest_first if one.is_anchor]
-    kept = (steps or anchors)[:KEPT]
-    needed = next((a.step for a in anchors if a.step <= kept[-1].step), 0)
-    return [*steps[KEPT:], *(anchor for anchor in anchors if anchor.step < needed)]
-
-
-# What a checkpoint holds, and whoever keeps them.
+# What a checkpoint holds, and the interface of whatever saves them.
 
 
 class Stateful(Protocol):
-    """Model, average, optimizer, loss scaler: what has tensors of its own."""
+    """Something with tensors of its own: model, average, optimizer, loss scaler."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Its tensors and numbers; the tensors are its own, not copies."""
+        """Return its tensors and numbers; the tensors are its own, not copies."""
 
     def load_state_dict(self, state_dict: Any, /) -> Any:
         """Continue from what `state_dict` gave."""
 
 
 @dataclass(frozen=True)
-class Content:
+class Checkpoint:
     """A training at the boundary of a step."""
 
     step: int
@@ -106,11 +56,11 @@ class Content:
     best_weights: dict[str, Tensor]
     """State dict on the host of the best evaluation's weights; empty before the first one."""
     changes: str = ""
-    """What is different now, such as `micro_batch 4 -> 2`; empty: training goes on bit for bit."""
+    """What is different now, such as `micro_batch 4 -> 2`; empty: training resumes bit for bit."""
 
 
 class Checkpoints(Protocol):
-    """Keeps checkpoints.  Saving never raises: training goes on without."""
+    """Saves and loads checkpoints. Saving never raises: training goes on without."""
 
     @property
     def path(self) -> Path | None:
@@ -119,58 +69,105 @@ class Checkpoints(Protocol):
 
     @property
     def newest(self) -> int | None:
-        """Step of the newest one that training could go on from; None: there is none."""
+        """Step of the newest one that training could resume from; None: there is none."""
         ...
 
     def due(self, step: int) -> bool:
-        """Whether one is to be saved at this boundary; cheap, asked after every step."""
+        """Return True if one is to be saved at this boundary; cheap, asked after every step."""
         ...
 
-    def save(self, content: Content, *, wait: bool = False, anchor: bool = False) -> None:
-        """Copy the content and begin to write it; the caller may go on changing the tensors.
+    def save(self, checkpoint: Checkpoint, *, wait: bool = False, anchor: bool = False) -> None:
+        """Copy the tensors and begin to write; the caller may go on changing them.
 
         Args:
-            content: what to save.
+            checkpoint: what to save.
             wait: return only when it is on disk.
             anchor: keep it as one that training may be rolled back to.
         """
 
-    def load(self) -> Content | None:
-        """The newest that is whole; None: there is none."""
+    def load(self) -> Checkpoint | None:
+        """Load the newest that is whole; None: there is none."""
         ...
 
-    def load_anchor(self, step: int) -> Content | None:
-        """The newest anchor at or before a step; None: there is none."""
+    def load_anchor(self, step: int) -> Checkpoint | None:
+        """Load the newest anchor at or before a step; None: there is none."""
         ...
 
 
-# Copies of tensors in host memory that is used again and again.
+# Names of the files in a training's folder, and which of them are obsolete.
+
+KEPT = 2
+"""Newest checkpoints that are kept, beside anchors."""
+BAD = ".bad"
+"""Ending added to the name of a file that could not be used."""
+TEMPORARY = ".tmp"
+"""Ending of the name that a file has while it is written."""
+
+_NAME = re.compile(r"(step|anchor)-(\d{8,})\.ckpt")
 
 
-_ALIGNED = 16
+@dataclass(frozen=True, order=True)
+class CheckpointName:
+    """The name of a checkpoint's file, ordered by step."""
+
+    step: int
+    is_anchor: bool
+
+    @property
+    def name(self) -> str:
+        """The file's."""
+        return f"{'anchor' if self.is_anchor else 'step'}-{self.step:08d}.ckpt"
+
+
+def find_checkpoints(folder: Path) -> list[CheckpointName]:
+    """List the checkpoints in a folder, the newest first.
+
+    Of the same step, an anchor comes last: it was saved before the epoch's evaluation.
+    """
+    matches = (_NAME.fullmatch(path.name) for path in folder.iterdir())
+    found = [CheckpointName(int(m.group(2)), m.group(1) == "anchor") for m in matches if m]
+    return sorted(found, key=lambda one: (one.step, not one.is_anchor), reverse=True)
+
+
+def obsolete(names: Iterable[CheckpointName]) -> list[CheckpointName]:
+    """List those to remove: all but the newest two, and the anchors these may be rolled back to.
+
+    An anchor is needed if it is the newest at or before a checkpoint that is kept, or after it:
+    a rollback takes the newest one before the step that training is at.
+    """
+    newest_first = sorted(names, reverse=True)
+    steps = [one for one in newest_first if not one.is_anchor]
+    anchors = [one for one in newest_first if one.is_anchor]
+    kept = (steps or anchors)[:KEPT]
+    needed = next((a.step for a in anchors if a.step <= kept[-1].step), 0)
+    return [*steps[KEPT:], *(anchor for anchor in anchors if anchor.step < needed)]
+
+
+# Copies of tensors in host memory that is reused.
+
+_ALIGNMENT = 16
 """Elements: every tensor begins at a multiple, as vector instructions like it."""
 
 
 class HostCopy:
-    """Takes copies of nested dicts and lists of tensors; each copy overwrites the one before."""
+    """Copies nested dicts and lists of tensors to the host; each copy overwrites the one before."""
 
     def __init__(self) -> None:
-        """Hold no memory yet."""
+        """Allocate nothing yet."""
         self._shapes: list[tuple[torch.Size, tuple[int, ...], torch.dtype]] = []
         self._places: list[Tensor] = []
-        self._buffers: dict[torch.dtype, Tensor] = {}
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
     def take(self, tree: Any) -> Any:
-        """The same dicts and lists, with each tensor replaced by its copy on the host.
+        """Return the same dicts and lists, with each tensor replaced by its copy on the host.
 
         On a GPU the copying is only queued behind the work there; `wait` before reading.
         """
-        tensors = [tensor.detach() for tensor in _tensors(tree)]
+        tensors = [tensor.detach() for _, tensor in named_tensors(tree)]
         shapes = [(tensor.size(), tensor.stride(), tensor.dtype) for tensor in tensors]
         on_gpu = any(tensor.is_cuda for tensor in tensors)
         if shapes != self._shapes:
-            self._allocate(tensors, pinned=on_gpu)
+            self._places = _places(tensors, pinned=on_gpu)
             self._shapes = shapes
         self._events = (_event(), _event()) if on_gpu else None
         if self._events:
@@ -180,13 +177,13 @@ class HostCopy:
         if self._events:
             self._events[1].record()  # type: ignore[no-untyped-call]
         places = iter(self._places)
-        return _rebuilt(tree, lambda _: next(places))
+        return map_tensors(tree, lambda _: next(places))
 
     def wait(self) -> float:
         """Return when the last copy is whole; for any thread.
 
         Returns:
-            Seconds that the GPU copied and did nothing else; 0 without one.
+            Seconds that the GPU spent on copying alone; 0 without one.
         """
         if self._events is None:
             return 0.0
@@ -195,30 +192,20 @@ class HostCopy:
         milliseconds: float = begun.elapsed_time(ended)  # type: ignore[no-untyped-call]
         return milliseconds / 1000
 
-    def _allocate(self, tensors: list[Tensor], *, pinned: bool) -> None:
-        ends: dict[torch.dtype, int] = {}
-        starts = []
-        for tensor in tensors:
-            start = ends.get(tensor.dtype, 0)
-            starts.append(start)
-            ends[tensor.dtype] = start + -(-tensor.numel() // _ALIGNED) * _ALIGNED
-        # Zeros, for what lies between tensors is written too.
-        self._buffers = {dtype: _zeros(end, dtype, pinned) for dtype, end in ends.items()}
-        self._places = [
-            torch.as_strided(
-                self._buffers[tensor.dtype],
-                tensor.size(),
-                # Its own strides (channels last) if they leave no gaps.
-                torch.empty_like(tensor, device="meta").stride(),
-                start,
-            )
-            for start, tensor in zip(starts, tensors, strict=True)
-        ]
+
+def _places(tensors: list[Tensor], *, pinned: bool) -> list[Tensor]:
+    """Allocate a host tensor for each tensor, all of one dtype in one flat tensor."""
+    views = {}
+    for dtype, group in by_dtype(tensors).items():
+        layout = FlatLayout(group, _ALIGNMENT)
+        views[dtype] = iter(layout.views(_zeros(layout.size, dtype, pinned)))
+    return [next(views[tensor.dtype]) for tensor in tensors]
 
 
 def _zeros(length: int, dtype: torch.dtype, pinned: bool) -> Tensor:
+    """Allocate zeros: what lies between tensors is written too."""
     if pinned:
-        # Hosts limit what can be page-locked.  Ordinary memory only makes the copy slower.
+        # Hosts limit what can be page-locked. Ordinary memory only makes the copy slower.
         with suppress(RuntimeError):
             return torch.zeros(length, dtype=dtype, pin_memory=True)
     return torch.zeros(length, dtype=dtype)
@@ -228,41 +215,7 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def is_finite(tree: Any) -> bool:
-    """Whether tensors on the host, in nested dicts and lists, hold neither NaN nor infinity."""
-    # The largest absolute value is NaN if one of them is.  No temporary, unlike isfinite.
-    largest = [
-        torch.linalg.vector_norm(tensor, float("inf"))
-        for tensor in _tensors(tree)
-        if tensor.is_floating_point() and tensor.numel()
-    ]
-    return all(value.isfinite() for value in largest)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    _rebuilt(tree, note)
-    return found
-
-
-def _rebuilt(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of nested dicts, lists and tuples, with each tensor changed."""
-    if isinstance(tree, Tensor):
-        return change(tree)
-    if isinstance(tree, Mapping):
-        return {key: _rebuilt(value, change) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(_rebuilt(value, change) for value in tree)
-    return tree
-
-
-TEMPORARY = ".tmp"
-"""Ending of the name that a file has while it is written."""
+# Writing and reading a file.
 
 _MAGIC = b"RUNKEY CHECKPOINT 1 "
 _FIRST_LINE = len(_MAGIC) + 64 + 1
@@ -272,8 +225,8 @@ class DamagedError(Exception):
     """A file is not whole, or not what was looked for; the text says why."""
 
 
-class _Hashing:
-    """Writes to a file what it hashes."""
+class _HashingFile:
+    """A file that hashes what is written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.hash = file, hashlib.sha256()
@@ -289,7 +242,7 @@ class _Hashing:
             raise
 
     def flush(self) -> None:
-        """Hand on what is buffered."""
+        """Write what is buffered."""
         self._file.flush()
 
 
@@ -298,7 +251,7 @@ def write_temporary(path: Path, facts: Mapping[str, Any], tensors: Any) -> str:
 
     Args:
         path: the name that it is to get.
-        facts: what JSON holds.
+        facts: what JSON can hold.
         tensors: nested dicts and lists of tensors, numbers and strings.
 
     Returns:
@@ -311,7 +264,7 @@ def write_temporary(path: Path, facts: Mapping[str, Any], tensors: Any) -> str:
     try:
         with temporary.open("wb") as file:
             file.write(b" " * _FIRST_LINE)
-            hashing = _Hashing(file)
+            hashing = _HashingFile(file)
             hashing.write(json.dumps(facts).encode() + b"\n")
             _save(tensors, hashing)
             file.seek(0)
@@ -320,14 +273,14 @@ def write_temporary(path: Path, facts: Mapping[str, Any], tensors: Any) -> str:
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
-        with suppress(OSError):  # the one above is the one to be told
+        with suppress(OSError):  # the first error is the one to report
             temporary.unlink()
         raise
     return digest
 
 
-def _save(tensors: Any, file: _Hashing) -> None:
-    """torch.save, which tells an OSError of the file as a RuntimeError of its own."""
+def _save(tensors: Any, file: _HashingFile) -> None:
+    """Call torch.save, which turns an OSError of the file into a RuntimeError of its own."""
     try:
         torch.save(tensors, file)  # type: ignore[arg-type]
     except RuntimeError:
@@ -336,7 +289,7 @@ def _save(tensors: Any, file: _Hashing) -> None:
         raise
 
 
-def give_name(path: Path) -> None:
+def rename_temporary(path: Path) -> None:
     """Give a temporary file its name, in place of an older file of that name, and sync the folder.
 
     Raises:
@@ -346,17 +299,13 @@ def give_name(path: Path) -> None:
     sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def temporary_name(path: Path) -> Path:
+    """Return the name of a file while it is written."""
+    return path.with_name(path.name + TEMPORARY)
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """The facts of a file, unchecked: the hash is not computed.
+    """Read the facts of a file; the hash is not checked.
 
     Raises:
         DamagedError: they cannot be read.
@@ -370,10 +319,10 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], Any, str]:
-    """Facts, tensors (on the host) and hash of a file, which is what was written.
+    """Read facts, tensors (on the host) and hash of a file, and check that they fit.
 
     Raises:
-        DamagedError: it is not.
+        DamagedError: the file is not what was written.
     """
     try:
         with path.open("rb") as file:
@@ -392,13 +341,8 @@ def read_file(path: Path) -> tuple[dict[str, Any], Any, str]:
     return _parse(line), tensors, expected
 
 
-def temporary_name(path: Path) -> Path:
-    """What a file is called while it is written."""
-    return path.with_name(path.name + TEMPORARY)
-
-
 def _read_first_line(file: BinaryIO) -> str:
-    """The hash that a file says it has."""
+    """Read the hash that a file says it has."""
     line = file.read(_FIRST_LINE)
     if not line.startswith(_MAGIC):
         raise DamagedError("it is no checkpoint")

@@ -1,18 +1,19 @@
-"""Checkpoints that are written by a thread while training goes on.
+"""Checkpoints in a folder, written by a thread while training goes on.
 
-    checkpoints = FolderCheckpoints(folder, fingerprint, say, interval=Interval("auto"))
-    content = checkpoints.load()
+    checkpoints = FolderCheckpoints(folder, fingerprint, interval=Interval("auto"))
+    checkpoint = checkpoints.load()
     ...
     if checkpoints.due(step):
-        checkpoints.save(content)
+        checkpoints.save(checkpoint)
     checkpoints.finish()
 
-Whatever goes wrong in writing is said once; training goes on, older checkpoints stay, and it is
-tried again.
+Whatever goes wrong in writing is logged once; training goes on, older checkpoints stay, and the
+next attempt follows later.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,27 +23,25 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from runkey.files import sync_folder
 from runkey.training.checkpoint.file import (
     BAD,
     TEMPORARY,
-    Content,
+    Checkpoint,
+    CheckpointName,
     DamagedError,
     HostCopy,
-    Saved,
-    best_name,
-    find_saved,
-    give_name,
-    is_finite,
+    find_checkpoints,
     obsolete,
     read_facts,
     read_file,
-    sync_folder,
+    rename_temporary,
     temporary_name,
     write_temporary,
 )
+from runkey.training.tensors import all_finite, named_tensors
 
-# The checkpoints in a training's folder, written and read at once; `keeper` does it meanwhile.
-
+logger = logging.getLogger(__name__)
 
 Fingerprint = Mapping[str, str | int]
 """What trains: `key`, `micro_batch`, `world_size`, `device` (cpu, cuda), `precision`."""
@@ -51,17 +50,17 @@ _FACTS = {"step", "fingerprint", "best", "best_hash"}
 
 
 class CheckpointFolder:
-    """Files `step-*.ckpt`, `anchor-*.ckpt`, `best-*.pt`.  One process writes, see `locked`."""
+    """Files `step-*.ckpt`, `anchor-*.ckpt`, `best-*.pt`, written by one process (see `locked`)."""
 
     def __init__(self, path: Path, fingerprint: Fingerprint) -> None:
-        """Args: path: the folder.  fingerprint: another `key` is refused, the rest only told."""
+        """Args: path: the folder. fingerprint: another `key` is refused, the rest only logged."""
         self.path = path
         self._fingerprint = dict(fingerprint)
         self._best: tuple[Mapping[str, Tensor], str, str] | None = None
         """Best weights that are on disk, name and hash of their file."""
 
     def clear(self) -> None:
-        """Remove what a killed process has left half written.
+        """Remove files that a killed process has left half written.
 
         Raises:
             OSError: the folder cannot be written.
@@ -69,73 +68,75 @@ class CheckpointFolder:
         for path in self.path.glob("*" + TEMPORARY):
             path.unlink()
 
-    def write(self, saved: Saved, tensors: Any, best: Mapping[str, Tensor], best_step: int) -> None:
-        """Write a checkpoint, the best weights first if they are new; remove what may go.
+    def write(
+        self, name: CheckpointName, tensors: Any, best: Mapping[str, Tensor], best_step: int
+    ) -> None:
+        """Write a checkpoint, the best weights first if they are new; remove obsolete files.
 
         Args:
-            saved: which.
-            tensors: `state`, `parts` and `position` of a `Content`.
+            name: of the checkpoint.
+            tensors: `state`, `parts` and `position` of a `Checkpoint`.
             best: its best weights; empty: none yet.
-            best_step: the step that they are of.
+            best_step: their step.
 
         Raises:
             OSError: it cannot be written; what was there still is.
         """
         if best and (self._best is None or self._best[0] is not best):
             self._best = best, *self._write_best(best, best_step)
-        name, digest = self._best[1:] if best and self._best else (None, None)
+        best_name, digest = self._best[1:] if best and self._best else (None, None)
         facts = {
-            "step": saved.step,
+            "step": name.step,
             "fingerprint": self._fingerprint,
-            "best": name,
+            "best": best_name,
             "best_hash": digest,
         }
-        path = self.path / saved.name
+        path = self.path / name.name
         write_temporary(path, facts, tensors)
-        give_name(path)
+        rename_temporary(path)
         self._remove_obsolete()
 
     def _write_best(self, best: Mapping[str, Tensor], step: int) -> tuple[str, str]:
-        """Name and hash of the file, which is named for its content: it never changes."""
+        """Write the best weights; return name (with the hash, so it never changes) and hash."""
         unnamed = self.path / "best.pt"
         digest = write_temporary(unnamed, {"key": self._fingerprint["key"]}, dict(best))
-        name = best_name(step, digest)
+        name = f"best-{step:08d}-{digest[:12]}.pt"
         temporary_name(unnamed).replace(self.path / name)
         sync_folder(self.path)
         return name, digest
 
     def _remove_obsolete(self) -> None:
-        saved = find_saved(self.path)
-        for one in obsolete(saved):
+        names = find_checkpoints(self.path)
+        removed = obsolete(names)
+        for one in removed:
             (self.path / one.name).unlink()
         used = {self._best[1]} if self._best else set()
-        for one in set(saved) - set(obsolete(saved)):
-            with suppress(DamagedError):  # it can be of no use, nor what it names
+        for one in set(names) - set(removed):
+            with suppress(DamagedError):  # useless, and so is what it names
                 used.add(read_facts(self.path / one.name)["best"])
         for path in self.path.glob("best-*.pt"):
             if path.name not in used:
                 path.unlink()
 
-    def newest(self, wanted: Callable[[Saved], bool], say: Callable[[str], None]) -> Content | None:
-        """The newest checkpoint that is whole and of this key; None: there is none.
+    def newest(self, wanted: Callable[[CheckpointName], bool]) -> Checkpoint | None:
+        """Load the newest checkpoint that is whole and of this key; None: there is none.
 
         Args:
             wanted: which to look at.
-            say: told, in one line each, which could not be used, and why.
         """
-        for saved in filter(wanted, find_saved(self.path) if self.path.is_dir() else []):
-            path = self.path / saved.name
+        for name in filter(wanted, find_checkpoints(self.path) if self.path.is_dir() else []):
+            path = self.path / name.name
             try:
-                return self._read(saved)
+                return self._read(name)
             except DamagedError as error:
-                say(f"{path}: {error}; the one before it is used, if there is one")
+                logger.info(f"{path}: {error}; the one before it is used, if there is one")
                 # Else it would count as one of the two newest, which are kept.
                 with suppress(OSError):
                     path.rename(path.with_name(path.name + BAD))
         return None
 
-    def _read(self, saved: Saved) -> Content:
-        facts, tensors, _ = read_file(self.path / saved.name)
+    def _read(self, name: CheckpointName) -> Checkpoint:
+        facts, tensors, _ = read_file(self.path / name.name)
         if not facts.keys() >= _FACTS:
             raise DamagedError("it is another kind of file")
         theirs = facts["fingerprint"]
@@ -145,13 +146,13 @@ class CheckpointFolder:
         if facts["best"]:
             best = self._read_best(facts["best"], facts["best_hash"])
             self._best = best, facts["best"], facts["best_hash"]
-        return Content(
-            step=saved.step,
+        return Checkpoint(
+            step=name.step,
             state=tensors["state"],
             parts=tensors["parts"],
             position=tensors["position"],
             best_weights=best,
-            changes=_changes(theirs, self._fingerprint),
+            changes=differences(theirs, self._fingerprint),
         )
 
     def _read_best(self, name: str, digest: str) -> dict[str, Tensor]:
@@ -160,39 +161,36 @@ class CheckpointFolder:
         except DamagedError as error:
             raise DamagedError(f"its best weights, {name}: {error}") from error
         if found != digest:
-            raise DamagedError(f"its best weights, {name}, are others than were written")
+            raise DamagedError(f"its best weights, {name}, are not those that were written")
         return dict(weights)
 
 
 def newest_fingerprint(path: Path) -> Fingerprint | None:
-    """What trained the newest checkpoint in a folder that can be read; None: there is none.
+    """Read what trained the newest readable checkpoint in a folder; None: there is none.
 
     Cheap and unchecked: for what has to be decided before a training can be built.
     """
-    for saved in find_saved(path) if path.is_dir() else []:
+    for name in find_checkpoints(path) if path.is_dir() else []:
         with suppress(DamagedError, KeyError):
-            fingerprint: Fingerprint = read_facts(path / saved.name)["fingerprint"]
+            fingerprint: Fingerprint = read_facts(path / name.name)["fingerprint"]
             return fingerprint
     return None
 
 
-def _changes(theirs: Fingerprint, ours: Fingerprint) -> str:
-    """`micro_batch 4 -> 2, device cpu -> cuda`; empty if all is the same."""
+def differences(theirs: Fingerprint, ours: Fingerprint) -> str:
+    """Describe what differs: `micro_batch 4 -> 2, device cpu -> cuda`; empty if nothing does."""
     differing = [name for name in ours if theirs.get(name) != ours[name]]
     return ", ".join(f"{name} {theirs.get(name)} -> {ours[name]}" for name in differing)
 
 
-# When the next checkpoint is due: so often that all together cost at most 1% of the time.
-
-
 SHARE = 0.01
-"""Part of the time that checkpoints may cost."""
+"""Share of the training time that checkpoints may cost."""
 SHORTEST_SECONDS = 15.0
-"""Between two of them, however cheap: nobody minds to lose so little."""
+"""Minimum seconds between checkpoints."""
 
 
 class Interval:
-    """The time between checkpoints; with `auto` it follows from what the last one cost."""
+    """The time between checkpoints; `auto` derives it from what the last one cost."""
 
     def __init__(
         self,
@@ -203,7 +201,7 @@ class Interval:
 
         Args:
             seconds: a fixed time, 0: after every step; auto: the first one at once, so that its
-                cost is known, the next ones as seldom as the cost asks for.
+                cost is known, the next ones as rarely as SHARE asks for.
             clock: in seconds.
         """
         self._clock = clock
@@ -217,15 +215,15 @@ class Interval:
         return self._is_fixed and self.seconds == 0
 
     def is_over(self) -> bool:
-        """Whether the next one is due."""
+        """Return True if the next checkpoint is due."""
         return self._clock() - self._last >= self.seconds
 
     def restart(self) -> None:
-        """One is begun now."""
+        """Start the interval after a checkpoint that begins now."""
         self._last = self._clock()
 
     def set_cost(self, seconds: float) -> None:
-        """What one cost: time that training waited, or could not use."""
+        """Take note of what one cost: the time that training waited, or could not use."""
         if not self._is_fixed:
             self.seconds = max(SHORTEST_SECONDS, seconds / SHARE)
 
@@ -243,17 +241,15 @@ class FolderCheckpoints:
         self,
         path: Path,
         fingerprint: Fingerprint,
-        say: Callable[[str], None],
         *,
         interval: Interval,
         retry_seconds: float = _RETRY_SECONDS,
     ) -> None:
-        """Clear away what a killed process has left half written.
+        """Remove what a killed process has left half written.
 
         Args:
             path: the folder of one training.
             fingerprint: what trains.
-            say: told, in one line each, what goes wrong.
             interval: when a checkpoint is due.
             retry_seconds: after a failure.
         """
@@ -261,7 +257,6 @@ class FolderCheckpoints:
         self._folder = CheckpointFolder(path, fingerprint)
         # On a CPU, what the thread computes is taken from the training.
         self._shares_cpu = fingerprint["device"] == "cpu"
-        self._say = say
         self._interval = interval
         self._retry_seconds = retry_seconds
         self._retry_at = 0.0
@@ -277,7 +272,7 @@ class FolderCheckpoints:
             self._fail(error.strerror or str(error))
 
     def due(self, step: int) -> bool:  # noqa: ARG002  the time decides
-        """Whether one is to be saved at this boundary."""
+        """Return True if one is to be saved at this boundary."""
         waits = self._failed and time.monotonic() < self._retry_at
         busy = self._thread is not None and self._thread.is_alive()
         if waits or (busy and not self._interval.is_each_step) or not self._interval.is_over():
@@ -285,18 +280,19 @@ class FolderCheckpoints:
         self._asked = time.perf_counter()
         return True
 
-    def save(self, content: Content, *, wait: bool = False, anchor: bool = False) -> None:
-        """Copy the content and begin to write it; see `Checkpoints.save`."""
+    def save(self, checkpoint: Checkpoint, *, wait: bool = False, anchor: bool = False) -> None:
+        """Copy the tensors and begin to write; see `Checkpoints.save`."""
         started, self._asked = self._asked or time.perf_counter(), None
         self.finish()
         self._interval.restart()
+        position = dict(checkpoint.position)
         tensors = self._copy.take(
-            {"state": content.state, "parts": content.parts, "position": dict(content.position)}
+            {"state": checkpoint.state, "parts": checkpoint.parts, "position": position}
         )
         stall = time.perf_counter() - started
         self._thread = threading.Thread(
             target=self._write,
-            args=(Saved(content.step, anchor), tensors, content, stall),
+            args=(CheckpointName(checkpoint.step, anchor), tensors, checkpoint, stall),
             name="checkpoint",
         )
         self._thread.start()
@@ -309,37 +305,40 @@ class FolderCheckpoints:
             self._thread.join()
             self._thread = None
 
-    def load(self) -> Content | None:
-        """The newest checkpoint that is whole and of this key; None: there is none."""
-        content = self._folder.newest(lambda _: True, self._say)
-        self.newest = None if content is None else content.step
-        return content
+    def load(self) -> Checkpoint | None:
+        """Load the newest checkpoint that is whole and of this key; None: there is none."""
+        checkpoint = self._folder.newest(lambda _: True)
+        self.newest = None if checkpoint is None else checkpoint.step
+        return checkpoint
 
-    def load_anchor(self, step: int) -> Content | None:
-        """The newest whole anchor at or before a step; None: there is none."""
+    def load_anchor(self, step: int) -> Checkpoint | None:
+        """Load the newest whole anchor at or before a step; None: there is none."""
         self.finish()
-        return self._folder.newest(lambda saved: saved.is_anchor and saved.step <= step, self._say)
+        return self._folder.newest(lambda name: name.is_anchor and name.step <= step)
 
     # What follows runs in the thread.
 
-    def _write(self, saved: Saved, tensors: Any, content: Content, stall: float) -> None:
+    def _write(
+        self, name: CheckpointName, tensors: Any, checkpoint: Checkpoint, stall: float
+    ) -> None:
         stall += self._copy.wait()
         # Not all parts: a history of gradient norms is NaN where there is none yet.
-        if not is_finite([tensors["parts"].get(name) for name in _FINITE]):
+        parts = [tensors["parts"].get(part) for part in _FINITE]
+        if not all_finite(tensor for _, tensor in named_tensors(parts)):
             self._fail("weights or moments are not finite")
             return
-        best = content.state["best"]
+        best = checkpoint.state["best"]
         try:
-            self._folder.write(saved, tensors, content.best_weights, best["step"] if best else 0)
+            self._folder.write(name, tensors, checkpoint.best_weights, best["step"] if best else 0)
         except OSError as error:
             self._fail(error.strerror or str(error))
             return
-        self.newest = saved.step
+        self.newest = name.step
         self._interval.set_cost(stall + (time.thread_time() if self._shares_cpu else 0.0))
         if self._failed:
             self._failed = False
-            self._say(
-                f"{self._folder.path}: checkpoints are written again, now of step {saved.step}"
+            logger.info(
+                f"{self._folder.path}: checkpoints are written again, now of step {name.step}"
             )
 
     def _fail(self, why: str) -> None:
@@ -349,6 +348,6 @@ class FolderCheckpoints:
             newest = (
                 "there is none" if self.newest is None else f"the newest is of step {self.newest}"
             )
-            self._say(
+            logger.info(
                 f"{self._folder.path}: no checkpoint is written ({why}); training goes on, {newest}"
             )

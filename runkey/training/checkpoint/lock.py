@@ -1,20 +1,23 @@
-"""One trainer in a training's folder.
+"""A lock that lets one process train in a folder.
 
-A POSIX record lock: it belongs to the process, not to the open file, so that it is free as soon as
-the trainer is gone.  A flock would live on in the loader processes that a killed trainer leaves
-behind, and a file with a process id in it would outlive everybody.
+It is a POSIX record lock, which belongs to the process, not to the open file, so that it is free as
+soon as the trainer is gone. A flock would live on in the loader processes that a killed trainer
+leaves behind, and a file with a process id in it would stay for ever. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from runkey.errors import TrainingError
+
+logger = logging.getLogger(__name__)
 
 LOCK = "lock"
 
@@ -23,17 +26,16 @@ _FLOCK = "hhqqi4x"
 
 
 @contextmanager
-def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold a folder, which is made, as long as the block runs.
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is created, as long as the block runs.
 
     A folder that cannot be written is not held: nobody else writes there either.
 
     No other code of this process may open the lock's file meanwhile: closing it anywhere in the
-    process gives the lock up.
+    process releases the lock.
 
     Args:
         folder: of one training.
-        say: told, in one line, if the folder cannot be written.
 
     Raises:
         TrainingError: another process holds it.
@@ -42,7 +44,9 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        say(f"{folder}: cannot be written ({error.strerror}); an interrupted training starts anew")
+        logger.info(
+            f"{folder}: cannot be written ({error.strerror}); an interrupted training starts anew"
+        )
         yield
         return
     try:
@@ -52,15 +56,21 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         os.close(file)
 
 
-def trained_by(folder: Path) -> int | None:
-    """Id of the process that trains in a folder, 0 or less if it is out of sight; None: nobody.
+def holder_of(folder: Path) -> int | None:
+    """Return the id of the process that trains in a folder.
 
-    Not for the trainer itself: see `locked`.
+    Not for the process that holds the folder itself: see `locked`.
+
+    Returns:
+        0 or less if the process has no id here (another container, a lock that cannot be read);
+        None if no process trains there.
     """
     try:
-        file = os.open(folder / LOCK, os.O_RDWR)
-    except OSError:
+        file = os.open(folder / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
         return None
+    except OSError:
+        return 0
     try:
         return _holder(file)
     finally:
@@ -74,7 +84,6 @@ def _take(file: int, folder: Path) -> None:
         holder = _holder(file)
         if holder is None:
             raise TrainingError(f"{folder / LOCK}: cannot be locked ({error.strerror})") from None
-        # In another container it has no number here.
         who = f"process {holder}" if holder > 0 else "a process out of sight"
         raise TrainingError(
             f"{folder}: {who} trains this key already; wait for it or end it (it leaves a "
@@ -82,23 +91,7 @@ def _take(file: int, folder: Path) -> None:
         ) from None
 
 
-def holder_of(folder: Path) -> int | None:
-    """Id of the process that trains in a folder, 0 if it is out of sight; None: nobody does.
-
-    Never to be asked by the process that holds the folder itself: see `locked`.
-    """
-    try:
-        file = os.open(folder / LOCK, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        return _holder(file)
-    finally:
-        os.close(file)
-
-
 def _holder(file: int) -> int | None:
-    """Id of the process that holds the lock; None: nobody does."""
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     kind, *_, process = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
     return None if kind == fcntl.F_UNLCK else int(process)

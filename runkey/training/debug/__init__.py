@@ -1,1 +1,1 @@
-"""Replays one step of a training and finds where its numbers stop being finite."""
+"""Replay a training step, and find the module that made NaN out of finite numbers."""

@@ -1,21 +1,21 @@
-"""Looks at everything that goes into and comes out of every module, forward and backward.
+"""Watch everything that goes into and comes out of every module, forward and backward.
 
-A module is watched where it is called.  One without a `forward` of its own is entered through its
-methods, so these are watched in its place.  Between modules there is arithmetic too: if that goes
-wrong, the module that does it is the innermost whose inputs were finite and whose outputs are not.
+A module is watched by forward hooks. One without a `forward` of its own is called through its
+methods, so these are wrapped instead. If arithmetic between modules goes wrong, the module that
+does it is named: the innermost whose inputs were finite and whose outputs are not.
 
-Gradients are read by identities that are put on what goes in and what comes out.  Torch's own
-backward hooks take neither dataclasses nor in-place operations behind them.
+Gradients are read by hooks on copies of the inputs and outputs: a tensor that several modules take
+has one gradient for all of them, its copies have one for each. Torch's own backward hooks take
+neither dataclasses nor in-place operations behind them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -25,9 +25,7 @@ from torch import Tensor, nn
 from runkey.data.dataset import GlobalBatch
 from runkey.training.guard import json_safe
 from runkey.training.step import image_ids_of
-
-# Where the numbers of a step stop being finite.
-
+from runkey.training.tensors import map_tensors, named_tensors
 
 Where = Literal["weights", "image", "targets", "forward", "loss", "backward", "nowhere"]
 
@@ -43,43 +41,8 @@ _HEADLINES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """The first place at which something that is not finite came out of finite numbers."""
-
-    where: Where
-    module: str = ""
-    """Its name in the model; of the loss, its parts; of the weights, the tensor."""
-    kind: str = ""
-    """Its class."""
-    micro_batch: int | None = None
-    """Which of the window's, from 1; None: all the same."""
-    image_ids: tuple[int, ...] = ()
-    """COCO ids of that micro-batch, or of the images in it that are concerned."""
-    tensors: dict[str, TensorNumbers] = field(default_factory=dict)
-    """What went in, what came out, the module's own."""
-
-    def lines(self) -> list[str]:
-        """In words: the place first, then the numbers."""
-        head = _HEADLINES[self.where].format(module=self.module or "the model", kind=self.kind)
-        lines = [head]
-        if self.micro_batch is not None:
-            ids = ", ".join(map(str, self.image_ids))
-            lines.append(f"  micro-batch {self.micro_batch}, images {ids}")
-        width = max(map(len, self.tensors), default=0)
-        return lines + [f"  {name:<{width}}  {numbers}" for name, numbers in self.tensors.items()]
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
-        plain: dict[str, Any] = json_safe(asdict(self))
-        return plain
-
-
-# Tensors in numbers, and tensors inside of what modules take and return.
-
-
-@dataclass(frozen=True, slots=True)
-class TensorNumbers:
-    """What a tensor holds.  Least, greatest and so on are of its finite elements."""
+class TensorSummary:
+    """Numbers about a tensor. Least, greatest and so on are of its finite elements."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -105,57 +68,60 @@ class TensorNumbers:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class DebugFinding:
+    """The first place where something that is not finite came out of finite numbers."""
+
+    where: Where
+    module: str = ""
+    """Its name in the model; of the loss, its parts; of the weights, the tensor."""
+    kind: str = ""
+    """Its class."""
+    micro_batch: int | None = None
+    """Which of the global batch's, from 1; None: it does not matter."""
+    image_ids: tuple[int, ...] = ()
+    """COCO ids of that micro-batch, or of the images in it that are concerned."""
+    tensors: dict[str, TensorSummary] = field(default_factory=dict)
+    """What went in, what came out, the module's own."""
+
+    def lines(self) -> list[str]:
+        """Describe it: the place first, then the numbers."""
+        lines = [_HEADLINES[self.where].format(module=self.module or "the model", kind=self.kind)]
+        if self.micro_batch is not None:
+            ids = ", ".join(map(str, self.image_ids))
+            lines.append(f"  micro-batch {self.micro_batch}, images {ids}")
+        width = max(map(len, self.tensors), default=0)
+        return lines + [f"  {name:<{width}}  {summary}" for name, summary in self.tensors.items()]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        plain: dict[str, Any] = json_safe(asdict(self))
+        return plain
+
+
 @torch.no_grad()
-def numbers_of(tensor: Tensor) -> TensorNumbers:
-    """Read a floating tensor; waits for its device."""
-    finite = tensor.isfinite()
-    values = tensor[finite].double()
+def summarise(tensor: Tensor) -> TensorSummary:
+    """Summarise a floating tensor; waits for its device."""
+    values = tensor[tensor.isfinite()].double()
     nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
     least = greatest = mean = absolute = float("nan")
     if values.numel():
         least, greatest = float(values.min()), float(values.max())
         mean, absolute = float(values.mean()), max(abs(least), abs(greatest))
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return TensorNumbers(tuple(tensor.shape), dtype, nan, inf, least, greatest, mean, absolute)
+    return TensorSummary(tuple(tensor.shape), dtype, nan, inf, least, greatest, mean, absolute)
 
 
-def floating(value: Any) -> list[tuple[str, Tensor]]:
-    """The floating tensors in nested tuples, dicts and dataclasses, with their places in it."""
-    return [(place, tensor) for place, tensor in _walk("", value) if tensor.is_floating_point()]
+def summaries(value: Any) -> dict[str, TensorSummary]:
+    """Summarise the floating tensors in nested dicts, tuples and dataclasses, by their places."""
+    tensors = named_tensors(value)
+    return {place: summarise(tensor) for place, tensor in tensors if tensor.is_floating_point()}
 
 
-def _walk(place: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield place, value
-        return
-    for name, item in _items(value):
-        yield from _walk(f"{place}.{name}" if place else name, item)
-
-
-def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        yield from ((str(key), item) for key, item in value.items())
-    elif isinstance(value, list | tuple):
-        yield from ((str(index), item) for index, item in enumerate(value))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-
-
-def replaced(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nested value with its tensors changed; itself where nothing is."""
-    if isinstance(value, Tensor):
-        return change(value)
-    new = {name: replaced(item, change) for name, item in _items(value)}
-    if all(new[name] is item for name, item in _items(value)):
-        return value
-    if isinstance(value, Mapping):
-        return {key: new[str(key)] for key in value}
-    if isinstance(value, list | tuple):
-        # A named tuple takes its items one by one.
-        return (
-            type(value)(*new.values()) if hasattr(value, "_fields") else type(value)(new.values())
-        )
-    return dataclasses.replace(value, **new)
+def bad_rows(tensor: Tensor, image_ids: Sequence[int]) -> tuple[int, ...]:
+    """Return the ids of the images whose rows of a tensor [B, ...] are not finite."""
+    good = tensor.detach().isfinite().flatten(1).all(1).tolist()
+    return tuple(i for i, fine in zip(image_ids, good, strict=True) if not fine)
 
 
 @dataclass
@@ -163,79 +129,75 @@ class _Call:
     """One call of a module, or of a method of it."""
 
     module: str
-    kind: str
     own: nn.Module
     micro_batch: int
-    inputs: dict[str, TensorNumbers]
-    outputs: dict[str, TensorNumbers] = field(default_factory=dict)
-    grad_outputs: dict[str, TensorNumbers] = field(default_factory=dict)
-
-    @property
-    def took_finite(self) -> bool:
-        return all(numbers.is_finite for numbers in self.inputs.values())
+    inputs: dict[str, TensorSummary]
+    outputs: dict[str, TensorSummary] = field(default_factory=dict)
+    grad_outputs: dict[str, TensorSummary] = field(default_factory=dict)
 
     @property
     def got_finite_gradients(self) -> bool:
-        return all(numbers.is_finite for numbers in self.grad_outputs.values())
+        return all(summary.is_finite for summary in self.grad_outputs.values())
+
+    def finding(
+        self, where: Where, tensors: dict[str, TensorSummary], ids: tuple[int, ...]
+    ) -> DebugFinding:
+        own: dict[str, Tensor] = dict(self.own.named_parameters(recurse=False))
+        own |= dict(self.own.named_buffers(recurse=False))
+        kind = type(self.own).__name__
+        return DebugFinding(
+            where, self.module, kind, self.micro_batch, ids, tensors | summaries(own)
+        )
 
 
 class Probe:
-    """What is found in a step; see the module's text."""
+    """Finds the first place in a step that is not finite; see the module's docstring."""
 
-    def __init__(self, model: nn.Module, window: GlobalBatch) -> None:
+    def __init__(self, model: nn.Module, batch: GlobalBatch) -> None:
         """Watch nothing yet; `watching` does."""
-        self._model, self._window = model, window
+        self._model, self._batch = model, batch
         self._running: list[_Call] = []
         self._done: dict[nn.Module, list[_Call]] = defaultdict(list)
-        self._forward: Finding | None = None
-        self._backward: Finding | None = None
+        self._forward: DebugFinding | None = None
+        self._backward: DebugFinding | None = None
         self._in_backward = False
-        self._micro_batch = 0
+        self.micro_batch = 0
+        """The current one, from 1."""
 
     @property
-    def finding(self) -> Finding | None:
+    def finding(self) -> DebugFinding | None:
         """The first place; what the forward pass gave explains the backward pass."""
         return self._forward or self._backward
 
     @property
-    def micro_batch(self) -> int:
-        """The running one, from 1."""
-        return self._micro_batch
-
-    @property
     def image_ids(self) -> tuple[int, ...]:
-        """Of the running micro-batch; of the window, if memory ran out and it was cut anew."""
-        if self._micro_batch <= len(self._window):
-            return self._window[self._micro_batch - 1].image_ids
-        return image_ids_of(self._window)
+        """Of the current micro-batch; of the batch, if memory ran out and it was split."""
+        if self.micro_batch <= len(self._batch):
+            return self._batch[self.micro_batch - 1].image_ids
+        return image_ids_of(self._batch)
 
-    def found(self, finding: Finding) -> None:
-        """Take what was found outside of the model, unless there was something before."""
-        if self._forward is None:
-            self._forward = finding
+    def found(self, finding: DebugFinding) -> None:
+        """Take a finding outside of the model, unless there was one before."""
+        self._forward = self._forward or finding
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch the model's modules until the block ends."""
-        undo: list[Callable[[], None]] = []
-        for name, module in self._model.named_modules():
-            before = functools.partial(self._before, name)
-            undo += [
-                module.register_forward_pre_hook(before, with_kwargs=True).remove,
-                module.register_forward_hook(self._after).remove,
-            ]
-            for method in _entries(module):
-                setattr(module, method, self._wrapped(name, module, getattr(module, method)))
-                undo.append(functools.partial(delattr, module, method))
-        for name, parameter in self._model.named_parameters():
-            if parameter.requires_grad:
-                hook = functools.partial(self._parameter_gradient, name)
-                undo.append(parameter.register_hook(hook).remove)  # type: ignore[no-untyped-call]
-        try:
+        with ExitStack() as undo:
+            for name, module in self._model.named_modules():
+                before = functools.partial(self._before, name)
+                handle = module.register_forward_pre_hook(before, with_kwargs=True)
+                undo.callback(handle.remove)
+                undo.callback(module.register_forward_hook(self._after).remove)
+                for method in _entry_methods(module):
+                    setattr(module, method, self._wrapped(name, module, getattr(module, method)))
+                    undo.callback(delattr, module, method)
+            for name, parameter in self._model.named_parameters():
+                if parameter.requires_grad:
+                    hook = functools.partial(self._parameter_gradient, name)
+                    handle = parameter.register_hook(hook)  # type: ignore[no-untyped-call]
+                    undo.callback(handle.remove)
             yield
-        finally:
-            for step in undo:
-                step()
 
     def _wrapped(
         self, name: str, module: nn.Module, method: Callable[..., Any]
@@ -251,120 +213,78 @@ class Probe:
         self, name: str, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if module is self._model:
-            self._micro_batch, self._in_backward = self._micro_batch + 1, False
+            self.micro_batch, self._in_backward = self.micro_batch + 1, False
             # Recomputation (activation checkpointing) ends in the middle of a module.
             self._running.clear()
             self._done.clear()
         named = {**{f"input {i}": value for i, value in enumerate(args)}, **options}
-        kind = type(module).__name__
-        inputs = _numbers(named) if not self._in_backward else {}
-        call = _Call(name, kind, module, self._micro_batch, inputs)
+        inputs = {} if self._in_backward else summaries(named)
+        call = _Call(name, module, self.micro_batch, inputs)
         self._running.append(call)
-        tapped = replaced((args, options), functools.partial(self._tap, self._leaves, call))
+        tapped = map_tensors((args, options), functools.partial(_tap, self._gradient_leaves, call))
         return tapped[0], tapped[1]
 
     def _after(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         call = self._running.pop()
         if not self._in_backward:
-            call.outputs = _numbers({"output": output})
+            call.outputs = summaries({"output": output})
             self._done[module].append(call)
-            is_finite = all(numbers.is_finite for numbers in call.outputs.values())
-            if self._forward is None and call.took_finite and not is_finite:
-                tensors = call.inputs | call.outputs
-                self._forward = self._of(call, "forward", tensors, self._bad_images(output))
-        return replaced(output, functools.partial(self._tap, self._enters, call))
+            took_finite = all(summary.is_finite for summary in call.inputs.values())
+            gave_finite = all(summary.is_finite for summary in call.outputs.values())
+            if self._forward is None and took_finite and not gave_finite:
+                ids = self._images_of(output)
+                self._forward = call.finding("forward", call.inputs | call.outputs, ids)
+        return map_tensors(output, functools.partial(_tap, self._gradient_enters, call))
 
-    def _tap(self, note: Callable[[_Call, Tensor], None], call: _Call, tensor: Tensor) -> Tensor:
-        if not (tensor.requires_grad and tensor.is_floating_point()):
-            return tensor
-        tapped: Tensor = _Tap.apply(tensor, functools.partial(note, call))  # type: ignore[no-untyped-call]
-        return tapped
-
-    def _enters(self, call: _Call, gradient: Tensor) -> None:
-        """A gradient comes to a module from behind."""
+    def _gradient_enters(self, call: _Call, gradient: Tensor) -> None:
+        """Note the gradient of a module's output."""
         self._in_backward = True
-        call.grad_outputs[f"grad of output {len(call.grad_outputs)}"] = numbers_of(gradient)
-        if call.own is self._model and not call.got_finite_gradients:
-            self._found_backward(
-                Finding(
-                    "backward",
-                    "the loss",
-                    "criterion",
-                    call.micro_batch,
-                    self.image_ids,
-                    call.outputs | call.grad_outputs,
-                )
+        call.grad_outputs[f"grad of output {len(call.grad_outputs)}"] = summarise(gradient)
+        if call.own is self._model and not call.got_finite_gradients and not self._backward:
+            tensors = call.outputs | call.grad_outputs
+            self._backward = DebugFinding(
+                "backward", "the loss", "criterion", call.micro_batch, self.image_ids, tensors
             )
 
-    def _leaves(self, call: _Call, gradient: Tensor) -> None:
-        """A gradient goes on to what was before a module."""
-        numbers = numbers_of(gradient)
-        if not numbers.is_finite and call.got_finite_gradients:
-            self._blame(call, {"grad of input": numbers})
+    def _gradient_leaves(self, call: _Call, gradient: Tensor) -> None:
+        """Note the gradient of a module's input."""
+        summary = summarise(gradient)
+        if not summary.is_finite and call.got_finite_gradients:
+            self._blame(call, {"grad of input": summary})
 
     def _parameter_gradient(self, name: str, gradient: Tensor) -> None:
         owner, _, own_name = name.rpartition(".")
-        module = self._model.get_submodule(owner)
-        calls, numbers = self._done[module], numbers_of(gradient)
-        if calls and not numbers.is_finite and all(call.got_finite_gradients for call in calls):
-            self._blame(calls[-1], {f"grad of {own_name}": numbers})
+        calls, summary = self._done[self._model.get_submodule(owner)], summarise(gradient)
+        if calls and not summary.is_finite and all(call.got_finite_gradients for call in calls):
+            self._blame(calls[-1], {f"grad of {own_name}": summary})
 
-    def _blame(self, call: _Call, gradients: dict[str, TensorNumbers]) -> None:
-        tensors = call.inputs | call.outputs | call.grad_outputs | gradients
-        self._found_backward(self._of(call, "backward", tensors, self.image_ids))
-
-    def _found_backward(self, finding: Finding) -> None:
+    def _blame(self, call: _Call, gradients: dict[str, TensorSummary]) -> None:
         if self._backward is None:
-            self._backward = finding
+            tensors = call.inputs | call.outputs | call.grad_outputs | gradients
+            self._backward = call.finding("backward", tensors, self.image_ids)
 
-    def _of(
-        self, call: _Call, where: Any, tensors: dict[str, TensorNumbers], ids: tuple[int, ...]
-    ) -> Finding:
-        own = {
-            name: numbers_of(tensor)
-            for name, tensor in _own_tensors(call.own)
-            if tensor.is_floating_point()
-        }
-        return Finding(where, call.module, call.kind, call.micro_batch, ids, tensors | own)
-
-    def _bad_images(self, output: Any) -> tuple[int, ...]:
+    def _images_of(self, output: Any) -> tuple[int, ...]:
         """The images whose rows are not finite, if rows are images; else all of them."""
         ids = self.image_ids
-        for _, tensor in floating(output):
-            if tensor.ndim > 1 and len(tensor) == len(ids):
-                good = tensor.detach().isfinite().flatten(1).all(1).tolist()
-                bad = tuple(i for i, fine in zip(ids, good, strict=True) if not fine)
+        for _, tensor in named_tensors(output):
+            if tensor.is_floating_point() and tensor.ndim > 1 and len(tensor) == len(ids):
+                bad = bad_rows(tensor, ids)
                 if bad:
                     return bad
         return ids
 
 
-class _Tap(torch.autograd.Function):
-    """The identity, which shows the gradient that comes through it."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, note: Callable[[Tensor], None]) -> Tensor:
-        ctx.note = note
-        # A copy: an operation in place may follow, and views forbid that.
-        return tensor.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        ctx.note(gradients[0])
-        return gradients[0], None
+def _tap(note: Callable[[_Call, Tensor], None], call: _Call, tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor, of which `note` gets the gradient."""
+    if not (tensor.requires_grad and tensor.is_floating_point() and torch.is_grad_enabled()):
+        return tensor
+    tapped = tensor.clone()
+    tapped.register_hook(functools.partial(note, call))  # type: ignore[no-untyped-call]
+    return tapped
 
 
-def _numbers(named: dict[str, Any]) -> dict[str, TensorNumbers]:
-    return {place: numbers_of(tensor) for place, tensor in floating(named)}
-
-
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(recurse=False)
-    yield from module.named_buffers(recurse=False)
-
-
-def _entries(module: nn.Module) -> list[str]:
-    """Names of the methods that stand for a missing `forward`."""
+def _entry_methods(module: nn.Module) -> list[str]:
+    """Names of the methods that replace a missing `forward`."""
     if type(module).forward is not nn.Module.forward:
         return []
     classes = [c for c in type(module).__mro__ if c.__module__.startswith("runkey.")]

@@ -1,11 +1,9 @@
-"""What more than one stage needs: the validation, the step that is measured, JSON files."""
+"""The evaluation on the val split, the same during training and in the evaluate stage."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +21,7 @@ from runkey.training.device import Precision, build_precision, choose_precision
 
 @dataclass(frozen=True)
 class Validation:
-    """Judges a model on the held-out images; the same in training and in the last stage."""
+    """Evaluates a model on the val images."""
 
     records: list[Record]
     classes: list[ClassName]
@@ -33,7 +31,12 @@ class Validation:
     precision: Precision
 
     def __call__(self, model: nn.Module, *, by_size: bool = True) -> Evaluation:
-        """Detections, COCO numbers (by object size, too) and losses of a model on its device."""
+        """Compute detections, COCO metrics (also by object size) and losses of a model.
+
+        Args:
+            model: on the device of the validation, in evaluation mode.
+            by_size: whether to compute AP by object size too.
+        """
         return evaluate_model(
             model,
             self.postprocess,
@@ -50,7 +53,17 @@ class Validation:
 def build_validation(
     params: Params, model: ModelParams, root: Path, device: torch.device
 ) -> Validation:
-    """The validation of `root`'s prepared data, of a model with the parameters `model`."""
+    """Build the validation on a workspace's prepared data.
+
+    Args:
+        params: data, evaluate, runtime and training's precision are read.
+        model: the parameters of the model to evaluate.
+        root: the workspace.
+        device: where the model is.
+
+    Raises:
+        DataError: the data set is not prepared.
+    """
     prepared = root / paths.PREPARED
     classes = read_classes(prepared / "classes.json")
     loader = build_eval_loader(params, root)
@@ -63,10 +76,3 @@ def build_validation(
         criterion=build_criterion(model, len(classes)),
         precision=build_precision(dtype, device),
     )
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write an indented JSON file; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")

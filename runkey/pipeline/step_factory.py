@@ -1,0 +1,66 @@
+"""Build a single training step for the memory room, which knows nothing of training.
+
+Runs without mlflow, dvc and pycocotools.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from runkey import paths
+from runkey.data.dataset import GlobalBatch
+from runkey.data.index import read_classes
+from runkey.memory.trace.record import BuiltStep, StepFactory, with_fixed_matches
+from runkey.memory.trial import read_job, run_trial, write_json
+from runkey.model.criterion import build_criterion
+from runkey.params import Params, load_params
+from runkey.training.build import Replacements, build_training
+from runkey.training.device import choose_device
+from runkey.training.step import train_step
+
+
+def build_step(
+    params: Params, num_classes: int, device: torch.device, *, fixed_matches: bool = False
+) -> BuiltStep:
+    """Build a whole optimizer step of a fresh model.
+
+    Args:
+        params: model, optimizer and training are read.
+        num_classes: K.
+        device: where to train.
+        fixed_matches: for fake tensors, whose values no matcher can see.
+    """
+    criterion = None
+    if fixed_matches:
+        criterion = with_fixed_matches(build_criterion(params.model, num_classes))
+    context = build_training(params, num_classes, device, replace=Replacements(criterion=criterion))
+    parts, ema = context.step, context.ema
+
+    def step(batch: GlobalBatch) -> None:
+        result = train_step(parts, batch, 1.0)
+        if ema is not None:
+            ema.update(result.skipped)
+
+    return BuiltStep(step, parts.model, parts.optimizer, None if ema is None else ema.module)
+
+
+def step_factory(params: Params, num_classes: int) -> StepFactory:
+    """Return a function that builds the step on a device that is not there."""
+    return lambda device: build_step(params, num_classes, device, fixed_matches=True)
+
+
+def run_trial_job(root: Path, job: Path, result: Path) -> None:
+    """Run the steps of a trial in this process and write their peaks.
+
+    Args:
+        root: the workspace.
+        job: a file that `runkey.pipeline.profile_memory` wrote.
+        result: the file to write.
+    """
+    params = load_params(root / paths.PARAMS)
+    device, _ = choose_device(params.runtime.device)
+    num_classes = len(read_classes(root / paths.PREPARED / "classes.json"))
+    outcome = run_trial(lambda: build_step(params, num_classes, device).step, read_job(job), device)
+    write_json(result, outcome)
