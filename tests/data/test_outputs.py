@@ -186,10 +186,9 @@ def test_a_full_disk_is_one_line(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["blood-cells", "coco-tiny"])
-def test_shared_data_sets_pass_with_the_defaults(name, tmp_path):
-    said = []
+def test_shared_data_sets_pass_with_the_defaults(name, tmp_path, logged):
     root = shared_data(name).parent
-    report = prepare(Data(path=name), 0, root, tmp_path / "prepared", 50, said.append)
+    report = prepare(Data(path=name), 0, root, tmp_path / "prepared", 50)
 
     assert report.passed
     train = read_index(tmp_path / "prepared/train.json")
@@ -198,7 +197,7 @@ def test_shared_data_sets_pass_with_the_defaults(name, tmp_path):
     if name == "blood-cells":
         assert report.counts == {"empty_box": {"drop": 2}}
         assert [(i.image_id, i.annotation_id) for i in report.items] == [(300, 3951), (305, 4005)]
-        assert [line for line in said if "has no area" in line] == [
+        assert [line for line in logged() if "has no area" in line] == [
             f"    {item.line}" for item in report.items
         ]
         assert (len(train), len(val)) == (291, 73)
@@ -222,7 +221,7 @@ def peak_kib():
 
 root = Path(sys.argv[1])
 before = peak_kib()
-prepare(Data(), 0, root, root / "prepared", 20, lambda line: None)
+prepare(Data(), 0, root, root / "prepared", 20)
 print(peak_kib() - before)
 """
 
