@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,22 +39,19 @@ def reproduce(
     from runkey.registry.reproduce import reproduce as repeat_run
 
     record = find_run(output.library(), key)
-    # With --json, stdout holds the JSON only.
-    log = sys.stderr if as_json else sys.stdout
     request = ReproduceRequest(
         record=record,
         main=output.checkout(),
         home=output.store().home,
-        output=log,
+        output=sys.stderr if as_json else sys.stdout,  # with --json, stdout holds only that
         keep=keep,
         any_environment=any_environment,
     )
     # A process manager or a closed terminal ends it as Ctrl-C does: the pipeline ends first.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
-    log_to_terminal()
-    with redirect_stdout(log):
-        repeat = repeat_run(request)
+    log_to_terminal(stderr=True)
+    repeat = repeat_run(request)
     _record(record, repeat)
     if as_json:
         print_json({"key": record.key, "run": record.run.run_id, **repeat.outcome})
