@@ -21,7 +21,7 @@ from runkey.identity.key import ANY_SCHEMA, SCHEMA, short_key
 from runkey.progress import log_to_terminal
 
 if TYPE_CHECKING:
-    from runkey.plots.report_source import Run
+    from runkey.plots.report_data import ReportedRun
 
 
 _WORKSPACE = "."
@@ -77,9 +77,9 @@ def draw(as_json: AsJson = False) -> None:
         print(f"{paths.PLOTS}/ is drawn; see {REPORT}")
 
 
-def _run(address: str, folder: Path) -> Run:
+def _run(address: str, folder: Path) -> ReportedRun:
     """A run whose files, as far as a page shows them, are copied into a folder."""
-    from runkey.plots.report_source import LOG, is_wanted, recorded_run, workspace_run
+    from runkey.plots.report_data import LOG, is_shown, recorded_run, workspace_run
     from runkey.registry.dvc_cache import download
     from runkey.registry.library import find_run
 
@@ -88,7 +88,7 @@ def _run(address: str, folder: Path) -> Run:
     runs = library()
     record = find_run(runs, address)
     if record.details:
-        wanted = [path for path in record.details.files if is_wanted(path)]
+        wanted = [path for path in record.details.files if is_shown(path)]
         download(runs, record, wanted, folder)
         return recorded_run(record, folder)
     # It runs or was interrupted: its logs are in its training folder.
@@ -115,9 +115,10 @@ def watch(
     """
     from runkey.plots.watch import follow
 
+    log_to_terminal()
     with _found(key) as found:
         alive = partial(_is_trained, found.log.parent)
-        if not follow(found.log, found.title, found.params, alive, print):
+        if not follow(found.log, found.title, found.params, alive):
             print("interrupted; `dvc repro` goes on from its last checkpoint")
             answer_no()
 

@@ -17,7 +17,7 @@ from runkey.pipeline.record import FinishedRun
 from runkey.plots.curves import write_training_plots
 from runkey.plots.evaluation import write_evaluation_plots
 from runkey.plots.report import write_report
-from runkey.plots.report_source import recorded_run, workspace_run
+from runkey.plots.report_data import recorded_run, workspace_run
 from runkey.plots.sheets import contact_sheet
 from runkey.plots.tables import write_plot_tables, write_precision_recall_table
 from runkey.tracking import TRAIN_LOG

@@ -30,8 +30,7 @@ from runkey.params import Params
 from runkey.pipeline.once import KeyClaim
 from runkey.pipeline.record import Run, recorded, save_run
 from runkey.pipeline.validation import Validation, build_validation
-from runkey.plots.hints import class_scores
-from runkey.plots.live import HintingTracker
+from runkey.plots.hints import HintingTracker, class_scores
 from runkey.tracking import SAMPLES
 from runkey.training.build import TrainContext, TrainData, build_training
 from runkey.training.checkpoint.folder import FolderCheckpoints, Interval, newest_fingerprint
@@ -80,13 +79,12 @@ def _train(run: Run, context: TrainContext, interrupts: Interrupts) -> None:
             tracker.jsonl.path,
             claim.folder / SAMPLES.name,
             params.flat(runtime=True),
-            logger.info,
         )
 
         def evaluate(module: nn.Module) -> Mapping[str, float]:
             claim.check()
             evaluation = validation(module, by_size=False)
-            hinting.note_scores(class_scores(evaluation.result.per_class))
+            hinting.set_class_scores(class_scores(evaluation.result.per_class))
             return evaluation.metrics("val/")
 
         result = fit(

@@ -1,1 +1,1 @@
-"""Pictures and tables of a run, drawn from the files that it left.  Nothing here trains."""
+"""Pictures, tables and reports of a run, drawn from its files."""

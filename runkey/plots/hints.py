@@ -1,142 +1,241 @@
-"""What in a running training calls for another parameter: pure functions of its log.
+"""Hints: what in a running training calls for another parameter value, found in its log.
 
-Each rule looks at the last two epochs or at all evaluations, and is quiet rather than wrong: what a
-hint says was measured, and it names the parameter that changes it.
+Each rule looks at the last two epochs or at all evaluations, and stays silent in doubt. A hint says
+what was measured and names the parameter to change.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runkey.plots.log import Point, TrainingLog, gpu_names, number
+from runkey.plots.log import GrowingLog, Point, TrainingLog, gpu_names, number, read_samples
 from runkey.progress import WIDTH
 
 if TYPE_CHECKING:
     from runkey.evaluation.coco import ClassResult
 
-
-# What a hint is.
-
+logger = logging.getLogger(__name__)
 
 CLASS_SCORES = "class_scores"
-"""Event of an evaluation during training; its fields are what `class_scores` gives."""
+"""Kind of the event of an evaluation during training, whose fields are `class_scores`."""
 EVENT = "hint."
-"""Beginning of the kinds of events that hold hints."""
-MOST_NAMES = 5
-"""Of classes, in a hint."""
+"""Prefix of the kinds of events that hold hints."""
+_MAX_NAMES = 5
+"""Classes that a hint names."""
+_LEAST_VALUES = 8
+"""Logged steps, or samples of the machine, that a rule needs."""
 _INDENT = " " * len("hint: ")
 
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """One thing to look at."""
+    """A measurement that calls for another parameter value."""
 
     kind: str
-    """Such as `loader`; a run is told each kind once."""
+    """Such as `loader`; a run logs each kind once."""
     seen: str
     """What was measured."""
     change: str
-    """Which parameters change it, and which way."""
+    """Which parameters change it, and in which direction."""
 
     @property
     def lines(self) -> list[str]:
-        """For people; at most 100 columns."""
+        """Text of at most 100 columns."""
         return self.wrapped(WIDTH)
 
     def wrapped(self, width: int) -> list[str]:
-        """For people; at most so many columns."""
+        """Return the text in lines of at most `width` columns."""
         return [
             *textwrap.wrap(f"hint: {self.seen}", width, subsequent_indent=_INDENT),
             *textwrap.wrap(self.change, width, initial_indent=_INDENT, subsequent_indent=_INDENT),
         ]
 
 
-# What rules ask of a log: its latest values, and the parameters as they are.
+def find_hints(
+    log: TrainingLog, params: Mapping[str, Any], samples: Sequence[Point] = ()
+) -> list[Hint]:
+    """Apply all rules to a log.
 
-
-FEWEST = 8
-"""Logged steps, or samples of the machine, that say something."""
-
-
-def recent(log: TrainingLog, name: str) -> NDArray[np.float64]:
-    """Finite values of the logged steps of the last two whole epochs."""
-    begin = log.epochs[-3].step if len(log.epochs) > 2 else log.epochs[0].step
-    steps, values = log.of_steps(name)
-    return values[(steps > begin) & np.isfinite(values)]
-
-
-def finite(log: TrainingLog, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Steps and values of the epochs' ends, without those that are not finite."""
-    steps, values = log.of_epochs(name)
-    good = np.isfinite(values)
-    return steps[good], values[good]
-
-
-def skipped_lately(log: TrainingLog) -> int:
-    """Steps of the last epoch that were skipped, if it was one in a hundred or more.
-
-    With fp16 one in ten: its loss scale finds its place, and later its bounds, by such steps.
+    Args:
+        log: of a training, running or ended.
+        params: resolved parameters by dotted name, or their JSON texts; {} if not known.
+        samples: of the machine, see `read_samples`.
     """
-    steps, counts = log.of_epochs("train/skipped_steps")
-    if len(counts) < 2:
-        return 0
-    skipped, tried = counts[-1] - counts[-2], steps[-1] - steps[-2]
-    precision = str(log.events.get("training_start", {}).get("precision"))
-    scaled = precision.startswith("float16")
-    few = max(3, tried / 10) if scaled else max(1, tried / 100)
-    return int(skipped) if np.isfinite(skipped) and skipped >= few else 0
+    settings = {name: _parsed(value) for name, value in params.items()}
+    if len(log.epochs) < 2:
+        return []
+    return [
+        *_loader(log, settings),
+        *_machine(log, settings, samples),
+        *_clipping(log, settings),
+        *_learning_rate(log, settings),
+        *_overfitting(log, settings),
+        *_classes(log),
+    ]
 
 
-def median(samples: Sequence[Point], names: Sequence[str]) -> float:
-    """Of all samples of all these metrics; NaN, which is neither high nor low, without any."""
-    values = [s.values[name] for s in samples for name in names if name in s.values]
-    return float(np.median(values)) if values else float("nan")
+def logged_hints(log: TrainingLog) -> list[Hint]:
+    """Return the hints that the training itself logged."""
+    return [
+        Hint(kind.removeprefix(EVENT), str(fields.get("seen", "")), str(fields.get("change", "")))
+        for kind, fields in log.events.items()
+        if kind.startswith(EVENT)
+    ]
 
 
-def now(name: str, settings: Mapping[str, Any]) -> str:
-    """A parameter, with the value that it has."""
-    if name not in settings:
-        return name
-    value = settings[name]
-    return f"{name} (now {value if isinstance(value, str) else json.dumps(value)})"
+def all_hints(
+    log: TrainingLog, params: Mapping[str, Any], samples: Sequence[Point] = ()
+) -> list[Hint]:
+    """Return the hints that the training logged, and those of other kinds that the log gives now.
+
+    Once training has ended, a logged hint that no longer holds says so.
+    """
+    found = find_hints(log, params, samples)
+    logged, kinds = logged_hints(log), {hint.kind for hint in found}
+    if "training_end" in log.events:
+        logged = [
+            h if h.kind in kinds else replace(h, seen=f"{h.seen} (no longer at the end)")
+            for h in logged
+        ]
+    return [*logged, *(h for h in found if h.kind not in {one.kind for one in logged})]
 
 
-# Rules about what is learnt: clipping, learning rate, overfitting, classes.
+def lasting_hints(
+    log: TrainingLog, params: Mapping[str, Any], samples: Sequence[Point] = ()
+) -> list[Hint]:
+    """Return the logged hints that still hold, with the numbers of now."""
+    logged = {hint.kind for hint in logged_hints(log)}
+    return [hint for hint in find_hints(log, params, samples) if hint.kind in logged]
 
 
-_LATEST = 3
-"""Epochs that must all say that the loss has risen: one alone may, of a training that goes well."""
-_HIGH = 2e-3
-"""Of AdamW's rates; above it a loss that stays is not for want of more."""
-_GAP = 1.4
-"""Held-out loss over training loss.  On the sample 0.9 to 1; without augmentation 1.3 in epoch 15,
+def class_scores(per_class: Sequence[ClassResult]) -> dict[str, Any]:
+    """Summarise the classes of an evaluation, short enough for a tag of the run."""
+    known = [(c.name, c.ap50) for c in per_class if c.ap50 is not None]
+    never = [name for name, ap50 in known if ap50 < 0.001]
+    return {
+        "classes": len(known),
+        "mean_AP50": float(np.mean([ap50 for _, ap50 in known])) if known else 0.0,
+        "never_found": [name[:60] for name in never[: 4 * _MAX_NAMES]],
+        "never_found_count": len(never),
+    }
+
+
+class Tracker(Protocol):
+    """`runkey.training.metrics.Tracker`: what a training logs to."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Log metrics."""
+
+    def event(self, kind: str, **fields: object) -> None:
+        """Log an event."""
+
+    def position(self) -> dict[str, int | str]:
+        """Return the position in the log."""
+        ...
+
+    def resume(self, position: Mapping[str, int | str] | None) -> None:
+        """Go on from a position in the log."""
+
+
+class HintingTracker:
+    """A tracker that also looks for hints at the end of each epoch and logs each kind once."""
+
+    def __init__(
+        self, tracker: Tracker, log: Path, samples: Path, params: Mapping[str, Any]
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            tracker: that everything is passed on to.
+            log: the JSONL file that it writes.
+            samples: of the machine; need not exist.
+            params: resolved parameters by dotted name.
+        """
+        self._tracker, self._samples, self._params = tracker, samples, params
+        self._growing = GrowingLog(log)
+        self._scores: Mapping[str, Any] = {}
+        self._is_on = True
+
+    def set_class_scores(self, scores: Mapping[str, Any]) -> None:
+        """Set the `class_scores` of the last evaluation, logged with the epoch's metrics."""
+        self._scores = scores
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Log metrics, and hints if they end an epoch."""
+        self._tracker.log(values, step)
+        if "train/epoch_loss" not in values:
+            return
+        if self._scores:
+            self._tracker.event(CLASS_SCORES, step=step, **self._scores)
+            self._scores = {}
+        if self._is_on:
+            self._log_hints(step)
+
+    def event(self, kind: str, **fields: object) -> None:
+        """See `Tracker`."""
+        self._tracker.event(kind, **fields)
+
+    def position(self) -> dict[str, int | str]:
+        """See `Tracker`."""
+        return self._tracker.position()
+
+    def resume(self, position: Mapping[str, int | str] | None) -> None:
+        """See `Tracker`."""
+        self._tracker.resume(position)
+
+    def _log_hints(self, step: int) -> None:
+        try:
+            self._growing.update()
+            # A resumed training has its earlier hints in the log.
+            logged = {hint.kind for hint in logged_hints(self._growing.log)}
+            found = find_hints(self._growing.log, self._params, read_samples(self._samples))
+        # An unreadable log, or a rule that fails on it, must not end a training.
+        except Exception as error:  # noqa: BLE001
+            logger.warning(f"no more hints: {type(error).__name__}: {error}")
+            self._is_on = False
+            return
+        for hint in found:
+            if hint.kind not in logged:
+                logger.info("\n".join(hint.lines))
+                kind = f"{EVENT}{hint.kind}"
+                self._tracker.event(kind, step=step, seen=hint.seen, change=hint.change)
+
+
+_LATEST_EPOCHS = 3
+"""Epochs whose loss must all be higher: a single one may be in a training that goes well."""
+_HIGH_LR = 2e-3
+"""For AdamW; above it, a loss that does not fall needs no higher rate."""
+_LOSS_RATIO = 1.4
+"""Validation loss / training loss. On the sample 0.9 to 1; without augmentation 1.3 in epoch 15,
 2 at the end, and AP 0.05 lower (benchmarks/results/techniques.json)."""
 
 
-def clipping(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
-    """Every step is clipped, or none."""
-    before, after = recent(log, "train/grad_norm"), recent(log, "train/grad_norm_clipped")
-    if len(before) < FEWEST or len(before) != len(after):
+def _clipping(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
+    """Find that every step is clipped, or none."""
+    before, after = _recent(log, "train/grad_norm"), _recent(log, "train/grad_norm_clipped")
+    if len(before) < _LEAST_VALUES or len(before) != len(after):
         return
     if settings.get("optimizer.clip.mode") == "percentile":
         return  # the threshold follows the norms by itself
     share = float((before > 1.001 * after).mean())
     typical, high = (float(f"{np.percentile(before, q):.2g}") for q in (50, 90))
-    threshold = now("optimizer.clip.threshold", settings)
+    threshold = _now("optimizer.clip.threshold", settings)
     if share >= 0.98 and typical >= 2 * np.median(after):
         yield Hint(
             "clipping",
             f"gradients are clipped in {share:.0%} of the steps, from a norm of about {typical:g}"
             f" to {np.median(after):.2g}: every step has the same length",
-            f"raise {threshold} to about {high:g} to clip outliers alone",
+            f"raise {threshold} to about {high:g} to clip only outliers",
         )
     limit = settings.get("optimizer.clip.threshold")
     norm_mode = settings.get("optimizer.clip.mode") == "norm"
@@ -150,49 +249,49 @@ def clipping(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
             )
 
 
-def rate(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
-    """The learning rate is too high or too low, by the loss."""
-    lr = now("lr", settings)
-    _, losses = finite(log, "train/epoch_loss")
-    if skipped := skipped_lately(log):
+def _learning_rate(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
+    """Find a learning rate that is too high or too low, by the loss."""
+    lr = _now("lr", settings)
+    _, losses = _finite(log, "train/epoch_loss")
+    if skipped := _skipped_lately(log):
         were = "step was" if skipped == 1 else "steps were"
         yield Hint(
             "lr_high",
             f"{skipped} {were} skipped in the last epoch: loss or gradients were not finite",
             f"lower {lr} to a third, or set training.precision: off",
         )
-    elif len(losses) > _LATEST and losses[-_LATEST:].min() > 1.1 * (
+    elif len(losses) > _LATEST_EPOCHS and losses[-_LATEST_EPOCHS:].min() > 1.1 * (
         least := _least_before(losses, settings)
     ):
         yield Hint(
             "lr_high",
             f"the training loss has risen from {least:.3g} to {losses[-1]:.3g}",
-            f"lower {lr} to a third, or raise {now('schedule.warmup_fraction', settings)}",
+            f"lower {lr} to a third, or raise {_now('schedule.warmup_fraction', settings)}",
         )
-    _, scores = finite(log, "val/AP")
+    _, scores = _finite(log, "val/AP")
     fallen = 1 - losses[-1] / losses[0] if len(losses) else 1.0
     slow = len(losses) >= 4 and 0 <= fallen < 0.05 and not _rising(log)
     given = settings.get("lr")
-    slow = slow and not (isinstance(given, (int, float)) and given > _HIGH)
+    slow = slow and not (isinstance(given, (int, float)) and given > _HIGH_LR)
     if slow and (not len(scores) or scores.max() < 0.1):
         yield Hint(
             "lr_low",
             f"the training loss has fallen by {fallen:.1%} in {len(losses)} epochs",
-            f"raise {lr} three times, or lower {now('schedule.warmup_fraction', settings)}",
+            f"raise {lr} three times, or lower {_now('schedule.warmup_fraction', settings)}",
         )
 
 
 def _least_before(losses: NDArray[np.float64], settings: Mapping[str, Any]) -> float:
-    """The least of the earlier epochs' losses; with a cyclical rate, of those a cycle ago."""
-    earlier = losses[:-_LATEST]
+    """Return the least loss of earlier epochs; with a cyclical rate, of those a cycle ago."""
+    earlier = losses[:-_LATEST_EPOCHS]
     cycle = settings.get("schedule.cycle_epochs")
     if settings.get("schedule.name") == "cyclical" and isinstance(cycle, (int, float)):
-        earlier = losses[: -max(_LATEST, round(cycle))]
+        earlier = losses[: -max(_LATEST_EPOCHS, round(cycle))]
     return float(earlier.min()) if len(earlier) else math.inf
 
 
 def _rising(log: TrainingLog) -> bool:
-    """Whether the rate is higher than an epoch ago: warm-up, or a schedule's way up."""
+    """Return True if the rate is higher than an epoch ago."""
     steps, rates = log.of_steps("train/lr")
     if not len(rates):
         return False
@@ -200,55 +299,49 @@ def _rising(log: TrainingLog) -> bool:
     return bool(rates[-1] > 1.02 * ago)
 
 
-def overfitting(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
-    """The loss of held-out images rises, or is far above that of training."""
-    steps, held_out = finite(log, "val/loss")
-    train_steps, train = finite(log, "train/epoch_loss")
+def _overfitting(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
+    """Find a validation loss that rises, or is far above the training loss."""
+    steps, val_loss = _finite(log, "val/loss")
+    train_steps, train = _finite(log, "train/epoch_loss")
     if len(steps) < 4 or not len(train):
         return
-    trained = np.interp(steps, train_steps, train)
-    best = int(np.argmin(held_out))
-    risen = len(held_out) - best > 3 and held_out[-1] > 1.05 * held_out[best]
-    if risen and trained[-1] < trained[best]:
+    train_loss = np.interp(steps, train_steps, train)
+    best = int(np.argmin(val_loss))
+    risen = len(val_loss) - best > 3 and val_loss[-1] > 1.05 * val_loss[best]
+    if risen and train_loss[-1] < train_loss[best]:
         epoch = steps[best] / (log.steps_per_epoch or 1.0)
         seen = (
-            f"since epoch {epoch:.0f} the loss of held-out images has risen from"
-            f" {held_out[best]:.3g} to {held_out[-1]:.3g}, while that of training fell from"
-            f" {trained[best]:.3g} to {trained[-1]:.3g}"
+            f"since epoch {epoch:.0f} the validation loss has risen from {val_loss[best]:.3g}"
+            f" to {val_loss[-1]:.3g}, while the training loss has fallen from"
+            f" {train_loss[best]:.3g} to {train_loss[-1]:.3g}"
         )
-    elif np.all(held_out[-3:] > _GAP * trained[-3:]):
-        seen = (
-            f"the loss of held-out images is {held_out[-1]:.3g}, that of training images"
-            f" {trained[-1]:.3g}"
-        )
+    elif np.all(val_loss[-3:] > _LOSS_RATIO * train_loss[-3:]):
+        seen = f"the validation loss is {val_loss[-1]:.3g}, the training loss {train_loss[-1]:.3g}"
     else:
         return
     yield Hint(
         "overfitting",
         seen,
-        f"strengthen data.augment, raise {now('optimizer.weight_decay', settings)} or"
-        f" {now('model.dropout', settings)}, or lower {now('training.epochs', settings)};"
+        f"strengthen data.augment, raise {_now('optimizer.weight_decay', settings)} or"
+        f" {_now('model.dropout', settings)}, or lower {_now('training.epochs', settings)};"
         " the best weights are kept",
     )
 
 
-def classes(log: TrainingLog) -> Iterator[Hint]:
-    """Classes that no detection finds."""
+def _classes(log: TrainingLog) -> Iterator[Hint]:
+    """Find classes with AP50 0."""
     fields = log.events.get(CLASS_SCORES, {})
     never, classes = fields.get("never_found", []), fields.get("classes", 0)
     if never and number(fields.get("mean_AP50")) > 0.2:
-        shown = ", ".join(map(str, never[:MOST_NAMES]))
+        shown = ", ".join(map(str, never[:_MAX_NAMES]))
         count = fields.get("never_found_count", len(never))
-        more = f" and {count - MOST_NAMES} more" if count > MOST_NAMES else ""
+        more = f" and {count - _MAX_NAMES} more" if count > _MAX_NAMES else ""
         yield Hint(
             "class",
             f"{count} of {classes} classes are never found (AP50 0): {shown}{more}",
             "add images of these classes, which helps most; or raise training.epochs, or look at"
             " their names and boxes in prepared/contact_sheet.jpg",
         )
-
-
-# Rules about what a training waits for, and about memory.
 
 
 _HOST_MEMORY = "system/system_memory_usage_percentage"
@@ -261,46 +354,46 @@ _FULL_PERCENT = {"host": 92, "GPU": 97}
 _EMPTY_PERCENT = 40
 
 
-def loader(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
-    """Training waits for data."""
-    waits = recent(log, "train/data_wait_share")
-    if len(waits) >= FEWEST and (share := float(np.median(waits))) >= _LOADER_SHARE:
+def _loader(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
+    """Find that training waits for data."""
+    waits = _recent(log, "train/data_wait_share")
+    if len(waits) >= _LEAST_VALUES and (share := float(np.median(waits))) >= _LOADER_SHARE:
         yield Hint(
             "loader",
             f"training waits for data {share:.0%} of its time",
-            f"raise {now('runtime.workers', settings)} or {now('runtime.prefetch', settings)};"
-            f" or {now('data.cache_gib', settings)}, so that images lie decoded",
+            f"raise {_now('runtime.workers', settings)} or {_now('runtime.prefetch', settings)};"
+            f" or {_now('data.cache_gib', settings)}, to keep decoded images",
         )
 
 
-def machine(
+def _machine(
     log: TrainingLog, settings: Mapping[str, Any], samples: Sequence[Point]
 ) -> Iterator[Hint]:
-    """The host's memory is full, the GPU not busy, the GPU's memory full or empty."""
+    """Find full host memory, an idle GPU, and full or unused GPU memory."""
     last = samples[-60:]
-    if len(last) < FEWEST:
+    if len(last) < _LEAST_VALUES:
         return
-    if (full := median(last, [_HOST_MEMORY])) >= _FULL_PERCENT["host"]:
+    if (full := _median(last, [_HOST_MEMORY])) >= _FULL_PERCENT["host"]:
         yield Hint(
             "host_memory",
             f"{full:.0f}% of the host's memory is in use",
-            f"lower {now('runtime.workers', settings)} or {now('data.cache_gib', settings)}",
+            f"lower {_now('runtime.workers', settings)} or {_now('data.cache_gib', settings)}",
         )
-    busy = median(last, gpu_names(last, _GPU_BUSY))
-    waits = recent(log, "train/data_wait_share")
+    busy = _median(last, gpu_names(last, _GPU_BUSY))
+    waits = _recent(log, "train/data_wait_share")
     if len(waits) and busy < _BUSY_PERCENT and np.median(waits) < _LOADER_SHARE:
         yield Hint(
             "host",
-            f"the GPU is busy {busy:.0f}% of the time though its data is there: the host is slower",
+            f"the GPU is busy {busy:.0f}% of the time though data is ready: the host is slower",
             f"raise {_larger_batch(settings)}, so that each launch does more",
         )
-    memory = median(last, gpu_names(last, _GPU_MEMORY))
+    memory = _median(last, gpu_names(last, _GPU_MEMORY))
     if memory >= _FULL_PERCENT["GPU"]:
         yield Hint(
             "gpu_memory",
             f"{memory:.0f}% of the GPU's memory is in use: a larger batch may not fit",
-            f"lower {now('training.micro_batch', settings)} or"
-            f" {now('memory.budget_gib', settings)}",
+            f"lower {_now('training.micro_batch', settings)} or"
+            f" {_now('memory.budget_gib', settings)}",
         )
     elif memory < _EMPTY_PERCENT:
         yield Hint(
@@ -311,84 +404,58 @@ def machine(
 
 
 def _larger_batch(settings: Mapping[str, Any]) -> str:
-    """What makes forward passes larger: `auto` takes as many images as the step has and fit."""
+    """Name what enlarges a forward pass; `auto` already takes all images of the step that fit."""
     names = ["training.batch_size"]
     if settings.get("training.micro_batch") != "auto":
         names.insert(0, "training.micro_batch")
-    return " or ".join(now(name, settings) for name in names)
+    return " or ".join(_now(name, settings) for name in names)
 
 
-def find_hints(
-    log: TrainingLog, params: Mapping[str, Any], samples: Sequence[Point] = ()
-) -> list[Hint]:
-    """All hints that a log gives.
+def _recent(log: TrainingLog, name: str) -> NDArray[np.float64]:
+    """Return the finite values of the logged steps of the last two whole epochs."""
+    begin = log.epochs[-3].step if len(log.epochs) > 2 else log.epochs[0].step
+    steps, values = log.of_steps(name)
+    return values[(steps > begin) & np.isfinite(values)]
 
-    Args:
-        log: of a training, running or ended.
-        params: resolved parameters by dotted name, or their texts; {} if they are not known.
-        samples: of the machine, see `runkey.plots.log`.
+
+def _finite(log: TrainingLog, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return steps and values of the epochs, without those that are not finite."""
+    steps, values = log.of_epochs(name)
+    good = np.isfinite(values)
+    return steps[good], values[good]
+
+
+def _skipped_lately(log: TrainingLog) -> int:
+    """Return the skipped steps of the last epoch if they are one in a hundred or more.
+
+    With fp16 one in ten: its loss scale is adjusted by such steps.
     """
-    settings = {name: _plain(value) for name, value in params.items()}
-    if len(log.epochs) < 2:
-        return []
-    return [
-        *loader(log, settings),
-        *machine(log, settings, samples),
-        *clipping(log, settings),
-        *rate(log, settings),
-        *overfitting(log, settings),
-        *classes(log),
-    ]
+    steps, counts = log.of_epochs("train/skipped_steps")
+    if len(counts) < 2:
+        return 0
+    skipped, tried = counts[-1] - counts[-2], steps[-1] - steps[-2]
+    precision = str(log.events.get("training_start", {}).get("precision"))
+    scaled = precision.startswith("float16")
+    few = max(3, tried / 10) if scaled else max(1, tried / 100)
+    return int(skipped) if np.isfinite(skipped) and skipped >= few else 0
 
 
-def told_hints(log: TrainingLog) -> list[Hint]:
-    """The hints that the training was told, as its log has them."""
-    return [
-        Hint(kind.removeprefix(EVENT), str(fields.get("seen", "")), str(fields.get("change", "")))
-        for kind, fields in log.events.items()
-        if kind.startswith(EVENT)
-    ]
+def _median(samples: Sequence[Point], names: Sequence[str]) -> float:
+    """Return the median over samples and metrics; NaN, which meets no limit, without any."""
+    values = [s.values[name] for s in samples for name in names if name in s.values]
+    return float(np.median(values)) if values else float("nan")
 
 
-def all_hints(
-    log: TrainingLog, params: Mapping[str, Any], samples: Sequence[Point] = ()
-) -> list[Hint]:
-    """The hints that the training was told, and those of other kinds that its log gives now.
-
-    Of a training that has ended, those that came to nothing say so.
-    """
-    found = find_hints(log, params, samples)
-    told, kinds = told_hints(log), {hint.kind for hint in found}
-    if "training_end" in log.events:
-        told = [
-            h if h.kind in kinds else replace(h, seen=f"{h.seen} (no longer at the end)")
-            for h in told
-        ]
-    return [*told, *(h for h in found if h.kind not in {one.kind for one in told})]
+def _now(name: str, settings: Mapping[str, Any]) -> str:
+    """Return a parameter's name with its value."""
+    if name not in settings:
+        return name
+    value = settings[name]
+    return f"{name} (now {value if isinstance(value, str) else json.dumps(value)})"
 
 
-def standing_hints(
-    log: TrainingLog, params: Mapping[str, Any], samples: Sequence[Point] = ()
-) -> list[Hint]:
-    """The hints that the training was told and that its log still gives, as it gives them now."""
-    told = {hint.kind for hint in told_hints(log)}
-    return [hint for hint in find_hints(log, params, samples) if hint.kind in told]
-
-
-def class_scores(per_class: Sequence[ClassResult]) -> dict[str, Any]:
-    """What an evaluation says of classes, short enough for a tag of the run."""
-    known = [(c.name, c.ap50) for c in per_class if c.ap50 is not None]
-    never = [name for name, ap50 in known if ap50 < 0.001]
-    return {
-        "classes": len(known),
-        "mean_AP50": float(np.mean([ap50 for _, ap50 in known])) if known else 0.0,
-        "never_found": [name[:60] for name in never[: 4 * MOST_NAMES]],
-        "never_found_count": len(never),
-    }
-
-
-def _plain(value: Any) -> Any:
-    """MLflow has parameters as JSON texts; words in it are bare."""
+def _parsed(value: Any) -> Any:
+    """Parse a parameter that MLflow has as JSON text; plain words are no JSON."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError:

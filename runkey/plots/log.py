@@ -1,8 +1,7 @@
-"""logs/train.jsonl as series of numbers.
+"""Read a training's log (logs/train.jsonl) and the samples of the machine (logs/system.jsonl).
 
-Reads what is there: a log that ends in the middle of a line, one without a line yet, and one whose
-steps are not in order: a training that was resumed with another `runtime.log_every` adds steps
-between those that were there.
+Any log can be read: one without a line, one that ends in the middle of a line, and one whose steps
+are not in order (a training that was resumed with another `runtime.log_every`).
 """
 
 from __future__ import annotations
@@ -21,35 +20,11 @@ from numpy.typing import NDArray
 
 from runkey.errors import DataError
 
-# logs/system.jsonl: what the machine did while a training ran, sampled every few seconds.
-
-
 SAMPLES = "system.jsonl"
-"""Beside the training's log."""
-
-
-def read_samples(path: Path) -> list[Point]:
-    """The samples of the machine, in the order of time; `step` counts them.
-
-    A training that records no MLflow run samples nothing and leaves no file: no samples.
-    """
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [
-        Point(step, number(entry["time"]), {n: number(v) for n, v in entry["values"].items()})
-        for step, entry in enumerate(entries(lines), start=1)
-        if isinstance(entry.get("values"), dict) and "time" in entry
-    ]
-
-
-def gpu_names(samples: Sequence[Point], ending: str) -> list[str]:
-    """Names of the metrics of each GPU that end so, such as `system/gpu_0_utilization_...`."""
-    names = {name for sample in samples for name in sample.values}
-    return sorted(n for n in names if n.startswith("system/gpu_") and n.endswith(ending))
-
+"""File beside the training's log: utilisation and memory of the machine, every few seconds."""
 
 Series = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Steps, and the values at them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,36 +39,36 @@ class Point:
 
 @dataclass(slots=True)
 class TrainingLog:
-    """One training's log."""
+    """The log of one training."""
 
     steps: list[Point] = field(default_factory=list)
-    """Every `runtime.log_every`-th optimizer step, rising."""
+    """Every `runtime.log_every`-th optimizer step, in order."""
     epochs: list[Point] = field(default_factory=list)
-    """Every epoch's end: means over the epoch, and the evaluation if there was one."""
+    """The end of each epoch: means over the epoch, and the evaluation if there was one."""
     events: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The last event of each kind."""
     counts: Counter[str] = field(default_factory=Counter)
-    """How many events of each kind there are."""
-    places: dict[str, set[int]] = field(default_factory=dict)
-    """Optimizer steps of the events that say theirs, by kind without what follows a dot."""
+    """Number of events of each kind."""
+    event_steps: dict[str, set[int]] = field(default_factory=dict)
+    """Optimizer steps of events, by their kind up to the first dot."""
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Take one more line of the log."""
+        """Add one more line of the log."""
         if isinstance(entry.get("values"), dict) and isinstance(entry.get("step"), int):
             self._add_values(entry)
-        else:
-            kind = str(entry.get("event", entry.get("kind", "")))
-            fields = self.events[kind] = entry.get("fields", entry)
-            self.counts[kind] += 1
-            if isinstance(fields, dict) and isinstance(fields.get("step"), int):
-                self.places.setdefault(kind.split(".")[0], set()).add(fields["step"])
+            return
+        kind = str(entry.get("event", entry.get("kind", "")))
+        fields = self.events[kind] = entry.get("fields", entry)
+        self.counts[kind] += 1
+        if isinstance(fields, dict) and isinstance(fields.get("step"), int):
+            self.event_steps.setdefault(kind.split(".")[0], set()).add(fields["step"])
 
     def of_steps(self, name: str) -> Series:
-        """Steps, and the values that a metric had at them."""
+        """Return the steps at which a metric was logged, and its values."""
         return _series(self.steps, name)
 
     def of_epochs(self, name: str) -> Series:
-        """The same, of the values at the epochs' ends."""
+        """Return the same of a metric that is logged when an epoch ends."""
         return _series(self.epochs, name)
 
     @property
@@ -105,7 +80,7 @@ class TrainingLog:
         return None
 
     def best_step(self) -> int | None:
-        """The step whose weights were kept; of an unfinished run, the best AP (or loss) so far."""
+        """Return the step of the saved weights; of an unfinished run, the best so far."""
         end = self.events.get("training_end", {})
         if isinstance(end.get("best_step"), int):
             return int(end["best_step"])
@@ -133,28 +108,28 @@ class TrainingLog:
 
 
 class GrowingLog:
-    """A log that is still being written, read on from where it was."""
+    """The log of a running training, read on from where the last read ended."""
 
     def __init__(self, path: Path) -> None:
-        """Nothing is read yet."""
+        """Read nothing yet."""
         self.path = path
         self.log = TrainingLog()
         self._offset = 0
 
     def update(self) -> bool:
-        """Read the whole lines that were added; whether there were any.
+        """Read the whole lines that were added; return True if there were any.
 
-        A file that became shorter is another one, and is read from its start.
+        A file that became shorter is a new one, and is read from its start.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: there is no log.
         """
         with self.path.open("rb") as file:
             if file.seek(0, 2) < self._offset:
                 self.log, self._offset = TrainingLog(), 0
             file.seek(self._offset)
-            content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
         for entry in entries(whole.decode(errors="replace").splitlines()):
             self.log.add(entry)
@@ -165,7 +140,7 @@ def read_log(path: Path) -> TrainingLog:
     """Read a training's log.
 
     Raises:
-        DataError: there is no such file; says to train.
+        DataError: there is no such file.
     """
     growing = GrowingLog(path)
     try:
@@ -175,29 +150,50 @@ def read_log(path: Path) -> TrainingLog:
     return growing.log
 
 
+def read_samples(path: Path) -> list[Point]:
+    """Read the samples of the machine in the order of time; `step` counts them.
+
+    A training without MLflow takes no samples and writes no file: the list is empty.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [
+        Point(step, number(entry["time"]), {n: number(v) for n, v in entry["values"].items()})
+        for step, entry in enumerate(entries(lines), start=1)
+        if isinstance(entry.get("values"), dict) and "time" in entry
+    ]
+
+
+def gpu_names(samples: Sequence[Point], suffix: str) -> list[str]:
+    """Return the metrics of each GPU with a suffix, such as `system/gpu_0_utilization_...`."""
+    names = {name for sample in samples for name in sample.values}
+    return sorted(n for n in names if n.startswith("system/gpu_") and n.endswith(suffix))
+
+
 def entries(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a log, without lines that a crash cut short."""
+    """Yield the JSON objects of a log, without lines that a crash cut short."""
     for line in lines:
         try:
             entry = json.loads(line)
         except ValueError:
-            continue  # a line that a crash cut short, wherever a resumed training went on after it
+            continue
         if isinstance(entry, dict):
             yield entry
 
 
 def number(value: object) -> float:
-    """A float; NaN for infinities and for what is no number, so that curves have a gap there."""
+    """Return a float; NaN, a gap in a curve, for infinities and what is no number."""
     try:
-        number = float(value)  # type: ignore[arg-type]
+        result = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return math.nan
-    return number if math.isfinite(number) else math.nan
+    return result if math.isfinite(result) else math.nan
 
 
 def _series(points: list[Point], name: str) -> Series:
-    have = [p for p in points if name in p.values]
+    logged = [point for point in points if name in point.values]
     return (
-        np.array([p.step for p in have], dtype=np.float64),
-        np.array([p.values[name] for p in have], dtype=np.float64),
+        np.array([point.step for point in logged], dtype=np.float64),
+        np.array([point.values[name] for point in logged], dtype=np.float64),
     )

@@ -1,209 +1,451 @@
-"""Sheets of images: what is trained on, and what was detected beside what is there."""
+"""Contact sheets: images with their boxes and class names, and ground truth beside detections."""
 
 from __future__ import annotations
 
+import io
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
+import matplotlib
 import numpy as np
-from PIL import Image
+from matplotlib.ft2font import FT2Font
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
-from runkey.data.decode import decode_rgb
 from runkey.data.index import ClassName, Record
 from runkey.evaluation.per_image import ImageScore, Judgement, rank_images
-from runkey.plots.canvas import (
-    BLANK,
-    RIGHT,
-    WRONG,
-    Canvas,
-    class_colour,
-    class_marks,
-    class_name,
-    draw_marks,
-    drawable,
-    judged_predictions,
-    judged_truth,
-    shorten,
-    text_width,
-)
+from runkey.plots.style import BLACK, BLUE, CYCLE, GREY, VERMILLION
 
-WIDTH = 1100
-MARGIN = 16
-GAP = 8
-ROW_HEIGHT = 190
-MOST_ROWS = 4
-MOST_IMAGES = 24
+MAX_BYTES = 150_000
+RIGHT, WRONG = BLUE, VERMILLION
+_INK, _PAPER, _BLANK = "#222222", "#FFFFFF", "#DFE3E6"
+# Black lines vanish on dark photographs; white ones have a dark outline.
+_CLASS_COLOURS = tuple(_PAPER if colour == BLACK else colour for colour in CYCLE)
+_WIDTH, _MARGIN, _GAP, _LINE = 1100, 16, 8, 20
+_ROW_HEIGHT, _MAX_ROWS, _MAX_IMAGES = 190, 4, 24
+_LABEL_SIZE = 11
+_MAX_LABELS = 10
+"""An image with more boxes shows fewer labels, which would cover what they name."""
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels of the sheet."""
 
 
 def contact_sheet(
-    records: list[Record], classes: list[ClassName], data_folder: Path, out: Path
+    records: list[Record], classes: list[ClassName], data_folder: Path, path: Path
 ) -> Path:
-    """Draw images of a split, evenly chosen, with their boxes and class names, as a JPEG.
+    """Draw images of a split, evenly chosen, with their ground truth, as a JPEG.
 
     Args:
         records: the split.
         classes: all classes.
         data_folder: what `Record.file` is relative to.
-        out: the picture; its folder is made.
+        path: the picture; its folder is made.
+
+    Returns:
+        The path.
 
     Raises:
-        DataError: an image is gone since `prepare` checked it.
+        DataError: an image is missing.
     """
-    rows = _rows(_evenly(records, MOST_IMAGES))
-    shown = sum(len(row) for row, _ in rows)
-    counts = Counter(
+    count = min(_MAX_IMAGES, len(records))
+    rows = _rows([records[i * len(records) // count] for i in range(count)])
+    objects = Counter(
         label for r in records for label, crowd in zip(r.labels, r.crowd, strict=True) if not crowd
     )
-    title = (
-        f"{shown:,} of {len(records):,} images · {counts.total():,} objects · "
-        f"{len(classes):,} class{'es' if len(classes) != 1 else ''}"
+    legend = _legend(classes, objects)
+    top = _MARGIN + 26 + _LINE * len(legend) + _GAP
+    sheet = _Sheet(top + sum(height + _GAP for _, height in rows) + _MARGIN - _GAP)
+    sheet.write(
+        (_MARGIN, _MARGIN - 4),
+        f"{sum(len(row) for row, _ in rows):,} of {len(records):,} images · "
+        f"{objects.total():,} objects · "
+        f"{len(classes):,} class{'es' if len(classes) != 1 else ''}",
+        16,
+        bold=True,
     )
-    legend = _legend_lines(classes, counts)
-    head = MARGIN + 26 + 20 * len(legend) + GAP
-    height = head + sum(height + GAP for _, height in rows) + MARGIN - GAP
-    canvas = Canvas(WIDTH, height)
-    canvas.write((MARGIN, MARGIN - 4), title, 16, bold=True)
     for number, line in enumerate(legend):
-        for x, colour, text in line:
-            y = MARGIN + 24 + 20 * number
-            canvas.chip((x, y), colour)
-            canvas.write((x + 18, y - 2), text, 12)
-    top = head
-    for row, row_height in rows:
-        left = float(MARGIN)
+        sheet.write_legend(_MARGIN + 24 + _LINE * number, line)
+    for row, height in rows:
+        left = float(_MARGIN)
         for record in row:
-            right = left + _aspect(record) * row_height
-            frame = (left, top, right, top + row_height)
-            place = canvas.paste(_picture(record, data_folder), frame)
-            draw_marks(canvas, class_marks(record, classes), place, frame)
-            left = right + GAP
-        top += row_height + GAP
-    return canvas.save(out)
+            frame = (left, top, left + _aspect(record) * height, top + height)
+            sheet.draw_image(_load(record, data_folder), frame, class_boxes(record, classes))
+            left = frame[2] + _GAP
+        top += height + _GAP
+    return sheet.save(path)
 
 
 def detection_sheet(
     judged: Judgement,
     classes: list[ClassName],
     data_folder: Path,
-    out: Path,
+    path: Path,
     *,
     best: bool,
     images: int = 8,
 ) -> Path:
-    """Draw the best or the worst images, truth beside prediction, as a JPEG.
+    """Draw the best or the worst images, ground truth beside detections, as a JPEG.
 
-    Images are judged by F1 at IoU 0.5 (`runkey.evaluation.per_image`); detections below the score
+    Images are ranked by F1 at IoU 0.5 (`runkey.evaluation.per_image`). Detections below the score
     at which the F1 of the whole split is largest are not drawn.
 
     Args:
         judged: the evaluated split.
         classes: all classes.
         data_folder: what `Record.file` is relative to.
-        out: the picture; its folder is made.
+        path: the picture; its folder is made.
         best: the best images first, else the worst.
         images: how many.
 
+    Returns:
+        The path.
+
     Raises:
-        DataError: an image is gone since `prepare` checked it.
+        DataError: an image is missing.
     """
     chosen = rank_images(judged.images, best=best)[:images]
-    tile_width = (WIDTH - 2 * MARGIN - 2 * GAP - 2 * MARGIN) // 4
-    aspects = [r.record.width / r.record.height for r in chosen] or [4 / 3]
-    tile_height = round(tile_width / min(max(float(np.median(aspects)), 0.7), 2.0))
-    block = tile_height + 24 + MARGIN
-    head = MARGIN + 26 + 20 + GAP
-    canvas = Canvas(WIDTH, head + max(1, -(-len(chosen) // 2)) * block)
-    _sheet_head(canvas, judged, best=best, shown=len(chosen))
+    width = (_WIDTH - 4 * _MARGIN - 2 * _GAP) // 4
+    aspects = [score.record.width / score.record.height for score in chosen] or [4 / 3]
+    height = round(width / float(np.clip(np.median(aspects), 0.7, 2.0)))
+    block = height + 24 + _MARGIN
+    head = _MARGIN + 26 + _LINE + _GAP
+    sheet = _Sheet(head + max(1, -(-len(chosen) // 2)) * block)
+    _write_head(sheet, judged, f"The {len(chosen)} {'best' if best else 'worst'}")
     for number, score in enumerate(chosen):
-        left = MARGIN + (number % 2) * (2 * tile_width + GAP + 2 * MARGIN)
+        left = _MARGIN + (number % 2) * (2 * width + _GAP + 2 * _MARGIN)
         top = head + (number // 2) * block
-        caption = shorten(_caption(score), 2 * tile_width + GAP, 12)
-        canvas.write((left, top), caption, 12)
-        picture = _picture(score.record, data_folder)
-        for x, marks in (
-            (left, judged_truth(score, classes)),
-            (left + tile_width + GAP, judged_predictions(score, classes)),
+        sheet.write((left, top), _shorten(_caption(score), 2 * width + _GAP, 12), 12)
+        picture = _load(score.record, data_folder)
+        for x, boxes in (
+            (left, truth_boxes(score, classes)),
+            (left + width + _GAP, detection_boxes(score, classes)),
         ):
-            frame = (x, top + 20, x + tile_width, top + 20 + tile_height)
-            draw_marks(canvas, marks, canvas.paste(picture, frame), frame)
-    return canvas.save(out)
+            sheet.draw_image(picture, (x, top + 20, x + width, top + 20 + height), boxes)
+    return sheet.save(path)
 
 
-def _sheet_head(canvas: Canvas, judged: Judgement, *, best: bool, shown: int) -> None:
+@dataclass(frozen=True, slots=True)
+class LabelledBox:
+    """A box on an image, with its class and score."""
+
+    box_xywh: tuple[float, float, float, float]
+    """In pixels of the image."""
+    colour: str
+    name: str
+    """Of the class."""
+    score: float | None = None
+    is_crowd: bool = False
+    """A crowd region is drawn dashed."""
+    is_labelled: bool = True
+    """Whether name and score are written."""
+
+    @property
+    def area(self) -> float:
+        """In pixels of the image."""
+        return self.box_xywh[2] * self.box_xywh[3]
+
+
+def class_boxes(record: Record, classes: list[ClassName]) -> list[LabelledBox]:
+    """Return the ground truth of an image, coloured by class."""
+    return _label_fewer(_truth(record, classes, list(map(class_colour, record.labels))), None)
+
+
+def truth_boxes(score: ImageScore, classes: list[ClassName]) -> list[LabelledBox]:
+    """Return the ground truth of an evaluated image, coloured by found or missed."""
+    colours = [RIGHT if found else WRONG for found in score.found]
+    return _label_fewer(_truth(score.record, classes, colours), WRONG)
+
+
+def detection_boxes(score: ImageScore, classes: list[ClassName]) -> list[LabelledBox]:
+    """Return the detections in an evaluated image, coloured by right or wrong."""
+    boxes = [
+        LabelledBox(
+            one.box_xywh, RIGHT if one.right else WRONG, class_name(classes[one.label]), one.score
+        )
+        for one in score.shown
+    ]
+    return _label_fewer(boxes, WRONG)
+
+
+def class_colour(index: int) -> str:
+    """Return the colour of a class; of more than eight classes, some share one."""
+    return _CLASS_COLOURS[index % len(_CLASS_COLOURS)]
+
+
+def class_name(one: ClassName) -> str:
+    """Return the name of a class, or its category id if the font lacks a letter of the name."""
+    return printable(one.name, f"class {one.id}")
+
+
+def printable(text: str, instead: str) -> str:
+    """Return `text`, or `instead` if it is blank or the font lacks a letter of it."""
+    return text if text.strip() and _letters().issuperset(map(ord, text)) else instead
+
+
+def _truth(record: Record, classes: list[ClassName], colours: list[str]) -> list[LabelledBox]:
+    boxes = []
+    for box, label, crowd, colour in zip(
+        record.boxes_xywh, record.labels, record.crowd, colours, strict=True
+    ):
+        name = class_name(classes[label])
+        if crowd:
+            boxes.append(LabelledBox(box, GREY, f"{name} (crowd)", is_crowd=True))
+        else:
+            boxes.append(LabelledBox(box, colour, name))
+    return boxes
+
+
+def _label_fewer(boxes: list[LabelledBox], always: str | None) -> list[LabelledBox]:
+    """Of many boxes, label those of the colour `always`, and the largest of each class."""
+    if len(boxes) <= _MAX_LABELS:
+        return boxes
+    largest: dict[str, float] = {}
+    for box in boxes:
+        largest[box.name] = max(box.area, largest.get(box.name, 0.0))
+    return [
+        replace(box, is_labelled=box.colour == always or box.area == largest[box.name])
+        for box in boxes
+    ]
+
+
+def place_label(
+    width: float, box: Box, frame: Box, labels: Sequence[Box], boxes: Sequence[Box] = ()
+) -> Box | None:
+    """Find a place for a label at a box, inside the frame, where no other label is.
+
+    Args:
+        width: of the label, in pixels.
+        box: what it names.
+        frame: of the image.
+        labels: places that are taken.
+        boxes: of the image; the place that covers least of them is chosen.
+
+    Returns:
+        The place; None if all places are taken.
+    """
+    height = _LABEL_SIZE + 4
+    left, top, right, bottom = box
+    places = []
+    for x, y in (
+        (left - 1, top - height - 1),
+        (left - 1, bottom + 2),
+        (right + 1 - width, top - height - 1),
+        (right + 1 - width, bottom + 2),
+        (right + 3, top - 1),
+        (left - 2 - width, top - 1),
+        (left - 1, top - 1),
+    ):
+        x, y = min(max(round(x), frame[0]), frame[2] - width), round(y)
+        place = (x, y, x + width, y + height)
+        if x >= frame[0] and y >= frame[1] and y + height <= frame[3]:
+            places.append(place)
+    free = [p for p in places if not any(_shared_area(p, label) for label in labels)]
+    return min(
+        free,
+        key=lambda p: sum(_shared_area(p, b) / max(1, _area(b)) for b in boxes),
+        default=None,
+    )
+
+
+class _Sheet:
+    """A white picture that grows from images, boxes and text."""
+
+    def __init__(self, height: int) -> None:
+        self.image = Image.new("RGB", (_WIDTH, height), _PAPER)
+        self._draw = ImageDraw.Draw(self.image)
+
+    def write(
+        self, at: tuple[float, float], text: str, size: int = 13, *, bold: bool = False
+    ) -> float:
+        """Write a line with its top left corner at `at`; return where it ends, in pixels."""
+        self._draw.text(at, text, fill=_INK, font=_font(size, bold=bold))
+        return at[0] + _font(size, bold=bold).getlength(text)
+
+    def write_legend(self, y: float, entries: Sequence[tuple[str, str]]) -> float:
+        """Write (colour, text) pairs from the left margin on; return where they end."""
+        x = float(_MARGIN)
+        for colour, text in entries:
+            self._draw.rectangle((x, y, x + 12, y + 12), fill=colour, outline=_INK)
+            x = self.write((x + 18, y - 2), text, 12) + 18
+        return x
+
+    def draw_image(self, picture: Image.Image, frame: Box, boxes: Sequence[LabelledBox]) -> None:
+        """Fit an image into a frame and draw its boxes, the small ones on top."""
+        left, top, right, bottom = frame
+        scale = min((right - left) / picture.width, (bottom - top) / picture.height)
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        x = round((left + right - size[0]) / 2)
+        y = round((top + bottom - size[1]) / 2)
+        self._draw.rectangle((left, top, right - 1, bottom - 1), fill=_BLANK)
+        self.image.paste(picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=2), (x, y))
+        placed = [(_scaled(box.box_xywh, scale, x, y, frame), box) for box in boxes]
+        placed.sort(key=lambda pair: -_area(pair[0]))
+        for place, box in placed:
+            self._outline(place, box)
+        labels: list[Box] = []
+        for place, box in placed:
+            text = box.name if box.score is None else f"{box.name} {box.score:.2f}"
+            width = _font(_LABEL_SIZE).getlength(text) + 6
+            at = place_label(width, place, frame, labels, [one for one, _ in placed])
+            if box.is_labelled and at:
+                labels.append(at)
+                self._draw.rectangle((at[0], at[1], at[2] - 1, at[3] - 1), fill=box.colour)
+                ink = _INK if _is_light(box.colour) else _PAPER
+                self._draw.text((at[0] + 3, at[1] + 1), text, fill=ink, font=_font(_LABEL_SIZE))
+
+    def _outline(self, place: Box, box: LabelledBox) -> None:
+        """Draw two pixels of colour within a dark line, so that they show on any background."""
+        left, top, right, bottom = map(round, place)
+        if box.is_crowd:
+            for x in range(left, right, 8):
+                for y in (top, bottom):
+                    self._draw.line((x, y, min(x + 4, right), y), fill=box.colour, width=2)
+            for y in range(top, bottom, 8):
+                for x in (left, right):
+                    self._draw.line((x, y, x, min(y + 4, bottom)), fill=box.colour, width=2)
+            return
+        self._draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=_INK)
+        self._draw.rectangle((left, top, right, bottom), outline=box.colour, width=2)
+
+    def save(self, path: Path) -> Path:
+        """Write a JPEG of at most `MAX_BYTES`: lower its quality first, then its size."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = self.image
+        while True:
+            for quality in range(88, 50, -6):
+                data = io.BytesIO()
+                image.save(data, "JPEG", quality=quality, optimize=True)
+                if data.tell() <= MAX_BYTES:
+                    path.write_bytes(data.getvalue())
+                    return path
+            image = ImageOps.scale(image, 0.85, Image.Resampling.LANCZOS)
+
+
+def _write_head(sheet: _Sheet, judged: Judgement, title: str) -> None:
     scores = judged.images
-    title = f"The {shown} {'best' if best else 'worst'} of {len(scores):,} images"
-    end = canvas.write((MARGIN, MARGIN - 4), title, 16, bold=True)
-    canvas.write((end + 10, MARGIN - 2), "truth left, prediction right", 13)
-    right = sum(s.right for s in scores)
-    total = 2 * right + sum(s.false + s.missed for s in scores)
-    x, y = float(MARGIN), MARGIN + 24
-    for colour, text in ((RIGHT, "found, right"), (WRONG, "missed, false")):
-        canvas.chip((x, y), colour)
-        x = canvas.write((x + 18, y - 2), text, 12) + 18
-    canvas.write(
-        (x, y - 2),
-        f"shown: score {judged.threshold:.2f} and above, where F1 of all images is largest "
-        f"({2 * right / total if total else 1:.2f}); a match is the class and IoU 0.5",
+    title = f"{title} of {len(scores):,} images"
+    end = sheet.write((_MARGIN, _MARGIN - 4), title, 16, bold=True)
+    sheet.write((end + 10, _MARGIN - 2), "ground truth left, detections right", 13)
+    right = sum(score.right for score in scores)
+    total = 2 * right + sum(score.false + score.missed for score in scores)
+    y = _MARGIN + 24
+    end = sheet.write_legend(
+        y, [(RIGHT, "true positive"), (WRONG, "false positive, or missed object")]
+    )
+    sheet.write(
+        (end, y - 2),
+        f"detections of score {judged.threshold:.2f} and above (largest F1 of all images: "
+        f"{2 * right / total if total else 1:.2f}); match: same class, IoU 0.5",
         12,
     )
 
 
 def _caption(score: ImageScore) -> str:
-    name = drawable(Path(score.record.file).name, f"image {score.record.id}")
+    name = printable(Path(score.record.file).name, f"image {score.record.id}")
     return (
-        f"F1 {score.f1:.2f} · {score.right} of {score.objects} found · {score.false} false · {name}"
+        f"F1 {score.f1:.2f} · {score.right} of {score.objects} found · "
+        f"{score.false} false positive{'s' if score.false != 1 else ''} · {name}"
     )
 
 
-def _legend_lines(
-    classes: list[ClassName], counts: Counter[int]
-) -> list[list[tuple[float, str, str]]]:
-    """At most two lines of (x, colour, text); what does not fit is counted at the end."""
-    lines: list[list[tuple[float, str, str]]] = [[]]
-    x = float(MARGIN)
-    for number, c in enumerate(classes):
-        text = f"{shorten(class_name(c), 160, 12)} {counts[c.index]:,}"
-        width = 18 + text_width(text, 12) + 18
-        full = x + width > WIDTH - MARGIN - (120 if len(lines) == 2 else 0)
-        if full and len(lines) == 2:
-            lines[-1].append((x, BLANK, f"and {len(classes) - number} more"))
+def _legend(classes: list[ClassName], counts: Counter[int]) -> list[list[tuple[str, str]]]:
+    """Return at most two lines of (colour, text); the last entry counts those that do not fit."""
+    lines: list[list[tuple[str, str]]] = [[]]
+    x = float(_MARGIN)
+    for number, one in enumerate(classes):
+        text = f"{_shorten(class_name(one), 160, 12)} {counts[one.index]:,}"
+        width = 18 + _font(12).getlength(text) + 18
+        is_full = x + width > _WIDTH - _MARGIN - (120 if len(lines) == 2 else 0)
+        if is_full and len(lines) == 2:
+            lines[-1].append((_BLANK, f"and {len(classes) - number} more"))
             break
-        if full:
+        if is_full:
             lines.append([])
-            x = float(MARGIN)
-        lines[-1].append((x, class_colour(c.index), text))
+            x = float(_MARGIN)
+        lines[-1].append((class_colour(one.index), text))
         x += width
     return lines
 
 
 def _rows(records: list[Record]) -> list[tuple[list[Record], int]]:
-    """Break images into full rows of one height each; the last row may stay short."""
+    """Break images into full rows with the height of each; the last row may stay short."""
     rows: list[tuple[list[Record], int]] = []
     row: list[Record] = []
     for record in records:
         row.append(record)
-        room = WIDTH - 2 * MARGIN - GAP * (len(row) - 1)
-        height = room / sum(_aspect(r) for r in row)
-        if height <= ROW_HEIGHT:
+        room = _WIDTH - 2 * _MARGIN - _GAP * (len(row) - 1)
+        height = room / sum(map(_aspect, row))
+        if height <= _ROW_HEIGHT:
             rows.append((row, int(height)))
             row = []
-            if len(rows) == MOST_ROWS:
-                return rows
     if row:
-        rows.append((row, ROW_HEIGHT))
-    return rows
+        rows.append((row, _ROW_HEIGHT))
+    return rows[:_MAX_ROWS]
 
 
 def _aspect(record: Record) -> float:
-    """Width to height of an image's frame; very long images get a frame that is less so."""
+    """Return width / height of an image's frame, which is limited for very long images."""
     return min(max(record.width / record.height, 0.4), 3.0)
 
 
-def _evenly(records: list[Record], most: int) -> list[Record]:
-    count = min(most, len(records))
-    return [records[i * len(records) // count] for i in range(count)]
+def _load(record: Record, data_folder: Path) -> Image.Image:
+    from runkey.data.decode import decode_rgb  # imports torch, which a report does without
 
-
-def _picture(record: Record, data_folder: Path) -> Image.Image:
     pixels = decode_rgb(data_folder / record.file, record.rotate, record.mirror)
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def _scaled(box_xywh: Box, scale: float, x: float, y: float, frame: Box) -> Box:
+    """Return a box in pixels of the sheet, cut off at the frame, at least some pixels large."""
+    left, top, width, height = box_xywh
+    return (
+        min(max(x + scale * left, frame[0]), frame[2] - 4),
+        min(max(y + scale * top, frame[1]), frame[3] - 4),
+        max(min(x + scale * (left + width), frame[2] - 2), frame[0] + 2),
+        max(min(y + scale * (top + height), frame[3] - 2), frame[1] + 2),
+    )
+
+
+def _area(box: Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _shared_area(one: Box, other: Box) -> float:
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(0.0, width) * max(0.0, height)
+
+
+@cache
+def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Return DejaVu Sans, which has more alphabets than Pillow's own font; `size` in pixels."""
+    # Every Pillow has the basic layout; another one moves letters from machine to machine.
+    layout = ImageFont.Layout.BASIC
+    return ImageFont.truetype(str(_font_file(bold=bold)), size, layout_engine=layout)
+
+
+@cache
+def _letters() -> frozenset[int]:
+    return frozenset(FT2Font(str(_font_file(bold=False))).get_charmap())
+
+
+def _font_file(*, bold: bool) -> Path:
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
+
+
+def _shorten(text: str, width: float, size: int) -> str:
+    """Cut a line at its end so that it fits into `width` pixels."""
+    if _font(size).getlength(text) <= width:
+        return text
+    while text and _font(size).getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def _is_light(colour: str) -> bool:
+    red, green, blue = ImageColor.getrgb(colour)[:3]
+    return 0.299 * red + 0.587 * green + 0.114 * blue > 140

@@ -1,9 +1,9 @@
-"""How every figure looks: one palette, one size, the same bytes for the same numbers."""
+"""The look of every figure: one palette, one width, the same bytes for the same numbers."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
 from PIL import Image
 
-# Okabe and Ito (2008): told apart with any kind of colour blindness.
+# Okabe and Ito (2008): distinct with any kind of colour blindness.
 BLUE = "#0072B2"
 ORANGE = "#E69F00"
 GREEN = "#009E73"
@@ -29,7 +30,7 @@ PALE = "#EEF1F4"
 CYCLE = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK, YELLOW)
 
 _SETTINGS: Any = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same everywhere
+    "font.family": "DejaVu Sans",  # part of matplotlib: the same on every machine
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
@@ -47,7 +48,7 @@ _SETTINGS: Any = {
     "xtick.color": "#444444",
     "ytick.color": "#444444",
     "path.simplify": True,
-    "svg.hashsalt": "runkey",  # else names inside of an SVG are random
+    "svg.hashsalt": "runkey",  # names inside an SVG are random otherwise
 }
 _DPI = 100
 
@@ -56,11 +57,11 @@ _DPI = 100
 def drawing(
     path: Path, panels: int, height: float = 3.0, columns: int = 1
 ) -> Iterator[tuple[Figure, list[Any]]]:
-    """A figure of panels above each other, saved to `path` when the block ends.
+    """Yield a figure of panels below each other, and save it when the block ends.
 
     Args:
-        path: where to, .png or .svg; its folder is made.
-        panels: rows of axes; they share the horizontal one.
+        path: .png or .svg; its folder is made.
+        panels: rows of axes, which share the horizontal axis.
         height: of one panel, in inches; the figure is 9 inches (900 pixels) wide.
         columns: of axes in each row.
     """
@@ -70,41 +71,52 @@ def drawing(
         yield figure, list(axes)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".svg":
-            # Without date and version in it, the file depends on what it shows alone.
+            # Neither date nor version in the file, whose bytes depend on the numbers alone.
             figure.savefig(path, metadata={"Date": None, "Creator": None})
         else:
-            path.write_bytes(_light_png(figure))
+            path.write_bytes(_small_png(figure))
 
 
-def _light_png(figure: Figure) -> bytes:
-    """A PNG of at most 256 colours, a quarter of the size; it depends on what it shows alone."""
+def _small_png(figure: Figure) -> bytes:
+    """Render a PNG of at most 256 colours, which takes a quarter of the bytes."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")  # type: ignore[no-untyped-call]
-    # An octree keeps the colours of lines and text as they are; a median cut would move them.
-    few = image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    content = io.BytesIO()
-    few.save(content, "PNG", optimize=True)
-    return content.getvalue()
+    # An octree keeps the colours of lines and text; a median cut changes them.
+    reduced = image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    data = io.BytesIO()
+    reduced.save(data, "PNG", optimize=True)
+    return data.getvalue()
 
 
-def say_nothing_yet(axes: Any, text: str = "nothing was logged yet") -> None:
-    """Mark a panel that has no data, instead of an empty frame."""
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.grid(visible=False)
-    axes.spines[:].set_visible(False)
+def show_empty(axes: Sequence[Any], text: str = "nothing logged yet") -> None:
+    """Write in panels that have no data, instead of empty frames."""
+    for panel in axes:
+        panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", color=GREY)
+        panel.set_xticks([])
+        panel.set_yticks([])
+        panel.grid(visible=False)
+        panel.spines[:].set_visible(False)
+
+
+def cut(text: str, length: int) -> str:
+    """Shorten a text to `length` characters."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def marker(values: Sequence[Any] | NDArray[Any]) -> str:
+    """Return the marker of a curve: dots while it has few points, and a single one needs one."""
+    return "o" if len(values) <= 60 else ""
 
 
 def whole_numbers(axes: Any) -> None:
-    """Put the ticks of the horizontal axis on whole numbers, with thousands separated."""
+    """Put the ticks of the horizontal axis on whole numbers, with separated thousands."""
     axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
 def plain_log_scale(axes: Any) -> None:
-    """A logarithmic vertical axis with ticks at 1, 2, 5, 10, ... as plain numbers."""
+    """Make the vertical axis logarithmic, with ticks at 1, 2, 5, 10, ... as plain numbers."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -112,7 +124,7 @@ def plain_log_scale(axes: Any) -> None:
 
 
 def shades(count: int) -> list[str]:
-    """Blues from dark to light, for steps of one quantity."""
+    """Return blues from dark to light, for levels of one quantity."""
     dark, light = (0, 58, 99), (142, 200, 236)
     mixed = [
         [round(d + (p - d) * i / max(1, count - 1)) for d, p in zip(dark, light, strict=True)]
@@ -122,7 +134,7 @@ def shades(count: int) -> list[str]:
 
 
 def legend(axes: Any) -> None:
-    """Name what has a label in one line above the panel, right of its title, off the curves."""
+    """Place the legend in one line above the panel, right of its title."""
     handles, _ = axes.get_legend_handles_labels()
     if handles:
         axes.legend(
@@ -136,7 +148,7 @@ def legend(axes: Any) -> None:
 
 
 def legend_beside(axes: Any, title: str = "") -> None:
-    """The same as a titled list right of the panel, which gets narrower."""
+    """Place the legend right of the panel, as a list with a title."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(
             loc="upper left", bbox_to_anchor=(1.0, 1.0), title=title or None, alignment="left"

@@ -11,9 +11,7 @@ from runkey.evaluation.files import read_precision_recall
 from runkey.evaluation.per_image import Confusion
 from runkey.plots.log import Point, read_log
 
-# More rows than pixels across a screen only make the page slow.
-MOST_ROWS = 2000
-
+_MAX_ROWS = 2000  # more than the pixels of a screen only make DVC's page slow
 _STEP_COLUMNS = {
     "lr": "train/lr",
     "loss": "train/loss",
@@ -27,7 +25,7 @@ _EVALUATION_COLUMNS = {"val_loss": "val/loss", "AP": "val/AP", "AP50": "val/AP50
 def write_plot_tables(log: Path, out: Path) -> list[Path]:
     """Write steps.csv, epochs.csv and evaluations.csv of a training, finished or not.
 
-    Not every epoch is evaluated, hence two files: DVC draws an empty cell as a zero.
+    Epochs without an evaluation have no row in evaluations.csv: DVC draws an empty cell as zero.
 
     Args:
         log: logs/train.jsonl.
@@ -39,29 +37,26 @@ def write_plot_tables(log: Path, out: Path) -> list[Path]:
     Raises:
         DataError: there is no log.
     """
-    content = read_log(log)
-    every = max(1, -(-len(content.steps) // MOST_ROWS))
-    steps = [(point.step, point) for point in content.steps[::every]]
-    epochs = [(_epoch(point, n), point) for n, point in enumerate(content.epochs, start=1)]
+    training = read_log(log)
+    every = max(1, -(-len(training.steps) // _MAX_ROWS))
+    steps = [(point.step, point) for point in training.steps[::every]]
+    epochs = [(_epoch(point, n), point) for n, point in enumerate(training.epochs, start=1)]
     return [
-        _write(out / "steps.csv", ["step", *_STEP_COLUMNS], _whole(steps, _STEP_COLUMNS)),
-        _write(out / "epochs.csv", ["epoch", *_EPOCH_COLUMNS], _whole(epochs, _EPOCH_COLUMNS)),
-        _write(
-            out / "evaluations.csv",
-            ["epoch", *_EVALUATION_COLUMNS],
-            _whole(epochs, _EVALUATION_COLUMNS),
-        ),
+        _write(out / f"{name}.csv", [index, *columns], _complete_rows(points, columns))
+        for name, index, points, columns in (
+            ("steps", "step", steps, _STEP_COLUMNS),
+            ("epochs", "epoch", epochs, _EPOCH_COLUMNS),
+            ("evaluations", "epoch", epochs, _EVALUATION_COLUMNS),
+        )
     ]
 
 
 def write_confusion_table(counted: Confusion, names: Sequence[str], path: Path) -> Path:
-    """Write a row for each object and each detection of nothing, as DVC's template counts them.
-
-    It sorts by name; the brackets keep what is no class apart.
+    """Write a row for each object and each false positive, which DVC's template counts.
 
     Args:
         counted: the counts.
-        names: of the classes.
+        names: of the classes; the brackets of the others keep them apart in DVC's order by name.
         path: the CSV: truth, detected.
     """
     rows = (
@@ -74,7 +69,7 @@ def write_confusion_table(counted: Confusion, names: Sequence[str], path: Path) 
 
 
 def write_precision_recall_table(curves: Path, path: Path) -> Path:
-    """Write precision at IoU 0.5 at 21 recalls of each class, one row each.
+    """Write precision at IoU 0.5 of each class at 21 recalls.
 
     Args:
         curves: evaluation/precision_recall.json.
@@ -83,36 +78,38 @@ def write_precision_recall_table(curves: Path, path: Path) -> Path:
     Raises:
         DataError: there is no such file.
     """
-    content = read_precision_recall(curves)
+    stored = read_precision_recall(curves)
     rows = (
-        [c["name"], recall, precision]
-        for c in content["classes"]
-        if c["precision"] is not None
-        for recall, precision in list(zip(content["recall"], c["precision"][0], strict=True))[::5]
+        [one["name"], recall, precision]
+        for one in stored["classes"]
+        if one["precision"] is not None
+        for recall, precision in list(zip(stored["recall"], one["precision"][0], strict=True))[::5]
     )
     return _write(path, ["class", "recall", "precision"], rows)
 
 
 def _epoch(point: Point, number: int) -> int:
-    """The epoch that a point ends; its place in the log if it does not say."""
+    """Return the epoch that a point ends; its place in the log if no epoch was logged."""
     epoch = point.values.get("train/epoch", math.nan)
     return round(epoch) if math.isfinite(epoch) else number
 
 
-def _whole(points: Sequence[tuple[int, Point]], columns: Mapping[str, str]) -> list[list[str]]:
-    """A row for each point that has all those values which any point has."""
+def _complete_rows(
+    points: Sequence[tuple[int, Point]], columns: Mapping[str, str]
+) -> list[list[str]]:
+    """Return a row for each point that has every value which any point has."""
     rows = [
         [
-            f"{v:.6g}" if math.isfinite(v := p.values.get(name, math.nan)) else ""
+            f"{value:.6g}" if math.isfinite(value := point.values.get(name, math.nan)) else ""
             for name in columns.values()
         ]
-        for _, p in points
+        for _, point in points
     ]
-    known = [any(cells) for cells in zip(*rows, strict=True)]
+    used = [any(cells) for cells in zip(*rows, strict=True)]
     return [
-        [str(number), *cells]
-        for (number, _), cells in zip(points, rows, strict=True)
-        if any(known) and all(cell or not seen for cell, seen in zip(cells, known, strict=True))
+        [str(index), *cells]
+        for (index, _), cells in zip(points, rows, strict=True)
+        if any(used) and all(cell or not seen for cell, seen in zip(cells, used, strict=True))
     ]
 
 

@@ -39,7 +39,7 @@ TITLES = {
     "Learning rate",
     "Gradient norm",
     "Precision and recall at IoU 0.5",
-    "What was detected for what",
+    "Confusion matrix",
 }
 
 

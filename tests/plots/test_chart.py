@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runkey.plots.watch import LABEL, chart
+from runkey.plots.watch import LABEL_WIDTH, chart
 
 
 def text(rows) -> list[str]:
@@ -17,7 +17,7 @@ def line(*values):
 
 
 def test_a_straight_line_with_marks():
-    rows = text(chart([line(0, 1, 2, 3)], LABEL + 1 + 4, 4, dots=False))
+    rows = text(chart([line(0, 1, 2, 3)], LABEL_WIDTH + 1 + 4, 4, dots=False))
     assert rows == [
         "       3|   *",
         "        |  * ",
@@ -27,12 +27,12 @@ def test_a_straight_line_with_marks():
 
 
 def test_a_straight_line_in_braille():
-    rows = text(chart([line(*range(8))], LABEL + 1 + 4, 2))
+    rows = text(chart([line(*range(8))], LABEL_WIDTH + 1 + 4, 2))
     assert rows == ["       7│  ⡠⠊", "       0│⡠⠊  "]
 
 
 def test_two_curves_are_told_apart():
-    rows = chart([line(0, 0), line(5, 5)], LABEL + 1 + 10, 3, dots=False)
+    rows = chart([line(0, 0), line(5, 5)], LABEL_WIDTH + 1 + 10, 3, dots=False)
     assert {number for row in rows for _, number in row} == {0, 1, None}
     assert text(rows)[0].endswith("+" * 10)
     assert text(rows)[-1].endswith("*" * 10)
@@ -47,4 +47,4 @@ def test_two_curves_are_told_apart():
 def test_any_curve_keeps_to_its_place(curves, width, dots):
     rows = text(chart(curves, width, 5, dots=dots))
     assert len(rows) == 5
-    assert {len(row) for row in rows} == {max(width, LABEL + 1)}
+    assert {len(row) for row in rows} == {max(width, LABEL_WIDTH + 1)}

@@ -14,13 +14,13 @@ from runkey.evaluation.coco import ClassResult
 from runkey.plots.hints import (
     CLASS_SCORES,
     Hint,
+    HintingTracker,
     all_hints,
     class_scores,
     find_hints,
-    standing_hints,
-    told_hints,
+    lasting_hints,
+    logged_hints,
 )
-from runkey.plots.live import HintingTracker
 from runkey.plots.log import Point, TrainingLog, read_log
 from runkey.tracking.log import JsonlLog
 
@@ -86,7 +86,7 @@ CASES = {
     "overfitting": (
         {"epoch": lambda e: {"val/loss": 5 + 0.3 * abs(e - 2)}},
         [],
-        "since epoch 2 the loss of held-out images has risen from 5 to 6.2",
+        "since epoch 2 the validation loss has risen from 5 to 6.2",
     ),
     "class": ({CLASS_SCORES: SCORES}, [], "1 of 3 classes are never found (AP50 0): cat"),
 }
@@ -169,7 +169,7 @@ def test_a_gap_between_the_losses_that_stays():
     (hint,) = gap(1.5)
     assert (hint.kind, hint.seen) == (
         "overfitting",
-        "the loss of held-out images is 2.14, that of training images 1.43",
+        "the validation loss is 2.14, the training loss 1.43",
     )
 
 
@@ -200,8 +200,8 @@ def test_what_was_told_and_came_to_nothing():
     assert [h.seen for h in all_hints(ended, PARAMS)] == [
         "1 of 3 classes are never found (no longer at the end)"
     ]
-    assert standing_hints(ended, PARAMS) == []
-    (standing,) = standing_hints(told(made(**{CLASS_SCORES: lost, "training_end": {}})), PARAMS)
+    assert lasting_hints(ended, PARAMS) == []
+    (standing,) = lasting_hints(told(made(**{CLASS_SCORES: lost, "training_end": {}})), PARAMS)
     assert standing.seen.endswith("(AP50 0): cat")
 
 
@@ -221,13 +221,13 @@ def test_classes_that_are_never_found():
     assert class_scores([])["mean_AP50"] == 0
 
 
-def test_a_run_is_told_once_even_after_an_interruption(tmp_path):
-    said: list[str] = []
+def test_a_run_logs_a_hint_once_even_after_an_interruption(tmp_path, caplog):
+    caplog.set_level("INFO", "runkey.plots")
     path = tmp_path / "train.jsonl"
 
     def train(first: int, last: int) -> None:
         tracker = JsonlLog(path)
-        hinting = HintingTracker(tracker, path, tmp_path / "none", PARAMS, said.append)
+        hinting = HintingTracker(tracker, path, tmp_path / "none", PARAMS)
         hinting.resume(None)
         for entry in (p for p in whole.steps if first < p.step <= last):
             hinting.log(entry.values, entry.step)
@@ -238,10 +238,10 @@ def test_a_run_is_told_once_even_after_an_interruption(tmp_path):
     whole = made(step=lambda s: {"train/data_wait_share": 0.3})
     train(0, 30)
     train(20, 60)  # ten steps come again
-    assert said == find_hints(whole, PARAMS)[0].lines
+    assert caplog.messages == ["\n".join(find_hints(whole, PARAMS)[0].lines)]
     log = read_log(path)
     assert [p.step for p in log.steps] == list(range(1, 61))
-    assert [hint.kind for hint in told_hints(log)] == ["loader"]
+    assert [hint.kind for hint in logged_hints(log)] == ["loader"]
     assert log.events["hint.loader"]["step"] == 20
     assert path.read_text().count("hint.loader") == 1
 
@@ -249,10 +249,10 @@ def test_a_run_is_told_once_even_after_an_interruption(tmp_path):
 def test_scores_of_classes_are_recorded_with_their_epoch(tmp_path):
     path = tmp_path / "train.jsonl"
     tracker = JsonlLog(path)
-    hinting = HintingTracker(tracker, path, tmp_path / "none", PARAMS, print)
+    hinting = HintingTracker(tracker, path, tmp_path / "none", PARAMS)
     for step in (3, 6, 9):
         if step != 6:  # without an evaluation
-            hinting.note_scores({"classes": 2, "mean_AP50": 0.0})
+            hinting.set_class_scores({"classes": 2, "mean_AP50": 0.0})
         hinting.log({"train/loss": 1.0}, step)
         hinting.log({"train/epoch_loss": 1.0}, step)
     tracker.close()
@@ -260,15 +260,14 @@ def test_scores_of_classes_are_recorded_with_their_epoch(tmp_path):
     assert events == [{"step": step, "classes": 2, "mean_AP50": 0.0} for step in (3, 9)]
 
 
-def test_hints_that_fail_cost_no_log(tmp_path):
-    said: list[str] = []
+def test_hints_that_fail_cost_no_log(tmp_path, caplog):
     path = tmp_path / "train.jsonl"
     tracker = JsonlLog(path)
-    hinting = HintingTracker(tracker, tmp_path / "elsewhere", tmp_path, PARAMS, said.append)
+    hinting = HintingTracker(tracker, tmp_path / "elsewhere", tmp_path, PARAMS)
     for epoch in made().epochs:
         hinting.log(epoch.values, epoch.step)
     tracker.close()
-    [line] = said
+    [line] = caplog.messages
     assert line.startswith("no more hints: FileNotFoundError: ")
     assert len(read_log(path).epochs) == EPOCHS
 
@@ -276,7 +275,7 @@ def test_hints_that_fail_cost_no_log(tmp_path):
 def test_asking_imports_no_matplotlib():
     """`runkey watch` looks every second, beside a training."""
     check = (
-        "import sys, runkey.plots.hints, runkey.plots.live\n"
+        "import sys, runkey.plots.hints\n"
         "print(sorted({'torch', 'mlflow', 'pycocotools', 'matplotlib'} & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -11,7 +11,7 @@ import pytest
 from runkey.cli import app
 from runkey.errors import RunkeyError
 from runkey.plots.report import write_report
-from runkey.plots.report_source import recorded_run
+from runkey.plots.report_data import recorded_run
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -62,7 +62,7 @@ def test_a_page_of_a_run(a_run, capsys):
     assert capsys.readouterr().out == "page.html\n"
     for text in (record.key, record.run.run_id, "lr=0.0001", "AP 0.512", "1,809", "400"):
         assert text in page.text
-    assert "2 of 3 are not the default" not in page.text
+    assert "2 of 3 parameters differ from the default" not in page.text
     assert "lr 0.0001" in page.text  # parameters
     assert "cpu x86_64" in page.text
     assert "白血球 & co" in page.text
@@ -82,7 +82,7 @@ def test_default_name_and_json(a_run, capsys):
 def test_of_two_runs_only_what_differs_is_on_top(a_run):
     one, two = a_run("lr=0.0001", ap=0.5), a_run("lr=0.0005", ap=0.625, lr="0.0005")
     page = report(one.label, two.label)
-    top, _, _ = page.text.partition("All of this run")
+    top, _, _ = page.text.partition("The whole report of this run")
     assert f"lr {one.run.params['lr']} {two.run.params['lr']}" in top
     assert "AP 0.500 0.625 (+0.125)" in top
     assert "params" in top
@@ -92,13 +92,15 @@ def test_of_two_runs_only_what_differs_is_on_top(a_run):
     assert "environment" not in top
     assert "model.dropout" not in top
     assert "seed" not in top
-    assert page.text.count("All of this run") == 2
+    assert page.text.count("The whole report of this run") == 2
 
 
 def test_runs_of_one_key_say_so(a_run):
     one = a_run("one", kind="empty")
     page = report(one.label, one.label)
-    assert "Nothing of the key: code, parameters, data and environment are the same." in page.text
+    assert (
+        "The runs have one key: code, parameters, data and environment are the same." in page.text
+    )
 
 
 @pytest.mark.parametrize("kind", ["interrupted", "empty", "one epoch"])
@@ -106,7 +108,7 @@ def test_a_run_that_was_interrupted_has_a_page(an_interrupted_run, a_run, kind):
     record = an_interrupted_run(kind)
     page = report(record.label)
     assert "killed" in page.text
-    assert "Not recorded: the run did not come to its end." in page.text
+    assert "Not recorded: the run did not end well." in page.text
     assert len([a for a in page.addresses if a.startswith("data:image/png")]) == 4
 
 
@@ -119,7 +121,7 @@ def test_a_run_that_was_interrupted_is_compared(an_interrupted_run, a_run):
 def test_a_run_without_any_file_has_a_page(an_interrupted_run, checkout):
     record = an_interrupted_run("empty")
     (checkout / ".runkey" / record.key / "train.jsonl").unlink()
-    assert "No log of this training is here." in report(record.label).text
+    assert "This run has no log." in report(record.label).text
 
 
 def test_pages_that_cannot_be_made(a_run, checkout):

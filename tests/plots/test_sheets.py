@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from PIL import Image, ImageChops
+from PIL import Image
 
 from runkey.errors import DataError
 from runkey.evaluation.per_image import judge_images
-from runkey.plots.canvas import (
-    Canvas,
+from runkey.plots.sheets import (
+    class_boxes,
     class_colour,
-    class_marks,
-    drawable,
-    judged_predictions,
-    judged_truth,
+    contact_sheet,
+    detection_boxes,
+    detection_sheet,
+    place_label,
+    printable,
+    truth_boxes,
 )
-from runkey.plots.sheets import contact_sheet, detection_sheet
 
 MOST_BYTES = 150_000
 ODD_SIZES = [(1, 1), (4000, 30), (30, 4000), (64, 48), (2500, 2000), (7, 300)]
@@ -151,33 +152,26 @@ def test_missing_image_is_named(image_set, tmp_path):
 
 def test_crowded_images_keep_a_name_of_each_class_and_all_faults(image_set):
     [record], classes, _ = image_set([(400, 300)], boxes=30)
-    names = [m.name for m in class_marks(record, classes) if m.tagged]
+    names = [box.name for box in class_boxes(record, classes) if box.is_labelled]
     assert sorted(names) == ["one", "one (crowd)", "two"]
     found = predicted([record], classes)[:20]
     [score] = judge_images([record], classes, found).images
-    missed = [m for m in judged_truth(score, classes) if m.colour == "#D55E00"]
+    missed = [box for box in truth_boxes(score, classes) if box.colour == "#D55E00"]
     assert len(missed) >= 10
-    assert all(m.tagged for m in missed)
-    right = [m for m in judged_predictions(score, classes) if m.colour == "#0072B2"]
-    assert sum(m.tagged for m in right) == 2
+    assert all(box.is_labelled for box in missed)
+    right = [box for box in detection_boxes(score, classes) if box.colour == "#0072B2"]
+    assert sum(box.is_labelled for box in right) == 2
 
 
-def test_tags_never_cover_each_other():
-    canvas = Canvas(200, 100)
-    frame = (0, 0, 200, 100)
-    placed, tags = [], []
-    for number in range(12):  # each in a colour of its own: what changes is the whole tag
-        before = canvas.image.copy()
-        colour = f"#{20 * number:02x}40a0"
-        placed.append(canvas.tag((50, 40, 60, 50), frame, "name", colour))
-        changed = ImageChops.difference(before, canvas.image).getbbox()
-        assert (changed is not None) is placed[-1]
-        tags += [changed] if changed else []
-    assert placed[0]
-    assert not placed[-1]
-    assert len(tags) > 1
-    for number, one in enumerate(tags):
-        for other in tags[:number]:
+def test_labels_never_cover_each_other():
+    labels = []
+    while place := place_label(30, (50, 40, 60, 50), (0, 0, 200, 100), labels):
+        labels.append(place)
+    assert 1 < len(labels) < 12
+    for number, one in enumerate(labels):
+        assert one[0] >= 0
+        assert one[2] <= 200
+        for other in labels[:number]:
             apart = (
                 one[0] >= other[2] or other[0] >= one[2] or one[1] >= other[3] or other[1] >= one[3]
             )
@@ -185,7 +179,7 @@ def test_tags_never_cover_each_other():
 
 
 def test_names_in_letters_that_the_font_lacks():
-    assert drawable("Blutkörperchen", "class 1") == "Blutkörperchen"
-    assert drawable("шар", "class 1") == "шар"
-    assert drawable("白血球", "class 1") == "class 1"
-    assert drawable(" ", "class 1") == "class 1"
+    assert printable("Blutkörperchen", "class 1") == "Blutkörperchen"
+    assert printable("шар", "class 1") == "шар"
+    assert printable("白血球", "class 1") == "class 1"
+    assert printable(" ", "class 1") == "class 1"

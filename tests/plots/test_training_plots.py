@@ -225,13 +225,22 @@ def test_threshold_is_the_one_that_was_logged(log_of, tmp_path):
     assert drawn() == []
 
 
-def test_gap_is_told_where_the_weights_were_kept_and_at_the_end(log_of, tmp_path):
+def test_the_gap_is_shown_at_the_best_epoch_and_at_the_end(log_of, tmp_path):
     def drawn(kind):
         log = read_log(log_of(kind))
-        return labels_of(figure_of(loss_and_ap, log, folder=tmp_path).axes[0], "gap")
+        return labels_of(figure_of(loss_and_ap, log, folder=tmp_path).axes[0], "generalisation")
 
-    assert drawn("complete") == ["gap: -0.5 where kept,\n-0.167 at the end"]
+    expected = "generalisation gap:\n-0.5 at the best epoch,\n-0.167 at the end"
+    assert drawn("complete") == [expected]
     assert drawn("no evaluation") == []
+
+
+def test_the_rate_of_every_parameter_group_is_drawn(log_of, tmp_path):
+    log = read_log(log_of("complete"))
+    for point in log.steps:
+        point.values["train/lr_backbone"] = 0.1 * point.values["train/lr"]
+    (axes,) = figure_of(learning_rate, log, folder=tmp_path).axes
+    assert labels_of(axes) == ["backbone", "all other parameters", "warm-up, about 30 steps"]
 
 
 def test_no_log(tmp_path):

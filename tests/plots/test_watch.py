@@ -22,7 +22,7 @@ from runkey.cli import app
 from runkey.errors import RunkeyError
 from runkey.plots.hints import all_hints
 from runkey.plots.log import read_log
-from runkey.plots.watch import Teller, screen, seconds_left, total_steps
+from runkey.plots.watch import News, screen, seconds_left, total_steps
 from tests.support.logs import LOGS
 from tests.support.records import key_of, make_run
 
@@ -96,7 +96,7 @@ def test_lines_until_it_ends(checkout, train):
     assert [" ".join(words) for words in epochs] == [
         *(f"{epoch}/12 loss" for epoch in range(1, 13)),
     ]
-    assert lines[-1] == "early stop: best val/AP 0.64; kept the weights of epoch 8"
+    assert lines[-1] == "early stop: best val/AP 0.64; saved the weights of epoch 8"
     assert max(map(len, lines)) <= 100
     assert len(lines) == len(set(lines))
 
@@ -116,7 +116,7 @@ def test_a_killed_training_ends_it_too(checkout, train):
 
 @pytest.mark.parametrize(
     ("more", "shown"),
-    [({}, ("⣀", "\x1b[34m")), ({"NO_COLOR": "1"}, ("* train, a step", "+ held-out"))],
+    [({}, ("⣀", "\x1b[34m")), ({"NO_COLOR": "1"}, ("* train, each step", "+ validation"))],
     ids=["in colours", "without"],
 )
 def test_on_a_terminal_it_draws(checkout, train, more, shown):
@@ -137,7 +137,7 @@ def test_on_a_terminal_it_draws(checkout, train, more, shown):
     os.close(ours)
     assert watching.wait(10) == 0
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode())
-    for wanted in ("AP of held-out images", "learning rate", "gradient norm", "step 240/240"):
+    for wanted in ("validation AP", "learning rate", "gradient norm", "step 240/240"):
         assert wanted in text
     for wanted in shown:
         assert wanted in seen.decode() or wanted in text
@@ -152,7 +152,7 @@ def test_a_run_that_has_ended_is_shown_from_the_store(checkout, tmp_path):
     done = watch(checkout, KEY[:12])
     assert done.returncode == 0
     assert done.stdout.splitlines()[0] == f"{KEY[:16]}  lr=5e-05"
-    assert done.stdout.splitlines()[-1] == "all 12 epochs done; kept the weights of epoch 8"
+    assert done.stdout.splitlines()[-1] == "all 12 epochs done; saved the weights of epoch 8"
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_nothing_to_watch(checkout, monkeypatch, arguments, says):
 @pytest.mark.parametrize("kind", LOGS)
 def test_every_log_can_be_watched(tmp_path, kind):
     log = read_log(LOGS[kind](tmp_path / "train.jsonl"))
-    lines = Teller({}, tmp_path / "none").new_lines(log)
+    lines = News({}, tmp_path / "none").lines(log)
     assert max(map(len, lines), default=0) <= 100
     left = seconds_left(log, time.time())
     assert math.isnan(left) == (len(log.steps) < 2 or not total_steps(log))
