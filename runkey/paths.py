@@ -21,8 +21,13 @@ METRICS = Path("metrics")
 PLOTS = Path("plots")
 HOME = Path(".runkey")
 """Beside the store: records, claims, checkpoints, work of `runkey reproduce`."""
-RECORDS = Path("runs")
-"""In `HOME`: a file a run."""
+RECORDS = Path("runs.sqlite")
+"""In `HOME`: the cache of the store's runs, see `runkey.identity.record_cache`."""
+
+
+def is_server(address: str) -> bool:
+    """Return True if a store's address is that of a tracking server."""
+    return address.startswith(("http://", "https://"))
 
 
 def training_folder(home: Path, key: str, repeats: str | None = None) -> Path:

@@ -1,7 +1,7 @@
-"""The command line: `python -m runkey --help`.
+"""The command line: `runkey --help`.
 
-One thin file per group of commands.  What costs seconds to import (torch, mlflow) is imported by
-the command that needs it, so help and checks answer at once.
+One file per group of commands.  Slow imports (torch, mlflow) are inside the command that needs
+them, so that help and the reading commands answer at once.
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ from runkey.cli import (
     debug,
     diff,
     env,
-    get,
-    list_runs,
     memory,
-    params,
+    project,
     report,
+    runs,
     share,
     store,
-    summary,
     verify,
 )
 from runkey.errors import report_errors
-from runkey.progress import WIDTH
+from runkey.progress import WIDTH, log_to_terminal
 
 app = typer.Typer(
     name="runkey",
@@ -44,23 +42,23 @@ app.add_typer(env.app, name="env")
 app.command("export")(share.export_run)
 app.command("fetch")(share.fetch)
 app.command("gc")(store.gc)
-app.command("get")(get.get)
+app.command("get")(runs.get)
 app.command("import")(share.import_run)
 app.command("index")(store.index)
-app.command("key")(params.key)
-app.command("list")(list_runs.list_runs)
+app.command("key")(project.key)
+app.command("list")(runs.list_runs)
 app.command("memory")(memory.memory)
-app.command("open")(get.open_page)
-app.command("params")(params.show)
-app.command("preset")(params.preset)
+app.command("open")(runs.open_page)
+app.command("params")(project.show)
+app.command("preset")(project.preset)
 app.command("publish")(share.publish)
 app.command("replay")(store.replay)
 app.command("report")(report.report)
 app.command("reproduce")(verify.reproduce)
-app.command("sample-data")(params.sample_data)
-app.command("show")(list_runs.show_run)
-app.command("summary")(summary.summary)
-app.command("ui")(summary.ui)
+app.command("sample-data")(project.sample_data)
+app.command("show")(runs.show_run)
+app.command("summary")(project.summary)
+app.command("ui")(store.ui)
 app.command("verify")(verify.verify)
 app.command("watch")(report.watch)
 
@@ -78,13 +76,14 @@ def options(
         typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True),
     ] = False,
     traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where in the code an error came from.")
+        bool, typer.Option("--traceback", help="Show the Python traceback of an error.")
     ] = False,
 ) -> None:
     """Reproducible object detection: a pipeline, and a key for every run of it."""
 
 
 def main() -> None:
-    """Run the command line; errors that a user can mend are one line, exit code 1."""
+    """Run the command line; an error that a user can mend is one line, exit code 1."""
+    log_to_terminal("stderr")
     with report_errors():
         app()

@@ -1,6 +1,6 @@
-"""What commands print: rich tables for people, JSON for scripts.
+"""What commands share: the store of the current folder; tables for people, JSON for scripts.
 
-Exit codes: 0 yes or done, 1 an error, 2 a wrong command line, 3 the answer is no (`verify` found
+Exit codes: 0 done or yes, 1 an error, 2 a wrong command line, 3 the answer is no (`verify` found
 faults, environments or runs differ).
 """
 
@@ -24,18 +24,22 @@ from runkey.progress import WIDTH
 
 if TYPE_CHECKING:
     from runkey.registry.claims import Claims
-    from runkey.registry.query import SearchableLibrary
+    from runkey.registry.library import Library
     from runkey.tracking.store import Store
 
 
-# Where the command was called, and the store and runs that belong there.
+NO = 3
+"""Exit code of a command whose answer is no."""
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Key = Annotated[str, typer.Argument(help="Prefix of a key; KEY:RUN for one of its runs.")]
 
 
 def workspace() -> Path:
-    """The repository that the current folder lies in.
+    """Return the repository that the current folder is in.
 
     Raises:
-        RunkeyError: it lies in none.
+        RunkeyError: it is in none.
     """
     try:
         return paths.workspace()
@@ -44,10 +48,10 @@ def workspace() -> Path:
 
 
 def checkout() -> Path:
-    """The main checkout: what `DVC_ROOT` names, else the repository of the current folder.
+    """Return the main checkout: `DVC_ROOT`, else the repository of the current folder.
 
     Raises:
-        RunkeyError: the current folder lies in no repository.
+        RunkeyError: the current folder is in no repository.
     """
     try:
         return paths.store_root()
@@ -56,12 +60,12 @@ def checkout() -> Path:
 
 
 def store() -> Store:
-    """The store that the current folder, `DVC_ROOT` or `MLFLOW_TRACKING_URI` names.
+    """Return the store that the current folder, `DVC_ROOT` or `MLFLOW_TRACKING_URI` names.
 
-    Outside a repository the address alone will do: a server's, or a database's with its full path.
+    Outside a repository the address alone is enough: a server's, or a database's full path.
 
     Raises:
-        RunkeyError: the current folder lies in no repository, and no such address is set.
+        RunkeyError: the current folder is in no repository, and no such address is set.
     """
     from runkey.tracking.store import locate_store
 
@@ -69,7 +73,7 @@ def store() -> Store:
         return locate_store(paths.store_root())
     except FileNotFoundError as error:
         address = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
-        if address.startswith(("http://", "https://", "sqlite:////")):
+        if paths.is_server(address) or address.startswith("sqlite:////"):
             return locate_store(Path.cwd())
         raise RunkeyError(
             f"{error}; change to a folder of the repository, or set MLFLOW_TRACKING_URI to a"
@@ -77,8 +81,8 @@ def store() -> Store:
         ) from None
 
 
-def library() -> SearchableLibrary:
-    """The runs of that store.
+def library() -> Library:
+    """Return the runs of that store.
 
     Raises:
         RunkeyError: see `store`.
@@ -90,7 +94,7 @@ def library() -> SearchableLibrary:
 
 
 def claims() -> Claims:
-    """Who trains what in that store.
+    """Return the claims of that store.
 
     Raises:
         RunkeyError: see `store`.
@@ -101,15 +105,8 @@ def claims() -> Claims:
     return open_claims(place.uri, place.home)
 
 
-NO = 3
-"""Exit code of a command whose answer is no."""
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Key = Annotated[str, typer.Argument(help="Beginning of a key; KEY:RUN for one of its runs.")]
-
-
 def print_json(value: Any) -> None:
-    """Indented JSON on stdout; numbers that JSON does not have (nan, inf) are strings in it."""
+    """Print indented JSON; numbers that JSON lacks (nan, inf) become strings."""
     print(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
@@ -122,12 +119,12 @@ def _plain(value: Any) -> Any:
 
 
 def answer_no() -> NoReturn:
-    """End with the exit code of a no."""
+    """Exit with `NO`."""
     raise typer.Exit(NO)
 
 
 def print_beside(label: str, text: str) -> None:
-    """A label and a text, which goes on below itself where it is too long for a line."""
+    """Print a label and a text, which is wrapped beside the label."""
     lines = textwrap.wrap(
         text, WIDTH - len(label), break_long_words=False, break_on_hyphens=False
     ) or [""]
@@ -142,11 +139,11 @@ def print_table(
     right: Sequence[str] = (),
     whole: Sequence[str] = (),
 ) -> None:
-    """A table without borders, at most as wide as the terminal (100 columns without one).
+    """Print a table without borders, as wide as the terminal (100 columns without one).
 
     Args:
         columns: headings.
-        rows: as many cells each.
+        rows: one cell per column.
         right: headings of columns that are flush right, such as numbers.
         whole: headings of columns whose cells stay on one line, such as keys.
     """

@@ -13,6 +13,7 @@ from runkey import paths
 from runkey.cli.output import AsJson, Key, library, print_beside, print_json, store, workspace
 from runkey.errors import RegistryError
 from runkey.identity.key import short_key
+from runkey.paths import is_server
 from runkey.progress import progress
 from runkey.units import format_bytes
 
@@ -184,7 +185,7 @@ def _team_server(root: Path) -> str:
 
     named = load_params(root / paths.PARAMS).runtime.team_server
     address = named if named != "none" else os.environ.get("MLFLOW_TRACKING_URI", "").strip()
-    if not address.startswith(("http://", "https://")):
+    if not is_server(address):
         raise RegistryError(
             "no MLflow server of the team is named; set runtime.team_server in params.yaml, or"
             " say --server http://..."

@@ -1,26 +1,37 @@
-"""`runkey replay KEY`: send to MLflow what it lacks of a training."""
+"""`runkey gc`, `index`, `replay` and `ui`: look after the store, and serve MLflow's pages on it."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from runkey import paths
 from runkey.cli import output
-from runkey.cli.output import AsJson, Key, checkout, print_json, print_table, store, workspace
+from runkey.cli.output import (
+    AsJson,
+    Key,
+    checkout,
+    library,
+    print_json,
+    print_table,
+    store,
+    workspace,
+)
 from runkey.errors import RegistryError, RunkeyError
+from runkey.identity.key import short_key
 from runkey.identity.record import Record
 from runkey.progress import each, log_to_terminal, progress
+from runkey.units import format_bytes
 
 if TYPE_CHECKING:
     from runkey.registry.gc import Item, Scope
 
-
-# `runkey gc`: what may go, and how much that frees.
-
-
+_COMPARED = 3
+"""Newest runs that `runkey ui` compares."""
 _ONLY_HERE = "runs and claims are on {place}, which gc leaves alone; this is about this machine"
 
 
@@ -34,7 +45,7 @@ def gc(
     ] = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    """List what may go: failed runs, old checkpoints, dead claims; no finished run."""
+    """List what may be deleted: failed runs, old checkpoints, dead claims; no finished run."""
     from runkey.registry.gc import collect
 
     workspace()
@@ -72,7 +83,7 @@ def _scope() -> Scope:
 
 
 def _remove(items: list[Item]) -> dict[int, str]:
-    """Delete all; by the number of an item why it could not be deleted."""
+    """Delete all; return by the index of an item why it could not be deleted."""
     failed = {}
     for number, item in enumerate(each("delete", items, "items")):
         try:
@@ -99,8 +110,6 @@ def _as_dict(items: list[Item], failed: dict[int, str], *, applied: bool) -> dic
 
 
 def _print(items: list[Item], failed: dict[int, str], *, applied: bool) -> None:
-    from runkey.registry.query import size
-
     if not items:
         print("nothing to delete")
         return
@@ -109,38 +118,37 @@ def _print(items: list[Item], failed: dict[int, str], *, applied: bool) -> None:
         error = f"; not deleted: {failed[number]}" if number in failed else ""
         name = item.name if item.kind != "run" else item.name[: item.name.index(":") + 9]
         days = f"{item.age_seconds / 86400:.1f}"
-        rows.append((item.kind, name, days, size(item.size), f"{item.why}{error}"))
+        rows.append((item.kind, name, days, format_bytes(item.size), f"{item.why}{error}"))
     print_table(("kind", "name", "days", "size", "why"), rows, right=("days", "size"))
     gone = [item for number, item in enumerate(items) if number not in failed]
-    total = size(sum(item.size for item in gone))
+    total = format_bytes(sum(item.size for item in gone))
     if applied:
         print(f"deleted {len(gone)}, freed {total}")
     else:
         print(f"{len(gone)} may go, {total}; --apply deletes them")
 
 
-# `runkey index`: the records' files, written again from MLflow.
-
-
 def index(as_json: AsJson = False) -> None:
-    """Write the records of all runs again from MLflow; needed only if they were lost."""
+    """Write the cache of runs again from MLflow; needed only if it was lost."""
+    from runkey.identity.record_cache import Rebuilt, rebuild
     from runkey.registry.mlflow_runs import count_runs
-    from runkey.registry.record_cache import Rebuilt, rebuild
 
     place = store()
     if place.is_server:
         if as_json:
             print_json(Rebuilt().as_dict())
         else:
-            print("a tracking server is asked each time: there are no records to write")
+            print("a tracking server is asked each time: there is no cache to write")
         return
     from runkey.tracking.transfer import recorded_runs
 
-    log_to_terminal(stderr=True)
     records = recorded_runs(place)
     if place.database and place.database.is_file() and (total := count_runs(place.uri)):
         records = _watched(records, total)
-    counts = rebuild(place.home, records)
+    try:
+        counts = rebuild(place.home / paths.RECORDS, records)
+    except OSError as error:
+        raise RegistryError(str(error)) from None
     if as_json:
         print_json(counts.as_dict())
         return
@@ -150,7 +158,7 @@ def index(as_json: AsJson = False) -> None:
 
 
 def _watched(records: Iterable[Record], total: int) -> Iterator[Record]:
-    """The records, with the progress of whoever takes them."""
+    """Yield the records, and show progress."""
     with progress("index", total, "runs") as steps:
         for record in records:
             yield record
@@ -160,12 +168,11 @@ def _watched(records: Iterable[Record], total: int) -> Iterator[Record]:
 def replay(key: Key, as_json: AsJson = False) -> None:
     """Send MLflow what it lacks of a training that ended while it was away.
 
-    A training that MLflow never heard of gets its run.
+    A training without an MLflow run gets one.
     """
     from runkey.registry.library import find_run
     from runkey.tracking.replay import find_training, send_saved
 
-    log_to_terminal(stderr=True)
     store = output.store()
     folder = find_training(store.home, key)
     if folder is None:
@@ -180,3 +187,46 @@ def replay(key: Key, as_json: AsJson = False) -> None:
         print_json(answer)
     else:
         print(line)
+
+
+def ui(
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Local port; 0: any free one.")
+    ] = 0,
+) -> None:
+    """Serve MLflow's pages on the store until Ctrl-C, and print their addresses."""
+    from runkey.params import load_params
+    from runkey.tracking.store import served
+
+    log_to_terminal()
+    experiment = load_params(workspace() / paths.PARAMS).runtime.experiment
+    # A process manager ends it as Ctrl-C does: MLflow's own processes end with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    place = store()
+    if place.is_server:
+        print("\n".join(_pages(place.uri, experiment)))
+        return
+    try:
+        with served(place, port) as (address, server):
+            print("\n".join(_pages(address, experiment)))
+            print("Ctrl-C ends it")
+            server.wait()
+    except KeyboardInterrupt:
+        print("stopped")
+
+
+def _pages(address: str, experiment: str) -> list[str]:
+    """Return lines that name the run list and the comparison of the last runs."""
+    from runkey.registry.query import Condition, Field, Query
+    from runkey.registry.rest import RestClient
+    from runkey.registry.server_library import comparison_page, list_page
+    from runkey.tracking.store import VIEW
+
+    lines = ["all runs", f"  {list_page(RestClient(address), address, experiment, VIEW)}"]
+    finished = Condition(Field("run", "status"), "=", "FINISHED")
+    last = [record.run for record in library().find(Query(conditions=(finished,), limit=_COMPARED))]
+    if len(last) > 1:
+        names = ", ".join(f"{run.name} ({short_key(run.key)})" for run in last)
+        lines += [f"comparison of the last {len(last)}: {names}"]
+        lines += [f"  {comparison_page(address, last)}"]
+    return lines

@@ -65,7 +65,7 @@ def _record(record: Record, repeat: Repeat) -> None:
     """Write the outcome to the first run: to its record and its tag `reproduced`."""
     from mlflow.exceptions import MlflowException
 
-    from runkey.identity.record import update_record
+    from runkey.identity.record_cache import update_record
     from runkey.registry.library import find_run
     from runkey.tracking.transfer import write_details
 

@@ -1,7 +1,11 @@
-"""The stages of dvc.yaml and the md5s of *.dvc files, read as files: DVC itself is not imported."""
+"""DVC's files, read without importing DVC: stages of dvc.yaml, md5s of .dvc files, settings."""
 
 from __future__ import annotations
 
+import configparser
+import hashlib
+import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,31 +14,27 @@ from typing import Any
 
 import yaml
 
-from runkey.errors import RecipeError
-from runkey.identity.dvc_files import md5_below
+from runkey.errors import RecipeError, RegistryError
 from runkey.paths import PARAMS
-
-# YAML with every scalar left as the text that stands there.
-
 
 _LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 
 def parse_yaml_text(text: str) -> Any:
-    """The tree of dicts, lists and strings in a YAML text; None if it is empty.
+    """Parse YAML to dicts, lists and strings: every scalar stays text.  None if it is empty.
 
     Raises:
-        yaml.YAMLError: it is no YAML.
+        yaml.YAMLError: it is not YAML.
     """
     return yaml.load(text, _LOADER)
 
 
 def read_yaml_text(path: Path) -> Any:
-    """The tree of dicts, lists and strings in a YAML file; None if it is empty.
+    """Read a YAML file as `parse_yaml_text` does.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no YAML in UTF-8; the text gives the line.
+        ValueError: it is not YAML in UTF-8; the text gives the line.
     """
     try:
         return parse_yaml_text(path.read_text(encoding="utf-8"))
@@ -65,7 +65,7 @@ class Stage:
 
     @property
     def module(self) -> str:
-        """The module that the command runs, of `python -m <module>`.
+        """The module of the command `python -m <module>`.
 
         Raises:
             RecipeError: the command is another one.
@@ -80,14 +80,14 @@ class Stage:
 
 
 def read_pipeline(root: Path, values: Mapping[str, Any]) -> dict[str, Stage]:
-    """The stages of `root`/dvc.yaml by name.
+    """Read the stages of `root`/dvc.yaml, by name.
 
     Args:
         root: the repository.
         values: parameters by dotted name, for `${...}`.
 
     Raises:
-        RecipeError: the file is missing, is no pipeline, or uses a value that is not there.
+        RecipeError: the file is missing, is not a pipeline, or uses an unknown value.
     """
     try:
         tree = read_yaml_text(root / PIPELINE)
@@ -126,7 +126,7 @@ def _names(item: Any) -> Iterable[str]:
 
 
 def _param_names(stage: str, item: Any) -> Iterable[str]:
-    """The names of one entry of `params`: a name, or `params.yaml: [names]`."""
+    """Return the names in an entry of `params`: a name, or `params.yaml: [names]`."""
     if isinstance(item, str):
         return (item,)
     if not isinstance(item, dict) or list(item) != [PARAMS.name] or not item[PARAMS.name]:
@@ -145,15 +145,15 @@ def _posix(path: str) -> str:
 
 
 def covers(folder: str, path: str) -> bool:
-    """Whether `path` is `folder` or lies in it; both posix and repo-relative."""
+    """Return True if `path` is `folder` or is inside it; both posix and repo-relative."""
     return path == folder or path.startswith(f"{folder.rstrip('/')}/")
 
 
 def chain(stages: Mapping[str, Stage], name: str) -> tuple[Stage, ...]:
-    """The stage and all stages that it depends on, itself last, each once.
+    """Return the stages that a stage depends on, and itself as the last one.
 
     Raises:
-        RecipeError: there is no such stage, or stages depend on each other in a circle.
+        RecipeError: there is no such stage, or the dependencies form a cycle.
     """
     if name not in stages:
         raise RecipeError(f"{PIPELINE}: no stage {name}; there are {', '.join(stages)}")
@@ -177,19 +177,19 @@ def chain(stages: Mapping[str, Stage], name: str) -> tuple[Stage, ...]:
 
 
 def meets(dep: str, out: str) -> bool:
-    """Whether a dependency and an output share files: one is the other, or lies in it."""
+    """Return True if a dependency and an output share files."""
     return covers(dep, out) or covers(out, dep)
 
 
 def tracked_md5(path: str, root: Path) -> str | None:
-    """`md5:<hash>` of a file or folder that DVC tracks, by itself or in a folder; else None.
+    """Return `md5:<hash>` of a path that DVC tracks, by itself or inside a folder; else None.
 
-    It is what `dvc add` wrote into `<path>.dvc`; of a part of a tracked folder, what it would write
-    for that part alone.  The data themselves are not looked at.
+    It is what `dvc add` wrote into `<path>.dvc`; for a part of a tracked folder, what it would
+    write for that part alone.  The data themselves are not read.
 
     Raises:
-        RecipeError: there is such a .dvc file, and it holds no md5, or its list of files is not in
-            DVC's cache, or does not hold the path.
+        RecipeError: the .dvc file holds no md5, or its list of files is not in DVC's cache or
+            does not hold the path.
     """
     file = pointer_of(path, root)
     if file is None:
@@ -208,6 +208,87 @@ def tracked_md5(path: str, root: Path) -> str | None:
 
 
 def pointer_of(path: str, root: Path) -> str | None:
-    """The .dvc file, relative to `root`, of what DVC tracks as `path` or as a folder above it."""
+    """Return the .dvc file, relative to `root`, that tracks `path` or a folder above it."""
     tracked = (PurePosixPath(path), *PurePosixPath(path).parents[:-1])
     return next((f"{t}.dvc" for t in tracked if (root / f"{t}.dvc").is_file()), None)
+
+
+def md5_below(file: str, tracked: PurePosixPath, md5: str, path: str, root: Path) -> str:
+    """Return the md5 that `dvc add <path>` would give a part of a tracked folder.
+
+    Args:
+        file: the folder's .dvc file, for errors.
+        tracked: the folder, relative to `root`.
+        md5: of the folder; its list of files, `{md5, relpath}` each, is read from DVC's cache.
+        path: a folder or file in it, relative to `root`.
+        root: the repository.
+
+    Raises:
+        RecipeError: the list is not in the cache, or holds nothing at `path`.
+    """
+    inner = PurePosixPath(path).relative_to(tracked).as_posix()
+    listed = _read_list(md5, root)
+    if listed is None:
+        raise RecipeError(
+            f"{file}: the md5 of {path}, a part of {tracked}, is not known, since DVC's cache does"
+            f" not hold the list of files in {tracked}; run `dvc pull {file}`"
+        )
+    if inner in listed:
+        return listed[inner]
+    below = f"{inner}/"
+    part = [
+        {"md5": listed[name], "relpath": name.removeprefix(below)}
+        for name in sorted(listed)
+        if name.startswith(below)
+    ]
+    if not part:
+        raise RecipeError(f"{file}: {tracked} has no {inner}; `dvc add {tracked}` lists it anew")
+    digest = hashlib.md5(json.dumps(part, sort_keys=True).encode(), usedforsecurity=False)
+    return f"{digest.hexdigest()}.dir"
+
+
+def _read_list(md5: str, root: Path) -> dict[str, str] | None:
+    """Return md5 by path of the files in a folder; None if the cache has no whole list of it."""
+    folder = cache_folder(root)
+    # DVC 2 put it in the second place.
+    for base in (folder / "files" / "md5", folder):
+        try:
+            items = json.loads((base / md5[:2] / md5[2:]).read_bytes())
+            return {str(item["relpath"]): str(item["md5"]) for item in items}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def cache_folder(root: Path) -> Path:
+    """Return a checkout's DVC cache: `cache.dir` of its settings, else .dvc/cache.
+
+    Raises:
+        RegistryError: a settings file cannot be read.
+    """
+    folder = root / ".dvc" / "cache"
+    for file in (_user_config(), root / ".dvc" / "config", root / ".dvc" / "config.local"):
+        value = read_config(file).get("cache", "dir", fallback="").strip("\"'")
+        if value:
+            folder = (file.parent / Path(value).expanduser()).resolve()
+    return folder
+
+
+def _user_config() -> Path:
+    named = os.environ.get("DVC_GLOBAL_CONFIG_DIR")
+    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return (Path(named) if named else Path(base).expanduser() / "dvc") / "config"
+
+
+def read_config(path: Path) -> configparser.ConfigParser:
+    """Read one of DVC's settings files; empty if it is not there.
+
+    Raises:
+        RegistryError: it is not a settings file.
+    """
+    config = configparser.ConfigParser(interpolation=None, strict=False)
+    try:
+        config.read(path, encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError):
+        raise RegistryError(f"{path}: not a DVC settings file; `dvc config -l` says more") from None
+    return config

@@ -1,7 +1,7 @@
-"""run.json: which key a run has, where it is logged, and what it was really run with.
+"""run.json: the key of a run, its MLflow run, and the environment it ran in.
 
-The key says what was meant; the witness says what was there: device, micro-batch, packages, files.
-Two runs of one key and one kind of witness are the same bits on a CPU.
+The key says what was requested, the run environment what was there: device, micro-batch, packages,
+files.  On a CPU, two runs of one key in equal environments give the same bits.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from runkey.errors import LockError, RecipeError
+from runkey.files import write_atomically
 from runkey.identity.code import foreign_files, imported_files, undeclared
 from runkey.identity.environment import (
     differences,
@@ -31,40 +32,40 @@ _FAMILIES = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "ATEN_"),
     *("TORCH_", "PYTORCH_", "CUDA_", "CUBLAS_", "CUDNN_", "NCCL_", "NVIDIA_", "TORCHINDUCTOR_"),
 )
-"""Threads, kernels and precision of arithmetic; where libraries and modules are looked for."""
+"""Prefixes: threads, kernels and precision of arithmetic, search paths of libraries."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Witness:
-    """What a run was really run with; no part of the key."""
+class RunEnvironment:
+    """What a run really ran with; not part of the key."""
 
     device: str
     """Kind and name, such as `cpu x86_64` or `cuda NVIDIA H200`."""
     micro_batch: int
     """Images per forward pass."""
     world_size: int
-    """Processes that trained together."""
+    """Training processes."""
     threads: int
     """Threads of one process's operators."""
     precision: str = "off"
-    """Mixed precision really used: off, bf16 or fp16."""
+    """Mixed precision that was used: off, bf16 or fp16."""
     interpreter: str
     """Python's implementation and version, system and machine."""
     packages: dict[str, str]
-    """Version by name of every package installed."""
+    """Version by name of every installed package."""
     package_differences: list[str]
-    """Where they differ from requirements.txt, such as `numpy: locked 2.5.1, installed 2.4.0`."""
+    """Differences from requirements.txt, such as `numpy: locked 2.5.1, installed 2.4.0`."""
     files: list[str]
-    """The repository's files that were imported."""
+    """The imported files of the repository."""
     undeclared_files: list[str]
-    """Those among them that the key does not cover; with their whole path, files from elsewhere
-    that were imported in place of or beside the locked packages."""
+    """Imported files that the key does not cover; files from outside the repository and the locked
+    packages with their whole path."""
     commit: str | None
-    """Git commit that was checked out; None outside git."""
+    """Checked-out git commit; None outside git."""
     dirty: bool
     """Whether tracked files differed from it."""
     variables: dict[str, str] = field(default_factory=dict)
-    """Environment variables that libraries read and that can change the last bits of a result."""
+    """Environment variables that can change the last bits of a result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,26 +79,20 @@ class RunManifest:
     """Hash of each part of the key."""
     run_id: str | None
     """MLflow run; None if it was not logged there."""
-    witness: Witness
+    witness: RunEnvironment
     schema: str = field(default=SCHEMA)
 
     def write(self, path: Path) -> None:
-        """Write the file whole or not at all: a reader never meets half of it."""
-        text = json.dumps(asdict(self), indent=2, sort_keys=True, allow_nan=False) + "\n"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        """Write the file atomically."""
+        text = json.dumps(asdict(self), indent=2, sort_keys=True, allow_nan=False)
+        write_atomically(path, text + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The manifest in a file.
+        """Read a manifest.
 
         Raises:
-            RecipeError: the file is missing, is no JSON, or holds other fields than these.
+            RecipeError: the file is missing, is not JSON, or holds other fields.
         """
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
@@ -110,13 +105,13 @@ class RunManifest:
                 raise RecipeError(
                     f"{path}: schema {stored['schema']!r}; this runkey reads {SCHEMA}"
                 )
-            return cls(**{**stored, "witness": Witness(**stored["witness"])})
+            return cls(**{**stored, "witness": RunEnvironment(**stored["witness"])})
         except (KeyError, TypeError):
             names = ", ".join(f.name for f in fields(cls))
             raise RecipeError(f"{path}: not a run's manifest, which holds {names}") from None
 
 
-def take_witness(
+def capture_environment(
     root: Path,
     recipe: Recipe,
     *,
@@ -125,12 +120,12 @@ def take_witness(
     world_size: int,
     threads: int,
     precision: str = "off",
-) -> Witness:
-    """The witness of the run that this process is; call it at the end, when all is imported."""
+) -> RunEnvironment:
+    """Return the environment of this process; call it at the end, when all is imported."""
     packages = installed_packages()
     files = imported_files(root)
     code = recipe.preimages["code"]
-    return Witness(
+    return RunEnvironment(
         device=device,
         micro_batch=micro_batch,
         world_size=world_size,
@@ -152,12 +147,12 @@ def take_witness(
 
 def _counts(variable: str) -> bool:
     named = variable in _VARIABLES or variable.startswith(_FAMILIES)
-    # Where compiled kernels are kept changes no result, and torch sets it itself.
+    # The folder of compiled kernels changes no result, and torch sets it itself.
     return named and not variable.endswith("_CACHE_DIR")
 
 
-def make_manifest(recipe: Recipe, run_id: str | None, witness: Witness) -> RunManifest:
-    """The manifest of a run of a recipe."""
+def make_manifest(recipe: Recipe, run_id: str | None, witness: RunEnvironment) -> RunManifest:
+    """Return the manifest of a run of a recipe."""
     return RunManifest(
         key=recipe.key, stage=recipe.stage, parts=recipe.parts, run_id=run_id, witness=witness
     )
@@ -167,7 +162,7 @@ def _package_differences(root: Path, packages: Mapping[str, str]) -> list[str]:
     try:
         return differences(read_requirements(root / REQUIREMENTS), packages)
     except LockError as error:
-        # Code without its lists, on a bare GPU machine, is worth a record and no stop.
+        # A copy of the code alone, on a bare GPU machine, is no reason to stop.
         return [str(error)]
 
 

@@ -1,15 +1,14 @@
 """What is known of a recorded run: MLflow's part of it, and the details that the run wrote itself.
 
-    <home>/runs/<key>-<run id>.json      a `Record`, one small file a run, read without MLflow
-    record.json                          the `Details`, an artifact of the MLflow run
+    record.json     the `Details`, an artifact of the MLflow run
+    run_id          the `RunPointer`, in the training's folder: which MLflow run it logs to
 
-The files can be deleted: `runkey index` writes them again from MLflow, to the same content.
+`runkey.identity.record_cache` keeps both parts of every run, so that they are read without MLflow.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import secrets
 import tempfile
@@ -20,83 +19,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from runkey.errors import RecipeError
+from runkey.files import write_atomically
 from runkey.hashing import sha256_file
 from runkey.identity.key import PARTS, short_key
-
-# How an MLflow run lies in a folder on its way from one store to another.
-
-
-RUN_FOLDER_SCHEMA = "run1"
-CONTENT = "run.json"
-ARTIFACTS = "artifacts"
-ORIGIN = "origin_run_id"
-"""Tag of a copy: MLflow id of the run that was first made, however often it was handed on."""
-
-
-# Which MLflow run a training is recorded in: a file in the training's folder.
-
-
-POINTER = "run_id"
-"""Name of the file."""
-TOKEN = "training"
-"""Tag of the run that holds the token."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunPointer:
-    """A training's run, and how much of the log it has."""
-
-    uri: str
-    """Of the store that the run was made in."""
-    token: str = field(default_factory=lambda: secrets.token_hex(8))
-    """Chosen before the run is made: by it a run is found whose id never arrived here, since the
-    process or the connection was lost in between."""
-    run_id: str | None = None
-    """None: not made yet, as far as is known."""
-    sent: dict[str, int] = field(default_factory=dict)
-    """By the name of a log how many bytes of it, all whole lines, are in MLflow for certain."""
-
-
-def read_pointer(folder: Path) -> RunPointer | None:
-    """The pointer in a training's folder; None: there is none, or it cannot be read."""
-    try:
-        return RunPointer(**json.loads((folder / POINTER).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def write_pointer(folder: Path, pointer: RunPointer) -> None:
-    """Write the pointer whole or not at all.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    write_durably(folder / POINTER, json.dumps(asdict(pointer), sort_keys=True) + "\n")
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file whole or not at all; it is on the disk afterwards.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
 
 SCHEMA = "record1"
 DETAILS = "record.json"
@@ -104,20 +29,64 @@ DETAILS = "record.json"
 KEY_JSON = "model/key.json"
 """Artifact, and output of the train stage, that holds the recipe."""
 REPRODUCES = "RUNKEY_REPRODUCES"
-"""Environment variable that tells the train stage which run it repeats, by its MLflow id: it trains
-although the result is there."""
+"""Environment variable: MLflow id of the run that the train stage repeats, although its result is
+there."""
 REPRODUCTION_OF = "reproduction_of"
 """Tag of such a repeat: the MLflow id of the run that it repeats."""
 RESUMED, RESUMED_AFTER = "resumed", "resumed.after"
-"""Tags: how often a training went on after it was interrupted; after which steps, and when."""
+"""Tags: how often the training was resumed; after which steps, and when."""
 HINT = "event.hint."
-"""Beginning of the tags that hold hints: JSON of what was `seen` and what to `change`."""
+"""Prefix of the tags that hold hints: JSON of what was `seen` and what to `change`."""
 KEY = "key"
 """Name of the MLflow tag and param that hold the key; each part is the param `key.<part>`."""
 NOT_KEPT = ("system/",)
-"""Beginnings of names of metrics that no record holds: samples of the machine."""
+"""Prefixes of metrics that are left out of records: samples of the machine."""
+
+# The folder that carries a run from one store to another.
+RUN_FOLDER_SCHEMA = "run1"
+CONTENT = "run.json"
+ARTIFACTS = "artifacts"
+ORIGIN = "origin_run_id"
+"""Tag of a copy: MLflow id of the original run, however often it was copied on."""
+
+POINTER = "run_id"
+"""File name of the `RunPointer`."""
+TOKEN = "training"
+"""Tag of an MLflow run that holds its training's token."""
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunPointer:
+    """The MLflow run of a training, and how much of the log it has."""
+
+    uri: str
+    """Of the store that the run was made in."""
+    token: str = field(default_factory=lambda: secrets.token_hex(8))
+    """Chosen before the run is made.  It finds a run whose id never arrived here, because the
+    process or the connection was lost in between."""
+    run_id: str | None = None
+    """None: not made yet, as far as is known."""
+    sent: dict[str, int] = field(default_factory=dict)
+    """By log name the bytes, all whole lines, that are certainly in MLflow."""
+
+
+def read_pointer(folder: Path) -> RunPointer | None:
+    """Return the pointer in a training's folder, or None if there is no readable one."""
+    try:
+        return RunPointer(**json.loads((folder / POINTER).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def write_pointer(folder: Path, pointer: RunPointer) -> None:
+    """Write the pointer atomically.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    write_atomically(folder / POINTER, json.dumps(asdict(pointer), sort_keys=True) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +116,7 @@ class LoggedRun:
 
     @property
     def resumed(self) -> int:
-        """How often it went on after an interruption."""
+        """How often the training was resumed."""
         times = self.tags.get(RESUMED, "")
         return int(times) if times.isdecimal() else 0
 
@@ -168,44 +137,44 @@ class StoredFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Details:
-    """What a run says of itself, beside what MLflow has."""
+    """What a run records beside what MLflow has."""
 
     stage: str
     files: dict[str, StoredFile]
     """Every artifact but record.json by its path, which is that of a stage's output in the
     repository: `model/weights.pt`, `logs/train.jsonl`, `run.json`, `evaluation/metrics.json`."""
     outputs: list[str]
-    """Those among them that the stage itself writes: what a run that is reused gives back."""
+    """The files that the stage itself writes: what a reused run gives back."""
     witness: dict[str, Any]
-    """`runkey.identity.manifest.Witness` without its two long lists, packages and files."""
+    """`runkey.identity.manifest.RunEnvironment` without its two long lists, packages and files."""
     host: str
-    """Name of the machine that it ran on."""
+    """Name of the machine."""
     snapshot: str | None
     """Git commit that holds the tree that ran; None outside git."""
     pointer_md5: str | None
     """md5 of run.json, by which DVC's cache knows this run; None if DVC did not run it."""
     decision: str
-    """Why it was trained, in a line."""
+    """Why it was trained, in one line."""
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
     """Metrics by the key of the stage `evaluate`."""
     outcomes: list[dict[str, Any]] = field(default_factory=list)
-    """What `runkey reproduce` found, oldest first; see `runkey.registry.reproduce`."""
+    """Results of `runkey reproduce`, oldest first; see `runkey.registry.reproduce`."""
     schema: str = SCHEMA
 
     def as_json(self) -> str:
-        """The contents of record.json."""
+        """Return the contents of record.json."""
         return json.dumps(asdict(self), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any], where: str) -> Self:
-        """The details that `as_json` gave.
+        """Return the details that `as_json` wrote.
 
         Args:
             stored: the parsed JSON.
-            where: said in errors.
+            where: named in errors.
 
         Raises:
-            RecipeError: of another schema, or incomplete.
+            RecipeError: it has another schema, or is incomplete.
         """
         if stored.get("schema") != SCHEMA:
             raise RecipeError(
@@ -233,7 +202,7 @@ class Record:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it finished with all its files recorded: what can be reused and verified."""
+        """Whether it finished with all its files recorded, so that it can be reused."""
         return self.run.status == "FINISHED" and self.details is not None
 
     @property
@@ -243,72 +212,26 @@ class Record:
 
     @property
     def label(self) -> str:
-        """How the run is named to people: the short key."""
+        """The short key, for messages."""
         return short_key(self.key)
 
-    @property
-    def file_name(self) -> str:
-        """Its file's name in a folder of records."""
-        return f"{self.key}-{self.run.run_id}.json"
-
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; the key first, for scripts."""
+        """Return it for JSON; the key first, for scripts."""
         return {"key": self.key, **asdict(self)}
 
-    @classmethod
-    def from_dict(cls, stored: Mapping[str, Any], where: str) -> Self:
-        """The record that `as_dict` gave.
 
-        Raises:
-            RecipeError: see `Details.from_dict`.
-        """
-        try:
-            run = LoggedRun(**stored["run"])
-            details = stored["details"]
-        except (KeyError, TypeError) as error:
-            raise RecipeError(f"{where}: not a run's record ({error})") from None
-        return cls(run=run, details=Details.from_dict(details, where) if details else None)
+def age(record: Record) -> tuple[int, str]:
+    """Return a sort key: oldest first, in the same order everywhere."""
+    return record.run.started_ms, record.run.run_id
 
 
 def this_host() -> str:
-    """This machine's name, as records, claims and notes on runs have it."""
+    """Return this machine's name."""
     return platform.node() or "unknown"
 
 
-def write_record(folder: Path, record: Record) -> Path:
-    """Write a record's file whole or not at all; several processes may write the same one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / record.file_name
-    temporary = folder / f".{record.run.run_id}.{os.getpid()}"
-    temporary.write_text(json.dumps(record.as_dict(), sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    return path
-
-
-def update_record(folder: Path, run: LoggedRun, details: Details | None = None) -> Path:
-    """Write what MLflow has of a run now; without `details`, those in the file stay."""
-    path = folder / Record(run=run, details=None).file_name
-    if details is None and path.is_file():
-        details = read_record(path).details
-    return write_record(folder, Record(run=run, details=details))
-
-
-def read_record(path: Path) -> Record:
-    """The record in a file.
-
-    Raises:
-        RecipeError: it is no record; the text says how to write it again.
-        FileNotFoundError: it is gone.
-    """
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise RecipeError(f"{path}: not JSON; delete it, `runkey index` writes it again") from None
-    return Record.from_dict(stored, str(path))
-
-
 def hashed_files(root: Path, places: Iterable[Path]) -> dict[str, StoredFile]:
-    """Hash and size by path of all files at some places of a workspace."""
+    """Return hash and size by path of all files at some places of a workspace."""
     files: dict[str, StoredFile] = {}
     for place in places:
         top = root / place
@@ -321,7 +244,7 @@ def hashed_files(root: Path, places: Iterable[Path]) -> dict[str, StoredFile]:
 
 @contextmanager
 def details_file(details: Details) -> Iterator[Path]:
-    """record.json, to be copied while this lasts."""
+    """Write record.json to a temporary folder for the length of the block."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / DETAILS
         path.write_text(details.as_json(), encoding="utf-8")

@@ -29,8 +29,8 @@ from runkey.identity.record import (
     Record,
     read_pointer,
     this_host,
-    update_record,
 )
+from runkey.identity.record_cache import update_record
 from runkey.params import Params
 from runkey.registry.dvc_cache import download
 from runkey.registry.library import Library
@@ -239,7 +239,6 @@ def _reuse_or_train(
             recipe.key,
             reuse=params.runtime.reuse,
             wait=params.runtime.wait,
-            say=logger.info,
             elsewhere=_team(params, store),
             not_this=damaged,
         )

@@ -21,7 +21,7 @@ from runkey.errors import RegistryError, TrackingError
 from runkey.evaluation.pyfunc import COLUMNS as PYFUNC_COLUMNS
 from runkey.files import write_json
 from runkey.identity.key import Recipe
-from runkey.identity.manifest import RunManifest, Witness, make_manifest, take_witness
+from runkey.identity.manifest import RunEnvironment, RunManifest, capture_environment, make_manifest
 from runkey.identity.record import (
     KEY,
     KEY_JSON,
@@ -34,8 +34,8 @@ from runkey.identity.record import (
     details_file,
     hashed_files,
     this_host,
-    update_record,
 )
+from runkey.identity.record_cache import update_record
 from runkey.memory.choose import MemoryPlan
 from runkey.params import Params
 from runkey.pipeline.once import KeyClaim
@@ -152,7 +152,7 @@ def save_run(run: Run, tracker: TrackedRun) -> str | None:
     """
     root, claim = run.root, run.claim
     write_json(root / KEY_JSON, run.recipe.as_dict())
-    witness = take_witness(
+    witness = capture_environment(
         root,
         run.recipe,
         device=run.device_name,
@@ -192,7 +192,7 @@ def _audit(files: Sequence[str]) -> str:
     return ", ".join(files[:_MOST_NAMES]) + (f" and {more} more (run.json)" if more > 0 else "")
 
 
-def _details(run: Run, witness: Witness, *, with_log: bool) -> Details:
+def _details(run: Run, witness: RunEnvironment, *, with_log: bool) -> Details:
     root, claim = run.root, run.claim
     outputs = hashed_files(root, _OUTPUTS if with_log else [p for p in _OUTPUTS if p != paths.LOGS])
     environment = asdict(witness)

@@ -1,8 +1,8 @@
-"""Claims on a tracking server: registered models, whose names MLflow makes once.
+"""Claims: which process trains a key.
 
-The first generation is the model named by the key, so that the page "Models" shows one entry for a
-key; later ones are `<key>.g<N>`.  What a claim says stands in the model's tags, which are given in
-the call that makes it.
+Beside a local store a claim is a file, `<home>/claims/<key>.g<N>.json`; on a tracking server it is
+a registered model, whose names MLflow makes once.  There the first generation is named by the key,
+so that the page "Models" shows one entry for a key, and tags hold what the claim says.
 """
 
 from __future__ import annotations
@@ -18,48 +18,41 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self, cast
 
 from runkey.errors import RegistryError
+from runkey.files import write_atomically
 from runkey.identity.key import ANY_KEY, ANY_SCHEMA
-from runkey.identity.record import this_host
+from runkey.identity.record import Record, this_host
+from runkey.processes import Process, is_running, this_process
 from runkey.registry.rest import RestClient, RestError
 
-# Who trains: a process, told apart from every other one that ever was.
-
-
-_PROC = Path("/proc")
-_BOOT_ID = _PROC / "sys/kernel/random/boot_id"
-_ENDED = frozenset("ZX")
-"""States in /proc of a process that has ended: a zombie is one whose parent has not noticed yet."""
-_AFTER_NAME_STATE, _AFTER_NAME_START = 0, 19
-"""Places of `state` and `starttime` in /proc/PID/stat, counted after the name in brackets."""
+State = Literal["running", "finished", "failed"]
+StateNow = Literal["running", "finished", "failed", "dead", "silent"]
+STATES: tuple[State, ...] = ("running", "finished", "failed")
+DEAD = "DEAD"
+"""Status of a run that MLflow has as RUNNING although nobody trains it any more."""
+_NAME = re.compile(rf"^({ANY_SCHEMA}-[0-9a-f]{{64}})(?:\.g([1-9][0-9]{{0,8}}))?$")
+_END = ".json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Owner:
+class Owner(Process):
     """A process that claims a key."""
 
     host: str
-    pid: int
-    boot: str
-    """The machine since it was started; empty where there is no /proc."""
-    namespace: str
-    """What `pid` is counted in: containers of one machine count their own."""
-    started: int
-    """Clock ticks from boot to the start of the process: a pid is given out again, this is not."""
     nonce: str
-    """New for every claim; by it a claim whose answer was lost is recognised as one's own."""
+    """New for every claim: it recognises one's own claim when the answer to it was lost."""
 
     @property
     def label(self) -> str:
-        """For people: `host:pid`."""
+        """For messages: `host:pid`."""
         return f"{self.host}:{self.pid}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return it for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Self:
-        """The owner that `as_dict` gave.
+        """Return the owner that `as_dict` gave.
 
         Raises:
             ValueError: fields are missing or of another type.
@@ -73,76 +66,27 @@ class Owner:
         return owner
 
 
-def this_process() -> Owner:
-    """This process as the owner of one claim."""
-    pid, proc_is_ours = os.getpid(), _proc_is_ours()
-    stat = _stat(pid) if proc_is_ours else None
-    return Owner(
-        host=this_host(),
-        pid=pid,
-        boot=_BOOT_ID.read_text(encoding="ascii").strip() if stat else "",
-        namespace=str((_PROC / "self/ns/pid").readlink()) if stat else "",
-        started=stat[1] if stat else 0,
-        nonce=secrets.token_hex(8),
-    )
-
-
-def is_running(owner: Owner) -> bool | None:
-    """Whether the owner's process is there; None: it cannot be seen from here."""
-    here = this_process()
-    if not here.boot or (here.boot, here.namespace) != (owner.boot, owner.namespace):
-        return None
-    stat = _stat(owner.pid)
-    return stat is not None and stat[0] not in _ENDED and stat[1] == owner.started
-
-
-def _proc_is_ours() -> bool:
-    """Whether /proc counts processes as this one does.
-
-    A pid namespace made without a /proc of its own still sees the outer one, where its pids name
-    other processes.
-    """
-    try:
-        return (_PROC / "self").readlink() == Path(str(os.getpid()))
-    except OSError:
-        return False
-
-
-def _stat(pid: int) -> tuple[str, int] | None:
-    """State and start time of a process; None if there is none."""
-    try:
-        text = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()  # the name before it may hold spaces and brackets
-    return fields[_AFTER_NAME_STATE], int(fields[_AFTER_NAME_START])
-
-
-# Claims: which process trains a key.
-
-
-State = Literal["running", "finished", "failed"]
-StateNow = Literal["running", "finished", "failed", "dead", "silent"]
-STATES: tuple[State, ...] = ("running", "finished", "failed")
-_NAME = re.compile(rf"^({ANY_SCHEMA}-[0-9a-f]{{64}})(?:\.g([1-9][0-9]{{0,8}}))?$")
+def this_owner() -> Owner:
+    """Return this process as the owner of a new claim."""
+    return Owner(host=this_host(), nonce=secrets.token_hex(8), **asdict(this_process()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One generation of the claim on a key, as it was read."""
+    """One generation of the claim on a key, as last read."""
 
     key: str
     generation: int
     """From 1."""
     owner: Owner | None
-    """None: what was written cannot be read (a machine that lost power while writing)."""
+    """None: unreadable (the machine lost power while writing)."""
     state: State
     run_id: str | None
-    """Of the MLflow run, once it is known."""
+    """MLflow run, once it is known."""
     beat: int
-    """Counted up by the owner while it lives."""
+    """Counted up by the owner while it lives (the heartbeat)."""
     since_ms: int
-    """When it was made by the owner's clock, in milliseconds since 1970; only for people."""
+    """Creation time by the owner's clock, in milliseconds since 1970; only shown."""
 
     @property
     def name(self) -> str:
@@ -151,69 +95,69 @@ class Claim:
 
     @property
     def who(self) -> str:
-        """For people: the owner, or that it is not known."""
+        """For messages: the owner, or that it is unknown."""
         return self.owner.label if self.owner else "an unreadable claim"
 
     @property
     def since(self) -> str:
-        """For people: local date and time."""
+        """For messages: local date and time."""
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since_ms / 1000))
 
     def is_same(self, other: Claim | None) -> bool:
-        """Whether both are one claim, however its state or beat went on."""
+        """Return True if both are the same claim, whatever its state and beat are."""
         mine = self.owner.nonce if self.owner else None
         theirs = other.owner.nonce if other and other.owner else None
         return other is not None and (self.name, mine) == (other.name, theirs)
 
 
 class Claims(Protocol):
-    """Where claims are kept.  All methods raise `RegistryError` when it cannot be reached."""
+    """The claims of a store.  All methods raise `RegistryError` if it cannot be reached."""
 
     @property
     def place(self) -> str:
         """For messages: a folder, or a server's address."""
 
     def of(self, key: str) -> list[Claim]:
-        """All generations of a key, oldest first."""
+        """Return all generations of a key, oldest first."""
 
     def all(self) -> list[Claim]:
-        """All claims, by key and generation."""
+        """Return all claims, by key and generation."""
 
     def make(self, claim: Claim) -> bool:
-        """Make the claim's name, with its contents, at once and exclusively.
+        """Create a claim atomically, unless its name is taken.
 
         Returns:
-            Whether the claim is the caller's; False: the name is there and another's.
+            True if the claim is the caller's; False if another process has the name.
         """
 
     def update(self, claim: Claim) -> bool:
-        """Write the state, run and beat of the caller's own claim.
+        """Write state, run and beat of the caller's own claim.
 
         Returns:
-            False: it is not there (somebody deleted it).
+            False if it is not there (somebody deleted it).
         """
 
     def remove(self, claim: Claim) -> None:
-        """Delete a generation that is not the newest one of its key.
+        """Delete a generation that is not the newest of its key.
 
         Raises:
-            RegistryError: it is the newest one, which must stay: without it the next generation
-                would be the first again, and an owner that comes back would not see that it lost.
+            RegistryError: it is the newest, which must stay: without it the next generation would
+                be the first again, and an owner that comes back would not see that it lost.
         """
 
 
 def newest(claims: Claims, key: str) -> Claim | None:
-    """The generation of a key that counts."""
+    """Return the generation of a key that counts, if there is any."""
     generations = claims.of(key)
     return generations[-1] if generations else None
 
 
 def state_now(claim: Claim) -> StateNow:
-    """What one look can tell of a claim.
+    """Return what one look can tell of a claim.
 
     Returns:
-        `dead`: its owner ran on this machine and is gone; `silent`: it says that it runs, but its
-        owner cannot be seen from here, so that only its beat would tell.
+        `dead`: its owner ran on this machine and is gone; `silent`: it is marked as running, but
+        its owner cannot be seen from here, so that only its beat can tell.
     """
     if claim.state != "running":
         return claim.state
@@ -223,28 +167,42 @@ def state_now(claim: Claim) -> StateNow:
     return "running" if seen else "dead"
 
 
+def status_now(record: Record, claims: Claims) -> str:
+    """Return the current status of a run: MLflow's, or `DEAD`.
+
+    Args:
+        record: the run.
+        claims: of its store; asked only about runs that are RUNNING.
+
+    Raises:
+        RegistryError: the claims cannot be read.
+    """
+    # A reproduction trains beside the claim of its key.
+    if record.run.status != "RUNNING" or record.reproduction_of:
+        return record.run.status
+    claim = newest(claims, record.key)
+    if claim is None or claim.run_id is None:
+        return record.run.status
+    alive = claim.run_id == record.run.run_id and state_now(claim) in ("running", "silent")
+    return record.run.status if alive else DEAD
+
+
 def in_order(found: Iterable[Claim]) -> list[Claim]:
-    """By key, then by generation."""
+    """Sort claims by key, then by generation."""
     return sorted(found, key=lambda claim: (claim.key, claim.generation))
 
 
 def split_name(name: str) -> tuple[str, int] | None:
-    """Key and generation in `<key>` (the first) or `<key>.g<N>`; None: not the name of a claim."""
+    """Split `<key>` (the first generation) or `<key>.g<N>`; None: not the name of a claim."""
     match = _NAME.fullmatch(name)
     return (match[1], int(match[2] or 1)) if match else None
-
-
-# Claims as files beside a local store: `<home>/claims/<key>.g<N>.json`.
-
-
-_END = ".json"
 
 
 class FileClaims:
     """The claims in a folder.
 
-    A file is written under another name and then linked to its own, which fails if that is taken:
-    whoever reads it finds it whole, and of several who make it one succeeds.
+    A claim is written to another file and then linked to its own name, which fails if that is
+    taken: readers see it whole, and of several processes that make it one succeeds.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -265,15 +223,19 @@ class FileClaims:
 
     def make(self, claim: Claim) -> bool:
         """See `Claims`."""
-        temporary = self._write(claim)
+        assert claim.owner, "only an owner makes a claim"
+        path = self._path(claim)
+        draft = self._folder / f".{claim.name}.{claim.owner.nonce}"
         try:
-            os.link(temporary, self._path(claim))
-        except FileExistsError:
-            return False
+            write_atomically(draft, _as_text(claim))
+            try:
+                os.link(draft, path)
+            except FileExistsError:
+                return False
+            finally:
+                draft.unlink(missing_ok=True)
         except OSError as error:
-            raise RegistryError(f"{self._path(claim)}: {error.strerror}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+            raise RegistryError(f"{path}: {error.strerror}") from None
         return True
 
     def update(self, claim: Claim) -> bool:
@@ -281,9 +243,8 @@ class FileClaims:
         path = self._path(claim)
         if not path.exists():
             return False
-        temporary = self._write(claim)
         try:
-            temporary.replace(path)
+            write_atomically(path, _as_text(claim))
         except OSError as error:
             raise RegistryError(f"{path}: {error.strerror}") from None
         return True
@@ -296,20 +257,6 @@ class FileClaims:
 
     def _path(self, claim: Claim) -> Path:
         return self._folder / f"{claim.name}{_END}"
-
-    def _write(self, claim: Claim) -> Path:
-        """The claim under a name that only this claim's owner uses, on disk as a whole."""
-        assert claim.owner, "only the owner writes a claim"
-        temporary = self._folder / f".{claim.name}.{claim.owner.nonce}"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(asdict(claim), file, sort_keys=True)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise RegistryError(f"{temporary}: {error.strerror}") from None
-        return temporary
 
     def _read(self, pattern: str) -> list[Claim]:
         found = []
@@ -327,8 +274,12 @@ class FileClaims:
         return in_order(found)
 
 
+def _as_text(claim: Claim) -> str:
+    return json.dumps(asdict(claim), sort_keys=True)
+
+
 def _parse_file(text: str, key: str, generation: int) -> Claim:
-    """The claim in a file; the file's name says which one it is, even if the rest is unreadable."""
+    """Return the claim in a file; the file's name identifies it even if the rest is unreadable."""
     unreadable = Claim(
         key=key, generation=generation, owner=None, state="running", run_id=None, beat=0, since_ms=0
     )
@@ -343,10 +294,10 @@ def _parse_file(text: str, key: str, generation: int) -> Claim:
 
 
 _PAGE = 1000
-"""Models in one answer; the most that MLflow gives."""
+"""Models per answer, MLflow's maximum."""
 _OWNER, _SINCE = "runkey.owner", "runkey.since_ms"
 _CHANGING = ("runkey.run", "runkey.state", "runkey.beat")
-"""In the order in which they are written: the run is known before the state says finished."""
+"""In the order of writing: the run is known before the state says finished."""
 
 
 class ServerClaims:
@@ -387,7 +338,7 @@ class ServerClaims:
         except RestError as error:
             if error.code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            # The first answer may have been lost on its way: then the name is there and ours.
+            # The first answer may have been lost: then the name is there and ours.
             return claim.is_same(self._read(claim))
         return True
 
@@ -427,17 +378,17 @@ class ServerClaims:
             if error.code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
-        return _parse_version(answer["registered_model"], claim.key, claim.generation)
+        return _parse_model(answer["registered_model"], claim.key, claim.generation)
 
     def _search(self, beginning: str) -> list[tuple[Claim, Mapping[str, Any]]]:
-        """Claims whose names begin so, in order, each with the model as MLflow has it."""
+        """Return the claims whose names begin so, in order, each with its registered model."""
         models: dict[str, tuple[Claim, Mapping[str, Any]]] = {}
         query: dict[str, str | int] = {"filter": f"name LIKE '{beginning}%'", "max_results": _PAGE}
         while True:
             answer = self._client.get("registered-models/search", query)
             for model in answer.get("registered_models", []):
                 if named := split_name(model["name"]):
-                    claim = _parse_version(model, *named)
+                    claim = _parse_model(model, *named)
                     models[claim.name] = claim, model
             if not answer.get("next_page_token"):
                 break
@@ -453,8 +404,8 @@ def _changing(claim: Claim) -> dict[str, str]:
     return dict(zip(_CHANGING, (claim.run_id or "", claim.state, str(claim.beat)), strict=True))
 
 
-def _parse_version(model: Mapping[str, Any], key: str, generation: int) -> Claim:
-    """The claim in a registered model; one that somebody else made has no readable owner."""
+def _parse_model(model: Mapping[str, Any], key: str, generation: int) -> Claim:
+    """Return the claim in a registered model; one that somebody else made has no readable owner."""
     tags = {tag["key"]: tag.get("value", "") for tag in model.get("tags", [])}
     run, state, beat = (tags.get(name, "") for name in _CHANGING)
     try:

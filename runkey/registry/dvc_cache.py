@@ -24,12 +24,10 @@ from typing import Any
 
 from runkey.errors import RegistryError
 from runkey.hashing import sha256_file
-from runkey.identity.dvc_files import cache_folder
-from runkey.identity.dvc_yaml import covers, read_yaml_text
+from runkey.identity.dvc_yaml import cache_folder, covers, read_yaml_text
 from runkey.identity.record import Record, StoredFile
 from runkey.progress import Steps, progress
-from runkey.registry.library import Library
-from runkey.registry.local_library import inside
+from runkey.registry.library import Library, inside
 from runkey.units import MIB
 
 _CHUNK = MIB

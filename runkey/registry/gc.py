@@ -28,9 +28,10 @@ from runkey import paths
 from runkey.errors import RegistryError
 from runkey.identity.key import ANY_SCHEMA, SCHEMA, short_key
 from runkey.identity.record import Record, read_pointer
-from runkey.registry.claims import Claim, Claims, Owner, is_running, newest, state_now, this_process
-from runkey.registry.library import Library
-from runkey.registry.local_library import LocalLibrary
+from runkey.identity.record_cache import remove_record
+from runkey.processes import is_running
+from runkey.registry.claims import Claim, Claims, Owner, newest, state_now, this_owner
+from runkey.registry.library import Library, LocalLibrary
 from runkey.registry.snapshot import git, has_git, snapshot_refs
 from runkey.training.checkpoint.lock import holder_of
 
@@ -111,7 +112,7 @@ class Scope:
 
 def mark_owner(folder: Path) -> None:
     """Note in a worktree that this process uses it."""
-    owner = json.dumps(this_process().as_dict())
+    owner = json.dumps(this_owner().as_dict())
     (folder / OWNER).write_text(f"{owner}\n", encoding="utf-8")
 
 
@@ -188,7 +189,7 @@ def _remove_run(scope: Scope, record: Record, folder: Path | None) -> None:
         shutil.rmtree(folder)
     # The record comes last: as long as it is there, the run is offered again.
     _remove_refs(scope, record)
-    (scope.home / paths.RECORDS / record.file_name).unlink(missing_ok=True)
+    remove_record(scope.home / paths.RECORDS, record.run.run_id)
 
 
 def _remove_refs(scope: Scope, record: Record) -> None:

@@ -1,18 +1,31 @@
-"""Where runs are looked up, and which run a user means by a key.
+"""Looking up runs: the interface of a store's runs, those of a local store, and lookup by key.
 
-A local store is read from its records' files, a server is asked over REST; both are a `Library`.
+A local store is read from its cache (`runkey.identity.record_cache`), a server is asked over REST
+(`runkey.registry.server_library`); both are a `Library`.
 """
 
 from __future__ import annotations
 
+import logging
 import re
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path, PurePosixPath
+from sqlite3 import Connection
 from typing import BinaryIO, Protocol
 
+from runkey import paths
 from runkey.errors import RegistryError
 from runkey.identity.key import ANY_SCHEMA, SCHEMA, SCHEMAS
-from runkey.identity.record import Record
+from runkey.identity.record import LoggedRun, Record, age
+from runkey.identity.record_cache import open_records, read_records
+from runkey.registry.query import Field, Query, Value, choose, fixed_field
 
+logger = logging.getLogger(__name__)
+
+_KNOWN = 10
 _ADDRESS = re.compile(rf"^(?:({ANY_SCHEMA})-)?([0-9a-f]{{4,64}})(?::([0-9a-f]{{4,32}}))?$")
 
 
@@ -21,10 +34,10 @@ class Library(Protocol):
 
     @property
     def place(self) -> str:
-        """For messages: a folder, or a server's address."""
+        """For messages: a file, or a server's address."""
 
     def matching(self, prefix: str) -> list[Record]:
-        """Records of all runs whose key begins with `prefix` (with `rk2-`), oldest first.
+        """Return the runs whose key begins with `prefix` (with `rk2-`), oldest first.
 
         A server's come without details.
 
@@ -32,11 +45,18 @@ class Library(Protocol):
             RegistryError: the store cannot be read.
         """
 
+    def find(self, query: Query) -> list[Record]:
+        """Return the runs that a query selects, in its order; a server's come without details.
+
+        Raises:
+            RegistryError: the store cannot be read.
+        """
+
     def with_details(self, record: Record) -> Record:
-        """The record with its details, if the run wrote any."""
+        """Return the record with its details, if the run wrote any."""
 
     def open_file(self, record: Record, path: str) -> AbstractContextManager[BinaryIO]:
-        """An artifact of the run, to be read.
+        """Open an artifact of the run for reading.
 
         Raises:
             RegistryError: it is not there; the text names the file and the run.
@@ -44,18 +64,18 @@ class Library(Protocol):
 
 
 def find_run(library: Library, address: str) -> Record:
-    """The run that a user means, with its details.
+    """Find the run that a user names, with its details.
 
     Args:
         library: where to look.
-        address: a key or any unique beginning of one, with `rk2-` or without; a run of that key
-            that is not the first one is named by `KEY:RUN`, RUN the beginning of its MLflow id.
+        address: a key or any unique prefix of one, with `rk2-` or without; another than the first
+            run of a key is named by `KEY:RUN`, where RUN is a prefix of its MLflow id.
 
     Returns:
-        Of several runs of one key the oldest that is whole; else the newest.
+        Of several runs of one key the oldest whole one; else the newest.
 
     Raises:
-        RegistryError: no key, no such run, or several keys begin so.
+        RegistryError: not a key, no such run, or an ambiguous prefix.
     """
     match = _ADDRESS.fullmatch(address.strip().lower())
     if not match:
@@ -80,7 +100,7 @@ def find_run(library: Library, address: str) -> Record:
 
 
 def canonical(runs: list[Record]) -> Record:
-    """The run that stands for a key: the oldest whole one that repeats no other, else the newest.
+    """Return the run that stands for a key: the oldest finished original, else the newest run.
 
     Args:
         runs: at least one, all of one key, oldest first.
@@ -90,9 +110,138 @@ def canonical(runs: list[Record]) -> Record:
     return (own or finished or runs[-1:])[0]
 
 
+def known_runs(library: Library, names: Iterable[str]) -> list[LoggedRun]:
+    """Return the newest runs, to look up names of metrics, parameters and tags in.
+
+    Empty if the meaning of all `names` is fixed.
+    """
+    if all(fixed_field(name) for name in names):
+        return []
+    return [record.run for record in library.find(Query(limit=_KNOWN))]
+
+
 def _until_unique(keys: list[str], least: int = 12) -> list[str]:
-    """The keys cut to the shortest common length at which they differ."""
+    """Cut the keys to the shortest common length at which they differ."""
     length = least + len(SCHEMA) + 1
     while len({key[:length] for key in keys}) < len(keys):
         length += 4
     return [key[:length] for key in keys]
+
+
+def inside(record: Record, path: str) -> PurePosixPath:
+    """Return an artifact's path, which may come from a foreign archive.
+
+    Raises:
+        RegistryError: it leads out of the run's folder.
+    """
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts:
+        raise RegistryError(f"{record.label}: {path!r} is no path inside a run; it is not read")
+    return pure
+
+
+class LocalLibrary:
+    """The runs of a store on this machine, read from its cache."""
+
+    def __init__(self, home: Path, on_damage: Callable[[str], None] = logger.warning) -> None:
+        """Read nothing yet.
+
+        Args:
+            home: `Store.home`.
+            on_damage: called with a line on each record that cannot be read and is left out.
+        """
+        self.home = home
+        self._path = home / paths.RECORDS
+        self._on_damage = on_damage
+
+    @property
+    def place(self) -> str:
+        """The cache's file."""
+        return str(self._path)
+
+    def matching(self, prefix: str) -> list[Record]:
+        """See `Library`."""
+        with open_records(self._path) as database:
+            if database is None:
+                return []
+            return sorted(
+                self._read(database, "key >= ? AND key < ?", prefix, f"{prefix}~"), key=age
+            )
+
+    def find(self, query: Query) -> list[Record]:
+        """See `Library`."""
+        with open_records(self._path) as database:
+            if database is None:
+                return []
+            chosen = choose(_select(database, query.prefix, query.fields), query)
+            return [record for run in chosen for record in self._read(database, "run = ?", run)]
+
+    def _read(self, database: Connection, condition: str, *values: str) -> list[Record]:
+        whole = []
+        for record in read_records(database, condition, values):
+            if isinstance(record, Record):
+                whole.append(record)
+            else:
+                self._on_damage(f"{self._path}: {record}")
+        return whole
+
+    def with_details(self, record: Record) -> Record:
+        """Return the record itself: a local one comes with its details."""
+        return record
+
+    def open_file(self, record: Record, path: str) -> AbstractContextManager[BinaryIO]:
+        """See `Library`."""
+        try:
+            return self.path_of(record, path).open("rb")
+        except OSError as error:
+            why = error.strerror or error
+            raise RegistryError(
+                f"{record.label}: {path}: {why} (run {record.run.run_id})"
+            ) from None
+
+    def path_of(self, record: Record, path: str) -> Path:
+        """Return where an artifact is, or would be.
+
+        Raises:
+            RegistryError: the path leads out of the run's folder, or the run's artifacts are not
+                files of this machine.
+        """
+        return self.artifacts(record) / inside(record, path)
+
+    def artifacts(self, record: Record) -> Path:
+        """Return the folder of a run's artifacts.
+
+        Records hold absolute paths, which are wrong after the checkout was moved or copied: the
+        folder beside this store comes first.
+
+        Raises:
+            RegistryError: they are not files of this machine.
+        """
+        uri = urllib.parse.urlsplit(record.run.artifact_uri)
+        if uri.scheme not in ("", "file"):
+            raise RegistryError(
+                f"{record.label}: its artifacts are at {record.run.artifact_uri}, which is read"
+                " through a tracking server; set MLFLOW_TRACKING_URI to one"
+            )
+        recorded = Path(urllib.request.url2pathname(uri.path))
+        beside = self.home.parent / "mlartifacts" / Path(*recorded.parts[-2:])
+        return beside if beside.is_dir() else recorded
+
+
+def _select(
+    database: Connection, prefix: str, fields: Sequence[Field]
+) -> list[tuple[str, list[Value]]]:
+    """Return run id and values of the fields of every run whose key begins with the prefix."""
+    columns = [_column(field) for field in fields]
+    names = [f'$."{field.name}"' for field in fields if field.kind != "run"]
+    rows = database.execute(
+        f"SELECT run, {', '.join(columns)} FROM runs WHERE key >= ? AND key < ?",
+        (*names, prefix, f"{prefix}~"),
+    )
+    return [(run, values) for run, *values in rows]
+
+
+def _column(field: Field) -> str:
+    if field.kind != "run":
+        return f"json_extract({field.kind}, ?)"
+    return "(ended - started) / 1000" if field.name == "seconds" else field.name

@@ -11,8 +11,9 @@ from typing import Any
 
 from runkey.errors import RegistryError
 from runkey.identity.record import KEY, LoggedRun
-from runkey.registry.local_library import run_from_json
+from runkey.paths import is_server
 from runkey.registry.rest import RestClient, RestError
+from runkey.registry.server_library import run_from_json
 
 ReadRun = Callable[[str], LoggedRun | None]
 """Returns a run by its MLflow id; None where there is none, or it was deleted. Raises RegistryError
@@ -31,7 +32,7 @@ def run_reader(uri: str) -> ReadRun | None:
     """
     if uri.startswith(_SQLITE):
         return lambda run_id: _read_from_sqlite(uri, run_id)
-    if uri.startswith(("http://", "https://")):
+    if is_server(uri):
         client = RestClient(uri)
         return lambda run_id: _read_from_server(client, run_id)
     return None

@@ -1,16 +1,17 @@
-"""One key, one training: whether to reuse a run, wait for one, or train.
+"""One training per key: reuse a run, wait for one, or train.
 
 - finished somewhere: reuse it;
-- claimed, and the owner lives: wait and look again, or leave;
-- claimed, and the owner is dead, or failed: train as the claim's next generation;
+- claimed by a live owner: wait and look again, or refuse;
+- claimed by an owner that is dead or failed: train as the claim's next generation;
 - none of these: train as generation 1.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -18,42 +19,39 @@ from typing import Self
 from runkey.errors import RecipeError, RegistryError, RunkeyError
 from runkey.identity.key import short_key
 from runkey.identity.record import Record
-from runkey.registry.claims import Claim, Claims, newest, state_now, this_process
+from runkey.registry.claims import Claim, Claims, newest, state_now, this_owner
 from runkey.registry.library import Library
 
-# A claim that this process holds: kept alive while it trains, given up when it ends.
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rhythm:
-    """How often claims are written and looked at, in seconds."""
+    """How often claims are written and read, in seconds."""
 
     beat_seconds: float = 10.0
     dead_after: float = 60.0
-    """A claim whose beat stands still for so long is dead, by the clock of whoever watches it."""
+    """A claim whose beat does not change for so long is dead, by the waiting process's clock."""
     poll_seconds: float = 2.0
-    """Between two looks of a process that waits."""
+    """Between two reads of a waiting process."""
 
 
 class HeldClaim:
-    """The claim of this process, in a `with` block while it trains.
+    """The claim of this process, a context manager around its training.
 
-    Inside the block a thread writes the beat.  A block that is left without `finish` says that the
-    training failed.  All methods may be called from several threads.
+    Inside the block a thread writes the beat.  Leaving the block without `finish` marks the
+    training as failed.  All methods may be called from several threads.
     """
 
-    def __init__(
-        self, claims: Claims, claim: Claim, rhythm: Rhythm, say: Callable[[str], None]
-    ) -> None:
-        """Nothing is written yet.
+    def __init__(self, claims: Claims, claim: Claim, rhythm: Rhythm) -> None:
+        """Write nothing yet.
 
         Args:
-            claims: where it is kept.
+            claims: of the store.
             claim: as this process made it.
             rhythm: how often it is written.
-            say: told when it cannot be written, and when it can again.
         """
-        self._claims, self._claim, self._rhythm, self._say = claims, claim, rhythm, say
+        self._claims, self._claim, self._rhythm = claims, claim, rhythm
         self._writing = threading.RLock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="claim", daemon=True)
@@ -63,7 +61,7 @@ class HeldClaim:
 
     @property
     def claim(self) -> Claim:
-        """As it was written last."""
+        """The claim as last written."""
         return self._claim
 
     def __enter__(self) -> Self:
@@ -84,22 +82,22 @@ class HeldClaim:
                 self._try_to_write()
 
     def set_run(self, run_id: str) -> None:
-        """Say which MLflow run it is, as soon as that is known."""
+        """Record the MLflow run in the claim."""
         with self._writing:
             if run_id != self._claim.run_id:
                 self._claim = replace(self._claim, run_id=run_id)
                 self._try_to_write()
 
     def check(self) -> None:
-        """Return if the key is still this process's to train; cheap, for every step.
+        """Raise if another process took the key over; cheap enough for every step.
 
-        It looks by itself only after a pause that was long enough for others to take over (the
-        process was stopped, the machine slept); else the beating thread does.
+        It reads the claim itself only after a pause in which others may have taken over (the
+        process was stopped, the machine slept); else the writing thread does.
 
         Raises:
             RegistryError: another process took over; the text says which.
         """
-        # A server that does not answer holds the writing thread up, and must not hold up training.
+        # A server that does not answer blocks the writing thread, and must not block training.
         late = _clock() - self._looked > self._rhythm.dead_after / 2
         if late and self._writing.acquire(blocking=False):
             try:
@@ -114,10 +112,10 @@ class HeldClaim:
             )
 
     def finish(self, run_id: str | None = None) -> None:
-        """Say that the key is trained.  The run must be recorded whole by now.
+        """Mark the key as trained; the run must be recorded whole by now.
 
         Args:
-            run_id: of the MLflow run; None: as `set_run` said.
+            run_id: MLflow run; None: the one of `set_run`.
 
         Raises:
             RegistryError: another process took over.
@@ -138,7 +136,7 @@ class HeldClaim:
                 self._try_to_write()
 
     def _look(self) -> None:
-        """Find out who holds the newest claim, if the claims can be reached."""
+        """Read who holds the newest claim, if the claims can be reached."""
         try:
             last = newest(self._claims, self._claim.key)
         except Exception as error:  # noqa: BLE001 - see _try_to_write
@@ -149,9 +147,9 @@ class HeldClaim:
     def _try_to_write(self) -> None:
         """Write the claim with its next beat, unless another process has taken over.
 
-        Claims that cannot be reached do not stop a training: the next beat tries again, and whoever
-        took over in between is found then.  No error ends the beating thread, not even one of ours:
-        it is reported, and others would take a claim without a beat for dead.
+        Unreachable claims do not stop a training: the next beat tries again, and finds out then if
+        another process took over.  No error ends the writing thread, not even a bug of ours: it is
+        logged, since others would take a claim without a beat for dead.
         """
         try:
             last = newest(self._claims, self._claim.key)
@@ -167,7 +165,7 @@ class HeldClaim:
             return
         if self._unreached:
             self._unreached = False
-            self._say(f"claim of {short_key(self._claim.key)}: kept again")
+            logger.info(f"claim of {short_key(self._claim.key)}: kept again")
 
     def _note_newest(self, last: Claim | None) -> None:
         self._looked = _clock()
@@ -175,45 +173,42 @@ class HeldClaim:
             self._taken_by = last
 
     def _note_unreached(self, error: Exception) -> None:
-        self._looked = _clock()  # the next look waits its turn
+        self._looked = _clock()  # so that `check` does not look at every step
         if not self._unreached:
             self._unreached = True
             why = str(error) if isinstance(error, RunkeyError) else f"unexpected {error!r}"
-            self._say(
+            logger.warning(
                 f"claim of {short_key(self._claim.key)}: {why}; training goes on, after"
                 f" {self._rhythm.dead_after:.0f} s of this others may train the same key"
             )
 
 
 def _clock() -> float:
-    """Seconds since boot, with those that the machine slept."""
+    """Return the seconds since boot, sleep included."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What to do about a key.  Without a record and a claim: train, with nobody knowing."""
+    """What to do about a key; without a record and a claim: train unclaimed."""
 
     line: str
     """What was decided and why."""
     record: Record | None = None
-    """A whole run to be reused."""
+    """A whole run to reuse."""
     library: Library | None = None
-    """Where the record lies."""
+    """Where the record is."""
     claim: HeldClaim | None = None
-    """This process's claim; training happens in a `with` block of it."""
+    """This process's claim; train inside its `with` block."""
     superseded: tuple[str, ...] = ()
-    """MLflow ids of the runs of dead owners that this training replaces, oldest first."""
+    """MLflow ids of dead owners' runs that this training replaces, oldest first."""
 
 
 class _Watch:
-    """How long a claim's beat has stood still, by the clock of the process that watches.
+    """Measures how long a claim's beat has not changed, by this process's clock.
 
-    Only time in which this process looked counts: one that was stopped itself, together with the
-    owner, would else find the owner dead when both go on.
+    Only time in which this process looked counts: if it was stopped together with the owner, it
+    must not find the owner dead when both continue.
     """
 
     def __init__(self, rhythm: Rhythm) -> None:
@@ -223,7 +218,7 @@ class _Watch:
         self._still = 0.0
 
     def death_of(self, claim: Claim) -> str | None:
-        """Why the claim, as just read, counts as dead; None: it does not (yet)."""
+        """Return why the claim, as just read, counts as dead, or None."""
         if state_now(claim) == "dead":
             return "process gone"
         now = time.monotonic()
@@ -244,7 +239,6 @@ def decide(
     *,
     reuse: bool = True,
     wait: bool = True,
-    say: Say = print,
     elsewhere: Sequence[Library] = (),
     not_this: Collection[str] = (),
     rhythm: Rhythm | None = None,
@@ -255,12 +249,11 @@ def decide(
         library: the runs of this process's store.
         claims: of the same store.
         key: `rk2-<64 hex digits>`.
-        reuse: False: train without looking.
-        wait: when another process trains the key, wait for it; False: refuse at once.
-        say: told once whom it waits for, and what cannot be reached.
+        reuse: False: train without looking for a run.
+        wait: wait if another process trains the key; False: refuse at once.
         elsewhere: further stores to look in, such as the team's server.
-        not_this: MLflow ids of runs that turned out damaged and must not be offered again.
-        rhythm: how often to look and beat.
+        not_this: MLflow ids of damaged runs, which are not offered again.
+        rhythm: how often to read and write claims.
 
     Raises:
         RegistryError: another process trains it and `wait` is False.
@@ -268,10 +261,10 @@ def decide(
     label = f"key {short_key(key)}"
     if not reuse:
         return Decision(line=f"{label}: trained without looking for a run (runtime.reuse is false)")
-    lookup = _Lookup([library, *elsewhere], key, not_this, say)
-    asking = _Asking(claims, key, rhythm or Rhythm(), say)
+    lookup = _Lookup([library, *elsewhere], key, not_this)
+    key_claims = _KeyClaims(claims, key, rhythm or Rhythm())
     try:
-        return _decide(lookup, asking, label, wait=wait)
+        return _decide(lookup, key_claims, label, wait=wait)
     except _UnreachedError as error:
         found = lookup.first()
         return found or Decision(line=f"{label}: {error}; trained here without a claim")
@@ -283,20 +276,20 @@ class _UnreachedError(Exception):
 
 @dataclass(frozen=True)
 class _Lookup:
-    """Where finished runs of a key are looked up."""
+    """Looks finished runs of a key up."""
 
     libraries: Sequence[Library]
     key: str
     not_this: Collection[str]
-    say: Say
 
     def first(self) -> Decision | None:
-        """The first store's run that can be reused."""
+        """Return the decision to reuse the first store's whole run, if there is one."""
         for number, library in enumerate(self.libraries):
             try:
                 record = _whole_run(library, self.key, self.not_this)
             except (RegistryError, RecipeError) as error:
-                self.say(f"key {short_key(self.key)}: not looked up in {library.place}: {error}")
+                label = f"key {short_key(self.key)}"
+                logger.warning(f"{label}: not looked up in {library.place}: {error}")
                 continue
             if record is not None and record.details is not None:
                 where = f" ({library.place})" if number else ""
@@ -307,27 +300,26 @@ class _Lookup:
 
 
 @dataclass(frozen=True)
-class _Asking:
-    """The claims, as one process asks them."""
+class _KeyClaims:
+    """The claims on one key."""
 
     claims: Claims
     key: str
     rhythm: Rhythm
-    say: Say
 
     def newest(self) -> Claim | None:
-        """The claim that counts."""
+        """Return the claim that counts."""
         try:
             return newest(self.claims, self.key)
         except RegistryError as error:
             raise _UnreachedError(str(error)) from None
 
     def make(self, generation: int) -> HeldClaim | None:
-        """This process's claim of a generation; None: another process was first."""
+        """Claim a generation for this process; None: another process was first."""
         claim = Claim(
             key=self.key,
             generation=generation,
-            owner=this_process(),
+            owner=this_owner(),
             state="running",
             run_id=None,
             beat=0,
@@ -335,51 +327,53 @@ class _Asking:
         )
         try:
             # A process that was stopped before this line may make a generation that others have
-            # left behind and cleared away: only the newest one counts.
+            # superseded and removed: only the newest one counts.
             won = self.claims.make(claim) and claim.is_same(newest(self.claims, self.key))
         except RegistryError as error:
             raise _UnreachedError(str(error)) from None
-        return HeldClaim(self.claims, claim, self.rhythm, self.say) if won else None
+        return HeldClaim(self.claims, claim, self.rhythm) if won else None
 
     def left_running(self, generation: int) -> tuple[str, ...]:
-        """Runs of generations before this one that nobody ended.
+        """Return runs of earlier generations that nobody ended.
 
-        More than one, when an owner died before it could say so of the one that it replaced.
+        More than one, if an owner died before it could end the run that it replaced.
         """
         try:
             earlier = [c for c in self.claims.of(self.key) if c.generation < generation]
         except RegistryError as error:
-            self.say(f"runs of dead owners stay as they are: {error}")
+            logger.warning(f"runs of dead owners stay as they are: {error}")
             return ()
         return tuple(c.run_id for c in earlier if c.state == "running" and c.run_id)
 
 
-def _decide(lookup: _Lookup, asking: _Asking, label: str, *, wait: bool) -> Decision:
-    """Look and ask until there is a run to reuse or a claim of this process."""
-    watch = _Watch(asking.rhythm)
+def _decide(lookup: _Lookup, key_claims: _KeyClaims, label: str, *, wait: bool) -> Decision:
+    """Look until there is a run to reuse or a claim of this process."""
+    watch = _Watch(key_claims.rhythm)
     begin = reached = time.monotonic()
     waits_for: Claim | None = None
-    found = lookup.first()  # most often there is a run: claims are not asked for
+    found = lookup.first()  # most often there is a run: claims are not read
     while found is None:
         try:
-            # The claim is read before the runs: what it says is finished is among them then.
-            claim = asking.newest()
+            # The claim is read before the runs: if it is finished, the run is among them then.
+            claim = key_claims.newest()
             death = watch.death_of(claim) if claim and claim.state == "running" else None
             if claim is None or claim.state != "running" or death:
                 found = lookup.first()
-                if found is None and (held := asking.make(claim.generation + 1 if claim else 1)):
-                    return _won(lookup, asking, held, claim, death, label)
+                if found is None and (
+                    held := key_claims.make(claim.generation + 1 if claim else 1)
+                ):
+                    return _won(lookup, key_claims, held, claim, death, label)
                 continue
             reached = time.monotonic()
         except _UnreachedError:
-            # Who waits for a training outlasts a server that is started again.
-            if waits_for is None or time.monotonic() - reached > asking.rhythm.dead_after:
+            # A process that waits for a training survives a restart of the server.
+            if waits_for is None or time.monotonic() - reached > key_claims.rhythm.dead_after:
                 raise
         else:
             if not claim.is_same(waits_for):
                 waits_for = claim
-                _say_whom(claim, asking.say, label, wait=wait)
-        time.sleep(asking.rhythm.poll_seconds)
+                _log_wait(claim, label, wait=wait)
+        time.sleep(key_claims.rhythm.poll_seconds)
     if waits_for:
         return replace(
             found, line=f"{found.line}, after {time.monotonic() - begin:.0f} s of waiting"
@@ -387,25 +381,25 @@ def _decide(lookup: _Lookup, asking: _Asking, label: str, *, wait: bool) -> Deci
     return found
 
 
-def _say_whom(claim: Claim, say: Say, label: str, *, wait: bool) -> None:
-    """Say who is waited for, once; or refuse."""
+def _log_wait(claim: Claim, label: str, *, wait: bool) -> None:
+    """Log which process is waited for, or refuse to wait."""
     text = f"{label}: {claim.who} trains it since {claim.since}"
     if not wait:
         raise RegistryError(
             f"{text}; set runtime.wait to true to wait for its result, or try again later"
         )
-    say(f"{text}; waiting for its result (Ctrl-C leaves)")
+    logger.info(f"{text}; waiting for its result (Ctrl-C leaves)")
 
 
 def _won(
     lookup: _Lookup,
-    asking: _Asking,
+    key_claims: _KeyClaims,
     held: HeldClaim,
     before: Claim | None,
     death: str | None,
     label: str,
 ) -> Decision:
-    """What the winner of a claim does: train, unless a run was finished just before."""
+    """Decide for the winner of a claim: train, unless a run was finished just before."""
     if found := lookup.first():
         assert found.record is not None
         with held:
@@ -424,11 +418,11 @@ def _won(
             f"{run} of {before.who} is finished but not there, or damaged:"
             f" trained here as generation {number}"
         )
-    return Decision(line=f"{label}: {why}", claim=held, superseded=asking.left_running(number))
+    return Decision(line=f"{label}: {why}", claim=held, superseded=key_claims.left_running(number))
 
 
 def _whole_run(library: Library, key: str, not_this: Collection[str]) -> Record | None:
-    """The run that stands for the key, as `canonical` chooses, among those that can be reused."""
+    """Return the run that stands for the key, as `canonical` chooses, among the whole ones."""
     finished = [r for r in library.matching(key) if r.run.status == "FINISHED" and r.key == key]
     for record in sorted(finished, key=lambda record: record.reproduction_of is not None):
         if record.run.run_id not in not_this:

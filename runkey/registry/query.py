@@ -1,7 +1,6 @@
-"""Questions about all runs: which, in which order, how many.
+"""Questions about runs: conditions, order, limit.
 
-    lr = parse_condition("lr=5e-5", known)
-    Query(conditions=(lr,), sort=Field("metrics", "eval/AP"), limit=20)
+    Query(conditions=(parse_condition("AP>0.6", known),), sort=find_field("lr", known), limit=20)
 
 A library answers them by `find`; what a question means is defined here, once for both libraries.
 """
@@ -10,165 +9,26 @@ from __future__ import annotations
 
 import math
 import re
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from difflib import get_close_matches
 from heapq import nsmallest
-from typing import Literal, Protocol
+from typing import Literal
 
 from runkey.errors import RegistryError
 from runkey.identity.key import ANY_KEY
 from runkey.identity.record import LoggedRun, Record
-from runkey.registry.library import Library
-
-# What `runkey list` shows of a run in each column.
-
-
-COLUMNS = ("key", "when", "status", "AP", "took", "name", "where")
-"""Shown when nothing else is asked for."""
-RIGHT = ("AP", "took")
-"""Those that are flush right."""
-_RUN_DIGITS = 4
-_DIGEST = re.compile("[0-9a-f]{40,64}")
-_DIGEST_DIGITS = 12
-_DAY = 86_400.0
-
-
-def cells(
-    records: Sequence[Record], columns: Sequence[str], states: Mapping[str, str], now: float
-) -> list[list[str]]:
-    """The text of each column of each run.
-
-    Args:
-        records: in the order of the rows.
-        columns: names in `COLUMNS`, or what `find_field` knows.
-        states: status as it is now, by run id.
-        now: seconds since 1970.
-
-    Raises:
-        RegistryError: a column has no such name.
-    """
-    known = [record.run for record in records]
-    times_seen = Counter(record.key for record in records)
-    show = {column: _show(column, known, times_seen, states, now) for column in columns}
-    return [[show[column](record) for column in columns] for record in records]
-
-
-def is_number_column(column: str, rows: Sequence[str]) -> bool:
-    """Whether a column looks best flush right."""
-    return column in RIGHT or (any(rows) and all(number(c) is not None for c in rows if c))
-
-
-def ago(started_ms: int, now: float) -> str:
-    """When something was, such as `5 min ago`; a day after a day."""
-    seconds = max(0.0, now - started_ms / 1000)
-    if seconds < _DAY:
-        return f"{span(seconds)} ago"
-    return time.strftime("%Y-%m-%d", time.localtime(started_ms / 1000))
-
-
-def span(seconds: float) -> str:
-    """A duration in its largest unit: `35 s`, `4 min`, `2.5 h`, `3.1 d`."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    if seconds < 99.5 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.3g} h" if seconds < 2 * _DAY else f"{seconds / _DAY:.3g} d"
-
-
-def size(count: int) -> str:
-    """Bytes for people: `310 B`, `1.2 kB`, `45.1 MB`."""
-    amount = float(count)
-    for unit in ("B", "kB", "MB"):
-        if amount < 999.5:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} GB"
-
-
-def text(value: Value) -> str:
-    """A value for people: numbers with 4 digits, nothing for nothing."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value is None else value
-
-
-def address(record: Record) -> str:
-    """What names this run and no other of its key."""
-    return f"{record.label}:{record.run.run_id[:_RUN_DIGITS]}"
-
-
-def average_precision(run: LoggedRun) -> str:
-    """COCO AP on the held-out images; in brackets: the last one that training itself measured."""
-    if (final := run.metrics.get(NAMES["AP"])) is not None:
-        return f"{final:.3f}"
-    last = run.metrics.get("val/AP")
-    return "" if last is None else f"({last:.3f})"
-
-
-def _show(
-    column: str,
-    known: Sequence[LoggedRun],
-    times_seen: Counter[str],
-    states: Mapping[str, str],
-    now: float,
-) -> Callable[[Record], str]:
-    if column == "key":
-        return lambda r: address(r) if times_seen[r.key] > 1 or r.reproduction_of else r.label
-    if column == "status":
-        return lambda r: states[r.run.run_id]
-    if column == "when":
-        return lambda r: ago(r.run.started_ms, now)
-    if column in _OWN:
-        return _OWN[column]
-    field = find_field(column, known)
-    return lambda r: _plain(r, field)
-
-
-def _plain(record: Record, field: Field) -> str:
-    value = field.of(record.run)
-    if field == Field("run", "name"):
-        times = record.run.resumed
-        remarks = (
-            *(("reproduction",) if record.reproduction_of else ()),
-            *((f"resumed {times}x",) if times else ()),
-        )
-        return f"{value} ({', '.join(remarks)})" if remarks else str(value)
-    if isinstance(value, str) and _DIGEST.fullmatch(value):
-        return value[:_DIGEST_DIGITS]
-    if field.kind == "run" and field.name in ("started", "ended") and isinstance(value, float):
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value / 1000))
-    return text(value)
-
-
-def _took(record: Record) -> str:
-    seconds = Field("run", "seconds").of(record.run)
-    return span(seconds) if isinstance(seconds, float) else ""
-
-
-def _where(record: Record) -> str:
-    return " ".join(filter(None, (record.run.tags.get(name) for name in ("host", "device"))))
-
-
-_OWN: dict[str, Callable[[Record], str]] = {
-    "AP": lambda record: average_precision(record.run),
-    "took": _took,
-    "where": _where,
-}
-
 
 Kind = Literal["run", "params", "metrics", "tags"]
 Value = str | float | None
 
 ATTRIBUTES = ("key", "run", "name", "status", "started", "ended", "seconds")
-"""Names of what every run has; times in milliseconds since 1970, seconds from start to end."""
+"""Attributes of every run; times in milliseconds since 1970, seconds from start to end."""
 NAMES = {"AP": "eval/AP", "AP50": "eval/AP50", "AP75": "eval/AP75"}
-"""Metrics that have a shorter name in commands."""
+"""Short names of metrics in commands."""
 TAGS = ("decision", "device", "host", "micro_batch", "precision", "reproduction_of", "snapshot")
-"""Tags that are known by their name alone."""
+"""Tags that need no `tags.` before their name."""
 _CONDITION = re.compile(r"\s*([\w\-. :/]+?)\s*(>=|<=|!=|=|>|<|~)\s*(.*?)\s*")
 _TIMES = ("started", "ended")
 
@@ -182,7 +42,7 @@ class Field:
     """One of `ATTRIBUTES` for a run, else MLflow's name."""
 
     def of(self, run: LoggedRun) -> Value:
-        """Its value in a run; None if the run has none."""
+        """Return its value in a run, or None."""
         if self.kind == "run":
             return _attribute(run, self.name)
         values: dict[str, str] | dict[str, float] = getattr(run, self.kind)
@@ -191,11 +51,11 @@ class Field:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a run must fulfil."""
+    """A condition on one value of a run."""
 
     field: Field
     operator: str
-    """One of = != < <= > >= and ~, which means `contains`, in any case of letters."""
+    """One of = != < <= > >= and ~ (contains, ignoring case)."""
     value: str
 
     @property
@@ -204,7 +64,7 @@ class Condition:
         return number(self.value)
 
     def holds(self, value: Value) -> bool:
-        """Whether a run with that value is meant.  Without a value it never is."""
+        """Return True if a run with that value fulfils it; without a value none does."""
         if value is None:
             return False
         if self.operator == "~":
@@ -220,19 +80,19 @@ class Condition:
 
 @dataclass(frozen=True)
 class Query:
-    """A question about all runs."""
+    """A question about the runs of a store."""
 
     prefix: str = ANY_KEY
-    """Beginning of the keys that are meant."""
+    """Prefix of the keys."""
     conditions: tuple[Condition, ...] = ()
     sort: Field = Field("run", "started")
     descending: bool = True
-    """Either way runs without a value come last; equal ones newest first."""
+    """Either way runs without a value come last, and equal ones newest first."""
     limit: int | None = None
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """What `choose` must know of each run."""
+        """The values that `choose` needs of each run."""
         return (
             Field("run", "started"),
             Field("run", "run"),
@@ -241,23 +101,12 @@ class Query:
         )
 
 
-class SearchableLibrary(Library, Protocol):
-    """A library that answers questions about all its runs."""
-
-    def find(self, query: Query) -> list[Record]:
-        """The runs that a query means, in its order; a server's come without details.
-
-        Raises:
-            RegistryError: the store cannot be read.
-        """
-
-
 def choose[T](items: Iterable[tuple[T, Sequence[Value]]], query: Query) -> list[T]:
-    """The items that a query means, in its order.
+    """Return the items that a query selects, in its order.
 
     Args:
         items: each with the values of `query.fields`.
-        query: its prefix is not looked at.
+        query: its prefix is ignored.
     """
     kept = [(item, values) for item, values in items if fulfils(values, query)]
     rows = [
@@ -270,21 +119,21 @@ def choose[T](items: Iterable[tuple[T, Sequence[Value]]], query: Query) -> list[
 
 
 def fulfils(values: Sequence[Value], query: Query) -> bool:
-    """Whether a run with these values of `query.fields` fulfils all conditions."""
+    """Return True if a run with these values of `query.fields` fulfils all conditions."""
     pairs = zip(query.conditions, values[3:], strict=True)
     return all(condition.holds(value) for condition, value in pairs)
 
 
 def find_field(name: str, known: Sequence[LoggedRun]) -> Field:
-    """The value that a user means by a name.
+    """Return the value that a user means by a name.
 
     Args:
-        name: of a run's attribute, a metric, a parameter or a tag.  A parameter may be named by its
-            last part (`epochs`); `params.`, `metrics.` or `tags.` before it settles what it is.
-        known: runs whose names are known.
+        name: of a run's attribute, a metric, a parameter or a tag.  The last part of a parameter
+            will do (`epochs`); `params.`, `metrics.` or `tags.` before it says which it is.
+        known: runs to look the name up in.
 
     Raises:
-        RegistryError: no such name, or several that end so.
+        RegistryError: no such name, or several that end in it.
     """
     if (field := fixed_field(name)) is not None:
         return field
@@ -308,7 +157,7 @@ def find_field(name: str, known: Sequence[LoggedRun]) -> Field:
 
 
 def fixed_field(name: str) -> Field | None:
-    """The value that a name means whatever runs there are; None if that depends on them."""
+    """Return the value that a name means in every store; None if it depends on the runs."""
     if name in ATTRIBUTES:
         return Field("run", name)
     for kind in _KINDS:
@@ -320,10 +169,10 @@ def fixed_field(name: str) -> Field | None:
 
 
 def parse_condition(text: str, known: Sequence[LoggedRun]) -> Condition:
-    """A condition as it is typed: `lr=5e-05`, `eval/AP>0.6`, `status=FINISHED`, `name~warm`.
+    """Parse a typed condition: `lr=5e-05`, `eval/AP>0.6`, `status=FINISHED`, `name~warm`.
 
     Raises:
-        RegistryError: it is no condition; the text says what one looks like.
+        RegistryError: it is not a condition; the text shows one.
     """
     name, operator, value = split_condition(text)
     field = find_field(name, known)
@@ -337,7 +186,7 @@ def parse_condition(text: str, known: Sequence[LoggedRun]) -> Condition:
 
 
 def split_condition(text: str) -> tuple[str, str, str]:
-    """Name, operator and value of a condition.
+    """Split a condition into name, operator and value.
 
     Raises:
         RegistryError: see `parse_condition`.
@@ -351,7 +200,7 @@ def split_condition(text: str) -> tuple[str, str, str]:
 
 
 def number(value: Value) -> float | None:
-    """A value as a number; None if it is none."""
+    """Return a value as a number, or None."""
     if value is None or isinstance(value, float):
         return value
     try:
@@ -360,8 +209,10 @@ def number(value: Value) -> float | None:
         return None
 
 
-def wanted(records: Iterable[Record], query: Query) -> Iterator[tuple[Record, Sequence[Value]]]:
-    """Records with the values of `query.fields`, as `choose` takes them."""
+def with_values(
+    records: Iterable[Record], query: Query
+) -> Iterator[tuple[Record, Sequence[Value]]]:
+    """Pair records with the values of `query.fields`, as `choose` takes them."""
     fields = query.fields
     return ((record, [field.of(record.run) for field in fields]) for record in records)
 
@@ -417,7 +268,7 @@ def _by_text(rows: list[_Row], query: Query) -> list[int]:
 
 
 def _milliseconds(text: str, value: str) -> int:
-    """A day or a time on the user's clock, or milliseconds, as milliseconds since 1970."""
+    """Convert a local day or time, or milliseconds, to milliseconds since 1970."""
     if value.isdigit() and len(value) > 8:
         return int(value)
     try:

@@ -35,8 +35,7 @@ from runkey import paths
 from runkey.errors import RegistryError, RunkeyError
 from runkey.evaluation.files import METRICS
 from runkey.hashing import sha256_file
-from runkey.identity.dvc_files import cache_folder, read_config
-from runkey.identity.dvc_yaml import chain, pointer_of, read_pipeline
+from runkey.identity.dvc_yaml import cache_folder, chain, pointer_of, read_config, read_pipeline
 from runkey.identity.key import PARTS, Recipe
 from runkey.identity.manifest import RunManifest
 from runkey.identity.record import REPRODUCES, Details, Record, this_host

@@ -1,8 +1,8 @@
-"""MLflow's REST interface, asked without MLflow, whose import costs 5 s.
+"""A client of MLflow's REST interface that does not import MLflow, which takes 5 s.
 
-Addresses and names are MLflow's own: `api/2.0/mlflow/...`, `get-artifact`.  Log-in and certificates
-are read from the variables that MLflow reads: `MLFLOW_TRACKING_` with `USERNAME`, `PASSWORD`,
-`TOKEN`, `INSECURE_TLS`, `SERVER_CERT_PATH`.
+Paths and names are MLflow's own: `api/2.0/mlflow/...`, `get-artifact`.  Login and certificates come
+from the variables that MLflow reads: `MLFLOW_TRACKING_` with `USERNAME`, `PASSWORD`, `TOKEN`,
+`INSECURE_TLS`, `SERVER_CERT_PATH`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from runkey.errors import RegistryError
 
 SECONDS = 20.0
-"""How long one answer may take."""
+"""Timeout of one answer."""
 ATTEMPTS = 3
 _API = "api/2.0/mlflow"
 
@@ -30,7 +30,7 @@ _API = "api/2.0/mlflow"
 class RestError(RegistryError):
     """The server refused.
 
-    `code` is MLflow's error code, such as RESOURCE_ALREADY_EXISTS, `status` the HTTP status.
+    `code` is MLflow's error code, such as RESOURCE_ALREADY_EXISTS; `status` is the HTTP status.
     """
 
     def __init__(self, text: str, code: str, status: int) -> None:
@@ -42,21 +42,21 @@ class RestClient:
     """A tracking server."""
 
     def __init__(self, address: str, seconds: float = SECONDS) -> None:
-        """Nothing is asked yet.
+        """Send nothing yet.
 
         Args:
             address: `http[s]://[user:password@]host[:port][/prefix]`.
-            seconds: how long one answer may take.
+            seconds: timeout of one answer.
         """
         parts = urllib.parse.urlsplit(address)
         host = parts.netloc.rpartition("@")[2]
         self.address = urllib.parse.urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
         self._seconds = seconds
-        self._headers = _log_in(parts)
+        self._headers = _login(parts)
         self._tls = _tls() if parts.scheme == "https" else None
 
     def get(self, path: str, query: Mapping[str, str | int] | None = None) -> Any:
-        """The JSON that `GET api/2.0/mlflow/<path>` answers.
+        """Return the JSON answer to `GET api/2.0/mlflow/<path>`.
 
         Raises:
             RestError: the server refused.
@@ -65,29 +65,29 @@ class RestClient:
         tail = f"?{urllib.parse.urlencode(query)}" if query else ""
         return self._json(f"{_API}/{path}{tail}", "GET", None, ATTEMPTS)
 
-    def post(self, path: str, content: Mapping[str, Any], *, repeat: bool = False) -> Any:
-        """The JSON that `POST api/2.0/mlflow/<path>` answers.
+    def post(self, path: str, data: Mapping[str, Any], *, repeat: bool = False) -> Any:
+        """Return the JSON answer to `POST api/2.0/mlflow/<path>`.
 
         Args:
             path: after `api/2.0/mlflow/`.
-            content: sent as JSON.
-            repeat: send again when the connection breaks; only for what may be done twice.
+            data: sent as JSON.
+            repeat: send again when the connection breaks; only for requests that may be done twice.
 
         Raises:
             RestError, RegistryError: see `get`.
         """
-        return self._json(f"{_API}/{path}", "POST", content, ATTEMPTS if repeat else 1)
+        return self._json(f"{_API}/{path}", "POST", data, ATTEMPTS if repeat else 1)
 
-    def send(self, method: str, path: str, content: Mapping[str, Any]) -> Any:
-        """The JSON answer to another method (PATCH, DELETE), which may be repeated.
+    def send(self, method: str, path: str, data: Mapping[str, Any]) -> Any:
+        """Return the JSON answer to another method (PATCH, DELETE), which may be repeated.
 
         Raises:
             RestError, RegistryError: see `get`.
         """
-        return self._json(f"{_API}/{path}", method, content, ATTEMPTS)
+        return self._json(f"{_API}/{path}", method, data, ATTEMPTS)
 
     def artifact(self, run_id: str, path: str) -> HTTPResponse:
-        """A run's artifact, wherever the server keeps it; to be read and closed.
+        """Open a run's artifact, wherever the server keeps it; the caller closes it.
 
         Raises:
             RestError, RegistryError: see `get`.
@@ -96,7 +96,7 @@ class RestClient:
         return self._ask(f"get-artifact?{query}", "GET", None, ATTEMPTS, lambda answer: answer)
 
     def artifact_bytes(self, run_id: str, path: str) -> bytes:
-        """A run's artifact, read whole; for small ones.
+        """Return a small artifact of a run.
 
         Raises:
             RestError, RegistryError: see `get`.
@@ -104,8 +104,8 @@ class RestClient:
         query = urllib.parse.urlencode({"run_uuid": run_id, "path": path})
         return self._ask(f"get-artifact?{query}", "GET", None, ATTEMPTS, _read)
 
-    def _json(self, path: str, method: str, content: Any, attempts: int) -> Any:
-        return self._ask(path, method, content, attempts, self._read_json)
+    def _json(self, path: str, method: str, data: Any, attempts: int) -> Any:
+        return self._ask(path, method, data, attempts, self._read_json)
 
     def _read_json(self, answer: HTTPResponse) -> Any:
         try:
@@ -122,7 +122,7 @@ class RestClient:
         self,
         path: str,
         method: str,
-        content: Any,
+        data: Any,
         attempts: int,
         read: Callable[[HTTPResponse], T],
     ) -> T:
@@ -131,7 +131,7 @@ class RestClient:
         Try again after a broken connection, an answer cut off anywhere in its body, one that is not
         JSON, and an error of the server's own.
         """
-        body = None if content is None else json.dumps(content).encode()
+        body = None if data is None else json.dumps(data).encode()
         headers = self._headers | ({"Content-Type": "application/json"} if body else {})
         request = urllib.request.Request(
             f"{self.address}/{path}", data=body, headers=headers, method=method
@@ -171,7 +171,7 @@ def _read(answer: HTTPResponse) -> bytes:
         return answer.read()
 
 
-def _log_in(parts: urllib.parse.SplitResult) -> dict[str, str]:
+def _login(parts: urllib.parse.SplitResult) -> dict[str, str]:
     name = parts.username or os.environ.get("MLFLOW_TRACKING_USERNAME")
     word = parts.password or os.environ.get("MLFLOW_TRACKING_PASSWORD")
     token = os.environ.get("MLFLOW_TRACKING_TOKEN")
@@ -190,11 +190,11 @@ def _tls() -> ssl.SSLContext:
 
 
 def _refusal(address: str, error: urllib.error.HTTPError) -> RestError:
-    """MLflow's own words, if the answer has them."""
+    """Return MLflow's own error, if the answer has one."""
     body = error.read()
     try:
-        told = json.loads(body)
-        code, text = str(told["error_code"]), str(told["message"])
+        answer = json.loads(body)
+        code, text = str(answer["error_code"]), str(answer["message"])
     except (ValueError, KeyError, TypeError):
         code, text = f"HTTP_{error.code}", f"HTTP {error.code} {error.reason}"
     return RestError(f"{address}: {' '.join(text.split())[:300]}", code, error.code)

@@ -1,10 +1,11 @@
-"""The library and the claims of a store, by its address."""
+"""The runs of a tracking server, asked over REST; and the library and claims of a store."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice, product
@@ -13,27 +14,29 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import urlencode
 
 from runkey.errors import RecipeError, RegistryError
-from runkey.identity.record import DETAILS, KEY, Details, LoggedRun, Record
+from runkey.identity.record import DETAILS, KEY, NOT_KEPT, Details, LoggedRun, Record, Status, age
+from runkey.paths import is_server
 from runkey.registry.claims import Claims, FileClaims, ServerClaims
-from runkey.registry.local_library import LocalLibrary, age, inside, run_from_json, tell
-from runkey.registry.query import Condition, Query, SearchableLibrary, choose, fulfils, wanted
+from runkey.registry.library import Library, LocalLibrary, inside
+from runkey.registry.query import Condition, Query, choose, fulfils, with_values
 from runkey.registry.rest import RestClient, RestError
 
-# Addresses of MLflow's pages.
+logger = logging.getLogger(__name__)
 
+# --- addresses of MLflow's pages
 
-# A browser that comes for the first time would show the menu of generative AI.
+# Without it a new browser shows the menu of generative AI.
 _KIND = {"workflowType": "machine_learning"}
 
 
 def list_page(client: RestClient, server: str, experiment: str, view: str) -> str:
-    """The page that lists an experiment's runs, in a shared view of its columns.
+    """Return the page that lists an experiment's runs, in a shared view of its columns.
 
     Args:
         client: of the server.
         server: its address.
-        experiment: name of the experiment; if there is none, the start page is what remains.
-        view: name of the view, which is left out where the experiment has none of that name.
+        experiment: name of the experiment; if there is none, the start page is returned.
+        view: name of the view; ignored if the experiment has none of that name.
 
     Raises:
         RegistryError: the server does not answer, or refuses.
@@ -50,20 +53,19 @@ def list_page(client: RestClient, server: str, experiment: str, view: str) -> st
 
 
 def run_page(server: str, run: LoggedRun) -> str:
-    """The page of one run."""
+    """Return the page of one run."""
     return f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}?{urlencode(_KIND)}"
 
 
 def comparison_page(server: str, runs: Sequence[LoggedRun]) -> str:
-    """The page that compares runs."""
+    """Return the page that compares runs."""
     ids = json.dumps([run.run_id for run in runs])
     experiments = json.dumps(sorted({run.experiment_id for run in runs}))
     query = urlencode({"runs": ids, "experiments": experiments} | _KIND)
     return f"{server}/#/compare-runs?{query}"
 
 
-# A `Query` in the language of MLflow's search, as far as that goes.
-
+# --- a `Query` in the language of MLflow's search, as far as that goes
 
 _ATTRIBUTES = {
     "run": "attributes.run_id",
@@ -76,10 +78,10 @@ _SORTED_THERE = ("run", "name", "status", "started", "ended")
 
 
 def filters(query: Query) -> list[tuple[str, bool]]:
-    """Filters whose answers together hold every run that is meant.
+    """Return filters whose answers together hold every run of the query.
 
     Returns:
-        Each with whether it lets through only what is meant.
+        Each filter, with True if its answer holds no other run.
     """
     choices = [_terms(condition) for condition in query.conditions]
     exact = all(is_exact for _, is_exact in choices)
@@ -89,7 +91,7 @@ def filters(query: Query) -> list[tuple[str, bool]]:
 
 
 def order_by(query: Query) -> tuple[str, ...] | None:
-    """The order; None if the server cannot sort so (parameters would be sorted as text)."""
+    """Return the order; None if the server cannot sort so (it sorts parameters as text)."""
     direction = "DESC" if query.descending else "ASC"
     if query.sort.kind == "metrics" and "`" not in query.sort.name:
         return (f"metrics.`{query.sort.name}` {direction}",)
@@ -99,7 +101,7 @@ def order_by(query: Query) -> tuple[str, ...] | None:
 
 
 def _terms(condition: Condition) -> tuple[list[str], bool]:
-    """Terms, one of which every run fulfils that fulfils the condition; whether only such do."""
+    """Return terms, one of which holds for every run of the condition; and if only for such."""
     kind, name = condition.field.kind, condition.field.name
     if "`" in name or any(mark in condition.value for mark in "'\"\\`"):
         return [""], False
@@ -111,7 +113,7 @@ def _terms(condition: Condition) -> tuple[list[str], bool]:
         return [""], False
     column = _ATTRIBUTES[name] if kind == "run" else f"{kind}.`{name}`"
     if condition.operator == "~":
-        # % and _ stand for other characters there.
+        # % and _ are wildcards there.
         literal = not any(mark in condition.value for mark in "%_")
         return [f"{column} ILIKE '%{condition.value}%'"], literal
     if condition.operator == "=" and condition.number is None:
@@ -130,7 +132,7 @@ def _number_term(column: str, condition: Condition) -> tuple[list[str], bool]:
 
 
 def _spellings(condition: Condition) -> list[str]:
-    """The texts that runs record a number as, and the one that was typed."""
+    """Return the texts that a run may record a number as, and the typed one."""
     value = condition.number
     assert value is not None
     texts = {condition.value, json.dumps(value)}
@@ -139,20 +141,63 @@ def _spellings(condition: Condition) -> list[str]:
     return sorted(texts)
 
 
-# The runs of a team's tracking server, asked over REST.
+# --- runs as MLflow's REST interface writes them
+
+_STATUS: dict[str, Status] = {
+    "RUNNING": "RUNNING",
+    "SCHEDULED": "RUNNING",
+    "FINISHED": "FINISHED",
+    "FAILED": "FAILED",
+    "KILLED": "KILLED",
+}
 
 
+def run_from_json(answer: Mapping[str, Any]) -> LoggedRun:
+    """Return a run of `runs/search` or `runs/get`.
+
+    Numbers of 64 bits come as numbers or as text, NaN and Infinity as text.
+    """
+    info, data = answer["info"], answer.get("data", {})
+    tags = _pairs(data, "tags")
+    ended = info.get("end_time")
+    return LoggedRun(
+        run_id=str(info["run_id"]),
+        experiment_id=str(info["experiment_id"]),
+        name=str(info.get("run_name") or tags.get("mlflow.runName", "")),
+        status=(status := _STATUS[info["status"]]),
+        started_ms=int(info["start_time"]),
+        # MLflow keeps the time of the end when a run is resumed.
+        ended_ms=int(ended) if ended and status != "RUNNING" else None,
+        artifact_uri=str(info["artifact_uri"]),
+        params=_pairs(data, "params"),
+        metrics={
+            name: float(value)
+            for name, value in _pairs(data, "metrics").items()
+            if not name.startswith(NOT_KEPT)
+        },
+        tags={name: value for name, value in tags.items() if not name.startswith("mlflow.")},
+    )
+
+
+def _pairs(data: Mapping[str, Any], kind: str) -> dict[str, str]:
+    """Return values by name, sorted; MLflow leaves an empty text out of its answer."""
+    return dict(sorted((one["key"], str(one.get("value", ""))) for one in data.get(kind, ())))
+
+
+# --- the runs of a server
+
+_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "HTTP_404", "NOT_FOUND")
 _PAGE = 1000
-"""Runs an answer; MLflow allows 50,000, but a thousand are 15 MB already."""
+"""Runs per answer; MLflow allows 50,000, but a thousand are 15 MB already."""
 _SECONDS = 120.0
-"""How long an answer may take: on sqlite MLflow sorts 10,000 runs by a metric in 10 s."""
+"""Timeout of an answer: on sqlite MLflow sorts 10,000 runs by a metric in 10 s."""
 
 
 class ServerLibrary:
-    """Implements `SearchableLibrary` on a tracking server."""
+    """The runs of a tracking server."""
 
     def __init__(self, address: str) -> None:
-        """Nothing is asked yet.  Args: address: of the server."""
+        """Send nothing yet.  Args: address: of the server."""
         self.client = RestClient(address, _SECONDS)
 
     @property
@@ -165,19 +210,19 @@ class ServerLibrary:
         return sorted(self.search(f"tags.{KEY} LIKE '{prefix}%'"), key=age)
 
     def find(self, query: Query) -> list[Record]:
-        """See `SearchableLibrary`.
+        """See `Library`.
 
-        The server filters, sorts and cuts where its language can say it; the rest is done here, for
-        which all runs that it cannot rule out are fetched.
+        The server filters, sorts and limits as far as its language can express it; for the rest,
+        all runs that it cannot rule out are fetched.
         """
         order = order_by(query)
         found: list[Record] = []
         for filter_string, exact in filters(query):
             page = query.limit if exact and order else None
-            answer = wanted(self.search(filter_string, order or (), page), query)
+            answer = with_values(self.search(filter_string, order or (), page), query)
             kept = (record for record, values in answer if fulfils(values, query))
             found += islice(kept, query.limit) if order else kept
-        return choose(wanted(found, query), query)
+        return choose(with_values(found, query), query)
 
     def with_details(self, record: Record) -> Record:
         """See `Library`."""
@@ -211,12 +256,12 @@ class ServerLibrary:
     def search(
         self, filter_string: str, order: tuple[str, ...] = (), page: int | None = None
     ) -> Iterator[Record]:
-        """Records of active runs without details, asked for in pages as they are taken.
+        """Yield records of active runs without details, fetched in pages as they are consumed.
 
         Args:
             filter_string: in MLflow's language.
             order: in MLflow's language.
-            page: runs an answer, if fewer than usual are wanted.
+            page: runs per answer, if fewer than usual are needed.
 
         Raises:
             RegistryError: the server refuses or cannot be reached.
@@ -237,7 +282,7 @@ class ServerLibrary:
             question["page_token"] = answer["next_page_token"]
 
     def experiments(self) -> list[str]:
-        """Ids of all active experiments, asked anew: another process may have made one."""
+        """Return the ids of all active experiments; another process may have made one just now."""
         found: list[str] = []
         question: dict[str, Any] = {"max_results": 1000, "view_type": "ACTIVE_ONLY"}
         while True:
@@ -248,30 +293,24 @@ class ServerLibrary:
             question["page_token"] = answer["next_page_token"]
 
 
-_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "HTTP_404", "NOT_FOUND")
-
-
-_SERVER = ("http://", "https://")
-
-
-def open_library(uri: str, home: Path, say: Callable[[str], None] = tell) -> SearchableLibrary:
-    """Where the runs of a store are looked up; nothing is read or asked yet.
+def open_library(
+    uri: str, home: Path, on_damage: Callable[[str], None] = logger.warning
+) -> Library:
+    """Return the runs of a store; nothing is read or asked yet.
 
     Args:
         uri: `Store.uri`.
-        home: `Store.home`; a server's runs are asked for and need none.
-        say: told what is left out of an answer, in one line each.
+        home: `Store.home`; not used for a server.
+        on_damage: see `LocalLibrary`.
     """
-    return ServerLibrary(uri) if uri.startswith(_SERVER) else LocalLibrary(home, say)
+    return ServerLibrary(uri) if is_server(uri) else LocalLibrary(home, on_damage)
 
 
 def open_claims(uri: str, home: Path) -> Claims:
-    """Where it is settled who trains a key of a store; nothing is read or asked yet.
+    """Return the claims of a store; nothing is read or asked yet.
 
     Args:
         uri: `Store.uri`.
-        home: `Store.home`; a server keeps its claims itself and needs none.
+        home: `Store.home`; not used for a server, which keeps its claims itself.
     """
-    if uri.startswith(_SERVER):
-        return ServerClaims(RestClient(uri))
-    return FileClaims(home / "claims")
+    return ServerClaims(RestClient(uri)) if is_server(uri) else FileClaims(home / "claims")

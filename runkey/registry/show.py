@@ -1,20 +1,140 @@
-"""All that is known of a run, as lines for people."""
+"""How runs are shown: the columns of `runkey list`, the page of `runkey show`."""
 
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from runkey.identity.key import older_rule
 from runkey.identity.record import HINT, KEY, RESUMED_AFTER, Details, LoggedRun, Record
 from runkey.params import changed_params
-from runkey.registry.query import address, size, span, text
+from runkey.progress import WIDTH
+from runkey.registry.query import NAMES, Field, Value, find_field, number
+from runkey.units import format_age, format_bytes
 
-WIDTH = 100
+COLUMNS = ("key", "when", "status", "AP", "took", "name", "where")
+"""Default columns of `runkey list`."""
+RIGHT = ("AP", "took")
+"""Columns that are flush right."""
+
+_RUN_DIGITS = 4
+_DIGEST = re.compile("[0-9a-f]{40,64}")
+_DIGEST_DIGITS = 12
+_DAY_SECONDS = 86_400.0
+
+
+def cells(
+    records: Sequence[Record], columns: Sequence[str], states: Mapping[str, str], now: float
+) -> list[list[str]]:
+    """Return the text of each column of each run.
+
+    Args:
+        records: in the order of the rows.
+        columns: names in `COLUMNS`, or any that `find_field` knows.
+        states: current status by run id.
+        now: seconds since 1970.
+
+    Raises:
+        RegistryError: no run has a value of a column's name.
+    """
+    known = [record.run for record in records]
+    times_seen = Counter(record.key for record in records)
+    show = {column: _show(column, known, times_seen, states, now) for column in columns}
+    return [[show[column](record) for column in columns] for record in records]
+
+
+def is_number_column(column: str, rows: Sequence[str]) -> bool:
+    """Return True if a column should be flush right."""
+    return column in RIGHT or (any(rows) and all(number(c) is not None for c in rows if c))
+
+
+def ago(started_ms: int, now: float) -> str:
+    """Format a time in milliseconds since 1970: `5 min ago`, or the day if it is longer ago."""
+    seconds = max(0.0, now - started_ms / 1000)
+    if seconds < _DAY_SECONDS:
+        return f"{format_age(seconds)} ago"
+    return time.strftime("%Y-%m-%d", time.localtime(started_ms / 1000))
+
+
+def text(value: Value) -> str:
+    """Format a value: numbers with 4 digits, an empty text for None."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else value
+
+
+def address(record: Record) -> str:
+    """Return the address of a run, which tells it from others of its key."""
+    return f"{record.label}:{record.run.run_id[:_RUN_DIGITS]}"
+
+
+def average_precision(run: LoggedRun) -> str:
+    """Format the COCO AP on the held-out images; in brackets the last AP measured in training."""
+    if (final := run.metrics.get(NAMES["AP"])) is not None:
+        return f"{final:.3f}"
+    last = run.metrics.get("val/AP")
+    return "" if last is None else f"({last:.3f})"
+
+
+def _show(
+    column: str,
+    known: Sequence[LoggedRun],
+    times_seen: Counter[str],
+    states: Mapping[str, str],
+    now: float,
+) -> Callable[[Record], str]:
+    if column == "key":
+        return lambda r: address(r) if times_seen[r.key] > 1 or r.reproduction_of else r.label
+    if column == "status":
+        return lambda r: states[r.run.run_id]
+    if column == "when":
+        return lambda r: ago(r.run.started_ms, now)
+    if column in _OWN:
+        return _OWN[column]
+    field = find_field(column, known)
+    return lambda r: _plain(r, field)
+
+
+def _plain(record: Record, field: Field) -> str:
+    value = field.of(record.run)
+    if field == Field("run", "name"):
+        times = record.run.resumed
+        remarks = (
+            *(("reproduction",) if record.reproduction_of else ()),
+            *((f"resumed {times}x",) if times else ()),
+        )
+        return f"{value} ({', '.join(remarks)})" if remarks else str(value)
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
+        return value[:_DIGEST_DIGITS]
+    if field.kind == "run" and field.name in ("started", "ended") and isinstance(value, float):
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value / 1000))
+    return text(value)
+
+
+def _took(record: Record) -> str:
+    seconds = Field("run", "seconds").of(record.run)
+    return format_age(seconds) if isinstance(seconds, float) else ""
+
+
+def _where(record: Record) -> str:
+    return " ".join(filter(None, (record.run.tags.get(name) for name in ("host", "device"))))
+
+
+_OWN: dict[str, Callable[[Record], str]] = {
+    "AP": lambda record: average_precision(record.run),
+    "took": _took,
+    "where": _where,
+}
+
+
+# --- runkey show
+
 _LABEL = 13
 _PART_DIGITS = 12
 _FIRST = ("AP", "AP50", "AP75", "loss")
@@ -23,11 +143,11 @@ _GROUPS = ("eval", "val", "train")
 _WITHOUT = {True: "none yet: they are written at the end", False: "none: it ended too early"}
 
 Row = tuple[str, str]
-"""A label, empty if it is that of the row before, and a text of any length."""
+"""A label, empty if the row continues the one before, and a text of any length."""
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
-    """The rows, wrapped at spaces to 100 columns."""
+    """Wrap the rows at spaces to 100 columns."""
     result = []
     for label, content in rows:
         result += textwrap.wrap(
@@ -41,21 +161,21 @@ def lines(rows: Sequence[Row]) -> list[str]:
     return [line.replace(_NO_BREAK, " ") for line in result]
 
 
-_TOLD = (("decision", "decision"), ("last reuse", "reused"))
-"""Rows and the tags that they show: why it was trained, and who took its result last."""
+_TAG_ROWS = (("decision", "decision"), ("last reuse", "reused"))
+"""Labels and the tags that they show: why it was trained, and who reused its result last."""
 
 
 def describe(
     record: Record, *, status: str, others: Sequence[Record], page: str, every_param: bool
 ) -> list[Row]:
-    """What is known of a run.
+    """Return what is known of a run, as rows.
 
     Args:
         record: the run, with its details.
-        status: as it is now.
-        others: further runs of its key.
-        page: address of its MLflow page; empty if nothing serves one.
-        every_param: show all parameters, not only those that are not the default.
+        status: current status, see `runkey.registry.claims.status_now`.
+        others: other runs of its key.
+        page: address of its MLflow page; empty if no server is known.
+        every_param: show all parameters, not only those that differ from the default.
     """
     run, details = record.run, record.details
     return [
@@ -66,11 +186,11 @@ def describe(
         ("name", run.name),
         *([("repeats", f"run {record.reproduction_of}")] if record.reproduction_of else []),
         *([("resumed", _resumed(run))] if run.resumed else []),
-        *((row, told) for row, tag in _TOLD if (told := run.tags.get(tag))),
+        *((label, value) for label, tag in _TAG_ROWS if (value := run.tags.get(tag))),
         *_titled("hints", _hints(run)),
         *_metrics(run.metrics),
         *_params(run, every_param=every_param),
-        *(_witness(details) if details else [("details", _WITHOUT[run.ended_ms is None])]),
+        *(_environment(details) if details else [("details", _WITHOUT[run.ended_ms is None])]),
         *_others(others),
         *_files(details),
         ("MLflow run", f"{run.run_id} in experiment {run.experiment_id}"),
@@ -83,7 +203,7 @@ def _status(run: LoggedRun, status: str) -> str:
     started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.started_ms / 1000))
     if run.ended_ms is None:
         return f"{status}, since {started}"
-    return f"{status}, {started}, took {span((run.ended_ms - run.started_ms) / 1000)}"
+    return f"{status}, {started}, took {format_age((run.ended_ms - run.started_ms) / 1000)}"
 
 
 def _resumed(run: LoggedRun) -> str:
@@ -92,7 +212,7 @@ def _resumed(run: LoggedRun) -> str:
 
 
 def _hints(run: LoggedRun) -> Iterator[str]:
-    """What the training was told, and what to change."""
+    """Yield what the hints of the training saw, and what to change."""
     for tag in sorted(run.tags):
         if tag.startswith(HINT):
             fields = json.loads(run.tags[tag])
@@ -100,7 +220,7 @@ def _hints(run: LoggedRun) -> Iterator[str]:
 
 
 def _metrics(metrics: Mapping[str, float]) -> Iterator[Row]:
-    """A row for each group, `eval` first, and in each the AP first."""
+    """Yield a row for each group, `eval` first, and in each the AP first."""
 
     def group(name: str) -> str:
         return name.rpartition("/")[0]
@@ -129,28 +249,28 @@ def _params(run: LoggedRun, *, every_param: bool) -> Iterator[Row]:
         yield "parameters", f"{len(values)}"
         yield from (("", f"{name} = {value}") for name, value in sorted(shown.items()))
         return
-    said = f"{len(values)}, of which {len(shown)} are not the default (--all shows them all)"
-    yield "parameters", said
+    summary = f"{len(values)}, of which {len(shown)} are not the default (--all shows them all)"
+    yield "parameters", summary
     if shown:
         yield "", _listed(f"{name}={_unbroken(value)}" for name, value in sorted(shown.items()))
 
 
-def _witness(details: Details) -> Iterator[Row]:
-    seen = details.witness
+def _environment(details: Details) -> Iterator[Row]:
+    ran = details.witness
     items = [
-        str(seen.get("device", "device unknown")),
-        f"micro-batch {seen.get('micro_batch', '?')}",
-        f"{seen.get('world_size', '?')} process(es)",
-        f"{seen.get('threads', '?')} thread(s)",
-        f"mixed precision {seen.get('precision', '?')}",
+        str(ran.get("device", "device unknown")),
+        f"micro-batch {ran.get('micro_batch', '?')}",
+        f"{ran.get('world_size', '?')} process(es)",
+        f"{ran.get('threads', '?')} thread(s)",
+        f"mixed precision {ran.get('precision', '?')}",
     ]
     yield "ran on", f"{details.host}: {_listed(items)}"
-    yield "", str(seen.get("interpreter", ""))
-    yield from _titled("packages", seen.get("package_differences") or ["as locked"])
-    yield from _titled("undeclared", seen.get("undeclared_files") or ())
-    commit = seen.get("commit")
+    yield "", str(ran.get("interpreter", ""))
+    yield from _titled("packages", ran.get("package_differences") or ["as locked"])
+    yield from _titled("undeclared", ran.get("undeclared_files") or ())
+    commit = ran.get("commit")
     if commit:
-        state = "with changes that were not committed" if seen.get("dirty") else "as committed"
+        state = "with changes that were not committed" if ran.get("dirty") else "as committed"
         yield "commit", f"{commit} {state}"
     if details.snapshot is None:
         yield "snapshot", "none: it did not run in a git repository"
@@ -162,7 +282,7 @@ def _witness(details: Details) -> Iterator[Row]:
 
 
 def _outcome(outcome: Mapping[str, Any]) -> str:
-    """When, where and what: see `runkey.registry.reproduce.Repeat`."""
+    """Format an outcome of `runkey.registry.reproduce.Repeat`."""
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(outcome.get("when_ms", 0) / 1000))
     if outcome.get("identical"):
         verdict = "bit-identical"
@@ -176,27 +296,30 @@ def _outcome(outcome: Mapping[str, Any]) -> str:
 
 
 def _others(others: Sequence[Record]) -> Iterator[Row]:
-    for number, other in enumerate(others):
+    for index, other in enumerate(others):
         what = "reproduction" if other.reproduction_of else "another run"
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(other.run.started_ms / 1000))
         line = f"{address(other)} {what}, {other.run.status}, {when}"
-        yield ("" if number else "same key"), line
+        yield ("" if index else "same key"), line
 
 
 def _files(details: Details | None) -> Iterator[Row]:
     if details is None or not details.files:
         return
     total = sum(file.size for file in details.files.values())
-    yield "files", f"{len(details.files)}, {size(total)}"
+    yield "files", f"{len(details.files)}, {format_bytes(total)}"
     paths = sorted(details.files, key=lambda path: (path.rpartition("/")[0], path))
     for folder, inside in groupby(paths, key=lambda path: path.rpartition("/")[0]):
-        items = (f"{p.rpartition('/')[2]} {_unbroken(size(details.files[p].size))}" for p in inside)
+        items = (
+            f"{p.rpartition('/')[2]} {_unbroken(format_bytes(details.files[p].size))}"
+            for p in inside
+        )
         yield "", f"{folder + '/: ' if folder else ''}{_listed(items)}"
 
 
 def _titled(label: str, items: Iterable[object]) -> Iterator[Row]:
-    for number, item in enumerate(items):
-        yield ("" if number else label), str(item)
+    for index, item in enumerate(items):
+        yield ("" if index else label), str(item)
 
 
 _NO_BREAK = "\N{NO-BREAK SPACE}"

@@ -26,8 +26,8 @@ from runkey.identity.record import (
     LoggedRun,
     RunPointer,
     read_pointer,
-    update_record,
 )
+from runkey.identity.record_cache import update_record
 from runkey.tracking.describe import Dataset, RunDescription
 from runkey.tracking.store import Store, in_one_line
 from runkey.tracking.sync import RunSender, Status, TrainingRun

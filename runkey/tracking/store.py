@@ -37,7 +37,6 @@ MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100
 
 _BUSY_SECONDS = 20.0
 _SQLITE = "sqlite:///"
-_SERVER = ("http://", "https://")
 
 # Set before mlflow is imported. The last two bound how long a call to a dead server takes: with
 # MLflow's defaults (7 retries, 120 s each) that is a quarter of an hour.
@@ -70,7 +69,7 @@ class Store:
     @property
     def is_server(self) -> bool:
         """Whether the store is reached over HTTP."""
-        return self.uri.startswith(_SERVER)
+        return paths.is_server(self.uri)
 
 
 def locate_store(root: Path | None = None) -> Store:
@@ -88,7 +87,7 @@ def locate_store(root: Path | None = None) -> Store:
         uri = f"{_SQLITE}{root / uri.removeprefix(_SQLITE)}"
     database = Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
     home = (database.parent if database else root) / paths.HOME
-    is_server = uri.startswith(_SERVER)
+    is_server = paths.is_server(uri)
     return Store(uri, None if is_server else root / "mlartifacts", home)
 
 

@@ -33,8 +33,8 @@ from runkey.identity.record import (
     Details,
     LoggedRun,
     Record,
-    write_record,
 )
+from runkey.identity.record_cache import write_record
 from runkey.progress import Steps, each, progress
 from runkey.tracking.store import (
     MAX_METRICS,

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from runkey import paths
-from runkey.identity.record import LoggedRun, update_record
+from runkey.identity.record import LoggedRun
+from runkey.identity.record_cache import update_record
 from runkey.params import load_params
 from runkey.params.presets import render_preset
 from runkey.tracking import (

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from runkey.registry.library import LocalLibrary
 from tests.support.project import Project, clean_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -18,9 +21,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 def record(project: Project, run_id: str) -> dict[str, object]:
     """The record of a run of the project's store."""
-    (path,) = (project.root / ".runkey" / "runs").glob(f"*-{run_id}.json")
-    content: dict[str, object] = json.loads(path.read_text())
-    return content
+    records = LocalLibrary(project.root / ".runkey").matching("rk2-")
+    return next(r.as_dict() for r in records if r.run.run_id == run_id)
 
 
 def entries(project: Project) -> set[str]:
@@ -101,9 +103,10 @@ def test_a_lock_that_is_not_installed_stops_it(project: Project) -> None:
     (other.root / "requirements.txt").write_text(pins.replace("numpy==", "numpy==9", 1))
     other.run("git", "commit", "-q", "-a", "-m", "other pins")
     new = other.run("git", "rev-parse", "HEAD").stdout.strip()
-    path = next((project.root / ".runkey" / "runs").glob(f"*-{run['run']['run_id']}.json"))  # type: ignore[index]
-    whole = path.read_text()
-    path.write_text(whole.replace(oid, new))
+    path = project.root / ".runkey" / "runs.sqlite"
+    whole = path.read_bytes()
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE runs SET details = replace(details, ?, ?)", (oid, new))
     try:
         done = subprocess.run(
             [sys.executable, "-m", "runkey", "reproduce", str(run["run"]["params"]["key"])],  # type: ignore[index]
@@ -113,7 +116,7 @@ def test_a_lock_that_is_not_installed_stops_it(project: Project) -> None:
             text=True,
         )
     finally:
-        path.write_text(whole)
+        path.write_bytes(whole)
         project.run("git", "worktree", "remove", "--force", "other")
     assert done.returncode == 1
     line = done.stderr.strip().splitlines()[-1]

@@ -9,7 +9,7 @@ import pytest
 
 from runkey.errors import RecipeError
 from runkey.identity.key import make_recipe
-from runkey.identity.manifest import RunManifest, make_manifest, take_witness
+from runkey.identity.manifest import RunManifest, capture_environment, make_manifest
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.fixture
 def manifest(project):
     recipe = make_recipe("train", project)
-    witness = take_witness(
+    witness = capture_environment(
         REPOSITORY, recipe, device="cpu x86_64", micro_batch=4, world_size=1, threads=2
     )
     return make_manifest(recipe, "0a1b", witness)
@@ -62,7 +62,9 @@ def test_the_witness_names_the_commit_and_whether_the_tree_is_clean(project):
     recipe = make_recipe("train", project)
 
     def witness():
-        return take_witness(project, recipe, device="cpu", micro_batch=1, world_size=1, threads=1)
+        return capture_environment(
+            project, recipe, device="cpu", micro_batch=1, world_size=1, threads=1
+        )
 
     assert witness().commit is None
     assert witness().dirty is False
@@ -104,7 +106,9 @@ def test_the_witness_keeps_variables_that_libraries_read_and_no_others(project, 
     monkeypatch.setenv("PYTHONPATH", "somewhere")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
     recipe = make_recipe("train", project)
-    witness = take_witness(project, recipe, device="cpu", micro_batch=1, world_size=1, threads=3)
+    witness = capture_environment(
+        project, recipe, device="cpu", micro_batch=1, world_size=1, threads=3
+    )
     assert witness.variables["OMP_NUM_THREADS"] == "3"
     assert witness.variables["PYTHONPATH"] == "somewhere"
     assert "secret" not in witness.variables.values()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runkey.errors import RegistryError, TrackingError
-from runkey.identity.record import ORIGIN, read_record
+from runkey.identity.record import ORIGIN
 from runkey.registry.dvc_cache import DvcCache
-from runkey.registry.local_library import LocalLibrary
+from runkey.registry.library import LocalLibrary
 from runkey.registry.share import export_run, import_run
 from runkey.registry.snapshot import has_snapshot
 from runkey.tracking.store import Store, open_client
@@ -45,7 +45,7 @@ def test_an_archive_gives_the_run_back(ready: Ready, archive: Path, store: Store
     (record,) = LocalLibrary(store.home).matching(ready.key)
     assert record.is_whole
     assert record.run.run_id == done.run_id
-    assert [p.name for p in store.home.iterdir()] == ["runs"]
+    assert [p.name for p in store.home.iterdir()] == ["runs.sqlite"]
     # Once more: it is known by its origin, and stays one run.
     again = take(archive, store)
     assert (again.run_id, again.is_new) == (done.run_id, False)
@@ -105,13 +105,11 @@ def test_what_is_missing_is_named_before_a_file_is_written(
 
 def test_a_failed_run_is_not_handed_on(ready: Ready, archive: Path, store: Store) -> None:
     done = take(archive, store)
-    (path,) = (store.home / "runs").iterdir()
-    stored = json.loads(path.read_text())
-    stored["run"]["status"] = "FAILED"
-    path.write_text(json.dumps(stored))
+    (record,) = LocalLibrary(store.home).matching(ready.key)
+    failed = replace(record, run=replace(record.run, status="FAILED"))
     with pytest.raises(RegistryError, match=f"run {done.run_id} is FAILED; only a finished run"):
         export_run(
-            read_record(path),
+            failed,
             store.home.parent,
             store.home,
             StoreRuns(store, "tests"),

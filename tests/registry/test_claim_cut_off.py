@@ -109,7 +109,7 @@ STRANGE = b'HTTP/1.1 200 OK\r\nContent-Length: 27\r\n\r\n{"registered_models": [
 
 
 @pytest.mark.parametrize(
-    ("answers", "said"),
+    ("answers", "told"),
     [
         ([CUT_OFF["before the stated length"]], ""),
         ([CUT_OFF["half JSON"]], ""),
@@ -117,22 +117,21 @@ STRANGE = b'HTTP/1.1 200 OK\r\nContent-Length: 27\r\n\r\n{"registered_models": [
         ([STRANGE], "unexpected KeyError"),
     ],
 )
-def test_the_beat_of_a_claim_goes_on(answers: Answers, said: str) -> None:
-    lines: list[str] = []
+def test_the_beat_of_a_claim_goes_on(answers: Answers, told: str, said: list[str]) -> None:
     with serve([*answers], NOTHING) as (address, asked):
 
         def beats() -> int:
             return sum("runkey.beat" in line for line in asked)
 
         claims = ServerClaims(RestClient(address))
-        with HeldClaim(claims, a_claim(), FAST, lines.append) as held:
+        with HeldClaim(claims, a_claim(), FAST) as held:
             until(lambda: beats() > 2)
             held.check()
             held.finish("ab")
         assert '"finished"' in "".join(asked)
-    if said:
-        assert said in lines[0]
-        assert "training goes on" in lines[0]
-        assert [line.rpartition(": ")[2] for line in lines[1:]] == ["kept again"]
+    if told:
+        assert told in said[0]
+        assert "training goes on" in said[0]
+        assert [line.rpartition(": ")[2] for line in said[1:]] == ["kept again"]
     else:
-        assert lines == []
+        assert said == []

@@ -15,12 +15,10 @@ from runkey.registry.once import HeldClaim, Rhythm
 from tests.support.claims import FAST, KEY, a_claim
 
 
-def held_claim(
-    claims: FileClaims, say: Callable[[str], None], rhythm: Rhythm = FAST, generation: int = 1
-) -> HeldClaim:
+def held_claim(claims: FileClaims, rhythm: Rhythm = FAST, generation: int = 1) -> HeldClaim:
     claim = a_claim(generation)
     assert claims.make(claim)
-    return HeldClaim(claims, claim, rhythm, say)
+    return HeldClaim(claims, claim, rhythm)
 
 
 def stored(claims: FileClaims) -> Claim:
@@ -37,7 +35,7 @@ def until(reached: Callable[[], object]) -> None:
 
 
 def test_the_beat_goes_on_and_the_run_is_told(claims: FileClaims, said: list[str]) -> None:
-    with held_claim(claims, said.append) as held:
+    with held_claim(claims) as held:
         held.set_run("ab")
         assert stored(claims).run_id == "ab"
         first = stored(claims).beat
@@ -56,18 +54,18 @@ def test_a_training_that_ends_early_has_failed(
     claims: FileClaims, said: list[str], error: type[BaseException]
 ) -> None:
     with pytest.raises(error):
-        _train_until(error, held_claim(claims, said.append))
+        _train_until(error, held_claim(claims))
     assert (stored(claims).state, stored(claims).run_id) == ("failed", "ab")
 
 
 def test_a_block_left_without_a_result_has_failed(claims: FileClaims, said: list[str]) -> None:
-    with held_claim(claims, said.append):
+    with held_claim(claims):
         pass
     assert stored(claims).state == "failed"
 
 
 def test_a_claim_that_was_taken_over_is_lost(claims: FileClaims, said: list[str]) -> None:
-    with held_claim(claims, said.append) as held:
+    with held_claim(claims) as held:
         held.check()
         other = a_claim(2)
         claims.make(other)
@@ -82,7 +80,7 @@ def test_a_claim_that_was_taken_over_is_lost(claims: FileClaims, said: list[str]
 
 def test_finish_looks_itself(claims: FileClaims, said: list[str]) -> None:
     slow = replace(FAST, beat_seconds=60, dead_after=360)
-    with held_claim(claims, said.append, slow) as held:
+    with held_claim(claims, slow) as held:
         claims.make(a_claim(2))
         held.check()  # nothing was looked at yet
         with pytest.raises(RegistryError, match="took over"):
@@ -90,7 +88,7 @@ def test_finish_looks_itself(claims: FileClaims, said: list[str]) -> None:
 
 
 def test_a_claim_deleted_by_hand_is_made_again(claims: FileClaims, said: list[str]) -> None:
-    with held_claim(claims, said.append) as held:
+    with held_claim(claims) as held:
         path = Path(claims.place, f"{held.claim.name}.json")
         path.unlink()
         until(path.exists)
@@ -102,7 +100,7 @@ def test_a_claim_deleted_by_hand_is_made_again(claims: FileClaims, said: list[st
 def test_a_claim_deleted_by_hand_and_made_by_another_is_lost(
     claims: FileClaims, said: list[str]
 ) -> None:
-    with held_claim(claims, said.append, replace(FAST, beat_seconds=60)) as held:
+    with held_claim(claims, replace(FAST, beat_seconds=60)) as held:
         Path(claims.place, f"{held.claim.name}.json").unlink()
         claims.make(a_claim())
         with pytest.raises(RegistryError, match="took over as generation 1"):
@@ -113,7 +111,7 @@ def test_claims_that_cannot_be_reached_do_not_stop_a_training(
     claims: FileClaims, said: list[str]
 ) -> None:
     folder, aside = Path(claims.place), Path(claims.place).with_name("aside")
-    with held_claim(claims, said.append) as held:
+    with held_claim(claims) as held:
         folder.rename(aside)
         folder.write_text("a file where the folder was", encoding="utf-8")
         until(lambda: said)

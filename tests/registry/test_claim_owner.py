@@ -9,13 +9,14 @@ from dataclasses import replace
 
 import pytest
 
-from runkey.registry.claims import Owner, is_running, this_process
+from runkey.processes import is_running
+from runkey.registry.claims import Owner, this_owner
 from tests.support.claim_rounds import CONTAINER, REPOSITORY
 from tests.support.claims import owner_of
 
 
 def test_a_process_is_known_by_itself_and_by_others(other: subprocess.Popen[str]) -> None:
-    assert is_running(this_process()) is True
+    assert is_running(this_owner()) is True
     assert is_running(owner_of(other)) is True
 
 
@@ -33,7 +34,7 @@ def test_a_killed_process_is_gone_even_before_its_parent_noticed(
 
 
 def test_another_process_with_the_same_number_is_not_the_owner() -> None:
-    here = this_process()
+    here = this_owner()
     assert is_running(replace(here, started=here.started - 1)) is False
 
 
@@ -41,14 +42,14 @@ def test_another_process_with_the_same_number_is_not_the_owner() -> None:
     "elsewhere", [{"boot": "another"}, {"namespace": "pid:[1]"}, {"boot": "", "namespace": ""}]
 )
 def test_of_a_process_elsewhere_nothing_is_known(elsewhere: dict[str, str]) -> None:
-    assert is_running(replace(this_process(), **elsewhere)) is None
+    assert is_running(replace(this_owner(), **elsewhere)) is None
 
 
 @pytest.mark.parametrize("own_proc", [True, False], ids=["own /proc", "the outer /proc"])
 def test_a_container_is_elsewhere_although_its_numbers_look_the_same(own_proc: bool) -> None:
     """Its pid 1 is not ours, and with the outer /proc mounted it must not trust that either."""
     program = "import json; from runkey.registry.claims import *;"
-    program += "print(json.dumps([this_process().as_dict(), is_running(this_process())]))"
+    program += "print(json.dumps([this_owner().as_dict(), is_running(this_owner())]))"
     prefix = CONTAINER if own_proc else CONTAINER[:-1]
     command = [*prefix, sys.executable, "-c", f"import sys; sys.path.insert(0, '.'); {program}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
@@ -63,7 +64,7 @@ def test_a_container_is_elsewhere_although_its_numbers_look_the_same(own_proc: b
 
 
 def test_owners_are_told_apart_and_written_down_whole() -> None:
-    first, second = this_process(), this_process()
+    first, second = this_owner(), this_owner()
     assert first.nonce != second.nonce
     assert Owner.from_dict(first.as_dict()) == first
     with pytest.raises(ValueError, match="whole numbers"):

@@ -12,7 +12,7 @@ from runkey.identity.code import BYTES, hash_files
 from runkey.identity.key import Recipe, make_recipe
 from runkey.identity.syntax import RULE
 from runkey.registry.diff import compare, compare_images, run_side, tree_side
-from runkey.registry.local_library import LocalLibrary
+from runkey.registry.library import LocalLibrary
 from runkey.registry.snapshot import changed_files, take_snapshot
 from tests.support.records import make_run
 

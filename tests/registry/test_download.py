@@ -10,7 +10,7 @@ import pytest
 from runkey.errors import RegistryError
 from runkey.identity.record import Record
 from runkey.registry.dvc_cache import download, in_the_way
-from runkey.registry.local_library import LocalLibrary
+from runkey.registry.library import LocalLibrary
 from tests.support.records import FILES, key_of, make_run
 
 

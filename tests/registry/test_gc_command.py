@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from runkey.cli import app
 from runkey.errors import TrackingError
+from runkey.registry.library import LocalLibrary
 from tests.support.collectable import KEY
 from tests.support.records import key_of, make_run
 
@@ -51,5 +52,5 @@ def test_what_cannot_be_deleted_is_said_and_the_rest_goes(here, monkeypatch):
     assert result.exit_code == 1
     assert "the database is locked" in " ".join(result.output.split())
     assert "1 of 2 could not be deleted" in str(result.exception)
-    assert list((here.home / "runs").glob(f"{KEY}*"))
+    assert LocalLibrary(here.home).matching(KEY)
     assert not (here.home / key_of("two")).exists()

@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import replace
 
-from runkey.registry.claims import this_process
+from runkey.registry.claims import this_owner
 from runkey.registry.gc import mark_owner
 from tests.support.collectable import KEY
 from tests.support.records import key_of, make_run
@@ -16,7 +16,7 @@ def test_claims_that_newer_ones_replaced(house, gone):
     house.claim(generation=1, owner=gone)
     house.claim(generation=2, state="failed")
     house.claim(generation=3, owner=gone)
-    far = replace(this_process(), boot="another machine")
+    far = replace(this_owner(), boot="another machine")
     house.claim(key_of("two"), generation=1, owner=far)
     house.claim(key_of("two"), generation=2)
     names = [item.name for item in house.items()]
@@ -37,7 +37,7 @@ def test_worktrees_nobody_works_in(house, gone, monkeypatch):
     ended, used, unknown = map(house.worktree, ("rk2-ended-1", "rk2-used-2", "rk2-unknown-3"))
     mark_owner(used)
     with monkeypatch.context() as other:
-        other.setattr("runkey.registry.gc.this_process", lambda: gone)
+        other.setattr("runkey.registry.gc.this_owner", lambda: gone)
         mark_owner(ended)
     assert house.offered() == {("worktree", "reproduce/rk2-ended-1")}
     later = time.time() + 7200
@@ -58,7 +58,7 @@ def test_worktrees_nobody_works_in(house, gone, monkeypatch):
 def test_a_worktree_that_git_does_not_know_goes_too(house, gone, monkeypatch):
     path = house.folder("reproduce/rk2-lost-1")
     with monkeypatch.context() as other:
-        other.setattr("runkey.registry.gc.this_process", lambda: gone)
+        other.setattr("runkey.registry.gc.this_owner", lambda: gone)
         mark_owner(path)
     house.apply()
     assert not path.exists()

@@ -5,9 +5,10 @@ import time
 from dataclasses import replace
 
 from runkey.identity.key import make_recipe
-from runkey.registry.claims import this_process
+from runkey.identity.record_cache import remove_record
+from runkey.registry.claims import this_owner
 from runkey.registry.gc import Scope, collect
-from runkey.registry.local_library import LocalLibrary
+from runkey.registry.library import LocalLibrary
 from runkey.registry.snapshot import snapshot_refs, take_snapshot
 from tests.support.collectable import KEY
 from tests.support.records import key_of, make_run
@@ -29,7 +30,7 @@ def test_ended_runs_go_with_all_that_is_theirs(house):
     house.apply()
     assert sorted(house.deleted) == ["b" * 32, "c" * 32]
     assert [p.name for p in (house.root / "mlartifacts").iterdir()] == ["a" * 32]
-    assert [p.name for p in (house.home / "runs").glob("*.json")] == [f"{KEY}-{'a' * 32}.json"]
+    assert [r.run.run_id for r in LocalLibrary(house.home).matching(KEY)] == ["a" * 32]
     assert house.items() == []
 
 
@@ -47,7 +48,7 @@ def test_a_running_run_goes_only_when_its_process_is_known_to_be_gone(house, gon
     keys = {name: key_of(name) for name in ("alive", "dead", "failed", "none", "far")}
     for number, key in enumerate(keys.values()):
         make_run(house.root, key, f"{number}" * 32, status="RUNNING", with_details=False)
-    far = replace(this_process(), boot="another machine")
+    far = replace(this_owner(), boot="another machine")
     house.claim(keys["alive"], run_id="0" * 32)
     house.claim(keys["dead"], run_id="1" * 32, owner=gone)
     house.claim(keys["failed"], run_id="2" * 32, state="failed")
@@ -71,7 +72,7 @@ def test_a_snapshot_goes_with_the_last_run_that_needs_it(house):
         make_run(house.root, recipe.key, run_id, status=status, snapshot=oid)
     house.apply()
     assert snapshot_refs(house.root, recipe.key)
-    (house.home / "runs" / f"{recipe.key}-{'a' * 32}.json").unlink()
+    remove_record(house.home / "runs.sqlite", "a" * 32)
     make_run(
         house.root,
         recipe.key,

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from runkey.identity.record import DETAILS, Record, write_record
+from runkey.identity.record import DETAILS, Record
+from runkey.identity.record_cache import rebuild, write_record
+from runkey.registry.library import LocalLibrary
 from runkey.tracking.store import Store, locate_store, open_client
 from runkey.tracking.transfer import logged_run
 from tests.support.command_line import Run
-from tests.support.records import key_of
 from tests.support.stored_runs import KEYS, log_runs
 
 
@@ -36,7 +41,7 @@ def recorded(root: Path, stored: tuple[Path, list[Record]]) -> tuple[Store, list
         for record in stored[1]
     ]
     for record in records:
-        write_record(store.home / "runs", record)
+        write_record(store.home / "runs.sqlite", record)
     return store, records
 
 
@@ -73,18 +78,72 @@ def test_wrong_records_are_mended_and_strange_ones_removed(
     recorded: tuple[Store, list[Record]], run: Run
 ) -> None:
     store, records = recorded
-    folder = store.home / "runs"
-    torn, changed, deleted = (folder / record.file_name for record in records[:3])
-    good = [path.read_text() for path in (torn, changed)]
-    torn.write_text("{")
-    changed.write_text(changed.read_text().replace("1e-05", "9e-05"))
-    open_client(store).delete_run(records[2].run.run_id)
-    (folder / f"{key_of('gone')}-00.json").write_text("{}")
+    library = LocalLibrary(store.home)
+    torn, changed, deleted = (record.run.run_id for record in records[:3])
+    good = [same(record) for record in library.matching("") if record.run.run_id != deleted]
+    gone = replace(records[0], run=replace(records[0].run, run_id="0" * 32))
+    write_record(Path(library.place), gone)
+    with closing(sqlite3.connect(library.place)) as database, database:
+        database.execute("UPDATE runs SET details = '{' WHERE run = ?", (torn,))
+        other = "params = replace(params, '1e-05', '9e-05')"
+        database.execute(f"UPDATE runs SET {other} WHERE run = ?", (changed,))
+    open_client(store).delete_run(deleted)
     code, out, _ = run("index")
     assert code == 0
     assert "4 runs in MLflow: 2 records written, 2 removed" in out
-    assert [path.read_text() for path in (torn, changed)] == good
-    assert not deleted.exists()
+    assert [same(record) for record in library.matching("")] == good
+
+
+@pytest.mark.parametrize("content", [b"", b"no database" * 1000])
+def test_a_lost_or_damaged_cache_is_made_anew(
+    recorded: tuple[Store, list[Record]], run: Run, content: bytes
+) -> None:
+    store, _ = recorded
+    cache = store.home / "runs.sqlite"
+    before = run("list", "--json")
+    cache.write_bytes(content)
+    code, out, _ = run("index", "--json")
+    assert (code, json.loads(out)) == (0, {"runs": 5, "written": 5, "removed": 0})
+    assert run("list", "--json") == before
+
+
+def test_records_of_an_older_runkey_are_replaced(
+    recorded: tuple[Store, list[Record]], run: Run
+) -> None:
+    """It kept one file a run, in a folder."""
+    store, _ = recorded
+    (store.home / "runs.sqlite").unlink()
+    (store.home / "runs").mkdir()
+    (store.home / "runs" / f"{KEYS[0]}-00.json").write_text("{}")
+    assert "`runkey index`" in run("list")[2]
+    assert run("index")[0] == 0
+    assert not (store.home / "runs").exists()
+    assert len(json.loads(run("list", "--json")[1])) == 5
+
+
+def test_a_run_that_changes_meanwhile_is_left_as_it_is(
+    recorded: tuple[Store, list[Record]],
+) -> None:
+    store, records = recorded
+    cache = store.home / "runs.sqlite"
+    new = replace(records[0], run=replace(records[0].run, run_id="0" * 32))
+    now = replace(records[1], run=replace(records[1].run, name="now"))
+
+    def read() -> Iterator[Record]:
+        yield from records[:1]
+        write_record(cache, new)
+        write_record(cache, now)
+        yield from records[1:]
+
+    assert rebuild(cache, read()).removed == 0
+    names = {r.run.run_id: r.run.name for r in LocalLibrary(store.home).matching("")}
+    assert len(names) == len(records) + 1
+    assert names[now.run.run_id] == "now"
+
+
+def same(record: Record) -> str:
+    """As text, in which nan is nan."""
+    return json.dumps(record.as_dict(), sort_keys=True)
 
 
 def test_details_that_cannot_be_read_are_named(

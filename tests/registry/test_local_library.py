@@ -1,17 +1,21 @@
-"""Records' files: looked up, asked about, damaged, moved, read by several processes at once."""
+"""The cache of runs: looked up, queried, damaged, moved, used by several processes at once."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from runkey.errors import RegistryError
-from runkey.registry.local_library import LocalLibrary
+from runkey.identity.record_cache import remove_record, update_record, write_record
+from runkey.registry.library import LocalLibrary
 from runkey.registry.query import Condition, Field, Query
 from tests.support.records import key_of, make_run
 
@@ -20,13 +24,8 @@ HOUR = 3_600_000
 
 
 @pytest.fixture
-def said() -> list[str]:
-    return []
-
-
-@pytest.fixture
-def library(root: Path, said: list[str]) -> LocalLibrary:
-    return LocalLibrary(root / ".runkey", said.append)
+def library(root: Path) -> LocalLibrary:
+    return LocalLibrary(root / ".runkey")
 
 
 def test_runs_of_a_prefix_come_oldest_first(root: Path, library: LocalLibrary) -> None:
@@ -51,79 +50,108 @@ def test_records_that_change_come_and_go_are_seen(root: Path, library: LocalLibr
     assert [r.run.metrics["eval/AP"] for r in library.find(best)] == [0.2, 0.1]
     make_run(root, key_of("a"), metrics={"eval/AP": 0.7})
     make_run(root, key_of("c"), metrics={"eval/AP": 0.3})
-    (library.folder / b.file_name).unlink()
+    remove_record(Path(library.place), b.run.run_id)
     assert [r.run.metrics["eval/AP"] for r in library.find(best)] == [0.7, 0.3]
 
 
-def test_files_that_are_no_records_are_named_and_left_out(
+def test_damaged_records_are_named_and_left_out(
     root: Path, library: LocalLibrary, said: list[str]
 ) -> None:
     whole = make_run(root, key_of("a"))
-    torn = make_run(root, key_of("b"))
-    other = make_run(root, key_of("c"))
-    path = library.folder / torn.file_name
-    path.write_bytes(path.read_bytes()[:100])
-    (library.folder / other.file_name).rename(library.folder / f"{key_of('d')}-aa.json")
-    (library.folder / "notes.txt").write_text("x")
-    for found in (library.find(Query()), library.matching("rk2-"), library.find(Query())):
+    damage = {"b": "'{'", "c": "'[]'", "d": '\'{"schema": "record9"}\'', "e": "x'00ff'"}
+    torn = {name: make_run(root, key_of(name)) for name in damage}
+    with closing(sqlite3.connect(library.place)) as database, database:
+        for name, text in damage.items():
+            run = torn[name].run.run_id
+            database.execute(f"UPDATE runs SET details = {text} WHERE run = ?", (run,))
+    for found in (library.find(Query()), library.matching("rk2-")):
         assert found == [whole]
-    assert any(torn.file_name in line and "not JSON" in line for line in said)
-    assert any(f"{key_of('d')}-aa.json" in line for line in said)
-    assert any("notes.txt" in line for line in said)
-    assert all("\n" not in line for line in said)
+    for record in torn.values():
+        assert sum(record.run.run_id in line for line in said) == 2
+    assert all("\n" not in line and "`runkey index`" in line for line in said)
 
 
-def test_a_record_that_is_being_written_is_none(
-    root: Path, library: LocalLibrary, said: list[str]
-) -> None:
-    record = make_run(root, key_of("a"))
-    (library.folder / ".0123.77").write_text("{")
-    assert library.find(Query()) == [record]
-    assert said == []
-
-
-@pytest.mark.parametrize("damage", ["text", "empty", "other tables", "folder", "cut"])
-def test_a_damaged_cache_costs_time_and_nothing_else(
+@pytest.mark.parametrize("damage", ["text", "cut", "other version", "folder"])
+def test_a_damaged_cache_is_named_and_made_anew_by_the_next_run(
     root: Path, library: LocalLibrary, damage: str
 ) -> None:
     records = [make_run(root, key_of(str(n)), started_ms=n * HOUR) for n in range(40)]
-    expected = records[::-1]
-    assert library.find(Query()) == expected
-    cache = root / ".runkey" / "runs.sqlite"
+    assert library.find(Query()) == records[::-1]
+    cache = Path(library.place)
     content = cache.read_bytes()
     cache.unlink()
     match damage:
         case "text":
             cache.write_bytes(b"no database" * 1000)
-        case "empty":
-            cache.write_bytes(b"")
         case "cut":
             cache.write_bytes(content[: len(content) // 2])
-        case "other tables":
-            with sqlite3.connect(cache) as database:
+        case "other version":
+            with closing(sqlite3.connect(cache)) as database, database:
                 database.execute("CREATE TABLE runs (x)")
+                database.execute("CREATE TABLE tags (file TEXT PRIMARY KEY, json TEXT)")
                 database.execute("PRAGMA user_version = 1")
-            database.close()
         case "folder":
             cache.mkdir()
-    assert library.find(Query()) == expected
-    assert library.find(Query()) == expected
+    for ask in (lambda: library.find(Query()), lambda: library.matching("rk2-")):
+        with pytest.raises(RegistryError, match="`runkey index` writes it again") as caught:
+            ask()
+        assert str(cache) in str(caught.value)
+    if damage == "folder":
+        with pytest.raises(OSError, match=re.escape(str(cache))):
+            make_run(root, key_of("new"))
+        return
+    new = make_run(root, key_of("new"))
+    assert library.find(Query()) == [new]
 
 
-def test_a_cache_that_another_holds_locked_is_done_without(
+def test_an_empty_file_is_a_cache_that_is_being_made(root: Path, library: LocalLibrary) -> None:
+    (root / ".runkey").mkdir()
+    Path(library.place).write_bytes(b"")
+    assert library.find(Query()) == []
+    record = make_run(root, key_of("a"))
+    assert library.find(Query()) == [record]
+
+
+def test_records_of_an_older_runkey_are_not_taken_for_none(
+    root: Path, library: LocalLibrary
+) -> None:
+    (root / ".runkey" / "runs").mkdir(parents=True)
+    with pytest.raises(RegistryError, match="older records are; `runkey index`"):
+        library.matching("rk2-")
+
+
+def test_a_cache_that_another_holds_locked_is_read_as_it_was(
     root: Path, library: LocalLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runkey.registry.record_cache._BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("runkey.identity.record_cache._BUSY_SECONDS", 0.1)
     first = make_run(root, key_of("a"))
+    with closing(sqlite3.connect(library.place, isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        holder.execute("DELETE FROM runs")
+        assert library.find(Query()) == [first]
+        with pytest.raises(OSError, match="locked"):
+            make_run(root, key_of("b"))
+        holder.execute("ROLLBACK")
     assert library.find(Query()) == [first]
-    holder = sqlite3.connect(root / ".runkey" / "runs.sqlite", isolation_level=None)
-    holder.execute("BEGIN EXCLUSIVE")
-    second = make_run(root, key_of("b"), started_ms=first.run.started_ms + 1)
-    assert library.find(Query()) == [second, first]
-    holder.execute("ROLLBACK")
-    held = holder.execute("SELECT count(*) FROM runs").fetchone()[0]
-    holder.close()
-    assert held == 1, "the locked cache was left as it was"
+
+
+def test_a_read_only_cache_is_read(root: Path, library: LocalLibrary) -> None:
+    record = make_run(root, key_of("a"))
+    Path(library.place).chmod(0o400)
+    (root / ".runkey").chmod(0o500)
+    try:
+        assert library.find(Query()) == [record]
+    finally:
+        (root / ".runkey").chmod(0o700)
+
+
+def test_details_stay_when_only_the_run_is_written(root: Path, library: LocalLibrary) -> None:
+    record = make_run(root, key_of("a"))
+    run = replace(record.run, name="other")
+    update_record(Path(library.place), run)
+    assert library.find(Query()) == [replace(record, run=run)]
+    write_record(Path(library.place), replace(record, details=None))
+    assert library.find(Query()) == [replace(record, details=None)]
 
 
 def test_not_a_number_sorts_after_numbers_and_before_nothing(
@@ -179,7 +207,7 @@ def test_artifacts_on_no_disk_of_ours_are_named(root: Path, library: LocalLibrar
 ASK = """
 import sys
 from pathlib import Path
-from runkey.registry.local_library import LocalLibrary
+from runkey.registry.library import LocalLibrary
 from runkey.registry.query import Query
 from tests.support.records import key_of, make_run
 root, name = Path(sys.argv[1]), sys.argv[2]

@@ -23,10 +23,10 @@ from tests.support.records import make_run
 
 @pytest.fixture
 def decide(tmp_path: Path, claims: FileClaims, said: list[str]) -> Any:
-    library = open_library("sqlite:///", tmp_path / ".runkey", said.append)
+    library = open_library("sqlite:///", tmp_path / ".runkey")
 
     def ask(**changes: Any) -> Decision:
-        given = {"claims": claims, "say": said.append, "rhythm": FAST} | changes
+        given = {"claims": claims, "rhythm": FAST} | changes
         return once.decide(library, given.pop("claims"), KEY, **given)
 
     return ask

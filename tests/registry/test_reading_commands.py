@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runkey.registry.claims import Claim, FileClaims, this_process
+from runkey.registry.claims import Claim, FileClaims, this_owner
 from tests.support.command_line import Run
 from tests.support.records import key_of, make_run
 
@@ -105,7 +105,7 @@ def test_a_run_whose_process_is_gone_does_not_look_alive(runs: Path, run: Run) -
         [sys.executable, "-c", _OWNER], cwd=REPOSITORY, check=True, capture_output=True, text=True
     )
     claims = FileClaims(runs / ".runkey" / "claims")
-    owner = type(this_process()).from_dict(json.loads(ended.stdout))
+    owner = type(this_owner()).from_dict(json.loads(ended.stdout))
     claim = Claim(
         key=C, generation=1, owner=owner, state="running", run_id="c" * 32, beat=1, since_ms=0
     )
@@ -119,8 +119,8 @@ def test_a_run_whose_process_is_gone_does_not_look_alive(runs: Path, run: Run) -
 
 _OWNER = """
 import json
-from runkey.registry.claims import this_process
-print(json.dumps(this_process().as_dict()))
+from runkey.registry.claims import this_owner
+print(json.dumps(this_owner().as_dict()))
 """
 
 
@@ -192,7 +192,7 @@ def test_open(runs: Path, run: Run) -> None:
 
 
 def test_an_empty_place_says_so(root: Path, run: Run) -> None:
-    assert run("list")[:2] == (0, f"no run in {root / '.runkey' / 'runs'}\n")
+    assert run("list")[:2] == (0, f"no run in {root / '.runkey' / 'runs.sqlite'}\n")
     assert json.loads(run("list", "--json")[1]) == []
 
 

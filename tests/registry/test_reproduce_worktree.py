@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import RegistryError
-from runkey.identity.dvc_files import cache_folder
+from runkey.identity.dvc_yaml import cache_folder
 from runkey.registry.reproduce import (
     add_worktree,
     clean_environment,

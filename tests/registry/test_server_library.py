@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import RegistryError
-from runkey.identity.record import Record, write_record
+from runkey.identity.record import Record
+from runkey.identity.record_cache import write_record
 from runkey.registry.dvc_cache import download
-from runkey.registry.library import find_run
-from runkey.registry.local_library import LocalLibrary
+from runkey.registry.library import LocalLibrary, find_run
 from runkey.registry.query import Field, Query, parse_condition
 from runkey.registry.server_library import ServerLibrary, open_library
 from runkey.tracking.store import (
@@ -36,14 +36,14 @@ Both = tuple[ServerLibrary, LocalLibrary]
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-    """The same runs on a server and as local records."""
+    """The same runs on a server and in the local cache."""
     root = tmp_path_factory.mktemp("served")
     store = Store(f"sqlite:///{root / 'mlflow.db'}", root / "mlartifacts", root / ".runkey")
     records = log_runs(store, tmp_path_factory.mktemp("scratch"))
     client = open_client(store)
     for record in records:
         run = logged_run(client.get_run(record.run.run_id))
-        write_record(root / ".runkey" / "runs", replace(record, run=run))
+        write_record(root / ".runkey" / "runs.sqlite", replace(record, run=run))
     (artifacts,) = (root / "mlartifacts").glob(f"{records[0].run.run_id}/artifacts")
     for path, content in {"run.json": b"{}", "model/weights.pt": b"weights"}.items():
         (artifacts / path).parent.mkdir(exist_ok=True)

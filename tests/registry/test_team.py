@@ -17,7 +17,7 @@ from runkey.errors import RegistryError
 from runkey.identity.record import CONTENT
 from runkey.registry.archive import pack
 from runkey.registry.dvc_cache import DvcCache
-from runkey.registry.local_library import LocalLibrary
+from runkey.registry.library import LocalLibrary
 from runkey.registry.package import RUN
 from runkey.registry.share import Handed, Places, fetch, import_run, publish
 from runkey.registry.share_dvc import FILE

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from runkey.identity.record import DETAILS, write_record
+from runkey.identity.record import DETAILS
+from runkey.identity.record_cache import write_record
 from runkey.registry.dvc_cache import DvcCache
 from tests.support.recorded_checkout import FILES, Checkout
 
@@ -250,12 +251,12 @@ def test_a_record_without_what_it_should_hold(checkout: Checkout) -> None:
 
 def test_runs_that_did_not_finish(checkout: Checkout) -> None:
     run = replace(checkout.record.run, status="FAILED")
-    write_record(checkout.record_path.parent, replace(checkout.record, run=run, details=None))
+    write_record(checkout.records, replace(checkout.record, run=run, details=None))
     report = checkout.verify()
     assert report.is_right
     assert "is FAILED" in report.findings[0].text
     finished = replace(run, status="FINISHED")
-    write_record(checkout.record_path.parent, replace(checkout.record, run=finished))
+    write_record(checkout.records, replace(checkout.record, run=finished))
     ((check, text),) = faults(checkout)
     assert check == "files"
     assert DETAILS in text

@@ -60,7 +60,7 @@ def test_all_runs_have_a_line(checkout: Checkout, call: Call) -> None:
         "ok",
         f"{checkout.record.label}:{checkout.record.run.run_id[:8]}",
     ]
-    assert out.splitlines()[-1].endswith("/.runkey/runs: no faults")
+    assert out.splitlines()[-1].endswith("/.runkey/runs.sqlite: no faults")
     (checkout.artifacts / "run.json").unlink()
     code, out, _ = call("--all", "--quick")
     assert code == 3
@@ -70,11 +70,13 @@ def test_all_runs_have_a_line(checkout: Checkout, call: Call) -> None:
 
 def test_a_record_that_is_gone_or_torn_is_named(checkout: Checkout, call: Call) -> None:
     run_id = checkout.record.run.run_id
-    path = checkout.record_path
-    path.write_text("{")
+    path = checkout.records
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE runs SET details = '{'")
     code, out, _ = call("--all")
     assert code == 3
     assert str(path) in out
+    assert f"run {run_id}: its record is damaged" in " ".join(out.split())
     path.unlink()
     code, out, _ = call("--all")
     assert code == 3

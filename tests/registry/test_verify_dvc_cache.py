@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import RegistryError
-from runkey.identity.dvc_files import cache_folder
+from runkey.identity.dvc_yaml import cache_folder
 from runkey.registry.dvc_cache import DvcCache, md5_file
 from tests.support.recorded_checkout import Checkout, run
 

@@ -9,6 +9,7 @@ a record's file and artifacts beside a local store, or an MLflow run over REST o
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 import traceback
@@ -23,6 +24,7 @@ from runkey.registry.dvc_cache import download
 from runkey.registry.once import Decision, HeldClaim, Rhythm, decide
 from runkey.registry.rest import RestClient, RestError
 from runkey.registry.server_library import open_claims, open_library
+from tests.support.claims import Lines
 from tests.support.records import make_run
 
 WEIGHTS = "model/weights.pt"
@@ -117,7 +119,6 @@ def _answer(uri: str, root: Path, rhythm: Rhythm, question: dict[str, Any]) -> N
         key,
         reuse=question.get("reuse", True),
         wait=question.get("wait", True),
-        say=lambda text: _tell("said", text=text),
         rhythm=rhythm,
     )
     if decision.record:
@@ -171,6 +172,8 @@ def _tell(event: str, **more: Any) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("runkey").setLevel(logging.INFO)
+    logging.getLogger("runkey").addHandler(Lines(lambda text: _tell("said", text=text)))
     beat, dead, poll = map(float, sys.argv[3:6])
     main(
         sys.argv[1],

@@ -14,7 +14,7 @@ from runkey.errors import RegistryError
 from runkey.hashing import sha256_bytes
 from runkey.identity.record import ARTIFACTS, DETAILS
 from runkey.registry.archive import pack
-from runkey.registry.local_library import LocalLibrary
+from runkey.registry.library import LocalLibrary
 from runkey.registry.package import RUN, object_path
 from runkey.registry.share import import_run
 from runkey.registry.share_dvc import FILE

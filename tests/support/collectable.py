@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from runkey.registry.claims import Claim, FileClaims, this_process
+from runkey.registry.claims import Claim, FileClaims, this_owner
 from runkey.registry.gc import Scope, collect
-from runkey.registry.local_library import LocalLibrary
+from runkey.registry.library import LocalLibrary
 from tests.support.records import key_of
 
 KEY = key_of("one")
@@ -19,11 +19,11 @@ KEY = key_of("one")
 def dead_owner():
     """The owner that a process of this machine was, which has ended."""
     code = (
-        "import json; from runkey.registry.claims import this_process as me;"
+        "import json; from runkey.registry.claims import this_owner as me;"
         " print(json.dumps(me().as_dict()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
-    return replace(this_process(), **json.loads(done.stdout))
+    return replace(this_owner(), **json.loads(done.stdout))
 
 
 class House:
@@ -58,7 +58,7 @@ class House:
         claim = Claim(
             key=key,
             generation=generation,
-            owner=owner or this_process(),
+            owner=owner or this_owner(),
             state=state,
             run_id=run_id,
             beat=0,

@@ -20,10 +20,12 @@ import pytest
 from runkey.hashing import sha256_file
 from runkey.identity.code import hash_files
 from runkey.identity.key import Recipe
-from runkey.identity.manifest import RunManifest, Witness
-from runkey.identity.record import DETAILS, Details, Record, StoredFile, write_record
+from runkey.identity.manifest import RunEnvironment, RunManifest
+from runkey.identity.record import DETAILS, Details, Record, StoredFile
+from runkey.identity.record_cache import update_record, write_record
 from runkey.identity.syntax import RULE
 from runkey.registry.dvc_cache import md5_file
+from runkey.registry.library import LocalLibrary
 from runkey.registry.mlflow_runs import run_reader
 from runkey.registry.server_library import open_library
 from runkey.registry.verify import CacheReader, Report, Sources, verify_run
@@ -63,13 +65,13 @@ class Checkout:
     root: Path
 
     @property
-    def record_path(self) -> Path:
-        (path,) = (self.root / ".runkey" / "runs").iterdir()
-        return path
+    def records(self) -> Path:
+        return self.root / ".runkey" / "runs.sqlite"
 
     @property
     def record(self) -> Record:
-        return Record.from_dict(json.loads(self.record_path.read_text()), "record")
+        (record,) = LocalLibrary(self.records.parent).matching("rk2-")
+        return record
 
     @property
     def details(self) -> Details:
@@ -83,7 +85,7 @@ class Checkout:
     def change_details(self, **changes: Any) -> None:
         """Write the record otherwise, in both places."""
         details = replace(self.details, **changes)
-        write_record(self.record_path.parent, replace(self.record, details=details))
+        write_record(self.records, replace(self.record, details=details))
         (self.artifacts / DETAILS).write_text(details.as_json())
 
     def verify(self, *, quick: bool = False, is_shared: bool = False, host: str = "") -> Report:
@@ -189,7 +191,7 @@ def _record_run(root: Path) -> None:
     (root / DETAILS).unlink()
     client.set_terminated(run_id)
     record = Record(run=logged_run(client.get_run(run_id)), details=details)
-    write_record(root / ".runkey" / "runs", record)
+    write_record(root / ".runkey" / "runs.sqlite", record)
 
 
 def _write_outputs(given: Path, recipe: Recipe, run_id: str) -> None:
@@ -206,8 +208,8 @@ def _write_outputs(given: Path, recipe: Recipe, run_id: str) -> None:
     manifest.write(given / "run.json")
 
 
-def _witness() -> Witness:
-    return Witness(
+def _witness() -> RunEnvironment:
+    return RunEnvironment(
         device="cpu x86_64",
         micro_batch=8,
         world_size=1,
@@ -235,6 +237,6 @@ def checkout(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Che
     monkeypatch.chdir(root)
     copy = Checkout(root)
     # Else what is missing in the copy would be found in the original.
-    text = copy.record_path.read_text()
-    copy.record_path.write_text(text.replace(made.as_uri(), root.as_uri()))
+    uri = copy.record.run.artifact_uri.replace(made.as_uri(), root.as_uri())
+    update_record(copy.records, replace(copy.record.run, artifact_uri=uri))
     return copy

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from runkey.hashing import sha256_bytes
-from runkey.identity.record import Details, LoggedRun, Record, StoredFile, write_record
+from runkey.identity.record import Details, LoggedRun, Record, StoredFile
+from runkey.identity.record_cache import write_record
 
 FILES = {
     "model/weights.pt": b"weights",
@@ -34,10 +35,10 @@ def make_run(
     started_ms: int = 1_700_000_000_000,
     **changes: Any,
 ) -> Record:
-    """A run of the local store in `root`: its artifacts and its record's file.
+    """A run of the local store in `root`: its artifacts and its record.
 
     Args:
-        root: the checkout; artifacts go to mlartifacts/, the record to .runkey/runs/.
+        root: the checkout; artifacts go to mlartifacts/, the record to .runkey/runs.sqlite.
         key: its key.
         run_id: MLflow's; made from the key if None.
         status: MLflow's.
@@ -91,7 +92,7 @@ def make_run(
     for name, value in changes.items():
         (logged if name in logged else details)[name] = value
     record = Record(run=LoggedRun(**logged), details=Details(**details) if with_details else None)
-    write_record(root / ".runkey" / "runs", record)
+    write_record(root / ".runkey" / "runs.sqlite", record)
     return record
 
 

@@ -1,4 +1,4 @@
-"""`runkey sample-data`: draw the sample data set again."""
+"""`runkey preset`, `params`, `key`, `sample-data` and `summary`: the repository as it is now."""
 
 from __future__ import annotations
 
@@ -6,18 +6,25 @@ import json
 import subprocess
 import textwrap
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from runkey import paths
-from runkey.cli.output import AsJson, print_json, workspace
+from runkey.cli.output import AsJson, print_beside, print_json, workspace
 from runkey.errors import DataError, ParamsError
-
-# `runkey preset` and `runkey params`: write params.yaml from a preset, check it, print it.
-
+from runkey.identity.key import short_key
 
 _ABOUT_WIDTH = 78
+_HINTS = 2
+_PLACES = (
+    (paths.MODEL, "weights, classes and parameters"),
+    (paths.PREPARED / "contact_sheet.jpg", "the data with its boxes"),
+    (paths.PLOTS / "report.html", "all of it on one page, for a browser"),
+    (paths.PLOTS / "best.jpg", "images that went well, truth beside prediction"),
+    (paths.PLOTS / "worst.jpg", "images that went badly"),
+    (paths.PLOTS, "curves and tables; `dvc plots show` makes a page of them"),
+)
 
 
 def preset(
@@ -103,9 +110,6 @@ def _about(text: str) -> str:
     return textwrap.shorten(text, _ABOUT_WIDTH, placeholder=" ...")
 
 
-# `runkey key`: the key that a stage's result would have, of the tree as it stands.
-
-
 def key(
     stage: Annotated[str, typer.Argument(help="Stage of dvc.yaml.")] = "train",
     explain: Annotated[
@@ -114,7 +118,7 @@ def key(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print the key of the tree as it stands; nothing needs to have run."""
+    """Print the key of a stage for the working tree; nothing needs to have run."""
     from runkey.identity.key import explain as lines_of
     from runkey.identity.key import make_recipe
 
@@ -129,20 +133,15 @@ def key(
 
 def sample_data(
     out: Annotated[
-        Path | None, typer.Argument(help="Folder to write to; default: data/ of the repository.")
+        Path | None, typer.Argument(help="Target folder; default: data/ of the repository.")
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Write over sample data that are there already.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing sample data.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remake the sample data, numbered balls, from scikit-learn's pictures.
-
-    They come out the same, byte for byte.
-    """
+    """Draw the sample data, numbered balls, from scikit-learn's pictures, the same to the byte."""
     target = out or workspace() / "data"
     if not force and target.exists() and any(target.iterdir()):
-        raise DataError(f"{target}: is not empty; name another folder, or say --force")
+        raise DataError(f"{target}: is not empty; name another folder, or use --force")
     from runkey.data.sample import make_sample  # scikit-learn: 2 s
 
     counts = make_sample(target)
@@ -152,3 +151,64 @@ def sample_data(
     for split, (images, balls) in counts.items():
         print(f"{split}: {images} images, {balls} balls")
     print(f"written to {target}/; annotations are COCO's, LICENSE.txt names the authors")
+
+
+def summary(as_json: AsJson = False) -> None:
+    """Show the result of the last pipeline, and where to look next."""
+    root = workspace()
+    trained = _read(root / paths.METRICS / "train.json")
+    evaluated = _read(root / paths.METRICS / "evaluate.json")
+    run = _read(root / paths.RUN_JSON)
+    if as_json:
+        print_json({"key": run["key"], "run": run["run_id"]} | trained | evaluated)
+        return
+    numbers = [f"{name} {evaluated[name]:.3f}" for name in ("AP", "AP50", "AP75")]
+    minutes, seconds = divmod(round(trained["seconds"]), 60)
+    key = short_key(str(run["key"]))
+    rows = [
+        ("result", "   ".join(numbers) + "   (COCO, on the held-out images)"),
+        ("training", f"{minutes} min {seconds:02d} s, weights of epoch {trained['best_epoch']}"),
+        ("key", f"{key}   (runkey show {key})"),
+        *((str(place), text) for place, text in _PLACES if (root / place).exists()),
+        ("make ui", _mlflow_line(run)),
+        *_next(root),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        print_beside(f"  {name:<{width}}  ", text)
+
+
+def _next(root: Path) -> list[tuple[str, str]]:
+    """Return what to try next: the changes of hints that still hold, and another learning rate.
+
+    The report shows what the hints are about.
+    """
+    from runkey.params import load_params
+    from runkey.plots.hints import standing_hints
+    from runkey.plots.log import SAMPLES, read_log, read_samples
+
+    log = root / paths.LOGS / "train.jsonl"
+    hints = []
+    if log.is_file():
+        params = load_params(root / paths.PARAMS).flat(runtime=True)
+        hints = standing_hints(read_log(log), params, read_samples(log.with_name(SAMPLES)))
+    changes = [f"{hint.change}   (hint: {hint.kind})" for hint in hints[:_HINTS]]
+    another = "dvc exp run -S lr=5e-4, then runkey list, make ui or dvc metrics diff"
+    first, *others = [*changes, another]
+    return [("try", first), *(("", text) for text in others)]
+
+
+def _mlflow_line(run: dict[str, Any]) -> str:
+    if not run.get("run_id"):
+        return "(this run was not recorded in MLflow)"
+    return "MLflow's pages on all runs"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path.relative_to(path.parents[1])}: not found; `make repro` makes it"
+        ) from None
+    return content

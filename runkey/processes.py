@@ -1,0 +1,73 @@
+"""Processes of this machine, told apart from every other one that ever was."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+_PROC = Path("/proc")
+_BOOT_ID = _PROC / "sys/kernel/random/boot_id"
+_ENDED = frozenset("ZX")
+"""States in /proc of an ended process: the parent of a zombie has not noticed yet."""
+_STATE, _START = 0, 19
+"""Positions of `state` and `starttime` in /proc/PID/stat, after the name in brackets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """A process."""
+
+    pid: int
+    boot: str
+    """Id of the machine's boot; empty where there is no /proc."""
+    namespace: str
+    """PID namespace that `pid` is counted in: each container of a machine has its own."""
+    started: int
+    """Clock ticks from boot to the start of the process: pids are reused, this is not."""
+
+    def is_beside(self, other: Process) -> bool:
+        """Return True if both count pids alike, so that one can see the other."""
+        return (self.boot, self.namespace) == (other.boot, other.namespace)
+
+
+def this_process(pid: int | None = None) -> Process:
+    """Return this process, or another one of this machine."""
+    pid, visible = pid or os.getpid(), _proc_is_ours()
+    stat = _stat(pid) if visible else None
+    return Process(
+        pid=pid,
+        boot=_BOOT_ID.read_text(encoding="ascii").strip() if visible else "",
+        namespace=str((_PROC / "self/ns/pid").readlink()) if visible else "",
+        started=stat[1] if stat else 0,
+    )
+
+
+def is_running(process: Process) -> bool | None:
+    """Return whether a process is there; None: it cannot be seen from here."""
+    here = this_process()
+    if not here.boot or not here.is_beside(process):
+        return None
+    stat = _stat(process.pid)
+    return stat is not None and stat[0] not in _ENDED and stat[1] == process.started
+
+
+def _proc_is_ours() -> bool:
+    """Return True if /proc counts processes as this one does.
+
+    A PID namespace without a /proc of its own sees the outer one, where its pids are others.
+    """
+    try:
+        return (_PROC / "self").readlink() == Path(str(os.getpid()))
+    except OSError:
+        return False
+
+
+def _stat(pid: int) -> tuple[str, int] | None:
+    """Return state and start time of a process; None if there is none."""
+    try:
+        text = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()  # the name before it may hold spaces and brackets
+    return fields[_STATE], int(fields[_START])
