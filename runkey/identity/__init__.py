@@ -1,4 +1,4 @@
-"""What makes a run the same run: its key, and the four parts that the key is made of.
+"""The identity of a run: its key, the four parts of the key, and what is recorded of a run.
 
 Imports neither torch nor mlflow nor dvc, so that a key is known in a fraction of a second.
 """

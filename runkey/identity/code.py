@@ -1,10 +1,10 @@
-"""Which of the repository's own files a stage can reach by import, read from their syntax trees.
+"""The repository's files that a stage can import, and their hashes, read from syntax trees.
 
     import_closure("stages.train", root)    # ("runkey/__init__.py", "runkey/data/dataset.py", ...)
 
-Nothing is imported, so this takes milliseconds and knows imports inside functions too, and those
-by `import_module("a.b")`.  What it cannot know is a name that is made at run time;
-`imported_files` lists, after a run, what was really imported, and `undeclared` compares the two.
+Nothing is imported, so this takes milliseconds and also finds imports inside functions and by
+`import_module("a.b")`.  It cannot find names that are built at run time: after a run,
+`imported_files` lists what was really imported, and `undeclared` compares the two.
 """
 
 from __future__ import annotations
@@ -35,38 +35,37 @@ EXCLUDED = (
     "runkey/pipeline/once.py",
     "runkey/pipeline/record.py",
 )
-"""Files that tell about a run and do not change its results: the command line, telemetry, pictures,
-errors, progress, and what names runs (whose meaning is in `runkey.identity.key.SCHEMA`).  A folder
-ends with `/`.  What only these files import is left out as well.  The list itself is part of the
-key."""
+"""Files that do not change a run's results: the command line, telemetry, pictures, errors, progress,
+and the code of the keys themselves (which `runkey.identity.key.SCHEMA` stands for).  A folder ends
+with `/`.  Files that only these import are left out as well.  The list is part of the key."""
 BYTES = "bytes"
-"""Rule of the keys `rk1-`: a file of code is hashed by its bytes."""
+"""Rule of `rk1-` keys: hash a file of code by its bytes."""
 
 _CALLS = ("import_module", "__import__")
 _BY_NAME = tuple(name.encode() for name in _CALLS)
 _BODIES = ("body", "orelse", "finalbody", "handlers", "cases")
-"""Where statements hold other statements."""
+"""Fields of statements that hold other statements."""
 
 
 def is_excluded(path: str, excluded: Iterable[str] = EXCLUDED) -> bool:
-    """Whether a repo-relative path is on the list of excluded files and folders."""
+    """Return True if a repo-relative path is on the list of excluded files and folders."""
     return any(
         path == entry or (entry.endswith("/") and path.startswith(entry)) for entry in excluded
     )
 
 
 def import_closure(module: str, root: Path, excluded: Iterable[str] = EXCLUDED) -> tuple[str, ...]:
-    """Repo-relative paths of the first-party files that `python -m module` can import, sorted.
+    """Return the repo-relative paths of first-party files that `python -m module` can import.
 
-    First-party is what lies under `root`; the `__init__.py` of every package on the way counts.
+    First-party is what is under `root`, with the `__init__.py` of every package on the way.
 
     Args:
-        module: dotted name of the module that is run, such as `stages.train`.
+        module: dotted name, such as `stages.train`.
         root: the repository.
-        excluded: files and folders (with a `/` at the end) that are left out and not looked into.
+        excluded: files and folders (ending with `/`) that are left out and not searched.
 
     Raises:
-        RecipeError: there is no such module, or a file of the closure is no Python.
+        RecipeError: there is no such module, or a file is not Python.
     """
     path = PurePosixPath(*module.split("."))
     entry = [p for p in (f"{path}.py", f"{path}/__main__.py") if (root / p).is_file()]
@@ -77,7 +76,7 @@ def import_closure(module: str, root: Path, excluded: Iterable[str] = EXCLUDED) 
 
 
 def _reached(start: Iterable[str], tree: _Tree, excluded: tuple[str, ...]) -> tuple[str, ...]:
-    """The files of `start` and all that they reach by import, sorted."""
+    """Return the files of `start` and all that they can import, sorted."""
     waiting, found = list(start), set[str]()
     while waiting:
         file = waiting.pop()
@@ -97,11 +96,11 @@ def code_rule(code: Mapping[str, Any]) -> str:
 def hash_code(path: str, data: bytes, rule: str = RULE) -> str:
     """Return the hex sha256 of a file of code.
 
-    By `RULE`, what Python does with a `.py` file is hashed, see `runkey.identity.syntax`; of other
-    files, and by `BYTES`, the bytes.  CRLF counts as LF: a checkout on Windows has the same key.
+    `RULE` hashes the syntax tree of a `.py` file (see `runkey.identity.syntax`) and the bytes of
+    others; `BYTES` hashes bytes.  CRLF counts as LF: a checkout on Windows has the same key.
 
     Raises:
-        RecipeError: the file is no Python, or reads its docstrings.
+        RecipeError: the file is not Python, or reads its docstrings.
     """
     data = _with_lf(data)
     if rule == BYTES or not path.endswith(".py"):
@@ -133,17 +132,17 @@ def hash_files(paths: Iterable[str], root: Path, rule: str = RULE) -> dict[str, 
 
 
 def imported_files(root: Path) -> tuple[str, ...]:
-    """Repo-relative paths of the first-party files that this process has imported, sorted."""
+    """Return the repo-relative paths of first-party files that this process imported, sorted."""
     home = root.resolve()
     files = (getattr(module, "__file__", None) for module in tuple(sys.modules.values()))
-    # Some of torch's modules name a file that does not exist, relative to nothing.
+    # Some of torch's modules name a relative file that does not exist.
     paths = {Path(file).resolve() for file in files if file and Path(file).is_absolute()}
     inside = (path.relative_to(home) for path in paths if path.is_relative_to(home))
     return tuple(sorted(p.as_posix() for p in inside if not p.parts[0].startswith(".")))
 
 
 def foreign_files(root: Path) -> tuple[str, ...]:
-    """Absolute paths of imported files outside the repository and the interpreter, sorted.
+    """Return the absolute paths of imported files outside repository and interpreter, sorted.
 
     `PYTHONPATH` or a .pth file can put one before a locked package; no key covers it.
     """
@@ -160,9 +159,9 @@ def undeclared(
     root: Path,
     excluded: Iterable[str] = EXCLUDED,
 ) -> tuple[str, ...]:
-    """Imported files that a key does not cover, sorted.
+    """Return the imported files that a key does not cover, sorted.
 
-    Left out are declared files, excluded ones, and what excluded ones import.
+    Declared files, excluded ones, and what excluded ones import are left out.
     """
     entries, files = tuple(excluded), set(imported)
     known = set(declared)
@@ -175,16 +174,16 @@ def undeclared(
 
 
 class _Tree:
-    """The folders under a root, each listed once: what is there is asked thousands of times."""
+    """The folders under a root, each listed once: lookups come by the thousand."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._folders: dict[str, tuple[set[str], set[str]]] = {}
 
     def files_of(self, module: str) -> list[str]:
-        """A module's file and the `__init__.py` of the packages above it; [] if not first-party.
+        """Return a module's file and the `__init__.py` of its packages; [] if not first-party.
 
-        A name that goes on after the last module (`package.module.function`) gives that module.
+        A longer name (`package.module.function`) gives the module in it.
         """
         files: list[str] = []
         folder = ""
@@ -201,7 +200,7 @@ class _Tree:
         return files
 
     def _listed(self, folder: str) -> tuple[set[str], set[str]]:
-        """Names of the files and of the folders in a folder, which is "" or ends with `/`."""
+        """Return the file names and folder names in a folder, which is "" or ends with `/`."""
         if folder not in self._folders:
             with os.scandir(self.root / folder) as entries:
                 kinds = [(entry.name, entry.is_dir()) for entry in entries]
@@ -213,15 +212,15 @@ class _Tree:
 
 
 class _Module(NamedTuple):
-    """What a key needs of a Python file."""
+    """The parts of a Python file that a key needs."""
 
     imports: tuple[str, ...]
-    """Absolute dotted names of everything that it imports, at any depth of its code."""
+    """Absolute dotted names of everything that it imports, at any depth."""
     digest: str | RecipeError
-    """See `syntax_digest`.  A file on the exclude list may be one that cannot be hashed."""
+    """See `syntax_digest`; an error, since excluded files need no hash."""
 
 
-# The stages of one pipeline share most of their files, and parsing is what takes time.
+# The stages of a pipeline share most of their files, and parsing takes the time.
 @functools.cache
 def _read(path: str, source: bytes) -> _Module:
     try:
@@ -255,7 +254,7 @@ def _imports(path: str, source: bytes, tree: ast.Module) -> tuple[str, ...]:
 
 
 def _import_statements(body: Iterable[ast.AST]) -> Iterator[ast.Import | ast.ImportFrom]:
-    """The import statements in statements; expressions hold none, and are most of a tree."""
+    """Yield the import statements in statements; expressions, most of a tree, hold none."""
     for node in body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node
@@ -265,7 +264,7 @@ def _import_statements(body: Iterable[ast.AST]) -> Iterator[ast.Import | ast.Imp
 
 
 def _imported_by_name(tree: ast.AST, package: str) -> Iterator[str]:
-    """What `importlib.import_module("a.b")` and `__import__("a.b")` name by a literal."""
+    """Yield the literal names in `importlib.import_module("a.b")` and `__import__("a.b")`."""
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Call) and node.args):
             continue

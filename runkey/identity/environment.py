@@ -1,9 +1,10 @@
-"""The pins of requirements.txt, derived from conda-lock.yml: the same versions without conda.
+"""The locked environment: packages of conda-lock.yml, pins of requirements.txt, what is installed.
 
     python -m runkey.identity.environment | uv pip compile --generate-hashes - -o requirements.txt
 
-(`make lock` does this.)  A conda package is a Python package if it depends on Python; the tables
-below name the few whose names differ, and those that exist on one side only.
+(`make lock` does this) derives the pins of requirements.txt from conda-lock.yml: the same versions
+without conda.  A conda package is a Python package if it depends on Python; tables below list the
+few with another name, and those that exist on one side only.
 """
 
 from __future__ import annotations
@@ -22,10 +23,9 @@ from runkey.errors import LockError, report_errors
 from runkey.identity.dvc_yaml import parse_yaml_text, read_yaml_text
 from runkey.paths import LOCK, workspace
 
-# The package entries of conda-lock.yml: read line by line where it is written as conda-lock does.
-
-
-# Scalars that mean in YAML exactly what stands there: no `: `, ` #`, anchors, tags, flow brackets.
+# conda-lock.yml is 1 MB, for which a YAML parser takes seconds: read it by regular expressions if
+# it has the form that conda-lock writes.  These scalars mean in YAML exactly what they show: no
+# `: `, ` #`, anchors, tags, flow brackets.
 _PLAIN = r"[A-Za-z0-9_<=](?:[A-Za-z0-9_.+!~<>=*|,/%@-]|:(?=/))*"
 _SCALAR = rf"(?:{_PLAIN}|'(?:[ -&(-~]|'')*')"
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
@@ -51,13 +51,13 @@ _SCALARS = ("name", "version", "manager", "platform", "url", "category", "option
 
 
 def lock_entries(text: str) -> list[dict[str, Any]] | None:
-    """The entries under `package`, as `runkey.identity.dvc_yaml` reads them.
+    """Return the entries under `package`, as `runkey.identity.dvc_yaml` would read them.
 
     Args:
         text: contents of a conda-lock file.
 
     Returns:
-        None if any line is of another form than conda-lock gives it.
+        None if any line has another form than conda-lock writes.
     """
     head = _HEAD.match(text)
     if not head or not _is_whole(text[: head.end() - len("package:\n")]):
@@ -74,7 +74,7 @@ def lock_entries(text: str) -> list[dict[str, Any]] | None:
 
 
 def _is_whole(head: str) -> bool:
-    """Whether nothing that begins before `package:` reaches beyond it, such as an open quote."""
+    """Return True if nothing before `package:` extends beyond it, such as an open quote."""
     try:
         return isinstance(parse_yaml_text(head), dict)
     except yaml.YAMLError:
@@ -92,12 +92,11 @@ def _entry(match: re.Match[str]) -> dict[str, Any]:
 
 
 def _value(scalar: str) -> str:
-    """What a scalar says: without its quotes, in which `''` is one quote."""
+    """Return the value of a scalar: without its quotes, in which `''` is one quote."""
     return scalar[1:-1].replace("''", "'") if scalar.startswith("'") else scalar
 
 
-# The environment part of a key: the packages that conda-lock.yml holds for one platform.
-
+# --- the environment part of a key
 
 PLATFORM = "linux-64"
 CATEGORY = "main"
@@ -107,7 +106,7 @@ _PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)")
 
 @dataclass(frozen=True, order=True)
 class Package:
-    """One locked package: what tells its build from every other."""
+    """One locked package, identified to the build."""
 
     name: str
     version: str
@@ -116,18 +115,18 @@ class Package:
     hash: str
     """`sha256:<hex>`, or `md5:<hex>` where the lock has no better."""
     needs_python: bool = False
-    """Whether it lists Python among its dependencies.  Follows from the build, so not hashed."""
+    """Whether it depends on Python; follows from the build, so it is not hashed."""
 
     def row(self) -> list[str]:
-        """`[name, version, build, hash]`, as it enters the key."""
+        """Return `[name, version, build, hash]`, as it enters the key."""
         return list(astuple(self)[:4])
 
 
 def read_lock(path: Path, platform: str = PLATFORM) -> tuple[Package, ...]:
-    """The packages of one platform in a conda-lock file, sorted.
+    """Return the packages of one platform in a conda-lock file, sorted.
 
     Raises:
-        LockError: the file is missing, is no conda-lock file, or does not know the platform.
+        LockError: the file is missing, is not a conda-lock file, or lacks the platform.
     """
     entries = _entries(path)
     try:
@@ -146,7 +145,7 @@ def read_lock(path: Path, platform: str = PLATFORM) -> tuple[Package, ...]:
 
 
 def _entries(path: Path) -> list[Any]:
-    """What stands under `package`, not yet checked."""
+    """Return the entries under `package`, unchecked."""
     try:
         entries: Any = lock_entries(path.read_text(encoding="utf-8"))
         if entries is None:
@@ -179,13 +178,13 @@ def _package(entry: Mapping[str, Any]) -> Package:
 
 
 def _build(entry: Mapping[str, Any]) -> str:
-    """The last of the three parts of `<name>-<version>-<build>.conda`."""
+    """Return the build of `<name>-<version>-<build>.conda`."""
     file = str(entry["url"]).rsplit("/", 1)[-1]
     return file.removesuffix(".conda").removesuffix(".tar.bz2").rsplit("-", 1)[-1]
 
 
 def environment_preimage(lock: Path, platform: str = PLATFORM) -> dict[str, Any]:
-    """What the environment part hashes: the platform and its packages, nothing else of the file.
+    """Return what the environment part hashes: the platform and its packages.
 
     Raises:
         LockError: see `read_lock`.
@@ -194,12 +193,12 @@ def environment_preimage(lock: Path, platform: str = PLATFORM) -> dict[str, Any]
 
 
 def normalise_name(name: str) -> str:
-    """A distribution's name in the one form that compares equal (PEP 503)."""
+    """Return a distribution's normalised name (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def read_requirements(path: Path) -> dict[str, str]:
-    """Version by normalised name of every `name==version` in a requirements file.
+    """Return version by normalised name of every `name==version` in a requirements file.
 
     Raises:
         LockError: the file is missing or pins nothing.
@@ -215,13 +214,13 @@ def read_requirements(path: Path) -> dict[str, str]:
 
 
 def locked_cuda(packages: Mapping[str, str] | tuple[Package, ...]) -> str | None:
-    """The CUDA version that the locked torch is built for, such as `12.9`; None: for the CPU.
+    """Return the CUDA version of the locked torch, such as `12.9`; None: a CPU build.
 
-    conda and the Python index have different builds of one version of torch: conda's build string
-    names its CUDA (`cuda129_...`); the wheel depends on the packages of the CUDA it is built for.
+    conda and the Python index have different builds of one torch version: conda's build string
+    names its CUDA (`cuda129_...`); a wheel depends on the packages of its CUDA.
 
     Args:
-        packages: of conda-lock.yml, or the pins of requirements.txt.
+        packages: packages of conda-lock.yml, or pins of requirements.txt.
     """
     if isinstance(packages, Mapping):
         runtime = (v for name, v in packages.items() if name.startswith("nvidia-cuda-runtime"))
@@ -231,12 +230,12 @@ def locked_cuda(packages: Mapping[str, str] | tuple[Package, ...]) -> str | None
 
 
 def installed_cuda() -> str | None:
-    """The CUDA version that the installed torch is built for; None: for the CPU, or no torch.
+    """Return the CUDA version of the installed torch; None: a CPU build, or no torch.
 
-    The wheel's version does not say (`2.10.0` for every build), so this reads the assignment in
-    torch/version.py, without the seconds that an import of torch takes.
+    The wheel's version does not tell (`2.10.0` for every build), so this reads torch/version.py,
+    without the seconds that importing torch takes.
     """
-    import importlib.util  # not at the top: no key needs it
+    import importlib.util  # here: no key needs it
 
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
@@ -247,26 +246,26 @@ def installed_cuda() -> str | None:
 
 
 def installed_packages() -> dict[str, str]:
-    """Version by normalised name of every distribution that this interpreter can import.
+    """Return version by normalised name of every distribution that this interpreter can import.
 
-    Without this project itself, whose code the key has file by file.
+    This project itself is left out: the key has its code file by file.
     """
-    # Not at the top: it costs 0.03 s, which no key needs.
+    # Here: it takes 0.03 s, and no key needs it.
     import importlib.metadata
 
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
-        # Every access parses the file anew.
+        # Each access parses the file again.
         metadata = distribution.metadata
         if metadata["Name"]:
-            # The first on the path is the one that is imported.
+            # Python imports the first on the path.
             found.setdefault(normalise_name(metadata["Name"]), metadata["Version"])
     found.pop("runkey", None)
     return dict(sorted(found.items()))
 
 
 def differences(locked: Mapping[str, str], installed: Mapping[str, str]) -> list[str]:
-    """A line per locked package that is missing or of another version.
+    """Return a line per locked package that is missing or has another version.
 
     Such as `numpy: locked 2.5.1, installed 2.4.0`; packages that are not locked do not count.
     """
@@ -278,7 +277,7 @@ def differences(locked: Mapping[str, str], installed: Mapping[str, str]) -> list
 
 
 def interpreter() -> str:
-    """Implementation, version and machine, such as `CPython 3.12.13 Linux x86_64`."""
+    """Return Python's implementation and version, and the machine: `CPython 3.12.13 Linux x86_64`."""
     return " ".join(
         (
             this_machine.python_implementation(),
@@ -300,10 +299,10 @@ PYTHON_NAMES: dict[str, tuple[str, ...]] = {
     "pyarrow-core": ("pyarrow",),
     "python-tzdata": ("tzdata",),
     "pytorch": ("torch",),
-    # A program that needs no Python, but is published on the Python index too.
+    # A program without Python that is on the Python index too.
     "uv": ("uv",),
 }
-"""Conda name -> names on the Python index, where they are not the same single one."""
+"""Conda name -> names on the Python index, where they differ."""
 
 CONDA_ONLY = frozenset(
     {
@@ -318,11 +317,11 @@ CONDA_ONLY = frozenset(
         "triton",  # torch's wheel pins the version it was built for
     }
 )
-"""Conda packages that depend on Python and have no line of their own in requirements.txt."""
+"""Conda packages that depend on Python and have no line in requirements.txt."""
 
 
 def python_pins(packages: Iterable[Package]) -> dict[str, str]:
-    """Version by name on the Python index of every Python package among the locked ones, sorted."""
+    """Return version by Python index name of every locked Python package, sorted."""
     pins: dict[str, str] = {}
     for package in packages:
         if package.name in CONDA_ONLY:
@@ -334,7 +333,7 @@ def python_pins(packages: Iterable[Package]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Write the pins of the repository's lock to standard output, one a line."""
+    """Print the pins of the repository's lock, one per line."""
     with report_errors():
         for name, version in python_pins(read_lock(workspace() / LOCK)).items():
             sys.stdout.write(f"{name}=={version}\n")

@@ -1,12 +1,12 @@
-"""The key of a stage's result: a hash over all that decides it, known before anything has run.
+"""The key of a stage's result: a hash over everything that decides it, known before it runs.
 
     recipe = make_recipe("train", root)
     recipe.key                  # rk2-<64 hex digits>
     recipe.parts["code"]        # one of the four hashes in it
-    recipe.preimages["code"]    # what that one hashes, for a comparison of two runs
+    recipe.preimages["code"]    # what that part hashes, to compare two runs
 
-The recipe of a stage holds the code, the parameters and the data of the stages before it as well,
-never the hashes of their outputs: a key that changes by having run could not be looked up first.
+The recipe of a stage includes the code, parameters and data of the stages before it, never the
+hashes of their outputs: a key that depends on outputs could not be looked up before they exist.
 """
 
 from __future__ import annotations
@@ -24,21 +24,235 @@ from runkey.identity.dvc_yaml import Stage, chain, covers, meets, read_pipeline,
 from runkey.identity.environment import PLATFORM, environment_preimage
 from runkey.identity.syntax import RULE
 from runkey.paths import LOCK, PARAMS
+from runkey.progress import WIDTH
 
 if TYPE_CHECKING:
     from runkey.params import Params
 
 
-# A recipe as text: the key, its four parts, and everything that each part hashes.
+SCHEMA = "rk2"
+"""Version of the rule; changes whenever the same inputs would give another key."""
+OLDER = {"rk1": "bytes of the code"}
+"""Rules of older keys, and what they hash of the code; such runs keep their keys."""
+SCHEMAS = (SCHEMA, *OLDER)
+ANY_SCHEMA = "rk[12]"
+"""Regular expression and glob that match the rule of any key."""
+ANY_KEY = "rk"
+"""Prefix of every key."""
+SHORT = 12
+PARTS = ("code", "params", "data", "environment")
 
+DATA_PATH = "data.path"
+"""Not hashed: the data part hashes what is there, wherever it is."""
+FILE_PARAMS = ("model.backbone_weights", "model.init_from")
+"""Values that may be paths of files: the file's hash enters the key instead of its path."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a stage's result."""
+
+    stage: str
+    cmd: Mapping[str, str]
+    """Command by stage, of this stage and of all before it."""
+    preimages: Mapping[str, Any]
+    """What each of the four `PARTS` hashes."""
+    schema: str = SCHEMA
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Hex sha256 of each part.  The part's name is hashed too, so that no part equals another."""
+        return {part: part_digest(part, self.preimages[part], self.schema) for part in PARTS}
+
+    @property
+    def key(self) -> str:
+        """`rk2-` and 64 hex digits."""
+        whole = {"schema": self.schema, "stage": self.stage, "cmd": dict(self.cmd), **self.parts}
+        return f"{self.schema}-{part_digest('recipe', whole, self.schema)}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the contents of key.json: the key, its parts and everything that they hash."""
+        return {
+            "schema": self.schema,
+            "key": self.key,
+            "stage": self.stage,
+            "cmd": dict(self.cmd),
+            "parts": self.parts,
+            "preimages": dict(self.preimages),
+        }
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
+        """Return the recipe that `as_dict` gave, also one of an older rule.
+
+        Raises:
+            RecipeError: it has another schema, is incomplete, or does not hash to its own key.
+        """
+        schema = stored.get("schema")
+        if schema not in SCHEMAS:
+            raise RecipeError(
+                f"key.json: schema {schema!r}; this runkey reads {' and '.join(SCHEMAS)}"
+            )
+        try:
+            recipe = cls(stored["stage"], stored["cmd"], stored["preimages"], schema)
+            matches = recipe.key == stored["key"]
+        except (KeyError, TypeError) as error:
+            raise RecipeError(f"key.json: lacks {error}") from None
+        if not matches:
+            raise RecipeError(f"key.json: its contents do not hash to its key {stored['key']}")
+        code = recipe.preimages["code"]
+        rule = code_rule(code) if isinstance(code, Mapping) else None
+        if rule not in (RULE, BYTES):
+            raise RecipeError(f"key.json: code by rule {rule!r}; this runkey reads {RULE}, {BYTES}")
+        return recipe
+
+
+def short_key(key: str) -> str:
+    """Return the key as it is shown: `rk2-` and 12 digits."""
+    return key[: len(SCHEMA) + 1 + SHORT]
+
+
+def older_rule(key: str) -> str:
+    """Return a remark on a key that is made by an older rule; empty for any other."""
+    schema = key.partition("-")[0]
+    return f"key by the older rule {schema} ({OLDER[schema]})" if schema in OLDER else ""
+
+
+def make_recipe(
+    stage: str,
+    root: Path,
+    params: Params | None = None,
+    platform: str = PLATFORM,
+    excluded: Iterable[str] = EXCLUDED,
+) -> Recipe:
+    """Return the recipe of a stage for the files in `root` as they are now.
+
+    Args:
+        stage: its name in dvc.yaml.
+        root: the repository, or DVC's temporary copy of it.
+        params: the checked parameters; read from params.yaml if None.
+        platform: platform of conda-lock.yml whose packages count.
+        excluded: see `runkey.identity.code.EXCLUDED`.
+
+    Raises:
+        RecipeError: something that the key covers is missing; the text names it.
+        ParamsError: params.yaml is missing or wrong.
+        LockError: conda-lock.yml is missing or wrong.
+    """
+    if params is None:
+        # Importing the schema takes 0.2 s, which other users of this module save.
+        from runkey.params import load_params
+
+        params = load_params(root / PARAMS)
+    flat = params.flat()
+    stages = chain(read_pipeline(root, flat), stage)
+    data, files = _data_and_files(stages, flat, root)
+    preimages = {
+        "code": _code(stages, files, root, tuple(excluded)),
+        "params": _params(stages, flat, root),
+        "data": data,
+        "environment": environment_preimage(root / LOCK, platform),
+    }
+    return Recipe(stage, {one.name: one.cmd for one in stages}, preimages)
+
+
+def part_digest(kind: str, preimage: Any, schema: str = SCHEMA) -> str:
+    """Return the hex sha256 of a preimage, prefixed with `kind` (one of `PARTS`, or `recipe`).
+
+    Text is hashed as it is written, without Unicode normalisation.
+
+    Raises:
+        RecipeError: a text holds half of a surrogate pair, which UTF-8 cannot encode.
+    """
+    try:
+        return sha256_bytes(f"{schema}:{kind}\n{canonical_json(preimage)}".encode())
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise RecipeError(f"{PARAMS}: a text holds half a character, {half}") from None
+
+
+def _code(
+    stages: Iterable[Stage], files: Iterable[str], root: Path, excluded: tuple[str, ...]
+) -> dict[str, Any]:
+    """Hash the files that the stages can import, and the declared files beside them."""
+    paths = set(files)
+    for stage in stages:
+        paths |= set(import_closure(stage.module, root, excluded))
+    return {
+        "rule": RULE,
+        "files": hash_files(sorted(paths), root),
+        "excluded": sorted(excluded),
+    }
+
+
+def _params(stages: Iterable[Stage], flat: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Return the values that the stages list, with defaults filled in."""
+    chosen: dict[str, Any] = {}
+    for stage in stages:
+        for name in stage.params:
+            values = {n: v for n, v in flat.items() if n == name or n.startswith(f"{name}.")}
+            if not values and name.split(".")[0] != "runtime":
+                raise RecipeError(f"dvc.yaml: stage {stage.name} lists {name}, no name in {PARAMS}")
+            chosen |= values
+    chosen.pop(DATA_PATH, None)
+    for name in FILE_PARAMS:
+        if chosen.get(name) not in (None, "none", "imagenet"):
+            chosen[name] = _file_hash(name, chosen[name], root)
+    return chosen
+
+
+def _file_hash(name: str, value: str, root: Path) -> str:
+    path = root / value
+    if not path.is_file():
+        raise RecipeError(f"{PARAMS}: {name} = {value}: no such file")
+    return f"sha256:{sha256_file(path)}"
+
+
+def _data_and_files(
+    stages: tuple[Stage, ...], flat: Mapping[str, Any], root: Path
+) -> tuple[dict[str, str], list[str]]:
+    """Return the md5s of tracked inputs, and the declared files that are neither data nor Python.
+
+    The folder of the images counts even if dvc.yaml does not list it.
+    """
+    outs = [out for stage in stages for out in stage.outs]
+    deps = [d for s in stages for d in s.deps if not any(meets(d, out) for out in outs)]
+    where = str(flat[DATA_PATH]).rstrip("/")
+    data: dict[str, str] = {}
+    files: list[str] = []
+    for dep in dict.fromkeys([where, *deps]):
+        md5 = tracked_md5(dep, root)
+        if md5 is not None:
+            data["data" if dep == where else dep] = md5
+        elif dep == where:
+            raise RecipeError(f"{PARAMS}: {DATA_PATH} = {where} is not tracked; `dvc add {where}`")
+        elif not covers(dep, str(LOCK)):
+            files += _other_files(dep, root)
+    return data, files
+
+
+def _other_files(dep: str, root: Path) -> list[str]:
+    """Return the files at a declared path that Python does not import, such as templates."""
+    path = root / dep
+    if not path.exists():
+        raise RecipeError(f"dvc.yaml: {dep} is a dependency and does not exist")
+    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    relative = (file.relative_to(root) for file in found)
+    return [
+        r.as_posix()
+        for r in relative
+        if r.suffix not in (".py", ".pyc") and not any(part.startswith(".") for part in r.parts)
+    ]
+
+
+# --- runkey key --explain
 
 _SHOWN = 12
-"""Digits of a file's or package's hash; `as_dict` has them all."""
-_WIDTH = 100
+"""Digits of a hash; `Recipe.as_dict` has them all."""
 
 
 def explain(recipe: Recipe) -> Iterator[str]:
-    """The lines of `runkey key --explain`; packages come last, since they are most of them."""
+    """Yield the lines of `runkey key --explain`."""
     yield recipe.key
     yield f"stage {recipe.stage}: what decides its result, known before anything has run"
     parts = recipe.parts
@@ -65,240 +279,25 @@ def _explain_params(preimage: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"{name} = {json.dumps(value)}" for name, value in sorted(preimage.items()))
 
 
-def _data(preimage: Mapping[str, Any]) -> Iterator[str]:
+def _explain_data(preimage: Mapping[str, Any]) -> Iterator[str]:
     yield "what `dvc add` writes into the .dvc file of each:"
     yield from (f"{name} = {md5}" for name, md5 in sorted(preimage.items()))
 
 
-def _environment(preimage: Mapping[str, Any]) -> Iterator[str]:
+def _explain_environment(preimage: Mapping[str, Any]) -> Iterator[str]:
     packages = preimage["packages"]
     yield f"{len(packages)} packages of conda-lock.yml for {preimage['platform']}:"
-    for name, version, build, content in packages:
-        kind, _, digits = content.partition(":")
+    for name, version, build, digest in packages:
+        kind, _, digits = digest.partition(":")
         short = digits[:_SHOWN] if kind == "sha256" else f"{kind}:{digits[:_SHOWN]}"
         line = f"{short}  {name} {version}"
-        # Builds are flush right where there is room: the eye reads names and versions.
-        yield f"{line} {build:>{max(0, _WIDTH - 3 - len(line))}}"
+        # Builds are flush right where there is room.
+        yield f"{line} {build:>{max(0, WIDTH - 3 - len(line))}}"
 
 
 _LINES = {
     "code": _explain_code,
     "params": _explain_params,
-    "data": _data,
-    "environment": _environment,
+    "data": _explain_data,
+    "environment": _explain_environment,
 }
-
-
-SCHEMA = "rk2"
-"""Changes whenever the same inputs would give another key."""
-OLDER = {"rk1": "bytes of the code"}
-"""Rules by which older runs are named, and what they hash; such runs keep their keys."""
-SCHEMAS = (SCHEMA, *OLDER)
-ANY_SCHEMA = "rk[12]"
-"""Matches the rule of any key, in a regular expression and in a glob."""
-ANY_KEY = "rk"
-"""What every key begins with."""
-SHORT = 12
-PARTS = ("code", "params", "data", "environment")
-
-DATA_PATH = "data.path"
-"""Where the data lie is not hashed; what lies there is, as the data part."""
-FILE_PARAMS = ("model.backbone_weights", "model.init_from")
-"""Values that may be paths of files: the file's content enters the key in place of its path."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that decides a stage's result."""
-
-    stage: str
-    cmd: Mapping[str, str]
-    """Command by stage, of this one and of all before it."""
-    preimages: Mapping[str, Any]
-    """What each of the four `PARTS` hashes."""
-    schema: str = SCHEMA
-
-    @property
-    def parts(self) -> dict[str, str]:
-        """Hex sha256 of each part.  The part's name is hashed too: no part can pass for another."""
-        return {part: part_digest(part, self.preimages[part], self.schema) for part in PARTS}
-
-    @property
-    def key(self) -> str:
-        """`rk2-` and 64 hex digits."""
-        whole = {"schema": self.schema, "stage": self.stage, "cmd": dict(self.cmd), **self.parts}
-        return f"{self.schema}-{part_digest('recipe', whole, self.schema)}"
-
-    def as_dict(self) -> dict[str, Any]:
-        """For key.json: the key, its parts and everything that they hash."""
-        return {
-            "schema": self.schema,
-            "key": self.key,
-            "stage": self.stage,
-            "cmd": dict(self.cmd),
-            "parts": self.parts,
-            "preimages": dict(self.preimages),
-        }
-
-    @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
-        """The recipe that `as_dict` gave, also of an older rule.
-
-        Raises:
-            RecipeError: it is of another schema, is incomplete, or does not hash to its own key.
-        """
-        schema = stored.get("schema")
-        if schema not in SCHEMAS:
-            raise RecipeError(
-                f"key.json: schema {schema!r}; this runkey reads {' and '.join(SCHEMAS)}"
-            )
-        try:
-            recipe = cls(stored["stage"], stored["cmd"], stored["preimages"], schema)
-            matches = recipe.key == stored["key"]
-        except (KeyError, TypeError) as error:
-            raise RecipeError(f"key.json: lacks {error}") from None
-        if not matches:
-            raise RecipeError(f"key.json: its contents do not hash to its key {stored['key']}")
-        code = recipe.preimages["code"]
-        rule = code_rule(code) if isinstance(code, Mapping) else None
-        if rule not in (RULE, BYTES):
-            raise RecipeError(f"key.json: code by rule {rule!r}; this runkey reads {RULE}, {BYTES}")
-        return recipe
-
-
-def short_key(key: str) -> str:
-    """The key as it is shown: `rk2-` and 12 digits."""
-    return key[: len(SCHEMA) + 1 + SHORT]
-
-
-def older_rule(key: str) -> str:
-    """Return what to tell of a key that is made by an older rule; empty for any other."""
-    schema = key.partition("-")[0]
-    return f"key by the older rule {schema} ({OLDER[schema]})" if schema in OLDER else ""
-
-
-def make_recipe(
-    stage: str,
-    root: Path,
-    params: Params | None = None,
-    platform: str = PLATFORM,
-    excluded: Iterable[str] = EXCLUDED,
-) -> Recipe:
-    """The recipe of a stage as the files in `root` stand now.
-
-    Args:
-        stage: its name in dvc.yaml.
-        root: the repository, or DVC's temporary copy of it.
-        params: the checked parameters; read from params.yaml if None.
-        platform: whose packages of conda-lock.yml are meant.
-        excluded: see `runkey.identity.code.EXCLUDED`.
-
-    Raises:
-        RecipeError: something that enters the recipe is missing; the text names it.
-        ParamsError: params.yaml is missing or wrong.
-        LockError: conda-lock.yml is missing or wrong.
-    """
-    if params is None:
-        # Its checks are built when it is imported, 0.2 s; those who only name keys need none.
-        from runkey.params import load_params
-
-        params = load_params(root / PARAMS)
-    flat = params.flat()
-    stages = chain(read_pipeline(root, flat), stage)
-    data, files = _data_and_files(stages, flat, root)
-    preimages = {
-        "code": _code(stages, files, root, tuple(excluded)),
-        "params": _params(stages, flat, root),
-        "data": data,
-        "environment": environment_preimage(root / LOCK, platform),
-    }
-    return Recipe(stage, {one.name: one.cmd for one in stages}, preimages)
-
-
-def part_digest(kind: str, preimage: Any, schema: str = SCHEMA) -> str:
-    """Hex sha256 of a preimage; `kind`, one of `PARTS` or `recipe`, is hashed before it.
-
-    Text counts as it is written: nothing is normalised, letters that look alike may differ.
-
-    Raises:
-        RecipeError: a text holds half a character, which YAML can write and UTF-8 cannot.
-    """
-    try:
-        return sha256_bytes(f"{schema}:{kind}\n{canonical_json(preimage)}".encode())
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(error.object[error.start]):04x}"
-        raise RecipeError(f"{PARAMS}: a text holds half a character, {half}") from None
-
-
-def _code(
-    stages: Iterable[Stage], files: Iterable[str], root: Path, excluded: tuple[str, ...]
-) -> dict[str, Any]:
-    """Hashes of the files that the stages reach by import, and of declared files beside them."""
-    paths = set(files)
-    for stage in stages:
-        paths |= set(import_closure(stage.module, root, excluded))
-    return {
-        "rule": RULE,
-        "files": hash_files(sorted(paths), root),
-        "excluded": sorted(excluded),
-    }
-
-
-def _params(stages: Iterable[Stage], flat: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """The values that the stages list, with defaults filled in."""
-    chosen: dict[str, Any] = {}
-    for stage in stages:
-        for name in stage.params:
-            values = {n: v for n, v in flat.items() if n == name or n.startswith(f"{name}.")}
-            if not values and name.split(".")[0] != "runtime":
-                raise RecipeError(f"dvc.yaml: stage {stage.name} lists {name}, no name in {PARAMS}")
-            chosen |= values
-    chosen.pop(DATA_PATH, None)
-    for name in FILE_PARAMS:
-        if chosen.get(name) not in (None, "none", "imagenet"):
-            chosen[name] = _file_hash(name, chosen[name], root)
-    return chosen
-
-
-def _file_hash(name: str, value: str, root: Path) -> str:
-    path = root / value
-    if not path.is_file():
-        raise RecipeError(f"{PARAMS}: {name} = {value}: no such file")
-    return f"sha256:{sha256_file(path)}"
-
-
-def _data_and_files(
-    stages: tuple[Stage, ...], flat: Mapping[str, Any], root: Path
-) -> tuple[dict[str, str], list[str]]:
-    """The md5s of the tracked inputs, and the declared files that are neither data nor Python.
-
-    The folder that the images are really read from counts, whether dvc.yaml names it or not.
-    """
-    outs = [out for stage in stages for out in stage.outs]
-    deps = [d for s in stages for d in s.deps if not any(meets(d, out) for out in outs)]
-    where = str(flat[DATA_PATH]).rstrip("/")
-    data: dict[str, str] = {}
-    files: list[str] = []
-    for dep in dict.fromkeys([where, *deps]):
-        md5 = tracked_md5(dep, root)
-        if md5 is not None:
-            data["data" if dep == where else dep] = md5
-        elif dep == where:
-            raise RecipeError(f"{PARAMS}: {DATA_PATH} = {where} is not tracked; `dvc add {where}`")
-        elif not covers(dep, str(LOCK)):
-            files += _other_files(dep, root)
-    return data, files
-
-
-def _other_files(dep: str, root: Path) -> list[str]:
-    """The files at a declared path that Python does not import, such as tables and templates."""
-    path = root / dep
-    if not path.exists():
-        raise RecipeError(f"dvc.yaml: {dep} is a dependency and does not exist")
-    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    relative = (file.relative_to(root) for file in found)
-    return [
-        r.as_posix()
-        for r in relative
-        if r.suffix not in (".py", ".pyc") and not any(part.startswith(".") for part in r.parts)
-    ]

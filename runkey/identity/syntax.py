@@ -1,14 +1,14 @@
-"""Hash what a Python file does: its syntax tree without what cannot change a result.
+"""Hash a Python file's syntax tree without what cannot change a result.
 
     syntax_digest("runkey/model/boxes.py", ast.parse(source))
 
-No tree holds comments or formatting.  Also left out are:
+A tree holds neither comments nor formatting.  Also left out are:
 
-- constants that stand alone as a statement (docstrings, also those below attributes) and `pass`:
-  Python compiles them to nothing;
+- statements that are only a constant (docstrings, also those below attributes) and `pass`, which
+  Python compiles to nothing;
 - the text of log messages, see `_log_residue`.
 
-A program can read its docstrings; a file that does so is refused, see `_refuse_readers`.
+A file that reads its own docstrings is refused, see `_refuse_readers`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from runkey.errors import RecipeError
 from runkey.hashing import sha256_bytes
 
 RULE = "ast1"
-"""Changes whenever the same file would give another hash."""
+"""Version of the rule; changes whenever the same file would give another hash."""
 
 _NOT_WRITTEN = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
 """Fields that follow from the rest of the tree, or that Python ignores."""
@@ -37,7 +37,7 @@ def syntax_digest(path: str, tree: ast.Module) -> str:
     """Return the hex sha256 of a file's syntax tree.
 
     Args:
-        path: of the file, for errors.
+        path: the file, for errors.
         tree: its syntax tree.
 
     Raises:
@@ -49,14 +49,14 @@ def syntax_digest(path: str, tree: ast.Module) -> str:
     except RecursionError:
         raise RecipeError(f"{path}: an expression is nested too deeply; split it") from None
     text = "".join(parts)
-    # All names and texts are in it, quoted; walking every tree would take as long as writing it.
+    # It holds all names and texts in quotes; walking every tree would double the time.
     if any(f"'{name}'" in text for name in _DOCSTRING_READERS):
         _refuse_readers(path, tree)
     return sha256_bytes(text.encode())
 
 
 def _refuse_readers(path: str, tree: ast.Module) -> None:
-    """Refuse a file that can read what is left out of the hash."""
+    """Raise if a file can read what is left out of its hash."""
     for node in ast.walk(tree):
         kind = type(node)
         if kind is ast.Attribute:
@@ -78,9 +78,10 @@ def _refuse_readers(path: str, tree: ast.Module) -> None:
 
 
 def _write(node: Any, text: list[str], loggers: frozenset[str]) -> None:
-    """Append a node, or a field's plain value, in the one form of all trees that do the same.
+    """Append a node, or a field's plain value, in canonical form.
 
-    Fields that are None or empty are left out: a later Python's optional fields change nothing.
+    Fields that are None or empty are left out, so that new optional fields of a later Python
+    change nothing.
     """
     if not isinstance(node, ast.AST):
         text.append(_plain(node))
@@ -121,7 +122,7 @@ def _write_list(name: str, items: list[Any], text: list[str], loggers: frozenset
 
 
 def _plain(value: object) -> str:
-    """Return a constant as text, so that 1, 1.0, True and "1" differ, and -0.0 and 0.0."""
+    """Return a constant as text; 1, 1.0, True and "1" differ, and so do -0.0 and 0.0."""
     if isinstance(value, str):
         return ascii(value)
     if value is None or value is ... or isinstance(value, bool | bytes):
@@ -144,10 +145,10 @@ def _does_nothing(statement: ast.stmt) -> bool:
 
 
 def _module_loggers(tree: ast.Module) -> frozenset[str]:
-    """Return those of the names `logger` and `log` that are certainly loggers.
+    """Return which of the names `logger` and `log` are certainly loggers.
 
-    That is a name which the module binds once, at its top level, to `logging.getLogger(...)` of
-    `__name__` or a text; `logging` is bound once, by `import logging`; nothing is set on either.
+    The module binds such a name once, at its top level, to `logging.getLogger(...)` of `__name__`
+    or a text; `logging` is bound once, by `import logging`; no attribute of either is set.
     """
     names = [
         statement.targets[0].id
@@ -182,7 +183,7 @@ def _makes_logger(value: ast.expr) -> bool:
 
 
 def _bound_names(tree: ast.Module) -> Iterator[str]:
-    """Every name as often as the module binds or deletes it, or sets an attribute of it."""
+    """Yield a name each time that the module binds or deletes it, or sets an attribute of it."""
     for node in ast.walk(tree):
         match node:
             case ast.Name(id=name, ctx=ast.Store() | ast.Del()):
@@ -211,10 +212,10 @@ def _bound_names(tree: ast.Module) -> Iterator[str]:
 
 
 def _log_residue(statement: ast.stmt, loggers: frozenset[str]) -> list[ast.expr] | None:
-    """Return what counts of a statement such as `logger.info("...", x)`; None for any other.
+    """Return the parts of a statement such as `logger.info("...", x)` that count; else None.
 
-    Text and the plain names that are printed do not count.  Everything in it that may run code
-    does: calls, attributes (which may be properties), arithmetic, format specifications.
+    Text and plain names do not count.  Everything that may run code does: calls, attributes (which
+    may be properties), arithmetic, format specifications.
     """
     match statement:
         case ast.Expr(
@@ -232,7 +233,7 @@ def _log_residue(statement: ast.stmt, loggers: frozenset[str]) -> list[ast.expr]
 
 
 def _running(values: Iterable[ast.expr]) -> Iterator[ast.expr]:
-    """The expressions in a log message that may run code."""
+    """Yield the expressions in a log message that may run code."""
     for value in values:
         match value:
             case ast.Constant() | ast.Name():
