@@ -84,6 +84,6 @@ def options(
 
 def main() -> None:
     """Run the command line; an error that a user can mend is one line, exit code 1."""
-    log_to_terminal("stderr")
+    log_to_terminal(stderr=True)
     with report_errors():
         app()

@@ -35,7 +35,7 @@ EXCLUDED = (
     "runkey/pipeline/once.py",
     "runkey/pipeline/record.py",
 )
-"""Files that do not change a run's results: the command line, telemetry, pictures, errors, progress,
+"""Files that do not change a run's results: command line, telemetry, pictures, errors, progress,
 and the code of the keys themselves (which `runkey.identity.key.SCHEMA` stands for).  A folder ends
 with `/`.  Files that only these import are left out as well.  The list is part of the key."""
 BYTES = "bytes"

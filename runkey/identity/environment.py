@@ -277,7 +277,7 @@ def differences(locked: Mapping[str, str], installed: Mapping[str, str]) -> list
 
 
 def interpreter() -> str:
-    """Return Python's implementation and version, and the machine: `CPython 3.12.13 Linux x86_64`."""
+    """Return implementation, version and machine, such as `CPython 3.12.13 Linux x86_64`."""
     return " ".join(
         (
             this_machine.python_implementation(),

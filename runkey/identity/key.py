@@ -61,7 +61,7 @@ class Recipe:
 
     @property
     def parts(self) -> dict[str, str]:
-        """Hex sha256 of each part.  The part's name is hashed too, so that no part equals another."""
+        """Hex sha256 of each part, its name included, so that no part equals another."""
         return {part: part_digest(part, self.preimages[part], self.schema) for part in PARTS}
 
     @property
