@@ -187,7 +187,7 @@ def _value(value: Any) -> str:
     return text if len(text) <= _CELL else f"{text[:half]}...{text[-half:]}"
 
 
-_HELP = "Beginning of a key; KEY:RUN for one of its runs; . for the tree as it stands."
+_HELP = "Prefix of a key; KEY:RUN for one of its runs; . for the tree as it stands."
 
 
 def diff(

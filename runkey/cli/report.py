@@ -106,7 +106,7 @@ _PREFIX = re.compile(rf"(?:({ANY_SCHEMA})-)?([0-9a-f]{{4,64}})")
 
 def watch(
     key: Annotated[
-        str | None, typer.Argument(help="Beginning of a key [the newest training here].")
+        str | None, typer.Argument(help="Prefix of a key [the newest training here].")
     ] = None,
 ) -> None:
     """Follow a training: loss, AP, learning rate, gradient norm, speed, hints.

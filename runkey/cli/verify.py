@@ -117,9 +117,7 @@ _STATES = {"ok": "ok", "warning": "warning", "fault": "FAULT"}
 
 
 def verify(
-    key: Annotated[
-        str, typer.Argument(help="Beginning of a key; KEY:RUN for one of its runs.")
-    ] = "",
+    key: Annotated[str, typer.Argument(help="Prefix of a key; KEY:RUN for one of its runs.")] = "",
     every: Annotated[bool, typer.Option("--all", help="Verify all runs, a line each.")] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="Do not hash: presence and sizes only.")

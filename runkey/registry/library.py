@@ -156,7 +156,7 @@ class LocalLibrary:
 
     @property
     def place(self) -> str:
-        """The cache's file."""
+        """The file of the cache."""
         return str(self._path)
 
     def matching(self, prefix: str) -> list[Record]:

@@ -170,7 +170,7 @@ def test_runkey_list_outside_of_any_repository(programs, tmp_path):
     )
     store = tmp_path / "store"
     done = outside(*command, cwd=tmp_path, MLFLOW_TRACKING_URI=f"sqlite:///{store}/mlflow.db")
-    assert (done.returncode, done.stdout) == (0, f"no run in {store}/.runkey/runs\n")
+    assert (done.returncode, done.stdout) == (0, f"no run in {store}/.runkey/runs.sqlite\n")
     done = outside(*command, cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert done.stderr.startswith("error: http://127.0.0.1:9: cannot be reached")
     relative = outside(*command, cwd=tmp_path, MLFLOW_TRACKING_URI="sqlite:///mlflow.db")
