@@ -67,7 +67,7 @@ class ReportedRun:
     """The last value of each."""
     tags: Mapping[str, str]
     witness: Mapping[str, Any]
-    """See `runkey.identity.manifest.Witness`; empty if the run did not end well."""
+    """See `runkey.identity.manifest.RunEnvironment`; empty if the run did not end well."""
     snapshot: str | None
     host: str
     log: TrainingLog
