@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from runkey.memory.batch_shapes import Census
-from runkey.memory.predict import Surroundings, bound_step
-from runkey.memory.trace.tracker import Pass
+from runkey.memory.batch_shapes import BatchShapes, ShapeStatistics
+from runkey.memory.predict import bound_step
+from runkey.memory.trace.events import MicroBatch
 from runkey.params import Params, override
 from runkey.pipeline.step_factory import step_factory
 
@@ -21,13 +21,13 @@ def stated_bounds(
         classes: K.
         images: most images.
     """
-    census = Census(1, 1, shape, shape, shape, shape, (objects,))
+    statistics = ShapeStatistics(1, 1, shape, shape, shape, shape, (objects,))
 
-    def sample(count: int, batches: int) -> list[tuple[Pass, ...]]:
-        one = Pass(count, *shape, objects)
+    def sample(count: int, batches: int) -> list[tuple[MicroBatch, ...]]:
+        one = MicroBatch(count, *shape, objects)
         return [(one,), (one, one)] * (batches // 3)
 
-    around = Surroundings(census, lambda _: census, sample, classes)
+    shapes = BatchShapes(statistics, lambda _: statistics, sample, classes)
     params = override(params, {"training.batch_size": images})
-    bounded = bound_step(params, around, lambda changed: step_factory(changed, classes))
+    bounded = bound_step(params, shapes, lambda changed: step_factory(changed, classes))
     return bounded.estimate.upper_bytes

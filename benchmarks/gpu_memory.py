@@ -31,19 +31,21 @@ from benchmarks.gpu_steps import (
     replayed,
     start_history,
 )
+from benchmarks.gpu_workspaces import KernelWorkspaces
+from benchmarks.memory_replay import replay_training
 from runkey.data import normalise
-from runkey.memory.allocator import replay_steps
 from runkey.memory.predict import generation_of
-from runkey.memory.trace.backward import Gpu, present_gpu
-from runkey.memory.trace.record import Content, recorder, synthetic_batch
-from runkey.memory.trace.tracker import Pass
+from runkey.memory.trace.events import MicroBatch
+from runkey.memory.trace.gpu import Gpu
+from runkey.memory.trace.record import BatchFields, recorder, synthetic_batch
 from runkey.params import Params, load_params
 from runkey.pipeline.step_factory import build_step, step_factory
 from runkey.training.device import choose_device
+from runkey.units import MIB
 
-MIB = 2**20
 PRESETS = Path(__file__).parents[1] / "presets"
 CLASSES = 91
+FIELDS = BatchFields(CLASSES, None)
 OBJECTS = 10
 STEPS = 3
 # What predictions are for where no GPU can be asked.
@@ -85,9 +87,9 @@ class Configuration:
         return Params.model_validate(tree)
 
     @property
-    def window(self) -> tuple[Pass, ...]:
+    def window(self) -> tuple[MicroBatch, ...]:
         """Its micro-batches."""
-        return (Pass(self.batch, self.height, self.width, OBJECTS),) * self.passes
+        return (MicroBatch(self.batch, self.height, self.width, OBJECTS),) * self.passes
 
 
 def configurations() -> list[Configuration]:
@@ -130,8 +132,7 @@ def predict(chosen: list[Configuration], gpu: Gpu) -> dict[str, Any]:
 def _predict_model(group: list[Configuration], gpu: Gpu) -> dict[str, Any]:
     params = group[0].params
     predicted = {}
-    content = Content(CLASSES, None)
-    with recorder(step_factory(params, CLASSES), content, gpu, kernels=True) as one:
+    with recorder(step_factory(params, CLASSES), FIELDS, gpu, KernelWorkspaces(gpu)) as one:
         steps = []
         for configuration in group:
             one.restart()
@@ -139,14 +140,14 @@ def _predict_model(group: list[Configuration], gpu: Gpu) -> dict[str, Any]:
             if configuration.logged:
                 log = log_fake_step(one, configuration.window)
                 predicted[configuration.name] = {"log": log}
-        setup, traces = one.classified(steps)
+        setup, traces = one.traces(steps)
     bounds = {
         shape: stated_bounds(params, shape, OBJECTS, CLASSES, images=8)
         for shape in dict.fromkeys(configuration.shape for configuration in group)
     }
     for index, configuration in enumerate(group):
         first, steady = traces[2 * index : 2 * index + 2]
-        result = replay_steps(setup, first, [steady] * (STEPS - 1), expandable=True)
+        result = replay_training(setup, first, [steady] * (STEPS - 1))
         content = {
             "allocated": result.allocated,
             "reserved": result.reserved,
@@ -170,7 +171,7 @@ def measure(chosen: list[Configuration], folder: Path) -> Iterator[dict[str, Any
         if configuration.logged:
             start_history()
         trained = build_step(configuration.params, CLASSES, device, fixed_matches=True)
-        window = tuple(synthetic_batch(one, CLASSES, None) for one in configuration.window)
+        window = tuple(synthetic_batch(one, FIELDS) for one in configuration.window)
         built = torch.cuda.memory_allocated()
         for _ in range(STEPS):
             trained.step(window)
@@ -234,6 +235,16 @@ def report(predicted: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, A
         "above_the_bound": [row["name"] for row in rows if row.get("above_bound")],
         "configurations": rows,
     }
+
+
+def present_gpu() -> Gpu:
+    """Return the GPU that torch would use; torch must see one."""
+    properties = torch.cuda.get_device_properties(0)
+    return Gpu(
+        (properties.major, properties.minor),
+        torch.backends.cudnn.version() or 0,
+        properties.multi_processor_count,
+    )
 
 
 def main() -> None:

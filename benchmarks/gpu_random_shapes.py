@@ -27,15 +27,17 @@ import numpy as np
 import torch
 
 from runkey.data.index import Record
-from runkey.memory.batch_shapes import sample_windows, take_census
-from runkey.memory.choose import largest_fitting, spare_bytes
-from runkey.memory.memory_model import GIB, MIB, MODEL, MemoryModel, read_model, write_model
-from runkey.memory.predict import Surroundings, colour_factors, predict
+from runkey.memory.batch_shapes import BatchShapes, sample_steps, shape_statistics
+from runkey.memory.budget import spare_bytes
+from runkey.memory.choose import largest_fitting
+from runkey.memory.memory_model import MODEL, MemoryModel, read_model, write_model
+from runkey.memory.predict import batch_fields, predict
+from runkey.memory.trace.events import MicroBatch
 from runkey.memory.trace.record import synthetic_batch
-from runkey.memory.trace.tracker import Pass
 from runkey.params import Params, load_params, override
 from runkey.pipeline.step_factory import build_step, step_factory
 from runkey.training.device import choose_device
+from runkey.units import GIB, MIB
 
 PRESET = Path(__file__).parents[1] / "presets" / "coco-detr-r50.yaml"
 BUDGETS_GIB = (8, 16)
@@ -91,36 +93,23 @@ def _record(number: int, width: int, height: int, boxes: int, rng: np.random.Gen
     )
 
 
-def census_windows(params: Params, images: int, batches: int) -> list[tuple[Pass, ...]]:
-    """Steps of one forward pass of `images` images, as the real sampler deals them."""
-    return sample_windows(
-        params.data,
-        records(),
-        seed=params.seed,
-        batch_size=images,
-        micro_batch=images,
-        max_objects=params.model.num_queries,
-        batches=batches,
-    )
+def sampled(params: Params, images: int, count: int) -> list[tuple[MicroBatch, ...]]:
+    """Sample steps of one micro-batch of `images` images, as the training sampler does."""
+    params = override(params, {"training.batch_size": images})
+    return sample_steps(params, records(), images, count)
 
 
 def write_prediction(folder: Path) -> None:
     """memory.json of the training that `run` does, as on a machine without a GPU."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     params = parameters()
-
-    def census(other: Params) -> Any:
-        return take_census(
-            other.data, records(), batch_size=MOST, max_objects=other.model.num_queries
-        )
-
-    around = Surroundings(
-        census=census(params),
-        census_of=census,
-        sample=lambda images, batches: census_windows(params, images, batches),
+    shapes = BatchShapes(
+        statistics=shape_statistics(params, records()),
+        statistics_under=lambda other: shape_statistics(other, records()),
+        sample=lambda images, count: sampled(params, images, count),
         num_classes=CLASSES,
     )
-    write_model(folder, predict(params, around, lambda other: step_factory(other, CLASSES)).model)
+    write_model(folder, predict(params, shapes, lambda other: step_factory(other, CLASSES)).model)
 
 
 def run(model: MemoryModel, budget_gib: float, steps: int, seconds: float) -> dict[str, Any]:
@@ -151,15 +140,15 @@ def run(model: MemoryModel, budget_gib: float, steps: int, seconds: float) -> di
     }
 
 
-def _steps(model: MemoryModel, images: int, steps: int) -> list[tuple[Pass, ...]]:
+def _steps(model: MemoryModel, images: int, steps: int) -> list[tuple[MicroBatch, ...]]:
     """Steps of the census, the worst batch in their middle."""
-    windows = census_windows(parameters(), images, steps)[:steps]
-    worst = Pass(images, *model.census.worst_of(images), model.census.objects[0])
+    windows = sampled(parameters(), images, steps)[:steps]
+    worst = MicroBatch(images, *model.shapes.worst_of(images), model.shapes.objects[0])
     return [*windows[: steps // 2], (worst,), *windows[steps // 2 + 1 :]]
 
 
 def _train(
-    windows: Sequence[tuple[Pass, ...]], device: torch.device, seconds: float
+    windows: Sequence[tuple[MicroBatch, ...]], device: torch.device, seconds: float
 ) -> dict[str, Any]:
     """Optimizer steps of a fresh model; ends early when time or memory is out."""
     gc.collect()
@@ -168,11 +157,12 @@ def _train(
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_stats(device)
     params, done = parameters(), 0
+    fields = batch_fields(params, CLASSES)
     start = time.perf_counter()
     try:
         step = build_step(params, CLASSES, device).step
         for window in windows:
-            step(tuple(synthetic_batch(one, CLASSES, colour_factors(params)) for one in window))
+            step(tuple(synthetic_batch(one, fields) for one in window))
             done += 1
             if time.perf_counter() - start > seconds:
                 break

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runkey.data.dataset import GlobalBatch
 from runkey.memory.allocator import Allocator, Block
+from runkey.memory.trace.events import MicroBatch
 from runkey.memory.trace.record import BuiltStep, Recorder, synthetic_batch
-from runkey.memory.trace.tracker import Pass, watching
+from runkey.memory.trace.tracker import watching
 
 History = tuple[str, int, int]
 """What the allocator did, bytes, address."""
@@ -82,14 +83,14 @@ def replayed(history: list[History]) -> dict[str, Any]:
         How many requests there were, how many of them the model put elsewhere and which was the
         first; and the model's peaks.
     """
-    allocator = Allocator(expandable=True)
+    allocator = Allocator()
     blocks: dict[int, Block] = {}
-    starts: dict[bool, int] = {}
+    starts: dict[int, int] = {}
     requests, elsewhere, first = 0, 0, None
     for action, size, address in history:
         if action == "alloc":
             block = blocks[address] = allocator.allocate(size)
-            start = starts.setdefault(block.pool.small, address - block.address)
+            start = starts.setdefault(block.pool.page, address - block.address)
             requests += 1
             if address - start != block.address:
                 elsewhere += 1
@@ -101,14 +102,13 @@ def replayed(history: list[History]) -> dict[str, Any]:
         "elsewhere": elsewhere,
         "first_elsewhere": first,
         "allocated": allocator.max_allocated,
-        "reserved": allocator.max_reserved,
+        "reserved": allocator.reserved,
     }
 
 
-def log_fake_step(recorder: Recorder, passes: Sequence[Pass]) -> dict[str, Any]:
+def log_fake_step(recorder: Recorder, passes: Sequence[MicroBatch]) -> dict[str, Any]:
     """The same of a fake step: the operations, without a history."""
-    content = recorder.content
-    window = tuple(synthetic_batch(one, content.num_classes, content.colour) for one in passes)
+    window = tuple(synthetic_batch(one, recorder.fields) for one in passes)
     operations = Operations()
     with watching(recorder.scope), recorder.tracker, operations:
         recorder.built.step(window)

@@ -14,21 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from runkey.memory.memory_model import MIB
-from runkey.memory.predict import colour_factors
-from runkey.memory.timeline import rounded, timeline_of
-from runkey.memory.trace import backward
-from runkey.memory.trace.backward import Gpu
-from runkey.memory.trace.record import Content, recorder
-from runkey.memory.trace.tracker import Pass
+from runkey.memory.predict import batch_fields
+from runkey.memory.trace import gpu
+from runkey.memory.trace.events import MicroBatch, round_up, timeline_of
+from runkey.memory.trace.gpu import Gpu
+from runkey.memory.trace.record import recorder
 from runkey.params import load_params, override
 from runkey.pipeline.step_factory import step_factory
+from runkey.units import MIB
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 80
 V100 = Gpu((7, 0), 0)
 PUBLISHED_GB = 7.9
-WORST = Pass(2, 1333, 1333, 30)
+WORST = MicroBatch(2, 1333, 1333, 30)
 """The worst batch of their training is not published.  Taken is what its transforms can reach: the
 originals of a batch are of one aspect, but a crop of one may be of the other."""
 
@@ -39,7 +38,7 @@ class Way:
 
     title: str
     changes: dict[str, object]
-    one: Pass
+    one: MicroBatch
     materialised: bool = False
     """Attention keeps its maps, as `nn.MultiheadAttention` with weights does."""
     keeps_gradients: bool = False
@@ -51,7 +50,7 @@ class Way:
 OURS = {"training.precision": "off", "training.batch_size": 2, "data.group_by_aspect": False}
 BATCH_NORM = {"model.norm": "live"}
 WAYS = (
-    Way("ours, batches grouped by aspect", OURS, Pass(2, 800, 1333, 30)),
+    Way("ours, batches grouped by aspect", OURS, MicroBatch(2, 800, 1333, 30)),
     Way("ours, as mmdetection batches", OURS, WORST),
     Way("+ batch norm that is not folded into convolutions", OURS | BATCH_NORM, WORST),
     Way("+ attention maps kept", OURS | BATCH_NORM, WORST, materialised=True),
@@ -72,13 +71,13 @@ def peak_bytes(way: Way) -> int:
     params = override(load_params(ROOT / "presets" / "coco-detr-r50.yaml"), way.changes)
     with ExitStack() as stack:
         if way.materialised:
-            stack.enter_context(patch.object(backward, "choose_kernel", lambda *_: "math"))
-        content = Content(CLASSES, colour_factors(params))
-        one = stack.enter_context(recorder(step_factory(params, CLASSES), content, V100))
+            stack.enter_context(patch.object(gpu, "choose_kernel", lambda *_: "math"))
+        fields = batch_fields(params, CLASSES)
+        one = stack.enter_context(recorder(step_factory(params, CLASSES), fields, V100))
         window = (way.one,) * (2 if way.keeps_gradients else 1)
         steps = [one.step(window[:1]), one.step(window)]
-        _, (_, trace) = one.classified(steps)
-    gradients = sum(rounded(e.bytes) for e in trace.before if e.class_ == "gradient")
+        _, (_, trace) = one.traces(steps)
+    gradients = sum(round_up(e.bytes) for e in trace.before if e.class_ == "gradient")
     return timeline_of(trace).peak_bytes + (gradients if way.buckets else 0)
 
 
@@ -89,7 +88,7 @@ def main() -> None:
     for way in WAYS:
         size = peak_bytes(way)
         print(
-            f"| {way.title} | {way.one.batch} x {way.one.height} x {way.one.width} "
+            f"| {way.title} | {way.one.images} x {way.one.height} x {way.one.width} "
             f"| {size / MIB:,.0f} | {size / 1e9:.2f} | {size / 1e9 / PUBLISHED_GB - 1:+.0%} |",
             flush=True,
         )

@@ -17,8 +17,9 @@ from runkey.errors import DataError, ParamsError
 from runkey.units import GIB, MIB
 
 if TYPE_CHECKING:
+    from runkey.memory.batch_shapes import BatchShapes
     from runkey.memory.memory_model import Estimate
-    from runkey.memory.predict import Prediction, Surroundings
+    from runkey.memory.predict import Prediction
     from runkey.params import Params
 
 
@@ -43,14 +44,14 @@ _TITLES = {
 
 def as_dict(prediction: Prediction, images: int) -> dict[str, Any]:
     """Format for JSON: the content of memory.json, and the breakdown of a micro-batch."""
-    from runkey.memory.decide import cards
-    from runkey.memory.timeline import break_down
+    from runkey.memory.choose import cards
+    from runkey.memory.trace.events import break_down
 
     model = prediction.model
-    return asdict(model) | {
+    return model.as_dict() | {
         "shown": {
             "images": images,
-            "allocated_bytes": prediction.template.peak(prediction.around.worst(images)),
+            "allocated_bytes": prediction.peak(images),
             "upper_bytes": model.gpu.upper(images),
             **asdict(break_down(prediction.trace(images))),
         },
@@ -61,9 +62,9 @@ def as_dict(prediction: Prediction, images: int) -> dict[str, Any]:
 def print_memory(prediction: Prediction, images: int) -> None:
     """Print the peak by class and module, what changes would save, and what fits which GPU."""
     model = prediction.model
-    height, width = model.census.worst_of(images)
-    peak = prediction.template.peak(prediction.around.worst(images))
-    for line in model.census.lines():
+    height, width = model.shapes.worst_of(images)
+    peak = prediction.peak(images)
+    for line in model.shapes.lines():
         print(line)
     print(
         f"\nA training step of {images} images of {height} x {width}, {model.precision}: "
@@ -76,7 +77,7 @@ def print_memory(prediction: Prediction, images: int) -> None:
 
 
 def _print_breakdown(prediction: Prediction, images: int) -> None:
-    from runkey.memory.timeline import break_down
+    from runkey.memory.trace.events import break_down
 
     parts = break_down(prediction.trace(images))
     print(f"Alive at the peak, MiB ({parts.phase} pass)")
@@ -112,7 +113,7 @@ def _print_changes(prediction: Prediction, images: int) -> None:
 
 def _print_cards(prediction: Prediction) -> None:
     """The largest micro-batch on common GPUs, as it is and with each technique."""
-    from runkey.memory.decide import CARDS_GIB, cards
+    from runkey.memory.choose import CARDS_GIB, cards
 
     model = prediction.model
     kinds: list[tuple[str, Estimate]] = [("as it is", model.gpu)]
@@ -128,7 +129,7 @@ def _print_cards(prediction: Prediction) -> None:
 
 
 def _images(count: int) -> str:
-    from runkey.memory.decide import MOST_IMAGES
+    from runkey.memory.choose import MOST_IMAGES
 
     return f">{MOST_IMAGES}" if count >= MOST_IMAGES else str(count or "none")
 
@@ -169,12 +170,12 @@ def memory(
         params = override(params, {"training.batch_size": batch})
     # Hide the GPU from torch, so that the prediction is the same with and without one.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    around = _around(params, root, shape)
-    from runkey.memory.decide import shown_images
+    shapes = _batch_shapes(params, root, shape)
+    from runkey.memory.choose import shown_images
     from runkey.memory.predict import predict
     from runkey.pipeline.step_factory import step_factory
 
-    prediction = predict(params, around, lambda other: step_factory(other, around.num_classes))
+    prediction = predict(params, shapes, lambda other: step_factory(other, shapes.num_classes))
     budget = params.memory.budget_gib
     budget_gib = None if budget == "device" else budget
     images = batch or shown_images(prediction.model, budget_gib)
@@ -205,9 +206,9 @@ def _parsed(changes: list[str]) -> dict[str, Any]:
     return values
 
 
-def _around(params: Params, root: Path, shape: str) -> Surroundings:
+def _batch_shapes(params: Params, root: Path, shape: str) -> BatchShapes:
     """The batches of the prepared data, or of one shape."""
-    from runkey.memory.predict import prepared_surroundings, single_shape_surroundings
+    from runkey.memory.batch_shapes import prepared_shapes, single_shape
 
     if not shape:
         prepared = root / paths.PREPARED
@@ -216,10 +217,10 @@ def _around(params: Params, root: Path, shape: str) -> Surroundings:
                 f"{prepared / 'train.json'}: not found; run `dvc repro prepare`, or name a shape: "
                 "`runkey memory --shape 800x1333`"
             )
-        return prepared_surroundings(params, prepared)
+        return prepared_shapes(params, prepared)
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape)
     if not found:
         raise ParamsError(f"--shape {shape}: not HEIGHTxWIDTH in pixels, such as 800x1333")
     size = int(found[1]), int(found[2])
     objects = min(_OBJECTS, params.model.num_queries)
-    return single_shape_surroundings(params, size, objects=objects, num_classes=_CLASSES)
+    return single_shape(params, size, objects=objects, num_classes=_CLASSES)

@@ -1,10 +1,10 @@
-"""COCO's twelve numbers, by pycocotools itself.
+"""COCO metrics, computed by pycocotools.
 
     result = evaluate_detections(records, classes, detections)
     result.summary["AP"], result.per_class[0].ap50
 
-The truth is built from the index, in original pixels and category ids.  Annotations are numbered
-anew from 1: pycocotools takes a match with annotation id 0 for no match.
+The ground truth comes from the index, in original pixels and category ids. Annotations are numbered
+from 1, since pycocotools takes a match with annotation id 0 for no match.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from runkey.data.index import ClassName, Record
-from runkey.evaluation.detections import DetectionsLike, Found, to_results_json
+from runkey.evaluation.files import CocoDetection, DetectionsLike, to_results_json
 
 SIZES = ("small", "medium", "large")
 """COCO's: areas up to 32 x 32 pixels, up to 96 x 96, and above."""
@@ -44,50 +44,50 @@ SUMMARY_NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class SizeResult:
-    """One class's numbers among objects of one size."""
+    """Metrics of one class among objects of one size."""
 
     objects: int
-    """Objects in the truth, crowd regions left out."""
+    """Number of objects in the ground truth, without crowd regions."""
     ap: float | None
-    """Mean over IoU 0.50 to 0.95; None where the truth has no such object."""
+    """AP averaged over IoU 0.50 to 0.95, 0..1; None without such an object."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClassResult:
-    """One class's numbers; None where the truth has no object of it."""
+    """Metrics of one class, 0..1; None where the ground truth has no object of it."""
 
     name: str
     category_id: int
     objects: int
-    """Objects in the truth, crowd regions left out."""
+    """Number of objects in the ground truth, without crowd regions."""
     ap: float | None
-    """Mean over IoU 0.50 to 0.95."""
+    """AP averaged over IoU 0.50 to 0.95."""
     ap50: float | None
     ar: float | None
-    """Mean recall over IoU 0.50 to 0.95, at most 100 detections an image."""
+    """Recall averaged over IoU 0.50 to 0.95, at most 100 detections per image."""
     by_size: dict[str, SizeResult]
-    """By `SIZES`; empty if it was not asked for."""
+    """By `SIZES`; empty without `by_size`."""
 
 
 @dataclass(frozen=True, slots=True)
 class CocoResult:
-    """What COCOeval says about one set of detections."""
+    """Metrics and curves of one set of detections."""
 
     summary: dict[str, float | None]
-    """The twelve numbers by `SUMMARY_NAMES`, 0..1; None where nothing of that size exists."""
+    """The twelve metrics by `SUMMARY_NAMES`, 0..1; None where nothing of that size exists."""
     per_class: tuple[ClassResult, ...]
     """In the order of the class list."""
     iou_thresholds: NDArray[np.float64]
     """[T]: 0.50, 0.55, ... 0.95."""
     recalls: NDArray[np.float64]
-    """[R]: 0.00, 0.01, ... 1.00, where precision is read."""
+    """[R]: 0.00, 0.01, ... 1.00, at which precision is given."""
     precision: NDArray[np.float64]
     """[K, T, R]: largest precision at that recall or beyond; NaN for a class without objects."""
     score_at_recall: NDArray[np.float64]
     """[K, T, R]: the score threshold that reaches the recall; 0 where it is never reached."""
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
-        """The numbers that are defined, for logging: {"AP": ..., "AP50": ..., ...}."""
+        """Return the metrics that are defined, for logging: {"AP": ..., "AP50": ..., ...}."""
         return {prefix + name: value for name, value in self.summary.items() if value is not None}
 
 
@@ -98,14 +98,14 @@ def evaluate_detections(
     *,
     by_size: bool = True,
 ) -> CocoResult:
-    """Evaluate all detections of all images; no score threshold.
+    """Evaluate all detections of all images, without a score threshold.
 
     Args:
-        records: the truth.
-        classes: all classes; labels of records and detections are places in this list.
-        detections: of every image id in `records`, images without detections included.
-        by_size: compute the numbers of small, medium and large objects too.  They take more than
-            half of the time, and are None without.
+        records: the ground truth.
+        classes: all classes; labels of records and detections are indices into this list.
+        detections: by image id, for every image of `records`, those without detections included.
+        by_size: also compute the metrics of small, medium and large objects; they take more than
+            half of the time, and are None otherwise.
 
     Raises:
         ModelError: a score or a box is not finite.
@@ -121,13 +121,17 @@ def evaluate_detections(
 
 
 def evaluate_results(
-    records: list[Record], classes: list[ClassName], results: list[Found], *, by_size: bool = True
+    records: list[Record],
+    classes: list[ClassName],
+    results: list[CocoDetection],
+    *,
+    by_size: bool = True,
 ) -> CocoResult:
-    """Evaluate detections in COCO's results format, such as predictions.json holds.
+    """Evaluate detections in COCO's results format, as in predictions.json.
 
     Arguments as for `evaluate_detections`.
     """
-    # pycocotools prints its progress and its table; the caller says what is worth a line.
+    # pycocotools prints its progress and a table.
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _coco(_images(records), classes, _annotations(records, classes))
         run = COCOeval(truth, _loaded(truth, results), "bbox")
@@ -141,8 +145,8 @@ def evaluate_results(
 
 def _result(run: Any, records: list[Record], classes: list[ClassName]) -> CocoResult:
     # COCOeval orders classes by category id; ours keep the order of the class list.
-    place = {int(category): k for k, category in enumerate(run.params.catIds)}
-    order = [place[c.id] for c in classes]
+    position = {int(category): k for k, category in enumerate(run.params.catIds)}
+    order = [position[c.id] for c in classes]
     # [T, R, K, area, detections] -> [K, T, R], all areas, 100 detections.
     precision = run.eval["precision"][:, :, order, 0, -1].transpose(2, 0, 1)
     scores = run.eval["scores"][:, :, order, 0, -1].transpose(2, 0, 1)
@@ -181,18 +185,18 @@ def _result(run: Any, records: list[Record], classes: list[ClassName]) -> CocoRe
 def _count_objects(
     records: list[Record], classes: int, ranges: list[tuple[float, float]]
 ) -> list[list[int]]:
-    """Objects of each class in each range of areas, crowd regions left out."""
+    """Count the objects of each class in each range of areas, without crowd regions."""
     counts = [[0] * classes for _ in ranges]
     for record in records:
         for label, area, crowd in zip(record.labels, record.areas, record.crowd, strict=True):
-            for number, (least, most) in enumerate(ranges):
+            for row, (least, most) in enumerate(ranges):
                 # COCOeval leaves out what is smaller or larger, so a size at a limit is in both.
-                counts[number][label] += not crowd and least <= area <= most
+                counts[row][label] += not crowd and least <= area <= most
     return counts
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:
-    """Mean of the values that are defined (pycocotools marks the others with -1)."""
+    """Average the values that are defined; pycocotools marks the others with -1."""
     defined = values[values > -1]
     return float(np.mean(defined)) if defined.size else None
 
@@ -233,8 +237,8 @@ def _coco(
     return coco
 
 
-def _loaded(truth: Any, results: list[Found]) -> Any:
-    """The detections as pycocotools holds them; its own `loadRes` fails on an empty list."""
+def _loaded(truth: Any, results: list[CocoDetection]) -> Any:
+    """Load detections into pycocotools, whose own `loadRes` fails on an empty list."""
     if not results:
         coco = COCO()
         coco.dataset = {**truth.dataset, "annotations": []}

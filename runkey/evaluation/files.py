@@ -1,22 +1,29 @@
-"""What the evaluate stage writes.
+"""The files of the evaluate stage; plots read them without torch and pycocotools.
 
-evaluation/metrics.json            the twelve numbers, and each class's
-evaluation/predictions.json        all detections, COCO's results format
-evaluation/precision_recall.json   curves of each class at each IoU, for runkey.plots
+evaluation/metrics.json            the twelve COCO metrics, and those of each class
+evaluation/predictions.json        all detections, in COCO's results format
+evaluation/precision_recall.json   curves of each class at each IoU threshold
+
+Detections get category ids here, and boxes become left, top, width, height. Numbers keep all their
+digits, so any COCO evaluation of predictions.json gives the same metrics exactly.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
-from runkey.errors import DataError
+from runkey.data.index import ClassName
+from runkey.errors import DataError, ModelError
+from runkey.files import write_atomically
 
-if TYPE_CHECKING:  # plots read these files, and need no pycocotools for that
+if TYPE_CHECKING:
     from runkey.evaluation.coco import CocoResult
 
 METRICS = "metrics.json"
@@ -24,8 +31,99 @@ PREDICTIONS = "predictions.json"
 PRECISION_RECALL = "precision_recall.json"
 
 
+class DetectionsLike(Protocol):
+    """Detections of one image: tensors on the host, or arrays."""
+
+    @property
+    def scores(self) -> Any:
+        """Floats [n], any order; equal scores keep the order that they have here."""
+
+    @property
+    def labels(self) -> Any:
+        """Integers [n], class indices 0..K-1."""
+
+    @property
+    def boxes_xyxy(self) -> Any:
+        """Floats [n, 4], pixels of the original image."""
+
+
+class CocoDetection(TypedDict):
+    """One detection in COCO's results format."""
+
+    image_id: int
+    category_id: int
+    bbox: list[float]
+    """Left, top, width, height in pixels of the original image."""
+    score: float
+
+
+def to_results_json(
+    detections: Mapping[int, DetectionsLike], classes: list[ClassName]
+) -> list[CocoDetection]:
+    """Convert detections to COCO's results format, image by image, with the data's category ids.
+
+    Args:
+        detections: by image id.
+        classes: as in classes.json; a label is an index into this list.
+
+    Raises:
+        ModelError: a score or a box is NaN or infinite; names the image.
+    """
+    category_ids = np.array([c.id for c in classes], dtype=np.int64)
+    results: list[CocoDetection] = []
+    for image_id, of_image in detections.items():
+        scores, labels, boxes_xywh = _arrays(image_id, of_image)
+        if labels.size and (labels.min() < 0 or labels.max() >= len(classes)):
+            raise ValueError(f"image {image_id}: a label outside 0..{len(classes) - 1}")
+        ids = category_ids[labels].tolist() if labels.size else []
+        results += [
+            CocoDetection(image_id=int(image_id), category_id=category, bbox=box, score=score)
+            for category, box, score in zip(ids, boxes_xywh.tolist(), scores.tolist(), strict=True)
+        ]
+    return results
+
+
+def _arrays(
+    image_id: int, of_image: DetectionsLike
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+    """Return scores [n], labels [n] and boxes_xywh [n, 4]."""
+    scores = np.asarray(of_image.scores, dtype=np.float64)
+    labels = np.asarray(of_image.labels, dtype=np.int64)
+    boxes_xyxy = np.asarray(of_image.boxes_xyxy, dtype=np.float64).reshape(-1, 4)
+    if not (np.isfinite(scores).all() and np.isfinite(boxes_xyxy).all()):
+        raise ModelError(
+            f"image {image_id}: the model predicts NaN or infinity; "
+            "train again with a lower lr or with optimizer.clip"
+        )
+    return scores, labels, np.hstack([boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]])
+
+
+def write_results(path: Path, results: list[CocoDetection]) -> None:
+    """Write detections in COCO's results format, one a line."""
+    lines = ",\n".join(json.dumps(found) for found in results)
+    write_atomically(path, f"[\n{lines}\n]\n" if results else "[]\n")
+
+
+def read_results(path: Path) -> list[CocoDetection]:
+    """Read detections in COCO's results format.
+
+    Raises:
+        DataError: the file is missing, or is no list of detections.
+    """
+    try:
+        results = _read(path)
+    except ValueError as error:
+        raise DataError(f"{path}: no JSON ({error}); run `dvc repro -f evaluate`") from None
+    keys = CocoDetection.__required_keys__
+    if not isinstance(results, list) or not all(
+        isinstance(r, dict) and keys <= set(r) for r in results
+    ):
+        raise DataError(f"{path}: not COCO's results format (a list of {sorted(keys)})")
+    return results
+
+
 def metrics_json(result: CocoResult) -> dict[str, Any]:
-    """The numbers as metrics.json holds them; null where nothing of that size or class exists."""
+    """Return the content of metrics.json; null where nothing of that size or class exists."""
     repeated = Counter(c.name for c in result.per_class)
     per_class = {
         c.name if repeated[c.name] == 1 else f"{c.name} ({c.category_id})": {
@@ -41,21 +139,22 @@ def metrics_json(result: CocoResult) -> dict[str, Any]:
 
 
 def write_metrics(path: Path, result: CocoResult, **more: float) -> None:
-    """Write metrics.json; `more` are further numbers, such as the loss, after the twelve."""
-    numbers = metrics_json(result)
-    per_class = numbers.pop("per_class")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {**numbers, **more, "per_class": per_class}
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write metrics.json; `more` are further metrics, such as the loss, after the twelve."""
+    metrics = metrics_json(result)
+    per_class = metrics.pop("per_class")
+    content = {**metrics, **more, "per_class": per_class}
+    # Unlike `write_json`, this takes the NaN that the loss of a diverged model may be.
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
     """Read metrics.json.
 
     Raises:
-        DataError: the file is not there; says to run evaluate.
+        DataError: the file is missing; says to run evaluate.
     """
-    return _read(path)
+    metrics: dict[str, Any] = _read(path)
+    return metrics
 
 
 def write_precision_recall(path: Path, result: CocoResult) -> None:
@@ -74,24 +173,21 @@ def write_precision_recall(path: Path, result: CocoResult) -> None:
     )
     iou = np.round(result.iou_thresholds, 2).tolist()
     recall = np.round(result.recalls, 2).tolist()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        f'{{"iou": {iou},\n"recall": {recall},\n"classes": [\n{lines}\n]}}\n', encoding="utf-8"
-    )
+    write_atomically(path, f'{{"iou": {iou},\n"recall": {recall},\n"classes": [\n{lines}\n]}}\n')
 
 
 def read_precision_recall(path: Path) -> dict[str, Any]:
     """Read the curves.
 
     Raises:
-        DataError: the file is not there; says to run evaluate.
+        DataError: the file is missing; says to run evaluate.
     """
-    return _read(path)
+    curves: dict[str, Any] = _read(path)
+    return curves
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Any:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: not found; run `dvc repro evaluate` first") from None
-    return content

@@ -1,9 +1,9 @@
-"""How well each image went: matches, misses and false alarms at one score threshold.
+"""Matches, misses and false detections of each image, at one score threshold.
 
-COCO's AP is a number of a whole data set.  For looking at pictures a plain count is clearer:
-detections above the threshold are matched at IoU 0.5, and an image is judged by its F1,
-2 right / (2 right + false + missed).  The threshold is the one at which the F1 of all images
-together is largest.
+COCO's AP is a metric of a whole data set. To look at single images, a count is clearer: detections
+above the threshold are matched at IoU 0.5, and an image is ranked by its F1,
+2 right / (2 right + false + missed). The threshold maximises the F1 of all images together.
+Confusion of classes and calibration of scores follow from the same matches.
 """
 
 from __future__ import annotations
@@ -16,69 +16,214 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runkey.data.index import ClassName, Record
-from runkey.evaluation.detections import Found
+from runkey.evaluation.files import CocoDetection
 
-# Whether a score of 0.8 means that 8 of 10 such detections are right.
-
-
-BINS = 10
+MATCH_IOU = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
-    """Scores against what they promise."""
+class ShownBox:
+    """A detection, and whether it matches an object."""
 
-    counts: NDArray[np.int64]
-    """[BINS]: detections in each bin."""
-    mean_scores: NDArray[np.float64]
-    """[BINS]; NaN where a bin is empty."""
-    shares_right: NDArray[np.float64]
-    """[BINS], 0..1; NaN where a bin is empty."""
+    label: int
+    """Class index."""
+    box_xywh: tuple[float, float, float, float]
+    score: float
+    right: bool
+    """Whether it matches an object of its class that no better detection has matched."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageScore:
+    """One image's detections above the threshold, against its ground truth."""
+
+    record: Record
+    shown: tuple[ShownBox, ...]
+    """By descending score, without those in a crowd region of their class."""
+    found: tuple[bool, ...]
+    """For each box of the record, whether a detection matches it; False for crowds."""
+    mean_iou: float
+    """Mean IoU of the matches; 0 without any."""
 
     @property
-    def error(self) -> float:
-        """Expected calibration error, 0..1; 0 without detections."""
-        used = self.counts > 0
-        distances = np.abs(self.mean_scores - self.shares_right)[used]
-        return float(np.average(distances, weights=self.counts[used])) if used.any() else 0.0
+    def objects(self) -> int:
+        """Number of objects in the ground truth, without crowds."""
+        return len(self.record.crowd) - sum(self.record.crowd)
+
+    @property
+    def right(self) -> int:
+        """Number of detections that match an object."""
+        return sum(self.found)
+
+    @property
+    def false(self) -> int:
+        """Number of detections that match nothing."""
+        return len(self.shown) - self.right
+
+    @property
+    def missed(self) -> int:
+        """Number of objects that no detection matches."""
+        return self.objects - self.right
+
+    @property
+    def f1(self) -> float:
+        """F1, 0..1; 1 for an empty image without detections."""
+        total = 2 * self.right + self.false + self.missed
+        return 2 * self.right / total if total else 1.0
 
 
-def calibration(judged: Judgement, least_score: float = 0.0) -> Calibration:
-    """Bin all detections of at least some score; the bins are 0 to 0.1, 0.1 to 0.2, and so on."""
-    shown = [d for d in judged.detections if d.score >= least_score]
-    scores = np.array([d.score for d in shown], dtype=np.float64)
-    right = np.array([d.right for d in shown], dtype=np.float64)
-    place = np.minimum((scores * BINS).astype(np.int64), BINS - 1)
-    counts = np.bincount(place, minlength=BINS)
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The matches of a split."""
 
-    def mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        sums = np.bincount(place, weights=values, minlength=BINS)
-        means: NDArray[np.float64] = np.full(BINS, np.nan)
-        np.divide(sums, counts, out=means, where=counts > 0)
-        return means
-
-    return Calibration(counts, mean(scores), mean(right))
+    images: tuple[ImageScore, ...]
+    """In the order of the records."""
+    threshold: float
+    """The score threshold that maximises the F1 of all images together."""
+    detections: tuple[ShownBox, ...]
+    """Those of any score, without those in a crowd region of their class."""
 
 
-# Which class is taken for which, with the background as one more class.
+@dataclass(frozen=True, slots=True)
+class _Match:
+    """A detection and its match, for any threshold.
+
+    Matching goes by descending score, so detections below a threshold do not change those above.
+    """
+
+    box: ShownBox
+    target: int
+    """Index of the matched box in the record; -1: none."""
+    iou: float
+
+
+def judge_images(
+    records: list[Record], classes: list[ClassName], results: list[CocoDetection]
+) -> Judgement:
+    """Match the detections of every image, given in COCO's results format, with its objects."""
+    label_of = {c.id: c.index for c in classes}
+    by_image: dict[int, list[CocoDetection]] = defaultdict(list)
+    for found in results:
+        by_image[found["image_id"]].append(found)
+    matches = [_match(record, by_image[record.id], label_of) for record in records]
+    objects = sum(len(r.crowd) - sum(r.crowd) for r in records)
+    every = [m for of_image in matches for m in of_image]
+    threshold = _best_threshold(every, objects)
+    scored = [
+        _image_score(record, [m for m in of_image if m.box.score >= threshold])
+        for record, of_image in zip(records, matches, strict=True)
+    ]
+    return Judgement(tuple(scored), threshold, tuple(m.box for m in every))
+
+
+def rank_images(scores: Sequence[ImageScore], *, best: bool) -> list[ImageScore]:
+    """Sort images from best to worst, or from worst to best.
+
+    Among equal F1, the higher mean IoU comes first among the best, and more faults first among the
+    worst; then the lower image id.
+    """
+    if best:
+        return sorted(scores, key=lambda s: (-s.f1, -round(s.mean_iou, 6), s.record.id))
+    return sorted(scores, key=lambda s: (s.f1, -s.missed - s.false, s.record.id))
+
+
+def iou_xywh(
+    boxes_xywh: NDArray[np.float64], others_xywh: NDArray[np.float64], crowd: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Return the IoU of each pair of boxes.
+
+    Args:
+        boxes_xywh: [n, 4] left, top, width, height, pixels.
+        others_xywh: [m, 4].
+        crowd: [m]; for a crowd, the part of the box that lies in it stands for the IoU.
+
+    Returns:
+        [n, m], 0..1.
+    """
+    low = np.maximum(boxes_xywh[:, None, :2], others_xywh[None, :, :2])
+    high = np.minimum(
+        (boxes_xywh[:, :2] + boxes_xywh[:, 2:])[:, None],
+        (others_xywh[:, :2] + others_xywh[:, 2:])[None],
+    )
+    shared = np.clip(high - low, 0, None).prod(axis=2)
+    area = boxes_xywh[:, 2:].prod(axis=1)[:, None]
+    other_area = others_xywh[:, 2:].prod(axis=1)[None]
+    union = np.where(crowd[None], area, area + other_area - shared)
+    overlaps: NDArray[np.float64] = np.divide(
+        shared, union, out=np.zeros_like(shared), where=union > 0
+    )
+    return overlaps
+
+
+def _match(record: Record, results: list[CocoDetection], label_of: dict[int, int]) -> list[_Match]:
+    """Match greedily by descending score, as COCO does; drop detections in a crowd."""
+    results = sorted(results, key=lambda found: -found["score"])
+    boxes = np.array([found["bbox"] for found in results], dtype=np.float64).reshape(-1, 4)
+    truth = np.array(record.boxes_xywh, dtype=np.float64).reshape(-1, 4)
+    crowd = np.array(record.crowd, dtype=bool)
+    labels = np.array(record.labels, dtype=np.int64)
+    overlaps = iou_xywh(boxes, truth, crowd)
+    free = np.ones(len(labels), dtype=bool)
+    matches = []
+    for found, overlap in zip(results, overlaps, strict=True):
+        label = label_of[found["category_id"]]
+        fits = (labels == label) & (overlap >= MATCH_IOU)
+        takes = fits & free & ~crowd
+        target = int(np.argmax(np.where(takes, overlap, -1))) if takes.any() else -1
+        if target < 0 and (fits & crowd).any():
+            continue
+        if target >= 0:
+            free[target] = False
+        left, top, width, height = found["bbox"]
+        box = ShownBox(label, (left, top, width, height), found["score"], right=target >= 0)
+        matches.append(_Match(box, target, float(overlap[target]) if target >= 0 else 0.0))
+    return matches
+
+
+def _best_threshold(matches: list[_Match], objects: int) -> float:
+    """Return the highest score that maximises F1 = 2 right / (shown + objects)."""
+    if not matches:
+        return 0.0
+    scores = np.array([m.box.score for m in matches])
+    order = np.argsort(-scores, kind="stable")
+    right = np.cumsum([matches[i].target >= 0 for i in order])
+    f1 = 2 * right / (np.arange(1, len(order) + 1) + objects)
+    # A threshold shows all detections of its score, so only the last of equal scores counts.
+    descending = scores[order]
+    last = np.append(descending[1:] != descending[:-1], True)
+    return float(descending[np.argmax(np.where(last, f1, -1))])
+
+
+def _image_score(record: Record, matches: list[_Match]) -> ImageScore:
+    taken = {m.target for m in matches if m.target >= 0}
+    ious = [m.iou for m in matches if m.target >= 0]
+    return ImageScore(
+        record=record,
+        shown=tuple(m.box for m in matches),
+        found=tuple(place in taken for place in range(len(record.labels))),
+        mean_iou=sum(ious) / len(ious) if ious else 0.0,
+    )
+
+
+# Which class is detected as which, with the background as one more class.
 
 
 @dataclass(frozen=True, slots=True)
 class Confusion:
-    """Counts over all images at one score threshold."""
+    """Counts of pairs (true class, detected class) at one score threshold."""
 
     counts: NDArray[np.int64]
-    """[K+1, K+1]: rows are the truth, columns what was detected; the last of each is background:
-    detections where nothing is, and objects that were missed."""
+    """[K+1, K+1]: rows are true classes, columns detected ones; the last of each is background:
+    detections of nothing, and missed objects."""
     threshold: float
-    """Detections below this score do not count."""
+    """Detections below this score are not counted."""
 
 
 def confusion(judged: Judgement, classes: int) -> Confusion:
-    """Count which class was detected for which.
+    """Count which class was detected as which.
 
     Args:
-        judged: the evaluated split.
+        judged: the matches of a split.
         classes: K.
     """
     counts = np.zeros((classes + 1, classes + 1), dtype=np.int64)
@@ -115,178 +260,43 @@ def _add(counts: NDArray[np.int64], image: ImageScore) -> None:
         counts[record.labels[missed[o]], background] += 1
 
 
-MATCH_IOU = 0.5
+# Calibration: a score of 0.8 should mean that 8 of 10 such detections are right.
+
+
+BINS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class ShownBox:
-    """A detection, and whether it is right."""
+class Calibration:
+    """Scores against the share of right detections, by bins of the score."""
 
-    label: int
-    """Class index."""
-    box_xywh: tuple[float, float, float, float]
-    score: float
-    right: bool
-    """Matches an object of its class that no better detection took."""
-
-
-@dataclass(frozen=True, slots=True)
-class ImageScore:
-    """One image's detections above the threshold, against its truth."""
-
-    record: Record
-    shown: tuple[ShownBox, ...]
-    """By falling score; those that lie in a crowd region of their class are left out."""
-    found: tuple[bool, ...]
-    """For each box of the record, whether a detection matches it; False for crowds."""
-    mean_iou: float
-    """Of the matches; 0 without any."""
+    counts: NDArray[np.int64]
+    """[BINS]: number of detections in each bin."""
+    mean_scores: NDArray[np.float64]
+    """[BINS]; NaN where a bin is empty."""
+    shares_right: NDArray[np.float64]
+    """[BINS], 0..1; NaN where a bin is empty."""
 
     @property
-    def objects(self) -> int:
-        """Objects in the truth, crowds left out."""
-        return len(self.record.crowd) - sum(self.record.crowd)
-
-    @property
-    def right(self) -> int:
-        """Detections that match."""
-        return sum(self.found)
-
-    @property
-    def false(self) -> int:
-        """Detections that match nothing."""
-        return len(self.shown) - self.right
-
-    @property
-    def missed(self) -> int:
-        """Objects that nothing matches."""
-        return self.objects - self.right
-
-    @property
-    def f1(self) -> float:
-        """0..1; 1 for an empty image in which nothing was seen."""
-        total = 2 * self.right + self.false + self.missed
-        return 2 * self.right / total if total else 1.0
+    def error(self) -> float:
+        """Expected calibration error (Guo et al. 2017), 0..1; 0 without detections."""
+        used = self.counts > 0
+        distances = np.abs(self.mean_scores - self.shares_right)[used]
+        return float(np.average(distances, weights=self.counts[used])) if used.any() else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """What `judge_images` finds out about a split."""
+def calibration(judged: Judgement, least_score: float = 0.0) -> Calibration:
+    """Bin all detections of at least `least_score`, by 0 to 0.1, 0.1 to 0.2, ..."""
+    shown = [d for d in judged.detections if d.score >= least_score]
+    scores = np.array([d.score for d in shown], dtype=np.float64)
+    right = np.array([d.right for d in shown], dtype=np.float64)
+    bin_of = np.minimum((scores * BINS).astype(np.int64), BINS - 1)
+    counts = np.bincount(bin_of, minlength=BINS)
 
-    images: tuple[ImageScore, ...]
-    """In the order of the records."""
-    threshold: float
-    """The score at which F1 of all images together is largest."""
-    detections: tuple[ShownBox, ...]
-    """All of them, whatever their score; those in a crowd region of their class are left out."""
+    def mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        sums = np.bincount(bin_of, weights=values, minlength=BINS)
+        means: NDArray[np.float64] = np.full(BINS, np.nan)
+        np.divide(sums, counts, out=means, where=counts > 0)
+        return means
 
-
-@dataclass(frozen=True, slots=True)
-class _Match:
-    """What one detection met, whatever the threshold.
-
-    Matching goes by falling score, so what is below a threshold cannot change what is above it.
-    """
-
-    box: ShownBox
-    target: int
-    """Place of the matched box in the record; -1: none."""
-    iou: float
-
-
-def judge_images(
-    records: list[Record], classes: list[ClassName], results: list[Found]
-) -> Judgement:
-    """Judge every image; detections are COCO's results format, as in predictions.json."""
-    label_of = {c.id: c.index for c in classes}
-    by_image: dict[int, list[Found]] = defaultdict(list)
-    for found in results:
-        by_image[found["image_id"]].append(found)
-    matches = [_match(record, by_image[record.id], label_of) for record in records]
-    objects = sum(len(r.crowd) - sum(r.crowd) for r in records)
-    every = [m for of_image in matches for m in of_image]
-    threshold = _best_threshold(every, objects)
-    scored = [
-        _image_score(record, [m for m in of_image if m.box.score >= threshold])
-        for record, of_image in zip(records, matches, strict=True)
-    ]
-    return Judgement(tuple(scored), threshold, tuple(m.box for m in every))
-
-
-def rank_images(scores: Sequence[ImageScore], *, best: bool) -> list[ImageScore]:
-    """The images from best to worst, or from worst to best; ties are decided by the image id.
-
-    Of equal F1, boxes that fit better come first among the best, more faults first among the worst.
-    """
-    if best:
-        return sorted(scores, key=lambda s: (-s.f1, -round(s.mean_iou, 6), s.record.id))
-    return sorted(scores, key=lambda s: (s.f1, -s.missed - s.false, s.record.id))
-
-
-def iou_xywh(
-    boxes_xywh: NDArray[np.float64], others_xywh: NDArray[np.float64], crowd: NDArray[np.bool_]
-) -> NDArray[np.float64]:
-    """IoU of each pair, [n, m]; for a crowd in `others`, the part of the box that lies in it."""
-    low = np.maximum(boxes_xywh[:, None, :2], others_xywh[None, :, :2])
-    high = np.minimum(
-        (boxes_xywh[:, :2] + boxes_xywh[:, 2:])[:, None],
-        (others_xywh[:, :2] + others_xywh[:, 2:])[None],
-    )
-    shared = np.clip(high - low, 0, None).prod(axis=2)
-    area = boxes_xywh[:, 2:].prod(axis=1)[:, None]
-    other_area = others_xywh[:, 2:].prod(axis=1)[None]
-    union = np.where(crowd[None], area, area + other_area - shared)
-    overlaps: NDArray[np.float64] = np.divide(
-        shared, union, out=np.zeros_like(shared), where=union > 0
-    )
-    return overlaps
-
-
-def _match(record: Record, results: list[Found], label_of: dict[int, int]) -> list[_Match]:
-    """Greedy matching by falling score, as COCO does; detections in a crowd are dropped."""
-    results = sorted(results, key=lambda found: -found["score"])
-    boxes = np.array([found["bbox"] for found in results], dtype=np.float64).reshape(-1, 4)
-    truth = np.array(record.boxes_xywh, dtype=np.float64).reshape(-1, 4)
-    crowd = np.array(record.crowd, dtype=bool)
-    labels = np.array(record.labels, dtype=np.int64)
-    overlaps = iou_xywh(boxes, truth, crowd)
-    free = np.ones(len(labels), dtype=bool)
-    matches = []
-    for found, overlap in zip(results, overlaps, strict=True):
-        label = label_of[found["category_id"]]
-        fits = (labels == label) & (overlap >= MATCH_IOU)
-        takes = fits & free & ~crowd
-        target = int(np.argmax(np.where(takes, overlap, -1))) if takes.any() else -1
-        if target < 0 and (fits & crowd).any():
-            continue
-        if target >= 0:
-            free[target] = False
-        left, top, width, height = found["bbox"]
-        box = ShownBox(label, (left, top, width, height), found["score"], right=target >= 0)
-        matches.append(_Match(box, target, float(overlap[target]) if target >= 0 else 0.0))
-    return matches
-
-
-def _best_threshold(matches: list[_Match], objects: int) -> float:
-    """The score at which F1 = 2 right / (shown + objects) is largest; the highest such score."""
-    if not matches:
-        return 0.0
-    scores = np.array([m.box.score for m in matches])
-    order = np.argsort(-scores, kind="stable")
-    right = np.cumsum([matches[i].target >= 0 for i in order])
-    f1 = 2 * right / (np.arange(1, len(order) + 1) + objects)
-    # A threshold shows all detections of its score, so only the last of equal scores counts.
-    falling = scores[order]
-    last = np.append(falling[1:] != falling[:-1], True)
-    return float(falling[np.argmax(np.where(last, f1, -1))])
-
-
-def _image_score(record: Record, matches: list[_Match]) -> ImageScore:
-    taken = {m.target for m in matches if m.target >= 0}
-    ious = [m.iou for m in matches if m.target >= 0]
-    return ImageScore(
-        record=record,
-        shown=tuple(m.box for m in matches),
-        found=tuple(place in taken for place in range(len(record.labels))),
-        mean_iou=sum(ious) / len(ious) if ious else 0.0,
-    )
+    return Calibration(counts, mean(scores), mean(right))

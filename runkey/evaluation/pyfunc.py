@@ -1,9 +1,9 @@
-"""A recorded model as MLflow's `python_function`: encoded images in, detections out.
+"""A recorded model as MLflow's `python_function`: image files in, detections out.
 
     model = mlflow.pyfunc.load_model("models:/m-...")
     model.predict(pandas.DataFrame({"image": [Path("a.jpg").read_bytes()]}))
 
-MLflow's model holds no second copy of the weights: it names the run, whose `model/` is read.
+MLflow's model holds no second copy of the weights: it names the run, whose `model/` is loaded.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ COLUMNS = {
     "score": "double",
     **dict.fromkeys(("x1", "y1", "x2", "y2"), "double"),
 }
-"""What it answers: MLflow's type by name."""
+"""Columns of the answer, with MLflow's types."""
 
 
 def _load_pyfunc(path: str) -> PyfuncDetector:
-    """What MLflow calls with the folder that holds `POINTER`."""
+    """Load the model for MLflow, which passes the folder that holds `POINTER`."""
     from mlflow.artifacts import download_artifacts
 
     run_id = json.loads((Path(path) / POINTER).read_text(encoding="utf-8"))["run_id"]
@@ -45,22 +45,27 @@ class PyfuncDetector:
     """A detector on the CPU, one image at a time."""
 
     def __init__(self, detector: Detector, card: ModelCard) -> None:
-        """Args: detector: in evaluation mode.  card: what belongs to it."""
+        """Wrap a detector.
+
+        Args:
+            detector: in evaluation mode.
+            card: its classes, model section and image sizes.
+        """
         self._detector = detector
         self._postprocess = build_postprocess(card.model)
         self._names = [one.name for one in card.classes]
         self._sizes = card.sizes
 
     def predict(self, frame: Any, params: dict[str, Any] | None = None) -> Any:  # noqa: ARG002
-        """Detect.
+        """Detect objects.
 
         Args:
             frame: DataFrame; its column `image` holds the bytes of image files.
-            params: of no use here; MLflow hands it on.
+            params: not used; MLflow passes it.
 
         Returns:
-            DataFrame with `COLUMNS`: the image's row, its detections best first, boxes in pixels of
-            the image as `preprocess` turns it.
+            DataFrame with `COLUMNS`: the image's row, its detections by descending score, boxes in
+            pixels of the image as `preprocess` rotates it.
         """
         import pandas as pd
 

@@ -1,9 +1,9 @@
-"""A model over a set of images: its detections, its loss, its COCO numbers.
+"""Evaluate a model on a set of images: its detections, its loss, its COCO metrics.
 
-Images are passed in groups of one shape, without padding.  A mask keeps attention out of padding,
-but convolutions reach into it: past the first layer it is no longer zero, and an image's features
-near the edge would depend on what it shares a batch with.  Without padding the batch size cannot
-change the result.
+Images go through the model in groups of one shape, without padding. A mask keeps attention out of
+padding, but convolutions reach into it: beyond the first layer padding is no longer zero, and the
+features near an image's edge would depend on the other images of its batch. Without padding the
+batch size cannot change the result.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from runkey.data.dataset import Batch
 from runkey.data.index import ClassName, Record
 from runkey.data.normalise import normalise
 from runkey.evaluation.coco import CocoResult, evaluate_detections
-from runkey.evaluation.detections import DetectionsLike
+from runkey.evaluation.files import DetectionsLike
+from runkey.model.criterion import Criterion
 from runkey.model.matcher import Targets
 from runkey.progress import Steps, progress
 
-# Takes the model's outputs and original sizes [B, 2]; gives each image's detections.
 Postprocess = Callable[[Any, Tensor], Sequence[DetectionsLike]]
+"""(the model's outputs, original (height, width) [B, 2]) to each image's detections."""
 AutocastFactory = Callable[[], AbstractContextManager[object]]
 
 
@@ -47,16 +48,16 @@ class ImageDetections:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What `evaluate_model` finds out."""
+    """The result of `evaluate_model`."""
 
     result: CocoResult
     detections: dict[int, ImageDetections]
-    """Of each image id."""
+    """By image id."""
     losses: dict[str, float]
     """"loss" and its parts, over all images together as one batch; empty without a criterion."""
 
     def metrics(self, prefix: str = "val/") -> dict[str, float]:
-        """What training logs: val/AP, val/AP50, ..., val/loss, ...; only what is defined."""
+        """Return the metrics that are defined, for logging: val/AP, val/AP50, ..., val/loss, ..."""
         losses = {prefix + name: value for name, value in self.losses.items()}
         return {**self.result.metrics(prefix), **losses}
 
@@ -68,7 +69,7 @@ def predict(
     device: torch.device,
     autocast: AutocastFactory = nullcontext,
 ) -> dict[int, ImageDetections]:
-    """All detections of all images, in evaluation mode; the model's mode is put back after."""
+    """Return all detections by image id; the model runs in evaluation mode, restored after."""
     return _run(model, postprocess, batches, device, autocast)
 
 
@@ -81,22 +82,22 @@ def evaluate_model(
     device: torch.device,
     *,
     autocast: AutocastFactory = nullcontext,
-    criterion: Any = None,
+    criterion: Criterion | None = None,
     by_size: bool = True,
 ) -> Evaluation:
-    """Detect, and compare with the truth.
+    """Detect objects, and compare them with the ground truth.
 
     Args:
         model: a detector; called as model(images [B, 3, H, W], padding_mask [B, H, W]).
-        postprocess: makes detections of its outputs.
+        postprocess: turns its outputs into detections.
         batches: every image of `records` once, in any order and any grouping.
-        records: the truth.
+        records: the ground truth.
         classes: as in classes.json.
         device: where the model is.
-        autocast: makes the context of each forward pass (mixed precision).
-        criterion: if given, the loss is computed too, as training does; it is normalised over all
-            images at once, so the batch size does not change it either.  The batches must then
-            hold all objects but crowds (`max_objects=0` in the loader).
+        autocast: returns the context of each forward pass (mixed precision).
+        criterion: if given, computes the loss too, as in training; it is normalised over all
+            images at once, so the batch size does not change it either. The batches must then
+            hold all objects but crowds.
         by_size: see `evaluate_detections`.
 
     Raises:
@@ -112,7 +113,7 @@ def evaluate_model(
 
 
 def same_shape_batches(batch: Batch) -> Iterator[Batch]:
-    """Split a batch by the images' valid sizes, and cut the padding off."""
+    """Split a batch by the images' valid sizes, and remove the padding."""
     rows_of: dict[tuple[int, int], list[int]] = defaultdict(list)
     for row, (height, width) in enumerate(batch.sizes.tolist()):
         rows_of[height, width].append(row)
@@ -133,9 +134,9 @@ def same_shape_batches(batch: Batch) -> Iterator[Batch]:
 
 
 class _LossMeter:
-    """Adds up the losses of batches, each normalised by the counts of the whole set."""
+    """Sum of the losses of batches, each normalised by the counts of the whole set."""
 
-    def __init__(self, criterion: Any, counts: list[int]) -> None:
+    def __init__(self, criterion: Criterion, counts: list[int]) -> None:
         self._criterion = criterion
         self._counts = counts
         self._normaliser = criterion.normaliser(counts)

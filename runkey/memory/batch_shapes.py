@@ -1,14 +1,15 @@
-"""Which padded batches training can meet, from annotations and parameters alone."""
+"""The padded batches that training can produce, from annotations and parameters alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from runkey.data.augment import build_augmentation
 from runkey.data.dataset import BatchMaker, image_table
-from runkey.data.index import Record
+from runkey.data.index import Record, read_classes, read_index
 from runkey.data.sampler import AugmentedImage, GlobalBatchSampler, micro_batches
 from runkey.data.shapes import (
     Shape,
@@ -18,25 +19,28 @@ from runkey.data.shapes import (
     worst_batch_shape,
 )
 from runkey.errors import DataError
-from runkey.memory.trace.tracker import Pass
-from runkey.params import Data
+from runkey.memory.trace.events import MicroBatch
+from runkey.params import Params
 
 # From two images on, a batch can pad to the largest height and the largest width at once.
 _PADDED_TOGETHER = 2
 
+Step = tuple[MicroBatch, ...]
+"""The micro-batches of an optimizer step."""
+
 
 @dataclass(frozen=True, slots=True)
-class Census:
-    """What the training loader can produce."""
+class ShapeStatistics:
+    """The shapes and object counts that the training loader can produce."""
 
     shapes: int
-    """Different (height, width) of single images."""
+    """Number of different (height, width) of single images."""
     padded_shapes: int
-    """Different padded (height, width) of batches of two images or more."""
+    """Number of different padded (height, width) of batches of two images or more."""
     largest: Shape
     """(height, width) of the single image with the most pixels."""
     worst: Shape
-    """Padded (height, width) of the worst batch of two images or more."""
+    """Padded (height, width) of the largest batch of two images or more."""
     worst_ungrouped: Shape
     """The same if landscape and portrait images came in one batch."""
     worst_grouped: Shape
@@ -45,20 +49,20 @@ class Census:
     """Most boxes of a batch of 1, 2, ... images."""
 
     def worst_of(self, images: int) -> Shape:
-        """Padded (height, width) of the worst batch of that many images."""
+        """Return the padded (height, width) of the largest batch of that many images."""
         return self.largest if images == 1 else self.worst
 
     def lines(self) -> list[str]:
-        """The census in words."""
+        """Describe the shapes, one line each."""
         lines = [
-            f"census: {_count(self.shapes, 'output shape')}, the largest {_text(self.largest)}; "
-            f"up to {self.objects[0]} objects an image",
-            f"  once padded {_count(self.padded_shapes, 'shape')}, the worst {_text(self.worst)}",
+            f"image shapes after resizing: {self.shapes:,} (largest {_text(self.largest)}); "
+            f"up to {self.objects[0]} objects per image",
+            f"padded batch shapes: {self.padded_shapes:,} (largest {_text(self.worst)})",
         ]
         if self.worst_ungrouped != self.worst:
             times = _pixels(self.worst_ungrouped) / _pixels(self.worst)
             lines.append(
-                f"  grouping by aspect pays: mixed batches would pad to "
+                f"  data.group_by_aspect helps: mixed batches would pad to "
                 f"{_text(self.worst_ungrouped)}, {times:.2f} times the pixels"
             )
         if self.worst != self.worst_grouped:
@@ -70,99 +74,157 @@ class Census:
         return lines
 
 
-def take_census(
-    data: Data, records: Sequence[Record], *, batch_size: int, max_objects: int
-) -> Census:
-    """Count what `runkey.data`'s real transforms can make of the training images.
+def shape_statistics(params: Params, records: Sequence[Record]) -> ShapeStatistics:
+    """Count what the training transforms can make of the training images.
 
     Args:
-        data: section `data` of params.yaml.
+        params: data, model.num_queries and training.batch_size are read.
         records: the training split.
-        batch_size: images of an optimizer step.
-        max_objects: boxes that the loader keeps of an image at most; 0: all.
 
     Raises:
         DataError: there are no training images.
     """
     if not records:
         raise DataError("prepared/train.json: no training images; see prepared/report.json")
-    shapes = reachable_shapes(data, records)
-    grouped = data.group_by_aspect
-    return Census(
+    shapes = reachable_shapes(params.data, records)
+    grouped = params.data.group_by_aspect
+    sizes = range(1, params.training.batch_size + 1)
+    limit = max_objects(params)
+    return ShapeStatistics(
         shapes=len(shapes),
         padded_shapes=len(padded_shapes(shapes, _PADDED_TOGETHER, grouped=grouped)),
         largest=worst_batch_shape(shapes, 1, grouped=grouped),
         worst=worst_batch_shape(shapes, _PADDED_TOGETHER, grouped=grouped),
         worst_ungrouped=worst_batch_shape(shapes, _PADDED_TOGETHER, grouped=False),
         worst_grouped=worst_batch_shape(shapes, _PADDED_TOGETHER, grouped=True),
-        objects=tuple(most_objects(records, n + 1, max_objects) for n in range(batch_size)),
+        objects=tuple(most_objects(records, images, limit) for images in sizes),
     )
 
 
-def census_of_shape(shape: Shape, *, batch_size: int, objects: int) -> Census:
-    """The census of a training that only ever sees one shape, each image with `objects` boxes."""
-    counts = tuple(objects * (n + 1) for n in range(batch_size))
-    return Census(1, 1, shape, shape, shape, shape, counts)
-
-
-def sample_windows(
-    data: Data,
-    records: Sequence[Record],
-    *,
-    seed: int,
-    batch_size: int,
-    micro_batch: int,
-    max_objects: int,
-    batches: int,
-) -> list[tuple[Pass, ...]]:
-    """The first optimizer steps that the real sampler deals, as shapes; no image is opened.
+def sample_steps(
+    params: Params, records: Sequence[Record], micro_batch: int, count: int
+) -> list[Step]:
+    """Return the first optimizer steps of the training sampler, as shapes; opens no image.
 
     Args:
-        data: section `data` of params.yaml.
+        params: data, seed, model.num_queries and training.batch_size are read.
         records: the training split, not empty.
-        seed: the run's seed.
-        batch_size: images of an optimizer step.
-        micro_batch: images of a forward pass, at most.
-        max_objects: as for `take_census`.
-        batches: forward passes to return, at least; the last step is whole.
-
-    Returns:
-        The forward passes of each step.
+        micro_batch: most images of a micro-batch.
+        count: least number of micro-batches; the last step is whole.
     """
+    data = params.data
     table = image_table(records)
-    augmentation = build_augmentation(data, seed)
+    augmentation = build_augmentation(data, params.seed)
     sampler = GlobalBatchSampler(
-        augmentation, table.ids, table.sizes, batch_size, data.group_by_aspect
+        augmentation, table.ids, table.sizes, params.training.batch_size, data.group_by_aspect
     )
-    maker = BatchMaker(table, Path(), None, augmentation, data.augment.min_visible, max_objects)
-    windows: list[tuple[Pass, ...]] = []
-    count = epoch = 0
-    while count < batches:
-        for window in sampler.global_batches(epoch):
-            runs = micro_batches(window, micro_batch, grouped=data.group_by_aspect)
-            windows.append(tuple(_shape_of(maker, run) for run in runs))
-            count += len(runs)
-            if count >= batches:
+    maker = BatchMaker(
+        table, Path(), None, augmentation, data.augment.min_visible, max_objects(params)
+    )
+    steps: list[Step] = []
+    found = epoch = 0
+    while found < count:
+        for global_batch in sampler.global_batches(epoch):
+            runs = micro_batches(global_batch, micro_batch, grouped=data.group_by_aspect)
+            steps.append(tuple(_sizes_of(maker, run) for run in runs))
+            found += len(runs)
+            if found >= count:
                 break
         epoch += 1
-    return windows
+    return steps
 
 
-def _shape_of(maker: BatchMaker, run: Sequence[AugmentedImage]) -> Pass:
+def _sizes_of(maker: BatchMaker, run: Sequence[AugmentedImage]) -> MicroBatch:
     sizes = maker.table.sizes
     objects = [
         len(maker.visible_objects(index, augment, sizes[index])[1]) for index, augment in run
     ]
-    return Pass(
-        batch=len(run),
+    return MicroBatch(
+        images=len(run),
         height=max(augment.size[0] for _, augment in run),
         width=max(augment.size[1] for _, augment in run),
         objects=max(objects),
     )
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+@dataclass(frozen=True, slots=True)
+class BatchShapes:
+    """The batches that a training step is predicted for."""
+
+    statistics: ShapeStatistics
+    statistics_under: Callable[[Params], ShapeStatistics]
+    """The same under other parameters."""
+    sample: Callable[[int, int], list[Step]]
+    """(images of a micro-batch, number of micro-batches) to sampled optimizer steps."""
+    num_classes: int
+
+    def worst(self, images: int) -> MicroBatch:
+        """Return the largest micro-batch of that many images."""
+        return MicroBatch(images, *self.statistics.worst_of(images), self.statistics.objects[0])
+
+    def steps(self, images: int, count: int) -> list[Step]:
+        """Return sampled steps with two of the largest micro-batches in their middle.
+
+        Args:
+            images: most images of a micro-batch.
+            count: least number of micro-batches.
+        """
+        steps = self.sample(images, count)
+        middle = len(steps) // 2
+        return [*steps[:middle], (self.worst(images),) * 2, *steps[middle:]]
+
+    def under(self, params: Params) -> BatchShapes:
+        """Return the batches under other parameters; sampled steps stay as they are."""
+        return replace(self, statistics=self.statistics_under(params))
+
+
+def prepared_shapes(params: Params, prepared: Path) -> BatchShapes:
+    """Return the batches of the prepared data.
+
+    Args:
+        params: data, seed, model.num_queries and training.batch_size are read.
+        prepared: prepare's output folder.
+
+    Raises:
+        DataError: prepare has not run, or left no image.
+    """
+    records = read_index(prepared / "train.json")
+    return BatchShapes(
+        statistics=shape_statistics(params, records),
+        statistics_under=lambda other: shape_statistics(other, records),
+        sample=partial(sample_steps, params, records),
+        num_classes=len(read_classes(prepared / "classes.json")),
+    )
+
+
+def single_shape(params: Params, shape: Shape, *, objects: int, num_classes: int) -> BatchShapes:
+    """Return batches of one shape, without any data.
+
+    Args:
+        params: data.short_sides and training.batch_size are read.
+        shape: padded (height, width), pixels.
+        objects: boxes of each image.
+        num_classes: K.
+    """
+
+    def statistics(other: Params) -> ShapeStatistics:
+        part = max(other.data.short_sides) / max(params.data.short_sides)
+        height, width = (max(1, round(side * part)) for side in shape)
+        if not other.data.group_by_aspect:
+            height = width = max(height, width)
+        one = (height, width)
+        counts = tuple(objects * (n + 1) for n in range(other.training.batch_size))
+        return ShapeStatistics(1, 1, one, one, one, one, counts)
+
+    def sample(images: int, _: int) -> list[Step]:
+        return [(MicroBatch(images, *shape, objects),) * 2] * 2
+
+    return BatchShapes(statistics(params), statistics, sample, num_classes)
+
+
+def max_objects(params: Params) -> int:
+    """Return the most boxes of an image that the loader keeps."""
+    return min(n for n in (params.data.max_objects, params.model.num_queries) if n)
 
 
 def _text(shape: Shape) -> str:

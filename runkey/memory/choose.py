@@ -1,207 +1,248 @@
-"""How much memory there is."""
+"""Choose how many images go through the model at once on a device.
+
+plan = plan_memory(params, root / MEMORY, device, trials=home / CALIBRATION)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 
 from runkey.errors import TrainingError
-from runkey.memory.memory_model import GIB, MIB
-
-# What training goes by: how an optimizer step is cut into forward passes on this device.
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
-    """How an optimizer step is cut."""
-
-    micro_batch: int
-    """Images of a forward pass, at most."""
-    accumulation: int
-    """Forward passes of a step."""
-    chosen_by: str
-    """Why this one: `up to N fit`, `the checkpoint's` or `training.micro_batch`."""
-    limit_pixels: int
-    """Padded pixels (images x height x width) of the largest batch that is vouched for."""
-    needed_bytes: int
-    """Upper bound of what the step takes."""
-    room_bytes: int
-    """What there is for it, with something to spare."""
-
-    def line(self) -> str:
-        """The plan in words."""
-        passes = f"{self.accumulation} forward pass{'' if self.accumulation == 1 else 'es'} a step"
-        return (
-            f"micro-batch {self.micro_batch} ({self.chosen_by}), {passes}: "
-            f"{self.needed_bytes / GIB:.2f} of {self.room_bytes / GIB:.2f} GiB at most"
-        )
-
-
-# The largest micro-batch whose upper bound fits, or what would make one fit.
-
-
-_SPARE_BYTES = 256 * MIB
-_SPARE_PART = 0.03
+from runkey.hashing import sha256_file
+from runkey.memory.budget import MemoryBudget, memory_budget, spare_bytes
+from runkey.memory.measure import correction, cpu_line, read_line, read_trials, this_platform
+from runkey.memory.memory_model import MODEL, Estimate, MemoryModel, read_model
+from runkey.memory.predict import GENERATIONS, generation_of
+from runkey.params import Params
+from runkey.units import GIB
 
 Bound = Callable[[int], int]
-"""Images of a forward pass to the bytes that the step takes at most."""
+"""Images of a micro-batch to the most bytes that the step takes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
-    """What a training step may take."""
-
-    bytes: int
-    text: str
-    """How that comes about, such as `16.00 GiB of memory.budget_gib less 0.48 to spare`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What parameters and an earlier checkpoint ask for."""
-
-    batch_size: int
-    """Images of an optimizer step in this process."""
-    micro_batch: int | None = None
-    """`training.micro_batch`, if it is a number."""
-    kept: int | None = None
-    """Micro-batch of the checkpoint that training goes on from."""
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """How an optimizer step is cut."""
+class Choice(NamedTuple):
+    """How an optimizer step is split."""
 
     micro_batch: int
-    """Images of a forward pass, at most."""
+    """Most images of a micro-batch."""
     accumulation: int
-    """Forward passes of a step."""
+    """Micro-batches of a step."""
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class WayOut:
-    """A parameter that would make a step smaller."""
+class MemoryPlan:
+    """How an optimizer step is split, and the memory that it takes."""
 
-    change: str
-    """As params.yaml writes it."""
-    bytes: int
-    """What one image would take then."""
+    micro_batch: int
+    """Most images of a micro-batch."""
+    accumulation: int
+    """Micro-batches of a step."""
+    chosen_by: str
+    """The reason: `up to N fit`, `the checkpoint's` or `training.micro_batch`."""
+    limit_pixels: int
+    """Padded pixels (images x height x width) of the largest batch that is predicted to fit."""
+    needed_bytes: int
+    """Upper bound of what the step takes."""
+    budget_bytes: int
+    """What the step may take."""
 
-    def __str__(self) -> str:
-        return f"{self.change} ({self.bytes / GIB:.2f} GiB)"
-
-
-def spare_bytes(budget_bytes: int) -> int:
-    """What is left free: max(256 MiB, 3%)."""
-    return max(_SPARE_BYTES, round(_SPARE_PART * budget_bytes))
-
-
-def cut(batch_size: int, micro_batch: int) -> tuple[int, int]:
-    """Passes as few as `micro_batch` allows, of sizes as even as can be: (micro-batch, passes)."""
-    passes = -(-batch_size // min(micro_batch, batch_size))
-    return -(-batch_size // passes), passes
-
-
-def largest_fitting(bound: Bound, batch_size: int, room_bytes: int) -> int:
-    """The most images, up to `batch_size`, whose bound is within the room; 0: not even one."""
-    return max((n for n in range(1, batch_size + 1) if bound(n) <= room_bytes), default=0)
+    def line(self) -> str:
+        """Describe the plan in one line."""
+        passes = f"{self.accumulation} forward pass{'' if self.accumulation == 1 else 'es'} a step"
+        return (
+            f"micro-batch {self.micro_batch} ({self.chosen_by}), {passes}: "
+            f"{self.needed_bytes / GIB:.2f} of {self.budget_bytes / GIB:.2f} GiB at most"
+        )
 
 
-def choose(bound: Bound, room: Room, wish: Wish, ways_out: Sequence[WayOut] = ()) -> Choice:
-    """The fewest forward passes whose upper bound is within the room.
+def split_evenly(batch_size: int, micro_batch: int) -> tuple[int, int]:
+    """Split a step into the fewest micro-batches, as even as can be: (micro-batch, count)."""
+    count = -(-batch_size // min(micro_batch, batch_size))
+    return -(-batch_size // count), count
+
+
+def largest_fitting(bound: Bound, most: int, budget_bytes: int) -> int:
+    """Return the most images, up to `most`, whose bound is within the budget; 0 if none is."""
+    return max((n for n in range(1, most + 1) if bound(n) <= budget_bytes), default=0)
+
+
+def choose(
+    bound: Bound,
+    budget: MemoryBudget,
+    batch_size: int,
+    *,
+    micro_batch: int | None = None,
+    saved: int | None = None,
+    alternatives: Mapping[str, int] | None = None,
+) -> Choice:
+    """Choose the fewest micro-batches whose upper bound is within the budget.
 
     Args:
-        bound: upper bound on the device at hand.
-        room: what there is.
-        wish: the batch, and a micro-batch asked for: a number in `training.micro_batch` is obeyed,
-            a checkpoint's is kept if it fits.
-        ways_out: what could be changed if nothing fits.
+        bound: upper bound on the device.
+        budget: what the step may take.
+        batch_size: images of an optimizer step in this process.
+        micro_batch: `training.micro_batch`, if it is a number; it is used in any case.
+        saved: micro-batch of the checkpoint that training resumes from; kept if it fits.
+        alternatives: changes of params.yaml, and the bytes that one image would take with each.
 
     Raises:
-        TrainingError: not even one image fits; says what would make it fit.
+        TrainingError: not even one image fits; names what would make it fit.
     """
-    if wish.micro_batch is not None:
-        return Choice(*cut(wish.batch_size, wish.micro_batch), "training.micro_batch")
-    fits = largest_fitting(bound, wish.batch_size, room.bytes)
+    if micro_batch is not None:
+        return Choice(*split_evenly(batch_size, micro_batch), "training.micro_batch")
+    fits = largest_fitting(bound, batch_size, budget.bytes)
     if not fits:
-        raise TrainingError(_nothing_fits(bound(1), room, ways_out))
-    if wish.kept is not None and wish.kept <= fits:
-        return Choice(wish.kept, -(-wish.batch_size // wish.kept), "the checkpoint's")
-    return Choice(*cut(wish.batch_size, fits), f"up to {fits} fit")
+        raise TrainingError(_nothing_fits(bound(1), budget, alternatives or {}))
+    if saved is not None and saved <= fits:
+        return Choice(saved, -(-batch_size // saved), "the checkpoint's")
+    return Choice(*split_evenly(batch_size, fits), f"up to {fits} fit")
 
 
-def _nothing_fits(needed: int, room: Room, ways_out: Sequence[WayOut]) -> str:
-    """One line: what one image takes, what there is, and the ways out, best those that suffice."""
-    helpful = sorted((way for way in ways_out if way.bytes < needed), key=lambda way: way.bytes)
-    enough = [str(way) for way in helpful if way.bytes <= room.bytes]
+def _nothing_fits(needed: int, budget: MemoryBudget, alternatives: Mapping[str, int]) -> str:
+    """Say what one image takes, what the budget is, and which changes help."""
+    sizes = sorted(alternatives.items(), key=lambda item: item[1])
+    helpful = [(f"{name} ({size / GIB:.2f} GiB)", size) for name, size in sizes if size < needed]
+    enough = [text for text, size in helpful if size <= budget.bytes]
     text = (
         f"memory.budget_gib: a training step of one image takes up to {needed / GIB:.2f} GiB, "
-        f"there are {room.bytes / GIB:.2f} GiB ({room.text}); "
+        f"there are {budget.bytes / GIB:.2f} GiB ({budget.text}); "
     )
     if enough:
         return text + "it would fit with " + ", or with ".join(enough)
     if helpful:
-        return text + "no single change makes it fit: " + ", ".join(map(str, helpful))
-    return text + "take a smaller model"
+        return text + "no single change makes it fit: " + ", ".join(text for text, _ in helpful)
+    return text + "use a smaller model"
 
 
-_PROC = Path("/proc/meminfo")
-# A container's limit and use, with cgroups version 2 and version 1.
-_CGROUPS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
-)
-
-
-def room_on(
-    budget_gib: float | Literal["device"], device: torch.device, outside_bytes: int
-) -> Room:
-    """What tensors may take on a device.
+def plan_memory(
+    params: Params,
+    folder: Path,
+    device: torch.device,
+    *,
+    trials: Path,
+    saved: int | None = None,
+    processes: int = 1,
+) -> MemoryPlan:
+    """Choose the micro-batch for a device, from memory.json and what was measured.
 
     Args:
-        budget_gib: `memory.budget_gib`: GiB for the process, or device, for all that is free.
-        device: where training runs; nothing of ours is on it yet.
-        outside_bytes: what the process takes beside tensors.  GPU: the context and the libraries'
-            kernels, of which free memory lacks a part already.  CPU: nothing, since what is
-            measured there is the whole process.
+        params: training and memory are read.
+        folder: profile_memory's output.
+        device: where training runs.
+        trials: file of this machine's trials; may be missing.
+        saved: micro-batch of the checkpoint that training resumes from; kept if it fits.
+        processes: number of processes that share each optimizer step.
+
+    Raises:
+        TrainingError: there is no memory.json for these parameters, or nothing fits.
     """
-    if budget_gib != "device":
-        budget = round(budget_gib * GIB)
-        return _room(budget, outside_bytes, "memory.budget_gib")
+    training = params.training
+    model = read_model(folder / MODEL, training.batch_size)
     if device.type == "cpu":
-        return _room(available_bytes(_PROC, _CGROUPS), outside_bytes, "available")
-    free, total = torch.cuda.mem_get_info(device)
-    taken = min(outside_bytes, total - free)  # our context, or at least that much of others
-    return _room(free + taken, outside_bytes, f"free on {torch.cuda.get_device_name(device)}")
+        bound, budget, alternatives = _on_cpu(params, model, folder, device)
+    else:
+        bound, budget, alternatives = _on_gpu(params, model, folder, device, trials, processes)
+    choice = choose(
+        bound,
+        budget,
+        -(-training.batch_size // processes),
+        micro_batch=None if training.micro_batch == "auto" else training.micro_batch,
+        saved=saved,
+        alternatives=alternatives,
+    )
+    return MemoryPlan(
+        micro_batch=choice.micro_batch,
+        accumulation=choice.accumulation,
+        chosen_by=choice.reason,
+        limit_pixels=model.limit_pixels(choice.micro_batch),
+        needed_bytes=bound(choice.micro_batch),
+        budget_bytes=budget.bytes,
+    )
 
 
-def _room(budget: int, outside: int, what: str) -> Room:
-    spare = spare_bytes(budget)
-    beside = f", {outside / GIB:.2f} for the CUDA context" if outside else ""
-    text = f"{budget / GIB:.2f} GiB {what} less {spare / GIB:.2f} to spare{beside}"
-    return Room(budget - spare - outside, text)
+def _on_cpu(
+    params: Params, model: MemoryModel, folder: Path, device: torch.device
+) -> tuple[Bound, MemoryBudget, dict[str, int]]:
+    """Use the line that was measured for this very memory.json, else the predicted one."""
+    line = read_line(folder, sha256_file(folder / MODEL)) or cpu_line(model.cpu)
+    alternatives = {}
+    for one in model.alternatives:
+        if one.name not in ("bf16", "fp32"):
+            part = one.estimate.line.bytes_per_image / model.gpu.line.bytes_per_image
+            smaller = replace(line, bytes_per_image=line.bytes_per_image * part)
+            alternatives[one.change] = smaller.at(1)
+    return line.at, memory_budget(params.memory.budget_gib, device, 0), alternatives
 
 
-def available_bytes(meminfo: Path, cgroups: tuple[tuple[Path, Path], ...]) -> int:
-    """Main memory that a new process can have.
+def _on_gpu(
+    params: Params,
+    model: MemoryModel,
+    folder: Path,
+    device: torch.device,
+    trials: Path,
+    processes: int,
+) -> tuple[Bound, MemoryBudget, dict[str, int]]:
+    """Use the upper bound, corrected by what was measured on such a GPU."""
+    generation = generation_of(torch.cuda.get_device_capability(device))
+    found = correction(read_trials(trials), this_platform(device), sha256_file(folder / MODEL))
+    buckets = model.gradient_bytes if processes > 1 else 0
+
+    def bound_of(estimate: Estimate) -> Bound:
+        return lambda images: round(estimate.upper(images) * found.factor) + buckets
+
+    fp32 = model.alternative("fp32")
+    lacks_bf16 = params.training.precision == "auto" and not generation.has_bf16
+    estimate = fp32.estimate if lacks_bf16 and fp32 else model.gpu
+    outside = found.outside_bytes or generation.context_bytes[1]
+    alternatives = {one.change: bound_of(one.estimate)(1) for one in model.alternatives}
+    budget = memory_budget(params.memory.budget_gib, device, outside)
+    return bound_of(estimate), budget, alternatives
+
+
+# The largest micro-batch on common GPUs.
+
+
+CARDS_GIB = (8, 12, 16, 24, 40, 80)
+_USUAL_GIB = 24
+MOST_IMAGES = 999
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A GPU of some size."""
+
+    gib: float
+    room_bytes: int
+    """For the allocator: without the context, libraries and spare bytes."""
+    images: int
+    """Largest micro-batch, beyond the batch size too; 0: not even one image fits."""
+
+
+def cards(estimate: Estimate) -> list[Card]:
+    """Return what fits on common GPUs."""
+    return [card_of(estimate, gib) for gib in CARDS_GIB]
+
+
+def card_of(estimate: Estimate, gib: float) -> Card:
+    """Return what fits on a GPU of `gib` GiB, whatever its generation."""
+    total = round(gib * GIB)
+    outside = max(one.context_bytes[1] for one in GENERATIONS)
+    budget = total - outside - spare_bytes(total)
+    return Card(gib, budget, largest_fitting(estimate.upper, MOST_IMAGES, budget))
+
+
+def shown_images(model: MemoryModel, budget_gib: float | None) -> int:
+    """Return the micro-batch that tables and pictures show: the largest that fits the budget.
 
     Args:
-        meminfo: the kernel's table; its `MemAvailable` counts caches that it would give up.
-        cgroups: files with a limit and with the present use; missing ones set no limit.
+        model: the prediction.
+        budget_gib: `memory.budget_gib`; None, where it is "device": a 24 GiB GPU's.
     """
-    lines = meminfo.read_text(encoding="ascii").splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    for limit, used in cgroups:
-        text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
-        if text != "max":
-            available = min(available, int(text) - int(used.read_text(encoding="ascii")))
-    return available
+    fits = card_of(model.gpu, budget_gib or _USUAL_GIB).images
+    return max(1, min(model.batch_size, fits))

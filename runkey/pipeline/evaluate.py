@@ -7,13 +7,14 @@ from pathlib import Path
 
 from runkey import paths
 from runkey.evaluation.coco import SIZES, CocoResult
-from runkey.evaluation.detections import to_results_json, write_results
 from runkey.evaluation.files import (
     METRICS,
     PRECISION_RECALL,
     PREDICTIONS,
+    to_results_json,
     write_metrics,
     write_precision_recall,
+    write_results,
 )
 from runkey.files import write_json
 from runkey.identity.key import make_recipe

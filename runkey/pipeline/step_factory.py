@@ -5,6 +5,7 @@ Runs without mlflow, dvc and pycocotools.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,8 +13,9 @@ import torch
 from runkey import paths
 from runkey.data.dataset import GlobalBatch
 from runkey.data.index import read_classes
+from runkey.files import write_json
+from runkey.memory.measure import read_job, run_trial
 from runkey.memory.trace.record import BuiltStep, StepFactory, with_fixed_matches
-from runkey.memory.trial import read_job, run_trial, write_json
 from runkey.model.criterion import build_criterion
 from runkey.params import Params, load_params
 from runkey.training.build import Replacements, build_training
@@ -63,4 +65,4 @@ def run_trial_job(root: Path, job: Path, result: Path) -> None:
     device, _ = choose_device(params.runtime.device)
     num_classes = len(read_classes(root / paths.PREPARED / "classes.json"))
     outcome = run_trial(lambda: build_step(params, num_classes, device).step, read_job(job), device)
-    write_json(result, outcome)
+    write_json(result, asdict(outcome))

@@ -22,9 +22,8 @@ from runkey.data.index import read_classes
 from runkey.errors import Interrupted
 from runkey.files import write_json
 from runkey.identity.key import Recipe
-from runkey.memory.choose import MemoryPlan
-from runkey.memory.decide import decide
-from runkey.memory.measured import CALIBRATION
+from runkey.memory.choose import MemoryPlan, plan_memory
+from runkey.memory.measure import CALIBRATION
 from runkey.model.model_files import Sizes, save_model
 from runkey.params import Params
 from runkey.pipeline.once import KeyClaim
@@ -116,12 +115,12 @@ def _plan(params: Params, root: Path, claim: KeyClaim, device: torch.device) -> 
     Another one would round differently, and draw other noise.
     """
     saved = newest_fingerprint(claim.folder)
-    plan = decide(
+    plan = plan_memory(
         params,
         root / paths.MEMORY,
         device,
         trials=paths.store_root() / paths.HOME / CALIBRATION,
-        kept=None if saved is None else int(saved["micro_batch"]),
+        saved=None if saved is None else int(saved["micro_batch"]),
         # On a CPU the ranks share the memory, and so the micro-batch (`build_loader`).
         processes=count_ranks(params, device) if device.type == "cuda" else 1,
     )

@@ -11,13 +11,13 @@ from matplotlib.colors import LinearSegmentedColormap
 from numpy.typing import NDArray
 
 from runkey.data.index import read_classes, read_index
-from runkey.evaluation.detections import read_results
 from runkey.evaluation.files import (
     METRICS,
     PRECISION_RECALL,
     PREDICTIONS,
     read_metrics,
     read_precision_recall,
+    read_results,
 )
 from runkey.evaluation.per_image import (
     BINS,

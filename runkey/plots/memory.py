@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runkey.memory.predict import Prediction
-from runkey.memory.timeline import Timeline, timeline_of
-from runkey.memory.trace.tracker import CLASSES
+from runkey.memory.trace.events import CLASSES, Timeline, timeline_of
 from runkey.plots.style import (
     BLACK,
     BLUE,
@@ -59,7 +58,7 @@ def draw_step(
         The written files.
     """
     model = prediction.model
-    height, width = model.census.worst_of(images)
+    height, width = model.shapes.worst_of(images)
     lines = [("upper bound", float(model.gpu.upper(images)))]
     if budget_gib is not None:
         lines.append((f"budget {budget_gib:g} GiB", budget_gib * GIB))

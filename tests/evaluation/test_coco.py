@@ -18,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 from runkey.data.index import ClassName, Record
 from runkey.errors import DataError, ModelError
 from runkey.evaluation.coco import SUMMARY_NAMES, evaluate_detections, evaluate_results
-from runkey.evaluation.detections import read_results, to_results_json, write_results
+from runkey.evaluation.files import read_results, to_results_json, write_results
 from tests.support.shared import shared_data
 
 

@@ -8,11 +8,11 @@ import pytest
 from runkey.data.index import ClassName, Record
 from runkey.errors import DataError
 from runkey.evaluation.coco import evaluate_results
-from runkey.evaluation.detections import to_results_json
 from runkey.evaluation.files import (
     metrics_json,
     read_metrics,
     read_precision_recall,
+    to_results_json,
     write_metrics,
     write_precision_recall,
 )

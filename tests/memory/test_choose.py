@@ -8,26 +8,18 @@ import pytest
 import torch
 
 from runkey.errors import TrainingError
-from runkey.memory.choose import (
-    Choice,
-    Room,
-    WayOut,
-    Wish,
-    available_bytes,
-    choose,
-    cut,
-    room_on,
-    spare_bytes,
-)
-from runkey.memory.memory_model import GIB, MIB, Line, line_through
-from runkey.memory.trial import cpu_line
+from runkey.memory.budget import MemoryBudget, available_bytes, memory_budget, spare_bytes
+from runkey.memory.choose import Choice, choose, split_evenly
+from runkey.memory.measure import cpu_line
+from runkey.memory.memory_model import Line, line_through
+from runkey.units import GIB, MIB
 
 CPU = torch.device("cpu")
 LINE = Line(GIB, GIB)
 
 
-def room(size: float) -> Room:
-    return Room(round(size), "of the test")
+def budget(size: float) -> MemoryBudget:
+    return MemoryBudget(round(size), "of the test")
 
 
 def test_line_goes_through_both_peaks():
@@ -56,39 +48,37 @@ def test_noise_never_makes_the_line_fall():
     ],
 )
 def test_steps_are_cut_evenly(batch_size, fits, expected):
-    micro_batch, passes = cut(batch_size, fits)
+    micro_batch, passes = split_evenly(batch_size, fits)
     assert (micro_batch, passes) == expected
     assert micro_batch * passes >= batch_size > micro_batch * (passes - 1)
 
 
 def test_choice_is_the_largest_that_fits():
     """1 GiB + 1 GiB an image: 4 images take 5 GiB."""
-    assert choose(LINE.at, room(5 * GIB), Wish(8)) == Choice(4, 2, "up to 4 fit")
-    assert choose(LINE.at, room(5 * GIB - 1), Wish(8)).micro_batch == 3
-    assert choose(LINE.at, room(100 * GIB), Wish(8)).micro_batch == 8
+    assert choose(LINE.at, budget(5 * GIB), 8) == Choice(4, 2, "up to 4 fit")
+    assert choose(LINE.at, budget(5 * GIB - 1), 8).micro_batch == 3
+    assert choose(LINE.at, budget(100 * GIB), 8).micro_batch == 8
 
 
 def test_a_checkpoints_micro_batch_is_kept_if_it_fits():
-    assert choose(LINE.at, room(9 * GIB), Wish(8, kept=3)) == Choice(3, 3, "the checkpoint's")
-    assert choose(LINE.at, room(3 * GIB), Wish(8, kept=3)).micro_batch == 2
+    assert choose(LINE.at, budget(9 * GIB), 8, saved=3) == Choice(3, 3, "the checkpoint's")
+    assert choose(LINE.at, budget(3 * GIB), 8, saved=3).micro_batch == 2
 
 
 def test_a_number_is_obeyed():
     """Even where it does not fit: who names a number knows why."""
-    assert choose(LINE.at, room(GIB), Wish(8, micro_batch=5)) == Choice(
-        4, 2, "training.micro_batch"
-    )
+    assert choose(LINE.at, budget(GIB), 8, micro_batch=5) == Choice(4, 2, "training.micro_batch")
 
 
 def test_what_would_fit_is_named_with_its_bytes():
-    ways = [
-        WayOut("data.long_side: 600", round(1.9 * GIB)),
-        WayOut("model.checkpointing: true", round(1.25 * GIB)),
-        WayOut("data.group_by_aspect: false", 3 * GIB),
-        WayOut("training.precision: bf16", round(1.5 * GIB)),
-    ]
+    ways = {
+        "data.long_side: 600": round(1.9 * GIB),
+        "model.checkpointing: true": round(1.25 * GIB),
+        "data.group_by_aspect: false": 3 * GIB,
+        "training.precision: bf16": round(1.5 * GIB),
+    }
     with pytest.raises(TrainingError) as caught:
-        choose(LINE.at, room(1.5 * GIB), Wish(8, kept=4), ways)
+        choose(LINE.at, budget(1.5 * GIB), 8, saved=4, alternatives=ways)
     start = (
         "memory.budget_gib: a training step of one image takes up to 2.00 GiB, there are 1.50 GiB "
         "(of the test); "
@@ -98,7 +88,7 @@ def test_what_would_fit_is_named_with_its_bytes():
         "or with training.precision: bf16 (1.50 GiB)"
     )
     with pytest.raises(TrainingError) as caught:
-        choose(LINE.at, room(GIB), Wish(8), ways[:2])
+        choose(LINE.at, budget(GIB), 8, alternatives=dict(list(ways.items())[:2]))
     assert str(caught.value) == (
         start.replace("1.50", "1.00") + "no single change makes it fit: "
         "model.checkpointing: true (1.25 GiB), data.long_side: 600 (1.90 GiB)"
@@ -111,13 +101,13 @@ def test_what_is_spared():
     assert spare_bytes(100 * GIB) == 3 * GIB
 
 
-def test_room_is_the_budget_less_what_is_spared():
-    found = room_on(4.0, CPU, 0)
+def test_the_budget_is_less_what_is_spared():
+    found = memory_budget(4.0, CPU, 0)
     assert found.bytes == 4 * GIB - 256 * MIB
     assert found.text == "4.00 GiB memory.budget_gib less 0.25 to spare"
-    assert room_on(4.0, CPU, GIB).bytes == 3 * GIB - 256 * MIB
+    assert memory_budget(4.0, CPU, GIB).bytes == 3 * GIB - 256 * MIB
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert GIB // 4 < room_on("device", CPU, 0).bytes < total
+    assert GIB // 4 < memory_budget("device", CPU, 0).bytes < total
 
 
 def test_a_containers_limit_counts(tmp_path):

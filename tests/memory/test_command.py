@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from runkey.cli.memory import as_dict, print_memory
-from runkey.memory.memory_model import GIB
-from runkey.memory.timeline import timeline_of
+from runkey.memory.trace.events import timeline_of
 from runkey.plots.memory import draw_step
+from runkey.units import GIB
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from runkey.memory.trace.backward import _Run, run_backward
-from runkey.memory.trace.fake import own_backward
+from runkey.memory.trace.backward import BackwardRun, run_backward
 from runkey.memory.trace.record import synthetic_batch
+from runkey.memory.trace.torch_private import replaced_backward
 
 FAST = ("fast", "detr, dropout, no average")
 every_training = pytest.mark.parametrize("training", FAST, indirect=True)
@@ -19,7 +20,7 @@ every_training = pytest.mark.parametrize("training", FAST, indirect=True)
 def check_four_ways(training, trace, in_order, monkeypatch):
     # A dispatch mode, which the tracer is, makes torch's engine take every tensor for a subclass,
     # and of those it never sums in place.  How it sums without one: the next test.
-    monkeypatch.setattr(_Run, "_is_sole", lambda *_: False)
+    monkeypatch.setattr(BackwardRun, "is_sole", lambda *_: False)
     real = trace(training, fake=False, own=False)
     own = trace(training, fake=False, own=True)
     assert own.result == real.result
@@ -48,10 +49,9 @@ def check_real_allocations(training, build, in_order):
     """What the CPU's allocator is asked for, kernels' own needs and all, in a whole step."""
     seen, weights = [], []
     for own in (False, True):
-        built, content = build(training)
-        window = tuple(synthetic_batch(p, content.num_classes, 2) for p in training.passes)
-        nothing = lambda *_: None  # noqa: E731
-        with own_backward(nothing, nothing, nothing) if own else pytest.MonkeyPatch.context():
+        built, fields = build(training)
+        window = tuple(synthetic_batch(one, fields) for one in training.micro_batches)
+        with replaced_backward(run_backward) if own else nullcontext():
             built.step(window)
             gc.collect()
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:

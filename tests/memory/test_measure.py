@@ -6,16 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from runkey.errors import TrainingError
+from runkey.files import write_json
+from runkey.memory.measure import TrialJob, TrialProcess, read_job, read_result, run_trial
 from runkey.memory.memory_model import read_model, write_model
-from runkey.memory.trace.record import synthetic_batch
-from runkey.memory.trace.tracker import Pass
-from runkey.memory.trial import Guarded, Job, read_job, read_result, run_trial, write_json
+from runkey.memory.trace.events import MicroBatch
+from runkey.memory.trace.record import BatchFields, synthetic_batch
 from runkey.params import Params, override
 from runkey.params.render import render
 
@@ -76,15 +78,15 @@ def test_the_line_of_a_cpu_predicts(small_params, prepared, tmp_path):
 
 
 def test_synthetic_batch_is_padded_and_full():
-    batch = synthetic_batch(Pass(3, 40, 60, 5), num_classes=4, colour=2)
+    batch = synthetic_batch(MicroBatch(3, 40, 60, 5), BatchFields(4, 2))
     assert batch.images.shape == (3, 3, 40, 60)
     assert batch.counts == (5, 5, 5)
     assert batch.labels.max() < 4
     assert batch.sizes.tolist() == [[40, 60], [40, 60], [30, 60]]
 
 
-def job(*worst: Pass) -> Job:
-    return Job(worst, (worst[:1],), num_classes=4, colour=None, budget_gib=2.5, outside_bytes=9)
+def job(*worst: MicroBatch) -> TrialJob:
+    return TrialJob(worst, (worst[:1],), BatchFields(4, None), budget_gib=2.5, outside_bytes=9)
 
 
 def test_a_trial_runs_each_window_and_tells_of_peaks(tmp_path):
@@ -93,14 +95,14 @@ def test_a_trial_runs_each_window_and_tells_of_peaks(tmp_path):
     def make_step():
         return lambda window: seen.append([len(batch) for batch in window])
 
-    asked = job(Pass(2, 40, 60, 5), Pass(3, 40, 60, 5))
-    write_json(tmp_path / "job.json", asked)
+    asked = job(MicroBatch(2, 40, 60, 5), MicroBatch(3, 40, 60, 5))
+    write_json(tmp_path / "job.json", asdict(asked))
     assert read_job(tmp_path / "job.json") == asked
     result = run_trial(make_step, asked, CPU)
     assert seen == [[2, 2], [2, 2], [3, 3], [3, 3], [2]]
     assert [peak.images for peak in result.peaks] == [2, 3]
-    assert result.holds(asked)
-    write_json(tmp_path / "result.json", result)
+    assert result.passed(asked)
+    write_json(tmp_path / "result.json", asdict(result))
     assert read_result(tmp_path / "result.json") == result
 
 
@@ -109,7 +111,7 @@ def test_a_step_that_does_not_fit_is_named():
         return lambda window: torch.empty(2**50, dtype=torch.uint8)
 
     with pytest.raises(TrainingError) as caught:
-        run_trial(make_step, job(Pass(2, 40, 60, 5)), CPU)
+        run_trial(make_step, job(MicroBatch(2, 40, 60, 5)), CPU)
     assert str(caught.value) == (
         "memory.probe_batches: a training step of 2 images of 40 x 60 pixels does not fit in "
         "memory; lower memory.probe_batches, data.short_sides and data.long_side, "
@@ -122,11 +124,11 @@ def test_other_faults_of_a_step_are_not_hidden():
         return lambda window: torch.zeros(2) + torch.zeros(3)
 
     with pytest.raises(RuntimeError, match="size of tensor"):
-        run_trial(make_step, job(Pass(2, 40, 60, 5)), CPU)
+        run_trial(make_step, job(MicroBatch(2, 40, 60, 5)), CPU)
 
 
 def test_death_of_the_measuring_process_is_named(tmp_path):
-    killed = Guarded(
+    killed = TrialProcess(
         [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"],
         tmp_path,
         os.environ,
@@ -135,10 +137,12 @@ def test_death_of_the_measuring_process_is_named(tmp_path):
         TrainingError, match=r"^memory.probe_batches: the machine ran out of memory"
     ):
         killed.wait()
-    failed = Guarded([sys.executable, "-c", "raise SystemExit(3)"], tmp_path, os.environ)
+    failed = TrialProcess([sys.executable, "-c", "raise SystemExit(3)"], tmp_path, os.environ)
     with pytest.raises(SystemExit) as caught:
         failed.wait()
     assert caught.value.code == 3
-    sleeping = Guarded([sys.executable, "-c", "import time; time.sleep(600)"], tmp_path, os.environ)
+    sleeping = TrialProcess(
+        [sys.executable, "-c", "import time; time.sleep(600)"], tmp_path, os.environ
+    )
     sleeping.stop()
     sleeping.stop()

@@ -10,20 +10,22 @@ import torch
 
 from runkey.errors import TrainingError
 from runkey.hashing import sha256_file
-from runkey.memory.decide import card_of, cards, decide, shown_images
-from runkey.memory.measured import (
+from runkey.memory.choose import card_of, cards, plan_memory, shown_images
+from runkey.memory.measure import (
     Correction,
+    Peak,
     Platform,
     Trial,
     add_trials,
     correction,
+    cpu_line,
     read_trials,
     this_platform,
     write_cpu,
 )
-from runkey.memory.memory_model import GIB, MIB, read_model, write_model
-from runkey.memory.trial import Peak, cpu_line
+from runkey.memory.memory_model import read_model, write_model
 from runkey.params import override
+from runkey.units import GIB, MIB
 
 CPU = torch.device("cpu")
 GPU = Platform("NVIDIA H100 80GB HBM3", "570.86.15", "2.11.0")
@@ -87,33 +89,33 @@ def test_training_on_a_cpu_goes_by_the_measured_line(prediction, small_params, t
     write_model(tmp_path, prediction.model)
     trials = tmp_path / "none.json"
     params = override(small_params, {"memory.budget_gib": 3})
-    plan = decide(params, tmp_path, CPU, trials=trials)
+    plan = plan_memory(params, tmp_path, CPU, trials=trials)
     assert (plan.micro_batch, plan.accumulation) == (5, 1)
     assert plan.limit_pixels == 5 * 90 * 120
     assert plan.needed_bytes == cpu_line(prediction.model.cpu).at(5)
-    assert plan.room_bytes == 3 * GIB - 256 * MIB
+    assert plan.budget_bytes == 3 * GIB - 256 * MIB
     assert plan.line().startswith("micro-batch 5 (up to 5 fit), 1 forward pass a step: ")
 
     digest = sha256_file(tmp_path / "memory.json")
     peaks = [Peak(2, 2 * GIB, 2 * GIB), Peak(4, 3 * GIB, 3 * GIB)]
     write_cpu(tmp_path, digest, this_platform(CPU), peaks)
-    plan = decide(params, tmp_path, CPU, trials=trials)
+    plan = plan_memory(params, tmp_path, CPU, trials=trials)
     assert (plan.micro_batch, plan.accumulation, plan.needed_bytes) == (3, 2, round(2.5 * GIB))
-    assert decide(params, tmp_path, CPU, trials=trials, kept=2).micro_batch == 2
-    assert decide(params, tmp_path, CPU, trials=trials, kept=4).micro_batch == 3
-    assert decide(params, tmp_path, CPU, trials=trials, processes=3).micro_batch == 2
+    assert plan_memory(params, tmp_path, CPU, trials=trials, saved=2).micro_batch == 2
+    assert plan_memory(params, tmp_path, CPU, trials=trials, saved=4).micro_batch == 3
+    assert plan_memory(params, tmp_path, CPU, trials=trials, processes=3).micro_batch == 2
     asked = override(params, {"training.micro_batch": 4})
-    assert decide(asked, tmp_path, CPU, trials=trials).chosen_by == "training.micro_batch"
+    assert plan_memory(asked, tmp_path, CPU, trials=trials).chosen_by == "training.micro_batch"
 
     tight = override(params, {"memory.budget_gib": 1.5})
     with pytest.raises(TrainingError, match=r"up to 1\.50 GiB, there are 1\.25 GiB") as caught:
-        decide(tight, tmp_path, CPU, trials=trials)
+        plan_memory(tight, tmp_path, CPU, trials=trials)
     # What a CPU cannot use is not offered.
     assert "model.checkpointing: true" in str(caught.value)
     assert "precision" not in str(caught.value)
 
     write_cpu(tmp_path, "of another memory.json", this_platform(CPU), peaks)
-    assert decide(params, tmp_path, CPU, trials=trials).micro_batch == 5
+    assert plan_memory(params, tmp_path, CPU, trials=trials).micro_batch == 5
 
 
 def trial(model: str, ratio: float, *, retries: int = 0, platform: Platform = GPU) -> Trial:

@@ -7,24 +7,27 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from runkey.memory.memory_model import find_laws, make_template, other_shape, quantities
-from runkey.memory.timeline import break_down, rounded, timeline_of
-from runkey.memory.trace.backward import Gpu
-from runkey.memory.trace.record import Content, recorder
-from runkey.memory.trace.tracker import CLASSES, Pass
+from runkey.memory.template import find_laws, make_template, other_shape, quantities
+from runkey.memory.trace.events import CLASSES, MicroBatch, break_down, round_up, timeline_of
+from runkey.memory.trace.gpu import Gpu
+from runkey.memory.trace.record import BatchFields, recorder
 from runkey.pipeline.step_factory import step_factory
 
-SEEN = Pass(2, 90, 120, 6), Pass(4, 90, 120, 6), Pass(3, *other_shape((90, 120), 8), 6)
-UNSEEN = Pass(5, 83, 108, 6), Pass(1, 90, 120, 6), Pass(7, 88, 70, 6)
+SEEN = (
+    MicroBatch(2, 90, 120, 6),
+    MicroBatch(4, 90, 120, 6),
+    MicroBatch(3, *other_shape((90, 120), 8), 6),
+)
+UNSEEN = MicroBatch(5, 83, 108, 6), MicroBatch(1, 90, 120, 6), MicroBatch(7, 88, 70, 6)
 
 
 @pytest.fixture(scope="module")
 def traces(small_params):
     """Steps over one, two and three micro-batches, traced for themselves."""
-    with recorder(step_factory(small_params, 8), Content(8, 2), Gpu((8, 0), 0)) as one:
+    with recorder(step_factory(small_params, 8), BatchFields(8, 2), Gpu((8, 0), 0)) as one:
         windows = [(SEEN[0],), *((p, p) for p in (*SEEN, *UNSEEN)), (UNSEEN[0],) * 3, SEEN[:1]]
         steps = [one.step(window) for window in windows]
-        setup, found = one.classified(steps)
+        setup, found = one.traces(steps)
     return setup, found
 
 
@@ -41,7 +44,7 @@ def lives(trace):
 @pytest.mark.parametrize("number", range(3))
 def test_a_batch_that_was_never_traced_is_known_to_the_byte(template, traces, number):
     traced = traces[1][4 + number]
-    assert traced.passes[0] == UNSEEN[number]
+    assert traced.micro_batches[0] == UNSEEN[number]
     modelled = template.at(UNSEEN[number])
     wrong = [
         (ours, theirs)
@@ -60,16 +63,16 @@ def test_a_batch_that_was_never_traced_is_known_to_the_byte(template, traces, nu
 def test_windows_of_other_lengths_are_what_is_traced(template, traces, number, window):
     """Two steps of three micro-batches, and of one: what is alive at the peak and at the end."""
     traced = timeline_of(traces[1][number])
-    assert traces[1][number].passes == window
+    assert traces[1][number].micro_batches == window
     alive: dict[int, int] = {}
     peak = 0
     for is_allocation, block, size in template.moves([window] * 2, 0.0):
         if is_allocation:
             assert block not in alive
-            alive[block] = rounded(size)
+            alive[block] = round_up(size)
             peak = max(peak, sum(alive.values()))
         else:
-            assert alive.pop(block) == rounded(size)
+            assert alive.pop(block) == round_up(size)
     assert peak == pytest.approx(traced.peak_bytes, rel=1e-3)
     # But for scalars of losses, which a step over one micro-batch more makes anew.
     assert sum(alive.values()) == pytest.approx(int(traced.total[-1]), abs=20 * 512)
@@ -77,7 +80,7 @@ def test_windows_of_other_lengths_are_what_is_traced(template, traces, number, w
 
 def test_a_workspace_comes_and_goes(template):
     """It shows in the peak, and nothing of it is left."""
-    big = Pass(16, 475, 630, 6)
+    big = MicroBatch(16, 475, 630, 6)
     assert template.peak(big, 100.0) > template.peak(big)
     left, count = [], []
     for share in (0.0, 100.0):
@@ -91,16 +94,16 @@ def test_a_workspace_comes_and_goes(template):
 def test_laws_are_found_and_what_has_none_is_bounded():
     stride, worst = 32, (800, 1333)
     other = other_shape(worst, stride)
-    passes = [Pass(2, *worst, 9), Pass(4, *worst, 9), Pass(3, *other, 9)]
+    passes = [MicroBatch(2, *worst, 9), MicroBatch(4, *worst, 9), MicroBatch(3, *other, 9)]
     known = np.stack([quantities(one, stride) for one in passes])
     sizes = np.concatenate((known * 12, [[100 + 7], [100 + 14], [90]]), axis=1)
     laws = find_laws(sizes, passes, stride)
-    new = Pass(5, 640, 901, 9)
+    new = MicroBatch(5, 640, 901, 9)
     assert laws.loose == 1
     assert (laws.bytes(new)[:-1] == quantities(new, stride) * 12).all()
     # 100 + 3.5 an image, whatever the shape.
     assert laws.bytes(passes[0])[-1] >= 107
-    assert laws.bytes(Pass(8, 10, 10, 9))[-1] == 128
+    assert laws.bytes(MicroBatch(8, 10, 10, 9))[-1] == 128
 
 
 def test_traces_that_differ_in_more_than_bytes_are_refused(traces):

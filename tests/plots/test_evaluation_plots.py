@@ -13,8 +13,12 @@ from PIL import Image
 from runkey.data.index import ClassName, Record, write_classes, write_index
 from runkey.errors import DataError
 from runkey.evaluation.coco import evaluate_results
-from runkey.evaluation.detections import Found, write_results
-from runkey.evaluation.files import write_metrics, write_precision_recall
+from runkey.evaluation.files import (
+    CocoDetection,
+    write_metrics,
+    write_precision_recall,
+    write_results,
+)
 from runkey.evaluation.per_image import Confusion
 from runkey.plots.evaluation import confusion_matrix, precision_recall, write_evaluation_plots
 from runkey.plots.tables import write_precision_recall_table
@@ -25,10 +29,10 @@ NAMES = ("Blutkörperchen", "шар", "白血球", "", "a name that is far too l
 PICTURES = ["precision_recall.png", "confusion.png", "ap_by_size.png", "calibration.png"]
 
 
-def found(records: list[Record], classes: list[ClassName], kind: str) -> list[Found]:
+def found(records: list[Record], classes: list[ClassName], kind: str) -> list[CocoDetection]:
     """Detections of a model that is good, has seen one epoch, or sees nothing."""
     rng = np.random.default_rng(0)
-    results: list[Found] = []
+    results: list[CocoDetection] = []
     for record in records if kind != "nothing" else []:
         for box, label in zip(record.boxes_xywh, record.labels, strict=True):
             good = kind == "good"
@@ -36,7 +40,7 @@ def found(records: list[Record], classes: list[ClassName], kind: str) -> list[Fo
             left, top, width, height = box
             shift = float(rng.uniform(0, 0.1 if good else 0.8)) * width
             results.append(
-                Found(
+                CocoDetection(
                     image_id=record.id,
                     category_id=category,
                     bbox=[left + shift, top, width, height],

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from runkey.data.index import ClassName, Record, write_classes, write_index
-from runkey.memory.predict import Prediction, predict, prepared_surroundings
+from runkey.memory.batch_shapes import prepared_shapes
+from runkey.memory.predict import Prediction, predict
 from runkey.params import Params, load_params, override
 from runkey.pipeline.step_factory import step_factory
 
@@ -67,5 +68,5 @@ def prepared(make_record: Callable[..., Record], tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="session")
 def prediction(small_params: Params, prepared: Path) -> Prediction:
     """The prediction of it, on those images."""
-    around = prepared_surroundings(small_params, prepared)
-    return predict(small_params, around, lambda other: step_factory(other, around.num_classes))
+    shapes = prepared_shapes(small_params, prepared)
+    return predict(small_params, shapes, lambda other: step_factory(other, shapes.num_classes))

@@ -12,25 +12,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.memory_replay import Peaks, replay_training
 from runkey.data import normalise
-from runkey.memory.allocator import Result, replay_steps
-from runkey.memory.trace.fake import fake_tensors, own_backward
-from runkey.memory.trace.record import BuiltStep, Content, Recorder
-from runkey.memory.trace.tracker import Event, Pass, Trace
+from runkey.memory.trace.events import Event, MicroBatch, Trace
+from runkey.memory.trace.record import BatchFields, BuiltStep, Recorder, python_backward
+from runkey.memory.trace.torch_private import fake_tensors
 from runkey.params import Params, load_params
 from runkey.pipeline.step_factory import build_step, step_factory
 
 PRESETS = Path(__file__).parents[2] / "presets"
 CLASSES = 8
+FIELDS = BatchFields(CLASSES, 2)
 
 
 @dataclass(frozen=True)
 class Training:
-    """Parameters and a window."""
+    """Parameters and a global batch."""
 
     preset: str
     changes: dict[str, Any]
-    passes: tuple[Pass, ...]
+    micro_batches: tuple[MicroBatch, ...]
 
     @property
     def params(self) -> Params:
@@ -41,9 +42,9 @@ class Training:
         return Params.model_validate(tree)
 
 
-def _training(preset: str, *passes: tuple[int, int, int, int], **changes: Any) -> Training:
+def _training(preset: str, *sizes: tuple[int, int, int, int], **changes: Any) -> Training:
     named = {name.replace("__", "."): value for name, value in changes.items()}
-    return Training(preset, named, tuple(Pass(*one) for one in passes))
+    return Training(preset, named, tuple(MicroBatch(*one) for one in sizes))
 
 
 NOISE = {"groups": 2, "label_noise": 0.2, "box_noise": 0.4}
@@ -116,9 +117,9 @@ class Traced:
     gradients: list[Tensor]
 
     @property
-    def result(self) -> Result:
+    def result(self) -> Peaks:
         first, steady = self.steps
-        return replay_steps(self.setup, first, [steady, steady])
+        return replay_training(self.setup, first, [steady, steady])
 
 
 def trace(training: Training, *, fake: bool, own: bool) -> Traced:
@@ -136,16 +137,12 @@ def trace(training: Training, *, fake: bool, own: bool) -> Traced:
         if fake:
             stack.enter_context(fake_tensors())
         factory = step_factory(training.params, CLASSES)
-        one = Recorder(factory, torch.device("cpu"), Content(CLASSES, 2))
-        stack.enter_context(
-            own_backward(one.scope.enter_node, one.backward_started, one.backward_ended)
-            if own
-            else torch_backward(one)
-        )
-        steps = [one.step(training.passes) for _ in range(2)]
+        one = Recorder(factory, torch.device("cpu"), FIELDS)
+        stack.enter_context(python_backward(one) if own else torch_backward(one))
+        steps = [one.step(training.micro_batches) for _ in range(2)]
         parameters = one.built.model.parameters()
         gradients = [p.grad.clone() for p in parameters if p.grad is not None]
-        setup, traces = one.classified(steps)
+        setup, traces = one.traces(steps)
     return Traced(setup, traces, gradients)
 
 
@@ -199,12 +196,12 @@ def in_order_fixture() -> Callable[..., list[object]]:
 
 
 @pytest.fixture
-def build() -> Callable[[Training], tuple[BuiltStep, Content]]:
+def build() -> Callable[[Training], tuple[BuiltStep, BatchFields]]:
     """A training's step on the CPU, on real tensors."""
 
-    def built(training: Training) -> tuple[BuiltStep, Content]:
+    def built(training: Training) -> tuple[BuiltStep, BatchFields]:
         torch.manual_seed(0)
         cpu = torch.device("cpu")
-        return build_step(training.params, CLASSES, cpu, fixed_matches=True), Content(CLASSES, 2)
+        return build_step(training.params, CLASSES, cpu, fixed_matches=True), FIELDS
 
     return built

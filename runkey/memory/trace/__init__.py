@@ -1,1 +1,1 @@
-"""A training step on fake tensors, written down allocation by allocation.  Knows no training."""
+"""Record a training step on fake tensors, allocation by allocation."""

@@ -1,52 +1,60 @@
-"""From a step that is built to its trace.
+"""Record training steps on fake tensors, allocation by allocation.
 
-    session = trace_session(factory, Content(num_classes, colour), passes, gpu)
+    with recorder(factory, BatchFields(num_classes, colour), gpu) as recording:
+        steps = [recording.step(micro_batches) for micro_batches in global_batches]
+        setup, traces = recording.traces(steps)
 
-`factory(device)` comes from the floors above, which know training; see `BuiltStep`.
-
-The step itself is not touched: modules are watched by hooks, operations by a dispatch mode.
+The floors above, which know training, pass a `StepFactory`. The step itself is not changed: modules
+are watched by hooks, operations by a dispatch mode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from runkey.data.dataset import Batch, GlobalBatch
-from runkey.memory.trace.backward import Gpu
-from runkey.memory.trace.fake import CUDA, fake_cuda, fake_tensors, own_backward
-from runkey.memory.trace.tracker import (
-    Event,
-    Pass,
-    Phase,
-    Scope,
-    Session,
-    Step,
-    Trace,
-    Tracker,
-    classify,
-    watching,
-)
-from runkey.memory.trace.workspaces import Workspaces
+from runkey.memory.trace import torch_private
+from runkey.memory.trace.backward import run_backward
+from runkey.memory.trace.events import Event, MicroBatch, Phase, Trace
+from runkey.memory.trace.gpu import Gpu, Workspaces, attention_on
+from runkey.memory.trace.tracker import Meaning, Scope, StepLog, Tracker, classify, watching
 from runkey.model.criterion import Criterion
 from runkey.model.matcher import Layers, Matcher, Matches, Targets
 
-# Matches without values: what a fake step does where a real one looks at its predictions.
+
+@dataclass(frozen=True, slots=True)
+class BuiltStep:
+    """A training step, and what it trains."""
+
+    step: Callable[[GlobalBatch], object]
+    """Runs a whole optimizer step over a global batch, the moving average's update included."""
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: nn.Module | None
+    """The moving average's module."""
+
+
+StepFactory = Callable[[torch.device], BuiltStep]
+"""Builds everything that trains on a device; its criterion is `with_fixed_matches`."""
+
+
+# Matches without values: fake predictions cannot be compared.
 
 
 class FixedMatcher(Matcher):
-    """Allocates what the matcher allocates; an image's i-th box gets its i-th prediction.
+    """A matcher that allocates like its parent; an image's i-th box gets its i-th prediction.
 
-    Any assignment costs the same memory: its sizes follow from the numbers of boxes alone.
+    Any assignment costs the same memory: its sizes follow from the numbers of boxes.
     """
 
     @torch.no_grad()
     def __call__(self, layers: Layers, targets: Targets) -> Matches:
-        """See `Matcher`; nothing is fetched from the device."""
+        """Match as `Matcher` does, without a transfer from the device."""
         device = layers.logits.device
         images = _image_index(targets.counts).to(device, non_blocking=True)
         self._costs(layers, targets, images)
@@ -55,7 +63,7 @@ class FixedMatcher(Matcher):
 
 
 def with_fixed_matches(criterion: Criterion) -> Criterion:
-    """The same criterion with a `FixedMatcher`."""
+    """Return the same criterion with a `FixedMatcher`."""
     matcher = criterion.matcher
     return replace(
         criterion,
@@ -70,7 +78,7 @@ def _image_index(counts: tuple[int, ...]) -> Tensor:
 
 
 def _pairs(layers: Layers, counts: tuple[int, ...]) -> Tensor:
-    """int64 [2, R]: as `runkey.model.matcher` lays them out."""
+    """int64 [2, R]: predictions and targets, laid out as in `runkey.model.matcher`."""
     num_layers, batch, queries = layers.logits.shape[:3]
     predictions: list[int] = []
     targets: list[int] = []
@@ -85,153 +93,131 @@ def _pairs(layers: Layers, counts: tuple[int, ...]) -> Tensor:
     return torch.tensor([predictions, targets], dtype=torch.int64)
 
 
-# Batches of a given size whose content does not matter.
-
-
-def synthetic_batch(one: Pass, num_classes: int, colour: int | None) -> Batch:
-    """A batch on the CPU, of real or of fake tensors.
-
-    The last image is smaller, as in a real batch that pads.
-
-    Args:
-        one: sizes.
-        num_classes: K.
-        colour: factors of an image (2, or 3 with saturation); None: colours are not changed.
-    """
-    boxes = one.batch * one.objects
-    sizes = torch.tensor([[one.height, one.width]] * one.batch)
-    if one.batch > 1:
-        sizes[-1, 0] = max(1, one.height * 3 // 4)
-    images = torch.zeros(one.batch, one.height, one.width, 3, dtype=torch.uint8)
-    return Batch(
-        images=images.permute(0, 3, 1, 2),
-        sizes=sizes,
-        boxes_cxcywh=torch.linspace(0.2, 0.6, boxes * 4).view(boxes, 4),
-        labels=torch.arange(boxes) % num_classes,
-        counts=(one.objects,) * one.batch,
-        image_ids=tuple(range(one.batch)),
-        original_sizes=sizes,
-        colour=None if colour is None else torch.ones(one.batch, colour),
-    )
+# Batches of given sizes.
 
 
 @dataclass(frozen=True, slots=True)
-class BuiltStep:
-    """A training step, and what it trains, from the floors that know training."""
-
-    step: Callable[[GlobalBatch], object]
-    """A whole optimizer step over a window, the moving average's update included."""
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    average: nn.Module | None
-    """The moving average's module."""
-
-
-# Builds everything that trains, on a device.  Its criterion has `with_fixed_matches`.
-StepFactory = Callable[[torch.device], BuiltStep]
-
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    """What batches hold beside their sizes."""
+class BatchFields:
+    """What a synthetic batch needs to know beside its sizes."""
 
     num_classes: int
     colour: int | None
-    """See `synthetic_batch`."""
+    """Colour factors of an image (2, or 3 with saturation); None: colours are not changed."""
+
+
+def synthetic_batch(sizes: MicroBatch, fields: BatchFields) -> Batch:
+    """Make a batch on the CPU, of real or of fake tensors.
+
+    The last image is smaller, as in a real batch that pads.
+    """
+    boxes = sizes.images * sizes.objects
+    valid = torch.tensor([[sizes.height, sizes.width]] * sizes.images)
+    if sizes.images > 1:
+        valid[-1, 0] = max(1, sizes.height * 3 // 4)
+    images = torch.zeros(sizes.images, sizes.height, sizes.width, 3, dtype=torch.uint8)
+    colour = None if fields.colour is None else torch.ones(sizes.images, fields.colour)
+    return Batch(
+        images=images.permute(0, 3, 1, 2),
+        sizes=valid,
+        boxes_cxcywh=torch.linspace(0.2, 0.6, boxes * 4).view(boxes, 4),
+        labels=torch.arange(boxes) % fields.num_classes,
+        counts=(sizes.objects,) * sizes.images,
+        image_ids=tuple(range(sizes.images)),
+        original_sizes=valid,
+        colour=colour,
+    )
 
 
 class Recorder:
-    """Steps of one training, traced one after the other."""
+    """Steps of one training, recorded one after the other."""
 
     def __init__(
         self,
         factory: StepFactory,
         device: torch.device,
-        content: Content,
+        fields: BatchFields,
         workspaces: Workspaces | None = None,
     ) -> None:
-        """Build what is built; within the contexts that `recorder` enters.
+        """Build what trains, within the contexts that `recorder` enters.
 
         Args:
             factory: builds it.
-            device: what is looked at.
-            content: of the batches.
-            workspaces: what libraries and kernels take for themselves; None: not looked at.
+            device: the device to watch.
+            fields: of the batches.
+            workspaces: what libraries and kernels allocate for themselves; None: not recorded.
         """
-        self.content = content
+        self.fields = fields
         self.scope = Scope()
         self.scope.on_model = self._model_entered
         self.tracker = Tracker(device.type, self.scope, workspaces)
         self._inputs: set[int] = set()
-        self._starts: list[tuple[int, Phase]] = []
+        self._phases: list[tuple[int, Phase]] = []
         with self.tracker:
             self.built = factory(device)
         self.scope.name(self.built.model)
         self._setup = len(self.tracker.log)
 
-    def step(self, passes: Sequence[Pass]) -> Step:
-        """Run one optimizer step over a window of these micro-batches."""
-        window = tuple(
-            synthetic_batch(one, self.content.num_classes, self.content.colour) for one in passes
-        )
-        self.tracker.outside = {x.untyped_storage()._cdata for x in _tensors(window)}
+    def step(self, micro_batches: Sequence[MicroBatch]) -> StepLog:
+        """Run one optimizer step over micro-batches of these sizes."""
+        batches = tuple(synthetic_batch(one, self.fields) for one in micro_batches)
+        self.tracker.outside = {torch_private.storage_key(x) for x in _tensors(batches)}
         before = tuple(self.tracker.alive)
         start = len(self.tracker.log)
-        self._starts, self._inputs = [], set()
+        self._phases, self._inputs = [], set()
         self._start("forward")
         with watching(self.scope), self.tracker:
-            self.built.step(window)
-        return Step(
-            passes=tuple(passes),
+            self.built.step(batches)
+        gradients = (
+            (name, parameter.grad)
+            for name, parameter in self.built.model.named_parameters()
+            if parameter.grad is not None
+        )
+        return StepLog(
+            micro_batches=tuple(micro_batches),
             start=start,
             end=len(self.tracker.log),
             before=before,
-            starts=tuple(self._starts),
+            phases=tuple(self._phases),
             inputs=frozenset(self._inputs),
-            gradients=dict(self.tracker.blocks_of(self._gradients())),
+            gradients=dict(self.tracker.blocks_of(gradients)),
         )
 
     def restart(self) -> None:
-        """Forget the optimizer's state, gradients and libraries: the next step is a first one."""
+        """Drop the optimizer's state, gradients and library workspaces, as before a first step."""
         self.built.optimizer.state.clear()
         self.built.optimizer.zero_grad()
         self.tracker.forget_libraries()
 
-    def classified(self, steps: Sequence[Step]) -> tuple[tuple[Event, ...], list[Trace]]:
-        """The setup's events and the steps' traces; nothing can be traced after this."""
+    def traces(self, steps: Sequence[StepLog]) -> tuple[tuple[Event, ...], list[Trace]]:
+        """Return the events before the first step and each step's trace; ends the recording."""
         self.tracker.stop()
         return classify(self.tracker, self._setup, steps, self._persistent())
 
     def backward_started(self) -> None:
-        """The engine calls this."""
+        """Begin the backward phase."""
         self._start("backward")
 
     def backward_ended(self) -> None:
-        """The engine calls this; if another forward pass follows, `_model_entered` says so."""
+        """Begin the optimizer's phase; if another forward pass follows, `_model_entered` knows."""
         self.scope.forget_nodes()
         self._start("optimizer")
 
     def _start(self, phase: Phase) -> None:
         self.scope.start(phase)
-        self._starts.append((len(self.tracker.log), phase))
+        self._phases.append((len(self.tracker.log), phase))
 
     def _model_entered(self) -> None:
-        """What has been allocated since the last phase began, and is alive, is the input."""
-        start, phase = self._starts[-1]
+        """Take what was allocated since the last phase began, and is alive, for the input."""
+        start, phase = self._phases[-1]
         if phase == "optimizer":
-            self._starts[-1] = (start, "forward")
+            self._phases[-1] = (start, "forward")
             self.scope.start("forward")
-        new = {block for kind, block, _ in self.tracker.log[start:] if kind == "alloc"}
+        new = {block for kind, block in self.tracker.log[start:] if kind == "alloc"}
         self._inputs |= new & self.tracker.alive.keys()
 
-    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.built.model.named_parameters():
-            if parameter.grad is not None:
-                yield name, parameter.grad
-
-    def _persistent(self) -> dict[int, tuple[str, str]]:
-        """(class, path) of the blocks of parameters, buffers and moments."""
-        found: dict[int, tuple[str, str]] = dict.fromkeys(self.tracker.library, ("library", ""))
+    def _persistent(self) -> dict[int, Meaning]:
+        """Class and path of the blocks of parameters, buffers and moments."""
+        found: dict[int, Meaning] = dict.fromkeys(self.tracker.library, ("library", ""))
         modules = [("", self.built.model)]
         if self.built.average is not None:
             modules.append(("ema.", self.built.average))
@@ -250,50 +236,41 @@ class Recorder:
         return found
 
 
-def _tensors(window: GlobalBatch) -> Iterator[Tensor]:
-    for batch in window:
+def _tensors(batches: GlobalBatch) -> Iterator[Tensor]:
+    for batch in batches:
         every = (batch.images, batch.sizes, batch.boxes_cxcywh, batch.labels, batch.colour)
         yield from (one for one in every if one is not None)
 
 
 @contextmanager
+def python_backward(recording: Recorder) -> Iterator[None]:
+    """Let `Tensor.backward` run our backward pass, and tell the recorder of it."""
+
+    def run(root: Tensor, gradient: Tensor | None) -> None:
+        recording.backward_started()
+        run_backward(root, gradient, recording.scope.enter_node)
+        recording.backward_ended()
+
+    with torch_private.replaced_backward(run):
+        yield
+
+
+@contextmanager
 def recorder(
-    factory: StepFactory, content: Content, gpu: Gpu | None, *, kernels: bool = False
+    factory: StepFactory, fields: BatchFields, gpu: Gpu, workspaces: Workspaces | None = None
 ) -> Iterator[Recorder]:
-    """Build what trains, and trace its steps.
+    """Build what trains on a fake GPU, ready to record steps.
 
     Args:
         factory: builds it.
-        content: of the batches.
-        gpu: fake tensors on this GPU; None: fake tensors on a CPU.
-        kernels: add what kernels take while they run, too (not only what libraries keep).  Whether
-            a kernel takes anything depends on shapes, so such traces differ in more than bytes.
+        fields: of the batches.
+        gpu: the GPU to imitate.
+        workspaces: what libraries and kernels allocate for themselves; None: what cuBLAS keeps.
     """
-    device = torch.device("cpu") if gpu is None else CUDA
-    with ExitStack() as stack:
-        stack.enter_context(fake_tensors())
-        if gpu is not None:
-            stack.enter_context(fake_cuda(gpu))
-        workspaces = None if gpu is None else Workspaces(gpu, kernels=kernels)
-        one = Recorder(factory, device, content, workspaces)
-        stack.enter_context(
-            own_backward(one.scope.enter_node, one.backward_started, one.backward_ended)
-        )
-        yield one
-
-
-def trace_session(
-    factory: StepFactory, content: Content, passes: Sequence[Pass], gpu: Gpu | None
-) -> Session:
-    """The first step and a later one over the same window.
-
-    Args:
-        factory: builds what trains.
-        content: of the batches.
-        passes: the window.
-        gpu: see `recorder`.
-    """
-    with recorder(factory, content, gpu) as one:
-        steps = [one.step(passes) for _ in range(2)]
-        setup, (first, steady) = one.classified(steps)
-    return Session(setup, first, steady)
+    with (
+        torch_private.fake_tensors(),
+        torch_private.fake_cuda(gpu.capability, has_bf16=gpu.has_bf16, attention=attention_on(gpu)),
+    ):
+        recording = Recorder(factory, torch_private.CUDA, fields, workspaces or Workspaces(gpu))
+        with python_backward(recording):
+            yield recording

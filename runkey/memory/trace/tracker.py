@@ -1,4 +1,4 @@
-"""What each block of a traced step was for, seen from its end."""
+"""Watch a training step: which module runs, which blocks are allocated and freed, what each is."""
 
 from __future__ import annotations
 
@@ -7,135 +7,42 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from runkey.memory.trace.workspaces import Workspaces
+from runkey.memory.trace.events import BlockClass, Event, Kind, Mark, MicroBatch, Phase, Trace
+from runkey.memory.trace.gpu import Workspaces
+from runkey.memory.trace.torch_private import (
+    TorchDispatchMode,
+    next_sequence_number,
+    storage_key,
+)
 from runkey.model import backbones
-
-# What a traced training step is: allocations and frees of blocks of device memory, in order.
-
-
-Kind = Literal["alloc", "free"]
-Phase = Literal["setup", "forward", "backward", "optimizer"]
-"""setup: the model, its average and what lives as long as they do, before the first step."""
-BlockClass = Literal[
-    "parameter", "buffer", "gradient", "optimizer", "activation", "input", "temporary", "library"
-]
-"""parameter and buffer: the model's, and its moving average's (module `ema...`).  optimizer:
-moments, step counters, the loss scale.  input: a batch as it came and as the model reads it.
-activation: kept by the forward pass (or its recomputation) for the backward pass.  library:
-workspaces that cuBLAS keeps.  temporary: everything else."""
-CLASSES: tuple[BlockClass, ...] = get_args(BlockClass)
-
-
-class Event(NamedTuple):
-    """One allocation or free.  Both events of a block carry the same bytes, class and module."""
-
-    kind: Kind
-    block: int
-    """Number of the block, unique in a session."""
-    bytes: int
-    """Bytes asked for, not rounded."""
-    class_: BlockClass
-    module: str
-    """Path of the module that allocated it (`transformer.encoder.layers.0`), or whose backward
-    pass did; a parameter's, buffer's, gradient's or moment's own path; "" outside of the model."""
-    phase: Phase
-    """When the event happened."""
-
-
-class Mark(NamedTuple):
-    """Where a phase begins."""
-
-    start: int
-    """Index of its first event; the end of the events if it has none."""
-    phase: Phase
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """One micro-batch: what its forward and backward pass allocate follows from these numbers."""
-
-    batch: int
-    """Images."""
-    height: int
-    """Padded, pixels."""
-    width: int
-    objects: int
-    """Boxes of each image."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """One optimizer step over a window of micro-batches."""
-
-    passes: tuple[Pass, ...]
-    """The window's micro-batches; forward and backward phases alternate over them."""
-    before: tuple[Event, ...]
-    """Blocks that are alive when the step starts, as allocations."""
-    events: tuple[Event, ...]
-    marks: tuple[Mark, ...]
-
-    @property
-    def batch(self) -> int:
-        """Images of the largest micro-batch."""
-        return max(one.batch for one in self.passes)
-
-    @property
-    def height(self) -> int:
-        """Largest padded height, pixels."""
-        return max(one.height for one in self.passes)
-
-    @property
-    def width(self) -> int:
-        """Largest padded width, pixels."""
-        return max(one.width for one in self.passes)
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """A training from its first allocation to a step like all later ones.
-
-    Replayed in order (`setup`, `first.events`, then `steady.events` as often as one likes) it is
-    what an allocator would see of a training on a single shape.
-    """
-
-    setup: tuple[Event, ...]
-    """Allocations and frees while the model, the average and the optimizer are built."""
-    first: Trace
-    """The first step: it makes the optimizer's state and the libraries' workspaces."""
-    steady: Trace
-    """Every later step.  What is alive at its end is what was alive at its start, block by block
-    of the same bytes; see `runkey.memory.allocator`."""
-
 
 # Where a step is: its phase, and the module whose forward or backward pass allocates.
 
 
 class Scope:
-    """The present phase and module path.
+    """The current phase and module path.
 
-    Autograd numbers its nodes in the order of their making.  The numbers at which a module was
-    entered and left tell later, in the backward pass, which module made a node.
+    Autograd numbers its nodes in the order of creation. In the backward pass, the numbers at which
+    a module was entered and left tell which module made a node.
     """
 
     def __init__(self) -> None:
         self.phase: Phase = "setup"
         self.path = ""
         self.node = 0
-        """Backward: how many nodes have run."""
+        """Backward nodes that have run."""
         self.recomputing = False
-        """Backward: inside of a forward pass that is run again."""
+        """Whether a checkpointed forward pass is running again, within the backward pass."""
         self.on_model: Callable[[], None] = lambda: None
-        """Called when a model that is watched starts its forward pass."""
+        """Called when the model starts its forward pass."""
         self._names: dict[int, str] = {}
         self._stack: list[str] = []
         self._numbers: list[int] = [0]
@@ -146,7 +53,7 @@ class Scope:
         self._names = {id(module): path for path, module in model.named_modules()}
 
     def enter(self, module: nn.Module) -> None:
-        """A module's forward pass begins."""
+        """Enter a module's forward pass."""
         path = self._names.get(id(module), self.path)
         self._stack.append(self.path)
         if not path and self.phase != "backward":
@@ -155,36 +62,31 @@ class Scope:
         self._move(path)
 
     def leave(self) -> None:
-        """It ends, by an exception or not."""
+        """Leave the module's forward pass, by an exception or not."""
         if self._stack:
             self._move(self._stack.pop())
 
-    def enter_node(self, number: int) -> None:
-        """A node of the backward pass is about to run.
-
-        Args:
-            number: its sequence number; that of a parameter's gradient is no module's.
-        """
+    def enter_node(self, sequence_number: int) -> None:
+        """Enter a backward node; its sequence number tells the module."""
         self.node += 1
         self.recomputing = False
         self._stack.clear()
-        self.path = self._paths[bisect_right(self._numbers, number) - 1]
+        self.path = self._paths[bisect_right(self._numbers, sequence_number) - 1]
 
     def start(self, phase: Phase) -> None:
-        """Another phase begins, outside of all modules."""
+        """Begin another phase, outside of all modules."""
         self.phase, self.path, self.recomputing = phase, "", False
         self._stack.clear()
         self._move("")
 
     def forget_nodes(self) -> None:
-        """A backward pass has ended: no node made before will run."""
-        number = torch._C._autograd._get_sequence_nr()
-        self._numbers, self._paths = [number], [self.path]
+        """Forget the nodes of a backward pass that has ended."""
+        self._numbers, self._paths = [next_sequence_number()], [self.path]
 
     def _move(self, path: str) -> None:
         self.path = path
         if self.phase == "forward":
-            number = torch._C._autograd._get_sequence_nr()
+            number = next_sequence_number()
             if number == self._numbers[-1]:
                 self._paths[-1] = path
             else:
@@ -196,8 +98,8 @@ class Scope:
 def watching(scope: Scope) -> Iterator[None]:
     """Tell `scope` of every module that is entered and left.
 
-    A residual block and its convolutions are run by functions (`runkey.model.backbones`), not
-    called as modules, so these functions are watched too.
+    Residual blocks and their convolutions are run by functions of `runkey.model.backbones`, not
+    called as modules, so these functions are wrapped too.
     """
 
     def before(module: nn.Module, _: Any) -> None:
@@ -232,25 +134,29 @@ def watching(scope: Scope) -> Iterator[None]:
             hook.remove()
 
 
-# Every storage that operations allocate on a device, and when it goes.
+# Every storage that operations allocate on a device, and when it is freed.
 
 
 @dataclass(slots=True)
-class Record:
-    """A block's life, as far as it is known."""
+class BlockRecord:
+    """What is known of a block."""
 
     block: int
     bytes: int
     module: str
-    phase: Phase
     node: int
     recomputed: bool
-    """Allocated while a checkpointed forward pass ran again."""
+    """Whether it was allocated while a checkpointed forward pass ran again."""
     freed_at_node: int = -1
 
+    @property
+    def outlives_recomputation(self) -> bool:
+        """Whether a repeated forward pass allocated the block and the backward pass uses it."""
+        return self.recomputed and self.freed_at_node != self.node
 
-class _Life(weakref.ref):  # type: ignore[type-arg]
-    """A reference to a storage that knows its block."""
+
+class _StorageRef(weakref.ref):  # type: ignore[type-arg]
+    """A weak reference to a storage that knows its block."""
 
     __slots__ = ("block", "key")
     block: int
@@ -258,37 +164,35 @@ class _Life(weakref.ref):  # type: ignore[type-arg]
 
 
 class Tracker(TorchDispatchMode):
-    """While it is entered, and later too for frees, it writes down allocations and frees."""
+    """A log of allocations, while it is entered, and of their frees, at any time."""
 
-    def __init__(
-        self, device_type: str, scope: Scope, workspaces: Workspaces | None = None
-    ) -> None:
-        """A tracker.
+    def __init__(self, device_type: str, scope: Scope, workspaces: Workspaces | None) -> None:
+        """Watch tensors on a type of device.
 
         Args:
-            device_type: what to look at.
-            scope: where the step is.
-            workspaces: of its kernels.
+            device_type: such as "cuda".
+            scope: the current phase and module.
+            workspaces: what libraries and kernels allocate for themselves; None: not logged.
         """
         super().__init__()
-        self.records: list[Record] = []
+        self.records: list[BlockRecord] = []
         """By number of block."""
-        self.log: list[tuple[Kind, int, Phase]] = []
-        """What happened to which block."""
-        self.alive: dict[int, Record] = {}
+        self.log: list[tuple[Kind, int]] = []
+        """Events and their blocks."""
+        self.alive: dict[int, BlockRecord] = {}
         """By number of block, in the order of allocation."""
-        self._device_type = device_type
-        self._scope = scope
-        self._workspaces = workspaces
-        self._lives: dict[int, _Life] = {}
-        self._watching = True
         self.library: list[int] = []
         """Blocks that libraries keep."""
         self.outside: set[int] = set()
-        """Storages (`_cdata`) on the device that are not the step's own: a batch on a CPU."""
+        """Keys of storages on the device that are not the step's own: a batch on a CPU."""
+        self._device_type = device_type
+        self._scope = scope
+        self._workspaces = workspaces
+        self._refs: dict[int, _StorageRef] = {}
+        self._watching = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and look at what it returns."""
+        """Run an operation and log the storages of its results."""
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             self._look(out)
@@ -301,23 +205,18 @@ class Tracker(TorchDispatchMode):
                         if isinstance(inner, Tensor):
                             self._look(inner)
         if self._workspaces is not None:
-            self._add_workspaces(func, args)
+            self._log_workspaces(self._workspaces, func, args)
         return out
 
-    def block_of(self, tensor: Tensor) -> int | None:
-        """Number of the block that a tensor lies in; None if it is none of the device's."""
-        life = self._lives.get(tensor.untyped_storage()._cdata)
-        return None if life is None else life.block
-
     def blocks_of(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, int]]:
-        """(name, number) of those tensors that lie on the device."""
+        """Yield name and block of the tensors that lie on the device."""
         for name, tensor in tensors:
-            block = self.block_of(tensor)
-            if block is not None:
-                yield name, block
+            ref = self._refs.get(storage_key(tensor))
+            if ref is not None:
+                yield name, ref.block
 
     def forget_libraries(self) -> None:
-        """Let the libraries take their workspaces anew."""
+        """Let the libraries allocate their workspaces again."""
         for block in self.library:
             self.alive.pop(block, None)
         if self._workspaces is not None:
@@ -330,67 +229,63 @@ class Tracker(TorchDispatchMode):
     def _look(self, tensor: Tensor) -> None:
         if tensor.device.type != self._device_type:
             return
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, storage = storage_key(tensor), tensor.untyped_storage()
+        size = storage.nbytes()
         if key in self.outside:
             return
-        life = self._lives.get(key)
-        if life is not None:
-            if self.records[life.block].bytes == size:
+        ref = self._refs.get(key)
+        if ref is not None:
+            if self.records[ref.block].bytes == size:
                 return
-            self._free(life)  # It was resized.
+            self._free(ref)  # It was resized.
         if size:
-            self._allocate(storage, key, size)
+            ref = _StorageRef(storage, self._free)
+            ref.block, ref.key = self._allocate(size).block, key
+            self._refs[key] = ref
 
-    def _allocate(self, storage: torch.UntypedStorage, key: int, size: int) -> None:
-        life = _Life(storage, self._free)
-        life.block, life.key = self._record(size).block, key
-        self._lives[key] = life
-
-    def _record(self, size: int) -> Record:
+    def _allocate(self, size: int) -> BlockRecord:
         scope = self._scope
-        record = Record(
-            len(self.records), size, scope.path, scope.phase, scope.node, scope.recomputing
-        )
+        record = BlockRecord(len(self.records), size, scope.path, scope.node, scope.recomputing)
         self.records.append(record)
         self.alive[record.block] = record
-        self.log.append(("alloc", record.block, scope.phase))
+        self.log.append(("alloc", record.block))
         return record
 
-    def _add_workspaces(self, func: Any, args: Any) -> None:
-        """What the kernel took while it ran, and what its library keeps from now on."""
-        assert self._workspaces is not None
-        phase = self._scope.phase
-        kept = self._workspaces.cublas(func, args, backward=phase == "backward")
+    def _log_workspaces(self, workspaces: Workspaces, func: Any, args: Any) -> None:
+        """Log what the kernel allocated while it ran, and what its library keeps from now on."""
+        kept = workspaces.kept(func, args, backward=self._scope.phase == "backward")
         if kept:
-            self.library.append(self._record(kept).block)
-        taken = [self._record(size) for size in self._workspaces.of(func, args)]
+            self.library.append(self._allocate(kept).block)
+        taken = [self._allocate(size) for size in workspaces.during(func, args)]
         for record in taken:
             del self.alive[record.block]
             record.freed_at_node = record.node
-            self.log.append(("free", record.block, phase))
+            self.log.append(("free", record.block))
 
-    def _free(self, life: _Life) -> None:
-        if not self._watching or life.block not in self.alive:
+    def _free(self, ref: _StorageRef) -> None:
+        if not self._watching or ref.block not in self.alive:
             return
-        record = self.alive.pop(life.block)
+        record = self.alive.pop(ref.block)
         record.freed_at_node = self._scope.node
-        if self._lives.get(life.key) is life:
-            del self._lives[life.key]
-        self.log.append(("free", life.block, self._scope.phase))
+        if self._refs.get(ref.key) is ref:
+            del self._refs[ref.key]
+        self.log.append(("free", ref.block))
+
+
+# What each block was for, known at the end.
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class StepLog:
     """One optimizer step in a tracker's log."""
 
-    passes: tuple[Pass, ...]
+    micro_batches: tuple[MicroBatch, ...]
     start: int
     end: int
     """Its part of the log."""
     before: tuple[int, ...]
     """Blocks alive at its start."""
-    starts: tuple[tuple[int, Phase], ...]
+    phases: tuple[tuple[int, Phase], ...]
     """Where in the log its phases begin."""
     inputs: frozenset[int]
     """Blocks allocated before the model ran and alive when it started."""
@@ -398,33 +293,37 @@ class Step:
     """Block of each parameter's gradient at the end."""
 
 
+Meaning = tuple[BlockClass, str]
+"""A block's class and module path."""
+
+
 def classify(
-    tracker: Tracker,
-    setup: int,
-    steps: Sequence[Step],
-    persistent: Mapping[int, tuple[str, str]],
+    tracker: Tracker, setup: int, steps: Sequence[StepLog], persistent: Mapping[int, Meaning]
 ) -> tuple[tuple[Event, ...], list[Trace]]:
-    """Events with classes, paths and phases.
+    """Give the logged blocks their classes and module paths.
 
     Args:
         tracker: its records and its log.
-        setup: length of the log when all was built.
+        setup: length of the log before the first step.
         steps: in their order.
-        persistent: class and path of the blocks that outlive steps.
+        persistent: meaning of the blocks that outlive steps.
+
+    Returns:
+        The events before the first step, and a trace of each step.
     """
-    meanings: list[tuple[BlockClass, str]] = [("temporary", r.module) for r in tracker.records]
+    meanings: list[Meaning] = [("temporary", record.module) for record in tracker.records]
     for step in steps:
-        _mark_step(tracker, step, meanings)
-    for block, (kind, path) in persistent.items():
-        meanings[block] = (cast(BlockClass, kind), path)
+        _classify_step(tracker, step, meanings)
+    for block, meaning in persistent.items():
+        meanings[block] = meaning
     setup_events = tuple(_event(tracker, meanings, index, "setup") for index in range(setup))
     return setup_events, [_trace(tracker, step, meanings) for step in steps]
 
 
-def _mark_step(tracker: Tracker, step: Step, meanings: list[tuple[BlockClass, str]]) -> None:
-    """Activations, inputs and gradients of a step."""
+def _classify_step(tracker: Tracker, step: StepLog, meanings: list[Meaning]) -> None:
+    """Find the activations, inputs and gradients of a step."""
     alive: set[int] = set()
-    phase_at = dict(step.starts)
+    phase_at = dict(step.phases)
     phase: Phase = "forward"
     for index in range(step.start, step.end):
         if index in phase_at:
@@ -433,10 +332,10 @@ def _mark_step(tracker: Tracker, step: Step, meanings: list[tuple[BlockClass, st
                 for block in alive:
                     meanings[block] = ("activation", meanings[block][1])
             alive.clear()
-        kind, block, _ = tracker.log[index]
+        kind, block = tracker.log[index]
         if kind == "alloc":
             alive.add(block)
-            if phase == "backward" and _is_recomputed(tracker.records[block]):
+            if phase == "backward" and tracker.records[block].outlives_recomputation:
                 meanings[block] = ("activation", meanings[block][1])
         else:
             alive.discard(block)
@@ -446,19 +345,14 @@ def _mark_step(tracker: Tracker, step: Step, meanings: list[tuple[BlockClass, st
         meanings[block] = ("gradient", path)
 
 
-def _is_recomputed(record: Record) -> bool:
-    """Allocated by a forward pass that ran again, and kept longer than it."""
-    return record.recomputed and record.freed_at_node != record.node
-
-
-def _trace(tracker: Tracker, step: Step, meanings: list[tuple[BlockClass, str]]) -> Trace:
+def _trace(tracker: Tracker, step: StepLog, meanings: list[Meaning]) -> Trace:
     before = tuple(
         Event("alloc", block, tracker.records[block].bytes, *meanings[block], "setup")
         for block in step.before
     )
     events: list[Event] = []
     marks: list[Mark] = []
-    starts = list(step.starts)
+    starts = list(step.phases)
     phase: Phase = "forward"
     for index in range(step.start, step.end):
         while starts and starts[0][0] <= index:
@@ -466,11 +360,9 @@ def _trace(tracker: Tracker, step: Step, meanings: list[tuple[BlockClass, str]])
             marks.append(Mark(index - step.start, phase))
         events.append(_event(tracker, meanings, index, phase))
     marks += [Mark(len(events), phase) for _, phase in starts]
-    return Trace(step.passes, before, tuple(events), tuple(marks))
+    return Trace(step.micro_batches, before, tuple(events), tuple(marks))
 
 
-def _event(
-    tracker: Tracker, meanings: list[tuple[BlockClass, str]], index: int, phase: Phase
-) -> Event:
-    kind, block, _ = tracker.log[index]
+def _event(tracker: Tracker, meanings: list[Meaning], index: int, phase: Phase) -> Event:
+    kind, block = tracker.log[index]
     return Event(kind, block, tracker.records[block].bytes, *meanings[block], phase)

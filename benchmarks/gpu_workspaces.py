@@ -1,8 +1,8 @@
 """What kernels allocate for themselves while they run: no operation returns it.
 
-Taken from torch's sources (2.10, `Reduce.cuh`, `attention_backward.cu`, `flash_api.cpp`) and equal
-to the byte to what an H200 was seen to allocate (benchmarks/gpu_steps.py).  Convolutions are
-cuDNN's, which decides by heuristics: their entries are what was seen there, exact for no other GPU.
+Sizes follow torch's sources (2.10, `Reduce.cuh`, `attention_backward.cu`, `flash_api.cpp`) and
+equal to the byte what an H200 allocated (benchmarks/gpu_steps.py). Convolutions are cuDNN's, which
+decides by heuristics: their entries are the values seen on that H200, exact for no other GPU.
 """
 
 from __future__ import annotations
@@ -14,62 +14,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runkey.memory.trace.backward import Gpu
+from runkey.memory.trace.gpu import Gpu, Workspaces
 
 _HALF = (torch.float16, torch.bfloat16)
 _WARP = 32
 _BLOCK_THREADS = 512
+# Numbers that one thread adds up.
 _MIN_VALUES, _MAX_VALUES = 16, 256
-"""Numbers that one thread adds up."""
-# What cuDNN was seen to take at most for the backward pass of a convolution with a 1 x 1 kernel,
+# The most that cuDNN took on an H200 for the backward pass of a convolution with a 1 x 1 kernel,
 # and with a larger one; in float32 and in half precision.
 _CUDNN_FULL, _CUDNN_HALF = (17_301_760, 8_651_487), (6_291_728, 2_359_671)
 
+_Sizes = Callable[[tuple[Any, ...], Gpu], list[int]]
+"""(arguments of an operation, GPU) to bytes of its workspaces."""
 
-Find = Callable[[tuple[Any, ...], Gpu], list[int]]
-"""(arguments, GPU) to bytes."""
 
+class KernelWorkspaces(Workspaces):
+    """The workspaces of single kernels too, not only those that libraries keep."""
 
-class Workspaces:
-    """The workspaces of operations on a GPU."""
-
-    def __init__(self, gpu: Gpu, *, kernels: bool) -> None:
-        """Of libraries, which keep theirs, and of kernels too if asked for."""
+    def __init__(self, gpu: Gpu) -> None:
+        """Know the kernels of a training step."""
+        super().__init__(gpu)
         aten = torch.ops.aten
-        self._gpu = gpu
-        every: dict[Any, Find] = {
+        self._known: dict[Any, _Sizes] = {
             aten.sum.dim_IntList: _sum,
             aten._scaled_dot_product_efficient_attention_backward.default: _efficient,
             aten._scaled_dot_product_flash_attention_backward.default: _flash,
             aten.convolution.default: _convolution,
             aten.convolution_backward.default: _convolution_backward,
         }
-        self._known = every if kernels else {}
-        self._products = {getattr(aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm")}
-        self._threads: set[bool] = set()
 
-    def restart(self) -> None:
-        """As in a new process: no thread has used cuBLAS."""
-        self._threads.clear()
-
-    def of(self, func: Any, args: tuple[Any, ...]) -> list[int]:
-        """Bytes of each, in the order of allocation; all go when the operation ends."""
-        find = self._known.get(func)
-        if find is None or args[0].device.type != "cuda":
+    def during(self, func: Any, args: tuple[Any, ...]) -> list[int]:
+        """Return the bytes of an operation's workspaces in the order of allocation."""
+        sizes = self._known.get(func)
+        if sizes is None or args[0].device.type != "cuda":
             return []
-        return find(args, self._gpu)
-
-    def cublas(self, func: Any, args: tuple[Any, ...], *, backward: bool) -> int:
-        """Bytes that cuBLAS takes now and keeps: at a thread's first matrix product.
-
-        torch's engine runs the backward pass in a thread of its own.
-        """
-        if backward in self._threads or func not in self._products:
-            return 0
-        if args[0].device.type != "cuda":
-            return 0
-        self._threads.add(backward)
-        return self._gpu.cublas_workspace()
+        return sizes(args, self.gpu)
 
 
 def _sum(args: tuple[Any, ...], gpu: Gpu) -> list[int]:
@@ -80,12 +60,15 @@ def _sum(args: tuple[Any, ...], gpu: Gpu) -> list[int]:
 
 
 def reduction(x: Tensor, reduced: set[int], gpu: Gpu) -> list[int]:
-    """Partial sums of blocks, where more than one works on an output; and their semaphores.
+    """Return the bytes of a sum's workspaces: partial sums of blocks, and their semaphores.
 
     Args:
         x: what is summed.
-        reduced: over these dimensions.
-        gpu: where.
+        reduced: the dimensions that are summed over.
+        gpu: where the sum runs.
+
+    Returns:
+        Empty where one block of threads works on each output.
     """
     inputs = prod(x.shape[dim] for dim in reduced)
     outputs = prod(x.shape[dim] for dim in range(x.ndim) if dim not in reduced)
@@ -122,8 +105,8 @@ def _block(first: int, second: int, threads: int) -> tuple[int, int]:
     return min(first, threads // height), height
 
 
-def _power_below(number: int) -> int:
-    return 1 << (number.bit_length() - 1)
+def _power_below(value: int) -> int:
+    return 1 << (value.bit_length() - 1)
 
 
 def _efficient(args: tuple[Any, ...], _: Gpu) -> list[int]:
@@ -148,7 +131,7 @@ def _flash(args: tuple[Any, ...], gpu: Gpu) -> list[int]:
 
 
 def _convolution(args: tuple[Any, ...], _: Gpu) -> list[int]:
-    """Images of three channels are copied, in half precision with eight, for tensor cores."""
+    """A copy of images with three channels; in half precision padded to 8 for tensor cores."""
     images, kernel = args[0], args[1]
     channels = images.shape[1]
     if channels >= 4:
@@ -168,5 +151,5 @@ def _convolution_backward(args: tuple[Any, ...], gpu: Gpu) -> list[int]:
     return [seen[kernel.shape[-1] > 1], *sums]
 
 
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

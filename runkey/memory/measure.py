@@ -1,0 +1,398 @@
+"""Measure training steps in a process of their own, and keep what was measured.
+
+    result = run_trial(make_step, job, device)
+
+`make_step` comes from the floors above, which know the training step.
+
+memory/measured.json holds what steps took on this machine. DVC does not cache it, since it differs
+from run to run; where it is missing, or belongs to another memory.json, the prediction counts.
+.runkey/memory.json keeps trials on GPUs, which correct later predictions.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from runkey.data.dataset import GlobalBatch
+from runkey.errors import TrainingError
+from runkey.files import write_json
+from runkey.memory.budget import memory_budget
+from runkey.memory.memory_model import Line, line_through
+from runkey.memory.trace.events import MicroBatch
+from runkey.memory.trace.record import BatchFields, synthetic_batch
+from runkey.units import MIB
+
+MEASURED = "measured.json"
+CALIBRATION = "memory.json"
+
+_PROCESS_BYTES = 700 * MIB
+"""CPU: Python, torch and MLflow before any tensor."""
+_HEAP_FACTOR = 1.5
+"""CPU: resident bytes for each byte of tensors: a fragmented heap, and oneDNN's own layouts."""
+
+
+def cpu_line(tensors: Line) -> Line:
+    """Return the peak resident memory on a CPU over the images, estimated from above."""
+    return Line(
+        _PROCESS_BYTES + _HEAP_FACTOR * tensors.base_bytes, _HEAP_FACTOR * tensors.bytes_per_image
+    )
+
+
+# A trial: training steps in a process that has done nothing else.
+
+
+MakeStep = Callable[[], Callable[[GlobalBatch], object]]
+"""Builds everything that trains, and returns a whole optimizer step."""
+
+_STEPS = 2  # The first one allocates the optimizer's state; the second has it from the start.
+_STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True, slots=True)
+class TrialJob:
+    """What a trial runs."""
+
+    worst: tuple[MicroBatch, ...]
+    """From few images to many, since a process's peak never falls. Each runs in two steps of two
+    micro-batches, so that one runs while the gradients of another are alive. Empty: only report
+    the budget."""
+    sampled: tuple[tuple[MicroBatch, ...], ...]
+    """Steps after those."""
+    fields: BatchFields
+    budget_gib: float | Literal["device"]
+    """GPU: `memory.budget_gib`, which caps the allocator."""
+    outside_bytes: int
+    """GPU: what the process is assumed to take outside the allocator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The most that training steps took."""
+
+    images: int
+    bytes: int
+    """CPU: peak resident memory of the process. GPU: bytes reserved by the allocator."""
+    allocated_bytes: int
+    """GPU: the part of it that tensors and workspaces took. CPU: the same as `bytes`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialResult:
+    """What a trial measured."""
+
+    peaks: tuple[Peak, ...]
+    """After each of the job's `worst`, the last one after `sampled` too; fewer if memory ran
+    out."""
+    retries: int
+    """GPU: times that the allocator freed its cache to go on."""
+    outside_bytes: int
+    """GPU: what the process took outside the allocator, without other processes where known."""
+    budget_bytes: int
+    """GPU: what the allocator could hold."""
+
+    def passed(self, job: TrialJob) -> bool:
+        """Return True if all steps ran without a retry."""
+        return len(self.peaks) == len(job.worst) and not self.retries
+
+
+def run_trial(make_step: MakeStep, job: TrialJob, device: torch.device) -> TrialResult:
+    """Run a job in this process, which should have done little else.
+
+    On a CPU, later peaks find a fragmented heap: for 8 images of 480 x 640, the line through 2 and
+    4 lies 5-10% above what a fresh process takes.
+
+    Args:
+        make_step: see `MakeStep`.
+        job: what to run.
+        device: where `make_step` trains.
+
+    Raises:
+        TrainingError: it does not fit in a CPU's memory.
+    """
+    others = budget = 0
+    if device.type == "cuda":
+        others = _used_by_others(device)
+        budget = max(0, memory_budget(job.budget_gib, device, job.outside_bytes).bytes)
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+    peaks: list[Peak] = []
+    try:
+        for images in _run(make_step, job):
+            peaks.append(_peak(images, device))
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        if device.type == "cpu":
+            raise TrainingError(_too_large(job.worst[len(peaks)])) from None
+    if device.type != "cuda":
+        return TrialResult(tuple(peaks), 0, 0, 0)
+    free, total = torch.cuda.mem_get_info(device)
+    outside = total - free - torch.cuda.memory_reserved(device) - others
+    retries = int(torch.cuda.memory_stats(device)["num_alloc_retries"])
+    return TrialResult(tuple(peaks), retries, max(0, outside), budget)
+
+
+def _run(make_step: MakeStep, job: TrialJob) -> Iterator[int]:
+    """Run the steps; yield the images of each of `worst` when its steps are done."""
+    if not job.worst:
+        return
+    step = make_step()
+    for one in job.worst:
+        steps: list[tuple[MicroBatch, ...]] = [(one, one)] * _STEPS
+        if one is job.worst[-1]:
+            steps += job.sampled
+        for micro_batches in steps:
+            step(tuple(synthetic_batch(sizes, job.fields) for sizes in micro_batches))
+        yield one.images
+
+
+def _too_large(one: MicroBatch) -> str:
+    return (
+        f"memory.probe_batches: a training step of {one.images} images of {one.height} x "
+        f"{one.width} pixels does not fit in memory; lower memory.probe_batches, "
+        "data.short_sides and data.long_side, or set model.checkpointing: true"
+    )
+
+
+def peak_resident_bytes(status: Path = _STATUS) -> int:
+    """Return the peak resident memory of this process, bytes.
+
+    Not by `getrusage`, whose maximum a process inherits from the one that started it.
+    """
+    lines = status.read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def read_job(path: Path) -> TrialJob:
+    """Read a job that `write_json` wrote with `asdict`."""
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    worst = tuple(MicroBatch(**one) for one in tree["worst"])
+    sampled = tuple(tuple(MicroBatch(**one) for one in step) for step in tree["sampled"])
+    fields = BatchFields(**tree["fields"])
+    return TrialJob(**tree | {"worst": worst, "sampled": sampled, "fields": fields})
+
+
+def read_result(path: Path) -> TrialResult:
+    """Read a result that `write_json` wrote with `asdict`."""
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    return TrialResult(**tree | {"peaks": tuple(Peak(**one) for one in tree["peaks"])})
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Return True if the GPU's allocator, or the CPU's, got no memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _peak(images: int, device: torch.device) -> Peak:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        reserved = torch.cuda.max_memory_reserved(device)
+        return Peak(images, reserved, torch.cuda.max_memory_allocated(device))
+    resident = peak_resident_bytes()
+    return Peak(images, resident, resident)
+
+
+def _used_by_others(device: torch.device) -> int:
+    """GPU memory in use before this process takes any, bytes; 0 without nvidia-smi."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return 0
+    gpu = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = [program, gpu, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    used = answer.stdout.strip()
+    return int(used) * MIB if used.isdigit() else 0
+
+
+_SHELL = 128
+
+
+class TrialProcess:
+    """A measuring process, which may be killed because memory runs out."""
+
+    def __init__(self, command: Sequence[str], root: Path, environment: Mapping[str, str]) -> None:
+        """Start a command in the folder `root`; its output is not captured."""
+        self._process = subprocess.Popen(command, cwd=root, env=environment)
+
+    def stop(self) -> None:
+        """Terminate the process if it still runs."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+
+    def wait(self) -> None:
+        """Wait for the end of the process.
+
+        Raises:
+            TrainingError: the kernel killed it, as it does when memory runs out.
+            SystemExit: it ended with another error, which it has printed.
+        """
+        code = self._process.wait()
+        if code in (-signal.SIGKILL, _SHELL + signal.SIGKILL):
+            raise TrainingError(
+                "memory.probe_batches: the machine ran out of memory while training steps were "
+                "measured; lower memory.probe_batches, data.short_sides and data.long_side, "
+                "or set model.checkpointing: true"
+            )
+        if code:
+            raise SystemExit(code)
+
+
+# .runkey/memory.json: trials on this machine, which correct the next prediction.
+
+
+_FORMAT = 1
+_MOST_TRIALS = 200
+_DRIVER = Path("/proc/driver/nvidia/version")
+_LEAST = 0.5
+"""No measurement lowers a bound further, since a trial runs for some steps only."""
+_MARGIN = 1.01
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """What memory depends on beside the training itself."""
+
+    device: str
+    driver: str
+    torch: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A trial that passed: what it took against what was predicted."""
+
+    platform: Platform
+    model: str
+    """sha256 of the memory.json that predicted."""
+    images: int
+    """Micro-batch."""
+    upper_bytes: int
+    """Predicted: most bytes that the allocator holds."""
+    reserved_bytes: int
+    """Measured: the same."""
+    allocated_bytes: int
+    """Measured: what tensors and workspaces took of it."""
+    outside_bytes: int
+    """Measured: what the process took outside the allocator."""
+    retries: int
+    """Times that the allocator freed its cache to go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """How trials correct a prediction."""
+
+    factor: float = 1.0
+    """On upper bounds."""
+    outside_bytes: int | None = None
+    """None: never measured here."""
+    trials: int = 0
+
+
+def this_platform(device: torch.device) -> Platform:
+    """Return the platform of a device."""
+    if device.type != "cuda":
+        return Platform(device.type, "", torch.__version__)
+    text = _DRIVER.read_text(encoding="utf-8") if _DRIVER.is_file() else ""
+    version = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", text)
+    driver = version.group(1) if version else "unknown"
+    return Platform(torch.cuda.get_device_name(device), driver, torch.__version__)
+
+
+def read_trials(path: Path) -> tuple[Trial, ...]:
+    """Read the trials of a machine, oldest first; none if there is no file.
+
+    Raises:
+        TrainingError: the file is damaged.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if tree["format"] != _FORMAT:
+            raise ValueError("another format")
+        return tuple(
+            Trial(**one | {"platform": Platform(**one["platform"])}) for one in tree["trials"]
+        )
+    except FileNotFoundError:
+        return ()
+    except (ValueError, TypeError, KeyError) as error:
+        raise TrainingError(
+            f"{path}: no trials of this version ({error}); delete it, the next "
+            "`dvc repro -f profile_memory` on a GPU writes it anew"
+        ) from None
+
+
+def add_trials(path: Path, new: Sequence[Trial]) -> None:
+    """Add trials; the latest of each platform, model and micro-batch is kept."""
+    same = {(one.platform, one.model, one.images) for one in new}
+    old = [t for t in read_trials(path) if (t.platform, t.model, t.images) not in same]
+    trials = [asdict(one) for one in (*old, *new)][-_MOST_TRIALS:]
+    write_json(path, {"format": _FORMAT, "trials": trials})
+
+
+def correction(trials: Sequence[Trial], platform: Platform, model: str) -> Correction:
+    """Return how the trials of a platform correct a prediction.
+
+    Trials of this memory.json correct it in both directions; those of others only upwards, since
+    another training need not leave as much unused.
+
+    Args:
+        trials: from `read_trials`.
+        platform: of the device.
+        model: sha256 of memory.json.
+    """
+    here = [t for t in trials if t.platform == platform and not t.retries]
+    if not here:
+        return Correction()
+    own = [t.reserved_bytes / t.upper_bytes for t in here if t.model == model]
+    others = [t.reserved_bytes / t.upper_bytes for t in here if t.model != model]
+    factor = max(_LEAST, max(own) * _MARGIN) if own else max(1.0, max(others) * _MARGIN)
+    return Correction(factor, max(t.outside_bytes for t in here), len(here))
+
+
+# memory/measured.json.
+
+
+def write_cpu(folder: Path, model: str, platform: Platform, peaks: Sequence[Peak]) -> Line:
+    """Write the peaks of a CPU and the line through them; returns the line.
+
+    Args:
+        folder: profile_memory's output.
+        model: sha256 of its memory.json.
+        platform: the machine.
+        peaks: two or more.
+    """
+    line = line_through(*((peak.images, peak.bytes) for peak in (peaks[0], peaks[-1])))
+    content = {
+        "model": model,
+        "platform": asdict(platform),
+        "peaks": [asdict(peak) for peak in peaks],
+        "line": asdict(line),
+    }
+    write_json(folder / MEASURED, content)
+    return line
+
+
+def write_gpu(folder: Path, model: str, trials: Sequence[Trial]) -> None:
+    """Write the trials on a GPU."""
+    trees = [asdict(trial) for trial in trials]
+    write_json(folder / MEASURED, {"model": model, "trials": trees})
+
+
+def read_line(folder: Path, model: str) -> Line | None:
+    """Return the line measured on a CPU for the memory.json with this sha256, if there is one."""
+    path = folder / MEASURED
+    if not path.is_file():
+        return None
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    return Line(**tree["line"]) if tree["model"] == model and "line" in tree else None

@@ -1,0 +1,372 @@
+"""A traced training step as a template: its allocations for micro-batches of any size.
+
+Every block's bytes are proportional to a known quantity of the micro-batch: a constant, the images,
+images x cells of a feature map, images x tokens squared, ... Two traces of the largest shape give
+the dependence on images; a third one, of another shape, tells the quantities apart.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runkey.data.shapes import Shape
+from runkey.memory.allocator import Allocator, Block
+from runkey.memory.trace.events import ROUND_BYTES, Event, MicroBatch, Trace, round_up
+from runkey.units import MIB
+
+_STRIDES = (1, 2, 4, 8, 16, 32)
+# Attention kernels round the number of tokens up to these.
+_PADS = (8, 16, 32)
+
+
+def quantities(one: MicroBatch, stride: int) -> NDArray[np.int64]:
+    """Return what a block's bytes can be proportional to: constant first, simple before composed.
+
+    Args:
+        one: the micro-batch.
+        stride: pixels from token to token.
+    """
+    cells = _cells(one.height, one.width)
+    tokens = cells[stride]
+    padded = [-(-tokens // pad) * pad for pad in _PADS]
+    rows, columns = -(-one.height // stride), -(-one.width // stride)
+    plain = [1, one.height, one.width, rows, columns, *cells.values()]
+    plain += [*padded, tokens * tokens, *(tokens * number for number in padded)]
+    # The second half begins with the images alone.
+    return np.array([*plain, *(one.images * number for number in plain)], dtype=np.int64)
+
+
+def _cells(height: int, width: int) -> dict[int, int]:
+    """Cells of a feature map by stride; every halving rounds up, as convolutions do."""
+    cells = {}
+    for stride in _STRIDES:
+        cells[stride] = height * width
+        height, width = -(-height // 2), -(-width // 2)
+    return cells
+
+
+def other_shape(worst: Shape, stride: int) -> Shape:
+    """Return a smaller shape that tells quantities apart, and that kernels treat like `worst`.
+
+    Attention pads masks whose rows are no multiple of 8 or 16 tokens, by extra allocations, so both
+    shapes must be multiples or neither.
+    """
+    height, width = worst
+    wanted = _alignment(worst, stride)
+    best, most = worst, 0
+    for part in (0.8, 0.75, 0.7, 0.65, 0.6, 0.55):
+        for less in range(0, 2 * stride, 3):
+            shape = (max(1, round(height * part) - less), max(1, round(width * part * 0.87) - less))
+            if _alignment(shape, stride) == wanted:
+                told_apart = _count_told_apart(worst, shape, stride)
+                best, most = max((best, most), (shape, told_apart), key=lambda pair: pair[1])
+    return best
+
+
+def _alignment(shape: Shape, stride: int) -> list[bool]:
+    tokens = _cells(*shape)[stride]
+    return [tokens % pad == 0 for pad in (8, 16)]
+
+
+def _count_told_apart(worst: Shape, shape: Shape, stride: int) -> int:
+    """Count the quantities that grow differently from one shape to the other."""
+    one, other = (quantities(MicroBatch(1, *s, 0), stride).astype(float) for s in (worst, shape))
+    return len(np.unique(one / other))
+
+
+@dataclass(frozen=True, slots=True)
+class Laws:
+    """Bytes of every block of a trace, for a micro-batch of any size."""
+
+    stride: int
+    """Pixels from token to token."""
+    index: NDArray[np.int64]
+    """[blocks]: which of `quantities` each block is proportional to."""
+    slope: NDArray[np.float64]
+    """[blocks]: bytes for each unit of it."""
+    constant: NDArray[np.float64]
+    """[blocks]: bytes on top."""
+    loose: int
+    """Number of blocks that follow no law exactly, and are bounded instead."""
+
+    def bytes(self, one: MicroBatch) -> NDArray[np.int64]:
+        """Return the bytes of each block for such a micro-batch."""
+        values = self.constant + self.slope * quantities(one, self.stride)[self.index]
+        return np.rint(values).astype(np.int64)
+
+
+def find_laws(sizes: NDArray[np.int64], traced: Sequence[MicroBatch], stride: int) -> Laws:
+    """Find the law of each block.
+
+    Args:
+        sizes: [traces, blocks] bytes.
+        traced: [traces] micro-batches; the first two differ in the images only.
+        stride: pixels from token to token.
+    """
+    known = np.stack([quantities(one, stride) for one in traced]).astype(np.float64)
+    index = np.zeros(sizes.shape[1], dtype=np.int64)
+    slope, constant = np.zeros(len(index)), np.zeros(len(index))
+    unknown = np.ones(len(index), dtype=bool)
+    for column, values in enumerate(known.T):
+        per_unit = sizes / values[:, None]
+        fits = unknown & (per_unit == per_unit[0]).all(0)
+        index[fits], slope[fits] = column, per_unit[0, fits]
+        unknown &= ~fits
+    loose = np.flatnonzero(unknown)
+    # Affine in the images whatever the shape: too much for all shapes below the largest.
+    images = np.array([[one.images] for one in traced])
+    rise = np.maximum(0, sizes[1, loose] - sizes[0, loose]) / (images[1] - images[0])
+    index[loose], slope[loose] = known.shape[1] // 2, rise
+    constant[loose] = (sizes[:, loose] - rise * images).max(0)
+    return Laws(stride, index, slope, constant, len(loose))
+
+
+_CONVOLUTIONS = ("backbone.", "input_proj")
+"""Modules whose operations may need a large workspace."""
+_LEAST_WORKSPACE = MIB
+
+Move = tuple[bool, int, int]
+"""For an allocator: True for an allocation, number of the block, bytes."""
+
+
+class Template:
+    """A step over two micro-batches, of which the second stands for all later ones.
+
+    Blocks are numbered from 0; those that are alive at the step's start come first.
+    """
+
+    def __init__(self, trace: Trace, laws: Laws) -> None:
+        """Build a template; callers use `make_template`."""
+        self._trace = trace
+        self._laws = laws
+        self._numbers = _numbers(trace)
+        self._before = [self._numbers[event.block] for event in trace.before]
+        kinds = [(self._numbers[event.block], event.class_) for event in trace.before]
+        self._optimizer_state = [block for block, kind in kinds if kind == "optimizer"]
+        # Gradients are alive from the first step's backward pass on.
+        self._built = [block for block, kind in kinds if kind not in ("optimizer", "gradient")]
+        self._replacements = _replacements(trace, self._numbers)
+        every = [self._compact(event) for event in trace.events]
+        self._blocks = np.array([block for _, block, _ in every])
+        self._signs = np.array([1 if is_allocation else -1 for is_allocation, _, _ in every])
+        self._convolutions = np.array([convolves for _, _, convolves in every])
+        first, later, update = _ranges(trace)
+        self._first, self._later, self._update = (every[part] for part in (first, later, update))
+
+    @property
+    def loose_blocks(self) -> int:
+        """Number of blocks whose bytes are bounded, not known, away from the traced sizes."""
+        return self._laws.loose
+
+    def gradient_bytes(self) -> int:
+        """Return the bytes of all gradients."""
+        made = [e for e in self._trace.events if e.class_ == "gradient" and e.kind == "alloc"]
+        return sum(round_up(event.bytes) for event in made)
+
+    def peak(self, one: MicroBatch, workspace_share: float = 0.0) -> int:
+        """Return the most bytes alive in a step over two such micro-batches.
+
+        Args:
+            one: the micro-batch.
+            workspace_share: bytes of a convolution's workspace, as a part of its result.
+        """
+        sizes = -(-self._laws.bytes(one) // ROUND_BYTES) * ROUND_BYTES
+        alive = sizes[self._before].sum() + (sizes[self._blocks] * self._signs).cumsum()
+        workspaces = workspace_share * sizes[self._blocks] * self._convolutions
+        return int((alive + workspaces).max(initial=0))
+
+    def at(self, one: MicroBatch) -> Trace:
+        """Return the trace of a step over two such micro-batches."""
+        sizes = self._laws.bytes(one).tolist()
+
+        def resized(event: Event) -> Event:
+            return event._replace(bytes=sizes[self._numbers[event.block]])
+
+        return Trace(
+            micro_batches=(one, one),
+            before=tuple(map(resized, self._trace.before)),
+            events=tuple(map(resized, self._trace.events)),
+            marks=self._trace.marks,
+        )
+
+    def moves(
+        self, steps: Sequence[Sequence[MicroBatch]], workspace_share: float
+    ) -> Iterator[Move]:
+        """Yield what an allocator sees of a training.
+
+        Args:
+            steps: the micro-batches of each step.
+            workspace_share: see `peak`; a workspace is freed when its operation ends.
+        """
+        sizes = {one: self._laws.bytes(one).tolist() for step in steps for one in step}
+        new = itertools.count()
+        constant = sizes[steps[0][0]]
+        live = {block: (next(new), constant[block]) for block in self._built}
+        yield from ((True, *block) for block in live.values())
+        state = self._optimizer_state
+        for step in steps:
+            parts = [(self._first, step[0]), *((self._later, one) for one in step[1:])]
+            for events, one in [*parts, (self._update, step[0])]:
+                bytes_of = sizes[one]
+                if events is self._update:
+                    # Only the first step allocates the optimizer's state.
+                    made = {block: (next(new), constant[block]) for block in state}
+                    yield from ((True, *block) for block in made.values())
+                    live |= made
+                    state = []
+                for is_allocation, block, convolves in events:
+                    # What a pass left behind is replaced when the pass comes again; what a pass
+                    # that is left out would have allocated is not freed.
+                    old = live.pop(block, None)
+                    if is_allocation:
+                        live[block] = number, size = next(new), bytes_of[block]
+                        yield True, number, size
+                        workspace = round(workspace_share * size) if convolves else 0
+                        if workspace >= _LEAST_WORKSPACE:
+                            number = next(new)
+                            yield True, number, workspace
+                            yield False, number, workspace
+                    if old is not None:
+                        yield False, *old
+            for replacement, block in self._replacements:
+                if replacement in live:
+                    old = live.pop(block, None)
+                    live[block] = live.pop(replacement)
+                    if old is not None:
+                        yield False, *old
+
+    def _compact(self, event: Event) -> tuple[bool, int, bool]:
+        is_allocation = event.kind == "alloc"
+        convolves = is_allocation and event.module.startswith(_CONVOLUTIONS)
+        return is_allocation, self._numbers[event.block], convolves
+
+
+def make_template(traces: Sequence[Trace], stride: int) -> Template:
+    """Make a template from traces of the same step, each over two equal micro-batches.
+
+    Args:
+        traces: the first two differ in the images only, the third in the shape too.
+        stride: pixels from token to token.
+
+    Raises:
+        ValueError: the traces differ in more than bytes.
+    """
+    numbers = [_numbers(trace) for trace in traces]
+    kinds = [_structure(t, n) for t, n in zip(traces, numbers, strict=True)]
+    if any(kind != kinds[0] for kind in kinds):
+        raise ValueError("the traced steps allocate different blocks")
+    sizes = np.array([_sizes(t, n) for t, n in zip(traces, numbers, strict=True)])
+    return Template(traces[0], find_laws(sizes, [t.micro_batches[0] for t in traces], stride))
+
+
+def _numbers(trace: Trace) -> dict[int, int]:
+    """Number the blocks from 0: those alive at the start by what they are, others in order."""
+    numbers: dict[int, int] = {}
+    for event in (*_sorted(trace.before), *trace.events):
+        if event.kind == "alloc":
+            numbers[event.block] = len(numbers)
+    return numbers
+
+
+def _sorted(before: Sequence[Event]) -> list[Event]:
+    """Sort in an order that does not depend on the step before."""
+    return sorted(before, key=_meaning)
+
+
+def _meaning(event: Event) -> tuple[str, str, int]:
+    return event.class_, event.module, event.bytes
+
+
+def _structure(trace: Trace, numbers: dict[int, int]) -> list[tuple[object, ...]]:
+    """Return everything about the events but their bytes."""
+    events = (*_sorted(trace.before), *trace.events)
+    every = [(e.kind, numbers[e.block], e.class_, e.module) for e in events]
+    return [*every, *trace.marks]
+
+
+def _sizes(trace: Trace, numbers: dict[int, int]) -> list[int]:
+    """Return the bytes of each block."""
+    sizes = [0] * len(numbers)
+    for event in (*trace.before, *trace.events):
+        sizes[numbers[event.block]] = event.bytes
+    return sizes
+
+
+def _ranges(trace: Trace) -> tuple[slice, slice, slice]:
+    """Return the events of the first micro-batch, of the second, and of the update."""
+    forwards = [mark.start for mark in trace.marks if mark.phase == "forward"]
+    update = [mark.start for mark in trace.marks if mark.phase == "optimizer"][-1]
+    return slice(0, forwards[1]), slice(forwards[1], update), slice(update, len(trace.events))
+
+
+def _replacements(trace: Trace, numbers: dict[int, int]) -> list[tuple[int, int]]:
+    """Pair each block alive only at the step's end with the block that it replaces.
+
+    What is alive at the end is what was alive at the start, but some of it was allocated again.
+    """
+    start = {numbers[event.block]: event for event in trace.before}
+    end = dict(start)
+    for event in trace.events:
+        if event.kind == "alloc":
+            end[numbers[event.block]] = event
+        else:
+            del end[numbers[event.block]]
+    replaced: defaultdict[tuple[str, str, int], list[int]] = defaultdict(list)
+    for block, event in start.items():
+        if block not in end:
+            replaced[_meaning(event)].append(block)
+    return [
+        (block, replaced[_meaning(event)].pop(0))
+        for block, event in end.items()
+        if block not in start
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class AllocatorReplay:
+    """What sampled training steps did to the model of the allocator."""
+
+    images: int
+    """Most images of a micro-batch."""
+    batches: int
+    """Number of micro-batches."""
+    allocated_bytes: int
+    """Most bytes alive at once, with a convolution's workspace."""
+    reserved_bytes: int
+    """Most bytes that the allocator held."""
+
+    @property
+    def fragmentation_bytes(self) -> int:
+        """Bytes that the allocator held beside what was alive."""
+        return self.reserved_bytes - self.allocated_bytes
+
+
+def replay_steps(
+    template: Template, steps: Sequence[Sequence[MicroBatch]], workspace_share: float
+) -> AllocatorReplay:
+    """Replay training steps in the model of the allocator.
+
+    Args:
+        template: the step.
+        steps: the micro-batches of each step.
+        workspace_share: see `Template.peak`.
+    """
+    allocator = Allocator()
+    blocks: dict[int, Block] = {}
+    for is_allocation, handle, size in template.moves(steps, workspace_share):
+        if is_allocation:
+            blocks[handle] = allocator.allocate(size)
+        else:
+            allocator.release(blocks.pop(handle))
+    return AllocatorReplay(
+        images=max(one.images for step in steps for one in step),
+        batches=sum(len(step) for step in steps),
+        allocated_bytes=allocator.max_allocated,
+        reserved_bytes=allocator.reserved,
+    )
