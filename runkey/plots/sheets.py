@@ -293,7 +293,8 @@ class _Sheet:
             if box.is_labelled and at:
                 labels.append(at)
                 self._draw.rectangle((at[0], at[1], at[2] - 1, at[3] - 1), fill=box.colour)
-                ink = _INK if _is_light(box.colour) else _PAPER
+                is_light = ImageColor.getcolor(box.colour, "L") > 140  # type: ignore[operator]
+                ink = _INK if is_light else _PAPER
                 self._draw.text((at[0] + 3, at[1] + 1), text, fill=ink, font=_font(_LABEL_SIZE))
 
     def _outline(self, place: Box, box: LabelledBox) -> None:
@@ -444,8 +445,3 @@ def _shorten(text: str, width: float, size: int) -> str:
     while text and _font(size).getlength(text + "…") > width:
         text = text[:-1]
     return text + "…"
-
-
-def _is_light(colour: str) -> bool:
-    red, green, blue = ImageColor.getrgb(colour)[:3]
-    return 0.299 * red + 0.587 * green + 0.114 * blue > 140
