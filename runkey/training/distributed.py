@@ -22,10 +22,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -33,13 +32,12 @@ from torch import Tensor
 
 from runkey.data.dataset import GlobalBatch
 from runkey.errors import Interrupted, RunkeyError, StoppedError, TrainingError
-from runkey.training.checkpoint.file import Checkpoint, Checkpoints
 from runkey.training.interrupts import Interrupts
-from runkey.training.ranks import RankMonitor, monitoring, this_process
+from runkey.training.ranks import RankMonitor, this_process
 
 logger = logging.getLogger("runkey")
 
-# What the loop needs to be the same on all ranks: batches, metrics, checkpoints.
+# What the loop needs to be the same on all ranks: batches and metrics.
 
 
 def synchronised_batches(
@@ -92,42 +90,6 @@ def broadcast_metrics(
     metrics, fault, number = world.broadcast((metrics, fault, number))
     _raise_first(world, [(fault, number)])
     return metrics
-
-
-class SharedCheckpoints:
-    """Rank 0's checkpoints: rank 0 alone saves them, all ranks resume from them."""
-
-    def __init__(self, own: Checkpoints | None, world: World) -> None:
-        """Wrap rank 0's; None on the other ranks, or if nothing is saved."""
-        self._own = own
-        self._world = world
-
-    @property
-    def path(self) -> Path | None:
-        """See `Checkpoints.path`; None on ranks that write nothing."""
-        return self._own.path if self._own else None
-
-    @property
-    def newest(self) -> int | None:
-        """See `Checkpoints.newest`; None on ranks that save nothing."""
-        return self._own.newest if self._own else None
-
-    def due(self, step: int) -> bool:
-        """See `Checkpoints.due`."""
-        return self._own is not None and self._own.due(step)
-
-    def save(self, checkpoint: Checkpoint, *, wait: bool = False, anchor: bool = False) -> None:
-        """See `Checkpoints.save`."""
-        if self._own:
-            self._own.save(checkpoint, wait=wait, anchor=anchor)
-
-    def load(self) -> Checkpoint | None:
-        """See `Checkpoints.load`; rank 0 sends it, so no disk has to be shared."""
-        return self._world.broadcast(self._own.load() if self._own else None)
-
-    def load_anchor(self, step: int) -> Checkpoint | None:
-        """See `Checkpoints.load_anchor`."""
-        return self._world.broadcast(self._own.load_anchor(step) if self._own else None)
 
 
 @contextmanager
@@ -290,7 +252,7 @@ def join_world(device: torch.device, monitor: RankMonitor | None = None) -> Iter
     level = logger.level
     if not world.is_main:
         logger.setLevel(logging.CRITICAL + 1)
-    with monitoring(world.rank, processes) as everyone:
+    with closing(RankMonitor(world.rank, processes)) as everyone:
         if monitor:
             monitor.close()
         try:
@@ -309,12 +271,12 @@ def join_world(device: torch.device, monitor: RankMonitor | None = None) -> Iter
 def _without_stdout() -> Iterator[None]:
     """Silence gloo, which prints a line for each rank it connects and has no setting for it."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    saved = os.dup(1)
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     try:
         yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(saved, 1)
+        os.close(saved)
         os.close(nothing)

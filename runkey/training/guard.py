@@ -100,36 +100,6 @@ REPORTS = "bad-step-*.json"
 """Pattern of their names."""
 
 
-def report_name(step: int) -> str:
-    """Return the name of the report about a step and what followed."""
-    return f"bad-step-{step}.json"
-
-
-def make_report(guard: GuardState, *, step: int, reason: str, outcome: str) -> dict[str, Any]:
-    """Collect all that is known, as JSON can hold it: `nan` and `inf` are text.
-
-    Args:
-        guard: at least one of its steps was skipped, or weights are not finite.
-        step: steps done.
-        reason: what is wrong.
-        outcome: what was done about it.
-    """
-    report = {
-        "step": first_bad_step(guard, step),
-        "steps_done": step,
-        "reason": reason,
-        "outcome": outcome,
-        "skips": [asdict(skip) for skip in guard.skips],
-        "rollbacks": [asdict(rollback) for rollback in guard.rollbacks],
-        "scaler_skips": guard.scaler_skips,
-        "latest_grad_norms": guard.norms,
-        "latest_losses": guard.losses,
-        "loss_spikes": guard.spikes,
-    }
-    plain: dict[str, Any] = json_safe(report)
-    return plain
-
-
 def first_bad_step(guard: GuardState, step: int) -> int:
     """Return the step to look at: the first of those that count."""
     return guard.skips[0].step if guard.skips else step
@@ -303,8 +273,9 @@ class Guard:
         loop, state = self._loop, self._state
         done = len(state.rollbacks)
         anchor = None
-        if self._checkpoints and done < self._limits.max_rollbacks:
-            anchor = self._checkpoints.load_anchor(loop.step)
+        if done < self._limits.max_rollbacks:
+            anchor = self._checkpoints.load_anchor(loop.step) if self._checkpoints else None
+            anchor = self._context.world.broadcast(anchor)
         if anchor is None:
             self._give_up(reason)
             return
@@ -338,10 +309,22 @@ class Guard:
         """Write the report; return its path, empty if it could not be written."""
         if self._folder is None:
             return ""
-        report = make_report(self._state, step=self._loop.step, reason=reason, outcome=outcome)
-        path = self._folder / report_name(report["step"])
+        guard, step = self._state, self._loop.step
+        report = {
+            "step": first_bad_step(guard, step),
+            "steps_done": step,
+            "reason": reason,
+            "outcome": outcome,
+            "skips": [asdict(skip) for skip in guard.skips],
+            "rollbacks": [asdict(rollback) for rollback in guard.rollbacks],
+            "scaler_skips": guard.scaler_skips,
+            "latest_grad_norms": guard.norms,
+            "latest_losses": guard.losses,
+            "loss_spikes": guard.spikes,
+        }
+        path = self._folder / f"bad-step-{report['step']}.json"
         try:
-            write_json(path, report)
+            write_json(path, json_safe(report))
         except OSError as error:
             logger.info(f"{self._folder}: the report is not written: {error.strerror}")
             return ""

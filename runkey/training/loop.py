@@ -23,7 +23,6 @@ from runkey.training.checkpoint.file import Checkpoint, Checkpoints
 from runkey.training.device import seed_step
 from runkey.training.distributed import (
     LostRankError,
-    SharedCheckpoints,
     SharedError,
     broadcast_metrics,
     ending_together,
@@ -79,12 +78,11 @@ def fit(
             not log.
         Interrupted: a signal came; a checkpoint has been written.
     """
-    world = context.world
-    if world.size > 1:
-        checkpoints = SharedCheckpoints(checkpoints if world.is_main else None, world)
-    recorder = SafeTracker(tracker if tracker and world.is_main else NullTracker())
+    if not context.world.is_main:  # rank 0 records and saves; all resume from its checkpoints
+        tracker = checkpoints = None
+    recorder = SafeTracker(tracker or NullTracker())
     trainer = _Trainer(context, evaluate, recorder, checkpoints, interrupts or Interrupts())
-    with ending_together(world):
+    with ending_together(context.world):
         trainer.resume(limit)
         with trainer.interrupts.held():
             trainer.train()
@@ -241,6 +239,7 @@ class _Trainer:
     def resume(self, limit: int | None) -> None:
         """Start from the newest checkpoint, if there is one."""
         checkpoint = self.checkpoints.load() if self.checkpoints else None
+        checkpoint = self.context.world.broadcast(checkpoint)
         choices = describe(self.context)
         if checkpoint is None:
             self.tracker.resume(None)
@@ -360,11 +359,11 @@ class _Trainer:
         """Save a checkpoint at this boundary of a step; return which step, and how to continue."""
         metrics.settle()
         where = f"step {self.state.step} of {self.context.schedule.total_steps}"
+        if not self.context.world.is_main:
+            return where, "`dvc repro` goes on from rank 0's newest checkpoint"
         if self.checkpoints is None:
             return where, "nothing is saved"
         self.checkpoints.save(self._checkpoint(), wait=True)
-        if not self.context.world.is_main:
-            return where, "`dvc repro` goes on from rank 0's newest checkpoint"
         match self.checkpoints.newest:
             case self.state.step:
                 return where, "`dvc repro` goes on from there"

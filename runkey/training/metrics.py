@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -77,36 +77,27 @@ class SafeTracker:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """See `Tracker.log`."""
-        try:
-            self._tracker.log(values, step)
-        except Exception as error:  # noqa: BLE001  whatever it is, training goes on
-            self._give_up(error)
+        self._call("log", values, step)
 
     def event(self, kind: str, **fields: object) -> None:
         """See `Tracker.event`."""
-        try:
-            self._tracker.event(kind, **fields)
-        except Exception as error:  # noqa: BLE001  whatever it is, training goes on
-            self._give_up(error)
+        self._call("event", kind, **fields)
 
     def position(self) -> Mapping[str, int | str]:
         """See `Tracker.position`."""
-        try:
-            return self._tracker.position()
-        except Exception as error:  # noqa: BLE001  whatever it is, training goes on
-            self._give_up(error)
-            return {}
+        return self._call("position") or {}
 
     def resume(self, position: Mapping[str, int | str] | None) -> None:
         """See `Tracker.resume`."""
-        try:
-            self._tracker.resume(position)
-        except Exception as error:  # noqa: BLE001  whatever it is, training goes on
-            self._give_up(error)
+        self._call("resume", position)
 
-    def _give_up(self, error: Exception) -> None:
-        self._tracker = NullTracker()
-        logger.info(f"tracking stopped, training goes on: {type(error).__name__}: {error}")
+    def _call(self, method: str, *args: Any, **options: Any) -> Any:
+        try:
+            return getattr(self._tracker, method)(*args, **options)
+        except Exception as error:  # noqa: BLE001  whatever it is, training goes on
+            self._tracker = NullTracker()
+            logger.info(f"tracking stopped, training goes on: {type(error).__name__}: {error}")
+            return None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Launch the other ranks of a training on this machine, so that nobody has to know torchrun.
+"""Launch the other ranks of a training on this machine, so that users need not know torchrun.
 
     with launched_ranks(2, ["-m", "stages.train"]) as monitor:    # in the process of rank 0
         with join_world(device, monitor) as world: ...
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,16 +125,6 @@ class RankMonitor:
             os._exit(1)
 
 
-@contextmanager
-def monitoring(rank: int, processes: Mapping[int, Process]) -> Iterator[RankMonitor]:
-    """Monitor other ranks until the block ends; see `RankMonitor`."""
-    monitor = RankMonitor(rank, processes)
-    try:
-        yield monitor
-    finally:
-        monitor.close()
-
-
 _LEADER = "RUNKEY_RANK_0_PID"
 """Environment variable of the ranks that rank 0 launched."""
 _LEAVE_SECONDS = 10.0
@@ -195,7 +185,7 @@ def launched_ranks(size: int, arguments: Sequence[str]) -> Iterator[RankMonitor 
                 )
             )
         pids = {rank: this_process(p.pid) for rank, p in enumerate(processes, start=1)}
-        with monitoring(0, pids) as monitor:
+        with closing(RankMonitor(0, pids)) as monitor:
             yield monitor
         _wait(processes)
     finally:

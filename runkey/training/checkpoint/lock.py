@@ -29,7 +29,7 @@ _FLOCK = "hhqqi4x"
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder, which is created, as long as the block runs.
 
-    A folder that cannot be written is not held: nobody else writes there either.
+    A folder that cannot be written is not held: no other process writes there either.
 
     No other code of this process may open the lock's file meanwhile: closing it anywhere in the
     process releases the lock.
