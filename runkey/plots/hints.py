@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,6 @@ from runkey.progress import WIDTH
 
 if TYPE_CHECKING:
     from runkey.evaluation.coco import ClassResult
-    from runkey.training.metrics import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +130,23 @@ def class_scores(per_class: Sequence[ClassResult]) -> dict[str, Any]:
     }
 
 
+class Tracker(Protocol):
+    """`runkey.training.metrics.Tracker`: what a training logs to."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Log metrics."""
+
+    def event(self, kind: str, **fields: object) -> None:
+        """Log an event."""
+
+    def position(self) -> dict[str, int | str]:
+        """Return the position in the log."""
+        ...
+
+    def resume(self, position: Mapping[str, int | str] | None) -> None:
+        """Go on from a position in the log."""
+
+
 class HintingTracker:
     """A tracker that also looks for hints at the end of each epoch and logs each kind once."""
 
@@ -169,7 +185,7 @@ class HintingTracker:
         """See `Tracker`."""
         self._tracker.event(kind, **fields)
 
-    def position(self) -> Mapping[str, int | str]:
+    def position(self) -> dict[str, int | str]:
         """See `Tracker`."""
         return self._tracker.position()
 
