@@ -29,7 +29,8 @@ TELLING = ("runkey/errors.py", "runkey/progress.py", "runkey/version.py")
 
 def drawing_code() -> set[str]:
     """What the pictures are drawn by, and the formats of the files that they are drawn from."""
-    folders = ("runkey/identity/", "runkey/params/")
+    # hints.py takes types alone from training.
+    folders = ("runkey/identity/", "runkey/params/", "runkey/training/")
     modules = ("curves", "tables", "evaluation", "sheets", "report")
     return {
         file
