@@ -28,25 +28,25 @@ class Process:
 
     def is_beside(self, other: Process) -> bool:
         """Return True if both count pids alike, so that one can see the other."""
-        return (self.boot, self.namespace) == (other.boot, other.namespace)
+        here = (self.boot, self.namespace)
+        return bool(self.boot) and here == (other.boot, other.namespace)
 
 
 def this_process(pid: int | None = None) -> Process:
     """Return this process, or another one of this machine."""
-    pid, visible = pid or os.getpid(), _proc_is_ours()
-    stat = _stat(pid) if visible else None
-    return Process(
-        pid=pid,
-        boot=_BOOT_ID.read_text(encoding="ascii").strip() if visible else "",
-        namespace=str((_PROC / "self/ns/pid").readlink()) if visible else "",
-        started=stat[1] if stat else 0,
-    )
+    pid = pid or os.getpid()
+    try:
+        boot = _BOOT_ID.read_text(encoding="ascii").strip()
+        namespace = str((_PROC / "self/ns/pid").readlink())
+    except OSError:
+        boot = namespace = ""
+    stat = _stat(pid) if _proc_is_ours() else None
+    return Process(pid=pid, boot=boot, namespace=namespace, started=stat[1] if stat else 0)
 
 
 def is_running(process: Process) -> bool | None:
     """Return whether a process is there; None: it cannot be seen from here."""
-    here = this_process()
-    if not here.boot or not here.is_beside(process):
+    if not _proc_is_ours() or not this_process().is_beside(process):
         return None
     stat = _stat(process.pid)
     return stat is not None and stat[0] not in _ENDED and stat[1] == process.started

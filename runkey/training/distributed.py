@@ -32,8 +32,9 @@ from torch import Tensor
 
 from runkey.data.dataset import GlobalBatch
 from runkey.errors import Interrupted, RunkeyError, StoppedError, TrainingError
+from runkey.processes import this_process
 from runkey.training.interrupts import Interrupts
-from runkey.training.ranks import RankMonitor, this_process
+from runkey.training.ranks import RankMonitor
 
 logger = logging.getLogger("runkey")
 

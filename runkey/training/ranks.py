@@ -18,20 +18,14 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import NamedTuple
+
+from runkey.processes import Process, this_process
 
 _NOTICE_SECONDS = 5.0
 """Time for a dying process to be gone after its connection broke."""
 _END_SECONDS = 10.0
 """Time for this process to notice by itself; a GPU that waits for a dead rank never does."""
-
-
-class Process(NamedTuple):
-    """A process id and the machine (boot and pid namespace) where it is valid."""
-
-    host: str
-    pid: int
 
 
 class LostRank(NamedTuple):
@@ -40,12 +34,6 @@ class LostRank(NamedTuple):
     rank: int
     text: str
     """In words."""
-
-
-def this_process(pid: int | None = None) -> Process:
-    """Identify this process, or another one of this machine."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return Process(f"{boot} {Path('/proc/self/ns/pid').readlink()}", pid or os.getpid())
 
 
 class RankMonitor:
@@ -68,7 +56,7 @@ class RankMonitor:
         self._found, self._stood_down = threading.Event(), threading.Event()
         here = this_process()
         for number, process in processes.items():
-            if process != here and process.host == here.host:
+            if process != here and here.is_beside(process):
                 self._add(number, process.pid)
         self._wake = os.eventfd(0)
         self._thread = threading.Thread(target=self._wait, name="rank monitor", daemon=True)

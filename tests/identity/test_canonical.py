@@ -206,7 +206,7 @@ def test_letters_that_look_alike_are_not_alike(text):
 def test_an_accent_in_code_counts_as_it_is_written(project):
     keys = []
     for form in ("NFC", "NFD"):
-        text = unicodedata.normalize(form, "# caf\u00e9\n")
+        text = unicodedata.normalize(form, "NAME = 'caf\u00e9'\n")
         (project / "runkey/late.py").write_text(text, encoding="utf-8")
         keys.append(make_recipe("train", project).key)
     assert keys[0] != keys[1]

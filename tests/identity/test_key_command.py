@@ -33,7 +33,8 @@ def test_an_unknown_stage_is_one_line():
     done = runkey("nothing")
     assert done.returncode == 1
     assert done.stderr == (
-        "error: dvc.yaml: no stage nothing; there are prepare, profile_memory, train, evaluate\n"
+        "error: dvc.yaml: no stage nothing;"
+        " there are prepare, profile_memory, train, evaluate, plots\n"
     )
 
 
