@@ -39,7 +39,7 @@ class Asker:
         """Take over what was seen last, however long ago that was."""
         claim = a_claim(self.seen + 1)
         if self.claims.make(claim) and claim.is_same(newest(self.claims, KEY)):
-            self.held = HeldClaim(self.claims, claim, LOOKS_ALWAYS, print)
+            self.held = HeldClaim(self.claims, claim, LOOKS_ALWAYS)
 
     def beat(self) -> None:
         if self.held:
