@@ -34,7 +34,7 @@ def preset(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a preset as a complete, commented params.yaml; without a name, list the presets."""
+    """Write a preset as a complete params.yaml; without a name, list them."""
     from runkey.params import presets  # 0.3 s
 
     if not name:
@@ -138,7 +138,7 @@ def sample_data(
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing sample data.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw the sample data, numbered balls, from scikit-learn's pictures, the same to the byte."""
+    """Draw the sample data, numbered balls, from scikit-learn's digits and photographs."""
     target = out or workspace() / "data"
     if not force and target.exists() and any(target.iterdir()):
         raise DataError(f"{target}: is not empty; name another folder, or use --force")

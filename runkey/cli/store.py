@@ -45,7 +45,7 @@ def gc(
     ] = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    """List what may be deleted: failed runs, old checkpoints, dead claims; no finished run."""
+    """List what may be deleted: failed runs, old checkpoints, dead claims."""
     from runkey.registry.gc import collect
 
     workspace()

@@ -144,7 +144,7 @@ def test_the_summary_says_what_to_change(runs: Path, run: Run) -> None:
     _, out, _ = run("summary")
     words = " ".join(out.split())
     assert "try raise runtime.workers (now auto) or runtime.prefetch" in words
-    assert "so that images lie decoded (hint: loader) dvc exp run" in words
+    assert "to keep decoded images (hint: loader) dvc exp run" in words
 
 
 def test_help(root: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

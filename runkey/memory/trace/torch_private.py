@@ -94,7 +94,7 @@ ATTENTION = {
 
 
 @contextmanager
-def fake_tensors() -> Iterator[None]:
+def fake_tensors() -> Iterator[FakeTensorMode]:
     """Give tensors made in this context shapes, strides and devices, but no memory.
 
     The image normalisation's cache is cleared at both ends, so that no fake tensor leaves the
@@ -105,9 +105,9 @@ def fake_tensors() -> Iterator[None]:
         with (
             patch.object(torch.utils, "swap_tensors", _move),
             patch.object(FakeTensor, "__deepcopy__", _copy, create=True),
-            FakeTensorMode(),
+            FakeTensorMode() as mode,
         ):
-            yield
+            yield mode
     finally:
         normalise.constants.cache_clear()
 
