@@ -23,7 +23,7 @@ class SquaresLoader:
     """The toy's images, large enough for stride 8; the last window is partial."""
 
     def __init__(self, images=12, batch_size=8, micro_batch=4):
-        self.self.images = images
+        self.images = images
         self.batch_size, self.micro_batch = batch_size, micro_batch
 
     @property
@@ -34,7 +34,7 @@ class SquaresLoader:
         for step in range(start_step, self.steps_per_epoch):
             first = step * self.batch_size
             ids = range(1 + first, 1 + min(self.images, first + self.batch_size))
-            yield self.toy.make_window(ids, self.micro_batch, size=32)
+            yield toy.make_window(ids, self.micro_batch, size=32)
 
 
 def train(preset, loader, lr=1e-3, model=None, **training):
