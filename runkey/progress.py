@@ -6,7 +6,7 @@
             steps.advance()
 
 Both go to stderr, so that what a command answers can be piped.  The bar goes when the block ends:
-what is worth keeping is said by the step itself.  A step inside another one is told beside its bar.
+the step itself logs what is worth keeping.  A step inside another one shows its progress there.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class _Nothing:
 
 
 QUIET: Steps = _Nothing()
-"""For callers that nobody watches."""
+"""Shows nothing."""
 
 
 def log_to_terminal(*, stderr: bool = False) -> None:
