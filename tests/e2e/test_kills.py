@@ -5,7 +5,8 @@ import pytest
 from benchmarks.kills import run
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_killed_training_is_the_one_that_nobody_killed(tmp_path):
     lines = []
     result = run(tmp_path, kills=3, terms=1, workers=(0, 2), epochs=4, say=lines.append)

@@ -30,6 +30,7 @@ from runkey.tracking.store import (
     stop_server,
     wait_until_healthy,
 )
+from tests.support.once import made_once
 
 FAST = Pace(flush_seconds=0.2, retry_seconds=0.3, close_seconds=60)
 DIGEST = "22a1a2931c8370d3aeedd7183606fd7f.dir"
@@ -63,10 +64,11 @@ def start_run(store: Store, *dead: str, **options: Any) -> TrackedRun:
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("template")
-    uri = f"sqlite:///{root / 'mlflow.db'}"
-    open_client(Store(uri, root / "mlartifacts", root)).search_experiments()
-    return root / "mlflow.db"
+    def make(root: Path) -> None:
+        uri = f"sqlite:///{root / 'mlflow.db'}"
+        open_client(Store(uri, root / "mlartifacts", root)).search_experiments()
+
+    return made_once(tmp_path_factory, "empty-database", make) / "mlflow.db"
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from runkey.params import parse_params
 from runkey.params.render import render
 from runkey.tracking.store import locate_store, open_client
+from tests.support.once import made_once
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -108,11 +109,17 @@ def in_one_line(said: str) -> str:
 @pytest.fixture(scope="session")
 def first_repro(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The copy after its first `dvc repro`, committed; tests change copies of it."""
-    begun = begin_project(tmp_path_factory.mktemp("first") / "repository", TINY)
-    begun.first_output = begun.dvc("repro")
-    begun.run("git", "add", "-A")
-    begun.run("git", "commit", "-q", "-m", "results")
-    return begun
+
+    def make(folder: Path) -> None:
+        begun = begin_project(folder / "repository", TINY)
+        (folder / "output.txt").write_text(begun.dvc("repro"))
+        begun.run("git", "add", "-A")
+        begun.run("git", "commit", "-q", "-m", "results")
+
+    folder = made_once(tmp_path_factory, "first-repro", make)
+    project = Project(folder / "repository")
+    project.first_output = (folder / "output.txt").read_text()
+    return project
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ from runkey.registry.server_library import open_library
 from runkey.registry.verify import CacheReader, Report, Sources, verify_run
 from runkey.tracking.store import experiment_id, locate_store, open_client
 from runkey.tracking.transfer import logged_run
+from tests.support.once import made_once
 
 PIPELINE = """
 stages:
@@ -124,7 +125,10 @@ def run(root: Path, *command: str) -> str:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("made") / "checkout"
+    return made_once(tmp_path_factory, "recorded-checkout", _make)
+
+
+def _make(root: Path) -> None:
     (root / "stages").mkdir(parents=True)
     (root / "stages" / "__init__.py").write_text('"""Stages."""\n')
     (root / "stages" / "train.py").write_text("print('training')\n")
@@ -138,7 +142,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         _record_run(root)
-    return root
 
 
 def _record_run(root: Path) -> None:
