@@ -12,7 +12,6 @@ Snapshots travel between repositories by a git remote, or by a bundle in a file.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import subprocess
@@ -91,8 +90,17 @@ def git_bytes(
 
 def has_git(root: Path) -> bool:
     """Return True if `root` lies in a git repository and git is installed."""
+    return _succeeds(root, "rev-parse", "--git-dir")
+
+
+def has_commit(root: Path, oid: str) -> bool:
+    """Return True if a commit and its tree are in the repository."""
+    return _succeeds(root, "cat-file", "-e", f"{oid}^{{tree}}")
+
+
+def _succeeds(root: Path, *arguments: str) -> bool:
     try:
-        git(root, "rev-parse", "--git-dir")
+        git(root, *arguments)
     except RegistryError:
         return False
     return True
@@ -204,32 +212,18 @@ class _Tree:
     """Top folder of the workspace's repository."""
     prefix: str
     """Path of the workspace in it: empty, or ending in `/`."""
-    git_dir: str
-    """Of the main checkout."""
-    index: Path
-    """A temporary index file."""
+    env: Mapping[str, str]
+    """Names the repository that keeps the snapshot, a temporary index and the author."""
 
-    def git(
-        self,
-        *arguments: str,
-        text: str | None = None,
-        accept: Collection[int] = (0,),
-        env: Mapping[str, str] | None = None,
-    ) -> str:
-        places = self._env() | dict(env or {})
-        return git(self.top, *_SETTINGS, *arguments, env=places, text=text, accept=accept)
-
-    def checked_out(self, oid: str, path: str) -> bytes:
-        """The bytes that a check-out of a blob writes, filters applied."""
-        arguments = ("cat-file", "--filters", f"--path={path}", oid)
-        return git_bytes(self.top, *_SETTINGS, *arguments, env=self._env())
+    def git(self, *arguments: str, text: str | None = None, accept: Collection[int] = (0,)) -> str:
+        return git(self.top, *_SETTINGS, *arguments, env=self.env, text=text, accept=accept)
 
     def update_index(self, paths: Iterable[str], *options: str) -> None:
-        self.git("update-index", "-z", *options, "--stdin", text="".join(f"{p}\0" for p in paths))
+        self.git("update-index", "-z", *options, "--stdin", text=_zero_ended(paths))
 
-    def _env(self) -> dict[str, str]:
-        places = {"GIT_DIR": self.git_dir, "GIT_WORK_TREE": str(self.top)}
-        return places | {"GIT_INDEX_FILE": str(self.index)}
+
+def _zero_ended(paths: Iterable[str]) -> str:
+    return "".join(f"{path}\0" for path in paths)
 
 
 def take_snapshot(workspace: Path, store_root: Path, recipe: Recipe) -> str | None:
@@ -251,15 +245,23 @@ def take_snapshot(workspace: Path, store_root: Path, recipe: Recipe) -> str | No
         return None
     top = Path(git(workspace, "rev-parse", "--show-toplevel"))
     prefix = git(workspace, "rev-parse", "--show-prefix")
-    git_dir = git(store_root, "rev-parse", "--absolute-git-dir")
+    stages = read_pipeline(workspace, load_params(workspace / PARAMS).flat()).values()
+    places = {
+        "GIT_DIR": git(store_root, "rev-parse", "--absolute-git-dir"),
+        "GIT_WORK_TREE": str(top),
+    }
     with tempfile.TemporaryDirectory() as folder:
-        tree = _Tree(top, prefix, git_dir, Path(folder) / "index")
+        tree = _Tree(top, prefix, _WHO | places | {"GIT_INDEX_FILE": f"{folder}/index"})
         needed = {prefix + path for path in needed_files(workspace, recipe)}
         parent = _parent(tree)
-        _fill_index(tree, parent, needed, _outputs(workspace))
-        oid = _commit(tree, parent)
+        _fill_index(tree, parent, needed, ["dvc.lock", *(o for one in stages for o in one.outs)])
+        _check_filters(tree, needed, Path(folder) / "tree")
+        content, oid = tree.git("write-tree"), parent
+        if oid is None or tree.git("rev-parse", f"{oid}^{{tree}}") != content:
+            parents = ("-p", parent) if parent else ()
+            oid = tree.git("commit-tree", content, *parents, "-m", _MESSAGE)
         if oid not in snapshot_refs(store_root, recipe.key).values():
-            tree.git("update-ref", f"{REFS}/{recipe.key}/{oid[:12]}", oid)
+            tree.git("update-ref", ref_of(recipe.key, oid), oid)
     return oid
 
 
@@ -272,35 +274,25 @@ def snapshot_refs(root: Path, key: str) -> dict[str, str]:
 
 def has_snapshot(root: Path, oid: str) -> bool:
     """Return True if the commit and its tree are there, and a ref of ours keeps them from gc."""
-    try:
-        git(root, "cat-file", "-e", f"{oid}^{{tree}}")
-        return bool(git(root, "for-each-ref", f"--points-at={oid}", f"{REFS}/"))
-    except RegistryError:
-        return False
+    refs = ("for-each-ref", f"--points-at={oid}", f"{REFS}/")
+    return has_commit(root, oid) and bool(git(root, *refs))
 
 
 def _parent(tree: _Tree) -> str | None:
     """The workspace's HEAD, else DVC's baseline: the first one that the repository knows."""
-    try:
-        head = git(tree.top, "rev-parse", "--verify", "HEAD^{commit}")
-    except RegistryError:
-        head = ""  # no commit yet
+    head = git(tree.top, "rev-parse", "--quiet", "--verify", "HEAD^{commit}", accept=(0, 1, 128))
     for oid in (head, os.environ.get("DVC_EXP_BASELINE_REV", "")):
-        try:
-            return tree.git("rev-parse", "--verify", f"{oid}^{{commit}}")
-        except RegistryError:
-            continue
+        commit = f"{oid}^{{commit}}"
+        if known := tree.git("rev-parse", "--quiet", "--verify", commit, accept=(0, 1, 128)):
+            return known
     return None
 
 
-def _outputs(workspace: Path) -> list[str]:
-    """What running changes, relative to the workspace."""
-    stages = read_pipeline(workspace, load_params(workspace / PARAMS).flat())
-    return ["dvc.lock", *(out for stage in stages.values() for out in stage.outs)]
-
-
 def _fill_index(tree: _Tree, parent: str | None, needed: set[str], outputs: list[str]) -> None:
-    """Bring the temporary index from the parent's tree to the working tree."""
+    """Bring the temporary index from the parent's tree to the working tree.
+
+    `outputs`, which running changes, stay as they were committed.
+    """
     before: set[str] = set()
     if parent:
         tree.git("read-tree", parent)
@@ -312,7 +304,6 @@ def _fill_index(tree: _Tree, parent: str | None, needed: set[str], outputs: list
     tree.update_index(before - tracked - needed - own, "--force-remove")
     kept = (tracked | needed) - (own - needed) - missing
     tree.update_index(kept, "--add", "--remove", "--replace")
-    _check_filters(tree, needed)
 
 
 def _tracked(tree: _Tree) -> tuple[set[str], set[str]]:
@@ -332,9 +323,16 @@ def _check_untracked(tree: _Tree, untracked: set[str]) -> None:
                 f"{path}: the run needs it, git does not track it, and {size / 1e6:.0f} MB are too"
                 f" many for a snapshot; `dvc add {path}`"
             )
-    ignored = _ignored(tree, untracked)
+    arguments = ("check-ignore", "-z", "--stdin", "--verbose")
+    names = _zero_ended(sorted(untracked))
+    fields = tree.git(*arguments, text=names, accept=(0, 1)).split("\0")  # 1: none is ignored
+    rows = zip(fields[0::4], fields[1::4], fields[2::4], fields[3::4], strict=False)
+    # A pattern with `!` un-ignores a file.
+    ignored = [
+        (p, f"{file}:{line} {rule}") for file, line, rule, p in rows if rule[:1] not in ("", "!")
+    ]
     if ignored:
-        path, rule = next(iter(sorted(ignored.items())))
+        path, rule = ignored[0]
         more = f" (and {len(ignored) - 1} more)" if len(ignored) > 1 else ""
         raise RegistryError(
             f"{path}{more}: the run needs it and git ignores it ({rule}), so that no snapshot would"
@@ -342,30 +340,15 @@ def _check_untracked(tree: _Tree, untracked: set[str]) -> None:
         )
 
 
-def _ignored(tree: _Tree, paths: set[str]) -> dict[str, str]:
-    """The rule, as `file:line pattern`, by path of each file that git ignores."""
-    names = "".join(f"{path}\0" for path in sorted(paths))
-    arguments = ("check-ignore", "-z", "--stdin", "--verbose")
-    fields = tree.git(*arguments, text=names, accept=(0, 1)).split("\0")  # 1: none is ignored
-    rows = zip(fields[0::4], fields[1::4], fields[2::4], fields[3::4], strict=False)
-    # A pattern with `!` un-ignores a file.
-    return {p: f"{file}:{line} {rule}" for file, line, rule, p in rows if rule[:1] not in ("", "!")}
-
-
-def _check_filters(tree: _Tree, needed: set[str]) -> None:
+def _check_filters(tree: _Tree, needed: set[str], folder: Path) -> None:
     """Refuse files that a check-out would not give back: clean filters may lose something.
 
     In text CRLF counts as LF, as in keys, because git may be set to turn one into the other.
     """
-    listed = tree.git("ls-files", "-s", "-z").split("\0")
-    for entry in listed:
-        head, _, path = entry.partition("\t")
-        if path not in needed or not head.startswith("100"):
-            continue
-        oid, data = head.split()[1], (tree.top / path).read_bytes()
-        if _blob_oid(data, len(oid)) == oid:
-            continue
-        restored = tree.checked_out(oid, path)
+    files = [path for path in needed if not (tree.top / path).is_symlink()]
+    tree.git("checkout-index", "-z", "--stdin", f"--prefix={folder}/", text=_zero_ended(files))
+    for path in files:
+        data, restored = (tree.top / path).read_bytes(), (folder / path).read_bytes()
         if b"\0" not in data:
             data, restored = (text.replace(b"\r\n", b"\n") for text in (data, restored))
         if restored != data:
@@ -373,21 +356,6 @@ def _check_filters(tree: _Tree, needed: set[str]) -> None:
                 f"{path}: the run needs it, and a filter in .gitattributes stores it so that git"
                 " would not give the same back; take it out of the filter, or `dvc add` it"
             )
-
-
-def _blob_oid(data: bytes, digits: int) -> str:
-    """The name that git gives these bytes; its repositories have sha1 or sha256."""
-    digest = hashlib.new("sha1" if digits == 40 else "sha256", usedforsecurity=False)
-    digest.update(b"blob %d\0" % len(data) + data)
-    return digest.hexdigest()
-
-
-def _commit(tree: _Tree, parent: str | None) -> str:
-    oid = tree.git("write-tree")
-    if parent and tree.git("rev-parse", f"{parent}^{{tree}}") == oid:
-        return parent
-    parents = ("-p", parent) if parent else ()
-    return tree.git("commit-tree", oid, *parents, "-m", _MESSAGE, env=_WHO)
 
 
 # The code of a snapshot beside the code part of a key.
@@ -415,46 +383,22 @@ def changed_files(root: Path, oid: str, code: Mapping[str, Any]) -> dict[str, st
     Raises:
         RegistryError: git cannot read the commit.
     """
-    hashes, rule = code["files"], code_rule(code)
-    blobs = _blobs(root, oid)
-    wrong = {path: "is not in it" for path in hashes if path not in blobs}
-    wanted = [path for path in hashes if path in blobs]
-    data = _read_blobs(root, [blobs[path] for path in wanted])
-    for path in wanted:
-        if same_code(path, data.get(blobs[path]), hashes[path], rule):
-            continue
-        # A check-out may pass it through filters; git does that for single files only.
-        restored = git_bytes(root, "cat-file", "--filters", f"--path={path}", blobs[path])
-        if not same_code(path, restored, hashes[path], rule):
-            wrong[path] = "is another one in it"
+    prefix, rule = git(root, "rev-parse", "--show-prefix"), code_rule(code)
+    wrong = {}
+    with tempfile.TemporaryDirectory() as folder:
+        env = {"GIT_INDEX_FILE": f"{folder}/index"}
+        git(root, *_SETTINGS, "read-tree", oid, env=env)
+        listed = set(git(root, "ls-files", "-z", env=env).split("\0"))
+        there = _zero_ended(path for path in code["files"] if path in listed)
+        checkout = ("checkout-index", "-z", "--stdin", f"--prefix={folder}/tree/")
+        git(root, *_SETTINGS, *checkout, env=env, text=there)
+        for path, digest in code["files"].items():
+            file = Path(folder) / "tree" / prefix / path
+            if path not in listed:
+                wrong[path] = "is not in it"
+            elif not same_code(path, file.read_bytes(), digest, rule):
+                wrong[path] = "is another one in it"
     return wrong
-
-
-def _blobs(root: Path, oid: str) -> dict[str, str]:
-    """Name of the blob by path relative to the workspace."""
-    prefix = git(root, "rev-parse", "--show-prefix")
-    found = {}
-    for row in git(root, "ls-tree", "-r", "-z", "--full-tree", oid).split("\0"):
-        head, _, path = row.partition("\t")
-        if path.startswith(prefix) and head.split(" ")[1:2] == ["blob"]:
-            found[path.removeprefix(prefix)] = head.split(" ")[2]
-    return found
-
-
-def _read_blobs(root: Path, oids: list[str]) -> dict[str, bytes]:
-    """Bytes by name of some blobs, from one git process; missing ones are left out."""
-    unique = list(dict.fromkeys(oids))
-    answer = git_bytes(root, "cat-file", "--batch", text="".join(f"{oid}\n" for oid in unique))
-    found, start = {}, 0
-    for oid in unique:
-        end = answer.index(b"\n", start)
-        head = answer[start:end].split(b" ")
-        start = end + 1
-        if head[-1] != b"missing":
-            size = int(head[2])
-            found[oid] = answer[start : start + size]
-            start += size + 1
-    return found
 
 
 # Snapshots between repositories: by a remote, or by a bundle in a file.
@@ -501,13 +445,32 @@ def push_snapshot(root: Path, remote: str, key: str, oid: str) -> bool:
     return True
 
 
-def fetch_snapshot(root: Path, remote: str, key: str, oid: str) -> None:
-    """Get a snapshot from a remote, and keep it by its ref.
+def fetch_snapshot(root: Path, source: str, key: str, oid: str, where: str) -> None:
+    """Get a snapshot from another repository, and keep it by its ref; git checks every object.
+
+    Args:
+        root: the repository.
+        source: name of a git remote, or path of a repository or bundle.
+        key: of the run.
+        oid: the commit.
+        where: named in errors.
 
     Raises:
-        RegistryError: the remote does not have it, or has another commit under its name.
+        RegistryError: it is not there, is damaged, or another commit has its name.
     """
-    _fetch(root, remote, key, oid, remote)
+    ref = ref_of(key, oid)
+    checked = ("-c", "transfer.fsckObjects=true")
+    options = ("--quiet", "--no-tags", "--no-write-fetch-head", "--no-recurse-submodules")
+    try:
+        git(root, *checked, "fetch", *options, "--", source, f"{ref}:{ref}")
+    except RegistryError as error:
+        why = str(error).removeprefix("git -c: ")
+        raise RegistryError(
+            f"{short_key(key)}: git does not take the snapshot {oid[:12]} from {where} ({why})"
+        ) from None
+    if git(root, "rev-parse", "--verify", f"{ref}^{{commit}}") != oid:
+        git(root, "update-ref", "-d", ref)
+        raise RegistryError(f"{short_key(key)}: {ref} of {where} is not the commit {oid[:12]}")
 
 
 def bundle_snapshot(root: Path, key: str, oid: str, path: Path) -> None:
@@ -526,9 +489,7 @@ def bundle_snapshot(root: Path, key: str, oid: str, path: Path) -> None:
 
 
 def unbundle_snapshot(root: Path, path: Path, key: str, oid: str, staging: Path) -> None:
-    """Get a snapshot from a bundle of unknown origin, and keep it by its ref.
-
-    git checks every object (fsck) on the way, and no other ref is taken.
+    """Get a snapshot from a bundle of unknown origin; only its ref is taken.
 
     Args:
         root: the repository.
@@ -547,21 +508,5 @@ def unbundle_snapshot(root: Path, path: Path, key: str, oid: str, staging: Path)
         raise RegistryError(f"{path.name}: holds {shown}, not just {expected}; refused")
     # git 2.39 checks a remote's objects, but not a bundle's: make a remote of the bundle first.
     git(root, "init", "--quiet", "--bare", "--template=", str(staging))
-    _fetch(staging, str(path), key, oid, path.name)
-    _fetch(root, str(staging), key, oid, path.name)
-
-
-def _fetch(root: Path, source: str, key: str, oid: str, where: str) -> None:
-    ref = ref_of(key, oid)
-    checked = ("-c", "transfer.fsckObjects=true")
-    options = ("--quiet", "--no-tags", "--no-write-fetch-head", "--no-recurse-submodules")
-    try:
-        git(root, *checked, "fetch", *options, "--", source, f"{ref}:{ref}")
-    except RegistryError as error:
-        why = str(error).removeprefix("git -c: ")
-        raise RegistryError(
-            f"{short_key(key)}: git does not take the snapshot {oid[:12]} from {where} ({why})"
-        ) from None
-    if git(root, "rev-parse", "--verify", f"{ref}^{{commit}}") != oid:
-        git(root, "update-ref", "-d", ref)
-        raise RegistryError(f"{short_key(key)}: {ref} of {where} is not the commit {oid[:12]}")
+    fetch_snapshot(staging, str(path), key, oid, path.name)
+    fetch_snapshot(root, str(staging), key, oid, path.name)
