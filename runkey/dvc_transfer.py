@@ -41,20 +41,15 @@ class DvcRemote:
     """As `dvc remote list` shows it; None: DVC's default."""
 
     def check(self) -> str:
-        """Return its address, for messages.
-
-        Raises:
-            RegistryError: also where it is a folder of the checkout itself, which no colleague
-                can read.
-        """
+        """Return the remote's address; refuse a folder inside the checkout."""
         with self._opened() as (repo, remote):
             root = Path(repo.root_dir).resolve()
             local = isinstance(remote.fs, LocalFileSystem)
             if local and root in Path(remote.path).resolve().parents:
                 name = self.name or repo.config["core"].get("remote")
                 raise RegistryError(
-                    f"DVC remote {name} is a folder of this checkout, which nobody else reads;"
-                    f" `dvc remote modify {name} url <address>` names your team's"
+                    f"DVC remote {name} is a folder of this checkout: nobody else can read it;"
+                    f" `dvc remote modify {name} url <address>` sets your team's"
                 )
             return str(remote.fs.unstrip_protocol(remote.path))
 
@@ -63,30 +58,26 @@ class DvcRemote:
 
         Args:
             objects: bytes by md5.
-            entries: paths below the cache's runs/. Over HTTP, where DVC keeps none, they are left
-                out: `runkey fetch` has them from the MLflow run.
+            entries: paths below the cache's runs/. They are not copied over HTTP, where DVC keeps
+                none; `runkey fetch` takes them from the MLflow run.
 
         Returns:
             Number of objects that were not there yet.
-
-        Raises:
-            RegistryError: also where the cache lacks an object.
         """
         with self._opened() as (repo, remote):
             new = _move(repo, repo.cache.local, remote, objects, "objects to DVC")
-            self._push_entries(repo, entries)
+            # In the place where `dvc pull --run-cache` finds them too.
+            runs = repo.cloud.get_remote_odb(self.name, "push", hash_name="md5-dos2unix")
+            for path in () if isinstance(runs.fs, HTTPFileSystem) else entries:
+                target = runs.fs.join(runs.path, "runs", *path.split("/"))
+                if not runs.fs.exists(target):
+                    runs.fs.makedirs(runs.fs.parent(target), exist_ok=True)
+                    source = os.path.join(repo.stage_cache.cache_dir, path)  # noqa: PTH118
+                    copying.copy(LocalFileSystem(), source, runs.fs, target)
             return new
 
     def pull(self, objects: Mapping[str, int], folder: Path) -> None:
-        """Copy objects to `<folder>/<2 digits>/<the rest>`; their contents are not checked.
-
-        Args:
-            objects: bytes by md5.
-            folder: target folder.
-
-        Raises:
-            RegistryError: also where the remote lacks an object.
-        """
+        """Copy objects (bytes by md5) to `<folder>/<2 digits>/<the rest>`, unchecked."""
         with self._opened() as (repo, remote):
             target = get_odb(  # type: ignore[no-untyped-call]
                 LocalFileSystem(), str(folder), hash_name="md5"
@@ -95,7 +86,7 @@ class DvcRemote:
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Repo, Any]]:
-        """The repository, and the remote's object database; DVC's own bars are off meanwhile."""
+        """The repository and the remote's object database; DVC shows no bars of its own."""
         logger = logging.getLogger("dvc")
         level = logger.level
         logger.setLevel(logging.CRITICAL)
@@ -119,18 +110,6 @@ class DvcRemote:
             raise RegistryError(f"DVC remote {name}: {text[:300]}") from None
         finally:
             logger.setLevel(level)
-
-    def _push_entries(self, repo: Repo, paths: Iterable[str]) -> None:
-        """Copy run-cache entries, so that `dvc pull --run-cache` finds them too."""
-        remote = repo.cloud.get_remote_odb(self.name, "push", hash_name="md5-dos2unix")
-        if isinstance(remote.fs, HTTPFileSystem):
-            return
-        for path in paths:
-            target = remote.fs.join(remote.path, "runs", *path.split("/"))
-            if not remote.fs.exists(target):
-                remote.fs.makedirs(remote.fs.parent(target), exist_ok=True)
-                source = os.path.join(repo.stage_cache.cache_dir, path)  # noqa: PTH118
-                copying.copy(LocalFileSystem(), source, remote.fs, target)
 
 
 def _move(repo: Repo, source: Any, target: Any, objects: Mapping[str, int], what: str) -> int:
@@ -166,13 +145,13 @@ class TransferProgress(Callback):  # type: ignore[misc]
     def __init__(self, sizes: Mapping[str, int], what: str) -> None:
         """Args: sizes: bytes by md5.  what: text in front of the bar."""
         super().__init__()
-        self._sizes, self._what, self._lock = sizes, what, Lock()
-        self._steps, self._bar = QUIET, ExitStack()
+        self._sizes, self._what, self._bar = sizes, what, ExitStack()
+        self.lock, self.steps = Lock(), QUIET
 
     def start(self, objects: Iterable[HashInfo]) -> None:
         """Begin, with the total of these objects."""
         total = sum(self._sizes[str(one.value)] for one in objects)
-        self._steps = self._bar.enter_context(progress(self._what, total, "bytes"))
+        self.steps = self._bar.enter_context(progress(self._what, total, "bytes"))
 
     def close(self) -> None:
         """Take the bar away."""
@@ -182,11 +161,6 @@ class TransferProgress(Callback):  # type: ignore[misc]
     def branched(self, path_1: str, path_2: str, **kwargs: Any) -> Callback:
         """Return the callback of one object."""
         return _ObjectProgress(self, self._sizes.get("".join(PurePath(path_1).parts[-2:]), 0))
-
-    def add(self, amount: int) -> None:
-        """Count more bytes as moved."""
-        with self._lock:
-            self._steps.advance(amount)
 
 
 class _ObjectProgress(Callback):  # type: ignore[misc]
@@ -198,14 +172,12 @@ class _ObjectProgress(Callback):  # type: ignore[misc]
 
     @override
     def call(self, hook_name: str | None = None, **kwargs: Any) -> None:
-        self._count(self.value)
+        new = min(self.value, self._size) - self._counted
+        if new > 0:
+            self._counted += new
+            with self._parent.lock:
+                self._parent.steps.advance(new)
 
     def close(self) -> None:
         """Count the rest: some kinds of remote do not report progress."""
-        self._count(self._size)
-
-    def _count(self, value: int) -> None:
-        new = min(value, self._size) - self._counted
-        if new > 0:
-            self._counted += new
-            self._parent.add(new)
+        self.absolute_update(self._size)

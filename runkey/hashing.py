@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _CHUNK = 1 << 20
 
@@ -17,11 +18,29 @@ def sha256_bytes(data: bytes) -> str:
 
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file's bytes, read in chunks."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_stream(
+    source: IO[bytes], copy: IO[bytes] | None = None, advance: Callable[[int], None] | None = None
+) -> tuple[int, str]:
+    """Read a stream to its end; return its size in bytes and hex sha256.
+
+    Args:
+        source: the stream.
+        copy: receives the same bytes.
+        advance: called with the bytes of each chunk, for progress.
+    """
+    digest, size = hashlib.sha256(), 0
+    while chunk := source.read(_CHUNK):
+        digest.update(chunk)
+        size += len(chunk)
+        if copy:
+            copy.write(chunk)
+        if advance:
+            advance(len(chunk))
+    return size, digest.hexdigest()
 
 
 def canonical_json(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""`runkey publish | fetch | export | import`: hand a run to others, and take one in."""
+"""`runkey publish | fetch | export | import`: share a run with others, and get one from them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from runkey.progress import progress
 from runkey.units import format_bytes
 
 if TYPE_CHECKING:
-    from runkey.registry.share import Handed, Places
-    from runkey.tracking.store import Store
-    from runkey.tracking.transfer import StoreRuns
+    from runkey.registry.share import Checkout, Handed, Team
 
 Server = Annotated[
     str,
@@ -54,12 +52,10 @@ def export_run(
 
     if file.exists() and not force:
         raise RegistryError(f"{file}: is there already; name another, or say --force")
-    record, place = find_run(library(), key), store()
-    runs = _runs_of(place)
+    here = _checkout()
+    record = find_run(here.library, key)
     with progress("export", share.PARTS, "parts") as steps:
-        done = share.export_run(
-            record, workspace(), place.home, runs, file, with_data=with_data, steps=steps
-        )
+        done = share.export_run(record, here, file, with_data=with_data, steps=steps)
     packed = file.stat().st_size
     if as_json:
         print_json(asdict(done) | {"file": str(file), "archive_size": packed})
@@ -75,13 +71,12 @@ def import_run(
     file: Annotated[Path, typer.Argument(help="Archive that `runkey export` wrote.")],
     as_json: AsJson = False,
 ) -> None:
-    """Take in a run from a file, checked whole; `dvc repro` then restores it."""
+    """Import a run from a file, all of it checked; `dvc repro` then restores it."""
     from runkey.registry import share
 
-    place = store()
-    runs, local = _runs_of(place), library()
+    here = _checkout()
     with progress("import", share.PARTS, "parts") as steps:
-        done = share.import_run(file, workspace(), place.home, runs, local, steps=steps)
+        done = share.import_run(file, here, steps=steps)
     if as_json:
         print_json(asdict(done))
         return
@@ -101,15 +96,14 @@ def publish(
     with_data: WithData = False,
     as_json: AsJson = False,
 ) -> None:
-    """Hand a run to the team: results, DVC's entries, snapshot and MLflow run."""
+    """Publish a run to the team: results, DVC's entries, snapshot and MLflow run."""
     from runkey.registry import share
     from runkey.registry.library import find_run
 
-    places, team = _places(remote, git_remote, server)
-    record = find_run(library(), key)
-    mine, theirs = _runs_of(store()), _runs_of(team)
+    here, team = _checkout(), _team(remote, git_remote, server)
+    record = find_run(here.library, key)
     with progress("publish", share.PARTS, "parts") as steps:
-        done = share.publish(record, places, mine, theirs, with_data=with_data, steps=steps)
+        done = share.publish(record, here, team, with_data=with_data, steps=steps)
     if as_json:
         print_json(asdict(done))
         return
@@ -131,11 +125,10 @@ def fetch(
     from runkey.registry import share
     from runkey.registry.library import find_run
 
-    places, team = _places(remote, git_remote, server)
-    record = find_run(places.server, key)
-    mine, theirs = _runs_of(store()), _runs_of(team)
+    here, team = _checkout(), _team(remote, git_remote, server)
+    record = find_run(team.library, key)
     with progress("fetch", share.PARTS, "parts") as steps:
-        done = share.fetch(record, places, library(), mine, theirs, steps=steps)
+        done = share.fetch(record, here, team, steps=steps)
     if as_json:
         print_json(asdict(done))
         return
@@ -150,47 +143,41 @@ _STATES = {
 }
 
 
-def _runs_of(place: Store) -> StoreRuns:
-    """A store's MLflow runs; copies go to the experiment of params.yaml."""
+def _checkout() -> Checkout:
+    """This checkout; copies of runs go to the experiment of params.yaml."""
     from runkey.params import load_params
+    from runkey.registry.share import Checkout
     from runkey.tracking.transfer import StoreRuns
 
-    return StoreRuns(place, load_params(workspace() / paths.PARAMS).runtime.experiment)
+    place, experiment = store(), load_params(workspace() / paths.PARAMS).runtime.experiment
+    return Checkout(workspace(), place.home, library(), StoreRuns(place, experiment))
 
 
-def _places(remote: str, git_remote: str, server: str) -> tuple[Places, Store]:
-    """The team's places, and its server as a store."""
+def _team(remote: str, git_remote: str, server: str) -> Team:
+    """The team's places; its server is the option's, that of params.yaml, or the environment's."""
     from runkey.dvc_transfer import DvcRemote
-    from runkey.registry.server_library import open_library
-    from runkey.registry.share import Places
-    from runkey.tracking.store import Store
-
-    root, own = workspace(), store()
-    address = server or _team_server(root)
-    team = Store(address, None, own.home)
-    places = Places(
-        root=root,
-        home=own.home,
-        dvc=DvcRemote(root, remote or None),
-        git=git_remote,
-        server=open_library(address, own.home),
-        own=own.uri.rstrip("/") == address.rstrip("/"),
-    )
-    return places, team
-
-
-def _team_server(root: Path) -> str:
-    """The server that params.yaml or the environment names."""
     from runkey.params import load_params  # 0.3 s
+    from runkey.registry.server_library import open_library
+    from runkey.registry.share import Team
+    from runkey.tracking.store import Store
+    from runkey.tracking.transfer import StoreRuns
 
-    named = load_params(root / paths.PARAMS).runtime.team_server
-    address = named if named != "none" else os.environ.get("MLFLOW_TRACKING_URI", "").strip()
-    if not is_server(address):
+    root, home = workspace(), store().home
+    runtime = load_params(root / paths.PARAMS).runtime
+    named = runtime.team_server
+    own = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    address = server or (named if named != "none" else own)
+    if not server and not is_server(address):
         raise RegistryError(
             "no MLflow server of the team is named; set runtime.team_server in params.yaml, or"
             " say --server http://..."
         )
-    return address
+    return Team(
+        dvc=DvcRemote(root, remote or None),
+        git=git_remote,
+        library=open_library(address, home),
+        runs=StoreRuns(Store(address, None, home), runtime.experiment),
+    )
 
 
 def _print_parts(done: Handed, sent: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -53,7 +54,19 @@ def gc(
     items = collect(scope, older_than)
     failed = _remove(items) if apply else {}
     if as_json:
-        print_json(_as_dict(items, failed, applied=apply))
+        rows = [
+            {
+                "kind": item.kind,
+                "name": item.name,
+                "why": item.why,
+                "bytes": item.size,
+                "age_days": round(item.age_seconds / 86400, 3),
+                "deleted": apply and number not in failed,
+                "error": failed.get(number),
+            }
+            for number, item in enumerate(items)
+        ]
+        print_json({"applied": apply, "bytes": sum(item.size for item in items), "items": rows})
     else:
         if not scope.is_local:
             print(_ONLY_HERE.format(place=scope.library.place))
@@ -65,20 +78,15 @@ def gc(
 def _scope() -> Scope:
     from runkey.registry.gc import Scope
     from runkey.registry.server_library import open_claims, open_library
+    from runkey.tracking.transfer import delete_run
 
     place = store()
-
-    def delete_run(run_id: str) -> None:
-        from runkey.tracking.transfer import delete_run as delete
-
-        delete(place, run_id)
-
     return Scope(
         root=checkout(),
         home=place.home,
         library=open_library(place.uri, place.home),
         claims=open_claims(place.uri, place.home),
-        delete_run=delete_run,
+        delete_run=partial(delete_run, place),
     )
 
 
@@ -91,22 +99,6 @@ def _remove(items: list[Item]) -> dict[int, str]:
         except (RunkeyError, OSError) as error:
             failed[number] = str(error)
     return failed
-
-
-def _as_dict(items: list[Item], failed: dict[int, str], *, applied: bool) -> dict[str, Any]:
-    rows = [
-        {
-            "kind": item.kind,
-            "name": item.name,
-            "why": item.why,
-            "bytes": item.size,
-            "age_days": round(item.age_seconds / 86400, 3),
-            "deleted": applied and number not in failed,
-            "error": failed.get(number),
-        }
-        for number, item in enumerate(items)
-    ]
-    return {"applied": applied, "bytes": sum(item.size for item in items), "items": rows}
 
 
 def _print(items: list[Item], failed: dict[int, str], *, applied: bool) -> None:

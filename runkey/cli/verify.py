@@ -18,7 +18,7 @@ from runkey.progress import each, log_to_terminal
 
 if TYPE_CHECKING:
     from runkey.identity.record import Record
-    from runkey.registry.reproduce import Repeat
+    from runkey.registry.reproduce import RunComparison
     from runkey.registry.verify import CheckResult, Report, Sources
 
 
@@ -51,17 +51,17 @@ def reproduce(
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     log_to_terminal(stderr=True)
-    repeat = repeat_run(request)
-    _record(record, repeat)
+    comparison, outcome = repeat_run(request)
+    _record(record, comparison, outcome)
     if as_json:
-        print_json({"key": record.key, "run": record.run.run_id, **repeat.outcome})
+        print_json({"key": record.key, "run": record.run.run_id, **outcome})
     else:
-        _print_reproduction(record, repeat)
-    if not repeat.comparison.holds:
+        _print_reproduction(record, comparison, outcome)
+    if not comparison.holds:
         answer_no()
 
 
-def _record(record: Record, repeat: Repeat) -> None:
+def _record(record: Record, comparison: RunComparison, outcome: dict[str, Any]) -> None:
     """Write the outcome to the first run: to its record and its tag `reproduced`."""
     from mlflow.exceptions import MlflowException
 
@@ -74,35 +74,33 @@ def _record(record: Record, repeat: Repeat) -> None:
     latest = find_run(output.library(), f"{record.key}:{record.run.run_id}")
     if latest.details is None:
         raise RegistryError(f"{record.label}: run {record.run.run_id} has lost its record.json")
-    details = replace(latest.details, outcomes=[*latest.details.outcomes, repeat.outcome])
-    tags = {"reproduced": f"{repeat.comparison.line} (run {repeat.run_id})"}
+    details = replace(latest.details, outcomes=[*latest.details.outcomes, outcome])
+    tags = {"reproduced": f"{comparison.line} (run {outcome['run_id']})"}
     try:
         run = write_details(store, record.run.run_id, details, tags)
     except MlflowException as error:
         raise RegistryError(
-            f"{record.label}: {repeat.comparison.line}; MLflow did not record it: {error.message}"
+            f"{record.label}: {comparison.line}; MLflow did not record it: {error.message}"
         ) from None
     if not store.is_server:
         update_record(store.home / paths.RECORDS, run, details)
 
 
-def _print_reproduction(record: Record, repeat: Repeat) -> None:
+def _print_reproduction(record: Record, comparison: RunComparison, outcome: dict[str, Any]) -> None:
     """Print both runs side by side, and the result."""
-    comparison = repeat.comparison
     rows = []
-    for file in comparison.files:
-        text = _answer(file.is_same, "same bits")
-        rows.append((file.path, _short(file.first), _short(file.repeat), text))
+    for path, (a, b) in comparison.files.items():
+        rows.append((path, _short(a), _short(b), _answer(a == b, "same bits")))
     for metric in comparison.metrics:
         near = _answer(metric.is_near, f"within {metric.tolerance:.3g}")
         text = "equal" if metric.first == metric.repeat else near
         rows.append((metric.name, f"{metric.first:.6g}", f"{metric.repeat:.6g}", text))
-    first, second = record.run.run_id[:8], _short(repeat.run_id)[:8]
+    first, second = record.run.run_id[:8], _short(outcome["run_id"])[:8]
     print()
     print_table(("", f"run {first}", f"repeat {second}", ""), rows)
     for difference in comparison.class_differences:
         print(f"witness: {difference}")
-    print(f"{record.label} {comparison.line} ({repeat.seconds:.0f} s)")
+    print(f"{record.label} {comparison.line} ({outcome['seconds']:.0f} s)")
 
 
 def _answer(good: bool, words: str) -> str:
@@ -111,9 +109,6 @@ def _answer(good: bool, words: str) -> str:
 
 def _short(value: Any) -> str:
     return str(value)[:12] if value else "none"
-
-
-_STATES = {"ok": "ok", "warning": "warning", "fault": "FAULT"}
 
 
 def verify(
@@ -177,7 +172,9 @@ def _verify_all(*, quick: bool, as_json: bool) -> None:
             _print_line(reports[-1])
     results = [*beside, *(result for report in reports for result in report.findings)]
     if as_json:
-        print_json(_all_as_dict(reports, beside))
+        right = all(report.is_right for report in reports) and not beside
+        dicts = [report.as_dict() for report in reports]
+        print_json({"right": right, "runs": dicts, "beside": [asdict(one) for one in beside]})
     else:
         for result in beside:
             _print(result)
@@ -190,19 +187,22 @@ def _sources(records: list[Record], *, quick: bool) -> Sources:
     """The places of the current folder's store and checkout."""
     from runkey.identity.record import this_host
     from runkey.registry.mlflow_runs import run_reader
-    from runkey.registry.verify import CacheReader, Sources
+    from runkey.registry.verify import Sources
 
     store, root = output.store(), output.checkout()
-    pointers = [r.details.pointer_md5 for r in records if r.details and r.details.pointer_md5]
+    pointers = (record.details.pointer_md5 for record in records if record.details)
     return Sources(
         library=output.library(),
         stored=run_reader(store.uri),
         root=root,
-        cache=CacheReader(root, pointers),
+        pointers=frozenset(filter(None, pointers)),
         host=this_host(),
         is_shared=store.is_server,
         quick=quick,
     )
+
+
+_STATES = {"ok": "ok", "warning": "warning", "fault": "FAULT"}
 
 
 def _print(result: CheckResult) -> None:
@@ -217,11 +217,3 @@ def _print_line(report: Report) -> None:
     state = _STATES[first.state] if first else "ok"
     text = f"{report.summary}: {first.check}: {first.text}" if first else report.name
     print_beside(f"  {state:<7}  {report.label}:{report.run_id[:8]}  ", text)
-
-
-def _all_as_dict(reports: list[Report], beside: list[CheckResult]) -> dict[str, Any]:
-    return {
-        "right": all(report.is_right for report in reports) and not beside,
-        "runs": [report.as_dict() for report in reports],
-        "beside": [asdict(result) for result in beside],
-    }

@@ -35,7 +35,7 @@ from runkey.params import Params
 from runkey.registry.dvc_cache import download
 from runkey.registry.library import Library
 from runkey.registry.once import Decision, HeldClaim, decide
-from runkey.registry.package import check, read_run, staging
+from runkey.registry.package import read_run, staging
 from runkey.registry.rest import RestClient
 from runkey.registry.server_library import open_claims, open_library
 from runkey.registry.snapshot import take_snapshot
@@ -84,13 +84,13 @@ def reuse_teams(team: Library, record: Record, root: Path, store: Store, params:
     experiment = params.runtime.experiment
     outputs = _outputs(record, root, params)
     with staging(store.home, "reuse") as folder:
-        files = read_run(StoreRuns(Store(team.place, None, store.home), experiment), record, folder)
-        package = check(folder, record.key, f"{record.label} of {team.place}")
+        runs = StoreRuns(Store(team.place, None, store.home), experiment)
+        package = read_run(runs, record, folder, f"{record.label} of {team.place}")
         if package.details.outputs != outputs:
             raise RegistryError(f"{record.label}: its record changed while it was read")
         for path in outputs:
             (root / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(files / path, root / path)
+            shutil.copyfile(package.files / path, root / path)
         StoreRuns(store, experiment).write(package.run)
 
 

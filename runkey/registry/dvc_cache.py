@@ -16,33 +16,26 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from runkey.errors import RegistryError
-from runkey.hashing import sha256_file
+from runkey.hashing import hash_stream, sha256_file
 from runkey.identity.dvc_yaml import cache_folder, covers, read_yaml_text
 from runkey.identity.record import Record, StoredFile
-from runkey.progress import Steps, progress
+from runkey.progress import progress
 from runkey.registry.library import Library, inside
-from runkey.units import MIB
-
-_CHUNK = MIB
 
 
 def download(library: Library, record: Record, paths: Iterable[str], target: Path) -> None:
     """Copy artifacts of a run into a folder, all of them or none.
 
     They are written to a temporary folder, hashed on the way, and moved only when all are right.
-
-    Args:
-        library: where the run is.
-        record: the run, with its details.
-        paths: of artifacts; also their paths below `target`.
-        target: the folder; files in it of the same name are replaced.
+    Files in `target` of the same name are replaced.
 
     Raises:
         RegistryError: a file is not recorded, missing, or not what was recorded; the text names it
@@ -54,7 +47,18 @@ def download(library: Library, record: Record, paths: Iterable[str], target: Pat
     try:
         with progress("get", sum(stored.size for stored in chosen.values()), "bytes") as steps:
             for number, (path, stored) in enumerate(chosen.items()):
-                _copy(library, record, path, stored, waiting / str(number), steps)
+                with (
+                    library.open_file(record, path) as source,
+                    (waiting / str(number)).open("wb") as copy,
+                ):
+                    size, digest = hash_stream(source, copy, partial(steps.advance, text=path))
+                if (size, digest) != (stored.size, stored.sha256):
+                    raise RegistryError(
+                        f"{record.label}: {path}: not what run {record.run.run_id} recorded"
+                        f" ({size} bytes, sha256 {digest[:12]}; recorded {stored.size},"
+                        f" {stored.sha256[:12]}); `runkey verify {record.label}` says what else is"
+                        " wrong"
+                    )
         for number, path in enumerate(chosen):
             place = target / inside(record, path)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -68,11 +72,7 @@ def download(library: Library, record: Record, paths: Iterable[str], target: Pat
 
 
 def in_the_way(record: Record, paths: Iterable[str], target: Path) -> list[str]:
-    """List those of the paths that exist in the folder with other content.
-
-    Raises:
-        RegistryError: see `download`.
-    """
+    """List those of the paths that exist in the folder with other content."""
     wanted = {path: _recorded(record, path) for path in paths}
     return [
         path
@@ -88,24 +88,6 @@ def _recorded(record: Record, path: str) -> StoredFile:
         raise RegistryError(f"{record.label}: {path}: run {record.run.run_id} records no such file")
     inside(record, path)
     return stored
-
-
-def _copy(
-    library: Library, record: Record, path: str, stored: StoredFile, place: Path, steps: Steps
-) -> None:
-    digest, size = hashlib.sha256(), 0
-    with library.open_file(record, path) as source, place.open("wb") as copy:
-        while chunk := source.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-            copy.write(chunk)
-            steps.advance(len(chunk), path)
-    if size != stored.size or digest.hexdigest() != stored.sha256:
-        raise RegistryError(
-            f"{record.label}: {path}: not what run {record.run.run_id} recorded ({size} bytes,"
-            f" sha256 {digest.hexdigest()[:12]}; recorded {stored.size}, {stored.sha256[:12]});"
-            f" `runkey verify {record.label}` says what else is wrong"
-        )
 
 
 DIR = ".dir"
@@ -164,8 +146,7 @@ class DvcCache:
 
     def chain(self, entry: Entry) -> list[Entry]:
         """List the entries before one, itself, and those after it, also those linked indirectly."""
-        before = self._follow(entry, back=True)
-        after = self._follow(entry, back=False)
+        before, after = self._follow(entry, self._givers), self._follow(entry, self._takers)
         return [*reversed(before), entry, *after]
 
     def files(self, outs: Mapping[str, str]) -> dict[str, str]:
@@ -193,14 +174,12 @@ class DvcCache:
 
     def _entries(self) -> Iterator[tuple[str, bytes]]:
         """Path and bytes of every entry; searching bytes is 50 times as fast as parsing."""
-        for folder in _folders(self.runs):
-            for stage in _folders(folder.path):
-                for file in os.scandir(stage.path):
-                    try:
-                        data = Path(file.path).read_bytes()
-                    except OSError:  # a temporary file of DVC, or deleted meanwhile
-                        continue
-                    yield f"{folder.name}/{stage.name}/{file.name}", data
+        for file in self.runs.glob("*/*/*"):
+            try:
+                data = file.read_bytes()
+            except OSError:  # a temporary file of DVC, or deleted meanwhile
+                continue
+            yield file.relative_to(self.runs).as_posix(), data
 
     def _parse(self, path: str) -> Entry | None:
         """The entry in a file; None if it is torn (DVC ignores it then, too)."""
@@ -210,71 +189,50 @@ class DvcCache:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def _follow(self, entry: Entry, *, back: bool) -> list[Entry]:
+    def _follow(self, entry: Entry, near: Callable[[list[Entry]], list[Entry]]) -> list[Entry]:
         """Entries linked to one, directly and indirectly, nearest first."""
         found: dict[str, Entry] = {}
         newest = [entry]
         while newest:
-            near = self._givers(newest) if back else self._takers(newest)
-            newest = [e for e in near if e.path not in found and e.path != entry.path]
+            newest = [e for e in near(newest) if e.path not in found and e.path != entry.path]
             found |= {e.path: e for e in newest}
         return list(found.values())
 
     def _givers(self, entries: list[Entry]) -> list[Entry]:
         """Entries whose outputs are inputs of some entries."""
         deps = {(path, md5) for entry in entries for path, md5 in entry.deps.items()}
-        known: dict[tuple[str, str], bool] = {}
 
-        def given(out: tuple[str, str]) -> bool:
-            if out not in known:
-                known[out] = self._gives(out, deps)
-            return known[out]
+        @cache  # the same outputs are in many entries
+        def given(out: tuple[bytes, bytes]) -> bool:
+            """Return True if an output is a dependency, or a folder that holds one."""
+            folder, md5 = out[0].decode(errors="replace"), out[1].decode()
+            inside = {(p, m) for p, m in deps if p != folder and covers(folder, p)}
+            listed = self._listing(md5).items() if inside else ()
+            return (folder, md5) in deps or any((f"{folder}/{p}", m) in inside for p, m in listed)
 
-        near = []
-        for path, data in self._entries():
-            outs = _OUT.findall(data.partition(_OUTS)[2])
-            if any(given((name.decode(errors="replace"), md5.decode())) for name, md5 in outs):
-                near.append(path)
+        near = [
+            path
+            for path, data in self._entries()
+            if any(map(given, _OUT.findall(data.partition(_OUTS)[2])))
+        ]
         return [entry for entry in map(self._parse, near) if entry]
-
-    def _gives(self, out: tuple[str, str], deps: set[tuple[str, str]]) -> bool:
-        """Return True if an output is a dependency, or a folder that holds one."""
-        if out in deps:
-            return True
-        folder, md5 = out
-        inside = {(p, m) for p, m in deps if p != folder and covers(folder, p)}
-        if not inside:
-            return False
-        listed = {(f"{folder}/{path}", inner) for path, inner in self._listing(md5).items()}
-        return not inside.isdisjoint(listed)
 
     def _takers(self, entries: list[Entry]) -> list[Entry]:
         """Entries that have an output of some entries as an input."""
         outs = {(path, md5) for entry in entries for path, md5 in entry.outs.items()}
         marks = [md5.encode() for _, md5 in outs]
-        near = [
-            path
+        parsed = (
+            self._parse(path)
             for path, data in self._entries()
             if any(mark in data.partition(_OUTS)[0] for mark in marks)
-        ]
-        parsed = (self._parse(path) for path in near)
+        )
         return [entry for entry in parsed if entry and not outs.isdisjoint(entry.deps.items())]
 
 
 def md5_file(path: Path) -> str:
     """Return the hex md5 of a file's bytes, as DVC names it."""
-    digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _folders(path: Path | str) -> list[os.DirEntry[str]]:
-    try:
-        return [entry for entry in os.scandir(path) if entry.is_dir()]
-    except FileNotFoundError:
-        return []
+        return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
 
 
 def _md5s(items: Any) -> dict[str, str]:

@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,10 +88,7 @@ class EnvironmentComparison:
     def as_dict(self) -> dict[str, Any]:
         """Format for JSON."""
         lists = {
-            kind: [
-                {"name": d.name, "locked": d.locked, "installed": d.installed}
-                for d in self.of_kind(kind)
-            ]
+            kind: [asdict(difference) for difference in self.of_kind(kind)]
             for kind in ("missing", "other", "extra")
         }
         return {
@@ -110,10 +107,10 @@ class EnvironmentComparison:
 def compare_environment(
     folder: Path, prefix: Path | None = None, conda: Path | None = None
 ) -> EnvironmentComparison:
-    """Compare what this interpreter can import with a folder's lock.
+    """Compare what this interpreter can import with the lists in a folder, such as the repository.
 
     Args:
-        folder: holds conda-lock.yml and requirements.txt, such as the repository.
+        folder: holds conda-lock.yml and requirements.txt.
         prefix: of the interpreter; None: this one's.
         conda: the active conda environment; None: `CONDA_PREFIX`.
 
@@ -201,15 +198,7 @@ def _way_out(folder: Path, prefix: Path, against: Path) -> str:
 
 
 def export_environment(root: Path, record: Record, target: Path) -> list[Path]:
-    """Write a run's lock and requirements, from its snapshot.
-
-    Args:
-        root: the workspace, whose git repository keeps the snapshot.
-        record: of the run, with its details.
-        target: folder; made if it is missing.
-
-    Returns:
-        The files written.
+    """Write a run's lock and requirements, from its snapshot, to a folder; return the files.
 
     Raises:
         RegistryError: the run has no snapshot, it is not here, its lock is not that of the run's
@@ -229,18 +218,12 @@ def export_environment(root: Path, record: Record, target: Path) -> list[Path]:
         path = target / name
         if path.exists() and path.read_bytes() != content:
             raise RegistryError(f"{path}: is there, with other content; name another folder")
-    return _write_checked(contents, record, target)
-
-
-def _write_checked(contents: Mapping[Path, bytes], record: Record, target: Path) -> list[Path]:
-    """Write the files, if the lock among them is the one of the run's key."""
     with tempfile.TemporaryDirectory(prefix="runkey-") as folder:
-        copies = [(Path(folder) / name, content) for name, content in contents.items()]
-        for copy, content in copies:
-            copy.write_bytes(content)
+        for name, content in contents.items():
+            (Path(folder) / name).write_bytes(content)
         digest = part_digest("environment", environment_preimage(Path(folder) / LOCK))
-        if digest != record.run.parts["environment"]:
-            raise RegistryError(f"{record.label}: the lock in its snapshot is not that of its key")
+    if digest != record.run.parts["environment"]:
+        raise RegistryError(f"{record.label}: the lock in its snapshot is not that of its key")
     target.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         (target / name).write_bytes(content)

@@ -19,10 +19,14 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
+
+import psutil
 
 from runkey import paths
 from runkey.errors import RegistryError
@@ -35,7 +39,6 @@ from runkey.registry.library import Library, LocalLibrary
 from runkey.registry.snapshot import git, has_git, snapshot_refs
 from runkey.training.checkpoint.lock import holder_of
 
-_PROC = Path("/proc")
 OWNER = ".runkey-owner.json"
 """In a worktree of `runkey reproduce`: the process that uses it."""
 _QUIET_SECONDS = 3600.0
@@ -53,7 +56,7 @@ _REPEAT_SECONDS = 86400.0
 _ENDED = ("FAILED", "KILLED")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Item:
     """Something that may be deleted."""
 
@@ -105,9 +108,9 @@ class Scope:
         claim = newest(self.claims, key)
         return claim is not None and state_now(claim) in ("running", "silent")
 
-    def age(self, since_ms: int | None) -> float:
+    def age(self, since_ms: float) -> float:
         """Return the seconds since a time in milliseconds since 1970."""
-        return max(self.now - (since_ms or 0) / 1000, 0.0)
+        return max(self.now - since_ms / 1000, 0.0)
 
 
 def mark_owner(folder: Path) -> None:
@@ -119,12 +122,7 @@ def mark_owner(folder: Path) -> None:
 def collect(scope: Scope, older_than_days: float = 0.0) -> list[Item]:
     """List what may be deleted, the oldest first within its kind.
 
-    Args:
-        scope: where to look.
-        older_than_days: list only what ended or last changed before.
-
-    Raises:
-        RegistryError: runs or claims cannot be read.
+    Only what ended or last changed more than `older_than_days` ago is listed.
     """
     least = older_than_days * 86400
     runs = [item for item in _runs(scope) if item.age_seconds >= least]
@@ -146,14 +144,9 @@ def _runs(scope: Scope) -> Iterator[Item]:
         if why is None or record.key in keys or run.run_id in runs:
             continue
         folder = _artifacts(scope, record)
-        yield Item(
-            kind="run",
-            name=f"{record.label}:{run.run_id}",
-            why=why.lower(),
-            size=_size(folder) if folder else 0,
-            age_seconds=scope.age(run.ended_ms or run.started_ms),
-            remove=partial(_remove_run, scope, record, folder),
-        )
+        size, age = _size(folder) if folder else 0, scope.age(run.ended_ms or run.started_ms)
+        remove = partial(_remove_run, scope, record, folder)
+        yield Item("run", f"{record.label}:{run.run_id}", why.lower(), size, age, remove)
 
 
 def _death(record: Record, claims: list[Claim]) -> str | None:
@@ -263,30 +256,22 @@ def _claims(scope: Scope, going: set[str]) -> Iterator[Item]:
             continue
         if claim.run_id in running - going:
             continue  # only this claim shows that the run is dead
-        yield Item(
-            kind="claim",
-            name=f"{short_key(claim.key)}.g{claim.generation}",
-            why=f"{state}; generation {last[claim.key]} has replaced it",
-            size=0,
-            age_seconds=scope.age(claim.since_ms),
-            remove=partial(scope.claims.remove, claim),
-        )
+        name = f"{short_key(claim.key)}.g{claim.generation}"
+        why = f"{state}; generation {last[claim.key]} has replaced it"
+        remove = partial(scope.claims.remove, claim)
+        yield Item("claim", name, why, 0, scope.age(claim.since_ms), remove)
 
 
 def _item(
     scope: Scope, kind: Kind, path: Path, why: str, name: str, remove: Callable[[], None]
 ) -> Item:
-    age = max(scope.now - _changed(path), 0.0)
-    return Item(kind=kind, name=name, why=why, size=_size(path), age_seconds=age, remove=remove)
+    return Item(kind, name, why, _size(path), scope.age(_changed(path) * 1000), remove)
 
 
-def _remove_tree(root: Path, path: Path) -> None:
-    try:
-        git(root, "worktree", "remove", "--force", str(path))
-    except RegistryError:  # git does not know it any more
-        shutil.rmtree(path)
-        if has_git(root):
-            git(root, "worktree", "prune")
+def _remove_worktree(root: Path, path: Path) -> None:
+    shutil.rmtree(path)
+    if has_git(root):
+        git(root, "worktree", "prune")
 
 
 def _worktrees(scope: Scope) -> Iterator[Item]:
@@ -301,7 +286,7 @@ def _worktrees(scope: Scope) -> Iterator[Item]:
         # A stage runs on for a while after `runkey reproduce` itself was killed.
         if not seen and quiet and not _has_processes(path):
             why = f"its process {owner.label} is gone" if owner else "nobody works in it"
-            remove = partial(_remove_tree, scope.root, path)
+            remove = partial(_remove_worktree, scope.root, path)
             yield _item(scope, "worktree", path, why, f"reproduce/{path.name}", remove)
 
 
@@ -337,13 +322,8 @@ def _owner(path: Path) -> Owner | None:
 def _has_processes(path: Path) -> bool:
     """Return True if a process of this machine has its current folder in `path`."""
     top = path.resolve()
-    for process in _PROC.glob("[0-9]*"):
-        try:
-            if (process / "cwd").readlink().is_relative_to(top):
-                return True
-        except OSError:
-            continue  # it has ended, or belongs to another user
-    return False
+    folders = (process.info["cwd"] for process in psutil.process_iter(["cwd"]))
+    return any(folder and Path(folder).is_relative_to(top) for folder in folders)
 
 
 def _changed(path: Path) -> float:
@@ -358,14 +338,9 @@ def _size(path: Path) -> int:
 
 def _walk(path: Path) -> Iterator[os.stat_result]:
     """The status of a file, or of a folder and everything in it; links are not followed."""
-    try:
-        yield path.lstat()
-    except FileNotFoundError:
-        return
-    if path.is_dir() and not path.is_symlink():
-        for folder, folders, files in os.walk(path):
-            for name in (*folders, *files):
-                try:
-                    yield (Path(folder) / name).lstat()
-                except FileNotFoundError:
-                    continue  # deleted meanwhile
+    places = [path]
+    if not path.is_symlink():
+        places += [Path(top, name) for top, *names in os.walk(path) for name in chain(*names)]
+    for place in places:
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            yield place.lstat()

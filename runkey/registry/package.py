@@ -1,4 +1,4 @@
-"""A run in a folder: what `publish` sends, `fetch` gets, and an archive holds.
+"""A run in a folder: what `publish` sends, `fetch` gets, and an archive contains.
 
     run/run.json, run/artifacts/     the MLflow run (`runkey.identity.record`)
     dvc.json                         entries of DVC's run-cache, names and sizes of objects
@@ -10,13 +10,14 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypedDict
+
+from pydantic import ConfigDict, with_config
 
 from runkey.errors import RecipeError, RegistryError
 from runkey.hashing import sha256_file
@@ -28,21 +29,16 @@ from runkey.identity.record import (
     KEY,
     KEY_JSON,
     ORIGIN,
-    RUN_FOLDER_SCHEMA,
     Details,
     LoggedRun,
     Record,
 )
 from runkey.progress import each
-from runkey.registry.archive import check_weights, safe_path
+from runkey.registry.archive import check_weights, parse_json, safe_path
 
 RUN = "run"
 OBJECTS = "objects"
 BUNDLE = "snapshot.bundle"
-
-_TEXTS = ("run_id", "name", "status")
-_TABLES = ("params", "tags", "metrics")
-_DATASET_TEXTS = ("name", "digest", "source_type", "source", "schema", "profile")
 
 
 class Runs(Protocol):
@@ -73,9 +69,10 @@ class Package:
         """The folder of the MLflow run."""
         return self.folder / RUN
 
-    def object_path(self, md5: str) -> Path:
-        """Return where an object lies if the package has it."""
-        return object_path(self.folder, md5)
+    @property
+    def files(self) -> Path:
+        """The folder of its artifacts."""
+        return self.run / ARTIFACTS
 
 
 def object_path(folder: Path, md5: str) -> Path:
@@ -91,96 +88,81 @@ def staging(home: Path, what: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def read_run(runs: Runs, record: Record, folder: Path) -> Path:
-    """Copy the MLflow run into a package; return the folder of its artifacts."""
+def read_run(runs: Runs, record: Record, folder: Path, where: str) -> Package:
+    """Copy an MLflow run into a package's folder, and check it as `check` does."""
     (folder / RUN).mkdir()
     runs.read(record.run.run_id, folder / RUN)
-    return folder / RUN / ARTIFACTS
+    return check(folder, record.key, where)
+
+
+# The form of run.json.
+
+
+@with_config(ConfigDict(extra="forbid"))
+class _Dataset(TypedDict):
+    name: str | None
+    digest: str | None
+    source_type: str | None
+    source: str | None
+    schema: str | None
+    profile: str | None
+    tags: dict[str, str | None]
+
+
+class _Content(TypedDict):
+    schema: Literal["run1"]
+    run_id: str
+    name: str
+    status: str
+    started_ms: int
+    ended_ms: int
+    params: dict[str, str]
+    tags: dict[str, str]
+    metrics: dict[str, list[tuple[int, int, float | Literal["nan", "inf", "-inf"]]]]
+    """Each point as step, milliseconds and value."""
+    datasets: list[_Dataset]
 
 
 def check(folder: Path, key: str, where: str) -> Package:
-    """Check that the run in a folder is complete and is what it says.
-
-    Args:
-        folder: of the package.
-        key: that the run must have.
-        where: named in errors, such as the archive's name.
+    """Check that the run in a folder is complete, is of this key and is what it says.
 
     Raises:
         RegistryError: it is incomplete, a file differs from its recorded hash, its key.json does
             not give that key, or a file could run code when it is loaded; the text names it.
     """
-    stored = _read_content(folder / RUN / CONTENT, where)
     files = folder / RUN / ARTIFACTS
-    tagged = stored["tags"].get(KEY) or stored["params"].get(KEY)
+    stored = parse_json(_Content, *_read(folder / RUN / CONTENT, CONTENT, where))
+    if stored["status"] != "FINISHED":
+        raise RegistryError(f"{where}: the run is {stored['status']}, not FINISHED")
+    tables = {
+        name: parse_json(dict[str, Any], *_read(files / name, name, where))
+        for name in (KEY_JSON, DETAILS)
+    }
     try:
-        recipe = Recipe.from_dict(_read_table(files / KEY_JSON, f"{where}: {KEY_JSON}"))
+        recipe = Recipe.from_dict(tables[KEY_JSON])
+        details = Details.from_dict(tables[DETAILS], DETAILS)
     except RecipeError as error:
         raise RegistryError(f"{where}: {error}") from None
+    tagged = stored["tags"].get(KEY) or stored["params"].get(KEY)
     for what, found in (("its run", tagged), ("its key.json", recipe.key)):
         if found != key:
             raise RegistryError(
                 f"{where}: {what} has another key, {short_key(str(found))}, than {short_key(key)}"
             )
-    details_name = f"{where}: {DETAILS}"
-    try:
-        details = Details.from_dict(_read_table(files / DETAILS, details_name), details_name)
-    except RecipeError as error:
-        raise RegistryError(str(error)) from None
     for name, recorded in each("hash files", list(details.files.items()), "files"):
-        path = files / safe_path(name, details_name)
+        path = files / safe_path(name, f"{where}: {DETAILS}")
         if not path.is_file():
             raise RegistryError(f"{where}: {name}: recorded by the run, and not there")
         if path.stat().st_size != recorded.size or sha256_file(path) != recorded.sha256:
             raise RegistryError(f"{where}: {name}: not the file that the run recorded")
     for path in sorted(p for p in files.rglob("*") if p.is_file()):
         check_weights(path, path.relative_to(files).as_posix())
-    return Package(folder, key, str(stored["tags"].get(ORIGIN) or stored["run_id"]), details)
+    return Package(folder, key, stored["tags"].get(ORIGIN) or stored["run_id"], details)
 
 
-def _read_content(path: Path, where: str) -> dict[str, Any]:
-    """Read run.json, and check the type of everything in it."""
-    stored = _read_table(path, f"{where}: {CONTENT}")
-    texts = all(isinstance(stored.get(name), str) for name in _TEXTS)
-    tables = all(isinstance(stored.get(name), dict) for name in _TABLES)
-    times = all(type(stored.get(name)) is int for name in ("started_ms", "ended_ms"))
-    if stored.get("schema") != RUN_FOLDER_SCHEMA or not (texts and tables and times):
-        raise RegistryError(f"{where}: {CONTENT} is not of the schema {RUN_FOLDER_SCHEMA}; refused")
-    if stored["status"] != "FINISHED":
-        raise RegistryError(f"{where}: the run is {stored['status']}, not FINISHED")
-    values = {**stored["params"], **stored["tags"]}.values()
-    points = [point for points in stored["metrics"].values() for point in points]
-    if not all(isinstance(v, str) for v in values) or not all(map(_is_point, points)):
-        raise RegistryError(f"{where}: {CONTENT}: params, tags or metrics of a wrong type; refused")
-    datasets = stored.get("datasets")
-    if not isinstance(datasets, list) or not all(map(_is_dataset, datasets)):
-        raise RegistryError(f"{where}: {CONTENT}: data sets of a wrong type; refused")
-    return stored
-
-
-def _is_point(point: object) -> bool:
-    """`[step, milliseconds, value]`, the value as text if it is not finite."""
-    if not isinstance(point, list) or len(point) != 3:
-        return False
-    step, time_ms, value = point
-    is_number = type(value) in (int, float) or value in ("nan", "inf", "-inf")
-    return type(step) is int and type(time_ms) is int and is_number
-
-
-def _is_dataset(data: object) -> bool:
-    if not isinstance(data, dict) or not isinstance(data.get("tags"), dict):
-        return False
-    values = [*(data.get(name) for name in _DATASET_TEXTS), *data["tags"].values()]
-    return set(data) == {*_DATASET_TEXTS, "tags"} and all(isinstance(v, str | None) for v in values)
-
-
-def _read_table(path: Path, where: str) -> dict[str, Any]:
+def _read(path: Path, name: str, where: str) -> tuple[bytes, str]:
+    """The bytes of a file of the package, and what errors call it."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes(), f"{where}: {name}"
     except FileNotFoundError:
-        raise RegistryError(f"{where}: not there") from None
-    except (ValueError, RecursionError):
-        raise RegistryError(f"{where}: not JSON") from None
-    if not isinstance(stored, dict):
-        raise RegistryError(f"{where}: no table; refused")
-    return stored
+        raise RegistryError(f"{where}: {name}: not there") from None

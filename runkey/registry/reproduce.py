@@ -13,8 +13,6 @@ amplifies the difference with every step; the metrics are then compared within a
 
 from __future__ import annotations
 
-import configparser
-import io
 import json
 import logging
 import math
@@ -43,7 +41,7 @@ from runkey.params import load_params
 from runkey.paths import PARAMS
 from runkey.registry.environment import compare_environment
 from runkey.registry.gc import mark_owner
-from runkey.registry.snapshot import git
+from runkey.registry.snapshot import git, has_commit
 from runkey.registry.verify import first_few
 
 logger = logging.getLogger(__name__)
@@ -97,27 +95,13 @@ class MetricPair:
 
 
 @dataclass(frozen=True)
-class FilePair:
-    """A file of both runs that should be the same."""
-
-    path: str
-    first: str | None
-    """Hex sha256; None: the run has no such file."""
-    repeat: str | None
-
-    @property
-    def is_same(self) -> bool:
-        """True if both have it, with the same bits."""
-        return self.first == self.repeat and self.first is not None
-
-
-@dataclass(frozen=True)
 class RunComparison:
     """The comparison of a run and its repeat."""
 
     class_differences: tuple[str, ...]
     """Such as `threads 1 | 2`; empty: the same witness class."""
-    files: tuple[FilePair, ...]
+    files: dict[str, tuple[str, str | None]]
+    """Hex sha256 in both runs by path; None: the repeat has no such file."""
     metrics: tuple[MetricPair, ...]
 
     @property
@@ -128,7 +112,7 @@ class RunComparison:
     @property
     def identical(self) -> bool:
         """True if all files have the same bits."""
-        return all(file.is_same for file in self.files)
+        return all(first == repeat for first, repeat in self.files.values())
 
     @property
     def within_tolerance(self) -> bool:
@@ -146,7 +130,7 @@ class RunComparison:
         if self.identical:
             return "reproduced: bit-identical weights and predictions"
         if self.same_class:
-            changed = ", ".join(file.path for file in self.files if not file.is_same)
+            changed = ", ".join(path for path, (a, b) in self.files.items() if a != b)
             near = "within" if self.within_tolerance else "outside"
             return (
                 f"NOT reproduced: {changed} differ on the same kind of machine ({near} tolerance)"
@@ -164,9 +148,12 @@ class RunComparison:
             "identical": self.identical,
             "within_tolerance": self.within_tolerance,
             "reproduced": self.holds,
-            "files": {file.path: [file.first, file.repeat] for file in self.files},
+            "files": {path: list(hashes) for path, hashes in self.files.items()},
             "metrics": {
-                m.name: [_none_if_nan(m.first), _none_if_nan(m.repeat)] for m in self.metrics
+                metric.name: [
+                    v if math.isfinite(v) else None for v in (metric.first, metric.repeat)
+                ]
+                for metric in self.metrics
             },
         }
 
@@ -183,45 +170,21 @@ class RunResult:
 
 
 def compare_runs(first: RunResult, repeat: RunResult) -> RunComparison:
-    """Compare a run with its repeat.
-
-    Raises:
-        RegistryError: the first has no weights recorded, so nothing can be said.
-    """
+    """Compare a run with its repeat; RegistryError if the first has no weights recorded."""
     if not any(path in first.hashes for path in WEIGHTS):
         raise RegistryError(f"{WEIGHTS[0]}: the run recorded none, so there is nothing to compare")
     # NaN: the data have no object of that size, in either run.
     names = sorted(n for n, v in first.metrics.items() if _COMPARED.match(n) and math.isfinite(v))
+    classes = [(n, first.witness.get(n), repeat.witness.get(n)) for n in WITNESS_CLASS]
     return RunComparison(
-        tuple(_class_differences(first.witness, repeat.witness)),
-        tuple(
-            FilePair(path, first.hashes[path], repeat.hashes.get(path))
-            for path in IDENTICAL
-            if path in first.hashes
-        ),
-        tuple(
-            MetricPair(name, first.metrics[name], repeat.metrics.get(name, math.nan))
-            for name in names
-        ),
+        tuple(f"{n} {_class_text(a)} | {_class_text(b)}" for n, a, b in classes if a != b),
+        {p: (first.hashes[p], repeat.hashes.get(p)) for p in IDENTICAL if p in first.hashes},
+        tuple(MetricPair(n, first.metrics[n], repeat.metrics.get(n, math.nan)) for n in names),
     )
 
 
-def _none_if_nan(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _class_differences(first: Mapping[str, Any], repeat: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name} {_class_text(first.get(name))} | {_class_text(repeat.get(name))}"
-        for name in WITNESS_CLASS
-        if first.get(name) != repeat.get(name)
-    ]
-
-
 def _class_text(value: Any) -> str:
-    if isinstance(value, list):
-        return f"{len(value)} of other versions"
-    return str(value)
+    return f"{len(value)} of other versions" if isinstance(value, list) else str(value)
 
 
 # The checkout of a snapshot, with the DVC cache and data of the main checkout.
@@ -232,40 +195,22 @@ _NO_HOOKS = ("-c", "core.hooksPath=/dev/null")
 _REMOTE = re.compile(r"""^'?remote "(.+)"'?$""")
 
 
-@dataclass(frozen=True)
-class Worktree:
-    """A checked-out snapshot."""
-
-    top: Path
-    """Its top folder, which git knows as a worktree."""
-    root: Path
-    """The folder of it that is the repository's workspace; most often the same."""
-
-
-def add_worktree(main: Path, oid: str, folder: Path, way_out: str) -> Worktree:
-    """Check out a snapshot.
-
-    Args:
-        main: the main checkout.
-        oid: the commit.
-        folder: to be made.
-        way_out: shown where the commit is missing.
+def add_worktree(main: Path, oid: str, folder: Path, way_out: str) -> Path:
+    """Check out a snapshot in a new folder; return the workspace, which may lie below it.
 
     Raises:
-        RegistryError: the commit is not there, or git refuses.
+        RegistryError: the commit is not there, with the way out; or git refuses.
     """
-    try:
-        git(main, "cat-file", "-e", f"{oid}^{{tree}}")
-    except RegistryError:
-        raise RegistryError(f"snapshot {oid[:12]}: not in git here; {way_out}") from None
+    if not has_commit(main, oid):
+        raise RegistryError(f"snapshot {oid[:12]}: not in git here; {way_out}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     git(main, *_NO_HOOKS, "worktree", "add", "--detach", str(folder), oid)
-    return Worktree(folder, folder / git(main, "rev-parse", "--show-prefix"))
+    return folder / git(main, "rev-parse", "--show-prefix")
 
 
-def remove_worktree(main: Path, tree: Worktree) -> None:
-    """Delete the checkout and git's note of it."""
-    shutil.rmtree(tree.top, ignore_errors=True)
+def remove_worktree(main: Path, folder: Path) -> None:
+    """Delete a worktree and git's note of it."""
+    shutil.rmtree(folder, ignore_errors=True)
     git(main, "worktree", "prune")
 
 
@@ -274,68 +219,32 @@ def share_cache(main: Path, root: Path) -> None:
 
     Relative addresses are relative to the settings that hold them. A remote whose folder exists in
     the other checkout, such as sample-data, is used there; any other is the main checkout's.
-
-    Args:
-        main: the main checkout.
-        root: the other one, at a commit with DVC's settings.
     """
-    settings = main / ".dvc"
-    local = read_config(settings / "config.local")
-    for section in read_config(settings / "config").sections():
-        if _REMOTE.match(section) and not local.has_section(section):
-            local.add_section(section)
-    for section in local.sections():
-        if _REMOTE.match(section):
-            _place_remote(local, section, settings, root / ".dvc")
+    settings, other = main / ".dvc", root / ".dvc"
+    shared, local = read_config(settings / "config"), read_config(settings / "config.local")
+    for section in filter(_REMOTE.match, [*shared.sections(), *local.sections()]):
+        options = dict(local[section]) if section in local else {}
+        if shared.has_option(section, "url"):
+            options = {"url": shared[section]["url"]} | options
+        local[section] = {}
+        for name, value in options.items():
+            path = value.strip("\"'")
+            is_path = name == "url" or name.endswith(("file", "path", "_file_path"))
+            if not is_path or "://" in path or Path(path).expanduser().is_absolute():
+                local[section][name] = value
+            elif name != "url" or not (other / path).is_dir():
+                local[section][name] = str((settings / path).resolve())
     if not local.has_section("cache"):
         local.add_section("cache")
-    local.set("cache", "dir", str(cache_folder(main)))
-    text = io.StringIO()
-    local.write(text)
-    (root / ".dvc" / "config.local").write_text(text.getvalue(), encoding="utf-8")
-
-
-def _place_remote(
-    local: configparser.ConfigParser, section: str, settings: Path, other: Path
-) -> None:
-    """Make a remote's relative addresses absolute, unless the other checkout has the folder."""
-    shared = read_config(settings / "config")
-    for name, value in [*shared.items(section)] * shared.has_section(section):
-        if name == "url" and not local.has_option(section, name):
-            local.set(section, name, value)
-    for name, value in local.items(section):
-        path = value.strip("\"'")
-        if name != "url" and not name.endswith(("file", "path", "_file_path")):
-            continue
-        if "://" in path or Path(path).expanduser().is_absolute():
-            continue
-        if name == "url" and (other / path).is_dir():
-            local.remove_option(section, name)
-        else:
-            local.set(section, name, str((settings / path).resolve()))
-
-
-def tracked_inputs(root: Path, stage: str) -> list[str]:
-    """List the .dvc files of the data that a stage and those before it read, relative to `root`.
-
-    Raises:
-        ParamsError, RecipeError: params.yaml or dvc.yaml cannot be read.
-    """
-    flat = load_params(root / PARAMS).flat()
-    stages = chain(read_pipeline(root, flat), stage)
-    wanted = [str(flat["data.path"]).rstrip("/"), *(dep for one in stages for dep in one.deps)]
-    found = (pointer_of(dep, root) for dep in wanted)
-    return list(dict.fromkeys(file for file in found if file))
+    local["cache"]["dir"] = str(cache_folder(main))
+    with (other / "config.local").open("w", encoding="utf-8") as file:
+        local.write(file)
 
 
 def clean_environment(main: Path, more: Mapping[str, str]) -> dict[str, str]:
-    """Return variables for DVC in another checkout, whose runs go to `main`'s store.
+    """Return variables for DVC in another checkout, whose runs go to the store of `main`.
 
     Variables that a stage, an experiment or a hook has set would name another checkout.
-
-    Args:
-        main: the main checkout.
-        more: variables to add.
     """
     dropped = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_", "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
@@ -371,66 +280,56 @@ class ReproduceRequest:
     """Go on where packages are not as the snapshot locks them."""
 
 
-@dataclass(frozen=True)
-class Repeat:
-    """A reproduced run."""
-
-    run_id: str | None
-    """MLflow's; None if its parameters switch MLflow off."""
-    seconds: float
-    comparison: RunComparison
-    outcome: dict[str, Any]
-    """For `Details.outcomes` of the first run."""
-
-
-def reproduce(request: ReproduceRequest) -> Repeat:
+def reproduce(request: ReproduceRequest) -> tuple[RunComparison, dict[str, Any]]:
     """Train the run again and compare.
+
+    Returns:
+        The comparison; the outcome for `Details.outcomes` of the first run, which also has the
+        repeat's MLflow id (None if its parameters switch MLflow off) and how long it took.
 
     Raises:
         RegistryError: it cannot be reproduced here, or the pipeline failed; the text says what is
             missing, and where the worktree was left.
         KeyboardInterrupt: the pipeline was ended first, the worktree is gone.
     """
-    record, details = request.record, _whole(request.record)
+    record, details = request.record, request.record.details
     run = record.run
+    if not record.is_whole or details is None:
+        raise RegistryError(
+            f"{record.label}: run {run.run_id} is {run.status}, without a recorded result to"
+            " compare with"
+        )
     logger.info(f"{record.label}: run {run.run_id}, {run.name or 'without a name'}")
     if details.snapshot is None:
         raise RegistryError(
             f"{record.label}: its code was not kept (it ran outside git); it cannot be reproduced"
         )
     folder = request.home / "reproduce" / f"{record.label}-{os.getpid()}"
-    tree = add_worktree(
+    root = add_worktree(
         request.main, details.snapshot, folder, f"`runkey fetch {record.label}` brings it"
     )
-    mark_owner(tree.top)
-    logger.info(f"snapshot {details.snapshot[:12]} is checked out in {tree.top}")
+    mark_owner(folder)
+    logger.info(f"snapshot {details.snapshot[:12]} is checked out in {folder}")
     try:
-        repeat = _repeat(request, details, tree)
+        repeat = _repeat(request, details, root)
     except RunkeyError as error:
-        raise RegistryError(f"{error}; its worktree is left in {tree.top}") from None
+        raise RegistryError(f"{error}; its worktree is left in {folder}") from None
     except KeyboardInterrupt:
-        remove_worktree(request.main, tree)
-        logger.info(f"interrupted; {tree.top} is removed")
+        remove_worktree(request.main, folder)
+        logger.info(f"interrupted; {folder} is removed")
         raise
     if request.keep:
-        logger.info(f"the worktree is kept: {tree.top}; `git worktree remove` ends it")
+        logger.info(f"the worktree is kept: {folder}; `git worktree remove` ends it")
     else:
-        remove_worktree(request.main, tree)
+        remove_worktree(request.main, folder)
     return repeat
 
 
-def _whole(record: Record) -> Details:
-    if not record.is_whole or record.details is None:
-        raise RegistryError(
-            f"{record.label}: run {record.run.run_id} is {record.run.status}, without a recorded"
-            " result to compare with"
-        )
-    return record.details
-
-
-def _repeat(request: ReproduceRequest, details: Details, tree: Worktree) -> Repeat:
+def _repeat(
+    request: ReproduceRequest, details: Details, root: Path
+) -> tuple[RunComparison, dict[str, Any]]:
     """Prepare the worktree, train and evaluate, compare."""
-    record, root = request.record, tree.root
+    record = request.record
     env = clean_environment(request.main, {REPRODUCES: record.run.run_id})
     # DVC's stages call `python`; it must be this one.
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', os.defpath)}"
@@ -442,35 +341,29 @@ def _repeat(request: ReproduceRequest, details: Details, tree: Worktree) -> Repe
     logger.info("training again: dvc repro without its run-cache")
     begin = time.monotonic()
     _run(["-m", "dvc", "repro", "--no-run-cache", "--no-commit", TARGET], root, env, request.output)
-    seconds = time.monotonic() - begin
+    seconds = round(time.monotonic() - begin, 1)
     manifest = RunManifest.read(root / paths.RUN_JSON)
     if manifest.run_id == record.run.run_id:
         raise RegistryError(
             f"{record.label}: the snapshot's train stage took the run's own files and did not train"
         )
-    comparison = compare_runs(_recorded_result(record, details), _new_result(root, manifest))
+    hashes = {path: file.sha256 for path, file in details.files.items()}
+    recorded = RunResult(details.witness, hashes, record.run.metrics)
+    comparison = compare_runs(recorded, _new_result(root, manifest))
     outcome = {
         "when_ms": time.time_ns() // 1_000_000,
         "run_id": manifest.run_id,
         "host": this_host(),
-        "seconds": round(seconds, 1),
+        "seconds": seconds,
         **comparison.as_dict(),
     }
-    return Repeat(manifest.run_id, seconds, comparison, outcome)
+    return comparison, outcome
 
 
 def _check_key(request: ReproduceRequest, stage: str, root: Path, env: Mapping[str, str]) -> None:
     """Stop if the checked-out tree is of another key than the run."""
     record = request.record
-    code = _ASK_KEY.format(stage=stage)
-    asked = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=root,
-        env=dict(env),
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
+    asked = _python(["-c", _ASK_KEY.format(stage=stage)], root, env)
     try:
         found = Recipe.from_dict(json.loads(asked.stdout))
     except ValueError:
@@ -514,30 +407,37 @@ def _check_packages(request: ReproduceRequest, details: Details, root: Path) -> 
 
 def _fetch_data(request: ReproduceRequest, root: Path, env: Mapping[str, str]) -> None:
     """Check out the data by their hash: from DVC's cache, else from their remote."""
-    for file in tracked_inputs(root, TARGET):
-        done = subprocess.run(
-            [sys.executable, "-m", "dvc", "checkout", "--quiet", file],
-            cwd=root,
-            env=dict(env),
-            capture_output=True,
-            check=False,
-        )
-        if done.returncode:
+    flat = load_params(root / PARAMS).flat()
+    stages = chain(read_pipeline(root, flat), TARGET)
+    wanted = [str(flat["data.path"]).rstrip("/"), *(dep for one in stages for dep in one.deps)]
+    for file in dict.fromkeys(filter(None, (pointer_of(dep, root) for dep in wanted))):
+        if _python(["-m", "dvc", "checkout", "--quiet", file], root, env).returncode:
             logger.info(f"{file}: not whole in DVC's cache; it is pulled")
             _run(["-m", "dvc", "pull", file], root, env, request.output)
         else:
             logger.info(f"{file}: data from DVC's cache, by their hash")
 
 
-def _run(arguments: list[str], root: Path, env: Mapping[str, str], output: TextIO) -> None:
-    """Run Python in the worktree and pass on its output; an interruption ends it, too.
+def _python(
+    arguments: list[str], root: Path, env: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=root,
+        env=env,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
 
-    It has a process group of its own, so that DVC, the stage and its workers can be ended together.
-    """
+
+def _run(arguments: list[str], root: Path, env: Mapping[str, str], output: TextIO) -> None:
+    """Run Python in the worktree; an interruption ends DVC, the stage and its workers together."""
     child = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=root,
-        env=dict(env),
+        env=env,
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
@@ -564,11 +464,6 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-
-
-def _recorded_result(record: Record, details: Details) -> RunResult:
-    hashes = {path: file.sha256 for path, file in details.files.items()}
-    return RunResult(details.witness, hashes, record.run.metrics)
 
 
 def _new_result(root: Path, manifest: RunManifest) -> RunResult:

@@ -283,7 +283,7 @@ def _environment(details: Details) -> Iterator[Row]:
 
 
 def _outcome(outcome: Mapping[str, Any]) -> str:
-    """Format an outcome of `runkey.registry.reproduce.Repeat`."""
+    """Format an outcome of `runkey.registry.reproduce.reproduce`."""
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(outcome.get("when_ms", 0) / 1000))
     if outcome.get("identical"):
         verdict = "bit-identical"

@@ -45,14 +45,10 @@ def git(
     text: str | None = None,
     accept: Collection[int] = (0,),
 ) -> str:
-    """Run a git command; return what it prints, without the line end.
+    """Run a git command in a folder; return what it prints, without the line end.
 
-    Args:
-        root: folder to run it in; inherited variables that name another repository are dropped.
-        arguments: the command line after `git`.
-        env: more variables.
-        text: its standard input.
-        accept: exit codes that are no failure.
+    Inherited variables that name another repository are dropped. `text` is the command's input,
+    `accept` lists the exit codes that are no failure.
 
     Raises:
         RegistryError: git is not installed, or the command failed; the text has its last line.
@@ -118,10 +114,6 @@ def needed_files(root: Path, recipe: Recipe) -> set[str]:
     These are all files that they import (also those that the key leaves out), what dvc.yaml
     declares, the parameters, the lock and the initial weights. A file that DVC tracks is replaced
     by its .dvc file. Of a symbolic link both the link and its target are needed.
-
-    Args:
-        root: the workspace.
-        recipe: made in it.
 
     Raises:
         RegistryError: a file is a link that leaves the repository.
@@ -227,12 +219,7 @@ def _zero_ended(paths: Iterable[str]) -> str:
 
 
 def take_snapshot(workspace: Path, store_root: Path, recipe: Recipe) -> str | None:
-    """Keep the tree as it stands.
-
-    Args:
-        workspace: folder that the stage runs in.
-        store_root: the main checkout, whose repository keeps the snapshot; may be the same.
-        recipe: of the run.
+    """Keep the workspace as it stands, in the repository of the main checkout (`store_root`).
 
     Returns:
         The commit; HEAD itself if nothing differs from it; None outside git.
@@ -375,13 +362,10 @@ def changed_files(root: Path, oid: str, code: Mapping[str, Any]) -> dict[str, st
     Args:
         root: the workspace in the repository that holds the commit.
         oid: the commit.
-        code: the code part of a recipe; its paths are relative to the workspace.
+        code: the code part of a recipe.
 
     Returns:
         What is wrong by path, in words; empty when all agree.
-
-    Raises:
-        RegistryError: git cannot read the commit.
     """
     prefix, rule = git(root, "rev-parse", "--show-prefix"), code_rule(code)
     wrong = {}
@@ -408,22 +392,14 @@ _OID = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 
 def ref_of(key: str, oid: str) -> str:
-    """Return the name of the ref that keeps a snapshot.
-
-    Raises:
-        RegistryError: `oid` is no commit's name.
-    """
+    """Return the name of the ref that keeps a snapshot; refuse what names no commit."""
     if not _OID.fullmatch(oid):
         raise RegistryError(f"{short_key(key)}: {oid[:60]!r} names no commit; refused")
     return f"{REFS}/{key}/{oid[:12]}"
 
 
 def check_remote(root: Path, remote: str) -> None:
-    """Check that there is a git remote of that name.
-
-    Raises:
-        RegistryError: there is none.
-    """
+    """Raise RegistryError if git has no remote of that name."""
     try:
         git(root, "remote", "get-url", "--", remote)
     except RegistryError:
@@ -433,11 +409,7 @@ def check_remote(root: Path, remote: str) -> None:
 
 
 def push_snapshot(root: Path, remote: str, key: str, oid: str) -> bool:
-    """Send a snapshot to a remote; return True if it was not there yet.
-
-    Raises:
-        RegistryError: it is not here, or the remote cannot be reached or refuses.
-    """
+    """Send a snapshot to a remote; return True if it was not there yet."""
     ref = ref_of(key, oid)
     if git(root, "ls-remote", "--", remote, ref).startswith(oid):
         return False
@@ -446,17 +418,11 @@ def push_snapshot(root: Path, remote: str, key: str, oid: str) -> bool:
 
 
 def fetch_snapshot(root: Path, source: str, key: str, oid: str, where: str) -> None:
-    """Get a snapshot from another repository, and keep it by its ref; git checks every object.
-
-    Args:
-        root: the repository.
-        source: name of a git remote, or path of a repository or bundle.
-        key: of the run.
-        oid: the commit.
-        where: named in errors.
+    """Get a snapshot from a remote, repository or bundle; git checks every object (fsck).
 
     Raises:
-        RegistryError: it is not there, is damaged, or another commit has its name.
+        RegistryError: `source`, called `where`, lacks it, is damaged, or has another commit under
+            its name.
     """
     ref = ref_of(key, oid)
     checked = ("-c", "transfer.fsckObjects=true")
@@ -474,11 +440,7 @@ def fetch_snapshot(root: Path, source: str, key: str, oid: str, where: str) -> N
 
 
 def bundle_snapshot(root: Path, key: str, oid: str, path: Path) -> None:
-    """Write a snapshot with its history to a file.
-
-    Raises:
-        RegistryError: it is not here.
-    """
+    """Write a snapshot with its history to a file."""
     try:
         git(root, "bundle", "create", "--quiet", str(path), ref_of(key, oid))
     except RegistryError:
@@ -489,14 +451,9 @@ def bundle_snapshot(root: Path, key: str, oid: str, path: Path) -> None:
 
 
 def unbundle_snapshot(root: Path, path: Path, key: str, oid: str, staging: Path) -> None:
-    """Get a snapshot from a bundle of unknown origin; only its ref is taken.
+    """Get a snapshot from a bundle that may come from anybody.
 
-    Args:
-        root: the repository.
-        path: the bundle.
-        key: of the run.
-        oid: the commit that must be in it.
-        staging: a folder for a temporary repository; must not exist.
+    A temporary repository is made in the folder `staging`, which must not exist.
 
     Raises:
         RegistryError: it is no bundle, holds other refs or damaged objects, or lacks the commit.

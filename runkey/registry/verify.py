@@ -9,19 +9,17 @@ be made is a fault, and the other checks are made all the same.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from runkey.errors import RegistryError, RunkeyError
-from runkey.hashing import sha256_file
+from runkey.errors import RunkeyError
+from runkey.hashing import hash_stream, sha256_file
 from runkey.identity.key import PARTS, Recipe, older_rule
 from runkey.identity.record import (
     DETAILS,
@@ -34,14 +32,11 @@ from runkey.identity.record import (
     StoredFile,
 )
 from runkey.paths import RUN_JSON
-from runkey.progress import QUIET, Steps, progress
+from runkey.progress import Steps, progress
 from runkey.registry.dvc_cache import DIR, DvcCache, Entry, md5_file
 from runkey.registry.library import Library
 from runkey.registry.mlflow_runs import ReadRun, finished_runs
-from runkey.registry.snapshot import REFS, changed_files, git, has_git, has_snapshot
-from runkey.units import MIB
-
-_CHUNK = MIB
+from runkey.registry.snapshot import REFS, changed_files, has_commit, has_git, has_snapshot
 
 State = Literal["ok", "warning", "fault"]
 
@@ -107,49 +102,6 @@ def first_few(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(listed[:most]) + (f" and {more} more" if more > 0 else "")
 
 
-class CacheReader:
-    """Finds runs in one checkout's DVC cache."""
-
-    def __init__(self, root: Path, pointers: Iterable[str]) -> None:
-        """Read nothing yet.
-
-        Args:
-            root: the main checkout.
-            pointers: md5s of the run.json of all runs that will be asked for, so that the cache's
-                entries (some 10,000) are searched once for all of them.
-        """
-        self._root = root
-        self._pointers = frozenset(pointers)
-
-    @cached_property
-    def cache(self) -> DvcCache:
-        """The cache; RegistryError if DVC's settings cannot be read."""
-        return DvcCache(self._root)
-
-    @cached_property
-    def entries(self) -> dict[str, Entry]:
-        """The entries of all runs that have one, by the md5 of run.json."""
-        return self.cache.entries_of(self._pointers)
-
-    def copy_of(self, details: Details, path: str) -> Path | None:
-        """Return the object that holds an artifact as recorded, if the cache has it whole."""
-        entry = self.entries.get(details.pointer_md5 or "")
-        md5 = self.cache.files(entry.outs).get(path) if entry else None
-        place = self.cache.object_path(md5) if md5 else None
-        if place and place.is_file() and sha256_file(place) == details.files[path].sha256:
-            return place
-        return None
-
-    def why_wrong(self, md5: str, *, quick: bool) -> str:
-        """Say what is wrong with an object; empty if nothing."""
-        place = self.cache.object_path(md5)
-        if not place.is_file():
-            return f"{place} is not there"
-        if not quick and (now := md5_file(place)) != md5.removesuffix(DIR):
-            return f"{place} is damaged (md5 {now})"
-        return ""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sources:
     """Where a run's parts are looked for."""
@@ -159,13 +111,24 @@ class Sources:
     """Reads MLflow's runs; None: its database is one that only MLflow reads."""
     root: Path
     """The main checkout, with git's and DVC's stores."""
-    cache: CacheReader
+    pointers: frozenset[str]
+    """md5s of the run.json of all runs that will be verified: DVC's cache is searched once."""
     host: str
     """This machine's name."""
     is_shared: bool
     """True if the store is a server, whose runs come from several machines."""
     quick: bool = False
     """Check presence and sizes only."""
+
+    @cached_property
+    def cache(self) -> DvcCache:
+        """The checkout's DVC cache; RegistryError if DVC's settings cannot be read."""
+        return DvcCache(self.root)
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """The cache's entries of all runs that have one, by the md5 of run.json."""
+        return self.cache.entries_of(self.pointers)
 
 
 @dataclass
@@ -193,11 +156,24 @@ class _Run:
         return "fault", ""
 
     def read(self, path: str) -> bytes:
-        try:
-            with self.sources.library.open_file(self.record, path) as file:
-                return file.read()
-        except (OSError, HTTPException) as error:
-            raise RegistryError(f"{path}: cannot be read ({error})") from None
+        with self.sources.library.open_file(self.record, path) as file:
+            return file.read()
+
+    def fault(self, path: str, error: Exception) -> str:
+        """Say why a file cannot be used, beginning with its path."""
+        text = str(error)
+        if not isinstance(error, _UNREADABLE):
+            text = f"not JSON as a run writes it (run {self.run_id})"
+        for prefix in (f"{self.record.label}: ", f"{path}: ", "key.json: "):
+            text = text.removeprefix(prefix)
+        return f"{path}: {text}"
+
+
+Outcome = tuple[State, str] | tuple[State, str, str]
+"""State, text and way out of a `CheckResult`."""
+_UNREADABLE = (RunkeyError, OSError, HTTPException)
+_UNUSABLE = (*_UNREADABLE, ValueError, AttributeError)
+"""What reading a file of a run as JSON may raise."""
 
 
 def verify_run(record: Record, sources: Sources) -> Report:
@@ -241,7 +217,7 @@ def _check_all(run: _Run) -> Iterator[CheckResult]:
     """Make the checks in order; what a check raises is its result."""
     for name, check in _CHECKS.items():
         try:
-            yield from check(run)
+            yield from (CheckResult(name, *outcome) for outcome in check(run))
         except RunkeyError as error:
             yield CheckResult(name, "fault", str(error))
         # Recorded values of another type than they should have; files that cannot be read.
@@ -250,7 +226,7 @@ def _check_all(run: _Run) -> Iterator[CheckResult]:
             yield CheckResult(name, "fault", f"run {run.run_id} {text}")
 
 
-def _check_files(run: _Run) -> Iterator[CheckResult]:
+def _check_files(run: _Run) -> Iterator[Outcome]:
     files = run.details.files
     size = sum(file.size for file in files.values())
     with progress("verify", size, "bytes") as steps:
@@ -260,16 +236,25 @@ def _check_files(run: _Run) -> Iterator[CheckResult]:
     way_out = f"{run.fetch}, if it was published"
     if len(wrong) == len(files) > 1:
         text = f"none of its {len(files)} files can be read: {next(iter(wrong.values()))}"
-        yield CheckResult("files", "fault", text, way_out)
+        yield "fault", text, way_out
         return
     for path, why in wrong.items():
-        place = run.sources.cache.copy_of(run.details, path)
+        place = _copy_in_cache(run, path)
         copy = f"DVC's cache has it: cp {place} over it" if place else way_out
-        yield CheckResult("files", "fault", f"{path}: {why}", copy)
+        yield "fault", why, copy
     if not wrong:
         how = "sizes" if run.sources.quick else "sizes and sha256"
         text = f"{len(files)} files, {size / 1e6:.1f} MB: {how} as recorded"
-        yield CheckResult("files", "ok", text)
+        yield "ok", text
+
+
+def _copy_in_cache(run: _Run, path: str) -> Path | None:
+    """The object in DVC's cache that holds an artifact as recorded, if there is one."""
+    entry, cache = run.sources.entries.get(run.details.pointer_md5 or ""), run.sources.cache
+    md5 = cache.files(entry.outs).get(path) if entry else None
+    place = cache.object_path(md5) if md5 else None
+    whole = place and place.is_file() and sha256_file(place) == run.details.files[path].sha256
+    return place if whole else None
 
 
 def _why_wrong(run: _Run, path: str, recorded: StoredFile, steps: Steps) -> str:
@@ -279,23 +264,15 @@ def _why_wrong(run: _Run, path: str, recorded: StoredFile, steps: Steps) -> str:
             if run.sources.quick:
                 size, digest = _size(file), recorded.sha256
             else:
-                size, digest = _hash(file, steps)
-    except (RunkeyError, OSError, HTTPException) as error:
-        return str(error).removeprefix(f"{run.record.label}: ").removeprefix(f"{path}: ")
+                size, digest = hash_stream(file, advance=steps.advance)
+    except _UNREADABLE as error:
+        return run.fault(path, error)
     if size != recorded.size:
-        return f"{size} bytes, recorded {recorded.size} (run {run.run_id})"
+        return f"{path}: {size} bytes, recorded {recorded.size} (run {run.run_id})"
     if digest != recorded.sha256:
-        return f"sha256 {digest[:12]}, recorded {recorded.sha256[:12]} (run {run.run_id})"
+        now, then = digest[:12], recorded.sha256[:12]
+        return f"{path}: sha256 {now}, recorded {then} (run {run.run_id})"
     return ""
-
-
-def _hash(file: BinaryIO, steps: Steps = QUIET) -> tuple[int, str]:
-    digest, size = hashlib.sha256(), 0
-    while chunk := file.read(_CHUNK):
-        digest.update(chunk)
-        size += len(chunk)
-        steps.advance(len(chunk))
-    return size, digest.hexdigest()
 
 
 def _size(file: BinaryIO) -> int:
@@ -303,96 +280,88 @@ def _size(file: BinaryIO) -> int:
     if file.seekable():
         return file.seek(0, os.SEEK_END)
     length = getattr(file, "length", None)
-    return _hash(file)[0] if length is None else int(length)
+    return hash_stream(file)[0] if length is None else int(length)
 
 
-def _check_record_file(run: _Run) -> Iterator[CheckResult]:
+def _check_record_file(run: _Run) -> Iterator[Outcome]:
     """Compare record.json, which is not among its own files, with this store's copy of it."""
     try:
         stored = run.read(DETAILS)
-    except RunkeyError as error:
-        text = str(error).removeprefix(f"{run.record.label}: ")
+    except _UNREADABLE as error:
         way_out = "this store's record is whole; `runkey export` it"
-        yield CheckResult("files", "fault", text, way_out)
+        yield "fault", run.fault(DETAILS, error), way_out
         return
     if stored != run.details.as_json().encode():
         text = f"{DETAILS}: differs from this store's record (run {run.run_id})"
-        yield CheckResult("files", "fault", text, "`runkey index` shows which of them can be read")
+        yield "fault", text, "`runkey index` shows which of them can be read"
 
 
-def _check_key(run: _Run) -> Iterator[CheckResult]:
+def _check_key(run: _Run) -> Iterator[Outcome]:
     """Check that key.json hashes to the key, and run.json names the same."""
     way_out = f"`runkey get {run.record.label}` says which file is damaged"
     try:
         stated = Recipe.from_dict(json.loads(run.read(KEY_JSON)))
-    except (RunkeyError, ValueError, AttributeError) as error:
-        text = f"{KEY_JSON}: {_short_error(run, KEY_JSON, error)}"
-        yield CheckResult("key", "fault", text, way_out)
+    except _UNUSABLE as error:
+        yield "fault", run.fault(KEY_JSON, error), way_out
         return
     run.recipe = stated
     if stated.key != run.record.key:
         text = f"{KEY_JSON}: is of key {stated.key}, the run of {run.record.key}"
-        yield CheckResult("key", "fault", text, way_out)
+        yield "fault", text, way_out
         return
     wrong = list(_wrong_in_run_json(run, stated))
-    yield from (CheckResult("key", "fault", f"{RUN_JSON}: {text}", way_out) for text in wrong)
+    yield from (("fault", text, way_out) for text in wrong)
     if not wrong:
         older = f"; {rule}" if (rule := older_rule(stated.key)) else ""
         text = f"{KEY_JSON} hashes to the key, {RUN_JSON} names it{older}"
-        yield CheckResult("key", "ok", text)
+        yield "ok", text
 
 
 def _wrong_in_run_json(run: _Run, stated: Recipe) -> Iterator[str]:
+    name = RUN_JSON.as_posix()
     try:
-        manifest: dict[str, Any] = json.loads(run.read(RUN_JSON.as_posix()))
-        key, parts, run_id = (manifest.get(name) for name in ("key", "parts", "run_id"))
-    except (RunkeyError, ValueError, AttributeError) as error:
-        yield _short_error(run, RUN_JSON.as_posix(), error)
+        manifest: dict[str, Any] = json.loads(run.read(name))
+        key, parts, run_id = (manifest.get(field) for field in ("key", "parts", "run_id"))
+    except _UNUSABLE as error:
+        yield run.fault(name, error)
         return
     if key != stated.key:
-        yield f"is of key {key}, the run of {stated.key}"
+        yield f"{name}: is of key {key}, the run of {stated.key}"
     if parts != stated.parts:
         named = parts if isinstance(parts, dict) else {}
         differing = [part for part in PARTS if named.get(part) != stated.parts[part]]
-        yield f"states other hashes of {', '.join(differing)} than {KEY_JSON}"
+        yield f"{name}: states other hashes of {', '.join(differing)} than {KEY_JSON}"
     if run_id is not None and run_id not in {run.run_id, run.record.run.tags.get(ORIGIN)}:
-        yield f"names MLflow run {run_id}, this one is {run.run_id}"
+        yield f"{name}: names MLflow run {run_id}, this one is {run.run_id}"
 
 
-def _short_error(run: _Run, path: str, error: Exception) -> str:
-    """What is wrong with a file, without the names that the result states anyway."""
-    if not isinstance(error, RunkeyError):
-        return f"not JSON as a run writes it (run {run.run_id})"
-    text = str(error)
-    for prefix in (f"{run.record.label}: ", f"{path}: ", "key.json: "):
-        text = text.removeprefix(prefix)
-    return text
-
-
-def _check_mlflow(run: _Run) -> Iterator[CheckResult]:
+def _check_mlflow(run: _Run) -> Iterator[Outcome]:
     """Compare what MLflow has of the run now with the record and the key."""
     if run.sources.stored is None:
         text = "its database is read through a server only; skipped"
-        yield CheckResult("mlflow", "warning", text)
+        yield "warning", text
         return
     now = run.sources.stored(run.run_id)
     if now is None:
         text = f"run {run.run_id} is not in MLflow, or was deleted there"
         way_out = f"restore it on MLflow's pages, or {run.fetch}"
-        yield CheckResult("mlflow", "fault", text, way_out)
+        yield "fault", text, way_out
         return
-    wrong = [*_missing_in_mlflow(run, now), *_changed_in_mlflow(now, run.record.run)]
+    wrong = list(_wrong_in_mlflow(run, now))
     way_out = "`runkey index` takes over what MLflow has, if that is right"
     for text in wrong:
-        yield CheckResult("mlflow", "fault", f"run {run.run_id}: {text}", way_out)
+        yield "fault", f"run {run.run_id}: {text}", way_out
     if not wrong:
         text = f"{len(now.params)} params, {len(now.metrics)} metrics, the key and its parts"
-        yield CheckResult("mlflow", "ok", text)
+        yield "ok", text
 
 
-def _missing_in_mlflow(run: _Run, now: LoggedRun) -> Iterator[str]:
-    """What every finished run has."""
-    key = run.record.key
+def _wrong_in_mlflow(run: _Run, now: LoggedRun) -> Iterator[str]:
+    """What every finished run has and this one lacks; what differs from the record, but for tags.
+
+    Tags may be edited freely.
+    """
+    key, recorded = run.record.key, run.record.run
     for place, value in (("param", now.params.get(KEY)), ("tag", now.tags.get(KEY))):
         if value != key:
             yield f"{place} {KEY} is {value or 'missing'}, the run's key {key}"
@@ -403,105 +372,98 @@ def _missing_in_mlflow(run: _Run, now: LoggedRun) -> Iterator[str]:
     evaluated = {name for metrics in run.details.evaluations.values() for name in metrics}
     if missing := sorted(evaluated - now.metrics.keys()):
         yield f"metrics of its evaluation are missing: {first_few(missing)}"
-
-
-def _changed_in_mlflow(now: LoggedRun, recorded: LoggedRun) -> Iterator[str]:
-    """What differs from the record; tags may be edited freely."""
     if now.status != recorded.status:
         yield f"status {now.status}, recorded {recorded.status}"
-    yield from _other_values("param", now.params, recorded.params)
-    yield from _other_values("metric", now.metrics, recorded.metrics)
+    for kind in ("param", "metric"):
+        values, before = getattr(now, f"{kind}s"), getattr(recorded, f"{kind}s")
+        for name in sorted(values.keys() | before.keys()):
+            value, was = values.get(name, "missing"), before.get(name, "missing")
+            if value != was and repr(value) != repr(was):  # NaN is not equal to itself
+                yield f"{kind} {name} is {value}, recorded {was}"
 
 
-def _other_values(
-    kind: str, now: Mapping[str, str | float], recorded: Mapping[str, str | float]
-) -> Iterator[str]:
-    for name in sorted(now.keys() | recorded.keys()):
-        value, was = now.get(name, "missing"), recorded.get(name, "missing")
-        if value != was and not (_is_nan(value) and _is_nan(was)):
-            yield f"{kind} {name} is {value}, recorded {was}"
-
-
-def _is_nan(value: str | float) -> bool:
-    return isinstance(value, float) and math.isnan(value)
-
-
-def _check_snapshot(run: _Run) -> Iterator[CheckResult]:
+def _check_snapshot(run: _Run) -> Iterator[Outcome]:
     """Check that the commit is there, kept by a ref, and of the code that the key names."""
     root, oid = run.sources.root, run.details.snapshot
     if oid is None or not has_git(root):
         where = "it ran outside git" if oid is None else f"{root} is no git repository"
-        yield CheckResult("snapshot", "warning", f"none: {where}")
+        yield "warning", f"none: {where}"
         return
     commit = f"commit {oid[:12]}"
-    try:
-        git(root, "cat-file", "-e", f"{oid}^{{tree}}")
-    except RegistryError:
+    if not has_commit(root, oid):
         state, note = run.missing()
-        yield CheckResult("snapshot", state, f"{commit} is not in git here{note}", run.fetch)
+        yield state, f"{commit} is not in git here{note}", run.fetch
         return
     if not has_snapshot(root, oid):
         ref = f"{REFS}/{run.record.key}/{oid[:12]}"
         text = f"{ref} is missing: git's gc may delete {commit}"
-        yield CheckResult("snapshot", "fault", text, f"`git update-ref {ref} {oid}`")
+        yield "fault", text, f"`git update-ref {ref} {oid}`"
         return
     code = run.recipe.preimages["code"] if run.recipe and not run.sources.quick else None
     wrong = changed_files(root, oid, code) if code else {}
     for path, why in wrong.items():
-        yield CheckResult("snapshot", "fault", f"{commit}: {path} {why}", run.fetch)
+        yield "fault", f"{commit}: {path} {why}", run.fetch
     if not wrong:
         hashed = f", its {len(code['files'])} files of code hash as in the key" if code else ""
-        yield CheckResult("snapshot", "ok", f"{commit}{hashed}")
+        yield "ok", f"{commit}{hashed}"
 
 
-def _check_dvc_cache(run: _Run) -> Iterator[CheckResult]:
+def _check_dvc_cache(run: _Run) -> Iterator[Outcome]:
     """Check the run-cache entry, and each object of its outputs."""
     details, sources = run.details, run.sources
     if details.pointer_md5 is None or run.record.reproduction_of:
         # `runkey reproduce` keeps its run out of DVC's cache, where the newest entry wins.
         repeat = "a repeat is kept in MLflow only"
         why = repeat if run.record.reproduction_of else "not run by DVC"
-        yield CheckResult("dvc cache", "ok", f"none: {why}")
+        yield "ok", f"none: {why}"
         return
     way_out = f"{run.fetch}, or `dvc repro`, which takes the run's files"
-    entry, cache = sources.cache.entries.get(details.pointer_md5), sources.cache.cache
+    entry, cache = sources.entries.get(details.pointer_md5), sources.cache
     if entry is None:
         state, note = run.missing()
         text = f"no entry in {cache.runs} gave this run.json ({details.pointer_md5})"
-        yield CheckResult("dvc cache", state, f"{text}{note}", way_out)
+        yield state, f"{text}{note}", way_out
         return
     files = cache.files(entry.outs)
-    is_wrong = False
-    for name, md5 in files.items():
-        if why := sources.cache.why_wrong(md5, quick=sources.quick):
-            is_wrong = True
-            text = f"{name}: {why} (entry {entry.path})"
-            yield CheckResult("dvc cache", "fault", text, way_out)
-    if not is_wrong:
+    wrong = [(name, why) for name, md5 in files.items() if (why := _why_bad(cache, md5, sources))]
+    for name, why in wrong:
+        text = f"{name}: {why} (entry {entry.path})"
+        yield "fault", text, way_out
+    if not wrong:
         how = "are there" if sources.quick else "hash to their md5"
-        yield CheckResult("dvc cache", "ok", f"its {len(files)} objects {how}")
+        yield "ok", f"its {len(files)} objects {how}"
 
 
-def _check_environment(run: _Run) -> Iterator[CheckResult]:
+def _why_bad(cache: DvcCache, md5: str, sources: Sources) -> str:
+    """Say what is wrong with an object; empty if nothing."""
+    place = cache.object_path(md5)
+    if not place.is_file():
+        return f"{place} is not there"
+    if not sources.quick and (now := md5_file(place)) != md5.removesuffix(DIR):
+        return f"{place} is damaged (md5 {now})"
+    return ""
+
+
+def _check_environment(run: _Run) -> Iterator[Outcome]:
     """Check that the key names locked packages; warn where the run had others."""
     if run.recipe is not None:
         locked = run.recipe.preimages["environment"]
         if locked.get("packages"):
             text = f"{len(locked['packages'])} locked packages for {locked.get('platform')}"
-            yield CheckResult("environment", "ok", text)
+            yield "ok", text
         else:
             text = "key.json: its environment names no packages"
-            yield CheckResult("environment", "fault", text)
+            yield "fault", text
     witness = run.details.witness
     if differing := witness["package_differences"]:
         text = f"{len(differing)} packages were not as locked: {first_few(differing)}"
-        yield CheckResult("environment", "warning", text)
+        yield "warning", text
     for path in witness["undeclared_files"]:
         text = f"{path} was imported, and is no part of the key"
-        yield CheckResult("environment", "warning", text)
+        yield "warning", text
 
 
-_CHECKS: dict[str, Callable[[_Run], Iterator[CheckResult]]] = {
+_CHECKS: dict[str, Callable[[_Run], Iterator[Outcome]]] = {
     "files": _check_files,
     "key": _check_key,
     "mlflow": _check_mlflow,

@@ -12,17 +12,20 @@ from runkey.errors import RegistryError, TrackingError
 from runkey.identity.record import ORIGIN
 from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.library import LocalLibrary
-from runkey.registry.share import export_run, import_run
+from runkey.registry.share import Carried, Checkout, export_run, import_run
 from runkey.registry.snapshot import has_snapshot
 from runkey.tracking.store import Store, open_client
 from runkey.tracking.transfer import StoreRuns
 from tests.support.run_package import Ready
 
 
-def take(archive: Path, store: Store, runs: Any = None) -> Any:
-    root = store.home.parent
-    runs = runs or StoreRuns(store, "tests")
-    return import_run(archive, root, store.home, runs, LocalLibrary(store.home))
+def checkout(store: Store, runs: StoreRuns | None = None) -> Checkout:
+    library, runs = LocalLibrary(store.home), runs or StoreRuns(store, "tests")
+    return Checkout(store.home.parent, store.home, library, runs)
+
+
+def take(archive: Path, store: Store, runs: StoreRuns | None = None) -> Carried:
+    return import_run(archive, checkout(store, runs))
 
 
 def test_an_archive_gives_the_run_back(ready: Ready, archive: Path, store: Store) -> None:
@@ -51,7 +54,7 @@ def test_an_archive_gives_the_run_back(ready: Ready, archive: Path, store: Store
     assert (again.run_id, again.is_new) == (done.run_id, False)
     # And on: the copy's copy still names the first one.
     further = archive.with_name("further.zip")
-    export_run(record, root, store.home, StoreRuns(store, "tests"), further)
+    export_run(record, checkout(store), further)
     assert take(further, store).run_id == done.run_id
 
 
@@ -96,10 +99,10 @@ def test_what_is_missing_is_named_before_a_file_is_written(
     cache.object_path(listed["model/weights.safetensors"]).unlink()
     target = archive.with_name("new.zip")
     with pytest.raises(RegistryError, match=r"DVC's cache lacks model/weights\.safetensors"):
-        export_run(record, root, store.home, StoreRuns(store, "tests"), target)
+        export_run(record, checkout(store), target)
     (cache.runs / entry.path).unlink()
     with pytest.raises(RegistryError, match="has no entry of this run"):
-        export_run(record, root, store.home, StoreRuns(store, "tests"), target)
+        export_run(record, checkout(store), target)
     assert not target.exists()
 
 
@@ -108,10 +111,4 @@ def test_a_failed_run_is_not_handed_on(ready: Ready, archive: Path, store: Store
     (record,) = LocalLibrary(store.home).matching(ready.key)
     failed = replace(record, run=replace(record.run, status="FAILED"))
     with pytest.raises(RegistryError, match=f"run {done.run_id} is FAILED; only a finished run"):
-        export_run(
-            failed,
-            store.home.parent,
-            store.home,
-            StoreRuns(store, "tests"),
-            archive.with_name("new.zip"),
-        )
+        export_run(failed, checkout(store), archive.with_name("new.zip"))

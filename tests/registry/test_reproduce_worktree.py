@@ -55,13 +55,14 @@ def main(tmp_path: Path) -> Path:
 
 def test_it_is_made_and_taken_away(main: Path, tmp_path: Path) -> None:
     oid = git(main, "rev-parse", "HEAD")
-    tree = add_worktree(main, oid, tmp_path / "home" / "reproduce" / "a-1", "fetch it")
-    assert tree.root == tree.top
-    assert (tree.root / "seed" / "object").is_file()
-    assert not (tree.root / "hooked").exists()
-    assert git(tree.root, "rev-parse", "HEAD") == oid
-    remove_worktree(main, tree)
-    assert not tree.top.exists()
+    folder = tmp_path / "home" / "reproduce" / "a-1"
+    root = add_worktree(main, oid, folder, "fetch it")
+    assert root == folder
+    assert (root / "seed" / "object").is_file()
+    assert not (root / "hooked").exists()
+    assert git(root, "rev-parse", "HEAD") == oid
+    remove_worktree(main, folder)
+    assert not folder.exists()
     assert len(git(main, "worktree", "list").splitlines()) == 1
     assert git(main, "status", "--porcelain") == ""
 
@@ -76,26 +77,26 @@ def test_dvc_finds_the_main_checkouts_cache_and_remotes(main: Path, tmp_path: Pa
     (main / ".dvc" / "config.local").write_text(
         "['remote \"team\"']\n    access_key_id = name\n[cache]\n    type = copy\n"
     )
-    tree = add_worktree(main, git(main, "rev-parse", "HEAD"), tmp_path / "tree", "")
-    share_cache(main, tree.root)
-    assert cache_folder(tree.root) == main / ".dvc" / "cache"
+    root = add_worktree(main, git(main, "rev-parse", "HEAD"), tmp_path / "tree", "")
+    share_cache(main, root)
+    assert cache_folder(root) == main / ".dvc" / "cache"
     listed = subprocess.run(
         [sys.executable, "-m", "dvc", "config", "--list"],
-        cwd=tree.root,
+        cwd=root,
         env=clean_environment(main, {}),
         capture_output=True,
         text=True,
         check=True,
     ).stdout.splitlines()
     # The sample data lie in the snapshot itself, what was pushed beside the main checkout.
-    assert "remote.seed.url=" + str(tree.root / "seed") in listed or (
+    assert "remote.seed.url=" + str(root / "seed") in listed or (
         "remote.seed.url=../seed" in listed
     )
     assert f"remote.store.url={main / '.dvc' / 'store'}" in listed
     assert "remote.team.url=s3://bucket/path" in listed
     assert "remote.team.access_key_id=name" in listed
     assert "cache.type=copy" in listed
-    assert git(tree.root, "status", "--porcelain") == ""
+    assert git(root, "status", "--porcelain") == ""
 
 
 def test_dvc_is_not_told_of_another_run(main: Path, monkeypatch: pytest.MonkeyPatch) -> None:

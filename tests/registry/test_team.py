@@ -14,12 +14,14 @@ import pytest
 
 from runkey.dvc_transfer import DvcRemote
 from runkey.errors import RegistryError
+from runkey.identity.key import ANY_KEY
 from runkey.identity.record import CONTENT
 from runkey.registry.archive import pack
 from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.library import LocalLibrary
 from runkey.registry.package import RUN
-from runkey.registry.share import Handed, Places, fetch, import_run, publish
+from runkey.registry.share import Checkout, Handed, fetch, import_run, publish
+from runkey.registry.share import Team as Places
 from runkey.registry.share_dvc import FILE
 from runkey.registry.snapshot import has_snapshot
 from runkey.tracking.store import Store
@@ -33,32 +35,28 @@ pytestmark = pytest.mark.slow  # DVC takes a second a call
 class Machine:
     """A checkout with its store, and the team's places as it sees them."""
 
+    root: Path
     store: Store
     places: Places
-    theirs: StoreRuns
-
-    @property
-    def root(self) -> Path:
-        return self.places.root
 
     @property
     def local(self) -> LocalLibrary:
         return LocalLibrary(self.store.home)
 
     @property
-    def mine(self) -> StoreRuns:
-        return StoreRuns(self.store, "tests")
+    def here(self) -> Checkout:
+        return Checkout(self.root, self.store.home, self.local, StoreRuns(self.store, "tests"))
 
     def take(self, archive: Path) -> None:
-        import_run(archive, self.root, self.store.home, self.mine, self.local)
+        import_run(archive, self.here)
 
     def publish(self, key: str) -> Handed:
         (record,) = self.local.matching(key)
-        return publish(record, self.places, self.mine, self.theirs)
+        return publish(record, self.here, self.places)
 
     def fetch(self, key: str) -> Handed:
-        (record,) = self.places.server.matching(key)
-        return fetch(record, self.places, self.local, self.mine, self.theirs)
+        (record,) = self.places.library.matching(key)
+        return fetch(record, self.here, self.places)
 
 
 class Team:
@@ -76,14 +74,15 @@ class Team:
             config.write(f"    remote = store\n['remote \"store\"']\n    url = {self.dvc}\n")
         git(root, "remote", "add", "origin", str(self.remote))
         store = self._store(root)
-        places = Places(root, store.home, DvcRemote(root), "origin", self.library, own=False)
-        return Machine(store, places, StoreRuns(self.store, "team"))
+        runs = StoreRuns(self.store, "team")
+        return Machine(root, store, Places(DvcRemote(root), "origin", self.library, runs))
 
     def sent(self) -> list[str]:
         """Whatever the three places hold."""
         objects = [path.name for path in self.dvc.rglob("*") if path.is_file()]
         refs = git(self.remote, "for-each-ref").splitlines()
-        return sorted([*objects, *refs, *self.library.names()])
+        runs = [record.run.run_id for record in self.library.matching(ANY_KEY)]
+        return sorted([*objects, *refs, *runs])
 
     def _store(self, root: Path) -> Store:
         root.mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ import pytest
 from runkey.registry.mlflow_runs import run_reader
 from runkey.registry.rest import RestClient
 from runkey.registry.server_library import open_library
-from runkey.registry.verify import CacheReader, Report, Sources, verify_run
+from runkey.registry.verify import Report, Sources, verify_run
 from runkey.tracking.store import (
     free_port,
     locate_store,
@@ -46,7 +46,7 @@ def verify(checkout: Checkout, address: str) -> Report:
         library=library,
         stored=run_reader(address),
         root=checkout.root,
-        cache=CacheReader(checkout.root, [record.details.pointer_md5 or ""]),
+        pointers=frozenset([record.details.pointer_md5 or ""]),
         host=socket.gethostname(),
         is_shared=True,
     )
@@ -69,7 +69,7 @@ def test_a_run_of_a_server(checkout: Checkout, address: str) -> None:
         library=open_library(address, checkout.root / ".runkey"),
         stored=run_reader(address),
         root=checkout.root,
-        cache=CacheReader(checkout.root, []),
+        pointers=frozenset([]),
         host="elsewhere",
         is_shared=True,
         quick=True,
@@ -84,7 +84,7 @@ def test_a_server_that_is_gone_is_one_line(checkout: Checkout) -> None:
         library=open_library(locate_store(checkout.root).uri, checkout.root / ".runkey"),
         stored=run_reader(address),
         root=checkout.root,
-        cache=CacheReader(checkout.root, [checkout.details.pointer_md5 or ""]),
+        pointers=frozenset([checkout.details.pointer_md5 or ""]),
         host=socket.gethostname(),
         is_shared=True,
     )

@@ -16,7 +16,7 @@ from runkey.identity.record import ARTIFACTS, DETAILS
 from runkey.registry.archive import pack
 from runkey.registry.library import LocalLibrary
 from runkey.registry.package import RUN, object_path
-from runkey.registry.share import import_run
+from runkey.registry.share import Checkout, import_run
 from runkey.registry.share_dvc import FILE
 from tests.support.run_package import RECIPE, entry_text, git
 
@@ -40,7 +40,7 @@ def refused(file: Path, colleague: Path) -> str:
     before = git(colleague, "for-each-ref"), sorted(colleague.rglob("*"))
     home = colleague / ".runkey"
     with pytest.raises(RegistryError) as caught:
-        import_run(file, colleague, home, Untouched(), LocalLibrary(home))
+        import_run(file, Checkout(colleague, home, LocalLibrary(home), Untouched()))
     assert list(home.iterdir()) == []
     home.rmdir()
     after = git(colleague, "for-each-ref"), sorted(colleague.rglob("*"))

@@ -28,7 +28,7 @@ from runkey.registry.dvc_cache import md5_file
 from runkey.registry.library import LocalLibrary
 from runkey.registry.mlflow_runs import run_reader
 from runkey.registry.server_library import open_library
-from runkey.registry.verify import CacheReader, Report, Sources, verify_run
+from runkey.registry.verify import Report, Sources, verify_run
 from runkey.tracking.store import experiment_id, locate_store, open_client
 from runkey.tracking.transfer import logged_run
 from tests.support.once import made_once
@@ -97,7 +97,7 @@ class Checkout:
             library=open_library(store.uri, store.home),
             stored=run_reader(store.uri),
             root=self.root,
-            cache=CacheReader(self.root, [pointer] if pointer else []),
+            pointers=frozenset([pointer] if pointer else []),
             host=host or socket.gethostname(),
             is_shared=is_shared,
             quick=quick,
