@@ -89,6 +89,7 @@ def make_repository(root: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
     for name in list(os.environ):
         if name.startswith(("GIT_", "DVC_")):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
     # Neither this machine's settings nor a user's name.
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
