@@ -128,9 +128,8 @@ def draw(picture: Picture, curves: Mapping[str, Any], path: Path) -> Path:
         curves: of each run, by metric: epochs and values.
         path: the PNG.
     """
-    with drawing(path, panels=len(picture.panels), height=2.4) as (_, panels):
-        for axes, (title, metric) in zip(panels, picture.panels.items(), strict=True):
-            axes.set_title(title)
+    with drawing(path, *picture.panels, height=2.4) as (_, panels):
+        for axes, metric in zip(panels, picture.panels.values(), strict=True):
             axes.set_ylabel(_UNITS[metric])
             for colour, (run, label) in zip(CYCLE, picture.runs.items(), strict=False):
                 points = curves[run][metric]

@@ -6,11 +6,10 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
 
 _WORKSPACE = "."
+_LOG = paths.LOGS / "train.jsonl"
 
 
 def report(
@@ -78,8 +78,7 @@ def draw(as_json: AsJson = False) -> None:
 
 
 def _run(address: str, folder: Path) -> ReportedRun:
-    """A run whose files, as far as a page shows them, are copied into a folder."""
-    from runkey.plots.report_data import LOG, is_shown, recorded_run, workspace_run
+    from runkey.plots.report_data import is_shown, recorded_run, workspace_run
     from runkey.registry.dvc_cache import download
     from runkey.registry.library import find_run
 
@@ -90,16 +89,14 @@ def _run(address: str, folder: Path) -> ReportedRun:
     if record.details:
         wanted = [path for path in record.details.files if is_shown(path)]
         download(runs, record, wanted, folder)
-        return recorded_run(record, folder)
-    # It runs or was interrupted: its logs are in its training folder.
-    training = paths.training_folder(store().home, record.key, record.reproduction_of)
-    (folder / LOG.parent).mkdir(parents=True)
-    for log in training.glob("*.jsonl"):
-        shutil.copyfile(log, folder / LOG.parent / log.name)
+    else:  # it runs or was interrupted: its logs are in its training folder
+        training = paths.training_folder(store().home, record.key, record.reproduction_of)
+        (folder / _LOG.parent).mkdir(parents=True)
+        for log in training.glob("*.jsonl"):
+            shutil.copy(log, folder / _LOG.parent)
     return recorded_run(record, folder)
 
 
-_LOG = paths.LOGS / "train.jsonl"
 _FOLDER = re.compile(rf"({ANY_SCHEMA}-[0-9a-f]{{64}})(-repeats-[0-9a-f]{{8}})?")
 _PREFIX = re.compile(rf"(?:({ANY_SCHEMA})-)?([0-9a-f]{{4,64}})")
 
@@ -123,8 +120,7 @@ def watch(
             answer_no()
 
 
-@dataclass(frozen=True)
-class _Training:
+class _Training(NamedTuple):
     log: Path
     title: str
     params: Mapping[str, str]
@@ -138,11 +134,8 @@ def _found(key: str | None) -> Iterator[_Training]:
     if key and not match:
         raise RunkeyError(f"{key}: not a key; a key is {SCHEMA}- and hex digits, at least 4")
     schema, digits = match.groups() if match else (None, "")
-    logs = [
-        log
-        for log in home.glob(f"{schema or ANY_SCHEMA}-{digits}*/{_LOG.name}")
-        if _FOLDER.fullmatch(log.parent.name)
-    ]
+    found = home.glob(f"{schema or ANY_SCHEMA}-{digits}*/{_LOG.name}")
+    logs = [log for log in found if _FOLDER.fullmatch(log.parent.name)]
     if logs:
         yield _here(max(logs, key=lambda log: (_is_trained(log.parent), log.stat().st_mtime)))
     elif key:
@@ -161,20 +154,14 @@ def _is_trained(folder: Path) -> bool:
 
 
 def _here(log: Path) -> _Training:
-    """A training in its folder, with its name and parameters from the store."""
     key = log.parent.name.partition("-repeats-")[0]
-    try:
-        known = library().matching(key)[-1:]
-    except RegistryError:
-        known = []  # the log is enough
-    name = known[0].run.name if known else ""
-    return _Training(
-        log, f"{short_key(key)}  {name}".rstrip(), known[0].run.params if known else {}
-    )
+    with suppress(RegistryError):  # the log is enough
+        for known in library().matching(key)[-1:]:
+            return _Training(log, f"{short_key(key)}  {known.run.name}".rstrip(), known.run.params)
+    return _Training(log, short_key(key), {})
 
 
 def _ended(key: str, folder: Path) -> _Training:
-    """A run that has ended, its log copied into a folder."""
     from runkey.registry.dvc_cache import download
     from runkey.registry.library import find_run
 

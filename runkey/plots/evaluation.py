@@ -27,6 +27,7 @@ from runkey.evaluation.per_image import (
     confusion,
     judge_images,
 )
+from runkey.plots.log import number
 from runkey.plots.sheets import class_name, detection_sheet, printable
 from runkey.plots.style import (
     BLACK,
@@ -41,7 +42,6 @@ from runkey.plots.style import (
     drawing,
     legend,
     legend_beside,
-    shades,
     show_empty,
 )
 from runkey.plots.tables import write_confusion_table
@@ -72,12 +72,6 @@ def write_evaluation_plots(
         data_folder: what `Record.file` is relative to.
         out: the folder; made if it is not there.
         images: on each sheet; 0: no sheets.
-
-    Returns:
-        The written pictures.
-
-    Raises:
-        DataError: a file is missing.
     """
     records, classes = read_index(prepared / "val.json"), read_classes(prepared / "classes.json")
     judged = judge_images(records, classes, read_results(evaluation / PREDICTIONS))
@@ -102,20 +96,12 @@ def precision_recall(curves: Path, path: Path) -> Path:
     """Draw precision over recall, of each class at IoU 0.5 and of the mean at several IoU.
 
     Of more than eight classes, the best four and the worst four by AP50 are named.
-
-    Args:
-        curves: evaluation/precision_recall.json.
-        path: the picture, PNG.
-
-    Raises:
-        DataError: there is no such file.
     """
     stored = read_precision_recall(curves)
     recall = np.array(stored["recall"], dtype=np.float64)
     classes = [one for one in stored["classes"] if one["precision"] is not None]
-    with drawing(path, panels=2, height=3.1) as (_, (upper, lower)):
-        upper.set_title("Precision-recall curve of each class, at IoU 0.5")
-        lower.set_title("Mean over classes, by IoU")
+    titles = ("Precision-recall curve of each class, at IoU 0.5", "Mean over classes, by IoU")
+    with drawing(path, *titles, height=3.1) as (_, (upper, lower)):
         if not classes:
             show_empty((upper, lower), _NO_OBJECTS)
             return path
@@ -123,9 +109,7 @@ def precision_recall(curves: Path, path: Path) -> Path:
         _draw_classes(upper, recall, precision[:, 0], [one["name"] for one in classes])
         _draw_ious(lower, recall, precision.mean(axis=0), stored["iou"])
         for axes in (upper, lower):
-            axes.set_xlim(0, 1.01)
-            axes.set_ylim(0, 1.03)
-            axes.set_ylabel("precision")
+            axes.set(xlim=(0, 1.01), ylim=(0, 1.03), ylabel="precision")
         lower.set_xlabel("recall")
     return path
 
@@ -153,9 +137,9 @@ def _draw_ious(
 ) -> None:
     """Draw precision [T, R] over recall [R] at T thresholds of IoU."""
     chosen = [t for t in range(len(ious)) if round(ious[t] * 100) % 10 == 0 or t == len(ious) - 1]
-    for colour, t in zip(shades(len(chosen)), chosen, strict=True):
+    for shade, t in zip(np.linspace(1, 1 / 3, len(chosen)), chosen, strict=True):
         label = f"{ious[t]:.2f}  {precision[t].mean():.2f}"
-        axes.plot(recall, precision[t], color=colour, label=label)
+        axes.plot(recall, precision[t], color=_BLUES(shade), label=label)
     mean = precision.mean(axis=0)
     axes.plot(recall, mean, color=BLACK, linestyle="--", label=f"mean  {mean.mean():.2f}")
     legend_beside(axes, "IoU, AP")
@@ -165,30 +149,20 @@ def confusion_matrix(counted: Confusion, names: list[str], path: Path) -> Path:
     """Draw the confusion matrix, coloured by the share of each row.
 
     Of more than twenty classes, those with the most errors are shown, the others as one.
-
-    Args:
-        counted: the counts.
-        names: of the classes, in letters that the font has.
-        path: the picture, PNG.
     """
     counts, labels = _most_confused(counted.counts, names)
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
-    with drawing(path, panels=1, height=1.2 + 0.37 * len(counts)) as (_, (axes,)):
-        axes.set_title(f"Confusion matrix at score {counted.threshold:.2f} and above")
+    title = f"Confusion matrix at score {counted.threshold:.2f} and above"
+    with drawing(path, title, height=1.2 + 0.37 * len(counts)) as (_, (axes,)):
         if not counts.any():
             show_empty([axes], "no object and no detection")
             return path
         axes.imshow(shares, cmap=_BLUES, vmin=0, vmax=1, aspect="auto")
+        look: dict[str, Any] = {"ha": "center", "va": "center"}
+        look["fontsize"] = 9 if len(counts) <= 12 else 7
         for row, column in zip(*np.nonzero(counts), strict=True):
-            axes.text(
-                column,
-                row,
-                f"{counts[row, column]:,}",
-                ha="center",
-                va="center",
-                fontsize=9 if len(counts) <= 12 else 7,
-                color="white" if shares[row, column] > 0.45 else BLACK,
-            )
+            colour = "white" if shares[row, column] > 0.45 else BLACK
+            axes.text(column, row, f"{counts[row, column]:,}", color=colour, **look)
         last, short = len(labels), [cut(label, 16) for label in labels]
         axes.set_xticks(range(last + 1), [*short, "missed"])
         axes.set_yticks(range(last + 1), [*short, "background"])
@@ -196,8 +170,8 @@ def confusion_matrix(counted: Confusion, names: list[str], path: Path) -> Path:
             axes.tick_params(axis="x", rotation=40)
             for label in axes.get_xticklabels():
                 label.set(ha="right", rotation_mode="anchor")
-        axes.set_xlabel("detected class (match: IoU 0.5)")
-        axes.set_ylabel("true class; colour: share of the row")
+        axes.set(xlabel="detected class (match: IoU 0.5)")
+        axes.set(ylabel="true class; colour: share of the row")
         axes.grid(visible=False)
         axes.axhline(last - 0.5, color=BLACK, linewidth=1)
         axes.axvline(last - 0.5, color=BLACK, linewidth=1)
@@ -225,23 +199,15 @@ def ap_by_size(metrics: Path, path: Path) -> Path:
     """Draw AP of small, medium and large objects, and their number, of all classes and of each.
 
     Of more than twenty classes, the worst are shown.
-
-    Args:
-        metrics: evaluation/metrics.json.
-        path: the picture, PNG.
-
-    Raises:
-        DataError: there is no such file.
     """
     stored = read_metrics(metrics)
     classes = {name: one for name, one in stored["per_class"].items() if one["AP"] is not None}
     worst = sorted(classes, key=lambda name: classes[name]["AP"])[:_MAX_CLASSES]
     shown = {name: one for name, one in classes.items() if name in worst}
-    with drawing(path, panels=1, height=max(3.4, 0.9 + 0.27 * len(shown)), columns=2) as (_, axes):
-        left, right = axes
-        left.set_title("AP by object size")
+    height = max(3.4, 0.9 + 0.27 * len(shown))
+    with drawing(path, "AP by object size", "", height=height, columns=2) as (_, (left, right)):
         if not shown:
-            show_empty(axes, _NO_OBJECTS)
+            show_empty((left, right), _NO_OBJECTS)
             return path
         _draw_sizes(left, stored)
         _draw_classes_by_size(right, shown)
@@ -254,25 +220,18 @@ def ap_by_size(metrics: Path, path: Path) -> Path:
 
 
 def _draw_sizes(axes: Any, stored: dict[str, Any]) -> None:
+    values = [number(stored.get(f"AP_{size}")) for size in _SIZES]
+    colours = [colour for _, colour, _ in _SIZES.values()]
+    bars = axes.bar(range(len(values)), np.nan_to_num(values), color=colours, width=0.6)
+    texts = ["no objects" if math.isnan(value) else f"{value:.3f}" for value in values]
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+    axes.bar_label(bars, texts, padding=3, fontsize=9, bbox=white)
     ticks = []
-    for place, (size, (_, colour, _)) in enumerate(_SIZES.items()):
-        value = _number(stored.get(f"AP_{size}"))
-        height = 0.0 if math.isnan(value) else value
-        axes.bar(place, height, color=colour, width=0.6)
-        axes.annotate(
-            "no objects" if math.isnan(value) else f"{value:.3f}",
-            (place, height),
-            (0, 3),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
-        )
+    for size in _SIZES:
         by_size = (one["by_size"].get(size, {}) for one in stored["per_class"].values())
         ticks.append(f"{size}\n{sum(int(one.get('objects', 0)) for one in by_size):,} objects")
-    axes.axhline(
-        _number(stored["AP"]), color=BLACK, linestyle="--", linewidth=1.2, label="all sizes"
-    )
+    ap = number(stored["AP"])
+    axes.axhline(ap, color=BLACK, linestyle="--", linewidth=1.2, label="all sizes")
     axes.set_xticks(range(len(ticks)), ticks)
     axes.set_ylabel("AP, 0 to 1")
     axes.grid(visible=False, axis="x")
@@ -281,15 +240,10 @@ def _draw_sizes(axes: Any, stored: dict[str, Any]) -> None:
 
 def _draw_classes_by_size(axes: Any, classes: dict[str, dict[str, Any]]) -> None:
     rows = np.arange(len(classes))
-    values = np.array(
-        [
-            [_number(one["by_size"].get(size, {}).get("AP")) for one in classes.values()]
-            for size in _SIZES
-        ]
-    )  # [sizes, K]
-    lowest = np.where(np.isnan(values), np.inf, values).min(axis=0)
-    lowest = np.where(np.isfinite(lowest), lowest, 0.0)
-    highest = np.nan_to_num(values).max(axis=0)
+    by_size = [one["by_size"] for one in classes.values()]
+    values = np.array([[number(one.get(s, {}).get("AP")) for one in by_size] for s in _SIZES])
+    lowest = np.nan_to_num(np.fmin.reduce(values))  # [sizes, K] -> [K]
+    highest = np.nan_to_num(np.fmax.reduce(values))
     axes.barh(rows, highest - lowest, left=lowest, height=0.16, color=PALE, zorder=1)
     for of_size, (label, colour, shape) in zip(values, _SIZES.values(), strict=True):
         axes.scatter(of_size, rows, color=colour, marker=shape, s=30, label=label, zorder=3)
@@ -302,49 +256,25 @@ def _draw_classes_by_size(axes: Any, classes: dict[str, dict[str, Any]]) -> None
 
 
 def reliability(scores: Calibration, path: Path) -> Path:
-    """Draw a reliability diagram: the precision of detections over their score, and their number.
-
-    Args:
-        scores: of detections of at least `_LEAST_SCORE`.
-        path: the picture, PNG.
-    """
+    """Draw precision and number of the detections over their score (a reliability diagram)."""
     edges = np.arange(BINS) / BINS
-    width = 0.94 / BINS
-    with drawing(path, panels=2, height=2.6) as (_, (shares, counts)):
-        shares.set_title("Calibration of the scores")
-        counts.set_title("Detections")
+    titles = ("Calibration of the scores", "Detections")
+    with drawing(path, *titles, height=2.6) as (_, (shares, counts)):
         if not scores.counts.any():
             show_empty((shares, counts), f"no detection of score {_LEAST_SCORE} or above")
             return path
-        shares.bar(
-            edges,
-            scores.shares_right,
-            width,
-            align="edge",
-            color=BLUE,
-            label="precision of the bin",
-        )
+        bins: dict[str, Any] = {"width": 0.94 / BINS, "align": "edge"}
+        right = scores.shares_right
+        shares.bar(edges, right, color=BLUE, label="precision of the bin", **bins)
         shares.plot([0, 1], [0, 1], color=GREY, linestyle="--", label="perfect calibration")
-        shares.plot(
-            scores.mean_scores,
-            scores.shares_right,
-            color=VERMILLION,
-            marker="o",
-            markersize=4,
-            label=f"expected calibration\nerror (ECE) {scores.error:.3f}",
-        )
-        shares.set_ylim(0, 1.03)
-        shares.set_ylabel("precision")
+        error = f"expected calibration\nerror (ECE) {scores.error:.3f}"
+        dots: dict[str, Any] = {"color": VERMILLION, "marker": "o", "markersize": 4}
+        shares.plot(scores.mean_scores, right, label=error, **dots)
+        shares.set(ylim=(0, 1.03), ylabel="precision")
         legend_beside(shares, "match: IoU 0.5")
-        bars = counts.bar(edges, scores.counts, width, align="edge", color=GREY)
+        bars = counts.bar(edges, scores.counts, color=GREY, **bins)
         counts.bar_label(bars, [f"{count:,}" for count in scores.counts], padding=2, fontsize=9)
         counts.yaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
-        counts.set_ylim(0, 1.18 * scores.counts.max())
-        counts.set_ylabel("detections")
-        counts.set_xlabel(f"score (of {_LEAST_SCORE} and above)")
-        counts.set_xlim(0, 1)
+        counts.set(ylim=(0, 1.18 * scores.counts.max()), ylabel="detections")
+        counts.set(xlim=(0, 1), xlabel=f"score (of {_LEAST_SCORE} and above)")
     return path
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)

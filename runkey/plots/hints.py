@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from runkey.progress import WIDTH
 
 if TYPE_CHECKING:
     from runkey.evaluation.coco import ClassResult
+    from runkey.training.metrics import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -71,17 +73,25 @@ def find_hints(
         params: resolved parameters by dotted name, or their JSON texts; {} if not known.
         samples: of the machine, see `read_samples`.
     """
-    settings = {name: _parsed(value) for name, value in params.items()}
     if len(log.epochs) < 2:
         return []
-    return [
-        *_loader(log, settings),
-        *_machine(log, settings, samples),
+    settings = {name: _parsed(value) for name, value in params.items()}
+
+    def with_value(found: re.Match[str]) -> str:
+        if (name := found[1]) not in settings:
+            return name
+        value = settings[name]
+        return f"{name} (now {value if isinstance(value, str) else json.dumps(value)})"
+
+    found = (
+        *_loader(log),
+        *_machine(log, settings, samples[-60:]),
         *_clipping(log, settings),
         *_learning_rate(log, settings),
-        *_overfitting(log, settings),
+        *_overfitting(log),
         *_classes(log),
-    ]
+    )
+    return [replace(one, change=re.sub(r"{([\w.]+)}", with_value, one.change)) for one in found]
 
 
 def logged_hints(log: TrainingLog) -> list[Hint]:
@@ -100,14 +110,13 @@ def all_hints(
 
     Once training has ended, a logged hint that no longer holds says so.
     """
-    found = find_hints(log, params, samples)
-    logged, kinds = logged_hints(log), {hint.kind for hint in found}
+    logged = {hint.kind: hint for hint in logged_hints(log)}
+    found = {hint.kind: hint for hint in find_hints(log, params, samples)}
     if "training_end" in log.events:
-        logged = [
-            h if h.kind in kinds else replace(h, seen=f"{h.seen} (no longer at the end)")
-            for h in logged
-        ]
-    return [*logged, *(h for h in found if h.kind not in {one.kind for one in logged})]
+        for kind in logged.keys() - found.keys():
+            lost = f"{logged[kind].seen} (no longer at the end)"
+            logged[kind] = replace(logged[kind], seen=lost)
+    return [*logged.values(), *(hint for kind, hint in found.items() if kind not in logged)]
 
 
 def lasting_hints(
@@ -130,38 +139,14 @@ def class_scores(per_class: Sequence[ClassResult]) -> dict[str, Any]:
     }
 
 
-class Tracker(Protocol):
-    """`runkey.training.metrics.Tracker`: what a training logs to."""
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Log metrics."""
-
-    def event(self, kind: str, **fields: object) -> None:
-        """Log an event."""
-
-    def position(self) -> dict[str, int | str]:
-        """Return the position in the log."""
-        ...
-
-    def resume(self, position: Mapping[str, int | str] | None) -> None:
-        """Go on from a position in the log."""
-
-
 class HintingTracker:
     """A tracker that also looks for hints at the end of each epoch and logs each kind once."""
 
     def __init__(
         self, tracker: Tracker, log: Path, samples: Path, params: Mapping[str, Any]
     ) -> None:
-        """Read nothing yet.
-
-        Args:
-            tracker: that everything is passed on to.
-            log: the JSONL file that it writes.
-            samples: of the machine; need not exist.
-            params: resolved parameters by dotted name.
-        """
-        self._tracker, self._samples, self._params = tracker, samples, params
+        self.event, self.position, self.resume = tracker.event, tracker.position, tracker.resume
+        self._log, self._samples, self._params = tracker.log, samples, params
         self._growing = GrowingLog(log)
         self._scores: Mapping[str, Any] = {}
         self._is_on = True
@@ -172,28 +157,17 @@ class HintingTracker:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Log metrics, and hints if they end an epoch."""
-        self._tracker.log(values, step)
+        self._log(values, step)
         if "train/epoch_loss" not in values:
             return
         if self._scores:
-            self._tracker.event(CLASS_SCORES, step=step, **self._scores)
+            self.event(CLASS_SCORES, step=step, **self._scores)
             self._scores = {}
-        if self._is_on:
-            self._log_hints(step)
+        for hint in self._new_hints() if self._is_on else ():
+            logger.info("\n".join(hint.lines))
+            self.event(f"{EVENT}{hint.kind}", step=step, seen=hint.seen, change=hint.change)
 
-    def event(self, kind: str, **fields: object) -> None:
-        """See `Tracker`."""
-        self._tracker.event(kind, **fields)
-
-    def position(self) -> dict[str, int | str]:
-        """See `Tracker`."""
-        return self._tracker.position()
-
-    def resume(self, position: Mapping[str, int | str] | None) -> None:
-        """See `Tracker`."""
-        self._tracker.resume(position)
-
-    def _log_hints(self, step: int) -> None:
+    def _new_hints(self) -> list[Hint]:
         try:
             self._growing.update()
             # A resumed training has its earlier hints in the log.
@@ -203,13 +177,11 @@ class HintingTracker:
         except Exception as error:  # noqa: BLE001
             logger.warning(f"no more hints: {type(error).__name__}: {error}")
             self._is_on = False
-            return
-        for hint in found:
-            if hint.kind not in logged:
-                logger.info("\n".join(hint.lines))
-                kind = f"{EVENT}{hint.kind}"
-                self._tracker.event(kind, step=step, seen=hint.seen, change=hint.change)
+            return []
+        return [hint for hint in found if hint.kind not in logged]
 
+
+# The rules. In the text of a change, {name} becomes the parameter's name with its value.
 
 _LATEST_EPOCHS = 3
 """Epochs whose loss must all be higher: a single one may be in a training that goes well."""
@@ -221,44 +193,38 @@ _LOSS_RATIO = 1.4
 
 
 def _clipping(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
-    """Find that every step is clipped, or none."""
     before, after = _recent(log, "train/grad_norm"), _recent(log, "train/grad_norm_clipped")
-    if len(before) < _LEAST_VALUES or len(before) != len(after):
+    mode, limit = (settings.get(f"optimizer.clip.{name}") for name in ("mode", "threshold"))
+    # A threshold by percentile follows the norms by itself.
+    if len(before) < _LEAST_VALUES or len(before) != len(after) or mode == "percentile":
         return
-    if settings.get("optimizer.clip.mode") == "percentile":
-        return  # the threshold follows the norms by itself
     share = float((before > 1.001 * after).mean())
     typical, high = (float(f"{np.percentile(before, q):.2g}") for q in (50, 90))
-    threshold = _now("optimizer.clip.threshold", settings)
+    largest = float(np.max(before))
     if share >= 0.98 and typical >= 2 * np.median(after):
         yield Hint(
             "clipping",
             f"gradients are clipped in {share:.0%} of the steps, from a norm of about {typical:g}"
             f" to {np.median(after):.2g}: every step has the same length",
-            f"raise {threshold} to about {high:g} to clip only outliers",
+            f"raise {{optimizer.clip.threshold}} to about {high:g} to clip only outliers",
         )
-    limit = settings.get("optimizer.clip.threshold")
-    norm_mode = settings.get("optimizer.clip.mode") == "norm"
-    if norm_mode and share == 0 and len(log.epochs) >= 3 and isinstance(limit, (int, float)):
-        largest = float(np.max(before))
-        if largest < limit / 2:
-            yield Hint(
-                "clipping",
-                f"clipping never acts: the largest gradient norm is {largest:.2g}",
-                f"lower {threshold} to about {high:g}, or set optimizer.clip.mode: none",
-            )
+    elif mode == "norm" and share == 0 and len(log.epochs) >= 3 and largest < number(limit) / 2:
+        yield Hint(
+            "clipping",
+            f"clipping never acts: the largest gradient norm is {largest:.2g}",
+            f"lower {{optimizer.clip.threshold}} to about {high:g}, or set optimizer.clip.mode:"
+            " none",
+        )
 
 
 def _learning_rate(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
-    """Find a learning rate that is too high or too low, by the loss."""
-    lr = _now("lr", settings)
     _, losses = _finite(log, "train/epoch_loss")
     if skipped := _skipped_lately(log):
         were = "step was" if skipped == 1 else "steps were"
         yield Hint(
             "lr_high",
             f"{skipped} {were} skipped in the last epoch: loss or gradients were not finite",
-            f"lower {lr} to a third, or set training.precision: off",
+            "lower {lr} to a third, or set training.precision: off",
         )
     elif len(losses) > _LATEST_EPOCHS and losses[-_LATEST_EPOCHS:].min() > 1.1 * (
         least := _least_before(losses, settings)
@@ -266,32 +232,30 @@ def _learning_rate(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hi
         yield Hint(
             "lr_high",
             f"the training loss has risen from {least:.3g} to {losses[-1]:.3g}",
-            f"lower {lr} to a third, or raise {_now('schedule.warmup_fraction', settings)}",
+            "lower {lr} to a third, or raise {schedule.warmup_fraction}",
         )
     _, scores = _finite(log, "val/AP")
     fallen = 1 - losses[-1] / losses[0] if len(losses) else 1.0
     slow = len(losses) >= 4 and 0 <= fallen < 0.05 and not _rising(log)
-    given = settings.get("lr")
-    slow = slow and not (isinstance(given, (int, float)) and given > _HIGH_LR)
+    slow = slow and not number(settings.get("lr")) > _HIGH_LR
     if slow and (not len(scores) or scores.max() < 0.1):
         yield Hint(
             "lr_low",
             f"the training loss has fallen by {fallen:.1%} in {len(losses)} epochs",
-            f"raise {lr} three times, or lower {_now('schedule.warmup_fraction', settings)}",
+            "raise {lr} three times, or lower {schedule.warmup_fraction}",
         )
 
 
 def _least_before(losses: NDArray[np.float64], settings: Mapping[str, Any]) -> float:
     """Return the least loss of earlier epochs; with a cyclical rate, of those a cycle ago."""
-    earlier = losses[:-_LATEST_EPOCHS]
-    cycle = settings.get("schedule.cycle_epochs")
-    if settings.get("schedule.name") == "cyclical" and isinstance(cycle, (int, float)):
-        earlier = losses[: -max(_LATEST_EPOCHS, round(cycle))]
-    return float(earlier.min()) if len(earlier) else math.inf
+    latest = _LATEST_EPOCHS
+    cycle = number(settings.get("schedule.cycle_epochs"))
+    if settings.get("schedule.name") == "cyclical" and math.isfinite(cycle):
+        latest = max(latest, round(cycle))
+    return float(losses[:-latest].min(initial=math.inf))
 
 
 def _rising(log: TrainingLog) -> bool:
-    """Return True if the rate is higher than an epoch ago."""
     steps, rates = log.of_steps("train/lr")
     if not len(rates):
         return False
@@ -299,8 +263,7 @@ def _rising(log: TrainingLog) -> bool:
     return bool(rates[-1] > 1.02 * ago)
 
 
-def _overfitting(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
-    """Find a validation loss that rises, or is far above the training loss."""
+def _overfitting(log: TrainingLog) -> Iterator[Hint]:
     steps, val_loss = _finite(log, "val/loss")
     train_steps, train = _finite(log, "train/epoch_loss")
     if len(steps) < 4 or not len(train):
@@ -322,14 +285,12 @@ def _overfitting(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint
     yield Hint(
         "overfitting",
         seen,
-        f"strengthen data.augment, raise {_now('optimizer.weight_decay', settings)} or"
-        f" {_now('model.dropout', settings)}, or lower {_now('training.epochs', settings)};"
-        " the best weights are kept",
+        "strengthen data.augment, raise {optimizer.weight_decay} or {model.dropout},"
+        " or lower {training.epochs}; the best weights are kept",
     )
 
 
 def _classes(log: TrainingLog) -> Iterator[Hint]:
-    """Find classes with AP50 0."""
     fields = log.events.get(CLASS_SCORES, {})
     never, classes = fields.get("never_found", []), fields.get("classes", 0)
     if never and number(fields.get("mean_AP50")) > 0.2:
@@ -344,25 +305,20 @@ def _classes(log: TrainingLog) -> Iterator[Hint]:
         )
 
 
-_HOST_MEMORY = "system/system_memory_usage_percentage"
-_GPU_BUSY = "_utilization_percentage"
-_GPU_MEMORY = "_memory_usage_percentage"
-
 _LOADER_SHARE = 0.15
 _BUSY_PERCENT = 60
 _FULL_PERCENT = {"host": 92, "GPU": 97}
 _EMPTY_PERCENT = 40
 
 
-def _loader(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
-    """Find that training waits for data."""
+def _loader(log: TrainingLog) -> Iterator[Hint]:
     waits = _recent(log, "train/data_wait_share")
     if len(waits) >= _LEAST_VALUES and (share := float(np.median(waits))) >= _LOADER_SHARE:
         yield Hint(
             "loader",
             f"training waits for data {share:.0%} of its time",
-            f"raise {_now('runtime.workers', settings)} or {_now('runtime.prefetch', settings)};"
-            f" or {_now('data.cache_gib', settings)}, to keep decoded images",
+            "raise {runtime.workers} or {runtime.prefetch}; or {data.cache_gib}, to keep decoded"
+            " images",
         )
 
 
@@ -370,45 +326,39 @@ def _machine(
     log: TrainingLog, settings: Mapping[str, Any], samples: Sequence[Point]
 ) -> Iterator[Hint]:
     """Find full host memory, an idle GPU, and full or unused GPU memory."""
-    last = samples[-60:]
-    if len(last) < _LEAST_VALUES:
+    if len(samples) < _LEAST_VALUES:
         return
-    if (full := _median(last, [_HOST_MEMORY])) >= _FULL_PERCENT["host"]:
+    # `auto` already takes all images of the step that fit.
+    fixed = settings.get("training.micro_batch") != "auto"
+    batch = "{training.micro_batch} or " * fixed + "{training.batch_size}"
+    full = _median(samples, ["system/system_memory_usage_percentage"])
+    if full >= _FULL_PERCENT["host"]:
         yield Hint(
             "host_memory",
             f"{full:.0f}% of the host's memory is in use",
-            f"lower {_now('runtime.workers', settings)} or {_now('data.cache_gib', settings)}",
+            "lower {runtime.workers} or {data.cache_gib}",
         )
-    busy = _median(last, gpu_names(last, _GPU_BUSY))
+    busy = _median(samples, gpu_names(samples, "_utilization_percentage"))
     waits = _recent(log, "train/data_wait_share")
     if len(waits) and busy < _BUSY_PERCENT and np.median(waits) < _LOADER_SHARE:
         yield Hint(
             "host",
             f"the GPU is busy {busy:.0f}% of the time though data is ready: the host is slower",
-            f"raise {_larger_batch(settings)}, so that each launch does more",
+            f"raise {batch}, so that each launch does more",
         )
-    memory = _median(last, gpu_names(last, _GPU_MEMORY))
+    memory = _median(samples, gpu_names(samples, "_memory_usage_percentage"))
     if memory >= _FULL_PERCENT["GPU"]:
         yield Hint(
             "gpu_memory",
             f"{memory:.0f}% of the GPU's memory is in use: a larger batch may not fit",
-            f"lower {_now('training.micro_batch', settings)} or"
-            f" {_now('memory.budget_gib', settings)}",
+            "lower {training.micro_batch} or {memory.budget_gib}",
         )
     elif memory < _EMPTY_PERCENT:
         yield Hint(
             "gpu_memory",
             f"only {memory:.0f}% of the GPU's memory is in use",
-            f"raise {_larger_batch(settings)}, or train a larger model or larger images",
+            f"raise {batch}, or train a larger model or larger images",
         )
-
-
-def _larger_batch(settings: Mapping[str, Any]) -> str:
-    """Name what enlarges a forward pass; `auto` already takes all images of the step that fit."""
-    names = ["training.batch_size"]
-    if settings.get("training.micro_batch") != "auto":
-        names.insert(0, "training.micro_batch")
-    return " or ".join(_now(name, settings) for name in names)
 
 
 def _recent(log: TrainingLog, name: str) -> NDArray[np.float64]:
@@ -435,23 +385,14 @@ def _skipped_lately(log: TrainingLog) -> int:
         return 0
     skipped, tried = counts[-1] - counts[-2], steps[-1] - steps[-2]
     precision = str(log.events.get("training_start", {}).get("precision"))
-    scaled = precision.startswith("float16")
-    few = max(3, tried / 10) if scaled else max(1, tried / 100)
+    few = max(3, tried / 10) if precision.startswith("float16") else max(1, tried / 100)
     return int(skipped) if np.isfinite(skipped) and skipped >= few else 0
 
 
 def _median(samples: Sequence[Point], names: Sequence[str]) -> float:
     """Return the median over samples and metrics; NaN, which meets no limit, without any."""
     values = [s.values[name] for s in samples for name in names if name in s.values]
-    return float(np.median(values)) if values else float("nan")
-
-
-def _now(name: str, settings: Mapping[str, Any]) -> str:
-    """Return a parameter's name with its value."""
-    if name not in settings:
-        return name
-    value = settings[name]
-    return f"{name} (now {value if isinstance(value, str) else json.dumps(value)})"
+    return float(np.median(values)) if values else math.nan
 
 
 def _parsed(value: Any) -> Any:

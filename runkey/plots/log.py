@@ -55,7 +55,7 @@ class TrainingLog:
     def add(self, entry: dict[str, Any]) -> None:
         """Add one more line of the log."""
         if isinstance(entry.get("values"), dict) and isinstance(entry.get("step"), int):
-            self._add_values(entry)
+            self._add_values(_point(entry, entry["step"]))
             return
         kind = str(entry.get("event", entry.get("kind", "")))
         fields = self.events[kind] = entry.get("fields", entry)
@@ -70,6 +70,11 @@ class TrainingLog:
     def of_epochs(self, name: str) -> Series:
         """Return the same of a metric that is logged when an epoch ends."""
         return _series(self.epochs, name)
+
+    @property
+    def last_step(self) -> int:
+        """The last optimizer step that was logged; 0 before the first."""
+        return max((points[-1].step for points in (self.steps, self.epochs) if points), default=0)
 
     @property
     def steps_per_epoch(self) -> float | None:
@@ -90,19 +95,13 @@ class TrainingLog:
                 return int(steps[np.nanargmax(sign * values)])
         return None
 
-    @property
-    def stopped_early(self) -> bool:
-        """Whether early stopping ended the training."""
-        return "early stop" in str(self.events.get("training_end", {}).get("reason", ""))
-
-    def _add_values(self, entry: dict[str, Any]) -> None:
-        values = {name: number(value) for name, value in entry["values"].items()}
-        point = Point(entry["step"], number(entry.get("time")), values)
-        ends_epoch = "train/epoch_loss" in values or any(name.startswith("val/") for name in values)
+    def _add_values(self, point: Point) -> None:
+        names = point.values
+        ends_epoch = "train/epoch_loss" in names or any(n.startswith("val/") for n in names)
         points = self.epochs if ends_epoch else self.steps
         place = bisect_left(points, point.step, key=lambda one: one.step)
         if place < len(points) and points[place].step == point.step:
-            points[place] = Point(point.step, point.seconds, points[place].values | values)
+            points[place] = Point(point.step, point.seconds, points[place].values | names)
         else:
             points.insert(place, point)
 
@@ -111,7 +110,6 @@ class GrowingLog:
     """The log of a running training, read on from where the last read ended."""
 
     def __init__(self, path: Path) -> None:
-        """Read nothing yet."""
         self.path = path
         self.log = TrainingLog()
         self._offset = 0
@@ -137,11 +135,7 @@ class GrowingLog:
 
 
 def read_log(path: Path) -> TrainingLog:
-    """Read a training's log.
-
-    Raises:
-        DataError: there is no such file.
-    """
+    """Read a training's log; DataError if there is none."""
     growing = GrowingLog(path)
     try:
         growing.update()
@@ -159,7 +153,7 @@ def read_samples(path: Path) -> list[Point]:
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return [
-        Point(step, number(entry["time"]), {n: number(v) for n, v in entry["values"].items()})
+        _point(entry, step)
         for step, entry in enumerate(entries(lines), start=1)
         if isinstance(entry.get("values"), dict) and "time" in entry
     ]
@@ -191,9 +185,12 @@ def number(value: object) -> float:
     return result if math.isfinite(result) else math.nan
 
 
+def _point(entry: dict[str, Any], step: int) -> Point:
+    values = {name: number(value) for name, value in entry["values"].items()}
+    return Point(step, number(entry.get("time")), values)
+
+
 def _series(points: list[Point], name: str) -> Series:
-    logged = [point for point in points if name in point.values]
-    return (
-        np.array([point.step for point in logged], dtype=np.float64),
-        np.array([point.values[name] for point in logged], dtype=np.float64),
-    )
+    logged = [(point.step, point.values[name]) for point in points if name in point.values]
+    steps, values = np.array(logged, dtype=np.float64).reshape(-1, 2).T
+    return steps, values

@@ -46,16 +46,13 @@ _FAR = 2.5
 def draw_step(
     prediction: Prediction, images: int, folder: Path, budget_gib: float | None
 ) -> list[Path]:
-    """Draw a predicted step, its upper bound and the budget.
+    """Draw the memory of a predicted step by class and phase, its upper bound and the budget.
 
     Args:
         prediction: of the training.
         images: micro-batch.
         folder: where `timeline.png` and `timeline.svg` go.
         budget_gib: `memory.budget_gib`, if it is a number.
-
-    Returns:
-        The written files.
     """
     model = prediction.model
     height, width = model.shapes.worst_of(images)
@@ -67,74 +64,49 @@ def draw_step(
         f"{model.precision}, on a GPU"
     )
     timeline = timeline_of(prediction.trace(images))
-    return write_memory_picture(timeline, folder, title=title, lines=lines)
-
-
-def write_memory_picture(
-    timeline: Timeline, folder: Path, *, title: str, lines: Sequence[tuple[str, float]] = ()
-) -> list[Path]:
-    """Draw memory by class over a step, with a band for each phase.
-
-    Args:
-        timeline: the step.
-        folder: where `timeline.png` and `timeline.svg` go.
-        title: what was traced.
-        lines: levels to draw, each a label and bytes.
-
-    Returns:
-        The written files.
-    """
     paths = [folder / f"timeline{suffix}" for suffix in (".png", ".svg")]
     for path in paths:
-        with drawing(path, panels=1, height=4.4) as (_, (axes,)):
+        with drawing(path, "", height=4.4) as (_, (axes,)):
             _draw(axes, timeline, title, lines)
     return paths
 
 
 def _draw(axes: Any, timeline: Timeline, title: str, lines: Sequence[tuple[str, float]]) -> None:
-    unit, name = (GIB, "GiB") if timeline.peak_bytes >= GIB else (MIB, "MiB")
+    """Draw a step and some levels, each a label and bytes."""
+    unit, name, digits = (GIB, "GiB", 2) if timeline.peak_bytes >= GIB else (MIB, "MiB", 1)
     positions, starts = _positions(timeline)
     events = _drawn_events(timeline, positions)
     _draw_layers(axes, positions[events], timeline.live[:, events] / unit)
     peak = top = timeline.peak_bytes / unit
-    titles = [title]
     styles = iter(("--", ":", "-."))
     for text, level in lines:
         if level > _FAR * timeline.peak_bytes:
-            titles.append(f"{text}: {level / timeline.peak_bytes:,.0f} x the peak")
+            title += f"\n{text}: {level / timeline.peak_bytes:,.0f} x the peak"
         else:
             style = next(styles, "-")
             axes.axhline(level / unit, color=BLACK, linestyle=style, linewidth=1.3, label=text)
             top = max(top, level / unit)
     place = positions[events][int(timeline.total[events].argmax())]
     axes.plot([place], [peak], color=BLACK, marker="v", markersize=6, linestyle="none", zorder=5)
+    right = place >= 0.8
     axes.annotate(
-        f"peak {peak:.2f} {name}" if unit == GIB else f"peak {peak:.1f} {name}",
+        f"peak {peak:.{digits}f} {name}",
         (place, peak),
-        (6, 5) if place < 0.8 else (-6, 5),
+        (-6 if right else 6, 5),
         textcoords="offset points",
-        ha="left" if place < 0.8 else "right",
+        ha="right" if right else "left",
         fontsize=9,
     )
-    axes.set_title("\n".join(titles))
-    axes.set_ylim(0, top * 1.25)
-    axes.set_ylabel(f"allocated, {name}")
+    axes.set(title=title, ylim=(0, top * 1.25), ylabel=f"allocated, {name}")
     _draw_phases(axes, timeline, [*positions[starts].tolist(), 1.0])
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(
-        handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), borderaxespad=0.8
-    )
+    handles, labels = (found[::-1] for found in axes.get_legend_handles_labels())
+    axes.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), borderaxespad=0.8)
 
 
 def _draw_layers(axes: Any, places: NDArray[np.float64], live: NDArray[np.float64]) -> None:
-    """Stack the layers that hold anything.
+    """Stack the layers that hold anything of `live` [classes, E] at `places` [E], 0 to 1.
 
     A point at which neither edge of a layer changes is left out, to keep the SVG small.
-
-    Args:
-        axes: to draw on.
-        places: [E], 0 to 1.
-        live: [classes, E], in the unit of the axis.
     """
     below = np.zeros_like(places)
     for label, classes, colour in _LAYERS:
@@ -142,15 +114,8 @@ def _draw_layers(axes: Any, places: NDArray[np.float64], live: NDArray[np.float6
         if (above > below).any():
             changes = (np.diff(below, prepend=np.nan) != 0) | (np.diff(above, prepend=np.nan) != 0)
             changes[-1] = True
-            axes.fill_between(
-                places[changes],
-                below[changes],
-                above[changes],
-                label=label,
-                color=colour,
-                step="post",
-                linewidth=0,
-            )
+            edges = (places[changes], below[changes], above[changes])
+            axes.fill_between(*edges, label=label, color=colour, step="post", linewidth=0)
         below = above
 
 
@@ -190,7 +155,5 @@ def _draw_phases(axes: Any, timeline: Timeline, edges: Sequence[float]) -> None:
             rotation=90 if right - left < 0.1 else 0,
         )
         axes.axvline(right, color=GREY, linewidth=0.6)
-    axes.set_xlim(0, 1)
-    axes.set_xticks([])
+    axes.set(xlim=(0, 1), xticks=[], xlabel="allocations and frees in order; time is not to scale")
     axes.grid(visible=False, axis="x")
-    axes.set_xlabel("allocations and frees in order; time is not to scale")

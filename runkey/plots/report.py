@@ -10,9 +10,8 @@ import base64
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -51,17 +50,16 @@ _EVALUATION = {
     "best": "Best images: ground truth beside detections",
     "worst": "Worst images: ground truth beside detections",
 }
-_COMPARED = (
-    ("Validation AP", "AP, 0 to 1", "val/AP"),
-    ("Validation loss", "loss per object", "val/loss"),
-    ("Training loss, mean of each epoch", "loss per object", "train/epoch_loss"),
-    ("Learning rate", "learning rate", "train/lr"),
-)
+_COMPARED = {
+    "Validation AP": ("AP, 0 to 1", "val/AP"),
+    "Validation loss": ("loss per object", "val/loss"),
+    "Training loss, mean of each epoch": ("loss per object", "train/epoch_loss"),
+    "Learning rate": ("learning rate", "train/lr"),
+}
 _COLOURS = [colour for colour in CYCLE if colour != YELLOW]
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A picture that is part of the page."""
 
     title: str
@@ -70,18 +68,7 @@ class Picture:
 
 
 def write_report(runs: Sequence[ReportedRun], path: Path) -> Path:
-    """Write a page about a run, or about several with their differences on top.
-
-    Args:
-        runs: at least one.
-        path: the HTML file; its folder is made.
-
-    Returns:
-        The path.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write a page about a run, or about several with their differences on top."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -91,8 +78,10 @@ def write_report(runs: Sequence[ReportedRun], path: Path) -> Path:
     )
     several = len(runs) > 1
     page = environment.get_template("page.html.jinja").render(
-        title=", ".join(f"{run.label} {run.name}".strip() for run in runs),
-        sections=[_section(run) for run in runs],
+        title=", ".join(f"{run.label} {run.run.name}".strip() for run in runs),
+        runs=runs,
+        tables=report_data,
+        pictures=[_pictures(run) for run in runs],
         differences=report_data.differences(runs) if several else None,
         comparison=_comparison(runs) if several else None,
         written=time.strftime("%Y-%m-%d %H:%M"),
@@ -102,27 +91,14 @@ def write_report(runs: Sequence[ReportedRun], path: Path) -> Path:
     return path
 
 
-def _section(run: ReportedRun) -> dict[str, Any]:
-    """Return what the template shows of one run."""
+def _pictures(run: ReportedRun) -> dict[str, list[Picture]]:
+    contact_sheet = {"contact_sheet": "Training images with their boxes"}
     return {
-        "run": run,
-        "overview": report_data.overview(run),
-        "key_parts": report_data.key_parts(run),
-        "scores": report_data.scores(run),
-        "classes": report_data.classes(run),
-        "changed_parameters": report_data.changed_parameters(run),
-        "all_parameters": report_data.all_parameters(run),
-        "environment": report_data.environment(run),
-        "data": report_data.data(run),
-        "hints": run.hints(),
-        "events": report_data.events(run),
         "curves": _curves(run),
         # Runs from before the stage `plots` have their pictures in evaluation/ and prepared/.
         "evaluation": _stored(run, ("plots", "evaluation"), _EVALUATION),
         "memory": _stored(run, ("memory",), {"timeline": "Memory during a training step"}),
-        "images": _stored(
-            run, ("plots", "prepared"), {"contact_sheet": "Training images with their boxes"}
-        ),
+        "images": _stored(run, ("plots", "prepared"), contact_sheet),
     }
 
 
@@ -138,7 +114,7 @@ def _curves(run: ReportedRun) -> list[Picture]:
 
 def _comparison(runs: Sequence[ReportedRun]) -> Picture:
     with tempfile.TemporaryDirectory() as folder:
-        named = [(f"{run.label}  {run.name}".strip(), run.log) for run in runs]
+        named = [(f"{run.label}  {run.run.name}".strip(), run.log) for run in runs]
         path = compare_curves(named, Path(folder) / "compare.png")
         return _embedded(path, "AP, loss and learning rate of all runs")
 
@@ -160,15 +136,9 @@ def _embedded(path: Path, title: str) -> Picture:
 
 
 def compare_curves(runs: Sequence[tuple[str, TrainingLog]], path: Path) -> Path:
-    """Draw AP, losses and learning rate of several runs over epochs.
-
-    Args:
-        runs: names and logs; a log may be empty.
-        path: the picture, PNG.
-    """
-    with drawing(path, panels=len(_COMPARED), height=1.9) as (_, panels):
-        for axes, (title, label, metric) in zip(panels, _COMPARED, strict=True):
-            axes.set_title(title)
+    """Draw AP, losses and learning rate of several runs, each a name and a log, over epochs."""
+    with drawing(path, *_COMPARED, height=1.9) as (_, panels):
+        for axes, (label, metric) in zip(panels, _COMPARED.values(), strict=True):
             drawn = [_draw(axes, log, metric, _look(n)) for n, (_, log) in enumerate(runs)]
             if not any(drawn):
                 show_empty([axes])
@@ -195,21 +165,13 @@ def _draw(axes: Any, log: TrainingLog, metric: str, look: dict[str, str]) -> boo
     best = log.best_step()
     if metric == "val/AP" and best is not None and per_epoch:
         at = np.argmin(np.abs(epochs - best / per_epoch))
-        axes.plot(
-            epochs[at],
-            values[at],
-            color=look["color"],
-            marker="*",
-            markersize=13,
-            markeredgecolor=BLACK,
-            markeredgewidth=0.6,
-            zorder=5,
-        )
+        star: dict[str, Any] = {"marker": "*", "markersize": 13, "zorder": 5}
+        star |= {"color": look["color"], "markeredgecolor": BLACK, "markeredgewidth": 0.6}
+        axes.plot(epochs[at], values[at], **star)
     return True
 
 
 def _look(number: int) -> dict[str, str]:
-    """Return colour and dashes of a run's curves."""
     dashes = ("-", "--", ":", "-.")
     return {
         "color": _COLOURS[number % len(_COLOURS)],

@@ -9,20 +9,19 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from runkey import paths
 from runkey.evaluation.files import METRICS
-from runkey.identity.key import PARTS, short_key
+from runkey.identity.key import PARTS
 from runkey.identity.manifest import RunManifest
-from runkey.identity.record import KEY, KEY_JSON, REPRODUCTION_OF, Record
+from runkey.identity.record import KEY, KEY_JSON, Details, LoggedRun, Record
 from runkey.params import as_text, changed_params, load_params
 from runkey.plots.hints import CLASS_SCORES, EVENT, Hint, all_hints
 from runkey.plots.log import SAMPLES, Point, TrainingLog, read_log, read_samples
-from runkey.plots.style import cut
 from runkey.units import format_seconds
 
 LOG = paths.LOGS / "train.jsonl"
@@ -49,29 +48,38 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportedRun:
-    """One run of a report."""
+class ReportedRun(Record):
+    """One run of a report, with its files as far as it came."""
 
     folder: Path
-    """Of its files; which exist depends on how far the run came."""
-    key: str
-    parts: Mapping[str, str]
-    name: str
-    run_id: str | None
-    status: str
-    started_ms: int | None
-    ended_ms: int | None
-    params: Mapping[str, str]
-    """Resolved parameters by dotted name, as text."""
-    metrics: Mapping[str, float]
-    """The last value of each."""
-    tags: Mapping[str, str]
-    witness: Mapping[str, Any]
-    """See `runkey.identity.manifest.RunEnvironment`; empty if the run did not end well."""
-    snapshot: str | None
-    host: str
+    """Of the files."""
     log: TrainingLog
     """Empty if there is none."""
+
+    @property
+    def label(self) -> str:
+        """The short key, with the run id if the run repeats another one."""
+        suffix = f":{self.run.run_id[:4]}" if self.reproduction_of and self.run.run_id else ""
+        return super().label + suffix
+
+    @property
+    def events(self) -> dict[str, dict[str, Any]]:
+        """The last one of each kind of event that is out of the ordinary, such as skipped steps."""
+        return {
+            kind: fields
+            for kind, fields in self.log.events.items()
+            if kind not in _REGULAR_EVENTS and not kind.startswith(EVENT)
+        }
+
+    @property
+    def params(self) -> dict[str, str]:
+        """Resolved parameters by dotted name, as text."""
+        return {n: v for n, v in self.run.params.items() if n.split(".")[0] != KEY}
+
+    @property
+    def changed_params(self) -> dict[str, str]:
+        """The parameters that are not the default."""
+        return changed_params(self.params)
 
     @property
     def samples(self) -> list[Point]:
@@ -81,21 +89,19 @@ class ReportedRun:
     @property
     def is_evaluated(self) -> bool:
         """Whether its model was evaluated after training."""
-        return (self.folder / _METRICS).is_file() or "eval/AP" in self.metrics
+        return (self.folder / _METRICS).is_file() or "eval/AP" in self.run.metrics
 
     @property
-    def label(self) -> str:
-        """The short key, with the run id if the run repeats another one."""
-        is_repeat = self.tags.get(REPRODUCTION_OF)
-        suffix = f":{self.run_id[:4]}" if is_repeat and self.run_id else ""
-        return short_key(self.key) + suffix
+    def started(self) -> str:
+        """Local time; empty if it is not known."""
+        started = time.localtime(self.run.started_ms / 1000)
+        return time.strftime("%Y-%m-%d %H:%M:%S", started) if self.run.started_ms else ""
 
     @property
-    def seconds(self) -> float | None:
-        """Wall time; None while it runs."""
-        if self.started_ms is None or self.ended_ms is None:
-            return None
-        return (self.ended_ms - self.started_ms) / 1000
+    def duration(self) -> str:
+        """Wall time; empty while it runs."""
+        run = self.run
+        return "" if run.ended_ms is None else format_seconds((run.ended_ms - run.started_ms) / 1e3)
 
     def json(self, path: str) -> Any:
         """Return the contents of a JSON file; None if the run has no such file."""
@@ -114,7 +120,7 @@ class ReportedRun:
         if isinstance(final, dict):
             return final
         for prefix in ("eval/", "val/"):
-            known = [(n, v) for n, v in self.metrics.items() if n.startswith(prefix)]
+            known = [(n, v) for n, v in self.run.metrics.items() if n.startswith(prefix)]
             if known:
                 return {name.removeprefix(prefix): value for name, value in known}
         last = [p.values for p in self.log.epochs if "val/AP" in p.values][-1:]
@@ -132,219 +138,109 @@ def is_shown(path: str) -> bool:
 
 def recorded_run(record: Record, folder: Path) -> ReportedRun:
     """Return a run of a store, with a folder that has those of its files that are shown."""
-    run, details = record.run, record.details
-    return ReportedRun(
-        folder=folder,
-        key=record.key,
-        parts=run.parts,
-        name=run.name,
-        run_id=run.run_id,
-        status=run.status,
-        started_ms=run.started_ms,
-        ended_ms=run.ended_ms,
-        params={n: v for n, v in run.params.items() if n.split(".")[0] != KEY},
-        metrics=run.metrics,
-        tags=run.tags,
-        witness=details.witness if details else {},
-        snapshot=details.snapshot if details else None,
-        host=details.host if details else run.tags.get("host", ""),
-        log=_read_log(folder),
-    )
+    log = read_log(folder / LOG) if (folder / LOG).is_file() else TrainingLog()
+    return ReportedRun(run=record.run, details=record.details, folder=folder, log=log)
 
 
 def workspace_run(root: Path) -> ReportedRun:
-    """Return the run whose results are in a workspace, recorded or not.
-
-    Raises:
-        RecipeError: there is none.
-        ParamsError: params.yaml is missing or wrong.
-    """
+    """Return the run whose results are in a workspace, recorded or not; RecipeError without any."""
     manifest = RunManifest.read(root / paths.RUN_JSON)
-    log = _read_log(root)
-    flat = load_params(root / paths.PARAMS).flat()
-    times = [point.seconds for point in (*log.steps, *log.epochs)]
-    return ReportedRun(
-        folder=root,
-        key=manifest.key,
-        parts=manifest.parts,
+    params = {n: as_text(v) for n, v in load_params(root / paths.PARAMS).flat().items()}
+    params |= {KEY: manifest.key} | {f"{KEY}.{n}": digest for n, digest in manifest.parts.items()}
+    run = LoggedRun(
+        run_id=manifest.run_id or "",
+        experiment_id="",
         name="",
-        run_id=manifest.run_id,
         status="FINISHED",
-        started_ms=round(1000 * min(times)) if times else None,
-        ended_ms=round(1000 * max(times)) if times else None,
-        params={name: as_text(value) for name, value in flat.items()},
+        started_ms=0,
+        ended_ms=None,
+        artifact_uri="",
+        params=params,
         metrics={},
         tags={},
-        witness=asdict(manifest.witness),
-        snapshot=None,
-        host="",
-        log=log,
     )
+    details = Details(
+        stage="",
+        files={},
+        outputs=[],
+        witness=asdict(manifest.witness),
+        host="",
+        snapshot=None,
+        pointer_md5=None,
+        decision="",
+    )
+    found = recorded_run(Record(run=run, details=details), root)
+    times = [round(1000 * p.seconds) for p in (*found.log.steps, *found.log.epochs)]
+    if times:
+        found = replace(found, run=replace(run, started_ms=min(times), ended_ms=max(times)))
+    return found
 
 
-def _read_log(folder: Path) -> TrainingLog:
-    return read_log(folder / LOG) if (folder / LOG).is_file() else TrainingLog()
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text under headings."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    numbers: bool = False
-    """Whether all columns but the first hold numbers."""
-
-
-def overview(run: ReportedRun) -> Table:
-    """Tabulate key, status, times and how the run ended."""
-    started = run.started_ms and time.localtime(run.started_ms / 1000)
-    rows = [
-        ("key", run.key),
-        ("status", run.status.lower()),
-        ("started", time.strftime("%Y-%m-%d %H:%M:%S", started) if started else ""),
-        ("duration", _duration(run)),
-        ("decision", run.tags.get("decision", "")),
-        ("MLflow run", run.run_id or "none"),
-        ("ended", str(run.log.events.get("training_end", {}).get("reason", ""))),
-    ]
-    return Table((), [row for row in rows if row[1]])
-
-
-def key_parts(run: ReportedRun) -> Table:
-    """Tabulate the parts of the key."""
-    return Table(("part", "sha256"), [(part, run.parts.get(part, "")) for part in PARTS])
-
-
-def events(run: ReportedRun) -> Table:
-    """Tabulate what happened in training: skipped steps, interruptions and so on."""
-    rows = []
-    for kind, count in run.log.counts.items():
-        if kind not in _REGULAR_EVENTS and not kind.startswith(EVENT):
-            fields = run.log.events[kind]
-            last = ", ".join(f"{n} {_brief(v)}" for n, v in fields.items() if v not in (None, []))
-            rows.append((kind.replace("_", " "), f"{count:,}", last))
-    return Table(("event", "count", "last one"), rows)
-
-
-def changed_parameters(run: ReportedRun) -> Table:
-    """Tabulate the parameters that are not the default."""
-    return Table(("parameter", "value"), sorted(changed_params(run.params).items()))
-
-
-def all_parameters(run: ReportedRun) -> Table:
-    """Tabulate all parameters."""
-    return Table(("parameter", "value"), sorted(run.params.items()))
-
-
-def environment(run: ReportedRun) -> Table:
-    """Tabulate machine, packages and code of the run."""
-    found = run.witness
-    rows = [("host", run.host)]
-    rows += [(label, _text(found[name])) for name, label in _ENVIRONMENT.items() if name in found]
-    rows += [("snapshot", run.snapshot or "")]
+def environment(run: ReportedRun) -> dict[str, str]:
+    """Return machine, packages and code of the run, as far as they are known."""
+    found = run.details.witness if run.details else {}
     packages = found.get("package_differences")
-    if packages is not None:
-        rows += [("packages", ", ".join(packages) or "as locked")]
-    if undeclared := found.get("undeclared_files"):
-        rows += [("files outside the key", ", ".join(undeclared))]
-    rows += [(name, str(value)) for name, value in found.get("variables", {}).items()]
-    return Table((), [row for row in rows if row[1]])
+    shown = {"host": run.details.host if run.details else run.run.tags.get("host")}
+    shown |= {label: text(found[name]) for name, label in _ENVIRONMENT.items() if name in found}
+    shown["snapshot"] = run.details.snapshot if run.details else None
+    shown["packages"] = None if packages is None else ", ".join(packages) or "as locked"
+    shown["files outside the key"] = ", ".join(found.get("undeclared_files", ()))
+    shown |= {name: str(value) for name, value in found.get("variables", {}).items()}
+    return {name: value for name, value in shown.items() if value}
 
 
-def scores(run: ReportedRun) -> Table:
-    """Tabulate the COCO metrics of the run."""
-    found = run.scores()
-    names = [name for name in SCORES if found.get(name) is not None]
-    return Table(names, [[_number(found[name]) for name in names]] if names else [])
+CLASS_COLUMNS = ("class", "objects", "AP", "AP50", "AR", "AP small", "AP medium", "AP large")
 
 
-def classes(run: ReportedRun) -> Table:
-    """Tabulate the COCO metrics of each class, the worst first."""
+def classes(run: ReportedRun) -> list[list[str]]:
+    """Tabulate the COCO metrics of each class, in `CLASS_COLUMNS`, the worst first."""
     per_class: Mapping[str, Mapping[str, Any]] = run.scores().get("per_class", {})
-    sizes = ("small", "medium", "large")
     rows = []
     for name in sorted(per_class, key=lambda name: (per_class[name].get("AP") or 0.0, name)):
         one = per_class[name]
-        by_size = [one.get("by_size", {}).get(size, {}).get("AP") for size in sizes]
-        values = [one.get("AP"), one.get("AP50"), one.get("AR"), *by_size]
-        rows.append([name, f"{one.get('objects', 0):,}", *map(_number, values)])
-    columns = ("class", "objects", "AP", "AP50", "AR", *(f"AP {size}" for size in sizes))
-    return Table(columns, rows, numbers=True)
+        sizes = (one.get("by_size", {}).get(size, {}) for size in ("small", "medium", "large"))
+        values = [*(one.get(n) for n in ("AP", "AP50", "AR")), *(size.get("AP") for size in sizes)]
+        rows.append([name, f"{one.get('objects', 0):,}", *map(number, values)])
+    return rows
 
 
-def data(run: ReportedRun) -> Table:
-    """Tabulate the statistics of the data set, a column for each split."""
-    statistics: Mapping[str, Any] = run.json("prepared/statistics.json") or {}
-    if not statistics:
-        return Table((), [])
+def differences(runs: Sequence[ReportedRun]) -> dict[str, list[list[str]]]:
+    """Compare at least two runs; metrics are compared with those of the first one.
 
-    def cells(split: Mapping[str, Any]) -> list[str]:
-        per_image = split.get("objects_per_image", {})
-        sides = split.get("box_side_pixels", {})
-        return [
-            f"{split.get('images', 0):,}",
-            f"{split.get('images_without_objects', 0):,}",
-            f"{split.get('objects', 0):,}",
-            f"{split.get('crowd_regions', 0):,}",
-            f"{per_image.get('mean', 0):.3g}, at most {per_image.get('maximum', 0)}",
-            f"{len(split.get('classes', {})):,}",
-            " / ".join(f"{n:,}" for n in split.get("sizes_by_area", {}).values()),
-            " / ".join(f"{sides[q]:g}" for q in ("5%", "50%", "95%") if q in sides),
-            *(f"{one.get('objects', 0):,}" for one in split.get("classes", {}).values()),
-        ]
-
-    names = [
-        *("images", "images without objects", "objects", "crowd regions", "objects per image"),
-        *("classes", "small / medium / large", "box side, pixels (5%, 50%, 95%)"),
-        *(f"objects of {name}" for name in next(iter(statistics.values())).get("classes", {})),
+    Returns:
+        Rows of a name and a value of each run, only where they differ: `parts` of the key,
+        `parameters`, files of the `code` by their hashes, `packages`, `environment`, `scores`, and
+        the AP of each of the `classes`.
+    """
+    files = [run.preimage("code").get("files", {}) for run in runs]
+    packages = [
+        {name: f"{version} {build}" for name, version, build, *_ in found}
+        for found in (run.preimage("environment").get("packages", ()) for run in runs)
     ]
-    columns = [cells(split) for split in statistics.values()]
-    return Table(("", *statistics), list(zip(names, *columns, strict=False)), numbers=True)
-
-
-@dataclass(frozen=True)
-class Differences:
-    """Tables with a column for each run, and rows only where they differ."""
-
-    parts: Table
-    """Of the key."""
-    parameters: Table
-    code: Table
-    """Files by their hashes."""
-    packages: Table
-    environment: Table
-    scores: Table
-    classes: Table
-    """AP of each class."""
-
-    @property
-    def same_key(self) -> bool:
-        """Whether all runs have the same key."""
-        return not self.parts.rows
-
-
-def differences(runs: Sequence[ReportedRun]) -> Differences:
-    """Compare at least two runs; metrics are compared with those of the first one."""
-    heads = ("", *(run.label for run in runs))
-    machines = [{n: _shorten(v) for n, v, *_ in environment(run).rows} for run in runs]
+    machines = [environment(run) for run in runs]
     per_class = [
         {name: one.get("AP") for name, one in run.scores().get("per_class", {}).items()}
         for run in runs
     ]
     metrics = _compare_numbers([run.scores() for run in runs], SCORES)
-    names = dict.fromkeys(name for one in per_class for name in one)
-    return Differences(
-        parts=Table(heads, _differing([r.parts for r in runs], PARTS, missing="", length=_SHORT)),
-        parameters=Table(heads, _differing([run.params for run in runs], missing="not set")),
-        code=Table(heads, _recorded_by_all(runs, _files)),
-        packages=Table(heads, _recorded_by_all(runs, _packages)),
-        environment=Table(
-            heads, _differing(machines, dict.fromkeys(n for one in machines for n in one), "")
-        ),
-        scores=Table(heads, [["duration", *map(_duration, runs)], *metrics], numbers=True),
-        classes=Table(heads, _compare_numbers(per_class, names), numbers=True),
-    )
+    parts = [run.run.parts for run in runs]
+    return {
+        "parts": _differing(parts, PARTS, missing="", length=_SHORT),
+        "parameters": _differing([run.params for run in runs], missing="not set"),
+        "code": _differing(files, length=_SHORT) if all(files) else [],
+        "packages": _differing(packages) if all(packages) else [],
+        "environment": [
+            [name, *(v[:_SHORT] if _COMMIT.fullmatch(v) else v for v in values)]
+            for name, *values in _differing(machines, _names(machines), "")
+        ],
+        "scores": [["duration", *(run.duration for run in runs)], *metrics],
+        "classes": _compare_numbers(per_class, _names(per_class)),
+    }
+
+
+def _names(values: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return all names in the order in which they come first."""
+    return list(dict.fromkeys(name for one in values for name in one))
 
 
 def _differing(
@@ -352,61 +248,35 @@ def _differing(
     names: Iterable[str] | None = None,
     missing: str = "missing",
     length: int | None = None,
-) -> list[Sequence[str]]:
+) -> list[list[str]]:
     """Return a row for each name whose values are not the same in all runs."""
-    names = sorted({name for one in values for name in one}) if names is None else names
+    names = sorted(_names(values)) if names is None else names
     rows = [[name, *(one.get(name, missing)[:length] for one in values)] for name in names]
     return [row for row in rows if len(set(row[1:])) > 1]
-
-
-def _recorded_by_all(
-    runs: Sequence[ReportedRun], of: Callable[[ReportedRun], Mapping[str, str]]
-) -> list[Sequence[str]]:
-    values = [of(run) for run in runs]
-    return _differing(values) if all(values) else []
-
-
-def _files(run: ReportedRun) -> Mapping[str, str]:
-    return {name: text[:_SHORT] for name, text in run.preimage("code").get("files", {}).items()}
-
-
-def _packages(run: ReportedRun) -> Mapping[str, str]:
-    packages = run.preimage("environment").get("packages", ())
-    return {name: f"{version} {build}" for name, version, build, *_ in packages}
 
 
 def _compare_numbers(values: Sequence[Mapping[str, Any]], names: Iterable[str]) -> list[list[str]]:
     """Return a row for each name that any run has, with the change from the first run."""
     rows = []
     for name in names:
-        first, *others = [one.get(name) for one in values]
-        if any(value is not None for value in (first, *others)):
-            rows.append([name, _number(first), *(_with_change(v, first) for v in others)])
+        found: list[Any] = [one.get(name) for one in values]
+        first, *others = found
+        changes = [f" ({v - first:+.3f})" if number(v) and number(first) else "" for v in others]
+        if any(value is not None for value in found):
+            shown = zip(others, changes, strict=True)
+            rows.append([name, number(first), *(number(v) + change for v, change in shown)])
     return rows
 
 
-def _with_change(value: Any, first: Any) -> str:
-    both = isinstance(first, (int, float)) and isinstance(value, (int, float))
-    return f"{_number(value)} ({value - first:+.3f})" if both else _number(value)
-
-
-def _duration(run: ReportedRun) -> str:
-    return "" if run.seconds is None else format_seconds(run.seconds)
-
-
-def _number(value: Any) -> str:
+def number(value: Any) -> str:
+    """Format a metric; empty if there is none."""
     if not isinstance(value, (int, float)):
         return ""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
 
 
-def _shorten(text: str) -> str:
-    return text[:_SHORT] if _COMMIT.fullmatch(text) else text
-
-
-def _brief(value: Any) -> str:
-    return cut(f"{value:.4g}" if isinstance(value, float) else _text(value), 80)
-
-
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """Format a value of any type."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return ("no", "yes")[value] if isinstance(value, bool) else str(value)

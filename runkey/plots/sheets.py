@@ -43,12 +43,6 @@ def contact_sheet(
         classes: all classes.
         data_folder: what `Record.file` is relative to.
         path: the picture; its folder is made.
-
-    Returns:
-        The path.
-
-    Raises:
-        DataError: an image is missing.
     """
     count = min(_MAX_IMAGES, len(records))
     rows = _rows([records[i * len(records) // count] for i in range(count)])
@@ -58,14 +52,10 @@ def contact_sheet(
     legend = _legend(classes, objects)
     top = _MARGIN + 26 + _LINE * len(legend) + _GAP
     sheet = _Sheet(top + sum(height + _GAP for _, height in rows) + _MARGIN - _GAP)
-    sheet.write(
-        (_MARGIN, _MARGIN - 4),
-        f"{sum(len(row) for row, _ in rows):,} of {len(records):,} images · "
-        f"{objects.total():,} objects · "
-        f"{len(classes):,} class{'es' if len(classes) != 1 else ''}",
-        16,
-        bold=True,
-    )
+    shown = sum(len(row) for row, _ in rows)
+    title = f"{shown:,} of {len(records):,} images · {objects.total():,} objects"
+    title += f" · {len(classes):,} class{'es' if len(classes) != 1 else ''}"
+    sheet.write((_MARGIN, _MARGIN - 4), title, 16, bold=True)
     for number, line in enumerate(legend):
         sheet.write_legend(_MARGIN + 24 + _LINE * number, line)
     for row, height in rows:
@@ -91,20 +81,6 @@ def detection_sheet(
 
     Images are ranked by F1 at IoU 0.5 (`runkey.evaluation.per_image`). Detections below the score
     at which the F1 of the whole split is largest are not drawn.
-
-    Args:
-        judged: the evaluated split.
-        classes: all classes.
-        data_folder: what `Record.file` is relative to.
-        path: the picture; its folder is made.
-        best: the best images first, else the worst.
-        images: how many.
-
-    Returns:
-        The path.
-
-    Raises:
-        DataError: an image is missing.
     """
     chosen = rank_images(judged.images, best=best)[:images]
     width = (_WIDTH - 4 * _MARGIN - 2 * _GAP) // 4
@@ -119,10 +95,8 @@ def detection_sheet(
         top = head + (number // 2) * block
         sheet.write((left, top), _shorten(_caption(score), 2 * width + _GAP, 12), 12)
         picture = _load(score.record, data_folder)
-        for x, boxes in (
-            (left, truth_boxes(score, classes)),
-            (left + width + _GAP, detection_boxes(score, classes)),
-        ):
+        sides = (truth_boxes(score, classes), detection_boxes(score, classes))
+        for x, boxes in zip((left, left + width + _GAP), sides, strict=True):
             sheet.draw_image(picture, (x, top + 20, x + width, top + 20 + height), boxes)
     return sheet.save(path)
 
@@ -142,11 +116,6 @@ class LabelledBox:
     is_labelled: bool = True
     """Whether name and score are written."""
 
-    @property
-    def area(self) -> float:
-        """In pixels of the image."""
-        return self.box_xywh[2] * self.box_xywh[3]
-
 
 def class_boxes(record: Record, classes: list[ClassName]) -> list[LabelledBox]:
     """Return the ground truth of an image, coloured by class."""
@@ -161,12 +130,10 @@ def truth_boxes(score: ImageScore, classes: list[ClassName]) -> list[LabelledBox
 
 def detection_boxes(score: ImageScore, classes: list[ClassName]) -> list[LabelledBox]:
     """Return the detections in an evaluated image, coloured by right or wrong."""
-    boxes = [
-        LabelledBox(
-            one.box_xywh, RIGHT if one.right else WRONG, class_name(classes[one.label]), one.score
-        )
-        for one in score.shown
-    ]
+    boxes = []
+    for one in score.shown:
+        colour, name = RIGHT if one.right else WRONG, class_name(classes[one.label])
+        boxes.append(LabelledBox(one.box_xywh, colour, name, one.score))
     return _label_fewer(boxes, WRONG)
 
 
@@ -186,35 +153,33 @@ def printable(text: str, instead: str) -> str:
 
 
 def _truth(record: Record, classes: list[ClassName], colours: list[str]) -> list[LabelledBox]:
-    boxes = []
-    for box, label, crowd, colour in zip(
-        record.boxes_xywh, record.labels, record.crowd, colours, strict=True
-    ):
-        name = class_name(classes[label])
-        if crowd:
-            boxes.append(LabelledBox(box, GREY, f"{name} (crowd)", is_crowd=True))
-        else:
-            boxes.append(LabelledBox(box, colour, name))
-    return boxes
+    names = [class_name(classes[label]) for label in record.labels]
+    return [
+        LabelledBox(box, GREY if crowd else colour, name + " (crowd)" * crowd, is_crowd=crowd)
+        for box, name, crowd, colour in zip(
+            record.boxes_xywh, names, record.crowd, colours, strict=True
+        )
+    ]
 
 
 def _label_fewer(boxes: list[LabelledBox], always: str | None) -> list[LabelledBox]:
     """Of many boxes, label those of the colour `always`, and the largest of each class."""
     if len(boxes) <= _MAX_LABELS:
         return boxes
+    areas = [box.box_xywh[2] * box.box_xywh[3] for box in boxes]
     largest: dict[str, float] = {}
-    for box in boxes:
-        largest[box.name] = max(box.area, largest.get(box.name, 0.0))
+    for area, box in zip(areas, boxes, strict=True):
+        largest[box.name] = max(area, largest.get(box.name, 0.0))
     return [
-        replace(box, is_labelled=box.colour == always or box.area == largest[box.name])
-        for box in boxes
+        replace(box, is_labelled=box.colour == always or area == largest[box.name])
+        for area, box in zip(areas, boxes, strict=True)
     ]
 
 
 def place_label(
     width: float, box: Box, frame: Box, labels: Sequence[Box], boxes: Sequence[Box] = ()
 ) -> Box | None:
-    """Find a place for a label at a box, inside the frame, where no other label is.
+    """Find a free place for a label at a box, inside the frame; None if all are taken.
 
     Args:
         width: of the label, in pixels.
@@ -222,9 +187,6 @@ def place_label(
         frame: of the image.
         labels: places that are taken.
         boxes: of the image; the place that covers least of them is chosen.
-
-    Returns:
-        The place; None if all places are taken.
     """
     height = _LABEL_SIZE + 4
     left, top, right, bottom = box
@@ -243,11 +205,11 @@ def place_label(
         if x >= frame[0] and y >= frame[1] and y + height <= frame[3]:
             places.append(place)
     free = [p for p in places if not any(_shared_area(p, label) for label in labels)]
-    return min(
-        free,
-        key=lambda p: sum(_shared_area(p, b) / max(1, _area(b)) for b in boxes),
-        default=None,
-    )
+
+    def hidden(place: Box) -> float:
+        return sum(_shared_area(place, b) / max(1, _shared_area(b, b)) for b in boxes)
+
+    return min(free, key=hidden, default=None)
 
 
 class _Sheet:
@@ -258,11 +220,12 @@ class _Sheet:
         self._draw = ImageDraw.Draw(self.image)
 
     def write(
-        self, at: tuple[float, float], text: str, size: int = 13, *, bold: bool = False
+        self, at: tuple[float, float], text: str, size: int, *, bold: bool = False, ink: str = _INK
     ) -> float:
         """Write a line with its top left corner at `at`; return where it ends, in pixels."""
-        self._draw.text(at, text, fill=_INK, font=_font(size, bold=bold))
-        return at[0] + _font(size, bold=bold).getlength(text)
+        font = _font(size, bold=bold)
+        self._draw.text(at, text, fill=ink, font=font)
+        return at[0] + font.getlength(text)
 
     def write_legend(self, y: float, entries: Sequence[tuple[str, str]]) -> float:
         """Write (colour, text) pairs from the left margin on; return where they end."""
@@ -282,7 +245,7 @@ class _Sheet:
         self._draw.rectangle((left, top, right - 1, bottom - 1), fill=_BLANK)
         self.image.paste(picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=2), (x, y))
         placed = [(_scaled(box.box_xywh, scale, x, y, frame), box) for box in boxes]
-        placed.sort(key=lambda pair: -_area(pair[0]))
+        placed.sort(key=lambda pair: -_shared_area(pair[0], pair[0]))
         for place, box in placed:
             self._outline(place, box)
         labels: list[Box] = []
@@ -295,7 +258,7 @@ class _Sheet:
                 self._draw.rectangle((at[0], at[1], at[2] - 1, at[3] - 1), fill=box.colour)
                 is_light = ImageColor.getcolor(box.colour, "L") > 140  # type: ignore[operator]
                 ink = _INK if is_light else _PAPER
-                self._draw.text((at[0] + 3, at[1] + 1), text, fill=ink, font=_font(_LABEL_SIZE))
+                self.write((at[0] + 3, at[1] + 1), text, _LABEL_SIZE, ink=ink)
 
     def _outline(self, place: Box, box: LabelledBox) -> None:
         """Draw two pixels of colour within a dark line, so that they show on any background."""
@@ -333,15 +296,11 @@ def _write_head(sheet: _Sheet, judged: Judgement, title: str) -> None:
     right = sum(score.right for score in scores)
     total = 2 * right + sum(score.false + score.missed for score in scores)
     y = _MARGIN + 24
-    end = sheet.write_legend(
-        y, [(RIGHT, "true positive"), (WRONG, "false positive, or missed object")]
-    )
-    sheet.write(
-        (end, y - 2),
-        f"detections of score {judged.threshold:.2f} and above (largest F1 of all images: "
-        f"{2 * right / total if total else 1:.2f}); match: same class, IoU 0.5",
-        12,
-    )
+    meanings = [(RIGHT, "true positive"), (WRONG, "false positive, or missed object")]
+    end = sheet.write_legend(y, meanings)
+    which = f"detections of score {judged.threshold:.2f} and above (largest F1 of all images: "
+    which += f"{2 * right / total if total else 1:.2f}); match: same class, IoU 0.5"
+    sheet.write((end, y - 2), which, 12)
 
 
 def _caption(score: ImageScore) -> str:
@@ -410,10 +369,6 @@ def _scaled(box_xywh: Box, scale: float, x: float, y: float, frame: Box) -> Box:
     )
 
 
-def _area(box: Box) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
-
-
 def _shared_area(one: Box, other: Box) -> float:
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
@@ -423,19 +378,15 @@ def _shared_area(one: Box, other: Box) -> float:
 @cache
 def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     """Return DejaVu Sans, which has more alphabets than Pillow's own font; `size` in pixels."""
+    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    path = str(fonts / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"))
     # Every Pillow has the basic layout; another one moves letters from machine to machine.
-    layout = ImageFont.Layout.BASIC
-    return ImageFont.truetype(str(_font_file(bold=bold)), size, layout_engine=layout)
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @cache
 def _letters() -> frozenset[int]:
-    return frozenset(FT2Font(str(_font_file(bold=False))).get_charmap())
-
-
-def _font_file(*, bold: bool) -> Path:
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
+    return frozenset(FT2Font(str(_font(12).path)).get_charmap())
 
 
 def _shorten(text: str, width: float, size: int) -> str:

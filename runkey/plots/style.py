@@ -29,46 +29,29 @@ GREY = "#8A8A8A"
 PALE = "#EEF1F4"
 CYCLE = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK, YELLOW)
 
-_SETTINGS: Any = {
-    "font.family": "DejaVu Sans",  # part of matplotlib: the same on every machine
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E3E6E8",
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.8,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "path.simplify": True,
-    "svg.hashsalt": "runkey",  # names inside an SVG are random otherwise
-}
+_SETTINGS = Path(__file__).with_name("figures.mplstyle")
 _DPI = 100
 
 
 @contextmanager
 def drawing(
-    path: Path, panels: int, height: float = 3.0, columns: int = 1
+    path: Path, *titles: str, height: float = 3.0, columns: int = 1
 ) -> Iterator[tuple[Figure, list[Any]]]:
     """Yield a figure of panels below each other, and save it when the block ends.
 
     Args:
         path: .png or .svg; its folder is made.
-        panels: rows of axes, which share the horizontal axis.
+        titles: of the panels, which share the horizontal axis.
         height: of one panel, in inches; the figure is 9 inches (900 pixels) wide.
-        columns: of axes in each row.
+        columns: of panels.
     """
-    with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(9, height * panels + 0.5), dpi=_DPI, layout="constrained")
-        axes = figure.subplots(panels, columns, sharex="col", squeeze=False).ravel()
-        yield figure, list(axes)
+    rows = len(titles) // columns
+    with matplotlib.rc_context(fname=_SETTINGS):
+        figure = Figure(figsize=(9, height * rows + 0.5), dpi=_DPI, layout="constrained")
+        panels = list(figure.subplots(rows, columns, sharex="col", squeeze=False).ravel())
+        for axes, title in zip(panels, titles, strict=True):
+            axes.set_title(title)
+        yield figure, panels
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".svg":
             # Neither date nor version in the file, whose bytes depend on the numbers alone.
@@ -93,8 +76,7 @@ def show_empty(axes: Sequence[Any], text: str = "nothing logged yet") -> None:
     """Write in panels that have no data, instead of empty frames."""
     for panel in axes:
         panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", color=GREY)
-        panel.set_xticks([])
-        panel.set_yticks([])
+        panel.set(xticks=[], yticks=[])
         panel.grid(visible=False)
         panel.spines[:].set_visible(False)
 
@@ -123,20 +105,9 @@ def plain_log_scale(axes: Any) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def shades(count: int) -> list[str]:
-    """Return blues from dark to light, for levels of one quantity."""
-    dark, light = (0, 58, 99), (142, 200, 236)
-    mixed = [
-        [round(d + (p - d) * i / max(1, count - 1)) for d, p in zip(dark, light, strict=True)]
-        for i in range(count)
-    ]
-    return ["#{:02X}{:02X}{:02X}".format(*colour) for colour in mixed]
-
-
 def legend(axes: Any) -> None:
     """Place the legend in one line above the panel, right of its title."""
-    handles, _ = axes.get_legend_handles_labels()
-    if handles:
+    if handles := axes.get_legend_handles_labels()[0]:
         axes.legend(
             loc="lower right",
             bbox_to_anchor=(1.0, 1.0),
@@ -147,9 +118,7 @@ def legend(axes: Any) -> None:
         )
 
 
-def legend_beside(axes: Any, title: str = "") -> None:
+def legend_beside(axes: Any, title: str | None = None) -> None:
     """Place the legend right of the panel, as a list with a title."""
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(
-            loc="upper left", bbox_to_anchor=(1.0, 1.0), title=title or None, alignment="left"
-        )
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=title, alignment="left")

@@ -2,121 +2,82 @@
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+import pandas as pd
 
 from runkey.evaluation.files import read_precision_recall
 from runkey.evaluation.per_image import Confusion
-from runkey.plots.log import Point, read_log
+from runkey.plots.log import read_log
 
 _MAX_ROWS = 2000  # more than the pixels of a screen only make DVC's page slow
 _STEP_COLUMNS = {
-    "lr": "train/lr",
-    "loss": "train/loss",
-    "grad_norm": "train/grad_norm",
-    "grad_norm_clipped": "train/grad_norm_clipped",
+    "train/lr": "lr",
+    "train/loss": "loss",
+    "train/grad_norm": "grad_norm",
+    "train/grad_norm_clipped": "grad_norm_clipped",
 }
-_EPOCH_COLUMNS = {"train_loss": "train/epoch_loss"}
-_EVALUATION_COLUMNS = {"val_loss": "val/loss", "AP": "val/AP", "AP50": "val/AP50"}
+_EPOCH_COLUMNS = {"train/epoch_loss": "train_loss"}
+_EVALUATION_COLUMNS = {"val/loss": "val_loss", "val/AP": "AP", "val/AP50": "AP50"}
 
 
 def write_plot_tables(log: Path, out: Path) -> list[Path]:
     """Write steps.csv, epochs.csv and evaluations.csv of a training, finished or not.
 
-    Epochs without an evaluation have no row in evaluations.csv: DVC draws an empty cell as zero.
-
-    Args:
-        log: logs/train.jsonl.
-        out: the folder; made if it is not there.
-
-    Returns:
-        The written files; points that lack a value which others have are left out.
-
-    Raises:
-        DataError: there is no log.
+    Points that lack a value which others have are left out, so that epochs without an evaluation
+    have no row in evaluations.csv: DVC draws an empty cell as zero.
     """
     training = read_log(log)
     every = max(1, -(-len(training.steps) // _MAX_ROWS))
-    steps = [(point.step, point) for point in training.steps[::every]]
-    epochs = [(_epoch(point, n), point) for n, point in enumerate(training.epochs, start=1)]
-    return [
-        _write(out / f"{name}.csv", [index, *columns], _complete_rows(points, columns))
-        for name, index, points, columns in (
-            ("steps", "step", steps, _STEP_COLUMNS),
-            ("epochs", "epoch", epochs, _EPOCH_COLUMNS),
-            ("evaluations", "epoch", epochs, _EVALUATION_COLUMNS),
-        )
-    ]
+    steps = pd.DataFrame([point.values | {"step": point.step} for point in training.steps[::every]])
+    epochs = pd.DataFrame([point.values for point in training.epochs])
+    logged = (point.values.get("train/epoch", math.nan) for point in training.epochs)
+    numbered = enumerate(logged, start=1)
+    epochs["epoch"] = [round(epoch) if math.isfinite(epoch) else n for n, epoch in numbered]
+    written = []
+    for name, index, points, columns in (
+        ("steps", "step", steps, _STEP_COLUMNS),
+        ("epochs", "epoch", epochs, _EPOCH_COLUMNS),
+        ("evaluations", "epoch", epochs, _EVALUATION_COLUMNS),
+    ):
+        table = points.reindex(columns=[index, *columns]).rename(columns=columns)
+        values = table.drop(columns=index)
+        logged_by_any = values.columns[values.notna().any()]
+        whole = table.dropna(subset=logged_by_any) if len(logged_by_any) else table.iloc[:0]
+        written.append(_write(out / f"{name}.csv", whole))
+    return written
 
 
 def write_confusion_table(counted: Confusion, names: Sequence[str], path: Path) -> Path:
     """Write a row for each object and each false positive, which DVC's template counts.
 
-    Args:
-        counted: the counts.
-        names: of the classes; the brackets of the others keep them apart in DVC's order by name.
-        path: the CSV: truth, detected.
+    Brackets keep what is no class apart in DVC's order by name.
     """
-    rows = (
-        (truth, detected)
-        for truth, counts in zip((*names, "(background)"), counted.counts, strict=True)
-        for detected, count in zip((*names, "(missed)"), counts, strict=True)
-        for _ in range(count)
-    )
-    return _write(path, ["truth", "detected"], rows)
+    truth, detected = np.nonzero(counted.counts)
+    times = counted.counts[truth, detected]
+    columns = {
+        "truth": np.array([*names, "(background)"])[truth].repeat(times),
+        "detected": np.array([*names, "(missed)"])[detected].repeat(times),
+    }
+    return _write(path, pd.DataFrame(columns))
 
 
 def write_precision_recall_table(curves: Path, path: Path) -> Path:
-    """Write precision at IoU 0.5 of each class at 21 recalls.
-
-    Args:
-        curves: evaluation/precision_recall.json.
-        path: the CSV: class, recall, precision.
-
-    Raises:
-        DataError: there is no such file.
-    """
+    """Write precision at IoU 0.5 of each class at 21 recalls."""
     stored = read_precision_recall(curves)
-    rows = (
-        [one["name"], recall, precision]
+    rows = [
+        (one["name"], recall, precision)
         for one in stored["classes"]
         if one["precision"] is not None
         for recall, precision in list(zip(stored["recall"], one["precision"][0], strict=True))[::5]
-    )
-    return _write(path, ["class", "recall", "precision"], rows)
-
-
-def _epoch(point: Point, number: int) -> int:
-    """Return the epoch that a point ends; its place in the log if no epoch was logged."""
-    epoch = point.values.get("train/epoch", math.nan)
-    return round(epoch) if math.isfinite(epoch) else number
-
-
-def _complete_rows(
-    points: Sequence[tuple[int, Point]], columns: Mapping[str, str]
-) -> list[list[str]]:
-    """Return a row for each point that has every value which any point has."""
-    rows = [
-        [
-            f"{value:.6g}" if math.isfinite(value := point.values.get(name, math.nan)) else ""
-            for name in columns.values()
-        ]
-        for _, point in points
     ]
-    used = [any(cells) for cells in zip(*rows, strict=True)]
-    return [
-        [str(index), *cells]
-        for (index, _), cells in zip(points, rows, strict=True)
-        if any(used) and all(cell or not seen for cell, seen in zip(cells, used, strict=True))
-    ]
+    return _write(path, pd.DataFrame(rows, columns=["class", "recall", "precision"]), digits=None)
 
 
-def _write(path: Path, header: list[str], rows: Iterable[Sequence[object]]) -> Path:
+def _write(path: Path, table: pd.DataFrame, digits: str | None = "%.6g") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+    table.to_csv(path, index=False, float_format=digits, lineterminator="\n")
     return path

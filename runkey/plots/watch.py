@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib.util import find_spec
-from itertools import groupby, pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import batched, groupby, islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from runkey.plots.hints import Hint, all_hints, logged_hints
-from runkey.plots.log import SAMPLES, GrowingLog, Series, TrainingLog, read_samples
+from runkey.plots.log import SAMPLES, GrowingLog, Point, Series, TrainingLog, read_samples
 from runkey.progress import WIDTH
 from runkey.training.progress import clock, epoch_line, pace_parts
 
 logger = logging.getLogger(__name__)
 
-PAUSE_SECONDS = 1.0
+_PAUSE_SECONDS = 1.0
 LABEL_WIDTH = 8
 """Characters left of a chart, for its largest and smallest value."""
 Cell = tuple[str, int | None]
@@ -42,91 +41,57 @@ _OTHER_ROWS = 10
 """Rows of a terminal that are no charts: head, hints, prompt."""
 _LEAST_HEIGHT = 5
 
-Curves = Sequence[tuple[str, str, bool]]
-"""Name in the legend, name of the metric, whether it is logged at the end of epochs."""
-_PANELS: Sequence[tuple[str, Curves]] = (
-    (
-        "loss",
-        (
-            ("train, each step", "train/loss", False),
-            ("validation", "val/loss", True),
-            ("train, epoch mean", "train/epoch_loss", True),
-        ),
-    ),
-    ("validation AP", (("AP", "val/AP", True), ("AP50", "val/AP50", True))),
-    ("learning rate", (("", "train/lr", False),)),
-    (
-        "gradient norm",
-        (("before", "train/grad_norm", False), ("clipped", "train/grad_norm_clipped", False)),
-    ),
-    ("images per second", (("", "train/images_per_second", False),)),
-    ("share of the time waiting for data", (("", "train/data_wait_share", False),)),
-)
+_PANELS = {
+    "loss": {
+        "train/loss": "train, each step",
+        "val/loss": "validation",
+        "train/epoch_loss": "train, epoch mean",
+    },
+    "validation AP": {"val/AP": "AP", "val/AP50": "AP50"},
+    "learning rate": {"train/lr": ""},
+    "gradient norm": {"train/grad_norm": "before", "train/grad_norm_clipped": "clipped"},
+    "images per second": {"train/images_per_second": ""},
+    "share of the time waiting for data": {"train/data_wait_share": ""},
+}
+"""Legend by metric of each chart's curves."""
+_OF_EPOCHS = ("val/loss", "train/epoch_loss", "val/AP", "val/AP50")
 
 
-def follow(
-    log: Path,
-    title: str,
-    params: Mapping[str, Any],
-    is_alive: Callable[[], bool],
-    *,
-    pause_seconds: float = PAUSE_SECONDS,
-) -> bool:
+def follow(path: Path, title: str, params: Mapping[str, Any], is_alive: Callable[[], bool]) -> bool:
     """Show a training until it ends: its curves on a terminal, log messages elsewhere.
 
     Args:
-        log: its JSONL file, which must exist.
+        path: of its log, which must exist.
         title: key and name of the training.
         params: its parameters by dotted name, for hints; {} if not known.
         is_alive: returns True while a process writes the log.
-        pause_seconds: between two reads.
 
     Returns:
         True if the training ended; False if it was interrupted.
     """
-    samples = log.with_name(SAMPLES)
-    # A training's folder is removed once it is recorded; an open file can still be read.
-    file = os.open(log, os.O_RDONLY)
-    try:
-        growing = GrowingLog(Path(f"/proc/self/fd/{file}"))
-        if sys.stdout.isatty() and find_spec("rich"):
-            with _live_screen(title, params, samples) as show:
-                return _until_it_ends(growing, is_alive, show, pause_seconds)
+    samples = path.with_name(SAMPLES)
+    display: AbstractContextManager[Callable[[TrainingLog], None]]
+    if sys.stdout.isatty():
+        display = _live_screen(title, params, samples)
+    else:
         logger.info(title)
-        news = News(params, samples)
-
-        def show_news(log: TrainingLog) -> None:
-            for line in news.lines(log):
-                logger.info(line)
-
-        return _until_it_ends(growing, is_alive, show_news, pause_seconds)
-    finally:
-        os.close(file)
-
-
-def _until_it_ends(
-    growing: GrowingLog,
-    is_alive: Callable[[], bool],
-    show: Callable[[TrainingLog], None],
-    pause_seconds: float,
-) -> bool:
-    while True:
-        alive = is_alive()  # before reading, so that the last lines are read, too
-        growing.update()
-        show(growing.log)
-        if _ending(growing.log) or not alive:
-            return bool(_ending(growing.log))
-        time.sleep(pause_seconds)
+        display = nullcontext(News(params, samples).show)
+    # A training's folder is removed once it is recorded; an open file can still be read.
+    with path.open("rb") as file, display as show:
+        growing = GrowingLog(Path(f"/proc/self/fd/{file.fileno()}"))
+        while True:
+            alive = is_alive()  # before reading, so that the last lines are read, too
+            growing.update()
+            show(growing.log)
+            if _ending(growing.log) or not alive:
+                return bool(_ending(growing.log))
+            time.sleep(_PAUSE_SECONDS)
 
 
 @contextmanager
 def _live_screen(
     title: str, params: Mapping[str, Any], samples: Path
 ) -> Iterator[Callable[[TrainingLog], None]]:
-    """Yield a function that draws a log in place of what it drew before."""
-    from rich.console import Console
-    from rich.live import Live
-
     console = Console(highlight=False)
     # Braille dots need colours to tell curves apart; plain markers have a shape for each.
     dots = (
@@ -148,44 +113,39 @@ class News:
     """What was added to a growing log, as lines: one or two for each epoch, hints, the end."""
 
     def __init__(self, params: Mapping[str, Any], samples: Path) -> None:
-        """Begin with an empty log.
-
-        Args:
-            params: of the training, see `find_hints`.
-            samples: of the machine; need not exist.
-        """
         self._params, self._samples = params, samples
         self._epochs = 0
-        self._hints: set[str] = set()
-        self._started = self._ended = False
+        self._shown: set[str] = set()
 
     def lines(self, log: TrainingLog) -> list[str]:
         """Return lines about what is new since the last call, at most 100 columns wide."""
         lines: list[str] = []
-        start = log.events.get("training_start")
-        if start and not self._started:
-            self._started = True
-            lines.append(f"training on {start.get('device')}, {total_steps(log):,} steps")
+        if start := log.events.get("training_start"):
+            text = f"training on {start.get('device')}, {total_steps(log):,} steps"
+            lines += self._once("start", [text])
+        hints = logged_hints(log)
         # A training that resumes takes steps back.
         self._epochs = min(self._epochs, len(log.epochs))
         if self._epochs < len(log.epochs):
             for number in range(self._epochs, len(log.epochs)):
                 lines += _epoch_lines(log, number)
             self._epochs = len(log.epochs)
-            lines += self._new_hints(all_hints(log, self._params, read_samples(self._samples)))
-        lines += self._new_hints(logged_hints(log))  # of an epoch that was read just before them
-        if (end := _ending(log)) and not self._ended:
-            self._ended = True
-            lines += textwrap.wrap(end, WIDTH)
+            hints = all_hints(log, self._params, read_samples(self._samples))
+        for hint in hints:
+            lines += self._once(f"hint {hint.kind}", hint.lines)
+        if end := _ending(log):
+            lines += self._once("end", textwrap.wrap(end, WIDTH))
         return lines
 
-    def _new_hints(self, hints: Iterable[Hint]) -> list[str]:
-        lines = []
-        for hint in hints:
-            if hint.kind not in self._hints:
-                self._hints.add(hint.kind)
-                lines += hint.lines
-        return lines
+    def show(self, log: TrainingLog) -> None:
+        """Log what is new."""
+        for line in self.lines(log):
+            logger.info(line)
+
+    def _once(self, what: str, lines: list[str]) -> list[str]:
+        is_new = what not in self._shown
+        self._shown.add(what)
+        return lines if is_new else []
 
 
 def total_steps(log: TrainingLog) -> int:
@@ -194,15 +154,7 @@ def total_steps(log: TrainingLog) -> int:
 
 
 def seconds_left(log: TrainingLog, now: float) -> float:
-    """Estimate the remaining time from the pace of the last two epochs.
-
-    Args:
-        log: of the training.
-        now: seconds since 1970.
-
-    Returns:
-        NaN if too few steps were logged.
-    """
+    """Estimate the remaining time from the pace of the last two epochs; NaN after too few steps."""
     since = log.steps[-1].step - 2 * (log.steps_per_epoch or 0) if log.steps else 0
     recent = [point for point in log.steps if point.step >= since]
     if len(recent) < 2 or not total_steps(log):
@@ -221,8 +173,8 @@ def _ending(log: TrainingLog) -> str:
     return f"{end.get('reason')}; saved the weights of epoch {end.get('best_epoch')}"
 
 
-def _last_step(log: TrainingLog) -> int:
-    return max((points[-1].step for points in (log.steps, log.epochs) if points), default=0)
+def _finite(point: Point) -> dict[str, float]:
+    return {name: value for name, value in point.values.items() if math.isfinite(value)}
 
 
 def _epoch_lines(log: TrainingLog, number: int) -> list[str]:
@@ -230,13 +182,12 @@ def _epoch_lines(log: TrainingLog, number: int) -> list[str]:
     point = log.epochs[number]
     per_epoch = log.steps_per_epoch or point.step
     until = TrainingLog(log.steps, log.epochs[: number + 1])
-    left = seconds_left(
-        TrainingLog([p for p in log.steps if p.step <= point.step], [], log.events), point.seconds
-    )
-    finite = {name: value for name, value in point.values.items() if math.isfinite(value)}
+    steps = [p for p in log.steps if p.step <= point.step]
+    left = seconds_left(TrainingLog(steps, [], log.events), point.seconds)
+    finite = _finite(point)
     return epoch_line(
         round(point.step / per_epoch),
-        round(max(total_steps(log), _last_step(log)) / per_epoch),
+        round(max(total_steps(log), log.last_step) / per_epoch),
         finite,
         0.0 if math.isnan(left) else left,
         watched="val/AP",
@@ -254,62 +205,46 @@ def screen(
     *,
     dots: bool,
 ) -> RenderableType:
-    """Return what is shown on a terminal.
+    """Return what is shown on a terminal of `width` columns and `height` rows.
 
-    Args:
-        title: key and name of the training.
-        log: so far.
-        hints: that it gives.
-        now: seconds since 1970.
-        width: columns of the terminal; at most 100 are used.
-        height: its rows; a low terminal shows fewer charts.
-        dots: draw curves of coloured Braille dots, else with a marker for each.
+    A low terminal shows fewer charts. Curves are coloured Braille dots, or without `dots` have a
+    marker each.
     """
     width = min(width, WIDTH)
-    rows = _CHART_ROWS
-    while rows > 1 and (height - _OTHER_ROWS) // rows < _LEAST_HEIGHT + 1:
-        rows -= 1
-    chart_height = min(8, max(_LEAST_HEIGHT, (height - _OTHER_ROWS) // rows - 1))
+    free = height - _OTHER_ROWS
+    rows = min(_CHART_ROWS, max(1, free // (_LEAST_HEIGHT + 1)))
+    size = (width - 2 * _GAP) // 2, min(8, max(_LEAST_HEIGHT, free // rows - 1))
     grid = Table.grid(padding=(0, _GAP, 0, 0))
-    chart_width = (width - 2 * _GAP) // 2
-    for row in range(rows):
-        panels = _PANELS[2 * row : 2 * row + 2]
-        grid.add_row(*(_panel(log, one, chart_width, chart_height, dots=dots) for one in panels))
+    for names in islice(batched(_PANELS, 2), rows):
+        grid.add_row(*(_panel(log, name, *size, dots=dots) for name in names))
     lines = [Text(line) for hint in hints for line in hint.wrapped(width)]
     return Group(*_head(title, log, now, width, dots=dots), grid, *lines)
 
 
 def _head(title: str, log: TrainingLog, now: float, width: int, *, dots: bool) -> list[Text]:
-    step, total = _last_step(log), total_steps(log)
+    step, total = log.last_step, total_steps(log)
     done = round(_BAR * step / total) if total else 0
     full, empty = ("━", "─") if dots else ("#", "-")
-    left = seconds_left(log, now)
-    end = _ending(log)
-    state = "" if step or end else "waiting for the first step"
-    if step and not end and not math.isnan(left):
-        state = f"left {clock(left)}"
+    left, end = seconds_left(log, now), _ending(log)
+    waiting = "" if math.isnan(left) else f"left {clock(left)}"
+    state = "" if end else waiting if step else "waiting for the first step"
     per_epoch = log.steps_per_epoch
     epoch = f"epoch {step / per_epoch:.1f}/{total / per_epoch:.0f}  " if per_epoch and total else ""
     progress = Text.assemble(
         (full * done, "green"), empty * (_BAR - done), f"  {epoch}step {step:,}/{total:,}  {state}"
     )
-    values = log.steps[-1].values if log.steps else {}
-    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    finite = _finite(log.steps[-1]) if log.steps else {}
     head = [Text(title, style="bold"), progress, Text("  ".join(pace_parts(finite, "train/loss")))]
     for text in head:
         text.truncate(width, overflow="ellipsis" if dots else "crop")
     return [*head, *(Text(line) for line in textwrap.wrap(end, width))]
 
 
-def _panel(
-    log: TrainingLog, panel: tuple[str, Curves], width: int, height: int, *, dots: bool
-) -> Text:
-    name, curves = panel
-    series = [
-        log.of_epochs(metric) if at_ends else log.of_steps(metric) for _, metric, at_ends in curves
-    ]
+def _panel(log: TrainingLog, name: str, width: int, height: int, *, dots: bool) -> Text:
+    curves = _PANELS[name]
+    series = [log.of_epochs(m) if m in _OF_EPOCHS else log.of_steps(m) for m in curves]
     text = Text(name, style="bold")
-    for number, (label, _, _) in enumerate(curves):
+    for number, label in enumerate(curves.values()):
         if label and len(series[number][0]):
             mark = "" if dots else f"{_MARKERS[number]} "
             text.append(f"  {mark}{label}", style=f"not bold {_COLOURS[number]}")
@@ -332,9 +267,6 @@ def chart(
         width: characters of a row, the labels included.
         height: rows.
         dots: draw Braille dots, four rows and two columns to a character.
-
-    Returns:
-        `height` rows of `width` cells.
     """
     columns = max(0, width - LABEL_WIDTH - 1)
     rows: list[list[Cell]] = [[(" ", None)] * columns for _ in range(height)]
@@ -352,25 +284,19 @@ def chart(
     for number, (x, y) in enumerate(finite):
         xs = np.round((x - begin) / length * (across * columns - 1)).astype(int)
         ys = np.round((high - y) / (high - low) * (down * height - 1)).astype(int)
-        for dot_x, dot_y in _line_dots(xs.tolist(), ys.tolist()):
-            row, column = dot_y // down, dot_x // across
-            character = _MARKERS[number % len(_MARKERS)]
-            if dots:
-                bits[row, column] |= _DOTS[dot_x % 2][dot_y % 4]
-                character = chr(0x2800 + bits[row, column])
-            rows[row][column] = (character, number)
+        points = list(zip(xs.tolist(), ys.tolist(), strict=True))
+        # A line from each point to the next one, and a dot at the first.
+        for (x0, y0), (x1, y1) in pairwise([*points[:1], *points]):
+            steps = max(abs(x1 - x0), abs(y1 - y0), 1)
+            for part in (step / steps for step in range(1, steps + 1)):
+                dot_x, dot_y = round(x0 + part * (x1 - x0)), round(y0 + part * (y1 - y0))
+                row, column = dot_y // down, dot_x // across
+                character = _MARKERS[number % len(_MARKERS)]
+                if dots:
+                    bits[row, column] |= _DOTS[dot_x % 2][dot_y % 4]
+                    character = chr(0x2800 + bits[row, column])
+                rows[row][column] = (character, number)
     return _with_axis(rows, low, high, dots=dots)
-
-
-def _line_dots(xs: Sequence[int], ys: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield all dots on the lines between points."""
-    points = list(zip(xs, ys, strict=True))
-    yield from points[:1]
-    for (x, y), (next_x, next_y) in pairwise(points):
-        steps = max(abs(next_x - x), abs(next_y - y), 1)
-        for step in range(1, steps + 1):
-            part = step / steps
-            yield round(x + part * (next_x - x)), round(y + part * (next_y - y))
 
 
 def _with_axis(rows: list[list[Cell]], low: float, high: float, *, dots: bool) -> list[list[Cell]]:

@@ -7,6 +7,8 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from runkey.plots.log import GrowingLog, read_log, read_samples
 from runkey.plots.style import drawing
 from runkey.plots.tables import write_plot_tables
 from tests.support.figures import figure_of, labels_of
+from tests.support.logs import LOGS
 
 MOST_BYTES = 150_000
 ROOT = Path(__file__).parents[2]
@@ -36,8 +39,21 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def test_every_log_gives_every_picture(any_log, tmp_path):
-    written = write_training_plots(any_log, tmp_path / "out")
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Callable[[str], list[Path]]:
+    """The pictures of the log of a kind, drawn once."""
+
+    @cache
+    def draw(kind: str) -> list[Path]:
+        folder = tmp_path_factory.mktemp("drawn")
+        return write_training_plots(LOGS[kind](folder / "train.jsonl"), folder / "out")
+
+    return draw
+
+
+@pytest.mark.parametrize("kind", LOGS)
+def test_every_log_gives_every_picture(drawn, kind):
+    written = drawn(kind)
     assert [path.name for path in written] == [
         "loss_and_ap.png",
         "learning_rate.png",
@@ -64,17 +80,17 @@ def test_every_log_gives_the_tables(any_log, tmp_path):
             assert not any(column) or all(np.isfinite(float(value)) for value in column)
 
 
-def test_same_log_same_bytes(log_of, tmp_path):
-    log = log_of("stopped early")
-    once = [p.read_bytes() for p in write_training_plots(log, tmp_path / "once")]
-    again = [p.read_bytes() for p in write_training_plots(log, tmp_path / "again")]
+def test_same_log_same_bytes(drawn, tmp_path):
+    once = [path.read_bytes() for path in drawn("stopped early")]
+    log = drawn("stopped early")[0].parents[1] / "train.jsonl"
+    again = [path.read_bytes() for path in write_training_plots(log, tmp_path / "again")]
     assert once == again
     assert not any(b"matplotlib" in content for content in once)
 
 
 def test_what_happened_is_marked_where_it_happened(log_of, tmp_path):
     """Each kind by a shape and a colour of its own, named with how often it came."""
-    with drawing(tmp_path / "drawn.png", panels=2) as (figure, panels):
+    with drawing(tmp_path / "drawn.png", "", "") as (figure, panels):
         mark_events(figure, panels, read_log(log_of("troubled")))
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == [
@@ -95,9 +111,9 @@ def test_what_happened_is_marked_where_it_happened(log_of, tmp_path):
         assert across == [37, 120]  # lines where training went back or began again
 
 
-def test_events_are_on_every_curve_over_steps(log_of, tmp_path):
+def test_events_are_on_every_curve_over_steps(drawn, log_of, tmp_path):
+    with_events = drawn("troubled")
     log = log_of("troubled")
-    with_events = write_training_plots(log, tmp_path / "with")
     kept = [line for line in log.read_text().splitlines(True) if '"seen"' not in line]
     log.write_text("".join(kept))
     without = write_training_plots(log, tmp_path / "without")
@@ -143,11 +159,11 @@ def test_a_log_is_read_on_as_it_grows(log_of, tmp_path):
     assert 0 < len(growing.log.steps) < 10
 
 
-def test_an_early_stop_shows(log_of, tmp_path):
+def test_an_early_stop_shows(drawn):
     """The two logs differ only in how they end."""
-    done = loss_and_ap(read_log(log_of("complete")), tmp_path / "done.png").read_bytes()
-    stopped = loss_and_ap(read_log(log_of("stopped early")), tmp_path / "stop.png").read_bytes()
-    assert done != stopped
+    done, stopped = drawn("complete")[0], drawn("stopped early")[0]
+    assert done.name == stopped.name == "loss_and_ap.png"
+    assert done.read_bytes() != stopped.read_bytes()
 
 
 def test_tables_hold_the_values(log_of, tmp_path):
