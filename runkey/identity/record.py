@@ -186,6 +186,11 @@ class Details:
         except (AttributeError, KeyError, TypeError) as error:
             raise RecipeError(f"{where}: not a run's record ({error})") from None
 
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Return the details in a record.json; see `from_dict`."""
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Record:

@@ -20,7 +20,7 @@ from runkey.plots.report import write_report
 from runkey.plots.report_data import recorded_run, workspace_run
 from runkey.plots.sheets import contact_sheet
 from runkey.plots.tables import write_plot_tables, write_precision_recall_table
-from runkey.tracking import TRAIN_LOG
+from runkey.tracking.mlflow_run import TRAIN_LOG
 
 REPORT = paths.PLOTS / "report.html"
 

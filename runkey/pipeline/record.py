@@ -42,17 +42,10 @@ from runkey.pipeline.once import KeyClaim
 from runkey.plots.curves import write_training_plots
 from runkey.registry.library import canonical
 from runkey.registry.server_library import open_library
-from runkey.tracking import (
-    TRAIN_LOG,
-    RunSender,
-    Store,
-    TrackedRun,
-    TrainingRun,
-    describe_run,
-    locate_store,
-    open_run,
-)
-from runkey.tracking.describe import log_model
+from runkey.tracking.describe import describe_run, log_model
+from runkey.tracking.mlflow_run import TRAIN_LOG, TrackedRun, open_run
+from runkey.tracking.store import Store, locate_store
+from runkey.tracking.sync import RunSender, TrainingRun
 from runkey.training.guard import REPORTS
 
 logger = logging.getLogger(__name__)

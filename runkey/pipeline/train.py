@@ -30,7 +30,7 @@ from runkey.pipeline.once import KeyClaim
 from runkey.pipeline.record import Run, recorded, save_run
 from runkey.pipeline.validation import Validation, build_validation
 from runkey.plots.hints import HintingTracker, class_scores
-from runkey.tracking import SAMPLES
+from runkey.tracking.mlflow_run import SAMPLES
 from runkey.training.build import TrainContext, TrainData, build_training
 from runkey.training.checkpoint.folder import FolderCheckpoints, Interval, newest_fingerprint
 from runkey.training.checkpoint.lock import locked

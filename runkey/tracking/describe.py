@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from runkey.errors import ParamsError, TrackingError
 from runkey.identity.dvc_yaml import tracked_md5
-from runkey.tracking.store import Store, open_client
+from runkey.tracking.store import Store, in_one_line, open_client
 
 if TYPE_CHECKING:
     from runkey.params import Params
@@ -67,8 +67,8 @@ def describe_run(
         params: the resolved parameters.
         root: the workspace.
         key: the recipe key.
-        parts: hash of each part of the key (code, params, data, environment). They become params,
-            so that MLflow's comparison page shows which part differs.
+        parts: hash of each part of the key. They become params, so that MLflow's comparison page
+            shows which part differs.
         tags: the run environment (device, host, ...), as text.
         counts: size of the data set, such as {"train_images": 400}.
         name: of the run; None: what differs from the committed parameters.
@@ -92,10 +92,7 @@ def run_name(params: Params, baseline: Params | None) -> str:
     """Name a run by what differs from the baseline, such as `lr=5e-05 epochs=12`, or `baseline`.
 
     Parameter names are cut to their last part where that is unambiguous; at most four are listed.
-
-    Args:
-        params: of the run.
-        baseline: the committed parameters; None: the schema's defaults.
+    Without a baseline, the schema's defaults are taken.
     """
     from runkey.params import as_text, parse_params
 
@@ -115,11 +112,7 @@ def run_name(params: Params, baseline: Params | None) -> str:
 
 
 def committed_params(root: Path) -> Params | None:
-    """Read params.yaml of git's HEAD (the baseline commit inside a DVC experiment).
-
-    Returns:
-        None without git, without a commit, or if the file is not valid.
-    """
+    """Read params.yaml of git's HEAD, a DVC experiment's baseline; None if that is not possible."""
     from ruamel.yaml import YAML
 
     from runkey.params import parse_params
@@ -221,6 +214,5 @@ def log_model(
         client.finalize_logged_model(model.model_id, "READY")
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
     except (MlflowException, OSError) as error:
-        text = " ".join(str(error).split())
-        raise TrackingError(f"MLflow: the model is not recorded ({text[:160]})") from None
+        raise TrackingError(f"MLflow: the model is not recorded ({in_one_line(error)})") from None
     return str(model.model_id)

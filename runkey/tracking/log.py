@@ -16,14 +16,15 @@ import errno
 import json
 import logging
 import math
+import mmap
 import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from runkey.files import write_atomically
 from runkey.units import MIB
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,8 @@ class ExpectedEntries:
     """
 
     def __init__(self) -> None:
-        self._values: dict[tuple[int, tuple[str, ...]], tuple[int, dict[str, Any]]] = {}
-        self._events: dict[str, list[tuple[int, int | None]]] = {}
+        self._places: dict[str, list[tuple[int, int | None, dict[str, Any]]]] = {}
+        """Offset, step and values of the entries of each name."""
         self._step = 0
         self.differing: list[int] = []
         """Steps whose repeated values differ from the logged ones."""
@@ -86,23 +87,25 @@ class ExpectedEntries:
         with path.open("rb") as file:
             file.seek(offset)
             for line in file:
-                expected._add(parse_line(line) or {}, offset)
+                entry = parse_line(line)
+                if entry and entry.get("event") not in ALWAYS_NEW:
+                    step = entry.get("step", entry.get("fields", {}).get("step"))
+                    place = offset, step, _without_pace(entry.get("values", {}))
+                    expected._places.setdefault(_name(entry), []).append(place)
                 offset += len(line)
         return expected
 
     def take(self, entry: Entry) -> bool:
         """Return True if the entry was expected; it is not expected again after that."""
-        if "event" in entry:
-            name = _event_name(entry)
-            places = self._events.pop(name, [])
-            if places[1:]:
-                self._events[name] = places[1:]
-            return bool(places)
-        self._step = entry["step"]
-        _, before = self._values.pop(_place(entry), (0, None))
-        if before is not None and _without_pace(before) != _without_pace(entry["values"]):
-            self.differing.append(entry["step"])
-        return before is not None
+        name = _name(entry)
+        places = self._places.pop(name, [])
+        if places[1:]:
+            self._places[name] = places[1:]
+        if "values" in entry:
+            self._step = entry["step"]
+            if places and places[0][2] != _without_pace(entry["values"]):
+                self.differing.append(entry["step"])
+        return bool(places)
 
     def first_offset(self) -> int | None:
         """Return the byte at which the first entry still expected begins; None if there is none.
@@ -110,26 +113,17 @@ class ExpectedEntries:
         An entry of an earlier step will not come any more: `runtime.log_every` has changed, or the
         entry described the machine.
         """
-        values = (offset for (step, _), (offset, _) in self._values.items() if step >= self._step)
-        places = (place for places in self._events.values() for place in places)
-        events = (offset for offset, step in places if step is None or step >= self._step)
-        return min((*values, *events), default=None)
-
-    def _add(self, entry: Entry, offset: int) -> None:
-        if "event" in entry:
-            if entry["event"] not in ALWAYS_NEW:
-                place = offset, entry["fields"].get("step")
-                self._events.setdefault(_event_name(entry), []).append(place)
-        elif "values" in entry:
-            self._values[_place(entry)] = offset, entry["values"]
+        places = (place for places in self._places.values() for place in places)
+        offsets = (offset for offset, step, _ in places if step is None or step >= self._step)
+        return min(offsets, default=None)
 
 
-def _place(entry: Entry) -> tuple[int, tuple[str, ...]]:
-    return entry["step"], tuple(sorted(entry["values"]))
-
-
-def _event_name(entry: Entry) -> str:
-    return json.dumps([entry["event"], _without_pace(entry.get("fields", {}))], sort_keys=True)
+def _name(entry: Entry) -> str:
+    if "event" in entry:
+        named = [entry["event"], _without_pace(entry.get("fields", {}))]
+    else:
+        named = [entry["step"], sorted(entry["values"])]
+    return json.dumps(named, sort_keys=True)
 
 
 def _without_pace(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,12 +186,9 @@ class JsonlLog:
         return {_BYTES: self._size if first is None else first, _LOST: self.lost_lines}
 
     def resume(self, position: Mapping[str, int | str] | None) -> None:
-        """Expect the entries behind a checkpoint's position to be logged again.
+        """Expect the entries behind a checkpoint's position, or of the whole log, once more.
 
         Call it before anything is logged.
-
-        Args:
-            position: from `position`; None: expect the whole log again.
         """
         offset = int(position.get(_BYTES, 0)) if position else 0
         self._lost_before = int(position.get(_LOST, 0)) if position else 0
@@ -243,7 +234,7 @@ class JsonlLog:
         if self._shown is None or self._shown == self.path:
             return
         try:
-            _copy_atomically(self.path, self._shown)
+            write_atomically(self._shown, self.path.read_bytes())
         except OSError as error:
             self._warn(f"{self._shown}: not written ({error.strerror}); the log is {self.path}")
 
@@ -262,11 +253,13 @@ class JsonlLog:
 
     def _unshare(self) -> None:
         """Break hard links to the file: DVC's cache may have one, and must not change."""
-        both = self._shown and self._shown.exists() and self.path.exists()
-        if self._shown and both and self._shown.samefile(self.path) and self._shown != self.path:
-            self._shown.unlink()
-        if self.path.is_file() and self.path.stat().st_nlink > 1:
-            _copy_atomically(self.path, self.path)
+        if not self.path.is_file():
+            return
+        shown = self._shown
+        if shown and shown != self.path and shown.exists() and shown.samefile(self.path):
+            shown.unlink()
+        if self.path.stat().st_nlink > 1:
+            write_atomically(self.path, self.path.read_bytes())
 
     def _show(self) -> None:
         """Link the file to where people look for it; across file systems `finish` copies it."""
@@ -342,25 +335,11 @@ class JsonlLog:
             )
 
 
-def _copy_atomically(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        shutil.copyfile(source, temporary)
-        temporary.replace(target)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _whole_bytes(file: int) -> int:
-    """Return the size of a file up to the end of its last whole line."""
-    end = os.fstat(file).st_size
-    while end:
-        begin = max(end - 65536, 0)
-        if (last := os.pread(file, end - begin, begin).rfind(b"\n")) >= 0:
-            return begin + last + 1
-        end = begin
-    return 0
+    if not os.fstat(file).st_size:
+        return 0
+    with mmap.mmap(file, 0, access=mmap.ACCESS_READ) as data:
+        return data.rfind(b"\n") + 1
 
 
 def _step(line: bytes) -> int:

@@ -6,9 +6,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from runkey import paths
 from runkey.identity.key import short_key
@@ -16,23 +17,13 @@ from runkey.identity.record import KEY, LoggedRun
 from runkey.tracking import replay
 from runkey.tracking.log import JsonlLog
 from runkey.tracking.store import Store, in_one_line
-from runkey.tracking.sync import MetricPoint, RunSender, Status, TrainingRun, points_of
+from runkey.tracking.sync import RunSender, Status, TrainingRun, points_of
 
 logger = logging.getLogger(__name__)
 
 TRAIN_LOG = paths.LOGS / replay.LOG
 SAMPLES = paths.LOGS / replay.SAMPLES
 """System metrics: CPU, memory and GPU."""
-
-
-class _Monitor(Protocol):
-    """MLflow's BaseMetricsMonitor, which has no type annotations."""
-
-    def collect_metrics(self) -> None: ...
-
-    def aggregate_metrics(self) -> dict[str, float]: ...
-
-    def clear_metrics(self) -> None: ...
 
 
 class SystemSampler:
@@ -49,7 +40,7 @@ class SystemSampler:
         self._log = log
         self._lock = threading.Lock()
         self._finished = False
-        self._monitors: list[_Monitor] = []
+        self._monitors: list[Any] = []
         self._last_seconds = 0.0
 
     def sample(self, started_ms: int) -> None:
@@ -57,9 +48,6 @@ class SystemSampler:
 
         The step keeps rising when training is resumed. Of several samples in one second MLflow gets
         the first.
-
-        Args:
-            started_ms: start of the training in milliseconds since 1970.
         """
         # Imported here: commands that only read import this module and count in milliseconds.
         import psutil
@@ -88,17 +76,15 @@ class SystemSampler:
             self._log.finish()
 
 
-def _open_monitors() -> list[_Monitor]:
+def _open_monitors() -> list[Any]:
     """Open MLflow's monitors of CPU and memory, and of GPUs (which raises without one)."""
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 
-    cpu: Callable[[], _Monitor] = CPUMonitor
-    gpu: Callable[[], _Monitor] = GPUMonitor
-    try:
-        return [cpu(), gpu()]
-    except (ImportError, RuntimeError):
-        return [cpu()]
+    monitors: list[Any] = [CPUMonitor()]  # type: ignore[no-untyped-call]
+    with suppress(ImportError, RuntimeError):
+        monitors.append(GPUMonitor())  # type: ignore[no-untyped-call]
+    return monitors
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +148,8 @@ class TrackedRun:
         if self.jsonl:
             self.jsonl.log(values, step)
         elif self._sender:
-            now = time.time_ns() // 1_000_000
-            points = (MetricPoint(name, float(v), now, step) for name, v in values.items())
-            self._sender.points.extend(points)
+            entry = {"time": time.time(), "step": step, "values": values}
+            self._sender.points.extend(points_of(entry))
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag of the MLflow run."""
@@ -198,13 +183,10 @@ class TrackedRun:
             self._sampler.finish()
 
     def close(self, status: Status = "FINISHED") -> str | None:
-        """Send what is left and end the run.
+        """Send what is left, end the run and return its id, None if there is none.
 
         What could not be sent stays in the training's folder; a warning names the command that
         sends it.
-
-        Returns:
-            The MLflow run's id, None if there is none.
         """
         if self.jsonl:
             self.jsonl.close()
@@ -216,12 +198,12 @@ class TrackedRun:
             for entry in self.jsonl.unwritten():
                 self._sender.points.extend(points_of(entry))
         self._end(self._sender, status)
-        if not self._sender.ended and self._sender.training:
-            self._save(status, self._sender.training)
+        if not self._sender.ended:
+            self._save(self._sender, status)
         return self._sender.run_id
 
     def _end(self, sender: RunSender, status: Status) -> None:
-        """Wait for the thread to end the run, as long as MLflow answers; warn if it does not."""
+        """Wait for the thread to end the run, as long as MLflow answers."""
         self._status = status
         sender.last_answer = time.monotonic()
         self._closing.set()
@@ -229,15 +211,18 @@ class TrackedRun:
         patience = self._pace.killed_seconds if status == "KILLED" else self._pace.close_seconds
         while self._thread.is_alive() and time.monotonic() - sender.last_answer < patience:
             self._thread.join(0.1)
+
+    def _save(self, sender: RunSender, status: Status) -> None:
+        """Say what MLflow lacks, and keep it for `runkey replay`."""
         why = self._error or "no answer in time"
         if sender.run_id is None:
             logger.warning(f"MLflow: no run was recorded ({why})")
-        elif not sender.ended:
+        else:
             missing = sender.missing()
             lack = f"lacks {missing}" if missing else f"is whole but not marked {status}"
             logger.warning(f"MLflow: run {sender.run_id} {lack} ({why})")
-
-    def _save(self, status: Status, training: TrainingRun) -> None:
+        if (training := sender.training) is None:
+            return
         try:
             replay.save_end(training, status, self._tags, self._artifacts)
         except OSError as error:
@@ -260,11 +245,17 @@ class TrackedRun:
                 if closing:
                     sender.end(self._status)
                     return
-                self._note_success()
+                if self._error:
+                    logger.info("MLflow: recording again")
+                    self._error = None
                 pause = self._pace.flush_seconds
             # Whatever MLflow, its database driver or the network raises must not reach training.
             except Exception as error:  # noqa: BLE001
-                self._note_failure(error)
+                is_first, self._error = self._error is None, in_one_line(error)
+                if is_first:
+                    logger.warning(
+                        f"MLflow: {self._error}; the work goes on, values are kept and sent later"
+                    )
                 pause = self._pace.retry_seconds
                 failures_closing += closing
             if closing:
@@ -276,30 +267,15 @@ class TrackedRun:
         """Wait until woken or until `seconds` have passed; sample the system meanwhile."""
         end = time.monotonic() + seconds
         while not self._wake.is_set() and (left := end - time.monotonic()) > 0:
-            if self._sampler and sender.run_id:
-                self._sample(self._sampler, sender.started_ms)
+            try:
+                if self._sampler and sender.run_id:
+                    self._sampler.sample(sender.started_ms)
+            # psutil and the GPU driver raise their own kinds; samples are not worth a run.
+            except Exception as error:  # noqa: BLE001
+                logger.warning(f"MLflow: no more system metrics ({in_one_line(error)})")
+                self._sampler = None
             self._wake.wait(min(left, self._sampler.interval_seconds) if self._sampler else left)
         self._wake.clear()
-
-    def _sample(self, sampler: SystemSampler, started_ms: int) -> None:
-        try:
-            sampler.sample(started_ms)
-        # psutil and the GPU driver raise their own kinds; samples are not worth a run.
-        except Exception as error:  # noqa: BLE001
-            logger.warning(f"MLflow: no more system metrics ({in_one_line(error)})")
-            self._sampler = None
-
-    def _note_failure(self, error: Exception) -> None:
-        first, self._error = self._error is None, in_one_line(error)
-        if first:
-            logger.warning(
-                f"MLflow: {self._error}; the work goes on, values are kept and sent later"
-            )
-
-    def _note_success(self) -> None:
-        if self._error:
-            logger.info("MLflow: recording again")
-            self._error = None
 
 
 def open_run(

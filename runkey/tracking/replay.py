@@ -19,14 +19,7 @@ from runkey import paths
 from runkey.errors import TrackingError
 from runkey.files import write_atomically
 from runkey.identity.key import ANY_SCHEMA, SCHEMAS
-from runkey.identity.record import (
-    DETAILS,
-    POINTER,
-    Details,
-    LoggedRun,
-    RunPointer,
-    read_pointer,
-)
+from runkey.identity.record import DETAILS, POINTER, Details, LoggedRun, read_pointer
 from runkey.identity.record_cache import update_record
 from runkey.tracking.describe import Dataset, RunDescription
 from runkey.tracking.store import Store, in_one_line
@@ -52,11 +45,7 @@ class TrainingEnd:
 
 
 def save_description(training: TrainingRun) -> None:
-    """Save the description of a training that starts; remove how an earlier attempt ended.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Save the description of a training that starts; remove how an earlier attempt ended."""
     (training.folder / ENDED).unlink(missing_ok=True)
     shutil.rmtree(training.folder / ARTIFACTS, ignore_errors=True)
     stored = {"experiment": training.experiment, "description": asdict(training.description)}
@@ -71,14 +60,7 @@ def save_end(
 ) -> None:
     """Save how a training ended, and the artifacts of its run.
 
-    Args:
-        training: has a folder.
-        status: of the run.
-        tags: set while it ran.
-        artifacts: files and folders, each with the folder that it goes to among the artifacts.
-
-    Raises:
-        OSError: the folder cannot be written.
+    Each artifact is a file or a folder, with the folder that it goes to among the artifacts.
     """
     for path, folder in artifacts:
         place = training.folder / ARTIFACTS / folder
@@ -92,28 +74,19 @@ def save_end(
 
 
 def clear_training(folder: Path, *, everything: bool) -> None:
-    """Clear the folder of a training that has ended.
+    """Clear the folder of a training that has ended; the caller holds its lock.
 
-    Args:
-        folder: of the training; the caller holds its lock.
-        everything: remove the folder itself; False: keep what MLflow still lacks.
-
-    Raises:
-        OSError: the folder cannot be written.
+    Without `everything`, what MLflow still lacks is kept.
     """
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if everything or path.name not in _FOR_MLFLOW:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
     if everything and folder.is_dir():
-        folder.rmdir()
+        shutil.rmtree(folder)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name not in _FOR_MLFLOW:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def read_training(folder: Path) -> TrainingRun:
-    """Read the training saved in a folder.
-
-    Raises:
-        TrackingError: the folder holds none.
-    """
+    """Read the training saved in a folder; TrackingError if there is none."""
     path = folder / DESCRIPTION
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -141,35 +114,19 @@ def read_end(folder: Path) -> TrainingEnd | None:
         raise TrackingError(f"{path}: not readable ({error})") from None
 
 
-def read_details(folder: Path) -> Details | None:
-    """Read the record that a training left if it ended well.
-
-    Raises:
-        RecipeError: the file is damaged.
-    """
-    path = folder / ARTIFACTS / DETAILS
-    if not path.is_file():
-        return None
-    return Details.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
-
-
 def find_training(home: Path, address: str) -> Path | None:
     """Find the folder of a saved training; None if there is none.
 
-    Args:
-        home: `Store.home`.
-        address: a key or its beginning, with or without `rk2-`; KEY:RUN names an MLflow run's.
+    The address is a key or its beginning, with or without `rk2-`; KEY:RUN names an MLflow run's.
 
     Raises:
         TrackingError: several trainings match.
     """
     key, _, run = address.strip().lower().partition(":")
     begins = (key, *(f"{schema}-{key}" for schema in SCHEMAS))
-    runs = {
-        path: (read_pointer(path) or RunPointer("")).run_id or ""
-        for path in sorted(home.glob(f"{ANY_SCHEMA}-*"))
-        if path.name.startswith(begins) and (path / DESCRIPTION).is_file()
-    }
+    kept = sorted(path.parent for path in home.glob(f"{ANY_SCHEMA}-*/{DESCRIPTION}"))
+    pointers = {path: read_pointer(path) for path in kept if path.name.startswith(begins)}
+    runs = {path: (pointer and pointer.run_id) or "" for path, pointer in pointers.items()}
     found = [path for path, run_id in runs.items() if run_id.startswith(run)]
     if len(found) > 1:
         several = ", ".join(f"{path.name[:16]}:{runs[path][:8]}" for path in found)
@@ -200,16 +157,13 @@ class Replayed:
 def send_saved(store: Store, folder: Path) -> Replayed:
     """Send a saved training, update the run's record, and remove the folder if it is finished.
 
-    Args:
-        store: where to.
-        folder: of the training, see `paths.training_folder`.
-
     Raises:
         TrainingError: a process trains there.
         TrackingError, RecipeError: see `replay`; a saved file is damaged.
     """
     with locked(folder):
-        details = read_details(folder)
+        record = folder / ARTIFACTS / DETAILS  # which it left if it ended well
+        details = Details.read(record) if record.is_file() else None
 
         def on_change(run: LoggedRun) -> None:
             if not store.is_server:
@@ -224,10 +178,7 @@ def send_saved(store: Store, folder: Path) -> Replayed:
 def replay(store: Store, folder: Path, on_change: Callable[[LoggedRun], None]) -> Replayed:
     """Send MLflow what it lacks of a training that no process works on; make the run if need be.
 
-    Args:
-        store: where to.
-        folder: of the training, see `paths.training_folder`.
-        on_change: called with what MLflow has of the run at the end.
+    `on_change` is called with what MLflow has of the run at the end.
 
     Raises:
         TrackingError: the folder holds no training, or MLflow cannot be reached or refuses.

@@ -16,11 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100
-"""MLflow's limits on one request."""
+MAX_METRICS = 1000
+"""MLflow's limit on one request."""
 
 _BUSY_SECONDS = 20.0
 _SQLITE = "sqlite:///"
@@ -73,22 +72,17 @@ class Store:
 
 
 def locate_store(root: Path | None = None) -> Store:
-    """Return the store that `MLFLOW_TRACKING_URI` names, else the one in `root`.
+    """Return the store that `MLFLOW_TRACKING_URI` names, else the one in the main checkout `root`.
 
     A relative sqlite path is relative to `root`, not to the current folder, which may be one of
     DVC's temporary folders.
-
-    Args:
-        root: the main checkout; None: `paths.store_root()`.
     """
     root = (root or paths.store_root()).resolve()
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or f"{_SQLITE}{root / 'mlflow.db'}"
     if uri.startswith(_SQLITE):
         uri = f"{_SQLITE}{root / uri.removeprefix(_SQLITE)}"
-    database = Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
-    home = (database.parent if database else root) / paths.HOME
-    is_server = paths.is_server(uri)
-    return Store(uri, None if is_server else root / "mlartifacts", home)
+    store = Store(uri, None if paths.is_server(uri) else root / "mlartifacts", root / paths.HOME)
+    return replace(store, home=store.database.parent / paths.HOME) if store.database else store
 
 
 def quiet_mlflow() -> None:
@@ -115,11 +109,10 @@ def open_client(store: Store) -> MlflowClient:
     except ImportError as error:
         raise TrackingError(f"mlflow cannot be imported ({error}); run `make env`") from None
     quiet_mlflow()  # mlflow sets its own level when it is imported
-    _adopt_moved(store)
     if store.database:
         _make_database(store.database)
     client = MlflowClient(store.uri)
-    _place_default(store)
+    _adopt_moved(store)
     return client
 
 
@@ -184,50 +177,40 @@ def _make_database(path: Path) -> None:
                 draft.rename(path)
 
 
+@contextmanager
+def _connected(path: Path) -> Iterator[sqlite3.Connection]:
+    with closing(sqlite3.connect(path, timeout=_BUSY_SECONDS)) as database, database:
+        yield database
+
+
 def _adopt_moved(store: Store) -> None:
     """Point the database at the artifacts beside it if the checkout was moved or copied.
 
     MLflow stores absolute artifact paths, so a copy would keep writing into the original's folder.
-    Only paths that end in our own folder's name are changed.
+    Only paths that end in our own folder's name are changed, and that of the experiment `Default`,
+    where runkey logs nothing but a user may: MLflow sets it to the current folder of the process
+    that makes the database, which DVC may delete.
     """
-    if not (store.database and store.artifacts and store.database.is_file()):
-        return
-    if store.database.parent != store.artifacts.parent:
+    if not (store.database and store.artifacts):
         return
     here = store.artifacts.as_uri()
-    tail = f"/{store.artifacts.name}"
-    with closing(sqlite3.connect(store.database, timeout=_BUSY_SECONDS)) as database, database:
-        if not database.execute(
-            "SELECT 1 FROM sqlite_master WHERE type='table' AND name='experiments'"
-        ).fetchone():
-            return
+    with _connected(store.database) as database:
         moved = database.execute(
             "SELECT artifact_location FROM experiments WHERE artifact_location LIKE ?"
             " AND artifact_location <> ?",
-            (f"file://%{tail}", here),
+            (f"file://%/{store.artifacts.name}", here),
         ).fetchall()
-        for (old,) in moved:
+        for (old,) in moved if store.database.parent == store.artifacts.parent else ():
             for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
                 database.execute(
                     f"UPDATE {table} SET {column} = ? || substr({column}, ?)"
                     f" WHERE {column} = ? OR substr({column}, 1, ?) = ?",
                     (here, len(old) + 1, old, len(old) + 1, f"{old}/"),
                 )
-
-
-def _place_default(store: Store) -> None:
-    """Move the artifact location of MLflow's experiment `Default` beside all others.
-
-    runkey logs nothing there, but a user may. MLflow sets it to the current folder of the process
-    that makes the database, which DVC may delete.
-    """
-    if not (store.database and store.artifacts):
-        return
-    with closing(sqlite3.connect(store.database, timeout=_BUSY_SECONDS)) as database, database:
         database.execute(
             "UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0"
             " AND name = 'Default' AND artifact_location LIKE '%mlruns/0'",
-            (store.artifacts.as_uri(),),
+            (here,),
         )
 
 
@@ -236,12 +219,8 @@ def set_tag(
 ) -> None:
     """Set a tag of a run without importing mlflow, which takes 5 s.
 
-    Args:
-        store: a server or a sqlite database; in another kind of database nothing is set.
-        run_id: the run.
-        name: of the tag.
-        value: its text.
-        post: sends a JSON object to a path below the server's `api/2.0/mlflow/`.
+    `post` sends a JSON object to a path below the server's `api/2.0/mlflow/`. In a database other
+    than sqlite, nothing is set.
 
     Raises:
         TrackingError: the database cannot be written.
@@ -251,10 +230,7 @@ def set_tag(
         post("runs/set-tag", {"run_id": run_id, "key": name, "value": value})
     elif store.database:
         try:
-            with (
-                closing(sqlite3.connect(store.database, timeout=_BUSY_SECONDS)) as database,
-                database,
-            ):
+            with _connected(store.database) as database:
                 database.execute(
                     "INSERT INTO tags (key, value, run_uuid) VALUES (?, ?, ?)"
                     " ON CONFLICT (key, run_uuid) DO UPDATE SET value = excluded.value",
@@ -306,10 +282,7 @@ def view_text() -> str:
 
 
 def is_due(tags: Mapping[str, str]) -> bool:
-    """Return True if an experiment has no view, or an older one that no user has edited.
-
-    MLflow's pages set `updatedAt` when a view is overridden.
-    """
+    """Return True if an experiment has no view, or an older one that no user has edited."""
     try:
         view = json.loads(tags[VIEW_TAG])
         return bool(view["createdAt"] == view["updatedAt"] < _VERSION_MS)
@@ -325,22 +298,14 @@ _HOST = "127.0.0.1"
 
 @contextmanager
 def served(store: Store, port: int) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Serve MLflow's pages on a local store until the block ends.
-
-    Args:
-        store: what to show.
-        port: local port; 0: any free one.
-
-    Yields:
-        The server's address and its process.
+    """Serve MLflow's pages on a local store until the block ends; yield address and process.
 
     Raises:
         TrackingError: there is no store yet, the port is taken, or MLflow does not start.
     """
     if store.database and not store.database.is_file():
         raise TrackingError(f"{store.database}: not found; `make repro` records the first run")
-    port = port or free_port()
-    _refuse_taken(port)
+    port = free_port(port)
     logger.info("starting MLflow's server (some 10 s) ...")
     process = start_server(store, port)
     try:
@@ -380,31 +345,19 @@ def stop_server(process: subprocess.Popen[str], kill: bool = False) -> None:
 
 
 def wait_until_healthy(address: str, process: subprocess.Popen[str]) -> None:
-    """Wait until the server answers.
-
-    Raises:
-        TrackingError: it ended, or did not answer within three minutes.
-    """
+    """Wait until the server answers; TrackingError if it ends, or three minutes have passed."""
     end = time.monotonic() + _START_SECONDS
     while time.monotonic() < end:
         if process.poll() is not None:
             raise TrackingError(f"mlflow server ended with code {process.returncode}")
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.3)
+        with suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
+            return
+        time.sleep(0.3)
     raise TrackingError(f"mlflow server did not answer at {address} in {_START_SECONDS:.0f} s")
 
 
-def free_port() -> int:
-    """Return a local port that no process listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-def _refuse_taken(port: int) -> None:
+def free_port(port: int = 0) -> int:
+    """Return `port`, or any local one; TrackingError if a process listens on it."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -413,3 +366,4 @@ def _refuse_taken(port: int) -> None:
             raise TrackingError(
                 f"port {port}: {error.strerror}; name another, or 0 for any free one"
             ) from None
+        return int(probe.getsockname()[1])

@@ -17,10 +17,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -35,14 +34,7 @@ from runkey.identity.record import (
 )
 from runkey.tracking.describe import RunDescription
 from runkey.tracking.log import ALWAYS_NEW, Entry, parse_line, time_ms
-from runkey.tracking.store import (
-    MAX_METRICS,
-    MAX_PARAMS,
-    MAX_TAGS,
-    Store,
-    experiment_id,
-    open_client,
-)
+from runkey.tracking.store import MAX_METRICS, Store, experiment_id, open_client
 from runkey.tracking.transfer import logged_run
 
 if TYPE_CHECKING:
@@ -121,12 +113,7 @@ class LogTail:
     """
 
     def __init__(self, path: Path, offset: int) -> None:
-        """Start behind what was sent.
-
-        Args:
-            path: the log; it need not exist yet.
-            offset: bytes of the log that MLflow has, all whole lines.
-        """
+        """Start behind the `offset` bytes, all whole lines, that MLflow has."""
         self._path = path
         self.offset = 0
         self._names: dict[int, frozenset[str]] = {}
@@ -137,11 +124,7 @@ class LogTail:
                 self.sent(batch)
 
     def next(self, stop: int = sys.maxsize) -> Batch | None:
-        """Return the lines at `offset`, about a thousand values; None if there are no more yet.
-
-        Args:
-            stop: byte before which the batch ends.
-        """
+        """Return the lines up to `stop`, about a thousand values; None if there are no more yet."""
         batch = Batch(self.offset, dict(self._names), self._resumed)
         for line in self._lines():
             batch.end += len(line)
@@ -253,9 +236,9 @@ class RunSender:
             self._superseded.pop()
         for name, tail in (self._tails or {}).items():
             self._send_log(name, tail)
-        _drain(self.points, MAX_METRICS, self._log_metrics)
-        _drain(self.tags, MAX_TAGS, lambda tags: self._log_tags(dict(tags)))
-        _drain(self.artifacts, 1, self._log_artifacts)
+        _drain(self.points, self._log)
+        _drain(self.tags, lambda tags: self._log(tags=dict(tags)))
+        _drain(self.artifacts, self._log_artifacts, 1)
 
     def end(self, status: Status, ended_ms: int | None = None) -> None:
         """Set a training's status and end time (None: now), and report the run's final state."""
@@ -276,7 +259,6 @@ class RunSender:
 
     @cached_property
     def _client(self) -> MlflowClient:
-        """Open the store: import mlflow (5 s), and make the database (3 s) if there is none."""
         client = open_client(self._store)
         self.last_answer = time.monotonic()
         return client
@@ -324,7 +306,8 @@ class RunSender:
             self._client.update_run(run_id, status="RUNNING")
         description = training.description
         tags = run.data.tags
-        self._log_tags({n: v for n, v in description.tags.items() if tags.get(legal_name(n)) != v})
+        changed = {n: v for n, v in description.tags.items() if tags.get(legal_name(n)) != v}
+        self._log(tags=changed)
         # A process that died after it made the run may have left it without its description.
         if any(legal_name(name) not in run.data.params for name in description.params):
             self._describe(description)
@@ -355,24 +338,19 @@ class RunSender:
         return experiment_id(self._client, self._store, training.experiment)
 
     def _describe(self, description: RunDescription) -> None:
-        """Write the data set and the parameters."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+        from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        if description.dataset:
-            data = description.dataset
+        if data := description.dataset:
             entity = Dataset(data.name, data.digest, "local", data.source, None, data.profile)
             context = InputTag("mlflow.data.context", "training")
             self._client.log_inputs(self._id, [DatasetInput(entity, [context])])
-        for some in batched(description.params.items(), MAX_PARAMS):
-            params = [Param(legal_name(name), value[:_VALUE_CHARACTERS]) for name, value in some]
-            self._log_batch(params=params)
+        self._log(params=description.params)
 
     def _send_log(self, name: str, tail: LogTail) -> None:
         resumed = False
         while batch := tail.next():
             points = self._lacking(batch.points) if self._resend else batch.points
-            self._log_metrics(points)
-            self._log_tags(batch.tags)
+            self._log(points, tags=batch.tags)
             self.values_sent += len(points)
             resumed |= RESUMED in batch.tags
             tail.sent(batch)
@@ -381,22 +359,20 @@ class RunSender:
         if resumed:
             self._on_change(self._read(self._id))
 
-    def _log_metrics(self, points: Iterable[MetricPoint]) -> None:
-        from mlflow.entities import Metric
+    def _log(
+        self,
+        points: Sequence[MetricPoint] = (),
+        params: Mapping[str, str] = {},
+        tags: Mapping[str, str] = {},
+    ) -> None:
+        from mlflow.entities import Metric, Param, RunTag
 
-        for some in batched(points, MAX_METRICS):
-            metrics = [Metric(legal_name(m.name), m.value, m.time_ms, m.step) for m in some]
-            self._log_batch(metrics=metrics)
-
-    def _log_tags(self, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        for some in batched(tags.items(), MAX_TAGS):
-            entities = [RunTag(legal_name(name), value[:_TAG_CHARACTERS]) for name, value in some]
-            self._log_batch(tags=entities)
-
-    def _log_batch(self, **entities: Any) -> None:
-        self._client.log_batch(self._id, **entities)
+        self._client.log_batch(
+            self._id,
+            metrics=[Metric(legal_name(p.name), p.value, p.time_ms, p.step) for p in points],
+            params=[Param(legal_name(n), text[:_VALUE_CHARACTERS]) for n, text in params.items()],
+            tags=[RunTag(legal_name(n), text[:_TAG_CHARACTERS]) for n, text in tags.items()],
+        )
         self.last_answer = time.monotonic()
 
     def _log_artifacts(self, artifacts: Iterable[tuple[Path, str]]) -> None:
@@ -454,7 +430,7 @@ class RunSender:
             )
 
 
-def _drain[T](queue: deque[T], size: int, send: Callable[[list[T]], None]) -> None:
+def _drain[T](queue: deque[T], send: Callable[[list[T]], None], size: int = MAX_METRICS) -> None:
     """Send a queue's items in batches. Other threads append meanwhile, so it is read by index."""
     while some := [queue[index] for index in range(min(len(queue), size))]:
         send(some)

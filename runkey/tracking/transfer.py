@@ -33,18 +33,11 @@ from runkey.identity.record import (
     Details,
     LoggedRun,
     Record,
+    details_file,
 )
 from runkey.identity.record_cache import write_record
 from runkey.progress import Steps, each, progress
-from runkey.tracking.store import (
-    MAX_METRICS,
-    MAX_PARAMS,
-    MAX_TAGS,
-    Store,
-    experiment_id,
-    open_client,
-    quiet_mlflow,
-)
+from runkey.tracking.store import MAX_METRICS, Store, experiment_id, open_client, quiet_mlflow
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -82,34 +75,23 @@ def read_details(client: MlflowClient, run: LoggedRun) -> Details | None:
         RecipeError: the artifact is not a run's record.
         MlflowException, OSError: the artifacts cannot be reached.
     """
-    where = f"{DETAILS} of run {run.run_id}"
     parts = urllib.parse.urlsplit(run.artifact_uri)
     if parts.scheme == "file":
         # Read directly: through MLflow a file takes 20 ms, and `runkey index` reads thousands.
         path = Path(urllib.parse.unquote(parts.path)) / DETAILS
-        if not path.is_file():
-            return None
-        return Details.from_dict(json.loads(path.read_text(encoding="utf-8")), where)
+        return Details.read(path) if path.is_file() else None
     if DETAILS not in {item.path for item in client.list_artifacts(run.run_id)}:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(client.download_artifacts(run.run_id, DETAILS, folder))
-        return Details.from_dict(json.loads(path.read_text(encoding="utf-8")), where)
+        return Details.read(Path(client.download_artifacts(run.run_id, DETAILS, folder)))
 
 
 def write_details(
     store: Store, run_id: str, details: Details, tags: dict[str, str] | None = None
 ) -> LoggedRun:
-    """Replace record.json of a run and set tags; return the run as it is then.
-
-    Raises:
-        TrackingError: the store cannot be opened.
-        MlflowException: it refuses.
-    """
+    """Replace record.json of a run and set tags; return the run as it is then."""
     client = open_client(store)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / DETAILS
-        path.write_text(details.as_json(), encoding="utf-8")
+    with details_file(details) as path:
         client.log_artifact(run_id, str(path))
     for name, value in (tags or {}).items():
         client.set_tag(run_id, name, value)
@@ -152,7 +134,11 @@ def recorded_runs(store: Store) -> Iterator[Record]:
     from mlflow.exceptions import MlflowException
 
     try:
-        for run in _runs(client):
+        experiments = [str(one.experiment_id) for one in _pages(client.search_experiments)]
+        if not experiments:  # MLflow takes an empty list for all
+            return
+        query = {"experiment_ids": experiments, "filter_string": f"tags.{KEY} LIKE '{ANY_KEY}%'"}
+        for run in _pages(client.search_runs, **query):
             logged = logged_run(run)
             try:
                 details = read_details(client, logged)
@@ -164,16 +150,7 @@ def recorded_runs(store: Store) -> Iterator[Record]:
         raise TrackingError(f"{store.uri}: {' '.join(str(error).split())[:200]}") from None
 
 
-def _runs(client: MlflowClient) -> Iterator[Any]:
-    """Yield the `mlflow.entities.Run`s that have a key."""
-    experiments = [str(one.experiment_id) for one in _pages(client.search_experiments)]
-    if experiments:  # MLflow takes an empty list for all
-        has_key = f"tags.{KEY} LIKE '{ANY_KEY}%'"
-        yield from _pages(client.search_runs, experiment_ids=experiments, filter_string=has_key)
-
-
 def _pages(search: Callable[..., Any], **query: Any) -> Iterator[Any]:
-    """Yield what a search finds, page by page."""
     page = search(**query, max_results=_PAGE)
     yield from page
     while page.token:
@@ -190,123 +167,81 @@ class StoreRuns:
     """Name of the experiment that copies go to."""
 
     def read(self, run_id: str, folder: Path) -> dict[str, Any]:
-        """Copy a run to a folder; see `read_run`."""
-        with self._errors(f"run {run_id} could not be read"):
-            return read_run(self.store, run_id, folder)
+        """Copy a run to `CONTENT` and `ARTIFACTS` in a folder that exists; return the `CONTENT`."""
+        with self._client(f"run {run_id} could not be read") as client:
+            run = client.get_run(run_id)
+            inputs = run.inputs.dataset_inputs if run.inputs else []
+            content = {
+                "schema": RUN_FOLDER_SCHEMA,
+                "run_id": run_id,
+                "name": run.info.run_name or "",
+                "status": run.info.status,
+                "started_ms": run.info.start_time,
+                "ended_ms": run.info.end_time,
+                "params": dict(run.data.params),
+                "tags": {n: v for n, v in run.data.tags.items() if n not in _NOT_COPIED},
+                "metrics": {
+                    name: _history(client, run_id, name)
+                    for name in each("metrics from MLflow", sorted(run.data.metrics), "metrics")
+                },
+                "datasets": [
+                    used.dataset.to_dictionary() | {"tags": {t.key: t.value for t in used.tags}}
+                    for used in inputs
+                ],
+            }
+            text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
+            (folder / CONTENT).write_text(text + "\n", encoding="utf-8")
+            (folder / ARTIFACTS).mkdir()
+            _read_files(client, run_id, folder / ARTIFACTS)
+        return content
 
     def write(self, folder: Path) -> LoggedRun:
-        """Copy a run from a folder, see `write_run`; in a local store also write its record."""
-        with self._errors("the run could not be written"):
-            run = write_run(self.store, self.experiment, folder)
+        """Copy a run from the folder that `read` filled; in a local store also write its record.
+
+        The key is written last, so that no search by key finds an incomplete copy. What an
+        interrupted copy of the same run left is deleted first.
+        """
+        with self._client("the run could not be written") as client:
+            from mlflow.entities import Param, RunTag
+
+            content = json.loads((folder / CONTENT).read_text(encoding="utf-8"))
+            origin = content["tags"].get(ORIGIN, content["run_id"])
+            where = experiment_id(client, self.store, self.experiment)
+            copied = f"tags.{ORIGIN} = '{origin}'"
+            for half in client.search_runs([where], copied, max_results=100):
+                if KEY not in half.data.tags:
+                    client.delete_run(half.info.run_id)
+            tags = {ORIGIN: origin}
+            made = client.create_run(where, content["started_ms"], tags, content["name"])
+            run_id = str(made.info.run_id)
+            _write_values(client, run_id, content)
+            _write_files(client, run_id, folder / ARTIFACTS)
+            client.set_terminated(run_id, content["status"], end_time=content["ended_ms"])
+            key = content["tags"].get(KEY) or content["params"][KEY]
+            params = [Param(KEY, content["params"][KEY])] if KEY in content["params"] else []
+            client.log_batch(run_id, params=params, tags=[RunTag(KEY, key)])
+            run = logged_run(client.get_run(run_id))
         if not self.store.is_server:
-            path = folder / ARTIFACTS / DETAILS
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            details = Details.from_dict(stored, str(path))
+            details = Details.read(folder / ARTIFACTS / DETAILS)
             write_record(self.store.home / paths.RECORDS, Record(run=run, details=details))
         return run
 
     def add(self, run_id: str, file: Path) -> None:
         """Add a file to a run's artifacts."""
-        with self._errors(f"{file.name} could not be added to run {run_id}"):
-            open_client(self.store).log_artifact(run_id, str(file))
+        with self._client(f"{file.name} could not be added to run {run_id}") as client:
+            client.log_artifact(run_id, str(file))
 
     @contextmanager
-    def _errors(self, what: str) -> Iterator[None]:
+    def _client(self, what: str) -> Iterator[MlflowClient]:
+        """Yield a client of the store; its errors become a TrackingError that says `what`."""
         quiet_mlflow()
         from mlflow.exceptions import MlflowException
 
         try:
-            yield
+            yield open_client(self.store)
         except (MlflowException, OSError) as error:
             text = " ".join(str(error).split())
             raise TrackingError(f"{self.store.uri}: {what} ({text[:200]})") from None
-
-
-def read_run(store: Store, run_id: str, folder: Path) -> dict[str, Any]:
-    """Copy a run out of a store.
-
-    Args:
-        store: where it is.
-        run_id: MLflow's id.
-        folder: must exist; `CONTENT` and `ARTIFACTS` are made in it.
-
-    Returns:
-        The data in `CONTENT`.
-
-    Raises:
-        TrackingError: the store cannot be opened.
-        MlflowException, OSError: it refuses, or the artifacts cannot be read.
-    """
-    client = open_client(store)
-    run = client.get_run(run_id)
-    inputs = run.inputs.dataset_inputs if run.inputs else []
-    content = {
-        "schema": RUN_FOLDER_SCHEMA,
-        "run_id": run_id,
-        "name": run.info.run_name or "",
-        "status": run.info.status,
-        "started_ms": run.info.start_time,
-        "ended_ms": run.info.end_time,
-        "params": dict(run.data.params),
-        "tags": {n: v for n, v in run.data.tags.items() if n not in _NOT_COPIED},
-        "metrics": {
-            name: _history(client, run_id, name)
-            for name in each("metrics from MLflow", sorted(run.data.metrics), "metrics")
-        },
-        "datasets": [
-            {**used.dataset.to_dictionary(), "tags": {tag.key: tag.value for tag in used.tags}}
-            for used in inputs
-        ],
-    }
-    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
-    (folder / CONTENT).write_text(text + "\n", encoding="utf-8")
-    (folder / ARTIFACTS).mkdir()
-    _read_files(client, run_id, folder / ARTIFACTS)
-    return content
-
-
-def write_run(store: Store, experiment: str, folder: Path) -> LoggedRun:
-    """Copy a run into a store, from the folder that `read_run` filled.
-
-    The key is written last, so that no search by key finds an incomplete copy. What an interrupted
-    copy of the same run left is deleted first.
-
-    Args:
-        store: where to.
-        experiment: name of the experiment; created if need be.
-        folder: as `read_run` leaves it.
-
-    Returns:
-        The copy.
-
-    Raises:
-        TrackingError: the store cannot be opened.
-        MlflowException, OSError: it refuses, or cannot be reached.
-    """
-    content = json.loads((folder / CONTENT).read_text(encoding="utf-8"))
-    origin = content["tags"].get(ORIGIN, content["run_id"])
-    client = open_client(store)
-    where = experiment_id(client, store, experiment)
-    for half in copies(client, where, origin):
-        if KEY not in half.data.tags:
-            client.delete_run(half.info.run_id)
-    created = client.create_run(
-        where,
-        run_name=content["name"],
-        start_time=content["started_ms"],
-        tags={ORIGIN: origin},
-    )
-    run_id = str(created.info.run_id)
-    _write_values(client, run_id, content)
-    _write_files(client, run_id, folder / ARTIFACTS)
-    client.set_terminated(run_id, content["status"], end_time=content["ended_ms"])
-    _write_key(client, run_id, content)
-    return logged_run(client.get_run(run_id))
-
-
-def copies(client: MlflowClient, experiment: str, origin: str) -> list[Any]:
-    """Return the runs of an experiment that were copied from the run `origin`."""
-    return list(client.search_runs([experiment], f"tags.{ORIGIN} = '{origin}'", max_results=100))
 
 
 def _read_files(client: MlflowClient, run_id: str, folder: Path) -> None:
@@ -384,12 +319,9 @@ def _write_values(client: MlflowClient, run_id: str, content: dict[str, Any]) ->
             client.log_batch(run_id, metrics=list(some))
             steps.advance(len(some))
     params = [Param(name, value) for name, value in content["params"].items() if name != KEY]
-    for few in batched(params, MAX_PARAMS):
-        client.log_batch(run_id, params=list(few))
     skipped = (KEY, ORIGIN, *_NOT_COPIED)
     tags = [RunTag(name, value) for name, value in content["tags"].items() if name not in skipped]
-    for part in batched(tags, MAX_TAGS):
-        client.log_batch(run_id, tags=list(part))
+    client.log_batch(run_id, params=params, tags=tags)
     inputs = []
     for data in content["datasets"]:
         fields = {name: value for name, value in data.items() if name != "tags"}
@@ -397,11 +329,3 @@ def _write_values(client: MlflowClient, run_id: str, content: dict[str, Any]) ->
         inputs.append(DatasetInput(Dataset(**fields), labels))
     if inputs:
         client.log_inputs(run_id, inputs)
-
-
-def _write_key(client: MlflowClient, run_id: str, content: dict[str, Any]) -> None:
-    from mlflow.entities import Param, RunTag
-
-    params = [Param(KEY, content["params"][KEY])] if KEY in content["params"] else []
-    key = content["tags"].get(KEY) or content["params"][KEY]
-    client.log_batch(run_id, params=params, tags=[RunTag(KEY, key)])

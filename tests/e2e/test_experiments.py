@@ -18,10 +18,10 @@ from runkey.identity.key import make_recipe
 from runkey.identity.record import read_pointer
 from runkey.params import load_params
 from runkey.paths import training_folder
-from runkey.tracking import locate_store
 from runkey.tracking.log import read_jsonl
 from runkey.tracking.store import (
     free_port,
+    locate_store,
     open_client,
     start_server,
     stop_server,

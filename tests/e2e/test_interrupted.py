@@ -15,8 +15,7 @@ from runkey import paths
 from runkey.identity.key import make_recipe
 from runkey.identity.record import read_pointer
 from runkey.params import load_params
-from runkey.tracking import locate_store
-from runkey.tracking.store import open_client
+from runkey.tracking.store import locate_store, open_client
 from tests.support.points import assert_the_same_points
 from tests.support.project import Project, clean_environment, in_one_line
 

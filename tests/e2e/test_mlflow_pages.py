@@ -15,15 +15,10 @@ from runkey.identity.record import LoggedRun
 from runkey.identity.record_cache import update_record
 from runkey.params import load_params
 from runkey.params.presets import render_preset
-from runkey.tracking import (
-    RunSender,
-    TrackedRun,
-    TrainingRun,
-    describe_run,
-    locate_store,
-    open_run,
-)
-from runkey.tracking.store import free_port
+from runkey.tracking.describe import describe_run
+from runkey.tracking.mlflow_run import TrackedRun, open_run
+from runkey.tracking.store import free_port, locate_store
+from runkey.tracking.sync import RunSender, TrainingRun
 from tests.support.chromium import Page, open_chromium
 
 REPOSITORY = Path(__file__).parents[2]

@@ -6,8 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from runkey.cli import app
-from runkey.tracking import Store, locate_store
-from runkey.tracking.store import experiment_id, open_client
+from runkey.tracking.store import Store, experiment_id, locate_store, open_client
 from runkey.tracking.transfer import delete_run
 from tests.support.records import key_of, make_run
 

@@ -13,7 +13,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from runkey.errors import TrackingError
 from runkey.identity.record import ARTIFACTS, CONTENT, DETAILS, ORIGIN
 from runkey.tracking.store import Store, experiment_id, open_client
-from runkey.tracking.transfer import StoreRuns, read_run, write_run
+from runkey.tracking.transfer import StoreRuns
+from tests.support.mlflow_store import RECORD
 
 KEY = "rk2-" + "e" * 64
 
@@ -48,7 +49,7 @@ def large_run(store: Store) -> str:
     data = Dataset("images", "0" * 32, "local", "data.dvc", None, '{"images": 3}')
     client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
     client.log_text(run_id, "{}", "model/deep/er/key.json")
-    client.log_text(run_id, "x" * 1000, DETAILS)
+    client.log_text(run_id, RECORD.as_json(), DETAILS)
     client.set_terminated(run_id, "FINISHED", end_time=1_700_000_060_000)
     return run_id
 
@@ -64,22 +65,23 @@ def without_ids(content: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_copy_of_a_copy_is_the_run(store: Store, tmp_path: Path, empty_database: Path) -> None:
     origin = large_run(store)
-    second = other_store(tmp_path / "second", empty_database)
+    first_store = StoreRuns(store, "back")
+    second = StoreRuns(other_store(tmp_path / "second", empty_database), "two")
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
-    first = read_run(store, origin, folders[0])
+    first = first_store.read(origin, folders[0])
     assert len(first["metrics"]["loss"]) == 2500
     assert len(first["params"]) == 151
-    copy = write_run(second, "two", folders[0])
+    copy = second.write(folders[0])
     assert copy.run_id != origin
     assert (copy.status, copy.name, copy.key) == ("FINISHED", "lr=5e-05", KEY)
-    again = read_run(second, copy.run_id, folders[1])
+    again = second.read(copy.run_id, folders[1])
     assert again["tags"][ORIGIN] == origin
     assert without_ids(again) == without_ids(first)
     assert files(folders[1] / ARTIFACTS) == files(folders[0] / ARTIFACTS)
     # Its copy names the first run as well, and is the same.
-    back = write_run(store, "back", folders[1])
+    back = first_store.write(folders[1])
     assert back.tags[ORIGIN] == origin
     assert json.loads((folders[0] / CONTENT).read_text()) == first
 

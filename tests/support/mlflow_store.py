@@ -14,22 +14,18 @@ from typing import Any
 import pytest
 
 from runkey.identity.record import Details, StoredFile
-from runkey.tracking import (
-    Dataset,
-    RunDescription,
-    RunSender,
-    Store,
-    TrainingRun,
-    locate_store,
-)
+from runkey.tracking.describe import Dataset, RunDescription
 from runkey.tracking.mlflow_run import Pace, TrackedRun
 from runkey.tracking.store import (
+    Store,
     free_port,
+    locate_store,
     open_client,
     start_server,
     stop_server,
     wait_until_healthy,
 )
+from runkey.tracking.sync import RunSender, TrainingRun
 from tests.support.once import made_once
 
 FAST = Pace(flush_seconds=0.2, retry_seconds=0.3, close_seconds=60)

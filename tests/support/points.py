@@ -8,9 +8,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from runkey.tracking import Store
 from runkey.tracking.log import read_jsonl, time_ms
-from runkey.tracking.store import open_client
+from runkey.tracking.store import Store, open_client
 from runkey.tracking.sync import legal_name
 
 Point = tuple[str, int, int, str]

@@ -15,8 +15,11 @@ from pathlib import Path
 
 from runkey.identity.record import LoggedRun
 from runkey.progress import log_to_terminal
-from runkey.tracking import JsonlLog, RunDescription, Store, TrackedRun, TrainingRun, open_run
-from runkey.tracking.mlflow_run import Pace
+from runkey.tracking.describe import RunDescription
+from runkey.tracking.log import JsonlLog
+from runkey.tracking.mlflow_run import Pace, TrackedRun, open_run
+from runkey.tracking.store import Store
+from runkey.tracking.sync import TrainingRun
 
 KEY = f"rk2-{'5' * 64}"
 DESCRIPTION = RunDescription(

@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 from runkey.identity.record import POINTER, read_pointer
-from runkey.tracking import Store
 from runkey.tracking.replay import ENDED
+from runkey.tracking.store import Store
 from tests.support.mlflow_store import fill, until
 from tests.support.points import assert_the_same_points, points_of_run
 from tests.support.trainer import begin, log_of, log_steps

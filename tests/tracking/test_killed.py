@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 
 from runkey.identity.record import read_pointer
-from runkey.tracking import Store
 from runkey.tracking.log import read_jsonl
-from runkey.tracking.store import open_client
+from runkey.tracking.store import Store, open_client
 from tests.support.mlflow_store import Server
 from tests.support.points import assert_the_same_points
 from tests.support.trainer import KEY

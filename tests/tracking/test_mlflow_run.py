@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from runkey.tracking import JsonlLog, RunSender, Store, TrackedRun, TrainingRun
-from runkey.tracking.log import read_jsonl
-from runkey.tracking.mlflow_run import Pace, SystemSampler
-from runkey.tracking.store import open_client
+from runkey.tracking.log import JsonlLog, read_jsonl
+from runkey.tracking.mlflow_run import Pace, SystemSampler, TrackedRun
+from runkey.tracking.store import Store, open_client
+from runkey.tracking.sync import RunSender, TrainingRun
 from tests.support.mlflow_store import DIGEST, FAST, description, start_run, until
 from tests.support.trainer import begin, log_of
 
@@ -114,14 +114,15 @@ def test_a_store_that_is_lost_in_the_middle_stops_nothing(
     tracker = begin(store, tmp_path / "key")
     tracker.log({"train/loss": 3.0}, 0)
     run_id = tracker.run_id(60)
-    time.sleep(1.0)
+    history = open_client(store).get_metric_history
+    until(lambda: history(str(run_id), "train/loss"))
     assert store.database is not None
     with sqlite3.connect(store.database) as database:
         database.execute("DROP TABLE metrics")
     database.close()
     for step in range(1, 5):
         tracker.log({"train/loss": 3.0 - step}, step)
-    time.sleep(1.5)
+    until(lambda: said)
 
     assert tracker.close() == run_id
     assert [e["step"] for e in read_jsonl(log_of(tracker).path)] == [0, 1, 2, 3, 4]
@@ -152,16 +153,15 @@ def test_a_run_that_was_made_and_could_not_be_described_has_a_name(
 def test_a_store_that_comes_back_gets_everything(store: Store, said: list[str]) -> None:
     mlflow = start_run(store)
     run_id = mlflow.run_id(60)
-    time.sleep(1.0)
     assert store.database is not None
     with sqlite3.connect(store.database) as database:
         database.execute("ALTER TABLE metrics RENAME TO hidden")
     mlflow.log({"train/loss": 1.0}, 1)
-    time.sleep(1.0)
+    until(lambda: said)
     with database:
         database.execute("ALTER TABLE hidden RENAME TO metrics")
     database.close()
-    time.sleep(1.0)
+    until(lambda: said[1:])
     assert mlflow.close() == run_id
     assert said[-1] == "MLflow: recording again"
     assert open_client(store).get_run(str(run_id)).data.metrics["train/loss"] == 1.0

@@ -9,8 +9,7 @@ import pytest
 
 from runkey.errors import TrackingError
 from runkey.identity.record import LoggedRun
-from runkey.tracking import Store
-from runkey.tracking.store import open_client, set_tag
+from runkey.tracking.store import Store, open_client, set_tag
 from runkey.tracking.transfer import logged_run, read_details, write_details
 from tests.support.mlflow_store import RECORD, start_run
 

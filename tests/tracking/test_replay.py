@@ -15,9 +15,8 @@ from typer.testing import CliRunner
 from runkey.cli import app
 from runkey.identity.record import DETAILS, read_pointer
 from runkey.registry.server_library import open_library
-from runkey.tracking import Store
 from runkey.tracking.replay import ARTIFACTS, ENDED
-from runkey.tracking.store import open_client
+from runkey.tracking.store import Store, open_client
 from tests.support.mlflow_store import RECORD
 from tests.support.points import assert_the_same_points
 from tests.support.trainer import KEY, begin, log_of, log_steps

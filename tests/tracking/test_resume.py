@@ -12,9 +12,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from runkey.identity.record import POINTER, LoggedRun, RunPointer, read_pointer, write_pointer
-from runkey.tracking import JsonlLog, Store
+from runkey.tracking.log import JsonlLog
 from runkey.tracking.replay import save_description
-from runkey.tracking.store import open_client
+from runkey.tracking.store import Store, open_client
 from runkey.tracking.sync import LogTail, RunSender
 from tests.support.points import (
     assert_the_same_points,

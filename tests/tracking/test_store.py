@@ -119,10 +119,10 @@ def test_a_copied_checkout_keeps_its_artifacts_to_itself(store: Store, tmp_path:
 
 def test_telemetry_is_off_before_mlflow_is_there(store: Store) -> None:
     code = (
-        "import os, sys; from pathlib import Path; import runkey.tracking as t;"
+        "import os, sys; from pathlib import Path; import runkey.tracking.mlflow_run;"
         "assert not [m for m in sys.modules if m.split('.')[0] == 'mlflow'], 'imported early';"
-        "from runkey.tracking.store import open_client;"
-        "open_client(t.locate_store(Path(sys.argv[1])));"
+        "from runkey.tracking.store import locate_store, open_client;"
+        "open_client(locate_store(Path(sys.argv[1])));"
         "from mlflow.telemetry.utils import is_telemetry_disabled; print(is_telemetry_disabled())"
     )
     assert store.database is not None
