@@ -7,7 +7,6 @@ prepared/cache_train.json   {"offsets": [...], "shapes": [[h, w], ...]}   in the
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,22 +29,17 @@ _HEADER_BYTES = 128  # NumPy pads the header of a flat array to this, whatever t
 class ImageCache:
     """A split's decoded images, memory-mapped: opening is free, and processes share the pages."""
 
-    def __init__(
-        self, folder: Path, split: str, offsets: list[int], shapes: list[list[int]]
-    ) -> None:
+    def __init__(self, path: Path, offsets: list[int], shapes: list[list[int]]) -> None:
         """Map the file; `open_cache` reads offsets and shapes."""
-        self._folder = folder
-        self._split = split
-        self._offsets = offsets
-        self._shapes = shapes
-        self._bytes: NDArray[np.uint8] = np.load(_data_path(folder, split), mmap_mode="r")
+        self._table = path, offsets, shapes
+        self._bytes: NDArray[np.uint8] = np.load(path, mmap_mode="r")
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._table[1])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the file's name: a worker process maps the file itself."""
-        return ImageCache, (self._folder, self._split, self._offsets, self._shapes)
+        return ImageCache, self._table
 
     def image(self, index: int) -> Tensor:
         """Read the image at position `index` of the split's index, rotated by its EXIF tag.
@@ -53,9 +47,9 @@ class ImageCache:
         Returns:
             uint8 [3, h, w] RGB, channels last in memory; a copy, so it may be modified.
         """
-        height, width = self._shapes[index]
-        start = self._offsets[index]
-        flat = np.array(self._bytes[start : start + height * width * 3])
+        _, offsets, shapes = self._table
+        height, width = shapes[index]
+        flat = np.array(self._bytes[offsets[index] : offsets[index] + height * width * 3])
         return torch.from_numpy(flat).view(height, width, 3).permute(2, 0, 1)
 
 
@@ -65,17 +59,19 @@ def open_cache(folder: Path, split: str) -> ImageCache | None:
     Raises:
         DataError: the cache's two files do not fit each other.
     """
-    path = _table_path(folder, split)
+    data, path = _files(folder, split)
     if not path.is_file():
         return None
     table = json.loads(path.read_text(encoding="utf-8"))
-    offsets, shapes = table["offsets"], table["shapes"]
-    data = _data_path(folder, split)
-    want = _HEADER_BYTES + sum(h * w * 3 for h, w in shapes)
+    want = _HEADER_BYTES + sum(h * w * 3 for h, w in table["shapes"])
     have = data.stat().st_size if data.is_file() else 0
     if have != want:
         raise DataError(f"{data}: {have} bytes, not {want}; run `dvc repro --force prepare`")
-    return ImageCache(folder, split, offsets, shapes)
+    return ImageCache(data, table["offsets"], table["shapes"])
+
+
+Place = tuple[int, int, int]
+"""Of an image in a scratch file: offset in bytes, height, width."""
 
 
 class Scratch:
@@ -84,35 +80,27 @@ class Scratch:
     def __init__(self, path: Path) -> None:
         """Create an empty file."""
         self._path = path
-        self._file = path.open("wb")
-        self._places: list[tuple[int, int, int]] = []
+        self._file = path.open("w+b")
 
-    def append(self, pixels: NDArray[np.uint8]) -> int:
-        """Append uint8 pixels [h, w, 3], and return their index.
+    def append(self, pixels: NDArray[np.uint8]) -> Place:
+        """Append uint8 pixels [h, w, 3], and return their place.
 
         Raises:
             DataError: the file cannot be written.
         """
-        self._places.append((self._file.tell(), int(pixels.shape[0]), int(pixels.shape[1])))
+        start = self._file.tell()
         try:
             self._file.write(np.ascontiguousarray(pixels).data)
         except OSError as error:
             raise _disk_error(self._path, error) from error
-        return len(self._places) - 1
+        return start, int(pixels.shape[0]), int(pixels.shape[1])
 
-    def bytes_of(self, indices: Iterable[int]) -> int:
-        """Return the size of these images in bytes."""
-        return sum(self._places[i][1] * self._places[i][2] * 3 for i in indices)
-
-    def read(self, indices: Iterable[int]) -> Iterator[NDArray[np.uint8]]:
-        """Yield these images in order."""
-        self._file.flush()
-        with self._path.open("rb") as file:
-            for index in indices:
-                start, height, width = self._places[index]
-                file.seek(start)
-                data = file.read(height * width * 3)
-                yield np.frombuffer(data, dtype=np.uint8).reshape(height, width, 3)
+    def read(self, places: Iterable[Place]) -> Iterator[NDArray[np.uint8]]:
+        """Yield the images at these places; nothing may be appended after that."""
+        for start, height, width in places:
+            self._file.seek(start)
+            data = self._file.read(height * width * 3)
+            yield np.frombuffer(data, dtype=np.uint8).reshape(height, width, 3)
 
     def close(self) -> None:
         """Delete the file."""
@@ -148,21 +136,18 @@ def cache_bytes(
     return sum(w * h * 3 for w, h in shrunk)
 
 
-def write_cache(folder: Path, split: str, images: Iterable[NDArray[np.uint8]]) -> int:
+def write_cache(folder: Path, split: str, images: Iterable[NDArray[np.uint8]]) -> None:
     """Write uint8 images [h, w, 3] in the index's order; equal images give equal bytes.
 
     The table is written last, so an interrupted run leaves no cache that opens.
 
-    Returns:
-        Bytes of pixels written.
-
     Raises:
         DataError: the files cannot be written.
     """
-    data, table = _data_path(folder, split), _table_path(folder, split)
+    data, table = _files(folder, split)
     temporary = data.with_name(data.name + ".tmp")
     offsets: list[int] = []
-    shapes: list[list[int]] = []
+    shapes: list[tuple[int, ...]] = []
     total = 0
     try:
         with temporary.open("wb") as file:
@@ -170,8 +155,8 @@ def write_cache(folder: Path, split: str, images: Iterable[NDArray[np.uint8]]) -
             for pixels in images:
                 file.write(np.ascontiguousarray(pixels).data)
                 offsets.append(total)
-                shapes.append([int(pixels.shape[0]), int(pixels.shape[1])])
-                total += math.prod(pixels.shape)
+                shapes.append(pixels.shape[:2])
+                total += pixels.size
             file.seek(0)
             header = {"descr": "|u1", "fortran_order": False, "shape": (total,)}
             np.lib.format.write_array_header_1_0(file, header)
@@ -180,7 +165,6 @@ def write_cache(folder: Path, split: str, images: Iterable[NDArray[np.uint8]]) -
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _disk_error(data, error) from error
-    return total
 
 
 def _disk_error(path: Path, error: OSError) -> DataError:
@@ -190,9 +174,6 @@ def _disk_error(path: Path, error: OSError) -> DataError:
     )
 
 
-def _data_path(folder: Path, split: str) -> Path:
-    return folder / f"cache_{split}.npy"
-
-
-def _table_path(folder: Path, split: str) -> Path:
-    return folder / f"cache_{split}.json"
+def _files(folder: Path, split: str) -> tuple[Path, Path]:
+    """The pixels and the table."""
+    return folder / f"cache_{split}.npy", folder / f"cache_{split}.json"

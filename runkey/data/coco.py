@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,8 @@ from runkey.errors import DataError
 
 _INT64 = 2**63
 _LISTS = ("images", "annotations", "categories")
-
-
-@dataclass(slots=True)
-class CocoImage:
-    """An entry of `images`."""
-
-    id: int
-    name: str
-    """file_name of the JSON, with forward slashes."""
-    width: int
-    """Pixels."""
-    height: int
-
-    @property
-    def item(self) -> str:
-        """Return its name in messages."""
-        return f"image {self.id} ({printable(self.name)})"
+_LISTED = "the lists images, annotations and categories"
+_CATEGORY_WAY = "give every category an integer id and a name of its own"
 
 
 @dataclass(slots=True)
@@ -52,12 +37,33 @@ class CocoAnnotation:
 
 
 @dataclass(slots=True)
+class CocoImage:
+    """An entry of `images`."""
+
+    id: int
+    name: str
+    """file_name of the JSON, with forward slashes."""
+    width: int
+    """Pixels."""
+    height: int
+    file: str = ""
+    """Relative to the data folder, with forward slashes; filled in by the checks."""
+    annotations: list[CocoAnnotation] = field(default_factory=list)
+    """Filled in by the checks."""
+
+    @property
+    def item(self) -> str:
+        """Return its name in messages."""
+        return f"image {self.id} ({printable(self.name)})"
+
+
+@dataclass(slots=True)
 class Coco:
     """The entries of one JSON."""
 
     images: list[CocoImage]
-    listed: frozenset[int]
-    """Ids of all entries of `images`, including malformed ones."""
+    listed: set[int | None]
+    """Ids of all entries of `images`, including malformed ones; None: not a whole number."""
     annotations: list[CocoAnnotation]
     categories: dict[int, str]
     """Name of each category id."""
@@ -76,20 +82,17 @@ def read_coco(source: Source, findings: Findings) -> Coco:
     shown = source.shown_json
     raw = _parse(source.json, shown)
     if not isinstance(raw, dict):
-        raise DataError(f"{shown}: not an object with {_listed()}; export it as COCO detection")
+        raise DataError(f"{shown}: not an object with {_LISTED}; export it as COCO detection")
     for name in _LISTS:
         if not isinstance(raw.get(name), list):
-            raise DataError(f"{shown}: no list `{name}`; export it as COCO detection ({_listed()})")
+            raise DataError(f"{shown}: no list `{name}`; export it as COCO detection ({_LISTED})")
     for name in ("images", "categories"):
         if not raw[name]:
             raise DataError(f"{shown}: the list `{name}` is empty; export the data set again")
     categories = _categories(raw.pop("categories"), shown, findings)
-    ids = (_integer(e.get("id")) for e in raw["images"] if isinstance(e, dict))
-    listed = frozenset(number for number in ids if number is not None)
-    images = _entries(raw.pop("images"), "images", _image, "malformed_image", shown, findings)
-    annotations = _entries(
-        raw.pop("annotations"), "annotations", _annotation, "malformed_annotation", shown, findings
-    )
+    listed = {_integer(entry.get("id")) for entry in raw["images"] if isinstance(entry, dict)}
+    images = _entries(raw, "images", _image, shown, findings)
+    annotations = _entries(raw, "annotations", _annotation, shown, findings)
     return Coco(images, listed, annotations, categories)
 
 
@@ -146,43 +149,46 @@ def _without_segmentation(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _categories(entries: list[Any], shown: str, findings: Findings) -> dict[int, str]:
     categories: dict[int, str] = {}
-    way = "give every category an integer id and a name of its own"
     for position, entry in enumerate(entries):
         fields = entry if isinstance(entry, dict) else {}
         number, name = _integer(fields.get("id")), fields.get("name")
         if number is None:
-            findings.refuse(shown, f"categories[{position}]: id {_value(fields, 'id')}", way)
+            findings.refuse(
+                shown, f"categories[{position}]: id {_value(fields, 'id')}", _CATEGORY_WAY
+            )
         elif not isinstance(name, str) or not name.strip() or not name.isprintable():
-            findings.refuse(shown, f"category {number}: name {_value(fields, 'name')}", way)
+            findings.refuse(
+                shown, f"category {number}: name {_value(fields, 'name')}", _CATEGORY_WAY
+            )
         elif number in categories:
-            findings.refuse(shown, f"category {number} ({name}) is listed twice", way)
+            findings.refuse(shown, f"category {number} ({name}) is listed twice", _CATEGORY_WAY)
         else:
             categories[number] = name
     return categories
 
 
 def _entries[T](
-    entries: list[Any],
+    raw: dict[str, Any],
     place: str,
     read: Callable[[dict[str, Any]], T],
-    kind: str,
     shown: str,
     findings: Findings,
 ) -> list[T]:
+    """Take a list out of the JSON, and read its entries; those that are malformed are findings."""
     good: list[T] = []
-    for position, entry in enumerate(entries):
+    for position, entry in enumerate(raw.pop(place)):
+        fields = entry if isinstance(entry, dict) else {}
         try:
-            good.append(read(entry if isinstance(entry, dict) else {}))
+            good.append(read(fields))
         except _EntryError as error:
-            fields = entry if isinstance(entry, dict) else {}
             number = _integer(fields.get("id"))
-            owner = _integer(fields.get("image_id"))
+            of_image = place == "images"
             findings.add(
-                kind,
+                f"malformed_{place[:-1]}",
                 shown,
                 f"{place}[{position}]{'' if number is None else f' (id {number})'}: {error}",
-                image_id=number if place == "images" else owner,
-                annotation_id=None if place == "images" else number,
+                image_id=number if of_image else _integer(fields.get("image_id")),
+                annotation_id=None if of_image else number,
             )
     return good
 
@@ -233,7 +239,3 @@ def _integer(value: Any) -> int | None:
 
 def _value(entry: dict[str, Any], name: str) -> str:
     return f"is {printable(json.dumps(entry[name]))}" if name in entry else "is missing"
-
-
-def _listed() -> str:
-    return "the lists images, annotations and categories"

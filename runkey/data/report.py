@@ -45,10 +45,28 @@ class Finding:
 
 @dataclass(slots=True)
 class Findings:
-    """Collects findings under the policies of `data.checks`."""
+    """Collects findings under the policies of `data.checks`, and what remains of the data."""
 
     checks: Checks
     items: list[Finding] = field(default_factory=list)
+    kept: dict[str, dict[str, int]] = field(default_factory=dict)
+    """For each split, the numbers of images, objects and crowd regions that remain."""
+    notes: list[str] = field(default_factory=list)
+    """Observations that are no faults, one line each."""
+
+    @property
+    def failures(self) -> list[Finding]:
+        """Return the faults that the data cannot be used with."""
+        return [item for item in self.items if item.policy == "fail"]
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Return the number of items of each kind and policy, sorted by kind."""
+        pairs = Counter((item.kind, item.policy) for item in self.items)
+        counts: dict[str, dict[str, int]] = {}
+        for (kind, policy), number in sorted(pairs.items()):
+            counts.setdefault(kind, {})[policy] = number
+        return counts
 
     def add(
         self,
@@ -77,7 +95,10 @@ class Findings:
             continues without the item, so that all faults are known before the data is refused.
         """
         policy: str = getattr(self.checks, kind)
-        done = {"fix": fixed, "drop": dropped}.get(policy) or way_out(kind)
+        options = get_args(Checks.model_fields[kind].annotation)
+        ways = " or ".join(option for option in options if option != "fail")
+        way_out = f"set data.checks.{kind}: {ways} in params.yaml or mend the file"
+        done = {"fix": fixed, "drop": dropped}.get(policy) or way_out
         self.items.append(Finding(kind, policy, file, image_id, annotation_id, what, done))
         return policy == "fix"
 
@@ -86,7 +107,7 @@ class Findings:
         self.items.append(Finding("structure", "fail", file, None, None, what, done))
 
     def stop_if_failed(self, report: str) -> None:
-        """Raise if any fault has policy `fail`.
+        """Raise if there is a fault with policy `fail`.
 
         Args:
             report: name of the file with all faults, for the error.
@@ -94,41 +115,20 @@ class Findings:
         Raises:
             DataError: names the first such fault and the number of the others.
         """
-        failed = [item for item in self.items if item.policy == "fail"]
-        if not failed:
+        if not self.failures:
             return
-        more = len(failed) - 1
+        first, *others = self.failures
+        more = len(others)
         rest = f" ({more} more such fault{'s' if more > 1 else ''} in {report})" if more else ""
-        raise DataError(failed[0].line + rest)
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """The outcome of `prepare`."""
-
-    passed: bool
-    items: tuple[Finding, ...]
-    kept: dict[str, dict[str, int]]
-    """For each split, the numbers of images, objects and crowd regions that remain."""
-    notes: tuple[str, ...]
-    """Observations that are no faults, one line each."""
-
-    @property
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Return the number of items of each kind and policy, sorted by kind."""
-        pairs = Counter((item.kind, item.policy) for item in self.items)
-        counts: dict[str, dict[str, int]] = {}
-        for (kind, policy), number in sorted(pairs.items()):
-            counts.setdefault(kind, {})[policy] = number
-        return counts
+        raise DataError(first.line + rest)
 
     def write(self, path: Path) -> None:
         """Write report.json, one item a line."""
         head = {
-            "passed": self.passed,
+            "passed": not self.failures,
             "kept": self.kept,
             "counts": self.counts,
-            "notes": list(self.notes),
+            "notes": self.notes,
         }
         text = json.dumps(head, indent=2, ensure_ascii=False)[:-2]
         items = ",\n".join("    " + json.dumps(asdict(i), ensure_ascii=False) for i in self.items)
@@ -147,13 +147,6 @@ class Report:
                 lines.append(f"    ... and {len(items) - LINES_PER_KIND} more in report.json")
         lines += [f"  note: {note}" for note in self.notes]
         return lines or ["  nothing found wrong"]
-
-
-def way_out(kind: str) -> str:
-    """Return what a user can do about a fault of this kind, for the end of an error line."""
-    options = get_args(Checks.model_fields[kind].annotation)
-    ways = " or ".join(option for option in options if option != "fail")
-    return f"set data.checks.{kind}: {ways} in params.yaml or mend the file"
 
 
 def printable(name: str) -> str:

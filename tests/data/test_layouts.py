@@ -76,7 +76,7 @@ def test_one_name_in_both_folders_is_two_images(folder):
     folder.val["images"][0]["file_name"] = "a.jpg"
     (folder.data / "val/d.jpg").rename(folder.data / "val/a.jpg")
 
-    assert folder.run().items == ()
+    assert folder.run().items == []
     assert files(folder, "train")[0] == "train/a.jpg"
     assert files(folder, "val")[0] == "val/a.jpg"
 
@@ -97,7 +97,7 @@ def test_one_json_is_split(folder, name, image_folder):
 
     assert report.kept["train"]["images"] == 15
     assert report.kept["val"]["images"] == 5
-    assert report.notes == ()
+    assert report.notes == []
     assert not set(files(folder, "train")) & set(files(folder, "val"))
     before = files(folder, "val")
     folder.train["images"].reverse()
@@ -123,7 +123,7 @@ def test_other_coco_files_beside_train_and_val_do_not_matter(folder):
     for name in ("captions_train2017.json", "person_keypoints_val2017.json"):
         (folder.data / "annotations" / name).write_text("{}")
 
-    assert folder.run().passed
+    assert not folder.run().failures
 
 
 def test_dvc_links_into_its_cache_are_followed(folder):
@@ -135,7 +135,7 @@ def test_dvc_links_into_its_cache_are_followed(folder):
         path.rename(target)
         path.symlink_to(target)
 
-    assert folder.run().items == ()
+    assert folder.run().items == []
 
 
 def test_links_within_the_data_folder_are_followed(folder):
@@ -143,7 +143,7 @@ def test_links_within_the_data_folder_are_followed(folder):
     (folder.data / "train/a.jpg").rename(folder.data / "pool/x.jpg")
     (folder.data / "train/a.jpg").symlink_to("../pool/x.jpg")
 
-    assert folder.run().items == ()
+    assert folder.run().items == []
 
 
 def test_a_data_folder_that_is_itself_a_link(folder):
@@ -151,7 +151,7 @@ def test_a_data_folder_that_is_itself_a_link(folder):
     folder.data.rename(folder.root / "disk")
     folder.data.symlink_to(folder.root / "disk", target_is_directory=True)
 
-    assert folder.prepare().items == ()
+    assert folder.prepare().items == []
 
 
 def test_a_folder_in_place_of_an_image_is_a_missing_image(folder):

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from runkey.data.split import choose_val
+from runkey.data.prepare import choose_val
 
 
 def made_up(seed, images=200, classes=12):

@@ -18,7 +18,7 @@ def test_each_split_is_looked_at(folder):
 def test_one_box_of_less_than_a_pixel_is_a_speck(folder):
     folder.train["annotations"][1] |= {"bbox": [0.5, 0.5, 0.4, 0.4], "area": 0.16}
     folder.write()
-    assert folder.prepare().passed
+    assert not folder.prepare().failures
 
 
 def test_without_objects_there_is_no_unit(folder):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from runkey.data.index import Record, read_index
 from runkey.data.prepare import prepare
-from runkey.data.report import Report
+from runkey.data.report import Findings
 from runkey.params import Checks, Data
 
 WIDTH, HEIGHT = 40, 30
@@ -86,13 +86,13 @@ class Folder:
             if text is not None:
                 self.path(split).write_bytes(text)
 
-    def prepare(self, seed: int = 0, num_queries: int = 20, **data: Any) -> Report:
+    def prepare(self, seed: int = 0, num_queries: int = 20, **data: Any) -> Findings:
         """Write the JSON files and run the stage's work on them."""
         checks = Checks(**data.pop("checks", {}))
         section = Data(checks=checks, **data)
         return prepare(section, seed, self.root, self.out, num_queries)
 
-    def run(self, **options: Any) -> Report:
+    def run(self, **options: Any) -> Findings:
         self.write()
         return self.prepare(**options)
 

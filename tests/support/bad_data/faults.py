@@ -1,4 +1,4 @@
-"""A fault for the good data set of tests/data_prepare, and the line that a user reads about it."""
+"""A fault for the good data set of tests/support/coco_folder.py, and the line about it."""
 
 from __future__ import annotations
 
