@@ -23,6 +23,12 @@ from runkey.params import Augment, Data
 Purpose = Literal["order", "windows", "geometry", "colour"]
 """What random numbers are for; the name is hashed. "windows" orders an epoch's global batches."""
 
+OUTSIDE_RGB = (124, 116, 104)
+"""Colour of output pixels outside the source: ImageNet's mean, which is normalised to about 0."""
+UNBOUNDED = 2**31
+"""A long side without effect, for the reference's resize before its crop."""
+_GEOMETRY_DRAWS = 8
+
 _MASK = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
@@ -85,10 +91,6 @@ def _key(seed: int, epoch: int, purpose: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-OUTSIDE_RGB = (124, 116, 104)
-"""Colour of output pixels outside the source: ImageNet's mean, which is normalised to about 0."""
-
-
 def resized_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
     """Return the output (height, width), pixels, by the rule of the reference DETR's code.
 
@@ -113,9 +115,12 @@ class Region:
     height: float = 1.0
 
 
+WHOLE = Region()
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One axis of a placement: source pixels [start, stop) map to output pixels [to, to_stop)."""
+    """One axis of an augmented image: source pixels [start, stop) become output [to, to_stop)."""
 
     start: int
     stop: int
@@ -129,28 +134,23 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """The mapping of source pixels to output pixels."""
+class AugmentParams:
+    """The geometry of one image in a batch."""
 
-    x: Span
-    y: Span
     size: tuple[int, int]
     """Output (height, width), pixels."""
+    region: Region = WHOLE
+    """The part of the image that fills the output; it may extend beyond the image."""
+    flip: bool = False
+    """Mirror left-right after resizing."""
 
-
-def place(region: Region, source: tuple[int, int], size: tuple[int, int]) -> Placement:
-    """Round a region to whole pixels.
-
-    Args:
-        region: the part of the source that fills the output; it may extend beyond the source.
-        source: (height, width) of the decoded image, pixels.
-        size: (height, width) of the output, pixels.
-    """
-    return Placement(
-        _span(region.left, region.width, source[1], size[1]),
-        _span(region.top, region.height, source[0], size[0]),
-        size,
-    )
+    def spans(self, source: tuple[int, int]) -> tuple[Span, Span]:
+        """Round the region to whole pixels of a source (height, width); return (x, y)."""
+        region = self.region
+        return (
+            _span(region.left, region.width, source[1], self.size[1]),
+            _span(region.top, region.height, source[0], self.size[0]),
+        )
 
 
 def _span(first: float, length: float, source: int, out: int) -> Span:
@@ -165,73 +165,54 @@ def _span(first: float, length: float, source: int, out: int) -> Span:
     return Span(start, stop, to, min(max(to_stop, to + 1), out))
 
 
-def crop_resize(image: Tensor, placement: Placement) -> Tensor:
-    """Crop and resize in one resampling, bilinear with antialiasing.
+def augment_image(image: Tensor, augment: AugmentParams) -> Tensor:
+    """Crop and resize in one resampling, bilinear with antialiasing, then mirror.
 
     Args:
-        image: uint8 [3, h, w], of the size that the placement was made for.
-        placement: source pixels to output pixels.
+        image: uint8 [3, h, w].
+        augment: the geometry.
 
     Returns:
-        uint8 [3, *placement.size], in the memory format of `image`; `OUTSIDE_RGB` outside the
-        source.
+        uint8 [3, *augment.size], in the memory format of `image`; `OUTSIDE_RGB` outside the source.
     """
-    x, y = placement.x, placement.y
+    x, y = augment.spans((image.shape[1], image.shape[2]))
     part = image[:, y.start : y.stop, x.start : x.stop]
     target = (y.to_stop - y.to, x.to_stop - x.to)
     if part.shape[1:] != target:
         # As a batch of one that torch recognises as channels last: 2.4 times faster.
         one = part.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
         part = functional.interpolate(one, size=target, mode="bilinear", antialias=True)[0]
-    if target == placement.size:
-        return part
-    colour = torch.tensor(OUTSIDE_RGB, dtype=torch.uint8)
-    out = colour.repeat(*placement.size, 1).permute(2, 0, 1)
-    out[:, y.to : y.to_stop, x.to : x.to_stop] = part
-    return out
+    if target != augment.size:
+        colour = torch.tensor(OUTSIDE_RGB, dtype=torch.uint8)
+        out = colour.repeat(*augment.size, 1).permute(2, 0, 1)
+        out[:, y.to : y.to_stop, x.to : x.to_stop] = part
+        part = out
+    return part.flip(-1) if augment.flip else part
 
 
-def transform_boxes(
-    boxes_xyxy: NDArray[np.float64], placement: Placement, *, flip: bool
+def augment_boxes(
+    boxes_xyxy: NDArray[np.float64], source: tuple[int, int], augment: AugmentParams
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Move boxes with the pixels and clip them to the output.
 
     Args:
-        boxes_xyxy: [N, 4], pixels of the source that the placement was made for.
-        placement: source pixels to output pixels.
-        flip: mirror the output left-right.
+        boxes_xyxy: [N, 4], pixels of the source.
+        source: (height, width) of the decoded image, pixels.
+        augment: the geometry.
 
     Returns:
         Boxes xyxy [N, 4] in output pixels (some may have no area), and the visible fraction of
         each box's area, [N] in 0..1.
     """
-    x, y, (height, width) = placement.x, placement.y, placement.size
+    (x, y), (height, width) = augment.spans(source), augment.size
     scale = np.array([x.scale, y.scale] * 2)
     boxes = (boxes_xyxy - [x.start, y.start] * 2) * scale + [x.to, y.to] * 2
-    if flip:
+    if augment.flip:
         boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
     whole = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     boxes = boxes.clip(0, [width, height] * 2)
     visible = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     return boxes, visible / np.maximum(whole, np.finfo(np.float64).tiny)
-
-
-_GEOMETRY_DRAWS = 8
-WHOLE = Region()
-UNBOUNDED = 2**31
-"""A long side without effect, for the reference's resize before its crop."""
-
-
-@dataclass(frozen=True, slots=True)
-class AugmentParams:
-    """The geometry of one image in a batch."""
-
-    size: tuple[int, int]
-    """Output (height, width), pixels."""
-    region: Region = WHOLE
-    """The part of the image that fills the output."""
-    flip: bool = False
-    """Mirror left-right after resizing."""
 
 
 @dataclass(frozen=True, slots=True)

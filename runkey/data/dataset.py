@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from runkey.data.augment import Augmentation, AugmentParams, crop_resize, place, transform_boxes
+from runkey.data.augment import Augmentation, AugmentParams, augment_boxes, augment_image
 from runkey.data.cache import ImageCache
 from runkey.data.decode import decode_rgb
 from runkey.data.index import Record
@@ -72,6 +73,8 @@ class Batch:
         )
 
 
+AugmentedImage = tuple[int, AugmentParams]
+"""An image's position in the index, and its augmentation."""
 GlobalBatch = tuple[Batch, ...]
 """The micro-batches of one optimizer step. The loader yields them together, so that a step knows
 its number of boxes before the first forward pass."""
@@ -81,10 +84,7 @@ its number of boxes before the first forward pass."""
 class Request:
     """A batch to make."""
 
-    indices: tuple[int, ...]
-    """Positions in the split's index."""
-    augments: tuple[AugmentParams, ...]
-    """Of each image."""
+    images: Sequence[AugmentedImage]
     epoch: int | None = None
     """Epoch of the colour factors; None: colours do not change."""
 
@@ -127,29 +127,26 @@ class ImageTable:
 
 def image_table(records: Sequence[Record]) -> ImageTable:
     """Convert an index to a table."""
-    boxes, scale, labels, counts = [], [], [], []
-    for record in records:
-        rows = [i for i, crowd in enumerate(record.crowd) if not crowd]
-        boxes += [record.boxes_xywh[i] for i in rows]
-        labels += [record.labels[i] for i in rows]
-        scale += [(record.width, record.height) * 2] * len(rows)
-        counts.append(len(rows))
-    boxes_xyxy = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    objects = [record.objects() for record in records]
+    every = [row for of_image in objects for row in of_image]
+    counts = [len(of_image) for of_image in objects]
+    boxes_xyxy = np.array([box for box, _, _ in every], dtype=np.float64).reshape(-1, 4)
     boxes_xyxy[:, 2:] += boxes_xyxy[:, :2]
+    frames = np.array([(r.width, r.height) * 2 for r in records], dtype=np.float64).reshape(-1, 4)
     return ImageTable(
         ids=tuple(r.id for r in records),
         files=tuple(r.file for r in records),
         rotations=tuple((r.rotate, r.mirror) for r in records),
         sizes=tuple((r.height, r.width) for r in records),
         starts=np.cumsum([0, *counts], dtype=np.int64),
-        boxes_xyxy=boxes_xyxy / np.array(scale, dtype=np.float64).reshape(-1, 4),
-        labels=np.array(labels, dtype=np.int64),
+        boxes_xyxy=boxes_xyxy / frames.repeat(counts, axis=0),
+        labels=np.array([label for _, label, _ in every], dtype=np.int64),
     )
 
 
 @dataclass(frozen=True, slots=True)
-class BatchMaker:
-    """Makes the batches of one split."""
+class BatchMaker(Dataset["Batch | Failure"]):
+    """Makes the batches of one split; in a loader process, torch calls it by `[request]`."""
 
     table: ImageTable
     folder: Path
@@ -168,36 +165,34 @@ class BatchMaker:
         Raises:
             DataError: an image cannot be read.
         """
-        height = max(augment.size[0] for augment in request.augments)
-        width = max(augment.size[1] for augment in request.augments)
-        padded = torch.zeros(len(request.augments), height, width, 3, dtype=torch.uint8)
+        height = max(augment.size[0] for _, augment in request.images)
+        width = max(augment.size[1] for _, augment in request.images)
+        padded = torch.zeros(len(request.images), height, width, 3, dtype=torch.uint8)
         images = padded.permute(0, 3, 1, 2)
         boxes_cxcywh, labels = [], []
-        for i, (index, augment) in enumerate(zip(request.indices, request.augments, strict=True)):
+        for i, (index, augment) in enumerate(request.images):
             image = self._image(index)
-            source = (image.shape[1], image.shape[2])
-            pixels = crop_resize(image, place(augment.region, source, augment.size))
             valid = images[i, :, : augment.size[0], : augment.size[1]]
-            valid.copy_(pixels.flip(-1) if augment.flip else pixels)
-            image_boxes_cxcywh, image_labels = self.visible_objects(index, augment, source)
-            boxes_cxcywh.append(image_boxes_cxcywh)
-            labels.append(image_labels)
-        ids = tuple(self.table.ids[index] for index in request.indices)
+            valid.copy_(augment_image(image, augment))
+            found = self.visible_objects(index, augment, (image.shape[1], image.shape[2]))
+            boxes_cxcywh.append(found[0])
+            labels.append(found[1])
+        ids = tuple(self.table.ids[index] for index, _ in request.images)
         colour = None
         if self.augmentation is not None and request.epoch is not None:
             colour = self.augmentation.draw_colour(request.epoch, ids)
         return Batch(
             images=images,
-            sizes=torch.tensor([augment.size for augment in request.augments]),
+            sizes=torch.tensor([augment.size for _, augment in request.images]),
             boxes_cxcywh=torch.from_numpy(np.concatenate(boxes_cxcywh).astype(np.float32)),
             labels=torch.from_numpy(np.concatenate(labels)),
             counts=tuple(map(len, labels)),
             image_ids=ids,
-            original_sizes=torch.tensor([self.table.sizes[index] for index in request.indices]),
+            original_sizes=torch.tensor([self.table.sizes[index] for index, _ in request.images]),
             colour=None if colour is None else torch.from_numpy(colour),
         )
 
-    def make_or_fail(self, request: Request) -> Batch | Failure:
+    def __getitem__(self, request: Request) -> Batch | Failure:
         """Make a batch; return a `RunkeyError` as a value, as torch would add its traceback."""
         try:
             return self.make(request)
@@ -217,11 +212,9 @@ class BatchMaker:
         Returns:
             Boxes cxcywh [n, 4], fractions of the output, and labels [n].
         """
-        height, width = source
-        placement = place(augment.region, source, augment.size)
         fractions_xyxy, labels = self.table.objects(index)
-        source_xyxy = fractions_xyxy * [width, height, width, height]
-        boxes_xyxy, visible = transform_boxes(source_xyxy, placement, flip=augment.flip)
+        source_xyxy = fractions_xyxy * [*source[::-1], *source[::-1]]
+        boxes_xyxy, visible = augment_boxes(source_xyxy, source, augment)
         keep = np.flatnonzero(visible > self.min_visible)
         if self.max_objects and len(keep) > self.max_objects:
             sides = boxes_xyxy[keep, 2:] - boxes_xyxy[keep, :2]

@@ -55,6 +55,11 @@ class Record:
     """True for crowd regions: not trained on, and ignored by the evaluation as in COCO."""
     annotation_ids: tuple[int, ...]
 
+    def objects(self) -> list[tuple[tuple[float, float, float, float], int, float]]:
+        """Return (box_xywh, label, area) of each annotation that is no crowd region."""
+        rows = zip(self.boxes_xywh, self.labels, self.areas, self.crowd, strict=True)
+        return [(box, label, area) for box, label, area, crowd in rows if not crowd]
+
 
 def write_classes(path: Path, classes: list[ClassName]) -> None:
     """Write classes.json, one class a line."""

@@ -11,45 +11,32 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import parent_process
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from runkey import paths
-from runkey.data.augment import AugmentParams, build_augmentation, evaluation_size
-from runkey.data.cache import open_cache
-from runkey.data.dataset import (
-    Batch,
-    BatchMaker,
-    Failure,
-    GlobalBatch,
-    ImageTable,
-    Request,
-    image_table,
+from runkey.data.augment import (
+    Augmentation,
+    AugmentParams,
+    build_augmentation,
+    evaluation_size,
 )
+from runkey.data.cache import open_cache
+from runkey.data.dataset import Batch, BatchMaker, Failure, GlobalBatch, Request, image_table
 from runkey.data.index import Split, read_index
-from runkey.data.sampler import AugmentedImage, GlobalBatchSampler, micro_batches
-from runkey.data.shapes import is_portrait
+from runkey.data.sampler import GlobalBatchSampler, micro_batches
+from runkey.data.shapes import is_portrait, max_objects
 from runkey.errors import DataError
-from runkey.params import Data, Params, Runtime
+from runkey.params import Params, Runtime
 
 logger = logging.getLogger(__name__)
 
 MOST_WORKERS = 8
-
-
-class _Requests(Dataset["Batch | Failure"]):
-    """What a worker process holds."""
-
-    def __init__(self, maker: BatchMaker) -> None:
-        self._maker = maker
-
-    def __getitem__(self, request: Request) -> Batch | Failure:
-        return self._maker.make_or_fail(request)
 
 
 class BatchStream:
@@ -73,11 +60,10 @@ class BatchStream:
             context = torch.multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
             self._loader = DataLoader(
-                _Requests(maker),
+                maker,
                 batch_size=None,
                 sampler=self._queue,
                 num_workers=workers,
-                collate_fn=_identity,
                 pin_memory=self._pin,
                 prefetch_factor=prefetch,
                 persistent_workers=True,
@@ -126,13 +112,9 @@ def _killed_workers_reported() -> Iterator[None]:
         if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
             raise
         raise DataError(
-            "a loader process was killed, mostly for want of memory or of /dev/shm: "
+            "a loader process was killed, usually because memory or /dev/shm ran out; "
             "lower runtime.workers or runtime.prefetch in params.yaml"
         ) from error
-
-
-def _identity(batch: Any) -> Any:
-    return batch
 
 
 def _start_worker(_: int) -> None:
@@ -145,12 +127,12 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     trainer = parent_process()
     assert trainer is not None
-    threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
 
+    def end_with_trainer() -> None:
+        trainer.join()
+        os._exit(1)
 
-def _end_with(trainer: BaseProcess) -> None:
-    trainer.join()
-    os._exit(1)
+    threading.Thread(target=end_with_trainer, daemon=True).start()
 
 
 def resolve_workers(
@@ -175,36 +157,22 @@ def resolve_workers(
     return min(share, MOST_WORKERS), f"{share} cores, at most {MOST_WORKERS} used"
 
 
+@dataclass(frozen=True)
 class TrainLoader:
     """Yields global batches of augmented training images, one per optimizer step."""
 
-    def __init__(
-        self,
-        sampler: GlobalBatchSampler,
-        stream: BatchStream,
-        micro_batch: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        """Combine a sampler and a stream; `build_train_loader` does so from parameters.
-
-        Args:
-            sampler: deals the images of an epoch into global batches.
-            stream: makes the micro-batches.
-            micro_batch: most images of a forward pass.
-            rank: this process's rank; it gets every `world_size`-th image of a global batch.
-            world_size: number of ranks.
-        """
-        self._sampler = sampler
-        self._stream = stream
-        self._micro_batch = micro_batch
-        self._rank = rank
-        self._world_size = world_size
+    sampler: GlobalBatchSampler
+    stream: BatchStream
+    micro_batch: int
+    """Most images of a forward pass."""
+    rank: int
+    """This process gets every `world_size`-th image of a global batch, from the `rank`-th on."""
+    world_size: int
 
     @property
     def steps_per_epoch(self) -> int:
         """Return the number of global batches in every epoch."""
-        return self._sampler.steps_per_epoch
+        return self.sampler.steps_per_epoch
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[GlobalBatch]:
         """Yield this rank's part of an epoch's global batches, from step `start_step` on.
@@ -215,41 +183,41 @@ class TrainLoader:
         Raises:
             DataError: an image cannot be read, or a worker process was killed.
         """
+        grouped = self.sampler.group_by_aspect
         steps = [
-            self._requests(epoch, images)
-            for images in self._sampler.global_batches(epoch)[start_step:]
+            [
+                Request(part, epoch)
+                for part in micro_batches(
+                    images[self.rank :: self.world_size], self.micro_batch, grouped=grouped
+                )
+            ]
+            for images in self.sampler.global_batches(epoch)[start_step:]
         ]
-        batches = self._stream.batches([request for requests in steps for request in requests])
+        batches = self.stream.batches([request for requests in steps for request in requests])
         for requests in steps:
             yield tuple(next(batches) for _ in requests)
 
-    def _requests(self, epoch: int, images: Sequence[AugmentedImage]) -> list[Request]:
-        ours = images[self._rank :: self._world_size]
-        parts = micro_batches(ours, self._micro_batch, grouped=self._sampler.group_by_aspect)
-        return [_request(part, epoch) for part in parts]
-
     def close(self) -> None:
         """End the worker processes."""
-        self._stream.close()
+        self.stream.close()
 
 
+@dataclass(frozen=True)
 class EvalLoader:
     """Yields every image of a split once, resized only, in an order that needs little padding."""
 
-    def __init__(self, requests: Sequence[Request], stream: BatchStream) -> None:
-        """Combine requests and a stream; `build_eval_loader` does so from parameters."""
-        self._requests = requests
-        self._stream = stream
+    requests: Sequence[Request]
+    stream: BatchStream
 
     def __len__(self) -> int:
-        return len(self._requests)
+        return len(self.requests)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._stream.batches(self._requests)
+        return self.stream.batches(self.requests)
 
     def close(self) -> None:
         """End the worker processes."""
-        self._stream.close()
+        self.stream.close()
 
 
 def build_train_loader(
@@ -268,20 +236,11 @@ def build_train_loader(
     Raises:
         DataError: there is no index, it holds no image, or its cache is damaged.
     """
-    data, prepared = params.data, root / paths.PREPARED
-    table = _read_table(prepared, "train")
-    cache = open_cache(prepared, "train")
+    data = params.data
     augmentation = build_augmentation(data, params.seed)
-    limits = [limit for limit in (data.max_objects, params.model.num_queries) if limit]
-    maker = BatchMaker(
-        table=table,
-        folder=root / data.path,
-        cache=cache,
-        augmentation=augmentation,
-        min_visible=data.augment.min_visible,
-        max_objects=min(limits),
-    )
-    workers, reason = resolve_workers(params.runtime.workers, cache is not None, world_size)
+    maker = _maker(params, root, "train", augmentation)
+    table = maker.table
+    workers, reason = resolve_workers(params.runtime.workers, maker.cache is not None, world_size)
     if rank == 0:
         logger.info(f"training images: {len(table)}; loader processes: {workers} ({reason})")
     sampler = GlobalBatchSampler(
@@ -302,46 +261,42 @@ def build_eval_loader(params: Params, root: Path, split: Split = "val") -> EvalL
     Raises:
         DataError: there is no index, it holds no image, or its cache is damaged.
     """
-    data, prepared = params.data, root / paths.PREPARED
-    table = _read_table(prepared, split)
-    cache = open_cache(prepared, split)
-    maker = BatchMaker(
-        table=table,
-        folder=root / data.path,
-        cache=cache,
-        augmentation=None,
-        min_visible=0.0,
-        max_objects=0,
-    )
-    workers, _ = resolve_workers(params.runtime.workers, cache is not None)
-    requests = _evaluation_requests(data, table, params.evaluate.batch_size)
-    return EvalLoader(requests, _stream(maker, workers, params.runtime))
+    maker = _maker(params, root, split, None)
+    workers, _ = resolve_workers(params.runtime.workers, maker.cache is not None)
+    # Sorted by aspect, then size; landscape and portrait apart if training has it so.
+    images = [
+        (i, AugmentParams(evaluation_size(params.data, *size)))
+        for i, size in enumerate(maker.table.sizes)
+    ]
+    images.sort(key=lambda image: _aspect_key(*image[1].size))
+    parts = micro_batches(images, params.evaluate.batch_size, grouped=params.data.group_by_aspect)
+    return EvalLoader([Request(p) for p in parts], _stream(maker, workers, params.runtime))
+
+
+def _aspect_key(height: int, width: int) -> tuple[bool, float, int]:
+    return is_portrait((height, width)), width / height, height
 
 
 def _stream(maker: BatchMaker, workers: int, runtime: Runtime) -> BatchStream:
     return BatchStream(maker, workers, runtime.prefetch, runtime.pin_memory)
 
 
-def _evaluation_requests(data: Data, table: ImageTable, batch_size: int) -> list[Request]:
-    """Batches sorted by aspect, then size; landscape and portrait apart if training has it so."""
-    augments = [AugmentParams(evaluation_size(data, *size)) for size in table.sizes]
-
-    def key(i: int) -> tuple[bool, float, int]:
-        height, width = augments[i].size
-        return is_portrait(augments[i].size), width / height, height
-
-    order = [(i, augments[i]) for i in sorted(range(len(table)), key=key)]
-    parts = micro_batches(order, batch_size, grouped=data.group_by_aspect)
-    return [_request(part, None) for part in parts]
-
-
-def _request(images: Sequence[AugmentedImage], epoch: int | None) -> Request:
-    return Request(tuple(i for i, _ in images), tuple(augment for _, augment in images), epoch)
-
-
-def _read_table(prepared: Path, split: Split) -> ImageTable:
-    path = prepared / f"{split}.json"
-    records = read_index(path)
+def _maker(
+    params: Params, root: Path, split: Split, augmentation: Augmentation | None
+) -> BatchMaker:
+    """The maker of a split; without augmentation it keeps every box."""
+    prepared = root / paths.PREPARED
+    records = read_index(prepared / f"{split}.json")
     if not records:
-        raise DataError(f"{path}: holds no image; see prepared/report.json for what was dropped")
-    return image_table(records)
+        raise DataError(
+            f"{prepared / split}.json: holds no image; see prepared/report.json for what was "
+            "dropped"
+        )
+    return BatchMaker(
+        table=image_table(records),
+        folder=root / params.data.path,
+        cache=open_cache(prepared, split),
+        augmentation=augmentation,
+        min_visible=params.data.augment.min_visible if augmentation else 0.0,
+        max_objects=max_objects(params) if augmentation else 0,
+    )

@@ -68,8 +68,7 @@ class _Image:
     @property
     def classes(self) -> frozenset[int]:
         """Of its objects, without crowd regions."""
-        pairs = zip(self.record.labels, self.record.crowd, strict=True)
-        return frozenset(label for label, crowd in pairs if not crowd)
+        return frozenset(label for _, label, _ in self.record.objects())
 
 
 def prepare(data: Data, seed: int, root: Path, out: Path, num_queries: int) -> Findings:
@@ -241,7 +240,7 @@ def _notes(
             names = ", ".join(absent[:_LISTED_NAMES])
             rest = f" and {len(absent) - _LISTED_NAMES} more" if len(absent) > _LISTED_NAMES else ""
             yield f"{split} has no object of {len(absent)} classes: {names}{rest}"
-        counts = [(image.record.crowd.count(False), image.record) for image in images]
+        counts = [(len(image.record.objects()), image.record) for image in images]
         crowded = [(count, record) for count, record in counts if count > num_queries]
         if crowded:
             most, record = max(crowded, key=lambda pair: (pair[0], -pair[1].id))
@@ -256,14 +255,9 @@ def _describe(images: list[_Image], classes: list[ClassName]) -> dict[str, Any]:
     """The statistics of one split, for statistics.json."""
     records = [image.record for image in images]
     objects = [
-        (box, label, area, record)
-        for record in records
-        for box, label, area, crowd in zip(
-            record.boxes_xywh, record.labels, record.areas, record.crowd, strict=True
-        )
-        if not crowd
+        (box, label, area, record) for record in records for box, label, area in record.objects()
     ]
-    per_image = [sum(not crowd for crowd in record.crowd) for record in records]
+    per_image = [len(record.objects()) for record in records]
     labels = Counter(label for _, label, _, _ in objects)
     images_of = Counter(label for image in images for label in image.classes)
     areas = np.array([area for _, _, area, _ in objects], dtype=np.float64)

@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runkey.data.augment import Augmentation, AugmentParams, permutation
+from runkey.data.dataset import AugmentedImage
 from runkey.data.shapes import is_portrait
-
-AugmentedImage = tuple[int, AugmentParams]
-"""An image's position in the index, and its augmentation."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from runkey.data.augment import UNBOUNDED, crop_sides, evaluation_size, resized_size
 from runkey.data.index import Record
-from runkey.params import Data
+from runkey.params import Data, Params
 
 Shape = tuple[int, int]
 """(height, width), pixels."""
@@ -124,5 +124,10 @@ def most_objects(records: Sequence[Record], batch_size: int, max_objects: int) -
         batch_size: images in the batch.
         max_objects: most boxes of one image; 0: no limit.
     """
-    counts = sorted((r.crowd.count(False) for r in records), reverse=True)[:batch_size]
+    counts = sorted((len(r.objects()) for r in records), reverse=True)[:batch_size]
     return sum(min(count, max_objects) if max_objects else count for count in counts)
+
+
+def max_objects(params: Params) -> int:
+    """Return the most boxes of a training image: `data.max_objects` or `model.num_queries`."""
+    return min(n for n in (params.data.max_objects, params.model.num_queries) if n)

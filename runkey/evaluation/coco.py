@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +23,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from runkey.data.index import ClassName, Record
-from runkey.evaluation.files import CocoDetection, DetectionsLike, to_results_json
+from runkey.evaluation.files import CocoDetection, ImageDetections, to_results_json
 
 SIZES = ("small", "medium", "large")
 """COCO's: areas up to 32 x 32 pixels, up to 96 x 96, and above."""
@@ -94,7 +96,7 @@ class CocoResult:
 def evaluate_detections(
     records: list[Record],
     classes: list[ClassName],
-    detections: Mapping[int, DetectionsLike],
+    detections: Mapping[int, ImageDetections],
     *,
     by_size: bool = True,
 ) -> CocoResult:
@@ -133,8 +135,11 @@ def evaluate_results(
     """
     # pycocotools prints its progress and a table.
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = _coco(_images(records), classes, _annotations(records, classes))
-        run = COCOeval(truth, _loaded(truth, results), "bbox")
+        truth = _ground_truth(records, classes)
+        # pycocotools' own `loadRes` fails on an empty list.
+        found = [dict(one) for one in results]
+        loaded = truth.loadRes(found) if found else _indexed({**truth.dataset, "annotations": []})
+        run = COCOeval(truth, loaded, "bbox")
         if not by_size:
             run.params.areaRng, run.params.areaRngLbl = run.params.areaRng[:1], ["all"]
         run.evaluate()
@@ -151,7 +156,7 @@ def _result(run: Any, records: list[Record], classes: list[ClassName]) -> CocoRe
     precision = run.eval["precision"][:, :, order, 0, -1].transpose(2, 0, 1)
     scores = run.eval["scores"][:, :, order, 0, -1].transpose(2, 0, 1)
     recall = run.eval["recall"][:, order, 0, -1].T
-    objects = _count_objects(records, len(classes), run.params.areaRng)
+    objects = _count_objects(records, run.params.areaRng)
     by_area = run.eval["precision"][..., -1][:, :, order].transpose(3, 2, 0, 1)  # [area, K, T, R]
     per_class = tuple(
         ClassResult(
@@ -182,17 +187,13 @@ def _result(run: Any, records: list[Record], classes: list[ClassName]) -> CocoRe
     )
 
 
-def _count_objects(
-    records: list[Record], classes: int, ranges: list[tuple[float, float]]
-) -> list[list[int]]:
+def _count_objects(records: list[Record], ranges: list[tuple[float, float]]) -> list[Counter[int]]:
     """Count the objects of each class in each range of areas, without crowd regions."""
-    counts = [[0] * classes for _ in ranges]
-    for record in records:
-        for label, area, crowd in zip(record.labels, record.areas, record.crowd, strict=True):
-            for row, (least, most) in enumerate(ranges):
-                # COCOeval leaves out what is smaller or larger, so a size at a limit is in both.
-                counts[row][label] += not crowd and least <= area <= most
-    return counts
+    objects = [(label, area) for record in records for _, label, area in record.objects()]
+    # COCOeval leaves out what is smaller or larger, so a size at a limit is in both.
+    return [
+        Counter(label for label, area in objects if least <= area <= most) for least, most in ranges
+    ]
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:
@@ -201,47 +202,33 @@ def _mean(values: NDArray[np.float64]) -> float | None:
     return float(np.mean(defined)) if defined.size else None
 
 
-def _images(records: list[Record]) -> list[dict[str, Any]]:
-    return [{"id": r.id, "width": r.width, "height": r.height} for r in records]
+def _ground_truth(records: list[Record], classes: list[ClassName]) -> Any:
+    numbers = itertools.count(1)
+    return _indexed(
+        {
+            "info": {},
+            "images": [{"id": r.id, "width": r.width, "height": r.height} for r in records],
+            "categories": [{"id": c.id, "name": c.name} for c in classes],
+            "annotations": [
+                {
+                    "id": next(numbers),
+                    "image_id": r.id,
+                    "category_id": classes[label].id,
+                    "bbox": list(box),
+                    "area": area,
+                    "iscrowd": int(crowd),
+                }
+                for r in records
+                for box, label, area, crowd in zip(
+                    r.boxes_xywh, r.labels, r.areas, r.crowd, strict=True
+                )
+            ],
+        }
+    )
 
 
-def _annotations(records: list[Record], classes: list[ClassName]) -> list[dict[str, Any]]:
-    annotations: list[dict[str, Any]] = []
-    for record in records:
-        objects = zip(record.boxes_xywh, record.labels, record.areas, record.crowd, strict=True)
-        annotations += [
-            {
-                "id": len(annotations) + number,
-                "image_id": record.id,
-                "category_id": classes[label].id,
-                "bbox": list(box),
-                "area": area,
-                "iscrowd": int(crowd),
-            }
-            for number, (box, label, area, crowd) in enumerate(objects, start=1)
-        ]
-    return annotations
-
-
-def _coco(
-    images: list[dict[str, Any]], classes: list[ClassName], annotations: list[dict[str, Any]]
-) -> Any:
+def _indexed(dataset: dict[str, Any]) -> Any:
     coco = COCO()
-    coco.dataset = {
-        "info": {},
-        "images": images,
-        "categories": [{"id": c.id, "name": c.name} for c in classes],
-        "annotations": annotations,
-    }
+    coco.dataset = dataset
     coco.createIndex()
     return coco
-
-
-def _loaded(truth: Any, results: list[CocoDetection]) -> Any:
-    """Load detections into pycocotools, whose own `loadRes` fails on an empty list."""
-    if not results:
-        coco = COCO()
-        coco.dataset = {**truth.dataset, "annotations": []}
-        coco.createIndex()
-        return coco
-    return truth.loadRes([dict(found) for found in results])

@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,20 +32,16 @@ PREDICTIONS = "predictions.json"
 PRECISION_RECALL = "precision_recall.json"
 
 
-class DetectionsLike(Protocol):
-    """Detections of one image: tensors on the host, or arrays."""
+@dataclass(frozen=True, slots=True)
+class ImageDetections:
+    """One image's detections: arrays or tensors on the host, in any order."""
 
-    @property
-    def scores(self) -> Any:
-        """Floats [n], any order; equal scores keep the order that they have here."""
-
-    @property
-    def labels(self) -> Any:
-        """Integers [n], class indices 0..K-1."""
-
-    @property
-    def boxes_xyxy(self) -> Any:
-        """Floats [n, 4], pixels of the original image."""
+    scores: NDArray[np.float32]
+    """[n], 0..1; equal scores keep the order that they have here."""
+    labels: NDArray[np.int64]
+    """[n], class indices 0..K-1."""
+    boxes_xyxy: NDArray[np.float32]
+    """[n, 4], pixels of the original image."""
 
 
 class CocoDetection(TypedDict):
@@ -58,7 +55,7 @@ class CocoDetection(TypedDict):
 
 
 def to_results_json(
-    detections: Mapping[int, DetectionsLike], classes: list[ClassName]
+    detections: Mapping[int, ImageDetections], classes: list[ClassName]
 ) -> list[CocoDetection]:
     """Convert detections to COCO's results format, image by image, with the data's category ids.
 
@@ -69,33 +66,25 @@ def to_results_json(
     Raises:
         ModelError: a score or a box is NaN or infinite; names the image.
     """
-    category_ids = np.array([c.id for c in classes], dtype=np.int64)
     results: list[CocoDetection] = []
-    for image_id, of_image in detections.items():
-        scores, labels, boxes_xywh = _arrays(image_id, of_image)
-        if labels.size and (labels.min() < 0 or labels.max() >= len(classes)):
-            raise ValueError(f"image {image_id}: a label outside 0..{len(classes) - 1}")
-        ids = category_ids[labels].tolist() if labels.size else []
+    for image_id, found in detections.items():
+        scores = np.asarray(found.scores, dtype=np.float64)
+        boxes = np.asarray(found.boxes_xyxy, dtype=np.float64).reshape(-1, 4)
+        if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
+            raise ModelError(
+                f"image {image_id}: the model predicts NaN or infinity; "
+                "train again with a lower lr or with optimizer.clip"
+            )
+        boxes_xywh = np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]).tolist()
         results += [
-            CocoDetection(image_id=int(image_id), category_id=category, bbox=box, score=score)
-            for category, box, score in zip(ids, boxes_xywh.tolist(), scores.tolist(), strict=True)
+            CocoDetection(
+                image_id=int(image_id), category_id=classes[label].id, bbox=box, score=score
+            )
+            for label, box, score in zip(
+                found.labels.tolist(), boxes_xywh, scores.tolist(), strict=True
+            )
         ]
     return results
-
-
-def _arrays(
-    image_id: int, of_image: DetectionsLike
-) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
-    """Return scores [n], labels [n] and boxes_xywh [n, 4]."""
-    scores = np.asarray(of_image.scores, dtype=np.float64)
-    labels = np.asarray(of_image.labels, dtype=np.int64)
-    boxes_xyxy = np.asarray(of_image.boxes_xyxy, dtype=np.float64).reshape(-1, 4)
-    if not (np.isfinite(scores).all() and np.isfinite(boxes_xyxy).all()):
-        raise ModelError(
-            f"image {image_id}: the model predicts NaN or infinity; "
-            "train again with a lower lr or with optimizer.clip"
-        )
-    return scores, labels, np.hstack([boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]])
 
 
 def write_results(path: Path, results: list[CocoDetection]) -> None:
@@ -111,19 +100,21 @@ def read_results(path: Path) -> list[CocoDetection]:
         DataError: the file is missing, or is no list of detections.
     """
     try:
-        results = _read(path)
+        results = read_output(path)
     except ValueError as error:
         raise DataError(f"{path}: no JSON ({error}); run `dvc repro -f evaluate`") from None
     keys = CocoDetection.__required_keys__
-    if not isinstance(results, list) or not all(
-        isinstance(r, dict) and keys <= set(r) for r in results
-    ):
+    whole = (isinstance(one, dict) and keys <= set(one) for one in results)
+    if not isinstance(results, list) or not all(whole):
         raise DataError(f"{path}: not COCO's results format (a list of {sorted(keys)})")
     return results
 
 
-def metrics_json(result: CocoResult) -> dict[str, Any]:
-    """Return the content of metrics.json; null where nothing of that size or class exists."""
+def write_metrics(path: Path, result: CocoResult, **more: float) -> None:
+    """Write metrics.json; `more` are further metrics, such as the loss, after the twelve.
+
+    Null stands where nothing of that size or class exists.
+    """
     repeated = Counter(c.name for c in result.per_class)
     per_class = {
         c.name if repeated[c.name] == 1 else f"{c.name} ({c.category_id})": {
@@ -135,26 +126,9 @@ def metrics_json(result: CocoResult) -> dict[str, Any]:
         }
         for c in result.per_class
     }
-    return {**result.summary, "per_class": per_class}
-
-
-def write_metrics(path: Path, result: CocoResult, **more: float) -> None:
-    """Write metrics.json; `more` are further metrics, such as the loss, after the twelve."""
-    metrics = metrics_json(result)
-    per_class = metrics.pop("per_class")
-    content = {**metrics, **more, "per_class": per_class}
+    content = {**result.summary, **more, "per_class": per_class}
     # Unlike `write_json`, this takes the NaN that the loss of a diverged model may be.
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_metrics(path: Path) -> dict[str, Any]:
-    """Read metrics.json.
-
-    Raises:
-        DataError: the file is missing; says to run evaluate.
-    """
-    metrics: dict[str, Any] = _read(path)
-    return metrics
 
 
 def write_precision_recall(path: Path, result: CocoResult) -> None:
@@ -176,17 +150,12 @@ def write_precision_recall(path: Path, result: CocoResult) -> None:
     write_atomically(path, f'{{"iou": {iou},\n"recall": {recall},\n"classes": [\n{lines}\n]}}\n')
 
 
-def read_precision_recall(path: Path) -> dict[str, Any]:
-    """Read the curves.
+def read_output(path: Path) -> Any:
+    """Read one of the files.
 
     Raises:
         DataError: the file is missing; says to run evaluate.
     """
-    curves: dict[str, Any] = _read(path)
-    return curves
-
-
-def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

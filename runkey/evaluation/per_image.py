@@ -19,18 +19,29 @@ from runkey.data.index import ClassName, Record
 from runkey.evaluation.files import CocoDetection
 
 MATCH_IOU = 0.5
+BINS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class ShownBox:
-    """A detection, and whether it matches an object."""
+class MatchedBox:
+    """A detection and its match, for any threshold.
+
+    Matching goes by descending score, so detections below a threshold do not change those above.
+    """
 
     label: int
     """Class index."""
     box_xywh: tuple[float, float, float, float]
     score: float
-    right: bool
-    """Whether it matches an object of its class that no better detection has matched."""
+    target: int
+    """Index of the matched box in the record, which no better detection has matched; -1: none."""
+    iou: float
+    """With the matched box; 0 without one."""
+
+    @property
+    def right(self) -> bool:
+        """Whether it matches an object of its class."""
+        return self.target >= 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +49,30 @@ class ImageScore:
     """One image's detections above the threshold, against its ground truth."""
 
     record: Record
-    shown: tuple[ShownBox, ...]
+    shown: tuple[MatchedBox, ...]
     """By descending score, without those in a crowd region of their class."""
-    found: tuple[bool, ...]
-    """For each box of the record, whether a detection matches it; False for crowds."""
-    mean_iou: float
-    """Mean IoU of the matches; 0 without any."""
+
+    @property
+    def found(self) -> tuple[bool, ...]:
+        """For each box of the record, whether a detection matches it; False for crowds."""
+        taken = {box.target for box in self.shown}
+        return tuple(place in taken for place in range(len(self.record.labels)))
+
+    @property
+    def mean_iou(self) -> float:
+        """Mean IoU of the matches; 0 without any."""
+        ious = [box.iou for box in self.shown if box.right]
+        return sum(ious) / len(ious) if ious else 0.0
 
     @property
     def objects(self) -> int:
         """Number of objects in the ground truth, without crowds."""
-        return len(self.record.crowd) - sum(self.record.crowd)
+        return len(self.record.objects())
 
     @property
     def right(self) -> int:
         """Number of detections that match an object."""
-        return sum(self.found)
+        return sum(box.right for box in self.shown)
 
     @property
     def false(self) -> int:
@@ -80,21 +99,8 @@ class Judgement:
     """In the order of the records."""
     threshold: float
     """The score threshold that maximises the F1 of all images together."""
-    detections: tuple[ShownBox, ...]
+    detections: tuple[MatchedBox, ...]
     """Those of any score, without those in a crowd region of their class."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Match:
-    """A detection and its match, for any threshold.
-
-    Matching goes by descending score, so detections below a threshold do not change those above.
-    """
-
-    box: ShownBox
-    target: int
-    """Index of the matched box in the record; -1: none."""
-    iou: float
 
 
 def judge_images(
@@ -106,14 +112,13 @@ def judge_images(
     for found in results:
         by_image[found["image_id"]].append(found)
     matches = [_match(record, by_image[record.id], label_of) for record in records]
-    objects = sum(len(r.crowd) - sum(r.crowd) for r in records)
-    every = [m for of_image in matches for m in of_image]
-    threshold = _best_threshold(every, objects)
+    every = [box for of_image in matches for box in of_image]
+    threshold = _best_threshold(every, sum(len(record.objects()) for record in records))
     scored = [
-        _image_score(record, [m for m in of_image if m.box.score >= threshold])
+        ImageScore(record, tuple(box for box in of_image if box.score >= threshold))
         for record, of_image in zip(records, matches, strict=True)
     ]
-    return Judgement(tuple(scored), threshold, tuple(m.box for m in every))
+    return Judgement(tuple(scored), threshold, tuple(every))
 
 
 def rank_images(scores: Sequence[ImageScore], *, best: bool) -> list[ImageScore]:
@@ -155,7 +160,9 @@ def iou_xywh(
     return overlaps
 
 
-def _match(record: Record, results: list[CocoDetection], label_of: dict[int, int]) -> list[_Match]:
+def _match(
+    record: Record, results: list[CocoDetection], label_of: dict[int, int]
+) -> list[MatchedBox]:
     """Match greedily by descending score, as COCO does; drop detections in a crowd."""
     results = sorted(results, key=lambda found: -found["score"])
     boxes = np.array([found["bbox"] for found in results], dtype=np.float64).reshape(-1, 4)
@@ -175,18 +182,19 @@ def _match(record: Record, results: list[CocoDetection], label_of: dict[int, int
         if target >= 0:
             free[target] = False
         left, top, width, height = found["bbox"]
-        box = ShownBox(label, (left, top, width, height), found["score"], right=target >= 0)
-        matches.append(_Match(box, target, float(overlap[target]) if target >= 0 else 0.0))
+        iou = float(overlap[target]) if target >= 0 else 0.0
+        box = (left, top, width, height)
+        matches.append(MatchedBox(label, box, found["score"], target, iou))
     return matches
 
 
-def _best_threshold(matches: list[_Match], objects: int) -> float:
+def _best_threshold(matches: list[MatchedBox], objects: int) -> float:
     """Return the highest score that maximises F1 = 2 right / (shown + objects)."""
     if not matches:
         return 0.0
-    scores = np.array([m.box.score for m in matches])
+    scores = np.array([box.score for box in matches])
     order = np.argsort(-scores, kind="stable")
-    right = np.cumsum([matches[i].target >= 0 for i in order])
+    right = np.cumsum([matches[i].right for i in order])
     f1 = 2 * right / (np.arange(1, len(order) + 1) + objects)
     # A threshold shows all detections of its score, so only the last of equal scores counts.
     descending = scores[order]
@@ -194,23 +202,9 @@ def _best_threshold(matches: list[_Match], objects: int) -> float:
     return float(descending[np.argmax(np.where(last, f1, -1))])
 
 
-def _image_score(record: Record, matches: list[_Match]) -> ImageScore:
-    taken = {m.target for m in matches if m.target >= 0}
-    ious = [m.iou for m in matches if m.target >= 0]
-    return ImageScore(
-        record=record,
-        shown=tuple(m.box for m in matches),
-        found=tuple(place in taken for place in range(len(record.labels))),
-        mean_iou=sum(ious) / len(ious) if ious else 0.0,
-    )
-
-
-# Which class is detected as which, with the background as one more class.
-
-
 @dataclass(frozen=True, slots=True)
 class Confusion:
-    """Counts of pairs (true class, detected class) at one score threshold."""
+    """Which class is detected as which: counts of pairs at one score threshold."""
 
     counts: NDArray[np.int64]
     """[K+1, K+1]: rows are true classes, columns detected ones; the last of each is background:
@@ -228,18 +222,18 @@ def confusion(judged: Judgement, classes: int) -> Confusion:
     """
     counts = np.zeros((classes + 1, classes + 1), dtype=np.int64)
     for image in judged.images:
-        _add(counts, image)
+        _count_pairs(counts, image)
     return Confusion(counts, judged.threshold)
 
 
-def _add(counts: NDArray[np.int64], image: ImageScore) -> None:
+def _count_pairs(counts: NDArray[np.int64], image: ImageScore) -> None:
     background = len(counts) - 1
     record = image.record
     missed = []
-    for place, (label, crowd) in enumerate(zip(record.labels, record.crowd, strict=True)):
-        if image.found[place]:
+    for place, (label, found) in enumerate(zip(record.labels, image.found, strict=True)):
+        if found:
             counts[label, label] += 1
-        elif not crowd:
+        elif not record.crowd[place]:
             missed.append(place)
     false = [box for box in image.shown if not box.right]
     overlaps = iou_xywh(
@@ -260,15 +254,12 @@ def _add(counts: NDArray[np.int64], image: ImageScore) -> None:
         counts[record.labels[missed[o]], background] += 1
 
 
-# Calibration: a score of 0.8 should mean that 8 of 10 such detections are right.
-
-
-BINS = 10
-
-
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Scores against the share of right detections, by bins of the score."""
+    """Scores against the share of right detections, by bins of the score.
+
+    A score of 0.8 should mean that 8 of 10 such detections are right.
+    """
 
     counts: NDArray[np.int64]
     """[BINS]: number of detections in each bin."""

@@ -9,41 +9,26 @@ batch size cannot change the result.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from runkey.data.dataset import Batch
 from runkey.data.index import ClassName, Record
 from runkey.data.normalise import normalise
 from runkey.evaluation.coco import CocoResult, evaluate_detections
-from runkey.evaluation.files import DetectionsLike
+from runkey.evaluation.files import ImageDetections
 from runkey.model.criterion import Criterion
 from runkey.model.matcher import Targets
-from runkey.progress import Steps, progress
+from runkey.model.postprocess import Postprocess
+from runkey.progress import progress
 
-Postprocess = Callable[[Any, Tensor], Sequence[DetectionsLike]]
-"""(the model's outputs, original (height, width) [B, 2]) to each image's detections."""
 AutocastFactory = Callable[[], AbstractContextManager[object]]
-
-
-@dataclass(frozen=True, slots=True)
-class ImageDetections:
-    """One image's detections, on the host."""
-
-    scores: NDArray[np.float32]
-    """[n], 0..1."""
-    labels: NDArray[np.int64]
-    """[n], class indices."""
-    boxes_xyxy: NDArray[np.float32]
-    """[n, 4], pixels of the original image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +53,39 @@ def predict(
     batches: Iterable[Batch],
     device: torch.device,
     autocast: AutocastFactory = nullcontext,
+    on_batch: Callable[[Any, Batch], None] = lambda outputs, batch: None,  # noqa: ARG005
 ) -> dict[int, ImageDetections]:
-    """Return all detections by image id; the model runs in evaluation mode, restored after."""
-    return _run(model, postprocess, batches, device, autocast)
+    """Return all detections by image id; the model runs in evaluation mode, restored after.
+
+    Args:
+        model: a detector; called as model(images [B, 3, H, W], padding_mask [B, H, W]).
+        postprocess: turns its outputs into detections.
+        batches: in any grouping.
+        device: where the model is.
+        autocast: returns the context of each forward pass (mixed precision).
+        on_batch: called with the outputs and the batch, whose images have one shape.
+    """
+    detections: dict[int, ImageDetections] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        # no_grad, not inference_mode: what the model caches here (positions) is used in training.
+        with torch.no_grad():
+            for batch in (part for mixed in batches for part in same_shape_batches(mixed)):
+                on_device = batch.to(device)
+                with autocast():
+                    outputs = model(*normalise(on_device))
+                found = postprocess(outputs, batch.original_sizes.to(device))
+                for image_id, of_image in zip(batch.image_ids, found, strict=True):
+                    detections[image_id] = ImageDetections(
+                        scores=of_image.scores.float().cpu().numpy(),
+                        labels=of_image.labels.cpu().numpy(),
+                        boxes_xyxy=of_image.boxes_xyxy.float().cpu().numpy(),
+                    )
+                on_batch(outputs, on_device)
+    finally:
+        model.train(was_training)
+    return detections
 
 
 def evaluate_model(
@@ -88,13 +103,13 @@ def evaluate_model(
     """Detect objects, and compare them with the ground truth.
 
     Args:
-        model: a detector; called as model(images [B, 3, H, W], padding_mask [B, H, W]).
-        postprocess: turns its outputs into detections.
+        model: as for `predict`, as are `postprocess`, `device` and `autocast`.
+        postprocess: turns the model's outputs into detections.
         batches: every image of `records` once, in any order and any grouping.
         records: the ground truth.
         classes: as in classes.json.
         device: where the model is.
-        autocast: returns the context of each forward pass (mixed precision).
+        autocast: returns the context of each forward pass.
         criterion: if given, computes the loss too, as in training; it is normalised over all
             images at once, so the batch size does not change it either. The batches must then
             hold all objects but crowds.
@@ -103,10 +118,15 @@ def evaluate_model(
     Raises:
         ModelError: the model predicts NaN or infinity.
     """
-    counts = [sum(not crowd for crowd in record.crowd) for record in records]
-    meter = _LossMeter(criterion, counts) if criterion is not None else None
+    meter = _LossMeter(criterion, [len(r.objects()) for r in records]) if criterion else None
     with progress("evaluate", len(records), "images") as steps:
-        detections = _run(model, postprocess, batches, device, autocast, meter, steps)
+
+        def on_batch(outputs: Any, batch: Batch) -> None:
+            if meter:
+                meter.add(outputs, batch)
+            steps.advance(len(batch))
+
+        detections = predict(model, postprocess, batches, device, autocast, on_batch)
     losses = meter.losses() if meter else {}
     result = evaluate_detections(records, classes, detections, by_size=by_size)
     return Evaluation(result, detections, losses)
@@ -156,43 +176,3 @@ class _LossMeter:
         if self._boxes != sum(self._counts):
             raise ValueError(f"batches hold {self._boxes} boxes, records {sum(self._counts)}")
         return {name: float(value) for name, value in self._sums.items()}
-
-
-def _run(
-    model: nn.Module,
-    postprocess: Postprocess,
-    batches: Iterable[Batch],
-    device: torch.device,
-    autocast: AutocastFactory,
-    meter: _LossMeter | None = None,
-    steps: Steps | None = None,
-) -> dict[int, ImageDetections]:
-    detections: dict[int, ImageDetections] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        # no_grad, not inference_mode: what the model caches here (positions) is used in training.
-        with torch.no_grad():
-            for mixed in batches:
-                for batch in same_shape_batches(mixed):
-                    on_device = batch.to(device)
-                    with autocast():
-                        outputs = model(*normalise(on_device))
-                    found = postprocess(outputs, batch.original_sizes.to(device))
-                    for image_id, of_image in zip(batch.image_ids, found, strict=True):
-                        detections[image_id] = _to_host(of_image)
-                    if meter:
-                        meter.add(outputs, on_device)
-                    if steps:
-                        steps.advance(len(batch.image_ids))
-    finally:
-        model.train(was_training)
-    return detections
-
-
-def _to_host(found: Any) -> ImageDetections:
-    return ImageDetections(
-        scores=found.scores.float().cpu().numpy(),
-        labels=found.labels.cpu().numpy(),
-        boxes_xyxy=found.boxes_xyxy.float().cpu().numpy(),
-    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from runkey.data.augment import WHOLE, crop_resize, place, resized_size
+from runkey.data.augment import AugmentParams, augment_image, resized_size
 from runkey.data.cache import shrink
 from runkey.data.dataset import Batch
 from runkey.data.decode import (
@@ -50,9 +50,8 @@ def preprocess(content: bytes, sizes: Sizes, image_id: int = 0) -> Batch:
         image = shrink(image, (sizes.short_side,), sizes.long_side)
     pixels = torch.from_numpy(turn(np.array(image), rotate, mirror)).permute(2, 0, 1)
     size = resized_size(height, width, sizes.short_side, sizes.long_side)
-    source = (pixels.shape[1], pixels.shape[2])
     return Batch(
-        images=crop_resize(pixels, place(WHOLE, source, size))[None],
+        images=augment_image(pixels, AugmentParams(size))[None],
         sizes=torch.tensor([size]),
         boxes_cxcywh=torch.zeros(0, 4),
         labels=torch.zeros(0, dtype=torch.int64),

@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from runkey.data.augment import build_augmentation
-from runkey.data.dataset import BatchMaker, image_table
+from runkey.data.dataset import AugmentedImage, BatchMaker, image_table
 from runkey.data.index import Record, read_classes, read_index
-from runkey.data.sampler import AugmentedImage, GlobalBatchSampler, micro_batches
+from runkey.data.sampler import GlobalBatchSampler, micro_batches
 from runkey.data.shapes import (
     Shape,
+    max_objects,
     most_objects,
     padded_shapes,
     reachable_shapes,
@@ -220,11 +221,6 @@ def single_shape(params: Params, shape: Shape, *, objects: int, num_classes: int
         return [(MicroBatch(images, *shape, objects),) * 2] * 2
 
     return BatchShapes(statistics(params), statistics, sample, num_classes)
-
-
-def max_objects(params: Params) -> int:
-    """Return the most boxes of an image that the loader keeps."""
-    return min(n for n in (params.data.max_objects, params.model.num_queries) if n)
 
 
 def _text(shape: Shape) -> str:

@@ -15,8 +15,7 @@ from runkey.evaluation.files import (
     METRICS,
     PRECISION_RECALL,
     PREDICTIONS,
-    read_metrics,
-    read_precision_recall,
+    read_output,
     read_results,
 )
 from runkey.evaluation.per_image import (
@@ -97,7 +96,7 @@ def precision_recall(curves: Path, path: Path) -> Path:
 
     Of more than eight classes, the best four and the worst four by AP50 are named.
     """
-    stored = read_precision_recall(curves)
+    stored = read_output(curves)
     recall = np.array(stored["recall"], dtype=np.float64)
     classes = [one for one in stored["classes"] if one["precision"] is not None]
     titles = ("Precision-recall curve of each class, at IoU 0.5", "Mean over classes, by IoU")
@@ -200,7 +199,7 @@ def ap_by_size(metrics: Path, path: Path) -> Path:
 
     Of more than twenty classes, the worst are shown.
     """
-    stored = read_metrics(metrics)
+    stored = read_output(metrics)
     classes = {name: one for name, one in stored["per_class"].items() if one["AP"] is not None}
     worst = sorted(classes, key=lambda name: classes[name]["AP"])[:_MAX_CLASSES]
     shown = {name: one for name, one in classes.items() if name in worst}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from runkey.evaluation.files import read_precision_recall
+from runkey.evaluation.files import read_output
 from runkey.evaluation.per_image import Confusion
 from runkey.plots.log import read_log
 
@@ -67,7 +67,7 @@ def write_confusion_table(counted: Confusion, names: Sequence[str], path: Path) 
 
 def write_precision_recall_table(curves: Path, path: Path) -> Path:
     """Write precision at IoU 0.5 of each class at 21 recalls."""
-    stored = read_precision_recall(curves)
+    stored = read_output(curves)
     rows = [
         (one["name"], recall, precision)
         for one in stored["classes"]

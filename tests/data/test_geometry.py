@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ import torch
 from runkey.data.augment import (
     OUTSIDE_RGB,
     Augmentation,
+    AugmentParams,
     Region,
-    crop_resize,
-    place,
+    augment_boxes,
+    augment_image,
     resized_size,
-    transform_boxes,
 )
 from runkey.params import Augment
 
@@ -76,13 +77,11 @@ def test_boxes_follow_pixels_within_a_pixel(augment):
         image[2] = 255
         image[:, top:bottom, left:right] = torch.tensor([255, 0, 0])[:, None, None]
         one = drawn.draw(0, [id_], [(height, width)])[0]
-        placement = place(one.region, (height, width), one.size)
-        out = crop_resize(image, placement)
-        out = out.flip(-1) if one.flip else out
+        out = augment_image(image, one)
         assert out.dtype == torch.uint8
         assert out.shape == (3, *one.size)
         box = np.array([[left, top, right, bottom]], dtype=np.float64)
-        (carried,), (visible,) = transform_boxes(box, placement, flip=one.flip)
+        (carried,), (visible,) = augment_boxes(box, (height, width), one)
         red = (out[0].int() - out[2].int()) > 20
         if min(carried[2] - carried[0], carried[3] - carried[1]) < 3:
             continue
@@ -98,8 +97,7 @@ def test_boxes_follow_pixels_within_a_pixel(augment):
 
 def test_outside_is_mean_grey_and_the_rest_is_the_image():
     image = torch.full((40, 60, 3), 200, dtype=torch.uint8).permute(2, 0, 1)
-    placement = place(Region(-0.5, -0.25, 2.0, 1.5), (40, 60), (60, 120))
-    out = crop_resize(image, placement)
+    out = augment_image(image, AugmentParams((60, 120), Region(-0.5, -0.25, 2.0, 1.5)))
     inside = torch.zeros(60, 120, dtype=torch.bool)
     inside[10:50, 30:90] = True
     assert (out[:, inside] == 200).all()
@@ -109,27 +107,27 @@ def test_outside_is_mean_grey_and_the_rest_is_the_image():
 @pytest.mark.parametrize("left", [-3.0, -1.0, 1.0, 3.0])
 def test_a_region_that_misses_the_image_still_gives_a_picture(left):
     image = torch.full((40, 60, 3), 200, dtype=torch.uint8).permute(2, 0, 1)
-    placement = place(Region(left, 0, 0.5, 1), (40, 60), (40, 60))
-    assert crop_resize(image, placement).shape == (3, 40, 60)
+    out = augment_image(image, AugmentParams((40, 60), Region(left, 0, 0.5, 1)))
+    assert out.shape == (3, 40, 60)
 
 
 def test_the_whole_image_is_not_resampled():
     image = torch.randint(0, 256, (40, 60, 3), dtype=torch.uint8).permute(2, 0, 1)
-    assert torch.equal(crop_resize(image, place(Region(), (40, 60), (40, 60))), image)
+    assert torch.equal(augment_image(image, AugmentParams((40, 60))), image)
 
 
 def test_resampling_is_antialiased():
     stripes = torch.zeros(40, 400, 3, dtype=torch.uint8).permute(2, 0, 1)
     stripes[:, :, ::4] = 255
-    small = crop_resize(stripes, place(Region(), (40, 400), (4, 40)))
+    small = augment_image(stripes, AugmentParams((4, 40)))
     assert small.float().std() < 10
 
 
 def test_visible_part_of_a_box():
-    placement = place(Region(0.5, 0.5, 0.5, 0.5), (100, 100), (50, 50))
+    lower_right = AugmentParams((50, 50), Region(0.5, 0.5, 0.5, 0.5))
     boxes = np.array([[40.0, 60, 60, 80], [0, 0, 50, 50], [45, 45, 65, 65], [60, 60, 70, 70]])
-    carried, visible = transform_boxes(boxes, placement, flip=False)
+    carried, visible = augment_boxes(boxes, (100, 100), lower_right)
     assert np.allclose(visible, [0.5, 0.0, 0.5625, 1.0])
     assert np.allclose(carried[0], [0, 10, 10, 30])
-    mirrored, _ = transform_boxes(boxes, placement, flip=True)
+    mirrored, _ = augment_boxes(boxes, (100, 100), replace(lower_right, flip=True))
     assert np.allclose(mirrored[0], [40, 10, 50, 30])

@@ -9,9 +9,7 @@ from runkey.data.index import ClassName, Record
 from runkey.errors import DataError
 from runkey.evaluation.coco import evaluate_results
 from runkey.evaluation.files import (
-    metrics_json,
-    read_metrics,
-    read_precision_recall,
+    read_output,
     to_results_json,
     write_metrics,
     write_precision_recall,
@@ -130,7 +128,7 @@ def test_files(world, tmp_path):
         made.records, made.classes, to_results_json(made.detections, made.classes)
     )
     write_metrics(tmp_path / "m" / "metrics.json", result, loss=0.25)
-    saved = read_metrics(tmp_path / "m" / "metrics.json")
+    saved = read_output(tmp_path / "m" / "metrics.json")
     assert saved["AP"] == result.summary["AP"]
     assert saved["loss"] == 0.25
     nothing = {"AP": None, "objects": 0}
@@ -140,7 +138,7 @@ def test_files(world, tmp_path):
     }
 
     write_precision_recall(tmp_path / "e" / "pr.json", result)
-    curves = read_precision_recall(tmp_path / "e" / "pr.json")
+    curves = read_output(tmp_path / "e" / "pr.json")
     assert curves["iou"][0] == 0.5
     assert len(curves["recall"]) == 101
     assert curves["classes"][2]["precision"] is None
@@ -148,16 +146,18 @@ def test_files(world, tmp_path):
     assert np.allclose(saved_curve, result.precision[0], atol=1e-4)
 
 
-def test_classes_of_one_name_keep_both_numbers(world):
+def test_classes_of_one_name_keep_both_numbers(world, tmp_path):
     made = world(seed=6, category_ids=(1, 2))
     twins = [ClassName(0, 1, "cat"), ClassName(1, 2, "cat")]
     result = evaluate_results(made.records, twins, to_results_json(made.detections, twins))
-    assert set(metrics_json(result)["per_class"]) == {"cat (1)", "cat (2)"}
+    write_metrics(tmp_path / "metrics.json", result)
+    saved = read_output(tmp_path / "metrics.json")
+    assert set(saved["per_class"]) == {"cat (1)", "cat (2)"}
 
 
 def test_missing_curves(tmp_path):
     with pytest.raises(DataError, match=r"pr\.json: not found; run `dvc repro evaluate`"):
-        read_precision_recall(tmp_path / "pr.json")
+        read_output(tmp_path / "pr.json")
 
 
 def test_numbers_by_size_are_those_of_coco(world):
