@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from benchmarks.run_table import machine
 from benchmarks.techniques.outcome import outcome
 from benchmarks.techniques.variants import Variant
-from runkey.params.presets import render_preset
+from runkey.params.render import render_preset
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CODE = ("runkey", "stages")

@@ -35,16 +35,16 @@ def preset(
     as_json: AsJson = False,
 ) -> None:
     """Write a preset as a complete params.yaml; without a name, list them."""
-    from runkey.params import presets  # 0.3 s
+    from runkey.params import render  # 0.3 s
 
     if not name:
-        about = {known: _about(presets.describe_preset(known)) for known in presets.preset_files()}
+        about = {known: _about(render.describe_preset(known)) for known in render.preset_files()}
         if as_json:
             print_json(about)
         for known, text in () if as_json else about.items():
             print(f"{known:<16} {text}")
         return
-    new = presets.render_preset(name)
+    new = render.render_preset(name)
     target = _target()
     old = target.read_text(encoding="utf-8") if target.is_file() else None
     written = old != new
@@ -58,7 +58,7 @@ def preset(
     if as_json:
         print_json({"preset": name, "written": written})
     elif written:
-        print(f"params.yaml is preset {name}: {_about(presets.describe_preset(name))}")
+        print(f"params.yaml is preset {name}: {_about(render.describe_preset(name))}")
     else:
         print(f"params.yaml is preset {name} already")
 
@@ -94,7 +94,7 @@ def _target() -> Path:
 
 def _is_kept(text: str, target: Path) -> bool:
     """Return True if git's HEAD or a preset still has this params.yaml."""
-    from runkey.params import presets
+    from runkey.params import render
 
     committed = subprocess.run(
         ["git", "-C", str(target.parent), "show", f"HEAD:./{paths.PARAMS}"],
@@ -103,7 +103,7 @@ def _is_kept(text: str, target: Path) -> bool:
     )
     if committed.returncode == 0 and committed.stdout == text.encode():
         return True
-    return any(presets.render_preset(name) == text for name in presets.preset_files())
+    return any(render.render_preset(name) == text for name in render.preset_files())
 
 
 def _about(text: str) -> str:

@@ -20,14 +20,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from runkey.data.index import Split
 from runkey.errors import DataError
 
 WIDTH = 256
 HEIGHT = 192
+SEED = 2026
+COUNTS: dict[Split, int] = {"train": 400, "val": 100}
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+# As in pool; number 8 is not quite black, so that its shading is visible.
+COLOURS = (
+    (236, 190, 36),
+    (38, 74, 178),
+    (206, 40, 40),
+    (112, 50, 140),
+    (236, 120, 32),
+    (24, 124, 70),
+    (126, 32, 42),
+    (44, 44, 50),
+)
+SMALLEST, LARGEST = 14, 120
+MOST_BALLS = 8
+MOST_OVERLAP = 0.35
+_TRAIN_DIGITS = 0.8
+_TRAIN_WIDTH = 0.65
+_JPEG_QUALITY = 72
+_MOST_NOISE = 0.8  # grey levels, standard deviation
 
 Pixels = NDArray[np.float64]
 """[H, W, 3], 0..255."""
@@ -67,15 +86,10 @@ class Ball:
 
 
 def digit_ink(digit_8x8: NDArray[np.float64], angle_degrees: int, side: int) -> Pixels:
-    """Draw the strokes of a handwritten digit as coverage.
-
-    Args:
-        digit_8x8: values 0..16.
-        angle_degrees: anticlockwise.
-        side: pixels of the result.
+    """Draw the strokes of a handwritten digit (0..16), turned anticlockwise.
 
     Returns:
-        [side, side], 0..1.
+        Coverage [side, side], 0..1.
     """
     # A margin of one cell, so that strokes at the edge are not cut off.
     padded = np.pad(np.rint(digit_8x8 * (255 / 16)), 1).astype(np.uint8)
@@ -95,16 +109,13 @@ def draw(
     digits_8x8: NDArray[np.float64],
     noise: Pixels,
 ) -> NDArray[np.uint8]:
-    """Draw a picture.
+    """Draw a picture [HEIGHT, WIDTH, 3]; later balls cover earlier ones.
 
     Args:
         background: [HEIGHT, WIDTH, 3].
-        balls: later ones cover earlier ones.
+        balls: what to draw.
         digits_8x8: [*, 8, 8], indexed by `Ball.digit`.
         noise: [HEIGHT, WIDTH, 3], added at the end, grey levels.
-
-    Returns:
-        [HEIGHT, WIDTH, 3].
     """
     canvas: Pixels = background.astype(np.float64)
     for ball in balls:
@@ -178,39 +189,15 @@ def _mix(below: Pixels, above: Pixels, part: Pixels) -> Pixels:
     return mixed
 
 
-SEED = 2026
-COUNTS: dict[Split, int] = {"train": 400, "val": 100}
-NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
-# As in pool; number 8 is not quite black, so that its shading is visible.
-COLOURS = (
-    (236, 190, 36),
-    (38, 74, 178),
-    (206, 40, 40),
-    (112, 50, 140),
-    (236, 120, 32),
-    (24, 124, 70),
-    (126, 32, 42),
-    (44, 44, 50),
-)
-SMALLEST, LARGEST = 14, 120
-MOST_BALLS = 8
-MOST_OVERLAP = 0.35
-_TRAIN_DIGITS = 0.8
-_TRAIN_WIDTH = 0.65
-_JPEG_QUALITY = 72
-_MOST_NOISE = 0.8  # grey levels, standard deviation
-
 _DIGITS_CREDIT = (
     "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning "
     "Repository, 1998; CC BY 4.0"
 )
-_LICENSES: list[dict[str, Any]] = [
-    {
-        "id": 1,
-        "name": "CC BY 2.0 (photographs), CC BY 4.0 (digits); see LICENSE.txt",
-        "url": "https://creativecommons.org/licenses/by/2.0/",
-    }
-]
+_LICENSE = {
+    "id": 1,
+    "name": "CC BY 2.0 (photographs), CC BY 4.0 (digits); see LICENSE.txt",
+    "url": "https://creativecommons.org/licenses/by/2.0/",
+}
 _LICENSE_TEXT = """\
 Numbered balls: sample data of runkey
 =====================================
@@ -244,7 +231,7 @@ class Sources:
     photos: dict[Split, list[NDArray[np.uint8]]]
     """[H, W, 3]: the left part of each photograph for train, the right part for val."""
     digits_8x8: NDArray[np.float64]
-    rows: dict[Split, tuple[NDArray[np.int64], ...]]
+    rows: dict[Split, list[NDArray[np.int64]]]
     """By split and number: rows of `digits_8x8`."""
 
 
@@ -271,17 +258,17 @@ def make_sample(out: Path) -> dict[Split, tuple[int, int]]:
     sources = load_sources()
     made: dict[Split, tuple[int, int]] = {}
     for split, count in COUNTS.items():
-        laid: list[list[Ball]] = []
+        laid: dict[int, list[Ball]] = {}
         for index in range(count):
-            pixels, balls = make_picture(sources, split, index)
+            number = _image_id(split, index)
+            pixels, laid[number] = make_picture(sources, split, index)
             Image.fromarray(pixels).save(
-                out / split / _file_name(split, index), "JPEG", quality=_JPEG_QUALITY, optimize=True
+                out / split / _file_name(number), "JPEG", quality=_JPEG_QUALITY, optimize=True
             )
-            laid.append(balls)
         annotations = json.dumps(_coco(split, laid), separators=(",", ":")) + "\n"
         path = out / "annotations" / f"instances_{split}.json"
         path.write_text(annotations, encoding="utf-8", newline="\n")
-        made[split] = (count, sum(len(balls) for balls in laid))
+        made[split] = (count, sum(map(len, laid.values())))
     return made
 
 
@@ -312,20 +299,13 @@ def load_sources() -> Sources:
         digits, target = load_digits(return_X_y=True)
         photos = load_sample_images().images
     rng = np.random.default_rng([SEED, len(COUNTS)])
-    rows: dict[Split, list[NDArray[np.int64]]] = {"train": [], "val": []}
-    for number in range(1, len(NUMBERS) + 1):
-        shuffled = rng.permutation(np.flatnonzero(target == number))
-        cut = round(len(shuffled) * _TRAIN_DIGITS)
-        rows["train"].append(shuffled[:cut])
-        rows["val"].append(shuffled[cut:])
-    cuts = [round(photo.shape[1] * _TRAIN_WIDTH) for photo in photos]
+    of_number = [rng.permutation(np.flatnonzero(target == n + 1)) for n in range(len(NUMBERS))]
+    rows = [np.split(found, [round(len(found) * _TRAIN_DIGITS)]) for found in of_number]
+    parts = [np.split(photo, [round(photo.shape[1] * _TRAIN_WIDTH)], axis=1) for photo in photos]
     return Sources(
-        photos={
-            "train": [photo[:, :cut] for photo, cut in zip(photos, cuts, strict=True)],
-            "val": [photo[:, cut:] for photo, cut in zip(photos, cuts, strict=True)],
-        },
+        photos={split: [part[i] for part in parts] for i, split in enumerate(COUNTS)},
         digits_8x8=np.asarray(digits, dtype=np.float64).reshape(-1, 8, 8),
-        rows={split: tuple(chosen) for split, chosen in rows.items()},
+        rows={split: [part[i] for part in rows] for i, split in enumerate(COUNTS)},
     )
 
 
@@ -346,7 +326,7 @@ def _background(photos: list[NDArray[np.uint8]], rng: np.random.Generator) -> ND
 
 
 def _place(
-    balls: list[Ball], rows: tuple[NDArray[np.int64], ...], rng: np.random.Generator
+    balls: list[Ball], rows: list[NDArray[np.int64]], rng: np.random.Generator
 ) -> Ball | None:
     """One more ball that overlaps others little; None after 40 attempts."""
     for _ in range(40):
@@ -376,39 +356,18 @@ def _overlap(left: int, top: int, diameter: int, other: Ball) -> float:
     return max(0, width) * max(0, height) / smaller
 
 
-def _file_name(split: Split, index: int) -> str:
-    return f"{_image_id(split, index):06d}.jpg"
-
-
 def _image_id(split: Split, index: int) -> int:
     """1..400 in train, 1001..1100 in val."""
     return 1 + index + 1000 * list(COUNTS).index(split)
 
 
-def _coco(split: Split, laid: list[list[Ball]]) -> dict[str, Any]:
-    """The annotation file of a split."""
-    images = [
-        {
-            "id": _image_id(split, index),
-            "file_name": _file_name(split, index),
-            "width": WIDTH,
-            "height": HEIGHT,
-            "license": 1,
-        }
-        for index in range(len(laid))
-    ]
-    annotations = [
-        {
-            "id": 100 * _image_id(split, index) + position,
-            "image_id": _image_id(split, index),
-            "category_id": ball.number,
-            "bbox": list(ball.box_xywh),
-            "area": ball.diameter**2,
-            "iscrowd": 0,
-        }
-        for index, balls in enumerate(laid)
-        for position, ball in enumerate(balls)
-    ]
+def _file_name(image_id: int) -> str:
+    return f"{image_id:06d}.jpg"
+
+
+def _coco(split: Split, laid: dict[int, list[Ball]]) -> dict[str, Any]:
+    """The annotation file of a split, from the balls by image id."""
+    size = {"width": WIDTH, "height": HEIGHT, "license": 1}
     return {
         "info": {
             "description": f"Numbered balls, {split} split: sample data of runkey",
@@ -416,46 +375,22 @@ def _coco(split: Split, laid: list[list[Ball]]) -> dict[str, Any]:
             "year": 2026,
             "contributor": f"{_DIGITS_CREDIT}; photographs by danielbuechele and vultilion",
         },
-        "licenses": _LICENSES,
-        "images": images,
-        "annotations": annotations,
+        "licenses": [_LICENSE],
+        "images": [{"id": number, "file_name": _file_name(number), **size} for number in laid],
+        "annotations": [
+            {
+                "id": 100 * number + position,
+                "image_id": number,
+                "category_id": ball.number,
+                "bbox": list(ball.box_xywh),
+                "area": ball.diameter**2,
+                "iscrowd": 0,
+            }
+            for number, balls in laid.items()
+            for position, ball in enumerate(balls)
+        ],
         "categories": [
             {"id": number, "name": name, "supercategory": "ball"}
             for number, name in enumerate(NUMBERS, start=1)
         ],
     }
-
-
-DATA_DVC = Path("data.dvc")
-SEED_FOLDER = Path("sample-data")
-
-
-def own_data_note(root: Path) -> str | None:
-    """Return a note for users whose own data `dvc push` would skip; None if there are none.
-
-    `dvc add data` keeps the lines `remote: seed` and `push: false` of the sample's data.dvc, so
-    own images are not pushed into the repository by accident, and not to another remote either.
-
-    Args:
-        root: the workspace with data.dvc and sample-data/.
-
-    Raises:
-        DataError: data.dvc cannot be read.
-    """
-    path = root / DATA_DVC
-    if not path.is_file():
-        return None
-    try:
-        tree: Any = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-        out = tree["outs"][0]
-        md5 = str(out["md5"])
-    except (YAMLError, LookupError, TypeError, UnicodeDecodeError):
-        raise DataError(f"{DATA_DVC}: unreadable; `dvc add data` writes it anew") from None
-    if out.get("remote") != "seed":
-        return None
-    if (root / SEED_FOLDER / "files" / "md5" / md5[:2] / md5[2:]).is_file():
-        return None
-    return (
-        f"note: {DATA_DVC} holds your own images and still says `remote: seed` and `push: false`; "
-        "take both lines out, and `dvc push` sends the images to your remote"
-    )

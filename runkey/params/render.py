@@ -1,9 +1,10 @@
-"""Render parameters as a complete, commented params.yaml, and the schema as a reference page.
+"""Render parameters or a preset as a complete, commented params.yaml, and the reference page.
 
     python -m runkey.params.render params.yaml
 
 rewrites files with their own values and the schema's current comments.  Run it after adding a
-field.  The comment block at the head of a file is kept.
+field.  The comment block at the head of a file is kept.  A preset is a small YAML file with the
+values that differ from the schema's defaults.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from runkey.errors import ParamsError
 from runkey.params.load import load_params
 from runkey.params.schema import LEVELS, Checks, Params
 
@@ -53,6 +55,36 @@ def head_of(text: str) -> str:
     lines = text.splitlines()
     count = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     return "\n".join(lines[:count])
+
+
+def preset_folder() -> Path:
+    """Return the folder of preset files: `runkey/presets` in a wheel, `presets` in a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "presets"
+    return installed if installed.is_dir() else package.parent / "presets"
+
+
+def preset_files() -> dict[str, Path]:
+    """Return the file of each preset by name, sorted."""
+    return {path.stem: path for path in sorted(preset_folder().glob("*.yaml"))}
+
+
+def render_preset(name: str) -> str:
+    """Return the complete, commented params.yaml of a preset.
+
+    Raises:
+        ParamsError: there is no such preset, or its file is faulty.
+    """
+    files = preset_files()
+    if name not in files:
+        raise ParamsError(f"preset {name}: not found (known: {', '.join(files)})")
+    return render(load_params(files[name]), head_of(files[name].read_text(encoding="utf-8")))
+
+
+def describe_preset(name: str) -> str:
+    """Return the first paragraph of the preset's header, on one line."""
+    paragraph = head_of(preset_files()[name].read_text(encoding="utf-8")).split("\n#\n")[0]
+    return paragraph.replace("\n#", " ").lstrip("# ").removeprefix(f"{name}: ")
 
 
 def _section(
@@ -105,8 +137,10 @@ def _policies() -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _comment(text: str, allowed_values: str, indent: str) -> list[str]:
-    # No-break spaces keep the brackets on one line while the text is wrapped.
-    bracket = f"[{allowed_values}]".replace(" ", "\xa0") if allowed_values else ""
+    bracket = f"[{allowed_values}]" if allowed_values else ""
+    if len(f"{indent}# {bracket}") <= _WIDTH:
+        # No-break spaces keep the brackets on one line while the text is wrapped.
+        bracket = bracket.replace(" ", "\xa0")
     lines = textwrap.wrap(
         f"{text} {bracket}",
         _WIDTH,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
 from runkey import paths
 from runkey.data.index import read_classes, read_index
 from runkey.data.prepare import prepare
-from runkey.data.sample import own_data_note
+from runkey.errors import DataError
 from runkey.params import load_params
 from runkey.plots.sheets import contact_sheet
 from runkey.progress import want_bars
@@ -32,3 +35,29 @@ def prepare_data(root: Path) -> None:
     note = own_data_note(root)
     if note is not None:
         logger.info(note)
+
+
+def own_data_note(root: Path) -> str | None:
+    """Return a note for users whose own data `dvc push` would skip; None if there are none.
+
+    `dvc add data` keeps the lines `remote: seed` and `push: false` of the sample's data.dvc, so
+    own images are not pushed into the repository by accident, and not to another remote either.
+
+    Raises:
+        DataError: data.dvc cannot be read.
+    """
+    path = root / "data.dvc"
+    if not path.is_file():
+        return None
+    try:
+        out = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["outs"][0]
+        md5 = str(out["md5"])
+    except (YAMLError, LookupError, TypeError, UnicodeDecodeError):
+        raise DataError("data.dvc: unreadable; `dvc add data` writes it anew") from None
+    shipped = root / "sample-data" / "files" / "md5" / md5[:2] / md5[2:]
+    if out.get("remote") != "seed" or shipped.is_file():
+        return None
+    return (
+        "note: data.dvc holds your own images and still says `remote: seed` and `push: false`; "
+        "take both lines out, and `dvc push` sends the images to your remote"
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runkey.params.presets import render_preset
+from runkey.params.render import render_preset
 from tests.support.terminal import COLUMNS, on_terminal, screen
 
 REPOSITORY = Path(__file__).parents[2]

@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
 
-from runkey.cli import app, main
-from runkey.params.presets import render_preset
-
-REPOSITORY = Path(__file__).parents[2]
-
-Run = Callable[..., tuple[int, str, str]]
+from runkey.cli import app
+from runkey.params.render import render_preset
+from tests.support.command_line import REPOSITORY, Run
 
 
 @pytest.fixture
@@ -30,20 +26,6 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         subprocess.run([*git, *command], check=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Calls the command line; gives exit code, stdout, stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["runkey", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def all_commands(group: Any) -> list[Any]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from runkey.data.sample import own_data_note
 from runkey.errors import DataError
+from runkey.pipeline.prepare import own_data_note
 
 ROOT = Path(__file__).resolve().parents[2]
 

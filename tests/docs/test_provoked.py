@@ -21,7 +21,7 @@ from runkey.cli import app
 from runkey.errors import RunkeyError
 from runkey.evaluation.files import to_results_json
 from runkey.params import load_params
-from runkey.params.presets import render_preset
+from runkey.params.render import render_preset
 from runkey.training.device import choose_device
 from runkey.training.early_stopping import MetricComparator, decide_stop, watched_value
 from runkey.training.step import Split

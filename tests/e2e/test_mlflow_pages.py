@@ -14,7 +14,7 @@ from runkey import paths
 from runkey.identity.record import LoggedRun
 from runkey.identity.record_cache import update_record
 from runkey.params import load_params
-from runkey.params.presets import render_preset
+from runkey.params.render import render_preset
 from runkey.tracking.describe import describe_run
 from runkey.tracking.mlflow_run import TrackedRun, open_run
 from runkey.tracking.store import free_port, locate_store

@@ -17,8 +17,14 @@ from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
 from runkey.model.postprocess import build_postprocess
 from runkey.params import Params, load_params, parse_params
-from runkey.params.presets import preset_files, render_preset
-from runkey.params.render import head_of, main, reference
+from runkey.params.render import (
+    head_of,
+    main,
+    preset_files,
+    reference,
+    render,
+    render_preset,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
@@ -35,7 +41,7 @@ def test_the_four_are_there():
 def test_presets_of_a_wheel_lie_in_the_package(tmp_path):
     shutil.copytree(ROOT / "runkey", tmp_path / "runkey")
     shutil.copytree(ROOT / "presets", tmp_path / "runkey" / "presets")
-    code = "from runkey.params.presets import preset_folder; print(preset_folder())"
+    code = "from runkey.params.render import preset_folder; print(preset_folder())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
@@ -133,6 +139,15 @@ def test_render_keeps_values_and_head(tmp_path):
     assert "lr: 5.0e-05\n" in text
     assert '  precision: "off"\n' in text
     assert all(line.strip() for line in head_of(text).splitlines())
+
+
+def test_a_list_of_values_that_is_longer_than_a_line_is_wrapped(monkeypatch):
+    schema = Params.model_json_schema()
+    schema["$defs"]["Schedule"]["properties"]["name"]["enum"].append("warmup_stable_decay_" * 2)
+    monkeypatch.setattr(Params, "model_json_schema", lambda: schema)
+    text = render(parse_params({"lr": 1, "seed": 0}), "# mine")
+    assert "| warmup_stable_decay_warmup_stable_decay_]" in text
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_every_field_says_what_it_does():

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from runkey.identity.code import import_closure
 from runkey.identity.dvc_yaml import Stage, covers, read_pipeline
 from runkey.params import load_params
-from runkey.params.presets import preset_files, render_preset
+from runkey.params.render import preset_files, render_preset
 
 ROOT = Path(__file__).parents[2]
 STAGES = read_pipeline(ROOT, load_params(ROOT / "params.yaml").flat())

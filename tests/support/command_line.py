@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runkey.cli import main
-from runkey.params.presets import render_preset
+from runkey.params.render import render_preset
 
 REPOSITORY = Path(__file__).parents[2]
 

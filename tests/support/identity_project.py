@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.repository import NUMPY_IN_LOCK
+
 FILES = {
     "params.yaml": "lr: 1e-4\nseed: 1\nmodel:\n  num_queries: 20\n",
     "data.dvc": "outs:\n- md5: 0123abcd.dir\n  path: data\n",
@@ -61,14 +63,9 @@ version: 1
 metadata:
   content_hash: {linux-64: '00', osx-arm64: '00'}
 package:
-- name: numpy
-  version: 2.10
-  manager: conda
-  platform: linux-64
-  dependencies: {python: ''}
-  url: https://channel.example/linux-64/numpy-2.10-py312_0.conda
-  hash: {md5: '11', sha256: '22'}
-  category: main
+"""
+    + NUMPY_IN_LOCK
+    + """\
   optional: false
 - name: libjpeg-turbo
   version: 3.1.2

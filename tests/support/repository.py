@@ -6,6 +6,17 @@ from pathlib import Path
 
 import pytest
 
+NUMPY_IN_LOCK = """\
+- name: numpy
+  version: 2.10
+  manager: conda
+  platform: linux-64
+  dependencies: {python: ''}
+  url: https://channel.example/linux-64/numpy-2.10-py312_0.conda
+  hash: {md5: '11', sha256: '22'}
+  category: main
+"""
+
 FILES = {
     ".gitignore": "/data\n/model\n*.log\n",
     "params.yaml": "lr: 1e-4\nseed: 1\nmodel:\n  num_queries: 20\n",
@@ -29,18 +40,7 @@ stages:
     "runkey/net.py": "width = 3\n",
     "runkey/tracking/__init__.py": "",
     "README.md": "# A repository\n",
-    "conda-lock.yml": """\
-version: 1
-package:
-- name: numpy
-  version: 2.10
-  manager: conda
-  platform: linux-64
-  dependencies: {python: ''}
-  url: https://channel.example/linux-64/numpy-2.10-py312_0.conda
-  hash: {md5: '11', sha256: '22'}
-  category: main
-""",
+    "conda-lock.yml": f"version: 1\npackage:\n{NUMPY_IN_LOCK}",
 }
 
 
