@@ -66,17 +66,19 @@ def uniforms(
         seed: the run's seed.
         epoch: from 0.
         purpose: different purposes give independent numbers.
-        ids: image ids (any integers; taken modulo 2^64).
+        ids: image ids, modulo 2^64; a row depends on its id alone.
         draws: numbers for each id.
 
     Returns:
-        [len(ids), draws]; a row depends on its id alone, not on the other ids.
+        [len(ids), draws].
     """
     blocks = -(-draws // 4)
     wide = np.array([i & 0xFFFFFFFFFFFFFFFF for i in ids], dtype=np.uint64).repeat(blocks)
     block = np.tile(np.arange(blocks, dtype=np.uint64), len(ids))
     counters = np.stack((block, wide & _MASK, wide >> _HALF, np.zeros_like(block)), axis=1)
-    words = philox(counters, _key(seed, epoch, purpose))
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=8).digest()
+    key = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+    words = philox(counters, key)
     return words.reshape(len(ids), blocks * 4)[:, :draws] / 2.0**32
 
 
@@ -84,11 +86,6 @@ def permutation(seed: int, epoch: int, purpose: Purpose, ids: Sequence[int]) -> 
     """Return positions 0..len(ids)-1 in random order: sorted by one `uniforms` number per id."""
     draws = uniforms(seed, epoch, purpose, ids, 1)[:, 0]
     return [int(i) for i in np.argsort(draws, kind="stable")]
-
-
-def _key(seed: int, epoch: int, purpose: str) -> tuple[int, int]:
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
 def resized_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
@@ -278,11 +275,8 @@ def _cropped(
 ) -> tuple[Region, tuple[int, int]]:
     """DETR's random crop (resize, then cut a rectangle of random sides) as a region of the source.
 
-    The reference resizes before the crop and again after it; here both are one resampling.
-
-    Returns:
-        The region, and the crop's (height, width) in pixels of the intermediate size, which the
-        output size is computed from.
+    The reference resizes before the crop and again after it; here both are one resampling. The
+    output size is computed from the returned crop's (height, width), in intermediate pixels.
     """
     short_side = augment.crop_short_sides[_below(u[0], len(augment.crop_short_sides))]
     height, width = resized_size(*size, short_side, UNBOUNDED)

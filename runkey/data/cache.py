@@ -83,11 +83,7 @@ class Scratch:
         self._file = path.open("w+b")
 
     def append(self, pixels: NDArray[np.uint8]) -> Place:
-        """Append uint8 pixels [h, w, 3], and return their place.
-
-        Raises:
-            DataError: the file cannot be written.
-        """
+        """Append uint8 pixels [h, w, 3], and return their place."""
         start = self._file.tell()
         try:
             self._file.write(np.ascontiguousarray(pixels).data)
@@ -140,9 +136,6 @@ def write_cache(folder: Path, split: str, images: Iterable[NDArray[np.uint8]]) -
     """Write uint8 images [h, w, 3] in the index's order; equal images give equal bytes.
 
     The table is written last, so an interrupted run leaves no cache that opens.
-
-    Raises:
-        DataError: the files cannot be written.
     """
     data, table = _files(folder, split)
     temporary = data.with_name(data.name + ".tmp")

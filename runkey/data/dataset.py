@@ -119,11 +119,6 @@ class ImageTable:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def objects(self, index: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Return one image's boxes xyxy [n, 4], fractions of the image, and labels [n]."""
-        part = slice(self.starts[index], self.starts[index + 1])
-        return self.boxes_xyxy[part], self.labels[part]
-
 
 def image_table(records: Sequence[Record]) -> ImageTable:
     """Convert an index to a table."""
@@ -160,11 +155,7 @@ class BatchMaker(Dataset["Batch | Failure"]):
     """Most boxes of an image, the largest ones are kept; 0: no limit."""
 
     def make(self, request: Request) -> Batch:
-        """Read, resample and pad the images of a request.
-
-        Raises:
-            DataError: an image cannot be read.
-        """
+        """Read, resample and pad the images of a request; a DataError names an unreadable one."""
         height = max(augment.size[0] for _, augment in request.images)
         width = max(augment.size[1] for _, augment in request.images)
         padded = torch.zeros(len(request.images), height, width, 3, dtype=torch.uint8)
@@ -212,17 +203,18 @@ class BatchMaker(Dataset["Batch | Failure"]):
         Returns:
             Boxes cxcywh [n, 4], fractions of the output, and labels [n].
         """
-        fractions_xyxy, labels = self.table.objects(index)
-        source_xyxy = fractions_xyxy * [*source[::-1], *source[::-1]]
+        part = slice(*self.table.starts[index : index + 2])
+        source_xyxy = self.table.boxes_xyxy[part] * (source[::-1] * 2)
         boxes_xyxy, visible = augment_boxes(source_xyxy, source, augment)
         keep = np.flatnonzero(visible > self.min_visible)
         if self.max_objects and len(keep) > self.max_objects:
             sides = boxes_xyxy[keep, 2:] - boxes_xyxy[keep, :2]
             largest = np.argsort(-sides.prod(axis=1), kind="stable")[: self.max_objects]
             keep = keep[np.sort(largest)]
-        kept_xyxy = boxes_xyxy[keep] / ([*augment.size[::-1]] * 2)
+        kept_xyxy = boxes_xyxy[keep] / (augment.size[::-1] * 2)
         low, high = kept_xyxy[:, :2], kept_xyxy[:, 2:]
-        return np.concatenate(((low + high) / 2.0, high - low), axis=1), labels[keep]
+        boxes_cxcywh = np.concatenate(((low + high) / 2.0, high - low), axis=1)
+        return boxes_cxcywh, self.table.labels[part][keep]
 
     def _image(self, index: int) -> Tensor:
         if self.cache is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageChops
+from PIL import ExifTags, Image, ImageChops
 from torch import Tensor
 
 from runkey.errors import DataError
@@ -28,8 +28,6 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
 BACKGROUND = (255, 255, 255)
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
-_NO_KNOWN_RANGE = ("I", "F")
-_ORIENTATION_TAG = 0x0112
 # EXIF orientation -> (clockwise degrees, mirrored left-right before rotating).
 ORIENTATIONS = {
     1: (0, False),
@@ -48,11 +46,7 @@ class UnknownRangeError(ValueError):
 
 
 def open_image(content: bytes) -> Image.Image:
-    """Read the header of an image file's bytes; no pixel is decoded.
-
-    Raises:
-        OSError: the bytes are no image of a format in `FORMATS`.
-    """
+    """Read the header of an image file's bytes; OSError if it is of no format in `FORMATS`."""
     return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
@@ -61,7 +55,7 @@ def exif_orientation(image: Image.Image) -> int:
     if image.format == "TIFF":  # PIL rotates these itself
         return 1
     try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except (OSError, SyntaxError, ValueError, LookupError, TypeError, struct.error):
         return 1
     return value if isinstance(value, int) and value in ORIENTATIONS else 1
@@ -109,7 +103,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         OSError: the file is truncated (for damaged files PIL raises other types too).
     """
     image.load()
-    if image.mode in _NO_KNOWN_RANGE:
+    if image.mode in ("I", "F"):
         raise UnknownRangeError(f"32-bit pixels (mode {image.mode}) of no known range")
     if image.mode in _SIXTEEN_BITS:
         wide = np.asarray(image).astype(np.uint32)
@@ -134,12 +128,7 @@ def turn(pixels: NDArray[np.uint8], rotate: int, mirror: bool) -> NDArray[np.uin
 
 
 def decode_rgb(path: Path, rotate: int, mirror: bool) -> Tensor:
-    """Decode an image that `prepare` has accepted.
-
-    Args:
-        path: the file.
-        rotate: clockwise degrees, 0, 90, 180 or 270; see `Record.rotate`.
-        mirror: mirror left-right before rotating; see `Record.mirror`.
+    """Decode an image that `prepare` has accepted, and turn it as its record says.
 
     Returns:
         uint8 [3, H, W] RGB, channels last in memory (resizing is faster so); may be modified.

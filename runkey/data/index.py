@@ -68,11 +68,7 @@ def write_classes(path: Path, classes: list[ClassName]) -> None:
 
 
 def read_classes(path: Path) -> list[ClassName]:
-    """Read classes.json.
-
-    Raises:
-        DataError: the file is missing.
-    """
+    """Read classes.json; a missing file is a DataError."""
     return [ClassName(**entry) for entry in json.loads(_read(path))]
 
 
@@ -83,19 +79,13 @@ def write_index(path: Path, records: list[Record]) -> None:
 
 
 def read_index(path: Path) -> list[Record]:
-    """Read a split's index.
-
-    Raises:
-        DataError: the file is missing.
-    """
-    return [_record(entry) for entry in json.loads(_read(path))["images"]]
-
-
-def _record(entry: dict[str, object]) -> Record:
-    entry["boxes_xywh"] = tuple(tuple(box) for box in entry["boxes_xywh"])  # type: ignore[attr-defined]
-    for name in ("labels", "areas", "crowd", "annotation_ids"):
-        entry[name] = tuple(entry[name])  # type: ignore[arg-type]
-    return Record(**entry)  # type: ignore[arg-type]
+    """Read a split's index; a missing file is a DataError."""
+    entries: list[dict[str, Any]] = json.loads(_read(path))["images"]
+    for entry in entries:
+        entry["boxes_xywh"] = map(tuple, entry["boxes_xywh"])
+        for name in ("boxes_xywh", "labels", "areas", "crowd", "annotation_ids"):
+            entry[name] = tuple(entry[name])
+    return [Record(**entry) for entry in entries]
 
 
 def _read(path: Path) -> str:
@@ -137,9 +127,9 @@ def write_image_list(
     Args:
         path: the file.
         images: by split, each image with the sha256 of its file.
-        classes: classes of the labels; their names are hashed, not their indices.
+        classes: in the order of their indices; names are hashed, not indices.
     """
-    names = [entry.name for entry in sorted(classes, key=lambda entry: entry.index)]
+    names = [entry.name for entry in classes]
     splits = []
     for split, members in images.items():
         rows = sorted((record.file, _row(record, digest, names)) for record, digest in members)
@@ -150,15 +140,7 @@ def write_image_list(
 
 
 def read_image_list(content: bytes, where: str) -> ImageList:
-    """Parse a list that `write_image_list` wrote.
-
-    Args:
-        content: the file's bytes.
-        where: its name in errors.
-
-    Raises:
-        DataError: the bytes are no such list.
-    """
+    """Parse the bytes that `write_image_list` wrote; a DataError names the file `where`."""
     try:
         stored = json.loads(content)
         if stored["schema"] != SCHEMA:

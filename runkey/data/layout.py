@@ -30,9 +30,8 @@ class Source:
     """The data folder."""
     json: Path
     shown_data: str
-    """Name of the data folder in messages."""
+    """Names of folder and JSON in messages."""
     shown_json: str
-    """Name of the JSON in messages."""
     folders: tuple[str, ...]
     """Existing folders, relative to the data folder ("" is itself), in the order of search."""
 
@@ -58,11 +57,7 @@ class Source:
 
 
 def find_sources(data: Path, shown: str) -> list[Source]:
-    """Find the JSON files of a data folder: train and val, or a single one to split.
-
-    Args:
-        data: the data folder.
-        shown: its name in messages.
+    """Find the JSON files of a data folder, called `shown` in messages: train and val, or one.
 
     Raises:
         DataError: there is no folder, no JSON, or more than one candidate.
@@ -71,12 +66,11 @@ def find_sources(data: Path, shown: str) -> list[Source]:
         raise DataError(
             f"{shown}: no such folder; run `dvc pull data.dvc` or set data.path in params.yaml"
         )
-    found: dict[str, list[Path]] = {"train": [], "val": []}
     in_annotations = sorted((data / "annotations").glob("*.json"))
-    for path in in_annotations:
-        if match := _INSTANCES.fullmatch(path.name):
-            found[match[1]].append(path)
-    train, val = found["train"], found["val"]
+    named = [(_INSTANCES.fullmatch(path.name), path) for path in in_annotations]
+    train, val = (
+        [path for match, path in named if match and match[1] == split] for split in ("train", "val")
+    )
     for paths in (train, val):
         if len(paths) > 1:
             raise DataError(

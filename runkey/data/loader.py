@@ -43,13 +43,9 @@ class BatchStream:
     """Makes requested batches in order; worker processes are kept between passes."""
 
     def __init__(self, maker: BatchMaker, workers: int, prefetch: int, pin_memory: bool) -> None:
-        """Set the stream up; workers start with the first pass.
+        """Set the stream up; worker processes (0: none) start with the first pass.
 
-        Args:
-            maker: makes the batches.
-            workers: number of processes; 0: make batches in this one.
-            prefetch: batches that each worker makes ahead.
-            pin_memory: page-lock the batches, if there is a GPU.
+        Each makes `prefetch` batches ahead. With `pin_memory` and a GPU, batches are page-locked.
         """
         self._maker = maker
         self._queue: list[Request] = []
@@ -138,15 +134,12 @@ def _start_worker(_: int) -> None:
 def resolve_workers(
     workers: int | Literal["auto"], cached: bool, world_size: int = 1
 ) -> tuple[int, str]:
-    """Choose the number of loader processes.
+    """Choose the number of loader processes of each rank; return it with the reason for the log.
 
     Args:
         workers: `runtime.workers`.
         cached: whether the split has a cache of decoded images.
-        world_size: number of ranks; each has its own loader processes.
-
-    Returns:
-        The number, and the reason for the log.
+        world_size: number of ranks.
     """
     if workers != "auto":
         return workers, "runtime.workers"
@@ -223,15 +216,7 @@ class EvalLoader:
 def build_train_loader(
     params: Params, root: Path, micro_batch: int, *, rank: int = 0, world_size: int = 1
 ) -> TrainLoader:
-    """Build the loader of the training split; rank 0 logs the number of worker processes.
-
-    Args:
-        params: the parameters. An image has at most `model.num_queries` boxes, or fewer by
-            `data.max_objects`.
-        root: the workspace with prepared/ and the data folder.
-        micro_batch: most images of a forward pass.
-        rank: this process's rank.
-        world_size: number of ranks.
+    """Build the loader of a workspace's training split; rank 0 logs the number of workers.
 
     Raises:
         DataError: there is no index, it holds no image, or its cache is damaged.
@@ -252,11 +237,6 @@ def build_train_loader(
 
 def build_eval_loader(params: Params, root: Path, split: Split = "val") -> EvalLoader:
     """Build the loader of a split without augmentation, in batches of `evaluate.batch_size`.
-
-    Args:
-        params: the parameters.
-        root: the workspace with prepared/ and the data folder.
-        split: which images.
 
     Raises:
         DataError: there is no index, it holds no image, or its cache is damaged.

@@ -107,20 +107,11 @@ class Findings:
         self.items.append(Finding("structure", "fail", file, None, None, what, done))
 
     def stop_if_failed(self, report: str) -> None:
-        """Raise if there is a fault with policy `fail`.
-
-        Args:
-            report: name of the file with all faults, for the error.
-
-        Raises:
-            DataError: names the first such fault and the number of the others.
-        """
-        if not self.failures:
-            return
-        first, *others = self.failures
-        more = len(others)
-        rest = f" ({more} more such fault{'s' if more > 1 else ''} in {report})" if more else ""
-        raise DataError(first.line + rest)
+        """Raise a DataError that names the first fault with policy `fail`, and the report."""
+        if self.failures:
+            first, *others = self.failures
+            faults = f"{len(others)} more such fault{'s' if len(others) > 1 else ''}"
+            raise DataError(first.line + (f" ({faults} in {report})" if others else ""))
 
     def write(self, path: Path) -> None:
         """Write report.json, one item a line."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from runkey.data.augment import UNBOUNDED, crop_sides, evaluation_size, resized_size
+from runkey.data.augment import UNBOUNDED, crop_sides, resized_size
 from runkey.data.index import Record
 from runkey.params import Data, Params
 
@@ -24,12 +24,6 @@ def reachable_shapes(data: Data, records: Iterable[Record]) -> set[Shape]:
     if augment.crop_probability > 0.0:
         shapes |= _resized(data, _crops(data, sizes))
     return shapes
-
-
-def evaluation_shapes(data: Data, records: Iterable[Record]) -> set[Shape]:
-    """Return every shape that an image of `records` has in evaluation."""
-    sizes = {(record.height, record.width) for record in records}
-    return {evaluation_size(data, *size) for size in sizes}
 
 
 def _crops(data: Data, sizes: set[Shape]) -> set[Shape]:
@@ -61,27 +55,23 @@ def is_portrait(shape: Shape) -> bool:
 
 
 def worst_batch_shape(shapes: Iterable[Shape], batch_size: int, *, grouped: bool) -> Shape:
-    """Return the padded shape with the most pixels that a batch can have.
-
-    Args:
-        shapes: of single images, from `reachable_shapes` or `evaluation_shapes`.
-        batch_size: images in the batch; a single image is not padded.
-        grouped: `data.group_by_aspect`: no batch holds landscape and portrait images together.
-    """
-    worst = [
-        max(group, key=_pixels)
-        if batch_size == 1
-        else (max(h for h, _ in group), max(w for _, w in group))
+    """Return the shape of `padded_shapes` with the most pixels, without computing the others."""
+    worst = (
+        group if batch_size == 1 else [(max(h for h, _ in group), max(w for _, w in group))]
         for group in _groups(shapes, grouped=grouped)
-    ]
-    return max(worst, key=_pixels)
+    )
+    return max((shape for group in worst for shape in group), key=lambda s: (s[0] * s[1], s))
 
 
 def padded_shapes(shapes: Iterable[Shape], batch_size: int, *, grouped: bool) -> set[Shape]:
     """Return every padded shape that a batch of up to `batch_size` images can have.
 
     Two images are enough to reach them all: one determines the height, the other the width.
-    Arguments as for `worst_batch_shape`.
+
+    Args:
+        shapes: of single images, in training or evaluation.
+        batch_size: images in the batch; a single image is not padded.
+        grouped: `data.group_by_aspect`: no batch holds landscape and portrait images together.
     """
     if batch_size == 1:
         return set(shapes)
@@ -112,17 +102,10 @@ def _groups(shapes: Iterable[Shape], *, grouped: bool) -> list[list[Shape]]:
     return [group for group in both if group]
 
 
-def _pixels(shape: Shape) -> tuple[int, Shape]:
-    return shape[0] * shape[1], shape
-
-
 def most_objects(records: Sequence[Record], batch_size: int, max_objects: int) -> int:
     """Return the most boxes that a training batch of `batch_size` different images can hold.
 
-    Args:
-        records: the split's index; crowd regions are not counted.
-        batch_size: images in the batch.
-        max_objects: most boxes of one image; 0: no limit.
+    Of one image there are at most `max_objects`; 0: no limit. Crowd regions do not count.
     """
     counts = sorted((len(r.objects()) for r in records), reverse=True)[:batch_size]
     return sum(min(count, max_objects) if max_objects else count for count in counts)

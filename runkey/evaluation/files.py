@@ -94,11 +94,7 @@ def write_results(path: Path, results: list[CocoDetection]) -> None:
 
 
 def read_results(path: Path) -> list[CocoDetection]:
-    """Read detections in COCO's results format.
-
-    Raises:
-        DataError: the file is missing, or is no list of detections.
-    """
+    """Read detections in COCO's results format; a DataError names a file that is no such list."""
     try:
         results = read_output(path)
     except ValueError as error:
@@ -151,11 +147,7 @@ def write_precision_recall(path: Path, result: CocoResult) -> None:
 
 
 def read_output(path: Path) -> Any:
-    """Read one of the files.
-
-    Raises:
-        DataError: the file is missing; says to run evaluate.
-    """
+    """Read one of the files; where it is missing, a DataError says to run evaluate."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -214,12 +214,7 @@ class Confusion:
 
 
 def confusion(judged: Judgement, classes: int) -> Confusion:
-    """Count which class was detected as which.
-
-    Args:
-        judged: the matches of a split.
-        classes: K.
-    """
+    """Count which of K classes was detected as which."""
     counts = np.zeros((classes + 1, classes + 1), dtype=np.int64)
     for image in judged.images:
         _count_pairs(counts, image)

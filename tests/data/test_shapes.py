@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from runkey.data.augment import build_augmentation
+from runkey.data.augment import build_augmentation, evaluation_size
 from runkey.data.sampler import GlobalBatchSampler, micro_batches
 from runkey.data.shapes import (
-    evaluation_shapes,
     is_portrait,
     most_objects,
     padded_shapes,
@@ -77,10 +76,10 @@ def test_grouping_halves_the_worst_shape(make_record):
     assert worst_batch_shape(shapes, 1, grouped=False) in {(800, 1333), (1333, 800)}
 
 
-def test_evaluation_uses_the_largest_short_side(make_record):
+def test_evaluation_uses_the_largest_short_side():
     data = Data(short_sides=(60, 120, 90), long_side=160)
-    records = [make_record(0, (192, 256)), make_record(1, (300, 100))]
-    assert evaluation_shapes(data, records) == {(120, 160), (159, 53)}
+    assert evaluation_size(data, 192, 256) == (120, 160)
+    assert evaluation_size(data, 300, 100) == (159, 53)
 
 
 def test_most_objects(make_record):
