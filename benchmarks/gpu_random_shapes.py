@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from runkey.data.index import Record
+from runkey.data.index import ImageRecord
 from runkey.memory.batch_shapes import BatchShapes, sample_steps, shape_statistics
 from runkey.memory.budget import spare_bytes
 from runkey.memory.choose import largest_fitting
@@ -62,7 +62,7 @@ def parameters() -> Params:
     return override(params, {"training.precision": "bf16", "training.batch_size": MOST})
 
 
-def records() -> list[Record]:
+def records() -> list[ImageRecord]:
     """An index like COCO's; no image is ever opened."""
     rng = np.random.default_rng(0)
     sizes = list(SIZES)
@@ -75,10 +75,12 @@ def records() -> list[Record]:
     ]
 
 
-def _record(number: int, width: int, height: int, boxes: int, rng: np.random.Generator) -> Record:
+def _record(
+    number: int, width: int, height: int, boxes: int, rng: np.random.Generator
+) -> ImageRecord:
     corners = rng.uniform(0, 0.7, (boxes, 2)) * (width, height)
     sides = rng.uniform(0.05, 0.3, (boxes, 2)) * (width, height)
-    return Record(
+    return ImageRecord(
         id=number,
         file=f"{number}.jpg",
         width=width,

@@ -34,7 +34,7 @@ from runkey.data.decode import (
     to_rgb,
     turn,
 )
-from runkey.data.index import ClassName, Record
+from runkey.data.index import ClassName, ImageRecord
 from runkey.data.layout import Source, path_fault
 from runkey.data.report import Findings
 from runkey.params import Data
@@ -116,7 +116,7 @@ class SourceChecks:
 
     def check_files(
         self, images: list[CocoImage], *, cached: bool
-    ) -> Iterator[tuple[Record, Scan]]:
+    ) -> Iterator[tuple[ImageRecord, Scan]]:
         """Check every file against the JSON, then its boxes against the image.
 
         Args:
@@ -244,7 +244,7 @@ class SourceChecks:
         what = f"is {width}x{height}, but {image.width}x{image.height} in the JSON"
         return self._add_of_file(image, "size_mismatch", what, f"boxes scaled by {scales}")
 
-    def _make_record(self, image: CocoImage, scan: Scan) -> Record:
+    def _make_record(self, image: CocoImage, scan: Scan) -> ImageRecord:
         """The image's entry in the index, with the boxes that are valid or were repaired."""
         width, height = scan.frame
         rows = []
@@ -254,7 +254,7 @@ class SourceChecks:
                 label = self._labels[annotation.category_id]
                 rows.append((*checked, label, annotation.crowd, annotation.id))
         boxes, areas, labels, crowd, ids = zip(*rows, strict=True) if rows else ((),) * 5
-        return Record(
+        return ImageRecord(
             id=image.id,
             file=image.file,
             width=width,

@@ -13,7 +13,7 @@ from typing import Any
 
 from runkey.data.index import ClassName
 from runkey.data.layout import Source
-from runkey.data.report import Findings, printable
+from runkey.data.report import Findings, escaped
 from runkey.errors import DataError
 
 _INT64 = 2**63
@@ -54,7 +54,7 @@ class CocoImage:
     @property
     def item(self) -> str:
         """Return its name in messages."""
-        return f"image {self.id} ({printable(self.name)})"
+        return f"image {self.id} ({escaped(self.name)})"
 
 
 @dataclass(slots=True)
@@ -108,14 +108,14 @@ def merge_classes(parts: list[tuple[str, dict[int, str]]], findings: Findings) -
         for number, name in categories.items():
             if merged.setdefault(number, name) != name:
                 what = (
-                    f"category {number} is {printable(name)}, but {printable(merged[number])} "
+                    f"category {number} is {escaped(name)}, but {escaped(merged[number])} "
                     f"in {parts[0][0]}"
                 )
                 findings.refuse(shown, what, "give train and val the same categories")
     ids: dict[str, int] = {}
     for number, name in sorted(merged.items()):
         if ids.setdefault(name, number) != number:
-            what = f"category name {printable(name)} has the ids {ids[name]} and {number}"
+            what = f"category name {escaped(name)} has the ids {ids[name]} and {number}"
             findings.refuse(parts[-1][0], what, "give every category one id and its own name")
     return [ClassName(index, number, merged[number]) for index, number in enumerate(sorted(merged))]
 
@@ -238,4 +238,4 @@ def _integer(value: Any) -> int | None:
 
 
 def _value(entry: dict[str, Any], name: str) -> str:
-    return f"is {printable(json.dumps(entry[name]))}" if name in entry else "is missing"
+    return f"is {escaped(json.dumps(entry[name]))}" if name in entry else "is missing"

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from runkey.data.augment import Augmentation, AugmentParams, augment_boxes, augment_image
 from runkey.data.cache import ImageCache
 from runkey.data.decode import decode_rgb
-from runkey.data.index import Record
+from runkey.data.index import ImageRecord
 from runkey.errors import RunkeyError
 
 # Mean and standard deviation of ImageNet in 0..1; torchvision's weights were trained with them.
@@ -120,7 +120,7 @@ class ImageTable:
         return len(self.ids)
 
 
-def image_table(records: Sequence[Record]) -> ImageTable:
+def image_table(records: Sequence[ImageRecord]) -> ImageTable:
     """Convert an index to a table."""
     objects = [record.objects() for record in records]
     every = [row for of_image in objects for row in of_image]

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from runkey.errors import DataError
 from runkey.hashing import sha256_json
 
-Split = Literal["train", "val"]
+SplitName = Literal["train", "val"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class ClassName:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class ImageRecord:
     """One checked image and its annotations, in pixels of the original image after rotation."""
 
     id: int
@@ -72,20 +72,20 @@ def read_classes(path: Path) -> list[ClassName]:
     return [ClassName(**entry) for entry in json.loads(_read(path))]
 
 
-def write_index(path: Path, records: list[Record]) -> None:
+def write_index(path: Path, records: list[ImageRecord]) -> None:
     """Write a split's index, one image a line."""
     lines = ",\n".join(json.dumps(asdict(r), ensure_ascii=False) for r in records)
     path.write_text(f'{{"images": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
-def read_index(path: Path) -> list[Record]:
+def read_index(path: Path) -> list[ImageRecord]:
     """Read a split's index; a missing file is a DataError."""
     entries: list[dict[str, Any]] = json.loads(_read(path))["images"]
     for entry in entries:
         entry["boxes_xywh"] = map(tuple, entry["boxes_xywh"])
         for name in ("boxes_xywh", "labels", "areas", "crowd", "annotation_ids"):
             entry[name] = tuple(entry[name])
-    return [Record(**entry) for entry in entries]
+    return [ImageRecord(**entry) for entry in entries]
 
 
 def _read(path: Path) -> str:
@@ -96,7 +96,7 @@ def _read(path: Path) -> str:
 
 
 IMAGE_LIST = "images.json"
-SCHEMA = "images1"
+_LIST_SCHEMA = "images1"
 _DIGITS = 16
 """Hex digits of each digest: 64 bits distinguish the images of a data set."""
 
@@ -119,7 +119,7 @@ ImageList = Mapping[str, Mapping[str, ListedImage]]
 
 def write_image_list(
     path: Path,
-    images: Mapping[Split, Iterable[tuple[Record, bytes]]],
+    images: Mapping[SplitName, Iterable[tuple[ImageRecord, bytes]]],
     classes: Iterable[ClassName],
 ) -> None:
     """Write the list of images, one a line, sorted by path.
@@ -136,15 +136,17 @@ def write_image_list(
         lines = ",\n".join(f"{_json(file)}: {_json(row)}" for file, row in rows)
         splits.append(f"{_json(split)}: {{\n{lines}\n}}")
     body = ",\n".join(splits)
-    path.write_text(f'{{"schema": "{SCHEMA}", "splits": {{\n{body}\n}}}}\n', encoding="utf-8")
+    path.write_text(f'{{"schema": "{_LIST_SCHEMA}", "splits": {{\n{body}\n}}}}\n', encoding="utf-8")
 
 
 def read_image_list(content: bytes, where: str) -> ImageList:
     """Parse the bytes that `write_image_list` wrote; a DataError names the file `where`."""
     try:
         stored = json.loads(content)
-        if stored["schema"] != SCHEMA:
-            raise DataError(f"{where}: schema {stored['schema']!r}; this runkey reads {SCHEMA}")
+        if stored["schema"] != _LIST_SCHEMA:
+            raise DataError(
+                f"{where}: schema {stored['schema']!r}; this runkey reads {_LIST_SCHEMA}"
+            )
         return {
             split: {file: ListedImage(*row) for file, row in members.items()}
             for split, members in stored["splits"].items()
@@ -153,7 +155,7 @@ def read_image_list(content: bytes, where: str) -> ImageList:
         raise DataError(f"{where}: not a list of images; `dvc repro prepare` writes it") from None
 
 
-def _row(record: Record, digest: bytes, names: list[str]) -> list[Any]:
+def _row(record: ImageRecord, digest: bytes, names: list[str]) -> list[Any]:
     boxes = sorted(
         [names[label], *box, crowd]
         for label, box, crowd in zip(record.labels, record.boxes_xywh, record.crowd, strict=True)

@@ -28,7 +28,7 @@ from runkey.data.augment import (
 )
 from runkey.data.cache import open_cache
 from runkey.data.dataset import Batch, BatchMaker, Failure, GlobalBatch, Request, image_table
-from runkey.data.index import Split, read_index
+from runkey.data.index import SplitName, read_index
 from runkey.data.sampler import GlobalBatchSampler, micro_batches
 from runkey.data.shapes import is_portrait, max_objects
 from runkey.errors import DataError
@@ -235,7 +235,7 @@ def build_train_loader(
     return TrainLoader(sampler, stream, micro_batch, rank, world_size)
 
 
-def build_eval_loader(params: Params, root: Path, split: Split = "val") -> EvalLoader:
+def build_eval_loader(params: Params, root: Path, split: SplitName = "val") -> EvalLoader:
     """Build the loader of a split without augmentation, in batches of `evaluate.batch_size`.
 
     Raises:
@@ -262,7 +262,7 @@ def _stream(maker: BatchMaker, workers: int, runtime: Runtime) -> BatchStream:
 
 
 def _maker(
-    params: Params, root: Path, split: Split, augmentation: Augmentation | None
+    params: Params, root: Path, split: SplitName, augmentation: Augmentation | None
 ) -> BatchMaker:
     """The maker of a split; without augmentation it keeps every box."""
     prepared = root / paths.PREPARED

@@ -27,8 +27,8 @@ from runkey.data.coco import Coco, merge_classes, read_coco
 from runkey.data.index import (
     IMAGE_LIST,
     ClassName,
-    Record,
-    Split,
+    ImageRecord,
+    SplitName,
     write_classes,
     write_image_list,
     write_index,
@@ -58,7 +58,7 @@ _MEDIUM_AREA = 96.0**2
 class _Image:
     """A checked image on its way into a split."""
 
-    record: Record
+    record: ImageRecord
     source: Source
     digest: bytes
     sums: NDArray[np.int64]
@@ -129,7 +129,7 @@ class _Preparation:
             parts[0] = self._without_leaks(*parts)
         self.findings.stop_if_failed(self.report)
         train, val = parts if len(parts) == 2 else self._split(parts[0], sources[0], seed)
-        splits: dict[Split, list[_Image]] = {"train": train, "val": val}
+        splits: dict[SplitName, list[_Image]] = {"train": train, "val": val}
         for (split, images), source in zip(splits.items(), (sources[0], sources[-1]), strict=True):
             # Sorted, so that the index does not depend on the order of the JSON.
             images.sort(key=lambda image: image.record.id)
@@ -193,16 +193,16 @@ class _Preparation:
             parts[first in held] += group
         return parts
 
-    def _refuse_empty(self, split: Split, images: list[_Image], source: Source) -> None:
+    def _refuse_empty(self, split: SplitName, images: list[_Image], source: Source) -> None:
         way = f"add annotated images or see what was left out in {self.report}"
         if not images:
             raise DataError(f"{source.shown_json}: no image is left for {split}; {way}")
         if not any(image.classes for image in images):
             raise DataError(f"{source.shown_json}: no image for {split} has an object; {way}")
 
-    def _write(self, splits: dict[Split, list[_Image]], classes: list[ClassName]) -> None:
+    def _write(self, splits: dict[SplitName, list[_Image]], classes: list[ClassName]) -> None:
         write_classes(self.out / "classes.json", classes)
-        statistics: dict[Split, dict[str, Any]] = {}
+        statistics: dict[SplitName, dict[str, Any]] = {}
         for split, images in splits.items():
             write_index(self.out / f"{split}.json", [image.record for image in images])
             statistics[split] = numbers = _describe(images, classes)
@@ -220,7 +220,7 @@ class _Preparation:
             counted = ("images", "objects", "crowd_regions")
             self.findings.kept[split] = {name: numbers[name] for name in counted}
 
-    def _write_cache(self, split: Split, images: list[_Image]) -> str:
+    def _write_cache(self, split: SplitName, images: list[_Image]) -> str:
         places = [image.place for image in images if image.place is not None]
         size = sum(height * width * 3 for _, height, width in places)
         if len(places) < len(images) or size > self.data.cache_gib * GIB:
@@ -231,7 +231,7 @@ class _Preparation:
 
 
 def _notes(
-    splits: dict[Split, list[_Image]], classes: list[ClassName], num_queries: int
+    splits: dict[SplitName, list[_Image]], classes: list[ClassName], num_queries: int
 ) -> Iterator[str]:
     for split, images in splits.items():
         shown = frozenset().union(*(image.classes for image in images))

@@ -140,7 +140,7 @@ class Findings:
         return lines or ["  nothing found wrong"]
 
 
-def printable(name: str) -> str:
+def escaped(name: str) -> str:
     """Return a name from a JSON, escaped and shortened for a one-line message."""
     shown = name if name.isprintable() else ascii(name)[1:-1]
     return shown if len(shown) <= _LONGEST_NAME else shown[:_LONGEST_NAME] + "..."

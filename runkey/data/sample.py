@@ -21,13 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from runkey.data.index import Split
+from runkey.data.index import SplitName
 from runkey.errors import DataError
 
 WIDTH = 256
 HEIGHT = 192
 SEED = 2026
-COUNTS: dict[Split, int] = {"train": 400, "val": 100}
+COUNTS: dict[SplitName, int] = {"train": 400, "val": 100}
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 # As in pool; number 8 is not quite black, so that its shading is visible.
 COLOURS = (
@@ -103,7 +103,7 @@ def digit_ink(digit_8x8: NDArray[np.float64], angle_degrees: int, side: int) -> 
     return ink
 
 
-def draw(
+def draw_picture(
     background: NDArray[np.uint8],
     balls: Sequence[Ball],
     digits_8x8: NDArray[np.float64],
@@ -225,17 +225,17 @@ Drawing (balls, shadows, layout) and annotations
 
 
 @dataclass(frozen=True, slots=True)
-class Sources:
+class SampleSources:
     """scikit-learn's pictures, divided between the splits."""
 
-    photos: dict[Split, list[NDArray[np.uint8]]]
+    photos: dict[SplitName, list[NDArray[np.uint8]]]
     """[H, W, 3]: the left part of each photograph for train, the right part for val."""
     digits_8x8: NDArray[np.float64]
-    rows: dict[Split, list[NDArray[np.int64]]]
+    rows: dict[SplitName, list[NDArray[np.int64]]]
     """By split and number: rows of `digits_8x8`."""
 
 
-def make_sample(out: Path) -> dict[Split, tuple[int, int]]:
+def make_sample(out: Path) -> dict[SplitName, tuple[int, int]]:
     """Write the data set: annotations/, train/, val/ and LICENSE.txt.
 
     Args:
@@ -256,7 +256,7 @@ def make_sample(out: Path) -> dict[Split, tuple[int, int]]:
         (out / name).mkdir(parents=True)
     (out / "LICENSE.txt").write_text(_LICENSE_TEXT, encoding="utf-8", newline="\n")
     sources = load_sources()
-    made: dict[Split, tuple[int, int]] = {}
+    made: dict[SplitName, tuple[int, int]] = {}
     for split, count in COUNTS.items():
         laid: dict[int, list[Ball]] = {}
         for index in range(count):
@@ -273,7 +273,7 @@ def make_sample(out: Path) -> dict[Split, tuple[int, int]]:
 
 
 def make_picture(
-    sources: Sources, split: Split, index: int
+    sources: SampleSources, split: SplitName, index: int
 ) -> tuple[NDArray[np.uint8], list[Ball]]:
     """Draw image `index` of a split; it does not depend on other images."""
     rng = np.random.default_rng([SEED, list(COUNTS).index(split), index])
@@ -285,10 +285,10 @@ def make_picture(
             balls.append(ball)
     sigma = float(rng.uniform(0, _MOST_NOISE))
     noise = rng.standard_normal((HEIGHT, WIDTH, 3)) * sigma
-    return draw(background, balls, sources.digits_8x8, noise), balls
+    return draw_picture(background, balls, sources.digits_8x8, noise), balls
 
 
-def load_sources() -> Sources:
+def load_sources() -> SampleSources:
     """Load scikit-learn's digits and photographs, and divide them between train and val."""
     # Imported here because it takes a second.
     from sklearn.datasets import load_digits, load_sample_images
@@ -302,7 +302,7 @@ def load_sources() -> Sources:
     of_number = [rng.permutation(np.flatnonzero(target == n + 1)) for n in range(len(NUMBERS))]
     rows = [np.split(found, [round(len(found) * _TRAIN_DIGITS)]) for found in of_number]
     parts = [np.split(photo, [round(photo.shape[1] * _TRAIN_WIDTH)], axis=1) for photo in photos]
-    return Sources(
+    return SampleSources(
         photos={split: [part[i] for part in parts] for i, split in enumerate(COUNTS)},
         digits_8x8=np.asarray(digits, dtype=np.float64).reshape(-1, 8, 8),
         rows={split: [part[i] for part in rows] for i, split in enumerate(COUNTS)},
@@ -356,7 +356,7 @@ def _overlap(left: int, top: int, diameter: int, other: Ball) -> float:
     return max(0, width) * max(0, height) / smaller
 
 
-def _image_id(split: Split, index: int) -> int:
+def _image_id(split: SplitName, index: int) -> int:
     """1..400 in train, 1001..1100 in val."""
     return 1 + index + 1000 * list(COUNTS).index(split)
 
@@ -365,7 +365,7 @@ def _file_name(image_id: int) -> str:
     return f"{image_id:06d}.jpg"
 
 
-def _coco(split: Split, laid: dict[int, list[Ball]]) -> dict[str, Any]:
+def _coco(split: SplitName, laid: dict[int, list[Ball]]) -> dict[str, Any]:
     """The annotation file of a split, from the balls by image id."""
     size = {"width": WIDTH, "height": HEIGHT, "license": 1}
     return {

@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runkey.data.augment import UNBOUNDED, crop_sides, resized_size
-from runkey.data.index import Record
+from runkey.data.index import ImageRecord
 from runkey.params import Data, Params
 
 Shape = tuple[int, int]
 """(height, width), pixels."""
 
 
-def reachable_shapes(data: Data, records: Iterable[Record]) -> set[Shape]:
+def reachable_shapes(data: Data, records: Iterable[ImageRecord]) -> set[Shape]:
     """Return every shape that an image of `records` can have in a training batch."""
     sizes = {(record.height, record.width) for record in records}
     augment, shapes = data.augment, set[Shape]()
@@ -102,7 +102,7 @@ def _groups(shapes: Iterable[Shape], *, grouped: bool) -> list[list[Shape]]:
     return [group for group in both if group]
 
 
-def most_objects(records: Sequence[Record], batch_size: int, max_objects: int) -> int:
+def most_objects(records: Sequence[ImageRecord], batch_size: int, max_objects: int) -> int:
     """Return the most boxes that a training batch of `batch_size` different images can hold.
 
     Of one image there are at most `max_objects`; 0: no limit. Crowd regions do not count.

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from runkey.data.index import ClassName, Record
+from runkey.data.index import ClassName, ImageRecord
 from runkey.evaluation.files import CocoDetection, ImageDetections, to_results_json
 
 SIZES = ("small", "medium", "large")
@@ -94,7 +94,7 @@ class CocoResult:
 
 
 def evaluate_detections(
-    records: list[Record],
+    records: list[ImageRecord],
     classes: list[ClassName],
     detections: Mapping[int, ImageDetections],
     *,
@@ -123,7 +123,7 @@ def evaluate_detections(
 
 
 def evaluate_results(
-    records: list[Record],
+    records: list[ImageRecord],
     classes: list[ClassName],
     results: list[CocoDetection],
     *,
@@ -148,7 +148,7 @@ def evaluate_results(
     return _result(run, records, classes)
 
 
-def _result(run: Any, records: list[Record], classes: list[ClassName]) -> CocoResult:
+def _result(run: Any, records: list[ImageRecord], classes: list[ClassName]) -> CocoResult:
     # COCOeval orders classes by category id; ours keep the order of the class list.
     position = {int(category): k for k, category in enumerate(run.params.catIds)}
     order = [position[c.id] for c in classes]
@@ -187,7 +187,9 @@ def _result(run: Any, records: list[Record], classes: list[ClassName]) -> CocoRe
     )
 
 
-def _count_objects(records: list[Record], ranges: list[tuple[float, float]]) -> list[Counter[int]]:
+def _count_objects(
+    records: list[ImageRecord], ranges: list[tuple[float, float]]
+) -> list[Counter[int]]:
     """Count the objects of each class in each range of areas, without crowd regions."""
     objects = [(label, area) for record in records for _, label, area in record.objects()]
     # COCOeval leaves out what is smaller or larger, so a size at a limit is in both.
@@ -202,7 +204,7 @@ def _mean(values: NDArray[np.float64]) -> float | None:
     return float(np.mean(defined)) if defined.size else None
 
 
-def _ground_truth(records: list[Record], classes: list[ClassName]) -> Any:
+def _ground_truth(records: list[ImageRecord], classes: list[ClassName]) -> Any:
     numbers = itertools.count(1)
     return _indexed(
         {

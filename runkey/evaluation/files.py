@@ -27,7 +27,7 @@ from runkey.files import write_atomically
 if TYPE_CHECKING:
     from runkey.evaluation.coco import CocoResult
 
-METRICS = "metrics.json"
+METRICS_JSON = "metrics.json"
 PREDICTIONS = "predictions.json"
 PRECISION_RECALL = "precision_recall.json"
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from runkey.data.index import ClassName, Record
+from runkey.data.index import ClassName, ImageRecord
 from runkey.evaluation.files import CocoDetection
 
 MATCH_IOU = 0.5
@@ -48,7 +48,7 @@ class MatchedBox:
 class ImageScore:
     """One image's detections above the threshold, against its ground truth."""
 
-    record: Record
+    record: ImageRecord
     shown: tuple[MatchedBox, ...]
     """By descending score, without those in a crowd region of their class."""
 
@@ -104,7 +104,7 @@ class Judgement:
 
 
 def judge_images(
-    records: list[Record], classes: list[ClassName], results: list[CocoDetection]
+    records: list[ImageRecord], classes: list[ClassName], results: list[CocoDetection]
 ) -> Judgement:
     """Match the detections of every image, given in COCO's results format, with its objects."""
     label_of = {c.id: c.index for c in classes}
@@ -161,7 +161,7 @@ def iou_xywh(
 
 
 def _match(
-    record: Record, results: list[CocoDetection], label_of: dict[int, int]
+    record: ImageRecord, results: list[CocoDetection], label_of: dict[int, int]
 ) -> list[MatchedBox]:
     """Match greedily by descending score, as COCO does; drop detections in a crowd."""
     results = sorted(results, key=lambda found: -found["score"])

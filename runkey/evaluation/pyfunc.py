@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from runkey.evaluation.run import predict
+from runkey.evaluation.run import detect
 from runkey.inference.preprocess import preprocess
 from runkey.model.detr import Detector
 from runkey.model.model_files import ModelCard, load_model
 from runkey.model.postprocess import build_postprocess
 
-POINTER = "run.json"
+_RUN_JSON = "run.json"
 """File in MLflow's model: {"run_id": ...}."""
-COLUMNS = {
+PYFUNC_COLUMNS = {
     "image": "long",
     "class": "string",
     "score": "double",
@@ -32,10 +32,10 @@ COLUMNS = {
 
 
 def _load_pyfunc(path: str) -> PyfuncDetector:
-    """Load the model for MLflow, which passes the folder that holds `POINTER`."""
+    """Load the model for MLflow, which passes the folder that holds `_RUN_JSON`."""
     from mlflow.artifacts import download_artifacts
 
-    run_id = json.loads((Path(path) / POINTER).read_text(encoding="utf-8"))["run_id"]
+    run_id = json.loads((Path(path) / _RUN_JSON).read_text(encoding="utf-8"))["run_id"]
     return PyfuncDetector(
         *load_model(Path(download_artifacts(run_id=run_id, artifact_path="model")))
     )
@@ -64,8 +64,8 @@ class PyfuncDetector:
             params: not used; MLflow passes it.
 
         Returns:
-            DataFrame with `COLUMNS`: the image's row, its detections by descending score, boxes in
-            pixels of the image as `preprocess` rotates it.
+            DataFrame with `PYFUNC_COLUMNS`: the image's row, its detections by descending score,
+            boxes in pixels of the image as `preprocess` rotates it.
         """
         import pandas as pd
 
@@ -73,7 +73,7 @@ class PyfuncDetector:
             preprocess(content, self._sizes, number)
             for number, content in enumerate(frame["image"])
         )
-        found = predict(self._detector, self._postprocess, batches, torch.device("cpu"))
+        found = detect(self._detector, self._postprocess, batches, torch.device("cpu"))
         rows = [
             (number, self._names[label], score, *box)
             for number, of_image in found.items()
@@ -84,4 +84,4 @@ class PyfuncDetector:
                 strict=True,
             )
         ]
-        return pd.DataFrame(rows, columns=list(COLUMNS))
+        return pd.DataFrame(rows, columns=list(PYFUNC_COLUMNS))

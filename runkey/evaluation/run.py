@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from runkey.data.dataset import Batch
-from runkey.data.index import ClassName, Record
+from runkey.data.index import ClassName, ImageRecord
 from runkey.data.normalise import normalise
 from runkey.evaluation.coco import CocoResult, evaluate_detections
 from runkey.evaluation.files import ImageDetections
@@ -47,7 +47,7 @@ class Evaluation:
         return {**self.result.metrics(prefix), **losses}
 
 
-def predict(
+def detect(
     model: nn.Module,
     postprocess: Postprocess,
     batches: Iterable[Batch],
@@ -92,7 +92,7 @@ def evaluate_model(
     model: nn.Module,
     postprocess: Postprocess,
     batches: Iterable[Batch],
-    records: list[Record],
+    records: list[ImageRecord],
     classes: list[ClassName],
     device: torch.device,
     *,
@@ -103,7 +103,7 @@ def evaluate_model(
     """Detect objects, and compare them with the ground truth.
 
     Args:
-        model: as for `predict`, as are `postprocess`, `device` and `autocast`.
+        model: as for `detect`, as are `postprocess`, `device` and `autocast`.
         postprocess: turns the model's outputs into detections.
         batches: every image of `records` once, in any order and any grouping.
         records: the ground truth.
@@ -126,7 +126,7 @@ def evaluate_model(
                 meter.add(outputs, batch)
             steps.advance(len(batch))
 
-        detections = predict(model, postprocess, batches, device, autocast, on_batch)
+        detections = detect(model, postprocess, batches, device, autocast, on_batch)
     losses = meter.losses() if meter else {}
     result = evaluate_detections(records, classes, detections, by_size=by_size)
     return Evaluation(result, detections, losses)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from runkey.data.augment import build_augmentation
 from runkey.data.dataset import AugmentedImage, BatchMaker, image_table
-from runkey.data.index import Record, read_classes, read_index
+from runkey.data.index import ImageRecord, read_classes, read_index
 from runkey.data.sampler import GlobalBatchSampler, micro_batches
 from runkey.data.shapes import (
     Shape,
@@ -75,7 +75,7 @@ class ShapeStatistics:
         return lines
 
 
-def shape_statistics(params: Params, records: Sequence[Record]) -> ShapeStatistics:
+def shape_statistics(params: Params, records: Sequence[ImageRecord]) -> ShapeStatistics:
     """Count what the training transforms can make of the training images.
 
     Args:
@@ -103,7 +103,7 @@ def shape_statistics(params: Params, records: Sequence[Record]) -> ShapeStatisti
 
 
 def sample_steps(
-    params: Params, records: Sequence[Record], micro_batch: int, count: int
+    params: Params, records: Sequence[ImageRecord], micro_batch: int, count: int
 ) -> list[Step]:
     """Return the first optimizer steps of the training sampler, as shapes; opens no image.
 

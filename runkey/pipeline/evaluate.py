@@ -8,7 +8,7 @@ from pathlib import Path
 from runkey import paths
 from runkey.evaluation.coco import SIZES, CocoResult
 from runkey.evaluation.files import (
-    METRICS,
+    METRICS_JSON,
     PRECISION_RECALL,
     PREDICTIONS,
     to_results_json,
@@ -49,7 +49,7 @@ def evaluate(root: Path) -> None:
     evaluation = validation(model.to(device))
     out = root / paths.EVALUATION
     loss = evaluation.losses["loss"]
-    write_metrics(out / METRICS, evaluation.result, loss=loss)
+    write_metrics(out / METRICS_JSON, evaluation.result, loss=loss)
     # Few, for DVC's tables; all numbers are in evaluation/metrics.json.
     few = {name: evaluation.result.summary[name] for name in ("AP", "AP50", "AP75")}
     write_json(root / paths.METRICS / "evaluate.json", few | {"val_loss": loss})

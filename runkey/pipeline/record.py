@@ -18,7 +18,7 @@ import torch
 
 from runkey import paths
 from runkey.errors import RegistryError, TrackingError
-from runkey.evaluation.pyfunc import COLUMNS as PYFUNC_COLUMNS
+from runkey.evaluation.pyfunc import PYFUNC_COLUMNS
 from runkey.files import write_json
 from runkey.identity.key import Recipe
 from runkey.identity.manifest import RunEnvironment, RunManifest, capture_environment, make_manifest

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from runkey import paths
-from runkey.data.index import ClassName, Record, read_classes, read_index
+from runkey.data.index import ClassName, ImageRecord, read_classes, read_index
 from runkey.data.loader import EvalLoader, build_eval_loader
 from runkey.evaluation.run import Evaluation, evaluate_model
 from runkey.model.criterion import Criterion, build_criterion
@@ -23,7 +23,7 @@ from runkey.training.device import Precision, build_precision, choose_precision
 class Validation:
     """Evaluates a model on the val images."""
 
-    records: list[Record]
+    records: list[ImageRecord]
     classes: list[ClassName]
     loader: EvalLoader
     postprocess: Postprocess

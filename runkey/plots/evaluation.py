@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from runkey.data.index import read_classes, read_index
 from runkey.evaluation.files import (
-    METRICS,
+    METRICS_JSON,
     PRECISION_RECALL,
     PREDICTIONS,
     read_output,
@@ -68,7 +68,7 @@ def write_evaluation_plots(
     Args:
         prepared: the folder with classes.json and val.json.
         evaluation: the folder with metrics.json, predictions.json and precision_recall.json.
-        data_folder: what `Record.file` is relative to.
+        data_folder: what `ImageRecord.file` is relative to.
         out: the folder; made if it is not there.
         images: on each sheet; 0: no sheets.
     """
@@ -79,7 +79,7 @@ def write_evaluation_plots(
     written = [
         precision_recall(evaluation / PRECISION_RECALL, out / "precision_recall.png"),
         confusion_matrix(counted, names, out / "confusion.png"),
-        ap_by_size(evaluation / METRICS, out / "ap_by_size.png"),
+        ap_by_size(evaluation / METRICS_JSON, out / "ap_by_size.png"),
         reliability(calibration(judged, _LEAST_SCORE), out / "calibration.png"),
     ]
     write_confusion_table(counted, names, out / "confusion.csv")

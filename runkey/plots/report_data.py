@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runkey import paths
-from runkey.evaluation.files import METRICS
+from runkey.evaluation.files import METRICS_JSON
 from runkey.identity.key import PARTS
 from runkey.identity.manifest import RunManifest
 from runkey.identity.record import KEY, KEY_JSON, Details, LoggedRun, Record
@@ -26,7 +26,7 @@ from runkey.units import format_seconds
 
 LOG = paths.LOGS / "train.jsonl"
 SCORES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_100", "loss")
-_METRICS = f"{paths.EVALUATION}/{METRICS}"
+_METRICS = f"{paths.EVALUATION}/{METRICS_JSON}"
 _UNUSED = (
     *("model/weights", "model/model.json", "evaluation/predictions.json", "prepared/images.json"),
     "plots/report.html",

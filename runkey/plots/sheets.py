@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
-from runkey.data.index import ClassName, Record
+from runkey.data.index import ClassName, ImageRecord
 from runkey.evaluation.per_image import ImageScore, Judgement, rank_images
 from runkey.plots.style import BLACK, BLUE, CYCLE, GREY, VERMILLION
 
@@ -34,14 +34,14 @@ Box = tuple[float, float, float, float]
 
 
 def contact_sheet(
-    records: list[Record], classes: list[ClassName], data_folder: Path, path: Path
+    records: list[ImageRecord], classes: list[ClassName], data_folder: Path, path: Path
 ) -> Path:
     """Draw images of a split, evenly chosen, with their ground truth, as a JPEG.
 
     Args:
         records: the split.
         classes: all classes.
-        data_folder: what `Record.file` is relative to.
+        data_folder: what `ImageRecord.file` is relative to.
         path: the picture; its folder is made.
     """
     count = min(_MAX_IMAGES, len(records))
@@ -117,7 +117,7 @@ class LabelledBox:
     """Whether name and score are written."""
 
 
-def class_boxes(record: Record, classes: list[ClassName]) -> list[LabelledBox]:
+def class_boxes(record: ImageRecord, classes: list[ClassName]) -> list[LabelledBox]:
     """Return the ground truth of an image, coloured by class."""
     return _label_fewer(_truth(record, classes, list(map(class_colour, record.labels))), None)
 
@@ -152,7 +152,7 @@ def printable(text: str, instead: str) -> str:
     return text if text.strip() and _letters().issuperset(map(ord, text)) else instead
 
 
-def _truth(record: Record, classes: list[ClassName], colours: list[str]) -> list[LabelledBox]:
+def _truth(record: ImageRecord, classes: list[ClassName], colours: list[str]) -> list[LabelledBox]:
     names = [class_name(classes[label]) for label in record.labels]
     return [
         LabelledBox(box, GREY if crowd else colour, name + " (crowd)" * crowd, is_crowd=crowd)
@@ -330,10 +330,10 @@ def _legend(classes: list[ClassName], counts: Counter[int]) -> list[list[tuple[s
     return lines
 
 
-def _rows(records: list[Record]) -> list[tuple[list[Record], int]]:
+def _rows(records: list[ImageRecord]) -> list[tuple[list[ImageRecord], int]]:
     """Break images into full rows with the height of each; the last row may stay short."""
-    rows: list[tuple[list[Record], int]] = []
-    row: list[Record] = []
+    rows: list[tuple[list[ImageRecord], int]] = []
+    row: list[ImageRecord] = []
     for record in records:
         row.append(record)
         room = _WIDTH - 2 * _MARGIN - _GAP * (len(row) - 1)
@@ -346,12 +346,12 @@ def _rows(records: list[Record]) -> list[tuple[list[Record], int]]:
     return rows[:_MAX_ROWS]
 
 
-def _aspect(record: Record) -> float:
+def _aspect(record: ImageRecord) -> float:
     """Return width / height of an image's frame, which is limited for very long images."""
     return min(max(record.width / record.height, 0.4), 3.0)
 
 
-def _load(record: Record, data_folder: Path) -> Image.Image:
+def _load(record: ImageRecord, data_folder: Path) -> Image.Image:
     from runkey.data.decode import decode_rgb  # imports torch, which a report does without
 
     pixels = decode_rgb(data_folder / record.file, record.rotate, record.mirror)

@@ -31,7 +31,7 @@ from typing import Any, TextIO
 
 from runkey import paths
 from runkey.errors import RegistryError, RunkeyError
-from runkey.evaluation.files import METRICS
+from runkey.evaluation.files import METRICS_JSON
 from runkey.hashing import sha256_file
 from runkey.identity.dvc_yaml import cache_folder, chain, pointer_of, read_config, read_pipeline
 from runkey.identity.key import PARTS, Recipe
@@ -470,6 +470,6 @@ def _new_result(root: Path, manifest: RunManifest) -> RunResult:
     """The repeat, from the files that it wrote."""
     hashes = {p: sha256_file(root / p) for p in IDENTICAL if (root / p).is_file()}
     # This file has all of COCO's metrics; those that DVC tracks are a few of them.
-    stored = json.loads((root / paths.EVALUATION / METRICS).read_text(encoding="utf-8"))
+    stored = json.loads((root / paths.EVALUATION / METRICS_JSON).read_text(encoding="utf-8"))
     metrics = {f"eval/{n}": float(v) for n, v in stored.items() if isinstance(v, int | float)}
     return RunResult(vars(manifest.witness), hashes, metrics)

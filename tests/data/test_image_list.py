@@ -7,8 +7,8 @@ import pytest
 from runkey.data.index import (
     IMAGE_LIST,
     ClassName,
+    ImageRecord,
     ListedImage,
-    Record,
     read_image_list,
     write_image_list,
 )
@@ -61,7 +61,7 @@ def test_a_renamed_class_labels_every_image_anew(folder):
 
 
 def test_coco_s_list_is_small(tmp_path):
-    record = Record(
+    record = ImageRecord(
         id=1,
         file="",
         width=640,
@@ -76,9 +76,9 @@ def test_coco_s_list_is_small(tmp_path):
     )
     images = []
     for number in range(1000):
-        fields = {name: getattr(record, name) for name in Record.__dataclass_fields__}
+        fields = {name: getattr(record, name) for name in ImageRecord.__dataclass_fields__}
         file = f"train2017/{number:012d}.jpg"
-        images.append((Record(**{**fields, "file": file}), number.to_bytes(32)))
+        images.append((ImageRecord(**{**fields, "file": file}), number.to_bytes(32)))
     path = tmp_path / IMAGE_LIST
     write_image_list(path, {"train": images}, [ClassName(0, 1, "ball")])
     assert path.stat().st_size / 1000 * 118_287 < 10e6

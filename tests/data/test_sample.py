@@ -23,7 +23,7 @@ from runkey.data.sample import (
     Ball,
     coverage,
     digit_ink,
-    draw,
+    draw_picture,
     load_sources,
     make_picture,
     make_sample,
@@ -193,7 +193,9 @@ def test_the_box_is_the_balls_exact_extent(sources, diameter):
     assert (rows[0], rows[-1]) == (columns[0], columns[-1]) == (0, diameter - 1)
     # On white, what is not ball stays grey (white or shadow); the red rim is not.
     white = np.full((HEIGHT, WIDTH, 3), 255, dtype=np.uint8)
-    picture = draw(white, [ball], sources.digits_8x8, np.zeros((HEIGHT, WIDTH, 3))).astype(int)
+    picture = draw_picture(white, [ball], sources.digits_8x8, np.zeros((HEIGHT, WIDTH, 3))).astype(
+        int
+    )
     red = np.ptp(picture, axis=2) > 6
     rows, columns = np.flatnonzero(red.any(axis=1)), np.flatnonzero(red.any(axis=0))
     left, top, width, height = ball.box_xywh
@@ -207,8 +209,8 @@ def test_later_balls_cover_earlier_ones(sources):
     below = Ball(50, 50, 60, 1, (0.0, 0.0, 255.0), 0, 0)
     above = Ball(70, 50, 60, 1, (0.0, 255.0, 0.0), 0, 0)
     y, x = 102, 90  # in the rim of both
-    assert draw(white, [below, above], sources.digits_8x8, still)[y, x].argmax() == 1
-    assert draw(white, [above, below], sources.digits_8x8, still)[y, x].argmax() == 2
+    assert draw_picture(white, [below, above], sources.digits_8x8, still)[y, x].argmax() == 1
+    assert draw_picture(white, [above, below], sources.digits_8x8, still)[y, x].argmax() == 2
 
 
 def test_ink_follows_the_digit(sources):

@@ -15,7 +15,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from runkey.data.index import ClassName, Record
+from runkey.data.index import ClassName, ImageRecord
 from runkey.errors import DataError, ModelError
 from runkey.evaluation.coco import SUMMARY_NAMES, evaluate_detections, evaluate_results
 from runkey.evaluation.files import read_results, to_results_json, write_results
@@ -142,7 +142,7 @@ def test_nothing_detected_is_zero(world):
 
 
 def test_nothing_to_find_is_undefined_and_not_logged(boxes):
-    record = Record(4, "4.jpg", 10, 10, 0, False, (), (), (), (), ())
+    record = ImageRecord(4, "4.jpg", 10, 10, 0, False, (), (), (), (), ())
     found = boxes(np.array([0.5]), np.array([0]), np.array([[1, 1, 5, 5]]))
     result = evaluate_detections([record], [ClassName(0, 1, "a")], {4: found})
     assert set(result.summary.values()) == {None}
@@ -153,7 +153,7 @@ def test_nothing_to_find_is_undefined_and_not_logged(boxes):
 
 def test_annotation_id_zero_counts(boxes):
     """pycocotools alone gives 0 here: it reads a match with annotation 0 as no match."""
-    record = Record(1, "a", 9, 9, 0, False, ((1, 1, 4, 4),), (0,), (16,), (False,), (0,))
+    record = ImageRecord(1, "a", 9, 9, 0, False, ((1, 1, 4, 4),), (0,), (16,), (False,), (0,))
     found = boxes(np.array([0.9]), np.array([0]), np.array([[1, 1, 5, 5]]))
     assert evaluate_detections([record], [ClassName(0, 0, "a")], {1: found}).metrics()["AP"] > 0.999
 
@@ -170,7 +170,7 @@ def test_tensors_are_taken_as_they_are(world, boxes):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_not_finite_is_named(boxes, bad):
-    record = Record(12, "a", 9, 9, 0, False, (), (), (), (), ())
+    record = ImageRecord(12, "a", 9, 9, 0, False, (), (), (), (), ())
     found = boxes(np.array([0.9]), np.array([0]), np.array([[1, 1, bad, 5]]))
     with pytest.raises(ModelError, match=r"image 12: the model predicts NaN or infinity"):
         evaluate_detections([record], [ClassName(0, 1, "a")], {12: found})
@@ -223,7 +223,7 @@ def test_truth_as_detections_is_perfect(boxes):
     for image in content["images"]:
         mine = [a for a in content["annotations"] if a["image_id"] == image["id"]]
         records.append(
-            Record(
+            ImageRecord(
                 id=image["id"],
                 file=image["file_name"],
                 width=image["width"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runkey.data.index import ClassName, Record
+from runkey.data.index import ClassName, ImageRecord
 from runkey.errors import DataError
 from runkey.evaluation.coco import evaluate_results
 from runkey.evaluation.files import (
@@ -21,7 +21,7 @@ CLASSES = [ClassName(0, 5, "ball"), ClassName(1, 9, "cube")]
 
 def record(image_id, *objects, crowd=()):
     boxes = tuple(box for _, box in objects)
-    return Record(
+    return ImageRecord(
         id=image_id,
         file=f"{image_id}.jpg",
         width=100,

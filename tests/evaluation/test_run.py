@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from runkey.data.index import ClassName, Record, read_index, write_index
+from runkey.data.index import ClassName, ImageRecord, read_index, write_index
 from runkey.data.loader import build_eval_loader
 from runkey.data.normalise import normalise
 from runkey.errors import RunkeyError
-from runkey.evaluation.run import evaluate_model, predict, same_shape_batches
+from runkey.evaluation.run import detect, evaluate_model, same_shape_batches
 from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
 from runkey.model.matcher import Targets
@@ -67,7 +67,7 @@ def prepared(tmp_path_factory):
         corners = rng.uniform(0, 0.5, (count, 2)) * [width, height]
         sides = rng.uniform(0.2, 0.5, (count, 2)) * [width, height]
         records.append(
-            Record(
+            ImageRecord(
                 id=100 - number,
                 file=f"{number}.png",
                 width=width,
@@ -200,7 +200,7 @@ def test_model_is_left_as_it_was(prepared):
         yield
 
     batches = loader(prepared, 4)
-    predict(model, build_postprocess(section), batches, CPU, autocast)
+    detect(model, build_postprocess(section), batches, CPU, autocast)
     assert model.training
     assert len(entered) >= len(batches)
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 from runkey.data.cache import open_cache
-from runkey.data.index import ClassName, Record, read_classes, read_index
+from runkey.data.index import ClassName, ImageRecord, read_classes, read_index
 from runkey.data.loader import build_eval_loader
 from runkey.data.prepare import prepare
 from runkey.evaluation.coco import evaluate_detections
 from runkey.evaluation.pyfunc import PyfuncDetector
-from runkey.evaluation.run import ImageDetections, predict
+from runkey.evaluation.run import ImageDetections, detect
 from runkey.inference.preprocess import preprocess
 from runkey.model.build import build_model
 from runkey.model.detr import Detector
@@ -71,14 +71,14 @@ class Prepared:
 
     root: Path
     data: Data
-    records: list[Record]
+    records: list[ImageRecord]
     classes: list[ClassName]
     detector: Detector
 
     def evaluated(self) -> dict[int, ImageDetections]:
         """As `evaluate` detects."""
         loader = build_eval_loader(loader_params(self.data), self.root)
-        return predict(self.detector, build_postprocess(MODEL), loader, CPU)
+        return detect(self.detector, build_postprocess(MODEL), loader, CPU)
 
     def served(self, *, cached: bool) -> dict[int, ImageDetections]:
         """As MLflow's model answers."""
@@ -132,7 +132,7 @@ def prepare_sample(root: Path, **options: Any) -> Prepared:
     return Prepared(root, data, read_index(root / "prepared/val.json"), classes, detector)
 
 
-def with_truth(record: Record, found: ImageDetections) -> Record:
+def with_truth(record: ImageRecord, found: ImageDetections) -> ImageRecord:
     """The record with the best detections as its objects: against them, AP is no zero."""
     boxes = found.boxes_xyxy[:4].clip(0, [record.width, record.height] * 2)
     sides = boxes[:, 2:] - boxes[:, :2]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runkey.data.index import ClassName, Record, write_classes, write_index
+from runkey.data.index import ClassName, ImageRecord, write_classes, write_index
 from runkey.errors import DataError
 from runkey.evaluation.coco import evaluate_results
 from runkey.evaluation.files import (
@@ -29,7 +29,7 @@ NAMES = ("Blutkörperchen", "шар", "白血球", "", "a name that is far too l
 PICTURES = ["precision_recall.png", "confusion.png", "ap_by_size.png", "calibration.png"]
 
 
-def found(records: list[Record], classes: list[ClassName], kind: str) -> list[CocoDetection]:
+def found(records: list[ImageRecord], classes: list[ClassName], kind: str) -> list[CocoDetection]:
     """Detections of a model that is good, has seen one epoch, or sees nothing."""
     rng = np.random.default_rng(0)
     results: list[CocoDetection] = []

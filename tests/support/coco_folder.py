@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runkey.data.index import Record, read_index
+from runkey.data.index import ImageRecord, read_index
 from runkey.data.prepare import prepare
 from runkey.data.report import Findings
 from runkey.params import Checks, Data
@@ -100,7 +100,7 @@ class Folder:
         return json.loads((self.out / "report.json").read_text())
 
 
-def index(folder: Folder, split: str = "train") -> dict[int, Record]:
+def index(folder: Folder, split: str = "train") -> dict[int, ImageRecord]:
     """What `prepare` left in the index of a split, by image id."""
     return {record.id: record for record in read_index(folder.out / f"{split}.json")}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from runkey.data.index import ClassName, Record
+from runkey.data.index import ClassName, ImageRecord
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Boxes:
 
 @dataclass(frozen=True)
 class World:
-    records: list[Record]
+    records: list[ImageRecord]
     classes: list[ClassName]
     detections: dict[int, Boxes]
 
@@ -56,7 +56,7 @@ def make_world(
         boxes = _boxes(rng, count, width, height)
         labels = rng.choice(used, count)
         records.append(
-            Record(
+            ImageRecord(
                 id=image_id,
                 file=f"{image_id}.jpg",
                 width=width,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runkey.data.index import ClassName, Record
+from runkey.data.index import ClassName, ImageRecord
 from runkey.tracking.log import JsonlLog
 
 STEPS_PER_EPOCH = 20
@@ -143,12 +143,12 @@ def log_of(tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def image_set(tmp_path: Path) -> Callable[..., tuple[list[Record], list[ClassName], Path]]:
+def image_set(tmp_path: Path) -> Callable[..., tuple[list[ImageRecord], list[ClassName], Path]]:
     """Makes images of given sizes with some boxes, and their index."""
 
     def make(
         sizes: list[tuple[int, int]], names: tuple[str, ...] = ("one", "two"), boxes: int = 3
-    ) -> tuple[list[Record], list[ClassName], Path]:
+    ) -> tuple[list[ImageRecord], list[ClassName], Path]:
         rng = np.random.default_rng(1)
         folder = tmp_path / "data"
         folder.mkdir(exist_ok=True)
@@ -160,7 +160,7 @@ def image_set(tmp_path: Path) -> Callable[..., tuple[list[Record], list[ClassNam
             corners = rng.uniform(0, 0.7, (boxes, 2)) * [width, height]
             sides = rng.uniform(0.1, 0.3, (boxes, 2)) * [width, height]
             records.append(
-                Record(
+                ImageRecord(
                     id=number,
                     file=f"{number}.png",
                     width=width,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runkey.data.index import ClassName, Record, write_classes, write_index
+from runkey.data.index import ClassName, ImageRecord, write_classes, write_index
 from runkey.memory.batch_shapes import prepared_shapes
 from runkey.memory.predict import Prediction, predict
 from runkey.params import Params, load_params, override
@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
-def make_record() -> Callable[..., Record]:
+def make_record() -> Callable[..., ImageRecord]:
     """A record of an image of some size, with boxes in its middle."""
 
-    def make(image_id: int, width: int, height: int, boxes: int, crowds: int = 0) -> Record:
+    def make(image_id: int, width: int, height: int, boxes: int, crowds: int = 0) -> ImageRecord:
         count = boxes + crowds
-        return Record(
+        return ImageRecord(
             id=image_id,
             file=f"{image_id}.png",
             width=width,
@@ -55,7 +55,9 @@ def small_params() -> Params:
 
 
 @pytest.fixture(scope="session")
-def prepared(make_record: Callable[..., Record], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(
+    make_record: Callable[..., ImageRecord], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """What prepare leaves of twelve images of one size; no image is there."""
     folder = tmp_path_factory.mktemp("workspace") / "prepared"
     folder.mkdir()

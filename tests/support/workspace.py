@@ -16,7 +16,7 @@ from PIL import Image
 from runkey.data.cache import cached_size, write_cache
 from runkey.data.dataset import Batch, GlobalBatch
 from runkey.data.decode import decode_rgb
-from runkey.data.index import Record, write_index
+from runkey.data.index import ImageRecord, write_index
 from runkey.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
 from runkey.params import Augment, Data, Evaluate, Model, Params, Runtime, Training
 
@@ -28,12 +28,12 @@ def plain() -> Augment:
 
 
 @pytest.fixture
-def make_record() -> Callable[..., Record]:
+def make_record() -> Callable[..., ImageRecord]:
     """A record of an image of `size` (height, width) with some boxes inside it."""
     return _record
 
 
-def _record(id_: int, size: tuple[int, int] = (60, 80), boxes: int = 1, **changes) -> Record:
+def _record(id_: int, size: tuple[int, int] = (60, 80), boxes: int = 1, **changes) -> ImageRecord:
     height, width = size
     xywh = tuple(
         (float(i % width // 2), float(i % height // 2), width / 4, height / 4) for i in range(boxes)
@@ -51,7 +51,7 @@ def _record(id_: int, size: tuple[int, int] = (60, 80), boxes: int = 1, **change
         "crowd": (False,) * boxes,
         "annotation_ids": tuple(1000 * id_ + i for i in range(boxes)),
     }
-    return Record(**values | changes)
+    return ImageRecord(**values | changes)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Workspace:
     def prepared(self) -> Path:
         return self.root / "prepared"
 
-    def write(self, records: list[Record], split: str = "train") -> None:
+    def write(self, records: list[ImageRecord], split: str = "train") -> None:
         """Write the index, and noise as an image where there is no file yet."""
         write_index(self.prepared / f"{split}.json", records)
         for record in records:
@@ -75,7 +75,7 @@ class Workspace:
                 pixels = np.random.default_rng(record.id).integers(0, 256, shape, dtype=np.uint8)
                 Image.fromarray(pixels).save(path)
 
-    def cache(self, records: list[Record], data: Data, split: str = "train") -> None:
+    def cache(self, records: list[ImageRecord], data: Data, split: str = "train") -> None:
         """Write the decoded cache that prepare would."""
 
         def images() -> Iterator[np.ndarray]:

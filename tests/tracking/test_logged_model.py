@@ -11,7 +11,7 @@ from PIL import Image
 
 from runkey.data.index import ClassName
 from runkey.errors import TrackingError
-from runkey.evaluation.pyfunc import COLUMNS
+from runkey.evaluation.pyfunc import PYFUNC_COLUMNS
 from runkey.model.build import build_model
 from runkey.model.model_files import Sizes, save_model
 from runkey.params import Model
@@ -34,7 +34,14 @@ def test_the_model_is_recorded_once_loads_and_detects(
     run_id = client.create_run(experiment_id(client, store, "detection")).info.run_id
     client.log_artifacts(run_id, str(tmp_path / "model"), "model")
 
-    arguments = (store, run_id, "detector-fast", tmp_path / "image.png", COLUMNS, {"key": "rk2-1"})
+    arguments = (
+        store,
+        run_id,
+        "detector-fast",
+        tmp_path / "image.png",
+        PYFUNC_COLUMNS,
+        {"key": "rk2-1"},
+    )
     model_id = log_model(*arguments)
     assert log_model(*arguments) == model_id
     recorded = client.get_logged_model(model_id)
@@ -48,9 +55,9 @@ def test_the_model_is_recorded_once_loads_and_detects(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     loaded = mlflow.pyfunc.load_model(f"models:/{model_id}")
     assert loaded.metadata.get_input_schema().input_names() == ["image"]
-    assert loaded.metadata.get_output_schema().input_names() == list(COLUMNS)
+    assert loaded.metadata.get_output_schema().input_names() == list(PYFUNC_COLUMNS)
     found = loaded.predict(loaded.input_example)
-    assert list(found.columns) == list(COLUMNS)
+    assert list(found.columns) == list(PYFUNC_COLUMNS)
     assert len(found) > 1
     assert set(found["class"]) <= {"a", "b"}
     assert found["score"].is_monotonic_decreasing
@@ -62,5 +69,5 @@ def test_the_model_is_recorded_once_loads_and_detects(
 def test_a_store_that_refuses_is_told_in_one_line(store: Store, tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(b"any")
     with pytest.raises(TrackingError, match=r"^MLflow: the model is not recorded \(") as refused:
-        log_model(store, "f" * 32, "detector", tmp_path / "image.png", COLUMNS, {})
+        log_model(store, "f" * 32, "detector", tmp_path / "image.png", PYFUNC_COLUMNS, {})
     assert "\n" not in str(refused.value)
