@@ -124,14 +124,6 @@ def shrink(image: Image.Image, short_sides: Sequence[int], long_side: int) -> Im
     return image.resize(size, Image.Resampling.BICUBIC)  # PIL's shrinking is antialiased
 
 
-def cache_bytes(
-    sizes: Iterable[tuple[int, int]], short_sides: Sequence[int], long_side: int
-) -> int:
-    """Return the bytes that images of the given (width, height) take in a cache."""
-    shrunk = (cached_size(w, h, short_sides, long_side) for w, h in sizes)
-    return sum(w * h * 3 for w, h in shrunk)
-
-
 def write_cache(folder: Path, split: str, images: Iterable[NDArray[np.uint8]]) -> None:
     """Write uint8 images [h, w, 3] in the index's order; equal images give equal bytes.
 

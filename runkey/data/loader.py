@@ -32,7 +32,7 @@ from runkey.data.index import SplitName, read_index
 from runkey.data.sampler import GlobalBatchSampler, micro_batches
 from runkey.data.shapes import is_portrait, max_objects
 from runkey.errors import DataError
-from runkey.params import Params, Runtime
+from runkey.params import Params
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ def build_train_loader(
     sampler = GlobalBatchSampler(
         augmentation, table.ids, table.sizes, params.training.batch_size, data.group_by_aspect
     )
-    stream = _stream(maker, workers, params.runtime)
+    stream = BatchStream(maker, workers, params.runtime.prefetch, params.runtime.pin_memory)
     return TrainLoader(sampler, stream, micro_batch, rank, world_size)
 
 
@@ -242,23 +242,17 @@ def build_eval_loader(params: Params, root: Path, split: SplitName = "val") -> E
         DataError: there is no index, it holds no image, or its cache is damaged.
     """
     maker = _maker(params, root, split, None)
-    workers, _ = resolve_workers(params.runtime.workers, maker.cache is not None)
+    runtime = params.runtime
+    workers, _ = resolve_workers(runtime.workers, maker.cache is not None)
+    stream = BatchStream(maker, workers, runtime.prefetch, runtime.pin_memory)
     # Sorted by aspect, then size; landscape and portrait apart if training has it so.
     images = [
         (i, AugmentParams(evaluation_size(params.data, *size)))
         for i, size in enumerate(maker.table.sizes)
     ]
-    images.sort(key=lambda image: _aspect_key(*image[1].size))
+    images.sort(key=lambda image: (is_portrait(s := image[1].size), s[1] / s[0], s[0]))
     parts = micro_batches(images, params.evaluate.batch_size, grouped=params.data.group_by_aspect)
-    return EvalLoader([Request(p) for p in parts], _stream(maker, workers, params.runtime))
-
-
-def _aspect_key(height: int, width: int) -> tuple[bool, float, int]:
-    return is_portrait((height, width)), width / height, height
-
-
-def _stream(maker: BatchMaker, workers: int, runtime: Runtime) -> BatchStream:
-    return BatchStream(maker, workers, runtime.prefetch, runtime.pin_memory)
+    return EvalLoader([Request(part) for part in parts], stream)
 
 
 def _maker(

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runkey.data.cache import Place, Scratch, cache_bytes, write_cache
+from runkey.data.cache import Place, Scratch, cached_size, write_cache
 from runkey.data.checks import SourceChecks
 from runkey.data.coco import Coco, merge_classes, read_coco
 from runkey.data.index import (
@@ -143,10 +143,10 @@ class _Preparation:
         data = self.data
         checks = SourceChecks(source, data, classes, self.findings)
         images = checks.listed_images(coco)
-        sizes = [(image.width, image.height) for image in images]
         # One JSON holds both splits; the limit applies to each.
         share = 1.0 if source.split != "all" else max(data.val_fraction, 1 - data.val_fraction)
-        size = cache_bytes(sizes, data.short_sides, data.long_side) * share
+        sizes = (cached_size(i.width, i.height, data.short_sides, data.long_side) for i in images)
+        size = sum(width * height * 3 for width, height in sizes) * share
         for record, scan in checks.check_files(images, cached=size <= data.cache_gib * GIB):
             place = None if scan.pixels is None else self.scratch.append(scan.pixels)
             yield _Image(record, source, scan.digest, scan.sums, place)
@@ -367,7 +367,7 @@ class _Stratification:
         self.fraction = fraction
         self.total = Counter(label for labels in classes_of.values() for label in labels)
         self.val: set[int] = set()
-        self.train: set[int] = set()
+        self.placed: set[int] = set()
         self.held: Counter[int] = Counter()
         """Images of each class in val."""
         self.members: dict[int, list[int]] = {label: [] for label in self.total}
@@ -378,19 +378,18 @@ class _Stratification:
         self.wanted = min(max(1, round(fraction * len(order))), len(order) - 1)
 
     def put(self, number: int, in_val: bool) -> None:
-        if in_val and number not in self.val:
-            self.held.update(self.classes_of[number])
-        elif not in_val and number in self.val:
-            self.held.subtract(self.classes_of[number])
-        (self.val if in_val else self.train).add(number)
-        (self.train if in_val else self.val).discard(number)
+        self.placed.add(number)
+        if in_val != (number in self.val):
+            self.val ^= {number}
+            count = self.held.update if in_val else self.held.subtract
+            count(self.classes_of[number])
 
     def assign(self, label: int) -> None:
         """Assign the images of a class that no rarer class has assigned."""
         count = self.total[label]
         quota = min(max(1, round(self.fraction * count)), count - 1)
         for number in self.members[label]:
-            if number not in self.val and number not in self.train:
+            if number not in self.placed:
                 self.put(number, self.held[label] < quota)
 
     def assign_empty(self) -> None:

@@ -46,9 +46,7 @@ def contact_sheet(
     """
     count = min(_MAX_IMAGES, len(records))
     rows = _rows([records[i * len(records) // count] for i in range(count)])
-    objects = Counter(
-        label for r in records for label, crowd in zip(r.labels, r.crowd, strict=True) if not crowd
-    )
+    objects = Counter(label for record in records for _, label, _ in record.objects())
     legend = _legend(classes, objects)
     top = _MARGIN + 26 + _LINE * len(legend) + _GAP
     sheet = _Sheet(top + sum(height + _GAP for _, height in rows) + _MARGIN - _GAP)
