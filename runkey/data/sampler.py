@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import batched
 
 from runkey.data.augment import Augmentation, AugmentParams, permutation
 from runkey.data.dataset import AugmentedImage
@@ -49,15 +50,15 @@ class GlobalBatchSampler:
 
     def _deal(self, order: list[int], augments: list[AugmentParams]) -> list[Sequence[int]]:
         if not self.group_by_aspect:
-            return _chunks(order, self.batch_size)
+            return list(batched(order, self.batch_size))
         full: list[Sequence[int]] = []
         rest: list[int] = []
         for portrait in (False, True):
             group = [i for i in order if is_portrait(augments[i].size) is portrait]
             whole = len(group) - len(group) % self.batch_size
-            full += _chunks(group[:whole], self.batch_size)
+            full += batched(group[:whole], self.batch_size)
             rest += group[whole:]
-        return full + _chunks(rest, self.batch_size)
+        return [*full, *batched(rest, self.batch_size)]
 
 
 def micro_batches(
@@ -71,13 +72,9 @@ def micro_batches(
     if grouped:
         landscape = sum(not is_portrait(augment.size) for _, augment in global_batch)
     parts = (global_batch[:landscape], global_batch[landscape:])
-    return [chunk for part in parts for chunk in _chunks(part, micro_batch)]
+    return [chunk for part in parts for chunk in batched(part, micro_batch)]
 
 
 def _shape_key(image: AugmentedImage) -> tuple[bool, int, int]:
     size = image[1].size
     return is_portrait(size), *size
-
-
-def _chunks[T](items: Sequence[T], size: int) -> list[Sequence[T]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]

@@ -85,8 +85,6 @@ class CocoResult:
     """[R]: 0.00, 0.01, ... 1.00, at which precision is given."""
     precision: NDArray[np.float64]
     """[K, T, R]: largest precision at that recall or beyond; NaN for a class without objects."""
-    score_at_recall: NDArray[np.float64]
-    """[K, T, R]: the score threshold that reaches the recall; 0 where it is never reached."""
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """Return the metrics that are defined, for logging: {"AP": ..., "AP50": ..., ...}."""
@@ -154,7 +152,6 @@ def _result(run: Any, records: list[ImageRecord], classes: list[ClassName]) -> C
     order = [position[c.id] for c in classes]
     # [T, R, K, area, detections] -> [K, T, R], all areas, 100 detections.
     precision = run.eval["precision"][:, :, order, 0, -1].transpose(2, 0, 1)
-    scores = run.eval["scores"][:, :, order, 0, -1].transpose(2, 0, 1)
     recall = run.eval["recall"][:, order, 0, -1].T
     objects = _count_objects(records, run.params.areaRng)
     by_area = run.eval["precision"][..., -1][:, :, order].transpose(3, 2, 0, 1)  # [area, K, T, R]
@@ -183,7 +180,6 @@ def _result(run: Any, records: list[ImageRecord], classes: list[ClassName]) -> C
         iou_thresholds=run.params.iouThrs,
         recalls=run.params.recThrs,
         precision=np.where(precision < 0, np.nan, precision),
-        score_at_recall=np.where(precision < 0, np.nan, scores),
     )
 
 
