@@ -16,7 +16,6 @@ def in_parts(folder: Any, split: str = "train") -> None:
 
 
 CASES = [
-    # Entries of `annotations`.
     Case(
         "annotation without an id",
         annotation(1, id=None),
@@ -58,7 +57,6 @@ CASES = [
         f"{TRAIN}: annotation 102 is of image 11, which `images` does not list; "
         "set data.checks.unknown_image: drop in params.yaml or mend the file",
     ),
-    # Boxes.
     Case(
         "empty box",
         annotation(1, bbox=[4, 5, 0, 6]),

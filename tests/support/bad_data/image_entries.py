@@ -21,7 +21,6 @@ def link_folder_out(folder: Any) -> None:
 
 
 CASES = [
-    # Entries of `images`.
     Case(
         "image id is a string",
         image(1, id="2"),
@@ -78,7 +77,6 @@ CASES = [
         f"{TRAIN}: image 3 (a.jpg) has the same file as image 1 (a.jpg); "
         "set data.checks.duplicate_image: drop in params.yaml or mend the file",
     ),
-    # File names.
     Case(
         "file not there",
         image(1, file_name="gone.jpg"),

@@ -18,7 +18,6 @@ def no_json_fits(folder: Any) -> None:
 
 
 CASES = [
-    # The JSON files.
     Case(
         "no JSON",
         lambda folder: folder.texts.update(train=None, val=None),
@@ -85,7 +84,6 @@ CASES = [
         lambda folder: folder.train.update(images=[]),
         f"{TRAIN}: the list `images` is empty; export the data set again",
     ),
-    # Categories.
     Case(
         "no category",
         categories("train"),
