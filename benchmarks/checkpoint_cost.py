@@ -35,7 +35,7 @@ from runkey.data.dataset import GlobalBatch
 from runkey.data.index import read_classes
 from runkey.params import Params, load_params
 from runkey.training.build import Loader, Replacements, TrainData, build_loader, build_training
-from runkey.training.checkpoint.folder import FolderCheckpoints, Interval
+from runkey.training.checkpoint import FolderCheckpoints, Interval
 from runkey.training.guard import Guard
 from runkey.training.loop import fit
 from runkey.training.optimizer import Ema, guarded_step
@@ -131,8 +131,8 @@ def train(params: Params, root: Path, folder: Path | None, clock: Callable[[], f
     times = loader.times[WARM_UP:]
     # At an epoch's end a time is noted twice; what lies between is the evaluation.
     taken = [after - before for before, after in pairwise(times)]
-    steps = result.steps - WARM_UP
-    return Result(sum(taken) / steps, result.best_state, len(written))
+    steps = result.step - WARM_UP
+    return Result(sum(taken) / steps, result.best_weights, len(written))
 
 
 def _loader(params: Params, root: Path) -> Loader:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from benchmarks.gpu_common import CLASSES, SyntheticLoader, training_params
 from runkey.training.build import Replacements, build_training
-from runkey.training.checkpoint.folder import FolderCheckpoints, Interval
-from runkey.training.checkpoint.lock import locked
+from runkey.training.checkpoint import FolderCheckpoints, Interval
+from runkey.training.lock import locked
 from runkey.training.loop import fit
 
 KILLS = 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +18,7 @@ from runkey.progress import log_to_terminal
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from runkey.training.debug.replay import Diagnosis
+    from runkey.training.debug import Bundle
 
 
 def debug_step(
@@ -42,40 +43,48 @@ def debug_step(
     A bundle is written, bad-step-STEP.pt, with which another machine replays it without data set
     and checkpoint.
     """
-    if run.endswith(".pt"):
-        _from_bundle(Path(run), as_json=as_json)
-    else:
-        _from_folder(run, step, out, as_json=as_json)
-
-
-def _from_bundle(path: Path, *, as_json: bool) -> None:
     import torch
 
-    from runkey.training.debug.replay import Bundle
+    from runkey.training.debug import LOG, Bundle, compare_with_log, diagnose_bundle, logged_losses
 
-    bundle = Bundle.read(path)
-    diagnosis = bundle.diagnose()
+    folder = None
+    if run.endswith(".pt"):
+        path = Path(run)
+        bundle = Bundle.read(path)
+    else:
+        folder, bundle = _replayed(run, step, quiet=as_json)
+        path = out or folder / f"bad-step-{bundle.step + 1}.pt"
+        bundle.write(path)
+    number, diagnosis = bundle.step + 1, diagnose_bundle(bundle)
     if as_json:
-        print_json(_as_dict(diagnosis, bundle.step + 1, path))
+        print_json({"step": number, **asdict(diagnosis), "bundle": str(path)})
         return
-    print(f"step {bundle.step + 1} of key {bundle.key[:12]}, from {path}")
-    if bundle.torch_version != torch.__version__:
-        print(f"torch {bundle.torch_version} -> {torch.__version__}: not bit for bit")
-    _print(diagnosis)
+    if folder is None:
+        print(f"step {number} of key {bundle.key[:12]}, from {path}")
+        if bundle.torch_version != torch.__version__:
+            print(f"torch {bundle.torch_version} -> {torch.__version__}: not bit for bit")
+    print("\n".join(diagnosis.finding.lines()))
+    print("  ".join(f"{name} {value:.6g}" for name, value in diagnosis.losses.items()))
+    if folder is not None:
+        comparison = compare_with_log(diagnosis.losses, logged_losses(folder / LOG, number))
+        if comparison:
+            print(comparison)
+        print(f"replay it elsewhere: runkey debug-step {path}")
 
 
-def _from_folder(run: str, step: int | None, out: Path | None, *, as_json: bool) -> None:
+def _replayed(run: str, step: int | None, *, quiet: bool) -> tuple[Path, Bundle]:
+    """Replay a training of this checkout up to a step; return its folder, and that step."""
     from runkey import paths
     from runkey.identity.key import make_recipe
     from runkey.params import load_params
-    from runkey.training.debug.replay import bad_steps, debug_run
+    from runkey.training.debug import bad_steps, build_bundle
 
     root, home = output.workspace(), output.store().home
     params = load_params(root / paths.PARAMS)
     own = make_recipe("train", root, params).key
     folder = _folder(home, run or own)
     key = folder.name.partition("-repeats-")[0]
-    if not as_json:
+    if not quiet:
         log_to_terminal()
     if key != own:
         logger.warning(f"code, parameters or data here are not those of {key[:12]}: key {own[:12]}")
@@ -83,22 +92,16 @@ def _from_folder(run: str, step: int | None, out: Path | None, *, as_json: bool)
         step = next(reversed(bad_steps(folder)), None)
     if step is None:
         raise TrainingError(f"{folder}: tells of no bad step; name one with --step")
-    debugged = debug_run(folder, step, key=key, params=params, root=root)
-    path = out or folder / f"bad-step-{step}.pt"
-    debugged.bundle.write(path)
-    if as_json:
-        print_json(_as_dict(debugged.diagnosis, step, path))
-        return
-    _print(debugged.diagnosis)
-    if debugged.comparison:
-        print(debugged.comparison)
-    print(f"replay it elsewhere: runkey debug-step {path}")
+    return folder, build_bundle(folder, step, key=key, params=params, root=root)
 
 
 def _folder(home: Path, key: str) -> Path:
     """The one training folder whose key begins so."""
+    beginnings = (key, *(f"{schema}-{key}" for schema in SCHEMAS))
     found = sorted(
-        path for path in home.glob(f"{ANY_SCHEMA}-*") if path.is_dir() and _fits(path.name, key)
+        path
+        for path in home.glob(f"{ANY_SCHEMA}-*")
+        if path.is_dir() and path.name.startswith(beginnings)
     )
     if len(found) > 1 and (home / key).is_dir():
         return home / key
@@ -109,21 +112,3 @@ def _folder(home: Path, key: str) -> Path:
         f"{home}: {several if found else 'holds no training'} of key {key}"
         + ("" if found else "; one that ended well leaves nothing to replay")
     )
-
-
-def _fits(name: str, key: str) -> bool:
-    return name.startswith((key, *(f"{schema}-{key}" for schema in SCHEMAS)))
-
-
-def _print(diagnosis: Diagnosis) -> None:
-    print("\n".join(diagnosis.finding.lines()))
-    print("  ".join(f"{name} {value:.6g}" for name, value in diagnosis.losses.items()))
-
-
-def _as_dict(diagnosis: Diagnosis, step: int, bundle: Path) -> dict[str, object]:
-    return {
-        "step": step,
-        "finding": diagnosis.finding.as_dict(),
-        "losses": diagnosis.losses,
-        "bundle": str(bundle),
-    }

@@ -148,7 +148,7 @@ def _found(key: str | None) -> Iterator[_Training]:
 
 
 def _is_trained(folder: Path) -> bool:
-    from runkey.training.checkpoint.lock import holder_of
+    from runkey.training.lock import holder_of
 
     return holder_of(folder) is not None
 

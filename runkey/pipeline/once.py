@@ -41,7 +41,7 @@ from runkey.registry.server_library import open_claims, open_library
 from runkey.registry.snapshot import take_snapshot
 from runkey.tracking.replay import clear_training, read_end, send_saved
 from runkey.tracking.store import Store, locate_store, set_tag
-from runkey.training.checkpoint.lock import locked
+from runkey.training.lock import locked
 
 logger = logging.getLogger(__name__)
 

@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +21,6 @@ from runkey.memory.choose import largest_fitting, shown_images
 from runkey.memory.measure import (
     CALIBRATION,
     MEASURED,
-    Platform,
     Trial,
     TrialJob,
     TrialProcess,
@@ -55,21 +56,16 @@ def profile(root: Path) -> None:
     shapes = prepared_shapes(params, root / paths.PREPARED)
     for text in shapes.statistics.lines():
         logger.info(text)
-    with tempfile.TemporaryDirectory() as folder:
-        if device.type == "cuda":
-            # With no GPU visible, so that the prediction is the same everywhere.
-            command = _stage_command("--predict")
-            TrialProcess(command, root, os.environ | {"CUDA_VISIBLE_DEVICES": ""}).wait()
-            _measure_on_gpu(params, shapes, root, device, Path(folder))
-            return
-        # The trial runs beside the prediction, in a process of its own, so its peak is its own.
-        job = _job(params, shapes, tuple(map(shapes.worst, params.memory.probe_batches)))
-        process = _start_trial(root, Path(folder), job)
-        try:
-            _write_prediction(params, shapes, root)
-            peaks = _trial_result(process, Path(folder)).peaks
-        finally:
-            process.stop()
+    if device.type == "cuda":
+        # With no GPU visible, so that the prediction is the same everywhere.
+        command = _stage_command("--predict")
+        TrialProcess(command, root, os.environ | {"CUDA_VISIBLE_DEVICES": ""}).wait()
+        _measure_on_gpu(params, shapes, root, device)
+        return
+    job = _job(params, shapes, tuple(map(shapes.worst, params.memory.probe_batches)))
+    with _trial(root, job) as result:
+        _write_prediction(params, shapes, root)  # meanwhile
+        peaks = result().peaks
     measured = ", ".join(f"{peak.images} images {peak.bytes / MIB:.0f} MiB" for peak in peaks)
     out = root / paths.MEMORY
     line = write_cpu(out, sha256_file(out / MODEL), this_platform(device), peaks)
@@ -81,12 +77,6 @@ def write_prediction(root: Path) -> None:
     params = load_params(root / paths.PARAMS)
     want_bars(params.runtime.progress)
     _write_prediction(params, prepared_shapes(params, root / paths.PREPARED), root)
-
-
-def _stage_command(*arguments: str) -> list[str]:
-    """Return the command that runs this stage with other arguments."""
-    kept = [argument for argument in sys.argv[1:] if argument == "--traceback"]
-    return [sys.executable, "-m", "stages.profile_memory", *kept, *arguments]
 
 
 def _write_prediction(params: Params, shapes: BatchShapes, root: Path) -> None:
@@ -103,6 +93,15 @@ def _write_prediction(params: Params, shapes: BatchShapes, root: Path) -> None:
     logger.info(f"  {images} at once: at most {most:.2f} GiB and the CUDA context")
 
 
+# Steps that are run, in processes of their own: the peak of each is its own.
+
+
+def _stage_command(*arguments: str) -> list[str]:
+    """Return the command that runs this stage with other arguments."""
+    kept = [argument for argument in sys.argv[1:] if argument == "--traceback"]
+    return [sys.executable, "-m", "stages.profile_memory", *kept, *arguments]
+
+
 def _job(
     params: Params,
     shapes: BatchShapes,
@@ -114,22 +113,36 @@ def _job(
     return TrialJob(worst, sampled, fields, params.memory.budget_gib, outside_bytes)
 
 
-def _measure_on_gpu(
-    params: Params, shapes: BatchShapes, root: Path, device: torch.device, folder: Path
-) -> None:
+@contextmanager
+def _trial(root: Path, job: TrialJob) -> Iterator[Callable[[], TrialResult]]:
+    """Run a job until the block ends at the latest; yield a function that waits for its result."""
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answer = Path(folder) / "job.json", Path(folder) / "result.json"
+        write_json(asked, asdict(job))
+        command = _stage_command("--trial", str(asked), str(answer))
+        process = TrialProcess(command, root, os.environ)
+
+        def result() -> TrialResult:
+            process.wait()
+            return read_result(answer)
+
+        try:
+            yield result
+        finally:
+            process.stop()
+
+
+def _measure_on_gpu(params: Params, shapes: BatchShapes, root: Path, device: torch.device) -> None:
     """Run steps from the predicted micro-batch on, until one passes and one more does not."""
     out = root / paths.MEMORY
     model, digest = read_model(out / MODEL), sha256_file(out / MODEL)
     outside = generation_of(torch.cuda.get_device_capability(device)).context_bytes[1]
 
     def run(*worst: MicroBatch, sampled: tuple[Step, ...] = ()) -> tuple[TrialJob, TrialResult]:
-        # In a process of its own: this one never opens the GPU, whose context takes memory.
+        # This process never opens the GPU, whose context takes memory.
         job = _job(params, shapes, worst, sampled, outside)
-        process = _start_trial(root, folder, job)
-        try:
-            return job, _trial_result(process, folder)
-        finally:
-            process.stop()
+        with _trial(root, job) as result:
+            return job, result()
 
     most = params.training.batch_size
     images = largest_fitting(model.gpu.upper, most, run()[1].budget_bytes) or 1
@@ -142,27 +155,21 @@ def _measure_on_gpu(
         logger.info(f"measured: {_describe(images, result, model)}")
         passed = result.passed(job)
         if passed:
-            trials.append(_trial_of(images, result, model, digest, this_platform(device)))
+            peak = result.peaks[-1]
+            trial = Trial(
+                platform=this_platform(device),
+                model=digest,
+                images=images,
+                upper_bytes=model.gpu.upper(images),
+                reserved_bytes=peak.bytes,
+                allocated_bytes=peak.allocated_bytes,
+                outside_bytes=result.outside_bytes,
+                retries=result.retries,
+            )
+            trials.append(trial)
         images += 1 if passed else -1
     write_gpu(out, digest, trials)
     add_trials(paths.store_root() / paths.HOME / CALIBRATION, trials)
-
-
-def _trial_of(
-    images: int, result: TrialResult, model: MemoryModel, digest: str, platform: Platform
-) -> Trial:
-    """Return what is kept of a trial that passed."""
-    peak = result.peaks[-1]
-    return Trial(
-        platform=platform,
-        model=digest,
-        images=images,
-        upper_bytes=model.gpu.upper(images),
-        reserved_bytes=peak.bytes,
-        allocated_bytes=peak.allocated_bytes,
-        outside_bytes=result.outside_bytes,
-        retries=result.retries,
-    )
 
 
 def _describe(images: int, result: TrialResult, model: MemoryModel) -> str:
@@ -176,16 +183,3 @@ def _describe(images: int, result: TrialResult, model: MemoryModel) -> str:
         f"{images} images {peak.bytes / MIB:.0f} MiB ({peak.allocated_bytes / MIB:.0f} of tensors)"
         f", {ratio:.2f} of the bound{retries}; {result.outside_bytes / MIB:.0f} MiB beside it"
     )
-
-
-def _start_trial(root: Path, folder: Path, job: TrialJob) -> TrialProcess:
-    """Start a job in a process of its own; files in `folder` carry job and result."""
-    files = folder / "job.json", folder / "result.json"
-    files[1].unlink(missing_ok=True)
-    write_json(files[0], asdict(job))
-    return TrialProcess(_stage_command("--trial", *map(str, files)), root, os.environ)
-
-
-def _trial_result(process: TrialProcess, folder: Path) -> TrialResult:
-    process.wait()
-    return read_result(folder / "result.json")

@@ -26,16 +26,9 @@ from runkey.training.step import train_step
 def build_step(
     params: Params, num_classes: int, device: torch.device, *, fixed_matches: bool = False
 ) -> BuiltStep:
-    """Build a whole optimizer step of a fresh model.
-
-    Args:
-        params: model, optimizer and training are read.
-        num_classes: K.
-        device: where to train.
-        fixed_matches: for fake tensors, whose values no matcher can see.
-    """
+    """Build a whole optimizer step of a fresh model."""
     criterion = None
-    if fixed_matches:
+    if fixed_matches:  # for fake tensors, whose values no matcher can see
         criterion = with_fixed_matches(build_criterion(params.model, num_classes))
     context = build_training(params, num_classes, device, replace=Replacements(criterion=criterion))
     parts, ema = context.step, context.ema
@@ -54,13 +47,7 @@ def step_factory(params: Params, num_classes: int) -> StepFactory:
 
 
 def run_trial_job(root: Path, job: Path, result: Path) -> None:
-    """Run the steps of a trial in this process and write their peaks.
-
-    Args:
-        root: the workspace.
-        job: a file that `runkey.pipeline.profile_memory` wrote.
-        result: the file to write.
-    """
+    """Run the steps of a job's file in this process and write the file with their peaks."""
     params = load_params(root / paths.PARAMS)
     device, _ = choose_device(params.runtime.device)
     num_classes = len(read_classes(root / paths.PREPARED / "classes.json"))

@@ -11,14 +11,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
 from runkey import paths
 from runkey.data.cache import open_cache
-from runkey.data.index import read_classes
 from runkey.errors import Interrupted
 from runkey.files import write_json
 from runkey.identity.key import Recipe
@@ -28,26 +25,29 @@ from runkey.model.model_files import Sizes, save_model
 from runkey.params import Params
 from runkey.pipeline.once import KeyClaim
 from runkey.pipeline.record import Run, recorded, save_run
-from runkey.pipeline.validation import Validation, build_validation
+from runkey.pipeline.validation import build_validation
 from runkey.plots.hints import HintingTracker, class_scores
 from runkey.tracking.mlflow_run import SAMPLES
 from runkey.training.build import TrainContext, TrainData, build_training
-from runkey.training.checkpoint.folder import FolderCheckpoints, Interval, newest_fingerprint
-from runkey.training.checkpoint.lock import locked
-from runkey.training.device import choose_device, choose_processes
+from runkey.training.checkpoint import FolderCheckpoints, Interval, newest_fingerprint
+from runkey.training.device import choose_device
 from runkey.training.distributed import (
     LostRankError,
     SharedError,
-    World,
+    all_ranks,
+    count_ranks,
     join_world,
     read_world,
 )
 from runkey.training.interrupts import Interrupts
+from runkey.training.lock import locked
 from runkey.training.loop import fit
-from runkey.training.ranks import RankMonitor, launched_by_torchrun, launched_ranks
-from runkey.training.state import FitResult
+from runkey.training.ranks import RankMonitor
 
 logger = logging.getLogger(__name__)
+
+_COMMAND = ["-m", "stages.train", *(one for one in sys.argv[1:] if one == "--traceback")]
+"""What the interpreter is started with for each other rank."""
 
 
 def train(params: Params, root: Path, recipe: Recipe, claim: KeyClaim) -> None:
@@ -55,14 +55,28 @@ def train(params: Params, root: Path, recipe: Recipe, claim: KeyClaim) -> None:
 
     An interrupted training is resumed from the checkpoints in the claim's folder.
     """
+    runtime, batch_size = params.runtime, params.training.batch_size
     with Interrupts() as interrupts, locked(claim.folder):
-        device, reason = choose_device(params.runtime.device)
-        plan = _plan(params, root, claim, device)
-        with _all_ranks(params, device) as world:
+        device, reason = choose_device(runtime.device)
+        ranks = count_ranks(runtime.processes, device, batch_size)
+        saved = newest_fingerprint(claim.folder)
+        plan = plan_memory(
+            params,
+            root / paths.MEMORY,
+            device,
+            trials=paths.store_root() / paths.HOME / CALIBRATION,
+            # Another micro-batch would round differently, and draw other noise.
+            saved=None if saved is None else int(saved["micro_batch"]),
+            # On a CPU the ranks share the memory, and so the micro-batch (`build_loader`).
+            processes=ranks if device.type == "cuda" else 1,
+        )
+        logger.info(plan.line())
+        with all_ranks(ranks, _COMMAND, device) as world:
             world.broadcast(plan)
-            ranks = "" if world.size == 1 else f"{world.size} processes, this one on "
-            logger.info(f"{ranks}device {device} ({reason})")
-            context = _build(params, root, plan, device, world)
+            others = "" if world.size == 1 else f"{world.size} processes, this one on "
+            logger.info(f"{others}device {device} ({reason})")
+            data = TrainData.read(root, plan.micro_batch)
+            context = build_training(params, len(data.class_names), device, world, data)
             dtype = context.step.precision.dtype
             run = Run(params, root, recipe, claim, plan, device, dtype, world.size)
             _train(run, context, interrupts)
@@ -95,37 +109,22 @@ def _train(run: Run, context: TrainContext, interrupts: Interrupts) -> None:
             limit=run.plan.limit_pixels,
         )
         tracker.finish_logs()
-        _write_outputs(params, root, validation, result)
+        assert result.best
+        cached = open_cache(root / paths.PREPARED, "val") is not None
+        sizes = Sizes(max(params.data.short_sides), params.data.long_side, cached)
+        weights, classes = result.best_weights, validation.classes
+        save_model(root / paths.MODEL, weights, params.model, classes, sizes)
+        # Few numbers, since `dvc metrics show` prints them in one line.
+        last = result.history[-1]
+        metrics = {
+            "seconds": round(result.seconds, 1),
+            "epochs": round(last["epoch"]),
+            "best_epoch": result.best.epoch,
+            "train_loss": last["train/epoch_loss"],
+        }
+        write_json(root / paths.METRICS / "train.json", metrics)
         run_id = save_run(run, tracker)
     logger.info(f"model/ is written; MLflow run {run_id or 'none'}")
-
-
-def _build(
-    params: Params, root: Path, plan: MemoryPlan, device: torch.device, world: World
-) -> TrainContext:
-    """Build one rank's training."""
-    names = [one.name for one in read_classes(root / paths.PREPARED / "classes.json")]
-    data = TrainData(root, names, plan.micro_batch)
-    return build_training(params, len(names), device, world, data)
-
-
-def _plan(params: Params, root: Path, claim: KeyClaim, device: torch.device) -> MemoryPlan:
-    """Choose the micro-batch for this device: that of the checkpoint, if it fits.
-
-    Another one would round differently, and draw other noise.
-    """
-    saved = newest_fingerprint(claim.folder)
-    plan = plan_memory(
-        params,
-        root / paths.MEMORY,
-        device,
-        trials=paths.store_root() / paths.HOME / CALIBRATION,
-        saved=None if saved is None else int(saved["micro_batch"]),
-        # On a CPU the ranks share the memory, and so the micro-batch (`build_loader`).
-        processes=count_ranks(params, device) if device.type == "cuda" else 1,
-    )
-    logger.info(plan.line())
-    return plan
 
 
 @contextmanager
@@ -148,47 +147,7 @@ def _checkpoints(run: Run) -> Iterator[FolderCheckpoints]:
         checkpoints.finish()
 
 
-def _write_outputs(params: Params, root: Path, validation: Validation, result: FitResult) -> None:
-    """Write model/ and metrics/train.json."""
-    cached = open_cache(root / paths.PREPARED, "val") is not None
-    sizes = Sizes(max(params.data.short_sides), params.data.long_side, cached)
-    save_model(root / paths.MODEL, result.best_state, params.model, validation.classes, sizes)
-    write_json(root / paths.METRICS / "train.json", _metrics(result))
-
-
-def _metrics(result: FitResult) -> dict[str, Any]:
-    """metrics/train.json: few numbers, since `dvc metrics show` prints them in one line."""
-    return {
-        "seconds": round(result.seconds, 1),
-        "epochs": round(result.history[-1]["epoch"]),
-        "best_epoch": result.best_epoch,
-        "train_loss": result.history[-1]["train/epoch_loss"],
-    }
-
-
-# Ranks.
-
-
-def count_ranks(params: Params, device: torch.device) -> int:
-    """Return how many processes train together: torchrun's number, else `runtime.processes`.
-
-    Raises:
-        TrainingError: there are fewer GPUs than that.
-    """
-    if launched_by_torchrun():
-        return read_world().size
-    return choose_processes(params.runtime.processes, device, params.training.batch_size)
-
-
-@contextmanager
-def _all_ranks(params: Params, device: torch.device) -> Iterator[World]:
-    """Connect all ranks, for rank 0; the others follow from when the block begins."""
-    arguments = [argument for argument in sys.argv[1:] if argument == "--traceback"]
-    with (
-        launched_ranks(count_ranks(params, device), ["-m", "stages.train", *arguments]) as monitor,
-        join_world(device, monitor) as world,
-    ):
-        yield world
+# Ranks other than 0.
 
 
 def dismiss(params: Params) -> None:
@@ -199,9 +158,7 @@ def dismiss(params: Params) -> None:
 
 
 def follow(params: Params, root: Path, monitor: RankMonitor | None) -> None:
-    """Train along with rank 0, which logs and writes.
-
-    Rank 0 reports what ends all ranks, if it lives.
+    """Train along with rank 0, which logs and writes, and reports what ends all ranks.
 
     Args:
         params: as rank 0 reads them.
@@ -215,7 +172,8 @@ def follow(params: Params, root: Path, monitor: RankMonitor | None) -> None:
                 plan: MemoryPlan | None = world.broadcast(None)
                 if plan is None:
                     return
-                context = _build(params, root, plan, device, world)
+                data = TrainData.read(root, plan.micro_batch)
+                context = build_training(params, len(data.class_names), device, world, data)
                 fit(context, _never, interrupts=interrupts, limit=plan.limit_pixels)
     except SharedError:
         raise SystemExit(1) from None

@@ -33,9 +33,7 @@ class Validation:
     def __call__(self, model: nn.Module, *, by_size: bool = True) -> Evaluation:
         """Compute detections, COCO metrics (also by object size) and losses of a model.
 
-        Args:
-            model: on the device of the validation, in evaluation mode.
-            by_size: whether to compute AP by object size too.
+        It is on the device of the validation, in evaluation mode.
         """
         return evaluate_model(
             model,
@@ -53,13 +51,7 @@ class Validation:
 def build_validation(
     params: Params, model: ModelParams, root: Path, device: torch.device
 ) -> Validation:
-    """Build the validation on a workspace's prepared data.
-
-    Args:
-        params: data, evaluate, runtime and training's precision are read.
-        model: the parameters of the model to evaluate.
-        root: the workspace.
-        device: where the model is.
+    """Build the validation of a model on a workspace's prepared data.
 
     Raises:
         DataError: the data set is not prepared.

@@ -37,7 +37,7 @@ from runkey.processes import is_running
 from runkey.registry.claims import Claim, Claims, Owner, newest, state_now, this_owner
 from runkey.registry.library import Library, LocalLibrary
 from runkey.registry.snapshot import git, has_git, snapshot_refs
-from runkey.training.checkpoint.lock import holder_of
+from runkey.training.lock import holder_of
 
 OWNER = ".runkey-owner.json"
 """In a worktree of `runkey reproduce`: the process that uses it."""

@@ -24,7 +24,7 @@ from runkey.identity.record_cache import update_record
 from runkey.tracking.describe import Dataset, RunDescription
 from runkey.tracking.store import Store, in_one_line
 from runkey.tracking.sync import RunSender, Status, TrainingRun
-from runkey.training.checkpoint.lock import locked
+from runkey.training.lock import locked
 
 logger = logging.getLogger(__name__)
 

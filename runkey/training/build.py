@@ -9,26 +9,29 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
+from runkey import paths
 from runkey.data.dataset import GlobalBatch
+from runkey.data.index import read_classes
 from runkey.data.loader import TrainLoader, build_train_loader
 from runkey.errors import TrainingError
 from runkey.model.build import build_model
 from runkey.model.criterion import Criterion, build_criterion
 from runkey.model.weights import load_initial_weights
-from runkey.params import EarlyStopping, Params
-from runkey.params.schema import Guard as GuardLimits
-from runkey.training.checkpoint.file import Stateful
+from runkey.params import Params
 from runkey.training.device import build_precision, choose_precision, configure_torch
 from runkey.training.distributed import World
 from runkey.training.optimizer import Ema, build_clipper, build_optimizer, trained_parameters
-from runkey.training.schedule import Schedule, build_schedule
+from runkey.training.schedule import MetricComparator, Schedule, build_schedule
 from runkey.training.step import TrainStep
 from runkey.training.tensors import host_weights
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.stateful import Stateful
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +63,16 @@ class TrainData:
     micro_batch: int
     """Most images of a forward pass."""
 
+    @classmethod
+    def read(cls, root: Path, micro_batch: int) -> TrainData:
+        """Read the class names of a workspace's prepared data.
+
+        Raises:
+            DataError: the data set is not prepared.
+        """
+        classes = read_classes(root / paths.PREPARED / "classes.json")
+        return cls(root, [one.name for one in classes], micro_batch)
+
 
 @dataclass(frozen=True)
 class Replacements:
@@ -71,20 +84,27 @@ class Replacements:
     loader: Loader | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-    """Settings of the training loop, as plain values."""
+    """Settings of the training loop and of its guard; params.yaml describes them."""
 
     seed: int
     epochs: int
     evaluate_every: int
-    """Epochs."""
-    early_stopping: EarlyStopping
-    guard: GuardLimits
+    watched_metric: str
+    """Metric that decides on early stopping, plateau and the best weights."""
+    comparator: MetricComparator
+    """What counts as improvement of it."""
+    patience: int | None
+    """Evaluations on end without improvement; None: training does not stop early."""
+    max_skips: int
+    window_steps: int
+    max_rollbacks: int
+    anchor_steps: int
+    spike_score: float
+    spike_history: int
     log_every: int
-    """Optimizer steps."""
     progress: bool
-    """Whether to draw a progress bar."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +141,10 @@ class TrainContext:
         """The module to evaluate and keep: the moving average if there is one."""
         return self.step.model if self.ema is None else self.ema.module
 
-    @property
-    def watched_metric(self) -> str:
-        """Metric that decides on early stopping, plateau and the best weights."""
-        return self.settings.early_stopping.metric
+    def restore(self, parts: Mapping[str, Any]) -> None:
+        """Load the state dicts of a checkpoint's parts."""
+        for name, part in self.parts.items():
+            part.load_state_dict(parts[name])
 
 
 def build_training(
@@ -167,27 +187,14 @@ def build_training(
     loader = replace.loader or (build_loader(params, data, device, world) if data else _NoData())
     if loader.steps_per_epoch == 0:
         raise TrainingError("prepared/train.json: no training images; see prepared/report.json")
-    if detector is not None and data and world.is_main:
+    if detector and data and world.is_main:
         loaded = load_initial_weights(detector, params.model, data.class_names, data.root)
         for line in loaded.lines():
             logger.info(line)
-    dtype, reason = choose_precision(training.precision, device)
-    model: nn.Module | None = replace.model if detector is None else detector
+    criterion = replace.criterion or build_criterion(params.model, num_classes)
+    model = detector or replace.model
     assert model is not None
-    model = model.to(device)
-    if training.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    step = TrainStep(
-        model=model,
-        criterion=replace.criterion or build_criterion(params.model, num_classes),
-        optimizer=build_optimizer(model, params.optimizer, params.lr),
-        precision=build_precision(dtype, device),
-        channels_last=training.channels_last,
-        clipper=build_clipper(params.optimizer.clip, device),
-        world=world,
-    )
-    if world.size > 1:  # ranks that start with different weights would stay different
-        model.load_state_dict(world.broadcast(host_weights(model) if world.is_main else {}))
+    step, reason = _build_step(params, model, criterion, device, world)
     return TrainContext(
         step=step,
         schedule=build_schedule(
@@ -196,18 +203,48 @@ def build_training(
             steps_per_epoch=loader.steps_per_epoch,
             mode=training.early_stopping.mode,
         ),
-        ema=Ema(model, training.ema_decay) if training.ema_decay > 0 else None,
+        ema=Ema(step.model, training.ema_decay) if training.ema_decay > 0 else None,
         loader=loader,
-        settings=LoopSettings(
-            seed=params.seed,
-            epochs=training.epochs,
-            evaluate_every=training.evaluate_every,
-            early_stopping=training.early_stopping,
-            guard=training.guard,
-            log_every=params.runtime.log_every,
-            progress=params.runtime.progress,
-        ),
+        settings=_build_settings(params),
         precision_reason=reason,
+    )
+
+
+def _build_step(
+    params: Params, model: nn.Module, criterion: Criterion, device: torch.device, world: World
+) -> tuple[TrainStep, str]:
+    """Move the model to the device and build what trains it; also say why in this precision."""
+    training = params.training
+    dtype, reason = choose_precision(training.precision, device)
+    model = model.to(device)
+    if training.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    step = TrainStep(
+        model=model,
+        criterion=criterion,
+        optimizer=build_optimizer(model, params.optimizer, params.lr),
+        precision=build_precision(dtype, device),
+        channels_last=training.channels_last,
+        clipper=build_clipper(params.optimizer.clip, device),
+        world=world,
+    )
+    if world.size > 1:  # ranks that start with different weights would stay different
+        model.load_state_dict(world.broadcast(host_weights(model) if world.is_main else {}))
+    return step, reason
+
+
+def _build_settings(params: Params) -> LoopSettings:
+    training, stopping = params.training, params.training.early_stopping
+    return LoopSettings(
+        seed=params.seed,
+        epochs=training.epochs,
+        evaluate_every=training.evaluate_every,
+        watched_metric=stopping.metric,
+        comparator=MetricComparator(stopping.mode, stopping.min_delta),
+        patience=stopping.patience if stopping.enabled else None,
+        log_every=params.runtime.log_every,
+        progress=params.runtime.progress,
+        **training.guard.model_dump(),
     )
 
 
@@ -216,16 +253,11 @@ def build_loader(
 ) -> TrainLoader:
     """Build one rank's loader of the training split.
 
-    Args:
-        params: of the run.
-        data: what to read, and the micro-batch that fits the device.
-        device: GPUs each have the memory that the micro-batch fits; on a CPU the ranks share it.
-        world: this process among those that train together.
-
     Raises:
         DataError: the data set is not prepared, or holds no image.
     """
     world = world or World()
+    # GPUs each have the memory that the micro-batch fits; on a CPU the ranks share it.
     shared_by = world.size if device.type == "cpu" else 1
     micro_batch = max(1, data.micro_batch // shared_by)
     return build_train_loader(
@@ -254,7 +286,6 @@ def describe(context: TrainContext) -> dict[str, object]:
         f"training {trained:,} of {everything:,} parameters: "
         f"{settings.epochs} epochs of {context.loader.steps_per_epoch} steps"
     )
-    stopping = settings.early_stopping
     return {
         "device": str(step.device),
         "precision": precision,
@@ -262,6 +293,6 @@ def describe(context: TrainContext) -> dict[str, object]:
         "trained_parameters": trained,
         "parameters": everything,
         "total_steps": context.schedule.total_steps,
-        "patience": stopping.patience if stopping.enabled else None,
+        "patience": settings.patience,
         "threads": torch.get_num_threads(),
     }

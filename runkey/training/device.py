@@ -38,7 +38,7 @@ def choose_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
         return torch.device("cpu"), "asked for"
     if torch.cuda.is_available():
         if local_rank:
-            _check_gpus(local_rank + 1)
+            check_gpus(local_rank + 1)
             torch.cuda.set_device(local_rank)
         index = torch.cuda.current_device()
         reason = torch.cuda.get_device_name(index)
@@ -50,27 +50,12 @@ def choose_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
     )
 
 
-def choose_processes(processes: int | Literal["auto"], device: torch.device, images: int) -> int:
-    """Choose the number of processes for `runtime.processes`.
-
-    Args:
-        processes: auto, or a number.
-        device: where training runs.
-        images: of an optimizer step; each process has to have one.
+def check_gpus(processes: int) -> None:
+    """Check that each process has a GPU of its own: NCCL cannot connect two on the same one.
 
     Raises:
-        TrainingError: there are fewer GPUs than that.
+        TrainingError: there are fewer GPUs.
     """
-    on_gpus = device.type == "cuda"
-    if processes == "auto":
-        return min(torch.cuda.device_count(), images) if on_gpus else 1
-    if on_gpus and processes > 1:
-        _check_gpus(processes)
-    return processes
-
-
-def _check_gpus(processes: int) -> None:
-    """Check that each process has a GPU of its own: NCCL cannot connect two on the same one."""
     if processes > torch.cuda.device_count():
         raise TrainingError(
             f"{processes} processes, but torch sees {torch.cuda.device_count()} GPUs; set"
@@ -88,35 +73,28 @@ def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype 
     Returns:
         A dtype, or None for fp32 throughout, and the reason in a few words, for the log.
     """
+    on_gpu = device.type == "cuda"
+    # Ampere was the first with bf16.
+    has_bf16 = on_gpu and torch.cuda.get_device_capability(device)[0] >= 8
     match precision:
         case "off":
             return None, "asked for"
-        case "bf16":
-            return torch.bfloat16, "asked for" + _bf16_warning(device)
         case "fp16":
             return torch.float16, "asked for; losses are scaled"
+        case "bf16" if has_bf16:
+            return torch.bfloat16, "asked for"
+        case "bf16":
+            where = "the GPU only emulates it: slow"
+            slower = "it is slower than fp32 on a CPU without AMX"
+            return torch.bfloat16, f"asked for, though {where if on_gpu else slower}"
+        case "auto" if has_bf16:
+            return torch.bfloat16, "auto: the GPU has bf16"
+        case "auto" if on_gpu:
+            return None, "auto: the GPU has no bf16, and fp16 is only used when asked for"
         case "auto":
-            return _automatic(device)
+            # Measured: a training step in bf16 takes 1.1 to 2 times as long on a CPU without AMX.
+            return None, "auto: mixed precision does not pay on a CPU"
     raise ValueError(f"precision {precision!r}")
-
-
-def _automatic(device: torch.device) -> tuple[torch.dtype | None, str]:
-    if device.type != "cuda":
-        # Measured: a training step in bf16 takes 1.1 to 2 times as long on a CPU without AMX.
-        return None, "auto: mixed precision does not pay on a CPU"
-    if _has_bf16(device):
-        return torch.bfloat16, "auto: the GPU has bf16"
-    return None, "auto: the GPU has no bf16, and fp16 is only used when asked for"
-
-
-def _bf16_warning(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "" if _has_bf16(device) else ", though the GPU only emulates it: slow"
-    return ", though it is slower than fp32 on a CPU without AMX"
-
-
-def _has_bf16(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] >= 8  # Ampere was the first
 
 
 @dataclass(frozen=True)
@@ -159,9 +137,8 @@ def configure_torch(
 
     Args:
         seed: start of the initial weights.
-        cpu_threads: threads of arithmetic on a CPU; auto: torch's choice, one per core.
-        deterministic: use algorithms with reproducible results only; an operation that has none
-            raises.
+        deterministic: use algorithms with reproducible results only, or raise.
+        cpu_threads: threads of arithmetic on a CPU; auto: one per core.
         processes: how many train together; they share the cores.
     """
     # cuBLAS reads this once, when its first handle is made.

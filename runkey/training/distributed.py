@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -33,88 +34,11 @@ from torch import Tensor
 from runkey.data.dataset import GlobalBatch
 from runkey.errors import Interrupted, RunkeyError, StoppedError, TrainingError
 from runkey.processes import this_process
+from runkey.training.device import check_gpus
 from runkey.training.interrupts import Interrupts
-from runkey.training.ranks import RankMonitor
+from runkey.training.ranks import RankMonitor, launched_by_torchrun, launched_ranks
 
 logger = logging.getLogger("runkey")
-
-# What the loop needs to be the same on all ranks: batches and metrics.
-
-
-def synchronised_batches(
-    batches: Iterator[GlobalBatch], world: World, interrupts: Interrupts
-) -> Iterator[GlobalBatch]:
-    """Yield this rank's share of each global batch, once all ranks have theirs.
-
-    Raises:
-        SharedError: a rank has none, because its images cannot be read; on all ranks.
-        Interrupted: a signal reached a rank; on all ranks.
-    """
-    if world.size == 1:
-        yield from interrupts.each_at_once(batches)
-        return
-    while True:
-        batch, fault = None, ""
-        try:
-            batch = next(batches, None)
-        except RunkeyError as error:
-            fault = f"rank {world.rank} of {world.size}: {error}"
-        received = world.gather((fault, interrupts.signal))
-        _raise_first(world, received)
-        if batch is None:
-            return
-        yield batch
-
-
-def broadcast_metrics(
-    evaluate: Callable[[], dict[str, float]], world: World, interrupts: Interrupts
-) -> dict[str, float]:
-    """Evaluate on rank 0 and broadcast the metrics; the others wait as long as it takes.
-
-    Raises:
-        SharedError: the evaluation failed; on all ranks.
-        Interrupted: a signal reached rank 0; on all ranks.
-    """
-    if world.size == 1:
-        with interrupts.at_once():
-            return evaluate()
-    metrics: dict[str, float] = {}
-    fault, number = "", None
-    if world.is_main:
-        try:
-            with interrupts.at_once():
-                metrics = evaluate()
-        except RunkeyError as error:
-            fault = str(error)
-        except Interrupted as stop:
-            number = stop.number
-    metrics, fault, number = world.broadcast((metrics, fault, number))
-    _raise_first(world, [(fault, number)])
-    return metrics
-
-
-@contextmanager
-def ending_together(world: World) -> Iterator[None]:
-    """Make ranks leave the block at the same time; after it, or an error, each may end alone."""
-    try:
-        yield
-        world.shutdown()
-        world.gather(None)
-    finally:
-        world.shutdown()
-
-
-def _raise_first(world: World, received: Sequence[tuple[str, signal.Signals | None]]) -> None:
-    """Raise the first fault, else the first signal, the same on all ranks."""
-    for fault, _ in received:
-        if fault:
-            world.shutdown()
-            raise SharedError(fault)
-    for _, number in received:
-        if number is not None:
-            world.shutdown()
-            raise Interrupted(number)
-
 
 # Evaluations, or waiting for another training of the same key, take any time; the monitor notices
 # ranks that die.
@@ -129,14 +53,17 @@ class LostRankError(StoppedError):
     """Another rank has ended."""
 
     def __init__(self, text: str, rank: int | None = None) -> None:
-        """Args: text: the line for the user. rank: the one that ended, if that is known."""
         super().__init__(text)
         self.rank = rank
+        """The one that ended, if that is known."""
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The ranks of a training, as seen by one of them."""
+    """The ranks of a training, as seen by one of them.
+
+    What they exchange raises LostRankError if another rank has ended.
+    """
 
     rank: int = 0
     """0..size-1; rank 0 logs and writes."""
@@ -155,11 +82,7 @@ class World:
         return self.rank == 0
 
     def gather[T](self, mine: T) -> list[T]:
-        """Return what each rank gives, by rank; every rank calls this at the same place.
-
-        Raises:
-            LostRankError: another rank has ended.
-        """
+        """Return what each rank gives, by rank; every rank calls this at the same place."""
         if self.size == 1:
             return [mine]
         everyone: list[T] = [mine] * self.size
@@ -168,11 +91,7 @@ class World:
         return everyone
 
     def broadcast[T](self, value: T) -> T:
-        """Return rank 0's value; what the others give is ignored.
-
-        Raises:
-            LostRankError: another rank has ended.
-        """
+        """Return rank 0's value; what the others give is ignored."""
         if self.size == 1:
             return value
         box = [value]
@@ -181,11 +100,7 @@ class World:
         return box[0]
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Replace a tensor by the sum over ranks, the same bits on each; on a GPU without waiting.
-
-        Raises:
-            LostRankError: another rank has ended.
-        """
+        """Replace a tensor by the sum over ranks, the same bits on each; a GPU need not wait."""
         if self.size > 1:
             with self._naming_lost_ranks():
                 dist.all_reduce(tensor, group=self.device_group if tensor.is_cuda else None)
@@ -268,6 +183,34 @@ def join_world(device: torch.device, monitor: RankMonitor | None = None) -> Iter
             logger.setLevel(level)
 
 
+def count_ranks(processes: int | Literal["auto"], device: torch.device, images: int) -> int:
+    """Return how many processes train together: torchrun's number, else `runtime.processes`.
+
+    Args:
+        processes: a number; auto: one per GPU.
+        device: where training runs.
+        images: of an optimizer step; each process has to have one.
+
+    Raises:
+        TrainingError: there are fewer GPUs than that.
+    """
+    on_gpus = device.type == "cuda"
+    if launched_by_torchrun():
+        return read_world().size
+    if processes == "auto":
+        return min(torch.cuda.device_count(), images) if on_gpus else 1
+    if on_gpus and processes > 1:
+        check_gpus(processes)
+    return processes
+
+
+@contextmanager
+def all_ranks(size: int, arguments: Sequence[str], device: torch.device) -> Iterator[World]:
+    """Launch the other ranks, for rank 0, and connect to them; see `launched_ranks`."""
+    with launched_ranks(size, arguments) as monitor, join_world(device, monitor) as world:
+        yield world
+
+
 @contextmanager
 def _without_stdout() -> Iterator[None]:
     """Silence gloo, which prints a line for each rank it connects and has no setting for it."""
@@ -281,3 +224,71 @@ def _without_stdout() -> Iterator[None]:
         os.dup2(saved, 1)
         os.close(saved)
         os.close(nothing)
+
+
+def synchronised_batches(
+    batches: Iterator[GlobalBatch], world: World, interrupts: Interrupts
+) -> Iterator[GlobalBatch]:
+    """Yield this rank's share of each global batch, once all ranks have theirs.
+
+    Raises, on all ranks:
+        SharedError: a rank has none, because its images cannot be read.
+        Interrupted: a signal reached a rank.
+    """
+    if world.size == 1:
+        while True:
+            with interrupts.at_once():  # a signal ends the wait for a batch
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+    while True:
+        batch, fault = None, ""
+        try:
+            batch = next(batches, None)
+        except RunkeyError as error:
+            fault = f"rank {world.rank} of {world.size}: {error}"
+        received = world.gather((fault, interrupts.signal))
+        _raise_first(world, received)
+        if batch is None:
+            return
+        yield batch
+
+
+def broadcast_metrics(
+    evaluate: Callable[[], dict[str, float]], world: World, interrupts: Interrupts
+) -> dict[str, float]:
+    """Evaluate on rank 0 and broadcast the metrics; the others wait as long as it takes.
+
+    Raises, on all ranks:
+        SharedError: the evaluation failed.
+        Interrupted: a signal reached rank 0.
+    """
+    if world.size == 1:
+        with interrupts.at_once():
+            return evaluate()
+    metrics: dict[str, float] = {}
+    fault, number = "", None
+    if world.is_main:
+        try:
+            with interrupts.at_once():
+                metrics = evaluate()
+        except RunkeyError as error:
+            fault = str(error)
+        except Interrupted as stop:
+            number = stop.number
+    metrics, fault, number = world.broadcast((metrics, fault, number))
+    _raise_first(world, [(fault, number)])
+    return metrics
+
+
+def _raise_first(world: World, received: Sequence[tuple[str, signal.Signals | None]]) -> None:
+    """Raise the first fault, else the first signal, the same on all ranks."""
+    for fault, _ in received:
+        if fault:
+            world.shutdown()
+            raise SharedError(fault)
+    for _, number in received:
+        if number is not None:
+            world.shutdown()
+            raise Interrupted(number)

@@ -15,14 +15,13 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from runkey.errors import TrainingError
-from runkey.files import write_json
+from runkey.files import json_safe, write_json
 from runkey.training.build import TrainContext
-from runkey.training.checkpoint.file import Checkpoint, Checkpoints, find_checkpoints
-from runkey.training.metrics import StepValues, Tracker
-from runkey.training.state import NORMS_KEPT, GuardState, LoopState, Rollback, Skip
+from runkey.training.checkpoint import FolderCheckpoints, find_checkpoints
+from runkey.training.metrics import SafeTracker, StepValues
+from runkey.training.state import NORMS_KEPT, LoopState, Rollback, Skip
 from runkey.training.tensors import all_finite
 
 logger = logging.getLogger(__name__)
@@ -39,15 +38,8 @@ def robust_score(value: float, history: Sequence[float]) -> float:
     """Return how many robust standard deviations a value lies above the median of others.
 
     The robust z-score of Iglewicz and Hoaglin (1993): neither median nor median absolute deviation
-    is moved by a few wild values.
-
-    Args:
-        value: finite.
-        history: finite values, at least one.
-
-    Returns:
-        Negative below the median; always finite, unless value and history are near the largest
-        float.
+    is moved by a few wild values. All values are finite, and so is the score, unless they are near
+    the largest float.
     """
     middle = median(history)
     spread = _DEVIATIONS * median(abs(other - middle) for other in history)
@@ -100,22 +92,6 @@ REPORTS = "bad-step-*.json"
 """Pattern of their names."""
 
 
-def first_bad_step(guard: GuardState, step: int) -> int:
-    """Return the step to look at: the first of those that count."""
-    return guard.skips[0].step if guard.skips else step
-
-
-def json_safe(value: Any) -> Any:
-    """Return the same value with floats that JSON cannot hold as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: json_safe(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_safe(item) for item in value]
-    return value
-
-
 _MOST_IDS_SHOWN = 8
 
 
@@ -123,12 +99,6 @@ def shown_ids(ids: Sequence[int]) -> str:
     """Format the first image ids, with a mark if there are more."""
     more = ", ..." if len(ids) > _MOST_IDS_SHOWN else ""
     return ", ".join(map(str, ids[:_MOST_IDS_SHOWN])) + more
-
-
-def restore(context: TrainContext, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint's tensors into model, average, optimizer and so on."""
-    for name, part in context.parts.items():
-        part.load_state_dict(checkpoint.parts[name])
 
 
 # Spikes that follow one another sooner than this many steps are logged as one.
@@ -142,13 +112,12 @@ class Guard:
         self,
         context: TrainContext,
         state: LoopState,
-        tracker: Tracker,
-        checkpoints: Checkpoints | None,
+        tracker: SafeTracker,
+        checkpoints: FolderCheckpoints | None,
     ) -> None:
-        """Continue from what `state.guard` remembers."""
         self._context, self._loop, self._state = context, state, state.guard
         self._tracker, self._checkpoints = tracker, checkpoints
-        self._limits = context.settings.guard
+        self._limits = context.settings
         self._folder = checkpoints.path if checkpoints else None
 
     def note(self, step: StepValues) -> None:
@@ -281,7 +250,7 @@ class Guard:
             return
         outcome = f"rolled back to the weights of step {anchor.step}, continuing with new images"
         self._write_report(reason, outcome)
-        restore(self._context, anchor)
+        self._context.restore(anchor.parts)
         state.rollbacks.append(Rollback(loop.step, anchor.step, reason))
         state.skips, loop.skipped_in_a_row = [], 0
         self._tracker.event("rollback", step=loop.step, to=anchor.step, reason=reason)
@@ -298,7 +267,7 @@ class Guard:
         self._tracker.event("gave_up", step=loop.step, reason=reason, rollbacks=done)
         last = skips[-1] if skips else None
         at = f" (lr {last.lr:.3g}, images {shown_ids(last.image_ids)})" if last else ""
-        first = first_bad_step(self._state, loop.step)
+        first = skips[0].step if skips else loop.step
         look = f"; see {report}, and `runkey debug-step --step {first}`" if report else ""
         raise TrainingError(
             f"step {last.step if last else loop.step}{at}: {reason}; {why}{look}; a lower lr or "
@@ -311,7 +280,7 @@ class Guard:
             return ""
         guard, step = self._state, self._loop.step
         report = {
-            "step": first_bad_step(guard, step),
+            "step": guard.skips[0].step if guard.skips else step,
             "steps_done": step,
             "reason": reason,
             "outcome": outcome,

@@ -29,7 +29,6 @@ class Interrupts:
     """Signal handling of a training; without a `with` block around it, no signal is handled."""
 
     def __init__(self) -> None:
-        """Handle nothing yet."""
         self.signal: signal.Signals | None = None
         """The one that has come; None: none."""
         self._held = False
@@ -66,21 +65,8 @@ class Interrupts:
         finally:
             self._held = True
 
-    def each_at_once[T](self, items: Iterator[T]) -> Iterator[T]:
-        """Yield the same items; a signal ends the wait for one."""
-        while True:
-            with self.at_once():
-                item = next(items, _END)
-            if item is _END:
-                return
-            yield item
-
     def check(self) -> None:
-        """Raise if a signal has come.
-
-        Raises:
-            Interrupted: it has.
-        """
+        """Raise Interrupted if a signal has come."""
         if self.signal is not None:
             raise Interrupted(self.signal)
 
@@ -95,6 +81,3 @@ class Interrupts:
         os.write(2, line.encode())
         if not self._held:
             self.check()
-
-
-_END: Any = object()

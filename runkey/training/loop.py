@@ -19,21 +19,18 @@ from torch import Tensor
 from runkey.data.dataset import GlobalBatch
 from runkey.errors import DataError, Interrupted, ModelError, StoppedError, TrainingError
 from runkey.training.build import Evaluate, TrainContext, describe
-from runkey.training.checkpoint.file import Checkpoint, Checkpoints
+from runkey.training.checkpoint import Checkpoint, FolderCheckpoints
 from runkey.training.device import seed_step
 from runkey.training.distributed import (
     LostRankError,
     SharedError,
     broadcast_metrics,
-    ending_together,
     synchronised_batches,
 )
-from runkey.training.early_stopping import MetricComparator, decide_stop, loss_gap, watched_value
-from runkey.training.guard import Guard, restore, shown_ids
+from runkey.training.guard import Guard, shown_ids
 from runkey.training.interrupts import Interrupts
 from runkey.training.metrics import (
     DelayedReader,
-    NullTracker,
     SafeTracker,
     StepValues,
     Stopwatch,
@@ -43,7 +40,8 @@ from runkey.training.metrics import (
 )
 from runkey.training.optimizer import current_rates
 from runkey.training.progress import Display, bar_text, epoch_line, open_display
-from runkey.training.state import FitResult, LoopState, Running
+from runkey.training.schedule import MetricComparator, decide_stop, loss_gap, watched_value
+from runkey.training.state import LoopState, Running
 from runkey.training.step import StepResult, image_ids_of, is_out_of_memory, train_step
 
 logger = logging.getLogger(__name__)
@@ -54,10 +52,10 @@ def fit(
     evaluate: Evaluate,
     *,
     tracker: Tracker | None = None,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: FolderCheckpoints | None = None,
     interrupts: Interrupts | None = None,
     limit: int | None = None,
-) -> FitResult:
+) -> LoopState:
     """Train a model from its newest checkpoint on; its best weights, not the last, are the result.
 
     Args:
@@ -78,15 +76,20 @@ def fit(
             not log.
         Interrupted: a signal came; a checkpoint has been written.
     """
-    if not context.world.is_main:  # rank 0 records and saves; all resume from its checkpoints
+    world, interrupts = context.world, interrupts or Interrupts()
+    if not world.is_main:  # rank 0 records and saves; all resume from its checkpoints
         tracker = checkpoints = None
-    recorder = SafeTracker(tracker or NullTracker())
-    trainer = _Trainer(context, evaluate, recorder, checkpoints, interrupts or Interrupts())
-    with ending_together(context.world):
+    trainer = _Trainer(context, evaluate, SafeTracker(tracker), checkpoints, interrupts)
+    try:
         trainer.resume(limit)
-        with trainer.interrupts.held():
+        with interrupts.held():
             trainer.train()
-    return trainer.finish()
+        world.shutdown()
+        world.gather(None)  # only now may each rank end alone
+    finally:
+        world.shutdown()
+    trainer.log_end()
+    return trainer.state
 
 
 def take_step(
@@ -142,7 +145,6 @@ class _EpochMetrics:
     """Metrics of the current epoch, on their way to guard, tracker, bar and the epoch's line."""
 
     def __init__(self, trainer: _Trainer, display: Display) -> None:
-        """Start an epoch, or continue in the middle of one, as the state says."""
         self._context, self._state = trainer.context, trainer.state
         self._guard, self._tracker, self._display = trainer.guard, trainer.tracker, display
         running = self._state.running
@@ -155,8 +157,9 @@ class _EpochMetrics:
     def add(self, result: StepResult) -> None:
         """Queue the values of the step that was just taken."""
         for period in (self.whole, self.recent):
-            period.images += len(result.image_ids)
-        step = StepValues(self._state.step, result.image_ids, result.rates, {}, result.faults)
+            period.images += len(result.batch.image_ids)
+        batch = result.batch
+        step = StepValues(self._state.step, batch.image_ids, result.rates, {}, batch.faults)
         self._take(self._reader.push(step, _scalars(result)))
 
     def settle(self) -> None:
@@ -196,7 +199,7 @@ class _EpochMetrics:
         self.recent.restart()
         self._tracker.log(values, step.step)
         text = bar_text(values, _seconds_left(context, state))
-        self._display.update(state.step, state.epoch + 1, text)
+        self._display(state.step, state.epoch + 1, text)
 
 
 def _scalars(result: StepResult) -> dict[str, Tensor]:
@@ -226,15 +229,13 @@ class _Trainer:
         self,
         context: TrainContext,
         evaluate: Evaluate,
-        tracker: Tracker,
-        checkpoints: Checkpoints | None,
+        tracker: SafeTracker,
+        checkpoints: FolderCheckpoints | None,
         interrupts: Interrupts,
     ) -> None:
         self.context, self.evaluate = context, evaluate
         self.tracker, self.checkpoints, self.interrupts = tracker, checkpoints, interrupts
         self.state = LoopState()
-        self.guard = Guard(context, self.state, tracker, checkpoints)
-        self.clock = Stopwatch()
 
     def resume(self, limit: int | None) -> None:
         """Start from the newest checkpoint, if there is one."""
@@ -245,21 +246,20 @@ class _Trainer:
             self.tracker.resume(None)
             self.tracker.event("training_start", **choices)
         else:
-            restore(self.context, checkpoint)
+            self.context.restore(checkpoint.parts)
             self.tracker.resume(checkpoint.position)
             total, changes = self.context.schedule.total_steps, checkpoint.changes
             exactly = f", not bit for bit: {changes}" if changes else ""
             logger.info(f"resuming after step {checkpoint.step} of {total}{exactly}")
             self.tracker.event("resumed", step=checkpoint.step, changes=changes)
             self.state = LoopState.from_plain(checkpoint.state, checkpoint.best_weights)
-        limits = [pixels for pixels in (self.state.limit, limit) if pixels is not None]
-        self.state.limit = min(limits, default=None)
+        self.lower_limit(limit)
+        self.guard = Guard(self.context, self.state, self.tracker, self.checkpoints)
 
     def train(self) -> None:
         """Train the remaining epochs; afterwards the newest checkpoint is of the end."""
         context, checkpoints = self.context, self.checkpoints
         self.clock = Stopwatch()
-        self.guard = Guard(context, self.state, self.tracker, checkpoints)
         if checkpoints and self.state.step == 0 and checkpoints.newest is None:
             # An anchor to roll back to from the very start.
             checkpoints.save(self._checkpoint(), anchor=True)
@@ -282,23 +282,29 @@ class _Trainer:
         if checkpoints:
             checkpoints.save(self._checkpoint(), wait=True)
 
-    def finish(self) -> FitResult:
-        """Log how training ended, and return the result."""
-        result, metric = self.state.result(), self.context.watched_metric
+    def log_end(self) -> None:
+        """Log how training ended."""
+        state, metric = self.state, self.context.settings.watched_metric
+        assert state.best  # the last epoch always has an evaluation
+        best = state.best
         logger.info(
-            f"{result.stop_reason}; kept the weights of epoch {result.best_epoch} "
-            f"({metric} {result.best_metrics[metric]:.4g}){_gap_text(result)}"
+            f"{state.stop_reason}; kept the weights of epoch {best.epoch} "
+            f"({metric} {best.metrics[metric]:.4g}){_gap_text(state.history, best.step)}"
         )
         self.tracker.event(
             "training_end",
-            reason=result.stop_reason,
-            best_epoch=result.best_epoch,
-            best_step=result.best_step,
-            steps=result.steps,
-            skipped_steps=result.skipped_steps,
-            seconds=result.seconds,
+            reason=state.stop_reason,
+            best_epoch=best.epoch,
+            best_step=best.step,
+            steps=state.step,
+            skipped_steps=state.skipped_steps,
+            seconds=state.seconds,
         )
-        return result
+
+    def lower_limit(self, pixels: int | None) -> None:
+        """Keep the pixel limit if it is lower than before, or the first."""
+        limits = [limit for limit in (self.state.limit, pixels) if limit is not None]
+        self.state.limit = min(limits, default=None)
 
     def _checkpoint(self) -> Checkpoint:
         """What has to be saved at this boundary of a step; tensors are not copied."""
@@ -314,7 +320,7 @@ class _Trainer:
         """Take the remaining steps of the current epoch."""
         context, state = self.context, self.state
         context.step.model.train()
-        watched = state.watched(context.watched_metric)
+        watched = state.watched(context.settings.watched_metric)
         per_epoch = context.loader.steps_per_epoch
         batches = context.loader.epoch(state.epoch, state.step - state.epoch * per_epoch)
         shares = synchronised_batches(batches, context.world, self.interrupts)
@@ -332,11 +338,11 @@ class _Trainer:
     def _note_splits(self, result: StepResult) -> bool:
         """Keep and log what did not fit in memory in the last step; whether there was any."""
         state = self.state
-        for split in result.splits:
-            state.limit = split.limit if state.limit is None else min(state.limit, split.limit)
+        for split in result.batch.splits:
+            self.lower_limit(split.limit)
             logger.info(f"step {state.step}: {split.text}")
             self.tracker.event("split", step=state.step, **asdict(split))
-        return bool(result.splits)
+        return bool(result.batch.splits)
 
     def _at_boundary(self, metrics: _EpochMetrics | None = None, *, is_split: bool = False) -> None:
         """Between two steps: save a checkpoint if it is due, stop if a signal came.
@@ -348,7 +354,7 @@ class _Trainer:
         rolled_back = self.guard.has_just_rolled_back
         anchor = metrics is not None and self.guard.wants_anchor()
         now = rolled_back or anchor or is_split
-        if self.checkpoints and (now or self.checkpoints.due(self.state.step)):
+        if self.checkpoints and (now or self.checkpoints.due()):
             if metrics:
                 metrics.settle()
             self.checkpoints.save(self._checkpoint(), wait=rolled_back, anchor=anchor)
@@ -394,7 +400,7 @@ class _Trainer:
             settings.epochs,
             values,
             _seconds_left(self.context, state),
-            watched=self.context.watched_metric,
+            watched=settings.watched_metric,
             is_best=is_best,
         )
         logger.info(line)
@@ -403,19 +409,20 @@ class _Trainer:
 
     def _evaluate(self, values: dict[str, float]) -> bool:
         """Evaluate and add the metrics to `values`; return True if the weights are the best."""
-        state, stopping = self.state, self.context.settings.early_stopping
+        state, settings = self.state, self.context.settings
         module = self.context.evaluated_module.eval()
         metrics = broadcast_metrics(self._metrics, self.context.world, self.interrupts)
-        value = watched_value(metrics, stopping.metric)
+        value = watched_value(metrics, settings.watched_metric)
         values |= metrics | loss_gap(values, metrics)
         state.evaluations.append(metrics)
-        if stopping.enabled:
-            comparator = MetricComparator(stopping.mode, stopping.min_delta)
-            history = state.watched(stopping.metric)
-            decision = decide_stop(history, comparator, stopping.patience, stopping.metric)
-            state.stop_reason = decision.reason
-        # min_delta is for patience alone: better weights are better by however little.
-        return state.keep_if_best(value, metrics, module, MetricComparator(stopping.mode))
+        if settings.patience is not None:
+            history = state.watched(settings.watched_metric)
+            _, state.stop_reason = decide_stop(
+                history, settings.comparator, settings.patience, settings.watched_metric
+            )
+        # The smallest change is for patience alone: better weights are better by however little.
+        comparator = MetricComparator(settings.comparator.mode)
+        return state.keep_if_best(value, metrics, module, comparator)
 
     def _metrics(self) -> dict[str, float]:
         """The evaluation's metrics; NaN if the model's predictions are not finite.
@@ -431,16 +438,16 @@ class _Trainer:
             step = self.state.step
             logger.info(f"evaluation after step {step}: {error}; it counts as the worst")
             self.tracker.event("evaluation_failed", step=step, reason=str(error))
-            return {self.context.watched_metric: math.nan}
+            return {self.context.settings.watched_metric: math.nan}
 
 
-def _gap_text(result: FitResult) -> str:
+def _gap_text(history: list[dict[str, float]], best_step: int) -> str:
     """The generalisation gap in words; empty if it is not known."""
-    gaps = {e["step"]: e["val/loss_gap"] for e in result.history if "val/loss_gap" in e}
-    if result.best_step not in gaps:
+    gaps = {epoch["step"]: epoch["val/loss_gap"] for epoch in history if "val/loss_gap" in epoch}
+    if best_step not in gaps:
         return ""
     last = list(gaps.values())[-1]
     return (
-        f"; generalisation gap (val loss - train loss): {gaps[result.best_step]:.3g} at the best "
+        f"; generalisation gap (val loss - train loss): {gaps[best_step]:.3g} at the best "
         f"epoch, {last:.3g} at the end"
     )

@@ -48,32 +48,14 @@ class Tracker(Protocol):
         """
 
 
-class NullTracker:
-    """A tracker that records nothing."""
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Record nothing."""
-
-    def event(self, kind: str, **fields: object) -> None:
-        """Record nothing."""
-
-    def position(self) -> Mapping[str, int | str]:
-        """Return no position."""
-        return {}
-
-    def resume(self, position: Mapping[str, int | str] | None) -> None:
-        """Do nothing."""
-
-
 class SafeTracker:
-    """Passes everything to a tracker until that one raises, then goes on without it.
+    """Passes everything to a tracker, if there is one, until that raises; then to none.
 
     Trackers promise not to raise; a broken promise may cost the log, but not the training.
     """
 
-    def __init__(self, tracker: Tracker) -> None:
-        """Wrap `tracker`."""
-        self._tracker: Tracker = tracker
+    def __init__(self, tracker: Tracker | None) -> None:
+        self._tracker = tracker
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """See `Tracker.log`."""
@@ -92,10 +74,12 @@ class SafeTracker:
         self._call("resume", position)
 
     def _call(self, method: str, *args: Any, **options: Any) -> Any:
+        if self._tracker is None:
+            return None
         try:
             return getattr(self._tracker, method)(*args, **options)
         except Exception as error:  # noqa: BLE001  whatever it is, training goes on
-            self._tracker = NullTracker()
+            self._tracker = None
             logger.info(f"tracking stopped, training goes on: {type(error).__name__}: {error}")
             return None
 
@@ -111,7 +95,7 @@ class StepValues:
     rates: dict[str, float]
     """Learning rates by metric name; see `current_rates`."""
     values: dict[str, float]
-    """By metric name."""
+    """By metric name; those of a step that is still queued are not known yet."""
     faults: tuple[str, ...] = ()
     """What the matching found that is not finite."""
 
@@ -124,16 +108,10 @@ class DelayedReader:
     """
 
     def __init__(self) -> None:
-        """Start empty."""
         self._queued: tuple[StepValues, Tensor, torch.cuda.Event | None] | None = None
 
     def push(self, step: StepValues, values: Mapping[str, Tensor]) -> StepValues | None:
-        """Queue device scalars of a step; return the step before it, if there is one.
-
-        Args:
-            step: what is known of the step; its values are filled in later.
-            values: scalars by metric name.
-        """
+        """Queue device scalars by metric name; return the step before this one, if there is one."""
         previous = self.flush()
         stacked = torch.stack([value.detach().float() for value in values.values()])
         arrived = None
@@ -142,8 +120,7 @@ class DelayedReader:
             stacked = host.copy_(stacked, non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()  # type: ignore[no-untyped-call]
-        names = dict.fromkeys(values, 0.0)
-        self._queued = (replace(step, values=names), stacked, arrived)
+        self._queued = (replace(step, values=dict.fromkeys(values, 0.0)), stacked, arrived)
         return previous
 
     def flush(self) -> StepValues | None:
@@ -180,7 +157,6 @@ class Stopwatch:
     """Wall time, lap by lap."""
 
     def __init__(self) -> None:
-        """Start now."""
         self._last = time.perf_counter()
 
     def lap(self) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from runkey import params
 from runkey.errors import TrainingError
 from runkey.training.distributed import World
-from runkey.training.tensors import FlatLayout, by_dtype
+from runkey.training.tensors import FlatLayout, flat_groups
 
 # Optimizer: AdamW over named parameter groups.
 
@@ -117,12 +117,10 @@ ClipMode = Literal["norm", "value", "percentile", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Clipped:
-    """Joint norms before and after clipping: scalars on the gradients' device."""
+    """Joint 2-norms before and after clipping: scalars on the gradients' device."""
 
     before: Tensor
-    """Joint 2-norm before."""
     after: Tensor
-    """Joint 2-norm after."""
     threshold: Tensor | None
     """Largest norm that passes unchanged; None in the modes that do not limit norms."""
 
@@ -154,9 +152,7 @@ class Clipper:
             percentile: 0..100, of the norms.
             history: how many of the latest norms the percentile is taken of.
         """
-        self.mode = mode
-        self._limit = threshold
-        self._quantile = percentile / 100
+        self._mode, self._limit, self._quantile = mode, threshold, percentile / 100
         length = history if mode == "percentile" else 0
         self._norms = torch.full((length,), _NO_NORM, device=device)
 
@@ -167,13 +163,13 @@ class Clipper:
             gradients: tensors of any shapes on one device, at least one; unscaled.
         """
         before = joint_norm(gradients)
-        match self.mode:
+        match self._mode:
             case "norm":
                 limit = torch.full_like(before, self._limit)
-                return Clipped(before, scale_to(gradients, before, self._limit), limit)
+                return Clipped(before, _scale_to(gradients, before, self._limit), limit)
             case "percentile":
                 limit = self._percentile_with(before)
-                return Clipped(before, scale_to(gradients, before, limit), limit)
+                return Clipped(before, _scale_to(gradients, before, limit), limit)
             case "value":
                 torch._foreach_clamp_min_(gradients, -self._limit)
                 torch._foreach_clamp_max_(gradients, self._limit)
@@ -198,39 +194,17 @@ class Clipper:
 
 def build_clipper(section: params.Clip, device: torch.device) -> Clipper:
     """Build the clipper of `optimizer.clip`."""
-    return Clipper(
-        section.mode,
-        section.threshold,
-        device,
-        percentile=section.percentile,
-        history=section.history,
-    )
+    return Clipper(device=device, **section.model_dump())
 
 
 def joint_norm(gradients: list[Tensor]) -> Tensor:
-    """Return the 2-norm of all gradients together; NaN or inf if any holds one.
-
-    Args:
-        gradients: tensors of any shapes on one device, at least one.
-
-    Returns:
-        A scalar on their device.
-    """
+    """Return the 2-norm of all gradients together, a scalar; NaN or inf if any holds one."""
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     return norm
 
 
-def scale_to(gradients: list[Tensor], norm: Tensor, limit: float | Tensor) -> Tensor:
-    """Scale gradients in place so that their joint norm is at most `limit`.
-
-    Args:
-        gradients: tensors of any shapes on one device.
-        norm: their joint norm.
-        limit: positive.
-
-    Returns:
-        The joint norm after.
-    """
+def _scale_to(gradients: list[Tensor], norm: Tensor, limit: float | Tensor) -> Tensor:
+    """Scale gradients in place so that their joint norm is at most `limit`; return it after."""
     # 1e-6 as in torch: a norm at the limit is never multiplied by more than 1.
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(gradients, factor)
@@ -265,7 +239,7 @@ class Ema:
         self._averages = [average for average, _ in pairs if average.is_floating_point()]
         self._weights = [weight for average, weight in pairs if average.is_floating_point()]
         self._copies = [pair for pair in pairs if not pair[0].is_floating_point()]
-        self._flat = [_flatten(group) for group in by_dtype(self._averages).values()]
+        self._flat = [_flatten(*group) for group in flat_groups(self._averages, _ALIGNMENT)]
 
     def current_decay(self) -> float:
         """Return the decay of the next update."""
@@ -302,9 +276,8 @@ def _state(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _flatten(tensors: list[Tensor]) -> Tensor:
+def _flatten(tensors: list[Tensor], layout: FlatLayout) -> Tensor:
     """Move tensors of one dtype into one flat tensor, of which they are views afterwards."""
-    layout = FlatLayout(tensors, _ALIGNMENT)
     flat = tensors[0].new_zeros(layout.size)
     for tensor, view in zip(tensors, layout.views(flat), strict=True):
         view.copy_(tensor)
@@ -313,10 +286,9 @@ def _flatten(tensors: list[Tensor]) -> Tensor:
 
 
 class Gradients:
-    """The `.grad` of the trained parameters: cleared, and summed over ranks."""
+    """The `.grad` of the trained parameters (the same on all ranks): cleared, and summed."""
 
     def __init__(self, parameters: Iterable[Tensor], world: World) -> None:
-        """Take note of the parameters; all ranks have the same ones in the same order."""
         self._parameters = list(parameters)
         self._world = world
 
@@ -334,8 +306,7 @@ class Gradients:
         """
         if self._world.size == 1:
             return
-        for _, parameters in sorted(by_dtype(self._parameters).items(), key=lambda g: str(g[0])):
-            layout = FlatLayout(parameters)
+        for parameters, layout in flat_groups(self._parameters):
             flat = parameters[0].new_zeros(layout.size)
             views = layout.views(flat)
             ours = [

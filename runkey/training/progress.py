@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
 
 from runkey.progress import progress, want_bars
 
-
-class Display(Protocol):
-    """Shows the progress of a training."""
-
-    def update(self, step: int, epoch: int, text: str) -> None:
-        """Show the optimizer steps done, the current epoch (from 1) and the latest values."""
+Display = Callable[[int, int, str], None]
+"""Shows the optimizer steps done, the current epoch (from 1) and the latest values."""
 
 
 @contextmanager
@@ -28,18 +23,16 @@ def open_display(total_steps: int, epochs: int, *, wanted: bool) -> Iterator[Dis
         wanted: `runtime.progress`.
     """
     want_bars(wanted)
+    done = 0
     # Each epoch logs a line of its own.
     with progress("train", total_steps, lines=False) as steps:
 
-        class _Bar:
-            done = 0
+        def update(step: int, epoch: int, text: str) -> None:
+            nonlocal done
+            steps.advance(step - done, text, f"epoch {epoch}/{epochs}")
+            done = step
 
-            def update(self, step: int, epoch: int, text: str) -> None:
-                """Move the bar."""
-                steps.advance(step - self.done, text, f"epoch {epoch}/{epochs}")
-                self.done = step
-
-        yield _Bar()
+        yield update
 
 
 def bar_text(values: Mapping[str, float], seconds_left: float) -> str:

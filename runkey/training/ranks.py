@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import NamedTuple
 
 from runkey.processes import Process, this_process
@@ -57,7 +57,11 @@ class RankMonitor:
         here = this_process()
         for number, process in processes.items():
             if process != here and here.is_beside(process):
-                self._add(number, process.pid)
+                text = f"rank {number} (process {process.pid}) ended while training"
+                try:
+                    self._monitored[os.pidfd_open(process.pid)] = LostRank(number, text)
+                except ProcessLookupError:
+                    self._lost = LostRank(number, text)
         self._wake = os.eventfd(0)
         self._thread = threading.Thread(target=self._wait, name="rank monitor", daemon=True)
         self._open = [*self._monitored, self._wake]
@@ -85,17 +89,6 @@ class RankMonitor:
         while self._open:
             os.close(self._open.pop())
 
-    def _add(self, number: int, pid: int) -> None:
-        lost = LostRank(number, f"rank {number} (process {pid}) ended while training")
-        try:
-            self._monitored[os.pidfd_open(pid)] = lost
-        except ProcessLookupError:
-            self._found_out(lost)
-
-    def _found_out(self, lost: LostRank) -> None:
-        self._lost = lost
-        self._found.set()
-
     def _wait(self) -> None:
         if not self._lost:
             poll = select.poll()
@@ -104,9 +97,9 @@ class RankMonitor:
             ended = [descriptor for descriptor, _ in poll.poll() if descriptor != self._wake]
             if not ended:
                 return
-            self._found_out(self._monitored[ended[0]])
+            self._lost = self._monitored[ended[0]]
+        self._found.set()
         if not self._stood_down.wait(_END_SECONDS):
-            assert self._lost
             line = f"error: {self._lost.text}, and rank {self._rank} waited for it: ended, too\n"
             sys.stderr.write(line)
             sys.stderr.flush()
@@ -165,17 +158,14 @@ def launched_ranks(size: int, arguments: Sequence[str]) -> Iterator[RankMonitor 
     try:
         for rank in range(1, size):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), _LEADER: str(os.getpid())}
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, *arguments],
-                    env=os.environ | common | own,
-                    stdin=subprocess.DEVNULL,
-                )
-            )
+            command, environment = [sys.executable, *arguments], os.environ | own
+            processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
         pids = {rank: this_process(p.pid) for rank, p in enumerate(processes, start=1)}
         with closing(RankMonitor(0, pids)) as monitor:
             yield monitor
-        _wait(processes)
+        with suppress(subprocess.TimeoutExpired):
+            for process in processes:  # they end by themselves
+                process.wait(_LEAVE_SECONDS)
     finally:
         # They write nothing, so nothing is lost; most often they are gone by now.
         for process in processes:
@@ -185,17 +175,7 @@ def launched_ranks(size: int, arguments: Sequence[str]) -> Iterator[RankMonitor 
             os.environ.pop(name, None)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Let them end by themselves."""
-    for process in processes:
-        try:
-            process.wait(_LEAVE_SECONDS)
-        except subprocess.TimeoutExpired:
-            return
-
-
 def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
+        return int(free.getsockname()[1])

@@ -7,16 +7,15 @@ saved: both are functions of `evaluations`.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from runkey.training.early_stopping import MetricComparator
 from runkey.training.metrics import Means
+from runkey.training.schedule import MetricComparator
 from runkey.training.tensors import host_weights
 
 NORMS_KEPT = 100
@@ -68,15 +67,6 @@ class GuardState:
     last_spike: int | None = None
     """Step of the latest one."""
 
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> GuardState:
-        """Rebuild from what `dataclasses.asdict` gave."""
-        nested = {
-            "skips": [Skip(**skip) for skip in plain["skips"]],
-            "rollbacks": [Rollback(**rollback) for rollback in plain["rollbacks"]],
-        }
-        return cls(**{**plain, **nested})
-
 
 @dataclass(frozen=True)
 class Best:
@@ -107,32 +97,9 @@ class Running:
     """Time since the epoch began, interruptions left out."""
 
 
-@dataclass(frozen=True)
-class FitResult:
-    """Result of a training."""
-
-    best_state: dict[str, Tensor]
-    """State dict of the best weights, on the host."""
-    best_metrics: dict[str, float]
-    """Their evaluation."""
-    best_epoch: int
-    """Epochs done when they were evaluated, from 1."""
-    best_step: int
-    """Optimizer steps done by then."""
-    stop_reason: str
-    history: list[dict[str, float]]
-    """Values of each epoch by metric name, with `epoch` and `step`."""
-    steps: int
-    """Optimizer steps tried in all."""
-    skipped_steps: int
-    """Steps in which nothing was updated, since loss or gradients were not finite."""
-    seconds: float
-    """Wall time of training and evaluating."""
-
-
 @dataclass
 class LoopState:
-    """Progress and history of a training."""
+    """Progress and history of a training; at its end, the result."""
 
     epoch: int = 0
     """Epochs closed: trained, evaluated if that was due, and logged."""
@@ -152,6 +119,7 @@ class LoopState:
     running: Running = field(default_factory=Running)
     guard: GuardState = field(default_factory=GuardState)
     best: Best | None = None
+    """Only None before the first evaluation."""
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     """State dict of the best weights: contiguous tensors on the host. They are never changed, only
     replaced."""
@@ -162,19 +130,19 @@ class LoopState:
 
     def as_plain(self) -> dict[str, Any]:
         """Copy everything but the weights, as dicts, lists, numbers and strings."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "best_weights"}
-        plain["running"] = asdict(self.running)
-        plain["guard"] = asdict(self.guard)
-        plain["best"] = asdict(self.best) if self.best else None
-        return copy.deepcopy(plain)
+        plain = asdict(replace(self, best_weights={}))
+        del plain["best_weights"]
+        return plain
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any], best_weights: dict[str, Tensor]) -> LoopState:
         """Rebuild from what `as_plain` gave."""
-        running, best = plain["running"], plain["best"]
+        running, guard, best = plain["running"], plain["guard"], plain["best"]
+        skips = [Skip(**skip) for skip in guard["skips"]]
+        rollbacks = [Rollback(**rollback) for rollback in guard["rollbacks"]]
         nested = {
             "running": Running(**running | {"means": Means(**running["means"])}),
-            "guard": GuardState.from_plain(plain["guard"]),
+            "guard": GuardState(**guard | {"skips": skips, "rollbacks": rollbacks}),
             "best": Best(**best) if best else None,
         }
         return cls(**{**plain, **nested}, best_weights=best_weights)
@@ -202,19 +170,3 @@ class LoopState:
         self.best = Best(value, dict(metrics), self.epoch + 1, self.step)
         self.best_weights = host_weights(module)
         return True
-
-    def result(self) -> FitResult:
-        """Return the result when training ends; the last epoch always has an evaluation."""
-        if self.best is None:
-            raise ValueError("training ended without an evaluation")
-        return FitResult(
-            best_state=self.best_weights,
-            best_metrics=self.best.metrics,
-            best_epoch=self.best.epoch,
-            best_step=self.best.step,
-            stop_reason=self.stop_reason,
-            history=self.history,
-            steps=self.step,
-            skipped_steps=self.skipped_steps,
-            seconds=self.seconds,
-        )

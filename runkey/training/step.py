@@ -37,7 +37,7 @@ from runkey.training.optimizer import (
     set_rates,
     trained_parameters,
 )
-from runkey.training.tensors import FlatLayout, by_dtype
+from runkey.training.tensors import flat_groups
 
 
 class RunningStatistics:
@@ -48,14 +48,13 @@ class RunningStatistics:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """Find them in `module`, which is on its device already."""
         buffers = [
             buffer
             for part in module.modules()
             if isinstance(part, _NormBase) and part.track_running_stats
             for buffer in part.buffers(recurse=False)
         ]
-        self._groups = [(group, FlatLayout(group)) for group in by_dtype(buffers).values()]
+        self._groups = flat_groups(buffers)
 
     def copy(self) -> list[Tensor]:
         """Return their present values, one flat tensor for each dtype."""
@@ -63,12 +62,7 @@ class RunningStatistics:
 
     @torch.no_grad()
     def restore(self, saved: list[Tensor], where: Tensor) -> None:
-        """Restore, bit for bit, what `copy` gave where `where` is not 0; without a host sync.
-
-        Args:
-            saved: from `copy`.
-            where: float scalar on the device, 0 or 1.
-        """
+        """Restore, bit for bit, what `copy` gave if the scalar `where` is not 0; no host sync."""
         for (group, layout), before in zip(self._groups, saved, strict=True):
             # A few kernels for all buffers, not one for each of a hundred.
             restored = torch.where(where > 0, before, _joined(group))
@@ -132,14 +126,15 @@ class BatchLosses:
     """Result of a global batch's forward and backward passes, on all ranks."""
 
     values: dict[str, Tensor]
-    """`loss` and `loss_<part>`, detached scalars on the device."""
-    faults: tuple[str, ...]
-    """See `StepResult.faults`."""
-    image_ids: tuple[int, ...]
-    """See `StepResult.image_ids`."""
-    splits: tuple[Split, ...]
-    """See `StepResult.splits`."""
-    statistics: list[Tensor]
+    """`loss`, the weighted sum that is minimised, and `loss_<part>`: detached scalars on the
+    device, of the whole global batch."""
+    faults: tuple[str, ...] = ()
+    """What the matching found that is not finite, with the micro-batch; on the host."""
+    splits: tuple[Split, ...] = ()
+    """Micro-batches that did not fit in memory; the last limit holds from here on."""
+    image_ids: tuple[int, ...] = ()
+    """COCO ids of the global batch, rank by rank."""
+    statistics: list[Tensor] = field(default_factory=list)
     """The model's running statistics from before."""
 
 
@@ -147,10 +142,7 @@ class BatchLosses:
 class StepResult:
     """Result of a step. Scalars are on the device: reading one waits for the step."""
 
-    losses: dict[str, Tensor]
-    """`loss`, the weighted sum that is minimised, and `loss_<part>`; of the whole global batch."""
-    faults: tuple[str, ...]
-    """What the matching found that is not finite, with the micro-batch; on the host."""
+    batch: BatchLosses
     clipped: Clipped
     """Joint norms of the unscaled gradients."""
     skipped: Tensor
@@ -159,10 +151,11 @@ class StepResult:
     """The loss scaler's factor in this step; None without one."""
     rates: dict[str, float]
     """Learning rates of the parameter groups, by metric name."""
-    image_ids: tuple[int, ...]
-    """COCO ids of the global batch, rank by rank."""
-    splits: tuple[Split, ...]
-    """Micro-batches that did not fit in memory; the last limit holds from here on."""
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """`BatchLosses.values`."""
+        return self.batch.values
 
 
 def train_step(
@@ -203,16 +196,7 @@ def train_step(
     parts.statistics.restore(losses.statistics, skipped)
     if scaler is not None:
         scaler.update()
-    return StepResult(
-        losses.values,
-        losses.faults,
-        clipped,
-        skipped,
-        scale,
-        current_rates(optimizer),
-        image_ids=losses.image_ids,
-        splits=losses.splits,
-    )
+    return StepResult(losses, clipped, skipped, scale, current_rates(optimizer))
 
 
 def accumulate_gradients(
@@ -247,16 +231,17 @@ def accumulate_gradients(
         parts.gradients.clear()
         parts.statistics.restore(before, torch.ones((), device=parts.device))
 
-    def accumulate() -> _ShareLosses:
+    def accumulate() -> BatchLosses:
         nonlocal limit
         splits: list[Split] = []
         while True:
             reseed()
             result = _add_gradients(parts, split_batches(batch, limit), normaliser)
             if not isinstance(result, Batch):
-                return _ShareLosses(*result, tuple(splits))
+                return BatchLosses(*result, tuple(splits))
             undo()
-            _free_memory()
+            gc.collect()
+            torch.cuda.empty_cache()  # does nothing without a GPU
             splits.append(_halve(result))
             limit = splits[-1].limit
 
@@ -265,25 +250,16 @@ def accumulate_gradients(
     except BaseException:
         undo()
         raise
-    return BatchLosses(losses.values, losses.faults, ids, losses.splits, before)
+    return replace(losses, image_ids=ids, statistics=before)
 
 
-@dataclass(frozen=True, slots=True)
-class _ShareLosses:
-    """Of one rank's share, or of all."""
-
-    values: dict[str, Tensor]
-    faults: tuple[str, ...]
-    splits: tuple[Split, ...]
-
-
-def _over_ranks(parts: TrainStep, accumulate: Callable[[], _ShareLosses]) -> _ShareLosses:
+def _over_ranks(parts: TrainStep, accumulate: Callable[[], BatchLosses]) -> BatchLosses:
     """Accumulate on every rank; when all are done, sum gradients, losses and statistics."""
     world, scaler = parts.world, parts.precision.scaler
     zero = torch.zeros((), device=parts.device)
     if scaler is not None:  # makes the scaler's factor, if this rank has no image to do so
         scaler.scale(zero)
-    mine, failure = _ShareLosses({}, (), ()), ""
+    mine, failure = BatchLosses({}), ""
     try:
         mine = accumulate()
     except RunkeyError as error:
@@ -297,7 +273,7 @@ def _over_ranks(parts: TrainStep, accumulate: Callable[[], _ShareLosses]) -> _Sh
     names = next(names for _, names, _, _ in received if names)
     values = torch.stack([mine.values.get(name, zero) for name in names]).double()
     world.all_reduce(values)
-    return _ShareLosses(
+    return BatchLosses(
         dict(zip(names, values, strict=True)),
         tuple(
             f"rank {rank}, {fault}"
@@ -329,7 +305,7 @@ def _add_gradients(
                 raise
             return micro_batch
         values = {"loss": losses.total.detach()}
-        values |= {_loss_name(name): value for name, value in losses.parts.items()}
+        values |= {f"loss_{name}": value for name, value in losses.parts.items()}
         sums = {name: sums[name] + value for name, value in values.items()} if sums else values
         if losses.fault:
             faults.append(f"micro-batch {number}: {losses.fault}")
@@ -344,10 +320,6 @@ def _forward(parts: TrainStep, micro_batch: Batch, normaliser: Normaliser) -> Lo
     with parts.precision.autocast():
         outputs = parts.model(images, padding_mask, targets)
         return parts.criterion(outputs, targets, normaliser)
-
-
-def _loss_name(name: str) -> str:
-    return name if name.startswith("loss") else f"loss_{name}"
 
 
 def image_ids_of(batch: GlobalBatch) -> tuple[int, ...]:
@@ -420,12 +392,6 @@ def _halve(micro_batch: Batch) -> Split:
             " data.long_side or with model.checkpointing: true"
         )
     return Split(images, height, width, -(-images // 2) * height * width)
-
-
-def _free_memory() -> None:
-    """Free what nothing refers to any more, cycles and the allocator's cache included."""
-    gc.collect()
-    torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def _parts(micro_batch: Batch, limit: int) -> Iterator[Batch]:

@@ -19,12 +19,7 @@ class FlatLayout:
     """
 
     def __init__(self, tensors: Sequence[Tensor], alignment: int = 1) -> None:
-        """Plan the places.
-
-        Args:
-            tensors: of any shapes and strides; only looked at.
-            alignment: each tensor begins at a multiple of this many elements.
-        """
+        """Plan the places; each tensor begins at a multiple of `alignment` elements."""
         self._places: list[tuple[torch.Size, tuple[int, ...], int]] = []
         self.size = 0
         """Elements of the flat tensor."""
@@ -39,21 +34,19 @@ class FlatLayout:
         return [flat.as_strided(shape, stride, start) for shape, stride, start in self._places]
 
 
-def by_dtype(tensors: Iterable[Tensor]) -> dict[torch.dtype, list[Tensor]]:
-    """Group tensors by dtype, in the order in which the dtypes appear."""
+def flat_groups(
+    tensors: Iterable[Tensor], alignment: int = 1
+) -> list[tuple[list[Tensor], FlatLayout]]:
+    """Group tensors by dtype, in the order in which the dtypes appear, and plan their places."""
     groups: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         groups[tensor.dtype].append(tensor)
-    return dict(groups)
+    return [(group, FlatLayout(group, alignment)) for group in groups.values()]
 
 
 @torch.no_grad()
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Return True if no floating tensor holds NaN or infinity; waits for the device.
-
-    Args:
-        tensors: on one device, of any shapes and dtypes.
-    """
+    """Return True if no floating tensor, all on one device, holds NaN or infinity; waits for it."""
     floating = [t for t in tensors if t.is_floating_point() and t.numel()]
     if not floating:
         return True
@@ -63,12 +56,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def named_tensors(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in nested dicts, lists, tuples and dataclasses, with their dotted places.
-
-    Args:
-        value: anything.
-        place: what the places start with.
-    """
+    """Yield the tensors in nested dicts, lists, tuples and dataclasses, with dotted places."""
     if isinstance(value, Tensor):
         yield place, value
         return
@@ -77,11 +65,9 @@ def named_tensors(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Copy nested dicts, lists, tuples and dataclasses, with their tensors changed.
+    """Copy nested dicts, lists, tuples and dataclasses, with their tensors changed, in order.
 
-    Args:
-        value: anything; what is not nested stays itself, and so do dataclasses without tensors.
-        change: called with each tensor, in order.
+    What is not nested stays itself, and so do dataclasses without tensors.
     """
     if isinstance(value, Tensor):
         return change(value)

@@ -56,7 +56,7 @@ def test_training_fits_a_terminal_of_100_columns() -> None:
         "values = {'train/loss': 14.51, 'train/grad_norm': 0.4123, 'train/lr': 8.1e-4,\n"
         "          'train/images_per_second': 1052.13, 'train/data_wait_share': 0.12}\n"
         "with open_display(1000, 100, wanted=True) as display:\n"
-        "    display.update(350, 35, bar_text(values, 3700))\n"
+        "    display(350, 35, bar_text(values, 3700))\n"
         "    time.sleep(0.3)\n"
     )
     shown = [line for line in re.split(r"[\r\n]+", without_colour(written)) if "35/100" in line]

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from runkey.training.checkpoint.lock import locked
+from runkey.training.lock import locked
 
 
 def main(folder: Path, log: Path, mode: str) -> None:

@@ -27,7 +27,7 @@ def test_a_training_without_a_claim_keeps_its_folder(house):
     folder = house.folder(KEY, 5000)
     make_run(house.root, KEY, "a" * 32)
     script = "import sys; from pathlib import Path\n"
-    script += "from runkey.training.checkpoint.lock import locked\n"
+    script += "from runkey.training.lock import locked\n"
     script += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", script, str(folder)],

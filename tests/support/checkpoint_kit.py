@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from runkey.training.checkpoint.file import Checkpoint
-from runkey.training.checkpoint.folder import FolderCheckpoints, Interval
+from runkey.training.checkpoint import Checkpoint, FolderCheckpoints, Interval
 from runkey.training.state import Best, LoopState
 
 FINGERPRINT = {

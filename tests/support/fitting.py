@@ -10,7 +10,7 @@ from runkey.params import Params
 from runkey.training import loop
 from runkey.training.build import Replacements, TrainContext, build_training
 from runkey.training.distributed import World
-from runkey.training.state import FitResult
+from runkey.training.state import LoopState
 
 CPU = torch.device("cpu")
 
@@ -32,6 +32,6 @@ def fit(
     *,
     world: World | None = None,
     **options: Any,
-) -> FitResult:
+) -> LoopState:
     """Train it; options: those of `runkey.training.loop.fit`."""
     return loop.fit(build(model, criterion, loader, parameters, world), evaluate, **options)

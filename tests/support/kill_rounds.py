@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import psutil
 
-from runkey.training.checkpoint.file import TEMPORARY, find_checkpoints
+from runkey.training.checkpoint import TEMPORARY, find_checkpoints
 from tests.support.kill_project import set_workers
 from tests.support.project import Project, clean_environment
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from runkey.data.dataset import Batch, GlobalBatch
 from runkey.errors import DataError
-from runkey.training.checkpoint.folder import FolderCheckpoints, Interval
+from runkey.training.checkpoint import FolderCheckpoints, Interval
 from runkey.training.device import configure_torch
 from runkey.training.distributed import World
 from runkey.training.interrupts import Interrupts
@@ -129,7 +129,7 @@ def train(
         checkpoints.finish()
     content = checkpoints.load() if checkpoints else None
     return {
-        "best": result.best_state,
+        "best": result.best_weights,
         "history": [without_clock(values) for values in result.history],
         "logged": [(step, without_clock(values)) for step, values in tracker.logged],
         "parts": content.parts if content else {},

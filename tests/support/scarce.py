@@ -141,7 +141,7 @@ def whole_training() -> dict[str, Any]:
         "stopped": [step, limit],
         "splits after the resume": more,
         "same weights": all(torch.equal(state[name], other[name]) for name in state),
-        "steps": reference.steps,
+        "steps": reference.step,
     }
 
 

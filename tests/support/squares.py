@@ -15,9 +15,9 @@ from runkey.data.normalise import normalise
 from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
 from runkey.model.matcher import Targets
-from runkey.training.checkpoint.folder import FolderCheckpoints, Interval
+from runkey.training.checkpoint import FolderCheckpoints, Interval
 from runkey.training.device import configure_torch
-from runkey.training.state import FitResult
+from runkey.training.state import LoopState
 from tests.support.fitting import fit
 
 CLASSES = 3
@@ -149,7 +149,7 @@ def train_detector(
     folder: Path | None = None,
     seconds: float = 1e6,
     **options: Any,
-) -> FitResult:
+) -> LoopState:
     """Train it; `evaluate`: not by the held-out loss; `folder`: with checkpoints there."""
     model = model or make_detector(parameters)
     checkpoints = folder_checkpoints(folder, seconds) if folder else None

@@ -82,9 +82,7 @@ class ToyCriterion:
         l1 = (outputs.boxes_cxcywh[image, slot] - targets.boxes_cxcywh).abs().sum()
         classification, l1 = classification / normaliser.slots, l1 / normaliser.boxes
         total = 2 * classification + 5 * l1
-        return ToyLosses(
-            total, {"loss_classification": classification.detach(), "loss_l1": l1.detach()}
-        )
+        return ToyLosses(total, {"classification": classification.detach(), "l1": l1.detach()})
 
 
 class ToyLoader:
@@ -139,7 +137,7 @@ class SavedInMemory:
         self.newest: int | None = None if content is None else content.step
         self.path = None
 
-    def due(self, step: int) -> bool:
+    def due(self) -> bool:
         return self.is_due
 
     def save(self, content, *, wait: bool = False, anchor: bool = False) -> None:

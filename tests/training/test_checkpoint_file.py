@@ -7,14 +7,12 @@ import sys
 import pytest
 import torch
 
-from runkey.training.checkpoint.file import (
+from runkey.training.checkpoint import (
     TEMPORARY,
     DamagedError,
     read_facts,
     read_file,
-    rename_temporary,
-    temporary_name,
-    write_temporary,
+    write_file,
 )
 from tests.support import checkpoint_kit as kit
 
@@ -30,9 +28,7 @@ TENSORS = {
 @pytest.fixture
 def written(tmp_path):
     path = tmp_path / "file.ckpt"
-    write_temporary(path, {"step": 7, "key": "rk2-"}, TENSORS)
-    assert not path.exists()
-    rename_temporary(path)
+    assert write_file(path, {"step": 7, "key": "rk2-"}, TENSORS)[0] == path.name
     return path
 
 
@@ -46,9 +42,12 @@ def test_what_is_read_is_what_was_written(written):
 
 def test_the_same_content_has_the_same_hash(written, tmp_path):
     first = read_file(written)[2]
-    again = write_temporary(tmp_path / "other.pt", {"step": 7, "key": "rk2-"}, TENSORS)
+    _, again = write_file(tmp_path / "other.pt", {"step": 7, "key": "rk2-"}, TENSORS)
     assert again == first
-    assert write_temporary(tmp_path / "other.pt", {"step": 8, "key": "rk2-"}, TENSORS) != first
+    name, other = write_file(tmp_path / "x-HASH.pt", {"step": 8, "key": "rk2-"}, TENSORS)
+    assert other != first
+    assert name == f"x-{other[:12]}.pt"
+    assert read_file(tmp_path / name)[2] == other
 
 
 def test_a_file_cut_short_anywhere_is_refused(written):
@@ -98,8 +97,7 @@ def test_no_code_is_run(tmp_path):
     path = tmp_path / "file.ckpt"
     with pytest.raises(SystemExit, match="ran"):
         pickle.loads(pickle.dumps(Opens()))  # noqa: S301
-    write_temporary(path, {}, {"weights": Opens()})
-    rename_temporary(path)
+    write_file(path, {}, {"weights": Opens()})
     with pytest.raises(DamagedError, match="something else than tensors"):
         read_file(path)
 
@@ -107,22 +105,20 @@ def test_no_code_is_run(tmp_path):
 def test_a_full_disk_leaves_nothing(small_disk):
     path = small_disk / "file.ckpt"
     with pytest.raises(OSError, match="No space left on device"):
-        write_temporary(path, {}, {"weights": torch.zeros(1_000_000)})
+        write_file(path, {}, {"weights": torch.zeros(1_000_000)})
     assert list(small_disk.iterdir()) == []
-    write_temporary(path, {}, {"weights": torch.zeros(1_000)})
-    rename_temporary(path)
+    write_file(path, {}, {"weights": torch.zeros(1_000)})
     assert read_file(path)[1]["weights"].shape == (1_000,)
 
 
 def test_killed_while_writing_no_file_has_the_name(tmp_path):
     script = (
         "import os, sys, torch; from pathlib import Path\n"
-        "from runkey.training.checkpoint import file\n"
+        "from runkey.training.checkpoint import write_file\n"
         "os.fsync = lambda _: os.kill(os.getpid(), 9)\n"
-        "file.write_temporary(Path(sys.argv[1]), {}, {'weights': torch.zeros(100)})\n"
+        "write_file(Path(sys.argv[1]), {}, {'weights': torch.zeros(100)})\n"
     )
     path = tmp_path / "step-00000001.ckpt"
     command = [sys.executable, "-c", script, str(path)]
     assert subprocess.run(command, timeout=120, check=False).returncode == -9
     assert [one.name for one in tmp_path.iterdir()] == ["step-00000001.ckpt" + TEMPORARY]
-    assert temporary_name(path).exists()

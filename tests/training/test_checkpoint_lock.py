@@ -10,13 +10,13 @@ from contextlib import suppress
 import pytest
 
 from runkey.errors import TrainingError
-from runkey.training.checkpoint.lock import LOCK, locked
+from runkey.training.lock import LOCK, locked
 
 HOLDER = textwrap.dedent(
     """
     import os, sys, time
     from pathlib import Path
-    from runkey.training.checkpoint.lock import locked
+    from runkey.training.lock import locked
     with locked(Path(sys.argv[1])):
         if sys.argv[2] == "worker" and os.fork() == 0:
             time.sleep(60)      # with all files of its parent open

@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from runkey.training.checkpoint.file import CheckpointName, HostCopy, find_checkpoints, obsolete
-from runkey.training.checkpoint.folder import SHORTEST_SECONDS, Interval
+from runkey.training.checkpoint import (
+    SHORTEST_SECONDS,
+    CheckpointName,
+    HostCopy,
+    Interval,
+    find_checkpoints,
+    obsolete,
+)
 from runkey.training.tensors import all_finite, named_tensors
 from tests.support import checkpoint_kit as kit
 

@@ -14,17 +14,18 @@ import torch
 
 from runkey.errors import TrainingError
 from runkey.model.criterion import build_criterion
-from runkey.training.debug.replay import (
+from runkey.training.debug import (
     LOG,
     Bundle,
     bad_steps,
-    diagnose,
+    diagnose_bundle,
     find_start,
     logged_losses,
     replay,
 )
 from runkey.training.device import build_precision, seed_step
 from runkey.training.optimizer import build_clipper, build_optimizer
+from runkey.training.probe import diagnose
 from runkey.training.step import TrainStep, accumulate_gradients
 from runkey.training.tensors import host_weights
 from tests.support.guarded import context_of
@@ -227,7 +228,7 @@ def test_from_a_killed_runs_folder_and_from_a_bundle_elsewhere(killed, tmp_path)
 
     elsewhere = tmp_path / "copy.pt"
     shutil.copy(folder / "bad-step-6.pt", elsewhere)
-    again = Bundle.read(elsewhere).diagnose(model())
+    again = diagnose_bundle(Bundle.read(elsewhere), model())
     assert repr(again) == repr(found)  # in which nan is nan; the same numbers, to the last bit
     assert elsewhere.stat().st_size < 3e6
 

@@ -3,7 +3,7 @@
 import pytest
 
 from runkey.errors import TrainingError
-from runkey.training.early_stopping import MetricComparator, decide_stop, loss_gap, watched_value
+from runkey.training.schedule import MetricComparator, decide_stop, loss_gap, watched_value
 
 NAN = float("nan")
 
@@ -32,23 +32,22 @@ TABLE = [
 
 @pytest.mark.parametrize(("history", "mode", "min_delta", "patience", "stops", "waited"), TABLE)
 def test_table(history, mode, min_delta, patience, stops, waited):
-    verdict = decide_stop(history, MetricComparator(mode, min_delta), patience)
-    assert (verdict.stop, verdict.waited) == (stops, waited)
-    assert bool(verdict.reason) == stops
+    counted, reason = decide_stop(history, MetricComparator(mode, min_delta), patience)
+    assert (bool(reason), counted) == (stops, waited)
 
 
 def test_says_what_it_saw():
-    verdict = decide_stop([0.2, 0.3125, 0.3, 0.31], MetricComparator("max", 0.01), 2, "val/AP")
-    assert verdict.reason == (
+    _, reason = decide_stop([0.2, 0.3125, 0.3, 0.31], MetricComparator("max", 0.01), 2, "val/AP")
+    assert reason == (
         "early stop: best val/AP 0.3125 at evaluation 2 of 4, then 0.3, 0.31: "
         "2 without improvement by more than 0.01"
     )
-    verdict = decide_stop([NAN, NAN], MetricComparator("max"), 2, "val/AP")
-    assert verdict.reason == "early stop: val/AP was never a number: 2 without improvement"
-    verdict = decide_stop(
+    _, reason = decide_stop([NAN, NAN], MetricComparator("max"), 2, "val/AP")
+    assert reason == "early stop: val/AP was never a number: 2 without improvement"
+    _, reason = decide_stop(
         [0.5, *(n / 100 for n in range(10))], MetricComparator("max"), 10, "val/AP"
     )
-    assert "of 11, then ... 0.02, 0.03, " in verdict.reason
+    assert "of 11, then ... 0.02, 0.03, " in reason
 
 
 def test_gap_is_of_what_both_losses_have():

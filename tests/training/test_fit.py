@@ -16,8 +16,8 @@ def test_learns():
     parameters = toy.make_params(lr=3e-3, training={"epochs": 12, "early_stopping": PATIENT})
     result = run(parameters)
     assert result.history[-1]["train/epoch_loss"] < 0.6 * result.history[0]["train/epoch_loss"]
-    assert result.best_metrics["val/loss"] < result.history[0]["val/loss"]
-    assert result.steps == 12 * 3
+    assert result.best.metrics["val/loss"] < result.history[0]["val/loss"]
+    assert result.step == 12 * 3
     assert result.stop_reason == "all 12 epochs done"
 
 
@@ -31,7 +31,7 @@ def test_twice_the_same_bits(ema):
         configure_torch(0, deterministic=True)
         results.append(run(parameters, model=model(dropout=0.3), tracker=trackers[-1]))
         torch.rand(7)  # somebody else draws in between
-    assert same(results[0].best_state, results[1].best_state)
+    assert same(results[0].best_weights, results[1].best_weights)
     logged = [[(s, without_clock(v)) for s, v in t.logged] for t in trackers]
     assert logged[0] == logged[1]
 
@@ -39,7 +39,7 @@ def test_twice_the_same_bits(ema):
 def test_another_seed_gives_other_weights():
     first = run(toy.make_params(seed=0, training={"epochs": 1}))
     second = run(toy.make_params(seed=1, training={"epochs": 1}))
-    assert not same(first.best_state, second.best_state)
+    assert not same(first.best_weights, second.best_weights)
 
 
 def test_noise_is_a_function_of_the_step():
@@ -57,7 +57,7 @@ def test_noise_is_a_function_of_the_step():
                     yield window
 
         loader = Drawing()
-        states.append(run(parameters, model=model, loader=loader).best_state)
+        states.append(run(parameters, model=model, loader=loader).best_weights)
     assert same(*states)
 
 
@@ -68,8 +68,8 @@ def test_micro_batch_changes_rounding_only(micro_batch):
         run(parameters, model=seeded(), loader=toy.ToyLoader(micro_batch=size))
         for size in (8, micro_batch)
     )
-    for name, tensor in whole.best_state.items():
-        torch.testing.assert_close(parts.best_state[name], tensor, rtol=0, atol=2e-4)
+    for name, tensor in whole.best_weights.items():
+        torch.testing.assert_close(parts.best_weights[name], tensor, rtol=0, atol=2e-4)
     losses = [[epoch["train/epoch_loss"] for epoch in r.history] for r in (whole, parts)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
@@ -79,7 +79,7 @@ def test_log_every_changes_no_weight():
         run(toy.make_params(runtime={"log_every": every}), tracker=toy.MemoryTracker())
         for every in (1, 7)
     ]
-    assert same(results[0].best_state, results[1].best_state)
+    assert same(results[0].best_weights, results[1].best_weights)
 
 
 def test_overfits_one_batch():

@@ -34,9 +34,9 @@ NAN = float("nan")
 def test_best_weights_not_the_last(enabled):
     evaluate = Scripted([0.1, 0.4, 0.3, 0.35])
     result = run(scripted_params(4, enabled=enabled, patience=3), evaluate=evaluate)
-    assert (result.best_epoch, result.best_step, result.best_metrics) == (2, 6, {"val/AP": 0.4})
-    assert same(result.best_state, evaluate.seen[1])
-    assert not same(result.best_state, evaluate.seen[3])
+    assert (result.best.epoch, result.best.step, result.best.metrics) == (2, 6, {"val/AP": 0.4})
+    assert same(result.best_weights, evaluate.seen[1])
+    assert not same(result.best_weights, evaluate.seen[3])
 
 
 def test_better_by_less_than_min_delta_is_still_the_model():
@@ -46,7 +46,7 @@ def test_better_by_less_than_min_delta_is_still_the_model():
         | {"early_stopping": {"metric": "val/AP", "patience": 2, "min_delta": 0.1}}
     )
     result = run(parameters, evaluate=evaluate)
-    assert result.best_epoch == 3
+    assert result.best.epoch == 3
     assert result.stop_reason.startswith("early stop: best val/AP 0.4 at evaluation 1 of 3")
 
 
@@ -54,7 +54,7 @@ def test_early_stop_counts_evaluations_not_epochs():
     evaluate = Scripted([0.5, 0.4, 0.4, 0.9])
     result = run(scripted_params(9, every=2), evaluate=evaluate)
     assert len(evaluate.seen) == 3
-    assert result.steps == 6 * 3
+    assert result.step == 6 * 3
     assert [e["epoch"] for e in result.history if "val/AP" in e] == [2, 4, 6]
 
 
@@ -62,15 +62,15 @@ def test_the_last_epoch_has_an_evaluation():
     evaluate = Scripted([0.5, 0.6])
     result = run(scripted_params(3, every=2), evaluate=evaluate)
     assert [e["epoch"] for e in result.history if "val/AP" in e] == [2, 3]
-    assert result.best_epoch == 3
+    assert result.best.epoch == 3
 
 
 def test_nan_is_never_the_best():
     result = run(scripted_params(3, patience=9), evaluate=Scripted([NAN, -1.0, NAN]))
-    assert result.best_epoch == 2
+    assert result.best.epoch == 2
     result = run(scripted_params(2, patience=9), evaluate=Scripted([NAN, NAN]))
-    assert result.best_epoch == 1
-    assert math.isnan(result.best_metrics["val/AP"])
+    assert result.best.epoch == 1
+    assert math.isnan(result.best.metrics["val/AP"])
 
 
 def test_plateau_drops_the_rate():
@@ -93,13 +93,13 @@ def test_evaluates_and_keeps_the_average():
     evaluate = Scripted([0.5])
     model = toy.ToyModel()
     result = run(scripted_params(1, ema_decay=0.9), model=model, evaluate=evaluate)
-    assert same(result.best_state, evaluate.seen[0])
-    assert not same(result.best_state, dict(model.state_dict()))
+    assert same(result.best_weights, evaluate.seen[0])
+    assert not same(result.best_weights, dict(model.state_dict()))
 
 
 def test_best_state_loads_anywhere(tmp_path):
     result = run(toy.make_params(training={"epochs": 1}))
-    assert all(t.is_contiguous() and not t.requires_grad for t in result.best_state.values())
-    torch.save(result.best_state, tmp_path / "weights.pt")
+    assert all(t.is_contiguous() and not t.requires_grad for t in result.best_weights.values())
+    torch.save(result.best_weights, tmp_path / "weights.pt")
     loaded = torch.load(tmp_path / "weights.pt", weights_only=True)
     toy.ToyModel().load_state_dict(loaded, strict=True)

@@ -45,7 +45,7 @@ def test_skipped_steps_are_counted_and_left_out_of_means():
     assert [fields["step"] for fields in events] == [2, 5]
     assert len(events[0]["image_ids"]) == 8
     assert all(math.isfinite(e["train/epoch_loss"]) for e in result.history)
-    assert all(t.isfinite().all() for t in result.best_state.values())
+    assert all(t.isfinite().all() for t in result.best_weights.values())
 
 
 def test_gives_up_when_no_step_is_finite():

@@ -92,10 +92,10 @@ def test_stops_at_a_boundary_and_goes_on(train, where, at, step, number):
     )
     again = toy.SavedInMemory(stopped.content, due=False)
     result = train(checkpoints=again)
-    assert result.best_step == expected.best_step
-    for name, tensor in expected.best_state.items():
-        assert torch.equal(result.best_state[name], tensor), name
-    assert result.best_metrics == expected.best_metrics
+    assert result.best.step == expected.best.step
+    for name, tensor in expected.best_weights.items():
+        assert torch.equal(result.best_weights[name], tensor), name
+    assert result.best.metrics == expected.best.metrics
     model, ours = whole.content.parts["model"], again.content.parts["model"]
     assert all(torch.equal(model[name], ours[name]) for name in model)
 

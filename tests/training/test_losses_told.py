@@ -3,7 +3,6 @@
 import math
 
 from runkey.errors import ModelError
-from runkey.training.metrics import NullTracker
 from runkey.training.tensors import host_weights
 from tests.support.guarded import bits, guarded, poisoned
 from tests.support.squares import SquaresLoader, train_detector
@@ -18,7 +17,7 @@ def test_a_spike_is_logged_and_changes_nothing(events, lines):
             train_detector(
                 parameters,
                 loader=SquaresLoader(change=change),
-                tracker=events if score else NullTracker(),
+                tracker=events if score else None,
             )
         )
     [spike] = events.of("loss_spike")
@@ -29,7 +28,7 @@ def test_a_spike_is_logged_and_changes_nothing(events, lines):
     assert len(told) == 1
     assert told[0].startswith("step 9 (images ")
     assert [epoch["train/loss_spikes"] for epoch in results[0].history] == [0, 0, 1, 1]
-    assert bits(results[0].best_state) == bits(results[1].best_state)
+    assert bits(results[0].best_weights) == bits(results[1].best_weights)
 
 
 def test_a_model_that_predicts_nan_is_not_the_end(events, lines):
@@ -43,7 +42,7 @@ def test_a_model_that_predicts_nan_is_not_the_end(events, lines):
         return {"val/loss": float(len(evaluated))}
 
     result = train_detector(parameters, evaluate=evaluate, tracker=events)
-    assert (result.steps, result.best_epoch) == (12, 1)
+    assert (result.step, result.best.epoch) == (12, 1)
     assert [math.isnan(epoch["val/loss"]) for epoch in result.history] == [
         False,
         True,
@@ -71,7 +70,7 @@ def test_the_gap_and_what_was_kept_are_logged(events, lines):
         return {"val/loss": next(values)}
 
     result = train_detector(parameters, evaluate=evaluate, tracker=events)
-    assert bits(result.best_state) == bits(seen[1])
+    assert bits(result.best_weights) == bits(seen[1])
     assert lines[-1].startswith(
         "early stop: best val/loss 15 at evaluation 2 of 4, then 16, 17: 2 without improvement; "
         "kept the weights of epoch 2 (val/loss 15); generalisation gap (val loss - train loss): "

@@ -133,7 +133,7 @@ def test_bar_text():
 
 def test_no_bar_without_a_terminal(capsys):
     with open_display(10, 2, wanted=True) as display:
-        display.update(1, 1, "text")
+        display(1, 1, "text")
     with open_display(10, 2, wanted=False) as display:
-        display.update(1, 1, "text")
+        display(1, 1, "text")
     assert capsys.readouterr() == ("", "")

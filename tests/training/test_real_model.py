@@ -61,9 +61,9 @@ def train(preset, loader, lr=1e-3, model=None, **training):
 def test_twice_the_same_bits(preset):
     """With dropout, denoising noise, live norm, accumulation, an average, a partial window."""
     first, second = (train(preset, SquaresLoader(), epochs=2, ema_decay=0.9) for _ in range(2))
-    assert first.best_state.keys() == second.best_state.keys()
-    for name, tensor in first.best_state.items():
-        assert torch.equal(tensor, second.best_state[name]), name
+    assert first.best_weights.keys() == second.best_weights.keys()
+    for name, tensor in first.best_weights.items():
+        assert torch.equal(tensor, second.best_weights[name]), name
     losses = [[epoch["train/epoch_loss"] for epoch in r.history] for r in (first, second)]
     assert losses[0] == losses[1]
     assert first.skipped_steps == 0
@@ -77,7 +77,7 @@ def test_mixed_precision_gives_the_same_loss_nearly(precision):
     )
     expected = plain.history[0]["train/epoch_loss"]
     assert mixed.history[0]["train/epoch_loss"] == pytest.approx(expected, rel=0.05)
-    assert all(tensor.dtype != torch.bfloat16 for tensor in mixed.best_state.values())
+    assert all(tensor.dtype != torch.bfloat16 for tensor in mixed.best_weights.values())
 
 
 @pytest.mark.slow

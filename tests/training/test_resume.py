@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from runkey.training.checkpoint.file import Checkpoint
+from runkey.training.checkpoint import Checkpoint
 from runkey.training.device import configure_torch
 from runkey.training.state import LoopState
 from tests.support import toy
@@ -86,10 +86,10 @@ def test_stopped_anywhere_it_is_the_same_training(parameters, uninterrupted, sto
     again = toy.SavedInMemory(stopped.content)
     resumed, _ = train(parameters, again, tracker)
 
-    assert equal(resumed.best_state, whole.best_state)
+    assert equal(resumed.best_weights, whole.best_weights)
     assert equal(again.content.parts, whole_checkpoints.content.parts)
     assert without_clock(again.content.state) == without_clock(whole_checkpoints.content.state)
-    fields = [dataclasses.asdict(r) | {"best_state": None} for r in (resumed, whole)]
+    fields = [dataclasses.asdict(r) | {"best_weights": None} for r in (resumed, whole)]
     assert without_clock(fields[0]) == without_clock(fields[1])
     assert without_clock(tracker.logged) == without_clock(whole_tracker.logged)
     assert events_but_resumed(tracker) == events_but_resumed(whole_tracker)
@@ -99,7 +99,7 @@ def test_stopped_anywhere_it_is_the_same_training(parameters, uninterrupted, sto
 def test_checkpoints_change_nothing(parameters):
     without, model = train(parameters, None, first := toy.MemoryTracker())
     with_them, same = train(parameters, toy.SavedInMemory(), second := toy.MemoryTracker())
-    assert equal(with_them.best_state, without.best_state)
+    assert equal(with_them.best_weights, without.best_weights)
     assert equal(same.state_dict(), model.state_dict())
     assert without_clock(first.logged) == without_clock(second.logged)
 
@@ -118,7 +118,7 @@ def test_resumes_after_the_end(parameters, lines):
         checkpoints=toy.SavedInMemory(kept.content),
     )
     assert again.seconds == whole.seconds
-    assert equal(again.best_state, whole.best_state)
+    assert equal(again.best_weights, whole.best_weights)
     assert "resuming after step 18 of 18" in lines
 
 

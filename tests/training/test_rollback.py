@@ -21,7 +21,7 @@ def test_goes_back_when_the_budget_is_used_up(events, lines, tmp_path):
         folder=tmp_path,
         tracker=events,
     )
-    assert (result.steps, result.skipped_steps) == (12, 3)
+    assert (result.step, result.skipped_steps) == (12, 3)
     # Step 8 is known to be skipped after step 9; no anchor was written at step 8.
     assert events.of("rollback") == [
         {
@@ -143,5 +143,5 @@ def test_weights_that_are_not_finite_are_noticed_after_one_step_more(events, tmp
     assert rollback["reason"] == "weights are not finite"
     assert rollback["step"] == min(step + 1, 12)
     assert rollback["to"] == (4 if step == 5 else 8)
-    assert all(tensor.isfinite().all() for tensor in result.best_state.values())
-    assert math.isfinite(result.best_metrics["val/loss"])
+    assert all(tensor.isfinite().all() for tensor in result.best_weights.values())
+    assert math.isfinite(result.best.metrics["val/loss"])

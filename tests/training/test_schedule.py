@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from runkey import params
-from runkey.training.early_stopping import MetricComparator
-from runkey.training.schedule import build_schedule, count_drops
+from runkey.training.schedule import MetricComparator, build_schedule, count_drops
 
 H = 0.5**0.5  # cos(45 degrees)
 

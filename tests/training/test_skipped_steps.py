@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from runkey.training.checkpoint.file import find_checkpoints, read_file
+from runkey.training.checkpoint import find_checkpoints, read_file
 from runkey.training.guard import find_pins
 from runkey.training.loop import take_step
 from runkey.training.state import LoopState
@@ -46,7 +46,7 @@ def test_a_forward_pass_that_is_not_finite_is_a_skipped_step(events, lines):
     model = make_detector(parameters)
     plant(model, LAYER, "forward", {7})
     result = train_detector(parameters, model=model, tracker=events)
-    assert (result.steps, result.skipped_steps) == (12, 1)
+    assert (result.step, result.skipped_steps) == (12, 1)
     [event] = events.of("skipped_step")
     assert event["step"] == 4
     assert len(event["image_ids"]) == 8
@@ -58,7 +58,7 @@ def test_a_forward_pass_that_is_not_finite_is_a_skipped_step(events, lines):
     told = [line for line in lines if line.startswith("step 4 ")]
     assert len(told) == 1
     assert "is skipped: loss or gradients are not finite (micro-batch 2: logits of " in told[0]
-    assert all(tensor.isfinite().all() for tensor in result.best_state.values())
+    assert all(tensor.isfinite().all() for tensor in result.best_weights.values())
     assert all(math.isfinite(epoch["train/epoch_loss"]) for epoch in result.history)
     assert [epoch["train/skipped_steps"] for epoch in result.history] == [0, 1, 1, 1]
 
