@@ -1,4 +1,4 @@
-"""The error of this package."""
+"""The errors that users see: one base class, one line of text, exit code 1."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from runkey.progress import folded
-
-# The errors that users see: one base class, one line of text, exit code 1.
-
 
 _KILLED = 128
 """Exit code of shells after a signal: this and its number."""
@@ -59,10 +56,10 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: signal.Signals, text: str = "") -> None:
         """Args: number: the signal.  text: where training stopped, and how to go on."""
         # Without a text: before the first step, or when the model was being recorded.
-        anyhow = (
+        default = (
             f"stopped by {number.name}; `dvc repro` goes on from the checkpoint, if there is one"
         )
-        super().__init__(text or anyhow)
+        super().__init__(text or default)
         self.number = number
 
     @property

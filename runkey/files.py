@@ -14,10 +14,6 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 
     Several processes may write the same path; the last one wins. Missing parent folders are made.
 
-    Args:
-        path: the file.
-        data: its content; text is encoded as UTF-8.
-
     Raises:
         OSError: the file cannot be written; an older file is left as it was.
     """
@@ -36,12 +32,7 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON atomically.
-
-    Raises:
-        OSError: the file cannot be written.
-        ValueError: `value` holds NaN or an infinity.
-    """
+    """Write indented JSON atomically; NaN and infinities are refused (ValueError)."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(path, text + "\n")
 

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
+
+from runkey.errors import RunkeyError
+from runkey.hashing import sha256_bytes
 
 PARAMS = Path("params.yaml")
 LOCK = Path("conda-lock.yml")
@@ -21,8 +25,6 @@ METRICS = Path("metrics")
 PLOTS = Path("plots")
 HOME = Path(".runkey")
 """Beside the store: records, claims, checkpoints, work of `runkey reproduce`."""
-RECORDS = Path("runs.sqlite")
-"""In `HOME`: the cache of the store's runs, see `runkey.identity.record_cache`."""
 
 
 def is_server(address: str) -> bool:
@@ -30,8 +32,20 @@ def is_server(address: str) -> bool:
     return address.startswith(("http://", "https://"))
 
 
+def records(home: Path, uri: str = "") -> Path:
+    """Return the cache of a store's runs, see `runkey.identity.record_cache`.
+
+    Beside a local store (`home`) there is one; each server has its own, whatever the login.
+    """
+    if not is_server(uri):
+        return home / "runs.sqlite"
+    parts = urlsplit(uri)
+    server = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
+    return home / f"runs-{sha256_bytes(server.encode())[:12]}.sqlite"
+
+
 def training_folder(home: Path, key: str, repeats: str | None = None) -> Path:
-    """The folder of all that a training needs to go on after an interruption.
+    """Return the folder of all that a training needs to continue after an interruption.
 
     Args:
         home: `Store.home`.
@@ -42,16 +56,19 @@ def training_folder(home: Path, key: str, repeats: str | None = None) -> Path:
 
 
 def workspace(start: Path | None = None) -> Path:
-    """The nearest folder at or above `start` (the current one) that holds params.yaml and stages/.
+    """Return the nearest folder at or above `start` (the current one) with params.yaml and stages/.
 
     Raises:
-        FileNotFoundError: there is none; the text says what was looked for and where.
+        RunkeyError: there is none.
     """
     first = (start or Path.cwd()).resolve()
     for folder in (first, *first.parents):
         if (folder / PARAMS).is_file() and (folder / "stages").is_dir():
             return folder
-    raise FileNotFoundError(f"no folder with params.yaml and stages/ at or above {first}")
+    raise RunkeyError(
+        f"no folder with params.yaml and stages/ at or above {first}; change to a folder of the"
+        " repository"
+    )
 
 
 def store_root() -> Path:

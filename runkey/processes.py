@@ -10,8 +10,6 @@ _PROC = Path("/proc")
 _BOOT_ID = _PROC / "sys/kernel/random/boot_id"
 _ENDED = frozenset("ZX")
 """States in /proc of an ended process: the parent of a zombie has not noticed yet."""
-_STATE, _START = 0, 19
-"""Positions of `state` and `starttime` in /proc/PID/stat, after the name in brackets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,4 +68,4 @@ def _stat(pid: int) -> tuple[str, int] | None:
     except OSError:
         return None
     fields = text.rpartition(")")[2].split()  # the name before it may hold spaces and brackets
-    return fields[_STATE], int(fields[_START])
+    return fields[0], int(fields[19])  # `state` and `starttime` in proc(5)

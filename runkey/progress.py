@@ -1,12 +1,12 @@
-"""How far a long step is: a bar on a terminal, a plain line now and then everywhere else.
+"""Progress of long steps: a bar on a terminal, periodic plain lines otherwise; and log output.
 
     with progress("evaluate", len(images), "images") as steps:
         for image in images:
             ...
             steps.advance()
 
-Both go to stderr, so that what a command answers can be piped.  The bar goes when the block ends:
-the step itself logs what is worth keeping.  A step inside another one shows its progress there.
+Bar and lines go to stderr, so that a command's answer can be piped.  The bar is erased when the
+block ends; a step inside another one shows its progress in the other's bar.
 """
 
 from __future__ import annotations
@@ -15,97 +15,139 @@ import logging
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 EVERY_SECONDS = 15.0
-"""Between plain lines; a step that takes less says nothing without a terminal."""
+"""Seconds between plain lines; a shorter step prints none."""
 WIDTH = 100
-"""Columns that what is said may take."""
+"""Most columns of printed text."""
 _BAR_CHARACTERS = 14
 
 _wanted = True
-_shown: list[_Bar] = []
-"""The bar on the terminal now."""
+_bars: Progress | None = None
+"""What draws the bar that is on the terminal now."""
 
 
-class Steps(Protocol):
-    """Told how far a step is."""
+class Steps:
+    """Counts how much of a step is done, and shows it."""
+
+    def __init__(
+        self, what: str, total: float, unit: str, show: Callable[[Steps, str], None] | None = None
+    ) -> None:
+        self.what, self.total, self._unit, self._show = what, total, unit, show
+        self.done = 0.0
+
+    @property
+    def amount(self) -> str:
+        """`120/400 images`, `1.5/20.0 MB`, `35%`."""
+        if self._unit == "bytes":
+            return f"{self.done / 1e6:,.1f}/{self.total / 1e6:,.1f} MB"
+        if self._unit:
+            return f"{self.done:,.0f}/{self.total:,.0f} {self._unit}"
+        return f"{self.done / max(self.total, 1):.0%}"
 
     def advance(self, amount: float = 1, text: str = "", what: str = "") -> None:
-        """So much more is done.
+        """Add to what is done.
 
         Args:
             amount: in the step's unit.
             text: to show beside the bar; the earlier one stays if it is empty.
-            what: is done now, such as `epoch 3/20`; the earlier one stays if it is empty.
+            what: what is done now, such as `epoch 3/20`; the earlier one stays if it is empty.
         """
+        self.done += amount
+        self.what = what or self.what
+        if self._show:
+            self._show(self, text)
+
+
+QUIET = Steps("", 0, "")
+"""Shows nothing."""
 
 
 def want_bars(wanted: bool) -> None:
-    """Whether steps of this process may draw bars (`runtime.progress`); lines are said anyway."""
+    """Allow bars in this process or not (`runtime.progress`); lines are printed anyway."""
     global _wanted
     _wanted = wanted
 
 
 @contextmanager
 def progress(what: str, total: float, unit: str = "", *, lines: bool = True) -> Iterator[Steps]:
-    """Show how far a step is until the block ends.
+    """Show the progress of a step until the block ends.
 
     Args:
-        what: is done, such as `evaluate`.
+        what: name of the step, such as `evaluate`.
         total: how much there is to do.
         unit: of `total`, such as `images`; `bytes` are shown as MB, none: percent.
-        lines: whether plain lines are said where there is no terminal.
+        lines: print plain lines where there is no terminal.
     """
-    if not _has_terminal():
-        yield _Lines(what, total, unit) if lines else QUIET
+    global _bars
+    # rich may be missing on a bare GPU machine.
+    terminal = sys.stdout.isatty() and sys.stderr.isatty() and find_spec("rich") is not None
+    if not (_wanted and terminal):
+        yield Steps(what, total, unit, _line_printer() if lines else None)
         return
-    if _shown:
-        outer = _shown[-1]
-        before = outer.text
+    if _bars:
+        outer, task = _bars, _bars.tasks[0]
+        before = task.fields["text"]
         try:
-            yield _Inside(outer, what, total, unit)
+            yield Steps(
+                what,
+                total,
+                unit,
+                lambda now, text: outer.update(task.id, text=f"{now.what} {now.amount}  {text}"),
+            )
         finally:
-            outer.show(before)
+            outer.update(task.id, text=before)
         return
     with _rich_bars() as bars:
-        bar = _Bar(bars, what, total, unit)
-        _shown.append(bar)
+        row = bars.add_task(what, total=total, amount=Steps(what, total, unit).amount, text="")
+
+        def show(now: Steps, text: str) -> None:
+            more: dict[str, Any] = {"text": text} if text else {}
+            bars.update(row, completed=now.done, description=now.what, amount=now.amount, **more)
+
+        _bars = bars
         try:
-            yield bar
+            yield Steps(what, total, unit, show)
         finally:
-            _shown.remove(bar)
+            _bars = None
 
 
 def each[T](what: str, items: Sequence[T], unit: str) -> Iterator[T]:
-    """The items one by one, with the progress of a loop over them."""
+    """Yield the items one by one, with the progress of a loop over them."""
     with progress(what, len(items), unit) as steps:
         for item in items:
             yield item
             steps.advance()
 
 
-def _has_terminal() -> bool:
-    """Whether a bar can be drawn; rich may be missing on a bare GPU machine."""
-    both = sys.stdout.isatty() and sys.stderr.isatty()
-    return _wanted and both and find_spec("rich") is not None
+def _line_printer() -> Callable[[Steps, str], None]:
+    last = time.monotonic()
+
+    def show(now: Steps, text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= EVERY_SECONDS and now.done < now.total:
+            last = time.monotonic()
+            sys.stderr.write(f"{now.what}: {now.amount}  {text}".rstrip() + "\n")
+            sys.stderr.flush()
+
+    return show
 
 
 def _rich_bars() -> Progress:
-    """What draws a bar on the terminal while it is entered."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
     class TimeLeft(TimeRemainingColumn):
         def render(self, task: Task) -> Text:
-            """Nothing beside a text, which says it better."""
+            """Show nothing beside a text, which says it better."""
             return Text() if task.fields["text"] else super().render(task)
 
     columns = (
@@ -118,83 +160,11 @@ def _rich_bars() -> Progress:
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
-class _Bar:
-    """The one bar."""
-
-    def __init__(self, bars: Progress, what: str, total: float, unit: str) -> None:
-        self._bars, self._total, self._unit = bars, total, unit
-        self._done = 0.0
-        self.text = ""
-        self._row = bars.add_task(what, total=total, amount=_amount(0, total, unit), text="")
-
-    def advance(self, amount: float = 1, text: str = "", what: str = "") -> None:
-        self._done += amount
-        self._bars.update(
-            self._row,
-            completed=self._done,
-            description=what or None,
-            amount=_amount(self._done, self._total, self._unit),
-        )
-        if text:
-            self.show(text)
-
-    def show(self, text: str) -> None:
-        self.text = text
-        self._bars.update(self._row, text=text)
-
-
-class _Inside:
-    """A step within the one that has the bar."""
-
-    def __init__(self, outer: _Bar, what: str, total: float, unit: str) -> None:
-        self._outer, self._what, self._total, self._unit = outer, what, total, unit
-        self._done = 0.0
-
-    def advance(self, amount: float = 1, text: str = "", what: str = "") -> None:
-        self._done += amount
-        self._what = what or self._what
-        self._outer.show(f"{self._what} {_amount(self._done, self._total, self._unit)}  {text}")
-
-
-def _amount(done: float, total: float, unit: str) -> str:
-    """`120/400 images`, `1.5/20.0 MB`, `35%`."""
-    if unit == "bytes":
-        return f"{done / 1e6:,.1f}/{total / 1e6:,.1f} MB"
-    return f"{done:,.0f}/{total:,.0f} {unit}" if unit else f"{done / max(total, 1):.0%}"
-
-
-class _Lines:
-    """Says a line when it is time."""
-
-    def __init__(self, what: str, total: float, unit: str) -> None:
-        self._what, self._total, self._unit = what, total, unit
-        self._done = 0.0
-        self._last = time.monotonic()
-
-    def advance(self, amount: float = 1, text: str = "", what: str = "") -> None:
-        self._done += amount
-        self._what = what or self._what
-        if time.monotonic() - self._last >= EVERY_SECONDS and self._done < self._total:
-            self._last = time.monotonic()
-            line = f"{self._what}: {_amount(self._done, self._total, self._unit)}  {text}"
-            sys.stderr.write(line.rstrip() + "\n")
-            sys.stderr.flush()
-
-
-class _Nothing:
-    def advance(self, amount: float = 1, text: str = "", what: str = "") -> None:
-        pass
-
-
-QUIET: Steps = _Nothing()
-"""Shows nothing."""
-
-
 def log_to_terminal(*, stderr: bool = False) -> None:
     """Print the package's log messages; each entry point calls it once.
 
-    The library says everything by `logging.getLogger(__name__)`. INFO is printed as it is,
-    WARNING and above with the level's name in front; lines wider than 100 columns are folded.
+    Every module logs with `logging.getLogger(__name__)`. INFO is printed as it is, WARNING and
+    above with the level's name in front; lines wider than 100 columns are folded.
 
     Args:
         stderr: print on stderr, for commands whose answer on stdout may be piped; else on stdout.
@@ -224,21 +194,14 @@ class _TerminalHandler(logging.Handler):
             self.handleError(record)
 
 
-def tell(text: str) -> None:
-    """Say lines to whoever watches a stage, none wider than 100 columns."""
-    for line in folded(text):
-        sys.stdout.write(line + "\n")
-
-
 def folded(text: str) -> list[str]:
-    """A text's lines; those wider than 100 columns go on below themselves, two columns in."""
+    """Split a text into lines of at most 100 columns; continued lines are indented by two more."""
     lines = []
     for line in text.splitlines():
-        start = " " * (len(line) - len(line.lstrip()) + 2)
         parts = textwrap.wrap(
             line,
             WIDTH,
-            subsequent_indent=start,
+            subsequent_indent=" " * (len(line) - len(line.lstrip()) + 2),
             break_long_words=False,
             break_on_hyphens=False,
         )

@@ -11,18 +11,7 @@ from typing import Annotated
 import typer
 
 from runkey import __version__
-from runkey.cli import (
-    debug,
-    diff,
-    env,
-    memory,
-    project,
-    report,
-    runs,
-    share,
-    store,
-    verify,
-)
+from runkey.cli import debug, memory, project, report, runs, share, store, verify
 from runkey.errors import report_errors
 from runkey.progress import WIDTH, log_to_terminal
 
@@ -36,9 +25,9 @@ app = typer.Typer(
     context_settings={"max_content_width": WIDTH},
 )
 app.command("debug-step")(debug.debug_step)
-app.command("diff")(diff.diff)
+app.command("diff")(runs.diff)
 app.command("draw")(report.draw)
-app.add_typer(env.app, name="env")
+app.add_typer(project.env, name="env")
 app.command("export")(share.export_run)
 app.command("fetch")(share.fetch)
 app.command("gc")(store.gc)

@@ -28,35 +28,14 @@ if TYPE_CHECKING:
     from runkey.tracking.store import Store
 
 
+workspace, checkout = paths.workspace, paths.store_root
+"""The repository that the current folder is in; the main checkout, whatever the current folder."""
+
 NO = 3
 """Exit code of a command whose answer is no."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Key = Annotated[str, typer.Argument(help="Prefix of a key; KEY:RUN for one of its runs.")]
-
-
-def workspace() -> Path:
-    """Return the repository that the current folder is in.
-
-    Raises:
-        RunkeyError: it is in none.
-    """
-    try:
-        return paths.workspace()
-    except FileNotFoundError as error:
-        raise RunkeyError(f"{error}; change to a folder of the repository") from None
-
-
-def checkout() -> Path:
-    """Return the main checkout: `DVC_ROOT`, else the repository of the current folder.
-
-    Raises:
-        RunkeyError: the current folder is in no repository.
-    """
-    try:
-        return paths.store_root()
-    except FileNotFoundError as error:
-        raise RunkeyError(f"{error}; change to a folder of the repository") from None
 
 
 def store() -> Store:
@@ -70,35 +49,27 @@ def store() -> Store:
     from runkey.tracking.store import locate_store
 
     try:
-        return locate_store(paths.store_root())
-    except FileNotFoundError as error:
+        return locate_store(checkout())
+    except RunkeyError as error:
         address = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
         if paths.is_server(address) or address.startswith("sqlite:////"):
             return locate_store(Path.cwd())
         raise RunkeyError(
-            f"{error}; change to a folder of the repository, or set MLFLOW_TRACKING_URI to a"
-            " server's address or sqlite:////full/path/mlflow.db"
+            f"{error}, or set MLFLOW_TRACKING_URI to a server's address or"
+            " sqlite:////full/path/mlflow.db"
         ) from None
 
 
-def library() -> Library:
-    """Return the runs of that store.
-
-    Raises:
-        RunkeyError: see `store`.
-    """
+def library(*, offline: bool = False) -> Library:
+    """Return the runs of that store; `offline`: of a server that is down, those in the cache."""
     from runkey.registry.server_library import open_library
 
     place = store()
-    return open_library(place.uri, place.home)
+    return open_library(place.uri, place.home, offline=offline)
 
 
 def claims() -> Claims:
-    """Return the claims of that store.
-
-    Raises:
-        RunkeyError: see `store`.
-    """
+    """Return the claims of that store."""
     from runkey.registry.server_library import open_claims
 
     place = store()

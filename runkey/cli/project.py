@@ -1,4 +1,7 @@
-"""`runkey preset`, `params`, `key`, `sample-data` and `summary`: the repository as it is now."""
+"""`runkey preset`, `params`, `key`, `sample-data` and `summary`: the repository as it is now.
+
+`runkey env` compares what is installed with the lock, and exports the lock of a recorded run.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,29 @@ import json
 import subprocess
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from runkey import paths
-from runkey.cli.output import AsJson, print_beside, print_json, workspace
+from runkey.cli.output import (
+    AsJson,
+    Key,
+    answer_no,
+    library,
+    print_beside,
+    print_json,
+    workspace,
+)
 from runkey.errors import DataError, ParamsError
 from runkey.identity.key import short_key
 
+if TYPE_CHECKING:
+    from runkey.registry.environment import EnvironmentComparison
+
 _ABOUT_WIDTH = 78
 _HINTS = 2
+_NOT_RECORDED = "(this run was not recorded in MLflow)"
 _PLACES = (
     (paths.MODEL, "weights, classes and parameters"),
     (paths.PREPARED / "contact_sheet.jpg", "the data with its boxes"),
@@ -45,7 +60,8 @@ def preset(
             print(f"{known:<16} {text}")
         return
     new = render.render_preset(name)
-    target = _target()
+    # The repository's, or a new one in a folder with stages/.
+    target = paths.PARAMS.resolve() if Path("stages").is_dir() else workspace() / paths.PARAMS
     old = target.read_text(encoding="utf-8") if target.is_file() else None
     written = old != new
     if written:
@@ -83,13 +99,6 @@ def show(
         return
     for name, value in values.items():
         print(f"{name} = {json.dumps(value)}")
-
-
-def _target() -> Path:
-    """Return the params.yaml to write: the repository's, or a new one in a folder with stages/."""
-    if Path("stages").is_dir():
-        return paths.PARAMS.resolve()
-    return workspace() / paths.PARAMS
 
 
 def _is_kept(text: str, target: Path) -> bool:
@@ -170,7 +179,7 @@ def summary(as_json: AsJson = False) -> None:
         ("training", f"{minutes} min {seconds:02d} s, weights of epoch {trained['best_epoch']}"),
         ("key", f"{key}   (runkey show {key})"),
         *((str(place), text) for place, text in _PLACES if (root / place).exists()),
-        ("make ui", _mlflow_line(run)),
+        ("make ui", "MLflow's pages on all runs" if run.get("run_id") else _NOT_RECORDED),
         *_next(root),
     ]
     width = max(len(name) for name, _ in rows)
@@ -198,12 +207,6 @@ def _next(root: Path) -> list[tuple[str, str]]:
     return [("try", first), *(("", text) for text in others)]
 
 
-def _mlflow_line(run: dict[str, Any]) -> str:
-    if not run.get("run_id"):
-        return "(this run was not recorded in MLflow)"
-    return "MLflow's pages on all runs"
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -212,3 +215,70 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path.relative_to(path.parents[1])}: not found; `make repro` makes it"
         ) from None
     return content
+
+
+env = typer.Typer(help="Compare what is installed with the lock; get a run's lock.")
+
+
+@env.command()
+def check(as_json: AsJson = False) -> None:
+    """Compare what is installed with what is locked.
+
+    In a conda environment all packages with their builds against conda-lock.yml, else Python
+    packages, and the CUDA that torch is built for, against requirements.txt. Exit code 3 if a
+    package is missing or of another version or build; those that are not locked are listed and
+    are no fault.
+    """
+    from runkey.registry.environment import compare_environment
+
+    found = compare_environment(workspace())
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        print("\n".join(_env_lines(found)))
+    if not found.agrees:
+        answer_no()
+
+
+@env.command()
+def export(
+    key: Key,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", help="Folder to write to; else one named as the key is."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's conda-lock.yml and requirements.txt, from its snapshot."""
+    from runkey.registry.environment import export_environment
+    from runkey.registry.library import find_run
+
+    record = find_run(library(), key)
+    target = to or Path(f"{record.label}-environment")
+    lock, requirements = export_environment(workspace(), record, target)
+    if as_json:
+        print_json({"key": record.key, "files": [str(lock), str(requirements)]})
+        return
+    print_beside("", f"the environment of {record.label}: {lock}, {requirements}")
+    print_beside("with conda: ", f"conda-lock install --name {record.label} {lock}")
+    print_beside("without: ", f"uv venv --python 3.12 ENV; uv pip sync --python ENV {requirements}")
+
+
+def _env_lines(found: EnvironmentComparison) -> list[str]:
+    counts = {kind: len(found.of_kind(kind)) for kind in ("missing", "other", "extra")}
+    patch = "" if found.python == found.locked_python else f" (the lock has {found.locked_python})"
+    torch = f"torch for CUDA {found.cuda}" if found.cuda else "torch for the CPU"
+    lines = [
+        f"{found.place}, Python {found.python}{patch}, {torch}, against {found.against}",
+        f"{found.same} as locked, {counts['missing']} missing, {counts['other']} of another"
+        f" version, {counts['extra']} extra",
+    ]
+    lines += [f"  missing  {d.name} {d.locked}" for d in found.of_kind("missing")]
+    lines += [
+        f"  other    {d.name}: locked {d.locked}, installed {d.installed}"
+        for d in found.of_kind("other")
+    ]
+    lines += [f"  extra    {d.name} {d.installed}" for d in found.of_kind("extra")]
+    if not found.agrees:
+        lines.append(f"to mend it: {found.way_out}")
+    return lines

@@ -1,4 +1,4 @@
-"""`runkey list`, `show`, `get` and `open`: find runs, read about them, copy their files."""
+"""`runkey list`, `show`, `get`, `open` and `diff`: find runs, read and compare them, copy files."""
 
 from __future__ import annotations
 
@@ -6,15 +6,31 @@ import socket
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runkey.cli.output import AsJson, Key, claims, library, print_json, print_table, store
+from runkey.cli.output import (
+    AsJson,
+    Key,
+    answer_no,
+    checkout,
+    claims,
+    library,
+    print_json,
+    print_table,
+    store,
+    workspace,
+)
 from runkey.errors import RegistryError
 from runkey.identity.key import older_rule, short_key
 from runkey.units import format_bytes
+
+if TYPE_CHECKING:
+    from runkey.registry.diff import Diff, Pair, Side
 
 _HOST = "127.0.0.1"
 
@@ -54,8 +70,9 @@ def list_runs(
     from runkey.registry.library import known_runs
     from runkey.registry.query import Query, find_field, parse_condition, split_condition
 
-    runs = library()
-    chosen = _columns(columns, show.COLUMNS)
+    runs = library(offline=True)
+    names = [name.strip() for name in columns.removeprefix("+").split(",") if name.strip()]
+    chosen = names if names and not columns.startswith("+") else [*show.COLUMNS, *names]
     own = {*show.COLUMNS, "started"}
     conditions = [split_condition(text)[0] for text in where or ()]
     known = known_runs(runs, {sort, *chosen, *conditions} - own)
@@ -82,11 +99,6 @@ def list_runs(
         print(f"{count} of these: {rule}")
 
 
-def _columns(asked: str, default: tuple[str, ...]) -> list[str]:
-    names = [name.strip() for name in asked.removeprefix("+").split(",") if name.strip()]
-    return [*default, *names] if asked.startswith("+") or not names else names
-
-
 def show_run(
     key: Key,
     every_param: Annotated[
@@ -100,7 +112,7 @@ def show_run(
     from runkey.registry.server_library import run_page
     from runkey.registry.show import describe, lines
 
-    runs, place = library(), store()
+    runs, place = library(offline=True), store()
     record = find_run(runs, key)
     others = [r for r in runs.matching(record.key) if r.run.run_id != record.run.run_id]
     status = status_now(record, claims())
@@ -187,11 +199,13 @@ def open_page(
     from runkey.registry.library import find_run
     from runkey.registry.server_library import comparison_page, run_page
 
-    runs, place = library(), store()
+    runs, place = library(offline=True), store()
     found = [find_run(runs, key).run for key in keys]
     server = runs.place if place.is_server else f"http://{_HOST}:{port}"
     page = run_page(server, found[0]) if len(found) == 1 else comparison_page(server, found)
-    served = place.is_server or _answers(port)
+    with socket.socket() as probe:
+        probe.settimeout(2)
+        served = place.is_server or probe.connect_ex((_HOST, port)) == 0
     if as_json:
         print_json({"page": page, "served": served, "runs": [run.run_id for run in found]})
     else:
@@ -205,7 +219,208 @@ def open_page(
         webbrowser.open(page)
 
 
-def _answers(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(2)
-        return probe.connect_ex((_HOST, port)) == 0
+# --- runkey diff
+
+_CELL = 44
+"""Characters of a value; longer ones are cut in the middle."""
+_HASH = 12
+
+
+def print_diff(a: Side, b: Side, diff: Diff, *, patch: bool, limit: int | None) -> None:
+    """Print all sections that are not empty; at most `limit` names of each kind."""
+    print_table(("", "key", "run", "started", "status", ""), [_head("A", a), _head("B", b)])
+    _print_verdict(a, b, diff)
+    _pairs("params", diff.params, limit)
+    _pairs("commands", diff.commands, limit)
+    _print_code(diff, patch=patch, limit=limit)
+    _print_data(diff, limit)
+    _pairs("environment", diff.packages, limit)
+    _print_artifacts(diff, limit)
+    _print_metrics(diff)
+    _pairs("witness (no part of the key)", diff.witness, None)
+    _pairs("installed packages (no part of the key)", diff.installed, limit)
+    for name, side in (("A", a), ("B", b)):
+        for note in side.notes:
+            print(f"\nnote on {name}: {note}", end="")
+    if a.notes or b.notes:
+        print()
+
+
+def _head(name: str, side: Side) -> tuple[str, ...]:
+    if side.record is None:
+        return (name, short_key(side.key), ".", "", "", "the tree as it stands")
+    run = side.record.run
+    started = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started_ms / 1000))
+    return (name, short_key(side.key), run.run_id[:8], started, run.status, run.name)
+
+
+def _print_verdict(a: Side, b: Side, diff: Diff) -> None:
+    print()
+    if a.record and b.record and a.record.run.run_id == b.record.run.run_id:
+        print("the same run")
+        return
+    if diff.same_key:
+        print("the same key: code, parameters, data and environment are the same")
+        return
+    rows = [
+        (name, _short(pair.a), _short(pair.b), "same" if pair.a == pair.b else "differs")
+        for name, pair in diff.parts.items()
+    ]
+    print_table(("part", "A", "B", ""), rows)
+
+
+def _short(digest: str | None) -> str:
+    return digest[:_HASH] if digest else "-"
+
+
+def _print_code(diff: Diff, *, patch: bool, limit: int | None) -> None:
+    files = diff.code.files
+    if files:
+        _heading("code", len(files), "" if patch else "; --patch prints the lines")
+        rows = []
+        for file in files[:limit]:
+            counts = f"+{file.insertions} -{file.deletions}"
+            known = file.insertions is not None
+            hashes = f"{_short(file.a)} -> {_short(file.b)}"
+            rows.append((file.change, file.path, counts if known else hashes))
+        print_table(("", "file", "lines"), rows)
+        _more(len(files), limit)
+    if paths := diff.code.incomparable:
+        print(
+            f"\ncode: {len(paths)} files cannot be compared: their hashes are made by different"
+            " rules, and their text is not here"
+        )
+        for path in paths[:limit]:
+            print(f"  {path}")
+        _more(len(paths), limit)
+    _pairs("left out of the code part", diff.excluded, limit)
+    if patch and diff.code.patch:
+        print(f"\n{diff.code.patch}", end="")
+
+
+def _print_data(diff: Diff, limit: int | None) -> None:
+    _pairs("data", diff.data, limit)
+    if diff.images and not diff.images.is_empty:
+        print(f"\nimages: {diff.images.total_a} in A, {diff.images.total_b} in B")
+        if not diff.data:
+            print("  (of the same data: they were split or checked in another way)")
+        _names(diff.images.by_kind(), limit)
+    if diff.files:
+        print("\nfiles of the data, by DVC's cache")
+        _names(diff.files, limit)
+
+
+def _names(kinds: Mapping[Any, Sequence[str]], limit: int | None) -> None:
+    for kind, names in kinds.items():
+        if names:
+            print(f"  {len(names)} {kind}")
+            for name in names[:limit]:
+                print(f"    {name}")
+            _more(len(names), limit, "    ")
+
+
+def _print_artifacts(diff: Diff, limit: int | None) -> None:
+    if not diff.artifacts and not diff.equal_artifacts:
+        return
+    print(f"\nfiles: {diff.equal_artifacts} the same, {len(diff.artifacts)} not")
+    rows = [(pair.name, _short(pair.a), _short(pair.b)) for pair in diff.artifacts[:limit]]
+    if rows:
+        print_table(("sha256", "A", "B"), rows)
+    _more(len(diff.artifacts), limit)
+
+
+def _print_metrics(diff: Diff) -> None:
+    if not diff.metrics and not diff.equal_metrics:
+        return
+    print(f"\nmetrics: {diff.equal_metrics} the same, {len(diff.metrics)} not")
+    rows = []
+    for pair in diff.metrics:
+        a, b = ("-" if value is None else f"{value:.6g}" for value in (pair.a, pair.b))
+        rows.append((pair.name, a, b, "" if "-" in (a, b) else f"{pair.b - pair.a:+.3g}"))
+    if rows:
+        print_table(("", "A", "B", "B - A"), rows, right=("A", "B", "B - A"))
+
+
+def _pairs(what: str, pairs: Sequence[Pair], limit: int | None) -> None:
+    if not pairs:
+        return
+    _heading(what, len(pairs))
+    print_table(("", "A", "B"), [(p.name, _value(p.a), _value(p.b)) for p in pairs[:limit]])
+    _more(len(pairs), limit)
+
+
+def _heading(what: str, count: int, tail: str = "") -> None:
+    print(f"\n{what}: {count} differ{'s' if count == 1 else ''}{tail}")
+
+
+def _more(count: int, limit: int | None, indent: str = "") -> None:
+    if limit is not None and count > limit:
+        print(f"{indent}... and {count - limit} more (--all)")
+
+
+def _value(value: Any) -> str:
+    """Fit a value into a cell; long texts keep their beginning and end."""
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        value = ", ".join(map(str, value)) or "none"
+    text = "-" if value is None else str(value)
+    half = (_CELL - 3) // 2
+    return text if len(text) <= _CELL else f"{text[:half]}...{text[-half:]}"
+
+
+_HELP = "Prefix of a key; KEY:RUN for one of its runs; . for the tree as it stands."
+
+
+def diff(
+    a: Annotated[str, typer.Argument(help=_HELP)],
+    b: Annotated[str, typer.Argument(help=_HELP)],
+    patch: Annotated[
+        bool, typer.Option("--patch", help="Print the lines of code that differ.")
+    ] = False,
+    all_names: Annotated[
+        bool, typer.Option("--all", help="Print every name, not the first 10 of each kind.")
+    ] = False,
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="End with 3 if the keys differ.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two runs: the parts of their keys, metrics, machines."""
+    from runkey.registry.diff import compare
+
+    sides = (_side(a), _side(b))
+    found = compare(*sides, checkout())
+    if as_json:
+        print_json(_as_dict(sides, found, patch=patch))
+    else:
+        print_diff(*sides, found, patch=patch, limit=None if all_names else 10)
+    if exit_code and not found.same_key:
+        answer_no()
+
+
+def _side(address: str) -> Side:
+    from runkey.registry.diff import TREE, run_side, tree_side
+
+    if address == TREE:
+        return tree_side(workspace())
+    return run_side(library(offline=True), address, checkout())
+
+
+def _as_dict(sides: tuple[Side, Side], found: Diff, *, patch: bool) -> dict[str, Any]:
+    answer: dict[str, Any] = {}
+    for name, side in zip("ab", sides, strict=True):
+        run = side.record.run if side.record else None
+        answer[name] = {
+            "address": side.address,
+            "key": side.key,
+            "run_id": run.run_id if run else None,
+            "name": run.name if run else None,
+            "status": run.status if run else None,
+            "notes": side.notes,
+        }
+    answer |= asdict(found)
+    if not patch:
+        del answer["code"]["patch"]
+    for pair in answer["metrics"]:
+        numbers = (pair["a"], pair["b"])
+        pair["difference"] = None if None in numbers else pair["b"] - pair["a"]
+    return answer

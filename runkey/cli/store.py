@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,12 +25,13 @@ from runkey.cli.output import (
 )
 from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.key import short_key
-from runkey.identity.record import Record
-from runkey.progress import each, log_to_terminal, progress
+from runkey.progress import each, log_to_terminal
 from runkey.units import format_bytes
 
 if TYPE_CHECKING:
+    from runkey.identity.record_cache import Rebuilt
     from runkey.registry.gc import Item, Scope
+    from runkey.tracking.store import Store
 
 _COMPARED = 3
 """Newest runs that `runkey ui` compares."""
@@ -122,39 +124,38 @@ def _print(items: list[Item], failed: dict[int, str], *, applied: bool) -> None:
 
 def index(as_json: AsJson = False) -> None:
     """Write the cache of runs again from MLflow; needed only if it was lost."""
-    from runkey.identity.record_cache import Rebuilt, rebuild
-    from runkey.registry.mlflow_runs import count_runs
+    from runkey.identity.record_cache import Rebuilt
 
     place = store()
     if place.is_server:
         if as_json:
-            print_json(Rebuilt().as_dict())
+            print_json(asdict(Rebuilt()))
         else:
             print("a tracking server is asked each time: there is no cache to write")
         return
-    from runkey.tracking.transfer import recorded_runs
-
-    records = recorded_runs(place)
-    if place.database and place.database.is_file() and (total := count_runs(place.uri)):
-        records = _watched(records, total)
     try:
-        counts = rebuild(place.home / paths.RECORDS, records)
+        counts = _rebuild(place)
     except OSError as error:
         raise RegistryError(str(error)) from None
     if as_json:
-        print_json(counts.as_dict())
+        print_json(asdict(counts))
         return
     print(
         f"{counts.runs} runs in MLflow: {counts.written} records written, {counts.removed} removed"
     )
 
 
-def _watched(records: Iterable[Record], total: int) -> Iterator[Record]:
-    """Yield the records, and show progress."""
-    with progress("index", total, "runs") as steps:
-        for record in records:
-            yield record
-            steps.advance()
+def _rebuild(place: Store) -> Rebuilt:
+    from runkey.registry.library import LocalLibrary
+    from runkey.registry.server_library import ServerLibrary
+    from runkey.tracking.store import served
+
+    library = LocalLibrary(place.home, uri=place.uri)
+    if place.database:
+        return library.rebuild()
+    # Only MLflow can read another kind of database.
+    with served(place, 0) as (address, _), TemporaryDirectory() as folder:
+        return library.rebuild(ServerLibrary(address, Path(folder)))
 
 
 def replay(key: Key, as_json: AsJson = False) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runkey import paths
 from runkey.cli import output
 from runkey.cli.output import AsJson, Key, answer_no, print_beside, print_json, print_table
 from runkey.errors import RegistryError, RunkeyError
@@ -82,8 +81,7 @@ def _record(record: Record, comparison: RunComparison, outcome: dict[str, Any]) 
         raise RegistryError(
             f"{record.label}: {comparison.line}; MLflow did not record it: {error.message}"
         ) from None
-    if not store.is_server:
-        update_record(store.home / paths.RECORDS, run, details)
+    update_record(store.cache, run, details)
 
 
 def _print_reproduction(record: Record, comparison: RunComparison, outcome: dict[str, Any]) -> None:

@@ -76,7 +76,6 @@ def import_closure(module: str, root: Path, excluded: Iterable[str] = EXCLUDED) 
 
 
 def _reached(start: Iterable[str], tree: _Tree, excluded: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the files of `start` and all that they can import, sorted."""
     waiting, found = list(start), set[str]()
     while waiting:
         file = waiting.pop()
@@ -134,10 +133,7 @@ def hash_files(paths: Iterable[str], root: Path, rule: str = RULE) -> dict[str, 
 def imported_files(root: Path) -> tuple[str, ...]:
     """Return the repo-relative paths of first-party files that this process imported, sorted."""
     home = root.resolve()
-    files = (getattr(module, "__file__", None) for module in tuple(sys.modules.values()))
-    # Some of torch's modules name a relative file that does not exist.
-    paths = {Path(file).resolve() for file in files if file and Path(file).is_absolute()}
-    inside = (path.relative_to(home) for path in paths if path.is_relative_to(home))
+    inside = (path.relative_to(home) for path in _loaded_files() if path.is_relative_to(home))
     return tuple(sorted(p.as_posix() for p in inside if not p.parts[0].startswith(".")))
 
 
@@ -147,10 +143,14 @@ def foreign_files(root: Path) -> tuple[str, ...]:
     `PYTHONPATH` or a .pth file can put one before a locked package; no key covers it.
     """
     homes = [Path(home).resolve() for home in (root, sys.prefix, sys.base_prefix)]
-    files = (getattr(module, "__file__", None) for module in tuple(sys.modules.values()))
-    paths = {Path(file).resolve() for file in files if file and Path(file).is_absolute()}
-    outside = (p for p in paths if not any(p.is_relative_to(home) for home in homes))
+    outside = (p for p in _loaded_files() if not any(p.is_relative_to(home) for home in homes))
     return tuple(sorted(map(str, outside)))
+
+
+def _loaded_files() -> set[Path]:
+    files = (getattr(module, "__file__", None) for module in tuple(sys.modules.values()))
+    # Some of torch's modules name a relative file that does not exist.
+    return {Path(file).resolve() for file in files if file and Path(file).is_absolute()}
 
 
 def undeclared(
@@ -178,7 +178,7 @@ class _Tree:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._folders: dict[str, tuple[set[str], set[str]]] = {}
+        self._listed = functools.cache(self._list)
 
     def files_of(self, module: str) -> list[str]:
         """Return a module's file and the `__init__.py` of its packages; [] if not first-party.
@@ -199,16 +199,12 @@ class _Tree:
             folder = inner
         return files
 
-    def _listed(self, folder: str) -> tuple[set[str], set[str]]:
+    def _list(self, folder: str) -> tuple[set[str], set[str]]:
         """Return the file names and folder names in a folder, which is "" or ends with `/`."""
-        if folder not in self._folders:
-            with os.scandir(self.root / folder) as entries:
-                kinds = [(entry.name, entry.is_dir()) for entry in entries]
-            self._folders[folder] = (
-                {name for name, is_folder in kinds if not is_folder},
-                {name for name, is_folder in kinds if is_folder},
-            )
-        return self._folders[folder]
+        with os.scandir(self.root / folder) as entries:
+            kinds = {entry.name: entry.is_dir() for entry in entries}
+        folders = {name for name, is_folder in kinds.items() if is_folder}
+        return kinds.keys() - folders, folders
 
 
 class _Module(NamedTuple):
@@ -229,12 +225,11 @@ def _read(path: str, source: bytes) -> _Module:
         raise RecipeError(f"{path}, line {error.lineno}: {error.msg}") from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise RecipeError(f"{path}: cannot be parsed ({error})") from None
-    digest: str | RecipeError
+    imports = _imports(path, source, tree)
     try:
-        digest = syntax_digest(path, tree)
+        return _Module(imports, syntax_digest(path, tree))
     except RecipeError as error:
-        digest = error
-    return _Module(_imports(path, source, tree), digest)
+        return _Module(imports, error)
 
 
 def _imports(path: str, source: bytes, tree: ast.Module) -> tuple[str, ...]:
@@ -269,9 +264,7 @@ def _imported_by_name(tree: ast.AST, package: str) -> Iterator[str]:
         if not (isinstance(node, ast.Call) and node.args):
             continue
         function, name = node.func, node.args[0]
-        called = (
-            function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-        )
+        called = getattr(function, "attr", "") or getattr(function, "id", "")
         if called in _CALLS and isinstance(name, ast.Constant) and isinstance(name.value, str):
             dots = len(name.value) - len(name.value.lstrip("."))
             above = package.split(".")[: len(package.split(".")) - dots + 1] if dots else []

@@ -20,24 +20,15 @@ from runkey.paths import PARAMS
 _LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 
-def parse_yaml_text(text: str) -> Any:
-    """Parse YAML to dicts, lists and strings: every scalar stays text.  None if it is empty.
-
-    Raises:
-        yaml.YAMLError: it is not YAML.
-    """
-    return yaml.load(text, _LOADER)
-
-
 def read_yaml_text(path: Path) -> Any:
-    """Read a YAML file as `parse_yaml_text` does.
+    """Read a YAML file as dicts, lists and strings: every scalar stays text.  None if it is empty.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not YAML in UTF-8; the text gives the line.
     """
     try:
-        return parse_yaml_text(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _LOADER)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
@@ -80,11 +71,7 @@ class Stage:
 
 
 def read_pipeline(root: Path, values: Mapping[str, Any]) -> dict[str, Stage]:
-    """Read the stages of `root`/dvc.yaml, by name.
-
-    Args:
-        root: the repository.
-        values: parameters by dotted name, for `${...}`.
+    """Read the stages of `root`/dvc.yaml by name; `values` of parameters fill in `${...}`.
 
     Raises:
         RecipeError: the file is missing, is not a pipeline, or uses an unknown value.
@@ -105,24 +92,25 @@ def _stage(name: str, entry: Any, values: Mapping[str, Any]) -> Stage:
     if not isinstance(entry, dict) or not isinstance(entry.get("cmd"), str):
         raise RecipeError(f"{PIPELINE}: stage {name} has no single `cmd`")
 
-    def fill(text: str) -> str:
-        return _TEMPLATE.sub(lambda match: _value(match[1].strip(), name, values), text)
+    def value_of(match: re.Match[str]) -> str:
+        if (wanted := match[1].strip()) not in values:
+            raise RecipeError(
+                f"{PIPELINE}: stage {name} uses ${{{wanted}}}, no value of params.yaml"
+            )
+        return str(values[wanted])
 
-    def entries(key: str) -> tuple[str, ...]:
+    def paths(key: str) -> tuple[str, ...]:
         # An entry is a path, or a path with options: `metrics.json: {cache: false}`.
-        return tuple(fill(t) for item in entry.get(key) or () for t in _names(item))
+        names = (n for e in entry.get(key) or () for n in ((e,) if isinstance(e, str) else e))
+        return tuple(str(PurePosixPath(_TEMPLATE.sub(value_of, n))) for n in names)
 
     return Stage(
         name=name,
-        cmd=" ".join(fill(entry["cmd"]).split()),
-        deps=tuple(map(_posix, entries("deps"))),
+        cmd=" ".join(_TEMPLATE.sub(value_of, entry["cmd"]).split()),
+        deps=paths("deps"),
         params=tuple(p for item in entry.get("params") or () for p in _param_names(name, item)),
-        outs=tuple(_posix(out) for key in _OUTPUTS for out in entries(key)),
+        outs=tuple(out for key in _OUTPUTS for out in paths(key)),
     )
-
-
-def _names(item: Any) -> Iterable[str]:
-    return (item,) if isinstance(item, str) else tuple(item)
 
 
 def _param_names(stage: str, item: Any) -> Iterable[str]:
@@ -132,16 +120,6 @@ def _param_names(stage: str, item: Any) -> Iterable[str]:
     if not isinstance(item, dict) or list(item) != [PARAMS.name] or not item[PARAMS.name]:
         raise RecipeError(f"{PIPELINE}: stage {stage} lists params {item}; only {PARAMS} is read")
     return tuple(item[PARAMS.name])
-
-
-def _value(name: str, stage: str, values: Mapping[str, Any]) -> str:
-    if name not in values:
-        raise RecipeError(f"{PIPELINE}: stage {stage} uses ${{{name}}}, no value of params.yaml")
-    return str(values[name])
-
-
-def _posix(path: str) -> str:
-    return str(PurePosixPath(path))
 
 
 def covers(folder: str, path: str) -> bool:
@@ -203,7 +181,7 @@ def tracked_md5(path: str, root: Path) -> str | None:
             f"{file}: holds no md5 of {tracked.name}; `dvc add {tracked}` writes it"
         ) from None
     if PurePosixPath(path) != tracked:
-        md5 = md5_below(file, tracked, md5, path, root)
+        md5 = _md5_below(file, tracked, md5, path, root)
     return f"md5:{md5}"
 
 
@@ -213,18 +191,10 @@ def pointer_of(path: str, root: Path) -> str | None:
     return next((f"{t}.dvc" for t in tracked if (root / f"{t}.dvc").is_file()), None)
 
 
-def md5_below(file: str, tracked: PurePosixPath, md5: str, path: str, root: Path) -> str:
-    """Return the md5 that `dvc add <path>` would give a part of a tracked folder.
+def _md5_below(file: str, tracked: PurePosixPath, md5: str, path: str, root: Path) -> str:
+    """Return the md5 that `dvc add <path>` would give a part of the folder `tracked`.
 
-    Args:
-        file: the folder's .dvc file, for errors.
-        tracked: the folder, relative to `root`.
-        md5: of the folder; its list of files, `{md5, relpath}` each, is read from DVC's cache.
-        path: a folder or file in it, relative to `root`.
-        root: the repository.
-
-    Raises:
-        RecipeError: the list is not in the cache, or holds nothing at `path`.
+    The folder's list of files, `{md5, relpath}` each, is read from DVC's cache.
     """
     inner = PurePosixPath(path).relative_to(tracked).as_posix()
     listed = _read_list(md5, root)
@@ -267,17 +237,13 @@ def cache_folder(root: Path) -> Path:
         RegistryError: a settings file cannot be read.
     """
     folder = root / ".dvc" / "cache"
-    for file in (_user_config(), root / ".dvc" / "config", root / ".dvc" / "config.local"):
+    base = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "dvc"
+    users = Path(os.environ.get("DVC_GLOBAL_CONFIG_DIR") or base) / "config"
+    for file in (users, root / ".dvc" / "config", root / ".dvc" / "config.local"):
         value = read_config(file).get("cache", "dir", fallback="").strip("\"'")
         if value:
             folder = (file.parent / Path(value).expanduser()).resolve()
     return folder
-
-
-def _user_config() -> Path:
-    named = os.environ.get("DVC_GLOBAL_CONFIG_DIR")
-    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return (Path(named) if named else Path(base).expanduser() / "dvc") / "config"
 
 
 def read_config(path: Path) -> configparser.ConfigParser:

@@ -17,86 +17,9 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from runkey.errors import LockError, report_errors
-from runkey.identity.dvc_yaml import parse_yaml_text, read_yaml_text
+from runkey.identity.dvc_yaml import read_yaml_text
 from runkey.paths import LOCK, workspace
-
-# conda-lock.yml is 1 MB, for which a YAML parser takes seconds: read it by regular expressions if
-# it has the form that conda-lock writes.  These scalars mean in YAML exactly what they show: no
-# `: `, ` #`, anchors, tags, flow brackets.
-_PLAIN = r"[A-Za-z0-9_<=](?:[A-Za-z0-9_.+!~<>=*|,/%@-]|:(?=/))*"
-_SCALAR = rf"(?:{_PLAIN}|'(?:[ -&(-~]|'')*')"
-_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
-
-_HEAD = re.compile(
-    r"(?:#[ -~]*\n)*version: 1\nmetadata:\n(?:  [ -~]*\n)+package:\n",
-)
-_ENTRY = re.compile(
-    rf"- name: (?P<name>{_SCALAR})\n"
-    rf"  version: (?P<version>{_SCALAR})\n"
-    rf"  manager: (?P<manager>{_SCALAR})\n"
-    rf"  platform: (?P<platform>{_SCALAR})\n"
-    rf"  dependencies:(?P<dependencies> {{}}\n|\n(?:    {_NAME}: {_SCALAR}\n)+)"
-    rf"  url: (?P<url>{_SCALAR})\n"
-    rf"  hash:\n"
-    rf"    md5: (?P<md5>{_SCALAR})\n"
-    rf"(?:    sha256: (?P<sha256>{_SCALAR})\n)?"
-    rf"  category: (?P<category>{_SCALAR})\n"
-    rf"  optional: (?P<optional>{_SCALAR})\n"
-)
-_DEPENDENCY = re.compile(rf"    ({_NAME}): ({_SCALAR})\n")
-_SCALARS = ("name", "version", "manager", "platform", "url", "category", "optional")
-
-
-def lock_entries(text: str) -> list[dict[str, Any]] | None:
-    """Return the entries under `package`, as `runkey.identity.dvc_yaml` would read them.
-
-    Args:
-        text: contents of a conda-lock file.
-
-    Returns:
-        None if any line has another form than conda-lock writes.
-    """
-    head = _HEAD.match(text)
-    if not head or not _is_whole(text[: head.end() - len("package:\n")]):
-        return None
-    entries = []
-    position = head.end()
-    while position < len(text):
-        match = _ENTRY.match(text, position)
-        if not match:
-            return None
-        entries.append(_entry(match))
-        position = match.end()
-    return entries or None
-
-
-def _is_whole(head: str) -> bool:
-    """Return True if nothing before `package:` extends beyond it, such as an open quote."""
-    try:
-        return isinstance(parse_yaml_text(head), dict)
-    except yaml.YAMLError:
-        return False
-
-
-def _entry(match: re.Match[str]) -> dict[str, Any]:
-    entry: dict[str, Any] = {field: _value(match[field]) for field in _SCALARS}
-    entry["dependencies"] = {
-        name: _value(wanted) for name, wanted in _DEPENDENCY.findall(match["dependencies"])
-    }
-    kinds = ("md5", "sha256") if match["sha256"] else ("md5",)
-    entry["hash"] = {kind: _value(match[kind]) for kind in kinds}
-    return entry
-
-
-def _value(scalar: str) -> str:
-    """Return the value of a scalar: without its quotes, in which `''` is one quote."""
-    return scalar[1:-1].replace("''", "'") if scalar.startswith("'") else scalar
-
-
-# --- the environment part of a key
 
 PLATFORM = "linux-64"
 CATEGORY = "main"
@@ -105,7 +28,7 @@ _PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)")
 
 
 @dataclass(frozen=True, order=True)
-class Package:
+class LockedPackage:
     """One locked package, identified to the build."""
 
     name: str
@@ -122,13 +45,21 @@ class Package:
         return list(astuple(self)[:4])
 
 
-def read_lock(path: Path, platform: str = PLATFORM) -> tuple[Package, ...]:
+def read_lock(path: Path, platform: str = PLATFORM) -> tuple[LockedPackage, ...]:
     """Return the packages of one platform in a conda-lock file, sorted.
 
     Raises:
         LockError: the file is missing, is not a conda-lock file, or lacks the platform.
     """
-    entries = _entries(path)
+    try:
+        lock = read_yaml_text(path)
+    except FileNotFoundError:
+        raise LockError(f"{path.name}: not found; `git checkout {path.name}` restores it") from None
+    except ValueError as error:
+        raise LockError(f"{path.name}: {error}; `git checkout {path.name}` restores it") from None
+    entries = lock.get("package") if isinstance(lock, dict) else None
+    if not isinstance(entries, list):
+        raise LockError(f"{path.name}: holds no packages; `make lock` writes it anew")
     try:
         packages = sorted(
             _package(entry)
@@ -144,51 +75,23 @@ def read_lock(path: Path, platform: str = PLATFORM) -> tuple[Package, ...]:
     return tuple(packages)
 
 
-def _entries(path: Path) -> list[Any]:
-    """Return the entries under `package`, unchecked."""
-    try:
-        entries: Any = lock_entries(path.read_text(encoding="utf-8"))
-        if entries is None:
-            lock = read_yaml_text(path)
-            entries = lock.get("package") if isinstance(lock, dict) else None
-    except FileNotFoundError:
-        raise LockError(f"{path.name}: not found; `git checkout {path.name}` restores it") from None
-    except UnicodeDecodeError:
-        raise LockError(
-            f"{path.name}: not UTF-8 text; `git checkout {path.name}` restores it"
-        ) from None
-    except ValueError as error:
-        raise LockError(f"{path.name}: {error}; `git checkout {path.name}` restores it") from None
-    if not isinstance(entries, list):
-        raise LockError(f"{path.name}: holds no packages; `make lock` writes it anew")
-    return entries
-
-
-def _package(entry: Mapping[str, Any]) -> Package:
+def _package(entry: Mapping[str, Any]) -> LockedPackage:
     hashes = entry["hash"]
     kind = "sha256" if "sha256" in hashes else "md5"
     needs = entry.get("dependencies") or {}
-    return Package(
+    # The file is `<name>-<version>-<build>.conda`.
+    file = str(entry["url"]).rsplit("/", 1)[-1].removesuffix(".conda").removesuffix(".tar.bz2")
+    return LockedPackage(
         name=entry["name"],
         version=entry["version"],
-        build=_build(entry) if entry["manager"] == "conda" else "",
+        build=file.rsplit("-", 1)[-1] if entry["manager"] == "conda" else "",
         hash=f"{kind}:{hashes[kind]}",
         needs_python="python" in needs or "python_abi" in needs,
     )
 
 
-def _build(entry: Mapping[str, Any]) -> str:
-    """Return the build of `<name>-<version>-<build>.conda`."""
-    file = str(entry["url"]).rsplit("/", 1)[-1]
-    return file.removesuffix(".conda").removesuffix(".tar.bz2").rsplit("-", 1)[-1]
-
-
 def environment_preimage(lock: Path, platform: str = PLATFORM) -> dict[str, Any]:
-    """Return what the environment part hashes: the platform and its packages.
-
-    Raises:
-        LockError: see `read_lock`.
-    """
+    """Return what the environment part hashes: the platform and its packages."""
     return {"platform": platform, "packages": [p.row() for p in read_lock(lock, platform)]}
 
 
@@ -213,14 +116,11 @@ def read_requirements(path: Path) -> dict[str, str]:
     return pins
 
 
-def locked_cuda(packages: Mapping[str, str] | tuple[Package, ...]) -> str | None:
+def locked_cuda(packages: Mapping[str, str] | tuple[LockedPackage, ...]) -> str | None:
     """Return the CUDA version of the locked torch, such as `12.9`; None: a CPU build.
 
     conda and the Python index have different builds of one torch version: conda's build string
     names its CUDA (`cuda129_...`); a wheel depends on the packages of its CUDA.
-
-    Args:
-        packages: packages of conda-lock.yml, or pins of requirements.txt.
     """
     if isinstance(packages, Mapping):
         runtime = (v for name, v in packages.items() if name.startswith("nvidia-cuda-runtime"))
@@ -320,7 +220,7 @@ CONDA_ONLY = frozenset(
 """Conda packages that depend on Python and have no line in requirements.txt."""
 
 
-def python_pins(packages: Iterable[Package]) -> dict[str, str]:
+def python_pins(packages: Iterable[LockedPackage]) -> dict[str, str]:
     """Return version by Python index name of every locked Python package, sorted."""
     pins: dict[str, str] = {}
     for package in packages:

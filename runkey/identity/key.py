@@ -196,16 +196,12 @@ def _params(stages: Iterable[Stage], flat: Mapping[str, Any], root: Path) -> dic
             chosen |= values
     chosen.pop(DATA_PATH, None)
     for name in FILE_PARAMS:
-        if chosen.get(name) not in (None, "none", "imagenet"):
-            chosen[name] = _file_hash(name, chosen[name], root)
+        value = chosen.get(name)
+        if value not in (None, "none", "imagenet"):
+            if not (root / value).is_file():
+                raise RecipeError(f"{PARAMS}: {name} = {value}: no such file")
+            chosen[name] = f"sha256:{sha256_file(root / value)}"
     return chosen
-
-
-def _file_hash(name: str, value: str, root: Path) -> str:
-    path = root / value
-    if not path.is_file():
-        raise RecipeError(f"{PARAMS}: {name} = {value}: no such file")
-    return f"sha256:{sha256_file(path)}"
 
 
 def _data_and_files(
@@ -259,45 +255,33 @@ def explain(recipe: Recipe) -> Iterator[str]:
     for part in PARTS:
         yield ""
         yield f"{part:<12} {parts[part]}"
-        yield from (f"  {line}" for line in _LINES[part](recipe.preimages[part]))
+        yield from (f"  {line}" for line in _explain_part(part, recipe.preimages[part]))
     yield ""
     yield "commands"
     width = max(map(len, recipe.cmd))
     yield from (f"  {stage:<{width}}  {cmd}" for stage, cmd in recipe.cmd.items())
 
 
-def _explain_code(preimage: Mapping[str, Any]) -> Iterator[str]:
-    files = preimage["files"]
-    yield f"{len(files)} files; of Python the syntax tree, without comments, docstrings, log text:"
-    yield from (f"{sha256[:_SHOWN]}  {path}" for path, sha256 in sorted(files.items()))
-    yield "left out, since they tell of a run and do not change it:"
-    yield from (f"{'':<{_SHOWN}}  {path}" for path in preimage["excluded"])
-
-
-def _explain_params(preimage: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{len(preimage)} values, defaults filled in; none of runtime, no path of a file:"
-    yield from (f"{name} = {json.dumps(value)}" for name, value in sorted(preimage.items()))
-
-
-def _explain_data(preimage: Mapping[str, Any]) -> Iterator[str]:
-    yield "what `dvc add` writes into the .dvc file of each:"
-    yield from (f"{name} = {md5}" for name, md5 in sorted(preimage.items()))
-
-
-def _explain_environment(preimage: Mapping[str, Any]) -> Iterator[str]:
-    packages = preimage["packages"]
-    yield f"{len(packages)} packages of conda-lock.yml for {preimage['platform']}:"
-    for name, version, build, digest in packages:
-        kind, _, digits = digest.partition(":")
-        short = digits[:_SHOWN] if kind == "sha256" else f"{kind}:{digits[:_SHOWN]}"
-        line = f"{short}  {name} {version}"
-        # Builds are flush right where there is room.
-        yield f"{line} {build:>{max(0, WIDTH - 3 - len(line))}}"
-
-
-_LINES = {
-    "code": _explain_code,
-    "params": _explain_params,
-    "data": _explain_data,
-    "environment": _explain_environment,
-}
+def _explain_part(part: str, preimage: Mapping[str, Any]) -> Iterator[str]:
+    if part == "code":
+        files = preimage["files"]
+        rule = "of Python the syntax tree, without comments, docstrings, log text"
+        yield f"{len(files)} files; {rule}:"
+        yield from (f"{sha256[:_SHOWN]}  {path}" for path, sha256 in sorted(files.items()))
+        yield "left out, since they tell of a run and do not change it:"
+        yield from (f"{'':<{_SHOWN}}  {path}" for path in preimage["excluded"])
+    elif part == "params":
+        yield f"{len(preimage)} values, defaults filled in; none of runtime, no path of a file:"
+        yield from (f"{name} = {json.dumps(value)}" for name, value in sorted(preimage.items()))
+    elif part == "data":
+        yield "what `dvc add` writes into the .dvc file of each:"
+        yield from (f"{name} = {md5}" for name, md5 in sorted(preimage.items()))
+    else:
+        packages = preimage["packages"]
+        yield f"{len(packages)} packages of conda-lock.yml for {preimage['platform']}:"
+        for name, version, build, digest in packages:
+            kind, _, digits = digest.partition(":")
+            short = digits[:_SHOWN] if kind == "sha256" else f"{kind}:{digits[:_SHOWN]}"
+            line = f"{short}  {name} {version}"
+            # Builds are flush right where there is room.
+            yield f"{line} {build:>{max(0, WIDTH - 3 - len(line))}}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Self
@@ -123,6 +122,11 @@ def capture_environment(
 ) -> RunEnvironment:
     """Return the environment of this process; call it at the end, when all is imported."""
     packages = installed_packages()
+    try:
+        package_differences = differences(read_requirements(root / REQUIREMENTS), packages)
+    except LockError as error:
+        # A copy of the code alone, on a bare GPU machine, is no reason to stop.
+        package_differences = [str(error)]
     files = imported_files(root)
     code = recipe.preimages["code"]
     return RunEnvironment(
@@ -133,7 +137,7 @@ def capture_environment(
         precision=precision,
         interpreter=interpreter(),
         packages=packages,
-        package_differences=_package_differences(root, packages),
+        package_differences=package_differences,
         files=list(files),
         undeclared_files=[
             *undeclared(files, code["files"], root, code["excluded"]),
@@ -156,14 +160,6 @@ def make_manifest(recipe: Recipe, run_id: str | None, witness: RunEnvironment) -
     return RunManifest(
         key=recipe.key, stage=recipe.stage, parts=recipe.parts, run_id=run_id, witness=witness
     )
-
-
-def _package_differences(root: Path, packages: Mapping[str, str]) -> list[str]:
-    try:
-        return differences(read_requirements(root / REQUIREMENTS), packages)
-    except LockError as error:
-        # A copy of the code alone, on a bare GPU machine, is no reason to stop.
-        return [str(error)]
 
 
 def _git(root: Path, *arguments: str) -> str | None:

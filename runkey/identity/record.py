@@ -81,11 +81,7 @@ def read_pointer(folder: Path) -> RunPointer | None:
 
 
 def write_pointer(folder: Path, pointer: RunPointer) -> None:
-    """Write the pointer atomically.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Write the pointer atomically."""
     write_atomically(folder / POINTER, json.dumps(asdict(pointer), sort_keys=True) + "\n")
 
 
@@ -108,6 +104,34 @@ class LoggedRun:
     """The last value of each, without those that are `NOT_KEPT`."""
     tags: dict[str, str]
     """Without MLflow's own (`mlflow.*`)."""
+
+    @classmethod
+    def from_mlflow(
+        cls,
+        info: Mapping[str, Any],
+        params: Mapping[str, str],
+        metrics: Mapping[str, Any],
+        tags: Mapping[str, str],
+    ) -> Self:
+        """Return the run of MLflow's answer; numbers may come as text, such as NaN.
+
+        The fields of `info` have the names of MLflow's REST interface.
+        """
+        status: Any = "RUNNING" if info["status"] == "SCHEDULED" else info["status"]
+        ended = info.get("end_time")
+        return cls(
+            run_id=str(info["run_id"]),
+            experiment_id=str(info["experiment_id"]),
+            name=str(info.get("run_name") or tags.get("mlflow.runName", "")),
+            status=status,
+            started_ms=int(info["start_time"]),
+            # MLflow keeps the time of the end when a run is resumed.
+            ended_ms=int(ended) if ended and status != "RUNNING" else None,
+            artifact_uri=str(info["artifact_uri"]),
+            params=dict(sorted(params.items())),
+            metrics={n: float(v) for n, v in sorted(metrics.items()) if not n.startswith(NOT_KEPT)},
+            tags={n: v for n, v in sorted(tags.items()) if not n.startswith("mlflow.")},
+        )
 
     @property
     def key(self) -> str:
@@ -167,11 +191,7 @@ class Details:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any], where: str) -> Self:
-        """Return the details that `as_json` wrote.
-
-        Args:
-            stored: the parsed JSON.
-            where: named in errors.
+        """Return the details that `as_json` wrote; errors name `where`.
 
         Raises:
             RecipeError: it has another schema, or is incomplete.

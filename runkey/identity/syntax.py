@@ -29,16 +29,11 @@ _NOT_WRITTEN = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
 _DOCSTRING_READERS = frozenset(
     {"__doc__", "findsource", "getcomments", "getdoc", "getsource", "getsourcelines"}
 )
-_LOGGERS = ("logger", "log")
 _LOG_METHODS = frozenset({"debug", "info", "warning", "error", "exception", "critical"})
 
 
 def syntax_digest(path: str, tree: ast.Module) -> str:
-    """Return the hex sha256 of a file's syntax tree.
-
-    Args:
-        path: the file, for errors.
-        tree: its syntax tree.
+    """Return the hex sha256 of a file's syntax tree; errors name the `path`.
 
     Raises:
         RecipeError: the file reads docstrings or source text, or is nested too deeply.
@@ -58,23 +53,17 @@ def syntax_digest(path: str, tree: ast.Module) -> str:
 def _refuse_readers(path: str, tree: ast.Module) -> None:
     """Raise if a file can read what is left out of its hash."""
     for node in ast.walk(tree):
-        kind = type(node)
-        if kind is ast.Attribute:
-            name = node.attr  # type: ignore[attr-defined]
-        elif kind is ast.Name:
-            name = node.id  # type: ignore[attr-defined]
-        elif kind is ast.alias:
-            name = node.name  # type: ignore[attr-defined]
-        elif kind is ast.Constant:
-            name = node.value  # type: ignore[attr-defined]
-        else:
-            continue
-        if isinstance(name, str) and name in _DOCSTRING_READERS:
-            line = node.lineno  # type: ignore[attr-defined]
-            raise RecipeError(
-                f"{path}, line {line}: {name} reads docstrings or source text, which are not in the"
-                " key; put the text that is needed into a variable"
-            )
+        match node:
+            case (
+                ast.Attribute(attr=name)
+                | ast.Name(id=name)
+                | ast.alias(name=name)
+                | ast.Constant(value=str(name))
+            ) if name in _DOCSTRING_READERS:
+                raise RecipeError(
+                    f"{path}, line {node.lineno}: {name} reads docstrings or source text, which are"
+                    " not in the key; put the text that is needed into a variable"
+                )
 
 
 def _write(node: Any, text: list[str], loggers: frozenset[str]) -> None:
@@ -108,7 +97,8 @@ def _write_list(name: str, items: list[Any], text: list[str], loggers: frozenset
     start = len(text)
     for item in items:
         if isinstance(item, ast.stmt):
-            if _does_nothing(item):
+            is_constant = isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant)
+            if is_constant or isinstance(item, ast.Pass):
                 continue
             residue = _log_residue(item, loggers) if loggers else None
             if residue is not None:
@@ -135,12 +125,6 @@ def _plain(value: object) -> str:
     return f"complex({value.real.hex()},{value.imag.hex()})"
 
 
-def _does_nothing(statement: ast.stmt) -> bool:
-    if isinstance(statement, ast.Expr):
-        return isinstance(statement.value, ast.Constant)
-    return isinstance(statement, ast.Pass)
-
-
 # --- log messages
 
 
@@ -150,36 +134,26 @@ def _module_loggers(tree: ast.Module) -> frozenset[str]:
     The module binds such a name once, at its top level, to `logging.getLogger(...)` of `__name__`
     or a text; `logging` is bound once, by `import logging`; no attribute of either is set.
     """
-    names = [
-        statement.targets[0].id
-        for statement in tree.body
-        if isinstance(statement, ast.Assign)
-        and isinstance(statement.targets[0], ast.Name)
-        and statement.targets[0].id in _LOGGERS
-        and _makes_logger(statement.value)
-    ]
-    if not names:
+    names, imported = [], False
+    for statement in tree.body:
+        match statement:
+            case ast.Import(names=aliases):
+                imported |= any(one.name == "logging" and one.asname is None for one in aliases)
+            case ast.Assign(
+                targets=[ast.Name(id="logger" | "log" as name), *_],
+                value=ast.Call(
+                    func=ast.Attribute(value=ast.Name(id="logging"), attr="getLogger"),
+                    args=[ast.Name(id="__name__") | ast.Constant()],
+                    keywords=[],
+                ),
+            ):
+                names.append(name)
+    if not names or not imported:
         return frozenset()
     bound = Counter(_bound_names(tree))
-    imported = any(
-        isinstance(statement, ast.Import)
-        and any(alias.name == "logging" and alias.asname is None for alias in statement.names)
-        for statement in tree.body
-    )
-    if not imported or bound["logging"] != 1 or bound["*"]:
+    if bound["logging"] != 1 or bound["*"]:
         return frozenset()
     return frozenset(name for name in names if bound[name] == 1)
-
-
-def _makes_logger(value: ast.expr) -> bool:
-    match value:
-        case ast.Call(
-            func=ast.Attribute(value=ast.Name(id="logging"), attr="getLogger"),
-            args=[ast.Name(id="__name__") | ast.Constant()],
-            keywords=[],
-        ):
-            return True
-    return False
 
 
 def _bound_names(tree: ast.Module) -> Iterator[str]:

@@ -61,9 +61,8 @@ def reuse_own(
     note = f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} on {this_host()}: {line}"
     try:
         set_tag(store, record.run.run_id, "reused", note, RestClient(store.uri).post)
-        if not store.is_server:
-            tags = dict(sorted((record.run.tags | {"reused": note}).items()))
-            update_record(store.home / paths.RECORDS, replace(record.run, tags=tags))
+        tags = dict(sorted((record.run.tags | {"reused": note}).items()))
+        update_record(store.cache, replace(record.run, tags=tags))
     except (TrackingError, RegistryError, OSError) as error:
         logger.warning(f"the reuse is not noted on its run: {error}")
 
@@ -95,11 +94,7 @@ def reuse_teams(team: Library, record: Record, root: Path, store: Store, params:
 
 
 def _outputs(record: Record, root: Path, params: Params) -> list[str]:
-    """List the files of a run to put in place; a record from a server cannot name any other.
-
-    Raises:
-        RegistryError: the record names a file that the stage does not write.
-    """
+    """List the files of a run to put in place; a record from a server cannot name any other."""
     assert record.details
     stage = read_pipeline(root, params.flat())[record.details.stage]
     for path in record.details.outputs:
@@ -134,20 +129,14 @@ class KeyClaim:
     def changed(self, run: LoggedRun) -> None:
         """Update the record of a run that MLflow has changed; called from the tracker's thread."""
         own = run.run_id not in self.superseded
-        if not self.store.is_server:
-            folder = self.store.home / paths.RECORDS
-            update_record(folder, run, self.details if own else None)
+        update_record(self.store.cache, run, self.details if own else None)
         if own:
             self.own_run = run.run_id
             if self.claim and run.status == "RUNNING":
                 self.claim.set_run(run.run_id)
 
     def check(self) -> None:
-        """Stop if another process has taken the key over.
-
-        Raises:
-            RegistryError: it has; the text names it.
-        """
+        """Raise RegistryError if another process has taken the key over."""
         if self.claim:
             self.claim.check()
 
@@ -170,19 +159,25 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[KeyClaim | None
         _clear(claim)
         return
     library = open_library(store.uri, store.home)
-    repeats = _to_repeat(library, recipe.key)
-    if params.runtime.reuse and not repeats:
-        _send_saved(store, paths.training_folder(store.home, recipe.key), label)
-    decision = (
-        _again(label, repeats) if repeats else _reuse_or_train(params, root, recipe, store, library)
-    )
+    decision: Decision | None
+    if repeats := _to_repeat(library, recipe.key):
+        first = repeats.run.run_id
+        decision = Decision(line=f"{label}: trained again to compare with run {first[:8]}")
+        folder = paths.training_folder(store.home, recipe.key, first)
+        logger.info(decision.line)
+    else:
+        folder = paths.training_folder(store.home, recipe.key)
+        if params.runtime.reuse:
+            _send_saved(store, folder, label)
+        decision = _reuse_or_train(params, root, recipe, store, library)
     if decision is None:
         yield None
         return
-    folder = paths.training_folder(store.home, recipe.key, repeats.run.run_id if repeats else None)
     with decision.claim or nullcontext() as held:
         snapshot = take_snapshot(root, paths.store_root(), recipe)
-        dead = _left_behind(decision, folder)
+        # The runs of dead owners, without the one that this training continues.
+        pointer = read_pointer(folder)
+        dead = tuple(r for r in decision.superseded if pointer is None or r != pointer.run_id)
         claim = KeyClaim(store, held, folder, decision.line, snapshot, dead, repeats)
         yield claim
         if held:
@@ -201,12 +196,6 @@ def _send_saved(store: Store, folder: Path, label: str) -> None:
         logger.warning(f"{error}")
 
 
-def _left_behind(decision: Decision, folder: Path) -> tuple[str, ...]:
-    """The runs of dead owners, without the one that this training continues."""
-    pointer = read_pointer(folder)
-    return tuple(run for run in decision.superseded if pointer is None or run != pointer.run_id)
-
-
 def _clear(claim: KeyClaim) -> None:
     """Remove what only an interrupted training needs; keep what MLflow lacks."""
     try:
@@ -216,21 +205,14 @@ def _clear(claim: KeyClaim) -> None:
         logger.info(f"{claim.folder}: not removed ({error})")
 
 
-def _again(label: str, repeats: Record) -> Decision:
-    decision = Decision(line=f"{label}: trained again to compare with run {repeats.run.run_id[:8]}")
-    logger.info(decision.line)
-    return decision
-
-
 def _reuse_or_train(
-    params: Params,
-    root: Path,
-    recipe: Recipe,
-    store: Store,
-    library: Library,
+    params: Params, root: Path, recipe: Recipe, store: Store, library: Library
 ) -> Decision | None:
     """Decide to train; None if a result is reused, whose files are in place then."""
     claims = open_claims(store.uri, store.home)
+    team = params.runtime.team_server
+    is_other = team != "none" and team.rstrip("/") != store.uri.rstrip("/")
+    elsewhere = (open_library(team, store.home),) if is_other else ()
     damaged: set[str] = set()
     while True:
         decision = decide(
@@ -239,7 +221,7 @@ def _reuse_or_train(
             recipe.key,
             reuse=params.runtime.reuse,
             wait=params.runtime.wait,
-            elsewhere=_team(params, store),
+            elsewhere=elsewhere,
             not_this=damaged,
         )
         logger.info(decision.line)
@@ -258,20 +240,8 @@ def _reuse_or_train(
             return None
 
 
-def _team(params: Params, store: Store) -> tuple[Library, ...]:
-    """The team's server, unless runs are recorded there anyway."""
-    address = params.runtime.team_server
-    if address == "none" or address.rstrip("/") == store.uri.rstrip("/"):
-        return ()
-    return (open_library(address, store.home),)
-
-
 def _to_repeat(library: Library, key: str) -> Record | None:
-    """Find the run that `runkey reproduce` wants repeated.
-
-    Raises:
-        RegistryError: there is no such run of this key.
-    """
+    """Find the run that `runkey reproduce` wants repeated."""
     wanted = os.environ.get(REPRODUCES)
     if not wanted:
         return None

@@ -126,22 +126,16 @@ def recorded(run: Run) -> Iterator[TrackedRun]:
     try:
         yield tracker
     except BaseException as error:
-        _save_reports(run, tracker)
+        for report in sorted(claim.folder.glob(REPORTS)):  # of bad steps
+            tracker.artifact(report, "reports")
         tracker.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-
-
-def _save_reports(run: Run, tracker: TrackedRun) -> None:
-    """Record the reports of bad steps."""
-    for report in sorted(run.claim.folder.glob(REPORTS)):
-        tracker.artifact(report, "reports")
 
 
 def save_run(run: Run, tracker: TrackedRun) -> str | None:
     """Write the key and run.json beside the outputs, and end the recording with copies of all.
 
-    Returns:
-        The MLflow run's id, None if there is none.
+    Returns the MLflow run's id, None if there is none.
     """
     root, claim = run.root, run.claim
     write_json(root / KEY_JSON, run.recipe.as_dict())
@@ -242,28 +236,23 @@ class FinishedRun:
     def add_evaluation(self, key: str, metrics: Mapping[str, float]) -> None:
         """Record an evaluation and copies of its files, unless the run has these very metrics.
 
-        Args:
-            key: of the stage `evaluate`.
-            metrics: by name, such as `eval/AP`.
+        `key` is that of the stage `evaluate`.
         """
         if self._mlflow is None:
             return
         # A record is JSON, which has no NaN; MLflow has.
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        evaluations = self._details.evaluations if self._details else {}
-        if evaluations.get(key) == finite:
+        if self._details and self._details.evaluations.get(key) == finite:
             self._mlflow.close()
             return
         self._mlflow.log(metrics, 0)
         files = hashed_files(self._root, (paths.EVALUATION, paths.METRICS / "evaluate.json"))
-        self._add(files, evaluations | {key: finite})
+        self._add(files, {key: finite})
 
     def add_pictures(self, page: Path) -> None:
         """Record copies of plots/, unless the run has them.
 
-        Args:
-            page: the report, relative to the workspace; it holds the time it was written at, so
-                that it is not compared.
+        The report `page` holds the time it was written at, so that it is not compared.
         """
         if self._mlflow is None:
             return
@@ -272,10 +261,10 @@ class FinishedRun:
         if all(recorded.get(n) == f for n, f in files.items() if n != page.as_posix()):
             self._mlflow.close()
         else:
-            self._add(files, self._details.evaluations if self._details else {})
+            self._add(files, {})
 
     def _add(self, files: dict[str, StoredFile], evaluations: dict[str, dict[str, float]]) -> None:
-        """Copy files of the workspace to the run, note them in its record, and close it."""
+        """Copy files of the workspace to the run, note both in its record, and close it."""
         assert self._mlflow
         for path in files:
             _copy(self._root, path, self._mlflow)
@@ -285,19 +274,14 @@ class FinishedRun:
         self._details = replace(
             self._details,
             files=self._details.files | files,
-            evaluations=evaluations,
+            evaluations=self._details.evaluations | evaluations,
         )
         with details_file(self._details) as file:
             self._mlflow.artifact(file)
             self._mlflow.close()
 
     def save_model(self, name: str, example: Path) -> None:
-        """Log the run's model in MLflow, with a signature and an example image.
-
-        Args:
-            name: of the model in MLflow.
-            example: an image file.
-        """
+        """Log the run's model in MLflow as `name`, with a signature and an example image."""
         if self._mlflow is None or self.record is None:
             return
         try:
@@ -307,8 +291,7 @@ class FinishedRun:
             logger.info(str(error))
 
     def _changed(self, run: LoggedRun) -> None:
-        if not self._store.is_server:
-            update_record(self._store.home / paths.RECORDS, run, self._details)
+        update_record(self._store.cache, run, self._details)
 
 
 def _recorded_run(store: Store, manifest: RunManifest) -> Record | None:

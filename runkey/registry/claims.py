@@ -12,17 +12,18 @@ import os
 import re
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, cast
+from typing import Any, Literal, Self, cast
 
 from runkey.errors import RegistryError
 from runkey.files import write_atomically
 from runkey.identity.key import ANY_KEY, ANY_SCHEMA
 from runkey.identity.record import Record, this_host
 from runkey.processes import Process, is_running, this_process
-from runkey.registry.rest import RestClient, RestError
+from runkey.registry.rest import RestClient, RestError, UnreachedError
 
 State = Literal["running", "finished", "failed"]
 StateNow = Literal["running", "finished", "failed", "dead", "silent"]
@@ -110,32 +111,29 @@ class Claim:
         return other is not None and (self.name, mine) == (other.name, theirs)
 
 
-class Claims(Protocol):
+class Claims(ABC):
     """The claims of a store.  All methods raise `RegistryError` if it cannot be reached."""
 
     @property
+    @abstractmethod
     def place(self) -> str:
         """For messages: a folder, or a server's address."""
 
     def of(self, key: str) -> list[Claim]:
         """Return all generations of a key, oldest first."""
+        return [claim for claim in self._read(key) if claim.key == key]
 
     def all(self) -> list[Claim]:
         """Return all claims, by key and generation."""
+        return self._read(ANY_KEY)
 
+    @abstractmethod
     def make(self, claim: Claim) -> bool:
-        """Create a claim atomically, unless its name is taken.
+        """Create a claim atomically; False if another process has its name."""
 
-        Returns:
-            True if the claim is the caller's; False if another process has the name.
-        """
-
+    @abstractmethod
     def update(self, claim: Claim) -> bool:
-        """Write state, run and beat of the caller's own claim.
-
-        Returns:
-            False if it is not there (somebody deleted it).
-        """
+        """Write state, run and beat of the caller's own claim; False if somebody deleted it."""
 
     def remove(self, claim: Claim) -> None:
         """Delete a generation that is not the newest of its key.
@@ -144,6 +142,16 @@ class Claims(Protocol):
             RegistryError: it is the newest, which must stay: without it the next generation would
                 be the first again, and an owner that comes back would not see that it lost.
         """
+        if not any(other.generation > claim.generation for other in self.of(claim.key)):
+            raise RegistryError(f"{claim.name}: the newest claim of its key stays")
+        self._delete(claim)
+
+    @abstractmethod
+    def _read(self, prefix: str) -> list[Claim]:
+        """Return the claims whose names begin so, by key and generation."""
+
+    @abstractmethod
+    def _delete(self, claim: Claim) -> None: ...
 
 
 def newest(claims: Claims, key: str) -> Claim | None:
@@ -168,37 +176,34 @@ def state_now(claim: Claim) -> StateNow:
 
 
 def status_now(record: Record, claims: Claims) -> str:
-    """Return the current status of a run: MLflow's, or `DEAD`.
+    """Return the current status of a run: MLflow's, or `DEAD` if its claim shows that.
 
-    Args:
-        record: the run.
-        claims: of its store; asked only about runs that are RUNNING.
-
-    Raises:
-        RegistryError: the claims cannot be read.
+    Of a server that does not answer nothing is known but MLflow's status.
     """
     # A reproduction trains beside the claim of its key.
     if record.run.status != "RUNNING" or record.reproduction_of:
         return record.run.status
-    claim = newest(claims, record.key)
+    try:
+        claim = newest(claims, record.key)
+    except UnreachedError:
+        claim = None
     if claim is None or claim.run_id is None:
         return record.run.status
     alive = claim.run_id == record.run.run_id and state_now(claim) in ("running", "silent")
     return record.run.status if alive else DEAD
 
 
-def in_order(found: Iterable[Claim]) -> list[Claim]:
-    """Sort claims by key, then by generation."""
+def _in_order(found: Iterable[Claim]) -> list[Claim]:
     return sorted(found, key=lambda claim: (claim.key, claim.generation))
 
 
-def split_name(name: str) -> tuple[str, int] | None:
+def _split_name(name: str) -> tuple[str, int] | None:
     """Split `<key>` (the first generation) or `<key>.g<N>`; None: not the name of a claim."""
     match = _NAME.fullmatch(name)
     return (match[1], int(match[2] or 1)) if match else None
 
 
-class FileClaims:
+class FileClaims(Claims):
     """The claims in a folder.
 
     A claim is written to another file and then linked to its own name, which fails if that is
@@ -213,55 +218,42 @@ class FileClaims:
         """The folder."""
         return str(self._folder)
 
-    def of(self, key: str) -> list[Claim]:
-        """See `Claims`."""
-        return self._read(f"{key}.g*{_END}")
-
-    def all(self) -> list[Claim]:
-        """See `Claims`."""
-        return self._read(f"*{_END}")
-
     def make(self, claim: Claim) -> bool:
         """See `Claims`."""
         assert claim.owner, "only an owner makes a claim"
-        path = self._path(claim)
         draft = self._folder / f".{claim.name}.{claim.owner.nonce}"
         try:
-            write_atomically(draft, _as_text(claim))
+            write_atomically(draft, json.dumps(asdict(claim), sort_keys=True))
             try:
-                os.link(draft, path)
+                os.link(draft, self._path(claim))
             except FileExistsError:
                 return False
             finally:
                 draft.unlink(missing_ok=True)
         except OSError as error:
-            raise RegistryError(f"{path}: {error.strerror}") from None
+            raise RegistryError(f"{self._path(claim)}: {error.strerror}") from None
         return True
 
     def update(self, claim: Claim) -> bool:
         """See `Claims`."""
         path = self._path(claim)
-        if not path.exists():
-            return False
         try:
-            write_atomically(path, _as_text(claim))
+            if is_there := path.exists():
+                write_atomically(path, json.dumps(asdict(claim), sort_keys=True))
         except OSError as error:
             raise RegistryError(f"{path}: {error.strerror}") from None
-        return True
+        return is_there
 
-    def remove(self, claim: Claim) -> None:
-        """See `Claims`."""
-        if not any(other.generation > claim.generation for other in self.of(claim.key)):
-            raise RegistryError(f"{claim.name}: the newest claim of its key stays")
+    def _delete(self, claim: Claim) -> None:
         self._path(claim).unlink(missing_ok=True)
 
     def _path(self, claim: Claim) -> Path:
         return self._folder / f"{claim.name}{_END}"
 
-    def _read(self, pattern: str) -> list[Claim]:
+    def _read(self, prefix: str) -> list[Claim]:
         found = []
-        for path in self._folder.glob(pattern):
-            named = split_name(path.name.removesuffix(_END))
+        for path in self._folder.glob(f"{prefix}*{_END}"):
+            named = _split_name(path.name.removesuffix(_END))
             if named is None:
                 continue
             try:
@@ -271,11 +263,7 @@ class FileClaims:
             except OSError as error:
                 raise RegistryError(f"{path}: {error.strerror}") from None
             found.append(_parse_file(text, *named))
-        return in_order(found)
-
-
-def _as_text(claim: Claim) -> str:
-    return json.dumps(asdict(claim), sort_keys=True)
+        return _in_order(found)
 
 
 def _parse_file(text: str, key: str, generation: int) -> Claim:
@@ -300,7 +288,7 @@ _CHANGING = ("runkey.run", "runkey.state", "runkey.beat")
 """In the order of writing: the run is known before the state says finished."""
 
 
-class ServerClaims:
+class ServerClaims(Claims):
     """The claims on a server."""
 
     def __init__(self, client: RestClient) -> None:
@@ -311,14 +299,6 @@ class ServerClaims:
     def place(self) -> str:
         """The server's address."""
         return self._client.address
-
-    def of(self, key: str) -> list[Claim]:
-        """See `Claims`."""
-        return [claim for claim, _ in self._search(key) if claim.key == key]
-
-    def all(self) -> list[Claim]:
-        """See `Claims`."""
-        return [claim for claim, _ in self._search(ANY_KEY)]
 
     def make(self, claim: Claim) -> bool:
         """See `Claims`."""
@@ -339,7 +319,10 @@ class ServerClaims:
             if error.code != "RESOURCE_ALREADY_EXISTS":
                 raise
             # The first answer may have been lost: then the name is there and ours.
-            return claim.is_same(self._read(claim))
+            model = self._model(claim)
+            return model is not None and claim.is_same(
+                _parse_model(model, claim.key, claim.generation)
+            )
         return True
 
     def update(self, claim: Claim) -> bool:
@@ -358,42 +341,30 @@ class ServerClaims:
         self._written[claim.name] = tags
         return True
 
-    def remove(self, claim: Claim) -> None:
-        """See `Claims`."""
-        found = [(c, model) for c, model in self._search(claim.key) if c.key == claim.key]
-        if not any(other.generation > claim.generation for other, _ in found):
-            raise RegistryError(f"{claim.name}: the newest claim of its key stays")
-        for other, model in found:
-            if other.generation == claim.generation:
-                if model.get("latest_versions"):
-                    raise RegistryError(
-                        f"{claim.name}: somebody keeps model versions in it at {self.place}"
-                    )
-                self._client.send("DELETE", "registered-models/delete", {"name": _name(claim)})
+    def _delete(self, claim: Claim) -> None:
+        model = self._model(claim)
+        if model and model.get("latest_versions"):
+            raise RegistryError(
+                f"{claim.name}: somebody keeps model versions in it at {self.place}"
+            )
+        if model:
+            self._client.send("DELETE", "registered-models/delete", {"name": _name(claim)})
 
-    def _read(self, claim: Claim) -> Claim | None:
+    def _model(self, claim: Claim) -> Mapping[str, Any] | None:
         try:
             answer = self._client.get("registered-models/get", {"name": _name(claim)})
         except RestError as error:
             if error.code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
-        return _parse_model(answer["registered_model"], claim.key, claim.generation)
+        model: Mapping[str, Any] = answer["registered_model"]
+        return model
 
-    def _search(self, beginning: str) -> list[tuple[Claim, Mapping[str, Any]]]:
-        """Return the claims whose names begin so, in order, each with its registered model."""
-        models: dict[str, tuple[Claim, Mapping[str, Any]]] = {}
-        query: dict[str, str | int] = {"filter": f"name LIKE '{beginning}%'", "max_results": _PAGE}
-        while True:
-            answer = self._client.get("registered-models/search", query)
-            for model in answer.get("registered_models", []):
-                if named := split_name(model["name"]):
-                    claim = _parse_model(model, *named)
-                    models[claim.name] = claim, model
-            if not answer.get("next_page_token"):
-                break
-            query["page_token"] = answer["next_page_token"]
-        return [models[claim.name] for claim in in_order(claim for claim, _ in models.values())]
+    def _read(self, prefix: str) -> list[Claim]:
+        query = {"filter": f"name LIKE '{prefix}%'", "max_results": _PAGE}
+        models = self._client.pages("registered-models/search", query, "registered_models")
+        named = {_split_name(model["name"]): model for model in models}
+        return _in_order(_parse_model(model, *name) for name, model in named.items() if name)
 
 
 def _name(claim: Claim) -> str:

@@ -95,12 +95,7 @@ class Side:
 
 
 def run_side(library: Library, address: str, root: Path) -> Side:
-    """Read a recorded run.
-
-    Args:
-        library: where runs are looked up.
-        address: a key or its beginning, see `find_run`.
-        root: the main checkout, whose repository has snapshots.
+    """Read a recorded run; `root` is the main checkout, whose repository has snapshots.
 
     Raises:
         RegistryError: there is no such run, or its key.json is another run's.
@@ -140,8 +135,13 @@ def tree_side(workspace: Path) -> Side:
     recipe = make_recipe("train", workspace)
     notes: list[str] = []
     images = None
+
+    def read(path: str) -> bytes | None:
+        file = workspace / path
+        return file.read_bytes() if file.is_file() else None
+
     if _prepared_md5(workspace) in recipe.preimages["data"].values():
-        images = _images(_read_or_none(workspace / IMAGES_JSON), IMAGES_JSON, notes)
+        images = _images(read(IMAGES_JSON), IMAGES_JSON, notes)
     else:
         notes.append(f"{paths.PREPARED}/ is not of these data; `dvc repro prepare` lists images")
     return Side(
@@ -150,14 +150,10 @@ def tree_side(workspace: Path) -> Side:
         parts=recipe.parts,
         recipe=recipe,
         record=None,
-        read=lambda path: _read_or_none(workspace / path),
+        read=read,
         images=images,
         notes=notes,
     )
-
-
-def _read_or_none(path: Path) -> bytes | None:
-    return path.read_bytes() if path.is_file() else None
 
 
 def _snapshot_reader(root: Path, oid: str | None) -> ReadFile | None:
@@ -268,36 +264,27 @@ class CodeDiff:
 def compare_code(
     a: Mapping[str, Any], b: Mapping[str, Any], read_a: ReadFile | None, read_b: ReadFile | None
 ) -> CodeDiff:
-    """Compare the code of two keys file by file.
+    """Compare the code parts of two keys file by file.
 
     If the keys were made by different rules, files on both sides are compared by their text under
     the newer rule, in which a comment makes no difference.
-
-    Args:
-        a: the code part of the first key.
-        b: of the second.
-        read_a: reads the first one's files; None: they are not here.
-        read_b: reads the second one's files.
     """
     pairs = differing(a["files"], b["files"])
     rule_a, rule_b = code_rule(a), code_rule(b)
-    texts = {
-        pair.name: (
-            _text(pair.name, pair.a, read_a, rule_a),
-            _text(pair.name, pair.b, read_b, rule_b),
-        )
-        for pair in pairs
-    }
-    known = {path: (x, y) for path, (x, y) in texts.items() if x is not None and y is not None}
+    known: dict[str, tuple[bytes, bytes]] = {}
+    for pair in pairs:
+        text_a = _text(pair.name, pair.a, read_a, rule_a)
+        text_b = _text(pair.name, pair.b, read_b, rule_b)
+        if text_a is not None and text_b is not None:
+            known[pair.name] = text_a, text_b
     incomparable: list[str] = []
     if rule_a != rule_b:
         both = [pair.name for pair in pairs if pair.a is not None and pair.b is not None]
         incomparable = [path for path in both if path not in known]
         same = {
             path
-            for path in both
-            if path in known
-            and same_code(path, known[path][1], hash_code(path, known[path][0]), RULE)
+            for path, (text_a, text_b) in known.items()
+            if path in both and same_code(path, text_b, hash_code(path, text_a), RULE)
         }
         pairs = [pair for pair in pairs if pair.name not in {*incomparable, *same}]
     changed = [pair for pair in pairs if pair.name in known]
@@ -347,13 +334,10 @@ def _git_diff(
         numbers = git(root, "diff", *_PLAIN, "--numstat", "-z", *trees)
         patch = git_bytes(root, "diff", *_PLAIN, "--dst-prefix=b/", *trees)
     rows = [row.split("\t", 2) for row in numbers.split("\0") if row]
-    lines = {path: (_number(plus), _number(minus)) for plus, minus, path in rows}
+    lines: dict[str, tuple[int | None, int | None]] = {  # `-` stands for a file that is no text
+        path: (None, None) if plus == "-" else (int(plus), int(minus)) for plus, minus, path in rows
+    }
     return lines, patch.decode("utf-8", "replace")
-
-
-def _number(text: str) -> int | None:
-    """Lines as git counts them: `-` stands for a file that is no text."""
-    return None if text == "-" else int(text)
 
 
 # Data, image by image or file by file.
@@ -385,19 +369,6 @@ class ImagesDiff:
         return not any(self.by_kind().values())
 
 
-@dataclass(frozen=True)
-class FilesDiff:
-    """Files of a data folder by what changed from A to B."""
-
-    added: list[str]
-    removed: list[str]
-    changed: list[str]
-
-    def by_kind(self) -> dict[str, list[str]]:
-        """Return the lists by name."""
-        return {"added": self.added, "removed": self.removed, "changed": self.changed}
-
-
 def compare_images(a: ImageList, b: ImageList) -> ImagesDiff:
     """Compare two lists of images; an image that is relabelled and replaced is in both lists."""
     old = {file: (split, one) for split, members in a.items() for file, one in members.items()}
@@ -411,15 +382,6 @@ def compare_images(a: ImageList, b: ImageList) -> ImagesDiff:
         moved=[f for f in both if old[f][0] != new[f][0]],
         total_a=len(old),
         total_b=len(new),
-    )
-
-
-def compare_files(a: Mapping[str, str], b: Mapping[str, str]) -> FilesDiff:
-    """Compare two folders by the md5 of each file."""
-    return FilesDiff(
-        added=sorted(b.keys() - a.keys()),
-        removed=sorted(a.keys() - b.keys()),
-        changed=sorted(path for path in a.keys() & b.keys() if a[path] != b[path]),
     )
 
 
@@ -443,8 +405,9 @@ class Diff:
     """md5s by name of the data."""
     images: ImagesDiff | None
     """None if one side's images are unknown."""
-    files: FilesDiff | None
-    """Files of the data folder, if the images are unknown and DVC's cache lists both folders."""
+    files: dict[Change, list[str]] | None
+    """Files of the data folder by what changed, if the images are unknown and DVC's cache lists
+    both folders."""
     packages: list[Pair]
     """Locked packages as `version build`; if these are equal, as hashes."""
     metrics: list[Pair]
@@ -458,27 +421,22 @@ class Diff:
 
 
 def compare(a: Side, b: Side, root: Path) -> Diff:
-    """Compare two sides.
-
-    Args:
-        a: the one side.
-        b: the other.
-        root: the checkout whose DVC cache may have the data.
-    """
+    """Compare two sides; the DVC cache of the checkout `root` may have the data."""
     known = a.recipe is not None and b.recipe is not None
     kept_a, kept_b = (_kept(side) if a.key == b.key else {} for side in (a, b))
     metrics_a, metrics_b = (s.record.run.metrics if s.record else {} for s in (a, b))
     on_both = a.record is not None and b.record is not None
     data_a, data_b = a.preimage("data"), b.preimage("data")
     images = compare_images(a.images, b.images) if a.images and b.images else None
-    code_a, code_b = (side.preimage("code") for side in (a, b))
+    code_a, code_b = (side.preimage("code") if known else {} for side in (a, b))
+    left_out = [dict.fromkeys(code.get("excluded", ()), True) for code in (code_a, code_b)]
     return Diff(
         same_key=a.key == b.key,
         parts={part: Pair(part, a.parts.get(part), b.parts.get(part)) for part in PARTS},
         commands=differing(a.recipe.cmd, b.recipe.cmd) if a.recipe and b.recipe else [],
         params=differing(a.params, b.params) if known else _as_texts(a.params, b.params),
         code=compare_code(code_a, code_b, a.read, b.read) if known else CodeDiff([], "", [], []),
-        excluded=_excluded(a, b) if known else [],
+        excluded=differing(*left_out),
         data=differing(data_a, data_b) if known else [],
         images=images,
         files=_data_files(data_a, data_b, root) if known and images is None else None,
@@ -487,13 +445,9 @@ def compare(a: Side, b: Side, root: Path) -> Diff:
         witness=differing(_witness(a), _witness(b)) if on_both else [],
         installed=differing(a.packages, b.packages) if a.packages and b.packages else [],
         artifacts=differing(kept_a, kept_b),
-        equal_metrics=_equal(metrics_a, metrics_b),
-        equal_artifacts=_equal(kept_a, kept_b),
+        equal_metrics=sum(metrics_a[n] == metrics_b[n] for n in metrics_a.keys() & metrics_b),
+        equal_artifacts=sum(kept_a[n] == kept_b[n] for n in kept_a.keys() & kept_b),
     )
-
-
-def _equal(a: Mapping[str, Any], b: Mapping[str, Any]) -> int:
-    return sum(1 for name in a.keys() & b.keys() if a[name] == b[name])
 
 
 def _as_texts(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Pair]:
@@ -502,12 +456,9 @@ def _as_texts(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Pair]:
     return differing({n: str(a[n]) for n in both}, {n: str(b[n]) for n in both})
 
 
-def _excluded(a: Side, b: Side) -> list[Pair]:
-    listed = [dict.fromkeys(side.preimage("code")["excluded"], True) for side in (a, b)]
-    return differing(*listed)
-
-
-def _data_files(a: Mapping[str, str], b: Mapping[str, str], root: Path) -> FilesDiff | None:
+def _data_files(
+    a: Mapping[str, str], b: Mapping[str, str], root: Path
+) -> dict[Change, list[str]] | None:
     """Compare the data folders that differ by the lists of files in DVC's cache."""
     changed = differing(a, b)
     if not changed:
@@ -523,7 +474,10 @@ def _data_files(a: Mapping[str, str], b: Mapping[str, str], root: Path) -> Files
                 return None
             files |= {path: one for path, one in listed.items() if not path.endswith("/")}
         sides.append(files)
-    return compare_files(*sides)
+    kinds: dict[Change, list[str]] = {"added": [], "removed": [], "changed": []}
+    for pair in differing(*sides):
+        kinds[_change(pair)].append(pair.name)
+    return kinds
 
 
 def _packages(a: Side, b: Side) -> list[Pair]:

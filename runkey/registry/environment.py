@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from runkey.errors import RegistryError
 from runkey.identity.environment import (
-    Package,
+    LockedPackage,
     environment_preimage,
     installed_cuda,
     installed_packages,
@@ -158,7 +158,7 @@ def _pairs(locked: Mapping[str, str], installed: Mapping[str, str]) -> list[Pack
     return [PackageDifference(name, locked.get(name), installed.get(name)) for name in names]
 
 
-def _conda_pairs(prefix: Path, packages: tuple[Package, ...]) -> list[PackageDifference]:
+def _conda_pairs(prefix: Path, packages: tuple[LockedPackage, ...]) -> list[PackageDifference]:
     """Conda's packages by version and build, then those that pip installed."""
     installed, files = _conda_records(prefix)
     pairs = _pairs({p.name: f"{p.version} {p.build}" for p in packages}, installed)

@@ -182,7 +182,7 @@ def _remove_run(scope: Scope, record: Record, folder: Path | None) -> None:
         shutil.rmtree(folder)
     # The record comes last: as long as it is there, the run is offered again.
     _remove_refs(scope, record)
-    remove_record(scope.home / paths.RECORDS, record.run.run_id)
+    remove_record(paths.records(scope.home), record.run.run_id)
 
 
 def _remove_refs(scope: Scope, record: Record) -> None:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from runkey.errors import RecipeError, RegistryError, RunkeyError
 from runkey.identity.key import short_key
@@ -44,14 +44,9 @@ class HeldClaim:
     """
 
     def __init__(self, claims: Claims, claim: Claim, rhythm: Rhythm) -> None:
-        """Write nothing yet.
-
-        Args:
-            claims: of the store.
-            claim: as this process made it.
-            rhythm: how often it is written.
-        """
-        self._claims, self._claim, self._rhythm = claims, claim, rhythm
+        """Write nothing yet; the attribute `claim` is the claim as last written."""
+        self.claim = claim
+        self._claims, self._rhythm = claims, rhythm
         self._writing = threading.RLock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="claim", daemon=True)
@@ -59,34 +54,22 @@ class HeldClaim:
         self._taken_by: Claim | None = None
         self._unreached = False
 
-    @property
-    def claim(self) -> Claim:
-        """The claim as last written."""
-        return self._claim
-
     def __enter__(self) -> Self:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
         with self._writing:
-            if self._claim.state == "running":
-                self._claim = replace(self._claim, state="failed")
-                self._try_to_write()
+            if self.claim.state == "running":
+                self._try_to_write(state="failed")
 
     def set_run(self, run_id: str) -> None:
         """Record the MLflow run in the claim."""
         with self._writing:
-            if run_id != self._claim.run_id:
-                self._claim = replace(self._claim, run_id=run_id)
-                self._try_to_write()
+            if run_id != self.claim.run_id:
+                self._try_to_write(run_id=run_id)
 
     def check(self) -> None:
         """Raise if another process took the key over; cheap enough for every step.
@@ -106,7 +89,7 @@ class HeldClaim:
                 self._writing.release()
         if taken_by := self._taken_by:
             raise RegistryError(
-                f"key {short_key(self._claim.key)}: {taken_by.who} took over as generation"
+                f"key {short_key(self.claim.key)}: {taken_by.who} took over as generation"
                 f" {taken_by.generation} while this process gave no sign of life; the result of"
                 " this one is not needed"
             )
@@ -114,73 +97,57 @@ class HeldClaim:
     def finish(self, run_id: str | None = None) -> None:
         """Mark the key as trained; the run must be recorded whole by now.
 
-        Args:
-            run_id: MLflow run; None: the one of `set_run`.
-
         Raises:
             RegistryError: another process took over.
         """
         with self._writing:
-            self._look()
+            self._try_to_write()  # it reads who holds the newest claim
             self.check()
-            self._claim = replace(
-                self._claim, run_id=run_id or self._claim.run_id, state="finished"
-            )
-            self._try_to_write()
+            self._try_to_write(run_id=run_id or self.claim.run_id, state="finished")
 
     def _keep(self) -> None:
         while not self._ended.wait(self._rhythm.beat_seconds):
             with self._writing:
-                if self._taken_by or self._claim.state != "running":
+                if self._taken_by or self.claim.state != "running":
                     return
                 self._try_to_write()
 
-    def _look(self) -> None:
-        """Read who holds the newest claim, if the claims can be reached."""
-        try:
-            last = newest(self._claims, self._claim.key)
-        except Exception as error:  # noqa: BLE001 - see _try_to_write
-            self._note_unreached(error)
-            return
-        self._note_newest(last)
-
-    def _try_to_write(self) -> None:
+    def _try_to_write(self, **changes: Any) -> None:
         """Write the claim with its next beat, unless another process has taken over.
 
         Unreachable claims do not stop a training: the next beat tries again, and finds out then if
         another process took over.  No error ends the writing thread, not even a bug of ours: it is
         logged, since others would take a claim without a beat for dead.
         """
+        self.claim = replace(self.claim, **changes)
         try:
-            last = newest(self._claims, self._claim.key)
-            self._note_newest(last)
-            if self._taken_by:
+            if self._is_lost():
                 return
-            self._claim = replace(self._claim, beat=self._claim.beat + 1)
+            self.claim = replace(self.claim, beat=self.claim.beat + 1)
             # Deleted by hand: the name is free, so it is made again, or somebody else did.
-            if not self._claims.update(self._claim) and not self._claims.make(self._claim):
-                self._note_newest(newest(self._claims, self._claim.key))
+            if not self._claims.update(self.claim) and not self._claims.make(self.claim):
+                self._is_lost()
         except Exception as error:  # noqa: BLE001 - see above
-            self._note_unreached(error)
+            self._looked = _clock()  # so that `check` does not look at every step
+            if not self._unreached:
+                self._unreached = True
+                why = str(error) if isinstance(error, RunkeyError) else f"unexpected {error!r}"
+                logger.warning(
+                    f"claim of {short_key(self.claim.key)}: {why}; training goes on, after"
+                    f" {self._rhythm.dead_after:.0f} s of this others may train the same key"
+                )
             return
         if self._unreached:
             self._unreached = False
-            logger.info(f"claim of {short_key(self._claim.key)}: kept again")
+            logger.info(f"claim of {short_key(self.claim.key)}: kept again")
 
-    def _note_newest(self, last: Claim | None) -> None:
+    def _is_lost(self) -> bool:
+        """Read who holds the newest claim; return True if it is another process."""
+        last = newest(self._claims, self.claim.key)
         self._looked = _clock()
-        if last is not None and not self._claim.is_same(last):
+        if last is not None and not self.claim.is_same(last):
             self._taken_by = last
-
-    def _note_unreached(self, error: Exception) -> None:
-        self._looked = _clock()  # so that `check` does not look at every step
-        if not self._unreached:
-            self._unreached = True
-            why = str(error) if isinstance(error, RunkeyError) else f"unexpected {error!r}"
-            logger.warning(
-                f"claim of {short_key(self._claim.key)}: {why}; training goes on, after"
-                f" {self._rhythm.dead_after:.0f} s of this others may train the same key"
-            )
+        return self._taken_by is not None
 
 
 def _clock() -> float:
@@ -202,34 +169,6 @@ class Decision:
     """This process's claim; train inside its `with` block."""
     superseded: tuple[str, ...] = ()
     """MLflow ids of dead owners' runs that this training replaces, oldest first."""
-
-
-class _Watch:
-    """Measures how long a claim's beat has not changed, by this process's clock.
-
-    Only time in which this process looked counts: if it was stopped together with the owner, it
-    must not find the owner dead when both continue.
-    """
-
-    def __init__(self, rhythm: Rhythm) -> None:
-        self._rhythm = rhythm
-        self._seen: Claim | None = None
-        self._looked = 0.0
-        self._still = 0.0
-
-    def death_of(self, claim: Claim) -> str | None:
-        """Return why the claim, as just read, counts as dead, or None."""
-        if state_now(claim) == "dead":
-            return "process gone"
-        now = time.monotonic()
-        if claim == self._seen:
-            self._still += min(now - self._looked, 2 * self._rhythm.poll_seconds)
-        else:
-            self._seen, self._still = claim, 0.0
-        self._looked = now
-        if self._still >= self._rhythm.dead_after:
-            return f"no sign of life for {self._still:.0f} s"
-        return None
 
 
 def decide(
@@ -258,66 +197,126 @@ def decide(
     Raises:
         RegistryError: another process trains it and `wait` is False.
     """
-    label = f"key {short_key(key)}"
+    search = _Search([library, *elsewhere], claims, key, not_this, rhythm or Rhythm())
     if not reuse:
-        return Decision(line=f"{label}: trained without looking for a run (runtime.reuse is false)")
-    lookup = _Lookup([library, *elsewhere], key, not_this)
-    key_claims = _KeyClaims(claims, key, rhythm or Rhythm())
+        line = f"{search.label}: trained without looking for a run (runtime.reuse is false)"
+        return Decision(line=line)
     try:
-        return _decide(lookup, key_claims, label, wait=wait)
+        return search.decide(wait=wait)
     except _UnreachedError as error:
-        found = lookup.first()
-        return found or Decision(line=f"{label}: {error}; trained here without a claim")
+        return search.find_run() or Decision(
+            line=f"{search.label}: {error}; trained here without a claim"
+        )
 
 
 class _UnreachedError(Exception):
     """The claims cannot be reached; the text says why."""
 
 
-@dataclass(frozen=True)
-class _Lookup:
-    """Looks finished runs of a key up."""
+@contextmanager
+def _reaching() -> Iterator[None]:
+    try:
+        yield
+    except RegistryError as error:
+        raise _UnreachedError(str(error)) from None
 
-    libraries: Sequence[Library]
-    key: str
-    not_this: Collection[str]
 
-    def first(self) -> Decision | None:
-        """Return the decision to reuse the first store's whole run, if there is one."""
-        for number, library in enumerate(self.libraries):
+class _Search:
+    """Looks for a finished run of a key, or for the right to train it."""
+
+    def __init__(
+        self,
+        libraries: Sequence[Library],
+        claims: Claims,
+        key: str,
+        not_this: Collection[str],
+        rhythm: Rhythm,
+    ) -> None:
+        self._libraries, self._claims, self._key = libraries, claims, key
+        self._not_this, self._rhythm = not_this, rhythm
+        self.label = f"key {short_key(key)}"
+        self._seen: Claim | None = None
+        self._looked = self._still = 0.0
+
+    def decide(self, *, wait: bool) -> Decision:
+        """Look until there is a run to reuse or a claim of this process."""
+        begin = reached = time.monotonic()
+        waits_for: Claim | None = None
+        found = self.find_run()  # most often there is a run: claims are not read
+        while found is None:
             try:
-                record = _whole_run(library, self.key, self.not_this)
+                # The claim is read before the runs: if it is finished, the run is among them then.
+                with _reaching():
+                    claim = newest(self._claims, self._key)
+                death = self._death_of(claim) if claim and claim.state == "running" else None
+                if claim is None or claim.state != "running" or death:
+                    found = self.find_run()
+                    if found is None and (held := self._make(claim.generation + 1 if claim else 1)):
+                        return self._won(held, claim, death)
+                    continue
+                reached = time.monotonic()
+            except _UnreachedError:
+                # A process that waits for a training survives a restart of the server.
+                if waits_for is None or time.monotonic() - reached > self._rhythm.dead_after:
+                    raise
+            else:
+                if not claim.is_same(waits_for):
+                    waits_for = claim
+                    self._log_wait(claim, wait=wait)
+            time.sleep(self._rhythm.poll_seconds)
+        if waits_for:
+            waited = time.monotonic() - begin
+            return replace(found, line=f"{found.line}, after {waited:.0f} s of waiting")
+        return found
+
+    def find_run(self) -> Decision | None:
+        """Return the decision to reuse the first store's whole run, if there is one."""
+        for number, library in enumerate(self._libraries):
+            try:
+                record = self._whole_run(library)
             except (RegistryError, RecipeError) as error:
-                label = f"key {short_key(self.key)}"
-                logger.warning(f"{label}: not looked up in {library.place}: {error}")
+                logger.warning(f"{self.label}: not looked up in {library.place}: {error}")
                 continue
             if record is not None and record.details is not None:
                 where = f" ({library.place})" if number else ""
                 run = f"finished run {record.run.run_id[:8]} of {record.details.host}{where}"
-                line = f"key {short_key(self.key)}: {run} is reused"
+                line = f"{self.label}: {run} is reused"
                 return Decision(line=line, record=record, library=library)
         return None
 
+    def _whole_run(self, library: Library) -> Record | None:
+        """Return the run that stands for the key, as `canonical` chooses, among the whole ones."""
+        runs = [r for r in library.matching(self._key) if r.run.status == "FINISHED"]
+        for record in sorted(runs, key=lambda record: record.reproduction_of is not None):
+            if record.key == self._key and record.run.run_id not in self._not_this:
+                whole = library.with_details(record)
+                if whole.is_whole:
+                    return whole
+        return None
 
-@dataclass(frozen=True)
-class _KeyClaims:
-    """The claims on one key."""
+    def _death_of(self, claim: Claim) -> str | None:
+        """Return why the claim, as just read, counts as dead, or None.
 
-    claims: Claims
-    key: str
-    rhythm: Rhythm
+        Its beat must stand still by this process's clock.  Only time in which this process looked
+        counts: if it was stopped together with the owner, it must not find the owner dead when
+        both continue.
+        """
+        if state_now(claim) == "dead":
+            return "process gone"
+        now = time.monotonic()
+        if claim == self._seen:
+            self._still += min(now - self._looked, 2 * self._rhythm.poll_seconds)
+        else:
+            self._seen, self._still = claim, 0.0
+        self._looked = now
+        if self._still >= self._rhythm.dead_after:
+            return f"no sign of life for {self._still:.0f} s"
+        return None
 
-    def newest(self) -> Claim | None:
-        """Return the claim that counts."""
-        try:
-            return newest(self.claims, self.key)
-        except RegistryError as error:
-            raise _UnreachedError(str(error)) from None
-
-    def make(self, generation: int) -> HeldClaim | None:
+    def _make(self, generation: int) -> HeldClaim | None:
         """Claim a generation for this process; None: another process was first."""
         claim = Claim(
-            key=self.key,
+            key=self._key,
             generation=generation,
             owner=this_owner(),
             state="running",
@@ -325,108 +324,51 @@ class _KeyClaims:
             beat=0,
             since_ms=time.time_ns() // 1_000_000,
         )
-        try:
+        with _reaching():
             # A process that was stopped before this line may make a generation that others have
             # superseded and removed: only the newest one counts.
-            won = self.claims.make(claim) and claim.is_same(newest(self.claims, self.key))
-        except RegistryError as error:
-            raise _UnreachedError(str(error)) from None
-        return HeldClaim(self.claims, claim, self.rhythm) if won else None
+            won = self._claims.make(claim) and claim.is_same(newest(self._claims, self._key))
+        return HeldClaim(self._claims, claim, self._rhythm) if won else None
 
-    def left_running(self, generation: int) -> tuple[str, ...]:
+    def _log_wait(self, claim: Claim, *, wait: bool) -> None:
+        text = f"{self.label}: {claim.who} trains it since {claim.since}"
+        if not wait:
+            raise RegistryError(
+                f"{text}; set runtime.wait to true to wait for its result, or try again later"
+            )
+        logger.info(f"{text}; waiting for its result (Ctrl-C leaves)")
+
+    def _won(self, held: HeldClaim, before: Claim | None, death: str | None) -> Decision:
+        """Decide for the winner of a claim: train, unless a run was finished just before."""
+        if found := self.find_run():
+            assert found.record is not None
+            with held:
+                held.finish(found.record.run.run_id)
+            return found
+        number = held.claim.generation
+        if before is None:
+            why = "no run of this key: trained here"
+        elif death:
+            why = f"claim of {before.who} was dead ({death}): taken over as generation {number}"
+        elif before.state == "failed":
+            why = f"training by {before.who} failed: trained here as generation {number}"
+        else:
+            run = f"run {before.run_id[:8]}" if before.run_id else "the run"
+            why = (
+                f"{run} of {before.who} is finished but not there, or damaged:"
+                f" trained here as generation {number}"
+            )
+        line = f"{self.label}: {why}"
+        return Decision(line=line, claim=held, superseded=self._left_running(number))
+
+    def _left_running(self, generation: int) -> tuple[str, ...]:
         """Return runs of earlier generations that nobody ended.
 
         More than one, if an owner died before it could end the run that it replaced.
         """
         try:
-            earlier = [c for c in self.claims.of(self.key) if c.generation < generation]
+            earlier = [c for c in self._claims.of(self._key) if c.generation < generation]
         except RegistryError as error:
             logger.warning(f"runs of dead owners stay as they are: {error}")
             return ()
         return tuple(c.run_id for c in earlier if c.state == "running" and c.run_id)
-
-
-def _decide(lookup: _Lookup, key_claims: _KeyClaims, label: str, *, wait: bool) -> Decision:
-    """Look until there is a run to reuse or a claim of this process."""
-    watch = _Watch(key_claims.rhythm)
-    begin = reached = time.monotonic()
-    waits_for: Claim | None = None
-    found = lookup.first()  # most often there is a run: claims are not read
-    while found is None:
-        try:
-            # The claim is read before the runs: if it is finished, the run is among them then.
-            claim = key_claims.newest()
-            death = watch.death_of(claim) if claim and claim.state == "running" else None
-            if claim is None or claim.state != "running" or death:
-                found = lookup.first()
-                if found is None and (
-                    held := key_claims.make(claim.generation + 1 if claim else 1)
-                ):
-                    return _won(lookup, key_claims, held, claim, death, label)
-                continue
-            reached = time.monotonic()
-        except _UnreachedError:
-            # A process that waits for a training survives a restart of the server.
-            if waits_for is None or time.monotonic() - reached > key_claims.rhythm.dead_after:
-                raise
-        else:
-            if not claim.is_same(waits_for):
-                waits_for = claim
-                _log_wait(claim, label, wait=wait)
-        time.sleep(key_claims.rhythm.poll_seconds)
-    if waits_for:
-        return replace(
-            found, line=f"{found.line}, after {time.monotonic() - begin:.0f} s of waiting"
-        )
-    return found
-
-
-def _log_wait(claim: Claim, label: str, *, wait: bool) -> None:
-    """Log which process is waited for, or refuse to wait."""
-    text = f"{label}: {claim.who} trains it since {claim.since}"
-    if not wait:
-        raise RegistryError(
-            f"{text}; set runtime.wait to true to wait for its result, or try again later"
-        )
-    logger.info(f"{text}; waiting for its result (Ctrl-C leaves)")
-
-
-def _won(
-    lookup: _Lookup,
-    key_claims: _KeyClaims,
-    held: HeldClaim,
-    before: Claim | None,
-    death: str | None,
-    label: str,
-) -> Decision:
-    """Decide for the winner of a claim: train, unless a run was finished just before."""
-    if found := lookup.first():
-        assert found.record is not None
-        with held:
-            held.finish(found.record.run.run_id)
-        return found
-    number = held.claim.generation
-    if before is None:
-        why = "no run of this key: trained here"
-    elif death:
-        why = f"claim of {before.who} was dead ({death}): taken over as generation {number}"
-    elif before.state == "failed":
-        why = f"training by {before.who} failed: trained here as generation {number}"
-    else:
-        run = f"run {before.run_id[:8]}" if before.run_id else "the run"
-        why = (
-            f"{run} of {before.who} is finished but not there, or damaged:"
-            f" trained here as generation {number}"
-        )
-    return Decision(line=f"{label}: {why}", claim=held, superseded=key_claims.left_running(number))
-
-
-def _whole_run(library: Library, key: str, not_this: Collection[str]) -> Record | None:
-    """Return the run that stands for the key, as `canonical` chooses, among the whole ones."""
-    finished = [r for r in library.matching(key) if r.run.status == "FINISHED" and r.key == key]
-    for record in sorted(finished, key=lambda record: record.reproduction_of is not None):
-        if record.run.run_id not in not_this:
-            whole = library.with_details(record)
-            if whole.is_whole:
-                return whole
-    return None

@@ -7,13 +7,12 @@ A library answers them by `find`; what a question means is defined here, once fo
 
 from __future__ import annotations
 
-import math
+import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from difflib import get_close_matches
-from heapq import nsmallest
 from typing import Literal
 
 from runkey.errors import RegistryError
@@ -31,6 +30,10 @@ TAGS = ("decision", "device", "host", "micro_batch", "precision", "reproduction_
 """Tags that need no `tags.` before their name."""
 _CONDITION = re.compile(r"\s*([\w\-. :/]+?)\s*(>=|<=|!=|=|>|<|~)\s*(.*?)\s*")
 _TIMES = ("started", "ended")
+_COMPARE = {
+    **{"=": operator.eq, "!=": operator.ne, "<": operator.lt},
+    **{"<=": operator.le, ">": operator.gt, ">=": operator.ge},
+}
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,9 @@ class Condition:
             return self.value.lower() in str(value).lower()
         left, right = number(value), self.number
         if left is not None and right is not None:
-            return _compare(self.operator, left, right)
+            return bool(_COMPARE[self.operator](left, right))
         if self.operator in ("=", "!="):
-            same = str(value) == self.value
-            return same if self.operator == "=" else not same
+            return bool(_COMPARE[self.operator](str(value), self.value))
         return False
 
 
@@ -102,20 +104,19 @@ class Query:
 
 
 def choose[T](items: Iterable[tuple[T, Sequence[Value]]], query: Query) -> list[T]:
-    """Return the items that a query selects, in its order.
-
-    Args:
-        items: each with the values of `query.fields`.
-        query: its prefix is ignored.
-    """
+    """Return the items that a query selects, in its order; each comes with its `query.fields`."""
     kept = [(item, values) for item, values in items if fulfils(values, query)]
-    rows = [
-        (number(value), value, -float(started or 0), str(run), place)
-        for place, (_, (started, run, value, *_rest)) in enumerate(kept)
-    ]
-    numeric = all(row[0] is not None for row in rows if row[1] is not None)
-    order = _by_number(rows, query) if numeric else _by_text(rows, query)
-    return [kept[place][0] for place in order]
+    kept.sort(key=lambda one: (-float(one[1][0] or 0), str(one[1][1])))  # newest first
+    rows = [(item, values[2]) for item, values in kept]
+    present = [(number(value), str(value), item) for item, value in rows if value is not None]
+    absent = [item for item, value in rows if value is None]
+    if any(as_number is None for as_number, _, _ in present):
+        present.sort(key=lambda row: row[1], reverse=query.descending)
+    else:
+        absent = [item for as_number, _, item in present if as_number != as_number] + absent  # NaN
+        present = [row for row in present if row[0] == row[0]]
+        present.sort(key=lambda row: row[0] or 0.0, reverse=query.descending)
+    return ([item for _, _, item in present] + absent)[: query.limit]
 
 
 def fulfils(values: Sequence[Value], query: Query) -> bool:
@@ -174,23 +175,19 @@ def parse_condition(text: str, known: Sequence[LoggedRun]) -> Condition:
     Raises:
         RegistryError: it is not a condition; the text shows one.
     """
-    name, operator, value = split_condition(text)
+    name, comparison, value = split_condition(text)
     field = find_field(name, known)
     if field.kind == "run" and field.name in _TIMES:
         value = str(_milliseconds(text, value))
     elif field == Field("run", "status"):
         value = value.upper()
-    if operator[0] in "<>" and number(value) is None:
-        raise RegistryError(f"{text}: {operator} compares numbers; {value!r} is none")
-    return Condition(field, operator, value)
+    if comparison[0] in "<>" and number(value) is None:
+        raise RegistryError(f"{text}: {comparison} compares numbers; {value!r} is none")
+    return Condition(field, comparison, value)
 
 
 def split_condition(text: str) -> tuple[str, str, str]:
-    """Split a condition into name, operator and value.
-
-    Raises:
-        RegistryError: see `parse_condition`.
-    """
+    """Split a condition into name, operator and value; see `parse_condition`."""
     match = _CONDITION.fullmatch(text)
     if not match:
         raise RegistryError(
@@ -228,43 +225,6 @@ def _attribute(run: LoggedRun, name: str) -> Value:
     if name == "started":
         return float(run.started_ms)
     return {"key": run.key, "run": run.run_id, "name": run.name, "status": run.status}[name]
-
-
-def _compare(operator: str, left: float, right: float) -> bool:
-    return {
-        "=": left == right,
-        "!=": left != right,
-        "<": left < right,
-        "<=": left <= right,
-        ">": left > right,
-        ">=": left >= right,
-    }[operator]
-
-
-_Row = tuple[float | None, Value, float, str, int]
-"""Value as a number, value, minus the time of the start, run, place in the list."""
-
-
-def _by_number(rows: list[_Row], query: Query) -> list[int]:
-    sign = -1.0 if query.descending else 1.0
-
-    def key(row: _Row) -> tuple[int, float, float, str]:
-        value, _, age, run, _ = row
-        if value is None:
-            return 2, 0.0, age, run
-        return (1, 0.0, age, run) if math.isnan(value) else (0, sign * value, age, run)
-
-    if query.limit is None:
-        return [row[-1] for row in sorted(rows, key=key)]
-    return [row[-1] for row in nsmallest(query.limit, rows, key=key)]
-
-
-def _by_text(rows: list[_Row], query: Query) -> list[int]:
-    newest_first = sorted(rows, key=lambda row: row[2:4])
-    present = [row for row in newest_first if row[1] is not None]
-    present.sort(key=lambda row: str(row[1]), reverse=query.descending)
-    absent = [row for row in newest_first if row[1] is None]
-    return [row[-1] for row in (present + absent)[: query.limit]]
 
 
 def _milliseconds(text: str, value: str) -> int:

@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http.client import HTTPException, HTTPResponse
 from typing import Any
 
@@ -25,6 +25,10 @@ SECONDS = 20.0
 """Timeout of one answer."""
 ATTEMPTS = 3
 _API = "api/2.0/mlflow"
+
+
+class UnreachedError(RegistryError):
+    """The server does not answer."""
 
 
 class RestError(RegistryError):
@@ -39,7 +43,7 @@ class RestError(RegistryError):
 
 
 class RestClient:
-    """A tracking server."""
+    """A tracking server.  All methods raise `RestError` if it refuses, else `RegistryError`."""
 
     def __init__(self, address: str, seconds: float = SECONDS) -> None:
         """Send nothing yet.
@@ -56,56 +60,43 @@ class RestClient:
         self._tls = _tls() if parts.scheme == "https" else None
 
     def get(self, path: str, query: Mapping[str, str | int] | None = None) -> Any:
-        """Return the JSON answer to `GET api/2.0/mlflow/<path>`.
-
-        Raises:
-            RestError: the server refused.
-            RegistryError: it cannot be reached.
-        """
+        """Return the JSON answer to `GET api/2.0/mlflow/<path>`."""
         tail = f"?{urllib.parse.urlencode(query)}" if query else ""
-        return self._json(f"{_API}/{path}{tail}", "GET", None, ATTEMPTS)
+        return self._ask("GET", f"{_API}/{path}{tail}")
 
     def post(self, path: str, data: Mapping[str, Any], *, repeat: bool = False) -> Any:
         """Return the JSON answer to `POST api/2.0/mlflow/<path>`.
 
-        Args:
-            path: after `api/2.0/mlflow/`.
-            data: sent as JSON.
-            repeat: send again when the connection breaks; only for requests that may be done twice.
-
-        Raises:
-            RestError, RegistryError: see `get`.
+        `repeat` sends again when the connection breaks; only for requests that may be done twice.
         """
-        return self._json(f"{_API}/{path}", "POST", data, ATTEMPTS if repeat else 1)
+        return self._ask("POST", f"{_API}/{path}", data, attempts=ATTEMPTS if repeat else 1)
 
     def send(self, method: str, path: str, data: Mapping[str, Any]) -> Any:
-        """Return the JSON answer to another method (PATCH, DELETE), which may be repeated.
+        """Return the JSON answer to another method (PATCH, DELETE), which may be repeated."""
+        return self._ask(method, f"{_API}/{path}", data)
 
-        Raises:
-            RestError, RegistryError: see `get`.
-        """
-        return self._json(f"{_API}/{path}", method, data, ATTEMPTS)
+    def pages(
+        self, path: str, query: Mapping[str, Any], name: str, *, post: bool = False
+    ) -> Iterator[Any]:
+        """Yield the items called `name` in the answers to a search, page by page."""
+        while True:
+            answer = self.post(path, query, repeat=True) if post else self.get(path, query)
+            yield from answer.get(name, ())
+            if not answer.get("next_page_token"):
+                return
+            query = {**query, "page_token": answer["next_page_token"]}
 
     def artifact(self, run_id: str, path: str) -> HTTPResponse:
-        """Open a run's artifact, wherever the server keeps it; the caller closes it.
-
-        Raises:
-            RestError, RegistryError: see `get`.
-        """
+        """Open a run's artifact, wherever the server keeps it; the caller closes it."""
         query = urllib.parse.urlencode({"run_uuid": run_id, "path": path})
-        return self._ask(f"get-artifact?{query}", "GET", None, ATTEMPTS, lambda answer: answer)
+        answer: HTTPResponse = self._ask("GET", f"get-artifact?{query}", read=lambda one: one)
+        return answer
 
     def artifact_bytes(self, run_id: str, path: str) -> bytes:
-        """Return a small artifact of a run.
-
-        Raises:
-            RestError, RegistryError: see `get`.
-        """
+        """Return a small artifact of a run."""
         query = urllib.parse.urlencode({"run_uuid": run_id, "path": path})
-        return self._ask(f"get-artifact?{query}", "GET", None, ATTEMPTS, _read)
-
-    def _json(self, path: str, method: str, data: Any, attempts: int) -> Any:
-        return self._ask(path, method, data, attempts, self._read_json)
+        data: bytes = self._ask("GET", f"get-artifact?{query}", read=_read)
+        return data
 
     def _read_json(self, answer: HTTPResponse) -> Any:
         try:
@@ -118,15 +109,16 @@ class RestClient:
             )
         return found
 
-    def _ask[T](
+    def _ask(
         self,
-        path: str,
         method: str,
-        data: Any,
-        attempts: int,
-        read: Callable[[HTTPResponse], T],
-    ) -> T:
-        """Send a request and read the answer.
+        path: str,
+        data: Any = None,
+        *,
+        attempts: int = ATTEMPTS,
+        read: Callable[[HTTPResponse], Any] | None = None,
+    ) -> Any:
+        """Send a request and read the answer, as JSON if there is no `read`.
 
         Try again after a broken connection, an answer cut off anywhere in its body, one that is not
         JSON, and an error of the server's own.
@@ -139,7 +131,12 @@ class RestClient:
         for attempt in range(1, attempts + 1):
             failure: RegistryError
             try:
-                return read(self._open(request))
+                try:
+                    answer = urllib.request.urlopen(request, None, self._seconds, context=self._tls)
+                except urllib.error.HTTPError as error:
+                    with error:
+                        raise _refusal(self.address, error) from None
+                return (read or self._read_json)(answer)
             except RestError as error:
                 failure = error
                 if error.status < 500:
@@ -148,22 +145,12 @@ class RestClient:
                 failure = error
             except (OSError, HTTPException) as error:
                 why = getattr(error, "reason", None) or error
-                failure = RegistryError(
+                failure = UnreachedError(
                     f"{self.address}: cannot be reached ({why}); does the server run there?"
                 )
-            if attempt == attempts:
-                raise failure from None
-            time.sleep(0.3 * attempt)
-        raise AssertionError("unreachable: the last attempt returns or raises")
-
-    def _open(self, request: urllib.request.Request) -> HTTPResponse:
-        try:
-            answer = urllib.request.urlopen(request, timeout=self._seconds, context=self._tls)
-        except urllib.error.HTTPError as error:
-            with error:
-                raise _refusal(self.address, error) from None
-        assert isinstance(answer, HTTPResponse)
-        return answer
+            if attempt < attempts:
+                time.sleep(0.3 * attempt)
+        raise failure from None
 
 
 def _read(answer: HTTPResponse) -> bytes:

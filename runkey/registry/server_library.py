@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 from urllib.parse import urlencode
 
-from runkey.errors import RecipeError, RegistryError
-from runkey.identity.record import DETAILS, KEY, NOT_KEPT, Details, LoggedRun, Record, Status, age
+from runkey.errors import RegistryError
+from runkey.identity.record import DETAILS, KEY, LoggedRun, Record, age
+from runkey.identity.record_cache import update_record
 from runkey.paths import is_server
 from runkey.registry.claims import Claims, FileClaims, ServerClaims
-from runkey.registry.library import Library, LocalLibrary, inside
+from runkey.registry.library import Library, LocalLibrary, inside, parse_details
+from runkey.registry.mlflow_runs import run_from_json
 from runkey.registry.query import Condition, Query, choose, fulfils, with_values
-from runkey.registry.rest import RestClient, RestError
+from runkey.registry.rest import RestClient, RestError, UnreachedError
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +34,7 @@ _KIND = {"workflowType": "machine_learning"}
 def list_page(client: RestClient, server: str, experiment: str, view: str) -> str:
     """Return the page that lists an experiment's runs, in a shared view of its columns.
 
-    Args:
-        client: of the server.
-        server: its address.
-        experiment: name of the experiment; if there is none, the start page is returned.
-        view: name of the view; ignored if the experiment has none of that name.
+    Without such an experiment it is the start page; without such a view the columns are MLflow's.
 
     Raises:
         RegistryError: the server does not answer, or refuses.
@@ -141,49 +139,6 @@ def _spellings(condition: Condition) -> list[str]:
     return sorted(texts)
 
 
-# --- runs as MLflow's REST interface writes them
-
-_STATUS: dict[str, Status] = {
-    "RUNNING": "RUNNING",
-    "SCHEDULED": "RUNNING",
-    "FINISHED": "FINISHED",
-    "FAILED": "FAILED",
-    "KILLED": "KILLED",
-}
-
-
-def run_from_json(answer: Mapping[str, Any]) -> LoggedRun:
-    """Return a run of `runs/search` or `runs/get`.
-
-    Numbers of 64 bits come as numbers or as text, NaN and Infinity as text.
-    """
-    info, data = answer["info"], answer.get("data", {})
-    tags = _pairs(data, "tags")
-    ended = info.get("end_time")
-    return LoggedRun(
-        run_id=str(info["run_id"]),
-        experiment_id=str(info["experiment_id"]),
-        name=str(info.get("run_name") or tags.get("mlflow.runName", "")),
-        status=(status := _STATUS[info["status"]]),
-        started_ms=int(info["start_time"]),
-        # MLflow keeps the time of the end when a run is resumed.
-        ended_ms=int(ended) if ended and status != "RUNNING" else None,
-        artifact_uri=str(info["artifact_uri"]),
-        params=_pairs(data, "params"),
-        metrics={
-            name: float(value)
-            for name, value in _pairs(data, "metrics").items()
-            if not name.startswith(NOT_KEPT)
-        },
-        tags={name: value for name, value in tags.items() if not name.startswith("mlflow.")},
-    )
-
-
-def _pairs(data: Mapping[str, Any], kind: str) -> dict[str, str]:
-    """Return values by name, sorted; MLflow leaves an empty text out of its answer."""
-    return dict(sorted((one["key"], str(one.get("value", ""))) for one in data.get(kind, ())))
-
-
 # --- the runs of a server
 
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "HTTP_404", "NOT_FOUND")
@@ -194,11 +149,12 @@ _SECONDS = 120.0
 
 
 class ServerLibrary:
-    """The runs of a tracking server."""
+    """The runs of a tracking server; those whose details were read stay in a cache."""
 
-    def __init__(self, address: str) -> None:
-        """Send nothing yet.  Args: address: of the server."""
+    def __init__(self, address: str, home: Path, *, offline: bool = False) -> None:
+        """Send nothing yet; `offline`: answer from the cache if the server does not answer."""
         self.client = RestClient(address, _SECONDS)
+        self._cache, self._offline = LocalLibrary(home, uri=address), offline
 
     @property
     def place(self) -> str:
@@ -207,7 +163,10 @@ class ServerLibrary:
 
     def matching(self, prefix: str) -> list[Record]:
         """See `Library`."""
-        return sorted(self.search(f"tags.{KEY} LIKE '{prefix}%'"), key=age)
+        try:
+            return sorted(self.search(f"tags.{KEY} LIKE '{prefix}%'"), key=age)
+        except UnreachedError as error:
+            return self._cached(error).matching(prefix)
 
     def find(self, query: Query) -> list[Record]:
         """See `Library`.
@@ -217,30 +176,38 @@ class ServerLibrary:
         """
         order = order_by(query)
         found: list[Record] = []
-        for filter_string, exact in filters(query):
-            page = query.limit if exact and order else None
-            answer = with_values(self.search(filter_string, order or (), page), query)
-            kept = (record for record, values in answer if fulfils(values, query))
-            found += islice(kept, query.limit) if order else kept
+        try:
+            for filter_string, exact in filters(query):
+                page = query.limit if exact and order else None
+                answer = with_values(self.search(filter_string, order or (), page), query)
+                kept = (record for record, values in answer if fulfils(values, query))
+                found += islice(kept, query.limit) if order else kept
+        except UnreachedError as error:
+            return self._cached(error).find(query)
         return choose(with_values(found, query), query)
+
+    def _cached(self, error: UnreachedError) -> LocalLibrary:
+        if not (self._offline and self._cache.path.is_file()):
+            raise error
+        logger.warning(f"{error}; shown is what {self._cache.place} has")
+        return self._cache
 
     def with_details(self, record: Record) -> Record:
         """See `Library`."""
         if record.details is not None:
             return record
         try:
-            content = self.client.artifact_bytes(record.run.run_id, DETAILS)
-        except RestError as error:
-            if error.code in _ABSENT:
+            data = self.client.artifact_bytes(record.run.run_id, DETAILS)
+        except RegistryError as error:
+            away = self._offline and isinstance(error, UnreachedError)
+            if away or (isinstance(error, RestError) and error.code in _ABSENT):
                 return record
             raise
         where = f"{record.label}: {DETAILS} of run {record.run.run_id}"
-        try:
-            return replace(record, details=Details.from_dict(json.loads(content), where))
-        except ValueError:
-            raise RegistryError(f"{where}: not JSON") from None
-        except RecipeError as error:
-            raise RegistryError(str(error)) from None
+        whole = replace(record, details=parse_details(data, where))
+        with suppress(OSError):  # a cache that cannot be written is no reason to stop
+            update_record(self._cache.path, whole.run, whole.details)
+        return whole
 
     def open_file(self, record: Record, path: str) -> AbstractContextManager[BinaryIO]:
         """See `Library`."""
@@ -262,55 +229,39 @@ class ServerLibrary:
             filter_string: in MLflow's language.
             order: in MLflow's language.
             page: runs per answer, if fewer than usual are needed.
-
-        Raises:
-            RegistryError: the server refuses or cannot be reached.
         """
-        question: dict[str, Any] = {
-            "experiment_ids": self.experiments(),
+        experiments = self.client.pages(
+            "experiments/search",
+            {"max_results": 1000, "view_type": "ACTIVE_ONLY"},
+            "experiments",
+            post=True,
+        )
+        question = {
+            # All of them: another process may have made one just now.
+            "experiment_ids": [str(one["experiment_id"]) for one in experiments],
             "filter": filter_string,
             "run_view_type": "ACTIVE_ONLY",
             "max_results": min(page or _PAGE, _PAGE),
             "order_by": list(order),
         }
-        while question["experiment_ids"]:
-            answer = self.client.post("runs/search", question, repeat=True)
-            for run in answer.get("runs", []):
+        if question["experiment_ids"]:
+            for run in self.client.pages("runs/search", question, "runs", post=True):
                 yield Record(run=run_from_json(run), details=None)
-            if not answer.get("next_page_token"):
-                return
-            question["page_token"] = answer["next_page_token"]
-
-    def experiments(self) -> list[str]:
-        """Return the ids of all active experiments; another process may have made one just now."""
-        found: list[str] = []
-        question: dict[str, Any] = {"max_results": 1000, "view_type": "ACTIVE_ONLY"}
-        while True:
-            answer = self.client.post("experiments/search", question, repeat=True)
-            found += [str(e["experiment_id"]) for e in answer.get("experiments", [])]
-            if not answer.get("next_page_token"):
-                return found
-            question["page_token"] = answer["next_page_token"]
 
 
 def open_library(
-    uri: str, home: Path, on_damage: Callable[[str], None] = logger.warning
+    uri: str,
+    home: Path,
+    on_damage: Callable[[str], None] = logger.warning,
+    *,
+    offline: bool = False,
 ) -> Library:
-    """Return the runs of a store; nothing is read or asked yet.
-
-    Args:
-        uri: `Store.uri`.
-        home: `Store.home`; not used for a server.
-        on_damage: see `LocalLibrary`.
-    """
-    return ServerLibrary(uri) if is_server(uri) else LocalLibrary(home, on_damage)
+    """Return the runs of a store; for `on_damage` and `offline` see the two libraries."""
+    if is_server(uri):
+        return ServerLibrary(uri, home, offline=offline)
+    return LocalLibrary(home, on_damage, uri)
 
 
 def open_claims(uri: str, home: Path) -> Claims:
-    """Return the claims of a store; nothing is read or asked yet.
-
-    Args:
-        uri: `Store.uri`.
-        home: `Store.home`; not used for a server, which keeps its claims itself.
-    """
+    """Return the claims of a store; a server keeps them itself."""
     return ServerClaims(RestClient(uri)) if is_server(uri) else FileClaims(home / "claims")

@@ -31,13 +31,7 @@ _DAY_SECONDS = 86_400.0
 def cells(
     records: Sequence[Record], columns: Sequence[str], states: Mapping[str, str], now: float
 ) -> list[list[str]]:
-    """Return the text of each column of each run.
-
-    Args:
-        records: in the order of the rows.
-        columns: names in `COLUMNS`, or any that `find_field` knows.
-        states: current status by run id.
-        now: seconds since 1970.
+    """Return the text of each column of each run; `states` holds the current status by run id.
 
     Raises:
         RegistryError: no run has a value of a column's name.
@@ -58,7 +52,7 @@ def ago(started_ms: int, now: float) -> str:
     seconds = max(0.0, now - started_ms / 1000)
     if seconds < _DAY_SECONDS:
         return f"{format_age(seconds)} ago"
-    return time.strftime("%Y-%m-%d", time.localtime(started_ms / 1000))
+    return _time(started_ms, "%Y-%m-%d")
 
 
 def text(value: Value) -> str:
@@ -94,8 +88,12 @@ def _show(
         return lambda r: states[r.run.run_id]
     if column == "when":
         return lambda r: ago(r.run.started_ms, now)
-    if column in _OWN:
-        return _OWN[column]
+    if column == "AP":
+        return lambda r: average_precision(r.run)
+    if column == "took":
+        return _took
+    if column == "where":
+        return lambda r: " ".join(filter(None, map(r.run.tags.get, ("host", "device"))))
     field = find_field(column, known)
     return lambda r: _plain(r, field)
 
@@ -112,24 +110,13 @@ def _plain(record: Record, field: Field) -> str:
     if isinstance(value, str) and _DIGEST.fullmatch(value):
         return value[:_DIGEST_DIGITS]
     if field.kind == "run" and field.name in ("started", "ended") and isinstance(value, float):
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value / 1000))
+        return _time(value)
     return text(value)
 
 
 def _took(record: Record) -> str:
     seconds = Field("run", "seconds").of(record.run)
     return format_age(seconds) if isinstance(seconds, float) else ""
-
-
-def _where(record: Record) -> str:
-    return " ".join(filter(None, (record.run.tags.get(name) for name in ("host", "device"))))
-
-
-_OWN: dict[str, Callable[[Record], str]] = {
-    "AP": lambda record: average_precision(record.run),
-    "took": _took,
-    "where": _where,
-}
 
 
 # --- runkey show
@@ -145,7 +132,7 @@ Row = tuple[str, str]
 """A label, empty if the row continues the one before, and a text of any length."""
 
 
-def lines(rows: Sequence[Row]) -> list[str]:
+def lines(rows: Iterable[Row]) -> list[str]:
     """Wrap the rows at spaces to 100 columns."""
     result = []
     for label, content in rows:
@@ -160,62 +147,45 @@ def lines(rows: Sequence[Row]) -> list[str]:
     return [line.replace(_NO_BREAK, " ") for line in result]
 
 
-_TAG_ROWS = (("decision", "decision"), ("last reuse", "reused"))
-"""Labels and the tags that they show: why it was trained, and who reused its result last."""
-
-
 def describe(
     record: Record, *, status: str, others: Sequence[Record], page: str, every_param: bool
-) -> list[Row]:
-    """Return what is known of a run, as rows.
-
-    Args:
-        record: the run, with its details.
-        status: current status, see `runkey.registry.claims.status_now`.
-        others: other runs of its key.
-        page: address of its MLflow page; empty if no server is known.
-        every_param: show all parameters, not only those that differ from the default.
-    """
+) -> Iterator[Row]:
+    """Yield what is known of a run, as rows; without `every_param` only the changed parameters."""
     run, details = record.run, record.details
-    return [
-        ("key", record.key),
-        *([("", older)] if (older := older_rule(record.key)) else []),
-        ("parts", _listed(f"{name} {digest[:_PART_DIGITS]}" for name, digest in run.parts.items())),
-        ("status", _status(run, status)),
-        ("name", run.name),
-        *([("repeats", f"run {record.reproduction_of}")] if record.reproduction_of else []),
-        *([("resumed", _resumed(run))] if run.resumed else []),
-        *((label, value) for label, tag in _TAG_ROWS if (value := run.tags.get(tag))),
-        *_titled("hints", _hints(run)),
-        *_metrics(run.metrics),
-        *_params(run, every_param=every_param),
-        *(_environment(details) if details else [("details", _WITHOUT[run.ended_ms is None])]),
-        *_others(others),
-        *_files(details),
-        ("MLflow run", f"{run.run_id} in experiment {run.experiment_id}"),
-        ("artifacts", run.artifact_uri),
-        *([("page", page)] if page else []),
-    ]
+    yield "key", record.key
+    yield from _titled("", [older_rule(record.key)])
+    yield "parts", _listed(f"{name} {one[:_PART_DIGITS]}" for name, one in run.parts.items())
+    yield "status", _status(run, status)
+    yield "name", run.name
+    if record.reproduction_of:
+        yield "repeats", f"run {record.reproduction_of}"
+    if run.resumed:
+        times = "once" if run.resumed == 1 else f"{run.resumed} times"
+        yield "resumed", f"{times}, after {run.tags.get(RESUMED_AFTER, '?')}"
+    # Why it was trained, and who reused its result last.
+    for label, tag in (("decision", "decision"), ("last reuse", "reused")):
+        yield from _titled(label, [run.tags.get(tag)])
+    hints = (json.loads(run.tags[tag]) for tag in sorted(run.tags) if tag.startswith(HINT))
+    yield from _titled("hints", (f"{hint.get('seen')}; {hint.get('change')}" for hint in hints))
+    yield from _metrics(run.metrics)
+    yield from _params(run, every_param=every_param)
+    yield from _environment(details) if details else [("details", _WITHOUT[run.ended_ms is None])]
+    yield from _others(others)
+    yield from _files(details)
+    yield "MLflow run", f"{run.run_id} in experiment {run.experiment_id}"
+    yield "artifacts", run.artifact_uri
+    yield from _titled("page", [page])
 
 
 def _status(run: LoggedRun, status: str) -> str:
-    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.started_ms / 1000))
     if run.ended_ms is None:
-        return f"{status}, since {started}"
-    return f"{status}, {started}, took {format_age((run.ended_ms - run.started_ms) / 1000)}"
+        return f"{status}, since {_time(run.started_ms)}"
+    took = format_age((run.ended_ms - run.started_ms) / 1000)
+    return f"{status}, {_time(run.started_ms)}, took {took}"
 
 
-def _resumed(run: LoggedRun) -> str:
-    times = "once" if run.resumed == 1 else f"{run.resumed} times"
-    return f"{times}, after {run.tags.get(RESUMED_AFTER, '?')}"
-
-
-def _hints(run: LoggedRun) -> Iterator[str]:
-    """Yield what the hints of the training saw, and what to change."""
-    for tag in sorted(run.tags):
-        if tag.startswith(HINT):
-            fields = json.loads(run.tags[tag])
-            yield f"{fields.get('seen')}; {fields.get('change')}"
+def _time(milliseconds: float, form: str = "%Y-%m-%d %H:%M:%S") -> str:
+    return time.strftime(form, time.localtime(milliseconds / 1000))
 
 
 def _metrics(metrics: Mapping[str, float]) -> Iterator[Row]:
@@ -250,8 +220,8 @@ def _params(run: LoggedRun, *, every_param: bool) -> Iterator[Row]:
         yield "parameters", f"{len(values)}"
         yield from (("", f"{name} = {value}") for name, value in sorted(shown.items()))
         return
-    summary = f"{len(values)}, of which {len(shown)} are not the default (--all shows them all)"
-    yield "parameters", summary
+    note = f"of which {len(shown)} are not the default (--all shows them all)"
+    yield "parameters", f"{len(values)}, {note}"
     if shown:
         yield "", _listed(f"{name}={_unbroken(value)}" for name, value in sorted(shown.items()))
 
@@ -284,7 +254,7 @@ def _environment(details: Details) -> Iterator[Row]:
 
 def _outcome(outcome: Mapping[str, Any]) -> str:
     """Format an outcome of `runkey.registry.reproduce.reproduce`."""
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(outcome.get("when_ms", 0) / 1000))
+    when = _time(outcome.get("when_ms", 0), "%Y-%m-%d %H:%M")
     if outcome.get("identical"):
         verdict = "bit-identical"
     elif outcome.get("reproduced"):
@@ -299,9 +269,8 @@ def _outcome(outcome: Mapping[str, Any]) -> str:
 def _others(others: Sequence[Record]) -> Iterator[Row]:
     for index, other in enumerate(others):
         what = "reproduction" if other.reproduction_of else "another run"
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(other.run.started_ms / 1000))
-        line = f"{address(other)} {what}, {other.run.status}, {when}"
-        yield ("" if index else "same key"), line
+        when = _time(other.run.started_ms, "%Y-%m-%d %H:%M")
+        yield "" if index else "same key", f"{address(other)} {what}, {other.run.status}, {when}"
 
 
 def _files(details: Details | None) -> Iterator[Row]:
@@ -319,7 +288,8 @@ def _files(details: Details | None) -> Iterator[Row]:
 
 
 def _titled(label: str, items: Iterable[object]) -> Iterator[Row]:
-    for index, item in enumerate(items):
+    """Yield a row for each item that is not empty; the first has the label."""
+    for index, item in enumerate(filter(None, items)):
         yield ("" if index else label), str(item)
 
 

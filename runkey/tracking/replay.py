@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from runkey import paths
 from runkey.errors import TrackingError
 from runkey.files import write_atomically
 from runkey.identity.key import ANY_SCHEMA, SCHEMAS
@@ -165,11 +164,7 @@ def send_saved(store: Store, folder: Path) -> Replayed:
         record = folder / ARTIFACTS / DETAILS  # which it left if it ended well
         details = Details.read(record) if record.is_file() else None
 
-        def on_change(run: LoggedRun) -> None:
-            if not store.is_server:
-                update_record(store.home / paths.RECORDS, run, details)
-
-        sent = replay(store, folder, on_change)
+        sent = replay(store, folder, lambda run: update_record(store.cache, run, details))
         if sent.status == "FINISHED":
             clear_training(folder, everything=True)
     return sent

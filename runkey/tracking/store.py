@@ -66,6 +66,11 @@ class Store:
         return Path(self.uri.removeprefix(_SQLITE)) if self.uri.startswith(_SQLITE) else None
 
     @property
+    def cache(self) -> Path:
+        """The cache of the store's runs, which is read without MLflow."""
+        return paths.records(self.home, self.uri)
+
+    @property
     def is_server(self) -> bool:
         """Whether the store is reached over HTTP."""
         return paths.is_server(self.uri)

@@ -1,4 +1,4 @@
-"""Read and write whole MLflow runs: list, delete, and copy from one store to another via a folder.
+"""Read and write whole MLflow runs: delete, and copy from one store to another via a folder.
 
 A copy is an MLflow run like any other, with an id of its own. `runkey.identity.record` describes
 the folder's layout.
@@ -7,11 +7,8 @@ the folder's layout.
 from __future__ import annotations
 
 import json
-import logging
 import math
-import tempfile
-import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import batched
@@ -19,71 +16,32 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
-from runkey import paths
-from runkey.errors import RecipeError, TrackingError
-from runkey.identity.key import ANY_KEY
+from runkey.errors import TrackingError
 from runkey.identity.record import (
     ARTIFACTS,
     CONTENT,
     DETAILS,
     KEY,
-    NOT_KEPT,
     ORIGIN,
     RUN_FOLDER_SCHEMA,
     Details,
     LoggedRun,
-    Record,
     details_file,
 )
-from runkey.identity.record_cache import write_record
+from runkey.identity.record_cache import update_record
 from runkey.progress import Steps, each, progress
 from runkey.tracking.store import MAX_METRICS, Store, experiment_id, open_client, quiet_mlflow
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-logger = logging.getLogger(__name__)
-
 LOOK_SECONDS = 0.3
-_PAGE = 1000
-"""Runs a request: MLflow keeps all of them in memory, about 100 KB each."""
 _NOT_COPIED = ("mlflow.runName", "mlflow.artifactLocation")
 
 
 def logged_run(run: Any) -> LoggedRun:
     """Convert an `mlflow.entities.Run` to the part of it that a record holds."""
-    info, data = run.info, run.data
-    return LoggedRun(
-        run_id=info.run_id,
-        experiment_id=str(info.experiment_id),
-        name=info.run_name or "",
-        status=info.status,
-        started_ms=info.start_time,
-        # MLflow keeps the end time of a run that is resumed.
-        ended_ms=None if info.status == "RUNNING" else info.end_time,
-        artifact_uri=info.artifact_uri,
-        params=dict(sorted(data.params.items())),
-        metrics={n: v for n, v in sorted(data.metrics.items()) if not n.startswith(NOT_KEPT)},
-        tags={n: v for n, v in sorted(data.tags.items()) if not n.startswith("mlflow.")},
-    )
-
-
-def read_details(client: MlflowClient, run: LoggedRun) -> Details | None:
-    """Read record.json among a run's artifacts; None if the run ended before it was written.
-
-    Raises:
-        RecipeError: the artifact is not a run's record.
-        MlflowException, OSError: the artifacts cannot be reached.
-    """
-    parts = urllib.parse.urlsplit(run.artifact_uri)
-    if parts.scheme == "file":
-        # Read directly: through MLflow a file takes 20 ms, and `runkey index` reads thousands.
-        path = Path(urllib.parse.unquote(parts.path)) / DETAILS
-        return Details.read(path) if path.is_file() else None
-    if DETAILS not in {item.path for item in client.list_artifacts(run.run_id)}:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        return Details.read(Path(client.download_artifacts(run.run_id, DETAILS, folder)))
+    return LoggedRun.from_mlflow(dict(run.info), run.data.params, run.data.metrics, run.data.tags)
 
 
 def write_details(
@@ -118,44 +76,6 @@ def delete_run(store: Store, run_id: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise TrackingError(f"run {run_id}: not deleted from MLflow: {error.message}") from None
-
-
-def recorded_runs(store: Store) -> Iterator[Record]:
-    """Yield every active run that has a key, newest first, with its details.
-
-    A run whose details cannot be read comes without them; a warning names it.
-
-    Raises:
-        TrackingError: there is no store yet, or it cannot be read.
-    """
-    if store.database and not store.database.is_file():
-        raise TrackingError(f"{store.database}: not found; `make repro` records the first run")
-    client = open_client(store)
-    from mlflow.exceptions import MlflowException
-
-    try:
-        experiments = [str(one.experiment_id) for one in _pages(client.search_experiments)]
-        if not experiments:  # MLflow takes an empty list for all
-            return
-        query = {"experiment_ids": experiments, "filter_string": f"tags.{KEY} LIKE '{ANY_KEY}%'"}
-        for run in _pages(client.search_runs, **query):
-            logged = logged_run(run)
-            try:
-                details = read_details(client, logged)
-            except (RecipeError, OSError, ValueError) as error:
-                logger.warning(f"run {logged.run_id}: listed without its details ({error})")
-                details = None
-            yield Record(run=logged, details=details)
-    except MlflowException as error:
-        raise TrackingError(f"{store.uri}: {' '.join(str(error).split())[:200]}") from None
-
-
-def _pages(search: Callable[..., Any], **query: Any) -> Iterator[Any]:
-    page = search(**query, max_results=_PAGE)
-    yield from page
-    while page.token:
-        page = search(**query, max_results=_PAGE, page_token=page.token)
-        yield from page
 
 
 @dataclass(frozen=True)
@@ -196,7 +116,7 @@ class StoreRuns:
         return content
 
     def write(self, folder: Path) -> LoggedRun:
-        """Copy a run from the folder that `read` filled; in a local store also write its record.
+        """Copy a run from the folder that `read` filled; write its record.
 
         The key is written last, so that no search by key finds an incomplete copy. What an
         interrupted copy of the same run left is deleted first.
@@ -221,9 +141,7 @@ class StoreRuns:
             params = [Param(KEY, content["params"][KEY])] if KEY in content["params"] else []
             client.log_batch(run_id, params=params, tags=[RunTag(KEY, key)])
             run = logged_run(client.get_run(run_id))
-        if not self.store.is_server:
-            details = Details.read(folder / ARTIFACTS / DETAILS)
-            write_record(self.store.home / paths.RECORDS, Record(run=run, details=details))
+        update_record(self.store.cache, run, Details.read(folder / ARTIFACTS / DETAILS))
         return run
 
     def add(self, run_id: str, file: Path) -> None:

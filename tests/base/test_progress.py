@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runkey import progress as module
-from runkey.progress import each, progress, tell
+from runkey.progress import each, log_to_terminal, progress
 from tests.support.terminal import COLUMNS
 from tests.support.terminal import on_terminal as run_on_terminal
 
@@ -89,9 +90,11 @@ def test_no_terminal_gets_a_line_now_and_then(
 def test_what_a_stage_tells_is_never_wider_than_100_columns(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    tell("a short line\n  an indented one")
-    tell("early stop: " + ", ".join(f"word{n}" for n in range(40)))
-    tell("  " + "x" * 120)
+    log_to_terminal()
+    logger = logging.getLogger("runkey.stage")
+    logger.info("a short line\n  an indented one")
+    logger.info("early stop: " + ", ".join(f"word{n}" for n in range(40)))
+    logger.info("  " + "x" * 120)
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["a short line", "  an indented one"]
     assert lines[3].startswith("  word")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from runkey import paths
 from runkey.identity.record import LoggedRun
 from runkey.identity.record_cache import update_record
 from runkey.params import load_params
@@ -52,7 +51,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def record(root: Path, name: str, digit: str) -> None:
     """A run as the stages record it; only the numbers are made up."""
     params = load_params(root / "params.yaml")
-    records = locate_store().home / paths.RECORDS
+    records = locate_store().cache
     same = {part: f"{n}" * 64 for n, part in enumerate(PARTS)}
 
     def on_change(run: LoggedRun) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from runkey.errors import LockError
 from runkey.identity.environment import (
-    Package,
+    LockedPackage,
     differences,
     environment_preimage,
     installed_packages,
@@ -75,12 +75,12 @@ def test_installed_packages_are_this_interpreters():
 
 def test_pins_follow_the_tables():
     packages = [
-        Package("pytorch", "2.10.0", "b", "sha256:0", needs_python=True),
-        Package("mlflow-skinny", "3.16.0", "b", "sha256:0", needs_python=True),
-        Package("triton", "3.5.1", "b", "sha256:0", needs_python=True),
-        Package("uv", "0.12.1", "b", "sha256:0"),
-        Package("zlib", "1.3", "b", "sha256:0"),
-        Package("ruamel.yaml", "0.18", "b", "sha256:0", needs_python=True),
+        LockedPackage("pytorch", "2.10.0", "b", "sha256:0", needs_python=True),
+        LockedPackage("mlflow-skinny", "3.16.0", "b", "sha256:0", needs_python=True),
+        LockedPackage("triton", "3.5.1", "b", "sha256:0", needs_python=True),
+        LockedPackage("uv", "0.12.1", "b", "sha256:0"),
+        LockedPackage("zlib", "1.3", "b", "sha256:0"),
+        LockedPackage("ruamel.yaml", "0.18", "b", "sha256:0", needs_python=True),
     ]
     assert python_pins(packages) == {
         "mlflow-skinny": "3.16.0",

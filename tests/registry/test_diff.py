@@ -234,7 +234,7 @@ def test_without_lists_of_images_dvc_s_cache_names_files(two):
     bare = record(two, "e", None)
     diff = compare(*sides(two, bare.key, two.second.key), two.root)
     assert diff.images is None
-    assert diff.files.by_kind() == {
+    assert diff.files == {
         "added": ["data/c.jpg"],
         "removed": ["data/a.jpg"],
         "changed": ["data/b.jpg"],

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from runkey import paths
+from runkey.identity.record_cache import write_record
 from runkey.registry.claims import Claim, FileClaims, this_owner
+from runkey.registry.library import LocalLibrary
+from runkey.tracking.store import free_port
 from tests.support.command_line import Run
 from tests.support.records import key_of, make_run
 
@@ -194,6 +198,24 @@ def test_open(runs: Path, run: Run) -> None:
 def test_an_empty_place_says_so(root: Path, run: Run) -> None:
     assert run("list")[:2] == (0, f"no run in {root / '.runkey' / 'runs.sqlite'}\n")
     assert json.loads(run("list", "--json")[1]) == []
+
+
+def test_of_a_server_that_is_down_the_cache_answers(
+    runs: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    for record in LocalLibrary(runs / ".runkey").matching("rk2-"):
+        write_record(paths.records(runs / ".runkey", f"{address}/"), record)
+    shown = [run(*command, "--json") for command in (("show", B), ("show", C), ("list",))]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    for (code, out, _), command in zip(shown, (("show", B), ("show", C), ("list",)), strict=True):
+        away = run(*command, "--json")
+        assert away[:2] == (code, out)
+        assert away[2].startswith(f"warning: {address}: cannot be reached")
+        assert f"{paths.records(runs / '.runkey', address)}" in away[2]
+    assert "none yet" in run("show", C)[1]
+    assert run("diff", A, B)[0] == 0
+    assert run("verify", B)[0] == 1, "the cache is no proof"
 
 
 @pytest.mark.parametrize("command", [("list",), ("show", A), ("open", A), ("get", A)])

@@ -135,6 +135,8 @@ def test_commands(both: Both, root: Path, run: Run, monkeypatch: pytest.MonkeyPa
     code, out, _ = run("show", KEYS[1])
     assert code == 0
     assert f"{server.place}/#/experiments/" in out
+    seen = LocalLibrary(root / ".runkey", uri=server.place).matching("rk2-")
+    assert [(record.key, record.details is None) for record in seen] == [(KEYS[1], False)]
     assert run("index")[0] == 0
     assert run("open", KEYS[0])[2] == "", "the server listens"
     assert run("get", KEYS[0], "--only", "run.json")[0] == 0

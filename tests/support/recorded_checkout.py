@@ -117,7 +117,11 @@ def run(root: Path, *command: str) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "GIT_", "MLFLOW_"))}
     done = subprocess.run(
-        command, cwd=root, env=env | names | {"PATH": path, "DVC_NO_ANALYTICS": "1"}, capture_output=True, text=True
+        command,
+        cwd=root,
+        env=env | names | {"PATH": path, "DVC_NO_ANALYTICS": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout.strip()

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import TrackingError
-from runkey.identity.record import LoggedRun
+from runkey.identity.record import LoggedRun, Record
+from runkey.registry.library import LocalLibrary
 from runkey.tracking.store import Store, open_client, set_tag
-from runkey.tracking.transfer import logged_run, read_details, write_details
+from runkey.tracking.transfer import logged_run, write_details
 from tests.support.mlflow_store import RECORD, start_run
 
 
@@ -48,14 +49,22 @@ def test_runs_of_dead_processes_are_ended_once(store: Store) -> None:
 
 def test_details_are_kept_with_the_run_and_can_be_replaced(store: Store) -> None:
     run_id = str(start_run(store).close())
-    client = open_client(store)
-    assert read_details(client, logged_run(client.get_run(run_id))) is None
+    open_client(store).set_tag(run_id, "key", f"rk2-{'0' * 64}")
+    assert read_again(store).details is None
     first = write_details(store, run_id, RECORD)
-    assert read_details(client, first) == RECORD
+    assert read_again(store) == Record(run=first, details=RECORD)
     more = replace(RECORD, outcomes=[{"identical": True}])
     second = write_details(store, run_id, more, {"reproduced": "identical"})
-    assert read_details(client, second) == more
+    assert read_again(store) == Record(run=second, details=more)
     assert second.tags["reproduced"] == "identical"
+
+
+def read_again(store: Store) -> Record:
+    """The store's one run, as `runkey index` reads it."""
+    library = LocalLibrary(store.home, uri=store.uri)
+    library.rebuild()
+    (record,) = library.matching("")
+    return record
 
 
 def test_a_tag_is_set_without_mlflow(store: Store, tmp_path: Path) -> None:
