@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -113,7 +113,8 @@ def watch(
     from runkey.plots.watch import follow
 
     log_to_terminal()
-    with _found(key) as found:
+    with tempfile.TemporaryDirectory(prefix="runkey-watch-") as folder:
+        found = _find(key, Path(folder))
         alive = partial(_is_trained, found.log.parent)
         if not follow(found.log, found.title, found.params, alive):
             print("interrupted; `dvc repro` goes on from its last checkpoint")
@@ -126,9 +127,8 @@ class _Training(NamedTuple):
     params: Mapping[str, str]
 
 
-@contextmanager
-def _found(key: str | None) -> Iterator[_Training]:
-    """The training of a key, or the newest one; the log of an ended one is downloaded."""
+def _find(key: str | None, folder: Path) -> _Training:
+    """Find the training of a key, or the newest one; download the log of an ended one."""
     home = store().home
     match = _PREFIX.fullmatch((key or "").strip().lower())
     if key and not match:
@@ -137,28 +137,23 @@ def _found(key: str | None) -> Iterator[_Training]:
     found = home.glob(f"{schema or ANY_SCHEMA}-{digits}*/{_LOG.name}")
     logs = [log for log in found if _FOLDER.fullmatch(log.parent.name)]
     if logs:
-        yield _here(max(logs, key=lambda log: (_is_trained(log.parent), log.stat().st_mtime)))
-    elif key:
-        with tempfile.TemporaryDirectory(prefix="runkey-watch-") as folder:
-            yield _ended(key, Path(folder))
-    elif (log := workspace() / _LOG).is_file():
-        yield _Training(log, "the last training here", {})
-    else:
-        raise RunkeyError(f"{home}: nothing is trained here; `dvc repro` begins a training")
+        log = max(logs, key=lambda log: (_is_trained(log.parent), log.stat().st_mtime))
+        whole = log.parent.name.partition("-repeats-")[0]
+        with suppress(RegistryError):  # the log is enough
+            for run in (known.run for known in library().matching(whole)[-1:]):
+                return _Training(log, f"{short_key(whole)}  {run.name}".rstrip(), run.params)
+        return _Training(log, short_key(whole), {})
+    if key:
+        return _ended(key, folder)
+    if (log := workspace() / _LOG).is_file():
+        return _Training(log, "the last training here", {})
+    raise RunkeyError(f"{home}: nothing is trained here; `dvc repro` begins a training")
 
 
 def _is_trained(folder: Path) -> bool:
     from runkey.training.lock import holder_of
 
     return holder_of(folder) is not None
-
-
-def _here(log: Path) -> _Training:
-    key = log.parent.name.partition("-repeats-")[0]
-    with suppress(RegistryError):  # the log is enough
-        for known in library().matching(key)[-1:]:
-            return _Training(log, f"{short_key(key)}  {known.run.name}".rstrip(), known.run.params)
-    return _Training(log, short_key(key), {})
 
 
 def _ended(key: str, folder: Path) -> _Training:

@@ -73,13 +73,15 @@ def write_evaluation_plots(
         images: on each sheet; 0: no sheets.
     """
     records, classes = read_index(prepared / "val.json"), read_classes(prepared / "classes.json")
+    curves = read_output(evaluation / PRECISION_RECALL)
+    metrics = read_output(evaluation / METRICS_JSON)
     judged = judge_images(records, classes, read_results(evaluation / PREDICTIONS))
     names = [class_name(one) for one in classes]
     counted = confusion(judged, len(classes))
     written = [
-        precision_recall(evaluation / PRECISION_RECALL, out / "precision_recall.png"),
+        precision_recall(curves, out / "precision_recall.png"),
         confusion_matrix(counted, names, out / "confusion.png"),
-        ap_by_size(evaluation / METRICS_JSON, out / "ap_by_size.png"),
+        ap_by_size(metrics, out / "ap_by_size.png"),
         reliability(calibration(judged, _LEAST_SCORE), out / "calibration.png"),
     ]
     write_confusion_table(counted, names, out / "confusion.csv")
@@ -91,12 +93,11 @@ def write_evaluation_plots(
     return written
 
 
-def precision_recall(curves: Path, path: Path) -> Path:
+def precision_recall(stored: dict[str, Any], path: Path) -> Path:
     """Draw precision over recall, of each class at IoU 0.5 and of the mean at several IoU.
 
     Of more than eight classes, the best four and the worst four by AP50 are named.
     """
-    stored = read_output(curves)
     recall = np.array(stored["recall"], dtype=np.float64)
     classes = [one for one in stored["classes"] if one["precision"] is not None]
     titles = ("Precision-recall curve of each class, at IoU 0.5", "Mean over classes, by IoU")
@@ -194,12 +195,11 @@ def _most_confused(
     return reduced, [*(names[k] for k in shown), "other classes"]
 
 
-def ap_by_size(metrics: Path, path: Path) -> Path:
+def ap_by_size(stored: dict[str, Any], path: Path) -> Path:
     """Draw AP of small, medium and large objects, and their number, of all classes and of each.
 
     Of more than twenty classes, the worst are shown.
     """
-    stored = read_output(metrics)
     classes = {name: one for name, one in stored["per_class"].items() if one["AP"] is not None}
     worst = sorted(classes, key=lambda name: classes[name]["AP"])[:_MAX_CLASSES]
     shown = {name: one for name, one in classes.items() if name in worst}

@@ -10,6 +10,7 @@ import base64
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,8 +115,8 @@ def _curves(run: ReportedRun) -> list[Picture]:
 
 def _comparison(runs: Sequence[ReportedRun]) -> Picture:
     with tempfile.TemporaryDirectory() as folder:
-        named = [(f"{run.label}  {run.run.name}".strip(), run.log) for run in runs]
-        path = compare_curves(named, Path(folder) / "compare.png")
+        path = Path(folder) / "compare.png"
+        _compare_curves(runs, path)
         return _embedded(path, "AP, loss and learning rate of all runs")
 
 
@@ -135,30 +136,34 @@ def _embedded(path: Path, title: str) -> Picture:
     return Picture(title, f"data:{_TYPES[path.suffix]};base64,{data}")
 
 
-def compare_curves(runs: Sequence[tuple[str, TrainingLog]], path: Path) -> Path:
-    """Draw AP, losses and learning rate of several runs, each a name and a log, over epochs."""
+def _compare_curves(runs: Sequence[ReportedRun], path: Path) -> None:
+    """Draw AP, losses and learning rate of several runs over epochs."""
+    looks = islice(cycle(product(("-", "--", ":", "-."), _COLOURS)), len(runs))
+    named = [{"linestyle": dashes, "color": colour} for dashes, colour in looks]
+    styled = list(zip(runs, named, strict=True))
     with drawing(path, *_COMPARED, height=1.9) as (_, panels):
         for axes, (label, metric) in zip(panels, _COMPARED.values(), strict=True):
-            drawn = [_draw(axes, log, metric, _look(n)) for n, (_, log) in enumerate(runs)]
-            if not any(drawn):
+            for run, look in styled:
+                _draw(axes, run.log, metric, look)
+            if not axes.lines:
                 show_empty([axes])
                 continue
             axes.set_ylabel(label)
             axes.set_ylim(bottom=0)
             if metric == "train/lr":
                 axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.3g}")
-        for number, (name, _) in enumerate(runs):
-            panels[0].plot([], [], **_look(number), label=cut(printable(name, "run"), 34))
+        for run, look in styled:
+            name = printable(f"{run.label}  {run.run.name}".strip(), "run")
+            panels[0].plot([], [], **look, label=cut(name, 34))
         legend_beside(panels[0])
         panels[-1].set_xlabel("epoch")
-    return path
 
 
-def _draw(axes: Any, log: TrainingLog, metric: str, look: dict[str, str]) -> bool:
-    """Draw one run's curve, with a star at its best epoch; return False if there is none."""
+def _draw(axes: Any, log: TrainingLog, metric: str, look: dict[str, str]) -> None:
+    """Draw one run's curve, if it has one, with a star at its best epoch."""
     steps, values = log.of_steps(metric) if metric == "train/lr" else log.of_epochs(metric)
     if not np.isfinite(values).any():
-        return False
+        return
     per_epoch = log.steps_per_epoch
     epochs = steps / (per_epoch or 1.0)
     axes.plot(epochs, values, **look, marker=marker(epochs), markersize=3)
@@ -168,12 +173,3 @@ def _draw(axes: Any, log: TrainingLog, metric: str, look: dict[str, str]) -> boo
         star: dict[str, Any] = {"marker": "*", "markersize": 13, "zorder": 5}
         star |= {"color": look["color"], "markeredgecolor": BLACK, "markeredgewidth": 0.6}
         axes.plot(epochs[at], values[at], **star)
-    return True
-
-
-def _look(number: int) -> dict[str, str]:
-    dashes = ("-", "--", ":", "-.")
-    return {
-        "color": _COLOURS[number % len(_COLOURS)],
-        "linestyle": dashes[number // len(_COLOURS) % len(dashes)],
-    }

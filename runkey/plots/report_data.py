@@ -170,9 +170,10 @@ def workspace_run(root: Path) -> ReportedRun:
         decision="",
     )
     found = recorded_run(Record(run=run, details=details), root)
-    times = [round(1000 * p.seconds) for p in (*found.log.steps, *found.log.epochs)]
+    times = [1000 * point.seconds for point in (*found.log.steps, *found.log.epochs)]
     if times:
-        found = replace(found, run=replace(run, started_ms=min(times), ended_ms=max(times)))
+        started, ended = round(min(times)), round(max(times))
+        found = replace(found, run=replace(run, started_ms=started, ended_ms=ended))
     return found
 
 

@@ -26,19 +26,6 @@ _NAME_ITEMS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Dataset:
-    """The data set that a run was trained on, as MLflow shows it."""
-
-    name: str
-    digest: str
-    """DVC's md5 of the folder, as in data.dvc; at most 36 characters."""
-    source: str
-    """JSON for MLflow's page: {"uri": "data"}."""
-    profile: str | None = None
-    """JSON of counts, such as {"images": 400}."""
-
-
-@dataclass(frozen=True, slots=True)
 class RunDescription:
     """What MLflow is told of a run when it starts."""
 
@@ -46,7 +33,8 @@ class RunDescription:
     params: Mapping[str, str]
     """Resolved parameters under dotted names, the key and its parts."""
     tags: Mapping[str, str]
-    dataset: Dataset | None = None
+    dataset: Mapping[str, str] | None = None
+    """Fields of MLflow's `Dataset`; see `read_dataset`."""
     started_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
     """Milliseconds since 1970."""
 
@@ -130,17 +118,17 @@ def committed_params(root: Path) -> Params | None:
         return None
 
 
-def read_dataset(root: Path, data_path: str, counts: Mapping[str, int]) -> Dataset | None:
-    """Return the data set with the digest in its .dvc file; None if DVC does not track it."""
+def read_dataset(root: Path, data_path: str, counts: Mapping[str, int]) -> dict[str, str] | None:
+    """Return the data set as MLflow shows it; None if DVC does not track it.
+
+    Its digest is the md5 in the .dvc file; source and profile are JSON.
+    """
     md5 = tracked_md5(data_path.rstrip("/"), root)
     if md5 is None:
         return None
-    return Dataset(
-        name=Path(data_path).name,
-        digest=md5.removeprefix("md5:"),
-        source=json.dumps({"uri": data_path}),
-        profile=json.dumps(dict(counts)),
-    )
+    source, profile = json.dumps({"uri": data_path}), json.dumps(dict(counts))
+    digest = md5.removeprefix("md5:")
+    return {"name": Path(data_path).name, "digest": digest, "source": source, "profile": profile}
 
 
 _LOADER = "runkey.evaluation.pyfunc"

@@ -20,7 +20,7 @@ from runkey.files import write_atomically
 from runkey.identity.key import ANY_SCHEMA, SCHEMAS
 from runkey.identity.record import DETAILS, POINTER, Details, LoggedRun, read_pointer
 from runkey.identity.record_cache import update_record
-from runkey.tracking.describe import Dataset, RunDescription
+from runkey.tracking.describe import RunDescription
 from runkey.tracking.store import Store, in_one_line
 from runkey.tracking.sync import RunSender, Status, TrainingRun
 from runkey.training.lock import locked
@@ -89,9 +89,7 @@ def read_training(folder: Path) -> TrainingRun:
     path = folder / DESCRIPTION
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        fields = stored["description"]
-        dataset = Dataset(**fields["dataset"]) if fields["dataset"] else None
-        description = RunDescription(**{**fields, "dataset": dataset})
+        description = RunDescription(**stored["description"])
         logs = (folder / LOG, folder / SAMPLES)
         return TrainingRun(stored["experiment"], description, folder, logs)
     except (OSError, ValueError, TypeError, KeyError) as error:

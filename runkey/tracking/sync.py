@@ -340,8 +340,8 @@ class RunSender:
     def _describe(self, description: RunDescription) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        if data := description.dataset:
-            entity = Dataset(data.name, data.digest, "local", data.source, None, data.profile)
+        if description.dataset:
+            entity = Dataset(source_type="local", **description.dataset)
             context = InputTag("mlflow.data.context", "training")
             self._client.log_inputs(self._id, [DatasetInput(entity, [context])])
         self._log(params=description.params)

@@ -15,6 +15,7 @@ from runkey.errors import DataError
 from runkey.evaluation.coco import evaluate_results
 from runkey.evaluation.files import (
     CocoDetection,
+    read_output,
     write_metrics,
     write_precision_recall,
     write_results,
@@ -155,7 +156,7 @@ def curves_json(path, count, *, objects=True):
 @pytest.mark.parametrize(("count", "objects"), [(1, True), (8, True), (90, True), (3, False)])
 def test_precision_recall(tmp_path, count, objects):
     curves = curves_json(tmp_path / "pr.json", count, objects=objects)
-    path = precision_recall(curves, tmp_path / "out" / "pr.png")
+    path = precision_recall(read_output(curves), tmp_path / "out" / "pr.png")
     assert path.stat().st_size < MOST_BYTES
     table = write_precision_recall_table(curves, tmp_path / "pr.csv").read_text().splitlines()
     assert len(table) == 1 + 21 * count * objects

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from runkey.identity.record import Details, StoredFile
-from runkey.tracking.describe import Dataset, RunDescription
+from runkey.tracking.describe import RunDescription
 from runkey.tracking.mlflow_run import Pace, TrackedRun
 from runkey.tracking.store import (
     Store,
@@ -47,7 +47,12 @@ def description(**changes: object) -> RunDescription:
         "name": "lr=5e-05",
         "params": {f"p{i}": "v" for i in range(130)} | {"lr": "5e-05", "key": "rk2-0"},
         "tags": {"device": "cpu"},
-        "dataset": Dataset("data", DIGEST, '{"uri": "data"}', '{"images": 2}'),
+        "dataset": {
+            "name": "data",
+            "digest": DIGEST,
+            "source": '{"uri": "data"}',
+            "profile": '{"images": 2}',
+        },
     }
     return RunDescription(**(fields | changes))  # type: ignore[arg-type]
 

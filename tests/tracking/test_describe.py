@@ -69,8 +69,8 @@ def test_the_data_set_has_dvcs_digest(tmp_path: Path) -> None:
     (tmp_path / "data.dvc").write_text("outs:\n- md5: abc.dir\n  path: data\n")
     dataset = read_dataset(tmp_path, "data/", {"train_images": 3})
     assert dataset is not None
-    assert (dataset.name, dataset.digest) == ("data", "abc.dir")
-    assert json.loads(str(dataset.profile)) == {"train_images": 3}
+    assert (dataset["name"], dataset["digest"]) == ("data", "abc.dir")
+    assert json.loads(dataset["profile"]) == {"train_images": 3}
     assert read_dataset(tmp_path, "untracked", {}) is None
 
 
