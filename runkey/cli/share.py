@@ -14,7 +14,6 @@ from runkey.cli.output import AsJson, Key, library, print_beside, print_json, st
 from runkey.errors import RegistryError
 from runkey.identity.key import short_key
 from runkey.paths import is_server
-from runkey.progress import progress
 from runkey.units import format_bytes
 
 if TYPE_CHECKING:
@@ -54,8 +53,7 @@ def export_run(
         raise RegistryError(f"{file}: is there already; name another, or say --force")
     here = _checkout()
     record = find_run(here.library, key)
-    with progress("export", share.PARTS, "parts") as steps:
-        done = share.export_run(record, here, file, with_data=with_data, steps=steps)
+    done = share.export_run(record, here, file, with_data=with_data)
     packed = file.stat().st_size
     if as_json:
         print_json(asdict(done) | {"file": str(file), "archive_size": packed})
@@ -75,8 +73,7 @@ def import_run(
     from runkey.registry import share
 
     here = _checkout()
-    with progress("import", share.PARTS, "parts") as steps:
-        done = share.import_run(file, here, steps=steps)
+    done = share.import_run(file, here)
     if as_json:
         print_json(asdict(done))
         return
@@ -102,8 +99,7 @@ def publish(
 
     here, team = _checkout(), _team(remote, git_remote, server)
     record = find_run(here.library, key)
-    with progress("publish", share.PARTS, "parts") as steps:
-        done = share.publish(record, here, team, with_data=with_data, steps=steps)
+    done = share.publish(record, here, team, with_data=with_data)
     if as_json:
         print_json(asdict(done))
         return
@@ -127,8 +123,7 @@ def fetch(
 
     here, team = _checkout(), _team(remote, git_remote, server)
     record = find_run(team.library, key)
-    with progress("fetch", share.PARTS, "parts") as steps:
-        done = share.fetch(record, here, team, steps=steps)
+    done = share.fetch(record, here, team)
     if as_json:
         print_json(asdict(done))
         return

@@ -17,6 +17,7 @@ from runkey.cli.output import (
     AsJson,
     Key,
     checkout,
+    claims,
     library,
     print_json,
     print_table,
@@ -30,7 +31,7 @@ from runkey.units import format_bytes
 
 if TYPE_CHECKING:
     from runkey.identity.record_cache import Rebuilt
-    from runkey.registry.gc import Item, Scope
+    from runkey.registry.gc import Item
     from runkey.tracking.store import Store
 
 _COMPARED = 3
@@ -49,10 +50,18 @@ def gc(
     as_json: AsJson = False,
 ) -> None:
     """List what may be deleted: failed runs, old checkpoints, dead claims."""
-    from runkey.registry.gc import collect
+    from runkey.registry.gc import Scope, collect
+    from runkey.tracking.transfer import delete_run
 
     workspace()
-    scope = _scope()
+    place = store()
+    scope = Scope(
+        root=checkout(),
+        home=place.home,
+        library=library(),
+        claims=claims(),
+        delete_run=partial(delete_run, place),
+    )
     items = collect(scope, older_than)
     failed = _remove(items) if apply else {}
     if as_json:
@@ -75,21 +84,6 @@ def gc(
         _print(items, failed, applied=apply)
     if failed:
         raise RegistryError(f"{len(failed)} of {len(items)} could not be deleted")
-
-
-def _scope() -> Scope:
-    from runkey.registry.gc import Scope
-    from runkey.registry.server_library import open_claims, open_library
-    from runkey.tracking.transfer import delete_run
-
-    place = store()
-    return Scope(
-        root=checkout(),
-        home=place.home,
-        library=open_library(place.uri, place.home),
-        claims=open_claims(place.uri, place.home),
-        delete_run=partial(delete_run, place),
-    )
 
 
 def _remove(items: list[Item]) -> dict[int, str]:

@@ -122,11 +122,7 @@ def verify(
         raise typer.BadParameter("give one KEY, or --all")
     if every:
         _verify_all(quick=quick, as_json=as_json)
-    else:
-        _verify_one(key, quick=quick, as_json=as_json)
-
-
-def _verify_one(key: str, *, quick: bool, as_json: bool) -> None:
+        return
     from runkey.registry.library import find_run
     from runkey.registry.verify import verify_run
 

@@ -35,14 +35,18 @@ _ODD_CHARACTER = re.compile(r"[\x00-\x1f\x7f\\]")
 _RESERVED = (".git", ".dvc")
 
 
-def parse_json[T](form: type[T], data: str | bytes, where: str) -> T:
+def parse_json[T](form: type[T], source: Path | bytes, where: str) -> T:
     """Parse JSON that may come from anybody to a dataclass, TypedDict or other type.
 
     Raises:
-        RegistryError: it is not JSON or not of this form; the text names the first wrong value.
+        RegistryError: the file is not there, is not JSON or not of this form; the text names the
+            first wrong value.
     """
     try:
+        data = source.read_bytes() if isinstance(source, Path) else source
         return TypeAdapter(form).validate_json(data, strict=True)
+    except FileNotFoundError:
+        raise RegistryError(f"{where}: not there") from None
     except ValidationError as error:
         raise RegistryError(f"{where}: {first_fault(error)}; refused") from None
 

@@ -1,6 +1,6 @@
 """Read DVC's cache as files, without DVC; download files of a run.
 
-    <cache>/runs/<ab>/<hash of the stage>/<hash of all>   what a stage took and gave, as YAML
+    <cache>/runs/<ab>/<hash of the stage>/<hash of all>   inputs and outputs of a stage, as YAML
     <cache>/files/md5/<ab>/<the other 30 digits>          a file by its md5
     <cache>/files/md5/<ab>/<...>.dir                      a folder: JSON list of {md5, relpath}
 
@@ -14,13 +14,12 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from http.client import HTTPException
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from runkey.errors import RegistryError
@@ -42,15 +41,14 @@ def download(library: Library, record: Record, paths: Iterable[str], target: Pat
             and the run.
     """
     chosen = {path: _recorded(record, path) for path in paths}
+    total = sum(stored.size for stored in chosen.values())
     target.mkdir(parents=True, exist_ok=True)
-    waiting = Path(tempfile.mkdtemp(prefix=".runkey-", dir=target))
+    temporary = TemporaryDirectory(prefix=".runkey-", dir=target, ignore_cleanup_errors=True)
     try:
-        with progress("get", sum(stored.size for stored in chosen.values()), "bytes") as steps:
-            for number, (path, stored) in enumerate(chosen.items()):
-                with (
-                    library.open_file(record, path) as source,
-                    (waiting / str(number)).open("wb") as copy,
-                ):
+        with temporary as folder, progress("get", total, "bytes") as steps:
+            waiting = [Path(folder) / str(number) for number in range(len(chosen))]
+            for file, (path, stored) in zip(waiting, chosen.items(), strict=True):
+                with library.open_file(record, path) as source, file.open("wb") as copy:
                     size, digest = hash_stream(source, copy, partial(steps.advance, text=path))
                 if (size, digest) != (stored.size, stored.sha256):
                     raise RegistryError(
@@ -59,16 +57,14 @@ def download(library: Library, record: Record, paths: Iterable[str], target: Pat
                         f" {stored.sha256[:12]}); `runkey verify {record.label}` says what else is"
                         " wrong"
                     )
-        for number, path in enumerate(chosen):
-            place = target / inside(record, path)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            (waiting / str(number)).replace(place)
+            for file, path in zip(waiting, chosen, strict=True):
+                place = target / inside(record, path)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(place)
     except OSError as error:
         raise RegistryError(f"{error.filename or target}: {error.strerror or error}") from None
     except HTTPException as error:
         raise RegistryError(f"{library.place}: the connection broke ({error!r})") from None
-    finally:
-        shutil.rmtree(waiting, ignore_errors=True)
 
 
 def in_the_way(record: Record, paths: Iterable[str], target: Path) -> list[str]:
@@ -146,7 +142,7 @@ class DvcCache:
 
     def chain(self, entry: Entry) -> list[Entry]:
         """List the entries before one, itself, and those after it, also those linked indirectly."""
-        before, after = self._follow(entry, self._givers), self._follow(entry, self._takers)
+        before, after = self._follow(entry, self._producers), self._follow(entry, self._consumers)
         return [*reversed(before), entry, *after]
 
     def files(self, outs: Mapping[str, str]) -> dict[str, str]:
@@ -198,12 +194,12 @@ class DvcCache:
             found |= {e.path: e for e in newest}
         return list(found.values())
 
-    def _givers(self, entries: list[Entry]) -> list[Entry]:
-        """Entries whose outputs are inputs of some entries."""
+    def _producers(self, entries: list[Entry]) -> list[Entry]:
+        """The entries of stages whose outputs are inputs of some entries."""
         deps = {(path, md5) for entry in entries for path, md5 in entry.deps.items()}
 
         @cache  # the same outputs are in many entries
-        def given(out: tuple[bytes, bytes]) -> bool:
+        def is_needed(out: tuple[bytes, bytes]) -> bool:
             """Return True if an output is a dependency, or a folder that holds one."""
             folder, md5 = out[0].decode(errors="replace"), out[1].decode()
             inside = {(p, m) for p, m in deps if p != folder and covers(folder, p)}
@@ -213,12 +209,12 @@ class DvcCache:
         near = [
             path
             for path, data in self._entries()
-            if any(map(given, _OUT.findall(data.partition(_OUTS)[2])))
+            if any(map(is_needed, _OUT.findall(data.partition(_OUTS)[2])))
         ]
         return [entry for entry in map(self._parse, near) if entry]
 
-    def _takers(self, entries: list[Entry]) -> list[Entry]:
-        """Entries that have an output of some entries as an input."""
+    def _consumers(self, entries: list[Entry]) -> list[Entry]:
+        """The entries of stages that have an output of some entries as an input."""
         outs = {(path, md5) for entry in entries for path, md5 in entry.outs.items()}
         marks = [md5.encode() for _, md5 in outs]
         parsed = (

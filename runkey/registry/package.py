@@ -1,26 +1,40 @@
 """A run in a folder: what `publish` sends, `fetch` gets, and an archive contains.
 
     run/run.json, run/artifacts/     the MLflow run (`runkey.identity.record`)
-    dvc.json                         entries of DVC's run-cache, names and sizes of objects
+    dvc.json                         the `DvcPart`: entries of DVC's run-cache for the run's
+                                     pipeline, names and sizes of the objects that they name
     objects/<2 digits>/<the rest>    the objects, as in DVC's cache
     snapshot.bundle                  git's bundle of the snapshot, in archives only
 
-`check` compares every hash there is before anything of it is used.
+With the DVC part in its cache, another checkout's `dvc repro` restores every stage instead of
+running it. `dvc push --run-cache` does not do that: it sends all entries, but only the workspace's
+objects.
+
+Everything may come from elsewhere and is checked before it is used: MLflow's part by `check`, DVC's
+by `DvcPart.check`, since DVC believes an entry's name and runs whatever the entry says.
 """
 
 from __future__ import annotations
 
+import io
+import json
+import os
+import re
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, Protocol, Self, TypedDict
 
-from pydantic import ConfigDict, with_config
+from pydantic import ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError, with_config
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from runkey.errors import RecipeError, RegistryError
-from runkey.hashing import sha256_file
+from runkey.hashing import sha256_bytes, sha256_file
 from runkey.identity.key import Recipe, short_key
 from runkey.identity.record import (
     ARTIFACTS,
@@ -34,7 +48,9 @@ from runkey.identity.record import (
     Record,
 )
 from runkey.progress import each
-from runkey.registry.archive import check_weights, parse_json, safe_path
+from runkey.registry.archive import check_weights, first_fault, parse_json, safe_path
+from runkey.registry.dvc_cache import DIR, DvcCache, md5_file
+from runkey.units import MIB
 
 RUN = "run"
 OBJECTS = "objects"
@@ -131,11 +147,11 @@ def check(folder: Path, key: str, where: str) -> Package:
             not give that key, or a file could run code when it is loaded; the text names it.
     """
     files = folder / RUN / ARTIFACTS
-    stored = parse_json(_Content, *_read(folder / RUN / CONTENT, CONTENT, where))
+    stored = parse_json(_Content, folder / RUN / CONTENT, f"{where}: {CONTENT}")
     if stored["status"] != "FINISHED":
         raise RegistryError(f"{where}: the run is {stored['status']}, not FINISHED")
     tables = {
-        name: parse_json(dict[str, Any], *_read(files / name, name, where))
+        name: parse_json(dict[str, Any], files / name, f"{where}: {name}")
         for name in (KEY_JSON, DETAILS)
     }
     try:
@@ -160,9 +176,243 @@ def check(folder: Path, key: str, where: str) -> Package:
     return Package(folder, key, stored["tags"].get(ORIGIN) or stored["run_id"], details)
 
 
-def _read(path: Path, name: str, where: str) -> tuple[bytes, str]:
-    """The bytes of a file of the package, and what errors call it."""
+# DVC's part of a run.
+
+
+FILE = "dvc.json"
+"""Artifact of a published run that holds the `DvcPart`."""
+
+Md5 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}(\.dir)?$")]
+PathOf = Callable[[str], Path]
+"""Returns the place where the object of an md5 lies."""
+
+
+@dataclass(frozen=True)
+class DvcPart:
+    """Entries, and names and sizes of objects; their bytes are in a cache, remote or archive."""
+
+    entries: dict[str, str]
+    """YAML text by path below the cache's runs/, the stages in order."""
+    objects: dict[Md5, NonNegativeInt]
+    """Bytes by md5; a folder's md5 ends with `.dir`."""
+    names: dict[Md5, str]
+    """Path in the repository by md5, for messages."""
+    schema: Literal["dvc1"]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all objects."""
+        return sum(self.objects.values())
+
+    @cached_property
+    def outputs(self) -> list[dict[str, str]]:
+        """For each entry the md5 by path of its outputs; refuse what DVC would not write."""
+        return [_check_entry(path, text) for path, text in self.entries.items()]
+
+    def as_json(self) -> str:
+        """Format as the content of `FILE`."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def read(cls, path: Path, where: str) -> Self:
+        """Read a `FILE` that may come from anybody.
+
+        Raises:
+            RegistryError: it is of another schema or malformed, or holds what DVC would not write.
+        """
+        part = parse_json(cls, path, f"{where}: {FILE}")
+        needed = {md5 for outs in part.outputs for md5 in outs.values()}
+        if missing := needed - part.objects.keys():
+            raise RegistryError(f"{where}: {FILE}: object {min(missing)} of an entry is not listed")
+        return part
+
+    def missing_from(self, cache: DvcCache) -> list[str]:
+        """List the objects that a cache does not have."""
+        return [md5 for md5 in self.objects if not cache.object_path(md5).is_file()]
+
+    def check(self, path_of: PathOf, details: Details) -> None:
+        """Refuse objects that are not what their names say, or are not the run's, or could do harm.
+
+        Raises:
+            RegistryError: an object is missing, has another md5 or size, lists a file outside its
+                folder or one that is not among the objects, or could run code when it is loaded;
+                no entry is the run's, or an output of the run is missing or differs from its file
+                in MLflow.
+        """
+        for md5, size in each("hash objects", list(self.objects.items()), "objects"):
+            path = path_of(md5)
+            if not path.is_file() or path.stat().st_size != size:
+                raise RegistryError(f"DVC object {md5}: missing, or not of {size} bytes")
+            if md5_file(path) != md5.removesuffix(DIR):
+                raise RegistryError(f"DVC object {md5}: its contents have another md5; damaged")
+            if md5.endswith(DIR):
+                _check_listing(md5, path)
+        for outs in self.outputs:
+            for name, md5 in self._files(outs, path_of).items():
+                check_weights(path_of(md5), name)
+        own = next((outs for outs in self.outputs if details.pointer_md5 in outs.values()), None)
+        if own is None:
+            raise RegistryError(f"{FILE}: not of this run: no entry has its run.json")
+        files = self._files(own, path_of)
+        for name in details.outputs:
+            if name not in details.files or name not in files:
+                raise RegistryError(
+                    f"{name}: an output of the run, and not among its files or DVC's"
+                )
+            if sha256_file(path_of(files[name])) != details.files[name].sha256:
+                raise RegistryError(
+                    f"{name}: DVC object {files[name]} is not the file that the run recorded"
+                )
+
+    def install(self, path_of: PathOf, cache: DvcCache) -> None:
+        """Copy what was checked into a cache: files, then folder listings, then entries."""
+        for md5 in sorted(self.missing_from(cache), key=lambda md5: md5.endswith(DIR)):
+            _place(cache.object_path(md5), path_of(md5))
+            cache.object_path(md5).chmod(0o444)  # as DVC leaves its objects
+        for path, text in self.entries.items():
+            if not (cache.runs / path).exists():
+                _place(cache.runs / path, text)
+
+    def _files(self, outs: Mapping[str, str], path_of: PathOf) -> dict[str, str]:
+        """md5 by path of every file of some outputs."""
+        found: dict[str, str] = {}
+        for out, md5 in outs.items():
+            if not md5.endswith(DIR):
+                found[out] = md5
+                continue
+            for path, inner in _check_listing(md5, path_of(md5)).items():
+                if inner not in self.objects:
+                    raise RegistryError(f"DVC object {md5}: lists {inner}, which is not there")
+                found[f"{out}/{path}"] = inner
+        return found
+
+
+def collect(
+    cache: DvcCache, pointer_md5: str | None, label: str, *, with_data: bool = False
+) -> DvcPart:
+    """Find what a checkout's cache holds of a run, given its `Details.pointer_md5`.
+
+    `with_data` also takes the raw data, which `data.dvc` has a remote for.
+
+    Raises:
+        RegistryError: the cache has no entry of the run, or lacks an object that one names.
+    """
+    if pointer_md5 is None:
+        raise RegistryError(
+            f"{label}: was not trained by `dvc repro`, so DVC has nothing that could be handed on;"
+            " `dvc repro` trains it so"
+        )
+    entry = cache.entry_of(pointer_md5)
+    if entry is None:
+        raise RegistryError(
+            f"{label}: DVC's cache in {cache.folder} has no entry of this run; it can be handed on"
+            " only from the checkout that trained or fetched it"
+        )
+    chain = cache.chain(entry)
+    tops = {md5: path for one in chain for path, md5 in one.outs.items()}
+    if with_data:
+        inputs = {md5: path for one in chain for path, md5 in one.deps.items()}
+        here = {md5: path for md5, path in inputs.items() if cache.object_path(md5).is_file()}
+        tops = here | tops
+    names: dict[str, str] = {}
+    for path, md5 in cache.files({path: md5 for md5, path in tops.items()}).items():
+        names.setdefault(md5, path)
+    for md5, name in names.items():
+        if not cache.object_path(md5).is_file():
+            raise RegistryError(
+                f"{label}: DVC's cache lacks {name} ({cache.object_path(md5)}); `dvc fetch`, or"
+                " `dvc repro --force`, gets it back"
+            )
+    return DvcPart(
+        {one.path: (cache.runs / one.path).read_text(encoding="utf-8") for one in chain},
+        {md5: cache.object_path(md5).stat().st_size for md5 in names},
+        names,
+        "dvc1",
+    )
+
+
+def _place(target: Path, data: Path | str) -> None:
+    """Write a file whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Not beside the target: DVC takes any file in a folder of entries for an entry.
+    temporary = target.parents[1] / f".{target.name}.{os.getpid()}"
+    if isinstance(data, Path):
+        shutil.copyfile(data, temporary)
+    else:
+        temporary.write_text(data, encoding="utf-8")
+    temporary.replace(target)
+
+
+# The form of a run-cache entry.
+
+
+_ENTRY_PATH = re.compile(r"([0-9a-f]{2})/(\1[0-9a-f]{62})/([0-9a-f]{64})")
+_LARGEST_ENTRY = 4 * MIB
+_ANCHOR = re.compile(r"(^|[\s\[{,:-])[&*!][\w!]", re.MULTILINE)
+
+
+@with_config(ConfigDict(extra="forbid"))
+class _Item(TypedDict):
+    path: str
+    hash: Literal["md5"]
+    md5: Md5
+    size: NotRequired[Any]
+    nfiles: NotRequired[Any]
+    isexec: NotRequired[Any]
+
+
+@with_config(ConfigDict(extra="forbid"))
+class _Entry(TypedDict):
+    cmd: str
+    deps: Annotated[list[_Item], Field(min_length=1)]
+    params: NotRequired[dict[Any, Any]]
+    outs: Annotated[list[_Item], Field(min_length=1)]
+
+
+def _check_entry(path: str, text: str) -> dict[str, str]:
+    """md5 by path of an entry's outputs; its name must be the hash of its content."""
+    where = f"DVC entry {path[:24]}"
+    match = _ENTRY_PATH.fullmatch(path)
+    if not match:
+        raise RegistryError(f"{where}: not the name of a run-cache entry; refused")
+    # DVC writes no anchors and no tags; aliases of aliases can fill the memory.
+    if len(text) > _LARGEST_ENTRY or _ANCHOR.search(text):
+        raise RegistryError(f"{where}: too long, or YAML with anchors or tags; refused")
     try:
-        return path.read_bytes(), f"{where}: {name}"
-    except FileNotFoundError:
-        raise RegistryError(f"{where}: {name}: not there") from None
+        tree = YAML(typ="safe", pure=True).load(io.StringIO(text))
+        entry = TypeAdapter(_Entry).validate_python(tree, strict=True)
+        by_path = {**tree, "outs": [item["path"] for item in entry["outs"]]}
+        hashes = _dvc_hash(by_path), _dvc_hash(tree)
+    except ValidationError as error:
+        raise RegistryError(f"{where}: not of DVC's form: {first_fault(error)}; refused") from None
+    # ruamel raises ValueError and others for odd scalars; json for values that DVC does not write.
+    except (YAMLError, ValueError, TypeError, RecursionError):
+        raise RegistryError(f"{where}: not YAML as DVC writes it; refused") from None
+    for item in entry["deps"]:
+        safe_path(item["path"], where)
+    if (match[2], match[3]) != hashes:
+        raise RegistryError(f"{where}: its contents do not hash to its name; refused")
+    return {safe_path(item["path"], where): item["md5"] for item in entry["outs"]}
+
+
+def _dvc_hash(tree: Mapping[str, Any]) -> str:
+    """DVC's own hash: sha256 of JSON with sorted keys, sizes left out at every depth."""
+    return sha256_bytes(json.dumps(_without_sizes(tree), sort_keys=True).encode())
+
+
+def _without_sizes(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {n: _without_sizes(v) for n, v in value.items() if n not in ("size", "nfiles")}
+    return [_without_sizes(v) for v in value] if isinstance(value, list) else value
+
+
+class _Listed(TypedDict):
+    relpath: str
+    md5: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+
+
+def _check_listing(md5: str, path: Path) -> dict[str, str]:
+    """md5 by path of the files in a folder's object."""
+    where = f"DVC object {md5}"
+    items = parse_json(list[_Listed], path, where)
+    return {safe_path(item["relpath"], where): item["md5"] for item in items}

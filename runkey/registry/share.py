@@ -24,22 +24,25 @@ from typing import Literal, Protocol
 
 from runkey.errors import RegistryError
 from runkey.identity.record import ORIGIN, Details, Record
-from runkey.progress import QUIET, Steps, each
+from runkey.progress import each, progress
 from runkey.registry.archive import pack, unpack
 from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.library import Library
 from runkey.registry.package import (
     BUNDLE,
+    FILE,
     OBJECTS,
     RUN,
+    DvcPart,
     Package,
+    PathOf,
     Runs,
     check,
+    collect,
     object_path,
     read_run,
     staging,
 )
-from runkey.registry.share_dvc import FILE, DvcPart, PathOf, collect
 from runkey.registry.snapshot import (
     bundle_snapshot,
     check_remote,
@@ -49,9 +52,6 @@ from runkey.registry.snapshot import (
     ref_of,
     unbundle_snapshot,
 )
-
-PARTS = 3
-"""Parts of each of the four commands, for `steps`."""
 
 
 class Remote(Protocol):
@@ -107,26 +107,11 @@ class Carried:
     """True if the run was not there before."""
 
 
-def export_run(
-    record: Record,
-    here: Checkout,
-    target: Path,
-    *,
-    with_data: bool = False,
-    steps: Steps = QUIET,
-) -> Carried:
-    """Write a run to an archive.
-
-    Args:
-        record: a run of this machine's store.
-        here: this checkout.
-        target: file to write; replaced if it is there.
-        with_data: also write the raw data.
-        steps: progress over `PARTS`.
-    """
+def export_run(record: Record, here: Checkout, target: Path, *, with_data: bool = False) -> Carried:
+    """Write a run of this machine's store to an archive, with the raw data if wanted."""
     details, cache = _whole(record), DvcCache(here.root)
     part = collect(cache, details.pointer_md5, record.label, with_data=with_data)
-    with staging(here.home, "export") as folder:
+    with staging(here.home, "export") as folder, progress("export", 3, "parts") as steps:
         steps.advance(0, "run from MLflow")
         read_run(here.runs, record, folder, record.label)
         steps.advance(1, "objects of DVC")
@@ -143,13 +128,13 @@ def export_run(
     return Carried(record.key, record.run.run_id, len(index.members), index.size)
 
 
-def import_run(file: Path, here: Checkout, *, steps: Steps = QUIET) -> Carried:
-    """Import a run from an archive that may come from anybody; `steps` has `PARTS` parts.
+def import_run(file: Path, here: Checkout) -> Carried:
+    """Import a run from an archive that may come from anybody.
 
     Everything is unpacked and checked in a temporary folder. Then the snapshot, objects, entries
     and, last, the MLflow run are put in place.
     """
-    with staging(here.home, "import") as folder:
+    with staging(here.home, "import") as folder, progress("import", 3, "parts") as steps:
         steps.advance(0, file.name)
         index = unpack(file, folder)
         steps.advance(1, "check it")
@@ -202,17 +187,10 @@ class Handed:
     new_ref: bool = False
 
 
-def publish(
-    record: Record, here: Checkout, team: Team, *, with_data: bool = False, steps: Steps = QUIET
-) -> Handed:
-    """Publish a run to the team. Nothing is sent before all three places have answered.
+def publish(record: Record, here: Checkout, team: Team, *, with_data: bool = False) -> Handed:
+    """Publish a run of this machine's store to the team, with the raw data if wanted.
 
-    Args:
-        record: a run of this machine's store.
-        here: this checkout.
-        team: the team's places.
-        with_data: also send the raw data.
-        steps: progress over `PARTS`.
+    Nothing is sent before all three places have answered.
     """
     details, key, cache = _whole(record), record.key, DvcCache(here.root)
     part = collect(cache, details.pointer_md5, record.label, with_data=with_data)
@@ -224,16 +202,16 @@ def publish(
     other = next((run for run in published if not run.reproduction_of), None)
     if other and not there and not record.reproduction_of:
         return replace(done, run_id=other.run.run_id, state="published from elsewhere", ref=None)
-    steps.advance(0, f"{len(part.objects)} objects to DVC")
-    done = replace(done, new_objects=team.dvc.push(part.objects, part.entries))
-    steps.advance(1, "snapshot to git")
-    if details.snapshot:
-        is_new = push_snapshot(here.root, team.git, key, details.snapshot)
-        done = replace(done, new_ref=is_new)
-    steps.advance(1, "run to MLflow")
-    if there and _is_published(there, team.library):
-        return replace(done, run_id=there.run.run_id, state="already there")
-    with staging(here.home, "publish") as folder:
+    with staging(here.home, "publish") as folder, progress("publish", 3, "parts") as steps:
+        steps.advance(0, f"{len(part.objects)} objects to DVC")
+        done = replace(done, new_objects=team.dvc.push(part.objects, part.entries))
+        steps.advance(1, "snapshot to git")
+        if details.snapshot:
+            is_new = push_snapshot(here.root, team.git, key, details.snapshot)
+            done = replace(done, new_ref=is_new)
+        steps.advance(1, "run to MLflow")
+        if there and _is_published(there, team.library):
+            return replace(done, run_id=there.run.run_id, state="already there")
         (folder / FILE).write_text(part.as_json(), encoding="utf-8")
         if there:  # it was recorded on the server in the first place
             team.runs.add(there.run.run_id, folder / FILE)
@@ -243,23 +221,16 @@ def publish(
         return replace(done, run_id=team.runs.write(package.run).run_id)
 
 
-def fetch(record: Record, here: Checkout, team: Team, *, steps: Steps = QUIET) -> Handed:
-    """Get a run from the team, so that `dvc repro` restores it.
-
-    Args:
-        record: a run of the team's server.
-        here: this checkout.
-        team: the team's places.
-        steps: progress over `PARTS`.
-    """
+def fetch(record: Record, here: Checkout, team: Team) -> Handed:
+    """Get a run of the team's server, so that `dvc repro` restores it."""
     details, cache = _whole(record), DvcCache(here.root)
     if not _is_published(record, team.library):
         raise RegistryError(
             f"{record.label}: is on {team.library.place}, but was not published; run"
             f" `runkey publish {record.label}` on {details.host}"
         )
-    steps.advance(0, "run from MLflow")
-    with staging(here.home, "fetch") as folder:
+    with staging(here.home, "fetch") as folder, progress("fetch", 3, "parts") as steps:
+        steps.advance(0, "run from MLflow")
         where = f"{record.label} of {team.library.place}"
         package = read_run(team.runs, record, folder, where)
         part = DvcPart.read(package.files / FILE, where)

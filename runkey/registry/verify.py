@@ -3,8 +3,8 @@
     report = verify_run(record, sources)      # files, key, MLflow, snapshot, DVC's cache, ...
     report.is_right
 
-Nothing is written. Whatever is deleted or torn becomes a result that names it. A check that cannot
-be made is a fault, and the other checks are made all the same.
+Nothing is written. Whatever is deleted or torn becomes a result that names it. A check that fails
+to run is a fault; the other checks run anyway.
 """
 
 from __future__ import annotations
@@ -177,12 +177,7 @@ _UNUSABLE = (*_UNREADABLE, ValueError, AttributeError)
 
 
 def verify_run(record: Record, sources: Sources) -> Report:
-    """Make all checks of a run.
-
-    Args:
-        record: the run, with its details.
-        sources: where to look.
-    """
+    """Make all checks of a run."""
     run = record.run
     if run.status != "FINISHED":
         text = f"run {run.run_id} is {run.status}; there is no result to verify"
@@ -197,12 +192,7 @@ def verify_run(record: Record, sources: Sources) -> Report:
 
 
 def find_unrecorded(uri: str, run_ids: set[str]) -> list[CheckResult]:
-    """Find finished runs that this machine's MLflow store has and the records do not.
-
-    Args:
-        uri: `Store.uri`.
-        run_ids: MLflow ids of the runs that have a record.
-    """
+    """Find finished runs of this machine's MLflow store whose ids are not among the recorded."""
     try:
         missing = sorted(finished_runs(uri) - run_ids)
     except RunkeyError as error:
@@ -357,10 +347,7 @@ def _check_mlflow(run: _Run) -> Iterator[Outcome]:
 
 
 def _wrong_in_mlflow(run: _Run, now: LoggedRun) -> Iterator[str]:
-    """What every finished run has and this one lacks; what differs from the record, but for tags.
-
-    Tags may be edited freely.
-    """
+    """What MLflow lacks of the run, and what differs from the record; tags may be edited."""
     key, recorded = run.record.key, run.record.run
     for place, value in (("param", now.params.get(KEY)), ("tag", now.tags.get(KEY))):
         if value != key:

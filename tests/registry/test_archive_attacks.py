@@ -13,7 +13,7 @@ import pytest
 
 from runkey.hashing import sha256_bytes
 from runkey.registry.archive import INDEX
-from runkey.registry.share_dvc import FILE
+from runkey.registry.package import FILE
 from tests.support.attacks import refused
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from runkey.identity.record import ARTIFACTS, DETAILS
-from runkey.registry.package import RUN, object_path
-from runkey.registry.share_dvc import FILE
+from runkey.registry.package import FILE, RUN, object_path
 from tests.support.attacks import add_bad_object, change_json, packed, record_weights, refused
 from tests.support.run_package import Ready, torch_weights, weights
 

@@ -19,10 +19,9 @@ from runkey.identity.record import CONTENT
 from runkey.registry.archive import pack
 from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.library import LocalLibrary
-from runkey.registry.package import RUN
+from runkey.registry.package import FILE, RUN
 from runkey.registry.share import Checkout, Handed, fetch, import_run, publish
 from runkey.registry.share import Team as Places
-from runkey.registry.share_dvc import FILE
 from runkey.registry.snapshot import has_snapshot
 from runkey.tracking.store import Store
 from runkey.tracking.transfer import StoreRuns

@@ -15,9 +15,8 @@ from runkey.hashing import sha256_bytes
 from runkey.identity.record import ARTIFACTS, DETAILS
 from runkey.registry.archive import pack
 from runkey.registry.library import LocalLibrary
-from runkey.registry.package import RUN, object_path
+from runkey.registry.package import FILE, RUN, object_path
 from runkey.registry.share import Checkout, import_run
-from runkey.registry.share_dvc import FILE
 from tests.support.run_package import RECIPE, entry_text, git
 
 

@@ -24,8 +24,7 @@ from runkey.identity.key import Recipe
 from runkey.identity.record import ARTIFACTS, CONTENT, DETAILS, Details, StoredFile
 from runkey.registry.archive import pack
 from runkey.registry.dvc_cache import DvcCache
-from runkey.registry.package import BUNDLE, RUN, object_path
-from runkey.registry.share_dvc import FILE, collect
+from runkey.registry.package import BUNDLE, FILE, RUN, collect, object_path
 from runkey.registry.snapshot import bundle_snapshot, ref_of
 from runkey.tracking.store import Store
 
