@@ -79,14 +79,7 @@ class SourceChecks:
     def __init__(
         self, source: Source, data: Data, classes: list[ClassName], findings: Findings
     ) -> None:
-        """Set the checks up.
-
-        Args:
-            source: the JSON and its folders.
-            data: section `data` of the parameters.
-            classes: the classes that annotations may have.
-            findings: collects the faults.
-        """
+        """Set the checks up; annotations may have the `classes`."""
         self._source = source
         self._data = data
         self._labels = {entry.id: entry.index for entry in classes}
@@ -119,12 +112,8 @@ class SourceChecks:
     ) -> Iterator[tuple[ImageRecord, Scan]]:
         """Check every file against the JSON, then its boxes against the image.
 
-        Args:
-            images: of `listed_images`.
-            cached: shrink the pixels for the cache.
-
-        Yields:
-            The accepted images in order; only some are in memory at a time.
+        With `cached`, pixels are shrunk for the cache. Yields the accepted images in order; only
+        some are in memory at a time.
         """
         for image, scan in self._scan_images(images, cached):
             if isinstance(scan, Scan) and self._fits_json(image, scan):
@@ -293,14 +282,7 @@ class SourceChecks:
 
 
 def scan_image(path: Path, stated: tuple[int, int], data: Data, *, cached: bool) -> Scan | _Fault:
-    """Read and decode one image.
-
-    Args:
-        path: the file.
-        stated: (width, height) in the JSON, pixels.
-        data: section `data` of the parameters.
-        cached: shrink the pixels for the cache.
-    """
+    """Read and decode one image, whose (width, height) in the JSON is `stated`."""
     most_pixels = data.max_megapixels * 1e6
     try:
         size = path.stat().st_size

@@ -70,11 +70,7 @@ class Coco:
 
 
 def read_coco(source: Source, findings: Findings) -> Coco:
-    """Read a COCO JSON.
-
-    Args:
-        source: the JSON.
-        findings: collects the faults of single entries.
+    """Read a COCO JSON; faults of single entries are findings.
 
     Raises:
         DataError: it is no JSON object with the lists images, annotations and categories.
@@ -99,9 +95,8 @@ def read_coco(source: Source, findings: Findings) -> Coco:
 def merge_classes(parts: list[tuple[str, dict[int, str]]], findings: Findings) -> list[ClassName]:
     """Merge the categories of one or two JSON files into classes 0..K-1, sorted by id.
 
-    Args:
-        parts: for each JSON, its name in messages and its {category id: name}.
-        findings: collects ids and names that the files disagree about.
+    `parts` are each JSON's name in messages and {category id: name}; what the files disagree about
+    is a finding.
     """
     merged: dict[int, str] = {}
     for shown, categories in parts:

@@ -127,10 +127,7 @@ def evaluate_results(
     *,
     by_size: bool = True,
 ) -> CocoResult:
-    """Evaluate detections in COCO's results format, as in predictions.json.
-
-    Arguments as for `evaluate_detections`.
-    """
+    """Evaluate detections in COCO's results format; arguments as for `evaluate_detections`."""
     # pycocotools prints its progress and a table.
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _ground_truth(records, classes)

@@ -100,20 +100,11 @@ def evaluate_model(
     criterion: Criterion | None = None,
     by_size: bool = True,
 ) -> Evaluation:
-    """Detect objects, and compare them with the ground truth.
+    """Detect objects (see `detect`), and compare them with the ground truth, `records`.
 
-    Args:
-        model: as for `detect`, as are `postprocess`, `device` and `autocast`.
-        postprocess: turns the model's outputs into detections.
-        batches: every image of `records` once, in any order and any grouping.
-        records: the ground truth.
-        classes: as in classes.json.
-        device: where the model is.
-        autocast: returns the context of each forward pass.
-        criterion: if given, computes the loss too, as in training; it is normalised over all
-            images at once, so the batch size does not change it either. The batches must then
-            hold all objects but crowds.
-        by_size: see `evaluate_detections`.
+    The batches hold every image of `records` once, in any order and any grouping. A criterion
+    computes the loss too, as in training; it is normalised over all images at once, so the batch
+    size does not change it either. The batches must then hold all objects but crowds.
 
     Raises:
         ModelError: the model predicts NaN or infinity.

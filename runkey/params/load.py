@@ -46,15 +46,7 @@ def load_params(path: Path) -> Params:
 
 
 def parse_params(tree: Any, source: str = "params.yaml") -> Params:
-    """Check a nested dict.
-
-    Args:
-        tree: the sections and values.
-        source: file name for error messages.
-
-    Raises:
-        ParamsError: as `load_params`.
-    """
+    """Check a nested dict, called `source` in errors; raises as `load_params`."""
     if not isinstance(tree, dict):
         raise ParamsError(f"{source}: holds no parameters; run `make preset NAME=sample`")
     try:
@@ -144,11 +136,7 @@ def _suggest(where: list[str | int]) -> str:
 
 
 def override(params: Params, changes: Mapping[str, Any]) -> Params:
-    """Return a copy of the parameters with some values changed.
-
-    Args:
-        params: the parameters.
-        changes: values by dotted name, such as `model.backbone`.
+    """Return a copy with some values changed, by dotted name such as `model.backbone`.
 
     Raises:
         ParamsError: as `load_params`.

@@ -38,12 +38,7 @@ run. A check that `params.yaml` does not list needs a plus sign: `-S +data.check
 
 
 def render(params: Params, head: str) -> str:
-    """Return the text of a complete params.yaml.
-
-    Args:
-        params: the values.
-        head: comment lines, each with its `#`, that open the file.
-    """
+    """Return the text of a complete params.yaml, opened by `head`: lines with their `#`."""
     schema = Params.model_json_schema()
     lines = [*head.splitlines(), ""]
     lines += _section(schema, schema["$defs"], params.written(), "")

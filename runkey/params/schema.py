@@ -517,11 +517,9 @@ class Params(Section):
     def flat(self, *, runtime: bool = False) -> dict[str, Any]:
         """Return every resolved value by dotted name, such as `model.loss.l1`.
 
-        Args:
-            runtime: include `runtime.*`, which is not part of the key.
+        Without `runtime`, that section is left out, as it is not part of the key.
         """
-        flat = _flatten(self.model_dump(mode="json"))
-        return {k: v for k, v in flat.items() if runtime or not k.startswith("runtime.")}
+        return _flatten(self.model_dump(mode="json", exclude=set() if runtime else {"runtime"}))
 
     def written(self) -> dict[str, Any]:
         """Return the values as params.yaml has them: `data.checks` as a level and exceptions."""
