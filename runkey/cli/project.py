@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import textwrap
 from pathlib import Path
@@ -29,6 +30,7 @@ from runkey.identity.key import short_key
 if TYPE_CHECKING:
     from runkey.registry.environment import EnvironmentComparison
 
+_SAMPLE_MAKER = Path(__file__).parents[2] / "sample-data" / "make_sample.py"
 _ABOUT_WIDTH = 78
 _HINTS = 2
 _NOT_RECORDED = "(this run was not recorded in MLflow)"
@@ -151,9 +153,9 @@ def sample_data(
     target = out or workspace() / "data"
     if not force and target.exists() and any(target.iterdir()):
         raise DataError(f"{target}: is not empty; name another folder, or use --force")
-    from runkey.data.sample import make_sample  # scikit-learn: 2 s
-
-    counts = make_sample(target)
+    if not _SAMPLE_MAKER.is_file():
+        raise DataError(f"{_SAMPLE_MAKER}: not found; it is in runkey's repository, not in a wheel")
+    counts = runpy.run_path(str(_SAMPLE_MAKER))["make_sample"](target)
     if as_json:
         print_json({"folder": str(target)})
         return

@@ -181,6 +181,15 @@ def test_sample_data_does_not_write_over_anything(repository: Path, run: Run) ->
     assert err.count("\n") == 1
 
 
+def test_sample_data_needs_the_repository_of_runkey(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    maker = tmp_path / "sample-data" / "make_sample.py"
+    monkeypatch.setattr("runkey.cli.project._SAMPLE_MAKER", maker)
+    text = "not found; it is in runkey's repository, not in a wheel"
+    assert run("sample-data", str(tmp_path / "out")) == (1, "", f"error: {maker}: {text}\n")
+
+
 def test_summary_before_any_run_says_what_to_do(repository: Path, run: Run) -> None:
     code, _, err = run("summary")
     assert (code, err) == (1, "error: metrics/train.json: not found; `make repro` makes it\n")

@@ -14,23 +14,15 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from runkey.data import sample
-from runkey.data.sample import (
-    COUNTS,
-    HEIGHT,
-    NUMBERS,
-    WIDTH,
-    Ball,
-    coverage,
-    digit_ink,
-    draw_picture,
-    load_sources,
-    make_picture,
-    make_sample,
-)
 from runkey.errors import DataError
+from tests.support.sample import load_maker
 
 ROOT = Path(__file__).resolve().parents[2]
+sample = load_maker()
+COUNTS, NUMBERS, WIDTH, HEIGHT = sample.COUNTS, sample.NUMBERS, sample.WIDTH, sample.HEIGHT
+Ball, coverage, digit_ink = sample.Ball, sample.coverage, sample.digit_ink
+draw_picture, load_sources = sample.draw_picture, sample.load_sources
+make_picture, make_sample = sample.make_picture, sample.make_sample
 
 
 @pytest.fixture(scope="module")

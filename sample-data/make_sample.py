@@ -3,7 +3,8 @@
     runkey sample-data [FOLDER]
 
 Every image has its own random generator, keyed by (seed, split, index), so the data set comes out
-the same, byte for byte, under the locked versions.
+the same, byte for byte, under the locked versions. The licence text is part of it, so it still
+names the file's former place.
 """
 
 from __future__ import annotations
