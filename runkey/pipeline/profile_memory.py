@@ -97,7 +97,6 @@ def _write_prediction(params: Params, shapes: BatchShapes, root: Path) -> None:
 
 
 def _stage_command(*arguments: str) -> list[str]:
-    """Return the command that runs this stage with other arguments."""
     kept = [argument for argument in sys.argv[1:] if argument == "--traceback"]
     return [sys.executable, "-m", "stages.profile_memory", *kept, *arguments]
 
@@ -173,7 +172,6 @@ def _measure_on_gpu(params: Params, shapes: BatchShapes, root: Path, device: tor
 
 
 def _describe(images: int, result: TrialResult, model: MemoryModel) -> str:
-    """Describe a trial in one line."""
     if not result.peaks:
         return f"{images} images do not fit"
     peak = result.peaks[-1]

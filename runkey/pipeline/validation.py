@@ -16,7 +16,7 @@ from runkey.model.criterion import Criterion, build_criterion
 from runkey.model.postprocess import Postprocess, build_postprocess
 from runkey.params import Model as ModelParams
 from runkey.params import Params
-from runkey.training.device import Precision, build_precision, choose_precision
+from runkey.training.device import Precision, build_precision
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,11 @@ def build_validation(
     prepared = root / paths.PREPARED
     classes = read_classes(prepared / "classes.json")
     loader = build_eval_loader(params, root)
-    dtype, _ = choose_precision(params.training.precision, device)
     return Validation(
         records=read_index(prepared / "val.json"),
         classes=classes,
         loader=loader,
         postprocess=build_postprocess(model),
         criterion=build_criterion(model, len(classes)),
-        precision=build_precision(dtype, device),
+        precision=build_precision(params.training.precision, device),
     )

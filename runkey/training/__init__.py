@@ -1,5 +1,1 @@
-"""Training: device, precision, seeds, optimizer, schedule, the step, and the loop around it.
-
-`runkey.training.build.build_training` composes a training from its parameters, and
-`runkey.training.loop.fit` runs it.
-"""
+"""Training: `build.build_training` composes one from its parameters, and `loop.fit` runs it."""

@@ -23,7 +23,7 @@ from runkey.model.build import build_model
 from runkey.model.criterion import Criterion, build_criterion
 from runkey.model.weights import load_initial_weights
 from runkey.params import Params
-from runkey.training.device import build_precision, choose_precision, configure_torch
+from runkey.training.device import build_precision, configure_torch
 from runkey.training.distributed import World
 from runkey.training.optimizer import Ema, build_clipper, build_optimizer, trained_parameters
 from runkey.training.schedule import MetricComparator, Schedule, build_schedule
@@ -116,8 +116,6 @@ class TrainContext:
     ema: Ema | None
     loader: Loader
     settings: LoopSettings
-    precision_reason: str
-    """Why this precision, in a few words."""
 
     @property
     def world(self) -> World:
@@ -160,10 +158,9 @@ def build_training(
     Args:
         params: of the run.
         num_classes: K.
-        device: where to train; the model is moved there.
+        device: where to train.
         world: this process among those that train together; None: it is the only one.
-        data: the data to train on, and whether to load initial weights; None: no loader (one step
-            an epoch, and no batches), random weights.
+        data: what to train on; None: one step an epoch without a batch, and random weights.
         replace: parts to use in place of those that the parameters describe.
 
     Raises:
@@ -194,7 +191,7 @@ def build_training(
     criterion = replace.criterion or build_criterion(params.model, num_classes)
     model = detector or replace.model
     assert model is not None
-    step, reason = _build_step(params, model, criterion, device, world)
+    step = _build_step(params, model, criterion, device, world)
     return TrainContext(
         step=step,
         schedule=build_schedule(
@@ -206,16 +203,14 @@ def build_training(
         ema=Ema(step.model, training.ema_decay) if training.ema_decay > 0 else None,
         loader=loader,
         settings=_build_settings(params),
-        precision_reason=reason,
     )
 
 
 def _build_step(
     params: Params, model: nn.Module, criterion: Criterion, device: torch.device, world: World
-) -> tuple[TrainStep, str]:
-    """Move the model to the device and build what trains it; also say why in this precision."""
+) -> TrainStep:
+    """Move the model to the device and build what trains it."""
     training = params.training
-    dtype, reason = choose_precision(training.precision, device)
     model = model.to(device)
     if training.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -223,14 +218,14 @@ def _build_step(
         model=model,
         criterion=criterion,
         optimizer=build_optimizer(model, params.optimizer, params.lr),
-        precision=build_precision(dtype, device),
+        precision=build_precision(training.precision, device),
         channels_last=training.channels_last,
         clipper=build_clipper(params.optimizer.clip, device),
         world=world,
     )
     if world.size > 1:  # ranks that start with different weights would stay different
         model.load_state_dict(world.broadcast(host_weights(model) if world.is_main else {}))
-    return step, reason
+    return step
 
 
 def _build_settings(params: Params) -> LoopSettings:
@@ -277,11 +272,11 @@ class _NoData:
 def describe(context: TrainContext) -> dict[str, object]:
     """Log what was decided for the user; return the same by name, for the tracker."""
     step, settings = context.step, context.settings
-    dtype = step.precision.dtype
+    dtype, reason = step.precision.dtype, step.precision.reason
     precision = "fp32" if dtype is None else f"{dtype} autocast".removeprefix("torch.")
     trained = sum(p.numel() for p in trained_parameters(step.optimizer))
     everything = sum(p.numel() for p in step.model.parameters())
-    logger.info(f"precision: {precision} ({context.precision_reason})")
+    logger.info(f"precision: {precision} ({reason})")
     logger.info(
         f"training {trained:,} of {everything:,} parameters: "
         f"{settings.epochs} epochs of {context.loader.steps_per_epoch} steps"
@@ -289,7 +284,7 @@ def describe(context: TrainContext) -> dict[str, object]:
     return {
         "device": str(step.device),
         "precision": precision,
-        "precision_reason": context.precision_reason,
+        "precision_reason": reason,
         "trained_parameters": trained,
         "parameters": everything,
         "total_steps": context.schedule.total_steps,

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from runkey.files import sync_folder
-from runkey.training.tensors import all_finite, flat_groups, map_tensors, named_tensors
+from runkey.training.tensors import all_finite, map_tensors, named_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -229,9 +229,6 @@ def differences(theirs: Fingerprint, ours: Fingerprint) -> str:
 
 # Copies of tensors in host memory that is reused.
 
-_ALIGNMENT = 16
-"""Elements: every tensor begins at a multiple, as vector instructions like it."""
-
 
 class HostCopy:
     """Copies nested dicts and lists of tensors to the host; each copy overwrites the one before."""
@@ -250,8 +247,7 @@ class HostCopy:
         shapes = [(tensor.size(), tensor.stride(), tensor.dtype) for tensor in tensors]
         on_gpu = any(tensor.is_cuda for tensor in tensors)
         if shapes != self._shapes:
-            self._places = _host_places(tensors, pinned=on_gpu)
-            self._shapes = shapes
+            self._places, self._shapes = [_host_place(tensor) for tensor in tensors], shapes
         self._events = (_event(), _event()) if on_gpu else None
         if self._events:
             self._events[0].record()  # type: ignore[no-untyped-call]
@@ -276,20 +272,11 @@ class HostCopy:
         return milliseconds / 1000
 
 
-def _host_places(tensors: list[Tensor], *, pinned: bool) -> list[Tensor]:
-    """Allocate a host tensor for each tensor, all of one dtype in one flat tensor.
-
-    It holds zeros, as what lies between the tensors is written too.
-    """
-    views = {}
-    for group, layout in flat_groups(tensors, _ALIGNMENT):
-        dtype = group[0].dtype
-        try:
-            flat = torch.zeros(layout.size, dtype=dtype, pin_memory=pinned)
-        except RuntimeError:  # hosts limit what can be page-locked; other memory is only slower
-            flat = torch.zeros(layout.size, dtype=dtype)
-        views[dtype] = iter(layout.views(flat))
-    return [next(views[tensor.dtype]) for tensor in tensors]
+def _host_place(tensor: Tensor) -> Tensor:
+    try:
+        return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    except RuntimeError:  # hosts limit what can be page-locked; other memory is only slower
+        return torch.empty_like(tensor, device="cpu")
 
 
 def _event() -> torch.cuda.Event:

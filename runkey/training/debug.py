@@ -112,9 +112,7 @@ def _as_plain(batch: Batch) -> dict[str, Any]:
 def diagnose_bundle(bundle: Bundle, model: nn.Module | None = None) -> Diagnosis:
     """Run a bundle's step under the probe, on a GPU only if the run was and there is one.
 
-    Args:
-        bundle: of the step.
-        model: of the same state dict, in place of the one that the parameters describe.
+    A model of the same state dict takes the place of the one that the parameters describe.
     """
     parts = build_bundled_step(bundle, model)
     seed = bundle.params["seed"]
@@ -139,12 +137,7 @@ def build_bundled_step(bundle: Bundle, model: nn.Module | None = None) -> TrainS
 def build_bundle(folder: Path, step: int, *, key: str, params: Params, root: Path) -> Bundle:
     """Replay a training that was interrupted, that failed, or that still runs, up to a step.
 
-    Args:
-        folder: of the training; only read.
-        step: from 1.
-        key: of the run.
-        params: of the run.
-        root: the workspace, with the prepared data.
+    Its folder is only read. Steps count from 1.
 
     Raises:
         TrainingError: no checkpoint, no such step, or a damaged file.
@@ -192,14 +185,11 @@ LOG = "train.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a replay begins."""
+    """Where a replay begins: a checkpoint, or the start of training."""
 
     path: Path | None
-    """The checkpoint; None: the start of training."""
     step: int
-    """Steps done there."""
     fingerprint: Mapping[str, Any]
-    """What trained: micro-batch, world size, device, precision."""
 
 
 def find_start(folder: Path, step: int) -> Start:
@@ -234,11 +224,7 @@ def bad_steps(folder: Path) -> list[int]:
 def replay(context: TrainContext, start: Start, step: int, folder: Path) -> GlobalBatch:
     """Bring model, optimizer and so on to the state before a step; return that step's batch.
 
-    Args:
-        context: of the same run, freshly built.
-        start: where to begin.
-        step: from 1.
-        folder: the training's, for its log.
+    The context is of the same run, freshly built; the folder is the training's, for its log.
 
     Raises:
         TrainingError: training has no such step, or a file is damaged.
@@ -246,7 +232,14 @@ def replay(context: TrainContext, start: Start, step: int, folder: Path) -> Glob
     total = context.schedule.total_steps
     if not start.step < step <= total:
         raise TrainingError(f"--step {step}: training has the steps 1 to {total}")
-    state = LoopState() if start.path is None else _restore(context, start.path)
+    state = LoopState()
+    if start.path is not None:
+        try:
+            _, tensors, _ = read_file(start.path)
+        except DamagedError as error:
+            raise TrainingError(f"{start.path}: {error}") from error
+        context.restore(tensors["parts"])
+        state = LoopState.from_plain(tensors["state"], {})
     evaluations = [
         (int(entry["step"]), float(entry["values"][context.settings.watched_metric]))
         for entry in _log_entries(folder / LOG)
@@ -261,15 +254,6 @@ def replay(context: TrainContext, start: Start, step: int, folder: Path) -> Glob
             if state.step == step - 1:
                 return split_batches(batch, state.limit)  # as it was computed
             take_step(context, state, batch, watched)
-
-
-def _restore(context: TrainContext, path: Path) -> LoopState:
-    try:
-        _, tensors, _ = read_file(path)
-    except DamagedError as error:
-        raise TrainingError(f"{path}: {error}") from error
-    context.restore(tensors["parts"])
-    return LoopState.from_plain(tensors["state"], {})
 
 
 def logged_losses(log: Path, step: int) -> dict[str, float]:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import struct
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -102,9 +102,15 @@ class Precision:
     """Mixed precision: the autocast context, and the loss scaler that fp16 needs."""
 
     device: torch.device
-    dtype: torch.dtype | None
-    scaler: GradScaler | None
-    """fp16 only: its smallest gradients would be zero without a factor on the loss."""
+    dtype: torch.dtype | None = None
+    """None: fp32 throughout."""
+    reason: str = ""
+    """Why, in a few words, for the log."""
+
+    @cached_property
+    def scaler(self) -> GradScaler | None:
+        """For fp16 only: its smallest gradients would be zero without a factor on the loss."""
+        return GradScaler(self.device.type) if self.dtype is torch.float16 else None
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context of the forward pass."""
@@ -113,17 +119,15 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
 
-def build_precision(dtype: torch.dtype | None, device: torch.device) -> Precision:
-    """Build autocast and, for fp16, a loss scaler on `device`."""
-    scaler = GradScaler(device.type) if dtype is torch.float16 else None
-    return Precision(device, dtype, scaler)
+def build_precision(precision: str, device: torch.device) -> Precision:
+    """Build what `training.precision` asks for; see `choose_precision`."""
+    return Precision(device, *choose_precision(precision, device))
 
 
 def derive_seed(*parts: int | str) -> int:
     """Hash any parts to a 63-bit seed; unlike a sum, other parts do not give the same one."""
     text = "/".join(str(part) for part in parts).encode()
-    (value,) = struct.unpack("<Q", hashlib.blake2b(text, digest_size=8).digest())
-    return int(value) >> 1
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def configure_torch(

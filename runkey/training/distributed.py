@@ -146,11 +146,8 @@ def read_world(environment: Mapping[str, str] = os.environ) -> World:
 def join_world(device: torch.device, monitor: RankMonitor | None = None) -> Iterator[World]:
     """Connect to the other processes, if there are any, until the block ends.
 
-    Only rank 0 logs: the others' messages are dropped meanwhile.
-
-    Args:
-        device: this rank's; NCCL connects GPUs, gloo CPUs.
-        monitor: of ranks that are known before; closed when all monitor each other.
+    NCCL connects GPUs, gloo CPUs. Only rank 0 logs: the others' messages are dropped meanwhile. A
+    monitor of ranks that are known before is closed when all monitor each other.
 
     Raises:
         LostRankError: another rank has ended.
@@ -186,10 +183,7 @@ def join_world(device: torch.device, monitor: RankMonitor | None = None) -> Iter
 def count_ranks(processes: int | Literal["auto"], device: torch.device, images: int) -> int:
     """Return how many processes train together: torchrun's number, else `runtime.processes`.
 
-    Args:
-        processes: a number; auto: one per GPU.
-        device: where training runs.
-        images: of an optimizer step; each process has to have one.
+    auto: one per GPU, and at most one per image of an optimizer step.
 
     Raises:
         TrainingError: there are fewer GPUs than that.
@@ -283,7 +277,6 @@ def broadcast_metrics(
 
 
 def _raise_first(world: World, received: Sequence[tuple[str, signal.Signals | None]]) -> None:
-    """Raise the first fault, else the first signal, the same on all ranks."""
     for fault, _ in received:
         if fault:
             world.shutdown()

@@ -144,9 +144,19 @@ class Guard:
         Raises:
             TrainingError: there is no anchor, or there have been too many rollbacks.
         """
-        reason = self._too_many_skips() or self._broken_weights()
-        if reason:
-            self._roll_back(reason)
+        limits, last = self._limits, self._loop.step - 1
+        recent = self._recent(last)
+        if len(recent) >= limits.max_skips:
+            self._roll_back(
+                f"loss or gradients were not finite in {len(recent)} of the last "
+                f"{min(limits.window_steps, last)} steps"
+            )
+        # Weights that are not finite make every later step a skipped one: waiting is useless.
+        # Looked at after a skipped step only: this waits for the device.
+        elif self._loop.skipped_in_a_row and not all_finite(
+            self._context.step.model.state_dict().values()
+        ):
+            self._roll_back("weights are not finite")
 
     def act_before_evaluation(self) -> None:
         """Roll training back, at an epoch's end, if what is to be evaluated is not finite.
@@ -219,24 +229,6 @@ class Guard:
         before = last_step - self._limits.window_steps
         return [skip for skip in self._state.skips if before < skip.step <= last_step]
 
-    def _too_many_skips(self) -> str:
-        limits, last = self._limits, self._loop.step - 1
-        recent = self._recent(last)
-        if len(recent) < limits.max_skips:
-            return ""
-        return (
-            f"loss or gradients were not finite in {len(recent)} of the last "
-            f"{min(limits.window_steps, last)} steps"
-        )
-
-    def _broken_weights(self) -> str:
-        """Weights that are not finite make every later step a skipped one: waiting is useless."""
-        # Looked at after a skipped step only: this waits for the device.
-        if not self._loop.skipped_in_a_row:
-            return ""
-        weights = self._context.step.model.state_dict().values()
-        return "" if all_finite(weights) else "weights are not finite"
-
     def _roll_back(self, reason: str) -> None:
         """Restore the newest anchor; the step counter goes on, so other images come next."""
         loop, state = self._loop, self._state
@@ -260,7 +252,6 @@ class Guard:
         )
 
     def _give_up(self, reason: str) -> None:
-        """Stop training, with a report."""
         loop, done, skips = self._loop, len(self._state.rollbacks), self._state.skips
         why = f"already rolled back {done} times" if done else "there is no anchor to roll back to"
         report = self._write_report(reason, f"stopped: {why}")

@@ -27,15 +27,10 @@ _FLOCK = "hhqqi4x"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, which is created, as long as the block runs.
+    """Hold the folder of a training, which is created, as long as the block runs.
 
-    A folder that cannot be written is not held: no other process writes there either.
-
-    No other code of this process may open the lock's file meanwhile: closing it anywhere in the
-    process releases the lock.
-
-    Args:
-        folder: of one training.
+    One that cannot be written is not held: no other process writes there either. No other code of
+    this process may open the lock's file meanwhile: closing it anywhere releases the lock.
 
     Raises:
         TrainingError: another process holds it.
@@ -50,20 +45,26 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        _take(file, folder)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder, text = _holder(file), f"{folder / LOCK}: cannot be locked ({error.strerror})"
+            if holder is not None:
+                who = f"process {holder}" if holder > 0 else "a process out of sight"
+                text = (
+                    f"{folder}: {who} trains this key already; wait for it or end it (it leaves a "
+                    "checkpoint), then run `dvc repro` again"
+                )
+            raise TrainingError(text) from None
         yield
     finally:
         os.close(file)
 
 
 def holder_of(folder: Path) -> int | None:
-    """Return the id of the process that trains in a folder.
+    """Return the id of the other process that trains in a folder; None if none does.
 
-    Not for the process that holds the folder itself: see `locked`.
-
-    Returns:
-        0 or less if the process has no id here (another container, a lock that cannot be read);
-        None if no process trains there.
+    0 or less: it has no id here (another container, a lock that cannot be read).
     """
     try:
         file = os.open(folder / LOCK, os.O_RDONLY)
@@ -75,20 +76,6 @@ def holder_of(folder: Path) -> int | None:
         return _holder(file)
     finally:
         os.close(file)
-
-
-def _take(file: int, folder: Path) -> None:
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = _holder(file)
-        if holder is None:
-            raise TrainingError(f"{folder / LOCK}: cannot be locked ({error.strerror})") from None
-        who = f"process {holder}" if holder > 0 else "a process out of sight"
-        raise TrainingError(
-            f"{folder}: {who} trains this key already; wait for it or end it (it leaves a "
-            "checkpoint), then run `dvc repro` again"
-        ) from None
 
 
 def _holder(file: int) -> int | None:

@@ -97,11 +97,7 @@ def take_step(
 ) -> StepResult:
     """Take one optimizer step, update the average, and count the step.
 
-    Args:
-        context: the training.
-        state: its step is counted up.
-        batch: the step's images.
-        watched: the metric that plateau watches, at each evaluation so far.
+    The plateau schedule goes by `watched`, its metric at each evaluation so far.
     """
     factor = context.schedule.factor(state.step, watched)
     reseed = partial(seed_step, context.settings.seed, state.step, context.world.rank)
@@ -155,7 +151,6 @@ class _EpochMetrics:
         self._reader = DelayedReader()
 
     def add(self, result: StepResult) -> None:
-        """Queue the values of the step that was just taken."""
         for period in (self.whole, self.recent):
             period.images += len(result.batch.image_ids)
         batch = result.batch
@@ -184,7 +179,6 @@ class _EpochMetrics:
         return values | self.whole.as_metrics() | running.rates
 
     def _take(self, step: StepValues | None) -> None:
-        """Pass a step on whose values have arrived on the host."""
         if step is None:
             return
         context, state = self._context, self._state
@@ -203,7 +197,6 @@ class _EpochMetrics:
 
 
 def _scalars(result: StepResult) -> dict[str, Tensor]:
-    """A step's scalars by metric name, and whether it was skipped."""
     values = {f"train/{name}": value for name, value in result.losses.items()}
     values |= {
         "train/grad_norm": result.clipped.before,
@@ -238,7 +231,6 @@ class _Trainer:
         self.state = LoopState()
 
     def resume(self, limit: int | None) -> None:
-        """Start from the newest checkpoint, if there is one."""
         checkpoint = self.checkpoints.load() if self.checkpoints else None
         checkpoint = self.context.world.broadcast(checkpoint)
         choices = describe(self.context)
@@ -283,7 +275,6 @@ class _Trainer:
             checkpoints.save(self._checkpoint(), wait=True)
 
     def log_end(self) -> None:
-        """Log how training ended."""
         state, metric = self.state, self.context.settings.watched_metric
         assert state.best  # the last epoch always has an evaluation
         best = state.best
@@ -317,7 +308,6 @@ class _Trainer:
         )
 
     def _train_epoch(self, metrics: _EpochMetrics) -> None:
-        """Take the remaining steps of the current epoch."""
         context, state = self.context, self.state
         context.step.model.train()
         watched = state.watched(context.settings.watched_metric)

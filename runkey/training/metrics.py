@@ -38,13 +38,10 @@ class Tracker(Protocol):
         ...
 
     def resume(self, position: Mapping[str, int | str] | None) -> None:
-        """Continue where a checkpoint was taken.
+        """Continue where a checkpoint was taken; None: training starts from its beginning.
 
         What the log holds after that place will be logged again, equal in all but times, and must
         not be recorded twice.
-
-        Args:
-            position: what `position` gave then; None: training starts from its beginning.
         """
 
 

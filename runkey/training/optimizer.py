@@ -28,11 +28,6 @@ def build_optimizer(module: nn.Module, section: params.Optimizer, lr: float) -> 
     have no weight decay. Each keeps its peak rate as `base_lr`; `set_rates` scales it. A factor of
     0 for the backbone's rate freezes it: its parameters no longer require gradients after this.
 
-    Args:
-        module: names of its backbone's parameters start with `backbone.`.
-        section: the optimizer's parameters.
-        lr: peak rate, per step.
-
     Raises:
         TrainingError: nothing is left to train.
     """
@@ -74,9 +69,8 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def current_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Read the rates of the parameter groups, by metric name.
 
-    Returns:
-        `train/lr` of the main group, `train/lr_backbone` of the backbone's. Groups that differ in
-        weight decay only share a rate. `train/lr` is the backbone's if nothing else is trained.
+    They are `train/lr` of the main group and `train/lr_backbone`. Groups that differ in weight
+    decay only share a rate. `train/lr` is the backbone's if nothing else is trained.
     """
     rates = {
         group["name"].removesuffix(_NO_DECAY): float(group["lr"])
@@ -97,10 +91,6 @@ def guarded_step(optimizer: torch.optim.AdamW, skip: Tensor) -> None:
 
     A skipped step leaves parameters, moments and step counters as they were, bit for bit: the
     fused kernel has this for loss scaling, and reads it from an attribute.
-
-    Args:
-        optimizer: a fused AdamW.
-        skip: float scalar on the parameters' device, 0 or 1.
     """
     optimizer.found_inf = skip  # type: ignore[attr-defined]
     optimizer.step()
@@ -157,11 +147,7 @@ class Clipper:
         self._norms = torch.full((length,), _NO_NORM, device=device)
 
     def clip(self, gradients: list[Tensor]) -> Clipped:
-        """Clip in place, once per optimizer step.
-
-        Args:
-            gradients: tensors of any shapes on one device, at least one; unscaled.
-        """
+        """Clip gradients (unscaled, one or more, on one device) in place, once per step."""
         before = joint_norm(gradients)
         match self._mode:
             case "norm":
@@ -226,7 +212,6 @@ class Ema:
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        """Start from a copy of `module` as it is."""
         self.module = copy.deepcopy(module).requires_grad_(False).eval()
         self.decay = decay
         self.updates = 0
@@ -249,10 +234,8 @@ class Ema:
     def update(self, skipped: Tensor) -> None:
         """Take one step towards the module's present weights, without a host sync.
 
-        Args:
-            skipped: float scalar on the device; where it is 1, the optimizer's step was skipped,
-                and the averages stay as they are, bit for bit. The decay's n counts it all the
-                same: the host does not know yet.
+        Where the scalar `skipped` is 1, the averages stay as they are, bit for bit. The decay's n
+        counts that step all the same: the host does not know yet.
         """
         before = [flat.clone() for flat in self._flat]
         torch._foreach_lerp_(self._averages, self._weights, 1 - self.current_decay())
@@ -285,35 +268,22 @@ def _flatten(tensors: list[Tensor], layout: FlatLayout) -> Tensor:
     return flat
 
 
-class Gradients:
-    """The `.grad` of the trained parameters (the same on all ranks): cleared, and summed."""
+# Gradients over ranks.
 
-    def __init__(self, parameters: Iterable[Tensor], world: World) -> None:
-        self._parameters = list(parameters)
-        self._world = world
 
-    def clear(self) -> None:
-        """Free all gradients."""
-        for parameter in self._parameters:
-            parameter.grad = None
+def sum_gradients(parameters: Iterable[Tensor], world: World) -> None:
+    """Make each gradient the sum over ranks, the same bits on all of them.
 
-    def all_reduce(self) -> None:
-        """Make each gradient the sum over ranks, the same bits on all of them.
-
-        They travel in one flat tensor, into which they are copied once a step: by then the
-        activations are gone, so the copy does not add to the step's peak of memory. A rank without
-        a gradient (it has no image of this global batch) adds zero.
-        """
-        if self._world.size == 1:
-            return
-        for parameters, layout in flat_groups(self._parameters):
-            flat = parameters[0].new_zeros(layout.size)
-            views = layout.views(flat)
-            ours = [
-                (v, p.grad) for v, p in zip(views, parameters, strict=True) if p.grad is not None
-            ]
-            if ours:
-                torch._foreach_copy_([v for v, _ in ours], [g for _, g in ours])
-            for parameter, view in zip(parameters, views, strict=True):
-                parameter.grad = view
-            self._world.all_reduce(flat)
+    They travel in one flat tensor, into which they are copied once a step: by then the activations
+    are gone, so the copy does not add to the step's peak of memory. A rank without a gradient (it
+    has no image of this global batch) adds zero. All ranks have the parameters in the same order.
+    """
+    for group, layout in flat_groups(parameters):
+        flat = group[0].new_zeros(layout.size)
+        views = layout.views(flat)
+        ours = [(v, p.grad) for v, p in zip(views, group, strict=True) if p.grad is not None]
+        if ours:
+            torch._foreach_copy_([v for v, _ in ours], [g for _, g in ours])
+        for parameter, view in zip(group, views, strict=True):
+            parameter.grad = view
+        world.all_reduce(flat)

@@ -125,8 +125,6 @@ def _bad_rows(tensor: Tensor, image_ids: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass
 class _Call:
-    """One call of a module, or of a method of it."""
-
     module: str
     own: nn.Module
     micro_batch: int
@@ -247,7 +245,6 @@ class Probe:
         return map_tensors(output, partial(_tap, self._gradient_enters, call))
 
     def _gradient_enters(self, call: _Call, gradient: Tensor) -> None:
-        """Note the gradient of a module's output."""
         self._in_backward = True
         call.grad_outputs[f"grad of output {len(call.grad_outputs)}"] = _summarise(gradient)
         if call.own is self._model and not _are_finite(call.grad_outputs) and not self._backward:
@@ -257,7 +254,6 @@ class Probe:
             )
 
     def _gradient_leaves(self, call: _Call, gradient: Tensor) -> None:
-        """Note the gradient of a module's input."""
         self._compare(call, "grad of input", gradient, [call])
 
     def _parameter_gradient(self, name: str, gradient: Tensor) -> None:
@@ -286,7 +282,6 @@ class Probe:
 
 
 def _tap(note: Callable[[_Call, Tensor], None], call: _Call, tensor: Tensor) -> Tensor:
-    """Return a copy of a tensor, of which `note` gets the gradient."""
     if not (tensor.requires_grad and tensor.is_floating_point() and torch.is_grad_enabled()):
         return tensor
     tapped = tensor.clone()
@@ -323,22 +318,17 @@ def diagnose(
 ) -> Diagnosis:
     """Run a step's forward and backward passes; weights and moments are not changed.
 
-    Args:
-        parts: in the state before the step, its model in training mode.
-        batch: the step's images.
-        seed: of the run.
-        step: steps done before this one.
-        rank: of the process whose step it is.
+    Its parts are in the state before it, which `step` steps were done before, by this rank.
     """
     broken = _before(parts.model, batch, parts.channels_last)
     probe = Probe(parts, batch)
     criterion: Any = probe
     watched = replace(parts, criterion=criterion)
-    parts.gradients.clear()
+    parts.optimizer.zero_grad()
     with probe.watching():
         losses = accumulate_gradients(watched, batch, reseed=partial(seed_step, seed, step, rank))
     parts.statistics.restore(losses.statistics, torch.ones((), device=parts.device))
-    parts.gradients.clear()
+    parts.optimizer.zero_grad()
     finding = broken or probe.finding or DebugFinding("nowhere")
     return Diagnosis(finding, {name: float(value) for name, value in losses.values.items()})
 

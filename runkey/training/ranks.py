@@ -44,12 +44,7 @@ class RankMonitor:
     """
 
     def __init__(self, rank: int, processes: Mapping[int, Process]) -> None:
-        """Start monitoring.
-
-        Args:
-            rank: ours.
-            processes: by rank; this one is left out.
-        """
+        """Start monitoring processes by their rank, but for this one, which has rank `rank`."""
         self._rank = rank
         self._monitored: dict[int, LostRank] = {}
         self._lost: LostRank | None = None
@@ -68,10 +63,7 @@ class RankMonitor:
         self._thread.start()
 
     def lost(self) -> LostRank | None:
-        """Return which rank died; None if none of this machine did.
-
-        The caller has noticed an error and ends this process itself.
-        """
+        """Return which rank of this machine died; the caller ends this process itself."""
         self._stood_down.set()
         self._found.wait(_NOTICE_SECONDS)
         return self._lost
@@ -132,16 +124,10 @@ def monitor_leader() -> RankMonitor | None:
 
 @contextmanager
 def launched_ranks(size: int, arguments: Sequence[str]) -> Iterator[RankMonitor | None]:
-    """Run `size` - 1 further ranks while the block lasts.
+    """Run `size` - 1 further ranks while the block lasts; yield a monitor for `join_world`.
 
-    With one rank, or under torchrun, which has launched them, this does nothing.
-
-    Args:
-        size: processes in all.
-        arguments: what follows the interpreter on their command line.
-
-    Yields:
-        Their monitor, for `join_world` to take over.
+    The arguments follow the interpreter on their command line. With one rank, or under torchrun,
+    which has launched them, this does nothing.
     """
     if size == 1 or launched_by_torchrun():
         yield None

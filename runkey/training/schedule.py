@@ -1,6 +1,6 @@
 """Learning-rate schedules and early stopping: pure functions of the step and of the evaluations.
 
-    rate of step s = peak rate * Schedule.factor(s, history)
+    rate of step s = peak rate * schedule.factor(s, history)
 
 A resumed training needs no state but its step and the metrics logged so far. Steps that a guard
 skips count too. Warm-up multiplies each shape except cosine, which starts where warm-up ends, and
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from runkey import params
 from runkey.errors import TrainingError
@@ -43,74 +43,76 @@ class MetricComparator:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A shape and its numbers, all in optimizer steps."""
+    """The length of a training, and its learning rates."""
 
-    name: str
     total_steps: int
-    warmup_steps: int
-    warmup_start: float
-    drop_steps: tuple[int, ...]
-    """Steps at which step and multistep drop, rising."""
-    steps_per_epoch: int
-    gamma: float
-    min_factor: float
-    peak_step: float
-    cycle_steps: float
-    patience: int
-    comparator: MetricComparator
+    factor: Factor
 
-    def factor(self, step: int, history: Sequence[float] = ()) -> float:
+
+class Factor(Protocol):
+    """The factor on every rate."""
+
+    def __call__(self, step: int, history: Sequence[float] = ()) -> float:
         """Return the factor of an optimizer step.
 
         Args:
             step: updates tried before this one, 0..total_steps-1.
             history: the watched metric at each evaluation so far (plateau only).
         """
-        if self.name == "onecycle":
-            return self._onecycle(step)
-        if self.name == "cosine":
-            return self._warmup(step) if step < self.warmup_steps else self._cosine(step)
-        return self._warmup(step) * self._shape(step, history)
+        ...
 
-    def _warmup(self, step: int) -> float:
-        if step >= self.warmup_steps:
-            return 1.0
-        return self.warmup_start + (1 - self.warmup_start) * step / self.warmup_steps
 
-    def _shape(self, step: int, history: Sequence[float]) -> float:
-        match self.name:
-            case "constant":
-                return 1.0
+def build_schedule(
+    section: params.Schedule, *, epochs: int, steps_per_epoch: int, mode: Literal["max", "min"]
+) -> Schedule:
+    """Build the schedule of a training.
+
+    Args:
+        section: the schedule's parameters.
+        epochs: passes over the data.
+        steps_per_epoch: optimizer steps in one pass.
+        mode: whether larger or smaller is better of the metric that plateau watches (the one of
+            `training.early_stopping`).
+    """
+    name, gamma, least = section.name, section.gamma, section.min_factor
+    total, start = epochs * steps_per_epoch, section.warmup_start
+    warmup_steps = round(section.warmup_fraction * total)
+    peak_step = max(0.0, section.peak_fraction * total - 1)
+    drops: Sequence[int] = section.milestones
+    if name == "step":
+        drops = range(section.step_epochs, epochs, section.step_epochs)
+    comparator = MetricComparator(mode, section.min_delta)
+
+    def warmup(step: int) -> float:
+        return 1.0 if step >= warmup_steps else start + (1 - start) * step / warmup_steps
+
+    def shape(step: int, history: Sequence[float]) -> float:
+        match name:
             case "step" | "multistep":
-                return math.pow(self.gamma, sum(step >= drop for drop in self.drop_steps))
+                return math.pow(gamma, sum(step >= drop * steps_per_epoch for drop in drops))
             case "exponential":
-                return math.pow(self.gamma, step / self.steps_per_epoch)
-            case "cyclical":
-                return self._triangle(step)
+                return math.pow(gamma, step / steps_per_epoch)
+            case "cyclical":  # Smith 2017: from the least factor up to 1 and down again, repeatedly
+                place = step / (section.cycle_epochs * steps_per_epoch) % 1.0
+                return least + (1 - least) * (1 - abs(2 * place - 1))
             case "plateau":
-                drops = count_drops(history, self.comparator, self.patience)
-                return max(self.min_factor, math.pow(self.gamma, drops))
-        raise ValueError(f"schedule {self.name!r}")
+                lowered = count_drops(history, comparator, section.patience)
+                return max(least, math.pow(gamma, lowered))
+        return 1.0
 
-    def _cosine(self, step: int) -> float:
-        """One period of SGDR (Loshchilov and Hutter 2017)."""
-        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return _cosine_between(1.0, self.min_factor, done)
+    def factor(step: int, history: Sequence[float] = ()) -> float:
+        if name == "onecycle":  # Smith and Topin 2018: a cosine rise to 1, then a cosine fall
+            if step < peak_step:
+                return _cosine(start, 1.0, step / peak_step)
+            return _cosine(1.0, least, (step - peak_step) / max(1.0, total - 1 - peak_step))
+        if name == "cosine" and step >= warmup_steps:  # a period of Loshchilov and Hutter 2017
+            return _cosine(1.0, least, (step - warmup_steps) / max(1, total - warmup_steps))
+        return warmup(step) * shape(step, history)
 
-    def _onecycle(self, step: int) -> float:
-        """Smith and Topin 2018: a cosine rise to 1 at `peak_step`, then a cosine fall."""
-        if step < self.peak_step:
-            return _cosine_between(self.warmup_start, 1.0, step / self.peak_step)
-        fall = max(1.0, self.total_steps - 1 - self.peak_step)
-        return _cosine_between(1.0, self.min_factor, (step - self.peak_step) / fall)
-
-    def _triangle(self, step: int) -> float:
-        """Smith 2017: from `min_factor` up to 1 and down again, repeatedly."""
-        place = step / self.cycle_steps % 1.0
-        return self.min_factor + (1 - self.min_factor) * (1 - abs(2 * place - 1))
+    return Schedule(total, factor)
 
 
-def _cosine_between(start: float, end: float, done: float) -> float:
+def _cosine(start: float, end: float, done: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
@@ -128,42 +130,6 @@ def count_drops(history: Sequence[float], comparator: MetricComparator, patience
         if waited >= patience:
             drops, waited = drops + 1, 0
     return drops
-
-
-def build_schedule(
-    section: params.Schedule,
-    *,
-    epochs: int,
-    steps_per_epoch: int,
-    mode: Literal["max", "min"],
-) -> Schedule:
-    """Build the schedule of a training.
-
-    Args:
-        section: the schedule's parameters.
-        epochs: passes over the data.
-        steps_per_epoch: optimizer steps in one pass.
-        mode: whether larger or smaller is better of the metric that plateau watches (the one of
-            `training.early_stopping`).
-    """
-    total = epochs * steps_per_epoch
-    drops: Sequence[int] = section.milestones if section.name == "multistep" else ()
-    if section.name == "step":
-        drops = range(section.step_epochs, epochs, section.step_epochs)
-    return Schedule(
-        name=section.name,
-        total_steps=total,
-        warmup_steps=round(section.warmup_fraction * total),
-        warmup_start=section.warmup_start,
-        drop_steps=tuple(epoch * steps_per_epoch for epoch in drops),
-        steps_per_epoch=steps_per_epoch,
-        gamma=section.gamma,
-        min_factor=section.min_factor,
-        peak_step=max(0.0, section.peak_fraction * total - 1),
-        cycle_steps=section.cycle_epochs * steps_per_epoch,
-        patience=section.patience,
-        comparator=MetricComparator(mode, section.min_delta),
-    )
 
 
 def decide_stop(

@@ -29,7 +29,6 @@ class Skip:
     step: int
     """Its number, from 1."""
     image_ids: list[int]
-    """COCO ids of its images."""
     lr: float
     """Of the main parameter group."""
     values: dict[str, float]
@@ -90,7 +89,6 @@ class Running:
     rates: dict[str, float] = field(default_factory=dict)
     """Learning rates of the last step, by metric name."""
     images: int = 0
-    """Images seen."""
     wait_seconds: float = 0.0
     """Time that the loop waited for them."""
     seconds: float = 0.0
@@ -111,7 +109,6 @@ class LoopState:
     skipped_steps: int = 0
     """Steps in which loss or gradients were not finite, so that nothing was updated."""
     skipped_in_a_row: int = 0
-    """Such steps in a row, up to now."""
     evaluations: list[dict[str, float]] = field(default_factory=list)
     """Metrics of each evaluation, in order."""
     history: list[dict[str, float]] = field(default_factory=list)

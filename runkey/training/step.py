@@ -31,10 +31,10 @@ from runkey.training.distributed import SharedError, World
 from runkey.training.optimizer import (
     Clipped,
     Clipper,
-    Gradients,
     current_rates,
     guarded_step,
     set_rates,
+    sum_gradients,
     trained_parameters,
 )
 from runkey.training.tensors import flat_groups
@@ -111,11 +111,6 @@ class TrainStep:
         return self.precision.device
 
     @cached_property
-    def gradients(self) -> Gradients:
-        """Those of the parameters that the optimizer moves."""
-        return Gradients(trained_parameters(self.optimizer), self.world)
-
-    @cached_property
     def statistics(self) -> RunningStatistics:
         """The model's running statistics."""
         return RunningStatistics(self.model)
@@ -172,17 +167,17 @@ def train_step(
     statistics as they were, bit for bit.
 
     Args:
-        parts: model, criterion, optimizer and settings.
+        parts: what it works with.
         batch: this rank's micro-batches of the global batch, on the host.
         factor: the schedule's factor on every learning rate.
         limit: most padded pixels (images x height x width) of a forward pass, if known.
         reseed: sets the random state that the step's noise is drawn from.
 
     Raises:
-        StoppedError: one image does not fit in memory, or another rank failed.
+        StoppedError: see `accumulate_gradients`.
     """
     set_rates(parts.optimizer, factor)
-    parts.gradients.clear()
+    parts.optimizer.zero_grad()
     losses = accumulate_gradients(parts, batch, limit, reseed)
     scaler, optimizer = parts.precision.scaler, parts.optimizer
     scale = None
@@ -196,7 +191,8 @@ def train_step(
     parts.statistics.restore(losses.statistics, skipped)
     if scaler is not None:
         scaler.update()
-    return StepResult(losses, clipped, skipped, scale, current_rates(optimizer))
+    kept = replace(losses, statistics=[])  # frees what is not needed any more
+    return StepResult(kept, clipped, skipped, scale, current_rates(optimizer))
 
 
 def accumulate_gradients(
@@ -211,11 +207,7 @@ def accumulate_gradients(
     smaller micro-batches, from the same random state and running statistics: the result is what it
     would be had the limit been known. If this raises, running statistics are as they were before.
 
-    Args:
-        parts: model, criterion and ranks; its gradients are clear.
-        batch: this rank's share; empty if there are fewer images than ranks.
-        limit: most padded pixels of a forward pass, if known.
-        reseed: called before each attempt.
+    Arguments as for `train_step`. The share is empty if there are fewer images than ranks.
 
     Raises:
         StoppedError: one image does not fit in memory, or a rank has ended.
@@ -228,7 +220,7 @@ def accumulate_gradients(
     before = parts.statistics.copy()
 
     def undo() -> None:
-        parts.gradients.clear()
+        parts.optimizer.zero_grad()
         parts.statistics.restore(before, torch.ones((), device=parts.device))
 
     def accumulate() -> BatchLosses:
@@ -268,7 +260,7 @@ def _over_ranks(parts: TrainStep, accumulate: Callable[[], BatchLosses]) -> Batc
     for failure, *_ in received:
         if failure:
             raise SharedError(failure)
-    parts.gradients.all_reduce()
+    sum_gradients(trained_parameters(parts.optimizer), world)
     parts.statistics.average(world)
     names = next(names for _, names, _, _ in received if names)
     values = torch.stack([mine.values.get(name, zero) for name in names]).double()

@@ -17,7 +17,7 @@ from runkey import params
 from runkey.errors import report_errors
 from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
-from runkey.training.device import build_precision
+from runkey.training.device import Precision
 from runkey.training.distributed import World, join_world
 from runkey.training.optimizer import Clipper, build_optimizer
 from runkey.training.step import TrainStep, accumulate_gradients
@@ -50,7 +50,7 @@ def machinery(model: nn.Module, criterion: Any, world: World) -> TrainStep:
         model=model,
         criterion=criterion,
         optimizer=build_optimizer(model, params.Optimizer(), 1e-2),
-        precision=build_precision(None, CPU),
+        precision=Precision(CPU),
         channels_last=False,
         clipper=Clipper("none", 1.0, CPU),
         world=world,
@@ -89,7 +89,7 @@ def gradients(world: World) -> dict[tuple[str, str, int], Any]:
         parts = real(preset, world)
         for name, ids in WINDOWS.items():
             for micro_batch in (8, 4, 2, 1):
-                parts.gradients.clear()
+                parts.optimizer.zero_grad()
                 window = window_of(ids, micro_batch, world)
                 losses = accumulate_gradients(parts, window).values
                 named = parts.model.named_parameters()

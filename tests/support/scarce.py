@@ -70,7 +70,7 @@ class Hungry(nn.Module):
 
 
 def attempt(parts: TrainStep, window: GlobalBatch, limit: int | None = None) -> dict[str, Any]:
-    parts.gradients.clear()
+    parts.optimizer.zero_grad()
     result = accumulate_gradients(parts, window, limit, reseed)
     named = dict(parts.model.named_parameters())
     return {

@@ -9,7 +9,7 @@ import torch
 
 from runkey.errors import TrainingError
 from runkey.training.device import (
-    build_precision,
+    Precision,
     choose_device,
     choose_precision,
     configure_torch,
@@ -48,14 +48,14 @@ def test_automatic_precision_on_a_gpu(monkeypatch, capability, dtype, reason):
 
 
 def test_only_fp16_scales_losses():
-    assert build_precision(None, CPU).scaler is None
-    assert build_precision(torch.bfloat16, CPU).scaler is None
-    assert build_precision(torch.float16, CPU).scaler is not None
+    assert Precision(CPU).scaler is None
+    assert Precision(CPU, torch.bfloat16).scaler is None
+    assert Precision(CPU, torch.float16).scaler is not None
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_autocast(dtype):
-    with build_precision(dtype, CPU).autocast():
+    with Precision(CPU, dtype).autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (dtype or torch.float32)
 
 

@@ -23,7 +23,7 @@ from runkey.training.debug import (
     logged_losses,
     replay,
 )
-from runkey.training.device import build_precision, seed_step
+from runkey.training.device import Precision, seed_step
 from runkey.training.optimizer import build_clipper, build_optimizer
 from runkey.training.probe import diagnose
 from runkey.training.step import TrainStep, accumulate_gradients
@@ -58,7 +58,7 @@ def machinery_of(parameters, model, dtype=None):
         model=model.train(),
         criterion=build_criterion(parameters.model, CLASSES),
         optimizer=build_optimizer(model, parameters.optimizer, parameters.lr),
-        precision=build_precision(dtype, CPU),
+        precision=Precision(CPU, dtype),
         channels_last=True,
         clipper=build_clipper(parameters.optimizer.clip, CPU),
     )

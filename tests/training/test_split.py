@@ -68,7 +68,7 @@ def padded(ids):
 
 
 def gradients_of(parts, window, limit):
-    parts.gradients.clear()
+    parts.optimizer.zero_grad()
     losses = accumulate_gradients(parts, window, limit).values
     return losses, {n: p.grad for n, p in parts.model.named_parameters() if p.requires_grad}
 

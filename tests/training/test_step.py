@@ -10,7 +10,7 @@ from torch import nn
 from runkey import params
 from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
-from runkey.training.device import build_precision
+from runkey.training.device import Precision
 from runkey.training.optimizer import Clipper, Ema, build_optimizer, trained_parameters
 from runkey.training.step import TrainStep, accumulate_gradients, train_step
 from tests.support import toy
@@ -25,7 +25,7 @@ def machinery(model, criterion, *, dtype=None, clip=("none", 1.0), lr=1e-2, **op
         model=model,
         criterion=criterion,
         optimizer=build_optimizer(model, params.Optimizer(**optimizer), lr),
-        precision=build_precision(dtype, CPU),
+        precision=Precision(CPU, dtype),
         channels_last=False,
         clipper=Clipper(*clip, CPU),
     )
@@ -267,7 +267,7 @@ def test_a_step_waits_once_for_the_gpu(dtype, clip):
     model = toy.ToyModel().to(device)
     parts = dataclasses.replace(
         machinery(model, toy.ToyCriterion()),
-        precision=build_precision(dtype, device),
+        precision=Precision(device, dtype),
         clipper=Clipper(clip, 0.1, device),
     )
     ema = Ema(model, 0.9)
