@@ -89,16 +89,14 @@ def _draw_losses(axes: Any, log: TrainingLog) -> None:
 
 def _draw_scores(axes: Any, log: TrainingLog) -> bool:
     """Draw AP, AP50 and AP75; return False if there are none."""
-    highest = -np.inf
     for name, colour in (("AP50", SKY), ("AP75", GREEN), ("AP", BLUE)):
-        steps, values = log.of_epochs(f"val/{name}")
-        if np.isfinite(values).any():
-            _plot(axes, (steps, values), colour, name)
-            highest = max(highest, float(np.nanmax(values)))
-    if not np.isfinite(highest):
-        return False
-    axes.set(ylim=(0, min(1.0, max(0.1, 1.15 * highest))), ylabel="validation AP, 0 to 1")
-    return True
+        series = log.of_epochs(f"val/{name}")
+        if np.isfinite(series[1]).any():
+            _plot(axes, series, colour, name)
+    if axes.lines:
+        top = min(1.0, max(0.1, 1.15 * axes.dataLim.y1))
+        axes.set(ylim=(0, top), ylabel="validation AP, 0 to 1")
+    return bool(axes.lines)
 
 
 def _mark_best(log: TrainingLog, losses: Any, scores: Any) -> None:
@@ -154,15 +152,9 @@ def learning_rate(log: TrainingLog, path: Path) -> Path:
             axes.axvspan(0, warmup, color=PALE, zorder=0, label=label)
         for place, factor in _rate_drops(rates):
             axes.axvline(steps[place], color=ORANGE, linestyle=":", linewidth=1.4)
-            axes.annotate(
-                f"x {factor:.2g}",
-                (steps[place], rates[place - 1]),
-                (4, -2),
-                color=BLACK,
-                textcoords="offset points",
-                fontsize=9,
-                va="top",
-            )
+            look: dict[str, Any] = {"color": BLACK, "fontsize": 9, "va": "top"}
+            at = (steps[place], rates[place - 1])
+            axes.annotate(f"x {factor:.2g}", at, (4, -2), textcoords="offset points", **look)
         highest = max(np.nanmax(log.of_steps(n)[1], initial=0) for n in ("train/lr", *groups))
         axes.set(ylabel="learning rate", ylim=(0, (highest or 1) * 1.08))
         axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.3g}")
