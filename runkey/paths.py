@@ -15,6 +15,7 @@ from runkey.hashing import sha256_bytes
 
 PARAMS = Path("params.yaml")
 LOCK = Path("conda-lock.yml")
+REQUIREMENTS = Path("requirements.txt")
 PREPARED = Path("prepared")
 MEMORY = Path("memory")
 MODEL = Path("model")

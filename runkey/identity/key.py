@@ -174,7 +174,6 @@ def part_digest(kind: str, preimage: Any, schema: str = SCHEMA) -> str:
 def _code(
     stages: Iterable[Stage], files: Iterable[str], root: Path, excluded: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Hash the files that the stages can import, and the declared files beside them."""
     paths = set(files)
     for stage in stages:
         paths |= set(import_closure(stage.module, root, excluded))
@@ -186,7 +185,6 @@ def _code(
 
 
 def _params(stages: Iterable[Stage], flat: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """Return the values that the stages list, with defaults filled in."""
     chosen: dict[str, Any] = {}
     for stage in stages:
         for name in stage.params:

@@ -21,7 +21,6 @@ from runkey.errors import RegistryError, TrackingError
 from runkey.evaluation.pyfunc import PYFUNC_COLUMNS
 from runkey.files import write_json
 from runkey.identity.key import Recipe
-from runkey.identity.manifest import RunEnvironment, RunManifest, capture_environment, make_manifest
 from runkey.identity.record import (
     KEY,
     KEY_JSON,
@@ -30,9 +29,13 @@ from runkey.identity.record import (
     Details,
     LoggedRun,
     Record,
+    RunEnvironment,
+    RunManifest,
     StoredFile,
+    capture_environment,
     details_file,
     hashed_files,
+    make_manifest,
     this_host,
 )
 from runkey.identity.record_cache import update_record
@@ -199,13 +202,11 @@ def _details(run: Run, witness: RunEnvironment, *, with_log: bool) -> Details:
 
 
 def _copy(root: Path, path: str, tracker: TrackedRun) -> None:
-    """Copy a file to the MLflow run, under its path in the workspace."""
     folder = Path(path).parent
     tracker.artifact(root / path, "" if folder == Path() else folder.as_posix())
 
 
 def _data_counts(root: Path) -> dict[str, int]:
-    """Images and objects of each split, as counted by prepare."""
     report = json.loads((root / paths.PREPARED / "report.json").read_text(encoding="utf-8"))
     return {
         f"{split}_{what}": number

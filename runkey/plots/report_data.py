@@ -17,8 +17,7 @@ from typing import Any
 from runkey import paths
 from runkey.evaluation.files import METRICS_JSON
 from runkey.identity.key import PARTS
-from runkey.identity.manifest import RunManifest
-from runkey.identity.record import KEY, KEY_JSON, Details, LoggedRun, Record
+from runkey.identity.record import KEY, KEY_JSON, Details, LoggedRun, Record, RunManifest
 from runkey.params import as_text, changed_params, load_params
 from runkey.plots.hints import CLASS_SCORES, EVENT, Hint, all_hints
 from runkey.plots.log import SAMPLES, Point, TrainingLog, read_log, read_samples

@@ -191,7 +191,6 @@ def _recipe(record: Record, data: bytes | None) -> Recipe | None:
 
 
 def _artifact(library: Library, record: Record, path: str, notes: list[str]) -> bytes | None:
-    """An artifact's bytes; None and a note if it is not there."""
     if record.details and path not in record.details.files:
         notes.append(f"it kept no {path}")
         return None
@@ -459,7 +458,6 @@ def _as_texts(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Pair]:
 def _data_files(
     a: Mapping[str, str], b: Mapping[str, str], root: Path
 ) -> dict[Change, list[str]] | None:
-    """Compare the data folders that differ by the lists of files in DVC's cache."""
     changed = differing(a, b)
     if not changed:
         return None
@@ -502,7 +500,6 @@ def _rows(packages: list[list[str]]) -> dict[str, list[tuple[str, str]]]:
 
 
 def _witness(side: Side) -> dict[str, Any]:
-    """What a run ran with, in one flat table."""
     assert side.record
     details, tags = side.record.details, side.record.run.tags
     if details is None:

@@ -29,9 +29,8 @@ from runkey.identity.environment import (
     read_requirements,
 )
 from runkey.identity.key import part_digest
-from runkey.identity.manifest import REQUIREMENTS
 from runkey.identity.record import Record
-from runkey.paths import LOCK
+from runkey.paths import LOCK, REQUIREMENTS
 from runkey.registry.snapshot import git, git_bytes, has_snapshot
 
 FILES = (LOCK, REQUIREMENTS)

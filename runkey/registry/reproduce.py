@@ -35,8 +35,7 @@ from runkey.evaluation.files import METRICS_JSON
 from runkey.hashing import sha256_file
 from runkey.identity.dvc_yaml import cache_folder, chain, pointer_of, read_config, read_pipeline
 from runkey.identity.key import PARTS, Recipe
-from runkey.identity.manifest import RunManifest
-from runkey.identity.record import REPRODUCES, Details, Record, this_host
+from runkey.identity.record import REPRODUCES, Details, Record, RunManifest, this_host
 from runkey.params import load_params
 from runkey.paths import PARAMS
 from runkey.registry.environment import compare_environment

@@ -25,9 +25,8 @@ from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.code import code_rule, hash_code, import_closure
 from runkey.identity.dvc_yaml import PIPELINE, Stage, covers, pointer_of, read_pipeline
 from runkey.identity.key import DATA_PATH, FILE_PARAMS, Recipe, short_key
-from runkey.identity.manifest import REQUIREMENTS
 from runkey.params import load_params
-from runkey.paths import LOCK, PARAMS
+from runkey.paths import LOCK, PARAMS, REQUIREMENTS
 
 # Variables that make git look elsewhere than in its current folder; hooks and DVC pass them on.
 _ELSEWHERE = (

@@ -321,7 +321,7 @@ def test_parameters_listed_under_the_files_name(project):
 
 def test_a_key_is_known_without_torch_mlflow_or_dvc():
     code = (
-        "import sys, runkey.identity.key, runkey.identity.manifest\n"
+        "import sys, runkey.identity.key, runkey.identity.record\n"
         "print(*{'torch', 'mlflow', 'dvc', 'numpy'} & set(sys.modules))"
     )
     done = subprocess.run(

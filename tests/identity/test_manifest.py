@@ -9,7 +9,7 @@ import pytest
 
 from runkey.errors import RecipeError
 from runkey.identity.key import make_recipe
-from runkey.identity.manifest import RunManifest, capture_environment, make_manifest
+from runkey.identity.record import RunManifest, capture_environment, make_manifest
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -51,10 +51,10 @@ def test_a_write_that_fails_leaves_the_old_file(manifest, tmp_path):
 def test_the_witness_says_what_was_there(manifest):
     witness = manifest.witness
     assert witness.packages["numpy"] == numpy.__version__
-    assert "runkey/identity/manifest.py" in witness.files
+    assert "runkey/identity/record.py" in witness.files
     # This process imported no file of the tmp project's recipe, and its own count as undeclared.
     assert "runkey/paths.py" in witness.files
-    assert "runkey/identity/manifest.py" not in witness.undeclared_files
+    assert "runkey/identity/record.py" not in witness.undeclared_files
     assert witness.interpreter.startswith("CPython 3.12")
 
 

@@ -20,8 +20,7 @@ import pytest
 from runkey.hashing import sha256_file
 from runkey.identity.code import hash_files
 from runkey.identity.key import Recipe
-from runkey.identity.manifest import RunEnvironment, RunManifest
-from runkey.identity.record import DETAILS, Details, Record, StoredFile
+from runkey.identity.record import DETAILS, Details, Record, RunEnvironment, RunManifest, StoredFile
 from runkey.identity.record_cache import update_record, write_record
 from runkey.identity.syntax import RULE
 from runkey.registry.dvc_cache import md5_file
