@@ -120,7 +120,6 @@ class KeyClaim:
     """MLflow runs of dead owners of the claim."""
     repeats: Record | None = None
     """The run that is reproduced."""
-    own_run: str | None = field(default=None, init=False)
     is_whole: bool = field(default=False, init=False)
     """Whether the run is recorded completely; set when training has ended well."""
     details: Details | None = field(default=None, init=False)
@@ -130,10 +129,8 @@ class KeyClaim:
         """Update the record of a run that MLflow has changed; called from the tracker's thread."""
         own = run.run_id not in self.superseded
         update_record(self.store.cache, run, self.details if own else None)
-        if own:
-            self.own_run = run.run_id
-            if self.claim and run.status == "RUNNING":
-                self.claim.set_run(run.run_id)
+        if own and self.claim:
+            self.claim.set_run(run.run_id)
 
     def check(self) -> None:
         """Raise RegistryError if another process has taken the key over."""
@@ -181,7 +178,7 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[KeyClaim | None
         claim = KeyClaim(store, held, folder, decision.line, snapshot, dead, repeats)
         yield claim
         if held:
-            held.finish(claim.own_run)
+            held.finish()
     _clear(claim)
 
 

@@ -72,14 +72,12 @@ _ATTRIBUTES = {
     "started": "attributes.start_time",
     "ended": "attributes.end_time",
 }
-_SORTED_THERE = ("run", "name", "status", "started", "ended")
 
 
 def filters(query: Query) -> list[tuple[str, bool]]:
     """Return filters whose answers together hold every run of the query.
 
-    Returns:
-        Each filter, with True if its answer holds no other run.
+    With each comes True if its answer holds no other run.
     """
     choices = [_terms(condition) for condition in query.conditions]
     exact = all(is_exact for _, is_exact in choices)
@@ -93,7 +91,7 @@ def order_by(query: Query) -> tuple[str, ...] | None:
     direction = "DESC" if query.descending else "ASC"
     if query.sort.kind == "metrics" and "`" not in query.sort.name:
         return (f"metrics.`{query.sort.name}` {direction}",)
-    if query.sort.kind == "run" and query.sort.name in _SORTED_THERE:
+    if query.sort.kind == "run" and query.sort.name in _ATTRIBUTES:
         return (f"{_ATTRIBUTES[query.sort.name]} {direction}",)
     return None
 
@@ -114,11 +112,12 @@ def _terms(condition: Condition) -> tuple[list[str], bool]:
         # % and _ are wildcards there.
         literal = not any(mark in condition.value for mark in "%_")
         return [f"{column} ILIKE '%{condition.value}%'"], literal
-    if condition.operator == "=" and condition.number is None:
-        return [f"{column} = '{condition.value}'"], True
-    if condition.operator == "=":
-        return [f"{column} = '{text}'" for text in _spellings(condition)], True
-    return [""], False
+    if condition.operator != "=":
+        return [""], False
+    texts, value = {condition.value}, condition.number
+    if value is not None:  # as a run may record it
+        texts |= {json.dumps(value), json.dumps(int(value) if value.is_integer() else value)}
+    return [f"{column} = '{text}'" for text in sorted(texts)], True
 
 
 def _number_term(column: str, condition: Condition) -> tuple[list[str], bool]:
@@ -127,16 +126,6 @@ def _number_term(column: str, condition: Condition) -> tuple[list[str], bool]:
         return [""], False
     text = repr(int(value) if value.is_integer() else value)
     return [f"{column} {condition.operator} {text}"], True
-
-
-def _spellings(condition: Condition) -> list[str]:
-    """Return the texts that a run may record a number as, and the typed one."""
-    value = condition.number
-    assert value is not None
-    texts = {condition.value, json.dumps(value)}
-    if value.is_integer():
-        texts.add(json.dumps(int(value)))
-    return sorted(texts)
 
 
 # --- the runs of a server

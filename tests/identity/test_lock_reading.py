@@ -91,6 +91,7 @@ OTHERWISE = {
     "an anchor": ("version: '4.5'", "version: &v '4.5'"),
     "double quotes": ("version: '4.5'", 'version: "4.5"'),
     "a comment after a value": ("manager: conda\n", "manager: conda # x\n"),
+    "package twice": ("metadata:\n", "package: []\nmetadata:\n"),
 }
 REFUSED = {
     "two documents": ("version: 1\n", "--- {}\n---\nversion: 1\n"),
