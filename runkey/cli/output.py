@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import sys
 import textwrap
@@ -20,6 +19,7 @@ import typer
 
 from runkey import paths
 from runkey.errors import RunkeyError
+from runkey.files import json_safe
 from runkey.progress import WIDTH
 
 if TYPE_CHECKING:
@@ -78,15 +78,7 @@ def claims() -> Claims:
 
 def print_json(value: Any) -> None:
     """Print indented JSON; numbers that JSON lacks (nan, inf) become strings."""
-    print(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(json_safe(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def answer_no() -> NoReturn:

@@ -301,10 +301,8 @@ class Interval:
     ) -> None:
         """Start now.
 
-        Args:
-            seconds: a fixed time, 0: after every step; auto: the first one at once, so that its
-                cost is known, the next ones as rarely as SHARE asks for.
-            clock: in seconds.
+        A fixed time of 0 is after every step. auto: the first one at once, so that its cost is
+        known, the next ones as rarely as SHARE asks for.
         """
         self._clock = clock
         self._is_fixed = seconds != "auto"

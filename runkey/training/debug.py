@@ -56,7 +56,6 @@ class Bundle:
     """Everything that a step's forward and backward passes depend on."""
 
     key: str
-    """Of the run."""
     step: int
     """Steps done before it."""
     rank: int

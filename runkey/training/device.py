@@ -19,14 +19,9 @@ from runkey.errors import TrainingError
 
 
 def choose_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
-    """Choose the device for `runtime.device`.
+    """Choose the device for `runtime.device` (a GPU with its index), and say why, for the log.
 
-    Args:
-        name: auto, cpu or cuda.
-        local_rank: index among this machine's processes: which GPU to use.
-
-    Returns:
-        The device (a GPU with its index) and the reason in a few words, for the log.
+    The local rank, an index among this machine's processes, says which GPU to use.
 
     Raises:
         TrainingError: cuda was asked for and torch sees no GPU, or fewer than processes.
@@ -64,15 +59,7 @@ def check_gpus(processes: int) -> None:
 
 
 def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype | None, str]:
-    """Choose the autocast dtype for `training.precision`.
-
-    Args:
-        precision: auto, off, bf16 or fp16.
-        device: where training runs.
-
-    Returns:
-        A dtype, or None for fp32 throughout, and the reason in a few words, for the log.
-    """
+    """Choose the autocast dtype for `training.precision`, and say why; see `Precision`."""
     on_gpu = device.type == "cuda"
     # Ampere was the first with bf16.
     has_bf16 = on_gpu and torch.cuda.get_device_capability(device)[0] >= 8

@@ -57,12 +57,8 @@ _NAME = re.compile(r"bad-step-(\d{8,})\.ckpt")
 def pin_before(folder: Path, step: int) -> Path | None:
     """Hard-link the newest checkpoint from before a step to a name that is not removed.
 
-    Args:
-        folder: of the training; another thread may be removing checkpoints.
-        step: the bad one's number, from 1: a checkpoint of fewer steps than this.
-
-    Returns:
-        The new name; None if there is no such checkpoint.
+    Another thread may be removing checkpoints meanwhile. Steps count from 1: the checkpoint is of
+    fewer steps than this. Returns None if there is none.
 
     Raises:
         OSError: the file system has no hard links, or refuses.

@@ -133,15 +133,7 @@ class Clipper:
         percentile: float = 10.0,
         history: int = 1000,
     ) -> None:
-        """Start without a history.
-
-        Args:
-            mode: what is clipped.
-            threshold: largest norm (norm) or absolute value (value).
-            device: of the gradients.
-            percentile: 0..100, of the norms.
-            history: how many of the latest norms the percentile is taken of.
-        """
+        """Start without a history; percentile: 0..100, of the latest `history` norms."""
         self._mode, self._limit, self._quantile = mode, threshold, percentile / 100
         length = history if mode == "percentile" else 0
         self._norms = torch.full((length,), _NO_NORM, device=device)

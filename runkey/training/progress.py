@@ -15,12 +15,7 @@ Display = Callable[[int, int, str], None]
 def open_display(total_steps: int, epochs: int, *, wanted: bool) -> Iterator[Display]:
     """Show a progress bar until the block ends; nothing where there is no terminal.
 
-    Lines printed meanwhile appear above it.
-
-    Args:
-        total_steps: optimizer steps of the whole training.
-        epochs: its epochs.
-        wanted: `runtime.progress`.
+    Lines printed meanwhile appear above it. It counts the optimizer steps of the whole training.
     """
     want_bars(wanted)
     done = 0
@@ -51,13 +46,7 @@ def epoch_line(
 ) -> str:
     """Format an epoch's log line, and one more below it if it was evaluated.
 
-    Args:
-        epoch: from 1.
-        epochs: of the whole training.
-        values: by metric name; those of an evaluation too, if there was one.
-        seconds_left: estimate.
-        watched: name of the metric that decides on the best weights.
-        is_best: whether this epoch's weights are the best so far.
+    `watched` names the metric that decides on the best weights; `epoch` counts from 1.
     """
     start = f"epoch {epoch:{len(str(epochs))}d}/{epochs}"
     parts = [start, *pace_parts(values, "train/epoch_loss"), f"left {clock(seconds_left)}"]

@@ -10,9 +10,9 @@ onecycle, whose own rise replaces it. Epochs are counted from step 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from runkey import params
 from runkey.errors import TrainingError
@@ -46,20 +46,9 @@ class Schedule:
     """The length of a training, and its learning rates."""
 
     total_steps: int
-    factor: Factor
-
-
-class Factor(Protocol):
-    """The factor on every rate."""
-
-    def __call__(self, step: int, history: Sequence[float] = ()) -> float:
-        """Return the factor of an optimizer step.
-
-        Args:
-            step: updates tried before this one, 0..total_steps-1.
-            history: the watched metric at each evaluation so far (plateau only).
-        """
-        ...
+    factor: Callable[[int, Sequence[float]], float]
+    """The factor on every rate: of the updates tried before a step (0..total_steps-1), and for
+    plateau of the watched metric at each evaluation so far."""
 
 
 def build_schedule(

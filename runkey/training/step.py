@@ -166,12 +166,9 @@ def train_step(
     A step whose loss or gradients are not finite leaves weights, moments, counters and running
     statistics as they were, bit for bit.
 
-    Args:
-        parts: what it works with.
-        batch: this rank's micro-batches of the global batch, on the host.
-        factor: the schedule's factor on every learning rate.
-        limit: most padded pixels (images x height x width) of a forward pass, if known.
-        reseed: sets the random state that the step's noise is drawn from.
+    The batch is this rank's share, on the host. `factor` is the schedule's on every learning rate,
+    `limit` the most padded pixels (images x height x width) of a forward pass, if it is known, and
+    `reseed` sets the random state that the step's noise is drawn from.
 
     Raises:
         StoppedError: see `accumulate_gradients`.
