@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runkey.memory.batch_shapes import BatchShapes, ShapeStatistics
-from runkey.memory.predict import bound_step
+from runkey.memory.predict import predict
 from runkey.memory.trace.events import MicroBatch
 from runkey.params import Params, override
 from runkey.pipeline.step_factory import step_factory
@@ -29,5 +29,7 @@ def stated_bounds(
 
     shapes = BatchShapes(statistics, lambda _: statistics, sample, classes)
     params = override(params, {"training.batch_size": images})
-    bounded = bound_step(params, shapes, lambda changed: step_factory(changed, classes))
-    return bounded.estimate.upper_bytes
+    predicted = predict(
+        params, shapes, lambda changed: step_factory(changed, classes), alternatives=False
+    )
+    return predicted.model.gpu.upper_bytes

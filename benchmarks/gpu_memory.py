@@ -31,12 +31,10 @@ from benchmarks.gpu_steps import (
     replayed,
     start_history,
 )
-from benchmarks.gpu_workspaces import KernelWorkspaces
+from benchmarks.gpu_workspaces import KernelGpu
 from benchmarks.memory_replay import replay_training
 from runkey.data import normalise
-from runkey.memory.predict import generation_of
 from runkey.memory.trace.events import MicroBatch
-from runkey.memory.trace.gpu import Gpu
 from runkey.memory.trace.record import BatchFields, recorder, synthetic_batch
 from runkey.params import Params, load_params
 from runkey.pipeline.step_factory import build_step, step_factory
@@ -49,7 +47,7 @@ FIELDS = BatchFields(CLASSES, None)
 OBJECTS = 10
 STEPS = 3
 # What predictions are for where no GPU can be asked.
-HOPPER = Gpu((9, 0), 91002)
+HOPPER = KernelGpu((9, 0), 91002)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +118,7 @@ def configurations() -> list[Configuration]:
     return grid + others
 
 
-def predict(chosen: list[Configuration], gpu: Gpu) -> dict[str, Any]:
+def predict(chosen: list[Configuration], gpu: KernelGpu) -> dict[str, Any]:
     """Allocated and reserved bytes of each, alone in its process, after `STEPS` steps."""
     predicted: dict[str, Any] = {}
     models = itertools.groupby(chosen, key=lambda c: (c.preset, c.precision, c.checkpointing))
@@ -129,24 +127,23 @@ def predict(chosen: list[Configuration], gpu: Gpu) -> dict[str, Any]:
     return {"gpu": asdict(gpu), "torch": torch.__version__, "configurations": predicted}
 
 
-def _predict_model(group: list[Configuration], gpu: Gpu) -> dict[str, Any]:
+def _predict_model(group: list[Configuration], gpu: KernelGpu) -> dict[str, Any]:
     params = group[0].params
     predicted = {}
-    with recorder(step_factory(params, CLASSES), FIELDS, gpu, KernelWorkspaces(gpu)) as one:
-        steps = []
-        for configuration in group:
-            one.restart()
-            steps += [one.step(configuration.window) for _ in range(2)]
+    recorded = []
+    for configuration in group:
+        with recorder(step_factory(params, CLASSES), FIELDS, gpu) as one:
+            for _ in range(2):
+                one.step(configuration.window)
             if configuration.logged:
                 log = log_fake_step(one, configuration.window)
                 predicted[configuration.name] = {"log": log}
-        setup, traces = one.traces(steps)
+            recorded.append(one.traces())
     bounds = {
         shape: stated_bounds(params, shape, OBJECTS, CLASSES, images=8)
         for shape in dict.fromkeys(configuration.shape for configuration in group)
     }
-    for index, configuration in enumerate(group):
-        first, steady = traces[2 * index : 2 * index + 2]
+    for configuration, (setup, (first, steady)) in zip(group, recorded, strict=True):
         result = replay_training(setup, first, [steady] * (STEPS - 1))
         content = {
             "allocated": result.allocated,
@@ -184,7 +181,7 @@ def measure(chosen: list[Configuration], folder: Path) -> Iterator[dict[str, Any
             "allocated": torch.cuda.max_memory_allocated(),
             "reserved": torch.cuda.max_memory_reserved(),
             "outside": total - free - torch.cuda.memory_reserved(),
-            "outside_at_most": generation_of(torch.cuda.get_device_capability()).context_bytes[1],
+            "outside_at_most": present_gpu().context_bytes,
             "retries": torch.cuda.memory_stats()["num_alloc_retries"],
         }
         if configuration.logged:
@@ -237,10 +234,10 @@ def report(predicted: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, A
     }
 
 
-def present_gpu() -> Gpu:
+def present_gpu() -> KernelGpu:
     """Return the GPU that torch would use; torch must see one."""
     properties = torch.cuda.get_device_properties(0)
-    return Gpu(
+    return KernelGpu(
         (properties.major, properties.minor),
         torch.backends.cudnn.version() or 0,
         properties.multi_processor_count,

@@ -28,10 +28,16 @@ import torch
 
 from runkey.data.index import ImageRecord
 from runkey.memory.batch_shapes import BatchShapes, sample_steps, shape_statistics
-from runkey.memory.budget import spare_bytes
 from runkey.memory.choose import largest_fitting
-from runkey.memory.memory_model import MODEL, MemoryModel, read_model, write_model
-from runkey.memory.predict import batch_fields, predict
+from runkey.memory.measure import spare_bytes
+from runkey.memory.predict import (
+    MODEL,
+    MemoryModel,
+    batch_fields,
+    predict,
+    read_model,
+    write_model,
+)
 from runkey.memory.trace.events import MicroBatch
 from runkey.memory.trace.record import synthetic_batch
 from runkey.params import Params, load_params, override

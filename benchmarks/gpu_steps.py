@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runkey.data.dataset import GlobalBatch
-from runkey.memory.allocator import Allocator, Block
+from runkey.memory.template import Allocator, Block
 from runkey.memory.trace.events import MicroBatch
 from runkey.memory.trace.record import BuiltStep, Recorder, synthetic_batch
-from runkey.memory.trace.tracker import watching
 
 History = tuple[str, int, int]
 """What the allocator did, bytes, address."""
@@ -90,7 +89,8 @@ def replayed(history: list[History]) -> dict[str, Any]:
     for action, size, address in history:
         if action == "alloc":
             block = blocks[address] = allocator.allocate(size)
-            start = starts.setdefault(block.pool.page, address - block.address)
+            segment = allocator.segment(block.size)
+            start = starts.setdefault(segment.page, address - block.address)
             requests += 1
             if address - start != block.address:
                 elsewhere += 1
@@ -110,6 +110,6 @@ def log_fake_step(recorder: Recorder, passes: Sequence[MicroBatch]) -> dict[str,
     """The same of a fake step: the operations, without a history."""
     window = tuple(synthetic_batch(one, recorder.fields) for one in passes)
     operations = Operations()
-    with watching(recorder.scope), recorder.tracker, operations:
+    with recorder.tracker.watching(recorder.built.model), operations:
         recorder.built.step(window)
     return {"operations": operations.rows}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runkey.memory.trace.gpu import Gpu, Workspaces
+from benchmarks.gpu_kernels import AnyGpu
 
 _HALF = (torch.float16, torch.bfloat16)
 _WARP = 32
@@ -25,41 +25,29 @@ _MIN_VALUES, _MAX_VALUES = 16, 256
 # and with a larger one; in float32 and in half precision.
 _CUDNN_FULL, _CUDNN_HALF = (17_301_760, 8_651_487), (6_291_728, 2_359_671)
 
-_Sizes = Callable[[tuple[Any, ...], Gpu], list[int]]
+_Sizes = Callable[[tuple[Any, ...], AnyGpu], list[int]]
 """(arguments of an operation, GPU) to bytes of its workspaces."""
 
 
-class KernelWorkspaces(Workspaces):
-    """The workspaces of single kernels too, not only those that libraries keep."""
+class KernelGpu(AnyGpu):
+    """A GPU with the workspaces of single kernels, not only those that libraries keep."""
 
-    def __init__(self, gpu: Gpu) -> None:
-        """Know the kernels of a training step."""
-        super().__init__(gpu)
-        aten = torch.ops.aten
-        self._known: dict[Any, _Sizes] = {
-            aten.sum.dim_IntList: _sum,
-            aten._scaled_dot_product_efficient_attention_backward.default: _efficient,
-            aten._scaled_dot_product_flash_attention_backward.default: _flash,
-            aten.convolution.default: _convolution,
-            aten.convolution_backward.default: _convolution_backward,
-        }
-
-    def during(self, func: Any, args: tuple[Any, ...]) -> list[int]:
+    def workspaces(self, func: Any, args: tuple[Any, ...]) -> list[int]:
         """Return the bytes of an operation's workspaces in the order of allocation."""
-        sizes = self._known.get(func)
+        sizes = _KNOWN.get(func)
         if sizes is None or args[0].device.type != "cuda":
             return []
-        return sizes(args, self.gpu)
+        return sizes(args, self)
 
 
-def _sum(args: tuple[Any, ...], gpu: Gpu) -> list[int]:
+def _sum(args: tuple[Any, ...], gpu: AnyGpu) -> list[int]:
     x: Tensor = args[0]
     every = tuple(range(x.ndim))
     reduced = {dim % x.ndim for dim in args[1] or every} if x.ndim else set()
     return reduction(x, reduced, gpu)
 
 
-def reduction(x: Tensor, reduced: set[int], gpu: Gpu) -> list[int]:
+def reduction(x: Tensor, reduced: set[int], gpu: AnyGpu) -> list[int]:
     """Return the bytes of a sum's workspaces: partial sums of blocks, and their semaphores.
 
     Args:
@@ -109,7 +97,7 @@ def _power_below(value: int) -> int:
     return 1 << (value.bit_length() - 1)
 
 
-def _efficient(args: tuple[Any, ...], _: Gpu) -> list[int]:
+def _efficient(args: tuple[Any, ...], _: AnyGpu) -> list[int]:
     """Gradients of the output and of rows, and a float32 accumulator of the query's gradient."""
     grad, query = args[0], args[1]
     batch, heads, rows, width = query.shape
@@ -119,7 +107,7 @@ def _efficient(args: tuple[Any, ...], _: Gpu) -> list[int]:
     return [*full, batch * heads * rows * 4, accumulator]
 
 
-def _flash(args: tuple[Any, ...], gpu: Gpu) -> list[int]:
+def _flash(args: tuple[Any, ...], gpu: AnyGpu) -> list[int]:
     """Softmax sums and float32 accumulators of the query's gradient; deterministic: several."""
     query = args[1]
     batch, heads, rows, width = query.shape
@@ -130,7 +118,7 @@ def _flash(args: tuple[Any, ...], gpu: Gpu) -> list[int]:
     return [sums, sums * _up(width, 32) * copies]
 
 
-def _convolution(args: tuple[Any, ...], _: Gpu) -> list[int]:
+def _convolution(args: tuple[Any, ...], _: AnyGpu) -> list[int]:
     """A copy of images with three channels; in half precision padded to 8 for tensor cores."""
     images, kernel = args[0], args[1]
     channels = images.shape[1]
@@ -141,7 +129,7 @@ def _convolution(args: tuple[Any, ...], _: Gpu) -> list[int]:
     return [pixels * padded * images.element_size() + 16]
 
 
-def _convolution_backward(args: tuple[Any, ...], gpu: Gpu) -> list[int]:
+def _convolution_backward(args: tuple[Any, ...], gpu: AnyGpu) -> list[int]:
     grad, images, kernel, with_bias = args[0], args[1], args[2], args[-1][2]
     if images.shape[1] < 4:
         # Both are copied into another memory format.
@@ -153,3 +141,13 @@ def _convolution_backward(args: tuple[Any, ...], gpu: Gpu) -> list[int]:
 
 def _up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+_KNOWN: dict[Any, _Sizes] = {
+    torch.ops.aten.sum.dim_IntList: _sum,
+    torch.ops.aten._scaled_dot_product_efficient_attention_backward.default: _efficient,
+    torch.ops.aten._scaled_dot_product_flash_attention_backward.default: _flash,
+    torch.ops.aten.convolution.default: _convolution,
+    torch.ops.aten.convolution_backward.default: _convolution_backward,
+}
+"""The kernels of a training step."""

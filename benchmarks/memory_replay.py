@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from runkey.memory.allocator import Allocator, Block
+from runkey.memory.template import Allocator, Block
 from runkey.memory.trace.events import Event, Trace
 
 

@@ -18,8 +18,7 @@ from runkey.units import GIB, MIB
 
 if TYPE_CHECKING:
     from runkey.memory.batch_shapes import BatchShapes
-    from runkey.memory.memory_model import Estimate
-    from runkey.memory.predict import Prediction
+    from runkey.memory.predict import Estimate, Prediction
     from runkey.params import Params
 
 

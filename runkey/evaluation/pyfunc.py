@@ -17,8 +17,8 @@ import torch
 from runkey.evaluation.run import detect
 from runkey.inference.preprocess import preprocess
 from runkey.model.detr import Detector
-from runkey.model.model_files import ModelCard, load_model
 from runkey.model.postprocess import build_postprocess
+from runkey.model.weights import ModelCard, load_model
 
 _RUN_JSON = "run.json"
 """File in MLflow's model: {"run_id": ...}."""

@@ -19,7 +19,7 @@ from runkey.data.decode import (
     to_rgb,
     turn,
 )
-from runkey.model.model_files import Sizes
+from runkey.model.weights import Sizes
 
 
 def preprocess(content: bytes, sizes: Sizes, image_id: int = 0) -> Batch:

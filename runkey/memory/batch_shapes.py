@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -61,13 +62,13 @@ class ShapeStatistics:
             f"padded batch shapes: {self.padded_shapes:,} (largest {_text(self.worst)})",
         ]
         if self.worst_ungrouped != self.worst:
-            times = _pixels(self.worst_ungrouped) / _pixels(self.worst)
+            times = math.prod(self.worst_ungrouped) / math.prod(self.worst)
             lines.append(
                 f"  data.group_by_aspect helps: mixed batches would pad to "
                 f"{_text(self.worst_ungrouped)}, {times:.2f} times the pixels"
             )
         if self.worst != self.worst_grouped:
-            times = _pixels(self.worst) / _pixels(self.worst_grouped)
+            times = math.prod(self.worst) / math.prod(self.worst_grouped)
             lines.append(
                 f"  data.group_by_aspect: true would pad to {_text(self.worst_grouped)} at most, "
                 f"1/{times:.2f} of the pixels"
@@ -174,10 +175,6 @@ class BatchShapes:
         middle = len(steps) // 2
         return [*steps[:middle], (self.worst(images),) * 2, *steps[middle:]]
 
-    def under(self, params: Params) -> BatchShapes:
-        """Return the batches under other parameters; sampled steps stay as they are."""
-        return replace(self, statistics=self.statistics_under(params))
-
 
 def prepared_shapes(params: Params, prepared: Path) -> BatchShapes:
     """Return the batches of the prepared data.
@@ -225,7 +222,3 @@ def single_shape(params: Params, shape: Shape, *, objects: int, num_classes: int
 
 def _text(shape: Shape) -> str:
     return f"{shape[0]} x {shape[1]}"
-
-
-def _pixels(shape: Shape) -> int:
-    return shape[0] * shape[1]

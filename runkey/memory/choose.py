@@ -6,18 +6,25 @@ plan = plan_memory(params, root / MEMORY, device, trials=home / CALIBRATION)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from runkey.errors import TrainingError
 from runkey.hashing import sha256_file
-from runkey.memory.budget import MemoryBudget, memory_budget, spare_bytes
-from runkey.memory.measure import correction, cpu_line, read_line, read_trials, this_platform
-from runkey.memory.memory_model import MODEL, Estimate, MemoryModel, read_model
-from runkey.memory.predict import GENERATIONS, generation_of
+from runkey.memory.measure import (
+    MemoryBudget,
+    correction,
+    cpu_line,
+    memory_budget,
+    read_line,
+    read_trials,
+    spare_bytes,
+    this_platform,
+)
+from runkey.memory.predict import MODEL, Estimate, MemoryModel, read_model
+from runkey.memory.trace.gpu import Gpu
 from runkey.params import Params
 from runkey.units import GIB
 
@@ -25,19 +32,9 @@ Bound = Callable[[int], int]
 """Images of a micro-batch to the most bytes that the step takes."""
 
 
-class Choice(NamedTuple):
-    """How an optimizer step is split."""
-
-    micro_batch: int
-    """Most images of a micro-batch."""
-    accumulation: int
-    """Micro-batches of a step."""
-    reason: str
-
-
 @dataclass(frozen=True, slots=True)
-class MemoryPlan:
-    """How an optimizer step is split, and the memory that it takes."""
+class Choice:
+    """How an optimizer step is split."""
 
     micro_batch: int
     """Most images of a micro-batch."""
@@ -45,6 +42,12 @@ class MemoryPlan:
     """Micro-batches of a step."""
     chosen_by: str
     """The reason: `up to N fit`, `the checkpoint's` or `training.micro_batch`."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan(Choice):
+    """How an optimizer step is split, and the memory that it takes."""
+
     limit_pixels: int
     """Padded pixels (images x height x width) of the largest batch that is predicted to fit."""
     needed_bytes: int
@@ -107,17 +110,17 @@ def choose(
 def _nothing_fits(needed: int, budget: MemoryBudget, alternatives: Mapping[str, int]) -> str:
     """Say what one image takes, what the budget is, and which changes help."""
     sizes = sorted(alternatives.items(), key=lambda item: item[1])
-    helpful = [(f"{name} ({size / GIB:.2f} GiB)", size) for name, size in sizes if size < needed]
-    enough = [text for text, size in helpful if size <= budget.bytes]
-    text = (
-        f"memory.budget_gib: a training step of one image takes up to {needed / GIB:.2f} GiB, "
-        f"there are {budget.bytes / GIB:.2f} GiB ({budget.text}); "
-    )
+    helpful = {f"{name} ({size / GIB:.2f} GiB)": size for name, size in sizes if size < needed}
+    enough = [text for text, size in helpful.items() if size <= budget.bytes]
+    way_out = "use a smaller model"
     if enough:
-        return text + "it would fit with " + ", or with ".join(enough)
-    if helpful:
-        return text + "no single change makes it fit: " + ", ".join(text for text, _ in helpful)
-    return text + "use a smaller model"
+        way_out = "it would fit with " + ", or with ".join(enough)
+    elif helpful:
+        way_out = "no single change makes it fit: " + ", ".join(helpful)
+    return (
+        f"memory.budget_gib: a training step of one image takes up to {needed / GIB:.2f} GiB, "
+        f"there are {budget.bytes / GIB:.2f} GiB ({budget.text}); {way_out}"
+    )
 
 
 def plan_memory(
@@ -157,9 +160,7 @@ def plan_memory(
         alternatives=alternatives,
     )
     return MemoryPlan(
-        micro_batch=choice.micro_batch,
-        accumulation=choice.accumulation,
-        chosen_by=choice.reason,
+        **asdict(choice),
         limit_pixels=model.limit_pixels(choice.micro_batch),
         needed_bytes=bound(choice.micro_batch),
         budget_bytes=budget.bytes,
@@ -189,23 +190,20 @@ def _on_gpu(
     processes: int,
 ) -> tuple[Bound, MemoryBudget, dict[str, int]]:
     """Use the upper bound, corrected by what was measured on such a GPU."""
-    generation = generation_of(torch.cuda.get_device_capability(device))
+    gpu = Gpu(torch.cuda.get_device_capability(device))
     found = correction(read_trials(trials), this_platform(device), sha256_file(folder / MODEL))
     buckets = model.gradient_bytes if processes > 1 else 0
 
     def bound_of(estimate: Estimate) -> Bound:
         return lambda images: round(estimate.upper(images) * found.factor) + buckets
 
-    fp32 = model.alternative("fp32")
-    lacks_bf16 = params.training.precision == "auto" and not generation.has_bf16
-    estimate = fp32.estimate if lacks_bf16 and fp32 else model.gpu
-    outside = found.outside_bytes or generation.context_bytes[1]
+    lacks_bf16 = params.training.precision == "auto" and not gpu.has_bf16
+    fp32 = [one.estimate for one in model.alternatives if one.name == "fp32"]
+    estimate = fp32[0] if lacks_bf16 and fp32 else model.gpu
+    outside = found.outside_bytes or gpu.context_bytes
     alternatives = {one.change: bound_of(one.estimate)(1) for one in model.alternatives}
     budget = memory_budget(params.memory.budget_gib, device, outside)
     return bound_of(estimate), budget, alternatives
-
-
-# The largest micro-batch on common GPUs.
 
 
 CARDS_GIB = (8, 12, 16, 24, 40, 80)
@@ -232,8 +230,8 @@ def cards(estimate: Estimate) -> list[Card]:
 def card_of(estimate: Estimate, gib: float) -> Card:
     """Return what fits on a GPU of `gib` GiB, whatever its generation."""
     total = round(gib * GIB)
-    outside = max(one.context_bytes[1] for one in GENERATIONS)
-    budget = total - outside - spare_bytes(total)
+    # Ampere's context: no generation is known to take more.
+    budget = total - Gpu().context_bytes - spare_bytes(total)
     return Card(gib, budget, largest_fitting(estimate.upper, MOST_IMAGES, budget))
 
 

@@ -1,4 +1,4 @@
-"""Measure training steps in a process of their own, and keep what was measured.
+"""Find what memory a machine has, and measure training steps in a process of their own.
 
     result = run_trial(make_step, job, device)
 
@@ -16,21 +16,21 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import TypeAdapter
 
 from runkey.data.dataset import GlobalBatch
 from runkey.errors import TrainingError
 from runkey.files import write_json
-from runkey.memory.budget import memory_budget
-from runkey.memory.memory_model import Line, line_through
+from runkey.memory.predict import Line, line_through
 from runkey.memory.trace.events import MicroBatch
 from runkey.memory.trace.record import BatchFields, synthetic_batch
-from runkey.units import MIB
+from runkey.units import GIB, MIB
 
 MEASURED = "measured.json"
 CALIBRATION = "memory.json"
@@ -39,6 +39,17 @@ _PROCESS_BYTES = 700 * MIB
 """CPU: Python, torch and MLflow before any tensor."""
 _HEAP_FACTOR = 1.5
 """CPU: resident bytes for each byte of tensors: a fragmented heap, and oneDNN's own layouts."""
+_SPARE_BYTES = 256 * MIB
+_SPARE_PART = 0.03
+_MEMINFO = Path("/proc/meminfo")
+# A container's limit and use, with cgroups version 2 and version 1.
+_CGROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
 
 
 def cpu_line(tensors: Line) -> Line:
@@ -46,6 +57,69 @@ def cpu_line(tensors: Line) -> Line:
     return Line(
         _PROCESS_BYTES + _HEAP_FACTOR * tensors.base_bytes, _HEAP_FACTOR * tensors.bytes_per_image
     )
+
+
+# The budget.
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """The bytes that a training step may take."""
+
+    bytes: int
+    text: str
+    """How it is made up, such as `16.00 GiB memory.budget_gib less 0.48 to spare`."""
+
+
+def spare_bytes(budget_bytes: int) -> int:
+    """Return what is left free of a budget: max(256 MiB, 3%)."""
+    return max(_SPARE_BYTES, round(_SPARE_PART * budget_bytes))
+
+
+def memory_budget(
+    budget_gib: float | Literal["device"], device: torch.device, outside_bytes: int
+) -> MemoryBudget:
+    """Return what tensors may take on a device.
+
+    Args:
+        budget_gib: `memory.budget_gib`: GiB for the process, or "device" for all that is free.
+        device: where training runs; this process has nothing on it yet.
+        outside_bytes: what the process takes beside tensors. GPU: the CUDA context and the
+            libraries' kernels, a part of which is already missing from the free memory. CPU: 0,
+            since the whole process is measured there.
+    """
+    if budget_gib != "device":
+        return _less_spare(round(budget_gib * GIB), outside_bytes, "memory.budget_gib")
+    if device.type == "cpu":
+        return _less_spare(available_bytes(_MEMINFO, _CGROUPS), outside_bytes, "available")
+    free, total = torch.cuda.mem_get_info(device)
+    taken = min(outside_bytes, total - free)  # our context, or at least that much of others
+    name = torch.cuda.get_device_name(device)
+    return _less_spare(free + taken, outside_bytes, f"free on {name}")
+
+
+def _less_spare(budget: int, outside: int, what: str) -> MemoryBudget:
+    spare = spare_bytes(budget)
+    beside = f", {outside / GIB:.2f} for the CUDA context" if outside else ""
+    text = f"{budget / GIB:.2f} GiB {what} less {spare / GIB:.2f} to spare{beside}"
+    return MemoryBudget(budget - spare - outside, text)
+
+
+def available_bytes(meminfo: Path, cgroups: tuple[tuple[Path, Path], ...]) -> int:
+    """Return the main memory that a new process can have.
+
+    Args:
+        meminfo: the kernel's table; its `MemAvailable` counts caches that it would give up.
+        cgroups: files with a limit and with the current use; missing ones set no limit.
+    """
+    lines = meminfo.read_text(encoding="ascii").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    for limit, used in cgroups:
+        text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
+        if text != "max":
+            available = min(available, int(text) - int(used.read_text(encoding="ascii")))
+    return available
 
 
 # A trial: training steps in a process that has done nothing else.
@@ -56,6 +130,11 @@ MakeStep = Callable[[], Callable[[GlobalBatch], object]]
 
 _STEPS = 2  # The first one allocates the optimizer's state; the second has it from the start.
 _STATUS = Path("/proc/self/status")
+_NO_MEMORY = "can't allocate memory"  # what the CPU's allocator says
+_WAY_OUT = (
+    "lower memory.probe_batches, data.short_sides and data.long_side, "
+    "or set model.checkpointing: true"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +190,6 @@ def run_trial(make_step: MakeStep, job: TrialJob, device: torch.device) -> Trial
     On a CPU, later peaks find a fragmented heap: for 8 images of 480 x 640, the line through 2 and
     4 lies 5-10% above what a fresh process takes.
 
-    Args:
-        make_step: see `MakeStep`.
-        job: what to run.
-        device: where `make_step` trains.
-
     Raises:
         TrainingError: it does not fit in a CPU's memory.
     """
@@ -130,10 +204,14 @@ def run_trial(make_step: MakeStep, job: TrialJob, device: torch.device) -> Trial
         for images in _run(make_step, job):
             peaks.append(_peak(images, device))
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not isinstance(error, torch.OutOfMemoryError) and _NO_MEMORY not in str(error):
             raise
         if device.type == "cpu":
-            raise TrainingError(_too_large(job.worst[len(peaks)])) from None
+            one = job.worst[len(peaks)]
+            raise TrainingError(
+                f"memory.probe_batches: a training step of {one.images} images of {one.height} x "
+                f"{one.width} pixels does not fit in memory; {_WAY_OUT}"
+            ) from None
     if device.type != "cuda":
         return TrialResult(tuple(peaks), 0, 0, 0)
     free, total = torch.cuda.mem_get_info(device)
@@ -156,41 +234,9 @@ def _run(make_step: MakeStep, job: TrialJob) -> Iterator[int]:
         yield one.images
 
 
-def _too_large(one: MicroBatch) -> str:
-    return (
-        f"memory.probe_batches: a training step of {one.images} images of {one.height} x "
-        f"{one.width} pixels does not fit in memory; lower memory.probe_batches, "
-        "data.short_sides and data.long_side, or set model.checkpointing: true"
-    )
-
-
-def peak_resident_bytes(status: Path = _STATUS) -> int:
-    """Return the peak resident memory of this process, bytes.
-
-    Not by `getrusage`, whose maximum a process inherits from the one that started it.
-    """
-    lines = status.read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
-def read_job(path: Path) -> TrialJob:
-    """Read a job that `write_json` wrote with `asdict`."""
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    worst = tuple(MicroBatch(**one) for one in tree["worst"])
-    sampled = tuple(tuple(MicroBatch(**one) for one in step) for step in tree["sampled"])
-    fields = BatchFields(**tree["fields"])
-    return TrialJob(**tree | {"worst": worst, "sampled": sampled, "fields": fields})
-
-
-def read_result(path: Path) -> TrialResult:
-    """Read a result that `write_json` wrote with `asdict`."""
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    return TrialResult(**tree | {"peaks": tuple(Peak(**one) for one in tree["peaks"])})
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Return True if the GPU's allocator, or the CPU's, got no memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def read_as[T](kind: type[T], path: Path) -> T:
+    """Read a dataclass that `write_json` wrote with `asdict`."""
+    return TypeAdapter(kind).validate_json(path.read_bytes())
 
 
 def _peak(images: int, device: torch.device) -> Peak:
@@ -198,7 +244,9 @@ def _peak(images: int, device: torch.device) -> Peak:
         torch.cuda.synchronize(device)
         reserved = torch.cuda.max_memory_reserved(device)
         return Peak(images, reserved, torch.cuda.max_memory_allocated(device))
-    resident = peak_resident_bytes()
+    # Not by `getrusage`, whose maximum a process inherits from the one that started it.
+    lines = _STATUS.read_text(encoding="ascii").splitlines()
+    resident = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     return Peak(images, resident, resident)
 
 
@@ -217,35 +265,21 @@ def _used_by_others(device: torch.device) -> int:
 _SHELL = 128
 
 
-class TrialProcess:
-    """A measuring process, which may be killed because memory runs out."""
+def wait_for(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the end of a measuring process, whose output is not captured.
 
-    def __init__(self, command: Sequence[str], root: Path, environment: Mapping[str, str]) -> None:
-        """Start a command in the folder `root`; its output is not captured."""
-        self._process = subprocess.Popen(command, cwd=root, env=environment)
-
-    def stop(self) -> None:
-        """Terminate the process if it still runs."""
-        if self._process.poll() is None:
-            self._process.terminate()
-            self._process.wait()
-
-    def wait(self) -> None:
-        """Wait for the end of the process.
-
-        Raises:
-            TrainingError: the kernel killed it, as it does when memory runs out.
-            SystemExit: it ended with another error, which it has printed.
-        """
-        code = self._process.wait()
-        if code in (-signal.SIGKILL, _SHELL + signal.SIGKILL):
-            raise TrainingError(
-                "memory.probe_batches: the machine ran out of memory while training steps were "
-                "measured; lower memory.probe_batches, data.short_sides and data.long_side, "
-                "or set model.checkpointing: true"
-            )
-        if code:
-            raise SystemExit(code)
+    Raises:
+        TrainingError: the kernel killed it, as it does when memory runs out.
+        SystemExit: it ended with another error, which it has printed.
+    """
+    code = process.wait()
+    if code in (-signal.SIGKILL, _SHELL + signal.SIGKILL):
+        raise TrainingError(
+            "memory.probe_batches: the machine ran out of memory while training steps were "
+            f"measured; {_WAY_OUT}"
+        )
+    if code:
+        raise SystemExit(code)
 
 
 # .runkey/memory.json: trials on this machine, which correct the next prediction.
@@ -297,7 +331,6 @@ class Correction:
     """On upper bounds."""
     outside_bytes: int | None = None
     """None: never measured here."""
-    trials: int = 0
 
 
 def this_platform(device: torch.device) -> Platform:
@@ -320,14 +353,13 @@ def read_trials(path: Path) -> tuple[Trial, ...]:
         tree = json.loads(path.read_text(encoding="utf-8"))
         if tree["format"] != _FORMAT:
             raise ValueError("another format")
-        return tuple(
-            Trial(**one | {"platform": Platform(**one["platform"])}) for one in tree["trials"]
-        )
+        return TypeAdapter(tuple[Trial, ...]).validate_python(tree["trials"])
     except FileNotFoundError:
         return ()
     except (ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:90]
         raise TrainingError(
-            f"{path}: no trials of this version ({error}); delete it, the next "
+            f"{path}: no trials of this version ({reason}); delete it, the next "
             "`dvc repro -f profile_memory` on a GPU writes it anew"
         ) from None
 
@@ -344,12 +376,7 @@ def correction(trials: Sequence[Trial], platform: Platform, model: str) -> Corre
     """Return how the trials of a platform correct a prediction.
 
     Trials of this memory.json correct it in both directions; those of others only upwards, since
-    another training need not leave as much unused.
-
-    Args:
-        trials: from `read_trials`.
-        platform: of the device.
-        model: sha256 of memory.json.
+    another training need not leave as much unused. `model` is the sha256 of memory.json.
     """
     here = [t for t in trials if t.platform == platform and not t.retries]
     if not here:
@@ -357,20 +384,17 @@ def correction(trials: Sequence[Trial], platform: Platform, model: str) -> Corre
     own = [t.reserved_bytes / t.upper_bytes for t in here if t.model == model]
     others = [t.reserved_bytes / t.upper_bytes for t in here if t.model != model]
     factor = max(_LEAST, max(own) * _MARGIN) if own else max(1.0, max(others) * _MARGIN)
-    return Correction(factor, max(t.outside_bytes for t in here), len(here))
+    return Correction(factor, max(t.outside_bytes for t in here))
 
 
 # memory/measured.json.
 
 
 def write_cpu(folder: Path, model: str, platform: Platform, peaks: Sequence[Peak]) -> Line:
-    """Write the peaks of a CPU and the line through them; returns the line.
+    """Write the peaks (two or more) of a CPU, for the memory.json with sha256 `model`.
 
-    Args:
-        folder: profile_memory's output.
-        model: sha256 of its memory.json.
-        platform: the machine.
-        peaks: two or more.
+    Returns:
+        The line through them.
     """
     line = line_through(*((peak.images, peak.bytes) for peak in (peaks[0], peaks[-1])))
     content = {

@@ -4,24 +4,27 @@
     prediction = predict(params, shapes, lambda other: step_factory(other, shapes.num_classes))
     prediction.model.gpu.upper(8)       # bytes that 8 images take at most
 
-A few traced steps give every micro-batch and every shape; docs/memory.md has the method.
+A few traced steps give every micro-batch and every shape; docs/memory.md has the method. The result
+is written to memory/memory.json, from which training picks a micro-batch. It follows from
+parameters and annotations alone: the same bytes on every machine, no measurement. All bytes are
+those of CUDA's caching allocator; the CUDA context and other processes are added when a device is
+known (`runkey.memory.choose`).
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
 
-from runkey.memory.batch_shapes import BatchShapes
-from runkey.memory.memory_model import (
-    Alternative,
-    Confirmation,
-    Estimate,
-    Line,
-    MemoryModel,
-    line_through,
-)
+from pydantic import Field, TypeAdapter
+
+from runkey.errors import TrainingError
+from runkey.files import write_atomically
+from runkey.memory.batch_shapes import BatchShapes, ShapeStatistics
 from runkey.memory.template import (
     AllocatorReplay,
     Template,
@@ -36,21 +39,141 @@ from runkey.params import Params, override
 from runkey.progress import each
 from runkey.units import MIB
 
-# What a GPU's libraries add to the tensors of a step.
+MODEL = "memory.json"
+FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
-    """GPUs of one architecture."""
+class Line:
+    """Peak bytes of a training step as a function of the images of a micro-batch."""
+
+    base_bytes: float
+    """Weights, optimizer state, libraries: what does not depend on the images."""
+    bytes_per_image: float
+
+    def at(self, images: int) -> int:
+        """Return the predicted peak in bytes."""
+        return round(self.base_bytes + self.bytes_per_image * images)
+
+    def __str__(self) -> str:
+        return f"{self.base_bytes / MIB:.0f} MiB + {self.bytes_per_image / MIB:.1f} MiB an image"
+
+
+def line_through(first: tuple[int, int], last: tuple[int, int]) -> Line:
+    """Return the line through two peaks, each (images, bytes); its slope is never negative."""
+    first, last = sorted((first, last))
+    slope = max(0.0, (last[1] - first[1]) / (last[0] - first[0]))
+    # Through the larger peak: where noise makes the slope 0, the line stays above both.
+    return Line(last[1] - slope * last[0], slope)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Memory of a training step at the largest shape, for micro-batches of 1, 2, ... images."""
+
+    line: Line
+    """Bytes of tensors at the peak, from two images on."""
+    allocated_bytes: tuple[int, ...]
+    """The same for each micro-batch; one image has the shape of the largest single image."""
+    upper_bytes: tuple[int, ...]
+    """Most bytes that the allocator holds, fragmentation and workspaces included."""
+
+    def upper(self, images: int) -> int:
+        """Return `upper_bytes` of a micro-batch, extrapolated beyond the batch size."""
+        known = len(self.upper_bytes)
+        if images <= known:
+            return self.upper_bytes[images - 1]
+        before = self.upper_bytes[-2] if known > 1 else self.upper_bytes[0]
+        rise = max(self.line.bytes_per_image, self.upper_bytes[-1] - before)
+        return self.upper_bytes[-1] + round(rise * (images - known))
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """The same training with one parameter changed."""
 
     name: str
-    capability: tuple[int, int]
-    """Its lowest compute capability."""
-    context_bytes: tuple[int, int]
-    """Least and most bytes that a process takes outside the allocator: the CUDA context, handles
-    of cuBLAS and cuDNN, and kernels, which are loaded when they are first used."""
-    has_bf16: bool
-    source: str
+    """checkpointing, bf16, fp32, smaller images, grouping or no grouping."""
+    change: str
+    """As params.yaml writes it."""
+    estimate: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmation:
+    """A trace that the template was not made from, against what the template predicts."""
+
+    images: int
+    height: int
+    width: int
+    traced_bytes: int
+    predicted_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryModel:
+    """The content of memory.json."""
+
+    batch_size: int
+    """Images of an optimizer step."""
+    precision: str
+    """fp32, bf16 or fp16: what a current GPU computes in."""
+    shapes: Annotated[ShapeStatistics, Field(alias="census")]
+    gpu: Estimate
+    cpu: Line
+    """Bytes of tensors in a CPU's precision, which for `auto` is fp32."""
+    gradient_bytes: int
+    """What data parallel training adds: one copy of the gradients."""
+    confirmation: Confirmation
+    replays: tuple[AllocatorReplay, ...]
+    loose_blocks: int
+    """Number of blocks whose size follows no law and is bounded."""
+    alternatives: tuple[Alternative, ...]
+
+    def limit_pixels(self, images: int) -> int:
+        """Return the padded pixels of the largest batch that is predicted for a micro-batch."""
+        height, width = self.shapes.worst_of(images)
+        return images * height * width
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the content of memory.json."""
+        tree: dict[str, Any] = TypeAdapter(MemoryModel).dump_python(self, by_alias=True)
+        return tree
+
+
+def write_model(folder: Path, model: MemoryModel) -> None:
+    """Write memory.json into `folder`, which is created if needed."""
+    text = json.dumps({"format": FORMAT} | model.as_dict(), indent=1, allow_nan=False)
+    # Lists of numbers on one line each: there is one number for each micro-batch.
+    text = re.sub(r"\[[\s\d,]+\]", lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", text)
+    write_atomically(folder / MODEL, text + "\n")
+
+
+def read_model(path: Path, batch_size: int | None = None) -> MemoryModel:
+    """Read memory/memory.json.
+
+    Args:
+        path: the file.
+        batch_size: `training.batch_size`, which the model must be for; None: any.
+
+    Raises:
+        TrainingError: it is missing, not a memory model, or for another batch size.
+    """
+    again = "run `dvc repro profile_memory`"
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if tree["format"] != FORMAT:
+            raise ValueError("another format")
+        model = TypeAdapter(MemoryModel).validate_python(tree)
+    except FileNotFoundError:
+        raise TrainingError(f"{path}: not found; {again} first") from None
+    except (ValueError, TypeError, KeyError):
+        raise TrainingError(f"{path}: no memory model of this version; {again}") from None
+    if batch_size is not None and batch_size != model.batch_size:
+        raise TrainingError(
+            f"{path}: made for training.batch_size {model.batch_size}, not {batch_size}; {again}"
+        )
+    return model
 
 
 WORKSPACE_SHARE = 1.0
@@ -59,84 +182,8 @@ float32 copied their input to another memory format. A workspace exists while on
 and the peak is at the end of the forward pass, where results are small."""
 
 MODEL_ERROR = 0.01
-"""Margin on tensors and workspaces: in 70 trainings on the H200 below they took at most 0.95% of
-105 MiB, else 0.39%, more than predicted."""
-
-_NOT_MEASURED = "not measured; maskrcnn-benchmark#182 reports up to 1 GB"
-_H200 = (
-    "measured: 707 to 723 MiB over 70 trainings (benchmarks/results/gpu/gpu_memory.json), NVIDIA "
-    "H200, driver 580.159.04, torch 2.11.0+cu130"
-)
-
-GENERATIONS = (
-    Generation("Maxwell or older", (0, 0), (300 * MIB, 1024 * MIB), False, _NOT_MEASURED),
-    Generation("Pascal", (6, 0), (300 * MIB, 1024 * MIB), False, _NOT_MEASURED),
-    Generation("Volta, Turing", (7, 0), (300 * MIB, 1024 * MIB), False, _NOT_MEASURED),
-    Generation("Ampere, Ada", (8, 0), (300 * MIB, 1024 * MIB), True, _NOT_MEASURED),
-    Generation("Hopper", (9, 0), (700 * MIB, 800 * MIB), True, _H200),
-    Generation("Blackwell", (10, 0), (300 * MIB, 1024 * MIB), True, _NOT_MEASURED),
-)
-
-
-def generation_of(capability: tuple[int, int]) -> Generation:
-    """Return the generation of a compute capability, such as (9, 0)."""
-    return [one for one in GENERATIONS if one.capability <= capability][-1]
-
-
-# What would save memory: the same training with one parameter changed.
-
-
-Name = Literal["checkpointing", "bf16", "fp32", "smaller images", "grouping", "no grouping"]
-
-_SMALLER = 0.75
-_LONGEST_LIST = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A change of parameters, by dotted name."""
-
-    name: Name
-    values: dict[str, Any]
-
-    def __str__(self) -> str:
-        """Return the change as params.yaml writes it."""
-        return ", ".join(f"{name}: {_yaml(value)}" for name, value in self.values.items())
-
-
-def step_changes(params: Params) -> list[Change]:
-    """Return the changes of the step itself, which must be traced again."""
-    changes = []
-    if not params.model.checkpointing:
-        changes.append(Change("checkpointing", {"model.checkpointing": True}))
-    if params.training.precision == "off":
-        changes.append(Change("bf16", {"training.precision": "bf16"}))
-    else:
-        changes.append(Change("fp32", {"training.precision": "off"}))
-    return changes
-
-
-def batch_changes(params: Params) -> list[Change]:
-    """Return the changes of the batches that the same step gets."""
-    data = params.data
-    sides = tuple(max(1, round(side * _SMALLER)) for side in data.short_sides)
-    long_side = max(1, round(data.long_side * _SMALLER))
-    grouped = data.group_by_aspect
-    return [
-        Change("smaller images", {"data.short_sides": sides, "data.long_side": long_side}),
-        Change("no grouping" if grouped else "grouping", {"data.group_by_aspect": not grouped}),
-    ]
-
-
-def _yaml(value: Any) -> str:
-    if isinstance(value, tuple):
-        long = len(value) > _LONGEST_LIST
-        return f"[{value[0]}, ..., {value[-1]}]" if long else str(list(value))
-    return str(value).lower()
-
-
-# The prediction.
-
+"""Margin on tensors and workspaces: in 70 trainings on an H200 they took at most 0.95% of 105 MiB,
+else 0.39%, more than predicted (benchmarks/results/gpu/gpu_memory.json)."""
 
 FactoryFor = Callable[[Params], StepFactory]
 """Returns the step factory for some parameters."""
@@ -147,8 +194,9 @@ _CONFIRMED = 3
 _REPLAYED = (40, 200)
 """Micro-batches that are replayed, of few images and of the whole batch size."""
 _MOST_PARTIAL_SUMS = 160 * MIB
-# memory.json is for the generation that most train on. Others differ in kernels and workspaces.
-_GPU = Gpu((8, 0), 0)
+# An alternative: images of 3/4 the sides.
+_SMALLER = 0.75
+_LONGEST_LIST = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,50 +216,21 @@ class Prediction:
         return self.template.at(self.shapes.worst(images))
 
 
-@dataclass(frozen=True, slots=True)
-class StepBound:
-    """A training step with its upper bounds, for the parameters as they are."""
-
-    template: Template
-    estimate: Estimate
-    fragmentation: Line
-    """What the allocator holds beside what is alive, over the images."""
-    replays: tuple[AllocatorReplay, ...]
-    confirmation: Confirmation
-
-
-def predict(params: Params, shapes: BatchShapes, factory_for: FactoryFor) -> Prediction:
+def predict(
+    params: Params, shapes: BatchShapes, factory_for: FactoryFor, *, alternatives: bool = True
+) -> Prediction:
     """Trace training steps on a fake GPU, and model their memory.
 
     Args:
         params: what is trained, and how.
         shapes: the batches.
         factory_for: returns what builds the step under some parameters.
+        alternatives: predict the same training with one parameter changed, too.
 
     Returns:
         The same on any machine, to the byte.
     """
-    bound = bound_step(params, shapes, factory_for)
-    alternatives = _alternatives(params, shapes, factory_for, bound)
-    fp32 = [one.estimate.line for one in alternatives if one.name == "fp32"]
-    model = MemoryModel(
-        batch_size=params.training.batch_size,
-        precision=precision_on_gpu(params),
-        shapes=shapes.statistics,
-        gpu=bound.estimate,
-        cpu=fp32[0] if fp32 else bound.estimate.line,
-        gradient_bytes=bound.template.gradient_bytes(),
-        confirmation=bound.confirmation,
-        replays=bound.replays,
-        loose_blocks=bound.template.loose_blocks,
-        alternatives=alternatives,
-    )
-    return Prediction(model, bound.template, shapes)
-
-
-def bound_step(params: Params, shapes: BatchShapes, factory_for: FactoryFor) -> StepBound:
-    """Trace the step, confirm the template, replay sampled steps; arguments as for `predict`."""
-    batch_size, stride = params.training.batch_size, token_stride(params)
+    batch_size, stride = params.training.batch_size, _token_stride(params)
     few, many = shapes.worst(_FEW), shapes.worst(_MANY)
     shape = other_shape((many.height, many.width), stride)
     other = MicroBatch(_CONFIRMED, *shape, many.objects)
@@ -222,45 +241,82 @@ def bound_step(params: Params, shapes: BatchShapes, factory_for: FactoryFor) -> 
         replay_steps(template, shapes.steps(images, count), WORKSPACE_SHARE)
         for images, count in zip((_FEW, max(batch_size, _MANY)), _REPLAYED, strict=True)
     )
+    # What the allocator holds beside what is alive, over the images.
     fragmentation = line_through(*((one.images, one.fragmentation_bytes) for one in replays))
     peaks = timeline_of(check).peak_bytes, template.peak(unseen)
-    confirmation = Confirmation(unseen.images, unseen.height, unseen.width, *peaks)
     estimate = _estimate(params, template, shapes, fragmentation)
-    return StepBound(template, estimate, fragmentation, replays, confirmation)
+    found: tuple[Alternative, ...] = ()
+    if alternatives:
+        found = _alternatives(params, shapes, factory_for, template, fragmentation)
+    fp32 = [one.estimate.line for one in found if one.name == "fp32"]
+    precision = params.training.precision
+    model = MemoryModel(
+        batch_size=batch_size,
+        precision={"auto": "bf16", "off": "fp32"}.get(precision, precision),
+        shapes=shapes.statistics,
+        gpu=estimate,
+        cpu=fp32[0] if fp32 else estimate.line,
+        gradient_bytes=template.gradient_bytes(),
+        confirmation=Confirmation(unseen.images, unseen.height, unseen.width, *peaks),
+        replays=replays,
+        loose_blocks=template.loose_blocks,
+        alternatives=found,
+    )
+    return Prediction(model, template, shapes)
 
 
 def _alternatives(
-    params: Params, shapes: BatchShapes, factory_for: FactoryFor, bound: StepBound
+    params: Params,
+    shapes: BatchShapes,
+    factory_for: FactoryFor,
+    template: Template,
+    fragmentation: Line,
 ) -> tuple[Alternative, ...]:
     """Predict the same training with one parameter changed, for the same micro-batches."""
     found = []
-    steps = step_changes(params)
-    for change in each("predict memory", [*steps, *batch_changes(params)], "settings"):
-        changed = override(params, change.values)
-        template, batches = bound.template, shapes
-        if change in steps:
+    for name, values in each("predict memory", list(_changes(params).items()), "settings"):
+        changed = override(params, values)
+        step, batches = template, shapes
+        if changed.data == params.data:
             # Two traces: the step is only needed at the largest shape.
             sizes = (shapes.worst(_FEW), shapes.worst(_MANY))
-            traces = _trace(changed, shapes, factory_for, sizes)
-            template = make_template(traces, token_stride(changed))
+            step = make_template(
+                _trace(changed, shapes, factory_for, sizes), _token_stride(changed)
+            )
         else:
-            batches = shapes.under(changed)
-        estimate = _estimate(changed, template, batches, bound.fragmentation)
-        found.append(Alternative(change.name, str(change), estimate))
+            batches = replace(shapes, statistics=shapes.statistics_under(changed))
+        text = ", ".join(f"{field}: {_yaml(value)}" for field, value in values.items())
+        estimate = _estimate(changed, step, batches, fragmentation)
+        found.append(Alternative(name, text, estimate))
     return tuple(found)
 
 
-def token_stride(params: Params) -> int:
+def _changes(params: Params) -> dict[str, dict[str, Any]]:
+    """Name of each alternative to the parameters that it changes."""
+    data, is_fp32 = params.data, params.training.precision == "off"
+    sides = tuple(max(1, round(side * _SMALLER)) for side in data.short_sides)
+    long_side = max(1, round(data.long_side * _SMALLER))
+    grouped = data.group_by_aspect
+    less = {} if params.model.checkpointing else {"checkpointing": {"model.checkpointing": True}}
+    return less | {
+        "bf16" if is_fp32 else "fp32": {"training.precision": "bf16" if is_fp32 else "off"},
+        "smaller images": {"data.short_sides": sides, "data.long_side": long_side},
+        "no grouping" if grouped else "grouping": {"data.group_by_aspect": not grouped},
+    }
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, tuple):
+        long = len(value) > _LONGEST_LIST
+        return f"[{value[0]}, ..., {value[-1]}]" if long else str(list(value))
+    return str(value).lower()
+
+
+def _token_stride(params: Params) -> int:
     """Return the pixels from token to token."""
     if params.model.backbone == "compact":
         return 8
     return 16 if params.model.dilation else 32
-
-
-def precision_on_gpu(params: Params) -> str:
-    """Return what a GPU with bf16 computes in."""
-    names = {"auto": "bf16", "off": "fp32"}
-    return names.get(params.training.precision, params.training.precision)
 
 
 def batch_fields(params: Params, num_classes: int) -> BatchFields:
@@ -279,10 +335,11 @@ def _trace(
 ) -> list[Trace]:
     """Trace a step over two equal micro-batches, for each of `sizes`."""
     fields = batch_fields(params, shapes.num_classes)
-    with recorder(factory_for(params), fields, _GPU) as recording:
+    with recorder(factory_for(params), fields, Gpu()) as recording:
         # The first step is unlike all others: it allocates the optimizer's state.
-        steps = [recording.step(step) for step in (sizes[:1], *((one, one) for one in sizes))]
-        _, traces = recording.traces(steps)
+        for step in (sizes[:1], *((one, one) for one in sizes)):
+            recording.step(step)
+        _, traces = recording.traces()
     return traces[1:]
 
 
@@ -300,19 +357,19 @@ def _estimate(
         tuple(
             fragmentation.at(one.images)
             + round(template.peak(one, WORKSPACE_SHARE) * (1 + MODEL_ERROR))
-            + partial_sums_bytes(params, one)
+            + _partial_sums_bytes(params, one)
             for one in every
         ),
     )
 
 
-def partial_sums_bytes(params: Params, one: MicroBatch) -> int:
+def _partial_sums_bytes(params: Params, one: MicroBatch) -> int:
     """Return the most bytes that a kernel takes to sum the gradient of the widest bias.
 
-    See `runkey.memory.trace.gpu.reduction`: two float32 numbers for each that is summed over all
-    tokens, and no more than all blocks of the largest GPU have at once.
+    See `reduction` in benchmarks/gpu_workspaces.py: two float32 numbers for each that is summed
+    over all tokens, and no more than all blocks of the largest GPU have at once.
     """
-    stride, model = token_stride(params), params.model
+    stride, model = _token_stride(params), params.model
     tokens = one.images * -(-one.height // stride) * -(-one.width // stride)
     widest = max(model.feedforward_dim, 2 * model.decoder_layers * model.hidden_dim)
     return min(9 * tokens * widest, _MOST_PARTIAL_SUMS)

@@ -8,15 +8,16 @@ the dependence on images; a third one, of another shape, tells the quantities ap
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runkey.data.shapes import Shape
-from runkey.memory.allocator import Allocator, Block
 from runkey.memory.trace.events import ROUND_BYTES, Event, MicroBatch, Trace, round_up
 from runkey.units import MIB
 
@@ -136,33 +137,31 @@ Move = tuple[bool, int, int]
 
 
 class Template:
-    """A step over two micro-batches, of which the second stands for all later ones.
-
-    Blocks are numbered from 0; those that are alive at the step's start come first.
-    """
+    """A step over two micro-batches, of which the second stands for all later ones."""
 
     def __init__(self, trace: Trace, laws: Laws) -> None:
-        """Build a template; callers use `make_template`."""
+        """Build a template from a trace with numbered blocks; callers use `make_template`."""
         self._trace = trace
         self._laws = laws
-        self._numbers = _numbers(trace)
-        self._before = [self._numbers[event.block] for event in trace.before]
-        kinds = [(self._numbers[event.block], event.class_) for event in trace.before]
+        self.loose_blocks = laws.loose
+        """Number of blocks whose bytes are bounded, not known, away from the traced sizes."""
+        self._before = [event.block for event in trace.before]
+        kinds = [(event.block, event.class_) for event in trace.before]
         self._optimizer_state = [block for block, kind in kinds if kind == "optimizer"]
         # Gradients are alive from the first step's backward pass on.
         self._built = [block for block, kind in kinds if kind not in ("optimizer", "gradient")]
-        self._replacements = _replacements(trace, self._numbers)
-        every = [self._compact(event) for event in trace.events]
+        self._replacements = _replacements(trace)
+        every = [
+            (e.kind == "alloc", e.block, e.kind == "alloc" and e.module.startswith(_CONVOLUTIONS))
+            for e in trace.events
+        ]
         self._blocks = np.array([block for _, block, _ in every])
         self._signs = np.array([1 if is_allocation else -1 for is_allocation, _, _ in every])
         self._convolutions = np.array([convolves for _, _, convolves in every])
-        first, later, update = _ranges(trace)
-        self._first, self._later, self._update = (every[part] for part in (first, later, update))
-
-    @property
-    def loose_blocks(self) -> int:
-        """Number of blocks whose bytes are bounded, not known, away from the traced sizes."""
-        return self._laws.loose
+        forwards = [mark.start for mark in trace.marks if mark.phase == "forward"]
+        update = [mark.start for mark in trace.marks if mark.phase == "optimizer"][-1]
+        self._first, self._later = every[: forwards[1]], every[forwards[1] : update]
+        self._update = every[update:]
 
     def gradient_bytes(self) -> int:
         """Return the bytes of all gradients."""
@@ -184,16 +183,11 @@ class Template:
     def at(self, one: MicroBatch) -> Trace:
         """Return the trace of a step over two such micro-batches."""
         sizes = self._laws.bytes(one).tolist()
-
-        def resized(event: Event) -> Event:
-            return event._replace(bytes=sizes[self._numbers[event.block]])
-
-        return Trace(
-            micro_batches=(one, one),
-            before=tuple(map(resized, self._trace.before)),
-            events=tuple(map(resized, self._trace.events)),
-            marks=self._trace.marks,
+        before, events = (
+            tuple(event._replace(bytes=sizes[event.block]) for event in part)
+            for part in (self._trace.before, self._trace.events)
         )
+        return Trace((one, one), before, events, self._trace.marks)
 
     def moves(
         self, steps: Sequence[Sequence[MicroBatch]], workspace_share: float
@@ -241,11 +235,6 @@ class Template:
                     if old is not None:
                         yield False, *old
 
-    def _compact(self, event: Event) -> tuple[bool, int, bool]:
-        is_allocation = event.kind == "alloc"
-        convolves = is_allocation and event.module.startswith(_CONVOLUTIONS)
-        return is_allocation, self._numbers[event.block], convolves
-
 
 def make_template(traces: Sequence[Trace], stride: int) -> Template:
     """Make a template from traces of the same step, each over two equal micro-batches.
@@ -257,75 +246,150 @@ def make_template(traces: Sequence[Trace], stride: int) -> Template:
     Raises:
         ValueError: the traces differ in more than bytes.
     """
-    numbers = [_numbers(trace) for trace in traces]
-    kinds = [_structure(t, n) for t, n in zip(traces, numbers, strict=True)]
+    traces = [_numbered(trace) for trace in traces]
+    kinds = [([e._replace(bytes=0) for e in _every(trace)], trace.marks) for trace in traces]
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError("the traced steps allocate different blocks")
-    sizes = np.array([_sizes(t, n) for t, n in zip(traces, numbers, strict=True)])
+    by_block = [{event.block: event.bytes for event in _every(trace)} for trace in traces]
+    sizes = np.array([[found[block] for block in range(len(found))] for found in by_block])
     return Template(traces[0], find_laws(sizes, [t.micro_batches[0] for t in traces], stride))
 
 
-def _numbers(trace: Trace) -> dict[int, int]:
+def _numbered(trace: Trace) -> Trace:
     """Number the blocks from 0: those alive at the start by what they are, others in order."""
     numbers: dict[int, int] = {}
-    for event in (*_sorted(trace.before), *trace.events):
+    for event in (*sorted(trace.before, key=_meaning), *trace.events):
         if event.kind == "alloc":
             numbers[event.block] = len(numbers)
-    return numbers
+    before, events = (
+        tuple(event._replace(block=numbers[event.block]) for event in part)
+        for part in (trace.before, trace.events)
+    )
+    return replace(trace, before=before, events=events)
 
 
-def _sorted(before: Sequence[Event]) -> list[Event]:
-    """Sort in an order that does not depend on the step before."""
-    return sorted(before, key=_meaning)
+def _every(trace: Trace) -> list[Event]:
+    return [*sorted(trace.before, key=lambda event: event.block), *trace.events]
 
 
 def _meaning(event: Event) -> tuple[str, str, int]:
     return event.class_, event.module, event.bytes
 
 
-def _structure(trace: Trace, numbers: dict[int, int]) -> list[tuple[object, ...]]:
-    """Return everything about the events but their bytes."""
-    events = (*_sorted(trace.before), *trace.events)
-    every = [(e.kind, numbers[e.block], e.class_, e.module) for e in events]
-    return [*every, *trace.marks]
-
-
-def _sizes(trace: Trace, numbers: dict[int, int]) -> list[int]:
-    """Return the bytes of each block."""
-    sizes = [0] * len(numbers)
-    for event in (*trace.before, *trace.events):
-        sizes[numbers[event.block]] = event.bytes
-    return sizes
-
-
-def _ranges(trace: Trace) -> tuple[slice, slice, slice]:
-    """Return the events of the first micro-batch, of the second, and of the update."""
-    forwards = [mark.start for mark in trace.marks if mark.phase == "forward"]
-    update = [mark.start for mark in trace.marks if mark.phase == "optimizer"][-1]
-    return slice(0, forwards[1]), slice(forwards[1], update), slice(update, len(trace.events))
-
-
-def _replacements(trace: Trace, numbers: dict[int, int]) -> list[tuple[int, int]]:
+def _replacements(trace: Trace) -> list[tuple[int, int]]:
     """Pair each block alive only at the step's end with the block that it replaces.
 
     What is alive at the end is what was alive at the start, but some of it was allocated again.
     """
-    start = {numbers[event.block]: event for event in trace.before}
+    start = {event.block: event for event in trace.before}
     end = dict(start)
     for event in trace.events:
         if event.kind == "alloc":
-            end[numbers[event.block]] = event
+            end[event.block] = event
         else:
-            del end[numbers[event.block]]
+            del end[event.block]
     replaced: defaultdict[tuple[str, str, int], list[int]] = defaultdict(list)
     for block, event in start.items():
         if block not in end:
             replaced[_meaning(event)].append(block)
-    return [
-        (block, replaced[_meaning(event)].pop(0))
-        for block, event in end.items()
-        if block not in start
-    ]
+    new = [event for block, event in end.items() if block not in start]
+    return [(event.block, replaced[_meaning(event)].pop(0)) for event in new]
+
+
+# A model of torch's CUDA caching allocator: one stream, expandable segments, no limit. It follows
+# `CUDACachingAllocator.cpp` with `PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True`, as training
+# uses it: the same requests get the same addresses, and the same `max_memory_allocated` and
+# `max_memory_reserved` (benchmarks/gpu_steps.py).
+
+
+_SMALL_REQUEST = MIB
+_SMALL_PAGE, _LARGE_PAGE = 2 * MIB, 20 * MIB
+# Where the segment of large blocks starts: behind more small ones than any GPU has memory for.
+_LARGE_START = _LARGE_PAGE * 2**26
+
+
+class Segment:
+    """The addresses for small or for large requests; `page` is the bytes by which it grows."""
+
+    def __init__(self, start: int, page: int) -> None:
+        self.start = self.end = start
+        self.page = page
+        self.free: list[tuple[int, int]] = []
+        """(size, address) of the free blocks, smallest first."""
+        self._sizes: dict[int, int] = {}
+        """Size of each free block by its address."""
+        self._starts: dict[int, int] = {}
+        """Address of each free block by its end."""
+
+    def take(self, size: int) -> int:
+        """Return the address of `size` bytes: of the best fit, or of new pages at the end."""
+        if not self.free or self.free[-1][0] < size:
+            missing = size - (self.end - self._starts.get(self.end, self.end))
+            new = -(-missing // self.page) * self.page
+            self.end += new
+            self.give(self.end - new, new)
+        found, address = self.free[bisect_left(self.free, (size, 0))]
+        self._remove(address)
+        if found > size:
+            self._add(address + size, found - size)
+        return address
+
+    def give(self, address: int, size: int) -> None:
+        """Free a block, joined with free neighbours."""
+        end = address + size
+        if end in self._sizes:
+            end += self._remove(end)
+        if address in self._starts:
+            address = self._starts[address]
+            self._remove(address)
+        self._add(address, end - address)
+
+    def _add(self, address: int, size: int) -> None:
+        insort(self.free, (size, address))
+        self._sizes[address] = size
+        self._starts[address + size] = address
+
+    def _remove(self, address: int) -> int:
+        size = self._sizes.pop(address)
+        del self._starts[address + size]
+        del self.free[bisect_left(self.free, (size, address))]
+        return size
+
+
+class Block(NamedTuple):
+    """A block in use."""
+
+    address: int
+    size: int
+
+
+class Allocator:
+    """The allocator; it counts as `torch.cuda.memory_allocated` and `memory_reserved` do."""
+
+    def __init__(self) -> None:
+        self.allocated = self.max_allocated = 0
+        self.small, self.large = Segment(0, _SMALL_PAGE), Segment(_LARGE_START, _LARGE_PAGE)
+
+    @property
+    def reserved(self) -> int:
+        """Bytes in pages. None is ever returned, so this is the most that was reserved, too."""
+        return sum(segment.end - segment.start for segment in (self.small, self.large))
+
+    def segment(self, size: int) -> Segment:
+        """Return the segment of blocks of that many bytes."""
+        return self.small if size <= _SMALL_REQUEST else self.large
+
+    def allocate(self, size: int) -> Block:
+        """Return a block of at least `size` bytes."""
+        size = max(ROUND_BYTES, round_up(size))
+        self.allocated += size
+        self.max_allocated = max(self.max_allocated, self.allocated)
+        return Block(self.segment(size).take(size), size)
+
+    def release(self, block: Block) -> None:
+        """Free a block; its memory stays reserved."""
+        self.allocated -= block.size
+        self.segment(block.size).give(*block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,13 +414,7 @@ class AllocatorReplay:
 def replay_steps(
     template: Template, steps: Sequence[Sequence[MicroBatch]], workspace_share: float
 ) -> AllocatorReplay:
-    """Replay training steps in the model of the allocator.
-
-    Args:
-        template: the step.
-        steps: the micro-batches of each step.
-        workspace_share: see `Template.peak`.
-    """
+    """Replay training steps in the model of the allocator; arguments as for `Template.moves`."""
     allocator = Allocator()
     blocks: dict[int, Block] = {}
     for is_allocation, handle, size in template.moves(steps, workspace_share):

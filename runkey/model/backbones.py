@@ -8,7 +8,7 @@ Shapes: B images, H x W pixels, h x w feature cells, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,47 +17,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-_EPSILON = 1e-5
 
+def conv_norm(conv: nn.Conv2d, norm: Any, x: Tensor) -> Tensor:
+    """Compute `norm(conv(x))`; a frozen norm only scales the kernel.
 
-class FrozenBatchNorm2d(nn.Module):
-    """Batch norm whose statistics and affine parameters are fixed buffers.
-
-    `conv_norm` folds it into the preceding convolution instead of calling it. That saves a pass
-    over the activations and keeps them in the convolution's dtype under autocast.
+    That saves a pass over the activations and keeps them in the convolution's dtype under autocast.
     """
-
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.ones(num_features))
-        self.register_buffer("bias", torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features))
-
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """Return scale and shift, [C] each; the norm is `x * scale + shift`."""
-        scale = self.weight * (self.running_var + _EPSILON).rsqrt()
-        return scale, self.bias - self.running_mean * scale
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # torchvision's weights come from live norms, which count their batches.
-        state_dict.pop(prefix + "num_batches_tracked", None)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-    """Compute `norm(conv(x))`; a frozen norm only scales the kernel."""
-    if not isinstance(norm, FrozenBatchNorm2d):
+    if isinstance(norm, nn.BatchNorm2d):
         out: Tensor = norm(conv(x))
         return out
-    scale, shift = norm.scale_and_shift()
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
     kernel = conv.weight * scale[:, None, None, None]
     return F.conv2d(x, kernel, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def norm_layer(*, frozen: bool) -> Callable[[int], nn.Module]:
+    """Return the class of norms: batch norm, or torchvision's with fixed buffers."""
+    if not frozen:
+        return nn.BatchNorm2d
+    # Imported here because it takes as long as torch's own import.
+    from torchvision.ops import FrozenBatchNorm2d
+
+    layer: Callable[[int], nn.Module] = FrozenBatchNorm2d
+    return layer
 
 
 def residual_block(block: Any, x: Tensor) -> Tensor:
@@ -100,12 +83,12 @@ class Body(nn.Module):
                 module.eval()
         return self
 
-    def run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+    def run_stage(self, stage: nn.Sequential, x: Tensor) -> Tensor:
         """Run all blocks of a stage, under activation checkpointing if it is on."""
-        assert isinstance(stage, nn.Sequential)
         for block in stage:
             if self.checkpointing and block.training:
-                contexts = partial(_checkpoint_contexts, block)
+                # Contexts of the forward pass and of its recomputation.
+                contexts = partial(lambda block: (nullcontext(), _scratch_statistics(block)), block)
                 x = checkpoint(residual_block, block, x, use_reentrant=False, context_fn=contexts)
             else:
                 x = residual_block(block, x)
@@ -128,20 +111,19 @@ class ResNet(Body):
         checkpointing: bool,
     ) -> None:
         super().__init__(frozen_stages=frozen_stages, checkpointing=checkpointing)
-        # Imported here because it takes as long as torch's own import; `Compact` needs none of it.
+        # Imported here, too, as `Compact` needs none of it.
         from torchvision import models
 
         net = getattr(models, name)(
             weights=None,
             replace_stride_with_dilation=[False, False, dilation],
-            norm_layer=FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d,
+            norm_layer=norm_layer(frozen=frozen_norm),
         )
         self.conv1 = net.conv1
         self.bn1 = net.bn1
         self.layer1, self.layer2 = net.layer1, net.layer2
         self.layer3, self.layer4 = net.layer3, net.layer4
         self.num_channels: int = net.fc.in_features
-        self.stride = 16 if dilation else 32
         self.freeze()
 
     def stages(self) -> list[list[nn.Module]]:
@@ -180,9 +162,8 @@ class Compact(Body):
 
     def __init__(self, *, frozen_norm: bool, frozen_stages: int, checkpointing: bool) -> None:
         super().__init__(frozen_stages=frozen_stages, checkpointing=checkpointing)
-        norm = FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d
+        norm = norm_layer(frozen=frozen_norm)
         self.num_channels = 96
-        self.stride = 8
         self.conv1 = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
         self.bn1 = norm(16)
         self.conv2 = nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False)
@@ -229,13 +210,6 @@ class Backbone(nn.Module):
             return features, None
         resized = F.interpolate(padding[None].to(torch.uint8), size=features.shape[-2:])
         return features, resized[0].bool()
-
-
-def _checkpoint_contexts(
-    block: nn.Module,
-) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the contexts of a checkpointed block's forward pass and of its recomputation."""
-    return nullcontext(), _scratch_statistics(block)
 
 
 @contextmanager

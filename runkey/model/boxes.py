@@ -17,12 +17,6 @@ def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
     return torch.cat((centre - 0.5 * size, centre + 0.5 * size), dim=-1)
 
 
-def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
-    """Convert [..., 4] (left, top, right, bottom) to (centre x, centre y, width, height)."""
-    low, high = boxes_xyxy.chunk(2, dim=-1)
-    return torch.cat(((low + high) / 2, high - low), dim=-1)
-
-
 def overlaps(boxes_xyxy: Tensor, other_xyxy: Tensor) -> tuple[Tensor, Tensor]:
     """Compute IoU and generalised IoU (Rezatofighi et al. 2019) of boxes that broadcast together.
 

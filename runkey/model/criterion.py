@@ -129,33 +129,20 @@ class Criterion:
 
     classification_loss: SoftmaxLoss | QualityLoss
     matcher: Matcher
-    classification: float
-    l1: float
-    giou: float
-    no_object: float | None
-    """Weight of an unmatched query in the softmax loss; None: the loss is divided by boxes."""
+    """Its weights are those of the losses, too."""
     num_queries: int
 
     def normaliser(self, counts: Sequence[int]) -> Normaliser:
-        """Compute the divisors of a global batch.
-
-        Args:
-            counts: true boxes of each image, over all micro-batches and ranks.
-        """
-        boxes = float(max(sum(counts), 1))
-        if self.no_object is None:
+        """Compute a global batch's divisors from the boxes of each image, of all ranks."""
+        boxes, loss = float(max(sum(counts), 1)), self.classification_loss
+        if isinstance(loss, QualityLoss):
             return Normaliser(boxes, boxes)
         matched = sum(min(count, self.num_queries) for count in counts)
         unmatched = self.num_queries * len(counts) - matched
-        return Normaliser(boxes, matched + self.no_object * unmatched)
+        return Normaliser(boxes, matched + loss.no_object * unmatched)
 
     def __call__(self, outputs: Outputs, targets: Targets, normaliser: Normaliser) -> Losses:
-        """Match predictions to boxes and compute the losses.
-
-        Args:
-            outputs: the model's, computed with or without autocast.
-            targets: the micro-batch's true boxes.
-            normaliser: the global batch's.
+        """Match predictions to boxes and compute the losses, in full precision.
 
         Returns:
             The micro-batch's part of the loss; NaN if a matching cost is not finite.
@@ -195,14 +182,14 @@ class Criterion:
         matched_cxcywh = boxes_cxcywh[matches.predictions]
         true_cxcywh = targets.boxes_cxcywh[matches.targets].to(matched_cxcywh.dtype)
         iou, giou = overlaps(cxcywh_to_xyxy(matched_cxcywh), cxcywh_to_xyxy(true_cxcywh))
-        labels = targets.labels[matches.targets]
+        labels, weights = targets.labels[matches.targets], self.matcher
         classification = self.classification_loss.loss(
             logits, matches.predictions, labels, iou.detach()
         )
         return {
-            "classification": classification * (self.classification / normaliser.classification),
-            "l1": (matched_cxcywh - true_cxcywh).abs().sum() * (self.l1 / normaliser.boxes),
-            "giou": (1 - giou).sum() * (self.giou / normaliser.boxes),
+            "classification": classification * (weights.classification / normaliser.classification),
+            "l1": (matched_cxcywh - true_cxcywh).abs().sum() * (weights.l1 / normaliser.boxes),
+            "giou": (1 - giou).sum() * (weights.giou / normaliser.boxes),
         }
 
     def _denoising(
@@ -221,25 +208,15 @@ class Criterion:
 
 
 def build_criterion(model: params.Model, num_classes: int) -> Criterion:
-    """Build the criterion for `build_model(model, num_classes)`.
-
-    Args:
-        model: section `model` of params.yaml.
-        num_classes: K; with preset detr, logit K is no-object.
-    """
-    loss, is_softmax = model.loss, model.preset == "detr"
+    """Build the criterion for `build_model(model, num_classes)`."""
+    loss = model.loss
     classification_loss = (
-        SoftmaxLoss(loss.no_object, num_classes) if is_softmax else QualityLoss(loss.focal_gamma)
+        SoftmaxLoss(loss.no_object, num_classes)
+        if model.preset == "detr"
+        else QualityLoss(loss.focal_gamma)
     )
-    return Criterion(
-        classification_loss=classification_loss,
-        matcher=Matcher(classification_loss.cost, loss.classification, loss.l1, loss.giou),
-        classification=loss.classification,
-        l1=loss.l1,
-        giou=loss.giou,
-        no_object=loss.no_object if is_softmax else None,
-        num_queries=model.num_queries,
-    )
+    matcher = Matcher(classification_loss.cost, loss.classification, loss.l1, loss.giou)
+    return Criterion(classification_loss, matcher, model.num_queries)
 
 
 def _layers(outputs: Outputs) -> Layers:

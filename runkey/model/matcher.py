@@ -33,8 +33,8 @@ class Targets:
 
     def image_index(self) -> Tensor:
         """Return the image (0..B-1) of each box: int64 [N], on the host."""
-        counts = torch.tensor(self.counts, dtype=torch.int64)
-        return torch.repeat_interleave(torch.arange(len(self.counts)), counts)
+        index = [image for image, count in enumerate(self.counts) for _ in range(count)]
+        return torch.tensor(index, dtype=torch.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +134,17 @@ class Matcher:
         """
         device = layers.logits.device
         images = targets.image_index().to(device, non_blocking=True)
-        cost = self._costs(layers, targets, images).cpu().numpy()
+        cost = self.read(self._costs(layers, targets, images))
         fault = ""
         if not np.isfinite(cost).all():
             fault = _first_non_finite(layers, targets)
             cost = np.nan_to_num(cost, nan=_NEVER, posinf=_NEVER, neginf=_NEVER)
-        pairs = torch.from_numpy(_assign(cost, targets.counts)).to(device, non_blocking=True)
+        pairs = torch.tensor(_assign(cost, targets.counts)).to(device, non_blocking=True)
         return Matches(pairs[0], pairs[1], fault)
+
+    def read(self, cost: Tensor) -> npt.NDArray[np.floating]:
+        """Copy the costs [N, L, Q] to the host."""
+        return cost.cpu().numpy()
 
     def _costs(self, layers: Layers, targets: Targets, images: Tensor) -> Tensor:
         """[N, L, Q]: the costs of each box and its own image's predictions."""

@@ -58,18 +58,12 @@ class Postprocess:
             scores, query = scores.sort(dim=1, descending=True, stable=True)
             labels = labels.take_along_dim(query, dim=1)
         else:
-            scores, labels, query = _best_pairs(logits.sigmoid())
+            # A stable sort: topk's choice among equal scores differs between devices.
+            scores, pair = logits.sigmoid().flatten(1).sort(dim=1, descending=True, stable=True)
+            scores, pair = scores[:, :_MAX_DETECTIONS], pair[:, :_MAX_DETECTIONS]
+            labels, query = pair % logits.shape[-1], pair // logits.shape[-1]
         boxes_xyxy = boxes_xyxy.take_along_dim(query[..., None], dim=1)
         return [Detections(*image) for image in zip(scores, labels, boxes_xyxy, strict=True)]
-
-
-def _best_pairs(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Score, class and query, each [B, n], of the best pairs in scores [B, Q, K]."""
-    num_classes = scores.shape[-1]
-    # A stable sort: topk's choice among equal scores differs between devices.
-    best, pair = scores.flatten(1).sort(dim=1, descending=True, stable=True)
-    best, pair = best[:, :_MAX_DETECTIONS], pair[:, :_MAX_DETECTIONS]
-    return best, pair % num_classes, pair // num_classes
 
 
 def build_postprocess(model: params.Model) -> Postprocess:

@@ -32,45 +32,35 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def attend_self(self, x: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend from a sequence to itself.
+        """Attend from a sequence to itself; returns [B, T, D].
 
         Args:
             x: [B, T, D].
             position: [B or 1, T, D], added to query and key.
             mask: bool, broadcastable to [B, H, T, T], True where attention is allowed; None: all.
-
-        Returns:
-            [B, T, D].
         """
         dim = x.shape[-1]
         weight, bias = self.in_proj_weight, self.in_proj_bias
         query_key = F.linear(x + position, weight[: 2 * dim], bias[: 2 * dim])
         value = F.linear(x, weight[2 * dim :], bias[2 * dim :])
-        query, key = query_key.chunk(2, dim=-1)
-        return self.attend_heads(
-            self.split_heads(query), self.split_heads(key), self.split_heads(value), mask
-        )
+        query, key, value = map(self.split_heads, (*query_key.chunk(2, dim=-1), value))
+        return self.attend_heads(query, key, value, mask)
 
     def attend_memory(
         self, x: Tensor, position: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None
     ) -> Tensor:
-        """Attend from queries to the encoder's tokens.
+        """Attend from queries to the encoder's tokens; returns [B, T, D].
 
         Args:
             x: [B, T, D].
             position: [B or 1, T, D], added to the query.
             keys_values: this layer's pair from `project_memory`, [B, S, D] each.
             mask: bool, broadcastable to [B, H, T, S], True where attention is allowed; None: all.
-
-        Returns:
-            [B, T, D].
         """
         dim = x.shape[-1]
         query = F.linear(x + position, self.in_proj_weight[:dim], self.in_proj_bias[:dim])
-        key, value = keys_values
-        return self.attend_heads(
-            self.split_heads(query), self.split_heads(key), self.split_heads(value), mask
-        )
+        query, key, value = map(self.split_heads, (query, *keys_values))
+        return self.attend_heads(query, key, value, mask)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """Reshape [B, T, D] to [B, H, T, D / H]."""
@@ -79,16 +69,13 @@ class Attention(nn.Module):
     def attend_heads(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Attend in every head and apply the output projection.
+        """Attend in every head and apply the output projection; returns [B, T, D].
 
         Args:
             query: [B, H, T, E], for any E.
             key: [B, H, S, E].
             value: [B, H, S, D / H].
             mask: as in `attend_memory`.
-
-        Returns:
-            [B, T, D].
         """
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
@@ -197,7 +184,7 @@ class DecoderLayer(_FeedForward):
         self_mask: Tensor | None,
         memory_mask: Tensor | None,
     ) -> Tensor:
-        """Run the layer.
+        """Run the layer; returns [B, T, D].
 
         Args:
             x: the queries' content [B, T, D].
@@ -206,9 +193,6 @@ class DecoderLayer(_FeedForward):
             keys_values: this layer's keys and values of the encoder's tokens.
             self_mask: see `Attention.attend_self`.
             memory_mask: see `Attention.attend_memory`.
-
-        Returns:
-            [B, T, D].
         """
         x = self.norm1(x + self.drop(self.self_attn.attend_self(x, position, self_mask)))
         attended = self.multihead_attn.attend_memory(x, cross_position, keys_values, memory_mask)

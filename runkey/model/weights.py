@@ -1,55 +1,171 @@
-"""Load initial weights: a pretrained backbone or a detector, its heads matched by class name."""
+"""Weights on disk: saved models, and the initial weights of a training.
+
+A trained model is a folder with two files.
+`weights.safetensors`: the state dict, contiguous CPU tensors; nothing in it can run code.
+`model.json`: `{"format": 1, "model": params, "classes": [{index, id, name}], "sizes": {...}}`.
+Models of runkey 0.1 hold `weights.pt` instead: `{"model": state dict}` by `torch.save`.
+
+Initial weights are a pretrained backbone or a detector, whose heads are matched by class name.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import pickle
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
+import safetensors.torch
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from runkey import params
 from runkey.errors import ModelError
-from runkey.model.detr import Detector
-from runkey.model.model_files import (
-    CARD,
-    OLD_WEIGHTS,
-    WEIGHTS,
-    read_card,
-    read_weights,
-    weights_file,
-)
+from runkey.files import write_atomically, write_json
+from runkey.model.detr import Detector, build_model
 
-# Names of COCO's category ids, for heads trained with ids as class indices. The ids run to 90 with
-# gaps: (first id, names of it and the ids after it).
-_RUNS: tuple[tuple[int, str], ...] = (
-    (1, "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant"),
-    (13, "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe"),
-    (27, "backpack,umbrella"),
-    (31, "handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat"),
-    (40, "baseball glove,skateboard,surfboard,tennis racket,bottle"),
-    (46, "wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot"),
-    (58, "hot dog,pizza,donut,cake,chair,couch,potted plant,bed"),
-    (67, "dining table"),
-    (70, "toilet"),
-    (72, "tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator"),
-    (84, "book,clock,vase,scissors,teddy bear,hair drier,toothbrush"),
-)
+WEIGHTS = "weights.safetensors"
+OLD_WEIGHTS = "weights.pt"
+"""What models of runkey 0.1 have in place of `WEIGHTS`."""
+CARD = "model.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CardClass:
+    """A class of a saved model: its row in the class head, its COCO category id, its name."""
+
+    index: int
+    id: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Image sizes in evaluation, pixels."""
+
+    short_side: int
+    """Short side after resizing."""
+    long_side: int
+    """Upper bound of the long side; it takes precedence over the short side."""
+    cached: bool = False
+    """Whether images were first shrunk for prepare's cache. Older models do not record it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """The parameters, classes and image sizes of a saved model."""
+
+    model: params.Model
+    """What it was built with."""
+    classes: tuple[CardClass, ...]
+    """The K classes, in order of their index."""
+    sizes: Sizes
+    """Of the images that it was evaluated on."""
+
+
+def save_model(folder: Path, state: Mapping[str, Tensor], card: ModelCard) -> None:
+    """Write a model into a folder; equal values on any device, in any layout, give equal bytes."""
+    # A contiguous copy: neither strides nor the rest of a shared storage get into the file.
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
+    write_atomically(folder / WEIGHTS, safetensors.torch.save(plain, {"format": "pt"}))
+    tree = TypeAdapter(ModelCard).dump_python(card, mode="json")
+    write_json(folder / CARD, {"format": _FORMAT} | tree)
+
+
+def read_card(folder: Path) -> ModelCard:
+    """Read the card of a saved model.
+
+    Raises:
+        ModelError: the card is missing, damaged or of another format.
+    """
+    path = folder / CARD
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        if card["format"] != _FORMAT:
+            raise ModelError(f"{path}: format {card['format']}, this program reads {_FORMAT}")
+        return TypeAdapter(ModelCard).validate_python(card)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: not found; run `dvc repro train` first") from None
+    except (ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:90]
+        raise ModelError(f"{path}: no model card ({reason}); run `dvc repro train`") from None
+
+
+def weights_file(folder: Path) -> Path:
+    """Return the weights file of a saved model, or the path where it is missing."""
+    old = folder / OLD_WEIGHTS
+    new = folder / WEIGHTS
+    return old if old.is_file() and not new.is_file() else new
+
+
+def read_weights(path: Path) -> Any:
+    """Read a `.safetensors` file, or what `torch.save` wrote, without running code from it.
+
+    Returns:
+        The state dict of a `.safetensors` file; else whatever was saved, tensors on the CPU.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or holds something other than tensors and plain values.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        # The reference's training checkpoints hold their command line too; it is only read past.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        text = str(error).strip()
+        raise ValueError(text.splitlines()[0] if text else "cut short") from None
+
+
+def load_model(folder: Path) -> tuple[Detector, ModelCard]:
+    """Load a saved model, on the CPU and in evaluation mode, with its card.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the weights do not fit the card.
+    """
+    card = read_card(folder)
+    path = weights_file(folder)
+    try:
+        state = read_weights(path)
+        state = state["model"] if path.name == OLD_WEIGHTS else state
+    except FileNotFoundError:
+        raise ModelError(f"{path}: not found; run `dvc repro train` first") from None
+    except (ValueError, KeyError, TypeError):
+        raise ModelError(f"{path}: damaged; run `dvc repro train` again") from None
+    detector = build_model(card.model, len(card.classes))
+    try:
+        detector.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ModelError(f"{path}: does not fit {CARD} beside it ({reason})") from None
+    return detector.eval(), card
+
+
+# Initial weights.
+
 
 NUM_COCO_IDS = 91
 """Logits of the reference's COCO models without no-object: ids 0..90."""
 
 
 def coco_names() -> list[str]:
-    """Return the name of each id 0..90, empty where COCO has no category."""
-    names = [""] * NUM_COCO_IDS
-    for first, run in _RUNS:
-        for offset, name in enumerate(run.split(",")):
-            names[first + offset] = name
-    return names
+    """Return the name of each id 0..90, for heads with ids as class indices; empty for gaps."""
+    from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
+
+    names = FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return ["" if name in ("__background__", "N/A") else name for name in names]
 
 
 # Tensors with a row per class, and with a row per query.
@@ -108,20 +224,14 @@ def transfer(
     class_names: Sequence[str],
     warnings: tuple[str, ...],
 ) -> LoadReport:
-    """Copy the tensors that fit into `detector`, in place.
-
-    Args:
-        detector: keeps its random values where nothing fits.
-        source: the weights.
-        class_names: the detector's classes 0..K-1.
-        warnings: passed on to the report.
+    """Copy the tensors of `source` that fit into `detector`, whose classes 0..K-1 are named.
 
     Raises:
         ModelError: nothing fits.
     """
     target = detector.state_dict()  # refers to the parameters: copying into it loads them
     state, dropped = _usable(source, "proposal_head.class_embed.weight" in target)
-    their_names = _source_class_names(source)
+    their_names = source.class_names
     loaded, new = [], []
     for name, ours in target.items():
         if name.endswith("num_batches_tracked"):
@@ -160,14 +270,6 @@ def _usable(source: PretrainedWeights, target_is_fast: bool) -> tuple[dict[str, 
 
 def _is_fast(state: dict[str, Tensor]) -> bool:
     return any(name.startswith("proposal_head.") for name in state)
-
-
-def _source_class_names(source: PretrainedWeights) -> list[str] | None:
-    """The source's class names; COCO's for a head of the reference's size."""
-    head = source.state.get("class_embed.weight")
-    if source.class_names is None and head is not None and not _is_fast(source.state):
-        return coco_names() if len(head) == NUM_COCO_IDS + 1 else None
-    return source.class_names
 
 
 def _copy(
@@ -280,16 +382,15 @@ def read_source(path: Path) -> PretrainedWeights:
             f"{file}: no weights file that is safe to load ({str(error)[:90]}); save its tensors"
             ' alone with torch.save({"model": model.state_dict()}, file)'
         ) from None
-    return PretrainedWeights(str(path), _tensors(loaded, file), _class_names(file))
+    state = _tensors(loaded, file)
+    return PretrainedWeights(str(path), state, _class_names(file, state))
 
 
 def _tensors(loaded: object, file: Path) -> dict[str, Tensor]:
     """The state dict in a loaded file: under `model`, under `state_dict`, or the whole."""
     if isinstance(loaded, dict):
-        for key in ("model", "state_dict"):
-            if isinstance(loaded.get(key), dict):
-                loaded = loaded[key]
-                break
+        inner = (loaded.get(key) for key in ("model", "state_dict"))
+        loaded = next((one for one in inner if isinstance(one, dict)), loaded)
     if not isinstance(loaded, dict) or not loaded:
         raise ModelError(f"{file}: holds no state dict; expected names with tensors, or 'model'")
     odd = [name for name, value in loaded.items() if not isinstance(value, Tensor)]
@@ -298,11 +399,13 @@ def _tensors(loaded: object, file: Path) -> dict[str, Tensor]:
     return loaded
 
 
-def _class_names(file: Path) -> list[str] | None:
-    """Class names of a saved model, from the card beside its weights."""
-    if file.name not in (WEIGHTS, OLD_WEIGHTS) or not file.with_name(CARD).is_file():
-        return None
-    return [entry.name for entry in read_card(file.parent).classes]
+def _class_names(file: Path, state: dict[str, Tensor]) -> list[str] | None:
+    """Class names from the card beside a saved model; COCO's for a head of the reference's size."""
+    if file.name in (WEIGHTS, OLD_WEIGHTS) and file.with_name(CARD).is_file():
+        return [entry.name for entry in read_card(file.parent).classes]
+    head = state.get("class_embed.weight")
+    is_reference = head is not None and len(head) == NUM_COCO_IDS + 1 and not _is_fast(state)
+    return coco_names() if is_reference else None
 
 
 def _imagenet(backbone: str) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from runkey.evaluation.files import (
 )
 from runkey.files import write_json
 from runkey.identity.key import make_recipe
-from runkey.model.model_files import load_model
+from runkey.model.weights import load_model
 from runkey.params import load_params
 from runkey.pipeline.record import FinishedRun
 from runkey.pipeline.validation import build_validation

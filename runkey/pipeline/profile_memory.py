@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,17 +24,24 @@ from runkey.memory.measure import (
     MEASURED,
     Trial,
     TrialJob,
-    TrialProcess,
     TrialResult,
     add_trials,
-    read_result,
+    read_as,
     this_platform,
+    wait_for,
     write_cpu,
     write_gpu,
 )
-from runkey.memory.memory_model import MODEL, MemoryModel, read_model, write_model
-from runkey.memory.predict import batch_fields, generation_of, predict
+from runkey.memory.predict import (
+    MODEL,
+    MemoryModel,
+    batch_fields,
+    predict,
+    read_model,
+    write_model,
+)
 from runkey.memory.trace.events import MicroBatch
+from runkey.memory.trace.gpu import Gpu
 from runkey.params import Params, load_params
 from runkey.pipeline.step_factory import step_factory
 from runkey.plots.memory import draw_step
@@ -58,8 +66,8 @@ def profile(root: Path) -> None:
         logger.info(text)
     if device.type == "cuda":
         # With no GPU visible, so that the prediction is the same everywhere.
-        command = _stage_command("--predict")
-        TrialProcess(command, root, os.environ | {"CUDA_VISIBLE_DEVICES": ""}).wait()
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        wait_for(subprocess.Popen(_stage_command("--predict"), cwd=root, env=environment))
         _measure_on_gpu(params, shapes, root, device)
         return
     job = _job(params, shapes, tuple(map(shapes.worst, params.memory.probe_batches)))
@@ -119,23 +127,24 @@ def _trial(root: Path, job: TrialJob) -> Iterator[Callable[[], TrialResult]]:
         asked, answer = Path(folder) / "job.json", Path(folder) / "result.json"
         write_json(asked, asdict(job))
         command = _stage_command("--trial", str(asked), str(answer))
-        process = TrialProcess(command, root, os.environ)
+        process = subprocess.Popen(command, cwd=root)
 
         def result() -> TrialResult:
-            process.wait()
-            return read_result(answer)
+            wait_for(process)
+            return read_as(TrialResult, answer)
 
         try:
             yield result
         finally:
-            process.stop()
+            process.terminate()
+            process.wait()
 
 
 def _measure_on_gpu(params: Params, shapes: BatchShapes, root: Path, device: torch.device) -> None:
     """Run steps from the predicted micro-batch on, until one passes and one more does not."""
     out = root / paths.MEMORY
     model, digest = read_model(out / MODEL), sha256_file(out / MODEL)
-    outside = generation_of(torch.cuda.get_device_capability(device)).context_bytes[1]
+    outside = Gpu(torch.cuda.get_device_capability(device)).context_bytes
 
     def run(*worst: MicroBatch, sampled: tuple[Step, ...] = ()) -> tuple[TrialJob, TrialResult]:
         # This process never opens the GPU, whose context takes memory.

@@ -14,7 +14,7 @@ from runkey import paths
 from runkey.data.dataset import GlobalBatch
 from runkey.data.index import read_classes
 from runkey.files import write_json
-from runkey.memory.measure import read_job, run_trial
+from runkey.memory.measure import TrialJob, read_as, run_trial
 from runkey.memory.trace.record import BuiltStep, StepFactory, with_fixed_matches
 from runkey.model.criterion import build_criterion
 from runkey.params import Params, load_params
@@ -51,5 +51,6 @@ def run_trial_job(root: Path, job: Path, result: Path) -> None:
     params = load_params(root / paths.PARAMS)
     device, _ = choose_device(params.runtime.device)
     num_classes = len(read_classes(root / paths.PREPARED / "classes.json"))
-    outcome = run_trial(lambda: build_step(params, num_classes, device).step, read_job(job), device)
+    asked = read_as(TrialJob, job)
+    outcome = run_trial(lambda: build_step(params, num_classes, device).step, asked, device)
     write_json(result, asdict(outcome))

@@ -21,7 +21,7 @@ from runkey.files import write_json
 from runkey.identity.key import Recipe
 from runkey.memory.choose import MemoryPlan, plan_memory
 from runkey.memory.measure import CALIBRATION
-from runkey.model.model_files import Sizes, save_model
+from runkey.model.weights import CardClass, ModelCard, Sizes, save_model
 from runkey.params import Params
 from runkey.pipeline.once import KeyClaim
 from runkey.pipeline.record import Run, recorded, save_run
@@ -112,8 +112,9 @@ def _train(run: Run, context: TrainContext, interrupts: Interrupts) -> None:
         assert result.best
         cached = open_cache(root / paths.PREPARED, "val") is not None
         sizes = Sizes(max(params.data.short_sides), params.data.long_side, cached)
-        weights, classes = result.best_weights, validation.classes
-        save_model(root / paths.MODEL, weights, params.model, classes, sizes)
+        classes = tuple(CardClass(c.index, c.id, c.name) for c in validation.classes)
+        card = ModelCard(params.model, classes, sizes)
+        save_model(root / paths.MODEL, result.best_weights, card)
         # Few numbers, since `dvc metrics show` prints them in one line.
         last = result.history[-1]
         metrics = {

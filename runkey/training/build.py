@@ -19,8 +19,8 @@ from runkey.data.dataset import GlobalBatch
 from runkey.data.index import read_classes
 from runkey.data.loader import TrainLoader, build_train_loader
 from runkey.errors import TrainingError
-from runkey.model.build import build_model
 from runkey.model.criterion import Criterion, build_criterion
+from runkey.model.detr import build_model
 from runkey.model.weights import load_initial_weights
 from runkey.params import Params
 from runkey.training.device import build_precision, configure_torch

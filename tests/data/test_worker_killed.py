@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from runkey.errors import DataError
-from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
+from runkey.model.detr import build_model
 from runkey.params import Augment, Data
 from runkey.training.device import configure_torch
 from tests.support.fitting import fit

@@ -54,7 +54,7 @@ CHANGES = {
     "`runtime.workers: 2`": edited("params.yaml", r"  workers: auto", "  workers: 2"),
     "`evaluate.sheet_images: 4`": edited("params.yaml", r"sheet_images: \d+", "sheet_images: 4"),
     "a comment in `runkey/model/boxes.py`": added("runkey/model/boxes.py"),
-    "a constant in `runkey/model/boxes.py`": edited("runkey/model/boxes.py", r" 2\b", " 3"),
+    "a constant in `runkey/model/boxes.py`": edited("runkey/model/boxes.py", r" 0\.5\b", " 0.25"),
     "a comment in `runkey/plots/curves.py`": added("runkey/plots/curves.py"),
     "or `README.md`": added("README.md"),
     "another image": edited("data.dvc", r"md5: [0-9a-f]{4}", "md5: 0000"),

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 LAYER = "transformer.encoder.layers.0.linear1"
 OVERFLOWING = f"""
 import torch
-from runkey.model.build import build_model
+from runkey.model.detr import build_model
 from runkey.params import load_params
 from pathlib import Path
 torch.manual_seed(0)

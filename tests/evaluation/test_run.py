@@ -15,8 +15,8 @@ from runkey.data.loader import build_eval_loader
 from runkey.data.normalise import normalise
 from runkey.errors import RunkeyError
 from runkey.evaluation.run import detect, evaluate_model, same_shape_batches
-from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
+from runkey.model.detr import build_model
 from runkey.model.matcher import Targets
 from runkey.model.postprocess import build_postprocess
 from runkey.params import Data, Model

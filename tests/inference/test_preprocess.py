@@ -22,10 +22,9 @@ from runkey.evaluation.coco import evaluate_detections
 from runkey.evaluation.pyfunc import PyfuncDetector
 from runkey.evaluation.run import ImageDetections, detect
 from runkey.inference.preprocess import preprocess
-from runkey.model.build import build_model
-from runkey.model.detr import Detector
-from runkey.model.model_files import CardClass, ModelCard, Sizes
+from runkey.model.detr import Detector, build_model
 from runkey.model.postprocess import build_postprocess
+from runkey.model.weights import CardClass, ModelCard, Sizes
 from runkey.params import Checks, Data, Model
 from tests.support.workspace import loader_params
 

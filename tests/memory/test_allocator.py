@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runkey.memory.allocator import Allocator, Block
+from runkey.memory.template import Allocator, Block
 from runkey.units import KIB, MIB
 
 # (bytes) allocates, (-n) frees the n-th oldest block that is alive, modulo their number.
@@ -38,26 +36,23 @@ class Run:
 
     def check(self) -> None:
         allocator = self.allocator
-        free = [*allocator.small.blocks.values(), *allocator.large.blocks.values()]
-        used = [block for _, block in self.alive]
-        every = sorted([*free, *used], key=lambda block: block.address)
-        # No overlap.
-        assert all(a.end() <= b.address for a, b in itertools.pairwise(every))
-        # No leak: all memory is in use or free; and the counters say so.
-        assert sum(block.size for block in used) == allocator.allocated
-        assert sum(block.size for block in every) == allocator.reserved
+        used = [(block.address, block.size) for _, block in self.alive]
+        for segment in (allocator.small, allocator.large):
+            free = [(address, size) for size, address in segment.free]
+            own = [block for block in used if segment.start <= block[0] < segment.end]
+            # No overlap, no leak: the segment is one chain of blocks that ends where it ends.
+            end = segment.start
+            for address, size in sorted([*free, *own]):
+                assert address == end
+                end += size
+            assert end == segment.end
+            # Free neighbours are one block, and blocks are found by their size.
+            assert not {address for address, _ in free} & {sum(block) for block in free}
+            assert segment.free == sorted(segment.free)
+            assert all(allocator.segment(size) is segment for _, size in own)
+        assert sum(size for _, size in used) == allocator.allocated
         assert allocator.reserved >= allocator.max_allocated >= allocator.allocated
         assert all(block.size >= asked and block.size % 512 == 0 for asked, block in self.alive)
-        assert not any(block.free for block in used)
-        for block in free:
-            # Free neighbours are one block.
-            assert block.after is None or not block.after.free
-            assert block.free
-        for pool in (allocator.small, allocator.large):
-            assert pool.keys == sorted((b.size, b.address) for b in pool.blocks.values())
-            assert all(b.pool is pool for b in pool.blocks.values())
-            # The segment is one chain of blocks that ends where its memory ends.
-            assert pool.last is None or (pool.last.after is None and pool.last.end() == pool.end)
 
 
 @settings(max_examples=60, deadline=None)
@@ -102,7 +97,7 @@ def test_the_segment_grows_by_pages_and_fills_its_holes():
     first = allocator.allocate(30 * MIB)
     assert allocator.reserved == 40 * MIB
     second = allocator.allocate(30 * MIB)
-    assert (second.address, allocator.reserved) == (first.end(), 60 * MIB)
+    assert (second.address, allocator.reserved) == (sum(first), 60 * MIB)
     allocator.release(first)
     assert allocator.allocate(25 * MIB).address == first.address
     allocator.allocate(5 * MIB)

@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from runkey.errors import TrainingError
-from runkey.memory.budget import MemoryBudget, available_bytes, memory_budget, spare_bytes
 from runkey.memory.choose import Choice, choose, split_evenly
-from runkey.memory.measure import cpu_line
-from runkey.memory.memory_model import Line, line_through
+from runkey.memory.measure import (
+    MemoryBudget,
+    available_bytes,
+    cpu_line,
+    memory_budget,
+    spare_bytes,
+)
+from runkey.memory.predict import Line, line_through
 from runkey.units import GIB, MIB
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ import torch
 
 from runkey.errors import TrainingError
 from runkey.files import write_json
-from runkey.memory.measure import TrialJob, TrialProcess, read_job, read_result, run_trial
-from runkey.memory.memory_model import read_model, write_model
+from runkey.memory.measure import TrialJob, TrialResult, read_as, run_trial, wait_for
+from runkey.memory.predict import read_model, write_model
 from runkey.memory.trace.events import MicroBatch
 from runkey.memory.trace.record import BatchFields, synthetic_batch
 from runkey.params import Params, override
@@ -97,13 +97,13 @@ def test_a_trial_runs_each_window_and_tells_of_peaks(tmp_path):
 
     asked = job(MicroBatch(2, 40, 60, 5), MicroBatch(3, 40, 60, 5))
     write_json(tmp_path / "job.json", asdict(asked))
-    assert read_job(tmp_path / "job.json") == asked
+    assert read_as(TrialJob, tmp_path / "job.json") == asked
     result = run_trial(make_step, asked, CPU)
     assert seen == [[2, 2], [2, 2], [3, 3], [3, 3], [2]]
     assert [peak.images for peak in result.peaks] == [2, 3]
     assert result.passed(asked)
     write_json(tmp_path / "result.json", asdict(result))
-    assert read_result(tmp_path / "result.json") == result
+    assert read_as(TrialResult, tmp_path / "result.json") == result
 
 
 def test_a_step_that_does_not_fit_is_named():
@@ -128,21 +128,15 @@ def test_other_faults_of_a_step_are_not_hidden():
 
 
 def test_death_of_the_measuring_process_is_named(tmp_path):
-    killed = TrialProcess(
-        [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"],
-        tmp_path,
-        os.environ,
-    )
+    def ended(code: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+
+    killed = ended("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(
         TrainingError, match=r"^memory.probe_batches: the machine ran out of memory"
     ):
-        killed.wait()
-    failed = TrialProcess([sys.executable, "-c", "raise SystemExit(3)"], tmp_path, os.environ)
+        wait_for(killed)
     with pytest.raises(SystemExit) as caught:
-        failed.wait()
+        wait_for(ended("raise SystemExit(3)"))
     assert caught.value.code == 3
-    sleeping = TrialProcess(
-        [sys.executable, "-c", "import time; time.sleep(600)"], tmp_path, os.environ
-    )
-    sleeping.stop()
-    sleeping.stop()
+    wait_for(ended("pass"))

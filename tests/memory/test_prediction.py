@@ -23,7 +23,7 @@ from runkey.memory.measure import (
     this_platform,
     write_cpu,
 )
-from runkey.memory.memory_model import read_model, write_model
+from runkey.memory.predict import read_model, write_model
 from runkey.params import override
 from runkey.units import GIB, MIB
 
@@ -125,7 +125,7 @@ def trial(model: str, ratio: float, *, retries: int = 0, platform: Platform = GP
 def test_own_trials_correct_both_ways_and_others_upwards_only():
     assert correction([], GPU, "this") == Correction()
     own = [trial("this", 0.8), trial("this", 0.9), trial("other", 1.2)]
-    assert correction(own, GPU, "this") == Correction(0.9 * 1.01, 500 * MIB, 3)
+    assert correction(own, GPU, "this") == Correction(0.9 * 1.01, 500 * MIB)
     assert correction([trial("this", 0.1)], GPU, "this").factor == 0.5
     assert correction([trial("other", 0.8)], GPU, "this").factor == 1.0
     assert correction([trial("other", 1.1)], GPU, "this").factor == pytest.approx(1.1 * 1.01)

@@ -24,11 +24,11 @@ UNSEEN = MicroBatch(5, 83, 108, 6), MicroBatch(1, 90, 120, 6), MicroBatch(7, 88,
 @pytest.fixture(scope="module")
 def traces(small_params):
     """Steps over one, two and three micro-batches, traced for themselves."""
-    with recorder(step_factory(small_params, 8), BatchFields(8, 2), Gpu((8, 0), 0)) as one:
+    with recorder(step_factory(small_params, 8), BatchFields(8, 2), Gpu()) as one:
         windows = [(SEEN[0],), *((p, p) for p in (*SEEN, *UNSEEN)), (UNSEEN[0],) * 3, SEEN[:1]]
-        steps = [one.step(window) for window in windows]
-        setup, found = one.traces(steps)
-    return setup, found
+        for window in windows:
+            one.step(window)
+        return one.traces()
 
 
 @pytest.fixture(scope="module")

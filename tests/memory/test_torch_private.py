@@ -73,7 +73,7 @@ def private_names(source: str) -> list[str]:
 
 def test_no_other_file_uses_a_private_name():
     files = [path for path in sorted(ROOM.rglob("*.py")) if path.name != "torch_private.py"]
-    assert len(files) > 10
+    assert len(files) >= 9
     found = {path.name: private_names(path.read_text()) for path in files}
     # NamedTuple's public method has an underscore.
     used = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from runkey.model.fast import ConditionalAttention, project_memory_conditional
+from runkey.model.detr import ConditionalAttention, project_memory_conditional
 from runkey.model.position import GridPosition, grid_centres
 from runkey.model.transformer import Attention, project_memory
 

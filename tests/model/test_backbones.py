@@ -6,10 +6,11 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from runkey import params
-from runkey.model.backbones import FrozenBatchNorm2d, ResNet, conv_norm
-from runkey.model.build import build_model
+from runkey.model.backbones import ResNet, conv_norm
+from runkey.model.detr import build_model
 
 PLAIN = {"dilation": False, "frozen_norm": False, "frozen_stages": 0, "checkpointing": False}
 

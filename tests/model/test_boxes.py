@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torchvision.ops import box_iou, generalized_box_iou
+from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
-from runkey.model.boxes import cxcywh_to_xyxy, full_precision, overlaps, xyxy_to_cxcywh
+from runkey.model.boxes import cxcywh_to_xyxy, full_precision, overlaps
 
 
 @pytest.fixture
@@ -16,7 +16,8 @@ def boxes():
 
 
 def test_formats_go_round(boxes):
-    torch.testing.assert_close(xyxy_to_cxcywh(cxcywh_to_xyxy(boxes)), boxes)
+    back = box_convert(cxcywh_to_xyxy(boxes), "xyxy", "cxcywh")
+    torch.testing.assert_close(back, boxes)
     assert cxcywh_to_xyxy(torch.tensor([0.5, 0.4, 0.2, 0.6])).tolist() == pytest.approx(
         [0.4, 0.1, 0.6, 0.7]
     )

@@ -6,8 +6,8 @@ import torch
 from runkey import params
 from runkey.memory.trace.torch_private import fake_tensors
 from runkey.model.boxes import cxcywh_to_xyxy, overlaps
-from runkey.model.build import build_model
 from runkey.model.criterion import QualityLoss, build_criterion
+from runkey.model.detr import build_model
 from runkey.model.matcher import Targets
 
 K = 4

@@ -6,9 +6,8 @@ from torch import nn
 
 from runkey import params
 from runkey.model.boxes import cxcywh_to_xyxy, overlaps
-from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
-from runkey.model.fast import Denoiser
+from runkey.model.detr import Denoiser, build_model
 from runkey.model.matcher import Targets
 from runkey.model.postprocess import build_postprocess
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
+from runkey.model.detr import build_model
 from runkey.model.matcher import Outputs
 from runkey.model.postprocess import build_postprocess
 

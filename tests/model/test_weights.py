@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,24 +13,30 @@ from safetensors.torch import load_file, save_file
 
 from runkey import params
 from runkey.errors import ModelError
-from runkey.model.build import build_model
-from runkey.model.model_files import CARD, OLD_WEIGHTS, WEIGHTS, Sizes, load_model, save_model
-from runkey.model.weights import NUM_COCO_IDS, coco_names, load_initial_weights, read_source
+from runkey.model.detr import build_model
+from runkey.model.weights import (
+    CARD,
+    NUM_COCO_IDS,
+    OLD_WEIGHTS,
+    WEIGHTS,
+    CardClass,
+    ModelCard,
+    Sizes,
+    coco_names,
+    load_initial_weights,
+    load_model,
+    read_source,
+    save_model,
+)
 from tests.support.shared import shared_data
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"hidden_dim": 16, "num_heads": 2, "feedforward_dim": 24, "num_queries": 10}
 
 
-@dataclass
-class Name:
-    index: int
-    id: int
-    name: str
-
-
-def classes(*names):
-    return [Name(index, 10 + index, name) for index, name in enumerate(names)]
+def card(model, *names):
+    classes = tuple(CardClass(index, 10 + index, name) for index, name in enumerate(names))
+    return ModelCard(model, classes, Sizes(120, 160))
 
 
 def model_params(**changes):
@@ -42,19 +47,19 @@ def saved(folder, names, **changes):
     """A model of ours on disk; its state."""
     model = model_params(**changes)
     state = build_model(model, len(names)).state_dict()
-    save_model(folder, state, model, classes(*names), Sizes(120, 160))
+    save_model(folder, state, card(model, *names))
     return state
 
 
 def test_a_saved_model_comes_back_whole(tmp_path):
     model = model_params(denoising={"groups": 2})
     net = build_model(model, 2).to(memory_format=torch.channels_last)
-    save_model(tmp_path, net.state_dict(), model, classes("a", "ü"), Sizes(120, 160))
-    found, card = load_model(tmp_path)
+    save_model(tmp_path, net.state_dict(), card(model, "a", "ü"))
+    found, read = load_model(tmp_path)
     assert not found.training
-    assert card.model == model
-    assert [(c.index, c.id, c.name) for c in card.classes] == [(0, 10, "a"), (1, 11, "ü")]
-    assert (card.sizes.short_side, card.sizes.long_side) == (120, 160)
+    assert read.model == model
+    assert [(c.index, c.id, c.name) for c in read.classes] == [(0, 10, "a"), (1, 11, "ü")]
+    assert (read.sizes.short_side, read.sizes.long_side) == (120, 160)
     for name, value in net.state_dict().items():
         assert torch.equal(found.state_dict()[name], value), name
 
@@ -66,7 +71,7 @@ def test_the_same_model_is_the_same_bytes(tmp_path):
         n: v.to(memory_format=torch.channels_last) if v.dim() == 4 else v for n, v in state.items()
     }
     for folder, values in (("a", state), ("b", other)):
-        save_model(tmp_path / folder, values, model, classes("x", "y"), Sizes(120, 160))
+        save_model(tmp_path / folder, values, card(model, "x", "y"))
     for file in (WEIGHTS, CARD):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 

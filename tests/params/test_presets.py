@@ -13,8 +13,8 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
+from runkey.model.detr import build_model
 from runkey.model.postprocess import build_postprocess
 from runkey.params import Params, load_params, parse_params
 from runkey.params.render import (

@@ -15,8 +15,8 @@ from torch import nn
 
 from runkey import params
 from runkey.errors import report_errors
-from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
+from runkey.model.detr import build_model
 from runkey.training.device import Precision
 from runkey.training.distributed import World, join_world
 from runkey.training.optimizer import Clipper, build_optimizer

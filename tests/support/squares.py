@@ -12,8 +12,8 @@ from torch import nn
 from runkey import params
 from runkey.data.dataset import Batch, GlobalBatch
 from runkey.data.normalise import normalise
-from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
+from runkey.model.detr import build_model
 from runkey.model.matcher import Targets
 from runkey.training.checkpoint import FolderCheckpoints, Interval
 from runkey.training.device import configure_torch

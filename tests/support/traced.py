@@ -139,10 +139,11 @@ def trace(training: Training, *, fake: bool, own: bool) -> Traced:
         factory = step_factory(training.params, CLASSES)
         one = Recorder(factory, torch.device("cpu"), FIELDS)
         stack.enter_context(python_backward(one) if own else torch_backward(one))
-        steps = [one.step(training.micro_batches) for _ in range(2)]
+        for _ in range(2):
+            one.step(training.micro_batches)
         parameters = one.built.model.parameters()
         gradients = [p.grad.clone() for p in parameters if p.grad is not None]
-        setup, traces = one.traces(steps)
+        setup, traces = one.traces()
     return Traced(setup, traces, gradients)
 
 

@@ -9,25 +9,25 @@ import pytest
 import torch
 from PIL import Image
 
-from runkey.data.index import ClassName
 from runkey.errors import TrackingError
 from runkey.evaluation.pyfunc import PYFUNC_COLUMNS
-from runkey.model.build import build_model
-from runkey.model.model_files import Sizes, save_model
+from runkey.model.detr import build_model
+from runkey.model.weights import CardClass, ModelCard, Sizes, save_model
 from runkey.params import Model
 from runkey.tracking.describe import log_model
 from runkey.tracking.store import Store, experiment_id, open_client
 from runkey.tracking.transfer import delete_run
 
-CLASSES = [ClassName(0, 7, "a"), ClassName(1, 3, "b")]
+CLASSES = (CardClass(0, 7, "a"), CardClass(1, 3, "b"))
 
 
 def test_the_model_is_recorded_once_loads_and_detects(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    card = Model(hidden_dim=32, num_heads=2, feedforward_dim=48, num_queries=8)
-    save_model(tmp_path / "model", build_model(card, 2).state_dict(), card, CLASSES, Sizes(48, 80))
+    model = Model(hidden_dim=32, num_heads=2, feedforward_dim=48, num_queries=8)
+    card = ModelCard(model, CLASSES, Sizes(48, 80))
+    save_model(tmp_path / "model", build_model(model, 2).state_dict(), card)
     pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
     client = open_client(store)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from runkey import params
-from runkey.model.build import build_model
+from runkey.model.detr import build_model
 from runkey.training.optimizer import Ema
 
 DONE, SKIPPED = torch.tensor(0.0), torch.tensor(1.0)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from runkey.data.normalise import normalise
-from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
+from runkey.model.detr import build_model
 from runkey.model.matcher import Targets
 from runkey.training.device import configure_torch
 from tests.support import toy

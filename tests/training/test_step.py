@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from runkey import params
-from runkey.model.build import build_model
 from runkey.model.criterion import build_criterion
+from runkey.model.detr import build_model
 from runkey.training.device import Precision
 from runkey.training.optimizer import Clipper, Ema, build_optimizer, trained_parameters
 from runkey.training.step import TrainStep, accumulate_gradients, train_step

@@ -41,11 +41,7 @@ def run_backward(
     """
     assert root.grad_fn is not None, "the loss does not depend on any parameter"
     with torch.no_grad(), GraphExecGroup():
-        # Alive until the end, as torch keeps it.
-        seed = torch.ones_like(root) if gradient is None else gradient
-        run = BackwardRun(on_node)
-        run.begin(root, seed)
-        run.finish()
+        BackwardRun(on_node).run(root, torch.ones_like(root) if gradient is None else gradient)
 
 
 class BackwardRun:
@@ -62,18 +58,17 @@ class BackwardRun:
         # In how many slots a gradient stands; torch's engine counts references instead.
         self._slots_of: Counter[int] = Counter()
 
-    def begin(self, root: Tensor, seed: Tensor) -> None:
-        """Put the root's gradient into its slot, and detach the root."""
+    def run(self, root: Tensor, seed: Tensor) -> None:
+        """Detach the root and run every node; `seed`, the root's gradient, lives until the end."""
         node: Any = root.grad_fn
         slots: Slots = [None] * len(input_metadata(node))
         slots[root.output_nr] = seed
-        self._slots_of[id(seed)] += 2  # Its slot's reference, and the caller's.
+        self._slots_of[id(seed)] += 2  # Its slot's reference, and ours.
         self._awaited = _count_dependencies(node)
         self._push(node, slots)
+        # Only the heap refers to them from here on.
+        del node, slots
         _detach_chain(root)
-
-    def finish(self) -> None:
-        """Run every node."""
         while self._ready:
             _, _, node, slots = heappop(self._ready)
             if node.name() == _LEAF:
@@ -164,7 +159,7 @@ class BackwardRun:
         ):
             variable.grad = gradient.detach()
         else:
-            variable.grad = _copy_in_layout_of(gradient, variable)
+            variable.grad = torch.empty_like(variable).copy_(gradient)
         self._release(slots)
 
 
@@ -231,10 +226,8 @@ _ALONE = reference_counts(torch.empty(1))
 def _is_dense(tensor: Tensor) -> bool:
     """Return True if the elements lie without gap or overlap, in any order of dimensions."""
     expected = 1
-    for size, stride in sorted(
-        ((size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)),
-        key=lambda pair: pair[1],
-    ):
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    for size, stride in sorted(pairs, key=lambda pair: pair[1]):
         if size != 1:
             if stride != expected:
                 return False
@@ -243,21 +236,6 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _has_layout_of(gradient: Tensor, variable: Tensor) -> bool:
-    """Return True if a gradient has its variable's strides (contiguous if those have gaps)."""
-    if not _is_dense(variable):
-        return gradient.is_contiguous()
-    return all(
-        size == 1 or mine == theirs
-        for size, mine, theirs in zip(
-            gradient.shape, gradient.stride(), variable.stride(), strict=True
-        )
-    )
-
-
-def _copy_in_layout_of(gradient: Tensor, variable: Tensor) -> Tensor:
-    if not _is_dense(variable):
-        return gradient.clone(memory_format=torch.contiguous_format)
-    copy = torch.empty_strided(
-        variable.shape, variable.stride(), dtype=variable.dtype, device=variable.device
-    )
-    return copy.copy_(gradient)
+    """Return True if a gradient has the strides of its variable, which is dense."""
+    strides = zip(gradient.shape, gradient.stride(), variable.stride(), strict=True)
+    return all(size == 1 or mine == theirs for size, mine, theirs in strides)

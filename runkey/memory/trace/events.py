@@ -101,18 +101,9 @@ class Timeline:
         return total
 
     @property
-    def peak(self) -> int:
-        """Number of events before the peak."""
-        return int(self.total.argmax())
-
-    @property
     def peak_bytes(self) -> int:
         """Most bytes alive at once."""
         return int(self.total.max())
-
-    def phase_at(self, events: int) -> str:
-        """Return the phase after that many events."""
-        return [mark.phase for mark in self.marks if mark.start <= max(0, events - 1)][-1]
 
 
 def timeline_of(trace: Trace) -> Timeline:
@@ -140,16 +131,17 @@ class Breakdown:
 
 def break_down(trace: Trace) -> Breakdown:
     """Attribute the bytes at a step's peak to classes and modules."""
-    timeline = timeline_of(trace)
+    peak = int(timeline_of(trace).total.argmax())  # events before it
+    phase = [mark.phase for mark in trace.marks if mark.start <= max(0, peak - 1)][-1]
     parts: Counter[tuple[str, BlockClass]] = Counter()
-    for event in (*trace.before, *trace.events[: timeline.peak]):
+    for event in (*trace.before, *trace.events[:peak]):
         parts[_part_of(event.module), event.class_] += event.change
     modules: dict[str, dict[BlockClass, int]] = {}
     for (module, class_), size in parts.items():
         if size:
             modules.setdefault(module, {})[class_] = size
     sums = {name: sum(one.get(name, 0) for one in modules.values()) for name in CLASSES}
-    return Breakdown(timeline.phase_at(timeline.peak), sums, modules)
+    return Breakdown(phase, sums, modules)
 
 
 def _part_of(module: str) -> str:

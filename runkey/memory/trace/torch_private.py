@@ -7,9 +7,9 @@ raises an ImportError that names it. What they do and how to repair them: docs/m
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -33,7 +33,6 @@ PARTS = {
     "torch.ops.aten._scaled_dot_product_attention_math": "attention as on a GPU",
     "torch.ops.aten._scaled_dot_product_flash_attention": "attention as on a GPU",
     "torch.ops.aten._scaled_dot_product_efficient_attention": "attention as on a GPU",
-    "torch.ops.aten._scaled_dot_product_cudnn_attention": "attention as on a GPU",
     "node._sequence_nr": "the order of the backward pass",
     "node._input_metadata": "shapes and dtypes of gradients",
 }
@@ -46,21 +45,14 @@ def missing_parts(parts: Mapping[str, str] = PARTS) -> list[str]:
 
 
 def _exists(name: str) -> bool:
-    first, *rest = name.split(".")
-    if first == "node":
-        found: Any = torch.ones(1, requires_grad=True).exp().grad_fn
-    else:
-        found, path = torch, "torch"
-        while rest and not hasattr(found, rest[0]):
-            path = ".".join([path, rest.pop(0)])
-            try:
-                found = importlib.import_module(path)
-            except ImportError:
-                return False
-    for part in rest:
-        if not hasattr(found, part):
-            return False
-        found = getattr(found, part)
+    first, _, attribute = name.partition(".")
+    try:
+        if first == "node":
+            getattr(torch.ones(1, requires_grad=True).exp().grad_fn, attribute)
+        else:
+            pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
     return True
 
 
@@ -85,7 +77,6 @@ ATTENTION = {
     "math": torch.ops.aten._scaled_dot_product_attention_math,
     "flash": torch.ops.aten._scaled_dot_product_flash_attention,
     "efficient": torch.ops.aten._scaled_dot_product_efficient_attention,
-    "cudnn": torch.ops.aten._scaled_dot_product_cudnn_attention,
 }
 """Attention kernels; each returns a tuple whose first tensor is the result."""
 
@@ -119,23 +110,16 @@ def fake_cuda(
     """Answer what torch's Python code asks about the GPU, and replace its choice of kernels.
 
     Without this, autocast turns itself off with a warning, attention is materialised, and
-    convolutions in bf16 lose the memory format that cuDNN keeps.
-
-    Args:
-        capability: compute capability of the GPU, such as (8, 0).
-        has_bf16: whether the GPU computes in bf16.
-        attention: stands for `F.scaled_dot_product_attention`.
+    convolutions in bf16 lose the memory format that cuDNN keeps. `attention` stands for
+    `F.scaled_dot_product_attention`.
     """
-    replaced: list[tuple[Any, str, Callable[..., Any]]] = [
-        (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
-        (torch.cuda, "is_bf16_supported", lambda *_, **__: has_bf16),
-        (torch.cuda, "get_device_capability", lambda *_: capability),
-        (F, "scaled_dot_product_attention", attention),
-        (torch._C, "_conv_determine_backend_memory_format", _convolution_format),
-    ]
-    with ExitStack() as stack:
-        for owner, name, value in replaced:
-            stack.enter_context(patch.object(owner, name, value))
+    with (
+        patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: has_bf16),
+        patch.object(torch.cuda, "get_device_capability", lambda *_: capability),
+        patch.object(F, "scaled_dot_product_attention", attention),
+        patch.object(torch._C, "_conv_determine_backend_memory_format", _convolution_format),
+    ):
         yield
 
 
