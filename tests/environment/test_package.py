@@ -23,8 +23,8 @@ UV = (sys.executable, "-m", "uv")
 OFFLINE = ("--offline", "--quiet")
 SOURCES = ("runkey", "pyproject.toml", "README.md", "LICENSE")
 FIRST_PARTY = {"runkey", "stages"}
-# Needed without an import: remotes on S3, a GPU's numbers in MLflow, weights (soon imported).
-NOT_IMPORTED = {"dvc-s3", "nvidia-ml-py", "safetensors"}
+# Needed without an import: remotes on S3, a GPU's numbers in MLflow.
+NOT_IMPORTED = {"dvc-s3", "nvidia-ml-py"}
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
 
 
@@ -35,9 +35,9 @@ def declared():
 
 
 def runtime_imports():
-    """Top-level names that runkey and stages import, standard library and first party left out."""
+    """Top-level names that commands and stages import, without standard library and first party."""
     names = set()
-    for folder in FIRST_PARTY:
+    for folder in (*FIRST_PARTY, "sample-data"):
         for file in (REPOSITORY / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_bytes())):
                 if isinstance(node, ast.Import):
