@@ -57,7 +57,9 @@ class RestClient:
         self.address = urllib.parse.urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
         self._seconds = seconds
         self._headers = _login(parts)
-        self._tls = _tls() if parts.scheme == "https" else None
+        # An opener of its own: urllib's shared one keeps the proxies of its first use for ever.
+        tls = [urllib.request.HTTPSHandler(context=_tls())] if parts.scheme == "https" else []
+        self._opener = urllib.request.build_opener(*tls)
 
     def get(self, path: str, query: Mapping[str, str | int] | None = None) -> Any:
         """Return the JSON answer to `GET api/2.0/mlflow/<path>`."""
@@ -132,7 +134,7 @@ class RestClient:
             failure: RegistryError
             try:
                 try:
-                    answer = urllib.request.urlopen(request, None, self._seconds, context=self._tls)
+                    answer = self._opener.open(request, None, self._seconds)
                 except urllib.error.HTTPError as error:
                     with error:
                         raise _refusal(self.address, error) from None
