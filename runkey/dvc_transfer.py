@@ -48,8 +48,8 @@ class DvcRemote:
             if local and root in Path(remote.path).resolve().parents:
                 name = self.name or repo.config["core"].get("remote")
                 raise RegistryError(
-                    f"DVC remote {name} is a folder of this checkout: nobody else can read it;"
-                    f" `dvc remote modify {name} url <address>` sets your team's"
+                    f"DVC remote {name} is a folder of this checkout, which other machines cannot"
+                    f" read; `dvc remote modify {name} url <address>` sets your team's"
                 )
             return str(remote.fs.unstrip_protocol(remote.path))
 

@@ -132,9 +132,9 @@ def hash_files(paths: Iterable[str], root: Path, rule: str = RULE) -> dict[str, 
 
 def imported_files(root: Path) -> tuple[str, ...]:
     """Return the repo-relative paths of first-party files that this process imported, sorted."""
-    home = root.resolve()
-    inside = (path.relative_to(home) for path in _loaded_files() if path.is_relative_to(home))
-    return tuple(sorted(p.as_posix() for p in inside if not p.parts[0].startswith(".")))
+    home = f"{root.resolve()}/"
+    inside = (file.removeprefix(home) for file in _loaded_files() if file.startswith(home))
+    return tuple(sorted(path for path in inside if not path.startswith(".")))
 
 
 def foreign_files(root: Path) -> tuple[str, ...]:
@@ -142,15 +142,19 @@ def foreign_files(root: Path) -> tuple[str, ...]:
 
     `PYTHONPATH` or a .pth file can put one before a locked package; no key covers it.
     """
-    homes = [Path(home).resolve() for home in (root, sys.prefix, sys.base_prefix)]
-    outside = (p for p in _loaded_files() if not any(p.is_relative_to(home) for home in homes))
-    return tuple(sorted(map(str, outside)))
+    homes = tuple(f"{Path(home).resolve()}/" for home in (root, sys.prefix, sys.base_prefix))
+    return tuple(sorted(file for file in _loaded_files() if not file.startswith(homes)))
 
 
-def _loaded_files() -> set[Path]:
+def _loaded_files() -> set[str]:
     files = (getattr(module, "__file__", None) for module in tuple(sys.modules.values()))
     # Some of torch's modules name a relative file that does not exist.
-    return {Path(file).resolve() for file in files if file and Path(file).is_absolute()}
+    return {_resolved(file) for file in files if file and file.startswith("/")}
+
+
+@functools.cache
+def _resolved(file: str) -> str:
+    return str(Path(file).resolve())
 
 
 def undeclared(

@@ -29,7 +29,7 @@ State = Literal["running", "finished", "failed"]
 StateNow = Literal["running", "finished", "failed", "dead", "silent"]
 STATES: tuple[State, ...] = ("running", "finished", "failed")
 DEAD = "DEAD"
-"""Status of a run that MLflow has as RUNNING although nobody trains it any more."""
+"""Status of a run that MLflow has as RUNNING although its process is gone."""
 _NAME = re.compile(rf"^({ANY_SCHEMA}-[0-9a-f]{{64}})(?:\.g([1-9][0-9]{{0,8}}))?$")
 _END = ".json"
 

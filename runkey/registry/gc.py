@@ -285,7 +285,7 @@ def _worktrees(scope: Scope) -> Iterator[Item]:
         quiet = seen is False or scope.now - _changed(path) >= _QUIET_SECONDS
         # A stage runs on for a while after `runkey reproduce` itself was killed.
         if not seen and quiet and not _has_processes(path):
-            why = f"its process {owner.label} is gone" if owner else "nobody works in it"
+            why = f"its process {owner.label} is gone" if owner else "no process works in it"
             remove = partial(_remove_worktree, scope.root, path)
             yield _item(scope, "worktree", path, why, f"reproduce/{path.name}", remove)
 

@@ -362,7 +362,7 @@ class _Search:
         return Decision(line=line, claim=held, superseded=self._left_running(number))
 
     def _left_running(self, generation: int) -> tuple[str, ...]:
-        """Return runs of earlier generations that nobody ended.
+        """Return runs of earlier generations that are still marked RUNNING.
 
         More than one, if an owner died before it could end the run that it replaced.
         """

@@ -6,7 +6,7 @@
     export    write everything to one file, for a machine without a connection
     import    read such a file, which may come from anybody
 
-The MLflow run is always copied last: whoever finds the run finds all of it, and an interruption
+The MLflow run is always copied last, so a run that can be found is complete, and an interruption
 leaves only objects that nothing refers to.
 
 Each of the four raises RegistryError if something of the run is missing, damaged, or could do harm,
@@ -58,7 +58,7 @@ class Remote(Protocol):
     """A DVC remote; `runkey.dvc_transfer.DvcRemote` implements it with DVC."""
 
     def check(self) -> str:
-        """Return its address; raise RegistryError if nobody else can read it."""
+        """Return its address; raise RegistryError if other machines cannot read it."""
 
     def push(self, objects: Mapping[str, int], entries: Iterable[str]) -> int:
         """Copy objects and entries there; return the number of new objects."""

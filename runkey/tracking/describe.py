@@ -27,7 +27,7 @@ _NAME_ITEMS = 4
 
 @dataclass(frozen=True, slots=True)
 class RunDescription:
-    """What MLflow is told of a run when it starts."""
+    """Name, parameters, tags and data of a run, logged to MLflow when it starts."""
 
     name: str
     params: Mapping[str, str]

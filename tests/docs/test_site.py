@@ -76,6 +76,7 @@ def browser(tmp_path: Path):
         yield page
 
 
+@pytest.mark.slow
 def test_it_opens_in_a_browser_without_a_network(site: Path, browser: Page) -> None:
     SCREENSHOTS.mkdir(exist_ok=True)
     browser.open((site / "index.html").as_uri())

@@ -20,6 +20,8 @@ from runkey.tracking.store import free_port, locate_store
 from runkey.tracking.sync import RunSender, TrainingRun
 from tests.support.chromium import Page, open_chromium
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 SCREENSHOTS = REPOSITORY / ".screenshots"
 PARTS = ("code", "params", "data", "environment")

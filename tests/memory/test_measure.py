@@ -41,6 +41,7 @@ def run_stage(folder: Path, params: Params, prepared: Path) -> subprocess.Comple
     )
 
 
+@pytest.mark.slow
 def test_stage(small_params, prepared, prediction, tmp_path):
     """Another process predicts the same, to the byte, and measures this machine's step."""
     result = run_stage(tmp_path, small_params, prepared)

@@ -13,6 +13,8 @@ from runkey.training.distributed import World
 from tests.support import rank_trainings
 from tests.support.rank_trainings import STEPS
 
+pytestmark = pytest.mark.slow
+
 GOES_ON = "`dvc repro` goes on from there"
 
 

@@ -22,6 +22,7 @@ IDS = [1, 2, 3, 7, 5, 4, 6, 8]
 ALONE = World()
 
 
+@pytest.mark.slow
 def test_memory_that_really_runs_out():
     """8 images do not fit, 4 do not, 2 do; with less still, not one does."""
     done = subprocess.run(
