@@ -87,7 +87,7 @@ class AnyGpu(Gpu):
 
     def _prefers_cudnn(self) -> bool:
         """Torch 2.11 with a recent cuDNN, on datacenter Hopper and Blackwell."""
-        newer = torch.__version__.split(".")[:2] >= ["2", "11"]
+        newer = [int(part) for part in torch.__version__.split(".")[:2]] >= [2, 11]
         return newer and self.cudnn > 91500 and self.capability in ((9, 0), (10, 0), (10, 3))
 
     def _cudnn_can(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
