@@ -1,6 +1,6 @@
 """COCO metrics, computed by pycocotools.
 
-    result = evaluate_detections(records, classes, detections)
+    result = evaluate_results(records, classes, results)
     result.summary["AP"], result.per_class[0].ap50
 
 The ground truth comes from the index, in original pixels and category ids. Annotations are numbered
@@ -13,7 +13,6 @@ import contextlib
 import io
 import itertools
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from runkey.data.index import ClassName, ImageRecord
-from runkey.evaluation.files import CocoDetection, ImageDetections, to_results_json
+from runkey.evaluation.files import CocoDetection
 
 SIZES = ("small", "medium", "large")
 """COCO's: areas up to 32 x 32 pixels, up to 96 x 96, and above."""
@@ -86,39 +85,6 @@ class CocoResult:
     precision: NDArray[np.float64]
     """[K, T, R]: largest precision at that recall or beyond; NaN for a class without objects."""
 
-    def metrics(self, prefix: str = "") -> dict[str, float]:
-        """Return the metrics that are defined, for logging: {"AP": ..., "AP50": ..., ...}."""
-        return {prefix + name: value for name, value in self.summary.items() if value is not None}
-
-
-def evaluate_detections(
-    records: list[ImageRecord],
-    classes: list[ClassName],
-    detections: Mapping[int, ImageDetections],
-    *,
-    by_size: bool = True,
-) -> CocoResult:
-    """Evaluate all detections of all images, without a score threshold.
-
-    Args:
-        records: the ground truth.
-        classes: all classes; labels of records and detections are indices into this list.
-        detections: by image id, for every image of `records`, those without detections included.
-        by_size: also compute the metrics of small, medium and large objects; they take more than
-            half of the time, and are None otherwise.
-
-    Raises:
-        ModelError: a score or a box is not finite.
-    """
-    wanted, got = {record.id for record in records}, set(detections)
-    if wanted != got:
-        raise ValueError(
-            f"detections of {len(wanted - got)} image(s) are missing, "
-            f"{len(got - wanted)} are of unknown images"
-        )
-    results = to_results_json(detections, classes)
-    return evaluate_results(records, classes, results, by_size=by_size)
-
 
 def evaluate_results(
     records: list[ImageRecord],
@@ -127,7 +93,15 @@ def evaluate_results(
     *,
     by_size: bool = True,
 ) -> CocoResult:
-    """Evaluate detections in COCO's results format; arguments as for `evaluate_detections`."""
+    """Evaluate all detections of all images, without a score threshold.
+
+    Args:
+        records: the ground truth.
+        classes: all classes; labels of records are indices into this list.
+        results: detections in COCO's results format.
+        by_size: also compute the metrics of small, medium and large objects; they take more than
+            half of the time, and are None otherwise.
+    """
     # pycocotools prints its progress and a table.
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _ground_truth(records, classes)

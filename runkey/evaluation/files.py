@@ -4,24 +4,19 @@ evaluation/metrics.json            the twelve COCO metrics, and those of each cl
 evaluation/predictions.json        all detections, in COCO's results format
 evaluation/precision_recall.json   curves of each class at each IoU threshold
 
-Detections get category ids here, and boxes become left, top, width, height. Numbers keep all their
-digits, so any COCO evaluation of predictions.json gives the same metrics exactly.
+Numbers keep all their digits, so any COCO evaluation of predictions.json gives the same metrics.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
-from numpy.typing import NDArray
 
-from runkey.data.index import ClassName
-from runkey.errors import DataError, ModelError
+from runkey.errors import DataError
 from runkey.files import write_atomically
 
 if TYPE_CHECKING:
@@ -32,18 +27,6 @@ PREDICTIONS = "predictions.json"
 PRECISION_RECALL = "precision_recall.json"
 
 
-@dataclass(frozen=True, slots=True)
-class ImageDetections:
-    """One image's detections: arrays or tensors on the host, in any order."""
-
-    scores: NDArray[np.float32]
-    """[n], 0..1; equal scores keep the order that they have here."""
-    labels: NDArray[np.int64]
-    """[n], class indices 0..K-1."""
-    boxes_xyxy: NDArray[np.float32]
-    """[n, 4], pixels of the original image."""
-
-
 class CocoDetection(TypedDict):
     """One detection in COCO's results format."""
 
@@ -52,39 +35,6 @@ class CocoDetection(TypedDict):
     bbox: list[float]
     """Left, top, width, height in pixels of the original image."""
     score: float
-
-
-def to_results_json(
-    detections: Mapping[int, ImageDetections], classes: list[ClassName]
-) -> list[CocoDetection]:
-    """Convert detections to COCO's results format, image by image, with the data's category ids.
-
-    Args:
-        detections: by image id.
-        classes: as in classes.json; a label is an index into this list.
-
-    Raises:
-        ModelError: a score or a box is NaN or infinite; names the image.
-    """
-    results: list[CocoDetection] = []
-    for image_id, found in detections.items():
-        scores = np.asarray(found.scores, dtype=np.float64)
-        boxes = np.asarray(found.boxes_xyxy, dtype=np.float64).reshape(-1, 4)
-        if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
-            raise ModelError(
-                f"image {image_id}: the model predicts NaN or infinity; "
-                "train again with a lower lr or with optimizer.clip"
-            )
-        boxes_xywh = np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]).tolist()
-        results += [
-            CocoDetection(
-                image_id=int(image_id), category_id=classes[label].id, bbox=box, score=score
-            )
-            for label, box, score in zip(
-                found.labels.tolist(), boxes_xywh, scores.tolist(), strict=True
-            )
-        ]
-    return results
 
 
 def write_results(path: Path, results: list[CocoDetection]) -> None:

@@ -132,31 +132,19 @@ def rank_images(scores: Sequence[ImageScore], *, best: bool) -> list[ImageScore]
     return sorted(scores, key=lambda s: (s.f1, -s.missed - s.false, s.record.id))
 
 
-def iou_xywh(
-    boxes_xywh: NDArray[np.float64], others_xywh: NDArray[np.float64], crowd: NDArray[np.bool_]
+def _overlaps(
+    boxes_xywh: Sequence[Sequence[float]],
+    others_xywh: Sequence[Sequence[float]],
+    crowd: Sequence[bool],
 ) -> NDArray[np.float64]:
-    """Return the IoU of each pair of boxes.
+    """IoU of each pair, [n, m]; for a crowd, the part of the box that lies in it."""
+    from pycocotools.mask import iou  # here, as the report of a run is drawn without it
 
-    Args:
-        boxes_xywh: [n, 4] left, top, width, height, pixels.
-        others_xywh: [m, 4].
-        crowd: [m]; for a crowd, the part of the box that lies in it stands for the IoU.
-
-    Returns:
-        [n, m], 0..1.
-    """
-    low = np.maximum(boxes_xywh[:, None, :2], others_xywh[None, :, :2])
-    high = np.minimum(
-        (boxes_xywh[:, :2] + boxes_xywh[:, 2:])[:, None],
-        (others_xywh[:, :2] + others_xywh[:, 2:])[None],
-    )
-    shared = np.clip(high - low, 0, None).prod(axis=2)
-    area = boxes_xywh[:, 2:].prod(axis=1)[:, None]
-    other_area = others_xywh[:, 2:].prod(axis=1)[None]
-    union = np.where(crowd[None], area, area + other_area - shared)
-    overlaps: NDArray[np.float64] = np.divide(
-        shared, union, out=np.zeros_like(shared), where=union > 0
-    )
+    shape = (len(boxes_xywh), len(others_xywh))
+    if 0 in shape:
+        return np.zeros(shape)
+    boxes, others = (np.array(some, dtype=np.float64) for some in (boxes_xywh, others_xywh))
+    overlaps: NDArray[np.float64] = iou(boxes, others, crowd)
     return overlaps
 
 
@@ -165,11 +153,9 @@ def _match(
 ) -> list[MatchedBox]:
     """Match greedily by descending score, as COCO does; drop detections in a crowd."""
     results = sorted(results, key=lambda found: -found["score"])
-    boxes = np.array([found["bbox"] for found in results], dtype=np.float64).reshape(-1, 4)
-    truth = np.array(record.boxes_xywh, dtype=np.float64).reshape(-1, 4)
+    overlaps = _overlaps([found["bbox"] for found in results], record.boxes_xywh, record.crowd)
     crowd = np.array(record.crowd, dtype=bool)
     labels = np.array(record.labels, dtype=np.int64)
-    overlaps = iou_xywh(boxes, truth, crowd)
     free = np.ones(len(labels), dtype=bool)
     matches = []
     for found, overlap in zip(results, overlaps, strict=True):
@@ -202,51 +188,39 @@ def _best_threshold(matches: list[MatchedBox], objects: int) -> float:
     return float(descending[np.argmax(np.where(last, f1, -1))])
 
 
-@dataclass(frozen=True, slots=True)
-class Confusion:
-    """Which class is detected as which: counts of pairs at one score threshold."""
+def confusion(judged: Judgement, classes: int) -> NDArray[np.int64]:
+    """Count which of K classes is detected as which, above the score threshold.
 
-    counts: NDArray[np.int64]
-    """[K+1, K+1]: rows are true classes, columns detected ones; the last of each is background:
-    detections of nothing, and missed objects."""
-    threshold: float
-    """Detections below this score are not counted."""
-
-
-def confusion(judged: Judgement, classes: int) -> Confusion:
-    """Count which of K classes was detected as which."""
+    Returns:
+        [K+1, K+1]: rows are true classes, columns detected ones; the last of each is background:
+        detections of nothing, and missed objects.
+    """
     counts = np.zeros((classes + 1, classes + 1), dtype=np.int64)
     for image in judged.images:
         _count_pairs(counts, image)
-    return Confusion(counts, judged.threshold)
+    return counts
 
 
 def _count_pairs(counts: NDArray[np.int64], image: ImageScore) -> None:
-    background = len(counts) - 1
-    record = image.record
-    missed = []
-    for place, (label, found) in enumerate(zip(record.labels, image.found, strict=True)):
-        if found:
-            counts[label, label] += 1
-        elif not record.crowd[place]:
-            missed.append(place)
+    """Count one image; each false detection and missed object is background until they pair."""
+    record, background = image.record, len(counts) - 1
+    rows = zip(image.found, record.crowd, record.labels, record.boxes_xywh, strict=True)
+    missed = [(label, box) for found, crowd, label, box in rows if not (found or crowd)]
     false = [box for box in image.shown if not box.right]
-    overlaps = iou_xywh(
-        np.array([box.box_xywh for box in false], dtype=np.float64).reshape(-1, 4),
-        np.array([record.boxes_xywh[i] for i in missed], dtype=np.float64).reshape(-1, 4),
-        np.zeros(len(missed), dtype=bool),
+    for shown in image.shown:
+        counts[shown.label if shown.right else background, shown.label] += 1
+    for label, _ in missed:
+        counts[label, background] += 1
+    overlaps = _overlaps(
+        [shown.box_xywh for shown in false], [box for _, box in missed], [False] * len(missed)
     )
-    alone, unseen = set(range(len(false))), set(range(len(missed)))
     while overlaps.size and overlaps.max() >= MATCH_IOU:
-        d, o = map(int, np.unravel_index(np.argmax(overlaps), overlaps.shape))
-        counts[record.labels[missed[o]], false[d].label] += 1
+        d, o = np.unravel_index(np.argmax(overlaps), overlaps.shape)
+        detected, true = false[d].label, missed[o][0]
+        counts[true, detected] += 1
+        counts[background, detected] -= 1
+        counts[true, background] -= 1
         overlaps[d], overlaps[:, o] = -1, -1
-        alone.discard(d)
-        unseen.discard(o)
-    for d in alone:
-        counts[background, false[d].label] += 1
-    for o in unseen:
-        counts[record.labels[missed[o]], background] += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,11 +252,6 @@ def calibration(judged: Judgement, least_score: float = 0.0) -> Calibration:
     right = np.array([d.right for d in shown], dtype=np.float64)
     bin_of = np.minimum((scores * BINS).astype(np.int64), BINS - 1)
     counts = np.bincount(bin_of, minlength=BINS)
-
-    def mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        sums = np.bincount(bin_of, weights=values, minlength=BINS)
-        means: NDArray[np.float64] = np.full(BINS, np.nan)
-        np.divide(sums, counts, out=means, where=counts > 0)
-        return means
-
-    return Calibration(counts, mean(scores), mean(right))
+    with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin
+        means = (np.bincount(bin_of, values, BINS) / counts for values in (scores, right))
+        return Calibration(counts, *means)

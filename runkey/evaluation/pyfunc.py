@@ -45,12 +45,7 @@ class PyfuncDetector:
     """A detector on the CPU, one image at a time."""
 
     def __init__(self, detector: Detector, card: ModelCard) -> None:
-        """Wrap a detector.
-
-        Args:
-            detector: in evaluation mode.
-            card: its classes, model section and image sizes.
-        """
+        """Wrap a detector and its card."""
         self._detector = detector
         self._postprocess = build_postprocess(card.model)
         self._names = [one.name for one in card.classes]

@@ -9,23 +9,25 @@ batch size cannot change the result.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from runkey.data.dataset import Batch
 from runkey.data.index import ClassName, ImageRecord
 from runkey.data.normalise import normalise
-from runkey.evaluation.coco import CocoResult, evaluate_detections
-from runkey.evaluation.files import ImageDetections
+from runkey.errors import ModelError
+from runkey.evaluation.coco import CocoResult, evaluate_results
+from runkey.evaluation.files import CocoDetection
 from runkey.model.criterion import Criterion
 from runkey.model.matcher import Targets
-from runkey.model.postprocess import Postprocess
+from runkey.model.postprocess import Detections, Postprocess
 from runkey.progress import progress
 
 AutocastFactory = Callable[[], AbstractContextManager[object]]
@@ -36,15 +38,15 @@ class Evaluation:
     """The result of `evaluate_model`."""
 
     result: CocoResult
-    detections: dict[int, ImageDetections]
-    """By image id."""
+    detections: dict[int, Detections]
+    """By image id, on the host."""
     losses: dict[str, float]
     """"loss" and its parts, over all images together as one batch; empty without a criterion."""
 
     def metrics(self, prefix: str = "val/") -> dict[str, float]:
         """Return the metrics that are defined, for logging: val/AP, val/AP50, ..., val/loss, ..."""
-        losses = {prefix + name: value for name, value in self.losses.items()}
-        return {**self.result.metrics(prefix), **losses}
+        values = {**self.result.summary, **self.losses}
+        return {prefix + name: value for name, value in values.items() if value is not None}
 
 
 def detect(
@@ -54,8 +56,8 @@ def detect(
     device: torch.device,
     autocast: AutocastFactory = nullcontext,
     on_batch: Callable[[Any, Batch], None] = lambda outputs, batch: None,  # noqa: ARG005
-) -> dict[int, ImageDetections]:
-    """Return all detections by image id; the model runs in evaluation mode, restored after.
+) -> dict[int, Detections]:
+    """Detect objects in evaluation mode, which is restored after; return them by image id.
 
     Args:
         model: a detector; called as model(images [B, 3, H, W], padding_mask [B, H, W]).
@@ -65,7 +67,7 @@ def detect(
         autocast: returns the context of each forward pass (mixed precision).
         on_batch: called with the outputs and the batch, whose images have one shape.
     """
-    detections: dict[int, ImageDetections] = {}
+    detections: dict[int, Detections] = {}
     was_training = model.training
     model.eval()
     try:
@@ -77,10 +79,10 @@ def detect(
                     outputs = model(*normalise(on_device))
                 found = postprocess(outputs, batch.original_sizes.to(device))
                 for image_id, of_image in zip(batch.image_ids, found, strict=True):
-                    detections[image_id] = ImageDetections(
-                        scores=of_image.scores.float().cpu().numpy(),
-                        labels=of_image.labels.cpu().numpy(),
-                        boxes_xyxy=of_image.boxes_xyxy.float().cpu().numpy(),
+                    detections[image_id] = Detections(
+                        scores=of_image.scores.float().cpu(),
+                        labels=of_image.labels.cpu(),
+                        boxes_xyxy=of_image.boxes_xyxy.float().cpu(),
                     )
                 on_batch(outputs, on_device)
     finally:
@@ -109,18 +111,83 @@ def evaluate_model(
     Raises:
         ModelError: the model predicts NaN or infinity.
     """
-    meter = _LossMeter(criterion, [len(r.objects()) for r in records]) if criterion else None
+    counts = [len(record.objects()) for record in records]
+    normaliser = criterion.normaliser(counts) if criterion else None
+    sums: dict[str, Tensor] = {}
+    boxes = 0
     with progress("evaluate", len(records), "images") as steps:
 
         def on_batch(outputs: Any, batch: Batch) -> None:
-            if meter:
-                meter.add(outputs, batch)
+            nonlocal boxes
+            boxes += len(batch.labels)
+            if criterion and normaliser:
+                targets = Targets(batch.boxes_cxcywh, batch.labels, batch.counts)
+                losses = criterion(outputs, targets, normaliser)
+                parts = {f"loss_{name}": part for name, part in losses.parts.items()}
+                for name, value in {"loss": losses.total, **parts}.items():
+                    sums[name] = sums[name] + value if name in sums else value
             steps.advance(len(batch))
 
         detections = detect(model, postprocess, batches, device, autocast, on_batch)
-    losses = meter.losses() if meter else {}
+    if criterion and boxes != sum(counts):
+        raise ValueError(f"batches hold {boxes} boxes, records {sum(counts)}")
+    losses = {name: float(value) for name, value in sums.items()}
     result = evaluate_detections(records, classes, detections, by_size=by_size)
     return Evaluation(result, detections, losses)
+
+
+def evaluate_detections(
+    records: list[ImageRecord],
+    classes: list[ClassName],
+    detections: Mapping[int, Detections],
+    *,
+    by_size: bool = True,
+) -> CocoResult:
+    """Evaluate the detections of every image of `records`; otherwise as `evaluate_results`.
+
+    Raises:
+        ModelError: a score or a box is not finite.
+    """
+    wanted, got = {record.id for record in records}, set(detections)
+    if wanted != got:
+        raise ValueError(
+            f"detections of {len(wanted - got)} image(s) are missing, "
+            f"{len(got - wanted)} are of unknown images"
+        )
+    return evaluate_results(records, classes, to_results_json(detections, classes), by_size=by_size)
+
+
+def to_results_json(
+    detections: Mapping[int, Detections], classes: list[ClassName]
+) -> list[CocoDetection]:
+    """Convert detections to COCO's results format, image by image, with the data's category ids.
+
+    Args:
+        detections: by image id.
+        classes: as in classes.json; a label is an index into this list.
+
+    Raises:
+        ModelError: a score or a box is NaN or infinite; names the image.
+    """
+    results: list[CocoDetection] = []
+    for image_id, found in detections.items():
+        scores = np.asarray(found.scores, dtype=np.float64)
+        boxes = np.asarray(found.boxes_xyxy, dtype=np.float64).reshape(-1, 4)
+        if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
+            raise ModelError(
+                f"image {image_id}: the model predicts NaN or infinity; "
+                "train again with a lower lr or with optimizer.clip"
+            )
+        boxes_xywh = np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]).tolist()
+        results += [
+            CocoDetection(
+                image_id=int(image_id), category_id=classes[label].id, bbox=box, score=score
+            )
+            for label, box, score in zip(
+                found.labels.tolist(), boxes_xywh, scores.tolist(), strict=True
+            )
+        ]
+    return results
 
 
 def same_shape_batches(batch: Batch) -> Iterator[Batch]:
@@ -142,28 +209,3 @@ def same_shape_batches(batch: Batch) -> Iterator[Batch]:
             original_sizes=batch.original_sizes[rows],
             colour=None if batch.colour is None else batch.colour[rows],
         )
-
-
-class _LossMeter:
-    """Sum of the losses of batches, each normalised by the counts of the whole set."""
-
-    def __init__(self, criterion: Criterion, counts: list[int]) -> None:
-        self._criterion = criterion
-        self._counts = counts
-        self._normaliser = criterion.normaliser(counts)
-        self._sums: dict[str, Tensor] = {}
-        self._boxes = 0
-
-    def add(self, outputs: Any, batch: Batch) -> None:
-        targets = Targets(batch.boxes_cxcywh, batch.labels, batch.counts)
-        losses = self._criterion(outputs, targets, self._normaliser)
-        self._boxes += sum(batch.counts)
-        parts = {f"loss_{name}": part for name, part in losses.parts.items()}
-        for name, value in {"loss": losses.total, **parts}.items():
-            previous = self._sums.get(name)
-            self._sums[name] = value.detach() if previous is None else previous + value.detach()
-
-    def losses(self) -> dict[str, float]:
-        if self._boxes != sum(self._counts):
-            raise ValueError(f"batches hold {self._boxes} boxes, records {sum(self._counts)}")
-        return {name: float(value) for name, value in self._sums.items()}

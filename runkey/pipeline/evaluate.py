@@ -11,11 +11,11 @@ from runkey.evaluation.files import (
     METRICS_JSON,
     PRECISION_RECALL,
     PREDICTIONS,
-    to_results_json,
     write_metrics,
     write_precision_recall,
     write_results,
 )
+from runkey.evaluation.run import to_results_json
 from runkey.files import write_json
 from runkey.identity.key import make_recipe
 from runkey.model.weights import load_model

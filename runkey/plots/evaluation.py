@@ -21,7 +21,6 @@ from runkey.evaluation.files import (
 from runkey.evaluation.per_image import (
     BINS,
     Calibration,
-    Confusion,
     calibration,
     confusion,
     judge_images,
@@ -80,7 +79,7 @@ def write_evaluation_plots(
     counted = confusion(judged, len(classes))
     written = [
         precision_recall(curves, out / "precision_recall.png"),
-        confusion_matrix(counted, names, out / "confusion.png"),
+        confusion_matrix(counted, names, judged.threshold, out / "confusion.png"),
         ap_by_size(metrics, out / "ap_by_size.png"),
         reliability(calibration(judged, _LEAST_SCORE), out / "calibration.png"),
     ]
@@ -145,14 +144,16 @@ def _draw_ious(
     legend_beside(axes, "IoU, AP")
 
 
-def confusion_matrix(counted: Confusion, names: list[str], path: Path) -> Path:
-    """Draw the confusion matrix, coloured by the share of each row.
+def confusion_matrix(
+    counts: NDArray[np.int64], names: list[str], threshold: float, path: Path
+) -> Path:
+    """Draw the confusion matrix [K+1, K+1] at a score threshold, coloured by the share of each row.
 
     Of more than twenty classes, those with the most errors are shown, the others as one.
     """
-    counts, labels = _most_confused(counted.counts, names)
+    counts, labels = _most_confused(counts, names)
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
-    title = f"Confusion matrix at score {counted.threshold:.2f} and above"
+    title = f"Confusion matrix at score {threshold:.2f} and above"
     with drawing(path, title, height=1.2 + 0.37 * len(counts)) as (_, (axes,)):
         if not counts.any():
             show_empty([axes], "no object and no detection")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from runkey.evaluation.files import read_output
-from runkey.evaluation.per_image import Confusion
 from runkey.plots.log import read_log
 
 _MAX_ROWS = 2000  # more than the pixels of a screen only make DVC's page slow
@@ -51,13 +51,13 @@ def write_plot_tables(log: Path, out: Path) -> list[Path]:
     return written
 
 
-def write_confusion_table(counted: Confusion, names: Sequence[str], path: Path) -> Path:
+def write_confusion_table(counts: NDArray[np.int64], names: Sequence[str], path: Path) -> Path:
     """Write a row for each object and each false positive, which DVC's template counts.
 
     Brackets keep what is no class apart in DVC's order by name.
     """
-    truth, detected = np.nonzero(counted.counts)
-    times = counted.counts[truth, detected]
+    truth, detected = np.nonzero(counts)
+    times = counts[truth, detected]
     columns = {
         "truth": np.array([*names, "(background)"])[truth].repeat(times),
         "detected": np.array([*names, "(missed)"])[detected].repeat(times),

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from runkey.cli import app
 from runkey.errors import RunkeyError
-from runkey.evaluation.files import to_results_json
+from runkey.evaluation.run import to_results_json
 from runkey.params import load_params
 from runkey.params.render import render_preset
 from runkey.training.device import choose_device

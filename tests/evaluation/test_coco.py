@@ -17,8 +17,9 @@ from pycocotools.cocoeval import COCOeval
 
 from runkey.data.index import ClassName, ImageRecord
 from runkey.errors import DataError, ModelError
-from runkey.evaluation.coco import SUMMARY_NAMES, evaluate_detections, evaluate_results
-from runkey.evaluation.files import read_results, to_results_json, write_results
+from runkey.evaluation.coco import SUMMARY_NAMES, evaluate_results
+from runkey.evaluation.files import read_results, write_results
+from runkey.evaluation.run import Evaluation, evaluate_detections, to_results_json
 from tests.support.shared import shared_data
 
 
@@ -146,7 +147,7 @@ def test_nothing_to_find_is_undefined_and_not_logged(boxes):
     found = boxes(np.array([0.5]), np.array([0]), np.array([[1, 1, 5, 5]]))
     result = evaluate_detections([record], [ClassName(0, 1, "a")], {4: found})
     assert set(result.summary.values()) == {None}
-    assert result.metrics("val/") == {}
+    assert Evaluation(result, {}, {}).metrics("val/") == {}
     assert np.isnan(result.precision).all()
     assert result.per_class[0].objects == 0
 
@@ -155,7 +156,7 @@ def test_annotation_id_zero_counts(boxes):
     """pycocotools alone gives 0 here: it reads a match with annotation 0 as no match."""
     record = ImageRecord(1, "a", 9, 9, 0, False, ((1, 1, 4, 4),), (0,), (16,), (False,), (0,))
     found = boxes(np.array([0.9]), np.array([0]), np.array([[1, 1, 5, 5]]))
-    assert evaluate_detections([record], [ClassName(0, 0, "a")], {1: found}).metrics()["AP"] > 0.999
+    assert evaluate_detections([record], [ClassName(0, 0, "a")], {1: found}).summary["AP"] > 0.999
 
 
 def test_tensors_are_taken_as_they_are(world, boxes):

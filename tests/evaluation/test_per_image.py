@@ -8,13 +8,9 @@ import pytest
 from runkey.data.index import ClassName, ImageRecord
 from runkey.errors import DataError
 from runkey.evaluation.coco import evaluate_results
-from runkey.evaluation.files import (
-    read_output,
-    to_results_json,
-    write_metrics,
-    write_precision_recall,
-)
+from runkey.evaluation.files import read_output, write_metrics, write_precision_recall
 from runkey.evaluation.per_image import calibration, confusion, judge_images, rank_images
+from runkey.evaluation.run import to_results_json
 
 CLASSES = [ClassName(0, 5, "ball"), ClassName(1, 9, "cube")]
 
@@ -187,9 +183,8 @@ def test_confusion_counted_by_hand():
             found(3, 5, BOX, 0.9),  # in a crowd: does not count
         ],
     )
-    counted = confusion(judged, 2)
-    assert counted.threshold == 0.9
-    assert counted.counts.tolist() == [[1, 0, 0], [1, 0, 1], [0, 1, 0]]
+    assert judged.threshold == 0.9
+    assert confusion(judged, 2).tolist() == [[1, 0, 0], [1, 0, 1], [0, 1, 0]]
 
 
 def test_confusion_agrees_with_the_images(world):
@@ -197,7 +192,7 @@ def test_confusion_agrees_with_the_images(world):
     judged = judge_images(
         made.records, made.classes, to_results_json(made.detections, made.classes)
     )
-    counts = confusion(judged, len(made.classes)).counts
+    counts = confusion(judged, len(made.classes))
     assert np.trace(counts) == sum(image.right for image in judged.images)
     assert counts[:-1].sum() == sum(image.objects for image in judged.images)
     assert counts[:, :-1].sum() == sum(len(image.shown) for image in judged.images)

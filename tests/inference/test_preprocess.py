@@ -18,12 +18,11 @@ from runkey.data.cache import open_cache
 from runkey.data.index import ClassName, ImageRecord, read_classes, read_index
 from runkey.data.loader import build_eval_loader
 from runkey.data.prepare import prepare
-from runkey.evaluation.coco import evaluate_detections
 from runkey.evaluation.pyfunc import PyfuncDetector
-from runkey.evaluation.run import ImageDetections, detect
+from runkey.evaluation.run import detect, evaluate_detections
 from runkey.inference.preprocess import preprocess
 from runkey.model.detr import Detector, build_model
-from runkey.model.postprocess import build_postprocess
+from runkey.model.postprocess import Detections, build_postprocess
 from runkey.model.weights import CardClass, ModelCard, Sizes
 from runkey.params import Checks, Data, Model
 from tests.support.workspace import loader_params
@@ -74,12 +73,12 @@ class Prepared:
     classes: list[ClassName]
     detector: Detector
 
-    def evaluated(self) -> dict[int, ImageDetections]:
+    def evaluated(self) -> dict[int, Detections]:
         """As `evaluate` detects."""
         loader = build_eval_loader(loader_params(self.data), self.root)
         return detect(self.detector, build_postprocess(MODEL), loader, CPU)
 
-    def served(self, *, cached: bool) -> dict[int, ImageDetections]:
+    def served(self, *, cached: bool) -> dict[int, Detections]:
         """As MLflow's model answers."""
         sizes = Sizes(max(self.data.short_sides), self.data.long_side, cached)
         classes = tuple(CardClass(c.index, c.id, c.name) for c in self.classes)
@@ -88,10 +87,10 @@ class Prepared:
         answer = served.predict(pd.DataFrame({"image": files}))
         index = {c.name: c.index for c in self.classes}
         return {
-            self.records[number].id: ImageDetections(
-                rows["score"].to_numpy(np.float32),
-                rows["class"].map(index).to_numpy(np.int64),
-                rows[["x1", "y1", "x2", "y2"]].to_numpy(np.float32),
+            self.records[number].id: Detections(
+                torch.tensor(rows["score"].to_numpy(np.float32)),
+                torch.tensor(rows["class"].map(index).to_numpy(np.int64)),
+                torch.tensor(rows[["x1", "y1", "x2", "y2"]].to_numpy(np.float32)),
             )
             for number, rows in answer.groupby("image")
         }
@@ -131,9 +130,9 @@ def prepare_sample(root: Path, **options: Any) -> Prepared:
     return Prepared(root, data, read_index(root / "prepared/val.json"), classes, detector)
 
 
-def with_truth(record: ImageRecord, found: ImageDetections) -> ImageRecord:
+def with_truth(record: ImageRecord, found: Detections) -> ImageRecord:
     """The record with the best detections as its objects: against them, AP is no zero."""
-    boxes = found.boxes_xyxy[:4].clip(0, [record.width, record.height] * 2)
+    boxes = found.boxes_xyxy[:4].numpy().clip(0, [record.width, record.height] * 2)
     sides = boxes[:, 2:] - boxes[:, :2]
     return replace(
         record,
@@ -166,7 +165,7 @@ def test_the_served_model_detects_what_evaluate_detects(
 
     records = [with_truth(record, evaluated[record.id]) for record in prepared.records]
 
-    def ap(found: dict[int, ImageDetections]) -> float:
+    def ap(found: dict[int, Detections]) -> float:
         value = evaluate_detections(records, prepared.classes, found).summary["AP"]
         assert value is not None
         return value
@@ -175,7 +174,7 @@ def test_the_served_model_detects_what_evaluate_detects(
     assert round(ap(served), 3) == round(ap(evaluated), 3)
     # The scores tell one preprocessing from another, so that the test can fail.
     other = prepared.served(cached=not prepared.is_cached())
-    differences = [np.abs(other[i].scores - evaluated[i].scores).max() for i in evaluated]
+    differences = [(other[i].scores - evaluated[i].scores).abs().max() for i in evaluated]
     assert max(differences) > 1e-5
 
 

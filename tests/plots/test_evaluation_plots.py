@@ -20,7 +20,6 @@ from runkey.evaluation.files import (
     write_precision_recall,
     write_results,
 )
-from runkey.evaluation.per_image import Confusion
 from runkey.plots.evaluation import confusion_matrix, precision_recall, write_evaluation_plots
 from runkey.plots.tables import write_precision_recall_table
 from tests.support.figures import figure_of
@@ -114,7 +113,7 @@ def test_what_is_missing_is_named(image_set, tmp_path):
 def test_of_many_classes_the_most_confused_are_shown(tmp_path):
     def drawn(counts, names):
         """Names on the axis of the truth, and counts by row and column."""
-        (axes,) = figure_of(confusion_matrix, Confusion(counts, 0.5), names, folder=tmp_path).axes
+        (axes,) = figure_of(confusion_matrix, counts, names, 0.5, folder=tmp_path).axes
         cells = {text.get_position()[::-1]: int(text.get_text()) for text in axes.texts}
         return [label.get_text() for label in axes.get_yticklabels()], cells
 
