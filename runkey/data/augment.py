@@ -214,12 +214,10 @@ def augment_boxes(
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """Draws the random parameters of training images; see `params.Augment`."""
+    """Draws the random parameters of training images; see `params.Data`."""
 
     seed: int
-    short_sides: tuple[int, ...]
-    long_side: int
-    augment: Augment
+    data: Data
 
     def draw(
         self, epoch: int, ids: Sequence[int], sizes: Sequence[tuple[int, int]]
@@ -234,7 +232,7 @@ class Augmentation:
         Returns:
             [len(ids), 2 or 3], around 1; None if no factor varies.
         """
-        augment = self.augment
+        augment = self.data.augment
         spread = np.array([augment.brightness, augment.contrast, augment.saturation])
         if not spread.any():
             return None
@@ -245,14 +243,14 @@ class Augmentation:
 
     def _params(self, u: list[float], size: tuple[int, int]) -> AugmentParams:
         """Parameters from eight uniform numbers, each with one fixed meaning."""
-        augment, (height, width) = self.augment, size
-        short_side = self.short_sides[_below(u[1], len(self.short_sides))]
+        data, augment, (height, width) = self.data, self.data.augment, size
+        short_side = data.short_sides[_below(u[1], len(data.short_sides))]
         flip = u[0] < augment.flip_probability
         if u[2] >= augment.crop_probability:
-            out = resized_size(height, width, short_side, self.long_side)
+            out = resized_size(height, width, short_side, data.long_side)
             return AugmentParams(out, _zoomed(augment, u[3:7]), flip)
         region, cropped = _cropped(augment, size, u[3:])
-        return AugmentParams(resized_size(*cropped, short_side, self.long_side), region, flip)
+        return AugmentParams(resized_size(*cropped, short_side, data.long_side), region, flip)
 
 
 def _below(u: float, count: int) -> int:
@@ -299,11 +297,6 @@ def crop_sides(augment: Augment, side: int) -> tuple[int, int]:
 def _side(augment: Augment, side: int, u: float) -> int:
     low, high = crop_sides(augment, side)
     return low + _below(u, high - low + 1)
-
-
-def build_augmentation(data: Data, seed: int) -> Augmentation:
-    """Build the training augmentation from section `data` of the parameters."""
-    return Augmentation(seed, data.short_sides, data.long_side, data.augment)
 
 
 def evaluation_size(data: Data, height: int, width: int) -> tuple[int, int]:

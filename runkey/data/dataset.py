@@ -148,9 +148,8 @@ class BatchMaker(Dataset["Batch | Failure"]):
     """The data folder, which `table.files` are relative to."""
     cache: ImageCache | None
     augmentation: Augmentation | None
-    """Draws the colour factors; None: colours do not change."""
-    min_visible: float
-    """A box is kept if more than this fraction of its area is visible."""
+    """Draws the colour factors and says how much of a box must stay visible; None: colours do not
+    change, and every box is kept that has area."""
     max_objects: int
     """Most boxes of an image, the largest ones are kept; 0: no limit."""
 
@@ -206,7 +205,8 @@ class BatchMaker(Dataset["Batch | Failure"]):
         part = slice(*self.table.starts[index : index + 2])
         source_xyxy = self.table.boxes_xyxy[part] * (source[::-1] * 2)
         boxes_xyxy, visible = augment_boxes(source_xyxy, source, augment)
-        keep = np.flatnonzero(visible > self.min_visible)
+        least = self.augmentation.data.augment.min_visible if self.augmentation else 0.0
+        keep = np.flatnonzero(visible > least)
         if self.max_objects and len(keep) > self.max_objects:
             sides = boxes_xyxy[keep, 2:] - boxes_xyxy[keep, :2]
             largest = np.argsort(-sides.prod(axis=1), kind="stable")[: self.max_objects]

@@ -20,17 +20,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from runkey import paths
-from runkey.data.augment import (
-    Augmentation,
-    AugmentParams,
-    build_augmentation,
-    evaluation_size,
-)
+from runkey.data.augment import Augmentation, AugmentParams, evaluation_size
 from runkey.data.cache import open_cache
 from runkey.data.dataset import Batch, BatchMaker, Failure, GlobalBatch, Request, image_table
 from runkey.data.index import SplitName, read_index
-from runkey.data.sampler import GlobalBatchSampler, micro_batches
-from runkey.data.shapes import is_portrait, max_objects
+from runkey.data.sampler import GlobalBatchSampler, is_portrait, max_objects, micro_batches
 from runkey.errors import DataError
 from runkey.params import Params
 
@@ -176,7 +170,7 @@ class TrainLoader:
         Raises:
             DataError: an image cannot be read, or a worker process was killed.
         """
-        grouped = self.sampler.group_by_aspect
+        grouped = self.sampler.augmentation.data.group_by_aspect
         steps = [
             [
                 Request(part, epoch)
@@ -221,16 +215,13 @@ def build_train_loader(
     Raises:
         DataError: there is no index, it holds no image, or its cache is damaged.
     """
-    data = params.data
-    augmentation = build_augmentation(data, params.seed)
+    augmentation = Augmentation(params.seed, params.data)
     maker = _maker(params, root, "train", augmentation)
     table = maker.table
     workers, reason = resolve_workers(params.runtime.workers, maker.cache is not None, world_size)
     if rank == 0:
         logger.info(f"training images: {len(table)}; loader processes: {workers} ({reason})")
-    sampler = GlobalBatchSampler(
-        augmentation, table.ids, table.sizes, params.training.batch_size, data.group_by_aspect
-    )
+    sampler = GlobalBatchSampler(augmentation, table.ids, table.sizes, params.training.batch_size)
     stream = BatchStream(maker, workers, params.runtime.prefetch, params.runtime.pin_memory)
     return TrainLoader(sampler, stream, micro_batch, rank, world_size)
 
@@ -271,6 +262,5 @@ def _maker(
         folder=root / params.data.path,
         cache=open_cache(prepared, split),
         augmentation=augmentation,
-        min_visible=params.data.augment.min_visible if augmentation else 0.0,
         max_objects=max_objects(params) if augmentation else 0,
     )

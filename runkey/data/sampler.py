@@ -1,4 +1,4 @@
-"""Deal an epoch's images into global batches, and split those into micro-batches.
+"""Deal an epoch's images into global batches, split those, and list the shapes that this can give.
 
 Global batches are a pure function of (seed, epoch). Micro-batches only split a global batch that
 is already ordered, so their size does not change what a step learns from.
@@ -6,30 +6,49 @@ is already ordered, so their size does not change what a step learns from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import batched
 
-from runkey.data.augment import Augmentation, AugmentParams, permutation
+import numpy as np
+from numpy.typing import NDArray
+
+from runkey.data.augment import UNBOUNDED, Augmentation, crop_sides, permutation, resized_size
 from runkey.data.dataset import AugmentedImage
-from runkey.data.shapes import is_portrait
+from runkey.data.index import ImageRecord
+from runkey.params import Data, Params
+
+Shape = tuple[int, int]
+"""(height, width), pixels."""
+
+
+def is_portrait(shape: Shape) -> bool:
+    """Return True for portrait shapes; squares belong to landscape in `group_by_aspect`."""
+    return shape[0] > shape[1]
+
+
+def _by_aspect[T](items: Iterable[T], shape: Callable[[T], Shape], grouped: bool) -> list[list[T]]:
+    """Landscape and portrait items apart if `grouped`, else together; no list is empty."""
+    groups: tuple[list[T], list[T]] = [], []
+    for item in items:
+        groups[grouped and is_portrait(shape(item))].append(item)
+    return [group for group in groups if group]
 
 
 @dataclass(frozen=True, slots=True)
 class GlobalBatchSampler:
     """Deals the images of an epoch into batches of `batch_size`; the last may be smaller.
 
-    With `group_by_aspect`, a batch holds only landscape or only portrait outputs. The remainders
-    of both form the last one or two batches, so that every epoch has equally many.
+    With `data.group_by_aspect`, a batch holds only landscape or only portrait outputs. The
+    remainders of both form the last one or two batches, so that every epoch has equally many.
     """
 
     augmentation: Augmentation
     ids: Sequence[int]
     """Image ids, in index order."""
-    sizes: Sequence[tuple[int, int]]
+    sizes: Sequence[Shape]
     """Original (height, width) of the same images, pixels."""
     batch_size: int
-    group_by_aspect: bool
 
     @property
     def steps_per_epoch(self) -> int:
@@ -41,24 +60,24 @@ class GlobalBatchSampler:
 
         Within a batch, images are sorted by output shape, so that micro-batches have less padding.
         """
+        seed, grouped = self.augmentation.seed, self.augmentation.data.group_by_aspect
         augments = self.augmentation.draw(epoch, self.ids, self.sizes)
-        order = permutation(self.augmentation.seed, epoch, "order", self.ids)
-        dealt = self._deal(order, augments)
-        shuffled = permutation(self.augmentation.seed, epoch, "windows", range(len(dealt)))
+        order = permutation(seed, epoch, "order", self.ids)
+        dealt: list[Sequence[int]] = []
+        rest: list[int] = []
+        for group in _by_aspect(order, lambda image: augments[image].size, grouped):
+            whole = len(group) - len(group) % self.batch_size
+            dealt += batched(group[:whole], self.batch_size)
+            rest += group[whole:]
+        dealt += batched(rest, self.batch_size)
+        shuffled = permutation(seed, epoch, "windows", range(len(dealt)))
         batches = [[(image, augments[image]) for image in dealt[i]] for i in shuffled]
         return [sorted(batch, key=_shape_key) for batch in batches]
 
-    def _deal(self, order: list[int], augments: list[AugmentParams]) -> list[Sequence[int]]:
-        if not self.group_by_aspect:
-            return list(batched(order, self.batch_size))
-        full: list[Sequence[int]] = []
-        rest: list[int] = []
-        for portrait in (False, True):
-            group = [i for i in order if is_portrait(augments[i].size) is portrait]
-            whole = len(group) - len(group) % self.batch_size
-            full += batched(group[:whole], self.batch_size)
-            rest += group[whole:]
-        return [*full, *batched(rest, self.batch_size)]
+
+def _shape_key(image: AugmentedImage) -> tuple[bool, int, int]:
+    size = image[1].size
+    return is_portrait(size), *size
 
 
 def micro_batches(
@@ -68,13 +87,92 @@ def micro_batches(
 
     With `grouped`, it is also split between landscape and portrait outputs.
     """
-    landscape = 0
-    if grouped:
-        landscape = sum(not is_portrait(augment.size) for _, augment in global_batch)
-    parts = (global_batch[:landscape], global_batch[landscape:])
+    parts = _by_aspect(global_batch, lambda image: image[1].size, grouped)
     return [chunk for part in parts for chunk in batched(part, micro_batch)]
 
 
-def _shape_key(image: AugmentedImage) -> tuple[bool, int, int]:
-    size = image[1].size
-    return is_portrait(size), *size
+def reachable_shapes(data: Data, records: Iterable[ImageRecord]) -> set[Shape]:
+    """Return every shape that an image of `records` can have in a training batch."""
+    sizes = {(record.height, record.width) for record in records}
+    augment, shapes = data.augment, set[Shape]()
+    if augment.crop_probability < 1.0:
+        shapes |= _resized(data, sizes)
+    if augment.crop_probability > 0.0:
+        shapes |= _resized(data, _crops(data, sizes))
+    return shapes
+
+
+def _crops(data: Data, sizes: set[Shape]) -> set[Shape]:
+    """Every shape that the random crop can cut out of images of `sizes`."""
+    ranges = set()
+    for size in sizes:
+        for short_side in data.augment.crop_short_sides:
+            height, width = resized_size(*size, short_side, UNBOUNDED)
+            ranges.add((crop_sides(data.augment, height), crop_sides(data.augment, width)))
+    return {
+        (height, width)
+        for (low, high), (left, right) in ranges
+        for height in range(low, high + 1)
+        for width in range(left, right + 1)
+    }
+
+
+def _resized(data: Data, sizes: set[Shape]) -> set[Shape]:
+    return {
+        resized_size(*size, short_side, data.long_side)
+        for size in sizes
+        for short_side in data.short_sides
+    }
+
+
+def worst_batch_shape(shapes: Iterable[Shape], batch_size: int, *, grouped: bool) -> Shape:
+    """Return the shape of `padded_shapes` with the most pixels, without computing the others."""
+    worst = (
+        group if batch_size == 1 else [(max(h for h, _ in group), max(w for _, w in group))]
+        for group in _by_aspect(shapes, lambda shape: shape, grouped)
+    )
+    return max((shape for group in worst for shape in group), key=lambda s: (s[0] * s[1], s))
+
+
+def padded_shapes(shapes: Iterable[Shape], batch_size: int, *, grouped: bool) -> set[Shape]:
+    """Return every padded shape that a batch of up to `batch_size` images can have.
+
+    Two images are enough to reach them all: one determines the height, the other the width.
+
+    Args:
+        shapes: of single images, in training or evaluation.
+        batch_size: images in the batch; a single image is not padded.
+        grouped: `data.group_by_aspect`: no batch holds landscape and portrait images together.
+    """
+    if batch_size == 1:
+        return set(shapes)
+    padded = set[Shape]()
+    for group in _by_aspect(shapes, lambda shape: shape, grouped):
+        heights, least_width = _least(np.array([(h, w) for h, w in group]))
+        widths, least_height = _least(np.array([(w, h) for h, w in group]))
+        # (h, w) is reached if an image of height h is at most w wide, and the reverse.
+        fits = (least_width[:, None] <= widths) & (least_height <= heights[:, None])
+        rows, columns = fits.nonzero()
+        padded |= set(zip(heights[rows].tolist(), widths[columns].tolist(), strict=True))
+    return padded
+
+
+def _least(pairs: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The distinct first numbers of pairs [N, 2], and the least second number of each."""
+    order = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+    first, at = np.unique(order[:, 0], return_index=True)
+    return first, order[at, 1]
+
+
+def most_objects(records: Sequence[ImageRecord], batch_size: int, max_objects: int) -> int:
+    """Return the most boxes that a training batch of `batch_size` different images can hold.
+
+    Of one image there are at most `max_objects`; 0: no limit. Crowd regions do not count.
+    """
+    counts = sorted((len(r.objects()) for r in records), reverse=True)[:batch_size]
+    return sum(min(count, max_objects) if max_objects else count for count in counts)
+
+
+def max_objects(params: Params) -> int:
+    """Return the most boxes of a training image: `data.max_objects` or `model.num_queries`."""
+    return min(n for n in (params.data.max_objects, params.model.num_queries) if n)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from runkey.data.augment import build_augmentation
+from runkey.data.augment import Augmentation
 from runkey.data.dataset import AugmentedImage, BatchMaker, image_table
 from runkey.data.index import ImageRecord, read_classes, read_index
-from runkey.data.sampler import GlobalBatchSampler, micro_batches
-from runkey.data.shapes import (
+from runkey.data.sampler import (
+    GlobalBatchSampler,
     Shape,
     max_objects,
+    micro_batches,
     most_objects,
     padded_shapes,
     reachable_shapes,
@@ -116,13 +117,9 @@ def sample_steps(
     """
     data = params.data
     table = image_table(records)
-    augmentation = build_augmentation(data, params.seed)
-    sampler = GlobalBatchSampler(
-        augmentation, table.ids, table.sizes, params.training.batch_size, data.group_by_aspect
-    )
-    maker = BatchMaker(
-        table, Path(), None, augmentation, data.augment.min_visible, max_objects(params)
-    )
+    augmentation = Augmentation(params.seed, data)
+    sampler = GlobalBatchSampler(augmentation, table.ids, table.sizes, params.training.batch_size)
+    maker = BatchMaker(table, Path(), None, augmentation, max_objects(params))
     steps: list[Step] = []
     found = epoch = 0
     while found < count:

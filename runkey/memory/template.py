@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from runkey.data.shapes import Shape
+from runkey.data.sampler import Shape
 from runkey.memory.trace.events import ROUND_BYTES, Event, MicroBatch, Trace, round_up
 from runkey.units import MIB
 

@@ -9,9 +9,15 @@ import pytest
 from scipy import stats
 
 from runkey.data.augment import WHOLE, Augmentation
-from runkey.params import Augment
+from runkey.params import Augment, Data
 
 DRAWS = 8000
+
+
+def augmentation(
+    augment: Augment, short_sides: tuple[int, ...] = (120,), long_side: int = 160
+) -> Augmentation:
+    return Augmentation(0, Data(short_sides=short_sides, long_side=long_side, augment=augment))
 
 
 def reference_crop(
@@ -38,7 +44,7 @@ def test_random_crop_has_the_references_distribution(size):
     augment, short_sides = Augment(crop_probability=1), (480, 576, 800)
     rng = random.Random(1)
     want = np.array([reference_crop(rng, *size, augment, short_sides) for _ in range(DRAWS)])
-    drawn = Augmentation(0, short_sides, 1333, augment).draw(0, range(DRAWS), [size] * DRAWS)
+    drawn = augmentation(augment, short_sides, 1333).draw(0, range(DRAWS), [size] * DRAWS)
     regions = [one.region for one in drawn]
     got = np.array(
         [(r.left, r.top, r.width, r.height, *v.size) for r, v in zip(regions, drawn, strict=True)]
@@ -50,14 +56,14 @@ def test_random_crop_has_the_references_distribution(size):
 
 def test_random_crop_keeps_a_small_image_whole():
     augment = Augment(crop_probability=1, crop_short_sides=(100,))
-    one = Augmentation(0, (100,), 400, augment).draw(0, [1], [(50, 80)])[0]
+    one = augmentation(augment, (100,), 400).draw(0, [1], [(50, 80)])[0]
     assert (one.region.left, one.region.top) == (0, 0)
     assert (one.region.width, one.region.height) == (1, 1)
 
 
 def test_zoom_is_about_the_image_and_keeps_the_output_size():
     augment = Augment(zoom=0.25, aspect=0.1, shift=0.1)
-    drawn = Augmentation(0, (120,), 160, augment).draw(0, range(DRAWS), [(192, 256)] * DRAWS)
+    drawn = augmentation(augment).draw(0, range(DRAWS), [(192, 256)] * DRAWS)
     assert {one.size for one in drawn} == {(120, 160)}
     regions = np.array(
         [(v.region.left, v.region.top, v.region.width, v.region.height) for v in drawn]
@@ -71,9 +77,7 @@ def test_zoom_is_about_the_image_and_keeps_the_output_size():
 
 def test_flip_short_side_and_crop_have_their_chances():
     augment = Augment(flip_probability=0.3, crop_probability=0.25, zoom=0, aspect=0, shift=0)
-    drawn = Augmentation(0, (480, 512, 800), 1333, augment).draw(
-        0, range(DRAWS), [(480, 640)] * DRAWS
-    )
+    drawn = augmentation(augment, (480, 512, 800), 1333).draw(0, range(DRAWS), [(480, 640)] * DRAWS)
     assert np.mean([v.flip for v in drawn]) == pytest.approx(0.3, abs=0.02)
     shorts = [min(v.size) for v in drawn]
     parts = [shorts.count(short) / DRAWS for short in (480, 512, 800)]
@@ -82,7 +86,7 @@ def test_flip_short_side_and_crop_have_their_chances():
 
 
 def test_everything_off_shows_the_whole_image(plain):
-    drawn = Augmentation(0, (120,), 160, plain)
+    drawn = augmentation(plain)
     one = drawn.draw(0, [5], [(192, 256)])[0]
     assert (one.size, one.flip) == ((120, 160), False)
     region = one.region
@@ -92,8 +96,8 @@ def test_everything_off_shows_the_whole_image(plain):
 
 def test_colour_factors():
     augment = Augment(brightness=0.2, contrast=0.4, saturation=0.1)
-    colour = Augmentation(0, (120,), 160, augment).draw_colour(0, range(DRAWS))
+    colour = augmentation(augment).draw_colour(0, range(DRAWS))
     for values, bound in zip(colour.T, (0.2, 0.4, 0.1), strict=True):
         assert stats.kstest(values, stats.uniform(1 - bound, 2 * bound).cdf).pvalue > 1e-3
-    without = Augmentation(0, (120,), 160, Augment(saturation=0)).draw_colour(0, [1, 2])
+    without = augmentation(Augment(saturation=0)).draw_colour(0, [1, 2])
     assert without.shape == (2, 2)

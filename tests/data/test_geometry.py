@@ -18,7 +18,7 @@ from runkey.data.augment import (
     augment_image,
     resized_size,
 )
-from runkey.params import Augment
+from runkey.params import Augment, Data
 
 
 def reference_size(height: int, width: int, size: int, max_size: int) -> tuple[int, int]:
@@ -67,7 +67,7 @@ AUGMENTS = {
 def test_boxes_follow_pixels_within_a_pixel(augment):
     """A red rectangle on blue: found by its colour after augmentation, it is where its box is."""
     rng = np.random.default_rng(0)
-    drawn = Augmentation(0, (60, 90), 130, augment)
+    drawn = Augmentation(0, Data(short_sides=(60, 90), long_side=130, augment=augment))
     seen = flipped = 0
     for id_ in range(400):
         height, width = (int(side) for side in rng.integers(60, 200, 2))

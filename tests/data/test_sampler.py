@@ -7,9 +7,8 @@ import random
 
 import pytest
 
-from runkey.data.augment import build_augmentation
-from runkey.data.sampler import GlobalBatchSampler, micro_batches
-from runkey.data.shapes import is_portrait
+from runkey.data.augment import Augmentation
+from runkey.data.sampler import GlobalBatchSampler, is_portrait, micro_batches
 from runkey.params import Augment, Data
 
 CROP = Augment(crop_probability=0.5, crop_short_sides=(100, 120), crop_min=60, crop_max=110)
@@ -20,7 +19,7 @@ def make_sampler(count, batch, *, grouped=True, augment=CROP, seed=0):
     sizes = [(rng.randint(100, 200), rng.randint(100, 200)) for _ in range(count)]
     data = Data(short_sides=(80, 120), long_side=160, augment=augment, group_by_aspect=grouped)
     ids = [1000 - 7 * i for i in range(count)]
-    return GlobalBatchSampler(build_augmentation(data, seed), ids, sizes, batch, grouped)
+    return GlobalBatchSampler(Augmentation(seed, data), ids, sizes, batch)
 
 
 @pytest.mark.parametrize("grouped", [True, False])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from runkey.data.augment import build_augmentation, evaluation_size
-from runkey.data.sampler import GlobalBatchSampler, micro_batches
-from runkey.data.shapes import (
+from runkey.data.augment import Augmentation, evaluation_size
+from runkey.data.sampler import (
+    GlobalBatchSampler,
     is_portrait,
+    micro_batches,
     most_objects,
     padded_shapes,
     reachable_shapes,
@@ -22,9 +23,7 @@ CROP = Augment(crop_probability=0.5, crop_short_sides=(12, 14), crop_min=8, crop
 def dealt_shapes(data, records, epochs, batch, micro):
     """Shapes of single images, and padded shapes of micro-batches, over some epochs."""
     ids, sizes = [r.id for r in records], [(r.height, r.width) for r in records]
-    sampler = GlobalBatchSampler(
-        build_augmentation(data, 0), ids, sizes, batch, data.group_by_aspect
-    )
+    sampler = GlobalBatchSampler(Augmentation(0, data), ids, sizes, batch)
     single, padded = set(), set()
     for epoch in range(epochs):
         for images in sampler.global_batches(epoch):
