@@ -15,16 +15,16 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import cache, partial
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from runkey.errors import RegistryError
 from runkey.hashing import hash_stream, sha256_file
-from runkey.identity.dvc_yaml import cache_folder, covers, read_yaml_text
+from runkey.identity.dvc_yaml import cache_folder, read_yaml_text
 from runkey.identity.record import Record, StoredFile
 from runkey.progress import progress
 from runkey.registry.library import Library, inside
@@ -42,13 +42,15 @@ def download(library: Library, record: Record, paths: Iterable[str], target: Pat
     """
     chosen = {path: _recorded(record, path) for path in paths}
     total = sum(stored.size for stored in chosen.values())
-    target.mkdir(parents=True, exist_ok=True)
-    temporary = TemporaryDirectory(prefix=".runkey-", dir=target, ignore_cleanup_errors=True)
     try:
-        with temporary as folder, progress("get", total, "bytes") as steps:
-            waiting = [Path(folder) / str(number) for number in range(len(chosen))]
-            for file, (path, stored) in zip(waiting, chosen.items(), strict=True):
-                with library.open_file(record, path) as source, file.open("wb") as copy:
+        target.mkdir(parents=True, exist_ok=True)
+        with (
+            TemporaryDirectory(prefix=".runkey-", dir=target, ignore_cleanup_errors=True) as folder,
+            progress("get", total, "bytes") as steps,
+        ):
+            waiting = {path: Path(folder, str(number)) for number, path in enumerate(chosen)}
+            for path, stored in chosen.items():
+                with library.open_file(record, path) as source, waiting[path].open("wb") as copy:
                     size, digest = hash_stream(source, copy, partial(steps.advance, text=path))
                 if (size, digest) != (stored.size, stored.sha256):
                     raise RegistryError(
@@ -57,10 +59,9 @@ def download(library: Library, record: Record, paths: Iterable[str], target: Pat
                         f" {stored.sha256[:12]}); `runkey verify {record.label}` says what else is"
                         " wrong"
                     )
-            for file, path in zip(waiting, chosen, strict=True):
-                place = target / inside(record, path)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(place)
+            for path, file in waiting.items():
+                (target / path).parent.mkdir(parents=True, exist_ok=True)
+                file.replace(target / path)
     except OSError as error:
         raise RegistryError(f"{error.filename or target}: {error.strerror or error}") from None
     except HTTPException as error:
@@ -69,12 +70,11 @@ def download(library: Library, record: Record, paths: Iterable[str], target: Pat
 
 def in_the_way(record: Record, paths: Iterable[str], target: Path) -> list[str]:
     """List those of the paths that exist in the folder with other content."""
-    wanted = {path: _recorded(record, path) for path in paths}
+    places = {target / path: (path, _recorded(record, path).sha256) for path in paths}
     return [
         path
-        for path, stored in wanted.items()
-        if os.path.lexists(target / path)
-        and not ((target / path).is_file() and sha256_file(target / path) == stored.sha256)
+        for place, (path, sha256) in places.items()
+        if os.path.lexists(place) and not (place.is_file() and sha256_file(place) == sha256)
     ]
 
 
@@ -88,22 +88,21 @@ def _recorded(record: Record, path: str) -> StoredFile:
 
 DIR = ".dir"
 """End of the md5 of a folder."""
-_OUTS = b"\nouts:\n"
-_OUT = re.compile(rb"^- path: (.+)\n(?:  .*\n)*?  md5: ([0-9a-f]{32}(?:\.dir)?)$", re.MULTILINE)
 MD5 = re.compile(r"[0-9a-f]{32}(?:\.dir)?")
+_ITEM = re.compile(rf"^- path: (.+)\n(?:  .*\n)*?  md5: ({MD5.pattern})$", re.MULTILINE)
+
+Items = set[tuple[str, str]]
+"""Path and md5 of inputs or outputs."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """An entry of DVC's run-cache: a stage, its inputs and its outputs."""
+class Entry(NamedTuple):
+    """An entry of DVC's run-cache: the inputs and outputs of a stage that ran, md5 by path."""
 
     path: str
     """Of its file, with `/`, relative to the cache's runs/."""
-    cmd: str
     deps: Mapping[str, str]
-    """md5 by path; a folder's ends with `.dir`."""
     outs: Mapping[str, str]
-    """Likewise, with metrics and plots."""
+    """With metrics and plots."""
 
 
 class DvcCache:
@@ -111,14 +110,10 @@ class DvcCache:
 
     def __init__(self, root: Path) -> None:
         """Args: root: the checkout, a git worktree too; its DVC settings say where the cache is."""
-        self.root = root
         self.folder = cache_folder(root)
         """Holds `runs/` and `files/md5/`; need not exist."""
-
-    @property
-    def runs(self) -> Path:
+        self.runs = self.folder / "runs"
         """The folder of the entries."""
-        return self.folder / "runs"
 
     def object_path(self, md5: str) -> Path:
         """Return where the object of an md5 lies, or would lie."""
@@ -130,99 +125,80 @@ class DvcCache:
 
     def entries_of(self, pointer_md5s: Iterable[str]) -> dict[str, Entry]:
         """Find the entries for several files in one search, by md5."""
-        wanted = {md5.encode() for md5 in pointer_md5s}
-        found: dict[str, Entry] = {}
-        for path, data in self._entries():
-            outs = data.partition(_OUTS)[2] if wanted else b""
-            for md5 in wanted.intersection(word for _, word in _OUT.findall(outs)):
-                entry = self._parse(path)
-                if entry and md5.decode() in entry.outs.values():
-                    found[md5.decode()] = entry
+        wanted, found = set(pointer_md5s), dict[str, Entry]()
+        for path, _, outs in self._scan():
+            written = wanted.intersection(md5 for _, md5 in outs)
+            if written and (entry := self._parse(path)):
+                found |= dict.fromkeys(written, entry)
         return found
 
     def chain(self, entry: Entry) -> list[Entry]:
         """List the entries before one, itself, and those after it, also those linked indirectly."""
-        before, after = self._follow(entry, self._producers), self._follow(entry, self._consumers)
-        return [*reversed(before), entry, *after]
+        scanned = {path: (deps, outs) for path, deps, outs in self._scan()}
+
+        @cache
+        def given(path: str) -> Items:
+            """The outputs of an entry, and the files in those that are folders."""
+            outs = scanned[path][1]
+            return outs | set(files_of(dict(outs), self._listing).items())
+
+        def linked(is_near: Callable[[str, str], bool]) -> list[str]:
+            found = [entry.path]
+            for known in found:  # grows: nearest first
+                found += [path for path in scanned if path not in found and is_near(path, known)]
+            return found[1:]
+
+        before = linked(lambda path, known: not given(path).isdisjoint(scanned[known][0]))
+        after = linked(lambda path, known: not given(known).isdisjoint(scanned[path][0]))
+        parsed = map(self._parse, [*reversed(before), entry.path, *after])
+        return [one for one in parsed if one]
 
     def files(self, outs: Mapping[str, str]) -> dict[str, str]:
         """Return the md5 by path of every object of some outputs; a folder's path ends in `/`.
 
         Files of a folder whose own object is missing or torn are unknown and left out.
         """
-        found: dict[str, str] = {}
-        for out, md5 in outs.items():
-            found[f"{out}/" if md5.endswith(DIR) else out] = md5
-            found |= {f"{out}/{path}": inner for path, inner in self._listing(md5).items()}
-        return found
+        return files_of(outs, self._listing)
 
     def _listing(self, md5: str) -> dict[str, str]:
-        """md5 by path of the files in a folder; {} for a file, and where the object is no list."""
-        if not md5.endswith(DIR):
-            return {}
+        """md5 by path of the files in a folder; none where the object is no list."""
         try:
-            items = json.loads(self.object_path(md5).read_bytes())
-            listed = {str(item["relpath"]): str(item["md5"]) for item in items}
+            return _md5s(json.loads(self.object_path(md5).read_bytes()), "relpath")
         except (OSError, ValueError, KeyError, TypeError):
             return {}
-        # Anything but an md5 must not become a path in the cache.
-        return {path: inner for path, inner in listed.items() if MD5.fullmatch(inner)}
 
-    def _entries(self) -> Iterator[tuple[str, bytes]]:
-        """Path and bytes of every entry; searching bytes is 50 times as fast as parsing."""
+    def _scan(self) -> Iterator[tuple[str, Items, Items]]:
+        """Path, inputs and outputs of each entry; 50 times as fast as parsing, torn ones too."""
         for file in self.runs.glob("*/*/*"):
-            try:
-                data = file.read_bytes()
-            except OSError:  # a temporary file of DVC, or deleted meanwhile
-                continue
-            yield file.relative_to(self.runs).as_posix(), data
+            with suppress(OSError):  # a temporary file of DVC, or deleted meanwhile
+                deps, _, outs = file.read_text("utf-8", "replace").partition("\nouts:\n")
+                path = file.relative_to(self.runs).as_posix()
+                yield path, set(_ITEM.findall(deps)), set(_ITEM.findall(outs))
 
     def _parse(self, path: str) -> Entry | None:
         """The entry in a file; None if it is torn (DVC ignores it then, too)."""
         try:
             tree = read_yaml_text(self.runs / path)
-            return Entry(path, tree["cmd"], _md5s(tree.get("deps")), _md5s(tree["outs"]))
+            return Entry(path, _md5s(tree.get("deps") or (), "path"), _md5s(tree["outs"], "path"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def _follow(self, entry: Entry, near: Callable[[list[Entry]], list[Entry]]) -> list[Entry]:
-        """Entries linked to one, directly and indirectly, nearest first."""
-        found: dict[str, Entry] = {}
-        newest = [entry]
-        while newest:
-            newest = [e for e in near(newest) if e.path not in found and e.path != entry.path]
-            found |= {e.path: e for e in newest}
-        return list(found.values())
 
-    def _producers(self, entries: list[Entry]) -> list[Entry]:
-        """The entries of stages whose outputs are inputs of some entries."""
-        deps = {(path, md5) for entry in entries for path, md5 in entry.deps.items()}
+def files_of(
+    outs: Mapping[str, str], listing: Callable[[str], Mapping[str, str]]
+) -> dict[str, str]:
+    """Return the md5 by path of every object of some outputs; a folder's path ends in `/`.
 
-        @cache  # the same outputs are in many entries
-        def is_needed(out: tuple[bytes, bytes]) -> bool:
-            """Return True if an output is a dependency, or a folder that holds one."""
-            folder, md5 = out[0].decode(errors="replace"), out[1].decode()
-            inside = {(p, m) for p, m in deps if p != folder and covers(folder, p)}
-            listed = self._listing(md5).items() if inside else ()
-            return (folder, md5) in deps or any((f"{folder}/{p}", m) in inside for p, m in listed)
-
-        near = [
-            path
-            for path, data in self._entries()
-            if any(map(is_needed, _OUT.findall(data.partition(_OUTS)[2])))
-        ]
-        return [entry for entry in map(self._parse, near) if entry]
-
-    def _consumers(self, entries: list[Entry]) -> list[Entry]:
-        """The entries of stages that have an output of some entries as an input."""
-        outs = {(path, md5) for entry in entries for path, md5 in entry.outs.items()}
-        marks = [md5.encode() for _, md5 in outs]
-        parsed = (
-            self._parse(path)
-            for path, data in self._entries()
-            if any(mark in data.partition(_OUTS)[0] for mark in marks)
-        )
-        return [entry for entry in parsed if entry and not outs.isdisjoint(entry.deps.items())]
+    `listing` gives the md5 by path of the files in a folder.
+    """
+    found: dict[str, str] = {}
+    for out, md5 in outs.items():
+        if not md5.endswith(DIR):
+            found[out] = md5
+            continue
+        found[f"{out}/"] = md5
+        found |= {f"{out}/{path}": inner for path, inner in listing(md5).items()}
+    return found
 
 
 def md5_file(path: Path) -> str:
@@ -231,6 +207,6 @@ def md5_file(path: Path) -> str:
         return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
 
 
-def _md5s(items: Any) -> dict[str, str]:
-    """md5 by path of an entry's deps or outs."""
-    return {item["path"]: item["md5"] for item in items or () if MD5.fullmatch(item["md5"])}
+def _md5s(items: Any, name: str) -> dict[str, str]:
+    """md5 by path of inputs, outputs or files; what is no md5 must not become a path in a cache."""
+    return {str(item[name]): item["md5"] for item in items if MD5.fullmatch(item["md5"])}
