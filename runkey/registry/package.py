@@ -49,7 +49,7 @@ from runkey.identity.record import (
 )
 from runkey.progress import each
 from runkey.registry.archive import check_weights, first_fault, parse_json, safe_path
-from runkey.registry.dvc_cache import DIR, DvcCache, md5_file
+from runkey.registry.dvc_cache import DIR, DvcCache, files_of, md5_file
 from runkey.units import MIB
 
 RUN = "run"
@@ -74,16 +74,12 @@ class Runs(Protocol):
 class Package:
     """A run whose files were checked."""
 
-    folder: Path
+    run: Path
+    """The folder of the MLflow run."""
     key: str
     origin: str
     """MLflow id of the run that was made first."""
     details: Details
-
-    @property
-    def run(self) -> Path:
-        """The folder of the MLflow run."""
-        return self.folder / RUN
 
     @property
     def files(self) -> Path:
@@ -150,13 +146,11 @@ def check(folder: Path, key: str, where: str) -> Package:
     stored = parse_json(_Content, folder / RUN / CONTENT, f"{where}: {CONTENT}")
     if stored["status"] != "FINISHED":
         raise RegistryError(f"{where}: the run is {stored['status']}, not FINISHED")
-    tables = {
-        name: parse_json(dict[str, Any], files / name, f"{where}: {name}")
-        for name in (KEY_JSON, DETAILS)
-    }
+    key_json, record_json = (
+        parse_json(dict[str, Any], files / name, f"{where}: {name}") for name in (KEY_JSON, DETAILS)
+    )
     try:
-        recipe = Recipe.from_dict(tables[KEY_JSON])
-        details = Details.from_dict(tables[DETAILS], DETAILS)
+        recipe, details = Recipe.from_dict(key_json), Details.from_dict(record_json, DETAILS)
     except RecipeError as error:
         raise RegistryError(f"{where}: {error}") from None
     tagged = stored["tags"].get(KEY) or stored["params"].get(KEY)
@@ -173,7 +167,7 @@ def check(folder: Path, key: str, where: str) -> Package:
             raise RegistryError(f"{where}: {name}: not the file that the run recorded")
     for path in sorted(p for p in files.rglob("*") if p.is_file()):
         check_weights(path, path.relative_to(files).as_posix())
-    return Package(folder, key, stored["tags"].get(ORIGIN) or stored["run_id"], details)
+    return Package(folder / RUN, key, stored["tags"].get(ORIGIN) or stored["run_id"], details)
 
 
 # DVC's part of a run.
@@ -239,29 +233,35 @@ class DvcPart:
                 no entry is the run's, or an output of the run is missing or differs from its file
                 in MLflow.
         """
+        listings: dict[str, dict[str, str]] = {}
         for md5, size in each("hash objects", list(self.objects.items()), "objects"):
-            path = path_of(md5)
+            path, where = path_of(md5), f"DVC object {md5}"
             if not path.is_file() or path.stat().st_size != size:
-                raise RegistryError(f"DVC object {md5}: missing, or not of {size} bytes")
+                raise RegistryError(f"{where}: missing, or not of {size} bytes")
             if md5_file(path) != md5.removesuffix(DIR):
-                raise RegistryError(f"DVC object {md5}: its contents have another md5; damaged")
+                raise RegistryError(f"{where}: its contents have another md5; damaged")
             if md5.endswith(DIR):
-                _check_listing(md5, path)
+                items = parse_json(list[_Listed], path, where)
+                listings[md5] = {safe_path(item["relpath"], where): item["md5"] for item in items}
+                if lost := set(listings[md5].values()) - self.objects.keys():
+                    raise RegistryError(f"{where}: lists {min(lost)}, which is not there")
+        own: dict[str, str] = {}
         for outs in self.outputs:
-            for name, md5 in self._files(outs, path_of).items():
+            files = files_of(outs, listings.__getitem__)
+            for name, md5 in files.items():
                 check_weights(path_of(md5), name)
-        own = next((outs for outs in self.outputs if details.pointer_md5 in outs.values()), None)
-        if own is None:
+            if details.pointer_md5 in outs.values():
+                own = own or files
+        if not own:
             raise RegistryError(f"{FILE}: not of this run: no entry has its run.json")
-        files = self._files(own, path_of)
         for name in details.outputs:
-            if name not in details.files or name not in files:
+            if name not in details.files or name not in own:
                 raise RegistryError(
                     f"{name}: an output of the run, and not among its files or DVC's"
                 )
-            if sha256_file(path_of(files[name])) != details.files[name].sha256:
+            if sha256_file(path_of(own[name])) != details.files[name].sha256:
                 raise RegistryError(
-                    f"{name}: DVC object {files[name]} is not the file that the run recorded"
+                    f"{name}: DVC object {own[name]} is not the file that the run recorded"
                 )
 
     def install(self, path_of: PathOf, cache: DvcCache) -> None:
@@ -272,19 +272,6 @@ class DvcPart:
         for path, text in self.entries.items():
             if not (cache.runs / path).exists():
                 _place(cache.runs / path, text)
-
-    def _files(self, outs: Mapping[str, str], path_of: PathOf) -> dict[str, str]:
-        """md5 by path of every file of some outputs."""
-        found: dict[str, str] = {}
-        for out, md5 in outs.items():
-            if not md5.endswith(DIR):
-                found[out] = md5
-                continue
-            for path, inner in _check_listing(md5, path_of(md5)).items():
-                if inner not in self.objects:
-                    raise RegistryError(f"DVC object {md5}: lists {inner}, which is not there")
-                found[f"{out}/{path}"] = inner
-        return found
 
 
 def collect(
@@ -309,14 +296,11 @@ def collect(
             " only from the checkout that trained or fetched it"
         )
     chain = cache.chain(entry)
-    tops = {md5: path for one in chain for path, md5 in one.outs.items()}
-    if with_data:
-        inputs = {md5: path for one in chain for path, md5 in one.deps.items()}
-        here = {md5: path for md5, path in inputs.items() if cache.object_path(md5).is_file()}
-        tops = here | tops
     names: dict[str, str] = {}
-    for path, md5 in cache.files({path: md5 for md5, path in tops.items()}).items():
-        names.setdefault(md5, path)
+    for one in chain:
+        deps = one.deps.items() if with_data else ()
+        here = {path: md5 for path, md5 in deps if cache.object_path(md5).is_file()}
+        names = {md5: path for path, md5 in cache.files({**here, **one.outs}).items()} | names
     for md5, name in names.items():
         if not cache.object_path(md5).is_file():
             raise RegistryError(
@@ -409,10 +393,3 @@ def _without_sizes(value: Any) -> Any:
 class _Listed(TypedDict):
     relpath: str
     md5: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-
-
-def _check_listing(md5: str, path: Path) -> dict[str, str]:
-    """md5 by path of the files in a folder's object."""
-    where = f"DVC object {md5}"
-    items = parse_json(list[_Listed], path, where)
-    return {safe_path(item["relpath"], where): item["md5"] for item in items}

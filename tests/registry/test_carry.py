@@ -12,11 +12,12 @@ from runkey.errors import RegistryError, TrackingError
 from runkey.identity.record import ORIGIN
 from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.library import LocalLibrary
+from runkey.registry.package import collect
 from runkey.registry.share import Carried, Checkout, export_run, import_run
 from runkey.registry.snapshot import has_snapshot
 from runkey.tracking.store import Store, open_client
 from runkey.tracking.transfer import StoreRuns
-from tests.support.run_package import Ready
+from tests.support.run_package import Ready, add_entry, add_object, entry_text
 
 
 def checkout(store: Store, runs: StoreRuns | None = None) -> Checkout:
@@ -104,6 +105,21 @@ def test_what_is_missing_is_named_before_a_file_is_written(
     with pytest.raises(RegistryError, match="has no entry of this run"):
         export_run(record, checkout(store), target)
     assert not target.exists()
+
+
+def test_each_evaluation_of_a_run_is_handed_on(ready: Ready, archive: Path, store: Store) -> None:
+    """Two entries have an output of the same path, with another content each."""
+    root = store.home.parent
+    take(archive, store)
+    for content in (b"first", b"second"):
+        md5 = add_object(root, content)
+        deps = {"run.json": ready.pointer_md5, f"{content!r}.py": "1" * 32}
+        add_entry(root, *entry_text(deps, {"metrics.json": md5}))
+    part = collect(DvcCache(root), ready.pointer_md5, "rk2-test")
+    assert len(part.entries) == 3
+    assert {md5 for outs in part.outputs for md5 in outs.values()} <= part.objects.keys()
+    (record,) = LocalLibrary(store.home).matching(ready.key)
+    export_run(record, checkout(store), archive.with_name("more.zip"))
 
 
 def test_a_failed_run_is_not_handed_on(ready: Ready, archive: Path, store: Store) -> None:
