@@ -271,7 +271,7 @@ def _env_lines(found: EnvironmentComparison) -> list[str]:
     patch = "" if found.python == found.locked_python else f" (the lock has {found.locked_python})"
     torch = f"torch for CUDA {found.cuda}" if found.cuda else "torch for the CPU"
     lines = [
-        f"{found.place}, Python {found.python}{patch}, {torch}, against {found.against}",
+        f"{found.environment}, Python {found.python}{patch}, {torch}, against {found.against}",
         f"{found.same} as locked, {counts['missing']} missing, {counts['other']} of another"
         f" version, {counts['extra']} extra",
     ]

@@ -34,23 +34,21 @@ def reproduce(
 ) -> None:
     """Train a run again from its snapshot, data and lock; compare weights and numbers."""
     from runkey.registry.library import find_run
-    from runkey.registry.reproduce import ReproduceRequest
     from runkey.registry.reproduce import reproduce as repeat_run
 
     record = find_run(output.library(), key)
-    request = ReproduceRequest(
-        record=record,
-        main=output.checkout(),
-        home=output.store().home,
-        output=sys.stderr if as_json else sys.stdout,  # with --json, stdout holds only that
-        keep=keep,
-        any_environment=any_environment,
-    )
     # A process manager or a closed terminal ends it as Ctrl-C does: the pipeline ends first.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     log_to_terminal(stderr=True)
-    comparison, outcome = repeat_run(request)
+    comparison, outcome = repeat_run(
+        record,
+        output.checkout(),
+        output.store().home,
+        sys.stderr if as_json else sys.stdout,  # with --json, stdout holds only that
+        keep=keep,
+        any_environment=any_environment,
+    )
     _record(record, comparison, outcome)
     if as_json:
         print_json({"key": record.key, "run": record.run.run_id, **outcome})
@@ -179,7 +177,6 @@ def _verify_all(*, quick: bool, as_json: bool) -> None:
 
 def _sources(records: list[Record], *, quick: bool) -> Sources:
     """The places of the current folder's store and checkout."""
-    from runkey.identity.record import this_host
     from runkey.registry.mlflow_runs import run_reader
     from runkey.registry.verify import Sources
 
@@ -190,7 +187,6 @@ def _sources(records: list[Record], *, quick: bool) -> Sources:
         stored=run_reader(store.uri),
         root=root,
         pointers=frozenset(filter(None, pointers)),
-        host=this_host(),
         is_shared=store.is_server,
         quick=quick,
     )

@@ -7,10 +7,12 @@ its build is compared with conda-lock.yml.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
+import platform
+import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,10 +33,7 @@ from runkey.identity.environment import (
 from runkey.identity.key import part_digest
 from runkey.identity.record import Record
 from runkey.paths import LOCK, REQUIREMENTS
-from runkey.registry.snapshot import git, git_bytes, has_snapshot
-
-FILES = (LOCK, REQUIREMENTS)
-"""The files that an environment is made from."""
+from runkey.registry.snapshot import checked_out, has_snapshot
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,9 @@ class PackageDifference:
     """Version; in a conda environment `version build`. None: not locked."""
     installed: str | None
     """Likewise; None: not installed."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: locked {self.locked}, installed {self.installed or 'none'}"
 
     @property
     def kind(self) -> Literal["missing", "other", "extra"]:
@@ -59,8 +61,8 @@ class PackageDifference:
 class EnvironmentComparison:
     """The comparison of an environment with its lock."""
 
-    place: str
-    """Folder of the environment."""
+    environment: str
+    """Its folder."""
     against: str
     """The file that names what is locked."""
     same: int
@@ -73,7 +75,7 @@ class EnvironmentComparison:
     cuda: str | None
     """CUDA version of the installed torch; None: built for the CPU, or not installed."""
     way_out: str
-    """Command that installs what is locked."""
+    """Command that installs what is locked; empty if everything is."""
 
     def of_kind(self, kind: str) -> list[PackageDifference]:
         """Return the differences of one kind."""
@@ -82,49 +84,29 @@ class EnvironmentComparison:
     @property
     def agrees(self) -> bool:
         """True if everything is installed as locked."""
-        return not self.of_kind("missing") and not self.of_kind("other")
+        return not self.way_out
 
     def as_dict(self) -> dict[str, Any]:
         """Format for JSON."""
-        lists = {
-            kind: [asdict(difference) for difference in self.of_kind(kind)]
-            for kind in ("missing", "other", "extra")
-        }
-        return {
-            "agrees": self.agrees,
-            "environment": self.place,
-            "against": self.against,
-            "python": self.python,
-            "locked_python": self.locked_python,
-            "cuda": self.cuda,
-            "same": self.same,
-            **lists,
-            "way_out": "" if self.agrees else self.way_out,
-        }
+        stated = {name: value for name, value in vars(self).items() if name != "differences"}
+        kinds = ("missing", "other", "extra")
+        lists = {kind: [asdict(found) for found in self.of_kind(kind)] for kind in kinds}
+        return {"agrees": self.agrees, **stated, **lists}
 
 
-def compare_environment(
-    folder: Path, prefix: Path | None = None, conda: Path | None = None
-) -> EnvironmentComparison:
+def compare_environment(folder: Path) -> EnvironmentComparison:
     """Compare what this interpreter can import with the lists in a folder, such as the repository.
 
-    Args:
-        folder: holds conda-lock.yml and requirements.txt.
-        prefix: of the interpreter; None: this one's.
-        conda: the active conda environment; None: `CONDA_PREFIX`.
-
     Raises:
-        LockError: the folder's lists cannot be read.
+        LockError: conda-lock.yml or requirements.txt of the folder cannot be read.
         RegistryError: a record of conda's is damaged.
     """
-    prefix = Path(sys.prefix) if prefix is None else prefix
-    if conda is None and os.environ.get("CONDA_PREFIX"):
-        conda = Path(os.environ["CONDA_PREFIX"])
+    prefix, conda = Path(sys.prefix), Path(os.environ.get("CONDA_PREFIX", ""))
     packages = read_lock(folder / LOCK)
-    python = ".".join(map(str, sys.version_info[:3]))
+    python = platform.python_version()
     locked_python = next((p.version for p in packages if p.name == "python"), python)
     cuda = installed_cuda()
-    if conda and conda.resolve() == prefix.resolve() and (conda / "conda-meta").is_dir():
+    if conda.resolve() == prefix.resolve() and (conda / "conda-meta").is_dir():
         against = LOCK
         pairs = _conda_pairs(prefix, packages)
     else:
@@ -136,15 +118,17 @@ def compare_environment(
             pairs.append(PackageDifference("torch's build", _build(wanted), _build(cuda)))
         if python.split(".")[:2] != locked_python.split(".")[:2]:
             pairs.append(PackageDifference("python", locked_python, python))
+    differences = tuple(pair for pair in pairs if pair.locked != pair.installed)
+    is_wrong = any(pair.kind != "extra" for pair in differences)
     return EnvironmentComparison(
-        place=str(prefix),
+        environment=str(prefix),
         against=str(against),
-        same=sum(pair.locked == pair.installed for pair in pairs),
-        differences=tuple(pair for pair in pairs if pair.locked != pair.installed),
+        same=len(pairs) - len(differences),
+        differences=differences,
         python=python,
         locked_python=locked_python,
         cuda=cuda,
-        way_out=_way_out(folder, prefix, against),
+        way_out=_way_out(folder, prefix, against) if is_wrong else "",
     )
 
 
@@ -211,19 +195,13 @@ def export_environment(root: Path, record: Record, target: Path) -> list[Path]:
             f"{record.label}: its snapshot {oid[:12]} is not in this repository;"
             f" `runkey fetch {record.label}` brings it"
         )
-    prefix = git(root, "rev-parse", "--show-prefix")
-    contents = {name: git_bytes(root, "show", f"{oid}:{prefix}{name}") for name in FILES}
-    for name, content in contents.items():
-        path = target / name
-        if path.exists() and path.read_bytes() != content:
-            raise RegistryError(f"{path}: is there, with other content; name another folder")
-    with tempfile.TemporaryDirectory(prefix="runkey-") as folder:
-        for name, content in contents.items():
-            (Path(folder) / name).write_bytes(content)
-        digest = part_digest("environment", environment_preimage(Path(folder) / LOCK))
-    if digest != record.run.parts["environment"]:
-        raise RegistryError(f"{record.label}: the lock in its snapshot is not that of its key")
-    target.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        (target / name).write_bytes(content)
-    return [target / name for name in contents]
+    files = [target / name for name in (LOCK, REQUIREMENTS)]
+    with checked_out(root, oid, [LOCK.name, REQUIREMENTS.name]) as folder:
+        for path in files:
+            if path.exists() and not filecmp.cmp(path, folder / path.name, shallow=False):
+                raise RegistryError(f"{path}: is there, with other content; name another folder")
+        digest = part_digest("environment", environment_preimage(folder / LOCK))
+        if digest != record.run.parts["environment"]:
+            raise RegistryError(f"{record.label}: the lock in its snapshot is not that of its key")
+        shutil.copytree(folder, target, dirs_exist_ok=True)
+    return files

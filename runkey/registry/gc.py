@@ -33,16 +33,13 @@ from runkey.errors import RegistryError
 from runkey.identity.key import ANY_SCHEMA, SCHEMA, short_key
 from runkey.identity.record import Record, read_pointer
 from runkey.identity.record_cache import remove_record
-from runkey.processes import is_running
-from runkey.registry.claims import Claim, Claims, Owner, newest, state_now, this_owner
+from runkey.registry.claims import Claim, Claims, newest, state_now
 from runkey.registry.library import Library, LocalLibrary
-from runkey.registry.snapshot import git, has_git, snapshot_refs
-from runkey.training.lock import holder_of
+from runkey.registry.snapshot import git, has_git, remove_worktree, snapshot_refs
+from runkey.training.lock import LOCK, holder_of
 
-OWNER = ".runkey-owner.json"
-"""In a worktree of `runkey reproduce`: the process that uses it."""
 _QUIET_SECONDS = 3600.0
-"""How long a folder whose owner cannot be seen must be unchanged."""
+"""How long a folder without a lock must be unchanged."""
 _HALF_WRITTEN_SECONDS = 86400.0
 """Longer than any file takes to be written."""
 
@@ -111,12 +108,6 @@ class Scope:
     def age(self, since_ms: float) -> float:
         """Return the seconds since a time in milliseconds since 1970."""
         return max(self.now - since_ms / 1000, 0.0)
-
-
-def mark_owner(folder: Path) -> None:
-    """Note in a worktree that this process uses it."""
-    owner = json.dumps(this_owner().as_dict())
-    (folder / OWNER).write_text(f"{owner}\n", encoding="utf-8")
 
 
 def collect(scope: Scope, older_than_days: float = 0.0) -> list[Item]:
@@ -268,26 +259,15 @@ def _item(
     return Item(kind, name, why, _size(path), scope.age(_changed(path) * 1000), remove)
 
 
-def _remove_worktree(root: Path, path: Path) -> None:
-    shutil.rmtree(path)
-    if has_git(root):
-        git(root, "worktree", "prune")
-
-
 def _worktrees(scope: Scope) -> Iterator[Item]:
     """The worktrees of `runkey reproduce` that no process uses."""
-    folder = scope.home / "reproduce"
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if not path.is_dir() or path.is_symlink():
+    for path in sorted(scope.home.glob("reproduce/*/")):
+        quiet = (path / LOCK).is_file() or scope.now - _changed(path) >= _QUIET_SECONDS
+        # A stage runs on for a while after `runkey reproduce` itself, which locks it, was killed.
+        if path.is_symlink() or not quiet or holder_of(path) is not None or _has_processes(path):
             continue
-        owner = _owner(path)
-        seen = is_running(owner) if owner else None
-        quiet = seen is False or scope.now - _changed(path) >= _QUIET_SECONDS
-        # A stage runs on for a while after `runkey reproduce` itself was killed.
-        if not seen and quiet and not _has_processes(path):
-            why = f"its process {owner.label} is gone" if owner else "no process works in it"
-            remove = partial(_remove_worktree, scope.root, path)
-            yield _item(scope, "worktree", path, why, f"reproduce/{path.name}", remove)
+        why, remove = "no process works in it", partial(remove_worktree, scope.root, path)
+        yield _item(scope, "worktree", path, why, f"reproduce/{path.name}", remove)
 
 
 def _leftovers(scope: Scope) -> Iterator[Item]:
@@ -310,13 +290,6 @@ def _remove_path(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _owner(path: Path) -> Owner | None:
-    try:
-        return Owner.from_dict(json.loads((path / OWNER).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def _has_processes(path: Path) -> bool:

@@ -18,7 +18,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -39,9 +38,9 @@ from runkey.identity.record import REPRODUCES, Details, Record, RunManifest, thi
 from runkey.params import load_params
 from runkey.paths import PARAMS
 from runkey.registry.environment import compare_environment
-from runkey.registry.gc import mark_owner
-from runkey.registry.snapshot import git, has_commit
+from runkey.registry.snapshot import add_worktree, remove_worktree
 from runkey.registry.verify import first_few
+from runkey.training.lock import locked
 
 logger = logging.getLogger(__name__)
 
@@ -189,28 +188,7 @@ def _class_text(value: Any) -> str:
 # The checkout of a snapshot, with the DVC cache and data of the main checkout.
 
 
-# Hooks, such as DVC's own, are meant for the user's checkouts.
-_NO_HOOKS = ("-c", "core.hooksPath=/dev/null")
 _REMOTE = re.compile(r"""^'?remote "(.+)"'?$""")
-
-
-def add_worktree(main: Path, oid: str, folder: Path, way_out: str) -> Path:
-    """Check out a snapshot in a new folder; return the workspace, which may lie below it.
-
-    Raises:
-        RegistryError: the commit is not there, with the way out; or git refuses.
-    """
-    if not has_commit(main, oid):
-        raise RegistryError(f"snapshot {oid[:12]}: not in git here; {way_out}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    git(main, *_NO_HOOKS, "worktree", "add", "--detach", str(folder), oid)
-    return folder / git(main, "rev-parse", "--show-prefix")
-
-
-def remove_worktree(main: Path, folder: Path) -> None:
-    """Delete a worktree and git's note of it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    git(main, "worktree", "prune")
 
 
 def share_cache(main: Path, root: Path) -> None:
@@ -250,6 +228,9 @@ def clean_environment(main: Path, more: Mapping[str, str]) -> dict[str, str]:
     return kept | {"DVC_ROOT": str(main)} | dict(more)
 
 
+# Training again.
+
+
 TARGET = "evaluate"
 """The stage to run; those before it run as well."""
 _PATIENCE = 30.0
@@ -261,26 +242,24 @@ _ASK_KEY = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReproduceRequest:
-    """What to reproduce, and how."""
+def reproduce(
+    record: Record,
+    main: Path,
+    home: Path,
+    output: TextIO,
+    *,
+    keep: bool = False,
+    any_environment: bool = False,
+) -> tuple[RunComparison, dict[str, Any]]:
+    """Train a run again and compare.
 
-    record: Record
-    """The run, with its details."""
-    main: Path
-    """The main checkout: its git, DVC cache and store are used."""
-    home: Path
-    """`Store.home`."""
-    output: TextIO
-    """A real file that the pipeline writes to."""
-    keep: bool = False
-    """Keep the worktree."""
-    any_environment: bool = False
-    """Go on where packages are not as the snapshot locks them."""
-
-
-def reproduce(request: ReproduceRequest) -> tuple[RunComparison, dict[str, Any]]:
-    """Train the run again and compare.
+    Args:
+        record: the run, with its details.
+        main: the main checkout: its git, DVC cache and store are used.
+        home: `Store.home`.
+        output: a real file that the pipeline writes to.
+        keep: keep the worktree.
+        any_environment: go on where packages are not as the snapshot locks them.
 
     Returns:
         The comparison; the outcome for `Details.outcomes` of the first run, which also has the
@@ -291,78 +270,82 @@ def reproduce(request: ReproduceRequest) -> tuple[RunComparison, dict[str, Any]]
             missing, and where the worktree was left.
         KeyboardInterrupt: the pipeline was ended first, the worktree is gone.
     """
-    record, details = request.record, request.record.details
-    run = record.run
+    label, run, details = record.label, record.run, record.details
     if not record.is_whole or details is None:
         raise RegistryError(
-            f"{record.label}: run {run.run_id} is {run.status}, without a recorded result to"
-            " compare with"
+            f"{label}: run {run.run_id} is {run.status}, without a recorded result to compare with"
         )
-    logger.info(f"{record.label}: run {run.run_id}, {run.name or 'without a name'}")
+    logger.info(f"{label}: run {run.run_id}, {run.name or 'without a name'}")
     if details.snapshot is None:
         raise RegistryError(
-            f"{record.label}: its code was not kept (it ran outside git); it cannot be reproduced"
+            f"{label}: its code was not kept (it ran outside git); it cannot be reproduced"
         )
-    folder = request.home / "reproduce" / f"{record.label}-{os.getpid()}"
-    root = add_worktree(
-        request.main, details.snapshot, folder, f"`runkey fetch {record.label}` brings it"
-    )
-    mark_owner(folder)
-    logger.info(f"snapshot {details.snapshot[:12]} is checked out in {folder}")
-    try:
-        repeat = _repeat(request, details, root)
-    except RunkeyError as error:
-        raise RegistryError(f"{error}; its worktree is left in {folder}") from None
-    except KeyboardInterrupt:
-        remove_worktree(request.main, folder)
-        logger.info(f"interrupted; {folder} is removed")
-        raise
-    if request.keep:
-        logger.info(f"the worktree is kept: {folder}; `git worktree remove` ends it")
-    else:
-        remove_worktree(request.main, folder)
+    folder = home / "reproduce" / f"{label}-{os.getpid()}"
+    root = add_worktree(main, details.snapshot, folder, f"`runkey fetch {label}` brings it")
+    with locked(folder):
+        logger.info(f"snapshot {details.snapshot[:12]} is checked out in {folder}")
+        try:
+            # DVC's stages call `python`; it must be this one.
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+            env = clean_environment(main, {REPRODUCES: run.run_id, "PATH": path})
+            _check_key(record, details.stage, root, env)
+            _check_packages(record, details, root, any_environment=any_environment)
+            share_cache(main, root)
+            repeat = _train_again(record, details, root, env, output)
+        except RunkeyError as error:
+            raise RegistryError(f"{error}; its worktree is left in {folder}") from None
+        except KeyboardInterrupt:
+            with suppress(OSError):
+                remove_worktree(main, folder)
+            logger.info(f"interrupted; {folder} is removed")
+            raise
+        if keep:
+            logger.info(f"the worktree is kept: {folder}; `git worktree remove` ends it")
+        else:
+            with suppress(OSError):
+                remove_worktree(main, folder)
     return repeat
 
 
-def _repeat(
-    request: ReproduceRequest, details: Details, root: Path
+def _train_again(
+    record: Record, details: Details, root: Path, env: Mapping[str, str], output: TextIO
 ) -> tuple[RunComparison, dict[str, Any]]:
-    """Prepare the worktree, train and evaluate, compare."""
-    record = request.record
-    env = clean_environment(request.main, {REPRODUCES: record.run.run_id})
-    # DVC's stages call `python`; it must be this one.
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', os.defpath)}"
-    _check_key(request, details.stage, root, env)
-    _check_packages(request, details, root)
-    share_cache(request.main, root)
-    _fetch_data(request, root, env)
+    """Train and evaluate in the worktree; compare."""
+    _fetch_data(root, env, output)
     (root / "dvc.lock").unlink(missing_ok=True)
     logger.info("training again: dvc repro without its run-cache")
     begin = time.monotonic()
-    _run(["-m", "dvc", "repro", "--no-run-cache", "--no-commit", TARGET], root, env, request.output)
+    _dvc(["repro", "--no-run-cache", "--no-commit", TARGET], root, env, output)
     seconds = round(time.monotonic() - begin, 1)
     manifest = RunManifest.read(root / paths.RUN_JSON)
     if manifest.run_id == record.run.run_id:
         raise RegistryError(
             f"{record.label}: the snapshot's train stage took the run's own files and did not train"
         )
-    hashes = {path: file.sha256 for path, file in details.files.items()}
-    recorded = RunResult(details.witness, hashes, record.run.metrics)
-    comparison = compare_runs(recorded, _new_result(root, manifest))
-    outcome = {
+    recorded = {path: file.sha256 for path, file in details.files.items()}
+    written = {path: sha256_file(root / path) for path in IDENTICAL if (root / path).is_file()}
+    # This file has all of COCO's metrics; those that DVC tracks are a few of them.
+    stored = json.loads((root / paths.EVALUATION / METRICS_JSON).read_text(encoding="utf-8"))
+    metrics = {f"eval/{n}": float(v) for n, v in stored.items() if isinstance(v, int | float)}
+    comparison = compare_runs(
+        RunResult(details.witness, recorded, record.run.metrics),
+        RunResult(vars(manifest.witness), written, metrics),
+    )
+    return comparison, {
         "when_ms": time.time_ns() // 1_000_000,
         "run_id": manifest.run_id,
         "host": this_host(),
         "seconds": seconds,
         **comparison.as_dict(),
     }
-    return comparison, outcome
 
 
-def _check_key(request: ReproduceRequest, stage: str, root: Path, env: Mapping[str, str]) -> None:
+def _check_key(record: Record, stage: str, root: Path, env: Mapping[str, str]) -> None:
     """Stop if the checked-out tree is of another key than the run."""
-    record = request.record
-    asked = _python(["-c", _ASK_KEY.format(stage=stage)], root, env)
+    command = [sys.executable, "-c", _ASK_KEY.format(stage=stage)]
+    asked = subprocess.run(
+        command, cwd=root, env=env, capture_output=True, encoding="utf-8", errors="replace"
+    )
     try:
         found = Recipe.from_dict(json.loads(asked.stdout))
     except ValueError:
@@ -380,61 +363,50 @@ def _check_key(request: ReproduceRequest, stage: str, root: Path, env: Mapping[s
     )
 
 
-def _check_packages(request: ReproduceRequest, details: Details, root: Path) -> None:
+def _check_packages(record: Record, details: Details, root: Path, *, any_environment: bool) -> None:
     """Stop if what is installed is not what the snapshot locks, unless the run had the same."""
     found = compare_environment(root)
     if found.agrees:
         logger.info(f"{found.same} packages are installed as {found.against} of then locks them")
         return
-    lines = [
-        f"{d.name}: locked {d.locked}, installed {d.installed or 'none'}"
-        for d in (*found.of_kind("missing"), *found.of_kind("other"))
-    ]
+    lines = [str(d) for d in (*found.of_kind("missing"), *found.of_kind("other"))]
     text = (
         f"{len(lines)} packages are not as {found.against} of then locks them: {first_few(lines)}"
     )
     if sorted(lines) == sorted(details.witness["package_differences"]):
         logger.info(f"{text}; the run itself had the same")
-    elif request.any_environment:
+    elif any_environment:
         logger.info(f"{text}; goes on, as --any-environment says")
     else:
         raise RegistryError(
-            f"{text}; `runkey env export {request.record.label}` gives the lists to install from,"
+            f"{text}; `runkey env export {record.label}` gives the lists to install from,"
             " --any-environment goes on as it is"
         )
 
 
-def _fetch_data(request: ReproduceRequest, root: Path, env: Mapping[str, str]) -> None:
+def _fetch_data(root: Path, env: Mapping[str, str], output: TextIO) -> None:
     """Check out the data by their hash: from DVC's cache, else from their remote."""
     flat = load_params(root / PARAMS).flat()
     stages = chain(read_pipeline(root, flat), TARGET)
     wanted = [str(flat["data.path"]).rstrip("/"), *(dep for one in stages for dep in one.deps)]
     for file in dict.fromkeys(filter(None, (pointer_of(dep, root) for dep in wanted))):
-        if _python(["-m", "dvc", "checkout", "--quiet", file], root, env).returncode:
-            logger.info(f"{file}: not whole in DVC's cache; it is pulled")
-            _run(["-m", "dvc", "pull", file], root, env, request.output)
-        else:
+        try:
+            _dvc(["checkout", "--quiet", file], root, env, subprocess.DEVNULL)
             logger.info(f"{file}: data from DVC's cache, by their hash")
+        except RegistryError:
+            logger.info(f"{file}: not whole in DVC's cache; it is pulled")
+            _dvc(["pull", file], root, env, output)
 
 
-def _python(
-    arguments: list[str], root: Path, env: Mapping[str, str]
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=root,
-        env=env,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-    )
+def _dvc(arguments: list[str], root: Path, env: Mapping[str, str], output: TextIO | int) -> None:
+    """Run DVC in the worktree; an interruption ends it, the stage and its workers together.
 
-
-def _run(arguments: list[str], root: Path, env: Mapping[str, str], output: TextIO) -> None:
-    """Run Python in the worktree; an interruption ends DVC, the stage and its workers together."""
+    Raises:
+        RegistryError: it failed.
+    """
+    command = ["-m", "dvc", *arguments]
     child = subprocess.Popen(
-        [sys.executable, *arguments],
+        [sys.executable, *command],
         cwd=root,
         env=env,
         stdin=subprocess.DEVNULL,
@@ -445,30 +417,16 @@ def _run(arguments: list[str], root: Path, env: Mapping[str, str], output: TextI
     try:
         code = child.wait()
     except BaseException:
-        _end(child)
+        # First as Ctrl-C does, so that MLflow records the end of the run; at last those of the
+        # group that outlive their leader.
+        for number, seconds in ((signal.SIGINT, _PATIENCE), (signal.SIGTERM, 5.0)):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(child.pid, number)
+                child.wait(seconds)
+                break
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
         raise
     if code:
-        raise RegistryError(f"python {' '.join(arguments)}: failed with exit code {code}")
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """End a process group, first as Ctrl-C does, so that MLflow records the end of the run."""
-    for number, seconds in ((signal.SIGINT, _PATIENCE), (signal.SIGTERM, 5.0)):
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(seconds)
-            break
-    # The leader may have ended before others of the group.
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-
-
-def _new_result(root: Path, manifest: RunManifest) -> RunResult:
-    """The repeat, from the files that it wrote."""
-    hashes = {p: sha256_file(root / p) for p in IDENTICAL if (root / p).is_file()}
-    # This file has all of COCO's metrics; those that DVC tracks are a few of them.
-    stored = json.loads((root / paths.EVALUATION / METRICS_JSON).read_text(encoding="utf-8"))
-    metrics = {f"eval/{n}": float(v) for n, v in stored.items() if isinstance(v, int | float)}
-    return RunResult(vars(manifest.witness), hashes, metrics)
+        raise RegistryError(f"python {' '.join(command)}: failed with exit code {code}")

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -366,22 +368,53 @@ def changed_files(root: Path, oid: str, code: Mapping[str, Any]) -> dict[str, st
     Returns:
         What is wrong by path, in words; empty when all agree.
     """
-    prefix, rule = git(root, "rev-parse", "--show-prefix"), code_rule(code)
-    wrong = {}
+    listed = set(git(root, "ls-tree", "-r", "-z", "--name-only", oid).split("\0"))
+    wrong = {path: "is not in it" for path in code["files"] if path not in listed}
+    there = [path for path in code["files"] if path not in wrong]
+    with checked_out(root, oid, there) as folder:
+        for path in there:
+            data = (folder / path).read_bytes()
+            if not same_code(path, data, code["files"][path], code_rule(code)):
+                wrong[path] = "is another one in it"
+    return wrong
+
+
+@contextmanager
+def checked_out(root: Path, oid: str, paths: Iterable[str]) -> Iterator[Path]:
+    """Check out files of a commit to a temporary folder; paths are relative to `root`.
+
+    Raises:
+        RegistryError: the commit lacks one of them.
+    """
+    prefix = git(root, "rev-parse", "--show-prefix")
     with tempfile.TemporaryDirectory() as folder:
         env = {"GIT_INDEX_FILE": f"{folder}/index"}
         git(root, *_SETTINGS, "read-tree", oid, env=env)
-        listed = set(git(root, "ls-files", "-z", env=env).split("\0"))
-        there = _zero_ended(path for path in code["files"] if path in listed)
-        checkout = ("checkout-index", "-z", "--stdin", f"--prefix={folder}/tree/")
-        git(root, *_SETTINGS, *checkout, env=env, text=there)
-        for path, digest in code["files"].items():
-            file = Path(folder) / "tree" / prefix / path
-            if path not in listed:
-                wrong[path] = "is not in it"
-            elif not same_code(path, file.read_bytes(), digest, rule):
-                wrong[path] = "is another one in it"
-    return wrong
+        command = ("checkout-index", "-z", "--stdin", f"--prefix={folder}/tree/")
+        git(root, *_SETTINGS, *command, env=env, text=_zero_ended(paths))
+        yield Path(folder, "tree", prefix)
+
+
+def add_worktree(main: Path, oid: str, folder: Path, way_out: str) -> Path:
+    """Check out a snapshot in a new folder; return the workspace, which may lie below it.
+
+    Raises:
+        RegistryError: the commit is not there, with the way out; or git refuses.
+    """
+    if not has_commit(main, oid):
+        raise RegistryError(f"snapshot {oid[:12]}: not in git here; {way_out}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Hooks, such as DVC's own, are meant for the user's checkouts.
+    no_hooks = ("-c", "core.hooksPath=/dev/null")
+    git(main, *no_hooks, "worktree", "add", "--detach", str(folder), oid)
+    return folder / git(main, "rev-parse", "--show-prefix")
+
+
+def remove_worktree(main: Path, folder: Path) -> None:
+    """Delete a worktree and git's note of it; OSError if it cannot be deleted."""
+    shutil.rmtree(folder)
+    if has_git(main):
+        git(main, "worktree", "prune")
 
 
 # Snapshots between repositories: by a remote, or by a bundle in a file.

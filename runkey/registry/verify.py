@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -30,6 +30,7 @@ from runkey.identity.record import (
     LoggedRun,
     Record,
     StoredFile,
+    this_host,
 )
 from runkey.paths import RUN_JSON
 from runkey.progress import Steps, progress
@@ -113,8 +114,6 @@ class Sources:
     """The main checkout, with git's and DVC's stores."""
     pointers: frozenset[str]
     """md5s of the run.json of all runs that will be verified: DVC's cache is searched once."""
-    host: str
-    """This machine's name."""
     is_shared: bool
     """True if the store is a server, whose runs come from several machines."""
     quick: bool = False
@@ -138,8 +137,11 @@ class _Run:
     record: Record
     details: Details
     sources: Sources
-    recipe: Recipe | None = field(default=None)
+    recipe: Recipe | None = None
     """Set once key.json was read."""
+    check: str = ""
+    """Name of the check that is made now."""
+    results: list[CheckResult] = field(default_factory=list)
 
     @property
     def run_id(self) -> str:
@@ -149,17 +151,21 @@ class _Run:
     def fetch(self) -> str:
         return f"`runkey fetch {self.record.label}`"
 
-    def missing(self) -> tuple[State, str]:
-        """State of a missing part, and a note: a run of another machine may keep it there."""
-        if self.sources.is_shared and self.details.host != self.sources.host:
-            return "warning", f" (it ran on {self.details.host})"
-        return "fault", ""
+    def add(self, state: State, text: str, way_out: str = "") -> None:
+        self.results.append(CheckResult(self.check, state, text, way_out))
+
+    def add_missing(self, text: str, way_out: str) -> None:
+        """Add that a part is missing, which a run of another machine may keep there."""
+        if self.sources.is_shared and self.details.host != this_host():
+            self.add("warning", f"{text} (it ran on {self.details.host})", way_out)
+        else:
+            self.add("fault", text, way_out)
 
     def read(self, path: str) -> bytes:
         with self.sources.library.open_file(self.record, path) as file:
             return file.read()
 
-    def fault(self, path: str, error: Exception) -> str:
+    def why(self, path: str, error: Exception) -> str:
         """Say why a file cannot be used, beginning with its path."""
         text = str(error)
         if not isinstance(error, _UNREADABLE):
@@ -169,8 +175,6 @@ class _Run:
         return f"{path}: {text}"
 
 
-Outcome = tuple[State, str] | tuple[State, str, str]
-"""State, text and way out of a `CheckResult`."""
 _UNREADABLE = (RunkeyError, OSError, HTTPException)
 _UNUSABLE = (*_UNREADABLE, ValueError, AttributeError)
 """What reading a file of a run as JSON may raise."""
@@ -187,7 +191,7 @@ def verify_run(record: Record, sources: Sources) -> Report:
         way_out = "`runkey index` reads it from MLflow again"
         results = [CheckResult("files", "fault", text, way_out)]
     else:
-        results = list(_check_all(_Run(record, record.details, sources)))
+        results = _check_all(_Run(record, record.details, sources))
     return Report(record.label, run.run_id, run.name, run.status, tuple(results))
 
 
@@ -203,39 +207,55 @@ def find_unrecorded(uri: str, run_ids: set[str]) -> list[CheckResult]:
     return [CheckResult("record", "fault", text, "`runkey index` writes them")]
 
 
-def _check_all(run: _Run) -> Iterator[CheckResult]:
+def _check_all(run: _Run) -> list[CheckResult]:
     """Make the checks in order; what a check raises is its result."""
-    for name, check in _CHECKS.items():
+    for run.check, check in _CHECKS:
+        before = len(run.results)
         try:
-            yield from (CheckResult(name, *outcome) for outcome in check(run))
+            right = check(run)
         except RunkeyError as error:
-            yield CheckResult(name, "fault", str(error))
+            run.add("fault", str(error))
         # Recorded values of another type than they should have; files that cannot be read.
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             text = f"cannot be checked: {type(error).__name__}: {error}"
-            yield CheckResult(name, "fault", f"run {run.run_id} {text}")
+            run.add("fault", f"run {run.run_id} {text}")
+        else:
+            if right and len(run.results) == before:
+                run.add("ok", right)
+    return run.results
 
 
-def _check_files(run: _Run) -> Iterator[Outcome]:
+# The checks. Each adds what is wrong, and returns what to say if nothing is.
+
+
+def _check_record_file(run: _Run) -> str:
+    """Compare record.json, which is not among its own files, with this store's copy of it."""
+    try:
+        if run.read(DETAILS) != run.details.as_json().encode():
+            text = f"{DETAILS}: differs from this store's record (run {run.run_id})"
+            run.add("fault", text, "`runkey index` shows which of them can be read")
+    except _UNREADABLE as error:
+        way_out = "this store's record is whole; `runkey export` it"
+        run.add("fault", run.why(DETAILS, error), way_out)
+    return ""
+
+
+def _check_files(run: _Run) -> str:
     files = run.details.files
     size = sum(file.size for file in files.values())
     with progress("verify", size, "bytes") as steps:
         answers = {path: _why_wrong(run, path, file, steps) for path, file in files.items()}
     wrong = {path: why for path, why in answers.items() if why}
-    yield from _check_record_file(run)
     way_out = f"{run.fetch}, if it was published"
     if len(wrong) == len(files) > 1:
         text = f"none of its {len(files)} files can be read: {next(iter(wrong.values()))}"
-        yield "fault", text, way_out
-        return
+        run.add("fault", text, way_out)
+        return ""
     for path, why in wrong.items():
         place = _copy_in_cache(run, path)
-        copy = f"DVC's cache has it: cp {place} over it" if place else way_out
-        yield "fault", why, copy
-    if not wrong:
-        how = "sizes" if run.sources.quick else "sizes and sha256"
-        text = f"{len(files)} files, {size / 1e6:.1f} MB: {how} as recorded"
-        yield "ok", text
+        run.add("fault", why, f"DVC's cache has it: cp {place} over it" if place else way_out)
+    how = "sizes" if run.sources.quick else "sizes and sha256"
+    return f"{len(files)} files, {size / 1e6:.1f} MB: {how} as recorded"
 
 
 def _copy_in_cache(run: _Run, path: str) -> Path | None:
@@ -256,7 +276,7 @@ def _why_wrong(run: _Run, path: str, recorded: StoredFile, steps: Steps) -> str:
             else:
                 size, digest = hash_stream(file, advance=steps.advance)
     except _UNREADABLE as error:
-        return run.fault(path, error)
+        return run.why(path, error)
     if size != recorded.size:
         return f"{path}: {size} bytes, recorded {recorded.size} (run {run.run_id})"
     if digest != recorded.sha256:
@@ -273,77 +293,49 @@ def _size(file: BinaryIO) -> int:
     return hash_stream(file)[0] if length is None else int(length)
 
 
-def _check_record_file(run: _Run) -> Iterator[Outcome]:
-    """Compare record.json, which is not among its own files, with this store's copy of it."""
-    try:
-        stored = run.read(DETAILS)
-    except _UNREADABLE as error:
-        way_out = "this store's record is whole; `runkey export` it"
-        yield "fault", run.fault(DETAILS, error), way_out
-        return
-    if stored != run.details.as_json().encode():
-        text = f"{DETAILS}: differs from this store's record (run {run.run_id})"
-        yield "fault", text, "`runkey index` shows which of them can be read"
-
-
-def _check_key(run: _Run) -> Iterator[Outcome]:
+def _check_key(run: _Run) -> str:
     """Check that key.json hashes to the key, and run.json names the same."""
-    way_out = f"`runkey get {run.record.label}` says which file is damaged"
+    fault = partial(
+        run.add, "fault", way_out=f"`runkey get {run.record.label}` says which file is damaged"
+    )
+    name = KEY_JSON
     try:
-        stated = Recipe.from_dict(json.loads(run.read(KEY_JSON)))
-    except _UNUSABLE as error:
-        yield "fault", run.fault(KEY_JSON, error), way_out
-        return
-    run.recipe = stated
-    if stated.key != run.record.key:
-        text = f"{KEY_JSON}: is of key {stated.key}, the run of {run.record.key}"
-        yield "fault", text, way_out
-        return
-    wrong = list(_wrong_in_run_json(run, stated))
-    yield from (("fault", text, way_out) for text in wrong)
-    if not wrong:
-        older = f"; {rule}" if (rule := older_rule(stated.key)) else ""
-        text = f"{KEY_JSON} hashes to the key, {RUN_JSON} names it{older}"
-        yield "ok", text
-
-
-def _wrong_in_run_json(run: _Run, stated: Recipe) -> Iterator[str]:
-    name = RUN_JSON.as_posix()
-    try:
+        run.recipe = stated = Recipe.from_dict(json.loads(run.read(name)))
+        if stated.key != run.record.key:
+            fault(f"{name}: is of key {stated.key}, the run of {run.record.key}")
+            return ""
+        name = RUN_JSON.as_posix()
         manifest: dict[str, Any] = json.loads(run.read(name))
         key, parts, run_id = (manifest.get(field) for field in ("key", "parts", "run_id"))
     except _UNUSABLE as error:
-        yield run.fault(name, error)
-        return
+        fault(run.why(name, error))
+        return ""
     if key != stated.key:
-        yield f"{name}: is of key {key}, the run of {stated.key}"
+        fault(f"{name}: is of key {key}, the run of {stated.key}")
     if parts != stated.parts:
         named = parts if isinstance(parts, dict) else {}
         differing = [part for part in PARTS if named.get(part) != stated.parts[part]]
-        yield f"{name}: states other hashes of {', '.join(differing)} than {KEY_JSON}"
+        fault(f"{name}: states other hashes of {', '.join(differing)} than {KEY_JSON}")
     if run_id is not None and run_id not in {run.run_id, run.record.run.tags.get(ORIGIN)}:
-        yield f"{name}: names MLflow run {run_id}, this one is {run.run_id}"
+        fault(f"{name}: names MLflow run {run_id}, this one is {run.run_id}")
+    older = f"; {rule}" if (rule := older_rule(stated.key)) else ""
+    return f"{KEY_JSON} hashes to the key, {RUN_JSON} names it{older}"
 
 
-def _check_mlflow(run: _Run) -> Iterator[Outcome]:
+def _check_mlflow(run: _Run) -> str:
     """Compare what MLflow has of the run now with the record and the key."""
     if run.sources.stored is None:
-        text = "its database is read through a server only; skipped"
-        yield "warning", text
-        return
+        run.add("warning", "its database is read through a server only; skipped")
+        return ""
     now = run.sources.stored(run.run_id)
     if now is None:
         text = f"run {run.run_id} is not in MLflow, or was deleted there"
-        way_out = f"restore it on MLflow's pages, or {run.fetch}"
-        yield "fault", text, way_out
-        return
-    wrong = list(_wrong_in_mlflow(run, now))
-    way_out = "`runkey index` takes over what MLflow has, if that is right"
-    for text in wrong:
-        yield "fault", f"run {run.run_id}: {text}", way_out
-    if not wrong:
-        text = f"{len(now.params)} params, {len(now.metrics)} metrics, the key and its parts"
-        yield "ok", text
+        run.add("fault", text, f"restore it on MLflow's pages, or {run.fetch}")
+        return ""
+    for text in _wrong_in_mlflow(run, now):
+        way_out = "`runkey index` takes over what MLflow has, if that is right"
+        run.add("fault", f"run {run.run_id}: {text}", way_out)
+    return f"{len(now.params)} params, {len(now.metrics)} metrics, the key and its parts"
 
 
 def _wrong_in_mlflow(run: _Run, now: LoggedRun) -> Iterator[str]:
@@ -369,92 +361,85 @@ def _wrong_in_mlflow(run: _Run, now: LoggedRun) -> Iterator[str]:
                 yield f"{kind} {name} is {value}, recorded {was}"
 
 
-def _check_snapshot(run: _Run) -> Iterator[Outcome]:
+def _check_snapshot(run: _Run) -> str:
     """Check that the commit is there, kept by a ref, and of the code that the key names."""
     root, oid = run.sources.root, run.details.snapshot
     if oid is None or not has_git(root):
         where = "it ran outside git" if oid is None else f"{root} is no git repository"
-        yield "warning", f"none: {where}"
-        return
+        run.add("warning", f"none: {where}")
+        return ""
     commit = f"commit {oid[:12]}"
     if not has_commit(root, oid):
-        state, note = run.missing()
-        yield state, f"{commit} is not in git here{note}", run.fetch
-        return
+        run.add_missing(f"{commit} is not in git here", run.fetch)
+        return ""
     if not has_snapshot(root, oid):
         ref = f"{REFS}/{run.record.key}/{oid[:12]}"
         text = f"{ref} is missing: git's gc may delete {commit}"
-        yield "fault", text, f"`git update-ref {ref} {oid}`"
-        return
-    code = run.recipe.preimages["code"] if run.recipe and not run.sources.quick else None
-    wrong = changed_files(root, oid, code) if code else {}
-    for path, why in wrong.items():
-        yield "fault", f"{commit}: {path} {why}", run.fetch
-    if not wrong:
-        hashed = f", its {len(code['files'])} files of code hash as in the key" if code else ""
-        yield "ok", f"{commit}{hashed}"
+        run.add("fault", text, f"`git update-ref {ref} {oid}`")
+        return ""
+    if run.recipe is None or run.sources.quick:
+        return commit
+    code = run.recipe.preimages["code"]
+    for path, why in changed_files(root, oid, code).items():
+        run.add("fault", f"{commit}: {path} {why}", run.fetch)
+    return f"{commit}, its {len(code['files'])} files of code hash as in the key"
 
 
-def _check_dvc_cache(run: _Run) -> Iterator[Outcome]:
+def _check_dvc_cache(run: _Run) -> str:
     """Check the run-cache entry, and each object of its outputs."""
     details, sources = run.details, run.sources
-    if details.pointer_md5 is None or run.record.reproduction_of:
+    if run.record.reproduction_of:
         # `runkey reproduce` keeps its run out of DVC's cache, where the newest entry wins.
-        repeat = "a repeat is kept in MLflow only"
-        why = repeat if run.record.reproduction_of else "not run by DVC"
-        yield "ok", f"none: {why}"
-        return
+        return "none: a repeat is kept in MLflow only"
+    if details.pointer_md5 is None:
+        return "none: not run by DVC"
     way_out = f"{run.fetch}, or `dvc repro`, which takes the run's files"
     entry, cache = sources.entries.get(details.pointer_md5), sources.cache
     if entry is None:
-        state, note = run.missing()
         text = f"no entry in {cache.runs} gave this run.json ({details.pointer_md5})"
-        yield state, f"{text}{note}", way_out
-        return
+        run.add_missing(text, way_out)
+        return ""
     files = cache.files(entry.outs)
-    wrong = [(name, why) for name, md5 in files.items() if (why := _why_bad(cache, md5, sources))]
-    for name, why in wrong:
-        text = f"{name}: {why} (entry {entry.path})"
-        yield "fault", text, way_out
-    if not wrong:
-        how = "are there" if sources.quick else "hash to their md5"
-        yield "ok", f"its {len(files)} objects {how}"
+    for name, md5 in files.items():
+        place, why = cache.object_path(md5), ""
+        if not place.is_file():
+            why = "is not there"
+        elif not sources.quick and (now := md5_file(place)) != md5.removesuffix(DIR):
+            why = f"is damaged (md5 {now})"
+        if why:
+            run.add("fault", f"{name}: {place} {why} (entry {entry.path})", way_out)
+    return f"its {len(files)} objects {'are there' if sources.quick else 'hash to their md5'}"
 
 
-def _why_bad(cache: DvcCache, md5: str, sources: Sources) -> str:
-    """Say what is wrong with an object; empty if nothing."""
-    place = cache.object_path(md5)
-    if not place.is_file():
-        return f"{place} is not there"
-    if not sources.quick and (now := md5_file(place)) != md5.removesuffix(DIR):
-        return f"{place} is damaged (md5 {now})"
-    return ""
+def _check_locked(run: _Run) -> str:
+    """Check that the key names locked packages."""
+    if run.recipe is None:
+        return ""
+    locked = run.recipe.preimages["environment"]
+    if not locked.get("packages"):
+        run.add("fault", "key.json: its environment names no packages")
+        return ""
+    return f"{len(locked['packages'])} locked packages for {locked.get('platform')}"
 
 
-def _check_environment(run: _Run) -> Iterator[Outcome]:
-    """Check that the key names locked packages; warn where the run had others."""
-    if run.recipe is not None:
-        locked = run.recipe.preimages["environment"]
-        if locked.get("packages"):
-            text = f"{len(locked['packages'])} locked packages for {locked.get('platform')}"
-            yield "ok", text
-        else:
-            text = "key.json: its environment names no packages"
-            yield "fault", text
+def _check_witness(run: _Run) -> str:
+    """Warn where the run had other packages than locked, or code beside the key."""
     witness = run.details.witness
     if differing := witness["package_differences"]:
         text = f"{len(differing)} packages were not as locked: {first_few(differing)}"
-        yield "warning", text
+        run.add("warning", text)
     for path in witness["undeclared_files"]:
-        text = f"{path} was imported, and is no part of the key"
-        yield "warning", text
+        run.add("warning", f"{path} was imported, and is no part of the key")
+    return ""
 
 
-_CHECKS: dict[str, Callable[[_Run], Iterator[Outcome]]] = {
-    "files": _check_files,
-    "key": _check_key,
-    "mlflow": _check_mlflow,
-    "snapshot": _check_snapshot,
-    "dvc cache": _check_dvc_cache,
-    "environment": _check_environment,
-}
+_CHECKS: tuple[tuple[str, Callable[[_Run], str]], ...] = (
+    ("files", _check_record_file),
+    ("files", _check_files),
+    ("key", _check_key),
+    ("mlflow", _check_mlflow),
+    ("snapshot", _check_snapshot),
+    ("dvc cache", _check_dvc_cache),
+    ("environment", _check_locked),
+    ("environment", _check_witness),
+)

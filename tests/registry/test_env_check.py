@@ -18,8 +18,9 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """A repository with the real lists."""
+def folder(tmp_path, monkeypatch):
+    """A repository with the real lists; no conda environment is active."""
+    monkeypatch.delenv("CONDA_PREFIX", raising=False)
     (tmp_path / "stages").mkdir()
     for name in ("conda-lock.yml", "requirements.txt", "params.yaml"):
         shutil.copy(REPOSITORY / name, tmp_path)
@@ -69,7 +70,7 @@ def test_what_is_missing_other_and_extra_is_named_and_answered_no(folder):
 def test_another_build_of_the_same_torch_is_a_fault(folder):
     """A wheel for another CUDA, or for none, has the same version."""
     edit(folder, "requirements.txt", "nvidia-cuda-runtime-cu12==12.8.", "# nvidia-")
-    found = compare_environment(folder, conda=Path("none"))
+    found = compare_environment(folder)
     installed = f"for CUDA {found.cuda}"
     assert found.of_kind("other") == [PackageDifference("torch's build", "for the CPU", installed)]
     assert not found.agrees
@@ -77,7 +78,7 @@ def test_another_build_of_the_same_torch_is_a_fault(folder):
 
 def test_extra_packages_alone_are_no_fault(folder):
     edit(folder, "requirements.txt", "sortedcontainers==2.4.0", "# was here: sortedcontainers")
-    found = compare_environment(folder, conda=Path("none"))
+    found = compare_environment(folder)
     assert found.of_kind("extra") == [PackageDifference("sortedcontainers", None, "2.4.0")]
     assert found.agrees
     assert found.as_dict()["way_out"] == ""
@@ -90,7 +91,7 @@ def test_another_minor_version_of_python_is_a_fault(folder):
         "- name: python\n  version: 3.12",
         "- name: python\n  version: 3.9",
     )
-    found = compare_environment(folder, conda=Path("none"))
+    found = compare_environment(folder)
     assert [d.name for d in found.of_kind("other")] == ["python"]
 
 
@@ -102,8 +103,10 @@ def test_lists_that_are_gone_are_one_line(folder):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_the_way_out_of_the_repositorys_own_environment_removes_its_mark(folder):
-    found = compare_environment(folder, prefix=folder / ".venv", conda=Path("none"))
+def test_the_way_out_of_the_repositorys_own_environment_removes_its_mark(folder, monkeypatch):
+    edit(folder, "requirements.txt", "sortedcontainers==", "no-such-thing==")
+    monkeypatch.setattr(sys, "prefix", str(folder / ".venv"))
+    found = compare_environment(folder)
     assert found.way_out == "rm -f .venv/requirements.installed && make env"
 
 
@@ -111,12 +114,14 @@ def test_the_way_out_of_the_repositorys_own_environment_removes_its_mark(folder)
 
 
 @pytest.fixture
-def conda(folder):
-    """An environment's folder with conda's record of every locked package."""
+def conda(folder, monkeypatch):
+    """The active environment's folder with conda's record of every locked package."""
     prefix = folder / "conda"
     (prefix / "conda-meta").mkdir(parents=True)
     for package in read_lock(folder / "conda-lock.yml"):
         write_record(prefix, package.name, package.version, package.build)
+    monkeypatch.setenv("CONDA_PREFIX", str(prefix))
+    monkeypatch.setattr(sys, "prefix", str(prefix))
     return prefix
 
 
@@ -127,12 +132,8 @@ def write_record(prefix, name, version, build):
     (prefix / "conda-meta" / f"{name}.json").write_text(json.dumps(record))
 
 
-def compare(folder, conda):
-    return compare_environment(folder, prefix=conda, conda=conda)
-
-
 def test_a_conda_environment_as_locked_agrees(folder, conda):
-    found = compare(folder, conda)
+    found = compare_environment(folder)
     assert (found.against, found.differences) == ("conda-lock.yml", ())
     assert found.same == len(read_lock(folder / "conda-lock.yml"))
 
@@ -143,7 +144,7 @@ def test_another_build_of_the_same_version_is_another_package(folder, conda):
     (conda / "conda-meta/zstd.json").unlink()
     next(conda.glob("lib/python3.12/site-packages/zstd-*")).rmdir()
     write_record(conda, "extra-thing", "1.0", "0")
-    found = compare(folder, conda)
+    found = compare_environment(folder)
     assert found.of_kind("other") == [
         PackageDifference(
             "libtorch", f"{libtorch.version} {libtorch.build}", f"{libtorch.version} cpu_mkl_0"
@@ -163,7 +164,7 @@ def test_what_pip_put_over_conda_is_seen(folder, conda):
     (site / "numpy-9.9.dist-info").mkdir()
     (site / "My_Own-0.1.dist-info").mkdir()
     (site / "runkey-0.1.dist-info").mkdir()  # this project, in editable form
-    found = compare(folder, conda)
+    found = compare_environment(folder)
     assert found.of_kind("other") == [PackageDifference("numpy", numpy.version, "9.9 by pip")]
     assert found.of_kind("extra") == [PackageDifference("my-own", None, "0.1 by pip")]
 
@@ -171,9 +172,12 @@ def test_what_pip_put_over_conda_is_seen(folder, conda):
 def test_a_damaged_record_is_named(folder, conda):
     (conda / "conda-meta/numpy.json").write_text("{")
     with pytest.raises(RegistryError, match=r"numpy\.json: not a record of conda's"):
-        compare(folder, conda)
+        compare_environment(folder)
 
 
-def test_a_conda_environment_that_is_not_this_interpreters_is_not_looked_at(folder, conda):
-    found = compare_environment(folder, prefix=folder / ".venv", conda=conda)
+def test_a_conda_environment_that_is_not_this_interpreters_is_not_looked_at(
+    folder, conda, monkeypatch
+):
+    monkeypatch.setattr(sys, "prefix", str(folder / ".venv"))
+    found = compare_environment(folder)
     assert found.against == "requirements.txt"

@@ -1,11 +1,9 @@
 """`runkey gc`: which checkpoints may go; those that a training can go on from stay."""
 
-import subprocess
-import sys
 import time
 
 from runkey.identity.record import RunPointer, write_pointer
-from tests.support.collectable import KEY
+from tests.support.collectable import KEY, held
 from tests.support.records import key_of, make_run
 
 
@@ -26,18 +24,8 @@ def test_a_training_without_a_claim_keeps_its_folder(house):
     """As with runtime.mlflow false: what shows that somebody trains is the lock."""
     folder = house.folder(KEY, 5000)
     make_run(house.root, KEY, "a" * 32)
-    script = "import sys; from pathlib import Path\n"
-    script += "from runkey.training.lock import locked\n"
-    script += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as trainer:
-        assert trainer.stdout.readline() == "held\n"
+    with held(folder):
         assert house.items() == []
-        trainer.kill()
     assert [item.kind for item in house.items()] == ["checkpoint"]
 
 

@@ -7,8 +7,7 @@ import time
 from dataclasses import replace
 
 from runkey.registry.claims import this_owner
-from runkey.registry.gc import mark_owner
-from tests.support.collectable import KEY
+from tests.support.collectable import KEY, held
 from tests.support.records import key_of, make_run
 
 
@@ -33,21 +32,21 @@ def test_the_claim_that_shows_a_run_dead_stays_with_it(house, gone):
     assert house.items() == []
 
 
-def test_worktrees_nobody_works_in(house, gone, monkeypatch):
+def test_worktrees_nobody_works_in(house):
     ended, used, unknown = map(house.worktree, ("rk2-ended-1", "rk2-used-2", "rk2-unknown-3"))
-    mark_owner(used)
-    with monkeypatch.context() as other:
-        other.setattr("runkey.registry.gc.this_owner", lambda: gone)
-        mark_owner(ended)
-    assert house.offered() == {("worktree", "reproduce/rk2-ended-1")}
-    later = time.time() + 7200
-    assert len(house.offered(now=later)) == 2  # the unknown one has stood still for long
-    child = subprocess.Popen([sys.executable, "-c", "input()"], cwd=ended, stdin=subprocess.PIPE)
-    try:
-        assert house.items() == []  # DVC goes on when `runkey reproduce` alone is killed
-    finally:
-        child.communicate(b"\n", timeout=20)
-    house.apply()
+    with held(ended):
+        assert house.items() == []
+    with held(used):
+        assert house.offered() == {("worktree", "reproduce/rk2-ended-1")}
+        later = time.time() + 7200
+        assert len(house.offered(now=later)) == 2  # the unknown one has stood still for long
+        command = [sys.executable, "-c", "input()"]
+        child = subprocess.Popen(command, cwd=ended, stdin=subprocess.PIPE)
+        try:
+            assert house.items() == []  # DVC goes on when `runkey reproduce` alone is killed
+        finally:
+            child.communicate(b"\n", timeout=20)
+        house.apply()
     assert not ended.exists()
     listed = house.repository.git("worktree", "list")
     assert "rk2-ended-1" not in listed
@@ -55,11 +54,10 @@ def test_worktrees_nobody_works_in(house, gone, monkeypatch):
     assert unknown.exists()
 
 
-def test_a_worktree_that_git_does_not_know_goes_too(house, gone, monkeypatch):
+def test_a_worktree_that_git_does_not_know_goes_too(house):
     path = house.folder("reproduce/rk2-lost-1")
-    with monkeypatch.context() as other:
-        other.setattr("runkey.registry.gc.this_owner", lambda: gone)
-        mark_owner(path)
+    with held(path):
+        assert house.items() == []
     house.apply()
     assert not path.exists()
 

@@ -11,13 +11,8 @@ import pytest
 
 from runkey.errors import RegistryError
 from runkey.identity.dvc_yaml import cache_folder
-from runkey.registry.reproduce import (
-    add_worktree,
-    clean_environment,
-    remove_worktree,
-    share_cache,
-)
-from runkey.registry.snapshot import git
+from runkey.registry.reproduce import clean_environment, share_cache
+from runkey.registry.snapshot import add_worktree, git, remove_worktree
 
 WHO = {
     f"GIT_{role}_{what}": value

@@ -149,7 +149,8 @@ def test_a_lost_snapshot_is_named(checkout: Checkout) -> None:
     ((check, text),) = faults(checkout)
     assert (check, text) == ("snapshot", f"commit {oid[:12]} is not in git here")
     # On a team's server it may be another machine's.
-    report = checkout.verify(is_shared=True, host="elsewhere")
+    checkout.change_details(host="elsewhere")
+    report = checkout.verify(is_shared=True)
     assert report.is_right
     assert [f.check for f in report.of("warning")] == ["snapshot"]
 

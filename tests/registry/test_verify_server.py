@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 
 import pytest
@@ -47,7 +46,6 @@ def verify(checkout: Checkout, address: str) -> Report:
         stored=run_reader(address),
         root=checkout.root,
         pointers=frozenset([record.details.pointer_md5 or ""]),
-        host=socket.gethostname(),
         is_shared=True,
     )
     return verify_run(record, sources)
@@ -70,7 +68,6 @@ def test_a_run_of_a_server(checkout: Checkout, address: str) -> None:
         stored=run_reader(address),
         root=checkout.root,
         pointers=frozenset([]),
-        host="elsewhere",
         is_shared=True,
         quick=True,
     )
@@ -85,7 +82,6 @@ def test_a_server_that_is_gone_is_one_line(checkout: Checkout) -> None:
         stored=run_reader(address),
         root=checkout.root,
         pointers=frozenset([checkout.details.pointer_md5 or ""]),
-        host=socket.gethostname(),
         is_shared=True,
     )
     (fault,) = verify_run(checkout.record, sources).of("fault")

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,23 @@ def dead_owner():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     return replace(this_owner(), **json.loads(done.stdout))
+
+
+@contextmanager
+def held(folder):
+    """Another process holds the lock of a folder, as the training or the reproduction in it."""
+    script = "import sys; from pathlib import Path\n"
+    script += "from runkey.training.lock import locked\n"
+    script += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        yield
+        holder.kill()
 
 
 class House:

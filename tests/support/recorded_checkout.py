@@ -88,7 +88,7 @@ class Checkout:
         write_record(self.records, replace(self.record, details=details))
         (self.artifacts / DETAILS).write_text(details.as_json())
 
-    def verify(self, *, quick: bool = False, is_shared: bool = False, host: str = "") -> Report:
+    def verify(self, *, quick: bool = False, is_shared: bool = False) -> Report:
         store = locate_store(self.root)
         record = self.record
         pointer = record.details.pointer_md5 if record.details else None
@@ -97,7 +97,6 @@ class Checkout:
             stored=run_reader(store.uri),
             root=self.root,
             pointers=frozenset([pointer] if pointer else []),
-            host=host or socket.gethostname(),
             is_shared=is_shared,
             quick=quick,
         )
