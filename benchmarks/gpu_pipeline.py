@@ -22,7 +22,7 @@ from benchmarks.gpu_common import about
 from benchmarks.techniques.collect import read_runs
 from benchmarks.techniques.run import run_all
 from benchmarks.techniques.variants import BY_NAME
-from runkey.plots.log import SAMPLES, read_samples
+from runkey.plots.log import read_log
 
 _SAMPLED = {
     "gpu_busy_percent": "system/gpu_0_utilization_percentage",
@@ -52,7 +52,7 @@ def summarise(runs: Path) -> dict[str, Any]:
 
 def _samples(run: Path) -> dict[str, float]:
     """Medians over a training."""
-    points = read_samples(run / "logs" / SAMPLES)
+    points = read_log(run / "logs" / "train.jsonl").samples
     return {
         name: float(np.median([p.values[metric] for p in points if metric in p.values]))
         for name, metric in _SAMPLED.items()

@@ -15,10 +15,10 @@ from runkey.plots.log import TrainingLog, entries, read_log
 
 PRESET = Path(__file__).resolve().parents[2] / "presets" / "sample.yaml"
 
-OF_STEPS = (
+METRICS = (
     "train/lr", "train/grad_norm", "train/images_per_second", "train/data_wait_share",
+    "train/epoch_loss", "val/loss", "val/AP",
 )  # fmt: skip
-OF_EPOCHS = ("train/epoch_loss", "val/loss", "val/AP")
 MOST_POINTS = {"train/lr": 130}
 """Of a curve; 60 of others: drops of the rate are to be steep."""
 WARM = 0.2
@@ -44,15 +44,14 @@ def curves(folder: Path) -> dict[str, list[list[float | None]]]:
     log = read_log(folder / "logs" / "train.jsonl")
     per_epoch = log.steps_per_epoch or 1.0
     found: dict[str, list[list[float | None]]] = {}
-    for names, series in ((OF_STEPS, log.of_steps), (OF_EPOCHS, log.of_epochs)):
-        for name in names:
-            steps, values = series(name)
-            every = max(1, -(-len(steps) // MOST_POINTS.get(name, 60)))
-            found[name] = [
-                [round(float(step) / per_epoch, 3), float(f"{value:.4g}")]
-                for step, value in list(zip(steps, values, strict=True))[::every]
-                if np.isfinite(value)
-            ]
+    for name in METRICS:
+        steps, values = log.series(name)
+        every = max(1, -(-len(steps) // MOST_POINTS.get(name, 60)))
+        found[name] = [
+            [round(float(step) / per_epoch, 3), float(f"{value:.4g}")]
+            for step, value in list(zip(steps, values, strict=True))[::every]
+            if np.isfinite(value)
+        ]
     return found
 
 
@@ -72,8 +71,8 @@ def hints(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
 
 def _of_log(log: TrainingLog) -> dict[str, Any]:
     end = log.events.get("training_end", {})
-    _, norm = log.of_steps("train/grad_norm")
-    _, clipped = log.of_steps("train/grad_norm_clipped")
+    _, norm = log.series("train/grad_norm")
+    _, clipped = log.series("train/grad_norm_clipped")
     skipped = _last(log, "train/skipped_steps")
     return {
         "reason": end.get("reason"),
@@ -97,19 +96,19 @@ def _share(which: Any) -> float | None:
 
 
 def _median(log: TrainingLog, name: str) -> float | None:
-    _, values = log.of_steps(name)
+    _, values = log.series(name)
     values = values[int(len(values) * WARM) :]
     return round(float(np.nanmedian(values)), 4) if np.isfinite(values).any() else None
 
 
 def _last(log: TrainingLog, name: str) -> float | None:
-    _, values = log.of_epochs(name)
+    _, values = log.series(name)
     return round(float(values[-1]), 4) if len(values) and np.isfinite(values[-1]) else None
 
 
 def _extreme(log: TrainingLog, name: str, pick: Callable[[Any], Any]) -> float | None:
     """The least or the largest finite value."""
-    _, values = log.of_epochs(name)
+    _, values = log.series(name)
     return round(float(pick(values)), 4) if np.isfinite(values).any() else None
 
 

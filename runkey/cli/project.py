@@ -196,13 +196,13 @@ def _next(root: Path) -> list[tuple[str, str]]:
     """
     from runkey.params import load_params
     from runkey.plots.hints import lasting_hints
-    from runkey.plots.log import SAMPLES, read_log, read_samples
+    from runkey.plots.log import read_log
 
     log = root / paths.LOGS / "train.jsonl"
     hints = []
     if log.is_file():
         params = load_params(root / paths.PARAMS).flat(runtime=True)
-        hints = lasting_hints(read_log(log), params, read_samples(log.with_name(SAMPLES)))
+        hints = lasting_hints(read_log(log), params)
     changes = [f"{hint.change}   (hint: {hint.kind})" for hint in hints[:_HINTS]]
     another = "dvc exp run -S lr=5e-4, then runkey list, make ui or dvc metrics diff"
     first, *others = [*changes, another]

@@ -20,7 +20,7 @@ from runkey.identity.key import ANY_SCHEMA, SCHEMA, short_key
 from runkey.progress import log_to_terminal
 
 if TYPE_CHECKING:
-    from runkey.plots.report_data import ReportedRun
+    from runkey.plots.report import ReportedRun
 
 
 _WORKSPACE = "."
@@ -78,7 +78,7 @@ def draw(as_json: AsJson = False) -> None:
 
 
 def _run(address: str, folder: Path) -> ReportedRun:
-    from runkey.plots.report_data import is_shown, recorded_run, workspace_run
+    from runkey.plots.report import is_shown, recorded_run, workspace_run
     from runkey.registry.dvc_cache import download
     from runkey.registry.library import find_run
 

@@ -11,15 +11,12 @@ from pathlib import Path
 
 from runkey import paths
 from runkey.data.index import read_classes, read_index
-from runkey.evaluation.files import PRECISION_RECALL
 from runkey.params import Params, load_params
 from runkey.pipeline.record import FinishedRun
-from runkey.plots.curves import write_training_plots
+from runkey.plots.curves import write_plot_tables, write_training_plots
 from runkey.plots.evaluation import write_evaluation_plots
-from runkey.plots.report import write_report
-from runkey.plots.report_data import recorded_run, workspace_run
+from runkey.plots.report import recorded_run, workspace_run, write_report
 from runkey.plots.sheets import contact_sheet
-from runkey.plots.tables import write_plot_tables, write_precision_recall_table
 from runkey.tracking.mlflow_run import TRAIN_LOG
 
 REPORT = paths.PLOTS / "report.html"
@@ -53,7 +50,6 @@ def _draw_pictures(params: Params, root: Path, out: Path) -> list[Path]:
     data = root / params.data.path
     write_plot_tables(root / TRAIN_LOG, out)
     write_training_plots(root / TRAIN_LOG, out)
-    write_precision_recall_table(evaluation / PRECISION_RECALL, out / "precision_recall.csv")
     write_evaluation_plots(prepared, evaluation, data, out, images=params.evaluate.sheet_images)
     train, classes = read_index(prepared / "train.json"), read_classes(prepared / "classes.json")
     contact_sheet(train, classes, data, out / "contact_sheet.jpg")

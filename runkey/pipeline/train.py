@@ -27,7 +27,6 @@ from runkey.pipeline.once import KeyClaim
 from runkey.pipeline.record import Run, recorded, save_run
 from runkey.pipeline.validation import build_validation
 from runkey.plots.hints import HintingTracker, class_scores
-from runkey.tracking.mlflow_run import SAMPLES
 from runkey.training.build import TrainContext, TrainData, build_training
 from runkey.training.checkpoint import FolderCheckpoints, Interval, newest_fingerprint
 from runkey.training.device import choose_device
@@ -87,12 +86,7 @@ def _train(run: Run, context: TrainContext, interrupts: Interrupts) -> None:
     validation = build_validation(params, params.model, root, run.device)
     with recorded(run) as tracker, _checkpoints(run) as checkpoints:
         assert tracker.jsonl
-        hinting = HintingTracker(
-            tracker.jsonl,
-            tracker.jsonl.path,
-            claim.folder / SAMPLES.name,
-            params.flat(runtime=True),
-        )
+        hinting = HintingTracker(tracker.jsonl, tracker.jsonl.path, params.flat(runtime=True))
 
         def evaluate(module: nn.Module) -> Mapping[str, float]:
             claim.check()

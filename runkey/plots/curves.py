@@ -1,20 +1,20 @@
-"""Curves of a training: loss and AP, learning rate, gradient norm, speed, the machine.
+"""Curves and tables of a training: loss and AP, learning rate, gradient norm, speed, the machine.
 
 write_training_plots(Path("logs/train.jsonl"), Path("plots"))
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
-from numpy.typing import NDArray
 
-from runkey.plots.log import SAMPLES, Point, Series, TrainingLog, gpu_names, read_log, read_samples
+from runkey.plots.log import Series, TrainingLog, read_log
 from runkey.plots.style import (
     BLACK,
     BLUE,
@@ -32,33 +32,63 @@ from runkey.plots.style import (
     plain_log_scale,
     show_empty,
     whole_numbers,
+    write_table,
 )
 
 _CLIPPED = 1.001
 """Norm before / after clipping above which a step was clipped; rounding alone stays below."""
+_MAX_ROWS = 2000  # of a table: more than the pixels of a screen only make DVC's page slow
+_STEP_COLUMNS = {
+    "train/lr": "lr",
+    "train/loss": "loss",
+    "train/grad_norm": "grad_norm",
+    "train/grad_norm_clipped": "grad_norm_clipped",
+}
+_EPOCH_COLUMNS = {"train/epoch_loss": "train_loss"}
+_EVALUATION_COLUMNS = {"val/loss": "val_loss", "val/AP": "AP", "val/AP50": "AP50"}
 
 
 def write_training_plots(log: Path, out: Path) -> list[Path]:
     """Draw all curves of a log, finished or not; the samples of the machine lie beside it."""
     training = read_log(log)
-    return [
-        loss_and_ap(training, out / "loss_and_ap.png"),
-        learning_rate(training, out / "learning_rate.png"),
-        gradient_norm(training, out / "gradient_norm.png"),
-        throughput(training, out / "throughput.png"),
-        machine(read_samples(log.with_name(SAMPLES)), out / "machine.png"),
-    ]
+    drawn = (loss_and_ap, learning_rate, gradient_norm, throughput, machine)
+    return [draw(training, out / f"{draw.__name__}.png") for draw in drawn]
+
+
+def write_plot_tables(log: Path, out: Path) -> list[Path]:
+    """Write steps.csv, epochs.csv and evaluations.csv of a training, for `dvc plots`.
+
+    Points that lack a value which others have are left out, so that epochs without an evaluation
+    have no row in evaluations.csv: DVC draws an empty cell as zero.
+    """
+    training = read_log(log)
+    every = max(1, -(-len(training.steps) // _MAX_ROWS))
+    steps = pd.DataFrame([point.values | {"step": point.step} for point in training.steps[::every]])
+    epochs = pd.DataFrame([point.values for point in training.epochs])
+    logged = (point.values.get("train/epoch", math.nan) for point in training.epochs)
+    numbered = enumerate(logged, start=1)
+    epochs["epoch"] = [round(epoch) if math.isfinite(epoch) else n for n, epoch in numbered]
+    written = []
+    for name, index, points, columns in (
+        ("steps", "step", steps, _STEP_COLUMNS),
+        ("epochs", "epoch", epochs, _EPOCH_COLUMNS),
+        ("evaluations", "epoch", epochs, _EVALUATION_COLUMNS),
+    ):
+        table = points.reindex(columns=[index, *columns]).rename(columns=columns)
+        values = table.drop(columns=index)
+        logged_by_any = values.columns[values.notna().any()]
+        whole = table.dropna(subset=logged_by_any) if len(logged_by_any) else table.iloc[:0]
+        written.append(write_table(out / f"{name}.csv", whole))
+    return written
 
 
 def loss_and_ap(log: TrainingLog, path: Path) -> Path:
     """Draw training and validation loss over AP, with the best epoch and an early stop marked."""
     with drawing(path, "Loss", "AP", height=2.9) as (figure, (losses, scores)):
         if not (log.steps or log.epochs):
-            show_empty((losses, scores))
             return path
         _draw_losses(losses, log)
-        if not _draw_scores(scores, log):
-            show_empty([scores], "no evaluation yet")
+        _draw_scores(scores, log)
         _mark_best(log, losses, scores)
         legend_beside(losses)
         legend_beside(scores)
@@ -68,12 +98,12 @@ def loss_and_ap(log: TrainingLog, path: Path) -> Path:
 
 
 def _draw_losses(axes: Any, log: TrainingLog) -> None:
-    steps, values = log.of_steps("train/loss")
+    steps, values = log.series("train/loss")
     axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1, label="train, each step")
-    _plot(axes, log.of_epochs("train/epoch_loss"), BLUE, "train, epoch mean")
-    _plot(axes, log.of_epochs("val/loss"), ORANGE, "validation")
-    evaluated, gaps = log.of_epochs("val/loss_gap")
-    _, losses = log.of_epochs("val/loss")
+    _plot(axes, log.series("train/epoch_loss"), BLUE, "train, epoch mean")
+    _plot(axes, log.series("val/loss"), ORANGE, "validation")
+    evaluated, gaps = log.series("val/loss_gap")
+    _, losses = log.series("val/loss")
     if len(gaps) == len(losses) and np.isfinite(gaps).any():
         at_best = gaps[evaluated == log.best_step()]
         best = f"{at_best[0]:.3g} at the best epoch,\n" if len(at_best) else ""
@@ -87,16 +117,16 @@ def _draw_losses(axes: Any, log: TrainingLog) -> None:
     axes.set_ylabel("loss per object")
 
 
-def _draw_scores(axes: Any, log: TrainingLog) -> bool:
-    """Draw AP, AP50 and AP75; return False if there are none."""
+def _draw_scores(axes: Any, log: TrainingLog) -> None:
     for name, colour in (("AP50", SKY), ("AP75", GREEN), ("AP", BLUE)):
-        series = log.of_epochs(f"val/{name}")
+        series = log.series(f"val/{name}")
         if np.isfinite(series[1]).any():
             _plot(axes, series, colour, name)
     if axes.lines:
         top = min(1.0, max(0.1, 1.15 * axes.dataLim.y1))
         axes.set(ylim=(0, top), ylabel="validation AP, 0 to 1")
-    return bool(axes.lines)
+    else:
+        show_empty(axes, "no evaluation yet")
 
 
 def _mark_best(log: TrainingLog, losses: Any, scores: Any) -> None:
@@ -106,7 +136,7 @@ def _mark_best(log: TrainingLog, losses: Any, scores: Any) -> None:
         return
     per_epoch = log.steps_per_epoch
     label = f"best: epoch {best / per_epoch:.0f}" if per_epoch else f"best: step {best:,}"
-    steps, values = log.of_epochs("val/AP")
+    steps, values = log.series("val/AP")
     at_best = values[steps == best]
     for axes in (losses, scores):
         axes.axvline(best, color=BLACK, linewidth=1.2, linestyle=":")
@@ -137,25 +167,28 @@ def _mark_best(log: TrainingLog, losses: Any, scores: Any) -> None:
 def learning_rate(log: TrainingLog, path: Path) -> Path:
     """Draw the learning rate of each parameter group, with warm-up shaded and drops marked."""
     with drawing(path, "Learning rate", height=3.4) as (figure, (axes,)):
-        steps, rates = log.of_steps("train/lr")
+        steps, rates = log.series("train/lr")
         if not len(steps):
-            show_empty([axes])
             return path
         groups = sorted({n for p in log.steps for n in p.values if n.startswith("train/lr_")})
         for name, colour in zip(groups, (GREEN, PURPLE, SKY), strict=False):
-            _plot(axes, log.of_steps(name), colour, name.removeprefix("train/lr_"))
+            _plot(axes, log.series(name), colour, name.removeprefix("train/lr_"))
         _plot(axes, (steps, rates), BLUE, "all other parameters" if groups else None)
         rising = np.diff(rates) > 0
         if len(rising) and rising[0]:
             warmup = steps[-1 if rising.all() else int(np.argmin(rising))]
             label = f"warm-up, about {warmup:,.0f} steps"
             axes.axvspan(0, warmup, color=PALE, zorder=0, label=label)
-        for place, factor in _rate_drops(rates):
-            axes.axvline(steps[place], color=ORANGE, linestyle=":", linewidth=1.4)
-            look: dict[str, Any] = {"color": BLACK, "fontsize": 9, "va": "top"}
-            at = (steps[place], rates[place - 1])
-            axes.annotate(f"x {factor:.2g}", at, (4, -2), textcoords="offset points", **look)
-        highest = max(np.nanmax(log.of_steps(n)[1], initial=0) for n in ("train/lr", *groups))
+        # A constant rate that falls; a smooth decay is constant nowhere, however steep.
+        for place in range(2, len(rates)):
+            before, rate = rates[place - 1 : place + 1]
+            if rate < 0.7 * before and np.isclose(before, rates[place - 2], rtol=1e-3):
+                axes.axvline(steps[place], color=ORANGE, linestyle=":", linewidth=1.4)
+                look: dict[str, Any] = {"color": BLACK, "fontsize": 9, "va": "top"}
+                at = (steps[place], before)
+                text = f"x {rate / before:.2g}"
+                axes.annotate(text, at, (4, -2), textcoords="offset points", **look)
+        highest = max(np.nanmax(log.series(n)[1], initial=0) for n in ("train/lr", *groups))
         axes.set(ylabel="learning rate", ylim=(0, (highest or 1) * 1.08))
         axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.3g}")
         _step_axis(axes, log)
@@ -164,31 +197,18 @@ def learning_rate(log: TrainingLog, path: Path) -> Path:
     return path
 
 
-def _rate_drops(rates: NDArray[np.float64]) -> list[tuple[int, float]]:
-    """Return index and factor of each place where a constant rate falls below 0.7 of itself.
-
-    A smooth decay is constant nowhere, however steep it is between two logged steps.
-    """
-    return [
-        (i, rates[i] / rates[i - 1])
-        for i in range(2, len(rates))
-        if rates[i] < 0.7 * rates[i - 1] and np.isclose(rates[i - 1], rates[i - 2], rtol=1e-3)
-    ]
-
-
 def gradient_norm(log: TrainingLog, path: Path) -> Path:
     """Draw the global gradient norm before and after clipping, and the share of clipped steps."""
-    steps, before = log.of_steps("train/grad_norm")
-    after_steps, after = log.of_steps("train/grad_norm_clipped")
+    steps, before = log.series("train/grad_norm")
+    after_steps, after = log.series("train/grad_norm_clipped")
     with drawing(path, "Gradient norm", "", height=2.7) as (figure, (norms, shares)):
         if not len(steps) or len(steps) != len(after_steps):
-            show_empty((norms, shares))
             return path
         norms.plot(steps, before, color=VERMILLION, alpha=0.3, linewidth=1)
         median = pd.Series(before).rolling(9, center=True, min_periods=1).median()
         _plot(norms, (steps, median.to_numpy()), VERMILLION, "before clipping, median of 9")
         _plot(norms, (steps, after), BLUE, "after")
-        limit_steps, limits = log.of_steps("train/clip_threshold")
+        limit_steps, limits = log.series("train/clip_threshold")
         if (finite := limits[np.isfinite(limits)]).size:  # norms were clipped
             low, high = float(finite.min()), float(finite.max())
             label = f"threshold {low:.3g}" + (f" to {high:.3g}" if high > low * _CLIPPED else "")
@@ -218,16 +238,16 @@ def throughput(log: TrainingLog, path: Path) -> Path:
             (speed, "train/images_per_second", 1, BLUE, "images per second"),
             (wait, "train/data_wait_share", 100, ORANGE, "share of the time, %"),
         ):
-            steps, values = log.of_steps(name)
+            steps, values = log.series(name)
             if not np.isfinite(values).any():
-                show_empty([axes])
+                show_empty(axes)
                 continue
             values = values * factor
-            median, highest = float(np.nanmedian(values)), float(np.nanmax(values))
             _plot(axes, (steps, values), colour)
+            median = float(np.nanmedian(values))
             look: dict[str, Any] = {"color": GREY, "linestyle": "--", "linewidth": 1.2}
             axes.axhline(median, label=f"median {median:.1f}", **look)
-            axes.set(ylabel=label, ylim=(0, max(1.0, highest * 1.15)))
+            axes.set(ylabel=label, ylim=(0, max(1.0, float(np.nanmax(values)) * 1.15)))
             legend(axes)
         if log.steps:
             _step_axis(wait, log)
@@ -235,54 +255,47 @@ def throughput(log: TrainingLog, path: Path) -> Path:
     return path
 
 
-def machine(samples: Sequence[Point], path: Path) -> Path:
+def machine(log: TrainingLog, path: Path) -> Path:
     """Draw the utilisation of CPU and GPUs, and the memory in use, over time."""
-    titles = ("CPU and GPU utilisation", "Memory in use")
-    with drawing(path, *titles, height=2.5) as (_, (busy, memory)):
-        if not samples:
-            show_empty((busy, memory), "no samples of the machine")
+    titles, empty = ("CPU and GPU utilisation", "Memory in use"), "no samples of the machine"
+    with drawing(path, *titles, height=2.5, empty=empty) as (_, (busy, memory)):
+        if not log.samples:
             return path
-        seconds = np.array([sample.seconds for sample in samples]) - samples[0].seconds
+        samples = pd.DataFrame([sample.values for sample in log.samples])
+        seconds = np.array([sample.seconds for sample in log.samples]) - log.samples[0].seconds
         units = (("seconds", 1, 180), ("minutes", 60, 4 * 3600), ("hours", 3600, np.inf))
         unit, length = next((unit, n) for unit, n, most in units if seconds[-1] < most)
-        times = seconds / length
+        samples.index = pd.Index(seconds / length)
         for axes, name, factor, colour, label in (
             (busy, "cpu_utilization_percentage", 1, BLUE, "CPU, all cores"),
             (memory, "system_memory_usage_megabytes", 1e-3, GREY, "host, all processes"),
             (memory, "process_memory_megabytes", 1e-3, BLACK, "host, this training"),
         ):
-            values = _values(samples, f"system/{name}", factor)
-            if np.isfinite(values).any():
-                _plot(axes, (times, values), colour, label, size=3)
-        _plot_gpus(busy, times, samples, "_utilization_percentage", 1)
-        _plot_gpus(memory, times, samples, "_memory_usage_megabytes", 1e-3)
+            values = samples.get(f"system/{name}")
+            if values is not None and values.notna().any():
+                _plot(axes, (samples.index, factor * values), colour, label, size=3)
+        _plot_gpus(busy, samples.filter(regex="/gpu_.*_utilization_percentage$"))
+        _plot_gpus(memory, 1e-3 * samples.filter(regex="/gpu_.*_memory_usage_megabytes$"))
         busy.set(ylim=(0, 104), ylabel="utilisation, %")
         memory.set_ylim(bottom=0)
         memory.set(ylabel="GB", xlabel=f"{unit} since the start")
-        memory.set_xlim(0, max(0.1, float(times[-1])) * 1.01)
+        memory.set_xlim(0, max(0.1, float(samples.index[-1])) * 1.01)
         legend_beside(busy)
         legend_beside(memory)
     return path
 
 
-def _plot_gpus(
-    axes: Any, times: NDArray[np.float64], samples: Sequence[Point], suffix: str, factor: float
-) -> None:
-    """Draw a line for each GPU; of more than four, their mean and range."""
+def _plot_gpus(axes: Any, gpus: pd.DataFrame) -> None:
+    """Draw a line for each column, a GPU; of more than four, their mean and range."""
     colours = (ORANGE, GREEN, VERMILLION, PURPLE)
-    names = gpu_names(samples, suffix)
-    values = np.array([_values(samples, name, factor) for name in names])
-    if len(names) <= len(colours):
+    times, values = gpus.index, gpus.sort_index(axis="columns").to_numpy().T
+    if len(values) <= len(colours):
         for gpu, (line, colour) in enumerate(zip(values, colours, strict=False)):
             _plot(axes, (times, line), colour, f"GPU {gpu}", size=3)
         return
     low, high = values.min(axis=0), values.max(axis=0)
     axes.fill_between(times, low, high, color=ORANGE, alpha=0.25, label="lowest to highest")
-    _plot(axes, (times, values.mean(axis=0)), ORANGE, f"mean of {len(names)} GPUs", size=3)
-
-
-def _values(samples: Sequence[Point], name: str, factor: float) -> NDArray[np.float64]:
-    return np.array([factor * sample.values.get(name, np.nan) for sample in samples])
+    _plot(axes, (times, values.mean(axis=0)), ORANGE, f"mean of {len(values)} GPUs", size=3)
 
 
 def _plot(axes: Any, series: Series, colour: str, label: str | None = None, size: int = 4) -> None:
@@ -303,26 +316,19 @@ def _step_axis(axes: Any, log: TrainingLog) -> None:
         whole_numbers(below)
 
 
-class _EventStyle(NamedTuple):
-    name: str
-    marker: str
-    colour: str
-    plural: str = ""
-    is_restart: bool = False
-    """Whether training goes on from an earlier state: a line through the panels."""
-
-
-# Each has a shape and a colour of its own.
+# Name, with {s} for its plural, marker and colour; each has a shape and a colour of its own.
 _EVENTS = {
-    "skipped_step": _EventStyle("skipped step", "X", VERMILLION),
-    "loss_spike": _EventStyle("loss spike", "^", ORANGE),
-    "rollback": _EventStyle("rollback", "<", BLACK, is_restart=True),
-    "gave_up": _EventStyle("gave up", "s", BLACK, "gave up"),
-    "evaluation_failed": _EventStyle("failed evaluation", "v", SKY),
-    "split": _EventStyle("batch split", "P", SKY),
-    "resumed": _EventStyle("resumed", ">", GREEN, "resumed", is_restart=True),
-    "hint": _EventStyle("hint", "D", PURPLE),
+    "skipped_step": ("skipped step{s}", "X", VERMILLION),
+    "loss_spike": ("loss spike{s}", "^", ORANGE),
+    "rollback": ("rollback{s}", "<", BLACK),
+    "gave_up": ("gave up", "s", BLACK),
+    "evaluation_failed": ("failed evaluation{s}", "v", SKY),
+    "split": ("batch split{s}", "P", SKY),
+    "resumed": ("resumed", ">", GREEN),
+    "hint": ("hint{s}", "D", PURPLE),
 }
+_RESTARTS = ("rollback", "resumed")
+"""Training goes on from an earlier state: a line through the panels."""
 
 
 def mark_events(figure: Any, panels: Sequence[Any], log: TrainingLog) -> None:
@@ -331,30 +337,30 @@ def mark_events(figure: Any, panels: Sequence[Any], log: TrainingLog) -> None:
     A legend above all panels has the number of events of each kind.
     """
     handles = []
-    for kind, style in _EVENTS.items():
+    for kind, (name, shape, colour) in _EVENTS.items():
         steps = sorted(log.event_steps.get(kind, ()))
         if not steps:
             continue
-        look: dict[str, Any] = {"marker": style.marker, "linestyle": "none"}
+        look: dict[str, Any] = {"marker": shape, "linestyle": "none"}
         for axes in panels:
-            for step in steps if style.is_restart else ():
-                axes.axvline(step, color=style.colour, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+            for step in steps if kind in _RESTARTS else ():
+                axes.axvline(step, color=colour, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
             # White edges lie below all marks: they would hide marks that stand close.
-            for colour, size, order in (("white", 10, 5), (style.colour, 8, 6)):
+            for fill, size, order in (("white", 10, 5), (colour, 8, 6)):
                 axes.plot(
                     steps,
                     [0.0] * len(steps),
                     transform=axes.get_xaxis_transform(),  # x: steps; y: 0 is the lower edge
                     **look,
                     markersize=size,
-                    color=colour,
+                    color=fill,
                     markeredgewidth=0,
                     clip_on=False,
                     zorder=order,
                 )
-        plural = style.plural or f"{style.name}s"
-        label = style.name if len(steps) == 1 else f"{len(steps):,} {plural}"
-        handles.append(Line2D([], [], color=style.colour, label=label, markersize=8, **look))
+        count = "" if len(steps) == 1 else f"{len(steps):,} "
+        label = count + name.format(s="s" if count else "")
+        handles.append(Line2D([], [], color=colour, label=label, markersize=8, **look))
     if handles:
         figure.legend(
             handles=handles,

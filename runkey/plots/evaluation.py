@@ -1,12 +1,14 @@
-"""Pictures of an evaluation, from the files that `prepare` and `evaluate` write."""
+"""Pictures and tables of an evaluation, from the files that `prepare` and `evaluate` write."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.colors import LinearSegmentedColormap
 from numpy.typing import NDArray
 
@@ -40,9 +42,8 @@ from runkey.plots.style import (
     drawing,
     legend,
     legend_beside,
-    show_empty,
+    write_table,
 )
-from runkey.plots.tables import write_confusion_table
 
 _MAX_CLASSES = 20
 _MAX_NAMED = 8
@@ -62,7 +63,7 @@ def write_evaluation_plots(
 ) -> list[Path]:
     """Draw curves, confusion, sizes and calibration, and the best and the worst images.
 
-    confusion.csv, a table for `dvc plots`, is written beside the pictures.
+    confusion.csv and precision_recall.csv, for `dvc plots`, are written beside the pictures.
 
     Args:
         prepared: the folder with classes.json and val.json.
@@ -84,12 +85,39 @@ def write_evaluation_plots(
         reliability(calibration(judged, _LEAST_SCORE), out / "calibration.png"),
     ]
     write_confusion_table(counted, names, out / "confusion.csv")
+    write_precision_recall_table(curves, out / "precision_recall.csv")
     for name in ("best", "worst") if images else ():
         path, best = out / f"{name}.jpg", name == "best"
         written.append(
             detection_sheet(judged, classes, data_folder, path, best=best, images=images)
         )
     return written
+
+
+def write_confusion_table(counts: NDArray[np.int64], names: Sequence[str], path: Path) -> Path:
+    """Write a row for each object and each false positive, which DVC's template counts.
+
+    Brackets keep what is no class apart in DVC's order by name.
+    """
+    truth, detected = np.nonzero(counts)
+    times = counts[truth, detected]
+    columns = {
+        "truth": np.array([*names, "(background)"])[truth].repeat(times),
+        "detected": np.array([*names, "(missed)"])[detected].repeat(times),
+    }
+    return write_table(path, pd.DataFrame(columns))
+
+
+def write_precision_recall_table(stored: dict[str, Any], path: Path) -> Path:
+    """Write precision at IoU 0.5 of each class at 21 recalls."""
+    rows = [
+        (one["name"], recall, precision)
+        for one in stored["classes"]
+        if one["precision"] is not None
+        for recall, precision in list(zip(stored["recall"], one["precision"][0], strict=True))[::5]
+    ]
+    table = pd.DataFrame(rows, columns=["class", "recall", "precision"])
+    return write_table(path, table, digits=None)
 
 
 def precision_recall(stored: dict[str, Any], path: Path) -> Path:
@@ -100,9 +128,8 @@ def precision_recall(stored: dict[str, Any], path: Path) -> Path:
     recall = np.array(stored["recall"], dtype=np.float64)
     classes = [one for one in stored["classes"] if one["precision"] is not None]
     titles = ("Precision-recall curve of each class, at IoU 0.5", "Mean over classes, by IoU")
-    with drawing(path, *titles, height=3.1) as (_, (upper, lower)):
+    with drawing(path, *titles, height=3.1, empty=_NO_OBJECTS) as (_, (upper, lower)):
         if not classes:
-            show_empty((upper, lower), _NO_OBJECTS)
             return path
         precision = np.array([one["precision"] for one in classes], dtype=np.float64)
         _draw_classes(upper, recall, precision[:, 0], [one["name"] for one in classes])
@@ -154,9 +181,9 @@ def confusion_matrix(
     counts, labels = _most_confused(counts, names)
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     title = f"Confusion matrix at score {threshold:.2f} and above"
-    with drawing(path, title, height=1.2 + 0.37 * len(counts)) as (_, (axes,)):
+    height, empty = 1.2 + 0.37 * len(counts), "no object and no detection"
+    with drawing(path, title, height=height, empty=empty) as (_, (axes,)):
         if not counts.any():
-            show_empty([axes], "no object and no detection")
             return path
         axes.imshow(shares, cmap=_BLUES, vmin=0, vmax=1, aspect="auto")
         look: dict[str, Any] = {"ha": "center", "va": "center"}
@@ -204,10 +231,9 @@ def ap_by_size(stored: dict[str, Any], path: Path) -> Path:
     classes = {name: one for name, one in stored["per_class"].items() if one["AP"] is not None}
     worst = sorted(classes, key=lambda name: classes[name]["AP"])[:_MAX_CLASSES]
     shown = {name: one for name, one in classes.items() if name in worst}
-    height = max(3.4, 0.9 + 0.27 * len(shown))
-    with drawing(path, "AP by object size", "", height=height, columns=2) as (_, (left, right)):
+    look: dict[str, Any] = {"height": max(3.4, 0.9 + 0.27 * len(shown)), "empty": _NO_OBJECTS}
+    with drawing(path, "AP by object size", "", columns=2, **look) as (_, (left, right)):
         if not shown:
-            show_empty((left, right), _NO_OBJECTS)
             return path
         _draw_sizes(left, stored)
         _draw_classes_by_size(right, shown)
@@ -259,9 +285,9 @@ def reliability(scores: Calibration, path: Path) -> Path:
     """Draw precision and number of the detections over their score (a reliability diagram)."""
     edges = np.arange(BINS) / BINS
     titles = ("Calibration of the scores", "Detections")
-    with drawing(path, *titles, height=2.6) as (_, (shares, counts)):
+    empty = f"no detection of score {_LEAST_SCORE} or above"
+    with drawing(path, *titles, height=2.6, empty=empty) as (_, (shares, counts)):
         if not scores.counts.any():
-            show_empty((shares, counts), f"no detection of score {_LEAST_SCORE} or above")
             return path
         bins: dict[str, Any] = {"width": 0.94 / BINS, "align": "edge"}
         right = scores.shares_right

@@ -13,13 +13,14 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runkey.plots.log import GrowingLog, Point, TrainingLog, gpu_names, number, read_samples
+from runkey.plots.log import GrowingLog, Series, TrainingLog, number
 from runkey.progress import WIDTH
 
 if TYPE_CHECKING:
@@ -32,10 +33,6 @@ CLASS_SCORES = "class_scores"
 """Kind of the event of an evaluation during training, whose fields are `class_scores`."""
 EVENT = "hint."
 """Prefix of the kinds of events that hold hints."""
-_MAX_NAMES = 5
-"""Classes that a hint names."""
-_LEAST_VALUES = 8
-"""Logged steps, or samples of the machine, that a rule needs."""
 _INDENT = " " * len("hint: ")
 
 
@@ -50,28 +47,21 @@ class Hint:
     change: str
     """Which parameters change it, and in which direction."""
 
-    @property
-    def lines(self) -> list[str]:
-        """Text of at most 100 columns."""
-        return self.wrapped(WIDTH)
-
-    def wrapped(self, width: int) -> list[str]:
+    def lines(self, width: int = WIDTH) -> list[str]:
         """Return the text in lines of at most `width` columns."""
         return [
-            *textwrap.wrap(f"hint: {self.seen}", width, subsequent_indent=_INDENT),
-            *textwrap.wrap(self.change, width, initial_indent=_INDENT, subsequent_indent=_INDENT),
+            line
+            for text in (f"hint: {self.seen}", _INDENT + self.change)
+            for line in textwrap.wrap(text, width, subsequent_indent=_INDENT)
         ]
 
 
-def find_hints(
-    log: TrainingLog, params: Mapping[str, Any], samples: Sequence[Point] = ()
-) -> list[Hint]:
+def find_hints(log: TrainingLog, params: Mapping[str, Any]) -> list[Hint]:
     """Apply all rules to a log.
 
     Args:
         log: of a training, running or ended.
         params: resolved parameters by dotted name, or their JSON texts; {} if not known.
-        samples: of the machine, see `read_samples`.
     """
     if len(log.epochs) < 2:
         return []
@@ -84,8 +74,7 @@ def find_hints(
         return f"{name} (now {value if isinstance(value, str) else json.dumps(value)})"
 
     found = (
-        *_loader(log),
-        *_machine(log, settings, samples[-60:]),
+        *_machine(log, settings),
         *_clipping(log, settings),
         *_learning_rate(log, settings),
         *_overfitting(log),
@@ -103,28 +92,27 @@ def logged_hints(log: TrainingLog) -> list[Hint]:
     ]
 
 
-def all_hints(
-    log: TrainingLog, params: Mapping[str, Any], samples: Sequence[Point] = ()
-) -> list[Hint]:
+def all_hints(log: TrainingLog, params: Mapping[str, Any]) -> list[Hint]:
     """Return the hints that the training logged, and those of other kinds that the log gives now.
 
     Once training has ended, a logged hint that no longer holds says so.
     """
-    logged = {hint.kind: hint for hint in logged_hints(log)}
-    found = {hint.kind: hint for hint in find_hints(log, params, samples)}
+    hints = {hint.kind: hint for hint in logged_hints(log)}
+    found = {hint.kind: hint for hint in find_hints(log, params)}
     if "training_end" in log.events:
-        for kind in logged.keys() - found.keys():
-            lost = f"{logged[kind].seen} (no longer at the end)"
-            logged[kind] = replace(logged[kind], seen=lost)
-    return [*logged.values(), *(hint for kind, hint in found.items() if kind not in logged)]
+        for kind in hints.keys() - found.keys():
+            hints[kind] = replace(hints[kind], seen=f"{hints[kind].seen} (no longer at the end)")
+    return [*hints.values(), *(hint for kind, hint in found.items() if kind not in hints)]
 
 
-def lasting_hints(
-    log: TrainingLog, params: Mapping[str, Any], samples: Sequence[Point] = ()
-) -> list[Hint]:
+def lasting_hints(log: TrainingLog, params: Mapping[str, Any]) -> list[Hint]:
     """Return the logged hints that still hold, with the numbers of now."""
     logged = {hint.kind for hint in logged_hints(log)}
-    return [hint for hint in find_hints(log, params, samples) if hint.kind in logged]
+    return [hint for hint in find_hints(log, params) if hint.kind in logged]
+
+
+_MAX_NAMES = 5
+"""Classes that a hint names."""
 
 
 def class_scores(per_class: Sequence[ClassResult]) -> dict[str, Any]:
@@ -142,14 +130,11 @@ def class_scores(per_class: Sequence[ClassResult]) -> dict[str, Any]:
 class HintingTracker:
     """A tracker that also looks for hints at the end of each epoch and logs each kind once."""
 
-    def __init__(
-        self, tracker: Tracker, log: Path, samples: Path, params: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, tracker: Tracker, log: Path, params: Mapping[str, Any]) -> None:
         self.event, self.position, self.resume = tracker.event, tracker.position, tracker.resume
-        self._log, self._samples, self._params = tracker.log, samples, params
-        self._growing = GrowingLog(log)
+        self._log, self._params = tracker.log, params
+        self._growing: GrowingLog | None = GrowingLog(log)
         self._scores: Mapping[str, Any] = {}
-        self._is_on = True
 
     def set_class_scores(self, scores: Mapping[str, Any]) -> None:
         """Set the `class_scores` of the last evaluation, logged with the epoch's metrics."""
@@ -163,26 +148,30 @@ class HintingTracker:
         if self._scores:
             self.event(CLASS_SCORES, step=step, **self._scores)
             self._scores = {}
-        for hint in self._new_hints() if self._is_on else ():
-            logger.info("\n".join(hint.lines))
+        for hint in self._new_hints():
+            logger.info("\n".join(hint.lines()))
             self.event(f"{EVENT}{hint.kind}", step=step, seen=hint.seen, change=hint.change)
 
     def _new_hints(self) -> list[Hint]:
+        if self._growing is None:
+            return []
         try:
             self._growing.update()
             # A resumed training has its earlier hints in the log.
             logged = {hint.kind for hint in logged_hints(self._growing.log)}
-            found = find_hints(self._growing.log, self._params, read_samples(self._samples))
+            found = find_hints(self._growing.log, self._params)
         # An unreadable log, or a rule that fails on it, must not end a training.
         except Exception as error:  # noqa: BLE001
             logger.warning(f"no more hints: {type(error).__name__}: {error}")
-            self._is_on = False
+            self._growing = None
             return []
         return [hint for hint in found if hint.kind not in logged]
 
 
 # The rules. In the text of a change, {name} becomes the parameter's name with its value.
 
+_LEAST_VALUES = 8
+"""Logged steps, or samples of the machine, that a rule needs."""
 _LATEST_EPOCHS = 3
 """Epochs whose loss must all be higher: a single one may be in a training that goes well."""
 _HIGH_LR = 2e-3
@@ -219,6 +208,7 @@ def _clipping(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
 
 def _learning_rate(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
     _, losses = _finite(log, "train/epoch_loss")
+    earlier = losses[: -_cycle(settings)]
     if skipped := _skipped_lately(log):
         were = "step was" if skipped == 1 else "steps were"
         yield Hint(
@@ -226,17 +216,15 @@ def _learning_rate(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hi
             f"{skipped} {were} skipped in the last epoch: loss or gradients were not finite",
             "lower {lr} to a third, or set training.precision: off",
         )
-    elif len(losses) > _LATEST_EPOCHS and losses[-_LATEST_EPOCHS:].min() > 1.1 * (
-        least := _least_before(losses, settings)
-    ):
+    elif len(earlier) and losses[-_LATEST_EPOCHS:].min() > 1.1 * earlier.min():
         yield Hint(
             "lr_high",
-            f"the training loss has risen from {least:.3g} to {losses[-1]:.3g}",
+            f"the training loss has risen from {earlier.min():.3g} to {losses[-1]:.3g}",
             "lower {lr} to a third, or raise {schedule.warmup_fraction}",
         )
     _, scores = _finite(log, "val/AP")
     fallen = 1 - losses[-1] / losses[0] if len(losses) else 1.0
-    slow = len(losses) >= 4 and 0 <= fallen < 0.05 and not _rising(log)
+    slow = len(losses) >= 4 and 0 <= fallen < 0.05 and not _rate_rises(log)
     slow = slow and not number(settings.get("lr")) > _HIGH_LR
     if slow and (not len(scores) or scores.max() < 0.1):
         yield Hint(
@@ -246,21 +234,33 @@ def _learning_rate(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hi
         )
 
 
-def _least_before(losses: NDArray[np.float64], settings: Mapping[str, Any]) -> float:
-    """Return the least loss of earlier epochs; with a cyclical rate, of those a cycle ago."""
-    latest = _LATEST_EPOCHS
+def _cycle(settings: Mapping[str, Any]) -> int:
+    """Return how many epochs are compared with those before: of a cyclical rate, a whole cycle."""
     cycle = number(settings.get("schedule.cycle_epochs"))
-    if settings.get("schedule.name") == "cyclical" and math.isfinite(cycle):
-        latest = max(latest, round(cycle))
-    return float(losses[:-latest].min(initial=math.inf))
+    is_cyclical = settings.get("schedule.name") == "cyclical" and math.isfinite(cycle)
+    return max(_LATEST_EPOCHS, round(cycle)) if is_cyclical else _LATEST_EPOCHS
 
 
-def _rising(log: TrainingLog) -> bool:
-    steps, rates = log.of_steps("train/lr")
+def _rate_rises(log: TrainingLog) -> bool:
+    steps, rates = log.series("train/lr")
     if not len(rates):
         return False
     ago = float(np.interp(steps[-1] - (log.steps_per_epoch or 1.0), steps, rates))
     return bool(rates[-1] > 1.02 * ago)
+
+
+def _skipped_lately(log: TrainingLog) -> int:
+    """Return the skipped steps of the last epoch if they are one in a hundred or more.
+
+    With fp16 one in ten: its loss scale is adjusted by such steps.
+    """
+    steps, counts = log.series("train/skipped_steps")
+    if len(counts) < 2:
+        return 0
+    skipped, tried = counts[-1] - counts[-2], steps[-1] - steps[-2]
+    precision = str(log.events.get("training_start", {}).get("precision"))
+    few = max(3, tried / 10) if precision.startswith("float16") else max(1, tried / 100)
+    return int(skipped) if np.isfinite(skipped) and skipped >= few else 0
 
 
 def _overfitting(log: TrainingLog) -> Iterator[Hint]:
@@ -311,42 +311,37 @@ _FULL_PERCENT = {"host": 92, "GPU": 97}
 _EMPTY_PERCENT = 40
 
 
-def _loader(log: TrainingLog) -> Iterator[Hint]:
+def _machine(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
+    """Find waits for data, full host memory, an idle GPU, and full or unused GPU memory."""
     waits = _recent(log, "train/data_wait_share")
-    if len(waits) >= _LEAST_VALUES and (share := float(np.median(waits))) >= _LOADER_SHARE:
+    waiting = float(np.median(waits)) if len(waits) else math.nan
+    if len(waits) >= _LEAST_VALUES and waiting >= _LOADER_SHARE:
         yield Hint(
             "loader",
-            f"training waits for data {share:.0%} of its time",
+            f"training waits for data {waiting:.0%} of its time",
             "raise {runtime.workers} or {runtime.prefetch}; or {data.cache_gib}, to keep decoded"
             " images",
         )
-
-
-def _machine(
-    log: TrainingLog, settings: Mapping[str, Any], samples: Sequence[Point]
-) -> Iterator[Hint]:
-    """Find full host memory, an idle GPU, and full or unused GPU memory."""
-    if len(samples) < _LEAST_VALUES:
+    if len(log.samples) < _LEAST_VALUES:
         return
     # `auto` already takes all images of the step that fit.
     fixed = settings.get("training.micro_batch") != "auto"
     batch = "{training.micro_batch} or " * fixed + "{training.batch_size}"
-    full = _median(samples, ["system/system_memory_usage_percentage"])
+    full = _sampled(log, "system_memory_usage_percentage")
     if full >= _FULL_PERCENT["host"]:
         yield Hint(
             "host_memory",
             f"{full:.0f}% of the host's memory is in use",
             "lower {runtime.workers} or {data.cache_gib}",
         )
-    busy = _median(samples, gpu_names(samples, "_utilization_percentage"))
-    waits = _recent(log, "train/data_wait_share")
-    if len(waits) and busy < _BUSY_PERCENT and np.median(waits) < _LOADER_SHARE:
+    busy = _sampled(log, "gpu_*_utilization_percentage")
+    if busy < _BUSY_PERCENT and waiting < _LOADER_SHARE:
         yield Hint(
             "host",
             f"the GPU is busy {busy:.0f}% of the time though data is ready: the host is slower",
             f"raise {batch}, so that each launch does more",
         )
-    memory = _median(samples, gpu_names(samples, "_memory_usage_percentage"))
+    memory = _sampled(log, "gpu_*_memory_usage_percentage")
     if memory >= _FULL_PERCENT["GPU"]:
         yield Hint(
             "gpu_memory",
@@ -364,34 +359,21 @@ def _machine(
 def _recent(log: TrainingLog, name: str) -> NDArray[np.float64]:
     """Return the finite values of the logged steps of the last two whole epochs."""
     begin = log.epochs[-3].step if len(log.epochs) > 2 else log.epochs[0].step
-    steps, values = log.of_steps(name)
-    return values[(steps > begin) & np.isfinite(values)]
+    steps, values = _finite(log, name)
+    return values[steps > begin]
 
 
-def _finite(log: TrainingLog, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return steps and values of the epochs, without those that are not finite."""
-    steps, values = log.of_epochs(name)
+def _finite(log: TrainingLog, name: str) -> Series:
+    """Return steps and values of a metric, without those that are not finite."""
+    steps, values = log.series(name)
     good = np.isfinite(values)
     return steps[good], values[good]
 
 
-def _skipped_lately(log: TrainingLog) -> int:
-    """Return the skipped steps of the last epoch if they are one in a hundred or more.
-
-    With fp16 one in ten: its loss scale is adjusted by such steps.
-    """
-    steps, counts = log.of_epochs("train/skipped_steps")
-    if len(counts) < 2:
-        return 0
-    skipped, tried = counts[-1] - counts[-2], steps[-1] - steps[-2]
-    precision = str(log.events.get("training_start", {}).get("precision"))
-    few = max(3, tried / 10) if precision.startswith("float16") else max(1, tried / 100)
-    return int(skipped) if np.isfinite(skipped) and skipped >= few else 0
-
-
-def _median(samples: Sequence[Point], names: Sequence[str]) -> float:
-    """Return the median over samples and metrics; NaN, which meets no limit, without any."""
-    values = [s.values[name] for s in samples for name in names if name in s.values]
+def _sampled(log: TrainingLog, pattern: str) -> float:
+    """Return the median of the machine's last samples; NaN, which meets no limit, without any."""
+    found = (item for sample in log.samples[-60:] for item in sample.values.items())
+    values = [value for name, value in found if fnmatchcase(name, f"system/{pattern}")]
     return float(np.median(values)) if values else math.nan
 
 

@@ -1,4 +1,4 @@
-"""Read a training's log (logs/train.jsonl) and the samples of the machine (logs/system.jsonl).
+"""Read a training's log (logs/train.jsonl) and the samples of the machine beside it.
 
 Any log can be read: one without a line, one that ends in the middle of a line, and one whose steps
 are not in order (a training that was resumed with another `runtime.log_every`).
@@ -10,10 +10,11 @@ import json
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +22,13 @@ from numpy.typing import NDArray
 from runkey.errors import DataError
 
 SAMPLES = "system.jsonl"
-"""File beside the training's log: utilisation and memory of the machine, every few seconds."""
+"""Utilisation and memory of the machine, every few seconds; a training without MLflow has none."""
 
 Series = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Steps, and the values at them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
+class Point(NamedTuple):
     """The values that were logged at one optimizer step."""
 
     step: int
@@ -45,6 +45,8 @@ class TrainingLog:
     """Every `runtime.log_every`-th optimizer step, in order."""
     epochs: list[Point] = field(default_factory=list)
     """The end of each epoch: means over the epoch, and the evaluation if there was one."""
+    samples: list[Point] = field(default_factory=list)
+    """Of the machine, in the order of time; `step` counts them."""
     events: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The last event of each kind."""
     counts: Counter[str] = field(default_factory=Counter)
@@ -63,13 +65,12 @@ class TrainingLog:
         if isinstance(fields, dict) and isinstance(fields.get("step"), int):
             self.event_steps.setdefault(kind.split(".")[0], set()).add(fields["step"])
 
-    def of_steps(self, name: str) -> Series:
-        """Return the steps at which a metric was logged, and its values."""
-        return _series(self.steps, name)
-
-    def of_epochs(self, name: str) -> Series:
-        """Return the same of a metric that is logged when an epoch ends."""
-        return _series(self.epochs, name)
+    def series(self, name: str) -> Series:
+        """Return the steps at which a metric was logged, of steps or of epochs, and its values."""
+        points = (*self.steps, *self.epochs)
+        logged = [(point.step, point.values[name]) for point in points if name in point.values]
+        steps, values = np.array(logged, dtype=np.float64).reshape(-1, 2).T
+        return steps, values
 
     @property
     def last_step(self) -> int:
@@ -90,7 +91,7 @@ class TrainingLog:
         if isinstance(end.get("best_step"), int):
             return int(end["best_step"])
         for name, sign in (("val/AP", 1), ("val/loss", -1)):
-            steps, values = self.of_epochs(name)
+            steps, values = self.series(name)
             if np.isfinite(values).any():
                 return int(steps[np.nanargmax(sign * values)])
         return None
@@ -101,7 +102,7 @@ class TrainingLog:
         points = self.epochs if ends_epoch else self.steps
         place = bisect_left(points, point.step, key=lambda one: one.step)
         if place < len(points) and points[place].step == point.step:
-            points[place] = Point(point.step, point.seconds, points[place].values | names)
+            points[place] = point._replace(values=points[place].values | names)
         else:
             points.insert(place, point)
 
@@ -109,29 +110,39 @@ class TrainingLog:
 class GrowingLog:
     """The log of a running training, read on from where the last read ended."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, samples: Path | None = None) -> None:
+        """Args: path: of the log.  samples: of the machine, beside the log by default."""
+        self.path, self._samples = path, samples or path.with_name(SAMPLES)
         self.log = TrainingLog()
-        self._offset = 0
+        self._ends = Counter[Path]()
+        """Bytes that were read of each file."""
 
     def update(self) -> bool:
-        """Read the whole lines that were added; return True if there were any.
+        """Read the whole lines that were added; return True if the log has any.
 
-        A file that became shorter is a new one, and is read from its start.
+        If a file became shorter, both are new ones and are read from their start.
 
         Raises:
             FileNotFoundError: there is no log.
         """
-        with self.path.open("rb") as file:
-            if file.seek(0, 2) < self._offset:
-                self.log, self._offset = TrainingLog(), 0
-            file.seek(self._offset)
+        files = [self.path, *([self._samples] if self._samples.is_file() else [])]
+        if any(file.stat().st_size < self._ends[file] for file in files):
+            self.log, self._ends = TrainingLog(), Counter()
+        added, *sampled = map(self._added, files)
+        for entry in added:
+            self.log.add(entry)
+        for entry in chain.from_iterable(sampled):
+            if isinstance(entry.get("values"), dict) and "time" in entry:
+                self.log.samples.append(_point(entry, len(self.log.samples) + 1))
+        return bool(added)
+
+    def _added(self, path: Path) -> list[dict[str, Any]]:
+        with path.open("rb") as file:
+            file.seek(self._ends[path])
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for entry in entries(whole.decode(errors="replace").splitlines()):
-            self.log.add(entry)
-        return bool(whole)
+        self._ends[path] += len(whole)
+        return list(entries(whole.decode(errors="replace").splitlines()))
 
 
 def read_log(path: Path) -> TrainingLog:
@@ -142,27 +153,6 @@ def read_log(path: Path) -> TrainingLog:
     except FileNotFoundError:
         raise DataError(f"{path}: not found; run `dvc repro train` first") from None
     return growing.log
-
-
-def read_samples(path: Path) -> list[Point]:
-    """Read the samples of the machine in the order of time; `step` counts them.
-
-    A training without MLflow takes no samples and writes no file: the list is empty.
-    """
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [
-        _point(entry, step)
-        for step, entry in enumerate(entries(lines), start=1)
-        if isinstance(entry.get("values"), dict) and "time" in entry
-    ]
-
-
-def gpu_names(samples: Sequence[Point], suffix: str) -> list[str]:
-    """Return the metrics of each GPU with a suffix, such as `system/gpu_0_utilization_...`."""
-    names = {name for sample in samples for name in sample.values}
-    return sorted(n for n in names if n.startswith("system/gpu_") and n.endswith(suffix))
 
 
 def entries(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -188,9 +178,3 @@ def number(value: object) -> float:
 def _point(entry: dict[str, Any], step: int) -> Point:
     values = {name: number(value) for name, value in entry["values"].items()}
     return Point(step, number(entry.get("time")), values)
-
-
-def _series(points: list[Point], name: str) -> Series:
-    logged = [(point.step, point.values[name]) for point in points if name in point.values]
-    steps, values = np.array(logged, dtype=np.float64).reshape(-1, 2).T
-    return steps, values

@@ -1,28 +1,35 @@
 """The report: one HTML file about a run, or about what differs between several.
 
 Pictures and styles are part of the file. It has no script, and its content policy forbids a browser
-to load anything else, so that it opens offline.
+to load anything else, so that it opens offline. A run's files have the paths of the repository, so
+that their folder is a run's artifacts or the workspace it was trained in.
 """
 
 from __future__ import annotations
 
 import base64
+import json
+import re
 import tempfile
 import time
-from collections.abc import Sequence
-from itertools import cycle, islice, product
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from runkey import __version__
+from runkey import __version__, paths
+from runkey.evaluation.files import METRICS_JSON
 from runkey.files import write_atomically
-from runkey.plots import report_data
+from runkey.identity.key import PARTS
+from runkey.identity.record import KEY, KEY_JSON, Details, LoggedRun, Record, RunManifest
+from runkey.params import as_text, changed_params, load_params
 from runkey.plots.curves import write_training_plots
-from runkey.plots.log import TrainingLog
-from runkey.plots.report_data import LOG, ReportedRun
+from runkey.plots.hints import CLASS_SCORES, EVENT, Hint, all_hints
+from runkey.plots.log import TrainingLog, read_log
 from runkey.plots.sheets import printable
 from runkey.plots.style import (
     BLACK,
@@ -34,7 +41,28 @@ from runkey.plots.style import (
     marker,
     show_empty,
 )
+from runkey.units import format_seconds
 
+_LOG = paths.LOGS / "train.jsonl"
+_METRICS = f"{paths.EVALUATION}/{METRICS_JSON}"
+_UNUSED = (
+    *("model/weights", "model/model.json", "evaluation/predictions.json", "prepared/images.json"),
+    "plots/report.html",
+)
+"""Files, by the beginning of their paths, that are large and in no report."""
+_REGULAR_EVENTS = ("training_start", "training_end", CLASS_SCORES)
+SCORES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_100", "loss")
+CLASS_COLUMNS = ("class", "objects", "AP", "AP50", "AR", "AP small", "AP medium", "AP large")
+_ENVIRONMENT = {
+    "device": "device",
+    "threads": "threads",
+    "world_size": "processes",
+    "micro_batch": "micro-batch",
+    "precision": "mixed precision",
+    "interpreter": "Python",
+    "commit": "commit",
+    "dirty": "uncommitted changes",
+}
 _TYPES = {".png": "image/png", ".jpg": "image/jpeg"}
 _CURVES = {
     "loss_and_ap": "Loss and AP",
@@ -51,6 +79,13 @@ _EVALUATION = {
     "best": "Best images: ground truth beside detections",
     "worst": "Worst images: ground truth beside detections",
 }
+_STORED = {
+    # Runs from before the stage `plots` have their pictures in evaluation/ and prepared/.
+    "evaluation": (("plots", "evaluation"), _EVALUATION),
+    "memory": (("memory",), {"timeline": "Memory during a training step"}),
+    "images": (("plots", "prepared"), {"contact_sheet": "Training images with their boxes"}),
+}
+"""Folders and titles of the pictures that a run has, by part of the page."""
 _COMPARED = {
     "Validation AP": ("AP, 0 to 1", "val/AP"),
     "Validation loss": ("loss per object", "val/loss"),
@@ -58,14 +93,153 @@ _COMPARED = {
     "Learning rate": ("learning rate", "train/lr"),
 }
 _COLOURS = [colour for colour in CYCLE if colour != YELLOW]
+_SHORT = 12
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
-class Picture(NamedTuple):
-    """A picture that is part of the page."""
+@dataclass(frozen=True, kw_only=True)
+class ReportedRun(Record):
+    """One run of a report, with its files as far as it came."""
 
-    title: str
-    source: str
-    """`data:image/png;base64,...`"""
+    folder: Path
+    """Of the files."""
+    log: TrainingLog
+    """Empty if there is none."""
+
+    @property
+    def label(self) -> str:
+        """The short key, with the run id if the run repeats another one."""
+        suffix = f":{self.run.run_id[:4]}" if self.reproduction_of and self.run.run_id else ""
+        return super().label + suffix
+
+    @property
+    def events(self) -> dict[str, dict[str, Any]]:
+        """The last one of each kind of event that is out of the ordinary, such as skipped steps."""
+        return {
+            kind: fields
+            for kind, fields in self.log.events.items()
+            if kind not in _REGULAR_EVENTS and not kind.startswith(EVENT)
+        }
+
+    @property
+    def params(self) -> dict[str, str]:
+        """Resolved parameters by dotted name, as text."""
+        return {n: v for n, v in self.run.params.items() if n.split(".")[0] != KEY}
+
+    @property
+    def changed_params(self) -> dict[str, str]:
+        """The parameters that are not the default."""
+        return changed_params(self.params)
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether its model was evaluated after training."""
+        return (self.folder / _METRICS).is_file() or "eval/AP" in self.run.metrics
+
+    @property
+    def started(self) -> str:
+        """Local time; empty if it is not known."""
+        started = time.localtime(self.run.started_ms / 1000)
+        return time.strftime("%Y-%m-%d %H:%M:%S", started) if self.run.started_ms else ""
+
+    @property
+    def duration(self) -> str:
+        """Wall time; empty while it runs."""
+        run = self.run
+        return "" if run.ended_ms is None else format_seconds((run.ended_ms - run.started_ms) / 1e3)
+
+    def json(self, path: str) -> Any:
+        """Return the contents of a JSON file; {} if the run has no such file."""
+        file = self.folder / path
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    def preimage(self, part: str) -> Mapping[str, Any]:
+        """Return what a part of the key is the hash of; empty if it was not recorded."""
+        found: Mapping[str, Any] = self.json(KEY_JSON).get("preimages", {}).get(part, {})
+        return found
+
+    def scores(self) -> dict[str, Any]:
+        """Return COCO metrics, those of each class under `per_class`; the last ones known."""
+        if final := self.json(_METRICS):
+            return dict(final)
+        metrics = self.run.metrics
+        last = next((p.values for p in reversed(self.log.epochs) if "val/AP" in p.values), {})
+        for prefix, values in (("eval/", metrics), ("val/", metrics), ("val/", last)):
+            if known := {
+                n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)
+            }:
+                return known
+        return {}
+
+    def hints(self) -> list[Hint]:
+        """Return the hints that the training logged, and those that its log gives now."""
+        return all_hints(self.log, self.params)
+
+    def environment(self) -> dict[str, str]:
+        """Return machine, packages and code of the run, as far as they are known."""
+        details = self.details
+        found = details.witness if details else {}
+        packages = found.get("package_differences")
+        shown = {"host": details.host if details else self.run.tags.get("host")}
+        shown |= {
+            label: _text(found[name]) for name, label in _ENVIRONMENT.items() if name in found
+        }
+        shown["snapshot"] = details.snapshot if details else None
+        shown["packages"] = None if packages is None else ", ".join(packages) or "as locked"
+        shown["files outside the key"] = ", ".join(found.get("undeclared_files", ()))
+        shown |= {name: str(value) for name, value in found.get("variables", {}).items()}
+        return {name: value for name, value in shown.items() if value}
+
+    def classes(self) -> list[list[str]]:
+        """Tabulate the COCO metrics of each class, in `CLASS_COLUMNS`, the worst first."""
+        per_class: Mapping[str, Mapping[str, Any]] = self.scores().get("per_class", {})
+        rows = []
+        for name, one in sorted(
+            per_class.items(), key=lambda item: (item[1].get("AP") or 0.0, item[0])
+        ):
+            sizes = (one.get("by_size", {}).get(size, {}) for size in ("small", "medium", "large"))
+            values = [
+                one.get("AP"),
+                one.get("AP50"),
+                one.get("AR"),
+                *(size.get("AP") for size in sizes),
+            ]
+            rows.append([name, f"{one.get('objects', 0):,}", *map(_number, values)])
+        return rows
+
+
+def is_shown(path: str) -> bool:
+    """Return True if a report shows anything of a run's file."""
+    return not path.startswith(_UNUSED)
+
+
+def recorded_run(record: Record, folder: Path) -> ReportedRun:
+    """Return a run of a store, with a folder that has those of its files that are shown."""
+    log = read_log(folder / _LOG) if (folder / _LOG).is_file() else TrainingLog()
+    return ReportedRun(run=record.run, details=record.details, folder=folder, log=log)
+
+
+def workspace_run(root: Path) -> ReportedRun:
+    """Return the run whose results are in a workspace, recorded or not; RecipeError without any."""
+    manifest = RunManifest.read(root / paths.RUN_JSON)
+    params = {n: as_text(v) for n, v in load_params(root / paths.PARAMS).flat().items()}
+    params |= {KEY: manifest.key} | {f"{KEY}.{n}": digest for n, digest in manifest.parts.items()}
+    log = read_log(root / _LOG) if (root / _LOG).is_file() else TrainingLog()
+    times = [round(1000 * point.seconds) for point in (*log.steps, *log.epochs)]
+    places = {"run_id": manifest.run_id or "", "experiment_id": "", "artifact_uri": ""}
+    ended = {"start_time": min(times, default=0), "end_time": max(times, default=None)}
+    run = LoggedRun.from_mlflow({**places, **ended, "status": "FINISHED"}, params, {}, {})
+    details = Details(
+        stage="",
+        files={},
+        outputs=[],
+        witness=asdict(manifest.witness),
+        host="",
+        snapshot=None,
+        pointer_md5=None,
+        decision="",
+    )
+    return ReportedRun(run=run, details=details, folder=root, log=log)
 
 
 def write_report(runs: Sequence[ReportedRun], path: Path) -> Path:
@@ -77,13 +251,15 @@ def write_report(runs: Sequence[ReportedRun], path: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"number": _number, "text": _text}
     several = len(runs) > 1
     page = environment.get_template("page.html.jinja").render(
         title=", ".join(f"{run.label} {run.run.name}".strip() for run in runs),
         runs=runs,
-        tables=report_data,
+        score_names=SCORES,
+        class_columns=CLASS_COLUMNS,
         pictures=[_pictures(run) for run in runs],
-        differences=report_data.differences(runs) if several else None,
+        differences=_differences(runs) if several else None,
         comparison=_comparison(runs) if several else None,
         written=time.strftime("%Y-%m-%d %H:%M"),
         version=__version__,
@@ -92,67 +268,58 @@ def write_report(runs: Sequence[ReportedRun], path: Path) -> Path:
     return path
 
 
-def _pictures(run: ReportedRun) -> dict[str, list[Picture]]:
-    contact_sheet = {"contact_sheet": "Training images with their boxes"}
-    return {
-        "curves": _curves(run),
-        # Runs from before the stage `plots` have their pictures in evaluation/ and prepared/.
-        "evaluation": _stored(run, ("plots", "evaluation"), _EVALUATION),
-        "memory": _stored(run, ("memory",), {"timeline": "Memory during a training step"}),
-        "images": _stored(run, ("plots", "prepared"), contact_sheet),
+def _pictures(run: ReportedRun) -> dict[str, dict[str, str]]:
+    """Return the pictures of each part of the page; curves are drawn from the log.
+
+    An interrupted run has a log as well.
+    """
+    pictures = {
+        part: _embedded([run.folder / name for name in folders], titles)
+        for part, (folders, titles) in _STORED.items()
     }
-
-
-def _curves(run: ReportedRun) -> list[Picture]:
-    """Draw the curves of a run from its log, which an interrupted run has as well."""
-    if not (run.folder / LOG).is_file():
-        return []
     with tempfile.TemporaryDirectory() as folder:
-        written = write_training_plots(run.folder / LOG, Path(folder))
-        shown = [path for path in written if path.stem != "machine" or run.samples]
-        return [_embedded(path, _CURVES[path.stem]) for path in shown]
+        if (run.folder / _LOG).is_file():
+            *_, machine = write_training_plots(run.folder / _LOG, Path(folder))
+            if not run.log.samples:
+                machine.unlink()
+        return pictures | {"curves": _embedded([Path(folder)], _CURVES)}
 
 
-def _comparison(runs: Sequence[ReportedRun]) -> Picture:
+def _comparison(runs: Sequence[ReportedRun]) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "compare.png"
-        _compare_curves(runs, path)
-        return _embedded(path, "AP, loss and learning rate of all runs")
+        _compare_curves(runs, Path(folder) / "compare.png")
+        return _embedded([Path(folder)], {"compare": "AP, loss and learning rate of all runs"})
 
 
-def _stored(run: ReportedRun, folders: Sequence[str], titles: dict[str, str]) -> list[Picture]:
-    """Return each picture that a run has, from the first of the folders that has it."""
-    pictures = []
+def _embedded(folders: Sequence[Path], titles: Mapping[str, str]) -> dict[str, str]:
+    """Return title and `data:` address of each picture, from the first folder that has it."""
+    pictures = {}
     for name, title in titles.items():
-        places = (run.folder / folder / f"{name}{end}" for folder in folders for end in _TYPES)
-        path = next((path for path in places if path.is_file()), None)
-        if path:
-            pictures.append(_embedded(path, title))
+        places = (folder / f"{name}{suffix}" for folder in folders for suffix in _TYPES)
+        if path := next(filter(Path.is_file, places), None):
+            data = base64.b64encode(path.read_bytes()).decode()
+            pictures[title] = f"data:{_TYPES[path.suffix]};base64,{data}"
     return pictures
-
-
-def _embedded(path: Path, title: str) -> Picture:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return Picture(title, f"data:{_TYPES[path.suffix]};base64,{data}")
 
 
 def _compare_curves(runs: Sequence[ReportedRun], path: Path) -> None:
     """Draw AP, losses and learning rate of several runs over epochs."""
-    looks = islice(cycle(product(("-", "--", ":", "-."), _COLOURS)), len(runs))
-    named = [{"linestyle": dashes, "color": colour} for dashes, colour in looks]
-    styled = list(zip(runs, named, strict=True))
+    looks = [
+        {"linestyle": dashes, "color": colour}
+        for _, (dashes, colour) in zip(runs, cycle(product(("-", "--", ":", "-."), _COLOURS)))
+    ]
     with drawing(path, *_COMPARED, height=1.9) as (_, panels):
         for axes, (label, metric) in zip(panels, _COMPARED.values(), strict=True):
-            for run, look in styled:
+            for run, look in zip(runs, looks, strict=True):
                 _draw(axes, run.log, metric, look)
             if not axes.lines:
-                show_empty([axes])
+                show_empty(axes)
                 continue
             axes.set_ylabel(label)
             axes.set_ylim(bottom=0)
             if metric == "train/lr":
                 axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.3g}")
-        for run, look in styled:
+        for run, look in zip(runs, looks, strict=True):
             name = printable(f"{run.label}  {run.run.name}".strip(), "run")
             panels[0].plot([], [], **look, label=cut(name, 34))
         legend_beside(panels[0])
@@ -161,7 +328,7 @@ def _compare_curves(runs: Sequence[ReportedRun], path: Path) -> None:
 
 def _draw(axes: Any, log: TrainingLog, metric: str, look: dict[str, str]) -> None:
     """Draw one run's curve, if it has one, with a star at its best epoch."""
-    steps, values = log.of_steps(metric) if metric == "train/lr" else log.of_epochs(metric)
+    steps, values = log.series(metric)
     if not np.isfinite(values).any():
         return
     per_epoch = log.steps_per_epoch
@@ -173,3 +340,81 @@ def _draw(axes: Any, log: TrainingLog, metric: str, look: dict[str, str]) -> Non
         star: dict[str, Any] = {"marker": "*", "markersize": 13, "zorder": 5}
         star |= {"color": look["color"], "markeredgecolor": BLACK, "markeredgewidth": 0.6}
         axes.plot(epochs[at], values[at], **star)
+
+
+def _differences(runs: Sequence[ReportedRun]) -> dict[str, list[list[str]]]:
+    """Compare at least two runs; metrics are compared with those of the first one.
+
+    Returns:
+        Rows of a name and a value of each run, only where they differ: `parts` of the key,
+        `parameters`, files of the `code` by their hashes, `packages`, `environment`, `scores`, and
+        the AP of each of the `classes`.
+    """
+    files = [run.preimage("code").get("files", {}) for run in runs]
+    packages = [
+        {name: f"{version} {build}" for name, version, build, *_ in found}
+        for found in (run.preimage("environment").get("packages", ()) for run in runs)
+    ]
+    machines = [run.environment() for run in runs]
+    per_class = [
+        {name: one.get("AP") for name, one in run.scores().get("per_class", {}).items()}
+        for run in runs
+    ]
+    metrics = _compare_numbers([run.scores() for run in runs], SCORES)
+    parts = [run.run.parts for run in runs]
+    return {
+        "parts": _differing(parts, PARTS, missing="", length=_SHORT),
+        "parameters": _differing([run.params for run in runs], missing="not set"),
+        "code": _differing(files, length=_SHORT) if all(files) else [],
+        "packages": _differing(packages) if all(packages) else [],
+        "environment": [
+            [name, *(v[:_SHORT] if _COMMIT.fullmatch(v) else v for v in values)]
+            for name, *values in _differing(machines, _names(machines), "")
+        ],
+        "scores": [["duration", *(run.duration for run in runs)], *metrics],
+        "classes": _compare_numbers(per_class, _names(per_class)),
+    }
+
+
+def _names(values: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return all names in the order in which they come first."""
+    return list(dict.fromkeys(name for one in values for name in one))
+
+
+def _differing(
+    values: Sequence[Mapping[str, str]],
+    names: Iterable[str] | None = None,
+    missing: str = "missing",
+    length: int | None = None,
+) -> list[list[str]]:
+    """Return a row for each name whose values are not the same in all runs."""
+    names = sorted(_names(values)) if names is None else names
+    rows = [[name, *(one.get(name, missing)[:length] for one in values)] for name in names]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def _compare_numbers(values: Sequence[Mapping[str, Any]], names: Iterable[str]) -> list[list[str]]:
+    """Return a row for each name that any run has, with the change from the first run."""
+    rows = []
+    for name in names:
+        found: list[Any] = [one.get(name) for one in values]
+        first, *others = found
+        changes = [f" ({v - first:+.3f})" if _number(v) and _number(first) else "" for v in others]
+        if any(value is not None for value in found):
+            shown = zip(others, changes, strict=True)
+            rows.append([name, _number(first), *(_number(v) + change for v, change in shown)])
+    return rows
+
+
+def _number(value: Any) -> str:
+    """Format a metric; empty if there is none."""
+    if not isinstance(value, (int, float)):
+        return ""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
+
+
+def _text(value: Any) -> str:
+    """Format a value of any type."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ("no", "yes")[value] if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""The look of every figure: one palette, one width, the same bytes for the same numbers."""
+"""The look of every figure: one palette, one width; the same bytes for the same numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -15,6 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 from PIL import Image
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Okabe and Ito (2008): distinct with any kind of colour blindness.
 BLUE = "#0072B2"
@@ -31,11 +34,12 @@ CYCLE = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK, YELLOW)
 
 _SETTINGS = Path(__file__).with_name("figures.mplstyle")
 _DPI = 100
+_EMPTY = "nothing logged yet"
 
 
 @contextmanager
 def drawing(
-    path: Path, *titles: str, height: float = 3.0, columns: int = 1
+    path: Path, *titles: str, height: float = 3.0, columns: int = 1, empty: str = _EMPTY
 ) -> Iterator[tuple[Figure, list[Any]]]:
     """Yield a figure of panels below each other, and save it when the block ends.
 
@@ -44,6 +48,7 @@ def drawing(
         titles: of the panels, which share the horizontal axis.
         height: of one panel, in inches; the figure is 9 inches (900 pixels) wide.
         columns: of panels.
+        empty: what panels show instead of empty frames if none has data.
     """
     rows = len(titles) // columns
     with matplotlib.rc_context(fname=_SETTINGS):
@@ -52,6 +57,9 @@ def drawing(
         for axes, title in zip(panels, titles, strict=True):
             axes.set_title(title)
         yield figure, panels
+        if not any(axes.has_data() or axes.texts for axes in panels):
+            for axes in panels:
+                show_empty(axes, empty)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".svg":
             # Neither date nor version in the file, whose bytes depend on the numbers alone.
@@ -72,13 +80,19 @@ def _small_png(figure: Figure) -> bytes:
     return data.getvalue()
 
 
-def show_empty(axes: Sequence[Any], text: str = "nothing logged yet") -> None:
-    """Write in panels that have no data, instead of empty frames."""
-    for panel in axes:
-        panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", color=GREY)
-        panel.set(xticks=[], yticks=[])
-        panel.grid(visible=False)
-        panel.spines[:].set_visible(False)
+def write_table(path: Path, table: pd.DataFrame, digits: str | None = "%.6g") -> Path:
+    """Write a CSV table that `dvc plots show` and `dvc plots diff` draw."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, index=False, float_format=digits, lineterminator="\n")
+    return path
+
+
+def show_empty(axes: Any, text: str = _EMPTY) -> None:
+    """Write in a panel that has no data."""
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
+    axes.set(xticks=[], yticks=[])
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
 
 
 def cut(text: str, length: int) -> str:

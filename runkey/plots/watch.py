@@ -8,7 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import batched, groupby, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from runkey.plots.hints import Hint, all_hints, logged_hints
-from runkey.plots.log import SAMPLES, GrowingLog, Point, Series, TrainingLog, read_samples
+from runkey.plots.log import SAMPLES, GrowingLog, Point, Series, TrainingLog
 from runkey.progress import WIDTH
 from runkey.training.progress import clock, epoch_line, pace_parts
 
@@ -54,7 +54,6 @@ _PANELS = {
     "share of the time waiting for data": {"train/data_wait_share": ""},
 }
 """Legend by metric of each chart's curves."""
-_OF_EPOCHS = ("val/loss", "train/epoch_loss", "val/AP", "val/AP50")
 
 
 def follow(path: Path, title: str, params: Mapping[str, Any], is_alive: Callable[[], bool]) -> bool:
@@ -69,16 +68,9 @@ def follow(path: Path, title: str, params: Mapping[str, Any], is_alive: Callable
     Returns:
         True if the training ended; False if it was interrupted.
     """
-    samples = path.with_name(SAMPLES)
-    display: AbstractContextManager[Callable[[TrainingLog], None]]
-    if sys.stdout.isatty():
-        display = _live_screen(title, params, samples)
-    else:
-        logger.info(title)
-        display = nullcontext(News(params, samples).show)
     # A training's folder is removed once it is recorded; an open file can still be read.
-    with path.open("rb") as file, display as show:
-        growing = GrowingLog(Path(f"/proc/self/fd/{file.fileno()}"))
+    with path.open("rb") as file, _display(title, params) as show:
+        growing = GrowingLog(Path(f"/proc/self/fd/{file.fileno()}"), path.with_name(SAMPLES))
         while True:
             alive = is_alive()  # before reading, so that the last lines are read, too
             growing.update()
@@ -89,22 +81,18 @@ def follow(path: Path, title: str, params: Mapping[str, Any], is_alive: Callable
 
 
 @contextmanager
-def _live_screen(
-    title: str, params: Mapping[str, Any], samples: Path
-) -> Iterator[Callable[[TrainingLog], None]]:
+def _display(title: str, params: Mapping[str, Any]) -> Iterator[Callable[[TrainingLog], None]]:
+    """Yield what shows a log: a screen that is drawn anew, or where there is no terminal, news."""
+    if not sys.stdout.isatty():
+        logger.info(title)
+        yield News(params).show
+        return
     console = Console(highlight=False)
-    # Braille dots need colours to tell curves apart; plain markers have a shape for each.
-    dots = (
-        console.encoding.lower().startswith("utf")
-        and console.color_system is not None
-        and not console.no_color
-    )
     with Live(console=console, auto_refresh=False) as live:
 
         def show(log: TrainingLog) -> None:
-            hints = all_hints(log, params, read_samples(samples))
-            size = (console.width, console.height)
-            live.update(screen(title, log, hints, time.time(), *size, dots=dots), refresh=True)
+            hints = all_hints(log, params)
+            live.update(screen(title, log, hints, time.time(), console), refresh=True)
 
         yield show
 
@@ -112,8 +100,8 @@ def _live_screen(
 class News:
     """What was added to a growing log, as lines: one or two for each epoch, hints, the end."""
 
-    def __init__(self, params: Mapping[str, Any], samples: Path) -> None:
-        self._params, self._samples = params, samples
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        self._params = params
         self._epochs = 0
         self._shown: set[str] = set()
 
@@ -130,9 +118,9 @@ class News:
             for number in range(self._epochs, len(log.epochs)):
                 lines += _epoch_lines(log, number)
             self._epochs = len(log.epochs)
-            hints = all_hints(log, self._params, read_samples(self._samples))
+            hints = all_hints(log, self._params)
         for hint in hints:
-            lines += self._once(f"hint {hint.kind}", hint.lines)
+            lines += self._once(f"hint {hint.kind}", hint.lines())
         if end := _ending(log):
             lines += self._once("end", textwrap.wrap(end, WIDTH))
         return lines
@@ -183,7 +171,7 @@ def _epoch_lines(log: TrainingLog, number: int) -> list[str]:
     per_epoch = log.steps_per_epoch or point.step
     until = TrainingLog(log.steps, log.epochs[: number + 1])
     steps = [p for p in log.steps if p.step <= point.step]
-    left = seconds_left(TrainingLog(steps, [], log.events), point.seconds)
+    left = seconds_left(TrainingLog(steps, events=log.events), point.seconds)
     finite = _finite(point)
     return epoch_line(
         round(point.step / per_epoch),
@@ -196,28 +184,20 @@ def _epoch_lines(log: TrainingLog, number: int) -> list[str]:
 
 
 def screen(
-    title: str,
-    log: TrainingLog,
-    hints: Sequence[Hint],
-    now: float,
-    width: int,
-    height: int,
-    *,
-    dots: bool,
+    title: str, log: TrainingLog, hints: Sequence[Hint], now: float, console: Console
 ) -> RenderableType:
-    """Return what is shown on a terminal of `width` columns and `height` rows.
-
-    A low terminal shows fewer charts. Curves are coloured Braille dots, or without `dots` have a
-    marker each.
-    """
-    width = min(width, WIDTH)
-    free = height - _OTHER_ROWS
+    """Return what is shown on a terminal; a low one shows fewer charts."""
+    width = min(console.width, WIDTH)
+    # Braille dots need colours to tell curves apart; plain markers have a shape for each.
+    has_colours = console.color_system is not None and not console.no_color
+    dots = has_colours and console.encoding.lower().startswith("utf")
+    free = console.height - _OTHER_ROWS
     rows = min(_CHART_ROWS, max(1, free // (_LEAST_HEIGHT + 1)))
     size = (width - 2 * _GAP) // 2, min(8, max(_LEAST_HEIGHT, free // rows - 1))
     grid = Table.grid(padding=(0, _GAP, 0, 0))
     for names in islice(batched(_PANELS, 2), rows):
         grid.add_row(*(_panel(log, name, *size, dots=dots) for name in names))
-    lines = [Text(line) for hint in hints for line in hint.wrapped(width)]
+    lines = [Text(line) for hint in hints for line in hint.lines(width)]
     return Group(*_head(title, log, now, width, dots=dots), grid, *lines)
 
 
@@ -242,7 +222,7 @@ def _head(title: str, log: TrainingLog, now: float, width: int, *, dots: bool) -
 
 def _panel(log: TrainingLog, name: str, width: int, height: int, *, dots: bool) -> Text:
     curves = _PANELS[name]
-    series = [log.of_epochs(m) if m in _OF_EPOCHS else log.of_steps(m) for m in curves]
+    series = [log.series(metric) for metric in curves]
     text = Text(name, style="bold")
     for number, label in enumerate(curves.values()):
         if label and len(series[number][0]):
@@ -270,18 +250,29 @@ def chart(
     """
     columns = max(0, width - LABEL_WIDTH - 1)
     rows: list[list[Cell]] = [[(" ", None)] * columns for _ in range(height)]
+    labels = [""] * height
     finite = [(x[np.isfinite(y)], y[np.isfinite(y)]) for x, y in curves]
-    drawn = [y for _, y in finite if len(y)]
-    if not drawn or not columns:
-        return _with_axis(rows, math.nan, math.nan, dots=dots)
-    values, places = np.concatenate(drawn), np.concatenate([x for x, _ in finite])
-    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
-    if high <= low:
-        high = 1.0
+    values = np.hstack([[0.0], *(y for _, y in finite)])
+    if len(values) > 1 and columns:
+        low, high = float(values.min()), float(values.max()) if values.any() else 1.0
+        labels[0], labels[-1] = f"{high:.3g}", f"{low:.3g}"
+        _draw_curves(rows, finite, low, high, dots=dots)
+    axis = "│" if dots else "|"
+    return [
+        [*((character, None) for character in f"{label:>{LABEL_WIDTH}}{axis}"), *row]
+        for label, row in zip(labels, rows, strict=True)
+    ]
+
+
+def _draw_curves(
+    rows: list[list[Cell]], curves: Sequence[Series], low: float, high: float, *, dots: bool
+) -> None:
+    height, columns = len(rows), len(rows[0])
     across, down = (2, 4) if dots else (1, 1)
     bits = np.zeros((height, columns), dtype=np.int64)
+    places = np.hstack([x for x, _ in curves])
     begin, length = float(places.min()), float(np.ptp(places)) or 1.0
-    for number, (x, y) in enumerate(finite):
+    for number, (x, y) in enumerate(curves):
         xs = np.round((x - begin) / length * (across * columns - 1)).astype(int)
         ys = np.round((high - y) / (high - low) * (down * height - 1)).astype(int)
         points = list(zip(xs.tolist(), ys.tolist(), strict=True))
@@ -296,15 +287,3 @@ def chart(
                     bits[row, column] |= _DOTS[dot_x % 2][dot_y % 4]
                     character = chr(0x2800 + bits[row, column])
                 rows[row][column] = (character, number)
-    return _with_axis(rows, low, high, dots=dots)
-
-
-def _with_axis(rows: list[list[Cell]], low: float, high: float, *, dots: bool) -> list[list[Cell]]:
-    """Put a vertical axis with its lowest and highest value left of the rows."""
-    axis = "│" if dots else "|"
-    framed = []
-    for number, row in enumerate(rows):
-        value = {0: high, len(rows) - 1: low}.get(number, math.nan)
-        label = "" if math.isnan(value) else f"{value:.3g}"
-        framed.append([(character, None) for character in f"{label:>{LABEL_WIDTH}}{axis}"] + row)
-    return framed

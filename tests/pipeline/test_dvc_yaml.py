@@ -31,7 +31,7 @@ def drawing_code() -> set[str]:
     """What the pictures are drawn by, and the formats of the files that they are drawn from."""
     # hints.py takes types alone from training.
     folders = ("runkey/identity/", "runkey/params/", "runkey/training/")
-    modules = ("curves", "tables", "evaluation", "sheets", "report")
+    modules = ("curves", "evaluation", "sheets", "report")
     return {
         file
         for name in modules

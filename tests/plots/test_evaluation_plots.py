@@ -20,8 +20,12 @@ from runkey.evaluation.files import (
     write_precision_recall,
     write_results,
 )
-from runkey.plots.evaluation import confusion_matrix, precision_recall, write_evaluation_plots
-from runkey.plots.tables import write_precision_recall_table
+from runkey.plots.evaluation import (
+    confusion_matrix,
+    precision_recall,
+    write_evaluation_plots,
+    write_precision_recall_table,
+)
 from tests.support.figures import figure_of
 
 MOST_BYTES = 150_000
@@ -154,8 +158,8 @@ def curves_json(path, count, *, objects=True):
 
 @pytest.mark.parametrize(("count", "objects"), [(1, True), (8, True), (90, True), (3, False)])
 def test_precision_recall(tmp_path, count, objects):
-    curves = curves_json(tmp_path / "pr.json", count, objects=objects)
-    path = precision_recall(read_output(curves), tmp_path / "out" / "pr.png")
+    curves = read_output(curves_json(tmp_path / "pr.json", count, objects=objects))
+    path = precision_recall(curves, tmp_path / "out" / "pr.png")
     assert path.stat().st_size < MOST_BYTES
     table = write_precision_recall_table(curves, tmp_path / "pr.csv").read_text().splitlines()
     assert len(table) == 1 + 21 * count * objects

@@ -34,9 +34,9 @@ PARAMS = {
 EPOCHS, STEPS = 6, 10
 
 
-def made(step=None, epoch=None, **events) -> TrainingLog:
+def made(step=None, epoch=None, samples=(), **events) -> TrainingLog:
     """A log of six epochs; healthy but for what `step(step)` and `epoch(epoch)` change."""
-    log = TrainingLog()
+    log = TrainingLog(samples=list(samples))
     for number in range(1, EPOCHS * STEPS + 1):
         values = {
             "train/grad_norm": 0.4 + 0.3 * (number % 3),
@@ -95,31 +95,28 @@ CASES = {
 @pytest.mark.parametrize("kind", CASES)
 def test_each_hint_comes_when_it_should_and_alone(kind):
     changed, machine, seen = CASES[kind]
-    [hint] = find_hints(made(**changed), PARAMS, machine)
+    [hint] = find_hints(made(**changed, samples=machine), PARAMS)
     assert hint.kind == kind
     assert seen in hint.seen
     assert "." in hint.change or "lr" in hint.change  # names a parameter
-    assert max(map(len, hint.lines)) <= 100
+    assert max(map(len, hint.lines())) <= 100
 
 
 def test_a_healthy_training_gets_none():
-    assert find_hints(made(), PARAMS, samples(**GPU, system_memory_usage_percentage=50)) == []
+    machine = samples(**GPU, system_memory_usage_percentage=50)
+    assert find_hints(made(samples=machine), PARAMS) == []
 
 
 def test_the_other_sides():
-    idle = samples(**GPU | {"gpu_0_memory_usage_percentage": 20})
-    assert [h.seen for h in find_hints(made(), PARAMS, idle)] == [
-        "only 20% of the GPU's memory is in use"
-    ]
+    idle = made(samples=samples(**GPU | {"gpu_0_memory_usage_percentage": 20}))
+    assert [h.seen for h in find_hints(idle, PARAMS)] == ["only 20% of the GPU's memory is in use"]
     never = find_hints(made(step=lambda s: {"train/grad_norm": 0.01}), PARAMS)
     assert [(h.kind, h.seen) for h in never] == [
         ("clipping", "clipping never acts: the largest gradient norm is 0.01")
     ]
     auto, fixed = (PARAMS | {"training.micro_batch": value} for value in ("auto", 2))
-    assert idle_change(find_hints(made(), auto, idle)).startswith("raise training.batch_size")
-    assert idle_change(find_hints(made(), fixed, idle)).startswith(
-        "raise training.micro_batch (now 2)"
-    )
+    assert idle_change(find_hints(idle, auto)).startswith("raise training.batch_size")
+    assert idle_change(find_hints(idle, fixed)).startswith("raise training.micro_batch (now 2)")
 
 
 def idle_change(hints: list[Hint]) -> str:
@@ -227,7 +224,7 @@ def test_a_run_logs_a_hint_once_even_after_an_interruption(tmp_path, caplog):
 
     def train(first: int, last: int) -> None:
         tracker = JsonlLog(path)
-        hinting = HintingTracker(tracker, path, tmp_path / "none", PARAMS)
+        hinting = HintingTracker(tracker, path, PARAMS)
         hinting.resume(None)
         for entry in (p for p in whole.steps if first < p.step <= last):
             hinting.log(entry.values, entry.step)
@@ -238,7 +235,7 @@ def test_a_run_logs_a_hint_once_even_after_an_interruption(tmp_path, caplog):
     whole = made(step=lambda s: {"train/data_wait_share": 0.3})
     train(0, 30)
     train(20, 60)  # ten steps come again
-    assert caplog.messages == ["\n".join(find_hints(whole, PARAMS)[0].lines)]
+    assert caplog.messages == ["\n".join(find_hints(whole, PARAMS)[0].lines())]
     log = read_log(path)
     assert [p.step for p in log.steps] == list(range(1, 61))
     assert [hint.kind for hint in logged_hints(log)] == ["loader"]
@@ -249,7 +246,7 @@ def test_a_run_logs_a_hint_once_even_after_an_interruption(tmp_path, caplog):
 def test_scores_of_classes_are_recorded_with_their_epoch(tmp_path):
     path = tmp_path / "train.jsonl"
     tracker = JsonlLog(path)
-    hinting = HintingTracker(tracker, path, tmp_path / "none", PARAMS)
+    hinting = HintingTracker(tracker, path, PARAMS)
     for step in (3, 6, 9):
         if step != 6:  # without an evaluation
             hinting.set_class_scores({"classes": 2, "mean_AP50": 0.0})
@@ -263,7 +260,7 @@ def test_scores_of_classes_are_recorded_with_their_epoch(tmp_path):
 def test_hints_that_fail_cost_no_log(tmp_path, caplog):
     path = tmp_path / "train.jsonl"
     tracker = JsonlLog(path)
-    hinting = HintingTracker(tracker, tmp_path / "elsewhere", tmp_path, PARAMS)
+    hinting = HintingTracker(tracker, tmp_path / "elsewhere", PARAMS)
     for epoch in made().epochs:
         hinting.log(epoch.values, epoch.step)
     tracker.close()

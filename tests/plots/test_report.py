@@ -10,8 +10,7 @@ import pytest
 
 from runkey.cli import app
 from runkey.errors import RunkeyError
-from runkey.plots.report import write_report
-from runkey.plots.report_data import recorded_run
+from runkey.plots.report import recorded_run, write_report
 
 VOID = {"meta", "link", "img", "br"}
 

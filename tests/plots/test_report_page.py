@@ -7,8 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from runkey.identity.record import Record
-from runkey.plots.report import write_report
-from runkey.plots.report_data import recorded_run
+from runkey.plots.report import recorded_run, write_report
 from tests.support.chromium import open_chromium
 from tests.support.records import key_of, make_run
 

@@ -22,11 +22,11 @@ from runkey.plots.curves import (
     loss_and_ap,
     machine,
     mark_events,
+    write_plot_tables,
     write_training_plots,
 )
-from runkey.plots.log import GrowingLog, read_log, read_samples
+from runkey.plots.log import GrowingLog, TrainingLog, read_log
 from runkey.plots.style import drawing
-from runkey.plots.tables import write_plot_tables
 from tests.support.figures import figure_of, labels_of
 from tests.support.logs import LOGS
 
@@ -132,14 +132,15 @@ def test_the_machine_is_drawn_from_its_samples(tmp_path, count, gpus):
     memory = {f"system/gpu_{g}_memory_usage_megabytes": 30_000 for g in range(gpus)}
     values = {"system/cpu_utilization_percentage": 50, "system/process_memory_megabytes": 900}
     lines = [json.dumps({"time": 5.0 * n, "values": values | busy | memory}) for n in range(count)]
-    path = tmp_path / "system.jsonl"
-    path.write_text("\n".join([*lines, '{"time": 1, "val']))
-    samples = read_samples(path)
-    assert [sample.seconds for sample in samples] == [5.0 * n for n in range(count)]
-    drawn = machine(samples, tmp_path / "drawn.png").read_bytes()
-    assert drawn != machine([], tmp_path / "empty.png").read_bytes()
+    (tmp_path / "train.jsonl").touch()
+    empty = read_log(tmp_path / "train.jsonl")
+    assert empty == TrainingLog()
+    (tmp_path / "system.jsonl").write_text("\n".join([*lines, '{"time": 1, "val']))
+    log = read_log(tmp_path / "train.jsonl")
+    assert [sample.seconds for sample in log.samples] == [5.0 * n for n in range(count)]
+    drawn = machine(log, tmp_path / "drawn.png").read_bytes()
+    assert drawn != machine(empty, tmp_path / "empty.png").read_bytes()
     assert len(drawn) < MOST_BYTES
-    assert read_samples(tmp_path / "none.jsonl") == []
 
 
 def test_a_log_is_read_on_as_it_grows(log_of, tmp_path):
@@ -201,7 +202,7 @@ def test_resumed_log_counts_each_step_once(log_of):
 
 def test_unfinished_log_marks_the_best_so_far(log_of):
     log = read_log(log_of("interrupted"))
-    steps, values = log.of_epochs("val/AP")
+    steps, values = log.series("val/AP")
     assert log.best_step() == steps[np.argmax(values)]
     assert read_log(log_of("complete")).best_step() == 160
     assert read_log(log_of("empty")).best_step() is None
@@ -267,7 +268,7 @@ def test_no_log(tmp_path):
 def test_curves_need_neither_torch_nor_pyplot():
     """Reports of runs are drawn where nothing is trained; torch alone takes seconds to import."""
     check = (
-        "import sys, runkey.plots.curves, runkey.plots.tables, runkey.plots.evaluation\n"
+        "import sys, runkey.plots.curves, runkey.plots.evaluation\n"
         "print(sorted({'torch', 'mlflow', 'dvc', 'pycocotools', 'matplotlib.pyplot'}"
         " & set(sys.modules)))"
     )

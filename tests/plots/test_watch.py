@@ -21,7 +21,7 @@ from rich.console import Console
 from runkey.cli import app
 from runkey.errors import RunkeyError
 from runkey.plots.hints import all_hints
-from runkey.plots.log import read_log
+from runkey.plots.log import TrainingLog, read_log
 from runkey.plots.watch import News, screen, seconds_left, total_steps
 from tests.support.logs import LOGS
 from tests.support.records import key_of, make_run
@@ -180,18 +180,35 @@ def test_nothing_to_watch(checkout, monkeypatch, arguments, says):
 @pytest.mark.parametrize("kind", LOGS)
 def test_every_log_can_be_watched(tmp_path, kind):
     log = read_log(LOGS[kind](tmp_path / "train.jsonl"))
-    lines = News({}, tmp_path / "none").lines(log)
+    lines = News({}).lines(log)
     assert max(map(len, lines), default=0) <= 100
     left = seconds_left(log, time.time())
     assert math.isnan(left) == (len(log.steps) < 2 or not total_steps(log))
     for width, height, dots in ((100, 40, True), (120, 24, True), (60, 12, False)):
-        console = Console(width=width, height=height, record=True, file=_Nowhere())
+        colours = "standard" if dots else None
+        console = Console(
+            width=width, height=height, color_system=colours, record=True, file=_Nowhere()
+        )
         hints = all_hints(log, {})
-        console.print(screen("title", log, hints, 0.0, width, height, dots=dots))
+        console.print(screen("title", log, hints, 0.0, console))
         drawn = console.export_text().splitlines()
         assert max(len(line.rstrip()) for line in drawn) <= min(width, 100)
-        heads = 3 + sum(len(hint.wrapped(width)) for hint in hints)
+        heads = 3 + sum(len(hint.lines(width)) for hint in hints)
         assert len(drawn) <= height + 2 * heads
+
+
+def test_an_epoch_tells_the_time_that_was_left():
+    log = TrainingLog()
+    log.add({"time": 0, "event": "training_start", "fields": {"device": "cpu", "total_steps": 40}})
+    for step in range(1, 21):
+        log.add({"step": step, "time": 2 * step, "values": {"train/epoch": step / 10}})
+        if step % 10 == 0:
+            values = {"train/epoch_loss": 5.0, "train/epoch": step / 10}
+            log.add({"step": step, "time": 2 * step, "values": values})
+    assert News({}).lines(log)[1:] == [
+        "epoch 1/4  loss 5  left 1m00s",
+        "epoch 2/4  loss 5  left 40s",
+    ]
 
 
 class _Nowhere:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from runkey.plots.tables import write_plot_tables
+from runkey.plots.curves import write_plot_tables
 from runkey.training.checkpoint import read_file
 from tests.support.points import doubled, doubled_lines, points_of_log
 
