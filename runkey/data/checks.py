@@ -13,7 +13,7 @@ import math
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from runkey.data.cache import shrink
-from runkey.data.coco import Coco, CocoAnnotation, CocoImage
+from runkey.data.cache import Place, Scratch, cached_size, shrink
+from runkey.data.coco import Coco, CocoAnnotation, CocoImage, path_fault
 from runkey.data.decode import (
     UnknownRangeError,
     exif_orientation,
@@ -34,11 +35,11 @@ from runkey.data.decode import (
     to_rgb,
     turn,
 )
-from runkey.data.index import ClassName, ImageRecord
-from runkey.data.layout import Source, path_fault
+from runkey.data.index import ImageRecord
 from runkey.data.report import Findings
 from runkey.params import Data
 from runkey.progress import progress
+from runkey.units import GIB
 
 # No format uses more bytes per pixel than 16-bit RGBA; a larger file is no such image.
 _BYTES_PER_PIXEL = 8
@@ -48,51 +49,85 @@ TOLERANCE_PIXELS = 1.0
 
 _Box = tuple[float, float, float, float]
 """xywh, pixels."""
-_Fault = tuple[str, str]
-"""Name of the check, and the fault."""
+_Fault = tuple[str, str, str]
+"""Name of the check, the fault, and what `fix` does."""
+
+
+class _FileError(Exception):
+    """A file that is no usable image; args: name of the check, the fault."""
 
 
 @dataclass(frozen=True, slots=True)
-class Scan:
-    """The content of an image file."""
+class CheckedImage:
+    """An accepted image on its way into a split."""
 
-    frame: tuple[int, int]
-    """(width, height) after rotation, pixels: what boxes must fit into."""
-    mode: str
-    unusual: bool
-    orientation: int
-    """EXIF's, 1..8."""
-    rotate: int
-    mirror: bool
-    """The rotation that decoding will apply; see `exif_rotation`."""
+    record: ImageRecord
     digest: bytes
     """SHA-256 of the file."""
     sums: NDArray[np.int64]
     """[2, 3]: sum and sum of squares of the stored pixels, 0..255, in each channel."""
+    place: Place | None
+    """Of its pixels in the scratch file; None: it is not cached."""
+
+    @property
+    def classes(self) -> frozenset[int]:
+        """Return the classes of its objects, without crowd regions."""
+        return frozenset(label for _, label, _ in self.record.objects())
+
+
+@dataclass(frozen=True, slots=True)
+class _Scan:
+    """The content of an image file."""
+
+    faults: list[_Fault]
+    frame: tuple[int, int]
+    """(width, height) after rotation, pixels: what boxes must fit into."""
+    rotation: tuple[int, bool]
+    """What decoding will apply; see `exif_rotation`."""
+    digest: bytes
+    sums: NDArray[np.int64]
     pixels: NDArray[np.uint8] | None
     """[h, w, 3], rotated and shrunk for the cache; None without a cache."""
 
 
+@dataclass(frozen=True, slots=True)
 class SourceChecks:
     """The checks of one JSON and its images."""
 
-    def __init__(
-        self, source: Source, data: Data, classes: list[ClassName], findings: Findings
-    ) -> None:
-        """Set the checks up; annotations may have the `classes`."""
-        self._source = source
-        self._data = data
-        self._labels = {entry.id: entry.index for entry in classes}
-        self._findings = findings
+    coco: Coco
+    data: Data
+    labels: Mapping[int, int]
+    """Class index of each category id."""
+    findings: Findings
+    scratch: Scratch
 
-    def listed_images(self, coco: Coco) -> list[CocoImage]:
-        """Return the images that exist under a safe name, with their annotations.
+    def accepted_images(self) -> Iterator[CheckedImage]:
+        """Check the entries, then every file against the JSON, then its boxes against the image.
+
+        Yields the accepted images in order. Their pixels are in the scratch file, unless they
+        would need more than `data.cache_gib`; only some are in memory at a time.
+        """
+        data, images = self.data, self._listed_images()
+        # One JSON holds both splits; the limit applies to each.
+        split = self.coco.source.split
+        share = 1.0 if split != "all" else max(data.val_fraction, 1 - data.val_fraction)
+        sizes = (cached_size(i.width, i.height, data.short_sides, data.long_side) for i in images)
+        size = sum(width * height * 3 for width, height in sizes) * share
+        for image, scan in self._scan_images(images, cached=size <= data.cache_gib * GIB):
+            faults = scan.faults if isinstance(scan, _Scan) else [(*scan.args, "")]
+            sound = all(self._add_of_file(image, *fault) for fault in faults)
+            if sound and isinstance(scan, _Scan):
+                place = None if scan.pixels is None else self.scratch.append(scan.pixels)
+                yield CheckedImage(self._make_record(image, scan), scan.digest, scan.sums, place)
+
+    def _listed_images(self) -> list[CocoImage]:
+        """The images that exist under a safe name, with their annotations.
 
         Annotations of unknown classes are left out, and some are given new ids.
         """
         images: dict[int, CocoImage] = {}
         files: dict[str, CocoImage] = {}
-        for image in coco.images:
+        for image in self.coco.images:
             image.file = self._locate(image)
             if not image.file:
                 continue
@@ -103,35 +138,21 @@ class SourceChecks:
             same = "id" if image.id in images else "file"
             what = f"{image.item} has the same {same} as {twin.item}"
             self._add("duplicate_image", what, image.id, dropped="left out, the first kept")
-        self._assign_annotations(coco, images)
+        self._assign_annotations(images)
         self._check_units(images.values())
         return list(images.values())
 
-    def check_files(
-        self, images: list[CocoImage], *, cached: bool
-    ) -> Iterator[tuple[ImageRecord, Scan]]:
-        """Check every file against the JSON, then its boxes against the image.
-
-        With `cached`, pixels are shrunk for the cache. Yields the accepted images in order; only
-        some are in memory at a time.
-        """
-        for image, scan in self._scan_images(images, cached):
-            if isinstance(scan, Scan) and self._fits_json(image, scan):
-                yield self._make_record(image, scan), scan
-            elif not isinstance(scan, Scan):
-                self._add_of_file(image, *scan)
-
     def _add(self, kind: str, what: str, image_id: int, file: str = "", **more: Any) -> bool:
-        file = file or self._source.shown_json
-        return self._findings.add(kind, file, what, image_id=image_id, **more)
+        file = file or self.coco.source.shown_json
+        return self.findings.add(kind, file, what, image_id=image_id, **more)
 
     def _add_of_file(self, image: CocoImage, kind: str, what: str, fixed: str = "") -> bool:
-        file = self._source.show(image.file)
+        file = self.coco.source.show(image.file)
         return self._add(kind, f"image {image.id} {what}", image.id, file, fixed=fixed)
 
     def _locate(self, image: CocoImage) -> str:
         """The image's file, relative to the data folder; empty if there is a fault."""
-        source = self._source
+        source = self.coco.source
         fault = path_fault(image.name)
         if fault:
             self._add("unsafe_path", f"{image.item}: its name {fault}", image.id)
@@ -147,19 +168,19 @@ class SourceChecks:
             return ""
         return file
 
-    def _assign_annotations(self, coco: Coco, images: dict[int, CocoImage]) -> None:
+    def _assign_annotations(self, images: dict[int, CocoImage]) -> None:
         seen: set[int] = set()
-        free = max((a.id for a in coco.annotations), default=0)
-        for annotation in coco.annotations:
+        free = max((a.id for a in self.coco.annotations), default=0)
+        for annotation in self.coco.annotations:
             number, owner = annotation.id, annotation.image_id
-            if owner not in coco.listed:
+            if owner not in self.coco.listed:
                 what = f"annotation {number} is of image {owner}, which `images` does not list"
                 self._add("unknown_image", what, owner, annotation_id=number)
                 continue
             if owner not in images:  # dropped with its image, which has been reported
                 continue
             image = images[owner]
-            if annotation.category_id not in self._labels:
+            if annotation.category_id not in self.labels:
                 category = f"category {annotation.category_id}, which `categories` does not list"
                 what = f"{image.item}, annotation {number} is of {category}"
                 self._add("unknown_category", what, owner, annotation_id=number)
@@ -182,24 +203,27 @@ class SourceChecks:
         boxes = [annotation.bbox for image in images for annotation in image.annotations]
         sound = [box for box in boxes if all(map(_finite, box)) and min(box[2:]) > 0]
         if sound and all(0 <= value <= 1 for box in sound for value in box):
-            self._findings.refuse(
-                self._source.shown_json,
+            self.findings.refuse(
+                self.coco.source.shown_json,
                 f"all {len(sound)} boxes lie between 0 and 1, such as {_show(sound[0])}: parts of "
                 "the image's size, as in YOLO's files",
                 "write [left, top, width, height] in pixels",
             )
 
     def _scan_images(
-        self, images: list[CocoImage], cached: bool
-    ) -> Iterator[tuple[CocoImage, Scan | _Fault]]:
+        self, images: list[CocoImage], *, cached: bool
+    ) -> Iterator[tuple[CocoImage, _Scan | _FileError]]:
         """Scan each image once, in order, some of them ahead of the consumer."""
 
-        def scan(image: CocoImage) -> Scan | _Fault:
-            path = self._source.data / image.file
-            return scan_image(path, (image.width, image.height), self._data, cached=cached)
+        def scan(image: CocoImage) -> _Scan | _FileError:
+            try:
+                return _scan_image(source.data / image.file, image, self.data, cached)
+            except _FileError as error:
+                return error
 
+        source = self.coco.source
         threads = len(os.sched_getaffinity(0))
-        name = "data" if self._source.split == "all" else self._source.split
+        name = "data" if source.split == "all" else source.split
         with (
             warnings.catch_warnings(),
             ThreadPoolExecutor(threads) as pool,
@@ -216,31 +240,14 @@ class SourceChecks:
                 yield image, result
                 steps.advance()
 
-    def _fits_json(self, image: CocoImage, scan: Scan) -> bool:
-        """Return True if the file is as the JSON says, or was repaired."""
-        if scan.orientation != 1:
-            what = f"is to be turned by EXIF (orientation {scan.orientation})"
-            if not self._add_of_file(image, "exif_rotation", what, _turned(scan)):
-                return False
-        if scan.unusual:
-            what = f"is of mode {scan.mode}"
-            if not self._add_of_file(image, "unusual_mode", what, "converted to RGB"):
-                return False
-        width, height = scan.frame
-        if (width, height) == (image.width, image.height):
-            return True
-        scales = f"{width / image.width:.6g} and {height / image.height:.6g}"
-        what = f"is {width}x{height}, but {image.width}x{image.height} in the JSON"
-        return self._add_of_file(image, "size_mismatch", what, f"boxes scaled by {scales}")
-
-    def _make_record(self, image: CocoImage, scan: Scan) -> ImageRecord:
+    def _make_record(self, image: CocoImage, scan: _Scan) -> ImageRecord:
         """The image's entry in the index, with the boxes that are valid or were repaired."""
         width, height = scan.frame
         rows = []
         for annotation in image.annotations:
             checked = self._check_box(image, annotation, scan.frame)
             if checked:
-                label = self._labels[annotation.category_id]
+                label = self.labels[annotation.category_id]
                 rows.append((*checked, label, annotation.crowd, annotation.id))
         boxes, areas, labels, crowd, ids = zip(*rows, strict=True) if rows else ((),) * 5
         return ImageRecord(
@@ -248,8 +255,8 @@ class SourceChecks:
             file=image.file,
             width=width,
             height=height,
-            rotate=scan.rotate,
-            mirror=scan.mirror,
+            rotate=scan.rotation[0],
+            mirror=scan.rotation[1],
             boxes_xywh=boxes,
             labels=labels,
             areas=areas,
@@ -281,56 +288,65 @@ class SourceChecks:
         return (box, of_box) if found("bad_area", what, "taken from the box") else None
 
 
-def scan_image(path: Path, stated: tuple[int, int], data: Data, *, cached: bool) -> Scan | _Fault:
-    """Read and decode one image, whose (width, height) in the JSON is `stated`."""
-    most_pixels = data.max_megapixels * 1e6
-    try:
-        size = path.stat().st_size
-        if size > most_pixels * _BYTES_PER_PIXEL + _BYTES_OF_METADATA:
-            return "too_large_image", f"has {size} bytes, more than data.max_megapixels allows"
-        content = path.read_bytes()
-    except OSError as error:
-        return "unreadable_image", f"cannot be read ({error.strerror})"
-    fault = "is no image of a known format" if content else "is empty"
-    try:
-        with open_image(content) as image:
-            if image.width * image.height > most_pixels:
-                limit = f"more than data.max_megapixels: {data.max_megapixels:g}"
-                return "too_large_image", f"is {image.width}x{image.height}, {limit}"
-            fault = "is cut short or damaged"
-            unusual, mode, orientation = is_unusual(image), image.mode, exif_orientation(image)
-            rgb = to_rgb(image)
-    except UnknownRangeError as error:
-        return "unreadable_image", f"has {error}"
-    except MemoryError:
-        raise
-    except Exception:  # noqa: BLE001 - PIL raises almost any type on bad bytes
-        return "unreadable_image", fault
+def _scan_image(path: Path, listed: CocoImage, data: Data, cached: bool) -> _Scan:
+    content, rgb, orientation, unusual_mode = _decode(path, data.max_megapixels)
+    stated = (listed.width, listed.height)
     rotate, mirror = 0, False
     if data.checks.exif_rotation == "fix":
         rotate, mirror = exif_rotation(orientation, rgb.size, stated)
+    frame = rgb.size[::-1] if rotate in (90, 270) else rgb.size
+    faults = []
+    if orientation != 1:
+        what = f"is to be turned by EXIF (orientation {orientation})"
+        faults.append(("exif_rotation", what, _turned(rotate, mirror)))
+    if unusual_mode:
+        faults.append(("unusual_mode", f"is of mode {unusual_mode}", "converted to RGB"))
+    if frame != stated:
+        scales = f"{frame[0] / stated[0]:.6g} and {frame[1] / stated[1]:.6g}"
+        what = f"is {frame[0]}x{frame[1]}, but {stated[0]}x{stated[1]} in the JSON"
+        faults.append(("size_mismatch", what, f"boxes scaled by {scales}"))
     pixels = None
     if cached:
         pixels = turn(np.asarray(shrink(rgb, data.short_sides, data.long_side)), rotate, mirror)
     counts = np.array(rgb.histogram(), dtype=np.int64).reshape(3, 256)
     values = np.arange(256, dtype=np.int64)
-    return Scan(
-        frame=(rgb.height, rgb.width) if rotate in (90, 270) else (rgb.width, rgb.height),
-        mode=mode,
-        unusual=unusual,
-        orientation=orientation,
-        rotate=rotate,
-        mirror=mirror,
-        digest=hashlib.sha256(content).digest(),
-        sums=np.stack((counts @ values, counts @ values**2)),
-        pixels=pixels,
-    )
+    sums = np.stack((counts @ values, counts @ values**2))
+    digest = hashlib.sha256(content).digest()
+    return _Scan(faults, frame, (rotate, mirror), digest, sums, pixels)
 
 
-def _turned(scan: Scan) -> str:
-    if scan.rotate or scan.mirror:
-        first = "mirrored and " if scan.mirror else ""
-        return f"{first}turned clockwise by {scan.rotate} degrees, as its size in the JSON says"
+def _decode(path: Path, max_megapixels: float) -> tuple[bytes, Image.Image, int, str]:
+    """The file's bytes, pixels as RGB, EXIF orientation, and mode if it is unusual."""
+    most_pixels = max_megapixels * 1e6
+    try:
+        size = path.stat().st_size
+        if size > most_pixels * _BYTES_PER_PIXEL + _BYTES_OF_METADATA:
+            what = f"has {size} bytes, more than data.max_megapixels allows"
+            raise _FileError("too_large_image", what)
+        content = path.read_bytes()
+    except OSError as error:
+        raise _FileError("unreadable_image", f"cannot be read ({error.strerror})") from None
+    fault = "is no image of a known format" if content else "is empty"
+    try:
+        with open_image(content) as image:
+            if image.width * image.height > most_pixels:
+                limit = f"more than data.max_megapixels: {max_megapixels:g}"
+                raise _FileError("too_large_image", f"is {image.width}x{image.height}, {limit}")
+            fault = "is cut short or damaged"
+            mode, orientation = image.mode if is_unusual(image) else "", exif_orientation(image)
+            return content, to_rgb(image), orientation, mode
+    except UnknownRangeError as error:
+        raise _FileError("unreadable_image", f"has {error}") from None
+    except (MemoryError, _FileError):
+        raise
+    except Exception:  # noqa: BLE001 - PIL raises almost any type on bad bytes
+        raise _FileError("unreadable_image", fault) from None
+
+
+def _turned(rotate: int, mirror: bool) -> str:
+    if rotate or mirror:
+        first = "mirrored and " if mirror else ""
+        return f"{first}turned clockwise by {rotate} degrees, as its size in the JSON says"
     return "not turned, as its size in the JSON does not ask for it"
 
 

@@ -14,6 +14,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runkey.data.cache import Place, Scratch, cached_size, write_cache
-from runkey.data.checks import SourceChecks
-from runkey.data.coco import Coco, merge_classes, read_coco
+from runkey.data.cache import Scratch, write_cache
+from runkey.data.checks import CheckedImage, SourceChecks
+from runkey.data.coco import Source, find_sources, merge_classes, read_coco
 from runkey.data.index import (
     IMAGE_LIST,
     ClassName,
-    ImageRecord,
     SplitName,
     write_classes,
     write_image_list,
     write_index,
 )
-from runkey.data.layout import Source, find_sources
 from runkey.data.report import Findings
 from runkey.errors import DataError
 from runkey.params import Data
@@ -49,26 +48,10 @@ _OUTPUTS = (
 _LISTED_NAMES = 10
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _MOST_SIZES = 20
-# COCO's bounds of small, medium and large, square pixels.
-_SMALL_AREA = 32.0**2
-_MEDIUM_AREA = 96.0**2
+_SIZE_BOUNDS = (32**2, 96**2)
+"""COCO's bounds between small, medium and large, square pixels."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Image:
-    """A checked image on its way into a split."""
-
-    record: ImageRecord
-    source: Source
-    digest: bytes
-    sums: NDArray[np.int64]
-    place: Place | None
-    """Of its pixels in the scratch file; None: it is not cached."""
-
-    @property
-    def classes(self) -> frozenset[int]:
-        """Of its objects, without crowd regions."""
-        return frozenset(label for _, label, _ in self.record.objects())
+Splits = dict[SplitName, list[CheckedImage]]
 
 
 def prepare(data: Data, seed: int, root: Path, out: Path, num_queries: int) -> Findings:
@@ -91,19 +74,17 @@ def prepare(data: Data, seed: int, root: Path, out: Path, num_queries: int) -> F
     out.mkdir(parents=True, exist_ok=True)
     for name in _OUTPUTS:
         (out / name).unlink(missing_ok=True)
-    findings = Findings(data.checks)
-    scratch = Scratch(out / "scratch.tmp")
     shown = (out.relative_to(root) if out.is_relative_to(root) else out) / _REPORT
+    findings = Findings(data.checks, shown.as_posix())
     try:
-        preparation = _Preparation(data, out, findings, scratch, shown.as_posix())
-        preparation.run(find_sources(root / data.path, data.path.rstrip("/")), seed, num_queries)
+        with closing(Scratch(out / "scratch.tmp")) as scratch:
+            sources = find_sources(root / data.path, data.path.rstrip("/"))
+            _Preparation(data, out, findings, scratch).run(sources, seed, num_queries)
     except DataError as error:
         if not findings.failures:
             findings.refuse(data.path, str(error), "stopped")
         findings.write(out / _REPORT)
         raise
-    finally:
-        scratch.close()
     findings.write(out / _REPORT)
     return findings
 
@@ -114,46 +95,42 @@ class _Preparation:
     out: Path
     findings: Findings
     scratch: Scratch
-    report: str
-    """Name of report.json in messages."""
 
     def run(self, sources: list[Source], seed: int, num_queries: int) -> None:
         """Check, split and write the data of one or two JSON files."""
-        read = [(source, read_coco(source, self.findings)) for source in sources]
-        categories = [(source.shown_json, coco.categories) for source, coco in read]
-        classes = merge_classes(categories, self.findings)
+        read = [read_coco(source, self.findings) for source in sources]
+        classes = merge_classes(read, self.findings)
         if any(item.kind == "structure" for item in self.findings.items):
-            self.findings.stop_if_failed(self.report)  # other checks need the classes
-        parts = [list(self._check(source, coco, classes)) for source, coco in read]
+            self.findings.stop_if_failed()  # other checks need the classes
+        labels = {entry.id: entry.index for entry in classes}
+        parts = []
+        for coco in read:
+            checks = SourceChecks(coco, self.data, labels, self.findings, self.scratch)
+            parts.append(list(checks.accepted_images()))
         if len(parts) == 2:
-            parts[0] = self._without_leaks(*parts)
-        self.findings.stop_if_failed(self.report)
+            parts[0] = self._without_leaks(parts, sources)
+        self.findings.stop_if_failed()
         train, val = parts if len(parts) == 2 else self._split(parts[0], sources[0], seed)
-        splits: dict[SplitName, list[_Image]] = {"train": train, "val": val}
+        splits: Splits = {"train": train, "val": val}
+        way = f"add annotated images or see what was left out in {self.findings.report}"
         for (split, images), source in zip(splits.items(), (sources[0], sources[-1]), strict=True):
             # Sorted, so that the index does not depend on the order of the JSON.
             images.sort(key=lambda image: image.record.id)
-            self._refuse_empty(split, images, source)
+            if not images:
+                raise DataError(f"{source.shown_json}: no image is left for {split}; {way}")
+            if not any(image.classes for image in images):
+                raise DataError(f"{source.shown_json}: no image for {split} has an object; {way}")
         self._write(splits, classes)
         self.findings.notes += _notes(splits, classes, num_queries)
         for line in self.findings.lines():
             logger.info(line)
 
-    def _check(self, source: Source, coco: Coco, classes: list[ClassName]) -> Iterator[_Image]:
-        data = self.data
-        checks = SourceChecks(source, data, classes, self.findings)
-        images = checks.listed_images(coco)
-        # One JSON holds both splits; the limit applies to each.
-        share = 1.0 if source.split != "all" else max(data.val_fraction, 1 - data.val_fraction)
-        sizes = (cached_size(i.width, i.height, data.short_sides, data.long_side) for i in images)
-        size = sum(width * height * 3 for width, height in sizes) * share
-        for record, scan in checks.check_files(images, cached=size <= data.cache_gib * GIB):
-            place = None if scan.pixels is None else self.scratch.append(scan.pixels)
-            yield _Image(record, source, scan.digest, scan.sums, place)
-
-    def _without_leaks(self, train: list[_Image], val: list[_Image]) -> list[_Image]:
+    def _without_leaks(
+        self, parts: list[list[CheckedImage]], sources: list[Source]
+    ) -> list[CheckedImage]:
         """Train without the images that are also in val, by name or by content."""
-        held: dict[str | bytes, _Image] = {}
+        train, val = parts
+        held: dict[str | bytes, CheckedImage] = {}
         for image in val:
             held[image.record.file] = held[image.digest] = image
         kept = []
@@ -164,23 +141,25 @@ class _Preparation:
                 continue
             self.findings.add(
                 "leaked_image",
-                image.source.shown_json,
+                sources[0].shown_json,
                 f"image {image.record.id} ({image.record.file}) is image {twin.record.id} "
-                f"({twin.record.file}) of {twin.source.shown_json} too",
+                f"({twin.record.file}) of {sources[1].shown_json} too",
                 image_id=image.record.id,
                 dropped="left out of train",
             )
         return kept
 
-    def _split(self, images: list[_Image], source: Source, seed: int) -> list[list[_Image]]:
+    def _split(
+        self, images: list[CheckedImage], source: Source, seed: int
+    ) -> list[list[CheckedImage]]:
         """Split a data set with one JSON. Copies of an image stay in the same split."""
-        twins: dict[bytes, list[_Image]] = {}
+        twins: dict[bytes, list[CheckedImage]] = {}
         for image in images:
             twins.setdefault(image.digest, []).append(image)
         if len(twins) < 2:
             raise DataError(
                 f"{source.shown_json}: train and val need an image each, but only {len(twins)} "
-                f"(not counting copies) passed the checks; add images or see {self.report}"
+                f"(not counting copies) passed the checks; add images or see {self.findings.report}"
             )
         groups = {min(image.record.id for image in group): group for group in twins.values()}
         classes_of = {
@@ -188,24 +167,19 @@ class _Preparation:
             for first, group in groups.items()
         }
         held = choose_val(classes_of, self.data.val_fraction, seed)
-        parts: list[list[_Image]] = [[], []]
+        parts: list[list[CheckedImage]] = [[], []]
         for first, group in groups.items():
             parts[first in held] += group
         return parts
 
-    def _refuse_empty(self, split: SplitName, images: list[_Image], source: Source) -> None:
-        way = f"add annotated images or see what was left out in {self.report}"
-        if not images:
-            raise DataError(f"{source.shown_json}: no image is left for {split}; {way}")
-        if not any(image.classes for image in images):
-            raise DataError(f"{source.shown_json}: no image for {split} has an object; {way}")
-
-    def _write(self, splits: dict[SplitName, list[_Image]], classes: list[ClassName]) -> None:
+    def _write(self, splits: Splits, classes: list[ClassName]) -> None:
         write_classes(self.out / "classes.json", classes)
         statistics: dict[SplitName, dict[str, Any]] = {}
         for split, images in splits.items():
             write_index(self.out / f"{split}.json", [image.record for image in images])
             statistics[split] = numbers = _describe(images, classes)
+            counted = ("images", "objects", "crowd_regions")
+            self.findings.kept[split] = {name: numbers[name] for name in counted}
             cached = self._write_cache(split, images)
             logger.info(
                 f"{split}: {len(images)} images, {numbers['images_without_objects']} without "
@@ -216,11 +190,8 @@ class _Preparation:
         write_image_list(self.out / IMAGE_LIST, listed, classes)
         text = json.dumps(statistics, indent=2, ensure_ascii=False)
         (self.out / "statistics.json").write_text(text + "\n", encoding="utf-8")
-        for split, numbers in statistics.items():
-            counted = ("images", "objects", "crowd_regions")
-            self.findings.kept[split] = {name: numbers[name] for name in counted}
 
-    def _write_cache(self, split: SplitName, images: list[_Image]) -> str:
+    def _write_cache(self, split: SplitName, images: list[CheckedImage]) -> str:
         places = [image.place for image in images if image.place is not None]
         size = sum(height * width * 3 for _, height, width in places)
         if len(places) < len(images) or size > self.data.cache_gib * GIB:
@@ -230,9 +201,7 @@ class _Preparation:
         return f"{size / MIB:.1f} MiB cached"
 
 
-def _notes(
-    splits: dict[SplitName, list[_Image]], classes: list[ClassName], num_queries: int
-) -> Iterator[str]:
+def _notes(splits: Splits, classes: list[ClassName], num_queries: int) -> Iterator[str]:
     for split, images in splits.items():
         shown = frozenset().union(*(image.classes for image in images))
         absent = [entry.name for entry in classes if entry.index not in shown]
@@ -240,32 +209,34 @@ def _notes(
             names = ", ".join(absent[:_LISTED_NAMES])
             rest = f" and {len(absent) - _LISTED_NAMES} more" if len(absent) > _LISTED_NAMES else ""
             yield f"{split} has no object of {len(absent)} classes: {names}{rest}"
-        counts = [(len(image.record.objects()), image.record) for image in images]
-        crowded = [(count, record) for count, record in counts if count > num_queries]
+        counts = [len(image.record.objects()) for image in images]
+        most, crowded = max(counts), sum(count > num_queries for count in counts)
         if crowded:
-            most, record = max(crowded, key=lambda pair: (pair[0], -pair[1].id))
+            record = images[counts.index(most)].record
             yield (
-                f"{split}: {len(crowded)} image(s) have more objects than model.num_queries "
+                f"{split}: {crowded} image(s) have more objects than model.num_queries "
                 f"({num_queries}), at most {most} in image {record.id} ({record.file}); the rest "
                 "cannot be found"
             )
 
 
-def _describe(images: list[_Image], classes: list[ClassName]) -> dict[str, Any]:
+def _describe(images: list[CheckedImage], classes: list[ClassName]) -> dict[str, Any]:
     """The statistics of one split, for statistics.json."""
     records = [image.record for image in images]
-    objects = [
-        (box, label, area, record) for record in records for box, label, area in record.objects()
-    ]
     per_image = [len(record.objects()) for record in records]
-    labels = Counter(label for _, label, _, _ in objects)
+    objects = np.array(
+        [
+            (*box, area, label, record.width, record.height)
+            for record in records
+            for box, label, area in record.objects()
+        ]
+    )
+    _, _, widths, heights, areas, labels, frame_widths, frame_heights = objects.T
+    of_class = np.bincount(labels.astype(np.int64), minlength=len(classes)).tolist()
     images_of = Counter(label for image in images for label in image.classes)
-    areas = np.array([area for _, _, area, _ in objects], dtype=np.float64)
-    boxes = np.array([box for box, _, _, _ in objects], dtype=np.float64).reshape(-1, 4)
-    frames = np.array([(r.width, r.height) for _, _, _, r in objects], dtype=np.float64)
-    sides = np.sqrt(boxes[:, 2] * boxes[:, 3])
+    by_size = np.histogram(areas, bins=(0, *_SIZE_BOUNDS, math.inf))[0].tolist()
+    sides = np.sqrt(widths * heights)
     sizes = Counter((record.width, record.height) for record in records)
-    mean, std = _colour(images)
     common = sorted(sizes.items(), key=lambda pair: (-pair[1], pair[0]))[:_MOST_SIZES]
     return {
         "images": len(records),
@@ -273,21 +244,17 @@ def _describe(images: list[_Image], classes: list[ClassName]) -> dict[str, Any]:
         "objects": len(objects),
         "crowd_regions": sum(sum(record.crowd) for record in records),
         "objects_per_image": {
-            "mean": _rounded(len(objects) / max(1, len(records))),
-            "maximum": max(per_image, default=0),
+            "mean": _rounded(len(objects) / len(records)),
+            "maximum": max(per_image),
         },
         "classes": {
-            entry.name: {"objects": labels[entry.index], "images": images_of[entry.index]}
+            entry.name: {"objects": of_class[entry.index], "images": images_of[entry.index]}
             for entry in classes
         },
-        "sizes_by_area": {
-            "small": int((areas < _SMALL_AREA).sum()),
-            "medium": int(((areas >= _SMALL_AREA) & (areas < _MEDIUM_AREA)).sum()),
-            "large": int((areas >= _MEDIUM_AREA).sum()),
-        },
+        "sizes_by_area": dict(zip(("small", "medium", "large"), by_size, strict=True)),
         "box_side_pixels": _quantiles(sides),
-        "box_side_of_image": _quantiles(sides / np.sqrt(frames.reshape(-1, 2).prod(axis=1))),
-        "box_width_to_height": _quantiles(boxes[:, 2] / boxes[:, 3]),
+        "box_side_of_image": _quantiles(sides / np.sqrt(frame_widths * frame_heights)),
+        "box_width_to_height": _quantiles(widths / heights),
         "image_width_to_height": _quantiles(np.array([r.width / r.height for r in records])),
         "image_sizes": {
             "distinct": len(sizes),
@@ -296,27 +263,26 @@ def _describe(images: list[_Image], classes: list[ClassName]) -> dict[str, Any]:
                 for (width, height), count in common
             ],
         },
-        "pixel_mean": [_rounded(value) for value in mean],
-        "pixel_std": [_rounded(value) for value in std],
+        **_colour(images),
     }
 
 
-def _colour(images: list[_Image]) -> tuple[list[float], list[float]]:
+def _colour(images: list[CheckedImage]) -> dict[str, list[float]]:
     """Mean and standard deviation of the pixels in each channel, 0..1, from exact sums."""
     pixels = sum(image.record.width * image.record.height for image in images)
     # Python's integers: a difference of two large floats would not be exact.
     sums, squares = np.sum([image.sums for image in images], axis=0).tolist()
-    mean = [s / pixels / 255 for s in sums]
-    var = [
+    variances = [
         (pixels * q - s * s) / (pixels * pixels) / 255**2
         for s, q in zip(sums, squares, strict=True)
     ]
-    return mean, [math.sqrt(v) for v in var]
+    return {
+        "pixel_mean": [_rounded(s / pixels / 255) for s in sums],
+        "pixel_std": [_rounded(math.sqrt(variance)) for variance in variances],
+    }
 
 
-def _quantiles(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float] | None:
-    if values.size == 0:
-        return None
+def _quantiles(values: NDArray[np.float64]) -> dict[str, float]:
     return {
         f"{round(100 * q)}%": _rounded(value)
         for q, value in zip(_QUANTILES, np.quantile(values, _QUANTILES), strict=True)

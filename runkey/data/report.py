@@ -48,6 +48,8 @@ class Findings:
     """Collects findings under the policies of `data.checks`, and what remains of the data."""
 
     checks: Checks
+    report: str
+    """Name of report.json in messages."""
     items: list[Finding] = field(default_factory=list)
     kept: dict[str, dict[str, int]] = field(default_factory=dict)
     """For each split, the numbers of images, objects and crowd regions that remain."""
@@ -106,12 +108,12 @@ class Findings:
         """Record a fault without a policy: the data set cannot be used with it."""
         self.items.append(Finding("structure", "fail", file, None, None, what, done))
 
-    def stop_if_failed(self, report: str) -> None:
+    def stop_if_failed(self) -> None:
         """Raise a DataError that names the first fault with policy `fail`, and the report."""
         if self.failures:
             first, *others = self.failures
             faults = f"{len(others)} more such fault{'s' if len(others) > 1 else ''}"
-            raise DataError(first.line + (f" ({faults} in {report})" if others else ""))
+            raise DataError(first.line + (f" ({faults} in {self.report})" if others else ""))
 
     def write(self, path: Path) -> None:
         """Write report.json, one item a line."""
