@@ -14,7 +14,7 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -113,10 +113,13 @@ class SourceChecks:
         share = 1.0 if split != "all" else max(data.val_fraction, 1 - data.val_fraction)
         sizes = (cached_size(i.width, i.height, data.short_sides, data.long_side) for i in images)
         size = sum(width * height * 3 for width, height in sizes) * share
-        for image, scan in self._scan_images(images, cached=size <= data.cache_gib * GIB):
-            faults = scan.faults if isinstance(scan, _Scan) else [(*scan.args, "")]
-            sound = all(self._add_of_file(image, *fault) for fault in faults)
-            if sound and isinstance(scan, _Scan):
+        for image, future in self._scan_images(images, cached=size <= data.cache_gib * GIB):
+            try:
+                scan = future.result()
+            except _FileError as error:
+                self._add_of_file(image, *error.args)
+                continue
+            if all(self._add_of_file(image, *fault) for fault in scan.faults):
                 place = None if scan.pixels is None else self.scratch.append(scan.pixels)
                 yield CheckedImage(self._make_record(image, scan), scan.digest, scan.sums, place)
 
@@ -212,16 +215,14 @@ class SourceChecks:
 
     def _scan_images(
         self, images: list[CocoImage], *, cached: bool
-    ) -> Iterator[tuple[CocoImage, _Scan | _FileError]]:
+    ) -> Iterator[tuple[CocoImage, Future[_Scan]]]:
         """Scan each image once, in order, some of them ahead of the consumer."""
-
-        def scan(image: CocoImage) -> _Scan | _FileError:
-            try:
-                return _scan_image(source.data / image.file, image, self.data, cached)
-            except _FileError as error:
-                return error
-
         source = self.coco.source
+
+        def submit(image: CocoImage) -> tuple[CocoImage, Future[_Scan]]:
+            path = source.data / image.file
+            return image, pool.submit(_scan_image, path, image, self.data, cached)
+
         threads = len(os.sched_getaffinity(0))
         name = "data" if source.split == "all" else source.split
         with (
@@ -232,37 +233,22 @@ class SourceChecks:
             # What PIL warns of is harmless or found by a check.
             warnings.simplefilter("ignore")
             rest = iter(images)
-            waiting = deque((i, pool.submit(scan, i)) for i in islice(rest, 4 * threads))
+            waiting = deque(map(submit, islice(rest, 4 * threads)))
             while waiting:
-                image, future = waiting.popleft()
-                result = future.result()
-                waiting.extend((i, pool.submit(scan, i)) for i in islice(rest, 1))
-                yield image, result
+                yield waiting.popleft()
+                waiting.extend(map(submit, islice(rest, 1)))
                 steps.advance()
 
     def _make_record(self, image: CocoImage, scan: _Scan) -> ImageRecord:
         """The image's entry in the index, with the boxes that are valid or were repaired."""
-        width, height = scan.frame
         rows = []
         for annotation in image.annotations:
-            checked = self._check_box(image, annotation, scan.frame)
-            if checked:
+            if checked := self._check_box(image, annotation, scan.frame):
+                box, area = checked
                 label = self.labels[annotation.category_id]
-                rows.append((*checked, label, annotation.crowd, annotation.id))
-        boxes, areas, labels, crowd, ids = zip(*rows, strict=True) if rows else ((),) * 5
-        return ImageRecord(
-            id=image.id,
-            file=image.file,
-            width=width,
-            height=height,
-            rotate=scan.rotation[0],
-            mirror=scan.rotation[1],
-            boxes_xywh=boxes,
-            labels=labels,
-            areas=areas,
-            crowd=crowd,
-            annotation_ids=ids,
-        )
+                rows.append((box, label, area, annotation.crowd, annotation.id))
+        columns = zip(*rows, strict=True) if rows else ((),) * 5
+        return ImageRecord(image.id, image.file, *scan.frame, *scan.rotation, *columns)
 
     def _check_box(
         self, image: CocoImage, annotation: CocoAnnotation, frame: tuple[int, int]

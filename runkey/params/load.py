@@ -15,9 +15,6 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from runkey.errors import ParamsError
 from runkey.params.schema import Params
 
-ALWAYS_SHOWN = ("lr", "seed")
-"""Parameters without a default."""
-
 
 def load_params(path: Path) -> Params:
     """Read and check a YAML 1.2 file.
@@ -94,10 +91,10 @@ _MESSAGES = {
     "string_type": "should be text",
     "tuple_type": "should be a list",
     "model_type": "should be a section with keys of its own",
-    "greater_than": "should be > {gt}",
-    "greater_than_equal": "should be >= {ge}",
-    "less_than": "should be < {lt}",
-    "less_than_equal": "should be <= {le}",
+    "greater_than": "should be > {gt:.12g}",
+    "greater_than_equal": "should be >= {ge:.12g}",
+    "less_than": "should be < {lt:.12g}",
+    "less_than_equal": "should be <= {le:.12g}",
     "literal_error": "should be {expected}",
     "too_short": "should not be empty",
     "too_long": "should have at most {max_length} entries",
@@ -109,11 +106,7 @@ def _message(fault: Any) -> str:
     """Say what is allowed, in YAML's words instead of Python's."""
     known = _MESSAGES.get(fault["type"])
     if known is not None:
-        limits = fault.get("ctx", {})
-        plain = {
-            k: int(v) if isinstance(v, float) and v == int(v) else v for k, v in limits.items()
-        }
-        return known.format(**plain)
+        return known.format(**fault.get("ctx", {}))
     return " ".join(str(fault["msg"]).removeprefix("Value error, ").split())
 
 
@@ -159,6 +152,7 @@ def as_text(value: object) -> str:
 
 def changed_params(values: Mapping[str, str]) -> dict[str, str]:
     """Return the values, by dotted name as text, that differ from the schema's defaults."""
-    plain = parse_params({"lr": 1.0, "seed": 0}).flat(runtime=True)
-    default = {name: as_text(value) for name, value in plain.items()}
-    return {n: v for n, v in values.items() if n in ALWAYS_SHOWN or v != default.get(n)}
+    without_default = {"lr": 1.0, "seed": 0}
+    defaults = parse_params(without_default).flat(runtime=True).items()
+    usual = {name: as_text(value) for name, value in defaults if name not in without_default}
+    return {name: value for name, value in values.items() if value != usual.get(name)}

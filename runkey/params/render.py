@@ -14,14 +14,16 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from runkey.errors import ParamsError
 from runkey.params.load import load_params
-from runkey.params.schema import LEVELS, Checks, Params
+from runkey.params.schema import LEVELS, Checks, Params, Section
 
 _WIDTH = 100
+_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 # YAML 1.1 reads these words as booleans or null unless they are quoted.
 _QUOTED = {"off", "on", "yes", "no", "null", "true", "false", ""}
 
@@ -39,17 +41,12 @@ run. A check that `params.yaml` does not list needs a plus sign: `-S +data.check
 
 def render(params: Params, head: str) -> str:
     """Return the text of a complete params.yaml, opened by `head`: lines with their `#`."""
-    schema = Params.model_json_schema()
-    lines = [*head.splitlines(), ""]
-    lines += _section(schema, schema["$defs"], params.written(), "")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*head.splitlines(), "", *_section(Params, params.written(), "")]) + "\n"
 
 
 def head_of(text: str) -> str:
     """Return the comment lines that open a file, up to the first line without `#`."""
-    lines = text.splitlines()
-    count = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    return "\n".join(lines[:count])
+    return "\n".join(takewhile(lambda line: line.startswith("#"), text.splitlines()))
 
 
 def preset_folder() -> Path:
@@ -82,53 +79,44 @@ def describe_preset(name: str) -> str:
     return paragraph.replace("\n#", " ").lstrip("# ").removeprefix(f"{name}: ")
 
 
-def _section(
-    schema: dict[str, Any], sections: dict[str, Any], values: dict[str, Any], indent: str
-) -> list[str]:
-    lines: list[str] = []
+def _section(section: type[Section], values: dict[str, Any], indent: str) -> Iterator[str]:
+    fields = section.model_json_schema()["properties"]
     for name, value in values.items():
-        field = schema["properties"][name]
-        target = sections.get(_section_name(field))
-        if target:
-            lines += [] if indent else [""]
-            lines += _comment(_description(target), "", indent)
-            lines.append(f"{indent}{name}:")
-            lines += _section(target, sections, value, indent + "  ")
-            if target["title"] == Checks.__name__:
-                lines += _check_list(indent + "  ")
+        if subsection := _subsections(section).get(name):
+            if not indent:
+                yield ""
+            yield from _comment(subsection.__doc__ or "", "", indent)
+            yield f"{indent}{name}:"
+            yield from _section(subsection, value, indent + "  ")
+            if subsection is Checks:
+                yield from _check_list(indent + "  ")
         else:
-            lines += _comment(_description(field), allowed(field), indent)
-            lines.append(f"{indent}{name}: {_scalar(value)}")
-    return lines
+            yield from _comment(fields[name]["description"], allowed(fields[name]), indent)
+            yield f"{indent}{name}: {_scalar(value)}"
 
 
-def _section_name(field: dict[str, Any]) -> str:
-    """Return the class of a field that is a section of its own, else nothing."""
-    return str(field.get("$ref", "")).rpartition("/")[2]
+def _subsections(section: type[Section]) -> dict[str, type[Section]]:
+    kinds = {name: field.annotation for name, field in section.model_fields.items()}
+    return {n: k for n, k in kinds.items() if isinstance(k, type) and issubclass(k, Section)}
 
 
-def _description(field: dict[str, Any]) -> str:
-    return " ".join(field.get("description", "").split())
-
-
-def _check_list(indent: str) -> list[str]:
-    """Return comment lines that list the single checks with their policy at each level."""
+def _check_list(indent: str) -> Iterator[str]:
+    """Comment lines that list the single checks with their policy at each level."""
     text = (
         "Set a check here, such as `empty_box: fail`, to override the level. The policy of each"
         " check at each level, and the allowed ones (docs/reference/params.md explains them):"
     )
+    yield from _comment(text, "", indent)
     fields = Checks.model_json_schema()["properties"]
-    rows = [("check", *LEVELS, "allowed")]
-    rows += [(n, *policies, allowed(fields[n])) for n, policies in _policies()]
-    table = [f"{indent}#   {r[0]:<21} {r[1]:<7} {r[2]:<7} {r[3]:<5} {r[4]}" for r in rows]
-    return [*_comment(text, "", indent), *table]
+    rows = [(name, *policies, allowed(fields[name])) for name, policies in _policies()]
+    for row in [("check", *LEVELS, "allowed"), *rows]:
+        yield "{}#   {:<21} {:<7} {:<7} {:<5} {}".format(indent, *row)
 
 
-def _policies() -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield each check with its policy at each level."""
+def _policies() -> list[tuple[str, list[str]]]:
+    """Each check with its policy at each level."""
     by_level = [Checks.policies(level) for level in LEVELS]
-    for name in by_level[0]:
-        yield name, tuple(policies[name] for policies in by_level)
+    return [(name, [policies[name] for policies in by_level]) for name in by_level[0]]
 
 
 def _comment(text: str, allowed_values: str, indent: str) -> list[str]:
@@ -137,7 +125,7 @@ def _comment(text: str, allowed_values: str, indent: str) -> list[str]:
         # No-break spaces keep the brackets on one line while the text is wrapped.
         bracket = bracket.replace(" ", "\xa0")
     lines = textwrap.wrap(
-        f"{text} {bracket}",
+        f"{_on_one_line(text)} {bracket}",
         _WIDTH,
         initial_indent=f"{indent}# ",
         subsequent_indent=f"{indent}# ",
@@ -145,6 +133,10 @@ def _comment(text: str, allowed_values: str, indent: str) -> list[str]:
         break_on_hyphens=False,
     )
     return [line.replace("\xa0", " ") for line in lines]
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def allowed(field: dict[str, Any]) -> str:
@@ -160,25 +152,8 @@ def allowed(field: dict[str, Any]) -> str:
         return f"list of {allowed(items)}"
     words = {"integer": "whole number", "string": "text", "boolean": "true | false"}
     kind = field.get("type", "")
-    return f"{words.get(kind, kind)}{_range(field)}"
-
-
-def _range(field: dict[str, Any]) -> str:
-    bounds = [
-        f" {sign} {_number(field[key])}"
-        for key, sign in (
-            ("minimum", ">="),
-            ("exclusiveMinimum", ">"),
-            ("maximum", "<="),
-            ("exclusiveMaximum", "<"),
-        )
-        if key in field
-    ]
-    return ",".join(bounds)
-
-
-def _number(value: float) -> str:
-    return str(int(value)) if value == int(value) else str(value)
+    bounds = [f" {sign} {field[key]:.12g}" for key, sign in _BOUNDS.items() if key in field]
+    return f"{words.get(kind, kind)}{','.join(bounds)}"
 
 
 def _scalar(value: Any) -> str:
@@ -191,29 +166,29 @@ def _scalar(value: Any) -> str:
 
 def reference() -> str:
     """Return the reference page of every parameter, in Markdown."""
-    schema = Params.model_json_schema()
-    return _PAGE_HEAD + "".join(_page_section(schema, schema["$defs"], ""))
+    return _PAGE_HEAD + "".join(_page_section(Params, ""))
 
 
-def _page_section(schema: dict[str, Any], sections: dict[str, Any], prefix: str) -> Iterator[str]:
-    fields = schema["properties"]
-    single = {n: field for n, field in fields.items() if _section_name(field) not in sections}
+def _page_section(section: type[Section], prefix: str) -> Iterator[str]:
+    fields, subsections = section.model_json_schema()["properties"], _subsections(section)
     if prefix:
-        yield f"\n## {prefix[:-1]}\n\n{_description(schema)}\n"
-    if schema["title"] == Checks.__name__:
-        single = {"level": fields["level"]}
+        yield f"\n## {prefix[:-1]}\n\n{_on_one_line(section.__doc__ or '')}\n"
     yield "\n| Parameter | Values | Default | Effect |\n|---|---|---|---|\n"
-    for name, field in single.items():
+    for name in ["level"] if section is Checks else [n for n in fields if n not in subsections]:
+        field = fields[name]
         default = f"`{_scalar(field['default'])}`" if "default" in field else "required"
-        yield f"| `{prefix}{name}` | {_values(field)} | {default} | {_description(field)} |\n"
-    if schema["title"] == Checks.__name__:
+        yield _row(f"`{prefix}{name}`", _values(field), default, field["description"])
+    if section is Checks:
         yield f"\n| Check | Values | {' | '.join(LEVELS)} | Fault |\n|---|---|---|---|---|---|\n"
         for name, policies in _policies():
-            cells = [f"`{prefix}{name}`", _values(fields[name]), *policies]
-            yield f"| {' | '.join(cells)} | {_description(fields[name])} |\n"
-    for name, field in fields.items():
-        if _section_name(field) in sections:
-            yield from _page_section(sections[_section_name(field)], sections, f"{prefix}{name}.")
+            field = fields[name]
+            yield _row(f"`{prefix}{name}`", _values(field), *policies, field["description"])
+    for name, subsection in subsections.items():
+        yield from _page_section(subsection, f"{prefix}{name}.")
+
+
+def _row(*cells: str) -> str:
+    return f"| {_on_one_line(' | '.join(cells))} |\n"
 
 
 def _values(field: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ schema; the range comes from its type.  To add a parameter, add a field here; th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -18,6 +19,16 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    def _faults(self) -> Iterator[str]:
+        """Yield what is wrong with the values together."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for fault in self._faults():
+            raise ValueError(fault)
+        return self
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -153,11 +164,9 @@ class Augment(Section):
     """Scale about each pixel's grey value by a factor uniform in 1 +- saturation; applied on the
     device."""
 
-    @model_validator(mode="after")
-    def _crop_range(self) -> Self:
+    def _faults(self) -> Iterator[str]:
         if self.crop_min > self.crop_max:
-            raise ValueError(f"crop_min {self.crop_min} is larger than crop_max {self.crop_max}")
-        return self
+            yield f"crop_min {self.crop_min} is larger than crop_max {self.crop_max}"
 
 
 class Data(Section):
@@ -187,13 +196,9 @@ class Data(Section):
     """Objects per training image; the largest are kept.  0: as many as the model has queries."""
     augment: Augment = Augment()
 
-    @model_validator(mode="after")
-    def _sizes(self) -> Self:
+    def _faults(self) -> Iterator[str]:
         if max(self.short_sides) > self.long_side:
-            raise ValueError(
-                f"short_sides {list(self.short_sides)} exceed long_side {self.long_side}"
-            )
-        return self
+            yield f"short_sides {list(self.short_sides)} exceed long_side {self.long_side}"
 
 
 Backbone = Literal["compact", "resnet18", "resnet34", "resnet50", "resnet101"]
@@ -265,27 +270,22 @@ class Model(Section):
     denoising: Denoising = Denoising()
     loss: LossWeights = LossWeights()
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.hidden_dim % self.num_heads:
-            raise ValueError(
-                f"hidden_dim {self.hidden_dim} is not a multiple of num_heads {self.num_heads}"
-            )
-        if self.hidden_dim % 4:
-            raise ValueError(
-                f"hidden_dim {self.hidden_dim} is not a multiple of 4 (sine and cosine of x and y)"
-            )
+    def _faults(self) -> Iterator[str]:
+        width = self.hidden_dim
+        if width % self.num_heads:
+            yield f"hidden_dim {width} is not a multiple of num_heads {self.num_heads}"
+        if width % 4:
+            yield f"hidden_dim {width} is not a multiple of 4 (sine and cosine of x and y)"
         if self.preset == "detr" and self.denoising.groups:
-            raise ValueError("denoising needs preset fast; set denoising.groups to 0")
+            yield "denoising needs preset fast; set denoising.groups to 0"
         if self.backbone == "compact" and self.dilation:
-            raise ValueError("dilation needs a ResNet backbone")
+            yield "dilation needs a ResNet backbone"
         if self.dilation and self.backbone in ("resnet18", "resnet34"):
-            raise ValueError(f"dilation needs resnet50 or resnet101, not {self.backbone}")
+            yield f"dilation needs resnet50 or resnet101, not {self.backbone}"
         if self.backbone == "compact" and self.backbone_weights == "imagenet":
-            raise ValueError("backbone_weights imagenet needs a ResNet backbone")
+            yield "backbone_weights imagenet needs a ResNet backbone"
         if self.backbone == "compact" and self.frozen_stages > 3:
-            raise ValueError(f"frozen_stages {self.frozen_stages}: backbone compact has 3")
-        return self
+            yield f"frozen_stages {self.frozen_stages}: backbone compact has 3"
 
 
 class Clip(Section):
@@ -353,13 +353,11 @@ class Schedule(Section):
     min_delta: NonNegativeFloat = 0.0
     """plateau: smallest change that counts as an improvement, in the metric's unit."""
 
-    @model_validator(mode="after")
-    def _milestones(self) -> Self:
+    def _faults(self) -> Iterator[str]:
         if self.name == "multistep" and not self.milestones:
-            raise ValueError("multistep needs milestones, such as [200, 250]")
+            yield "multistep needs milestones, such as [200, 250]"
         if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"milestones {list(self.milestones)} must rise")
-        return self
+            yield f"milestones {list(self.milestones)} must rise"
 
 
 class EarlyStopping(Section):
@@ -400,13 +398,9 @@ class Guard(Section):
     spike_history: PositiveInt = 100
     """Recent finite losses that a spike is compared with."""
 
-    @model_validator(mode="after")
-    def _skips(self) -> Self:
+    def _faults(self) -> Iterator[str]:
         if self.max_skips > self.window_steps:
-            raise ValueError(
-                f"max_skips {self.max_skips} is larger than window_steps {self.window_steps}"
-            )
-        return self
+            yield f"max_skips {self.max_skips} is larger than window_steps {self.window_steps}"
 
 
 class Training(Section):
@@ -446,11 +440,9 @@ class Memory(Section):
     probe_batches: tuple[PositiveInt, PositiveInt] = (2, 4)
     """Images in the two forward passes that measure memory on a CPU; not used on a GPU."""
 
-    @model_validator(mode="after")
-    def _probes(self) -> Self:
+    def _faults(self) -> Iterator[str]:
         if self.probe_batches[0] >= self.probe_batches[1]:
-            raise ValueError(f"probe_batches {list(self.probe_batches)} must rise")
-        return self
+            yield f"probe_batches {list(self.probe_batches)} must rise"
 
 
 class Evaluate(Section):

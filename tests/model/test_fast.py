@@ -77,7 +77,7 @@ def test_fewer_tokens_than_queries_are_filled_up(net, formula):
 
 def test_denoising_queries_are_not_seen_by_the_others(small, formula):
     """Learned queries answer the same with and without them."""
-    with_groups = small.model_copy(update={"denoising": params.Denoising(groups=3)})
+    with_groups = small.model_copy(update={"denoising": params.schema.Denoising(groups=3)})
     net = build_model(with_groups, K).double()
     formula.fill(net)
     images, targets = formula.images(2, 40, 56), formula.targets((3, 1), K)
@@ -126,7 +126,9 @@ def test_layers_learn_from_their_own_loss_only(net, formula):
 
 def test_two_runs_are_the_same_bits(small, formula):
     """Some steps of training, with denoising and dropout, under deterministic algorithms."""
-    model = small.model_copy(update={"denoising": params.Denoising(groups=2), "dropout": 0.1})
+    model = small.model_copy(
+        update={"denoising": params.schema.Denoising(groups=2), "dropout": 0.1}
+    )
     targets = formula.targets((3, 0, 1), K)
     targets = Targets(targets.boxes_cxcywh.float(), targets.labels, targets.counts)
     states = []

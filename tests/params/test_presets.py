@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
 from runkey.model.postprocess import build_postprocess
-from runkey.params import Params, load_params, parse_params
+from runkey.params import Params, Schedule, load_params, parse_params
 from runkey.params.render import (
     head_of,
     main,
@@ -142,9 +142,9 @@ def test_render_keeps_values_and_head(tmp_path):
 
 
 def test_a_list_of_values_that_is_longer_than_a_line_is_wrapped(monkeypatch):
-    schema = Params.model_json_schema()
-    schema["$defs"]["Schedule"]["properties"]["name"]["enum"].append("warmup_stable_decay_" * 2)
-    monkeypatch.setattr(Params, "model_json_schema", lambda: schema)
+    schema = Schedule.model_json_schema()
+    schema["properties"]["name"]["enum"].append("warmup_stable_decay_" * 2)
+    monkeypatch.setattr(Schedule, "model_json_schema", lambda: schema)
     text = render(parse_params({"lr": 1, "seed": 0}), "# mine")
     assert "| warmup_stable_decay_warmup_stable_decay_]" in text
     assert max(map(len, text.splitlines())) <= 100

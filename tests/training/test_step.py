@@ -50,7 +50,7 @@ def real(preset):
         feedforward_dim=16,
         decoder_layers=2,
         num_queries=6,
-        loss=params.LossWeights(classification=1.0 if preset == "detr" else 2.0),
+        loss=params.schema.LossWeights(classification=1.0 if preset == "detr" else 2.0),
     )
     torch.manual_seed(0)
     model = InFloat64(build_model(section, 3)).train()
