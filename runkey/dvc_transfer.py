@@ -25,7 +25,7 @@ from dvc_data.hashfile.hash_info import HashInfo
 from fsspec.callbacks import Callback
 
 from runkey.errors import RegistryError
-from runkey.progress import QUIET, progress
+from runkey.progress import QUIET, Steps, progress
 
 
 @dataclass(frozen=True)
@@ -115,20 +115,17 @@ class DvcRemote:
 def _move(repo: Repo, source: Any, target: Any, objects: Mapping[str, int], what: str) -> int:
     """Copy the objects that the target lacks; return their number."""
     missing: list[str] = []
-    with TransferProgress(objects, what) as callback:
+    moved = TransferProgress(objects)
+    with ExitStack() as bar:
 
         def validate(status: Any) -> None:
             missing.extend(str(one.value) for one in status.missing)
-            callback.start(status.new)
+            total = sum(objects[str(one.value)] for one in status.new)
+            moved.steps = bar.enter_context(progress(what, total, "bytes"))
 
         # DVC's index of the remote is not used: objects may have been deleted there since.
-        done = repo.cloud.transfer(
-            source,
-            target,
-            {HashInfo("md5", md5) for md5 in objects},
-            validate_status=validate,
-            callback=callback,
-        )
+        infos = {HashInfo("md5", md5) for md5 in objects}
+        done = repo.cloud.transfer(source, target, infos, validate_status=validate, callback=moved)
     missing += [str(one.value) for one in done.failed]
     if missing:
         where = source.fs.unstrip_protocol(source.path)
@@ -140,44 +137,27 @@ def _move(repo: Repo, source: Any, target: Any, objects: Mapping[str, int], what
 
 
 class TransferProgress(Callback):  # type: ignore[misc]
-    """Progress in bytes of objects that DVC moves in several threads."""
+    """Counts the bytes of objects that DVC moves in several threads."""
 
-    def __init__(self, sizes: Mapping[str, int], what: str) -> None:
-        """Args: sizes: bytes by md5.  what: text in front of the bar."""
+    def __init__(self, sizes: Mapping[str, int], steps: Steps = QUIET) -> None:
+        """Args: sizes: bytes by md5.  steps: told of the bytes."""
         super().__init__()
-        self._sizes, self._what, self._bar = sizes, what, ExitStack()
-        self.lock, self.steps = Lock(), QUIET
-
-    def start(self, objects: Iterable[HashInfo]) -> None:
-        """Begin, with the total of these objects."""
-        total = sum(self._sizes[str(one.value)] for one in objects)
-        self.steps = self._bar.enter_context(progress(self._what, total, "bytes"))
-
-    def close(self) -> None:
-        """Take the bar away."""
-        self._bar.close()
+        self.sizes, self.steps, self.lock = sizes, steps, Lock()
 
     @override
-    def branched(self, path_1: str, path_2: str, **kwargs: Any) -> Callback:
-        """Return the callback of one object."""
-        return _ObjectProgress(self, self._sizes.get("".join(PurePath(path_1).parts[-2:]), 0))
+    @contextmanager
+    def branched(self, path_1: str, path_2: str, **kwargs: Any) -> Iterator[Callback]:
+        """Give the callback of one object; each byte counts once, also if it is sent again."""
+        size, counted = self.sizes.get("".join(PurePath(path_1).parts[-2:]), 0), 0
 
+        def count(_: int | None, value: int) -> None:
+            nonlocal counted
+            if (new := min(value, size) - counted) > 0:
+                counted += new
+                with self.lock:
+                    self.steps.advance(new)
 
-class _ObjectProgress(Callback):  # type: ignore[misc]
-    """Counts an object's bytes, each once: an object that failed is sent again."""
-
-    def __init__(self, parent: TransferProgress, size: int) -> None:
-        super().__init__()
-        self._parent, self._size, self._counted = parent, size, 0
-
-    @override
-    def call(self, hook_name: str | None = None, **kwargs: Any) -> None:
-        new = min(self.value, self._size) - self._counted
-        if new > 0:
-            self._counted += new
-            with self._parent.lock:
-                self._parent.steps.advance(new)
-
-    def close(self) -> None:
-        """Count the rest: some kinds of remote do not report progress."""
-        self.absolute_update(self._size)
+        child = Callback(hooks={"bytes": count})
+        yield child
+        # Some kinds of remote do not report progress.
+        child.absolute_update(size)

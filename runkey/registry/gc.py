@@ -30,7 +30,7 @@ import psutil
 
 from runkey import paths
 from runkey.errors import RegistryError
-from runkey.identity.key import ANY_SCHEMA, SCHEMA, short_key
+from runkey.identity.key import ANY_SCHEMA, short_key
 from runkey.identity.record import Record, read_pointer
 from runkey.identity.record_cache import remove_record
 from runkey.registry.claims import Claim, Claims, newest, state_now
@@ -43,11 +43,10 @@ _QUIET_SECONDS = 3600.0
 _HALF_WRITTEN_SECONDS = 86400.0
 """Longer than any file takes to be written."""
 
-
 Kind = Literal["run", "checkpoint", "claim", "worktree", "leftover"]
-_TRAINING = re.compile(rf"({ANY_SCHEMA}-[0-9a-f]{{64}})(?:-repeats-([0-9a-f]{{8}}))?")
+_REPEATS = "-repeats-"
+_TRAINING = re.compile(rf"{ANY_SCHEMA}-[0-9a-f]{{64}}({_REPEATS}[0-9a-f]{{8}})?")
 """Names of folders of trainings, see `paths.training_folder`."""
-_KEY_CHARACTERS = len(f"{SCHEMA}-") + 64
 _REPEAT_SECONDS = 86400.0
 """After this time an interrupted `runkey reproduce` has to start again."""
 _ENDED = ("FAILED", "KILLED")
@@ -94,12 +93,6 @@ class Scope:
         """All runs of a local store."""
         return self.library.matching("") if self.is_local else []
 
-    def runs_of(self, key: str) -> list[Record]:
-        """Return all runs of a key, with details."""
-        if self.is_local:
-            return [record for record in self.records if record.key == key]
-        return [self.library.with_details(record) for record in self.library.matching(key)]
-
     def is_trained_now(self, key: str) -> bool:
         """Return True if the key is, or may be, trained now: an owner may not be visible here."""
         claim = newest(self.claims, key)
@@ -118,8 +111,7 @@ def collect(scope: Scope, older_than_days: float = 0.0) -> list[Item]:
     least = older_than_days * 86400
     runs = [item for item in _runs(scope) if item.age_seconds >= least]
     going = {item.name.rpartition(":")[2] for item in runs}
-    others = [*_checkpoints(scope), *_claims(scope, going)]
-    others += [*_worktrees(scope), *_leftovers(scope)]
+    others = chain(_checkpoints(scope), _claims(scope, going), _worktrees(scope), _leftovers(scope))
     return [*runs, *(item for item in others if item.age_seconds >= least)]
 
 
@@ -210,16 +202,15 @@ def _training_folders(home: Path) -> list[Path]:
 def _checkpoints(scope: Scope) -> Iterator[Item]:
     for folder in _training_folders(scope.home):
         if why := _why_obsolete(scope, folder):
-            name = f"{short_key(folder.name)}{folder.name[_KEY_CHARACTERS:]}/"
-            yield _item(scope, "checkpoint", folder, why, name, partial(shutil.rmtree, folder))
+            key, *repeats = folder.name.partition(_REPEATS)
+            yield _item(scope, "checkpoint", folder, "".join((short_key(key), *repeats, "/")), why)
 
 
 def _why_obsolete(scope: Scope, folder: Path) -> str | None:
     """Why no training will resume from a folder; None: one may."""
-    match = _TRAINING.fullmatch(folder.name)
-    assert match
-    key, repeats = match.groups()
-    whole = [record for record in scope.runs_of(key) if record.is_whole]
+    key, _, repeats = folder.name.partition(_REPEATS)
+    runs = map(scope.library.with_details, scope.library.matching(key))
+    whole = [record for record in runs if record.is_whole]
     if repeats:  # a repeat has no claim: it has ended if nothing changes any more
         quiet = scope.now - _changed(folder)
         whole = [r for r in whole if (r.reproduction_of or "").startswith(repeats)]
@@ -236,9 +227,7 @@ def _why_obsolete(scope: Scope, folder: Path) -> str | None:
 
 def _claims(scope: Scope, going: set[str]) -> Iterator[Item]:
     """Generations that a newer one has replaced and that are needed for nothing."""
-    if not scope.is_local:
-        return
-    claims = scope.claims.all()
+    claims = scope.claims.all() if scope.is_local else []
     last = {claim.key: claim.generation for claim in claims}
     running = {record.run.run_id for record in scope.records if record.run.status == "RUNNING"}
     for claim in claims:
@@ -253,10 +242,18 @@ def _claims(scope: Scope, going: set[str]) -> Iterator[Item]:
         yield Item("claim", name, why, 0, scope.age(claim.since_ms), remove)
 
 
-def _item(
-    scope: Scope, kind: Kind, path: Path, why: str, name: str, remove: Callable[[], None]
-) -> Item:
-    return Item(kind, name, why, _size(path), scope.age(_changed(path) * 1000), remove)
+def _item(scope: Scope, kind: Kind, path: Path, name: str, why: str) -> Item:
+    """A file or folder that may be deleted."""
+    remove = partial(remove_worktree, scope.root) if kind == "worktree" else _remove_path
+    age = scope.age(_changed(path) * 1000)
+    return Item(kind, name, why, _size(path), age, partial(remove, path))
+
+
+def _remove_path(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _worktrees(scope: Scope) -> Iterator[Item]:
@@ -266,8 +263,7 @@ def _worktrees(scope: Scope) -> Iterator[Item]:
         # A stage runs on for a while after `runkey reproduce` itself, which locks it, was killed.
         if path.is_symlink() or not quiet or holder_of(path) is not None or _has_processes(path):
             continue
-        why, remove = "no process works in it", partial(remove_worktree, scope.root, path)
-        yield _item(scope, "worktree", path, why, f"reproduce/{path.name}", remove)
+        yield _item(scope, "worktree", path, f"reproduce/{path.name}", "no process works in it")
 
 
 def _leftovers(scope: Scope) -> Iterator[Item]:
@@ -282,14 +278,7 @@ def _leftovers(scope: Scope) -> Iterator[Item]:
     for path in sorted(places):
         if scope.now - _changed(path) >= _HALF_WRITTEN_SECONDS:
             why = "half written, by a process that is gone"
-            yield _item(scope, "leftover", path, why, str(path), partial(_remove_path, path))
-
-
-def _remove_path(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+            yield _item(scope, "leftover", path, str(path), why)
 
 
 def _has_processes(path: Path) -> bool:

@@ -17,9 +17,9 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -170,49 +170,19 @@ LARGEST_MB = 10
 
 _MESSAGE = "runkey: the tree that ran"
 # The same author and date for everybody, so that the same tree gives the same commit.
-_WHO = {
-    f"GIT_{role}_{what}": value
-    for role in ("AUTHOR", "COMMITTER")
-    for what, value in (
-        ("NAME", "runkey"),
-        ("EMAIL", "runkey@localhost"),
-        ("DATE", "2000-01-01T00:00:00+00:00"),
-    )
-}
-# Overrides user settings that would leave files out, refuse some, or give another commit.
-_SETTINGS = tuple(
-    word
-    for setting in (
-        "core.fsmonitor=false",
-        "core.splitIndex=false",
-        "core.sparseCheckout=false",
-        "core.safecrlf=false",
-        "core.filesRefLockTimeout=10000",
-        "i18n.commitEncoding=UTF-8",
-    )
-    for word in ("-c", setting)
+_WHO = (
+    dict.fromkeys(("GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME"), "runkey")
+    | dict.fromkeys(("GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL"), "runkey@localhost")
+    | dict.fromkeys(("GIT_AUTHOR_DATE", "GIT_COMMITTER_DATE"), "2000-01-01T00:00:00+00:00")
 )
-
-
-@dataclass(frozen=True)
-class _Tree:
-    """The working tree of the run, together with the repository that keeps the snapshot.
-
-    The two differ in `dvc exp run --temp|--queue`, whose folder is a temporary repository.
-    """
-
-    top: Path
-    """Top folder of the workspace's repository."""
-    prefix: str
-    """Path of the workspace in it: empty, or ending in `/`."""
-    env: Mapping[str, str]
-    """Names the repository that keeps the snapshot, a temporary index and the author."""
-
-    def git(self, *arguments: str, text: str | None = None, accept: Collection[int] = (0,)) -> str:
-        return git(self.top, *_SETTINGS, *arguments, env=self.env, text=text, accept=accept)
-
-    def update_index(self, paths: Iterable[str], *options: str) -> None:
-        self.git("update-index", "-z", *options, "--stdin", text=_zero_ended(paths))
+# Overrides user settings that would leave files out, refuse some, or give another commit.
+_SETTINGS = (
+    *("-c", "core.fsmonitor=false", "-c", "core.splitIndex=false"),
+    *("-c", "core.sparseCheckout=false", "-c", "core.safecrlf=false"),
+    *("-c", "core.filesRefLockTimeout=10000", "-c", "i18n.commitEncoding=UTF-8"),
+)
+Git = Callable[..., str]
+"""`git` with the folder and the environment given."""
 
 
 def _zero_ended(paths: Iterable[str]) -> str:
@@ -234,22 +204,25 @@ def take_snapshot(workspace: Path, store_root: Path, recipe: Recipe) -> str | No
     top = Path(git(workspace, "rev-parse", "--show-toplevel"))
     prefix = git(workspace, "rev-parse", "--show-prefix")
     stages = read_pipeline(workspace, load_params(workspace / PARAMS).flat()).values()
-    places = {
-        "GIT_DIR": git(store_root, "rev-parse", "--absolute-git-dir"),
-        "GIT_WORK_TREE": str(top),
-    }
+    outputs = [prefix + out for out in ("dvc.lock", *(out for one in stages for out in one.outs))]
+    needed = {prefix + path for path in needed_files(workspace, recipe)}
     with tempfile.TemporaryDirectory() as folder:
-        tree = _Tree(top, prefix, _WHO | places | {"GIT_INDEX_FILE": f"{folder}/index"})
-        needed = {prefix + path for path in needed_files(workspace, recipe)}
-        parent = _parent(tree)
-        _fill_index(tree, parent, needed, ["dvc.lock", *(o for one in stages for o in one.outs)])
-        _check_filters(tree, needed, Path(folder) / "tree")
-        content, oid = tree.git("write-tree"), parent
-        if oid is None or tree.git("rev-parse", f"{oid}^{{tree}}") != content:
+        # The workspace of `dvc exp run --temp|--queue` lies in a temporary repository of its own.
+        env = _WHO | {
+            "GIT_DIR": git(store_root, "rev-parse", "--absolute-git-dir"),
+            "GIT_WORK_TREE": str(top),
+            "GIT_INDEX_FILE": f"{folder}/index",
+        }
+        store = partial(git, top, *_SETTINGS, env=env)
+        parent = _parent(top, store)
+        _fill_index(top, store, parent, needed, outputs)
+        _check_filters(top, store, needed, Path(folder) / "tree")
+        content, oid = store("write-tree"), parent
+        if oid is None or store("rev-parse", f"{oid}^{{tree}}") != content:
             parents = ("-p", parent) if parent else ()
-            oid = tree.git("commit-tree", content, *parents, "-m", _MESSAGE)
+            oid = store("commit-tree", content, *parents, "-m", _MESSAGE)
         if oid not in snapshot_refs(store_root, recipe.key).values():
-            tree.git("update-ref", ref_of(recipe.key, oid), oid)
+            store("update-ref", ref_of(recipe.key, oid), oid)
     return oid
 
 
@@ -266,46 +239,49 @@ def has_snapshot(root: Path, oid: str) -> bool:
     return has_commit(root, oid) and bool(git(root, *refs))
 
 
-def _parent(tree: _Tree) -> str | None:
+def _parent(top: Path, store: Git) -> str | None:
     """The workspace's HEAD, else DVC's baseline: the first one that the repository knows."""
-    head = git(tree.top, "rev-parse", "--quiet", "--verify", "HEAD^{commit}", accept=(0, 1, 128))
+    head = git(top, "rev-parse", "--quiet", "--verify", "HEAD^{commit}", accept=(0, 1, 128))
     for oid in (head, os.environ.get("DVC_EXP_BASELINE_REV", "")):
         commit = f"{oid}^{{commit}}"
-        if known := tree.git("rev-parse", "--quiet", "--verify", commit, accept=(0, 1, 128)):
+        if known := store("rev-parse", "--quiet", "--verify", commit, accept=(0, 1, 128)):
             return known
     return None
 
 
-def _fill_index(tree: _Tree, parent: str | None, needed: set[str], outputs: list[str]) -> None:
+def _fill_index(
+    top: Path, store: Git, parent: str | None, needed: set[str], outputs: list[str]
+) -> None:
     """Bring the temporary index from the parent's tree to the working tree.
 
     `outputs`, which running changes, stay as they were committed.
     """
     before: set[str] = set()
     if parent:
-        tree.git("read-tree", parent)
-        before = set(tree.git("ls-files", "-z").split("\0")) - {""}
-    tracked, missing = _tracked(tree)
-    own = {p for p in before | tracked if any(covers(tree.prefix + out, p) for out in outputs)}
-    _check_untracked(tree, needed - tracked)
+        store("read-tree", parent)
+        before = set(store("ls-files", "-z").split("\0")) - {""}
+    tracked, missing = _tracked(top)
+    own = {p for p in before | tracked if any(covers(out, p) for out in outputs)}
+    _check_untracked(top, store, needed - tracked)
     # A file that was taken out with `rm --cached` stays out.
-    tree.update_index(before - tracked - needed - own, "--force-remove")
-    kept = (tracked | needed) - (own - needed) - missing
-    tree.update_index(kept, "--add", "--remove", "--replace")
+    gone = _zero_ended(before - tracked - needed - own)
+    store("update-index", "-z", "--force-remove", "--stdin", text=gone)
+    kept = _zero_ended((tracked | needed) - (own - needed) - missing)
+    store("update-index", "-z", "--add", "--remove", "--replace", "--stdin", text=kept)
 
 
-def _tracked(tree: _Tree) -> tuple[set[str], set[str]]:
+def _tracked(top: Path) -> tuple[set[str], set[str]]:
     """The files in the workspace's own index, and those that a sparse check-out left out."""
-    listed = git(tree.top, "ls-files", "-z", "-v").split("\0")
+    listed = git(top, "ls-files", "-z", "-v").split("\0")
     pairs = [(entry[0], entry[2:]) for entry in listed if entry]
     skipped = {path for tag, path in pairs if tag in "Ss"}
-    return {path for _, path in pairs}, {p for p in skipped if not os.path.lexists(tree.top / p)}
+    return {path for _, path in pairs}, {p for p in skipped if not os.path.lexists(top / p)}
 
 
-def _check_untracked(tree: _Tree, untracked: set[str]) -> None:
+def _check_untracked(top: Path, store: Git, untracked: set[str]) -> None:
     """Refuse untracked files that must not go into a commit unasked."""
     for path in sorted(untracked):
-        size = (tree.top / path).lstat().st_size
+        size = (top / path).lstat().st_size
         if size > LARGEST_MB * 1e6:
             raise RegistryError(
                 f"{path}: the run needs it, git does not track it, and {size / 1e6:.0f} MB are too"
@@ -313,7 +289,7 @@ def _check_untracked(tree: _Tree, untracked: set[str]) -> None:
             )
     arguments = ("check-ignore", "-z", "--stdin", "--verbose")
     names = _zero_ended(sorted(untracked))
-    fields = tree.git(*arguments, text=names, accept=(0, 1)).split("\0")  # 1: none is ignored
+    fields = store(*arguments, text=names, accept=(0, 1)).split("\0")  # 1: none is ignored
     rows = zip(fields[0::4], fields[1::4], fields[2::4], fields[3::4], strict=False)
     # A pattern with `!` un-ignores a file.
     ignored = [
@@ -328,15 +304,15 @@ def _check_untracked(tree: _Tree, untracked: set[str]) -> None:
         )
 
 
-def _check_filters(tree: _Tree, needed: set[str], folder: Path) -> None:
+def _check_filters(top: Path, store: Git, needed: set[str], folder: Path) -> None:
     """Refuse files that a check-out would not give back: clean filters may lose something.
 
     In text CRLF counts as LF, as in keys, because git may be set to turn one into the other.
     """
-    files = [path for path in needed if not (tree.top / path).is_symlink()]
-    tree.git("checkout-index", "-z", "--stdin", f"--prefix={folder}/", text=_zero_ended(files))
+    files = [path for path in needed if not (top / path).is_symlink()]
+    store("checkout-index", "-z", "--stdin", f"--prefix={folder}/", text=_zero_ended(files))
     for path in files:
-        data, restored = (tree.top / path).read_bytes(), (folder / path).read_bytes()
+        data, restored = (top / path).read_bytes(), (folder / path).read_bytes()
         if b"\0" not in data:
             data, restored = (text.replace(b"\r\n", b"\n") for text in (data, restored))
         if restored != data:
@@ -349,24 +325,19 @@ def _check_filters(tree: _Tree, needed: set[str], folder: Path) -> None:
 # The code of a snapshot beside the code part of a key.
 
 
-def same_code(path: str, data: bytes | None, digest: str, rule: str) -> bool:
-    """Return True if a file of code has the hash that a key holds; None is no file."""
+def same_code(path: str, data: bytes, digest: str, rule: str) -> bool:
+    """Return True if a file of code has the hash that a key holds."""
     try:
-        return data is not None and hash_code(path, data, rule) == digest
+        return hash_code(path, data, rule) == digest
     except RunkeyError:  # no Python
         return False
 
 
 def changed_files(root: Path, oid: str, code: Mapping[str, Any]) -> dict[str, str]:
-    """Find files of a key's code that a commit lacks or has with other content.
-
-    Args:
-        root: the workspace in the repository that holds the commit.
-        oid: the commit.
-        code: the code part of a recipe.
+    """Find files of a recipe's code part that a commit lacks or has with other content.
 
     Returns:
-        What is wrong by path, in words; empty when all agree.
+        What is wrong by path relative to the workspace `root`, in words; empty when all agree.
     """
     listed = set(git(root, "ls-tree", "-r", "-z", "--name-only", oid).split("\0"))
     wrong = {path: "is not in it" for path in code["files"] if path not in listed}

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from runkey import dvc_transfer
 from runkey.dvc_transfer import DvcRemote
 from runkey.errors import RegistryError
 from runkey.identity.key import ANY_KEY
 from runkey.identity.record import CONTENT
+from runkey.progress import Steps
 from runkey.registry.archive import pack
 from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.library import LocalLibrary
@@ -111,6 +115,26 @@ def test_a_run_travels(ready: Ready, archive: Path, team: Team) -> None:
     assert [r.run.run_id for r in two.local.matching(ready.key)] == [got.run_id]
     assert two.fetch(ready.key).state == "already there"
     assert two.publish(ready.key).state == "already there"
+
+
+def test_progress_counts_the_bytes_that_dvc_moves(
+    ready: Ready, archive: Path, team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars: list[Steps] = []
+
+    @contextmanager
+    def record(what: str, total: float, unit: str) -> Iterator[Steps]:
+        bars.append(Steps(what, total, unit))
+        yield bars[-1]
+
+    monkeypatch.setattr(dvc_transfer, "progress", record)
+    one, two = team.machine("one"), team.machine("two")
+    one.take(archive)
+    size = one.publish(ready.key).size
+    two.fetch(ready.key)
+    assert [bar.what for bar in bars] == ["objects to DVC", "objects from DVC"]
+    assert [(bar.done, bar.total) for bar in bars] == [(size, size)] * 2
+    assert all(bar.amount.endswith(" MB") for bar in bars)
 
 
 def test_a_run_of_the_key_from_elsewhere_is_not_doubled(
