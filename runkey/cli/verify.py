@@ -125,13 +125,12 @@ def verify(
     from runkey.registry.verify import verify_run
 
     record = find_run(output.library(), key)
-    report = verify_run(record, _sources([record], quick=quick))
+    report = verify_run(record, _sources(quick=quick))
     if as_json:
         print_json(report.as_dict())
     else:
-        print_beside(
-            f"{report.label}  ", f"{report.name or 'without a name'}  (run {report.run_id})"
-        )
+        name = record.run.name or "without a name"
+        print_beside(f"{record.label}  ", f"{name}  (run {report.run_id})")
         for result in report.findings:
             _print(result)
         print(report.summary)
@@ -156,7 +155,7 @@ def _verify_all(*, quick: bool, as_json: bool) -> None:
         CheckResult("record", "fault", text, "`runkey index` writes it again") for text in torn
     ]
     beside += find_unrecorded(store.uri, {record.run.run_id for record in records})
-    sources = _sources(records, quick=quick)
+    sources = _sources(quick=quick)
     reports = []
     for record in each("verify", records, "runs"):
         reports.append(verify_run(record, sources))
@@ -175,18 +174,16 @@ def _verify_all(*, quick: bool, as_json: bool) -> None:
         answer_no()
 
 
-def _sources(records: list[Record], *, quick: bool) -> Sources:
+def _sources(*, quick: bool) -> Sources:
     """The places of the current folder's store and checkout."""
     from runkey.registry.mlflow_runs import run_reader
     from runkey.registry.verify import Sources
 
     store, root = output.store(), output.checkout()
-    pointers = (record.details.pointer_md5 for record in records if record.details)
     return Sources(
         library=output.library(),
         stored=run_reader(store.uri),
         root=root,
-        pointers=frozenset(filter(None, pointers)),
         is_shared=store.is_server,
         quick=quick,
     )
@@ -205,5 +202,5 @@ def _print_line(report: Report) -> None:
     """Print one line of a run, with the first thing that is wrong."""
     first = next(iter(report.of("fault") or report.of("warning")), None)
     state = _STATES[first.state] if first else "ok"
-    text = f"{report.summary}: {first.check}: {first.text}" if first else report.name
-    print_beside(f"  {state:<7}  {report.label}:{report.run_id[:8]}  ", text)
+    text = f"{report.summary}: {first.check}: {first.text}" if first else report.record.run.name
+    print_beside(f"  {state:<7}  {report.record.label}:{report.run_id[:8]}  ", text)

@@ -14,9 +14,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -106,7 +106,7 @@ class Entry(NamedTuple):
 
 
 class DvcCache:
-    """The cache of one checkout."""
+    """The cache of one checkout; its entries are read once."""
 
     def __init__(self, root: Path) -> None:
         """Args: root: the checkout, a git worktree too; its DVC settings say where the cache is."""
@@ -121,20 +121,12 @@ class DvcCache:
 
     def entry_of(self, pointer_md5: str) -> Entry | None:
         """Find the entry of the stage that wrote a file, such as a run's run.json."""
-        return self.entries_of([pointer_md5]).get(pointer_md5)
-
-    def entries_of(self, pointer_md5s: Iterable[str]) -> dict[str, Entry]:
-        """Find the entries for several files in one search, by md5."""
-        wanted, found = set(pointer_md5s), dict[str, Entry]()
-        for path, _, outs in self._scan():
-            written = wanted.intersection(md5 for _, md5 in outs)
-            if written and (entry := self._parse(path)):
-                found |= dict.fromkeys(written, entry)
-        return found
+        path = self._writers.get(pointer_md5)
+        return self._parse(path) if path else None
 
     def chain(self, entry: Entry) -> list[Entry]:
         """List the entries before one, itself, and those after it, also those linked indirectly."""
-        scanned = {path: (deps, outs) for path, deps, outs in self._scan()}
+        scanned = self._scanned
 
         @cache
         def given(path: str) -> Items:
@@ -167,13 +159,21 @@ class DvcCache:
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 
-    def _scan(self) -> Iterator[tuple[str, Items, Items]]:
-        """Path, inputs and outputs of each entry; 50 times as fast as parsing, torn ones too."""
+    @cached_property
+    def _scanned(self) -> dict[str, tuple[Items, Items]]:
+        """Inputs and outputs of each entry by its path; 50 times as fast as parsing all."""
+        found = {}
         for file in self.runs.glob("*/*/*"):
             with suppress(OSError):  # a temporary file of DVC, or deleted meanwhile
                 deps, _, outs = file.read_text("utf-8", "replace").partition("\nouts:\n")
-                path = file.relative_to(self.runs).as_posix()
-                yield path, set(_ITEM.findall(deps)), set(_ITEM.findall(outs))
+                items = set(_ITEM.findall(deps)), set(_ITEM.findall(outs))
+                found[file.relative_to(self.runs).as_posix()] = items
+        return found
+
+    @cached_property
+    def _writers(self) -> dict[str, str]:
+        """Path of the entry that has an output, by the output's md5."""
+        return {md5: path for path, (_, outs) in self._scanned.items() for _, md5 in outs}
 
     def _parse(self, path: str) -> Entry | None:
         """The entry in a file; None if it is torn (DVC ignores it then, too)."""

@@ -34,7 +34,7 @@ from runkey.identity.record import (
 )
 from runkey.paths import RUN_JSON
 from runkey.progress import Steps, progress
-from runkey.registry.dvc_cache import DIR, DvcCache, Entry, md5_file
+from runkey.registry.dvc_cache import DIR, DvcCache, md5_file
 from runkey.registry.library import Library
 from runkey.registry.mlflow_runs import ReadRun, finished_runs
 from runkey.registry.snapshot import REFS, changed_files, has_commit, has_git, has_snapshot
@@ -54,38 +54,6 @@ class CheckResult:
     """Names the file and the run where something is wrong."""
     way_out: str = ""
     """A command, or what to do."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """All results about one run."""
-
-    label: str
-    """The short key."""
-    run_id: str
-    """MLflow's."""
-    name: str
-    status: str
-    """MLflow's; only a FINISHED run has anything to verify."""
-    findings: tuple[CheckResult, ...]
-
-    def of(self, state: State) -> list[CheckResult]:
-        """Return the results of one state."""
-        return [result for result in self.findings if result.state == state]
-
-    @property
-    def is_right(self) -> bool:
-        """True if nothing is wrong."""
-        return not self.of("fault")
-
-    @property
-    def summary(self) -> str:
-        """Such as `2 faults, 1 warning`."""
-        return summarize(self.findings)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Format for JSON."""
-        return {"right": self.is_right, "summary": self.summary, **asdict(self)}
 
 
 def summarize(results: Iterable[CheckResult]) -> str:
@@ -112,8 +80,6 @@ class Sources:
     """Reads MLflow's runs; None: its database is one that only MLflow reads."""
     root: Path
     """The main checkout, with git's and DVC's stores."""
-    pointers: frozenset[str]
-    """md5s of the run.json of all runs that will be verified: DVC's cache is searched once."""
     is_shared: bool
     """True if the store is a server, whose runs come from several machines."""
     quick: bool = False
@@ -121,38 +87,67 @@ class Sources:
 
     @cached_property
     def cache(self) -> DvcCache:
-        """The checkout's DVC cache; RegistryError if DVC's settings cannot be read."""
+        """The checkout's DVC cache, searched once; RegistryError if its settings cannot be read."""
         return DvcCache(self.root)
-
-    @cached_property
-    def entries(self) -> dict[str, Entry]:
-        """The cache's entries of all runs that have one, by the md5 of run.json."""
-        return self.cache.entries_of(self.pointers)
 
 
 @dataclass
-class _Run:
-    """A run while it is verified."""
+class Report:
+    """All results about one run."""
 
     record: Record
-    details: Details
     sources: Sources
+    findings: list[CheckResult] = field(default_factory=list)
+    check: str = "files"
+    """Name of the check that is made now."""
     recipe: Recipe | None = None
     """Set once key.json was read."""
-    check: str = ""
-    """Name of the check that is made now."""
-    results: list[CheckResult] = field(default_factory=list)
+
+    @property
+    def details(self) -> Details:
+        """The run's; there are some while checks are made."""
+        assert self.record.details
+        return self.record.details
+
+    def of(self, state: State) -> list[CheckResult]:
+        """Return the results of one state."""
+        return [result for result in self.findings if result.state == state]
+
+    @property
+    def is_right(self) -> bool:
+        """True if nothing is wrong."""
+        return not self.of("fault")
+
+    @property
+    def summary(self) -> str:
+        """Such as `2 faults, 1 warning`."""
+        return summarize(self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Format for JSON."""
+        return {
+            "right": self.is_right,
+            "summary": self.summary,
+            "label": self.record.label,
+            "run_id": self.run_id,
+            "name": self.record.run.name,
+            "status": self.record.run.status,
+            "findings": [asdict(result) for result in self.findings],
+        }
 
     @property
     def run_id(self) -> str:
+        """MLflow's."""
         return self.record.run.run_id
 
     @property
     def fetch(self) -> str:
+        """Command that gets the run from the team."""
         return f"`runkey fetch {self.record.label}`"
 
     def add(self, state: State, text: str, way_out: str = "") -> None:
-        self.results.append(CheckResult(self.check, state, text, way_out))
+        """Add a result of the check that is made now."""
+        self.findings.append(CheckResult(self.check, state, text, way_out))
 
     def add_missing(self, text: str, way_out: str) -> None:
         """Add that a part is missing, which a run of another machine may keep there."""
@@ -162,6 +157,7 @@ class _Run:
             self.add("fault", text, way_out)
 
     def read(self, path: str) -> bytes:
+        """Read an artifact of the run."""
         with self.sources.library.open_file(self.record, path) as file:
             return file.read()
 
@@ -181,18 +177,27 @@ _UNUSABLE = (*_UNREADABLE, ValueError, AttributeError)
 
 
 def verify_run(record: Record, sources: Sources) -> Report:
-    """Make all checks of a run."""
-    run = record.run
-    if run.status != "FINISHED":
-        text = f"run {run.run_id} is {run.status}; there is no result to verify"
-        results = [CheckResult("files", "warning", text)]
+    """Make all checks of a run, in order; what a check raises is its result."""
+    report = Report(record, sources)
+    run = f"run {report.run_id}"
+    if record.run.status != "FINISHED":
+        report.add("warning", f"{run} is {record.run.status}; there is no result to verify")
     elif record.details is None:
-        text = f"{DETAILS}: run {run.run_id} has none, so its files are not known"
-        way_out = "`runkey index` reads it from MLflow again"
-        results = [CheckResult("files", "fault", text, way_out)]
+        text = f"{DETAILS}: {run} has none, so its files are not known"
+        report.add("fault", text, "`runkey index` reads it from MLflow again")
     else:
-        results = _check_all(_Run(record, record.details, sources))
-    return Report(record.label, run.run_id, run.name, run.status, tuple(results))
+        for report.check, check in _CHECKS:
+            before = len(report.findings)
+            try:
+                right = check(report)
+                if right and len(report.findings) == before:
+                    report.add("ok", right)
+            except RunkeyError as error:
+                report.add("fault", str(error))
+            # Recorded values of another type than they should have; files that cannot be read.
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                report.add("fault", f"{run} cannot be checked: {type(error).__name__}: {error}")
+    return report
 
 
 def find_unrecorded(uri: str, run_ids: set[str]) -> list[CheckResult]:
@@ -207,108 +212,87 @@ def find_unrecorded(uri: str, run_ids: set[str]) -> list[CheckResult]:
     return [CheckResult("record", "fault", text, "`runkey index` writes them")]
 
 
-def _check_all(run: _Run) -> list[CheckResult]:
-    """Make the checks in order; what a check raises is its result."""
-    for run.check, check in _CHECKS:
-        before = len(run.results)
-        try:
-            right = check(run)
-        except RunkeyError as error:
-            run.add("fault", str(error))
-        # Recorded values of another type than they should have; files that cannot be read.
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            text = f"cannot be checked: {type(error).__name__}: {error}"
-            run.add("fault", f"run {run.run_id} {text}")
-        else:
-            if right and len(run.results) == before:
-                run.add("ok", right)
-    return run.results
-
-
 # The checks. Each adds what is wrong, and returns what to say if nothing is.
 
 
-def _check_record_file(run: _Run) -> str:
+def _check_record_file(report: Report) -> str:
     """Compare record.json, which is not among its own files, with this store's copy of it."""
     try:
-        if run.read(DETAILS) != run.details.as_json().encode():
-            text = f"{DETAILS}: differs from this store's record (run {run.run_id})"
-            run.add("fault", text, "`runkey index` shows which of them can be read")
+        if report.read(DETAILS) != report.details.as_json().encode():
+            text = f"{DETAILS}: differs from this store's record (run {report.run_id})"
+            report.add("fault", text, "`runkey index` shows which of them can be read")
     except _UNREADABLE as error:
         way_out = "this store's record is whole; `runkey export` it"
-        run.add("fault", run.why(DETAILS, error), way_out)
+        report.add("fault", report.why(DETAILS, error), way_out)
     return ""
 
 
-def _check_files(run: _Run) -> str:
-    files = run.details.files
+def _check_files(report: Report) -> str:
+    files = report.details.files
     size = sum(file.size for file in files.values())
     with progress("verify", size, "bytes") as steps:
-        answers = {path: _why_wrong(run, path, file, steps) for path, file in files.items()}
+        answers = {path: _why_wrong(report, path, file, steps) for path, file in files.items()}
     wrong = {path: why for path, why in answers.items() if why}
-    way_out = f"{run.fetch}, if it was published"
+    way_out = f"{report.fetch}, if it was published"
     if len(wrong) == len(files) > 1:
         text = f"none of its {len(files)} files can be read: {next(iter(wrong.values()))}"
-        run.add("fault", text, way_out)
+        report.add("fault", text, way_out)
         return ""
     for path, why in wrong.items():
-        place = _copy_in_cache(run, path)
-        run.add("fault", why, f"DVC's cache has it: cp {place} over it" if place else way_out)
-    how = "sizes" if run.sources.quick else "sizes and sha256"
+        place = _copy_in_cache(report, path)
+        report.add("fault", why, f"DVC's cache has it: cp {place} over it" if place else way_out)
+    how = "sizes" if report.sources.quick else "sizes and sha256"
     return f"{len(files)} files, {size / 1e6:.1f} MB: {how} as recorded"
 
 
-def _copy_in_cache(run: _Run, path: str) -> Path | None:
+def _copy_in_cache(report: Report, path: str) -> Path | None:
     """The object in DVC's cache that holds an artifact as recorded, if there is one."""
-    entry, cache = run.sources.entries.get(run.details.pointer_md5 or ""), run.sources.cache
+    cache = report.sources.cache
+    entry = cache.entry_of(report.details.pointer_md5 or "")
     md5 = cache.files(entry.outs).get(path) if entry else None
     place = cache.object_path(md5) if md5 else None
-    whole = place and place.is_file() and sha256_file(place) == run.details.files[path].sha256
+    whole = place and place.is_file() and sha256_file(place) == report.details.files[path].sha256
     return place if whole else None
 
 
-def _why_wrong(run: _Run, path: str, recorded: StoredFile, steps: Steps) -> str:
+def _why_wrong(report: Report, path: str, recorded: StoredFile, steps: Steps) -> str:
     """Say what is wrong with a file; empty if nothing."""
     try:
-        with run.sources.library.open_file(run.record, path) as file:
-            if run.sources.quick:
+        with report.sources.library.open_file(report.record, path) as file:
+            if report.sources.quick:
                 size, digest = _size(file), recorded.sha256
             else:
                 size, digest = hash_stream(file, advance=steps.advance)
     except _UNREADABLE as error:
-        return run.why(path, error)
+        return report.why(path, error)
     if size != recorded.size:
-        return f"{path}: {size} bytes, recorded {recorded.size} (run {run.run_id})"
+        return f"{path}: {size} bytes, recorded {recorded.size} (run {report.run_id})"
     if digest != recorded.sha256:
         now, then = digest[:12], recorded.sha256[:12]
-        return f"{path}: sha256 {now}, recorded {then} (run {run.run_id})"
+        return f"{path}: sha256 {now}, recorded {then} (run {report.run_id})"
     return ""
 
 
 def _size(file: BinaryIO) -> int:
     """Bytes of a file; a server's file is read only if the server did not state its length."""
-    if file.seekable():
-        return file.seek(0, os.SEEK_END)
-    length = getattr(file, "length", None)
+    length = file.seek(0, os.SEEK_END) if file.seekable() else getattr(file, "length", None)
     return hash_stream(file)[0] if length is None else int(length)
 
 
-def _check_key(run: _Run) -> str:
+def _check_key(report: Report) -> str:
     """Check that key.json hashes to the key, and run.json names the same."""
-    fault = partial(
-        run.add, "fault", way_out=f"`runkey get {run.record.label}` says which file is damaged"
-    )
-    name = KEY_JSON
+    way_out = f"`runkey get {report.record.label}` says which file is damaged"
+    fault, name = partial(report.add, "fault", way_out=way_out), KEY_JSON
     try:
-        run.recipe = stated = Recipe.from_dict(json.loads(run.read(name)))
-        if stated.key != run.record.key:
-            fault(f"{name}: is of key {stated.key}, the run of {run.record.key}")
+        report.recipe = stated = Recipe.from_dict(json.loads(report.read(name)))
+        if stated.key != report.record.key:
+            fault(f"{name}: is of key {stated.key}, the run of {report.record.key}")
             return ""
         name = RUN_JSON.as_posix()
-        manifest: dict[str, Any] = json.loads(run.read(name))
+        manifest: dict[str, Any] = json.loads(report.read(name))
         key, parts, run_id = (manifest.get(field) for field in ("key", "parts", "run_id"))
     except _UNUSABLE as error:
-        fault(run.why(name, error))
+        fault(report.why(name, error))
         return ""
     if key != stated.key:
         fault(f"{name}: is of key {key}, the run of {stated.key}")
@@ -316,39 +300,39 @@ def _check_key(run: _Run) -> str:
         named = parts if isinstance(parts, dict) else {}
         differing = [part for part in PARTS if named.get(part) != stated.parts[part]]
         fault(f"{name}: states other hashes of {', '.join(differing)} than {KEY_JSON}")
-    if run_id is not None and run_id not in {run.run_id, run.record.run.tags.get(ORIGIN)}:
-        fault(f"{name}: names MLflow run {run_id}, this one is {run.run_id}")
+    if run_id is not None and run_id not in {report.run_id, report.record.run.tags.get(ORIGIN)}:
+        fault(f"{name}: names MLflow run {run_id}, this one is {report.run_id}")
     older = f"; {rule}" if (rule := older_rule(stated.key)) else ""
     return f"{KEY_JSON} hashes to the key, {RUN_JSON} names it{older}"
 
 
-def _check_mlflow(run: _Run) -> str:
+def _check_mlflow(report: Report) -> str:
     """Compare what MLflow has of the run now with the record and the key."""
-    if run.sources.stored is None:
-        run.add("warning", "its database is read through a server only; skipped")
+    if report.sources.stored is None:
+        report.add("warning", "its database is read through a server only; skipped")
         return ""
-    now = run.sources.stored(run.run_id)
+    now = report.sources.stored(report.run_id)
     if now is None:
-        text = f"run {run.run_id} is not in MLflow, or was deleted there"
-        run.add("fault", text, f"restore it on MLflow's pages, or {run.fetch}")
+        text = f"run {report.run_id} is not in MLflow, or was deleted there"
+        report.add("fault", text, f"restore it on MLflow's pages, or {report.fetch}")
         return ""
-    for text in _wrong_in_mlflow(run, now):
+    for text in _wrong_in_mlflow(report, now):
         way_out = "`runkey index` takes over what MLflow has, if that is right"
-        run.add("fault", f"run {run.run_id}: {text}", way_out)
+        report.add("fault", f"run {report.run_id}: {text}", way_out)
     return f"{len(now.params)} params, {len(now.metrics)} metrics, the key and its parts"
 
 
-def _wrong_in_mlflow(run: _Run, now: LoggedRun) -> Iterator[str]:
+def _wrong_in_mlflow(report: Report, now: LoggedRun) -> Iterator[str]:
     """What MLflow lacks of the run, and what differs from the record; tags may be edited."""
-    key, recorded = run.record.key, run.record.run
+    key, recorded = report.record.key, report.record.run
     for place, value in (("param", now.params.get(KEY)), ("tag", now.tags.get(KEY))):
         if value != key:
             yield f"{place} {KEY} is {value or 'missing'}, the run's key {key}"
     for part in PARTS:
         value = now.params.get(f"{KEY}.{part}")
-        if not value or (run.recipe and value != run.recipe.parts[part]):
+        if not value or (report.recipe and value != report.recipe.parts[part]):
             yield f"param {KEY}.{part} is {value or 'missing'}, not that of the key"
-    evaluated = {name for metrics in run.details.evaluations.values() for name in metrics}
+    evaluated = {name for metrics in report.details.evaluations.values() for name in metrics}
     if missing := sorted(evaluated - now.metrics.keys()):
         yield f"metrics of its evaluation are missing: {first_few(missing)}"
     if now.status != recorded.status:
@@ -361,79 +345,79 @@ def _wrong_in_mlflow(run: _Run, now: LoggedRun) -> Iterator[str]:
                 yield f"{kind} {name} is {value}, recorded {was}"
 
 
-def _check_snapshot(run: _Run) -> str:
+def _check_snapshot(report: Report) -> str:
     """Check that the commit is there, kept by a ref, and of the code that the key names."""
-    root, oid = run.sources.root, run.details.snapshot
+    root, oid = report.sources.root, report.details.snapshot
     if oid is None or not has_git(root):
         where = "it ran outside git" if oid is None else f"{root} is no git repository"
-        run.add("warning", f"none: {where}")
+        report.add("warning", f"none: {where}")
         return ""
     commit = f"commit {oid[:12]}"
     if not has_commit(root, oid):
-        run.add_missing(f"{commit} is not in git here", run.fetch)
+        report.add_missing(f"{commit} is not in git here", report.fetch)
         return ""
     if not has_snapshot(root, oid):
-        ref = f"{REFS}/{run.record.key}/{oid[:12]}"
+        ref = f"{REFS}/{report.record.key}/{oid[:12]}"
         text = f"{ref} is missing: git's gc may delete {commit}"
-        run.add("fault", text, f"`git update-ref {ref} {oid}`")
+        report.add("fault", text, f"`git update-ref {ref} {oid}`")
         return ""
-    if run.recipe is None or run.sources.quick:
+    if report.recipe is None or report.sources.quick:
         return commit
-    code = run.recipe.preimages["code"]
+    code = report.recipe.preimages["code"]
     for path, why in changed_files(root, oid, code).items():
-        run.add("fault", f"{commit}: {path} {why}", run.fetch)
+        report.add("fault", f"{commit}: {path} {why}", report.fetch)
     return f"{commit}, its {len(code['files'])} files of code hash as in the key"
 
 
-def _check_dvc_cache(run: _Run) -> str:
+def _check_dvc_cache(report: Report) -> str:
     """Check the run-cache entry, and each object of its outputs."""
-    details, sources = run.details, run.sources
-    if run.record.reproduction_of:
+    if report.record.reproduction_of:
         # `runkey reproduce` keeps its run out of DVC's cache, where the newest entry wins.
         return "none: a repeat is kept in MLflow only"
-    if details.pointer_md5 is None:
+    if report.details.pointer_md5 is None:
         return "none: not run by DVC"
-    way_out = f"{run.fetch}, or `dvc repro`, which takes the run's files"
-    entry, cache = sources.entries.get(details.pointer_md5), sources.cache
+    way_out = f"{report.fetch}, or `dvc repro`, which takes the run's files"
+    cache, quick = report.sources.cache, report.sources.quick
+    entry = cache.entry_of(report.details.pointer_md5)
     if entry is None:
-        text = f"no entry in {cache.runs} gave this run.json ({details.pointer_md5})"
-        run.add_missing(text, way_out)
+        text = f"no entry in {cache.runs} gave this run.json ({report.details.pointer_md5})"
+        report.add_missing(text, way_out)
         return ""
     files = cache.files(entry.outs)
     for name, md5 in files.items():
         place, why = cache.object_path(md5), ""
         if not place.is_file():
             why = "is not there"
-        elif not sources.quick and (now := md5_file(place)) != md5.removesuffix(DIR):
+        elif not quick and (now := md5_file(place)) != md5.removesuffix(DIR):
             why = f"is damaged (md5 {now})"
         if why:
-            run.add("fault", f"{name}: {place} {why} (entry {entry.path})", way_out)
-    return f"its {len(files)} objects {'are there' if sources.quick else 'hash to their md5'}"
+            report.add("fault", f"{name}: {place} {why} (entry {entry.path})", way_out)
+    return f"its {len(files)} objects {'are there' if quick else 'hash to their md5'}"
 
 
-def _check_locked(run: _Run) -> str:
+def _check_locked(report: Report) -> str:
     """Check that the key names locked packages."""
-    if run.recipe is None:
+    if report.recipe is None:
         return ""
-    locked = run.recipe.preimages["environment"]
+    locked = report.recipe.preimages["environment"]
     if not locked.get("packages"):
-        run.add("fault", "key.json: its environment names no packages")
+        report.add("fault", "key.json: its environment names no packages")
         return ""
     return f"{len(locked['packages'])} locked packages for {locked.get('platform')}"
 
 
-def _check_witness(run: _Run) -> str:
+def _check_witness(report: Report) -> str:
     """Warn where the run had other packages than locked, or code beside the key."""
-    witness = run.details.witness
+    witness = report.details.witness
     if differing := witness["package_differences"]:
         text = f"{len(differing)} packages were not as locked: {first_few(differing)}"
-        run.add("warning", text)
+        report.add("warning", text)
     for path in witness["undeclared_files"]:
-        run.add("warning", f"{path} was imported, and is no part of the key")
+        report.add("warning", f"{path} was imported, and is no part of the key")
     return ""
 
 
-_CHECKS: tuple[tuple[str, Callable[[_Run], str]], ...] = (
+_CHECKS: tuple[tuple[str, Callable[[Report], str]], ...] = (
     ("files", _check_record_file),
     ("files", _check_files),
     ("key", _check_key),

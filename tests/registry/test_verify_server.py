@@ -45,7 +45,6 @@ def verify(checkout: Checkout, address: str) -> Report:
         library=library,
         stored=run_reader(address),
         root=checkout.root,
-        pointers=frozenset([record.details.pointer_md5 or ""]),
         is_shared=True,
     )
     return verify_run(record, sources)
@@ -67,7 +66,6 @@ def test_a_run_of_a_server(checkout: Checkout, address: str) -> None:
         library=open_library(address, checkout.root / ".runkey"),
         stored=run_reader(address),
         root=checkout.root,
-        pointers=frozenset([]),
         is_shared=True,
         quick=True,
     )
@@ -81,7 +79,6 @@ def test_a_server_that_is_gone_is_one_line(checkout: Checkout) -> None:
         library=open_library(locate_store(checkout.root).uri, checkout.root / ".runkey"),
         stored=run_reader(address),
         root=checkout.root,
-        pointers=frozenset([checkout.details.pointer_md5 or ""]),
         is_shared=True,
     )
     (fault,) = verify_run(checkout.record, sources).of("fault")

@@ -90,17 +90,14 @@ class Checkout:
 
     def verify(self, *, quick: bool = False, is_shared: bool = False) -> Report:
         store = locate_store(self.root)
-        record = self.record
-        pointer = record.details.pointer_md5 if record.details else None
         sources = Sources(
             library=open_library(store.uri, store.home),
             stored=run_reader(store.uri),
             root=self.root,
-            pointers=frozenset([pointer] if pointer else []),
             is_shared=is_shared,
             quick=quick,
         )
-        return verify_run(record, sources)
+        return verify_run(self.record, sources)
 
     def git(self, *arguments: str) -> str:
         return run(self.root, "git", *arguments)
