@@ -14,10 +14,10 @@ from dataclasses import asdict
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from runkey.data.dataset import GlobalBatch
 from runkey.errors import DataError, Interrupted, ModelError, StoppedError, TrainingError
+from runkey.progress import Steps, progress, want_bars
 from runkey.training.build import Evaluate, TrainContext, describe
 from runkey.training.checkpoint import Checkpoint, FolderCheckpoints
 from runkey.training.device import seed_step
@@ -39,10 +39,17 @@ from runkey.training.metrics import (
     timed,
 )
 from runkey.training.optimizer import current_rates
-from runkey.training.progress import Display, bar_text, epoch_line, open_display
-from runkey.training.schedule import MetricComparator, decide_stop, loss_gap, watched_value
-from runkey.training.state import LoopState, Running
+from runkey.training.progress import bar_text, epoch_line
+from runkey.training.schedule import (
+    MetricComparator,
+    check_watched,
+    decide_stop,
+    improvements,
+    loss_gap,
+)
+from runkey.training.state import Best, LoopState, Running
 from runkey.training.step import StepResult, image_ids_of, is_out_of_memory, train_step
+from runkey.training.tensors import host_weights
 
 logger = logging.getLogger(__name__)
 
@@ -137,34 +144,28 @@ def _explained(step: int, batch: GlobalBatch, optimizer: torch.optim.Optimizer) 
         ) from error
 
 
-class _EpochMetrics:
-    """Metrics of the current epoch, on their way to guard, tracker, bar and the epoch's line."""
+class _StepMetrics:
+    """Metrics of the steps, on their way to guard, tracker, bar and the epoch's line."""
 
-    def __init__(self, trainer: _Trainer, display: Display) -> None:
+    def __init__(self, trainer: _Trainer, bar: Steps) -> None:
         self._context, self._state = trainer.context, trainer.state
-        self._guard, self._tracker, self._display = trainer.guard, trainer.tracker, display
-        running = self._state.running
-        self.whole = Throughput.after(running.images, running.wait_seconds, running.seconds)
-        """Of the whole epoch."""
-        self.recent = Throughput()
+        self._guard, self._tracker, self._bar = trainer.guard, trainer.tracker, bar
+        self._recent = Throughput()
         """Since the last logged step."""
         self._reader = DelayedReader()
 
-    def add(self, result: StepResult) -> None:
-        for period in (self.whole, self.recent):
-            period.images += len(result.batch.image_ids)
+    def add(self, result: StepResult, wait_seconds: float, seconds: float) -> None:
         batch = result.batch
+        for period in (self._state.running, self._recent):
+            period.add(len(batch.image_ids), wait_seconds, seconds)
         step = StepValues(self._state.step, batch.image_ids, result.rates, {}, batch.faults)
-        self._take(self._reader.push(step, _scalars(result)))
+        self._take(self._reader.push(step, result.scalars))
 
     def settle(self) -> None:
         """Wait for the last step, so that the state holds all numbers up to it."""
         self._take(self._reader.flush())
-        running, whole = self._state.running, self.whole
-        running.images, running.wait_seconds = whole.images, whole.wait_seconds
-        running.seconds = whole.seconds
 
-    def finish(self) -> dict[str, float]:
+    def of_epoch(self) -> dict[str, float]:
         """Wait for the last step; return the epoch's values by metric name.
 
         Losses are means under `train/epoch_loss` and so on, so that they share an axis with the
@@ -176,7 +177,7 @@ class _EpochMetrics:
             name.replace("/loss", "/epoch_loss"): value
             for name, value in running.means.means().items()
         }
-        return values | self.whole.as_metrics() | running.rates
+        return values | running.as_metrics() | running.rates
 
     def _take(self, step: StepValues | None) -> None:
         if step is None:
@@ -188,26 +189,13 @@ class _EpochMetrics:
         state.running.rates = step.rates
         if step.step > 1 and step.step % context.settings.log_every:
             return
-        values |= self.recent.as_metrics() | step.rates
+        values |= self._recent.as_metrics() | step.rates
         values["train/epoch"] = step.step / context.loader.steps_per_epoch
-        self.recent.restart()
+        self._recent = Throughput()
         self._tracker.log(values, step.step)
         text = bar_text(values, _seconds_left(context, state))
-        self._display(state.step, state.epoch + 1, text)
-
-
-def _scalars(result: StepResult) -> dict[str, Tensor]:
-    values = {f"train/{name}": value for name, value in result.losses.items()}
-    values |= {
-        "train/grad_norm": result.clipped.before,
-        "train/grad_norm_clipped": result.clipped.after,
-        "skipped": result.skipped,
-    }
-    if result.clipped.threshold is not None:
-        values["train/clip_threshold"] = result.clipped.threshold
-    if result.scale is not None:
-        values["train/loss_scale"] = result.scale
-    return values
+        epoch = f"epoch {state.epoch + 1}/{context.settings.epochs}"
+        self._bar.advance(state.step - self._bar.done, text, epoch)
 
 
 def _seconds_left(context: TrainContext, state: LoopState) -> float:
@@ -255,22 +243,22 @@ class _Trainer:
         if checkpoints and self.state.step == 0 and checkpoints.newest is None:
             # An anchor to roll back to from the very start.
             checkpoints.save(self._checkpoint(), anchor=True)
-        total, epochs = context.schedule.total_steps, context.settings.epochs
-        wanted = context.settings.progress and context.world.is_main
-        with open_display(total, epochs, wanted=wanted) as display:
-            while not self.state.stop_reason:
-                metrics = _EpochMetrics(self, display)
-                try:
-                    self._train_epoch(metrics)
-                    self._close_epoch(metrics.finish())
-                    self._at_boundary()
-                except Interrupted as stop:
-                    where, how = self._save_before_stop(metrics)
-                    text = f"stopped by {stop.number.name} after {where}; {how}"
-                    raise Interrupted(stop.number, text) from None
-                except (StoppedError, DataError) as error:
-                    where, how = self._save_before_stop(metrics)
-                    raise type(error)(f"{error}; stopped after {where}; {how}") from error
+        want_bars(context.settings.progress and context.world.is_main)
+        # No lines where there is no terminal: each epoch logs one of its own.
+        with progress("train", context.schedule.total_steps, lines=False) as bar:
+            self.metrics = _StepMetrics(self, bar)
+            try:
+                while not self.state.stop_reason:
+                    self._train_epoch()
+                    self._close_epoch()
+                    self._at_boundary(anchor=False)
+            except Interrupted as stop:
+                where, how = self._save_before_stop()
+                text = f"stopped by {stop.number.name} after {where}; {how}"
+                raise Interrupted(stop.number, text) from None
+            except (StoppedError, DataError) as error:
+                where, how = self._save_before_stop()
+                raise type(error)(f"{error}; stopped after {where}; {how}") from error
         if checkpoints:
             checkpoints.save(self._checkpoint(), wait=True)
 
@@ -307,21 +295,22 @@ class _Trainer:
             best_weights=self.state.best_weights,
         )
 
-    def _train_epoch(self, metrics: _EpochMetrics) -> None:
+    def _train_epoch(self) -> None:
         context, state = self.context, self.state
         context.step.model.train()
         watched = state.watched(context.settings.watched_metric)
         per_epoch = context.loader.steps_per_epoch
         batches = context.loader.epoch(state.epoch, state.step - state.epoch * per_epoch)
-        shares = synchronised_batches(batches, context.world, self.interrupts)
-        for batch in timed(shares, metrics.whole, metrics.recent):
+        for batch, waited in timed(synchronised_batches(batches, context.world, self.interrupts)):
             result = take_step(context, state, batch, watched)
+            seconds = self.clock.lap()
+            state.seconds += seconds
             # Passes on the values of the step before: what a step's values lead to is decided one
             # step late, wherever a checkpoint made them known earlier.
-            metrics.add(result)
+            self.metrics.add(result, waited, seconds)
             self.guard.act()
-            state.seconds += self.clock.lap()
-            self._at_boundary(metrics, is_split=self._note_splits(result))
+            is_split = self._note_splits(result)
+            self._at_boundary(anchor=self.guard.wants_anchor(), is_split=is_split)
         if state.step != (state.epoch + 1) * per_epoch:
             raise ValueError(f"epoch {state.epoch + 1}: the loader's batches are not as announced")
 
@@ -334,7 +323,7 @@ class _Trainer:
             self.tracker.event("split", step=state.step, **asdict(split))
         return bool(result.batch.splits)
 
-    def _at_boundary(self, metrics: _EpochMetrics | None = None, *, is_split: bool = False) -> None:
+    def _at_boundary(self, *, anchor: bool, is_split: bool = False) -> None:
         """Between two steps: save a checkpoint if it is due, stop if a signal came.
 
         One is also saved after a rollback, so that every later step can be replayed from a
@@ -342,18 +331,16 @@ class _Trainer:
         find it again.
         """
         rolled_back = self.guard.has_just_rolled_back
-        anchor = metrics is not None and self.guard.wants_anchor()
         now = rolled_back or anchor or is_split
         if self.checkpoints and (now or self.checkpoints.due()):
-            if metrics:
-                metrics.settle()
+            self.metrics.settle()
             self.checkpoints.save(self._checkpoint(), wait=rolled_back, anchor=anchor)
         if self.context.world.size == 1:  # several ranks agree on it with the next batch
             self.interrupts.check()
 
-    def _save_before_stop(self, metrics: _EpochMetrics) -> tuple[str, str]:
+    def _save_before_stop(self) -> tuple[str, str]:
         """Save a checkpoint at this boundary of a step; return which step, and how to continue."""
-        metrics.settle()
+        self.metrics.settle()
         where = f"step {self.state.step} of {self.context.schedule.total_steps}"
         if not self.context.world.is_main:
             return where, "`dvc repro` goes on from rank 0's newest checkpoint"
@@ -368,9 +355,9 @@ class _Trainer:
             case older:
                 return where, f"`dvc repro` goes on from step {older}"
 
-    def _close_epoch(self, values: dict[str, float]) -> None:
+    def _close_epoch(self) -> None:
         """Evaluate if that is due, log the epoch, and decide on the end of training."""
-        state, settings = self.state, self.context.settings
+        state, settings, values = self.state, self.context.settings, self.metrics.of_epoch()
         number = state.epoch + 1
         due = number % settings.evaluate_every == 0 or number == settings.epochs
         if due:
@@ -402,17 +389,22 @@ class _Trainer:
         state, settings = self.state, self.context.settings
         module = self.context.evaluated_module.eval()
         metrics = broadcast_metrics(self._metrics, self.context.world, self.interrupts)
-        value = watched_value(metrics, settings.watched_metric)
+        check_watched(metrics, settings.watched_metric)
         values |= metrics | loss_gap(values, metrics)
         state.evaluations.append(metrics)
+        history = state.watched(settings.watched_metric)
         if settings.patience is not None:
-            history = state.watched(settings.watched_metric)
-            _, state.stop_reason = decide_stop(
+            state.stop_reason = decide_stop(
                 history, settings.comparator, settings.patience, settings.watched_metric
             )
         # The smallest change is for patience alone: better weights are better by however little.
-        comparator = MetricComparator(settings.comparator.mode)
-        return state.keep_if_best(value, metrics, module, comparator)
+        # The first ones are kept even if the metric is NaN, so that there always is a model.
+        better = improvements(history, MetricComparator(settings.comparator.mode))
+        is_best = len(history) in (1, max(better, default=0))
+        if is_best:
+            state.best = Best(dict(metrics), state.epoch + 1, state.step)
+            state.best_weights = host_weights(module)
+        return is_best
 
     def _metrics(self) -> dict[str, float]:
         """The evaluation's metrics; NaN if the model's predictions are not finite.

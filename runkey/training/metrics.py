@@ -16,8 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from runkey.data.dataset import GlobalBatch
-
 logger = logging.getLogger(__name__)
 
 
@@ -164,43 +162,30 @@ class Stopwatch:
 
 @dataclass
 class Throughput:
-    """Images per second, and the share of time that the loop waited for data, of a period."""
+    """Images, the time that they took, and how much of it was waiting for data."""
 
     images: int = 0
     wait_seconds: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
 
-    @classmethod
-    def after(cls, images: int, wait_seconds: float, seconds: float) -> Throughput:
-        """Continue a period that another process began, as far as that one counted it."""
-        return cls(images, wait_seconds, time.perf_counter() - seconds)
-
-    def restart(self) -> None:
-        """Begin a new period now."""
-        self.images, self.wait_seconds, self.started = 0, 0.0, time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Length of the period so far."""
-        return max(1e-9, time.perf_counter() - self.started)
+    def add(self, images: int, wait_seconds: float, seconds: float) -> None:
+        """Add a step; `seconds` include those of waiting."""
+        self.images += images
+        self.wait_seconds += wait_seconds
+        self.seconds += seconds
 
     def as_metrics(self) -> dict[str, float]:
         """Return images per second and the share (0..1) of time without data, by metric name."""
+        seconds = max(1e-9, self.seconds)
         return {
-            "train/images_per_second": self.images / self.seconds,
-            "train/data_wait_share": min(1.0, self.wait_seconds / self.seconds),
+            "train/images_per_second": self.images / seconds,
+            "train/data_wait_share": min(1.0, self.wait_seconds / seconds),
         }
 
 
-def timed(batches: Iterable[GlobalBatch], *periods: Throughput) -> Iterator[GlobalBatch]:
-    """Yield the same batches; add the time that each was waited for to the periods."""
-    iterator = iter(batches)
-    while True:
-        started = time.perf_counter()
-        batch = next(iterator, None)
-        waited = time.perf_counter() - started
-        for period in periods:
-            period.wait_seconds += waited
-        if batch is None:
-            return
-        yield batch
+def timed[T](items: Iterable[T]) -> Iterator[tuple[T, float]]:
+    """Yield each item with the seconds that it was waited for."""
+    watch = Stopwatch()
+    for item in items:
+        yield item, watch.lap()
+        watch.lap()

@@ -1,33 +1,10 @@
-"""Progress of a training: a bar on a terminal, and a line or two per epoch."""
+"""What a training shows while it runs: text beside its bar, and a line or two per epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
-from runkey.progress import progress, want_bars
-
-Display = Callable[[int, int, str], None]
-"""Shows the optimizer steps done, the current epoch (from 1) and the latest values."""
-
-
-@contextmanager
-def open_display(total_steps: int, epochs: int, *, wanted: bool) -> Iterator[Display]:
-    """Show a progress bar until the block ends; nothing where there is no terminal.
-
-    Lines printed meanwhile appear above it. It counts the optimizer steps of the whole training.
-    """
-    want_bars(wanted)
-    done = 0
-    # Each epoch logs a line of its own.
-    with progress("train", total_steps, lines=False) as steps:
-
-        def update(step: int, epoch: int, text: str) -> None:
-            nonlocal done
-            steps.advance(step - done, text, f"epoch {epoch}/{epochs}")
-            done = step
-
-        yield update
+from runkey.units import format_seconds
 
 
 def bar_text(values: Mapping[str, float], seconds_left: float) -> str:
@@ -72,9 +49,4 @@ def pace_parts(values: Mapping[str, float], loss_name: str) -> list[str]:
 
 def clock(seconds: float) -> str:
     """Format a duration: `41s`, `2m10s`, `3h05m`."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return format_seconds(seconds).replace("min", "m").replace(" ", "")

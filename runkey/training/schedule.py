@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from runkey import params
@@ -56,12 +57,8 @@ def build_schedule(
 ) -> Schedule:
     """Build the schedule of a training.
 
-    Args:
-        section: the schedule's parameters.
-        epochs: passes over the data.
-        steps_per_epoch: optimizer steps in one pass.
-        mode: whether larger or smaller is better of the metric that plateau watches (the one of
-            `training.early_stopping`).
+    `mode` says whether larger or smaller is better of the metric that plateau watches (the one of
+    `training.early_stopping`).
     """
     name, gamma, least = section.name, section.gamma, section.min_factor
     total, start = epochs * steps_per_epoch, section.warmup_start
@@ -105,71 +102,55 @@ def _cosine(start: float, end: float, done: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
+def improvements(history: Sequence[float], comparator: MetricComparator) -> list[int]:
+    """List the evaluations, from 1, that improved on the best value before them."""
+    found, best = [], comparator.worst
+    for number, value in enumerate(history, start=1):
+        if comparator.better(value, best):
+            found.append(number)
+            best = value
+    return found
+
+
 def count_drops(history: Sequence[float], comparator: MetricComparator, patience: int) -> int:
     """Count the plateaus: `patience` evaluations in a row without improvement.
 
     After a drop the count starts again; the best value so far stands.
     """
-    drops, waited, best = 0, 0, comparator.worst
-    for value in history:
-        if comparator.better(value, best):
-            best, waited = value, 0
-        else:
-            waited += 1
-        if waited >= patience:
-            drops, waited = drops + 1, 0
-    return drops
+    ends = [0, *improvements(history, comparator), len(history) + 1]
+    return sum((after - before - 1) // patience for before, after in pairwise(ends))
 
 
 def decide_stop(
-    history: Sequence[float],
-    comparator: MetricComparator,
-    patience: int,
-    metric: str = "the metric",
-) -> tuple[int, str]:
-    """Decide whether to stop early after the evaluations so far.
+    history: Sequence[float], comparator: MetricComparator, patience: int, metric: str
+) -> str:
+    """Return why to stop early after the evaluations so far; empty while training goes on.
 
-    Args:
-        history: the metric at each evaluation, in order.
-        comparator: what counts as improvement.
-        patience: evaluations on end without improvement before training stops.
-        metric: its name, for the reason.
-
-    Returns:
-        The evaluations on end without improvement, and the reason to stop in one line, empty while
-        training goes on.
+    Training stops after `patience` evaluations on end without improvement. `history` is the metric
+    at each evaluation, in order, and `metric` its name.
     """
-    best, at, waited = comparator.worst, 0, 0
-    for number, value in enumerate(history, start=1):
-        if comparator.better(value, best):
-            best, at, waited = value, number, 0
-        else:
-            waited += 1
+    at = max(improvements(history, comparator), default=0)
+    waited = len(history) - at
     if waited < patience:
-        return waited, ""
+        return ""
     least = f" by more than {comparator.min_delta:g}" if comparator.min_delta else ""
     seen = f"{metric} was never a number"
     if at:
-        latest = history[at:][-_MOST_SHOWN:]
-        later = ", ".join(f"{value:.4g}" for value in latest)
-        more = "... " if len(history) - at > len(latest) else ""
-        seen = f"best {metric} {best:.4g} at evaluation {at} of {len(history)}, then {more}{later}"
-    return waited, f"early stop: {seen}: {waited} without improvement{least}"
+        later = ", ".join(f"{value:.4g}" for value in history[at:][-_MOST_SHOWN:])
+        more = "... " if waited > _MOST_SHOWN else ""
+        best = f"{metric} {history[at - 1]:.4g}"
+        seen = f"best {best} at evaluation {at} of {len(history)}, then {more}{later}"
+    return f"early stop: {seen}: {waited} without improvement{least}"
 
 
-def watched_value(metrics: Mapping[str, float], metric: str) -> float:
-    """Return the watched metric of an evaluation.
-
-    Raises:
-        TrainingError: the evaluation has no such metric.
-    """
+def check_watched(metrics: Mapping[str, float], metric: str) -> None:
+    """Raise TrainingError if an evaluation has no such metric."""
     if metric not in metrics:
         known = ", ".join(sorted(metrics))
         raise TrainingError(
             f"params.yaml: training.early_stopping.metric = {metric!r} is not logged at "
             f"evaluations; there are: {known}"
         )
-    return metrics[metric]
 
 
 def loss_gap(values: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
@@ -182,12 +163,8 @@ def loss_gap(values: Mapping[str, float], metrics: Mapping[str, float]) -> dict[
     loss is of the weights at its end, averaged if there is an average. So the gap may start below
     0; overfitting shows in its growth.
 
-    Args:
-        values: the epoch's, by metric name.
-        metrics: the evaluation's.
-
-    Returns:
-        Empty if one of the two losses is missing.
+    `values` are the epoch's, `metrics` the evaluation's, by metric name. Returns nothing if one of
+    the two losses is missing.
     """
     if "val/loss" not in metrics or "train/epoch_loss" not in values:
         return {}

@@ -7,16 +7,13 @@ saved: both are functions of `evaluations`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from runkey.training.metrics import Means
-from runkey.training.schedule import MetricComparator
-from runkey.training.tensors import host_weights
+from runkey.training.metrics import Means, Throughput
 
 NORMS_KEPT = 100
 """Gradient norms in a report."""
@@ -71,8 +68,6 @@ class GuardState:
 class Best:
     """The best evaluation so far."""
 
-    value: float
-    """The watched metric; NaN only as long as no evaluation gave a number."""
     metrics: dict[str, float]
     epoch: int
     """Epochs done, from 1."""
@@ -81,18 +76,13 @@ class Best:
 
 
 @dataclass
-class Running:
-    """Metrics of the current epoch, up to the last step that was read."""
+class Running(Throughput):
+    """Metrics of the current epoch, up to the last step that was read, interruptions left out."""
 
     means: Means = field(default_factory=Means)
     """Of losses and gradient norms."""
     rates: dict[str, float] = field(default_factory=dict)
     """Learning rates of the last step, by metric name."""
-    images: int = 0
-    wait_seconds: float = 0.0
-    """Time that the loop waited for them."""
-    seconds: float = 0.0
-    """Time since the epoch began, interruptions left out."""
 
 
 @dataclass
@@ -147,23 +137,3 @@ class LoopState:
     def watched(self, metric: str) -> list[float]:
         """Return one metric at each evaluation so far."""
         return [metrics[metric] for metrics in self.evaluations]
-
-    def keep_if_best(
-        self,
-        value: float,
-        metrics: dict[str, float],
-        module: nn.Module,
-        comparator: MetricComparator,
-    ) -> bool:
-        """Copy the module's weights if `value` is the best so far; return True if it is.
-
-        The first evaluation is kept even if it gave NaN, so that there always is a model.
-        """
-        best = self.best
-        if best is not None:
-            to_beat = comparator.worst if math.isnan(best.value) else best.value
-            if not comparator.better(value, to_beat):
-                return False
-        self.best = Best(value, dict(metrics), self.epoch + 1, self.step)
-        self.best_weights = host_weights(module)
-        return True

@@ -29,7 +29,6 @@ from runkey.model.matcher import Targets
 from runkey.training.device import Precision
 from runkey.training.distributed import SharedError, World
 from runkey.training.optimizer import (
-    Clipped,
     Clipper,
     current_rates,
     guarded_step,
@@ -138,19 +137,16 @@ class StepResult:
     """Result of a step. Scalars are on the device: reading one waits for the step."""
 
     batch: BatchLosses
-    clipped: Clipped
-    """Joint norms of the unscaled gradients."""
-    skipped: Tensor
-    """1 where loss or gradients were not finite and nothing was updated, else 0."""
-    scale: Tensor | None
-    """The loss scaler's factor in this step; None without one."""
+    scalars: dict[str, Tensor]
+    """By metric name: losses, joint norms of the unscaled gradients, what clipped and scaled them,
+    and `skipped`."""
     rates: dict[str, float]
     """Learning rates of the parameter groups, by metric name."""
 
     @property
-    def losses(self) -> dict[str, Tensor]:
-        """`BatchLosses.values`."""
-        return self.batch.values
+    def skipped(self) -> Tensor:
+        """1 where loss or gradients were not finite and nothing was updated, else 0."""
+        return self.scalars["skipped"]
 
 
 def train_step(
@@ -188,8 +184,17 @@ def train_step(
     parts.statistics.restore(losses.statistics, skipped)
     if scaler is not None:
         scaler.update()
+    scalars = {f"train/{name}": value for name, value in losses.values.items()} | {
+        "train/grad_norm": clipped.before,
+        "train/grad_norm_clipped": clipped.after,
+        "skipped": skipped,
+    }
+    if clipped.threshold is not None:
+        scalars["train/clip_threshold"] = clipped.threshold
+    if scale is not None:
+        scalars["train/loss_scale"] = scale
     kept = replace(losses, statistics=[])  # frees what is not needed any more
-    return StepResult(kept, clipped, skipped, scale, current_rates(optimizer))
+    return StepResult(kept, scalars, current_rates(optimizer))
 
 
 def accumulate_gradients(

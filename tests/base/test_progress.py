@@ -53,11 +53,12 @@ def test_a_terminal_shows_a_bar_which_goes_and_lines_that_stay() -> None:
 def test_training_fits_a_terminal_of_100_columns() -> None:
     written = on_terminal(
         "import time\n"
-        "from runkey.training.progress import open_display, bar_text\n"
+        "from runkey.progress import progress\n"
+        "from runkey.training.progress import bar_text\n"
         "values = {'train/loss': 14.51, 'train/grad_norm': 0.4123, 'train/lr': 8.1e-4,\n"
         "          'train/images_per_second': 1052.13, 'train/data_wait_share': 0.12}\n"
-        "with open_display(1000, 100, wanted=True) as display:\n"
-        "    display(350, 35, bar_text(values, 3700))\n"
+        "with progress('train', 1000, lines=False) as steps:\n"
+        "    steps.advance(350, bar_text(values, 3700), 'epoch 35/100')\n"
         "    time.sleep(0.3)\n"
     )
     shown = [line for line in re.split(r"[\r\n]+", without_colour(written)) if "35/100" in line]

@@ -41,7 +41,7 @@ class Training:
         self.state.step += 1
 
     def evaluate(self) -> None:
-        self.state.best = Best(0.5, {"val/AP": 0.5}, 1, self.state.step)
+        self.state.best = Best({"val/AP": 0.5}, 1, self.state.step)
         self.state.best_weights = {k: v.clone() for k, v in self.model.state_dict().items()}
 
     def checkpoint(self) -> Checkpoint:

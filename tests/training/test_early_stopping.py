@@ -3,7 +3,13 @@
 import pytest
 
 from runkey.errors import TrainingError
-from runkey.training.schedule import MetricComparator, decide_stop, loss_gap, watched_value
+from runkey.training.schedule import (
+    MetricComparator,
+    check_watched,
+    decide_stop,
+    improvements,
+    loss_gap,
+)
 
 NAN = float("nan")
 
@@ -32,19 +38,22 @@ TABLE = [
 
 @pytest.mark.parametrize(("history", "mode", "min_delta", "patience", "stops", "waited"), TABLE)
 def test_table(history, mode, min_delta, patience, stops, waited):
-    counted, reason = decide_stop(history, MetricComparator(mode, min_delta), patience)
-    assert (bool(reason), counted) == (stops, waited)
+    comparator = MetricComparator(mode, min_delta)
+    assert len(history) - max(improvements(history, comparator), default=0) == waited
+    reason = decide_stop(history, comparator, patience, "val/AP")
+    assert bool(reason) == stops
+    assert f": {waited} without improvement" in reason or not stops
 
 
 def test_says_what_it_saw():
-    _, reason = decide_stop([0.2, 0.3125, 0.3, 0.31], MetricComparator("max", 0.01), 2, "val/AP")
+    reason = decide_stop([0.2, 0.3125, 0.3, 0.31], MetricComparator("max", 0.01), 2, "val/AP")
     assert reason == (
         "early stop: best val/AP 0.3125 at evaluation 2 of 4, then 0.3, 0.31: "
         "2 without improvement by more than 0.01"
     )
-    _, reason = decide_stop([NAN, NAN], MetricComparator("max"), 2, "val/AP")
+    reason = decide_stop([NAN, NAN], MetricComparator("max"), 2, "val/AP")
     assert reason == "early stop: val/AP was never a number: 2 without improvement"
-    _, reason = decide_stop(
+    reason = decide_stop(
         [0.5, *(n / 100 for n in range(10))], MetricComparator("max"), 10, "val/AP"
     )
     assert "of 11, then ... 0.02, 0.03, " in reason
@@ -60,7 +69,7 @@ def test_gap_is_of_what_both_losses_have():
 
 def test_a_metric_that_is_not_there_is_named():
     with pytest.raises(TrainingError) as caught:
-        watched_value({"val/loss": 1.0, "val/AP": 0.5}, "val/ap")
+        check_watched({"val/loss": 1.0, "val/AP": 0.5}, "val/ap")
     assert str(caught.value) == (
         "params.yaml: training.early_stopping.metric = 'val/ap' is not logged at evaluations; "
         "there are: val/AP, val/loss"

@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from runkey.progress import progress, want_bars
 from runkey.training.metrics import (
     DelayedReader,
     Means,
@@ -13,7 +14,8 @@ from runkey.training.metrics import (
     Throughput,
     timed,
 )
-from runkey.training.progress import bar_text, clock, epoch_line, open_display
+from runkey.training.progress import bar_text, clock, epoch_line
+from runkey.training.state import Running
 from tests.support import toy
 
 
@@ -50,28 +52,25 @@ def test_waiting_is_counted():
             time.sleep(0.05)
             yield toy.make_window(ids, 2)
 
-    pace, recent = Throughput(), Throughput()
-    for number, window in enumerate(timed(slow(), pace, recent)):
-        for span in (pace, recent):
-            span.images += 3 - number
-        if number == 0:
-            recent.restart()
+    pace, watch = Throughput(), Stopwatch()
+    for number, (window, waited) in enumerate(timed(slow())):
         assert len(window) == 2 - number
         time.sleep(0.05)
-    assert (pace.images, recent.images) == (5, 2)
+        pace.add(3 - number, waited, watch.lap())
+    assert pace.images == 5
     assert pace.wait_seconds >= 0.1
     metrics = pace.as_metrics()
     assert 0.2 < metrics["train/data_wait_share"] < 0.8
     assert metrics["train/images_per_second"] == pytest.approx(5 / pace.seconds, rel=0.1)
 
 
-def test_a_span_goes_on_where_another_process_left_it():
-    pace = Throughput.after(images=30, wait_seconds=1.0, seconds=10.0)
+def test_an_epoch_goes_on_where_another_process_left_it():
+    pace = Running(images=30, wait_seconds=1.0, seconds=10.0)
     metrics = pace.as_metrics()
     assert metrics["train/images_per_second"] == pytest.approx(3.0, rel=0.1)
     assert metrics["train/data_wait_share"] == pytest.approx(0.1, rel=0.1)
-    time.sleep(0.05)
-    assert pace.seconds > 10.04
+    pace.add(30, 0.0, 5.0)
+    assert pace.as_metrics()["train/images_per_second"] == pytest.approx(4.0)
 
 
 def test_laps_add_up():
@@ -132,8 +131,8 @@ def test_bar_text():
 
 
 def test_no_bar_without_a_terminal(capsys):
-    with open_display(10, 2, wanted=True) as display:
-        display(1, 1, "text")
-    with open_display(10, 2, wanted=False) as display:
-        display(1, 1, "text")
+    for wanted in (False, True):
+        want_bars(wanted)
+        with progress("train", 10, lines=False) as steps:
+            steps.advance(1, "text", "epoch 1/2")
     assert capsys.readouterr() == ("", "")

@@ -132,22 +132,24 @@ def test_clips_what_is_unscaled(dtype):
     assert result.skipped.item() == 0
     norm = torch.stack([p.grad.norm() for p in parts.model.parameters()]).norm()
     assert norm.item() == pytest.approx(0.1, rel=1e-4)
-    assert result.clipped.after.item() == pytest.approx(0.1, rel=1e-4)
+    assert result.scalars["train/grad_norm_clipped"].item() == pytest.approx(0.1, rel=1e-4)
     torch.manual_seed(0)
     exact = machinery(toy.ToyModel(norm=False), toy.ToyCriterion())
     expected = train_step(exact, toy.make_window(IDS, 8), 1.0)
     tolerance = 1e-5 if dtype is None else 0.05
-    assert result.clipped.before.item() == pytest.approx(
-        expected.clipped.before.item(), rel=tolerance
+    assert result.scalars["train/grad_norm"].item() == pytest.approx(
+        expected.scalars["train/grad_norm"].item(), rel=tolerance
     )
-    assert result.losses["loss"].item() == pytest.approx(expected.losses["loss"].item(), rel=0.02)
+    assert result.scalars["train/loss"].item() == pytest.approx(
+        expected.scalars["train/loss"].item(), rel=0.02
+    )
 
 
 def test_clip_by_value():
     parts = machinery(toy.ToyModel(), toy.ToyCriterion(), clip=("value", 1e-3))
     result = train_step(parts, toy.make_window(IDS, 8), 1.0)
     assert max(p.grad.abs().max().item() for p in parts.model.parameters()) == pytest.approx(1e-3)
-    assert result.clipped.after < result.clipped.before
+    assert result.scalars["train/grad_norm_clipped"] < result.scalars["train/grad_norm"]
 
 
 def test_rate_of_the_step():
