@@ -33,7 +33,6 @@ from runkey.training.device import choose_device
 from runkey.training.distributed import (
     LostRankError,
     SharedError,
-    all_ranks,
     count_ranks,
     join_world,
     read_world,
@@ -41,7 +40,7 @@ from runkey.training.distributed import (
 from runkey.training.interrupts import Interrupts
 from runkey.training.lock import locked
 from runkey.training.loop import fit
-from runkey.training.ranks import RankMonitor
+from runkey.training.ranks import RankMonitor, launched_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ def train(params: Params, root: Path, recipe: Recipe, claim: KeyClaim) -> None:
             processes=ranks if device.type == "cuda" else 1,
         )
         logger.info(plan.line())
-        with all_ranks(ranks, _COMMAND, device) as world:
+        with launched_ranks(ranks, _COMMAND) as monitor, join_world(device, monitor) as world:
             world.broadcast(plan)
             others = "" if world.size == 1 else f"{world.size} processes, this one on "
             logger.info(f"{others}device {device} ({reason})")

@@ -25,7 +25,7 @@ from runkey.model.weights import load_initial_weights
 from runkey.params import Params
 from runkey.training.device import build_precision, configure_torch
 from runkey.training.distributed import World
-from runkey.training.optimizer import Ema, build_clipper, build_optimizer, trained_parameters
+from runkey.training.optimizer import Clipper, Ema, build_optimizer, trained_parameters
 from runkey.training.schedule import MetricComparator, Schedule, build_schedule
 from runkey.training.step import TrainStep
 from runkey.training.tensors import host_weights
@@ -220,7 +220,7 @@ def _build_step(
         optimizer=build_optimizer(model, params.optimizer, params.lr),
         precision=build_precision(training.precision, device),
         channels_last=training.channels_last,
-        clipper=build_clipper(params.optimizer.clip, device),
+        clipper=Clipper(device=device, **params.optimizer.clip.model_dump()),
         world=world,
     )
     if world.size > 1:  # ranks that start with different weights would stay different

@@ -58,32 +58,6 @@ def check_gpus(processes: int) -> None:
         )
 
 
-def choose_precision(precision: str, device: torch.device) -> tuple[torch.dtype | None, str]:
-    """Choose the autocast dtype for `training.precision`, and say why; see `Precision`."""
-    on_gpu = device.type == "cuda"
-    # Ampere was the first with bf16.
-    has_bf16 = on_gpu and torch.cuda.get_device_capability(device)[0] >= 8
-    match precision:
-        case "off":
-            return None, "asked for"
-        case "fp16":
-            return torch.float16, "asked for; losses are scaled"
-        case "bf16" if has_bf16:
-            return torch.bfloat16, "asked for"
-        case "bf16":
-            where = "the GPU only emulates it: slow"
-            slower = "it is slower than fp32 on a CPU without AMX"
-            return torch.bfloat16, f"asked for, though {where if on_gpu else slower}"
-        case "auto" if has_bf16:
-            return torch.bfloat16, "auto: the GPU has bf16"
-        case "auto" if on_gpu:
-            return None, "auto: the GPU has no bf16, and fp16 is only used when asked for"
-        case "auto":
-            # Measured: a training step in bf16 takes 1.1 to 2 times as long on a CPU without AMX.
-            return None, "auto: mixed precision does not pay on a CPU"
-    raise ValueError(f"precision {precision!r}")
-
-
 @dataclass(frozen=True)
 class Precision:
     """Mixed precision: the autocast context, and the loss scaler that fp16 needs."""
@@ -107,8 +81,26 @@ class Precision:
 
 
 def build_precision(precision: str, device: torch.device) -> Precision:
-    """Build what `training.precision` asks for; see `choose_precision`."""
-    return Precision(device, *choose_precision(precision, device))
+    """Choose the autocast dtype for `training.precision`: auto is bf16 where the GPU has it."""
+    on_gpu = device.type == "cuda"
+    # Ampere was the first with bf16.
+    has_bf16 = on_gpu and torch.cuda.get_device_capability(device)[0] >= 8
+    if precision == "auto":
+        if has_bf16:
+            return Precision(device, torch.bfloat16, "auto: the GPU has bf16")
+        if on_gpu:
+            why = "the GPU has no bf16, and fp16 is only used when asked for"
+        else:  # measured: a training step takes 1.1 to 2 times as long without AMX
+            why = "mixed precision does not pay on a CPU"
+        return Precision(device, None, f"auto: {why}")
+    reason = "asked for"
+    if precision == "fp16":
+        reason += "; losses are scaled"
+    elif precision == "bf16" and not has_bf16:
+        slow = "the GPU only emulates it: slow"
+        reason += f", though {slow if on_gpu else 'it is slower than fp32 on a CPU without AMX'}"
+    dtypes = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return Precision(device, dtypes[precision], reason)
 
 
 def derive_seed(*parts: int | str) -> int:

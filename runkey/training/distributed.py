@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -36,7 +35,7 @@ from runkey.errors import Interrupted, RunkeyError, StoppedError, TrainingError
 from runkey.processes import this_process
 from runkey.training.device import check_gpus
 from runkey.training.interrupts import Interrupts
-from runkey.training.ranks import RankMonitor, launched_by_torchrun, launched_ranks
+from runkey.training.ranks import RankMonitor, launched_by_torchrun
 
 logger = logging.getLogger("runkey")
 
@@ -89,6 +88,32 @@ class World:
         with self._naming_lost_ranks():
             dist.all_gather_object(everyone, mine)
         return everyone
+
+    def together[T](self, work: Callable[[], T], *, named: bool = True) -> list[T]:
+        """Do each rank's part of some work; return what it gave, by rank, when all have done it.
+
+        Raises, on all ranks:
+            SharedError: one of them failed, which the text tells if it is to be `named`.
+            Interrupted: a signal reached one of them.
+        """
+        if self.size == 1:
+            return [work()]
+        mine: Any = None
+        fault, number = "", None
+        try:
+            mine = work()
+        except RunkeyError as error:
+            fault = f"rank {self.rank} of {self.size}: {error}" if named else str(error)
+        except Interrupted as stop:
+            number = stop.number
+        results, faults, numbers = zip(*self.gather((mine, fault, number)), strict=True)
+        if any(faults) or any(numbers):
+            self.shutdown()
+        for fault in filter(None, faults):
+            raise SharedError(fault)
+        for number in filter(None, numbers):
+            raise Interrupted(number)
+        return list(results)
 
     def broadcast[T](self, value: T) -> T:
         """Return rank 0's value; what the others give is ignored."""
@@ -199,13 +224,6 @@ def count_ranks(processes: int | Literal["auto"], device: torch.device, images: 
 
 
 @contextmanager
-def all_ranks(size: int, arguments: Sequence[str], device: torch.device) -> Iterator[World]:
-    """Launch the other ranks, for rank 0, and connect to them; see `launched_ranks`."""
-    with launched_ranks(size, arguments) as monitor, join_world(device, monitor) as world:
-        yield world
-
-
-@contextmanager
 def _without_stdout() -> Iterator[None]:
     """Silence gloo, which prints a line for each rank it connects and has no setting for it."""
     sys.stdout.flush()
@@ -225,25 +243,17 @@ def synchronised_batches(
 ) -> Iterator[GlobalBatch]:
     """Yield this rank's share of each global batch, once all ranks have theirs.
 
-    Raises, on all ranks:
-        SharedError: a rank has none, because its images cannot be read.
-        Interrupted: a signal reached a rank.
+    Raises on all ranks what reading them raises, or a signal; see `World.together`.
     """
-    if world.size == 1:
-        while True:
-            with interrupts.at_once():  # a signal ends the wait for a batch
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
-    while True:
-        batch, fault = None, ""
-        try:
+    batch: GlobalBatch | None = None
+
+    def fetch() -> None:
+        nonlocal batch
+        with interrupts.at_once():  # a signal ends the wait for a batch
             batch = next(batches, None)
-        except RunkeyError as error:
-            fault = f"rank {world.rank} of {world.size}: {error}"
-        received = world.gather((fault, interrupts.signal))
-        _raise_first(world, received)
+
+    while True:
+        world.together(fetch)
         if batch is None:
             return
         yield batch
@@ -254,34 +264,13 @@ def broadcast_metrics(
 ) -> dict[str, float]:
     """Evaluate on rank 0 and broadcast the metrics; the others wait as long as it takes.
 
-    Raises, on all ranks:
-        SharedError: the evaluation failed.
-        Interrupted: a signal reached rank 0.
+    Raises on all ranks what the evaluation raises, or a signal; see `World.together`.
     """
-    if world.size == 1:
+
+    def work() -> dict[str, float]:
+        if not world.is_main:
+            return {}
         with interrupts.at_once():
             return evaluate()
-    metrics: dict[str, float] = {}
-    fault, number = "", None
-    if world.is_main:
-        try:
-            with interrupts.at_once():
-                metrics = evaluate()
-        except RunkeyError as error:
-            fault = str(error)
-        except Interrupted as stop:
-            number = stop.number
-    metrics, fault, number = world.broadcast((metrics, fault, number))
-    _raise_first(world, [(fault, number)])
-    return metrics
 
-
-def _raise_first(world: World, received: Sequence[tuple[str, signal.Signals | None]]) -> None:
-    for fault, _ in received:
-        if fault:
-            world.shutdown()
-            raise SharedError(fault)
-    for _, number in received:
-        if number is not None:
-            world.shutdown()
-            raise Interrupted(number)
+    return world.together(work, named=False)[0]

@@ -170,11 +170,6 @@ class Clipper:
         self._norms = state["norms"].to(self._norms.device, copy=True)
 
 
-def build_clipper(section: params.Clip, device: torch.device) -> Clipper:
-    """Build the clipper of `optimizer.clip`."""
-    return Clipper(device=device, **section.model_dump())
-
-
 def joint_norm(gradients: list[Tensor]) -> Tensor:
     """Return the 2-norm of all gradients together, a scalar; NaN or inf if any holds one."""
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))

@@ -23,11 +23,11 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from runkey.data.dataset import Batch, GlobalBatch
 from runkey.data.normalise import normalise
-from runkey.errors import RunkeyError, StoppedError
+from runkey.errors import StoppedError
 from runkey.model.criterion import Criterion, Losses, Normaliser
 from runkey.model.matcher import Targets
 from runkey.training.device import Precision
-from runkey.training.distributed import SharedError, World
+from runkey.training.distributed import World
 from runkey.training.optimizer import (
     Clipper,
     current_rates,
@@ -253,25 +253,24 @@ def _over_ranks(parts: TrainStep, accumulate: Callable[[], BatchLosses]) -> Batc
     zero = torch.zeros((), device=parts.device)
     if scaler is not None:  # makes the scaler's factor, if this rank has no image to do so
         scaler.scale(zero)
-    mine, failure = BatchLosses({}), ""
-    try:
+    mine = BatchLosses({})
+
+    def work() -> tuple[tuple[str, ...], tuple[str, ...], tuple[Split, ...]]:
+        nonlocal mine
         mine = accumulate()
-    except RunkeyError as error:
-        failure = f"rank {world.rank} of {world.size}: {error}"
-    received = world.gather((failure, tuple(mine.values), mine.faults, mine.splits))
-    for failure, *_ in received:
-        if failure:
-            raise SharedError(failure)
+        return tuple(mine.values), mine.faults, mine.splits
+
+    received = world.together(work)
     sum_gradients(trained_parameters(parts.optimizer), world)
     parts.statistics.average(world)
-    names = next(names for _, names, _, _ in received if names)
+    names = next(names for names, _, _ in received if names)
     values = torch.stack([mine.values.get(name, zero) for name in names]).double()
     world.all_reduce(values)
     return BatchLosses(
         dict(zip(names, values, strict=True)),
         tuple(
             f"rank {rank}, {fault}"
-            for rank, (_, _, faults, _) in enumerate(received)
+            for rank, (_, faults, _) in enumerate(received)
             for fault in faults
         ),
         tuple(split for *_, splits in received for split in splits),

@@ -10,8 +10,8 @@ import torch
 from runkey.errors import TrainingError
 from runkey.training.device import (
     Precision,
+    build_precision,
     choose_device,
-    choose_precision,
     configure_torch,
     derive_seed,
     seed_step,
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
     ],
 )
 def test_precision_on_a_cpu(precision, dtype, reason):
-    assert choose_precision(precision, CPU) == (dtype, reason)
+    assert build_precision(precision, CPU) == Precision(CPU, dtype, reason)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,8 @@ def test_precision_on_a_cpu(precision, dtype, reason):
 )
 def test_automatic_precision_on_a_gpu(monkeypatch, capability, dtype, reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert choose_precision("auto", torch.device("cuda", 0)) == (dtype, reason)
+    device = torch.device("cuda", 0)
+    assert build_precision("auto", device) == Precision(device, dtype, reason)
 
 
 def test_only_fp16_scales_losses():

@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from runkey import params
-from runkey.training.optimizer import Clipper, build_clipper, joint_norm
+from runkey.training.optimizer import Clipper, joint_norm
 
 CPU = torch.device("cpu")
 
 
 def clip(tensors, mode, threshold=0.1, **options):
     section = params.Clip(mode=mode, threshold=threshold, **options)
-    return build_clipper(section, CPU).clip(tensors)
+    return Clipper(device=CPU, **section.model_dump()).clip(tensors)
 
 
 def gradients():

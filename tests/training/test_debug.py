@@ -24,7 +24,7 @@ from runkey.training.debug import (
     replay,
 )
 from runkey.training.device import Precision, seed_step
-from runkey.training.optimizer import build_clipper, build_optimizer
+from runkey.training.optimizer import Clipper, build_optimizer
 from runkey.training.probe import diagnose
 from runkey.training.step import TrainStep, accumulate_gradients
 from runkey.training.tensors import host_weights
@@ -60,7 +60,7 @@ def machinery_of(parameters, model, dtype=None):
         optimizer=build_optimizer(model, parameters.optimizer, parameters.lr),
         precision=Precision(CPU, dtype),
         channels_last=True,
-        clipper=build_clipper(parameters.optimizer.clip, CPU),
+        clipper=Clipper(device=CPU, **parameters.optimizer.clip.model_dump()),
     )
 
 
