@@ -146,32 +146,27 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[KeyClaim | None
         RegistryError: another process trains the key and `runtime.wait` is false, or a file that
             the run needs cannot be kept with it.
     """
-    store = locate_store()
-    label = f"key {short_key(recipe.key)}"
-    if not params.runtime.mlflow:
-        line = f"{label}: trained without looking for a run (runtime.mlflow is false)"
-        logger.info(line)
-        claim = KeyClaim(store, None, paths.training_folder(store.home, recipe.key), line, None)
-        yield claim
-        _clear(claim)
-        return
-    library = open_library(store.uri, store.home)
+    store, label = locate_store(), f"key {short_key(recipe.key)}"
+    library = open_library(store.uri, store.home) if params.runtime.mlflow else None
+    repeats = _to_repeat(library, recipe.key) if library else None
+    first = repeats.run.run_id if repeats else None
+    folder = paths.training_folder(store.home, recipe.key, first)
     decision: Decision | None
-    if repeats := _to_repeat(library, recipe.key):
-        first = repeats.run.run_id
-        decision = Decision(line=f"{label}: trained again to compare with run {first[:8]}")
-        folder = paths.training_folder(store.home, recipe.key, first)
-        logger.info(decision.line)
-    else:
-        folder = paths.training_folder(store.home, recipe.key)
+    if library and not first:
         if params.runtime.reuse:
             _send_saved(store, folder, label)
         decision = _reuse_or_train(params, root, recipe, store, library)
+    else:
+        how = "without looking for a run (runtime.mlflow is false)"
+        if first:
+            how = f"again to compare with run {first[:8]}"
+        decision = Decision(line=f"{label}: trained {how}")
+        logger.info(decision.line)
     if decision is None:
         yield None
         return
     with decision.claim or nullcontext() as held:
-        snapshot = take_snapshot(root, paths.store_root(), recipe)
+        snapshot = take_snapshot(root, paths.store_root(), recipe) if library else None
         # The runs of dead owners, without the one that this training continues.
         pointer = read_pointer(folder)
         dead = tuple(r for r in decision.superseded if pointer is None or r != pointer.run_id)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from runkey import paths
 from runkey.data.index import read_classes, read_index
 from runkey.data.prepare import prepare
 from runkey.errors import DataError
+from runkey.identity.dvc_yaml import read_yaml_text
 from runkey.params import load_params
 from runkey.plots.sheets import contact_sheet
 from runkey.progress import want_bars
@@ -50,9 +48,9 @@ def own_data_note(root: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        out = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["outs"][0]
+        out = read_yaml_text(path)["outs"][0]
         md5 = str(out["md5"])
-    except (YAMLError, LookupError, TypeError, UnicodeDecodeError):
+    except (ValueError, LookupError, TypeError):
         raise DataError("data.dvc: unreadable; `dvc add data` writes it anew") from None
     shipped = root / "sample-data" / "files" / "md5" / md5[:2] / md5[2:]
     if out.get("remote") != "seed" or shipped.is_file():

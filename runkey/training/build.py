@@ -22,11 +22,11 @@ from runkey.errors import TrainingError
 from runkey.model.criterion import Criterion, build_criterion
 from runkey.model.detr import build_model
 from runkey.model.weights import load_initial_weights
-from runkey.params import Params
+from runkey.params import Params, Runtime, Training
 from runkey.training.device import build_precision, configure_torch
 from runkey.training.distributed import World
 from runkey.training.optimizer import Clipper, Ema, build_optimizer, trained_parameters
-from runkey.training.schedule import MetricComparator, Schedule, build_schedule
+from runkey.training.schedule import Schedule, build_schedule
 from runkey.training.step import TrainStep
 from runkey.training.tensors import host_weights
 
@@ -84,29 +84,6 @@ class Replacements:
     loader: Loader | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoopSettings:
-    """Settings of the training loop and of its guard; params.yaml describes them."""
-
-    seed: int
-    epochs: int
-    evaluate_every: int
-    watched_metric: str
-    """Metric that decides on early stopping, plateau and the best weights."""
-    comparator: MetricComparator
-    """What counts as improvement of it."""
-    patience: int | None
-    """Evaluations on end without improvement; None: training does not stop early."""
-    max_skips: int
-    window_steps: int
-    max_rollbacks: int
-    anchor_steps: int
-    spike_score: float
-    spike_history: int
-    log_every: int
-    progress: bool
-
-
 @dataclass(frozen=True)
 class TrainContext:
     """What stays the same throughout a training."""
@@ -115,7 +92,15 @@ class TrainContext:
     schedule: Schedule
     ema: Ema | None
     loader: Loader
-    settings: LoopSettings
+    seed: int
+    settings: Training
+    """Of the loop and of its guard."""
+    runtime: Runtime
+
+    @property
+    def watched_metric(self) -> str:
+        """Metric that decides on early stopping, plateau and the best weights."""
+        return self.settings.early_stopping.metric
 
     @property
     def world(self) -> World:
@@ -202,7 +187,9 @@ def build_training(
         ),
         ema=Ema(step.model, training.ema_decay) if training.ema_decay > 0 else None,
         loader=loader,
-        settings=_build_settings(params),
+        seed=params.seed,
+        settings=training,
+        runtime=params.runtime,
     )
 
 
@@ -226,21 +213,6 @@ def _build_step(
     if world.size > 1:  # ranks that start with different weights would stay different
         model.load_state_dict(world.broadcast(host_weights(model) if world.is_main else {}))
     return step
-
-
-def _build_settings(params: Params) -> LoopSettings:
-    training, stopping = params.training, params.training.early_stopping
-    return LoopSettings(
-        seed=params.seed,
-        epochs=training.epochs,
-        evaluate_every=training.evaluate_every,
-        watched_metric=stopping.metric,
-        comparator=MetricComparator(stopping.mode, stopping.min_delta),
-        patience=stopping.patience if stopping.enabled else None,
-        log_every=params.runtime.log_every,
-        progress=params.runtime.progress,
-        **training.guard.model_dump(),
-    )
 
 
 def build_loader(
@@ -272,6 +244,7 @@ class _NoData:
 def describe(context: TrainContext) -> dict[str, object]:
     """Log what was decided for the user; return the same by name, for the tracker."""
     step, settings = context.step, context.settings
+    stopping = settings.early_stopping
     dtype, reason = step.precision.dtype, step.precision.reason
     precision = "fp32" if dtype is None else f"{dtype} autocast".removeprefix("torch.")
     trained = sum(p.numel() for p in trained_parameters(step.optimizer))
@@ -288,6 +261,6 @@ def describe(context: TrainContext) -> dict[str, object]:
         "trained_parameters": trained,
         "parameters": everything,
         "total_steps": context.schedule.total_steps,
-        "patience": settings.patience,
+        "patience": stopping.patience if stopping.enabled else None,
         "threads": torch.get_num_threads(),
     }

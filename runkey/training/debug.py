@@ -240,9 +240,9 @@ def replay(context: TrainContext, start: Start, step: int, folder: Path) -> Glob
         context.restore(tensors["parts"])
         state = LoopState.from_plain(tensors["state"], {})
     evaluations = [
-        (int(entry["step"]), float(entry["values"][context.settings.watched_metric]))
+        (int(entry["step"]), float(entry["values"][context.watched_metric]))
         for entry in _log_entries(folder / LOG)
-        if context.settings.watched_metric in entry.get("values", {})
+        if context.watched_metric in entry.get("values", {})
     ]
     context.step.model.train()
     per_epoch = context.loader.steps_per_epoch

@@ -20,7 +20,7 @@ from runkey.errors import TrainingError
 from runkey.files import json_safe, write_json
 from runkey.training.build import TrainContext
 from runkey.training.checkpoint import FolderCheckpoints, find_checkpoints
-from runkey.training.metrics import SafeTracker, StepValues
+from runkey.training.metrics import StepValues, Tracker
 from runkey.training.state import NORMS_KEPT, LoopState, Rollback, Skip
 from runkey.training.tensors import all_finite
 
@@ -108,12 +108,12 @@ class Guard:
         self,
         context: TrainContext,
         state: LoopState,
-        tracker: SafeTracker,
+        tracker: Tracker,
         checkpoints: FolderCheckpoints | None,
     ) -> None:
         self._context, self._loop, self._state = context, state, state.guard
         self._tracker, self._checkpoints = tracker, checkpoints
-        self._limits = context.settings
+        self._limits = context.settings.guard
         self._folder = checkpoints.path if checkpoints else None
 
     def note(self, step: StepValues) -> None:

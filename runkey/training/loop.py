@@ -31,17 +31,16 @@ from runkey.training.guard import Guard, shown_ids
 from runkey.training.interrupts import Interrupts
 from runkey.training.metrics import (
     DelayedReader,
-    SafeTracker,
     StepValues,
     Stopwatch,
     Throughput,
     Tracker,
+    safe_tracker,
     timed,
 )
 from runkey.training.optimizer import current_rates
 from runkey.training.progress import bar_text, epoch_line
 from runkey.training.schedule import (
-    MetricComparator,
     check_watched,
     decide_stop,
     improvements,
@@ -86,7 +85,7 @@ def fit(
     world, interrupts = context.world, interrupts or Interrupts()
     if not world.is_main:  # rank 0 records and saves; all resume from its checkpoints
         tracker = checkpoints = None
-    trainer = _Trainer(context, evaluate, SafeTracker(tracker), checkpoints, interrupts)
+    trainer = _Trainer(context, evaluate, safe_tracker(tracker), checkpoints, interrupts)
     try:
         trainer.resume(limit)
         with interrupts.held():
@@ -107,7 +106,7 @@ def take_step(
     The plateau schedule goes by `watched`, its metric at each evaluation so far.
     """
     factor = context.schedule.factor(state.step, watched)
-    reseed = partial(seed_step, context.settings.seed, state.step, context.world.rank)
+    reseed = partial(seed_step, context.seed, state.step, context.world.rank)
     with _explained(state.step + 1, batch, context.step.optimizer):
         result = train_step(context.step, batch, factor, limit=state.limit, reseed=reseed)
     if context.ema is not None:
@@ -187,7 +186,7 @@ class _StepMetrics:
         values = {name: value for name, value in step.values.items() if name != "skipped"}
         state.running.means.add(values)
         state.running.rates = step.rates
-        if step.step > 1 and step.step % context.settings.log_every:
+        if step.step > 1 and step.step % context.runtime.log_every:
             return
         values |= self._recent.as_metrics() | step.rates
         values["train/epoch"] = step.step / context.loader.steps_per_epoch
@@ -210,7 +209,7 @@ class _Trainer:
         self,
         context: TrainContext,
         evaluate: Evaluate,
-        tracker: SafeTracker,
+        tracker: Tracker,
         checkpoints: FolderCheckpoints | None,
         interrupts: Interrupts,
     ) -> None:
@@ -243,7 +242,7 @@ class _Trainer:
         if checkpoints and self.state.step == 0 and checkpoints.newest is None:
             # An anchor to roll back to from the very start.
             checkpoints.save(self._checkpoint(), anchor=True)
-        want_bars(context.settings.progress and context.world.is_main)
+        want_bars(context.runtime.progress and context.world.is_main)
         # No lines where there is no terminal: each epoch logs one of its own.
         with progress("train", context.schedule.total_steps, lines=False) as bar:
             self.metrics = _StepMetrics(self, bar)
@@ -263,7 +262,7 @@ class _Trainer:
             checkpoints.save(self._checkpoint(), wait=True)
 
     def log_end(self) -> None:
-        state, metric = self.state, self.context.settings.watched_metric
+        state, metric = self.state, self.context.watched_metric
         assert state.best  # the last epoch always has an evaluation
         best = state.best
         logger.info(
@@ -298,7 +297,7 @@ class _Trainer:
     def _train_epoch(self) -> None:
         context, state = self.context, self.state
         context.step.model.train()
-        watched = state.watched(context.settings.watched_metric)
+        watched = state.watched(context.watched_metric)
         per_epoch = context.loader.steps_per_epoch
         batches = context.loader.epoch(state.epoch, state.step - state.epoch * per_epoch)
         for batch, waited in timed(synchronised_batches(batches, context.world, self.interrupts)):
@@ -377,7 +376,7 @@ class _Trainer:
             settings.epochs,
             values,
             _seconds_left(self.context, state),
-            watched=settings.watched_metric,
+            watched=self.context.watched_metric,
             is_best=is_best,
         )
         logger.info(line)
@@ -386,20 +385,17 @@ class _Trainer:
 
     def _evaluate(self, values: dict[str, float]) -> bool:
         """Evaluate and add the metrics to `values`; return True if the weights are the best."""
-        state, settings = self.state, self.context.settings
+        state, stopping = self.state, self.context.settings.early_stopping
         module = self.context.evaluated_module.eval()
         metrics = broadcast_metrics(self._metrics, self.context.world, self.interrupts)
-        check_watched(metrics, settings.watched_metric)
+        check_watched(metrics, stopping.metric)
         values |= metrics | loss_gap(values, metrics)
         state.evaluations.append(metrics)
-        history = state.watched(settings.watched_metric)
-        if settings.patience is not None:
-            state.stop_reason = decide_stop(
-                history, settings.comparator, settings.patience, settings.watched_metric
-            )
+        history = state.watched(stopping.metric)
+        state.stop_reason = decide_stop(history, stopping)
         # The smallest change is for patience alone: better weights are better by however little.
         # The first ones are kept even if the metric is NaN, so that there always is a model.
-        better = improvements(history, MetricComparator(settings.comparator.mode))
+        better = improvements(history, stopping.mode)
         is_best = len(history) in (1, max(better, default=0))
         if is_best:
             state.best = Best(dict(metrics), state.epoch + 1, state.step)
@@ -420,7 +416,7 @@ class _Trainer:
             step = self.state.step
             logger.info(f"evaluation after step {step}: {error}; it counts as the worst")
             self.tracker.event("evaluation_failed", step=step, reason=str(error))
-            return {self.context.settings.watched_metric: math.nan}
+            return {self.context.watched_metric: math.nan}
 
 
 def _gap_text(history: list[dict[str, float]], best_step: int) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -43,40 +44,29 @@ class Tracker(Protocol):
         """
 
 
-class SafeTracker:
-    """Passes everything to a tracker, if there is one, until that raises; then to none.
+def safe_tracker(tracker: Tracker | None) -> Tracker:
+    """Pass everything to a tracker, if there is one, until that raises; then to none.
 
     Trackers promise not to raise; a broken promise may cost the log, but not the training.
     """
+    return cast("Tracker", _SafeTracker(tracker))
 
+
+class _SafeTracker:
     def __init__(self, tracker: Tracker | None) -> None:
         self._tracker = tracker
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """See `Tracker.log`."""
-        self._call("log", values, step)
-
-    def event(self, kind: str, **fields: object) -> None:
-        """See `Tracker.event`."""
-        self._call("event", kind, **fields)
-
-    def position(self) -> Mapping[str, int | str]:
-        """See `Tracker.position`."""
-        return self._call("position") or {}
-
-    def resume(self, position: Mapping[str, int | str] | None) -> None:
-        """See `Tracker.resume`."""
-        self._call("resume", position)
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        return partial(self._call, method)
 
     def _call(self, method: str, *args: Any, **options: Any) -> Any:
-        if self._tracker is None:
-            return None
-        try:
-            return getattr(self._tracker, method)(*args, **options)
-        except Exception as error:  # noqa: BLE001  whatever it is, training goes on
-            self._tracker = None
-            logger.info(f"tracking stopped, training goes on: {type(error).__name__}: {error}")
-            return None
+        if self._tracker is not None:
+            try:
+                return getattr(self._tracker, method)(*args, **options)
+            except Exception as error:  # noqa: BLE001  whatever it is, training goes on
+                self._tracker = None
+                logger.info(f"tracking stopped, training goes on: {type(error).__name__}: {error}")
+        return {}
 
 
 @dataclass(frozen=True)

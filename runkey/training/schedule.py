@@ -21,25 +21,8 @@ from runkey.errors import TrainingError
 # Values after the best one that the reason of an early stop shows, the latest.
 _MOST_SHOWN = 8
 
-
-@dataclass(frozen=True, slots=True)
-class MetricComparator:
-    """Compares two values of a metric. NaN is worse than every number."""
-
-    mode: Literal["max", "min"]
-    """max: larger is better."""
-    min_delta: float = 0.0
-    """Smallest change that counts as improvement, in the metric's unit."""
-
-    @property
-    def worst(self) -> float:
-        """The value that every number but the same infinity is better than."""
-        return -math.inf if self.mode == "max" else math.inf
-
-    def better(self, value: float, best: float) -> bool:
-        """Return True if `value` improves on `best` by more than the smallest change."""
-        gain = value - best if self.mode == "max" else best - value
-        return gain > self.min_delta
+Mode = Literal["max", "min"]
+"""Whether larger or smaller values of a metric are better."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +36,7 @@ class Schedule:
 
 
 def build_schedule(
-    section: params.Schedule, *, epochs: int, steps_per_epoch: int, mode: Literal["max", "min"]
+    section: params.Schedule, *, epochs: int, steps_per_epoch: int, mode: Mode
 ) -> Schedule:
     """Build the schedule of a training.
 
@@ -67,7 +50,6 @@ def build_schedule(
     drops: Sequence[int] = section.milestones
     if name == "step":
         drops = range(section.step_epochs, epochs, section.step_epochs)
-    comparator = MetricComparator(mode, section.min_delta)
 
     def warmup(step: int) -> float:
         return 1.0 if step >= warmup_steps else start + (1 - start) * step / warmup_steps
@@ -82,7 +64,7 @@ def build_schedule(
                 place = step / (section.cycle_epochs * steps_per_epoch) % 1.0
                 return least + (1 - least) * (1 - abs(2 * place - 1))
             case "plateau":
-                lowered = count_drops(history, comparator, section.patience)
+                lowered = count_drops(history, mode, section.min_delta, section.patience)
                 return max(least, math.pow(gamma, lowered))
         return 1.0
 
@@ -102,43 +84,44 @@ def _cosine(start: float, end: float, done: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
-def improvements(history: Sequence[float], comparator: MetricComparator) -> list[int]:
-    """List the evaluations, from 1, that improved on the best value before them."""
-    found, best = [], comparator.worst
+def improvements(history: Sequence[float], mode: Mode, min_delta: float = 0.0) -> list[int]:
+    """List the evaluations, from 1, that were better than all before by more than `min_delta`.
+
+    NaN is worse than every number.
+    """
+    sign = 1 if mode == "max" else -1
+    found, best = [], -math.inf
     for number, value in enumerate(history, start=1):
-        if comparator.better(value, best):
+        if sign * value - best > min_delta:
             found.append(number)
-            best = value
+            best = sign * value
     return found
 
 
-def count_drops(history: Sequence[float], comparator: MetricComparator, patience: int) -> int:
+def count_drops(history: Sequence[float], mode: Mode, min_delta: float, patience: int) -> int:
     """Count the plateaus: `patience` evaluations in a row without improvement.
 
     After a drop the count starts again; the best value so far stands.
     """
-    ends = [0, *improvements(history, comparator), len(history) + 1]
+    ends = [0, *improvements(history, mode, min_delta), len(history) + 1]
     return sum((after - before - 1) // patience for before, after in pairwise(ends))
 
 
-def decide_stop(
-    history: Sequence[float], comparator: MetricComparator, patience: int, metric: str
-) -> str:
+def decide_stop(history: Sequence[float], section: params.EarlyStopping) -> str:
     """Return why to stop early after the evaluations so far; empty while training goes on.
 
-    Training stops after `patience` evaluations on end without improvement. `history` is the metric
-    at each evaluation, in order, and `metric` its name.
+    `history` is the section's metric at each of them, in order.
     """
-    at = max(improvements(history, comparator), default=0)
+    at = max(improvements(history, section.mode, section.min_delta), default=0)
     waited = len(history) - at
-    if waited < patience:
+    if waited < section.patience or not section.enabled:
         return ""
-    least = f" by more than {comparator.min_delta:g}" if comparator.min_delta else ""
-    seen = f"{metric} was never a number"
+    least = f" by more than {section.min_delta:g}" if section.min_delta else ""
+    seen = f"{section.metric} was never a number"
     if at:
         later = ", ".join(f"{value:.4g}" for value in history[at:][-_MOST_SHOWN:])
         more = "... " if waited > _MOST_SHOWN else ""
-        best = f"{metric} {history[at - 1]:.4g}"
+        best = f"{section.metric} {history[at - 1]:.4g}"
         seen = f"best {best} at evaluation {at} of {len(history)}, then {more}{later}"
     return f"early stop: {seen}: {waited} without improvement{least}"
 

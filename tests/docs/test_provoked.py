@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 from runkey.cli import app
 from runkey.errors import RunkeyError
 from runkey.evaluation.run import to_results_json
-from runkey.params import load_params
+from runkey.params import EarlyStopping, load_params
 from runkey.params.render import render_preset
 from runkey.training.device import choose_device
-from runkey.training.schedule import MetricComparator, check_watched, decide_stop
+from runkey.training.schedule import check_watched, decide_stop
 from runkey.training.step import Split
 from tests.support.messages import flat
 
@@ -148,7 +148,7 @@ def test_what_a_step_and_a_training_say() -> None:
     split = Split(images=8, height=800, width=1333, limit=4 * 800 * 1333)
     assert f"step 3: {split.text}" in PAGE
     values = [*(0.1,) * 7, 0.4706, 0.47, 0.469, 0.468, 0.468, 0.467]
-    reason = decide_stop(values, MetricComparator("max", 0.0), 5, "val/AP")
+    reason = decide_stop(values, EarlyStopping())
     assert reason in PAGE
 
 

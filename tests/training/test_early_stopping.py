@@ -3,8 +3,8 @@
 import pytest
 
 from runkey.errors import TrainingError
+from runkey.params import EarlyStopping
 from runkey.training.schedule import (
-    MetricComparator,
     check_watched,
     decide_stop,
     improvements,
@@ -38,24 +38,23 @@ TABLE = [
 
 @pytest.mark.parametrize(("history", "mode", "min_delta", "patience", "stops", "waited"), TABLE)
 def test_table(history, mode, min_delta, patience, stops, waited):
-    comparator = MetricComparator(mode, min_delta)
-    assert len(history) - max(improvements(history, comparator), default=0) == waited
-    reason = decide_stop(history, comparator, patience, "val/AP")
+    assert len(history) - max(improvements(history, mode, min_delta), default=0) == waited
+    section = EarlyStopping(mode=mode, min_delta=min_delta, patience=patience)
+    reason = decide_stop(history, section)
     assert bool(reason) == stops
     assert f": {waited} without improvement" in reason or not stops
+    assert decide_stop(history, section.model_copy(update={"enabled": False})) == ""
 
 
 def test_says_what_it_saw():
-    reason = decide_stop([0.2, 0.3125, 0.3, 0.31], MetricComparator("max", 0.01), 2, "val/AP")
-    assert reason == (
+    section = EarlyStopping(min_delta=0.01, patience=2)
+    assert decide_stop([0.2, 0.3125, 0.3, 0.31], section) == (
         "early stop: best val/AP 0.3125 at evaluation 2 of 4, then 0.3, 0.31: "
         "2 without improvement by more than 0.01"
     )
-    reason = decide_stop([NAN, NAN], MetricComparator("max"), 2, "val/AP")
+    reason = decide_stop([NAN, NAN], EarlyStopping(patience=2))
     assert reason == "early stop: val/AP was never a number: 2 without improvement"
-    reason = decide_stop(
-        [0.5, *(n / 100 for n in range(10))], MetricComparator("max"), 10, "val/AP"
-    )
+    reason = decide_stop([0.5, *(n / 100 for n in range(10))], EarlyStopping(patience=10))
     assert "of 11, then ... 0.02, 0.03, " in reason
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from runkey import params
-from runkey.training.schedule import MetricComparator, build_schedule, count_drops
+from runkey.training.schedule import build_schedule, count_drops
 
 H = 0.5**0.5  # cos(45 degrees)
 
@@ -159,12 +159,10 @@ DROPS = [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4]
 
 
 def test_plateau_drops():
-    judge = MetricComparator("max", 0.02)
-    assert [count_drops(PLATEAU[: n + 1], judge, 2) for n in range(12)] == DROPS
+    assert [count_drops(PLATEAU[: n + 1], "max", 0.02, 2) for n in range(12)] == DROPS
     # The same history upside down, where less is better.
     upside_down = [-value for value in PLATEAU]
-    judge = MetricComparator("min", 0.02)
-    assert [count_drops(upside_down[: n + 1], judge, 2) for n in range(12)] == DROPS
+    assert [count_drops(upside_down[: n + 1], "min", 0.02, 2) for n in range(12)] == DROPS
 
 
 def test_plateau_is_as_torchs():

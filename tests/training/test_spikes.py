@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from runkey.errors import TrainingError
 from runkey.training.guard import Guard, robust_score
-from runkey.training.metrics import SafeTracker, StepValues
+from runkey.training.metrics import StepValues, safe_tracker
 from runkey.training.state import LoopState
 from tests.support.guarded import context_of
 from tests.support.squares import SquaresLoader, detector_params, make_detector
@@ -70,7 +70,7 @@ def reading(step, skipped):
 def test_budget_is_used_up_when_the_window_holds_so_many(context, flags, settled, resumed):
     """Whenever checkpoints made values known earlier, or training went on from one."""
     state = LoopState()
-    guard, noted, stopped = Guard(context, state, SafeTracker(None), None), 0, None
+    guard, noted, stopped = Guard(context, state, safe_tracker(None), None), 0, None
 
     def note(step):
         nonlocal noted
@@ -91,7 +91,7 @@ def test_budget_is_used_up_when_the_window_holds_so_many(context, flags, settled
             note(step)
         if step in resumed:
             state = LoopState.from_plain(state.as_plain(), {})
-            guard = Guard(context, state, SafeTracker(None), None)
+            guard = Guard(context, state, safe_tracker(None), None)
     expected = next(
         (
             step
