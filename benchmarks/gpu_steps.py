@@ -110,6 +110,6 @@ def log_fake_step(recorder: Recorder, passes: Sequence[MicroBatch]) -> dict[str,
     """The same of a fake step: the operations, without a history."""
     window = tuple(synthetic_batch(one, recorder.fields) for one in passes)
     operations = Operations()
-    with recorder.tracker.watching(recorder.built.model), operations:
+    with recorder.watching(), operations:
         recorder.built.step(window)
     return {"operations": operations.rows}

@@ -75,8 +75,7 @@ def peak_bytes(way: Way) -> int:
         one = stack.enter_context(recorder(step_factory(params, CLASSES), fields, V100))
         window = (way.one,) * (2 if way.keeps_gradients else 1)
         one.step(window[:1])
-        one.step(window)
-        _, (_, trace) = one.traces()
+        trace = one.step(window)
     gradients = sum(round_up(e.bytes) for e in trace.before if e.class_ == "gradient")
     return timeline_of(trace).peak_bytes + (gradients if way.buckets else 0)
 

@@ -28,7 +28,6 @@ from runkey.memory.batch_shapes import BatchShapes, ShapeStatistics
 from runkey.memory.template import (
     AllocatorReplay,
     Template,
-    make_template,
     other_shape,
     replay_steps,
 )
@@ -236,7 +235,7 @@ def predict(
     other = MicroBatch(_CONFIRMED, *shape, many.objects)
     unseen = MicroBatch(_CONFIRMED + 2, shape[0] - 5, shape[1] - 3, many.objects)
     *traces, check = _trace(params, shapes, factory_for, (few, many, other, unseen))
-    template = make_template(traces, stride)
+    template = Template(traces, stride)
     replays = tuple(
         replay_steps(template, shapes.steps(images, count), WORKSPACE_SHARE)
         for images, count in zip((_FEW, max(batch_size, _MANY)), _REPLAYED, strict=True)
@@ -259,7 +258,7 @@ def predict(
         gradient_bytes=template.gradient_bytes(),
         confirmation=Confirmation(unseen.images, unseen.height, unseen.width, *peaks),
         replays=replays,
-        loose_blocks=template.loose_blocks,
+        loose_blocks=template.laws.loose,
         alternatives=found,
     )
     return Prediction(model, template, shapes)
@@ -280,9 +279,7 @@ def _alternatives(
         if changed.data == params.data:
             # Two traces: the step is only needed at the largest shape.
             sizes = (shapes.worst(_FEW), shapes.worst(_MANY))
-            step = make_template(
-                _trace(changed, shapes, factory_for, sizes), _token_stride(changed)
-            )
+            step = Template(_trace(changed, shapes, factory_for, sizes), _token_stride(changed))
         else:
             batches = replace(shapes, statistics=shapes.statistics_under(changed))
         text = ", ".join(f"{field}: {_yaml(value)}" for field, value in values.items())
@@ -336,11 +333,8 @@ def _trace(
     """Trace a step over two equal micro-batches, for each of `sizes`."""
     fields = batch_fields(params, shapes.num_classes)
     with recorder(factory_for(params), fields, Gpu()) as recording:
-        # The first step is unlike all others: it allocates the optimizer's state.
-        for step in (sizes[:1], *((one, one) for one in sizes)):
-            recording.step(step)
-        _, traces = recording.traces()
-    return traces[1:]
+        recording.step(sizes[:1])  # unlike all others: it allocates the optimizer's state
+        return [recording.step((one, one)) for one in sizes]
 
 
 def _estimate(

@@ -7,10 +7,9 @@ the dependence on images; a third one, of another shape, tells the quantities ap
 
 from __future__ import annotations
 
-import itertools
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -132,36 +131,43 @@ _CONVOLUTIONS = ("backbone.", "input_proj")
 """Modules whose operations may need a large workspace."""
 _LEAST_WORKSPACE = MIB
 
-Move = tuple[bool, int, int]
-"""For an allocator: True for an allocation, number of the block, bytes."""
-
 
 class Template:
     """A step over two micro-batches, of which the second stands for all later ones."""
 
-    def __init__(self, trace: Trace, laws: Laws) -> None:
-        """Build a template from a trace with numbered blocks; callers use `make_template`."""
-        self._trace = trace
-        self._laws = laws
-        self.loose_blocks = laws.loose
-        """Number of blocks whose bytes are bounded, not known, away from the traced sizes."""
-        self._before = [event.block for event in trace.before]
-        kinds = [(event.block, event.class_) for event in trace.before]
-        self._optimizer_state = [block for block, kind in kinds if kind == "optimizer"]
-        # Gradients are alive from the first step's backward pass on.
-        self._built = [block for block, kind in kinds if kind not in ("optimizer", "gradient")]
+    def __init__(self, traces: Sequence[Trace], stride: int) -> None:
+        """Find the law of each block.
+
+        Args:
+            traces: of the same step, each over two equal micro-batches. The first two differ in the
+                images only, the third in the shape too.
+            stride: pixels from token to token.
+
+        Raises:
+            ValueError: the traces differ in more than bytes.
+        """
+        traces = [_numbered(trace) for trace in traces]
+        every = [[*sorted(one.before, key=lambda e: e.block), *one.events] for one in traces]
+        kinds = [[event._replace(bytes=0) for event in events] for events in every]
+        if any(kind != kinds[0] for kind in kinds) or len({one.marks for one in traces}) > 1:
+            raise ValueError("the traced steps allocate different blocks")
+        sizes = np.array([[e.bytes for e in events if e.kind == "alloc"] for events in every])
+        self.laws = find_laws(sizes, [trace.micro_batches[0] for trace in traces], stride)
+        self._trace = trace = traces[0]
         self._replacements = _replacements(trace)
-        every = [
+        moves = [
             (e.kind == "alloc", e.block, e.kind == "alloc" and e.module.startswith(_CONVOLUTIONS))
             for e in trace.events
         ]
-        self._blocks = np.array([block for _, block, _ in every])
-        self._signs = np.array([1 if is_allocation else -1 for is_allocation, _, _ in every])
-        self._convolutions = np.array([convolves for _, _, convolves in every])
-        forwards = [mark.start for mark in trace.marks if mark.phase == "forward"]
+        is_allocation, self._blocks, self._convolutions = map(np.array, zip(*moves, strict=True))
+        self._signs = np.where(is_allocation, 1, -1)
+        second = [mark.start for mark in trace.marks if mark.phase == "forward"][1]
         update = [mark.start for mark in trace.marks if mark.phase == "optimizer"][-1]
-        self._first, self._later = every[: forwards[1]], every[forwards[1] : update]
-        self._update = every[update:]
+        self._first, self._later, self._update = (
+            moves[:second],
+            moves[second:update],
+            moves[update:],
+        )
 
     def gradient_bytes(self) -> int:
         """Return the bytes of all gradients."""
@@ -175,84 +181,63 @@ class Template:
             one: the micro-batch.
             workspace_share: bytes of a convolution's workspace, as a part of its result.
         """
-        sizes = -(-self._laws.bytes(one) // ROUND_BYTES) * ROUND_BYTES
-        alive = sizes[self._before].sum() + (sizes[self._blocks] * self._signs).cumsum()
+        sizes = -(-self.laws.bytes(one) // ROUND_BYTES) * ROUND_BYTES
+        before = sizes[[event.block for event in self._trace.before]].sum()
+        alive = before + (sizes[self._blocks] * self._signs).cumsum()
         workspaces = workspace_share * sizes[self._blocks] * self._convolutions
         return int((alive + workspaces).max(initial=0))
 
     def at(self, one: MicroBatch) -> Trace:
         """Return the trace of a step over two such micro-batches."""
-        sizes = self._laws.bytes(one).tolist()
+        sizes = self.laws.bytes(one).tolist()
         before, events = (
             tuple(event._replace(bytes=sizes[event.block]) for event in part)
             for part in (self._trace.before, self._trace.events)
         )
         return Trace((one, one), before, events, self._trace.marks)
 
-    def moves(
-        self, steps: Sequence[Sequence[MicroBatch]], workspace_share: float
-    ) -> Iterator[Move]:
-        """Yield what an allocator sees of a training.
+    def replay(self, steps: Sequence[Sequence[MicroBatch]], workspace_share: float) -> Allocator:
+        """Run a training in the model of the allocator.
 
         Args:
             steps: the micro-batches of each step.
             workspace_share: see `peak`; a workspace is freed when its operation ends.
+
+        Returns:
+            The allocator at the end of the last step.
         """
-        sizes = {one: self._laws.bytes(one).tolist() for step in steps for one in step}
-        new = itertools.count()
-        constant = sizes[steps[0][0]]
-        live = {block: (next(new), constant[block]) for block in self._built}
-        yield from ((True, *block) for block in live.values())
-        state = self._optimizer_state
+        sizes = {one: self.laws.bytes(one).tolist() for step in steps for one in step}
+        constant, allocator = sizes[steps[0][0]], Allocator()
+        kinds = [(event.block, event.class_) for event in self._trace.before]
+        # Gradients are alive from the first step's backward pass on.
+        built = [block for block, kind in kinds if kind not in ("optimizer", "gradient")]
+        live = {block: allocator.allocate(constant[block]) for block in built}
+        # Only the first step allocates the optimizer's state.
+        state = [block for block, kind in kinds if kind == "optimizer"]
         for step in steps:
             parts = [(self._first, step[0]), *((self._later, one) for one in step[1:])]
-            for events, one in [*parts, (self._update, step[0])]:
-                bytes_of = sizes[one]
-                if events is self._update:
-                    # Only the first step allocates the optimizer's state.
-                    made = {block: (next(new), constant[block]) for block in state}
-                    yield from ((True, *block) for block in made.values())
-                    live |= made
+            for moves, one in [*parts, (self._update, step[0])]:
+                if moves is self._update:
+                    live |= {block: allocator.allocate(constant[block]) for block in state}
                     state = []
-                for is_allocation, block, convolves in events:
+                for is_allocation, block, convolves in moves:
                     # What a pass left behind is replaced when the pass comes again; what a pass
                     # that is left out would have allocated is not freed.
                     old = live.pop(block, None)
                     if is_allocation:
-                        live[block] = number, size = next(new), bytes_of[block]
-                        yield True, number, size
-                        workspace = round(workspace_share * size) if convolves else 0
-                        if workspace >= _LEAST_WORKSPACE:
-                            number = next(new)
-                            yield True, number, workspace
-                            yield False, number, workspace
+                        live[block] = allocator.allocate(sizes[one][block])
+                        workspace = round(workspace_share * sizes[one][block])
+                        if convolves and workspace >= _LEAST_WORKSPACE:
+                            allocator.release(allocator.allocate(workspace))
                     if old is not None:
-                        yield False, *old
+                        allocator.release(old)
             for replacement, block in self._replacements:
                 if replacement in live:
                     old = live.pop(block, None)
                     live[block] = live.pop(replacement)
                     if old is not None:
-                        yield False, *old
-
-
-def make_template(traces: Sequence[Trace], stride: int) -> Template:
-    """Make a template from traces of the same step, each over two equal micro-batches.
-
-    Args:
-        traces: the first two differ in the images only, the third in the shape too.
-        stride: pixels from token to token.
-
-    Raises:
-        ValueError: the traces differ in more than bytes.
-    """
-    traces = [_numbered(trace) for trace in traces]
-    kinds = [([e._replace(bytes=0) for e in _every(trace)], trace.marks) for trace in traces]
-    if any(kind != kinds[0] for kind in kinds):
-        raise ValueError("the traced steps allocate different blocks")
-    by_block = [{event.block: event.bytes for event in _every(trace)} for trace in traces]
-    sizes = np.array([[found[block] for block in range(len(found))] for found in by_block])
-    return Template(traces[0], find_laws(sizes, [t.micro_batches[0] for t in traces], stride))
+                        allocator.release(old)
+        return allocator
 
 
 def _numbered(trace: Trace) -> Trace:
@@ -266,10 +251,6 @@ def _numbered(trace: Trace) -> Trace:
         for part in (trace.before, trace.events)
     )
     return replace(trace, before=before, events=events)
-
-
-def _every(trace: Trace) -> list[Event]:
-    return [*sorted(trace.before, key=lambda event: event.block), *trace.events]
 
 
 def _meaning(event: Event) -> tuple[str, str, int]:
@@ -414,14 +395,8 @@ class AllocatorReplay:
 def replay_steps(
     template: Template, steps: Sequence[Sequence[MicroBatch]], workspace_share: float
 ) -> AllocatorReplay:
-    """Replay training steps in the model of the allocator; arguments as for `Template.moves`."""
-    allocator = Allocator()
-    blocks: dict[int, Block] = {}
-    for is_allocation, handle, size in template.moves(steps, workspace_share):
-        if is_allocation:
-            blocks[handle] = allocator.allocate(size)
-        else:
-            allocator.release(blocks.pop(handle))
+    """Replay training steps in the model of the allocator; arguments as for `Template.replay`."""
+    allocator = template.replay(steps, workspace_share)
     return AllocatorReplay(
         images=max(one.images for step in steps for one in step),
         batches=sum(len(step) for step in steps),

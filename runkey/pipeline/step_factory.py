@@ -15,22 +15,16 @@ from runkey.data.dataset import GlobalBatch
 from runkey.data.index import read_classes
 from runkey.files import write_json
 from runkey.memory.measure import TrialJob, read_as, run_trial
-from runkey.memory.trace.record import BuiltStep, StepFactory, with_fixed_matches
-from runkey.model.criterion import build_criterion
+from runkey.memory.trace.record import BuiltStep, StepFactory
 from runkey.params import Params, load_params
-from runkey.training.build import Replacements, build_training
+from runkey.training.build import build_training
 from runkey.training.device import choose_device
 from runkey.training.step import train_step
 
 
-def build_step(
-    params: Params, num_classes: int, device: torch.device, *, fixed_matches: bool = False
-) -> BuiltStep:
+def build_step(params: Params, num_classes: int, device: torch.device) -> BuiltStep:
     """Build a whole optimizer step of a fresh model."""
-    criterion = None
-    if fixed_matches:  # for fake tensors, whose values no matcher can see
-        criterion = with_fixed_matches(build_criterion(params.model, num_classes))
-    context = build_training(params, num_classes, device, replace=Replacements(criterion=criterion))
+    context = build_training(params, num_classes, device)
     parts, ema = context.step, context.ema
 
     def step(batch: GlobalBatch) -> None:
@@ -43,7 +37,7 @@ def build_step(
 
 def step_factory(params: Params, num_classes: int) -> StepFactory:
     """Return a function that builds the step on a device that is not there."""
-    return lambda device: build_step(params, num_classes, device, fixed_matches=True)
+    return lambda device: build_step(params, num_classes, device)
 
 
 def run_trial_job(root: Path, job: Path, result: Path) -> None:

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from runkey.memory.trace.backward import BackwardRun, run_backward
 from runkey.memory.trace.record import synthetic_batch
-from runkey.memory.trace.torch_private import replaced_backward
+from runkey.memory.trace.torch_private import BackwardRun, replaced_backward, run_backward
 
 FAST = ("fast", "detr, dropout, no average")
 every_training = pytest.mark.parametrize("training", FAST, indirect=True)

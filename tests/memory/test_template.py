@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from runkey.memory.template import find_laws, make_template, other_shape, quantities
-from runkey.memory.trace.events import CLASSES, MicroBatch, break_down, round_up, timeline_of
+from runkey.memory.template import Template, find_laws, other_shape, quantities
+from runkey.memory.trace.events import CLASSES, MicroBatch, break_down, timeline_of
 from runkey.memory.trace.gpu import Gpu
 from runkey.memory.trace.record import BatchFields, recorder
 from runkey.pipeline.step_factory import step_factory
@@ -26,14 +26,12 @@ def traces(small_params):
     """Steps over one, two and three micro-batches, traced for themselves."""
     with recorder(step_factory(small_params, 8), BatchFields(8, 2), Gpu()) as one:
         windows = [(SEEN[0],), *((p, p) for p in (*SEEN, *UNSEEN)), (UNSEEN[0],) * 3, SEEN[:1]]
-        for window in windows:
-            one.step(window)
-        return one.traces()
+        return [one.step(window) for window in windows]
 
 
 @pytest.fixture(scope="module")
 def template(traces):
-    return make_template(traces[1][1:4], stride=8)
+    return Template(traces[1:4], stride=8)
 
 
 def lives(trace):
@@ -43,7 +41,7 @@ def lives(trace):
 
 @pytest.mark.parametrize("number", range(3))
 def test_a_batch_that_was_never_traced_is_known_to_the_byte(template, traces, number):
-    traced = traces[1][4 + number]
+    traced = traces[4 + number]
     assert traced.micro_batches[0] == UNSEEN[number]
     modelled = template.at(UNSEEN[number])
     wrong = [
@@ -62,33 +60,21 @@ def test_a_batch_that_was_never_traced_is_known_to_the_byte(template, traces, nu
 @pytest.mark.parametrize(("number", "window"), [(7, (UNSEEN[0],) * 3), (8, SEEN[:1])])
 def test_windows_of_other_lengths_are_what_is_traced(template, traces, number, window):
     """Two steps of three micro-batches, and of one: what is alive at the peak and at the end."""
-    traced = timeline_of(traces[1][number])
-    assert traces[1][number].micro_batches == window
-    alive: dict[int, int] = {}
-    peak = 0
-    for is_allocation, block, size in template.moves([window] * 2, 0.0):
-        if is_allocation:
-            assert block not in alive
-            alive[block] = round_up(size)
-            peak = max(peak, sum(alive.values()))
-        else:
-            assert alive.pop(block) == round_up(size)
-    assert peak == pytest.approx(traced.peak_bytes, rel=1e-3)
+    traced = timeline_of(traces[number])
+    assert traces[number].micro_batches == window
+    allocator = template.replay([window] * 2, 0.0)
+    assert allocator.max_allocated == pytest.approx(traced.peak_bytes, rel=1e-3)
     # But for scalars of losses, which a step over one micro-batch more makes anew.
-    assert sum(alive.values()) == pytest.approx(int(traced.total[-1]), abs=20 * 512)
+    assert allocator.allocated == pytest.approx(int(traced.total[-1]), abs=20 * 512)
 
 
 def test_a_workspace_comes_and_goes(template):
     """It shows in the peak, and nothing of it is left."""
     big = MicroBatch(16, 475, 630, 6)
     assert template.peak(big, 100.0) > template.peak(big)
-    left, count = [], []
-    for share in (0.0, 100.0):
-        moves = list(template.moves([(big,)], share))
-        left.append(sum(size if is_allocation else -size for is_allocation, _, size in moves))
-        count.append(len(moves))
-    assert left[0] == left[1] > 0
-    assert count[0] < count[1]
+    without, held = (template.replay([(big,)], share) for share in (0.0, 100.0))
+    assert held.allocated == without.allocated > 0
+    assert held.max_allocated > without.max_allocated
 
 
 def test_laws_are_found_and_what_has_none_is_bounded():
@@ -107,9 +93,9 @@ def test_laws_are_found_and_what_has_none_is_bounded():
 
 
 def test_traces_that_differ_in_more_than_bytes_are_refused(traces):
-    shorter = replace(traces[1][2], events=traces[1][2].events[:-1])
+    shorter = replace(traces[2], events=traces[2].events[:-1])
     with pytest.raises(ValueError, match="different blocks"):
-        make_template([traces[1][1], shorter], stride=8)
+        Template([traces[1], shorter], stride=8)
 
 
 def test_breakdown_adds_up_to_the_peak(template):

@@ -2,8 +2,7 @@
 
     with recorder(factory, BatchFields(num_classes, colour), gpu) as recording:
         for micro_batches in global_batches:
-            recording.step(micro_batches)
-        setup, traces = recording.traces()
+            trace = recording.step(micro_batches)
 
 The floors above, which know training, pass a `StepFactory`. The step itself is not changed: modules
 are watched by hooks, operations by a dispatch mode.
@@ -17,13 +16,12 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
@@ -33,7 +31,6 @@ from torch.nn.modules.module import (
 
 from runkey.data.dataset import Batch, GlobalBatch
 from runkey.memory.trace import torch_private
-from runkey.memory.trace.backward import run_backward
 from runkey.memory.trace.events import BlockClass, Event, Kind, Mark, MicroBatch, Phase, Trace
 from runkey.memory.trace.gpu import Gpu
 from runkey.memory.trace.torch_private import (
@@ -42,7 +39,6 @@ from runkey.memory.trace.torch_private import (
     storage_key,
 )
 from runkey.model import backbones
-from runkey.model.criterion import Criterion
 from runkey.model.matcher import Matcher
 from runkey.units import KIB
 
@@ -60,27 +56,17 @@ class BuiltStep:
 
 
 StepFactory = Callable[[torch.device], BuiltStep]
-"""Builds everything that trains on a device; its criterion is `with_fixed_matches`."""
+"""Builds everything that trains on a device."""
 
 
-class FixedMatcher(Matcher):
-    """A matcher that reads no value, as fake tensors have none.
+@contextmanager
+def fixed_matches() -> Iterator[None]:
+    """Let the matcher read no value, as fake tensors have none; it takes every cost for 0.
 
     Any assignment costs the same memory: its sizes follow from the numbers of boxes.
     """
-
-    def read(self, cost: Tensor) -> npt.NDArray[np.floating]:
-        """Take every cost for 0."""
-        return np.zeros(cost.shape)
-
-
-def with_fixed_matches(criterion: Criterion) -> Criterion:
-    """Return the same criterion with a `FixedMatcher`."""
-    matcher = criterion.matcher
-    return replace(
-        criterion,
-        matcher=FixedMatcher(matcher.class_cost, matcher.classification, matcher.l1, matcher.giou),
-    )
+    with patch.object(Matcher, "read", lambda _, cost: np.zeros(cost.shape)):
+        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +101,6 @@ def synthetic_batch(sizes: MicroBatch, fields: BatchFields) -> Batch:
     )
 
 
-# Where a step is, every storage that its operations allocate on a device, and when it is freed.
-
-
 @dataclass(slots=True)
 class BlockRecord:
     """What is known of a block."""
@@ -147,58 +130,82 @@ def _cublas_bytes() -> int:
     return sum(int(size) * KIB * int(count) for size, count in pairs)
 
 
-class Tracker(TorchDispatchMode):
-    """A log of allocations, while it is entered, and of their frees, at any time.
+class Recorder(TorchDispatchMode):
+    """Steps of one training, recorded one after the other.
 
-    It knows the phase, and the module whose forward or backward pass allocates. Autograd numbers
-    its nodes in the order of creation. In the backward pass, the numbers at which a module was
-    entered and left tell which module made a node.
+    While it is entered, it logs every storage that operations allocate on the device; when the
+    storage is freed, it logs that at any time. It knows the module whose forward or backward pass
+    allocates: autograd numbers its nodes in the order of creation, and the numbers at which a
+    module was entered and left tell which module made a node.
     """
 
-    def __init__(self, device_type: str, gpu: Gpu | None, on_model: Callable[[], None]) -> None:
-        """Watch tensors on a type of device.
+    def __init__(
+        self,
+        factory: StepFactory,
+        device: torch.device,
+        fields: BatchFields,
+        gpu: Gpu | None = None,
+    ) -> None:
+        """Build what trains, within the contexts that `recorder` enters.
 
         Args:
-            device_type: such as "cuda".
+            factory: builds it.
+            device: where to build it; storages on such a device are logged.
+            fields: of the batches.
             gpu: knows what kernels allocate for themselves, which no operation returns; None: this
                 and what cuBLAS keeps are not logged.
-            on_model: called when the model starts its forward pass.
         """
         super().__init__()
-        self.phase: Phase = "setup"
-        self.records: list[BlockRecord] = []
-        """By number of block."""
-        self.log: list[tuple[Kind, BlockRecord]] = []
-        self.alive: dict[int, BlockRecord] = {}
+        self.fields = fields
+        self._device_type, self._gpu = device.type, gpu
+        self._log: list[tuple[Kind, BlockRecord]] = []
+        """Of the step."""
+        self._marks: list[Mark] = [Mark(0, "setup")]
+        """Where in the log the phases of the step begin."""
+        self._blocks = self._first_block = 0
+        """Number of the next block, and of the first one of the phase."""
+        self._alive: dict[int, BlockRecord] = {}
         """By number of block, in the order of allocation."""
-        self.library: list[BlockRecord] = []
-        """What libraries keep."""
-        self.outside: set[int] = set()
-        """Keys of storages on the device that are not the step's own: a batch on a CPU."""
-        self._device_type = device_type
-        self._gpu = gpu
-        self._cublas_threads: set[bool] = set()
-        self._on_model = on_model
         self._refs: dict[int, _StorageRef] = {}
-        self._stopped = False
-        self._path = ""
+        """By key of the storage."""
+        self._outside: set[int] = set()
+        """Keys of storages on the device that are not the step's own: a batch on a CPU."""
+        self._cublas_threads: set[bool] = set()
         self._node = 0
         """Backward nodes that have run."""
         self._recomputing = False
         """Whether a checkpointed forward pass is running again, within the backward pass."""
         self._names: dict[int, str] = {}
-        self._stack: list[str] = []
-        self._numbers: list[int] = [0]
-        self._paths: list[str] = [""]
+        """Path of each module of the model, by id."""
+        self._path, self._stack = "", list[str]()
+        self._numbers, self._paths = [0], [""]
+        with self:
+            self.built = factory(device)
+        self._classify()
+        self.setup = self._events()
+        """The events before the first step."""
+
+    def step(self, micro_batches: Sequence[MicroBatch]) -> Trace:
+        """Run one optimizer step over micro-batches of these sizes."""
+        batches = tuple(synthetic_batch(one, self.fields) for one in micro_batches)
+        self._outside = {storage_key(x) for x in _tensors(batches)}
+        before = tuple(self._alive.values())
+        self._log, self._marks = [], []
+        self._start("forward")
+        with self.watching():
+            self.built.step(batches)
+        self._classify()
+        alive = tuple(_event("alloc", record, "setup") for record in before)
+        return Trace(tuple(micro_batches), alive, self._events(), tuple(self._marks))
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Log what operations allocate, by module of the model.
+    def watching(self) -> Iterator[None]:
+        """Log what operations allocate, by module of the model; matches are fixed.
 
         Residual blocks and their convolutions are run by functions of `runkey.model.backbones`, not
         called as modules, so these functions are wrapped too.
         """
-        self._names = {id(module): path for path, module in model.named_modules()}
+        self._names = {id(module): path for path, module in self.built.model.named_modules()}
 
         def watched(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(module: nn.Module, *rest: Any) -> Any:
@@ -215,15 +222,18 @@ class Tracker(TorchDispatchMode):
             register_module_forward_hook(lambda *_: self._leave(), always_call=True),
             patch.object(backbones, "residual_block", watched(backbones.residual_block)),
             patch.object(backbones, "conv_norm", watched(backbones.conv_norm)),
+            fixed_matches(),
             self,
         ):
             yield
 
-    def start(self, phase: Phase) -> None:
-        """Begin another phase, outside of all modules."""
-        self.phase, self._recomputing = phase, False
-        self._stack.clear()
-        self._move("")
+    # Phases and modules.
+
+    def backward_started(self) -> None:
+        """Begin the backward phase; what the forward pass has kept are activations."""
+        for record in self._new_blocks():
+            record.class_ = "activation"
+        self._start("backward")
 
     def enter_node(self, sequence_number: int) -> None:
         """Enter a backward node; its sequence number tells the module."""
@@ -232,29 +242,64 @@ class Tracker(TorchDispatchMode):
         self._stack.clear()
         self._path = self._paths[bisect_right(self._numbers, sequence_number) - 1]
 
-    def forget_nodes(self) -> None:
-        """Forget the nodes of a backward pass that has ended."""
+    def backward_ended(self) -> None:
+        """Begin the optimizer's phase; if another forward pass follows, `_model_entered` knows."""
         self._numbers, self._paths = [next_sequence_number()], [self._path]
+        self._start("optimizer")
 
-    def records_of(
-        self, tensors: Iterable[tuple[str, Tensor]]
-    ) -> Iterator[tuple[str, BlockRecord]]:
-        """Yield name and block of the tensors that lie on the device."""
-        for name, tensor in tensors:
-            ref = self._refs.get(storage_key(tensor))
-            if ref is not None:
-                yield name, ref.record
+    @property
+    def _phase(self) -> Phase:
+        return self._marks[-1].phase
 
-    def alive_since(self, block: int) -> Iterator[BlockRecord]:
-        """Yield the blocks that are alive, from a number on."""
-        for number in reversed(self.alive):
-            if number < block:
+    def _start(self, phase: Phase) -> None:
+        self._marks.append(Mark(len(self._log), phase))
+        self._first_block = self._blocks
+        self._leave_all()
+
+    def _leave_all(self) -> None:
+        self._recomputing = False
+        self._stack.clear()
+        self._move("")
+
+    def _model_entered(self) -> None:
+        """Take what was allocated since the last phase began, and is alive, for the input."""
+        if self._phase == "optimizer":
+            self._marks[-1] = self._marks[-1]._replace(phase="forward")
+            self._leave_all()
+        for record in self._new_blocks():
+            record.class_, record.module = "input", ""
+
+    def _new_blocks(self) -> Iterator[BlockRecord]:
+        """Yield the blocks of the phase that are alive and whose class is not known yet."""
+        for number in reversed(self._alive):
+            if number < self._first_block:
                 return
-            yield self.alive[number]
+            if self._alive[number].class_ == "temporary":
+                yield self._alive[number]
 
-    def stop(self) -> None:
-        """Ignore frees from now on."""
-        self._stopped = True
+    def _enter(self, module: nn.Module) -> None:
+        path = self._names.get(id(module), self._path)
+        self._stack.append(self._path)
+        if not path and self._phase != "backward":
+            self._model_entered()
+        self._recomputing = self._phase == "backward"
+        self._move(path)
+
+    def _leave(self) -> None:
+        if self._stack:
+            self._move(self._stack.pop())
+
+    def _move(self, path: str) -> None:
+        self._path = path
+        if self._phase == "forward":
+            number = next_sequence_number()
+            if number == self._numbers[-1]:
+                self._paths[-1] = path
+            else:
+                self._numbers.append(number)
+                self._paths.append(path)
+
+    # Allocations and frees.
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and log the storages of its results."""
@@ -264,28 +309,6 @@ class Tracker(TorchDispatchMode):
             self._log_workspaces(self._gpu, func, args)
         return out
 
-    def _enter(self, module: nn.Module) -> None:
-        path = self._names.get(id(module), self._path)
-        self._stack.append(self._path)
-        if not path and self.phase != "backward":
-            self._on_model()
-        self._recomputing = self.phase == "backward"
-        self._move(path)
-
-    def _leave(self) -> None:
-        if self._stack:
-            self._move(self._stack.pop())
-
-    def _move(self, path: str) -> None:
-        self._path = path
-        if self.phase == "forward":
-            number = next_sequence_number()
-            if number == self._numbers[-1]:
-                self._paths[-1] = path
-            else:
-                self._numbers.append(number)
-                self._paths.append(path)
-
     def _look(self, out: Any) -> None:
         if isinstance(out, (tuple, list)):
             for one in out:
@@ -294,7 +317,7 @@ class Tracker(TorchDispatchMode):
             return
         key, storage = storage_key(out), out.untyped_storage()
         size = storage.nbytes()
-        if key in self.outside:
+        if key in self._outside:
             return
         ref = self._refs.get(key)
         if ref is not None:
@@ -306,12 +329,12 @@ class Tracker(TorchDispatchMode):
             ref.key, ref.record = key, self._allocate(size)
 
     def _allocate(self, size: int) -> BlockRecord:
-        block, again = len(self.records), self._recomputing
+        block, again = self._blocks, self._recomputing
         class_: BlockClass = "activation" if again else "temporary"
         record = BlockRecord(block, size, class_, self._path, self._node if again else None)
-        self.records.append(record)
-        self.alive[block] = record
-        self.log.append(("alloc", record))
+        self._blocks += 1
+        self._alive[block] = record
+        self._log.append(("alloc", record))
         return record
 
     def _log_workspaces(self, gpu: Gpu, func: Any, args: Any) -> None:
@@ -320,128 +343,41 @@ class Tracker(TorchDispatchMode):
         cuBLAS takes it at a thread's first matrix product; torch's engine runs the backward pass
         in a thread of its own.
         """
-        thread = self.phase == "backward"
+        thread = self._phase == "backward"
         if thread not in self._cublas_threads and func in _PRODUCTS:
             size = _cublas_bytes() if args[0].device.type == "cuda" else 0
             if size:
                 self._cublas_threads.add(thread)
-                self.library.append(self._allocate(size))
+                record = self._allocate(size)
+                record.class_, record.module = "library", ""
         for record in [self._allocate(size) for size in gpu.workspaces(func, args)]:
             self._end(record)
 
     def _free(self, ref: _StorageRef) -> None:
-        if self._stopped or ref.record.block not in self.alive:
-            return
-        if self._refs.get(ref.key) is ref:
-            del self._refs[ref.key]
-        self._end(ref.record)
+        if ref.record.block in self._alive:
+            if self._refs.get(ref.key) is ref:
+                del self._refs[ref.key]
+            self._end(ref.record)
 
     def _end(self, record: BlockRecord) -> None:
-        del self.alive[record.block]
+        del self._alive[record.block]
         if record.class_ == "activation" and record.node == self._node:
             record.class_ = "temporary"  # the backward node that made it has not kept it
-        self.log.append(("free", record))
+        self._log.append(("free", record))
 
+    def _classify(self) -> None:
+        """Give the blocks of gradients, parameters, buffers and moments their classes and paths."""
 
-# Steps of a training.
+        def classify(class_: BlockClass, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+            for path, tensor in tensors:
+                ref = None if tensor is None else self._refs.get(storage_key(tensor))
+                if ref is not None:
+                    ref.record.class_, ref.record.module = class_, path
 
-
-@dataclass(frozen=True, slots=True)
-class _StepLog:
-    """One optimizer step in a tracker's log."""
-
-    micro_batches: tuple[MicroBatch, ...]
-    before: tuple[BlockRecord, ...]
-    start: int
-    end: int
-    """Its part of the log."""
-    phases: tuple[tuple[int, Phase], ...]
-    """Where in the log its phases begin."""
-
-
-class Recorder:
-    """Steps of one training, recorded one after the other."""
-
-    def __init__(
-        self,
-        factory: StepFactory,
-        device: torch.device,
-        fields: BatchFields,
-        gpu: Gpu | None = None,
-    ) -> None:
-        """Build what trains, within the contexts that `recorder` enters; `gpu`: see `Tracker`."""
-        self.fields = fields
-        self.tracker = Tracker(device.type, gpu, self._model_entered)
-        self._steps: list[_StepLog] = []
-        self._phases: list[tuple[int, Phase]] = []
-        self._first_block = 0
-        """Of the phase."""
-        with self.tracker:
-            self.built = factory(device)
-        self._setup = len(self.tracker.log)
-
-    def step(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Run one optimizer step over micro-batches of these sizes."""
-        batches = tuple(synthetic_batch(one, self.fields) for one in micro_batches)
-        tracker = self.tracker
-        tracker.outside = {storage_key(x) for x in _tensors(batches)}
-        before, start = tuple(tracker.alive.values()), len(tracker.log)
-        self._phases = []
-        self._start("forward")
-        with tracker.watching(self.built.model):
-            self.built.step(batches)
-        gradients = ((n, p.grad) for n, p in self.built.model.named_parameters())
-        present = ((name, gradient) for name, gradient in gradients if gradient is not None)
-        for name, record in tracker.records_of(present):
-            record.class_, record.module = "gradient", name
-        end, phases = len(tracker.log), tuple(self._phases)
-        self._steps.append(_StepLog(tuple(micro_batches), before, start, end, phases))
-
-    def traces(self) -> tuple[tuple[Event, ...], list[Trace]]:
-        """Return the events before the first step and each step's trace; ends the recording."""
-        self.tracker.stop()
-        self._classify_persistent()
-        log = self.tracker.log
-        setup = tuple(_event(kind, record, "setup") for kind, record in log[: self._setup])
-        return setup, [self._trace(step) for step in self._steps]
-
-    def backward_started(self) -> None:
-        """Begin the backward phase; what the forward pass has kept are activations."""
-        for record in self.tracker.alive_since(self._first_block):
-            if record.class_ == "temporary":
-                record.class_ = "activation"
-        self._start("backward")
-
-    def backward_ended(self) -> None:
-        """Begin the optimizer's phase; if another forward pass follows, `_model_entered` knows."""
-        self.tracker.forget_nodes()
-        self._start("optimizer")
-
-    def _start(self, phase: Phase) -> None:
-        self.tracker.start(phase)
-        self._phases.append((len(self.tracker.log), phase))
-        self._first_block = len(self.tracker.records)
-
-    def _model_entered(self) -> None:
-        """Take what was allocated since the last phase began, and is alive, for the input."""
-        start, phase = self._phases[-1]
-        if phase == "optimizer":
-            self._phases[-1] = (start, "forward")
-            self.tracker.start("forward")
-        for record in self.tracker.alive_since(self._first_block):
-            record.class_, record.module = "input", ""
-
-    def _classify_persistent(self) -> None:
-        """Give the blocks of parameters, buffers and moments their classes and paths."""
-
-        def classify(class_: BlockClass, tensors: Iterable[tuple[str, Tensor]]) -> None:
-            for path, record in self.tracker.records_of(tensors):
-                record.class_, record.module = class_, path
-
-        for record in self.tracker.library:
-            record.class_, record.module = "library", ""
+        model, average = self.built.model, self.built.average
+        classify("gradient", ((name, x.grad) for name, x in model.named_parameters()))
         names: dict[Tensor, str] = {}
-        for prefix, module in (("", self.built.model), ("ema.", self.built.average)):
+        for prefix, module in (("", model), ("ema.", average)):
             if module is not None:
                 parameters = [(prefix + name, x) for name, x in module.named_parameters()]
                 names |= {parameter: path for path, parameter in parameters}
@@ -451,16 +387,12 @@ class Recorder:
             tensors = ((names[trained], x) for x in state.values() if isinstance(x, Tensor))
             classify("optimizer", tensors)
 
-    def _trace(self, step: _StepLog) -> Trace:
-        events: list[Event] = []
-        for (start, phase), (end, _) in pairwise([*step.phases, (step.end, "setup")]):
-            part = self.tracker.log[start:end]
-            events += [_event(kind, record, phase) for kind, record in part]
-        return Trace(
-            step.micro_batches,
-            tuple(_event("alloc", record, "setup") for record in step.before),
-            tuple(events),
-            tuple(Mark(index - step.start, phase) for index, phase in step.phases),
+    def _events(self) -> tuple[Event, ...]:
+        """Return the log's events, in their phases."""
+        return tuple(
+            _event(kind, record, mark.phase)
+            for mark, after in pairwise([*self._marks, Mark(len(self._log), "setup")])
+            for kind, record in self._log[mark.start : after.start]
         )
 
 
@@ -480,7 +412,7 @@ def python_backward(recording: Recorder) -> Iterator[None]:
 
     def run(root: Tensor, gradient: Tensor | None) -> None:
         recording.backward_started()
-        run_backward(root, gradient, recording.tracker.enter_node)
+        torch_private.run_backward(root, gradient, recording.enter_node)
         recording.backward_ended()
 
     with torch_private.replaced_backward(run):

@@ -1,4 +1,4 @@
-"""The private parts of torch that the memory prediction relies on.
+"""The private parts of torch that the memory prediction relies on, and a backward pass by them.
 
 No other file of `runkey.memory` uses a private name of torch (tests/memory/test_torch_private.py).
 `PARTS` lists the names and what each is for; importing this module with a torch that lacks one
@@ -7,9 +7,12 @@ raises an ImportError that names it. What they do and how to repair them: docs/m
 
 from __future__ import annotations
 
+import gc
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from heapq import heappop, heappush
 from typing import Any
 from unittest.mock import patch
 
@@ -25,6 +28,8 @@ PARTS = {
     "torch.utils.checkpoint.GraphExecGroup": "checkpointing under our backward pass",
     "torch.cuda.amp.common.amp_definitely_not_available": "autocast without a GPU",
     "torch._prims_common.suggest_memory_format": "the memory format that cuDNN keeps",
+    "torch._prims_common.is_non_overlapping_and_dense": "whether a gradient is summed in place",
+    "torch._prims_common.check_significant_strides": "whether a gradient is stolen",
     "torch._C._conv_determine_backend_memory_format": "the memory format that cuDNN keeps",
     "torch._C._autograd._get_sequence_nr": "finding the module of a backward node",
     "torch._C._storage_Use_Count": "whether a gradient is summed in place or stolen",
@@ -63,7 +68,11 @@ if _missing:
         "install the locked torch, or see docs/memory-internals.md"
     )
 
-from torch._prims_common import suggest_memory_format  # noqa: E402
+from torch._prims_common import (  # noqa: E402
+    check_significant_strides,
+    is_non_overlapping_and_dense,
+    suggest_memory_format,
+)
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.checkpoint import GraphExecGroup  # noqa: E402
@@ -165,19 +174,8 @@ def _copy(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
 
 
 def next_sequence_number() -> int:
-    """Return the number that the next autograd node will get."""
+    """Return the number that the next autograd node will get; later nodes have larger ones."""
     return torch._C._autograd._get_sequence_nr()
-
-
-def sequence_number(node: Any) -> int:
-    """Return the number of an autograd node; later nodes have larger ones."""
-    number: int = node._sequence_nr()
-    return number
-
-
-def input_metadata(node: Any) -> Any:
-    """Return shape and dtype of each gradient that an autograd node takes."""
-    return node._input_metadata
 
 
 def reference_counts(tensor: Tensor) -> tuple[int, int]:
@@ -190,3 +188,207 @@ def storage_key(tensor: Tensor) -> int:
     """Return a number that identifies a tensor's storage while it lives."""
     key: int = tensor.untyped_storage()._cdata
     return key
+
+
+# The backward pass, run node by node from Python. torch's own engine needs a CUDA context and so
+# fails on fake CUDA tensors without a GPU (pytorch#92627). This one runs the same nodes in the same
+# order, and sums, casts, steals and frees gradients as that one does on real tensors: gradients are
+# equal bit for bit, lifetimes to the byte (tests/memory/test_exact.py). It supports no hooks, no
+# double backward and no retained graph.
+
+
+_LEAF = "torch::autograd::AccumulateGrad"
+# Of a tensor that nothing else refers to; torch's versions count differently.
+_ALONE = reference_counts(torch.empty(1))
+
+Slots = list[Tensor | None]
+
+
+def run_backward(
+    root: Tensor, gradient: Tensor | None = None, on_node: Callable[[int], None] = lambda _: None
+) -> None:
+    """Add the gradients of a scalar to the leaves' `.grad`, and free the graph.
+
+    Args:
+        root: a scalar; it and the scalars that it is made from are detached.
+        gradient: gradient of the root; None: 1.
+        on_node: called with the sequence number of each node before it runs.
+    """
+    assert root.grad_fn is not None, "the loss does not depend on any parameter"
+    with torch.no_grad(), GraphExecGroup():
+        BackwardRun(on_node).run(root, torch.ones_like(root) if gradient is None else gradient)
+
+
+class BackwardRun:
+    """One backward pass."""
+
+    def __init__(self, on_node: Callable[[int], None]) -> None:
+        """Prepare a pass; `on_node`: see `run_backward`."""
+        self._on_node = on_node
+        self._awaited: Counter[int] = Counter()
+        self._waiting: dict[int, Slots] = {}
+        # Highest sequence number first, leaves before all; among leaves, first come first served.
+        self._ready: list[tuple[float, int, Any, Slots]] = []
+        self._pushed = 0
+        # In how many slots a gradient stands; torch's engine counts references instead.
+        self._slots_of: Counter[int] = Counter()
+
+    def run(self, root: Tensor, seed: Tensor) -> None:
+        """Detach the root and run every node; `seed`, the root's gradient, lives until the end."""
+        node: Any = root.grad_fn
+        slots: Slots = [None] * len(node._input_metadata)
+        slots[root.output_nr] = seed
+        self._slots_of[id(seed)] += 2  # Its slot's reference, and ours.
+        self._awaited = _count_dependencies(node)
+        self._push(node, slots)
+        # Only the heap refers to them from here on.
+        del node, slots
+        _detach_chain(root)
+        while self._ready:
+            _, _, node, slots = heappop(self._ready)
+            if node.name() == _LEAF:
+                self._accumulate(node.variable, slots)
+                continue
+            self._on_node(node._sequence_nr())
+            edges = node.next_functions
+            outputs = _call(node, slots, edges)
+            self._release(slots)
+            # The last reference: the tensors that the node has saved are freed with it.
+            del node
+            self._hand_on(edges, outputs)
+
+    def is_sole(self, gradient: Tensor) -> bool:
+        """Return True if nothing else refers to a gradient, so that it may be summed in place."""
+        return (
+            self._slots_of[id(gradient)] == 1
+            and reference_counts(gradient) == _ALONE
+            and is_non_overlapping_and_dense(gradient)
+        )
+
+    def _push(self, node: Any, slots: Slots) -> None:
+        priority = float("-inf") if node.name() == _LEAF else -float(node._sequence_nr())
+        heappush(self._ready, (priority, self._pushed, node, slots))
+        self._pushed += 1
+
+    def _release(self, slots: Slots) -> None:
+        for gradient in slots:
+            if gradient is not None:
+                self._slots_of[id(gradient)] -= 1
+                if not self._slots_of[id(gradient)]:
+                    del self._slots_of[id(gradient)]
+        slots.clear()
+
+    def _hand_on(self, edges: Sequence[tuple[Any, int]], outputs: Slots) -> None:
+        """Put a node's gradients into the slots of the nodes that they are for.
+
+        A gradient that is added to another one lives until all are handed on.
+        """
+        added = []
+        for gradient in outputs:
+            if gradient is not None:
+                self._slots_of[id(gradient)] += 1
+        for index, (node, slot) in enumerate(edges):
+            gradient, outputs[index] = outputs[index], None
+            if node is None:
+                if gradient is not None:
+                    self._release([gradient])
+                continue
+            key = _key(node)
+            slots = self._waiting.pop(key, None)
+            if slots is None:
+                slots = [None] * len(node._input_metadata)
+            if gradient is not None:
+                if slots[slot] is not None:
+                    added.append(gradient)
+                slots[slot] = self._sum(slots[slot], gradient)
+            del gradient
+            self._awaited[key] -= 1
+            if self._awaited[key]:
+                self._waiting[key] = slots
+            else:
+                self._push(node, slots)
+
+    def _sum(self, old: Tensor | None, new: Tensor) -> Tensor:
+        """Add two gradients of one tensor; in place if nothing else needs the first."""
+        if old is None:
+            return new
+        if self.is_sole(old):
+            self._release([new])
+            return old.add_(new)
+        total = old + new
+        self._release([old, new])
+        self._slots_of[id(total)] += 1
+        return total
+
+    def _accumulate(self, variable: Tensor, slots: Slots) -> None:
+        """Add to a leaf's gradient, or steal the new gradient if nothing else needs it."""
+        (gradient,) = slots
+        if gradient is None:
+            return
+        if variable.grad is not None:
+            variable.grad.add_(gradient)
+        elif (
+            self._slots_of[id(gradient)] == 1
+            and reference_counts(gradient)[0] == _ALONE[0]
+            and check_significant_strides(gradient, variable, only_cuda=False)[0]
+        ):
+            variable.grad = gradient.detach()
+        else:
+            variable.grad = torch.empty_like(variable).copy_(gradient)
+        self._release(slots)
+
+
+def _detach_chain(root: Tensor) -> None:
+    """Detach the root and whatever else Python holds of the scalars it was made from.
+
+    A graph lives as long as a tensor made by it. torch frees what its nodes have saved all the
+    same; from Python that needs the tensors detached.
+    """
+    chain, node = [], root.grad_fn
+    while node is not None:
+        chain.append(node)
+        following = [one for one, _ in node.next_functions if one is not None]
+        node = following[0] if len(following) == 1 and len(node._input_metadata) == 1 else None
+    for held in gc.get_objects():
+        if issubclass(type(held), Tensor) and held.grad_fn in chain:
+            held.detach_()
+
+
+def _count_dependencies(root: Any) -> Counter[int]:
+    """Count the gradients that each node waits for; keeps no node alive."""
+    count: Counter[int] = Counter()
+    seen, stack = {_key(root)}, [root]
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is None:
+                continue
+            key = _key(node)
+            count[key] += 1
+            if key not in seen:
+                seen.add(key)
+                stack.append(node)
+    return count
+
+
+def _key(node: Any) -> int:
+    """Identify a node; Python's objects for nodes come and go."""
+    return -id(node.variable) if node.name() == _LEAF else node._sequence_nr()
+
+
+def _call(node: Any, slots: Slots, edges: Sequence[tuple[Any, int]]) -> Slots:
+    """Run a node; cast its gradients to the shape and dtype that the next nodes expect."""
+    result = node(*slots)
+    outputs: Slots = list(result) if isinstance(result, tuple) else [result]
+    del result
+    for index, (following, slot) in enumerate(edges):
+        gradient = outputs[index]
+        if following is None or gradient is None:
+            continue
+        expected = following._input_metadata[slot]
+        shape = torch.Size(expected.shape)
+        if gradient.shape != shape:
+            gradient = gradient.sum_to_size(shape)
+        if gradient.dtype != expected.dtype:
+            gradient = gradient.to(expected.dtype)
+        outputs[index] = gradient
+    return outputs
