@@ -231,9 +231,11 @@ def predict(
     """
     batch_size, stride = params.training.batch_size, _token_stride(params)
     few, many = shapes.worst(_FEW), shapes.worst(_MANY)
-    shape = other_shape((many.height, many.width), stride)
+    queries = params.model.num_queries if params.model.preset == "fast" else 0
+    shape = other_shape((many.height, many.width), stride, queries)
     other = MicroBatch(_CONFIRMED, *shape, many.objects)
-    unseen = MicroBatch(_CONFIRMED + 2, shape[0] - 5, shape[1] - 3, many.objects)
+    unseen_shape = max(1, shape[0] - 5), max(1, shape[1] - 3)
+    unseen = MicroBatch(_CONFIRMED + 2, *unseen_shape, many.objects)
     *traces, check = _trace(params, shapes, factory_for, (few, many, other, unseen))
     template = Template(traces, stride)
     replays = tuple(

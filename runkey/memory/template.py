@@ -51,32 +51,45 @@ def _cells(height: int, width: int) -> dict[int, int]:
     return cells
 
 
-def other_shape(worst: Shape, stride: int) -> Shape:
-    """Return a smaller shape that tells quantities apart, and that kernels treat like `worst`.
+_SMALLER, _LARGER = (0.8, 0.75, 0.7, 0.65, 0.6, 0.55), (1.3, 1.4, 1.5, 1.6, 1.7, 1.8)
 
-    Attention pads masks whose rows are no multiple of 8 or 16 tokens, by extra allocations, so both
-    shapes must be multiples or neither.
+
+def other_shape(worst: Shape, stride: int, queries: int = 0) -> Shape:
+    """Return a shape that tells quantities apart, and that training treats like `worst`.
+
+    Attention pads masks whose rows are no multiple of 8 or 16 tokens, and two-stage selection adds
+    tokens if there are fewer than queries. Both allocate: both shapes must need it, or neither.
+
+    Args:
+        worst: the largest (height, width), pixels.
+        stride: pixels from token to token.
+        queries: number of queries that tokens are selected for; 0: none are.
+
+    Returns:
+        A smaller shape; a larger one if only that has enough tokens; `worst` if there is none.
     """
-    height, width = worst
-    wanted = _alignment(worst, stride)
-    best, most = worst, 0
-    for part in (0.8, 0.75, 0.7, 0.65, 0.6, 0.55):
-        for less in range(0, 2 * stride, 3):
-            shape = (max(1, round(height * part) - less), max(1, round(width * part * 0.87) - less))
-            if _alignment(shape, stride) == wanted:
-                told_apart = _count_told_apart(worst, shape, stride)
-                best, most = max((best, most), (shape, told_apart), key=lambda pair: pair[1])
-    return best
+    (height, width), wanted = worst, _treatment(worst, stride, queries)
+    for parts in (_SMALLER, _LARGER):
+        shapes = [
+            (max(1, round(height * part) - less), max(1, round(width * part * 0.87) - less))
+            for part in parts
+            for less in range(0, 2 * stride, 3)
+        ]
+        aligned = [one for one in shapes if _treatment(one, stride, queries)[:-1] == wanted[:-1]]
+        alike = [one for one in aligned if _treatment(one, stride, queries) == wanted]
+        if alike or not aligned:
+            break
+    return max(alike, key=lambda one: _count_told_apart(worst, one, stride), default=worst)
 
 
-def _alignment(shape: Shape, stride: int) -> list[bool]:
+def _treatment(shape: Shape, stride: int, queries: int) -> tuple[bool, ...]:
     tokens = _cells(*shape)[stride]
-    return [tokens % pad == 0 for pad in (8, 16)]
+    return tokens % 8 == 0, tokens % 16 == 0, tokens < queries
 
 
 def _count_told_apart(worst: Shape, shape: Shape, stride: int) -> int:
     """Count the quantities that grow differently from one shape to the other."""
-    one, other = (quantities(MicroBatch(1, *s, 0), stride).astype(float) for s in (worst, shape))
+    one, other = (quantities(MicroBatch(1, *s, 0), stride) for s in (worst, shape))
     return len(np.unique(one / other))
 
 

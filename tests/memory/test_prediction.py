@@ -10,6 +10,7 @@ import torch
 
 from runkey.errors import TrainingError
 from runkey.hashing import sha256_file
+from runkey.memory.batch_shapes import single_shape
 from runkey.memory.choose import card_of, cards, plan_memory, shown_images
 from runkey.memory.measure import (
     Correction,
@@ -23,8 +24,9 @@ from runkey.memory.measure import (
     this_platform,
     write_cpu,
 )
-from runkey.memory.predict import read_model, write_model
+from runkey.memory.predict import predict, read_model, write_model
 from runkey.params import override
+from runkey.pipeline.step_factory import step_factory
 from runkey.units import GIB, MIB
 
 CPU = torch.device("cpu")
@@ -48,6 +50,19 @@ def test_prediction(prediction):
     assert model.limit_pixels(3) == 3 * 90 * 120
     assert model.replays[-1].batches >= 200
     assert all(one.reserved_bytes >= one.allocated_bytes for one in model.replays)
+
+
+@pytest.mark.parametrize(
+    ("queries", "shape"), [(100, (90, 120)), (170, (90, 120)), (300, (90, 120)), (20, (3, 5))]
+)
+def test_queries_may_outnumber_tokens(small_params, queries, shape):
+    """Of 15 x 12 tokens, of the smaller shape that is traced, or of a tiny image."""
+    params = override(small_params, {"model.num_queries": queries})
+    shapes = single_shape(params, shape, objects=6, num_classes=8)
+    found = predict(params, shapes, lambda other: step_factory(other, 8), alternatives=False)
+    check = found.model.confirmation
+    assert check.predicted_bytes == check.traced_bytes
+    assert found.model.loose_blocks == 0
 
 
 def test_the_model_is_read_as_it_was_written(prediction, tmp_path):

@@ -92,6 +92,18 @@ def test_laws_are_found_and_what_has_none_is_bounded():
     assert laws.bytes(MicroBatch(8, 10, 10, 9))[-1] == 128
 
 
+@pytest.mark.parametrize(
+    ("queries", "other"),
+    [(0, (222, 309)), (70, (222, 309)), (100, (381, 523)), (151, (222, 309))],
+)
+def test_the_other_shape_has_enough_tokens_if_the_largest_has(queries, other):
+    """Of 300 x 470 pixels, 10 x 15 tokens."""
+    assert other_shape((300, 470), 32, queries) == other
+    tokens = -(-other[0] // 32) * -(-other[1] // 32)
+    assert (tokens >= queries) is (150 >= queries)
+    assert tokens % 8 != 0
+
+
 def test_traces_that_differ_in_more_than_bytes_are_refused(traces):
     shorter = replace(traces[2], events=traces[2].events[:-1])
     with pytest.raises(ValueError, match="different blocks"):
