@@ -15,10 +15,13 @@ from runkey.params.schema import (
     Checks,
     Clip,
     Data,
+    EarlyStopping,
     Model,
     Optimizer,
     Params,
+    Runtime,
     Schedule,
+    Training,
 )
 
 __all__ = [
@@ -26,10 +29,13 @@ __all__ = [
     "Checks",
     "Clip",
     "Data",
+    "EarlyStopping",
     "Model",
     "Optimizer",
     "Params",
+    "Runtime",
     "Schedule",
+    "Training",
     "as_text",
     "changed_params",
     "load_params",
