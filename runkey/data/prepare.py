@@ -178,8 +178,6 @@ class _Preparation:
         for split, images in splits.items():
             write_index(self.out / f"{split}.json", [image.record for image in images])
             statistics[split] = numbers = _describe(images, classes)
-            counted = ("images", "objects", "crowd_regions")
-            self.findings.kept[split] = {name: numbers[name] for name in counted}
             cached = self._write_cache(split, images)
             logger.info(
                 f"{split}: {len(images)} images, {numbers['images_without_objects']} without "
@@ -190,6 +188,10 @@ class _Preparation:
         write_image_list(self.out / IMAGE_LIST, listed, classes)
         text = json.dumps(statistics, indent=2, ensure_ascii=False)
         (self.out / "statistics.json").write_text(text + "\n", encoding="utf-8")
+        self.findings.kept |= {
+            split: {name: numbers[name] for name in ("images", "objects", "crowd_regions")}
+            for split, numbers in statistics.items()
+        }
 
     def _write_cache(self, split: SplitName, images: list[CheckedImage]) -> str:
         places = [image.place for image in images if image.place is not None]

@@ -26,21 +26,11 @@ from runkey.evaluation.files import CocoDetection
 
 SIZES = ("small", "medium", "large")
 """COCO's: areas up to 32 x 32 pixels, up to 96 x 96, and above."""
-# In the order of COCOeval.stats.
 SUMMARY_NAMES = (
-    "AP",
-    "AP50",
-    "AP75",
-    "AP_small",
-    "AP_medium",
-    "AP_large",
-    "AR_1",
-    "AR_10",
-    "AR_100",
-    "AR_small",
-    "AR_medium",
-    "AR_large",
+    *("AP", "AP50", "AP75", *(f"AP_{size}" for size in SIZES)),
+    *("AR_1", "AR_10", "AR_100", *(f"AR_{size}" for size in SIZES)),
 )
+"""In the order of `COCOeval.stats`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +111,16 @@ def _result(run: Any, records: list[ImageRecord], classes: list[ClassName]) -> C
     # COCOeval orders classes by category id; ours keep the order of the class list.
     position = {int(category): k for k, category in enumerate(run.params.catIds)}
     order = [position[c.id] for c in classes]
-    # [T, R, K, area, detections] -> [K, T, R], all areas, 100 detections.
-    precision = run.eval["precision"][:, :, order, 0, -1].transpose(2, 0, 1)
+    # [T, R, K, area, detections] -> [area, K, T, R] at 100 detections; the first are all areas.
+    by_area = run.eval["precision"][..., -1][:, :, order].transpose(3, 2, 0, 1)
+    precision = by_area[0]
     recall = run.eval["recall"][:, order, 0, -1].T
-    objects = _count_objects(records, run.params.areaRng)
-    by_area = run.eval["precision"][..., -1][:, :, order].transpose(3, 2, 0, 1)  # [area, K, T, R]
+    found = [(label, area) for record in records for _, label, area in record.objects()]
+    # COCOeval leaves out what is smaller or larger, so a size at a limit is in both.
+    objects = [
+        Counter(label for label, area in found if least <= area <= most)
+        for least, most in run.params.areaRng
+    ]
     per_class = tuple(
         ClassResult(
             name=c.name,
@@ -152,17 +147,6 @@ def _result(run: Any, records: list[ImageRecord], classes: list[ClassName]) -> C
         recalls=run.params.recThrs,
         precision=np.where(precision < 0, np.nan, precision),
     )
-
-
-def _count_objects(
-    records: list[ImageRecord], ranges: list[tuple[float, float]]
-) -> list[Counter[int]]:
-    """Count the objects of each class in each range of areas, without crowd regions."""
-    objects = [(label, area) for record in records for _, label, area in record.objects()]
-    # COCOeval leaves out what is smaller or larger, so a size at a limit is in both.
-    return [
-        Counter(label for label, area in objects if least <= area <= most) for least, most in ranges
-    ]
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:

@@ -9,6 +9,7 @@ MLflow's model holds no second copy of the weights: it names the run, whose `mod
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,12 @@ def _load_pyfunc(path: str) -> PyfuncDetector:
     )
 
 
+@dataclass(frozen=True)
 class PyfuncDetector:
     """A detector on the CPU, one image at a time."""
 
-    def __init__(self, detector: Detector, card: ModelCard) -> None:
-        """Wrap a detector and its card."""
-        self._detector = detector
-        self._postprocess = build_postprocess(card.model)
-        self._names = [one.name for one in card.classes]
-        self._sizes = card.sizes
+    detector: Detector
+    card: ModelCard
 
     def predict(self, frame: Any, params: dict[str, Any] | None = None) -> Any:  # noqa: ARG002
         """Detect objects.
@@ -65,12 +63,13 @@ class PyfuncDetector:
         import pandas as pd
 
         batches = (
-            preprocess(content, self._sizes, number)
+            preprocess(content, self.card.sizes, number)
             for number, content in enumerate(frame["image"])
         )
-        found = detect(self._detector, self._postprocess, batches, torch.device("cpu"))
+        postprocess = build_postprocess(self.card.model)
+        found = detect(self.detector, postprocess, batches, torch.device("cpu"))
         rows = [
-            (number, self._names[label], score, *box)
+            (number, self.card.classes[label].name, score, *box)
             for number, of_image in found.items()
             for label, score, box in zip(
                 of_image.labels.tolist(),
