@@ -18,8 +18,8 @@ from runkey.data.dataset import Batch, GlobalBatch
 from runkey.data.decode import decode_rgb
 from runkey.data.index import ImageRecord, write_index
 from runkey.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
-from runkey.params import Augment, Data, Model, Params
-from runkey.params.schema import Evaluate, Runtime, Training
+from runkey.params import Augment, Data, Model, Params, Runtime, Training
+from runkey.params.schema import Evaluate
 
 
 @pytest.fixture
