@@ -13,7 +13,6 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -90,7 +89,7 @@ class EnvironmentComparison:
         """Format for JSON."""
         stated = {name: value for name, value in vars(self).items() if name != "differences"}
         kinds = ("missing", "other", "extra")
-        lists = {kind: [asdict(found) for found in self.of_kind(kind)] for kind in kinds}
+        lists = {kind: [asdict(d) for d in self.of_kind(kind)] for kind in kinds}
         return {"agrees": self.agrees, **stated, **lists}
 
 
@@ -108,16 +107,17 @@ def compare_environment(folder: Path) -> EnvironmentComparison:
     cuda = installed_cuda()
     if conda.resolve() == prefix.resolve() and (conda / "conda-meta").is_dir():
         against = LOCK
-        pairs = _conda_pairs(prefix, packages)
+        locked, installed = _conda_lists(prefix, packages)
     else:
         against = REQUIREMENTS
         locked, installed = read_requirements(folder / REQUIREMENTS), installed_packages()
-        pairs = _pairs(locked, installed)
         wanted = locked_cuda(locked)
         if locked.get("torch") == installed.get("torch") and wanted != cuda:
-            pairs.append(PackageDifference("torch's build", _build(wanted), _build(cuda)))
+            locked["torch's build"], installed["torch's build"] = _build(wanted), _build(cuda)
         if python.split(".")[:2] != locked_python.split(".")[:2]:
-            pairs.append(PackageDifference("python", locked_python, python))
+            locked["python"], installed["python"] = locked_python, python
+    names = sorted(locked.keys() | installed.keys())
+    pairs = [PackageDifference(name, locked.get(name), installed.get(name)) for name in names]
     differences = tuple(pair for pair in pairs if pair.locked != pair.installed)
     is_wrong = any(pair.kind != "extra" for pair in differences)
     return EnvironmentComparison(
@@ -136,39 +136,34 @@ def _build(cuda: str | None) -> str:
     return f"for CUDA {cuda}" if cuda else "for the CPU"
 
 
-def _pairs(locked: Mapping[str, str], installed: Mapping[str, str]) -> list[PackageDifference]:
-    names = sorted(set(locked) | set(installed))
-    return [PackageDifference(name, locked.get(name), installed.get(name)) for name in names]
+def _conda_lists(
+    prefix: Path, packages: tuple[LockedPackage, ...]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Version and build by name of what is locked, and of what is installed.
 
-
-def _conda_pairs(prefix: Path, packages: tuple[LockedPackage, ...]) -> list[PackageDifference]:
-    """Conda's packages by version and build, then those that pip installed."""
-    installed, files = _conda_records(prefix)
-    pairs = _pairs({p.name: f"{p.version} {p.build}" for p in packages}, installed)
-    pins = python_pins(packages)
-    for path in sorted(prefix.glob("lib/python3*/site-packages/*.dist-info")):
-        if f"{path.relative_to(prefix).as_posix()}/METADATA" not in files:
-            name, _, version = path.stem.partition("-")
-            name = normalise_name(name)
-            if name == "runkey":  # the project, in editable form
-                continue
-            pairs.append(PackageDifference(name, pins.get(name), f"{version} by pip"))
-    return pairs
-
-
-def _conda_records(prefix: Path) -> tuple[dict[str, str], set[str]]:
-    """`version build` by name of what conda installed, and the paths of its files."""
-    found, files = {}, set[str]()
+    A package that pip put over conda's stands for it.
+    """
+    locked = {p.name: f"{p.version} {p.build}" for p in packages}
+    installed, files = dict[str, str](), set[str]()
     for path in sorted((prefix / "conda-meta").glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            found[str(record["name"])] = f"{record['version']} {record['build']}"
+            installed[str(record["name"])] = f"{record['version']} {record['build']}"
             files |= set(record.get("files", ()))
         except (ValueError, KeyError, TypeError):
             raise RegistryError(
                 f"{path}: not a record of conda's; `conda install --force-reinstall` the package"
             ) from None
-    return found, files
+    pins = python_pins(packages)
+    for path in sorted(prefix.glob("lib/python3*/site-packages/*.dist-info")):
+        name, _, version = path.stem.partition("-")
+        name = normalise_name(name)
+        by_conda = f"{path.relative_to(prefix).as_posix()}/METADATA" in files
+        if not by_conda and name != "runkey":  # the project, in editable form
+            locked.pop(name, None)
+            locked |= {name: pins[name]} if name in pins else {}
+            installed[name] = f"{version} by pip"
+    return locked, installed
 
 
 def _way_out(folder: Path, prefix: Path, against: Path) -> str:

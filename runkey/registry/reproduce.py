@@ -60,13 +60,8 @@ other files hold times and names."""
 _COMPARED = re.compile(r"eval/(?!loss_)")
 """Metrics of the evaluation; of the losses only their sum."""
 WITNESS_CLASS = (
-    "device",
-    "micro_batch",
-    "world_size",
-    "threads",
-    "precision",
-    "interpreter",
-    "package_differences",
+    *("device", "micro_batch", "world_size", "threads", "precision"),
+    *("interpreter", "package_differences"),
 )
 """Fields of a witness that make its class."""
 
@@ -140,19 +135,15 @@ class RunComparison:
 
     def as_dict(self) -> dict[str, Any]:
         """Format for the record of the first run."""
+        values = {metric.name: (metric.first, metric.repeat) for metric in self.metrics}
         return {
             "same_class": self.same_class,
-            "class_differences": list(self.class_differences),
+            "class_differences": self.class_differences,
             "identical": self.identical,
             "within_tolerance": self.within_tolerance,
             "reproduced": self.holds,
-            "files": {path: list(hashes) for path, hashes in self.files.items()},
-            "metrics": {
-                metric.name: [
-                    v if math.isfinite(v) else None for v in (metric.first, metric.repeat)
-                ]
-                for metric in self.metrics
-            },
+            "files": self.files,
+            "metrics": {n: [v if math.isfinite(v) else None for v in values[n]] for n in values},
         }
 
 
@@ -199,6 +190,7 @@ def share_cache(main: Path, root: Path) -> None:
     """
     settings, other = main / ".dvc", root / ".dvc"
     shared, local = read_config(settings / "config"), read_config(settings / "config.local")
+    local.read_dict({"cache": {"dir": str(cache_folder(main))}})
     for section in filter(_REMOTE.match, [*shared.sections(), *local.sections()]):
         options = dict(local[section]) if section in local else {}
         if shared.has_option(section, "url"):
@@ -206,14 +198,11 @@ def share_cache(main: Path, root: Path) -> None:
         local[section] = {}
         for name, value in options.items():
             path = value.strip("\"'")
-            is_path = name == "url" or name.endswith(("file", "path", "_file_path"))
+            is_path = name == "url" or name.endswith(("file", "path"))
             if not is_path or "://" in path or Path(path).expanduser().is_absolute():
                 local[section][name] = value
             elif name != "url" or not (other / path).is_dir():
                 local[section][name] = str((settings / path).resolve())
-    if not local.has_section("cache"):
-        local.add_section("cache")
-    local["cache"]["dir"] = str(cache_folder(main))
     with (other / "config.local").open("w", encoding="utf-8") as file:
         local.write(file)
 
