@@ -4,8 +4,7 @@
     <cache>/files/md5/<ab>/<the other 30 digits>          a file by its md5
     <cache>/files/md5/<ab>/<...>.dir                      a folder: JSON list of {md5, relpath}
 
-A run is found by the md5 of its run.json, which is an output of its stage. DVC keeps the objects
-of all outputs of an entry, also of those with `cache: false`.
+DVC keeps the objects of all outputs of an entry, also of those with `cache: false`.
 """
 
 from __future__ import annotations

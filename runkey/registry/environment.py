@@ -1,8 +1,7 @@
 """Compare what is installed with the lock; export the locked environment of a recorded run.
 
-Without conda, Python packages and the CUDA version that torch is built for are compared with
-requirements.txt, which is derived from the lock. In an active conda environment every package and
-its build is compared with conda-lock.yml.
+Python packages, and the CUDA version that torch is built for, are compared with requirements.txt,
+which is derived from the lock; in a conda environment all packages and builds with conda-lock.yml.
 """
 
 from __future__ import annotations

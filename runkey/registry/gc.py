@@ -1,14 +1,8 @@
 """Find what may be deleted from a store: never a finished run, nor the only copy of anything.
 
-    for item in collect(scope):
-        print(item.kind, item.name, item.why, item.size)
-        item.remove()
-
-- runs that failed, were killed, or whose process is gone, with their artifacts, and their snapshot
-  if no other run needs it; but not while a training could resume from a checkpoint in them;
-- folders of trainings (checkpoints, log) whose key a finished run has;
-- claims of dead or ended owners that a newer generation has replaced;
-- worktrees of `runkey reproduce` that no process uses, and files half written by dead processes.
+That is: runs that failed or whose process is gone, with a snapshot that no other run needs, unless
+a training could resume them; folders of trainings whose key a finished run has; claims that a newer
+generation has replaced; worktrees and half-written files that no process uses.
 """
 
 from __future__ import annotations

@@ -1,17 +1,12 @@
 """A run in a folder: what `publish` sends, `fetch` gets, and an archive contains.
 
-    run/run.json, run/artifacts/     the MLflow run (`runkey.identity.record`)
-    dvc.json                         the `DvcPart`: entries of DVC's run-cache for the run's
-                                     pipeline, names and sizes of the objects that they name
-    objects/<2 digits>/<the rest>    the objects, as in DVC's cache
-    snapshot.bundle                  git's bundle of the snapshot, in archives only
+    run/run.json, run/artifacts/             the MLflow run (`runkey.identity.record`)
+    dvc.json, objects/<2 digits>/<the rest>  the `DvcPart`: DVC's run-cache entries, their objects
+    snapshot.bundle                          git's bundle of the snapshot, in archives only
 
-With the DVC part in its cache, another checkout's `dvc repro` restores every stage instead of
-running it. `dvc push --run-cache` does not do that: it sends all entries, but only the workspace's
-objects.
-
-Everything may come from elsewhere and is checked before it is used: MLflow's part by `check`, DVC's
-by `DvcPart.check`, since DVC believes an entry's name and runs whatever the entry says.
+Another checkout's `dvc repro` restores every stage of it; `dvc push --run-cache` sends too little
+for that. All of it may come from elsewhere and is checked before it is used: DVC believes an
+entry's name and runs whatever the entry says.
 """
 
 from __future__ import annotations

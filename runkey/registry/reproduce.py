@@ -1,14 +1,9 @@
-"""Train a recorded run again from its snapshot, and compare the two.
+"""Train a recorded run again from its snapshot, in a git worktree, and compare the two.
 
-    <home>/reproduce/<short key>-<process id>/     the worktree, removed afterwards
-
-The pipeline runs there without DVC's run-cache, which would give the first result back and prove
-nothing. Nothing of the repeat enters DVC's cache either (`--no-commit`), where the newest entry of
-a key wins; it is kept in the store, as a run of its own.
-
-Two runs of one key on the same class of machine give the same weights, bit for bit. On another
-device, micro-batch, number of threads or packages sums are rounded in another order, and training
-amplifies the difference with every step; the metrics are then compared within a tolerance.
+DVC's run-cache is not used, since it would give the first result back and prove nothing; nor does
+the repeat enter DVC's cache, where the newest entry of a key wins (`--no-commit`). On one class of
+machine the weights must be equal bit for bit; on another, sums are rounded in another order, and
+the metrics are compared within a tolerance.
 """
 
 from __future__ import annotations

@@ -3,11 +3,8 @@
     oid = take_snapshot(workspace, store_root, recipe)    # refs/runkey/<key>/<12 digits> keeps it
     git worktree add --detach ../again <oid>              # the tree again; its key is the same
 
-A snapshot holds the tracked files as they stand, and untracked files that the run needs. dvc.lock
-and the pipeline's own outputs, which change by running, stay as they were committed. Neither the
-user's index nor a file of the working tree is touched.
-
-Snapshots travel between repositories by a git remote, or by a bundle in a file.
+One holds the tracked files as they stand, and untracked ones that the run needs. dvc.lock and the
+pipeline's outputs stay as committed; the user's index and working tree are not touched.
 """
 
 from __future__ import annotations
@@ -20,8 +17,9 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import batched
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.code import code_rule, hash_code, import_closure
@@ -39,46 +37,42 @@ _ELSEWHERE = (
 )
 
 
-def git(
-    root: Path,
-    *arguments: str,
-    env: Mapping[str, str] | None = None,
-    text: str | None = None,
-    accept: Collection[int] = (0,),
-) -> str:
-    """Run a git command in a folder; return what it prints, without the line end.
+class GitOptions(TypedDict, total=False):
+    """Options of `git`."""
 
-    Inherited variables that name another repository are dropped. `text` is the command's input,
-    `accept` lists the exit codes that are no failure.
+    env: Mapping[str, str]
+    """Beside the inherited variables, of which those that name another repository are dropped."""
+    text: str
+    """The command's input."""
+    accept: Collection[int]
+    """The exit codes that are no failure; else 0."""
+
+
+def git(root: Path, *arguments: str, **options: Unpack[GitOptions]) -> str:
+    """Run a git command in a folder; return what it prints, without the line end.
 
     Raises:
         RegistryError: git is not installed, or the command failed; the text has its last line.
     """
-    printed = git_bytes(root, *arguments, env=env, text=text, accept=accept)
-    return printed.decode("utf-8", "surrogateescape").rstrip("\n")
+    return git_bytes(root, *arguments, **options).decode("utf-8", "surrogateescape").rstrip("\n")
 
 
-def git_bytes(
-    root: Path,
-    *arguments: str,
-    env: Mapping[str, str] | None = None,
-    text: str | None = None,
-    accept: Collection[int] = (0,),
-) -> bytes:
+def git_bytes(root: Path, *arguments: str, **options: Unpack[GitOptions]) -> bytes:
     """Run a git command; return what it prints, byte for byte. All else as in `git`."""
+    text = options.get("text", "").encode("utf-8", "surrogateescape")
     own = {name: value for name, value in os.environ.items() if name not in _ELSEWHERE}
     try:
         done = subprocess.run(
             ["git", *arguments],
             cwd=root,
-            env=own | dict(env or {}),
-            input=None if text is None else text.encode("utf-8", "surrogateescape"),
+            env=own | dict(options.get("env", {})),
+            input=text,
             capture_output=True,
             check=False,
         )
     except FileNotFoundError:
         raise RegistryError("git: not installed; the code of a run is kept with it") from None
-    if done.returncode not in accept:
+    if done.returncode not in options.get("accept", (0,)):
         output = (done.stderr.strip() or done.stdout.strip()).decode("utf-8", "replace")
         lines = (output or "no message").splitlines()
         raise RegistryError(f"git {arguments[0]}: {lines[-1].removeprefix('fatal: ')}")
@@ -229,8 +223,7 @@ def take_snapshot(workspace: Path, store_root: Path, recipe: Recipe) -> str | No
 def snapshot_refs(root: Path, key: str) -> dict[str, str]:
     """Return the commit of every ref that keeps a snapshot of the key, by the ref's name."""
     printed = git(root, "for-each-ref", "--format=%(refname) %(objectname)", f"{REFS}/{key}/")
-    words = [line.split(" ") for line in printed.splitlines()]
-    return {ref: oid for ref, oid in words}  # noqa: C416 (dict() does not know that they are pairs)
+    return {ref: oid for ref, _, oid in (line.partition(" ") for line in printed.splitlines())}
 
 
 def has_snapshot(root: Path, oid: str) -> bool:
@@ -260,7 +253,11 @@ def _fill_index(
     if parent:
         store("read-tree", parent)
         before = set(store("ls-files", "-z").split("\0")) - {""}
-    tracked, missing = _tracked(top)
+    # The workspace's own index, and what a sparse check-out left out.
+    listed = git(top, "ls-files", "-z", "-v").split("\0")
+    tracked = {entry[2:] for entry in listed if entry}
+    skipped = {entry[2:] for entry in listed if entry[:1] in ("S", "s")}
+    missing = {path for path in skipped if not os.path.lexists(top / path)}
     own = {p for p in before | tracked if any(covers(out, p) for out in outputs)}
     _check_untracked(top, store, needed - tracked)
     # A file that was taken out with `rm --cached` stays out.
@@ -268,14 +265,6 @@ def _fill_index(
     store("update-index", "-z", "--force-remove", "--stdin", text=gone)
     kept = _zero_ended((tracked | needed) - (own - needed) - missing)
     store("update-index", "-z", "--add", "--remove", "--replace", "--stdin", text=kept)
-
-
-def _tracked(top: Path) -> tuple[set[str], set[str]]:
-    """The files in the workspace's own index, and those that a sparse check-out left out."""
-    listed = git(top, "ls-files", "-z", "-v").split("\0")
-    pairs = [(entry[0], entry[2:]) for entry in listed if entry]
-    skipped = {path for tag, path in pairs if tag in "Ss"}
-    return {path for _, path in pairs}, {p for p in skipped if not os.path.lexists(top / p)}
 
 
 def _check_untracked(top: Path, store: Git, untracked: set[str]) -> None:
@@ -289,18 +278,14 @@ def _check_untracked(top: Path, store: Git, untracked: set[str]) -> None:
             )
     arguments = ("check-ignore", "-z", "--stdin", "--verbose")
     names = _zero_ended(sorted(untracked))
-    fields = store(*arguments, text=names, accept=(0, 1)).split("\0")  # 1: none is ignored
-    rows = zip(fields[0::4], fields[1::4], fields[2::4], fields[3::4], strict=False)
+    fields = store(*arguments, text=names, accept=(0, 1)).split("\0")[:-1]  # 1: none is ignored
     # A pattern with `!` un-ignores a file.
-    ignored = [
-        (p, f"{file}:{line} {rule}") for file, line, rule, p in rows if rule[:1] not in ("", "!")
-    ]
-    if ignored:
-        path, rule = ignored[0]
+    if ignored := [row for row in batched(fields, 4) if not row[2].startswith("!")]:
+        file, line, rule, path = ignored[0]
         more = f" (and {len(ignored) - 1} more)" if len(ignored) > 1 else ""
         raise RegistryError(
-            f"{path}{more}: the run needs it and git ignores it ({rule}), so that no snapshot would"
-            f" have it; `git add -f {path}`, or `dvc add` it"
+            f"{path}{more}: the run needs it and git ignores it ({file}:{line} {rule}), so that no"
+            f" snapshot would have it; `git add -f {path}`, or `dvc add` it"
         )
 
 

@@ -1,17 +1,14 @@
-"""Verify that recorded runs still are what they say they are.
+"""Verify that recorded runs still are what they say they are; nothing is written.
 
-    report = verify_run(record, sources)      # files, key, MLflow, snapshot, DVC's cache, ...
-    report.is_right
-
-Nothing is written. Whatever is deleted or torn becomes a result that names it. A check that fails
-to run is a fault; the other checks run anyway.
+Whatever is deleted or torn becomes a result that names it. A check that fails to run is a fault;
+the other checks run anyway.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from http.client import HTTPException
@@ -21,17 +18,7 @@ from typing import Any, BinaryIO, Literal
 from runkey.errors import RunkeyError
 from runkey.hashing import hash_stream, sha256_file
 from runkey.identity.key import PARTS, Recipe, older_rule
-from runkey.identity.record import (
-    DETAILS,
-    KEY,
-    KEY_JSON,
-    ORIGIN,
-    Details,
-    LoggedRun,
-    Record,
-    StoredFile,
-    this_host,
-)
+from runkey.identity.record import DETAILS, KEY, KEY_JSON, ORIGIN, Details, Record, this_host
 from runkey.paths import RUN_JSON
 from runkey.progress import Steps, progress
 from runkey.registry.dvc_cache import DIR, DvcCache, md5_file
@@ -231,7 +218,7 @@ def _check_files(report: Report) -> str:
     files = report.details.files
     size = sum(file.size for file in files.values())
     with progress("verify", size, "bytes") as steps:
-        answers = {path: _why_wrong(report, path, file, steps) for path, file in files.items()}
+        answers = {path: _why_wrong(report, path, steps) for path in files}
     wrong = {path: why for path, why in answers.items() if why}
     way_out = f"{report.fetch}, if it was published"
     if len(wrong) == len(files) > 1:
@@ -255,8 +242,9 @@ def _copy_in_cache(report: Report, path: str) -> Path | None:
     return place if whole else None
 
 
-def _why_wrong(report: Report, path: str, recorded: StoredFile, steps: Steps) -> str:
+def _why_wrong(report: Report, path: str, steps: Steps) -> str:
     """Say what is wrong with a file; empty if nothing."""
+    recorded = report.details.files[path]
     try:
         with report.sources.library.open_file(report.record, path) as file:
             if report.sources.quick:
@@ -316,33 +304,31 @@ def _check_mlflow(report: Report) -> str:
         text = f"run {report.run_id} is not in MLflow, or was deleted there"
         report.add("fault", text, f"restore it on MLflow's pages, or {report.fetch}")
         return ""
-    for text in _wrong_in_mlflow(report, now):
+
+    def fault(text: str) -> None:
         way_out = "`runkey index` takes over what MLflow has, if that is right"
         report.add("fault", f"run {report.run_id}: {text}", way_out)
-    return f"{len(now.params)} params, {len(now.metrics)} metrics, the key and its parts"
 
-
-def _wrong_in_mlflow(report: Report, now: LoggedRun) -> Iterator[str]:
-    """What MLflow lacks of the run, and what differs from the record; tags may be edited."""
     key, recorded = report.record.key, report.record.run
     for place, value in (("param", now.params.get(KEY)), ("tag", now.tags.get(KEY))):
         if value != key:
-            yield f"{place} {KEY} is {value or 'missing'}, the run's key {key}"
+            fault(f"{place} {KEY} is {value or 'missing'}, the run's key {key}")
     for part in PARTS:
         value = now.params.get(f"{KEY}.{part}")
         if not value or (report.recipe and value != report.recipe.parts[part]):
-            yield f"param {KEY}.{part} is {value or 'missing'}, not that of the key"
+            fault(f"param {KEY}.{part} is {value or 'missing'}, not that of the key")
     evaluated = {name for metrics in report.details.evaluations.values() for name in metrics}
     if missing := sorted(evaluated - now.metrics.keys()):
-        yield f"metrics of its evaluation are missing: {first_few(missing)}"
+        fault(f"metrics of its evaluation are missing: {first_few(missing)}")
     if now.status != recorded.status:
-        yield f"status {now.status}, recorded {recorded.status}"
-    for kind in ("param", "metric"):
+        fault(f"status {now.status}, recorded {recorded.status}")
+    for kind in ("param", "metric"):  # tags may be edited
         values, before = getattr(now, f"{kind}s"), getattr(recorded, f"{kind}s")
         for name in sorted(values.keys() | before.keys()):
             value, was = values.get(name, "missing"), before.get(name, "missing")
             if value != was and repr(value) != repr(was):  # NaN is not equal to itself
-                yield f"{kind} {name} is {value}, recorded {was}"
+                fault(f"{kind} {name} is {value}, recorded {was}")
+    return f"{len(now.params)} params, {len(now.metrics)} metrics, the key and its parts"
 
 
 def _check_snapshot(report: Report) -> str:
