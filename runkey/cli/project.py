@@ -267,20 +267,16 @@ def export(
 
 
 def _env_lines(found: EnvironmentComparison) -> list[str]:
-    counts = {kind: len(found.of_kind(kind)) for kind in ("missing", "other", "extra")}
     patch = "" if found.python == found.locked_python else f" (the lock has {found.locked_python})"
     torch = f"torch for CUDA {found.cuda}" if found.cuda else "torch for the CPU"
     lines = [
         f"{found.environment}, Python {found.python}{patch}, {torch}, against {found.against}",
-        f"{found.same} as locked, {counts['missing']} missing, {counts['other']} of another"
-        f" version, {counts['extra']} extra",
+        f"{found.same} as locked, {len(found.missing)} missing, {len(found.other)} of another"
+        f" version, {len(found.extra)} extra",
     ]
-    lines += [f"  missing  {d.name} {d.locked}" for d in found.of_kind("missing")]
-    lines += [
-        f"  other    {d.name}: locked {d.locked}, installed {d.installed}"
-        for d in found.of_kind("other")
-    ]
-    lines += [f"  extra    {d.name} {d.installed}" for d in found.of_kind("extra")]
+    lines += [f"  missing  {d.name} {d.locked}" for d in found.missing]
+    lines += [f"  other    {d}" for d in found.other]
+    lines += [f"  extra    {d.name} {d.installed}" for d in found.extra]
     if not found.agrees:
         lines.append(f"to mend it: {found.way_out}")
     return lines

@@ -14,7 +14,7 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from runkey.errors import RegistryError
 from runkey.identity.environment import (
@@ -47,13 +47,6 @@ class PackageDifference:
     def __str__(self) -> str:
         return f"{self.name}: locked {self.locked}, installed {self.installed or 'none'}"
 
-    @property
-    def kind(self) -> Literal["missing", "other", "extra"]:
-        """What is wrong; an extra package is no fault."""
-        if self.installed is None:
-            return "missing"
-        return "other" if self.locked is not None else "extra"
-
 
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentComparison:
@@ -65,8 +58,12 @@ class EnvironmentComparison:
     """The file that names what is locked."""
     same: int
     """Number of packages installed as locked."""
-    differences: tuple[PackageDifference, ...]
-    """All other packages, sorted by name."""
+    missing: list[PackageDifference]
+    """Locked and not installed; like the others, sorted by name."""
+    other: list[PackageDifference]
+    """Of another version or build, or for another CUDA."""
+    extra: list[PackageDifference]
+    """Installed and not locked, which is no fault."""
     python: str
     """Version of this interpreter."""
     locked_python: str
@@ -75,21 +72,14 @@ class EnvironmentComparison:
     way_out: str
     """Command that installs what is locked; empty if everything is."""
 
-    def of_kind(self, kind: str) -> list[PackageDifference]:
-        """Return the differences of one kind."""
-        return [d for d in self.differences if d.kind == kind]
-
     @property
     def agrees(self) -> bool:
         """True if everything is installed as locked."""
-        return not self.way_out
+        return not self.missing and not self.other
 
     def as_dict(self) -> dict[str, Any]:
         """Format for JSON."""
-        stated = {name: value for name, value in vars(self).items() if name != "differences"}
-        kinds = ("missing", "other", "extra")
-        lists = {kind: [asdict(d) for d in self.of_kind(kind)] for kind in kinds}
-        return {"agrees": self.agrees, **stated, **lists}
+        return {"agrees": self.agrees, **asdict(self)}
 
 
 def compare_environment(folder: Path) -> EnvironmentComparison:
@@ -117,17 +107,20 @@ def compare_environment(folder: Path) -> EnvironmentComparison:
             locked["python"], installed["python"] = locked_python, python
     names = sorted(locked.keys() | installed.keys())
     pairs = [PackageDifference(name, locked.get(name), installed.get(name)) for name in names]
-    differences = tuple(pair for pair in pairs if pair.locked != pair.installed)
-    is_wrong = any(pair.kind != "extra" for pair in differences)
+    differing = [pair for pair in pairs if pair.locked != pair.installed]
+    missing = [pair for pair in differing if pair.installed is None]
+    other = [pair for pair in differing if None not in (pair.installed, pair.locked)]
     return EnvironmentComparison(
         environment=str(prefix),
         against=str(against),
-        same=len(pairs) - len(differences),
-        differences=differences,
+        same=len(pairs) - len(differing),
+        missing=missing,
+        other=other,
+        extra=[pair for pair in differing if pair.locked is None],
         python=python,
         locked_python=locked_python,
         cuda=cuda,
-        way_out=_way_out(folder, prefix, against) if is_wrong else "",
+        way_out=_way_out(folder, prefix, against) if missing or other else "",
     )
 
 

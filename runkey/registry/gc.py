@@ -87,6 +87,12 @@ class Scope:
         """All runs of a local store."""
         return self.library.matching("") if self.is_local else []
 
+    @cached_property
+    def trainings(self) -> dict[Path, str | None]:
+        """Folders of trainings, each with why no training will resume from it; None: one may."""
+        folders = sorted(self.home.glob(f"{ANY_SCHEMA}-*/"))
+        return {f: _why_obsolete(self, f) for f in folders if _TRAINING.fullmatch(f.name)}
+
     def is_trained_now(self, key: str) -> bool:
         """Return True if the key is, or may be, trained now: an owner may not be visible here."""
         claim = newest(self.claims, key)
@@ -110,7 +116,7 @@ def collect(scope: Scope, older_than_days: float = 0.0) -> list[Item]:
 
 
 def _runs(scope: Scope) -> Iterator[Item]:
-    kept = [f for f in _training_folders(scope.home) if _why_obsolete(scope, f) is None]
+    kept = [folder for folder, why in scope.trainings.items() if why is None]
     # A training that can resume from its folder does so in its run.
     keys = {folder.name for folder in kept}
     runs = {pointer.run_id for folder in kept if (pointer := read_pointer(folder))}
@@ -187,21 +193,14 @@ def _current_key(root: Path) -> str | None:
         return None
 
 
-def _training_folders(home: Path) -> list[Path]:
-    return sorted(
-        p for p in home.glob(f"{ANY_SCHEMA}-*") if p.is_dir() and _TRAINING.fullmatch(p.name)
-    )
-
-
 def _checkpoints(scope: Scope) -> Iterator[Item]:
-    for folder in _training_folders(scope.home):
-        if why := _why_obsolete(scope, folder):
+    for folder, why in scope.trainings.items():
+        if why:
             key, *repeats = folder.name.partition(_REPEATS)
             yield _item(scope, "checkpoint", folder, "".join((short_key(key), *repeats, "/")), why)
 
 
 def _why_obsolete(scope: Scope, folder: Path) -> str | None:
-    """Why no training will resume from a folder; None: one may."""
     key, _, repeats = folder.name.partition(_REPEATS)
     runs = map(scope.library.with_details, scope.library.matching(key))
     whole = [record for record in runs if record.is_whole]

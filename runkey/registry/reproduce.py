@@ -353,7 +353,7 @@ def _check_packages(record: Record, details: Details, root: Path, *, any_environ
     if found.agrees:
         logger.info(f"{found.same} packages are installed as {found.against} of then locks them")
         return
-    lines = [str(d) for d in (*found.of_kind("missing"), *found.of_kind("other"))]
+    lines = [str(d) for d in (*found.missing, *found.other)]
     text = (
         f"{len(lines)} packages are not as {found.against} of then locks them: {first_few(lines)}"
     )

@@ -72,14 +72,14 @@ def test_another_build_of_the_same_torch_is_a_fault(folder):
     edit(folder, "requirements.txt", "nvidia-cuda-runtime-cu12==12.8.", "# nvidia-")
     found = compare_environment(folder)
     installed = f"for CUDA {found.cuda}"
-    assert found.of_kind("other") == [PackageDifference("torch's build", "for the CPU", installed)]
+    assert found.other == [PackageDifference("torch's build", "for the CPU", installed)]
     assert not found.agrees
 
 
 def test_extra_packages_alone_are_no_fault(folder):
     edit(folder, "requirements.txt", "sortedcontainers==2.4.0", "# was here: sortedcontainers")
     found = compare_environment(folder)
-    assert found.of_kind("extra") == [PackageDifference("sortedcontainers", None, "2.4.0")]
+    assert found.extra == [PackageDifference("sortedcontainers", None, "2.4.0")]
     assert found.agrees
     assert found.as_dict()["way_out"] == ""
 
@@ -92,7 +92,7 @@ def test_another_minor_version_of_python_is_a_fault(folder):
         "- name: python\n  version: 3.9",
     )
     found = compare_environment(folder)
-    assert [d.name for d in found.of_kind("other")] == ["python"]
+    assert [d.name for d in found.other] == ["python"]
 
 
 def test_lists_that_are_gone_are_one_line(folder):
@@ -134,7 +134,8 @@ def write_record(prefix, name, version, build):
 
 def test_a_conda_environment_as_locked_agrees(folder, conda):
     found = compare_environment(folder)
-    assert (found.against, found.differences) == ("conda-lock.yml", ())
+    assert found.against == "conda-lock.yml"
+    assert (found.missing, found.other, found.extra) == ([], [], [])
     assert found.same == len(read_lock(folder / "conda-lock.yml"))
 
 
@@ -145,13 +146,13 @@ def test_another_build_of_the_same_version_is_another_package(folder, conda):
     next(conda.glob("lib/python3.12/site-packages/zstd-*")).rmdir()
     write_record(conda, "extra-thing", "1.0", "0")
     found = compare_environment(folder)
-    assert found.of_kind("other") == [
+    assert found.other == [
         PackageDifference(
             "libtorch", f"{libtorch.version} {libtorch.build}", f"{libtorch.version} cpu_mkl_0"
         )
     ]
-    assert [d.name for d in found.of_kind("missing")] == ["zstd"]
-    assert found.of_kind("extra") == [PackageDifference("extra-thing", None, "1.0 0")]
+    assert [d.name for d in found.missing] == ["zstd"]
+    assert found.extra == [PackageDifference("extra-thing", None, "1.0 0")]
     assert not found.agrees
     assert found.way_out == f"conda-lock install --prefix {conda} conda-lock.yml"
 
@@ -165,8 +166,8 @@ def test_what_pip_put_over_conda_is_seen(folder, conda):
     (site / "My_Own-0.1.dist-info").mkdir()
     (site / "runkey-0.1.dist-info").mkdir()  # this project, in editable form
     found = compare_environment(folder)
-    assert found.of_kind("other") == [PackageDifference("numpy", numpy.version, "9.9 by pip")]
-    assert found.of_kind("extra") == [PackageDifference("my-own", None, "0.1 by pip")]
+    assert found.other == [PackageDifference("numpy", numpy.version, "9.9 by pip")]
+    assert found.extra == [PackageDifference("my-own", None, "0.1 by pip")]
 
 
 def test_a_damaged_record_is_named(folder, conda):
