@@ -13,7 +13,8 @@ import ast
 import functools
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.util import resolve_name
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -42,7 +43,6 @@ BYTES = "bytes"
 """Rule of `rk1-` keys: hash a file of code by its bytes."""
 
 _CALLS = ("import_module", "__import__")
-_BY_NAME = tuple(name.encode() for name in _CALLS)
 _BODIES = ("body", "orelse", "finalbody", "handlers", "cases")
 """Fields of statements that hold other statements."""
 
@@ -54,36 +54,31 @@ def is_excluded(path: str, excluded: Iterable[str] = EXCLUDED) -> bool:
     )
 
 
-def import_closure(module: str, root: Path, excluded: Iterable[str] = EXCLUDED) -> tuple[str, ...]:
+def import_closure(module: str, root: Path, excluded: Sequence[str] = EXCLUDED) -> tuple[str, ...]:
     """Return the repo-relative paths of first-party files that `python -m module` can import.
 
-    First-party is what is under `root`, with the `__init__.py` of every package on the way.
-
-    Args:
-        module: dotted name, such as `stages.train`.
-        root: the repository.
-        excluded: files and folders (ending with `/`) that are left out and not searched.
+    First-party is what is under `root`, with the `__init__.py` of every package on the way. Files
+    and folders that are `excluded` are not searched.
 
     Raises:
         RecipeError: there is no such module, or a file is not Python.
     """
-    path = PurePosixPath(*module.split("."))
+    path = module.replace(".", "/")
     entry = [p for p in (f"{path}.py", f"{path}/__main__.py") if (root / p).is_file()]
     if not entry:
         raise RecipeError(f"{module}: no such module in the repository; see `cmd` in dvc.yaml")
     tree = _Tree(root)
-    return _reached(tree.files_of(module) + entry, tree, tuple(excluded))
+    return _reached(tree.files_of(module) + entry, tree, excluded)
 
 
-def _reached(start: Iterable[str], tree: _Tree, excluded: tuple[str, ...]) -> tuple[str, ...]:
+def _reached(start: Iterable[str], tree: _Tree, excluded: Sequence[str]) -> tuple[str, ...]:
     waiting, found = list(start), set[str]()
     while waiting:
         file = waiting.pop()
-        if file in found or is_excluded(file, excluded):
-            continue
-        found.add(file)
-        for name in _read(file, _with_lf((tree.root / file).read_bytes())).imports:
-            waiting += tree.files_of(name)
+        if file not in found and not is_excluded(file, excluded):
+            found.add(file)
+            for name in _read(file, (tree.root / file).read_bytes()).imports:
+                waiting += tree.files_of(name)
     return tuple(sorted(found))
 
 
@@ -101,17 +96,12 @@ def hash_code(path: str, data: bytes, rule: str = RULE) -> str:
     Raises:
         RecipeError: the file is not Python, or reads its docstrings.
     """
-    data = _with_lf(data)
     if rule == BYTES or not path.endswith(".py"):
-        return sha256_bytes(data)
+        return sha256_bytes(data.replace(b"\r\n", b"\n"))
     digest = _read(path, data).digest
     if isinstance(digest, RecipeError):
         raise digest
     return digest
-
-
-def _with_lf(data: bytes) -> bytes:
-    return data.replace(b"\r\n", b"\n")
 
 
 def hash_files(paths: Iterable[str], root: Path, rule: str = RULE) -> dict[str, str]:
@@ -158,20 +148,15 @@ def _resolved(file: str) -> str:
 
 
 def undeclared(
-    imported: Iterable[str],
-    declared: Iterable[str],
-    root: Path,
-    excluded: Iterable[str] = EXCLUDED,
+    imported: Iterable[str], declared: Iterable[str], root: Path, excluded: Sequence[str] = EXCLUDED
 ) -> tuple[str, ...]:
     """Return the imported files that a key does not cover, sorted.
 
     Declared files, excluded ones, and what excluded ones import are left out.
     """
-    entries, files = tuple(excluded), set(imported)
-    known = set(declared)
-    tree = _Tree(root)
+    files, known, tree = set(imported), set(declared), _Tree(root)
     for path in files:
-        if is_excluded(path, entries):
+        if is_excluded(path, excluded):
             module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
             known |= {path, *_reached(tree.files_of(module), tree, ())}
     return tuple(sorted(files - known))
@@ -224,7 +209,7 @@ class _Module(NamedTuple):
 @functools.cache
 def _read(path: str, source: bytes) -> _Module:
     try:
-        tree = ast.parse(source, path)
+        tree = ast.parse(source.replace(b"\r\n", b"\n"), path)
     except SyntaxError as error:
         raise RecipeError(f"{path}, line {error.lineno}: {error.msg}") from None
     except (ValueError, RecursionError, MemoryError) as error:
@@ -237,19 +222,21 @@ def _read(path: str, source: bytes) -> _Module:
 
 
 def _imports(path: str, source: bytes, tree: ast.Module) -> tuple[str, ...]:
-    package = PurePosixPath(path).parent.parts
-    names: dict[str, None] = {}
+    names: list[str] = []
     for node in _import_statements(tree.body):
         if isinstance(node, ast.Import):
-            names |= dict.fromkeys(alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         else:
-            # One dot is the file's own package; each further dot goes one up.
-            above = package[: len(package) - node.level + 1] if node.level else ()
-            base = ".".join((*above, *(node.module.split(".") if node.module else ())))
-            names |= dict.fromkeys((base, *(f"{base}.{alias.name}" for alias in node.names)))
-    if any(word in source for word in _BY_NAME):
-        names |= dict.fromkeys(_imported_by_name(tree, ".".join(package)))
-    return tuple(names)
+            base = "." * node.level + (node.module or "")
+            dot = "." if node.module else ""
+            names += [base, *(f"{base}{dot}{alias.name}" for alias in node.names)]
+    if any(name.encode() in source for name in _CALLS):
+        names += _imported_by_name(tree)
+    package = ".".join(PurePosixPath(path).parent.parts)
+    try:
+        return tuple(dict.fromkeys(resolve_name(name, package) for name in names))
+    except ImportError as error:
+        raise RecipeError(f"{path}: {error}") from None
 
 
 def _import_statements(body: Iterable[ast.AST]) -> Iterator[ast.Import | ast.ImportFrom]:
@@ -262,14 +249,12 @@ def _import_statements(body: Iterable[ast.AST]) -> Iterator[ast.Import | ast.Imp
                 yield from _import_statements(getattr(node, part, ()))
 
 
-def _imported_by_name(tree: ast.AST, package: str) -> Iterator[str]:
+def _imported_by_name(tree: ast.AST) -> Iterator[str]:
     """Yield the literal names in `importlib.import_module("a.b")` and `__import__("a.b")`."""
     for node in ast.walk(tree):
-        if not (isinstance(node, ast.Call) and node.args):
-            continue
-        function, name = node.func, node.args[0]
-        called = getattr(function, "attr", "") or getattr(function, "id", "")
-        if called in _CALLS and isinstance(name, ast.Constant) and isinstance(name.value, str):
-            dots = len(name.value) - len(name.value.lstrip("."))
-            above = package.split(".")[: len(package.split(".")) - dots + 1] if dots else []
-            yield ".".join((*above, name.value[dots:]))
+        match node:
+            case ast.Call(
+                func=ast.Attribute(attr=called) | ast.Name(id=called),
+                args=[ast.Constant(value=str(name)), *_],
+            ) if called in _CALLS:
+                yield name

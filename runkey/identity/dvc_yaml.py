@@ -17,6 +17,9 @@ import yaml
 from runkey.errors import RecipeError, RegistryError
 from runkey.paths import PARAMS
 
+PIPELINE = Path("dvc.yaml")
+_OUTPUTS = ("outs", "metrics", "plots")
+_TEMPLATE = re.compile(r"\$\{([^}]+)\}")
 _LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 
@@ -35,11 +38,6 @@ def read_yaml_text(path: Path) -> Any:
         raise ValueError(f"not YAML{where}") from None
     except UnicodeDecodeError:
         raise ValueError("not UTF-8 text") from None
-
-
-PIPELINE = Path("dvc.yaml")
-_OUTPUTS = ("outs", "metrics", "plots")
-_TEMPLATE = re.compile(r"\$\{([^}]+)\}")
 
 
 @dataclass(frozen=True)
@@ -135,22 +133,17 @@ def chain(stages: Mapping[str, Stage], name: str) -> tuple[Stage, ...]:
     """
     if name not in stages:
         raise RecipeError(f"{PIPELINE}: no stage {name}; there are {', '.join(stages)}")
-    ordered: list[Stage] = []
-    open_stages: list[str] = []
+    ordered: dict[Stage, None] = {}
 
-    def visit(stage: Stage) -> None:
-        if stage in ordered:
-            return
-        if stage.name in open_stages:
+    def visit(stage: Stage, later: tuple[Stage, ...]) -> None:
+        if stage in later:
             raise RecipeError(f"{PIPELINE}: stage {stage.name} depends on its own outputs")
-        open_stages.append(stage.name)
         for other in stages.values():
             if any(meets(dep, out) for dep in stage.deps for out in other.outs):
-                visit(other)
-        open_stages.pop()
-        ordered.append(stage)
+                visit(other, (*later, stage))
+        ordered.setdefault(stage)
 
-    visit(stages[name])
+    visit(stages[name], ())
     return tuple(ordered)
 
 
@@ -180,41 +173,33 @@ def tracked_md5(path: str, root: Path) -> str | None:
         raise RecipeError(
             f"{file}: holds no md5 of {tracked.name}; `dvc add {tracked}` writes it"
         ) from None
-    if PurePosixPath(path) != tracked:
-        md5 = _md5_below(file, tracked, md5, path, root)
-    return f"md5:{md5}"
-
-
-def pointer_of(path: str, root: Path) -> str | None:
-    """Return the .dvc file, relative to `root`, that tracks `path` or a folder above it."""
-    tracked = (PurePosixPath(path), *PurePosixPath(path).parents[:-1])
-    return next((f"{t}.dvc" for t in tracked if (root / f"{t}.dvc").is_file()), None)
-
-
-def _md5_below(file: str, tracked: PurePosixPath, md5: str, path: str, root: Path) -> str:
-    """Return the md5 that `dvc add <path>` would give a part of the folder `tracked`.
-
-    The folder's list of files, `{md5, relpath}` each, is read from DVC's cache.
-    """
-    inner = PurePosixPath(path).relative_to(tracked).as_posix()
+    if PurePosixPath(path) == tracked:
+        return f"md5:{md5}"
     listed = _read_list(md5, root)
     if listed is None:
         raise RecipeError(
             f"{file}: the md5 of {path}, a part of {tracked}, is not known, since DVC's cache does"
             f" not hold the list of files in {tracked}; run `dvc pull {file}`"
         )
+    inner = PurePosixPath(path).relative_to(tracked).as_posix()
     if inner in listed:
-        return listed[inner]
-    below = f"{inner}/"
+        return f"md5:{listed[inner]}"
     part = [
-        {"md5": listed[name], "relpath": name.removeprefix(below)}
+        {"md5": listed[name], "relpath": name.removeprefix(f"{inner}/")}
         for name in sorted(listed)
-        if name.startswith(below)
+        if name.startswith(f"{inner}/")
     ]
     if not part:
         raise RecipeError(f"{file}: {tracked} has no {inner}; `dvc add {tracked}` lists it anew")
+    # As DVC hashes a folder's list of files.
     digest = hashlib.md5(json.dumps(part, sort_keys=True).encode(), usedforsecurity=False)
-    return f"{digest.hexdigest()}.dir"
+    return f"md5:{digest.hexdigest()}.dir"
+
+
+def pointer_of(path: str, root: Path) -> str | None:
+    """Return the .dvc file, relative to `root`, that tracks `path` or a folder above it."""
+    tracked = (PurePosixPath(path), *PurePosixPath(path).parents[:-1])
+    return next((f"{t}.dvc" for t in tracked if (root / f"{t}.dvc").is_file()), None)
 
 
 def _read_list(md5: str, root: Path) -> dict[str, str] | None:

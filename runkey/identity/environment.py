@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,7 @@ def installed_cuda() -> str | None:
     The wheel's version does not tell (`2.10.0` for every build), so this reads torch/version.py,
     without the seconds that importing torch takes.
     """
-    import importlib.util  # here: no key needs it
-
-    spec = importlib.util.find_spec("torch")
+    spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return None
     text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
@@ -178,14 +177,8 @@ def differences(locked: Mapping[str, str], installed: Mapping[str, str]) -> list
 
 def interpreter() -> str:
     """Return implementation, version and machine, such as `CPython 3.12.13 Linux x86_64`."""
-    return " ".join(
-        (
-            this_machine.python_implementation(),
-            this_machine.python_version(),
-            this_machine.system(),
-            this_machine.machine(),
-        )
-    )
+    python = f"{this_machine.python_implementation()} {this_machine.python_version()}"
+    return f"{python} {this_machine.system()} {this_machine.machine()}"
 
 
 PYTHON_NAMES: dict[str, tuple[str, ...]] = {

@@ -12,7 +12,7 @@ hashes of their outputs: a key that depends on outputs could not be looked up be
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -95,11 +95,10 @@ class Recipe:
             )
         try:
             recipe = cls(stored["stage"], stored["cmd"], stored["preimages"], schema)
-            matches = recipe.key == stored["key"]
+            if recipe.key != stored["key"]:
+                raise RecipeError(f"key.json: its contents do not hash to its key {stored['key']}")
         except (KeyError, TypeError) as error:
             raise RecipeError(f"key.json: lacks {error}") from None
-        if not matches:
-            raise RecipeError(f"key.json: its contents do not hash to its key {stored['key']}")
         code = recipe.preimages["code"]
         rule = code_rule(code) if isinstance(code, Mapping) else None
         if rule not in (RULE, BYTES):
@@ -123,16 +122,12 @@ def make_recipe(
     root: Path,
     params: Params | None = None,
     platform: str = PLATFORM,
-    excluded: Iterable[str] = EXCLUDED,
+    excluded: Sequence[str] = EXCLUDED,
 ) -> Recipe:
-    """Return the recipe of a stage for the files in `root` as they are now.
+    """Return the recipe of a stage of dvc.yaml for the files in `root` as they are now.
 
-    Args:
-        stage: its name in dvc.yaml.
-        root: the repository, or DVC's temporary copy of it.
-        params: the checked parameters; read from params.yaml if None.
-        platform: platform of conda-lock.yml whose packages count.
-        excluded: see `runkey.identity.code.EXCLUDED`.
+    `params` are the checked parameters, read from params.yaml if None; of conda-lock.yml the
+    packages of one `platform` count.
 
     Raises:
         RecipeError: something that the key covers is missing; the text names it.
@@ -147,8 +142,14 @@ def make_recipe(
     flat = params.flat()
     stages = chain(read_pipeline(root, flat), stage)
     data, files = _data_and_files(stages, flat, root)
+    for each in stages:
+        files |= {*import_closure(each.module, root, excluded)}
     preimages = {
-        "code": _code(stages, files, root, tuple(excluded)),
+        "code": {
+            "rule": RULE,
+            "files": hash_files(sorted(files), root),
+            "excluded": sorted(excluded),
+        },
         "params": _params(stages, flat, root),
         "data": data,
         "environment": environment_preimage(root / LOCK, platform),
@@ -171,19 +172,6 @@ def part_digest(kind: str, preimage: Any, schema: str = SCHEMA) -> str:
         raise RecipeError(f"{PARAMS}: a text holds half a character, {half}") from None
 
 
-def _code(
-    stages: Iterable[Stage], files: Iterable[str], root: Path, excluded: tuple[str, ...]
-) -> dict[str, Any]:
-    paths = set(files)
-    for stage in stages:
-        paths |= set(import_closure(stage.module, root, excluded))
-    return {
-        "rule": RULE,
-        "files": hash_files(sorted(paths), root),
-        "excluded": sorted(excluded),
-    }
-
-
 def _params(stages: Iterable[Stage], flat: Mapping[str, Any], root: Path) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
     for stage in stages:
@@ -204,7 +192,7 @@ def _params(stages: Iterable[Stage], flat: Mapping[str, Any], root: Path) -> dic
 
 def _data_and_files(
     stages: tuple[Stage, ...], flat: Mapping[str, Any], root: Path
-) -> tuple[dict[str, str], list[str]]:
+) -> tuple[dict[str, str], set[str]]:
     """Return the md5s of tracked inputs, and the declared files that are neither data nor Python.
 
     The folder of the images counts even if dvc.yaml does not list it.
@@ -213,7 +201,7 @@ def _data_and_files(
     deps = [d for s in stages for d in s.deps if not any(meets(d, out) for out in outs)]
     where = str(flat[DATA_PATH]).rstrip("/")
     data: dict[str, str] = {}
-    files: list[str] = []
+    files: set[str] = set()
     for dep in dict.fromkeys([where, *deps]):
         md5 = tracked_md5(dep, root)
         if md5 is not None:
@@ -221,22 +209,21 @@ def _data_and_files(
         elif dep == where:
             raise RecipeError(f"{PARAMS}: {DATA_PATH} = {where} is not tracked; `dvc add {where}`")
         elif not covers(dep, str(LOCK)):
-            files += _other_files(dep, root)
+            files |= _other_files(dep, root)
     return data, files
 
 
-def _other_files(dep: str, root: Path) -> list[str]:
+def _other_files(dep: str, root: Path) -> set[str]:
     """Return the files at a declared path that Python does not import, such as templates."""
     path = root / dep
     if not path.exists():
         raise RecipeError(f"dvc.yaml: {dep} is a dependency and does not exist")
-    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    relative = (file.relative_to(root) for file in found)
-    return [
-        r.as_posix()
-        for r in relative
-        if r.suffix not in (".py", ".pyc") and not any(part.startswith(".") for part in r.parts)
-    ]
+    found = {file.relative_to(root) for file in (path, *path.rglob("*")) if file.is_file()}
+    return {
+        file.as_posix()
+        for file in found
+        if file.suffix not in (".py", ".pyc") and not any(p.startswith(".") for p in file.parts)
+    }
 
 
 # --- runkey key --explain

@@ -207,11 +207,8 @@ class Details:
         Raises:
             RecipeError: it has another schema, or is incomplete.
         """
-        if stored.get("schema") != SCHEMA:
-            raise RecipeError(
-                f"{where}: schema {stored.get('schema')!r}; this runkey reads {SCHEMA}"
-            )
         try:
+            _check_schema(stored.get("schema"), SCHEMA, where)
             files = {path: StoredFile(**file) for path, file in stored["files"].items()}
             return cls(**{**stored, "files": files})
         except (AttributeError, KeyError, TypeError) as error:
@@ -298,8 +295,8 @@ _FAMILIES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunEnvironment:
-    """What a run really ran with; not part of the key."""
+class Hardware:
+    """What a run computes on, and how."""
 
     device: str
     """Kind and name, such as `cpu x86_64` or `cuda NVIDIA H200`."""
@@ -311,6 +308,12 @@ class RunEnvironment:
     """Threads of one process's operators."""
     precision: str = "off"
     """Mixed precision that was used: off, bf16 or fp16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEnvironment(Hardware):
+    """What a run really ran with; not part of the key."""
+
     interpreter: str
     """Python's implementation and version, system and machine."""
     packages: dict[str, str]
@@ -335,7 +338,7 @@ class RunManifest:
     """The contents of run.json."""
 
     key: str
-    """Key of the stage that ran, `rk2-<hex>`."""
+    """Of the stage that ran."""
     stage: str
     parts: dict[str, str]
     """Hash of each part of the key."""
@@ -358,31 +361,23 @@ class RunManifest:
         """
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
+            _check_schema(stored["schema"], MANIFEST_SCHEMA, str(path))
+            return cls(**{**stored, "witness": RunEnvironment(**stored["witness"])})
         except FileNotFoundError:
             raise RecipeError(f"{path}: not found; `dvc repro train` writes it") from None
         except ValueError:
             raise RecipeError(f"{path}: not JSON; `dvc checkout {path.name}` restores it") from None
-        try:
-            if stored["schema"] != MANIFEST_SCHEMA:
-                raise RecipeError(
-                    f"{path}: schema {stored['schema']!r}; this runkey reads {MANIFEST_SCHEMA}"
-                )
-            return cls(**{**stored, "witness": RunEnvironment(**stored["witness"])})
         except (KeyError, TypeError):
             names = ", ".join(f.name for f in fields(cls))
             raise RecipeError(f"{path}: not a run's manifest, which holds {names}") from None
 
 
-def capture_environment(
-    root: Path,
-    recipe: Recipe,
-    *,
-    device: str,
-    micro_batch: int,
-    world_size: int,
-    threads: int,
-    precision: str = "off",
-) -> RunEnvironment:
+def _check_schema(found: object, schema: str, where: str) -> None:
+    if found != schema:
+        raise RecipeError(f"{where}: schema {found!r}; this runkey reads {schema}")
+
+
+def capture_environment(root: Path, recipe: Recipe, hardware: Hardware) -> RunEnvironment:
     """Return the environment of this process; call it at the end, when all is imported."""
     packages = installed_packages()
     try:
@@ -393,11 +388,7 @@ def capture_environment(
     files = imported_files(root)
     code = recipe.preimages["code"]
     return RunEnvironment(
-        device=device,
-        micro_batch=micro_batch,
-        world_size=world_size,
-        threads=threads,
-        precision=precision,
+        **asdict(hardware),
         interpreter=interpreter(),
         packages=packages,
         package_differences=package_differences,
@@ -416,13 +407,6 @@ def _counts(variable: str) -> bool:
     named = variable in _VARIABLES or variable.startswith(_FAMILIES)
     # The folder of compiled kernels changes no result, and torch sets it itself.
     return named and not variable.endswith("_CACHE_DIR")
-
-
-def make_manifest(recipe: Recipe, run_id: str | None, witness: RunEnvironment) -> RunManifest:
-    """Return the manifest of a run of a recipe."""
-    return RunManifest(
-        key=recipe.key, stage=recipe.stage, parts=recipe.parts, run_id=run_id, witness=witness
-    )
 
 
 def _git(root: Path, *arguments: str) -> str | None:

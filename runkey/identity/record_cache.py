@@ -1,14 +1,13 @@
 """The cache of a store's runs: one sqlite file, `paths.records`, that is read without MLflow.
 
 MLflow's store is the source of truth.  Code that changes a run there also writes it here, by
-`write_record` or `update_record`.  The reading commands read only this file, so they start fast
-and work while the store is away.  `runkey index` writes the file again from MLflow.
+`update_record`.  The reading commands read only this file, so they start fast and work while the
+store is away.  `runkey index` writes the file again from MLflow.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sqlite3
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from runkey.errors import RecipeError, RegistryError
+from runkey.files import json_safe
 from runkey.identity.record import Details, LoggedRun, Record
 
 _VERSION, _PARTIAL = 2, 1002
@@ -32,11 +32,11 @@ _TABLE = """CREATE TABLE runs (
     metrics TEXT, tags TEXT, params TEXT, details TEXT
 )"""
 _INDEX = "CREATE INDEX runs_by_key ON runs (key)"
-_INSERT = (
-    "INSERT OR REPLACE INTO runs VALUES (:run, :key, :name, :status, :started, :ended, :experiment,"
-    " :artifact_uri, :written_ns, :metrics, :tags, :params, :details)"
-)
-_KEEP = "coalesce(:details, (SELECT details FROM runs WHERE run = :run))"
+_WRITE = """INSERT OR REPLACE INTO runs VALUES (
+    :run, :key, :name, :status, :started, :ended, :experiment, :artifact_uri, :written_ns,
+    :metrics, :tags, :params, coalesce(:details, (SELECT details FROM runs WHERE run = :run))
+)"""
+_DELETE = "DELETE FROM runs WHERE run = ?"
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -47,24 +47,19 @@ class DamagedCacheError(RegistryError):
     """True if it can be read, but runs are missing."""
 
 
-def write_record(path: Path, record: Record) -> None:
-    """Write a run over what the cache has of it; several processes may write at once.
+def update_record(path: Path, run: LoggedRun, details: Details | None = None) -> None:
+    """Write what MLflow has of a run now; without `details` the cached ones stay.
 
     Raises:
         OSError: the file cannot be written.
     """
-    _change(path, lambda database: _insert(database, _row(record)))
-
-
-def update_record(path: Path, run: LoggedRun, details: Details | None = None) -> None:
-    """Write what MLflow has of a run now; without `details` the cached ones stay."""
     row = _row(Record(run=run, details=details))
-    _change(path, lambda database: _insert(database, row, _INSERT.replace(":details", _KEEP)))
+    _change(path, lambda database: database.execute(_WRITE, row))
 
 
 def remove_record(path: Path, run_id: str) -> None:
     """Remove a run from the cache."""
-    _change(path, lambda database: database.execute("DELETE FROM runs WHERE run = ?", (run_id,)))
+    _change(path, lambda database: database.execute(_DELETE, (run_id,)))
 
 
 @contextmanager
@@ -136,14 +131,16 @@ def rebuild(path: Path, records: Iterable[Record]) -> Rebuilt:
     def change(database: sqlite3.Connection) -> None:
         for run, row in rows.items():
             found = database.execute("SELECT * FROM runs WHERE run = ?", (run,)).fetchone()
-            was = dict(found) if found else {"written_ns": 0}
-            if was.pop("written_ns") < began_ns and was != row:
-                _insert(database, row)
+            cached = dict(found) if found else {"written_ns": 0}
+            written_ns = cached["written_ns"]
+            if written_ns < began_ns and cached != row | {"written_ns": written_ns}:
+                database.execute(_DELETE, (run,))
+                database.execute(_WRITE, row)
                 counts.written += 1
         # A run that began after the runs of MLflow were read is newer, and not in `rows`.
         old = database.execute("SELECT run FROM runs WHERE written_ns < ?", (began_ns,)).fetchall()
         gone = [(run,) for (run,) in old if run not in rows]
-        database.executemany("DELETE FROM runs WHERE run = ?", gone)
+        database.executemany(_DELETE, gone)
         counts.removed = len(gone)
         database.execute(f"PRAGMA user_version = {_VERSION}")
 
@@ -188,24 +185,20 @@ def _commit(path: Path, change: Callable[[sqlite3.Connection], object], new_vers
         database.execute("COMMIT")
 
 
-def _insert(database: sqlite3.Connection, row: dict[str, Any], command: str = _INSERT) -> None:
-    database.execute(command, {**row, "written_ns": time.time_ns()})
-
-
 def _row(record: Record) -> dict[str, Any]:
     run, details = record.run, record.details
-    # JSON has no NaN; as text it is read as a number all the same.
-    metrics = {n: v if math.isfinite(v) else str(v) for n, v in run.metrics.items()}
     return {
         "run": run.run_id,
         "key": run.key,
         "name": run.name,
         "status": run.status,
-        "started": float(run.started_ms),
-        "ended": None if run.ended_ms is None else float(run.ended_ms),
+        "started": run.started_ms,
+        "ended": run.ended_ms,
         "experiment": run.experiment_id,
         "artifact_uri": run.artifact_uri,
-        "metrics": json.dumps(metrics),
+        "written_ns": time.time_ns(),
+        # As text NaN is read as a number all the same.
+        "metrics": json.dumps(json_safe(run.metrics)),
         "tags": json.dumps(run.tags),
         "params": json.dumps(run.params),
         "details": details.as_json() if details else None,

@@ -160,29 +160,18 @@ def _bound_names(tree: ast.Module) -> Iterator[str]:
     """Yield a name each time that the module binds or deletes it, or sets an attribute of it."""
     for node in ast.walk(tree):
         match node:
-            case ast.Name(id=name, ctx=ast.Store() | ast.Del()):
-                yield name
-            case ast.Attribute(value=ast.Name(id=name), ctx=ast.Store() | ast.Del()):
-                yield name
-            case ast.arg(arg=name):
-                yield name
             case ast.alias(name=name, asname=other):
                 yield other or name.split(".")[0]
-            case (
-                ast.FunctionDef(name=name)
-                | ast.AsyncFunctionDef(name=name)
-                | ast.ClassDef(name=name)
-                | ast.ExceptHandler(name=str(name))
-                | ast.MatchAs(name=str(name))
-                | ast.MatchStar(name=str(name))
-                | ast.MatchMapping(rest=str(name))
-                | ast.TypeVar(name=name)
-                | ast.TypeVarTuple(name=name)
-                | ast.ParamSpec(name=name)
-            ):
+            case ast.Attribute(value=ast.Name(id=name), ctx=ast.Store() | ast.Del()):
                 yield name
-            case ast.Global(names=names) | ast.Nonlocal(names=names):
-                yield from names
+            case ast.Name(ctx=ast.Load()) | ast.Attribute() | ast.keyword() | ast.Constant():
+                pass
+            case ast.ImportFrom() | ast.MatchClass():
+                pass  # their texts are a module and attributes
+            case _:  # functions, classes, arguments, patterns, ...: all other texts are bound names
+                for _, value in ast.iter_fields(node):
+                    texts = value if isinstance(value, list) else [value]
+                    yield from (text for text in texts if isinstance(text, str))
 
 
 def _log_residue(statement: ast.stmt, loggers: frozenset[str]) -> list[ast.expr] | None:

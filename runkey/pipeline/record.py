@@ -27,6 +27,7 @@ from runkey.identity.record import (
     ORIGIN,
     REPRODUCTION_OF,
     Details,
+    Hardware,
     LoggedRun,
     Record,
     RunEnvironment,
@@ -35,7 +36,6 @@ from runkey.identity.record import (
     capture_environment,
     details_file,
     hashed_files,
-    make_manifest,
     this_host,
 )
 from runkey.identity.record_cache import update_record
@@ -142,21 +142,27 @@ def save_run(run: Run, tracker: TrackedRun) -> str | None:
     """
     root, claim = run.root, run.claim
     write_json(root / KEY_JSON, run.recipe.as_dict())
-    witness = capture_environment(
-        root,
-        run.recipe,
+    hardware = Hardware(
         device=run.device_name,
         micro_batch=run.plan.micro_batch,
         world_size=run.world_size,
         threads=torch.get_num_threads(),
         precision=run.precision,
     )
+    witness = capture_environment(root, run.recipe, hardware)
     audit = _audit(witness.undeclared_files)
     if audit:
         logger.warning(f"imported, but no part of the key: {audit}")
     tracker.tag("key.audit", f"undeclared: {audit}" if audit else "ok")
     # MLflow may answer late or never; the evaluate stage then finds the run by its key.
-    make_manifest(run.recipe, tracker.run_id(), witness).write(root / paths.RUN_JSON)
+    manifest = RunManifest(
+        key=run.recipe.key,
+        stage=run.recipe.stage,
+        parts=run.recipe.parts,
+        run_id=tracker.run_id(),
+        witness=witness,
+    )
+    manifest.write(root / paths.RUN_JSON)
     claim.check()
     assert tracker.jsonl
     details = _details(run, witness, with_log=not tracker.jsonl.lost_lines)

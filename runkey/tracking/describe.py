@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -57,7 +58,7 @@ def describe_run(
         key: the recipe key.
         parts: hash of each part of the key. They become params, so that MLflow's comparison page
             shows which part differs.
-        tags: the run environment (device, host, ...), as text.
+        tags: the run environment (device, host, ...).
         counts: size of the data set, such as {"train_images": 400}.
         name: of the run; None: what differs from the committed parameters.
     """
@@ -86,15 +87,13 @@ def run_name(params: Params, baseline: Params | None) -> str:
 
     values = params.flat()
     before = (baseline or parse_params({"lr": params.lr, "seed": params.seed})).flat()
-    changed = {name: value for name, value in values.items() if before.get(name) != value}
-    if not changed:
-        return "baseline"
-    leaves = [name.rsplit(".", 1)[-1] for name in values]
-    items = [
-        f"{leaf if leaves.count(leaf := name.rsplit('.', 1)[-1]) == 1 else name}={as_text(value)}"
-        for name, value in changed.items()
-    ]
-    named = " ".join(items[:_NAME_ITEMS])
+    leaves = Counter(name.rpartition(".")[2] for name in values)
+    items = []
+    for name, value in values.items():
+        if before.get(name) != value:
+            leaf = name.rpartition(".")[2]
+            items.append(f"{leaf if leaves[leaf] == 1 else name}={as_text(value)}")
+    named = " ".join(items[:_NAME_ITEMS]) or "baseline"
     named = named if len(named) <= _NAME_CHARACTERS else f"{named[: _NAME_CHARACTERS - 1]}…"
     return named if len(items) <= _NAME_ITEMS else f"{named} +{len(items) - _NAME_ITEMS}"
 
@@ -131,8 +130,6 @@ def read_dataset(root: Path, data_path: str, counts: Mapping[str, int]) -> dict[
     return {"name": Path(data_path).name, "digest": digest, "source": source, "profile": profile}
 
 
-_LOADER = "runkey.evaluation.pyfunc"
-_POINTER = "run.json"
 _NEEDED = ("mlflow", "numpy", "pandas", "pillow", "torch", "torchvision")
 
 
@@ -163,22 +160,9 @@ def log_model(
         TrackingError: MLflow refuses or cannot be reached.
     """
     client = open_client(store)
-    with warnings.catch_warnings():
-        # Importing them warns of MLflow's own type hints and of outdated packages.
-        warnings.simplefilter("ignore")
-        import pandas as pd
-        from mlflow.entities import LoggedModelOutput
-        from mlflow.exceptions import MlflowException
-        from mlflow.models.signature import ModelSignature
-        from mlflow.pyfunc import save_model
-        from mlflow.types.schema import ColSpec, Schema
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
 
-    signature = ModelSignature(
-        Schema([ColSpec("binary", "image")]),
-        Schema([ColSpec(kind, column) for column, kind in outputs.items()]),
-    )
-    # MLflow compares column names with a range, which pandas 3 refuses for its string type.
-    columns = pd.Index(["image"], dtype=object)
     try:
         run = client.get_run(run_id)
         if run.outputs and run.outputs.model_outputs:
@@ -187,20 +171,37 @@ def log_model(
             run.info.experiment_id, name, source_run_id=run_id, tags=dict(tags)
         )
         with tempfile.TemporaryDirectory() as folder:
-            data = Path(folder) / "data"
-            data.mkdir()
-            (data / _POINTER).write_text(json.dumps({"run_id": run_id}) + "\n", encoding="utf-8")
-            save_model(
-                f"{folder}/model",
-                loader_module=_LOADER,
-                data_path=str(data),
-                signature=signature,
-                input_example=pd.DataFrame([[example.read_bytes()]], columns=columns),
-                pip_requirements=[f"{package}=={version(package)}" for package in _NEEDED],
-            )
+            _save_model(Path(folder), run_id, example, outputs)
             client.log_model_artifacts(model.model_id, f"{folder}/model")
         client.finalize_logged_model(model.model_id, "READY")
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
     except (MlflowException, OSError) as error:
         raise TrackingError(f"MLflow: the model is not recorded ({in_one_line(error)})") from None
     return str(model.model_id)
+
+
+def _save_model(folder: Path, run_id: str, example: Path, outputs: Mapping[str, str]) -> None:
+    """Write to `folder`/model what MLflow loads: a run's id, by which the weights are found."""
+    with warnings.catch_warnings():
+        # Importing them warns of MLflow's own type hints and of outdated packages.
+        warnings.simplefilter("ignore")
+        import pandas as pd
+        from mlflow.models.signature import ModelSignature
+        from mlflow.pyfunc import save_model
+        from mlflow.types.schema import ColSpec, Schema
+
+    (folder / "data").mkdir()
+    (folder / "data" / "run.json").write_text(json.dumps({"run_id": run_id}) + "\n")
+    # MLflow compares column names with a range, which pandas 3 refuses for its string type.
+    columns = pd.Index(["image"], dtype=object)
+    save_model(
+        str(folder / "model"),
+        loader_module="runkey.evaluation.pyfunc",
+        data_path=str(folder / "data"),
+        signature=ModelSignature(
+            Schema([ColSpec("binary", "image")]),
+            Schema([ColSpec(kind, column) for column, kind in outputs.items()]),
+        ),
+        input_example=pd.DataFrame([[example.read_bytes()]], columns=columns),
+        pip_requirements=[f"{package}=={version(package)}" for package in _NEEDED],
+    )

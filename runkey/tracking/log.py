@@ -15,16 +15,15 @@ import contextlib
 import errno
 import json
 import logging
-import math
 import mmap
 import os
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runkey.files import write_atomically
+from runkey.files import json_safe, write_atomically
 from runkey.units import MIB
 
 logger = logging.getLogger(__name__)
@@ -54,12 +53,10 @@ def parse_line(line: bytes) -> Entry | None:
     """Parse one line; return None if it was cut short or is no entry."""
     try:
         entry = json.loads(line)
-        is_whole = ("values" in entry and "step" in entry) or (
-            "event" in entry and "fields" in entry
-        )
-        return entry if is_whole and "time" in entry else None
+        is_whole = {"time", "step", "values"} <= {*entry} or {"time", "event", "fields"} <= {*entry}
     except (ValueError, TypeError):
         return None
+    return entry if is_whole else None
 
 
 def time_ms(entry: Entry) -> int:
@@ -74,38 +71,31 @@ class ExpectedEntries:
     """
 
     def __init__(self) -> None:
-        self._places: dict[str, list[tuple[int, int | None, dict[str, Any]]]] = {}
-        """Offset, step and values of the entries of each name."""
+        self._places: dict[str, deque[tuple[int, Entry]]] = defaultdict(deque)
+        """Offset and contents of the entries of each name."""
         self._step = 0
         self.differing: list[int] = []
         """Steps whose repeated values differ from the logged ones."""
 
-    @classmethod
-    def read(cls, path: Path, offset: int) -> ExpectedEntries:
+    def read(self, path: Path, offset: int) -> None:
         """Read the lines of a log that begin at byte `offset` or later."""
-        expected = cls()
         with path.open("rb") as file:
             file.seek(offset)
             for line in file:
                 entry = parse_line(line)
                 if entry and entry.get("event") not in ALWAYS_NEW:
-                    step = entry.get("step", entry.get("fields", {}).get("step"))
-                    place = offset, step, _without_pace(entry.get("values", {}))
-                    expected._places.setdefault(_name(entry), []).append(place)
+                    self._places[_name(entry)].append((offset, entry))
                 offset += len(line)
-        return expected
 
     def take(self, entry: Entry) -> bool:
         """Return True if the entry was expected; it is not expected again after that."""
-        name = _name(entry)
-        places = self._places.pop(name, [])
-        if places[1:]:
-            self._places[name] = places[1:]
-        if "values" in entry:
-            self._step = entry["step"]
-            if places and places[0][2] != _without_pace(entry["values"]):
-                self.differing.append(entry["step"])
-        return bool(places)
+        self._step = entry.get("step", self._step)
+        if not (places := self._places.get(_name(entry))):
+            return False
+        _, logged = places.popleft()
+        if _without_pace(logged.get("values", {})) != _without_pace(entry.get("values", {})):
+            self.differing.append(self._step)
+        return True
 
     def first_offset(self) -> int | None:
         """Return the byte at which the first entry still expected begins; None if there is none.
@@ -114,16 +104,21 @@ class ExpectedEntries:
         entry described the machine.
         """
         places = (place for places in self._places.values() for place in places)
-        offsets = (offset for offset, step, _ in places if step is None or step >= self._step)
+        offsets = (offset for offset, entry in places if _step(entry, self._step) >= self._step)
         return min(offsets, default=None)
 
 
 def _name(entry: Entry) -> str:
     if "event" in entry:
-        named = [entry["event"], _without_pace(entry.get("fields", {}))]
+        named = [entry["event"], _without_pace(entry["fields"])]
     else:
         named = [entry["step"], sorted(entry["values"])]
     return json.dumps(named, sort_keys=True)
+
+
+def _step(entry: Entry, default: int) -> int:
+    """Return the step of an entry; `default` for an event without one."""
+    return int(entry.get("step", entry.get("fields", {}).get("step", default)))
 
 
 def _without_pace(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,9 +139,7 @@ class JsonlLog:
             shown: where people look for it: a hard link to `path`, replaced by a copy in `finish`.
             quiet: log no warnings; for a second log on the same disk.
         """
-        self.path = path
-        self._shown = shown
-        self._quiet = quiet
+        self.path, self._shown, self._quiet = path, shown, quiet
         self._file = -1
         self._size = 0
         self._waiting: deque[bytes] = deque()
@@ -169,11 +162,11 @@ class JsonlLog:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Write the values of one optimizer step, unless the file has that line already."""
-        self._write({"step": step, "time": _now(), "values": _plain(values)})
+        self._write({"step": step, "time": _now(), "values": dict(values)})
 
     def event(self, kind: str, **fields: object) -> None:
         """Write an event such as `early_stop`; in MLflow it becomes the tag `event.<kind>`."""
-        self._write({"time": _now(), "event": kind, "fields": _plain(fields)})
+        self._write({"time": _now(), "event": kind, "fields": fields})
 
     def position(self) -> dict[str, int | str]:
         """Flush to the disk and return the position for a checkpoint.
@@ -199,7 +192,7 @@ class JsonlLog:
             )
             offset = self._size
         with contextlib.suppress(FileNotFoundError):
-            self._expected = ExpectedEntries.read(self.path, offset)
+            self._expected.read(self.path, offset)
 
     def sync(self) -> None:
         """Flush everything written so far to the disk."""
@@ -287,7 +280,7 @@ class JsonlLog:
         self._warn(f"{refused}: cannot be written ({error.strerror}); the log is {self.path} alone")
 
     def _write(self, entry: Entry) -> None:
-        line = (json.dumps(entry, ensure_ascii=False, default=str) + "\n").encode()
+        line = (json.dumps(json_safe(entry), ensure_ascii=False, default=str) + "\n").encode()
         # Compared as it is read back: a tuple is a list in JSON, a path is text.
         if self._expected.take(json.loads(line)):
             return
@@ -296,7 +289,7 @@ class JsonlLog:
         self._flush()
         while self._waiting_bytes > _MAX_WAITING_BYTES:
             self._waiting_bytes -= len(self._waiting[0])
-            self._dropped_steps.append(_step(self._waiting.popleft()))
+            self._dropped_steps.append(_step(json.loads(self._waiting.popleft()), -1))
 
     def _flush(self) -> None:
         """Write the waiting lines in order, as far as the disk takes them."""
@@ -322,7 +315,8 @@ class JsonlLog:
         self._size += written
 
     def _lost_text(self) -> str:
-        steps = [s for s in (*self._dropped_steps, *map(_step, self._waiting)) if s >= 0]
+        waiting = (_step(json.loads(line), -1) for line in self._waiting)
+        steps = [step for step in (*self._dropped_steps, *waiting) if step >= 0]
         which = f" (steps {min(steps)} to {max(steps)})" if steps else ""
         return f"{self.lost_lines} line{'s' * (self.lost_lines != 1)}{which}"
 
@@ -342,19 +336,6 @@ def _whole_bytes(file: int) -> int:
         return data.rfind(b"\n") + 1
 
 
-def _step(line: bytes) -> int:
-    """Return the step of a line, -1 for an event without one."""
-    entry = json.loads(line)
-    return int(entry.get("step", entry.get("fields", {}).get("step", -1)))
-
-
 def _now() -> float:
     """Return seconds since 1970, rounded to the milliseconds that MLflow keeps."""
     return round(time.time(), 3)
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }

@@ -17,7 +17,7 @@ from runkey.identity.record import KEY, LoggedRun
 from runkey.tracking import replay
 from runkey.tracking.log import JsonlLog
 from runkey.tracking.store import Store, in_one_line
-from runkey.tracking.sync import RunSender, Status, TrainingRun, points_of
+from runkey.tracking.sync import RunSender, Status, TrainingRun
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +29,8 @@ SAMPLES = paths.LOGS / replay.SAMPLES
 class SystemSampler:
     """Samples CPU, memory and GPU into a log. One thread samples, another may finish.
 
-    MLflow's own SystemMetricsMonitor cannot replace it: it writes to the server only, so that the
-    log and the plot made from it lack the samples, and it ends at the first failed request. Its
-    monitors are used here.
+    MLflow's own SystemMetricsMonitor writes to the server only, so that the log and the plot made
+    from it would lack the samples, and ends at the first failed request. Its monitors are used.
     """
 
     def __init__(self, log: JsonlLog, interval_seconds: float) -> None:
@@ -46,19 +45,16 @@ class SystemSampler:
     def sample(self, started_ms: int) -> None:
         """Take a sample if one is due; its step is the training's age in whole seconds.
 
-        The step keeps rising when training is resumed. Of several samples in one second MLflow gets
-        the first.
+        Of several samples in one second MLflow gets the first.
         """
         # Imported here: commands that only read import this module and count in milliseconds.
         import psutil
 
         with self._lock:
-            if self._finished:
-                return
             if not self._monitors:
                 self._monitors = _open_monitors()
                 self._last_seconds = time.monotonic()
-            if time.monotonic() - self._last_seconds < self.interval_seconds:
+            if self._finished or time.monotonic() < self._last_seconds + self.interval_seconds:
                 return
             self._last_seconds = time.monotonic()
             values = {"system/process_memory_megabytes": psutil.Process().memory_info().rss / 1e6}
@@ -114,24 +110,19 @@ class TrackedRun:
         sampler: SystemSampler | None = None,
         pace: Pace = Pace(),
     ) -> None:
-        """Start the thread that sends.
+        """Start the thread that sends, and samples the system once the run exists.
 
         Args:
             jsonl: the log that values are written to; None: they go straight to MLflow.
             sender: writes the MLflow run, and follows the log; None: the log is all.
-            sampler: of system metrics, called in the thread once the run exists.
+            sampler: of system metrics.
             pace: how often to send.
         """
         self.jsonl = jsonl
-        self._sender = sender
-        self._sampler = sampler
-        self._pace = pace
-        self._tags: dict[str, str] = {}
-        self._artifacts: list[tuple[Path, str]] = []
+        self._sender, self._sampler, self._pace = sender, sampler, pace
         self._status: Status = "FINISHED"
         self._error: str | None = None
-        self._wake = threading.Event()
-        self._closing = threading.Event()
+        self._wake, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(
             target=self._work, args=(sender,), name="mlflow", daemon=True
         )
@@ -148,12 +139,10 @@ class TrackedRun:
         if self.jsonl:
             self.jsonl.log(values, step)
         elif self._sender:
-            entry = {"time": time.time(), "step": step, "values": values}
-            self._sender.points.extend(points_of(entry))
+            self._sender.entries.append({"time": time.time(), "step": step, "values": values})
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag of the MLflow run."""
-        self._tags[name] = value
         if self._sender:
             self._sender.tags.append((name, value))
 
@@ -162,7 +151,6 @@ class TrackedRun:
 
         The path must exist until `close`.
         """
-        self._artifacts.append((path, folder))
         if self._sender:
             self._sender.artifacts.append((path, folder))
 
@@ -170,17 +158,16 @@ class TrackedRun:
         """Return the MLflow run's id; None without MLflow, or if it was not made in time."""
         if self._sender is None:
             return None
-        if self._sender.run_id is None and not self._closing.is_set():
+        if not self._sender.run_id and not self._closing.is_set():
             self._wake.set()
             self._sender.created.wait(wait_seconds)
-        return self._sender.run_id
+        return self._sender.run_id or None
 
     def finish_logs(self) -> None:
         """Close the logs, before plots are made from them; see `JsonlLog.finish`."""
-        if self.jsonl:
-            self.jsonl.finish()
-        if self._sampler:
-            self._sampler.finish()
+        for log in (self.jsonl, self._sampler):
+            if log:
+                log.finish()
 
     def close(self, status: Status = "FINISHED") -> str | None:
         """Send what is left, end the run and return its id, None if there is none.
@@ -193,14 +180,12 @@ class TrackedRun:
         if self._sender is None:
             return None
         if status == "FINISHED" and self.jsonl:
-            # Values that the disk did not take. If the training is resumed it logs them again, at
-            # another time.
-            for entry in self.jsonl.unwritten():
-                self._sender.points.extend(points_of(entry))
+            # If the training is resumed it logs them again, at another time.
+            self._sender.entries.extend(self.jsonl.unwritten())
         self._end(self._sender, status)
         if not self._sender.ended:
             self._save(self._sender, status)
-        return self._sender.run_id
+        return self._sender.run_id or None
 
     def _end(self, sender: RunSender, status: Status) -> None:
         """Wait for the thread to end the run, as long as MLflow answers."""
@@ -214,17 +199,17 @@ class TrackedRun:
 
     def _save(self, sender: RunSender, status: Status) -> None:
         """Say what MLflow lacks, and keep it for `runkey replay`."""
-        why = self._error or "no answer in time"
-        if sender.run_id is None:
-            logger.warning(f"MLflow: no run was recorded ({why})")
-        else:
+        if sender.run_id:
             missing = sender.missing()
             lack = f"lacks {missing}" if missing else f"is whole but not marked {status}"
-            logger.warning(f"MLflow: run {sender.run_id} {lack} ({why})")
+            text = f"run {sender.run_id} {lack}"
+        else:
+            text = "no run was recorded"
+        logger.warning(f"MLflow: {text} ({self._error or 'no answer in time'})")
         if (training := sender.training) is None:
             return
         try:
-            replay.save_end(training, status, self._tags, self._artifacts)
+            replay.save_end(training.folder, status, dict(sender.tags), sender.artifacts)
         except OSError as error:
             logger.warning(f"{training.folder}: cannot be written ({error.strerror})")
             return
@@ -291,7 +276,7 @@ def open_run(
 
     Args:
         store: where the MLflow run goes; None: the log is all.
-        training: has a folder; its logs are added here.
+        training: what to record; its logs are added here.
         root: the workspace, where the logs are shown.
         on_change: see `RunSender`.
         system_seconds: seconds between samples of system metrics; 0: none.

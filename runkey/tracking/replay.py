@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,24 +52,21 @@ def save_description(training: TrainingRun) -> None:
 
 
 def save_end(
-    training: TrainingRun,
-    status: Status,
-    tags: Mapping[str, str],
-    artifacts: Iterable[tuple[Path, str]],
+    folder: Path, status: Status, tags: dict[str, str], artifacts: Iterable[tuple[Path, str]]
 ) -> None:
-    """Save how a training ended, and the artifacts of its run.
+    """Save in a training's folder how it ended, and the artifacts of its run.
 
     Each artifact is a file or a folder, with the folder that it goes to among the artifacts.
     """
-    for path, folder in artifacts:
-        place = training.folder / ARTIFACTS / folder
+    for path, inner in artifacts:
+        place = folder / ARTIFACTS / inner
         place.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             shutil.copytree(path, place, copy_function=_link, dirs_exist_ok=True)
         elif path.is_file():
             _link(str(path), str(place / path.name))
-    ended = TrainingEnd(status, time.time_ns() // 1_000_000, dict(tags))
-    write_atomically(training.folder / ENDED, json.dumps(asdict(ended), sort_keys=True) + "\n")
+    ended = TrainingEnd(status, time.time_ns() // 1_000_000, tags)
+    write_atomically(folder / ENDED, json.dumps(asdict(ended), sort_keys=True) + "\n")
 
 
 def clear_training(folder: Path, *, everything: bool) -> None:
@@ -90,10 +87,10 @@ def read_training(folder: Path) -> TrainingRun:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         description = RunDescription(**stored["description"])
-        logs = (folder / LOG, folder / SAMPLES)
-        return TrainingRun(stored["experiment"], description, folder, logs)
+        experiment = stored["experiment"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TrackingError(f"{path}: not the description of a training ({error})") from None
+    return TrainingRun(experiment, description, folder, (folder / LOG, folder / SAMPLES))
 
 
 def read_end(folder: Path) -> TrainingEnd | None:
@@ -152,48 +149,39 @@ class Replayed:
 
 
 def send_saved(store: Store, folder: Path) -> Replayed:
-    """Send a saved training, update the run's record, and remove the folder if it is finished.
+    """Send MLflow what it lacks of a saved training, and update the run's record.
+
+    The run is made if need be; the folder of a finished one is removed.
 
     Raises:
         TrainingError: a process trains there.
-        TrackingError, RecipeError: see `replay`; a saved file is damaged.
+        TrackingError: the folder holds no training, or MLflow cannot be reached or refuses.
+        RecipeError: the saved record is damaged.
     """
     with locked(folder):
-        record = folder / ARTIFACTS / DETAILS  # which it left if it ended well
+        training, ended = read_training(folder), read_end(folder)
+        artifacts = folder / ARTIFACTS
+        record = artifacts / DETAILS  # which it left if it ended well
         details = Details.read(record) if record.is_file() else None
-
-        sent = replay(store, folder, lambda run: update_record(store.cache, run, details))
-        if sent.status == "FINISHED":
-            clear_training(folder, everything=True)
-    return sent
-
-
-def replay(store: Store, folder: Path, on_change: Callable[[LoggedRun], None]) -> Replayed:
-    """Send MLflow what it lacks of a training that no process works on; make the run if need be.
-
-    `on_change` is called with what MLflow has of the run at the end.
-
-    Raises:
-        TrackingError: the folder holds no training, or MLflow cannot be reached or refuses.
-    """
-    training, ended = read_training(folder), read_end(folder)
-    found: list[LoggedRun] = []
-    sender = RunSender(store, training, on_change=found.append, resend=True)
-    artifacts, files = folder / ARTIFACTS, 0
-    if ended:
-        sender.tags.extend(ended.tags.items())
-        if artifacts.is_dir():
-            sender.artifacts.append((artifacts, ""))
-        files = sum(path.is_file() for path in artifacts.rglob("*"))
-    try:
-        sender.update()
+        found: list[LoggedRun] = []
+        sender = RunSender(store, training, on_change=found.append, resend=True)
         if ended:
-            sender.end(ended.status, ended.ended_ms)
-        elif found[0].status == "RUNNING":
-            sender.end("KILLED")
-    # Whatever MLflow, its database driver or the network raises.
-    except Exception as error:  # noqa: BLE001
-        text = in_one_line(error)
-        raise TrackingError(f"{store.uri}: {text}; {folder} is kept, try again") from None
-    on_change(found[-1])
-    return Replayed(found[-1].run_id, found[-1].status, sender.values_sent, files)
+            sender.tags.extend(ended.tags.items())
+            if artifacts.is_dir():
+                sender.artifacts.append((artifacts, ""))
+        try:
+            sender.update()
+            if ended:
+                sender.end(ended.status, ended.ended_ms)
+            elif found[0].status == "RUNNING":
+                sender.end("KILLED")
+        # Whatever MLflow, its database driver or the network raises.
+        except Exception as error:  # noqa: BLE001
+            text = in_one_line(error)
+            raise TrackingError(f"{store.uri}: {text}; {folder} is kept, try again") from None
+        run = found[-1]
+        update_record(store.cache, run, details)
+        files = sum(path.is_file() for path in artifacts.rglob("*")) if ended else 0
+        if run.status == "FINISHED":
+            clear_training(folder, everything=True)
+    return Replayed(run.run_id, run.status, sender.values_sent, files)

@@ -16,12 +16,11 @@ import struct
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from runkey.identity.record import (
     RESUMED,
@@ -39,6 +38,7 @@ from runkey.tracking.transfer import logged_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
 logger = logging.getLogger(__name__)
 
@@ -51,21 +51,13 @@ _MAX_RESUMES_LISTED = 100
 _STEPS_REMEMBERED = 64
 
 
-class MetricPoint(NamedTuple):
-    """One value of one metric."""
-
-    name: str
-    value: float
-    time_ms: int
-    """Milliseconds since 1970."""
-    step: int
-
-
-def points_of(entry: Entry) -> list[MetricPoint]:
+def metrics_of(entry: Entry) -> list[Metric]:
     """Return the values of a log entry as MLflow gets them."""
-    time_stamp = time_ms(entry)
+    from mlflow.entities import Metric
+
+    time_stamp, step = time_ms(entry), entry["step"]
     return [
-        MetricPoint(name, float(value), time_stamp, entry["step"])
+        Metric(legal_name(name), float(value), time_stamp, step)
         for name, value in entry["values"].items()
     ]
 
@@ -85,7 +77,7 @@ class Batch:
     """Metrics of each of the last steps."""
     resumed: tuple[str, ...]
     """Where and when training was resumed so far."""
-    points: list[MetricPoint] = field(default_factory=list)
+    metrics: list[Metric] = field(default_factory=list)
     tags: dict[str, str] = field(default_factory=dict)
 
     def add(self, entry: Entry) -> None:
@@ -97,13 +89,14 @@ class Batch:
                 self.resumed += (f"step {entry['fields'].get('step')} at {when}",)
                 self.tags[RESUMED] = str(len(self.resumed))
                 self.tags[RESUMED_AFTER] = "; ".join(self.resumed[-_MAX_RESUMES_LISTED:])
-        elif "values" in entry:
+        else:
             step = entry["step"]
             before = self.names.pop(step, frozenset())
             self.names[step] = before | entry["values"].keys()
             if len(self.names) > _STEPS_REMEMBERED:
                 del self.names[next(iter(self.names))]
-            self.points += [point for point in points_of(entry) if point.name not in before]
+            values = {n: v for n, v in entry["values"].items() if n not in before}
+            self.metrics += metrics_of(entry | {"values": values})
 
 
 class LogTail:
@@ -130,7 +123,7 @@ class LogTail:
             batch.end += len(line)
             if entry := parse_line(line):
                 batch.add(entry)
-            if len(batch.points) >= MAX_METRICS or batch.end >= stop:
+            if len(batch.metrics) >= MAX_METRICS or batch.end >= stop:
                 break
         return batch if batch.end > self.offset else None
 
@@ -176,11 +169,29 @@ class TrainingRun:
     """MLflow runs of dead processes, to be marked KILLED."""
 
 
+class Outbox[T](list[T]):
+    """Items for a run, in order; any thread may append while one sends."""
+
+    sent = 0
+    """How many of them MLflow has."""
+
+    @property
+    def left(self) -> list[T]:
+        """The items that MLflow lacks."""
+        return self[self.sent :]
+
+    def send(self, send: Callable[[list[T]], None], size: int = MAX_METRICS) -> None:
+        """Send what is left in batches."""
+        while some := self.left[:size]:
+            send(some)
+            self.sent += len(some)
+
+
 class RunSender:
     """Writes one MLflow run; whatever MLflow raises comes through.
 
-    One thread calls `update` and `end`; any thread may append to `points`, `tags` and `artifacts`,
-    which hold what is in no log. An item leaves them when MLflow has it.
+    One thread calls `update` and `end`; any thread may append to `entries`, `tags` and `artifacts`,
+    which hold what is in no log.
     """
 
     def __init__(
@@ -202,16 +213,19 @@ class RunSender:
         """
         self._store = store
         self.training = target if isinstance(target, TrainingRun) else None
-        self.run_id = target if isinstance(target, str) else None
+        self.run_id = target if isinstance(target, str) else ""
+        """Empty until a training's run exists."""
         self._on_change, self._resend = on_change, resend
         self._tails: dict[str, LogTail] | None = None if self.training else {}
         self._pointer: RunPointer | None = None
         self._superseded = list(self.training.supersedes) if self.training else []
-        self._folder_failed = False
+        self._folder = self.training.folder if self.training else None
+        """For the pointer; None if it cannot be written."""
         self._stored: dict[str, set[bytes]] = {}
-        self.points: deque[MetricPoint] = deque()
-        self.tags: deque[tuple[str, str]] = deque()
-        self.artifacts: deque[tuple[Path, str]] = deque()
+        self.entries = Outbox[Entry]()
+        """Values."""
+        self.tags = Outbox[tuple[str, str]]()
+        self.artifacts = Outbox[tuple[Path, str]]()
         """Each a file, or a folder whose files are copied, and the folder that it goes to."""
         self.created = threading.Event()
         """Set when the run exists."""
@@ -232,28 +246,29 @@ class RunSender:
             run = self._active_run(self._superseded[-1])
             if run and run.info.status == "RUNNING":
                 self._client.set_terminated(run.info.run_id, "KILLED")
-                self._on_change(self._read(run.info.run_id))
+                self._report(run.info.run_id)
             self._superseded.pop()
         for name, tail in (self._tails or {}).items():
             self._send_log(name, tail)
-        _drain(self.points, self._log)
-        _drain(self.tags, lambda tags: self._log(tags=dict(tags)))
-        _drain(self.artifacts, self._log_artifacts, 1)
+        self.entries.send(lambda entries: self._log([m for e in entries for m in metrics_of(e)]))
+        self.tags.send(lambda tags: self._log(tags=dict(tags)))
+        self.artifacts.send(self._log_artifacts, 1)
 
     def end(self, status: Status, ended_ms: int | None = None) -> None:
         """Set a training's status and end time (None: now), and report the run's final state."""
         if self.training:
-            self._client.set_terminated(self._id, status, ended_ms)
-        self._on_change(self._read(self._id))
+            self._client.set_terminated(self.run_id, status, ended_ms)
+        self._report(self.run_id)
         self.ended = True
 
     def missing(self) -> str:
         """Return what MLflow lacks, such as `12 values and 2 artifacts`; empty if nothing."""
         tails = self._tails if self._tails is not None else self._open_tails({})
+        values = sum(len(entry["values"]) for entry in self.entries.left)
         counts = {
-            "value": len(self.points) + sum(tail.count_left() for tail in tails.values()),
-            "tag": len(dict(self.tags)),
-            "artifact": len(self.artifacts),
+            "value": values + sum(tail.count_left() for tail in tails.values()),
+            "tag": len(dict(self.tags.left)),
+            "artifact": len(self.artifacts.left),
         }
         return " and ".join(f"{n} {noun}{'s' * (n != 1)}" for noun, n in counts.items() if n)
 
@@ -263,19 +278,14 @@ class RunSender:
         self.last_answer = time.monotonic()
         return client
 
-    @property
-    def _id(self) -> str:
-        assert self.run_id
-        return self.run_id
-
     def _open(self, training: TrainingRun) -> dict[str, LogTail]:
         """Find the training's run or make it; return its logs, each behind what was sent."""
         self._pointer = self._pointer or read_pointer(training.folder)
-        run = self._find(training, self._pointer) if self._pointer else None
-        if run is None:
-            run = self._create(training)
-        self.run_id, self.started_ms = run.run_id, run.started_ms
-        self._on_change(run)
+        run = (self._pointer and self._find(training, self._pointer)) or self._create(training)
+        # Set first: if the next call fails, users still see the name of the run.
+        self.run_id, self.started_ms = str(run.info.run_id), run.info.start_time
+        self._describe(run, training.description)
+        self._report(self.run_id)
         assert self._pointer
         return self._open_tails({} if self._resend else self._pointer.sent)
 
@@ -283,8 +293,8 @@ class RunSender:
         logs = self.training.logs if self.training else ()
         return {log.name: LogTail(log, sent.get(log.name, 0)) for log in logs}
 
-    def _find(self, training: TrainingRun, pointer: RunPointer) -> LoggedRun | None:
-        """Return the run that a pointer names, updated; None if it is gone or was never made."""
+    def _find(self, training: TrainingRun, pointer: RunPointer) -> Any:
+        """Return the `Run` that a pointer names; None if it is gone or was never made."""
         run_id = pointer.run_id
         if run_id is None:
             found = self._client.search_runs(
@@ -301,21 +311,13 @@ class RunSender:
                 " is recorded as a new run"
             )
             return None
-        self.run_id = run_id
         if not self._resend and run.info.status != "RUNNING":
             self._client.update_run(run_id, status="RUNNING")
-        description = training.description
-        tags = run.data.tags
-        changed = {n: v for n, v in description.tags.items() if tags.get(legal_name(n)) != v}
-        self._log(tags=changed)
-        # A process that died after it made the run may have left it without its description.
-        if any(legal_name(name) not in run.data.params for name in description.params):
-            self._describe(description)
         self._point(replace(pointer, uri=self._store.uri, run_id=run_id))
-        return self._read(run_id)
+        return run
 
-    def _create(self, training: TrainingRun) -> LoggedRun:
-        """Make the run. Its token is written to the folder before, its id after."""
+    def _create(self, training: TrainingRun) -> Any:
+        """Make the `Run`. Its token is written to the folder before, its id after."""
         pointer = RunPointer(self._store.uri)
         self._point(pointer)
         description = training.description
@@ -326,50 +328,49 @@ class RunSender:
             tags=tags | {TOKEN: pointer.token},
             start_time=description.started_ms,
         )
-        self.last_answer = time.monotonic()
-        run_id = str(run.info.run_id)
-        self._point(replace(pointer, run_id=run_id))
-        # Set here already: if the next call fails, users still see the name of the run.
-        self.run_id, self.started_ms = run_id, description.started_ms
-        self._describe(description)
-        return self._read(run_id)
+        self._point(replace(pointer, run_id=str(run.info.run_id)))
+        return run
 
     def _experiment(self, training: TrainingRun) -> str:
         return experiment_id(self._client, self._store, training.experiment)
 
-    def _describe(self, description: RunDescription) -> None:
+    def _describe(self, run: Any, description: RunDescription) -> None:
+        """Log what the `Run` lacks: all of a new one, perhaps of one whose process died early."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        if description.dataset:
+        params, tags = run.data.params, run.data.tags
+        lacking = {n: v for n, v in description.params.items() if legal_name(n) not in params}
+        changed = {n: v for n, v in description.tags.items() if tags.get(legal_name(n)) != v}
+        if lacking and description.dataset:
             entity = Dataset(source_type="local", **description.dataset)
             context = InputTag("mlflow.data.context", "training")
-            self._client.log_inputs(self._id, [DatasetInput(entity, [context])])
-        self._log(params=description.params)
+            self._client.log_inputs(run.info.run_id, [DatasetInput(entity, [context])])
+        self._log(params=lacking, tags=changed)
 
     def _send_log(self, name: str, tail: LogTail) -> None:
         resumed = False
         while batch := tail.next():
-            points = self._lacking(batch.points) if self._resend else batch.points
-            self._log(points, tags=batch.tags)
-            self.values_sent += len(points)
+            metrics = self._lacking(batch.metrics) if self._resend else batch.metrics
+            self._log(metrics, tags=batch.tags)
+            self.values_sent += len(metrics)
             resumed |= RESUMED in batch.tags
             tail.sent(batch)
             assert self._pointer
             self._point(replace(self._pointer, sent={**self._pointer.sent, name: batch.end}))
         if resumed:
-            self._on_change(self._read(self._id))
+            self._report(self.run_id)
 
     def _log(
         self,
-        points: Sequence[MetricPoint] = (),
+        metrics: Sequence[Metric] = (),
         params: Mapping[str, str] = {},
         tags: Mapping[str, str] = {},
     ) -> None:
-        from mlflow.entities import Metric, Param, RunTag
+        from mlflow.entities import Param, RunTag
 
         self._client.log_batch(
-            self._id,
-            metrics=[Metric(legal_name(p.name), p.value, p.time_ms, p.step) for p in points],
+            self.run_id,
+            metrics=metrics,
             params=[Param(legal_name(n), text[:_VALUE_CHARACTERS]) for n, text in params.items()],
             tags=[RunTag(legal_name(n), text[:_TAG_CHARACTERS]) for n, text in tags.items()],
         )
@@ -380,22 +381,20 @@ class RunSender:
             if not path.exists():
                 logger.warning(f"MLflow: {path} is not there and was not kept with the run")
             elif path.is_dir():
-                self._client.log_artifacts(self._id, str(path), folder or None)
+                self._client.log_artifacts(self.run_id, str(path), folder or None)
             else:
-                self._client.log_artifact(self._id, str(path), folder or None)
+                self._client.log_artifact(self.run_id, str(path), folder or None)
             self.last_answer = time.monotonic()
 
-    def _lacking(self, points: Iterable[MetricPoint]) -> list[MetricPoint]:
-        """Return the points that the run did not have when its metric was first asked for."""
+    def _lacking(self, metrics: Iterable[Metric]) -> list[Metric]:
+        """Return the metrics that the run did not have when it was first asked for their name."""
         lacking = []
-        for point in points:
-            name = legal_name(point.name)
-            if name not in self._stored:
-                history = self._client.get_metric_history(self._id, name)
-                self._stored[name] = {_packed(m.value, m.timestamp, m.step) for m in history}
-                self.last_answer = time.monotonic()
-            if _packed(point.value, point.time_ms, point.step) not in self._stored[name]:
-                lacking.append(point)
+        for metric in metrics:
+            if metric.key not in self._stored:
+                history = self._client.get_metric_history(self.run_id, metric.key)
+                self._stored[metric.key] = {_packed(one) for one in history}
+            if _packed(metric) not in self._stored[metric.key]:
+                lacking.append(metric)
         return lacking
 
     def _active_run(self, run_id: str) -> Any:
@@ -410,39 +409,31 @@ class RunSender:
             return None
         return run if run.info.lifecycle_stage == "active" else None
 
-    def _read(self, run_id: str) -> LoggedRun:
-        run = logged_run(self._client.get_run(run_id))
+    def _report(self, run_id: str) -> None:
+        self._on_change(logged_run(self._client.get_run(run_id)))
         self.last_answer = time.monotonic()
-        return run
 
     def _point(self, pointer: RunPointer) -> None:
         """Keep the pointer, also in the training's folder if that can be written."""
         self._pointer = pointer
-        if self.training is None or self._folder_failed:
+        if self._folder is None:
             return
         try:
-            write_pointer(self.training.folder, pointer)
+            write_pointer(self._folder, pointer)
         except OSError as error:
-            self._folder_failed = True
             logger.warning(
-                f"{self.training.folder}: cannot be written ({error.strerror}); if training is"
-                " interrupted now, it may go on in another MLflow run"
+                f"{self._folder}: cannot be written ({error.strerror}); if training is interrupted"
+                " now, it may go on in another MLflow run"
             )
+            self._folder = None
 
 
-def _drain[T](queue: deque[T], send: Callable[[list[T]], None], size: int = MAX_METRICS) -> None:
-    """Send a queue's items in batches. Other threads append meanwhile, so it is read by index."""
-    while some := [queue[index] for index in range(min(len(queue), size))]:
-        send(some)
-        for _ in some:
-            queue.popleft()
+def _packed(metric: Metric) -> bytes:
+    """Pack what makes two values of a metric one entry in MLflow, which stores inf as max float.
 
-
-def _packed(value: float, time_ms: int, step: int) -> bytes:
-    """Pack what makes two points of a metric one entry in MLflow, which stores inf as max float.
-
-    Packed, because a long training has a million points.
+    Packed, because a long training has a million of them.
     """
+    value = math.nan if math.isnan(metric.value) else metric.value
     if math.isinf(value):
         value = math.copysign(sys.float_info.max, value)
-    return struct.pack("<dqq", math.nan if math.isnan(value) else value, time_ms, step)
+    return struct.pack("<dqq", value, metric.timestamp, metric.step)

@@ -7,7 +7,6 @@ the folder's layout.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from runkey.errors import TrackingError
+from runkey.files import json_safe
 from runkey.identity.record import (
     ARTIFACTS,
     CONTENT,
@@ -100,8 +100,12 @@ class StoreRuns:
                 "ended_ms": run.info.end_time,
                 "params": dict(run.data.params),
                 "tags": {n: v for n, v in run.data.tags.items() if n not in _NOT_COPIED},
+                # Step, milliseconds since 1970 and value of each point.
                 "metrics": {
-                    name: _history(client, run_id, name)
+                    name: [
+                        [point.step, point.timestamp, json_safe(point.value)]
+                        for point in client.get_metric_history(run_id, name)
+                    ]
                     for name in each("metrics from MLflow", sorted(run.data.metrics), "metrics")
                 },
                 "datasets": [
@@ -175,14 +179,12 @@ def growing(folder: Path, steps: Steps) -> Iterator[None]:
     ended = Event()
 
     def look() -> None:
-        before = 0
         while not ended.wait(LOOK_SECONDS):
-            now = 0
+            size = 0
             for path in folder.rglob("*"):
                 with suppress(FileNotFoundError):  # it was renamed meanwhile
-                    now += path.stat().st_size if path.is_file() else 0
-            steps.advance(max(0, now - before))
-            before = max(now, before)
+                    size += path.stat().st_size if path.is_file() else 0
+            steps.advance(max(0, size - steps.done))
 
     thread = Thread(target=look, daemon=True)
     thread.start()
@@ -203,24 +205,14 @@ def _artifacts(client: MlflowClient, run_id: str, path: str | None = None) -> It
 
 
 def _write_files(client: MlflowClient, run_id: str, folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sizes = [path.stat().st_size for path in files]
-    with progress("files to MLflow", sum(sizes), "bytes") as steps:
-        for path, size in zip(files, sizes, strict=True):
+    sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    with progress("files to MLflow", sum(sizes.values()), "bytes") as steps:
+        for path, size in sizes.items():
             name = path.relative_to(folder)
             steps.advance(0, name.as_posix())
-            client.log_artifact(
-                run_id, str(path), name.parent.as_posix() if name.parent.name else None
-            )
+            inner = name.parent.as_posix() if name.parent.name else None
+            client.log_artifact(run_id, str(path), inner)
             steps.advance(size)
-
-
-def _history(client: MlflowClient, run_id: str, name: str) -> list[list[Any]]:
-    """Return each point as `[step, milliseconds since 1970, value]`; NaN and inf as text."""
-    return [
-        [m.step, m.timestamp, m.value if math.isfinite(m.value) else repr(m.value)]
-        for m in client.get_metric_history(run_id, name)
-    ]
 
 
 def _write_values(client: MlflowClient, run_id: str, content: dict[str, Any]) -> None:
@@ -242,8 +234,7 @@ def _write_values(client: MlflowClient, run_id: str, content: dict[str, Any]) ->
     client.log_batch(run_id, params=params, tags=tags)
     inputs = []
     for data in content["datasets"]:
-        fields = {name: value for name, value in data.items() if name != "tags"}
-        labels = [InputTag(name, value) for name, value in data["tags"].items()]
-        inputs.append(DatasetInput(Dataset(**fields), labels))
+        labels = [InputTag(name, value) for name, value in data.pop("tags").items()]
+        inputs.append(DatasetInput(Dataset(**data), labels))
     if inputs:
         client.log_inputs(run_id, inputs)

@@ -9,7 +9,7 @@ import pytest
 
 from runkey.errors import RecipeError
 from runkey.identity.key import make_recipe
-from runkey.identity.record import RunManifest, capture_environment, make_manifest
+from runkey.identity.record import Hardware, RunManifest, capture_environment
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -17,10 +17,11 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.fixture
 def manifest(project):
     recipe = make_recipe("train", project)
-    witness = capture_environment(
-        REPOSITORY, recipe, device="cpu x86_64", micro_batch=4, world_size=1, threads=2
+    hardware = Hardware(device="cpu x86_64", micro_batch=4, world_size=1, threads=2)
+    witness = capture_environment(REPOSITORY, recipe, hardware)
+    return RunManifest(
+        key=recipe.key, stage=recipe.stage, parts=recipe.parts, run_id="0a1b", witness=witness
     )
-    return make_manifest(recipe, "0a1b", witness)
 
 
 def test_what_is_written_is_read(manifest, tmp_path):
@@ -62,9 +63,8 @@ def test_the_witness_names_the_commit_and_whether_the_tree_is_clean(project):
     recipe = make_recipe("train", project)
 
     def witness():
-        return capture_environment(
-            project, recipe, device="cpu", micro_batch=1, world_size=1, threads=1
-        )
+        hardware = Hardware(device="cpu", micro_batch=1, world_size=1, threads=1)
+        return capture_environment(project, recipe, hardware)
 
     assert witness().commit is None
     assert witness().dirty is False
@@ -106,9 +106,8 @@ def test_the_witness_keeps_variables_that_libraries_read_and_no_others(project, 
     monkeypatch.setenv("PYTHONPATH", "somewhere")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
     recipe = make_recipe("train", project)
-    witness = capture_environment(
-        project, recipe, device="cpu", micro_batch=1, world_size=1, threads=3
-    )
+    hardware = Hardware(device="cpu", micro_batch=1, world_size=1, threads=3)
+    witness = capture_environment(project, recipe, hardware)
     assert witness.variables["OMP_NUM_THREADS"] == "3"
     assert witness.variables["PYTHONPATH"] == "somewhere"
     assert "secret" not in witness.variables.values()

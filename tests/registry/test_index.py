@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from runkey.identity.record import DETAILS, Record
-from runkey.identity.record_cache import rebuild, write_record
+from runkey.identity.record_cache import rebuild
 from runkey.registry.library import LocalLibrary
 from runkey.tracking.store import Store, locate_store, open_client
 from runkey.tracking.transfer import logged_run
 from tests.support.command_line import Run
+from tests.support.records import write_record
 from tests.support.stored_runs import KEYS, log_runs
 
 

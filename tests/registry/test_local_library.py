@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import RegistryError
-from runkey.identity.record_cache import remove_record, update_record, write_record
+from runkey.identity.record_cache import remove_record, update_record
 from runkey.registry.library import LocalLibrary
 from runkey.registry.query import Condition, Field, Query
-from tests.support.records import key_of, make_run
+from tests.support.records import key_of, make_run, write_record
 
 REPOSITORY = Path(__file__).parents[2]
 HOUR = 3_600_000
@@ -209,7 +209,7 @@ import sys
 from pathlib import Path
 from runkey.registry.library import LocalLibrary
 from runkey.registry.query import Query
-from tests.support.records import key_of, make_run
+from tests.support.records import key_of, make_run, write_record
 root, name = Path(sys.argv[1]), sys.argv[2]
 library = LocalLibrary(root / ".runkey")
 for number in range(15):

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 
 from runkey import paths
-from runkey.identity.record_cache import write_record
 from runkey.registry.claims import Claim, FileClaims, this_owner
 from runkey.registry.library import LocalLibrary
 from runkey.tracking.store import free_port
 from tests.support.command_line import Run
-from tests.support.records import key_of, make_run
+from tests.support.records import key_of, make_run, write_record
 
 REPOSITORY = Path(__file__).parents[2]
 A, B, C = key_of("a"), key_of("b"), key_of("c")

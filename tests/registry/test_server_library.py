@@ -12,7 +12,6 @@ import pytest
 
 from runkey.errors import RegistryError
 from runkey.identity.record import Record
-from runkey.identity.record_cache import write_record
 from runkey.registry.dvc_cache import download
 from runkey.registry.library import LocalLibrary, find_run
 from runkey.registry.query import Field, Query, parse_condition
@@ -27,6 +26,7 @@ from runkey.tracking.store import (
 )
 from runkey.tracking.transfer import logged_run
 from tests.support.command_line import Run
+from tests.support.records import write_record
 from tests.support.stored_runs import KEYS, log_runs
 
 pytestmark = pytest.mark.slow

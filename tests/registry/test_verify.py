@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from runkey.identity.record import DETAILS
-from runkey.identity.record_cache import write_record
 from runkey.registry.dvc_cache import DvcCache
 from tests.support.recorded_checkout import FILES, Checkout
+from tests.support.records import write_record
 
 
 def faults(checkout: Checkout, **options: bool) -> list[tuple[str, str]]:

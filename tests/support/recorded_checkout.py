@@ -21,7 +21,7 @@ from runkey.hashing import sha256_file
 from runkey.identity.code import hash_files
 from runkey.identity.key import Recipe
 from runkey.identity.record import DETAILS, Details, Record, RunEnvironment, RunManifest, StoredFile
-from runkey.identity.record_cache import update_record, write_record
+from runkey.identity.record_cache import update_record
 from runkey.identity.syntax import RULE
 from runkey.registry.dvc_cache import md5_file
 from runkey.registry.library import LocalLibrary
@@ -31,6 +31,7 @@ from runkey.registry.verify import Report, Sources, verify_run
 from runkey.tracking.store import experiment_id, locate_store, open_client
 from runkey.tracking.transfer import logged_run
 from tests.support.once import made_once
+from tests.support.records import write_record
 
 PIPELINE = """
 stages:

@@ -8,7 +8,7 @@ from typing import Any
 
 from runkey.hashing import sha256_bytes
 from runkey.identity.record import Details, LoggedRun, Record, StoredFile
-from runkey.identity.record_cache import write_record
+from runkey.identity.record_cache import remove_record, update_record
 
 FILES = {
     "model/weights.pt": b"weights",
@@ -22,6 +22,12 @@ FILES = {
 def key_of(name: str) -> str:
     """A key of the right shape for any name."""
     return f"rk2-{hashlib.sha256(name.encode()).hexdigest()}"
+
+
+def write_record(cache: Path, record: Record) -> None:
+    """Put a record into a cache in place of what that has of the run."""
+    remove_record(cache, record.run.run_id)
+    update_record(cache, record.run, record.details)
 
 
 def make_run(

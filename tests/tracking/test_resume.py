@@ -212,7 +212,7 @@ def test_only_whole_lines_are_sent_and_bad_ones_are_left_out(tmp_path: Path) -> 
     tail = LogTail(path, 0)
     batch = tail.next()
     assert batch is not None
-    assert [(p.name, p.step, p.time_ms) for p in batch.points] == [
+    assert [(m.key, m.step, m.timestamp) for m in batch.metrics] == [
         ("a", 1, 1500),
         ("b", 1, 1500),
         ("a", 3, 2500),
@@ -223,7 +223,7 @@ def test_only_whole_lines_are_sent_and_bad_ones_are_left_out(tmp_path: Path) -> 
         file.write(b".0}}\n")
     batch = tail.next()
     assert batch is not None
-    assert [p.value for p in batch.points] == [4.0]
+    assert [m.value for m in batch.metrics] == [4.0]
     assert batch.end == path.stat().st_size
     # A log that was lost and begun anew is sent from its beginning.
     assert LogTail(path, 10_000).offset == 0
@@ -259,13 +259,13 @@ def test_what_could_not_be_sent_is_not_counted_twice(tmp_path: Path) -> None:
     assert tail.next() == tail.next()
     batch = tail.next()
     assert batch is not None
-    assert (batch.tags["resumed"], len(batch.points)) == ("1", 1)
+    assert (batch.tags["resumed"], len(batch.metrics)) == ("1", 1)
     later = LogTail(log.path, batch.end)
     log.event("resumed", step=4)
     log.log({"a": 1.0, "b": 2.0}, 4)
     batch = later.next()
     assert batch is not None
-    assert (batch.tags["resumed"], [point.name for point in batch.points]) == ("2", ["b"])
+    assert (batch.tags["resumed"], [m.key for m in batch.metrics]) == ("2", ["b"])
 
 
 def test_doubled_lines_of_a_log_are_found(tmp_path: Path) -> None:

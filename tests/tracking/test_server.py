@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from runkey.registry.rest import RestClient
 from runkey.registry.server_library import list_page
 from runkey.tracking.log import read_jsonl
 from runkey.tracking.mlflow_run import Pace
-from runkey.tracking.replay import replay
+from runkey.tracking.replay import send_saved
 from runkey.tracking.store import VIEW, Store, experiment_id, open_client
 from tests.support.mlflow_store import Server, until
 from tests.support.points import assert_the_same_points
@@ -58,7 +59,8 @@ def test_a_server_that_dies_comes_back_and_dies_for_good(
     assert [entry["step"] for entry in read_jsonl(log_of(tracker).path)] == list(range(1, 31))
 
     server.start()
-    sent = replay(remote, tmp_path / "key", lambda _: None)
+    kept = shutil.copytree(tmp_path / "key", tmp_path / "kept")
+    sent = send_saved(remote, tmp_path / "key")
     assert (sent.run_id, sent.status, sent.values) == (run_id, "FINISHED", 1)
-    assert_the_same_points(log_of(tracker).path, remote, run_id)
-    assert replay(remote, tmp_path / "key", lambda _: None).values == 0
+    assert_the_same_points(kept / "train.jsonl", remote, run_id)
+    assert send_saved(remote, kept).values == 0
