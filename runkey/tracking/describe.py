@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from ruamel.yaml import YAML
 
 from runkey.errors import ParamsError, TrackingError
 from runkey.identity.dvc_yaml import tracked_md5
+from runkey.params import Params, as_text, parse_params
 from runkey.tracking.store import Store, in_one_line, open_client
-
-if TYPE_CHECKING:
-    from runkey.params import Params
 
 _NAME_CHARACTERS = 80
 _NAME_ITEMS = 4
@@ -37,7 +36,6 @@ class RunDescription:
     dataset: Mapping[str, str] | None = None
     """Fields of MLflow's `Dataset`; see `read_dataset`."""
     started_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
-    """Milliseconds since 1970."""
 
 
 def describe_run(
@@ -62,8 +60,6 @@ def describe_run(
         counts: size of the data set, such as {"train_images": 400}.
         name: of the run; None: what differs from the committed parameters.
     """
-    from runkey.params import as_text
-
     values = {name: as_text(value) for name, value in params.flat().items()}
     values |= {"key": key} | {f"key.{part}": digest for part, digest in parts.items()}
     own = {"mlflow.source.name": "python -m stages.train", "mlflow.source.type": "LOCAL"}
@@ -83,8 +79,6 @@ def run_name(params: Params, baseline: Params | None) -> str:
     Parameter names are cut to their last part where that is unambiguous; at most four are listed.
     Without a baseline, the schema's defaults are taken.
     """
-    from runkey.params import as_text, parse_params
-
     values = params.flat()
     before = (baseline or parse_params({"lr": params.lr, "seed": params.seed})).flat()
     leaves = Counter(name.rpartition(".")[2] for name in values)
@@ -100,10 +94,6 @@ def run_name(params: Params, baseline: Params | None) -> str:
 
 def committed_params(root: Path) -> Params | None:
     """Read params.yaml of git's HEAD, a DVC experiment's baseline; None if that is not possible."""
-    from ruamel.yaml import YAML
-
-    from runkey.params import parse_params
-
     try:
         shown = subprocess.run(
             ["git", "-C", str(root), "show", "HEAD:./params.yaml"],
@@ -141,7 +131,7 @@ def log_model(
     outputs: Mapping[str, str],
     tags: Mapping[str, str],
 ) -> str:
-    """Log a run's model to MLflow, with a signature, an example and the id of the run; once.
+    """Log a model to MLflow with a signature and an example; return its id, or that of an earlier.
 
     `mlflow.pytorch.log_model` would trace and pickle the model (10 s) and store its weights twice.
 
@@ -152,9 +142,6 @@ def log_model(
         example: an image file.
         outputs: MLflow type of each column that the model returns.
         tags: of the model.
-
-    Returns:
-        MLflow's id of the model; if the run has a model already, that one's.
 
     Raises:
         TrackingError: MLflow refuses or cannot be reached.

@@ -7,7 +7,6 @@ enough to make the MLflow run without the training. `runkey replay KEY` sends it
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import time
@@ -25,8 +24,6 @@ from runkey.tracking.store import Store, in_one_line
 from runkey.tracking.sync import RunSender, Status, TrainingRun
 from runkey.training.lock import locked
 
-logger = logging.getLogger(__name__)
-
 DESCRIPTION, ENDED, ARTIFACTS, LOG = "description.json", "ended.json", "artifacts", "train.jsonl"
 SAMPLES = "system.jsonl"
 _FOR_MLFLOW = (DESCRIPTION, ENDED, ARTIFACTS, LOG, SAMPLES, POINTER)
@@ -38,7 +35,6 @@ class TrainingEnd:
 
     status: Status
     ended_ms: int
-    """Milliseconds since 1970."""
     tags: dict[str, str]
     """Tags set while it ran."""
 
@@ -118,14 +114,16 @@ def find_training(home: Path, address: str) -> Path | None:
     """
     key, _, run = address.strip().lower().partition(":")
     begins = (key, *(f"{schema}-{key}" for schema in SCHEMAS))
-    kept = sorted(path.parent for path in home.glob(f"{ANY_SCHEMA}-*/{DESCRIPTION}"))
-    pointers = {path: read_pointer(path) for path in kept if path.name.startswith(begins)}
-    runs = {path: (pointer and pointer.run_id) or "" for path, pointer in pointers.items()}
-    found = [path for path, run_id in runs.items() if run_id.startswith(run)]
+    found: dict[Path, str] = {}
+    for folder in sorted(path.parent for path in home.glob(f"{ANY_SCHEMA}-*/{DESCRIPTION}")):
+        pointer = read_pointer(folder)
+        run_id = (pointer and pointer.run_id) or ""
+        if folder.name.startswith(begins) and run_id.startswith(run):
+            found[folder] = run_id
     if len(found) > 1:
-        several = ", ".join(f"{path.name[:16]}:{runs[path][:8]}" for path in found)
+        several = ", ".join(f"{path.name[:16]}:{run_id[:8]}" for path, run_id in found.items())
         raise TrackingError(f"{address}: {len(found)} trainings are kept: {several}; name one")
-    return found[0] if found else None
+    return next(iter(found), None)
 
 
 def _link(source: str, target: str) -> None:

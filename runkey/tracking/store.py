@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 MAX_METRICS = 1000
 """MLflow's limit on one request."""
 
-_BUSY_SECONDS = 20.0
 _SQLITE = "sqlite:///"
 
 # Set before mlflow is imported. The last two bound how long a call to a dead server takes: with
@@ -72,7 +71,7 @@ class Store:
 
     @property
     def is_server(self) -> bool:
-        """Whether the store is reached over HTTP."""
+        """Whether it is reached over HTTP."""
         return paths.is_server(self.uri)
 
 
@@ -132,9 +131,6 @@ def in_one_line(error: BaseException, characters: int = 160) -> str:
 def experiment_id(client: MlflowClient, store: Store, name: str) -> str:
     """Return the id of the experiment; create it if need be, also from several processes at once.
 
-    Its artifact location is explicit: MLflow would take the current folder of whichever process
-    creates it, and that folder may be temporary.
-
     Raises:
         TrackingError: the experiment was deleted in the UI.
         MlflowException: the store cannot be reached or refuses.
@@ -143,6 +139,7 @@ def experiment_id(client: MlflowClient, store: Store, name: str) -> str:
 
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
+        # By default it is in the current folder of this process, which may be temporary.
         location = store.artifacts.as_uri() if store.artifacts else None
         try:
             client.create_experiment(name, artifact_location=location)
@@ -165,8 +162,7 @@ def experiment_id(client: MlflowClient, store: Store, name: str) -> str:
 def _make_database(path: Path) -> None:
     """Make MLflow's database under a temporary name and rename it when it is complete.
 
-    MLflow makes its tables in dozens of steps. A process that is killed in between leaves a
-    database that MLflow cannot open any more.
+    MLflow makes its tables in dozens of steps, and cannot open a database that lacks some.
     """
     from mlflow import MlflowClient
 
@@ -184,7 +180,7 @@ def _make_database(path: Path) -> None:
 
 @contextmanager
 def _connected(path: Path) -> Iterator[sqlite3.Connection]:
-    with closing(sqlite3.connect(path, timeout=_BUSY_SECONDS)) as database, database:
+    with closing(sqlite3.connect(path, timeout=20.0)) as database, database:
         yield database
 
 
@@ -192,9 +188,8 @@ def _adopt_moved(store: Store) -> None:
     """Point the database at the artifacts beside it if the checkout was moved or copied.
 
     MLflow stores absolute artifact paths, so a copy would keep writing into the original's folder.
-    Only paths that end in our own folder's name are changed, and that of the experiment `Default`,
-    where runkey logs nothing but a user may: MLflow sets it to the current folder of the process
-    that makes the database, which DVC may delete.
+    Changed are paths that end in our own folder's name, and that of the experiment `Default`, which
+    MLflow sets to the current folder of the process that makes the database.
     """
     if not (store.database and store.artifacts):
         return
@@ -222,14 +217,12 @@ def _adopt_moved(store: Store) -> None:
 def set_tag(
     store: Store, run_id: str, name: str, value: str, post: Callable[[str, dict[str, str]], object]
 ) -> None:
-    """Set a tag of a run without importing mlflow, which takes 5 s.
+    """Set a tag of a run without importing mlflow, which takes 5 s; only in sqlite or on a server.
 
-    `post` sends a JSON object to a path below the server's `api/2.0/mlflow/`. In a database other
-    than sqlite, nothing is set.
+    `post` sends a JSON object to a path below the server's `api/2.0/mlflow/`.
 
     Raises:
         TrackingError: the database cannot be written.
-        RegistryError: from `post`.
     """
     if store.is_server:
         post("runs/set-tag", {"run_id": run_id, "key": name, "value": value})
@@ -363,12 +356,9 @@ def wait_until_healthy(address: str, process: subprocess.Popen[str]) -> None:
 
 def free_port(port: int = 0) -> int:
     """Return `port`, or any local one; TrackingError if a process listens on it."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((_HOST, port))
-        except OSError as error:
-            raise TrackingError(
-                f"port {port}: {error.strerror}; name another, or 0 for any free one"
-            ) from None
-        return int(probe.getsockname()[1])
+    try:
+        with socket.create_server((_HOST, port)) as probe:
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        raise TrackingError(f"port {port}: {why}; name another, or 0 for any free one") from None

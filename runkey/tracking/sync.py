@@ -1,18 +1,16 @@
 """Send one run to MLflow: follow its logs and write what MLflow does not have yet.
 
-Any call may fail; the next `RunSender.update` continues where the last one stopped. Nothing is sent
-twice: a pointer file in the training's folder names the run and how many bytes of each log it has,
-and MLflow keeps one entry of a value that arrives again with the same time.
+Any call may fail; the next `RunSender.update` continues where the last one stopped. A pointer file
+in the training's folder names the run and how many bytes of each log it has; a value that arrives
+again with the same time is one entry in MLflow.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
-import struct
 import sys
 import threading
 import time
@@ -69,7 +67,7 @@ def legal_name(name: str) -> str:
 
 @dataclass(slots=True)
 class Batch:
-    """Consecutive lines of a log, and the tail's state behind them."""
+    """Lines of a log: what they hold, and what is to be known of all lines up to them."""
 
     end: int
     """Byte behind the lines."""
@@ -83,10 +81,11 @@ class Batch:
     def add(self, entry: Entry) -> None:
         """Add a line; of a metric that the step has already, nothing."""
         if "event" in entry:
-            self.tags[f"event.{entry['event']}"] = json.dumps(entry["fields"])
-            if entry["event"] in ALWAYS_NEW:
+            kind, fields = entry["event"], entry["fields"]
+            self.tags[f"event.{kind}"] = json.dumps(fields)
+            if kind in ALWAYS_NEW:
                 when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["time"]))
-                self.resumed += (f"step {entry['fields'].get('step')} at {when}",)
+                self.resumed += (f"step {fields.get('step')} at {when}",)
                 self.tags[RESUMED] = str(len(self.resumed))
                 self.tags[RESUMED_AFTER] = "; ".join(self.resumed[-_MAX_RESUMES_LISTED:])
         else:
@@ -208,8 +207,7 @@ class RunSender:
             store: where the run is, or will be made.
             target: a training, or the id of a run to add to, whose status is left alone.
             on_change: called with what MLflow has of a run when it starts, is resumed, or ends.
-            resend: compare the whole log with the run and send what it lacks, whatever was sent
-                before; the run is not marked RUNNING.
+            resend: compare the whole log with the run; the run is not marked RUNNING.
         """
         self._store = store
         self.training = target if isinstance(target, TrainingRun) else None
@@ -221,7 +219,8 @@ class RunSender:
         self._superseded = list(self.training.supersedes) if self.training else []
         self._folder = self.training.folder if self.training else None
         """For the pointer; None if it cannot be written."""
-        self._stored: dict[str, set[bytes]] = {}
+        self._stored: dict[str, set[tuple[int, int]]] = {}
+        """With `resend`: step and time of the values that the run has of a metric."""
         self.entries = Outbox[Entry]()
         """Values."""
         self.tags = Outbox[tuple[str, str]]()
@@ -230,7 +229,7 @@ class RunSender:
         self.created = threading.Event()
         """Set when the run exists."""
         self.started_ms = 0
-        """Start of the training in milliseconds since 1970; known when the run exists."""
+        """Known when the run exists."""
         self.last_answer = time.monotonic()
         """When a call to MLflow last succeeded."""
         self.ended = False
@@ -392,8 +391,8 @@ class RunSender:
         for metric in metrics:
             if metric.key not in self._stored:
                 history = self._client.get_metric_history(self.run_id, metric.key)
-                self._stored[metric.key] = {_packed(one) for one in history}
-            if _packed(metric) not in self._stored[metric.key]:
+                self._stored[metric.key] = {(one.step, one.timestamp) for one in history}
+            if (metric.step, metric.timestamp) not in self._stored[metric.key]:
                 lacking.append(metric)
         return lacking
 
@@ -426,14 +425,3 @@ class RunSender:
                 " now, it may go on in another MLflow run"
             )
             self._folder = None
-
-
-def _packed(metric: Metric) -> bytes:
-    """Pack what makes two values of a metric one entry in MLflow, which stores inf as max float.
-
-    Packed, because a long training has a million of them.
-    """
-    value = math.nan if math.isnan(metric.value) else metric.value
-    if math.isinf(value):
-        value = math.copysign(sys.float_info.max, value)
-    return struct.pack("<dqq", value, metric.timestamp, metric.step)

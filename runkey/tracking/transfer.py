@@ -86,8 +86,8 @@ class StoreRuns:
     experiment: str
     """Name of the experiment that copies go to."""
 
-    def read(self, run_id: str, folder: Path) -> dict[str, Any]:
-        """Copy a run to `CONTENT` and `ARTIFACTS` in a folder that exists; return the `CONTENT`."""
+    def read(self, run_id: str, folder: Path) -> None:
+        """Copy a run to `CONTENT` and `ARTIFACTS` in a folder that exists."""
         with self._client(f"run {run_id} could not be read") as client:
             run = client.get_run(run_id)
             inputs = run.inputs.dataset_inputs if run.inputs else []
@@ -117,7 +117,6 @@ class StoreRuns:
             (folder / CONTENT).write_text(text + "\n", encoding="utf-8")
             (folder / ARTIFACTS).mkdir()
             _read_files(client, run_id, folder / ARTIFACTS)
-        return content
 
     def write(self, folder: Path) -> LoggedRun:
         """Copy a run from the folder that `read` filled; write its record.
@@ -131,12 +130,12 @@ class StoreRuns:
             content = json.loads((folder / CONTENT).read_text(encoding="utf-8"))
             origin = content["tags"].get(ORIGIN, content["run_id"])
             where = experiment_id(client, self.store, self.experiment)
-            copied = f"tags.{ORIGIN} = '{origin}'"
-            for half in client.search_runs([where], copied, max_results=100):
+            for half in client.search_runs([where], f"tags.{ORIGIN} = '{origin}'", max_results=100):
                 if KEY not in half.data.tags:
                     client.delete_run(half.info.run_id)
-            tags = {ORIGIN: origin}
-            made = client.create_run(where, content["started_ms"], tags, content["name"])
+            made = client.create_run(
+                where, content["started_ms"], {ORIGIN: origin}, content["name"]
+            )
             run_id = str(made.info.run_id)
             _write_values(client, run_id, content)
             _write_files(client, run_id, folder / ARTIFACTS)
@@ -167,7 +166,14 @@ class StoreRuns:
 
 
 def _read_files(client: MlflowClient, run_id: str, folder: Path) -> None:
-    sizes = [file.file_size or 0 for file in _artifacts(client, run_id)]
+    sizes: list[int] = []
+    folders: list[str | None] = [None]
+    while folders:
+        for found in client.list_artifacts(run_id, folders.pop()):
+            if found.is_dir:
+                folders.append(found.path)
+            else:
+                sizes.append(found.file_size or 0)
     if sizes:
         with progress("files from MLflow", sum(sizes), "bytes") as steps, growing(folder, steps):
             client.download_artifacts(run_id, "", str(folder))
@@ -193,15 +199,6 @@ def growing(folder: Path, steps: Steps) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-
-
-def _artifacts(client: MlflowClient, run_id: str, path: str | None = None) -> Iterator[Any]:
-    """Yield the `mlflow.entities.FileInfo` of every file of a run."""
-    for found in client.list_artifacts(run_id, path):
-        if found.is_dir:
-            yield from _artifacts(client, run_id, found.path)
-        else:
-            yield found
 
 
 def _write_files(client: MlflowClient, run_id: str, folder: Path) -> None:
