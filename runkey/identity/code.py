@@ -1,7 +1,5 @@
 """The repository's files that a stage can import, and their hashes, read from syntax trees.
 
-    import_closure("stages.train", root)    # ("runkey/__init__.py", "runkey/data/dataset.py", ...)
-
 Nothing is imported, so this takes milliseconds and also finds imports inside functions and by
 `import_module("a.b")`.  It cannot find names that are built at run time: after a run,
 `imported_files` lists what was really imported, and `undeclared` compares the two.
@@ -14,7 +12,6 @@ import functools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.util import resolve_name
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -104,20 +101,9 @@ def hash_code(path: str, data: bytes, rule: str = RULE) -> str:
     return digest
 
 
-def hash_files(paths: Iterable[str], root: Path, rule: str = RULE) -> dict[str, str]:
-    """Return the hash of each file by its path, see `hash_code`.
-
-    Raises:
-        RecipeError: a file is missing, or see `hash_code`.
-    """
-    hashes = {}
-    for path in paths:
-        try:
-            data = (root / path).read_bytes()
-        except FileNotFoundError:
-            raise RecipeError(f"{path}: a file of the stage's code is missing") from None
-        hashes[path] = hash_code(path, data, rule)
-    return hashes
+def hash_files(paths: Iterable[str], root: Path) -> dict[str, str]:
+    """Return the hash of each file by its path, see `hash_code`."""
+    return {path: hash_code(path, (root / path).read_bytes()) for path in paths}
 
 
 def imported_files(root: Path) -> tuple[str, ...]:
@@ -166,8 +152,7 @@ class _Tree:
     """The folders under a root, each listed once: lookups come by the thousand."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-        self._listed = functools.cache(self._list)
+        self.root, self._listed = root, functools.cache(self._list)
 
     def files_of(self, module: str) -> list[str]:
         """Return a module's file and the `__init__.py` of its packages; [] if not first-party.
@@ -197,8 +182,6 @@ class _Tree:
 
 
 class _Module(NamedTuple):
-    """The parts of a Python file that a key needs."""
-
     imports: tuple[str, ...]
     """Absolute dotted names of everything that it imports, at any depth."""
     digest: str | RecipeError
@@ -232,11 +215,16 @@ def _imports(path: str, source: bytes, tree: ast.Module) -> tuple[str, ...]:
             names += [base, *(f"{base}{dot}{alias.name}" for alias in node.names)]
     if any(name.encode() in source for name in _CALLS):
         names += _imported_by_name(tree)
-    package = ".".join(PurePosixPath(path).parent.parts)
-    try:
-        return tuple(dict.fromkeys(resolve_name(name, package) for name in names))
-    except ImportError as error:
-        raise RecipeError(f"{path}: {error}") from None
+    package = PurePosixPath(path).parent.parts
+    return tuple(dict.fromkeys(_absolute(name, package) for name in names))
+
+
+def _absolute(name: str, package: tuple[str, ...]) -> str:
+    plain = name.lstrip(".")
+    dots = len(name) - len(plain)
+    # One dot is the file's own package; each further dot goes one up.
+    above = package[: len(package) - dots + 1] if dots else ()
+    return ".".join((*above, plain)).removesuffix(".")
 
 
 def _import_statements(body: Iterable[ast.AST]) -> Iterator[ast.Import | ast.ImportFrom]:

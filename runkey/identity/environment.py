@@ -1,15 +1,11 @@
 """The locked environment: packages of conda-lock.yml, pins of requirements.txt, what is installed.
 
-    python -m runkey.identity.environment | uv pip compile --generate-hashes - -o requirements.txt
-
-(`make lock` does this) derives the pins of requirements.txt from conda-lock.yml: the same versions
-without conda.  A conda package is a Python package if it depends on Python; tables below list the
-few with another name, and those that exist on one side only.
+`python -m runkey.identity.environment` prints the pins that requirements.txt is made from (see
+`make requirements`): conda-lock.yml's versions of the packages that depend on Python.
 """
 
 from __future__ import annotations
 
-import platform as this_machine
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -23,8 +19,6 @@ from runkey.identity.dvc_yaml import read_yaml_text
 from runkey.paths import LOCK, workspace
 
 PLATFORM = "linux-64"
-CATEGORY = "main"
-
 _PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)")
 
 
@@ -65,7 +59,7 @@ def read_lock(path: Path, platform: str = PLATFORM) -> tuple[LockedPackage, ...]
         packages = sorted(
             _package(entry)
             for entry in entries
-            if entry["platform"] == platform and entry.get("category", CATEGORY) == CATEGORY
+            if entry["platform"] == platform and entry.get("category", "main") == "main"
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise LockError(
@@ -154,8 +148,7 @@ def installed_packages() -> dict[str, str]:
 
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
-        # Each access parses the file again.
-        metadata = distribution.metadata
+        metadata = distribution.metadata  # each access parses the file again
         if metadata["Name"]:
             # Python imports the first on the path.
             found.setdefault(normalise_name(metadata["Name"]), metadata["Version"])
@@ -164,21 +157,12 @@ def installed_packages() -> dict[str, str]:
 
 
 def differences(locked: Mapping[str, str], installed: Mapping[str, str]) -> list[str]:
-    """Return a line per locked package that is missing or has another version.
-
-    Such as `numpy: locked 2.5.1, installed 2.4.0`; packages that are not locked do not count.
-    """
+    """List locked packages that are not installed so: `numpy: locked 2.5.1, installed 2.4.0`."""
     return [
         f"{name}: locked {version}, installed {installed.get(name, 'none')}"
         for name, version in sorted(locked.items())
         if installed.get(name) != version
     ]
-
-
-def interpreter() -> str:
-    """Return implementation, version and machine, such as `CPython 3.12.13 Linux x86_64`."""
-    python = f"{this_machine.python_implementation()} {this_machine.python_version()}"
-    return f"{python} {this_machine.system()} {this_machine.machine()}"
 
 
 PYTHON_NAMES: dict[str, tuple[str, ...]] = {

@@ -2,8 +2,7 @@
 
     recipe = make_recipe("train", root)
     recipe.key                  # rk2-<64 hex digits>
-    recipe.parts["code"]        # one of the four hashes in it
-    recipe.preimages["code"]    # what that part hashes, to compare two runs
+    recipe.preimages["code"]    # what one of its four parts hashes, to compare two runs
 
 The recipe of a stage includes the code, parameters and data of the stages before it, never the
 hashes of their outputs: a key that depends on outputs could not be looked up before they exist.
@@ -159,8 +158,6 @@ def make_recipe(
 
 def part_digest(kind: str, preimage: Any, schema: str = SCHEMA) -> str:
     """Return the hex sha256 of a preimage, prefixed with `kind` (one of `PARTS`, or `recipe`).
-
-    Text is hashed as it is written, without Unicode normalisation.
 
     Raises:
         RecipeError: a text holds half of a surrogate pair, which UTF-8 cannot encode.

@@ -25,12 +25,7 @@ from runkey.errors import LockError, RecipeError
 from runkey.files import write_atomically
 from runkey.hashing import sha256_file
 from runkey.identity.code import foreign_files, imported_files, undeclared
-from runkey.identity.environment import (
-    differences,
-    installed_packages,
-    interpreter,
-    read_requirements,
-)
+from runkey.identity.environment import differences, installed_packages, read_requirements
 from runkey.identity.key import PARTS, Recipe, short_key
 from runkey.paths import REQUIREMENTS
 
@@ -40,8 +35,7 @@ DETAILS = "record.json"
 KEY_JSON = "model/key.json"
 """Artifact, and output of the train stage, that holds the recipe."""
 REPRODUCES = "RUNKEY_REPRODUCES"
-"""Environment variable: MLflow id of the run that the train stage repeats, although its result is
-there."""
+"""Environment variable: MLflow id of a finished run that the train stage repeats."""
 REPRODUCTION_OF = "reproduction_of"
 """Tag of such a repeat: the MLflow id of the run that it repeats."""
 RESUMED, RESUMED_AFTER = "resumed", "resumed.after"
@@ -75,8 +69,7 @@ class RunPointer:
     uri: str
     """Of the store that the run was made in."""
     token: str = field(default_factory=lambda: secrets.token_hex(8))
-    """Chosen before the run is made.  It finds a run whose id never arrived here, because the
-    process or the connection was lost in between."""
+    """Chosen before the run is made, to find one whose id never arrived here."""
     run_id: str | None = None
     """None: not made yet, as far as is known."""
     sent: dict[str, int] = field(default_factory=dict)
@@ -106,7 +99,6 @@ class LoggedRun:
     """What differs from the baseline, such as `lr=5e-05`."""
     status: Status
     started_ms: int
-    """Milliseconds since 1970."""
     ended_ms: int | None
     artifact_uri: str
     params: dict[str, str]
@@ -167,7 +159,7 @@ class StoredFile:
 
     sha256: str
     size: int
-    """Bytes."""
+    """In bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +175,6 @@ class Details:
     witness: dict[str, Any]
     """`RunEnvironment` without its two long lists, packages and files."""
     host: str
-    """Name of the machine."""
     snapshot: str | None
     """Git commit that holds the tree that ran; None outside git."""
     pointer_md5: str | None
@@ -216,7 +207,7 @@ class Details:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Return the details in a record.json; see `from_dict`."""
+        """Return those in a file; see `from_dict`."""
         return cls.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
 
 
@@ -315,7 +306,7 @@ class RunEnvironment(Hardware):
     """What a run really ran with; not part of the key."""
 
     interpreter: str
-    """Python's implementation and version, system and machine."""
+    """Such as `CPython 3.12.13 Linux x86_64`."""
     packages: dict[str, str]
     """Version by name of every installed package."""
     package_differences: list[str]
@@ -338,7 +329,6 @@ class RunManifest:
     """The contents of run.json."""
 
     key: str
-    """Of the stage that ran."""
     stage: str
     parts: dict[str, str]
     """Hash of each part of the key."""
@@ -389,7 +379,8 @@ def capture_environment(root: Path, recipe: Recipe, hardware: Hardware) -> RunEn
     code = recipe.preimages["code"]
     return RunEnvironment(
         **asdict(hardware),
-        interpreter=interpreter(),
+        interpreter=f"{platform.python_implementation()} {platform.python_version()}"
+        f" {platform.system()} {platform.machine()}",
         packages=packages,
         package_differences=package_differences,
         files=list(files),

@@ -1,14 +1,8 @@
 """Hash a Python file's syntax tree without what cannot change a result.
 
-    syntax_digest("runkey/model/boxes.py", ast.parse(source))
-
-A tree holds neither comments nor formatting.  Also left out are:
-
-- statements that are only a constant (docstrings, also those below attributes) and `pass`, which
-  Python compiles to nothing;
-- the text of log messages, see `_log_residue`.
-
-A file that reads its own docstrings is refused, see `_refuse_readers`.
+A tree holds neither comments nor formatting.  Also left out are statements that are only a constant
+(docstrings, also those below attributes) and `pass`, which Python compiles to nothing, and the text
+of log messages, see `_log_residue`.  A file that reads its own docstrings is refused.
 """
 
 from __future__ import annotations
@@ -51,7 +45,6 @@ def syntax_digest(path: str, tree: ast.Module) -> str:
 
 
 def _refuse_readers(path: str, tree: ast.Module) -> None:
-    """Raise if a file can read what is left out of its hash."""
     for node in ast.walk(tree):
         match node:
             case (

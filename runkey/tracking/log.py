@@ -3,10 +3,8 @@
     {"step": 10, "time": 1763815420.1, "values": {"train/loss": 1.5}}
     {"time": 1763815421.7, "event": "early_stop", "fields": {"step": 120, "epoch": 12}}
 
-Numbers that JSON does not have (nan, inf) are written as strings, which `float()` reads back.
-
-A resumed training appends to the log. It repeats the steps since its last checkpoint and gets the
-same values; the log recognises them and keeps the first lines, with their times.
+Numbers that JSON does not have (nan, inf) are strings, which `float()` reads back. A resumed
+training repeats the steps since its last checkpoint: the log keeps their first lines.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import mmap
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,7 @@ from runkey.units import MIB
 logger = logging.getLogger(__name__)
 
 Entry = dict[str, Any]
-"""Values, `{"step": 10, "time": .., "values": {..}}`, or an event, `{"time": .., "event": ..,
-"fields": {..}}`."""
+"""A line of the log: values or an event."""
 
 ALWAYS_NEW = ("resumed",)
 """Events that are never a repetition of an earlier one."""
@@ -39,14 +36,6 @@ _WALL_TIME = ("seconds", "per_second", "data_wait_share")
 _BYTES, _LOST = "log_bytes", "log_lost_lines"
 _MAX_WAITING_BYTES = 64 * MIB
 """Bound on the lines kept in memory while the disk is full: about 100,000 lines."""
-
-
-def read_jsonl(path: Path) -> Iterator[Entry]:
-    """Yield the entries of a log; skip lines that a crash or a full disk cut short."""
-    with path.open("rb") as file:
-        for line in file:
-            if (entry := parse_line(line)) is not None:
-                yield entry
 
 
 def parse_line(line: bytes) -> Entry | None:
@@ -140,8 +129,7 @@ class JsonlLog:
             quiet: log no warnings; for a second log on the same disk.
         """
         self.path, self._shown, self._quiet = path, shown, quiet
-        self._file = -1
-        self._size = 0
+        self._file, self._size = -1, 0
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0
         self._dropped_steps: list[int] = []
@@ -157,7 +145,7 @@ class JsonlLog:
 
     @property
     def lost_lines(self) -> int:
-        """Number of lines missing from the file."""
+        """Lines missing from the file."""
         return self._lost_before + len(self._dropped_steps) + len(self._waiting)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -239,8 +227,10 @@ class JsonlLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._unshare()
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        self._size = _whole_bytes(file)
-        if self._size < os.fstat(file).st_size:
+        self._size = 0
+        if os.fstat(file).st_size:
+            with mmap.mmap(file, 0, access=mmap.ACCESS_READ) as data:
+                self._size = data.rfind(b"\n") + 1
             os.ftruncate(file, self._size)
         self._file = file
 
@@ -327,13 +317,6 @@ class JsonlLog:
                 f"{self.path}: cannot be written ({error.strerror}); training goes on, lines are"
                 " kept and written when there is room"
             )
-
-
-def _whole_bytes(file: int) -> int:
-    if not os.fstat(file).st_size:
-        return 0
-    with mmap.mmap(file, 0, access=mmap.ACCESS_READ) as data:
-        return data.rfind(b"\n") + 1
 
 
 def _now() -> float:

@@ -18,7 +18,6 @@ from runkey.identity.key import make_recipe
 from runkey.identity.record import read_pointer
 from runkey.params import load_params
 from runkey.paths import training_folder
-from runkey.tracking.log import read_jsonl
 from runkey.tracking.store import (
     free_port,
     locate_store,
@@ -27,6 +26,7 @@ from runkey.tracking.store import (
     stop_server,
     wait_until_healthy,
 )
+from tests.support.points import read_jsonl
 from tests.support.project import Project, clean_environment, in_one_line, queue_workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from runkey.cli import app
 from runkey.data.index import ListedImage
 from runkey.errors import RegistryError
-from runkey.identity.code import BYTES, hash_files
+from runkey.identity.code import BYTES, hash_code
 from runkey.identity.key import Recipe, make_recipe
 from runkey.identity.syntax import RULE
 from runkey.registry.diff import compare, compare_images, run_side, tree_side
@@ -261,7 +261,10 @@ def record_older(repository, run_id, **changes):
     """The run of the tree as it stands, as the rule `rk1` named it."""
     recipe = make_recipe("train", repository.root)
     code = recipe.preimages["code"]
-    files = hash_files(code["files"], repository.root, BYTES)
+    files = {
+        path: hash_code(path, (repository.root / path).read_bytes(), BYTES)
+        for path in code["files"]
+    }
     bytes_of = {**recipe.preimages, "code": {"files": files, "excluded": code["excluded"]}}
     older = Recipe("train", recipe.cmd, bytes_of, "rk1")
     snapshot = take_snapshot(repository.root, repository.root, recipe)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from runkey.tracking.log import read_jsonl, time_ms
+from runkey.tracking.log import Entry, parse_line, time_ms
 from runkey.tracking.store import Store, open_client
 from runkey.tracking.sync import legal_name
 
@@ -17,6 +17,14 @@ Point = tuple[str, int, int, str]
 
 NOT_LOGGED = ("system/", "eval/")
 """Metrics of a run that no training logs."""
+
+
+def read_jsonl(path: Path) -> Iterator[Entry]:
+    """The entries of a log, without lines that were cut short."""
+    with path.open("rb") as file:
+        for line in file:
+            if (entry := parse_line(line)) is not None:
+                yield entry
 
 
 def points_of_log(path: Path) -> Counter[Point]:

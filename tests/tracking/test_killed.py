@@ -16,10 +16,9 @@ from pathlib import Path
 import pytest
 
 from runkey.identity.record import read_pointer
-from runkey.tracking.log import read_jsonl
 from runkey.tracking.store import Store, open_client
 from tests.support.mlflow_store import Server
-from tests.support.points import assert_the_same_points
+from tests.support.points import assert_the_same_points, read_jsonl
 from tests.support.trainer import KEY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from runkey.tracking import log as log_module
-from runkey.tracking.log import JsonlLog, read_jsonl
+from runkey.tracking.log import JsonlLog
 from tests.support.mlflow_store import fill
+from tests.support.points import read_jsonl
 
 
 def steps(path: Path) -> list[int]:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from runkey.tracking.log import JsonlLog, read_jsonl
+from runkey.tracking.log import JsonlLog
 from runkey.tracking.mlflow_run import Pace, SystemSampler, TrackedRun
 from runkey.tracking.store import Store, open_client
 from runkey.tracking.sync import RunSender, TrainingRun
 from tests.support.mlflow_store import DIGEST, FAST, description, start_run, until
+from tests.support.points import read_jsonl
 from tests.support.trainer import begin, log_of
 
 

@@ -10,12 +10,11 @@ import pytest
 
 from runkey.registry.rest import RestClient
 from runkey.registry.server_library import list_page
-from runkey.tracking.log import read_jsonl
 from runkey.tracking.mlflow_run import Pace
 from runkey.tracking.replay import send_saved
 from runkey.tracking.store import VIEW, Store, experiment_id, open_client
 from tests.support.mlflow_store import Server, until
-from tests.support.points import assert_the_same_points
+from tests.support.points import assert_the_same_points, read_jsonl
 from tests.support.trainer import begin, log_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
