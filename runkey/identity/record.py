@@ -14,9 +14,7 @@ import os
 import platform
 import secrets
 import subprocess
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -264,15 +262,6 @@ def hashed_files(root: Path, places: Iterable[Path]) -> dict[str, StoredFile]:
                 name = path.relative_to(root).as_posix()
                 files[name] = StoredFile(sha256=sha256_file(path), size=path.stat().st_size)
     return files
-
-
-@contextmanager
-def details_file(details: Details) -> Iterator[Path]:
-    """Write record.json to a temporary folder for the length of the block."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / DETAILS
-        path.write_text(details.as_json(), encoding="utf-8")
-        yield path
 
 
 # --- run.json

@@ -22,6 +22,7 @@ from runkey.evaluation.pyfunc import PYFUNC_COLUMNS
 from runkey.files import write_json
 from runkey.identity.key import Recipe
 from runkey.identity.record import (
+    DETAILS,
     KEY,
     KEY_JSON,
     ORIGIN,
@@ -34,7 +35,6 @@ from runkey.identity.record import (
     RunManifest,
     StoredFile,
     capture_environment,
-    details_file,
     hashed_files,
     this_host,
 )
@@ -172,12 +172,11 @@ def save_run(run: Run, tracker: TrackedRun) -> str | None:
         write_training_plots(root / TRAIN_LOG, drawn / paths.PLOTS)
         curves = hashed_files(drawn, [paths.PLOTS])
         claim.details = replace(details, files=details.files | curves)
-        with details_file(claim.details) as record:
-            for top, names in ((root, details.files), (drawn, curves)):
-                for name in names:
-                    _copy(top, name, tracker)
-            tracker.artifact(record)
-            run_id = tracker.close()
+        (drawn / DETAILS).write_text(claim.details.as_json(), encoding="utf-8")
+        for top, names in ((root, details.files), (drawn, [*curves, DETAILS])):
+            for name in names:
+                _copy(top, name, tracker)
+        run_id = tracker.close()
     claim.is_whole = tracker.is_whole
     return run_id
 
@@ -283,8 +282,10 @@ class FinishedRun:
             files=self._details.files | files,
             evaluations=self._details.evaluations | evaluations,
         )
-        with details_file(self._details) as file:
-            self._mlflow.artifact(file)
+        with tempfile.TemporaryDirectory() as folder:
+            record = Path(folder) / DETAILS
+            record.write_text(self._details.as_json(), encoding="utf-8")
+            self._mlflow.artifact(record)
             self._mlflow.close()
 
     def save_model(self, name: str, example: Path) -> None:

@@ -66,19 +66,59 @@ def legal_name(name: str) -> str:
 
 
 @dataclass(slots=True)
-class Batch:
-    """Lines of a log: what they hold, and what is to be known of all lines up to them."""
+class LogTail:
+    """A log up to `offset`: what its last lines hold, and what is to be known of all before.
 
-    end: int
-    """Byte behind the lines."""
-    names: dict[int, frozenset[str]]
-    """Metrics of each of the last steps."""
-    resumed: tuple[str, ...]
-    """Where and when training was resumed so far."""
+    A step that ends an epoch has two lines, which may share metrics. MLflow gets the first value.
+    """
+
+    path: Path
+    offset: int = 0
+    """In bytes; all of them whole lines."""
     metrics: list[Metric] = field(default_factory=list)
     tags: dict[str, str] = field(default_factory=dict)
+    names: dict[int, frozenset[str]] = field(default_factory=dict)
+    """Metrics of each of the last steps."""
+    resumed: tuple[str, ...] = ()
+    """Where and when training was resumed so far."""
 
-    def add(self, entry: Entry) -> None:
+    def ahead(self, stop: int = sys.maxsize) -> LogTail | None:
+        """Return the tail behind the next lines up to `stop`, about a thousand values.
+
+        None if there are no more yet. This tail stays as it is.
+        """
+        tail = LogTail(self.path, self.offset, names=dict(self.names), resumed=self.resumed)
+        for line in self._lines():
+            tail.offset += len(line)
+            if entry := parse_line(line):
+                tail._add(entry)
+            if len(tail.metrics) >= MAX_METRICS or tail.offset >= stop:
+                break
+        return tail if tail.offset > self.offset else None
+
+    def count_left(self) -> int:
+        """Count the values behind `offset`."""
+        if not self.path.is_file():
+            return 0
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return sum(len((parse_line(line) or {}).get("values", ())) for line in file)
+
+    def _lines(self) -> Iterator[bytes]:
+        """Yield the whole lines from `offset` on that are on the disk."""
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+            left = os.fstat(file.fileno()).st_size - self.offset
+            file.seek(self.offset)
+            for line in file:
+                left -= len(line)
+                if left < 0 or not line.endswith(b"\n"):
+                    return
+                yield line
+
+    def _add(self, entry: Entry) -> None:
         """Add a line; of a metric that the step has already, nothing."""
         if "event" in entry:
             kind, fields = entry["event"], entry["fields"]
@@ -98,59 +138,14 @@ class Batch:
             self.metrics += metrics_of(entry | {"values": values})
 
 
-class LogTail:
-    """Reads a log from where MLflow has it to its end.
-
-    A step that ends an epoch has two lines, which may share metrics. MLflow gets the first value.
-    """
-
-    def __init__(self, path: Path, offset: int) -> None:
-        """Start behind the `offset` bytes, all whole lines, that MLflow has."""
-        self._path = path
-        self.offset = 0
-        self._names: dict[int, frozenset[str]] = {}
-        self._resumed: tuple[str, ...] = ()
-        # A log shorter than what was sent was lost, and what is there now is another one.
-        if path.is_file() and offset <= path.stat().st_size:
-            while self.offset < offset and (batch := self.next(offset)):
-                self.sent(batch)
-
-    def next(self, stop: int = sys.maxsize) -> Batch | None:
-        """Return the lines up to `stop`, about a thousand values; None if there are no more yet."""
-        batch = Batch(self.offset, dict(self._names), self._resumed)
-        for line in self._lines():
-            batch.end += len(line)
-            if entry := parse_line(line):
-                batch.add(entry)
-            if len(batch.metrics) >= MAX_METRICS or batch.end >= stop:
-                break
-        return batch if batch.end > self.offset else None
-
-    def sent(self, batch: Batch) -> None:
-        """Move behind a batch; until then `next` returns it again."""
-        self.offset, self._names, self._resumed = batch.end, batch.names, batch.resumed
-
-    def count_left(self) -> int:
-        """Count the values behind `offset`."""
-        if not self._path.is_file():
-            return 0
-        with self._path.open("rb") as file:
-            file.seek(self.offset)
-            return sum(len((parse_line(line) or {}).get("values", ())) for line in file)
-
-    def _lines(self) -> Iterator[bytes]:
-        """Yield the whole lines from `offset` on that are on the disk."""
-        if not self._path.is_file():
-            return
-        with self._path.open("rb") as file:
-            os.fsync(file.fileno())
-            left = os.fstat(file.fileno()).st_size - self.offset
-            file.seek(self.offset)
-            for line in file:
-                left -= len(line)
-                if left < 0 or not line.endswith(b"\n"):
-                    return
-                yield line
+def open_tail(path: Path, offset: int) -> LogTail:
+    """Return the tail of a log whose first `offset` bytes MLflow has."""
+    tail = LogTail(path)
+    # A log shorter than what was sent was lost, and what is there now is another one.
+    if path.is_file() and offset <= path.stat().st_size:
+        while tail.offset < offset and (ahead := tail.ahead(offset)):
+            tail = ahead
+    return tail
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +209,9 @@ class RunSender:
         self.run_id = target if isinstance(target, str) else ""
         """Empty until a training's run exists."""
         self._on_change, self._resend = on_change, resend
-        self._tails: dict[str, LogTail] | None = None if self.training else {}
+        logs = self.training.logs if self.training else ()
+        self._tails = {log.name: LogTail(log) for log in logs}
+        """How much of each log MLflow has."""
         self._pointer: RunPointer | None = None
         self._superseded = list(self.training.supersedes) if self.training else []
         self._folder = self.training.folder if self.training else None
@@ -238,8 +235,8 @@ class RunSender:
 
     def update(self) -> None:
         """Send everything: description, values, tags, artifacts; open or make the run first."""
-        if self._tails is None and self.training:
-            self._tails = self._open(self.training)
+        if self.training and not self.created.is_set():
+            self._open(self.training)
         self.created.set()
         while self._superseded:
             run = self._active_run(self._superseded[-1])
@@ -247,8 +244,8 @@ class RunSender:
                 self._client.set_terminated(run.info.run_id, "KILLED")
                 self._report(run.info.run_id)
             self._superseded.pop()
-        for name, tail in (self._tails or {}).items():
-            self._send_log(name, tail)
+        for name in self._tails:
+            self._send_log(name)
         self.entries.send(lambda entries: self._log([m for e in entries for m in metrics_of(e)]))
         self.tags.send(lambda tags: self._log(tags=dict(tags)))
         self.artifacts.send(self._log_artifacts, 1)
@@ -262,10 +259,9 @@ class RunSender:
 
     def missing(self) -> str:
         """Return what MLflow lacks, such as `12 values and 2 artifacts`; empty if nothing."""
-        tails = self._tails if self._tails is not None else self._open_tails({})
         values = sum(len(entry["values"]) for entry in self.entries.left)
         counts = {
-            "value": values + sum(tail.count_left() for tail in tails.values()),
+            "value": values + sum(tail.count_left() for tail in self._tails.values()),
             "tag": len(dict(self.tags.left)),
             "artifact": len(self.artifacts.left),
         }
@@ -277,20 +273,17 @@ class RunSender:
         self.last_answer = time.monotonic()
         return client
 
-    def _open(self, training: TrainingRun) -> dict[str, LogTail]:
-        """Find the training's run or make it; return its logs, each behind what was sent."""
-        self._pointer = self._pointer or read_pointer(training.folder)
-        run = (self._pointer and self._find(training, self._pointer)) or self._create(training)
+    def _open(self, training: TrainingRun) -> None:
+        """Find the training's run or make it, and move its logs behind what was sent."""
+        pointer = self._pointer or read_pointer(training.folder)
+        run = (pointer and self._find(training, pointer)) or self._create(training)
         # Set first: if the next call fails, users still see the name of the run.
         self.run_id, self.started_ms = str(run.info.run_id), run.info.start_time
         self._describe(run, training.description)
         self._report(self.run_id)
-        assert self._pointer
-        return self._open_tails({} if self._resend else self._pointer.sent)
-
-    def _open_tails(self, sent: Mapping[str, int]) -> dict[str, LogTail]:
-        logs = self.training.logs if self.training else ()
-        return {log.name: LogTail(log, sent.get(log.name, 0)) for log in logs}
+        if self._pointer and not self._resend:
+            sent = self._pointer.sent
+            self._tails = {log.name: open_tail(log, sent.get(log.name, 0)) for log in training.logs}
 
     def _find(self, training: TrainingRun, pointer: RunPointer) -> Any:
         """Return the `Run` that a pointer names; None if it is gone or was never made."""
@@ -346,16 +339,16 @@ class RunSender:
             self._client.log_inputs(run.info.run_id, [DatasetInput(entity, [context])])
         self._log(params=lacking, tags=changed)
 
-    def _send_log(self, name: str, tail: LogTail) -> None:
+    def _send_log(self, name: str) -> None:
         resumed = False
-        while batch := tail.next():
-            metrics = self._lacking(batch.metrics) if self._resend else batch.metrics
-            self._log(metrics, tags=batch.tags)
+        while tail := self._tails[name].ahead():
+            metrics = self._lacking(tail.metrics) if self._resend else tail.metrics
+            self._log(metrics, tags=tail.tags)
             self.values_sent += len(metrics)
-            resumed |= RESUMED in batch.tags
-            tail.sent(batch)
+            resumed |= RESUMED in tail.tags
+            self._tails[name] = tail
             assert self._pointer
-            self._point(replace(self._pointer, sent={**self._pointer.sent, name: batch.end}))
+            self._point(replace(self._pointer, sent={**self._pointer.sent, name: tail.offset}))
         if resumed:
             self._report(self.run_id)
 

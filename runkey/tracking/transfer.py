@@ -7,7 +7,7 @@ the folder's layout.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import batched
@@ -26,7 +26,6 @@ from runkey.identity.record import (
     RUN_FOLDER_SCHEMA,
     Details,
     LoggedRun,
-    details_file,
 )
 from runkey.identity.record_cache import update_record
 from runkey.progress import Steps, each, progress
@@ -45,13 +44,12 @@ def logged_run(run: Any) -> LoggedRun:
 
 
 def write_details(
-    store: Store, run_id: str, details: Details, tags: dict[str, str] | None = None
+    store: Store, run_id: str, details: Details, tags: Mapping[str, str] = {}
 ) -> LoggedRun:
     """Replace record.json of a run and set tags; return the run as it is then."""
     client = open_client(store)
-    with details_file(details) as path:
-        client.log_artifact(run_id, str(path))
-    for name, value in (tags or {}).items():
+    client.log_text(run_id, details.as_json(), DETAILS)
+    for name, value in tags.items():
         client.set_tag(run_id, name, value)
     return logged_run(client.get_run(run_id))
 
@@ -86,8 +84,8 @@ class StoreRuns:
     experiment: str
     """Name of the experiment that copies go to."""
 
-    def read(self, run_id: str, folder: Path) -> None:
-        """Copy a run to `CONTENT` and `ARTIFACTS` in a folder that exists."""
+    def read(self, run_id: str, folder: Path) -> dict[str, Any]:
+        """Copy a run to `CONTENT` and `ARTIFACTS` in a folder that exists; return the `CONTENT`."""
         with self._client(f"run {run_id} could not be read") as client:
             run = client.get_run(run_id)
             inputs = run.inputs.dataset_inputs if run.inputs else []
@@ -117,6 +115,7 @@ class StoreRuns:
             (folder / CONTENT).write_text(text + "\n", encoding="utf-8")
             (folder / ARTIFACTS).mkdir()
             _read_files(client, run_id, folder / ARTIFACTS)
+        return content
 
     def write(self, folder: Path) -> LoggedRun:
         """Copy a run from the folder that `read` filled; write its record.

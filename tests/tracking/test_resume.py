@@ -15,7 +15,7 @@ from runkey.identity.record import POINTER, LoggedRun, RunPointer, read_pointer,
 from runkey.tracking.log import JsonlLog
 from runkey.tracking.replay import save_description
 from runkey.tracking.store import Store, open_client
-from runkey.tracking.sync import LogTail, RunSender
+from runkey.tracking.sync import LogTail, RunSender, open_tail
 from tests.support.points import (
     assert_the_same_points,
     doubled_lines,
@@ -209,24 +209,23 @@ def test_only_whole_lines_are_sent_and_bad_ones_are_left_out(tmp_path: Path) -> 
         b'\0\0\0\n{"step": 2}\n[1]\n{"step": 3, "time": 2.5, "values": {"a": "-inf"}}\n'
         b'{"step": 4, "time": 3.5, "values": {"a": 4'
     )
-    tail = LogTail(path, 0)
-    batch = tail.next()
-    assert batch is not None
-    assert [(m.key, m.step, m.timestamp) for m in batch.metrics] == [
+    tail = LogTail(path).ahead()
+    assert tail is not None
+    assert [(m.key, m.step, m.timestamp) for m in tail.metrics] == [
         ("a", 1, 1500),
         ("b", 1, 1500),
         ("a", 3, 2500),
     ]
-    tail.sent(batch)
-    assert tail.next() is None
+    assert tail.ahead() is None
     with path.open("ab") as file:
         file.write(b".0}}\n")
-    batch = tail.next()
-    assert batch is not None
-    assert [m.value for m in batch.metrics] == [4.0]
-    assert batch.end == path.stat().st_size
+    tail = tail.ahead()
+    assert tail is not None
+    assert [m.value for m in tail.metrics] == [4.0]
+    assert tail.offset == path.stat().st_size
+    assert open_tail(path, tail.offset).offset == tail.offset
     # A log that was lost and begun anew is sent from its beginning.
-    assert LogTail(path, 10_000).offset == 0
+    assert open_tail(path, 10_000).offset == 0
 
 
 def test_a_step_that_ends_an_epoch_has_each_metric_once(
@@ -255,17 +254,17 @@ def test_what_could_not_be_sent_is_not_counted_twice(tmp_path: Path) -> None:
     log = JsonlLog(tmp_path / "train.jsonl")
     log.event("resumed", step=3)
     log.log({"a": 1.0}, 4)
-    tail = LogTail(log.path, 0)
-    assert tail.next() == tail.next()
-    batch = tail.next()
-    assert batch is not None
-    assert (batch.tags["resumed"], len(batch.metrics)) == ("1", 1)
-    later = LogTail(log.path, batch.end)
+    start = LogTail(log.path)
+    assert start.ahead() == start.ahead()
+    tail = start.ahead()
+    assert tail is not None
+    assert (tail.tags["resumed"], len(tail.metrics)) == ("1", 1)
+    later = open_tail(log.path, tail.offset)
     log.event("resumed", step=4)
     log.log({"a": 1.0, "b": 2.0}, 4)
-    batch = later.next()
-    assert batch is not None
-    assert (batch.tags["resumed"], [m.key for m in batch.metrics]) == ("2", ["b"])
+    tail = later.ahead()
+    assert tail is not None
+    assert (tail.tags["resumed"], [m.key for m in tail.metrics]) == ("2", ["b"])
 
 
 def test_doubled_lines_of_a_log_are_found(tmp_path: Path) -> None:
