@@ -35,13 +35,13 @@ AutocastFactory = Callable[[], AbstractContextManager[object]]
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The result of `evaluate_model`."""
+    """The result of a `Validation`."""
 
     result: CocoResult
     detections: dict[int, Detections]
     """By image id, on the host."""
     losses: dict[str, float]
-    """"loss" and its parts, over all images together as one batch; empty without a criterion."""
+    """"loss" and its parts, over all images together as one batch."""
 
     def metrics(self, prefix: str = "val/") -> dict[str, float]:
         """Return the metrics that are defined, for logging: val/AP, val/AP50, ..., val/loss, ..."""
@@ -90,50 +90,53 @@ def detect(
     return detections
 
 
-def evaluate_model(
-    model: nn.Module,
-    postprocess: Postprocess,
-    batches: Iterable[Batch],
-    records: list[ImageRecord],
-    classes: list[ClassName],
-    device: torch.device,
-    *,
-    autocast: AutocastFactory = nullcontext,
-    criterion: Criterion | None = None,
-    by_size: bool = True,
-) -> Evaluation:
-    """Detect objects (see `detect`), and compare them with the ground truth, `records`.
+@dataclass(frozen=True)
+class Validation:
+    """Evaluates models on a set of images: their detections against the ground truth, and the loss.
 
-    The batches hold every image of `records` once, in any order and any grouping. A criterion
-    computes the loss too, as in training; it is normalised over all images at once, so the batch
-    size does not change it either. The batches must then hold all objects but crowds.
-
-    Raises:
-        ModelError: the model predicts NaN or infinity.
+    The loss is normalised over all images at once, so the batch size does not change it.
     """
-    counts = [len(record.objects()) for record in records]
-    normaliser = criterion.normaliser(counts) if criterion else None
-    sums: dict[str, Tensor] = {}
-    boxes = 0
-    with progress("evaluate", len(records), "images") as steps:
 
-        def on_batch(outputs: Any, batch: Batch) -> None:
-            nonlocal boxes
-            boxes += len(batch.labels)
-            if criterion and normaliser:
+    records: list[ImageRecord]
+    """The ground truth."""
+    classes: list[ClassName]
+    batches: Iterable[Batch]
+    """Every image of `records` once, with all objects but crowds, in any order and grouping."""
+    device: torch.device
+    postprocess: Postprocess
+    criterion: Criterion
+    autocast: AutocastFactory = nullcontext
+
+    def __call__(self, model: nn.Module, *, by_size: bool = True) -> Evaluation:
+        """Evaluate a model that is on the device; `by_size`: see `evaluate_results`.
+
+        Raises:
+            ModelError: the model predicts NaN or infinity.
+        """
+        counts = [len(record.objects()) for record in self.records]
+        normaliser = self.criterion.normaliser(counts)
+        sums: dict[str, Tensor] = {}
+        boxes = 0
+        with progress("evaluate", len(self.records), "images") as steps:
+
+            def on_batch(outputs: Any, batch: Batch) -> None:
+                nonlocal boxes
+                boxes += len(batch.labels)
                 targets = Targets(batch.boxes_cxcywh, batch.labels, batch.counts)
-                losses = criterion(outputs, targets, normaliser)
+                losses = self.criterion(outputs, targets, normaliser)
                 parts = {f"loss_{name}": part for name, part in losses.parts.items()}
                 for name, value in {"loss": losses.total, **parts}.items():
                     sums[name] = sums[name] + value if name in sums else value
-            steps.advance(len(batch))
+                steps.advance(len(batch))
 
-        detections = detect(model, postprocess, batches, device, autocast, on_batch)
-    if criterion and boxes != sum(counts):
-        raise ValueError(f"batches hold {boxes} boxes, records {sum(counts)}")
-    losses = {name: float(value) for name, value in sums.items()}
-    result = evaluate_detections(records, classes, detections, by_size=by_size)
-    return Evaluation(result, detections, losses)
+            detections = detect(
+                model, self.postprocess, self.batches, self.device, self.autocast, on_batch
+            )
+        if boxes != sum(counts):
+            raise ValueError(f"batches hold {boxes} boxes, records {sum(counts)}")
+        losses = {name: float(value) for name, value in sums.items()}
+        result = evaluate_detections(self.records, self.classes, detections, by_size=by_size)
+        return Evaluation(result, detections, losses)
 
 
 def evaluate_detections(

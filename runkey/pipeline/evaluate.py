@@ -46,7 +46,7 @@ def evaluate(root: Path) -> None:
     )
     model, card = load_model(root / paths.MODEL)
     validation = build_validation(params, card.model, root, device)
-    evaluation = validation.evaluate(model.to(device))
+    evaluation = validation(model.to(device))
     out = root / paths.EVALUATION
     loss = evaluation.losses["loss"]
     write_metrics(out / METRICS_JSON, evaluation.result, loss=loss)

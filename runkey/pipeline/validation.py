@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from runkey import paths
-from runkey.data.index import ClassName, ImageRecord, read_classes, read_index
+from runkey.data.index import read_classes, read_index
 from runkey.data.loader import build_eval_loader
-from runkey.evaluation.run import Evaluation, evaluate_model
+from runkey.evaluation.run import Validation
 from runkey.model.criterion import build_criterion
 from runkey.model.postprocess import build_postprocess
 from runkey.params import Model, Params
 from runkey.training.device import build_precision
-
-
-@dataclass(frozen=True)
-class Validation:
-    """The val images, and what evaluates a model on them."""
-
-    records: list[ImageRecord]
-    classes: list[ClassName]
-    evaluate: Callable[..., Evaluation]
-    """`evaluate_model` of a model on the validation's device; takes `by_size` too."""
 
 
 def build_validation(params: Params, model: Model, root: Path, device: torch.device) -> Validation:
@@ -36,15 +23,13 @@ def build_validation(params: Params, model: Model, root: Path, device: torch.dev
         DataError: the data set is not prepared.
     """
     prepared = root / paths.PREPARED
-    records, classes = read_index(prepared / "val.json"), read_classes(prepared / "classes.json")
-    evaluate = partial(
-        evaluate_model,
-        postprocess=build_postprocess(model),
-        batches=build_eval_loader(params, root),
-        records=records,
+    classes = read_classes(prepared / "classes.json")
+    return Validation(
+        records=read_index(prepared / "val.json"),
         classes=classes,
+        batches=build_eval_loader(params, root),
         device=device,
-        autocast=build_precision(params.training.precision, device).autocast,
+        postprocess=build_postprocess(model),
         criterion=build_criterion(model, len(classes)),
+        autocast=build_precision(params.training.precision, device).autocast,
     )
-    return Validation(records, classes, evaluate)

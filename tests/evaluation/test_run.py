@@ -14,7 +14,7 @@ from runkey.data.index import ClassName, ImageRecord, read_index, write_index
 from runkey.data.loader import build_eval_loader
 from runkey.data.normalise import normalise
 from runkey.errors import RunkeyError
-from runkey.evaluation.run import detect, evaluate_model, same_shape_batches
+from runkey.evaluation.run import Validation, detect, same_shape_batches
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
 from runkey.model.matcher import Targets
@@ -93,15 +93,13 @@ def evaluation(root, preset, batch_size):
     torch.manual_seed(0)
     section = MODELS[preset]
     model = Double(build_model(section, len(CLASSES)))
-    return evaluate_model(
-        model,
-        build_postprocess(section),
-        loader(root, batch_size),
-        read_index(root / "prepared" / "val.json"),
-        CLASSES,
-        CPU,
-        criterion=build_criterion(section, len(CLASSES)),
-    )
+    records = read_index(root / "prepared" / "val.json")
+    return validation(records, loader(root, batch_size), section)(model)
+
+
+def validation(records, batches, section):
+    criterion = build_criterion(section, len(CLASSES))
+    return Validation(records, CLASSES, batches, CPU, build_postprocess(section), criterion)
 
 
 @pytest.mark.parametrize("preset", MODELS)
@@ -170,9 +168,7 @@ def test_loss_is_that_of_one_batch(prepared):
     targets = Targets(batch.boxes_cxcywh, batch.labels, batch.counts)
     expected = criterion(outputs, targets, criterion.normaliser(batch.counts))
     records = [r for r in read_index(prepared / "prepared" / "val.json") if r.id in batch.image_ids]
-    found = evaluate_model(
-        model, build_postprocess(section), [batch], records, CLASSES, CPU, criterion=criterion
-    )
+    found = validation(records, [batch], section)(model)
     assert found.losses["loss"] == pytest.approx(float(expected.total), rel=1e-6)
     parts = [v for k, v in found.losses.items() if k.startswith("loss_")]
     assert sum(parts) == pytest.approx(found.losses["loss"], rel=1e-6)
@@ -216,6 +212,4 @@ def test_nan_weights_are_one_line(prepared):
         nn.init.constant_(parameter, float("nan"))
     records = read_index(prepared / "prepared" / "val.json")
     with pytest.raises(RunkeyError, match=r"^image \d+: the model predicts NaN"):
-        evaluate_model(
-            model, build_postprocess(section), loader(prepared, 4), records, CLASSES, CPU
-        )
+        validation(records, loader(prepared, 4), section)(model)
