@@ -18,6 +18,7 @@ from runkey.training.debug import (
     LOG,
     Bundle,
     bad_steps,
+    diagnose,
     diagnose_bundle,
     find_start,
     logged_losses,
@@ -25,7 +26,6 @@ from runkey.training.debug import (
 )
 from runkey.training.device import Precision, seed_step
 from runkey.training.optimizer import Clipper, build_optimizer
-from runkey.training.probe import diagnose
 from runkey.training.step import TrainStep, accumulate_gradients
 from runkey.training.tensors import host_weights
 from tests.support.guarded import context_of
