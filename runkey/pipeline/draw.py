@@ -25,11 +25,8 @@ REPORT = paths.PLOTS / "report.html"
 def draw(root: Path) -> None:
     """Write plots/ of a workspace anew, and add its files to the MLflow run.
 
-    Args:
-        root: the workspace; logs/, evaluation/, prepared/ and run.json are read.
-
     Raises:
-        RunkeyError: one of these is missing; the text says which stage writes it.
+        RunkeyError: logs/, evaluation/, prepared/ or run.json is missing; names its stage.
     """
     params = load_params(root / paths.PARAMS)
     run = FinishedRun(params, root)  # first: MLflow is opened while we draw

@@ -18,11 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_data(root: Path) -> None:
-    """Write prepared/ of a workspace.
-
-    Raises:
-        DataError: the data set is not there, or a check stops.
-    """
+    """Write prepared/ of a workspace; DataError if the data are not there, or a check stops."""
     params = load_params(root / paths.PARAMS)
     want_bars(params.runtime.progress)
     out = root / paths.PREPARED

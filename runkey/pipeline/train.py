@@ -31,13 +31,13 @@ from runkey.training.build import TrainContext, TrainData, build_training
 from runkey.training.checkpoint import FolderCheckpoints, Interval, newest_fingerprint
 from runkey.training.device import choose_device
 from runkey.training.distributed import (
+    Interrupts,
     LostRankError,
     SharedError,
     count_ranks,
     join_world,
     read_world,
 )
-from runkey.training.interrupts import Interrupts
 from runkey.training.lock import locked
 from runkey.training.loop import fit
 from runkey.training.ranks import RankMonitor, launched_ranks
@@ -154,10 +154,7 @@ def dismiss(params: Params) -> None:
 def follow(params: Params, root: Path, monitor: RankMonitor | None) -> None:
     """Train along with rank 0, which logs and writes, and reports what ends all ranks.
 
-    Args:
-        params: as rank 0 reads them.
-        root: the workspace.
-        monitor: of rank 0, if it launched this process.
+    The monitor watches rank 0, if that launched this process.
     """
     try:
         with Interrupts() as interrupts:

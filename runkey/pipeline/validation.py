@@ -17,11 +17,7 @@ from runkey.training.device import build_precision
 
 
 def build_validation(params: Params, model: Model, root: Path, device: torch.device) -> Validation:
-    """Build the validation of a model on a workspace's prepared data.
-
-    Raises:
-        DataError: the data set is not prepared.
-    """
+    """Build the validation of a model on a workspace's prepared data; DataError without them."""
     prepared = root / paths.PREPARED
     classes = read_classes(prepared / "classes.json")
     return Validation(

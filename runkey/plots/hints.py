@@ -25,7 +25,7 @@ from runkey.progress import WIDTH
 
 if TYPE_CHECKING:
     from runkey.evaluation.coco import ClassResult
-    from runkey.training.metrics import Tracker
+    from runkey.training.build import Tracker
 
 logger = logging.getLogger(__name__)
 

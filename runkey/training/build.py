@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -53,6 +54,55 @@ class Loader(Protocol):
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
 
+class Tracker(Protocol):
+    """Records metrics and events. Calls are cheap, buffered, and never raise."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Record metrics by name at an optimizer step."""
+
+    def event(self, kind: str, **fields: object) -> None:
+        """Record something that happened once: the device chosen, an early stop.
+
+        What happens in a step has the field `step`.
+        """
+
+    def position(self) -> Mapping[str, int | str]:
+        """Return where the log is, safe on disk up to there; for a checkpoint."""
+        ...
+
+    def resume(self, position: Mapping[str, int | str] | None) -> None:
+        """Continue where a checkpoint was taken; None: training starts from its beginning.
+
+        What the log holds after that place will be logged again, equal in all but times, and must
+        not be recorded twice.
+        """
+
+
+def safe_tracker(tracker: Tracker | None) -> Tracker:
+    """Pass everything to a tracker, if there is one, until that raises; then to none.
+
+    Trackers promise not to raise; a broken promise may cost the log, but not the training.
+    """
+    return cast("Tracker", _SafeTracker(tracker))
+
+
+class _SafeTracker:
+    def __init__(self, tracker: Tracker | None) -> None:
+        self._tracker = tracker
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        return partial(self._call, method)
+
+    def _call(self, method: str, *args: Any, **options: Any) -> Any:
+        if self._tracker is not None:
+            try:
+                return getattr(self._tracker, method)(*args, **options)
+            except Exception as error:  # noqa: BLE001  whatever it is, training goes on
+                self._tracker = None
+                logger.info(f"tracking stopped, training goes on: {type(error).__name__}: {error}")
+        return {}
+
+
 @dataclass(frozen=True)
 class TrainData:
     """The prepared data that a training reads."""
@@ -65,11 +115,7 @@ class TrainData:
 
     @classmethod
     def read(cls, root: Path, micro_batch: int) -> TrainData:
-        """Read the class names of a workspace's prepared data.
-
-        Raises:
-            DataError: the data set is not prepared.
-        """
+        """Read the class names of a workspace's prepared data; DataError if there are none."""
         classes = read_classes(root / paths.PREPARED / "classes.json")
         return cls(root, [one.name for one in classes], micro_batch)
 
@@ -140,13 +186,8 @@ def build_training(
 ) -> TrainContext:
     """Seed torch and build model, criterion, optimizer, schedule, average and loader.
 
-    Args:
-        params: of the run.
-        num_classes: K.
-        device: where to train.
-        world: this process among those that train together; None: it is the only one.
-        data: what to train on; None: one step an epoch without a batch, and random weights.
-        replace: parts to use in place of those that the parameters describe.
+    `world` is this process among those that train together; None: it is the only one. Without
+    `data` to train on, an epoch is one step without a batch, and weights are random.
 
     Raises:
         TrainingError: no data, nothing to train, or fewer images per step than ranks.
@@ -218,11 +259,7 @@ def _build_step(
 def build_loader(
     params: Params, data: TrainData, device: torch.device, world: World | None = None
 ) -> TrainLoader:
-    """Build one rank's loader of the training split.
-
-    Raises:
-        DataError: the data set is not prepared, or holds no image.
-    """
+    """Build one rank's loader of the training split; DataError if that is not prepared or empty."""
     world = world or World()
     # GPUs each have the memory that the micro-batch fits; on a CPU the ranks share it.
     shared_by = world.size if device.type == "cpu" else 1

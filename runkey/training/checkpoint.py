@@ -116,15 +116,10 @@ class DamagedError(Exception):
 
 
 def write_file(path: Path, facts: Mapping[str, Any], tensors: Any) -> tuple[str, str]:
-    """Write a file under a temporary name, sync it, and give it its own.
+    """Write a file under a temporary name, sync it, and give it its own; return its name and hash.
 
-    Args:
-        path: an older file of that name is replaced. HASH in it stands for the hash's beginning.
-        facts: what JSON can hold.
-        tensors: nested dicts and lists of tensors, numbers and strings.
-
-    Returns:
-        Its name and hash.
+    HASH in the path stands for the hash's beginning; an older file of that name is replaced.
+    `facts` are what JSON can hold, `tensors` nested dicts and lists of tensors, numbers and text.
 
     Raises:
         OSError: it cannot be written; nothing is left of it.
@@ -154,11 +149,7 @@ def write_file(path: Path, facts: Mapping[str, Any], tensors: Any) -> tuple[str,
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """Read the facts of a file; the hash is not checked.
-
-    Raises:
-        DamagedError: they cannot be read.
-    """
+    """Read the facts of a file, or raise DamagedError; the hash is not checked."""
     with _opened(path) as (file, _):
         return _parse(file.readline())
 
@@ -349,13 +340,9 @@ class FolderCheckpoints:
         interval: Interval,
         retry_seconds: float = _RETRY_SECONDS,
     ) -> None:
-        """Remove what a killed process has left half written.
+        """Remove what a killed process has left half written in `path`, the folder of a training.
 
-        Args:
-            path: the folder of one training, see `locked`; reports are written there too.
-            fingerprint: what trains; another `key` is refused, the rest only logged.
-            interval: when a checkpoint is due.
-            retry_seconds: after a failure.
+        `fingerprint` says what trains; another `key` is refused, the rest only logged.
         """
         self.path = path
         self.newest: int | None = None
@@ -388,10 +375,7 @@ class FolderCheckpoints:
     def save(self, checkpoint: Checkpoint, *, wait: bool = False, anchor: bool = False) -> None:
         """Copy the tensors and begin to write; the caller may go on changing them.
 
-        Args:
-            checkpoint: what to save.
-            wait: return only when it is on disk.
-            anchor: keep it as one that training may be rolled back to.
+        `wait` until it is on disk; an `anchor` is kept for rollbacks.
         """
         started, self._asked = self._asked or time.perf_counter(), None
         self.finish()

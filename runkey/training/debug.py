@@ -370,7 +370,7 @@ def _broken_before(
         if bad := _bad_rows(images, micro_batch.image_ids):
             return DebugFinding("image", "", "", number, bad, _summaries({"images": images}))
         boxes, counts = micro_batch.boxes_cxcywh, list(micro_batch.counts)
-        good = [part.all() for part in (boxes.abs() <= _FAR).all(1).split(counts)]
+        good = [part.all() for part in torch.split((boxes.abs() <= _FAR).all(1), counts)]
         if bad := _not_among(micro_batch.image_ids, good):
             return DebugFinding("targets", "", "", number, bad, _summaries({"boxes_cxcywh": boxes}))
     return None
@@ -504,11 +504,7 @@ class Start:
 
 
 def find_start(folder: Path, step: int) -> Start:
-    """Find the nearest checkpoint in a folder from before a step (from 1).
-
-    Raises:
-        TrainingError: no checkpoint in the folder can be read.
-    """
+    """Find the nearest checkpoint before a step (from 1); TrainingError if none can be read."""
     starts = []
     paths = [folder / name.name for name in find_checkpoints(folder)]
     for path in [*paths, *find_pins(folder).values()]:

@@ -46,11 +46,7 @@ def choose_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
 
 
 def check_gpus(processes: int) -> None:
-    """Check that each process has a GPU of its own: NCCL cannot connect two on the same one.
-
-    Raises:
-        TrainingError: there are fewer GPUs.
-    """
+    """Raise TrainingError if GPUs are too few: NCCL cannot connect two processes on the same."""
     if processes > torch.cuda.device_count():
         raise TrainingError(
             f"{processes} processes, but torch sees {torch.cuda.device_count()} GPUs; set"
@@ -118,11 +114,8 @@ def configure_torch(
 ) -> None:
     """Seed torch and set determinism and threads, before a model is built.
 
-    Args:
-        seed: start of the initial weights.
-        deterministic: use algorithms with reproducible results only, or raise.
-        cpu_threads: threads of arithmetic on a CPU; auto: one per core.
-        processes: how many train together; they share the cores.
+    `deterministic` allows only algorithms with reproducible results. `cpu_threads` do arithmetic on
+    a CPU; auto: one per core, which the `processes` that train together share.
     """
     # cuBLAS reads this once, when its first handle is made.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

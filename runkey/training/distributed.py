@@ -1,4 +1,4 @@
-"""Collective communication between the processes (ranks) of one training.
+"""Signals, and collective communication between the processes (ranks) of one training.
 
 Environment variables set by torchrun, or by `runkey.training.ranks`, say which rank this process
 is; without them there is one process, and everything here does nothing, on the same code path.
@@ -19,12 +19,15 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from types import FrameType
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -34,7 +37,6 @@ from runkey.data.dataset import GlobalBatch
 from runkey.errors import Interrupted, RunkeyError, StoppedError, TrainingError
 from runkey.processes import this_process
 from runkey.training.device import check_gpus
-from runkey.training.interrupts import Interrupts
 from runkey.training.ranks import RankMonitor, launched_by_torchrun
 
 logger = logging.getLogger("runkey")
@@ -42,6 +44,77 @@ logger = logging.getLogger("runkey")
 # Evaluations, or waiting for another training of the same key, take any time; the monitor notices
 # ranks that die.
 _AS_LONG_AS_IT_TAKES = timedelta(days=365)
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupts:
+    """SIGTERM and SIGINT during training: a step is never interrupted half-way.
+
+        with Interrupts() as interrupts:      # signals raise `Interrupted` at once ...
+            with interrupts.held():           # ... but in this block only
+                step()
+                interrupts.check()            # ... where it is checked for
+                with interrupts.at_once():    # ... or in a part that may be given up half-way
+                    evaluate()
+
+    Without a `with` block around it, no signal is handled. A second one ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        """The one that has come; None: none."""
+        self._held = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Handle signals from here on, if this is the main thread: others cannot."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Restore the handlers from before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Only remember a signal until the block ends or calls `check`."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        self.check()
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let a signal end this block, inside `held`."""
+        self._held = False
+        self.check()
+        try:
+            yield
+        finally:
+            self._held = True
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal has come."""
+        if self.signal is not None:
+            raise Interrupted(self.signal)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.signal is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.signal = signal.Signals(number)
+        # Not print: it may be what was interrupted.
+        line = f"{self.signal.name}: stopping as soon as nothing is lost; again ends it at once\n"
+        os.write(2, line.encode())
+        if not self._held:
+            self.check()
 
 
 class SharedError(StoppedError):
@@ -149,11 +222,7 @@ class World:
 
 
 def read_world(environment: Mapping[str, str] = os.environ) -> World:
-    """Read the world from torchrun's variables; one process without them.
-
-    Raises:
-        TrainingError: the variables contradict each other.
-    """
+    """Read the world of torchrun's variables, if they are set; TrainingError if they clash."""
     world = World(
         rank=int(environment.get("RANK", "0")),
         local_rank=int(environment.get("LOCAL_RANK", "0")),

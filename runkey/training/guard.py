@@ -18,10 +18,9 @@ from statistics import median
 
 from runkey.errors import TrainingError
 from runkey.files import json_safe, write_json
-from runkey.training.build import TrainContext
+from runkey.training.build import Tracker, TrainContext
 from runkey.training.checkpoint import FolderCheckpoints, find_checkpoints
-from runkey.training.metrics import StepValues, Tracker
-from runkey.training.state import NORMS_KEPT, LoopState, Rollback, Skip
+from runkey.training.state import NORMS_KEPT, LoopState, Rollback, Skip, StepValues
 from runkey.training.tensors import all_finite
 
 logger = logging.getLogger(__name__)
@@ -155,11 +154,7 @@ class Guard:
             self._roll_back("weights are not finite")
 
     def act_before_evaluation(self) -> None:
-        """Roll training back, at an epoch's end, if what is to be evaluated is not finite.
-
-        Raises:
-            TrainingError: see `act`.
-        """
+        """Roll training back, as `act` does, if what is to be evaluated now is not finite."""
         if not all_finite(self._context.evaluated_module.state_dict().values()):
             self._roll_back("weights are not finite")
 

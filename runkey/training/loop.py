@@ -18,26 +18,17 @@ import torch
 from runkey.data.dataset import GlobalBatch
 from runkey.errors import DataError, Interrupted, ModelError, StoppedError, TrainingError
 from runkey.progress import Steps, progress, want_bars
-from runkey.training.build import Evaluate, TrainContext, describe
+from runkey.training.build import Evaluate, Tracker, TrainContext, describe, safe_tracker
 from runkey.training.checkpoint import Checkpoint, FolderCheckpoints
 from runkey.training.device import seed_step
 from runkey.training.distributed import (
+    Interrupts,
     LostRankError,
     SharedError,
     broadcast_metrics,
     synchronised_batches,
 )
 from runkey.training.guard import Guard, shown_ids
-from runkey.training.interrupts import Interrupts
-from runkey.training.metrics import (
-    DelayedReader,
-    StepValues,
-    Stopwatch,
-    Throughput,
-    Tracker,
-    safe_tracker,
-    timed,
-)
 from runkey.training.optimizer import current_rates
 from runkey.training.progress import bar_text, epoch_line
 from runkey.training.schedule import (
@@ -46,7 +37,16 @@ from runkey.training.schedule import (
     improvements,
     loss_gap,
 )
-from runkey.training.state import Best, LoopState, Running
+from runkey.training.state import (
+    Best,
+    DelayedReader,
+    LoopState,
+    Running,
+    StepValues,
+    Stopwatch,
+    Throughput,
+    timed,
+)
 from runkey.training.step import StepResult, image_ids_of, is_out_of_memory, train_step
 from runkey.training.tensors import host_weights
 

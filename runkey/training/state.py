@@ -1,19 +1,136 @@
-"""The state of a training, in one place, so that it can be saved whole.
+"""The state of a training, in one place, so that it can be saved whole, and the metrics in it.
 
 Beside it there are only the tensors of model, optimizer, moving average and loss scaler, each with
 a state_dict of its own (`TrainContext.parts`). Counters of early stopping and plateau are not
 saved: both are functions of `evaluations`.
+
+Reading a step's values at once would wait for the device. They are copied to the host behind the
+step itself, and read when the next one has been queued.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from runkey.training.metrics import Means, Throughput
+
+@dataclass(frozen=True)
+class StepValues:
+    """Values of one optimizer step, on the host."""
+
+    step: int
+    """Optimizer steps tried up to and with this one."""
+    image_ids: tuple[int, ...]
+    """COCO ids of the images it was computed from."""
+    rates: dict[str, float]
+    """Learning rates by metric name; see `current_rates`."""
+    values: dict[str, float]
+    """By metric name; those of a step that is still queued are not known yet."""
+    faults: tuple[str, ...] = ()
+    """What the matching found that is not finite."""
+
+
+class DelayedReader:
+    """Returns each step's values one step later, when the device has delivered them.
+
+    The copy to the host is queued behind the step itself; by the time it is read, the matcher of
+    the next step has waited for the device anyway.
+    """
+
+    def __init__(self) -> None:
+        self._queued: tuple[StepValues, Tensor, torch.cuda.Event | None] | None = None
+
+    def push(self, step: StepValues, values: Mapping[str, Tensor]) -> StepValues | None:
+        """Queue device scalars by metric name; return the step before this one, if there is one."""
+        previous = self.flush()
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        arrived = None
+        if stacked.is_cuda:
+            host = torch.empty(stacked.shape, pin_memory=True)
+            stacked = host.copy_(stacked, non_blocking=True)
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()  # type: ignore[no-untyped-call]
+        self._queued = (replace(step, values=dict.fromkeys(values, 0.0)), stacked, arrived)
+        return previous
+
+    def flush(self) -> StepValues | None:
+        """Return the step that is still queued, waiting for it if need be."""
+        if self._queued is None:
+            return None
+        step, stacked, arrived = self._queued
+        self._queued = None
+        if arrived is not None:
+            arrived.synchronize()
+        return replace(step, values=dict(zip(step.values, stacked.tolist(), strict=True)))
+
+
+@dataclass
+class Means:
+    """Means of values over an epoch; values that are not finite are left out."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Add one more of each value."""
+        for name, value in values.items():
+            if math.isfinite(value):
+                self.sums[name] = self.sums.get(name, 0.0) + value
+                self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each name that had a finite value."""
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
+
+class Stopwatch:
+    """Wall time, lap by lap."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Return the seconds since the start or the lap before."""
+        before, self._last = self._last, time.perf_counter()
+        return self._last - before
+
+
+@dataclass
+class Throughput:
+    """Images, the time that they took, and how much of it was waiting for data."""
+
+    images: int = 0
+    wait_seconds: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, images: int, wait_seconds: float, seconds: float) -> None:
+        """Add a step; `seconds` include those of waiting."""
+        self.images += images
+        self.wait_seconds += wait_seconds
+        self.seconds += seconds
+
+    def as_metrics(self) -> dict[str, float]:
+        """Return images per second and the share (0..1) of time without data, by metric name."""
+        seconds = max(1e-9, self.seconds)
+        return {
+            "train/images_per_second": self.images / seconds,
+            "train/data_wait_share": min(1.0, self.wait_seconds / seconds),
+        }
+
+
+def timed[T](items: Iterable[T]) -> Iterator[tuple[T, float]]:
+    """Yield each item with the seconds that it was waited for."""
+    watch = Stopwatch()
+    for item in items:
+        yield item, watch.lap()
+        watch.lap()
+
 
 NORMS_KEPT = 100
 """Gradient norms in a report."""

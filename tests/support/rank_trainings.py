@@ -16,8 +16,7 @@ from runkey.data.dataset import Batch, GlobalBatch
 from runkey.errors import DataError
 from runkey.training.checkpoint import FolderCheckpoints, Interval
 from runkey.training.device import configure_torch
-from runkey.training.distributed import World
-from runkey.training.interrupts import Interrupts
+from runkey.training.distributed import Interrupts, World
 from tests.support.fitting import fit
 from tests.support.toy import (
     MemoryTracker,

@@ -11,7 +11,7 @@ import torch
 
 from runkey.errors import DataError, Interrupted
 from runkey.training.device import configure_torch
-from runkey.training.interrupts import Interrupts
+from runkey.training.distributed import Interrupts
 from tests.support import toy
 from tests.support.fitting import fit
 
@@ -164,7 +164,7 @@ def test_exit_codes_and_the_second_signal(number):
         f"""
         import os, sys, time
         from runkey.errors import report_errors
-        from runkey.training.interrupts import Interrupts
+        from runkey.training.distributed import Interrupts
         with report_errors(), Interrupts() as interrupts, interrupts.held():
             for _ in range(int(sys.argv[1])):
                 os.kill(os.getpid(), {int(number)})

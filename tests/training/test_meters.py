@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from runkey.progress import progress, want_bars
-from runkey.training.metrics import (
+from runkey.training.progress import bar_text, clock, epoch_line
+from runkey.training.state import (
     DelayedReader,
     Means,
+    Running,
     StepValues,
     Stopwatch,
     Throughput,
     timed,
 )
-from runkey.training.progress import bar_text, clock, epoch_line
-from runkey.training.state import Running
 from tests.support import toy
 
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runkey.errors import TrainingError
+from runkey.training.build import safe_tracker
 from runkey.training.guard import Guard, robust_score
-from runkey.training.metrics import StepValues, safe_tracker
-from runkey.training.state import LoopState
+from runkey.training.state import LoopState, StepValues
 from tests.support.guarded import context_of
 from tests.support.squares import SquaresLoader, detector_params, make_detector
 
