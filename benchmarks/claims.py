@@ -21,8 +21,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from runkey.registry.claims import open_claims
 from runkey.registry.once import Rhythm
-from runkey.registry.server_library import open_claims
 from runkey.tracking.store import Store, free_port, start_server, stop_server, wait_until_healthy
 from tests.support.claim_rounds import CONTAINER, QUICK, Askers, Outcome
 from tests.support.records import key_of

@@ -37,8 +37,8 @@ sys.path.insert(0, str(REPOSITORY))
 from runkey.hashing import sha256_bytes  # noqa: E402
 from runkey.identity.record import DETAILS, Details, StoredFile  # noqa: E402
 from runkey.params import load_params  # noqa: E402
+from runkey.registry.library import open_library  # noqa: E402
 from runkey.registry.query import Field, Query  # noqa: E402
-from runkey.registry.server_library import open_library  # noqa: E402
 from runkey.tracking.store import (  # noqa: E402  # noqa: E402
     Store,
     experiment_id,

@@ -62,7 +62,7 @@ def store() -> Store:
 
 def library(*, offline: bool = False) -> Library:
     """Return the runs of that store; `offline`: of a server that is down, those in the cache."""
-    from runkey.registry.server_library import open_library
+    from runkey.registry.library import open_library
 
     place = store()
     return open_library(place.uri, place.home, offline=offline)
@@ -70,7 +70,7 @@ def library(*, offline: bool = False) -> Library:
 
 def claims() -> Claims:
     """Return the claims of that store."""
-    from runkey.registry.server_library import open_claims
+    from runkey.registry.claims import open_claims
 
     place = store()
     return open_claims(place.uri, place.home)

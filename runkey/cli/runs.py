@@ -109,7 +109,7 @@ def show_run(
     """Show a run: status, key, metrics, parameters, environment, files, location."""
     from runkey.registry.claims import status_now
     from runkey.registry.library import find_run
-    from runkey.registry.server_library import run_page
+    from runkey.registry.rest import run_page
     from runkey.registry.show import describe, lines
 
     runs, place = library(offline=True), store()
@@ -197,7 +197,7 @@ def open_page(
 ) -> None:
     """Print the address of a run's MLflow page; of several runs, of their comparison."""
     from runkey.registry.library import find_run
-    from runkey.registry.server_library import comparison_page, run_page
+    from runkey.registry.rest import comparison_page, run_page
 
     runs, place = library(offline=True), store()
     found = [find_run(runs, key).run for key in keys]

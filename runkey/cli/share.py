@@ -152,7 +152,7 @@ def _team(remote: str, git_remote: str, server: str) -> Team:
     """The team's places; its server is the option's, that of params.yaml, or the environment's."""
     from runkey.dvc_transfer import DvcRemote
     from runkey.params import load_params  # 0.3 s
-    from runkey.registry.server_library import open_library
+    from runkey.registry.library import open_library
     from runkey.registry.share import Team
     from runkey.tracking.store import Store
     from runkey.tracking.transfer import StoreRuns

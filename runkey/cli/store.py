@@ -140,8 +140,7 @@ def index(as_json: AsJson = False) -> None:
 
 
 def _rebuild(place: Store) -> Rebuilt:
-    from runkey.registry.library import LocalLibrary
-    from runkey.registry.server_library import ServerLibrary
+    from runkey.registry.library import LocalLibrary, ServerLibrary
     from runkey.tracking.store import served
 
     library = LocalLibrary(place.home, uri=place.uri)
@@ -205,8 +204,7 @@ def ui(
 def _pages(address: str, experiment: str) -> list[str]:
     """Return lines that name the run list and the comparison of the last runs."""
     from runkey.registry.query import Condition, Field, Query
-    from runkey.registry.rest import RestClient
-    from runkey.registry.server_library import comparison_page, list_page
+    from runkey.registry.rest import RestClient, comparison_page, list_page
     from runkey.tracking.store import VIEW
 
     lines = ["all runs", f"  {list_page(RestClient(address), address, experiment, VIEW)}"]

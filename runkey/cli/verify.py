@@ -139,7 +139,7 @@ def verify(
 
 
 def _verify_all(*, quick: bool, as_json: bool) -> None:
-    from runkey.registry.server_library import open_library
+    from runkey.registry.library import open_library
     from runkey.registry.verify import CheckResult, find_unrecorded, summarize, verify_run
 
     torn: list[str] = []

@@ -32,12 +32,12 @@ from runkey.identity.record import (
 )
 from runkey.identity.record_cache import update_record
 from runkey.params import Params
+from runkey.registry.claims import open_claims
 from runkey.registry.dvc_cache import download
-from runkey.registry.library import Library
+from runkey.registry.library import Library, open_library
 from runkey.registry.once import Decision, HeldClaim, decide
 from runkey.registry.package import read_run, staging
 from runkey.registry.rest import RestClient
-from runkey.registry.server_library import open_claims, open_library
 from runkey.registry.snapshot import take_snapshot
 from runkey.tracking.replay import clear_training, read_end, send_saved
 from runkey.tracking.store import Store, locate_store, set_tag

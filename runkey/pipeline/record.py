@@ -43,8 +43,7 @@ from runkey.memory.choose import MemoryPlan
 from runkey.params import Params
 from runkey.pipeline.once import KeyClaim
 from runkey.plots.curves import write_training_plots
-from runkey.registry.library import canonical
-from runkey.registry.server_library import open_library
+from runkey.registry.library import canonical, open_library
 from runkey.tracking.describe import describe_run, log_model
 from runkey.tracking.mlflow_run import TRAIN_LOG, TrackedRun, open_run
 from runkey.tracking.store import Store, locate_store

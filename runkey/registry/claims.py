@@ -22,6 +22,7 @@ from runkey.errors import RegistryError
 from runkey.files import write_atomically
 from runkey.identity.key import ANY_KEY, ANY_SCHEMA
 from runkey.identity.record import Record, this_host
+from runkey.paths import is_server
 from runkey.processes import Process, is_running, this_process
 from runkey.registry.rest import RestClient, RestError, UnreachedError
 
@@ -392,3 +393,8 @@ def _parse_model(model: Mapping[str, Any], key: str, generation: int) -> Claim:
         beat=int(beat) if beat.isdecimal() else 0,
         since_ms=int(tags[_SINCE]) if tags.get(_SINCE, "").isdecimal() else 0,
     )
+
+
+def open_claims(uri: str, home: Path) -> Claims:
+    """Return the claims of a store; a server keeps them itself."""
+    return ServerClaims(RestClient(uri)) if is_server(uri) else FileClaims(home / "claims")

@@ -1,7 +1,7 @@
-"""Looking up runs: the interface of a store's runs, those of a local store, and lookup by key.
+"""The runs of a store: a local one's, read from its cache; a server's, asked over REST.
 
-A local store is read from its cache (`runkey.identity.record_cache`), a server is asked over REST
-(`runkey.registry.server_library`); both are a `Library`.
+Both classes answer the same questions.  The cache is `runkey.identity.record_cache`; of a server's
+runs it holds those whose details were read.
 """
 
 from __future__ import annotations
@@ -11,39 +11,69 @@ import logging
 import re
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from sqlite3 import Connection
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, cast
 
 from runkey import paths
-from runkey.errors import RecipeError, RegistryError
+from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.key import ANY_KEY, ANY_SCHEMA, SCHEMA, SCHEMAS, SHORT
-from runkey.identity.record import DETAILS, Details, LoggedRun, Record, age
+from runkey.identity.record import DETAILS, KEY, Details, LoggedRun, Record, age
 from runkey.identity.record_cache import (
     DamagedCacheError,
     Rebuilt,
     open_records,
     read_records,
     rebuild,
+    update_record,
 )
-from runkey.registry.mlflow_runs import SQLITE, all_runs
-from runkey.registry.query import Field, Query, Value, choose, fixed_field
+from runkey.registry.mlflow_runs import SQLITE, all_runs, run_from_json
+from runkey.registry.query import (
+    RUN,
+    Field,
+    Query,
+    Value,
+    choose,
+    filters,
+    fixed_field,
+    order_by,
+    value_of,
+)
+from runkey.registry.rest import RestClient, RestError, UnreachedError
 
 logger = logging.getLogger(__name__)
 
-_KNOWN = 10
-_ADDRESS = re.compile(rf"^(?:({ANY_SCHEMA})-)?([0-9a-f]{{4,64}})(?::([0-9a-f]{{4,32}}))?$")
 
+class LocalLibrary:
+    """The runs of a store on this machine, read from its cache.
 
-class Library(Protocol):
-    """The runs of one store."""
+    A damaged cache is rebuilt from MLflow's database, if that is a sqlite file which is there.
+    """
+
+    def __init__(
+        self, home: Path, on_damage: Callable[[str], None] = logger.warning, uri: str = ""
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            home: `Store.home`.
+            on_damage: called with a line on each record that cannot be read and is left out.
+            uri: `Store.uri`; the default is mlflow.db beside `home`.
+        """
+        self.home = home
+        self._uri = uri or f"{SQLITE}{home.parent / 'mlflow.db'}"
+        self.path = paths.records(home, self._uri)
+        self._on_damage = on_damage
 
     @property
     def place(self) -> str:
-        """For messages: a file, or a server's address."""
+        """For messages: the file of the cache, or the server's address without a password."""
+        return str(self.path)
 
     def matching(self, prefix: str) -> list[Record]:
         """Return the runs whose key begins with `prefix` (with `rk2-`), oldest first.
@@ -53,12 +83,21 @@ class Library(Protocol):
         Raises:
             RegistryError: the store cannot be read.
         """
+        bounds = (prefix, f"{prefix}~")
+        return self._ask(lambda data: sorted(self._read(data, _IN_BOUNDS, *bounds), key=age))
 
     def find(self, query: Query) -> list[Record]:
         """Return the runs that a query selects, in its order; see `matching`."""
 
+        def question(database: Connection) -> list[Record]:
+            chosen = choose(_select(database, query), query, lambda row, field: row[field])
+            return [one for row in chosen for one in self._read(database, "run = ?", str(row[RUN]))]
+
+        return self._ask(question)
+
     def with_details(self, record: Record) -> Record:
-        """Return the record with its details, if the run wrote any."""
+        """Return the record with its details, if the run wrote any: a local one has them."""
+        return record
 
     def open_file(self, record: Record, path: str) -> AbstractContextManager[BinaryIO]:
         """Open an artifact of the run for reading.
@@ -66,6 +105,241 @@ class Library(Protocol):
         Raises:
             RegistryError: it is not there; the text names the file and the run.
         """
+        try:
+            return self.path_of(record, path).open("rb")
+        except OSError as error:
+            why = error.strerror or error
+            raise RegistryError(
+                f"{record.label}: {path}: {why} (run {record.run.run_id})"
+            ) from None
+
+    def path_of(self, record: Record, path: str) -> Path:
+        """Return where an artifact is, or would be; see `artifacts` and `inside`."""
+        return self.artifacts(record) / inside(record, path)
+
+    def artifacts(self, record: Record) -> Path:
+        """Return the folder of a run's artifacts.
+
+        Records hold absolute paths, which are wrong after the checkout was moved or copied: the
+        folder beside this store comes first.
+
+        Raises:
+            RegistryError: they are not files of this machine.
+        """
+        uri = urllib.parse.urlsplit(record.run.artifact_uri)
+        if uri.scheme not in ("", "file"):
+            raise RegistryError(
+                f"{record.label}: its artifacts are at {record.run.artifact_uri}, which is read"
+                " through a tracking server; set MLFLOW_TRACKING_URI to one"
+            )
+        recorded = Path(urllib.request.url2pathname(uri.path))
+        beside = self.home.parent / "mlartifacts" / Path(*recorded.parts[-2:])
+        return beside if beside.is_dir() else recorded
+
+    def rebuild(self, source: ServerLibrary | None = None) -> Rebuilt:
+        """Write the cache again from a server on the same store, or from MLflow's sqlite file.
+
+        Raises:
+            RegistryError: MLflow's database is not there, or cannot be read.
+            OSError: the cache cannot be written.
+        """
+        if source:
+            return rebuild(self.path, _complete(source.matching(ANY_KEY), source.with_details))
+        runs = (Record(run=run, details=None) for run in all_runs(self._uri))
+        return rebuild(self.path, _complete(runs, self._with_artifact))
+
+    def _with_artifact(self, record: Record) -> Record:
+        with suppress(FileNotFoundError):
+            return _add_details(record, self.path_of(record, DETAILS).read_bytes())
+        return record
+
+    def _ask(self, question: Callable[[Connection], list[Record]]) -> list[Record]:
+        def answer(*, whole: bool = True) -> list[Record]:
+            with open_records(self.path, partial=not whole) as database:
+                return question(database) if database else []
+
+        try:
+            return answer()
+        except DamagedCacheError as damage:
+            database = Path(self._uri.removeprefix(SQLITE))
+            if self._uri.startswith(SQLITE) and database.is_file():
+                try:
+                    self.rebuild()
+                except (RegistryError, OSError):
+                    raise damage from None
+            elif not damage.is_partial:
+                raise
+            elif not paths.is_server(self._uri):
+                self._on_damage(str(damage))
+        return answer(whole=False)
+
+    def _read(self, database: Connection, condition: str, *values: str) -> Iterator[Record]:
+        for record in read_records(database, condition, values):
+            if isinstance(record, Record):
+                yield record
+            else:
+                self._on_damage(f"{self.path}: {record}")
+
+
+_IN_BOUNDS = "key >= ? AND key < ?"
+
+
+def _select(database: Connection, query: Query) -> list[dict[Field, Value]]:
+    """Return the values that a query needs of every run whose key begins with its prefix."""
+    columns = [
+        f"json_extract({field.kind}, ?)"
+        if field.kind != "run"
+        else field.name.replace("seconds", "(ended - started) / 1000")
+        for field in query.fields
+    ]
+    names = [f'$."{field.name}"' for field in query.fields if field.kind != "run"]
+    rows = database.execute(
+        f"SELECT {', '.join(columns)} FROM runs WHERE {_IN_BOUNDS}",
+        (*names, query.prefix, f"{query.prefix}~"),
+    )
+    return [dict(zip(query.fields, row, strict=True)) for row in rows]
+
+
+def _complete(
+    records: Iterable[Record], with_details: Callable[[Record], Record]
+) -> Iterator[Record]:
+    """Yield the records with their details; a warning names those that cannot be read."""
+    for record in records:
+        try:
+            yield with_details(record)
+        except (RunkeyError, OSError) as error:
+            logger.warning(f"run {record.run.run_id}: listed without its details ({error})")
+            yield record
+
+
+def _add_details(record: Record, data: bytes, label: str = "") -> Record:
+    """Return the record with the details in its record.json; errors name its `label`, if any."""
+    where = f"{label}{DETAILS} of run {record.run.run_id}"
+    try:
+        return replace(record, details=Details.from_dict(json.loads(data), where))
+    except ValueError:
+        raise RegistryError(f"{where}: not JSON") from None
+
+
+_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "HTTP_404", "NOT_FOUND")
+_PAGE = 1000
+"""Runs per answer; MLflow allows 50,000, but a thousand are 15 MB already."""
+_SECONDS = 120.0
+"""Timeout of an answer: on sqlite MLflow sorts 10,000 runs by a metric in 10 s."""
+
+
+class ServerLibrary:
+    """The runs of a tracking server; for its methods see `LocalLibrary`."""
+
+    def __init__(self, address: str, home: Path, *, offline: bool = False) -> None:
+        """Send nothing yet; `offline`: answer from the cache if the server does not answer."""
+        self.client = RestClient(address, _SECONDS)
+        self._cache, self._offline = LocalLibrary(home, uri=address), offline
+
+    @property
+    def place(self) -> str:
+        """See `LocalLibrary`."""
+        return self.client.address
+
+    def matching(self, prefix: str) -> list[Record]:
+        """See `LocalLibrary`."""
+        try:
+            return sorted(self._search(f"tags.{KEY} LIKE '{prefix}%'"), key=age)
+        except UnreachedError as error:
+            return self._cached(error).matching(prefix)
+
+    def find(self, query: Query) -> list[Record]:
+        """See `LocalLibrary`.
+
+        The server filters, sorts and limits as far as its language can express it; for the rest,
+        all runs that it cannot rule out are fetched.
+        """
+        order = order_by(query)
+        found: list[Record] = []
+        try:
+            for filter_string, exact in filters(query):
+                page = query.limit if exact and order else None
+                answer = self._search(filter_string, order or (), page)
+                kept = (record for record in answer if query.holds(partial(value_of, record)))
+                found += islice(kept, query.limit) if order else kept
+        except UnreachedError as error:
+            return self._cached(error).find(query)
+        return choose(found, query, value_of)
+
+    def _cached(self, error: UnreachedError) -> LocalLibrary:
+        if not (self._offline and self._cache.path.is_file()):
+            raise error
+        logger.warning(f"{error}; shown is what {self._cache.place} has")
+        return self._cache
+
+    def with_details(self, record: Record) -> Record:
+        """See `LocalLibrary`; a record.json that was fetched stays in the cache."""
+        if record.details is not None:
+            return record
+        try:
+            data = self.client.artifact_bytes(record.run.run_id, DETAILS)
+        except RegistryError as error:
+            away = self._offline and isinstance(error, UnreachedError)
+            if away or (isinstance(error, RestError) and error.code in _ABSENT):
+                return record
+            raise
+        whole = _add_details(record, data, f"{record.label}: ")
+        with suppress(OSError):  # a cache that cannot be written is no reason to stop
+            update_record(self._cache.path, whole.run, whole.details)
+        return whole
+
+    def open_file(self, record: Record, path: str) -> AbstractContextManager[BinaryIO]:
+        """See `LocalLibrary`."""
+        inner = str(inside(record, path))
+        try:
+            answer = self.client.artifact(record.run.run_id, inner)
+        except RestError as error:
+            raise RegistryError(
+                f"{record.label}: {path}: not to be had (run {record.run.run_id}; {error})"
+            ) from None
+        return cast("AbstractContextManager[BinaryIO]", answer)
+
+    def _search(
+        self, filter_string: str, order: tuple[str, ...] = (), page: int | None = None
+    ) -> Iterator[Record]:
+        """Yield active runs without details, in pages of `page` runs as they are consumed."""
+        experiments = self.client.pages(
+            "experiments/search",
+            {"max_results": 1000, "view_type": "ACTIVE_ONLY"},
+            "experiments",
+            post=True,
+        )
+        question = {
+            # All of them: another process may have made one just now.
+            "experiment_ids": [str(one["experiment_id"]) for one in experiments],
+            "filter": filter_string,
+            "run_view_type": "ACTIVE_ONLY",
+            "max_results": min(page or _PAGE, _PAGE),
+            "order_by": list(order),
+        }
+        if question["experiment_ids"]:
+            for run in self.client.pages("runs/search", question, "runs", post=True):
+                yield Record(run=run_from_json(run), details=None)
+
+
+Library = LocalLibrary | ServerLibrary
+"""The runs of one store."""
+
+
+def open_library(
+    uri: str,
+    home: Path,
+    on_damage: Callable[[str], None] = logger.warning,
+    *,
+    offline: bool = False,
+) -> Library:
+    """Return the runs of a store; for `on_damage` and `offline` see the two libraries."""
+    if paths.is_server(uri):
+        return ServerLibrary(uri, home, offline=offline)
+    return LocalLibrary(home, on_damage, uri)
+
+
+_ADDRESS = re.compile(rf"^(?:({ANY_SCHEMA})-)?([0-9a-f]{{4,64}})(?::([0-9a-f]{{4,32}}))?$")
 
 
 def find_run(library: Library, address: str) -> Record:
@@ -117,6 +391,9 @@ def canonical(runs: list[Record]) -> Record:
     return (own or finished or runs[-1:])[0]
 
 
+_KNOWN = 10
+
+
 def known_runs(library: Library, names: Iterable[str]) -> list[LoggedRun]:
     """Return the newest runs, to look up names of metrics, parameters and tags in.
 
@@ -137,180 +414,3 @@ def inside(record: Record, path: str) -> PurePosixPath:
     if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts:
         raise RegistryError(f"{record.label}: {path!r} is no path inside a run; it is not read")
     return pure
-
-
-def parse_details(data: bytes, where: str) -> Details:
-    """Return the details in a record.json.
-
-    Raises:
-        RegistryError: it is damaged, or of another version; the text begins with `where`.
-    """
-    try:
-        return Details.from_dict(json.loads(data), where)
-    except ValueError:
-        raise RegistryError(f"{where}: not JSON") from None
-    except RecipeError as error:
-        raise RegistryError(str(error)) from None
-
-
-class LocalLibrary:
-    """The runs of a store on this machine, read from its cache.
-
-    A damaged cache is rebuilt from MLflow's database, if that is a sqlite file which is there.
-    """
-
-    def __init__(
-        self, home: Path, on_damage: Callable[[str], None] = logger.warning, uri: str = ""
-    ) -> None:
-        """Read nothing yet.
-
-        Args:
-            home: `Store.home`.
-            on_damage: called with a line on each record that cannot be read and is left out.
-            uri: `Store.uri`; the default is mlflow.db beside `home`.
-        """
-        self.home = home
-        self._uri = uri or f"{SQLITE}{home.parent / 'mlflow.db'}"
-        self.path = paths.records(home, self._uri)
-        self._on_damage = on_damage
-
-    @property
-    def place(self) -> str:
-        """The file of the cache."""
-        return str(self.path)
-
-    def matching(self, prefix: str) -> list[Record]:
-        """See `Library`."""
-        return self._ask(
-            lambda database: sorted(
-                self._read(database, "key >= ? AND key < ?", prefix, f"{prefix}~"), key=age
-            )
-        )
-
-    def find(self, query: Query) -> list[Record]:
-        """See `Library`."""
-
-        def question(database: Connection) -> list[Record]:
-            chosen = choose(_select(database, query.prefix, query.fields), query)
-            return [record for run in chosen for record in self._read(database, "run = ?", run)]
-
-        return self._ask(question)
-
-    def _ask(self, question: Callable[[Connection], list[Record]]) -> list[Record]:
-        try:
-            return self._answer(question)
-        except DamagedCacheError as damage:
-            database = Path(self._uri.removeprefix(SQLITE))
-            if self._uri.startswith(SQLITE) and database.is_file():
-                try:
-                    self.rebuild()
-                except (RegistryError, OSError):
-                    raise damage from None
-            elif not damage.is_partial:
-                raise
-            elif not paths.is_server(self._uri):
-                self._on_damage(str(damage))
-        return self._answer(question, partial=True)
-
-    def _answer(
-        self, question: Callable[[Connection], list[Record]], *, partial: bool = False
-    ) -> list[Record]:
-        with open_records(self.path, partial=partial) as database:
-            return question(database) if database else []
-
-    def rebuild(self, source: Library | None = None) -> Rebuilt:
-        """Write the cache again from a server on the same store, or from MLflow's sqlite file.
-
-        Raises:
-            RegistryError: MLflow's database is not there, or cannot be read.
-            OSError: the cache cannot be written.
-        """
-        if source:
-            return rebuild(self.path, _complete(source.matching(ANY_KEY), source.with_details))
-        runs = (Record(run=run, details=None) for run in all_runs(self._uri))
-        return rebuild(self.path, _complete(runs, self._with_artifact))
-
-    def _with_artifact(self, record: Record) -> Record:
-        """Add the details that the run's artifacts hold, if it wrote any."""
-        try:
-            data = self.path_of(record, DETAILS).read_bytes()
-        except FileNotFoundError:
-            return record
-        where = f"{DETAILS} of run {record.run.run_id}"
-        return replace(record, details=parse_details(data, where))
-
-    def _read(self, database: Connection, condition: str, *values: str) -> list[Record]:
-        whole = []
-        for record in read_records(database, condition, values):
-            if isinstance(record, Record):
-                whole.append(record)
-            else:
-                self._on_damage(f"{self.path}: {record}")
-        return whole
-
-    def with_details(self, record: Record) -> Record:
-        """Return the record itself: a local one comes with its details."""
-        return record
-
-    def open_file(self, record: Record, path: str) -> AbstractContextManager[BinaryIO]:
-        """See `Library`."""
-        try:
-            return self.path_of(record, path).open("rb")
-        except OSError as error:
-            why = error.strerror or error
-            raise RegistryError(
-                f"{record.label}: {path}: {why} (run {record.run.run_id})"
-            ) from None
-
-    def path_of(self, record: Record, path: str) -> Path:
-        """Return where an artifact is, or would be; see `artifacts` and `inside`."""
-        return self.artifacts(record) / inside(record, path)
-
-    def artifacts(self, record: Record) -> Path:
-        """Return the folder of a run's artifacts.
-
-        Records hold absolute paths, which are wrong after the checkout was moved or copied: the
-        folder beside this store comes first.
-
-        Raises:
-            RegistryError: they are not files of this machine.
-        """
-        uri = urllib.parse.urlsplit(record.run.artifact_uri)
-        if uri.scheme not in ("", "file"):
-            raise RegistryError(
-                f"{record.label}: its artifacts are at {record.run.artifact_uri}, which is read"
-                " through a tracking server; set MLFLOW_TRACKING_URI to one"
-            )
-        recorded = Path(urllib.request.url2pathname(uri.path))
-        beside = self.home.parent / "mlartifacts" / Path(*recorded.parts[-2:])
-        return beside if beside.is_dir() else recorded
-
-
-def _complete(
-    records: Iterable[Record], add_details: Callable[[Record], Record]
-) -> Iterator[Record]:
-    """Yield the records with their details; a warning names those that cannot be read."""
-    for record in records:
-        try:
-            yield add_details(record)
-        except (RegistryError, OSError) as error:
-            logger.warning(f"run {record.run.run_id}: listed without its details ({error})")
-            yield record
-
-
-def _select(
-    database: Connection, prefix: str, fields: Sequence[Field]
-) -> list[tuple[str, list[Value]]]:
-    """Return run id and values of the fields of every run whose key begins with the prefix."""
-    columns = [
-        f"json_extract({field.kind}, ?)"
-        if field.kind != "run"
-        else field.name.replace("seconds", "(ended - started) / 1000")
-        for field in fields
-    ]
-    names = [f'$."{field.name}"' for field in fields if field.kind != "run"]
-    rows = database.execute(
-        f"SELECT run, {', '.join(columns)} FROM runs WHERE key >= ? AND key < ?",
-        (*names, prefix, f"{prefix}~"),
-    )
-    return [(run, values) for run, *values in rows]

@@ -2,22 +2,27 @@
 
     Query(conditions=(parse_condition("AP>0.6", known),), sort=find_field("lr", known), limit=20)
 
-A library answers them by `find`; what a question means is defined here, once for both libraries.
+A library answers them by `find`; what a question means is defined here, once for both libraries,
+and as far as that goes in the language of MLflow's search.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from difflib import get_close_matches
+from functools import partial
+from itertools import product
 from typing import Literal
 
 from runkey.errors import RegistryError
 from runkey.identity.key import ANY_KEY
-from runkey.identity.record import LoggedRun, Record
+from runkey.identity.record import KEY, LoggedRun, Record
 
 Kind = Literal["run", "params", "metrics", "tags"]
 Value = str | float | None
@@ -50,6 +55,9 @@ class Field:
             return _attribute(run, self.name)
         values: dict[str, str] | dict[str, float] = getattr(run, self.kind)
         return values.get(self.name)
+
+
+STARTED, RUN = Field("run", "started"), Field("run", "run")
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ class Query:
     prefix: str = ANY_KEY
     """Prefix of the keys."""
     conditions: tuple[Condition, ...] = ()
-    sort: Field = Field("run", "started")
+    sort: Field = STARTED
     descending: bool = True
     """Either way runs without a value come last, and equal ones newest first."""
     limit: int | None = None
@@ -95,21 +103,20 @@ class Query:
     @property
     def fields(self) -> tuple[Field, ...]:
         """The values that `choose` needs of each run."""
-        return (
-            Field("run", "started"),
-            Field("run", "run"),
-            self.sort,
-            *(condition.field for condition in self.conditions),
-        )
+        return (STARTED, RUN, self.sort, *(condition.field for condition in self.conditions))
+
+    def holds(self, value: Callable[[Field], Value]) -> bool:
+        """Return True if a run with these values fulfils all conditions."""
+        return all(condition.holds(value(condition.field)) for condition in self.conditions)
 
 
-def choose[T](items: Iterable[tuple[T, Sequence[Value]]], query: Query) -> list[T]:
-    """Return the items that a query selects, in its order; each comes with its `query.fields`."""
-    kept = [(item, values) for item, values in items if fulfils(values, query)]
-    kept.sort(key=lambda one: (-float(one[1][0] or 0), str(one[1][1])))  # newest first
-    rows = [(item, values[2]) for item, values in kept]
-    present = [(number(value), str(value), item) for item, value in rows if value is not None]
-    absent = [item for item, value in rows if value is None]
+def choose[T](items: Iterable[T], query: Query, value: Callable[[T, Field], Value]) -> list[T]:
+    """Return the items that a query selects, in its order; `value` returns an item's field."""
+    kept = [item for item in items if query.holds(partial(value, item))]
+    kept.sort(key=lambda item: (-float(value(item, STARTED) or 0), str(value(item, RUN))))
+    rows = [(value(item, query.sort), item) for item in kept]  # newest first
+    absent = [item for found, item in rows if found is None]
+    present = [(number(found), str(found), item) for found, item in rows if found is not None]
     if any(as_number is None for as_number, _, _ in present):
         present.sort(key=lambda row: row[1], reverse=query.descending)
     else:
@@ -119,10 +126,9 @@ def choose[T](items: Iterable[tuple[T, Sequence[Value]]], query: Query) -> list[
     return ([item for _, _, item in present] + absent)[: query.limit]
 
 
-def fulfils(values: Sequence[Value], query: Query) -> bool:
-    """Return True if a run with these values of `query.fields` fulfils all conditions."""
-    pairs = zip(query.conditions, values[3:], strict=True)
-    return all(condition.holds(value) for condition, value in pairs)
+def value_of(record: Record, field: Field) -> Value:
+    """Return the value of a field of a run, for `choose`."""
+    return field.of(record.run)
 
 
 def find_field(name: str, known: Sequence[LoggedRun]) -> Field:
@@ -206,14 +212,6 @@ def number(value: Value) -> float | None:
         return None
 
 
-def with_values(
-    records: Iterable[Record], query: Query
-) -> Iterator[tuple[Record, Sequence[Value]]]:
-    """Pair records with the values of `query.fields`, as `choose` takes them."""
-    fields = query.fields
-    return ((record, [field.of(record.run) for field in fields]) for record in records)
-
-
 _KINDS: tuple[Literal["metrics", "params", "tags"], ...] = ("metrics", "params", "tags")
 
 
@@ -235,3 +233,60 @@ def _milliseconds(text: str, value: str) -> int:
         return round(datetime.fromisoformat(value).astimezone().timestamp() * 1000)
     except ValueError:
         raise RegistryError(f"{text}: not a time; write 2026-11-22 or 2026-11-22T14:30") from None
+
+
+# --- the language of MLflow's search
+
+_ATTRIBUTES = {
+    "run": "attributes.run_id",
+    "name": "attributes.run_name",
+    "status": "attributes.status",
+    "started": "attributes.start_time",
+    "ended": "attributes.end_time",
+}
+
+
+def filters(query: Query) -> list[tuple[str, bool]]:
+    """Return filters whose answers together hold every run of the query.
+
+    With each comes True if its answer holds no other run.
+    """
+    choices = [_terms(condition) for condition in query.conditions]
+    exact = all(is_exact for _, is_exact in choices)
+    key = f"tags.{KEY} LIKE '{query.prefix}%'"
+    combinations = product(*(terms for terms, _ in choices))
+    return [(" AND ".join([key, *filter(None, terms)]), exact) for terms in combinations]
+
+
+def order_by(query: Query) -> tuple[str, ...] | None:
+    """Return the order; None if the server cannot sort so (it sorts parameters as text)."""
+    column = _column(query.sort) if query.sort.kind in ("metrics", "run") else None
+    return (f"{column} {'DESC' if query.descending else 'ASC'}",) if column else None
+
+
+def _column(field: Field) -> str | None:
+    if field.kind == "run":
+        return _ATTRIBUTES.get(field.name)
+    return None if "`" in field.name else f"{field.kind}.`{field.name}`"
+
+
+def _terms(condition: Condition) -> tuple[list[str], bool]:
+    """Return terms, one of which holds for every run of the condition; and if only for such."""
+    field, value, column = condition.field, condition.number, _column(condition.field)
+    if column is None or any(mark in condition.value for mark in "'\"\\`"):
+        return [""], False
+    if field.kind == "metrics" or field in map(partial(Field, "run"), _TIMES):
+        if value is None or not math.isfinite(value) or condition.operator == "~":
+            return [""], False
+        text = repr(int(value) if value.is_integer() else value)
+        return [f"{column} {condition.operator} {text}"], True
+    if condition.operator == "~":
+        # % and _ are wildcards there.
+        literal = not any(mark in condition.value for mark in "%_")
+        return [f"{column} ILIKE '%{condition.value}%'"], literal
+    if condition.operator != "=":
+        return [""], False
+    texts = {condition.value}
+    if value is not None:  # as a run may record it
+        texts |= {json.dumps(value), json.dumps(int(value) if value.is_integer() else value)}
+    return [f"{column} = '{text}'" for text in sorted(texts)], True

@@ -1,4 +1,4 @@
-"""A client of MLflow's REST interface that does not import MLflow, which takes 5 s.
+"""A client of MLflow's REST interface that does not import MLflow, which takes 5 s; page addresses.
 
 Paths and names are MLflow's own: `api/2.0/mlflow/...`, `get-artifact`.  Login and certificates come
 from the variables that MLflow reads: `MLFLOW_TRACKING_` with `USERNAME`, `PASSWORD`, `TOKEN`,
@@ -15,11 +15,12 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.client import HTTPException, HTTPResponse
 from typing import Any
 
 from runkey.errors import RegistryError
+from runkey.identity.record import LoggedRun
 
 SECONDS = 20.0
 """Timeout of one answer."""
@@ -187,3 +188,42 @@ def _refusal(address: str, error: urllib.error.HTTPError) -> RestError:
     except (ValueError, KeyError, TypeError):
         code, text = f"HTTP_{error.code}", f"HTTP {error.code} {error.reason}"
     return RestError(f"{address}: {' '.join(text.split())[:300]}", code, error.code)
+
+
+# --- addresses of MLflow's pages
+
+
+def list_page(client: RestClient, server: str, experiment: str, view: str) -> str:
+    """Return the page that lists an experiment's runs, in a shared view of its columns.
+
+    Without such an experiment it is the start page; without such a view the columns are MLflow's.
+
+    Raises:
+        RegistryError: the server does not answer, or refuses.
+    """
+    try:
+        found = client.get("experiments/get-by-name", {"experiment_name": experiment})["experiment"]
+    except RestError as error:
+        if error.code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return server
+    tags = {tag["key"] for tag in found.get("tags", ())}
+    shared = {"viewStateShareKey": view} if f"mlflow.sharedViewState.{view}" in tags else {}
+    return f"{server}/#/experiments/{found['experiment_id']}/runs?{_tail(**shared)}"
+
+
+def run_page(server: str, run: LoggedRun) -> str:
+    """Return the page of one run."""
+    return f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}?{_tail()}"
+
+
+def comparison_page(server: str, runs: Sequence[LoggedRun]) -> str:
+    """Return the page that compares runs."""
+    ids = json.dumps([run.run_id for run in runs])
+    experiments = json.dumps(sorted({run.experiment_id for run in runs}))
+    return f"{server}/#/compare-runs?{_tail(runs=ids, experiments=experiments)}"
+
+
+def _tail(**query: str) -> str:
+    # Without the last a new browser shows the menu of generative AI.
+    return urllib.parse.urlencode(query | {"workflowType": "machine_learning"})

@@ -14,8 +14,9 @@ from runkey.identity.key import make_recipe
 from runkey.params import load_params, parse_params
 from runkey.params.render import render
 from runkey.pipeline.once import reuse_own
+from runkey.registry.claims import open_claims
+from runkey.registry.library import open_library
 from runkey.registry.once import decide
-from runkey.registry.server_library import open_claims, open_library
 from runkey.tracking.store import Store
 from tests.support.project import TINY, clean_environment, copy_repository
 from tests.support.records import FILES, make_run

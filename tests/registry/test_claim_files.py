@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import RegistryError
-from runkey.registry.claims import FileClaims, newest, state_now
-from runkey.registry.server_library import open_claims
+from runkey.registry.claims import FileClaims, newest, open_claims, state_now
 from tests.support.claims import KEY, a_claim
 from tests.support.records import key_of
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.claims import problem, rounds, server
+from runkey.registry.claims import open_claims
 from runkey.registry.once import Rhythm
-from runkey.registry.server_library import open_claims
 from tests.support.claim_rounds import CONTAINER, QUICK, Askers, Event
 from tests.support.records import key_of
 

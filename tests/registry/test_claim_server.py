@@ -11,9 +11,8 @@ import pytest
 
 from benchmarks.claims import server
 from runkey.errors import RegistryError
-from runkey.registry.claims import ServerClaims, newest
+from runkey.registry.claims import ServerClaims, newest, open_claims
 from runkey.registry.rest import RestClient
-from runkey.registry.server_library import open_claims
 from tests.support.claims import a_claim
 from tests.support.records import key_of
 

@@ -13,9 +13,9 @@ import pytest
 
 from runkey.errors import RegistryError
 from runkey.registry import once
-from runkey.registry.claims import Claim, Claims, FileClaims, newest
+from runkey.registry.claims import Claim, Claims, FileClaims, newest, open_claims
+from runkey.registry.library import open_library
 from runkey.registry.once import Decision
-from runkey.registry.server_library import open_claims, open_library
 from runkey.tracking.store import free_port
 from tests.support.claims import FAST, KEY, a_claim, owner_of
 from tests.support.records import make_run

@@ -11,16 +11,19 @@ import pytest
 from runkey.errors import RegistryError
 from runkey.identity.record import LoggedRun
 from runkey.registry.query import (
+    RUN,
+    STARTED,
     Condition,
     Field,
     Query,
     Value,
     choose,
+    filters,
     find_field,
     number,
+    order_by,
     parse_condition,
 )
-from runkey.registry.server_library import filters, order_by
 
 LR = Field("params", "lr")
 
@@ -101,8 +104,11 @@ def test_names_without_runs_to_look_in() -> None:
 
 def ordered(values: list[Value], **question: Any) -> list[int]:
     query = Query(sort=LR, **question)
-    rows = [(n, [float(n), f"{n:032}", value]) for n, value in enumerate(values)]
-    return choose(rows, query)
+
+    def of(number: int, field: Field) -> Value:
+        return {STARTED: float(number), RUN: f"{number:032}", LR: values[number]}[field]
+
+    return choose(range(len(values)), query, of)
 
 
 def test_order() -> None:

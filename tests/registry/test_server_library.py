@@ -13,9 +13,8 @@ import pytest
 from runkey.errors import RegistryError
 from runkey.identity.record import Record
 from runkey.registry.dvc_cache import download
-from runkey.registry.library import LocalLibrary, find_run
+from runkey.registry.library import LocalLibrary, ServerLibrary, find_run, open_library
 from runkey.registry.query import Field, Query, parse_condition
-from runkey.registry.server_library import ServerLibrary, open_library
 from runkey.tracking.store import (
     Store,
     free_port,

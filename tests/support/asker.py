@@ -20,10 +20,11 @@ from typing import Any
 
 from runkey.errors import RegistryError
 from runkey.identity.record import DETAILS, Record
+from runkey.registry.claims import open_claims
 from runkey.registry.dvc_cache import download
+from runkey.registry.library import open_library
 from runkey.registry.once import Decision, HeldClaim, Rhythm, decide
 from runkey.registry.rest import RestClient, RestError
-from runkey.registry.server_library import open_claims, open_library
 from tests.support.claims import Lines
 from tests.support.records import make_run
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from runkey.cli import app
 from runkey.identity.record import DETAILS, read_pointer
-from runkey.registry.server_library import open_library
+from runkey.registry.library import open_library
 from runkey.tracking.replay import ARTIFACTS, ENDED
 from runkey.tracking.store import Store, open_client
 from tests.support.mlflow_store import RECORD

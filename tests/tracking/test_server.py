@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runkey.registry.rest import RestClient
-from runkey.registry.server_library import list_page
+from runkey.registry.rest import RestClient, list_page
 from runkey.tracking.mlflow_run import Pace
 from runkey.tracking.replay import send_saved
 from runkey.tracking.store import VIEW, Store, experiment_id, open_client
