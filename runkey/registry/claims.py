@@ -13,10 +13,11 @@ import re
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, get_args
 
 from runkey.errors import RegistryError
 from runkey.files import write_atomically
@@ -24,11 +25,10 @@ from runkey.identity.key import ANY_KEY, ANY_SCHEMA
 from runkey.identity.record import Record, this_host
 from runkey.paths import is_server
 from runkey.processes import Process, is_running, this_process
-from runkey.registry.rest import RestClient, RestError, UnreachedError
+from runkey.registry.rest import AbsentError, RestClient, RestError, UnreachedError
 
 State = Literal["running", "finished", "failed"]
-StateNow = Literal["running", "finished", "failed", "dead", "silent"]
-STATES: tuple[State, ...] = ("running", "finished", "failed")
+StateNow = Literal[State, "dead", "silent"]
 DEAD = "DEAD"
 """Status of a run that MLflow has as RUNNING although its process is gone."""
 _NAME = re.compile(rf"^({ANY_SCHEMA}-[0-9a-f]{{64}})(?:\.g([1-9][0-9]{{0,8}}))?$")
@@ -48,13 +48,9 @@ class Owner(Process):
         """For messages: `host:pid`."""
         return f"{self.host}:{self.pid}"
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Self:
-        """Return the owner that `as_dict` gave.
+        """Return the owner that `asdict` gave.
 
         Raises:
             ValueError: fields are missing or of another type.
@@ -115,18 +111,16 @@ class Claim:
 class Claims(ABC):
     """The claims of a store.  All methods raise `RegistryError` if it cannot be reached."""
 
-    @property
-    @abstractmethod
-    def place(self) -> str:
-        """For messages: a folder, or a server's address."""
+    place: str
+    """For messages: a folder, or a server's address."""
 
     def of(self, key: str) -> list[Claim]:
         """Return all generations of a key, oldest first."""
-        return [claim for claim in self._read(key) if claim.key == key]
+        return [claim for claim in self.all(key) if claim.key == key]
 
-    def all(self) -> list[Claim]:
-        """Return all claims, by key and generation."""
-        return self._read(ANY_KEY)
+    def all(self, prefix: str = ANY_KEY) -> list[Claim]:
+        """Return all claims whose key begins so, by key and generation."""
+        return sorted(self._read(prefix), key=lambda claim: (claim.key, claim.generation))
 
     @abstractmethod
     def make(self, claim: Claim) -> bool:
@@ -148,8 +142,7 @@ class Claims(ABC):
         self._delete(claim)
 
     @abstractmethod
-    def _read(self, prefix: str) -> list[Claim]:
-        """Return the claims whose names begin so, by key and generation."""
+    def _read(self, prefix: str) -> Iterable[Claim]: ...
 
     @abstractmethod
     def _delete(self, claim: Claim) -> None: ...
@@ -194,14 +187,28 @@ def status_now(record: Record, claims: Claims) -> str:
     return record.run.status if alive else DEAD
 
 
-def _in_order(found: Iterable[Claim]) -> list[Claim]:
-    return sorted(found, key=lambda claim: (claim.key, claim.generation))
-
-
 def _split_name(name: str) -> tuple[str, int] | None:
     """Split `<key>` (the first generation) or `<key>.g<N>`; None: not the name of a claim."""
     match = _NAME.fullmatch(name)
     return (match[1], int(match[2] or 1)) if match else None
+
+
+def _parse(key: str, generation: int, stored: Any) -> Claim:
+    """Return the claim that was stored; as far as it cannot be read it is running, of nobody."""
+    claim = Claim(
+        key=key, generation=generation, owner=None, state="running", run_id=None, beat=0, since_ms=0
+    )
+    with suppress(ValueError, TypeError, KeyError):
+        claim = replace(claim, owner=Owner.from_dict(stored["owner"]))
+        if stored["state"] in get_args(State):
+            claim = replace(
+                claim,
+                state=stored["state"],
+                run_id=stored["run_id"] or None,
+                beat=int(stored["beat"]),
+                since_ms=int(stored["since_ms"]),
+            )
+    return claim
 
 
 class FileClaims(Claims):
@@ -212,12 +219,7 @@ class FileClaims(Claims):
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    @property
-    def place(self) -> str:
-        """The folder."""
-        return str(self._folder)
+        self._folder, self.place = folder, str(folder)
 
     def make(self, claim: Claim) -> bool:
         """See `Claims`."""
@@ -251,64 +253,35 @@ class FileClaims(Claims):
     def _path(self, claim: Claim) -> Path:
         return self._folder / f"{claim.name}{_END}"
 
-    def _read(self, prefix: str) -> list[Claim]:
-        found = []
+    def _read(self, prefix: str) -> Iterator[Claim]:
         for path in self._folder.glob(f"{prefix}*{_END}"):
-            named = _split_name(path.name.removesuffix(_END))
-            if named is None:
-                continue
-            try:
-                text = path.read_text(encoding="utf-8", errors="replace")
-            except FileNotFoundError:
-                continue  # removed since the folder was listed
-            except OSError as error:
-                raise RegistryError(f"{path}: {error.strerror}") from None
-            found.append(_parse_file(text, *named))
-        return _in_order(found)
-
-
-def _parse_file(text: str, key: str, generation: int) -> Claim:
-    """Return the claim in a file; the file's name identifies it even if the rest is unreadable."""
-    unreadable = Claim(
-        key=key, generation=generation, owner=None, state="running", run_id=None, beat=0, since_ms=0
-    )
-    try:
-        stored: dict[str, Any] = json.loads(text)
-        owner = Owner.from_dict(stored.pop("owner"))
-        claim = Claim(**{**stored, "key": key, "generation": generation, "owner": owner})
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return unreadable
-    whole = claim.state in STATES and isinstance(claim.beat, int)
-    return claim if whole else replace(unreadable, owner=owner)
+            if named := _split_name(path.name.removesuffix(_END)):
+                try:
+                    yield _parse(*named, json.loads(path.read_bytes()))
+                except FileNotFoundError:
+                    continue  # removed since the folder was listed
+                except OSError as error:
+                    raise RegistryError(f"{path}: {error.strerror}") from None
+                except ValueError:
+                    yield _parse(*named, {})
 
 
 _PAGE = 1000
 """Models per answer, MLflow's maximum."""
-_OWNER, _SINCE = "runkey.owner", "runkey.since_ms"
-_CHANGING = ("runkey.run", "runkey.state", "runkey.beat")
-"""In the order of writing: the run is known before the state says finished."""
+_TAG = "runkey."
 
 
 class ServerClaims(Claims):
     """The claims on a server."""
 
     def __init__(self, client: RestClient) -> None:
-        self._client = client
+        self._client, self.place = client, client.address
         self._written: dict[str, dict[str, str]] = {}
-
-    @property
-    def place(self) -> str:
-        """The server's address."""
-        return self._client.address
 
     def make(self, claim: Claim) -> bool:
         """See `Claims`."""
         assert claim.owner, "only an owner makes a claim"
-        tags = {
-            _OWNER: json.dumps(claim.owner.as_dict(), sort_keys=True),
-            _SINCE: str(claim.since_ms),
-            **_changing(claim),
-        }
+        tags = _tags(claim)
         content = {
             "name": _name(claim),
             "tags": [{"key": key, "value": value} for key, value in tags.items()],
@@ -321,23 +294,21 @@ class ServerClaims(Claims):
                 raise
             # The first answer may have been lost: then the name is there and ours.
             model = self._model(claim)
-            return model is not None and claim.is_same(
-                _parse_model(model, claim.key, claim.generation)
-            )
+            if not (model and claim.is_same(_parse_model(model, claim.key, claim.generation))):
+                return False
+        self._written[claim.name] = tags
         return True
 
     def update(self, claim: Claim) -> bool:
         """See `Claims`."""
         before = self._written.get(claim.name, {})
-        tags = _changing(claim)
+        tags = _tags(claim)
         try:
-            for key in _CHANGING:
-                if before.get(key) != tags[key]:
-                    content = {"name": _name(claim), "key": key, "value": tags[key]}
+            for key, value in tags.items():
+                if before.get(key) != value:
+                    content = {"name": _name(claim), "key": key, "value": value}
                     self._client.post("registered-models/set-tag", content, repeat=True)
-        except RestError as error:
-            if error.code != "RESOURCE_DOES_NOT_EXIST":
-                raise
+        except AbsentError:
             return False
         self._written[claim.name] = tags
         return True
@@ -351,48 +322,43 @@ class ServerClaims(Claims):
         if model:
             self._client.send("DELETE", "registered-models/delete", {"name": _name(claim)})
 
-    def _model(self, claim: Claim) -> Mapping[str, Any] | None:
+    def _model(self, claim: Claim) -> dict[str, Any] | None:
         try:
             answer = self._client.get("registered-models/get", {"name": _name(claim)})
-        except RestError as error:
-            if error.code != "RESOURCE_DOES_NOT_EXIST":
-                raise
+        except AbsentError:
             return None
-        model: Mapping[str, Any] = answer["registered_model"]
+        model: dict[str, Any] = answer["registered_model"]
         return model
 
-    def _read(self, prefix: str) -> list[Claim]:
+    def _read(self, prefix: str) -> Iterable[Claim]:
         query = {"filter": f"name LIKE '{prefix}%'", "max_results": _PAGE}
         models = self._client.pages("registered-models/search", query, "registered_models")
         named = {_split_name(model["name"]): model for model in models}
-        return _in_order(_parse_model(model, *name) for name, model in named.items() if name)
+        return [_parse_model(model, *name) for name, model in named.items() if name]
 
 
 def _name(claim: Claim) -> str:
     return claim.key if claim.generation == 1 else claim.name
 
 
-def _changing(claim: Claim) -> dict[str, str]:
-    return dict(zip(_CHANGING, (claim.run_id or "", claim.state, str(claim.beat)), strict=True))
+def _tags(claim: Claim) -> dict[str, str]:
+    """Return what the claim says, in the order of writing: the run before that it is finished."""
+    assert claim.owner, "only an owner makes a claim"
+    return {
+        f"{_TAG}owner": json.dumps(asdict(claim.owner), sort_keys=True),
+        f"{_TAG}since_ms": str(claim.since_ms),
+        f"{_TAG}run": claim.run_id or "",
+        f"{_TAG}state": claim.state,
+        f"{_TAG}beat": str(claim.beat),
+    }
 
 
 def _parse_model(model: Mapping[str, Any], key: str, generation: int) -> Claim:
     """Return the claim in a registered model; one that somebody else made has no readable owner."""
-    tags = {tag["key"]: tag.get("value", "") for tag in model.get("tags", [])}
-    run, state, beat = (tags.get(name, "") for name in _CHANGING)
-    try:
-        owner = Owner.from_dict(json.loads(tags[_OWNER]))
-    except (KeyError, ValueError, TypeError):
-        owner = None
-    return Claim(
-        key=key,
-        generation=generation,
-        owner=owner,
-        state=cast(State, state) if state in STATES else "running",
-        run_id=run or None,
-        beat=int(beat) if beat.isdecimal() else 0,
-        since_ms=int(tags[_SINCE]) if tags.get(_SINCE, "").isdecimal() else 0,
-    )
+    tags = {tag["key"].removeprefix(_TAG): tag.get("value", "") for tag in model.get("tags", [])}
+    with suppress(KeyError, ValueError):
+        tags |= {"owner": json.loads(tags["owner"]), "run_id": tags.get("run", "")}
+    return _parse(key, generation, tags)
 
 
 def open_claims(uri: str, home: Path) -> Claims:

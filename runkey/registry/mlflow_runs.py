@@ -13,7 +13,7 @@ from runkey.errors import RegistryError
 from runkey.identity.record import KEY, LoggedRun
 from runkey.paths import is_server
 from runkey.progress import each
-from runkey.registry.rest import RestClient, RestError
+from runkey.registry.rest import AbsentError, RestClient
 
 ReadRun = Callable[[str], LoggedRun | None]
 """Returns a run by its MLflow id; None where there is none, or it was deleted. Raises RegistryError
@@ -94,10 +94,8 @@ def _read_from_sqlite(database: sqlite3.Connection, run_id: str) -> LoggedRun | 
 def _read_from_server(client: RestClient, run_id: str) -> LoggedRun | None:
     try:
         answer = client.get("runs/get", {"run_id": run_id})["run"]
-    except RestError as error:
-        if error.code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
+    except AbsentError:
+        return None
     return None if answer["info"].get("lifecycle_stage") == "deleted" else run_from_json(answer)
 
 

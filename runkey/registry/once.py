@@ -11,8 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -201,24 +200,7 @@ def decide(
     if not reuse:
         line = f"{search.label}: trained without looking for a run (runtime.reuse is false)"
         return Decision(line=line)
-    try:
-        return search.decide(wait=wait)
-    except _UnreachedError as error:
-        return search.find_run() or Decision(
-            line=f"{search.label}: {error}; trained here without a claim"
-        )
-
-
-class _UnreachedError(Exception):
-    """The claims cannot be reached; the text says why."""
-
-
-@contextmanager
-def _reaching() -> Iterator[None]:
-    try:
-        yield
-    except RegistryError as error:
-        raise _UnreachedError(str(error)) from None
+    return search.decide(wait=wait)
 
 
 class _Search:
@@ -244,23 +226,26 @@ class _Search:
         waits_for: Claim | None = None
         found = self.find_run()  # most often there is a run: claims are not read
         while found is None:
+            held = None
             try:
                 # The claim is read before the runs: if it is finished, the run is among them then.
-                with _reaching():
-                    claim = newest(self._claims, self._key)
+                claim = newest(self._claims, self._key)
                 death = self._death_of(claim) if claim and claim.state == "running" else None
-                if claim is None or claim.state != "running" or death:
-                    found = self.find_run()
-                    if found is None and (held := self._make(claim.generation + 1 if claim else 1)):
-                        return self._won(held, claim, death)
-                    continue
+                is_free = claim is None or claim.state != "running" or death is not None
+                if is_free and not (found := self.find_run()):
+                    held = self._make(claim.generation + 1 if claim else 1)
                 reached = time.monotonic()
-            except _UnreachedError:
+            except RegistryError as error:
                 # A process that waits for a training survives a restart of the server.
                 if waits_for is None or time.monotonic() - reached > self._rhythm.dead_after:
-                    raise
+                    line = f"{self.label}: {error}; trained here without a claim"
+                    return self.find_run() or Decision(line=line)
             else:
-                if not claim.is_same(waits_for):
+                if held:
+                    return self._won(held, claim, death)
+                if is_free:
+                    continue
+                if claim and not claim.is_same(waits_for):
                     waits_for = claim
                     self._log_wait(claim, wait=wait)
             time.sleep(self._rhythm.poll_seconds)
@@ -324,10 +309,9 @@ class _Search:
             beat=0,
             since_ms=time.time_ns() // 1_000_000,
         )
-        with _reaching():
-            # A process that was stopped before this line may make a generation that others have
-            # superseded and removed: only the newest one counts.
-            won = self._claims.make(claim) and claim.is_same(newest(self._claims, self._key))
+        # A process that was stopped before this line may make a generation that others have
+        # superseded and removed: only the newest one counts.
+        won = self._claims.make(claim) and claim.is_same(newest(self._claims, self._key))
         return HeldClaim(self._claims, claim, self._rhythm) if won else None
 
     def _log_wait(self, claim: Claim, *, wait: bool) -> None:

@@ -43,6 +43,10 @@ class RestError(RegistryError):
         self.code, self.status = code, status
 
 
+class AbsentError(RestError):
+    """The server has no such thing: RESOURCE_DOES_NOT_EXIST."""
+
+
 class RestClient:
     """A tracking server.  All methods raise `RestError` if it refuses, else `RegistryError`."""
 
@@ -187,7 +191,8 @@ def _refusal(address: str, error: urllib.error.HTTPError) -> RestError:
         code, text = str(answer["error_code"]), str(answer["message"])
     except (ValueError, KeyError, TypeError):
         code, text = f"HTTP_{error.code}", f"HTTP {error.code} {error.reason}"
-    return RestError(f"{address}: {' '.join(text.split())[:300]}", code, error.code)
+    kind = AbsentError if code == "RESOURCE_DOES_NOT_EXIST" else RestError
+    return kind(f"{address}: {' '.join(text.split())[:300]}", code, error.code)
 
 
 # --- addresses of MLflow's pages
@@ -203,9 +208,7 @@ def list_page(client: RestClient, server: str, experiment: str, view: str) -> st
     """
     try:
         found = client.get("experiments/get-by-name", {"experiment_name": experiment})["experiment"]
-    except RestError as error:
-        if error.code != "RESOURCE_DOES_NOT_EXIST":
-            raise
+    except AbsentError:
         return server
     tags = {tag["key"] for tag in found.get("tags", ())}
     shared = {"viewStateShareKey": view} if f"mlflow.sharedViewState.{view}" in tags else {}

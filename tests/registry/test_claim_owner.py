@@ -49,7 +49,7 @@ def test_of_a_process_elsewhere_nothing_is_known(elsewhere: dict[str, str]) -> N
 def test_a_container_is_elsewhere_although_its_numbers_look_the_same(own_proc: bool) -> None:
     """Its pid 1 is not ours, and with the outer /proc mounted it must not trust that either."""
     program = "import json; from runkey.registry.claims import *;"
-    program += "print(json.dumps([this_owner().as_dict(), is_running(this_owner())]))"
+    program += "print(json.dumps([vars(this_owner()), is_running(this_owner())]))"
     prefix = CONTAINER if own_proc else CONTAINER[:-1]
     command = [*prefix, sys.executable, "-c", f"import sys; sys.path.insert(0, '.'); {program}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
@@ -66,8 +66,8 @@ def test_a_container_is_elsewhere_although_its_numbers_look_the_same(own_proc: b
 def test_owners_are_told_apart_and_written_down_whole() -> None:
     first, second = this_owner(), this_owner()
     assert first.nonce != second.nonce
-    assert Owner.from_dict(first.as_dict()) == first
+    assert Owner.from_dict(vars(first)) == first
     with pytest.raises(ValueError, match="whole numbers"):
-        Owner.from_dict(first.as_dict() | {"pid": "7"})
+        Owner.from_dict(vars(first) | {"pid": "7"})
     with pytest.raises(ValueError, match="missing"):
         Owner.from_dict({"host": "a"})

@@ -123,7 +123,7 @@ def test_a_run_whose_process_is_gone_does_not_look_alive(runs: Path, run: Run) -
 _OWNER = """
 import json
 from runkey.registry.claims import this_owner
-print(json.dumps(this_owner().as_dict()))
+print(json.dumps(vars(this_owner())))
 """
 
 

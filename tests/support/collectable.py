@@ -21,7 +21,7 @@ def dead_owner():
     """The owner that a process of this machine was, which has ended."""
     code = (
         "import json; from runkey.registry.claims import this_owner as me;"
-        " print(json.dumps(me().as_dict()))"
+        " print(json.dumps(vars(me())))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     return replace(this_owner(), **json.loads(done.stdout))
