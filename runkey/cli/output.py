@@ -6,14 +6,13 @@ faults, environments or runs differ).
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -21,18 +20,17 @@ from runkey import paths
 from runkey.errors import RunkeyError
 from runkey.files import json_safe
 from runkey.progress import WIDTH
-
-if TYPE_CHECKING:
-    from runkey.registry.claims import Claims
-    from runkey.registry.library import Library
-    from runkey.tracking.store import Store
-
+from runkey.registry.claims import Claims, open_claims
+from runkey.registry.library import Library, open_library
+from runkey.tracking.store import Store, locate_store
 
 workspace, checkout = paths.workspace, paths.store_root
 """The repository that the current folder is in; the main checkout, whatever the current folder."""
 
 NO = 3
 """Exit code of a command whose answer is no."""
+NO_BREAK = "\N{NO-BREAK SPACE}"
+"""Printed by `print_beside` as a space at which no line ends."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Key = Annotated[str, typer.Argument(help="Prefix of a key; KEY:RUN for one of its runs.")]
@@ -46,8 +44,6 @@ def store() -> Store:
     Raises:
         RunkeyError: the current folder is in no repository, and no such address is set.
     """
-    from runkey.tracking.store import locate_store
-
     try:
         return locate_store(checkout())
     except RunkeyError as error:
@@ -62,16 +58,12 @@ def store() -> Store:
 
 def library(*, offline: bool = False) -> Library:
     """Return the runs of that store; `offline`: of a server that is down, those in the cache."""
-    from runkey.registry.library import open_library
-
     place = store()
     return open_library(place.uri, place.home, offline=offline)
 
 
 def claims() -> Claims:
     """Return the claims of that store."""
-    from runkey.registry.claims import open_claims
-
     place = store()
     return open_claims(place.uri, place.home)
 
@@ -79,6 +71,14 @@ def claims() -> Claims:
 def print_json(value: Any) -> None:
     """Print indented JSON; numbers that JSON lacks (nan, inf) become strings."""
     print(json.dumps(json_safe(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_answer(value: Any, text: str, *, as_json: bool) -> None:
+    """Print the value as JSON, or else the text."""
+    if as_json:
+        print_json(value)
+    else:
+        print(text)
 
 
 def answer_no() -> NoReturn:
@@ -92,7 +92,7 @@ def print_beside(label: str, text: str) -> None:
         text, WIDTH - len(label), break_long_words=False, break_on_hyphens=False
     ) or [""]
     for number, line in enumerate(lines):
-        print((" " * len(label) if number else label) + line)
+        print((" " * len(label) if number else label) + line.replace(NO_BREAK, " "))
 
 
 def print_table(
@@ -120,10 +120,8 @@ def print_table(
         table.add_column(column, justify=side, overflow="fold", no_wrap=column in whole)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    if sys.stdout.isatty():
-        Console(highlight=False).print(table)
-        return
-    text = io.StringIO()
-    Console(width=WIDTH, highlight=False, file=text).print(table)
-    for line in text.getvalue().splitlines():
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
         print(line.rstrip())  # Rich fills the last column up with spaces

@@ -20,6 +20,8 @@ from runkey.cli.output import (
     checkout,
     claims,
     library,
+    print_answer,
+    print_beside,
     print_json,
     print_table,
     store,
@@ -27,12 +29,19 @@ from runkey.cli.output import (
 )
 from runkey.errors import RegistryError
 from runkey.identity.key import older_rule, short_key
+from runkey.registry import show
+from runkey.registry.claims import status_now
+from runkey.registry.dvc_cache import download, in_the_way
+from runkey.registry.library import find_run, known_runs
+from runkey.registry.query import Query, find_field, parse_condition, split_condition
+from runkey.registry.rest import comparison_page, run_page
 from runkey.units import format_bytes
 
 if TYPE_CHECKING:
     from runkey.registry.diff import Diff, Pair, Side
 
 _HOST = "127.0.0.1"
+_LABEL = 13
 
 
 def list_runs(
@@ -65,17 +74,11 @@ def list_runs(
     as_json: AsJson = False,
 ) -> None:
     """List recorded runs, newest first."""
-    from runkey.registry import show
-    from runkey.registry.claims import status_now
-    from runkey.registry.library import known_runs
-    from runkey.registry.query import Query, find_field, parse_condition, split_condition
-
     runs = library(offline=True)
     names = [name.strip() for name in columns.removeprefix("+").split(",") if name.strip()]
     chosen = names if names and not columns.startswith("+") else [*show.COLUMNS, *names]
-    own = {*show.COLUMNS, "started"}
     conditions = [split_condition(text)[0] for text in where or ()]
-    known = known_runs(runs, {sort, *chosen, *conditions} - own)
+    known = known_runs(runs, {sort, *chosen, *conditions} - {*show.COLUMNS, "started"})
     query = Query(
         conditions=tuple(parse_condition(condition, known) for condition in where or ()),
         sort=find_field(sort, known),
@@ -91,11 +94,11 @@ def list_runs(
         return
     now = claims()
     states = {record.run.run_id: status_now(record, now) for record in found}
-    rows = show.cells(found, chosen, states, time.time())
-    right = [c for n, c in enumerate(chosen) if show.is_number_column(c, [row[n] for row in rows])]
+    table = show.table(found, chosen, states, time.time())
+    right = [name for name, cells in table.items() if show.is_number_column(name, cells)]
+    rows = zip(*table.values(), strict=True)
     print_table(chosen, rows, right=right, whole=("key", "when", "status", "AP", "took"))
-    older = Counter(filter(None, (older_rule(record.key) for record in found)))
-    for rule, count in older.items():
+    for rule, count in Counter(filter(None, (older_rule(r.key) for r in found))).items():
         print(f"{count} of these: {rule}")
 
 
@@ -107,11 +110,6 @@ def show_run(
     as_json: AsJson = False,
 ) -> None:
     """Show a run: status, key, metrics, parameters, environment, files, location."""
-    from runkey.registry.claims import status_now
-    from runkey.registry.library import find_run
-    from runkey.registry.rest import run_page
-    from runkey.registry.show import describe, lines
-
     runs, place = library(offline=True), store()
     record = find_run(runs, key)
     others = [r for r in runs.matching(record.key) if r.run.run_id != record.run.run_id]
@@ -126,8 +124,9 @@ def show_run(
         )
         return
     page = run_page(runs.place, record.run) if place.is_server else ""
-    rows = describe(record, status=status, others=others, page=page, every_param=every_param)
-    print("\n".join(lines(rows)))
+    for label, text in show.describe(record, status, others, page, every_param=every_param):
+        if text:
+            print_beside(f"{label:<{_LABEL}}", text)
 
 
 def get(
@@ -145,9 +144,6 @@ def get(
     as_json: AsJson = False,
 ) -> None:
     """Copy a run's files here; check each against the hash that the run recorded."""
-    from runkey.registry.dvc_cache import download, in_the_way
-    from runkey.registry.library import find_run
-
     runs = library()
     record = find_run(runs, key)
     if record.details is None:
@@ -155,22 +151,21 @@ def get(
             f"{record.label}: {record.run.status}, recorded no files"
             f" (run {record.run.run_id}); `runkey list --where status=FINISHED`"
         )
-    prefix = "" if only == "all" else only.strip("/")
+    prefix = only.strip("/")
     files = {
         path: stored
         for path, stored in sorted(record.details.files.items())
-        if not prefix or path == prefix or path.startswith(f"{prefix}/")
+        if only == "all" or f"{path}/".startswith(f"{prefix}/")
     }
     if not files:
         known = sorted({path.split("/")[0] for path in record.details.files})
         raise RegistryError(f"{record.label}: {only}: no such file; it has {', '.join(known)}")
     target = to or Path(short_key(record.key))
     if not force and (other := in_the_way(record, files, target)):
+        more = f", and so do {len(other) - 1} more" if other[1:] else ""
+        it = "them" if more else "it"
         raise RegistryError(
-            f"{target / other[0]}: holds something else, and so do {len(other) - 1} more;"
-            " --force replaces them"
-            if other[1:]
-            else f"{target / other[0]}: holds something else; --force replaces it"
+            f"{target / other[0]}: holds something else{more}; --force replaces {it}"
         )
     download(runs, record, files, target)
     total = sum(stored.size for stored in files.values())
@@ -196,9 +191,6 @@ def open_page(
     as_json: AsJson = False,
 ) -> None:
     """Print the address of a run's MLflow page; of several runs, of their comparison."""
-    from runkey.registry.library import find_run
-    from runkey.registry.rest import comparison_page, run_page
-
     runs, place = library(offline=True), store()
     found = [find_run(runs, key).run for key in keys]
     server = runs.place if place.is_server else f"http://{_HOST}:{port}"
@@ -206,10 +198,8 @@ def open_page(
     with socket.socket() as probe:
         probe.settimeout(2)
         served = place.is_server or probe.connect_ex((_HOST, port)) == 0
-    if as_json:
-        print_json({"page": page, "served": served, "runs": [run.run_id for run in found]})
-    else:
-        print(page)
+    answer = {"page": page, "served": served, "runs": [run.run_id for run in found]}
+    print_answer(answer, page, as_json=as_json)
     if not served:
         option = "" if port == 5000 else f" PORT={port}"
         print(f"nothing listens there; `make ui{option}` serves it", file=sys.stderr)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from runkey import paths
-from runkey.cli import output
 from runkey.cli.output import (
     AsJson,
     Key,
     checkout,
     claims,
     library,
+    print_answer,
     print_json,
     print_table,
     store,
@@ -26,13 +26,16 @@ from runkey.cli.output import (
 )
 from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.key import short_key
+from runkey.identity.record_cache import Rebuilt
 from runkey.progress import each, log_to_terminal
+from runkey.registry.library import LocalLibrary, ServerLibrary, find_run
+from runkey.registry.query import Condition, Field, Query
+from runkey.registry.rest import RestClient, comparison_page, list_page
+from runkey.tracking.store import VIEW, Store, served
 from runkey.units import format_bytes
 
 if TYPE_CHECKING:
-    from runkey.identity.record_cache import Rebuilt
     from runkey.registry.gc import Item
-    from runkey.tracking.store import Store
 
 _COMPARED = 3
 """Newest runs that `runkey ui` compares."""
@@ -63,7 +66,9 @@ def gc(
         delete_run=partial(delete_run, place),
     )
     items = collect(scope, older_than)
-    failed = _remove(items) if apply else {}
+    errors: list[str | None] = [None] * len(items)
+    if apply:
+        errors = [_remove(item) for item in each("delete", items, "items")]
     if as_json:
         rows = [
             {
@@ -72,44 +77,42 @@ def gc(
                 "why": item.why,
                 "bytes": item.size,
                 "age_days": round(item.age_seconds / 86400, 3),
-                "deleted": apply and number not in failed,
-                "error": failed.get(number),
+                "deleted": apply and error is None,
+                "error": error,
             }
-            for number, item in enumerate(items)
+            for item, error in zip(items, errors, strict=True)
         ]
         print_json({"applied": apply, "bytes": sum(item.size for item in items), "items": rows})
     else:
         if not scope.is_local:
             print(_ONLY_HERE.format(place=scope.library.place))
-        _print(items, failed, applied=apply)
-    if failed:
-        raise RegistryError(f"{len(failed)} of {len(items)} could not be deleted")
+        _print(items, errors, applied=apply)
+    if failed := sum(error is not None for error in errors):
+        raise RegistryError(f"{failed} of {len(items)} could not be deleted")
 
 
-def _remove(items: list[Item]) -> dict[int, str]:
-    """Delete all; return by the index of an item why it could not be deleted."""
-    failed = {}
-    for number, item in enumerate(each("delete", items, "items")):
-        try:
-            item.remove()
-        except (RunkeyError, OSError) as error:
-            failed[number] = str(error)
-    return failed
+def _remove(item: Item) -> str | None:
+    """Delete it; return why it could not be deleted."""
+    try:
+        item.remove()
+    except (RunkeyError, OSError) as error:
+        return str(error)
+    return None
 
 
-def _print(items: list[Item], failed: dict[int, str], *, applied: bool) -> None:
+def _print(items: list[Item], errors: list[str | None], *, applied: bool) -> None:
     if not items:
         print("nothing to delete")
         return
     rows = []
-    for number, item in enumerate(items):
-        error = f"; not deleted: {failed[number]}" if number in failed else ""
+    for item, error in zip(items, errors, strict=True):
+        why = item.why if error is None else f"{item.why}; not deleted: {error}"
         name = item.name if item.kind != "run" else item.name[: item.name.index(":") + 9]
         days = f"{item.age_seconds / 86400:.1f}"
-        rows.append((item.kind, name, days, format_bytes(item.size), f"{item.why}{error}"))
+        rows.append((item.kind, name, days, format_bytes(item.size), why))
     print_table(("kind", "name", "days", "size", "why"), rows, right=("days", "size"))
-    gone = [item for number, item in enumerate(items) if number not in failed]
-    total = format_bytes(sum(item.size for item in gone))
+    gone = [item.size for item, error in zip(items, errors, strict=True) if error is None]
+    total = format_bytes(sum(gone))
     if applied:
         print(f"deleted {len(gone)}, freed {total}")
     else:
@@ -118,31 +121,19 @@ def _print(items: list[Item], failed: dict[int, str], *, applied: bool) -> None:
 
 def index(as_json: AsJson = False) -> None:
     """Write the cache of runs again from MLflow; needed only if it was lost."""
-    from runkey.identity.record_cache import Rebuilt
-
     place = store()
-    if place.is_server:
-        if as_json:
-            print_json(asdict(Rebuilt()))
-        else:
-            print("a tracking server is asked each time: there is no cache to write")
-        return
-    try:
-        counts = _rebuild(place)
-    except OSError as error:
-        raise RegistryError(str(error)) from None
-    if as_json:
-        print_json(asdict(counts))
-        return
-    print(
-        f"{counts.runs} runs in MLflow: {counts.written} records written, {counts.removed} removed"
-    )
+    counts, line = Rebuilt(), "a tracking server is asked each time: there is no cache to write"
+    if not place.is_server:
+        try:
+            counts = _rebuild(place)
+        except OSError as error:
+            raise RegistryError(str(error)) from None
+        changes = f"{counts.written} records written, {counts.removed} removed"
+        line = f"{counts.runs} runs in MLflow: {changes}"
+    print_answer(asdict(counts), line, as_json=as_json)
 
 
 def _rebuild(place: Store) -> Rebuilt:
-    from runkey.registry.library import LocalLibrary, ServerLibrary
-    from runkey.tracking.store import served
-
     library = LocalLibrary(place.home, uri=place.uri)
     if place.database:
         return library.rebuild()
@@ -156,23 +147,19 @@ def replay(key: Key, as_json: AsJson = False) -> None:
 
     A training without an MLflow run gets one.
     """
-    from runkey.registry.library import find_run
     from runkey.tracking.replay import find_training, send_saved
 
-    store = output.store()
-    folder = find_training(store.home, key)
+    place = store()
+    folder = find_training(place.home, key)
     if folder is None:
-        run = find_run(output.library(), key).run
+        run = find_run(library(), key).run
         answer = {"run_id": run.run_id, "status": run.status, "values": 0, "files": 0}
         line = f"run {run.run_id}, {run.status}: nothing is kept here that it could lack"
     else:
-        sent = send_saved(store, folder)
+        sent = send_saved(place, folder)
         answer = asdict(sent)
         line = f"run {sent.run_id}, {sent.status}: {sent.values} values and {sent.files} files sent"
-    if as_json:
-        print_json(answer)
-    else:
-        print(line)
+    print_answer(answer, line, as_json=as_json)
 
 
 def ui(
@@ -182,7 +169,6 @@ def ui(
 ) -> None:
     """Serve MLflow's pages on the store until Ctrl-C, and print their addresses."""
     from runkey.params import load_params
-    from runkey.tracking.store import served
 
     log_to_terminal()
     experiment = load_params(workspace() / paths.PARAMS).runtime.experiment
@@ -203,10 +189,6 @@ def ui(
 
 def _pages(address: str, experiment: str) -> list[str]:
     """Return lines that name the run list and the comparison of the last runs."""
-    from runkey.registry.query import Condition, Field, Query
-    from runkey.registry.rest import RestClient, comparison_page, list_page
-    from runkey.tracking.store import VIEW
-
     lines = ["all runs", f"  {list_page(RestClient(address), address, experiment, VIEW)}"]
     finished = Condition(Field("run", "status"), "=", "FINISHED")
     last = [record.run for record in library().find(Query(conditions=(finished,), limit=_COMPARED))]

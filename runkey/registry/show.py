@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,6 @@ from typing import Any
 
 from runkey.identity.key import older_rule
 from runkey.identity.record import HINT, KEY, RESUMED_AFTER, Details, LoggedRun, Record
-from runkey.progress import WIDTH
 from runkey.registry.query import NAMES, Field, Value, find_field, number
 from runkey.units import format_age, format_bytes
 
@@ -28,23 +26,33 @@ _DIGEST_DIGITS = 12
 _DAY_SECONDS = 86_400.0
 
 
-def cells(
+def table(
     records: Sequence[Record], columns: Sequence[str], states: Mapping[str, str], now: float
-) -> list[list[str]]:
-    """Return the text of each column of each run; `states` holds the current status by run id.
+) -> dict[str, list[str]]:
+    """Return the texts of the runs in each column; `states` holds the current status by run id.
 
     Raises:
         RegistryError: no run has a value of a column's name.
     """
     known = [record.run for record in records]
     times_seen = Counter(record.key for record in records)
-    show = {column: _show(column, known, times_seen, states, now) for column in columns}
-    return [[show[column](record) for column in columns] for record in records]
+    show: dict[str, Callable[[Record], str]] = {
+        "key": lambda r: address(r) if times_seen[r.key] > 1 or r.reproduction_of else r.label,
+        "status": lambda r: states[r.run.run_id],
+        "when": lambda r: ago(r.run.started_ms, now),
+        "AP": lambda r: average_precision(r.run),
+        "took": _took,
+        "where": lambda r: " ".join(filter(None, map(r.run.tags.get, ("host", "device")))),
+    }
+    return {
+        column: list(map(show.get(column) or _plain(find_field(column, known)), records))
+        for column in columns
+    }
 
 
-def is_number_column(column: str, rows: Sequence[str]) -> bool:
+def is_number_column(column: str, cells: Sequence[str]) -> bool:
     """Return True if a column should be flush right."""
-    return column in RIGHT or (any(rows) and all(number(c) is not None for c in rows if c))
+    return column in RIGHT or (any(cells) and all(number(c) is not None for c in cells if c))
 
 
 def ago(started_ms: int, now: float) -> str:
@@ -75,43 +83,21 @@ def average_precision(run: LoggedRun) -> str:
     return "" if last is None else f"({last:.3f})"
 
 
-def _show(
-    column: str,
-    known: Sequence[LoggedRun],
-    times_seen: Counter[str],
-    states: Mapping[str, str],
-    now: float,
-) -> Callable[[Record], str]:
-    if column == "key":
-        return lambda r: address(r) if times_seen[r.key] > 1 or r.reproduction_of else r.label
-    if column == "status":
-        return lambda r: states[r.run.run_id]
-    if column == "when":
-        return lambda r: ago(r.run.started_ms, now)
-    if column == "AP":
-        return lambda r: average_precision(r.run)
-    if column == "took":
-        return _took
-    if column == "where":
-        return lambda r: " ".join(filter(None, map(r.run.tags.get, ("host", "device"))))
-    field = find_field(column, known)
-    return lambda r: _plain(r, field)
+def _plain(field: Field) -> Callable[[Record], str]:
+    def show(record: Record) -> str:
+        value = field.of(record.run)
+        if field == Field("run", "name"):
+            times = record.run.resumed
+            remarks = ["reproduction"] if record.reproduction_of else []
+            remarks += [f"resumed {times}x"] if times else []
+            return f"{value} ({', '.join(remarks)})" if remarks else str(value)
+        if isinstance(value, str) and _DIGEST.fullmatch(value):
+            return value[:_DIGEST_DIGITS]
+        if field.kind == "run" and field.name in ("started", "ended") and isinstance(value, float):
+            return _time(value)
+        return text(value)
 
-
-def _plain(record: Record, field: Field) -> str:
-    value = field.of(record.run)
-    if field == Field("run", "name"):
-        times = record.run.resumed
-        remarks = (
-            *(("reproduction",) if record.reproduction_of else ()),
-            *((f"resumed {times}x",) if times else ()),
-        )
-        return f"{value} ({', '.join(remarks)})" if remarks else str(value)
-    if isinstance(value, str) and _DIGEST.fullmatch(value):
-        return value[:_DIGEST_DIGITS]
-    if field.kind == "run" and field.name in ("started", "ended") and isinstance(value, float):
-        return _time(value)
-    return text(value)
+    return show
 
 
 def _took(record: Record) -> str:
@@ -121,7 +107,6 @@ def _took(record: Record) -> str:
 
 # --- runkey show
 
-_LABEL = 13
 _PART_DIGITS = 12
 _FIRST = ("AP", "AP50", "AP75", "loss")
 _GROUPS = ("eval", "val", "train")
@@ -129,26 +114,12 @@ _GROUPS = ("eval", "val", "train")
 _WITHOUT = {True: "none yet: they are written at the end", False: "none: it ended too early"}
 
 Row = tuple[str, str]
-"""A label, empty if the row continues the one before, and a text of any length."""
-
-
-def lines(rows: Iterable[Row]) -> list[str]:
-    """Wrap the rows at spaces to 100 columns."""
-    result = []
-    for label, content in rows:
-        result += textwrap.wrap(
-            content,
-            WIDTH,
-            initial_indent=f"{label:<{_LABEL}}",
-            subsequent_indent=" " * _LABEL,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    return [line.replace(_NO_BREAK, " ") for line in result]
+"""A label, empty if the row continues the one before, and a text of any length, which is not broken
+at a NO-BREAK SPACE."""
 
 
 def describe(
-    record: Record, *, status: str, others: Sequence[Record], page: str, every_param: bool
+    record: Record, status: str, others: Sequence[Record], page: str, *, every_param: bool
 ) -> Iterator[Row]:
     """Yield what is known of a run, as rows; without `every_param` only the changed parameters."""
     run, details = record.run, record.details
