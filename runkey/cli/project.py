@@ -26,6 +26,7 @@ from runkey.cli.output import (
 )
 from runkey.errors import DataError, ParamsError
 from runkey.identity.key import short_key
+from runkey.registry.library import find_run
 
 if TYPE_CHECKING:
     from runkey.registry.environment import EnvironmentComparison
@@ -253,7 +254,6 @@ def export(
 ) -> None:
     """Write a run's conda-lock.yml and requirements.txt, from its snapshot."""
     from runkey.registry.environment import export_environment
-    from runkey.registry.library import find_run
 
     record = find_run(library(), key)
     target = to or Path(f"{record.label}-environment")

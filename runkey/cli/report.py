@@ -9,15 +9,17 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from runkey import paths
-from runkey.cli.output import AsJson, answer_no, library, print_json, store, workspace
+from runkey.cli.output import AsJson, answer_no, library, print_answer, store, workspace
 from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.key import ANY_SCHEMA, SCHEMA, short_key
 from runkey.progress import log_to_terminal
+from runkey.registry.dvc_cache import download
+from runkey.registry.library import find_run
 
 if TYPE_CHECKING:
     from runkey.plots.report import ReportedRun
@@ -54,10 +56,8 @@ def report(
             write_report(runs, target)
         except OSError as error:
             raise RunkeyError(f"{target}: {error.strerror}; name another one with --to") from None
-    if as_json:
-        print_json({"page": str(target), "keys": [run.key for run in runs]})
-    else:
-        print(target)
+    answer = {"page": str(target), "keys": [run.key for run in runs]}
+    print_answer(answer, str(target), as_json=as_json)
     if browser:
         import webbrowser
 
@@ -71,16 +71,12 @@ def draw(as_json: AsJson = False) -> None:
 
     log_to_terminal(stderr=True)
     draw_run(workspace())
-    if as_json:
-        print_json({"folder": str(paths.PLOTS), "page": str(REPORT)})
-    else:
-        print(f"{paths.PLOTS}/ is drawn; see {REPORT}")
+    answer = {"folder": str(paths.PLOTS), "page": str(REPORT)}
+    print_answer(answer, f"{paths.PLOTS}/ is drawn; see {REPORT}", as_json=as_json)
 
 
 def _run(address: str, folder: Path) -> ReportedRun:
     from runkey.plots.report import is_shown, recorded_run, workspace_run
-    from runkey.registry.dvc_cache import download
-    from runkey.registry.library import find_run
 
     if address == _WORKSPACE:
         return workspace_run(workspace())
@@ -114,21 +110,17 @@ def watch(
 
     log_to_terminal()
     with tempfile.TemporaryDirectory(prefix="runkey-watch-") as folder:
-        found = _find(key, Path(folder))
-        alive = partial(_is_trained, found.log.parent)
-        if not follow(found.log, found.title, found.params, alive):
+        log, title, params = _find(key, Path(folder))
+        if not follow(log, title, params, partial(_is_trained, log.parent)):
             print("interrupted; `dvc repro` goes on from its last checkpoint")
             answer_no()
 
 
-class _Training(NamedTuple):
-    log: Path
-    title: str
-    params: Mapping[str, str]
+def _find(key: str | None, folder: Path) -> tuple[Path, str, Mapping[str, str]]:
+    """Return log, title and parameters of a key's training, or of the newest one.
 
-
-def _find(key: str | None, folder: Path) -> _Training:
-    """Find the training of a key, or the newest one; download the log of an ended one."""
+    The log of a training that is not here is downloaded into the folder.
+    """
     home = store().home
     match = _PREFIX.fullmatch((key or "").strip().lower())
     if key and not match:
@@ -141,12 +133,20 @@ def _find(key: str | None, folder: Path) -> _Training:
         whole = log.parent.name.partition("-repeats-")[0]
         with suppress(RegistryError):  # the log is enough
             for run in (known.run for known in library().matching(whole)[-1:]):
-                return _Training(log, f"{short_key(whole)}  {run.name}".rstrip(), run.params)
-        return _Training(log, short_key(whole), {})
+                return log, f"{short_key(whole)}  {run.name}".rstrip(), run.params
+        return log, short_key(whole), {}
     if key:
-        return _ended(key, folder)
+        record = find_run(library(), key)
+        if record.details is None:
+            host = record.run.tags.get("host", "another machine")
+            raise RegistryError(
+                f"{record.label}: {record.run.status}, and its log is not here but on {host};"
+                f" `runkey open {record.label}` names its MLflow page"
+            )
+        download(library(), record, [_LOG.as_posix()], folder)
+        return folder / _LOG, f"{record.label}  {record.run.name}", record.run.params
     if (log := workspace() / _LOG).is_file():
-        return _Training(log, "the last training here", {})
+        return log, "the last training here", {}
     raise RunkeyError(f"{home}: nothing is trained here; `dvc repro` begins a training")
 
 
@@ -154,19 +154,3 @@ def _is_trained(folder: Path) -> bool:
     from runkey.training.lock import holder_of
 
     return holder_of(folder) is not None
-
-
-def _ended(key: str, folder: Path) -> _Training:
-    from runkey.registry.dvc_cache import download
-    from runkey.registry.library import find_run
-
-    runs = library()
-    record = find_run(runs, key)
-    if record.details is None:
-        host = record.run.tags.get("host", "another machine")
-        raise RegistryError(
-            f"{record.label}: {record.run.status}, and its log is not here but on {host};"
-            f" `runkey open {record.label}` names its MLflow page"
-        )
-    download(runs, record, [_LOG.as_posix()], folder)
-    return _Training(folder / _LOG, f"{record.label}  {record.run.name}", record.run.params)

@@ -76,7 +76,8 @@ def list_runs(
     """List recorded runs, newest first."""
     runs = library(offline=True)
     names = [name.strip() for name in columns.removeprefix("+").split(",") if name.strip()]
-    chosen = names if names and not columns.startswith("+") else [*show.COLUMNS, *names]
+    default = () if names and not columns.startswith("+") else show.COLUMNS
+    chosen = list(dict.fromkeys([*default, *names]))
     conditions = [split_condition(text)[0] for text in where or ()]
     known = known_runs(runs, {sort, *chosen, *conditions} - {*show.COLUMNS, "started"})
     query = Query(
@@ -151,11 +152,11 @@ def get(
             f"{record.label}: {record.run.status}, recorded no files"
             f" (run {record.run.run_id}); `runkey list --where status=FINISHED`"
         )
-    prefix = only.strip("/")
+    prefix = "" if only == "all" else only.strip("/")
     files = {
         path: stored
         for path, stored in sorted(record.details.files.items())
-        if only == "all" or f"{path}/".startswith(f"{prefix}/")
+        if not prefix or f"{path}/".startswith(f"{prefix}/")
     }
     if not files:
         known = sorted({path.split("/")[0] for path in record.details.files})

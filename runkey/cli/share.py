@@ -14,6 +14,8 @@ from runkey.cli.output import AsJson, Key, library, print_beside, print_json, st
 from runkey.errors import RegistryError
 from runkey.identity.key import short_key
 from runkey.paths import is_server
+from runkey.registry.library import find_run, open_library
+from runkey.tracking.store import Store
 from runkey.units import format_bytes
 
 if TYPE_CHECKING:
@@ -47,7 +49,6 @@ def export_run(
 ) -> None:
     """Write a run to one file: results, DVC's entries, snapshot and MLflow run."""
     from runkey.registry import share
-    from runkey.registry.library import find_run
 
     if file.exists() and not force:
         raise RegistryError(f"{file}: is there already; name another, or say --force")
@@ -95,7 +96,6 @@ def publish(
 ) -> None:
     """Publish a run to the team: results, DVC's entries, snapshot and MLflow run."""
     from runkey.registry import share
-    from runkey.registry.library import find_run
 
     here, team = _checkout(), _team(remote, git_remote, server)
     record = find_run(here.library, key)
@@ -119,7 +119,6 @@ def fetch(
 ) -> None:
     """Get a published run from the team, so that `dvc repro` restores it."""
     from runkey.registry import share
-    from runkey.registry.library import find_run
 
     here, team = _checkout(), _team(remote, git_remote, server)
     record = find_run(team.library, key)
@@ -152,9 +151,7 @@ def _team(remote: str, git_remote: str, server: str) -> Team:
     """The team's places; its server is the option's, that of params.yaml, or the environment's."""
     from runkey.dvc_transfer import DvcRemote
     from runkey.params import load_params  # 0.3 s
-    from runkey.registry.library import open_library
     from runkey.registry.share import Team
-    from runkey.tracking.store import Store
     from runkey.tracking.transfer import StoreRuns
 
     root, home = workspace(), store().home

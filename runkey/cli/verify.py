@@ -9,14 +9,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runkey.cli import output
-from runkey.cli.output import AsJson, Key, answer_no, print_beside, print_json, print_table
+from runkey.cli.output import (
+    AsJson,
+    Key,
+    answer_no,
+    checkout,
+    library,
+    print_beside,
+    print_json,
+    print_table,
+    store,
+)
 from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.key import ANY_KEY
+from runkey.identity.record import Record, this_host
+from runkey.identity.record_cache import update_record
 from runkey.progress import each, log_to_terminal
+from runkey.registry.library import find_run, open_library
+from runkey.registry.mlflow_runs import run_reader
 
 if TYPE_CHECKING:
-    from runkey.identity.record import Record
     from runkey.registry.reproduce import RunComparison
     from runkey.registry.verify import CheckResult, Report, Sources
 
@@ -33,18 +45,17 @@ def reproduce(
     as_json: AsJson = False,
 ) -> None:
     """Train a run again from its snapshot, data and lock; compare weights and numbers."""
-    from runkey.registry.library import find_run
     from runkey.registry.reproduce import reproduce as repeat_run
 
-    record = find_run(output.library(), key)
+    record = find_run(library(), key)
     # A process manager or a closed terminal ends it as Ctrl-C does: the pipeline ends first.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     log_to_terminal(stderr=True)
     comparison, outcome = repeat_run(
         record,
-        output.checkout(),
-        output.store().home,
+        checkout(),
+        store().home,
         sys.stderr if as_json else sys.stdout,  # with --json, stdout holds only that
         keep=keep,
         any_environment=any_environment,
@@ -62,24 +73,22 @@ def _record(record: Record, comparison: RunComparison, outcome: dict[str, Any]) 
     """Write the outcome to the first run: to its record and its tag `reproduced`."""
     from mlflow.exceptions import MlflowException
 
-    from runkey.identity.record_cache import update_record
-    from runkey.registry.library import find_run
     from runkey.tracking.transfer import write_details
 
-    store = output.store()
+    place = store()
     # Read it again: others may have written to it during the training.
-    latest = find_run(output.library(), f"{record.key}:{record.run.run_id}")
+    latest = find_run(library(), f"{record.key}:{record.run.run_id}")
     if latest.details is None:
         raise RegistryError(f"{record.label}: run {record.run.run_id} has lost its record.json")
     details = replace(latest.details, outcomes=[*latest.details.outcomes, outcome])
     tags = {"reproduced": f"{comparison.line} (run {outcome['run_id']})"}
     try:
-        run = write_details(store, record.run.run_id, details, tags)
+        run = write_details(place, record.run.run_id, details, tags)
     except MlflowException as error:
         raise RegistryError(
             f"{record.label}: {comparison.line}; MLflow did not record it: {error.message}"
         ) from None
-    update_record(store.cache, run, details)
+    update_record(place.cache, run, details)
 
 
 def _print_reproduction(record: Record, comparison: RunComparison, outcome: dict[str, Any]) -> None:
@@ -121,10 +130,9 @@ def verify(
     if every:
         _verify_all(quick=quick, as_json=as_json)
         return
-    from runkey.registry.library import find_run
     from runkey.registry.verify import verify_run
 
-    record = find_run(output.library(), key)
+    record = find_run(library(), key)
     report = verify_run(record, _sources(quick=quick))
     if as_json:
         print_json(report.as_dict())
@@ -139,12 +147,11 @@ def verify(
 
 
 def _verify_all(*, quick: bool, as_json: bool) -> None:
-    from runkey.registry.library import open_library
     from runkey.registry.verify import CheckResult, find_unrecorded, summarize, verify_run
 
     torn: list[str] = []
-    store = output.store()
-    runs = open_library(store.uri, store.home, torn.append)
+    place = store()
+    runs = open_library(place.uri, place.home, torn.append)
     records, beside = [], []
     for record in each("read records", runs.matching(ANY_KEY), "runs"):
         try:
@@ -154,7 +161,7 @@ def _verify_all(*, quick: bool, as_json: bool) -> None:
     beside += [
         CheckResult("record", "fault", text, "`runkey index` writes it again") for text in torn
     ]
-    beside += find_unrecorded(store.uri, {record.run.run_id for record in records})
+    beside += find_unrecorded(place.uri, {record.run.run_id for record in records})
     sources = _sources(quick=quick)
     reports = []
     for record in each("verify", records, "runs"):
@@ -176,15 +183,14 @@ def _verify_all(*, quick: bool, as_json: bool) -> None:
 
 def _sources(*, quick: bool) -> Sources:
     """The places of the current folder's store and checkout."""
-    from runkey.registry.mlflow_runs import run_reader
     from runkey.registry.verify import Sources
 
-    store, root = output.store(), output.checkout()
+    place = store()
     return Sources(
-        library=output.library(),
-        stored=run_reader(store.uri),
-        root=root,
-        is_shared=store.is_server,
+        library=library(),
+        stored=run_reader(place.uri),
+        root=checkout(),
+        is_shared=place.is_server,
         quick=quick,
     )
 
