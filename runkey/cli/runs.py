@@ -267,15 +267,14 @@ def _short(digest: str | None) -> str:
 def _print_code(diff: Diff, *, patch: bool, limit: int | None) -> None:
     files = diff.code.files
     if files:
-        _heading("code", len(files), "" if patch else "; --patch prints the lines")
         rows = []
-        for file in files[:limit]:
+        for file in files:
             counts = f"+{file.insertions} -{file.deletions}"
             known = file.insertions is not None
             hashes = f"{_short(file.a)} -> {_short(file.b)}"
             rows.append((file.change, file.path, counts if known else hashes))
-        print_table(("", "file", "lines"), rows)
-        _more(len(files), limit)
+        title = _differ("code", files) + ("" if patch else "; --patch prints the lines")
+        _section(title, ("", "file", "lines"), rows, limit)
     if paths := diff.code.incomparable:
         print(
             f"\ncode: {len(paths)} files cannot be compared: their hashes are made by different"
@@ -291,11 +290,11 @@ def _print_code(diff: Diff, *, patch: bool, limit: int | None) -> None:
 
 def _print_data(diff: Diff, limit: int | None) -> None:
     _pairs("data", diff.data, limit)
-    if diff.images and not diff.images.is_empty:
+    if diff.images and (kinds := diff.images.by_kind()):
         print(f"\nimages: {diff.images.total_a} in A, {diff.images.total_b} in B")
         if not diff.data:
             print("  (of the same data: they were split or checked in another way)")
-        _names(diff.images.by_kind(), limit)
+        _names(kinds, limit)
     if diff.files:
         print("\nfiles of the data, by DVC's cache")
         _names(diff.files, limit)
@@ -311,37 +310,44 @@ def _names(kinds: Mapping[Any, Sequence[str]], limit: int | None) -> None:
 
 
 def _print_artifacts(diff: Diff, limit: int | None) -> None:
-    if not diff.artifacts and not diff.equal_artifacts:
-        return
-    print(f"\nfiles: {diff.equal_artifacts} the same, {len(diff.artifacts)} not")
-    rows = [(pair.name, _short(pair.a), _short(pair.b)) for pair in diff.artifacts[:limit]]
-    if rows:
-        print_table(("sha256", "A", "B"), rows)
-    _more(len(diff.artifacts), limit)
+    if diff.artifacts or diff.equal_artifacts:
+        rows = [(pair.name, _short(pair.a), _short(pair.b)) for pair in diff.artifacts]
+        title = f"files: {diff.equal_artifacts} the same, {len(rows)} not"
+        _section(title, ("sha256", "A", "B"), rows, limit)
 
 
 def _print_metrics(diff: Diff) -> None:
-    if not diff.metrics and not diff.equal_metrics:
-        return
-    print(f"\nmetrics: {diff.equal_metrics} the same, {len(diff.metrics)} not")
     rows = []
     for pair in diff.metrics:
         a, b = ("-" if value is None else f"{value:.6g}" for value in (pair.a, pair.b))
         rows.append((pair.name, a, b, "" if "-" in (a, b) else f"{pair.b - pair.a:+.3g}"))
-    if rows:
-        print_table(("", "A", "B", "B - A"), rows, right=("A", "B", "B - A"))
+    if rows or diff.equal_metrics:
+        numbers = ("A", "B", "B - A")
+        title = f"metrics: {diff.equal_metrics} the same, {len(rows)} not"
+        _section(title, ("", *numbers), rows, None, right=numbers)
 
 
 def _pairs(what: str, pairs: Sequence[Pair], limit: int | None) -> None:
-    if not pairs:
-        return
-    _heading(what, len(pairs))
-    print_table(("", "A", "B"), [(p.name, _value(p.a), _value(p.b)) for p in pairs[:limit]])
-    _more(len(pairs), limit)
+    if pairs:
+        rows = [(pair.name, _value(pair.a), _value(pair.b)) for pair in pairs]
+        _section(_differ(what, pairs), ("", "A", "B"), rows, limit)
 
 
-def _heading(what: str, count: int, tail: str = "") -> None:
-    print(f"\n{what}: {count} differ{'s' if count == 1 else ''}{tail}")
+def _differ(what: str, items: Sequence[object]) -> str:
+    return f"{what}: {len(items)} differ{'s' if len(items) == 1 else ''}"
+
+
+def _section(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    limit: int | None,
+    right: Sequence[str] = (),
+) -> None:
+    print(f"\n{title}")
+    if rows:
+        print_table(columns, rows[:limit], right=right)
+    _more(len(rows), limit)
 
 
 def _more(count: int, limit: int | None, indent: str = "") -> None:

@@ -26,7 +26,7 @@ from runkey.identity.record import KEY_JSON, Record
 from runkey.identity.syntax import RULE
 from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.library import Library, find_run
-from runkey.registry.snapshot import git, git_bytes, has_git, same_code
+from runkey.registry.snapshot import git, git_bytes, has_commit, same_code
 
 ReadFile = Callable[[str], bytes | None]
 """Returns the bytes of a file of one side; None: not there."""
@@ -102,10 +102,18 @@ def run_side(library: Library, address: str, root: Path) -> Side:
         RecipeError: its key.json is damaged.
     """
     record = find_run(library, address)
-    notes = [older] if (older := older_rule(record.key)) else []
+    notes = list(filter(None, [older_rule(record.key)]))
 
     def artifact(path: str) -> bytes | None:
-        return _artifact(library, record, path, notes)
+        if record.details and path not in record.details.files:
+            notes.append(f"it kept no {path}")
+            return None
+        try:
+            with library.open_file(record, path) as file:
+                return file.read()
+        except (RegistryError, OSError, HTTPException) as error:
+            notes.append(str(error))
+            return None
 
     recipe = _recipe(record, artifact(KEY_JSON))
     oid = record.details.snapshot if record.details else record.run.tags.get("snapshot")
@@ -120,7 +128,7 @@ def run_side(library: Library, address: str, root: Path) -> Side:
         recipe=recipe,
         record=record,
         read=read,
-        images=_images(artifact(IMAGES_JSON), IMAGES_JSON, notes),
+        images=_images(artifact(IMAGES_JSON), notes),
         packages=_installed_packages(artifact(str(paths.RUN_JSON))),
         notes=notes,
     )
@@ -133,15 +141,14 @@ def tree_side(workspace: Path) -> Side:
         RecipeError, ParamsError, LockError: see `make_recipe`.
     """
     recipe = make_recipe("train", workspace)
-    notes: list[str] = []
-    images = None
+    images, notes = None, list[str]()
 
     def read(path: str) -> bytes | None:
         file = workspace / path
         return file.read_bytes() if file.is_file() else None
 
     if _prepared_md5(workspace) in recipe.preimages["data"].values():
-        images = _images(read(IMAGES_JSON), IMAGES_JSON, notes)
+        images = _images(read(IMAGES_JSON), notes)
     else:
         notes.append(f"{paths.PREPARED}/ is not of these data; `dvc repro prepare` lists images")
     return Side(
@@ -157,12 +164,7 @@ def tree_side(workspace: Path) -> Side:
 
 
 def _snapshot_reader(root: Path, oid: str | None) -> ReadFile | None:
-    """What reads a snapshot's files, if the repository of `root` has it."""
-    if oid is None or not has_git(root):
-        return None
-    try:
-        git(root, "cat-file", "-e", f"{oid}^{{tree}}")
-    except RegistryError:
+    if oid is None or not has_commit(root, oid):
         return None
 
     def read(path: str) -> bytes | None:
@@ -190,21 +192,9 @@ def _recipe(record: Record, data: bytes | None) -> Recipe | None:
     return recipe
 
 
-def _artifact(library: Library, record: Record, path: str, notes: list[str]) -> bytes | None:
-    if record.details and path not in record.details.files:
-        notes.append(f"it kept no {path}")
-        return None
+def _images(data: bytes | None, notes: list[str]) -> ImageList | None:
     try:
-        with library.open_file(record, path) as file:
-            return file.read()
-    except (RegistryError, OSError, HTTPException) as error:
-        notes.append(str(error))
-        return None
-
-
-def _images(data: bytes | None, where: str, notes: list[str]) -> ImageList | None:
-    try:
-        return None if data is None else read_image_list(data, where)
+        return None if data is None else read_image_list(data, IMAGES_JSON)
     except DataError as error:
         notes.append(str(error))
         return None
@@ -213,8 +203,7 @@ def _images(data: bytes | None, where: str, notes: list[str]) -> ImageList | Non
 def _installed_packages(data: bytes | None) -> dict[str, str]:
     """Installed packages in a run.json; {} if it has none or cannot be read."""
     try:
-        stored = json.loads(data or b"{}")
-        return dict(stored["witness"]["packages"])
+        return dict(json.loads(data or b"{}")["witness"]["packages"])
     except (ValueError, KeyError, TypeError):
         return {}
 
@@ -271,28 +260,25 @@ def compare_code(
     pairs = differing(a["files"], b["files"])
     rule_a, rule_b = code_rule(a), code_rule(b)
     known: dict[str, tuple[bytes, bytes]] = {}
+    incomparable, differ = [], []
     for pair in pairs:
-        text_a = _text(pair.name, pair.a, read_a, rule_a)
-        text_b = _text(pair.name, pair.b, read_b, rule_b)
-        if text_a is not None and text_b is not None:
-            known[pair.name] = text_a, text_b
-    incomparable: list[str] = []
-    if rule_a != rule_b:
-        both = [pair.name for pair in pairs if pair.a is not None and pair.b is not None]
-        incomparable = [path for path in both if path not in known]
-        same = {
-            path
-            for path, (text_a, text_b) in known.items()
-            if path in both and same_code(path, text_b, hash_code(path, text_a), RULE)
-        }
-        pairs = [pair for pair in pairs if pair.name not in {*incomparable, *same}]
-    changed = [pair for pair in pairs if pair.name in known]
+        path = pair.name
+        old, new = _text(path, pair.a, read_a, rule_a), _text(path, pair.b, read_b, rule_b)
+        if old is not None and new is not None:
+            known[path] = old, new
+        if rule_a == rule_b or _change(pair) != "changed":
+            differ.append(pair)
+        elif path not in known:
+            incomparable.append(path)
+        elif not same_code(path, new, hash_code(path, known[path][0]), RULE):
+            differ.append(pair)
+    changed = [pair for pair in differ if pair.name in known]
     lines, patch = _git_diff(changed, known) if changed else ({}, "")
     files = [
         FileChange(pair.name, _change(pair), pair.a, pair.b, *lines.get(pair.name, (None, None)))
-        for pair in pairs
+        for pair in differ
     ]
-    unknown = [pair.name for pair in pairs if pair.name not in lines]
+    unknown = [pair.name for pair in differ if pair.name not in lines]
     return CodeDiff(files, patch, unknown, incomparable)
 
 
@@ -358,14 +344,10 @@ class ImagesDiff:
     total_b: int
 
     def by_kind(self) -> dict[str, list[str]]:
-        """Return the lists by name."""
-        kinds = ("added", "removed", "relabelled", "replaced", "moved")
-        return {kind: getattr(self, kind) for kind in kinds}
-
-    @property
-    def is_empty(self) -> bool:
-        """True if the images are the same."""
-        return not any(self.by_kind().values())
+        """Return the lists that are not empty, by name."""
+        return {
+            kind: names for kind, names in vars(self).items() if isinstance(names, list) and names
+        }
 
 
 def compare_images(a: ImageList, b: ImageList) -> ImagesDiff:
@@ -450,7 +432,7 @@ def compare(a: Side, b: Side, root: Path) -> Diff:
 
 
 def _as_texts(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Pair]:
-    """The names on both sides whose values differ as text, as MLflow has them."""
+    """List the names on both sides whose values differ as text, as MLflow has them."""
     both = a.keys() & b.keys()
     return differing({n: str(a[n]) for n in both}, {n: str(b[n]) for n in both})
 
