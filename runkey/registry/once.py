@@ -196,10 +196,10 @@ def decide(
     Raises:
         RegistryError: another process trains it and `wait` is False.
     """
-    search = _Search([library, *elsewhere], claims, key, not_this, rhythm or Rhythm())
     if not reuse:
-        line = f"{search.label}: trained without looking for a run (runtime.reuse is false)"
-        return Decision(line=line)
+        what = "trained without looking for a run (runtime.reuse is false)"
+        return Decision(line=f"key {short_key(key)}: {what}")
+    search = _Search([library, *elsewhere], claims, key, not_this, rhythm or Rhythm())
     return search.decide(wait=wait)
 
 
@@ -247,7 +247,11 @@ class _Search:
                     continue
                 if claim and not claim.is_same(waits_for):
                     waits_for = claim
-                    self._log_wait(claim, wait=wait)
+                    text = f"{self.label}: {claim.who} trains it since {claim.since}"
+                    if not wait:
+                        way_out = "set runtime.wait to true to wait for its result"
+                        raise RegistryError(f"{text}; {way_out}, or try again later")
+                    logger.info(f"{text}; waiting for its result (Ctrl-C leaves)")
             time.sleep(self._rhythm.poll_seconds)
         if waits_for:
             waited = time.monotonic() - begin
@@ -262,22 +266,19 @@ class _Search:
             except (RegistryError, RecipeError) as error:
                 logger.warning(f"{self.label}: not looked up in {library.place}: {error}")
                 continue
-            if record is not None and record.details is not None:
+            if record and record.details:
+                run = f"finished run {record.run.run_id[:8]} of {record.details.host}"
                 where = f" ({library.place})" if number else ""
-                run = f"finished run {record.run.run_id[:8]} of {record.details.host}{where}"
-                line = f"{self.label}: {run} is reused"
+                line = f"{self.label}: {run}{where} is reused"
                 return Decision(line=line, record=record, library=library)
         return None
 
     def _whole_run(self, library: Library) -> Record | None:
         """Return the run that stands for the key, as `canonical` chooses, among the whole ones."""
         runs = [r for r in library.matching(self._key) if r.run.status == "FINISHED"]
-        for record in sorted(runs, key=lambda record: record.reproduction_of is not None):
-            if record.key == self._key and record.run.run_id not in self._not_this:
-                whole = library.with_details(record)
-                if whole.is_whole:
-                    return whole
-        return None
+        runs = [r for r in runs if r.run.run_id not in self._not_this]
+        runs.sort(key=lambda record: record.reproduction_of is not None)
+        return next((r for r in map(library.with_details, runs) if r.is_whole), None)
 
     def _death_of(self, claim: Claim) -> str | None:
         """Return why the claim, as just read, counts as dead, or None.
@@ -314,14 +315,6 @@ class _Search:
         won = self._claims.make(claim) and claim.is_same(newest(self._claims, self._key))
         return HeldClaim(self._claims, claim, self._rhythm) if won else None
 
-    def _log_wait(self, claim: Claim, *, wait: bool) -> None:
-        text = f"{self.label}: {claim.who} trains it since {claim.since}"
-        if not wait:
-            raise RegistryError(
-                f"{text}; set runtime.wait to true to wait for its result, or try again later"
-            )
-        logger.info(f"{text}; waiting for its result (Ctrl-C leaves)")
-
     def _won(self, held: HeldClaim, before: Claim | None, death: str | None) -> Decision:
         """Decide for the winner of a claim: train, unless a run was finished just before."""
         if found := self.find_run():
@@ -330,18 +323,16 @@ class _Search:
                 held.finish(found.record.run.run_id)
             return found
         number = held.claim.generation
+        then = f"trained here as generation {number}"
         if before is None:
             why = "no run of this key: trained here"
         elif death:
             why = f"claim of {before.who} was dead ({death}): taken over as generation {number}"
         elif before.state == "failed":
-            why = f"training by {before.who} failed: trained here as generation {number}"
+            why = f"training by {before.who} failed: {then}"
         else:
             run = f"run {before.run_id[:8]}" if before.run_id else "the run"
-            why = (
-                f"{run} of {before.who} is finished but not there, or damaged:"
-                f" trained here as generation {number}"
-            )
+            why = f"{run} of {before.who} is finished but not there, or damaged: {then}"
         line = f"{self.label}: {why}"
         return Decision(line=line, claim=held, superseded=self._left_running(number))
 

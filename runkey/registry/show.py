@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from runkey.identity.key import older_rule
@@ -121,10 +122,12 @@ at a NO-BREAK SPACE."""
 def describe(
     record: Record, status: str, others: Sequence[Record], page: str, *, every_param: bool
 ) -> Iterator[Row]:
-    """Yield what is known of a run, as rows; without `every_param` only the changed parameters."""
+    """Yield what is known of a run, as rows; without `every_param` only the changed parameters.
+
+    Rows without a text are not shown.
+    """
     run, details = record.run, record.details
-    yield "key", record.key
-    yield from _titled("", [older_rule(record.key)])
+    yield from _titled("key", [record.key, older_rule(record.key)])
     yield "parts", _listed(f"{name} {one[:_PART_DIGITS]}" for name, one in run.parts.items())
     yield "status", _status(run, status)
     yield "name", run.name
@@ -134,8 +137,8 @@ def describe(
         times = "once" if run.resumed == 1 else f"{run.resumed} times"
         yield "resumed", f"{times}, after {run.tags.get(RESUMED_AFTER, '?')}"
     # Why it was trained, and who reused its result last.
-    for label, tag in (("decision", "decision"), ("last reuse", "reused")):
-        yield from _titled(label, [run.tags.get(tag)])
+    yield "decision", run.tags.get("decision", "")
+    yield "last reuse", run.tags.get("reused", "")
     hints = (json.loads(run.tags[tag]) for tag in sorted(run.tags) if tag.startswith(HINT))
     yield from _titled("hints", (f"{hint.get('seen')}; {hint.get('change')}" for hint in hints))
     yield from _metrics(run.metrics)
@@ -145,7 +148,7 @@ def describe(
     yield from _files(details)
     yield "MLflow run", f"{run.run_id} in experiment {run.experiment_id}"
     yield "artifacts", run.artifact_uri
-    yield from _titled("page", [page])
+    yield "page", page
 
 
 def _status(run: LoggedRun, status: str) -> str:
@@ -162,17 +165,13 @@ def _time(milliseconds: float, form: str = "%Y-%m-%d %H:%M:%S") -> str:
 def _metrics(metrics: Mapping[str, float]) -> Iterator[Row]:
     """Yield a row for each group, `eval` first, and in each the AP first."""
 
-    def group(name: str) -> str:
-        return name.rpartition("/")[0]
+    def order(parts: tuple[str, str]) -> tuple[int, str, int, str]:
+        head, leaf = parts
+        return (*_GROUPS, head).index(head), head, (*_FIRST, leaf).index(leaf), leaf
 
-    def order(name: str) -> tuple[Any, ...]:
-        head, leaf = group(name), name.rpartition("/")[2]
-        place = _GROUPS.index(head) if head in _GROUPS else len(_GROUPS)
-        first = _FIRST.index(leaf) if leaf in _FIRST else len(_FIRST)
-        return place, head, first, leaf
-
-    for head, names in groupby(sorted(metrics, key=order), key=group):
-        values = (f"{n.rpartition('/')[2]} {_short(metrics[n])}" for n in names)
+    names = {_split(name): name for name in metrics}
+    for head, group in groupby(sorted(names, key=order), key=itemgetter(0)):
+        values = (f"{parts[1]} {_short(metrics[names[parts]])}" for parts in group)
         yield head or "metrics", _listed(values)
 
 
@@ -186,15 +185,14 @@ def _params(run: LoggedRun, *, every_param: bool) -> Iterator[Row]:
         return
     from runkey.params import changed_params  # 0.4 s, which `runkey list` saves
 
-    shown = values if every_param else changed_params(values)
     if every_param:
         yield "parameters", f"{len(values)}"
-        yield from (("", f"{name} = {value}") for name, value in sorted(shown.items()))
+        yield from (("", f"{name} = {value}") for name, value in sorted(values.items()))
         return
+    shown = sorted(changed_params(values).items())
     note = f"of which {len(shown)} are not the default (--all shows them all)"
     yield "parameters", f"{len(values)}, {note}"
-    if shown:
-        yield "", _listed(f"{name}={_unbroken(value)}" for name, value in sorted(shown.items()))
+    yield "", _listed(f"{name}={value}" for name, value in shown)
 
 
 def _environment(details: Details) -> Iterator[Row]:
@@ -210,16 +208,11 @@ def _environment(details: Details) -> Iterator[Row]:
     yield "", str(ran.get("interpreter", ""))
     yield from _titled("packages", ran.get("package_differences") or ["as locked"])
     yield from _titled("undeclared", ran.get("undeclared_files") or ())
-    commit = ran.get("commit")
-    if commit:
+    if commit := ran.get("commit"):
         state = "with changes that were not committed" if ran.get("dirty") else "as committed"
         yield "commit", f"{commit} {state}"
-    if details.snapshot is None:
-        yield "snapshot", "none: it did not run in a git repository"
-    elif details.snapshot == commit:
-        yield "snapshot", "the commit itself"
-    else:
-        yield "snapshot", details.snapshot
+    same = "the commit itself" if details.snapshot == commit else details.snapshot
+    yield "snapshot", same or "none: it did not run in a git repository"
     yield from _titled("reproduced", (_outcome(outcome) for outcome in details.outcomes))
 
 
@@ -247,15 +240,16 @@ def _others(others: Sequence[Record]) -> Iterator[Row]:
 def _files(details: Details | None) -> Iterator[Row]:
     if details is None or not details.files:
         return
-    total = sum(file.size for file in details.files.values())
-    yield "files", f"{len(details.files)}, {format_bytes(total)}"
-    paths = sorted(details.files, key=lambda path: (path.rpartition("/")[0], path))
-    for folder, inside in groupby(paths, key=lambda path: path.rpartition("/")[0]):
-        items = (
-            f"{p.rpartition('/')[2]} {_unbroken(format_bytes(details.files[p].size))}"
-            for p in inside
-        )
+    sizes = {_split(path): file.size for path, file in details.files.items()}
+    yield "files", f"{len(sizes)}, {format_bytes(sum(sizes.values()))}"
+    for folder, inside in groupby(sorted(sizes), key=itemgetter(0)):
+        items = (f"{parts[1]} {format_bytes(sizes[parts])}" for parts in inside)
         yield "", f"{folder + '/: ' if folder else ''}{_listed(items)}"
+
+
+def _split(path: str) -> tuple[str, str]:
+    folder, _, name = path.rpartition("/")
+    return folder, name
 
 
 def _titled(label: str, items: Iterable[object]) -> Iterator[Row]:
@@ -264,12 +258,6 @@ def _titled(label: str, items: Iterable[object]) -> Iterator[Row]:
         yield ("" if index else label), str(item)
 
 
-_NO_BREAK = "\N{NO-BREAK SPACE}"
-
-
-def _unbroken(value: str) -> str:
-    return value.replace(" ", _NO_BREAK)
-
-
 def _listed(items: Iterable[object]) -> str:
-    return ", ".join(_unbroken(str(item)) for item in items)
+    """Join items; no line ends in the middle of one."""
+    return ", ".join(str(item).replace(" ", "\N{NO-BREAK SPACE}") for item in items)
