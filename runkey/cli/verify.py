@@ -25,8 +25,7 @@ from runkey.identity.key import ANY_KEY
 from runkey.identity.record import Record, this_host
 from runkey.identity.record_cache import update_record
 from runkey.progress import each, log_to_terminal
-from runkey.registry.library import find_run, open_library
-from runkey.registry.mlflow_runs import run_reader
+from runkey.registry.library import find_run, open_library, run_reader
 
 if TYPE_CHECKING:
     from runkey.registry.reproduce import RunComparison

@@ -1,24 +1,27 @@
 """The runs of a store: a local one's, read from its cache; a server's, asked over REST.
 
 Both classes answer the same questions.  The cache is `runkey.identity.record_cache`; of a server's
-runs it holds those whose details were read.
+runs it holds those whose details were read.  `run_reader` reads runs as MLflow has them now, also
+without importing MLflow.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import re
+import sqlite3
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from sqlite3 import Connection
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from runkey import paths
 from runkey.errors import RegistryError, RunkeyError
@@ -32,7 +35,7 @@ from runkey.identity.record_cache import (
     rebuild,
     update_record,
 )
-from runkey.registry.mlflow_runs import SQLITE, all_runs, run_from_json
+from runkey.progress import each
 from runkey.registry.query import (
     RUN,
     Field,
@@ -44,9 +47,11 @@ from runkey.registry.query import (
     order_by,
     value_of,
 )
-from runkey.registry.rest import RestClient, RestError, UnreachedError
+from runkey.registry.rest import AbsentError, RestClient, RestError, UnreachedError
 
 logger = logging.getLogger(__name__)
+
+SQLITE = "sqlite:///"
 
 
 class LocalLibrary:
@@ -145,7 +150,7 @@ class LocalLibrary:
         """
         if source:
             return rebuild(self.path, _complete(source.matching(ANY_KEY), source.with_details))
-        runs = (Record(run=run, details=None) for run in all_runs(self._uri))
+        runs = (Record(run=run, details=None) for run in _all_runs(self._uri))
         return rebuild(self.path, _complete(runs, self._with_artifact))
 
     def _with_artifact(self, record: Record) -> Record:
@@ -319,7 +324,7 @@ class ServerLibrary:
         }
         if question["experiment_ids"]:
             for run in self.client.pages("runs/search", question, "runs", post=True):
-                yield Record(run=run_from_json(run), details=None)
+                yield Record(run=_run_from_json(run), details=None)
 
 
 Library = LocalLibrary | ServerLibrary
@@ -414,3 +419,97 @@ def inside(record: Record, path: str) -> PurePosixPath:
     if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts:
         raise RegistryError(f"{record.label}: {path!r} is no path inside a run; it is not read")
     return pure
+
+
+# --- runs as MLflow has them now
+
+ReadRun = Callable[[str], LoggedRun | None]
+"""Returns a run by its MLflow id; None where there is none, or it was deleted. Raises RegistryError
+if the store cannot be read."""
+
+_BUSY_SECONDS = 20.0
+_RUN = (
+    "SELECT run_uuid AS run_id, experiment_id, name AS run_name, status, start_time, end_time,"
+    " artifact_uri FROM runs WHERE run_uuid = ? AND lifecycle_stage = 'active'"
+)
+_KEYED = (
+    "SELECT run_uuid FROM runs JOIN tags USING (run_uuid)"
+    " WHERE tags.key = ? AND lifecycle_stage = 'active'"
+)
+
+
+def run_reader(uri: str) -> ReadRun | None:
+    """Return a reader of a store's runs; None for a database that only MLflow itself can read."""
+    if paths.is_server(uri):
+        client = RestClient(uri)
+        return lambda run_id: _read_from_server(client, run_id)
+    if not uri.startswith(SQLITE):
+        return None
+
+    def read(run_id: str) -> LoggedRun | None:
+        with _opened(uri) as database:
+            return _read_from_sqlite(database, run_id)
+
+    return read
+
+
+def finished_runs(uri: str) -> set[str]:
+    """List the MLflow ids of all finished runs that have a key; empty if not a sqlite store."""
+    if not uri.startswith(SQLITE):
+        return set()
+    with _opened(uri) as database:
+        return {run for (run,) in database.execute(f"{_KEYED} AND status = 'FINISHED'", (KEY,))}
+
+
+def _all_runs(uri: str) -> Iterator[LoggedRun]:
+    """Yield all runs of a sqlite store that have a key, and show progress."""
+    with _opened(uri) as database:
+        for (run_id,) in each("index", database.execute(_KEYED, (KEY,)).fetchall(), "runs"):
+            if run := _read_from_sqlite(database, run_id):
+                yield run
+
+
+@contextmanager
+def _opened(uri: str) -> Iterator[Connection]:
+    """Open the database read-only; it is not created if it is not there."""
+    path = Path(uri.removeprefix(SQLITE))
+    if not path.is_file():
+        raise RegistryError(f"{path}: not found; `make repro` records the first run")
+    address = f"{path.resolve().as_uri()}?mode=ro"
+    try:
+        with closing(sqlite3.connect(address, uri=True, timeout=_BUSY_SECONDS)) as database:
+            database.row_factory = sqlite3.Row
+            yield database
+    # The latter three: a table holds something that MLflow cannot have written.
+    except (sqlite3.Error, ValueError, KeyError, TypeError) as error:
+        raise RegistryError(f"{path}: MLflow's database cannot be read ({error})") from None
+
+
+def _read_from_sqlite(database: Connection, run_id: str) -> LoggedRun | None:
+    info = database.execute(_RUN, (run_id,)).fetchone()
+    if info is None:
+        return None
+    params, tags = (
+        dict(database.execute(f"SELECT key, value FROM {table} WHERE run_uuid = ?", (run_id,)))
+        for table in ("params", "tags")
+    )
+    query = "SELECT key, value, is_nan FROM latest_metrics WHERE run_uuid = ?"
+    metrics = {n: math.nan if nan else v for n, v, nan in database.execute(query, (run_id,))}
+    return LoggedRun.from_mlflow(dict(info), params, metrics, tags)
+
+
+def _read_from_server(client: RestClient, run_id: str) -> LoggedRun | None:
+    try:
+        answer = client.get("runs/get", {"run_id": run_id})["run"]
+    except AbsentError:
+        return None
+    return None if answer["info"].get("lifecycle_stage") == "deleted" else _run_from_json(answer)
+
+
+def _run_from_json(answer: dict[str, Any]) -> LoggedRun:
+    """Return a run in an answer of the REST interface, which leaves empty texts out."""
+    params, metrics, tags = (
+        {one["key"]: one.get("value", "") for one in answer.get("data", {}).get(kind, ())}
+        for kind in ("params", "metrics", "tags")
+    )
+    return LoggedRun.from_mlflow(answer["info"], params, metrics, tags)

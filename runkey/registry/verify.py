@@ -22,8 +22,7 @@ from runkey.identity.record import DETAILS, KEY, KEY_JSON, ORIGIN, Details, Reco
 from runkey.paths import RUN_JSON
 from runkey.progress import Steps, progress
 from runkey.registry.dvc_cache import DIR, DvcCache, md5_file
-from runkey.registry.library import Library
-from runkey.registry.mlflow_runs import ReadRun, finished_runs
+from runkey.registry.library import Library, ReadRun, finished_runs
 from runkey.registry.snapshot import REFS, changed_files, has_commit, has_git, has_snapshot
 
 State = Literal["ok", "warning", "fault"]

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from runkey.registry.library import open_library
-from runkey.registry.mlflow_runs import run_reader
+from runkey.registry.library import open_library, run_reader
 from runkey.registry.rest import RestClient
 from runkey.registry.verify import Report, Sources, verify_run
 from runkey.tracking.store import (

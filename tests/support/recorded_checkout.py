@@ -24,8 +24,7 @@ from runkey.identity.record import DETAILS, Details, Record, RunEnvironment, Run
 from runkey.identity.record_cache import update_record
 from runkey.identity.syntax import RULE
 from runkey.registry.dvc_cache import md5_file
-from runkey.registry.library import LocalLibrary, open_library
-from runkey.registry.mlflow_runs import run_reader
+from runkey.registry.library import LocalLibrary, open_library, run_reader
 from runkey.registry.verify import Report, Sources, verify_run
 from runkey.tracking.store import experiment_id, locate_store, open_client
 from runkey.tracking.transfer import logged_run
