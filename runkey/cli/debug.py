@@ -66,8 +66,7 @@ def debug_step(
     print("\n".join(diagnosis.finding.lines()))
     print("  ".join(f"{name} {value:.6g}" for name, value in diagnosis.losses.items()))
     if folder is not None:
-        comparison = compare_with_log(diagnosis.losses, logged_losses(folder / LOG, number))
-        if comparison:
+        if comparison := compare_with_log(diagnosis.losses, logged_losses(folder / LOG, number)):
             print(comparison)
         print(f"replay it elsewhere: runkey debug-step {path}")
 
@@ -97,18 +96,16 @@ def _replayed(run: str, step: int | None, *, quiet: bool) -> tuple[Path, Bundle]
 
 def _folder(home: Path, key: str) -> Path:
     """The one training folder whose key begins so."""
-    beginnings = (key, *(f"{schema}-{key}" for schema in SCHEMAS))
-    found = sorted(
-        path
-        for path in home.glob(f"{ANY_SCHEMA}-*")
-        if path.is_dir() and path.name.startswith(beginnings)
-    )
-    if len(found) > 1 and (home / key).is_dir():
+    begins = (key, *(f"{schema}-{key}" for schema in SCHEMAS))
+    folders = (path for path in sorted(home.glob(f"{ANY_SCHEMA}-*")) if path.is_dir())
+    found = [path for path in folders if path.name.startswith(begins)]
+    if home / key in found:
         return home / key
     if len(found) == 1:
         return found[0]
-    several = f"several trainings: {', '.join(path.name for path in found)}"
+    if found:
+        names = ", ".join(path.name for path in found)
+        raise TrainingError(f"{home}: several trainings: {names} of key {key}")
     raise TrainingError(
-        f"{home}: {several if found else 'holds no training'} of key {key}"
-        + ("" if found else "; one that ended well leaves nothing to replay")
+        f"{home}: holds no training of key {key}; one that ended well leaves nothing to replay"
     )

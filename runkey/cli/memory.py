@@ -18,7 +18,7 @@ from runkey.units import GIB, MIB
 
 if TYPE_CHECKING:
     from runkey.memory.batch_shapes import BatchShapes
-    from runkey.memory.predict import Estimate, Prediction
+    from runkey.memory.predict import Alternative, MemoryModel, Prediction
     from runkey.params import Params
 
 
@@ -33,8 +33,6 @@ _COLUMNS = {
 """Columns of the table, and the classes of tensors in each."""
 _TITLES = {
     "checkpointing": "activation checkpointing",
-    "bf16": "bf16",
-    "fp32": "fp32",
     "smaller images": "images of 3/4 the sides",
     "grouping": "batches grouped by aspect",
     "no grouping": "batches not grouped by aspect",
@@ -63,16 +61,15 @@ def print_memory(prediction: Prediction, images: int) -> None:
     model = prediction.model
     height, width = model.shapes.worst_of(images)
     peak = prediction.peak(images)
-    for line in model.shapes.lines():
-        print(line)
+    print(*model.shapes.lines(), sep="\n")
     print(
         f"\nA training step of {images} images of {height} x {width}, {model.precision}: "
         f"{peak / GIB:.2f} GiB of tensors at the peak,\nup to {model.gpu.upper(images) / GIB:.2f}"
         f" GiB held by the allocator, and the CUDA context beside it.  {model.gpu.line}\n"
     )
     _print_breakdown(prediction, images)
-    _print_changes(prediction, images)
-    _print_cards(prediction)
+    _print_changes(model, images)
+    _print_cards(model)
 
 
 def _print_breakdown(prediction: Prediction, images: int) -> None:
@@ -80,13 +77,10 @@ def _print_breakdown(prediction: Prediction, images: int) -> None:
 
     parts = break_down(prediction.trace(images))
     print(f"Alive at the peak, MiB ({parts.phase} pass)")
-    rows = [
-        (module or "around the model", sizes)
-        for module, sizes in sorted(parts.modules.items(), key=lambda item: -sum(item[1].values()))
-    ]
-    cells = [[name, *_cells(sizes)] for name, sizes in rows]
-    cells.append(["total", *_cells(parts.classes)])
-    print_table(["", *_COLUMNS, "sum"], cells, right=[*_COLUMNS, "sum"])
+    largest_first = sorted(parts.modules.items(), key=lambda item: -sum(item[1].values()))
+    rows = [[name or "around the model", *_cells(sizes)] for name, sizes in largest_first]
+    rows.append(["total", *_cells(parts.classes)])
+    print_table(["", *_COLUMNS, "sum"], rows, right=[*_COLUMNS, "sum"])
 
 
 def _cells(sizes: Mapping[Any, int]) -> list[str]:
@@ -95,42 +89,35 @@ def _cells(sizes: Mapping[Any, int]) -> list[str]:
     return [_mib(size) for size in (*columns, sum(columns))]
 
 
-def _print_changes(prediction: Prediction, images: int) -> None:
+def _print_changes(model: MemoryModel, images: int) -> None:
     """The memory of the same micro-batch with each technique."""
-    model = prediction.model
     now = model.gpu.upper(images)
     rows = [["as it is", "", f"{now / GIB:.2f}", ""]]
     for one in model.alternatives:
         upper = one.estimate.upper(images)
-        if upper == now:
-            continue  # with one shape only, grouping changes nothing
-        cells = [_TITLES[one.name], one.change, f"{upper / GIB:.2f}", f"{upper / now - 1:+.0%}"]
-        rows.append(cells)
+        if upper != now:  # with one shape only, grouping changes nothing
+            rows.append([_title(one), one.change, f"{upper / GIB:.2f}", f"{upper / now - 1:+.0%}"])
     print(f"\nWhat changes would give, GiB at most for {images} images")
     print_table(["", "params.yaml", "GiB", "change"], rows, right=["GiB", "change"])
 
 
-def _print_cards(prediction: Prediction) -> None:
-    """The largest micro-batch on common GPUs, as it is and with each technique."""
-    from runkey.memory.choose import CARDS_GIB, cards
+def _title(alternative: Alternative) -> str:
+    return _TITLES.get(alternative.name, alternative.name)
 
-    model = prediction.model
-    kinds: list[tuple[str, Estimate]] = [("as it is", model.gpu)]
-    kinds += [
-        (_TITLES[one.name], one.estimate)
-        for one in model.alternatives
-        if one.estimate.upper_bytes != model.gpu.upper_bytes
-    ]
+
+def _print_cards(model: MemoryModel) -> None:
+    """The largest micro-batch on common GPUs, as it is and with each technique."""
+    from runkey.memory.choose import CARDS_GIB, MOST_IMAGES, cards
+
+    def images(count: int) -> str:
+        return f">{MOST_IMAGES}" if count >= MOST_IMAGES else str(count or "none")
+
+    others = [o for o in model.alternatives if o.estimate.upper_bytes != model.gpu.upper_bytes]
+    kinds = [("as it is", model.gpu), *((_title(one), one.estimate) for one in others)]
     names = [f"{gib} GiB" for gib in CARDS_GIB]
-    rows = [[name, *(_images(card.images) for card in cards(kind))] for name, kind in kinds]
+    rows = [[name, *(images(card.images) for card in cards(kind))] for name, kind in kinds]
     print("\nThe largest micro-batch on a GPU of")
     print_table(["", *names], rows, right=names)
-
-
-def _images(count: int) -> str:
-    from runkey.memory.choose import MOST_IMAGES
-
-    return f">{MOST_IMAGES}" if count >= MOST_IMAGES else str(count or "none")
 
 
 def _mib(size: int) -> str:

@@ -73,12 +73,20 @@ def print_json(value: Any) -> None:
     print(json.dumps(json_safe(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def print_answer(value: Any, text: str, *, as_json: bool) -> None:
-    """Print the value as JSON, or else the text."""
+Line = str | tuple[str, str]
+"""A line, or a label and a text that is wrapped beside it."""
+
+
+def print_answer(value: Any, *lines: Line, as_json: bool) -> None:
+    """Print the value as JSON, or else the lines."""
     if as_json:
         print_json(value)
-    else:
-        print(text)
+        return
+    for line in lines:
+        if isinstance(line, str):
+            print(line)
+        else:
+            print_beside(*line)
 
 
 def answer_no() -> NoReturn:

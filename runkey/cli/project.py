@@ -20,12 +20,14 @@ from runkey.cli.output import (
     Key,
     answer_no,
     library,
+    print_answer,
     print_beside,
     print_json,
     workspace,
 )
 from runkey.errors import DataError, ParamsError
-from runkey.identity.key import short_key
+from runkey.identity.key import explain as lines_of
+from runkey.identity.key import make_recipe, short_key
 from runkey.registry.library import find_run
 
 if TYPE_CHECKING:
@@ -57,10 +59,8 @@ def preset(
 
     if not name:
         about = {known: _about(render.describe_preset(known)) for known in render.preset_files()}
-        if as_json:
-            print_json(about)
-        for known, text in () if as_json else about.items():
-            print(f"{known:<16} {text}")
+        lines = (f"{known:<16} {text}" for known, text in about.items())
+        print_answer(about, *lines, as_json=as_json)
         return
     new = render.render_preset(name)
     # The repository's, or a new one in a folder with stages/.
@@ -74,12 +74,9 @@ def preset(
                 " overwrite them"
             )
         target.write_text(new, encoding="utf-8", newline="\n")
-    if as_json:
-        print_json({"preset": name, "written": written})
-    elif written:
-        print(f"params.yaml is preset {name}: {_about(render.describe_preset(name))}")
-    else:
-        print(f"params.yaml is preset {name} already")
+    now = f": {_about(render.describe_preset(name))}" if written else " already"
+    answer = {"preset": name, "written": written}
+    print_answer(answer, f"params.yaml is preset {name}{now}", as_json=as_json)
 
 
 def show(
@@ -97,11 +94,8 @@ def show(
     from runkey.params import load_params
 
     values = load_params(workspace() / paths.PARAMS).flat(runtime=True)
-    if as_json:
-        print_json(values)
-        return
-    for name, value in values.items():
-        print(f"{name} = {json.dumps(value)}")
+    lines = (f"{name} = {json.dumps(value)}" for name, value in values.items())
+    print_answer(values, *lines, as_json=as_json)
 
 
 def _is_kept(text: str, target: Path) -> bool:
@@ -131,16 +125,9 @@ def key(
     as_json: AsJson = False,
 ) -> None:
     """Print the key of a stage for the working tree; nothing needs to have run."""
-    from runkey.identity.key import explain as lines_of
-    from runkey.identity.key import make_recipe
-
     recipe = make_recipe(stage, workspace())
-    if as_json:
-        print_json(recipe.as_dict())
-    elif explain:
-        print("\n".join(lines_of(recipe)))
-    else:
-        print(recipe.key)
+    lines = lines_of(recipe) if explain else [recipe.key]
+    print_answer(recipe.as_dict(), *lines, as_json=as_json)
 
 
 def sample_data(
@@ -157,12 +144,11 @@ def sample_data(
     if not _SAMPLE_MAKER.is_file():
         raise DataError(f"{_SAMPLE_MAKER}: not found; it is in runkey's repository, not in a wheel")
     counts = runpy.run_path(str(_SAMPLE_MAKER))["make_sample"](target)
-    if as_json:
-        print_json({"folder": str(target)})
-        return
-    for split, (images, balls) in counts.items():
-        print(f"{split}: {images} images, {balls} balls")
-    print(f"written to {target}/; annotations are COCO's, LICENSE.txt names the authors")
+    drawn = (
+        f"{split}: {images} images, {balls} balls" for split, (images, balls) in counts.items()
+    )
+    about = f"written to {target}/; annotations are COCO's, LICENSE.txt names the authors"
+    print_answer({"folder": str(target)}, *drawn, about, as_json=as_json)
 
 
 def summary(as_json: AsJson = False) -> None:
@@ -205,9 +191,8 @@ def _next(root: Path) -> list[tuple[str, str]]:
         params = load_params(root / paths.PARAMS).flat(runtime=True)
         hints = lasting_hints(read_log(log), params)
     changes = [f"{hint.change}   (hint: {hint.kind})" for hint in hints[:_HINTS]]
-    another = "dvc exp run -S lr=5e-4, then runkey list, make ui or dvc metrics diff"
-    first, *others = [*changes, another]
-    return [("try", first), *(("", text) for text in others)]
+    changes.append("dvc exp run -S lr=5e-4, then runkey list, make ui or dvc metrics diff")
+    return list(zip(["try", *[""] * _HINTS], changes, strict=False))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -235,10 +220,7 @@ def check(as_json: AsJson = False) -> None:
     from runkey.registry.environment import compare_environment
 
     found = compare_environment(workspace())
-    if as_json:
-        print_json(found.as_dict())
-    else:
-        print("\n".join(_env_lines(found)))
+    print_answer(found.as_dict(), *_env_lines(found), as_json=as_json)
     if not found.agrees:
         answer_no()
 
@@ -258,12 +240,13 @@ def export(
     record = find_run(library(), key)
     target = to or Path(f"{record.label}-environment")
     lock, requirements = export_environment(workspace(), record, target)
-    if as_json:
-        print_json({"key": record.key, "files": [str(lock), str(requirements)]})
-        return
-    print_beside("", f"the environment of {record.label}: {lock}, {requirements}")
-    print_beside("with conda: ", f"conda-lock install --name {record.label} {lock}")
-    print_beside("without: ", f"uv venv --python 3.12 ENV; uv pip sync --python ENV {requirements}")
+    print_answer(
+        {"key": record.key, "files": [str(lock), str(requirements)]},
+        ("", f"the environment of {record.label}: {lock}, {requirements}"),
+        ("with conda: ", f"conda-lock install --name {record.label} {lock}"),
+        ("without: ", f"uv venv --python 3.12 ENV; uv pip sync --python ENV {requirements}"),
+        as_json=as_json,
+    )
 
 
 def _env_lines(found: EnvironmentComparison) -> list[str]:

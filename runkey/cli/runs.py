@@ -116,13 +116,8 @@ def show_run(
     others = [r for r in runs.matching(record.key) if r.run.run_id != record.run.run_id]
     status = status_now(record, claims())
     if as_json:
-        print_json(
-            {
-                **record.as_dict(),
-                "status_now": status,
-                "same_key": [other.as_dict()["run"] for other in others],
-            }
-        )
+        same_key = [other.as_dict()["run"] for other in others]
+        print_json({**record.as_dict(), "status_now": status, "same_key": same_key})
         return
     page = run_page(runs.place, record.run) if place.is_server else ""
     for label, text in show.describe(record, status, others, page, every_param=every_param):
@@ -170,15 +165,11 @@ def get(
         )
     download(runs, record, files, target)
     total = sum(stored.size for stored in files.values())
-    if as_json:
-        print_json(
-            {"key": record.key, "run": record.run.run_id, "to": str(target)}
-            | {"files": {path: stored.sha256 for path, stored in files.items()}}
-        )
-        return
-    for path, stored in files.items():
-        print(f"  {format_bytes(stored.size):>9}  {target / path}")
-    print(f"{len(files)} files of {record.label}, {format_bytes(total)}, hashes verified")
+    answer = {"key": record.key, "run": record.run.run_id, "to": str(target)}
+    hashes = {"files": {path: stored.sha256 for path, stored in files.items()}}
+    lines = [f"  {format_bytes(stored.size):>9}  {target / path}" for path, stored in files.items()]
+    lines.append(f"{len(files)} files of {record.label}, {format_bytes(total)}, hashes verified")
+    print_answer(answer | hashes, *lines, as_json=as_json)
 
 
 def open_page(

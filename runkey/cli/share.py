@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from runkey import paths
-from runkey.cli.output import AsJson, Key, library, print_beside, print_json, store, workspace
+from runkey.cli.output import AsJson, Key, library, print_answer, store, workspace
 from runkey.errors import RegistryError
 from runkey.identity.key import short_key
 from runkey.paths import is_server
@@ -56,14 +56,10 @@ def export_run(
     record = find_run(here.library, key)
     done = share.export_run(record, here, file, with_data=with_data)
     packed = file.stat().st_size
-    if as_json:
-        print_json(asdict(done) | {"file": str(file), "archive_size": packed})
-        return
-    print_beside(
-        f"{short_key(done.key)}: ",
-        f"{done.files} files ({format_bytes(done.size)}) in {file}, {format_bytes(packed)};"
-        f" `runkey import {file.name}` takes it in",
-    )
+    size = f"{done.files} files ({format_bytes(done.size)}) in {file}, {format_bytes(packed)}"
+    text = f"{size}; `runkey import {file.name}` takes it in"
+    answer = asdict(done) | {"file": str(file), "archive_size": packed}
+    print_answer(answer, (f"{short_key(done.key)}: ", text), as_json=as_json)
 
 
 def import_run(
@@ -75,15 +71,10 @@ def import_run(
 
     here = _checkout()
     done = share.import_run(file, here)
-    if as_json:
-        print_json(asdict(done))
-        return
     state = "taken in as" if done.is_new else "was here already as"
-    print_beside(
-        f"{short_key(done.key)}: ",
-        f"{done.files} files ({format_bytes(done.size)}) verified, {state} MLflow run"
-        f" {done.run_id}",
-    )
+    verified = f"{done.files} files ({format_bytes(done.size)}) verified"
+    text = f"{verified}, {state} MLflow run {done.run_id}"
+    print_answer(asdict(done), (f"{short_key(done.key)}: ", text), as_json=as_json)
 
 
 def publish(
@@ -100,14 +91,11 @@ def publish(
     here, team = _checkout(), _team(remote, git_remote, server)
     record = find_run(here.library, key)
     done = share.publish(record, here, team, with_data=with_data)
-    if as_json:
-        print_json(asdict(done))
-        return
-    print(f"{short_key(done.key)}: {_STATES[done.state]}")
+    lines = _parts(done, f"sent to {done.dvc}")
     if done.state == "published from elsewhere":
-        print(f"  MLflow  run {done.run_id} on {done.server}; nothing was sent")
-        return
-    _print_parts(done, f"sent to {done.dvc}")
+        lines = [f"  MLflow  run {done.run_id} on {done.server}; nothing was sent"]
+    title = f"{short_key(done.key)}: {_STATES[done.state]}"
+    print_answer(asdict(done), title, *lines, as_json=as_json)
 
 
 def fetch(
@@ -123,11 +111,8 @@ def fetch(
     here, team = _checkout(), _team(remote, git_remote, server)
     record = find_run(team.library, key)
     done = share.fetch(record, here, team)
-    if as_json:
-        print_json(asdict(done))
-        return
-    print(f"{short_key(done.key)}: fetched; `dvc repro` restores it where the tree has this key")
-    _print_parts(done, "new here")
+    title = f"{short_key(done.key)}: fetched; `dvc repro` restores it where the tree has this key"
+    print_answer(asdict(done), title, *_parts(done, "new here"), as_json=as_json)
 
 
 _STATES = {
@@ -172,10 +157,12 @@ def _team(remote: str, git_remote: str, server: str) -> Team:
     )
 
 
-def _print_parts(done: Handed, sent: str) -> None:
-    size = format_bytes(done.size)
-    print(f"  DVC     {done.objects} objects ({size}), {done.entries} stages;", end=" ")
-    print(f"{done.new_objects} {sent}" if done.new_objects else "all were there")
+def _parts(done: Handed, sent: str) -> list[str]:
+    objects = f"{done.objects} objects ({format_bytes(done.size)}), {done.entries} stages"
+    new = f"{done.new_objects} {sent}" if done.new_objects else "all were there"
     ref = done.ref and done.ref.replace(done.key, f"{short_key(done.key)}...")
-    print(f"  git     {ref or 'no snapshot: it was trained outside git'}")
-    print(f"  MLflow  run {done.run_id}{' was there' if done.state == 'already there' else ''}")
+    return [
+        f"  DVC     {objects}; {new}",
+        f"  git     {ref or 'no snapshot: it was trained outside git'}",
+        f"  MLflow  run {done.run_id}{' was there' if done.state == 'already there' else ''}",
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,9 +13,11 @@ import typer
 from runkey.cli.output import (
     AsJson,
     Key,
+    Line,
     answer_no,
     checkout,
     library,
+    print_answer,
     print_beside,
     print_json,
     print_table,
@@ -92,9 +95,10 @@ def _record(record: Record, comparison: RunComparison, outcome: dict[str, Any]) 
 
 def _print_reproduction(record: Record, comparison: RunComparison, outcome: dict[str, Any]) -> None:
     """Print both runs side by side, and the result."""
-    rows = []
-    for path, (a, b) in comparison.files.items():
-        rows.append((path, _short(a), _short(b), _answer(a == b, "same bits")))
+    rows = [
+        (path, _short(a), _short(b), _answer(a == b, "same bits"))
+        for path, (a, b) in comparison.files.items()
+    ]
     for metric in comparison.metrics:
         near = _answer(metric.is_near, f"within {metric.tolerance:.3g}")
         text = "equal" if metric.first == metric.repeat else near
@@ -133,14 +137,9 @@ def verify(
 
     record = find_run(library(), key)
     report = verify_run(record, _sources(quick=quick))
-    if as_json:
-        print_json(report.as_dict())
-    else:
-        name = record.run.name or "without a name"
-        print_beside(f"{record.label}  ", f"{name}  (run {report.run_id})")
-        for result in report.findings:
-            _print(result)
-        print(report.summary)
+    title = (f"{record.label}  ", f"{record.run.name or 'without a name'}  (run {report.run_id})")
+    lines = [line for result in report.findings for line in _lines(result)]
+    print_answer(report.as_dict(), title, *lines, report.summary, as_json=as_json)
     if not report.is_right:
         answer_no()
 
@@ -168,14 +167,12 @@ def _verify_all(*, quick: bool, as_json: bool) -> None:
         if not as_json:
             _print_line(reports[-1])
     results = [*beside, *(result for report in reports for result in report.findings)]
-    if as_json:
-        right = all(report.is_right for report in reports) and not beside
-        dicts = [report.as_dict() for report in reports]
-        print_json({"right": right, "runs": dicts, "beside": [asdict(one) for one in beside]})
-    else:
-        for result in beside:
-            _print(result)
-        print(f"{len(reports)} runs in {runs.place}: {summarize(results)}")
+    right = all(report.is_right for report in reports) and not beside
+    dicts = [report.as_dict() for report in reports]
+    answer = {"right": right, "runs": dicts, "beside": [asdict(one) for one in beside]}
+    lines = [line for result in beside for line in _lines(result)]
+    total = f"{len(reports)} runs in {runs.place}: {summarize(results)}"
+    print_answer(answer, *lines, total, as_json=as_json)
     if any(result.state == "fault" for result in results):
         answer_no()
 
@@ -197,10 +194,10 @@ def _sources(*, quick: bool) -> Sources:
 _STATES = {"ok": "ok", "warning": "warning", "fault": "FAULT"}
 
 
-def _print(result: CheckResult) -> None:
-    print_beside(f"  {_STATES[result.state]:<7}  {result.check:<11}  ", result.text)
+def _lines(result: CheckResult) -> Iterator[Line]:
+    yield f"  {_STATES[result.state]:<7}  {result.check:<11}  ", result.text
     if result.way_out and result.state != "ok":
-        print_beside(f"  {'':<7}  {'':<11}  -> ", result.way_out)
+        yield f"  {'':<7}  {'':<11}  -> ", result.way_out
 
 
 def _print_line(report: Report) -> None:
