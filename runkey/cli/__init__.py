@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Exit, Option, Typer
 
 from runkey import __version__
 from runkey.cli import debug, memory, project, report, runs, share, store, verify
 from runkey.errors import report_errors
 from runkey.progress import WIDTH, log_to_terminal
 
-app = typer.Typer(
+app = Typer(
     name="runkey",
     help="Reproducible object detection: a pipeline, and a key for every run of it.",
     add_completion=False,
@@ -55,17 +55,17 @@ app.command("watch")(report.watch)
 def _say_version(asked: bool) -> None:
     if asked:
         print(f"runkey {__version__}")
-        raise typer.Exit
+        raise Exit
 
 
 @app.callback()
 def options(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True),
+        Option("--version", help="Print the version.", callback=_say_version, is_eager=True),
     ] = False,
     traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show the Python traceback of an error.")
+        bool, Option("--traceback", help="Show the Python traceback of an error.")
     ] = False,
 ) -> None:
     """Reproducible object detection: a pipeline, and a key for every run of it."""

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from runkey.cli import output
 from runkey.cli.output import AsJson, print_json
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 def debug_step(
     run: Annotated[
         str,
-        typer.Argument(
+        Argument(
             help="Key of a training in this checkout that has not ended well, or a bad-step-*.pt; "
             "nothing: the key of this workspace."
         ),
     ] = "",
     step: Annotated[
-        int | None, typer.Option(help="Optimizer step, from 1; nothing: the latest bad one.")
+        int | None, Option(help="Optimizer step, from 1; nothing: the latest bad one.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where the bundle goes; nothing: the training's folder.")
+        Path | None, Option(help="Where the bundle goes; nothing: the training's folder.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

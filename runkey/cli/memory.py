@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from runkey import paths
 from runkey.cli.output import AsJson, print_json, print_table, workspace
@@ -134,16 +134,16 @@ _CLASSES = 80
 def memory(
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set-param", "-S", help="NAME=VALUE instead of params.yaml's; repeatable."),
+        Option("--set-param", "-S", help="NAME=VALUE instead of params.yaml's; repeatable."),
     ] = None,
     shape: Annotated[
-        str, typer.Option(help="Padded HEIGHTxWIDTH of every batch; needs no prepared data.")
+        str, Option(help="Padded HEIGHTxWIDTH of every batch; needs no prepared data.")
     ] = "",
     batch: Annotated[
-        int, typer.Option(min=0, help="Images of a forward pass; 0: as many as fit the budget.")
+        int, Option(min=0, help="Images of a forward pass; 0: as many as fit the budget.")
     ] = 0,
     picture: Annotated[
-        Path | None, typer.Option(help="Folder for timeline.png and timeline.svg.")
+        Path | None, Option(help="Folder for timeline.png and timeline.svg.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-import typer
+from typer import Argument, Exit, Option
 
 from runkey import paths
 from runkey.errors import RunkeyError
@@ -32,8 +32,8 @@ NO = 3
 NO_BREAK = "\N{NO-BREAK SPACE}"
 """Printed by `print_beside` as a space at which no line ends."""
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Key = Annotated[str, typer.Argument(help="Prefix of a key; KEY:RUN for one of its runs.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON instead of text.")]
+Key = Annotated[str, Argument(help="Prefix of a key; KEY:RUN for one of its runs.")]
 
 
 def store() -> Store:
@@ -91,7 +91,7 @@ def print_answer(value: Any, *lines: Line, as_json: bool) -> None:
 
 def answer_no() -> NoReturn:
     """Exit with `NO`."""
-    raise typer.Exit(NO)
+    raise Exit(NO)
 
 
 def print_beside(label: str, text: str) -> None:

@@ -12,7 +12,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option, Typer
 
 from runkey import paths
 from runkey.cli.output import (
@@ -48,9 +48,9 @@ _PLACES = (
 
 
 def preset(
-    name: Annotated[str, typer.Argument(help="Name of the preset; none: list them.")] = "",
+    name: Annotated[str, Argument(help="Name of the preset; none: list them.")] = "",
     force: Annotated[
-        bool, typer.Option("--force", help="Overwrite changes that are not committed.")
+        bool, Option("--force", help="Overwrite changes that are not committed.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -82,7 +82,7 @@ def preset(
 def show(
     as_json: AsJson = False,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the reference page of all parameters instead.")
+        bool, Option("--markdown", help="Print the reference page of all parameters instead.")
     ] = False,
 ) -> None:
     """Check params.yaml; print every value, defaults filled in."""
@@ -117,10 +117,10 @@ def _about(text: str) -> str:
 
 
 def key(
-    stage: Annotated[str, typer.Argument(help="Stage of dvc.yaml.")] = "train",
+    stage: Annotated[str, Argument(help="Stage of dvc.yaml.")] = "train",
     explain: Annotated[
         bool,
-        typer.Option("--explain", help="List every file, parameter, hash and package in it."),
+        Option("--explain", help="List every file, parameter, hash and package in it."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -132,9 +132,9 @@ def key(
 
 def sample_data(
     out: Annotated[
-        Path | None, typer.Argument(help="Target folder; default: data/ of the repository.")
+        Path | None, Argument(help="Target folder; default: data/ of the repository.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite existing sample data.")] = False,
+    force: Annotated[bool, Option("--force", help="Overwrite existing sample data.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Draw the sample data, numbered balls, from scikit-learn's digits and photographs."""
@@ -205,7 +205,7 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-env = typer.Typer(help="Compare what is installed with the lock; get a run's lock.")
+env = Typer(help="Compare what is installed with the lock; get a run's lock.")
 
 
 @env.command()
@@ -230,7 +230,7 @@ def export(
     key: Key,
     to: Annotated[
         Path | None,
-        typer.Option("--to", help="Folder to write to; else one named as the key is."),
+        Option("--to", help="Folder to write to; else one named as the key is."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from runkey import paths
 from runkey.cli.output import AsJson, answer_no, library, print_answer, store, workspace
@@ -32,14 +32,14 @@ _LOG = paths.LOGS / "train.jsonl"
 def report(
     keys: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             help="Beginnings of keys; KEY:RUN for one of a key's runs; . for the last run here [.]."
         ),
     ] = None,
     to: Annotated[
-        Path | None, typer.Option("--to", help="The file [report-KEY.html].", dir_okay=False)
+        Path | None, Option("--to", help="The file [report-KEY.html].", dir_okay=False)
     ] = None,
-    browser: Annotated[bool, typer.Option("--browser", help="Open it in the web browser.")] = False,
+    browser: Annotated[bool, Option("--browser", help="Open it in the web browser.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a page about a run, or about what differs between runs; it opens offline."""
@@ -98,9 +98,7 @@ _PREFIX = re.compile(rf"(?:({ANY_SCHEMA})-)?([0-9a-f]{{4,64}})")
 
 
 def watch(
-    key: Annotated[
-        str | None, typer.Argument(help="Prefix of a key [the newest training here].")
-    ] = None,
+    key: Annotated[str | None, Argument(help="Prefix of a key [the newest training here].")] = None,
 ) -> None:
     """Follow a training: loss, AP, learning rate, gradient norm, speed, hints.
 

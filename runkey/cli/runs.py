@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from runkey.cli.output import (
     AsJson,
@@ -47,7 +47,7 @@ _LABEL = 13
 def list_runs(
     where: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--where",
             "-w",
             help="Condition: lr=5e-05, AP>0.6, status=FINISHED, name~warm, started>2026-11-01;"
@@ -56,15 +56,13 @@ def list_runs(
     ] = None,
     sort: Annotated[
         str,
-        typer.Option("--sort", "-s", help="Metric, parameter, tag, or key, name, status, seconds."),
+        Option("--sort", "-s", help="Metric, parameter, tag, or key, name, status, seconds."),
     ] = "started",
-    ascending: Annotated[
-        bool, typer.Option("--ascending", help="Smallest or oldest first.")
-    ] = False,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="Most runs; 0: all.")] = 20,
+    ascending: Annotated[bool, Option("--ascending", help="Smallest or oldest first.")] = False,
+    limit: Annotated[int, Option("--limit", "-n", min=0, help="Most runs; 0: all.")] = 20,
     columns: Annotated[
         str,
-        typer.Option(
+        Option(
             "--columns",
             "-c",
             help="Names separated by commas: key, when, status, AP, took, name, where, or any"
@@ -106,7 +104,7 @@ def list_runs(
 def show_run(
     key: Key,
     every_param: Annotated[
-        bool, typer.Option("--all", help="Show all parameters, not only the changed ones.")
+        bool, Option("--all", help="Show all parameters, not only the changed ones.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -128,14 +126,14 @@ def show_run(
 def get(
     key: Key,
     to: Annotated[
-        Path | None, typer.Option("--to", help="Folder to put them in [the short key].")
+        Path | None, Option("--to", help="Folder to put them in [the short key].")
     ] = None,
     only: Annotated[
         str,
-        typer.Option("--only", help="`all`, or a file or folder of the run, such as `model`."),
+        Option("--only", help="`all`, or a file or folder of the run, such as `model`."),
     ] = "all",
     force: Annotated[
-        bool, typer.Option("--force", help="Replace files that hold something else.")
+        bool, Option("--force", help="Replace files that hold something else.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -173,13 +171,11 @@ def get(
 
 
 def open_page(
-    keys: Annotated[
-        list[str], typer.Argument(help="Prefixes of keys; KEY:RUN for one of a key's runs.")
-    ],
+    keys: Annotated[list[str], Argument(help="Prefixes of keys; KEY:RUN for one of a key's runs.")],
     port: Annotated[
-        int, typer.Option("--port", min=1, max=65535, help="Port of `make ui` for a local store.")
+        int, Option("--port", min=1, max=65535, help="Port of `make ui` for a local store.")
     ] = 5000,
-    browser: Annotated[bool, typer.Option("--browser", help="Open it in the web browser.")] = False,
+    browser: Annotated[bool, Option("--browser", help="Open it in the web browser.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print the address of a run's MLflow page; of several runs, of their comparison."""
@@ -359,16 +355,14 @@ _HELP = "Prefix of a key; KEY:RUN for one of its runs; . for the tree as it stan
 
 
 def diff(
-    a: Annotated[str, typer.Argument(help=_HELP)],
-    b: Annotated[str, typer.Argument(help=_HELP)],
-    patch: Annotated[
-        bool, typer.Option("--patch", help="Print the lines of code that differ.")
-    ] = False,
+    a: Annotated[str, Argument(help=_HELP)],
+    b: Annotated[str, Argument(help=_HELP)],
+    patch: Annotated[bool, Option("--patch", help="Print the lines of code that differ.")] = False,
     all_names: Annotated[
-        bool, typer.Option("--all", help="Print every name, not the first 10 of each kind.")
+        bool, Option("--all", help="Print every name, not the first 10 of each kind.")
     ] = False,
     exit_code: Annotated[
-        bool, typer.Option("--exit-code", help="End with 3 if the keys differ.")
+        bool, Option("--exit-code", help="End with 3 if the keys differ.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from runkey import paths
 from runkey.cli.output import AsJson, Key, library, print_answer, store, workspace
@@ -23,27 +23,25 @@ if TYPE_CHECKING:
 
 Server = Annotated[
     str,
-    typer.Option(
+    Option(
         "--server",
         help="MLflow server of the team; default: runtime.team_server of params.yaml, else"
         " MLFLOW_TRACKING_URI.",
     ),
 ]
-Remote = Annotated[
-    str, typer.Option("--remote", help="DVC remote; default: DVC's own (core.remote).")
-]
-GitRemote = Annotated[str, typer.Option("--git-remote", help="git remote for the snapshot.")]
+Remote = Annotated[str, Option("--remote", help="DVC remote; default: DVC's own (core.remote).")]
+GitRemote = Annotated[str, Option("--git-remote", help="git remote for the snapshot.")]
 WithData = Annotated[
-    bool, typer.Option("--with-data", help="The raw data too, which data.dvc has a remote for.")
+    bool, Option("--with-data", help="The raw data too, which data.dvc has a remote for.")
 ]
 
 
 def export_run(
     key: Key,
-    file: Annotated[Path, typer.Argument(help="Archive to write, such as run.zip.")],
+    file: Annotated[Path, Argument(help="Archive to write, such as run.zip.")],
     with_data: WithData = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Write over a file that is there already.")
+        bool, Option("--force", help="Write over a file that is there already.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -63,7 +61,7 @@ def export_run(
 
 
 def import_run(
-    file: Annotated[Path, typer.Argument(help="Archive that `runkey export` wrote.")],
+    file: Annotated[Path, Argument(help="Archive that `runkey export` wrote.")],
     as_json: AsJson = False,
 ) -> None:
     """Import a run from a file, all of it checked; `dvc repro` then restores it."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from runkey import paths
 from runkey.cli.output import (
@@ -43,10 +43,10 @@ _ONLY_HERE = "runs and claims are on {place}, which gc leaves alone; this is abo
 
 
 def gc(
-    apply: Annotated[bool, typer.Option("--apply", help="Delete what is listed.")] = False,
+    apply: Annotated[bool, Option("--apply", help="Delete what is listed.")] = False,
     older_than: Annotated[
         float,
-        typer.Option(
+        Option(
             "--older-than", min=0, metavar="DAYS", help="Only what ended or changed so long ago."
         ),
     ] = 0.0,
@@ -164,7 +164,7 @@ def replay(key: Key, as_json: AsJson = False) -> None:
 
 def ui(
     port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="Local port; 0: any free one.")
+        int, Option("--port", min=0, max=65535, help="Local port; 0: any free one.")
     ] = 0,
 ) -> None:
     """Serve MLflow's pages on the store until Ctrl-C, and print their addresses."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, BadParameter, Option
 
 from runkey.cli.output import (
     AsJson,
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 def reproduce(
     key: Key,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Leave the worktree that it was trained in.")
+        bool, Option("--keep", help="Leave the worktree that it was trained in.")
     ] = False,
     any_environment: Annotated[
         bool,
-        typer.Option("--any-environment", help="Go on where packages are not as locked then."),
+        Option("--any-environment", help="Go on where packages are not as locked then."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -120,16 +120,14 @@ def _short(value: Any) -> str:
 
 
 def verify(
-    key: Annotated[str, typer.Argument(help="Prefix of a key; KEY:RUN for one of its runs.")] = "",
-    every: Annotated[bool, typer.Option("--all", help="Verify all runs, a line each.")] = False,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Do not hash: presence and sizes only.")
-    ] = False,
+    key: Annotated[str, Argument(help="Prefix of a key; KEY:RUN for one of its runs.")] = "",
+    every: Annotated[bool, Option("--all", help="Verify all runs, a line each.")] = False,
+    quick: Annotated[bool, Option("--quick", help="Do not hash: presence and sizes only.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Hash a run's files again; check MLflow run, snapshot, DVC entry, environment."""
     if bool(key) == every:
-        raise typer.BadParameter("give one KEY, or --all")
+        raise BadParameter("give one KEY, or --all")
     if every:
         _verify_all(quick=quick, as_json=as_json)
         return

@@ -50,11 +50,7 @@ class Owner(Process):
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Self:
-        """Return the owner that `asdict` gave.
-
-        Raises:
-            ValueError: fields are missing or of another type.
-        """
+        """Return the owner that `asdict` gave; ValueError if fields are missing or wrong."""
         try:
             owner = cls(**stored)
         except TypeError as error:

@@ -135,11 +135,7 @@ def run_side(library: Library, address: str, root: Path) -> Side:
 
 
 def tree_side(workspace: Path) -> Side:
-    """Read the working tree, with the key that a training of it would have.
-
-    Raises:
-        RecipeError, ParamsError, LockError: see `make_recipe`.
-    """
+    """Read the working tree, with the key that a training of it has; raises as `make_recipe`."""
     recipe = make_recipe("train", workspace)
     images, notes = None, list[str]()
 

@@ -83,10 +83,7 @@ class LocalLibrary:
     def matching(self, prefix: str) -> list[Record]:
         """Return the runs whose key begins with `prefix` (with `rk2-`), oldest first.
 
-        A server's come without details.
-
-        Raises:
-            RegistryError: the store cannot be read.
+        A server's come without details. RegistryError if the store cannot be read.
         """
         bounds = (prefix, f"{prefix}~")
         return self._ask(lambda data: sorted(self._read(data, _IN_BOUNDS, *bounds), key=age))
@@ -105,11 +102,7 @@ class LocalLibrary:
         return record
 
     def open_file(self, record: Record, path: str) -> AbstractContextManager[BinaryIO]:
-        """Open an artifact of the run for reading.
-
-        Raises:
-            RegistryError: it is not there; the text names the file and the run.
-        """
+        """Open an artifact for reading; RegistryError, with file and run, if it is not there."""
         try:
             return self.path_of(record, path).open("rb")
         except OSError as error:
@@ -387,9 +380,9 @@ def find_run(library: Library, address: str) -> Record:
 
 
 def canonical(runs: list[Record]) -> Record:
-    """Return the run that stands for a key: the oldest finished original, else the newest run.
+    """Return which of a key's runs (oldest first) stands for it: the oldest finished original one.
 
-    `runs` are all of the key, at least one, oldest first.
+    Without one it is a finished reproduction, else the newest run.
     """
     finished = [record for record in runs if record.run.status == "FINISHED"]
     own = [record for record in finished if not record.reproduction_of]
@@ -400,21 +393,14 @@ _KNOWN = 10
 
 
 def known_runs(library: Library, names: Iterable[str]) -> list[LoggedRun]:
-    """Return the newest runs, to look up names of metrics, parameters and tags in.
-
-    Empty if the meaning of all `names` is fixed.
-    """
+    """Return the newest runs, to look up `names` in; none if the meaning of all is fixed."""
     if all(fixed_field(name) for name in names):
         return []
     return [record.run for record in library.find(Query(limit=_KNOWN))]
 
 
 def inside(record: Record, path: str) -> PurePosixPath:
-    """Return an artifact's path, which may come from a foreign archive.
-
-    Raises:
-        RegistryError: it leads out of the run's folder.
-    """
+    """Return an artifact's path; RegistryError if it leads out of the run's folder."""
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts:
         raise RegistryError(f"{record.label}: {path!r} is no path inside a run; it is not read")

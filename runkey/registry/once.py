@@ -71,13 +71,10 @@ class HeldClaim:
                 self._try_to_write(run_id=run_id)
 
     def check(self) -> None:
-        """Raise if another process took the key over; cheap enough for every step.
+        """Raise RegistryError if another process took the key over; cheap enough for every step.
 
         It reads the claim itself only after a pause in which others may have taken over (the
         process was stopped, the machine slept); else the writing thread does.
-
-        Raises:
-            RegistryError: another process took over; the text says which.
         """
         # A server that does not answer blocks the writing thread, and must not block training.
         late = _clock() - self._looked > self._rhythm.dead_after / 2
@@ -94,11 +91,7 @@ class HeldClaim:
             )
 
     def finish(self, run_id: str | None = None) -> None:
-        """Mark the key as trained; the run must be recorded whole by now.
-
-        Raises:
-            RegistryError: another process took over.
-        """
+        """Mark the key as trained, the run being recorded whole; raises as `check` does."""
         with self._writing:
             self._try_to_write()  # it reads who holds the newest claim
             self.check()

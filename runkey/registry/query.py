@@ -176,11 +176,7 @@ def fixed_field(name: str) -> Field | None:
 
 
 def parse_condition(text: str, known: Sequence[LoggedRun]) -> Condition:
-    """Parse a typed condition: `lr=5e-05`, `eval/AP>0.6`, `status=FINISHED`, `name~warm`.
-
-    Raises:
-        RegistryError: it is not a condition; the text shows one.
-    """
+    """Parse a condition such as `lr=5e-05`, `eval/AP>0.6`, `name~warm`; RegistryError if none."""
     name, comparison, value = split_condition(text)
     field = find_field(name, known)
     if field.kind == "run" and field.name in _TIMES:

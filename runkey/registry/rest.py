@@ -202,9 +202,7 @@ def list_page(client: RestClient, server: str, experiment: str, view: str) -> st
     """Return the page that lists an experiment's runs, in a shared view of its columns.
 
     Without such an experiment it is the start page; without such a view the columns are MLflow's.
-
-    Raises:
-        RegistryError: the server does not answer, or refuses.
+    RegistryError if the server does not answer, or refuses.
     """
     try:
         found = client.get("experiments/get-by-name", {"experiment_name": experiment})["experiment"]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
@@ -90,9 +90,6 @@ class Team:
     runs: Runs
 
 
-# export and import
-
-
 @dataclass(frozen=True)
 class Carried:
     """The result of an export or import."""
@@ -160,19 +157,16 @@ def import_run(file: Path, here: Checkout) -> Carried:
     return Carried(index.key, run_id, len(index.members), index.size, is_new)
 
 
-# publish and fetch
-
-
-@dataclass(frozen=True)
+@dataclass
 class Handed:
     """The result of publishing or fetching a run."""
 
     key: str
-    run_id: str
+    run_id: str = ""
     """MLflow id of the run at its target."""
-    state: Literal["new", "already there", "published from elsewhere"]
+    state: Literal["new", "already there", "published from elsewhere"] = "new"
     """Of the MLflow run at the target."""
-    server: str
+    server: str = ""
     dvc: str = ""
     """Address of the DVC remote."""
     objects: int = 0
@@ -192,33 +186,37 @@ def publish(record: Record, here: Checkout, team: Team, *, with_data: bool = Fal
 
     Nothing is sent before all three places have answered.
     """
-    details, key, cache = _whole(record), record.key, DvcCache(here.root)
+    details, cache = _whole(record), DvcCache(here.root)
     part = collect(cache, details.pointer_md5, record.label, with_data=with_data)
-    done = replace(_handed(record, part, team), dvc=team.dvc.check())
+    done = _handed(record, part, team)
+    done.dvc = team.dvc.check()
     if details.snapshot:
         check_remote(here.root, team.git)
-    published = _finished(team.library, key)
+    published = _finished(team.library, record.key)
     there = _copy_of(published, _origin(record))
     other = next((run for run in published if not run.reproduction_of), None)
     if other and not there and not record.reproduction_of:
-        return replace(done, run_id=other.run.run_id, state="published from elsewhere", ref=None)
+        done.run_id, done.state, done.ref = other.run.run_id, "published from elsewhere", None
+        return done
     with staging(here.home, "publish") as folder, progress("publish", 3, "parts") as steps:
         steps.advance(0, f"{len(part.objects)} objects to DVC")
-        done = replace(done, new_objects=team.dvc.push(part.objects, part.entries))
+        done.new_objects = team.dvc.push(part.objects, part.entries)
         steps.advance(1, "snapshot to git")
         if details.snapshot:
-            is_new = push_snapshot(here.root, team.git, key, details.snapshot)
-            done = replace(done, new_ref=is_new)
+            done.new_ref = push_snapshot(here.root, team.git, record.key, details.snapshot)
         steps.advance(1, "run to MLflow")
-        if there and _is_published(there, team.library):
-            return replace(done, run_id=there.run.run_id, state="already there")
         (folder / FILE).write_text(part.as_json(), encoding="utf-8")
-        if there:  # it was recorded on the server in the first place
-            team.runs.add(there.run.run_id, folder / FILE)
-            return replace(done, run_id=there.run.run_id)
-        package = read_run(here.runs, record, folder, record.label)
-        (folder / FILE).replace(package.files / FILE)
-        return replace(done, run_id=team.runs.write(package.run).run_id)
+        if not there:
+            package = read_run(here.runs, record, folder, record.label)
+            (folder / FILE).replace(package.files / FILE)
+            done.run_id = team.runs.write(package.run).run_id
+            return done
+        done.run_id = there.run.run_id
+        if _is_published(there, team.library):
+            done.state = "already there"
+        else:  # it was recorded on the server in the first place
+            team.runs.add(done.run_id, folder / FILE)
+    return done
 
 
 def fetch(record: Record, here: Checkout, team: Team) -> Handed:
@@ -246,19 +244,17 @@ def fetch(record: Record, here: Checkout, team: Team) -> Handed:
         steps.advance(1, "snapshot from git")
         if oid := package.details.snapshot:
             fetch_snapshot(here.root, team.git, record.key, oid, team.git)
-        run_id, is_new = _put_in_place(package, part, path_of, here)
-    done = _handed(record, part, team)
-    state: Literal["new", "already there"] = "new" if is_new else "already there"
-    return replace(done, run_id=run_id, state=state, new_objects=len(wanted))
+        done = _handed(record, part, team)
+        done.run_id, is_new = _put_in_place(package, part, path_of, here)
+    done.state, done.new_objects = "new" if is_new else "already there", len(wanted)
+    return done
 
 
 def _handed(record: Record, part: DvcPart, team: Team) -> Handed:
     oid = record.details.snapshot if record.details else None
     return Handed(
         record.key,
-        "",
-        "new",
-        team.library.place,
+        server=team.library.place,
         objects=len(part.objects),
         size=part.size,
         entries=len(part.entries),
@@ -268,13 +264,13 @@ def _handed(record: Record, part: DvcPart, team: Team) -> Handed:
 
 def _whole(record: Record) -> Details:
     """The details of a run that can be shared."""
-    if record.details is None or not record.is_whole:
-        raise RegistryError(
-            f"{record.label}: run {record.run.run_id} is {record.run.status}"
-            f"{'' if record.details else ' and has no record.json'}; only a finished run that was"
-            " recorded whole can be handed on"
-        )
-    return record.details
+    if record.is_whole and record.details:
+        return record.details
+    lacks = "" if record.details else " and has no record.json"
+    raise RegistryError(
+        f"{record.label}: run {record.run.run_id} is {record.run.status}{lacks}; only a finished"
+        " run that was recorded whole can be handed on"
+    )
 
 
 def _put_in_place(

@@ -32,8 +32,7 @@ def table(
 ) -> dict[str, list[str]]:
     """Return the texts of the runs in each column; `states` holds the current status by run id.
 
-    Raises:
-        RegistryError: no run has a value of a column's name.
+    RegistryError if no run has a value of a column's name.
     """
     known = [record.run for record in records]
     times_seen = Counter(record.key for record in records)
