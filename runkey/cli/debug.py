@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from runkey.cli import output
-from runkey.cli.output import AsJson, print_json
+from runkey import paths
+from runkey.cli.output import AsJson, print_json, store, trainings, workspace
 from runkey.errors import TrainingError
-from runkey.identity.key import ANY_SCHEMA, SCHEMAS
+from runkey.identity.key import make_recipe
 from runkey.progress import log_to_terminal
 
 logger = logging.getLogger(__name__)
@@ -73,15 +73,13 @@ def debug_step(
 
 def _replayed(run: str, step: int | None, *, quiet: bool) -> tuple[Path, Bundle]:
     """Replay a training of this checkout up to a step; return its folder, and that step."""
-    from runkey import paths
-    from runkey.identity.key import make_recipe
     from runkey.params import load_params
     from runkey.training.debug import bad_steps, build_bundle
 
-    root, home = output.workspace(), output.store().home
+    root = workspace()
     params = load_params(root / paths.PARAMS)
     own = make_recipe("train", root, params).key
-    folder = _folder(home, run or own)
+    folder = _folder(run or own)
     key = folder.name.partition("-repeats-")[0]
     if not quiet:
         log_to_terminal()
@@ -94,11 +92,9 @@ def _replayed(run: str, step: int | None, *, quiet: bool) -> tuple[Path, Bundle]
     return folder, build_bundle(folder, step, key=key, params=params, root=root)
 
 
-def _folder(home: Path, key: str) -> Path:
+def _folder(key: str) -> Path:
     """The one training folder whose key begins so."""
-    begins = (key, *(f"{schema}-{key}" for schema in SCHEMAS))
-    folders = (path for path in sorted(home.glob(f"{ANY_SCHEMA}-*")) if path.is_dir())
-    found = [path for path in folders if path.name.startswith(begins)]
+    home, found = store().home, trainings(key)
     if home / key in found:
         return home / key
     if len(found) == 1:

@@ -19,6 +19,7 @@ from typer import Argument, Exit, Option
 from runkey import paths
 from runkey.errors import RunkeyError
 from runkey.files import json_safe
+from runkey.identity.key import ANY_SCHEMA, SCHEMAS
 from runkey.progress import WIDTH
 from runkey.registry.claims import Claims, open_claims
 from runkey.registry.library import Library, open_library
@@ -68,6 +69,13 @@ def claims() -> Claims:
     return open_claims(place.uri, place.home)
 
 
+def trainings(key: str) -> list[Path]:
+    """Return the folders beside that store of trainings whose key begins so, `rk2-` or not."""
+    begins = (key, *(f"{schema}-{key}" for schema in SCHEMAS))
+    folders = sorted(store().home.glob(f"{ANY_SCHEMA}-*/"))
+    return [folder for folder in folders if folder.name.startswith(begins)]
+
+
 def print_json(value: Any) -> None:
     """Print indented JSON; numbers that JSON lacks (nan, inf) become strings."""
     print(json.dumps(json_safe(value), indent=2, ensure_ascii=False, allow_nan=False))
@@ -77,16 +85,17 @@ Line = str | tuple[str, str]
 """A line, or a label and a text that is wrapped beside it."""
 
 
-def print_answer(value: Any, *lines: Line, as_json: bool) -> None:
-    """Print the value as JSON, or else the lines."""
+def print_answer(value: Any, *lines: Line, as_json: bool, yes: bool = True) -> None:
+    """Print the value as JSON, or else the lines; exit with `NO` unless the answer is yes."""
     if as_json:
         print_json(value)
-        return
-    for line in lines:
+    for line in () if as_json else lines:
         if isinstance(line, str):
             print(line)
         else:
             print_beside(*line)
+    if not yes:
+        answer_no()
 
 
 def answer_no() -> NoReturn:

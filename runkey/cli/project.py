@@ -18,7 +18,6 @@ from runkey import paths
 from runkey.cli.output import (
     AsJson,
     Key,
-    answer_no,
     library,
     print_answer,
     print_beside,
@@ -220,9 +219,7 @@ def check(as_json: AsJson = False) -> None:
     from runkey.registry.environment import compare_environment
 
     found = compare_environment(workspace())
-    print_answer(found.as_dict(), *_env_lines(found), as_json=as_json)
-    if not found.agrees:
-        answer_no()
+    print_answer(found.as_dict(), *_env_lines(found), as_json=as_json, yes=found.agrees)
 
 
 @env.command()

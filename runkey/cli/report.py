@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -14,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from runkey import paths
-from runkey.cli.output import AsJson, answer_no, library, print_answer, store, workspace
+from runkey.cli.output import AsJson, answer_no, library, print_answer, store, trainings, workspace
 from runkey.errors import RegistryError, RunkeyError
-from runkey.identity.key import ANY_SCHEMA, SCHEMA, short_key
+from runkey.identity.key import short_key
 from runkey.progress import log_to_terminal
 from runkey.registry.dvc_cache import download
 from runkey.registry.library import find_run
@@ -93,10 +92,6 @@ def _run(address: str, folder: Path) -> ReportedRun:
     return recorded_run(record, folder)
 
 
-_FOLDER = re.compile(rf"({ANY_SCHEMA}-[0-9a-f]{{64}})(-repeats-[0-9a-f]{{8}})?")
-_PREFIX = re.compile(rf"(?:({ANY_SCHEMA})-)?([0-9a-f]{{4,64}})")
-
-
 def watch(
     key: Annotated[str | None, Argument(help="Prefix of a key [the newest training here].")] = None,
 ) -> None:
@@ -119,14 +114,8 @@ def _find(key: str | None, folder: Path) -> tuple[Path, str, Mapping[str, str]]:
 
     The log of a training that is not here is downloaded into the folder.
     """
-    home = store().home
-    match = _PREFIX.fullmatch((key or "").strip().lower())
-    if key and not match:
-        raise RunkeyError(f"{key}: not a key; a key is {SCHEMA}- and hex digits, at least 4")
-    schema, digits = match.groups() if match else (None, "")
-    found = home.glob(f"{schema or ANY_SCHEMA}-{digits}*/{_LOG.name}")
-    logs = [log for log in found if _FOLDER.fullmatch(log.parent.name)]
-    if logs:
+    logs = [folder / _LOG.name for folder in trainings((key or "").strip().lower())]
+    if logs := [log for log in logs if log.is_file()]:
         log = max(logs, key=lambda log: (_is_trained(log.parent), log.stat().st_mtime))
         whole = log.parent.name.partition("-repeats-")[0]
         with suppress(RegistryError):  # the log is enough
@@ -145,7 +134,7 @@ def _find(key: str | None, folder: Path) -> tuple[Path, str, Mapping[str, str]]:
         return folder / _LOG, f"{record.label}  {record.run.name}", record.run.params
     if (log := workspace() / _LOG).is_file():
         return log, "the last training here", {}
-    raise RunkeyError(f"{home}: nothing is trained here; `dvc repro` begins a training")
+    raise RunkeyError(f"{store().home}: nothing is trained here; `dvc repro` begins a training")
 
 
 def _is_trained(folder: Path) -> bool:

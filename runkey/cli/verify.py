@@ -137,9 +137,8 @@ def verify(
     report = verify_run(record, _sources(quick=quick))
     title = (f"{record.label}  ", f"{record.run.name or 'without a name'}  (run {report.run_id})")
     lines = [line for result in report.findings for line in _lines(result)]
-    print_answer(report.as_dict(), title, *lines, report.summary, as_json=as_json)
-    if not report.is_right:
-        answer_no()
+    lines.append(report.summary)
+    print_answer(report.as_dict(), title, *lines, as_json=as_json, yes=report.is_right)
 
 
 def _verify_all(*, quick: bool, as_json: bool) -> None:
@@ -165,14 +164,12 @@ def _verify_all(*, quick: bool, as_json: bool) -> None:
         if not as_json:
             _print_line(reports[-1])
     results = [*beside, *(result for report in reports for result in report.findings)]
-    right = all(report.is_right for report in reports) and not beside
+    right = all(result.state != "fault" for result in results)
     dicts = [report.as_dict() for report in reports]
     answer = {"right": right, "runs": dicts, "beside": [asdict(one) for one in beside]}
     lines = [line for result in beside for line in _lines(result)]
     total = f"{len(reports)} runs in {runs.place}: {summarize(results)}"
-    print_answer(answer, *lines, total, as_json=as_json)
-    if any(result.state == "fault" for result in results):
-        answer_no()
+    print_answer(answer, *lines, total, as_json=as_json, yes=right)
 
 
 def _sources(*, quick: bool) -> Sources:
