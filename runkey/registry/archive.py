@@ -32,7 +32,7 @@ from runkey.units import MIB
 _LONGEST_NAME = 1000
 _DRIVE = re.compile(r"^[A-Za-z]:")
 _ODD_CHARACTER = re.compile(r"[\x00-\x1f\x7f\\]")
-_RESERVED = (".git", ".dvc")
+_RESERVED = {".git", ".dvc"}
 
 
 def parse_json[T](form: type[T], source: Path | bytes, where: str) -> T:
@@ -67,19 +67,16 @@ def safe_path(name: str, where: str) -> str:
     """
     if not name or len(name) > _LONGEST_NAME:
         raise RegistryError(f"{where}: {name[:60]!r} is no name of a file; refused")
-    why = None
-    if _ODD_CHARACTER.search(name):
-        why = "has a backslash or a control character"
-    elif name.startswith("/") or _DRIVE.match(name):
-        why = "is absolute"
-    elif ".." in name.split("/"):
-        why = "leaves its folder"
-    elif PurePosixPath(name).as_posix() != name:
-        why = "is not in its shortest form"
-    elif any(part.lower() in _RESERVED for part in name.split("/")):
-        why = "leads into .git or .dvc"
-    if why:
-        raise RegistryError(f"{where}: the name {name!r} {why}; refused")
+    faults = {
+        "has a backslash or a control character": _ODD_CHARACTER.search(name),
+        "is absolute": name.startswith("/") or _DRIVE.match(name),
+        "leaves its folder": ".." in name.split("/"),
+        "is not in its shortest form": PurePosixPath(name).as_posix() != name,
+        "leads into .git or .dvc": not _RESERVED.isdisjoint(name.lower().split("/")),
+    }
+    for why, is_so in faults.items():
+        if is_so:
+            raise RegistryError(f"{where}: the name {name!r} {why}; refused")
     return name
 
 

@@ -53,9 +53,6 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Pair]:
     ]
 
 
-# The two sides of a comparison.
-
-
 TREE = "."
 """Address of the working tree."""
 IMAGES_JSON = f"{paths.PREPARED}/{IMAGE_LIST}"
@@ -214,9 +211,6 @@ def _prepared_md5(workspace: Path) -> str | None:
         return None
 
 
-# Code, file by file.
-
-
 @dataclass(frozen=True)
 class FileChange:
     """A file that differs."""
@@ -321,9 +315,6 @@ def _git_diff(
     return lines, patch.decode("utf-8", "replace")
 
 
-# Data, image by image or file by file.
-
-
 @dataclass(frozen=True)
 class ImagesDiff:
     """Image files, relative to the data folder, by what changed from A to B."""
@@ -360,9 +351,6 @@ def compare_images(a: ImageList, b: ImageList) -> ImagesDiff:
         total_a=len(old),
         total_b=len(new),
     )
-
-
-# The whole comparison.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -457,24 +445,19 @@ def _data_files(
 
 
 def _packages(a: Side, b: Side) -> list[Pair]:
-    environments = [side.preimage("environment") for side in (a, b)]
-    rows = [_rows(environment["packages"]) for environment in environments]
+    sides = []
+    for environment in (side.preimage("environment") for side in (a, b)):
+        locked = {"(platform)": [(environment["platform"], "")]}
+        for name, version, build, digest in environment["packages"]:  # a name may come twice
+            locked.setdefault(name, []).append((f"{version} {build}".strip(), digest))
+        sides.append(locked)
     pairs = []
-    for pair in differing(*rows):
+    for pair in differing(*sides):
         old, new = (" + ".join(r[0] for r in side) if side else None for side in (pair.a, pair.b))
         if old == new:  # one version and build, two files
             old, new = (" + ".join(r[1] for r in side) for side in (pair.a, pair.b))
         pairs.append(Pair(pair.name, old, new))
-    platforms = [{"(platform)": environment["platform"]} for environment in environments]
-    return differing(*platforms) + pairs
-
-
-def _rows(packages: list[list[str]]) -> dict[str, list[tuple[str, str]]]:
-    """(version and build, hash) of each package of a name; a name may be locked twice."""
-    rows: dict[str, list[tuple[str, str]]] = {}
-    for name, version, build, digest in packages:
-        rows.setdefault(name, []).append((f"{version} {build}".strip(), digest))
-    return rows
+    return pairs
 
 
 def _witness(side: Side) -> dict[str, Any]:
