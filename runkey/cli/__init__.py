@@ -17,7 +17,6 @@ from runkey.progress import WIDTH, log_to_terminal
 
 app = Typer(
     name="runkey",
-    help="Reproducible object detection: a pipeline, and a key for every run of it.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -63,7 +63,7 @@ def debug_step(
         print(f"step {number} of key {bundle.key[:12]}, from {path}")
         if bundle.torch_version != torch.__version__:
             print(f"torch {bundle.torch_version} -> {torch.__version__}: not bit for bit")
-    print("\n".join(diagnosis.finding.lines()))
+    print(*diagnosis.finding.lines(), sep="\n")
     print("  ".join(f"{name} {value:.6g}" for name, value in diagnosis.losses.items()))
     if folder is not None:
         if comparison := compare_with_log(diagnosis.losses, logged_losses(folder / LOG, number)):
@@ -85,9 +85,7 @@ def _replayed(run: str, step: int | None, *, quiet: bool) -> tuple[Path, Bundle]
         log_to_terminal()
     if key != own:
         logger.warning(f"code, parameters or data here are not those of {key[:12]}: key {own[:12]}")
-    if step is None:
-        step = next(reversed(bad_steps(folder)), None)
-    if step is None:
+    if step is None and (step := next(reversed(bad_steps(folder)), None)) is None:
         raise TrainingError(f"{folder}: tells of no bad step; name one with --step")
     return folder, build_bundle(folder, step, key=key, params=params, root=root)
 

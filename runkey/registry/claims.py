@@ -99,8 +99,7 @@ class Claim:
 
     def is_same(self, other: Claim | None) -> bool:
         """Return True if both are the same claim, whatever its state and beat are."""
-        mine = self.owner.nonce if self.owner else None
-        theirs = other.owner.nonce if other and other.owner else None
+        mine, theirs = (one and one.owner and one.owner.nonce for one in (self, other))
         return other is not None and (self.name, mine) == (other.name, theirs)
 
 
@@ -127,11 +126,10 @@ class Claims(ABC):
         """Write state, run and beat of the caller's own claim; False if somebody deleted it."""
 
     def remove(self, claim: Claim) -> None:
-        """Delete a generation that is not the newest of its key.
+        """Delete a generation; RegistryError if it is the newest of its key, which must stay.
 
-        Raises:
-            RegistryError: it is the newest, which must stay: without it the next generation would
-                be the first again, and an owner that comes back would not see that it lost.
+        Without it the next generation would be the first again, and an owner that comes back would
+        not see that it lost.
         """
         if not any(other.generation > claim.generation for other in self.of(claim.key)):
             raise RegistryError(f"{claim.name}: the newest claim of its key stays")
@@ -153,16 +151,13 @@ def newest(claims: Claims, key: str) -> Claim | None:
 def state_now(claim: Claim) -> StateNow:
     """Return what one look can tell of a claim.
 
-    Returns:
-        `dead`: its owner ran on this machine and is gone; `silent`: it is marked as running, but
-        its owner cannot be seen from here, so that only its beat can tell.
+    `dead`: its owner ran on this machine and is gone; `silent`: it is marked as running, but its
+    owner cannot be seen from here, so that only its beat can tell.
     """
     if claim.state != "running":
         return claim.state
     seen = is_running(claim.owner) if claim.owner else None
-    if seen is None:
-        return "silent"
-    return "running" if seen else "dead"
+    return "silent" if seen is None else "running" if seen else "dead"
 
 
 def status_now(record: Record, claims: Claims) -> str:
@@ -173,10 +168,9 @@ def status_now(record: Record, claims: Claims) -> str:
     # A reproduction trains beside the claim of its key.
     if record.run.status != "RUNNING" or record.reproduction_of:
         return record.run.status
-    try:
+    claim = None
+    with suppress(UnreachedError):
         claim = newest(claims, record.key)
-    except UnreachedError:
-        claim = None
     if claim is None or claim.run_id is None:
         return record.run.status
     alive = claim.run_id == record.run.run_id and state_now(claim) in ("running", "silent")

@@ -200,10 +200,8 @@ def split_condition(text: str) -> tuple[str, str, str]:
 
 def number(value: Value) -> float | None:
     """Return a value as a number, or None."""
-    if value is None or isinstance(value, float):
-        return value
     try:
-        return float(value)
+        return None if value is None else float(value)
     except ValueError:
         return None
 
@@ -212,12 +210,12 @@ _KINDS: tuple[Literal["metrics", "params", "tags"], ...] = ("metrics", "params",
 
 
 def _attribute(run: LoggedRun, name: str) -> Value:
-    if name == "seconds":
-        return None if run.ended_ms is None else (run.ended_ms - run.started_ms) / 1000
-    if name == "ended":
-        return None if run.ended_ms is None else float(run.ended_ms)
     if name == "started":
         return float(run.started_ms)
+    if name in ("ended", "seconds"):
+        if run.ended_ms is None:
+            return None
+        return float(run.ended_ms) if name == "ended" else (run.ended_ms - run.started_ms) / 1000
     return {"key": run.key, "run": run.run_id, "name": run.name, "status": run.status}[name]
 
 

@@ -41,7 +41,7 @@ def table(
         "status": lambda r: states[r.run.run_id],
         "when": lambda r: ago(r.run.started_ms, now),
         "AP": lambda r: average_precision(r.run),
-        "took": _took,
+        "took": lambda r: _took(r.run),
         "where": lambda r: " ".join(filter(None, map(r.run.tags.get, ("host", "device")))),
     }
     return {
@@ -58,9 +58,8 @@ def is_number_column(column: str, cells: Sequence[str]) -> bool:
 def ago(started_ms: int, now: float) -> str:
     """Format a time in milliseconds since 1970: `5 min ago`, or the day if it is longer ago."""
     seconds = max(0.0, now - started_ms / 1000)
-    if seconds < _DAY_SECONDS:
-        return f"{format_age(seconds)} ago"
-    return _time(started_ms, "%Y-%m-%d")
+    is_today = seconds < _DAY_SECONDS
+    return f"{format_age(seconds)} ago" if is_today else _time(started_ms, "%Y-%m-%d")
 
 
 def text(value: Value) -> str:
@@ -77,9 +76,9 @@ def address(record: Record) -> str:
 
 def average_precision(run: LoggedRun) -> str:
     """Format the COCO AP on the held-out images; in brackets the last AP measured in training."""
-    if (final := run.metrics.get(NAMES["AP"])) is not None:
+    final, last = map(run.metrics.get, (NAMES["AP"], "val/AP"))
+    if final is not None:
         return f"{final:.3f}"
-    last = run.metrics.get("val/AP")
     return "" if last is None else f"({last:.3f})"
 
 
@@ -100,9 +99,8 @@ def _plain(field: Field) -> Callable[[Record], str]:
     return show
 
 
-def _took(record: Record) -> str:
-    seconds = Field("run", "seconds").of(record.run)
-    return format_age(seconds) if isinstance(seconds, float) else ""
+def _took(run: LoggedRun) -> str:
+    return "" if run.ended_ms is None else format_age((run.ended_ms - run.started_ms) / 1000)
 
 
 # --- runkey show
@@ -143,7 +141,7 @@ def describe(
     yield from _metrics(run.metrics)
     yield from _params(run, every_param=every_param)
     yield from _environment(details) if details else [("details", _WITHOUT[run.ended_ms is None])]
-    yield from _others(others)
+    yield from _titled("same key", map(_other, others))
     yield from _files(details)
     yield "MLflow run", f"{run.run_id} in experiment {run.experiment_id}"
     yield "artifacts", run.artifact_uri
@@ -151,10 +149,8 @@ def describe(
 
 
 def _status(run: LoggedRun, status: str) -> str:
-    if run.ended_ms is None:
-        return f"{status}, since {_time(run.started_ms)}"
-    took = format_age((run.ended_ms - run.started_ms) / 1000)
-    return f"{status}, {_time(run.started_ms)}, took {took}"
+    started, took = _time(run.started_ms), _took(run)
+    return f"{status}, {started}, took {took}" if took else f"{status}, since {started}"
 
 
 def _time(milliseconds: float, form: str = "%Y-%m-%d %H:%M:%S") -> str:
@@ -229,11 +225,10 @@ def _outcome(outcome: Mapping[str, Any]) -> str:
     return f"{when} on {outcome.get('host', '?')}: {verdict}{run}"
 
 
-def _others(others: Sequence[Record]) -> Iterator[Row]:
-    for index, other in enumerate(others):
-        what = "reproduction" if other.reproduction_of else "another run"
-        when = _time(other.run.started_ms, "%Y-%m-%d %H:%M")
-        yield "" if index else "same key", f"{address(other)} {what}, {other.run.status}, {when}"
+def _other(other: Record) -> str:
+    what = "reproduction" if other.reproduction_of else "another run"
+    when = _time(other.run.started_ms, "%Y-%m-%d %H:%M")
+    return f"{address(other)} {what}, {other.run.status}, {when}"
 
 
 def _files(details: Details | None) -> Iterator[Row]:
