@@ -217,11 +217,10 @@ def print_diff(a: Side, b: Side, diff: Diff, *, patch: bool, limit: int | None) 
     _print_metrics(diff)
     _pairs("witness (no part of the key)", diff.witness, None)
     _pairs("installed packages (no part of the key)", diff.installed, limit)
-    for name, side in (("A", a), ("B", b)):
-        for note in side.notes:
-            print(f"\nnote on {name}: {note}", end="")
-    if a.notes or b.notes:
-        print()
+    notes = [f"note on A: {note}" for note in a.notes]
+    notes += [f"note on B: {note}" for note in b.notes]
+    if notes:
+        print("", *notes, sep="\n")
 
 
 def _head(name: str, side: Side) -> tuple[str, ...]:
@@ -390,15 +389,10 @@ def _side(address: str) -> Side:
 def _as_dict(sides: tuple[Side, Side], found: Diff, *, patch: bool) -> dict[str, Any]:
     answer: dict[str, Any] = {}
     for name, side in zip("ab", sides, strict=True):
-        run = side.record.run if side.record else None
-        answer[name] = {
-            "address": side.address,
-            "key": side.key,
-            "run_id": run.run_id if run else None,
-            "name": run.name if run else None,
-            "status": run.status if run else None,
-            "notes": side.notes,
-        }
+        run = side.record and side.record.run
+        logged = {name: getattr(run, name, None) for name in ("run_id", "name", "status")}
+        about = {"address": side.address, "key": side.key}
+        answer[name] = {**about, **logged, "notes": side.notes}
     answer |= asdict(found)
     if not patch:
         del answer["code"]["patch"]

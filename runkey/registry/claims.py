@@ -72,14 +72,14 @@ class Claim:
     key: str
     generation: int
     """From 1."""
-    owner: Owner | None
+    owner: Owner | None = None
     """None: unreadable (the machine lost power while writing)."""
-    state: State
-    run_id: str | None
+    state: State = "running"
+    run_id: str | None = None
     """MLflow run, once it is known."""
-    beat: int
+    beat: int = 0
     """Counted up by the owner while it lives (the heartbeat)."""
-    since_ms: int
+    since_ms: int = 0
     """Creation time by the owner's clock, in milliseconds since 1970; only shown."""
 
     @property
@@ -185,9 +185,7 @@ def _split_name(name: str) -> tuple[str, int] | None:
 
 def _parse(key: str, generation: int, stored: Any) -> Claim:
     """Return the claim that was stored; as far as it cannot be read it is running, of nobody."""
-    claim = Claim(
-        key=key, generation=generation, owner=None, state="running", run_id=None, beat=0, since_ms=0
-    )
+    claim = Claim(key=key, generation=generation)
     with suppress(ValueError, TypeError, KeyError):
         claim = replace(claim, owner=Owner.from_dict(stored["owner"]))
         if stored["state"] in get_args(State):

@@ -189,29 +189,29 @@ def decide(
     Raises:
         RegistryError: another process trains it and `wait` is False.
     """
-    if not reuse:
-        what = "trained without looking for a run (runtime.reuse is false)"
-        return Decision(line=f"key {short_key(key)}: {what}")
     search = _Search([library, *elsewhere], claims, key, not_this, rhythm or Rhythm())
+    if not reuse:
+        line = f"{search.label}: trained without looking for a run (runtime.reuse is false)"
+        return Decision(line=line)
     return search.decide(wait=wait)
 
 
+@dataclass
 class _Search:
     """Looks for a finished run of a key, or for the right to train it."""
 
-    def __init__(
-        self,
-        libraries: Sequence[Library],
-        claims: Claims,
-        key: str,
-        not_this: Collection[str],
-        rhythm: Rhythm,
-    ) -> None:
-        self._libraries, self._claims, self._key = libraries, claims, key
-        self._not_this, self._rhythm = not_this, rhythm
-        self.label = f"key {short_key(key)}"
-        self._seen: Claim | None = None
-        self._looked = self._still = 0.0
+    libraries: Sequence[Library]
+    claims: Claims
+    key: str
+    not_this: Collection[str]
+    rhythm: Rhythm
+    seen: Claim | None = None
+    looked: float = 0.0
+    still: float = 0.0
+
+    @property
+    def label(self) -> str:
+        return f"key {short_key(self.key)}"
 
     def decide(self, *, wait: bool) -> Decision:
         """Look until there is a run to reuse or a claim of this process."""
@@ -222,7 +222,7 @@ class _Search:
             held = None
             try:
                 # The claim is read before the runs: if it is finished, the run is among them then.
-                claim = newest(self._claims, self._key)
+                claim = newest(self.claims, self.key)
                 death = self._death_of(claim) if claim and claim.state == "running" else None
                 is_free = claim is None or claim.state != "running" or death is not None
                 if is_free and not (found := self.find_run()):
@@ -230,7 +230,7 @@ class _Search:
                 reached = time.monotonic()
             except RegistryError as error:
                 # A process that waits for a training survives a restart of the server.
-                if waits_for is None or time.monotonic() - reached > self._rhythm.dead_after:
+                if waits_for is None or time.monotonic() - reached > self.rhythm.dead_after:
                     line = f"{self.label}: {error}; trained here without a claim"
                     return self.find_run() or Decision(line=line)
             else:
@@ -245,7 +245,7 @@ class _Search:
                         way_out = "set runtime.wait to true to wait for its result"
                         raise RegistryError(f"{text}; {way_out}, or try again later")
                     logger.info(f"{text}; waiting for its result (Ctrl-C leaves)")
-            time.sleep(self._rhythm.poll_seconds)
+            time.sleep(self.rhythm.poll_seconds)
         if waits_for:
             waited = time.monotonic() - begin
             return replace(found, line=f"{found.line}, after {waited:.0f} s of waiting")
@@ -253,7 +253,7 @@ class _Search:
 
     def find_run(self) -> Decision | None:
         """Return the decision to reuse the first store's whole run, if there is one."""
-        for number, library in enumerate(self._libraries):
+        for number, library in enumerate(self.libraries):
             try:
                 record = self._whole_run(library)
             except (RegistryError, RecipeError) as error:
@@ -268,8 +268,8 @@ class _Search:
 
     def _whole_run(self, library: Library) -> Record | None:
         """Return the run that stands for the key, as `canonical` chooses, among the whole ones."""
-        runs = [r for r in library.matching(self._key) if r.run.status == "FINISHED"]
-        runs = [r for r in runs if r.run.run_id not in self._not_this]
+        runs = [r for r in library.matching(self.key) if r.run.status == "FINISHED"]
+        runs = [r for r in runs if r.run.run_id not in self.not_this]
         runs.sort(key=lambda record: record.reproduction_of is not None)
         return next((r for r in map(library.with_details, runs) if r.is_whole), None)
 
@@ -283,30 +283,27 @@ class _Search:
         if state_now(claim) == "dead":
             return "process gone"
         now = time.monotonic()
-        if claim == self._seen:
-            self._still += min(now - self._looked, 2 * self._rhythm.poll_seconds)
+        if claim == self.seen:
+            self.still += min(now - self.looked, 2 * self.rhythm.poll_seconds)
         else:
-            self._seen, self._still = claim, 0.0
-        self._looked = now
-        if self._still >= self._rhythm.dead_after:
-            return f"no sign of life for {self._still:.0f} s"
+            self.seen, self.still = claim, 0.0
+        self.looked = now
+        if self.still >= self.rhythm.dead_after:
+            return f"no sign of life for {self.still:.0f} s"
         return None
 
     def _make(self, generation: int) -> HeldClaim | None:
         """Claim a generation for this process; None: another process was first."""
         claim = Claim(
-            key=self._key,
+            key=self.key,
             generation=generation,
             owner=this_owner(),
-            state="running",
-            run_id=None,
-            beat=0,
             since_ms=time.time_ns() // 1_000_000,
         )
         # A process that was stopped before this line may make a generation that others have
         # superseded and removed: only the newest one counts.
-        won = self._claims.make(claim) and claim.is_same(newest(self._claims, self._key))
-        return HeldClaim(self._claims, claim, self._rhythm) if won else None
+        won = self.claims.make(claim) and claim.is_same(newest(self.claims, self.key))
+        return HeldClaim(self.claims, claim, self.rhythm) if won else None
 
     def _won(self, held: HeldClaim, before: Claim | None, death: str | None) -> Decision:
         """Decide for the winner of a claim: train, unless a run was finished just before."""
@@ -335,7 +332,7 @@ class _Search:
         More than one, if an owner died before it could end the run that it replaced.
         """
         try:
-            earlier = [c for c in self._claims.of(self._key) if c.generation < generation]
+            earlier = [c for c in self.claims.of(self.key) if c.generation < generation]
         except RegistryError as error:
             logger.warning(f"runs of dead owners stay as they are: {error}")
             return ()
