@@ -41,9 +41,7 @@ def store() -> Store:
     """Return the store that the current folder, `DVC_ROOT` or `MLFLOW_TRACKING_URI` names.
 
     Outside a repository the address alone is enough: a server's, or a database's full path.
-
-    Raises:
-        RunkeyError: the current folder is in no repository, and no such address is set.
+    RunkeyError if no such address is set there.
     """
     try:
         return locate_store(checkout())
@@ -121,11 +119,7 @@ def print_table(
 ) -> None:
     """Print a table without borders, as wide as the terminal (100 columns without one).
 
-    Args:
-        columns: headings.
-        rows: one cell per column.
-        right: headings of columns that are flush right, such as numbers.
-        whole: headings of columns whose cells stay on one line, such as keys.
+    `right` names the columns that are flush right, `whole` those whose cells stay on one line.
     """
     from rich.console import Console
     from rich.table import Table

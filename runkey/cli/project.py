@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import runpy
-import subprocess
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +24,7 @@ from runkey.cli.output import (
     print_json,
     workspace,
 )
-from runkey.errors import DataError, ParamsError
+from runkey.errors import DataError, ParamsError, RegistryError
 from runkey.identity.key import explain as lines_of
 from runkey.identity.key import make_recipe, short_key
 from runkey.registry.library import find_run
@@ -100,14 +100,11 @@ def show(
 def _is_kept(text: str, target: Path) -> bool:
     """Return True if git's HEAD or a preset still has this params.yaml."""
     from runkey.params import render
+    from runkey.registry.snapshot import git_bytes
 
-    committed = subprocess.run(
-        ["git", "-C", str(target.parent), "show", f"HEAD:./{paths.PARAMS}"],
-        capture_output=True,
-        check=False,
-    )
-    if committed.returncode == 0 and committed.stdout == text.encode():
-        return True
+    with suppress(RegistryError):
+        if git_bytes(target.parent, "show", f"HEAD:./{paths.PARAMS}") == text.encode():
+            return True
     return any(render.render_preset(name) == text for name in render.preset_files())
 
 

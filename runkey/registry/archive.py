@@ -38,9 +38,7 @@ _RESERVED = {".git", ".dvc"}
 def parse_json[T](form: type[T], source: Path | bytes, where: str) -> T:
     """Parse JSON that may come from anybody to a dataclass, TypedDict or other type.
 
-    Raises:
-        RegistryError: the file is not there, is not JSON or not of this form; the text names the
-            first wrong value.
+    RegistryError if the file is not there, or is not of this form: it names the first wrong value.
     """
     try:
         data = source.read_bytes() if isinstance(source, Path) else source
@@ -61,9 +59,7 @@ def first_fault(error: ValidationError) -> str:
 def safe_path(name: str, where: str) -> str:
     """Return `name` if it is a plain relative path that stays below the folder it is joined to.
 
-    Raises:
-        RegistryError: it is absolute, leaves the folder, names a drive, has a backslash or a
-            control character, or leads into git's or DVC's own folder.
+    RegistryError if not, or if it leads into git's or DVC's own folder.
     """
     if not name or len(name) > _LONGEST_NAME:
         raise RegistryError(f"{where}: {name[:60]!r} is no name of a file; refused")
@@ -199,9 +195,8 @@ def pack(folder: Path, key: str, target: Path) -> Index:
 def unpack(file: Path, folder: Path) -> Index:
     """Write an archive's members to an empty folder.
 
-    Raises:
-        RegistryError: it is no archive of ours, is damaged, or is made to do harm; the text says
-            how. What was written until then stays in `folder`.
+    RegistryError if it is no archive of ours, is damaged, or is made to do harm: it says how. What
+    was written until then stays in the folder.
     """
     try:
         with zipfile.ZipFile(file) as archive:

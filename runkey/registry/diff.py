@@ -94,9 +94,7 @@ class Side:
 def run_side(library: Library, address: str, root: Path) -> Side:
     """Read a recorded run; `root` is the main checkout, whose repository has snapshots.
 
-    Raises:
-        RegistryError: there is no such run, or its key.json is another run's.
-        RecipeError: its key.json is damaged.
+    RegistryError if there is no such run; this or RecipeError if its key.json is damaged.
     """
     record = find_run(library, address)
     notes = list(filter(None, [older_rule(record.key)]))

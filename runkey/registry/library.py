@@ -73,12 +73,8 @@ class LocalLibrary:
         self.home = home
         self._uri = uri or f"{SQLITE}{home.parent / 'mlflow.db'}"
         self.path = paths.records(home, self._uri)
+        self.place = str(self.path)
         self._on_damage = on_damage
-
-    @property
-    def place(self) -> str:
-        """For messages: the file of the cache, or the server's address without a password."""
-        return str(self.path)
 
     def matching(self, prefix: str) -> list[Record]:
         """Return the runs whose key begins with `prefix` (with `rk2-`), oldest first.
@@ -116,13 +112,10 @@ class LocalLibrary:
         return self.artifacts(record) / inside(record, path)
 
     def artifacts(self, record: Record) -> Path:
-        """Return the folder of a run's artifacts.
+        """Return the folder of a run's artifacts; RegistryError if it is not on this machine.
 
         Records hold absolute paths, which are wrong after the checkout was moved or copied: the
         folder beside this store comes first.
-
-        Raises:
-            RegistryError: they are not files of this machine.
         """
         uri = urllib.parse.urlsplit(record.run.artifact_uri)
         if uri.scheme not in ("", "file"):
@@ -137,9 +130,7 @@ class LocalLibrary:
     def rebuild(self, source: ServerLibrary | None = None) -> Rebuilt:
         """Write the cache again from a server on the same store, or from MLflow's sqlite file.
 
-        Raises:
-            RegistryError: MLflow's database is not there, or cannot be read.
-            OSError: the cache cannot be written.
+        RegistryError if MLflow's database cannot be read, OSError if the cache cannot be written.
         """
         if source:
             return rebuild(self.path, _complete(source.matching(ANY_KEY), source.with_details))
@@ -232,12 +223,8 @@ class ServerLibrary:
     def __init__(self, address: str, home: Path, *, offline: bool = False) -> None:
         """Send nothing yet; `offline`: answer from the cache if the server does not answer."""
         self.client = RestClient(address, _SECONDS)
+        self.place = self.client.address
         self._cache, self._offline = LocalLibrary(home, uri=address), offline
-
-    @property
-    def place(self) -> str:
-        """See `LocalLibrary`."""
-        return self.client.address
 
     def matching(self, prefix: str) -> list[Record]:
         """See `LocalLibrary`."""
@@ -321,7 +308,7 @@ class ServerLibrary:
 
 
 Library = LocalLibrary | ServerLibrary
-"""The runs of one store."""
+"""The runs of one store; for messages, its `place` is a file, or a server without its password."""
 
 
 def open_library(
@@ -343,16 +330,9 @@ _ADDRESS = re.compile(rf"^(?:({ANY_SCHEMA})-)?([0-9a-f]{{4,64}})(?::([0-9a-f]{{4
 def find_run(library: Library, address: str) -> Record:
     """Find the run that a user names, with its details.
 
-    Args:
-        library: where to look.
-        address: a key or any unique prefix of one, with `rk2-` or without; another than the first
-            run of a key is named by `KEY:RUN`, where RUN is a prefix of its MLflow id.
-
-    Returns:
-        Of several runs of one key the oldest whole one; else the newest.
-
-    Raises:
-        RegistryError: not a key, no such run, or an ambiguous prefix.
+    The address is a key or any unique prefix of one, with `rk2-` or without.  It names the oldest
+    whole run of the key, else the newest one; `KEY:RUN`, where RUN is a prefix of an MLflow id,
+    names another.  RegistryError if it is no key, there is no such run, or several keys begin so.
     """
     match = _ADDRESS.fullmatch(address.strip().lower())
     if not match:

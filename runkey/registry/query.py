@@ -69,18 +69,13 @@ class Condition:
     """One of = != < <= > >= and ~ (contains, ignoring case)."""
     value: str
 
-    @property
-    def number(self) -> float | None:
-        """The value as a number, or None."""
-        return number(self.value)
-
     def holds(self, value: Value) -> bool:
         """Return True if a run with that value fulfils it; without a value none does."""
         if value is None:
             return False
         if self.operator == "~":
             return self.value.lower() in str(value).lower()
-        left, right = number(value), self.number
+        left, right = number(value), number(self.value)
         if left is not None and right is not None:
             return bool(_COMPARE[self.operator](left, right))
         if self.operator in ("=", "!="):
@@ -132,15 +127,11 @@ def value_of(record: Record, field: Field) -> Value:
 
 
 def find_field(name: str, known: Sequence[LoggedRun]) -> Field:
-    """Return the value that a user means by a name.
+    """Return the value that a user means by a name, which is looked up in some `known` runs.
 
-    Args:
-        name: of a run's attribute, a metric, a parameter or a tag.  The last part of a parameter
-            will do (`epochs`); `params.`, `metrics.` or `tags.` before it says which it is.
-        known: runs to look the name up in.
-
-    Raises:
-        RegistryError: no such name, or several that end in it.
+    It names an attribute of a run, a metric, a parameter or a tag.  The last part of a parameter
+    will do (`epochs`); `params.`, `metrics.` or `tags.` before it says which it is.  RegistryError
+    if no name, or more than one, ends so.
     """
     if (field := fixed_field(name)) is not None:
         return field
@@ -266,7 +257,7 @@ def _column(field: Field) -> str | None:
 
 def _terms(condition: Condition) -> tuple[list[str], bool]:
     """Return terms, one of which holds for every run of the condition; and if only for such."""
-    field, value, column = condition.field, condition.number, _column(condition.field)
+    field, value, column = condition.field, number(condition.value), _column(condition.field)
     if column is None or any(mark in condition.value for mark in "'\"\\`"):
         return [""], False
     if field.kind == "metrics" or field in map(partial(Field, "run"), _TIMES):

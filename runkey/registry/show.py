@@ -109,8 +109,6 @@ _PART_DIGITS = 12
 _FIRST = ("AP", "AP50", "AP75", "loss")
 _GROUPS = ("eval", "val", "train")
 
-_WITHOUT = {True: "none yet: they are written at the end", False: "none: it ended too early"}
-
 Row = tuple[str, str]
 """A label, empty if the row continues the one before, and a text of any length, which is not broken
 at a NO-BREAK SPACE."""
@@ -140,7 +138,11 @@ def describe(
     yield from _titled("hints", (f"{hint.get('seen')}; {hint.get('change')}" for hint in hints))
     yield from _metrics(run.metrics)
     yield from _params(run, every_param=every_param)
-    yield from _environment(details) if details else [("details", _WITHOUT[run.ended_ms is None])]
+    if details:
+        yield from _environment(details)
+    else:
+        ended = ": it ended too early" if run.ended_ms else " yet: they are written at the end"
+        yield "details", f"none{ended}"
     yield from _titled("same key", map(_other, others))
     yield from _files(details)
     yield "MLflow run", f"{run.run_id} in experiment {run.experiment_id}"
