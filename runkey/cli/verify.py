@@ -25,7 +25,7 @@ from runkey.cli.output import (
 )
 from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.key import ANY_KEY
-from runkey.identity.record import Record, this_host
+from runkey.identity.record import Record
 from runkey.identity.record_cache import update_record
 from runkey.progress import each, log_to_terminal
 from runkey.registry.library import find_run, open_library, run_reader

@@ -258,7 +258,7 @@ def compare_code(
             differ.append(pair)
         elif path not in known:
             incomparable.append(path)
-        elif not same_code(path, new, hash_code(path, known[path][0]), RULE):
+        elif not same_code(path, known[path][1], hash_code(path, known[path][0]), RULE):
             differ.append(pair)
     changed = [pair for pair in differ if pair.name in known]
     lines, patch = _git_diff(changed, known) if changed else ({}, "")
