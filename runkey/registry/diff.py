@@ -24,7 +24,7 @@ from runkey.identity.dvc_yaml import PIPELINE, read_yaml_text
 from runkey.identity.key import PARTS, Recipe, make_recipe, older_rule
 from runkey.identity.record import KEY_JSON, Record
 from runkey.identity.syntax import RULE
-from runkey.registry.dvc_cache import DvcCache
+from runkey.registry.dvc_cache import DvcCache, files_of
 from runkey.registry.library import Library, find_run
 from runkey.registry.snapshot import git, git_bytes, has_commit, same_code
 
@@ -431,7 +431,7 @@ def _data_files(
         files: dict[str, str] = {}
         for pair in changed:
             md5 = names.get(pair.name, "").removeprefix("md5:")
-            listed = cache.files({pair.name: md5}) if md5 else {}
+            listed = files_of({pair.name: md5}, cache.listing) if md5 else {}
             if md5 and len(listed) < 2:  # only the folder itself: its list is not there
                 return None
             files |= {path: one for path, one in listed.items() if not path.endswith("/")}

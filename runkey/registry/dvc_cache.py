@@ -131,7 +131,7 @@ class DvcCache:
         def given(path: str) -> Items:
             """The outputs of an entry, and the files in those that are folders."""
             outs = scanned[path][1]
-            return outs | set(files_of(dict(outs), self._listing).items())
+            return outs | set(files_of(dict(outs), self.listing).items())
 
         def linked(is_near: Callable[[str, str], bool]) -> list[str]:
             found = [entry.path]
@@ -144,15 +144,8 @@ class DvcCache:
         parsed = map(self._parse, [*reversed(before), entry.path, *after])
         return [one for one in parsed if one]
 
-    def files(self, outs: Mapping[str, str]) -> dict[str, str]:
-        """Return the md5 by path of every object of some outputs; a folder's path ends in `/`.
-
-        Files of a folder whose own object is missing or torn are unknown and left out.
-        """
-        return files_of(outs, self._listing)
-
-    def _listing(self, md5: str) -> dict[str, str]:
-        """md5 by path of the files in a folder; none where the object is no list."""
+    def listing(self, md5: str) -> dict[str, str]:
+        """Return the md5 by path of the files in a folder; none where its object is no list."""
         try:
             return _md5s(json.loads(self.object_path(md5).read_bytes()), "relpath")
         except (OSError, ValueError, KeyError, TypeError):
@@ -188,7 +181,7 @@ def files_of(
 ) -> dict[str, str]:
     """Return the md5 by path of every object of some outputs; a folder's path ends in `/`.
 
-    `listing` gives the md5 by path of the files in a folder.
+    `listing` gives the md5 by path of the files in a folder, such as `DvcCache.listing`.
     """
     found: dict[str, str] = {}
     for out, md5 in outs.items():

@@ -295,7 +295,8 @@ def collect(
     for one in chain:
         deps = one.deps.items() if with_data else ()
         here = {path: md5 for path, md5 in deps if cache.object_path(md5).is_file()}
-        names = {md5: path for path, md5 in cache.files({**here, **one.outs}).items()} | names
+        files = files_of({**here, **one.outs}, cache.listing)
+        names = {md5: path for path, md5 in files.items()} | names
     for md5, name in names.items():
         if not cache.object_path(md5).is_file():
             raise RegistryError(

@@ -21,7 +21,7 @@ from runkey.identity.key import PARTS, Recipe, older_rule
 from runkey.identity.record import DETAILS, KEY, KEY_JSON, ORIGIN, Details, Record, this_host
 from runkey.paths import RUN_JSON
 from runkey.progress import Steps, progress
-from runkey.registry.dvc_cache import DIR, DvcCache, md5_file
+from runkey.registry.dvc_cache import DIR, DvcCache, files_of, md5_file
 from runkey.registry.library import Library, ReadRun, finished_runs
 from runkey.registry.snapshot import REFS, changed_files, has_commit, has_git, has_snapshot
 
@@ -131,16 +131,16 @@ class Report:
         """Command that gets the run from the team."""
         return f"`runkey fetch {self.record.label}`"
 
-    def add(self, state: State, text: str, way_out: str = "") -> None:
-        """Add a result of the check that is made now."""
+    def add(self, state: State, text: str, way_out: str = "") -> str:
+        """Add a result of the check that is made now; return "", with which a check can end."""
         self.findings.append(CheckResult(self.check, state, text, way_out))
+        return ""
 
-    def add_missing(self, text: str, way_out: str) -> None:
+    def add_missing(self, text: str, way_out: str) -> str:
         """Add that a part is missing, which a run of another machine may keep there."""
         if self.sources.is_shared and self.details.host != this_host():
-            self.add("warning", f"{text} (it ran on {self.details.host})", way_out)
-        else:
-            self.add("fault", text, way_out)
+            return self.add("warning", f"{text} (it ran on {self.details.host})", way_out)
+        return self.add("fault", text, way_out)
 
     def read(self, path: str) -> bytes:
         """Read an artifact of the run."""
@@ -198,10 +198,10 @@ def find_unrecorded(uri: str, run_ids: set[str]) -> list[CheckResult]:
     return [CheckResult("record", "fault", text, "`runkey index` writes them")]
 
 
-# The checks. Each adds what is wrong, and returns what to say if nothing is.
+# The checks. Each adds what is wrong; it returns what to say if nothing is, if anything.
 
 
-def _check_record_file(report: Report) -> str:
+def _check_record_file(report: Report) -> None:
     """Compare record.json, which is not among its own files, with this store's copy of it."""
     try:
         if report.read(DETAILS) != report.details.as_json().encode():
@@ -210,7 +210,6 @@ def _check_record_file(report: Report) -> str:
     except _UNREADABLE as error:
         way_out = "this store's record is whole; `runkey export` it"
         report.add("fault", report.why(DETAILS, error), way_out)
-    return ""
 
 
 def _check_files(report: Report) -> str:
@@ -222,8 +221,7 @@ def _check_files(report: Report) -> str:
     way_out = f"{report.fetch}, if it was published"
     if len(wrong) == len(files) > 1:
         text = f"none of its {len(files)} files can be read: {next(iter(wrong.values()))}"
-        report.add("fault", text, way_out)
-        return ""
+        return report.add("fault", text, way_out)
     for path, why in wrong.items():
         place = _copy_in_cache(report, path)
         report.add("fault", why, f"DVC's cache has it: cp {place} over it" if place else way_out)
@@ -235,7 +233,7 @@ def _copy_in_cache(report: Report, path: str) -> Path | None:
     """The object in DVC's cache that holds an artifact as recorded, if there is one."""
     cache = report.sources.cache
     entry = cache.entry_of(report.details.pointer_md5 or "")
-    md5 = cache.files(entry.outs).get(path) if entry else None
+    md5 = files_of(entry.outs, cache.listing).get(path) if entry else None
     place = cache.object_path(md5) if md5 else None
     whole = place and place.is_file() and sha256_file(place) == report.details.files[path].sha256
     return place if whole else None
@@ -273,14 +271,12 @@ def _check_key(report: Report) -> str:
     try:
         report.recipe = stated = Recipe.from_dict(json.loads(report.read(name)))
         if stated.key != report.record.key:
-            fault(f"{name}: is of key {stated.key}, the run of {report.record.key}")
-            return ""
+            return fault(f"{name}: is of key {stated.key}, the run of {report.record.key}")
         name = RUN_JSON.as_posix()
         manifest: dict[str, Any] = json.loads(report.read(name))
         key, parts, run_id = (manifest.get(field) for field in ("key", "parts", "run_id"))
     except _UNUSABLE as error:
-        fault(report.why(name, error))
-        return ""
+        return fault(report.why(name, error))
     if key != stated.key:
         fault(f"{name}: is of key {key}, the run of {stated.key}")
     if parts != stated.parts:
@@ -296,13 +292,11 @@ def _check_key(report: Report) -> str:
 def _check_mlflow(report: Report) -> str:
     """Compare what MLflow has of the run now with the record and the key."""
     if report.sources.stored is None:
-        report.add("warning", "its database is read through a server only; skipped")
-        return ""
+        return report.add("warning", "its database is read through a server only; skipped")
     now = report.sources.stored(report.run_id)
     if now is None:
         text = f"run {report.run_id} is not in MLflow, or was deleted there"
-        report.add("fault", text, f"restore it on MLflow's pages, or {report.fetch}")
-        return ""
+        return report.add("fault", text, f"restore it on MLflow's pages, or {report.fetch}")
 
     def fault(text: str) -> None:
         way_out = "`runkey index` takes over what MLflow has, if that is right"
@@ -335,17 +329,14 @@ def _check_snapshot(report: Report) -> str:
     root, oid = report.sources.root, report.details.snapshot
     if oid is None or not has_git(root):
         where = "it ran outside git" if oid is None else f"{root} is no git repository"
-        report.add("warning", f"none: {where}")
-        return ""
+        return report.add("warning", f"none: {where}")
     commit = f"commit {oid[:12]}"
     if not has_commit(root, oid):
-        report.add_missing(f"{commit} is not in git here", report.fetch)
-        return ""
+        return report.add_missing(f"{commit} is not in git here", report.fetch)
     if not has_snapshot(root, oid):
         ref = f"{REFS}/{report.record.key}/{oid[:12]}"
         text = f"{ref} is missing: git's gc may delete {commit}"
-        report.add("fault", text, f"`git update-ref {ref} {oid}`")
-        return ""
+        return report.add("fault", text, f"`git update-ref {ref} {oid}`")
     if report.recipe is None or report.sources.quick:
         return commit
     code = report.recipe.preimages["code"]
@@ -366,9 +357,8 @@ def _check_dvc_cache(report: Report) -> str:
     entry = cache.entry_of(report.details.pointer_md5)
     if entry is None:
         text = f"no entry in {cache.runs} gave this run.json ({report.details.pointer_md5})"
-        report.add_missing(text, way_out)
-        return ""
-    files = cache.files(entry.outs)
+        return report.add_missing(text, way_out)
+    files = files_of(entry.outs, cache.listing)
     for name, md5 in files.items():
         place, why = cache.object_path(md5), ""
         if not place.is_file():
@@ -386,12 +376,11 @@ def _check_locked(report: Report) -> str:
         return ""
     locked = report.recipe.preimages["environment"]
     if not locked.get("packages"):
-        report.add("fault", "key.json: its environment names no packages")
-        return ""
+        return report.add("fault", "key.json: its environment names no packages")
     return f"{len(locked['packages'])} locked packages for {locked.get('platform')}"
 
 
-def _check_witness(report: Report) -> str:
+def _check_witness(report: Report) -> None:
     """Warn where the run had other packages than locked, or code beside the key."""
     witness = report.details.witness
     if differing := witness["package_differences"]:
@@ -399,10 +388,9 @@ def _check_witness(report: Report) -> str:
         report.add("warning", text)
     for path in witness["undeclared_files"]:
         report.add("warning", f"{path} was imported, and is no part of the key")
-    return ""
 
 
-_CHECKS: tuple[tuple[str, Callable[[Report], str]], ...] = (
+_CHECKS: tuple[tuple[str, Callable[[Report], str | None]], ...] = (
     ("files", _check_record_file),
     ("files", _check_files),
     ("key", _check_key),

@@ -10,7 +10,7 @@ import pytest
 
 from runkey.errors import RegistryError, TrackingError
 from runkey.identity.record import ORIGIN
-from runkey.registry.dvc_cache import DvcCache
+from runkey.registry.dvc_cache import DvcCache, files_of
 from runkey.registry.library import LocalLibrary
 from runkey.registry.package import collect
 from runkey.registry.share import Carried, Checkout, export_run, import_run
@@ -44,7 +44,7 @@ def test_an_archive_gives_the_run_back(ready: Ready, archive: Path, store: Store
     cache = DvcCache(root)
     entry = cache.entry_of(ready.pointer_md5)
     assert entry
-    assert all(cache.object_path(m).is_file() for m in cache.files(entry.outs).values())
+    assert all(cache.object_path(m).is_file() for m in files_of(entry.outs, cache.listing).values())
     assert cache.object_path(ready.pointer_md5).stat().st_mode & 0o777 == 0o444
     (record,) = LocalLibrary(store.home).matching(ready.key)
     assert record.is_whole
@@ -96,7 +96,7 @@ def test_what_is_missing_is_named_before_a_file_is_written(
     cache = DvcCache(root)
     entry = cache.entry_of(ready.pointer_md5)
     assert entry
-    listed = cache.files(entry.outs)
+    listed = files_of(entry.outs, cache.listing)
     cache.object_path(listed["model/weights.safetensors"]).unlink()
     target = archive.with_name("new.zip")
     with pytest.raises(RegistryError, match=r"DVC's cache lacks model/weights\.safetensors"):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from runkey.identity.record import DETAILS
-from runkey.registry.dvc_cache import DvcCache
+from runkey.registry.dvc_cache import DvcCache, files_of
 from tests.support.recorded_checkout import FILES, Checkout
 from tests.support.records import write_record
 
@@ -204,7 +204,7 @@ def test_each_object_of_dvcs_cache(checkout: Checkout, deed: str) -> None:
     cache = DvcCache(checkout.root)
     entry = cache.entry_of(checkout.details.pointer_md5 or "")
     assert entry
-    files = cache.files(entry.outs)
+    files = files_of(entry.outs, cache.listing)
     assert set(files) == {*OUTPUT_OBJECTS}
     for name, md5 in files.items():
         place = cache.object_path(md5)

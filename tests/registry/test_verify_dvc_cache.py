@@ -10,7 +10,7 @@ import pytest
 
 from runkey.errors import RegistryError
 from runkey.identity.dvc_yaml import cache_folder
-from runkey.registry.dvc_cache import DvcCache, md5_file
+from runkey.registry.dvc_cache import DvcCache, files_of, md5_file
 from tests.support.recorded_checkout import Checkout, run
 
 
@@ -30,7 +30,7 @@ def test_all_objects_are_there_uncached_outputs_too(checkout: Checkout) -> None:
     cache = DvcCache(checkout.root)
     entry = cache.entry_of(md5_file(checkout.root / "run.json"))
     assert entry
-    files = cache.files(entry.outs)
+    files = files_of(entry.outs, cache.listing)
     assert sorted(files) == [
         "metrics/train.json",
         "model/",
@@ -61,7 +61,9 @@ def test_a_torn_folder_object_lists_nothing(checkout: Checkout, content: bytes) 
     place = cache.object_path(entry.outs["model"])
     place.chmod(0o600)
     place.write_bytes(content)
-    assert cache.files({"model": entry.outs["model"]}) == {"model/": entry.outs["model"]}
+    assert files_of({"model": entry.outs["model"]}, cache.listing) == {
+        "model/": entry.outs["model"]
+    }
 
 
 def test_settings_say_where_the_cache_is(checkout: Checkout, tmp_path: Path) -> None:
