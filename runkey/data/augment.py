@@ -37,14 +37,9 @@ _ROUNDS = 10
 
 
 def philox(counters: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
-    """Apply the Philox4x32-10 bijection (Salmon et al. 2011).
+    """Apply the Philox4x32-10 bijection (Salmon et al. 2011) to counters [M, 4].
 
-    Args:
-        counters: [M, 4], each below 2^32.
-        key: two words below 2^32.
-
-    Returns:
-        [M, 4] random words below 2^32.
+    Counters, both words of the key and the returned random words [M, 4] are below 2^32.
     """
     c0, c1, c2, c3 = (counters[:, i] for i in range(4))
     k0, k1 = np.uint64(key[0]), np.uint64(key[1])
@@ -60,17 +55,8 @@ def uniforms(
 ) -> NDArray[np.float64]:
     """Draw independent uniform numbers in [0, 1), with 32 random bits each.
 
-    They are a pure function of the arguments; there is no random state.
-
-    Args:
-        seed: the run's seed.
-        epoch: from 0.
-        purpose: different purposes give independent numbers.
-        ids: image ids, modulo 2^64; a row depends on its id alone.
-        draws: numbers for each id.
-
-    Returns:
-        [len(ids), draws].
+    They are a pure function of the arguments; there is no random state. Each seed, epoch, purpose
+    and image id (modulo 2^64) has numbers of its own: a row of the returned [len(ids), draws].
     """
     blocks = -(-draws // 4)
     wide = np.array([i & 0xFFFFFFFFFFFFFFFF for i in ids], dtype=np.uint64).repeat(blocks)

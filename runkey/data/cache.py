@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -131,17 +132,14 @@ def write_cache(folder: Path, split: str, images: Iterable[NDArray[np.uint8]]) -
     """
     data, table = _files(folder, split)
     temporary = data.with_name(data.name + ".tmp")
-    offsets: list[int] = []
-    shapes: list[tuple[int, ...]] = []
-    total = 0
+    shapes = []
     try:
         with temporary.open("wb") as file:
             file.write(b"\0" * _HEADER_BYTES)
             for pixels in images:
                 file.write(np.ascontiguousarray(pixels).data)
-                offsets.append(total)
                 shapes.append(pixels.shape[:2])
-                total += pixels.size
+            *offsets, total = accumulate((h * w * 3 for h, w in shapes), initial=0)
             file.seek(0)
             header = {"descr": "|u1", "fortran_order": False, "shape": (total,)}
             np.lib.format.write_array_header_1_0(file, header)

@@ -14,20 +14,17 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from runkey.data.index import ClassName
 from runkey.data.report import Findings, escaped
 from runkey.errors import DataError
 
-_INSTANCES = re.compile(r"instances_(train|val)(.*)\.json")
-_DRIVE = re.compile(r"[A-Za-z]:")
 # Target of DVC's links in a workspace: .../files/md5/ab/<the other 30 hex digits>.
 _DVC_OBJECT = re.compile(r".*/files/md5/[0-9a-f]{2}/[0-9a-f]{30}")
 _INT64 = 2**63
 _LISTS = ("images", "annotations", "categories")
 _LISTED = "the lists images, annotations and categories"
-_CATEGORY_WAY = "give every category an integer id and a name of its own"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +73,8 @@ def find_sources(data: Path, shown: str) -> list[Source]:
         raise DataError(
             f"{shown}: no such folder; run `dvc pull data.dvc` or set data.path in params.yaml"
         )
-    in_annotations = sorted((data / "annotations").glob("*.json"))
-    named = [(_INSTANCES.fullmatch(path.name), path) for path in in_annotations]
-    train, val = (
-        [path for match, path in named if match and match[1] == split] for split in ("train", "val")
-    )
+    annotations = data / "annotations"
+    train, val = (sorted(annotations.glob(f"instances_{part}*.json")) for part in ("train", "val"))
     for paths in (train, val):
         if len(paths) > 1:
             raise DataError(
@@ -89,7 +83,7 @@ def find_sources(data: Path, shown: str) -> list[Source]:
             )
     if train and val:
         return [_source("train", data, shown, train[0]), _source("val", data, shown, val[0])]
-    candidates = in_annotations + sorted(data.glob("*.json"))
+    candidates = sorted(annotations.glob("*.json")) + sorted(data.glob("*.json"))
     if len(candidates) == 1:
         return [_source("all", data, shown, candidates[0])]
     wanted = "annotations/instances_train*.json with instances_val*.json, or one JSON to be split"
@@ -99,22 +93,12 @@ def find_sources(data: Path, shown: str) -> list[Source]:
     raise DataError(f"{shown}: cannot tell which JSON to take ({names}); leave {wanted}")
 
 
-def path_fault(name: str) -> str | None:
-    """Return why an image's file name (with forward slashes) is unsafe; None if it is safe."""
-    if name.startswith("/") or _DRIVE.match(name):
-        return "is an absolute path"
-    if ".." in name.split("/"):
-        return "has `..` in it"
-    return None
-
-
 def _source(split: Literal["train", "val", "all"], data: Path, shown: str, path: Path) -> Source:
-    match = _INSTANCES.fullmatch(path.name)
     # The image's own split first: train/1.jpg and val/1.jpg may be different images.
     names: list[str] = []
     for part in (split,) if split != "all" else ("train", "val"):
-        if match and match[1] == part:
-            names.append(part + match[2])
+        if path.name.startswith(f"instances_{part}"):
+            names.append(path.stem.removeprefix("instances_"))
         names += [part, *sorted(p.name for p in data.glob(f"{part}[0-9]*"))]
         names += sorted(p.name for p in data.glob(f"images/{part}[0-9]*"))
     beside = path.parent.relative_to(data).as_posix()
@@ -254,17 +238,15 @@ def _categories(entries: list[Any], shown: str, findings: Findings) -> dict[int,
         fields = entry if isinstance(entry, dict) else {}
         number, name = _integer(fields.get("id")), fields.get("name")
         if number is None:
-            findings.refuse(
-                shown, f"categories[{position}]: id {_value(fields, 'id')}", _CATEGORY_WAY
-            )
-        elif not isinstance(name, str) or not name.strip() or not name.isprintable():
-            findings.refuse(
-                shown, f"category {number}: name {_value(fields, 'name')}", _CATEGORY_WAY
-            )
+            fault = f"categories[{position}]: id {_value(fields, 'id')}"
+        elif not _is_name(name):
+            fault = f"category {number}: name {_value(fields, 'name')}"
         elif number in categories:
-            findings.refuse(shown, f"category {number} ({name}) is listed twice", _CATEGORY_WAY)
+            fault = f"category {number} ({name}) is listed twice"
         else:
             categories[number] = name
+            continue
+        findings.refuse(shown, fault, "give every category an integer id and a name of its own")
     return categories
 
 
@@ -301,7 +283,7 @@ class _EntryError(ValueError):
 def _image(entry: dict[str, Any]) -> CocoImage:
     number = _wanted(entry, "id")
     name = entry.get("file_name")
-    if not isinstance(name, str) or not name.strip() or not name.isprintable():
+    if not _is_name(name):
         raise _EntryError(f"file_name {_value(entry, 'file_name')}, a file's name is wanted")
     width, height = _wanted(entry, "width"), _wanted(entry, "height")
     if width < 1 or height < 1:
@@ -326,6 +308,10 @@ def _wanted(entry: dict[str, Any], name: str) -> int:
     if number is None:
         raise _EntryError(f"{name} {_value(entry, name)}, a whole number is wanted")
     return number
+
+
+def _is_name(value: Any) -> TypeGuard[str]:
+    return isinstance(value, str) and bool(value.strip()) and value.isprintable()
 
 
 def _integer(value: Any) -> int | None:

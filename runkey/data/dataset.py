@@ -159,14 +159,13 @@ class BatchMaker(Dataset["Batch | Failure"]):
         width = max(augment.size[1] for _, augment in request.images)
         padded = torch.zeros(len(request.images), height, width, 3, dtype=torch.uint8)
         images = padded.permute(0, 3, 1, 2)
-        boxes_cxcywh, labels = [], []
+        objects = []
         for i, (index, augment) in enumerate(request.images):
             image = self._image(index)
             valid = images[i, :, : augment.size[0], : augment.size[1]]
             valid.copy_(augment_image(image, augment))
-            found = self.visible_objects(index, augment, (image.shape[1], image.shape[2]))
-            boxes_cxcywh.append(found[0])
-            labels.append(found[1])
+            objects.append(self.visible_objects(index, augment, (image.shape[1], image.shape[2])))
+        boxes_cxcywh, labels = zip(*objects, strict=True)
         ids = tuple(self.table.ids[index] for index, _ in request.images)
         colour = None
         if self.augmentation is not None and request.epoch is not None:

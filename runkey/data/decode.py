@@ -68,12 +68,7 @@ def exif_rotation(
 
     That is so if stored and rotated image differ in being upright and the JSON has the rotated
     one's shape. Rotations by 180 degrees, mirror images and squares leave no trace in the size,
-    so they are not applied.
-
-    Args:
-        orientation: EXIF's, 1..8.
-        size: (width, height) as stored, pixels.
-        stated: (width, height) in the JSON, pixels.
+    so they are not applied. `size` and `stated` are (width, height) as stored and in the JSON.
 
     Returns:
         Clockwise degrees, and whether to mirror left-right first.
@@ -146,6 +141,4 @@ def decode_rgb(path: Path, rotate: int, mirror: bool) -> Tensor:
         raise DataError(
             f"{path}: {reason}, though prepare accepted it; run `dvc repro prepare` again"
         ) from error
-    if rotate or mirror:
-        pixels = turn(pixels, rotate, mirror)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return torch.from_numpy(turn(pixels, rotate, mirror)).permute(2, 0, 1)
