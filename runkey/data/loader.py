@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
@@ -41,39 +41,35 @@ class BatchStream:
 
         Each makes `prefetch` batches ahead. With `pin_memory` and a GPU, batches are page-locked.
         """
-        self._maker = maker
         self._queue: list[Request] = []
         """The requests of the next pass; torch iterates over it when a pass starts."""
-        self._pin = pin_memory and torch.cuda.is_available()
-        self._loader: DataLoader[Batch | Failure] | None = None
+        parallel: dict[str, Any] = {}
         if workers:
             context = torch.multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
-            self._loader = DataLoader(
-                maker,
-                batch_size=None,
-                sampler=self._queue,
-                num_workers=workers,
-                pin_memory=self._pin,
-                prefetch_factor=prefetch,
-                persistent_workers=True,
-                multiprocessing_context=context,
-                worker_init_fn=_start_worker,
-                # Without a generator, every pass would draw from the global random state.
-                generator=torch.Generator(),
-            )
+            parallel = {
+                "num_workers": workers,
+                "prefetch_factor": prefetch,
+                "persistent_workers": True,
+                "multiprocessing_context": context,
+                "worker_init_fn": _start_worker,
+            }
+        self._loader: DataLoader[Batch | Failure] = DataLoader(
+            maker,
+            batch_size=None,
+            sampler=self._queue,
+            pin_memory=pin_memory and torch.cuda.is_available(),
+            # Without a generator, every pass would draw from the global random state.
+            generator=torch.Generator(),
+            **parallel,
+        )
 
     def batches(self, requests: Sequence[Request]) -> Iterator[Batch]:
-        """Yield the batch of each request.
+        """Yield the batch of each request; an earlier pass that is not at its end is over.
 
         Raises:
             DataError: an image cannot be read, or a worker process was killed.
         """
-        if self._loader is None:
-            for request in requests:
-                batch = self._maker.make(request)
-                yield batch.pin_memory() if self._pin else batch
-            return
         self._queue[:] = requests
         with _killed_workers_reported():  # a worker may have died since the last pass
             results = iter(self._loader)
@@ -86,8 +82,8 @@ class BatchStream:
 
     def close(self) -> None:
         """End the worker processes; the next pass starts new ones."""
-        iterator = getattr(self._loader, "_iterator", None)
-        if self._loader is not None and iterator is not None:
+        iterator: Any = self._loader._iterator
+        if iterator is not None:  # never without workers
             iterator._shutdown_workers()
             self._loader._iterator = None
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -315,10 +315,10 @@ def choose_val(
     """
     order = sorted(classes_of, key=lambda n: hashlib.sha256(f"{seed}:{n}".encode()).digest())
     split = _Stratification(classes_of, order, val_fraction)
-    for label in sorted(split.total, key=lambda label: (split.total[label], label)):
+    for label in sorted(split.members, key=lambda label: (len(split.members[label]), label)):
         split.assign(label)
     split.assign_empty()
-    for label in sorted(split.total):
+    for label in sorted(split.members):
         split.repair(label)
     split.balance()
     return frozenset(split.val)
@@ -330,20 +330,17 @@ class _Stratification:
     def __init__(
         self, classes_of: Mapping[int, frozenset[int]], order: list[int], fraction: float
     ) -> None:
-        self.classes_of = classes_of
-        self.order = order
-        self.fraction = fraction
-        self.total = Counter(label for labels in classes_of.values() for label in labels)
+        self.classes_of, self.order, self.fraction = classes_of, order, fraction
+        self.wanted = min(max(1, round(fraction * len(order))), len(order) - 1)
         self.val: set[int] = set()
         self.placed: set[int] = set()
         self.held: Counter[int] = Counter()
         """Images of each class in val."""
-        self.members: dict[int, list[int]] = {label: [] for label in self.total}
+        self.members: dict[int, list[int]] = defaultdict(list)
         """Images of each class, in `order`."""
         for number in order:
             for label in classes_of[number]:
                 self.members[label].append(number)
-        self.wanted = min(max(1, round(fraction * len(order))), len(order) - 1)
 
     def put(self, number: int, in_val: bool) -> None:
         self.placed.add(number)
@@ -354,7 +351,7 @@ class _Stratification:
 
     def assign(self, label: int) -> None:
         """Assign the images of a class that no rarer class has assigned."""
-        count = self.total[label]
+        count = len(self.members[label])
         quota = min(max(1, round(self.fraction * count)), count - 1)
         for number in self.members[label]:
             if number not in self.placed:
@@ -368,8 +365,8 @@ class _Stratification:
 
     def repair(self, label: int) -> None:
         """Move an image of a class that is in one split only, if other classes allow it."""
-        held = self.held[label]
-        if self.total[label] < 2 or 0 < held < self.total[label]:
+        held, count = self.held[label], len(self.members[label])
+        if count < 2 or 0 < held < count:
             return
         for number in self.members[label]:
             to_val = held == 0
@@ -391,10 +388,11 @@ class _Stratification:
     def _allowed(self, number: int, to_val: bool, slack: bool) -> bool:
         """True if a move keeps each class in both splits (slack: and its share about right)."""
         for label in self.classes_of[number]:
-            share = self.fraction * self.total[label]
+            count = len(self.members[label])
+            share = self.fraction * count if slack else 0.0
             after = self.held[label] + (1 if to_val else -1)
-            least, most = (math.floor(share), math.ceil(share)) if slack else (0, math.inf)
-            stays = self.total[label] - after >= 1 if to_val else after >= 1
-            if not stays or not (after <= most if to_val else after >= least):
+            most = min(count - 1, math.ceil(share) if slack else count)
+            fits = after <= most if to_val else after >= max(1, math.floor(share))
+            if not fits:
                 return False
         return True

@@ -80,14 +80,11 @@ def _shown(value: Any) -> str:
 
 
 _MESSAGES = {
-    "float_parsing": "should be a number",
-    "float_type": "should be a number",
-    "int_parsing": "should be a whole number",
-    "int_type": "should be a whole number",
-    "int_from_float": "should be a whole number",
+    **dict.fromkeys(("float_parsing", "float_type"), "should be a number"),
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "should be a whole number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "should be true or false"),
+    **dict.fromkeys(("too_short", "string_too_short"), "should not be empty"),
     "finite_number": "should be a finite number",
-    "bool_parsing": "should be true or false",
-    "bool_type": "should be true or false",
     "string_type": "should be text",
     "tuple_type": "should be a list",
     "model_type": "should be a section with keys of its own",
@@ -96,9 +93,7 @@ _MESSAGES = {
     "less_than": "should be < {lt:.12g}",
     "less_than_equal": "should be <= {le:.12g}",
     "literal_error": "should be {expected}",
-    "too_short": "should not be empty",
     "too_long": "should have at most {max_length} entries",
-    "string_too_short": "should not be empty",
 }
 
 
