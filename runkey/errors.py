@@ -38,6 +38,10 @@ class StoppedError(TrainingError):
     """Training cannot go on here and now; it can from where it stopped, elsewhere or later."""
 
 
+class RecipeError(RunkeyError):
+    """The key of a stage cannot be made: something that enters it is missing or unreadable."""
+
+
 class TrackingError(RunkeyError):
     """The tracking store cannot be reached or refuses what is written to it."""
 
@@ -79,26 +83,13 @@ def report_errors() -> Iterator[None]:
     """
     try:
         yield
-    except RunkeyError as error:
-        if _wants_traceback():
+    except (RunkeyError, KeyboardInterrupt) as error:
+        if os.environ.get("RUNKEY_TRACEBACK") == "1" or "--traceback" in sys.argv:
             raise
-        _say(f"error: {error}")
-        raise SystemExit(1) from None
-    except KeyboardInterrupt as stop:
-        if _wants_traceback():
-            raise
-        number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
-        _say(str(stop) or "interrupted")
-        raise SystemExit(_KILLED + number) from None
-
-
-def _say(line: str) -> None:
-    print("\n".join(folded(line)) if sys.stderr.isatty() else line, file=sys.stderr)
-
-
-def _wants_traceback() -> bool:
-    return os.environ.get("RUNKEY_TRACEBACK") == "1" or "--traceback" in sys.argv
-
-
-class RecipeError(RunkeyError):
-    """The key of a stage cannot be made: something that enters it is missing or unreadable."""
+        line, code = str(error) or "interrupted", _KILLED + signal.SIGINT
+        if isinstance(error, RunkeyError):
+            line, code = f"error: {error}", 1
+        elif isinstance(error, Interrupted):
+            code = error.exit_code
+        print("\n".join(folded(line)) if sys.stderr.isatty() else line, file=sys.stderr)
+        raise SystemExit(code) from None

@@ -1,10 +1,5 @@
 """Progress of long steps: a bar on a terminal, periodic plain lines otherwise; and log output.
 
-    with progress("evaluate", len(images), "images") as steps:
-        for image in images:
-            ...
-            steps.advance()
-
 Bar and lines go to stderr, so that a command's answer can be piped.  The bar is erased when the
 block ends; a step inside another one shows its progress in the other's bar.
 """
@@ -38,10 +33,10 @@ class Steps:
     """Counts how much of a step is done, and shows it."""
 
     def __init__(
-        self, what: str, total: float, unit: str, show: Callable[[Steps, str], None] | None = None
+        self, what: str, total: float, unit: str, show: Callable[[Steps], None] | None = None
     ) -> None:
         self.what, self.total, self._unit, self._show = what, total, unit, show
-        self.done = 0.0
+        self.done, self.text = 0.0, ""
 
     @property
     def amount(self) -> str:
@@ -57,13 +52,13 @@ class Steps:
 
         Args:
             amount: in the step's unit.
-            text: to show beside the bar; the earlier one stays if it is empty.
+            text: to show beside it; the earlier one stays if it is empty.
             what: what is done now, such as `epoch 3/20`; the earlier one stays if it is empty.
         """
         self.done += amount
-        self.what = what or self.what
+        self.text, self.what = text or self.text, what or self.what
         if self._show:
-            self._show(self, text)
+            self._show(self)
 
 
 QUIET = Steps("", 0, "")
@@ -91,32 +86,30 @@ def progress(what: str, total: float, unit: str = "", *, lines: bool = True) -> 
     terminal = sys.stdout.isatty() and sys.stderr.isatty() and find_spec("rich") is not None
     if not (_wanted and terminal):
         yield Steps(what, total, unit, _line_printer() if lines else None)
-        return
-    if _bars:
+    elif _bars:
         outer, task = _bars, _bars.tasks[0]
         before = task.fields["text"]
+
+        def show_inside(now: Steps) -> None:
+            outer.update(task.id, text=f"{now.what} {now.amount}  {now.text}")
+
         try:
-            yield Steps(
-                what,
-                total,
-                unit,
-                lambda now, text: outer.update(task.id, text=f"{now.what} {now.amount}  {text}"),
-            )
+            yield Steps(what, total, unit, show_inside)
         finally:
             outer.update(task.id, text=before)
-        return
-    with _rich_bars() as bars:
-        row = bars.add_task(what, total=total, amount=Steps(what, total, unit).amount, text="")
+    else:
+        with _rich_bars() as bars:
+            row = bars.add_task(what, total=total, amount=Steps(what, total, unit).amount, text="")
 
-        def show(now: Steps, text: str) -> None:
-            more: dict[str, Any] = {"text": text} if text else {}
-            bars.update(row, completed=now.done, description=now.what, amount=now.amount, **more)
+            def show(now: Steps) -> None:
+                fields: dict[str, Any] = {"amount": now.amount, "text": now.text}
+                bars.update(row, completed=now.done, description=now.what, **fields)
 
-        _bars = bars
-        try:
-            yield Steps(what, total, unit, show)
-        finally:
-            _bars = None
+            _bars = bars
+            try:
+                yield Steps(what, total, unit, show)
+            finally:
+                _bars = None
 
 
 def each[T](what: str, items: Sequence[T], unit: str) -> Iterator[T]:
@@ -127,14 +120,14 @@ def each[T](what: str, items: Sequence[T], unit: str) -> Iterator[T]:
             steps.advance()
 
 
-def _line_printer() -> Callable[[Steps, str], None]:
+def _line_printer() -> Callable[[Steps], None]:
     last = time.monotonic()
 
-    def show(now: Steps, text: str) -> None:
+    def show(now: Steps) -> None:
         nonlocal last
         if time.monotonic() - last >= EVERY_SECONDS and now.done < now.total:
             last = time.monotonic()
-            sys.stderr.write(f"{now.what}: {now.amount}  {text}".rstrip() + "\n")
+            sys.stderr.write(f"{now.what}: {now.amount}  {now.text}".rstrip() + "\n")
             sys.stderr.flush()
 
     return show
@@ -142,7 +135,7 @@ def _line_printer() -> Callable[[Steps, str], None]:
 
 def _rich_bars() -> Progress:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, Task, TimeRemainingColumn
     from rich.text import Text
 
     class TimeLeft(TimeRemainingColumn):
@@ -150,38 +143,21 @@ def _rich_bars() -> Progress:
             """Show nothing beside a text, which says it better."""
             return Text() if task.fields["text"] else super().render(task)
 
-    columns = (
-        TextColumn("{task.description}"),
+    return Progress(
+        "{task.description}",
         BarColumn(bar_width=_BAR_CHARACTERS),
-        TextColumn("{task.fields[amount]}"),
-        TextColumn("{task.fields[text]}"),
+        "{task.fields[amount]}",
+        "{task.fields[text]}",
         TimeLeft(compact=True),
+        console=Console(stderr=True),
+        transient=True,
     )
-    return Progress(*columns, console=Console(stderr=True), transient=True)
-
-
-def log_to_terminal(*, stderr: bool = False) -> None:
-    """Print the package's log messages; each entry point calls it once.
-
-    Every module logs with `logging.getLogger(__name__)`. INFO is printed as it is, WARNING and
-    above with the level's name in front; lines wider than 100 columns are folded.
-
-    Args:
-        stderr: print on stderr, for commands whose answer on stdout may be piped; else on stdout.
-    """
-    logger = logging.getLogger("runkey")
-    for handler in [one for one in logger.handlers if isinstance(one, _TerminalHandler)]:
-        logger.removeHandler(handler)
-    logger.addHandler(_TerminalHandler(stderr))
-    logger.setLevel(logging.INFO)
 
 
 class _TerminalHandler(logging.Handler):
     """Writes to whatever `sys.stdout` or `sys.stderr` is when a message comes."""
 
-    def __init__(self, stderr: bool) -> None:
-        super().__init__()
-        self._stderr = stderr
+    stderr = False
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
@@ -189,9 +165,27 @@ class _TerminalHandler(logging.Handler):
             text = f"{record.levelname.lower()}: {text}"
         try:
             for line in folded(text):
-                (sys.stderr if self._stderr else sys.stdout).write(line + "\n")
+                (sys.stderr if self.stderr else sys.stdout).write(line + "\n")
         except (OSError, ValueError):  # a closed pipe must not end a training
             self.handleError(record)
+
+
+_TERMINAL = _TerminalHandler()
+
+
+def log_to_terminal(*, stderr: bool = False) -> None:
+    """Print the package's log messages; each entry point calls it.
+
+    Every module logs with `logging.getLogger(__name__)`. INFO is printed as it is, WARNING and
+    above with the level's name in front; lines wider than 100 columns are folded.
+
+    Args:
+        stderr: print on stderr, for commands whose answer on stdout may be piped; else on stdout.
+    """
+    _TERMINAL.stderr = stderr
+    logger = logging.getLogger("runkey")
+    logger.addHandler(_TERMINAL)
+    logger.setLevel(logging.INFO)
 
 
 def folded(text: str) -> list[str]:

@@ -70,7 +70,7 @@ def hints(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
 
 
 def _of_log(log: TrainingLog) -> dict[str, Any]:
-    end = log.events.get("training_end", {})
+    end = log.last_event("training_end")
     _, norm = log.series("train/grad_norm")
     _, clipped = log.series("train/grad_norm_clipped")
     skipped = _last(log, "train/skipped_steps")
@@ -87,7 +87,7 @@ def _of_log(log: TrainingLog) -> dict[str, Any]:
         "val_loss_least": _extreme(log, "val/loss", np.nanmin),
         "train_loss_last": _last(log, "train/epoch_loss"),
         "skipped_steps": end.get("skipped_steps", skipped),
-        "events": dict(log.counts),
+        "events": {kind: len(events) for kind, events in log.events.items()},
     }
 
 

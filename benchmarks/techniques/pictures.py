@@ -128,7 +128,7 @@ def draw(picture: Picture, curves: Mapping[str, Any], path: Path) -> Path:
         curves: of each run, by metric: epochs and values.
         path: the PNG.
     """
-    with drawing(path, *picture.panels, height=2.4) as (_, panels):
+    with drawing(path, *picture.panels, height=2.4) as panels:
         for axes, metric in zip(panels, picture.panels.values(), strict=True):
             axes.set_ylabel(_UNITS[metric])
             for colour, (run, label) in zip(CYCLE, picture.runs.items(), strict=False):

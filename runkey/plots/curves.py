@@ -5,8 +5,6 @@ write_training_plots(Path("logs/train.jsonl"), Path("plots"))
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +12,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 
+from runkey.plots import style
 from runkey.plots.log import Series, TrainingLog, read_log
-from runkey.plots.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PALE,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    drawing,
-    legend,
-    legend_beside,
-    marker,
-    plain_log_scale,
-    show_empty,
-    whole_numbers,
-    write_table,
-)
 
 _CLIPPED = 1.001
 """Norm before / after clipping above which a step was clipped; rounding alone stays below."""
@@ -65,9 +45,8 @@ def write_plot_tables(log: Path, out: Path) -> list[Path]:
     every = max(1, -(-len(training.steps) // _MAX_ROWS))
     steps = pd.DataFrame([point.values | {"step": point.step} for point in training.steps[::every]])
     epochs = pd.DataFrame([point.values for point in training.epochs])
-    logged = (point.values.get("train/epoch", math.nan) for point in training.epochs)
-    numbered = enumerate(logged, start=1)
-    epochs["epoch"] = [round(epoch) if math.isfinite(epoch) else n for n, epoch in numbered]
+    numbers = pd.Series(range(1, len(epochs) + 1), dtype=float)
+    epochs["epoch"] = epochs.get("train/epoch", numbers).fillna(numbers).round().astype(int)
     written = []
     for name, index, points, columns in (
         ("steps", "step", steps, _STEP_COLUMNS),
@@ -78,37 +57,37 @@ def write_plot_tables(log: Path, out: Path) -> list[Path]:
         values = table.drop(columns=index)
         logged_by_any = values.columns[values.notna().any()]
         whole = table.dropna(subset=logged_by_any) if len(logged_by_any) else table.iloc[:0]
-        written.append(write_table(out / f"{name}.csv", whole))
+        written.append(style.write_table(out / f"{name}.csv", whole))
     return written
 
 
 def loss_and_ap(log: TrainingLog, path: Path) -> Path:
     """Draw training and validation loss over AP, with the best epoch and an early stop marked."""
-    with drawing(path, "Loss", "AP", height=2.9) as (figure, (losses, scores)):
+    with style.drawing(path, "Loss", "AP", height=2.9) as (losses, scores):
         if not (log.steps or log.epochs):
             return path
         _draw_losses(losses, log)
         _draw_scores(scores, log)
         _mark_best(log, losses, scores)
-        legend_beside(losses)
-        legend_beside(scores)
+        style.legend_beside(losses)
+        style.legend_beside(scores)
         _step_axis(scores, log)
-        mark_events(figure, (losses,), log)
+        mark_events(losses, log)
     return path
 
 
 def _draw_losses(axes: Any, log: TrainingLog) -> None:
     steps, values = log.series("train/loss")
-    axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1, label="train, each step")
-    _plot(axes, log.series("train/epoch_loss"), BLUE, "train, epoch mean")
-    _plot(axes, log.series("val/loss"), ORANGE, "validation")
+    axes.plot(steps, values, color=style.BLUE, alpha=0.3, linewidth=1, label="train, each step")
+    _plot(axes, log.series("train/epoch_loss"), style.BLUE, "train, epoch mean")
+    _plot(axes, log.series("val/loss"), style.ORANGE, "validation")
     evaluated, gaps = log.series("val/loss_gap")
     _, losses = log.series("val/loss")
     if len(gaps) == len(losses) and np.isfinite(gaps).any():
         at_best = gaps[evaluated == log.best_step()]
         best = f"{at_best[0]:.3g} at the best epoch,\n" if len(at_best) else ""
         label = f"generalisation gap:\n{best}{gaps[-1]:.3g} at the end"
-        look: dict[str, Any] = {"color": ORANGE, "alpha": 0.15, "linewidth": 0}
+        look: dict[str, Any] = {"color": style.ORANGE, "alpha": 0.15, "linewidth": 0}
         axes.fill_between(evaluated, losses - gaps, losses, label=label, **look)
     finite = values[np.isfinite(values)]
     if len(finite) > 20:  # a few wild first steps must not flatten the rest
@@ -118,7 +97,7 @@ def _draw_losses(axes: Any, log: TrainingLog) -> None:
 
 
 def _draw_scores(axes: Any, log: TrainingLog) -> None:
-    for name, colour in (("AP50", SKY), ("AP75", GREEN), ("AP", BLUE)):
+    for name, colour in (("AP50", style.SKY), ("AP75", style.GREEN), ("AP", style.BLUE)):
         series = log.series(f"val/{name}")
         if np.isfinite(series[1]).any():
             _plot(axes, series, colour, name)
@@ -126,7 +105,7 @@ def _draw_scores(axes: Any, log: TrainingLog) -> None:
         top = min(1.0, max(0.1, 1.15 * axes.dataLim.y1))
         axes.set(ylim=(0, top), ylabel="validation AP, 0 to 1")
     else:
-        show_empty(axes, "no evaluation yet")
+        style.show_empty(axes, "no evaluation yet")
 
 
 def _mark_best(log: TrainingLog, losses: Any, scores: Any) -> None:
@@ -139,52 +118,52 @@ def _mark_best(log: TrainingLog, losses: Any, scores: Any) -> None:
     steps, values = log.series("val/AP")
     at_best = values[steps == best]
     for axes in (losses, scores):
-        axes.axvline(best, color=BLACK, linewidth=1.2, linestyle=":")
+        axes.axvline(best, color=style.BLACK, linewidth=1.2, linestyle=":")
     if at_best.size and np.isfinite(at_best[0]):
         star: dict[str, Any] = {"marker": "*", "markersize": 14, "linestyle": "none", "zorder": 5}
         label += f",\nAP {at_best[0]:.3f}"
-        scores.plot([best], at_best[:1], color=VERMILLION, label=label, **star)
+        scores.plot([best], at_best[:1], color=style.VERMILLION, label=label, **star)
     else:
-        scores.plot([], [], color=BLACK, linestyle=":", linewidth=1.2, label=label)
+        scores.plot([], [], color=style.BLACK, linestyle=":", linewidth=1.2, label=label)
     waited = int((steps > best).sum())
     if not waited:
         return
     # Early stopping counts the evaluations since the best one.
-    stopped = "early stop" in str(log.events.get("training_end", {}).get("reason", ""))
+    stopped = "early stop" in str(log.last_event("training_end").get("reason", ""))
     for axes in (losses, scores):
-        axes.axvspan(best, steps[-1], color=PALE, zorder=0)
+        axes.axvspan(best, steps[-1], color=style.PALE, zorder=0)
         if stopped:
-            axes.axvline(steps[-1], color=VERMILLION, linewidth=1.4)
-    patience = log.events.get("training_start", {}).get("patience")
+            axes.axvline(steps[-1], color=style.VERMILLION, linewidth=1.4)
+    patience = log.last_event("training_start").get("patience")
     count = f"{waited} of {patience}" if patience else str(waited)
     label = f"{count} evaluation{'s' * (waited != 1 or bool(patience))}\nwithout improvement"
     if stopped:
-        scores.plot([], [], color=VERMILLION, linewidth=1.4, label=f"early stop: {label}")
+        scores.plot([], [], color=style.VERMILLION, linewidth=1.4, label=f"early stop: {label}")
     else:
-        scores.fill_between([], [], color=PALE, label=label)
+        scores.fill_between([], [], color=style.PALE, label=label)
 
 
 def learning_rate(log: TrainingLog, path: Path) -> Path:
     """Draw the learning rate of each parameter group, with warm-up shaded and drops marked."""
-    with drawing(path, "Learning rate", height=3.4) as (figure, (axes,)):
+    with style.drawing(path, "Learning rate", height=3.4) as (axes,):
         steps, rates = log.series("train/lr")
         if not len(steps):
             return path
         groups = sorted({n for p in log.steps for n in p.values if n.startswith("train/lr_")})
-        for name, colour in zip(groups, (GREEN, PURPLE, SKY), strict=False):
+        for name, colour in zip(groups, (style.GREEN, style.PURPLE, style.SKY), strict=False):
             _plot(axes, log.series(name), colour, name.removeprefix("train/lr_"))
-        _plot(axes, (steps, rates), BLUE, "all other parameters" if groups else None)
+        _plot(axes, (steps, rates), style.BLUE, "all other parameters" if groups else None)
         rising = np.diff(rates) > 0
         if len(rising) and rising[0]:
             warmup = steps[-1 if rising.all() else int(np.argmin(rising))]
             label = f"warm-up, about {warmup:,.0f} steps"
-            axes.axvspan(0, warmup, color=PALE, zorder=0, label=label)
+            axes.axvspan(0, warmup, color=style.PALE, zorder=0, label=label)
         # A constant rate that falls; a smooth decay is constant nowhere, however steep.
         for place in range(2, len(rates)):
             before, rate = rates[place - 1 : place + 1]
             if rate < 0.7 * before and np.isclose(before, rates[place - 2], rtol=1e-3):
-                axes.axvline(steps[place], color=ORANGE, linestyle=":", linewidth=1.4)
-                look: dict[str, Any] = {"color": BLACK, "fontsize": 9, "va": "top"}
+                axes.axvline(steps[place], color=style.ORANGE, linestyle=":", linewidth=1.4)
+                look: dict[str, Any] = {"color": style.BLACK, "fontsize": 9, "va": "top"}
                 at = (steps[place], before)
                 text = f"x {rate / before:.2g}"
                 axes.annotate(text, at, (4, -2), textcoords="offset points", **look)
@@ -192,8 +171,8 @@ def learning_rate(log: TrainingLog, path: Path) -> Path:
         axes.set(ylabel="learning rate", ylim=(0, (highest or 1) * 1.08))
         axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.3g}")
         _step_axis(axes, log)
-        legend(axes)
-        mark_events(figure, (axes,), log)
+        style.legend(axes)
+        mark_events(axes, log)
     return path
 
 
@@ -201,64 +180,66 @@ def gradient_norm(log: TrainingLog, path: Path) -> Path:
     """Draw the global gradient norm before and after clipping, and the share of clipped steps."""
     steps, before = log.series("train/grad_norm")
     after_steps, after = log.series("train/grad_norm_clipped")
-    with drawing(path, "Gradient norm", "", height=2.7) as (figure, (norms, shares)):
+    with style.drawing(path, "Gradient norm", "", height=2.7) as (norms, shares):
         if not len(steps) or len(steps) != len(after_steps):
             return path
-        norms.plot(steps, before, color=VERMILLION, alpha=0.3, linewidth=1)
+        norms.plot(steps, before, color=style.VERMILLION, alpha=0.3, linewidth=1)
         median = pd.Series(before).rolling(9, center=True, min_periods=1).median()
-        _plot(norms, (steps, median.to_numpy()), VERMILLION, "before clipping, median of 9")
-        _plot(norms, (steps, after), BLUE, "after")
+        _plot(norms, (steps, median.to_numpy()), style.VERMILLION, "before clipping, median of 9")
+        _plot(norms, (steps, after), style.BLUE, "after")
         limit_steps, limits = log.series("train/clip_threshold")
         if (finite := limits[np.isfinite(limits)]).size:  # norms were clipped
             low, high = float(finite.min()), float(finite.max())
             label = f"threshold {low:.3g}" + (f" to {high:.3g}" if high > low * _CLIPPED else "")
-            norms.plot(limit_steps, limits, color=BLACK, linestyle="--", linewidth=1.2, label=label)
+            norms.plot(
+                limit_steps, limits, color=style.BLACK, linestyle="--", linewidth=1.2, label=label
+            )
         if (before[np.isfinite(before)] > 0).any():
-            plain_log_scale(norms)
+            style.plain_log_scale(norms)
         norms.set_ylabel("L2 norm of all gradients")
-        legend(norms)
+        style.legend(norms)
 
         clipped = before > after * _CLIPPED
         per_epoch = log.steps_per_epoch or float(steps[-1])
         share = pd.Series(100.0 * clipped).groupby(np.ceil(steps / per_epoch)).mean()
         ends = np.minimum(share.index.to_numpy() * per_epoch, steps[-1])
-        _plot(shares, (ends, share.to_numpy()), GREEN)
+        _plot(shares, (ends, share.to_numpy()), style.GREEN)
         shares.set(title=f"Clipped: {clipped.mean():.0%} of the logged steps")
         shares.set(ylabel="steps clipped, %", ylim=(-4, 104))
         _step_axis(shares, log)
-        mark_events(figure, (norms,), log)
+        mark_events(norms, log)
     return path
 
 
 def throughput(log: TrainingLog, path: Path) -> Path:
     """Draw images per second, and the share of time in which training waited for data."""
     titles = ("Throughput", "Waiting for data")
-    with drawing(path, *titles, height=2.4) as (figure, (speed, wait)):
+    with style.drawing(path, *titles, height=2.4) as (speed, wait):
         for axes, name, factor, colour, label in (
-            (speed, "train/images_per_second", 1, BLUE, "images per second"),
-            (wait, "train/data_wait_share", 100, ORANGE, "share of the time, %"),
+            (speed, "train/images_per_second", 1, style.BLUE, "images per second"),
+            (wait, "train/data_wait_share", 100, style.ORANGE, "share of the time, %"),
         ):
             steps, values = log.series(name)
             if not np.isfinite(values).any():
-                show_empty(axes)
+                style.show_empty(axes)
                 continue
             values = values * factor
             _plot(axes, (steps, values), colour)
             median = float(np.nanmedian(values))
-            look: dict[str, Any] = {"color": GREY, "linestyle": "--", "linewidth": 1.2}
+            look: dict[str, Any] = {"color": style.GREY, "linestyle": "--", "linewidth": 1.2}
             axes.axhline(median, label=f"median {median:.1f}", **look)
             axes.set(ylabel=label, ylim=(0, max(1.0, float(np.nanmax(values)) * 1.15)))
-            legend(axes)
+            style.legend(axes)
         if log.steps:
             _step_axis(wait, log)
-            mark_events(figure, (speed,), log)
+            mark_events(speed, log)
     return path
 
 
 def machine(log: TrainingLog, path: Path) -> Path:
     """Draw the utilisation of CPU and GPUs, and the memory in use, over time."""
     titles, empty = ("CPU and GPU utilisation", "Memory in use"), "no samples of the machine"
-    with drawing(path, *titles, height=2.5, empty=empty) as (_, (busy, memory)):
+    with style.drawing(path, *titles, height=2.5, empty=empty) as (busy, memory):
         if not log.samples:
             return path
         samples = pd.DataFrame([sample.values for sample in log.samples])
@@ -267,9 +248,9 @@ def machine(log: TrainingLog, path: Path) -> Path:
         unit, length = next((unit, n) for unit, n, most in units if seconds[-1] < most)
         samples.index = pd.Index(seconds / length)
         for axes, name, factor, colour, label in (
-            (busy, "cpu_utilization_percentage", 1, BLUE, "CPU, all cores"),
-            (memory, "system_memory_usage_megabytes", 1e-3, GREY, "host, all processes"),
-            (memory, "process_memory_megabytes", 1e-3, BLACK, "host, this training"),
+            (busy, "cpu_utilization_percentage", 1, style.BLUE, "CPU, all cores"),
+            (memory, "system_memory_usage_megabytes", 1e-3, style.GREY, "host, all processes"),
+            (memory, "process_memory_megabytes", 1e-3, style.BLACK, "host, this training"),
         ):
             values = samples.get(f"system/{name}")
             if values is not None and values.notna().any():
@@ -280,32 +261,32 @@ def machine(log: TrainingLog, path: Path) -> Path:
         memory.set_ylim(bottom=0)
         memory.set(ylabel="GB", xlabel=f"{unit} since the start")
         memory.set_xlim(0, max(0.1, float(samples.index[-1])) * 1.01)
-        legend_beside(busy)
-        legend_beside(memory)
+        style.legend_beside(busy)
+        style.legend_beside(memory)
     return path
 
 
 def _plot_gpus(axes: Any, gpus: pd.DataFrame) -> None:
     """Draw a line for each column, a GPU; of more than four, their mean and range."""
-    colours = (ORANGE, GREEN, VERMILLION, PURPLE)
+    colours = (style.ORANGE, style.GREEN, style.VERMILLION, style.PURPLE)
     times, values = gpus.index, gpus.sort_index(axis="columns").to_numpy().T
     if len(values) <= len(colours):
         for gpu, (line, colour) in enumerate(zip(values, colours, strict=False)):
             _plot(axes, (times, line), colour, f"GPU {gpu}", size=3)
         return
     low, high = values.min(axis=0), values.max(axis=0)
-    axes.fill_between(times, low, high, color=ORANGE, alpha=0.25, label="lowest to highest")
-    _plot(axes, (times, values.mean(axis=0)), ORANGE, f"mean of {len(values)} GPUs", size=3)
+    axes.fill_between(times, low, high, color=style.ORANGE, alpha=0.25, label="lowest to highest")
+    _plot(axes, (times, values.mean(axis=0)), style.ORANGE, f"mean of {len(values)} GPUs", size=3)
 
 
 def _plot(axes: Any, series: Series, colour: str, label: str | None = None, size: int = 4) -> None:
-    axes.plot(*series, color=colour, label=label, marker=marker(series[0]), markersize=size)
+    axes.plot(*series, color=colour, label=label, marker=style.marker(series[0]), markersize=size)
 
 
 def _step_axis(axes: Any, log: TrainingLog) -> None:
     """Label the lowest panel with optimizer steps, and with epochs below those."""
     axes.set(xlim=(0, max(1, log.last_step) * 1.02), xlabel="optimizer step")
-    whole_numbers(axes)
+    style.whole_numbers(axes)
     per_epoch = log.steps_per_epoch
     if per_epoch:
         below = axes.secondary_xaxis(
@@ -313,56 +294,57 @@ def _step_axis(axes: Any, log: TrainingLog) -> None:
         )
         below.set_xlabel("epoch")
         below.spines["bottom"].set_position(("outward", 38))
-        whole_numbers(below)
+        style.whole_numbers(below)
 
 
 # Name, with {s} for its plural, marker and colour; each has a shape and a colour of its own.
 _EVENTS = {
-    "skipped_step": ("skipped step{s}", "X", VERMILLION),
-    "loss_spike": ("loss spike{s}", "^", ORANGE),
-    "rollback": ("rollback{s}", "<", BLACK),
-    "gave_up": ("gave up", "s", BLACK),
-    "evaluation_failed": ("failed evaluation{s}", "v", SKY),
-    "split": ("batch split{s}", "P", SKY),
-    "resumed": ("resumed", ">", GREEN),
-    "hint": ("hint{s}", "D", PURPLE),
+    "skipped_step": ("skipped step{s}", "X", style.VERMILLION),
+    "loss_spike": ("loss spike{s}", "^", style.ORANGE),
+    "rollback": ("rollback{s}", "<", style.BLACK),
+    "gave_up": ("gave up", "s", style.BLACK),
+    "evaluation_failed": ("failed evaluation{s}", "v", style.SKY),
+    "split": ("batch split{s}", "P", style.SKY),
+    "resumed": ("resumed", ">", style.GREEN),
+    "hint": ("hint{s}", "D", style.PURPLE),
 }
 _RESTARTS = ("rollback", "resumed")
-"""Training goes on from an earlier state: a line through the panels."""
+"""Training goes on from an earlier state: a line through the panel."""
 
 
-def mark_events(figure: Any, panels: Sequence[Any], log: TrainingLog) -> None:
-    """Mark a training's events on the lower edge of panels over optimizer steps.
+def mark_events(axes: Any, log: TrainingLog) -> None:
+    """Mark a training's events on the lower edge of a panel over optimizer steps.
 
     A legend above all panels has the number of events of each kind.
     """
     handles = []
     for kind, (name, shape, colour) in _EVENTS.items():
-        steps = sorted(log.event_steps.get(kind, ()))
+        found = (events for name, events in log.events.items() if name.split(".")[0] == kind)
+        logged = [event.get("step") for events in found for event in events]
+        steps = sorted({step for step in logged if isinstance(step, int)})
         if not steps:
             continue
+        for step in steps if kind in _RESTARTS else ():
+            axes.axvline(step, color=colour, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
         look: dict[str, Any] = {"marker": shape, "linestyle": "none"}
-        for axes in panels:
-            for step in steps if kind in _RESTARTS else ():
-                axes.axvline(step, color=colour, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
-            # White edges lie below all marks: they would hide marks that stand close.
-            for fill, size, order in (("white", 10, 5), (colour, 8, 6)):
-                axes.plot(
-                    steps,
-                    [0.0] * len(steps),
-                    transform=axes.get_xaxis_transform(),  # x: steps; y: 0 is the lower edge
-                    **look,
-                    markersize=size,
-                    color=fill,
-                    markeredgewidth=0,
-                    clip_on=False,
-                    zorder=order,
-                )
+        # White edges lie below all marks: they would hide marks that stand close.
+        for fill, size, order in (("white", 10, 5), (colour, 8, 6)):
+            axes.plot(
+                steps,
+                [0.0] * len(steps),
+                transform=axes.get_xaxis_transform(),  # x: steps; y: 0 is the lower edge
+                **look,
+                markersize=size,
+                color=fill,
+                markeredgewidth=0,
+                clip_on=False,
+                zorder=order,
+            )
         count = "" if len(steps) == 1 else f"{len(steps):,} "
         label = count + name.format(s="s" if count else "")
         handles.append(Line2D([], [], color=colour, label=label, markersize=8, **look))
     if handles:
-        figure.legend(
+        axes.figure.legend(
             handles=handles,
             loc="outside upper right",
             ncols=min(4, len(handles)),

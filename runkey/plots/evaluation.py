@@ -27,31 +27,17 @@ from runkey.evaluation.per_image import (
     confusion,
     judge_images,
 )
+from runkey.plots import style
 from runkey.plots.log import number
 from runkey.plots.sheets import class_name, detection_sheet, printable
-from runkey.plots.style import (
-    BLACK,
-    BLUE,
-    CYCLE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PALE,
-    VERMILLION,
-    cut,
-    drawing,
-    legend,
-    legend_beside,
-    write_table,
-)
 
 _MAX_CLASSES = 20
 _MAX_NAMED = 8
 _NO_OBJECTS = "no class has objects in the validation split"
 _SIZES = {
-    "small": ("small, to 32² px", ORANGE, "o"),
-    "medium": ("medium, to 96² px", GREEN, "s"),
-    "large": ("large", BLUE, "D"),
+    "small": ("small, to 32² px", style.ORANGE, "o"),
+    "medium": ("medium, to 96² px", style.GREEN, "s"),
+    "large": ("large", style.BLUE, "D"),
 }
 _LEAST_SCORE = 0.05
 """Detections below it are many, rarely looked at, and would dominate the calibration error."""
@@ -105,7 +91,7 @@ def write_confusion_table(counts: NDArray[np.int64], names: Sequence[str], path:
         "truth": np.array([*names, "(background)"])[truth].repeat(times),
         "detected": np.array([*names, "(missed)"])[detected].repeat(times),
     }
-    return write_table(path, pd.DataFrame(columns))
+    return style.write_table(path, pd.DataFrame(columns))
 
 
 def write_precision_recall_table(stored: dict[str, Any], path: Path) -> Path:
@@ -117,7 +103,7 @@ def write_precision_recall_table(stored: dict[str, Any], path: Path) -> Path:
         for recall, precision in list(zip(stored["recall"], one["precision"][0], strict=True))[::5]
     ]
     table = pd.DataFrame(rows, columns=["class", "recall", "precision"])
-    return write_table(path, table, digits=None)
+    return style.write_table(path, table, digits=None)
 
 
 def precision_recall(stored: dict[str, Any], path: Path) -> Path:
@@ -128,7 +114,7 @@ def precision_recall(stored: dict[str, Any], path: Path) -> Path:
     recall = np.array(stored["recall"], dtype=np.float64)
     classes = [one for one in stored["classes"] if one["precision"] is not None]
     titles = ("Precision-recall curve of each class, at IoU 0.5", "Mean over classes, by IoU")
-    with drawing(path, *titles, height=3.1, empty=_NO_OBJECTS) as (_, (upper, lower)):
+    with style.drawing(path, *titles, height=3.1, empty=_NO_OBJECTS) as (upper, lower):
         if not classes:
             return path
         precision = np.array([one["precision"] for one in classes], dtype=np.float64)
@@ -149,13 +135,13 @@ def _draw_classes(
     half = _MAX_NAMED // 2
     named = order if len(names) <= _MAX_NAMED else np.concatenate([order[:half], order[-half:]])
     for k in sorted(set(range(len(names))) - set(named.tolist())):
-        axes.plot(recall, precision[k], color=GREY, alpha=0.25, linewidth=0.8)
+        axes.plot(recall, precision[k], color=style.GREY, alpha=0.25, linewidth=0.8)
     # Grey in place of yellow, which is hard to see on white.
-    for colour, k in zip((*CYCLE[:7], GREY), named, strict=False):
-        name = cut(printable(names[k], f"class number {k + 1}"), 22)
+    for colour, k in zip((*style.CYCLE[:7], style.GREY), named, strict=False):
+        name = style.cut(printable(names[k], f"class number {k + 1}"), 22)
         axes.plot(recall, precision[k], color=colour, label=f"{name}  {ap50[k]:.2f}")
     title = "class, AP50" if len(names) <= _MAX_NAMED else f"best and worst {half}, AP50"
-    legend_beside(axes, title)
+    style.legend_beside(axes, title)
 
 
 def _draw_ious(
@@ -167,8 +153,8 @@ def _draw_ious(
         label = f"{ious[t]:.2f}  {precision[t].mean():.2f}"
         axes.plot(recall, precision[t], color=_BLUES(shade), label=label)
     mean = precision.mean(axis=0)
-    axes.plot(recall, mean, color=BLACK, linestyle="--", label=f"mean  {mean.mean():.2f}")
-    legend_beside(axes, "IoU, AP")
+    axes.plot(recall, mean, color=style.BLACK, linestyle="--", label=f"mean  {mean.mean():.2f}")
+    style.legend_beside(axes, "IoU, AP")
 
 
 def confusion_matrix(
@@ -182,16 +168,16 @@ def confusion_matrix(
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     title = f"Confusion matrix at score {threshold:.2f} and above"
     height, empty = 1.2 + 0.37 * len(counts), "no object and no detection"
-    with drawing(path, title, height=height, empty=empty) as (_, (axes,)):
+    with style.drawing(path, title, height=height, empty=empty) as (axes,):
         if not counts.any():
             return path
         axes.imshow(shares, cmap=_BLUES, vmin=0, vmax=1, aspect="auto")
         look: dict[str, Any] = {"ha": "center", "va": "center"}
         look["fontsize"] = 9 if len(counts) <= 12 else 7
         for row, column in zip(*np.nonzero(counts), strict=True):
-            colour = "white" if shares[row, column] > 0.45 else BLACK
+            colour = "white" if shares[row, column] > 0.45 else style.BLACK
             axes.text(column, row, f"{counts[row, column]:,}", color=colour, **look)
-        last, short = len(labels), [cut(label, 16) for label in labels]
+        last, short = len(labels), [style.cut(label, 16) for label in labels]
         axes.set_xticks(range(last + 1), [*short, "missed"])
         axes.set_yticks(range(last + 1), [*short, "background"])
         if last > 8 or max(map(len, short), default=0) > 8:
@@ -201,8 +187,8 @@ def confusion_matrix(
         axes.set(xlabel="detected class (match: IoU 0.5)")
         axes.set(ylabel="true class; colour: share of the row")
         axes.grid(visible=False)
-        axes.axhline(last - 0.5, color=BLACK, linewidth=1)
-        axes.axvline(last - 0.5, color=BLACK, linewidth=1)
+        axes.axhline(last - 0.5, color=style.BLACK, linewidth=1)
+        axes.axvline(last - 0.5, color=style.BLACK, linewidth=1)
     return path
 
 
@@ -232,7 +218,7 @@ def ap_by_size(stored: dict[str, Any], path: Path) -> Path:
     worst = sorted(classes, key=lambda name: classes[name]["AP"])[:_MAX_CLASSES]
     shown = {name: one for name, one in classes.items() if name in worst}
     look: dict[str, Any] = {"height": max(3.4, 0.9 + 0.27 * len(shown)), "empty": _NO_OBJECTS}
-    with drawing(path, "AP by object size", "", columns=2, **look) as (_, (left, right)):
+    with style.drawing(path, "AP by object size", "", columns=2, **look) as (left, right):
         if not shown:
             return path
         _draw_sizes(left, stored)
@@ -257,11 +243,11 @@ def _draw_sizes(axes: Any, stored: dict[str, Any]) -> None:
         by_size = (one["by_size"].get(size, {}) for one in stored["per_class"].values())
         ticks.append(f"{size}\n{sum(int(one.get('objects', 0)) for one in by_size):,} objects")
     ap = number(stored["AP"])
-    axes.axhline(ap, color=BLACK, linestyle="--", linewidth=1.2, label="all sizes")
+    axes.axhline(ap, color=style.BLACK, linestyle="--", linewidth=1.2, label="all sizes")
     axes.set_xticks(range(len(ticks)), ticks)
     axes.set_ylabel("AP, 0 to 1")
     axes.grid(visible=False, axis="x")
-    legend(axes)
+    style.legend(axes)
 
 
 def _draw_classes_by_size(axes: Any, classes: dict[str, dict[str, Any]]) -> None:
@@ -270,15 +256,15 @@ def _draw_classes_by_size(axes: Any, classes: dict[str, dict[str, Any]]) -> None
     values = np.array([[number(one.get(s, {}).get("AP")) for one in by_size] for s in _SIZES])
     lowest = np.nan_to_num(np.fmin.reduce(values))  # [sizes, K] -> [K]
     highest = np.nan_to_num(np.fmax.reduce(values))
-    axes.barh(rows, highest - lowest, left=lowest, height=0.16, color=PALE, zorder=1)
+    axes.barh(rows, highest - lowest, left=lowest, height=0.16, color=style.PALE, zorder=1)
     for of_size, (label, colour, shape) in zip(values, _SIZES.values(), strict=True):
         axes.scatter(of_size, rows, color=colour, marker=shape, s=30, label=label, zorder=3)
     names = [printable(name, f"class {row + 1}") for row, name in enumerate(classes)]
-    axes.set_yticks(rows, [cut(name, 18) for name in names])
+    axes.set_yticks(rows, [style.cut(name, 18) for name in names])
     axes.invert_yaxis()
     axes.set_xlabel("AP, 0 to 1")
     axes.grid(visible=False, axis="y")
-    legend(axes)
+    style.legend(axes)
 
 
 def reliability(scores: Calibration, path: Path) -> Path:
@@ -286,19 +272,19 @@ def reliability(scores: Calibration, path: Path) -> Path:
     edges = np.arange(BINS) / BINS
     titles = ("Calibration of the scores", "Detections")
     empty = f"no detection of score {_LEAST_SCORE} or above"
-    with drawing(path, *titles, height=2.6, empty=empty) as (_, (shares, counts)):
+    with style.drawing(path, *titles, height=2.6, empty=empty) as (shares, counts):
         if not scores.counts.any():
             return path
         bins: dict[str, Any] = {"width": 0.94 / BINS, "align": "edge"}
         right = scores.shares_right
-        shares.bar(edges, right, color=BLUE, label="precision of the bin", **bins)
-        shares.plot([0, 1], [0, 1], color=GREY, linestyle="--", label="perfect calibration")
+        shares.bar(edges, right, color=style.BLUE, label="precision of the bin", **bins)
+        shares.plot([0, 1], [0, 1], color=style.GREY, linestyle="--", label="perfect calibration")
         error = f"expected calibration\nerror (ECE) {scores.error:.3f}"
-        dots: dict[str, Any] = {"color": VERMILLION, "marker": "o", "markersize": 4}
+        dots: dict[str, Any] = {"color": style.VERMILLION, "marker": "o", "markersize": 4}
         shares.plot(scores.mean_scores, right, label=error, **dots)
         shares.set(ylim=(0, 1.03), ylabel="precision")
-        legend_beside(shares, "match: IoU 0.5")
-        bars = counts.bar(edges, scores.counts, color=GREY, **bins)
+        style.legend_beside(shares, "match: IoU 0.5")
+        bars = counts.bar(edges, scores.counts, color=style.GREY, **bins)
         counts.bar_label(bars, [f"{count:,}" for count in scores.counts], padding=2, fontsize=9)
         counts.yaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
         counts.set(ylim=(0, 1.18 * scores.counts.max()), ylabel="detections")

@@ -86,8 +86,8 @@ def find_hints(log: TrainingLog, params: Mapping[str, Any]) -> list[Hint]:
 def logged_hints(log: TrainingLog) -> list[Hint]:
     """Return the hints that the training itself logged."""
     return [
-        Hint(kind.removeprefix(EVENT), str(fields.get("seen", "")), str(fields.get("change", "")))
-        for kind, fields in log.events.items()
+        Hint(kind.removeprefix(EVENT), str(last.get("seen", "")), str(last.get("change", "")))
+        for kind, (*_, last) in log.events.items()
         if kind.startswith(EVENT)
     ]
 
@@ -258,7 +258,7 @@ def _skipped_lately(log: TrainingLog) -> int:
     if len(counts) < 2:
         return 0
     skipped, tried = counts[-1] - counts[-2], steps[-1] - steps[-2]
-    precision = str(log.events.get("training_start", {}).get("precision"))
+    precision = str(log.last_event("training_start").get("precision"))
     few = max(3, tried / 10) if precision.startswith("float16") else max(1, tried / 100)
     return int(skipped) if np.isfinite(skipped) and skipped >= few else 0
 
@@ -291,7 +291,7 @@ def _overfitting(log: TrainingLog) -> Iterator[Hint]:
 
 
 def _classes(log: TrainingLog) -> Iterator[Hint]:
-    fields = log.events.get(CLASS_SCORES, {})
+    fields = log.last_event(CLASS_SCORES)
     never, classes = fields.get("never_found", []), fields.get("classes", 0)
     if never and number(fields.get("mean_AP50")) > 0.2:
         shown = ", ".join(map(str, never[:_MAX_NAMES]))

@@ -47,23 +47,22 @@ class TrainingLog:
     """The end of each epoch: means over the epoch, and the evaluation if there was one."""
     samples: list[Point] = field(default_factory=list)
     """Of the machine, in the order of time; `step` counts them."""
-    events: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """The last event of each kind."""
-    counts: Counter[str] = field(default_factory=Counter)
-    """Number of events of each kind."""
-    event_steps: dict[str, set[int]] = field(default_factory=dict)
-    """Optimizer steps of events, by their kind up to the first dot."""
+    events: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """The fields of all events, by their kind."""
 
     def add(self, entry: dict[str, Any]) -> None:
         """Add one more line of the log."""
         if isinstance(entry.get("values"), dict) and isinstance(entry.get("step"), int):
             self._add_values(_point(entry, entry["step"]))
             return
-        kind = str(entry.get("event", entry.get("kind", "")))
-        fields = self.events[kind] = entry.get("fields", entry)
-        self.counts[kind] += 1
-        if isinstance(fields, dict) and isinstance(fields.get("step"), int):
-            self.event_steps.setdefault(kind.split(".")[0], set()).add(fields["step"])
+        fields = entry.get("fields", entry)
+        if isinstance(fields, dict):
+            kind = str(entry.get("event", entry.get("kind", "")))
+            self.events.setdefault(kind, []).append(fields)
+
+    def last_event(self, kind: str) -> dict[str, Any]:
+        """Return the fields of the last event of a kind; {} if there is none."""
+        return self.events.get(kind, [{}])[-1]
 
     def series(self, name: str) -> Series:
         """Return the steps at which a metric was logged, of steps or of epochs, and its values."""
@@ -87,9 +86,9 @@ class TrainingLog:
 
     def best_step(self) -> int | None:
         """Return the step of the saved weights; of an unfinished run, the best so far."""
-        end = self.events.get("training_end", {})
-        if isinstance(end.get("best_step"), int):
-            return int(end["best_step"])
+        best = self.last_event("training_end").get("best_step")
+        if isinstance(best, int):
+            return best
         for name, sign in (("val/AP", 1), ("val/loss", -1)):
             steps, values = self.series(name)
             if np.isfinite(values).any():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,29 +12,18 @@ from numpy.typing import NDArray
 
 from runkey.memory.predict import Prediction
 from runkey.memory.trace.events import CLASSES, Timeline, timeline_of
-from runkey.plots.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PALE,
-    SKY,
-    VERMILLION,
-    YELLOW,
-    drawing,
-)
+from runkey.plots import style
 from runkey.units import GIB, MIB
 
 # From below: what stays allocated, then what is allocated and freed.
 _LAYERS = (
-    ("parameters", ("parameter", "buffer"), BLUE),
-    ("optimizer", ("optimizer",), SKY),
-    ("libraries", ("library",), GREY),
-    ("gradients", ("gradient",), ORANGE),
-    ("input", ("input",), YELLOW),
-    ("activations", ("activation",), GREEN),
-    ("temporary", ("temporary",), VERMILLION),
+    ("parameters", ("parameter", "buffer"), style.BLUE),
+    ("optimizer", ("optimizer",), style.SKY),
+    ("libraries", ("library",), style.GREY),
+    ("gradients", ("gradient",), style.ORANGE),
+    ("input", ("input",), style.YELLOW),
+    ("activations", ("activation",), style.GREEN),
+    ("temporary", ("temporary",), style.VERMILLION),
 )
 _COLUMNS = 500
 _LEAST_WIDTH = 0.07
@@ -48,17 +37,13 @@ def draw_step(
 ) -> list[Path]:
     """Draw the memory of a predicted step by class and phase, its upper bound and the budget.
 
-    Args:
-        prediction: of the training.
-        images: micro-batch.
-        folder: where `timeline.png` and `timeline.svg` go.
-        budget_gib: `memory.budget_gib`, if it is a number.
+    The step has a micro-batch of `images`; `timeline.png` and `timeline.svg` go into the folder.
     """
     model = prediction.model
     height, width = model.shapes.worst_of(images)
-    lines = [("upper bound", float(model.gpu.upper(images)))]
+    levels = {"upper bound": float(model.gpu.upper(images))}
     if budget_gib is not None:
-        lines.append((f"budget {budget_gib:g} GiB", budget_gib * GIB))
+        levels[f"budget {budget_gib:g} GiB"] = budget_gib * GIB
     title = (
         f"Memory of a training step: {images} images of {height} x {width}, "
         f"{model.precision}, on a GPU"
@@ -66,28 +51,29 @@ def draw_step(
     timeline = timeline_of(prediction.trace(images))
     paths = [folder / f"timeline{suffix}" for suffix in (".png", ".svg")]
     for path in paths:
-        with drawing(path, "", height=4.4) as (_, (axes,)):
-            _draw(axes, timeline, title, lines)
+        with style.drawing(path, "", height=4.4) as (axes,):
+            _draw(axes, timeline, title, levels)
     return paths
 
 
-def _draw(axes: Any, timeline: Timeline, title: str, lines: Sequence[tuple[str, float]]) -> None:
-    """Draw a step and some levels, each a label and bytes."""
+def _draw(axes: Any, timeline: Timeline, title: str, levels: Mapping[str, float]) -> None:
+    """Draw a step and some levels, in bytes by label."""
     unit, name, digits = (GIB, "GiB", 2) if timeline.peak_bytes >= GIB else (MIB, "MiB", 1)
     positions, starts = _positions(timeline)
     events = _drawn_events(timeline, positions)
     _draw_layers(axes, positions[events], timeline.live[:, events] / unit)
     peak = top = timeline.peak_bytes / unit
-    styles = iter(("--", ":", "-."))
-    for text, level in lines:
+    dashes = iter(("--", ":"))
+    for text, level in levels.items():
         if level > _FAR * timeline.peak_bytes:
             title += f"\n{text}: {level / timeline.peak_bytes:,.0f} x the peak"
         else:
-            style = next(styles, "-")
-            axes.axhline(level / unit, color=BLACK, linestyle=style, linewidth=1.3, label=text)
+            look = {"color": style.BLACK, "linestyle": next(dashes), "linewidth": 1.3}
+            axes.axhline(level / unit, **look, label=text)
             top = max(top, level / unit)
     place = positions[events][int(timeline.total[events].argmax())]
-    axes.plot([place], [peak], color=BLACK, marker="v", markersize=6, linestyle="none", zorder=5)
+    mark = {"color": style.BLACK, "marker": "v", "markersize": 6, "zorder": 5}
+    axes.plot([place], [peak], **mark, linestyle="none")
     right = place >= 0.8
     axes.annotate(
         f"peak {peak:.{digits}f} {name}",
@@ -143,7 +129,7 @@ def _drawn_events(timeline: Timeline, positions: NDArray[np.float64]) -> NDArray
 def _draw_phases(axes: Any, timeline: Timeline, edges: Sequence[float]) -> None:
     for number, (left, right) in enumerate(pairwise(edges)):
         if number % 2:
-            axes.axvspan(left, right, color=PALE, zorder=0)
+            axes.axvspan(left, right, color=style.PALE, zorder=0)
         axes.text(
             (left + right) / 2,
             0.98,
@@ -154,6 +140,6 @@ def _draw_phases(axes: Any, timeline: Timeline, edges: Sequence[float]) -> None:
             fontsize=9,
             rotation=90 if right - left < 0.1 else 0,
         )
-        axes.axvline(right, color=GREY, linewidth=0.6)
+        axes.axvline(right, color=style.GREY, linewidth=0.6)
     axes.set(xlim=(0, 1), xticks=[], xlabel="allocations and frees in order; time is not to scale")
     axes.grid(visible=False, axis="x")

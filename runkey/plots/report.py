@@ -27,20 +27,11 @@ from runkey.files import write_atomically
 from runkey.identity.key import PARTS
 from runkey.identity.record import KEY, KEY_JSON, Details, LoggedRun, Record, RunManifest
 from runkey.params import as_text, changed_params, load_params
+from runkey.plots import style
 from runkey.plots.curves import write_training_plots
 from runkey.plots.hints import CLASS_SCORES, EVENT, Hint, all_hints
 from runkey.plots.log import TrainingLog, read_log
 from runkey.plots.sheets import printable
-from runkey.plots.style import (
-    BLACK,
-    CYCLE,
-    YELLOW,
-    cut,
-    drawing,
-    legend_beside,
-    marker,
-    show_empty,
-)
 from runkey.units import format_seconds
 
 _LOG = paths.LOGS / "train.jsonl"
@@ -92,7 +83,7 @@ _COMPARED = {
     "Training loss, mean of each epoch": ("loss per object", "train/epoch_loss"),
     "Learning rate": ("learning rate", "train/lr"),
 }
-_COLOURS = [colour for colour in CYCLE if colour != YELLOW]
+_COLOURS = [colour for colour in style.CYCLE if colour != style.YELLOW]
 _SHORT = 12
 _COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -113,11 +104,11 @@ class ReportedRun(Record):
         return super().label + suffix
 
     @property
-    def events(self) -> dict[str, dict[str, Any]]:
-        """The last one of each kind of event that is out of the ordinary, such as skipped steps."""
+    def events(self) -> dict[str, list[dict[str, Any]]]:
+        """The events of each kind that is out of the ordinary, such as skipped steps."""
         return {
-            kind: fields
-            for kind, fields in self.log.events.items()
+            kind: events
+            for kind, events in self.log.events.items()
             if kind not in _REGULAR_EVENTS and not kind.startswith(EVENT)
         }
 
@@ -308,12 +299,12 @@ def _compare_curves(runs: Sequence[ReportedRun], path: Path) -> None:
         {"linestyle": dashes, "color": colour}
         for _, (dashes, colour) in zip(runs, cycle(product(("-", "--", ":", "-."), _COLOURS)))
     ]
-    with drawing(path, *_COMPARED, height=1.9) as (_, panels):
+    with style.drawing(path, *_COMPARED, height=1.9) as panels:
         for axes, (label, metric) in zip(panels, _COMPARED.values(), strict=True):
             for run, look in zip(runs, looks, strict=True):
                 _draw(axes, run.log, metric, look)
             if not axes.lines:
-                show_empty(axes)
+                style.show_empty(axes)
                 continue
             axes.set_ylabel(label)
             axes.set_ylim(bottom=0)
@@ -321,8 +312,8 @@ def _compare_curves(runs: Sequence[ReportedRun], path: Path) -> None:
                 axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.3g}")
         for run, look in zip(runs, looks, strict=True):
             name = printable(f"{run.label}  {run.run.name}".strip(), "run")
-            panels[0].plot([], [], **look, label=cut(name, 34))
-        legend_beside(panels[0])
+            panels[0].plot([], [], **look, label=style.cut(name, 34))
+        style.legend_beside(panels[0])
         panels[-1].set_xlabel("epoch")
 
 
@@ -333,12 +324,12 @@ def _draw(axes: Any, log: TrainingLog, metric: str, look: dict[str, str]) -> Non
         return
     per_epoch = log.steps_per_epoch
     epochs = steps / (per_epoch or 1.0)
-    axes.plot(epochs, values, **look, marker=marker(epochs), markersize=3)
+    axes.plot(epochs, values, **look, marker=style.marker(epochs), markersize=3)
     best = log.best_step()
     if metric == "val/AP" and best is not None and per_epoch:
         at = np.argmin(np.abs(epochs - best / per_epoch))
         star: dict[str, Any] = {"marker": "*", "markersize": 13, "zorder": 5}
-        star |= {"color": look["color"], "markeredgecolor": BLACK, "markeredgewidth": 0.6}
+        star |= {"color": look["color"], "markeredgecolor": style.BLACK, "markeredgewidth": 0.6}
         axes.plot(epochs[at], values[at], **star)
 
 

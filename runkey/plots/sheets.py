@@ -38,11 +38,7 @@ def contact_sheet(
 ) -> Path:
     """Draw images of a split, evenly chosen, with their ground truth, as a JPEG.
 
-    Args:
-        records: the split.
-        classes: all classes.
-        data_folder: what `ImageRecord.file` is relative to.
-        path: the picture; its folder is made.
+    `ImageRecord.file` is relative to `data_folder`.
     """
     count = min(_MAX_IMAGES, len(records))
     rows = _rows([records[i * len(records) // count] for i in range(count)])
@@ -128,10 +124,10 @@ def truth_boxes(score: ImageScore, classes: list[ClassName]) -> list[LabelledBox
 
 def detection_boxes(score: ImageScore, classes: list[ClassName]) -> list[LabelledBox]:
     """Return the detections in an evaluated image, coloured by right or wrong."""
-    boxes = []
-    for one in score.shown:
-        colour, name = RIGHT if one.right else WRONG, class_name(classes[one.label])
-        boxes.append(LabelledBox(one.box_xywh, colour, name, one.score))
+    boxes = [
+        LabelledBox(d.box_xywh, RIGHT if d.right else WRONG, class_name(classes[d.label]), d.score)
+        for d in score.shown
+    ]
     return _label_fewer(boxes, WRONG)
 
 
@@ -164,27 +160,24 @@ def _label_fewer(boxes: list[LabelledBox], always: str | None) -> list[LabelledB
     """Of many boxes, label those of the colour `always`, and the largest of each class."""
     if len(boxes) <= _MAX_LABELS:
         return boxes
-    areas = [box.box_xywh[2] * box.box_xywh[3] for box in boxes]
-    largest: dict[str, float] = {}
-    for area, box in zip(areas, boxes, strict=True):
-        largest[box.name] = max(area, largest.get(box.name, 0.0))
+
+    def area(box: LabelledBox) -> float:
+        return box.box_xywh[2] * box.box_xywh[3]
+
+    largest = {box.name: area(box) for box in sorted(boxes, key=area)}
     return [
-        replace(box, is_labelled=box.colour == always or area == largest[box.name])
-        for area, box in zip(areas, boxes, strict=True)
+        replace(box, is_labelled=box.colour == always or area(box) == largest[box.name])
+        for box in boxes
     ]
 
 
 def place_label(
     width: float, box: Box, frame: Box, labels: Sequence[Box], boxes: Sequence[Box] = ()
 ) -> Box | None:
-    """Find a free place for a label at a box, inside the frame; None if all are taken.
+    """Find a place for a label of `width` pixels at a box, inside the frame of the image.
 
-    Args:
-        width: of the label, in pixels.
-        box: what it names.
-        frame: of the image.
-        labels: places that are taken.
-        boxes: of the image; the place that covers least of them is chosen.
+    Return None if other `labels` take all places; of those left, choose the one that covers least
+    of the image's `boxes`.
     """
     height = _LABEL_SIZE + 4
     left, top, right, bottom = box

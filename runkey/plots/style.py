@@ -40,8 +40,8 @@ _EMPTY = "nothing logged yet"
 @contextmanager
 def drawing(
     path: Path, *titles: str, height: float = 3.0, columns: int = 1, empty: str = _EMPTY
-) -> Iterator[tuple[Figure, list[Any]]]:
-    """Yield a figure of panels below each other, and save it when the block ends.
+) -> Iterator[list[Any]]:
+    """Yield the panels of a figure, below each other, and save it when the block ends.
 
     Args:
         path: .png or .svg; its folder is made.
@@ -56,7 +56,7 @@ def drawing(
         panels = list(figure.subplots(rows, columns, sharex="col", squeeze=False).ravel())
         for axes, title in zip(panels, titles, strict=True):
             axes.set_title(title)
-        yield figure, panels
+        yield panels
         if not any(axes.has_data() or axes.texts for axes in panels):
             for axes in panels:
                 show_empty(axes, empty)

@@ -108,7 +108,7 @@ class News:
     def lines(self, log: TrainingLog) -> list[str]:
         """Return lines about what is new since the last call, at most 100 columns wide."""
         lines: list[str] = []
-        if start := log.events.get("training_start"):
+        if start := log.last_event("training_start"):
             text = f"training on {start.get('device')}, {total_steps(log):,} steps"
             lines += self._once("start", [text])
         hints = logged_hints(log)
@@ -138,7 +138,7 @@ class News:
 
 def total_steps(log: TrainingLog) -> int:
     """Return the optimizer steps of the whole training; 0 if they were not logged."""
-    return int(log.events.get("training_start", {}).get("total_steps", 0))
+    return int(log.last_event("training_start").get("total_steps", 0))
 
 
 def seconds_left(log: TrainingLog, now: float) -> float:
@@ -155,7 +155,7 @@ def seconds_left(log: TrainingLog, now: float) -> float:
 
 def _ending(log: TrainingLog) -> str:
     """Return how the training ended; empty while it runs."""
-    end = log.events.get("training_end")
+    end = log.last_event("training_end")
     if not end:
         return ""
     return f"{end.get('reason')}; saved the weights of epoch {end.get('best_epoch')}"

@@ -239,7 +239,7 @@ def test_a_run_logs_a_hint_once_even_after_an_interruption(tmp_path, caplog):
     log = read_log(path)
     assert [p.step for p in log.steps] == list(range(1, 61))
     assert [hint.kind for hint in logged_hints(log)] == ["loader"]
-    assert log.events["hint.loader"]["step"] == 20
+    assert log.last_event("hint.loader")["step"] == 20
     assert path.read_text().count("hint.loader") == 1
 
 

@@ -90,25 +90,22 @@ def test_same_log_same_bytes(drawn, tmp_path):
 
 def test_what_happened_is_marked_where_it_happened(log_of, tmp_path):
     """Each kind by a shape and a colour of its own, named with how often it came."""
-    with drawing(tmp_path / "drawn.png", "", "") as (figure, panels):
-        mark_events(figure, panels, read_log(log_of("troubled")))
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    with drawing(tmp_path / "drawn.png", "") as (axes,):
+        mark_events(axes, read_log(log_of("troubled")))
+    names = [text.get_text() for text in axes.figure.legends[0].get_texts()]
     assert names == [
         *("3 skipped steps", "2 loss spikes", "rollback", "failed evaluation"),
         *("batch split", "resumed", "2 hints"),
     ]
-    for axes in panels:
-        marks = [
-            line
-            for line in axes.lines
-            if line.get_marker() != "None" and line.get_color() != "white"
-        ]
-        assert [list(line.get_xdata()) for line in marks] == [
-            *([33, 34, 35], [60, 61], [37], [200], [7], [120], [40, 60])
-        ]
-        assert len({line.get_marker() for line in marks}) == len(marks)
-        across = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "None"]
-        assert across == [37, 120]  # lines where training went back or began again
+    marks = [
+        line for line in axes.lines if line.get_marker() != "None" and line.get_color() != "white"
+    ]
+    assert [list(line.get_xdata()) for line in marks] == [
+        *([33, 34, 35], [60, 61], [37], [200], [7], [120], [40, 60])
+    ]
+    assert len({line.get_marker() for line in marks}) == len(marks)
+    across = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "None"]
+    assert across == [37, 120]  # lines where training went back or began again
 
 
 def test_events_are_on_every_curve_over_steps(drawn, log_of, tmp_path):
