@@ -33,7 +33,7 @@ from benchmarks.gpu_steps import (
 )
 from benchmarks.gpu_workspaces import KernelGpu
 from benchmarks.memory_replay import replay_training
-from runkey.data import normalise
+from runkey.data.dataset import colour_constants
 from runkey.memory.trace.events import MicroBatch
 from runkey.memory.trace.record import BatchFields, fixed_matches, recorder, synthetic_batch
 from runkey.params import Params, load_params
@@ -198,7 +198,7 @@ def measure(chosen: list[Configuration], folder: Path) -> Iterator[dict[str, Any
 def clean_up() -> None:
     """Give back what the last training held, the libraries' workspaces too."""
     gc.collect()
-    normalise.constants.cache_clear()
+    colour_constants.cache_clear()
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
 

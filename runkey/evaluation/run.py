@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runkey.data.dataset import Batch
+from runkey.data.dataset import Batch, normalise
 from runkey.data.index import ClassName, ImageRecord
-from runkey.data.normalise import normalise
 from runkey.errors import ModelError
 from runkey.evaluation.coco import CocoResult, evaluate_results
 from runkey.evaluation.files import CocoDetection

@@ -23,8 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from runkey.data.dataset import Batch, GlobalBatch
-from runkey.data.normalise import normalise
+from runkey.data.dataset import Batch, GlobalBatch, normalise
 from runkey.errors import TrainingError
 from runkey.params import Params, parse_params
 from runkey.training.build import (

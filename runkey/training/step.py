@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from runkey.data.dataset import Batch, GlobalBatch
-from runkey.data.normalise import normalise
+from runkey.data.dataset import Batch, GlobalBatch, normalise
 from runkey.errors import StoppedError
 from runkey.model.criterion import Criterion, Losses, Normaliser
 from runkey.model.matcher import Targets

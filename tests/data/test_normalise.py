@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from runkey.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Batch
-from runkey.data.normalise import normalise
+from runkey.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Batch, normalise
 
 
 def make_batch(sizes, colour=None, padded=None, seed=0, channels_last=True):

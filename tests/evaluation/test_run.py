@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from runkey.data.dataset import normalise
 from runkey.data.index import ClassName, ImageRecord, read_index, write_index
 from runkey.data.loader import build_eval_loader
-from runkey.data.normalise import normalise
 from runkey.errors import RunkeyError
 from runkey.evaluation.run import Validation, detect, same_shape_batches
 from runkey.model.criterion import build_criterion

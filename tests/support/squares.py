@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from runkey import params
-from runkey.data.dataset import Batch, GlobalBatch
-from runkey.data.normalise import normalise
+from runkey.data.dataset import Batch, GlobalBatch, normalise
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
 from runkey.model.matcher import Targets

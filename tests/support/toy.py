@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from runkey import params
-from runkey.data.normalise import normalise
+from runkey.data.dataset import normalise
 from runkey.model.matcher import Targets
 from runkey.training.device import configure_torch
 from tests.support.fitting import fit

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory_replay import Peaks, replay_training
-from runkey.data import normalise
+from runkey.data.dataset import colour_constants
 from runkey.memory.trace.events import Event, MicroBatch, Trace
 from runkey.memory.trace.record import BatchFields, BuiltStep, Recorder, python_backward
 from runkey.memory.trace.torch_private import fake_tensors
@@ -131,7 +131,7 @@ def trace(training: Training, *, fake: bool, own: bool) -> Traced:
         own: with our backward pass, not torch's.
     """
     # Kept by the process; a step that finds it there allocates less.
-    normalise.constants.cache_clear()
+    colour_constants.cache_clear()
     torch.manual_seed(0)
     with ExitStack() as stack:
         if fake:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from runkey.data.normalise import normalise
+from runkey.data.dataset import normalise
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
 from runkey.model.matcher import Targets

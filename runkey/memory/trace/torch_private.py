@@ -77,7 +77,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E4
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.checkpoint import GraphExecGroup  # noqa: E402
 
-from runkey.data import normalise  # noqa: E402
+from runkey.data.dataset import colour_constants  # noqa: E402
 
 __all__ = ["GraphExecGroup", "TorchDispatchMode"]
 
@@ -100,7 +100,7 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
     The image normalisation's cache is cleared at both ends, so that no fake tensor leaves the
     context and no real one enters it.
     """
-    normalise.constants.cache_clear()
+    colour_constants.cache_clear()
     try:
         with (
             patch.object(torch.utils, "swap_tensors", _move),
@@ -109,7 +109,7 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
         ):
             yield mode
     finally:
-        normalise.constants.cache_clear()
+        colour_constants.cache_clear()
 
 
 @contextmanager
