@@ -112,7 +112,7 @@ class SourceChecks:
         data, images = self.data, self._listed_images()
         # One JSON holds both splits; the limit applies to each.
         split = self.coco.source.split
-        share = 1.0 if split != "all" else max(data.val_fraction, 1 - data.val_fraction)
+        share = 1.0 if split != "data" else max(data.val_fraction, 1 - data.val_fraction)
         sizes = (cached_size(i.width, i.height, data.short_sides, data.long_side) for i in images)
         size = sum(width * height * 3 for width, height in sizes) * share
         for image, future in self._scan_images(images, cached=size <= data.cache_gib * GIB):
@@ -227,11 +227,10 @@ class SourceChecks:
             return image, pool.submit(_scan_image, path, image, self.data, cached)
 
         threads = len(os.sched_getaffinity(0))
-        name = "data" if source.split == "all" else source.split
         with (
             warnings.catch_warnings(),
             ThreadPoolExecutor(threads) as pool,
-            progress(f"check {name}", len(images), "images") as steps,
+            progress(f"check {source.split}", len(images), "images") as steps,
         ):
             # What PIL warns of is harmless or found by a check.
             warnings.simplefilter("ignore")

@@ -31,8 +31,8 @@ _LISTED = "the lists images, annotations and categories"
 class Source:
     """One JSON, and the folders that may hold its images."""
 
-    split: Literal["train", "val", "all"]
-    """all: the data set has one JSON and is split by `data.val_fraction`."""
+    split: Literal["train", "val", "data"]
+    """data: the data set has one JSON and is split by `data.val_fraction`."""
     data: Path
     """The data folder."""
     json: Path
@@ -85,7 +85,7 @@ def find_sources(data: Path, shown: str) -> list[Source]:
         return [_source("train", data, shown, train[0]), _source("val", data, shown, val[0])]
     candidates = sorted(annotations.glob("*.json")) + sorted(data.glob("*.json"))
     if len(candidates) == 1:
-        return [_source("all", data, shown, candidates[0])]
+        return [_source("data", data, shown, candidates[0])]
     wanted = "annotations/instances_train*.json with instances_val*.json, or one JSON to be split"
     if not candidates:
         raise DataError(f"{shown}: no annotations found; put there {wanted}")
@@ -93,10 +93,10 @@ def find_sources(data: Path, shown: str) -> list[Source]:
     raise DataError(f"{shown}: cannot tell which JSON to take ({names}); leave {wanted}")
 
 
-def _source(split: Literal["train", "val", "all"], data: Path, shown: str, path: Path) -> Source:
+def _source(split: Literal["train", "val", "data"], data: Path, shown: str, path: Path) -> Source:
     # The image's own split first: train/1.jpg and val/1.jpg may be different images.
     names: list[str] = []
-    for part in (split,) if split != "all" else ("train", "val"):
+    for part in (split,) if split != "data" else ("train", "val"):
         if path.name.startswith(f"instances_{part}"):
             names.append(path.stem.removeprefix("instances_"))
         names += [part, *sorted(p.name for p in data.glob(f"{part}[0-9]*"))]

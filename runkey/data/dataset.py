@@ -93,13 +93,6 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """A `RunkeyError` in a worker process: its one line, without a traceback."""
-
-    line: str
-
-
-@dataclass(frozen=True, slots=True)
 class ImageTable:
     """A split's index as arrays: a tenth of the records' memory, and quick to send to workers.
 
@@ -143,7 +136,7 @@ def image_table(records: Sequence[ImageRecord]) -> ImageTable:
 
 
 @dataclass(frozen=True, slots=True)
-class BatchMaker(Dataset["Batch | Failure"]):
+class BatchMaker(Dataset["Batch | RunkeyError"]):
     """Makes the batches of one split; in a loader process, torch calls it by `[request]`."""
 
     table: ImageTable
@@ -184,12 +177,12 @@ class BatchMaker(Dataset["Batch | Failure"]):
             colour=None if colour is None else torch.from_numpy(colour),
         )
 
-    def __getitem__(self, request: Request) -> Batch | Failure:
+    def __getitem__(self, request: Request) -> Batch | RunkeyError:
         """Make a batch; return a `RunkeyError` as a value, as torch would add its traceback."""
         try:
             return self.make(request)
         except RunkeyError as error:
-            return Failure(str(error))
+            return error
 
     def visible_objects(
         self, index: int, augment: AugmentParams, source: tuple[int, int]

@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 from runkey import paths
 from runkey.data.augment import Augmentation, AugmentParams, evaluation_size
 from runkey.data.cache import open_cache
-from runkey.data.dataset import Batch, BatchMaker, Failure, GlobalBatch, Request, image_table
+from runkey.data.dataset import Batch, BatchMaker, GlobalBatch, Request, image_table
 from runkey.data.index import SplitName, read_index
 from runkey.data.sampler import GlobalBatchSampler, is_portrait, max_objects, micro_batches
-from runkey.errors import DataError
+from runkey.errors import DataError, RunkeyError
 from runkey.params import Params
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class BatchStream:
                 "multiprocessing_context": context,
                 "worker_init_fn": _start_worker,
             }
-        self._loader: DataLoader[Batch | Failure] = DataLoader(
+        self._loader: DataLoader[Batch | RunkeyError] = DataLoader(
             maker,
             batch_size=None,
             sampler=self._queue,
@@ -76,8 +76,8 @@ class BatchStream:
         for _ in requests:
             with _killed_workers_reported():
                 result = next(results)
-            if isinstance(result, Failure):
-                raise DataError(result.line)
+            if isinstance(result, RunkeyError):
+                raise result
             yield result
 
     def close(self) -> None:

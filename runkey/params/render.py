@@ -49,16 +49,12 @@ def head_of(text: str) -> str:
     return "\n".join(takewhile(lambda line: line.startswith("#"), text.splitlines()))
 
 
-def preset_folder() -> Path:
-    """Return the folder of preset files: `runkey/presets` in a wheel, `presets` in a checkout."""
-    package = Path(__file__).parents[1]
-    installed = package / "presets"
-    return installed if installed.is_dir() else package.parent / "presets"
-
-
 def preset_files() -> dict[str, Path]:
     """Return the file of each preset by name, sorted."""
-    return {path.stem: path for path in sorted(preset_folder().glob("*.yaml"))}
+    package = Path(__file__).parents[1]
+    # The first is of a wheel, the second of a checkout.
+    files = [*package.glob("presets/*.yaml")] or package.parent.glob("presets/*.yaml")
+    return {path.stem: path for path in sorted(files)}
 
 
 def render_preset(name: str) -> str:

@@ -41,7 +41,7 @@ def test_the_four_are_there():
 def test_presets_of_a_wheel_lie_in_the_package(tmp_path):
     shutil.copytree(ROOT / "runkey", tmp_path / "runkey")
     shutil.copytree(ROOT / "presets", tmp_path / "runkey" / "presets")
-    code = "from runkey.params.render import preset_folder; print(preset_folder())"
+    code = "from runkey.params.render import preset_files; print(preset_files()['sample'].parent)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
