@@ -23,12 +23,9 @@ def main() -> None:
         run_trial_job(root, Path(job), Path(result))
         return
     # Imported here: a trial needs neither the prediction nor its picture.
-    from runkey.pipeline.profile_memory import profile, write_prediction
+    from runkey.pipeline.profile_memory import profile
 
-    if "--predict" in sys.argv:
-        write_prediction(root)
-    else:
-        profile(root)
+    profile(root, only_predict="--predict" in sys.argv)
 
 
 if __name__ == "__main__":

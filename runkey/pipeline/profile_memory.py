@@ -56,12 +56,18 @@ _SAMPLED = 20
 _MOST_TRIALS = 4
 
 
-def profile(root: Path) -> None:
-    """Write memory/ of a workspace; on a GPU, keep what was measured for the next prediction."""
+def profile(root: Path, *, only_predict: bool = False) -> None:
+    """Write memory/ of a workspace; on a GPU, keep what was measured for the next prediction.
+
+    `only_predict` writes memory.json and its picture only.
+    """
     params = load_params(root / paths.PARAMS)
     want_bars(params.runtime.progress)
-    device, _ = choose_device(params.runtime.device)
     shapes = prepared_shapes(params, root / paths.PREPARED)
+    if only_predict:
+        _write_prediction(params, shapes, root)
+        return
+    device, _ = choose_device(params.runtime.device)
     for text in shapes.statistics.lines():
         logger.info(text)
     if device.type == "cuda":
@@ -70,7 +76,9 @@ def profile(root: Path) -> None:
         wait_for(subprocess.Popen(_stage_command("--predict"), cwd=root, env=environment))
         _measure_on_gpu(params, shapes, root, device)
         return
-    job = _job(params, shapes, tuple(map(shapes.worst, params.memory.probe_batches)))
+    worst = tuple(map(shapes.worst, params.memory.probe_batches))
+    fields = batch_fields(params, shapes.num_classes)
+    job = TrialJob(worst, (), fields, params.memory.budget_gib, outside_bytes=0)
     with _trial(root, job) as result:
         _write_prediction(params, shapes, root)  # meanwhile
         peaks = result().peaks
@@ -78,13 +86,6 @@ def profile(root: Path) -> None:
     out = root / paths.MEMORY
     line = write_cpu(out, sha256_file(out / MODEL), this_platform(device), peaks)
     logger.info(f"measured on this CPU: {measured}; so {line}")
-
-
-def write_prediction(root: Path) -> None:
-    """Write memory.json and its picture only."""
-    params = load_params(root / paths.PARAMS)
-    want_bars(params.runtime.progress)
-    _write_prediction(params, prepared_shapes(params, root / paths.PREPARED), root)
 
 
 def _write_prediction(params: Params, shapes: BatchShapes, root: Path) -> None:
@@ -107,17 +108,6 @@ def _write_prediction(params: Params, shapes: BatchShapes, root: Path) -> None:
 def _stage_command(*arguments: str) -> list[str]:
     kept = [argument for argument in sys.argv[1:] if argument == "--traceback"]
     return [sys.executable, "-m", "stages.profile_memory", *kept, *arguments]
-
-
-def _job(
-    params: Params,
-    shapes: BatchShapes,
-    worst: tuple[MicroBatch, ...],
-    sampled: tuple[Step, ...] = (),
-    outside_bytes: int = 0,
-) -> TrialJob:
-    fields = batch_fields(params, shapes.num_classes)
-    return TrialJob(worst, sampled, fields, params.memory.budget_gib, outside_bytes)
 
 
 @contextmanager
@@ -145,10 +135,11 @@ def _measure_on_gpu(params: Params, shapes: BatchShapes, root: Path, device: tor
     out = root / paths.MEMORY
     model, digest = read_model(out / MODEL), sha256_file(out / MODEL)
     outside = Gpu(torch.cuda.get_device_capability(device)).context_bytes
+    fields = batch_fields(params, shapes.num_classes)
 
     def run(*worst: MicroBatch, sampled: tuple[Step, ...] = ()) -> tuple[TrialJob, TrialResult]:
         # This process never opens the GPU, whose context takes memory.
-        job = _job(params, shapes, worst, sampled, outside)
+        job = TrialJob(worst, sampled, fields, params.memory.budget_gib, outside)
         with _trial(root, job) as result:
             return job, result()
 

@@ -48,11 +48,11 @@ from runkey.tracking.describe import describe_run, log_model
 from runkey.tracking.mlflow_run import TRAIN_LOG, TrackedRun, open_run
 from runkey.tracking.store import Store, locate_store
 from runkey.tracking.sync import RunSender, TrainingRun
+from runkey.training.build import TrainContext
 from runkey.training.guard import REPORTS
 
 logger = logging.getLogger(__name__)
 
-_PRECISION = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _MOST_NAMES = 5
 _OUTPUTS = (paths.MODEL, paths.LOGS, paths.RUN_JSON, paths.METRICS / "train.json")
 _BESIDE = (
@@ -66,30 +66,27 @@ _BESIDE = (
 
 @dataclass(frozen=True)
 class Run:
-    """One training: its key and parameters, and the device it runs on."""
+    """One training: its key and parameters, and what trains."""
 
     params: Params
     root: Path
     recipe: Recipe
     claim: KeyClaim
     plan: MemoryPlan
-    device: torch.device
-    dtype: torch.dtype | None
-    """Of the autocast; None: none."""
-    world_size: int = 1
-    """Processes that train together."""
+    context: TrainContext
 
     @property
     def precision(self) -> str:
         """Of the autocast: off, bf16 or fp16."""
-        return _PRECISION[self.dtype]
+        return self.context.step.precision.name
 
     @property
     def device_name(self) -> str:
         """Such as `cpu x86_64` or `cuda NVIDIA H200`."""
-        if self.device.type == "cuda":
-            return f"cuda {torch.cuda.get_device_name(self.device)}"
-        return f"{self.device.type} {platform.machine()}"
+        device = self.context.step.device
+        if device.type == "cuda":
+            return f"cuda {torch.cuda.get_device_name(device)}"
+        return f"{device.type} {platform.machine()}"
 
 
 @contextmanager
@@ -144,7 +141,7 @@ def save_run(run: Run, tracker: TrackedRun) -> str | None:
     hardware = Hardware(
         device=run.device_name,
         micro_batch=run.plan.micro_batch,
-        world_size=run.world_size,
+        world_size=run.context.world.size,
         threads=torch.get_num_threads(),
         precision=run.precision,
     )

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from torch import nn
@@ -27,7 +27,7 @@ from runkey.pipeline.once import KeyClaim
 from runkey.pipeline.record import Run, recorded, save_run
 from runkey.pipeline.validation import build_validation
 from runkey.plots.hints import HintingTracker, class_scores
-from runkey.training.build import TrainContext, TrainData, build_training
+from runkey.training.build import TrainData, build_training
 from runkey.training.checkpoint import FolderCheckpoints, Interval, newest_fingerprint
 from runkey.training.device import choose_device
 from runkey.training.distributed import (
@@ -75,15 +75,15 @@ def train(params: Params, root: Path, recipe: Recipe, claim: KeyClaim) -> None:
             logger.info(f"{others}device {device} ({reason})")
             data = TrainData.read(root, plan.micro_batch)
             context = build_training(params, len(data.class_names), device, world, data)
-            dtype = context.step.precision.dtype
-            run = Run(params, root, recipe, claim, plan, device, dtype, world.size)
-            _train(run, context, interrupts)
+            _train(Run(params, root, recipe, claim, plan, context), interrupts)
 
 
-def _train(run: Run, context: TrainContext, interrupts: Interrupts) -> None:
+def _train(run: Run, interrupts: Interrupts) -> None:
     params, root, claim = run.params, run.root, run.claim
-    validation = build_validation(params, params.model, root, run.device)
-    with recorded(run) as tracker, _checkpoints(run) as checkpoints:
+    validation = build_validation(params, params.model, root, run.context.step.device)
+    with recorded(run) as tracker, ExitStack() as ending:
+        checkpoints = _checkpoints(run)
+        ending.callback(checkpoints.finish)
         assert tracker.jsonl
         hinting = HintingTracker(tracker.jsonl, tracker.jsonl.path, params.flat(runtime=True))
 
@@ -94,7 +94,7 @@ def _train(run: Run, context: TrainContext, interrupts: Interrupts) -> None:
             return evaluation.metrics("val/")
 
         result = fit(
-            context,
+            run.context,
             evaluate,
             tracker=hinting,
             checkpoints=checkpoints,
@@ -121,24 +121,16 @@ def _train(run: Run, context: TrainContext, interrupts: Interrupts) -> None:
     logger.info(f"model/ is written; MLflow run {run_id or 'none'}")
 
 
-@contextmanager
-def _checkpoints(run: Run) -> Iterator[FolderCheckpoints]:
-    """The checkpoints in the claim's folder; at the end, what is being written is completed."""
-    checkpoints = FolderCheckpoints(
-        run.claim.folder,
-        {
-            "key": run.recipe.key,
-            "micro_batch": run.plan.micro_batch,
-            "world_size": run.world_size,
-            "device": run.device.type,
-            "precision": run.precision,
-        },
-        interval=Interval(run.params.runtime.checkpoint_seconds),
-    )
-    try:
-        yield checkpoints
-    finally:
-        checkpoints.finish()
+def _checkpoints(run: Run) -> FolderCheckpoints:
+    fingerprint = {
+        "key": run.recipe.key,
+        "micro_batch": run.plan.micro_batch,
+        "world_size": run.context.world.size,
+        "device": run.context.step.device.type,
+        "precision": run.precision,
+    }
+    interval = Interval(run.params.runtime.checkpoint_seconds)
+    return FolderCheckpoints(run.claim.folder, fingerprint, interval=interval)
 
 
 # Ranks other than 0.

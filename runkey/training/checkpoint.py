@@ -155,11 +155,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], Any, str]:
-    """Read facts, tensors (on the host) and hash of a file, and check that they fit.
-
-    Raises:
-        DamagedError: the file is not what was written.
-    """
+    """Read facts, tensors (on the host) and hash of a file; DamagedError if they do not fit."""
     with _opened(path) as (file, expected):
         line, rest = file.readline(), file.read()
     digest = hashlib.sha256(line)

@@ -408,11 +408,7 @@ class Bundle:
 
     @classmethod
     def read(cls, path: Path) -> Bundle:
-        """Read the file; no code in it is run.
-
-        Raises:
-            TrainingError: it is not there, or no bundle.
-        """
+        """Read the file, or raise TrainingError; no code in it is run."""
         try:
             data = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
@@ -530,10 +526,8 @@ def bad_steps(folder: Path) -> list[int]:
 def replay(context: TrainContext, start: Start, step: int, folder: Path) -> GlobalBatch:
     """Bring model, optimizer and so on to the state before a step; return that step's batch.
 
-    The context is of the same run, freshly built; the folder is the training's, for its log.
-
-    Raises:
-        TrainingError: training has no such step, or a file is damaged.
+    The context is of the same run, freshly built; the folder is the training's, for its log. Raises
+    TrainingError if training has no such step, or a file is damaged.
     """
     total = context.schedule.total_steps
     if not start.step < step <= total:

@@ -54,6 +54,9 @@ def check_gpus(processes: int) -> None:
         )
 
 
+_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 @dataclass(frozen=True)
 class Precision:
     """Mixed precision: the autocast context, and the loss scaler that fp16 needs."""
@@ -63,6 +66,11 @@ class Precision:
     """None: fp32 throughout."""
     reason: str = ""
     """Why, in a few words, for the log."""
+
+    @property
+    def name(self) -> str:
+        """As in `training.precision`: off, bf16 or fp16."""
+        return next(name for name, dtype in _DTYPES.items() if dtype is self.dtype)
 
     @cached_property
     def scaler(self) -> GradScaler | None:
@@ -95,8 +103,7 @@ def build_precision(precision: str, device: torch.device) -> Precision:
     elif precision == "bf16" and not has_bf16:
         slow = "the GPU only emulates it: slow"
         reason += f", though {slow if on_gpu else 'it is slower than fp32 on a CPU without AMX'}"
-    dtypes = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return Precision(device, dtypes[precision], reason)
+    return Precision(device, _DTYPES[precision], reason)
 
 
 def derive_seed(*parts: int | str) -> int:

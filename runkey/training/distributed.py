@@ -242,9 +242,6 @@ def join_world(device: torch.device, monitor: RankMonitor | None = None) -> Iter
 
     NCCL connects GPUs, gloo CPUs. Only rank 0 logs: the others' messages are dropped meanwhile. A
     monitor of ranks that are known before is closed when all monitor each other.
-
-    Raises:
-        LostRankError: another rank has ended.
     """
     world = read_world()
     if world.size == 1:
@@ -277,10 +274,8 @@ def join_world(device: torch.device, monitor: RankMonitor | None = None) -> Iter
 def count_ranks(processes: int | Literal["auto"], device: torch.device, images: int) -> int:
     """Return how many processes train together: torchrun's number, else `runtime.processes`.
 
-    auto: one per GPU, and at most one per image of an optimizer step.
-
-    Raises:
-        TrainingError: there are fewer GPUs than that.
+    auto: one per GPU, and at most one per image of an optimizer step. Raises TrainingError if there
+    are fewer GPUs than that.
     """
     on_gpus = device.type == "cuda"
     if launched_by_torchrun():

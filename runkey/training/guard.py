@@ -57,10 +57,7 @@ def pin_before(folder: Path, step: int) -> Path | None:
     """Hard-link the newest checkpoint from before a step to a name that is not removed.
 
     Another thread may be removing checkpoints meanwhile. Steps count from 1: the checkpoint is of
-    fewer steps than this. Returns None if there is none.
-
-    Raises:
-        OSError: the file system has no hard links, or refuses.
+    fewer steps than this. Returns None if there is none; raises OSError if links are refused.
     """
     path = folder / f"bad-step-{step:08d}.ckpt"
     for name in find_checkpoints(folder):
@@ -136,8 +133,7 @@ class Guard:
     def act(self) -> None:
         """Roll training back, after a step, if the steps before it call for that.
 
-        Raises:
-            TrainingError: there is no anchor, or there have been too many rollbacks.
+        Raises TrainingError if there is no anchor, or there have been too many rollbacks.
         """
         limits, last = self._limits, self._loop.step - 1
         recent = self._recent(last)

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
@@ -202,20 +202,16 @@ def _seconds_left(context: TrainContext, state: LoopState) -> float:
     return state.seconds / state.step * (context.schedule.total_steps - state.step)
 
 
+@dataclass
 class _Trainer:
     """One run of the loop: a context, its state, and where it records and saves."""
 
-    def __init__(
-        self,
-        context: TrainContext,
-        evaluate: Evaluate,
-        tracker: Tracker,
-        checkpoints: FolderCheckpoints | None,
-        interrupts: Interrupts,
-    ) -> None:
-        self.context, self.evaluate = context, evaluate
-        self.tracker, self.checkpoints, self.interrupts = tracker, checkpoints, interrupts
-        self.state = LoopState()
+    context: TrainContext
+    evaluate: Evaluate
+    tracker: Tracker
+    checkpoints: FolderCheckpoints | None
+    interrupts: Interrupts
+    state: LoopState = field(default_factory=LoopState)
 
     def resume(self, limit: int | None) -> None:
         checkpoint = self.checkpoints.load() if self.checkpoints else None

@@ -27,9 +27,7 @@ def build_optimizer(module: nn.Module, section: params.Optimizer, lr: float) -> 
     Groups are named `backbone` or `rest`, with `/no_decay` for biases and norm weights if those
     have no weight decay. Each keeps its peak rate as `base_lr`; `set_rates` scales it. A factor of
     0 for the backbone's rate freezes it: its parameters no longer require gradients after this.
-
-    Raises:
-        TrainingError: nothing is left to train.
+    Raises TrainingError if nothing is left to train.
     """
     if section.backbone_lr_factor == 0:
         for name, parameter in module.named_parameters():

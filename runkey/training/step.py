@@ -163,10 +163,8 @@ def train_step(
 
     The batch is this rank's share, on the host. `factor` is the schedule's on every learning rate,
     `limit` the most padded pixels (images x height x width) of a forward pass, if it is known, and
-    `reseed` sets the random state that the step's noise is drawn from.
-
-    Raises:
-        StoppedError: see `accumulate_gradients`.
+    `reseed` sets the random state that the step's noise is drawn from. See `accumulate_gradients`
+    for what is raised.
     """
     set_rates(parts.optimizer, factor)
     parts.optimizer.zero_grad()
