@@ -28,7 +28,12 @@ from runkey.pipeline.record import Run, recorded, save_run
 from runkey.pipeline.validation import build_validation
 from runkey.plots.hints import HintingTracker, class_scores
 from runkey.training.build import TrainData, build_training
-from runkey.training.checkpoint import FolderCheckpoints, Interval, newest_fingerprint
+from runkey.training.checkpoint import (
+    Fingerprint,
+    FolderCheckpoints,
+    Interval,
+    newest_fingerprint,
+)
 from runkey.training.device import choose_device
 from runkey.training.distributed import (
     Interrupts,
@@ -122,7 +127,7 @@ def _train(run: Run, interrupts: Interrupts) -> None:
 
 
 def _checkpoints(run: Run) -> FolderCheckpoints:
-    fingerprint = {
+    fingerprint: Fingerprint = {
         "key": run.recipe.key,
         "micro_batch": run.plan.micro_batch,
         "world_size": run.context.world.size,
