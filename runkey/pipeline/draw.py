@@ -25,8 +25,7 @@ REPORT = paths.PLOTS / "report.html"
 def draw(root: Path) -> None:
     """Write plots/ of a workspace anew, and add its files to the MLflow run.
 
-    Raises:
-        RunkeyError: logs/, evaluation/, prepared/ or run.json is missing; names its stage.
+    If logs/, evaluation/, prepared/ or run.json is missing, the error names the stage to run.
     """
     params = load_params(root / paths.PARAMS)
     run = FinishedRun(params, root)  # first: MLflow is opened while we draw

@@ -53,9 +53,8 @@ def reuse_own(
 ) -> None:
     """Put the outputs of a run of this store in the workspace, and note the reuse on the run.
 
-    Raises:
-        RegistryError: a file is missing, is not what was recorded, or is none of the stage's
-            outputs; nothing was put anywhere.
+    Raises RegistryError, and puts nothing anywhere, if a file is missing, is not what was recorded,
+    or is none of the stage's outputs.
     """
     download(library, record, _outputs(record, root, params), root)
     note = f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} on {this_host()}: {line}"
@@ -70,12 +69,8 @@ def reuse_own(
 def reuse_teams(team: Library, record: Record, root: Path, store: Store, params: Params) -> None:
     """Put the outputs of a run of the team's server in the workspace, and copy the run here.
 
-    Files are checked as by `runkey fetch`, and nothing but outputs of the stage is written.
-
-    Raises:
-        RegistryError: a file is missing, is not what was recorded, could run code, or is none of
-            the stage's outputs; nothing was put anywhere.
-        TrackingError: MLflow refuses.
+    Files are checked as by `runkey fetch`. Raises as `reuse_own`, also if one could run code, and
+    TrackingError if MLflow refuses.
     """
     # Imported here: mlflow's import takes longer than the rest of a reuse.
     from runkey.tracking.transfer import StoreRuns
@@ -142,9 +137,8 @@ class KeyClaim:
 def once(params: Params, root: Path, recipe: Recipe) -> Iterator[KeyClaim | None]:
     """Claim the key for this process; yield None if a result is reused, which is in place then.
 
-    Raises:
-        RegistryError: another process trains the key and `runtime.wait` is false, or a file that
-            the run needs cannot be kept with it.
+    Raises RegistryError if another process trains the key and `runtime.wait` is false, or if a file
+    that the run needs cannot be kept with it.
     """
     store, label = locate_store(), f"key {short_key(recipe.key)}"
     library = open_library(store.uri, store.home) if params.runtime.mlflow else None

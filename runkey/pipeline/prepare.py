@@ -36,9 +36,7 @@ def own_data_note(root: Path) -> str | None:
 
     `dvc add data` keeps the lines `remote: seed` and `push: false` of the sample's data.dvc, so
     own images are not pushed into the repository by accident, and not to another remote either.
-
-    Raises:
-        DataError: data.dvc cannot be read.
+    Raises DataError if data.dvc cannot be read.
     """
     path = root / "data.dvc"
     if not path.is_file():

@@ -120,9 +120,7 @@ def write_file(path: Path, facts: Mapping[str, Any], tensors: Any) -> tuple[str,
 
     HASH in the path stands for the hash's beginning; an older file of that name is replaced.
     `facts` are what JSON can hold, `tensors` nested dicts and lists of tensors, numbers and text.
-
-    Raises:
-        OSError: it cannot be written; nothing is left of it.
+    If that raises, nothing is left of the file.
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:

@@ -21,10 +21,8 @@ from runkey.errors import TrainingError
 def choose_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
     """Choose the device for `runtime.device` (a GPU with its index), and say why, for the log.
 
-    The local rank, an index among this machine's processes, says which GPU to use.
-
-    Raises:
-        TrainingError: cuda was asked for and torch sees no GPU, or fewer than processes.
+    The local rank, an index among this machine's processes, says which GPU to use. Raises
+    TrainingError if cuda was asked for and torch sees no GPU, or fewer than processes.
     """
     # The allocator reads this once, when the GPU is first used. Padded shapes vary: without it, the
     # allocator reserves up to 30% more than the tensors take, in blocks of sizes that do not fit.

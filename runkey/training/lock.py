@@ -30,10 +30,8 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the folder of a training, which is created, as long as the block runs.
 
     One that cannot be written is not held: no other process writes there either. No other code of
-    this process may open the lock's file meanwhile: closing it anywhere releases the lock.
-
-    Raises:
-        TrainingError: another process holds it.
+    this process may open the lock's file meanwhile: closing it anywhere releases the lock. Raises
+    TrainingError if another process holds it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

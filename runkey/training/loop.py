@@ -173,8 +173,7 @@ class _StepMetrics:
         self.settle()
         running = self._state.running
         values = {
-            name.replace("/loss", "/epoch_loss"): value
-            for name, value in running.means.means().items()
+            name.replace("/loss", "/epoch_loss"): value for name, value in running.means().items()
         }
         return values | running.as_metrics() | running.rates
 
@@ -184,7 +183,7 @@ class _StepMetrics:
         context, state = self._context, self._state
         self._guard.note(step)
         values = {name: value for name, value in step.values.items() if name != "skipped"}
-        state.running.means.add(values)
+        state.running.add_values(values)
         state.running.rates = step.rates
         if step.step > 1 and step.step % context.runtime.log_every:
             return

@@ -11,13 +11,13 @@ Nothing here imports torch: a rank that is not 0 makes sure first that it does n
 from __future__ import annotations
 
 import os
-import select
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from multiprocessing.connection import wait
 from typing import NamedTuple
 
 from runkey.processes import Process, this_process
@@ -83,10 +83,7 @@ class RankMonitor:
 
     def _wait(self) -> None:
         if not self._lost:
-            poll = select.poll()
-            for descriptor in (*self._monitored, self._wake):
-                poll.register(descriptor, select.POLLIN)
-            ended = [descriptor for descriptor, _ in poll.poll() if descriptor != self._wake]
+            ended = [one for one in wait([*self._monitored, self._wake]) if one != self._wake]
             if not ended:
                 return
             self._lost = self._monitored[ended[0]]
@@ -162,6 +159,5 @@ def launched_ranks(size: int, arguments: Sequence[str]) -> Iterator[RankMonitor 
 
 
 def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])

@@ -70,25 +70,6 @@ class DelayedReader:
         return replace(step, values=dict(zip(step.values, stacked.tolist(), strict=True)))
 
 
-@dataclass
-class Means:
-    """Means of values over an epoch; values that are not finite are left out."""
-
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, values: Mapping[str, float]) -> None:
-        """Add one more of each value."""
-        for name, value in values.items():
-            if math.isfinite(value):
-                self.sums[name] = self.sums.get(name, 0.0) + value
-                self.counts[name] = self.counts.get(name, 0) + 1
-
-    def means(self) -> dict[str, float]:
-        """Return the mean of each name that had a finite value."""
-        return {name: total / self.counts[name] for name, total in self.sums.items()}
-
-
 class Stopwatch:
     """Wall time, lap by lap."""
 
@@ -196,10 +177,22 @@ class Best:
 class Running(Throughput):
     """Metrics of the current epoch, up to the last step that was read, interruptions left out."""
 
-    means: Means = field(default_factory=Means)
-    """Of losses and gradient norms."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """Of losses and gradient norms, by metric name, without those that are not finite."""
+    counts: dict[str, int] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     """Learning rates of the last step, by metric name."""
+
+    def add_values(self, values: Mapping[str, float]) -> None:
+        """Add one more of each value."""
+        for name, value in values.items():
+            if math.isfinite(value):
+                self.sums[name] = self.sums.get(name, 0.0) + value
+                self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each name that had a finite value."""
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
 
 
 @dataclass
@@ -241,11 +234,11 @@ class LoopState:
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any], best_weights: dict[str, Tensor]) -> LoopState:
         """Rebuild from what `as_plain` gave."""
-        running, guard, best = plain["running"], plain["guard"], plain["best"]
+        guard, best = plain["guard"], plain["best"]
         skips = [Skip(**skip) for skip in guard["skips"]]
         rollbacks = [Rollback(**rollback) for rollback in guard["rollbacks"]]
         nested = {
-            "running": Running(**running | {"means": Means(**running["means"])}),
+            "running": Running(**plain["running"]),
             "guard": GuardState(**guard | {"skips": skips, "rollbacks": rollbacks}),
             "best": Best(**best) if best else None,
         }

@@ -128,7 +128,7 @@ def test_a_loader_that_fails_costs_no_step():
     text = "a loader process was killed; stopped after step 5 of 9; `dvc repro` goes on from there"
     assert str(caught.value) == text
     assert kept.content.step == 5
-    assert kept.content.state["running"]["means"]["counts"]["train/loss"] == 2
+    assert kept.content.state["running"]["counts"]["train/loss"] == 2
 
 
 def test_signals_are_handled_as_before_afterwards(train):

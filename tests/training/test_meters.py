@@ -9,7 +9,6 @@ from runkey.progress import progress, want_bars
 from runkey.training.progress import bar_text, clock, epoch_line
 from runkey.training.state import (
     DelayedReader,
-    Means,
     Running,
     StepValues,
     Stopwatch,
@@ -39,11 +38,11 @@ def test_a_reading_does_not_change_with_its_tensor():
 
 
 def test_means_leave_out_what_is_not_finite():
-    means = Means()
+    running = Running()
     for value in (1.0, float("nan"), 3.0, float("inf")):
-        means.add({"loss": value, "other": 1.0})
-    means.add({"never": float("nan")})
-    assert means.means() == {"loss": 2.0, "other": 1.0}
+        running.add_values({"loss": value, "other": 1.0})
+    running.add_values({"never": float("nan")})
+    assert running.means() == {"loss": 2.0, "other": 1.0}
 
 
 def test_waiting_is_counted():

@@ -140,6 +140,6 @@ def test_what_is_saved_does_not_change_with_the_training(parameters):
     state = LoopState()
     plain = state.as_plain()
     state.evaluations.append({"val/AP": 0.1})
-    state.running.means.add({"loss": 1.0})
+    state.running.add_values({"loss": 1.0})
     assert plain == LoopState().as_plain()
-    assert isinstance(Checkpoint(0, plain, {}, {}, {}).state["running"]["means"]["sums"], dict)
+    assert isinstance(Checkpoint(0, plain, {}, {}, {}).state["running"]["sums"], dict)
