@@ -76,11 +76,6 @@ class Run:
     context: TrainContext
 
     @property
-    def precision(self) -> str:
-        """Of the autocast: off, bf16 or fp16."""
-        return self.context.step.precision.name
-
-    @property
     def device_name(self) -> str:
         """Such as `cpu x86_64` or `cuda NVIDIA H200`."""
         device = self.context.step.device
@@ -96,22 +91,20 @@ def recorded(run: Run) -> Iterator[TrackedRun]:
     tags = {
         "device": run.device_name,
         "micro_batch": str(run.plan.micro_batch),
-        "precision": run.precision,
+        "precision": run.context.step.precision.name,
         "torch": torch.__version__,
         "host": this_host(),
         "decision": claim.why,
+        "snapshot": claim.snapshot,
+        REPRODUCTION_OF: claim.repeats.run.run_id if claim.repeats else None,
     }
-    if claim.snapshot:
-        tags["snapshot"] = claim.snapshot
-    if claim.repeats:
-        tags[REPRODUCTION_OF] = claim.repeats.run.run_id
     runtime = run.params.runtime
     description = describe_run(
         run.params,
         run.root,
         key=run.recipe.key,
         parts=run.recipe.parts,
-        tags=tags,
+        tags={name: value for name, value in tags.items() if value},
         counts=_data_counts(run.root),
         name=claim.repeats.run.name if claim.repeats else None,
     )
@@ -143,7 +136,7 @@ def save_run(run: Run, tracker: TrackedRun) -> str | None:
         micro_batch=run.plan.micro_batch,
         world_size=run.context.world.size,
         threads=torch.get_num_threads(),
-        precision=run.precision,
+        precision=run.context.step.precision.name,
     )
     witness = capture_environment(root, run.recipe, hardware)
     audit = _audit(witness.undeclared_files)

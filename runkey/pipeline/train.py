@@ -132,7 +132,7 @@ def _checkpoints(run: Run) -> FolderCheckpoints:
         "micro_batch": run.plan.micro_batch,
         "world_size": run.context.world.size,
         "device": run.context.step.device.type,
-        "precision": run.precision,
+        "precision": run.context.step.precision.name,
     }
     interval = Interval(run.params.runtime.checkpoint_seconds)
     return FolderCheckpoints(run.claim.folder, fingerprint, interval=interval)

@@ -244,11 +244,7 @@ class HostCopy:
         return map_tensors(tree, lambda _: next(places))
 
     def wait(self) -> float:
-        """Return when the last copy is whole; for any thread.
-
-        Returns:
-            Seconds that the GPU spent on copying alone; 0 without one.
-        """
+        """Return when the last copy is whole, in any thread: the GPU's seconds of copying, or 0."""
         if self._events is None:
             return 0.0
         begun, ended = self._events
