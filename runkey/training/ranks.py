@@ -83,10 +83,11 @@ class RankMonitor:
 
     def _wait(self) -> None:
         if not self._lost:
-            ended = [one for one in wait([*self._monitored, self._wake]) if one != self._wake]
+            ready = wait([*self._monitored, self._wake])
+            ended = [rank for descriptor, rank in self._monitored.items() if descriptor in ready]
             if not ended:
                 return
-            self._lost = self._monitored[ended[0]]
+            self._lost = ended[0]
         self._found.set()
         if not self._stood_down.wait(_END_SECONDS):
             line = f"error: {self._lost.text}, and rank {self._rank} waited for it: ended, too\n"
