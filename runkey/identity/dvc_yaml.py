@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -54,11 +55,7 @@ class Stage:
 
     @property
     def module(self) -> str:
-        """The module of the command `python -m <module>`.
-
-        Raises:
-            RecipeError: the command is another one.
-        """
+        """The module of the command `python -m <module>`; RecipeError if it is another one."""
         words = self.cmd.split()
         if "-m" not in words[:-1]:
             raise RecipeError(
@@ -120,11 +117,6 @@ def _param_names(stage: str, item: Any) -> Iterable[str]:
     return tuple(item[PARAMS.name])
 
 
-def covers(folder: str, path: str) -> bool:
-    """Return True if `path` is `folder` or is inside it; both posix and repo-relative."""
-    return path == folder or path.startswith(f"{folder.rstrip('/')}/")
-
-
 def chain(stages: Mapping[str, Stage], name: str) -> tuple[Stage, ...]:
     """Return the stages that a stage depends on, and itself as the last one.
 
@@ -145,6 +137,11 @@ def chain(stages: Mapping[str, Stage], name: str) -> tuple[Stage, ...]:
 
     visit(stages[name], ())
     return tuple(ordered)
+
+
+def covers(folder: str, path: str) -> bool:
+    """Return True if `path` is `folder` or is inside it; both posix and repo-relative."""
+    return path == folder or path.startswith(f"{folder.rstrip('/')}/")
 
 
 def meets(dep: str, out: str) -> bool:
@@ -207,11 +204,9 @@ def _read_list(md5: str, root: Path) -> dict[str, str] | None:
     folder = cache_folder(root)
     # DVC 2 put it in the second place.
     for base in (folder / "files" / "md5", folder):
-        try:
+        with suppress(OSError, ValueError, KeyError, TypeError):
             items = json.loads((base / md5[:2] / md5[2:]).read_bytes())
             return {str(item["relpath"]): str(item["md5"]) for item in items}
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
     return None
 
 
@@ -225,8 +220,7 @@ def cache_folder(root: Path) -> Path:
     base = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "dvc"
     users = Path(os.environ.get("DVC_GLOBAL_CONFIG_DIR") or base) / "config"
     for file in (users, root / ".dvc" / "config", root / ".dvc" / "config.local"):
-        value = read_config(file).get("cache", "dir", fallback="").strip("\"'")
-        if value:
+        if value := read_config(file).get("cache", "dir", fallback="").strip("\"'"):
             folder = (file.parent / Path(value).expanduser()).resolve()
     return folder
 

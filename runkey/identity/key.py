@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from runkey.errors import RecipeError
 from runkey.hashing import canonical_json, sha256_bytes, sha256_file
-from runkey.identity.code import BYTES, EXCLUDED, code_rule, hash_files, import_closure
+from runkey.identity.code import BYTES, EXCLUDED, RULE, code_rule, hash_files, import_closure
 from runkey.identity.dvc_yaml import Stage, chain, covers, meets, read_pipeline, tracked_md5
 from runkey.identity.environment import PLATFORM, environment_preimage
-from runkey.identity.syntax import RULE
 from runkey.paths import LOCK, PARAMS
 from runkey.progress import WIDTH
 

@@ -19,11 +19,10 @@ from typing import Any, Literal
 from runkey import paths
 from runkey.data.index import IMAGE_LIST, ImageList, read_image_list
 from runkey.errors import DataError, RegistryError
-from runkey.identity.code import code_rule, hash_code
+from runkey.identity.code import RULE, code_rule, hash_code
 from runkey.identity.dvc_yaml import PIPELINE, read_yaml_text
 from runkey.identity.key import PARTS, Recipe, make_recipe, older_rule
 from runkey.identity.record import KEY_JSON, Record
-from runkey.identity.syntax import RULE
 from runkey.registry.dvc_cache import DvcCache, files_of
 from runkey.registry.library import Library, find_run
 from runkey.registry.snapshot import git, git_bytes, has_commit, same_code

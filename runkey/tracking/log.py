@@ -9,15 +9,15 @@ training repeats the steps since its last checkpoint: the log keeps their first 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
 import mmap
 import os
+import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,29 @@ _MAX_WAITING_BYTES = 64 * MIB
 """Bound on the lines kept in memory while the disk is full: about 100,000 lines."""
 
 
-def parse_line(line: bytes) -> Entry | None:
-    """Parse one line; return None if it was cut short or is no entry."""
+def _parse(line: bytes) -> Entry | None:
     try:
         entry = json.loads(line)
         is_whole = {"time", "step", "values"} <= {*entry} or {"time", "event", "fields"} <= {*entry}
     except (ValueError, TypeError):
         return None
     return entry if is_whole else None
+
+
+def read_log(path: Path, start: int = 0, stop: int = sys.maxsize) -> Iterator[tuple[int, Entry]]:
+    """Yield the entries between two bytes of a log, if there is one, each with the byte behind it.
+
+    Lines that a crash or a full disk cut short are left out.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            file.seek(start)
+            for line in file:
+                start += len(line)
+                if start > stop or not line.endswith(b"\n"):
+                    return
+                if entry := _parse(line):
+                    yield start, entry
 
 
 def time_ms(entry: Entry) -> int:
@@ -68,13 +83,10 @@ class ExpectedEntries:
 
     def read(self, path: Path, offset: int) -> None:
         """Read the lines of a log that begin at byte `offset` or later."""
-        with path.open("rb") as file:
-            file.seek(offset)
-            for line in file:
-                entry = parse_line(line)
-                if entry and entry.get("event") not in ALWAYS_NEW:
-                    self._places[_name(entry)].append((offset, entry))
-                offset += len(line)
+        for end, entry in read_log(path, offset):
+            if entry.get("event") not in ALWAYS_NEW:
+                self._places[_name(entry)].append((offset, entry))
+            offset = end
 
     def take(self, entry: Entry) -> bool:
         """Return True if the entry was expected; it is not expected again after that."""
@@ -179,8 +191,7 @@ class JsonlLog:
                 " knows of are gone; the log lacks the values in them"
             )
             offset = self._size
-        with contextlib.suppress(FileNotFoundError):
-            self._expected.read(self.path, offset)
+        self._expected.read(self.path, offset)
 
     def sync(self) -> None:
         """Flush everything written so far to the disk."""

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 TRAIN_LOG = paths.LOGS / replay.LOG
 SAMPLES = paths.LOGS / replay.SAMPLES
 """System metrics: CPU, memory and GPU."""
+_CLOSE_ATTEMPTS = 3
 
 
 class SystemSampler:
@@ -92,11 +93,9 @@ class Pace:
     retry_seconds: float = 15.0
     """Pause after a failure."""
     close_seconds: float = 120.0
-    """How long `close` waits for an answer of MLflow."""
+    """How long `close` waits for an answer of MLflow; it gives up after three failures."""
     killed_seconds: float = 10.0
     """The same when training was interrupted, perhaps by a scheduler that kills soon."""
-    close_attempts: int = 3
-    """Failures after which `close` gives up."""
 
 
 class TrackedRun:
@@ -147,10 +146,7 @@ class TrackedRun:
             self._sender.tags.append((name, value))
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Copy a file, or a folder's files, to `folder` among the MLflow run's artifacts.
-
-        The path must exist until `close`.
-        """
+        """Copy a file or a folder's files, there until `close`, to `folder` of the artifacts."""
         if self._sender:
             self._sender.artifacts.append((path, folder))
 
@@ -219,11 +215,10 @@ class TrackedRun:
             f"MLflow: `runkey replay {key}` sends the rest from {training.folder}{resume}"
         )
 
-    # What follows runs in the thread.
-
     def _work(self, sender: RunSender) -> None:
+        """Send in the thread, until the run has ended."""
         failures_closing = 0
-        while failures_closing < self._pace.close_attempts:
+        while failures_closing < _CLOSE_ATTEMPTS:
             closing = self._closing.is_set()
             try:
                 sender.update()

@@ -14,7 +14,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from runkey.identity.record import (
     write_pointer,
 )
 from runkey.tracking.describe import RunDescription
-from runkey.tracking.log import ALWAYS_NEW, Entry, parse_line, time_ms
+from runkey.tracking.log import ALWAYS_NEW, Entry, read_log, time_ms
 from runkey.tracking.store import MAX_METRICS, Store, experiment_id, open_client
 from runkey.tracking.transfer import logged_run
 
@@ -88,35 +88,16 @@ class LogTail:
         None if there are no more yet. This tail stays as it is.
         """
         tail = LogTail(self.path, self.offset, names=dict(self.names), resumed=self.resumed)
-        for line in self._lines():
-            tail.offset += len(line)
-            if entry := parse_line(line):
-                tail._add(entry)
-            if len(tail.metrics) >= MAX_METRICS or tail.offset >= stop:
+        for end, entry in read_log(self.path, self.offset, stop):
+            tail.offset = end
+            tail._add(entry)
+            if len(tail.metrics) >= MAX_METRICS:
                 break
         return tail if tail.offset > self.offset else None
 
     def count_left(self) -> int:
         """Count the values behind `offset`."""
-        if not self.path.is_file():
-            return 0
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            return sum(len((parse_line(line) or {}).get("values", ())) for line in file)
-
-    def _lines(self) -> Iterator[bytes]:
-        """Yield the whole lines from `offset` on that are on the disk."""
-        if not self.path.is_file():
-            return
-        with self.path.open("rb") as file:
-            os.fsync(file.fileno())
-            left = os.fstat(file.fileno()).st_size - self.offset
-            file.seek(self.offset)
-            for line in file:
-                left -= len(line)
-                if left < 0 or not line.endswith(b"\n"):
-                    return
-                yield line
+        return sum(len(e.get("values", ())) for _, e in read_log(self.path, self.offset))
 
     def _add(self, entry: Entry) -> None:
         """Add a line; of a metric that the step has already, nothing."""
@@ -167,7 +148,6 @@ class Outbox[T](list[T]):
     """Items for a run, in order; any thread may append while one sends."""
 
     sent = 0
-    """How many of them MLflow has."""
 
     @property
     def left(self) -> list[T]:
@@ -219,7 +199,6 @@ class RunSender:
         self._stored: dict[str, set[tuple[int, int]]] = {}
         """With `resend`: step and time of the values that the run has of a metric."""
         self.entries = Outbox[Entry]()
-        """Values."""
         self.tags = Outbox[tuple[str, str]]()
         self.artifacts = Outbox[tuple[Path, str]]()
         """Each a file, or a folder whose files are copied, and the folder that it goes to."""
@@ -340,8 +319,13 @@ class RunSender:
         self._log(params=lacking, tags=changed)
 
     def _send_log(self, name: str) -> None:
-        resumed = False
-        while tail := self._tails[name].ahead():
+        path, resumed = self._tails[name].path, False
+        if not path.is_file():
+            return
+        with path.open("rb") as file:  # what MLflow has must not be lost here
+            os.fsync(file.fileno())
+            size = os.fstat(file.fileno()).st_size
+        while tail := self._tails[name].ahead(size):
             metrics = self._lacking(tail.metrics) if self._resend else tail.metrics
             self._log(metrics, tags=tail.tags)
             self.values_sent += len(metrics)
@@ -370,13 +354,12 @@ class RunSender:
 
     def _log_artifacts(self, artifacts: Iterable[tuple[Path, str]]) -> None:
         for path, folder in artifacts:
-            if not path.exists():
-                logger.warning(f"MLflow: {path} is not there and was not kept with the run")
-            elif path.is_dir():
-                self._client.log_artifacts(self.run_id, str(path), folder or None)
+            if path.exists():
+                log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+                log(self.run_id, str(path), folder or None)
+                self.last_answer = time.monotonic()
             else:
-                self._client.log_artifact(self.run_id, str(path), folder or None)
-            self.last_answer = time.monotonic()
+                logger.warning(f"MLflow: {path} is not there and was not kept with the run")
 
     def _lacking(self, metrics: Iterable[Metric]) -> list[Metric]:
         """Return the metrics that the run did not have when it was first asked for their name."""

@@ -16,9 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runkey.errors import RecipeError
-from runkey.identity.code import hash_code
+from runkey.identity.code import RULE, hash_code, syntax_digest
 from runkey.identity.key import make_recipe
-from runkey.identity.syntax import RULE, syntax_digest
 
 REPOSITORY = Path(__file__).parents[2]
 RUFF = shutil.which("ruff", path=f"{REPOSITORY}/.venv-tools/bin:{os.environ['PATH']}")

@@ -8,9 +8,8 @@ from typer.testing import CliRunner
 from runkey.cli import app
 from runkey.data.index import ListedImage
 from runkey.errors import RegistryError
-from runkey.identity.code import BYTES, hash_code
+from runkey.identity.code import BYTES, RULE, hash_code
 from runkey.identity.key import Recipe, make_recipe
-from runkey.identity.syntax import RULE
 from runkey.registry.diff import compare, compare_images, run_side, tree_side
 from runkey.registry.library import LocalLibrary
 from runkey.registry.snapshot import changed_files, take_snapshot

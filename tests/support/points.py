@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from runkey.tracking.log import Entry, parse_line, time_ms
+from runkey.tracking.log import Entry, read_log, time_ms
 from runkey.tracking.store import Store, open_client
 from runkey.tracking.sync import legal_name
 
@@ -21,10 +21,7 @@ NOT_LOGGED = ("system/", "eval/")
 
 def read_jsonl(path: Path) -> Iterator[Entry]:
     """The entries of a log, without lines that were cut short."""
-    with path.open("rb") as file:
-        for line in file:
-            if (entry := parse_line(line)) is not None:
-                yield entry
+    return (entry for _, entry in read_log(path))
 
 
 def points_of_log(path: Path) -> Counter[Point]:

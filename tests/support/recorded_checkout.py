@@ -18,11 +18,10 @@ from typing import Any
 import pytest
 
 from runkey.hashing import sha256_file
-from runkey.identity.code import hash_files
+from runkey.identity.code import RULE, hash_files
 from runkey.identity.key import Recipe
 from runkey.identity.record import DETAILS, Details, Record, RunEnvironment, RunManifest, StoredFile
 from runkey.identity.record_cache import update_record
-from runkey.identity.syntax import RULE
 from runkey.registry.dvc_cache import md5_file
 from runkey.registry.library import LocalLibrary, open_library, run_reader
 from runkey.registry.verify import Report, Sources, verify_run
