@@ -56,10 +56,7 @@ def import_closure(module: str, root: Path, excluded: Sequence[str] = EXCLUDED) 
     """Return the repo-relative paths of first-party files that `python -m module` can import.
 
     First-party is what is under `root`, with the `__init__.py` of every package on the way. Files
-    and folders that are `excluded` are not searched.
-
-    Raises:
-        RecipeError: there is no such module, or a file is not Python.
+    and folders that are `excluded` are not searched. RecipeError if there is no such module.
     """
     path = module.replace(".", "/")
     entry = [p for p in (f"{path}.py", f"{path}/__main__.py") if (root / p).is_file()]
@@ -89,10 +86,8 @@ def hash_code(path: str, data: bytes, rule: str = RULE) -> str:
     """Return the hex sha256 of a file of code.
 
     `RULE` hashes the syntax tree of a `.py` file (see `syntax_digest`) and the bytes of others;
-    `BYTES` hashes bytes.  CRLF counts as LF: a checkout on Windows has the same key.
-
-    Raises:
-        RecipeError: the file is not Python, or reads its docstrings.
+    `BYTES` hashes bytes.  CRLF counts as LF: a checkout on Windows has the same key.  RecipeError
+    if the file is not Python, or reads its docstrings.
     """
     if rule == BYTES or not path.endswith(".py"):
         return sha256_bytes(data.replace(b"\r\n", b"\n"))

@@ -118,11 +118,7 @@ def _param_names(stage: str, item: Any) -> Iterable[str]:
 
 
 def chain(stages: Mapping[str, Stage], name: str) -> tuple[Stage, ...]:
-    """Return the stages that a stage depends on, and itself as the last one.
-
-    Raises:
-        RecipeError: there is no such stage, or the dependencies form a cycle.
-    """
+    """Return the stages before a stage and itself; RecipeError: no such stage, or a cycle."""
     if name not in stages:
         raise RecipeError(f"{PIPELINE}: no stage {name}; there are {', '.join(stages)}")
     ordered: dict[Stage, None] = {}
@@ -211,11 +207,7 @@ def _read_list(md5: str, root: Path) -> dict[str, str] | None:
 
 
 def cache_folder(root: Path) -> Path:
-    """Return a checkout's DVC cache: `cache.dir` of its settings, else .dvc/cache.
-
-    Raises:
-        RegistryError: a settings file cannot be read.
-    """
+    """Return a checkout's DVC cache: `cache.dir` of its settings (`read_config`), or .dvc/cache."""
     folder = root / ".dvc" / "cache"
     base = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "dvc"
     users = Path(os.environ.get("DVC_GLOBAL_CONFIG_DIR") or base) / "config"
@@ -226,11 +218,7 @@ def cache_folder(root: Path) -> Path:
 
 
 def read_config(path: Path) -> configparser.ConfigParser:
-    """Read one of DVC's settings files; empty if it is not there.
-
-    Raises:
-        RegistryError: it is not a settings file.
-    """
+    """Read one of DVC's settings files, empty if it is not there; RegistryError if it is none."""
     config = configparser.ConfigParser(interpolation=None, strict=False)
     try:
         config.read(path, encoding="utf-8")

@@ -96,11 +96,7 @@ def normalise_name(name: str) -> str:
 
 
 def read_requirements(path: Path) -> dict[str, str]:
-    """Return version by normalised name of every `name==version` in a requirements file.
-
-    Raises:
-        LockError: the file is missing or pins nothing.
-    """
+    """Return version by normalised name of every `name==version`; LockError if there is none."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:

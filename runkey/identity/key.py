@@ -11,7 +11,7 @@ hashes of their outputs: a key that depends on outputs could not be looked up be
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -20,7 +20,7 @@ from runkey.errors import RecipeError
 from runkey.hashing import canonical_json, sha256_bytes, sha256_file
 from runkey.identity.code import BYTES, EXCLUDED, RULE, code_rule, hash_files, import_closure
 from runkey.identity.dvc_yaml import Stage, chain, covers, meets, read_pipeline, tracked_md5
-from runkey.identity.environment import PLATFORM, environment_preimage
+from runkey.identity.environment import environment_preimage
 from runkey.paths import LOCK, PARAMS
 from runkey.progress import WIDTH
 
@@ -38,6 +38,7 @@ ANY_SCHEMA = "rk[12]"
 ANY_KEY = "rk"
 """Prefix of every key."""
 SHORT = 12
+"""Digits that are shown of a hash."""
 PARTS = ("code", "params", "data", "environment")
 
 DATA_PATH = "data.path"
@@ -115,17 +116,10 @@ def older_rule(key: str) -> str:
     return f"key by the older rule {schema} ({OLDER[schema]})" if schema in OLDER else ""
 
 
-def make_recipe(
-    stage: str,
-    root: Path,
-    params: Params | None = None,
-    platform: str = PLATFORM,
-    excluded: Sequence[str] = EXCLUDED,
-) -> Recipe:
+def make_recipe(stage: str, root: Path, params: Params | None = None) -> Recipe:
     """Return the recipe of a stage of dvc.yaml for the files in `root` as they are now.
 
-    `params` are the checked parameters, read from params.yaml if None; of conda-lock.yml the
-    packages of one `platform` count.
+    `params` are the checked parameters, read from params.yaml if None.
 
     Raises:
         RecipeError: something that the key covers is missing; the text names it.
@@ -141,16 +135,13 @@ def make_recipe(
     stages = chain(read_pipeline(root, flat), stage)
     data, files = _data_and_files(stages, flat, root)
     for each in stages:
-        files |= {*import_closure(each.module, root, excluded)}
+        files |= {*import_closure(each.module, root, EXCLUDED)}
+    hashes = hash_files(sorted(files), root)
     preimages = {
-        "code": {
-            "rule": RULE,
-            "files": hash_files(sorted(files), root),
-            "excluded": sorted(excluded),
-        },
+        "code": {"rule": RULE, "files": hashes, "excluded": sorted(EXCLUDED)},
         "params": _params(stages, flat, root),
         "data": data,
-        "environment": environment_preimage(root / LOCK, platform),
+        "environment": environment_preimage(root / LOCK),
     }
     return Recipe(stage, {one.name: one.cmd for one in stages}, preimages)
 
@@ -224,9 +215,6 @@ def _other_files(dep: str, root: Path) -> set[str]:
 
 # --- runkey key --explain
 
-_SHOWN = 12
-"""Digits of a hash; `Recipe.as_dict` has them all."""
-
 
 def explain(recipe: Recipe) -> Iterator[str]:
     """Yield the lines of `runkey key --explain`."""
@@ -248,9 +236,9 @@ def _explain_part(part: str, preimage: Mapping[str, Any]) -> Iterator[str]:
         files = preimage["files"]
         rule = "of Python the syntax tree, without comments, docstrings, log text"
         yield f"{len(files)} files; {rule}:"
-        yield from (f"{sha256[:_SHOWN]}  {path}" for path, sha256 in sorted(files.items()))
+        yield from (f"{sha256[:SHORT]}  {path}" for path, sha256 in sorted(files.items()))
         yield "left out, since they tell of a run and do not change it:"
-        yield from (f"{'':<{_SHOWN}}  {path}" for path in preimage["excluded"])
+        yield from (f"{'':<{SHORT}}  {path}" for path in preimage["excluded"])
     elif part == "params":
         yield f"{len(preimage)} values, defaults filled in; none of runtime, no path of a file:"
         yield from (f"{name} = {json.dumps(value)}" for name, value in sorted(preimage.items()))
@@ -262,7 +250,7 @@ def _explain_part(part: str, preimage: Mapping[str, Any]) -> Iterator[str]:
         yield f"{len(packages)} packages of conda-lock.yml for {preimage['platform']}:"
         for name, version, build, digest in packages:
             kind, _, digits = digest.partition(":")
-            short = digits[:_SHOWN] if kind == "sha256" else f"{kind}:{digits[:_SHOWN]}"
+            short = digits[:SHORT] if kind == "sha256" else f"{kind}:{digits[:SHORT]}"
             line = f"{short}  {name} {version}"
             # Builds are flush right where there is room.
             yield f"{line} {build:>{max(0, WIDTH - 3 - len(line))}}"

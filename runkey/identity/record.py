@@ -191,11 +191,7 @@ class Details:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any], where: str) -> Self:
-        """Return the details that `as_json` wrote; errors name `where`.
-
-        Raises:
-            RecipeError: it has another schema, or is incomplete.
-        """
+        """Return what `as_json` wrote; RecipeError, which names `where`, if it is not whole."""
         try:
             _check_schema(stored.get("schema"), SCHEMA, where)
             files = {path: StoredFile(**file) for path, file in stored["files"].items()}
@@ -333,11 +329,7 @@ class RunManifest:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a manifest.
-
-        Raises:
-            RecipeError: the file is missing, is not JSON, or holds other fields.
-        """
+        """Read a manifest; RecipeError if it is missing, is not JSON, or holds other fields."""
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             _check_schema(stored["schema"], MANIFEST_SCHEMA, str(path))

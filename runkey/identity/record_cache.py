@@ -48,11 +48,7 @@ class DamagedCacheError(RegistryError):
 
 
 def update_record(path: Path, run: LoggedRun, details: Details | None = None) -> None:
-    """Write what MLflow has of a run now; without `details` the cached ones stay.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write what MLflow has of a run; without `details` the cached stay. OSError if it cannot."""
     row = _row(Record(run=run, details=details))
     _change(path, lambda database: database.execute(_WRITE, row))
 

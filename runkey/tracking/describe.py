@@ -48,17 +48,10 @@ def describe_run(
     counts: Mapping[str, int],
     name: str | None = None,
 ) -> RunDescription:
-    """Describe a training run.
+    """Describe a training run, by default named by what differs from the committed parameters.
 
-    Args:
-        params: the resolved parameters.
-        root: the workspace.
-        key: the recipe key.
-        parts: hash of each part of the key. They become params, so that MLflow's comparison page
-            shows which part differs.
-        tags: the run environment (device, host, ...).
-        counts: size of the data set, such as {"train_images": 400}.
-        name: of the run; None: what differs from the committed parameters.
+    The hashes of the key's `parts` become params, so that MLflow's comparison page shows which one
+    differs; `tags` are the run environment, `counts` the data set's size ("train_images": 400).
     """
     values = {name: as_text(value) for name, value in params.flat().items()}
     values |= {"key": key} | {f"key.{part}": digest for part, digest in parts.items()}
@@ -131,17 +124,11 @@ def log_model(
     outputs: Mapping[str, str],
     tags: Mapping[str, str],
 ) -> str:
-    """Log a model to MLflow with a signature and an example; return its id, or that of an earlier.
+    """Log a run's `model/` as MLflow's model and return its id; of an earlier one, if there is one.
 
-    `mlflow.pytorch.log_model` would trace and pickle the model (10 s) and store its weights twice.
-
-    Args:
-        store: where the run is.
-        run_id: MLflow's id; its artifacts hold `model/`.
-        name: of the model.
-        example: an image file.
-        outputs: MLflow type of each column that the model returns.
-        tags: of the model.
+    It has a signature, with the MLflow type of each column that it returns (`outputs`), and an
+    example, an image file. `mlflow.pytorch.log_model` would trace and pickle the model (10 s) and
+    store its weights twice.
 
     Raises:
         TrackingError: MLflow refuses or cannot be reached.

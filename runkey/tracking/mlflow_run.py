@@ -111,11 +111,7 @@ class TrackedRun:
     ) -> None:
         """Start the thread that sends, and samples the system once the run exists.
 
-        Args:
-            jsonl: the log that values are written to; None: they go straight to MLflow.
-            sender: writes the MLflow run, and follows the log; None: the log is all.
-            sampler: of system metrics.
-            pace: how often to send.
+        Without a log values go straight to MLflow; without a sender the log is all.
         """
         self.jsonl = jsonl
         self._sender, self._sampler, self._pace = sender, sampler, pace
@@ -269,13 +265,8 @@ def open_run(
 ) -> TrackedRun:
     """Start to record a training, or continue with the log and the run that its folder holds.
 
-    Args:
-        store: where the MLflow run goes; None: the log is all.
-        training: what to record; its logs are added here.
-        root: the workspace, where the logs are shown.
-        on_change: see `RunSender`.
-        system_seconds: seconds between samples of system metrics; 0: none.
-        pace: how often to send.
+    Without a store the log is all. The logs are shown in the workspace `root`; `system_seconds` lie
+    between samples of system metrics (0: none). For `on_change` see `RunSender`.
     """
     folder = training.folder
     log = JsonlLog(folder / TRAIN_LOG.name, shown=root / TRAIN_LOG)

@@ -90,11 +90,7 @@ def read_training(folder: Path) -> TrainingRun:
 
 
 def read_end(folder: Path) -> TrainingEnd | None:
-    """Read how the training ended; None: it was interrupted, or MLflow has everything.
-
-    Raises:
-        TrackingError: the file is damaged.
-    """
+    """Read how it ended; None: interrupted, or MLflow has everything. TrackingError if damaged."""
     path = folder / ENDED
     try:
         return TrainingEnd(**json.loads(path.read_text(encoding="utf-8")))
@@ -108,9 +104,7 @@ def find_training(home: Path, address: str) -> Path | None:
     """Find the folder of a saved training; None if there is none.
 
     The address is a key or its beginning, with or without `rk2-`; KEY:RUN names an MLflow run's.
-
-    Raises:
-        TrackingError: several trainings match.
+    TrackingError if several trainings match.
     """
     key, _, run = address.strip().lower().partition(":")
     begins = (key, *(f"{schema}-{key}" for schema in SCHEMAS))

@@ -219,10 +219,8 @@ def set_tag(
 ) -> None:
     """Set a tag of a run without importing mlflow, which takes 5 s; only in sqlite or on a server.
 
-    `post` sends a JSON object to a path below the server's `api/2.0/mlflow/`.
-
-    Raises:
-        TrackingError: the database cannot be written.
+    `post` sends a JSON object to a path below the server's `api/2.0/mlflow/`. TrackingError if the
+    database cannot be written.
     """
     if store.is_server:
         post("runs/set-tag", {"run_id": run_id, "key": name, "value": value})

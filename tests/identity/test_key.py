@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import RecipeError
-from runkey.identity.key import PARTS, Recipe, make_recipe, older_rule, short_key
+from runkey.identity.environment import environment_preimage
+from runkey.identity.key import (
+    PARTS,
+    Recipe,
+    make_recipe,
+    older_rule,
+    part_digest,
+    short_key,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -99,8 +107,9 @@ def test_a_version_is_text_and_no_number(project):
         ["libjpeg-turbo", "3.1.2", "h_1", "md5:33"],
         ["numpy", "2.10", "py312_0", "sha256:22"],
     ]
-    other = make_recipe("train", project, platform="osx-arm64")
-    assert other.parts["environment"] != make_recipe("train", project).parts["environment"]
+    other = environment_preimage(project / "conda-lock.yml", "osx-arm64")
+    own = make_recipe("train", project).parts["environment"]
+    assert part_digest("environment", other) != own
 
 
 def test_the_command_is_in_the_key_and_so_are_those_before_it(project):
@@ -115,9 +124,10 @@ def test_the_command_is_in_the_key_and_so_are_those_before_it(project):
     }
 
 
-def test_the_exclude_list_is_hashed(project):
+def test_the_exclude_list_is_hashed(project, monkeypatch):
     with_list = make_recipe("prepare", project)
-    without = make_recipe("prepare", project, excluded=())
+    monkeypatch.setattr("runkey.identity.key.EXCLUDED", ())
+    without = make_recipe("prepare", project)
     assert with_list.preimages["code"]["files"] == without.preimages["code"]["files"]
     assert with_list.key != without.key
 

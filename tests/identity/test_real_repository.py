@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import typing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from runkey.errors import ParamsError
 from runkey.identity.code import EXCLUDED, is_excluded
 from runkey.identity.dvc_yaml import chain, read_pipeline
+from runkey.identity.environment import environment_preimage
 from runkey.identity.key import DATA_PATH, FILE_PARAMS, PARTS, make_recipe, short_key
 from runkey.params import Params, load_params, parse_params
 
@@ -259,7 +261,9 @@ def test_what_else_the_lock_says_and_other_platforms_do_not_count(copy, recipe, 
     assert make_recipe("train", other) == recipe
     lock.write_text(lock.read_text() + ENTRY.format(version="2.1"))
     assert make_recipe("train", other) == recipe
-    assert changed(recipe, make_recipe("train", other, platform="osx-arm64")) == {"environment"}
+    packages = environment_preimage(lock, "osx-arm64")
+    there = replace(recipe, preimages={**recipe.preimages, "environment": packages})
+    assert changed(recipe, there) == {"environment"}
 
 
 # --- what is around it
