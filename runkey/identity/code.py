@@ -102,31 +102,19 @@ def hash_files(paths: Iterable[str], root: Path) -> dict[str, str]:
     return {path: hash_code(path, (root / path).read_bytes()) for path in paths}
 
 
-def imported_files(root: Path) -> tuple[str, ...]:
-    """Return the repo-relative paths of first-party files that this process imported, sorted."""
-    home = f"{root.resolve()}/"
-    inside = (file.removeprefix(home) for file in _loaded_files() if file.startswith(home))
-    return tuple(sorted(path for path in inside if not path.startswith(".")))
+def imported_files(root: Path) -> tuple[list[str], list[str]]:
+    """Return the files that this process imported: the repository's, and foreign ones; sorted.
 
-
-def foreign_files(root: Path) -> tuple[str, ...]:
-    """Return the absolute paths of imported files outside repository and interpreter, sorted.
-
-    `PYTHONPATH` or a .pth file can put one before a locked package; no key covers it.
+    Foreign ones are outside repository and interpreter: `PYTHONPATH` or a .pth file can put one
+    before a locked package, and no key covers it.
     """
-    homes = tuple(f"{Path(home).resolve()}/" for home in (root, sys.prefix, sys.base_prefix))
-    return tuple(sorted(file for file in _loaded_files() if not file.startswith(homes)))
-
-
-def _loaded_files() -> set[str]:
-    files = (getattr(module, "__file__", None) for module in tuple(sys.modules.values()))
+    names = [getattr(module, "__file__", None) or "" for module in tuple(sys.modules.values())]
     # Some of torch's modules name a relative file that does not exist.
-    return {_resolved(file) for file in files if file and file.startswith("/")}
-
-
-@functools.cache
-def _resolved(file: str) -> str:
-    return str(Path(file).resolve())
+    files = sorted({str(Path(name).resolve()) for name in names if name.startswith("/")})
+    homes = tuple(f"{Path(home).resolve()}/" for home in (root, sys.prefix, sys.base_prefix))
+    own = [file.removeprefix(homes[0]) for file in files if file.startswith(homes[0])]
+    foreign = [file for file in files if not file.startswith(homes)]
+    return [path for path in own if not path.startswith(".")], foreign
 
 
 def undeclared(

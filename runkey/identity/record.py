@@ -22,7 +22,7 @@ from typing import Any, Literal, Self
 from runkey.errors import LockError, RecipeError
 from runkey.files import write_atomically
 from runkey.hashing import sha256_file
-from runkey.identity.code import foreign_files, imported_files, undeclared
+from runkey.identity.code import imported_files, undeclared
 from runkey.identity.environment import differences, installed_packages, read_requirements
 from runkey.identity.key import PARTS, Recipe, short_key
 from runkey.paths import REQUIREMENTS
@@ -46,7 +46,6 @@ NOT_KEPT = ("system/",)
 """Prefixes of metrics that are left out of records: samples of the machine."""
 
 # The folder that carries a run from one store to another.
-RUN_FOLDER_SCHEMA = "run1"
 CONTENT = "run.json"
 ARTIFACTS = "artifacts"
 ORIGIN = "origin_run_id"
@@ -73,18 +72,17 @@ class RunPointer:
     sent: dict[str, int] = field(default_factory=dict)
     """By log name the bytes, all whole lines, that are certainly in MLflow."""
 
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """Return the pointer in a training's folder, or None if there is no readable one."""
+        try:
+            return cls(**json.loads((folder / POINTER).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
 
-def read_pointer(folder: Path) -> RunPointer | None:
-    """Return the pointer in a training's folder, or None if there is no readable one."""
-    try:
-        return RunPointer(**json.loads((folder / POINTER).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def write_pointer(folder: Path, pointer: RunPointer) -> None:
-    """Write the pointer atomically."""
-    write_atomically(folder / POINTER, json.dumps(asdict(pointer), sort_keys=True) + "\n")
+    def write(self, folder: Path) -> None:
+        """Write it atomically to a training's folder."""
+        write_atomically(folder / POINTER, json.dumps(asdict(self), sort_keys=True) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,7 +354,7 @@ def capture_environment(root: Path, recipe: Recipe, hardware: Hardware) -> RunEn
     except LockError as error:
         # A copy of the code alone, on a bare GPU machine, is no reason to stop.
         package_differences = [str(error)]
-    files = imported_files(root)
+    files, foreign = imported_files(root)
     code = recipe.preimages["code"]
     return RunEnvironment(
         **asdict(hardware),
@@ -364,11 +362,8 @@ def capture_environment(root: Path, recipe: Recipe, hardware: Hardware) -> RunEn
         f" {platform.system()} {platform.machine()}",
         packages=packages,
         package_differences=package_differences,
-        files=list(files),
-        undeclared_files=[
-            *undeclared(files, code["files"], root, code["excluded"]),
-            *foreign_files(root),
-        ],
+        files=files,
+        undeclared_files=[*undeclared(files, code["files"], root, code["excluded"]), *foreign],
         commit=_git(root, "rev-parse", "HEAD"),
         dirty=bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
         variables={n: value for n, value in sorted(os.environ.items()) if value and _counts(n)},

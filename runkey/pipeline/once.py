@@ -22,14 +22,7 @@ from runkey import paths
 from runkey.errors import RecipeError, RegistryError, TrackingError, TrainingError
 from runkey.identity.dvc_yaml import covers, read_pipeline
 from runkey.identity.key import Recipe, short_key
-from runkey.identity.record import (
-    REPRODUCES,
-    Details,
-    LoggedRun,
-    Record,
-    read_pointer,
-    this_host,
-)
+from runkey.identity.record import REPRODUCES, Details, LoggedRun, Record, RunPointer, this_host
 from runkey.identity.record_cache import update_record
 from runkey.params import Params
 from runkey.registry.claims import open_claims
@@ -162,7 +155,7 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[KeyClaim | None
     with decision.claim or nullcontext() as held:
         snapshot = take_snapshot(root, paths.store_root(), recipe) if library else None
         # The runs of dead owners, without the one that this training continues.
-        pointer = read_pointer(folder)
+        pointer = RunPointer.read(folder)
         dead = tuple(r for r in decision.superseded if pointer is None or r != pointer.run_id)
         claim = KeyClaim(store, held, folder, decision.line, snapshot, dead, repeats)
         yield claim

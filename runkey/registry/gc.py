@@ -25,7 +25,7 @@ import psutil
 from runkey import paths
 from runkey.errors import RegistryError
 from runkey.identity.key import ANY_SCHEMA, short_key
-from runkey.identity.record import Record, read_pointer
+from runkey.identity.record import Record, RunPointer
 from runkey.identity.record_cache import remove_record
 from runkey.registry.claims import Claim, Claims, newest, state_now
 from runkey.registry.library import Library, LocalLibrary
@@ -119,7 +119,7 @@ def _runs(scope: Scope) -> Iterator[Item]:
     kept = [folder for folder, why in scope.trainings.items() if why is None]
     # A training that can resume from its folder does so in its run.
     keys = {folder.name for folder in kept}
-    runs = {pointer.run_id for folder in kept if (pointer := read_pointer(folder))}
+    runs = {pointer.run_id for folder in kept if (pointer := RunPointer.read(folder))}
     claims = scope.claims.all() if scope.is_local else []
     for record in scope.records:
         run = record.run

@@ -88,13 +88,8 @@ def run_name(params: Params, baseline: Params | None) -> str:
 def committed_params(root: Path) -> Params | None:
     """Read params.yaml of git's HEAD, a DVC experiment's baseline; None if that is not possible."""
     try:
-        shown = subprocess.run(
-            ["git", "-C", str(root), "show", "HEAD:./params.yaml"],
-            capture_output=True,
-            check=True,
-            encoding="utf-8",
-            timeout=20,
-        )
+        show = ["git", "-C", str(root), "show", "HEAD:./params.yaml"]
+        shown = subprocess.run(show, capture_output=True, check=True, encoding="utf-8", timeout=20)
         return parse_params(YAML(typ="safe", pure=True).load(shown.stdout))
     except (OSError, subprocess.SubprocessError, ParamsError):
         return None

@@ -63,11 +63,6 @@ def read_log(path: Path, start: int = 0, stop: int = sys.maxsize) -> Iterator[tu
                     yield start, entry
 
 
-def time_ms(entry: Entry) -> int:
-    """Return an entry's time in milliseconds since 1970: the timestamp of its points in MLflow."""
-    return round(float(entry["time"]) * 1000)
-
-
 class ExpectedEntries:
     """Entries already in the log that a resumed training will log again.
 

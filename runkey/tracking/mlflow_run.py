@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event, Lock, Thread
 from typing import Any
 
 from runkey import paths
@@ -38,7 +38,7 @@ class SystemSampler:
         """Prepare; the first sample is taken one interval after the first call of `sample`."""
         self.interval_seconds = interval_seconds
         self._log = log
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._finished = False
         self._monitors: list[Any] = []
         self._last_seconds = 0.0
@@ -117,10 +117,8 @@ class TrackedRun:
         self._sender, self._sampler, self._pace = sender, sampler, pace
         self._status: Status = "FINISHED"
         self._error: str | None = None
-        self._wake, self._closing = threading.Event(), threading.Event()
-        self._thread = threading.Thread(
-            target=self._work, args=(sender,), name="mlflow", daemon=True
-        )
+        self._wake, self._closing = Event(), Event()
+        self._thread = Thread(target=self._work, args=(sender,), name="mlflow", daemon=True)
         if sender:
             self._thread.start()
 

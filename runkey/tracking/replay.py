@@ -17,7 +17,7 @@ from pathlib import Path
 from runkey.errors import TrackingError
 from runkey.files import write_atomically
 from runkey.identity.key import ANY_SCHEMA, SCHEMAS
-from runkey.identity.record import DETAILS, POINTER, Details, LoggedRun, read_pointer
+from runkey.identity.record import DETAILS, POINTER, Details, LoggedRun, RunPointer
 from runkey.identity.record_cache import update_record
 from runkey.tracking.describe import RunDescription
 from runkey.tracking.store import Store, in_one_line
@@ -110,7 +110,7 @@ def find_training(home: Path, address: str) -> Path | None:
     begins = (key, *(f"{schema}-{key}" for schema in SCHEMAS))
     found: dict[Path, str] = {}
     for folder in sorted(path.parent for path in home.glob(f"{ANY_SCHEMA}-*/{DESCRIPTION}")):
-        pointer = read_pointer(folder)
+        pointer = RunPointer.read(folder)
         run_id = (pointer and pointer.run_id) or ""
         if folder.name.startswith(begins) and run_id.startswith(run):
             found[folder] = run_id

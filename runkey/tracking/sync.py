@@ -20,17 +20,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from runkey.identity.record import (
-    RESUMED,
-    RESUMED_AFTER,
-    TOKEN,
-    LoggedRun,
-    RunPointer,
-    read_pointer,
-    write_pointer,
-)
+from runkey.identity.record import RESUMED, RESUMED_AFTER, TOKEN, LoggedRun, RunPointer
 from runkey.tracking.describe import RunDescription
-from runkey.tracking.log import ALWAYS_NEW, Entry, read_log, time_ms
+from runkey.tracking.log import ALWAYS_NEW, Entry, read_log
 from runkey.tracking.store import MAX_METRICS, Store, experiment_id, open_client
 from runkey.tracking.transfer import logged_run
 
@@ -53,9 +45,9 @@ def metrics_of(entry: Entry) -> list[Metric]:
     """Return the values of a log entry as MLflow gets them."""
     from mlflow.entities import Metric
 
-    time_stamp, step = time_ms(entry), entry["step"]
+    time_ms = round(float(entry["time"]) * 1000)
     return [
-        Metric(legal_name(name), float(value), time_stamp, step)
+        Metric(legal_name(name), float(value), time_ms, entry["step"])
         for name, value in entry["values"].items()
     ]
 
@@ -254,7 +246,7 @@ class RunSender:
 
     def _open(self, training: TrainingRun) -> None:
         """Find the training's run or make it, and move its logs behind what was sent."""
-        pointer = self._pointer or read_pointer(training.folder)
+        pointer = self._pointer or RunPointer.read(training.folder)
         run = (pointer and self._find(training, pointer)) or self._create(training)
         # Set first: if the next call fails, users still see the name of the run.
         self.run_id, self.started_ms = str(run.info.run_id), run.info.start_time
@@ -394,7 +386,7 @@ class RunSender:
         if self._folder is None:
             return
         try:
-            write_pointer(self._folder, pointer)
+            pointer.write(self._folder)
         except OSError as error:
             logger.warning(
                 f"{self._folder}: cannot be written ({error.strerror}); if training is interrupted"

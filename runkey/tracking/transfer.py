@@ -23,7 +23,6 @@ from runkey.identity.record import (
     DETAILS,
     KEY,
     ORIGIN,
-    RUN_FOLDER_SCHEMA,
     Details,
     LoggedRun,
 )
@@ -90,7 +89,7 @@ class StoreRuns:
             run = client.get_run(run_id)
             inputs = run.inputs.dataset_inputs if run.inputs else []
             content = {
-                "schema": RUN_FOLDER_SCHEMA,
+                "schema": "run1",
                 "run_id": run_id,
                 "name": run.info.run_name or "",
                 "status": run.info.status,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from runkey.identity.key import make_recipe
-from runkey.identity.record import read_pointer
+from runkey.identity.record import RunPointer
 from runkey.params import load_params
 from runkey.paths import training_folder
 from runkey.tracking.store import (
@@ -225,7 +225,7 @@ def test_training_ends_well_when_mlflow_goes_away_in_the_middle(
         )
         folder = training_folder(store.home, key)
         while training.poll() is None:
-            if (pointer := read_pointer(folder)) and pointer.sent.get("train.jsonl"):
+            if (pointer := RunPointer.read(folder)) and pointer.sent.get("train.jsonl"):
                 break
             time.sleep(0.1)
     finally:

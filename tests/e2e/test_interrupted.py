@@ -13,7 +13,7 @@ import pytest
 
 from runkey import paths
 from runkey.identity.key import make_recipe
-from runkey.identity.record import read_pointer
+from runkey.identity.record import RunPointer
 from runkey.params import load_params
 from runkey.tracking.store import locate_store, open_client
 from tests.support.points import assert_the_same_points
@@ -56,7 +56,7 @@ def test_killed_and_started_again_it_is_one_run(copy: Project) -> None:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    while not ((pointer := read_pointer(folder)) and pointer.sent.get("train.jsonl")):
+    while not ((pointer := RunPointer.read(folder)) and pointer.sent.get("train.jsonl")):
         assert training.poll() is None, training.communicate()[0]
         time.sleep(0.05)
     training.kill()

@@ -94,7 +94,8 @@ def test_what_was_really_imported_is_found_and_compared(project):
         f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
         "from runkey.identity.code import import_closure, imported_files, undeclared\n"
         "root = Path.cwd()\n"
-        "print(*undeclared(imported_files(root), import_closure('stages.train', root), root))\n"
+        "files, _ = imported_files(root)\n"
+        "print(*undeclared(files, import_closure('stages.train', root), root))\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "stages.train"],
@@ -115,7 +116,7 @@ def test_the_exclude_list_names_what_exists_or_is_planned():
 
 
 def test_this_very_process_is_listed():
-    files = imported_files(REPOSITORY)
+    files, _ = imported_files(REPOSITORY)
     assert "runkey/identity/code.py" in files
     assert not any(path.startswith(".venv") for path in files)
     assert all((REPOSITORY / path).is_file() for path in files)
@@ -171,8 +172,8 @@ def test_a_package_put_before_the_locked_one_is_reported(project, tmp_path_facto
             "-c",
             "import sortedcontainers\n"
             "from pathlib import Path\n"
-            "from runkey.identity.code import foreign_files\n"
-            "print(*foreign_files(Path.cwd()), sep='\\n')",
+            "from runkey.identity.code import imported_files\n"
+            "print(*imported_files(Path.cwd())[1], sep='\\n')",
         ],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(elsewhere)},

@@ -2,7 +2,7 @@
 
 import time
 
-from runkey.identity.record import RunPointer, write_pointer
+from runkey.identity.record import RunPointer
 from tests.support.collectable import KEY, held
 from tests.support.records import key_of, make_run
 
@@ -44,7 +44,7 @@ def test_what_a_repeat_can_go_on_from_stays_for_a_day(house):
     repeated = {"key": KEY, "reproduction_of": "a" * 32}
     make_run(house.root, KEY, "b" * 32, status="KILLED", with_details=False, tags=repeated)
     folder = house.folder(f"{KEY}-repeats-{'a' * 8}")
-    write_pointer(folder, RunPointer("sqlite:///mlflow.db", run_id="b" * 32))
+    RunPointer("sqlite:///mlflow.db", run_id="b" * 32).write(folder)
     assert house.items() == []
     assert {kind for kind, _ in house.offered(now=time.time() + 90_000)} == {"run", "checkpoint"}
     make_run(house.root, KEY, "c" * 32, tags=repeated)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from runkey.tracking.log import Entry, read_log, time_ms
+from runkey.tracking.log import Entry, read_log
 from runkey.tracking.store import Store, open_client
 from runkey.tracking.sync import legal_name
 
@@ -30,7 +30,8 @@ def points_of_log(path: Path) -> Counter[Point]:
     for entry in read_jsonl(path):
         for name, value in entry.get("values", {}).items():
             place = legal_name(name), entry["step"]
-            points.setdefault(place, (*place, time_ms(entry), _exactly(float(value))))
+            time_ms = round(entry["time"] * 1000)
+            points.setdefault(place, (*place, time_ms, _exactly(float(value))))
     return Counter(points.values())
 
 

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from runkey.identity.record import POINTER, read_pointer
+from runkey.identity.record import POINTER, RunPointer
 from runkey.tracking.replay import ENDED
 from runkey.tracking.store import Store
 from tests.support.mlflow_store import fill, until
@@ -89,6 +89,6 @@ def test_a_read_only_folder_costs_lines_and_no_values(
     assert said[0].endswith(f"cannot be written (Read-only file system); the log is {shown} alone")
     assert said[1].startswith(f"{folder}: cannot be written (Read-only file system)")
     assert_the_same_points(shown, store, run_id)
-    assert read_pointer(folder) is None
+    assert RunPointer.read(folder) is None
     assert not (folder / POINTER).exists()
     assert not (folder / ENDED).exists()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from runkey.identity.record import read_pointer
+from runkey.identity.record import RunPointer
 from runkey.tracking.store import Store, open_client
 from tests.support.mlflow_store import Server
 from tests.support.points import assert_the_same_points, read_jsonl
@@ -45,7 +45,7 @@ class Trainer:
     @property
     def sent(self) -> int:
         """Bytes of the log that MLflow is known to have."""
-        pointer = read_pointer(self.folder)
+        pointer = RunPointer.read(self.folder)
         return pointer.sent.get("train.jsonl", 0) if pointer else 0
 
     def kill_one(self, rng: random.Random, meanwhile: Callable[[], None] | None = None) -> None:
@@ -79,7 +79,7 @@ def runs_of_all(store: Store) -> set[str]:
 
 
 def check(trainer: Trainer, kills: int, others: Set[str] = frozenset()) -> None:
-    store, pointer = trainer.store, read_pointer(trainer.folder)
+    store, pointer = trainer.store, RunPointer.read(trainer.folder)
     assert pointer is not None
     assert pointer.run_id is not None
     points = assert_the_same_points(trainer.folder / "train.jsonl", store, pointer.run_id)

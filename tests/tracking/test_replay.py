@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from runkey.cli import app
-from runkey.identity.record import DETAILS, read_pointer
+from runkey.identity.record import DETAILS, RunPointer
 from runkey.registry.library import open_library
 from runkey.tracking.replay import ARTIFACTS, ENDED
 from runkey.tracking.store import Store, open_client
@@ -83,7 +83,7 @@ def test_a_run_that_lacks_something_is_finished(
     kept = tmp_path / "kept.jsonl"
     kept.write_bytes(log.read_bytes())
     assert said[-1] == f"MLflow: `runkey replay {KEY[:16]}` sends the rest from {folder}"
-    pointer = read_pointer(folder)
+    pointer = RunPointer.read(folder)
     assert pointer is not None
     output = run(KEY[:10])
     assert output.startswith(f"run {pointer.run_id}, FINISHED: ")

@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
-from runkey.identity.record import POINTER, LoggedRun, RunPointer, read_pointer, write_pointer
+from runkey.identity.record import POINTER, LoggedRun, RunPointer
 from runkey.tracking.log import JsonlLog
 from runkey.tracking.replay import save_description
 from runkey.tracking.store import Store, open_client
@@ -54,7 +54,7 @@ def test_it_goes_on_in_the_same_run_with_every_point_once(
     store: Store, folder: Path, said: list[str]
 ) -> None:
     position = interrupted(store, folder)
-    pointer = read_pointer(folder)
+    pointer = RunPointer.read(folder)
     assert pointer is not None
     assert pointer.run_id is not None
     client = open_client(store)
@@ -108,9 +108,9 @@ def test_a_run_whose_id_never_arrived_is_found(store: Store, folder: Path, said:
     tracker = begin(store, folder)
     run_id = tracker.run_id(60)
     tracker.close("KILLED")
-    pointer = read_pointer(folder)
+    pointer = RunPointer.read(folder)
     assert pointer is not None
-    write_pointer(folder, RunPointer(pointer.uri, pointer.token))  # killed just after it was made
+    RunPointer(pointer.uri, pointer.token).write(folder)  # killed just after it was made
     again = begin(store, folder)
     log_steps(again, 1, 3)
     assert again.close() == run_id
@@ -124,7 +124,7 @@ def test_a_run_that_was_made_but_not_described_is(
     client = open_client(store)
     number = client.create_experiment("detection")
     made = client.create_run(number, tags={"training": "ab"}).info.run_id
-    write_pointer(folder, RunPointer(store.uri, "ab"))
+    RunPointer(store.uri, "ab").write(folder)
     assert begin(store, folder).close() == made
     assert client.get_run(made).data.params["lr"] == "5e-05"
 
@@ -134,13 +134,13 @@ def test_a_run_that_is_gone_is_replaced_and_gets_everything(
     store: Store, folder: Path, said: list[str], uri: str
 ) -> None:
     position = interrupted(store, folder)
-    pointer = read_pointer(folder)
+    pointer = RunPointer.read(folder)
     assert pointer is not None
     if uri == "same":
         open_client(store).delete_run(str(pointer.run_id))
         made = ""
     else:
-        write_pointer(folder, replace(pointer, run_id="0" * 32, uri=uri))
+        replace(pointer, run_id="0" * 32, uri=uri).write(folder)
         made = f", where it was made: {uri}"
     again = begin(store, folder)
     log_of(again).resume(position)
@@ -159,7 +159,7 @@ def test_what_was_sent_is_not_sent_again(
     store: Store, folder: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     position = interrupted(store, folder)
-    pointer = read_pointer(folder)
+    pointer = RunPointer.read(folder)
     assert pointer is not None
     sent: list[Metric] = []
     log_batch = MlflowClient.log_batch
@@ -175,14 +175,14 @@ def test_what_was_sent_is_not_sent_again(
     again.close("KILLED")
     assert len(sent) == 5 * 5 + 1  # of the steps 26 to 30 alone
     end = (folder / "train.jsonl").stat().st_size
-    assert read_pointer(folder) == replace(pointer, sent={"train.jsonl": end})
+    assert RunPointer.read(folder) == replace(pointer, sent={"train.jsonl": end})
 
 
 def test_a_mark_that_is_lost_doubles_nothing(store: Store, folder: Path, said: list[str]) -> None:
     interrupted(store, folder)
-    pointer = read_pointer(folder)
+    pointer = RunPointer.read(folder)
     assert pointer is not None
-    write_pointer(folder, replace(pointer, sent={}))
+    replace(pointer, sent={}).write(folder)
     again = begin(store, folder)
     assert again.close() == pointer.run_id
     assert_the_same_points(folder / "train.jsonl", store, str(pointer.run_id))
