@@ -136,8 +136,7 @@ class _Tree:
     """The folders under a root, each listed once: lookups come by the thousand."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-        self._listed = functools.cache(lambda folder: next(os.walk(root / folder), ("", [], [])))
+        self.root, self._listed = root, functools.cache(self._list)
 
     def files_of(self, module: str) -> list[str]:
         """Return a module's file and the `__init__.py` of its packages; [] if not first-party.
@@ -157,6 +156,10 @@ class _Tree:
                 return files
             folder = inner
         return files
+
+    def _list(self, folder: str) -> tuple[str, list[str], list[str]]:
+        """Return the path, folders and files of a folder, which is "" or ends with `/`."""
+        return next(os.walk(self.root / folder), ("", [], []))
 
 
 class _Module(NamedTuple):

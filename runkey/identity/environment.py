@@ -9,10 +9,9 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from runkey.errors import LockError, report_errors
 from runkey.identity.dvc_yaml import read_yaml_text
@@ -22,8 +21,7 @@ PLATFORM = "linux-64"
 _PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)")
 
 
-@dataclass(frozen=True, order=True)
-class LockedPackage:
+class LockedPackage(NamedTuple):
     """One locked package, identified to the build."""
 
     name: str
@@ -37,7 +35,7 @@ class LockedPackage:
 
     def row(self) -> list[str]:
         """Return `[name, version, build, hash]`, as it enters the key."""
-        return list(astuple(self)[:4])
+        return list(self[:4])
 
 
 def read_lock(path: Path, platform: str = PLATFORM) -> tuple[LockedPackage, ...]:

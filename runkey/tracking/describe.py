@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from runkey.errors import ParamsError, TrackingError
 from runkey.identity.dvc_yaml import tracked_md5
@@ -91,7 +92,7 @@ def committed_params(root: Path) -> Params | None:
         show = ["git", "-C", str(root), "show", "HEAD:./params.yaml"]
         shown = subprocess.run(show, capture_output=True, check=True, encoding="utf-8", timeout=20)
         return parse_params(YAML(typ="safe", pure=True).load(shown.stdout))
-    except (OSError, subprocess.SubprocessError, ParamsError):
+    except (OSError, subprocess.SubprocessError, YAMLError, ParamsError):
         return None
 
 

@@ -54,11 +54,21 @@ def test_without_a_commit_the_defaults_are_the_baseline(tmp_path: Path) -> None:
     assert run_name(params(training={"epochs": 7}), None) == "epochs=7"
 
 
-def test_the_baseline_is_what_git_has(tmp_path: Path) -> None:
-    (tmp_path / "params.yaml").write_text("lr: 5e-5\nseed: 4\n")
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t"]
+def commit(folder: Path, params: str) -> None:
+    (folder / "params.yaml").write_text(params)
+    git = ["git", "-C", str(folder), "-c", "user.name=t", "-c", "user.email=t@t"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
         subprocess.run([*git, *command], check=True)
+
+
+@pytest.mark.parametrize("text", ["lr: [", "lr: 1\nrate: 2\n", "a"])
+def test_committed_params_that_cannot_be_read_are_no_baseline(tmp_path: Path, text: str) -> None:
+    commit(tmp_path, text)
+    assert committed_params(tmp_path) is None
+
+
+def test_the_baseline_is_what_git_has(tmp_path: Path) -> None:
+    commit(tmp_path, "lr: 5e-5\nseed: 4\n")
     (tmp_path / "params.yaml").write_text("lr: 1\nseed: 4\n")
     committed = committed_params(tmp_path)
     assert committed is not None
