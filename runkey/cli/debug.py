@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from runkey import paths
-from runkey.cli.output import AsJson, print_json, store, trainings, workspace
+from runkey.cli import output
+from runkey.cli.output import AsJson
 from runkey.errors import TrainingError
 from runkey.identity.key import make_recipe
 from runkey.progress import log_to_terminal
@@ -57,7 +58,7 @@ def debug_step(
         bundle.write(path)
     number, diagnosis = bundle.step + 1, diagnose_bundle(bundle)
     if as_json:
-        print_json({"step": number, **asdict(diagnosis), "bundle": str(path)})
+        output.print_json({"step": number, **asdict(diagnosis), "bundle": str(path)})
         return
     if folder is None:
         print(f"step {number} of key {bundle.key[:12]}, from {path}")
@@ -76,7 +77,7 @@ def _replayed(run: str, step: int | None, *, quiet: bool) -> tuple[Path, Bundle]
     from runkey.params import load_params
     from runkey.training.debug import bad_steps, build_bundle
 
-    root = workspace()
+    root = output.workspace()
     params = load_params(root / paths.PARAMS)
     own = make_recipe("train", root, params).key
     folder = _folder(run or own)
@@ -92,7 +93,7 @@ def _replayed(run: str, step: int | None, *, quiet: bool) -> tuple[Path, Bundle]
 
 def _folder(key: str) -> Path:
     """The one training folder whose key begins so."""
-    home, found = store().home, trainings(key)
+    home, found = output.store().home, output.trainings(key)
     if home / key in found:
         return home / key
     if len(found) == 1:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from runkey import paths
-from runkey.cli.output import AsJson, print_json, print_table, workspace
+from runkey.cli import output
+from runkey.cli.output import AsJson
 from runkey.errors import DataError, ParamsError
 from runkey.units import GIB, MIB
 
@@ -80,7 +81,7 @@ def _print_breakdown(prediction: Prediction, images: int) -> None:
     largest_first = sorted(parts.modules.items(), key=lambda item: -sum(item[1].values()))
     rows = [[name or "around the model", *_cells(sizes)] for name, sizes in largest_first]
     rows.append(["total", *_cells(parts.classes)])
-    print_table(["", *_COLUMNS, "sum"], rows, right=[*_COLUMNS, "sum"])
+    output.print_table(["", *_COLUMNS, "sum"], rows, right=[*_COLUMNS, "sum"])
 
 
 def _cells(sizes: Mapping[Any, int]) -> list[str]:
@@ -98,7 +99,7 @@ def _print_changes(model: MemoryModel, images: int) -> None:
         if upper != now:  # with one shape only, grouping changes nothing
             rows.append([_title(one), one.change, f"{upper / GIB:.2f}", f"{upper / now - 1:+.0%}"])
     print(f"\nWhat changes would give, GiB at most for {images} images")
-    print_table(["", "params.yaml", "GiB", "change"], rows, right=["GiB", "change"])
+    output.print_table(["", "params.yaml", "GiB", "change"], rows, right=["GiB", "change"])
 
 
 def _title(alternative: Alternative) -> str:
@@ -117,7 +118,7 @@ def _print_cards(model: MemoryModel) -> None:
     names = [f"{gib} GiB" for gib in CARDS_GIB]
     rows = [[name, *(images(card.images) for card in cards(kind))] for name, kind in kinds]
     print("\nThe largest micro-batch on a GPU of")
-    print_table(["", *names], rows, right=names)
+    output.print_table(["", *names], rows, right=names)
 
 
 def _mib(size: int) -> str:
@@ -150,7 +151,7 @@ def memory(
     """Predict the memory of a training step: by class, by module, on common GPUs."""
     from runkey.params import load_params, override
 
-    root = workspace()
+    root = output.workspace()
     params = override(load_params(root / paths.PARAMS), _parsed(changes or []))
     if batch > params.training.batch_size:
         params = override(params, {"training.batch_size": batch})
@@ -170,7 +171,7 @@ def memory(
 
         draw_step(prediction, images, picture, budget_gib)
     if as_json:
-        print_json(as_dict(prediction, images))
+        output.print_json(as_dict(prediction, images))
     else:
         print_memory(prediction, images)
 

@@ -15,15 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option, Typer
 
 from runkey import paths
-from runkey.cli.output import (
-    AsJson,
-    Key,
-    library,
-    print_answer,
-    print_beside,
-    print_json,
-    workspace,
-)
+from runkey.cli import output
+from runkey.cli.output import AsJson, Key
 from runkey.errors import DataError, ParamsError, RegistryError
 from runkey.identity.key import explain as lines_of
 from runkey.identity.key import make_recipe, short_key
@@ -59,11 +52,12 @@ def preset(
     if not name:
         about = {known: _about(render.describe_preset(known)) for known in render.preset_files()}
         lines = (f"{known:<16} {text}" for known, text in about.items())
-        print_answer(about, *lines, as_json=as_json)
+        output.print_answer(about, *lines, as_json=as_json)
         return
     new = render.render_preset(name)
     # The repository's, or a new one in a folder with stages/.
-    target = paths.PARAMS.resolve() if Path("stages").is_dir() else workspace() / paths.PARAMS
+    root = Path().resolve() if Path("stages").is_dir() else output.workspace()
+    target = root / paths.PARAMS
     old = target.read_text(encoding="utf-8") if target.is_file() else None
     written = old != new
     if written:
@@ -75,7 +69,7 @@ def preset(
         target.write_text(new, encoding="utf-8", newline="\n")
     now = f": {_about(render.describe_preset(name))}" if written else " already"
     answer = {"preset": name, "written": written}
-    print_answer(answer, f"params.yaml is preset {name}{now}", as_json=as_json)
+    output.print_answer(answer, f"params.yaml is preset {name}{now}", as_json=as_json)
 
 
 def show(
@@ -92,9 +86,9 @@ def show(
         return
     from runkey.params import load_params
 
-    values = load_params(workspace() / paths.PARAMS).flat(runtime=True)
+    values = load_params(output.workspace() / paths.PARAMS).flat(runtime=True)
     lines = (f"{name} = {json.dumps(value)}" for name, value in values.items())
-    print_answer(values, *lines, as_json=as_json)
+    output.print_answer(values, *lines, as_json=as_json)
 
 
 def _is_kept(text: str, target: Path) -> bool:
@@ -121,9 +115,9 @@ def key(
     as_json: AsJson = False,
 ) -> None:
     """Print the key of a stage for the working tree; nothing needs to have run."""
-    recipe = make_recipe(stage, workspace())
+    recipe = make_recipe(stage, output.workspace())
     lines = lines_of(recipe) if explain else [recipe.key]
-    print_answer(recipe.as_dict(), *lines, as_json=as_json)
+    output.print_answer(recipe.as_dict(), *lines, as_json=as_json)
 
 
 def sample_data(
@@ -134,7 +128,7 @@ def sample_data(
     as_json: AsJson = False,
 ) -> None:
     """Draw the sample data, numbered balls, from scikit-learn's digits and photographs."""
-    target = out or workspace() / "data"
+    target = out or output.workspace() / "data"
     if not force and target.exists() and any(target.iterdir()):
         raise DataError(f"{target}: is not empty; name another folder, or use --force")
     if not _SAMPLE_MAKER.is_file():
@@ -144,17 +138,17 @@ def sample_data(
         f"{split}: {images} images, {balls} balls" for split, (images, balls) in counts.items()
     )
     about = f"written to {target}/; annotations are COCO's, LICENSE.txt names the authors"
-    print_answer({"folder": str(target)}, *drawn, about, as_json=as_json)
+    output.print_answer({"folder": str(target)}, *drawn, about, as_json=as_json)
 
 
 def summary(as_json: AsJson = False) -> None:
     """Show the result of the last pipeline, and where to look next."""
-    root = workspace()
+    root = output.workspace()
     trained = _read(root / paths.METRICS / "train.json")
     evaluated = _read(root / paths.METRICS / "evaluate.json")
     run = _read(root / paths.RUN_JSON)
     if as_json:
-        print_json({"key": run["key"], "run": run["run_id"]} | trained | evaluated)
+        output.print_json({"key": run["key"], "run": run["run_id"]} | trained | evaluated)
         return
     numbers = [f"{name} {evaluated[name]:.3f}" for name in ("AP", "AP50", "AP75")]
     minutes, seconds = divmod(round(trained["seconds"]), 60)
@@ -169,7 +163,7 @@ def summary(as_json: AsJson = False) -> None:
     ]
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
-        print_beside(f"  {name:<{width}}  ", text)
+        output.print_beside(f"  {name:<{width}}  ", text)
 
 
 def _next(root: Path) -> list[tuple[str, str]]:
@@ -215,8 +209,8 @@ def check(as_json: AsJson = False) -> None:
     """
     from runkey.registry.environment import compare_environment
 
-    found = compare_environment(workspace())
-    print_answer(found.as_dict(), *_env_lines(found), as_json=as_json, yes=found.agrees)
+    found = compare_environment(output.workspace())
+    output.print_answer(found.as_dict(), *_env_lines(found), as_json=as_json, yes=found.agrees)
 
 
 @env.command()
@@ -231,10 +225,10 @@ def export(
     """Write a run's conda-lock.yml and requirements.txt, from its snapshot."""
     from runkey.registry.environment import export_environment
 
-    record = find_run(library(), key)
+    record = find_run(output.library(), key)
     target = to or Path(f"{record.label}-environment")
-    lock, requirements = export_environment(workspace(), record, target)
-    print_answer(
+    lock, requirements = export_environment(output.workspace(), record, target)
+    output.print_answer(
         {"key": record.key, "files": [str(lock), str(requirements)]},
         ("", f"the environment of {record.label}: {lock}, {requirements}"),
         ("with conda: ", f"conda-lock install --name {record.label} {lock}"),

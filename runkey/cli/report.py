@@ -6,19 +6,20 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
 from runkey import paths
-from runkey.cli.output import AsJson, answer_no, library, print_answer, store, trainings, workspace
+from runkey.cli import output
+from runkey.cli.output import AsJson
 from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.key import short_key
 from runkey.progress import log_to_terminal
 from runkey.registry.dvc_cache import download
 from runkey.registry.library import find_run
+from runkey.training.lock import holder_of
 
 if TYPE_CHECKING:
     from runkey.plots.report import ReportedRun
@@ -56,7 +57,7 @@ def report(
         except OSError as error:
             raise RunkeyError(f"{target}: {error.strerror}; name another one with --to") from None
     answer = {"page": str(target), "keys": [run.key for run in runs]}
-    print_answer(answer, str(target), as_json=as_json)
+    output.print_answer(answer, str(target), as_json=as_json)
     if browser:
         import webbrowser
 
@@ -69,23 +70,23 @@ def draw(as_json: AsJson = False) -> None:
     from runkey.pipeline.draw import draw as draw_run
 
     log_to_terminal(stderr=True)
-    draw_run(workspace())
+    draw_run(output.workspace())
     answer = {"folder": str(paths.PLOTS), "page": str(REPORT)}
-    print_answer(answer, f"{paths.PLOTS}/ is drawn; see {REPORT}", as_json=as_json)
+    output.print_answer(answer, f"{paths.PLOTS}/ is drawn; see {REPORT}", as_json=as_json)
 
 
 def _run(address: str, folder: Path) -> ReportedRun:
     from runkey.plots.report import is_shown, recorded_run, workspace_run
 
     if address == _WORKSPACE:
-        return workspace_run(workspace())
-    runs = library()
+        return workspace_run(output.workspace())
+    runs = output.library()
     record = find_run(runs, address)
     if record.details:
         wanted = [path for path in record.details.files if is_shown(path)]
         download(runs, record, wanted, folder)
     else:  # it runs or was interrupted: its logs are in its training folder
-        training = paths.training_folder(store().home, record.key, record.reproduction_of)
+        training = paths.training_folder(output.store().home, record.key, record.reproduction_of)
         (folder / _LOG.parent).mkdir(parents=True)
         for log in training.glob("*.jsonl"):
             shutil.copy(log, folder / _LOG.parent)
@@ -104,9 +105,9 @@ def watch(
     log_to_terminal()
     with tempfile.TemporaryDirectory(prefix="runkey-watch-") as folder:
         log, title, params = _find(key, Path(folder))
-        if not follow(log, title, params, partial(_is_trained, log.parent)):
+        if not follow(log, title, params, lambda: holder_of(log.parent) is not None):
             print("interrupted; `dvc repro` goes on from its last checkpoint")
-            answer_no()
+            output.answer_no()
 
 
 def _find(key: str | None, folder: Path) -> tuple[Path, str, Mapping[str, str]]:
@@ -114,30 +115,26 @@ def _find(key: str | None, folder: Path) -> tuple[Path, str, Mapping[str, str]]:
 
     The log of a training that is not here is downloaded into the folder.
     """
-    logs = [folder / _LOG.name for folder in trainings((key or "").strip().lower())]
+    logs = [folder / _LOG.name for folder in output.trainings((key or "").strip().lower())]
     if logs := [log for log in logs if log.is_file()]:
-        log = max(logs, key=lambda log: (_is_trained(log.parent), log.stat().st_mtime))
+        log = max(logs, key=lambda log: (holder_of(log.parent) is not None, log.stat().st_mtime))
         whole = log.parent.name.partition("-repeats-")[0]
         with suppress(RegistryError):  # the log is enough
-            for run in (known.run for known in library().matching(whole)[-1:]):
+            for run in (known.run for known in output.library().matching(whole)[-1:]):
                 return log, f"{short_key(whole)}  {run.name}".rstrip(), run.params
         return log, short_key(whole), {}
     if key:
-        record = find_run(library(), key)
+        record = find_run(output.library(), key)
         if record.details is None:
             host = record.run.tags.get("host", "another machine")
             raise RegistryError(
                 f"{record.label}: {record.run.status}, and its log is not here but on {host};"
                 f" `runkey open {record.label}` names its MLflow page"
             )
-        download(library(), record, [_LOG.as_posix()], folder)
+        download(output.library(), record, [_LOG.as_posix()], folder)
         return folder / _LOG, f"{record.label}  {record.run.name}", record.run.params
-    if (log := workspace() / _LOG).is_file():
+    if (log := output.workspace() / _LOG).is_file():
         return log, "the last training here", {}
-    raise RunkeyError(f"{store().home}: nothing is trained here; `dvc repro` begins a training")
-
-
-def _is_trained(folder: Path) -> bool:
-    from runkey.training.lock import holder_of
-
-    return holder_of(folder) is not None
+    raise RunkeyError(
+        f"{output.store().home}: nothing is trained here; `dvc repro` begins a training"
+    )

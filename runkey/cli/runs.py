@@ -8,32 +8,21 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from runkey.cli.output import (
-    AsJson,
-    Key,
-    answer_no,
-    checkout,
-    claims,
-    library,
-    print_answer,
-    print_beside,
-    print_json,
-    print_table,
-    store,
-    workspace,
-)
+from runkey.cli import output
+from runkey.cli.output import AsJson, Key
 from runkey.errors import RegistryError
 from runkey.identity.key import older_rule, short_key
 from runkey.registry import show
 from runkey.registry.claims import status_now
 from runkey.registry.dvc_cache import download, in_the_way
-from runkey.registry.library import find_run, known_runs
-from runkey.registry.query import Query, find_field, parse_condition, split_condition
+from runkey.registry.library import find_run
+from runkey.registry.query import Query, find_field, parse_condition
 from runkey.registry.rest import comparison_page, run_page
 from runkey.units import format_bytes
 
@@ -41,6 +30,8 @@ if TYPE_CHECKING:
     from runkey.registry.diff import Diff, Pair, Side
 
 _HOST = "127.0.0.1"
+_KNOWN = 10
+"""Newest runs in which names of metrics, parameters and tags are looked up."""
 _LABEL = 13
 
 
@@ -72,12 +63,11 @@ def list_runs(
     as_json: AsJson = False,
 ) -> None:
     """List recorded runs, newest first."""
-    runs = library(offline=True)
+    runs = output.library(offline=True)
     names = [name.strip() for name in columns.removeprefix("+").split(",") if name.strip()]
     default = () if names and not columns.startswith("+") else show.COLUMNS
     chosen = list(dict.fromkeys([*default, *names]))
-    conditions = [split_condition(text)[0] for text in where or ()]
-    known = known_runs(runs, {sort, *chosen, *conditions} - {*show.COLUMNS, "started"})
+    known = cache(lambda: [record.run for record in runs.find(Query(limit=_KNOWN))])
     query = Query(
         conditions=tuple(parse_condition(condition, known) for condition in where or ()),
         sort=find_field(sort, known),
@@ -86,17 +76,17 @@ def list_runs(
     )
     found = runs.find(query)
     if as_json:
-        print_json([record.as_dict() for record in found])
+        output.print_json([record.as_dict() for record in found])
         return
     if not found:
         print(f"no run{' fulfils that' if where else ''} in {runs.place}")
         return
-    now = claims()
+    now = output.claims()
     states = {record.run.run_id: status_now(record, now) for record in found}
     table = show.table(found, chosen, states, time.time())
     right = [name for name, cells in table.items() if show.is_number_column(name, cells)]
     rows = zip(*table.values(), strict=True)
-    print_table(chosen, rows, right=right, whole=("key", "when", "status", "AP", "took"))
+    output.print_table(chosen, rows, right=right, whole=("key", "when", "status", "AP", "took"))
     for rule, count in Counter(filter(None, (older_rule(r.key) for r in found))).items():
         print(f"{count} of these: {rule}")
 
@@ -109,18 +99,18 @@ def show_run(
     as_json: AsJson = False,
 ) -> None:
     """Show a run: status, key, metrics, parameters, environment, files, location."""
-    runs, place = library(offline=True), store()
+    runs, store = output.library(offline=True), output.store()
     record = find_run(runs, key)
     others = [r for r in runs.matching(record.key) if r.run.run_id != record.run.run_id]
-    status = status_now(record, claims())
+    status = status_now(record, output.claims())
     if as_json:
         same_key = [other.as_dict()["run"] for other in others]
-        print_json({**record.as_dict(), "status_now": status, "same_key": same_key})
+        output.print_json({**record.as_dict(), "status_now": status, "same_key": same_key})
         return
-    page = run_page(runs.place, record.run) if place.is_server else ""
+    page = run_page(runs.place, record.run) if store.is_server else ""
     for label, text in show.describe(record, status, others, page, every_param=every_param):
         if text:
-            print_beside(f"{label:<{_LABEL}}", text)
+            output.print_beside(f"{label:<{_LABEL}}", text)
 
 
 def get(
@@ -138,7 +128,7 @@ def get(
     as_json: AsJson = False,
 ) -> None:
     """Copy a run's files here; check each against the hash that the run recorded."""
-    runs = library()
+    runs = output.library()
     record = find_run(runs, key)
     if record.details is None:
         raise RegistryError(
@@ -167,7 +157,7 @@ def get(
     hashes = {"files": {path: stored.sha256 for path, stored in files.items()}}
     lines = [f"  {format_bytes(stored.size):>9}  {target / path}" for path, stored in files.items()]
     lines.append(f"{len(files)} files of {record.label}, {format_bytes(total)}, hashes verified")
-    print_answer(answer | hashes, *lines, as_json=as_json)
+    output.print_answer(answer | hashes, *lines, as_json=as_json)
 
 
 def open_page(
@@ -179,15 +169,15 @@ def open_page(
     as_json: AsJson = False,
 ) -> None:
     """Print the address of a run's MLflow page; of several runs, of their comparison."""
-    runs, place = library(offline=True), store()
+    runs, store = output.library(offline=True), output.store()
     found = [find_run(runs, key).run for key in keys]
-    server = runs.place if place.is_server else f"http://{_HOST}:{port}"
+    server = runs.place if store.is_server else f"http://{_HOST}:{port}"
     page = run_page(server, found[0]) if len(found) == 1 else comparison_page(server, found)
     with socket.socket() as probe:
         probe.settimeout(2)
-        served = place.is_server or probe.connect_ex((_HOST, port)) == 0
+        served = store.is_server or probe.connect_ex((_HOST, port)) == 0
     answer = {"page": page, "served": served, "runs": [run.run_id for run in found]}
-    print_answer(answer, page, as_json=as_json)
+    output.print_answer(answer, page, as_json=as_json)
     if not served:
         option = "" if port == 5000 else f" PORT={port}"
         print(f"nothing listens there; `make ui{option}` serves it", file=sys.stderr)
@@ -206,7 +196,7 @@ _HASH = 12
 
 def print_diff(a: Side, b: Side, diff: Diff, *, patch: bool, limit: int | None) -> None:
     """Print all sections that are not empty; at most `limit` names of each kind."""
-    print_table(("", "key", "run", "started", "status", ""), [_head("A", a), _head("B", b)])
+    output.print_table(("", "key", "run", "started", "status", ""), [_head("A", a), _head("B", b)])
     _print_verdict(a, b, diff)
     _pairs("params", diff.params, limit)
     _pairs("commands", diff.commands, limit)
@@ -243,7 +233,7 @@ def _print_verdict(a: Side, b: Side, diff: Diff) -> None:
         (name, _short(pair.a), _short(pair.b), "same" if pair.a == pair.b else "differs")
         for name, pair in diff.parts.items()
     ]
-    print_table(("part", "A", "B", ""), rows)
+    output.print_table(("part", "A", "B", ""), rows)
 
 
 def _short(digest: str | None) -> str:
@@ -332,7 +322,7 @@ def _section(
 ) -> None:
     print(f"\n{title}")
     if rows:
-        print_table(columns, rows[:limit], right=right)
+        output.print_table(columns, rows[:limit], right=right)
     _more(len(rows), limit)
 
 
@@ -369,21 +359,21 @@ def diff(
     from runkey.registry.diff import compare
 
     sides = (_side(a), _side(b))
-    found = compare(*sides, checkout())
+    found = compare(*sides, output.checkout())
     if as_json:
-        print_json(_as_dict(sides, found, patch=patch))
+        output.print_json(_as_dict(sides, found, patch=patch))
     else:
         print_diff(*sides, found, patch=patch, limit=None if all_names else 10)
     if exit_code and not found.same_key:
-        answer_no()
+        output.answer_no()
 
 
 def _side(address: str) -> Side:
     from runkey.registry.diff import TREE, run_side, tree_side
 
     if address == TREE:
-        return tree_side(workspace())
-    return run_side(library(offline=True), address, checkout())
+        return tree_side(output.workspace())
+    return run_side(output.library(offline=True), address, output.checkout())
 
 
 def _as_dict(sides: tuple[Side, Side], found: Diff, *, patch: bool) -> dict[str, Any]:

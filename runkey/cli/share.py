@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from runkey import paths
-from runkey.cli.output import AsJson, Key, library, print_answer, store, workspace
+from runkey.cli import output
+from runkey.cli.output import AsJson, Key
 from runkey.errors import RegistryError
 from runkey.identity.key import short_key
 from runkey.paths import is_server
@@ -57,7 +58,7 @@ def export_run(
     size = f"{done.files} files ({format_bytes(done.size)}) in {file}, {format_bytes(packed)}"
     text = f"{size}; `runkey import {file.name}` takes it in"
     answer = asdict(done) | {"file": str(file), "archive_size": packed}
-    print_answer(answer, (f"{short_key(done.key)}: ", text), as_json=as_json)
+    output.print_answer(answer, (f"{short_key(done.key)}: ", text), as_json=as_json)
 
 
 def import_run(
@@ -72,7 +73,7 @@ def import_run(
     state = "taken in as" if done.is_new else "was here already as"
     verified = f"{done.files} files ({format_bytes(done.size)}) verified"
     text = f"{verified}, {state} MLflow run {done.run_id}"
-    print_answer(asdict(done), (f"{short_key(done.key)}: ", text), as_json=as_json)
+    output.print_answer(asdict(done), (f"{short_key(done.key)}: ", text), as_json=as_json)
 
 
 def publish(
@@ -93,7 +94,7 @@ def publish(
     if done.state == "published from elsewhere":
         lines = [f"  MLflow  run {done.run_id} on {done.server}; nothing was sent"]
     title = f"{short_key(done.key)}: {_STATES[done.state]}"
-    print_answer(asdict(done), title, *lines, as_json=as_json)
+    output.print_answer(asdict(done), title, *lines, as_json=as_json)
 
 
 def fetch(
@@ -110,7 +111,7 @@ def fetch(
     record = find_run(team.library, key)
     done = share.fetch(record, here, team)
     title = f"{short_key(done.key)}: fetched; `dvc repro` restores it where the tree has this key"
-    print_answer(asdict(done), title, *_parts(done, "new here"), as_json=as_json)
+    output.print_answer(asdict(done), title, *_parts(done, "new here"), as_json=as_json)
 
 
 _STATES = {
@@ -126,8 +127,9 @@ def _checkout() -> Checkout:
     from runkey.registry.share import Checkout
     from runkey.tracking.transfer import StoreRuns
 
-    place, experiment = store(), load_params(workspace() / paths.PARAMS).runtime.experiment
-    return Checkout(workspace(), place.home, library(), StoreRuns(place, experiment))
+    root, store = output.workspace(), output.store()
+    runs = StoreRuns(store, load_params(root / paths.PARAMS).runtime.experiment)
+    return Checkout(root, store.home, output.library(), runs)
 
 
 def _team(remote: str, git_remote: str, server: str) -> Team:
@@ -137,7 +139,7 @@ def _team(remote: str, git_remote: str, server: str) -> Team:
     from runkey.registry.share import Team
     from runkey.tracking.transfer import StoreRuns
 
-    root, home = workspace(), store().home
+    root, home = output.workspace(), output.store().home
     runtime = load_params(root / paths.PARAMS).runtime
     named = runtime.team_server
     own = os.environ.get("MLFLOW_TRACKING_URI", "").strip()

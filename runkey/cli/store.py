@@ -12,18 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from runkey import paths
-from runkey.cli.output import (
-    AsJson,
-    Key,
-    checkout,
-    claims,
-    library,
-    print_answer,
-    print_json,
-    print_table,
-    store,
-    workspace,
-)
+from runkey.cli import output
+from runkey.cli.output import AsJson, Key
 from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.key import short_key
 from runkey.identity.record_cache import Rebuilt
@@ -56,14 +46,14 @@ def gc(
     from runkey.registry.gc import Scope, collect
     from runkey.tracking.transfer import delete_run
 
-    workspace()
-    place = store()
+    output.workspace()
+    store = output.store()
     scope = Scope(
-        root=checkout(),
-        home=place.home,
-        library=library(),
-        claims=claims(),
-        delete_run=partial(delete_run, place),
+        root=output.checkout(),
+        home=store.home,
+        library=output.library(),
+        claims=output.claims(),
+        delete_run=partial(delete_run, store),
     )
     items = collect(scope, older_than)
     errors: list[str | None] = [None] * len(items)
@@ -82,7 +72,9 @@ def gc(
             }
             for item, error in zip(items, errors, strict=True)
         ]
-        print_json({"applied": apply, "bytes": sum(item.size for item in items), "items": rows})
+        output.print_json(
+            {"applied": apply, "bytes": sum(item.size for item in items), "items": rows}
+        )
     else:
         if not scope.is_local:
             print(_ONLY_HERE.format(place=scope.library.place))
@@ -110,7 +102,7 @@ def _print(items: list[Item], errors: list[str | None], *, applied: bool) -> Non
         name = item.name if item.kind != "run" else item.name[: item.name.index(":") + 9]
         days = f"{item.age_seconds / 86400:.1f}"
         rows.append((item.kind, name, days, format_bytes(item.size), why))
-    print_table(("kind", "name", "days", "size", "why"), rows, right=("days", "size"))
+    output.print_table(("kind", "name", "days", "size", "why"), rows, right=("days", "size"))
     gone = [item.size for item, error in zip(items, errors, strict=True) if error is None]
     total = format_bytes(sum(gone))
     if applied:
@@ -121,24 +113,24 @@ def _print(items: list[Item], errors: list[str | None], *, applied: bool) -> Non
 
 def index(as_json: AsJson = False) -> None:
     """Write the cache of runs again from MLflow; needed only if it was lost."""
-    place = store()
+    store = output.store()
     counts, line = Rebuilt(), "a tracking server is asked each time: there is no cache to write"
-    if not place.is_server:
+    if not store.is_server:
         try:
-            counts = _rebuild(place)
+            counts = _rebuild(store)
         except OSError as error:
             raise RegistryError(str(error)) from None
         changes = f"{counts.written} records written, {counts.removed} removed"
         line = f"{counts.runs} runs in MLflow: {changes}"
-    print_answer(asdict(counts), line, as_json=as_json)
+    output.print_answer(asdict(counts), line, as_json=as_json)
 
 
-def _rebuild(place: Store) -> Rebuilt:
-    library = LocalLibrary(place.home, uri=place.uri)
-    if place.database:
+def _rebuild(store: Store) -> Rebuilt:
+    library = LocalLibrary(store.home, uri=store.uri)
+    if store.database:
         return library.rebuild()
     # Only MLflow can read another kind of database.
-    with served(place, 0) as (address, _), TemporaryDirectory() as folder:
+    with served(store, 0) as (address, _), TemporaryDirectory() as folder:
         return library.rebuild(ServerLibrary(address, Path(folder)))
 
 
@@ -149,17 +141,17 @@ def replay(key: Key, as_json: AsJson = False) -> None:
     """
     from runkey.tracking.replay import find_training, send_saved
 
-    place = store()
-    folder = find_training(place.home, key)
+    store = output.store()
+    folder = find_training(store.home, key)
     if folder is None:
-        run = find_run(library(), key).run
+        run = find_run(output.library(), key).run
         answer = {"run_id": run.run_id, "status": run.status, "values": 0, "files": 0}
         line = f"run {run.run_id}, {run.status}: nothing is kept here that it could lack"
     else:
-        sent = send_saved(place, folder)
+        sent = send_saved(store, folder)
         answer = asdict(sent)
         line = f"run {sent.run_id}, {sent.status}: {sent.values} values and {sent.files} files sent"
-    print_answer(answer, line, as_json=as_json)
+    output.print_answer(answer, line, as_json=as_json)
 
 
 def ui(
@@ -171,15 +163,15 @@ def ui(
     from runkey.params import load_params
 
     log_to_terminal()
-    experiment = load_params(workspace() / paths.PARAMS).runtime.experiment
+    experiment = load_params(output.workspace() / paths.PARAMS).runtime.experiment
     # A process manager ends it as Ctrl-C does: MLflow's own processes end with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    place = store()
-    if place.is_server:
-        print("\n".join(_pages(place.uri, experiment)))
+    store = output.store()
+    if store.is_server:
+        print("\n".join(_pages(store.uri, experiment)))
         return
     try:
-        with served(place, port) as (address, server):
+        with served(store, port) as (address, server):
             print("\n".join(_pages(address, experiment)))
             print("Ctrl-C ends it")
             server.wait()
@@ -191,7 +183,10 @@ def _pages(address: str, experiment: str) -> list[str]:
     """Return lines that name the run list and the comparison of the last runs."""
     lines = ["all runs", f"  {list_page(RestClient(address), address, experiment, VIEW)}"]
     finished = Condition(Field("run", "status"), "=", "FINISHED")
-    last = [record.run for record in library().find(Query(conditions=(finished,), limit=_COMPARED))]
+    last = [
+        record.run
+        for record in output.library().find(Query(conditions=(finished,), limit=_COMPARED))
+    ]
     if len(last) > 1:
         names = ", ".join(f"{run.name} ({short_key(run.key)})" for run in last)
         lines += [f"comparison of the last {len(last)}: {names}"]

@@ -10,19 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, BadParameter, Option
 
-from runkey.cli.output import (
-    AsJson,
-    Key,
-    Line,
-    answer_no,
-    checkout,
-    library,
-    print_answer,
-    print_beside,
-    print_json,
-    print_table,
-    store,
-)
+from runkey.cli import output
+from runkey.cli.output import AsJson, Key, Line
 from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.key import ANY_KEY
 from runkey.identity.record import Record
@@ -49,26 +38,26 @@ def reproduce(
     """Train a run again from its snapshot, data and lock; compare weights and numbers."""
     from runkey.registry.reproduce import reproduce as repeat_run
 
-    record = find_run(library(), key)
+    record = find_run(output.library(), key)
     # A process manager or a closed terminal ends it as Ctrl-C does: the pipeline ends first.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     log_to_terminal(stderr=True)
     comparison, outcome = repeat_run(
         record,
-        checkout(),
-        store().home,
+        output.checkout(),
+        output.store().home,
         sys.stderr if as_json else sys.stdout,  # with --json, stdout holds only that
         keep=keep,
         any_environment=any_environment,
     )
     _record(record, comparison, outcome)
     if as_json:
-        print_json({"key": record.key, "run": record.run.run_id, **outcome})
+        output.print_json({"key": record.key, "run": record.run.run_id, **outcome})
     else:
         _print_reproduction(record, comparison, outcome)
     if not comparison.holds:
-        answer_no()
+        output.answer_no()
 
 
 def _record(record: Record, comparison: RunComparison, outcome: dict[str, Any]) -> None:
@@ -77,20 +66,20 @@ def _record(record: Record, comparison: RunComparison, outcome: dict[str, Any]) 
 
     from runkey.tracking.transfer import write_details
 
-    place = store()
+    store = output.store()
     # Read it again: others may have written to it during the training.
-    latest = find_run(library(), f"{record.key}:{record.run.run_id}")
+    latest = find_run(output.library(), f"{record.key}:{record.run.run_id}")
     if latest.details is None:
         raise RegistryError(f"{record.label}: run {record.run.run_id} has lost its record.json")
     details = replace(latest.details, outcomes=[*latest.details.outcomes, outcome])
     tags = {"reproduced": f"{comparison.line} (run {outcome['run_id']})"}
     try:
-        run = write_details(place, record.run.run_id, details, tags)
+        run = write_details(store, record.run.run_id, details, tags)
     except MlflowException as error:
         raise RegistryError(
             f"{record.label}: {comparison.line}; MLflow did not record it: {error.message}"
         ) from None
-    update_record(place.cache, run, details)
+    update_record(store.cache, run, details)
 
 
 def _print_reproduction(record: Record, comparison: RunComparison, outcome: dict[str, Any]) -> None:
@@ -105,7 +94,7 @@ def _print_reproduction(record: Record, comparison: RunComparison, outcome: dict
         rows.append((metric.name, f"{metric.first:.6g}", f"{metric.repeat:.6g}", text))
     first, second = record.run.run_id[:8], _short(outcome["run_id"])[:8]
     print()
-    print_table(("", f"run {first}", f"repeat {second}", ""), rows)
+    output.print_table(("", f"run {first}", f"repeat {second}", ""), rows)
     for difference in comparison.class_differences:
         print(f"witness: {difference}")
     print(f"{record.label} {comparison.line} ({outcome['seconds']:.0f} s)")
@@ -133,20 +122,20 @@ def verify(
         return
     from runkey.registry.verify import verify_run
 
-    record = find_run(library(), key)
+    record = find_run(output.library(), key)
     report = verify_run(record, _sources(quick=quick))
     title = (f"{record.label}  ", f"{record.run.name or 'without a name'}  (run {report.run_id})")
     lines = [line for result in report.findings for line in _lines(result)]
     lines.append(report.summary)
-    print_answer(report.as_dict(), title, *lines, as_json=as_json, yes=report.is_right)
+    output.print_answer(report.as_dict(), title, *lines, as_json=as_json, yes=report.is_right)
 
 
 def _verify_all(*, quick: bool, as_json: bool) -> None:
     from runkey.registry.verify import CheckResult, find_unrecorded, summarize, verify_run
 
     torn: list[str] = []
-    place = store()
-    runs = open_library(place.uri, place.home, torn.append)
+    store = output.store()
+    runs = open_library(store.uri, store.home, torn.append)
     records, beside = [], []
     for record in each("read records", runs.matching(ANY_KEY), "runs"):
         try:
@@ -156,7 +145,7 @@ def _verify_all(*, quick: bool, as_json: bool) -> None:
     beside += [
         CheckResult("record", "fault", text, "`runkey index` writes it again") for text in torn
     ]
-    beside += find_unrecorded(place.uri, {record.run.run_id for record in records})
+    beside += find_unrecorded(store.uri, {record.run.run_id for record in records})
     sources = _sources(quick=quick)
     reports = []
     for record in each("verify", records, "runs"):
@@ -169,19 +158,19 @@ def _verify_all(*, quick: bool, as_json: bool) -> None:
     answer = {"right": right, "runs": dicts, "beside": [asdict(one) for one in beside]}
     lines = [line for result in beside for line in _lines(result)]
     total = f"{len(reports)} runs in {runs.place}: {summarize(results)}"
-    print_answer(answer, *lines, total, as_json=as_json, yes=right)
+    output.print_answer(answer, *lines, total, as_json=as_json, yes=right)
 
 
 def _sources(*, quick: bool) -> Sources:
     """The places of the current folder's store and checkout."""
     from runkey.registry.verify import Sources
 
-    place = store()
+    store = output.store()
     return Sources(
-        library=library(),
-        stored=run_reader(place.uri),
-        root=checkout(),
-        is_shared=place.is_server,
+        library=output.library(),
+        stored=run_reader(store.uri),
+        root=output.checkout(),
+        is_shared=store.is_server,
         quick=quick,
     )
 
@@ -200,4 +189,4 @@ def _print_line(report: Report) -> None:
     first = next(iter(report.of("fault") or report.of("warning")), None)
     state = _STATES[first.state] if first else "ok"
     text = f"{report.summary}: {first.check}: {first.text}" if first else report.record.run.name
-    print_beside(f"  {state:<7}  {report.record.label}:{report.run_id[:8]}  ", text)
+    output.print_beside(f"  {state:<7}  {report.record.label}:{report.run_id[:8]}  ", text)

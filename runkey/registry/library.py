@@ -43,7 +43,6 @@ from runkey.registry.query import (
     Value,
     choose,
     filters,
-    fixed_field,
     order_by,
     value_of,
 )
@@ -63,12 +62,9 @@ class LocalLibrary:
     def __init__(
         self, home: Path, on_damage: Callable[[str], None] = logger.warning, uri: str = ""
     ) -> None:
-        """Read nothing yet.
+        """Read nothing yet; `on_damage` gets a line on each record that cannot be read.
 
-        Args:
-            home: `Store.home`.
-            on_damage: called with a line on each record that cannot be read and is left out.
-            uri: `Store.uri`; the default is mlflow.db beside `home`.
+        `home` and `uri` are those of the `Store`; the default is mlflow.db beside `home`.
         """
         self.home = home
         self._uri = uri or f"{SQLITE}{home.parent / 'mlflow.db'}"
@@ -367,16 +363,6 @@ def canonical(runs: list[Record]) -> Record:
     finished = [record for record in runs if record.run.status == "FINISHED"]
     own = [record for record in finished if not record.reproduction_of]
     return (own or finished or runs[-1:])[0]
-
-
-_KNOWN = 10
-
-
-def known_runs(library: Library, names: Iterable[str]) -> list[LoggedRun]:
-    """Return the newest runs, to look up `names` in; none if the meaning of all is fixed."""
-    if all(fixed_field(name) for name in names):
-        return []
-    return [record.run for record in library.find(Query(limit=_KNOWN))]
 
 
 def inside(record: Record, path: str) -> PurePosixPath:

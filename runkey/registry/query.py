@@ -126,16 +126,16 @@ def value_of(record: Record, field: Field) -> Value:
     return field.of(record.run)
 
 
-def find_field(name: str, known: Sequence[LoggedRun]) -> Field:
+def find_field(name: str, known: Callable[[], Sequence[LoggedRun]]) -> Field:
     """Return the value that a user means by a name, which is looked up in some `known` runs.
 
     It names an attribute of a run, a metric, a parameter or a tag.  The last part of a parameter
     will do (`epochs`); `params.`, `metrics.` or `tags.` before it says which it is.  RegistryError
     if no name, or more than one, ends so.
     """
-    if (field := fixed_field(name)) is not None:
+    if (field := _fixed_field(name)) is not None:
         return field
-    names = {kind: {n for run in known for n in getattr(run, kind)} for kind in _KINDS}
+    names = {kind: {n for run in known() for n in getattr(run, kind)} for kind in _KINDS}
     for kind in _KINDS:
         if name in names[kind]:
             return Field(kind, name)
@@ -146,7 +146,7 @@ def find_field(name: str, known: Sequence[LoggedRun]) -> Field:
         return find_field(ends[0], known)
     if ends:
         raise RegistryError(f"{name}: {', '.join(ends[:6])} end so; say which")
-    if not known or "/" in name:
+    if not known() or "/" in name:
         return Field("metrics" if "/" in name else "params", name)
     leaves = {n.rpartition(".")[2] for n in names["params"]}
     near = get_close_matches(name, [*ATTRIBUTES, *NAMES, *leaves, *set().union(*names.values())])
@@ -154,7 +154,7 @@ def find_field(name: str, known: Sequence[LoggedRun]) -> Field:
     raise RegistryError(f"{name}: no run has a value of that name{hint}")
 
 
-def fixed_field(name: str) -> Field | None:
+def _fixed_field(name: str) -> Field | None:
     """Return the value that a name means in every store; None if it depends on the runs."""
     if name in ATTRIBUTES:
         return Field("run", name)
@@ -166,9 +166,14 @@ def fixed_field(name: str) -> Field | None:
     return Field("tags", name) if name in TAGS else None
 
 
-def parse_condition(text: str, known: Sequence[LoggedRun]) -> Condition:
+def parse_condition(text: str, known: Callable[[], Sequence[LoggedRun]]) -> Condition:
     """Parse a condition such as `lr=5e-05`, `eval/AP>0.6`, `name~warm`; RegistryError if none."""
-    name, comparison, value = split_condition(text)
+    match = _CONDITION.fullmatch(text)
+    if not match:
+        raise RegistryError(
+            f"{text}: not a condition; one is NAME=VALUE, with = != < <= > >= or ~ (contains)"
+        )
+    name, comparison, value = match.groups()
     field = find_field(name, known)
     if field.kind == "run" and field.name in _TIMES:
         value = str(_milliseconds(text, value))
@@ -177,16 +182,6 @@ def parse_condition(text: str, known: Sequence[LoggedRun]) -> Condition:
     if comparison[0] in "<>" and number(value) is None:
         raise RegistryError(f"{text}: {comparison} compares numbers; {value!r} is none")
     return Condition(field, comparison, value)
-
-
-def split_condition(text: str) -> tuple[str, str, str]:
-    """Split a condition into name, operator and value; see `parse_condition`."""
-    match = _CONDITION.fullmatch(text)
-    if not match:
-        raise RegistryError(
-            f"{text}: not a condition; one is NAME=VALUE, with = != < <= > >= or ~ (contains)"
-        )
-    return match[1], match[2], match[3]
 
 
 def number(value: Value) -> float | None:

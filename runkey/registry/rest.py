@@ -51,12 +51,7 @@ class RestClient:
     """A tracking server.  All methods raise `RestError` if it refuses, else `RegistryError`."""
 
     def __init__(self, address: str, seconds: float = SECONDS) -> None:
-        """Send nothing yet.
-
-        Args:
-            address: `http[s]://[user:password@]host[:port][/prefix]`.
-            seconds: timeout of one answer.
-        """
+        """Send nothing yet; the address is `http[s]://[user:password@]host[:port][/prefix]`."""
         parts = urllib.parse.urlsplit(address)
         host = parts.netloc.rpartition("@")[2]
         self.address = urllib.parse.urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))

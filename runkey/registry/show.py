@@ -34,7 +34,6 @@ def table(
 
     RegistryError if no run has a value of a column's name.
     """
-    known = [record.run for record in records]
     times_seen = Counter(record.key for record in records)
     show: dict[str, Callable[[Record], str]] = {
         "key": lambda r: address(r) if times_seen[r.key] > 1 or r.reproduction_of else r.label,
@@ -44,10 +43,10 @@ def table(
         "took": lambda r: _took(r.run),
         "where": lambda r: " ".join(filter(None, map(r.run.tags.get, ("host", "device")))),
     }
-    return {
-        column: list(map(show.get(column) or _plain(find_field(column, known)), records))
-        for column in columns
-    }
+    for column in columns:
+        if column not in show:
+            show[column] = _plain(find_field(column, lambda: [record.run for record in records]))
+    return {column: list(map(show[column], records)) for column in columns}
 
 
 def is_number_column(column: str, cells: Sequence[str]) -> bool:

@@ -103,7 +103,7 @@ def test_questions_have_the_same_answers(
     fields = {"lr": Field("params", "lr"), "odd": Field("metrics", "odd")}
     kind = Field("metrics", sort) if "/" in sort else Field("run", sort)
     query = Query(
-        conditions=tuple(parse_condition(text, known) for text in conditions),
+        conditions=tuple(parse_condition(text, lambda: known) for text in conditions),
         sort=fields.get(sort, kind),
         descending=descending,
         limit=limit,
