@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import webbrowser
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -59,8 +60,6 @@ def report(
     answer = {"page": str(target), "keys": [run.key for run in runs]}
     output.print_answer(answer, str(target), as_json=as_json)
     if browser:
-        import webbrowser
-
         webbrowser.open(target.resolve().as_uri())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import time
+import webbrowser
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -182,8 +183,6 @@ def open_page(
         option = "" if port == 5000 else f" PORT={port}"
         print(f"nothing listens there; `make ui{option}` serves it", file=sys.stderr)
     elif browser:
-        import webbrowser
-
         webbrowser.open(page)
 
 

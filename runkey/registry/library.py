@@ -284,12 +284,8 @@ class ServerLibrary:
         self, filter_string: str, order: tuple[str, ...] = (), page: int | None = None
     ) -> Iterator[Record]:
         """Yield active runs without details, in pages of `page` runs as they are consumed."""
-        experiments = self.client.pages(
-            "experiments/search",
-            {"max_results": 1000, "view_type": "ACTIVE_ONLY"},
-            "experiments",
-            post=True,
-        )
+        active = {"max_results": 1000, "view_type": "ACTIVE_ONLY"}
+        experiments = self.client.pages("experiments/search", active, "experiments", post=True)
         question = {
             # All of them: another process may have made one just now.
             "experiment_ids": [str(one["experiment_id"]) for one in experiments],

@@ -131,7 +131,6 @@ class RestClient:
             f"{self.address}/{path}", data=body, headers=headers, method=method
         )
         for attempt in range(1, attempts + 1):
-            failure: RegistryError
             try:
                 try:
                     answer = self._opener.open(request, None, self._seconds)
@@ -140,7 +139,7 @@ class RestClient:
                         raise _refusal(self.address, error) from None
                 return (read or self._read_json)(answer)
             except RestError as error:
-                failure = error
+                failure: RegistryError = error
                 if error.status < 500:
                     raise
             except RegistryError as error:

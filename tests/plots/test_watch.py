@@ -148,11 +148,13 @@ def test_on_a_terminal_it_draws(checkout, train, more, shown):
 def test_a_run_that_has_ended_is_shown_from_the_store(checkout, tmp_path):
     log = LOGS["complete"](tmp_path / "log.jsonl").read_bytes()
     params = {"key": KEY, "optimizer.clip.mode": "norm"}
-    make_run(checkout, KEY, files={"logs/train.jsonl": log}, name="lr=5e-05", params=params)
+    files = {"logs/train.jsonl": log}
+    record = make_run(checkout, KEY, files=files, name="lr=5e-05", params=params)
     done = watch(checkout, KEY[:12])
     assert done.returncode == 0
     assert done.stdout.splitlines()[0] == f"{KEY[:16]}  lr=5e-05"
     assert done.stdout.splitlines()[-1] == "all 12 epochs done; saved the weights of epoch 8"
+    assert watch(checkout, f"{KEY[:12]}:{record.run.run_id[:6]}").stdout == done.stdout
 
 
 @pytest.mark.parametrize(

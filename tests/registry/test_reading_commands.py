@@ -86,6 +86,8 @@ def test_columns(runs: Path, run: Run) -> None:
     _, out, _ = run("list", "--columns", "+epochs", "--limit", "1")
     assert out.splitlines()[0].split()[-2:] == ["where", "epochs"]
     assert out.splitlines()[1].split()[-1] == "12"
+    _, out, _ = run("list", "--columns", "+AP,epochs,epochs", "--limit", "1")
+    assert out.splitlines()[0].split()[-3:] == ["name", "where", "epochs"], "each column once"
 
 
 def test_mistakes_are_one_line(runs: Path, run: Run) -> None:
