@@ -66,7 +66,9 @@ class Body(nn.Module):
 
     def stages(self) -> list[list[nn.Module]]:
         """Return the modules of the stem, of layer1, and so on."""
-        raise NotImplementedError
+        modules = list(self.named_children())
+        stem = [module for name, module in modules if not name.startswith("layer")]
+        return [stem, *([module] for name, module in modules if name.startswith("layer"))]
 
     def freeze(self) -> None:
         """Exclude the frozen stages from training, running statistics included."""
@@ -126,11 +128,6 @@ class ResNet(Body):
         self.num_channels: int = net.fc.in_features
         self.freeze()
 
-    def stages(self) -> list[list[nn.Module]]:
-        """Return the stem and the four layers."""
-        layers = [self.layer1, self.layer2, self.layer3, self.layer4]
-        return [[self.conv1, self.bn1], *([layer] for layer in layers)]
-
     def forward(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] to features [B, C, H / stride, W / stride]."""
         x = F.relu(conv_norm(self.conv1, self.bn1, images), inplace=True)
@@ -174,11 +171,6 @@ class Compact(Body):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.freeze()
-
-    def stages(self) -> list[list[nn.Module]]:
-        """Return the stem and the two layers."""
-        stem: list[nn.Module] = [self.conv1, self.bn1, self.conv2, self.bn2]
-        return [stem, [self.layer1], [self.layer2]]
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] to features [B, 96, H / 8, W / 8]."""

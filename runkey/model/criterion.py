@@ -59,9 +59,6 @@ class SoftmaxLoss:
             matched: int64 [R], indices of the matched predictions.
             labels: int64 [R], their true classes.
             iou: [R], IoU of predicted and true boxes, detached; not used here.
-
-        Returns:
-            Scalar.
         """
         classes = torch.full_like(logits[:, 0], self.num_classes, dtype=torch.int64)
         classes[matched] = labels
@@ -147,16 +144,8 @@ class Criterion:
         Returns:
             The micro-batch's part of the loss; NaN if a matching cost is not finite.
         """
-        return self.losses(outputs, targets, self.match(outputs, targets), normaliser)
-
-    def match(self, outputs: Outputs, targets: Targets) -> Matches:
-        """Match all layers: the only step that reads values on the host."""
-        return self.matcher(_layers(outputs), targets)
-
-    def losses(
-        self, outputs: Outputs, targets: Targets, matches: Matches, normaliser: Normaliser
-    ) -> Losses:
-        """Compute the losses of given matches; reads no value, so it runs on fake tensors."""
+        # Only the matching reads values on the host.
+        matches = self.matcher(_layers(outputs), targets)
         layers = _layers(outputs)
         logits, boxes_cxcywh = layers.logits.flatten(0, 2), layers.boxes_cxcywh.flatten(0, 2)
         with torch.autocast(logits.device.type, enabled=False):

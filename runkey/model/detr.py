@@ -23,15 +23,17 @@ from runkey import params
 from runkey.model.backbones import Backbone, Compact, ResNet
 from runkey.model.boxes import full_precision
 from runkey.model.matcher import DenoisingOutputs, Outputs, Proposals, Targets
-from runkey.model.position import GridPosition, grid_centres, sine
 from runkey.model.transformer import (
     MLP,
     Attention,
     DecoderLayer,
     EncoderLayer,
+    GridPosition,
     Stack,
     Transformer,
+    grid_centres,
     project_memory,
+    sine,
 )
 
 

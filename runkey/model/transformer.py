@@ -1,11 +1,13 @@
-"""Attention, encoder and decoder layers, shared by both presets.
+"""Position encodings, attention, encoder and decoder layers, shared by both presets.
 
 Parameter names are the reference DETR's, so that its state dict loads unchanged.
-Shapes: B images, S encoder tokens, T queries (or tokens in self-attention), D width, H heads.
+Shapes: B images, h x w tokens of a feature map, S = h * w encoder tokens, T queries (or tokens in
+self-attention), D width, H heads.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -13,6 +15,99 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+_MAX_SHAPES = 64
+
+
+def sine(radians: Tensor, dim: int, temperature: float) -> Tensor:
+    """Encode positions as sines and cosines at `dim / 2` wavelengths (Vaswani et al. 2017).
+
+    Args:
+        radians: [...]; 2 pi is the whole image.
+        dim: number of channels, even.
+        temperature: approximate ratio of the longest to the shortest wavelength.
+
+    Returns:
+        [..., dim]; sine and cosine alternate.
+    """
+    # float32 for every model, as in the reference: its float64 results depend on this rounding.
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=radians.device) / dim
+    angles = radians[..., None] / temperature**exponents
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+class GridPosition:
+    """The encoding of every token's position, relative to the valid height and width.
+
+    Padding is right and below, so rows and columns are encoded separately: h + w sines, not h * w.
+    The first half of the channels encodes y, the second x. The encoding of a feature map without
+    padding is computed once per shape.
+    """
+
+    def __init__(self, dim: int, *, temperature: float, centred: bool) -> None:
+        """Encode the tokens' centres, or (not `centred`) their far edges, as in DETR."""
+        self.dim, self.temperature, self.centred = dim, temperature, centred
+        self._unpadded: dict[tuple[int, int, torch.device], Tensor] = {}
+
+    def __call__(
+        self, padding: Tensor | None, shape: tuple[int, int], device: torch.device
+    ) -> Tensor:
+        """Encode a feature map of `shape` (h, w); returns float32 [B or 1, S, D].
+
+        `padding` is bool [B, h, w], True on padding; None: no padding.
+        """
+        if padding is not None:
+            return self._encode(padding, shape, device)
+        key = (*shape, device)
+        if key not in self._unpadded:
+            if len(self._unpadded) >= _MAX_SHAPES:
+                self._unpadded.clear()
+            # A tensor made in inference mode could not be used in training later.
+            with torch.inference_mode(False):
+                self._unpadded[key] = self._encode(None, shape, device)
+        return self._unpadded[key]
+
+    def _encode(
+        self, padding: Tensor | None, shape: tuple[int, int], device: torch.device
+    ) -> Tensor:
+        radians = map(self._radians, _valid_rows_columns(padding, shape, device))
+        y, x = (sine(one, self.dim // 2, self.temperature) for one in radians)
+        return torch.cat(torch.broadcast_tensors(y[:, :, None], x[:, None]), dim=-1).flatten(1, 2)
+
+    def _radians(self, valid: Tensor) -> Tensor:
+        """Positions [B, n] along one axis; `valid` is bool [B, n]."""
+        # Counted in integers: a sum of floats has no deterministic algorithm on a GPU.
+        steps = valid.cumsum(1).float()
+        length = steps[:, -1:] + 1e-6
+        return ((steps - 0.5) if self.centred else steps) / length * (2 * math.pi)
+
+
+def grid_centres(padding: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Return the tokens' centres as fractions of the valid width and height.
+
+    A token on padding gets the position of the last valid row or column.
+
+    Args:
+        padding: bool [B, h, w], True on padding; None: no padding.
+        shape: (h, w).
+        device: device of the result.
+
+    Returns:
+        float32 [B or 1, S, 2], (x, y).
+    """
+    rows, columns = _valid_rows_columns(padding, shape, device)
+    y, x = ((n.cumsum(1) - 0.5) / n.sum(1, keepdim=True) for n in (rows, columns))
+    return torch.stack(torch.broadcast_tensors(x[:, None], y[:, :, None]), dim=-1).flatten(1, 2)
+
+
+def _valid_rows_columns(
+    padding: Tensor | None, shape: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Bool [B or 1, h] and [B or 1, w], True on rows and columns that hold image."""
+    if padding is None:
+        rows, columns = (torch.ones(1, n, dtype=torch.bool, device=device) for n in shape)
+        return rows, columns
+    return ~padding[:, :, 0], ~padding[:, 0, :]
 
 
 class Attention(nn.Module):
@@ -71,11 +166,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attend in every head and apply the output projection; returns [B, T, D].
 
-        Args:
-            query: [B, H, T, E], for any E.
-            key: [B, H, S, E].
-            value: [B, H, S, D / H].
-            mask: as in `attend_memory`.
+        Shapes: query [B, H, T, E], key [B, H, S, E], value [B, H, S, D / H], mask as in
+        `attend_memory`.
         """
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
@@ -213,11 +305,10 @@ class Stack(nn.Module):
         checkpointing: bool,
     ) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim, self.checkpointing = dim, checkpointing
         self.layers = nn.ModuleList(layers)
         if norm:
             self.norm = nn.LayerNorm(dim)
-        self.checkpointing = checkpointing
 
     def run(self, index: int, *inputs: object) -> Tensor:
         """Run layer `index`, under activation checkpointing if it is on."""

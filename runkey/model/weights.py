@@ -173,7 +173,11 @@ _CLASS_ROWS = ("class_embed.weight", "class_embed.bias", "label_embed.weight")
 _QUERY_ROWS = ("query_embed.weight", "query_content.weight")
 # What both presets compute in the same way under the same name.
 _COMMON = ("backbone.", "transformer.encoder.")
+_COUNTER = "num_batches_tracked"  # of batch norm, which no computation reads
 _MOST_DROPS = 12
+
+_State = dict[str, Tensor]
+"""Tensors by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +186,7 @@ class PretrainedWeights:
 
     name: str
     """Its name in messages."""
-    state: dict[str, Tensor]
+    state: _State
     class_names: list[str] | None
     """Classes 0..K-1 of its heads; None: unknown."""
 
@@ -198,7 +202,7 @@ class LoadReport:
     """Names of the source's tensors that were not used, and why."""
     new: tuple[str, ...]
     """Names of tensors that keep their random values."""
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...]
     """Settings that make training fail quietly."""
 
     def lines(self) -> list[str]:
@@ -218,118 +222,8 @@ class LoadReport:
         return lines + [f"  warning: {warning}" for warning in self.warnings]
 
 
-def transfer(
-    detector: Detector,
-    source: PretrainedWeights,
-    class_names: Sequence[str],
-    warnings: tuple[str, ...],
-) -> LoadReport:
-    """Copy the tensors of `source` that fit into `detector`, whose classes 0..K-1 are named.
-
-    Raises:
-        ModelError: nothing fits.
-    """
-    target = detector.state_dict()  # refers to the parameters: copying into it loads them
-    state, dropped = _usable(source, "proposal_head.class_embed.weight" in target)
-    their_names = source.class_names
-    loaded, new = [], []
-    for name, ours in target.items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        found = state.get(name)
-        note = None if found is None else _copy(name, ours, found, their_names, class_names)
-        if found is None or note is None:
-            new.append(name)
-            if found is not None:
-                dropped.append(f"{name}: {_why(name, ours, found, their_names)}")
-        else:
-            loaded.append(f"{name}{note}")
-    dropped += [
-        f"{name}: this model has none"
-        for name in state
-        if name not in target and not name.endswith("num_batches_tracked")
-    ]
-    if not loaded:
-        raise ModelError(
-            f"{source.name}: none of its {len(source.state)} tensors fits this model"
-            f" (its first is {next(iter(source.state))}, ours {next(iter(target))})"
-        )
-    return LoadReport(source.name, tuple(loaded), tuple(dropped), tuple(new), warnings)
-
-
-def _usable(source: PretrainedWeights, target_is_fast: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """The source's tensors that mean the same in the target's preset, and why others do not."""
-    state = source.state
-    is_detector = any(name.startswith("class_embed.") for name in state)
-    if not is_detector or _is_fast(state) == target_is_fast:
-        return state, []
-    reason = f"preset {'fast' if _is_fast(state) else 'detr'} computes something else with it"
-    refused = [f"{name}: {reason}" for name in state if not name.startswith(_COMMON)]
-    return {n: tensor for n, tensor in state.items() if n.startswith(_COMMON)}, refused
-
-
-def _is_fast(state: dict[str, Tensor]) -> bool:
-    return any(name.startswith("proposal_head.") for name in state)
-
-
-def _copy(
-    name: str, ours: Tensor, found: Tensor, their_names: Sequence[str] | None, names: Sequence[str]
-) -> str | None:
-    """Copy the rows of `found` that fit into `ours`.
-
-    Returns:
-        "" if all rows were copied, a note if some were, None if none was.
-    """
-    if name.endswith(_CLASS_ROWS):
-        return _copy_classes(ours, found, their_names, names)
-    if name.endswith(_QUERY_ROWS) and ours.shape[1:] == found.shape[1:]:
-        rows = min(len(ours), len(found))
-        ours[:rows] = found[:rows]
-        return "" if len(ours) == len(found) else f" (queries 1 to {rows} of {len(ours)})"
-    if ours.shape != found.shape:
-        return None
-    ours.copy_(found)
-    return ""
-
-
-def _copy_classes(
-    ours: Tensor, found: Tensor, their_names: Sequence[str] | None, names: Sequence[str]
-) -> str | None:
-    """Copy the rows of common classes, and no-object's, which is the last of a softmax head."""
-    if their_names is None or ours.shape[1:] != found.shape[1:]:
-        return None
-    extra = len(found) - len(their_names)
-    if extra not in (0, 1) or len(ours) - len(names) != extra:
-        return None
-    rows = {_plain(name): row for row, name in enumerate(their_names) if name}
-    common = [(row, rows[_plain(name)]) for row, name in enumerate(names) if _plain(name) in rows]
-    for row, their_row in common:
-        ours[row] = found[their_row]
-    if extra:
-        ours[-1] = found[-1]
-    if not common and not extra:
-        return None
-    if len(common) == len(names) == len(their_names):
-        return ""
-    missing = [name for name in names if _plain(name) not in rows]
-    also = " and no-object" if extra else ""
-    note = f" ({len(common)} of {len(names)} classes{also}"
-    return f"{note}; new: {', '.join(missing)})" if missing else f"{note})"
-
-
-def _plain(name: str) -> str:
-    return " ".join(name.casefold().split())
-
-
-def _why(name: str, ours: Tensor, found: Tensor, their_names: Sequence[str] | None) -> str:
-    """Why a tensor of the right name was not loaded."""
-    if name.endswith(_CLASS_ROWS) and ours.shape[1:] == found.shape[1:]:
-        return "it does not say its classes" if their_names is None else "no class in common"
-    return f"shape {list(found.shape)}, here {list(ours.shape)}"
-
-
 def _by_part(names: Sequence[str]) -> str:
-    """Counts as in `backbone 120, transformer 60, class_embed 2`."""
+    """Count as in `backbone 120, transformer 60, class_embed 2`."""
     parts = Counter(name.split(".", 1)[0] for name in names)
     return ", ".join(f"{part} {count}" for part, count in parts.items())
 
@@ -345,25 +239,108 @@ def load_initial_weights(
         class_names: names of classes 0..K-1, to match the heads' rows.
         root: folder that relative paths start from; None: the current one.
 
-    Returns:
-        What was loaded and dropped, what stays random, and warnings about settings.
-
     Raises:
         ModelError: a file is missing, is no weights file, or does not fit; or a download failed.
     """
-    warnings = _warnings(model)
-    if model.init_from is not None:
-        path = (root or Path()) / model.init_from
-        return transfer(detector, read_source(path), class_names, warnings)
-    if model.backbone_weights == "none":
-        return LoadReport("random weights", (), (), tuple(detector.state_dict()), warnings)
-    if model.backbone_weights == "imagenet":
-        source = PretrainedWeights(
-            "torchvision's ImageNet weights", _imagenet(model.backbone), None
+    target = detector.state_dict()  # refers to the parameters: copying into it loads them
+    source, warnings = _source(model, root or Path()), _warnings(model)
+    if source is None:
+        return LoadReport("random weights", (), (), tuple(target), warnings)
+    state, dropped = _usable(source.state, "proposal_head.class_embed.weight" in target)
+    loaded, new = [], []
+    for name, ours in target.items():
+        if name.endswith(_COUNTER):
+            continue
+        if name not in state:
+            new.append(name)
+            continue
+        try:
+            note = _copy(name, ours, state[name], source.class_names, class_names)
+            loaded.append(name + note)
+        except ValueError as misfit:
+            new.append(name)
+            dropped.append(f"{name}: {misfit}")
+    others = [name for name in state if name not in target and not name.endswith(_COUNTER)]
+    dropped += [f"{name}: this model has none" for name in others]
+    if not loaded:
+        raise ModelError(
+            f"{source.name}: none of its {len(source.state)} tensors fits this model"
+            f" (its first is {next(iter(source.state))}, ours {next(iter(target))})"
         )
-    else:
-        source = read_source((root or Path()) / model.backbone_weights)
-    return transfer(detector, _as_backbone(source), class_names, warnings)
+    return LoadReport(source.name, tuple(loaded), tuple(dropped), tuple(new), warnings)
+
+
+def _source(model: params.Model, root: Path) -> PretrainedWeights | None:
+    if model.init_from is not None:
+        return read_source(root / model.init_from)
+    if model.backbone_weights == "none":
+        return None
+    if model.backbone_weights == "imagenet":
+        return _as_backbone("torchvision's ImageNet weights", _imagenet(model.backbone))
+    file = read_source(root / model.backbone_weights)
+    return _as_backbone(file.name, file.state)
+
+
+def _usable(state: _State, target_is_fast: bool) -> tuple[_State, list[str]]:
+    """Return the tensors that mean the same in the target's preset, and why others do not."""
+    is_detector = any(name.startswith("class_embed.") for name in state)
+    if not is_detector or _is_fast(state) == target_is_fast:
+        return state, []
+    reason = f"preset {'fast' if _is_fast(state) else 'detr'} computes something else with it"
+    refused = [f"{name}: {reason}" for name in state if not name.startswith(_COMMON)]
+    return {n: tensor for n, tensor in state.items() if n.startswith(_COMMON)}, refused
+
+
+def _is_fast(state: _State) -> bool:
+    return any(name.startswith("proposal_head.") for name in state)
+
+
+def _copy(
+    name: str, ours: Tensor, found: Tensor, their_names: Sequence[str] | None, names: Sequence[str]
+) -> str:
+    """Copy the rows of `found` that fit into `ours`; return a note if not all do.
+
+    Raises:
+        ValueError: none fits, and why.
+    """
+    if ours.shape[1:] == found.shape[1:]:
+        if name.endswith(_CLASS_ROWS):
+            return _copy_classes(ours, found, their_names, names)
+        if name.endswith(_QUERY_ROWS):
+            rows = min(len(ours), len(found))
+            ours[:rows] = found[:rows]
+            return "" if len(ours) == len(found) else f" (queries 1 to {rows} of {len(ours)})"
+    if ours.shape != found.shape:
+        raise ValueError(f"shape {list(found.shape)}, here {list(ours.shape)}")
+    ours.copy_(found)
+    return ""
+
+
+def _copy_classes(
+    ours: Tensor, found: Tensor, their_names: Sequence[str] | None, names: Sequence[str]
+) -> str:
+    """Copy the rows of common classes, and no-object's, which is the last of a softmax head."""
+    if their_names is None:
+        raise ValueError("it does not say its classes")
+    extra = len(found) - len(their_names)
+    rows = {_plain(name): row for row, name in enumerate(their_names) if name}
+    common = [(row, rows[_plain(name)]) for row, name in enumerate(names) if _plain(name) in rows]
+    if extra not in (0, 1) or len(ours) - len(names) != extra or not (common or extra):
+        raise ValueError("no class in common")
+    for row, their_row in common:
+        ours[row] = found[their_row]
+    if extra:
+        ours[-1] = found[-1]
+    if len(common) == len(names) == len(their_names):
+        return ""
+    missing = [name for name in names if _plain(name) not in rows]
+    also = " and no-object" if extra else ""
+    note = f" ({len(common)} of {len(names)} classes{also}"
+    return f"{note}; new: {', '.join(missing)})" if missing else f"{note})"
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.casefold().split())
 
 
 def read_source(path: Path) -> PretrainedWeights:
@@ -386,7 +363,7 @@ def read_source(path: Path) -> PretrainedWeights:
     return PretrainedWeights(str(path), state, _class_names(file, state))
 
 
-def _tensors(loaded: object, file: Path) -> dict[str, Tensor]:
+def _tensors(loaded: object, file: Path) -> _State:
     """The state dict in a loaded file: under `model`, under `state_dict`, or the whole."""
     if isinstance(loaded, dict):
         inner = (loaded.get(key) for key in ("model", "state_dict"))
@@ -399,7 +376,7 @@ def _tensors(loaded: object, file: Path) -> dict[str, Tensor]:
     return loaded
 
 
-def _class_names(file: Path, state: dict[str, Tensor]) -> list[str] | None:
+def _class_names(file: Path, state: _State) -> list[str] | None:
     """Class names from the card beside a saved model; COCO's for a head of the reference's size."""
     if file.name in (WEIGHTS, OLD_WEIGHTS) and file.with_name(CARD).is_file():
         return [entry.name for entry in read_card(file.parent).classes]
@@ -408,54 +385,52 @@ def _class_names(file: Path, state: dict[str, Tensor]) -> list[str] | None:
     return coco_names() if is_reference else None
 
 
-def _imagenet(backbone: str) -> dict[str, Tensor]:
-    """Torchvision's first ImageNet weights, which DETR starts from; cached by torch.hub."""
+def _imagenet(backbone: str) -> _State:
+    """Return torchvision's first ImageNet weights, which DETR starts from, by way of a cache."""
     from torchvision import models  # seconds of import that other weights do not need
 
     weights = models.get_model_weights(backbone)["IMAGENET1K_V1"]
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
     try:
-        state: dict[str, Tensor] = torch.hub.load_state_dict_from_url(
-            weights.url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        state: _State = weights.get_state_dict(
+            map_location="cpu", progress=False, check_hash=True, weights_only=True
         )
     except (URLError, OSError, RuntimeError) as error:
-        file = weights.url.rsplit("/", 1)[-1]
         raise ModelError(
             f"model.backbone_weights: imagenet: {backbone}'s weights could not be downloaded"
-            f" ({' '.join(str(error).split())[:90]}); place {file} in {folder},"
+            f" ({' '.join(str(error).split())[:90]}); place {Path(weights.url).name} in"
+            f" {Path(torch.hub.get_dir()) / 'checkpoints'},"
             " or name its path in model.backbone_weights"
         ) from None
     return state
 
 
-def _as_backbone(source: PretrainedWeights) -> PretrainedWeights:
-    """The backbone of a detector's state dict, or a backbone's own under a detector's names."""
+def _as_backbone(name: str, state: _State) -> PretrainedWeights:
+    """Return the backbone of a detector, or a backbone's own weights by a detector's names."""
     prefix = "backbone.0.body."
-    if any(name.startswith(prefix) for name in source.state):
-        state = {n: t for n, t in source.state.items() if n.startswith(prefix)}
-    else:
-        # fc is the classifier of ImageNet's 1000 classes.
-        state = {prefix + n: t for n, t in source.state.items() if not n.startswith("fc.")}
-    return PretrainedWeights(source.name, state, None)
+    own = {n: tensor for n, tensor in state.items() if n.startswith(prefix)}
+    # fc is the classifier of ImageNet's 1000 classes.
+    bare = {prefix + n: tensor for n, tensor in state.items() if not n.startswith("fc.")}
+    return PretrainedWeights(name, own or bare, None)
 
 
 def _warnings(model: params.Model) -> tuple[str, ...]:
-    """Settings that train badly without an error."""
-    warnings = []
-    pretrained = model.init_from is not None or model.backbone_weights != "none"
-    if model.norm == "frozen" and not pretrained:
-        warnings.append(
+    """Return the settings that train badly without an error."""
+    random = model.init_from is None and model.backbone_weights == "none"
+    settings = (
+        (
+            random and model.norm == "frozen",
             "model.norm: frozen without pretrained weights: no layer of the backbone is"
-            " normalised; set norm: live, or backbone_weights: imagenet"
-        )
-    if model.frozen_stages and not pretrained:
-        warnings.append(
+            " normalised; set norm: live, or backbone_weights: imagenet",
+        ),
+        (
+            random and model.frozen_stages,
             f"model.frozen_stages: {model.frozen_stages} without pretrained weights: these stages"
-            " stay random; set frozen_stages: 0, or backbone_weights: imagenet"
-        )
-    if model.init_from is not None and model.backbone_weights != "none":
-        warnings.append(
+            " stay random; set frozen_stages: 0, or backbone_weights: imagenet",
+        ),
+        (
+            model.init_from is not None and model.backbone_weights != "none",
             f"model.backbone_weights: {model.backbone_weights} is not read, as model.init_from"
-            " brings a backbone"
-        )
-    return tuple(warnings)
+            " brings a backbone",
+        ),
+    )
+    return tuple(text for is_set, text in settings if is_set)

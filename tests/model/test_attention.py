@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from runkey.model.detr import ConditionalAttention, project_memory_conditional
-from runkey.model.position import GridPosition, grid_centres
-from runkey.model.transformer import Attention, project_memory
+from runkey.model.transformer import Attention, GridPosition, grid_centres, project_memory
 
 D, H, B, T, S = 16, 4, 2, 5, 7
 

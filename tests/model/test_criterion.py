@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from runkey import params
+from runkey.memory.trace.record import fixed_matches
 from runkey.memory.trace.torch_private import fake_tensors
 from runkey.model.boxes import cxcywh_to_xyxy, overlaps
 from runkey.model.criterion import QualityLoss, build_criterion
 from runkey.model.detr import build_model
-from runkey.model.matcher import Targets
+from runkey.model.matcher import Layers, Targets
 
 K = 4
 COUNTS = (3, 0, 7, 1, 0, 12, 2, 5)  # one image with more boxes than queries
@@ -111,7 +112,7 @@ def test_parts_sum_to_the_total(formula):
 
 
 @pytest.mark.parametrize(("preset", "groups"), [("fast", 2), ("detr", 0)])
-def test_forward_and_losses_of_given_matches_look_at_no_value(preset, groups, formula):
+def test_forward_and_losses_look_at_no_value(preset, groups, formula):
     """No device is waited for but in the matcher; the memory profile runs this on fake tensors."""
     model = params.Model.model_validate(
         SMALL | {"preset": preset, "denoising": {"groups": groups}, "norm": "live"}
@@ -119,15 +120,12 @@ def test_forward_and_losses_of_given_matches_look_at_no_value(preset, groups, fo
     criterion = build_criterion(model, K)
     targets = formula.targets((3, 1), K)
     targets = Targets(targets.boxes_cxcywh.float(), targets.labels, targets.counts)
-    net = build_model(model, K)
-    matches = criterion.match(net(formula.images(2, 32, 40).float(), None), targets)
-    with fake_tensors() as mode:
+    with fake_tensors() as mode, fixed_matches():
         mode.allow_non_fake_inputs = True
         fake = build_model(model, K)
         images = torch.empty(2, 3, 32, 40)
         padding = torch.zeros(2, 32, 40, dtype=torch.bool)
-        outputs = fake(images, padding, targets)
-        losses = criterion.losses(outputs, targets, matches, criterion.normaliser((3, 1)))
+        losses = criterion(fake(images, padding, targets), targets, criterion.normaliser((3, 1)))
     assert losses.total.shape == ()
 
 
@@ -148,8 +146,9 @@ def test_box_losses_are_their_formula(formula):
     net, criterion = build_model(model, K).double(), build_criterion(model, K)
     targets = formula.targets((3, 1), K)
     outputs = net(formula.images(2, 32, 40), None)
-    matches = criterion.match(outputs, targets)
-    parts = criterion.losses(outputs, targets, matches, criterion.normaliser((3, 1))).parts
+    layers = Layers(("first", "second"), outputs.logits, outputs.boxes_cxcywh)
+    matches = criterion.matcher(layers, targets)
+    parts = criterion(outputs, targets, criterion.normaliser((3, 1))).parts
     found = outputs.boxes_cxcywh.flatten(0, 2)[matches.predictions]
     true = targets.boxes_cxcywh[matches.targets]
     assert len(found) == 2 * 4

@@ -57,8 +57,6 @@ class Event(NamedTuple):
     """Path of the module that allocated the block (`transformer.encoder.layers.0`), or whose
     backward pass did; of a parameter, buffer, gradient or moment, its own path; "" outside of the
     model."""
-    phase: Phase
-    """The phase of the event."""
 
     @property
     def change(self) -> int:

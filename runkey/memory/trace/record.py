@@ -17,7 +17,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
@@ -182,7 +181,7 @@ class Recorder(TorchDispatchMode):
         with self:
             self.built = factory(device)
         self._classify()
-        self.setup = self._events()
+        self.setup = tuple(_event(*entry) for entry in self._log)
         """The events before the first step."""
 
     def step(self, micro_batches: Sequence[MicroBatch]) -> Trace:
@@ -195,8 +194,12 @@ class Recorder(TorchDispatchMode):
         with self.watching():
             self.built.step(batches)
         self._classify()
-        alive = tuple(_event("alloc", record, "setup") for record in before)
-        return Trace(tuple(micro_batches), alive, self._events(), tuple(self._marks))
+        return Trace(
+            tuple(micro_batches),
+            tuple(_event("alloc", record) for record in before),
+            tuple(_event(*entry) for entry in self._log),
+            tuple(self._marks),
+        )
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -387,17 +390,9 @@ class Recorder(TorchDispatchMode):
             tensors = ((names[trained], x) for x in state.values() if isinstance(x, Tensor))
             classify("optimizer", tensors)
 
-    def _events(self) -> tuple[Event, ...]:
-        """Return the log's events, in their phases."""
-        return tuple(
-            _event(kind, record, mark.phase)
-            for mark, after in pairwise([*self._marks, Mark(len(self._log), "setup")])
-            for kind, record in self._log[mark.start : after.start]
-        )
 
-
-def _event(kind: Kind, record: BlockRecord, phase: Phase) -> Event:
-    return Event(kind, record.block, record.bytes, record.class_, record.module, phase)
+def _event(kind: Kind, record: BlockRecord) -> Event:
+    return Event(kind, record.block, record.bytes, record.class_, record.module)
 
 
 def _tensors(batches: GlobalBatch) -> Iterator[Tensor]:
