@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,11 +79,7 @@ class ShapeStatistics:
 
 
 def shape_statistics(params: Params, records: Sequence[ImageRecord]) -> ShapeStatistics:
-    """Count what the training transforms can make of the training images.
-
-    Args:
-        params: data, model.num_queries and training.batch_size are read.
-        records: the training split.
+    """Count what the training transforms can make of `records`, the training split.
 
     Raises:
         DataError: there are no training images.
@@ -110,7 +107,7 @@ def sample_steps(
     """Return the first optimizer steps of the training sampler, as shapes; opens no image.
 
     Args:
-        params: data, seed, model.num_queries and training.batch_size are read.
+        params: of the training.
         records: the training split, not empty.
         micro_batch: most images of a micro-batch.
         count: least number of micro-batches; the last step is whole.
@@ -121,15 +118,10 @@ def sample_steps(
     sampler = GlobalBatchSampler(augmentation, table.ids, table.sizes, params.training.batch_size)
     maker = BatchMaker(table, Path(), None, augmentation, max_objects(params))
     steps: list[Step] = []
-    found = epoch = 0
-    while found < count:
-        for global_batch in sampler.global_batches(epoch):
-            runs = micro_batches(global_batch, micro_batch, grouped=data.group_by_aspect)
-            steps.append(tuple(_sizes_of(maker, run) for run in runs))
-            found += len(runs)
-            if found >= count:
-                break
-        epoch += 1
+    every = itertools.chain.from_iterable(map(sampler.global_batches, itertools.count()))
+    while sum(map(len, steps)) < count:
+        runs = micro_batches(next(every), micro_batch, grouped=data.group_by_aspect)
+        steps.append(tuple(_sizes_of(maker, run) for run in runs))
     return steps
 
 
@@ -154,7 +146,7 @@ class BatchShapes:
     statistics_under: Callable[[Params], ShapeStatistics]
     """The same under other parameters."""
     sample: Callable[[int, int], list[Step]]
-    """(images of a micro-batch, number of micro-batches) to sampled optimizer steps."""
+    """(most images of a micro-batch, least number of micro-batches) to sampled steps."""
     num_classes: int
 
     def worst(self, images: int) -> MicroBatch:
@@ -162,23 +154,14 @@ class BatchShapes:
         return MicroBatch(images, *self.statistics.worst_of(images), self.statistics.objects[0])
 
     def steps(self, images: int, count: int) -> list[Step]:
-        """Return sampled steps with two of the largest micro-batches in their middle.
-
-        Args:
-            images: most images of a micro-batch.
-            count: least number of micro-batches.
-        """
+        """Return what `sample` returns, with two of the largest micro-batches in the middle."""
         steps = self.sample(images, count)
         middle = len(steps) // 2
         return [*steps[:middle], (self.worst(images),) * 2, *steps[middle:]]
 
 
 def prepared_shapes(params: Params, prepared: Path) -> BatchShapes:
-    """Return the batches of the prepared data.
-
-    Args:
-        params: data, seed, model.num_queries and training.batch_size are read.
-        prepared: prepare's output folder.
+    """Return the batches of the data in `prepared`, prepare's output folder.
 
     Raises:
         DataError: prepare has not run, or left no image.
@@ -193,14 +176,7 @@ def prepared_shapes(params: Params, prepared: Path) -> BatchShapes:
 
 
 def single_shape(params: Params, shape: Shape, *, objects: int, num_classes: int) -> BatchShapes:
-    """Return batches of one shape, without any data.
-
-    Args:
-        params: data.short_sides and training.batch_size are read.
-        shape: padded (height, width), pixels.
-        objects: boxes of each image.
-        num_classes: K.
-    """
+    """Return batches of one padded `shape`, each image with `objects` boxes, without any data."""
 
     def statistics(other: Params) -> ShapeStatistics:
         part = max(other.data.short_sides) / max(params.data.short_sides)

@@ -135,7 +135,7 @@ def plan_memory(
     """Choose the micro-batch for a device, from memory.json and what was measured.
 
     Args:
-        params: training and memory are read.
+        params: of the training.
         folder: profile_memory's output.
         device: where training runs.
         trials: file of this machine's trials; may be missing.
@@ -200,8 +200,8 @@ def _on_gpu(
     lacks_bf16 = params.training.precision == "auto" and not gpu.has_bf16
     fp32 = [one.estimate for one in model.alternatives if one.name == "fp32"]
     estimate = fp32[0] if lacks_bf16 and fp32 else model.gpu
-    outside = found.outside_bytes or gpu.context_bytes
     alternatives = {one.change: bound_of(one.estimate)(1) for one in model.alternatives}
+    outside = found.outside_bytes or gpu.context_bytes
     budget = memory_budget(params.memory.budget_gib, device, outside)
     return bound_of(estimate), budget, alternatives
 
@@ -238,9 +238,7 @@ def card_of(estimate: Estimate, gib: float) -> Card:
 def shown_images(model: MemoryModel, budget_gib: float | None) -> int:
     """Return the micro-batch that tables and pictures show: the largest that fits the budget.
 
-    Args:
-        model: the prediction.
-        budget_gib: `memory.budget_gib`; None, where it is "device": a 24 GiB GPU's.
+    `budget_gib` is `memory.budget_gib`; None, where that is "device": a 24 GiB GPU's.
     """
     fits = card_of(model.gpu, budget_gib or _USUAL_GIB).images
     return max(1, min(model.batch_size, fits))

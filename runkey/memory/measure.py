@@ -79,30 +79,27 @@ def spare_bytes(budget_bytes: int) -> int:
 def memory_budget(
     budget_gib: float | Literal["device"], device: torch.device, outside_bytes: int
 ) -> MemoryBudget:
-    """Return what tensors may take on a device.
+    """Return what tensors may take on a device that this process has nothing on yet.
 
     Args:
         budget_gib: `memory.budget_gib`: GiB for the process, or "device" for all that is free.
-        device: where training runs; this process has nothing on it yet.
-        outside_bytes: what the process takes beside tensors. GPU: the CUDA context and the
-            libraries' kernels, a part of which is already missing from the free memory. CPU: 0,
-            since the whole process is measured there.
+        device: where training runs.
+        outside_bytes: what the process takes beside tensors. GPU: the CUDA context and kernels.
+            CPU: 0, since the whole process is measured there.
     """
     if budget_gib != "device":
-        return _less_spare(round(budget_gib * GIB), outside_bytes, "memory.budget_gib")
-    if device.type == "cpu":
-        return _less_spare(available_bytes(_MEMINFO, _CGROUPS), outside_bytes, "available")
-    free, total = torch.cuda.mem_get_info(device)
-    taken = min(outside_bytes, total - free)  # our context, or at least that much of others
-    name = torch.cuda.get_device_name(device)
-    return _less_spare(free + taken, outside_bytes, f"free on {name}")
-
-
-def _less_spare(budget: int, outside: int, what: str) -> MemoryBudget:
+        budget, what = round(budget_gib * GIB), "memory.budget_gib"
+    elif device.type == "cpu":
+        budget, what = available_bytes(_MEMINFO, _CGROUPS), "available"
+    else:
+        free, total = torch.cuda.mem_get_info(device)
+        # Our context is missing already, or at least that much of others.
+        budget = free + min(outside_bytes, total - free)
+        what = f"free on {torch.cuda.get_device_name(device)}"
     spare = spare_bytes(budget)
-    beside = f", {outside / GIB:.2f} for the CUDA context" if outside else ""
+    beside = f", {outside_bytes / GIB:.2f} for the CUDA context" if outside_bytes else ""
     text = f"{budget / GIB:.2f} GiB {what} less {spare / GIB:.2f} to spare{beside}"
-    return MemoryBudget(budget - spare - outside, text)
+    return MemoryBudget(budget - spare - outside_bytes, text)
 
 
 def available_bytes(meminfo: Path, cgroups: tuple[tuple[Path, Path], ...]) -> int:
@@ -112,14 +109,19 @@ def available_bytes(meminfo: Path, cgroups: tuple[tuple[Path, Path], ...]) -> in
         meminfo: the kernel's table; its `MemAvailable` counts caches that it would give up.
         cgroups: files with a limit and with the current use; missing ones set no limit.
     """
-    lines = meminfo.read_text(encoding="ascii").splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    available = int(fields["MemAvailable"].split()[0]) * 1024
+    available = _kib(meminfo, "MemAvailable")
     for limit, used in cgroups:
         text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
         if text != "max":
             available = min(available, int(text) - int(used.read_text(encoding="ascii")))
     return available
+
+
+def _kib(table: Path, name: str) -> int:
+    """Read a size from one of the kernel's tables; returns bytes."""
+    lines = table.read_text(encoding="ascii").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return int(fields[name].split()[0]) * 1024
 
 
 # A trial: training steps in a process that has done nothing else.
@@ -172,11 +174,11 @@ class TrialResult:
     peaks: tuple[Peak, ...]
     """After each of the job's `worst`, the last one after `sampled` too; fewer if memory ran
     out."""
-    retries: int
+    retries: int = 0
     """GPU: times that the allocator freed its cache to go on."""
-    outside_bytes: int
+    outside_bytes: int = 0
     """GPU: what the process took outside the allocator, without other processes where known."""
-    budget_bytes: int
+    budget_bytes: int = 0
     """GPU: what the allocator could hold."""
 
     def passed(self, job: TrialJob) -> bool:
@@ -213,7 +215,7 @@ def run_trial(make_step: MakeStep, job: TrialJob, device: torch.device) -> Trial
                 f"{one.width} pixels does not fit in memory; {_WAY_OUT}"
             ) from None
     if device.type != "cuda":
-        return TrialResult(tuple(peaks), 0, 0, 0)
+        return TrialResult(tuple(peaks))
     free, total = torch.cuda.mem_get_info(device)
     outside = total - free - torch.cuda.memory_reserved(device) - others
     retries = int(torch.cuda.memory_stats(device)["num_alloc_retries"])
@@ -226,10 +228,8 @@ def _run(make_step: MakeStep, job: TrialJob) -> Iterator[int]:
         return
     step = make_step()
     for one in job.worst:
-        steps: list[tuple[MicroBatch, ...]] = [(one, one)] * _STEPS
-        if one is job.worst[-1]:
-            steps += job.sampled
-        for micro_batches in steps:
+        sampled = job.sampled if one is job.worst[-1] else ()
+        for micro_batches in ((one, one),) * _STEPS + sampled:
             step(tuple(synthetic_batch(sizes, job.fields) for sizes in micro_batches))
         yield one.images
 
@@ -245,8 +245,7 @@ def _peak(images: int, device: torch.device) -> Peak:
         reserved = torch.cuda.max_memory_reserved(device)
         return Peak(images, reserved, torch.cuda.max_memory_allocated(device))
     # Not by `getrusage`, whose maximum a process inherits from the one that started it.
-    lines = _STATUS.read_text(encoding="ascii").splitlines()
-    resident = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    resident = _kib(_STATUS, "VmHWM")
     return Peak(images, resident, resident)
 
 
@@ -391,18 +390,10 @@ def correction(trials: Sequence[Trial], platform: Platform, model: str) -> Corre
 
 
 def write_cpu(folder: Path, model: str, platform: Platform, peaks: Sequence[Peak]) -> Line:
-    """Write the peaks (two or more) of a CPU, for the memory.json with sha256 `model`.
-
-    Returns:
-        The line through them.
-    """
+    """Write the peaks of a CPU, for the memory.json with sha256 `model`; return their line."""
     line = line_through(*((peak.images, peak.bytes) for peak in (peaks[0], peaks[-1])))
-    content = {
-        "model": model,
-        "platform": asdict(platform),
-        "peaks": [asdict(peak) for peak in peaks],
-        "line": asdict(line),
-    }
+    trees = [asdict(peak) for peak in peaks]
+    content = {"model": model, "platform": asdict(platform), "peaks": trees, "line": asdict(line)}
     write_json(folder / MEASURED, content)
     return line
 

@@ -149,11 +149,7 @@ def write_model(folder: Path, model: MemoryModel) -> None:
 
 
 def read_model(path: Path, batch_size: int | None = None) -> MemoryModel:
-    """Read memory/memory.json.
-
-    Args:
-        path: the file.
-        batch_size: `training.batch_size`, which the model must be for; None: any.
+    """Read memory/memory.json, made for `training.batch_size` images a step; None: for any.
 
     Raises:
         TrainingError: it is missing, not a memory model, or for another batch size.
@@ -218,16 +214,13 @@ class Prediction:
 def predict(
     params: Params, shapes: BatchShapes, factory_for: FactoryFor, *, alternatives: bool = True
 ) -> Prediction:
-    """Trace training steps on a fake GPU, and model their memory.
+    """Trace training steps on a fake GPU, and model their memory; the same bytes on any machine.
 
     Args:
-        params: what is trained, and how.
-        shapes: the batches.
+        params: of the training.
+        shapes: its batches.
         factory_for: returns what builds the step under some parameters.
         alternatives: predict the same training with one parameter changed, too.
-
-    Returns:
-        The same on any machine, to the byte.
     """
     batch_size, stride = params.training.batch_size, _token_stride(params)
     few, many = shapes.worst(_FEW), shapes.worst(_MANY)
@@ -275,12 +268,12 @@ def _alternatives(
 ) -> tuple[Alternative, ...]:
     """Predict the same training with one parameter changed, for the same micro-batches."""
     found = []
+    # Two traces: the step is only needed at the largest shape.
+    sizes = (shapes.worst(_FEW), shapes.worst(_MANY))
     for name, values in each("predict memory", list(_changes(params).items()), "settings"):
         changed = override(params, values)
         step, batches = template, shapes
         if changed.data == params.data:
-            # Two traces: the step is only needed at the largest shape.
-            sizes = (shapes.worst(_FEW), shapes.worst(_MANY))
             step = Template(_trace(changed, shapes, factory_for, sizes), _token_stride(changed))
         else:
             batches = replace(shapes, statistics=shapes.statistics_under(changed))
@@ -319,14 +312,10 @@ def _token_stride(params: Params) -> int:
 
 
 def batch_fields(params: Params, num_classes: int) -> BatchFields:
-    """Return the fields of training batches.
-
-    An image has colour factors for brightness, contrast and, where it varies, saturation.
-    """
+    """Return the fields of training batches."""
     augment = params.data.augment
-    if augment.saturation:
-        return BatchFields(num_classes, 3)
-    return BatchFields(num_classes, 2 if augment.brightness or augment.contrast else None)
+    colour = 3 if augment.saturation else 2 if augment.brightness or augment.contrast else None
+    return BatchFields(num_classes, colour)
 
 
 def _trace(

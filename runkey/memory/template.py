@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runkey.data.sampler import Shape
-from runkey.memory.trace.events import ROUND_BYTES, Event, MicroBatch, Trace, round_up
+from runkey.memory.trace.events import Event, MicroBatch, Trace, round_up
 from runkey.units import MIB
 
 _STRIDES = (1, 2, 4, 8, 16, 32)
@@ -194,7 +194,7 @@ class Template:
             one: the micro-batch.
             workspace_share: bytes of a convolution's workspace, as a part of its result.
         """
-        sizes = -(-self.laws.bytes(one) // ROUND_BYTES) * ROUND_BYTES
+        sizes = round_up(self.laws.bytes(one))
         before = sizes[[event.block for event in self._trace.before]].sum()
         alive = before + (sizes[self._blocks] * self._signs).cumsum()
         workspaces = workspace_share * sizes[self._blocks] * self._convolutions
@@ -375,7 +375,7 @@ class Allocator:
 
     def allocate(self, size: int) -> Block:
         """Return a block of at least `size` bytes."""
-        size = max(ROUND_BYTES, round_up(size))
+        size = round_up(max(1, size))
         self.allocated += size
         self.max_allocated = max(self.max_allocated, self.allocated)
         return Block(self.segment(size).take(size), size)

@@ -26,7 +26,7 @@ ROUND_BYTES = 512
 """CUDA's caching allocator hands out multiples of this."""
 
 
-def round_up(size: int) -> int:
+def round_up[T: (int, NDArray[np.int64])](size: T) -> T:
     """Return the bytes that a block of `size` bytes takes."""
     return -(-size // ROUND_BYTES) * ROUND_BYTES
 
