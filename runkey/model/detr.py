@@ -248,13 +248,10 @@ class ConditionalAttention(Attention):
     def attend_memory(
         self, x: Tensor, position: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None
     ) -> Tensor:
-        """Attend from queries to the encoder's tokens; returns [B, T, D].
+        """Attend as in `Attention.attend_memory`; returns [B, T, D].
 
-        Args:
-            x: content [B, T, D].
-            position: sine of the reference centres [B, T, D].
-            keys_values: this layer's pair from `project_memory_conditional`.
-            mask: as in `Attention.attend_memory`.
+        `position` is the sine of the reference centres [B, T, D], `keys_values` this layer's pair
+        from `project_memory_conditional`.
         """
         dim = x.shape[-1]
         content = F.linear(x, self.in_proj_weight[:dim], self.in_proj_bias[:dim])
@@ -266,12 +263,7 @@ class ConditionalAttention(Attention):
 def project_memory_conditional(
     layers: Sequence[ConditionalAttention], memory: Tensor, position: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """Compute keys and values of all decoder layers in two matrix products.
-
-    Args:
-        layers: the cross-attentions of the decoder.
-        memory: the encoder's tokens [B, S, D].
-        position: their position encoding [B or 1, S, D].
+    """Compute keys and values of all decoder layers in two matrix products, as `project_memory`.
 
     Returns:
         A pair per layer: keys (content, position) [B, H, S, 2 D / H], values [B, H, S, D / H].
@@ -318,9 +310,7 @@ class Denoiser(nn.Module):
     ) -> None:
         """Set the noise; `box_noise` changes the size by that part, the centre by half of it."""
         super().__init__()
-        self.groups = groups
-        self.label_noise = label_noise
-        self.box_noise = box_noise
+        self.groups, self.label_noise, self.box_noise = groups, label_noise, box_noise
         self.label_embed = nn.Embedding(num_classes, dim)
 
     def forward(self, targets: Targets, num_queries: int) -> NoisedQueries:
@@ -390,12 +380,7 @@ class FastDetr(Detector):
     """Learned query content, positions from proposed boxes, one sigmoid per class."""
 
     def __init__(
-        self,
-        backbone: Backbone,
-        transformer: Transformer,
-        *,
-        num_classes: int,
-        num_queries: int,
+        self, backbone: Backbone, transformer: Transformer, *, num_classes: int, num_queries: int
     ) -> None:
         dim = transformer.encoder.dim
         position = GridPosition(dim, temperature=_TEMPERATURE, centred=True)
@@ -440,11 +425,8 @@ class FastDetr(Detector):
     ) -> tuple[Tensor, Tensor]:
         """Logits [L, B, T, K] and boxes cxcywh [L, B, T, 4] of all layers.
 
-        Args:
-            x: content [B, T, D].
-            box_logits: reference boxes [B, T, 4], which each layer refines.
-            memory: the encoder's tokens.
-            noised: the denoising queries, for their mask.
+        `x` is the content [B, T, D]; `box_logits` are the reference boxes [B, T, 4], which each
+        layer refines; `noised` is read for its mask.
         """
         decoder = self.transformer.decoder
         cross = [cast(ConditionalAttention, layer.multihead_attn) for layer in decoder.layers]
@@ -485,13 +467,12 @@ def build_model(model: params.Model, num_classes: int) -> Detector:
         `Detr` or `FastDetr`, in training mode. With preset detr and frozen norms its state dict
         has exactly the names of the reference implementation (Carion et al. 2020).
     """
+    kind = Detr if model.preset == "detr" else FastDetr
     backbone, transformer = _backbone(model), _transformer(model)
-    if model.preset == "detr":
-        return Detr(backbone, transformer, num_classes=num_classes, num_queries=model.num_queries)
-    fast = FastDetr(backbone, transformer, num_classes=num_classes, num_queries=model.num_queries)
-    if model.denoising.groups:
-        fast.denoiser = Denoiser(model.hidden_dim, num_classes, **dict(model.denoising))
-    return fast
+    detector = kind(backbone, transformer, num_classes=num_classes, num_queries=model.num_queries)
+    if isinstance(detector, FastDetr) and model.denoising.groups:
+        detector.denoiser = Denoiser(model.hidden_dim, num_classes, **dict(model.denoising))
+    return detector
 
 
 def _backbone(model: params.Model) -> Backbone:

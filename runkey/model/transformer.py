@@ -24,11 +24,8 @@ def sine(radians: Tensor, dim: int, temperature: float) -> Tensor:
 
     Args:
         radians: [...]; 2 pi is the whole image.
-        dim: number of channels, even.
+        dim: number of channels, even; sine and cosine alternate in them.
         temperature: approximate ratio of the longest to the shortest wavelength.
-
-    Returns:
-        [..., dim]; sine and cosine alternate.
     """
     # float32 for every model, as in the reference: its float64 results depend on this rounding.
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=radians.device) / dim
@@ -85,15 +82,8 @@ class GridPosition:
 def grid_centres(padding: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
     """Return the tokens' centres as fractions of the valid width and height.
 
-    A token on padding gets the position of the last valid row or column.
-
-    Args:
-        padding: bool [B, h, w], True on padding; None: no padding.
-        shape: (h, w).
-        device: device of the result.
-
-    Returns:
-        float32 [B or 1, S, 2], (x, y).
+    A token on padding gets the position of the last valid row or column. Arguments as for
+    `GridPosition`; returns float32 [B or 1, S, 2], (x, y).
     """
     rows, columns = _valid_rows_columns(padding, shape, device)
     y, x = ((n.cumsum(1) - 0.5) / n.sum(1, keepdim=True) for n in (rows, columns))
@@ -208,10 +198,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in_dim] to [..., out_dim]."""
-        last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            x = layer(x) if index == last else F.relu(layer(x))
-        return x
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = F.relu(layer(x))
+        out: Tensor = last(x)
+        return out
 
 
 class _FeedForward(nn.Module):

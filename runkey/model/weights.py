@@ -103,8 +103,7 @@ def read_card(folder: Path) -> ModelCard:
 
 def weights_file(folder: Path) -> Path:
     """Return the weights file of a saved model, or the path where it is missing."""
-    old = folder / OLD_WEIGHTS
-    new = folder / WEIGHTS
+    old, new = folder / OLD_WEIGHTS, folder / WEIGHTS
     return old if old.is_file() and not new.is_file() else new
 
 
