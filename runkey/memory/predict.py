@@ -236,7 +236,9 @@ def predict(
         for images, count in zip((_FEW, max(batch_size, _MANY)), _REPLAYED, strict=True)
     )
     # What the allocator holds beside what is alive, over the images.
-    fragmentation = line_through(*((one.images, one.fragmentation_bytes) for one in replays))
+    fragmentation = line_through(
+        *((one.images, one.reserved_bytes - one.allocated_bytes) for one in replays)
+    )
     peaks = timeline_of(check).peak_bytes, template.peak(unseen)
     estimate = _estimate(params, template, shapes, fragmentation)
     found: tuple[Alternative, ...] = ()

@@ -399,11 +399,6 @@ class AllocatorReplay:
     reserved_bytes: int
     """Most bytes that the allocator held."""
 
-    @property
-    def fragmentation_bytes(self) -> int:
-        """Bytes that the allocator held beside what was alive."""
-        return self.reserved_bytes - self.allocated_bytes
-
 
 def replay_steps(
     template: Template, steps: Sequence[Sequence[MicroBatch]], workspace_share: float

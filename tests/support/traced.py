@@ -15,8 +15,8 @@ from torch import Tensor
 from benchmarks.memory_replay import Peaks, replay_training
 from runkey.data.dataset import colour_constants
 from runkey.memory.trace.events import Event, MicroBatch, Trace
-from runkey.memory.trace.record import BatchFields, BuiltStep, Recorder, python_backward
-from runkey.memory.trace.torch_private import fake_tensors
+from runkey.memory.trace.record import BatchFields, BuiltStep, Recorder
+from runkey.memory.trace.torch_private import fake_tensors, replaced_backward
 from runkey.params import Params, load_params
 from runkey.pipeline.step_factory import build_step, step_factory
 
@@ -138,7 +138,7 @@ def trace(training: Training, *, fake: bool, own: bool) -> Traced:
             stack.enter_context(fake_tensors())
         factory = step_factory(training.params, CLASSES)
         one = Recorder(factory, torch.device("cpu"), FIELDS)
-        stack.enter_context(python_backward(one) if own else torch_backward(one))
+        stack.enter_context(replaced_backward(one.backward) if own else torch_backward(one))
         traces = [one.step(training.micro_batches) for _ in range(2)]
         parameters = one.built.model.parameters()
         gradients = [p.grad.clone() for p in parameters if p.grad is not None]

@@ -112,14 +112,6 @@ class BlockRecord:
     """Number of the backward node that ran a checkpointed forward pass again to make the block."""
 
 
-class _StorageRef(weakref.ref):  # type: ignore[type-arg]
-    """A weak reference to a storage that knows its block."""
-
-    __slots__ = ("key", "record")
-    key: int
-    record: BlockRecord
-
-
 _PRODUCTS = {getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "baddbmm")}
 
 
@@ -165,7 +157,7 @@ class Recorder(TorchDispatchMode):
         """Number of the next block, and of the first one of the phase."""
         self._alive: dict[int, BlockRecord] = {}
         """By number of block, in the order of allocation."""
-        self._refs: dict[int, _StorageRef] = {}
+        self._records: dict[int, BlockRecord] = {}
         """By key of the storage."""
         self._outside: set[int] = set()
         """Keys of storages on the device that are not the step's own: a batch on a CPU."""
@@ -232,13 +224,19 @@ class Recorder(TorchDispatchMode):
 
     # Phases and modules.
 
+    def backward(self, root: Tensor, gradient: Tensor | None = None) -> None:
+        """Stand for `Tensor.backward`: run our backward pass."""
+        self.backward_started()
+        torch_private.run_backward(root, gradient, self._enter_node)
+        self.backward_ended()
+
     def backward_started(self) -> None:
         """Begin the backward phase; what the forward pass has kept are activations."""
         for record in self._new_blocks():
             record.class_ = "activation"
         self._start("backward")
 
-    def enter_node(self, sequence_number: int) -> None:
+    def _enter_node(self, sequence_number: int) -> None:
         """Enter a backward node; its sequence number tells the module."""
         self._node += 1
         self._recomputing = False
@@ -322,14 +320,14 @@ class Recorder(TorchDispatchMode):
         size = storage.nbytes()
         if key in self._outside:
             return
-        ref = self._refs.get(key)
-        if ref is not None:
-            if ref.record.bytes == size:
+        record = self._records.get(key)
+        if record is not None:
+            if record.bytes == size:
                 return
-            self._free(ref)  # It was resized.
+            self._free(key, record)  # It was resized.
         if size:
-            ref = self._refs[key] = _StorageRef(storage, self._free)
-            ref.key, ref.record = key, self._allocate(size)
+            record = self._records[key] = self._allocate(size)
+            weakref.finalize(storage, self._free, key, record).atexit = False
 
     def _allocate(self, size: int) -> BlockRecord:
         block, again = self._blocks, self._recomputing
@@ -356,11 +354,11 @@ class Recorder(TorchDispatchMode):
         for record in [self._allocate(size) for size in gpu.workspaces(func, args)]:
             self._end(record)
 
-    def _free(self, ref: _StorageRef) -> None:
-        if ref.record.block in self._alive:
-            if self._refs.get(ref.key) is ref:
-                del self._refs[ref.key]
-            self._end(ref.record)
+    def _free(self, key: int, record: BlockRecord) -> None:
+        if record.block in self._alive:
+            if self._records.get(key) is record:
+                del self._records[key]
+            self._end(record)
 
     def _end(self, record: BlockRecord) -> None:
         del self._alive[record.block]
@@ -373,9 +371,9 @@ class Recorder(TorchDispatchMode):
 
         def classify(class_: BlockClass, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
             for path, tensor in tensors:
-                ref = None if tensor is None else self._refs.get(storage_key(tensor))
-                if ref is not None:
-                    ref.record.class_, ref.record.module = class_, path
+                record = None if tensor is None else self._records.get(storage_key(tensor))
+                if record is not None:
+                    record.class_, record.module = class_, path
 
         model, average = self.built.model, self.built.average
         classify("gradient", ((name, x.grad) for name, x in model.named_parameters()))
@@ -402,19 +400,6 @@ def _tensors(batches: GlobalBatch) -> Iterator[Tensor]:
 
 
 @contextmanager
-def python_backward(recording: Recorder) -> Iterator[None]:
-    """Let `Tensor.backward` run our backward pass, and tell the recorder of it."""
-
-    def run(root: Tensor, gradient: Tensor | None) -> None:
-        recording.backward_started()
-        torch_private.run_backward(root, gradient, recording.enter_node)
-        recording.backward_ended()
-
-    with torch_private.replaced_backward(run):
-        yield
-
-
-@contextmanager
 def recorder(factory: StepFactory, fields: BatchFields, gpu: Gpu) -> Iterator[Recorder]:
     """Build what trains on a fake GPU, ready to record steps."""
     with (
@@ -422,5 +407,5 @@ def recorder(factory: StepFactory, fields: BatchFields, gpu: Gpu) -> Iterator[Re
         torch_private.fake_cuda(gpu.capability, has_bf16=gpu.has_bf16, attention=gpu.attention),
     ):
         recording = Recorder(factory, torch_private.CUDA, fields, gpu)
-        with python_backward(recording):
+        with torch_private.replaced_backward(recording.backward):
             yield recording
