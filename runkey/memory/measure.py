@@ -1,8 +1,6 @@
 """Find what memory a machine has, and measure training steps in a process of their own.
 
-    result = run_trial(make_step, job, device)
-
-`make_step` comes from the floors above, which know the training step.
+    result = run_trial(factory, job, device)
 
 memory/measured.json holds what steps took on this machine. DVC does not cache it, since it differs
 from run to run; where it is missing, or belongs to another memory.json, the prediction counts.
@@ -16,7 +14,7 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,12 +22,11 @@ from typing import Literal
 import torch
 from pydantic import TypeAdapter
 
-from runkey.data.dataset import GlobalBatch
 from runkey.errors import TrainingError
 from runkey.files import write_json
 from runkey.memory.predict import Line, line_through
 from runkey.memory.trace.events import MicroBatch
-from runkey.memory.trace.record import BatchFields, synthetic_batch
+from runkey.memory.trace.record import BatchFields, StepFactory, synthetic_batch
 from runkey.units import GIB, MIB
 
 MEASURED = "measured.json"
@@ -127,9 +124,6 @@ def _kib(table: Path, name: str) -> int:
 # A trial: training steps in a process that has done nothing else.
 
 
-MakeStep = Callable[[], Callable[[GlobalBatch], object]]
-"""Builds everything that trains, and returns a whole optimizer step."""
-
 _STEPS = 2  # The first one allocates the optimizer's state; the second has it from the start.
 _STATUS = Path("/proc/self/status")
 _NO_MEMORY = "can't allocate memory"  # what the CPU's allocator says
@@ -186,7 +180,7 @@ class TrialResult:
         return len(self.peaks) == len(job.worst) and not self.retries
 
 
-def run_trial(make_step: MakeStep, job: TrialJob, device: torch.device) -> TrialResult:
+def run_trial(factory: StepFactory, job: TrialJob, device: torch.device) -> TrialResult:
     """Run a job in this process, which should have done little else.
 
     On a CPU, later peaks find a fragmented heap: for 8 images of 480 x 640, the line through 2 and
@@ -203,7 +197,7 @@ def run_trial(make_step: MakeStep, job: TrialJob, device: torch.device) -> Trial
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
     peaks: list[Peak] = []
     try:
-        for images in _run(make_step, job):
+        for images in _run(factory, job, device):
             peaks.append(_peak(images, device))
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and _NO_MEMORY not in str(error):
@@ -222,11 +216,11 @@ def run_trial(make_step: MakeStep, job: TrialJob, device: torch.device) -> Trial
     return TrialResult(tuple(peaks), retries, max(0, outside), budget)
 
 
-def _run(make_step: MakeStep, job: TrialJob) -> Iterator[int]:
+def _run(factory: StepFactory, job: TrialJob, device: torch.device) -> Iterator[int]:
     """Run the steps; yield the images of each of `worst` when its steps are done."""
     if not job.worst:
         return
-    step = make_step()
+    step = factory(device).step
     for one in job.worst:
         sampled = job.sampled if one is job.worst[-1] else ()
         for micro_batches in ((one, one),) * _STEPS + sampled:

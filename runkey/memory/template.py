@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -28,9 +28,7 @@ _PADS = (8, 16, 32)
 def quantities(one: MicroBatch, stride: int) -> NDArray[np.int64]:
     """Return what a block's bytes can be proportional to: constant first, simple before composed.
 
-    Args:
-        one: the micro-batch.
-        stride: pixels from token to token.
+    `stride` is the pixels from token to token.
     """
     cells = _cells(one.height, one.width)
     tokens = cells[stride]
@@ -93,51 +91,40 @@ def _count_told_apart(worst: Shape, shape: Shape, stride: int) -> int:
     return len(np.unique(one / other))
 
 
-@dataclass(frozen=True, slots=True)
 class Laws:
     """Bytes of every block of a trace, for a micro-batch of any size."""
 
-    stride: int
-    """Pixels from token to token."""
-    index: NDArray[np.int64]
-    """[blocks]: which of `quantities` each block is proportional to."""
-    slope: NDArray[np.float64]
-    """[blocks]: bytes for each unit of it."""
-    constant: NDArray[np.float64]
-    """[blocks]: bytes on top."""
-    loose: int
-    """Number of blocks that follow no law exactly, and are bounded instead."""
+    def __init__(self, sizes: NDArray[np.int64], traced: Sequence[MicroBatch], stride: int) -> None:
+        """Find which of `quantities` each block is proportional to.
+
+        Args:
+            sizes: [traces, blocks] bytes.
+            traced: [traces] micro-batches; the first two differ in the images only.
+            stride: pixels from token to token.
+        """
+        known = np.stack([quantities(one, stride) for one in traced]).astype(np.float64)
+        blocks = sizes.shape[1]
+        self._stride, self._index = stride, np.zeros(blocks, dtype=np.int64)
+        self._slope, self._constant = np.zeros(blocks), np.zeros(blocks)
+        unknown = np.ones(blocks, dtype=bool)
+        for column, values in enumerate(known.T):
+            per_unit = sizes / values[:, None]
+            fits = unknown & (per_unit == per_unit[0]).all(0)
+            self._index[fits], self._slope[fits] = column, per_unit[0, fits]
+            unknown &= ~fits
+        # Affine in the images whatever the shape: too much for all shapes below the largest.
+        loose = np.flatnonzero(unknown)
+        images = np.array([[one.images] for one in traced])
+        rise = np.maximum(0, sizes[1, loose] - sizes[0, loose]) / (images[1] - images[0])
+        self._index[loose], self._slope[loose] = known.shape[1] // 2, rise
+        self._constant[loose] = (sizes[:, loose] - rise * images).max(0)
+        self.loose = len(loose)
+        """Number of blocks that follow no law exactly, and are bounded instead."""
 
     def bytes(self, one: MicroBatch) -> NDArray[np.int64]:
         """Return the bytes of each block for such a micro-batch."""
-        values = self.constant + self.slope * quantities(one, self.stride)[self.index]
+        values = self._constant + self._slope * quantities(one, self._stride)[self._index]
         return np.rint(values).astype(np.int64)
-
-
-def find_laws(sizes: NDArray[np.int64], traced: Sequence[MicroBatch], stride: int) -> Laws:
-    """Find the law of each block.
-
-    Args:
-        sizes: [traces, blocks] bytes.
-        traced: [traces] micro-batches; the first two differ in the images only.
-        stride: pixels from token to token.
-    """
-    known = np.stack([quantities(one, stride) for one in traced]).astype(np.float64)
-    index = np.zeros(sizes.shape[1], dtype=np.int64)
-    slope, constant = np.zeros(len(index)), np.zeros(len(index))
-    unknown = np.ones(len(index), dtype=bool)
-    for column, values in enumerate(known.T):
-        per_unit = sizes / values[:, None]
-        fits = unknown & (per_unit == per_unit[0]).all(0)
-        index[fits], slope[fits] = column, per_unit[0, fits]
-        unknown &= ~fits
-    loose = np.flatnonzero(unknown)
-    # Affine in the images whatever the shape: too much for all shapes below the largest.
-    images = np.array([[one.images] for one in traced])
-    rise = np.maximum(0, sizes[1, loose] - sizes[0, loose]) / (images[1] - images[0])
-    index[loose], slope[loose] = known.shape[1] // 2, rise
-    constant[loose] = (sizes[:, loose] - rise * images).max(0)
-    return Laws(stride, index, slope, constant, len(loose))
 
 
 _CONVOLUTIONS = ("backbone.", "input_proj")
@@ -165,7 +152,7 @@ class Template:
         if any(kind != kinds[0] for kind in kinds) or len({one.marks for one in traces}) > 1:
             raise ValueError("the traced steps allocate different blocks")
         sizes = np.array([[e.bytes for e in events if e.kind == "alloc"] for events in every])
-        self.laws = find_laws(sizes, [trace.micro_batches[0] for trace in traces], stride)
+        self.laws = Laws(sizes, [trace.micro_batches[0] for trace in traces], stride)
         self._trace = trace = traces[0]
         self._replacements = _replacements(trace)
         moves = [
@@ -190,9 +177,7 @@ class Template:
     def peak(self, one: MicroBatch, workspace_share: float = 0.0) -> int:
         """Return the most bytes alive in a step over two such micro-batches.
 
-        Args:
-            one: the micro-batch.
-            workspace_share: bytes of a convolution's workspace, as a part of its result.
+        `workspace_share` is the bytes of a convolution's workspace, as a part of its result.
         """
         sizes = round_up(self.laws.bytes(one))
         before = sizes[[event.block for event in self._trace.before]].sum()
@@ -203,21 +188,13 @@ class Template:
     def at(self, one: MicroBatch) -> Trace:
         """Return the trace of a step over two such micro-batches."""
         sizes = self.laws.bytes(one).tolist()
-        before, events = (
-            tuple(event._replace(bytes=sizes[event.block]) for event in part)
-            for part in (self._trace.before, self._trace.events)
-        )
-        return Trace((one, one), before, events, self._trace.marks)
+        trace = _changed(self._trace, lambda event: event._replace(bytes=sizes[event.block]))
+        return replace(trace, micro_batches=(one, one))
 
     def replay(self, steps: Sequence[Sequence[MicroBatch]], workspace_share: float) -> Allocator:
-        """Run a training in the model of the allocator.
+        """Run the steps of a training in the model of the allocator, and return it.
 
-        Args:
-            steps: the micro-batches of each step.
-            workspace_share: see `peak`; a workspace is freed when its operation ends.
-
-        Returns:
-            The allocator at the end of the last step.
+        `workspace_share`: see `peak`; a workspace is freed when its operation ends.
         """
         sizes = {one: self.laws.bytes(one).tolist() for step in steps for one in step}
         constant, allocator = sizes[steps[0][0]], Allocator()
@@ -259,10 +236,11 @@ def _numbered(trace: Trace) -> Trace:
     for event in (*sorted(trace.before, key=_meaning), *trace.events):
         if event.kind == "alloc":
             numbers[event.block] = len(numbers)
-    before, events = (
-        tuple(event._replace(block=numbers[event.block]) for event in part)
-        for part in (trace.before, trace.events)
-    )
+    return _changed(trace, lambda event: event._replace(block=numbers[event.block]))
+
+
+def _changed(trace: Trace, change: Callable[[Event], Event]) -> Trace:
+    before, events = (tuple(map(change, part)) for part in (trace.before, trace.events))
     return replace(trace, before=before, events=events)
 
 

@@ -4,25 +4,24 @@ A trained model is a folder with two files.
 `weights.safetensors`: the state dict, contiguous CPU tensors; nothing in it can run code.
 `model.json`: `{"format": 1, "model": params, "classes": [{index, id, name}], "sizes": {...}}`.
 Models of runkey 0.1 hold `weights.pt` instead: `{"model": state dict}` by `torch.save`.
-
-Initial weights are a pretrained backbone or a detector, whose heads are matched by class name.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import pickle
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 from urllib.error import URLError
 
 import safetensors.torch
 import torch
 from pydantic import TypeAdapter
+from safetensors import SafetensorError
 from torch import Tensor
 
 from runkey import params
@@ -35,6 +34,9 @@ OLD_WEIGHTS = "weights.pt"
 """What models of runkey 0.1 have in place of `WEIGHTS`."""
 CARD = "model.json"
 _FORMAT = 1
+
+_State = dict[str, Tensor]
+"""Tensors by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,31 +103,45 @@ def read_card(folder: Path) -> ModelCard:
         raise ModelError(f"{path}: no model card ({reason}); run `dvc repro train`") from None
 
 
-def weights_file(folder: Path) -> Path:
+def _weights_file(folder: Path) -> Path:
     """Return the weights file of a saved model, or the path where it is missing."""
     old, new = folder / OLD_WEIGHTS, folder / WEIGHTS
     return old if old.is_file() and not new.is_file() else new
 
 
-def read_weights(path: Path) -> Any:
-    """Read a `.safetensors` file, or what `torch.save` wrote, without running code from it.
+def _read_state(path: Path) -> _State:
+    """Read a file's state dict onto the CPU, without running code from it.
 
-    Returns:
-        The state dict of a `.safetensors` file; else whatever was saved, tensors on the CPU.
+    It is the whole of a `.safetensors` file; of what `torch.save` wrote the whole, or what is
+    under `model` or `state_dict`.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is damaged, or holds something other than tensors and plain values.
+        ValueError: it is damaged or holds something else; what, and the way out.
     """
+    loaded: Any
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        # The reference's training checkpoints hold their command line too; it is only read past.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        text = str(error).strip()
-        raise ValueError(text.splitlines()[0] if text else "cut short") from None
+            loaded = safetensors.torch.load_file(path)
+        else:
+            # The reference's checkpoints hold their command line too; it is only read past.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, PickleError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        text = str(error).strip() or "cut short"
+        raise ValueError(
+            f"no weights file that is safe to load ({text.splitlines()[0][:90]}); save its tensors"
+            ' alone with torch.save({"model": model.state_dict()}, file)'
+        ) from None
+    if isinstance(loaded, dict):
+        inner = (loaded.get(key) for key in ("model", "state_dict"))
+        loaded = next((one for one in inner if isinstance(one, dict)), loaded)
+    if not isinstance(loaded, dict) or not loaded:
+        raise ValueError("holds no state dict; expected names with tensors, or 'model'")
+    odd = [name for name, value in loaded.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise ValueError(f"{odd[0]!r} is no tensor; expected a state dict, or 'model'")
+    return loaded
 
 
 def load_model(folder: Path) -> tuple[Detector, ModelCard]:
@@ -135,13 +151,12 @@ def load_model(folder: Path) -> tuple[Detector, ModelCard]:
         ModelError: a file is missing or damaged, or the weights do not fit the card.
     """
     card = read_card(folder)
-    path = weights_file(folder)
+    path = _weights_file(folder)
     try:
-        state = read_weights(path)
-        state = state["model"] if path.name == OLD_WEIGHTS else state
+        state = _read_state(path)
     except FileNotFoundError:
         raise ModelError(f"{path}: not found; run `dvc repro train` first") from None
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         raise ModelError(f"{path}: damaged; run `dvc repro train` again") from None
     detector = build_model(card.model, len(card.classes))
     try:
@@ -174,9 +189,6 @@ _QUERY_ROWS = ("query_embed.weight", "query_content.weight")
 _COMMON = ("backbone.", "transformer.encoder.")
 _COUNTER = "num_batches_tracked"  # of batch norm, which no computation reads
 _MOST_DROPS = 12
-
-_State = dict[str, Tensor]
-"""Tensors by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,31 +360,14 @@ def read_source(path: Path) -> PretrainedWeights:
     Raises:
         ModelError: see `load_initial_weights`.
     """
-    file = weights_file(path) if path.is_dir() else path
+    file = _weights_file(path) if path.is_dir() else path
     try:
-        loaded = read_weights(file)
+        state = _read_state(file)
     except FileNotFoundError:
         raise ModelError(f"{file}: not found; mend model.init_from or .backbone_weights") from None
-    except (ValueError, KeyError) as error:
-        raise ModelError(
-            f"{file}: no weights file that is safe to load ({str(error)[:90]}); save its tensors"
-            ' alone with torch.save({"model": model.state_dict()}, file)'
-        ) from None
-    state = _tensors(loaded, file)
+    except ValueError as error:
+        raise ModelError(f"{file}: {error}") from None
     return PretrainedWeights(str(path), state, _class_names(file, state))
-
-
-def _tensors(loaded: object, file: Path) -> _State:
-    """The state dict in a loaded file: under `model`, under `state_dict`, or the whole."""
-    if isinstance(loaded, dict):
-        inner = (loaded.get(key) for key in ("model", "state_dict"))
-        loaded = next((one for one in inner if isinstance(one, dict)), loaded)
-    if not isinstance(loaded, dict) or not loaded:
-        raise ModelError(f"{file}: holds no state dict; expected names with tensors, or 'model'")
-    odd = [name for name, value in loaded.items() if not isinstance(value, Tensor)]
-    if odd:
-        raise ModelError(f"{file}: {odd[0]!r} is no tensor; expected a state dict, or 'model'")
-    return loaded
 
 
 def _class_names(file: Path, state: _State) -> list[str] | None:

@@ -36,7 +36,7 @@ def build_step(params: Params, num_classes: int, device: torch.device) -> BuiltS
 
 
 def step_factory(params: Params, num_classes: int) -> StepFactory:
-    """Return a function that builds the step on a device that is not there."""
+    """Return a function that builds the step on a device."""
     return lambda device: build_step(params, num_classes, device)
 
 
@@ -46,5 +46,5 @@ def run_trial_job(root: Path, job: Path, result: Path) -> None:
     device, _ = choose_device(params.runtime.device)
     num_classes = len(read_classes(root / paths.PREPARED / "classes.json"))
     asked = read_as(TrialJob, job)
-    outcome = run_trial(lambda: build_step(params, num_classes, device).step, asked, device)
+    outcome = run_trial(step_factory(params, num_classes), asked, device)
     write_json(result, asdict(outcome))

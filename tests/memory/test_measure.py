@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from runkey.errors import TrainingError
 from runkey.files import write_json
 from runkey.memory.measure import TrialJob, TrialResult, read_as, run_trial, wait_for
 from runkey.memory.predict import read_model, write_model
 from runkey.memory.trace.events import MicroBatch
-from runkey.memory.trace.record import BatchFields, synthetic_batch
+from runkey.memory.trace.record import BatchFields, BuiltStep, synthetic_batch
 from runkey.params import Params, override
 from runkey.params.render import render
 
@@ -90,16 +91,20 @@ def job(*worst: MicroBatch) -> TrialJob:
     return TrialJob(worst, (worst[:1],), BatchFields(4, None), budget_gib=2.5, outside_bytes=9)
 
 
+def factory_of(step):
+    return lambda device: BuiltStep(step, nn.Identity(), torch.optim.SGD([torch.ones(1)]), None)
+
+
 def test_a_trial_runs_each_window_and_tells_of_peaks(tmp_path):
     seen = []
 
-    def make_step():
-        return lambda window: seen.append([len(batch) for batch in window])
+    def step(window):
+        seen.append([len(batch) for batch in window])
 
     asked = job(MicroBatch(2, 40, 60, 5), MicroBatch(3, 40, 60, 5))
     write_json(tmp_path / "job.json", asdict(asked))
     assert read_as(TrialJob, tmp_path / "job.json") == asked
-    result = run_trial(make_step, asked, CPU)
+    result = run_trial(factory_of(step), asked, CPU)
     assert seen == [[2, 2], [2, 2], [3, 3], [3, 3], [2]]
     assert [peak.images for peak in result.peaks] == [2, 3]
     assert result.passed(asked)
@@ -108,11 +113,11 @@ def test_a_trial_runs_each_window_and_tells_of_peaks(tmp_path):
 
 
 def test_a_step_that_does_not_fit_is_named():
-    def make_step():
-        return lambda window: torch.empty(2**50, dtype=torch.uint8)
+    def step(window):
+        torch.empty(2**50, dtype=torch.uint8)
 
     with pytest.raises(TrainingError) as caught:
-        run_trial(make_step, job(MicroBatch(2, 40, 60, 5)), CPU)
+        run_trial(factory_of(step), job(MicroBatch(2, 40, 60, 5)), CPU)
     assert str(caught.value) == (
         "memory.probe_batches: a training step of 2 images of 40 x 60 pixels does not fit in "
         "memory; lower memory.probe_batches, data.short_sides and data.long_side, "
@@ -121,11 +126,11 @@ def test_a_step_that_does_not_fit_is_named():
 
 
 def test_other_faults_of_a_step_are_not_hidden():
-    def make_step():
-        return lambda window: torch.zeros(2) + torch.zeros(3)
+    def step(window):
+        torch.zeros(2) + torch.zeros(3)
 
     with pytest.raises(RuntimeError, match="size of tensor"):
-        run_trial(make_step, job(MicroBatch(2, 40, 60, 5)), CPU)
+        run_trial(factory_of(step), job(MicroBatch(2, 40, 60, 5)), CPU)
 
 
 def test_death_of_the_measuring_process_is_named(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from runkey.memory.template import Template, find_laws, other_shape, quantities
+from runkey.memory.template import Laws, Template, other_shape, quantities
 from runkey.memory.trace.events import CLASSES, MicroBatch, break_down, timeline_of
 from runkey.memory.trace.gpu import Gpu
 from runkey.memory.trace.record import BatchFields, recorder
@@ -84,7 +84,7 @@ def test_laws_are_found_and_what_has_none_is_bounded():
     passes = [MicroBatch(2, *worst, 9), MicroBatch(4, *worst, 9), MicroBatch(3, *other, 9)]
     known = np.stack([quantities(one, stride) for one in passes])
     sizes = np.concatenate((known * 12, [[100 + 7], [100 + 14], [90]]), axis=1)
-    laws = find_laws(sizes, passes, stride)
+    laws = Laws(sizes, passes, stride)
     new = MicroBatch(5, 640, 901, 9)
     assert laws.loose == 1
     assert (laws.bytes(new)[:-1] == quantities(new, stride) * 12).all()

@@ -23,20 +23,12 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 
 from runkey.data.dataset import Batch, GlobalBatch
 from runkey.memory.trace import torch_private
 from runkey.memory.trace.events import BlockClass, Event, Kind, Mark, MicroBatch, Phase, Trace
 from runkey.memory.trace.gpu import Gpu
-from runkey.memory.trace.torch_private import (
-    TorchDispatchMode,
-    next_sequence_number,
-    storage_key,
-)
+from runkey.memory.trace.torch_private import TorchDispatchMode, next_sequence_number, storage_key
 from runkey.model import backbones
 from runkey.model.matcher import Matcher
 from runkey.units import KIB
@@ -137,14 +129,10 @@ class Recorder(TorchDispatchMode):
         fields: BatchFields,
         gpu: Gpu | None = None,
     ) -> None:
-        """Build what trains, within the contexts that `recorder` enters.
+        """Build what trains on a device, within the contexts that `recorder` enters.
 
-        Args:
-            factory: builds it.
-            device: where to build it; storages on such a device are logged.
-            fields: of the batches.
-            gpu: knows what kernels allocate for themselves, which no operation returns; None: this
-                and what cuBLAS keeps are not logged.
+        `gpu` knows what kernels allocate for themselves, which no operation returns; None: this and
+        what cuBLAS keeps are not logged.
         """
         super().__init__()
         self.fields = fields
@@ -213,8 +201,12 @@ class Recorder(TorchDispatchMode):
             return call
 
         with (
-            register_module_forward_pre_hook(lambda module, _: self._enter(module)),
-            register_module_forward_hook(lambda *_: self._leave(), always_call=True),
+            nn.modules.module.register_module_forward_pre_hook(
+                lambda module, _: self._enter(module)
+            ),
+            nn.modules.module.register_module_forward_hook(
+                lambda *_: self._leave(), always_call=True
+            ),
             patch.object(backbones, "residual_block", watched(backbones.residual_block)),
             patch.object(backbones, "conv_norm", watched(backbones.conv_norm)),
             fixed_matches(),

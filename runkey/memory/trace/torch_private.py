@@ -95,11 +95,8 @@ ATTENTION = {
 
 @contextmanager
 def fake_tensors() -> Iterator[FakeTensorMode]:
-    """Give tensors made in this context shapes, strides and devices, but no memory.
-
-    The image normalisation's cache is cleared at both ends, so that no fake tensor leaves the
-    context and no real one enters it.
-    """
+    """Give tensors made in this context shapes, strides and devices, but no memory."""
+    # Cleared at both ends, so that no fake tensor leaves the context and no real one enters it.
     colour_constants.cache_clear()
     try:
         with (
@@ -151,10 +148,7 @@ def _convolution_format(images: Tensor, kernel: Tensor, _: Any) -> torch.memory_
 
 
 def _move(old: Any, new: Any) -> None:
-    """Give a fake parameter new data, as `module.to` does with a real one.
-
-    torch would swap the two tensors, which fails because the fake mode holds weak references.
-    """
+    """Give a fake parameter new data; torch would swap tensors, which weak references forbid."""
     old.data = new.data
     old.fake_device = new.fake_device
 
@@ -223,7 +217,6 @@ class BackwardRun:
     """One backward pass."""
 
     def __init__(self, on_node: Callable[[int], None]) -> None:
-        """Prepare a pass; `on_node`: see `run_backward`."""
         self._on_node = on_node
         self._awaited: Counter[int] = Counter()
         self._waiting: dict[int, Slots] = {}
@@ -294,9 +287,7 @@ class BackwardRun:
                     self._release([gradient])
                 continue
             key = _key(node)
-            slots = self._waiting.pop(key, None)
-            if slots is None:
-                slots = [None] * len(node._input_metadata)
+            slots = self._waiting.pop(key, None) or [None] * len(node._input_metadata)
             if gradient is not None:
                 if slots[slot] is not None:
                     added.append(gradient)
