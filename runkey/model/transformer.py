@@ -69,7 +69,8 @@ class GridPosition:
     ) -> Tensor:
         radians = map(self._radians, _valid_rows_columns(padding, shape, device))
         y, x = (sine(one, self.dim // 2, self.temperature) for one in radians)
-        return torch.cat(torch.broadcast_tensors(y[:, :, None], x[:, None]), dim=-1).flatten(1, 2)
+        grid = torch.broadcast_tensors(y[:, :, None], x[:, None])  # type: ignore[no-untyped-call]
+        return torch.cat(grid, dim=-1).flatten(1, 2)
 
     def _radians(self, valid: Tensor) -> Tensor:
         """Positions [B, n] along one axis; `valid` is bool [B, n]."""
@@ -87,7 +88,8 @@ def grid_centres(padding: Tensor | None, shape: tuple[int, int], device: torch.d
     """
     rows, columns = _valid_rows_columns(padding, shape, device)
     y, x = ((n.cumsum(1) - 0.5) / n.sum(1, keepdim=True) for n in (rows, columns))
-    return torch.stack(torch.broadcast_tensors(x[:, None], y[:, :, None]), dim=-1).flatten(1, 2)
+    grid = torch.broadcast_tensors(x[:, None], y[:, :, None])  # type: ignore[no-untyped-call]
+    return torch.stack(grid, dim=-1).flatten(1, 2)
 
 
 def _valid_rows_columns(
