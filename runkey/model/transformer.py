@@ -54,21 +54,19 @@ class GridPosition:
         `padding` is bool [B, h, w], True on padding; None: no padding.
         """
         if padding is not None:
-            return self._encode(padding, shape, device)
+            return self._encode(*_valid_rows_columns(padding, shape, device))
         key = (*shape, device)
         if key not in self._unpadded:
             if len(self._unpadded) >= _MAX_SHAPES:
                 self._unpadded.clear()
             # A tensor made in inference mode could not be used in training later.
             with torch.inference_mode(False):
-                self._unpadded[key] = self._encode(None, shape, device)
+                self._unpadded[key] = self._encode(*_valid_rows_columns(None, shape, device))
         return self._unpadded[key]
 
-    def _encode(
-        self, padding: Tensor | None, shape: tuple[int, int], device: torch.device
-    ) -> Tensor:
-        radians = map(self._radians, _valid_rows_columns(padding, shape, device))
-        y, x = (sine(one, self.dim // 2, self.temperature) for one in radians)
+    def _encode(self, valid_rows: Tensor, valid_columns: Tensor) -> Tensor:
+        y = sine(self._radians(valid_rows), self.dim // 2, self.temperature)
+        x = sine(self._radians(valid_columns), self.dim // 2, self.temperature)
         grid = torch.broadcast_tensors(y[:, :, None], x[:, None])  # type: ignore[no-untyped-call]
         return torch.cat(grid, dim=-1).flatten(1, 2)
 
