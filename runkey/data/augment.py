@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -63,8 +64,7 @@ def uniforms(
     block = np.tile(np.arange(blocks, dtype=np.uint64), len(ids))
     counters = np.stack((block, wide & _MASK, wide >> _HALF, np.zeros_like(block)), axis=1)
     digest = hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=8).digest()
-    key = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-    words = philox(counters, key)
+    words = philox(counters, struct.unpack("<2I", digest))
     return words.reshape(len(ids), blocks * 4)[:, :draws] / 2.0**32
 
 
@@ -151,12 +151,8 @@ def _span(first: float, length: float, source: int, out: int) -> Span:
 def augment_image(image: Tensor, augment: AugmentParams) -> Tensor:
     """Crop and resize in one resampling, bilinear with antialiasing, then mirror.
 
-    Args:
-        image: uint8 [3, h, w].
-        augment: the geometry.
-
-    Returns:
-        uint8 [3, *augment.size], in the memory format of `image`; `OUTSIDE_RGB` outside the source.
+    From uint8 [3, h, w] to uint8 [3, *augment.size], in the memory format of `image`; the output is
+    `OUTSIDE_RGB` outside the source.
     """
     x, y = augment.spans((image.shape[1], image.shape[2]))
     part = image[:, y.start : y.stop, x.start : x.stop]
@@ -229,14 +225,13 @@ class Augmentation:
 
     def _params(self, u: list[float], size: tuple[int, int]) -> AugmentParams:
         """Parameters from eight uniform numbers, each with one fixed meaning."""
-        data, augment, (height, width) = self.data, self.data.augment, size
+        data, augment = self.data, self.data.augment
         short_side = data.short_sides[_below(u[1], len(data.short_sides))]
-        flip = u[0] < augment.flip_probability
-        if u[2] >= augment.crop_probability:
-            out = resized_size(height, width, short_side, data.long_side)
-            return AugmentParams(out, _zoomed(augment, u[3:7]), flip)
-        region, cropped = _cropped(augment, size, u[3:])
-        return AugmentParams(resized_size(*cropped, short_side, data.long_side), region, flip)
+        region = _zoomed(augment, u[3:7])
+        if u[2] < augment.crop_probability:
+            region, size = _cropped(augment, size, u[3:])
+        out = resized_size(*size, short_side, data.long_side)
+        return AugmentParams(out, region, flip=u[0] < augment.flip_probability)
 
 
 def _below(u: float, count: int) -> int:

@@ -189,13 +189,8 @@ class BatchMaker(Dataset["Batch | RunkeyError"]):
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Compute the boxes and labels of an augmented image; no pixel is read.
 
-        Args:
-            index: position of the image in the index.
-            augment: its geometry.
-            source: (height, width) of the decoded image, pixels.
-
-        Returns:
-            Boxes cxcywh [n, 4], fractions of the output, and labels [n].
+        `source` is the (height, width) of the decoded image, pixels. Returns boxes cxcywh [n, 4],
+        fractions of the output, and labels [n].
         """
         part = slice(*self.table.starts[index : index + 2])
         source_xyxy = self.table.boxes_xyxy[part] * (source[::-1] * 2)
@@ -223,11 +218,7 @@ def normalise(batch: Batch, *, channels_last: bool = False) -> tuple[Tensor, Ten
     For brightness b, contrast c and saturation s of an image with mean m (over its valid pixels
     and channels): y = c b x + (1 - c) b m, then s y + (1 - s) grey(y). Values are not clipped, so
     the order of the three does not matter. An image's result does not depend on its batch, to the
-    last bit. There is no device sync.
-
-    Args:
-        batch: on the device to compute on.
-        channels_last: memory format of the result.
+    last bit. It is computed on the batch's device, without a sync.
 
     Returns:
         Images float32 [B, 3, H, W], exactly 0 in the padding, and the padding mask

@@ -122,12 +122,9 @@ def write_image_list(
     images: Mapping[SplitName, Iterable[tuple[ImageRecord, bytes]]],
     classes: Iterable[ClassName],
 ) -> None:
-    """Write the list of images, one a line, sorted by path.
+    """Write the list of images, each given with its file's sha256, one a line, sorted by path.
 
-    Args:
-        path: the file.
-        images: by split, each image with the sha256 of its file.
-        classes: in the order of their indices; names are hashed, not indices.
+    Boxes are hashed with the names of their classes, not with indices.
     """
     names = [entry.name for entry in classes]
     splits = []

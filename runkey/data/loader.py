@@ -126,10 +126,7 @@ def resolve_workers(
 ) -> tuple[int, str]:
     """Choose the number of loader processes of each rank; return it with the reason for the log.
 
-    Args:
-        workers: `runtime.workers`.
-        cached: whether the split has a cache of decoded images.
-        world_size: number of ranks.
+    `workers` is `runtime.workers`; a split that is `cached` needs none.
     """
     if workers != "auto":
         return workers, "runtime.workers"

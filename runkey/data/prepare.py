@@ -55,17 +55,10 @@ Splits = dict[SplitName, list[CheckedImage]]
 
 
 def prepare(data: Data, seed: int, root: Path, out: Path, num_queries: int) -> Findings:
-    """Check the data set, write the outputs and log the report.
+    """Check the data set below `root`, replace the outputs in `out`, and log the report.
 
-    Args:
-        data: section `data` of the parameters.
-        seed: chooses the validation images if the data set has one JSON.
-        root: the folder that `data.path` is relative to.
-        out: folder for the outputs (prepared/); earlier outputs are replaced.
-        num_queries: the model's; images with more objects are reported.
-
-    Returns:
-        The faults and what was done, as in report.json.
+    `seed` chooses the validation images if the data set has one JSON; images with more objects
+    than the model's `num_queries` are noted. Returns what report.json holds.
 
     Raises:
         DataError: the data set has a fault whose policy is `fail`, or cannot be used at all. All
@@ -305,13 +298,8 @@ def choose_val(
     A class of two images or more is in both splits, unless other classes of the same few images
     prevent it; then, and if only one image has it, it is in train.
 
-    Args:
-        classes_of: image id -> its classes (empty for an image without objects).
-        val_fraction: fraction of validation images, 0..1.
-        seed: another seed chooses other images.
-
-    Returns:
-        Ids of the val images; of two images or more at least one and not all.
+    `classes_of` holds the classes of each image id, none for an image without objects. Of two
+    images or more, at least one is chosen and not all.
     """
     order = sorted(classes_of, key=lambda n: hashlib.sha256(f"{seed}:{n}".encode()).digest())
     split = _Stratification(classes_of, order, val_fraction)

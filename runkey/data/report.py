@@ -83,14 +83,8 @@ class Findings:
     ) -> bool:
         """Record a fault.
 
-        Args:
-            kind: the name of its check.
-            file: the JSON or the image.
-            what: item and fault.
-            image_id: the image concerned, if any.
-            annotation_id: the annotation concerned, if any.
-            fixed: what policy `fix` does.
-            dropped: what policy `drop` does.
+        `kind` is the name of its check, `file` the JSON or the image, `what` the item and its
+        fault; `fixed` and `dropped` say what these policies do.
 
         Returns:
             True if the item stays, repaired. False under `drop`, and under `fail` too: checking

@@ -137,12 +137,8 @@ def worst_batch_shape(shapes: Iterable[Shape], batch_size: int, *, grouped: bool
 def padded_shapes(shapes: Iterable[Shape], batch_size: int, *, grouped: bool) -> set[Shape]:
     """Return every padded shape that a batch of up to `batch_size` images can have.
 
-    Two images are enough to reach them all: one determines the height, the other the width.
-
-    Args:
-        shapes: of single images, in training or evaluation.
-        batch_size: images in the batch; a single image is not padded.
-        grouped: `data.group_by_aspect`: no batch holds landscape and portrait images together.
+    Two images are enough to reach them all: one determines the height, the other the width. A
+    single image is not padded. If `grouped`, no batch holds landscape and portrait images together.
     """
     if batch_size == 1:
         return set(shapes)

@@ -83,14 +83,10 @@ def evaluate_results(
     *,
     by_size: bool = True,
 ) -> CocoResult:
-    """Evaluate all detections of all images, without a score threshold.
+    """Compare all detections, without a score threshold, with the ground truth of `records`.
 
-    Args:
-        records: the ground truth.
-        classes: all classes; labels of records are indices into this list.
-        results: detections in COCO's results format.
-        by_size: also compute the metrics of small, medium and large objects; they take more than
-            half of the time, and are None otherwise.
+    Without `by_size`, the metrics of small, medium and large objects are None; they take more than
+    half of the time.
     """
     # pycocotools prints its progress and a table.
     with contextlib.redirect_stdout(io.StringIO()):

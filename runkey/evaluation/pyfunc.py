@@ -50,11 +50,7 @@ class PyfuncDetector:
     card: ModelCard
 
     def predict(self, frame: Any, params: dict[str, Any] | None = None) -> Any:  # noqa: ARG002
-        """Detect objects.
-
-        Args:
-            frame: DataFrame; its column `image` holds the bytes of image files.
-            params: not used; MLflow passes it.
+        """Detect the objects of image files, whose bytes are the column `image` of a DataFrame.
 
         Returns:
             DataFrame with `PYFUNC_COLUMNS`: the image's row, its detections by descending score,

@@ -56,15 +56,11 @@ def detect(
     autocast: AutocastFactory = nullcontext,
     on_batch: Callable[[Any, Batch], None] = lambda outputs, batch: None,  # noqa: ARG005
 ) -> dict[int, Detections]:
-    """Detect objects in evaluation mode, which is restored after; return them by image id.
+    """Detect the objects of all batches; return them by image id.
 
-    Args:
-        model: a detector; called as model(images [B, 3, H, W], padding_mask [B, H, W]).
-        postprocess: turns its outputs into detections.
-        batches: in any grouping.
-        device: where the model is.
-        autocast: returns the context of each forward pass (mixed precision).
-        on_batch: called with the outputs and the batch, whose images have one shape.
+    The model is on the device and is called in evaluation mode, restored after, as
+    model(images [B, 3, H, W], padding_mask [B, H, W]). `on_batch` receives the outputs and their
+    batch, whose images have one shape.
     """
     detections: dict[int, Detections] = {}
     was_training = model.training
@@ -163,10 +159,6 @@ def to_results_json(
     detections: Mapping[int, Detections], classes: list[ClassName]
 ) -> list[CocoDetection]:
     """Convert detections to COCO's results format, image by image, with the data's category ids.
-
-    Args:
-        detections: by image id.
-        classes: as in classes.json; a label is an index into this list.
 
     Raises:
         ModelError: a score or a box is NaN or infinite; names the image.

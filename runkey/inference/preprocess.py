@@ -29,11 +29,6 @@ def preprocess(content: bytes, sizes: Sizes, image_id: int = 0) -> Batch:
     them if the JSON has the rotated size. Orientations 2 to 4 (mirrored, upside down) are not
     applied, here or in `prepare`: a phone photo with orientation 3 stays upside down.
 
-    Args:
-        content: bytes of an image file.
-        sizes: of the model's card.
-        image_id: id of the image in the batch.
-
     Returns:
         A batch of one image without objects; its original size is that of the rotated image.
 
