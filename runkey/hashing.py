@@ -27,10 +27,7 @@ def hash_stream(
 ) -> tuple[int, str]:
     """Read a stream to its end; return its size in bytes and hex sha256.
 
-    Args:
-        source: the stream.
-        copy: receives the same bytes.
-        advance: called with the bytes of each chunk, for progress.
+    `copy` receives the same bytes; `advance` is called with the bytes of each chunk, for progress.
     """
     digest, size = hashlib.sha256(), 0
     while chunk := source.read(_CHUNK):

@@ -46,12 +46,9 @@ def records(home: Path, uri: str = "") -> Path:
 
 
 def training_folder(home: Path, key: str, repeats: str | None = None) -> Path:
-    """Return the folder of all that a training needs to continue after an interruption.
+    """Return the folder, below `Store.home`, of all that an interrupted training needs to continue.
 
-    Args:
-        home: `Store.home`.
-        key: what is trained, `rk2-<64 hex digits>`.
-        repeats: MLflow id of the run that is trained again to compare with it.
+    `repeats` is the MLflow id of the run that is trained again to compare with it.
     """
     return home / (f"{key}-repeats-{repeats[:8]}" if repeats else key)
 

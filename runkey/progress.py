@@ -48,12 +48,9 @@ class Steps:
         return f"{self.done / max(self.total, 1):.0%}"
 
     def advance(self, amount: float = 1, text: str = "", what: str = "") -> None:
-        """Add to what is done.
+        """Add an amount, in the step's unit, to what is done.
 
-        Args:
-            amount: in the step's unit.
-            text: to show beside it; the earlier one stays if it is empty.
-            what: what is done now, such as `epoch 3/20`; the earlier one stays if it is empty.
+        `what` is done now, such as `epoch 3/20`, with a text beside it; empty ones change nothing.
         """
         self.done += amount
         self.text, self.what = text or self.text, what or self.what
@@ -192,12 +189,8 @@ def folded(text: str) -> list[str]:
     """Split a text into lines of at most 100 columns; continued lines are indented by two more."""
     lines = []
     for line in text.splitlines():
-        parts = textwrap.wrap(
-            line,
-            WIDTH,
-            subsequent_indent=" " * (len(line) - len(line.lstrip()) + 2),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        lines += parts or [""]
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        lines += textwrap.wrap(
+            line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        ) or [""]
     return lines

@@ -11,7 +11,7 @@ import numpy as np
 
 from runkey.params import load_params
 from runkey.plots.hints import EVENT, find_hints
-from runkey.plots.log import TrainingLog, entries, read_log
+from runkey.plots.log import TrainingLog, read_log
 
 PRESET = Path(__file__).resolve().parents[2] / "presets" / "sample.yaml"
 
@@ -60,7 +60,7 @@ def hints(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
     params = load_params(PRESET).flat(runtime=True) | settings
     log, told = TrainingLog(), dict[str, str]()
     text = (folder / "logs" / "train.jsonl").read_text(encoding="utf-8")
-    for entry in entries(text.splitlines()):
+    for entry in map(json.loads, text.splitlines()):
         if not str(entry.get("event", "")).startswith(EVENT):
             log.add(entry)
         if "train/epoch_loss" in entry.get("values", {}):

@@ -18,14 +18,17 @@ from runkey.plots.log import Series, TrainingLog, read_log
 _CLIPPED = 1.001
 """Norm before / after clipping above which a step was clipped; rounding alone stays below."""
 _MAX_ROWS = 2000  # of a table: more than the pixels of a screen only make DVC's page slow
-_STEP_COLUMNS = {
-    "train/lr": "lr",
-    "train/loss": "loss",
-    "train/grad_norm": "grad_norm",
-    "train/grad_norm_clipped": "grad_norm_clipped",
+_TABLES = {
+    "steps": {
+        "train/lr": "lr",
+        "train/loss": "loss",
+        "train/grad_norm": "grad_norm",
+        "train/grad_norm_clipped": "grad_norm_clipped",
+    },
+    "epochs": {"train/epoch_loss": "train_loss"},
+    "evaluations": {"val/loss": "val_loss", "val/AP": "AP", "val/AP50": "AP50"},
 }
-_EPOCH_COLUMNS = {"train/epoch_loss": "train_loss"}
-_EVALUATION_COLUMNS = {"val/loss": "val_loss", "val/AP": "AP", "val/AP50": "AP50"}
+"""Columns by metric of each table."""
 
 
 def write_training_plots(log: Path, out: Path) -> list[Path]:
@@ -42,22 +45,20 @@ def write_plot_tables(log: Path, out: Path) -> list[Path]:
     have no row in evaluations.csv: DVC draws an empty cell as zero.
     """
     training = read_log(log)
-    every = max(1, -(-len(training.steps) // _MAX_ROWS))
-    steps = pd.DataFrame([point.values | {"step": point.step} for point in training.steps[::every]])
+    some = training.steps[:: max(1, -(-len(training.steps) // _MAX_ROWS))]
+    of_steps = pd.Index([point.step for point in some], name="step")
+    steps = pd.DataFrame([point.values for point in some], of_steps)
     epochs = pd.DataFrame([point.values for point in training.epochs])
-    numbers = pd.Series(range(1, len(epochs) + 1), dtype=float)
-    epochs["epoch"] = epochs.get("train/epoch", numbers).fillna(numbers).round().astype(int)
+    counted = pd.Series(range(1, len(epochs) + 1), dtype=float)
+    of_epochs = epochs.get("train/epoch", counted).fillna(counted).round().astype(int)
+    epochs.index = pd.Index(of_epochs, name="epoch")
     written = []
-    for name, index, points, columns in (
-        ("steps", "step", steps, _STEP_COLUMNS),
-        ("epochs", "epoch", epochs, _EPOCH_COLUMNS),
-        ("evaluations", "epoch", epochs, _EVALUATION_COLUMNS),
-    ):
-        table = points.reindex(columns=[index, *columns]).rename(columns=columns)
-        values = table.drop(columns=index)
-        logged_by_any = values.columns[values.notna().any()]
-        whole = table.dropna(subset=logged_by_any) if len(logged_by_any) else table.iloc[:0]
-        written.append(style.write_table(out / f"{name}.csv", whole))
+    for name, columns in _TABLES.items():
+        points = steps if name == "steps" else epochs
+        table = points.reindex(columns=list(columns)).rename(columns=columns)
+        logged = table.columns[table.notna().any()]
+        whole = table.dropna(subset=logged) if len(logged) else table.iloc[:0]
+        written.append(style.write_table(out / f"{name}.csv", whole.reset_index()))
     return written
 
 
@@ -117,29 +118,27 @@ def _mark_best(log: TrainingLog, losses: Any, scores: Any) -> None:
     label = f"best: epoch {best / per_epoch:.0f}" if per_epoch else f"best: step {best:,}"
     steps, values = log.series("val/AP")
     at_best = values[steps == best]
+    waited = int((steps > best).sum())
+    # Early stopping counts the evaluations since the best one.
+    stopped = waited and "early stop" in str(log.last_event("training_end").get("reason", ""))
     for axes in (losses, scores):
         axes.axvline(best, color=style.BLACK, linewidth=1.2, linestyle=":")
+        if waited:
+            axes.axvspan(best, steps[-1], color=style.PALE, zorder=0)
+        if stopped:
+            axes.axvline(steps[-1], color=style.VERMILLION, linewidth=1.4)
     if at_best.size and np.isfinite(at_best[0]):
         star: dict[str, Any] = {"marker": "*", "markersize": 14, "linestyle": "none", "zorder": 5}
         label += f",\nAP {at_best[0]:.3f}"
         scores.plot([best], at_best[:1], color=style.VERMILLION, label=label, **star)
     else:
         scores.plot([], [], color=style.BLACK, linestyle=":", linewidth=1.2, label=label)
-    waited = int((steps > best).sum())
-    if not waited:
-        return
-    # Early stopping counts the evaluations since the best one.
-    stopped = "early stop" in str(log.last_event("training_end").get("reason", ""))
-    for axes in (losses, scores):
-        axes.axvspan(best, steps[-1], color=style.PALE, zorder=0)
-        if stopped:
-            axes.axvline(steps[-1], color=style.VERMILLION, linewidth=1.4)
     patience = log.last_event("training_start").get("patience")
     count = f"{waited} of {patience}" if patience else str(waited)
     label = f"{count} evaluation{'s' * (waited != 1 or bool(patience))}\nwithout improvement"
     if stopped:
         scores.plot([], [], color=style.VERMILLION, linewidth=1.4, label=f"early stop: {label}")
-    else:
+    elif waited:
         scores.fill_between([], [], color=style.PALE, label=label)
 
 

@@ -20,13 +20,7 @@ from runkey.evaluation.files import (
     read_output,
     read_results,
 )
-from runkey.evaluation.per_image import (
-    BINS,
-    Calibration,
-    calibration,
-    confusion,
-    judge_images,
-)
+from runkey.evaluation.per_image import BINS, Calibration, calibration, confusion, judge_images
 from runkey.plots import style
 from runkey.plots.log import number
 from runkey.plots.sheets import class_name, detection_sheet, printable
@@ -53,7 +47,7 @@ def write_evaluation_plots(
 
     Args:
         prepared: the folder with classes.json and val.json.
-        evaluation: the folder with metrics.json, predictions.json and precision_recall.json.
+        evaluation: the folder that the stage wrote.
         data_folder: what `ImageRecord.file` is relative to.
         out: the folder; made if it is not there.
         images: on each sheet; 0: no sheets.
@@ -73,10 +67,8 @@ def write_evaluation_plots(
     write_confusion_table(counted, names, out / "confusion.csv")
     write_precision_recall_table(curves, out / "precision_recall.csv")
     for name in ("best", "worst") if images else ():
-        path, best = out / f"{name}.jpg", name == "best"
-        written.append(
-            detection_sheet(judged, classes, data_folder, path, best=best, images=images)
-        )
+        where = (data_folder, out / f"{name}.jpg")
+        written.append(detection_sheet(judged, classes, *where, best=name == "best", images=images))
     return written
 
 
@@ -119,7 +111,15 @@ def precision_recall(stored: dict[str, Any], path: Path) -> Path:
             return path
         precision = np.array([one["precision"] for one in classes], dtype=np.float64)
         _draw_classes(upper, recall, precision[:, 0], [one["name"] for one in classes])
-        _draw_ious(lower, recall, precision.mean(axis=0), stored["iou"])
+        mean, ious = precision.mean(axis=0), stored["iou"]  # mean: [T, R]
+        shown = [t for t, iou in enumerate(ious) if round(iou * 100) % 10 == 0 or iou == ious[-1]]
+        for shade, t in zip(np.linspace(1, 1 / 3, len(shown)), shown, strict=True):
+            label = f"{ious[t]:.2f}  {mean[t].mean():.2f}"
+            lower.plot(recall, mean[t], color=_BLUES(shade), label=label)
+        over_ious = mean.mean(axis=0)
+        label = f"mean  {over_ious.mean():.2f}"
+        lower.plot(recall, over_ious, color=style.BLACK, linestyle="--", label=label)
+        style.legend_beside(lower, "IoU, AP")
         for axes in (upper, lower):
             axes.set(xlim=(0, 1.01), ylim=(0, 1.03), ylabel="precision")
         lower.set_xlabel("recall")
@@ -142,19 +142,6 @@ def _draw_classes(
         axes.plot(recall, precision[k], color=colour, label=f"{name}  {ap50[k]:.2f}")
     title = "class, AP50" if len(names) <= _MAX_NAMED else f"best and worst {half}, AP50"
     style.legend_beside(axes, title)
-
-
-def _draw_ious(
-    axes: Any, recall: NDArray[np.float64], precision: NDArray[np.float64], ious: list[float]
-) -> None:
-    """Draw precision [T, R] over recall [R] at T thresholds of IoU."""
-    chosen = [t for t in range(len(ious)) if round(ious[t] * 100) % 10 == 0 or t == len(ious) - 1]
-    for shade, t in zip(np.linspace(1, 1 / 3, len(chosen)), chosen, strict=True):
-        label = f"{ious[t]:.2f}  {precision[t].mean():.2f}"
-        axes.plot(recall, precision[t], color=_BLUES(shade), label=label)
-    mean = precision.mean(axis=0)
-    axes.plot(recall, mean, color=style.BLACK, linestyle="--", label=f"mean  {mean.mean():.2f}")
-    style.legend_beside(axes, "IoU, AP")
 
 
 def confusion_matrix(

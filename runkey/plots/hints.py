@@ -57,11 +57,9 @@ class Hint:
 
 
 def find_hints(log: TrainingLog, params: Mapping[str, Any]) -> list[Hint]:
-    """Apply all rules to a log.
+    """Apply all rules to the log of a training, running or ended.
 
-    Args:
-        log: of a training, running or ended.
-        params: resolved parameters by dotted name, or their JSON texts; {} if not known.
+    `params` are the resolved parameters by dotted name, or their JSON texts; {} if not known.
     """
     if len(log.epochs) < 2:
         return []

@@ -10,7 +10,7 @@ import json
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -111,20 +111,20 @@ class GrowingLog:
 
     def __init__(self, path: Path, samples: Path | None = None) -> None:
         """Args: path: of the log.  samples: of the machine, beside the log by default."""
-        self.path, self._samples = path, samples or path.with_name(SAMPLES)
+        self._path, self._samples = path, samples or path.with_name(SAMPLES)
         self.log = TrainingLog()
         self._ends = Counter[Path]()
         """Bytes that were read of each file."""
 
-    def update(self) -> bool:
-        """Read the whole lines that were added; return True if the log has any.
+    def update(self) -> None:
+        """Read the whole lines that were added.
 
         If a file became shorter, both are new ones and are read from their start.
 
         Raises:
             FileNotFoundError: there is no log.
         """
-        files = [self.path, *([self._samples] if self._samples.is_file() else [])]
+        files = [self._path, *([self._samples] if self._samples.is_file() else [])]
         if any(file.stat().st_size < self._ends[file] for file in files):
             self.log, self._ends = TrainingLog(), Counter()
         added, *sampled = map(self._added, files)
@@ -133,7 +133,6 @@ class GrowingLog:
         for entry in chain.from_iterable(sampled):
             if isinstance(entry.get("values"), dict) and "time" in entry:
                 self.log.samples.append(_point(entry, len(self.log.samples) + 1))
-        return bool(added)
 
     def _added(self, path: Path) -> list[dict[str, Any]]:
         with path.open("rb") as file:
@@ -141,7 +140,11 @@ class GrowingLog:
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
         self._ends[path] += len(whole)
-        return list(entries(whole.decode(errors="replace").splitlines()))
+        found = []
+        for line in whole.decode(errors="replace").splitlines():
+            with suppress(ValueError):  # a crash cut it short
+                found.append(json.loads(line))
+        return [entry for entry in found if isinstance(entry, dict)]
 
 
 def read_log(path: Path) -> TrainingLog:
@@ -152,17 +155,6 @@ def read_log(path: Path) -> TrainingLog:
     except FileNotFoundError:
         raise DataError(f"{path}: not found; run `dvc repro train` first") from None
     return growing.log
-
-
-def entries(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of a log, without lines that a crash cut short."""
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict):
-            yield entry
 
 
 def number(value: object) -> float:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, product
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from runkey import __version__, paths
 from runkey.evaluation.files import METRICS_JSON
 from runkey.files import write_atomically
 from runkey.identity.key import PARTS
-from runkey.identity.record import KEY, KEY_JSON, Details, LoggedRun, Record, RunManifest
+from runkey.identity.record import KEY, KEY_JSON, LoggedRun, Record, RunManifest
 from runkey.params import as_text, changed_params, load_params
 from runkey.plots import style
 from runkey.plots.curves import write_training_plots
@@ -85,7 +85,6 @@ _COMPARED = {
 }
 _COLOURS = [colour for colour in style.CYCLE if colour != style.YELLOW]
 _SHORT = 12
-_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +95,8 @@ class ReportedRun(Record):
     """Of the files."""
     log: TrainingLog
     """Empty if there is none."""
+    witness: Mapping[str, Any]
+    """`RunEnvironment`; empty if it is not known."""
 
     @property
     def label(self) -> str:
@@ -116,11 +117,6 @@ class ReportedRun(Record):
     def params(self) -> dict[str, str]:
         """Resolved parameters by dotted name, as text."""
         return {n: v for n, v in self.run.params.items() if n.split(".")[0] != KEY}
-
-    @property
-    def changed_params(self) -> dict[str, str]:
-        """The parameters that are not the default."""
-        return changed_params(self.params)
 
     @property
     def is_evaluated(self) -> bool:
@@ -144,11 +140,6 @@ class ReportedRun(Record):
         file = self.folder / path
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
-    def preimage(self, part: str) -> Mapping[str, Any]:
-        """Return what a part of the key is the hash of; empty if it was not recorded."""
-        found: Mapping[str, Any] = self.json(KEY_JSON).get("preimages", {}).get(part, {})
-        return found
-
     def scores(self) -> dict[str, Any]:
         """Return COCO metrics, those of each class under `per_class`; the last ones known."""
         if final := self.json(_METRICS):
@@ -156,10 +147,9 @@ class ReportedRun(Record):
         metrics = self.run.metrics
         last = next((p.values for p in reversed(self.log.epochs) if "val/AP" in p.values), {})
         for prefix, values in (("eval/", metrics), ("val/", metrics), ("val/", last)):
-            if known := {
-                n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)
-            }:
-                return known
+            known = [name for name in values if name.startswith(prefix)]
+            if known:
+                return {name.removeprefix(prefix): values[name] for name in known}
         return {}
 
     def hints(self) -> list[Hint]:
@@ -168,13 +158,10 @@ class ReportedRun(Record):
 
     def environment(self) -> dict[str, str]:
         """Return machine, packages and code of the run, as far as they are known."""
-        details = self.details
-        found = details.witness if details else {}
+        details, found = self.details, self.witness
         packages = found.get("package_differences")
         shown = {"host": details.host if details else self.run.tags.get("host")}
-        shown |= {
-            label: _text(found[name]) for name, label in _ENVIRONMENT.items() if name in found
-        }
+        shown |= {label: _text(found[n]) for n, label in _ENVIRONMENT.items() if n in found}
         shown["snapshot"] = details.snapshot if details else None
         shown["packages"] = None if packages is None else ", ".join(packages) or "as locked"
         shown["files outside the key"] = ", ".join(found.get("undeclared_files", ()))
@@ -185,16 +172,10 @@ class ReportedRun(Record):
         """Tabulate the COCO metrics of each class, in `CLASS_COLUMNS`, the worst first."""
         per_class: Mapping[str, Mapping[str, Any]] = self.scores().get("per_class", {})
         rows = []
-        for name, one in sorted(
-            per_class.items(), key=lambda item: (item[1].get("AP") or 0.0, item[0])
-        ):
+        for name in sorted(per_class, key=lambda name: (per_class[name].get("AP") or 0.0, name)):
+            one = per_class[name]
             sizes = (one.get("by_size", {}).get(size, {}) for size in ("small", "medium", "large"))
-            values = [
-                one.get("AP"),
-                one.get("AP50"),
-                one.get("AR"),
-                *(size.get("AP") for size in sizes),
-            ]
+            values = [one.get(n) for n in ("AP", "AP50", "AR")] + [s.get("AP") for s in sizes]
             rows.append([name, f"{one.get('objects', 0):,}", *map(_number, values)])
         return rows
 
@@ -207,7 +188,9 @@ def is_shown(path: str) -> bool:
 def recorded_run(record: Record, folder: Path) -> ReportedRun:
     """Return a run of a store, with a folder that has those of its files that are shown."""
     log = read_log(folder / _LOG) if (folder / _LOG).is_file() else TrainingLog()
-    return ReportedRun(run=record.run, details=record.details, folder=folder, log=log)
+    details = record.details
+    witness = details.witness if details else {}
+    return ReportedRun(run=record.run, details=details, folder=folder, log=log, witness=witness)
 
 
 def workspace_run(root: Path) -> ReportedRun:
@@ -220,17 +203,8 @@ def workspace_run(root: Path) -> ReportedRun:
     places = {"run_id": manifest.run_id or "", "experiment_id": "", "artifact_uri": ""}
     ended = {"start_time": min(times, default=0), "end_time": max(times, default=None)}
     run = LoggedRun.from_mlflow({**places, **ended, "status": "FINISHED"}, params, {}, {})
-    details = Details(
-        stage="",
-        files={},
-        outputs=[],
-        witness=asdict(manifest.witness),
-        host="",
-        snapshot=None,
-        pointer_md5=None,
-        decision="",
-    )
-    return ReportedRun(run=run, details=details, folder=root, log=log)
+    witness = asdict(manifest.witness)
+    return ReportedRun(run=run, details=None, folder=root, log=log, witness=witness)
 
 
 def write_report(runs: Sequence[ReportedRun], path: Path) -> Path:
@@ -242,7 +216,7 @@ def write_report(runs: Sequence[ReportedRun], path: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "text": _text}
+    environment.filters |= {"number": _number, "text": _text, "changed": changed_params}
     several = len(runs) > 1
     page = environment.get_template("page.html.jinja").render(
         title=", ".join(f"{run.label} {run.run.name}".strip() for run in runs),
@@ -341,10 +315,11 @@ def _differences(runs: Sequence[ReportedRun]) -> dict[str, list[list[str]]]:
         `parameters`, files of the `code` by their hashes, `packages`, `environment`, `scores`, and
         the AP of each of the `classes`.
     """
-    files = [run.preimage("code").get("files", {}) for run in runs]
+    hashed = [run.json(KEY_JSON).get("preimages", {}) for run in runs]
+    files = [parts.get("code", {}).get("files", {}) for parts in hashed]
     packages = [
         {name: f"{version} {build}" for name, version, build, *_ in found}
-        for found in (run.preimage("environment").get("packages", ()) for run in runs)
+        for found in (parts.get("environment", {}).get("packages", ()) for parts in hashed)
     ]
     machines = [run.environment() for run in runs]
     per_class = [
@@ -359,7 +334,7 @@ def _differences(runs: Sequence[ReportedRun]) -> dict[str, list[list[str]]]:
         "code": _differing(files, length=_SHORT) if all(files) else [],
         "packages": _differing(packages) if all(packages) else [],
         "environment": [
-            [name, *(v[:_SHORT] if _COMMIT.fullmatch(v) else v for v in values)]
+            [name, *(v[:_SHORT] if name in ("commit", "snapshot") else v for v in values)]
             for name, *values in _differing(machines, _names(machines), "")
         ],
         "scores": [["duration", *(run.duration for run in runs)], *metrics],
@@ -392,8 +367,7 @@ def _compare_numbers(values: Sequence[Mapping[str, Any]], names: Iterable[str]) 
         first, *others = found
         changes = [f" ({v - first:+.3f})" if _number(v) and _number(first) else "" for v in others]
         if any(value is not None for value in found):
-            shown = zip(others, changes, strict=True)
-            rows.append([name, _number(first), *(_number(v) + change for v, change in shown)])
+            rows.append([name, _number(first), *map(add, map(_number, others), changes)])
     return rows
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import matplotlib
@@ -382,8 +383,6 @@ def _letters() -> frozenset[int]:
 
 def _shorten(text: str, width: float, size: int) -> str:
     """Cut a line at its end so that it fits into `width` pixels."""
-    if _font(size).getlength(text) <= width:
-        return text
-    while text and _font(size).getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    shorter = (text[:end] + "…" for end in range(len(text) - 1, -1, -1))
+    fitting = (line for line in chain([text], shorter) if _font(size).getlength(line) <= width)
+    return next(fitting, "…")

@@ -111,15 +111,11 @@ class News:
         if start := log.last_event("training_start"):
             text = f"training on {start.get('device')}, {total_steps(log):,} steps"
             lines += self._once("start", [text])
-        hints = logged_hints(log)
-        # A training that resumes takes steps back.
-        self._epochs = min(self._epochs, len(log.epochs))
-        if self._epochs < len(log.epochs):
-            for number in range(self._epochs, len(log.epochs)):
-                lines += _epoch_lines(log, number)
-            self._epochs = len(log.epochs)
-            hints = all_hints(log, self._params)
-        for hint in hints:
+        new = range(self._epochs, len(log.epochs))
+        self._epochs = len(log.epochs)  # fewer than before if another training began
+        for number in new:
+            lines += _epoch_lines(log, number)
+        for hint in all_hints(log, self._params) if new else logged_hints(log):
             lines += self._once(f"hint {hint.kind}", hint.lines())
         if end := _ending(log):
             lines += self._once("end", textwrap.wrap(end, WIDTH))
