@@ -25,12 +25,7 @@ from pydantic import Field, TypeAdapter
 from runkey.errors import TrainingError
 from runkey.files import write_atomically
 from runkey.memory.batch_shapes import BatchShapes, ShapeStatistics
-from runkey.memory.template import (
-    AllocatorReplay,
-    Template,
-    other_shape,
-    replay_steps,
-)
+from runkey.memory.template import AllocatorReplay, Template, other_shape, replay_steps
 from runkey.memory.trace.events import MicroBatch, Trace, timeline_of
 from runkey.memory.trace.gpu import Gpu
 from runkey.memory.trace.record import BatchFields, StepFactory, recorder

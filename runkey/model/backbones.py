@@ -188,14 +188,9 @@ class Backbone(nn.Module):
         self.num_channels = body.num_channels
 
     def forward(self, images: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Compute features, and resize the padding mask to them.
+        """Compute features [B, C, h, w] of images [B, 3, H, W], and resize the padding to them.
 
-        Args:
-            images: float [B, 3, H, W].
-            padding: bool [B, H, W], True on padding; None: no padding.
-
-        Returns:
-            Features [B, C, h, w], and the padding bool [B, h, w] or None.
+        The padding is bool [B, H, W] and [B, h, w], True on padding; None: no padding.
         """
         features = self.body(images)
         if padding is None:

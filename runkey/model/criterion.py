@@ -32,15 +32,12 @@ class SoftmaxLoss:
     """K, which is also the index of no-object."""
 
     def cost(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the matching cost: minus the probability of the true class.
+        """Return the matching cost [N, L, Q]: minus the probability of the true class.
 
         Args:
             logits: [L, B, Q, C].
             images: int64 [N], image of each box.
             labels: int64 [N], class of each box.
-
-        Returns:
-            [N, L, Q].
         """
         log_sum = logits.logsumexp(-1).transpose(0, 1)[images]
         return -(logits[:, images, :, labels] - log_sum).exp()

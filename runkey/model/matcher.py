@@ -124,10 +124,6 @@ class Matcher:
     def __call__(self, layers: Layers, targets: Targets) -> Matches:
         """Find the cheapest assignment of every layer and image.
 
-        Args:
-            layers: predictions for the targets' images.
-            targets: the true boxes.
-
         Returns:
             min(boxes, queries) pairs of each layer and image. If costs are not finite, there are
             pairs nevertheless, and `fault` names the layer and the image.

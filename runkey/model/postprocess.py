@@ -40,14 +40,9 @@ class Postprocess:
 
     @torch.no_grad()
     def __call__(self, outputs: Outputs, original_sizes: Tensor) -> list[Detections]:
-        """Convert the outputs of a batch.
+        """Convert the outputs of a batch; returns one `Detections` per image, on their device.
 
-        Args:
-            outputs: the model's; only the last decoder layer is used.
-            original_sizes: int [B, 2], (height, width) of the original images, pixels.
-
-        Returns:
-            One `Detections` per image, on the outputs' device.
+        `original_sizes` is int [B, 2], (height, width) of the original images, pixels.
         """
         logits = full_precision(outputs.logits[-1])
         boxes_xyxy = cxcywh_to_xyxy(full_precision(outputs.boxes_cxcywh[-1]))

@@ -104,6 +104,7 @@ class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017) with `nn.MultiheadAttention`'s parameter names.
 
     The position is added to query and key, not to the value, as in DETR (Carion et al. 2020).
+    Masks are bool, broadcastable to [B, H, T, S], True where attention is allowed; None: all.
     """
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
@@ -117,13 +118,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def attend_self(self, x: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend from a sequence to itself; returns [B, T, D].
-
-        Args:
-            x: [B, T, D].
-            position: [B or 1, T, D], added to query and key.
-            mask: bool, broadcastable to [B, H, T, T], True where attention is allowed; None: all.
-        """
+        """Attend from a sequence [B, T, D] to itself; `position` is [B or 1, T, D]."""
         dim = x.shape[-1]
         weight, bias = self.in_proj_weight, self.in_proj_bias
         query_key = F.linear(x + position, weight[: 2 * dim], bias[: 2 * dim])
@@ -134,13 +129,10 @@ class Attention(nn.Module):
     def attend_memory(
         self, x: Tensor, position: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None
     ) -> Tensor:
-        """Attend from queries to the encoder's tokens; returns [B, T, D].
+        """Attend from queries [B, T, D] to the encoder's tokens; returns [B, T, D].
 
-        Args:
-            x: [B, T, D].
-            position: [B or 1, T, D], added to the query.
-            keys_values: this layer's pair from `project_memory`, [B, S, D] each.
-            mask: bool, broadcastable to [B, H, T, S], True where attention is allowed; None: all.
+        `position` [B or 1, T, D] is the queries'; `keys_values` is this layer's pair from
+        `project_memory`, [B, S, D] each.
         """
         dim = x.shape[-1]
         query = F.linear(x + position, self.in_proj_weight[:dim], self.in_proj_bias[:dim])
@@ -156,8 +148,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attend in every head and apply the output projection; returns [B, T, D].
 
-        Shapes: query [B, H, T, E], key [B, H, S, E], value [B, H, S, D / H], mask as in
-        `attend_memory`.
+        Shapes: query [B, H, T, E], key [B, H, S, E], value [B, H, S, D / H].
         """
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
@@ -267,15 +258,10 @@ class DecoderLayer(_FeedForward):
         self_mask: Tensor | None,
         memory_mask: Tensor | None,
     ) -> Tensor:
-        """Run the layer; returns [B, T, D].
+        """Run the layer on the queries' content [B, T, D]; returns [B, T, D].
 
-        Args:
-            x: the queries' content [B, T, D].
-            position: their position in self-attention [B or 1, T, D].
-            cross_position: their position in cross-attention [B or 1, T, D].
-            keys_values: this layer's keys and values of the encoder's tokens.
-            self_mask: see `Attention.attend_self`.
-            memory_mask: see `Attention.attend_memory`.
+        `position` and `cross_position` [B or 1, T, D] are the queries' in self- and in
+        cross-attention; `keys_values` are this layer's keys and values of the encoder's tokens.
         """
         x = self.norm1(x + self.drop(self.self_attn.attend_self(x, position, self_mask)))
         attended = self.multihead_attn.attend_memory(x, cross_position, keys_values, memory_mask)

@@ -61,12 +61,7 @@ class Gpu:
     ) -> Kernel:
         """Return the kernel that `F.scaled_dot_product_attention` runs.
 
-        Args:
-            query: [B, H, T, E].
-            key: [B, H, S, E].
-            value: [B, H, S, Ev].
-            mask: broadcastable to [B, H, T, S], or None.
-            dropout: dropout probability.
+        Shapes: query [B, H, T, E], key [B, H, S, E], value [B, H, S, Ev].
         """
         half = query.dtype in _HALF
         widths = {query.shape[-1], key.shape[-1], value.shape[-1]}
