@@ -54,15 +54,10 @@ class DvcRemote:
             return str(remote.fs.unstrip_protocol(remote.path))
 
     def push(self, objects: Mapping[str, int], entries: Iterable[str]) -> int:
-        """Copy objects and entries from the checkout's cache.
+        """Copy objects (bytes by md5) and entries (paths below runs/) from the checkout's cache.
 
-        Args:
-            objects: bytes by md5.
-            entries: paths below the cache's runs/. They are not copied over HTTP, where DVC keeps
-                none; `runkey fetch` takes them from the MLflow run.
-
-        Returns:
-            Number of objects that were not there yet.
+        Return the number of objects that were not there yet. Over HTTP DVC keeps no entries;
+        `runkey fetch` takes them from the MLflow run.
         """
         with self._opened() as (repo, remote):
             new = _move(repo, repo.cache.local, remote, objects, "objects to DVC")

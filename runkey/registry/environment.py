@@ -102,11 +102,12 @@ def compare_environment(folder: Path) -> EnvironmentComparison:
         locked, installed = read_requirements(folder / REQUIREMENTS), installed_packages()
         wanted = locked_cuda(locked)
         if locked.get("torch") == installed.get("torch") and wanted != cuda:
-            locked["torch's build"], installed["torch's build"] = _build(wanted), _build(cuda)
+            for names, version in ((locked, wanted), (installed, cuda)):
+                names["torch's build"] = f"for CUDA {version}" if version else "for the CPU"
         if python.split(".")[:2] != locked_python.split(".")[:2]:
             locked["python"], installed["python"] = locked_python, python
-    names = sorted(locked.keys() | installed.keys())
-    pairs = [PackageDifference(name, locked.get(name), installed.get(name)) for name in names]
+    every = sorted(locked.keys() | installed.keys())
+    pairs = [PackageDifference(name, locked.get(name), installed.get(name)) for name in every]
     differing = [pair for pair in pairs if pair.locked != pair.installed]
     missing = [pair for pair in differing if pair.installed is None]
     other = [pair for pair in differing if None not in (pair.installed, pair.locked)]
@@ -122,10 +123,6 @@ def compare_environment(folder: Path) -> EnvironmentComparison:
         cuda=cuda,
         way_out=_way_out(folder, prefix, against) if missing or other else "",
     )
-
-
-def _build(cuda: str | None) -> str:
-    return f"for CUDA {cuda}" if cuda else "for the CPU"
 
 
 def _conda_lists(

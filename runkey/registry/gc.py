@@ -104,10 +104,7 @@ class Scope:
 
 
 def collect(scope: Scope, older_than_days: float = 0.0) -> list[Item]:
-    """List what may be deleted, the oldest first within its kind.
-
-    Only what ended or last changed more than `older_than_days` ago is listed.
-    """
+    """List what may be deleted and ended or last changed more than `older_than_days` ago."""
     least = older_than_days * 86400
     runs = [item for item in _runs(scope) if item.age_seconds >= least]
     going = {item.name.rpartition(":")[2] for item in runs}

@@ -119,10 +119,8 @@ class RunComparison:
             return "reproduced: bit-identical weights and predictions"
         if self.same_class:
             changed = ", ".join(path for path, (a, b) in self.files.items() if a != b)
-            near = "within" if self.within_tolerance else "outside"
-            return (
-                f"NOT reproduced: {changed} differ on the same kind of machine ({near} tolerance)"
-            )
+            near = "within tolerance" if self.within_tolerance else "outside tolerance"
+            return f"NOT reproduced: {changed} differ on the same kind of machine ({near})"
         if self.within_tolerance:
             return "reproduced within tolerance, on another kind of machine"
         far = ", ".join(metric.name for metric in self.metrics if not metric.is_near)
@@ -174,9 +172,6 @@ def _class_text(value: Any) -> str:
 # The checkout of a snapshot, with the DVC cache and data of the main checkout.
 
 
-_REMOTE = re.compile(r"""^'?remote "(.+)"'?$""")
-
-
 def share_cache(main: Path, root: Path) -> None:
     """Let DVC in a checkout use the main checkout's cache and remotes.
 
@@ -186,7 +181,8 @@ def share_cache(main: Path, root: Path) -> None:
     settings, other = main / ".dvc", root / ".dvc"
     shared, local = read_config(settings / "config"), read_config(settings / "config.local")
     local.read_dict({"cache": {"dir": str(cache_folder(main))}})
-    for section in filter(_REMOTE.match, [*shared.sections(), *local.sections()]):
+    sections = (*shared.sections(), *local.sections())
+    for section in (s for s in sections if s.strip("'").startswith("remote ")):
         options = dict(local[section]) if section in local else {}
         if shared.has_option(section, "url"):
             options = {"url": shared[section]["url"]} | options
@@ -209,7 +205,7 @@ def clean_environment(main: Path, more: Mapping[str, str]) -> dict[str, str]:
     """
     dropped = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_", "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    return kept | {"DVC_ROOT": str(main)} | dict(more)
+    return {**kept, "DVC_ROOT": str(main), **more}
 
 
 # Training again.
@@ -354,9 +350,8 @@ def _check_packages(record: Record, details: Details, root: Path, *, any_environ
         logger.info(f"{found.same} packages are installed as {found.against} of then locks them")
         return
     lines = [str(d) for d in (*found.missing, *found.other)]
-    text = (
-        f"{len(lines)} packages are not as {found.against} of then locks them: {first_few(lines)}"
-    )
+    text = f"{len(lines)} packages are not as {found.against} of then locks them:"
+    text += f" {first_few(lines)}"
     if sorted(lines) == sorted(details.witness["package_differences"]):
         logger.info(f"{text}; the run itself had the same")
     elif any_environment:

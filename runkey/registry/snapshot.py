@@ -4,7 +4,8 @@
     git worktree add --detach ../again <oid>              # the tree again; its key is the same
 
 One holds the tracked files as they stand, and untracked ones that the run needs. dvc.lock and the
-pipeline's outputs stay as committed; the user's index and working tree are not touched.
+pipeline's outputs stay as committed; the user's index and working tree are not touched. Whatever
+git refuses is a RegistryError with the last line that it printed.
 """
 
 from __future__ import annotations
@@ -49,11 +50,7 @@ class GitOptions(TypedDict, total=False):
 
 
 def git(root: Path, *arguments: str, **options: Unpack[GitOptions]) -> str:
-    """Run a git command in a folder; return what it prints, without the line end.
-
-    Raises:
-        RegistryError: git is not installed, or the command failed; the text has its last line.
-    """
+    """Run a git command in a folder; return what it prints, without the line end."""
     return git_bytes(root, *arguments, **options).decode("utf-8", "surrogateescape").rstrip("\n")
 
 
@@ -108,10 +105,8 @@ def needed_files(root: Path, recipe: Recipe) -> set[str]:
 
     These are all files that they import (also those that the key leaves out), what dvc.yaml
     declares, the parameters, the lock and the initial weights. A file that DVC tracks is replaced
-    by its .dvc file. Of a symbolic link both the link and its target are needed.
-
-    Raises:
-        RegistryError: a file is a link that leaves the repository.
+    by its .dvc file. Of a symbolic link both the link and its target are needed; RegistryError if
+    it leaves the repository.
     """
     flat = load_params(root / PARAMS).flat()
     paths = {path for path in _ALWAYS if (root / path).is_file()}
@@ -337,11 +332,7 @@ def changed_files(root: Path, oid: str, code: Mapping[str, Any]) -> dict[str, st
 
 @contextmanager
 def checked_out(root: Path, oid: str, paths: Iterable[str]) -> Iterator[Path]:
-    """Check out files of a commit to a temporary folder; paths are relative to `root`.
-
-    Raises:
-        RegistryError: the commit lacks one of them.
-    """
+    """Check out files of a commit to a temporary folder; paths are relative to `root`."""
     prefix = git(root, "rev-parse", "--show-prefix")
     with tempfile.TemporaryDirectory() as folder:
         env = {"GIT_INDEX_FILE": f"{folder}/index"}
@@ -354,8 +345,7 @@ def checked_out(root: Path, oid: str, paths: Iterable[str]) -> Iterator[Path]:
 def add_worktree(main: Path, oid: str, folder: Path, way_out: str) -> Path:
     """Check out a snapshot in a new folder; return the workspace, which may lie below it.
 
-    Raises:
-        RegistryError: the commit is not there, with the way out; or git refuses.
+    If the commit is not there, the RegistryError ends with the way out.
     """
     if not has_commit(main, oid):
         raise RegistryError(f"snapshot {oid[:12]}: not in git here; {way_out}")
@@ -439,9 +429,7 @@ def bundle_snapshot(root: Path, key: str, oid: str, path: Path) -> None:
 
 
 def unbundle_snapshot(root: Path, path: Path, key: str, oid: str, staging: Path) -> None:
-    """Get a snapshot from a bundle that may come from anybody.
-
-    A temporary repository is made in the folder `staging`, which must not exist.
+    """Get a snapshot from a bundle that may come from anybody, by a new repository in `staging`.
 
     Raises:
         RegistryError: it is no bundle, holds other refs or damaged objects, or lacks the commit.
