@@ -20,9 +20,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, Protocol, Self, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, Protocol, TypedDict
 
 from pydantic import ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError, with_config
 from ruamel.yaml import YAML
@@ -193,41 +192,27 @@ class DvcPart:
         """Bytes of all objects."""
         return sum(self.objects.values())
 
-    @cached_property
-    def outputs(self) -> list[dict[str, str]]:
-        """For each entry the md5 by path of its outputs; refuse what DVC would not write."""
-        return [_check_entry(path, text) for path, text in self.entries.items()]
-
     def as_json(self) -> str:
         """Format as the content of `FILE`."""
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
-
-    @classmethod
-    def read(cls, path: Path, where: str) -> Self:
-        """Read a `FILE` that may come from anybody.
-
-        Raises:
-            RegistryError: it is of another schema or malformed, or holds what DVC would not write.
-        """
-        part = parse_json(cls, path, f"{where}: {FILE}")
-        needed = {md5 for outs in part.outputs for md5 in outs.values()}
-        if missing := needed - part.objects.keys():
-            raise RegistryError(f"{where}: {FILE}: object {min(missing)} of an entry is not listed")
-        return part
 
     def missing_from(self, cache: DvcCache) -> list[str]:
         """List the objects that a cache does not have."""
         return [md5 for md5 in self.objects if not cache.object_path(md5).is_file()]
 
     def check(self, path_of: PathOf, details: Details) -> None:
-        """Refuse objects that are not what their names say, or are not the run's, or could do harm.
+        """Refuse what DVC would not write, is not what its name says, not the run's, or does harm.
 
         Raises:
-            RegistryError: an object is missing, has another md5 or size, lists a file outside its
-                folder or one that is not among the objects, or could run code when it is loaded;
-                no entry is the run's, or an output of the run is missing or differs from its file
-                in MLflow.
+            RegistryError: an entry is malformed or names an object that is not listed; an object is
+                missing, has another md5 or size, lists a file outside its folder or one that is not
+                among the objects, or could run code when it is loaded; no entry is the run's, or an
+                output of the run is missing or differs from its file in MLflow.
         """
+        outputs = [_check_entry(path, text) for path, text in self.entries.items()]
+        needed = {md5 for outs in outputs for md5 in outs.values()}
+        if missing := needed - self.objects.keys():
+            raise RegistryError(f"{FILE}: object {min(missing)} of an entry is not listed")
         listings: dict[str, dict[str, str]] = {}
         for md5, size in each("hash objects", list(self.objects.items()), "objects"):
             path, where = path_of(md5), f"DVC object {md5}"
@@ -241,7 +226,7 @@ class DvcPart:
                 if lost := set(listings[md5].values()) - self.objects.keys():
                     raise RegistryError(f"{where}: lists {min(lost)}, which is not there")
         own: dict[str, str] = {}
-        for outs in self.outputs:
+        for outs in outputs:
             files = files_of(outs, listings.__getitem__)
             for name, md5 in files.items():
                 check_weights(path_of(md5), name)

@@ -25,7 +25,7 @@ from typing import Literal, Protocol
 from runkey.errors import RegistryError
 from runkey.identity.record import ORIGIN, Details, Record
 from runkey.progress import each, progress
-from runkey.registry.archive import pack, unpack
+from runkey.registry.archive import pack, parse_json, unpack
 from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.library import Library
 from runkey.registry.package import (
@@ -136,7 +136,7 @@ def import_run(file: Path, here: Checkout) -> Carried:
         index = unpack(file, folder)
         steps.advance(1, "check it")
         package = check(folder, index.key, file.name)
-        part = DvcPart.read(folder / FILE, file.name)
+        part = parse_json(DvcPart, folder / FILE, f"{file.name}: {FILE}")
         expected = {object_path(Path(), md5).as_posix() for md5 in part.objects} | {FILE, BUNDLE}
         for name in index.members:
             if name not in expected and not name.startswith(f"{RUN}/"):
@@ -231,7 +231,7 @@ def fetch(record: Record, here: Checkout, team: Team) -> Handed:
         steps.advance(0, "run from MLflow")
         where = f"{record.label} of {team.library.place}"
         package = read_run(team.runs, record, folder, where)
-        part = DvcPart.read(package.files / FILE, where)
+        part = parse_json(DvcPart, package.files / FILE, f"{where}: {FILE}")
         wanted = {md5: part.objects[md5] for md5 in part.missing_from(cache)}
         steps.advance(1, f"{len(wanted)} objects from DVC")
         if wanted:

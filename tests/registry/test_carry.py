@@ -115,11 +115,10 @@ def test_each_evaluation_of_a_run_is_handed_on(ready: Ready, archive: Path, stor
         md5 = add_object(root, content)
         deps = {"run.json": ready.pointer_md5, f"{content!r}.py": "1" * 32}
         add_entry(root, *entry_text(deps, {"metrics.json": md5}))
-    part = collect(DvcCache(root), ready.pointer_md5, "rk2-test")
-    assert len(part.entries) == 3
-    assert {md5 for outs in part.outputs for md5 in outs.values()} <= part.objects.keys()
     (record,) = LocalLibrary(store.home).matching(ready.key)
-    export_run(record, checkout(store), archive.with_name("more.zip"))
+    done = export_run(record, checkout(store), archive.with_name("more.zip"))
+    assert len(collect(DvcCache(root), ready.pointer_md5, "rk2-test").entries) == 3
+    assert done.files == take(archive.with_name("more.zip"), store).files
 
 
 def test_a_failed_run_is_not_handed_on(ready: Ready, archive: Path, store: Store) -> None:
