@@ -24,7 +24,7 @@ from runkey.identity.record import Details, LoggedRun, Record
 _VERSION, _PARTIAL = 2, 1002
 """Version of the file; of one that was made in place of a damaged one, so that runs are missing."""
 _BUSY_SECONDS = 20.0
-# `runkey.registry.library` asks for the columns from `run` to `ended` by these names.  The long
+# `runkey.registry.query` asks for the columns from `run` to `ended` by these names.  The long
 # texts come last: sqlite reads a row up to the last column that is asked for.
 _TABLE = """CREATE TABLE runs (
     run TEXT PRIMARY KEY, key TEXT, name TEXT, status TEXT, started REAL, ended REAL,

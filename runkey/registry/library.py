@@ -25,27 +25,11 @@ from typing import Any, BinaryIO, cast
 
 from runkey import paths
 from runkey.errors import RegistryError, RunkeyError
+from runkey.identity import record_cache
 from runkey.identity.key import ANY_KEY, ANY_SCHEMA, SCHEMA, SCHEMAS, SHORT
 from runkey.identity.record import DETAILS, KEY, Details, LoggedRun, Record, age
-from runkey.identity.record_cache import (
-    DamagedCacheError,
-    Rebuilt,
-    open_records,
-    read_records,
-    rebuild,
-    update_record,
-)
 from runkey.progress import each
-from runkey.registry.query import (
-    RUN,
-    Field,
-    Query,
-    Value,
-    choose,
-    filters,
-    order_by,
-    value_of,
-)
+from runkey.registry.query import RUN, Query, choose, filters, order_by, select, value_of
 from runkey.registry.rest import AbsentError, RestClient, RestError, UnreachedError
 
 logger = logging.getLogger(__name__)
@@ -77,14 +61,14 @@ class LocalLibrary:
 
         A server's come without details. RegistryError if the store cannot be read.
         """
-        bounds = (prefix, f"{prefix}~")
-        return self._ask(lambda data: sorted(self._read(data, _IN_BOUNDS, *bounds), key=age))
+        where = ("key >= ? AND key < ?", prefix, f"{prefix}~")
+        return self._ask(lambda database: sorted(self._read(database, *where), key=age))
 
     def find(self, query: Query) -> list[Record]:
         """Return the runs that a query selects, in its order; see `matching`."""
 
         def question(database: Connection) -> list[Record]:
-            chosen = choose(_select(database, query), query, lambda row, field: row[field])
+            chosen = choose(select(database, query), query, lambda row, field: row[field])
             return [one for row in chosen for one in self._read(database, "run = ?", str(row[RUN]))]
 
         return self._ask(question)
@@ -123,15 +107,17 @@ class LocalLibrary:
         beside = self.home.parent / "mlartifacts" / Path(*recorded.parts[-2:])
         return beside if beside.is_dir() else recorded
 
-    def rebuild(self, source: ServerLibrary | None = None) -> Rebuilt:
+    def rebuild(self, source: ServerLibrary | None = None) -> record_cache.Rebuilt:
         """Write the cache again from a server on the same store, or from MLflow's sqlite file.
 
         RegistryError if MLflow's database cannot be read, OSError if the cache cannot be written.
         """
         if source:
-            return rebuild(self.path, _complete(source.matching(ANY_KEY), source.with_details))
+            return record_cache.rebuild(
+                self.path, _complete(source.matching(ANY_KEY), source.with_details)
+            )
         runs = (Record(run=run, details=None) for run in _all_runs(self._uri))
-        return rebuild(self.path, _complete(runs, self._with_artifact))
+        return record_cache.rebuild(self.path, _complete(runs, self._with_artifact))
 
     def _with_artifact(self, record: Record) -> Record:
         with suppress(FileNotFoundError):
@@ -140,12 +126,12 @@ class LocalLibrary:
 
     def _ask(self, question: Callable[[Connection], list[Record]]) -> list[Record]:
         def answer(*, whole: bool = True) -> list[Record]:
-            with open_records(self.path, partial=not whole) as database:
+            with record_cache.open_records(self.path, partial=not whole) as database:
                 return question(database) if database else []
 
         try:
             return answer()
-        except DamagedCacheError as damage:
+        except record_cache.DamagedCacheError as damage:
             database = Path(self._uri.removeprefix(SQLITE))
             if self._uri.startswith(SQLITE) and database.is_file():
                 try:
@@ -159,30 +145,11 @@ class LocalLibrary:
         return answer(whole=False)
 
     def _read(self, database: Connection, condition: str, *values: str) -> Iterator[Record]:
-        for record in read_records(database, condition, values):
+        for record in record_cache.read_records(database, condition, values):
             if isinstance(record, Record):
                 yield record
             else:
                 self._on_damage(f"{self.path}: {record}")
-
-
-_IN_BOUNDS = "key >= ? AND key < ?"
-
-
-def _select(database: Connection, query: Query) -> list[dict[Field, Value]]:
-    """Return the values that a query needs of every run whose key begins with its prefix."""
-    columns = [
-        f"json_extract({field.kind}, ?)"
-        if field.kind != "run"
-        else field.name.replace("seconds", "(ended - started) / 1000")
-        for field in query.fields
-    ]
-    names = [f'$."{field.name}"' for field in query.fields if field.kind != "run"]
-    rows = database.execute(
-        f"SELECT {', '.join(columns)} FROM runs WHERE {_IN_BOUNDS}",
-        (*names, query.prefix, f"{query.prefix}~"),
-    )
-    return [dict(zip(query.fields, row, strict=True)) for row in rows]
 
 
 def _complete(
@@ -266,7 +233,7 @@ class ServerLibrary:
             raise
         whole = _add_details(record, data, f"{record.label}: ")
         with suppress(OSError):  # a cache that cannot be written is no reason to stop
-            update_record(self._cache.path, whole.run, whole.details)
+            record_cache.update_record(self._cache.path, whole.run, whole.details)
         return whole
 
     def open_file(self, record: Record, path: str) -> AbstractContextManager[BinaryIO]:

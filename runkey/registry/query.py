@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from datetime import datetime
 from difflib import get_close_matches
 from functools import partial
 from itertools import product
+from operator import eq, ge, gt, le, lt, ne
+from sqlite3 import Connection
 from typing import Literal
 
 from runkey.errors import RegistryError
@@ -35,10 +36,7 @@ TAGS = ("decision", "device", "host", "micro_batch", "precision", "reproduction_
 """Tags that need no `tags.` before their name."""
 _CONDITION = re.compile(r"\s*([\w\-. :/]+?)\s*(>=|<=|!=|=|>|<|~)\s*(.*?)\s*")
 _TIMES = ("started", "ended")
-_COMPARE = {
-    **{"=": operator.eq, "!=": operator.ne, "<": operator.lt},
-    **{"<=": operator.le, ">": operator.gt, ">=": operator.ge},
-}
+_COMPARE = {"=": eq, "!=": ne, "<": lt, "<=": le, ">": gt, ">=": ge}
 
 
 @dataclass(frozen=True)
@@ -119,6 +117,22 @@ def choose[T](items: Iterable[T], query: Query, value: Callable[[T, Field], Valu
         present = [row for row in present if row[0] == row[0]]
         present.sort(key=lambda row: row[0] or 0.0, reverse=query.descending)
     return ([item for _, _, item in present] + absent)[: query.limit]
+
+
+def select(database: Connection, query: Query) -> list[dict[Field, Value]]:
+    """Return what `choose` needs of every run in the cache whose key begins with the prefix."""
+    columns = [
+        f"json_extract({field.kind}, ?)"
+        if field.kind != "run"
+        else field.name.replace("seconds", "(ended - started) / 1000")
+        for field in query.fields
+    ]
+    names = [f'$."{field.name}"' for field in query.fields if field.kind != "run"]
+    rows = database.execute(
+        f"SELECT {', '.join(columns)} FROM runs WHERE key >= ? AND key < ?",
+        (*names, query.prefix, f"{query.prefix}~"),
+    )
+    return [dict(zip(query.fields, row, strict=True)) for row in rows]
 
 
 def value_of(record: Record, field: Field) -> Value:
