@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from runkey.registry.environment import EnvironmentComparison
 
 _SAMPLE_MAKER = Path(__file__).parents[2] / "sample-data" / "make_sample.py"
-_ABOUT_WIDTH = 78
 _HINTS = 2
 _NOT_RECORDED = "(this run was not recorded in MLflow)"
 _PLACES = (
@@ -103,7 +102,7 @@ def _is_kept(text: str, target: Path) -> bool:
 
 
 def _about(text: str) -> str:
-    return textwrap.shorten(text, _ABOUT_WIDTH, placeholder=" ...")
+    return textwrap.shorten(text, 78, placeholder=" ...")
 
 
 def key(

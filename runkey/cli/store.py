@@ -20,7 +20,7 @@ from runkey.identity.record_cache import Rebuilt
 from runkey.progress import each, log_to_terminal
 from runkey.registry.library import LocalLibrary, ServerLibrary, find_run
 from runkey.registry.query import Condition, Field, Query
-from runkey.registry.rest import RestClient, comparison_page, list_page
+from runkey.registry.rest import comparison_page, list_page
 from runkey.tracking.store import VIEW, Store, served
 from runkey.units import format_bytes
 
@@ -181,12 +181,10 @@ def ui(
 
 def _pages(address: str, experiment: str) -> list[str]:
     """Return lines that name the run list and the comparison of the last runs."""
-    lines = ["all runs", f"  {list_page(RestClient(address), address, experiment, VIEW)}"]
+    lines = ["all runs", f"  {list_page(address, experiment, VIEW)}"]
     finished = Condition(Field("run", "status"), "=", "FINISHED")
-    last = [
-        record.run
-        for record in output.library().find(Query(conditions=(finished,), limit=_COMPARED))
-    ]
+    newest = Query(conditions=(finished,), limit=_COMPARED)
+    last = [record.run for record in output.library().find(newest)]
     if len(last) > 1:
         names = ", ".join(f"{run.name} ({short_key(run.key)})" for run in last)
         lines += [f"comparison of the last {len(last)}: {names}"]

@@ -192,16 +192,17 @@ def _refusal(address: str, error: urllib.error.HTTPError) -> RestError:
 # --- addresses of MLflow's pages
 
 
-def list_page(client: RestClient, server: str, experiment: str, view: str) -> str:
+def list_page(server: str, experiment: str, view: str) -> str:
     """Return the page that lists an experiment's runs, in a shared view of its columns.
 
     Without such an experiment it is the start page; without such a view the columns are MLflow's.
     RegistryError if the server does not answer, or refuses.
     """
     try:
-        found = client.get("experiments/get-by-name", {"experiment_name": experiment})["experiment"]
+        answer = RestClient(server).get("experiments/get-by-name", {"experiment_name": experiment})
     except AbsentError:
         return server
+    found = answer["experiment"]
     tags = {tag["key"] for tag in found.get("tags", ())}
     shared = {"viewStateShareKey": view} if f"mlflow.sharedViewState.{view}" in tags else {}
     return f"{server}/#/experiments/{found['experiment_id']}/runs?{_tail(**shared)}"

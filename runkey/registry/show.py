@@ -23,7 +23,7 @@ RIGHT = ("AP", "took")
 
 _RUN_DIGITS = 4
 _DIGEST = re.compile("[0-9a-f]{40,64}")
-_DIGEST_DIGITS = 12
+_DIGITS = 12
 _DAY_SECONDS = 86_400.0
 
 
@@ -90,7 +90,7 @@ def _plain(field: Field) -> Callable[[Record], str]:
             remarks += [f"resumed {times}x"] if times else []
             return f"{value} ({', '.join(remarks)})" if remarks else str(value)
         if isinstance(value, str) and _DIGEST.fullmatch(value):
-            return value[:_DIGEST_DIGITS]
+            return value[:_DIGITS]
         if field.kind == "run" and field.name in ("started", "ended") and isinstance(value, float):
             return _time(value)
         return text(value)
@@ -104,7 +104,6 @@ def _took(run: LoggedRun) -> str:
 
 # --- runkey show
 
-_PART_DIGITS = 12
 _FIRST = ("AP", "AP50", "AP75", "loss")
 _GROUPS = ("eval", "val", "train")
 
@@ -122,7 +121,7 @@ def describe(
     """
     run, details = record.run, record.details
     yield from _titled("key", [record.key, older_rule(record.key)])
-    yield "parts", _listed(f"{name} {one[:_PART_DIGITS]}" for name, one in run.parts.items())
+    yield "parts", _listed(f"{name} {one[:_DIGITS]}" for name, one in run.parts.items())
     yield "status", _status(run, status)
     yield "name", run.name
     if record.reproduction_of:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runkey.registry.rest import RestClient, list_page
+from runkey.registry.rest import list_page
 from runkey.tracking.mlflow_run import Pace
 from runkey.tracking.replay import send_saved
 from runkey.tracking.store import VIEW, Store, experiment_id, open_client
@@ -24,17 +24,16 @@ PACE = Pace(flush_seconds=0.5, retry_seconds=1.0)
 def test_a_server_that_dies_comes_back_and_dies_for_good(
     server: Server, store: Store, tmp_path: Path, said: list[str]
 ) -> None:
-    client = RestClient(server.address)
-    assert list_page(client, server.address, "detection", VIEW) == server.address  # not there yet
+    assert list_page(server.address, "detection", VIEW) == server.address  # not there yet
     remote = Store(server.address, None, tmp_path)
     tracker = begin(remote, tmp_path / "key", pace=PACE)
     tracker.log({"train/loss": 2.0}, 1)
     run_id = tracker.run_id(120)
     assert run_id is not None
     number = experiment_id(open_client(store), store, "detection")
-    page = list_page(client, server.address, "detection", VIEW)
+    page = list_page(server.address, "detection", VIEW)
     assert f"/#/experiments/{number}/runs?viewStateShareKey=runkey&" in page
-    assert "viewStateShareKey" not in list_page(client, server.address, "detection", "other")
+    assert "viewStateShareKey" not in list_page(server.address, "detection", "other")
 
     server.kill()
     for step in range(2, 30):
