@@ -245,7 +245,9 @@ def _env_lines(found: EnvironmentComparison) -> list[str]:
         f" version, {len(found.extra)} extra",
     ]
     lines += [f"  missing  {d.name} {d.locked}" for d in found.missing]
-    lines += [f"  other    {d}" for d in found.other]
+    lines += [
+        f"  other    {d.name}: locked {d.locked}, installed {d.installed}" for d in found.other
+    ]
     lines += [f"  extra    {d.name} {d.installed}" for d in found.extra]
     if not found.agrees:
         lines.append(f"to mend it: {found.way_out}")

@@ -33,7 +33,7 @@ from runkey.identity.record import REPRODUCES, Details, Record, RunManifest, thi
 from runkey.params import load_params
 from runkey.paths import PARAMS
 from runkey.registry.environment import compare_environment
-from runkey.registry.snapshot import add_worktree, remove_worktree
+from runkey.registry.snapshot import ELSEWHERE, add_worktree, remove_worktree
 from runkey.registry.verify import first_few
 from runkey.training.lock import locked
 
@@ -203,7 +203,7 @@ def clean_environment(main: Path, more: Mapping[str, str]) -> dict[str, str]:
 
     Variables that a stage, an experiment or a hook has set would name another checkout.
     """
-    dropped = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_", "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+    dropped = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_", *ELSEWHERE)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     return {**kept, "DVC_ROOT": str(main), **more}
 

@@ -29,13 +29,13 @@ from runkey.identity.key import DATA_PATH, FILE_PARAMS, Recipe, short_key
 from runkey.params import load_params
 from runkey.paths import LOCK, PARAMS, REQUIREMENTS
 
-# Variables that make git look elsewhere than in its current folder; hooks and DVC pass them on.
-_ELSEWHERE = (
+ELSEWHERE = (
     *("GIT_DIR", "GIT_WORK_TREE", "GIT_IMPLICIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE"),
     *("GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_QUARANTINE_PATH"),
     *("GIT_PREFIX", "GIT_NAMESPACE", "GIT_GRAFT_FILE", "GIT_SHALLOW_FILE"),
     *("GIT_REPLACE_REF_BASE", "GIT_LITERAL_PATHSPECS", "GIT_GLOB_PATHSPECS"),
 )
+"""Variables that make git look elsewhere than in its current folder; hooks and DVC pass them on."""
 
 
 class GitOptions(TypedDict, total=False):
@@ -57,7 +57,7 @@ def git(root: Path, *arguments: str, **options: Unpack[GitOptions]) -> str:
 def git_bytes(root: Path, *arguments: str, **options: Unpack[GitOptions]) -> bytes:
     """Run a git command; return what it prints, byte for byte. All else as in `git`."""
     text = options.get("text", "").encode("utf-8", "surrogateescape")
-    own = {name: value for name, value in os.environ.items() if name not in _ELSEWHERE}
+    own = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
     try:
         done = subprocess.run(
             ["git", *arguments],

@@ -50,11 +50,9 @@ def summarize(results: Iterable[CheckResult]) -> str:
     return f"{text}, {warnings} warning{'' if warnings == 1 else 's'}" if warnings else text
 
 
-def first_few(names: Iterable[str], most: int = 3) -> str:
-    """Join the first few names, and say how many more there are."""
-    listed = list(names)
-    more = len(listed) - most
-    return ", ".join(listed[:most]) + (f" and {more} more" if more > 0 else "")
+def first_few(names: list[str]) -> str:
+    """Join the first three names, and say how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
 
 
 @dataclass(frozen=True, kw_only=True)
