@@ -112,9 +112,6 @@ class ImageTable:
     labels: NDArray[np.int64]
     """[N], class indices."""
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
 
 def image_table(records: Sequence[ImageRecord]) -> ImageTable:
     """Convert an index to a table."""

@@ -152,7 +152,7 @@ class TrainLoader:
     @property
     def steps_per_epoch(self) -> int:
         """Return the number of global batches in every epoch."""
-        return self.sampler.steps_per_epoch
+        return -(-len(self.sampler.ids) // self.sampler.batch_size)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[GlobalBatch]:
         """Yield this rank's part of an epoch's global batches, from step `start_step` on.
@@ -189,9 +189,6 @@ class EvalLoader:
     requests: Sequence[Request]
     stream: BatchStream
 
-    def __len__(self) -> int:
-        return len(self.requests)
-
     def __iter__(self) -> Iterator[Batch]:
         return self.stream.batches(self.requests)
 
@@ -213,7 +210,7 @@ def build_train_loader(
     table = maker.table
     workers, reason = resolve_workers(params.runtime.workers, maker.cache is not None, world_size)
     if rank == 0:
-        logger.info(f"training images: {len(table)}; loader processes: {workers} ({reason})")
+        logger.info(f"training images: {len(table.ids)}; loader processes: {workers} ({reason})")
     sampler = GlobalBatchSampler(augmentation, table.ids, table.sizes, params.training.batch_size)
     stream = BatchStream(maker, workers, params.runtime.prefetch, params.runtime.pin_memory)
     return TrainLoader(sampler, stream, micro_batch, rank, world_size)

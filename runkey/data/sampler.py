@@ -50,11 +50,6 @@ class GlobalBatchSampler:
     """Original (height, width) of the same images, pixels."""
     batch_size: int
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Return the number of global batches in every epoch."""
-        return -(-len(self.ids) // self.batch_size)
-
     def global_batches(self, epoch: int) -> list[list[AugmentedImage]]:
         """Return the epoch's global batches, which hold every image once.
 

@@ -156,19 +156,18 @@ def _match(
     overlaps = _overlaps([found["bbox"] for found in results], record.boxes_xywh, record.crowd)
     crowd = np.array(record.crowd, dtype=bool)
     labels = np.array(record.labels, dtype=np.int64)
-    free = np.ones(len(labels), dtype=bool)
+    free = ~crowd
     matches = []
     for found, overlap in zip(results, overlaps, strict=True):
         label = label_of[found["category_id"]]
         fits = (labels == label) & (overlap >= MATCH_IOU)
-        takes = fits & free & ~crowd
-        target = int(np.argmax(np.where(takes, overlap, -1))) if takes.any() else -1
-        if target < 0 and (fits & crowd).any():
+        target, iou = -1, 0.0
+        if (fits & free).any():
+            target = int(np.argmax(np.where(fits & free, overlap, -1)))
+            free[target], iou = False, float(overlap[target])
+        elif (fits & crowd).any():
             continue
-        if target >= 0:
-            free[target] = False
         left, top, width, height = found["bbox"]
-        iou = float(overlap[target]) if target >= 0 else 0.0
         box = (left, top, width, height)
         matches.append(MatchedBox(label, box, found["score"], target, iou))
     return matches

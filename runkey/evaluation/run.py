@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -189,15 +188,15 @@ def same_shape_batches(batch: Batch) -> Iterator[Batch]:
     rows_of: dict[tuple[int, int], list[int]] = defaultdict(list)
     for row, (height, width) in enumerate(batch.sizes.tolist()):
         rows_of[height, width].append(row)
-    ends = list(accumulate(batch.counts, initial=0))
+    boxes_cxcywh = torch.split(batch.boxes_cxcywh, list(batch.counts))
+    labels = torch.split(batch.labels, list(batch.counts))
     for (height, width), rows in rows_of.items():
-        boxes = [i for row in rows for i in range(ends[row], ends[row + 1])]
         yield replace(
             batch,
             images=batch.images[rows, :, :height, :width],
             sizes=batch.sizes[rows],
-            boxes_cxcywh=batch.boxes_cxcywh[boxes],
-            labels=batch.labels[boxes],
+            boxes_cxcywh=torch.cat([boxes_cxcywh[row] for row in rows]),
+            labels=torch.cat([labels[row] for row in rows]),
             counts=tuple(batch.counts[row] for row in rows),
             image_ids=tuple(batch.image_ids[row] for row in rows),
             original_sizes=batch.original_sizes[rows],

@@ -124,7 +124,7 @@ def test_evaluation_gives_the_same_images_whatever_the_batch(
 ):
     loader = eval_loader(DATA, batch_size=batch_size)
     assert per_image(loader) == per_image(eval_loader(DATA))
-    assert len(list(loader)) == len(loader)
+    assert max(map(len, loader)) <= batch_size
 
 
 @pytest.mark.parametrize("workers", [0, 2])
