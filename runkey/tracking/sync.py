@@ -260,9 +260,9 @@ class RunSender:
         """Return the `Run` that a pointer names; None if it is gone or was never made."""
         run_id = pointer.run_id
         if run_id is None:
-            found = self._client.search_runs(
-                [self._experiment(training)], f"tags.{TOKEN} = '{pointer.token}'", max_results=1
-            )
+            where = experiment_id(self._client, self._store, training.experiment)
+            token = f"tags.{TOKEN} = '{pointer.token}'"
+            found = self._client.search_runs([where], token, max_results=1)
             if not found:
                 return None
             run_id = str(found[0].info.run_id)
@@ -286,16 +286,13 @@ class RunSender:
         description = training.description
         tags = {name: value[:_TAG_CHARACTERS] for name, value in description.tags.items()}
         run = self._client.create_run(
-            self._experiment(training),
+            experiment_id(self._client, self._store, training.experiment),
             run_name=description.name,
             tags=tags | {TOKEN: pointer.token},
             start_time=description.started_ms,
         )
         self._point(replace(pointer, run_id=str(run.info.run_id)))
         return run
-
-    def _experiment(self, training: TrainingRun) -> str:
-        return experiment_id(self._client, self._store, training.experiment)
 
     def _describe(self, run: Any, description: RunDescription) -> None:
         """Log what the `Run` lacks: all of a new one, perhaps of one whose process died early."""
