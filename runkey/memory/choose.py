@@ -23,7 +23,7 @@ from runkey.memory.measure import (
     spare_bytes,
     this_platform,
 )
-from runkey.memory.predict import MODEL, Estimate, MemoryModel, read_model
+from runkey.memory.predict import MODEL, Estimate, Line, MemoryModel, read_model
 from runkey.memory.trace.gpu import Gpu
 from runkey.params import Params
 from runkey.units import GIB
@@ -146,11 +146,19 @@ def plan_memory(
         TrainingError: there is no memory.json for these parameters, or nothing fits.
     """
     training = params.training
-    model = read_model(folder / MODEL, training.batch_size)
+    model, digest = read_model(folder / MODEL, training.batch_size), sha256_file(folder / MODEL)
+    outside = 0
     if device.type == "cpu":
-        bound, budget, alternatives = _on_cpu(params, model, folder, device)
+        # The line that was measured for this very memory.json, else the predicted one.
+        bound, alternatives = _on_cpu(model, read_line(folder, digest) or cpu_line(model.cpu))
     else:
-        bound, budget, alternatives = _on_gpu(params, model, folder, device, trials, processes)
+        gpu = Gpu(torch.cuda.get_device_capability(device))
+        found = correction(read_trials(trials), this_platform(device), digest)
+        outside = found.outside_bytes or gpu.context_bytes
+        buckets = model.gradient_bytes if processes > 1 else 0
+        in_fp32 = training.precision == "auto" and not gpu.has_bf16
+        bound, alternatives = _on_gpu(model, found.factor, buckets, in_fp32=in_fp32)
+    budget = memory_budget(params.memory.budget_gib, device, outside)
     choice = choose(
         bound,
         budget,
@@ -167,43 +175,28 @@ def plan_memory(
     )
 
 
-def _on_cpu(
-    params: Params, model: MemoryModel, folder: Path, device: torch.device
-) -> tuple[Bound, MemoryBudget, dict[str, int]]:
-    """Use the line that was measured for this very memory.json, else the predicted one."""
-    line = read_line(folder, sha256_file(folder / MODEL)) or cpu_line(model.cpu)
+def _on_cpu(model: MemoryModel, line: Line) -> tuple[Bound, dict[str, int]]:
+    """Return the bound, and the bytes of one image with each change of params.yaml."""
     alternatives = {}
     for one in model.alternatives:
         if one.name not in ("bf16", "fp32"):
             part = one.estimate.line.bytes_per_image / model.gpu.line.bytes_per_image
             smaller = replace(line, bytes_per_image=line.bytes_per_image * part)
             alternatives[one.change] = smaller.at(1)
-    return line.at, memory_budget(params.memory.budget_gib, device, 0), alternatives
+    return line.at, alternatives
 
 
 def _on_gpu(
-    params: Params,
-    model: MemoryModel,
-    folder: Path,
-    device: torch.device,
-    trials: Path,
-    processes: int,
-) -> tuple[Bound, MemoryBudget, dict[str, int]]:
-    """Use the upper bound, corrected by what was measured on such a GPU."""
-    gpu = Gpu(torch.cuda.get_device_capability(device))
-    found = correction(read_trials(trials), this_platform(device), sha256_file(folder / MODEL))
-    buckets = model.gradient_bytes if processes > 1 else 0
+    model: MemoryModel, factor: float, buckets: int, *, in_fp32: bool
+) -> tuple[Bound, dict[str, int]]:
+    """Return the same from the upper bounds, times `factor` and plus `buckets`, bytes."""
 
     def bound_of(estimate: Estimate) -> Bound:
-        return lambda images: round(estimate.upper(images) * found.factor) + buckets
+        return lambda images: round(estimate.upper(images) * factor) + buckets
 
-    lacks_bf16 = params.training.precision == "auto" and not gpu.has_bf16
     fp32 = [one.estimate for one in model.alternatives if one.name == "fp32"]
-    estimate = fp32[0] if lacks_bf16 and fp32 else model.gpu
-    alternatives = {one.change: bound_of(one.estimate)(1) for one in model.alternatives}
-    outside = found.outside_bytes or gpu.context_bytes
-    budget = memory_budget(params.memory.budget_gib, device, outside)
-    return bound_of(estimate), budget, alternatives
+    estimate = fp32[0] if in_fp32 and fp32 else model.gpu
+    return bound_of(estimate), {one.change: bound_of(one.estimate)(1) for one in model.alternatives}
 
 
 CARDS_GIB = (8, 12, 16, 24, 40, 80)

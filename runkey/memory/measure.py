@@ -255,9 +255,6 @@ def _used_by_others(device: torch.device) -> int:
     return int(used) * MIB if used.isdigit() else 0
 
 
-_SHELL = 128
-
-
 def wait_for(process: subprocess.Popen[bytes]) -> None:
     """Wait for the end of a measuring process, whose output is not captured.
 
@@ -266,7 +263,7 @@ def wait_for(process: subprocess.Popen[bytes]) -> None:
         SystemExit: it ended with another error, which it has printed.
     """
     code = process.wait()
-    if code in (-signal.SIGKILL, _SHELL + signal.SIGKILL):
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):  # itself, or as a shell tells
         raise TrainingError(
             "memory.probe_batches: the machine ran out of memory while training steps were "
             f"measured; {_WAY_OUT}"

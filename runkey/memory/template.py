@@ -56,15 +56,8 @@ def other_shape(worst: Shape, stride: int, queries: int = 0) -> Shape:
     """Return a shape that tells quantities apart, and that training treats like `worst`.
 
     Attention pads masks whose rows are no multiple of 8 or 16 tokens, and two-stage selection adds
-    tokens if there are fewer than queries. Both allocate: both shapes must need it, or neither.
-
-    Args:
-        worst: the largest (height, width), pixels.
-        stride: pixels from token to token.
-        queries: number of queries that tokens are selected for; 0: none are.
-
-    Returns:
-        A smaller shape; a larger one if only that has enough tokens; `worst` if there is none.
+    tokens if there are fewer than `queries`. Both allocate: both shapes must need it, or neither.
+    The shape is smaller; larger, if all smaller ones lack tokens; `worst`, if no shape will do.
     """
     (height, width), wanted = worst, _treatment(worst, stride, queries)
     for parts in (_SMALLER, _LARGER):

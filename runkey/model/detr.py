@@ -97,9 +97,6 @@ class Detector(nn.Module):
             padding_mask: bool [B, H, W], True right of and below each image's valid area. None
                 is faster; pass it where no image is padded.
             targets: the true boxes; only read in training, to make denoising queries.
-
-        Returns:
-            Predictions of all decoder layers.
         """
         raise NotImplementedError
 

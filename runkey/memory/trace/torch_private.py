@@ -203,10 +203,8 @@ def run_backward(
 ) -> None:
     """Add the gradients of a scalar to the leaves' `.grad`, and free the graph.
 
-    Args:
-        root: a scalar; it and the scalars that it is made from are detached.
-        gradient: gradient of the root; None: 1.
-        on_node: called with the sequence number of each node before it runs.
+    The root and the scalars that it is made from are detached; its own gradient is 1 by default.
+    `on_node` is called with the sequence number of each node before it runs.
     """
     assert root.grad_fn is not None, "the loss does not depend on any parameter"
     with torch.no_grad(), GraphExecGroup():
