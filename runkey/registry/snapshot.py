@@ -120,14 +120,10 @@ def needed_files(root: Path, recipe: Recipe) -> set[str]:
 
 
 def _lies_inside(value: object) -> bool:
-    """Return True if a parameter names a file of the repository.
-
-    A file outside it has no place in a snapshot; the key holds its hash, so that no other file can
-    pass for it.
-    """
-    if value in (None, "none", "imagenet") or Path(str(value)).is_absolute():
-        return False
-    return ".." not in Path(str(value)).parts
+    """Return True if a parameter names a file of the repository; the key has the hash of others."""
+    path = PurePosixPath(str(value))
+    is_name = value in (None, "none", "imagenet")
+    return not is_name and not path.is_absolute() and ".." not in path.parts
 
 
 def _real_files(path: str, root: Path) -> Iterator[str]:

@@ -156,8 +156,6 @@ class Report:
 
 
 _UNREADABLE = (RunkeyError, OSError, HTTPException)
-_UNUSABLE = (*_UNREADABLE, ValueError, AttributeError)
-"""What reading a file of a run as JSON may raise."""
 
 
 def verify_run(record: Record, sources: Sources) -> Report:
@@ -273,7 +271,7 @@ def _check_key(report: Report) -> str:
         name = RUN_JSON.as_posix()
         manifest: dict[str, Any] = json.loads(report.read(name))
         key, parts, run_id = (manifest.get(field) for field in ("key", "parts", "run_id"))
-    except _UNUSABLE as error:
+    except (*_UNREADABLE, ValueError, AttributeError) as error:  # the latter two: other JSON
         return fault(report.why(name, error))
     if key != stated.key:
         fault(f"{name}: is of key {key}, the run of {stated.key}")
