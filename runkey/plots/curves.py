@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.lines import Line2D
 
 from runkey.plots import style
-from runkey.plots.log import Series, TrainingLog, read_log
+from runkey.plots.log import TrainingLog, read_log
 
 _CLIPPED = 1.001
 """Norm before / after clipping above which a step was clipped; rounding alone stays below."""
@@ -80,8 +80,8 @@ def loss_and_ap(log: TrainingLog, path: Path) -> Path:
 def _draw_losses(axes: Any, log: TrainingLog) -> None:
     steps, values = log.series("train/loss")
     axes.plot(steps, values, color=style.BLUE, alpha=0.3, linewidth=1, label="train, each step")
-    _plot(axes, log.series("train/epoch_loss"), style.BLUE, "train, epoch mean")
-    _plot(axes, log.series("val/loss"), style.ORANGE, "validation")
+    style.plot(axes, log.series("train/epoch_loss"), style.BLUE, "train, epoch mean")
+    style.plot(axes, log.series("val/loss"), style.ORANGE, "validation")
     evaluated, gaps = log.series("val/loss_gap")
     _, losses = log.series("val/loss")
     if len(gaps) == len(losses) and np.isfinite(gaps).any():
@@ -101,7 +101,7 @@ def _draw_scores(axes: Any, log: TrainingLog) -> None:
     for name, colour in (("AP50", style.SKY), ("AP75", style.GREEN), ("AP", style.BLUE)):
         series = log.series(f"val/{name}")
         if np.isfinite(series[1]).any():
-            _plot(axes, series, colour, name)
+            style.plot(axes, series, colour, name)
     if axes.lines:
         top = min(1.0, max(0.1, 1.15 * axes.dataLim.y1))
         axes.set(ylim=(0, top), ylabel="validation AP, 0 to 1")
@@ -150,8 +150,8 @@ def learning_rate(log: TrainingLog, path: Path) -> Path:
             return path
         groups = sorted({n for p in log.steps for n in p.values if n.startswith("train/lr_")})
         for name, colour in zip(groups, (style.GREEN, style.PURPLE, style.SKY), strict=False):
-            _plot(axes, log.series(name), colour, name.removeprefix("train/lr_"))
-        _plot(axes, (steps, rates), style.BLUE, "all other parameters" if groups else None)
+            style.plot(axes, log.series(name), colour, name.removeprefix("train/lr_"))
+        style.plot(axes, (steps, rates), style.BLUE, "all other parameters" if groups else None)
         rising = np.diff(rates) > 0
         if len(rising) and rising[0]:
             warmup = steps[-1 if rising.all() else int(np.argmin(rising))]
@@ -184,8 +184,10 @@ def gradient_norm(log: TrainingLog, path: Path) -> Path:
             return path
         norms.plot(steps, before, color=style.VERMILLION, alpha=0.3, linewidth=1)
         median = pd.Series(before).rolling(9, center=True, min_periods=1).median()
-        _plot(norms, (steps, median.to_numpy()), style.VERMILLION, "before clipping, median of 9")
-        _plot(norms, (steps, after), style.BLUE, "after")
+        style.plot(
+            norms, (steps, median.to_numpy()), style.VERMILLION, "before clipping, median of 9"
+        )
+        style.plot(norms, (steps, after), style.BLUE, "after")
         limit_steps, limits = log.series("train/clip_threshold")
         if (finite := limits[np.isfinite(limits)]).size:  # norms were clipped
             low, high = float(finite.min()), float(finite.max())
@@ -202,7 +204,7 @@ def gradient_norm(log: TrainingLog, path: Path) -> Path:
         per_epoch = log.steps_per_epoch or float(steps[-1])
         share = pd.Series(100.0 * clipped).groupby(np.ceil(steps / per_epoch)).mean()
         ends = np.minimum(share.index.to_numpy() * per_epoch, steps[-1])
-        _plot(shares, (ends, share.to_numpy()), style.GREEN)
+        style.plot(shares, (ends, share.to_numpy()), style.GREEN)
         shares.set(title=f"Clipped: {clipped.mean():.0%} of the logged steps")
         shares.set(ylabel="steps clipped, %", ylim=(-4, 104))
         _step_axis(shares, log)
@@ -223,7 +225,7 @@ def throughput(log: TrainingLog, path: Path) -> Path:
                 style.show_empty(axes)
                 continue
             values = values * factor
-            _plot(axes, (steps, values), colour)
+            style.plot(axes, (steps, values), colour)
             median = float(np.nanmedian(values))
             look: dict[str, Any] = {"color": style.GREY, "linestyle": "--", "linewidth": 1.2}
             axes.axhline(median, label=f"median {median:.1f}", **look)
@@ -253,7 +255,7 @@ def machine(log: TrainingLog, path: Path) -> Path:
         ):
             values = samples.get(f"system/{name}")
             if values is not None and values.notna().any():
-                _plot(axes, (samples.index, factor * values), colour, label, size=3)
+                style.plot(axes, (samples.index, factor * values), colour, label, markersize=3)
         _plot_gpus(busy, samples.filter(regex="/gpu_.*_utilization_percentage$"))
         _plot_gpus(memory, 1e-3 * samples.filter(regex="/gpu_.*_memory_usage_megabytes$"))
         busy.set(ylim=(0, 104), ylabel="utilisation, %")
@@ -271,15 +273,17 @@ def _plot_gpus(axes: Any, gpus: pd.DataFrame) -> None:
     times, values = gpus.index, gpus.sort_index(axis="columns").to_numpy().T
     if len(values) <= len(colours):
         for gpu, (line, colour) in enumerate(zip(values, colours, strict=False)):
-            _plot(axes, (times, line), colour, f"GPU {gpu}", size=3)
+            style.plot(axes, (times, line), colour, f"GPU {gpu}", markersize=3)
         return
     low, high = values.min(axis=0), values.max(axis=0)
     axes.fill_between(times, low, high, color=style.ORANGE, alpha=0.25, label="lowest to highest")
-    _plot(axes, (times, values.mean(axis=0)), style.ORANGE, f"mean of {len(values)} GPUs", size=3)
-
-
-def _plot(axes: Any, series: Series, colour: str, label: str | None = None, size: int = 4) -> None:
-    axes.plot(*series, color=colour, label=label, marker=style.marker(series[0]), markersize=size)
+    style.plot(
+        axes,
+        (times, values.mean(axis=0)),
+        style.ORANGE,
+        f"mean of {len(values)} GPUs",
+        markersize=3,
+    )
 
 
 def _step_axis(axes: Any, log: TrainingLog) -> None:
@@ -326,28 +330,16 @@ def mark_events(axes: Any, log: TrainingLog) -> None:
         for step in steps if kind in _RESTARTS else ():
             axes.axvline(step, color=colour, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
         look: dict[str, Any] = {"marker": shape, "linestyle": "none"}
+        # x: steps; y: 0 is the lower edge.
+        place = {"transform": axes.get_xaxis_transform(), "clip_on": False, "markeredgewidth": 0}
         # White edges lie below all marks: they would hide marks that stand close.
         for fill, size, order in (("white", 10, 5), (colour, 8, 6)):
-            axes.plot(
-                steps,
-                [0.0] * len(steps),
-                transform=axes.get_xaxis_transform(),  # x: steps; y: 0 is the lower edge
-                **look,
-                markersize=size,
-                color=fill,
-                markeredgewidth=0,
-                clip_on=False,
-                zorder=order,
-            )
+            mark = {"color": fill, "markersize": size, "zorder": order}
+            axes.plot(steps, [0.0] * len(steps), **look, **place, **mark)
         count = "" if len(steps) == 1 else f"{len(steps):,} "
         label = count + name.format(s="s" if count else "")
         handles.append(Line2D([], [], color=colour, label=label, markersize=8, **look))
     if handles:
-        axes.figure.legend(
-            handles=handles,
-            loc="outside upper right",
-            ncols=min(4, len(handles)),
-            columnspacing=1.4,
-            handletextpad=0.2,
-            borderaxespad=0.15,
-        )
+        look = {"columnspacing": 1.4, "handletextpad": 0.2, "borderaxespad": 0.15}
+        look |= {"loc": "outside upper right", "ncols": min(4, len(handles))}
+        axes.figure.legend(handles=handles, **look)

@@ -44,13 +44,7 @@ def write_evaluation_plots(
     """Draw curves, confusion, sizes and calibration, and the best and the worst images.
 
     confusion.csv and precision_recall.csv, for `dvc plots`, are written beside the pictures.
-
-    Args:
-        prepared: the folder with classes.json and val.json.
-        evaluation: the folder that the stage wrote.
-        data_folder: what `ImageRecord.file` is relative to.
-        out: the folder; made if it is not there.
-        images: on each sheet; 0: no sheets.
+    `ImageRecord.file` is relative to `data_folder`; with 0 `images` a sheet there are no sheets.
     """
     records, classes = read_index(prepared / "val.json"), read_classes(prepared / "classes.json")
     curves = read_output(evaluation / PRECISION_RECALL)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runkey.params import as_text
 from runkey.plots.log import GrowingLog, Series, TrainingLog, number
 from runkey.progress import WIDTH
 
@@ -66,10 +67,8 @@ def find_hints(log: TrainingLog, params: Mapping[str, Any]) -> list[Hint]:
     settings = {name: _parsed(value) for name, value in params.items()}
 
     def with_value(found: re.Match[str]) -> str:
-        if (name := found[1]) not in settings:
-            return name
-        value = settings[name]
-        return f"{name} (now {value if isinstance(value, str) else json.dumps(value)})"
+        name = found[1]
+        return f"{name} (now {as_text(settings[name])})" if name in settings else name
 
     found = (
         *_machine(log, settings),
@@ -146,18 +145,16 @@ class HintingTracker:
         if self._scores:
             self.event(CLASS_SCORES, step=step, **self._scores)
             self._scores = {}
-        for hint in self._new_hints():
+        for hint in self._new_hints(self._growing) if self._growing else ():
             logger.info("\n".join(hint.lines()))
             self.event(f"{EVENT}{hint.kind}", step=step, seen=hint.seen, change=hint.change)
 
-    def _new_hints(self) -> list[Hint]:
-        if self._growing is None:
-            return []
+    def _new_hints(self, growing: GrowingLog) -> list[Hint]:
         try:
-            self._growing.update()
+            growing.update()
             # A resumed training has its earlier hints in the log.
-            logged = {hint.kind for hint in logged_hints(self._growing.log)}
-            found = find_hints(self._growing.log, self._params)
+            logged = {hint.kind for hint in logged_hints(growing.log)}
+            found = find_hints(growing.log, self._params)
         # An unreadable log, or a rule that fails on it, must not end a training.
         except Exception as error:  # noqa: BLE001
             logger.warning(f"no more hints: {type(error).__name__}: {error}")

@@ -74,15 +74,9 @@ def _draw(axes: Any, timeline: Timeline, title: str, levels: Mapping[str, float]
     place = positions[events][int(timeline.total[events].argmax())]
     mark = {"color": style.BLACK, "marker": "v", "markersize": 6, "zorder": 5}
     axes.plot([place], [peak], **mark, linestyle="none")
-    right = place >= 0.8
-    axes.annotate(
-        f"peak {peak:.{digits}f} {name}",
-        (place, peak),
-        (-6 if right else 6, 5),
-        textcoords="offset points",
-        ha="right" if right else "left",
-        fontsize=9,
-    )
+    offset, side = (-6, "right") if place >= 0.8 else (6, "left")
+    look = {"textcoords": "offset points", "ha": side, "fontsize": 9}
+    axes.annotate(f"peak {peak:.{digits}f} {name}", (place, peak), (offset, 5), **look)
     axes.set(title=title, ylim=(0, top * 1.25), ylabel=f"allocated, {name}")
     _draw_phases(axes, timeline, [*positions[starts].tolist(), 1.0])
     handles, labels = (found[::-1] for found in axes.get_legend_handles_labels())
@@ -127,19 +121,12 @@ def _drawn_events(timeline: Timeline, positions: NDArray[np.float64]) -> NDArray
 
 
 def _draw_phases(axes: Any, timeline: Timeline, edges: Sequence[float]) -> None:
+    look = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top", "fontsize": 9}
     for number, (left, right) in enumerate(pairwise(edges)):
         if number % 2:
             axes.axvspan(left, right, color=style.PALE, zorder=0)
-        axes.text(
-            (left + right) / 2,
-            0.98,
-            timeline.marks[number].phase,
-            transform=axes.get_xaxis_transform(),
-            ha="center",
-            va="top",
-            fontsize=9,
-            rotation=90 if right - left < 0.1 else 0,
-        )
+        look["rotation"] = 90 if right - left < 0.1 else 0
+        axes.text((left + right) / 2, 0.98, timeline.marks[number].phase, **look)
         axes.axvline(right, color=style.GREY, linewidth=0.6)
     axes.set(xlim=(0, 1), xticks=[], xlabel="allocations and frees in order; time is not to scale")
     axes.grid(visible=False, axis="x")

@@ -298,7 +298,7 @@ def _draw(axes: Any, log: TrainingLog, metric: str, look: dict[str, str]) -> Non
         return
     per_epoch = log.steps_per_epoch
     epochs = steps / (per_epoch or 1.0)
-    axes.plot(epochs, values, **look, marker=style.marker(epochs), markersize=3)
+    style.plot(axes, (epochs, values), look["color"], linestyle=look["linestyle"], markersize=3)
     best = log.best_step()
     if metric == "val/AP" and best is not None and per_epoch:
         at = np.argmin(np.abs(epochs - best / per_epoch))

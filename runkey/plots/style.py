@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,9 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-from numpy.typing import NDArray
 from PIL import Image
+
+from runkey.plots.log import Series
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,9 +101,10 @@ def cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def marker(values: Sequence[Any] | NDArray[Any]) -> str:
-    """Return the marker of a curve: dots while it has few points, and a single one needs one."""
-    return "o" if len(values) <= 60 else ""
+def plot(axes: Any, series: Series, colour: str, label: str | None = None, **look: Any) -> None:
+    """Plot a curve, with dots while it has few points: a single one needs one."""
+    look = {"marker": "o" if len(series[0]) <= 60 else "", "markersize": 4} | look
+    axes.plot(*series, color=colour, label=label, **look)
 
 
 def whole_numbers(axes: Any) -> None:
@@ -122,14 +124,8 @@ def plain_log_scale(axes: Any) -> None:
 def legend(axes: Any) -> None:
     """Place the legend in one line above the panel, right of its title."""
     if handles := axes.get_legend_handles_labels()[0]:
-        axes.legend(
-            loc="lower right",
-            bbox_to_anchor=(1.0, 1.0),
-            ncols=len(handles),
-            borderaxespad=0.15,
-            columnspacing=1.4,
-            handlelength=1.6,
-        )
+        look = {"borderaxespad": 0.15, "columnspacing": 1.4, "handlelength": 1.6}
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(handles), **look)
 
 
 def legend_beside(axes: Any, title: str | None = None) -> None:

@@ -59,14 +59,8 @@ _PANELS = {
 def follow(path: Path, title: str, params: Mapping[str, Any], is_alive: Callable[[], bool]) -> bool:
     """Show a training until it ends: its curves on a terminal, log messages elsewhere.
 
-    Args:
-        path: of its log, which must exist.
-        title: key and name of the training.
-        params: its parameters by dotted name, for hints; {} if not known.
-        is_alive: returns True while a process writes the log.
-
-    Returns:
-        True if the training ended; False if it was interrupted.
+    Its log must exist; `is_alive` returns True while a process writes it. `params` are by dotted
+    name, for hints; {} if not known. Return True if it ended, False if it was interrupted.
     """
     # A training's folder is removed once it is recorded; an open file can still be read.
     with path.open("rb") as file, _display(title, params) as show:
@@ -236,13 +230,10 @@ def _panel(log: TrainingLog, name: str, width: int, height: int, *, dots: bool) 
 def chart(
     curves: Sequence[Series], width: int, height: int, *, dots: bool = True
 ) -> list[list[Cell]]:
-    """Draw curves of characters on common axes; the vertical one includes 0.
+    """Draw curves in rows of `width` characters, labels included; the vertical axis includes 0.
 
-    Args:
-        curves: places and values; may be empty, and values that are not finite are left out.
-        width: characters of a row, the labels included.
-        height: rows.
-        dots: draw Braille dots, four rows and two columns to a character.
+    Curves may be empty; values that are not finite are left out. With `dots` they are drawn with
+    Braille dots, four rows and two columns to a character.
     """
     columns = max(0, width - LABEL_WIDTH - 1)
     rows: list[list[Cell]] = [[(" ", None)] * columns for _ in range(height)]
