@@ -39,7 +39,7 @@ from runkey.identity.record import DETAILS, Details, StoredFile  # noqa: E402
 from runkey.params import load_params  # noqa: E402
 from runkey.registry.library import open_library  # noqa: E402
 from runkey.registry.query import Field, Query  # noqa: E402
-from runkey.tracking.store import (  # noqa: E402  # noqa: E402
+from runkey.tracking.store import (  # noqa: E402
     Store,
     experiment_id,
     free_port,
@@ -54,7 +54,7 @@ TIMES = 5
 PARTS = ("code", "params", "data", "environment")
 FILES = (
     *(f"evaluation/{n}" for n in ("metrics.json", "predictions.json", "best.jpg", "worst.jpg")),
-    *(f"model/{n}" for n in ("classes.json", "key.json", "model.json", "weights.pt")),
+    *(f"model/{n}" for n in ("classes.json", "key.json", "model.json", "weights.safetensors")),
     *("logs/train.jsonl", "metrics/evaluate.json", "metrics/train.json"),
     *("params.yaml", "plots/curves.png", "plots/losses.csv", "run.json"),
 )
