@@ -1,7 +1,7 @@
 """The checks of `prepare`: ids and file names of a JSON, image files, boxes.
 
-A check calls `findings.add(NAME, ...)` with the item and its fault; NAME is a field of
-`params.Checks` that sets whether the item is fixed, dropped or an error.
+A check calls `_mend(NAME, ...)` with the item and its fault, or `_leave_out` if there is no fix;
+NAME is a field of `params.Checks` that sets whether the item is fixed, dropped or an error.
 Images are decoded once, in one thread per core, because PIL decodes and resizes without Python's
 lock. The same pass shrinks the pixels for the cache and sums them for the mean.
 """
@@ -16,10 +16,11 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +58,10 @@ _Fault = tuple[str, str, str]
 
 class _FileError(Exception):
     """A file that is no usable image; args: name of the check, the fault."""
+
+
+class _LeftOut(Exception):  # noqa: N818 - no error: the fault is recorded
+    """An image or an annotation does not stay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +121,19 @@ class SourceChecks:
         sizes = (cached_size(i.width, i.height, data.short_sides, data.long_side) for i in images)
         size = sum(width * height * 3 for width, height in sizes) * share
         for image, future in self._scan_images(images, cached=size <= data.cache_gib * GIB):
-            try:
-                scan = future.result()
-            except _FileError as error:
-                self._add_of_file(image, *error.args)
-                continue
-            if all(self._add_of_file(image, *fault) for fault in scan.faults):
-                place = None if scan.pixels is None else self.scratch.append(scan.pixels)
-                yield CheckedImage(self._make_record(image, scan), scan.digest, scan.sums, place)
+            with suppress(_LeftOut):
+                yield self._accept(image, future)
+
+    def _mend(self, kind: str, what: str, image_id: int, file: str = "", **more: Any) -> None:
+        """Record a fault; raise `_LeftOut` unless its policy is `fix`."""
+        file = file or self.coco.source.shown_json
+        if not self.findings.add(kind, file, what, image_id=image_id, **more):
+            raise _LeftOut
+
+    def _leave_out(self, *fault: Any, **more: Any) -> NoReturn:
+        """Record a fault that has no fix, and raise `_LeftOut`."""
+        self._mend(*fault, **more)
+        raise _LeftOut
 
     def _listed_images(self) -> list[CocoImage]:
         """The images that exist under a safe name, with their annotations.
@@ -133,45 +143,32 @@ class SourceChecks:
         images: dict[int, CocoImage] = {}
         files: dict[str, CocoImage] = {}
         for image in self.coco.images:
-            image.file = self._locate(image)
-            if not image.file:
-                continue
-            twin = images.get(image.id) or files.get(image.file)
-            if twin is None:
+            with suppress(_LeftOut):
+                image.file = self._locate(image)
+                if twin := images.get(image.id) or files.get(image.file):
+                    same = "id" if image.id in images else "file"
+                    what = f"{image.item} has the same {same} as {twin.item}"
+                    kept = "left out, the first kept"
+                    self._leave_out("duplicate_image", what, image.id, dropped=kept)
                 images[image.id] = files[image.file] = image
-                continue
-            same = "id" if image.id in images else "file"
-            what = f"{image.item} has the same {same} as {twin.item}"
-            self._add("duplicate_image", what, image.id, dropped="left out, the first kept")
         self._assign_annotations(images)
         self._check_units(images.values())
         return list(images.values())
 
-    def _add(self, kind: str, what: str, image_id: int, file: str = "", **more: Any) -> bool:
-        file = file or self.coco.source.shown_json
-        return self.findings.add(kind, file, what, image_id=image_id, **more)
-
-    def _add_of_file(self, image: CocoImage, kind: str, what: str, fixed: str = "") -> bool:
-        file = self.coco.source.show(image.file)
-        return self._add(kind, f"image {image.id} {what}", image.id, file, fixed=fixed)
-
     def _locate(self, image: CocoImage) -> str:
-        """The image's file, relative to the data folder; empty if there is a fault."""
+        """The image's file, relative to the data folder."""
         source = self.coco.source
         absolute = _ABSOLUTE.match(image.name)
         if absolute or ".." in image.name.split("/"):
             fault = "is an absolute path" if absolute else "has `..` in it"
-            self._add("unsafe_path", f"{image.item}: its name {fault}", image.id)
-            return ""
+            self._leave_out("unsafe_path", f"{image.item}: its name {fault}", image.id)
         file = source.find(image.name)
         if file is None:
             looked = ", ".join(source.show(folder) for folder in source.folders)
-            self._add("missing_image", f"{image.item} not found in {looked}", image.id)
-            return ""
+            self._leave_out("missing_image", f"{image.item} not found in {looked}", image.id)
         if source.leaves(file):
             what = f"{image.item} is a link that leaves {source.shown_data}"
-            self._add("unsafe_path", what, image.id, source.show(file))
-            return ""
+            self._leave_out("unsafe_path", what, image.id, source.show(file))
         return file
 
     def _assign_annotations(self, images: dict[int, CocoImage]) -> None:
@@ -179,27 +176,26 @@ class SourceChecks:
         free = max((a.id for a in self.coco.annotations), default=0)
         for annotation in self.coco.annotations:
             number, owner = annotation.id, annotation.image_id
-            if owner not in self.coco.listed:
-                what = f"annotation {number} is of image {owner}, which `images` does not list"
-                self._add("unknown_image", what, owner, annotation_id=number)
-                continue
-            if owner not in images:  # dropped with its image, which has been reported
-                continue
-            image = images[owner]
-            if annotation.category_id not in self.labels:
-                category = f"category {annotation.category_id}, which `categories` does not list"
-                what = f"{image.item}, annotation {number} is of {category}"
-                self._add("unknown_category", what, owner, annotation_id=number)
-                continue
-            if number in seen:
-                what = f"{image.item}, annotation {number}: its id occurs before"
-                fault, fixed = "duplicate_annotation", f"given the id {free + 1}"
-                if not self._add(fault, what, owner, annotation_id=number, fixed=fixed):
-                    continue
-                free += 1
-                annotation.id = free
-            seen.add(annotation.id)
-            image.annotations.append(annotation)
+            if owner in self.coco.listed and owner not in images:
+                continue  # dropped with its image, which has been reported
+            with suppress(_LeftOut):
+                if owner not in images:
+                    what = f"annotation {number} is of image {owner}, which `images` does not list"
+                    self._leave_out("unknown_image", what, owner, annotation_id=number)
+                image = images[owner]
+                if annotation.category_id not in self.labels:
+                    category = (
+                        f"category {annotation.category_id}, which `categories` does not list"
+                    )
+                    what = f"{image.item}, annotation {number} is of {category}"
+                    self._leave_out("unknown_category", what, owner, annotation_id=number)
+                if number in seen:
+                    what = f"{image.item}, annotation {number}: its id occurs before"
+                    fault, fixed = "duplicate_annotation", f"given the id {free + 1}"
+                    self._mend(fault, what, owner, annotation_id=number, fixed=fixed)
+                    annotation.id = free = free + 1
+                seen.add(annotation.id)
+                image.annotations.append(annotation)
 
     def _check_units(self, images: Iterable[CocoImage]) -> None:
         """Refuse boxes in fractions of the image's size, as in YOLO's files.
@@ -241,39 +237,44 @@ class SourceChecks:
                 waiting.extend(map(submit, islice(rest, 1)))
                 steps.advance()
 
-    def _make_record(self, image: CocoImage, scan: _Scan) -> ImageRecord:
-        """The image's entry in the index, with the boxes that are valid or were repaired."""
+    def _accept(self, image: CocoImage, future: Future[_Scan]) -> CheckedImage:
+        """Check a file against the JSON, then its boxes; keep those that are valid or mended."""
+        file, item = self.coco.source.show(image.file), f"image {image.id}"
+        try:
+            scan = future.result()
+        except _FileError as error:
+            kind, what = error.args
+            self._leave_out(kind, f"{item} {what}", image.id, file)
+        for kind, what, fixed in scan.faults:
+            self._mend(kind, f"{item} {what}", image.id, file, fixed=fixed)
+        place = None if scan.pixels is None else self.scratch.append(scan.pixels)
         rows = []
         for annotation in image.annotations:
-            if checked := self._check_box(image, annotation, scan.frame):
-                box, area = checked
+            with suppress(_LeftOut):
+                box, area = self._check_box(image, annotation, scan.frame)
                 label = self.labels[annotation.category_id]
                 rows.append((box, label, area, annotation.crowd, annotation.id))
         columns = zip(*rows, strict=True) if rows else ((),) * 5
-        return ImageRecord(image.id, image.file, *scan.frame, *scan.rotation, *columns)
+        record = ImageRecord(image.id, image.file, *scan.frame, *scan.rotation, *columns)
+        return CheckedImage(record, scan.digest, scan.sums, place)
 
     def _check_box(
         self, image: CocoImage, annotation: CocoAnnotation, frame: tuple[int, int]
-    ) -> tuple[_Box, float] | None:
-        """The box and COCO's area in pixels of the file; None if the annotation is left out."""
+    ) -> tuple[_Box, float]:
+        """The box and COCO's area in pixels of the file."""
 
-        def found(kind: str, what: str, fixed: str = "") -> bool:
+        def mend(kind: str, what: str, fixed: str = "") -> None:
             what = f"{image.item}, annotation {annotation.id}: {what}"
-            return self._add(kind, what, image.id, annotation_id=annotation.id, fixed=fixed)
+            self._mend(kind, what, image.id, annotation_id=annotation.id, fixed=fixed)
 
         # Not 1 if `size_mismatch` was fixed.
         scale = (frame[0] / image.width, frame[1] / image.height)
-        box = _sound_box(annotation.bbox, scale, found)
-        box = box and _inside(box, frame, found)
-        if not box:
-            return None
-        area, of_box = annotation.area, box[2] * box[3]
-        if area is None:
-            return box, of_box
-        if _finite(area) and area > 0:
-            return box, float(area) * scale[0] * scale[1]
-        what = f"area {_show(area)} is no positive number"
-        return (box, of_box) if found("bad_area", what, "taken from the box") else None
+        box = _inside(_sound_box(annotation.bbox, scale, mend), frame, mend)
+        area = annotation.area
+        if area is not None and not (_finite(area) and area > 0):
+            mend("bad_area", f"area {_show(area)} is no positive number", "taken from the box")
+            area = None
+        return box, box[2] * box[3] if area is None else float(area) * scale[0] * scale[1]
 
 
 def _scan_image(path: Path, listed: CocoImage, data: Data, cached: bool) -> _Scan:
@@ -338,28 +339,22 @@ def _turned(rotate: int, mirror: bool) -> str:
     return "not turned, as its size in the JSON does not ask for it"
 
 
-def _sound_box(
-    bbox: list[Any], scale: tuple[float, float], found: Callable[..., bool]
-) -> _Box | None:
+def _sound_box(bbox: list[Any], scale: tuple[float, float], mend: Callable[..., None]) -> _Box:
     """The box in pixels of the file, with sides above 0."""
     if not all(map(_finite, bbox)):
-        found("not_finite_box", f"box {_show(bbox)} is not four finite numbers")
-        return None
+        mend("not_finite_box", f"box {_show(bbox)} is not four finite numbers")
     left, top, width, height = map(float, bbox)
     if width < 0 or height < 0:
-        what = f"box {_show(bbox)} has a negative side"
-        if not found("negative_box", what, "its corners swapped"):
-            return None
+        mend("negative_box", f"box {_show(bbox)} has a negative side", "its corners swapped")
         left, width = min(left, left + width), abs(width)
         top, height = min(top, top + height), abs(height)
     # Not only size 0: 100 + 1e-20 is 100.
     if left + width == left or top + height == top:
-        found("empty_box", f"box {_show(bbox)} has no area")
-        return None
+        mend("empty_box", f"box {_show(bbox)} has no area")
     return left * scale[0], top * scale[1], width * scale[0], height * scale[1]
 
 
-def _inside(box: _Box, frame: tuple[int, int], found: Callable[..., bool]) -> _Box | None:
+def _inside(box: _Box, frame: tuple[int, int], mend: Callable[..., None]) -> _Box:
     """The part of the box that is in the image."""
     left, top, width, height = box
     right, bottom = left + width, top + height
@@ -367,15 +362,13 @@ def _inside(box: _Box, frame: tuple[int, int], found: Callable[..., bool]) -> _B
     x0, x1 = max(left, 0.0), min(right, float(frame[0]))
     y0, y1 = max(top, 0.0), min(bottom, float(frame[1]))
     if x1 <= x0 or y1 <= y0:
-        found("outside_box", f"box {_show(box)} is outside {size}")
-        return None
+        mend("outside_box", f"box {_show(box)} is outside {size}")
     if (x0, y0, x1, y1) == (left, top, right, bottom):
         return box
     overhang = max(-left, -top, right - frame[0], bottom - frame[1])
     if overhang > TOLERANCE_PIXELS:
         what = f"box {_show(box)} reaches over {size} by {overhang:.6g} pixels"
-        if not found("overhanging_box", what, "clipped"):
-            return None
+        mend("overhanging_box", what, "clipped")
     return x0, y0, x1 - x0, y1 - y0
 
 

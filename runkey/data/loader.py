@@ -165,17 +165,12 @@ class TrainLoader:
         """
         grouped = self.sampler.augmentation.data.group_by_aspect
         steps = [
-            [
-                Request(part, epoch)
-                for part in micro_batches(
-                    images[self.rank :: self.world_size], self.micro_batch, grouped=grouped
-                )
-            ]
+            micro_batches(images[self.rank :: self.world_size], self.micro_batch, grouped=grouped)
             for images in self.sampler.global_batches(epoch)[start_step:]
         ]
-        batches = self.stream.batches([request for requests in steps for request in requests])
-        for requests in steps:
-            yield tuple(next(batches) for _ in requests)
+        batches = self.stream.batches([Request(part, epoch) for parts in steps for part in parts])
+        for parts in steps:
+            yield tuple(next(batches) for _ in parts)
 
     def close(self) -> None:
         """End the worker processes."""

@@ -45,10 +45,7 @@ def write_results(path: Path, results: list[CocoDetection]) -> None:
 
 def read_results(path: Path) -> list[CocoDetection]:
     """Read detections in COCO's results format; a DataError names a file that is no such list."""
-    try:
-        results = read_output(path)
-    except ValueError as error:
-        raise DataError(f"{path}: no JSON ({error}); run `dvc repro -f evaluate`") from None
+    results = read_output(path)
     keys = CocoDetection.__required_keys__
     whole = (isinstance(one, dict) and keys <= set(one) for one in results)
     if not isinstance(results, list) or not all(whole):
@@ -97,8 +94,10 @@ def write_precision_recall(path: Path, result: CocoResult) -> None:
 
 
 def read_output(path: Path) -> Any:
-    """Read one of the files; where it is missing, a DataError says to run evaluate."""
+    """Read one of the files; if it is missing or no JSON, a DataError says to run evaluate."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: not found; run `dvc repro evaluate` first") from None
+    except ValueError as error:
+        raise DataError(f"{path}: no JSON ({error}); run `dvc repro -f evaluate`") from None

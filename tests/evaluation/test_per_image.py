@@ -151,8 +151,11 @@ def test_classes_of_one_name_keep_both_numbers(world, tmp_path):
     assert set(saved["per_class"]) == {"cat (1)", "cat (2)"}
 
 
-def test_missing_curves(tmp_path):
+def test_missing_or_damaged_curves(tmp_path):
     with pytest.raises(DataError, match=r"pr\.json: not found; run `dvc repro evaluate`"):
+        read_output(tmp_path / "pr.json")
+    (tmp_path / "pr.json").write_text('{"iou": [')
+    with pytest.raises(DataError, match=r"pr\.json: no JSON .*; run `dvc repro -f evaluate`"):
         read_output(tmp_path / "pr.json")
 
 
