@@ -46,9 +46,6 @@ logger = logging.getLogger("runkey")
 _AS_LONG_AS_IT_TAKES = timedelta(days=365)
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
 class Interrupts:
     """SIGTERM and SIGINT during training: a step is never interrupted half-way.
 
@@ -71,7 +68,8 @@ class Interrupts:
     def __enter__(self) -> Self:
         """Handle signals from here on, if this is the main thread: others cannot."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            signals = (signal.SIGTERM, signal.SIGINT)
+            self._before = {number: signal.signal(number, self._handle) for number in signals}
         return self
 
     def __exit__(self, *_: object) -> None:
