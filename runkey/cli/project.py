@@ -240,7 +240,8 @@ def _env_lines(found: EnvironmentComparison) -> list[str]:
     patch = "" if found.python == found.locked_python else f" (the lock has {found.locked_python})"
     torch = f"torch for CUDA {found.cuda}" if found.cuda else "torch for the CPU"
     lines = [
-        f"{found.environment}, Python {found.python}{patch}, {torch}, against {found.against}",
+        f"{found.environment} against {found.against}",
+        f"Python {found.python}{patch}, {torch}",
         f"{found.same} as locked, {len(found.missing)} missing, {len(found.other)} of another"
         f" version, {len(found.extra)} extra",
     ]
