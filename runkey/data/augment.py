@@ -172,12 +172,7 @@ def augment_image(image: Tensor, augment: AugmentParams) -> Tensor:
 def augment_boxes(
     boxes_xyxy: NDArray[np.float64], source: tuple[int, int], augment: AugmentParams
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Move boxes with the pixels and clip them to the output.
-
-    Args:
-        boxes_xyxy: [N, 4], pixels of the source.
-        source: (height, width) of the decoded image, pixels.
-        augment: the geometry.
+    """Move boxes xyxy [N, 4] with a source's pixels (height, width), and clip them to the output.
 
     Returns:
         Boxes xyxy [N, 4] in output pixels (some may have no area), and the visible fraction of

@@ -43,10 +43,9 @@ class ImageCache:
         return ImageCache, self._table
 
     def image(self, index: int) -> Tensor:
-        """Read the image at position `index` of the split's index, rotated by its EXIF tag.
+        """Read the image at a position of the index, turned: a copy, which may be modified.
 
-        Returns:
-            uint8 [3, h, w] RGB, channels last in memory; a copy, so it may be modified.
+        Returns uint8 [3, h, w] RGB, channels last in memory.
         """
         _, offsets, shapes = self._table
         height, width = shapes[index]

@@ -1,9 +1,8 @@
 """The checks of `prepare`: ids and file names of a JSON, image files, boxes.
 
-A check calls `_mend(NAME, ...)` with the item and its fault, or `_leave_out` if there is no fix;
-NAME is a field of `params.Checks` that sets whether the item is fixed, dropped or an error.
-Images are decoded once, in one thread per core, because PIL decodes and resizes without Python's
-lock. The same pass shrinks the pixels for the cache and sums them for the mean.
+A check calls `_mend(NAME, ...)`, or `_leave_out` if there is no fix; NAME is a field of
+`params.Checks`. Images are decoded once, in one thread per core, as PIL decodes and resizes without
+Python's lock; the same pass shrinks the pixels for the cache and sums them for the mean.
 """
 
 from __future__ import annotations

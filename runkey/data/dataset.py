@@ -1,7 +1,6 @@
 """Batches: the requests for them, their maker in loader processes, their normalisation for models.
 
-A request holds image indices, their augmentation parameters and the epoch, so making its batch
-needs no random state: every process makes the same bytes.
+A request holds all that is random, so every process makes the same bytes of it.
 Shapes: B images, H x W padded pixels, N boxes of all images.
 """
 

@@ -125,8 +125,7 @@ def turn(pixels: NDArray[np.uint8], rotate: int, mirror: bool) -> NDArray[np.uin
 def decode_rgb(path: Path, rotate: int, mirror: bool) -> Tensor:
     """Decode an image that `prepare` has accepted, and turn it as its record says.
 
-    Returns:
-        uint8 [3, H, W] RGB, channels last in memory (resizing is faster so); may be modified.
+    Returns uint8 [3, H, W] RGB, channels last in memory (resizing is faster so); may be modified.
 
     Raises:
         DataError: the file is missing or has changed since `prepare`.

@@ -1,9 +1,7 @@
 """Check a COCO folder, split it if it has one JSON, and write what training reads.
 
-    prepared/   classes.json  train.json  val.json  images.json  statistics.json  report.json
-                cache_train.npy  cache_train.json  cache_val.npy  cache_val.json   (if they fit)
-
-The data folder is only read.
+prepared/   classes.json  train.json  val.json  images.json  statistics.json  report.json
+            cache_train.npy  cache_train.json  cache_val.npy  cache_val.json   (if they fit)
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
     result = evaluate_results(records, classes, results)
     result.summary["AP"], result.per_class[0].ap50
 
-The ground truth comes from the index, in original pixels and category ids. Annotations are numbered
-from 1, since pycocotools takes a match with annotation id 0 for no match.
+The ground truth comes from the index, in original pixels and category ids.
 """
 
 from __future__ import annotations
@@ -152,7 +151,7 @@ def _mean(values: NDArray[np.float64]) -> float | None:
 
 
 def _ground_truth(records: list[ImageRecord], classes: list[ClassName]) -> Any:
-    numbers = itertools.count(1)
+    numbers = itertools.count(1)  # pycocotools takes a match with annotation id 0 for no match
     return _indexed(
         {
             "info": {},

@@ -1,9 +1,7 @@
 """Matches, misses and false detections of each image, at one score threshold.
 
-COCO's AP is a metric of a whole data set. To look at single images, a count is clearer: detections
-above the threshold are matched at IoU 0.5, and an image is ranked by its F1,
+Detections above the threshold are matched at IoU 0.5, and an image is ranked by its F1,
 2 right / (2 right + false + missed). The threshold maximises the F1 of all images together.
-Confusion of classes and calibration of scores follow from the same matches.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Evaluate a model on a set of images: its detections, its loss, its COCO metrics.
 
-Images go through the model in groups of one shape, without padding. A mask keeps attention out of
-padding, but convolutions reach into it: beyond the first layer padding is no longer zero, and the
-features near an image's edge would depend on the other images of its batch. Without padding the
-batch size cannot change the result.
+Images go through the model in groups of one shape. A mask keeps attention out of padding, but
+convolutions reach into it, where it is not zero beyond the first layer: without padding, the batch
+size cannot change the result.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
 """params.yaml: its schema, its only reader, and the presets.
 
-    params = load_params(root / "params.yaml")
-    params.lr, params.model.num_queries
-
 The file is YAML 1.2, as DVC reads it: PyYAML would read the `5e-05` that `dvc exp run -S lr=5e-5`
 writes as a string.
 """

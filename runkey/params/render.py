@@ -2,9 +2,8 @@
 
     python -m runkey.params.render params.yaml
 
-rewrites files with their own values and the schema's current comments.  Run it after adding a
-field.  The comment block at the head of a file is kept.  A preset is a small YAML file with the
-values that differ from the schema's defaults.
+renews a file's fields and comments after a change of the schema, and keeps its values and head. A
+preset is a small YAML file with the values that differ from the schema's defaults.
 """
 
 from __future__ import annotations
