@@ -282,7 +282,7 @@ def _scan_image(path: Path, listed: CocoImage, data: Data, cached: bool) -> _Sca
     rotate, mirror = 0, False
     if data.checks.exif_rotation == "fix":
         rotate, mirror = exif_rotation(orientation, rgb.size, stated)
-    frame = rgb.size[::-1] if rotate in (90, 270) else rgb.size
+    frame = rgb.size[::-1] if rotate else rgb.size
     faults = []
     if orientation != 1:
         what = f"is to be turned by EXIF (orientation {orientation})"

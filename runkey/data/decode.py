@@ -28,17 +28,8 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
 BACKGROUND = (255, 255, 255)
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
-# EXIF orientation -> (clockwise degrees, mirrored left-right before rotating).
-ORIENTATIONS = {
-    1: (0, False),
-    2: (0, True),
-    3: (180, False),
-    4: (180, True),
-    5: (270, True),
-    6: (90, False),
-    7: (90, True),
-    8: (270, False),
-}
+# EXIF's orientations that show in the size -> (clockwise degrees, mirrored before rotating).
+TURNED = {5: (270, True), 6: (90, False), 7: (90, True), 8: (270, False)}
 
 
 class UnknownRangeError(ValueError):
@@ -58,7 +49,7 @@ def exif_orientation(image: Image.Image) -> int:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except (OSError, SyntaxError, ValueError, LookupError, TypeError, struct.error):
         return 1
-    return value if isinstance(value, int) and value in ORIENTATIONS else 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def exif_rotation(
@@ -73,11 +64,8 @@ def exif_rotation(
     Returns:
         Clockwise degrees, and whether to mirror left-right first.
     """
-    rotate, mirror = ORIENTATIONS[orientation]
-    stored_upright, stated_upright = size[1] - size[0], stated[1] - stated[0]
-    if rotate in (90, 270) and stored_upright * stated_upright < 0:
-        return rotate, mirror
-    return 0, False
+    one_lies = (size[1] - size[0]) * (stated[1] - stated[0]) < 0
+    return TURNED.get(orientation, (0, False)) if one_lies else (0, False)
 
 
 def is_unusual(image: Image.Image) -> bool:

@@ -11,14 +11,7 @@ import torch
 from runkey.data.augment import AugmentParams, augment_image, resized_size
 from runkey.data.cache import shrink
 from runkey.data.dataset import Batch
-from runkey.data.decode import (
-    ORIENTATIONS,
-    exif_orientation,
-    exif_rotation,
-    open_image,
-    to_rgb,
-    turn,
-)
+from runkey.data.decode import exif_orientation, exif_rotation, open_image, to_rgb, turn
 from runkey.model.weights import Sizes
 
 
@@ -39,8 +32,8 @@ def preprocess(content: bytes, sizes: Sizes, image_id: int = 0) -> Batch:
     with open_image(content) as opened:
         orientation = exif_orientation(opened)
         image = to_rgb(opened)
-    width, height = image.size if ORIENTATIONS[orientation][0] in (0, 180) else image.size[::-1]
-    rotate, mirror = exif_rotation(orientation, image.size, (width, height))
+    rotate, mirror = exif_rotation(orientation, image.size, image.size[::-1])
+    width, height = image.size[::-1] if rotate else image.size
     if sizes.cached:
         image = shrink(image, (sizes.short_side,), sizes.long_side)
     pixels = torch.from_numpy(turn(np.array(image), rotate, mirror)).permute(2, 0, 1)

@@ -73,10 +73,9 @@ def _faults(error: ValidationError) -> list[str]:
 def _shown(value: Any) -> str:
     """Return ` = value` in YAML's spelling; nothing for a section."""
     words = {"True": "true", "False": "false", "None": "null"}
-    text = repr(value)
-    return (
-        f" = {words.get(text, text)}" if isinstance(value, str | int | float | list | None) else ""
-    )
+    if not isinstance(value, str | int | float | list | None):
+        return ""
+    return f" = {words.get(repr(value), repr(value))}"
 
 
 _MESSAGES = {
