@@ -10,7 +10,10 @@ import pytest
 
 from runkey.cli import app
 from runkey.errors import RunkeyError
+from runkey.identity.record import RunEnvironment, RunManifest
 from runkey.plots.report import recorded_run, write_report
+from tests.support.logs import LOGS
+from tests.support.records import key_of
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -115,6 +118,30 @@ def test_a_run_that_was_interrupted_is_compared(an_interrupted_run, a_run):
     page = report(a_run("whole").label, an_interrupted_run("empty").label)
     assert "2 runs compared" in page.text
     assert "AP 0.500" in page.text
+
+
+def test_the_last_run_of_a_workspace_has_a_page(checkout):
+    witness = RunEnvironment(
+        **{"device": "cpu x86_64", "micro_batch": 4, "world_size": 1, "threads": 2},
+        **{"interpreter": "CPython 3.12", "packages": {}, "package_differences": [], "files": []},
+        **{"undeclared_files": [], "commit": None, "dirty": False},
+    )
+    parts = {"code": "ab" * 32}
+    manifest = RunManifest(
+        key=key_of("here"), stage="train", parts=parts, run_id=None, witness=witness
+    )
+    manifest.write(checkout / "run.json")
+    assert "This run has no log." in report(".").text
+    log = LOGS["complete"](checkout / "logs" / "train.jsonl")
+    lines = log.read_text().splitlines()
+    entries = [json.loads(line) | {"time": 1000 + n / 10} for n, line in enumerate(lines)]
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    page = report(".")
+    assert "MLflow run none" in page.text
+    assert len(lines) == 63
+    assert "duration 6 s" in page.text  # from the first metrics to the last
+    assert "device cpu x86_64" in page.text
+    assert "packages as locked" in page.text
 
 
 def test_a_run_without_any_file_has_a_page(an_interrupted_run, checkout):
