@@ -26,8 +26,6 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # Not EPS or WMF: PIL runs another program for those. JPEG includes the MPO of phones.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
-BACKGROUND = (255, 255, 255)
-_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 # EXIF's orientations that show in the size -> (clockwise degrees, mirrored before rotating).
 TURNED = {5: (270, True), 6: (90, False), 7: (90, True), 8: (270, False)}
 
@@ -88,14 +86,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode in ("I", "F"):
         raise UnknownRangeError(f"32-bit pixels (mode {image.mode}) of no known range")
-    if image.mode in _SIXTEEN_BITS:
+    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N"):
         wide = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         # La and RGBa (premultiplied) cannot be converted to RGBA directly.
         kin = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
         clear = (image.convert(kin) if kin else image).convert("RGBA")
-        ground = Image.new("RGBA", clear.size, (*BACKGROUND, 255))
+        ground = Image.new("RGBA", clear.size, "white")
         return Image.alpha_composite(ground, clear).convert("RGB")
     if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
         # PIL treats every CMYK JPEG as Adobe's, which stores the inks inverted.

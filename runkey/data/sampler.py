@@ -67,12 +67,9 @@ class GlobalBatchSampler:
         dealt += batched(rest, self.batch_size)
         shuffled = permutation(seed, epoch, "windows", range(len(dealt)))
         batches = [[(image, augments[image]) for image in dealt[i]] for i in shuffled]
-        return [sorted(batch, key=_shape_key) for batch in batches]
-
-
-def _shape_key(image: AugmentedImage) -> tuple[bool, int, int]:
-    size = image[1].size
-    return is_portrait(size), *size
+        for batch in batches:
+            batch.sort(key=lambda image: (is_portrait(image[1].size), *image[1].size))
+        return batches
 
 
 def micro_batches(

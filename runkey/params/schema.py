@@ -42,15 +42,11 @@ _not_bool = BeforeValidator(_refuse_bool)
 # The range comes first: pydantic then applies it to the number, and the JSON schema shows it.
 PositiveInt = Annotated[int, Field(ge=1), _not_bool]
 Count = Annotated[int, Field(ge=0), _not_bool]
-Seed = Annotated[int, Field(ge=0, lt=2**32), _not_bool]
-Stages = Annotated[int, Field(ge=0, le=5), _not_bool]
 PositiveFloat = Annotated[float, Field(gt=0), _not_bool]
 NonNegativeFloat = Annotated[float, Field(ge=0), _not_bool]
 Fraction = Annotated[float, Field(ge=0, le=1), _not_bool]
 BelowOne = Annotated[float, Field(ge=0, lt=1), _not_bool]
 OpenFraction = Annotated[float, Field(gt=0, lt=1), _not_bool]
-Percent = Annotated[float, Field(gt=0, le=100), _not_bool]
-Rate = Annotated[float, Field(gt=0, le=1), _not_bool]
 
 
 Level = Literal["strict", "repair", "drop"]
@@ -201,9 +197,6 @@ class Data(Section):
             yield f"short_sides {list(self.short_sides)} exceed long_side {self.long_side}"
 
 
-Backbone = Literal["compact", "resnet18", "resnet34", "resnet50", "resnet101"]
-
-
 class Denoising(Section):
     """Denoising queries (DN-DETR, Li et al. 2022); preset `fast` only."""
 
@@ -236,7 +229,7 @@ class Model(Section):
     preset: Literal["fast", "detr"] = "fast"
     """detr: architecture and losses of the reference.  fast: a variant that converges on small
     data."""
-    backbone: Backbone = "compact"
+    backbone: Literal["compact", "resnet18", "resnet34", "resnet50", "resnet101"] = "compact"
     """Image features.  compact: 2 convolutions, 2 residual blocks, stride 8, for small images."""
     backbone_weights: str = "none"
     """Initial weights of the backbone: none (random), imagenet (torchvision's, downloaded once), or
@@ -249,7 +242,7 @@ class Model(Section):
     norm: Literal["live", "frozen"] = "live"
     """Batch norm.  live: batch statistics.  frozen: constants, as in DETR; needs pretrained
     weights."""
-    frozen_stages: Stages = 0
+    frozen_stages: Annotated[int, Field(ge=0, le=5), _not_bool] = 0
     """Backbone stages that are not trained: 1 the stem, 2 also layer1 (as in DETR), ..."""
     hidden_dim: PositiveInt = 96
     """Width D of the transformer; a multiple of 4 and of num_heads."""
@@ -297,7 +290,7 @@ class Clip(Section):
     threshold (AutoClip, Seetharaman et al. 2020)."""
     threshold: PositiveFloat = 0.1
     """Modes norm and value: the largest norm, or the largest absolute value.  DETR: 0.1."""
-    percentile: Percent = 10.0
+    percentile: Annotated[float, Field(gt=0, le=100), _not_bool] = 10.0
     """Mode percentile: which percentile of recent norms, in percent.  AutoClip: 10."""
     history: PositiveInt = 1000
     """Mode percentile: number of recent steps whose norms count."""
@@ -493,9 +486,9 @@ class Runtime(Section):
 class Params(Section):
     """The parameters of params.yaml, checked, with defaults filled in."""
 
-    lr: Rate
+    lr: Annotated[float, Field(gt=0, le=1), _not_bool]
     """Peak learning rate of AdamW, per step.  It is at the top so that `-S lr=5e-5` works."""
-    seed: Seed
+    seed: Annotated[int, Field(ge=0, lt=2**32), _not_bool]
     """Seed of all randomness: initial weights, order of images, augmentation, dropout."""
     data: Data = Data()
     model: Model = Model()
