@@ -48,7 +48,6 @@ from runkey.tracking.describe import describe_run, log_model
 from runkey.tracking.mlflow_run import TRAIN_LOG, TrackedRun, open_run
 from runkey.tracking.store import Store, locate_store
 from runkey.tracking.sync import RunSender, TrainingRun
-from runkey.training.build import TrainContext
 from runkey.training.guard import REPORTS
 
 logger = logging.getLogger(__name__)
@@ -66,22 +65,23 @@ _BESIDE = (
 
 @dataclass(frozen=True)
 class Run:
-    """One training: its key and parameters, and what trains."""
+    """One training: its key and parameters, and where it runs."""
 
     params: Params
     root: Path
     recipe: Recipe
     claim: KeyClaim
     plan: MemoryPlan
-    context: TrainContext
+    device: torch.device
+    precision: str
+    world_size: int
 
     @property
     def device_name(self) -> str:
         """Such as `cpu x86_64` or `cuda NVIDIA H200`."""
-        device = self.context.step.device
-        if device.type == "cuda":
-            return f"cuda {torch.cuda.get_device_name(device)}"
-        return f"{device.type} {platform.machine()}"
+        if self.device.type == "cuda":
+            return f"cuda {torch.cuda.get_device_name(self.device)}"
+        return f"{self.device.type} {platform.machine()}"
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def recorded(run: Run) -> Iterator[TrackedRun]:
     tags = {
         "device": run.device_name,
         "micro_batch": str(run.plan.micro_batch),
-        "precision": run.context.step.precision.name,
+        "precision": run.precision,
         "torch": torch.__version__,
         "host": this_host(),
         "decision": claim.why,
@@ -134,9 +134,9 @@ def save_run(run: Run, tracker: TrackedRun) -> str | None:
     hardware = Hardware(
         device=run.device_name,
         micro_batch=run.plan.micro_batch,
-        world_size=run.context.world.size,
+        world_size=run.world_size,
         threads=torch.get_num_threads(),
-        precision=run.context.step.precision.name,
+        precision=run.precision,
     )
     witness = capture_environment(root, run.recipe, hardware)
     audit = _audit(witness.undeclared_files)

@@ -27,7 +27,7 @@ from runkey.pipeline.once import KeyClaim
 from runkey.pipeline.record import Run, recorded, save_run
 from runkey.pipeline.validation import build_validation
 from runkey.plots.hints import HintingTracker, class_scores
-from runkey.training.build import TrainData, build_training
+from runkey.training.build import TrainContext, TrainData, build_training
 from runkey.training.checkpoint import (
     Fingerprint,
     FolderCheckpoints,
@@ -80,12 +80,14 @@ def train(params: Params, root: Path, recipe: Recipe, claim: KeyClaim) -> None:
             logger.info(f"{others}device {device} ({reason})")
             data = TrainData.read(root, plan.micro_batch)
             context = build_training(params, len(data.class_names), device, world, data)
-            _train(Run(params, root, recipe, claim, plan, context), interrupts)
+            precision = context.step.precision.name
+            run = Run(params, root, recipe, claim, plan, device, precision, world.size)
+            _train(run, context, interrupts)
 
 
-def _train(run: Run, interrupts: Interrupts) -> None:
+def _train(run: Run, context: TrainContext, interrupts: Interrupts) -> None:
     params, root, claim = run.params, run.root, run.claim
-    validation = build_validation(params, params.model, root, run.context.step.device)
+    validation = build_validation(params, params.model, root, run.device)
     with recorded(run) as tracker, ExitStack() as ending:
         checkpoints = _checkpoints(run)
         ending.callback(checkpoints.finish)
@@ -99,7 +101,7 @@ def _train(run: Run, interrupts: Interrupts) -> None:
             return evaluation.metrics("val/")
 
         result = fit(
-            run.context,
+            context,
             evaluate,
             tracker=hinting,
             checkpoints=checkpoints,
@@ -130,9 +132,9 @@ def _checkpoints(run: Run) -> FolderCheckpoints:
     fingerprint: Fingerprint = {
         "key": run.recipe.key,
         "micro_batch": run.plan.micro_batch,
-        "world_size": run.context.world.size,
-        "device": run.context.step.device.type,
-        "precision": run.context.step.precision.name,
+        "world_size": run.world_size,
+        "device": run.device.type,
+        "precision": run.precision,
     }
     interval = Interval(run.params.runtime.checkpoint_seconds)
     return FolderCheckpoints(run.claim.folder, fingerprint, interval=interval)
