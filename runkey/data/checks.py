@@ -25,17 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from runkey.data import decode
 from runkey.data.cache import Place, Scratch, cached_size, shrink
 from runkey.data.coco import Coco, CocoAnnotation, CocoImage
-from runkey.data.decode import (
-    UnknownRangeError,
-    exif_orientation,
-    exif_rotation,
-    is_unusual,
-    open_image,
-    to_rgb,
-    turn,
-)
 from runkey.data.index import ImageRecord
 from runkey.data.report import Findings
 from runkey.params import Data
@@ -281,7 +273,7 @@ def _scan_image(path: Path, listed: CocoImage, data: Data, cached: bool) -> _Sca
     stated = (listed.width, listed.height)
     rotate, mirror = 0, False
     if data.checks.exif_rotation == "fix":
-        rotate, mirror = exif_rotation(orientation, rgb.size, stated)
+        rotate, mirror = decode.exif_rotation(orientation, rgb.size, stated)
     frame = rgb.size[::-1] if rotate else rgb.size
     faults = []
     if orientation != 1:
@@ -295,7 +287,8 @@ def _scan_image(path: Path, listed: CocoImage, data: Data, cached: bool) -> _Sca
         faults.append(("size_mismatch", what, f"boxes scaled by {scales}"))
     pixels = None
     if cached:
-        pixels = turn(np.asarray(shrink(rgb, data.short_sides, data.long_side)), rotate, mirror)
+        small = shrink(rgb, data.short_sides, data.long_side)
+        pixels = decode.turn(np.asarray(small), rotate, mirror)
     counts = np.array(rgb.histogram(), dtype=np.int64).reshape(3, 256)
     values = np.arange(256, dtype=np.int64)
     sums = np.stack((counts @ values, counts @ values**2))
@@ -316,14 +309,15 @@ def _decode(path: Path, max_megapixels: float) -> tuple[bytes, Image.Image, int,
         raise _FileError("unreadable_image", f"cannot be read ({error.strerror})") from None
     fault = "is no image of a known format" if content else "is empty"
     try:
-        with open_image(content) as image:
+        with decode.open_image(content) as image:
             if image.width * image.height > most_pixels:
                 limit = f"more than data.max_megapixels: {max_megapixels:g}"
                 raise _FileError("too_large_image", f"is {image.width}x{image.height}, {limit}")
             fault = "is cut short or damaged"
-            mode, orientation = image.mode if is_unusual(image) else "", exif_orientation(image)
-            return content, to_rgb(image), orientation, mode
-    except UnknownRangeError as error:
+            mode = image.mode if decode.is_unusual(image) else ""
+            orientation = decode.exif_orientation(image)
+            return content, decode.to_rgb(image), orientation, mode
+    except decode.UnknownRangeError as error:
         raise _FileError("unreadable_image", f"has {error}") from None
     except (MemoryError, _FileError):
         raise
