@@ -99,7 +99,7 @@ fix: env-tools ## Mend what ruff can mend, and format
 .PHONY: experiments
 experiments: env ## DVC's table of this commit's experiments: what differs between them
 	@$(BIN)/dvc exp show --no-pager --only-changed --hide-queued \
-	  --drop '/|^(Created|AP75|data|model|prepared|plots|run.json|conda-lock.yml)$$'
+	  --drop '/|^(Created|AP75|data|evaluation|logs|memory|model|plots|prepared|run.json|conda-lock.yml)$$'
 
 .PHONY: ui
 ui: env ## MLflow's pages on the runs made here (PORT=5000)

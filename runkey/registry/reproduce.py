@@ -246,20 +246,17 @@ def reproduce(
         repeat's MLflow id (None if its parameters switch MLflow off) and how long it took.
 
     Raises:
-        RegistryError: it cannot be reproduced here, or the pipeline failed; the text says what is
-            missing, and where the worktree was left.
+        RegistryError: it cannot be reproduced, or the pipeline failed; says where the worktree is.
         KeyboardInterrupt: the pipeline was ended first, the worktree is gone.
     """
     label, run, details = record.label, record.run, record.details
     if not record.is_whole or details is None:
-        raise RegistryError(
-            f"{label}: run {run.run_id} is {run.status}, without a recorded result to compare with"
-        )
+        why = f"run {run.run_id} is {run.status}, without a recorded result to compare with"
+        raise RegistryError(f"{label}: {why}")
     logger.info(f"{label}: run {run.run_id}, {run.name or 'without a name'}")
     if details.snapshot is None:
-        raise RegistryError(
-            f"{label}: its code was not kept (it ran outside git); it cannot be reproduced"
-        )
+        why = "its code was not kept (it ran outside git); it cannot be reproduced"
+        raise RegistryError(f"{label}: {why}")
     folder = home / "reproduce" / f"{label}-{os.getpid()}"
     root = add_worktree(main, details.snapshot, folder, f"`runkey fetch {label}` brings it")
     with locked(folder):
@@ -281,10 +278,10 @@ def reproduce(
             raise
         if keep:
             logger.info(f"the worktree is kept: {folder}; `git worktree remove` ends it")
-        else:
-            with suppress(OSError):
-                remove_worktree(main, folder)
-    return repeat
+            return repeat
+        with suppress(OSError):
+            remove_worktree(main, folder)
+        return repeat
 
 
 def _train_again(

@@ -89,7 +89,7 @@ def test_a_message_that_is_reworded_is_noticed(block: str, known: Templates) -> 
 
 
 def test_faults_of_data_are_those_that_are_provoked() -> None:
-    """And each check that stops `prepare` by default is named on the page or in params.yaml."""
+    """And the checks that the section names exist."""
     lines = {f"error: {case.line}" for case in CASES}
     page = PAGE.read_text(encoding="utf-8")
     section = page.split("## The data are refused")[1].split("\n## ")[0]

@@ -49,7 +49,7 @@ def test_presets_of_a_wheel_lie_in_the_package(tmp_path):
 
 
 RESOLVED = json.loads((Path(__file__).parent / "resolved.json").read_text(encoding="utf-8"))
-"""Every resolved value at commit 2c67da6, when presets were complete files."""
+"""Every resolved value: at first those of commit 2c67da6, whose presets were complete files."""
 
 
 @pytest.mark.parametrize("name", NAMES)
