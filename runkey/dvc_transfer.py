@@ -135,7 +135,7 @@ class TransferProgress(Callback):  # type: ignore[misc]
     """Counts the bytes of objects that DVC moves in several threads."""
 
     def __init__(self, sizes: Mapping[str, int], steps: Steps = QUIET) -> None:
-        """Args: sizes: bytes by md5.  steps: told of the bytes."""
+        """Args: sizes: bytes by md5.  steps: the progress to advance by them."""
         super().__init__()
         self.sizes, self.steps, self.lock = sizes, steps, Lock()
 

@@ -19,7 +19,7 @@ from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.key import short_key
 from runkey.progress import log_to_terminal
 from runkey.registry.dvc_cache import download
-from runkey.registry.library import find_run
+from runkey.registry.library import find_run, split_address
 from runkey.training.lock import holder_of
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ def _find(key: str | None, folder: Path) -> tuple[Path, str, Mapping[str, str]]:
 
     The log of a training that is not here is downloaded into the folder.
     """
+    if key:
+        split_address(key)
     logs = [folder / _LOG.name for folder in output.trainings((key or "").strip().lower())]
     if logs := [log for log in logs if log.is_file()]:
         log = max(logs, key=lambda log: (holder_of(log.parent) is not None, log.stat().st_mtime))

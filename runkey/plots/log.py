@@ -65,9 +65,15 @@ class TrainingLog:
         return self.events.get(kind, [{}])[-1]
 
     def series(self, name: str) -> Series:
-        """Return the steps at which a metric was logged, of steps or of epochs, and its values."""
-        points = (*self.steps, *self.epochs)
-        logged = [(point.step, point.values[name]) for point in points if name in point.values]
+        """Return the steps at which a metric was logged and its values, by step or else by epoch.
+
+        What is logged at each step is logged once more, as a mean or a last value, at each epoch.
+        """
+        by_step, by_epoch = (
+            [(point.step, point.values[name]) for point in points if name in point.values]
+            for points in (self.steps, self.epochs)
+        )
+        logged = by_step or by_epoch
         steps, values = np.array(logged, dtype=np.float64).reshape(-1, 2).T
         return steps, values
 

@@ -184,10 +184,11 @@ def _split_name(name: str) -> tuple[str, int] | None:
 
 
 def _parse(key: str, generation: int, stored: Any) -> Claim:
-    """Return the claim that was stored; as far as it cannot be read it is running, of nobody."""
+    """Return the stored claim; what cannot be read keeps its default: running, no owner."""
     claim = Claim(key=key, generation=generation)
     with suppress(ValueError, TypeError, KeyError):
         claim = replace(claim, owner=Owner.from_dict(stored["owner"]))
+    with suppress(ValueError, TypeError, KeyError):
         if stored["state"] in get_args(State):
             claim = replace(
                 claim,
@@ -344,8 +345,9 @@ def _tags(claim: Claim) -> dict[str, str]:
 def _parse_model(model: Mapping[str, Any], key: str, generation: int) -> Claim:
     """Return the claim in a registered model; one that somebody else made has no readable owner."""
     tags = {tag["key"].removeprefix(_TAG): tag.get("value", "") for tag in model.get("tags", [])}
+    tags["run_id"] = tags.get("run", "")
     with suppress(KeyError, ValueError):
-        tags |= {"owner": json.loads(tags["owner"]), "run_id": tags.get("run", "")}
+        tags["owner"] = json.loads(tags["owner"])
     return _parse(key, generation, tags)
 
 

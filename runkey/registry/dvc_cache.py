@@ -120,8 +120,8 @@ class DvcCache:
 
     def entry_of(self, pointer_md5: str) -> Entry | None:
         """Find the entry of the stage that wrote a file, such as a run's run.json."""
-        path = self._writers.get(pointer_md5)
-        return self._parse(path) if path else None
+        parsed = map(self._parse, reversed(self._writers.get(pointer_md5, ())))
+        return next((entry for entry in parsed if entry), None)
 
     def chain(self, entry: Entry) -> list[Entry]:
         """List the entries before one, itself, and those after it, also those linked indirectly."""
@@ -163,9 +163,13 @@ class DvcCache:
         return found
 
     @cached_property
-    def _writers(self) -> dict[str, str]:
-        """Path of the entry that has an output, by the output's md5."""
-        return {md5: path for path, (_, outs) in self._scanned.items() for _, md5 in outs}
+    def _writers(self) -> dict[str, list[str]]:
+        """Paths of the entries that have an output, by the output's md5; some may be torn."""
+        found: dict[str, list[str]] = {}
+        for path, (_, outs) in self._scanned.items():
+            for _, md5 in outs:
+                found.setdefault(md5, []).append(path)
+        return found
 
     def _parse(self, path: str) -> Entry | None:
         """The entry in a file; None if it is torn (DVC ignores it then, too)."""

@@ -187,5 +187,7 @@ def export_environment(root: Path, record: Record, target: Path) -> list[Path]:
         digest = part_digest("environment", environment_preimage(folder / LOCK))
         if digest != record.run.parts["environment"]:
             raise RegistryError(f"{record.label}: the lock in its snapshot is not that of its key")
-        shutil.copytree(folder, target, dirs_exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
+        for path in files:
+            shutil.copyfile(folder / path.name, path)
     return files

@@ -24,7 +24,7 @@ from sqlite3 import Connection
 from typing import Any, BinaryIO, cast
 
 from runkey import paths
-from runkey.errors import RegistryError, RunkeyError
+from runkey.errors import RecipeError, RegistryError, RunkeyError
 from runkey.identity import record_cache
 from runkey.identity.key import ANY_KEY, ANY_SCHEMA, SCHEMA, SCHEMAS, SHORT
 from runkey.identity.record import DETAILS, KEY, Details, LoggedRun, Record, age
@@ -169,6 +169,8 @@ def _add_details(record: Record, data: bytes, label: str = "") -> Record:
     where = f"{label}{DETAILS} of run {record.run.run_id}"
     try:
         return replace(record, details=Details.from_dict(json.loads(data), where))
+    except RecipeError as error:
+        raise RegistryError(str(error)) from None
     except ValueError:
         raise RegistryError(f"{where}: not JSON") from None
 
@@ -286,13 +288,8 @@ def open_library(
 _ADDRESS = re.compile(rf"^(?:({ANY_SCHEMA})-)?([0-9a-f]{{4,64}})(?::([0-9a-f]{{4,32}}))?$")
 
 
-def find_run(library: Library, address: str) -> Record:
-    """Find the run that a user names, with its details.
-
-    The address is a key or any unique prefix of one, with `rk2-` or without.  It names the oldest
-    whole run of the key, else the newest one; `KEY:RUN`, where RUN is a prefix of an MLflow id,
-    names another.  RegistryError if it is no key, there is no such run, or several keys begin so.
-    """
+def split_address(address: str) -> tuple[str, str, str]:
+    """Split `KEY` or `KEY:RUN` into schema (may be empty), digits and run; RegistryError if not."""
     match = _ADDRESS.fullmatch(address.strip().lower())
     if not match:
         raise RegistryError(
@@ -300,6 +297,17 @@ def find_run(library: Library, address: str) -> Record:
             " (`runkey list` shows them)"
         )
     schema, digits, run_id = match.groups(default="")
+    return schema, digits, run_id
+
+
+def find_run(library: Library, address: str) -> Record:
+    """Find the run that a user names, with its details.
+
+    The address is a key or any unique prefix of one, with `rk2-` or without.  It names the oldest
+    whole run of the key, else the newest one; `KEY:RUN`, where RUN is a prefix of an MLflow id,
+    names another.  RegistryError if it is no key, there is no such run, or several keys begin so.
+    """
+    schema, digits, run_id = split_address(address)
     found = [
         r for s in ([schema] if schema else SCHEMAS) for r in library.matching(f"{s}-{digits}")
     ]

@@ -274,7 +274,7 @@ def reproduce(
         except KeyboardInterrupt:
             with suppress(OSError):
                 remove_worktree(main, folder)
-            logger.info(f"interrupted; {folder} is removed")
+            logger.info(f"interrupted; {folder} is {'left' if folder.exists() else 'removed'}")
             raise
         if keep:
             logger.info(f"the worktree is kept: {folder}; `git worktree remove` ends it")

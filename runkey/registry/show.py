@@ -206,8 +206,8 @@ def _environment(details: Details) -> Iterator[Row]:
     if commit := ran.get("commit"):
         state = "with changes that were not committed" if ran.get("dirty") else "as committed"
         yield "commit", f"{commit} {state}"
-    same = "the commit itself" if details.snapshot == commit else details.snapshot
-    yield "snapshot", same or "none: it did not run in a git repository"
+    snapshot = details.snapshot or "none: it did not run in a git repository"
+    yield "snapshot", "the commit itself" if snapshot == commit else snapshot
     yield from _titled("reproduced", (_outcome(outcome) for outcome in details.outcomes))
 
 

@@ -353,10 +353,13 @@ def add_worktree(main: Path, oid: str, folder: Path, way_out: str) -> Path:
 
 
 def remove_worktree(main: Path, folder: Path) -> None:
-    """Delete a worktree and git's note of it; OSError if it cannot be deleted."""
-    shutil.rmtree(folder)
+    """Delete a worktree, as far as possible, and git's note of it; OSError if a part is left."""
+    errors: list[BaseException] = []
+    shutil.rmtree(folder, onexc=lambda *failed: errors.append(failed[2]))
     if has_git(main):
         git(main, "worktree", "prune")
+    for error in errors:
+        raise error
 
 
 # Snapshots between repositories: by a remote, or by a bundle in a file.

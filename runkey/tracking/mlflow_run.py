@@ -52,10 +52,12 @@ class SystemSampler:
         import psutil
 
         with self._lock:
+            if self._finished:
+                return
             if not self._monitors:
                 self._monitors = _open_monitors()
                 self._last_seconds = time.monotonic()
-            if self._finished or time.monotonic() < self._last_seconds + self.interval_seconds:
+            if time.monotonic() < self._last_seconds + self.interval_seconds:
                 return
             self._last_seconds = time.monotonic()
             values = {"system/process_memory_megabytes": psutil.Process().memory_info().rss / 1e6}

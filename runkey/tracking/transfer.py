@@ -85,6 +85,8 @@ class StoreRuns:
 
     def read(self, run_id: str, folder: Path) -> dict[str, Any]:
         """Copy a run to `CONTENT` and `ARTIFACTS` in a folder that exists; return the `CONTENT`."""
+        if (database := self.store.database) and not database.is_file():  # MLflow would make one
+            raise TrackingError(f"{database}: not found; put it back to read run {run_id}")
         with self._client(f"run {run_id} could not be read") as client:
             run = client.get_run(run_id)
             inputs = run.inputs.dataset_inputs if run.inputs else []

@@ -244,7 +244,7 @@ class HostCopy:
         return map_tensors(tree, lambda _: next(places))
 
     def wait(self) -> float:
-        """Return when the last copy is whole, in any thread: the GPU's seconds of copying, or 0."""
+        """Wait for the last copy, in any thread; return the seconds that a GPU copied for, or 0."""
         if self._events is None:
             return 0.0
         begun, ended = self._events

@@ -389,7 +389,7 @@ class _Trainer:
         history = state.watched(stopping.metric)
         state.stop_reason = decide_stop(history, stopping)
         # The smallest change is for patience alone: better weights are better by however little.
-        # The first ones are kept even if the metric is NaN, so that there always is a model.
+        # The first weights are kept even if the metric is NaN, so that there always is a model.
         better = improvements(history, stopping.mode)
         is_best = len(history) in (1, max(better, default=0))
         if is_best:

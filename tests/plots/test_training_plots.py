@@ -272,3 +272,14 @@ def test_curves_need_neither_torch_nor_pyplot():
         [sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_what_steps_and_epochs_log_alike_is_a_curve_that_goes_forward():
+    log = TrainingLog()
+    for step in range(1, 7):
+        log.add({"step": step, "time": step, "values": {"train/loss": 1.0, "train/lr": step / 10}})
+        if step % 3 == 0:
+            epoch = {"train/epoch_loss": 1.0, "train/lr": step / 10}
+            log.add({"step": step, "time": step, "values": epoch})
+    assert log.series("train/lr")[0].tolist() == [1, 2, 3, 4, 5, 6]
+    assert log.series("train/epoch_loss")[0].tolist() == [3, 6]

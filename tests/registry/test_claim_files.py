@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -114,3 +115,12 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     claims = open_claims(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / ".runkey")
     with pytest.raises(RegistryError, match="claims"):
         claims.make(a_claim())
+
+
+def test_an_owner_of_another_version_still_shows_its_heartbeat(claims: FileClaims) -> None:
+    claim = replace(a_claim(), run_id="ab", beat=7)
+    assert claims.make(claim)
+    (file,) = Path(claims.place).iterdir()
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"owner": content["owner"] | {"more": 1}}))
+    assert claims.of(KEY) == [replace(claim, owner=None)]

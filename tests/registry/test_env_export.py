@@ -106,3 +106,11 @@ def test_a_run_without_snapshot_and_one_whose_snapshot_is_elsewhere(repository, 
         with pytest.raises(RegistryError) as caught:
             export_environment(repository, record, tmp_path / "env")
         assert str(caught.value).startswith(text)
+
+
+def test_a_folder_that_is_there_keeps_its_mode(repository, run, tmp_path):
+    target = tmp_path / "shared"
+    target.mkdir()
+    target.chmod(0o2775)
+    export_environment(repository, run[0], target)
+    assert target.stat().st_mode & 0o7777 == 0o2775

@@ -246,3 +246,16 @@ def test_runs_of_the_older_rule_are_found_and_say_so(runs: Path, run: Run) -> No
         assert second.strip() == "key by the older rule rk1 (bytes of the code)"
     assert "older rule" not in run("show", A)[1]
     assert "no run of that key" in run("show", "rk2-5555")[2]
+
+
+def test_a_run_outside_git_says_that_it_has_no_snapshot(runs: Path, run: Run) -> None:
+    key = key_of("outside git")
+    make_run(runs, key, snapshot=None, witness={})
+    assert "\nsnapshot     none: it did not run in a git repository\n" in run("show", key)[1]
+
+
+def test_watch_takes_a_key_of_at_least_four_digits(runs: Path, run: Run) -> None:
+    for word in ("r", "0", "rk2-a"):
+        code, out, err = run("watch", word)
+        assert (code, out) == (1, "")
+        assert err.startswith(f"error: {word}: not a key; ")

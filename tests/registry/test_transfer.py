@@ -89,3 +89,11 @@ def test_a_copy_of_a_copy_is_the_run(store: Store, tmp_path: Path, empty_databas
 def test_a_run_that_is_not_there(store: Store, tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match="run 0000 could not be read"):
         StoreRuns(store, "one").read("0000", tmp_path)
+
+
+def test_a_database_that_is_away_is_not_made_anew(store: Store, tmp_path: Path) -> None:
+    assert store.database
+    store.database.unlink()
+    with pytest.raises(TrackingError, match="not found; put it back"):
+        StoreRuns(store, "one").read("0" * 32, tmp_path / "run")
+    assert not store.database.exists()

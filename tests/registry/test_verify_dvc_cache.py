@@ -82,3 +82,14 @@ def test_settings_say_where_the_cache_is(checkout: Checkout, tmp_path: Path) -> 
     (root / ".dvc" / "config.local").write_text("nonsense\n")
     with pytest.raises(RegistryError, match=r"config\.local: not a DVC settings file"):
         cache_folder(root)
+
+
+def test_a_torn_entry_hides_no_whole_one(checkout: Checkout) -> None:
+    pointer = md5_file(checkout.root / "run.json")
+    cache = DvcCache(checkout.root)
+    entry = cache.entry_of(pointer)
+    assert entry
+    whole = cache.runs / entry.path
+    for digit in "0f":  # read before and after it
+        whole.with_name(digit * 64).write_text(whole.read_text() + "more: [")
+    assert DvcCache(checkout.root).entry_of(pointer) == entry
