@@ -159,7 +159,9 @@ class SourceChecks:
             self._leave_out("missing_image", f"{image.item} not found in {looked}", image.id)
         if source.leaves(file):
             what = f"{image.item} is a link that leaves {source.shown_data}"
-            self._leave_out("unsafe_path", what, image.id, source.show(file))
+            # Not `drop`, as all images may be such links. DVC keeps nothing of a linked folder.
+            way_out = "put the file itself there, or see docs/your-data.md#data-on-another-drive"
+            self._leave_out("unsafe_path", what, image.id, source.show(file), way_out=way_out)
         return file
 
     def _assign_annotations(self, images: dict[int, CocoImage]) -> None:

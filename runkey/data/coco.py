@@ -1,7 +1,6 @@
-"""Find the JSON files of a COCO data set in its common layouts, and read them into typed entries.
+"""Find the JSON files of a COCO data set in the layouts that tools write, and read them.
 
-Either `annotations/instances_train*.json` and `annotations/instances_val*.json`, or one JSON there
-or in the data folder itself, which `prepare` splits. Faults of single entries are findings.
+A JSON of train and one of val, or one that `prepare` splits. Faults of single entries are findings.
 """
 
 from __future__ import annotations
@@ -9,17 +8,34 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
+from unicodedata import category, normalize
 
 from runkey.data.index import ClassName
 from runkey.data.report import Findings, escaped
 from runkey.errors import DataError
 
-# Target of DVC's links in a workspace: .../files/md5/ab/<the other 30 hex digits>.
-_DVC_OBJECT = re.compile(r".*/files/md5/[0-9a-f]{2}/[0-9a-f]{30}")
+# Where a JSON may be, as glob patterns below the data folder.
+_INSTANCES = ("annotations/instances_*.json", "*/annotations/instances_*.json")  # COCO, CVAT
+_SHALLOW = ("annotations/*.json", "*.json")  # labelme2coco, Label Studio, FiftyOne, VIA
+_DEEP = ("*/*.json", "*/annotations/*.json")  # Roboflow, FiftyOne by split, Supervisely
+# Where its images may be: below the folder of the JSON or of its `annotations`, or the data folder,
+# in a sub-folder (or one of its `images`) called like the JSON or the split, else in one of these.
+_IMAGES = ("images", "img", "data")
+_WORDS = {"train": r"train\d*", "val": r"(val|valid|validation)\d*", "test": r"test\d*"}
+_SPLIT = re.compile(r"(?:.*[^a-z])?(train|val|test)", re.IGNORECASE)
+_WANTED = "annotations/instances_train*.json with instances_val*.json, or one JSON to be split"
+_MOST_LISTED = 8
+# Target of DVC's links in a workspace: CACHE/files/md5/ab/<30 hex digits>; in DVC 2 CACHE/ab/...
+_DVC_OBJECT = re.compile(r".*/[0-9a-f]{2}/[0-9a-f]{30}")
+# What Label Studio puts before the names of uploaded files.
+_UPLOAD = re.compile(r"[0-9a-f]{8}-")
+# Control characters, line and paragraph separators, halves of surrogate pairs.
+_NOT_IN_NAMES = frozenset(("Cc", "Zl", "Zp", "Cs"))
 _INT64 = 2**63
 _LISTS = ("images", "annotations", "categories")
 _LISTED = "the lists images, annotations and categories"
@@ -39,19 +55,42 @@ class Source:
     shown_json: str
     folders: tuple[str, ...]
     """Existing folders, relative to the data folder ("" is itself), in the order of search."""
+    notes: tuple[str, ...]
+    """What was chosen among several JSON files, one line each."""
+    _composed: dict[str, dict[str, str]] = field(default_factory=dict, repr=False, compare=False)
+    """Of each folder that was searched, the names by their composed Unicode form."""
 
     def show(self, file: str) -> str:
         """Return the name of a file of the data folder in messages."""
         return f"{self.shown_data}/{file}" if file else self.shown_data
 
     def find(self, name: str) -> str | None:
-        """Return an image's path relative to the data folder; None if no folder has it."""
+        """Return an image's path relative to the data folder; None if no folder has it.
+
+        The Unicode form does not count: macOS writes "für.png" with a separate accent (NFD).
+        """
         for folder in self.folders:
             file = f"{folder}/{name}" if folder else name
             # os.path: this runs for every image, and pathlib takes ten times as long.
             if os.path.isfile(f"{self.data}/{file}"):  # noqa: PTH113
                 return file
-        return None
+        if name.isascii():
+            return None
+        found = (self._find_composed(folder, name) for folder in self.folders)
+        return next((file for file in found if file), None)
+
+    def _find_composed(self, folder: str, name: str) -> str | None:
+        file = folder
+        for part in name.split("/"):
+            path = self.data / file
+            if file not in self._composed:
+                inside = sorted(path.iterdir()) if path.is_dir() else []
+                self._composed[file] = {normalize("NFC", one.name): one.name for one in inside}
+            found = self._composed[file].get(normalize("NFC", part))
+            if found is None:
+                return None
+            file = f"{file}/{found}" if file else found
+        return file if (self.data / file).is_file() else None
 
     def leaves(self, file: str) -> bool:
         """Return True if a link leads out of the data folder, other than into DVC's cache."""
@@ -71,42 +110,117 @@ def find_sources(data: Path, shown: str) -> list[Source]:
         raise DataError(
             f"{shown}: no such folder; run `dvc pull data.dvc` or set data.path in params.yaml"
         )
-    annotations = data / "annotations"
-    train, val = (sorted(annotations.glob(f"instances_{part}*.json")) for part in ("train", "val"))
-    for paths in (train, val):
-        if len(paths) > 1:
+    if pair := _pair(data, shown, _jsons(data, _INSTANCES), one_each=False):
+        return pair
+    shallow = _jsons(data, _SHALLOW)
+    deep = [path for path in _jsons(data, _DEEP) if path not in shallow]
+    upper, lower = (_pair(data, shown, paths, one_each=True) for paths in (shallow, deep))
+    candidates = shallow or deep
+    if lower and shallow:
+        candidates = shallow + deep
+    elif pair := upper or lower:
+        return pair
+    elif len(candidates) == 1:
+        return [_source("data", data, shown, candidates[0])]
+    if not candidates:
+        raise DataError(
+            f"{shown}: no annotations found; put there {_WANTED}; "
+            "other layouts and formats: docs/your-data.md"
+        )
+    names = _names(data, candidates)
+    raise DataError(f"{shown}: cannot tell which JSON to take ({names}); leave {_WANTED}")
+
+
+def _jsons(data: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """The files of some patterns, without those that macOS and editors hide."""
+    found = [path for pattern in patterns for path in data.glob(pattern, case_sensitive=False)]
+    return sorted(path for path in found if not any(map(_is_hidden, path.relative_to(data).parts)))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _pair(data: Path, shown: str, paths: list[Path], *, one_each: bool) -> list[Source]:
+    """Take the JSON of train and that of val, else test; [] if a split has none (or several)."""
+    of_split: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
+    for path in paths:
+        if split := _split_in(path.relative_to(data)):
+            of_split[split].append(path)
+    train, val = of_split["train"], of_split["val"] or of_split["test"]
+    if not train or not val or (one_each and len(train) + len(val) > 2):
+        return []
+    for several in (train, val):
+        if len(several) > 1:
             raise DataError(
-                f"{shown}/annotations: more than one JSON of a split ({_names(data, paths)}); "
+                f"{shown}/annotations: more than one JSON of a split ({_names(data, several)}); "
                 "leave one of them"
             )
-    if train and val:
-        return [_source("train", data, shown, train[0]), _source("val", data, shown, val[0])]
-    candidates = sorted(annotations.glob("*.json")) + sorted(data.glob("*.json"))
-    if len(candidates) == 1:
-        return [_source("data", data, shown, candidates[0])]
-    wanted = "annotations/instances_train*.json with instances_val*.json, or one JSON to be split"
-    if not candidates:
-        raise DataError(f"{shown}: no annotations found; put there {wanted}")
-    names = _names(data, candidates)
-    raise DataError(f"{shown}: cannot tell which JSON to take ({names}); leave {wanted}")
+    notes = []
+    if not of_split["val"]:
+        notes.append(f"{_names(data, val)} is used as val, as there is no JSON of val")
+    if rest := [path for path in paths if path not in (*train, *val)]:
+        notes.append(f"not used: {_names(data, rest)}")
+    first = _source("train", data, shown, train[0], notes)
+    return [first, _source("val", data, shown, val[0])]
 
 
-def _source(split: Literal["train", "val", "data"], data: Path, shown: str, path: Path) -> Source:
+def _split_in(path: Path) -> str | None:
+    """The split that a file's name says, else one of its folders'."""
+    for part in (path.stem, *reversed(path.parts[:-1])):
+        if found := _SPLIT.match(part):
+            return found[1].lower()
+    return None
+
+
+def _source(
+    split: Literal["train", "val", "data"],
+    data: Path,
+    shown: str,
+    path: Path,
+    notes: list[str] | None = None,
+) -> Source:
+    beside = path.parent
+    base = beside.parent if beside.name.lower() == "annotations" else beside
     # The image's own split first: train/1.jpg and val/1.jpg may be different images.
-    names: list[str] = []
-    for part in (split,) if split != "data" else ("train", "val"):
-        if path.name.startswith(f"instances_{part}"):
-            names.append(path.stem.removeprefix("instances_"))
-        names += [part, *sorted(p.name for p in data.glob(f"{part}[0-9]*"))]
-        names += sorted(p.name for p in data.glob(f"images/{part}[0-9]*"))
-    beside = path.parent.relative_to(data).as_posix()
-    tried = [f"images/{n}" for n in names] + names + ["images", "", "" if beside == "." else beside]
-    folders = tuple(f for f in dict.fromkeys(tried) if (data / f).is_dir())
-    return Source(split, data, path, shown, f"{shown}/{_names(data, [path])}", folders)
+    said = _split_in(path.relative_to(data)) or split
+    words = [_WORDS[said]] if split != "data" else list(_WORDS.values())
+    stem = path.stem
+    names = [re.escape(stem[10:] if stem.lower().startswith("instances_") else stem), *words]
+    tried = [folder for top in (base, data) for folder in _image_folders(top, names)]
+    folders = dict.fromkeys(folder.relative_to(data).as_posix() for folder in (*tried, beside))
+    inside = tuple("" if folder == "." else folder for folder in folders)
+    shown_json = f"{shown}/{_names(data, [path])}"
+    return Source(split, data, path, shown, shown_json, inside, tuple(notes or ()))
+
+
+def _image_folders(base: Path, names: list[str]) -> Iterator[Path]:
+    """The folders below `base` that may hold images, and itself, in the order of search."""
+    inside = _folders(base)
+    for top in (*(folder for folder in inside if folder.name.lower() == "images"), base):
+        below = inside if top == base else _folders(top)
+        for name in names:
+            matches = re.compile(name, re.IGNORECASE).fullmatch
+            yield from (folder for folder in below if matches(folder.name))
+    for name in _IMAGES:
+        yield from (folder for folder in inside if folder.name.lower() == name)
+    yield base
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(e.name for e in entries if e.is_dir() and not _is_hidden(e.name))
+    except OSError as error:
+        text = f"{folder}: cannot be read ({error.strerror}); give yourself the right to read it"
+        raise DataError(text) from None
+    return [folder / name for name in names]
 
 
 def _names(data: Path, paths: list[Path]) -> str:
-    return ", ".join(path.relative_to(data).as_posix() for path in paths)
+    names = [escaped(path.relative_to(data).as_posix()) for path in paths[:_MOST_LISTED]]
+    more = [f"and {len(paths) - _MOST_LISTED} more"] if len(paths) > _MOST_LISTED else []
+    return ", ".join(names + more)
 
 
 @dataclass(slots=True)
@@ -176,8 +290,39 @@ def read_coco(source: Source, findings: Findings) -> Coco:
     categories = _categories(raw.pop("categories"), shown, findings)
     listed = {_integer(entry.get("id")) for entry in raw["images"] if isinstance(entry, dict)}
     images = _entries(raw, "images", _image, shown, findings)
+    findings.notes += source.notes
+    _cut_foreign_folders(source, images, findings)
     annotations = _entries(raw, "annotations", _annotation, shown, findings)
     return Coco(source, images, listed, annotations, categories)
+
+
+def _cut_foreign_folders(source: Source, images: list[CocoImage], findings: Findings) -> None:
+    """Take off the folders in front of the names, if no image is found with them.
+
+    They are of the machine that exported: /home/me/set, ../../media/upload/1, https://host/bucket.
+    """
+
+    def is_found(names: list[list[str]]) -> bool:
+        return any(".." not in name and source.find("/".join(name)) for name in names)
+
+    names = [image.name.split("/") for image in images]
+    if not names or is_found(names):
+        return
+    levels = zip(*(name[:-1] for name in names), strict=False)
+    shared = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
+    uploaded = [[*name[:-1], _UPLOAD.sub("", name[-1], count=1)] for name in names]
+    for written, form in ((names, ""), (uploaded, " and the 8 digits in front of them")):
+        for start in (*range(len(shared) + 1), -1):
+            cut = [name[start:] for name in written]
+            # Two images never get one name, so that none is taken for another.
+            if len(set(map(tuple, cut))) < len(cut) or not is_found(cut):
+                continue
+            for image, name in zip(images, cut, strict=True):
+                image.name = "/".join(name)
+            folders = f"the folders {'/'.join(shared[:start])}" if start > 0 else "their folders"
+            what = f"file names are read without {escaped(folders)}{form}"
+            findings.notes.append(f"{source.shown_json}: {what}")
+            return
 
 
 def merge_classes(parts: list[Coco], findings: Findings) -> list[ClassName]:
@@ -310,7 +455,12 @@ def _wanted(entry: dict[str, Any], name: str) -> int:
 
 
 def _is_name(value: Any) -> TypeGuard[str]:
-    return isinstance(value, str) and bool(value.strip()) and value.isprintable()
+    # Of what is not printable, U+202F in a macOS screenshot's name and a Persian U+200C are legal.
+    return (
+        isinstance(value, str)
+        and bool(value.strip())
+        and (value.isprintable() or _NOT_IN_NAMES.isdisjoint(map(category, value)))
+    )
 
 
 def _integer(value: Any) -> int | None:

@@ -80,11 +80,13 @@ class Findings:
         annotation_id: int | None = None,
         fixed: str = "",
         dropped: str = "left out",
+        way_out: str = "",
     ) -> bool:
         """Record a fault.
 
         `kind` is the name of its check, `file` the JSON or the image, `what` the item and its
-        fault; `fixed` and `dropped` say what these policies do.
+        fault; `fixed` and `dropped` say what these policies do, `way_out` what the user can do
+        in place of choosing one.
 
         Returns:
             True if the item stays, repaired. False under `drop`, and under `fail` too: checking
@@ -93,7 +95,7 @@ class Findings:
         policy: str = getattr(self.checks, kind)
         options = get_args(Checks.model_fields[kind].annotation)
         ways = " or ".join(option for option in options if option != "fail")
-        way_out = f"set data.checks.{kind}: {ways} in params.yaml or mend the file"
+        way_out = way_out or f"set data.checks.{kind}: {ways} in params.yaml or mend the file"
         done = {"fix": fixed, "drop": dropped}.get(policy) or way_out
         self.items.append(Finding(kind, policy, file, image_id, annotation_id, what, done))
         return policy == "fix"
@@ -138,5 +140,5 @@ class Findings:
 
 def escaped(name: str) -> str:
     """Return a name from a JSON, escaped and shortened for a one-line message."""
-    shown = name if name.isprintable() else ascii(name)[1:-1]
+    shown = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in name)
     return shown if len(shown) <= _LONGEST_NAME else shown[:_LONGEST_NAME] + "..."

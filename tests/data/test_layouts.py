@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from unicodedata import normalize
 
 import pytest
 
@@ -20,6 +21,7 @@ def one_json(folder, name, image_folder):
     shutil.rmtree(folder.data / "train")
     shutil.rmtree(folder.data / "val")
     (folder.data / image_folder).mkdir(parents=True, exist_ok=True)
+    (folder.data / name).parent.mkdir(parents=True, exist_ok=True)
     folder.train.update(images=[], annotations=[])
     for number in range(1, 21):
         folder.picture(number).save(folder.data / image_folder / f"{number}.png")
@@ -85,6 +87,14 @@ def test_one_name_in_both_folders_is_two_images(folder):
     ("name", "image_folder"),
     [
         ("annotations/instances_default.json", "images"),
+        ("annotations/instances_default.json", "images/default"),  # CVAT
+        ("annotations/instances_cats [7].json", "images/cats [7]"),  # CVAT, a subset
+        ("labels.json", "data"),  # FiftyOne
+        ("result.json", "images"),  # Label Studio
+        ("train/_annotations.coco.json", "train"),  # Roboflow
+        ("ds0/annotations/instances.json", "ds0/images"),  # Supervisely
+        ("ds0/annotations/instances_ds0.json", "ds0/img"),
+        ("export/labels.json", "export/data"),
         ("annotations/all.json", "."),
         ("annotations/instances_train.json", "train"),
         ("coco.json", "."),
@@ -108,6 +118,232 @@ def test_one_json_is_split(folder, name, image_folder):
     assert files(folder, "val") != before
 
 
+def move(folder, jsons, images):
+    """Put the JSON files and the images of train and val where a tool puts them."""
+    folder.write()
+    for split, json_path, image_path in zip(("train", "val"), jsons, images, strict=True):
+        for path in (folder.data / split).iterdir():
+            target = folder.data / image_path / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        target = folder.data / json_path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.path(split).rename(target)
+
+
+@pytest.mark.parametrize(
+    ("jsons", "images", "note"),
+    [
+        pytest.param(
+            ("annotations/instances_Train.json", "annotations/instances_Validation.json"),
+            ("images/Train", "images/Validation"),
+            None,
+            id="CVAT",
+        ),
+        pytest.param(
+            ("annotations/instances_train.json", "annotations/instances_Test.json"),
+            ("images/train", "images/Test"),
+            "annotations/instances_Test.json is used as val, as there is no JSON of val",
+            id="Datumaro, test",
+        ),
+        pytest.param(
+            ("train/_annotations.coco.json", "valid/_annotations.coco.json"),
+            ("train", "valid"),
+            None,
+            id="Roboflow",
+        ),
+        pytest.param(
+            ("train/labels.json", "validation/labels.json"),
+            ("train/data", "validation/data"),
+            None,
+            id="FiftyOne",
+        ),
+        pytest.param(
+            ("train/annotations/instances.json", "val/annotations/instances.json"),
+            ("train/images", "val/images"),
+            None,
+            id="Supervisely",
+        ),
+        pytest.param(
+            ("train/annotations/instances_default.json", "VAL/annotations/instances_default.json"),
+            ("train/images/default", "VAL/images/default"),
+            None,
+            id="CVAT, a task each",
+        ),
+        pytest.param(("train.json", "val.json"), ("images", "images"), None, id="labelme2coco"),
+        pytest.param(
+            ("annotations/train_labels.json", "annotations/val_labels.json"),
+            ("images", "images"),
+            None,
+            id="AutoGluon",
+        ),
+        pytest.param(
+            ("labels/coco_training.json", "labels/coco_valid.json"),
+            ("images/train", "images/valid"),
+            None,
+            id="images beside the labels",
+        ),
+        pytest.param(
+            ("job 7/annotations/instances_train.json", "job 7/annotations/instances_val.json"),
+            ("job 7/Images/train", "job 7/Images/val"),
+            None,
+            id="one folder deeper",
+        ),
+    ],
+)
+def test_train_and_val_of_tools(folder, jsons, images, note):
+    """macOS's and Windows's own files are beside all of them, and names differ in case."""
+    move(folder, jsons, images)
+    for path in [folder.data / one for one in (*jsons, *images)]:
+        place = path if path.is_dir() else path.parent
+        for name in ("._x.json", f"._{path.name}", ".DS_Store", "Thumbs.db"):
+            (place / name).write_bytes(b"\0\5\x16\7")
+    (folder.data / "__MACOSX/annotations").mkdir(parents=True)
+    (folder.data / "__MACOSX/annotations/instances_train.json").write_bytes(b"\0")
+
+    report = folder.prepare()
+
+    assert (report.items, report.notes) == ([], [note] if note else [])
+    assert files(folder, "train") == [f"{images[0]}/{name}.jpg" for name in "abc"]
+    assert files(folder, "val") == [f"{images[1]}/{name}.jpg" for name in "de"]
+
+
+def test_val_is_taken_before_test_and_what_is_left_is_named(folder):
+    move(
+        folder, ("train/_annotations.coco.json", "valid/_annotations.coco.json"), ("train", "valid")
+    )
+    (folder.data / "test").mkdir()
+    (folder.data / "test/_annotations.coco.json").write_text("{}")
+    for name in "de":  # other images of the same names
+        folder.picture(9).save(folder.data / f"test/{name}.jpg")
+
+    assert folder.prepare().notes == ["not used: test/_annotations.coco.json"]
+    assert files(folder, "val") == ["valid/d.jpg", "valid/e.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("jsons", "more", "listed"),
+    [
+        (
+            ("train/labels.json", "val/labels.json"),
+            "coco.json",
+            "coco.json, train/labels.json, val/labels.json",
+        ),
+        (("train.json", "val.json"), "annotations/train.json", None),
+        (
+            ("one/annotations/instances.json", "two/annotations/instances.json"),
+            "one/meta.json",
+            "one/annotations/instances.json, one/meta.json, two/annotations/instances.json",
+        ),
+        (
+            ("train.json", "val.json"),
+            "train/labels.json val/labels.json",
+            "train.json, val.json, train/labels.json, val/labels.json",
+        ),
+        (
+            ("dir/a.json", "dir/b.json"),
+            " ".join(f"dir/{number}.json" for number in range(10, 30)),
+            "dir/10.json, dir/11.json, dir/12.json, dir/13.json, dir/14.json, dir/15.json, "
+            "dir/16.json, dir/17.json, and 14 more",
+        ),
+    ],
+)
+def test_what_may_mean_two_things_is_refused_with_a_list(folder, jsons, more, listed):
+    move(folder, jsons, ("images", "images"))
+    for name in more.split():
+        (folder.data / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder.data / name).write_text("{}")
+    listed = listed or "annotations/train.json, train.json, val.json"
+
+    with pytest.raises(DataError) as caught:
+        folder.prepare()
+    line = f"data: cannot tell which JSON to take ({listed}); leave annotations/instances_train*"
+    assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("before", "note"),
+    [
+        ("/home/me/set/", "the folders /home/me/set"),
+        ("C:\\Users\\me\\", "the folders C:/Users/me"),
+        (
+            "..\\..\\label-studio\\media\\upload\\4\\",
+            "the folders ../../label-studio/media/upload/4",
+        ),
+        ("images/1/", "the folders images/1"),
+        ("https://host/bucket/", "the folders https://host/bucket"),
+        ("images\\cb0618f6-", "the folders images and the 8 digits in front of them"),
+        ("cb0618f6-", "their folders and the 8 digits in front of them"),
+    ],
+)
+def test_folders_of_the_machine_that_exported_are_taken_off_the_names(folder, before, note):
+    for entry in folder.train["images"]:
+        entry["file_name"] = before + entry["file_name"]
+    folder.write()
+    report = folder.prepare()
+
+    name = "data/annotations/instances_train.json"
+    assert report.notes == [f"{name}: file names are read without {note}"]
+    assert files(folder, "train") == ["train/a.jpg", "train/b.jpg", "train/c.jpg"]
+
+
+def test_folders_that_tell_images_apart_stay(folder):
+    for entry, name in zip(folder.train["images"], ("x/a.jpg", "y/a.jpg", "y/b.jpg"), strict=True):
+        entry["file_name"] = name
+    with pytest.raises(DataError, match=r"image 1 \(x/a\.jpg\) not found in data/train"):
+        folder.run()
+
+
+@pytest.mark.parametrize("named", ["NFC", "NFD"])
+def test_the_unicode_form_of_a_name_does_not_count(folder, named):
+    name, there = (
+        normalize(named, "für/é.jpg"),
+        normalize("NFD" if named == "NFC" else "NFC", "für"),
+    )
+    other = normalize("NFD" if named == "NFC" else "NFC", "é.jpg")
+    (folder.data / "train" / there).mkdir()
+    (folder.data / "train/a.jpg").rename(folder.data / "train" / there / other)
+    folder.train["images"][0]["file_name"] = name
+
+    assert folder.run().items == []
+    assert files(folder, "train")[0] == f"train/{there}/{other}"
+
+
+# A macOS screenshot, an emoji of a family, soft hyphen, ideographic space, private use, Persian.
+ODD = [
+    "9.00\u202fAM",
+    "\U0001f468\u200d\U0001f469",
+    "a\u00adb",
+    "\u3000x",
+    "\ue000",
+    "\u0645\u06cc\u200c\u062e",
+]
+
+
+@pytest.mark.parametrize("name", [*ODD, "US$5_{ and $10^", "x" * 200, "שלום"])
+def test_names_of_images_and_classes_may_have_any_character_but_controls(folder, name):
+    (folder.data / "train/a.jpg").rename(folder.data / f"train/{name}.jpg")
+    folder.train["images"][0]["file_name"] = f"{name}.jpg"
+    for split in (folder.train, folder.val):
+        split["categories"][0]["name"] = name
+
+    assert folder.run().items == []
+    assert files(folder, "train")[0] == f"train/{name}.jpg"
+
+
+@pytest.mark.parametrize(
+    "character", ["\n", "\t", "\0", "\x1b", "\x7f", "\x85", "\u2028", "\ud800"]
+)
+def test_control_characters_in_names_are_refused(folder, character):
+    folder.train["images"][0]["file_name"] = f"a{character}.jpg"
+    with pytest.raises(DataError, match=r"images\[0\] \(id 1\): file_name is"):
+        folder.run()
+    folder.train["images"][0]["file_name"] = "a.jpg"
+    folder.train["categories"][0]["name"] = f"a{character}"
+    with pytest.raises(DataError, match=r"category 1: name is"):
+        folder.run()
+
+
 def test_copies_of_an_image_stay_on_one_side_of_a_split(folder):
     one_json(folder, "coco.json", "images")
     for number in range(2, 11):
@@ -126,9 +362,12 @@ def test_other_coco_files_beside_train_and_val_do_not_matter(folder):
     assert not folder.run().failures
 
 
-def test_dvc_links_into_its_cache_are_followed(folder):
-    """`cache.type symlink` puts a link in place of every file."""
-    objects = folder.root / ".dvc/cache/files/md5"
+@pytest.mark.parametrize(
+    "cache", [".dvc/cache/files/md5", ".dvc/cache", "../drive/cache/files/md5", "../drive/cache"]
+)
+def test_dvc_links_into_its_cache_are_followed(folder, cache):
+    """`cache.type symlink` puts a link in place of every file; DVC 2 had no files/md5."""
+    objects = folder.root / cache
     for number, path in enumerate(sorted((folder.data / "train").iterdir())):
         target = objects / f"{number:02x}" / f"{number:030x}"
         target.parent.mkdir(parents=True)

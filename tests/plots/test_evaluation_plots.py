@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +32,15 @@ from runkey.plots.evaluation import (
 from tests.support.figures import figure_of
 
 MOST_BYTES = 150_000
-NAMES = ("Blutkörperchen", "шар", "白血球", "", "a name that is far too long for a tag " * 3)
+# Mathematics for matplotlib, long, without letters in the font, from right to left.
+NAMES = (
+    "US$5_{ and $10^",
+    "$\\frac$",
+    "白血球🔬",
+    "",
+    "a name that is far too long for a tag " * 3,
+)
+NAMES += ("Blutkörperchen", "שלום", "a\u202fb\u200cc")
 PICTURES = ["precision_recall.png", "confusion.png", "ap_by_size.png", "calibration.png"]
 
 
@@ -69,10 +80,10 @@ def evaluated(tmp_path, records, classes, results) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize(
     ("kind", "count", "boxes"),
-    [("good", 2, 3), ("one epoch", 90, 5), ("nothing", 2, 3), ("nothing", 5, 0)],
+    [("good", 2, 3), ("one epoch", 90, 5), ("nothing", 2, 3), ("nothing", 8, 0), ("good", 8, 5)],
 )
 def test_every_evaluation_gives_every_picture(image_set, tmp_path, kind, count, boxes):
-    names = tuple(f"{NAMES[k % len(NAMES)]}{k}" if k > 4 else NAMES[k] for k in range(count))
+    names = tuple(f"{NAMES[k % len(NAMES)]}{k}" if k > 7 else NAMES[k] for k in range(count))
     records, classes, folder = image_set([(300, 200), (64, 48), (150, 400)] * 3, names, boxes)
     files = evaluated(tmp_path, records, classes, found(records, classes, kind))
     out = tmp_path / "out"
@@ -163,3 +174,24 @@ def test_precision_recall(tmp_path, count, objects):
     assert path.stat().st_size < MOST_BYTES
     table = write_precision_recall_table(curves, tmp_path / "pr.csv").read_text().splitlines()
     assert len(table) == 1 + 21 * count * objects
+
+
+DRAW = """
+import sys, numpy, pathlib
+from runkey.plots.evaluation import confusion_matrix
+confusion_matrix(numpy.eye(3, dtype=int), ["ball", "$x_{"], 0.5, pathlib.Path(sys.argv[1]))
+"""
+
+
+def test_settings_of_a_user_or_a_notebook_change_no_byte(tmp_path):
+    """Colab's terminal has MPLBACKEND=module://..., which ends matplotlib's import elsewhere."""
+    confusion_matrix(np.eye(3, dtype=int), ["ball", "$x_{"], 0.5, tmp_path / "here.svg")
+    settings = "text.usetex: True\nsvg.fonttype: none\nlines.linewidth: 9\nfont.family: Fänzy\n"
+    (tmp_path / "here").mkdir()
+    (tmp_path / "matplotlibrc").write_bytes(settings.encode("latin-1"))
+    variables = {"MPLBACKEND": "module://not_here", "MATPLOTLIBRC": str(tmp_path)}
+    environment = os.environ | variables | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", DRAW, "../there.svg"]
+    subprocess.run(command, cwd=tmp_path / "here", env=environment, check=True)
+
+    assert (tmp_path / "there.svg").read_bytes() == (tmp_path / "here.svg").read_bytes()

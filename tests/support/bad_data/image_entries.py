@@ -105,13 +105,13 @@ CASES = [
         "link out of the data folder",
         link_out,
         "data/train/b.jpg: image 2 (b.jpg) is a link that leaves data; "
-        "set data.checks.unsafe_path: drop in params.yaml or mend the file",
+        "put the file itself there, or see docs/your-data.md#data-on-another-drive",
     ),
     Case(
         "linked image folder",
         link_folder_out,
         "data/train/a.jpg: image 1 (a.jpg) is a link that leaves data; "
-        "set data.checks.unsafe_path: drop in params.yaml or mend the file "
+        "put the file itself there, or see docs/your-data.md#data-on-another-drive "
         "(2 more such faults in prepared/report.json)",
     ),
 ]

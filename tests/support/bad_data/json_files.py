@@ -22,7 +22,8 @@ CASES = [
         "no JSON",
         lambda folder: folder.texts.update(train=None, val=None),
         "data: no annotations found; put there annotations/instances_train*.json with "
-        "instances_val*.json, or one JSON to be split",
+        "instances_val*.json, or one JSON to be split; other layouts and formats: "
+        "docs/your-data.md",
     ),
     Case(
         "two JSON for one split",
