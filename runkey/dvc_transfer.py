@@ -25,6 +25,7 @@ from dvc_data.hashfile.hash_info import HashInfo
 from fsspec.callbacks import Callback
 
 from runkey.errors import RegistryError
+from runkey.paths import Address
 from runkey.progress import QUIET, Steps, progress
 
 
@@ -51,7 +52,7 @@ class DvcRemote:
                     f"DVC remote {name} is a folder of this checkout, which other machines cannot"
                     f" read; `dvc remote modify {name} url <address>` sets your team's"
                 )
-            return str(remote.fs.unstrip_protocol(remote.path))
+            return Address(str(remote.fs.unstrip_protocol(remote.path)))
 
     def push(self, objects: Mapping[str, int], entries: Iterable[str]) -> int:
         """Copy objects (bytes by md5) and entries (paths below runs/) from the checkout's cache.

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from runkey.progress import folded
+from runkey.progress import escaped, folded, say
 
 _KILLED = 128
 """Exit code of shells after a signal: this and its number."""
@@ -91,5 +91,6 @@ def report_errors() -> Iterator[None]:
             line, code = f"error: {error}", 1
         elif isinstance(error, Interrupted):
             code = error.exit_code
-        print("\n".join(folded(line)) if sys.stderr.isatty() else line, file=sys.stderr)
+        line = escaped(line, newlines=True)
+        say(*(folded(line) if sys.stderr.isatty() else [line]), stderr=True)
         raise SystemExit(code) from None

@@ -7,8 +7,10 @@ a stage runs in (its inputs and outputs), the *store root* is the main checkout,
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Self
+from urllib.parse import quote, unquote
 
 from runkey.errors import RunkeyError
 from runkey.hashing import sha256_bytes
@@ -28,6 +30,50 @@ HOME = Path(".runkey")
 """Beside the store: records, claims, checkpoints, work of `runkey reproduce`."""
 
 
+LOGIN = (
+    "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN), or write"
+    " ~/.mlflow/credentials"
+)
+"""Where a login belongs, for messages."""
+_QUERY_LOGIN = re.compile(r"([?&][^=&]*(?:pass|pwd|secret|token)[^=&]*=)[^&#]*", re.IGNORECASE)
+
+
+class Address(str):
+    """Address of a store or server, which prints, compares and is stored without its login.
+
+    Only what connects uses `full`, so that no other code can show a password.
+    """
+
+    full: str
+    """With the login, percent-encoded."""
+    login: tuple[str, str]
+    """User and password; empty where there is none."""
+
+    def __new__(cls, text: str) -> Self:
+        """Args: text: a URL or SQLAlchemy address; of a server's, a `/` at the end is dropped."""
+        if isinstance(text, cls):
+            return text
+        if is_server(text):
+            text = text.rstrip("/")
+        scheme, mark, rest = text.partition("://")
+        host = _host(rest)
+        address = super().__new__(cls, _QUERY_LOGIN.sub(r"\1...", f"{scheme}{mark}{host}"))
+        user, colon, word = rest.removesuffix(host).removesuffix("@").partition(":")
+        address.login = unquote(user), unquote(word)
+        login = colon.join(quote(part, safe="") for part in address.login)
+        address.full = f"{scheme}{mark}{login}@{host}" if login else text
+        return address
+
+
+def _host(rest: str) -> str:
+    """What follows the login in an address, whose password may hold a `/` that is not encoded."""
+    before, at, _ = re.split("[/?#]", rest, maxsplit=1)[0].rpartition("@")
+    port = re.match(r"[^/?#@\[]*:([^/?#@]*)", rest)
+    if ":" in before or (port and not port[1].isdecimal()):
+        return rest.rpartition("@")[2]
+    return rest.removeprefix(f"{before}{at}")
+
+
 def is_server(address: str) -> bool:
     """Return True if a store's address is that of a tracking server."""
     return address.startswith(("http://", "https://"))
@@ -40,9 +86,7 @@ def records(home: Path, uri: str = "") -> Path:
     """
     if not is_server(uri):
         return home / "runs.sqlite"
-    parts = urlsplit(uri)
-    server = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
-    return home / f"runs-{sha256_bytes(server.encode())[:12]}.sqlite"
+    return home / f"runs-{sha256_bytes(Address(uri).encode())[:12]}.sqlite"
 
 
 def training_folder(home: Path, key: str, repeats: str | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""Progress of long steps: a bar on a terminal, periodic plain lines otherwise; and log output.
+"""Progress of long steps: a bar on a terminal, periodic plain lines otherwise; and all output.
 
 Bar and lines go to stderr, so that a command's answer can be piped.  The bar is erased when the
 block ends; a step inside another one shows its progress in the other's bar.
@@ -7,6 +7,7 @@ block ends; a step inside another one shows its progress in the other's bar.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import textwrap
 import time
@@ -53,6 +54,7 @@ class Steps:
         `what` is done now, such as `epoch 3/20`, with a text beside it; empty ones change nothing.
         """
         self.done += amount
+        text, what = escaped(text, newlines=True), escaped(what, newlines=True)
         self.text, self.what = text or self.text, what or self.what
         if self._show:
             self._show(self)
@@ -79,6 +81,7 @@ def progress(what: str, total: float, unit: str = "", *, lines: bool = True) -> 
         lines: print plain lines where there is no terminal.
     """
     global _bars
+    what = escaped(what, newlines=True)
     # rich may be missing on a bare GPU machine.
     terminal = sys.stdout.isatty() and sys.stderr.isatty() and find_spec("rich") is not None
     if not (_wanted and terminal):
@@ -132,7 +135,7 @@ def _line_printer() -> Callable[[Steps], None]:
 
 def _rich_bars() -> Progress:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, Task, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
     class TimeLeft(TimeRemainingColumn):
@@ -141,10 +144,10 @@ def _rich_bars() -> Progress:
             return Text() if task.fields["text"] else super().render(task)
 
     return Progress(
-        "{task.description}",
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=_BAR_CHARACTERS),
-        "{task.fields[amount]}",
-        "{task.fields[text]}",
+        TextColumn("{task.fields[amount]}", markup=False),
+        TextColumn("{task.fields[text]}", markup=False),
         TimeLeft(compact=True),
         console=Console(stderr=True),
         transient=True,
@@ -157,7 +160,7 @@ class _TerminalHandler(logging.Handler):
     stderr = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
+        text = escaped(record.getMessage())
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
         try:
@@ -194,3 +197,39 @@ def folded(text: str) -> list[str]:
             line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
         ) or [""]
     return lines
+
+
+# What others wrote, and what must not be shown, on its way to the terminal.
+
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but tab and newline, DEL, C1: ANSI sequences begin so
+    "\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # direction, separators
+    "\ud800-\udfff\U000e0000-\U000e007f]"  # half characters, invisible tags
+)
+_LOGIN = re.compile(r"(?<=://)[^\s/@]*:(?!\d+(?:[/?#\s]|$))\S*@")
+
+
+def without_logins(text: str) -> str:
+    """Remove `user:password@` from every address in a text."""
+    return _LOGIN.sub("", text)
+
+
+def escaped(text: str, *, newlines: bool = False) -> str:
+    """Return a text that a terminal shows as it is, without logins.
+
+    Control characters, those that change the direction of text and half characters become JSON's
+    escapes, which are also right inside JSON; with `newlines` line ends do, too.
+    """
+    shown = _CONTROL.sub(_as_escape, without_logins(text))
+    return shown.replace("\n", "\\n") if newlines else shown
+
+
+def _as_escape(found: re.Match[str]) -> str:
+    units = found[0].encode("utf-16-be", "surrogatepass").hex(" ", 2).split()
+    return "".join(f"\\u{unit}" for unit in units)
+
+
+def say(*lines: str, stderr: bool = False) -> None:
+    """Print lines, `escaped`; every text that is printed and not logged goes through here."""
+    for line in lines or ("",):
+        print(escaped(line), file=sys.stderr if stderr else sys.stdout)

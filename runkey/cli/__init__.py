@@ -13,7 +13,7 @@ from typer import Exit, Option, Typer
 from runkey import __version__
 from runkey.cli import debug, memory, project, report, runs, share, store, verify
 from runkey.errors import report_errors
-from runkey.progress import WIDTH, log_to_terminal
+from runkey.progress import WIDTH, log_to_terminal, say
 
 app = Typer(
     name="runkey",
@@ -53,7 +53,7 @@ app.command("watch")(report.watch)
 
 def _say_version(asked: bool) -> None:
     if asked:
-        print(f"runkey {__version__}")
+        say(f"runkey {__version__}")
         raise Exit
 
 

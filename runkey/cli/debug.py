@@ -14,7 +14,7 @@ from runkey.cli import output
 from runkey.cli.output import AsJson
 from runkey.errors import TrainingError
 from runkey.identity.key import make_recipe
-from runkey.progress import log_to_terminal
+from runkey.progress import log_to_terminal, say
 
 logger = logging.getLogger(__name__)
 
@@ -61,15 +61,15 @@ def debug_step(
         output.print_json({"step": number, **asdict(diagnosis), "bundle": str(path)})
         return
     if folder is None:
-        print(f"step {number} of key {bundle.key[:12]}, from {path}")
+        say(f"step {number} of key {bundle.key[:12]}, from {path}")
         if bundle.torch_version != torch.__version__:
-            print(f"torch {bundle.torch_version} -> {torch.__version__}: not bit for bit")
-    print(*diagnosis.finding.lines(), sep="\n")
-    print("  ".join(f"{name} {value:.6g}" for name, value in diagnosis.losses.items()))
+            say(f"torch {bundle.torch_version} -> {torch.__version__}: not bit for bit")
+    say(*diagnosis.finding.lines())
+    say("  ".join(f"{name} {value:.6g}" for name, value in diagnosis.losses.items()))
     if folder is not None:
         if comparison := compare_with_log(diagnosis.losses, logged_losses(folder / LOG, number)):
-            print(comparison)
-        print(f"replay it elsewhere: runkey debug-step {path}")
+            say(comparison)
+        say(f"replay it elsewhere: runkey debug-step {path}")
 
 
 def _replayed(run: str, step: int | None, *, quiet: bool) -> tuple[Path, Bundle]:

@@ -15,6 +15,7 @@ from runkey import paths
 from runkey.cli import output
 from runkey.cli.output import AsJson
 from runkey.errors import DataError, ParamsError
+from runkey.progress import say
 from runkey.units import GIB, MIB
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ def print_memory(prediction: Prediction, images: int) -> None:
     model = prediction.model
     height, width = model.shapes.worst_of(images)
     peak = prediction.peak(images)
-    print(*model.shapes.lines(), sep="\n")
-    print(
+    say(*model.shapes.lines())
+    say(
         f"\nA training step of {images} images of {height} x {width}, {model.precision}: "
         f"{peak / GIB:.2f} GiB of tensors at the peak,\nup to {model.gpu.upper(images) / GIB:.2f}"
         f" GiB held by the allocator, and the CUDA context beside it.  {model.gpu.line}\n"
@@ -77,7 +78,7 @@ def _print_breakdown(prediction: Prediction, images: int) -> None:
     from runkey.memory.trace.events import break_down
 
     parts = break_down(prediction.trace(images))
-    print(f"Alive at the peak, MiB ({parts.phase} pass)")
+    say(f"Alive at the peak, MiB ({parts.phase} pass)")
     largest_first = sorted(parts.modules.items(), key=lambda item: -sum(item[1].values()))
     rows = [[name or "around the model", *_cells(sizes)] for name, sizes in largest_first]
     rows.append(["total", *_cells(parts.classes)])
@@ -98,7 +99,7 @@ def _print_changes(model: MemoryModel, images: int) -> None:
         upper = one.estimate.upper(images)
         if upper != now:  # with one shape only, grouping changes nothing
             rows.append([_title(one), one.change, f"{upper / GIB:.2f}", f"{upper / now - 1:+.0%}"])
-    print(f"\nWhat changes would give, GiB at most for {images} images")
+    say(f"\nWhat changes would give, GiB at most for {images} images")
     output.print_table(["", "params.yaml", "GiB", "change"], rows, right=["GiB", "change"])
 
 
@@ -117,7 +118,7 @@ def _print_cards(model: MemoryModel) -> None:
     kinds = [("as it is", model.gpu), *((_title(one), one.estimate) for one in others)]
     names = [f"{gib} GiB" for gib in CARDS_GIB]
     rows = [[name, *(images(card.images) for card in cards(kind))] for name, kind in kinds]
-    print("\nThe largest micro-batch on a GPU of")
+    say("\nThe largest micro-batch on a GPU of")
     output.print_table(["", *names], rows, right=names)
 
 

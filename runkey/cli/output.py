@@ -20,7 +20,7 @@ from runkey import paths
 from runkey.errors import RunkeyError
 from runkey.files import json_safe
 from runkey.identity.key import ANY_SCHEMA, SCHEMAS
-from runkey.progress import WIDTH
+from runkey.progress import WIDTH, escaped, say
 from runkey.registry.claims import Claims, open_claims
 from runkey.registry.library import Library, open_library
 from runkey.tracking.store import Store, locate_store
@@ -76,7 +76,7 @@ def trainings(key: str) -> list[Path]:
 
 def print_json(value: Any) -> None:
     """Print indented JSON; numbers that JSON lacks (nan, inf) become strings."""
-    print(json.dumps(json_safe(value), indent=2, ensure_ascii=False, allow_nan=False))
+    say(json.dumps(json_safe(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 Line = str | tuple[str, str]
@@ -89,7 +89,7 @@ def print_answer(value: Any, *lines: Line, as_json: bool, yes: bool = True) -> N
         print_json(value)
     for line in () if as_json else lines:
         if isinstance(line, str):
-            print(line)
+            say(escaped(line, newlines=True))
         else:
             print_beside(*line)
     if not yes:
@@ -107,7 +107,7 @@ def print_beside(label: str, text: str) -> None:
         text, WIDTH - len(label), break_long_words=False, break_on_hyphens=False
     ) or [""]
     for number, line in enumerate(lines):
-        print((" " * len(label) if number else label) + line.replace(NO_BREAK, " "))
+        say((" " * len(label) if number else label) + line.replace(NO_BREAK, " "))
 
 
 def print_table(
@@ -130,9 +130,10 @@ def print_table(
         side: Literal["left", "right"] = "right" if column in right else "left"
         table.add_column(column, justify=side, overflow="fold", no_wrap=column in whole)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(escaped(cell, newlines=True)) for cell in row))
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     with console.capture() as captured:
         console.print(table)
     for line in captured.get().splitlines():
-        print(line.rstrip())  # Rich fills the last column up with spaces
+        # Rich fills the last column up with spaces, and writes its own codes for bold.
+        sys.stdout.write(f"{line.rstrip()}\n")

@@ -20,6 +20,7 @@ from runkey.cli.output import AsJson, Key
 from runkey.errors import DataError, ParamsError, RegistryError
 from runkey.identity.key import explain as lines_of
 from runkey.identity.key import make_recipe, short_key
+from runkey.progress import say
 from runkey.registry.library import find_run
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def show(
     if markdown:
         from runkey.params.render import reference
 
-        print(reference(), end="")
+        say(reference().rstrip("\n"))
         return
     from runkey.params import load_params
 

@@ -17,7 +17,7 @@ from runkey.cli import output
 from runkey.cli.output import AsJson
 from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.key import short_key
-from runkey.progress import log_to_terminal
+from runkey.progress import log_to_terminal, say
 from runkey.registry.dvc_cache import download
 from runkey.registry.library import find_run, split_address
 from runkey.training.lock import holder_of
@@ -105,7 +105,7 @@ def watch(
     with tempfile.TemporaryDirectory(prefix="runkey-watch-") as folder:
         log, title, params = _find(key, Path(folder))
         if not follow(log, title, params, lambda: holder_of(log.parent) is not None):
-            print("interrupted; `dvc repro` goes on from its last checkpoint")
+            say("interrupted; `dvc repro` goes on from its last checkpoint")
             output.answer_no()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
 import time
 import webbrowser
 from collections import Counter
@@ -19,6 +18,7 @@ from runkey.cli import output
 from runkey.cli.output import AsJson, Key
 from runkey.errors import RegistryError
 from runkey.identity.key import older_rule, short_key
+from runkey.progress import say
 from runkey.registry import show
 from runkey.registry.claims import status_now
 from runkey.registry.dvc_cache import download, in_the_way
@@ -80,7 +80,7 @@ def list_runs(
         output.print_json([record.as_dict() for record in found])
         return
     if not found:
-        print(f"no run{' fulfils that' if where else ''} in {runs.place}")
+        say(f"no run{' fulfils that' if where else ''} in {runs.place}")
         return
     now = output.claims()
     states = {record.run.run_id: status_now(record, now) for record in found}
@@ -89,7 +89,7 @@ def list_runs(
     rows = zip(*table.values(), strict=True)
     output.print_table(chosen, rows, right=right, whole=("key", "when", "status", "AP", "took"))
     for rule, count in Counter(filter(None, (older_rule(r.key) for r in found))).items():
-        print(f"{count} of these: {rule}")
+        say(f"{count} of these: {rule}")
 
 
 def show_run(
@@ -181,7 +181,7 @@ def open_page(
     output.print_answer(answer, page, as_json=as_json)
     if not served:
         option = "" if port == 5000 else f" PORT={port}"
-        print(f"nothing listens there; `make ui{option}` serves it", file=sys.stderr)
+        say(f"nothing listens there; `make ui{option}` serves it", stderr=True)
     elif browser:
         webbrowser.open(page)
 
@@ -209,7 +209,7 @@ def print_diff(a: Side, b: Side, diff: Diff, *, patch: bool, limit: int | None) 
     notes = [f"note on A: {note}" for note in a.notes]
     notes += [f"note on B: {note}" for note in b.notes]
     if notes:
-        print("", *notes, sep="\n")
+        say("", *notes)
 
 
 def _head(name: str, side: Side) -> tuple[str, ...]:
@@ -221,12 +221,12 @@ def _head(name: str, side: Side) -> tuple[str, ...]:
 
 
 def _print_verdict(a: Side, b: Side, diff: Diff) -> None:
-    print()
+    say()
     if a.record and b.record and a.record.run.run_id == b.record.run.run_id:
-        print("the same run")
+        say("the same run")
         return
     if diff.same_key:
-        print("the same key: code, parameters, data and environment are the same")
+        say("the same key: code, parameters, data and environment are the same")
         return
     rows = [
         (name, _short(pair.a), _short(pair.b), "same" if pair.a == pair.b else "differs")
@@ -251,36 +251,36 @@ def _print_code(diff: Diff, *, patch: bool, limit: int | None) -> None:
         title = _differ("code", files) + ("" if patch else "; --patch prints the lines")
         _section(title, ("", "file", "lines"), rows, limit)
     if paths := diff.code.incomparable:
-        print(
+        say(
             f"\ncode: {len(paths)} files cannot be compared: their hashes are made by different"
             " rules, and their text is not here"
         )
         for path in paths[:limit]:
-            print(f"  {path}")
+            say(f"  {path}")
         _more(len(paths), limit)
     _pairs("left out of the code part", diff.excluded, limit)
     if patch and diff.code.patch:
-        print(f"\n{diff.code.patch}", end="")
+        say(f"\n{diff.code.patch}".rstrip("\n"))
 
 
 def _print_data(diff: Diff, limit: int | None) -> None:
     _pairs("data", diff.data, limit)
     if diff.images and (kinds := diff.images.by_kind()):
-        print(f"\nimages: {diff.images.total_a} in A, {diff.images.total_b} in B")
+        say(f"\nimages: {diff.images.total_a} in A, {diff.images.total_b} in B")
         if not diff.data:
-            print("  (of the same data: they were split or checked in another way)")
+            say("  (of the same data: they were split or checked in another way)")
         _names(kinds, limit)
     if diff.files:
-        print("\nfiles of the data, by DVC's cache")
+        say("\nfiles of the data, by DVC's cache")
         _names(diff.files, limit)
 
 
 def _names(kinds: Mapping[Any, Sequence[str]], limit: int | None) -> None:
     for kind, names in kinds.items():
         if names:
-            print(f"  {len(names)} {kind}")
+            say(f"  {len(names)} {kind}")
             for name in names[:limit]:
-                print(f"    {name}")
+                say(f"    {name}")
             _more(len(names), limit, "    ")
 
 
@@ -319,7 +319,7 @@ def _section(
     limit: int | None,
     right: Sequence[str] = (),
 ) -> None:
-    print(f"\n{title}")
+    say(f"\n{title}")
     if rows:
         output.print_table(columns, rows[:limit], right=right)
     _more(len(rows), limit)
@@ -327,7 +327,7 @@ def _section(
 
 def _more(count: int, limit: int | None, indent: str = "") -> None:
     if limit is not None and count > limit:
-        print(f"{indent}... and {count - limit} more (--all)")
+        say(f"{indent}... and {count - limit} more (--all)")
 
 
 def _value(value: Any) -> str:

@@ -14,7 +14,7 @@ from runkey.cli import output
 from runkey.cli.output import AsJson, Key
 from runkey.errors import RegistryError
 from runkey.identity.key import short_key
-from runkey.paths import is_server
+from runkey.paths import Address, is_server
 from runkey.registry.library import find_run, open_library
 from runkey.tracking.store import Store
 from runkey.units import format_bytes
@@ -143,7 +143,7 @@ def _team(remote: str, git_remote: str, server: str) -> Team:
     runtime = load_params(root / paths.PARAMS).runtime
     named = runtime.team_server
     own = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
-    address = server or (named if named != "none" else own)
+    address = Address(server or (named if named != "none" else own))
     if not server and not is_server(address):
         raise RegistryError(
             "no MLflow server of the team is named; set runtime.team_server in params.yaml, or"

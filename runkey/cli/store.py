@@ -17,7 +17,7 @@ from runkey.cli.output import AsJson, Key
 from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.key import short_key
 from runkey.identity.record_cache import Rebuilt
-from runkey.progress import each, log_to_terminal
+from runkey.progress import each, log_to_terminal, say
 from runkey.registry.library import LocalLibrary, ServerLibrary, find_run
 from runkey.registry.query import Condition, Field, Query
 from runkey.registry.rest import comparison_page, list_page
@@ -77,7 +77,7 @@ def gc(
         )
     else:
         if not scope.is_local:
-            print(_ONLY_HERE.format(place=scope.library.place))
+            say(_ONLY_HERE.format(place=scope.library.place))
         _print(items, errors, applied=apply)
     if failed := sum(error is not None for error in errors):
         raise RegistryError(f"{failed} of {len(items)} could not be deleted")
@@ -94,7 +94,7 @@ def _remove(item: Item) -> str | None:
 
 def _print(items: list[Item], errors: list[str | None], *, applied: bool) -> None:
     if not items:
-        print("nothing to delete")
+        say("nothing to delete")
         return
     rows = []
     for item, error in zip(items, errors, strict=True):
@@ -106,9 +106,9 @@ def _print(items: list[Item], errors: list[str | None], *, applied: bool) -> Non
     gone = [item.size for item, error in zip(items, errors, strict=True) if error is None]
     total = format_bytes(sum(gone))
     if applied:
-        print(f"deleted {len(gone)}, freed {total}")
+        say(f"deleted {len(gone)}, freed {total}")
     else:
-        print(f"{len(gone)} may go, {total}; --apply deletes them")
+        say(f"{len(gone)} may go, {total}; --apply deletes them")
 
 
 def index(as_json: AsJson = False) -> None:
@@ -168,15 +168,15 @@ def ui(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     store = output.store()
     if store.is_server:
-        print("\n".join(_pages(store.uri, experiment)))
+        say(*_pages(store.uri, experiment))
         return
     try:
         with served(store, port) as (address, server):
-            print("\n".join(_pages(address, experiment)))
-            print("Ctrl-C ends it")
+            say(*_pages(address, experiment))
+            say("Ctrl-C ends it")
             server.wait()
     except KeyboardInterrupt:
-        print("stopped")
+        say("stopped")
 
 
 def _pages(address: str, experiment: str) -> list[str]:

@@ -16,7 +16,7 @@ from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.key import ANY_KEY
 from runkey.identity.record import Record
 from runkey.identity.record_cache import update_record
-from runkey.progress import each, log_to_terminal
+from runkey.progress import each, log_to_terminal, say
 from runkey.registry.library import find_run, open_library, run_reader
 
 if TYPE_CHECKING:
@@ -93,11 +93,11 @@ def _print_reproduction(record: Record, comparison: RunComparison, outcome: dict
         text = "equal" if metric.first == metric.repeat else near
         rows.append((metric.name, f"{metric.first:.6g}", f"{metric.repeat:.6g}", text))
     first, second = record.run.run_id[:8], _short(outcome["run_id"])[:8]
-    print()
+    say()
     output.print_table(("", f"run {first}", f"repeat {second}", ""), rows)
     for difference in comparison.class_differences:
-        print(f"witness: {difference}")
-    print(f"{record.label} {comparison.line} ({outcome['seconds']:.0f} s)")
+        say(f"witness: {difference}")
+    say(f"{record.label} {comparison.line} ({outcome['seconds']:.0f} s)")
 
 
 def _answer(good: bool, words: str) -> str:

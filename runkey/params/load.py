@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from runkey.errors import ParamsError
 from runkey.params.schema import Params
+from runkey.paths import LOGIN, Address
 
 
 def load_params(path: Path) -> Params:
@@ -46,10 +47,25 @@ def parse_params(tree: Any, source: str = "params.yaml") -> Params:
     """Check a nested dict, called `source` in errors; raises as `load_params`."""
     if not isinstance(tree, dict):
         raise ParamsError(f"{source}: holds no parameters; run `make preset NAME=sample`")
+    for name, value in _texts(tree):
+        if any((address := Address(value)).login):
+            raise ParamsError(
+                f"{source}: {name} holds a login, which git and every run would keep; write"
+                f" {address}, and {LOGIN}"
+            )
     try:
         return Params.model_validate(tree)
     except ValidationError as error:
         raise ParamsError(f"{source}: {'; '.join(_faults(error))}") from None
+
+
+def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every text in nested values with its dotted name."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, dict | list):
+        for part, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(inner, f"{name}.{part}".lstrip("."))
 
 
 def _faults(error: ValidationError) -> list[str]:

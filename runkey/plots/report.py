@@ -32,6 +32,7 @@ from runkey.plots.curves import write_training_plots
 from runkey.plots.hints import CLASS_SCORES, EVENT, Hint, all_hints
 from runkey.plots.log import TrainingLog, read_log
 from runkey.plots.sheets import printable
+from runkey.progress import escaped
 from runkey.units import format_seconds
 
 _LOG = paths.LOGS / "train.jsonl"
@@ -212,6 +213,7 @@ def write_report(runs: Sequence[ReportedRun], path: Path) -> Path:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -231,6 +233,11 @@ def write_report(runs: Sequence[ReportedRun], path: Path) -> Path:
     )
     write_atomically(path, page)
     return path
+
+
+def _shown(value: Any) -> Any:
+    """Escape a text's control characters; what was rendered already stays."""
+    return escaped(value) if type(value) is str else value
 
 
 def _pictures(run: ReportedRun) -> dict[str, dict[str, str]]:

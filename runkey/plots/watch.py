@@ -21,7 +21,7 @@ from rich.text import Text
 
 from runkey.plots.hints import Hint, all_hints, logged_hints
 from runkey.plots.log import SAMPLES, GrowingLog, Point, Series, TrainingLog
-from runkey.progress import WIDTH
+from runkey.progress import WIDTH, escaped
 from runkey.training.progress import clock, epoch_line, pace_parts
 
 logger = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def screen(
     grid = Table.grid(padding=(0, _GAP, 0, 0))
     for names in islice(batched(_PANELS, 2), rows):
         grid.add_row(*(_panel(log, name, *size, dots=dots) for name in names))
-    lines = [Text(line) for hint in hints for line in hint.lines(width)]
+    lines = [Text(escaped(line)) for hint in hints for line in hint.lines(width)]
     return Group(*_head(title, log, now, width, dots=dots), grid, *lines)
 
 
@@ -204,10 +204,14 @@ def _head(title: str, log: TrainingLog, now: float, width: int, *, dots: bool) -
         (full * done, "green"), empty * (_BAR - done), f"  {epoch}step {step:,}/{total:,}  {state}"
     )
     finite = _finite(log.steps[-1]) if log.steps else {}
-    head = [Text(title, style="bold"), progress, Text("  ".join(pace_parts(finite, "train/loss")))]
+    head = [
+        Text(escaped(title), style="bold"),
+        progress,
+        Text("  ".join(pace_parts(finite, "train/loss"))),
+    ]
     for text in head:
         text.truncate(width, overflow="ellipsis" if dots else "crop")
-    return [*head, *(Text(line) for line in textwrap.wrap(end, width))]
+    return [*head, *(Text(line) for line in textwrap.wrap(escaped(end), width))]
 
 
 def _panel(log: TrainingLog, name: str, width: int, height: int, *, dots: bool) -> Text:

@@ -20,6 +20,7 @@ from runkey.identity.key import short_key
 from runkey.identity.record import Record
 from runkey.registry.claims import Claim, Claims, newest, state_now, this_owner
 from runkey.registry.library import Library
+from runkey.registry.rest import RestError
 
 logger = logging.getLogger(__name__)
 
@@ -229,6 +230,8 @@ class _Search:
                     held = self._make(claim.generation + 1 if claim else 1)
                 reached = time.monotonic()
             except RegistryError as error:
+                if isinstance(error, RestError) and error.status in (401, 403):
+                    raise  # to train for hours and not be able to record it helps nobody
                 # A process that waits for a training survives a restart of the server.
                 if waits_for is None or time.monotonic() - reached > self.rhythm.dead_after:
                     line = f"{self.label}: {error}; trained here without a claim"

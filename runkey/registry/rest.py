@@ -2,12 +2,13 @@
 
 Paths and names are MLflow's own: `api/2.0/mlflow/...`, `get-artifact`.  Login and certificates come
 from the variables that MLflow reads: `MLFLOW_TRACKING_` with `USERNAME`, `PASSWORD`, `TOKEN`,
-`INSECURE_TLS`, `SERVER_CERT_PATH`.
+`INSECURE_TLS`, `SERVER_CERT_PATH`; a login also from `~/.mlflow/credentials`.
 """
 
 from __future__ import annotations
 
 import base64
+import configparser
 import json
 import os
 import ssl
@@ -17,10 +18,12 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.client import HTTPException, HTTPResponse
+from pathlib import Path
 from typing import Any
 
 from runkey.errors import RegistryError
 from runkey.identity.record import LoggedRun
+from runkey.paths import LOGIN, Address
 
 SECONDS = 20.0
 """Timeout of one answer."""
@@ -52,13 +55,12 @@ class RestClient:
 
     def __init__(self, address: str, seconds: float = SECONDS) -> None:
         """Send nothing yet; the address is `http[s]://[user:password@]host[:port][/prefix]`."""
-        parts = urllib.parse.urlsplit(address)
-        host = parts.netloc.rpartition("@")[2]
-        self.address = urllib.parse.urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
+        self.address = Address(address)
         self._seconds = seconds
-        self._headers = _login(parts)
+        self._headers = _login(self.address)
         # An opener of its own: urllib's shared one keeps the proxies of its first use for ever.
-        tls = [urllib.request.HTTPSHandler(context=_tls())] if parts.scheme == "https" else []
+        is_secure = self.address.startswith("https:")
+        tls = [urllib.request.HTTPSHandler(context=_tls())] if is_secure else []
         self._opener = urllib.request.build_opener(*tls)
 
     def get(self, path: str, query: Mapping[str, str | int] | None = None) -> Any:
@@ -159,9 +161,19 @@ def _read(answer: HTTPResponse) -> bytes:
         return answer.read()
 
 
-def _login(parts: urllib.parse.SplitResult) -> dict[str, str]:
-    name = parts.username or os.environ.get("MLFLOW_TRACKING_USERNAME")
-    word = parts.password or os.environ.get("MLFLOW_TRACKING_PASSWORD")
+def _login(address: Address) -> dict[str, str]:
+    """Return the header of the address's own login, else of the one that MLflow would use."""
+    name, word = address.login
+    if not (name and word):
+        stored, file = configparser.ConfigParser(), Path("~/.mlflow/credentials").expanduser()
+        try:
+            stored.read(file, encoding="utf-8")
+            name, word = (
+                os.environ.get(variable.upper(), "") or stored.get("mlflow", variable, fallback="")
+                for variable in ("mlflow_tracking_username", "mlflow_tracking_password")
+            )
+        except (configparser.Error, UnicodeDecodeError):
+            raise RegistryError(f"{file}: not of MLflow's form, [mlflow] and two lines") from None
     token = os.environ.get("MLFLOW_TRACKING_TOKEN")
     if name and word:
         pair = base64.b64encode(f"{name}:{word}".encode()).decode()
@@ -185,6 +197,9 @@ def _refusal(address: str, error: urllib.error.HTTPError) -> RestError:
         code, text = str(answer["error_code"]), str(answer["message"])
     except (ValueError, KeyError, TypeError):
         code, text = f"HTTP_{error.code}", f"HTTP {error.code} {error.reason}"
+    if error.code in (401, 403):
+        why = "no login, or a wrong one" if error.code == 401 else "this login may not do that"
+        return RestError(f"{address}: {why} (HTTP {error.code}); {LOGIN}", code, error.code)
     kind = AbsentError if code == "RESOURCE_DOES_NOT_EXIST" else RestError
     return kind(f"{address}: {' '.join(text.split())[:300]}", code, error.code)
 

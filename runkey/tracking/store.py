@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from runkey import paths
 from runkey.errors import TrackingError
+from runkey.progress import without_logins
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -53,11 +55,19 @@ class Store:
     """An MLflow tracking store."""
 
     uri: str
-    """MLflow's tracking URI; a sqlite path in it is absolute."""
+    """MLflow's tracking URI, an `Address`; a sqlite path in it is absolute."""
     artifacts: Path | None
     """Artifact folder of new experiments; None: the server decides."""
     home: Path
     """Folder for runkey's own files beside the store: records, claims, checkpoints."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uri", paths.Address(self.uri))
+
+    @property
+    def full_uri(self) -> str:
+        """The tracking URI with its login, for MLflow alone."""
+        return paths.Address(self.uri).full
 
     @property
     def database(self) -> Path | None:
@@ -85,7 +95,8 @@ def locate_store(root: Path | None = None) -> Store:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or f"{_SQLITE}{root / 'mlflow.db'}"
     if uri.startswith(_SQLITE):
         uri = f"{_SQLITE}{root / uri.removeprefix(_SQLITE)}"
-    store = Store(uri, None if paths.is_server(uri) else root / "mlartifacts", root / paths.HOME)
+    artifacts = None if paths.is_server(uri) else root / "mlartifacts"
+    store = Store(uri, artifacts, root / paths.HOME)
     return replace(store, home=store.database.parent / paths.HOME) if store.database else store
 
 
@@ -115,7 +126,7 @@ def open_client(store: Store) -> MlflowClient:
     quiet_mlflow()  # mlflow sets its own level when it is imported
     if store.database:
         _make_database(store.database)
-    client = MlflowClient(store.uri)
+    client = MlflowClient(store.full_uri)
     _adopt_moved(store)
     return client
 
@@ -124,7 +135,9 @@ def in_one_line(error: BaseException, characters: int = 160) -> str:
     """Shorten an error to one line; of a database error keep the cause, without the statement."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = without_logins(" ".join(f"{type(error).__name__}: {error}".split()))
+    if re.search(r"\berror code 40[13]\b|\b40[13] Client Error\b", text):
+        return f"{text[:characters]}; {paths.LOGIN}"
     return text if len(text) <= characters else text[: characters - 1] + "…"
 
 
@@ -318,8 +331,19 @@ def start_server(store: Store, port: int) -> subprocess.Popen[str]:
     # Without this, jobs (for generative AI) are a second process of 240 MB.
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     environment.pop("MLFLOW_TRACKING_URI", None)
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store.uri]
-    command += ["--host", _HOST, "--port", str(port), "--workers", "1"]
+    environment["MLFLOW_BACKEND_STORE_URI"] = store.full_uri  # every user can read command lines
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        _HOST,
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     if store.artifacts:
         command += ["--default-artifact-root", store.artifacts.as_uri()]
     # A session of its own, to end the process that serves together with the one that starts it.

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from runkey.identity.record import RESUMED, RESUMED_AFTER, TOKEN, LoggedRun, RunPointer
+from runkey.paths import Address
 from runkey.tracking.describe import RunDescription
 from runkey.tracking.log import ALWAYS_NEW, Entry, read_log
 from runkey.tracking.store import MAX_METRICS, Store, experiment_id, open_client
@@ -268,7 +269,8 @@ class RunSender:
             run_id = str(found[0].info.run_id)
         run = self._active_run(run_id)
         if run is None:
-            made = f", where it was made: {pointer.uri}" if pointer.uri != self._store.uri else ""
+            there = Address(pointer.uri)  # runkey 1.0 wrote it with its login
+            made = f", where it was made: {there}" if there != self._store.uri else ""
             logger.warning(
                 f"MLflow: run {run_id[:8]} of this training is not in {self._store.uri}{made}; it"
                 " is recorded as a new run"

@@ -28,7 +28,14 @@ from runkey.identity.record import (
 )
 from runkey.identity.record_cache import update_record
 from runkey.progress import Steps, each, progress
-from runkey.tracking.store import MAX_METRICS, Store, experiment_id, open_client, quiet_mlflow
+from runkey.tracking.store import (
+    MAX_METRICS,
+    Store,
+    experiment_id,
+    in_one_line,
+    open_client,
+    quiet_mlflow,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -161,8 +168,7 @@ class StoreRuns:
         try:
             yield open_client(self.store)
         except (MlflowException, OSError) as error:
-            text = " ".join(str(error).split())
-            raise TrackingError(f"{self.store.uri}: {what} ({text[:200]})") from None
+            raise TrackingError(f"{self.store.uri}: {what} ({in_one_line(error, 200)})") from None
 
 
 def _read_files(client: MlflowClient, run_id: str, folder: Path) -> None:
