@@ -44,11 +44,11 @@ PYTEST = OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
   -n logical --maxprocesses 4 --dist loadscope --durations 10
 
 .PHONY: test
-test: env env-tools ## The tests, 5 to 9 minutes on 2 cores; ARGS="-k name" for some of them
+test: env env-tools env-convert ## The tests, 5 to 9 minutes on 2 cores; ARGS="-k name" for some of them
 	$(PYTEST) $(ARGS)
 
 .PHONY: test-all
-test-all: env env-tools ## The slow tests too: whole pipelines, experiments in a queue
+test-all: env env-tools env-convert ## The slow tests too: whole pipelines, experiments in a queue
 	$(PYTEST) -m "not gpu" $(ARGS)
 
 .PHONY: reference
@@ -129,6 +129,8 @@ requirements: env env-tools ## Derive requirements.txt from conda-lock.yml, and 
 	$(BIN)/python -m runkey.identity.environment > .venv-tools/pins.txt
 	$(COMPILE) .venv-tools/pins.txt --output-file requirements.txt
 	$(COMPILE) environment/tools/requirements.in --output-file environment/tools/requirements.txt
+	$(COMPILE) --no-deps environment/convert/requirements.in \
+	  --output-file environment/convert/requirements.txt
 
 .PHONY: env
 env: ## Set up .venv (the other targets do it themselves)
@@ -138,9 +140,13 @@ env: ## Set up .venv (the other targets do it themselves)
 env-tools: ## Set up .venv-tools, the developers' tools (the other targets do it themselves)
 	@sh environment/setup.sh .venv-tools environment/tools/requirements.txt
 
+.PHONY: env-convert
+env-convert: env ## Set up .venv-convert: what `runkey convert` reads YOLO and Pascal VOC with
+	@sh environment/setup.sh .venv-convert environment/convert/requirements.txt
+
 .PHONY: clean
 clean: ## Remove environments and caches (not data, models or runs)
-	rm -rf .venv .venv-tools .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .site
+	rm -rf .venv .venv-tools .venv-convert .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .site
 	rm -rf runkey.egg-info build dist
 	find runkey stages tests -name __pycache__ -prune -exec rm -rf {} +
 

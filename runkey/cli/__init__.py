@@ -11,7 +11,7 @@ from typing import Annotated
 from typer import Exit, Option, Typer
 
 from runkey import __version__
-from runkey.cli import debug, memory, project, report, runs, share, store, verify
+from runkey.cli import convert, debug, memory, project, report, runs, share, store, verify
 from runkey.errors import report_errors
 from runkey.progress import WIDTH, log_to_terminal, say
 
@@ -23,6 +23,7 @@ app = Typer(
     rich_markup_mode=None,
     context_settings={"max_content_width": WIDTH},
 )
+app.command("convert")(convert.convert)
 app.command("debug-step")(debug.debug_step)
 app.command("diff")(runs.diff)
 app.command("draw")(report.draw)

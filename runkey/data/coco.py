@@ -134,10 +134,11 @@ def find_sources(data: Path, shown: str) -> list[Source]:
 def _jsons(data: Path, patterns: tuple[str, ...]) -> list[Path]:
     """The files of some patterns, without those that macOS and editors hide."""
     found = [path for pattern in patterns for path in data.glob(pattern, case_sensitive=False)]
-    return sorted(path for path in found if not any(map(_is_hidden, path.relative_to(data).parts)))
+    return sorted(path for path in found if not any(map(is_hidden, path.relative_to(data).parts)))
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Return True for files and folders that macOS and editors put beside the user's."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -145,7 +146,7 @@ def _pair(data: Path, shown: str, paths: list[Path], *, one_each: bool) -> list[
     """Take the JSON of train and that of val, else test; [] if a split has none (or several)."""
     of_split: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
     for path in paths:
-        if split := _split_in(path.relative_to(data)):
+        if split := split_in(path.relative_to(data)):
             of_split[split].append(path)
     train, val = of_split["train"], of_split["val"] or of_split["test"]
     if not train or not val or (one_each and len(train) + len(val) > 2):
@@ -165,8 +166,8 @@ def _pair(data: Path, shown: str, paths: list[Path], *, one_each: bool) -> list[
     return [first, _source("val", data, shown, val[0])]
 
 
-def _split_in(path: Path) -> str | None:
-    """The split that a file's name says, else one of its folders'."""
+def split_in(path: Path) -> str | None:
+    """Return train, val or test, as a file's name says, else one of its folders'."""
     for part in (path.stem, *reversed(path.parts[:-1])):
         if found := _SPLIT.match(part):
             return found[1].lower()
@@ -183,7 +184,7 @@ def _source(
     beside = path.parent
     base = beside.parent if beside.name.lower() == "annotations" else beside
     # The image's own split first: train/1.jpg and val/1.jpg may be different images.
-    said = _split_in(path.relative_to(data)) or split
+    said = split_in(path.relative_to(data)) or split
     words = [_WORDS[said]] if split != "data" else list(_WORDS.values())
     stem = path.stem
     names = [re.escape(stem[10:] if stem.lower().startswith("instances_") else stem), *words]
@@ -210,7 +211,7 @@ def _image_folders(base: Path, names: list[str]) -> Iterator[Path]:
 def _folders(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
-            names = sorted(e.name for e in entries if e.is_dir() and not _is_hidden(e.name))
+            names = sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name))
     except OSError as error:
         text = f"{folder}: cannot be read ({error.strerror}); give yourself the right to read it"
         raise DataError(text) from None

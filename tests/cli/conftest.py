@@ -1,3 +1,3 @@
 """The fixtures of this folder's tests, from tests/support."""
 
-from tests.support.command_line import run
+from tests.support.command_line import root, run

@@ -127,7 +127,10 @@ def test_the_pins_are_derived_by_a_command():
     assert done.stdout == "".join(f"{name}=={version}\n" for name, version in pins.items())
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "environment/tools/requirements.txt"])
+@pytest.mark.parametrize(
+    "name",
+    ["requirements.txt", *(f"environment/{one}/requirements.txt" for one in ("tools", "convert"))],
+)
 def test_every_requirement_has_a_hash_and_no_line_names_a_host(name):
     text = (REPOSITORY / name).read_text()
     pins = re.findall(r"^[^\s#].*$", text, re.MULTILINE)
