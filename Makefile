@@ -35,7 +35,7 @@ help: ## Print this list
 .PHONY: repro
 repro: env data ## Environment, sample data, pipeline: ends with the key, the AP and where to look
 	@$(BIN)/python -m runkey params >/dev/null
-	$(BIN)/dvc repro
+	RUNKEY_SUMMARY=no $(BIN)/dvc repro
 	@$(BIN)/python -m runkey summary
 
 # A worker for each core, a test file to each of them: what a file's fixtures make is made once.

@@ -27,6 +27,7 @@ from fsspec.callbacks import Callback
 from runkey.errors import RegistryError
 from runkey.paths import Address
 from runkey.progress import QUIET, Steps, progress
+from runkey.units import counted
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _move(repo: Repo, source: Any, target: Any, objects: Mapping[str, int], what
     if missing:
         where = source.fs.unstrip_protocol(source.path)
         raise RegistryError(
-            f"{where}: {len(missing)} of {len(objects)} objects are missing or could not be read,"
+            f"{where}: {len(missing)} of {counted(len(objects), 'object')} missing or not readable,"
             f" {min(missing)} among them"
         )
     return len(done.transferred)

@@ -1,9 +1,22 @@
-"""Sizes and durations as text, the same everywhere."""
+"""Counts, sizes and durations as text, the same everywhere."""
 
 from __future__ import annotations
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
+
+
+def counted(count: int | str, noun: str) -> str:
+    """Format a count with its noun: `1 class`, `3 classes`, `1,200 images`, `0 entries`.
+
+    `count` may be formatted already.
+    """
+    if str(count) == "1":
+        return f"1 {noun}"
+    if noun.endswith(("s", "x", "ch", "sh")) and not noun.endswith("epoch"):
+        return f"{count} {noun}es"
+    consonant = noun.endswith("y") and noun[-2] not in "aeiou"
+    return f"{count} {noun[:-1]}ies" if consonant else f"{count} {noun}s"
 
 
 def format_bytes(count: float) -> str:

@@ -25,6 +25,7 @@ app = Typer(
 )
 app.command("convert")(convert.convert)
 app.command("debug-step")(debug.debug_step)
+app.command("delete")(store.delete)
 app.command("diff")(runs.diff)
 app.command("draw")(report.draw)
 app.add_typer(project.env, name="env")

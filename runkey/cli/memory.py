@@ -16,7 +16,7 @@ from runkey.cli import output
 from runkey.cli.output import AsJson
 from runkey.errors import DataError, ParamsError
 from runkey.progress import say
-from runkey.units import GIB, MIB
+from runkey.units import GIB, MIB, counted
 
 if TYPE_CHECKING:
     from runkey.memory.batch_shapes import BatchShapes
@@ -65,9 +65,10 @@ def print_memory(prediction: Prediction, images: int) -> None:
     peak = prediction.peak(images)
     say(*model.shapes.lines())
     say(
-        f"\nA training step of {images} images of {height} x {width}, {model.precision}: "
-        f"{peak / GIB:.2f} GiB of tensors at the peak,\nup to {model.gpu.upper(images) / GIB:.2f}"
-        f" GiB held by the allocator, and the CUDA context beside it.  {model.gpu.line}\n"
+        f"\nA training step of {counted(images, 'image')} of {height} x {width},"
+        f" {model.precision}: {peak / GIB:.2f} GiB of tensors at the peak,\n"
+        f"up to {model.gpu.upper(images) / GIB:.2f} GiB held by the allocator, and the CUDA"
+        f" context beside it.  {model.gpu.line}\n"
     )
     _print_breakdown(prediction, images)
     _print_changes(model, images)
@@ -99,7 +100,7 @@ def _print_changes(model: MemoryModel, images: int) -> None:
         upper = one.estimate.upper(images)
         if upper != now:  # with one shape only, grouping changes nothing
             rows.append([_title(one), one.change, f"{upper / GIB:.2f}", f"{upper / now - 1:+.0%}"])
-    say(f"\nWhat changes would give, GiB at most for {images} images")
+    say(f"\nWhat changes would give, GiB at most for {counted(images, 'image')}")
     output.print_table(["", "params.yaml", "GiB", "change"], rows, right=["GiB", "change"])
 
 

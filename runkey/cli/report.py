@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import webbrowser
@@ -15,7 +16,8 @@ from typer import Argument, Option
 from runkey import paths
 from runkey.cli import output
 from runkey.cli.output import AsJson
-from runkey.errors import RegistryError, RunkeyError
+from runkey.cli.project import summary
+from runkey.errors import DataError, RegistryError, RunkeyError
 from runkey.identity.key import short_key
 from runkey.progress import log_to_terminal, say
 from runkey.registry.dvc_cache import download
@@ -72,6 +74,12 @@ def draw(as_json: AsJson = False) -> None:
     draw_run(output.workspace())
     answer = {"folder": str(paths.PLOTS), "page": str(REPORT)}
     output.print_answer(answer, f"{paths.PLOTS}/ is drawn; see {REPORT}", as_json=as_json)
+    # The last stage of `dvc repro` and `dvc exp run`; `make repro` prints the result itself.
+    if "DVC_STAGE" in os.environ and os.environ.get("RUNKEY_SUMMARY") != "no":
+        try:
+            summary()
+        except DataError as error:
+            say(f"no result to show: {error}")
 
 
 def _run(address: str, folder: Path) -> ReportedRun:

@@ -25,7 +25,7 @@ from runkey.registry.dvc_cache import download, in_the_way
 from runkey.registry.library import find_run
 from runkey.registry.query import Query, find_field, parse_condition
 from runkey.registry.rest import comparison_page, run_page
-from runkey.units import format_bytes
+from runkey.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from runkey.registry.diff import Diff, Pair, Side
@@ -157,7 +157,9 @@ def get(
     answer = {"key": record.key, "run": record.run.run_id, "to": str(target)}
     hashes = {"files": {path: stored.sha256 for path, stored in files.items()}}
     lines = [f"  {format_bytes(stored.size):>9}  {target / path}" for path, stored in files.items()]
-    lines.append(f"{len(files)} files of {record.label}, {format_bytes(total)}, hashes verified")
+    lines.append(
+        f"{counted(len(files), 'file')} of {record.label}, {format_bytes(total)}, hashes verified"
+    )
     output.print_answer(answer | hashes, *lines, as_json=as_json)
 
 
@@ -252,8 +254,8 @@ def _print_code(diff: Diff, *, patch: bool, limit: int | None) -> None:
         _section(title, ("", "file", "lines"), rows, limit)
     if paths := diff.code.incomparable:
         say(
-            f"\ncode: {len(paths)} files cannot be compared: their hashes are made by different"
-            " rules, and their text is not here"
+            f"\ncode: {counted(len(paths), 'file')} not comparable: hashes made by different rules,"
+            " and no text here"
         )
         for path in paths[:limit]:
             say(f"  {path}")

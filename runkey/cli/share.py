@@ -17,7 +17,7 @@ from runkey.identity.key import short_key
 from runkey.paths import Address, is_server
 from runkey.registry.library import find_run, open_library
 from runkey.tracking.store import Store
-from runkey.units import format_bytes
+from runkey.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from runkey.registry.share import Checkout, Handed, Team
@@ -55,8 +55,8 @@ def export_run(
     record = find_run(here.library, key)
     done = share.export_run(record, here, file, with_data=with_data)
     packed = file.stat().st_size
-    size = f"{done.files} files ({format_bytes(done.size)}) in {file}, {format_bytes(packed)}"
-    text = f"{size}; `runkey import {file.name}` takes it in"
+    size = f"{counted(done.files, 'file')} ({format_bytes(done.size)}) in {file}"
+    text = f"{size}, {format_bytes(packed)}; `runkey import {file.name}` takes it in"
     answer = asdict(done) | {"file": str(file), "archive_size": packed}
     output.print_answer(answer, (f"{short_key(done.key)}: ", text), as_json=as_json)
 
@@ -71,7 +71,7 @@ def import_run(
     here = _checkout()
     done = share.import_run(file, here)
     state = "taken in as" if done.is_new else "was here already as"
-    verified = f"{done.files} files ({format_bytes(done.size)}) verified"
+    verified = f"{counted(done.files, 'file')} ({format_bytes(done.size)}) verified"
     text = f"{verified}, {state} MLflow run {done.run_id}"
     output.print_answer(asdict(done), (f"{short_key(done.key)}: ", text), as_json=as_json)
 
@@ -158,7 +158,8 @@ def _team(remote: str, git_remote: str, server: str) -> Team:
 
 
 def _parts(done: Handed, sent: str) -> list[str]:
-    objects = f"{done.objects} objects ({format_bytes(done.size)}), {done.entries} stages"
+    objects = f"{counted(done.objects, 'object')} ({format_bytes(done.size)})"
+    objects = f"{objects}, {counted(done.entries, 'stage')}"
     new = f"{done.new_objects} {sent}" if done.new_objects else "all were there"
     ref = done.ref and done.ref.replace(done.key, f"{short_key(done.key)}...")
     return [

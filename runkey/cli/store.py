@@ -1,4 +1,4 @@
-"""`runkey gc`, `index`, `replay` and `ui`: look after the store, and serve MLflow's pages on it."""
+"""`runkey delete`, `gc`, `index`, `replay` and `ui`: look after the store, serve MLflow's pages."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Option
+from typer import Argument, Option
 
 from runkey import paths
 from runkey.cli import output
 from runkey.cli.output import AsJson, Key
-from runkey.errors import RegistryError, RunkeyError
+from runkey.errors import RegistryError
 from runkey.identity.key import short_key
 from runkey.identity.record_cache import Rebuilt
 from runkey.progress import each, log_to_terminal, say
@@ -22,10 +22,10 @@ from runkey.registry.library import LocalLibrary, ServerLibrary, find_run
 from runkey.registry.query import Condition, Field, Query
 from runkey.registry.rest import comparison_page, list_page
 from runkey.tracking.store import VIEW, Store, served
-from runkey.units import format_bytes
+from runkey.units import counted, format_bytes
 
 if TYPE_CHECKING:
-    from runkey.registry.gc import Item
+    from runkey.registry.gc import Item, Scope
 
 _COMPARED = 3
 """Newest runs that `runkey ui` compares."""
@@ -43,53 +43,61 @@ def gc(
     as_json: AsJson = False,
 ) -> None:
     """List what may be deleted: failed runs, old checkpoints, dead claims."""
-    from runkey.registry.gc import Scope, collect
+    from runkey.registry.gc import collect
+
+    scope = _scope()
+    items = collect(scope, older_than)
+    errors: list[str | None] = [None] * len(items)
+    if apply:
+        errors = [item.try_to_remove() for item in each("delete", items, "items")]
+    if as_json:
+        _print_json(items, errors, applied=apply)
+    else:
+        if not scope.is_local:
+            say(_ONLY_HERE.format(place=scope.library.place))
+        _print(items, errors, applied=apply)
+    _check_all(errors)
+
+
+def _scope() -> Scope:
+    from runkey.registry.gc import Scope
     from runkey.tracking.transfer import delete_run
 
     output.workspace()
     store = output.store()
-    scope = Scope(
+    return Scope(
         root=output.checkout(),
         home=store.home,
         library=output.library(),
         claims=output.claims(),
         delete_run=partial(delete_run, store),
     )
-    items = collect(scope, older_than)
-    errors: list[str | None] = [None] * len(items)
-    if apply:
-        errors = [_remove(item) for item in each("delete", items, "items")]
-    if as_json:
-        rows = [
-            {
-                "kind": item.kind,
-                "name": item.name,
-                "why": item.why,
-                "bytes": item.size,
-                "age_days": round(item.age_seconds / 86400, 3),
-                "deleted": apply and error is None,
-                "error": error,
-            }
-            for item, error in zip(items, errors, strict=True)
-        ]
-        output.print_json(
-            {"applied": apply, "bytes": sum(item.size for item in items), "items": rows}
-        )
-    else:
-        if not scope.is_local:
-            say(_ONLY_HERE.format(place=scope.library.place))
-        _print(items, errors, applied=apply)
+
+
+def _check_all(errors: list[str | None]) -> None:
     if failed := sum(error is not None for error in errors):
-        raise RegistryError(f"{failed} of {len(items)} could not be deleted")
+        raise RegistryError(f"{failed} of {len(errors)} could not be deleted")
 
 
-def _remove(item: Item) -> str | None:
-    """Delete it; return why it could not be deleted."""
-    try:
-        item.remove()
-    except (RunkeyError, OSError) as error:
-        return str(error)
-    return None
+def _print_json(items: list[Item], errors: list[str | None], *, applied: bool) -> None:
+    rows = [
+        {
+            "kind": item.kind,
+            "name": item.name,
+            "why": item.why,
+            "bytes": item.size,
+            "age_days": round(item.age_seconds / 86400, 3),
+            "deleted": applied and error is None,
+            "error": error,
+        }
+        for item, error in zip(items, errors, strict=True)
+    ]
+    total = sum(item.size for item in items)
+    output.print_json({"applied": applied, "bytes": total, "items": rows})
+
+
+def _short(item: Item) -> str:
+    return item.name if item.kind != "run" else item.name[: item.name.index(":") + 9]
 
 
 def _print(items: list[Item], errors: list[str | None], *, applied: bool) -> None:
@@ -99,9 +107,8 @@ def _print(items: list[Item], errors: list[str | None], *, applied: bool) -> Non
     rows = []
     for item, error in zip(items, errors, strict=True):
         why = item.why if error is None else f"{item.why}; not deleted: {error}"
-        name = item.name if item.kind != "run" else item.name[: item.name.index(":") + 9]
         days = f"{item.age_seconds / 86400:.1f}"
-        rows.append((item.kind, name, days, format_bytes(item.size), why))
+        rows.append((item.kind, _short(item), days, format_bytes(item.size), why))
     output.print_table(("kind", "name", "days", "size", "why"), rows, right=("days", "size"))
     gone = [item.size for item, error in zip(items, errors, strict=True) if error is None]
     total = format_bytes(sum(gone))
@@ -109,6 +116,50 @@ def _print(items: list[Item], errors: list[str | None], *, applied: bool) -> Non
         say(f"deleted {len(gone)}, freed {total}")
     else:
         say(f"{len(gone)} may go, {total}; --apply deletes them")
+
+
+def delete(
+    keys: Annotated[list[str], Argument(help="Prefixes of keys; KEY:RUN for one of a key's runs.")],
+    apply: Annotated[bool, Option("--apply", help="Delete what is listed.")] = False,
+    server: Annotated[
+        bool, Option("--server", help="Also from a tracking server, for everybody who uses it.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List all that is kept of runs, finished ones too; with --apply delete it.
+
+    That is MLflow's run and model with their files, the record, DVC's experiments and run-cache
+    entries, checkpoints, the snapshot's ref and the claim.
+    """
+    from runkey.registry.delete import plan
+
+    scope = _scope()
+    if not scope.is_local and not server:
+        raise RegistryError(
+            f"runs are on {scope.library.place}; --server deletes them there, for everybody who"
+            " uses it"
+        )
+    deletion = plan(scope, keys)
+    items = deletion.items
+    errors: list[str | None] = deletion.apply() if apply else [None] * len(items)
+    total = sum(item.size for item, error in zip(items, errors, strict=True) if error is None)
+    if as_json:
+        _print_json(items, errors, applied=apply)
+    else:
+        rows = [
+            (item.kind, _short(item), format_bytes(item.size) if item.size else "", item.why)
+            for item in items
+        ]
+        output.print_table(("kind", "name", "size", "what"), rows, right=("size",), whole=("name",))
+        failed = [(item, error) for item, error in zip(items, errors, strict=True) if error]
+        for item, error in failed:
+            output.print_beside(f"{item.kind} {_short(item)}: ", f"not deleted: {error}")
+        done = f"deleted {len(items) - len(failed)}, freed {format_bytes(total)}"
+        listed = f"{counted(len(items), 'item')}, {format_bytes(total)}; --apply deletes them"
+        say(done if apply else listed)
+        for note in deletion.notes:
+            say(note)
+    _check_all(errors)
 
 
 def index(as_json: AsJson = False) -> None:
@@ -120,8 +171,8 @@ def index(as_json: AsJson = False) -> None:
             counts = _rebuild(store)
         except OSError as error:
             raise RegistryError(str(error)) from None
-        changes = f"{counts.written} records written, {counts.removed} removed"
-        line = f"{counts.runs} runs in MLflow: {changes}"
+        changes = f"{counted(counts.written, 'record')} written, {counts.removed} removed"
+        line = f"{counted(counts.runs, 'run')} in MLflow: {changes}"
     output.print_answer(asdict(counts), line, as_json=as_json)
 
 
@@ -150,7 +201,8 @@ def replay(key: Key, as_json: AsJson = False) -> None:
     else:
         sent = send_saved(store, folder)
         answer = asdict(sent)
-        line = f"run {sent.run_id}, {sent.status}: {sent.values} values and {sent.files} files sent"
+        counts = f"{counted(sent.values, 'value')} and {counted(sent.files, 'file')}"
+        line = f"run {sent.run_id}, {sent.status}: {counts} sent"
     output.print_answer(answer, line, as_json=as_json)
 
 

@@ -18,6 +18,7 @@ from runkey.identity.record import Record
 from runkey.identity.record_cache import update_record
 from runkey.progress import each, log_to_terminal, say
 from runkey.registry.library import find_run, open_library, run_reader
+from runkey.units import counted
 
 if TYPE_CHECKING:
     from runkey.registry.reproduce import RunComparison
@@ -157,7 +158,7 @@ def _verify_all(*, quick: bool, as_json: bool) -> None:
     dicts = [report.as_dict() for report in reports]
     answer = {"right": right, "runs": dicts, "beside": [asdict(one) for one in beside]}
     lines = [line for result in beside for line in _lines(result)]
-    total = f"{len(reports)} runs in {runs.place}: {summarize(results)}"
+    total = f"{counted(len(reports), 'run')} in {runs.place}: {summarize(results)}"
     output.print_answer(answer, *lines, total, as_json=as_json, yes=right)
 
 

@@ -34,7 +34,7 @@ from runkey.data.index import (
 from runkey.data.report import Findings
 from runkey.errors import DataError
 from runkey.params import Data
-from runkey.units import GIB, MIB
+from runkey.units import GIB, MIB, counted
 
 logger = logging.getLogger(__name__)
 
@@ -171,8 +171,9 @@ class _Preparation:
             statistics[split] = numbers = _describe(images, classes)
             cached = self._write_cache(split, images)
             logger.info(
-                f"{split}: {len(images)} images, {numbers['images_without_objects']} without "
-                f"objects; {numbers['objects']} objects, {numbers['crowd_regions']} crowd regions; "
+                f"{split}: {counted(len(images), 'image')}, {numbers['images_without_objects']} "
+                f"without objects; {counted(numbers['objects'], 'object')}, "
+                f"{counted(numbers['crowd_regions'], 'crowd region')}; "
                 f"{cached}"
             )
         listed = {s: [(i.record, i.digest) for i in images] for s, images in splits.items()}
@@ -201,15 +202,15 @@ def _notes(splits: Splits, classes: list[ClassName], num_queries: int) -> Iterat
         if absent:
             names = ", ".join(absent[:_LISTED_NAMES])
             rest = f" and {len(absent) - _LISTED_NAMES} more" if len(absent) > _LISTED_NAMES else ""
-            yield f"{split} has no object of {len(absent)} classes: {names}{rest}"
+            yield f"{split} has no object of {counted(len(absent), 'class')}: {names}{rest}"
         counts = [len(image.record.objects()) for image in images]
         most, crowded = max(counts), sum(count > num_queries for count in counts)
         if crowded:
             record = images[counts.index(most)].record
             yield (
-                f"{split}: {crowded} image(s) have more objects than model.num_queries "
-                f"({num_queries}), at most {most} in image {record.id} ({record.file}); the rest "
-                "cannot be found"
+                f"{split}: more objects than model.num_queries ({num_queries}) in "
+                f"{counted(crowded, 'image')}, at most {most} in image {record.id} "
+                f"({record.file}); the rest cannot be found"
             )
 
 

@@ -15,6 +15,7 @@ from typing import get_args
 
 from runkey.errors import DataError
 from runkey.params import Checks
+from runkey.units import counted
 
 LINES_PER_KIND = 20
 _LONGEST_NAME = 120
@@ -108,7 +109,7 @@ class Findings:
         """Raise a DataError that names the first fault with policy `fail`, and the report."""
         if self.failures:
             first, *others = self.failures
-            faults = f"{len(others)} more such fault{'s' if len(others) > 1 else ''}"
+            faults = f"{counted(len(others), 'more such fault')}"
             raise DataError(first.line + (f" ({faults} in {self.report})" if others else ""))
 
     def write(self, path: Path) -> None:

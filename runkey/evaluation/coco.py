@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -37,9 +38,10 @@ class SizeResult:
     """Metrics of one class among objects of one size."""
 
     objects: int
-    """Number of objects in the ground truth, without crowd regions."""
+    """Number of objects in the ground truth, without crowd regions; each counts in one size."""
     ap: float | None
-    """AP averaged over IoU 0.50 to 0.95, 0..1; None without such an object."""
+    """AP averaged over IoU 0.50 to 0.95, 0..1; None without such an object. COCO's, which judges
+    an object of exactly 32 x 32 or 96 x 96 pixels in both sizes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,21 +113,21 @@ def _result(run: Any, records: list[ImageRecord], classes: list[ClassName]) -> C
     precision = by_area[0]
     recall = run.eval["recall"][:, order, 0, -1].T
     found = [(label, area) for record in records for _, label, area in record.objects()]
-    # COCOeval leaves out what is smaller or larger, so a size at a limit is in both.
-    objects = [
-        Counter(label for label, area in found if least <= area <= most)
-        for least, most in run.params.areaRng
-    ]
+    # COCOeval judges an area at a limit (32 x 32) in both sizes; here it counts in the smaller one.
+    limits = [most for _, most in run.params.areaRng[1:]]
+    sizes = [Counter(label for label, _ in found), *(Counter() for _ in limits)]
+    for label, area in found if limits else ():
+        sizes[1 + bisect_left(limits[:-1], area)][label] += 1
     per_class = tuple(
         ClassResult(
             name=c.name,
             category_id=c.id,
-            objects=objects[0][k],
+            objects=sizes[0][k],
             ap=_mean(precision[k]),
             ap50=_mean(precision[k, 0]),
             ar=_mean(recall[k]),
             by_size={
-                name: SizeResult(objects[a][k], _mean(by_area[a, k]))
+                name: SizeResult(sizes[a][k], _mean(by_area[a, k]))
                 for a, name in enumerate(run.params.areaRngLbl)
                 if name in SIZES
             },

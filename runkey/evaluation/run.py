@@ -26,6 +26,7 @@ from runkey.model.criterion import Criterion
 from runkey.model.matcher import Targets
 from runkey.model.postprocess import Detections, Postprocess
 from runkey.progress import progress
+from runkey.units import counted
 
 AutocastFactory = Callable[[], AbstractContextManager[object]]
 
@@ -147,8 +148,8 @@ def evaluate_detections(
     wanted, got = {record.id for record in records}, set(detections)
     if wanted != got:
         raise ValueError(
-            f"detections of {len(wanted - got)} image(s) are missing, "
-            f"{len(got - wanted)} are of unknown images"
+            f"detections missing of {counted(len(wanted - got), 'image')}, there of "
+            f"{counted(len(got - wanted), 'unknown image')}"
         )
     return evaluate_results(records, classes, to_results_json(detections, classes), by_size=by_size)
 

@@ -23,6 +23,7 @@ from runkey.identity.dvc_yaml import Stage, chain, covers, meets, read_pipeline,
 from runkey.identity.environment import environment_preimage
 from runkey.paths import LOCK, PARAMS
 from runkey.progress import WIDTH
+from runkey.units import counted
 
 if TYPE_CHECKING:
     from runkey.params import Params
@@ -235,19 +236,20 @@ def _explain_part(part: str, preimage: Mapping[str, Any]) -> Iterator[str]:
     if part == "code":
         files = preimage["files"]
         rule = "of Python the syntax tree, without comments, docstrings, log text"
-        yield f"{len(files)} files; {rule}:"
+        yield f"{counted(len(files), 'file')}; {rule}:"
         yield from (f"{sha256[:SHORT]}  {path}" for path, sha256 in sorted(files.items()))
         yield "left out, since they tell of a run and do not change it:"
         yield from (f"{'':<{SHORT}}  {path}" for path in preimage["excluded"])
     elif part == "params":
-        yield f"{len(preimage)} values, defaults filled in; none of runtime, no path of a file:"
+        values = counted(len(preimage), "value")
+        yield f"{values}, defaults filled in; none of runtime, no path of a file:"
         yield from (f"{name} = {json.dumps(value)}" for name, value in sorted(preimage.items()))
     elif part == "data":
         yield "what `dvc add` writes into the .dvc file of each:"
         yield from (f"{name} = {md5}" for name, md5 in sorted(preimage.items()))
     else:
         packages = preimage["packages"]
-        yield f"{len(packages)} packages of conda-lock.yml for {preimage['platform']}:"
+        yield f"{counted(len(packages), 'package')} of conda-lock.yml for {preimage['platform']}:"
         for name, version, build, digest in packages:
             kind, _, digits = digest.partition(":")
             short = digits[:SHORT] if kind == "sha256" else f"{kind}:{digits[:SHORT]}"

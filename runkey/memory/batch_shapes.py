@@ -25,6 +25,7 @@ from runkey.data.sampler import (
 from runkey.errors import DataError
 from runkey.memory.trace.events import MicroBatch
 from runkey.params import Params
+from runkey.units import counted
 
 # From two images on, a batch can pad to the largest height and the largest width at once.
 _PADDED_TOGETHER = 2
@@ -60,7 +61,7 @@ class ShapeStatistics:
         """Describe the shapes, one line each."""
         lines = [
             f"image shapes after resizing: {self.shapes:,} (largest {_text(self.largest)}); "
-            f"up to {self.objects[0]} objects per image",
+            f"up to {counted(self.objects[0], 'object')} per image",
             f"padded batch shapes: {self.padded_shapes:,} (largest {_text(self.worst)})",
         ]
         if self.worst_ungrouped != self.worst:

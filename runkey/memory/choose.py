@@ -26,7 +26,7 @@ from runkey.memory.measure import (
 from runkey.memory.predict import MODEL, Estimate, Line, MemoryModel, read_model
 from runkey.memory.trace.gpu import Gpu
 from runkey.params import Params
-from runkey.units import GIB
+from runkey.units import GIB, counted
 
 Bound = Callable[[int], int]
 """Images of a micro-batch to the most bytes that the step takes."""
@@ -57,7 +57,7 @@ class MemoryPlan(Choice):
 
     def line(self) -> str:
         """Describe the plan in one line."""
-        passes = f"{self.accumulation} forward pass{'' if self.accumulation == 1 else 'es'} a step"
+        passes = f"{counted(self.accumulation, 'forward pass')} a step"
         return (
             f"micro-batch {self.micro_batch} ({self.chosen_by}), {passes}: "
             f"{self.needed_bytes / GIB:.2f} of {self.budget_bytes / GIB:.2f} GiB at most"

@@ -27,7 +27,7 @@ from runkey.files import write_json
 from runkey.memory.predict import Line, line_through
 from runkey.memory.trace.events import MicroBatch
 from runkey.memory.trace.record import BatchFields, StepFactory, synthetic_batch
-from runkey.units import GIB, MIB
+from runkey.units import GIB, MIB, counted
 
 MEASURED = "measured.json"
 CALIBRATION = "memory.json"
@@ -205,8 +205,8 @@ def run_trial(factory: StepFactory, job: TrialJob, device: torch.device) -> Tria
         if device.type == "cpu":
             one = job.worst[len(peaks)]
             raise TrainingError(
-                f"memory.probe_batches: a training step of {one.images} images of {one.height} x "
-                f"{one.width} pixels does not fit in memory; {_WAY_OUT}"
+                f"memory.probe_batches: a training step of {counted(one.images, 'image')} of "
+                f"{one.height} x {one.width} pixels does not fit in memory; {_WAY_OUT}"
             ) from None
     if device.type != "cuda":
         return TrialResult(tuple(peaks))

@@ -28,6 +28,7 @@ from runkey import params
 from runkey.errors import ModelError
 from runkey.files import write_atomically, write_json
 from runkey.model.detr import Detector, build_model
+from runkey.units import counted
 
 WEIGHTS = "weights.safetensors"
 OLD_WEIGHTS = "weights.pt"
@@ -275,7 +276,7 @@ def load_initial_weights(
     dropped += [f"{name}: this model has none" for name in others]
     if not loaded:
         raise ModelError(
-            f"{source.name}: none of its {len(source.state)} tensors fits this model"
+            f"{source.name}: none of its {counted(len(source.state), 'tensor')} fits this model"
             f" (its first is {next(iter(source.state))}, ours {next(iter(target))})"
         )
     return LoadReport(source.name, tuple(loaded), tuple(dropped), tuple(new), warnings)
@@ -346,7 +347,7 @@ def _copy_classes(
         return ""
     missing = [name for name in names if _plain(name) not in rows]
     also = " and no-object" if extra else ""
-    note = f" ({len(common)} of {len(names)} classes{also}"
+    note = f" ({len(common)} of {counted(len(names), 'class')}{also}"
     return f"{note}; new: {', '.join(missing)})" if missing else f"{note})"
 
 

@@ -24,6 +24,7 @@ from runkey.pipeline.record import FinishedRun
 from runkey.pipeline.validation import build_validation
 from runkey.progress import want_bars
 from runkey.training.device import choose_device, configure_torch
+from runkey.units import counted
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +59,19 @@ def evaluate(root: Path) -> None:
     run.add_evaluation(key, evaluation.metrics("eval/"))
     example = root / params.data.path / validation.records[0].file
     run.save_model(f"detector-{card.model.preset}", example)
+    images = counted(len(validation.records), "held-out image")
+    logger.info(f"{_scores(evaluation.result)} on {images}")
     logger.info(_details(evaluation.result))
 
 
+def _scores(result: CocoResult) -> str:
+    """Such as `AP 0.661, AP50 0.927, AP75 0.774`."""
+    scores = [(name, result.summary[name]) for name in ("AP", "AP50", "AP75")]
+    return ", ".join(f"{name} {'none' if v is None else f'{v:.3f}'}" for name, v in scores)
+
+
 def _details(result: CocoResult) -> str:
-    """What `runkey summary` does not show: AP by object size, the worst class, the best."""
+    """AP by object size, the worst class, the best."""
     by_size = [(size, result.summary[f"AP_{size}"]) for size in SIZES]
     text = ", ".join(f"{size} {ap:.3f}" for size, ap in by_size if ap is not None)
     classes = [(one.ap, one.name) for one in result.per_class if one.ap is not None]

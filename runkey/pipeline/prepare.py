@@ -13,6 +13,7 @@ from runkey.identity.dvc_yaml import read_yaml_text
 from runkey.params import load_params
 from runkey.plots.sheets import contact_sheet
 from runkey.progress import want_bars
+from runkey.units import counted
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def prepare_data(root: Path) -> None:
     prepare(params.data, params.seed, root, out, params.model.num_queries)
     records, classes = read_index(out / "train.json"), read_classes(out / "classes.json")
     contact_sheet(records, classes, root / params.data.path, out / "contact_sheet.jpg")
-    logger.info(f"{len(classes)} classes; see prepared/contact_sheet.jpg")
+    logger.info(f"{counted(len(classes), 'class')}; see prepared/contact_sheet.jpg")
     note = own_data_note(root)
     if note is not None:
         logger.info(note)

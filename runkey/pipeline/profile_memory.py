@@ -47,7 +47,7 @@ from runkey.pipeline.step_factory import step_factory
 from runkey.plots.memory import draw_step
 from runkey.progress import want_bars
 from runkey.training.device import choose_device
-from runkey.units import GIB, MIB
+from runkey.units import GIB, MIB, counted
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,9 @@ def profile(root: Path, *, only_predict: bool = False) -> None:
     with _trial(root, job) as result:
         _write_prediction(params, shapes, root)  # meanwhile
         peaks = result().peaks
-    measured = ", ".join(f"{peak.images} images {peak.bytes / MIB:.0f} MiB" for peak in peaks)
+    measured = ", ".join(
+        f"{counted(peak.images, 'image')} {peak.bytes / MIB:.0f} MiB" for peak in peaks
+    )
     out = root / paths.MEMORY
     line = write_cpu(out, sha256_file(out / MODEL), this_platform(device), peaks)
     logger.info(f"measured on this CPU: {measured}; so {line}")
@@ -173,11 +175,12 @@ def _measure_on_gpu(params: Params, shapes: BatchShapes, root: Path, device: tor
 
 def _describe(images: int, result: TrialResult, model: MemoryModel) -> str:
     if not result.peaks:
-        return f"{images} images do not fit"
+        return f"no room for {counted(images, 'image')}"
     peak = result.peaks[-1]
     ratio = peak.bytes / model.gpu.upper(images)
-    retries = f", {result.retries} retries" if result.retries else ""
+    retries = f", {counted(result.retries, 'retry')}" if result.retries else ""
     return (
-        f"{images} images {peak.bytes / MIB:.0f} MiB ({peak.allocated_bytes / MIB:.0f} of tensors)"
-        f", {ratio:.2f} of the bound{retries}; {result.outside_bytes / MIB:.0f} MiB beside it"
+        f"{counted(images, 'image')} {peak.bytes / MIB:.0f} MiB"
+        f" ({peak.allocated_bytes / MIB:.0f} of tensors), {ratio:.2f} of the"
+        f" bound{retries}; {result.outside_bytes / MIB:.0f} MiB beside it"
     )

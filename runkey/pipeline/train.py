@@ -46,6 +46,7 @@ from runkey.training.distributed import (
 from runkey.training.lock import locked
 from runkey.training.loop import fit
 from runkey.training.ranks import RankMonitor, launched_ranks
+from runkey.units import counted
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def train(params: Params, root: Path, recipe: Recipe, claim: KeyClaim) -> None:
         logger.info(plan.line())
         with launched_ranks(ranks, _COMMAND) as monitor, join_world(device, monitor) as world:
             world.broadcast(plan)
-            others = "" if world.size == 1 else f"{world.size} processes, this one on "
+            others = "" if world.size == 1 else f"{counted(world.size, 'process')}, this one on "
             logger.info(f"{others}device {device} ({reason})")
             data = TrainData.read(root, plan.micro_batch)
             context = build_training(params, len(data.class_names), device, world, data)

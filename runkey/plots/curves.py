@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 
 from runkey.plots import style
 from runkey.plots.log import TrainingLog, read_log
+from runkey.units import counted
 
 _CLIPPED = 1.001
 """Norm before / after clipping above which a step was clipped; rounding alone stays below."""
@@ -135,7 +136,7 @@ def _mark_best(log: TrainingLog, losses: Any, scores: Any) -> None:
         scores.plot([], [], color=style.BLACK, linestyle=":", linewidth=1.2, label=label)
     patience = log.last_event("training_start").get("patience")
     count = f"{waited} of {patience}" if patience else str(waited)
-    label = f"{count} evaluation{'s' * (waited != 1 or bool(patience))}\nwithout improvement"
+    label = f"{counted(count, 'evaluation')}\nwithout improvement"
     if stopped:
         scores.plot([], [], color=style.VERMILLION, linewidth=1.4, label=f"early stop: {label}")
     elif waited:
@@ -155,7 +156,7 @@ def learning_rate(log: TrainingLog, path: Path) -> Path:
         rising = np.diff(rates) > 0
         if len(rising) and rising[0]:
             warmup = steps[-1 if rising.all() else int(np.argmin(rising))]
-            label = f"warm-up, about {warmup:,.0f} steps"
+            label = f"warm-up, about {counted(f'{warmup:,.0f}', 'step')}"
             axes.axvspan(0, warmup, color=style.PALE, zorder=0, label=label)
         # A constant rate that falls; a smooth decay is constant nowhere, however steep.
         for place in range(2, len(rates)):
@@ -300,19 +301,25 @@ def _step_axis(axes: Any, log: TrainingLog) -> None:
         style.whole_numbers(below)
 
 
-# Name, with {s} for its plural, marker and colour; each has a shape and a colour of its own.
+# Name, marker and colour; each has a shape and a colour of its own.
 _EVENTS = {
-    "skipped_step": ("skipped step{s}", "X", style.VERMILLION),
-    "loss_spike": ("loss spike{s}", "^", style.ORANGE),
-    "rollback": ("rollback{s}", "<", style.BLACK),
+    "skipped_step": ("skipped step", "X", style.VERMILLION),
+    "loss_spike": ("loss spike", "^", style.ORANGE),
+    "rollback": ("rollback", "<", style.BLACK),
     "gave_up": ("gave up", "s", style.BLACK),
-    "evaluation_failed": ("failed evaluation{s}", "v", style.SKY),
-    "split": ("batch split{s}", "P", style.SKY),
+    "evaluation_failed": ("failed evaluation", "v", style.SKY),
+    "split": ("batch split", "P", style.SKY),
     "resumed": ("resumed", ">", style.GREEN),
-    "hint": ("hint{s}", "D", style.PURPLE),
+    "hint": ("hint", "D", style.PURPLE),
 }
 _RESTARTS = ("rollback", "resumed")
 """Training goes on from an earlier state: a line through the panel."""
+
+
+def _times(count: int, name: str) -> str:
+    """Such as `3 hints`, but `3 resumed`."""
+    many = f"{count:,}"
+    return f"{many} {name}" if name in ("gave up", "resumed") else counted(many, name)
 
 
 def mark_events(axes: Any, log: TrainingLog) -> None:
@@ -336,8 +343,7 @@ def mark_events(axes: Any, log: TrainingLog) -> None:
         for fill, size, order in (("white", 10, 5), (colour, 8, 6)):
             mark = {"color": fill, "markersize": size, "zorder": order}
             axes.plot(steps, [0.0] * len(steps), **look, **place, **mark)
-        count = "" if len(steps) == 1 else f"{len(steps):,} "
-        label = count + name.format(s="s" if count else "")
+        label = name if len(steps) == 1 else _times(len(steps), name)
         handles.append(Line2D([], [], color=colour, label=label, markersize=8, **look))
     if handles:
         look = {"columnspacing": 1.4, "handletextpad": 0.2, "borderaxespad": 0.15}

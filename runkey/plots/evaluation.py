@@ -24,6 +24,7 @@ from runkey.evaluation.per_image import BINS, Calibration, calibration, confusio
 from runkey.plots import style
 from runkey.plots.log import number
 from runkey.plots.sheets import class_name, detection_sheet, printable
+from runkey.units import counted
 
 _MAX_CLASSES = 20
 _MAX_NAMED = 8
@@ -205,7 +206,8 @@ def ap_by_size(stored: dict[str, Any], path: Path) -> Path:
         _draw_sizes(left, stored)
         _draw_classes_by_size(right, shown)
         if len(shown) < len(classes):
-            right.set_xlabel(f"AP, 0 to 1; the worst {len(shown)} of {len(classes)} classes")
+            every = counted(len(classes), "class")
+            right.set_xlabel(f"AP, 0 to 1; the worst {len(shown)} of {every}")
         left.set_ylim(0, 1.03)
         right.set_xlim(0, 1.03)
         right.spines["left"].set_visible(False)
@@ -222,7 +224,8 @@ def _draw_sizes(axes: Any, stored: dict[str, Any]) -> None:
     ticks = []
     for size in _SIZES:
         by_size = (one["by_size"].get(size, {}) for one in stored["per_class"].values())
-        ticks.append(f"{size}\n{sum(int(one.get('objects', 0)) for one in by_size):,} objects")
+        total = sum(int(one.get("objects", 0)) for one in by_size)
+        ticks.append(f"{size}\n{counted(f'{total:,}', 'object')}")
     ap = number(stored["AP"])
     axes.axhline(ap, color=style.BLACK, linestyle="--", linewidth=1.2, label="all sizes")
     axes.set_xticks(range(len(ticks)), ticks)

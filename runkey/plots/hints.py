@@ -1,7 +1,8 @@
 """Hints: what in a running training calls for another parameter value, found in its log.
 
 Each rule looks at the last two epochs or at all evaluations, and stays silent in doubt. A hint says
-what was measured and names the parameter to change.
+what was measured and names the parameter to change. It is here only if following it helped in a run
+that we measured (docs/guide/), or keeps a training from ending.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from runkey.params import as_text
 from runkey.plots.log import GrowingLog, Series, TrainingLog, number
 from runkey.progress import WIDTH
+from runkey.units import counted
 
 if TYPE_CHECKING:
     from runkey.evaluation.coco import ClassResult
@@ -72,7 +74,6 @@ def find_hints(log: TrainingLog, params: Mapping[str, Any]) -> list[Hint]:
 
     found = (
         *_machine(log, settings),
-        *_clipping(log, settings),
         *_learning_rate(log, settings),
         *_overfitting(log),
         *_classes(log),
@@ -176,31 +177,6 @@ _LOSS_RATIO = 1.4
 2 at the end, and AP 0.05 lower (benchmarks/results/techniques.json)."""
 
 
-def _clipping(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
-    before, after = _recent(log, "train/grad_norm"), _recent(log, "train/grad_norm_clipped")
-    mode, limit = (settings.get(f"optimizer.clip.{name}") for name in ("mode", "threshold"))
-    # A threshold by percentile follows the norms by itself.
-    if len(before) < _LEAST_VALUES or len(before) != len(after) or mode == "percentile":
-        return
-    share = float((before > 1.001 * after).mean())
-    typical, high = (float(f"{np.percentile(before, q):.2g}") for q in (50, 90))
-    largest = float(np.max(before))
-    if share >= 0.98 and typical >= 2 * np.median(after):
-        yield Hint(
-            "clipping",
-            f"gradients are clipped in {share:.0%} of the steps, from a norm of about {typical:g}"
-            f" to {np.median(after):.2g}: every step has the same length",
-            f"raise {{optimizer.clip.threshold}} to about {high:g} to clip only outliers",
-        )
-    elif mode == "norm" and share == 0 and len(log.epochs) >= 3 and largest < number(limit) / 2:
-        yield Hint(
-            "clipping",
-            f"clipping never acts: the largest gradient norm is {largest:.2g}",
-            f"lower {{optimizer.clip.threshold}} to about {high:g}, or set optimizer.clip.mode:"
-            " none",
-        )
-
-
 def _learning_rate(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
     _, losses = _finite(log, "train/epoch_loss")
     earlier = losses[: -_cycle(settings)]
@@ -224,7 +200,7 @@ def _learning_rate(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hi
     if slow and (not len(scores) or scores.max() < 0.1):
         yield Hint(
             "lr_low",
-            f"the training loss has fallen by {fallen:.1%} in {len(losses)} epochs",
+            f"the training loss has fallen by {fallen:.1%} in {counted(len(losses), 'epoch')}",
             "raise {lr} three times, or lower {schedule.warmup_fraction}",
         )
 
@@ -280,8 +256,7 @@ def _overfitting(log: TrainingLog) -> Iterator[Hint]:
     yield Hint(
         "overfitting",
         seen,
-        "strengthen data.augment, raise {optimizer.weight_decay} or {model.dropout},"
-        " or lower {training.epochs}; the best weights are kept",
+        "strengthen data.augment, or add images; the best weights are kept",
     )
 
 
@@ -294,7 +269,7 @@ def _classes(log: TrainingLog) -> Iterator[Hint]:
         more = f" and {count - _MAX_NAMES} more" if count > _MAX_NAMES else ""
         yield Hint(
             "class",
-            f"{count} of {classes} classes are never found (AP50 0): {shown}{more}",
+            f"{count} of {counted(classes, 'class')} never found (AP50 0): {shown}{more}",
             "add images of these classes, which helps most; or raise training.epochs, or look at"
             " their names and boxes in prepared/contact_sheet.jpg",
         )
@@ -319,9 +294,11 @@ def _machine(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
         )
     if len(log.samples) < _LEAST_VALUES:
         return
-    # `auto` already takes all images of the step that fit.
-    fixed = settings.get("training.micro_batch") != "auto"
-    batch = "{training.micro_batch} or " * fixed + "{training.batch_size}"
+    images = number(settings.get("training.batch_size"))
+    # `auto` already takes all images of the step that fit. More images a step are no advice: the
+    # sample's AP is 0.57 with 32 (benchmarks/results/techniques.json), since there are fewer steps.
+    is_split = number(settings.get("training.micro_batch")) < images
+    whole = "set {training.micro_batch} to auto, so that a step needs fewer passes"
     full = _sampled(log, "system_memory_usage_percentage")
     if full >= _FULL_PERCENT["host"]:
         yield Hint(
@@ -330,11 +307,11 @@ def _machine(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
             "lower {runtime.workers} or {data.cache_gib}",
         )
     busy = _sampled(log, "gpu_*_utilization_percentage")
-    if busy < _BUSY_PERCENT and waiting < _LOADER_SHARE:
+    if is_split and busy < _BUSY_PERCENT and waiting < _LOADER_SHARE:
         yield Hint(
             "host",
             f"the GPU is busy {busy:.0f}% of the time though data is ready: the host is slower",
-            f"raise {batch}, so that each launch does more",
+            whole,
         )
     memory = _sampled(log, "gpu_*_memory_usage_percentage")
     if memory >= _FULL_PERCENT["GPU"]:
@@ -343,12 +320,8 @@ def _machine(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
             f"{memory:.0f}% of the GPU's memory is in use: a larger batch may not fit",
             "lower {training.micro_batch} or {memory.budget_gib}",
         )
-    elif memory < _EMPTY_PERCENT:
-        yield Hint(
-            "gpu_memory",
-            f"only {memory:.0f}% of the GPU's memory is in use",
-            f"raise {batch}, or train a larger model or larger images",
-        )
+    elif is_split and memory < _EMPTY_PERCENT:
+        yield Hint("gpu_memory", f"only {memory:.0f}% of the GPU's memory is in use", whole)
 
 
 def _recent(log: TrainingLog, name: str) -> NDArray[np.float64]:

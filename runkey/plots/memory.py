@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from runkey.memory.predict import Prediction
 from runkey.memory.trace.events import CLASSES, Timeline, timeline_of
 from runkey.plots import style
-from runkey.units import GIB, MIB
+from runkey.units import GIB, MIB, counted
 
 # From below: what stays allocated, then what is allocated and freed.
 _LAYERS = (
@@ -45,7 +45,7 @@ def draw_step(
     if budget_gib is not None:
         levels[f"budget {budget_gib:g} GiB"] = budget_gib * GIB
     title = (
-        f"Memory of a training step: {images} images of {height} x {width}, "
+        f"Memory of a training step: {counted(images, 'image')} of {height} x {width}, "
         f"{model.precision}, on a GPU"
     )
     timeline = timeline_of(prediction.trace(images))

@@ -33,7 +33,7 @@ from runkey.plots.hints import CLASS_SCORES, EVENT, Hint, all_hints
 from runkey.plots.log import TrainingLog, read_log
 from runkey.plots.sheets import printable
 from runkey.progress import escaped
-from runkey.units import format_seconds
+from runkey.units import counted, format_seconds
 
 _LOG = paths.LOGS / "train.jsonl"
 _METRICS = f"{paths.EVALUATION}/{METRICS_JSON}"
@@ -218,6 +218,7 @@ def write_report(runs: Sequence[ReportedRun], path: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["counted"] = counted
     environment.filters |= {"number": _number, "text": _text, "changed": changed_params}
     several = len(runs) > 1
     page = environment.get_template("page.html.jinja").render(

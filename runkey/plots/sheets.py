@@ -18,6 +18,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from runkey.data.index import ClassName, ImageRecord
 from runkey.evaluation.per_image import ImageScore, Judgement, rank_images
 from runkey.plots.style import BLACK, BLUE, CYCLE, GREY, VERMILLION
+from runkey.units import counted
 
 MAX_BYTES = 150_000
 RIGHT, WRONG = BLUE, VERMILLION
@@ -48,8 +49,9 @@ def contact_sheet(
     top = _MARGIN + 26 + _LINE * len(legend) + _GAP
     sheet = _Sheet(top + sum(height + _GAP for _, height in rows) + _MARGIN - _GAP)
     shown = sum(len(row) for row, _ in rows)
-    title = f"{shown:,} of {len(records):,} images · {objects.total():,} objects"
-    title += f" · {len(classes):,} class{'es' if len(classes) != 1 else ''}"
+    title = f"{shown:,} of {counted(f'{len(records):,}', 'image')}"
+    title += f" · {counted(f'{objects.total():,}', 'object')}"
+    title += f" · {counted(f'{len(classes):,}', 'class')}"
     sheet.write((_MARGIN, _MARGIN - 4), title, 16, bold=True)
     for number, line in enumerate(legend):
         sheet.write_legend(_MARGIN + 24 + _LINE * number, line)
@@ -282,7 +284,7 @@ class _Sheet:
 
 def _write_head(sheet: _Sheet, judged: Judgement, title: str) -> None:
     scores = judged.images
-    title = f"{title} of {len(scores):,} images"
+    title = f"{title} of {counted(f'{len(scores):,}', 'image')}"
     end = sheet.write((_MARGIN, _MARGIN - 4), title, 16, bold=True)
     sheet.write((end + 10, _MARGIN - 2), "ground truth left, detections right", 13)
     right = sum(score.right for score in scores)
@@ -299,7 +301,7 @@ def _caption(score: ImageScore) -> str:
     name = printable(Path(score.record.file).name, f"image {score.record.id}")
     return (
         f"F1 {score.f1:.2f} · {score.right} of {score.objects} found · "
-        f"{score.false} false positive{'s' if score.false != 1 else ''} · {name}"
+        f"{counted(score.false, 'false positive')} · {name}"
     )
 
 

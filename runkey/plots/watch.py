@@ -23,6 +23,7 @@ from runkey.plots.hints import Hint, all_hints, logged_hints
 from runkey.plots.log import SAMPLES, GrowingLog, Point, Series, TrainingLog
 from runkey.progress import WIDTH, escaped
 from runkey.training.progress import clock, epoch_line, pace_parts
+from runkey.units import counted
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class News:
         """Return lines about what is new since the last call, at most 100 columns wide."""
         lines: list[str] = []
         if start := log.last_event("training_start"):
-            text = f"training on {start.get('device')}, {total_steps(log):,} steps"
+            text = f"training on {start.get('device')}, {counted(f'{total_steps(log):,}', 'step')}"
             lines += self._once("start", [text])
         new = range(self._epochs, len(log.epochs))
         self._epochs = len(log.epochs)  # fewer than before if another training began

@@ -135,6 +135,11 @@ class Claims(ABC):
             raise RegistryError(f"{claim.name}: the newest claim of its key stays")
         self._delete(claim)
 
+    def clear(self, key: str) -> None:
+        """Delete all generations of a key, of which the caller holds the newest, that one last."""
+        for claim in self.of(key):
+            self._delete(claim)
+
     @abstractmethod
     def _read(self, prefix: str) -> Iterable[Claim]: ...
 

@@ -123,6 +123,14 @@ class DvcCache:
         parsed = map(self._parse, reversed(self._writers.get(pointer_md5, ())))
         return next((entry for entry in parsed if entry), None)
 
+    def naming(self, md5: str) -> list[str]:
+        """List the paths of the entries that have an md5 among their inputs or outputs."""
+        return [
+            path
+            for path, (deps, outs) in self._scanned.items()
+            if any(found == md5 for _, found in deps | outs)
+        ]
+
     def chain(self, entry: Entry) -> list[Entry]:
         """List the entries before one, itself, and those after it, also those linked indirectly."""
         scanned = self._scanned

@@ -23,7 +23,7 @@ from typing import Literal
 import psutil
 
 from runkey import paths
-from runkey.errors import RegistryError
+from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.key import ANY_SCHEMA, short_key
 from runkey.identity.record import Record, RunPointer
 from runkey.identity.record_cache import remove_record
@@ -37,7 +37,13 @@ _QUIET_SECONDS = 3600.0
 _HALF_WRITTEN_SECONDS = 86400.0
 """Longer than any file takes to be written."""
 
-Kind = Literal["run", "checkpoint", "claim", "worktree", "leftover"]
+# fmt: off
+Kind = Literal[
+    "run", "checkpoint", "claim", "worktree", "leftover",
+    "model", "experiment", "run-cache", "snapshot",
+]
+# fmt: on
+"""The last four are for `runkey.registry.delete`, which also deletes finished runs."""
 _REPEATS = "-repeats-"
 _TRAINING = re.compile(rf"{ANY_SCHEMA}-[0-9a-f]{{64}}({_REPEATS}[0-9a-f]{{8}})?")
 """Names of folders of trainings, see `paths.training_folder`."""
@@ -60,6 +66,16 @@ class Item:
     remove: Callable[[], None] = field(repr=False, compare=False)
     """Deletes it; may raise RunkeyError or OSError."""
 
+    def try_to_remove(self) -> str | None:
+        """Delete it; return why it could not be deleted."""
+        try:
+            self.remove()
+        except OSError as error:
+            return f"{error.filename or self.name}: {error.strerror or error}"
+        except RunkeyError as error:
+            return str(error)
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scope:
@@ -81,6 +97,11 @@ class Scope:
     def is_local(self) -> bool:
         """True if runs and claims are files of this machine."""
         return isinstance(self.library, LocalLibrary)
+
+    @property
+    def cache(self) -> Path:
+        """The cache of the store's runs."""
+        return paths.records(self.home, "" if self.is_local else self.library.place)
 
     @cached_property
     def records(self) -> list[Record]:
@@ -123,8 +144,8 @@ def _runs(scope: Scope) -> Iterator[Item]:
         why = run.status if run.status in _ENDED else _death(record, claims)
         if why is None or record.key in keys or run.run_id in runs:
             continue
-        folder = _artifacts(scope, record)
-        size, age = _size(folder) if folder else 0, scope.age(run.ended_ms or run.started_ms)
+        folder = artifacts_folder(scope, record)
+        size, age = size_of(folder) if folder else 0, scope.age(run.ended_ms or run.started_ms)
         remove = partial(_remove_run, scope, record, folder)
         yield Item("run", f"{record.label}:{run.run_id}", why.lower(), size, age, remove)
 
@@ -144,8 +165,8 @@ def _death(record: Record, claims: list[Claim]) -> str | None:
     return "running, but its claim says that it failed" if state == "failed" else None
 
 
-def _artifacts(scope: Scope, record: Record) -> Path | None:
-    """The run's folder in our folder of artifacts; None: it is elsewhere and not ours to delete."""
+def artifacts_folder(scope: Scope, record: Record) -> Path | None:
+    """Return the run's folder in our folder of artifacts; None: it is not there, or not ours."""
     assert isinstance(scope.library, LocalLibrary)
     try:
         folder = scope.library.artifacts(record).parent
@@ -159,10 +180,10 @@ def _artifacts(scope: Scope, record: Record) -> Path | None:
 def _remove_run(scope: Scope, record: Record, folder: Path | None) -> None:
     scope.delete_run(record.run.run_id)
     if folder:
-        shutil.rmtree(folder)
+        remove_path(folder)
     # The record comes last: as long as it is there, the run is offered again.
     _remove_refs(scope, record)
-    remove_record(paths.records(scope.home), record.run.run_id)
+    remove_record(scope.cache, record.run.run_id)
 
 
 def _remove_refs(scope: Scope, record: Record) -> None:
@@ -171,7 +192,7 @@ def _remove_refs(scope: Scope, record: Record) -> None:
     here = [other for other in scope.library.matching(record.key) if other.run != record.run]
     if oid is None or not has_git(scope.root) or oid in map(_snapshot, here):
         return
-    if scope.is_trained_now(record.key) or _current_key(scope.root) == record.key:
+    if scope.is_trained_now(record.key) or current_key(scope.root) == record.key:
         return  # the snapshot may be of a run that just starts, or of one in another store
     for ref, kept in snapshot_refs(scope.root, record.key).items():
         if kept == oid:
@@ -182,8 +203,8 @@ def _snapshot(record: Record) -> str | None:
     return record.details.snapshot if record.details else record.run.tags.get("snapshot")
 
 
-def _current_key(root: Path) -> str | None:
-    """The key of the result in the working tree."""
+def current_key(root: Path) -> str | None:
+    """Return the key of the result in the working tree."""
     try:
         return str(json.loads((root / paths.RUN_JSON).read_text(encoding="utf-8"))["key"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -234,16 +255,24 @@ def _claims(scope: Scope, going: set[str]) -> Iterator[Item]:
 
 def _item(scope: Scope, kind: Kind, path: Path, name: str, why: str) -> Item:
     """A file or folder that may be deleted."""
-    remove = partial(remove_worktree, scope.root) if kind == "worktree" else _remove_path
+    remove = partial(remove_worktree, scope.root) if kind == "worktree" else remove_path
     age = scope.age(_changed(path) * 1000)
-    return Item(kind, name, why, _size(path), age, partial(remove, path))
+    return Item(kind, name, why, size_of(path), age, partial(remove, path))
 
 
-def _remove_path(path: Path) -> None:
+def remove_path(path: Path) -> None:
+    """Delete a file, or a folder with all in it."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        shutil.rmtree(path, onexc=_raise_with_path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _raise_with_path(_: object, path: str, error: BaseException) -> None:
+    """Raise an error of rmtree, which names only the last part of the path."""
+    if isinstance(error, OSError):
+        raise OSError(error.errno, error.strerror, path) from None
+    raise error
 
 
 def _worktrees(scope: Scope) -> Iterator[Item]:
@@ -283,8 +312,8 @@ def _changed(path: Path) -> float:
     return max((status.st_mtime for status in _walk(path)), default=0.0)
 
 
-def _size(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder, without hard-linked ones."""
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder, without hard-linked ones."""
     return sum(status.st_size for status in _walk(path) if status.st_nlink < 2)
 
 

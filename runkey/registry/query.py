@@ -19,11 +19,11 @@ from functools import partial
 from itertools import product
 from operator import eq, ge, gt, le, lt, ne
 from sqlite3 import Connection
-from typing import Literal
+from typing import Literal, get_args
 
 from runkey.errors import RegistryError
 from runkey.identity.key import ANY_KEY
-from runkey.identity.record import KEY, LoggedRun, Record
+from runkey.identity.record import KEY, LoggedRun, Record, Status
 
 Kind = Literal["run", "params", "metrics", "tags"]
 Value = str | float | None
@@ -34,7 +34,10 @@ NAMES = {"AP": "eval/AP", "AP50": "eval/AP50", "AP75": "eval/AP75"}
 """Short names of metrics in commands."""
 TAGS = ("decision", "device", "host", "micro_batch", "precision", "reproduction_of", "snapshot")
 """Tags that need no `tags.` before their name."""
-_CONDITION = re.compile(r"\s*([\w\-. :/]+?)\s*(>=|<=|!=|=|>|<|~)\s*(.*?)\s*")
+# A value that begins with another operator is a mistake, such as `AP=>0.6` or `AP==0.6`.
+_CONDITION = re.compile(r"\s*([\w\-. :/]+?)\s*(>=|<=|!=|=|>|<|~)\s*([^\s=<>!~].*?)\s*")
+_LENGTHS = {"key": 68, "run": 32}
+"""Characters of a whole key and of a whole MLflow id."""
 _TIMES = ("started", "ended")
 _COMPARE = {"=": eq, "!=": ne, "<": lt, "<=": le, ">": gt, ">=": ge}
 
@@ -191,9 +194,17 @@ def parse_condition(text: str, known: Callable[[], Sequence[LoggedRun]]) -> Cond
     field = find_field(name, known)
     if field.kind == "run" and field.name in _TIMES:
         value = str(_milliseconds(text, value))
-    elif field == Field("run", "status"):
+    elif field == Field("run", "status") and comparison != "~":
         value = value.upper()
-    if comparison[0] in "<>" and number(value) is None:
+        if value not in get_args(Status):
+            dead = "; a DEAD run is RUNNING to MLflow" if value == "DEAD" else ""
+            raise RegistryError(f"{text}: not one of {', '.join(get_args(Status))}{dead}")
+    elif field.kind == "run" and comparison[-1] == "=" and len(value) < _LENGTHS.get(field.name, 0):
+        raise RegistryError(f"{text}: no whole {field.name}; {field.name}~{value} finds a part")
+    is_number = field.kind == "metrics" or field.name == "seconds"
+    compares = comparison[0] in "<>" or (is_number and comparison != "~")
+    # NaN fulfils no comparison.
+    if compares and ((limit := number(value)) is None or math.isnan(limit)):
         raise RegistryError(f"{text}: {comparison} compares numbers; {value!r} is none")
     return Condition(field, comparison, value)
 

@@ -36,6 +36,7 @@ from runkey.registry.environment import compare_environment
 from runkey.registry.snapshot import ELSEWHERE, add_worktree, remove_worktree
 from runkey.registry.verify import first_few
 from runkey.training.lock import locked
+from runkey.units import counted
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ def compare_runs(first: RunResult, repeat: RunResult) -> RunComparison:
 
 
 def _class_text(value: Any) -> str:
-    return f"{len(value)} of other versions" if isinstance(value, list) else str(value)
+    return f"{counted(len(value), 'other version')}" if isinstance(value, list) else str(value)
 
 
 # The checkout of a snapshot, with the DVC cache and data of the main checkout.
@@ -344,10 +345,12 @@ def _check_packages(record: Record, details: Details, root: Path, *, any_environ
     """Stop if what is installed is not what the snapshot locks, unless the run had the same."""
     found = compare_environment(root)
     if found.agrees:
-        logger.info(f"{found.same} packages are installed as {found.against} of then locks them")
+        logger.info(
+            f"installed as {found.against} of then locks them: {counted(found.same, 'package')}"
+        )
         return
     lines = [str(d) for d in (*found.missing, *found.other)]
-    text = f"{len(lines)} packages are not as {found.against} of then locks them:"
+    text = f"not as {found.against} of then locks them: {counted(len(lines), 'package')}:"
     text += f" {first_few(lines)}"
     if sorted(lines) == sorted(details.witness["package_differences"]):
         logger.info(f"{text}; the run itself had the same")

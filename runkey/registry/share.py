@@ -52,6 +52,7 @@ from runkey.registry.snapshot import (
     ref_of,
     unbundle_snapshot,
 )
+from runkey.units import counted
 
 
 class Remote(Protocol):
@@ -199,7 +200,7 @@ def publish(record: Record, here: Checkout, team: Team, *, with_data: bool = Fal
         done.run_id, done.state, done.ref = other.run.run_id, "published from elsewhere", None
         return done
     with staging(here.home, "publish") as folder, progress("publish", 3, "parts") as steps:
-        steps.advance(0, f"{len(part.objects)} objects to DVC")
+        steps.advance(0, f"{counted(len(part.objects), 'object')} to DVC")
         done.new_objects = team.dvc.push(part.objects, part.entries)
         steps.advance(1, "snapshot to git")
         if details.snapshot:
@@ -233,7 +234,7 @@ def fetch(record: Record, here: Checkout, team: Team) -> Handed:
         package = read_run(team.runs, record, folder, where)
         part = parse_json(DvcPart, package.files / FILE, f"{where}: {FILE}")
         wanted = {md5: part.objects[md5] for md5 in part.missing_from(cache)}
-        steps.advance(1, f"{len(wanted)} objects from DVC")
+        steps.advance(1, f"{counted(len(wanted), 'object')} from DVC")
         if wanted:
             team.dvc.pull(wanted, folder / OBJECTS)
 

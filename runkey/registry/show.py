@@ -14,7 +14,7 @@ from typing import Any
 from runkey.identity.key import older_rule
 from runkey.identity.record import HINT, KEY, RESUMED_AFTER, Details, LoggedRun, Record
 from runkey.registry.query import NAMES, Field, Value, find_field, number
-from runkey.units import format_age, format_bytes
+from runkey.units import counted, format_age, format_bytes
 
 COLUMNS = ("key", "when", "status", "AP", "took", "name", "where")
 """Default columns of `runkey list`."""
@@ -127,7 +127,7 @@ def describe(
     if record.reproduction_of:
         yield "repeats", f"run {record.reproduction_of}"
     if run.resumed:
-        times = "once" if run.resumed == 1 else f"{run.resumed} times"
+        times = "once" if run.resumed == 1 else counted(run.resumed, "time")
         yield "resumed", f"{times}, after {run.tags.get(RESUMED_AFTER, '?')}"
     # Why it was trained, and who reused its result last.
     yield "decision", run.tags.get("decision", "")
@@ -195,8 +195,8 @@ def _environment(details: Details) -> Iterator[Row]:
     items = [
         str(ran.get("device", "device unknown")),
         f"micro-batch {ran.get('micro_batch', '?')}",
-        f"{ran.get('world_size', '?')} process(es)",
-        f"{ran.get('threads', '?')} thread(s)",
+        counted(ran.get("world_size", "?"), "process"),
+        counted(ran.get("threads", "?"), "thread"),
         f"mixed precision {ran.get('precision', '?')}",
     ]
     yield "ran on", f"{details.host}: {_listed(items)}"

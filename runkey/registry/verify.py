@@ -24,6 +24,7 @@ from runkey.progress import Steps, progress
 from runkey.registry.dvc_cache import DIR, DvcCache, files_of, md5_file
 from runkey.registry.library import Library, ReadRun, finished_runs
 from runkey.registry.snapshot import REFS, changed_files, has_commit, has_git, has_snapshot
+from runkey.units import counted
 
 State = Literal["ok", "warning", "fault"]
 
@@ -46,8 +47,8 @@ def summarize(results: Iterable[CheckResult]) -> str:
     """Say how many faults and warnings there are."""
     states = [result.state for result in results]
     faults, warnings = states.count("fault"), states.count("warning")
-    text = f"{faults or 'no'} fault{'' if faults == 1 else 's'}"
-    return f"{text}, {warnings} warning{'' if warnings == 1 else 's'}" if warnings else text
+    text = counted(faults or "no", "fault")
+    return f"{text}, {counted(warnings, 'warning')}" if warnings else text
 
 
 def first_few(names: list[str]) -> str:
@@ -190,7 +191,8 @@ def find_unrecorded(uri: str, run_ids: set[str]) -> list[CheckResult]:
         return [CheckResult("mlflow", "fault", str(error), "start it, or set MLFLOW_TRACKING_URI")]
     if not missing:
         return []
-    text = f"{len(missing)} finished runs of MLflow have no record here: {first_few(missing)}"
+    text = f"{counted(len(missing), 'finished run')} of MLflow without a record here"
+    text = f"{text}: {first_few(missing)}"
     return [CheckResult("record", "fault", text, "`runkey index` writes them")]
 
 
@@ -216,13 +218,15 @@ def _check_files(report: Report) -> str:
     wrong = {path: why for path, why in answers.items() if why}
     way_out = f"{report.fetch}, if it was published"
     if len(wrong) == len(files) > 1:
-        text = f"none of its {len(files)} files can be read: {next(iter(wrong.values()))}"
+        text = (
+            f"none of its {counted(len(files), 'file')} can be read: {next(iter(wrong.values()))}"
+        )
         return report.add("fault", text, way_out)
     for path, why in wrong.items():
         place = _copy_in_cache(report, path)
         report.add("fault", why, f"DVC's cache has it: cp {place} over it" if place else way_out)
     how = "sizes" if report.sources.quick else "sizes and sha256"
-    return f"{len(files)} files, {size / 1e6:.1f} MB: {how} as recorded"
+    return f"{counted(len(files), 'file')}, {size / 1e6:.1f} MB: {how} as recorded"
 
 
 def _copy_in_cache(report: Report, path: str) -> Path | None:
@@ -317,7 +321,8 @@ def _check_mlflow(report: Report) -> str:
             value, was = values.get(name, "missing"), before.get(name, "missing")
             if value != was and repr(value) != repr(was):  # NaN is not equal to itself
                 fault(f"{kind} {name} is {value}, recorded {was}")
-    return f"{len(now.params)} params, {len(now.metrics)} metrics, the key and its parts"
+    counts = f"{counted(len(now.params), 'param')}, {counted(len(now.metrics), 'metric')}"
+    return f"{counts}, the key and its parts"
 
 
 def _check_snapshot(report: Report) -> str:
@@ -338,7 +343,7 @@ def _check_snapshot(report: Report) -> str:
     code = report.recipe.preimages["code"]
     for path, why in changed_files(root, oid, code).items():
         report.add("fault", f"{commit}: {path} {why}", report.fetch)
-    return f"{commit}, its {len(code['files'])} files of code hash as in the key"
+    return f"{commit}, hashes as in the key: {counted(len(code['files']), 'file')} of code"
 
 
 def _check_dvc_cache(report: Report) -> str:
@@ -363,7 +368,7 @@ def _check_dvc_cache(report: Report) -> str:
             why = f"is damaged (md5 {now})"
         if why:
             report.add("fault", f"{name}: {place} {why} (entry {entry.path})", way_out)
-    return f"its {len(files)} objects {'are there' if quick else 'hash to their md5'}"
+    return f"{counted(len(files), 'object')} {'there' if quick else 'with the right md5'}"
 
 
 def _check_locked(report: Report) -> str:
@@ -373,14 +378,14 @@ def _check_locked(report: Report) -> str:
     locked = report.recipe.preimages["environment"]
     if not locked.get("packages"):
         return report.add("fault", "key.json: its environment names no packages")
-    return f"{len(locked['packages'])} locked packages for {locked.get('platform')}"
+    return f"{counted(len(locked['packages']), 'locked package')} for {locked.get('platform')}"
 
 
 def _check_witness(report: Report) -> None:
     """Warn where the run had other packages than locked, or code beside the key."""
     witness = report.details.witness
     if differing := witness["package_differences"]:
-        text = f"{len(differing)} packages were not as locked: {first_few(differing)}"
+        text = f"not as locked: {counted(len(differing), 'package')}: {first_few(differing)}"
         report.add("warning", text)
     for path in witness["undeclared_files"]:
         report.add("warning", f"{path} was imported, and is no part of the key")

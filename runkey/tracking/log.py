@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from runkey.files import json_safe, write_atomically
-from runkey.units import MIB
+from runkey.units import MIB, counted
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ class JsonlLog:
             self._warn(f"{self.path}: lacks {self._lost_text()}")
         if steps := self._expected.differing:
             self._warn(
-                f"{self.path}: {len(steps)} steps that were trained again came to other values"
+                f"{self.path}: training again came to other values in {counted(len(steps), 'step')}"
                 f" (the first is step {steps[0]}); the log has the earlier ones"
             )
 
@@ -314,7 +314,7 @@ class JsonlLog:
         waiting = (_step(json.loads(line), -1) for line in self._waiting)
         steps = [step for step in (*self._dropped_steps, *waiting) if step >= 0]
         which = f" (steps {min(steps)} to {max(steps)})" if steps else ""
-        return f"{self.lost_lines} line{'s' * (self.lost_lines != 1)}{which}"
+        return f"{counted(self.lost_lines, 'line')}{which}"
 
     def _note_failure(self, error: OSError) -> None:
         if not self._failed:

@@ -26,6 +26,7 @@ from runkey.tracking.describe import RunDescription
 from runkey.tracking.log import ALWAYS_NEW, Entry, read_log
 from runkey.tracking.store import MAX_METRICS, Store, experiment_id, open_client
 from runkey.tracking.transfer import logged_run
+from runkey.units import counted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -237,7 +238,7 @@ class RunSender:
             "tag": len(dict(self.tags.left)),
             "artifact": len(self.artifacts.left),
         }
-        return " and ".join(f"{n} {noun}{'s' * (n != 1)}" for noun, n in counts.items() if n)
+        return " and ".join(counted(n, noun) for noun, n in counts.items() if n)
 
     @cached_property
     def _client(self) -> MlflowClient:

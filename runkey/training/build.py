@@ -30,6 +30,7 @@ from runkey.training.optimizer import Clipper, Ema, build_optimizer, trained_par
 from runkey.training.schedule import Schedule, build_schedule
 from runkey.training.step import TrainStep
 from runkey.training.tensors import host_weights
+from runkey.units import counted
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.stateful import Stateful
@@ -197,8 +198,9 @@ def build_training(
     world, replace, training = world or World(), replace or Replacements(), params.training
     if world.size > training.batch_size:
         raise TrainingError(
-            f"{world.size} processes share training.batch_size = {training.batch_size} images of"
-            " a step: some have none; lower runtime.processes"
+            f"{counted(world.size, 'process')} share training.batch_size ="
+            f" {counted(training.batch_size, 'image')} of a step: some have none;"
+            " lower runtime.processes"
         )
     configure_torch(
         params.seed,
@@ -289,7 +291,7 @@ def describe(context: TrainContext) -> dict[str, object]:
     logger.info(f"precision: {precision} ({reason})")
     logger.info(
         f"training {trained:,} of {everything:,} parameters: "
-        f"{settings.epochs} epochs of {context.loader.steps_per_epoch} steps"
+        f"{counted(settings.epochs, 'epoch')} of {counted(context.loader.steps_per_epoch, 'step')}"
     )
     return {
         "device": str(step.device),

@@ -16,6 +16,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from runkey.errors import TrainingError
+from runkey.units import counted
 
 
 def choose_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
@@ -46,9 +47,9 @@ def choose_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
 def check_gpus(processes: int) -> None:
     """Raise TrainingError if GPUs are too few: NCCL cannot connect two processes on the same."""
     if processes > torch.cuda.device_count():
+        seen = counted(torch.cuda.device_count(), "GPU")
         raise TrainingError(
-            f"{processes} processes, but torch sees {torch.cuda.device_count()} GPUs; set"
-            " runtime.processes to auto"
+            f"{counted(processes, 'process')}, but torch sees {seen}; set runtime.processes to auto"
         )
 
 

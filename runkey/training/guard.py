@@ -22,6 +22,7 @@ from runkey.training.build import Tracker, TrainContext
 from runkey.training.checkpoint import FolderCheckpoints, find_checkpoints
 from runkey.training.state import NORMS_KEPT, LoopState, Rollback, Skip, StepValues
 from runkey.training.tensors import all_finite
+from runkey.units import counted
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ class Guard:
         if len(recent) >= limits.max_skips:
             self._roll_back(
                 f"loss or gradients were not finite in {len(recent)} of the last "
-                f"{min(limits.window_steps, last)} steps"
+                f"{counted(min(limits.window_steps, last), 'step')}"
             )
         # Weights that are not finite make every later step a skipped one: waiting is useless.
         # Looked at after a skipped step only: this waits for the device.
@@ -235,12 +236,16 @@ class Guard:
         self._tracker.event("rollback", step=loop.step, to=anchor.step, reason=reason)
         logger.info(
             f"after step {loop.step}: {reason}; {outcome} "
-            f"({done + 1} of at most {self._limits.max_rollbacks} times)"
+            f"({done + 1} of at most {counted(self._limits.max_rollbacks, 'time')})"
         )
 
     def _give_up(self, reason: str) -> None:
         loop, done, skips = self._loop, len(self._state.rollbacks), self._state.skips
-        why = f"already rolled back {done} times" if done else "there is no anchor to roll back to"
+        why = (
+            f"already rolled back {counted(done, 'time')}"
+            if done
+            else "there is no anchor to roll back to"
+        )
         report = self._write_report(reason, f"stopped: {why}")
         self._tracker.event("gave_up", step=loop.step, reason=reason, rollbacks=done)
         last = skips[-1] if skips else None

@@ -49,6 +49,7 @@ from runkey.training.state import (
 )
 from runkey.training.step import StepResult, image_ids_of, is_out_of_memory, train_step
 from runkey.training.tensors import host_weights
+from runkey.units import counted
 
 logger = logging.getLogger(__name__)
 
@@ -376,7 +377,8 @@ class _Trainer:
         )
         logger.info(line)
         if not state.stop_reason and number == settings.epochs:
-            state.stop_reason = f"all {settings.epochs} epochs done"
+            every = "all " if settings.epochs > 1 else ""
+            state.stop_reason = f"{every}{counted(settings.epochs, 'epoch')} done"
 
     def _evaluate(self, values: dict[str, float]) -> bool:
         """Evaluate and add the metrics to `values`; return True if the weights are the best."""

@@ -85,12 +85,24 @@ def test_the_first_repro_records_a_whole_run(project: Project) -> None:
 
 
 def test_what_the_pipeline_says_fits_100_columns_and_is_said_once(project: Project) -> None:
-    said = [*project.first_output.splitlines(), *project.summary().splitlines()]
-    lines = [line for line in said if line.strip()]
+    lines = [line for line in project.first_output.splitlines() if line.strip()]
     assert [line for line in lines if len(line) > 100] == []
     assert "\x1b" not in project.first_output
     own = [line for line in lines if line != "Updating lock file 'dvc.lock'"]  # DVC's, each stage
     assert [line for line in own if own.count(line) > 1] == []
+
+
+def test_the_result_is_printed_by_the_last_stage(project: Project) -> None:
+    summary = project.summary()
+    assert summary.startswith("  result ")
+    assert summary in project.first_output
+    scores = [
+        f"{name} {project.json('metrics/evaluate.json')[name]:.3f}" for name in ("AP", "AP75")
+    ]
+    assert re.search(rf"{scores[0]}, .*{scores[1]} on 6 held-out images", project.first_output)
+    told = {"DVC_STAGE": "plots", "RUNKEY_SUMMARY": "no"}
+    drawn = project.run(sys.executable, "-m", "runkey", "draw", env=told)
+    assert "result" not in drawn.stdout, "`make repro` prints it itself"
 
 
 def test_the_second_repro_does_nothing(project: Project) -> None:

@@ -152,6 +152,31 @@ def test_nothing_to_find_is_undefined_and_not_logged(boxes):
     assert result.per_class[0].objects == 0
 
 
+@pytest.mark.parametrize("shift", [-1e-6, 0, 1e-6])
+def test_every_object_counts_in_one_size(world, shift):
+    made = world(seed=3)
+    limits = [(limit + shift) ** 2 for limit in (32, 96)]
+    records = [
+        replace(r, areas=tuple(limits[(r.id + i) % 2] for i in range(len(r.areas))))
+        for r in made.records
+    ]
+    result = evaluate_detections(records, made.classes, made.detections)
+    areas = [area for record in records for _, _, area in record.objects()]
+    by_size = {
+        size: sum(one.by_size[size].objects for one in result.per_class)
+        for size in ("small", "medium", "large")
+    }
+    first, second = map(areas.count, limits)
+    assert min(first, second) > 10
+    assert by_size == (
+        {"small": 0, "medium": first, "large": second}
+        if shift > 0
+        else {"small": first, "medium": second, "large": 0}
+    )
+    for one in result.per_class:
+        assert sum(size.objects for size in one.by_size.values()) == one.objects
+
+
 def test_annotation_id_zero_counts(boxes):
     """pycocotools alone gives 0 here: it reads a match with annotation 0 as no match."""
     record = ImageRecord(1, "a", 9, 9, 0, False, ((1, 1, 4, 4),), (0,), (16,), (False,), (0,))
@@ -180,7 +205,7 @@ def test_not_finite_is_named(boxes, bad):
 def test_missing_images_are_refused(world):
     made = world(seed=1)
     made.detections.pop(made.records[0].id)
-    with pytest.raises(ValueError, match=r"detections of 1 image\(s\) are missing"):
+    with pytest.raises(ValueError, match="missing of 1 image, there of 0 unknown images"):
         evaluate_detections(made.records, made.classes, made.detections)
 
 

@@ -29,6 +29,8 @@ PARAMS = {
     "lr": 1e-4,
     "optimizer.clip.mode": "norm",
     "optimizer.clip.threshold": 0.5,
+    "training.batch_size": 8,
+    "training.micro_batch": 2,
     "runtime.workers": "auto",
 }
 EPOCHS, STEPS = 6, 10
@@ -72,7 +74,6 @@ CASES = {
     "host_memory": ({}, samples(system_memory_usage_percentage=95), "95% of the host's memory"),
     "host": ({}, samples(**GPU | {"gpu_0_utilization_percentage": 35}), "busy 35% of the time"),
     "gpu_memory": ({}, samples(**GPU | {"gpu_0_memory_usage_percentage": 99}), "99% of the GPU"),
-    "clipping": ({"step": lambda s: {"train/grad_norm": 5 + s % 3}}, [], "clipped in 100%"),
     "lr_high": (
         {"epoch": lambda e: {"train/epoch_loss": 5 if e < 4 else 6}},
         [],
@@ -88,7 +89,7 @@ CASES = {
         [],
         "since epoch 2 the validation loss has risen from 5 to 6.2",
     ),
-    "class": ({CLASS_SCORES: SCORES}, [], "1 of 3 classes are never found (AP50 0): cat"),
+    "class": ({CLASS_SCORES: SCORES}, [], "1 of 3 classes never found (AP50 0): cat"),
 }
 
 
@@ -110,18 +111,23 @@ def test_a_healthy_training_gets_none():
 def test_the_other_sides():
     idle = made(samples=samples(**GPU | {"gpu_0_memory_usage_percentage": 20}))
     assert [h.seen for h in find_hints(idle, PARAMS)] == ["only 20% of the GPU's memory is in use"]
-    never = find_hints(made(step=lambda s: {"train/grad_norm": 0.01}), PARAMS)
-    assert [(h.kind, h.seen) for h in never] == [
-        ("clipping", "clipping never acts: the largest gradient norm is 0.01")
-    ]
-    auto, fixed = (PARAMS | {"training.micro_batch": value} for value in ("auto", 2))
-    assert idle_change(find_hints(idle, auto)).startswith("raise training.batch_size")
-    assert idle_change(find_hints(idle, fixed)).startswith("raise training.micro_batch (now 2)")
+    (hint,) = find_hints(idle, PARAMS)
+    assert hint.change.startswith("set training.micro_batch (now 2) to auto")
 
 
-def idle_change(hints: list[Hint]) -> str:
-    (hint,) = hints
-    return hint.change
+@pytest.mark.parametrize("micro_batch", ["auto", 8])
+def test_an_idle_gpu_is_no_reason_for_more_images_a_step(micro_batch):
+    """They cost AP 0.09 on the sample; a step that is whole already has nothing to gain."""
+    idle = {"gpu_0_utilization_percentage": 11, "gpu_0_memory_usage_percentage": 1}
+    log = made(samples=samples(**GPU | idle))
+    assert find_hints(log, PARAMS | {"training.micro_batch": micro_batch}) == []
+    assert {hint.kind for hint in find_hints(log, PARAMS)} == {"host", "gpu_memory"}
+
+
+@pytest.mark.parametrize("norm", [0.01, 0.4, 5, 500])
+def test_clipping_is_no_reason_for_a_hint(norm):
+    """Whether it acts in every step, some or none made no difference (docs/guide/clipping.md)."""
+    assert find_hints(made(step=lambda s: {"train/grad_norm": norm + s % 3}), PARAMS) == []
 
 
 def test_the_loss_scale_of_fp16_may_skip_some_steps():
@@ -171,13 +177,12 @@ def test_a_gap_between_the_losses_that_stays():
 
 
 def test_a_change_names_the_value_that_it_has():
-    log = made(step=lambda s: {"train/data_wait_share": 0.3, "train/grad_norm": 9.0})
+    log = made(step=lambda s: {"train/data_wait_share": 0.3})
     as_logged = {name: v if isinstance(v, str) else json.dumps(v) for name, v in PARAMS.items()}
     for params in (PARAMS, as_logged):  # MLflow has them as text
-        loader, clipping = find_hints(log, params)
+        (loader,) = find_hints(log, params)
         assert loader.change.startswith("raise runtime.workers (now auto) or runtime.prefetch;")
-        assert clipping.change.startswith("raise optimizer.clip.threshold (now 0.5) to about 9 ")
-    assert "optimizer.clip.threshold to about" in find_hints(log, {})[1].change
+    assert "raise runtime.workers or" in find_hints(log, {})[0].change
 
 
 def test_every_log_can_be_asked(any_log):

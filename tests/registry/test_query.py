@@ -26,6 +26,9 @@ from runkey.registry.query import (
 )
 
 LR = Field("params", "lr")
+NAMES = ("AP", "lr", "status", "name", "started", "key", "seconds", "tags.host")
+OPERATORS = ("=", "!=", "<", "<=", ">", ">=", "~")
+MISTAKES = ("==", "=>", "=<", "=~", "~=", "<>", "!", "><", "<<", "=!")
 
 
 def logged(**changes: Any) -> LoggedRun:
@@ -68,6 +71,11 @@ def logged(**changes: Any) -> LoggedRun:
         ("seconds=60", True),
         ("started<1970-01-03", True),
         ("started>2026-11-01T10:00", False),
+        (f"run={'a' * 32}", True),
+        ("run~aaa", True),
+        ("key~rk2", True),
+        ("AP~0.5", True),
+        ("status~FINI", True),
         ("params.nothing=1", False),
         ("params.nothing!=1", False),
         ("model.name<3", False),
@@ -90,6 +98,17 @@ def test_a_condition(condition: str, holds: bool) -> None:
         ("zzzzzz=1", "no run has a value of that name"),
         ("started>yesterday", "not a time"),
         ("ended>1", "not a time"),
+        *((f"{name}{operator}", "not a condition") for name in NAMES for operator in OPERATORS),
+        *((f"{name}{wrong}1", "not a condition") for name in NAMES for wrong in MISTAKES),
+        *((f"AP{one}high", "compares numbers; 'high' is none") for one in OPERATORS[:-1]),
+        *((f"eval/loss{one}nan", "compares numbers; 'nan' is none") for one in OPERATORS[:-1]),
+        ("seconds=long", "compares numbers"),
+        ("lr>nan", "compares numbers"),
+        ("AP=0.5,lr=1", "compares numbers"),
+        ("status=FINISH", "not one of RUNNING, FINISHED, FAILED, KILLED$"),
+        ("status!=dead", "KILLED; a DEAD run is RUNNING to MLflow"),
+        ("key=rk2-7252", "no whole key; key~rk2-7252 finds a part"),
+        ("run=aaaa", "no whole run; run~aaaa finds a part"),
     ],
 )
 def test_what_is_no_condition(condition: str, says: str) -> None:

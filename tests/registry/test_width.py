@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,16 @@ def test_the_summary_says_what_to_change(runs: Path, run: Run) -> None:
     words = " ".join(out.split())
     assert "try raise runtime.workers (now auto) or runtime.prefetch" in words
     assert "to keep decoded images (hint: loader) dvc exp run" in words
+
+
+def test_the_experiment_to_try_first_helped_on_the_sample(runs: Path, run: Run) -> None:
+    _, out, _ = run("summary")
+    advice = re.search(r"dvc exp run -S ([\w.]+)=([\w.]+),", " ".join(out.split()))
+    assert advice
+    measured = json.loads((REPOSITORY / "benchmarks/results/techniques.json").read_text()).values()
+    followed = [row["AP"] for row in measured if row["settings"] == {advice[1]: advice[2]}]
+    before = [row["AP"] for row in measured if row["settings"] == {}]
+    assert min(followed) > max(before) + 0.01
 
 
 def test_help(root: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

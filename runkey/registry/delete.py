@@ -1,0 +1,340 @@
+"""Delete runs with all that this checkout keeps of them.
+
+    deletion = plan(scope, ["rk2-7252"])    # lists everything, deletes nothing
+    deletion.apply()
+
+A run is listed as long as its record is there, which goes last: an interrupted deletion is finished
+by the same command.  What other runs use stays: objects of DVC's cache (`dvc gc` removes those that
+nothing names), shared snapshots.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+from runkey import paths
+from runkey.errors import RegistryError
+from runkey.hashing import sha256_file
+from runkey.identity.key import ANY_KEY, FILE_PARAMS, SCHEMAS, short_key
+from runkey.identity.record import KEY_JSON, ORIGIN, Record, RunPointer
+from runkey.identity.record_cache import remove_record
+from runkey.progress import each
+from runkey.registry.claims import Claim, Claims, newest, state_now, this_owner
+from runkey.registry.dvc_cache import DvcCache
+from runkey.registry.gc import Item, Scope, artifacts_folder, current_key, remove_path, size_of
+from runkey.registry.library import split_address
+from runkey.registry.once import Rhythm
+from runkey.registry.show import average_precision
+from runkey.registry.snapshot import git, has_git, snapshot_refs
+from runkey.training.lock import holder_of
+
+logger = logging.getLogger(__name__)
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+_EXPERIMENT = re.compile("refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/.+")
+_APPLIED = "refs/exps/exec/EXEC_APPLY"
+"""DVC's note of the experiment that was applied last."""
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """What belongs to some runs."""
+
+    scope: Scope
+    items: list[Item]
+    """In the order in which they are deleted."""
+    keys: dict[str, Claim | None]
+    """Keys of which no run is left, each with its newest claim."""
+    notes: list[str]
+
+    def apply(self) -> list[str | None]:
+        """Delete all; return for each item why it could not be deleted.
+
+        Meanwhile the keys are claimed, so that no training of one begins.
+        """
+        held = [_claim(self.scope.claims, key, last) for key, last in self.keys.items()]
+        errors = [item.try_to_remove() for item in each("delete", self.items, "items")]
+        for claim in held:
+            if any(errors):  # so that the command can be repeated at once
+                self.scope.claims.update(replace(claim, state="failed"))
+            else:
+                self.scope.claims.clear(claim.key)
+        return errors
+
+
+def plan(scope: Scope, addresses: Iterable[str], rhythm: Rhythm | None = None) -> Deletion:
+    """List what belongs to the runs of some keys; `KEY:RUN` is one run of a key.
+
+    Raises:
+        RegistryError: there is nothing of an address, several keys begin so, a key is trained now,
+            or a run that stays was started from weights of which no other copy is here.
+    """
+    chosen: dict[str, list[Record]] = {}
+    whole: dict[str, Claim | None] = {}
+    for address in addresses:
+        key, records, is_whole = _find(scope, address)
+        known = {record.run.run_id for record in chosen.setdefault(key, [])}
+        chosen[key] += [record for record in records if record.run.run_id not in known]
+        if is_whole:
+            whole[key] = newest(scope.claims, key)
+    for key in chosen:
+        _check_quiet(scope, key, rhythm or Rhythm())
+    records = [record for some in chosen.values() for record in some]
+    _check_descendants(scope, records)
+    items = [_items(scope, key, some, is_whole=key in whole) for key, some in chosen.items()]
+    return Deletion(scope, [*chain(*items)], whole, _notes(scope, records))
+
+
+def _find(scope: Scope, address: str) -> tuple[str, list[Record], bool]:
+    """Return the key of an address, its runs, and True if these are all runs of the key."""
+    schema, digits, run_id = split_address(address)
+    prefixes = [f"{one}-{digits}" for one in ([schema] if schema else SCHEMAS)]
+    records = [record for prefix in prefixes for record in scope.library.matching(prefix)]
+    keys = {record.key for record in records}
+    if not records:  # what an interrupted deletion, or a training without MLflow, left
+        claims = (claim.key for prefix in prefixes for claim in scope.claims.all(prefix))
+        folders = (folder.name.partition("-repeats-")[0] for folder in scope.trainings)
+        keys = {*claims, *(key for key in folders if key.startswith(tuple(prefixes)))}
+    if len(keys) > 1:
+        shown = ", ".join(map(short_key, sorted(keys)[:4]))
+        raise RegistryError(f"{address}: {len(keys)} keys begin so: {shown}; give more of it")
+    found = [record for record in records if record.run.run_id.startswith(run_id)]
+    if not keys or (run_id and not found):
+        raise RegistryError(
+            f"{address}: no run of that key in {scope.library.place}; `runkey list` shows what is"
+            " there"
+        )
+    return keys.pop(), list(map(scope.library.with_details, found)), len(found) == len(records)
+
+
+def _check_quiet(scope: Scope, key: str, rhythm: Rhythm) -> None:
+    """Refuse a key that is trained now."""
+    claim = newest(scope.claims, key)
+    if claim and (state_now(claim) == "running" or _gives_signs(scope.claims, claim, rhythm)):
+        raise RegistryError(
+            f"{short_key(key)}: {claim.who} trains it since {claim.since}; end that first, or wait"
+        )
+    for folder in scope.trainings:
+        holder = holder_of(folder) if folder.name.startswith(key) else None
+        if holder is not None:
+            who = f"process {holder}" if holder > 0 else "a process out of sight"
+            raise RegistryError(f"{short_key(key)}: {who} trains it in {folder}; end that first")
+
+
+def _gives_signs(claims: Claims, claim: Claim, rhythm: Rhythm) -> bool:
+    """Watch a claim whose owner cannot be seen from here; return True if it beats."""
+    if state_now(claim) != "silent":
+        return False
+    seconds = rhythm.dead_after
+    logger.info(
+        f"{short_key(claim.key)}: waiting {seconds:.0f} s for a sign of life of {claim.who}"
+    )
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(min(rhythm.poll_seconds, seconds))
+        if newest(claims, claim.key) != claim:
+            return True
+    return False
+
+
+def _check_descendants(scope: Scope, records: list[Record]) -> None:
+    """Refuse the only copy of weights that a run which stays was started from."""
+    going = {record.run.run_id for record in records}
+    hashes = {
+        file.sha256: record
+        for record in records
+        if record.details
+        for path, file in record.details.files.items()
+        if path.startswith(f"{paths.MODEL}/")
+    }
+    if not hashes:
+        return
+    staying = [r for r in scope.library.matching(ANY_KEY) if r.run.run_id not in going]
+    for child in staying:
+        for name in FILE_PARAMS:
+            value = child.run.params.get(name, "none")
+            if value in ("none", "null", "imagenet"):
+                continue
+            for digest in _started_from(scope, child, name, value, records) & hashes.keys():
+                _check_copy(scope, hashes[digest], child, (name, value, digest), staying)
+
+
+def _started_from(
+    scope: Scope, child: Record, name: str, value: str, records: list[Record]
+) -> set[str]:
+    """Return the hashes of the files that a run's parameter named: a path, or a run's key."""
+    with suppress(RegistryError, ValueError, KeyError, OSError):
+        with scope.library.open_file(scope.library.with_details(child), KEY_JSON) as file:
+            preimages = json.load(file)["preimages"]
+        return set(_SHA256.findall(str(preimages["params"][name])))
+    # Without its key.json: by the key that it names.
+    named = [r for r in records if value and short_key(value) == r.key[: len(short_key(value))]]
+    return {file.sha256 for r in named if r.details for file in r.details.files.values()}
+
+
+def _check_copy(
+    scope: Scope,
+    parent: Record,
+    child: Record,
+    used: tuple[str, str, str],
+    staying: list[Record],
+) -> None:
+    name, value, digest = used
+    for other in staying:
+        details = scope.library.with_details(other).details
+        if details and any(file.sha256 == digest for file in details.files.values()):
+            return
+    place = scope.root / value
+    files = [place] if place.is_file() else sorted(place.glob("*")) if place.is_dir() else []
+    if any(file.is_file() and sha256_file(file) == digest for file in files):
+        return
+    raise RegistryError(
+        f"{parent.label}: {child.label} was started from its weights ({name}), and there is no"
+        f" other copy here; name {child.label} too, or put the file of `runkey get {parent.label}"
+        f" --only model` at {value}"
+    )
+
+
+def _items(scope: Scope, key: str, records: list[Record], *, is_whole: bool) -> Iterator[Item]:
+    pointers = {r.details.pointer_md5 for r in records if r.details} - {None}
+    yield from _experiments(scope, {str(pointer) for pointer in pointers})
+    yield from _run_cache(scope, {str(pointer) for pointer in pointers})
+    yield from _snapshots(scope, key, records, is_whole)
+    ids = {record.run.run_id for record in records}
+    for folder in scope.trainings:
+        own = RunPointer.read(folder)
+        if folder.name.startswith(key) and (is_whole or (own and own.run_id in ids)):
+            why = "checkpoints and log of a training"
+            name = f"{short_key(key)}{folder.name.removeprefix(key)}/"
+            remove = partial(remove_path, folder)
+            yield Item("checkpoint", name, why, size_of(folder), 0.0, remove)
+    for record in records:
+        yield from _run(scope, record)
+
+
+def _experiments(scope: Scope, pointers: set[str]) -> Iterator[Item]:
+    """DVC's experiments whose dvc.lock names the run.json of a run."""
+    if not pointers or not has_git(scope.root):
+        return
+    printed = git(scope.root, "for-each-ref", "--format=%(refname) %(objectname)", "refs/exps/")
+    refs = [line.split(" ") for line in printed.splitlines()]
+    oids = {ref: oid for ref, oid in refs if _EXPERIMENT.fullmatch(ref)}
+    if not oids:
+        return
+    patterns = [word for pointer in sorted(pointers) for word in ("-e", pointer)]
+    search = ("grep", "-l", "--fixed-strings", *patterns, *set(oids.values()), "--", "dvc.lock")
+    naming = {
+        line.partition(":")[0] for line in git(scope.root, *search, accept=(0, 1)).splitlines()
+    }
+    applied = git(scope.root, "rev-parse", "--quiet", "--verify", _APPLIED, accept=(0, 1))
+    for ref, oid in oids.items():
+        if oid in naming:
+            gone = [(ref, oid), *([(_APPLIED, oid)] if applied == oid else [])]
+            remove = partial(_remove_refs, scope.root, gone)
+            yield Item("experiment", ref.rpartition("/")[2], "DVC's experiment", 0, 0.0, remove)
+
+
+def _run_cache(scope: Scope, pointers: set[str]) -> Iterator[Item]:
+    """Entries that name a run's run.json: by these DVC restores the run instead of training it."""
+    cache = DvcCache(scope.root)
+    for pointer in sorted(pointers):
+        for path in cache.naming(pointer):
+            place = cache.runs / path
+            name = f"{place.parent.name[:12]}/{place.name[:12]}"
+            why = "DVC would restore the result instead of training"
+            yield Item("run-cache", name, why, size_of(place), 0.0, partial(remove_path, place))
+
+
+def _snapshots(scope: Scope, key: str, records: list[Record], is_whole: bool) -> Iterator[Item]:
+    if not has_git(scope.root):
+        return
+    ids = {record.run.run_id for record in records}
+    others = [r for r in scope.library.matching(key) if r.run.run_id not in ids]
+    needed = {_snapshot(scope.library.with_details(record)) for record in others}
+    own = {_snapshot(record) for record in records}
+    for ref, oid in snapshot_refs(scope.root, key).items():
+        if is_whole or (oid in own and oid not in needed):
+            why = "the code that ran, as a commit"
+            name = f"{short_key(key)}/{oid[:12]}"
+            yield Item(
+                "snapshot", name, why, 0, 0.0, partial(_remove_refs, scope.root, [(ref, oid)])
+            )
+
+
+def _snapshot(record: Record) -> str | None:
+    return record.details.snapshot if record.details else record.run.tags.get("snapshot")
+
+
+def _run(scope: Scope, record: Record) -> Iterator[Item]:
+    run, folder, size = record.run, None, 0
+    score = average_precision(run)
+    about = [run.name, run.status, f"AP {score}" if score else "", record.reproduction_of or ""]
+    if origin := run.tags.get(ORIGIN):
+        about.append(f"a copy of run {origin[:8]}")
+    if scope.is_local:
+        folder = artifacts_folder(scope, record)
+        size = size_of(folder) if folder else 0
+        for model in _models(scope, run.run_id):
+            why, remove = "MLflow's model of the run", partial(remove_path, model)
+            yield Item("model", model.name, why, size_of(model), 0.0, remove)
+    else:
+        files = record.details.files.values() if record.details else ()
+        size = sum(file.size for file in files)
+        about.append(f"on {scope.library.place}; its files go with `mlflow gc` there")
+    remove = partial(_remove_run, scope, record, folder)
+    text = ", ".join(filter(None, about))
+    age = scope.age(run.ended_ms or run.started_ms)
+    yield Item("run", f"{record.label}:{run.run_id}", text, size, age, remove)
+
+
+def _models(scope: Scope, run_id: str) -> Iterator[Path]:
+    """The folders of MLflow's models that name a run, see `runkey.tracking.describe`."""
+    for pointer in sorted(
+        scope.home.parent.glob("mlartifacts/models/*/artifacts/data/data/run.json")
+    ):
+        with suppress(OSError):
+            if run_id in pointer.read_text(encoding="utf-8", errors="replace"):
+                yield pointer.parents[3]
+
+
+def _remove_run(scope: Scope, record: Record, folder: Path | None) -> None:
+    scope.delete_run(record.run.run_id)
+    if folder:
+        remove_path(folder)
+    remove_record(scope.cache, record.run.run_id)
+
+
+def _remove_refs(root: Path, refs: list[tuple[str, str]]) -> None:
+    for ref, oid in refs:
+        git(root, "update-ref", "-d", ref, oid)
+
+
+def _claim(claims: Claims, key: str, last: Claim | None) -> Claim:
+    """Claim a key, so that no training of it begins; `last` is its newest claim so far."""
+    claim = Claim(
+        key=key,
+        generation=last.generation + 1 if last else 1,
+        owner=this_owner(),
+        since_ms=time.time_ns() // 1_000_000,
+    )
+    if not claims.make(claim):
+        raise RegistryError(f"{short_key(key)}: a training has just begun; nothing is deleted")
+    return claim
+
+
+def _notes(scope: Scope, records: list[Record]) -> list[str]:
+    here = current_key(scope.root)
+    if here in {record.key for record in records}:
+        return [
+            "the working tree still holds this result; `dvc repro --force train` trains it again"
+        ]
+    return []
