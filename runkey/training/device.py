@@ -46,10 +46,11 @@ def choose_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
 
 def check_gpus(processes: int) -> None:
     """Raise TrainingError if GPUs are too few: NCCL cannot connect two processes on the same."""
-    if processes > torch.cuda.device_count():
-        seen = counted(torch.cuda.device_count(), "GPU")
+    seen = torch.cuda.device_count()
+    if processes > seen:
         raise TrainingError(
-            f"{counted(processes, 'process')}, but torch sees {seen}; set runtime.processes to auto"
+            f"{counted(processes, 'process')}, but torch sees {counted(seen, 'GPU')};"
+            " set runtime.processes to auto"
         )
 
 

@@ -295,7 +295,7 @@ def test_hashes_by_two_rules_are_not_compared_where_the_text_is_not_at_hand(two)
     files = make_recipe("train", two.root).preimages["code"]["files"]
     assert diff.code.incomparable == list(files)
     said = run(older.key, two.second.key)
-    assert "code: 5 files cannot be compared: their hashes are made by different rules" in said
+    assert "code: 5 files not comparable: hashes made by different rules" in said
     assert "  runkey/net.py\n" in said
 
 

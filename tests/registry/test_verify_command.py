@@ -80,7 +80,7 @@ def test_a_record_that_is_gone_or_torn_is_named(checkout: Checkout, call: Call) 
     path.unlink()
     code, out, _ = call("--all")
     assert code == 3
-    assert f"1 finished runs of MLflow have no record here: {run_id}" in " ".join(out.split())
+    assert f"1 finished run of MLflow without a record here: {run_id}" in " ".join(out.split())
     assert "`runkey index`" in out
     code, out, _ = call("--all", "--json")
     assert json.loads(out)["right"] is False

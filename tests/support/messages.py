@@ -16,6 +16,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from runkey.units import counted
+
 _HOLE = r"(.{0,600}?)"
 # `{}` and `%s` of texts that are filled in later; `$(...)`, `$NAME` of the shell.
 _LATER = re.compile(r"\{[^{}\n]*\}|%[sdr]|\$\([^)]*\)|\$\{?\w+\}?")
@@ -78,9 +80,21 @@ def _strings(tree: ast.AST) -> Iterator[list[str]]:
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
-            yield [part.value if isinstance(part, ast.Constant) else "" for part in node.values]
+            for count in (1, 2):
+                yield [_fixed(part, count) for part in node.values]
         elif isinstance(node, ast.Constant) and id(node) not in inside:
             yield _LATER.split(node.value if isinstance(node.value, str) else "")
+
+
+def _fixed(part: ast.expr, count: int) -> str:
+    """The fixed text of a part of an f-string; of a count with its noun, the noun."""
+    if isinstance(part, ast.Constant):
+        return str(part.value)
+    call = getattr(part, "value", None)
+    if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "counted":
+        noun = call.args[1]
+        return counted(count, str(noun.value))[1:] if isinstance(noun, ast.Constant) else ""
+    return ""
 
 
 def _mark(match: re.Match[str], explained: bytearray) -> None:
