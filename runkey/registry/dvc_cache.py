@@ -133,22 +133,7 @@ class DvcCache:
 
     def chain(self, entry: Entry) -> list[Entry]:
         """List the entries before one, itself, and those after it, also those linked indirectly."""
-        scanned = self._scanned
-
-        @cache
-        def given(path: str) -> Items:
-            """The outputs of an entry, and the files in those that are folders."""
-            outs = scanned[path][1]
-            return outs | set(files_of(dict(outs), self.listing).items())
-
-        def linked(is_near: Callable[[str, str], bool]) -> list[str]:
-            found = [entry.path]
-            for known in found:  # grows: nearest first
-                found += [path for path in scanned if path not in found and is_near(path, known)]
-            return found[1:]
-
-        before = linked(lambda path, known: not given(path).isdisjoint(scanned[known][0]))
-        after = linked(lambda path, known: not given(known).isdisjoint(scanned[path][0]))
+        before, after = linked(entry.path, self._scanned, self.listing)
         parsed = map(self._parse, [*reversed(before), entry.path, *after])
         return [one for one in parsed if one]
 
@@ -186,6 +171,34 @@ class DvcCache:
             return Entry(path, _md5s(tree.get("deps") or (), "path"), _md5s(tree["outs"], "path"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
+
+
+def linked(
+    start: str,
+    entries: Mapping[str, tuple[Items, Items]],
+    listing: Callable[[str], Mapping[str, str]],
+) -> tuple[list[str], list[str]]:
+    """Find the entries whose outputs one reads, and those that read its outputs, nearest first.
+
+    `entries` holds inputs and outputs by path; those that are linked indirectly are found, too.
+    """
+
+    @cache
+    def given(path: str) -> Items:
+        """The outputs of an entry, and the files in those that are folders."""
+        outs = entries[path][1]
+        return outs | set(files_of(dict(outs), listing).items())
+
+    def walk(is_near: Callable[[str, str], bool]) -> list[str]:
+        found = [start]
+        for known in found:  # grows: nearest first
+            found += [path for path in entries if path not in found and is_near(path, known)]
+        return found[1:]
+
+    return (
+        walk(lambda path, known: not given(path).isdisjoint(entries[known][0])),
+        walk(lambda path, known: not given(known).isdisjoint(entries[path][0])),
+    )
 
 
 def files_of(

@@ -11,15 +11,18 @@ entry's name and runs whatever the entry says.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, Protocol, TypedDict
 
@@ -27,9 +30,9 @@ from pydantic import ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationE
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from runkey.errors import RecipeError, RegistryError
+from runkey.errors import ParamsError, RecipeError, RegistryError
 from runkey.hashing import sha256_bytes, sha256_file
-from runkey.identity.key import Recipe, short_key
+from runkey.identity.key import DATA_PATH, FILE_PARAMS, Recipe, short_key
 from runkey.identity.record import (
     ARTIFACTS,
     CONTENT,
@@ -41,10 +44,15 @@ from runkey.identity.record import (
     LoggedRun,
     Record,
 )
+from runkey.params import override, parse_params
+from runkey.paths import LOGS, PARAMS, RUN_JSON
 from runkey.progress import each
 from runkey.registry.archive import check_weights, first_fault, parse_json, safe_path
-from runkey.registry.dvc_cache import DIR, DvcCache, files_of, md5_file
+from runkey.registry.dvc_cache import DIR, DvcCache, files_of, linked, md5_file
+from runkey.registry.snapshot import changed_files, checked_out, git
 from runkey.units import MIB
+
+logger = logging.getLogger(__name__)
 
 RUN = "run"
 OBJECTS = "objects"
@@ -74,6 +82,7 @@ class Package:
     origin: str
     """MLflow id of the run that was made first."""
     details: Details
+    recipe: Recipe
 
     @property
     def files(self) -> Path:
@@ -115,6 +124,11 @@ class _Dataset(TypedDict):
     tags: dict[str, str | None]
 
 
+class _Manifest(TypedDict):
+    key: str
+    parts: dict[str, str]
+
+
 class _Content(TypedDict):
     schema: Literal["run1"]
     run_id: str
@@ -134,7 +148,8 @@ def check(folder: Path, key: str, where: str) -> Package:
 
     Raises:
         RegistryError: it is incomplete, a file differs from its recorded hash, its key.json does
-            not give that key, or a file could run code when it is loaded; the text names it.
+            not give that key, its run.json names another, or a file could run code when it is
+            loaded; the text names it.
     """
     files = folder / RUN / ARTIFACTS
     stored = parse_json(_Content, folder / RUN / CONTENT, f"{where}: {CONTENT}")
@@ -153,6 +168,8 @@ def check(folder: Path, key: str, where: str) -> Package:
             raise RegistryError(
                 f"{where}: {what} has another key, {short_key(str(found))}, than {short_key(key)}"
             )
+    if details.stage != recipe.stage:
+        raise RegistryError(f"{where}: {DETAILS} is of the stage {details.stage[:40]!r}; refused")
     for name, recorded in each("hash files", list(details.files.items()), "files"):
         path = files / safe_path(name, f"{where}: {DETAILS}")
         if not path.is_file():
@@ -161,7 +178,15 @@ def check(folder: Path, key: str, where: str) -> Package:
             raise RegistryError(f"{where}: {name}: not the file that the run recorded")
     for path in sorted(p for p in files.rglob("*") if p.is_file()):
         check_weights(path, path.relative_to(files).as_posix())
-    return Package(folder / RUN, key, stored["tags"].get(ORIGIN) or stored["run_id"], details)
+    pointer = files / RUN_JSON
+    manifest = parse_json(_Manifest, pointer, f"{where}: {RUN_JSON}")
+    if manifest != {"key": key, "parts": recipe.parts}:
+        found = short_key(manifest["key"])
+        raise RegistryError(f"{where}: {RUN_JSON} is of another key, {found}; refused")
+    if details.pointer_md5 not in (None, md5_file(pointer)):
+        raise RegistryError(f"{where}: {DETAILS} names another {RUN_JSON} than the run's; refused")
+    origin = stored["tags"].get(ORIGIN) or stored["run_id"]
+    return Package(folder / RUN, key, origin, details, recipe)
 
 
 # DVC's part of a run.
@@ -200,17 +225,19 @@ class DvcPart:
         """List the objects that a cache does not have."""
         return [md5 for md5 in self.objects if not cache.object_path(md5).is_file()]
 
-    def check(self, path_of: PathOf, details: Details) -> None:
+    def check(self, path_of: PathOf, package: Package) -> list[CheckedEntry]:
         """Refuse what DVC would not write, is not what its name says, not the run's, or does harm.
 
         Raises:
             RegistryError: an entry is malformed or names an object that is not listed; an object is
                 missing, has another md5 or size, lists a file outside its folder or one that is not
-                among the objects, or could run code when it is loaded; no entry is the run's, or an
-                output of the run is missing or differs from its file in MLflow.
+                among the objects, or could run code when it is loaded; no entry is the run's, or
+                one is not of its chain, or of another command, other parameters or data than its
+                key; an output of the run is missing or differs from its file in MLflow.
         """
-        outputs = [_check_entry(path, text) for path, text in self.entries.items()]
-        needed = {md5 for outs in outputs for md5 in outs.values()}
+        details = package.details
+        entries = {path: _check_entry(path, text) for path, text in self.entries.items()}
+        needed = {md5 for entry in entries.values() for md5 in entry.outs.values()}
         if missing := needed - self.objects.keys():
             raise RegistryError(f"{FILE}: object {min(missing)} of an entry is not listed")
         listings: dict[str, dict[str, str]] = {}
@@ -225,15 +252,40 @@ class DvcPart:
                 listings[md5] = {safe_path(item["relpath"], where): item["md5"] for item in items}
                 if lost := set(listings[md5].values()) - self.objects.keys():
                     raise RegistryError(f"{where}: lists {min(lost)}, which is not there")
-        own: dict[str, str] = {}
-        for outs in outputs:
-            files = files_of(outs, listings.__getitem__)
-            for name, md5 in files.items():
+        files = {p: files_of(entry.outs, listings.__getitem__) for p, entry in entries.items()}
+        for one in files.values():
+            for name, md5 in one.items():
                 check_weights(path_of(md5), name)
-            if details.pointer_md5 in outs.values():
-                own = own or files
-        if not own:
+        start = next((p for p, one in files.items() if details.pointer_md5 in one.values()), None)
+        if start is None:
             raise RegistryError(f"{FILE}: not of this run: no entry has its run.json")
+        read = {p: (set(one.deps.items()), set(one.outs.items())) for p, one in entries.items()}
+        before, after = linked(start, read, listings.__getitem__)
+        if strange := entries.keys() - {start, *before, *after}:
+            raise RegistryError(
+                f"{FILE}: DVC entry {min(strange)[:24]}, of `{entries[min(strange)].cmd[:60]}`, has"
+                " nothing to do with this run; refused"
+            )
+        self._check_outputs(files[start], details, path_of)
+        made = {(name.rstrip("/"), md5) for one in files.values() for name, md5 in one.items()}
+        for place, entry in entries.items():
+            entry.compare(package.recipe, made, is_later=place in after)
+            for name, md5 in files[place].items():
+                recorded = details.files.get(name)
+                if recorded and sha256_file(path_of(md5)) != recorded.sha256:
+                    entry.doubt = f"its {name} is not the one that the run recorded"
+        return list(entries.values())
+
+    def _check_outputs(self, own: dict[str, str], details: Details, path_of: PathOf) -> None:
+        """Compare the files of the run's own entry with those that the run recorded."""
+        for name in own:
+            # A log that lost lines is no output of the run.
+            if (
+                name not in details.files
+                and not name.endswith("/")
+                and LOGS not in Path(name).parents
+            ):
+                raise RegistryError(f"{name}: in DVC's entry, and the run recorded no such file")
         for name in details.outputs:
             if name not in details.files or name not in own:
                 raise RegistryError(
@@ -244,13 +296,13 @@ class DvcPart:
                     f"{name}: DVC object {own[name]} is not the file that the run recorded"
                 )
 
-    def install(self, path_of: PathOf, cache: DvcCache) -> None:
+    def install(self, path_of: PathOf, cache: DvcCache, left_out: Collection[str] = ()) -> None:
         """Copy what was checked into a cache: files, then folder listings, then entries."""
         for md5 in sorted(self.missing_from(cache), key=lambda md5: md5.endswith(DIR)):
             _place(cache.object_path(md5), path_of(md5))
             cache.object_path(md5).chmod(0o444)  # as DVC leaves its objects
         for path, text in self.entries.items():
-            if not (cache.runs / path).exists():
+            if path not in left_out and not (cache.runs / path).exists():
                 _place(cache.runs / path, text)
 
 
@@ -308,6 +360,144 @@ def _place(target: Path, data: Path | str) -> None:
     temporary.replace(target)
 
 
+# What a run-cache entry holds, beside the key of its run.
+
+
+@dataclass
+class CheckedEntry:
+    """An entry of DVC's form."""
+
+    path: str
+    cmd: str
+    deps: dict[str, str]
+    """md5 by path."""
+    params: dict[Any, Any]
+    """Nested values by file."""
+    outs: dict[str, str]
+    """md5 by path."""
+    code: dict[str, str] = field(default_factory=dict)
+    """The inputs that only the run's snapshot can confirm."""
+    doubt: str = ""
+    """What can be neither confirmed nor contradicted; such an entry is left out."""
+
+    def compare(self, recipe: Recipe, made: Set[tuple[str, str]], *, is_later: bool) -> None:
+        """Compare it with the key of its run, and set `code` and `doubt`.
+
+        `made` holds path and md5 of all outputs of the run's entries. What reads the run's outputs
+        (`is_later`) may have a command and parameters that the key does not hold.
+
+        Raises:
+            RegistryError: it is of another command, parameter or data than the key.
+        """
+
+        def contradict(what: str) -> None:
+            if not is_later:
+                where = f"DVC entry {self.path[:24]} of `{self.cmd[:60]}`"
+                raise RegistryError(f"{where}: {what}; refused")
+            self.doubt = what
+
+        if not is_later and self.cmd not in recipe.cmd.values():
+            contradict("not a command of the run's key")
+        values = dict(_leaves(self.params.get(str(PARAMS)) or {}))
+        for name in values.keys() & recipe.preimages["params"].keys():
+            given, keyed = values[name], recipe.preimages["params"][name]
+            if name in FILE_PARAMS and str(keyed).startswith("sha256:"):
+                self.doubt = f"its {name} names a file"
+            elif given != keyed or isinstance(given, bool) != isinstance(keyed, bool):
+                contradict(f"{name} = {given!r:.60}, and the run's key has {keyed!r:.60}")
+        if self.params.keys() - {str(PARAMS)}:
+            self.doubt = f"it reads parameters from other files than {PARAMS}"
+        if not is_later:
+            self.doubt = self.doubt or _other_params(values, recipe)
+        where_data = str(values.get(DATA_PATH, "data")).rstrip("/")
+        for path, md5 in self.deps.items():
+            stated = str(recipe.preimages["data"].get("data" if path == where_data else path))
+            if stated.startswith("md5:") and stated != f"md5:{md5}":
+                contradict(f"reads other data, {path}, than the run's key")
+            if (path, md5) not in made and stated != f"md5:{md5}":
+                self.code[path] = md5
+
+
+def _leaves(tree: Mapping[Any, Any], start: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted name and value of what nested parameters hold."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{start}{name}.")
+        else:
+            yield f"{start}{name}", value
+
+
+def _other_params(values: Mapping[str, Any], recipe: Recipe) -> str:
+    """Say which of an entry's parameters the key holds under no name, or not so; empty if none."""
+    keyed = recipe.preimages["params"]
+    free = {name for name in values if name == DATA_PATH or name.startswith("runtime.")}
+    for name in sorted(values.keys() - keyed.keys() - free):
+        # A shorthand, such as data.checks.level, stands in keys as what it means.
+        section = f"{name.rpartition('.')[0]}."
+        try:
+            meant = override(parse_params({"lr": 1.0, "seed": 0}), values).flat()
+        except ParamsError:
+            meant = {}
+        within = {n: value for n, value in keyed.items() if n.startswith(section)}
+        if not within or any(meant.get(n) != value for n, value in within.items()):
+            return f"its {name} is no parameter of the key"
+    return ""
+
+
+def confirm(entries: Iterable[CheckedEntry], package: Package, root: Path) -> list[str]:
+    """Compare the code that entries read with the run's snapshot, which is in git at `root`.
+
+    Returns:
+        The paths of the entries to leave out; a warning says why.
+    """
+    waiting = [entry for entry in entries if entry.code]
+    if oid := package.details.snapshot:
+        code = package.recipe.preimages["code"]
+        wrong = changed_files(root, oid, code) if code.get("files") else {}
+        found = _md5s_in(root, oid, {path for entry in waiting for path in entry.code})
+    left_out = []
+    for entry in entries:
+        if entry.code and not entry.doubt:
+            other = [path for path, md5 in entry.code.items() if not oid or found.get(path) != md5]
+            if not oid:
+                entry.doubt = "the run has no snapshot of the code that it read"
+            elif wrong:
+                path, how = next(iter(wrong.items()))
+                entry.doubt = f"the snapshot is not the key's: {path} {how}"
+            elif other:
+                entry.doubt = f"its {other[0]} is not as in the run's snapshot"
+        if entry.doubt:
+            left_out.append(entry.path)
+            logger.warning(
+                f"DVC's entry of `{entry.cmd}` is left out: {entry.doubt}; `dvc repro` runs that"
+                " stage, and `train` takes the run by its key"
+            )
+    return left_out
+
+
+def _md5s_in(root: Path, oid: str, paths: Iterable[str]) -> dict[str, str]:
+    """Return the md5 that DVC would give each of the paths in a checkout of a commit."""
+    listed = git(root, "ls-tree", "-r", "-z", "--name-only", oid).split("\0")
+    inside = {
+        path: [name for name in listed if name == path or name.startswith(f"{path}/")]
+        for path in paths
+    }
+    found = {}
+    with checked_out(root, oid, {name for names in inside.values() for name in names}) as folder:
+        for path, names in inside.items():
+            if names == [path]:
+                found[path] = md5_file(folder / path)
+            elif names:
+                files = [
+                    {"md5": md5_file(folder / name), "relpath": name.removeprefix(f"{path}/")}
+                    for name in names
+                ]
+                files.sort(key=itemgetter("relpath"))
+                text = json.dumps(files, sort_keys=True)
+                found[path] = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest() + DIR
+    return found
+
+
 # The form of a run-cache entry.
 
 
@@ -334,8 +524,8 @@ class _Entry(TypedDict):
     outs: Annotated[list[_Item], Field(min_length=1)]
 
 
-def _check_entry(path: str, text: str) -> dict[str, str]:
-    """md5 by path of an entry's outputs; its name must be the hash of its content."""
+def _check_entry(path: str, text: str) -> CheckedEntry:
+    """Parse an entry, whose name must be the hash of its content."""
     where = f"DVC entry {path[:24]}"
     match = _ENTRY_PATH.fullmatch(path)
     if not match:
@@ -353,11 +543,13 @@ def _check_entry(path: str, text: str) -> dict[str, str]:
     # ruamel raises ValueError and others for odd scalars; json for values that DVC does not write.
     except (YAMLError, ValueError, TypeError, RecursionError):
         raise RegistryError(f"{where}: not YAML as DVC writes it; refused") from None
-    for item in entry["deps"]:
-        safe_path(item["path"], where)
     if (match[2], match[3]) != hashes:
         raise RegistryError(f"{where}: its contents do not hash to its name; refused")
-    return {safe_path(item["path"], where): item["md5"] for item in entry["outs"]}
+    deps, outs = (
+        {safe_path(item["path"], where): item["md5"] for item in entry[kind]}
+        for kind in ("deps", "outs")
+    )
+    return CheckedEntry(path, entry["cmd"], deps, entry.get("params", {}), outs)
 
 
 def _dvc_hash(tree: Mapping[str, Any]) -> str:

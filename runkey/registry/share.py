@@ -35,10 +35,10 @@ from runkey.registry.package import (
     RUN,
     DvcPart,
     Package,
-    PathOf,
     Runs,
     check,
     collect,
+    confirm,
     object_path,
     read_run,
     staging,
@@ -111,14 +111,14 @@ def export_run(record: Record, here: Checkout, target: Path, *, with_data: bool 
     part = collect(cache, details.pointer_md5, record.label, with_data=with_data)
     with staging(here.home, "export") as folder, progress("export", 3, "parts") as steps:
         steps.advance(0, "run from MLflow")
-        read_run(here.runs, record, folder, record.label)
+        package = read_run(here.runs, record, folder, record.label)
         steps.advance(1, "objects of DVC")
         (folder / FILE).write_text(part.as_json(), encoding="utf-8")
         for md5 in each("copy objects", list(part.objects), "objects"):
             place = object_path(folder, md5)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(cache.object_path(md5), place)
-        part.check(partial(object_path, folder), details)
+        part.check(partial(object_path, folder), package)
         if details.snapshot:
             bundle_snapshot(here.root, record.key, details.snapshot, (folder / BUNDLE).resolve())
         steps.advance(1, target.name)
@@ -143,7 +143,7 @@ def import_run(file: Path, here: Checkout) -> Carried:
             if name not in expected and not name.startswith(f"{RUN}/"):
                 raise RegistryError(f"{file.name}: {name!r} belongs to no run; refused")
         path_of = partial(object_path, folder)
-        part.check(path_of, package.details)
+        entries = part.check(path_of, package)
         steps.advance(1, "put in place")
         if oid := package.details.snapshot:
             bundle = (folder / BUNDLE).resolve()
@@ -154,7 +154,8 @@ def import_run(file: Path, here: Checkout) -> Carried:
                 text = f"{here.root}: not a git repository; the snapshot has nowhere to go"
                 raise RegistryError(text)
             unbundle_snapshot(here.root, bundle, index.key, oid, bundle.parent / "git")
-        run_id, is_new = _put_in_place(package, part, path_of, here)
+        part.install(path_of, DvcCache(here.root), confirm(entries, package, here.root))
+        run_id, is_new = _put_in_place(package, here)
     return Carried(index.key, run_id, len(index.members), index.size, is_new)
 
 
@@ -241,12 +242,15 @@ def fetch(record: Record, here: Checkout, team: Team) -> Handed:
         def path_of(md5: str) -> Path:
             return object_path(folder, md5) if md5 in wanted else cache.object_path(md5)
 
-        part.check(path_of, package.details)
+        entries = part.check(path_of, package)
         steps.advance(1, "snapshot from git")
         if oid := package.details.snapshot:
             fetch_snapshot(here.root, team.git, record.key, oid, team.git)
         done = _handed(record, part, team)
-        done.run_id, is_new = _put_in_place(package, part, path_of, here)
+        left_out = confirm(entries, package, here.root)
+        part.install(path_of, DvcCache(here.root), left_out)
+        done.entries -= len(left_out)
+        done.run_id, is_new = _put_in_place(package, here)
     done.state, done.new_objects = "new" if is_new else "already there", len(wanted)
     return done
 
@@ -274,11 +278,8 @@ def _whole(record: Record) -> Details:
     )
 
 
-def _put_in_place(
-    package: Package, part: DvcPart, path_of: PathOf, here: Checkout
-) -> tuple[str, bool]:
-    """Write DVC's cache, then the MLflow run; return its id, and True if it is new."""
-    part.install(path_of, DvcCache(here.root))
+def _put_in_place(package: Package, here: Checkout) -> tuple[str, bool]:
+    """Write the MLflow run, unless it is there; return its id, and True if it is new."""
     if known := _copy_of(_finished(here.library, package.key), package.origin):
         return known.run.run_id, False
     return here.runs.write(package.run).run_id, True

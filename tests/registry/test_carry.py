@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from runkey.registry.share import Carried, Checkout, export_run, import_run
 from runkey.registry.snapshot import has_snapshot
 from runkey.tracking.store import Store, open_client
 from runkey.tracking.transfer import StoreRuns
-from tests.support.run_package import Ready, add_entry, add_object, entry_text
+from tests.support.run_package import CODE_MD5, Ready, add_entry, add_object, entry_text
 
 
 def checkout(store: Store, runs: StoreRuns | None = None) -> Checkout:
@@ -113,12 +114,15 @@ def test_each_evaluation_of_a_run_is_handed_on(ready: Ready, archive: Path, stor
     take(archive, store)
     for content in (b"first", b"second"):
         md5 = add_object(root, content)
-        deps = {"run.json": ready.pointer_md5, f"{content!r}.py": "1" * 32}
-        add_entry(root, *entry_text(deps, {"metrics.json": md5}))
+        deps = {"run.json": ready.pointer_md5, "stages/train.py": CODE_MD5}
+        params = {"params.yaml": {"evaluate.threshold": len(content)}}
+        add_entry(root, *entry_text(deps, {"metrics.json": md5}, params=params))
     (record,) = LocalLibrary(store.home).matching(ready.key)
     done = export_run(record, checkout(store), archive.with_name("more.zip"))
     assert len(collect(DvcCache(root), ready.pointer_md5, "rk2-test").entries) == 3
+    shutil.rmtree(DvcCache(root).runs)
     assert done.files == take(archive.with_name("more.zip"), store).files
+    assert len(collect(DvcCache(root), ready.pointer_md5, "rk2-test").entries) == 3
 
 
 def test_a_failed_run_is_not_handed_on(ready: Ready, archive: Path, store: Store) -> None:

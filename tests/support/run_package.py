@@ -20,6 +20,7 @@ from dvc.utils import dict_sha256
 from ruamel.yaml import YAML
 
 from runkey.hashing import sha256_bytes
+from runkey.identity.code import RULE, hash_code
 from runkey.identity.key import Recipe
 from runkey.identity.record import ARTIFACTS, CONTENT, DETAILS, Details, StoredFile
 from runkey.registry.archive import pack
@@ -28,11 +29,24 @@ from runkey.registry.package import BUNDLE, FILE, RUN, collect, object_path
 from runkey.registry.snapshot import bundle_snapshot, ref_of
 from runkey.tracking.store import Store
 
+CODE = b"print('training')\n"
+"""stages/train.py."""
+CODE_MD5 = hashlib.md5(CODE).hexdigest()
+DATA = "0" * 32 + ".dir"
+_FILES = {"stages/train.py": hash_code("stages/train.py", CODE, RULE)}
 RECIPE = Recipe(
     "train",
-    {"train": "python -m stages.train"},
-    {"code": {}, "params": {"lr": 0.1}, "data": {"data": "0" * 32}, "environment": []},
+    {"prepare": "python -m stages.prepare", "train": "python -m stages.train"},
+    {
+        "code": {"rule": RULE, "files": _FILES, "excluded": []},
+        "params": {"lr": 0.1, "model.init_from": None},
+        "data": {"data": f"md5:{DATA}"},
+        "environment": [],
+    },
 )
+DEPS = {"data": DATA, "stages/train.py": CODE_MD5}
+LR = {"params.yaml": {"lr": 0.1, "data.path": "data", "model": {"init_from": None}}}
+MANIFEST = {"key": RECIPE.key, "parts": RECIPE.parts, "run_id": "1"}
 
 
 @dataclass
@@ -73,6 +87,7 @@ def new_checkout(root: Path) -> Path:
     (root / ".dvc").mkdir(parents=True)
     (root / ".dvc" / "config").write_text("[core]\n    analytics = false\n")
     (root / "stages").mkdir()
+    (root / "stages" / "train.py").write_bytes(CODE)
     (root / "params.yaml").write_text("lr: 0.1\n")
     git(root, "init", "-q")
     git(root, "add", "-A")
@@ -122,15 +137,12 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
     files = {
         "model/weights.safetensors": weights(),
         "model/key.json": json.dumps(RECIPE.as_dict()).encode(),
-        "run.json": b'{"run_id": "1"}',
+        "run.json": json.dumps(MANIFEST).encode(),
     }
     model = {path.removeprefix("model/"): files[path] for path in files if "model/" in path}
     pointer = add_object(root, files["run.json"])
     outs = {"model": add_folder(root, model), "run.json": pointer}
-    add_entry(
-        root,
-        *entry_text({"stages/train.py": "1" * 32}, outs, params={"params.yaml": {"lr": 1e-05}}),
-    )
+    add_entry(root, *entry_text(DEPS, outs, params=LR))
     oid = git(root, "rev-parse", "HEAD")
     git(root, "update-ref", ref_of(RECIPE.key, oid), oid)
     folder = root.parent / "package"
