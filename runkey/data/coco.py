@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -20,7 +20,7 @@ from runkey.data.report import Findings, escaped
 from runkey.errors import DataError
 
 # Where a JSON may be, as glob patterns below the data folder.
-_INSTANCES = ("annotations/instances_*.json", "*/annotations/instances_*.json")  # COCO, CVAT
+_INSTANCES = ("annotations/instances*.json", "*/annotations/instances*.json")  # COCO, CVAT
 _SHALLOW = ("annotations/*.json", "*.json")  # labelme2coco, Label Studio, FiftyOne, VIA
 _DEEP = ("*/*.json", "*/annotations/*.json")  # Roboflow, FiftyOne by split, Supervisely
 # Where its images may be: below the folder of the JSON or of its `annotations`, or the data folder,
@@ -110,7 +110,8 @@ def find_sources(data: Path, shown: str) -> list[Source]:
         raise DataError(
             f"{shown}: no such folder; run `dvc pull data.dvc` or set data.path in params.yaml"
         )
-    if pair := _pair(data, shown, _jsons(data, _INSTANCES), one_each=False):
+    instances = _jsons(data, _INSTANCES)
+    if pair := _pair(data, shown, instances, one_each=False):
         return pair
     shallow = _jsons(data, _SHALLOW)
     deep = [path for path in _jsons(data, _DEEP) if path not in shallow]
@@ -120,6 +121,9 @@ def find_sources(data: Path, shown: str) -> list[Source]:
         candidates = shallow + deep
     elif pair := upper or lower:
         return pair
+    elif len(instances) == 1 and {path.parent for path in candidates} == {instances[0].parent}:
+        rest = [path for path in candidates if path != instances[0]]  # of other tasks
+        return [_source("data", data, shown, instances[0], _not_used(data, rest))]
     elif len(candidates) == 1:
         return [_source("data", data, shown, candidates[0])]
     if not candidates:
@@ -160,10 +164,13 @@ def _pair(data: Path, shown: str, paths: list[Path], *, one_each: bool) -> list[
     notes = []
     if not of_split["val"]:
         notes.append(f"{_names(data, val)} is used as val, as there is no JSON of val")
-    if rest := [path for path in paths if path not in (*train, *val)]:
-        notes.append(f"not used: {_names(data, rest)}")
+    notes += _not_used(data, [path for path in paths if path not in (*train, *val)])
     first = _source("train", data, shown, train[0], notes)
     return [first, _source("val", data, shown, val[0])]
+
+
+def _not_used(data: Path, paths: list[Path]) -> list[str]:
+    return [f"not used: {_names(data, paths)}"] if paths else []
 
 
 def split_in(path: Path) -> str | None:
@@ -179,7 +186,7 @@ def _source(
     data: Path,
     shown: str,
     path: Path,
-    notes: list[str] | None = None,
+    notes: Sequence[str] = (),
 ) -> Source:
     beside = path.parent
     base = beside.parent if beside.name.lower() == "annotations" else beside
@@ -192,7 +199,7 @@ def _source(
     folders = dict.fromkeys(folder.relative_to(data).as_posix() for folder in (*tried, beside))
     inside = tuple("" if folder == "." else folder for folder in folders)
     shown_json = f"{shown}/{_names(data, [path])}"
-    return Source(split, data, path, shown, shown_json, inside, tuple(notes or ()))
+    return Source(split, data, path, shown, shown_json, inside, tuple(notes))
 
 
 def _image_folders(base: Path, names: list[str]) -> Iterator[Path]:

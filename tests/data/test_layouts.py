@@ -344,6 +344,20 @@ def test_control_characters_in_names_are_refused(folder, character):
         folder.run()
 
 
+@pytest.mark.parametrize("place", ["annotations", "ds0/annotations"])
+def test_instances_are_taken_before_other_tasks_beside_them(folder, place):
+    """Datumaro's `coco` and Supervisely with captions; a JSON elsewhere may be the data set."""
+    one_json(folder, f"{place}/instances.json", f"{place}/../images")
+    others = f"{place}/captions.json, {place}/stuff_default.json"
+    for name in others.split(", "):
+        (folder.data / name).write_text("{}")
+
+    assert folder.prepare().notes == [f"not used: {others}"]
+    (folder.data / "coco.json").write_text("{}")
+    with pytest.raises(DataError, match=r"cannot tell which JSON|no object with|no list"):
+        folder.prepare()
+
+
 def test_copies_of_an_image_stay_on_one_side_of_a_split(folder):
     one_json(folder, "coco.json", "images")
     for number in range(2, 11):
