@@ -29,7 +29,8 @@ from runkey.cli.output import AsJson
 from runkey.data.coco import is_hidden, split_in
 from runkey.data.report import escaped
 from runkey.errors import DataError, LockError, RunkeyError
-from runkey.progress import each
+from runkey.progress import each, say
+from runkey.units import counted
 
 _PICTURE = re.compile(r"\.(jpe?g|jpe|jfif|mpo|png|bmp|tiff?|webp|gif|p[pgn]m|jp2)", re.IGNORECASE)
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -58,9 +59,9 @@ def convert(
         raise DataError(f"{target}: is there already; name a new folder")
     labels = (_Yolo if kind == "yolo" else _Voc)(source, _globox())
     labels.read()
-    for line in [*labels.faults[:_SHOWN], f"... and {len(labels.faults) - _SHOWN} more"]:
-        if labels.faults[_SHOWN:] or line in labels.faults:
-            print(f"  {line}", file=sys.stderr)
+    if labels.faults:
+        more = [f"... and {len(labels.faults) - _SHOWN} more"] if labels.faults[_SHOWN:] else []
+        say(*(f"  {line}" for line in labels.faults[:_SHOWN] + more), stderr=True)
     if labels.faults and not drop:
         raise DataError(
             f"{source}: nothing is written; mend what is named above ({len(labels.faults)}), or "
@@ -72,21 +73,17 @@ def convert(
     notes = labels.notes()
     for name in ("images", "objects"):
         if lost := before[name] - sum(one[name] for one in after.values()):
-            notes.append(f"left out: {_counted(lost, name)}")
+            notes.append(f"left out: {counted(f'{lost:,}', _ONE[name])}")
     counts = {kind: before, **{f"COCO, {split}": one for split, one in after.items()}}
     width = max(map(len, counts))
     lines = [
-        f"{what:<{width}}  {', '.join(_counted(n, name) for name, n in one.items())}"
+        f"{what:<{width}}  {', '.join(counted(f'{n:,}', _ONE[name]) for name, n in one.items())}"
         for what, one in counts.items()
     ]
     lines += [f"note: {note}" for note in notes]
     lines.append(f"{target}/ is written: move it to data/, then `dvc add data`")
     answer = {"before": before, "after": after, "notes": notes, "faults": labels.faults}
     output.print_answer(answer, *lines, as_json=as_json)
-
-
-def _counted(number: int, name: str) -> str:
-    return f"{number:,} {_ONE[name] if number == 1 else name}"
 
 
 def _globox() -> Any:

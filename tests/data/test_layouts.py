@@ -354,7 +354,7 @@ def test_instances_are_taken_before_other_tasks_beside_them(folder, place):
 
     assert folder.prepare().notes == [f"not used: {others}"]
     (folder.data / "coco.json").write_text("{}")
-    with pytest.raises(DataError, match=r"cannot tell which JSON|no object with|no list"):
+    with pytest.raises(DataError, match=r"cannot tell which JSON|data/coco\.json: no list"):
         folder.prepare()
 
 
