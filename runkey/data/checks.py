@@ -8,15 +8,15 @@ Python's lock; the same pass shrinks the pixels for the cache and sums them for 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
+import posixpath
 import re
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,12 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runkey.data import decode
+from runkey.data import box_format, decode
+from runkey.data.box_format import is_finite
 from runkey.data.cache import Place, Scratch, cached_size, shrink
 from runkey.data.coco import Coco, CocoAnnotation, CocoImage
 from runkey.data.index import ImageRecord
+from runkey.data.pixel_range import FLAT_VARIANCE, WIDE_VALUES, PixelRange, is_flat
 from runkey.data.report import Findings
-from runkey.params import Data
+from runkey.params import Checks, Data
 from runkey.progress import progress
 from runkey.units import GIB
 
@@ -40,6 +42,20 @@ _BYTES_OF_METADATA = 1 << 26
 _ABSOLUTE = re.compile("/|[A-Za-z]:")
 # A box that overhangs the image by less is rounding, clipped without a finding.
 TOLERANCE_PIXELS = 1.0
+
+# Kinds of faults that cost an annotation, or part of its box, or an image.
+_BOX_FAULTS = {
+    *("malformed_annotation", "unknown_category", "unknown_image", "not_finite_box"),
+    *("negative_box", "empty_box", "outside_box", "overhanging_box"),
+}
+_IMAGE_FAULTS = {
+    *("malformed_image", "missing_image", "unsafe_path", "unreadable_image", "too_large_image"),
+    *("size_mismatch", "exif_rotation", "unusual_mode"),
+}
+_FEW = 3
+"""So few bad items are no sign of a wrong export, unless they are most."""
+_REDUCED, _MANY = 0.75, 10
+"""Of so many boxes that are to be scaled by so much or less, some would not fit the file before."""
 
 _Box = tuple[float, float, float, float]
 """xywh, pixels."""
@@ -86,6 +102,28 @@ class _Scan:
     sums: NDArray[np.int64]
     pixels: NDArray[np.uint8] | None
     """[h, w, 3], rotated and shrunk for the cache; None without a cache."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Of boxes, from the JSON's size to the file's."""
+    values: NDArray[np.int64] | None = None
+    """[65536]: pixels of each value, of a 16-bit grey image."""
+    is_wide: bool = False
+    """Grey of more than 8 bits, which `data.intensity_range` applies to."""
+    is_flat: bool = False
+    """Its 8-bit pixels use a small part of 0..255."""
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What is counted over a JSON."""
+
+    frames: list[tuple[CocoImage, tuple[float, float], float]] = field(default_factory=list)
+    """Of each accepted image: its size in the JSON's pixels, and the scale to the file's."""
+    large_areas: list[float] = field(default_factory=list)
+    """Areas that are larger than their box, as multiples of it."""
+    copies: dict[bytes, CheckedImage] = field(default_factory=dict)
+    """The first image of each file's digest."""
+    relabelled: int = 0
+    """Copies of an image with other objects than the first one has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +136,8 @@ class SourceChecks:
     """Class index of each category id."""
     findings: Findings
     scratch: Scratch
+    pixels: PixelRange
+    tally: _Tally = field(default_factory=_Tally)
 
     def accepted_images(self) -> Iterator[CheckedImage]:
         """Check the entries, then every file against the JSON, then its boxes against the image.
@@ -105,6 +145,7 @@ class SourceChecks:
         Yields the accepted images in order. Their pixels are in the scratch file, unless they
         would need more than `data.cache_gib`; only some are in memory at a time.
         """
+        start = len(self.findings.items)
         data, images = self.data, self._listed_images()
         # One JSON holds both splits; the limit applies to each.
         split = self.coco.source.split
@@ -114,6 +155,8 @@ class SourceChecks:
         for image, future in self._scan_images(images, cached=size <= data.cache_gib * GIB):
             with suppress(_LeftOut):
                 yield self._accept(image, future)
+        self._check_fractions(start)
+        self._check_scaling()
 
     def _mend(self, kind: str, what: str, image_id: int, file: str = "", **more: Any) -> None:
         """Record a fault; raise `_LeftOut` unless its policy is `fix`."""
@@ -143,7 +186,7 @@ class SourceChecks:
                     self._leave_out("duplicate_image", what, image.id, dropped=kept)
                 images[image.id] = files[image.file] = image
         self._assign_annotations(images)
-        self._check_units(images.values())
+        self._check_together(list(images.values()))
         return list(images.values())
 
     def _locate(self, image: CocoImage) -> str:
@@ -153,7 +196,7 @@ class SourceChecks:
         if absolute or ".." in image.name.split("/"):
             fault = "is an absolute path" if absolute else "has `..` in it"
             self._leave_out("unsafe_path", f"{image.item}: its name {fault}", image.id)
-        file = source.find(image.name)
+        file = source.find(posixpath.normpath(image.name))
         if file is None:
             looked = ", ".join(source.show(folder) for folder in source.folders)
             self._leave_out("missing_image", f"{image.item} not found in {looked}", image.id)
@@ -190,19 +233,144 @@ class SourceChecks:
                 seen.add(annotation.id)
                 image.annotations.append(annotation)
 
-    def _check_units(self, images: Iterable[CocoImage]) -> None:
-        """Refuse boxes in fractions of the image's size, as in YOLO's files.
+    def _check_together(self, images: list[CocoImage]) -> None:
+        """Check what all boxes of the JSON tell together: their unit, their areas, copies."""
+        rows = [
+            (a, number, (image.width, image.height))
+            for number, image in enumerate(images)
+            for a in image.annotations
+            if all(map(is_finite, a.bbox)) and min(a.bbox[2:]) > 0
+        ]
+        if not rows:
+            return
+        annotations, numbers, sizes = zip(*rows, strict=True)
+        boxes = np.array([a.bbox for a in annotations], dtype=np.float64)
+        of_image = np.array(numbers, dtype=np.int64)
+        self._check_units(boxes, np.array(sizes, dtype=np.float64), of_image)
+        areas = [a.area if is_finite(a.area) else 0 for a in annotations]
+        part = box_format.common_part(np.array(areas, dtype=np.float64), boxes)
+        if part is not None:
+            self.findings.notes.append(
+                f"{self.coco.source.shown_json}: every `area` is {part:.3g} of its box; were the "
+                "boxes scaled, and the areas not? They decide what counts as small, medium, large"
+            )
+        kinds = np.array([2 * self.labels[a.category_id] + a.crowd for a in annotations])
+        for later, first in box_format.doubled(boxes, of_image, kinds).items():
+            annotations[later].twin = annotations[first].id
 
-        One box within 0..1 may be a tiny object; if all are, no object is larger than a pixel.
+    def _check_units(
+        self, boxes: NDArray[np.float64], sizes: NDArray[np.float64], of_image: NDArray[np.int64]
+    ) -> None:
+        """Refuse boxes in fractions, percent or thousandths of the image's size."""
+        shown, way_out = self.coco.source.shown_json, "write [left, top, width, height] in pixels"
+        within = box_format.fractions_of_size(boxes)
+        count, total = int(within.sum()), len(boxes)
+        example = _show(boxes[int(within.argmax())].tolist())
+        lie = f"{count} of {total} boxes lie between 0 and 1, such as {example}"
+        if count == total:
+            lie = f"all {total} boxes lie between 0 and 1, such as {example}"
+        if self._too_many(count, total):
+            what = f"{lie}: parts of the image's size, as in YOLO's files"
+            self.findings.refuse(shown, what, way_out)
+            return
+        if count:
+            self.findings.notes.append(f"{shown}: {lie}: smaller than a pixel")
+        unit = box_format.whole_of_unit(boxes, sizes, of_image)
+        if unit and self.data.max_bad_fraction < 1:
+            name = {100: "percent", 1000: "thousandths"}[unit]
+            self.findings.refuse(
+                shown,
+                f"nearly all of {total} boxes lie between 0 and {unit}, in images of up to "
+                f"{sizes[:, 0].max():g}x{sizes[:, 1].max():g}: {name} of the image's size",
+                f"{way_out}, or set data.max_bad_fraction: 1 if they are",
+            )
+
+    def _too_many(self, count: int, total: int) -> bool:
+        """Return True if so many bad items are no accident but a wrong export."""
+        few = count < _FEW and 2 * count <= total
+        return count > self.data.max_bad_fraction * total and not few
+
+    def _check_fractions(self, start: int) -> None:
+        """Refuse a JSON whose boxes, or images, were left out or clipped by a large fraction.
+
+        `start`: number of findings that were there before its images were checked.
         """
-        boxes = [annotation.bbox for image in images for annotation in image.annotations]
-        sound = [box for box in boxes if all(map(_finite, box)) and min(box[2:]) > 0]
-        if sound and all(0 <= value <= 1 for box in sound for value in box):
+        name, limit = self.coco.source.shown_json, f"{self.data.max_bad_fraction:g}"
+        boxes: dict[tuple[int | None, Any], str] = {}
+        pictures: dict[int | None, str] = {}
+        for position, item in enumerate(self.findings.items):
+            if item.policy == "fail" or (position < start and item.file != name):
+                continue
+            if item.kind in _BOX_FAULTS:
+                boxes[item.image_id, item.annotation_id or item.what] = item.kind
+            elif item.kind in _IMAGE_FAULTS and item.policy == "drop":
+                pictures[item.image_id] = item.kind
+        images, annotations = self.coco.images, self.coco.annotations
+        malformed = Counter([*boxes.values(), *pictures.values()])
+        way_out = f"or raise data.max_bad_fraction (now {limit}) in params.yaml if that is right"
+        total = len(images) + malformed["malformed_image"]
+        if self._too_many(len(pictures), total):
+            self.findings.refuse(
+                name,
+                f"{len(pictures)} of {total} images are left out ({_kinds(pictures)})",
+                f"see {self.findings.report} and mend the files, {way_out}",
+            )
+        total = len(annotations) + malformed["malformed_annotation"]
+        if self._too_many(len(boxes), total):
+            cause = self._likely_cause()
+            self.findings.refuse(
+                name,
+                f"{len(boxes)} of {total} boxes are left out or changed ({_kinds(boxes)})"
+                + (f": {cause}" if cause else ""),
+                f"mend the export, {way_out}",
+            )
+        relabelled = self.tally.relabelled
+        if self._too_many(relabelled, len(images)):
+            self.findings.refuse(
+                name,
+                f"{relabelled} of {len(images)} images are copies of others with other objects",
+                f"list each image once, with all its objects, {way_out}",
+            )
+        large = self.tally.large_areas
+        if self._too_many(len(large), total):
+            self.findings.refuse(
+                name,
+                f"{len(large)} of {total} areas are larger than their box, {np.median(large):.3g} "
+                "times as large: the boxes were scaled, and the areas not",
+                f"mend the export, {way_out}",
+            )
+
+    def _likely_cause(self) -> str:
+        rows = [
+            (box, frame)
+            for image, frame, _ in self.tally.frames
+            for box in box_format.sound_boxes([a.bbox for a in image.annotations])
+        ]
+        boxes, frames = (
+            (
+                np.array(column, dtype=np.float64).reshape(len(rows), -1)
+                for column in zip(*rows, strict=True)
+            )
+            if rows
+            else (np.zeros((0, 4)),) * 2
+        )
+        return box_format.likely_cause(boxes, frames)
+
+    def _check_scaling(self) -> None:
+        """Refuse to scale boxes down that all fit the files as they are."""
+        boxes = 0
+        for image, frame, scale in self.tally.frames:
+            if scale <= _REDUCED:
+                sound = box_format.sound_boxes([a.bbox for a in image.annotations])
+                if not box_format.fits(sound, (frame[0] * scale, frame[1] * scale)):
+                    return
+                boxes += len(sound)
+        if boxes >= _MANY:
             self.findings.refuse(
                 self.coco.source.shown_json,
-                f"all {len(sound)} boxes lie between 0 and 1, such as {_show(sound[0])}: parts of "
-                "the image's size, as in YOLO's files",
-                "write [left, top, width, height] in pixels",
+                f"size_mismatch: fix would scale {boxes} boxes, which all fit their files as they "
+                "are: width and height in the JSON seem to be placeholders",
+                "write the sizes of the files",
             )
 
     def _scan_images(
@@ -240,19 +408,52 @@ class SourceChecks:
             self._leave_out(kind, f"{item} {what}", image.id, file)
         for kind, what, fixed in scan.faults:
             self._mend(kind, f"{item} {what}", image.id, file, fixed=fixed)
-        place = None if scan.pixels is None else self.scratch.append(scan.pixels)
         rows = []
         for annotation in image.annotations:
             with suppress(_LeftOut):
-                box, area = self._check_box(image, annotation, scan.frame)
+                if annotation.twin is not None:
+                    what = (
+                        f"{image.item}, annotation {annotation.id}: its class and box "
+                        f"{_show(annotation.bbox)} are those of annotation {annotation.twin}"
+                    )
+                    fault, kept = "duplicate_object", "left out, the first kept"
+                    number = annotation.id
+                    self._leave_out(fault, what, image.id, annotation_id=number, dropped=kept)
+                box, area = self._check_box(image, annotation, scan)
                 label = self.labels[annotation.category_id]
                 rows.append((box, label, area, annotation.crowd, annotation.id))
-        columns = zip(*rows, strict=True) if rows else ((),) * 5
-        record = ImageRecord(image.id, image.file, *scan.frame, *scan.rotation, *columns)
-        return CheckedImage(record, scan.digest, scan.sums, place)
+        boxes, labels, areas, crowd, ids = zip(*rows, strict=True) if rows else ((),) * 5
+        intensity_range = self.data.intensity_range if scan.is_wide else None
+        decoding = (*scan.frame, *scan.rotation)
+        columns = (boxes, labels, areas, crowd, ids)
+        record = ImageRecord(image.id, image.file, *decoding, *columns, intensity_range)
+        checked = CheckedImage(record, scan.digest, scan.sums, None)
+        self._check_copy(image, checked)
+        self._count(image, scan)
+        if scan.pixels is not None:
+            checked = replace(checked, place=self.scratch.append(scan.pixels))
+        return checked
+
+    def _count(self, image: CocoImage, scan: _Scan) -> None:
+        frame = (scan.frame[0] / scan.scale[0], scan.frame[1] / scan.scale[1])
+        self.tally.frames.append((image, frame, min(scan.scale)))
+        self.pixels.add(image.file, scan.values, scan.is_flat)
+
+    def _check_copy(self, image: CocoImage, checked: CheckedImage) -> None:
+        """Leave out a file with the bytes of an earlier one."""
+        first = self.tally.copies.setdefault(checked.digest, checked)
+        if first is not checked:
+            what = (
+                f"{image.item} has the same bytes as image {first.record.id} ({first.record.file})"
+            )
+            if _objects(first.record) != _objects(checked.record):
+                self.tally.relabelled += 1
+                what += ", and other boxes or classes"
+            kept = "left out, the first kept"
+            self._leave_out("copied_image", what, image.id, dropped=kept)
 
     def _check_box(
-        self, image: CocoImage, annotation: CocoAnnotation, frame: tuple[int, int]
+        self, image: CocoImage, annotation: CocoAnnotation, scan: _Scan
     ) -> tuple[_Box, float]:
         """The box and COCO's area in pixels of the file."""
 
@@ -260,47 +461,97 @@ class SourceChecks:
             what = f"{image.item}, annotation {annotation.id}: {what}"
             self._mend(kind, what, image.id, annotation_id=annotation.id, fixed=fixed)
 
-        # Not 1 if `size_mismatch` was fixed.
-        scale = (frame[0] / image.width, frame[1] / image.height)
-        box = _inside(_sound_box(annotation.bbox, scale, mend), frame, mend)
-        area = annotation.area
-        if area is not None and not (_finite(area) and area > 0):
+        scale = scan.scale
+        sound = _sound_box(annotation.bbox, scale, mend)
+        box, area = _inside(sound, scan.frame, mend), annotation.area
+        if area is not None and not (is_finite(area) and area > 0):
             mend("bad_area", f"area {_show(area)} is no positive number", "taken from the box")
             area = None
-        return box, box[2] * box[3] if area is None else float(area) * scale[0] * scale[1]
+        if area is None:
+            return box, box[2] * box[3]
+        of_box = (sound[2] + scale[0]) * (sound[3] + scale[1])  # a mask's last row counts or not
+        area = float(area) * scale[0] * scale[1]
+        if area > of_box:
+            self.tally.large_areas.append(area / (sound[2] * sound[3]))
+            what = f"area {_show(annotation.area)} is larger than the box {_show(annotation.bbox)}"
+            mend("bad_area", what, "taken from the box")
+            area = box[2] * box[3]
+        return box, area
 
 
 def _scan_image(path: Path, listed: CocoImage, data: Data, cached: bool) -> _Scan:
-    content, rgb, orientation, unusual_mode = _decode(path, data.max_megapixels)
-    stated = (listed.width, listed.height)
-    rotate, mirror = 0, False
-    if data.checks.exif_rotation == "fix":
-        rotate, mirror = decode.exif_rotation(orientation, rgb.size, stated)
-    frame = rgb.size[::-1] if rotate else rgb.size
-    faults = []
-    if orientation != 1:
-        what = f"is to be turned by EXIF (orientation {orientation})"
-        faults.append(("exif_rotation", what, _turned(rotate, mirror)))
-    if unusual_mode:
-        faults.append(("unusual_mode", f"is of mode {unusual_mode}", "converted to RGB"))
-    if frame != stated:
-        scales = f"{frame[0] / stated[0]:.6g} and {frame[1] / stated[1]:.6g}"
-        what = f"is {frame[0]}x{frame[1]}, but {stated[0]}x{stated[1]} in the JSON"
-        faults.append(("size_mismatch", what, f"boxes scaled by {scales}"))
+    content, rgb, orientation, mode, values = _decode(path, data)
+    frame, rotation, scale, faults = _orient(listed, rgb.size, orientation, data.checks)
+    if mode:
+        faults.insert(
+            int(orientation != 1), ("unusual_mode", f"is of mode {mode}", "converted to RGB")
+        )
     pixels = None
     if cached:
         small = shrink(rgb, data.short_sides, data.long_side)
-        pixels = decode.turn(np.asarray(small), rotate, mirror)
+        pixels = decode.turn(np.asarray(small), *rotation)
     counts = np.array(rgb.histogram(), dtype=np.int64).reshape(3, 256)
-    values = np.arange(256, dtype=np.int64)
-    sums = np.stack((counts @ values, counts @ values**2))
+    levels = np.arange(256, dtype=np.int64)
+    sums = np.stack((counts @ levels, counts @ levels**2))
     digest = hashlib.sha256(content).digest()
-    return _Scan(faults, frame, (rotate, mirror), digest, sums, pixels)
+    wide = values is not None
+    histogram = None
+    if values is not None and values.dtype.kind == "u":
+        histogram = np.bincount(values.ravel(), minlength=WIDE_VALUES)
+    total, squares = sums.sum(1).tolist()
+    size = 3 * rgb.width * rgb.height
+    flat = squares / size - (total / size) ** 2 < FLAT_VARIANCE and is_flat(counts.sum(0))
+    return _Scan(faults, frame, rotation, digest, sums, pixels, scale, histogram, wide, flat)
 
 
-def _decode(path: Path, max_megapixels: float) -> tuple[bytes, Image.Image, int, str]:
-    """The file's bytes, pixels as RGB, EXIF orientation, and mode if it is unusual."""
-    most_pixels = max_megapixels * 1e6
+def _orient(
+    listed: CocoImage, size: tuple[int, int], orientation: int, checks: Checks
+) -> tuple[tuple[int, int], tuple[int, bool], tuple[float, float], list[_Fault]]:
+    """Decide how to turn an image of the stored `size`, by EXIF, the JSON's size and the boxes.
+
+    Returns:
+        Size after rotation, rotation, scale of the boxes, and faults.
+    """
+    stated = (listed.width, listed.height)
+    faults: list[_Fault] = []
+    rotation, against = (0, False), False
+    boxes = []
+    if size != stated or orientation in decode.TURNED:
+        boxes = box_format.sound_boxes([a.bbox for a in listed.annotations])
+    if checks.exif_rotation == "fix":
+        against = orientation in decode.TURNED and box_format.contradicts(stated, boxes)
+        believed = stated[::-1] if against else stated
+        rotation = decode.exif_rotation(orientation, size, believed)
+    frame = size[::-1] if rotation[0] else size
+    if orientation != 1:
+        what = f"is to be turned by EXIF (orientation {orientation})"
+        faults.append(("exif_rotation", what, _turned(*rotation, "boxes" if against else "size")))
+    if against:
+        stated = stated[::-1]
+        what = (
+            f"is {listed.width}x{listed.height} in the JSON, but its boxes fit only "
+            f"{stated[0]}x{stated[1]}, as the image {'' if rotation[0] else 'not '}turned by EXIF"
+        )
+        faults.append(("size_mismatch", what, "width and height swapped, boxes kept"))
+    wrong = box_format.compare_sizes(frame, stated, boxes)
+    if wrong is None:
+        return frame, rotation, (1.0, 1.0), faults
+    faults.append(("size_mismatch", wrong.what, wrong.fixed))
+    return frame, rotation, wrong.scale, faults
+
+
+def _objects(record: ImageRecord) -> list[Any]:
+    return sorted(zip(record.boxes_xywh, record.labels, record.crowd, strict=True))
+
+
+def _kinds(kinds: Mapping[Any, str]) -> str:
+    """Format how many items have which fault: `outside_box 12, overhanging_box 4`."""
+    return ", ".join(f"{kind} {count}" for kind, count in Counter(kinds.values()).most_common())
+
+
+def _decode(path: Path, data: Data) -> tuple[bytes, Image.Image, int, str, NDArray[Any] | None]:
+    """The file's bytes, pixels as RGB, EXIF orientation, mode if unusual, values of wide grey."""
+    most_pixels = data.max_megapixels * 1e6
     try:
         size = path.stat().st_size
         if size > most_pixels * _BYTES_PER_PIXEL + _BYTES_OF_METADATA:
@@ -313,30 +564,38 @@ def _decode(path: Path, max_megapixels: float) -> tuple[bytes, Image.Image, int,
     try:
         with decode.open_image(content) as image:
             if image.width * image.height > most_pixels:
-                limit = f"more than data.max_megapixels: {max_megapixels:g}"
+                limit = f"more than data.max_megapixels: {data.max_megapixels:g}"
                 raise _FileError("too_large_image", f"is {image.width}x{image.height}, {limit}")
             fault = "is cut short or damaged"
             mode = image.mode if decode.is_unusual(image) else ""
             orientation = decode.exif_orientation(image)
-            return content, decode.to_rgb(image), orientation, mode
+            rgb, values = decode.to_rgb(image, data.intensity_range), decode.wide_values(image)
+            if values is not None:
+                mode += f", values {values.min():.6g} to {values.max():.6g}"
+            return content, rgb, orientation, mode, values
     except decode.UnknownRangeError as error:
-        raise _FileError("unreadable_image", f"has {error}") from None
+        what = f"has {error}, which data.intensity_range can name"
+        raise _FileError("unreadable_image", what) from None
     except (MemoryError, _FileError):
         raise
     except Exception:  # noqa: BLE001 - PIL raises almost any type on bad bytes
         raise _FileError("unreadable_image", fault) from None
 
 
-def _turned(rotate: int, mirror: bool) -> str:
+def _turned(rotate: int, mirror: bool, witness: str) -> str:
+    """Say what is done about EXIF; `witness`, its size or its boxes in the JSON, decides."""
+    says = {"size": "its size in the JSON says", "boxes": "its boxes fit"}[witness]
     if rotate or mirror:
         first = "mirrored and " if mirror else ""
-        return f"{first}turned clockwise by {rotate} degrees, as its size in the JSON says"
+        return f"{first}turned clockwise by {rotate} degrees, as {says}"
+    if witness == "boxes":
+        return f"not turned, as {says}"
     return "not turned, as its size in the JSON does not ask for it"
 
 
 def _sound_box(bbox: list[Any], scale: tuple[float, float], mend: Callable[..., None]) -> _Box:
     """The box in pixels of the file, with sides above 0."""
-    if not all(map(_finite, bbox)):
+    if not all(map(is_finite, bbox)):
         mend("not_finite_box", f"box {_show(bbox)} is not four finite numbers")
     left, top, width, height = map(float, bbox)
     if width < 0 or height < 0:
@@ -365,15 +624,6 @@ def _inside(box: _Box, frame: tuple[int, int], mend: Callable[..., None]) -> _Bo
         what = f"box {_show(box)} reaches over {size} by {overhang:.6g} pixels"
         mend("overhanging_box", what, "clipped")
     return x0, y0, x1 - x0, y1 - y0
-
-
-def _finite(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int larger than any float
-        return False
 
 
 def _show(value: Any) -> str:

@@ -243,6 +243,8 @@ class CocoAnnotation:
     area: Any
     """None if the JSON has none."""
     crowd: bool
+    twin: int | None = None
+    """Id of an earlier annotation of the same object; filled in by the checks."""
 
 
 @dataclass(slots=True)

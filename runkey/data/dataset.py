@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from runkey.data.augment import Augmentation, AugmentParams, augment_boxes, augment_image
 from runkey.data.cache import ImageCache
 from runkey.data.decode import decode_rgb
-from runkey.data.index import ImageRecord
+from runkey.data.index import ImageRecord, IntensityRange
 from runkey.errors import RunkeyError
 
 # Mean and standard deviation of ImageNet in 0..1; torchvision's weights were trained with them.
@@ -100,8 +100,8 @@ class ImageTable:
 
     ids: tuple[int, ...]
     files: tuple[str, ...]
-    rotations: tuple[tuple[int, bool], ...]
-    """(rotate, mirror) of each record."""
+    decoding: tuple[tuple[int, bool, IntensityRange | None], ...]
+    """(rotate, mirror, intensity_range) of each record."""
     sizes: tuple[tuple[int, int], ...]
     """Original (height, width), pixels."""
     starts: NDArray[np.int64]
@@ -123,7 +123,7 @@ def image_table(records: Sequence[ImageRecord]) -> ImageTable:
     return ImageTable(
         ids=tuple(r.id for r in records),
         files=tuple(r.file for r in records),
-        rotations=tuple((r.rotate, r.mirror) for r in records),
+        decoding=tuple((r.rotate, r.mirror, r.intensity_range) for r in records),
         sizes=tuple((r.height, r.width) for r in records),
         starts=np.cumsum([0, *counts], dtype=np.int64),
         boxes_xyxy=boxes_xyxy / frames.repeat(counts, axis=0),
@@ -205,7 +205,7 @@ class BatchMaker(Dataset["Batch | RunkeyError"]):
     def _image(self, index: int) -> Tensor:
         if self.cache is not None:
             return self.cache.image(index)
-        return decode_rgb(self.folder / self.table.files[index], *self.table.rotations[index])
+        return decode_rgb(self.folder / self.table.files[index], *self.table.decoding[index])
 
 
 def normalise(batch: Batch, *, channels_last: bool = False) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Decode image files to 8-bit RGB; checking, loading, drawing and inference all use this.
 
-Images of 32-bit integers or floats are refused, because their value range is unknown.
+Grey images of 16 bits or more are scaled by `data.intensity_range`; without it, 32-bit integers and
+floats are refused, because their value range is unknown.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import io
 import struct
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageChops
 from torch import Tensor
 
+from runkey.data.index import IntensityRange
 from runkey.errors import DataError
 
 # PIL's own limit warns at 89 and fails at 179 megapixels. `data.max_megapixels` replaces it; it is
@@ -28,6 +31,10 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
 # EXIF's orientations that show in the size -> (clockwise degrees, mirrored before rotating).
 TURNED = {5: (270, True), 6: (90, False), 7: (90, True), 8: (270, False)}
+
+
+_WIDE_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+"""PIL's modes of grey images of more than 8 bits."""
 
 
 class UnknownRangeError(ValueError):
@@ -72,23 +79,41 @@ def is_unusual(image: Image.Image) -> bool:
     return image.mode != "RGB" or "transparency" in image.info or any(";16" in m for m in raw_modes)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def wide_values(image: Image.Image) -> NDArray[Any] | None:
+    """Return the pixels [H, W] of a grey image of more than 8 bits; None for any other."""
+    return np.asarray(image) if image.mode in _WIDE_GREY else None
+
+
+def _scale(values: NDArray[Any], intensity_range: IntensityRange | None) -> NDArray[np.uint8]:
+    """Scale black..white (None: 0..65535) to 0..255; what lies outside is clipped, NaN is black."""
+    scaled: NDArray[Any]
+    if intensity_range is None:
+        scaled = (values.astype(np.uint32) * 255 + 32767) // 65535
+    else:
+        black, white = intensity_range
+        scaled = (values.astype(np.float64) - black) * (255 / (white - black))
+        scaled = np.nan_to_num(scaled.clip(0, 255)) + 0.5
+    return np.asarray(scaled, dtype=np.uint8)
+
+
+def to_rgb(image: Image.Image, intensity_range: IntensityRange | None = None) -> Image.Image:
     """Convert the first frame to 8-bit RGB.
 
-    Grey is repeated three times; 16-bit grey is scaled from 0..65535 to 0..255; transparent
-    pixels are blended with white; CMYK is read by Adobe's inverted convention only if the file
-    says so.
+    Grey is repeated three times; grey of more than 8 bits is scaled by `intensity_range`, (black,
+    white); transparent pixels are blended with white; CMYK is read by Adobe's inverted convention
+    only if the file says so.
 
     Raises:
-        UnknownRangeError: 32-bit integer or float pixels.
+        UnknownRangeError: 32-bit integer or float pixels without a range.
         OSError: the file is truncated (for damaged files PIL raises other types too).
     """
     image.load()
-    if image.mode in ("I", "F"):
-        raise UnknownRangeError(f"32-bit pixels (mode {image.mode}) of no known range")
-    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N"):
-        wide = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    values = wide_values(image)
+    if values is not None:
+        if image.mode in ("I", "F") and intensity_range is None:
+            shown = f"mode {image.mode}, values {values.min():.6g} to {values.max():.6g}"
+            raise UnknownRangeError(f"32-bit pixels ({shown}) of no known range")
+        return Image.fromarray(_scale(values, intensity_range)).convert("RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         # La and RGBa (premultiplied) cannot be converted to RGBA directly.
         kin = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
@@ -108,8 +133,10 @@ def turn(pixels: NDArray[np.uint8], rotate: int, mirror: bool) -> NDArray[np.uin
     return np.ascontiguousarray(np.rot90(pixels, k=-(rotate // 90)))
 
 
-def decode_rgb(path: Path, rotate: int, mirror: bool) -> Tensor:
-    """Decode an image that `prepare` has accepted, and turn it as its record says.
+def decode_rgb(
+    path: Path, rotate: int, mirror: bool, intensity_range: IntensityRange | None = None
+) -> Tensor:
+    """Decode an image that `prepare` has accepted, and turn and scale it as its record says.
 
     Returns uint8 [3, H, W] RGB, channels last in memory (resizing is faster so); may be modified.
 
@@ -119,7 +146,7 @@ def decode_rgb(path: Path, rotate: int, mirror: bool) -> Tensor:
     try:
         content = path.read_bytes()
         with open_image(content) as image:
-            pixels = np.array(to_rgb(image))
+            pixels = np.array(to_rgb(image, intensity_range))
     # PIL's decoders raise almost any type (struct.error, SyntaxError, IndexError) on bad bytes.
     except Exception as error:
         reason = "not found" if isinstance(error, FileNotFoundError) else f"unreadable ({error})"

@@ -19,6 +19,8 @@ from runkey.errors import DataError
 from runkey.hashing import sha256_json
 
 SplitName = Literal["train", "val"]
+IntensityRange = tuple[float, float]
+"""Values of a grey image of more than 8 bits that become black and white."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,17 @@ class ImageRecord:
     crowd: tuple[bool, ...]
     """True for crowd regions: not trained on, and ignored by the evaluation as in COCO."""
     annotation_ids: tuple[int, ...]
+    intensity_range: IntensityRange | None = None
+    """What decoding scales to 0..255; None: the whole range of the file's type. In the index only
+    if there is one."""
 
     def objects(self) -> list[tuple[tuple[float, float, float, float], int, float]]:
         """Return (box_xywh, label, area) of each annotation that is no crowd region."""
         rows = zip(self.boxes_xywh, self.labels, self.areas, self.crowd, strict=True)
         return [(box, label, area) for box, label, area, crowd in rows if not crowd]
+
+
+_TUPLES = {"boxes_xywh", "labels", "areas", "crowd", "annotation_ids", "intensity_range"}
 
 
 def write_classes(path: Path, classes: list[ClassName]) -> None:
@@ -73,7 +81,8 @@ def read_classes(path: Path) -> list[ClassName]:
 
 def write_index(path: Path, records: list[ImageRecord]) -> None:
     """Write a split's index, one image a line."""
-    lines = ",\n".join(json.dumps(asdict(r), ensure_ascii=False) for r in records)
+    rows = ({n: v for n, v in asdict(record).items() if v is not None} for record in records)
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     path.write_text(f'{{"images": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
@@ -82,7 +91,7 @@ def read_index(path: Path) -> list[ImageRecord]:
     entries: list[dict[str, Any]] = json.loads(_read(path))["images"]
     for entry in entries:
         entry["boxes_xywh"] = map(tuple, entry["boxes_xywh"])
-        for name in ("boxes_xywh", "labels", "areas", "crowd", "annotation_ids"):
+        for name in _TUPLES & entry.keys():
             entry[name] = tuple(entry[name])
     return [ImageRecord(**entry) for entry in entries]
 

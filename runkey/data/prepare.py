@@ -31,6 +31,7 @@ from runkey.data.index import (
     write_image_list,
     write_index,
 )
+from runkey.data.pixel_range import PixelRange
 from runkey.data.report import Findings
 from runkey.errors import DataError
 from runkey.params import Data
@@ -48,6 +49,10 @@ _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _MOST_SIZES = 20
 _SIZE_BOUNDS = (32**2, 96**2)
 """COCO's bounds between small, medium and large, square pixels."""
+
+_CROWD_WAY_OUT = "write iscrowd: 0 for single objects (CVAT exports masks with 1)"
+_MANY_CROWDS = 0.05
+"""Fraction of the annotations; COCO has 0.012."""
 
 Splits = dict[SplitName, list[CheckedImage]]
 
@@ -94,9 +99,9 @@ class _Preparation:
         if any(item.kind == "structure" for item in self.findings.items):
             self.findings.stop_if_failed()  # other checks need the classes
         labels = {entry.id: entry.index for entry in classes}
-        parts = []
+        parts, pixels = [], PixelRange()
         for coco in read:
-            checks = SourceChecks(coco, self.data, labels, self.findings, self.scratch)
+            checks = SourceChecks(coco, self.data, labels, self.findings, self.scratch, pixels)
             parts.append(list(checks.accepted_images()))
         if len(parts) == 2:
             parts[0] = self._without_leaks(parts, sources)
@@ -110,9 +115,19 @@ class _Preparation:
             if not images:
                 raise DataError(f"{source.shown_json}: no image is left for {split}; {way}")
             if not any(image.classes for image in images):
-                raise DataError(f"{source.shown_json}: no image for {split} has an object; {way}")
+                crowd = sum(len(image.record.crowd) for image in images)
+                what = f"all {crowd} annotations for {split} are crowd regions" if crowd else ""
+                raise DataError(
+                    f"{source.shown_json}: "
+                    + (
+                        f"{what}, which are not learnt; {_CROWD_WAY_OUT}"
+                        if crowd
+                        else f"no image for {split} has an object; {way}"
+                    )
+                )
         self._write(splits, classes)
         self.findings.notes += _notes(splits, classes, num_queries)
+        self.findings.notes += pixels.notes(self.data.intensity_range)
         for line in self.findings.lines():
             logger.info(line)
 
@@ -143,24 +158,17 @@ class _Preparation:
     def _split(
         self, images: list[CheckedImage], source: Source, seed: int
     ) -> list[list[CheckedImage]]:
-        """Split a data set with one JSON. Copies of an image stay in the same split."""
-        twins: dict[bytes, list[CheckedImage]] = {}
-        for image in images:
-            twins.setdefault(image.digest, []).append(image)
-        if len(twins) < 2:
+        """Split a data set with one JSON; the checks have left out copies of an image."""
+        if len(images) < 2:
             raise DataError(
-                f"{source.shown_json}: train and val need an image each, but only {len(twins)} "
+                f"{source.shown_json}: train and val need an image each, but only {len(images)} "
                 f"(not counting copies) passed the checks; add images or see {self.findings.report}"
             )
-        groups = {min(image.record.id for image in group): group for group in twins.values()}
-        classes_of = {
-            first: frozenset().union(*(image.classes for image in group))
-            for first, group in groups.items()
-        }
+        classes_of = {image.record.id: image.classes for image in images}
         held = choose_val(classes_of, self.data.val_fraction, seed)
         parts: list[list[CheckedImage]] = [[], []]
-        for first, group in groups.items():
-            parts[first in held] += group
+        for image in images:
+            parts[image.record.id in held].append(image)
         return parts
 
     def _write(self, splits: Splits, classes: list[ClassName]) -> None:
@@ -203,6 +211,7 @@ def _notes(splits: Splits, classes: list[ClassName], num_queries: int) -> Iterat
             names = ", ".join(absent[:_LISTED_NAMES])
             rest = f" and {len(absent) - _LISTED_NAMES} more" if len(absent) > _LISTED_NAMES else ""
             yield f"{split} has no object of {counted(len(absent), 'class')}: {names}{rest}"
+        yield from _crowd_notes(split, images, classes)
         counts = [len(image.record.objects()) for image in images]
         most, crowded = max(counts), sum(count > num_queries for count in counts)
         if crowded:
@@ -212,6 +221,27 @@ def _notes(splits: Splits, classes: list[ClassName], num_queries: int) -> Iterat
                 f"{counted(crowded, 'image')}, at most {most} in image {record.id} "
                 f"({record.file}); the rest cannot be found"
             )
+
+
+def _crowd_notes(
+    split: SplitName, images: list[CheckedImage], classes: list[ClassName]
+) -> Iterator[str]:
+    """Note crowd regions if they are more than a few of all annotations, or most of a class."""
+    every: Counter[int] = Counter()
+    crowds: Counter[int] = Counter()
+    for record in (image.record for image in images):
+        every.update(record.labels)
+        crowds.update(
+            label for label, crowd in zip(record.labels, record.crowd, strict=True) if crowd
+        )
+    count, total = crowds.total(), every.total()
+    mostly = [c for c in classes if 2 * crowds[c.index] > every[c.index]]
+    if count > _MANY_CROWDS * total or mostly:
+        named = ", ".join(entry.name for entry in mostly[:_LISTED_NAMES])
+        yield (
+            f"{split}: {count} of {total} annotations are crowd regions (iscrowd: 1)"
+            f"{f', mostly {named}' if named else ''}: neither learnt nor judged; {_CROWD_WAY_OUT}"
+        )
 
 
 def _describe(images: list[CheckedImage], classes: list[ClassName]) -> dict[str, Any]:

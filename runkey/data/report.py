@@ -87,7 +87,7 @@ class Findings:
 
         `kind` is the name of its check, `file` the JSON or the image, `what` the item and its
         fault; `fixed` and `dropped` say what these policies do, `way_out` what the user can do
-        in place of choosing one.
+        in place of choosing one. A fault without `fixed` has no fix: that policy is `fail` for it.
 
         Returns:
             True if the item stays, repaired. False under `drop`, and under `fail` too: checking
@@ -95,6 +95,9 @@ class Findings:
         """
         policy: str = getattr(self.checks, kind)
         options = get_args(Checks.model_fields[kind].annotation)
+        if not fixed:
+            policy = "fail" if policy == "fix" else policy
+            options = tuple(option for option in options if option != "fix")
         ways = " or ".join(option for option in options if option != "fail")
         way_out = way_out or f"set data.checks.{kind}: {ways} in params.yaml or mend the file"
         done = {"fix": fixed, "drop": dropped}.get(policy) or way_out

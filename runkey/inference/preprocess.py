@@ -27,11 +27,11 @@ def preprocess(content: bytes, sizes: Sizes, image_id: int = 0) -> Batch:
 
     Raises:
         OSError: not an image, or truncated (for damaged files PIL raises other types too).
-        UnknownRangeError: 32-bit pixels.
+        UnknownRangeError: 32-bit pixels, and the model was trained without an intensity range.
     """
     with open_image(content) as opened:
         orientation = exif_orientation(opened)
-        image = to_rgb(opened)
+        image = to_rgb(opened, sizes.intensity_range)
     rotate, mirror = exif_rotation(orientation, image.size, image.size[::-1])
     width, height = image.size[::-1] if rotate else image.size
     if sizes.cached:

@@ -76,8 +76,9 @@ class Checks(Section):
     too_large_image: Literal["drop", "fail"] = "fail"
     """Image with more pixels than data.max_megapixels (decompression bomb)."""
     size_mismatch: Literal["fix", "drop", "fail"] = "fail"
-    """Width and height in the JSON differ from the file's.  fix: scale the boxes to the file's
-    size."""
+    """Width and height in the JSON differ from the file's, or contradict its boxes.  fix: scale the
+    boxes if both sides differ by the same factor; keep them if they fit the file as they are; fail
+    otherwise."""
     exif_rotation: Literal["fix", "drop", "fail"] = "fix"
     """Image with an EXIF orientation.  fix: rotate it if the JSON's size matches the rotated
     image, else leave it as stored."""
@@ -85,8 +86,12 @@ class Checks(Section):
     """Grey, palette, CMYK, transparent or 16-bit image.  fix: convert it to 8-bit RGB."""
     duplicate_image: Literal["drop", "fail"] = "fail"
     """Image id or file name that occurs twice.  drop: keep the first."""
+    copied_image: Literal["drop", "fail"] = "drop"
+    """Image file with the same bytes as an earlier one of its JSON.  drop: keep the first."""
     duplicate_annotation: Literal["fix", "drop", "fail"] = "fix"
     """Annotation id that occurs twice.  fix: assign a new id; drop: keep the first."""
+    duplicate_object: Literal["drop", "fail"] = "drop"
+    """Annotation with the image, class and box of an earlier one.  drop: keep the first."""
     unknown_category: Literal["drop", "fail"] = "fail"
     """Annotation whose category_id is not in `categories`."""
     unknown_image: Literal["drop", "fail"] = "fail"
@@ -102,7 +107,8 @@ class Checks(Section):
     overhanging_box: Literal["fix", "drop", "fail"] = "fix"
     """Box that crosses the edge of its image by more than a pixel.  fix: clip it."""
     bad_area: Literal["fix", "drop", "fail"] = "fix"
-    """`area` that is not a positive number.  fix: use the box's width x height."""
+    """`area` that is not a positive number, or larger than its box.  fix: use the box's width x
+    height."""
     leaked_image: Literal["drop", "fail"] = "fail"
     """Same file, by name or by content, in train and val.  drop: remove it from train."""
 
@@ -175,6 +181,12 @@ class Data(Section):
     JSON."""
     max_megapixels: PositiveFloat = 100.0
     """Largest image that is decoded, in 10^6 pixels; see checks.too_large_image."""
+    max_bad_fraction: Fraction = 0.2
+    """Largest fraction of a JSON's boxes, or of its images, that the checks may leave out or clip;
+    above it, prepare stops.  1: no limit."""
+    intensity_range: tuple[float, float] | None = None
+    """Pixel values of 16-bit and 32-bit grey images that become black and white, such as [0, 4095]
+    for 12-bit data.  null: [0, 65535], and 32-bit images are refused."""
     checks: Checks = Checks()
     short_sides: tuple[PositiveInt, ...] = Field(default=(120,), min_length=1)
     """Short side after resizing, in pixels.  Training picks one at random per image, evaluation
@@ -193,6 +205,9 @@ class Data(Section):
     augment: Augment = Augment()
 
     def _faults(self) -> Iterator[str]:
+        low, high = self.intensity_range or (0, 1)
+        if low >= high:
+            yield f"intensity_range {[low, high]} must rise"
         if max(self.short_sides) > self.long_side:
             yield f"short_sides {list(self.short_sides)} exceed long_side {self.long_side}"
 

@@ -112,7 +112,9 @@ def _train(run: Run, context: TrainContext, interrupts: Interrupts) -> None:
         tracker.finish_logs()
         assert result.best
         cached = open_cache(root / paths.PREPARED, "val") is not None
-        sizes = Sizes(max(params.data.short_sides), params.data.long_side, cached)
+        section = params.data
+        shorter, longer = max(section.short_sides), section.long_side
+        sizes = Sizes(shorter, longer, cached, section.intensity_range)
         classes = tuple(CardClass(c.index, c.id, c.name) for c in validation.classes)
         card = ModelCard(params.model, classes, sizes)
         save_model(root / paths.MODEL, result.best_weights, card)

@@ -348,7 +348,9 @@ def _aspect(record: ImageRecord) -> float:
 def _load(record: ImageRecord, data_folder: Path) -> Image.Image:
     from runkey.data.decode import decode_rgb  # imports torch, which a report does without
 
-    pixels = decode_rgb(data_folder / record.file, record.rotate, record.mirror)
+    pixels = decode_rgb(
+        data_folder / record.file, record.rotate, record.mirror, record.intensity_range
+    )
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 

@@ -358,15 +358,15 @@ def test_instances_are_taken_before_other_tasks_beside_them(folder, place):
         folder.prepare()
 
 
-def test_copies_of_an_image_stay_on_one_side_of_a_split(folder):
+def test_copies_of_an_image_cannot_be_on_both_sides_of_a_split(folder):
     one_json(folder, "coco.json", "images")
     for number in range(2, 11):
         shutil.copy(folder.data / "images/1.png", folder.data / f"images/{number}.png")
-    folder.prepare(val_fraction=0.5)
+    report = folder.prepare(val_fraction=0.5, max_bad_fraction=1)
 
     copies = {f"images/{number}.png" for number in range(1, 11)}
-    sides = [split for split in ("train", "val") if copies & set(files(folder, split))]
-    assert len(sides) == 1
+    assert copies & {*files(folder, "train"), *files(folder, "val")} == {"images/1.png"}
+    assert report.counts["copied_image"] == {"drop": 9}
 
 
 def test_other_coco_files_beside_train_and_val_do_not_matter(folder):

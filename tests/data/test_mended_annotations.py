@@ -10,7 +10,7 @@ from tests.support.coco_folder import index, only_item
 
 
 def set_box(folder, bbox, **fields):
-    folder.train["annotations"][1].update(bbox=bbox, **fields)
+    folder.train["annotations"][1].update({"bbox": bbox, "area": None} | fields)
 
 
 @pytest.mark.parametrize(

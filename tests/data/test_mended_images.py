@@ -14,14 +14,14 @@ from tests.support.coco_folder import index, only_item
 
 
 def test_size_mismatch_scales_boxes_and_areas(folder):
-    folder.train["images"][0].update(width=80, height=40)
+    folder.train["images"][0].update(width=80, height=60)
     folder.run(checks={"size_mismatch": "fix"})
 
     record = index(folder)[1]
     assert (record.width, record.height) == (40, 30)
-    assert record.boxes_xywh[0] == (1.0, 2.25, 5.0, 9.0)
-    assert record.areas[0] == 45.0
-    assert only_item(folder)["done"] == "boxes scaled by 0.5 and 0.75"
+    assert record.boxes_xywh[0] == (1.0, 1.5, 5.0, 6.0)
+    assert record.areas[0] == 30.0
+    assert only_item(folder)["done"] == "boxes scaled by 0.5 and 0.5"
 
 
 @pytest.mark.parametrize(

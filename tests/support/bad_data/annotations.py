@@ -15,6 +15,13 @@ def in_parts(folder: Any, split: str = "train") -> None:
         del entry["area"]
 
 
+def times_three(folder: Any) -> None:
+    """Boxes of images that were three times as large."""
+    for entry in folder.train["annotations"]:
+        entry["bbox"] = [3 * value for value in entry["bbox"]]
+        del entry["area"]
+
+
 CASES = [
     Case(
         "annotation without an id",
@@ -109,6 +116,30 @@ CASES = [
         f"{TRAIN}: image 1 (a.jpg), annotation 102: area -1 is no positive number; "
         "set data.checks.bad_area: fix or drop in params.yaml or mend the file",
         policy("bad_area"),
+    ),
+    Case(
+        "area larger than its box",
+        annotation(1, area=1200),
+        f"{TRAIN}: image 1 (a.jpg), annotation 102: area 1200 is larger than the box "
+        "[20, 5, 15, 20]; set data.checks.bad_area: fix or drop in params.yaml or mend the file",
+        policy("bad_area"),
+    ),
+    Case(
+        "object twice",
+        lambda folder: folder.train["annotations"].append(
+            folder.train["annotations"][1] | {"id": 104}
+        ),
+        f"{TRAIN}: image 1 (a.jpg), annotation 104: its class and box [20, 5, 15, 20] are those of "
+        "annotation 102; set data.checks.duplicate_object: drop in params.yaml or mend the file",
+        policy("duplicate_object"),
+    ),
+    Case(
+        "boxes of larger images",
+        times_three,
+        f"{TRAIN}: 3 of 3 boxes are left out or changed (overhanging_box 2, outside_box 1): they "
+        "reach to 3 times the size of the images, which were resized after labelling, or are "
+        "others; mend the export, or raise data.max_bad_fraction (now 0.2) in params.yaml if that "
+        "is right",
     ),
     Case(
         "boxes in parts of the image",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.support.bad_data.faults import MALFORMED_IMAGE, TRAIN, Case, image
+from tests.support.bad_data.faults import MALFORMED_IMAGE, TRAIN, Case, image, policy
 
 
 def link_out(folder: Any) -> None:
@@ -76,6 +76,15 @@ CASES = [
         image(2, file_name="a.jpg"),
         f"{TRAIN}: image 3 (a.jpg) has the same file as image 1 (a.jpg); "
         "set data.checks.duplicate_image: drop in params.yaml or mend the file",
+    ),
+    Case(
+        "file copied",
+        lambda folder: (folder.data / "train/c.jpg").write_bytes(
+            (folder.data / "train/b.jpg").read_bytes()
+        ),
+        f"{TRAIN}: image 3 (c.jpg) has the same bytes as image 2 (train/b.jpg), and other boxes or "
+        "classes; set data.checks.copied_image: drop in params.yaml or mend the file",
+        policy("copied_image"),
     ),
     Case(
         "file not there",

@@ -91,13 +91,21 @@ CASES = [
     Case(
         "float pixels",
         floats,
-        "data/train/b.tif: image 2 has 32-bit pixels (mode F) of no known range; "
+        "data/train/b.tif: image 2 has 32-bit pixels (mode F, values 0.5 to 0.5) of no known "
+        "range, which data.intensity_range can name; "
         "set data.checks.unreadable_image: drop in params.yaml or mend the file",
     ),
     Case(
         "other size than in the JSON",
         image(1, width=80),
-        "data/train/b.jpg: image 2 is 40x30, but 80x30 in the JSON; "
+        "data/train/b.jpg: image 2 is 40x30, but 80x30 in the JSON, of another shape, so that "
+        "its boxes cannot be scaled; set data.checks.size_mismatch: drop in params.yaml or mend "
+        "the file",
+    ),
+    Case(
+        "width and height swapped",
+        image(1, width=30, height=40),
+        "data/train/b.jpg: image 2 is 40x30, but 30x40 in the JSON, with width and height swapped; "
         "set data.checks.size_mismatch: fix or drop in params.yaml or mend the file",
     ),
     Case(
@@ -118,7 +126,7 @@ CASES = [
         for name, change, suffix, mode in (
             ("grey image", save_as("L"), "jpg", "L"),
             ("CMYK image", save_as("CMYK"), "jpg", "CMYK"),
-            ("16-bit image", sixteen_bits, "png", "I;16"),
+            ("16-bit image", sixteen_bits, "png", "I;16, values 40000 to 40000"),
             ("palette image", transparent_palette, "png", "P"),
             ("transparent image", save_as("RGBA", "png"), "png", "RGBA"),
         )

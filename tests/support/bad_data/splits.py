@@ -17,7 +17,7 @@ def same_file_in_both(folder: Any) -> None:
     folder.val["images"][0]["file_name"] = "train/c.jpg"
 
 
-def no_object_in_train(folder: Any) -> None:
+def all_crowd_in_train(folder: Any) -> None:
     for entry in folder.train["annotations"]:
         entry["iscrowd"] = 1
         entry["segmentation"] = {"counts": [600, 600], "size": [30, 40]}
@@ -49,13 +49,26 @@ CASES = [
     Case(
         "no image left",
         all_images_missing,
-        f"{TRAIN}: no image is left for train; "
-        "add annotated images or see what was left out in prepared/report.json",
+        f"{TRAIN}: 3 of 3 images are left out (missing_image 3); see prepared/report.json and mend "
+        "the files, or raise data.max_bad_fraction (now 0.2) in params.yaml if that is right",
         {"checks": {"missing_image": "drop"}},
     ),
     Case(
+        "no image left, and no limit",
+        all_images_missing,
+        f"{TRAIN}: no image is left for train; "
+        "add annotated images or see what was left out in prepared/report.json",
+        {"checks": {"missing_image": "drop"}, "max_bad_fraction": 1},
+    ),
+    Case(
+        "nothing but crowd regions in train",
+        all_crowd_in_train,
+        f"{TRAIN}: all 3 annotations for train are crowd regions, which are not learnt; write "
+        "iscrowd: 0 for single objects (CVAT exports masks with 1)",
+    ),
+    Case(
         "no object in train",
-        no_object_in_train,
+        lambda folder: folder.train.update(annotations=[]),
         f"{TRAIN}: no image for train has an object; "
         "add annotated images or see what was left out in prepared/report.json",
     ),

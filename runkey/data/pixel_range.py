@@ -1,0 +1,89 @@
+"""The part of their scale that pixels use: 12-bit values in 16-bit files come out black."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runkey.data.index import IntensityRange
+
+WIDE_VALUES = 1 << 16
+_SMALL = 0.25
+"""Fraction of the scale; pixels that use less come out nearly black, white or grey."""
+_STRAY = 1e-3
+"""Fraction of the darkest and of the brightest pixels that do not count as the range."""
+FLAT_VARIANCE = (_SMALL * 255 / 2) ** 2 + 2 * _STRAY * 255**2
+"""Upper bound of the variance of the pixels of a flat image."""
+_CLIPPED = 0.01
+"""Fraction of the pixels that may lie outside the range that the user has set."""
+
+
+def is_flat(counts: NDArray[np.int64]) -> bool:
+    """Return True if nearly all pixels lie in a small part of 0..255; `counts` of each value."""
+    low, high = _without_stray(counts)
+    return high - low < _SMALL * 255
+
+
+@dataclass(slots=True)
+class PixelRange:
+    """The pixel values of a data set."""
+
+    images: int = 0
+    wide: int = 0
+    """16-bit grey images."""
+    values: NDArray[np.int64] = field(default_factory=lambda: np.zeros(WIDE_VALUES, np.int64))
+    """[65536]: pixels of each value in them."""
+    flat: list[str] = field(default_factory=list)
+    """Files of which `is_flat` is true after decoding, of the other images."""
+
+    def add(self, file: str, values: NDArray[np.int64] | None, flat: bool) -> None:
+        """Count an image; `values` are the pixels of each value of a 16-bit grey one."""
+        self.images += 1
+        if values is not None:
+            self.wide += 1
+            self.values += values
+        elif flat:
+            self.flat.append(file)
+
+    def notes(self, intensity_range: IntensityRange | None) -> Iterator[str]:
+        """Note pixels that use a small part of the scale, or lie outside `intensity_range`."""
+        if self.wide:
+            yield from self._wide_notes(*(intensity_range or (0.0, WIDE_VALUES - 1.0)))
+        if 2 * len(self.flat) > self.images:
+            yield (
+                f"{len(self.flat)} of {self.images} images use less than a quarter of the values 0 "
+                f"to 255, such as {self.flat[0]}; if they were made from more bits, scale them to 8"
+            )
+
+    def _wide_notes(self, black: float, white: float) -> Iterator[str]:
+        used = np.flatnonzero(self.values)
+        low, high = int(used[0]), int(used[-1])
+        text = f"the 16-bit images ({self.wide}) use the values {low} to {high}"
+        if high - low >= _SMALL * (white - black):
+            near_low, near_high = _without_stray(self.values)
+            if near_high - near_low < _SMALL * (white - black):
+                low, high = near_low, near_high
+                text += f", nearly all of them {low} to {high}"
+        inside = self.values[max(0, math.ceil(black)) : max(0, math.floor(white) + 1)].sum()
+        clipped = 1 - inside / self.values.sum()
+        wanted = f"data.intensity_range: {_rounded(low, high)}"
+        if clipped > _CLIPPED:
+            yield f"{text}; {clipped:.0%} are clipped to {black:g}..{white:g}; set {wanted}"
+        elif high - low < _SMALL * (white - black):
+            yield f"{text} of {black:g}..{white:g}, so they have little contrast; set {wanted}"
+
+
+def _without_stray(counts: NDArray[np.int64]) -> tuple[int, int]:
+    """Return the range of the values but for a few of the darkest and brightest pixels."""
+    low, high = np.searchsorted(np.cumsum(counts) / counts.sum(), (_STRAY, 1 - _STRAY))
+    return int(low), int(high)
+
+
+def _rounded(low: int, high: int) -> list[int]:
+    """Return [0, 2^bits - 1] if the values use most of it, else the values themselves."""
+    most = (1 << max(1, high.bit_length())) - 1
+    return [0, most] if 2 * (high - low) >= most else [low, max(high, low + 1)]
