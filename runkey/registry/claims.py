@@ -25,6 +25,7 @@ from runkey.identity.key import ANY_KEY, ANY_SCHEMA
 from runkey.identity.record import Record, this_host
 from runkey.paths import is_server
 from runkey.processes import Process, is_running, this_process
+from runkey.registry.answers import LATEST_MS, Model, parsed
 from runkey.registry.rest import AbsentError, RestClient, RestError, UnreachedError
 
 State = Literal["running", "finished", "failed"]
@@ -55,8 +56,12 @@ class Owner(Process):
             owner = cls(**stored)
         except TypeError as error:
             raise ValueError(str(error)) from None
-        if not isinstance(owner.pid, int) or not isinstance(owner.started, int):
+        if not all(isinstance(n, int) and 0 <= n < 2**63 for n in (owner.pid, owner.started)):
             raise ValueError("pid and started must be whole numbers")
+        if not all(
+            isinstance(t, str) for t in (owner.host, owner.nonce, owner.boot, owner.namespace)
+        ):
+            raise ValueError("host, nonce, boot and namespace must be texts")
         return owner
 
 
@@ -191,17 +196,14 @@ def _split_name(name: str) -> tuple[str, int] | None:
 def _parse(key: str, generation: int, stored: Any) -> Claim:
     """Return the stored claim; what cannot be read keeps its default: running, no owner."""
     claim = Claim(key=key, generation=generation)
-    with suppress(ValueError, TypeError, KeyError):
+    with suppress(ValueError, TypeError, KeyError, OverflowError):
         claim = replace(claim, owner=Owner.from_dict(stored["owner"]))
-    with suppress(ValueError, TypeError, KeyError):
-        if stored["state"] in get_args(State):
-            claim = replace(
-                claim,
-                state=stored["state"],
-                run_id=stored["run_id"] or None,
-                beat=int(stored["beat"]),
-                since_ms=int(stored["since_ms"]),
-            )
+    with suppress(ValueError, TypeError, KeyError, OverflowError):
+        run_id, beat, since_ms = stored["run_id"], int(stored["beat"]), int(stored["since_ms"])
+        fits = isinstance(run_id, str | None) and beat >= 0 and 0 <= since_ms <= LATEST_MS
+        if fits and stored["state"] in get_args(State):
+            state = stored["state"]
+            claim = replace(claim, state=state, run_id=run_id or None, beat=beat, since_ms=since_ms)
     return claim
 
 
@@ -256,12 +258,10 @@ class FileClaims(Claims):
                     continue  # removed since the folder was listed
                 except OSError as error:
                     raise RegistryError(f"{path}: {error.strerror}") from None
-                except ValueError:
+                except (ValueError, RecursionError):
                     yield _parse(*named, {})
 
 
-_PAGE = 1000
-"""Models per answer, MLflow's maximum."""
 _TAG = "runkey."
 
 
@@ -287,7 +287,7 @@ class ServerClaims(Claims):
             if error.code != "RESOURCE_ALREADY_EXISTS":
                 raise
             # The first answer may have been lost: then the name is there and ours.
-            model = self._model(claim)
+            model = self._client.model(_name(claim))
             if not (model and claim.is_same(_parse_model(model, claim.key, claim.generation))):
                 return False
         self._written[claim.name] = tags
@@ -308,26 +308,16 @@ class ServerClaims(Claims):
         return True
 
     def _delete(self, claim: Claim) -> None:
-        model = self._model(claim)
-        if model and model.get("latest_versions"):
+        model = self._client.model(_name(claim))
+        if model and model.latest_versions:
             raise RegistryError(
                 f"{claim.name}: somebody keeps model versions in it at {self.place}"
             )
         if model:
             self._client.send("DELETE", "registered-models/delete", {"name": _name(claim)})
 
-    def _model(self, claim: Claim) -> dict[str, Any] | None:
-        try:
-            answer = self._client.get("registered-models/get", {"name": _name(claim)})
-        except AbsentError:
-            return None
-        model: dict[str, Any] = answer["registered_model"]
-        return model
-
     def _read(self, prefix: str) -> Iterable[Claim]:
-        query = {"filter": f"name LIKE '{prefix}%'", "max_results": _PAGE}
-        models = self._client.pages("registered-models/search", query, "registered_models")
-        named = {_split_name(model["name"]): model for model in models}
+        named = {_split_name(model.name): model for model in self._client.models(prefix)}
         return [_parse_model(model, *name) for name, model in named.items() if name]
 
 
@@ -347,12 +337,12 @@ def _tags(claim: Claim) -> dict[str, str]:
     }
 
 
-def _parse_model(model: Mapping[str, Any], key: str, generation: int) -> Claim:
+def _parse_model(model: Model, key: str, generation: int) -> Claim:
     """Return the claim in a registered model; one that somebody else made has no readable owner."""
-    tags = {tag["key"].removeprefix(_TAG): tag.get("value", "") for tag in model.get("tags", [])}
+    tags: dict[str, Any] = {tag.key.removeprefix(_TAG): tag.value for tag in model.tags}
     tags["run_id"] = tags.get("run", "")
-    with suppress(KeyError, ValueError):
-        tags["owner"] = json.loads(tags["owner"])
+    with suppress(ValueError):
+        tags["owner"] = parsed(dict[str, Any], tags.get("owner", ""))
     return _parse(key, generation, tags)
 
 

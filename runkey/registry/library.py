@@ -7,7 +7,6 @@ without importing MLflow.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -29,8 +28,9 @@ from runkey.identity import record_cache
 from runkey.identity.key import ANY_KEY, ANY_SCHEMA, SCHEMA, SCHEMAS, SHORT
 from runkey.identity.record import DETAILS, KEY, Details, LoggedRun, Record, age
 from runkey.progress import each
+from runkey.registry.answers import parsed
 from runkey.registry.query import RUN, Query, choose, filters, order_by, select, value_of
-from runkey.registry.rest import AbsentError, RestClient, RestError, UnreachedError
+from runkey.registry.rest import RestClient, RestError, UnreachedError
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def _add_details(record: Record, data: bytes, label: str = "") -> Record:
     """Return the record with the details in its record.json; errors name its `label`, if any."""
     where = f"{label}{DETAILS} of run {record.run.run_id}"
     try:
-        return replace(record, details=Details.from_dict(json.loads(data), where))
+        return replace(record, details=Details.from_dict(parsed(dict[str, Any], data), where))
     except RecipeError as error:
         raise RegistryError(str(error)) from None
     except ValueError:
@@ -178,8 +178,6 @@ def _add_details(record: Record, data: bytes, label: str = "") -> Record:
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "HTTP_404", "NOT_FOUND")
 _PAGE = 1000
 """Runs per answer; MLflow allows 50,000, but a thousand are 15 MB already."""
-_SECONDS = 120.0
-"""Timeout of an answer: on sqlite MLflow sorts 10,000 runs by a metric in 10 s."""
 
 
 class ServerLibrary:
@@ -187,14 +185,15 @@ class ServerLibrary:
 
     def __init__(self, address: str, home: Path, *, offline: bool = False) -> None:
         """Send nothing yet; `offline`: answer from the cache if the server does not answer."""
-        self.client = RestClient(address, _SECONDS)
+        self.client = RestClient(address)
         self.place = self.client.address
         self._cache, self._offline = LocalLibrary(home, uri=address), offline
 
     def matching(self, prefix: str) -> list[Record]:
         """See `LocalLibrary`."""
         try:
-            return sorted(self._search(f"tags.{KEY} LIKE '{prefix}%'"), key=age)
+            found = self._search(f"tags.{KEY} LIKE '{prefix}%'")
+            return sorted((record for record in found if record.key.startswith(prefix)), key=age)
         except UnreachedError as error:
             return self._cached(error).matching(prefix)
 
@@ -242,30 +241,29 @@ class ServerLibrary:
         """See `LocalLibrary`."""
         inner = str(inside(record, path))
         try:
-            answer = self.client.artifact(record.run.run_id, inner)
+            stored = record.details.files.get(path) if record.details else None
+            file = self.client.artifact(record.run.run_id, inner, stored.size if stored else None)
+            return cast("AbstractContextManager[BinaryIO]", file)
         except RestError as error:
             raise RegistryError(
                 f"{record.label}: {path}: not to be had (run {record.run.run_id}; {error})"
             ) from None
-        return cast("AbstractContextManager[BinaryIO]", answer)
 
     def _search(
         self, filter_string: str, order: tuple[str, ...] = (), page: int | None = None
     ) -> Iterator[Record]:
         """Yield active runs without details, in pages of `page` runs as they are consumed."""
-        active = {"max_results": 1000, "view_type": "ACTIVE_ONLY"}
-        experiments = self.client.pages("experiments/search", active, "experiments", post=True)
         question = {
             # All of them: another process may have made one just now.
-            "experiment_ids": [str(one["experiment_id"]) for one in experiments],
+            "experiment_ids": [one.experiment_id for one in self.client.experiments()],
             "filter": filter_string,
             "run_view_type": "ACTIVE_ONLY",
             "max_results": min(page or _PAGE, _PAGE),
             "order_by": list(order),
         }
         if question["experiment_ids"]:
-            for run in self.client.pages("runs/search", question, "runs", post=True):
-                yield Record(run=_run_from_json(run), details=None)
+            for run in self.client.runs(question):
+                yield Record(run=run, details=None)
 
 
 Library = LocalLibrary | ServerLibrary
@@ -364,8 +362,7 @@ _KEYED = (
 def run_reader(uri: str) -> ReadRun | None:
     """Return a reader of a store's runs; None for a database that only MLflow itself can read."""
     if paths.is_server(uri):
-        client = RestClient(uri)
-        return lambda run_id: _read_from_server(client, run_id)
+        return RestClient(uri).run
     if not uri.startswith(SQLITE):
         return None
 
@@ -419,20 +416,3 @@ def _read_from_sqlite(database: Connection, run_id: str) -> LoggedRun | None:
     query = "SELECT key, value, is_nan FROM latest_metrics WHERE run_uuid = ?"
     metrics = {n: math.nan if nan else v for n, v, nan in database.execute(query, (run_id,))}
     return LoggedRun.from_mlflow(dict(info), params, metrics, tags)
-
-
-def _read_from_server(client: RestClient, run_id: str) -> LoggedRun | None:
-    try:
-        answer = client.get("runs/get", {"run_id": run_id})["run"]
-    except AbsentError:
-        return None
-    return None if answer["info"].get("lifecycle_stage") == "deleted" else _run_from_json(answer)
-
-
-def _run_from_json(answer: dict[str, Any]) -> LoggedRun:
-    """Return a run in an answer of the REST interface, which leaves empty texts out."""
-    params, metrics, tags = (
-        {one["key"]: one.get("value", "") for one in answer.get("data", {}).get(kind, ())}
-        for kind in ("params", "metrics", "tags")
-    )
-    return LoggedRun.from_mlflow(answer["info"], params, metrics, tags)

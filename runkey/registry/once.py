@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -34,6 +35,10 @@ class Rhythm:
     """A claim whose beat does not change for so long is dead, by the waiting process's clock."""
     poll_seconds: float = 2.0
     """Between two reads of a waiting process."""
+
+
+_MOST_LOSSES = 10
+"""Times that another process may win the same generation of a claim, and not be seen."""
 
 
 class HeldClaim:
@@ -218,6 +223,7 @@ class _Search:
         """Look until there is a run to reuse or a claim of this process."""
         begin = reached = time.monotonic()
         waits_for: Claim | None = None
+        losses: Counter[int] = Counter()
         found = self.find_run()  # most often there is a run: claims are not read
         while found is None:
             held = None
@@ -227,7 +233,15 @@ class _Search:
                 death = self._death_of(claim) if claim and claim.state == "running" else None
                 is_free = claim is None or claim.state != "running" or death is not None
                 if is_free and not (found := self.find_run()):
-                    held = self._make(claim.generation + 1 if claim else 1)
+                    generation = claim.generation + 1 if claim else 1
+                    held = self._make(generation)
+                    losses[generation] += 1
+                    # Whoever was first shows up in the next look, or the store contradicts itself.
+                    if not held and losses[generation] > _MOST_LOSSES:
+                        waits_for = None
+                        raise RegistryError(
+                            f"{self.claims.place}: claim {generation} can be neither made nor read"
+                        )
                 reached = time.monotonic()
             except RegistryError as error:
                 if isinstance(error, RestError) and error.status in (401, 403):
@@ -240,6 +254,7 @@ class _Search:
                 if held:
                     return self._won(held, claim, death)
                 if is_free:
+                    time.sleep(min(0.1, self.rhythm.poll_seconds))
                     continue
                 if claim and not claim.is_same(waits_for):
                     waits_for = claim

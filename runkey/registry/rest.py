@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import base64
 import configparser
+import io
 import json
+import logging
 import os
 import ssl
 import time
@@ -17,18 +19,35 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any
 
 from runkey.errors import RegistryError
+from runkey.http_limits import TIMEOUT, LimitedConnection, LimitedResponse, answer_seconds
 from runkey.identity.record import LoggedRun
 from runkey.paths import LOGIN, Address
+from runkey.registry.answers import (
+    Experiment,
+    ExperimentAnswer,
+    Model,
+    ModelAnswer,
+    Page,
+    Refusal,
+    Run,
+    RunAnswer,
+    checked,
+    parsed,
+)
+from runkey.units import MIB
 
-SECONDS = 20.0
-"""Timeout of one answer."""
+logger = logging.getLogger(__name__)
+
 ATTEMPTS = 3
 _API = "api/2.0/mlflow"
+_MOST_PAGES = 1000
+_ITEMS_PER_SECOND = 20
+"""That earn a long search more time."""
 
 
 class UnreachedError(RegistryError):
@@ -53,76 +72,145 @@ class AbsentError(RestError):
 class RestClient:
     """A tracking server.  All methods raise `RestError` if it refuses, else `RegistryError`."""
 
-    def __init__(self, address: str, seconds: float = SECONDS) -> None:
+    def __init__(self, address: str) -> None:
         """Send nothing yet; the address is `http[s]://[user:password@]host[:port][/prefix]`."""
         self.address = Address(address)
-        self._seconds = seconds
+        self._seconds = answer_seconds()
         self._headers = _login(self.address)
         # An opener of its own: urllib's shared one keeps the proxies of its first use for ever.
         is_secure = self.address.startswith("https:")
-        tls = [urllib.request.HTTPSHandler(context=_tls())] if is_secure else []
-        self._opener = urllib.request.build_opener(*tls)
+        tls = [_HttpsHandler(context=_tls())] if is_secure else []
+        self._opener = urllib.request.build_opener(_HttpHandler, _NoRedirect, *tls)
 
-    def get(self, path: str, query: Mapping[str, str | int] | None = None) -> Any:
+    # What is asked, and checked when it comes
+
+    def experiments(self) -> Iterator[Experiment]:
+        """Yield the active experiments."""
+        query = {"max_results": 1000, "view_type": "ACTIVE_ONLY"}
+        for one in self.pages("experiments/search", query, "experiments", post=True):
+            yield self._checked(Experiment, one)
+
+    def experiment(self, name: str) -> Experiment:
+        """Return an experiment; AbsentError if there is none."""
+        answer = self.get("experiments/get-by-name", {"experiment_name": name})
+        return self._checked(ExperimentAnswer, answer).experiment
+
+    def runs(self, query: Mapping[str, Any]) -> Iterator[LoggedRun]:
+        """Yield the runs of a search; a warning tells of those that are none and left out."""
+        faults = []
+        for one in self.pages("runs/search", query, "runs", post=True):
+            try:
+                yield checked(Run, one).logged()
+            except ValueError as error:
+                faults.append(str(error))
+        if faults:
+            those = "a run is" if len(faults) == 1 else f"{len(faults)} runs are"
+            logger.warning(f"{self.address}: {those} damaged there and left out ({faults[0]})")
+
+    def run(self, run_id: str) -> LoggedRun | None:
+        """Return a run by its MLflow id; None where there is none, or it was deleted."""
+        try:
+            run = self._checked(RunAnswer, self.get("runs/get", {"run_id": run_id})).run
+        except AbsentError:
+            return None
+        return None if run.info.lifecycle_stage == "deleted" else run.logged()
+
+    def models(self, prefix: str) -> Iterator[Model]:
+        """Yield the registered models whose names begin so."""
+        query = {"filter": f"name LIKE '{prefix}%'", "max_results": 1000}
+        for one in self.pages("registered-models/search", query, "registered_models"):
+            yield self._checked(Model, one)
+
+    def model(self, name: str) -> Model | None:
+        """Return a registered model, if there is one."""
+        try:
+            answer = self.get("registered-models/get", {"name": name})
+        except AbsentError:
+            return None
+        return self._checked(ModelAnswer, answer).registered_model
+
+    # How
+
+    def get(self, path: str, query: Mapping[str, str | int] | None = None) -> dict[str, Any]:
         """Return the JSON answer to `GET api/2.0/mlflow/<path>`."""
         tail = f"?{urllib.parse.urlencode(query)}" if query else ""
-        return self._ask("GET", f"{_API}/{path}{tail}")
+        return self._ask("GET", f"{_API}/{path}{tail}", self._read_json)
 
-    def post(self, path: str, data: Mapping[str, Any], *, repeat: bool = False) -> Any:
+    def post(self, path: str, data: Mapping[str, Any], *, repeat: bool = False) -> dict[str, Any]:
         """Return the JSON answer to `POST api/2.0/mlflow/<path>`.
 
         `repeat` sends again when the connection breaks; only for requests that may be done twice.
         """
-        return self._ask("POST", f"{_API}/{path}", data, attempts=ATTEMPTS if repeat else 1)
+        attempts = ATTEMPTS if repeat else 1
+        return self._ask("POST", f"{_API}/{path}", self._read_json, data, attempts=attempts)
 
-    def send(self, method: str, path: str, data: Mapping[str, Any]) -> Any:
+    def send(self, method: str, path: str, data: Mapping[str, Any]) -> dict[str, Any]:
         """Return the JSON answer to another method (PATCH, DELETE), which may be repeated."""
-        return self._ask(method, f"{_API}/{path}", data)
+        return self._ask(method, f"{_API}/{path}", self._read_json, data)
 
     def pages(
         self, path: str, query: Mapping[str, Any], name: str, *, post: bool = False
     ) -> Iterator[Any]:
-        """Yield the items called `name` in the answers to a search, page by page."""
-        while True:
-            answer = self.post(path, query, repeat=True) if post else self.get(path, query)
-            yield from answer.get(name, ())
-            if not answer.get("next_page_token"):
-                return
-            query = {**query, "page_token": answer["next_page_token"]}
+        """Yield the items called `name` in the answers to a search, page by page.
 
-    def artifact(self, run_id: str, path: str) -> HTTPResponse:
-        """Open a run's artifact, wherever the server keeps it; the caller closes it."""
+        RegistryError if the pages come to no end: their token repeats, or they hold too little.
+        """
+        tokens, count, asking = set[str](), 0, 0.0
+        while len(tokens) < _MOST_PAGES:
+            began = time.monotonic()
+            answer = self.post(path, query, repeat=True) if post else self.get(path, query)
+            asking += time.monotonic() - began
+            items = self._checked(list[Any], answer.get(name, []), name)
+            count += len(items)
+            yield from items
+            if not (token := self._checked(Page, answer).next_page_token):
+                return
+            if token in tokens or asking > self._seconds + count / _ITEMS_PER_SECOND:
+                break
+            tokens.add(token)
+            query = {**query, "page_token": token}
+        raise self._strange(f"{path}: pages without end, {count} {name} so far")
+
+    def artifact(self, run_id: str, path: str, largest: int | None = None) -> Artifact:
+        """Open a run's artifact, wherever the server keeps it; the caller closes it.
+
+        It must not have more than `largest` bytes.
+        """
         query = urllib.parse.urlencode({"run_uuid": run_id, "path": path})
-        answer: HTTPResponse = self._ask("GET", f"get-artifact?{query}", read=lambda one: one)
-        return answer
+        answer: LimitedResponse = self._ask("GET", f"get-artifact?{query}", lambda one: one)
+        return Artifact(answer, self.address, largest)
 
     def artifact_bytes(self, run_id: str, path: str) -> bytes:
         """Return a small artifact of a run."""
         query = urllib.parse.urlencode({"run_uuid": run_id, "path": path})
-        data: bytes = self._ask("GET", f"get-artifact?{query}", read=_read)
-        return data
+        return self._ask("GET", f"get-artifact?{query}", _read)
 
-    def _read_json(self, answer: HTTPResponse) -> Any:
+    def _strange(self, why: str) -> RegistryError:
+        text = f"did not answer as an MLflow server does ({why}); is the address right?"
+        return RegistryError(f"{self.address}: {text}")
+
+    def _checked[T](self, kind: type[T], value: Any, name: str = "") -> T:
         try:
-            found = json.loads(_read(answer) or b"{}")
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise RegistryError(
-                f"{self.address}: did not answer as an MLflow server does; is the address right?"
-            )
-        return found
+            return checked(kind, value)
+        except ValueError as error:
+            raise self._strange(": ".join(filter(None, [name, str(error)]))) from None
 
-    def _ask(
+    def _read_json(self, answer: LimitedResponse) -> dict[str, Any]:
+        try:
+            return parsed(dict[str, Any], _read(answer) or b"{}")
+        except ValueError as error:
+            raise self._strange(str(error)) from None
+
+    def _ask[T](
         self,
         method: str,
         path: str,
+        read: Callable[[LimitedResponse], T],
         data: Any = None,
         *,
         attempts: int = ATTEMPTS,
-        read: Callable[[HTTPResponse], Any] | None = None,
-    ) -> Any:
-        """Send a request and read the answer, as JSON if there is no `read`.
+    ) -> T:
+        """Send a request and read the answer, all in the time of one answer.
 
         Try again after a broken connection, an answer cut off anywhere in its body, one that is not
         JSON, and an error of the server's own.
@@ -132,33 +220,101 @@ class RestClient:
         request = urllib.request.Request(
             f"{self.address}/{path}", data=body, headers=headers, method=method
         )
+        end = time.monotonic() + self._seconds
         for attempt in range(1, attempts + 1):
             try:
                 try:
-                    answer = self._opener.open(request, None, self._seconds)
+                    left = max(end - time.monotonic(), 0.1)
+                    answer = self._opener.open(request, None, left)
                 except urllib.error.HTTPError as error:
                     with error:
                         raise _refusal(self.address, error) from None
-                return (read or self._read_json)(answer)
+                return read(answer)
             except RestError as error:
                 failure: RegistryError = error
                 if error.status < 500:
                     raise
             except RegistryError as error:
                 failure = error
-            except (OSError, HTTPException) as error:
-                why = getattr(error, "reason", None) or error
-                failure = UnreachedError(
-                    f"{self.address}: cannot be reached ({why}); does the server run there?"
-                )
-            if attempt < attempts:
-                time.sleep(0.3 * attempt)
+            except (OSError, HTTPException, ValueError, OverflowError) as error:
+                failure = _unreached(self.address, error)
+            if attempt == attempts or time.monotonic() + 0.3 * attempt > end:
+                break
+            time.sleep(0.3 * attempt)
         raise failure from None
 
 
-def _read(answer: HTTPResponse) -> bytes:
+class Artifact(io.RawIOBase):
+    """A file that a server sends; whatever breaks on the way is a RegistryError."""
+
+    def __init__(self, answer: LimitedResponse, address: str, largest: int | None) -> None:
+        """Read nothing yet."""
+        self.length = answer.length
+        """In bytes; None if the server did not state it."""
+        self._answer, self._address = answer, address
+        if largest is not None:
+            # The head counts too.
+            answer.limit(largest + MIB, earns_time=True)
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Read some bytes; RegistryError if the connection breaks or the server sends too many."""
+        try:
+            return self._answer.readinto(buffer)
+        except (OSError, HTTPException, ValueError) as error:
+            raise _unreached(self._address, error) from None
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._answer.close()
+        super().close()
+
+
+def _read(answer: LimitedResponse) -> bytes:
     with answer:
+        answer.limit()
         return answer.read()
+
+
+class _Http(LimitedConnection, HTTPConnection):
+    pass
+
+
+class _Https(LimitedConnection, HTTPSConnection):
+    pass
+
+
+class _HttpHandler(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_Http, req)
+
+
+class _HttpsHandler(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_Https, req, context=self._context)  # type: ignore[attr-defined]
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Redirects are errors: urllib would take the password along, and make a GET of a POST."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _unreached(address: str, error: Exception) -> UnreachedError:
+    why: Any = getattr(error, "reason", None) or error
+    hint = "does the server run there?"
+    if isinstance(why, ssl.SSLCertVerificationError):
+        why, hint = why.verify_message, f"name its certificate in {_CERTIFICATE}"
+    elif isinstance(why, ssl.SSLError) and why.reason == "WRONG_VERSION_NUMBER":
+        why, hint = "it does not speak TLS", "is its address http://...?"
+    elif isinstance(why, TimeoutError) and not why.strerror:
+        hint = f"does the server run there? {TIMEOUT} sets more"
+    text = " ".join(str(why).split()) or type(why).__name__
+    return UnreachedError(f"{address}: cannot be reached ({text[:200]}); {hint}")
 
 
 def _login(address: Address) -> dict[str, str]:
@@ -181,8 +337,16 @@ def _login(address: Address) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
+_CERTIFICATE = "MLFLOW_TRACKING_SERVER_CERT_PATH"
+
+
 def _tls() -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH"))
+    file = os.environ.get(_CERTIFICATE)
+    try:
+        context = ssl.create_default_context(cafile=file)
+    except OSError as error:  # ssl.SSLError is one
+        why = error.strerror or "holds no certificate"
+        raise RegistryError(f"{_CERTIFICATE}={file}: {why}") from None
     if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() == "true":
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -191,15 +355,16 @@ def _tls() -> ssl.SSLContext:
 
 def _refusal(address: str, error: urllib.error.HTTPError) -> RestError:
     """Return MLflow's own error, if the answer has one."""
-    body = error.read()
     try:
-        answer = json.loads(body)
-        code, text = str(answer["error_code"]), str(answer["message"])
-    except (ValueError, KeyError, TypeError):
+        refused = parsed(Refusal, error.read())
+        code, text = refused.error_code, refused.message
+    except ValueError:
         code, text = f"HTTP_{error.code}", f"HTTP {error.code} {error.reason}"
     if error.code in (401, 403):
         why = "no login, or a wrong one" if error.code == 401 else "this login may not do that"
         return RestError(f"{address}: {why} (HTTP {error.code}); {LOGIN}", code, error.code)
+    if 300 <= error.code < 400:
+        text += f": it is at another address, {error.headers.get('Location') or 'not said which'}"
     kind = AbsentError if code == "RESOURCE_DOES_NOT_EXIST" else RestError
     return kind(f"{address}: {' '.join(text.split())[:300]}", code, error.code)
 
@@ -214,13 +379,12 @@ def list_page(server: str, experiment: str, view: str) -> str:
     RegistryError if the server does not answer, or refuses.
     """
     try:
-        answer = RestClient(server).get("experiments/get-by-name", {"experiment_name": experiment})
+        found = RestClient(server).experiment(experiment)
     except AbsentError:
         return server
-    found = answer["experiment"]
-    tags = {tag["key"] for tag in found.get("tags", ())}
+    tags = {tag.key for tag in found.tags}
     shared = {"viewStateShareKey": view} if f"mlflow.sharedViewState.{view}" in tags else {}
-    return f"{server}/#/experiments/{found['experiment_id']}/runs?{_tail(**shared)}"
+    return f"{server}/#/experiments/{found.experiment_id}/runs?{_tail(**shared)}"
 
 
 def run_page(server: str, run: LoggedRun) -> str:

@@ -114,7 +114,7 @@ STRANGE = b'HTTP/1.1 200 OK\r\nContent-Length: 27\r\n\r\n{"registered_models": [
         ([CUT_OFF["before the stated length"]], ""),
         ([CUT_OFF["half JSON"]], ""),
         ([CUT_OFF["before the stated length"]] * ATTEMPTS, "cannot be reached"),
-        ([STRANGE], "unexpected KeyError"),
+        ([STRANGE], "did not answer as an MLflow server does (name: Field required)"),
     ],
 )
 def test_the_beat_of_a_claim_goes_on(answers: Answers, told: str, said: list[str]) -> None:
