@@ -72,7 +72,7 @@ def convert(
     after = _write(splits, labels.ids, target)
     notes = labels.notes()
     for name in ("images", "objects"):
-        if lost := before[name] - sum(one[name] for one in after.values()):
+        if (lost := before[name] - sum(one[name] for one in after.values())) > 0:
             notes.append(f"left out: {counted(f'{lost:,}', _ONE[name])}")
     counts = {kind: before, **{f"COCO, {split}": one for split, one in after.items()}}
     width = max(map(len, counts))
@@ -158,7 +158,7 @@ class _Labels:
         for path in each("read labels", self.labels(), "files"):
             try:
                 self.read_label(path, path.read_bytes())
-            except (OSError, ValueError, ElementTree.ParseError) as error:
+            except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
                 self.fault(path, f"cannot be read ({error})")
         if not self.rows:
             raise DataError(f"{self.source}: no objects in {self.suffix} files; is --format right?")
@@ -232,7 +232,7 @@ class _Labels:
         for path in self.files:
             # VOC has lists for other tasks in ImageSets/Layout and ImageSets/Segmentation.
             of_other_task = path.parts[-3:-2] == ("ImageSets",) and path.parent.name != "Main"
-            if path.suffix == ".txt" and path.stem in _SPLITS and not of_other_task:
+            if _is_list(path) and not of_other_task:
                 self._lists.append((_SPLITS[path.stem], path))
         for split, path in dict.fromkeys(self._lists):
             for line in path.read_text("utf-8-sig", errors="replace").splitlines():
@@ -280,8 +280,11 @@ class _Yolo(_Labels):
         """Return the text files that are labels: beside their image, or of numbers."""
         self._names, self._has_keypoints = self._read_names()
         self.ids = {name: index for index, name in self._names.items()}
-        texts = [p for p in super().labels() if p.stem not in _SPLITS and p.name != "classes.txt"]
-        return [path for path in texts if path.stem in self._of_stem or _begins_with_number(path)]
+        return [
+            path
+            for path in super().labels()
+            if (path.stem in self._of_stem and not _is_list(path)) or _has_numbers(path)
+        ]
 
     def _read_names(self) -> tuple[dict[int, str], bool]:
         """Class names of data.yaml, else of classes.txt or *.names; True if there are keypoints."""
@@ -328,7 +331,7 @@ class _Yolo(_Labels):
 
     def _add_folder(self, split: str, entry: PurePosixPath) -> None:
         """Assign the images of a folder, whose path may be another machine's, to a split."""
-        for start in range(len(entry.parts)):
+        for start in range(bool(entry.root), len(entry.parts)):
             folder = self.source.joinpath(*(part for part in entry.parts[start:] if part != ".."))
             if folder.is_file():
                 self._lists.append((split, folder))
@@ -362,7 +365,12 @@ def _shared_end(one: PurePath, other: PurePath) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _begins_with_number(path: Path) -> bool:
+def _is_list(path: Path) -> bool:
+    return path.suffix == ".txt" and path.stem in _SPLITS and not _has_numbers(path)
+
+
+def _has_numbers(path: Path) -> bool:
+    """Return True if a text begins like a label of YOLO."""
     with path.open("rb") as file:
         words = file.readline(200).split()
     return len(words) > 4 and _whole(words[0].decode("latin-1")) is not None

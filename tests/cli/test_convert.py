@@ -75,7 +75,7 @@ def boxes(to: Path, split: str) -> dict[str, list[Any]]:
 
 
 ULTRALYTICS = (
-    "path: /content/set\ntrain: images/train\nval: images/val\nnames: {0: ball, 1: cube}\n"
+    "path: /content/set\ntrain: /usr/images/train\nval: images/val\nnames: {0: ball, 1: cube}\n"
 )
 ROBOFLOW = "train: ../train/images\nval: ../val/images\nnc: 2\nnames: ['ball', 'cube']\n"
 LISTS = "train: ./parts/one.txt\nval: parts/two.txt\nnames: [ball, cube]\n"
@@ -153,6 +153,17 @@ def test_yolo_without_splits_is_one_json_that_prepare_splits(root: Path, run: Ru
     assert [len(found[name]) for name in ("a.png", "b.png", "c.png", "sub/a.png")] == [2, 0, 1, 1]
     kept = prepare(Data(path="to", val_fraction=0.3), 0, root, root / "prepared", 10).kept
     assert sum(split["objects"] for split in kept.values()) == 4
+
+
+def test_an_image_called_test_and_one_in_both_lists(root: Path, run: Run) -> None:
+    files: dict[str, str | bytes] = {"classes.txt": "ball\ncube", "test.png": "", "test.txt": BOX}
+    files |= {"a.png": "", "a.txt": BOX, "train.txt": "a.png\ntest.png", "valid.txt": "test.png\n"}
+    to = write(root, files)
+    code, out, _ = run("convert", "from", "to", "--format", "yolo")
+    assert code == 0
+    assert boxes(to, "val") == {"test.png": [("cube", 15, 9, 10, 12)]}
+    assert len(boxes(to, "train")) == 2
+    assert "left out" not in out
 
 
 def test_keypoints_are_no_polygon(root: Path, run: Run) -> None:
@@ -253,6 +264,10 @@ TREE = {"b.png": "", "b.xml": voc("b.png", voc_object("ball"))}
         ({"a.txt": BOX, "a.bmp": b"no picture"}, "a.bmp: is no image that can be read"),
         ({"labels/a.txt": BOX, "more/a.txt": BOX}, "more/a.txt: a.png has another label, a.txt"),
         ({"a.xml": "<annotation><object>"}, "a.xml: cannot be read (no element found"),
+        (
+            {"a.xml": "<?xml version='1.0' encoding='nonsense'?><annotation/>"},
+            "a.xml: cannot be read (unknown encoding",
+        ),
         ({"a.xml": "<annotations/>"}, "a.xml: cannot be read (<annotations> in place of"),
         ({"a.xml": voc("a.png", voc_object(" "))}, "a.xml: object 1: no name"),
         (
