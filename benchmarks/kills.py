@@ -1,167 +1,135 @@
-"""A training killed again and again must be the training that nobody killed.
+"""Kill every stage and command at random moments, damage files; then it must end as if undisturbed.
 
-    python -m benchmarks.kills --kills 60 --terms 10 --workers 0 2 4
+    python -m benchmarks.kills --kills 60                     # all, in turn; writes results/kills.md
+    python -m benchmarks.kills --kills 4 --only train gc      # some of them; prints the table
+    python -m benchmarks.kills --kills 0 --damages 20         # damaged files only
 
-The real stage, `python -m stages.train`, on a small data set with a real MLflow store.  A third of
-the SIGKILLs come while a checkpoint is being written.  Compared with an uninterrupted training are
-the last checkpoint, the model, the tables of the plots, the log, and MLflow with the log.
+Compared with an undisturbed round: the bits of every output, MLflow's runs and points, records,
+run-cache entries, DVC's cache, files left over (which `runkey gc` must name and remove).  The
+training alone, at chosen moments of a checkpoint: `benchmarks.training_kills`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import platform
 import random
-import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from itertools import zip_longest
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
-from typing import Any
 
-from tests.support.kill_digest import digests, log_of, mlflow_faults
-from tests.support.kill_project import make_project
-from tests.support.kill_rounds import Training, kill_again_and_again
-from tests.support.project import Project
+from tests.support.kill_commands import CASES, DAMAGES, Bench, Case, Round, play
+
+RESULT = Path("benchmarks/results/kills.md")
 
 
-def run(
-    folder: Path,
-    *,
-    kills: int,
-    terms: int,
-    worker_kills: int = 0,
-    workers: tuple[int, ...] = (0, 2, 4),
-    seed: int = 0,
-    epochs: int = 14,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Counts, and what was not as it should be.
+@dataclass
+class Row:
+    """What became of a case in all its rounds."""
 
-    Args:
-        folder: an empty one.
-        kills: by SIGKILL.
-        terms: by SIGTERM.
-        worker_kills: of a loader process.
-        workers: numbers of loader processes, in turn.
-        seed: decides when.
-        epochs: of the training, of three steps each.
-        say: prints a line.
-    """
-    started = time.monotonic()
-    project = make_project(folder / "project", epochs)
-    quiet = Training(_copy(project, folder / "quiet"), folder / "quiet-store", 3 * epochs)
-    say(f"project: {_since(started)}")
-    rng = random.Random(seed)
-    counts: Counter[str] = Counter()
-    faults: list[str] = []
-    with ThreadPoolExecutor() as pool:
-        whole = pool.submit(_uninterrupted, quiet, rng)
-        for training in kill_again_and_again(
-            project,
-            folder,
-            3 * epochs,
-            kills=kills,
-            terms=terms,
-            worker_kills=worker_kills,
-            workers=workers,
-            rng=rng,
-        ):
-            expected, _ = whole.result()
-            found = digests(project.root, training.final)
-            new = [f"{name} differs" for name in expected if found.get(name) != expected[name]]
-            new += _log_faults(quiet.project.root, project.root)
-            new += mlflow_faults(project.root, training.store) + _wrong_ends(training)
-            if new:
-                new.append(f"its last process said: {training.lives[-1].output[-3000:]}")
-            counts += _counted(training)
-            say(f"{_since(started)}: {dict(counts)}; {new or 'identical'}")
-            faults += new
-        expected, faults_alone = whole.result()
-    return {
-        **counts,
-        "compared": sorted(expected),
-        "faults": faults_alone + faults,
-        "minutes": round((time.monotonic() - started) / 60, 1),
-    }
+    case: Case
+    rounds: list[Round] = field(default_factory=list)
+
+    def cells(self) -> list[str]:
+        """The row of the table."""
+        kills = sum((r.kills for r in self.rounds), Counter[str]())
+        left = Counter(name for r in self.rounds for name in r.leftovers)
+        faults = sum(bool(r.faults) for r in self.rounds)
+        damaged = ", ".join(sorted({r.damaged for r in self.rounds if r.damaged}))
+        return [
+            self.case.name,
+            damaged or f"{kills['all']} + {kills['one']}",
+            str(sum(len(r.lives) for r in self.rounds)),
+            ", ".join(f"{n} x {name}" if n > 1 else name for name, n in left.items()) or "none",
+            f"**{faults} of {len(self.rounds)} rounds**" if faults else "none",
+        ]
 
 
-def _uninterrupted(quiet: Training, rng: random.Random) -> tuple[dict[str, str], list[str]]:
-    """Digests of the training that nobody kills, and what is wrong with it."""
-    life = quiet.live("none", 0, rng)
-    if life.code:
-        raise RuntimeError(f"the uninterrupted training failed: {life.output}")
-    root = quiet.project.root
-    return digests(root, quiet.final), mlflow_faults(root, quiet.store)
+def run(folder: Path, cases: Sequence[Case], kills: int, seed: int) -> list[Row]:
+    """Play rounds of one or two kills, of each case in turn, until there were so many kills."""
+    rng, bench = random.Random(seed), Bench(folder)
+    rows = {case.name: Row(case) for case in cases}
+    done = 0
+    while done < kills:
+        for case in cases:
+            if done >= kills:
+                break
+            began = time.monotonic()
+            wanted = 1 if case.damage else min(rng.choice([1, 1, 2]), kills - done)
+            played = play(bench, case, rng, wanted)
+            done += 1 if case.damage else played.kills.total()
+            rows[case.name].rounds.append(played)
+            what = played.damaged or dict(played.kills)
+            codes = [code for code, _ in played.lives]
+            seconds = time.monotonic() - began
+            print(f"{done}/{kills} {case.name}: {what}, exit codes {codes}, {seconds:.0f} s", flush=True)
+            for told in (*played.leftovers, *(f"FAULT {f}" for f in played.faults)):
+                print(f"    {told}", flush=True)
+    return list(rows.values())
 
 
-def _copy(project: Project, root: Path) -> Project:
-    shutil.copytree(project.root, root, symlinks=True)
-    return Project(root)
-
-
-def _counted(training: Training) -> Counter[str]:
-    """Ends by kind; `killed while writing` are those that left a file half written."""
-    ended = [life for life in training.lives if life.was_ended]
-    counts = Counter({"trainings": 1, "processes": len(training.lives)})
-    counts["SIGTERM"] = sum(life.kind == "term" for life in ended)
-    counts["loader process killed"] = sum(life.kind == "worker" for life in ended)
-    counts["SIGKILL"] = len(ended) - counts["SIGTERM"] - counts["loader process killed"]
-    counts["killed while writing"] = sum(life.was_writing for life in ended)
-    counts.update(f"{life.workers} workers" for life in ended)
-    return counts
-
-
-def _wrong_ends(training: Training) -> list[str]:
-    """Processes that did not end as they should have."""
-    expected = {"term": 143, "worker": 1, "none": 0}
-    wrong = []
-    for number, life in enumerate(training.lives):
-        code = expected.get(life.kind, -9)
-        told = life.kind not in ("term", "worker") or "`dvc repro` goes on" in life.output
-        if life.was_ended and (life.code != code or not told):
-            wrong.append(f"life {number} ({life.kind}): code {life.code}: {life.output[-2000:]}")
-    return wrong
-
-
-def _log_faults(quiet: Path, killed: Path) -> list[str]:
-    """The first entries of two logs that differ."""
-    pairs = zip_longest(log_of(quiet), log_of(killed))
-    return [f"log: {a} became {b}" for a, b in pairs if a != b][:3]
-
-
-def _since(started: float) -> str:
-    return f"{time.monotonic() - started:.0f} s"
+def as_text(kills: Sequence[Row], damages: Sequence[Row], command: str, minutes: float) -> str:
+    """Format the results as a page."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+    threads = len([line for line in Path("/proc/cpuinfo").read_text().splitlines() if "processor" in line])
+    lines = [
+        "# Stages and commands killed at random moments",
+        "",
+        f"`{command}`, {date.today()}, commit {commit}; {threads} cores ({cpu.partition(': ')[2]}),",
+        f"Python {platform.python_version()}; {minutes:.0f} minutes. How: `benchmarks/kills.py`.",
+    ]
+    heads = (
+        (kills, ("killed", "kills: all processes + one of them")),
+        (damages, ("damaged before it goes on", "how")),
+    )
+    for rows, head in heads:
+        if any(row.rounds for row in rows):
+            names = (*head, "starts", "left, named and removed by `runkey gc`", "faults")
+            lines += ["", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+            lines += [f"| {' | '.join(row.cells())} |" for row in rows if row.rounds]
+    total = sum((r.kills for row in kills for r in row.rounds), Counter[str]()).total()
+    broken = [(row, r) for row in (*kills, *damages) for r in row.rounds if r.faults]
+    lines += ["", f"{total} kills, {len(broken)} rounds with faults."]
+    lines += [f"- {row.case.name}: {fault[:300]!r}" for row, r in broken for fault in r.faults]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
-    """Run; the result as JSON, exit code 1 if anything was not as it should be."""
+    """Run; exit code 1 if anything was not as it should be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=60, help="SIGKILLs")
-    parser.add_argument("--terms", type=int, default=10, help="SIGTERMs")
-    parser.add_argument("--worker-kills", type=int, default=3, help="of a loader process")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2, 4], help="in turn")
-    parser.add_argument("--seed", type=int, default=0, help="decides when")
-    parser.add_argument("--epochs", type=int, default=14, help="of three steps each")
+    parser.add_argument("--kills", type=int, default=60, help="SIGKILLs, over all cases in turn")
+    parser.add_argument("--damages", type=int, default=20, help="damaged files, in turn")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="cases; else all")
+    parser.add_argument("--seed", type=int, default=0, help="decides when and how")
+    parser.add_argument("--keep", type=Path, help="an empty folder to work in, and to leave")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="kills-") as folder:
-        result = run(
-            Path(folder),
-            kills=options.kills,
-            terms=options.terms,
-            worker_kills=options.worker_kills,
-            workers=tuple(options.workers),
-            seed=options.seed,
-            epochs=options.epochs,
-            say=partial(print, flush=True),
-        )
-    print(json.dumps(result, indent=1))
-    return 1 if result["faults"] else 0
+    wanted = set(options.only or ())
+    if unknown := wanted - {case.name for case in (*CASES, *DAMAGES)}:
+        parser.error(f"no case {', '.join(sorted(unknown))}")
+    cases, damages = (
+        [case for case in some if not wanted or case.name in wanted] for some in (CASES, DAMAGES)
+    )
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="kills-") as temporary:
+        folder = (options.keep or Path(temporary)).resolve()
+        folder.mkdir(exist_ok=True)
+        killed = run(folder, cases, options.kills if cases else 0, options.seed)
+        damaged = run(folder, damages, options.damages if damages else 0, options.seed)
+    command = " ".join(["python -m benchmarks.kills", *sys.argv[1:]])
+    text = as_text(killed, damaged, command, (time.monotonic() - began) / 60)
+    if not wanted:
+        RESULT.write_text(text)
+    print(text)
+    return 1 if any(r.faults for row in (*killed, *damaged) for r in row.rounds) else 0
 
 
 if __name__ == "__main__":

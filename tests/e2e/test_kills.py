@@ -1,8 +1,8 @@
-"""The short form of `python -m benchmarks.kills`: the real stage, killed and stopped."""
+"""The short form of `python -m benchmarks.training_kills`: the real stage, killed and stopped."""
 
 import pytest
 
-from benchmarks.kills import run
+from benchmarks.training_kills import run
 
 
 @pytest.mark.slow
