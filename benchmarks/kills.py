@@ -1,6 +1,6 @@
-"""Kill every stage and command at random moments, damage files; then it must end as if undisturbed.
+"""Kill stages and commands at random moments, damage files; all must end as if undisturbed.
 
-    python -m benchmarks.kills --kills 60                     # all, in turn; writes results/kills.md
+    python -m benchmarks.kills --kills 60                     # all; writes results/kills.md
     python -m benchmarks.kills --kills 4 --only train gc      # some of them; prints the table
     python -m benchmarks.kills --kills 0 --damages 20         # damaged files only
 
@@ -68,7 +68,10 @@ def run(folder: Path, cases: Sequence[Case], kills: int, seed: int) -> list[Row]
             what = played.damaged or dict(played.kills)
             codes = [code for code, _ in played.lives]
             seconds = time.monotonic() - began
-            print(f"{done}/{kills} {case.name}: {what}, exit codes {codes}, {seconds:.0f} s", flush=True)
+            print(
+                f"{done}/{kills} {case.name}: {what}, exit codes {codes}, {seconds:.0f} s",
+                flush=True,
+            )
             for told in (*played.leftovers, *(f"FAULT {f}" for f in played.faults)):
                 print(f"    {told}", flush=True)
     return list(rows.values())
@@ -79,12 +82,17 @@ def as_text(kills: Sequence[Row], damages: Sequence[Row], command: str, minutes:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
-    threads = len([line for line in Path("/proc/cpuinfo").read_text().splitlines() if "processor" in line])
+    cpu = next(
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    )
+    threads = len(
+        [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "processor" in line]
+    )
     lines = [
         "# Stages and commands killed at random moments",
         "",
-        f"`{command}`, {date.today()}, commit {commit}; {threads} cores ({cpu.partition(': ')[2]}),",
+        f"`{command}`, {date.today()}, commit {commit};",
+        f"{threads} cores ({cpu.partition(': ')[2]}),",
         f"Python {platform.python_version()}; {minutes:.0f} minutes. How: `benchmarks/kills.py`.",
     ]
     heads = (

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 from runkey.progress import escaped, folded, say
 
@@ -72,6 +73,24 @@ class Interrupted(KeyboardInterrupt):
         return _KILLED + self.number
 
 
+def report_early_interrupt() -> None:
+    """Print Ctrl-C as one line, and exit with 130, also while an entry point is being imported."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, KeyboardInterrupt) or _wants_traceback():
+            sys.__excepthook__(kind, error, trace)
+            return
+        say("interrupted", stderr=True)
+        sys.stderr.flush()
+        os._exit(_KILLED + signal.SIGINT)
+
+    sys.excepthook = hook
+
+
+def _wants_traceback() -> bool:
+    return os.environ.get("RUNKEY_TRACEBACK") == "1" or "--traceback" in sys.argv
+
+
 @contextmanager
 def report_errors() -> Iterator[None]:
     """Print a `RunkeyError` as one line on stderr and exit with 1; after Ctrl-C with 130.
@@ -84,7 +103,7 @@ def report_errors() -> Iterator[None]:
     try:
         yield
     except (RunkeyError, KeyboardInterrupt) as error:
-        if os.environ.get("RUNKEY_TRACEBACK") == "1" or "--traceback" in sys.argv:
+        if _wants_traceback():
             raise
         line, code = str(error) or "interrupted", _KILLED + signal.SIGINT
         if isinstance(error, RunkeyError):

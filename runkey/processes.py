@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +31,19 @@ class Process:
         """Return True if both count pids alike, so that one can see the other."""
         here = (self.boot, self.namespace)
         return bool(self.boot) and here == (other.boot, other.namespace)
+
+
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Start processes, in the block, that ignore Ctrl-C: this one ends them, and says so once.
+
+    They may handle it later on. Call it from the main thread.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def this_process(pid: int | None = None) -> Process:

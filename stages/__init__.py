@@ -19,3 +19,7 @@ if find_spec("pydantic") is None:
     sys.exit(
         f"error: {sys.executable}: no package pydantic; `source .venv/bin/activate` or `make repro`"
     )
+
+from runkey.errors import report_early_interrupt
+
+report_early_interrupt()

@@ -6,6 +6,11 @@ them, so that help and the reading commands answer at once.
 
 from __future__ import annotations
 
+# ruff: noqa: E402
+from runkey.errors import report_early_interrupt
+
+report_early_interrupt()  # the imports below take half a second
+
 from typing import Annotated
 
 from typer import Exit, Option, Typer
@@ -76,4 +81,11 @@ def main() -> None:
     """Run the command line; an error that a user can mend is one line, exit code 1."""
     log_to_terminal(stderr=True)
     with report_errors():
-        app()
+        try:
+            app()
+        except SystemExit as ended:
+            # typer catches Ctrl-C and says nothing.
+            stopped = ended.__context__ and ended.__context__.__cause__
+            if isinstance(stopped, KeyboardInterrupt):
+                raise stopped from None
+            raise

@@ -44,15 +44,16 @@ def store() -> Store:
     RunkeyError if no such address is set there.
     """
     try:
-        return locate_store(checkout())
+        root = checkout()
     except RunkeyError as error:
         address = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
-        if paths.is_server(address) or address.startswith("sqlite:////"):
-            return locate_store(Path.cwd())
-        raise RunkeyError(
-            f"{error}, or set MLFLOW_TRACKING_URI to a server's address or"
-            " sqlite:////full/path/mlflow.db"
-        ) from None
+        if not (paths.is_server(address) or address.startswith("sqlite:////")):
+            raise RunkeyError(
+                f"{error}, or set MLFLOW_TRACKING_URI to a server's address or"
+                " sqlite:////full/path/mlflow.db"
+            ) from None
+        root = Path.cwd()
+    return locate_store(root)
 
 
 def library(*, offline: bool = False) -> Library:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import textwrap
 from contextlib import suppress
@@ -78,6 +79,9 @@ def show(
     markdown: Annotated[
         bool, Option("--markdown", help="Print the reference page of all parameters instead.")
     ] = False,
+    check: Annotated[
+        bool, Option("--check", help="Print nothing, but what would stop `dvc repro`.")
+    ] = False,
 ) -> None:
     """Check params.yaml; print every value, defaults filled in."""
     if markdown:
@@ -87,9 +91,27 @@ def show(
         return
     from runkey.params import load_params
 
+    if check:
+        _check(output.workspace())
+        return
     values = load_params(output.workspace() / paths.PARAMS).flat(runtime=True)
     lines = (f"{name} = {json.dumps(value)}" for name, value in values.items())
     output.print_answer(values, *lines, as_json=as_json)
+
+
+def _check(root: Path) -> None:
+    """Raise what would stop a later stage, whose outputs DVC removes before it runs."""
+    try:
+        make_recipe("train", root)
+        output.store()
+    except ParamsError as error:
+        way_out = ""
+        if "DVC_EXP_NAME" in os.environ and root == output.checkout():
+            way_out = (
+                "; `dvc exp run -S` has written it into params.yaml: give another value with -S, or"
+                " write one there"
+            )
+        raise ParamsError(f"{error}{way_out}") from None
 
 
 def _is_kept(text: str, target: Path) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shutil
 import tempfile
+import time
 import webbrowser
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,7 +30,12 @@ from runkey.training.lock import holder_of
 if TYPE_CHECKING:
     from runkey.plots.report import ReportedRun
 
+logger = logging.getLogger(__name__)
 
+_PAUSE_SECONDS = 0.5
+_BEFORE = re.compile(r"-m stages\.(prepare|profile_memory|train)\b|\bdvc\S* (repro|exp run)\b")
+_BEHIND = re.compile(r"-m (stages\.evaluate|runkey draw)\b")
+"""Command lines of what trains soon, and of what runs after it."""
 _WORKSPACE = "."
 _LOG = paths.LOGS / "train.jsonl"
 
@@ -105,16 +113,47 @@ def watch(
 ) -> None:
     """Follow a training: loss, AP, learning rate, gradient norm, speed, hints.
 
-    It ends with the training.
+    It waits for one that is about to begin, and ends with the training.
     """
     from runkey.plots.watch import follow
 
     log_to_terminal()
+    _wait_for_start()
     with tempfile.TemporaryDirectory(prefix="runkey-watch-") as folder:
         log, title, params = _find(key, Path(folder))
         if not follow(log, title, params, lambda: holder_of(log.parent) is not None):
             say("interrupted; `dvc repro` goes on from its last checkpoint")
             output.answer_no()
+
+
+def _wait_for_start() -> None:
+    """Wait while a pipeline works here that has not yet begun to train."""
+    said = False
+    while _is_about_to_train() and not any(map(_is_trained, output.trainings(""))):
+        if not said:
+            logger.info("the pipeline here has not begun to train; waiting for it (Ctrl-C leaves)")
+            said = True
+        time.sleep(_PAUSE_SECONDS)
+
+
+def _is_trained(folder: Path) -> bool:
+    return (folder / _LOG.name).is_file() and holder_of(folder) is not None
+
+
+def _is_about_to_train() -> bool:
+    """Return True if DVC or a stage up to train works in the checkout, and no stage behind it."""
+    import psutil
+
+    try:
+        root = output.checkout()
+    except RunkeyError:  # the store alone is named
+        return False
+    lines = [
+        " ".join(process.info["cmdline"] or ())
+        for process in psutil.process_iter(["cwd", "cmdline"])
+        if process.info["cwd"] and Path(process.info["cwd"]).is_relative_to(root)
+    ]
+    return any(map(_BEFORE.search, lines)) and not any(map(_BEHIND.search, lines))
 
 
 def _find(key: str | None, folder: Path) -> tuple[Path, str, Mapping[str, str]]:

@@ -45,6 +45,7 @@ from runkey.memory.trace.gpu import Gpu
 from runkey.params import Params, load_params
 from runkey.pipeline.step_factory import step_factory
 from runkey.plots.memory import draw_step
+from runkey.processes import without_interrupts
 from runkey.progress import want_bars
 from runkey.training.device import choose_device
 from runkey.units import GIB, MIB, counted
@@ -73,7 +74,9 @@ def profile(root: Path, *, only_predict: bool = False) -> None:
     if device.type == "cuda":
         # With no GPU visible, so that the prediction is the same everywhere.
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-        wait_for(subprocess.Popen(_stage_command("--predict"), cwd=root, env=environment))
+        with without_interrupts():
+            process = subprocess.Popen(_stage_command("--predict"), cwd=root, env=environment)
+        wait_for(process)
         _measure_on_gpu(params, shapes, root, device)
         return
     worst = tuple(map(shapes.worst, params.memory.probe_batches))
@@ -119,7 +122,8 @@ def _trial(root: Path, job: TrialJob) -> Iterator[Callable[[], TrialResult]]:
         asked, answer = Path(folder) / "job.json", Path(folder) / "result.json"
         write_json(asked, asdict(job))
         command = _stage_command("--trial", str(asked), str(answer))
-        process = subprocess.Popen(command, cwd=root)
+        with without_interrupts():
+            process = subprocess.Popen(command, cwd=root)
 
         def result() -> TrialResult:
             wait_for(process)

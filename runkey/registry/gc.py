@@ -291,10 +291,12 @@ def _leftovers(scope: Scope) -> Iterator[Item]:
         *scope.home.glob("runs/.*"),
         *scope.home.glob("claims/.*"),
         *scope.home.glob(".*-*"),  # of publish, fetch, export and import
-        *scope.root.glob(".runkey-*"),  # of downloads
+        # Of downloads, and of MLflow's database, which need not be in the checkout.
+        *scope.root.glob(".runkey-*"),
+        *scope.home.parent.glob(".runkey-*"),
         *scope.root.glob(".run.json.[0-9]*"),
     ]
-    for path in sorted(places):
+    for path in sorted(set(places)):
         if scope.now - _changed(path) >= _HALF_WRITTEN_SECONDS:
             why = "half written, by a process that is gone"
             yield _item(scope, "leftover", path, str(path), why)

@@ -63,6 +63,12 @@ def read_log(path: Path, start: int = 0, stop: int = sys.maxsize) -> Iterator[tu
                     yield start, entry
 
 
+def _broken_lines(path: Path, stop: int) -> int:
+    """Count the lines before byte `stop` that are no entries."""
+    with path.open("rb") as file:
+        return sum(not _parse(line) for line in file.read(stop).splitlines())
+
+
 class ExpectedEntries:
     """Entries already in the log that a resumed training will log again.
 
@@ -180,12 +186,15 @@ class JsonlLog:
         """
         offset = int(position.get(_BYTES, 0)) if position else 0
         self._lost_before = int(position.get(_LOST, 0)) if position else 0
-        if offset > self._size:
+        broken = _broken_lines(self.path, offset) if self._size else 0
+        if offset > self._size or broken:
+            lost = f"{max(offset - self._size, 0)} of the {offset} bytes"
             self._warn(
-                f"{self.path}: {offset - self._size} of the {offset} bytes that the checkpoint"
-                " knows of are gone; the log lacks the values in them"
+                f"{self.path}: {f'{broken} lines' if broken else lost} that the checkpoint knows of"
+                " are gone or damaged; the log lacks the values in them"
             )
-            offset = self._size
+            self._lost_before += max(broken, 1)
+            offset = min(offset, self._size)
         self._expected.read(self.path, offset)
 
     def sync(self) -> None:

@@ -90,11 +90,19 @@ def locate_store(root: Path | None = None) -> Store:
 
     A relative sqlite path is relative to `root`, not to the current folder, which may be one of
     DVC's temporary folders.
+
+    Raises:
+        TrackingError: the path of the database holds a `?`, where MLflow takes it to end.
     """
     root = (root or paths.store_root()).resolve()
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or f"{_SQLITE}{root / 'mlflow.db'}"
     if uri.startswith(_SQLITE):
         uri = f"{_SQLITE}{root / uri.removeprefix(_SQLITE)}"
+        if "?" in uri:
+            raise TrackingError(
+                f"{uri.removeprefix(_SQLITE)}: MLflow takes the path of a database to end at `?`;"
+                " rename the folder, or set MLFLOW_TRACKING_URI to sqlite:////another/mlflow.db"
+            )
     artifacts = None if paths.is_server(uri) else root / "mlartifacts"
     store = Store(uri, artifacts, root / paths.HOME)
     return replace(store, home=store.database.parent / paths.HOME) if store.database else store
@@ -181,7 +189,7 @@ def _make_database(path: Path) -> None:
 
     if path.exists():
         return
-    with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".runkey-", dir=path.parent) as folder:
         draft = Path(folder) / path.name
         MlflowClient(f"{_SQLITE}{draft}")
         try:

@@ -34,10 +34,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from runkey.data.dataset import GlobalBatch
-from runkey.errors import Interrupted, RunkeyError, StoppedError, TrainingError
+from runkey.errors import Interrupted, RunkeyError, StoppedError
 from runkey.processes import this_process
 from runkey.training.device import check_gpus
-from runkey.training.ranks import RankMonitor, launched_by_torchrun
+from runkey.training.ranks import RankMonitor, launched_by_torchrun, read_place
 
 logger = logging.getLogger("runkey")
 
@@ -221,17 +221,7 @@ class World:
 
 def read_world(environment: Mapping[str, str] = os.environ) -> World:
     """Read the world of torchrun's variables, if they are set; TrainingError if they clash."""
-    world = World(
-        rank=int(environment.get("RANK", "0")),
-        local_rank=int(environment.get("LOCAL_RANK", "0")),
-        size=int(environment.get("WORLD_SIZE", "1")),
-    )
-    if not 0 <= world.rank < world.size:
-        raise TrainingError(
-            f"environment: RANK={world.rank} is not below WORLD_SIZE={world.size}; "
-            "start training with torchrun, or unset both"
-        )
-    return world
+    return World(*read_place(environment))
 
 
 @contextmanager
@@ -245,7 +235,13 @@ def join_world(device: torch.device, monitor: RankMonitor | None = None) -> Iter
     if world.size == 1:
         yield world
         return
-    with _without_stdout():
+    if world.is_main and monitor is None:
+        logger.info(
+            f"waiting for the other {world.size - 1} processes at {os.environ['MASTER_ADDR']}"
+            f":{os.environ['MASTER_PORT']}, as RANK and WORLD_SIZE={world.size} say (if these are"
+            " left over: Ctrl-C, `unset RANK WORLD_SIZE`)"
+        )
+    with _without_stdout(), _ended_by_signals():
         dist.init_process_group(
             "gloo", rank=world.rank, world_size=world.size, timeout=_AS_LONG_AS_IT_TAKES
         )
@@ -298,6 +294,21 @@ def _without_stdout() -> Iterator[None]:
         os.dup2(saved, 1)
         os.close(saved)
         os.close(nothing)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let a signal end this process at once: torch waits without looking at Python's handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def synchronised_batches(

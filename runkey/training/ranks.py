@@ -20,7 +20,8 @@ from contextlib import closing, contextmanager, suppress
 from multiprocessing.connection import wait
 from typing import NamedTuple
 
-from runkey.processes import Process, this_process
+from runkey.errors import TrainingError
+from runkey.processes import Process, this_process, without_interrupts
 
 _NOTICE_SECONDS = 5.0
 """Time for a dying process to be gone after its connection broke."""
@@ -102,14 +103,48 @@ _LEAVE_SECONDS = 10.0
 """Time for a rank to end by itself when training is over."""
 
 
-def is_follower(environment: Mapping[str, str] = os.environ) -> bool:
+class Place(NamedTuple):
+    """Where a process stands among those of a training."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+
+def read_place(environment: Mapping[str, str] = os.environ) -> Place:
+    """Read torchrun's variables; empty ones count as not set.
+
+    Raises:
+        TrainingError: some of them are set and others not, as if left over, or they clash.
+    """
+    found = {name: environment.get(name, "").strip() for name in _TORCHRUN}
+    way_out = "start training with torchrun, or `unset RANK WORLD_SIZE`"
+    for name, value in found.items():
+        if name != "MASTER_ADDR" and value and not (value.isascii() and value.isdigit()):
+            raise TrainingError(f"environment: {name}={value} is no number; {way_out}")
+    place = Place(*(int(found[name] or default) for name, default in _DEFAULTS.items()))
+    if place.rank >= place.size:
+        raise TrainingError(
+            f"environment: RANK={place.rank} is not below WORLD_SIZE={place.size}; {way_out}"
+        )
+    missing = ", ".join(name for name, value in found.items() if not value)
+    if place.size > 1 and missing:
+        raise TrainingError(f"environment: WORLD_SIZE={place.size} without {missing}; {way_out}")
+    return place
+
+
+_DEFAULTS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+_TORCHRUN = (*_DEFAULTS, "MASTER_ADDR", "MASTER_PORT")
+
+
+def is_follower() -> bool:
     """Return True if this is a rank other than 0, which decides, logs and writes."""
-    return environment.get("RANK", "0") != "0"
+    return read_place().rank != 0
 
 
-def launched_by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
+def launched_by_torchrun() -> bool:
     """Return True if torchrun (or rank 0) has started this process as one of several."""
-    return "WORLD_SIZE" in environment
+    return bool(os.environ.get("WORLD_SIZE", "").strip())
 
 
 def monitor_leader() -> RankMonitor | None:
@@ -143,7 +178,9 @@ def launched_ranks(size: int, arguments: Sequence[str]) -> Iterator[RankMonitor 
         for rank in range(1, size):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), _LEADER: str(os.getpid())}
             command, environment = [sys.executable, *arguments], os.environ | own
-            processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
+            with without_interrupts():
+                process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+            processes.append(process)
         pids = {rank: this_process(p.pid) for rank, p in enumerate(processes, start=1)}
         with closing(RankMonitor(0, pids)) as monitor:
             yield monitor

@@ -16,6 +16,8 @@ def test_the_parameter_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_torchrun_has_started_them_already(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+    variables = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert count_ranks(3, CPU, 8) == 2

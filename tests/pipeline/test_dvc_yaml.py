@@ -42,9 +42,17 @@ def drawing_code() -> set[str]:
 
 def test_there_are_the_four_stages_and_the_pictures() -> None:
     computing = ["prepare", "profile_memory", "train", "evaluate"]
-    assert list(STAGES) == [*computing, "plots"]
+    assert list(STAGES) == ["check", *computing, "plots"]
     commands = [f"python -m stages.{name}" for name in computing]
-    assert [s.cmd for s in STAGES.values()] == [*commands, "python -m runkey draw"]
+    beside = ("python -m runkey params --check", "python -m runkey draw")
+    assert [s.cmd for s in STAGES.values()] == [beside[0], *commands, beside[1]]
+
+
+def test_the_check_looks_at_all_that_can_change_a_result_and_is_in_no_key() -> None:
+    check = STAGES["check"]
+    tree = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
+    assert set(check.params) == set(tree) - {"runtime"}
+    assert (check.deps, check.outs) == ((), ())
 
 
 def test_pictures_are_drawn_again_when_their_code_changes_and_by_nothing_else() -> None:
@@ -92,7 +100,12 @@ def test_only_what_adds_to_a_run_depends_on_which_run_it_was() -> None:
 
 def test_outputs_are_ignored_by_git_and_metrics_are_not(stage: Stage) -> None:
     ignored = subprocess.run(
-        ["git", "check-ignore", *stage.outs], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "check-ignore", "--stdin"],
+        input="\n".join(stage.outs),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.split()
     assert ignored == [out for out in stage.outs if not out.startswith("metrics/")]
 

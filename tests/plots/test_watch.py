@@ -101,6 +101,37 @@ def test_lines_until_it_ends(checkout, train):
     assert len(lines) == len(set(lines))
 
 
+def test_it_waits_for_a_pipeline_that_has_not_begun_to_train(checkout, tmp_path):
+    """Not for what runs elsewhere, nor after the training."""
+    (checkout / "stages/__init__.py").touch()
+    late = "import runpy, sys, time\ntime.sleep(float(sys.argv.pop()))\n"
+    late += f"runpy.run_path({str(TRAINER)!r}, None, '__main__')\n"
+    for name in ("prepare", "train", "evaluate"):
+        (checkout / f"stages/{name}.py").write_text(late)
+    log = LOGS["stopped early"](tmp_path / "source.jsonl")
+    shutil.copytree(checkout, tmp_path / "elsewhere")
+
+    def start(folder: Path, stage: str, seconds: float) -> subprocess.Popen[bytes]:
+        home = [str(folder / ".runkey" / KEY), str(log), "ends", str(seconds)]
+        command = [sys.executable, "-m", f"stages.{stage}", *home]
+        return subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.DEVNULL)
+
+    with start(tmp_path / "elsewhere", "train", 60) as elsewhere, start(checkout, "train", 60) as a:
+        with start(checkout, "evaluate", 60) as behind:
+            done = watch(checkout)
+            assert done.stderr.startswith(f"error: {checkout / '.runkey'}: nothing is trained here")
+            assert (done.returncode, done.stdout) == (1, "")
+            behind.kill()
+        a.kill()
+        with start(checkout, "train", 3.0):
+            done = watch(checkout)
+        elsewhere.kill()
+    assert done.returncode == 0
+    first, *others = done.stdout.splitlines()
+    assert first == "the pipeline here has not begun to train; waiting for it (Ctrl-C leaves)"
+    assert others[-1].startswith("early stopping") or "saved the weights" in others[-1]
+
+
 def test_a_killed_training_ends_it_too(checkout, train):
     process = train("hangs")
     watching = subprocess.Popen(

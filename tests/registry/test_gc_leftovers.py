@@ -62,14 +62,17 @@ def test_a_worktree_that_git_does_not_know_goes_too(house):
     assert not path.exists()
 
 
-def test_half_written_files_of_long_ago(house):
-    make_run(house.root, KEY, "a" * 32)
+def test_half_written_files_of_long_ago(house, tmp_path):
+    elsewhere = tmp_path / "elsewhere"  # of a database that MLFLOW_TRACKING_URI names
+    house.home = elsewhere / ".runkey"
+    make_run(elsewhere, KEY, "a" * 32)
     old = [
         house.home / "runs/.abc.123",
         house.home / "claims/.claim.9f",
         house.root / ".runkey-x1/0",
         house.home / ".fetch-x1/0",
         house.root / ".run.json.77",
+        elsewhere / ".runkey-x1/mlflow.db",
     ]
     for path in old:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +81,7 @@ def test_half_written_files_of_long_ago(house):
         if path.parent.name.endswith("-x1"):
             os.utime(path.parent, (1e9, 1e9))
     (house.home / "runs/.now.5").write_text("{")
-    assert len(house.items()) == 5
+    assert len(house.items()) == 6
     house.apply()
     assert not any(path.exists() for path in old)
     assert (house.home / "runs/.now.5").exists()

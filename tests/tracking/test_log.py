@@ -158,23 +158,30 @@ def test_other_values_are_said_and_the_first_stay(tmp_path: Path, said: list[str
     ]
 
 
-def test_a_log_that_lost_its_end_is_said(tmp_path: Path, said: list[str]) -> None:
+@pytest.mark.parametrize("damage", ["cut", "zeroed in the middle"])
+def test_a_log_that_lost_lines_is_said(tmp_path: Path, said: list[str], damage: str) -> None:
     path = tmp_path / "train.jsonl"
     log = JsonlLog(path)
     for step in range(5):
         log.log({"loss": 1.0}, step)
     position = log.position()
     log.close()
-    os.truncate(path, path.stat().st_size // 2)
+    lines = path.read_bytes().splitlines(keepends=True)
+    if damage == "cut":
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        lines[2] = bytes(len(lines[2]))
+        path.write_bytes(b"".join(lines))
     log = JsonlLog(path)
     log.resume(position)
     log.log({"loss": 1.0}, 5)
+    assert log.lost_lines == 1
+    assert log.position()["log_lost_lines"] == 1
     log.close()
-    assert steps(path) == [0, 1, 5]
-    assert len(said) == 1
-    assert (
-        "bytes that the checkpoint knows of are gone; the log lacks the values in them" in said[0]
-    )
+    assert steps(path) == ([0, 1, 5] if damage == "cut" else [0, 1, 4, 5])
+    first, last = said
+    assert "that the checkpoint knows of are gone or damaged; the log lacks the values" in first
+    assert last == f"{path}: lacks 1 line"
 
 
 def test_people_find_it_in_the_workspace(tmp_path: Path, said: list[str]) -> None:

@@ -152,7 +152,7 @@ def test_a_process_killed_while_it_makes_the_database_leaves_none(tmp_path: Path
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 120
     # Some tables are there, the last ones are not.
-    while not any(p.stat().st_size > 100_000 for p in tmp_path.glob("mlflow.db.*/mlflow.db")):
+    while not any(p.stat().st_size > 100_000 for p in tmp_path.glob(".runkey-*/mlflow.db")):
         assert process.poll() is None
         assert time.monotonic() < end
         time.sleep(0.005)
@@ -161,3 +161,31 @@ def test_a_process_killed_while_it_makes_the_database_leaves_none(tmp_path: Path
     assert not (tmp_path / "mlflow.db").exists()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+@pytest.mark.parametrize("place", ["folder", "address"])
+def test_a_path_that_mlflow_would_cut_off_is_refused(tmp_path, monkeypatch, place):
+    root = tmp_path / "what?" / "clone"
+    if place == "address":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+    else:
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(
+        TrackingError, match=r"what\?/clone/mlflow.db: MLflow takes the path .* `\?`"
+    ):
+        locate_store(root if place == "folder" else tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_odd_characters_in_the_path_are_kept(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = tmp_path / "a #%20;&'\"$`\\\n\u202f[{(*"
+    root.mkdir()
+    store = locate_store(root)
+    client = open_client(store)
+    experiment = client.get_experiment(experiment_id(client, store, "odd"))
+    run = client.create_run(experiment.experiment_id).info.run_id
+    client.log_text(run, "text", "file.txt")
+    assert (root / "mlartifacts" / run / "artifacts/file.txt").read_text() == "text"
+    assert sorted(path.name for path in root.iterdir()) == ["mlartifacts", "mlflow.db"]
+    assert [path.name for path in tmp_path.iterdir()] == [root.name]

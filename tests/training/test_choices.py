@@ -16,7 +16,8 @@ from runkey.training.device import (
     derive_seed,
     seed_step,
 )
-from runkey.training.distributed import World, join_world, read_world
+from runkey.training.distributed import World, count_ranks, join_world, read_world
+from runkey.training.ranks import is_follower
 
 CPU = torch.device("cpu")
 
@@ -75,12 +76,55 @@ def test_device_on_a_gpu():
     assert reason == torch.cuda.get_device_name(0)
 
 
+TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+TORCHRUN |= {"MASTER_ADDR": "host", "MASTER_PORT": "29500"}
+
+
 def test_world():
-    assert read_world({}) == World(0, 0, 1)
-    world = read_world({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"})
+    world = read_world(TORCHRUN)
     assert (world.rank, world.local_rank, world.size, world.is_main) == (3, 1, 4, False)
-    with pytest.raises(TrainingError, match=r"RANK=2 is not below WORLD_SIZE=2"):
-        read_world({"RANK": "2", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    "left_over",
+    [
+        {},
+        dict.fromkeys(TORCHRUN, ""),
+        dict.fromkeys(TORCHRUN, " "),
+        {"LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"},
+        {"RANK": "0"},
+        {"WORLD_SIZE": "1"},
+        {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "3", "SLURM_JOB_ID": "7"},
+    ],
+)
+def test_left_over_variables_that_start_nothing(left_over, monkeypatch):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+    assert (read_world().rank, read_world().size) == (0, 1)
+    assert not is_follower()
+    assert count_ranks(3, CPU, 8) == (1 if left_over.get("WORLD_SIZE") == "1" else 3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"RANK": "4"}, "RANK=4 is not below WORLD_SIZE=4"),
+        ({"WORLD_SIZE": ""}, "RANK=3 is not below WORLD_SIZE=1"),
+        ({"RANK": ""}, "WORLD_SIZE=4 without RANK"),
+        ({"RANK": "", "MASTER_PORT": ""}, "WORLD_SIZE=4 without RANK, MASTER_PORT"),
+        ({"MASTER_ADDR": ""}, "WORLD_SIZE=4 without MASTER_ADDR"),
+        ({"RANK": "first"}, "RANK=first is no number"),
+        ({"RANK": "-1"}, "RANK=-1 is no number"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http is no number"),
+    ],
+)
+def test_variables_that_clash_are_one_line_with_the_way_out(changed, says):
+    with pytest.raises(TrainingError) as error:
+        read_world(TORCHRUN | changed)
+    way_out = "start training with torchrun, or `unset RANK WORLD_SIZE`"
+    assert str(error.value) == f"environment: {says}; {way_out}"
 
 
 def test_one_process_joins_nobody():
