@@ -188,10 +188,10 @@ class JsonlLog:
         self._lost_before = int(position.get(_LOST, 0)) if position else 0
         broken = _broken_lines(self.path, offset) if self._size else 0
         if offset > self._size or broken:
-            lost = f"{max(offset - self._size, 0)} of the {offset} bytes"
+            lost = counted(broken, "line") if broken else f"{offset - self._size} bytes"
             self._warn(
-                f"{self.path}: {f'{broken} lines' if broken else lost} that the checkpoint knows of"
-                " are gone or damaged; the log lacks the values in them"
+                f"{self.path}: {lost} that the checkpoint knows of, gone or damaged; the log lacks"
+                " the values in them"
             )
             self._lost_before += max(broken, 1)
             offset = min(offset, self._size)

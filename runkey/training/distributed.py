@@ -38,6 +38,7 @@ from runkey.errors import Interrupted, RunkeyError, StoppedError
 from runkey.processes import this_process
 from runkey.training.device import check_gpus
 from runkey.training.ranks import RankMonitor, launched_by_torchrun, read_place
+from runkey.units import counted
 
 logger = logging.getLogger("runkey")
 
@@ -237,8 +238,8 @@ def join_world(device: torch.device, monitor: RankMonitor | None = None) -> Iter
         return
     if world.is_main and monitor is None:
         logger.info(
-            f"waiting for the other {world.size - 1} processes at {os.environ['MASTER_ADDR']}"
-            f":{os.environ['MASTER_PORT']}, as RANK and WORLD_SIZE={world.size} say (if these are"
+            f"waiting at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} for the other"
+            f" {counted(world.size - 1, 'process')} that WORLD_SIZE={world.size} names (if it is"
             " left over: Ctrl-C, `unset RANK WORLD_SIZE`)"
         )
     with _without_stdout(), _ended_by_signals():

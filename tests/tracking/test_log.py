@@ -180,7 +180,7 @@ def test_a_log_that_lost_lines_is_said(tmp_path: Path, said: list[str], damage: 
     log.close()
     assert steps(path) == ([0, 1, 5] if damage == "cut" else [0, 1, 4, 5])
     first, last = said
-    assert "that the checkpoint knows of are gone or damaged; the log lacks the values" in first
+    assert "that the checkpoint knows of, gone or damaged; the log lacks the values" in first
     assert last == f"{path}: lacks 1 line"
 
 
