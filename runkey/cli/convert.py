@@ -7,6 +7,7 @@ is named line by line, and objects are counted before and after.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -219,6 +220,9 @@ class _Labels:
             box = list(read().ltwh)
         except Exception as error:  # noqa: BLE001 - globox has its own, assertions and ValueError
             self.fault(label, f"{where}: {str(error).splitlines()[0]}")
+            return
+        if not all(map(math.isfinite, box)):
+            self.fault(label, f"{where}: box {box} is not finite")
             return
         left, top, width, height = box
         over = max(-left, -top, left + width - image.size[0], top + height - image.size[1])

@@ -258,6 +258,7 @@ TREE = {"b.png": "", "b.xml": voc("b.png", voc_object("ball"))}
         ({"a.txt": "1 0.5 0.5 0.1 0.1 0.2 0.3 0.4"}, "a.txt: line 1: Syntax error"),
         ({"a.txt": "1 0.5 x 0.1 0.1"}, "a.txt: line 1: Syntax error"),
         ({"a.txt": "1 0.5 0.5 -0.1 0.1"}, "a.txt: line 1: `xmax` must be greater"),
+        ({"a.txt": "1 inf 0.5 0.1 0.1"}, "a.txt: line 1: box [inf, "),
         ({"a.txt": "1 nan 0.5 0.1 0.1"}, "a.txt: line 1: `xmax` must be greater"),
         ({"a.txt": b"1 0.5 \xff 0.1 0.1"}, "a.txt: cannot be read ('utf-8' codec"),
         ({"labels/gone.txt": BOX}, "labels/gone.txt: has no image"),
