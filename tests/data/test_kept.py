@@ -76,7 +76,7 @@ def test_more_objects_than_queries_are_a_note_and_no_fault(folder):
     report = folder.run(num_queries=1)
 
     assert report.notes == [
-        "train: 1 image(s) have more objects than model.num_queries (1), at most 2 in image 1 "
+        "train: more objects than model.num_queries (1) in 1 image, at most 2 in image 1 "
         "(train/a.jpg); the rest cannot be found",
     ]
     assert folder.report()["notes"] == report.notes
@@ -85,7 +85,7 @@ def test_more_objects_than_queries_are_a_note_and_no_fault(folder):
 def test_a_class_that_a_split_lacks_is_noted(folder):
     folder.val["annotations"].pop()
 
-    assert folder.run().notes == ["val has no object of 1 classes: cube"]
+    assert folder.run().notes == ["val has no object of 1 class: cube"]
 
 
 def test_ids_may_repeat_between_train_and_val(folder):
