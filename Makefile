@@ -7,7 +7,8 @@
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .SUFFIXES:
 
-# .venv/bin, or that of an active conda environment that holds the locked packages.
+# .venv/bin, or that of an active conda environment that holds the locked packages.  A relative path:
+# this folder's name may hold blanks, quotes and the like.
 BIN := $(shell sh environment/setup.sh --bin)
 TOOLS := .venv-tools/bin
 NAME ?= sample
@@ -15,8 +16,14 @@ PORT ?= 5000
 ARGS ?=
 
 # Stages are `python -m stages.X`: DVC must find the right python.
-export PATH := $(BIN):$(PATH)
+export PATH := $(if $(filter /%,$(BIN)),$(BIN),$(CURDIR)/$(BIN)):$(PATH)
 export PYTHONPATH :=
+export PYTHONNOUSERSITE := 1
+unexport PYTHONHOME PYTHONSAFEPATH PYTHONOPTIMIZE PYTHONINSPECT PYTHONWARNINGS
+# In the locale C Python reads no path with an umlaut from a .pth file.
+ifneq (,$(filter C POSIX,$(LC_ALL)))
+export LC_ALL := C.UTF-8
+endif
 # Without cached bytecode `import torch` takes four times as long, in each of a hundred processes.
 unexport PYTHONDONTWRITEBYTECODE
 # Nothing phones home.

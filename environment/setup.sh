@@ -10,6 +10,20 @@
 # from an empty folder.
 set -eu
 
+# What a shell may hold that would send packages, scripts or this one elsewhere.  Indexes, proxies
+# and caches of pip and uv stay.
+unset CDPATH PYTHONHOME PYTHONSAFEPATH PYTHONOPTIMIZE PYTHONINSPECT PYTHONWARNINGS
+unset UV_PYTHON UV_PROJECT UV_WORKING_DIR UV_SYSTEM_PYTHON UV_NO_VERIFY_HASHES UV_TORCH_BACKEND
+unset UV_CONSTRAINT UV_BUILD_CONSTRAINT UV_OVERRIDE UV_EXCLUDE_NEWER
+for name in $(set | sed -n 's/^\(PIP_[A-Z_]*\)=.*/\1/p'); do
+  case $name in
+    *INDEX* | *CERT | *HOST | *CACHE* | PIP_PROXY | PIP_FIND_LINKS | PIP_CONFIG_FILE | *TIMEOUT | PIP_RETRIES) ;;
+    *) unset "$name" ;;
+  esac
+done
+export LC_ALL=C.UTF-8 # setuptools writes the path of this folder in the locale's encoding
+[ -d "${TMPDIR:-/tmp}" ] || unset TMPDIR
+
 stop() {
   printf 'error: %s\n' "$*" >&2
   exit 1
@@ -49,7 +63,7 @@ pin_of() {
 
 # uv from PATH, from the finished .venv, or the pinned one in a place of its own inside $folder.
 find_uv() {
-  for candidate in uv .venv/bin/uv "$folder/bootstrap/bin/uv"; do
+  for candidate in uv .venv/bin/uv "$folder/bootstrap/uv/bin/uv"; do
     if "$candidate" --version >/dev/null 2>&1; then
       printf '%s\n' "$candidate"
       return
@@ -58,18 +72,28 @@ find_uv() {
   "$python" -m venv "$folder/bootstrap" >/dev/null 2>&1 ||
     stop "$python cannot make virtual environments: install your system's python3.12-venv"
   pin_of uv requirements.txt >"$folder/bootstrap/uv.txt"
+  # A pip.conf may name another target, or the user's.
   "$folder/bootstrap/bin/python" -m pip --quiet --disable-pip-version-check --no-input install \
-    --require-hashes --requirement "$folder/bootstrap/uv.txt" >"$folder/bootstrap/log" 2>&1 || {
+    --no-user --target "$folder/bootstrap/uv" --require-hashes --requirement "$folder/bootstrap/uv.txt" >"$folder/bootstrap/log" 2>&1 || {
     cat "$folder/bootstrap/log" >&2
     stop "uv could not be installed; see the lines above, then try again"
   }
-  printf '%s\n' "$folder/bootstrap/bin/uv"
+  printf '%s\n' "$folder/bootstrap/uv/bin/uv"
 }
 
 # The path is part of both stamps: scripts and the editable install hold it, so a copied or moved
 # folder is set up again.
 packages_stamp() { pwd && cat "$requirements"; }
 project_stamp() { pwd && cat pyproject.toml runkey/version.py; }
+
+# Whether Python and DVC start, and $folder was set up for this path: a script names the Python of
+# the folder that it was installed into.
+is_whole() {
+  is_python_312 "$folder/bin/python" && [ ! -e "$folder/unfinished" ] &&
+    { [ ! -f "$stamp" ] || [ "$(sed -n 1p "$stamp")" = "$PWD" ]; } &&
+    { ! grep -q '^dvc==' "$requirements" || [ ! -f "$stamp" ] || dvc_starts; }
+}
+dvc_starts() { "$folder/bin/dvc" --version >/dev/null 2>&1; }
 
 # Install the project in editable form into the environment at $1 by the uv at $2 (none: find one).
 # Needs no network: setuptools, which builds it, is locked.
@@ -88,7 +112,7 @@ install_project() {
 cd "$(dirname "$0")/.."
 
 if [ "$1" = --bin ]; then
-  if conda_holds_the_lock; then printf '%s/bin\n' "$CONDA_PREFIX"; else printf '%s/.venv/bin\n' "$PWD"; fi
+  if conda_holds_the_lock; then printf '%s/bin\n' "$CONDA_PREFIX"; else echo .venv/bin; fi
   exit
 fi
 
@@ -100,16 +124,18 @@ if [ "$folder" = .venv ] && conda_holds_the_lock; then
   install_project "$CONDA_PREFIX" "$CONDA_PREFIX/bin/uv"
   exit
 fi
-if [ -f "$stamp" ] && packages_stamp | cmp -s - "$stamp" && is_python_312 "$folder/bin/python"; then
+if [ -f "$stamp" ] && packages_stamp | cmp -s - "$stamp" && is_whole; then
   [ "$folder" != .venv ] || install_project .venv
   exit
 fi
 
 [ "$(uname -sm)" = "Linux x86_64" ] || stop "the packages are locked for Linux on x86_64, not for $(uname -sm)"
+case $PWD in
+  *:* | *"
+"*) stop "$PWD: PATH cannot hold a folder with a colon or a line break in its name; rename it" ;;
+esac
 python=$(find_python)
-if [ -e "$folder/unfinished" ] || ! is_python_312 "$folder/bin/python"; then
-  rm -rf "$folder"
-fi
+is_whole || rm -rf "$folder"
 printf 'environment: %s packages of %s into %s (some minutes the first time)\n' \
   "$(grep -c == "$requirements")" "$requirements" "$folder"
 mkdir -p "$folder"
@@ -117,6 +143,9 @@ mkdir -p "$folder"
 rm -f "$stamp"
 [ -x "$folder/bin/python" ] || "$python" -m venv --without-pip "$folder" ||
   stop "$python cannot make virtual environments: install your system's python3.12-venv"
+if [ -z "${UV_CACHE_DIR:-}${XDG_CACHE_HOME:-}" ] && [ ! -w "${HOME:-/nowhere}" ]; then
+  export UV_CACHE_DIR="$PWD/$folder/cache" # uv's own is below HOME
+fi
 uv=$(find_uv)
 quiet=--quiet
 [ ! -t 2 ] || quiet=
@@ -127,5 +156,6 @@ if [ "$folder" = .venv ]; then
   rm -f .venv/runkey.installed
   install_project .venv "$uv"
 fi
+! grep -q '^dvc==' "$requirements" || dvc_starts || stop "$folder/bin/dvc does not start; \`rm -rf $folder && make env\` makes it anew"
 packages_stamp >"$stamp"
-rm -f "$folder/unfinished"
+rm -rf "$folder/unfinished" "$folder/cache"

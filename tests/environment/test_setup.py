@@ -5,11 +5,13 @@ requirements: all but the download is real.  setuptools, which is locked and bui
 comes from the environment that runs the tests.
 """
 
+import hashlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -241,6 +243,133 @@ def test_a_copied_or_moved_environment_is_set_up_again(clone_with_python, tmp_pa
     assert set_up(there).stdout == ""
 
 
+def require_dvc(clone):
+    """Pin a package `dvc` that is a command and nothing else, in a folder of wheels."""
+    wheel = clone.parent / "wheels/dvc-3.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    about = "dvc-3.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("dvc.py", "import sys\ndef main():\n    print(sys.prefix)\n")
+        archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: dvc\nVersion: 3.0\n")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/entry_points.txt", "[console_scripts]\ndvc = dvc:main\n")
+        archive.writestr(f"{about}/RECORD", "")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    (clone / "requirements.txt").write_text(f"dvc==3.0 --hash=sha256:{digest}\n")
+    return {"UV_FIND_LINKS": str(wheel.parent), "UV_OFFLINE": "1", "UV_NO_CACHE": "1"}
+
+
+def says_dvc(clone):
+    done = subprocess.run([clone / ".venv/bin/dvc"], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def move(clone):
+    target = clone.parent / "moved"
+    clone.rename(target)
+    return target
+
+
+def copy_beside(clone):
+    target = clone.parent / "copied"
+    shutil.copytree(clone, target, symlinks=True)
+    return target
+
+
+def break_command(clone):
+    (clone / ".venv/bin/dvc").write_text("#!/nowhere/python\n")
+    return clone
+
+
+def lose_module(clone):
+    """As `pip uninstall` does that is killed half-way."""
+    next((clone / ".venv/lib").glob("python3*/site-packages/dvc.py")).unlink()
+    return clone
+
+
+@pytest.mark.parametrize("how", [move, copy_beside, break_command, lose_module])
+def test_a_dvc_that_does_not_start_is_installed_anew(clone_with_python, how):
+    links = require_dvc(clone_with_python)
+    assert set_up(clone_with_python, **links).returncode == 0
+    assert says_dvc(clone_with_python) == f"{clone_with_python}/.venv"
+    clone = how(clone_with_python)
+    done = set_up(clone, **links)
+    assert (done.returncode, done.stdout.startswith("environment: ")) == (0, True), done.stderr
+    assert says_dvc(clone) == f"{clone}/.venv"
+    assert set_up(clone, **links).stdout == ""
+
+
+ODD = {
+    "CDPATH": "/:/tmp",
+    "PYTHONHOME": "/nowhere",
+    "PYTHONSAFEPATH": "1",
+    "PYTHONSTARTUP": "/nowhere/startup.py",
+    "PYTHONWARNINGS": "error",
+    "PYTHONINSPECT": "1",
+    "PIP_USER": "1",
+    "PIP_TARGET": "/nowhere/target",
+    "PIP_REQUIRE_VIRTUALENV": "1",
+    "UV_SYSTEM_PYTHON": "1",
+    "UV_EXCLUDE_NEWER": "2001-01-01",
+    "UV_CONSTRAINT": "/nowhere/constraints",
+    "UV_WORKING_DIR": "/tmp",
+    "LC_ALL": "C",
+    "TMPDIR": "/nowhere/tmp",
+    "HOME": "/nowhere",
+    "RANK": "",
+    "GIT_DIR": "/nowhere/.git",
+}
+
+
+@pytest.mark.parametrize("name", ["a?b#c%20d ü\u202f", 'it\'s "$HOME" `id` &;('])
+def test_odd_variables_folders_and_a_uv_toml_above(clone_with_python, name):
+    links = require_dvc(clone_with_python)
+    clone = clone_with_python.parent / name
+    clone_with_python.rename(clone)
+    (clone.parent / "uv.toml").write_text("no-such = 1\n[pip]\ntarget = '/nowhere/uv'\n")
+    assert set_up(clone, "--bin", **ODD).stdout == ".venv/bin\n"
+    del links["UV_NO_CACHE"]  # without a home its cache has no place
+    done = set_up(clone, **ODD, **links)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert says_dvc(clone) == f"{clone}/.venv"
+    assert set_up(clone, **ODD, **links).stdout == ""
+    assert not (clone / ".venv/cache").exists()
+    assert runkey(clone, clone).stdout == f"{clone}/.venv {clone}\n"
+    # `make`, and what it starts by the PATH
+    path = {"PATH": f"{clone.parent / 'bin'}:/bin:/usr/bin"}
+    make = ["make", "-f", REPOSITORY / "Makefile", "--eval", "try: ; @$(BIN)/dvc && dvc", "try"]
+    made = subprocess.run(make, cwd=clone, env=ODD | path, capture_output=True, text=True)
+    assert (made.stdout, made.stderr) == (2 * f"{clone}/.venv\n", "")
+
+
+@pytest.mark.parametrize("name", ["co:lon", "line\nbreak"])
+def test_a_folder_that_path_cannot_hold_is_one_line(clone_with_python, name):
+    clone = clone_with_python.parent / name
+    clone_with_python.rename(clone)
+    done = set_up(clone)
+    assert (done.returncode, done.stdout) == (1, "")
+    what = "PATH cannot hold a folder with a colon or a line break in its name; rename it"
+    assert done.stderr == f"error: {clone}: {what}\n"
+    assert not (clone / ".venv").exists()
+
+
+@pytest.mark.slow
+def test_pip_brings_uv_whatever_its_configuration_says(clone_with_python, tmp_path):
+    """Where there is no uv, a venv of its own installs the pinned one."""
+    (clone_with_python.parent / "bin/uv").unlink()
+    wheel = next(iter(require_dvc(clone_with_python).values()))
+    config = tmp_path / "pip.conf"
+    config.write_text("[install]\nuser = true\ntarget = /nowhere/target\n")
+    with (clone_with_python / "requirements.txt").open("a") as file:
+        file.write("uv==0.0.1 --hash=sha256:" + "0" * 64 + "\n")
+    more = {"PIP_CONFIG_FILE": str(config), "PIP_USER": "1", "PIP_NO_INDEX": "1"}
+    done = set_up(clone_with_python, **more, PIP_FIND_LINKS=wheel)
+    assert done.returncode == 1
+    assert "No matching distribution found for uv==0.0.1" in done.stderr
+    assert done.stderr.endswith("uv could not be installed; see the lines above, then try again\n")
+
+
 @pytest.fixture
 def conda(clone_with_python):
     """A folder as conda makes it, with the record of every locked build."""
@@ -273,8 +402,7 @@ def test_another_conda_environment_is_not(clone_with_python, conda):
     next((conda / "conda-meta").glob("numpy-*.json")).unlink()
     (conda / "bin/uv").rename(clone_with_python.parent / "bin/uv")
     active = {"CONDA_PREFIX": str(conda)}
-    expected = f"{clone_with_python}/.venv/bin\n"
-    assert set_up(clone_with_python, "--bin", **active).stdout == expected
+    assert set_up(clone_with_python, "--bin", **active).stdout == ".venv/bin\n"
     assert set_up(clone_with_python, **active).returncode == 0
     assert works(clone_with_python)
 
@@ -291,6 +419,6 @@ def test_without_uv_the_pinned_one_is_installed_inside(clone_with_python):
     passed_on = {k: v for k, v in os.environ.items() if "PIP" in k or "UV" in k or "CERT" in k}
     done = set_up(clone_with_python, **passed_on)
     assert done.returncode == 0, done.stderr
-    assert (clone_with_python / ".venv/bootstrap/bin/uv").exists()
+    assert (clone_with_python / ".venv/bootstrap/uv/bin/uv").exists()
     assert (clone_with_python / ".venv/bin/uv").exists()
     assert set_up(clone_with_python).stdout == ""
