@@ -169,7 +169,7 @@ class RestClient:
                 break
             tokens.add(token)
             query = {**query, "page_token": token}
-        raise self._strange(f"{path}: pages without end, {count} {name} so far")
+        raise self._strange(f"{path}: pages without end, {count} items so far")
 
     def artifact(self, run_id: str, path: str, largest: int | None = None) -> Artifact:
         """Open a run's artifact, wherever the server keeps it; the caller closes it.

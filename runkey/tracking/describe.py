@@ -17,10 +17,10 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from runkey.errors import ParamsError, TrackingError
+from runkey.errors import ParamsError
 from runkey.identity.dvc_yaml import tracked_md5
 from runkey.params import Params, as_text, parse_params
-from runkey.tracking.store import Store, in_one_line, open_client
+from runkey.tracking.store import Store, tracked
 
 _NAME_CHARACTERS = 80
 _NAME_ITEMS = 4
@@ -129,11 +129,9 @@ def log_model(
     Raises:
         TrackingError: MLflow refuses or cannot be reached.
     """
-    client = open_client(store)
-    from mlflow.entities import LoggedModelOutput
-    from mlflow.exceptions import MlflowException
+    with tracked(store, "the model is not recorded") as client:
+        from mlflow.entities import LoggedModelOutput
 
-    try:
         run = client.get_run(run_id)
         if run.outputs and run.outputs.model_outputs:
             return str(run.outputs.model_outputs[0].model_id)
@@ -145,9 +143,7 @@ def log_model(
             client.log_model_artifacts(model.model_id, f"{folder}/model")
         client.finalize_logged_model(model.model_id, "READY")
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-    except (MlflowException, OSError) as error:
-        raise TrackingError(f"MLflow: the model is not recorded ({in_one_line(error)})") from None
-    return str(model.model_id)
+        return str(model.model_id)
 
 
 def _save_model(folder: Path, run_id: str, example: Path, outputs: Mapping[str, str]) -> None:

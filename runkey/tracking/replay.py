@@ -20,7 +20,7 @@ from runkey.identity.key import ANY_SCHEMA, SCHEMAS
 from runkey.identity.record import DETAILS, POINTER, Details, LoggedRun, RunPointer
 from runkey.identity.record_cache import update_record
 from runkey.tracking.describe import RunDescription
-from runkey.tracking.store import Store, in_one_line
+from runkey.tracking.store import Store, tracked
 from runkey.tracking.sync import RunSender, Status, TrainingRun
 from runkey.training.lock import locked
 
@@ -161,16 +161,12 @@ def send_saved(store: Store, folder: Path) -> Replayed:
             sender.tags.extend(ended.tags.items())
             if artifacts.is_dir():
                 sender.artifacts.append((artifacts, ""))
-        try:
+        with tracked(store, f"not sent, {folder} is kept, try again"):
             sender.update()
             if ended:
                 sender.end(ended.status, ended.ended_ms)
             elif found[0].status == "RUNNING":
                 sender.end("KILLED")
-        # Whatever MLflow, its database driver or the network raises.
-        except Exception as error:  # noqa: BLE001
-            text = in_one_line(error)
-            raise TrackingError(f"{store.uri}: {text}; {folder} is kept, try again") from None
         run = found[-1]
         update_record(store.cache, run, details)
         files = sum(path.is_file() for path in artifacts.rglob("*")) if ended else 0

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runkey import paths
-from runkey.errors import TrackingError
+from runkey.errors import RunkeyError, TrackingError
+from runkey.http_limits import SECONDS, TIMEOUT
 from runkey.progress import without_logins
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ MAX_METRICS = 1000
 
 _SQLITE = "sqlite:///"
 
-# Set before mlflow is imported. The last two bound how long a call to a dead server takes: with
+# Set before mlflow is imported. The last three bound how long a call to a dead server takes: with
 # MLflow's defaults (7 retries, 120 s each) that is a quarter of an hour.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -46,7 +47,8 @@ _ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
+    TIMEOUT: f"{SECONDS:.0f}",
 }
 
 
@@ -131,12 +133,45 @@ def open_client(store: Store) -> MlflowClient:
         from mlflow import MlflowClient
     except ImportError as error:
         raise TrackingError(f"mlflow cannot be imported ({error}); run `make env`") from None
+    if store.is_server:
+        from runkey.tracking.mlflow_http import limit_answers  # imports mlflow
+
+        limit_answers()
     quiet_mlflow()  # mlflow sets its own level when it is imported
     if store.database:
         _make_database(store.database)
     client = MlflowClient(store.full_uri)
     _adopt_moved(store)
     return client
+
+
+@contextmanager
+def tracked(store: Store, what: str) -> Iterator[MlflowClient]:
+    """Yield a client of the store; `what` says what cannot be done if anything fails in the block.
+
+    Raises:
+        TrackingError: whatever MLflow, its database driver, the network or the disk raised.
+    """
+    try:
+        yield open_client(store)
+    except RunkeyError:
+        raise
+    # Answers of a strange server end in a dozen kinds of errors in MLflow.
+    except Exception as error:  # noqa: BLE001
+        way_out = _way_out(str(error)) if store.database else ""
+        raise TrackingError(f"{store.uri}: {what} ({in_one_line(error)}){way_out}") from None
+
+
+def _way_out(text: str) -> str:
+    """Say what helps against an error of sqlite."""
+    ways = {
+        "malformed|not a database|no such table|no such column": "put a copy of the file back, or"
+        " move it away: the next run makes a new one",
+        "readonly|unable to open": "make the file and its folder writable",
+        "locked": "another process writes to it; try again",
+        "full|disk I/O": "make room on the disk",
+    }
+    return next((f"; {way}" for error, way in ways.items() if re.search(error, text)), "")
 
 
 def in_one_line(error: BaseException, characters: int = 160) -> str:

@@ -32,15 +32,15 @@ from runkey.tracking.store import (
     MAX_METRICS,
     Store,
     experiment_id,
-    in_one_line,
-    open_client,
-    quiet_mlflow,
+    tracked,
 )
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 LOOK_SECONDS = 0.3
+_MOST_FILES, _DEEPEST = 20_000, 30
+"""Of one run, when it is read; a server may name folders without end."""
 _NOT_COPIED = ("mlflow.runName", "mlflow.artifactLocation")
 
 
@@ -52,12 +52,15 @@ def logged_run(run: Any) -> LoggedRun:
 def write_details(
     store: Store, run_id: str, details: Details, tags: Mapping[str, str] = {}
 ) -> LoggedRun:
-    """Replace record.json of a run and set tags; return the run as it is then."""
-    client = open_client(store)
-    client.log_text(run_id, details.as_json(), DETAILS)
-    for name, value in tags.items():
-        client.set_tag(run_id, name, value)
-    return logged_run(client.get_run(run_id))
+    """Replace record.json of a run and set tags; return the run as it is then.
+
+    TrackingError if the store cannot be reached, or refuses.
+    """
+    with tracked(store, f"run {run_id} could not be changed") as client:
+        client.log_text(run_id, details.as_json(), DETAILS)
+        for name, value in tags.items():
+            client.set_tag(run_id, name, value)
+        return logged_run(client.get_run(run_id))
 
 
 def delete_run(store: Store, run_id: str) -> None:
@@ -68,18 +71,18 @@ def delete_run(store: Store, run_id: str) -> None:
     Raises:
         TrackingError: the store cannot be reached, or refuses.
     """
-    client = open_client(store)
-    from mlflow.exceptions import MlflowException
+    with tracked(store, f"run {run_id} could not be deleted") as client:
+        from mlflow.exceptions import MlflowException
 
-    try:
-        run = client.get_run(run_id)
-        if run.info.lifecycle_stage != "deleted":
-            for model in run.outputs.model_outputs if run.outputs else ():
-                client.delete_logged_model(model.model_id)
-            client.delete_run(run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise TrackingError(f"run {run_id}: not deleted from MLflow: {error.message}") from None
+        try:
+            run = client.get_run(run_id)
+            if run.info.lifecycle_stage != "deleted":
+                for model in run.outputs.model_outputs if run.outputs else ():
+                    client.delete_logged_model(model.model_id)
+                client.delete_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class StoreRuns:
         """Copy a run to `CONTENT` and `ARTIFACTS` in a folder that exists; return the `CONTENT`."""
         if (database := self.store.database) and not database.is_file():  # MLflow would make one
             raise TrackingError(f"{database}: not found; put it back to read run {run_id}")
-        with self._client(f"run {run_id} could not be read") as client:
+        with tracked(self.store, f"run {run_id} could not be read") as client:
             run = client.get_run(run_id)
             inputs = run.inputs.dataset_inputs if run.inputs else []
             content = {
@@ -131,7 +134,7 @@ class StoreRuns:
         The key is written last, so that no search by key finds an incomplete copy. What an
         interrupted copy of the same run left is deleted first.
         """
-        with self._client("the run could not be written") as client:
+        with tracked(self.store, "the run could not be written") as client:
             from mlflow.entities import Param, RunTag
 
             content = json.loads((folder / CONTENT).read_text(encoding="utf-8"))
@@ -156,26 +159,19 @@ class StoreRuns:
 
     def add(self, run_id: str, file: Path) -> None:
         """Add a file to a run's artifacts."""
-        with self._client(f"{file.name} could not be added to run {run_id}") as client:
+        with tracked(self.store, f"{file.name} could not be added to run {run_id}") as client:
             client.log_artifact(run_id, str(file))
-
-    @contextmanager
-    def _client(self, what: str) -> Iterator[MlflowClient]:
-        """Yield a client of the store; its errors become a TrackingError that says `what`."""
-        quiet_mlflow()
-        from mlflow.exceptions import MlflowException
-
-        try:
-            yield open_client(self.store)
-        except (MlflowException, OSError) as error:
-            raise TrackingError(f"{self.store.uri}: {what} ({in_one_line(error, 200)})") from None
 
 
 def _read_files(client: MlflowClient, run_id: str, folder: Path) -> None:
     sizes: list[int] = []
     folders: list[str | None] = [None]
+    count = 0
     while folders:
         for found in client.list_artifacts(run_id, folders.pop()):
+            count += 1
+            if count > _MOST_FILES or found.path.count("/") > _DEEPEST:
+                raise TrackingError(f"run {run_id}: it has too many files, or too deep a folder")
             if found.is_dir:
                 folders.append(found.path)
             else:
