@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from unicodedata import normalize
 
 import pytest
@@ -389,6 +392,31 @@ def test_dvc_links_into_its_cache_are_followed(folder, cache):
         path.symlink_to(target)
 
     assert folder.run().items == []
+
+
+@pytest.mark.slow
+def test_dvcs_own_ways_for_data_on_another_drive(folder, tmp_path_factory):
+    """What docs/your-data.md advises: links into a cache elsewhere, an import and a copy."""
+    folder.write()
+    drive = tmp_path_factory.mktemp("drive")
+    folder.data.rename(drive / "set")
+    run_dvc(folder.root, "init --no-scm")
+    run_dvc(folder.root, f"cache dir --local {drive}/cache")
+    run_dvc(folder.root, "config --local cache.type symlink")
+    run_dvc(folder.root, f"import-url {drive}/set data")
+    assert (folder.data / "train/a.jpg").is_symlink()
+    assert folder.prepare().items == []
+
+    shutil.rmtree(folder.data)
+    (folder.root / "data.dvc").unlink()
+    run_dvc(folder.root, f"add {drive}/set --out data")
+    assert (folder.data / "train/a.jpg").is_symlink()
+    assert folder.prepare().items == []
+
+
+def run_dvc(root, arguments):
+    command = [sys.executable, "-m", "dvc", *arguments.split(), "--quiet"]
+    subprocess.run(command, cwd=root, check=True, env=os.environ | {"DVC_NO_ANALYTICS": "1"})
 
 
 def test_links_within_the_data_folder_are_followed(folder):
