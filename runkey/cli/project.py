@@ -18,14 +18,15 @@ from typer import Argument, Option, Typer
 from runkey import paths
 from runkey.cli import output
 from runkey.cli.output import AsJson, Key
-from runkey.errors import DataError, ParamsError, RegistryError
+from runkey.errors import DataError, ModelError, ParamsError, RecipeError, RegistryError
+from runkey.identity.key import FILE_PARAMS, NO_FILE, make_recipe, short_key
 from runkey.identity.key import explain as lines_of
-from runkey.identity.key import make_recipe, short_key
 from runkey.progress import say
 from runkey.registry.library import find_run
 from runkey.units import counted
 
 if TYPE_CHECKING:
+    from runkey.params import Params
     from runkey.registry.environment import EnvironmentComparison
 
 _SAMPLE_MAKER = Path(__file__).parents[2] / "sample-data" / "make_sample.py"
@@ -91,27 +92,41 @@ def show(
         return
     from runkey.params import load_params
 
+    root = output.workspace()
     if check:
-        _check(output.workspace())
+        _check(root)
         return
-    values = load_params(output.workspace() / paths.PARAMS).flat(runtime=True)
+    params = load_params(root / paths.PARAMS)
+    values = params.flat(runtime=True)
+    _check_weights(params, root)
     lines = (f"{name} = {json.dumps(value)}" for name, value in values.items())
     output.print_answer(values, *lines, as_json=as_json)
 
 
+def _check_weights(params: Params, root: Path) -> None:
+    if any(value not in NO_FILE for n, value in params.flat().items() if n in FILE_PARAMS):
+        from runkey.pipeline.initial_weights import check_initial_weights
+
+        check_initial_weights(params, root)
+
+
 def _check(root: Path) -> None:
     """Raise what would stop a later stage, whose outputs DVC removes before it runs."""
+    from runkey.params import load_params
+
     try:
-        make_recipe("train", root)
+        params = load_params(root / paths.PARAMS)
+        make_recipe("train", root, params)
+        _check_weights(params, root)
         output.store()
-    except ParamsError as error:
+    except (ParamsError, RecipeError, ModelError) as error:
         way_out = ""
         if "DVC_EXP_NAME" in os.environ and root == output.checkout():
             way_out = (
                 "; `dvc exp run -S` has written it into params.yaml: give another value with -S, or"
                 " write one there"
             )
-        raise ParamsError(f"{error}{way_out}") from None
+        raise type(error)(f"{error}{way_out}") from None
 
 
 def _is_kept(text: str, target: Path) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from runkey.errors import RecipeError
-from runkey.hashing import canonical_json, sha256_bytes, sha256_file
+from runkey.hashing import canonical_json, sha256_bytes
 from runkey.identity.code import BYTES, EXCLUDED, RULE, code_rule, hash_files, import_closure
 from runkey.identity.dvc_yaml import Stage, chain, covers, meets, read_pipeline, tracked_md5
 from runkey.identity.environment import environment_preimage
@@ -45,7 +45,9 @@ PARTS = ("code", "params", "data", "environment")
 DATA_PATH = "data.path"
 """Not hashed: the data part hashes what is there, wherever it is."""
 FILE_PARAMS = ("model.backbone_weights", "model.init_from")
-"""Values that may be paths of files: the file's hash enters the key instead of its path."""
+"""Values that may name weights: their hash enters the key instead of a path or a run's key."""
+NO_FILE = (None, "none", "imagenet")
+"""Values of these that name no file."""
 
 
 @dataclass(frozen=True)
@@ -171,10 +173,11 @@ def _params(stages: Iterable[Stage], flat: Mapping[str, Any], root: Path) -> dic
     chosen.pop(DATA_PATH, None)
     for name in FILE_PARAMS:
         value = chosen.get(name)
-        if value not in (None, "none", "imagenet"):
-            if not (root / value).is_file():
-                raise RecipeError(f"{PARAMS}: {name} = {value}: no such file")
-            chosen[name] = f"sha256:{sha256_file(root / value)}"
+        if value not in NO_FILE:
+            # Imported here: it reads records, which hold keys.
+            from runkey.identity.initial_weights import find_initial_weights
+
+            chosen[name] = find_initial_weights(name, value, root).identity
     return chosen
 
 

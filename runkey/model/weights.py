@@ -27,13 +27,15 @@ from torch import Tensor
 from runkey import params
 from runkey.errors import ModelError
 from runkey.files import write_atomically, write_json
+from runkey.identity import initial_weights
 from runkey.model.detr import Detector, build_model
 from runkey.units import counted
 
-WEIGHTS = "weights.safetensors"
-OLD_WEIGHTS = "weights.pt"
-"""What models of runkey 0.1 have in place of `WEIGHTS`."""
-CARD = "model.json"
+WEIGHTS, OLD_WEIGHTS, CARD = (
+    initial_weights.WEIGHTS,
+    initial_weights.OLD_WEIGHTS,
+    initial_weights.CARD,
+)
 _FORMAT = 1
 
 _State = dict[str, Tensor]
@@ -192,6 +194,8 @@ _QUERY_ROWS = ("query_embed.weight", "query_content.weight")
 _COMMON = ("backbone.", "transformer.encoder.")
 _COUNTER = "num_batches_tracked"  # of batch norm, which no computation reads
 _MOST_DROPS = 12
+_LEAST_FIT = 0.1
+"""Fraction of a file's tensors: weights of which fewer fit are of another architecture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +258,7 @@ def load_initial_weights(
         root: folder that relative paths start from; None: the current one.
 
     Raises:
-        ModelError: a file is missing, is no weights file, or does not fit; or a download failed.
+        ModelError: a file is missing, is no weights file, or hardly fits; or a download failed.
     """
     target = detector.state_dict()  # refers to the parameters: copying into it loads them
     source, warnings = _source(model, root or Path()), _warnings(model)
@@ -276,9 +280,10 @@ def load_initial_weights(
             dropped.append(f"{name}: {misfit}")
     others = [name for name in state if name not in target and not name.endswith(_COUNTER)]
     dropped += [f"{name}: this model has none" for name in others]
-    if not loaded:
+    if len(loaded) < _LEAST_FIT * len(source.state):
+        few = f"only {len(loaded)}" if loaded else "none"
         raise ModelError(
-            f"{source.name}: none of its {counted(len(source.state), 'tensor')} fits this model"
+            f"{source.name}: {few} of its {counted(len(source.state), 'tensor')} fits this model"
             f" (its first is {next(iter(source.state))}, ours {next(iter(target))})"
         )
     return LoadReport(source.name, tuple(loaded), tuple(dropped), tuple(new), warnings)
@@ -286,12 +291,12 @@ def load_initial_weights(
 
 def _source(model: params.Model, root: Path) -> PretrainedWeights | None:
     if model.init_from is not None:
-        return read_source(root / model.init_from)
+        return read_source(initial_weights.readable_path(model.init_from, root))
     if model.backbone_weights == "none":
         return None
     if model.backbone_weights == "imagenet":
         return _as_backbone("torchvision's ImageNet weights", _imagenet(model.backbone))
-    file = read_source(root / model.backbone_weights)
+    file = read_source(initial_weights.readable_path(model.backbone_weights, root))
     return _as_backbone(file.name, file.state)
 
 
@@ -363,7 +368,7 @@ def read_source(path: Path) -> PretrainedWeights:
     Raises:
         ModelError: see `load_initial_weights`.
     """
-    file = _weights_file(path) if path.is_dir() else path
+    file = initial_weights.weights_file(path)
     try:
         state = _read_state(file)
     except FileNotFoundError:

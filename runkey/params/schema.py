@@ -250,8 +250,9 @@ class Model(Section):
     """Initial weights of the backbone: none (random), imagenet (torchvision's, downloaded once), or
     a file with a state dict."""
     init_from: str | None = None
-    """File with the weights of a whole detector, ours or the reference's; class heads are matched
-    by class name.  null: start from backbone_weights."""
+    """Weights of a whole detector, ours or the reference's: a file, a folder of `runkey get`, or
+    the key of a finished run (any unique prefix); class heads are matched by class name.  null:
+    start from backbone_weights."""
     dilation: bool = False
     """Dilate the last stage: stride 16 instead of 32 (DC5); resnet50 and resnet101 only."""
     norm: Literal["live", "frozen"] = "live"

@@ -43,6 +43,7 @@ from runkey.memory.predict import (
 from runkey.memory.trace.events import MicroBatch
 from runkey.memory.trace.gpu import Gpu
 from runkey.params import Params, load_params
+from runkey.pipeline.initial_weights import check_initial_weights
 from runkey.pipeline.step_factory import step_factory
 from runkey.plots.memory import draw_step
 from runkey.processes import without_interrupts
@@ -64,6 +65,8 @@ def profile(root: Path, *, only_predict: bool = False) -> None:
     """
     params = load_params(root / paths.PARAMS)
     want_bars(params.runtime.progress)
+    if not only_predict:
+        check_initial_weights(params, root)
     shapes = prepared_shapes(params, root / paths.PREPARED)
     if only_predict:
         _write_prediction(params, shapes, root)

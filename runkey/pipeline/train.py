@@ -23,6 +23,7 @@ from runkey.memory.choose import MemoryPlan, plan_memory
 from runkey.memory.measure import CALIBRATION
 from runkey.model.weights import CardClass, ModelCard, Sizes, save_model
 from runkey.params import Params
+from runkey.pipeline.initial_weights import get_initial_weights
 from runkey.pipeline.once import KeyClaim
 from runkey.pipeline.record import Run, recorded, save_run
 from runkey.pipeline.validation import build_validation
@@ -60,6 +61,7 @@ def train(params: Params, root: Path, recipe: Recipe, claim: KeyClaim) -> None:
     An interrupted training is resumed from the checkpoints in the claim's folder.
     """
     runtime, batch_size = params.runtime, params.training.batch_size
+    get_initial_weights(params, root)
     with Interrupts() as interrupts, locked(claim.folder):
         device, reason = choose_device(runtime.device)
         ranks = count_ranks(runtime.processes, device, batch_size)

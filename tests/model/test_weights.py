@@ -229,7 +229,7 @@ def wrong_files(folder):
         ("cut.pt", "no weights file that is safe to load"),
         ("number.pt", "'weight' is no tensor"),
         ("list.pt", "holds no state dict"),
-        ("stranger.pt", "none of its 1 tensors fits this model"),
+        ("stranger.pt", "none of its 1 tensor fits this model"),
     ],
 )
 @pytest.mark.parametrize("field", ["init_from", "backbone_weights"])

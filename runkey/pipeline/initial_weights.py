@@ -1,0 +1,51 @@
+"""Initial weights, before anything runs: get those of a run, and try them on a fresh model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runkey import paths
+from runkey.data.index import read_classes
+from runkey.hashing import sha256_file
+from runkey.identity.initial_weights import InitialWeights, find_initial_weights
+from runkey.identity.key import FILE_PARAMS, NO_FILE
+from runkey.params import Params
+from runkey.registry.dvc_cache import download
+from runkey.registry.library import open_library
+from runkey.tracking.store import locate_store
+
+
+def get_initial_weights(params: Params, root: Path) -> list[InitialWeights]:
+    """Find the files that the parameters name, and copy those of a run to where they are read.
+
+    Raises:
+        RecipeError: there is no such file, folder or run.
+        RegistryError: the run's files are missing or not what it recorded.
+    """
+    values = params.flat()
+    named = {name: values[name] for name in FILE_PARAMS if values[name] not in NO_FILE}
+    found = [find_initial_weights(name, value, root) for name, value in named.items()]
+    for one in found:
+        there = one.file.is_file() and sha256_file(one.file) == one.sha256
+        if one.run is not None and not there:
+            store = locate_store()
+            library = open_library(store.full_uri, store.home)
+            download(library, one.run, one.run_files, one.file.parent.parent)
+    return found
+
+
+def check_initial_weights(params: Params, root: Path) -> None:
+    """Load the initial weights into a model that is thrown away, so that a fault comes early.
+
+    Raises as `get_initial_weights`, and ModelError if a file is no weights file or none of its
+    tensors fits the model.
+    """
+    if not get_initial_weights(params, root):
+        return
+    # Imported here: torch takes seconds, which other uses of `runkey params` save.
+    from runkey.model.detr import build_model
+    from runkey.model.weights import load_initial_weights
+
+    classes = root / paths.PREPARED / "classes.json"
+    names = [one.name for one in read_classes(classes)] if classes.is_file() else ["?"]
+    load_initial_weights(build_model(params.model, len(names)), params.model, names, root)
