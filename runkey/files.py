@@ -5,30 +5,46 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
-def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write a file through a temporary one beside it; on return it is on the disk.
+@contextmanager
+def replacing(path: Path, folder: Path | None = None, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """Open a temporary file that takes the place of `path`, on the disk, when the block ends well.
 
-    Several processes may write the same path; the last one wins. Missing parent folders are made.
+    It is beside `path`, or in `folder`. Its name cannot be guessed and no link is followed, since
+    the folder may be one that others write to, such as /tmp. `mode` is subject to the umask.
 
     Raises:
         OSError: the file cannot be written; an older file is left as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    name = f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = (folder or path.parent) / name
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
     try:
-        with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+        with os.fdopen(os.open(temporary, flags, mode), "w+b") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_atomically(path: Path, data: str | bytes, mode: int = 0o666) -> None:
+    """Write a file as `replacing` does, which see.
+
+    Several processes may write the same path; the last one wins. Missing parent folders are made.
+    """
+    with replacing(path, mode=mode) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -206,7 +206,10 @@ _CONTROL = re.compile(
     "\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # direction, separators
     "\ud800-\udfff\U000e0000-\U000e007f]"  # half characters, invisible tags
 )
-_LOGIN = re.compile(r"(?<=://)[^\s/@]*:(?!\d+(?:[/?#\s]|$))\S*@")
+# A user without a password may be a token of git's over HTTP; of ssh it is a name.
+_LOGIN = re.compile(
+    r"(?<=://)[^\s/@]*:(?!\d+(?:[/?#\s]|$))\S*@|(?:(?<=http://)|(?<=https://))[^\s/@]+@"
+)
 
 
 def without_logins(text: str) -> str:

@@ -102,13 +102,13 @@ def answer_no() -> NoReturn:
     raise Exit(NO)
 
 
-def print_beside(label: str, text: str) -> None:
+def print_beside(label: str, text: str, *, stderr: bool = False) -> None:
     """Print a label and a text, which is wrapped beside the label."""
     lines = textwrap.wrap(
         text, WIDTH - len(label), break_long_words=False, break_on_hyphens=False
     ) or [""]
     for number, line in enumerate(lines):
-        say((" " * len(label) if number else label) + line.replace(NO_BREAK, " "))
+        say((" " * len(label) if number else label) + line.replace(NO_BREAK, " "), stderr=stderr)
 
 
 def print_table(

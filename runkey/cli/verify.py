@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, BadParameter, Option
+from typer import Argument, BadParameter, Option, confirm
 
 from runkey.cli import output
 from runkey.cli.output import AsJson, Key, Line
@@ -21,7 +21,7 @@ from runkey.registry.library import find_run, open_library, run_reader
 from runkey.units import counted
 
 if TYPE_CHECKING:
-    from runkey.registry.reproduce import RunComparison
+    from runkey.registry.reproduce import ForeignCode, RunComparison
     from runkey.registry.verify import CheckResult, Report, Sources
 
 
@@ -34,20 +34,33 @@ def reproduce(
         bool,
         Option("--any-environment", help="Go on where packages are not as locked then."),
     ] = False,
+    trust: Annotated[
+        bool, Option("--trust", help="Execute code of others without asking; for scripts.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a run again from its snapshot, data and lock; compare weights and numbers."""
+    """Train a run again from its snapshot, data and lock; compare weights and numbers.
+
+    Of a run that was imported or fetched, this executes code of others: it asks first.
+    """
+    from runkey.registry.reproduce import foreign_code
     from runkey.registry.reproduce import reproduce as repeat_run
 
-    record = find_run(output.library(), key)
+    library, store = output.library(), output.store()
+    record = find_run(library, key)
+    is_shared = store.is_server or store.home.parent.resolve() != output.checkout()
+    foreign = foreign_code(record, output.checkout(), is_shared=is_shared)
+    if foreign and not trust:
+        _ask(record, foreign)
     # A process manager or a closed terminal ends it as Ctrl-C does: the pipeline ends first.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     log_to_terminal(stderr=True)
     comparison, outcome = repeat_run(
         record,
+        library,
         output.checkout(),
-        output.store().home,
+        store.home,
         sys.stderr if as_json else sys.stdout,  # with --json, stdout holds only that
         keep=keep,
         any_environment=any_environment,
@@ -59,6 +72,16 @@ def reproduce(
         _print_reproduction(record, comparison, outcome)
     if not comparison.holds:
         output.answer_no()
+
+
+def _ask(record: Record, foreign: ForeignCode) -> None:
+    """Ask whether to execute code of others; RegistryError if nobody can answer, or says no."""
+    text = f"{record.label}: {foreign}"
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise RegistryError(f"{text}; --trust executes it")
+    output.print_beside("", text, stderr=True)
+    if not confirm("Execute it?", err=True):
+        raise RegistryError(f"{record.label}: not trained again")
 
 
 def _record(record: Record, comparison: RunComparison, outcome: dict[str, Any]) -> None:

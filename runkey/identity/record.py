@@ -51,6 +51,9 @@ ARTIFACTS = "artifacts"
 ORIGIN = "origin_run_id"
 """Tag of a copy: MLflow id of the original run, however often it was copied on."""
 
+TAKEN = "taken"
+"""Tag of a copy: how this store got it."""
+
 POINTER = "run_id"
 """File name of the `RunPointer`."""
 TOKEN = "training"

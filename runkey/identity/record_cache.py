@@ -165,6 +165,8 @@ def _change(path: Path, change: Callable[[sqlite3.Connection], object]) -> None:
 
 
 def _commit(path: Path, change: Callable[[sqlite3.Connection], object], new_version: int) -> None:
+    if not path.exists():
+        path.touch()  # sqlite would leave out the group's right to write, whatever the umask
     with closing(sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)) as database:
         database.row_factory = sqlite3.Row
         database.execute("BEGIN IMMEDIATE")

@@ -29,7 +29,7 @@ from runkey.registry.claims import open_claims
 from runkey.registry.dvc_cache import download
 from runkey.registry.library import Library, open_library
 from runkey.registry.once import Decision, HeldClaim, decide
-from runkey.registry.package import read_run, staging
+from runkey.registry.package import note_taken, read_run, staging
 from runkey.registry.rest import RestClient
 from runkey.registry.snapshot import take_snapshot
 from runkey.tracking.replay import clear_training, read_end, send_saved
@@ -78,6 +78,7 @@ def reuse_teams(team: Library, record: Record, root: Path, store: Store, params:
         for path in outputs:
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(package.files / path, root / path)
+        note_taken(package, f"reused from {team.place}")
         StoreRuns(store, experiment).write(package.run)
 
 

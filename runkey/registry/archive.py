@@ -8,14 +8,12 @@ hash. `parse_json`, `safe_path` and `check_weights` check any file that comes fr
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import stat
 import subprocess
 import sys
 import zipfile
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -24,6 +22,7 @@ from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from runkey.errors import RegistryError
+from runkey.files import replacing
 from runkey.hashing import hash_stream, sha256_file
 from runkey.identity.key import ANY_SCHEMA
 from runkey.progress import progress
@@ -169,10 +168,10 @@ def pack(folder: Path, key: str, target: Path) -> Index:
     }
     listed = {name: Member(path.stat().st_size, sha256_file(path)) for name, path in files.items()}
     index = Index(key, listed, "archive1")
-    temporary = target.parent / f".{target.name}.{os.getpid()}"
     try:
         with (
-            zipfile.ZipFile(temporary, "w") as archive,
+            replacing(target) as written,
+            zipfile.ZipFile(written, "w") as archive,
             progress("pack", index.size, "bytes") as steps,
         ):
             archive.writestr(_member(INDEX), json.dumps(asdict(index), indent=1))
@@ -184,10 +183,7 @@ def pack(folder: Path, key: str, target: Path) -> Index:
                 ):
                     shutil.copyfileobj(source, copy, MIB)
                 steps.advance(listed[name].size)
-        temporary.replace(target)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise RegistryError(f"{target}: {error.strerror or error}") from None
     return index
 

@@ -15,10 +15,11 @@ import hashlib
 import io
 import json
 import logging
-import os
 import re
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -31,6 +32,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from runkey.errors import ParamsError, RecipeError, RegistryError
+from runkey.files import replacing
 from runkey.hashing import sha256_bytes, sha256_file
 from runkey.identity.key import DATA_PATH, FILE_PARAMS, Recipe, short_key
 from runkey.identity.record import (
@@ -40,6 +42,7 @@ from runkey.identity.record import (
     KEY,
     KEY_JSON,
     ORIGIN,
+    TAKEN,
     Details,
     LoggedRun,
     Record,
@@ -101,6 +104,13 @@ def staging(home: Path, what: str) -> Iterator[Path]:
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{what}-", dir=home) as folder:
         yield Path(folder)
+
+
+def note_taken(package: Package, how: str) -> None:
+    """Note in a run that is to be copied how it came here, whatever its maker noted."""
+    content = json.loads((package.run / CONTENT).read_text(encoding="utf-8"))
+    content["tags"][TAKEN] = f"{how} on {time.strftime('%Y-%m-%d')}"
+    (package.run / CONTENT).write_text(json.dumps(content), encoding="utf-8")
 
 
 def read_run(runs: Runs, record: Record, folder: Path, where: str) -> Package:
@@ -300,7 +310,8 @@ class DvcPart:
         """Copy what was checked into a cache: files, then folder listings, then entries."""
         for md5 in sorted(self.missing_from(cache), key=lambda md5: md5.endswith(DIR)):
             _place(cache.object_path(md5), path_of(md5))
-            cache.object_path(md5).chmod(0o444)  # as DVC leaves its objects
+            place = cache.object_path(md5)  # as DVC leaves its objects
+            place.chmod(stat.S_IMODE(place.stat().st_mode) & 0o444)
         for path, text in self.entries.items():
             if path not in left_out and not (cache.runs / path).exists():
                 _place(cache.runs / path, text)
@@ -352,12 +363,12 @@ def _place(target: Path, data: Path | str) -> None:
     """Write a file whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     # Not beside the target: DVC takes any file in a folder of entries for an entry.
-    temporary = target.parents[1] / f".{target.name}.{os.getpid()}"
-    if isinstance(data, Path):
-        shutil.copyfile(data, temporary)
-    else:
-        temporary.write_text(data, encoding="utf-8")
-    temporary.replace(target)
+    with replacing(target, target.parents[1]) as file:
+        if isinstance(data, Path):
+            with data.open("rb") as source:
+                shutil.copyfileobj(source, file, MIB)
+        else:
+            file.write(data.encode())
 
 
 # What a run-cache entry holds, beside the key of its run.
@@ -398,7 +409,7 @@ class CheckedEntry:
 
         if not is_later and self.cmd not in recipe.cmd.values():
             contradict("not a command of the run's key")
-        values = dict(_leaves(self.params.get(str(PARAMS)) or {}))
+        values = dict(leaves(self.params.get(str(PARAMS)) or {}))
         for name in values.keys() & recipe.preimages["params"].keys():
             given, keyed = values[name], recipe.preimages["params"][name]
             if name in FILE_PARAMS and str(keyed).startswith("sha256:"):
@@ -418,11 +429,11 @@ class CheckedEntry:
                 self.code[path] = md5
 
 
-def _leaves(tree: Mapping[Any, Any], start: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[Any, Any], start: str = "") -> Iterator[tuple[str, Any]]:
     """Yield dotted name and value of what nested parameters hold."""
     for name, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{start}{name}.")
+            yield from leaves(value, f"{start}{name}.")
         else:
             yield f"{start}{name}", value
 

@@ -8,6 +8,7 @@ the metrics are compared within a tolerance.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -24,16 +25,44 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from runkey import paths
-from runkey.errors import RegistryError, RunkeyError
+from runkey.errors import RecipeError, RegistryError, RunkeyError
 from runkey.evaluation.files import METRICS_JSON
+from runkey.files import write_atomically
 from runkey.hashing import sha256_file
-from runkey.identity.dvc_yaml import cache_folder, chain, pointer_of, read_config, read_pipeline
-from runkey.identity.key import PARTS, Recipe
-from runkey.identity.record import REPRODUCES, Details, Record, RunManifest, this_host
+from runkey.identity.dvc_yaml import (
+    cache_folder,
+    chain,
+    covers,
+    pointer_of,
+    read_config,
+    read_pipeline,
+    read_yaml_text,
+)
+from runkey.identity.key import Recipe, make_recipe
+from runkey.identity.record import (
+    KEY_JSON,
+    ORIGIN,
+    REPRODUCES,
+    TAKEN,
+    Details,
+    Record,
+    RunManifest,
+    this_host,
+)
 from runkey.params import load_params
 from runkey.paths import PARAMS
+from runkey.registry.archive import parse_json
 from runkey.registry.environment import compare_environment
-from runkey.registry.snapshot import ELSEWHERE, add_worktree, remove_worktree
+from runkey.registry.library import Library
+from runkey.registry.package import leaves
+from runkey.registry.snapshot import (
+    ELSEWHERE,
+    add_worktree,
+    changed_files,
+    git,
+    has_commit,
+    remove_worktree,
+)
 from runkey.registry.verify import first_few
 from runkey.training.lock import locked
 from runkey.units import counted
@@ -195,8 +224,10 @@ def share_cache(main: Path, root: Path) -> None:
                 local[section][name] = value
             elif name != "url" or not (other / path).is_dir():
                 local[section][name] = str((settings / path).resolve())
-    with (other / "config.local").open("w", encoding="utf-8") as file:
-        local.write(file)
+    text = io.StringIO()
+    local.write(text)
+    # It may hold the remotes' passwords; a link of the snapshot is replaced, not followed.
+    write_atomically(other / "config.local", text.getvalue(), mode=0o600)
 
 
 def clean_environment(main: Path, more: Mapping[str, str]) -> dict[str, str]:
@@ -216,15 +247,60 @@ TARGET = "evaluate"
 """The stage to run; those before it run as well."""
 _PATIENCE = 30.0
 """Seconds that an interrupted pipeline has to end by itself."""
-# The snapshot's own code makes the key: a later version has other defaults.
-_ASK_KEY = (
-    "import json; from pathlib import Path; from runkey.identity.key import make_recipe;"
-    " print(json.dumps(make_recipe({stage!r}, Path()).as_dict()))"
-)
+_SHOWN = 10
+"""Most names of files that a question lists."""
+
+
+@dataclass(frozen=True)
+class ForeignCode:
+    """Code that somebody else may have written, which training a run again would execute."""
+
+    who: str
+    """Where the run was made, and how it came here; the former as its maker says."""
+    oid: str
+    """The snapshot."""
+    files: tuple[str, ...]
+    """Files of the snapshot that are not as in this checkout, code first."""
+
+    def __str__(self) -> str:
+        names = ", ".join(self.files[:_SHOWN])
+        more = f" and {len(self.files) - _SHOWN} more" if self.files[_SHOWN:] else ""
+        verb = "differs" if len(self.files) == 1 else "differ"
+        return (
+            f"made on {self.who}; to train it again executes its code, in which"
+            f" {counted(len(self.files), 'file')} {verb} from yours: {names}{more}"
+            f" (`git diff {self.oid[:12]}` shows how)"
+        )
+
+
+def foreign_code(record: Record, main: Path, *, is_shared: bool) -> ForeignCode | None:
+    """Return the code that a run would bring from elsewhere; None if it is this checkout's own.
+
+    A run comes from elsewhere if it was imported or fetched, or if others write to its store
+    (`is_shared`). A snapshot that is not in git here is None, too: it cannot be executed.
+    """
+    oid = record.details.snapshot if record.details else None
+    copied = ORIGIN in record.run.tags
+    if record.details is None or oid is None or not (copied or is_shared):
+        return None
+    if not has_commit(main, oid):
+        return None
+    listed = git(main, "diff", "--no-ext-diff", "--no-renames", "--name-only", "-z", oid)
+    # What the pipeline writes anew is not executed.
+    stages = read_pipeline(main, load_params(main / PARAMS).flat()).values()
+    prefix = git(main, "rev-parse", "--show-prefix")
+    outs = [prefix + out for out in ("dvc.lock", *(out for one in stages for out in one.outs))]
+    changed = [n for n in listed.split("\0") if n and not any(covers(out, n) for out in outs)]
+    files = sorted(changed, key=lambda name: (not name.endswith(".py"), name))
+    if not files:
+        return None
+    way = record.run.tags.get(TAKEN, "taken from elsewhere") if copied else "in a shared store"
+    return ForeignCode(f"{record.details.host or 'unknown'}, {way}", oid, tuple(files))
 
 
 def reproduce(
     record: Record,
+    library: Library,
     main: Path,
     home: Path,
     output: TextIO,
@@ -235,7 +311,8 @@ def reproduce(
     """Train a run again and compare.
 
     Args:
-        record: the run, with its details.
+        record: the run, with its details; its code is executed, see `foreign_code`.
+        library: where it is.
         main: the main checkout: its git, DVC cache and store are used.
         home: `Store.home`.
         output: a real file that the pipeline writes to.
@@ -266,7 +343,7 @@ def reproduce(
             # DVC's stages call `python`; it must be this one.
             path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
             env = clean_environment(main, {REPRODUCES: run.run_id, "PATH": path})
-            _check_key(record, details.stage, root, env)
+            _check_key(record, library, main, root)
             _check_packages(record, details, root, any_environment=any_environment)
             share_cache(main, root)
             repeat = _train_again(record, details, root, env, output)
@@ -318,27 +395,52 @@ def _train_again(
     }
 
 
-def _check_key(record: Record, stage: str, root: Path, env: Mapping[str, str]) -> None:
-    """Stop if the checked-out tree is of another key than the run."""
-    command = [sys.executable, "-c", _ASK_KEY.format(stage=stage)]
-    asked = subprocess.run(
-        command, cwd=root, env=env, capture_output=True, encoding="utf-8", errors="replace"
-    )
-    try:
-        found = Recipe.from_dict(json.loads(asked.stdout))
-    except ValueError:
-        last = (asked.stderr.strip() or "no answer").splitlines()[-1]
-        raise RegistryError(f"{record.label}: the snapshot's key cannot be made: {last}") from None
-    if found.key == record.key:
+def _check_key(record: Record, library: Library, main: Path, root: Path) -> None:
+    """Stop if the checked-out tree is of another key than the run; nothing of it is executed."""
+    recipe = read_recipe(library, record)
+    found = make_recipe(recipe.stage, root)
+    differing = [] if found.key == record.key else _differing(recipe, found, main, root)
+    if not differing:
         logger.info("its key is the run's")
         return
-    parts = record.run.parts
-    differing = [part for part in PARTS if found.parts[part] != parts[part]]
     raise RegistryError(
-        f"{record.label}: its snapshot has the key {found.key}; the {' and '.join(differing)} of"
-        f" the key differ{'s' if len(differing) == 1 else ''}; `runkey verify {record.label}` says"
-        " more"
+        f"{record.label}: its snapshot is of another key: {' and '.join(differing)}"
+        f" differ{'s' if len(differing) == 1 else ''}; `runkey verify {record.label}` says more"
     )
+
+
+def _differing(recipe: Recipe, found: Recipe, main: Path, root: Path) -> list[str]:
+    """List the parts in which a tree differs from a recipe of perhaps another version of runkey.
+
+    Another version has other defaults, and leaves out other files: compared are the parameters that
+    params.yaml holds, and the files that the recipe lists.
+    """
+    differing = []
+    if dict(found.cmd) != dict(recipe.cmd):
+        differing.append("cmd")
+    if changed_files(main, git(root, "rev-parse", "HEAD"), recipe.preimages["code"]):
+        differing.append("code")
+    keyed, now = recipe.preimages["params"], found.preimages["params"]
+    written = {name for name, _ in leaves(read_yaml_text(root / PARAMS) or {})}
+    # A shorthand, such as data.checks.level, stands in keys as what it means.
+    short = tuple(f"{name.rpartition('.')[0]}." for name in written - keyed.keys() if "." in name)
+    compared = {n for n in keyed.keys() & now.keys() if n in written or n.startswith(short)}
+    if any(keyed[name] != now[name] for name in compared):
+        differing.append("params")
+    return differing + [p for p in ("data", "environment") if found.parts[p] != recipe.parts[p]]
+
+
+def read_recipe(library: Library, record: Record) -> Recipe:
+    """Return a run's recipe; RegistryError if its key.json is missing, or is not of its key."""
+    with library.open_file(record, KEY_JSON) as file:
+        content = parse_json(dict[str, Any], file.read(), f"{record.label}: {KEY_JSON}")
+    try:
+        recipe = Recipe.from_dict(content)
+    except RecipeError as error:
+        raise RegistryError(f"{record.label}: {error}") from None
+    if recipe.key != record.key:
+        raise RegistryError(f"{record.label}: {KEY_JSON}: holds another key, {recipe.key}")
+    return recipe
 
 
 def _check_packages(record: Record, details: Details, root: Path, *, any_environment: bool) -> None:

@@ -39,6 +39,7 @@ from runkey.registry.package import (
     check,
     collect,
     confirm,
+    note_taken,
     object_path,
     read_run,
     staging,
@@ -155,7 +156,7 @@ def import_run(file: Path, here: Checkout) -> Carried:
                 raise RegistryError(text)
             unbundle_snapshot(here.root, bundle, index.key, oid, bundle.parent / "git")
         part.install(path_of, DvcCache(here.root), confirm(entries, package, here.root))
-        run_id, is_new = _put_in_place(package, here)
+        run_id, is_new = _put_in_place(package, here, f"imported from {file.name}")
     return Carried(index.key, run_id, len(index.members), index.size, is_new)
 
 
@@ -250,7 +251,7 @@ def fetch(record: Record, here: Checkout, team: Team) -> Handed:
         left_out = confirm(entries, package, here.root)
         part.install(path_of, DvcCache(here.root), left_out)
         done.entries -= len(left_out)
-        done.run_id, is_new = _put_in_place(package, here)
+        done.run_id, is_new = _put_in_place(package, here, f"fetched from {team.library.place}")
     done.state, done.new_objects = "new" if is_new else "already there", len(wanted)
     return done
 
@@ -278,10 +279,11 @@ def _whole(record: Record) -> Details:
     )
 
 
-def _put_in_place(package: Package, here: Checkout) -> tuple[str, bool]:
+def _put_in_place(package: Package, here: Checkout, how: str) -> tuple[str, bool]:
     """Write the MLflow run, unless it is there; return its id, and True if it is new."""
     if known := _copy_of(_finished(here.library, package.key), package.origin):
         return known.run.run_id, False
+    note_taken(package, how)
     return here.runs.write(package.run).run_id, True
 
 

@@ -12,7 +12,7 @@ from operator import itemgetter
 from typing import Any
 
 from runkey.identity.key import older_rule
-from runkey.identity.record import HINT, KEY, RESUMED_AFTER, Details, LoggedRun, Record
+from runkey.identity.record import HINT, KEY, RESUMED_AFTER, TAKEN, Details, LoggedRun, Record
 from runkey.registry.query import NAMES, Field, Value, find_field, number
 from runkey.units import counted, format_age, format_bytes
 
@@ -132,6 +132,7 @@ def describe(
     # Why it was trained, and who reused its result last.
     yield "decision", run.tags.get("decision", "")
     yield "last reuse", run.tags.get("reused", "")
+    yield "taken", run.tags.get(TAKEN, "")
     hints = (json.loads(run.tags[tag]) for tag in sorted(run.tags) if tag.startswith(HINT))
     yield from _titled("hints", (f"{hint.get('seen')}; {hint.get('change')}" for hint in hints))
     yield from _metrics(run.metrics)

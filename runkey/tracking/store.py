@@ -226,6 +226,7 @@ def _make_database(path: Path) -> None:
         return
     with tempfile.TemporaryDirectory(prefix=".runkey-", dir=path.parent) as folder:
         draft = Path(folder) / path.name
+        draft.touch()  # sqlite would leave out the group's right to write, whatever the umask
         MlflowClient(f"{_SQLITE}{draft}")
         try:
             path.hardlink_to(draft)

@@ -73,9 +73,19 @@ def test_no_way_of_printing_or_storing_one_shows_the_password(tmp_path: Path) ->
         assert records(tmp_path, address) == records(tmp_path, "http://host:5000/prefix")
 
 
+def test_a_token_that_git_prints_is_not_shown() -> None:
+    text = "git push: unable to access 'https://ghp_abc@host/team/x.git/': 403"
+    assert without_logins(text) == "git push: unable to access 'https://host/team/x.git/': 403"
+
+
 @pytest.mark.parametrize(
     "text",
-    ["http://127.0.0.1:5000/#/runs?x=a@b", "git@host:team/repo", "see http://h:1 or mail a@b.org"],
+    [
+        "http://127.0.0.1:5000/#/runs?x=a@b",
+        "git@host:team/repo",
+        "ssh://git@host/x",
+        "see http://h:1 or mail a@b.org",
+    ],
 )
 def test_what_is_no_login_stays(text: str) -> None:
     assert without_logins(text) == text

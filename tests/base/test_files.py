@@ -2,10 +2,11 @@
 
 import json
 import logging
+import os
 
 import pytest
 
-from runkey.files import write_atomically, write_json
+from runkey.files import replacing, write_atomically, write_json
 from runkey.progress import log_to_terminal
 from runkey.units import format_age, format_bytes, format_seconds
 
@@ -71,3 +72,35 @@ def test_log_messages_reach_the_terminal_once_and_folded(capsys):
     assert lines[1].startswith("warning: word")
     assert len(lines) == 3
     assert max(len(line) for line in lines) <= 100
+
+
+def test_a_link_in_a_shared_folder_is_not_followed(tmp_path):
+    """Somebody who guesses the temporary name could have us write over a file of ours."""
+    mine = tmp_path / "mine"
+    mine.write_text("kept")
+    names = set()
+    for number in range(50):
+        path = tmp_path / f"file{number}"
+        path.symlink_to(mine)  # the target itself, too, is replaced and not written through
+        with replacing(path) as file:
+            (temporary,) = set(tmp_path.glob(".file*"))
+            names.add(temporary.name.rpartition("-")[2])
+            file.write(b"new")
+        assert not path.is_symlink()
+        assert path.read_text() == "new"
+    assert mine.read_text() == "kept"
+    assert len(names) == 50
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+def test_files_follow_the_umask_and_secrets_are_the_owners(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "deep" / "file", "text")
+        write_atomically(tmp_path / "secret", "text", mode=0o600)
+        write_atomically(tmp_path / "secret", "again", mode=0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "deep" / "file").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert (tmp_path / "deep").stat().st_mode & 0o777 == 0o777 & ~umask
+    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600

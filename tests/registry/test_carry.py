@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -131,3 +132,24 @@ def test_a_failed_run_is_not_handed_on(ready: Ready, archive: Path, store: Store
     failed = replace(record, run=replace(record.run, status="FAILED"))
     with pytest.raises(RegistryError, match=f"run {done.run_id} is FAILED; only a finished run"):
         export_run(failed, checkout(store), archive.with_name("new.zip"))
+
+
+@pytest.mark.parametrize("umask", [0o027, 0o002])
+def test_all_that_is_made_follows_the_umask(archive: Path, store: Store, umask: int) -> None:
+    """Run, artifacts, records, DVC's objects and entries, git's objects, the archive."""
+    root = store.home.parent
+    there = set(root.rglob("*"))
+    before = os.umask(umask)
+    try:
+        take(archive, store)
+        (record,) = LocalLibrary(store.home).matching("rk2-")
+        export_run(record, checkout(store), root / "new.zip")
+    finally:
+        os.umask(before)
+    made = [path for path in set(root.rglob("*")) - there if ".git" not in path.parts]
+    assert {"new.zip", "runs.sqlite", "record.json", "runs", "md5"} <= {path.name for path in made}
+    for path in made:
+        full = 0o777 if path.is_dir() else 0o666
+        if "files" in path.parts and path.is_file():  # DVC's objects are read-only
+            full = 0o444
+        assert path.stat().st_mode & 0o777 == full & ~umask, path

@@ -91,7 +91,19 @@ def test_dvc_finds_the_main_checkouts_cache_and_remotes(main: Path, tmp_path: Pa
     assert "remote.team.url=s3://bucket/path" in listed
     assert "remote.team.access_key_id=name" in listed
     assert "cache.type=copy" in listed
+    # It may hold passwords.
+    assert (root / ".dvc" / "config.local").stat().st_mode & 0o777 == 0o600
     assert git(root, "status", "--porcelain") == ""
+
+
+def test_a_link_in_a_snapshot_is_not_written_through(main: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "bashrc"
+    mine.write_text("mine")
+    root = add_worktree(main, git(main, "rev-parse", "HEAD"), tmp_path / "tree", "")
+    (root / ".dvc" / "config.local").symlink_to(mine)
+    share_cache(main, root)
+    assert mine.read_text() == "mine"
+    assert not (root / ".dvc" / "config.local").is_symlink()
 
 
 def test_dvc_is_not_told_of_another_run(main: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,3 +189,14 @@ def test_odd_characters_in_the_path_are_kept(tmp_path, monkeypatch):
     assert (root / "mlartifacts" / run / "artifacts/file.txt").read_text() == "text"
     assert sorted(path.name for path in root.iterdir()) == ["mlartifacts", "mlflow.db"]
     assert [path.name for path in tmp_path.iterdir()] == [root.name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("umask", [0o027, 0o002])
+def test_the_database_follows_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        open_client(Store(f"sqlite:///{tmp_path}/mlflow.db", tmp_path, tmp_path))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "mlflow.db").stat().st_mode & 0o777 == 0o666 & ~umask
