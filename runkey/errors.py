@@ -102,12 +102,16 @@ def report_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (RunkeyError, KeyboardInterrupt) as error:
+    except (RunkeyError, OSError, KeyboardInterrupt) as error:
         if _wants_traceback():
             raise
         line, code = str(error) or "interrupted", _KILLED + signal.SIGINT
         if isinstance(error, RunkeyError):
             line, code = f"error: {error}", 1
+        elif isinstance(error, OSError):
+            # Of a file that the command names or makes: a full disk, a missing right, a folder.
+            place = f"{error.filename}: " if error.filename else ""
+            line, code = f"error: {place}{error.strerror or error}", 1
         elif isinstance(error, Interrupted):
             code = error.exit_code
         line = escaped(line, newlines=True)

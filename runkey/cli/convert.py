@@ -21,8 +21,6 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Annotated, Any, Literal
 from xml.etree import ElementTree
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 from typer import Argument, Option
 
 from runkey.cli import output
@@ -30,6 +28,8 @@ from runkey.cli.output import AsJson
 from runkey.data.coco import is_hidden, split_in
 from runkey.data.report import escaped
 from runkey.errors import DataError, LockError, RunkeyError
+from runkey.files import FormatError, read_text, write_atomically
+from runkey.params.load import parse_yaml
 from runkey.progress import each, say
 from runkey.units import counted
 
@@ -319,10 +319,9 @@ class _Yolo(_Labels):
 
     def _load(self, path: Path) -> dict[str, Any]:
         try:
-            settings = YAML(typ="safe", pure=True).load(path.read_text("utf-8-sig"))
-        except (YAMLError, ValueError, OSError, RecursionError) as error:
-            text = str(error).splitlines()[0]
-            raise DataError(f"{path}: cannot be read ({text}); mend it") from None
+            settings = parse_yaml(read_text(path))
+        except (FormatError, FileNotFoundError) as error:
+            raise DataError(f"{path}: cannot be read ({error}); mend it") from None
         if not isinstance(settings, dict):
             return {}
         if "names" in settings:
@@ -441,7 +440,7 @@ def _write(
         try:
             for split, images in splits.items():
                 path = out / f"annotations/instances_{split}.json"
-                path.write_text(json.dumps(_coco(images, ids)), encoding="utf-8")
+                write_atomically(path, json.dumps(_coco(images, ids)))
                 base = _shared_folder(images)
                 for image in each(f"copy {split}", images, "images"):
                     copy = out / "images" / split / image.path.relative_to(base)

@@ -15,6 +15,7 @@ from runkey import paths
 from runkey.cli import output
 from runkey.cli.output import AsJson
 from runkey.errors import DataError, ParamsError
+from runkey.files import FormatError
 from runkey.progress import say
 from runkey.units import GIB, MIB, counted
 
@@ -180,8 +181,7 @@ def memory(
 
 def _parsed(changes: list[str]) -> dict[str, Any]:
     """Values by name, read as YAML 1.2, as in `dvc exp run -S`."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
+    from runkey.params.load import parse_yaml
 
     values = {}
     for change in changes:
@@ -189,9 +189,9 @@ def _parsed(changes: list[str]) -> dict[str, Any]:
         if not (name and equals):
             raise ParamsError(f"-S {change}: not NAME=VALUE, such as model.backbone=resnet101")
         try:
-            values[name] = YAML(typ="safe", pure=True).load(text)
-        except YAMLError:
-            raise ParamsError(f"-S {change}: the value is not YAML") from None
+            values[name] = parse_yaml(text)
+        except FormatError as error:
+            raise ParamsError(f"-S {change}: the value is {error}") from None
     return values
 
 

@@ -11,7 +11,7 @@ import runpy
 import textwrap
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from typer import Argument, Option, Typer
 
@@ -19,6 +19,7 @@ from runkey import paths
 from runkey.cli import output
 from runkey.cli.output import AsJson, Key
 from runkey.errors import DataError, ModelError, ParamsError, RecipeError, RegistryError
+from runkey.files import FormatError, expect, read_json, write_atomically
 from runkey.identity.key import FILE_PARAMS, NO_FILE, make_recipe, short_key
 from runkey.identity.key import explain as lines_of
 from runkey.progress import say
@@ -61,15 +62,15 @@ def preset(
     # The repository's, or a new one in a folder with stages/.
     root = Path().resolve() if Path("stages").is_dir() else output.workspace()
     target = root / paths.PARAMS
-    old = target.read_text(encoding="utf-8") if target.is_file() else None
-    written = old != new
+    old = target.read_bytes() if target.is_file() else None
+    written = old != new.encode()
     if written:
         if old is not None and not force and not _is_kept(old, target):
             raise ParamsError(
                 "params.yaml: has changes that are not committed; commit them, or use --force to"
                 " overwrite them"
             )
-        target.write_text(new, encoding="utf-8", newline="\n")
+        write_atomically(target, new)
     now = f": {_about(render.describe_preset(name))}" if written else " already"
     answer = {"preset": name, "written": written}
     output.print_answer(answer, f"params.yaml is preset {name}{now}", as_json=as_json)
@@ -129,15 +130,15 @@ def _check(root: Path) -> None:
         raise type(error)(f"{error}{way_out}") from None
 
 
-def _is_kept(text: str, target: Path) -> bool:
+def _is_kept(text: bytes, target: Path) -> bool:
     """Return True if git's HEAD or a preset still has this params.yaml."""
     from runkey.params import render
     from runkey.registry.snapshot import git_bytes
 
     with suppress(RegistryError):
-        if git_bytes(target.parent, "show", f"HEAD:./{paths.PARAMS}") == text.encode():
+        if git_bytes(target.parent, "show", f"HEAD:./{paths.PARAMS}") == text:
             return True
-    return any(render.render_preset(name) == text for name in render.preset_files())
+    return any(render.render_preset(name).encode() == text for name in render.preset_files())
 
 
 def _about(text: str) -> str:
@@ -183,14 +184,14 @@ def sample_data(
 def summary(as_json: AsJson = False) -> None:
     """Show the result of the last pipeline, and where to look next."""
     root = output.workspace()
-    trained = _read(root / paths.METRICS / "train.json")
-    evaluated = _read(root / paths.METRICS / "evaluate.json")
-    run = _read(root / paths.RUN_JSON)
+    trained = _read(root, paths.METRICS / "train.json", _Trained)
+    evaluated = _read(root, paths.METRICS / "evaluate.json", _Evaluated)
+    run = _read(root, paths.RUN_JSON, _Run)
     if as_json:
         output.print_json({"key": run["key"], "run": run["run_id"]} | trained | evaluated)
         return
-    numbers = [f"{name} {evaluated[name]:.3f}" for name in ("AP", "AP50", "AP75")]
-    minutes, seconds = divmod(round(trained["seconds"]), 60)
+    numbers = [f"{name} {_three(evaluated[name])}" for name in ("AP", "AP50", "AP75")]
+    minutes, seconds = divmod(round(max(0.0, min(trained["seconds"], 1e9))), 60)
     key = short_key(str(run["key"]))
     rows = [
         ("result", "   ".join(numbers) + "   (COCO, on the held-out images)"),
@@ -203,6 +204,10 @@ def summary(as_json: AsJson = False) -> None:
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         output.print_beside(f"  {name:<{width}}  ", text)
+
+
+def _three(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
 
 
 def _next(root: Path) -> list[tuple[str, str]]:
@@ -224,13 +229,31 @@ def _next(root: Path) -> list[tuple[str, str]]:
     return list(zip(["try", *[""] * _HINTS], changes, strict=False))
 
 
-def _read(path: Path) -> dict[str, Any]:
+class _Trained(TypedDict):
+    seconds: float
+    best_epoch: int
+
+
+class _Evaluated(TypedDict):
+    AP: float | None
+    AP50: float | None
+    AP75: float | None
+
+
+class _Run(TypedDict):
+    key: str
+    run_id: str | None
+
+
+def _read(root: Path, name: Path, form: Any) -> dict[str, Any]:
+    """Read a result of the pipeline; what `form` does not name is left as it is."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = read_json(root / name, dict[str, Any])
+        content |= expect(form, content)
     except FileNotFoundError:
-        raise DataError(
-            f"{path.relative_to(path.parents[1])}: not found; `make repro` makes it"
-        ) from None
+        raise DataError(f"{name}: not found; `make repro` makes it") from None
+    except FormatError as error:
+        raise DataError(f"{name}: {error}; `dvc checkout {name}` restores it") from None
     return content
 
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
 from runkey.errors import DataError
-from runkey.files import write_atomically
+from runkey.files import LARGE, FormatError, read_json, write_atomically
 
 HEADROOM = 1.35
 """Cached size relative to the largest output size: zooming in by augmentation (exp(0.25) = 1.28
@@ -53,6 +54,11 @@ class ImageCache:
         return torch.from_numpy(flat).view(height, width, 3).permute(2, 0, 1)
 
 
+class _Table(TypedDict):
+    offsets: list[int]
+    shapes: list[Annotated[list[int], Field(min_length=2, max_length=2)]]
+
+
 def open_cache(folder: Path, split: str) -> ImageCache | None:
     """Open a split's cache in `folder` (prepared/); None if prepare made none.
 
@@ -62,8 +68,14 @@ def open_cache(folder: Path, split: str) -> ImageCache | None:
     data, path = _files(folder, split)
     if not path.is_file():
         return None
-    table = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        table: _Table = read_json(path, _Table, LARGE)
+    except FormatError as error:
+        raise DataError(f"{path}: {error}; run `dvc repro --force prepare`") from None
     want = _HEADER_BYTES + sum(h * w * 3 for h, w in table["shapes"])
+    starts = list(accumulate((h * w * 3 for h, w in table["shapes"]), initial=0))[:-1]
+    if table["offsets"] != starts or min(chain.from_iterable(table["shapes"]), default=1) < 1:
+        raise DataError(f"{path}: offsets and shapes do not fit; run `dvc repro --force prepare`")
     have = data.stat().st_size if data.is_file() else 0
     if have != want:
         raise DataError(f"{data}: {have} bytes, not {want}; run `dvc repro --force prepare`")

@@ -18,6 +18,7 @@ from unicodedata import category, normalize
 from runkey.data.index import ClassName
 from runkey.data.report import Findings, escaped
 from runkey.errors import DataError
+from runkey.files import LARGE, FormatError, read_text, unique
 
 # Where a JSON may be, as glob patterns below the data folder.
 _INSTANCES = ("annotations/instances*.json", "*/annotations/instances*.json")  # COCO, CVAT
@@ -360,28 +361,23 @@ def merge_classes(parts: list[Coco], findings: Findings) -> list[ClassName]:
 
 def _parse(path: Path, shown: str) -> Any:
     try:
-        return json.loads(_text(path), object_hook=_without_segmentation)
+        return json.loads(read_text(path, LARGE), object_pairs_hook=_without_segmentation)
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}: {error.msg}"
-    except UnicodeDecodeError as error:
-        where = f"byte {error.start} is not UTF-8"
+        where = f"not JSON (line {error.lineno}, column {error.colno}: {error.msg})"
     except RecursionError:
-        where = "nested too deeply"
-    except ValueError:
-        where = "a number of thousands of digits"
+        where = "not JSON (nested too deeply)"
+    except FormatError as error:
+        where = f"not JSON ({error})"
     except OSError as error:
-        raise DataError(f"{shown}: cannot be read ({error.strerror}); mend the file") from None
-    raise DataError(f"{shown}: not JSON ({where}); mend the file or export it again")
+        where = f"cannot be read ({error.strerror})"
+    except ValueError:
+        where = "not JSON (a number of thousands of digits)"
+    raise DataError(f"{shown}: {where}; mend the file or export it again")
 
 
-def _text(path: Path) -> str:
-    """The text of a JSON in UTF-8, 16 or 32; a function, so that its bytes (450 MB) are freed."""
-    content = path.read_bytes()
-    return content.decode(json.detect_encoding(content))
-
-
-def _without_segmentation(entry: dict[str, Any]) -> dict[str, Any]:
+def _without_segmentation(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Drop what takes nine tenths of COCO's memory."""
+    entry = unique(pairs)
     entry.pop("segmentation", None)
     return entry
 

@@ -13,9 +13,10 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from runkey.errors import DataError
+from runkey.files import LARGE, FormatError, parse_json, read_json, write_atomically
 from runkey.hashing import sha256_json
 
 SplitName = Literal["train", "val"]
@@ -65,42 +66,52 @@ class ImageRecord:
         return [(box, label, area) for box, label, area, crowd in rows if not crowd]
 
 
-_TUPLES = {"boxes_xywh", "labels", "areas", "crowd", "annotation_ids", "intensity_range"}
-
-
 def write_classes(path: Path, classes: list[ClassName]) -> None:
     """Write classes.json, one class a line."""
     lines = ",\n".join(json.dumps(asdict(c), ensure_ascii=False) for c in classes)
-    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    write_atomically(path, f"[\n{lines}\n]\n")
 
 
 def read_classes(path: Path) -> list[ClassName]:
-    """Read classes.json; a missing file is a DataError."""
-    return [ClassName(**entry) for entry in json.loads(_read(path))]
+    """Read classes.json; a DataError if it is missing or damaged."""
+    classes: list[ClassName] = _read(path, list[ClassName])
+    if not classes or [one.index for one in classes] != list(range(len(classes))):
+        raise DataError(f"{path}: the indices are not 0, 1, 2 ...; {_AGAIN}")
+    return classes
 
 
 def write_index(path: Path, records: list[ImageRecord]) -> None:
     """Write a split's index, one image a line."""
     rows = ({n: v for n, v in asdict(record).items() if v is not None} for record in records)
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    path.write_text(f'{{"images": [\n{lines}\n]}}\n', encoding="utf-8")
+    write_atomically(path, f'{{"images": [\n{lines}\n]}}\n')
 
 
 def read_index(path: Path) -> list[ImageRecord]:
-    """Read a split's index; a missing file is a DataError."""
-    entries: list[dict[str, Any]] = json.loads(_read(path))["images"]
-    for entry in entries:
-        entry["boxes_xywh"] = map(tuple, entry["boxes_xywh"])
-        for name in _TUPLES & entry.keys():
-            entry[name] = tuple(entry[name])
-    return [ImageRecord(**entry) for entry in entries]
+    """Read a split's index; a DataError if it is missing or damaged."""
+    records: list[ImageRecord] = _read(path, _Index)["images"]
+    for record in records:
+        sizes = {len(getattr(record, name)) for name in _PER_BOX}
+        if len(sizes) > 1 or record.width < 1 or record.height < 1 or record.rotate % 90:
+            raise DataError(f"{path}: image {record.id}: its lists do not fit each other; {_AGAIN}")
+    return records
 
 
-def _read(path: Path) -> str:
+_PER_BOX = ("boxes_xywh", "labels", "areas", "crowd", "annotation_ids")
+_AGAIN = "`dvc repro -f prepare` writes it again"
+
+
+class _Index(TypedDict):
+    images: list[ImageRecord]
+
+
+def _read(path: Path, form: Any) -> Any:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_json(path, form, LARGE)
     except FileNotFoundError:
         raise DataError(f"{path}: not found; run `dvc repro prepare` first") from None
+    except FormatError as error:
+        raise DataError(f"{path}: {error}; {_AGAIN}") from None
 
 
 IMAGE_LIST = "images.json"
@@ -141,13 +152,13 @@ def write_image_list(
         lines = ",\n".join(f"{_json(file)}: {_json(row)}" for file, row in rows)
         splits.append(f"{_json(split)}: {{\n{lines}\n}}")
     body = ",\n".join(splits)
-    path.write_text(f'{{"schema": "{_LIST_SCHEMA}", "splits": {{\n{body}\n}}}}\n', encoding="utf-8")
+    write_atomically(path, f'{{"schema": "{_LIST_SCHEMA}", "splits": {{\n{body}\n}}}}\n')
 
 
 def read_image_list(content: bytes, where: str) -> ImageList:
     """Parse the bytes that `write_image_list` wrote; a DataError names the file `where`."""
     try:
-        stored = json.loads(content)
+        stored = parse_json(content)
         if stored["schema"] != _LIST_SCHEMA:
             raise DataError(
                 f"{where}: schema {stored['schema']!r}; this runkey reads {_LIST_SCHEMA}"

@@ -34,6 +34,7 @@ from runkey.data.index import (
 from runkey.data.pixel_range import PixelRange
 from runkey.data.report import Findings
 from runkey.errors import DataError
+from runkey.files import write_atomically
 from runkey.params import Data
 from runkey.units import GIB, MIB, counted
 
@@ -187,7 +188,7 @@ class _Preparation:
         listed = {s: [(i.record, i.digest) for i in images] for s, images in splits.items()}
         write_image_list(self.out / IMAGE_LIST, listed, classes)
         text = json.dumps(statistics, indent=2, ensure_ascii=False)
-        (self.out / "statistics.json").write_text(text + "\n", encoding="utf-8")
+        write_atomically(self.out / "statistics.json", text + "\n")
         self.findings.kept |= {
             split: {name: numbers[name] for name in ("images", "objects", "crowd_regions")}
             for split, numbers in statistics.items()

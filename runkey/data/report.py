@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 from runkey.errors import DataError
+from runkey.files import write_atomically
 from runkey.params import Checks
 from runkey.units import counted
 
@@ -126,7 +127,7 @@ class Findings:
         text = json.dumps(head, indent=2, ensure_ascii=False)[:-2]
         items = ",\n".join("    " + json.dumps(asdict(i), ensure_ascii=False) for i in self.items)
         body = f"[\n{items}\n  ]" if items else "[]"
-        path.write_text(f'{text},\n  "items": {body}\n}}\n', encoding="utf-8")
+        write_atomically(path, f'{text},\n  "items": {body}\n}}\n')
 
     def lines(self) -> list[str]:
         """Format the report for the terminal: every kind with its count and its first items."""

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
+from pydantic import ConfigDict, with_config
 
 from runkey.errors import DataError
-from runkey.files import write_atomically
+from runkey.files import LARGE, FormatError, read_json, write_atomically
 
 if TYPE_CHECKING:
     from runkey.evaluation.coco import CocoResult
@@ -37,6 +38,49 @@ class CocoDetection(TypedDict):
     score: float
 
 
+class SizeMetrics(TypedDict):
+    """The metrics of the small, medium or large objects of a class."""
+
+    AP: float | None
+    objects: int
+
+
+class ClassMetrics(TypedDict):
+    """The metrics of a class; None where it has no object."""
+
+    AP: float | None
+    AP50: float | None
+    AR: float | None
+    objects: int
+    by_size: dict[str, SizeMetrics]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Metrics(TypedDict):
+    """metrics.json: COCO's twelve and the loss beside the metrics of each class."""
+
+    AP: float | None
+    per_class: dict[str, ClassMetrics]
+
+
+class _Curve(TypedDict):
+    name: str
+    objects: int
+    ap: float | None
+    precision: list[list[float]] | None
+
+
+class Curves(TypedDict):
+    """precision_recall.json."""
+
+    iou: list[float]
+    recall: list[float]
+    classes: list[_Curve]
+
+
+_AGAIN = "`dvc repro -f evaluate` writes it again"
+
+
 def write_results(path: Path, results: list[CocoDetection]) -> None:
     """Write detections in COCO's results format, one a line."""
     lines = ",\n".join(json.dumps(found) for found in results)
@@ -45,11 +89,7 @@ def write_results(path: Path, results: list[CocoDetection]) -> None:
 
 def read_results(path: Path) -> list[CocoDetection]:
     """Read detections in COCO's results format; a DataError names a file that is no such list."""
-    results = read_output(path)
-    keys = CocoDetection.__required_keys__
-    whole = (isinstance(one, dict) and keys <= set(one) for one in results)
-    if not isinstance(results, list) or not all(whole):
-        raise DataError(f"{path}: not COCO's results format (a list of {sorted(keys)})")
+    results: list[CocoDetection] = read_output(path, list[CocoDetection])
     return results
 
 
@@ -93,11 +133,27 @@ def write_precision_recall(path: Path, result: CocoResult) -> None:
     write_atomically(path, f'{{"iou": {iou},\n"recall": {recall},\n"classes": [\n{lines}\n]}}\n')
 
 
-def read_output(path: Path) -> Any:
-    """Read one of the files; if it is missing or no JSON, a DataError says to run evaluate."""
+def read_metrics(path: Path) -> Metrics:
+    """Read metrics.json; see `read_output`."""
+    stored: Metrics = read_output(path, Metrics)
+    return stored
+
+
+def read_precision_recall(path: Path) -> Curves:
+    """Read the curves; see `read_output`."""
+    stored: Curves = read_output(path, Curves)
+    shape = (len(stored["iou"]), len(stored["recall"]))
+    for one in stored["classes"]:
+        if one["precision"] is not None and np.shape(one["precision"]) != shape:
+            raise DataError(f"{path}: class {one['name']!a}: precision is not of {shape}; {_AGAIN}")
+    return stored
+
+
+def read_output(path: Path, form: Any = Any) -> Any:
+    """Read one of the files; if it is missing or damaged, a DataError says to run evaluate."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, form, LARGE)
     except FileNotFoundError:
         raise DataError(f"{path}: not found; run `dvc repro evaluate` first") from None
-    except ValueError as error:
-        raise DataError(f"{path}: no JSON ({error}); run `dvc repro -f evaluate`") from None
+    except FormatError as error:
+        raise DataError(f"{path}: {error}; {_AGAIN}") from None

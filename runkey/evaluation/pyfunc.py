@@ -8,7 +8,6 @@ MLflow's model holds no second copy of the weights: it names the run, whose `mod
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from runkey.evaluation.run import detect
+from runkey.files import read_json
 from runkey.inference.preprocess import preprocess
 from runkey.model.detr import Detector
 from runkey.model.postprocess import build_postprocess
@@ -36,7 +36,7 @@ def _load_pyfunc(path: str) -> PyfuncDetector:
     """Load the model for MLflow, which passes the folder that holds `_RUN_JSON`."""
     from mlflow.artifacts import download_artifacts
 
-    run_id = json.loads((Path(path) / _RUN_JSON).read_text(encoding="utf-8"))["run_id"]
+    run_id = read_json(Path(path) / _RUN_JSON)["run_id"]
     return PyfuncDetector(
         *load_model(Path(download_artifacts(run_id=run_id, artifact_path="model")))
     )

@@ -16,10 +16,12 @@ from typing import Any
 import yaml
 
 from runkey.errors import RecipeError, RegistryError
+from runkey.files import LARGE, FormatError, check_tree, check_yaml, read_json, read_text
 from runkey.paths import PARAMS
 
 PIPELINE = Path("dvc.yaml")
 _OUTPUTS = ("outs", "metrics", "plots")
+_FROM_GIT = f"`git checkout {PIPELINE}` restores the last committed one"
 _TEMPLATE = re.compile(r"\$\{([^}]+)\}")
 _LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
@@ -29,16 +31,16 @@ def read_yaml_text(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not YAML in UTF-8; the text gives the line.
+        FormatError: it is not YAML in UTF-8; the text gives the line.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _LOADER)
+        return check_tree(yaml.load(check_yaml(read_text(path)), _LOADER))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        raise ValueError(f"not YAML{where}") from None
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8 text") from None
+        raise FormatError(f"not YAML{where}") from None
+    except (TypeError, RecursionError):
+        raise FormatError("not YAML: a list or a section in place of a name") from None
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,11 @@ def read_pipeline(root: Path, values: Mapping[str, Any]) -> dict[str, Stage]:
         tree = read_yaml_text(root / PIPELINE)
     except FileNotFoundError:
         raise RecipeError(f"{PIPELINE}: not found in {root.resolve()}") from None
-    except ValueError as error:
-        raise RecipeError(f"{PIPELINE}: {error}") from None
+    except FormatError as error:
+        raise RecipeError(f"{PIPELINE}: {error}; {_FROM_GIT}") from None
     stages = tree.get("stages") if isinstance(tree, dict) else None
-    if not isinstance(stages, dict):
-        raise RecipeError(f"{PIPELINE}: holds no stages")
+    if not isinstance(stages, dict) or not stages:
+        raise RecipeError(f"{PIPELINE}: holds no stages; {_FROM_GIT}")
     return {name: _stage(name, entry, values) for name, entry in stages.items()}
 
 
@@ -94,16 +96,22 @@ def _stage(name: str, entry: Any, values: Mapping[str, Any]) -> Stage:
             )
         return str(values[wanted])
 
+    def listed(key: str) -> list[Any]:
+        found = entry.get(key) or []
+        if not isinstance(found, list) or not all(isinstance(one, str | dict) for one in found):
+            raise RecipeError(f"{PIPELINE}: stage {name}: {key} is no list of names; {_FROM_GIT}")
+        return found
+
     def paths(key: str) -> tuple[str, ...]:
         # An entry is a path, or a path with options: `metrics.json: {cache: false}`.
-        names = (n for e in entry.get(key) or () for n in ((e,) if isinstance(e, str) else e))
+        names = (n for e in listed(key) for n in ((e,) if isinstance(e, str) else e))
         return tuple(str(PurePosixPath(_TEMPLATE.sub(value_of, n))) for n in names)
 
     return Stage(
         name=name,
         cmd=" ".join(_TEMPLATE.sub(value_of, entry["cmd"]).split()),
         deps=paths("deps"),
-        params=tuple(p for item in entry.get("params") or () for p in _param_names(name, item)),
+        params=tuple(p for item in listed("params") for p in _param_names(name, item)),
         outs=tuple(out for key in _OUTPUTS for out in paths(key)),
     )
 
@@ -112,9 +120,10 @@ def _param_names(stage: str, item: Any) -> Iterable[str]:
     """Return the names in an entry of `params`: a name, or `params.yaml: [names]`."""
     if isinstance(item, str):
         return (item,)
-    if not isinstance(item, dict) or list(item) != [PARAMS.name] or not item[PARAMS.name]:
+    names = item.get(PARAMS.name) if isinstance(item, dict) and len(item) == 1 else None
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise RecipeError(f"{PIPELINE}: stage {stage} lists params {item}; only {PARAMS} is read")
-    return tuple(item[PARAMS.name])
+    return tuple(names)
 
 
 def chain(stages: Mapping[str, Stage], name: str) -> tuple[Stage, ...]:
@@ -201,7 +210,7 @@ def _read_list(md5: str, root: Path) -> dict[str, str] | None:
     # DVC 2 put it in the second place.
     for base in (folder / "files" / "md5", folder):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            items = json.loads((base / md5[:2] / md5[2:]).read_bytes())
+            items = read_json(base / md5[:2] / md5[2:], most=LARGE)
             return {str(item["relpath"]): str(item["md5"]) for item in items}
     return None
 
@@ -213,7 +222,10 @@ def cache_folder(root: Path) -> Path:
     users = Path(os.environ.get("DVC_GLOBAL_CONFIG_DIR") or base) / "config"
     for file in (users, root / ".dvc" / "config", root / ".dvc" / "config.local"):
         if value := read_config(file).get("cache", "dir", fallback="").strip("\"'"):
-            folder = (file.parent / Path(value).expanduser()).resolve()
+            try:
+                folder = (file.parent / Path(value).expanduser()).resolve()
+            except (OSError, RuntimeError, ValueError):
+                raise RegistryError(f"{file}: cache.dir {value[:60]!a}: no folder") from None
     return folder
 
 
@@ -221,7 +233,8 @@ def read_config(path: Path) -> configparser.ConfigParser:
     """Read one of DVC's settings files, empty if it is not there; RegistryError if it is none."""
     config = configparser.ConfigParser(interpolation=None, strict=False)
     try:
-        config.read(path, encoding="utf-8")
-    except (configparser.Error, UnicodeDecodeError):
+        with suppress(FileNotFoundError):
+            config.read_string(read_text(path))
+    except (configparser.Error, ValueError, AttributeError):
         raise RegistryError(f"{path}: not a DVC settings file; `dvc config -l` says more") from None
     return config

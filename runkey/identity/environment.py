@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from runkey.errors import LockError, report_errors
+from runkey.files import FormatError, read_text
 from runkey.identity.dvc_yaml import read_yaml_text
 from runkey.paths import LOCK, workspace
 
@@ -96,9 +97,10 @@ def normalise_name(name: str) -> str:
 def read_requirements(path: Path) -> dict[str, str]:
     """Return version by normalised name of every `name==version`; LockError if there is none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise LockError(f"{path.name}: not found; `git checkout {path.name}` restores it") from None
+        lines = read_text(path).splitlines()
+    except (FileNotFoundError, FormatError) as error:
+        what = "not found" if isinstance(error, FileNotFoundError) else error
+        raise LockError(f"{path.name}: {what}; `git checkout {path.name}` restores it") from None
     pins = {normalise_name(m[1]): m[2] for m in map(_PIN.match, lines) if m}
     if not pins:
         raise LockError(f"{path.name}: pins no package; `make lock` writes it anew")

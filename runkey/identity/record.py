@@ -10,22 +10,26 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import secrets
 import subprocess
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from runkey.errors import LockError, RecipeError
-from runkey.files import write_atomically
+from runkey.files import FormatError, expect, parse_json, read_json, read_text, write_atomically
 from runkey.hashing import sha256_file
 from runkey.identity.code import imported_files, undeclared
 from runkey.identity.environment import differences, installed_packages, read_requirements
 from runkey.identity.key import PARTS, Recipe, short_key
 from runkey.paths import REQUIREMENTS
+
+logger = logging.getLogger(__name__)
 
 SCHEMA, MANIFEST_SCHEMA = "record1", "run1"
 DETAILS = "record.json"
@@ -78,10 +82,15 @@ class RunPointer:
     @classmethod
     def read(cls, folder: Path) -> Self | None:
         """Return the pointer in a training's folder, or None if there is no readable one."""
-        try:
-            return cls(**json.loads((folder / POINTER).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return None
+        with suppress(FileNotFoundError):
+            try:
+                found: Self = read_json(folder / POINTER, cls)
+                if min(found.sent.values(), default=0) >= 0:
+                    return found
+                raise FormatError("sent: a negative number of bytes")
+            except FormatError as error:
+                logger.warning(f"{folder / POINTER}: {error}; a new MLflow run takes its place")
+        return None
 
     def write(self, folder: Path) -> None:
         """Write it atomically to a training's folder."""
@@ -193,17 +202,31 @@ class Details:
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any], where: str) -> Self:
         """Return what `as_json` wrote; RecipeError, which names `where`, if it is not whole."""
+        if not isinstance(stored, Mapping):
+            raise RecipeError(f"{where}: not a run's record (no JSON object)")
+        _check_schema(stored.get("schema"), SCHEMA, where)
         try:
-            _check_schema(stored.get("schema"), SCHEMA, where)
-            files = {path: StoredFile(**file) for path, file in stored["files"].items()}
-            return cls(**{**stored, "files": files})
-        except (AttributeError, KeyError, TypeError) as error:
+            made: Self = expect(cls, stored)
+        except FormatError as error:
             raise RecipeError(f"{where}: not a run's record ({error})") from None
+        return made
+
+    @classmethod
+    def parse(cls, data: str | bytes, where: str) -> Self:
+        """Return those in JSON text; see `from_dict`."""
+        try:
+            stored = parse_json(data)
+        except FormatError as error:
+            raise RecipeError(f"{where}: {error}") from None
+        return cls.from_dict(stored, where)
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Return those in a file; see `from_dict`."""
-        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
+        """Return those in a file; see `from_dict`. RecipeError also if it cannot be read."""
+        try:
+            return cls.parse(read_text(path), str(path))
+        except (FileNotFoundError, FormatError) as error:
+            raise RecipeError(f"{path}: not readable ({error})") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,16 +355,16 @@ class RunManifest:
     def read(cls, path: Path) -> Self:
         """Read a manifest; RecipeError if it is missing, is not JSON, or holds other fields."""
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            _check_schema(stored["schema"], MANIFEST_SCHEMA, str(path))
-            return cls(**{**stored, "witness": RunEnvironment(**stored["witness"])})
+            stored = read_json(path)
+            if isinstance(stored, dict) and "schema" in stored:
+                _check_schema(stored["schema"], MANIFEST_SCHEMA, str(path))
+            made: Self = expect(cls, stored)
         except FileNotFoundError:
             raise RecipeError(f"{path}: not found; `dvc repro train` writes it") from None
-        except ValueError:
-            raise RecipeError(f"{path}: not JSON; `dvc checkout {path.name}` restores it") from None
-        except (KeyError, TypeError):
-            names = ", ".join(f.name for f in fields(cls))
-            raise RecipeError(f"{path}: not a run's manifest, which holds {names}") from None
+        except FormatError as error:
+            way_out = f"`dvc checkout {path.name}` restores it"
+            raise RecipeError(f"{path}: not a run's manifest ({error}); {way_out}") from None
+        return made
 
 
 def _check_schema(found: object, schema: str, where: str) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from runkey.errors import RecipeError, RegistryError
-from runkey.files import json_safe
+from runkey.files import expect, json_safe, parse_json
 from runkey.identity.record import Details, LoggedRun, Record
 
 _VERSION, _PARTIAL = 2, 1002
@@ -37,6 +37,8 @@ _WRITE = """INSERT OR REPLACE INTO runs VALUES (
     :metrics, :tags, :params, coalesce(:details, (SELECT details FROM runs WHERE run = :run))
 )"""
 _DELETE = "DELETE FROM runs WHERE run = ?"
+_LAST_MS = 253_402_000_000_000
+"""Milliseconds since 1970, in the year 9999."""
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -98,7 +100,7 @@ def read_records(
     for row in database.execute(f"SELECT * FROM runs WHERE {condition}", values):
         try:
             yield _record(row)
-        except (RecipeError, ValueError, TypeError, AttributeError) as error:
+        except (RecipeError, ValueError, TypeError, AttributeError, OverflowError) as error:
             run = row["run"]
             yield f"run {run}: its record is damaged ({error}); `runkey index` writes it again"
 
@@ -204,17 +206,21 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def _record(row: sqlite3.Row) -> Record:
-    run = LoggedRun(
-        run_id=row["run"],
-        experiment_id=row["experiment"],
-        name=row["name"],
-        status=row["status"],
-        started_ms=int(row["started"]),
-        ended_ms=None if row["ended"] is None else int(row["ended"]),
-        artifact_uri=row["artifact_uri"],
-        params=json.loads(row["params"]),
-        metrics={name: float(value) for name, value in json.loads(row["metrics"]).items()},
-        tags=json.loads(row["tags"]),
-    )
+    metrics = {name: float(value) for name, value in parse_json(row["metrics"]).items()}
+    stored = {
+        "run_id": row["run"],
+        "experiment_id": row["experiment"],
+        "name": row["name"],
+        "status": row["status"],
+        "started_ms": int(row["started"]),
+        "ended_ms": None if row["ended"] is None else int(row["ended"]),
+        "artifact_uri": row["artifact_uri"],
+        "params": parse_json(row["params"]),
+        "metrics": metrics,
+        "tags": parse_json(row["tags"]),
+    }
+    run: LoggedRun = expect(LoggedRun, stored)
+    if not (0 <= run.started_ms < _LAST_MS and 0 <= (run.ended_ms or 0) < _LAST_MS):
+        raise ValueError("a time before 1970 or after the year 9999")
     text, where = row["details"], f"run {run.run_id}"
-    return Record(run=run, details=Details.from_dict(json.loads(text), where) if text else None)
+    return Record(run=run, details=Details.parse(text, where) if text else None)

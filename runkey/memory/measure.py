@@ -9,7 +9,6 @@ from run to run; where it is missing, or belongs to another memory.json, the pre
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import signal
@@ -23,7 +22,7 @@ import torch
 from pydantic import TypeAdapter
 
 from runkey.errors import TrainingError
-from runkey.files import write_json
+from runkey.files import expect, read_json, write_json
 from runkey.memory.predict import Line, line_through
 from runkey.memory.trace.events import MicroBatch
 from runkey.memory.trace.record import BatchFields, StepFactory, synthetic_batch
@@ -340,7 +339,7 @@ def read_trials(path: Path) -> tuple[Trial, ...]:
         TrainingError: the file is damaged.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = read_json(path)
         if tree["format"] != _FORMAT:
             raise ValueError("another format")
         return TypeAdapter(tuple[Trial, ...]).validate_python(tree["trials"])
@@ -400,5 +399,12 @@ def read_line(folder: Path, model: str) -> Line | None:
     path = folder / MEASURED
     if not path.is_file():
         return None
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    return Line(**tree["line"]) if tree["model"] == model and "line" in tree else None
+    try:
+        tree = read_json(path)
+        known = tree["model"] == model and "line" in tree
+        line: Line | None = expect(Line, tree["line"]) if known else None
+    except (ValueError, TypeError, KeyError) as error:
+        raise TrainingError(
+            f"{path}: not what was measured ({error}); run `dvc repro -f profile_memory`"
+        ) from None
+    return line

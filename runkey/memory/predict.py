@@ -23,7 +23,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from runkey.errors import TrainingError
-from runkey.files import write_atomically
+from runkey.files import read_json, write_atomically
 from runkey.memory.batch_shapes import BatchShapes, ShapeStatistics
 from runkey.memory.template import AllocatorReplay, Template, other_shape, replay_steps
 from runkey.memory.trace.events import MicroBatch, Trace, timeline_of
@@ -151,7 +151,7 @@ def read_model(path: Path, batch_size: int | None = None) -> MemoryModel:
     """
     again = "run `dvc repro profile_memory`"
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = read_json(path)
         if tree["format"] != FORMAT:
             raise ValueError("another format")
         model = TypeAdapter(MemoryModel).validate_python(tree)

@@ -9,7 +9,6 @@ Models of runkey 0.1 hold `weights.pt` instead: `{"model": state dict}` by `torc
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from runkey import params
 from runkey.errors import ModelError
-from runkey.files import write_atomically, write_json
+from runkey.files import expect, read_json, write_atomically, write_json
 from runkey.identity import initial_weights
 from runkey.model.detr import Detector, build_model
 from runkey.units import counted
@@ -97,10 +96,11 @@ def read_card(folder: Path) -> ModelCard:
     """
     path = folder / CARD
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = read_json(path)
         if card["format"] != _FORMAT:
             raise ModelError(f"{path}: format {card['format']}, this program reads {_FORMAT}")
-        return TypeAdapter(ModelCard).validate_python(card)
+        made: ModelCard = expect(ModelCard, card)
+        return made
     except FileNotFoundError:
         raise ModelError(f"{path}: not found; run `dvc repro train` first") from None
     except (ValueError, KeyError, TypeError) as error:

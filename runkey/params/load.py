@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import difflib
 import json
+import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 
 from runkey.errors import ParamsError
+from runkey.files import FormatError, check_tree, check_yaml, read_text
 from runkey.params.schema import Params
 from runkey.paths import LOGIN, Address
+from runkey.units import KIB
+
+_LARGEST = 256 * KIB
+"""Bytes; ruamel reads 0.1 MB in a second."""
+_LONGEST = 200
+"""Characters of what a message says of a value."""
+_SHORT = reprlib.Repr(maxstring=_LONGEST, maxlist=20, maxother=_LONGEST)
 
 
 def load_params(path: Path) -> Params:
@@ -25,22 +34,34 @@ def load_params(path: Path) -> Params:
             range.  The one-line message names each faulty key, its value and what is allowed.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        tree = parse_yaml(read_text(path, _LARGEST))
     except FileNotFoundError:
         raise ParamsError(f"{path.name}: not found; run `make preset NAME=sample`") from None
-    except OSError as error:
-        raise ParamsError(f"{path.name}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ParamsError(f"{path.name}: not UTF-8 text ({error.reason})") from None
-    try:
-        tree = YAML(typ="safe", pure=True).load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" line {mark.line + 1}" if mark else ""
-        raise ParamsError(f"{path.name}{where}: not YAML: {error.problem}") from None
-    except YAMLError as error:
-        raise ParamsError(f"{path.name}: not YAML: {' '.join(str(error).split())}") from None
+    except FormatError as error:
+        raise ParamsError(
+            f"{path.name}: {error}; mend it, or get the last one back from git"
+        ) from None
     return parse_params(tree, path.name)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML 1.2, as DVC reads params.yaml; FormatError says what is wrong, and where."""
+    try:
+        return check_tree(YAML(typ="safe", pure=True).load(check_yaml(text)))
+    except FormatError:
+        raise
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise FormatError(f"not YAML ({where}{_one_line(error.problem)})") from None
+    # What Python says to the value: ruamel makes dates and numbers without checking them first.
+    except Exception as error:  # noqa: BLE001
+        raise FormatError(f"not YAML ({_one_line(error)})") from None
+
+
+def _one_line(text: object) -> str:
+    line = " ".join(str(text).split())
+    return line if len(line) <= _LONGEST else line[:_LONGEST] + "..."
 
 
 def parse_params(tree: Any, source: str = "params.yaml") -> Params:
@@ -91,7 +112,8 @@ def _shown(value: Any) -> str:
     words = {"True": "true", "False": "false", "None": "null"}
     if not isinstance(value, str | int | float | list | None):
         return ""
-    return f" = {words.get(repr(value), repr(value))}"
+    shown = _SHORT.repr(value)
+    return f" = {words.get(shown, shown)}"
 
 
 _MESSAGES = {

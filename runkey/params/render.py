@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from runkey.errors import ParamsError
+from runkey.files import write_atomically
 from runkey.params.load import load_params
 from runkey.params.schema import LEVELS, Checks, Params, Section
 
@@ -194,7 +195,7 @@ def main(paths: list[str]) -> None:
     """Rewrite each file."""
     for path in map(Path, paths):
         text = path.read_text(encoding="utf-8")
-        path.write_text(render(load_params(path), head_of(text)), encoding="utf-8", newline="\n")
+        write_atomically(path, render(load_params(path), head_of(text)))
 
 
 if __name__ == "__main__":

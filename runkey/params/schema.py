@@ -34,7 +34,13 @@ class Section(BaseModel):
 def _refuse_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("should be a number, not true or false")
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise ValueError(f"should be at most {_LARGEST}")
     return value
+
+
+_LARGEST = 2**32
+"""Of whole numbers: what has no range of its own is a count, of which no memory holds so many."""
 
 
 _not_bool = BeforeValidator(_refuse_bool)
@@ -415,7 +421,7 @@ class Guard(Section):
 class Training(Section):
     """Length, batch size, precision and recovery of training."""
 
-    epochs: PositiveInt = 30
+    epochs: Annotated[int, Field(ge=1, le=1_000_000), _not_bool] = 30
     """Passes over the training images."""
     batch_size: PositiveInt = 8
     """Images per optimizer step (the global batch), whatever the memory."""

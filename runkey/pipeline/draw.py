@@ -11,6 +11,7 @@ from pathlib import Path
 
 from runkey import paths
 from runkey.data.index import read_classes, read_index
+from runkey.files import copy_atomically
 from runkey.params import Params, load_params
 from runkey.pipeline.record import FinishedRun
 from runkey.plots.curves import write_plot_tables, write_training_plots
@@ -32,10 +33,12 @@ def draw(root: Path) -> None:
     out = root / paths.PLOTS
     with tempfile.TemporaryDirectory() as folder:
         drawn = _draw_pictures(params, root, Path(folder))
-        shutil.rmtree(out, ignore_errors=True)  # its files may be links into DVC's cache
-        out.mkdir()
         for path in drawn:
-            shutil.copyfile(path, out / path.name)
+            copy_atomically(path, out / path.name)
+        names = {path.name for path in (*drawn, REPORT)}
+        for path in out.iterdir():
+            if path.name not in names:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     shown = recorded_run(run.record, root) if run.record else workspace_run(root)
     write_report([shown], root / REPORT)
     run.add_pictures(REPORT)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from runkey import paths
 from runkey.errors import RecipeError, RegistryError, TrackingError, TrainingError
+from runkey.files import copy_atomically
 from runkey.identity.dvc_yaml import covers, read_pipeline
 from runkey.identity.key import Recipe, short_key
 from runkey.identity.record import REPRODUCES, Details, LoggedRun, Record, RunPointer, this_host
@@ -76,8 +76,7 @@ def reuse_teams(team: Library, record: Record, root: Path, store: Store, params:
         if package.details.outputs != outputs:
             raise RegistryError(f"{record.label}: its record changed while it was read")
         for path in outputs:
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(package.files / path, root / path)
+            copy_atomically(package.files / path, root / path)
         note_taken(package, f"reused from {team.place}")
         StoreRuns(store, experiment).write(package.run)
 

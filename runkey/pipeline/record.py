@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import os
@@ -13,13 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from runkey import paths
-from runkey.errors import RegistryError, TrackingError
+from runkey.errors import DataError, RegistryError, TrackingError
 from runkey.evaluation.pyfunc import PYFUNC_COLUMNS
-from runkey.files import write_json
+from runkey.files import LARGE, expect, read_json, write_json
 from runkey.identity.key import Recipe
 from runkey.identity.record import (
     DETAILS,
@@ -201,10 +201,14 @@ def _copy(root: Path, path: str, tracker: TrackedRun) -> None:
 
 
 def _data_counts(root: Path) -> dict[str, int]:
-    report = json.loads((root / paths.PREPARED / "report.json").read_text(encoding="utf-8"))
+    path = root / paths.PREPARED / "report.json"
+    try:
+        kept = expect(dict[str, dict[str, int]], read_json(path, dict[str, Any], LARGE)["kept"])
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: not readable ({error}); run `dvc repro -f prepare`") from None
     return {
         f"{split}_{what}": number
-        for split, counts in report["kept"].items()
+        for split, counts in kept.items()
         for what, number in counts.items()
     }
 

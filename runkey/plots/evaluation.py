@@ -17,7 +17,12 @@ from runkey.evaluation.files import (
     METRICS_JSON,
     PRECISION_RECALL,
     PREDICTIONS,
-    read_output,
+    ClassMetrics,
+    Curves,
+    Metrics,
+    SizeMetrics,
+    read_metrics,
+    read_precision_recall,
     read_results,
 )
 from runkey.evaluation.per_image import BINS, Calibration, calibration, confusion, judge_images
@@ -34,6 +39,7 @@ _SIZES = {
     "medium": ("medium, to 96² px", style.GREEN, "s"),
     "large": ("large", style.BLUE, "D"),
 }
+_NO_SIZE: SizeMetrics = {"AP": None, "objects": 0}
 _LEAST_SCORE = 0.05
 """Detections below it are many, rarely looked at, and would dominate the calibration error."""
 _BLUES = LinearSegmentedColormap.from_list("blues", ["#FFFFFF", "#8EC8EC", "#0072B2", "#003A63"])
@@ -48,8 +54,8 @@ def write_evaluation_plots(
     `ImageRecord.file` is relative to `data_folder`; with 0 `images` a sheet there are no sheets.
     """
     records, classes = read_index(prepared / "val.json"), read_classes(prepared / "classes.json")
-    curves = read_output(evaluation / PRECISION_RECALL)
-    metrics = read_output(evaluation / METRICS_JSON)
+    curves = read_precision_recall(evaluation / PRECISION_RECALL)
+    metrics = read_metrics(evaluation / METRICS_JSON)
     judged = judge_images(records, classes, read_results(evaluation / PREDICTIONS))
     names = [class_name(one) for one in classes]
     counted = confusion(judged, len(classes))
@@ -81,7 +87,7 @@ def write_confusion_table(counts: NDArray[np.int64], names: Sequence[str], path:
     return style.write_table(path, pd.DataFrame(columns))
 
 
-def write_precision_recall_table(stored: dict[str, Any], path: Path) -> Path:
+def write_precision_recall_table(stored: Curves, path: Path) -> Path:
     """Write precision at IoU 0.5 of each class at 21 recalls."""
     rows = [
         (one["name"], recall, precision)
@@ -93,7 +99,7 @@ def write_precision_recall_table(stored: dict[str, Any], path: Path) -> Path:
     return style.write_table(path, table, digits=None)
 
 
-def precision_recall(stored: dict[str, Any], path: Path) -> Path:
+def precision_recall(stored: Curves, path: Path) -> Path:
     """Draw precision over recall, of each class at IoU 0.5 and of the mean at several IoU.
 
     Of more than eight classes, the best four and the worst four by AP50 are named.
@@ -191,13 +197,13 @@ def _most_confused(
     return reduced, [*(names[k] for k in shown), "other classes"]
 
 
-def ap_by_size(stored: dict[str, Any], path: Path) -> Path:
+def ap_by_size(stored: Metrics, path: Path) -> Path:
     """Draw AP of small, medium and large objects, and their number, of all classes and of each.
 
     Of more than twenty classes, the worst are shown.
     """
     classes = {name: one for name, one in stored["per_class"].items() if one["AP"] is not None}
-    worst = sorted(classes, key=lambda name: classes[name]["AP"])[:_MAX_CLASSES]
+    worst = sorted(classes, key=lambda name: number(classes[name]["AP"]))[:_MAX_CLASSES]
     shown = {name: one for name, one in classes.items() if name in worst}
     look: dict[str, Any] = {"height": max(3.4, 0.9 + 0.27 * len(shown)), "empty": _NO_OBJECTS}
     with style.drawing(path, "AP by object size", "", columns=2, **look) as (left, right):
@@ -214,7 +220,7 @@ def ap_by_size(stored: dict[str, Any], path: Path) -> Path:
     return path
 
 
-def _draw_sizes(axes: Any, stored: dict[str, Any]) -> None:
+def _draw_sizes(axes: Any, stored: Metrics) -> None:
     values = [number(stored.get(f"AP_{size}")) for size in _SIZES]
     colours = [colour for _, colour, _ in _SIZES.values()]
     bars = axes.bar(range(len(values)), np.nan_to_num(values), color=colours, width=0.6)
@@ -223,8 +229,8 @@ def _draw_sizes(axes: Any, stored: dict[str, Any]) -> None:
     axes.bar_label(bars, texts, padding=3, fontsize=9, bbox=white)
     ticks = []
     for size in _SIZES:
-        by_size = (one["by_size"].get(size, {}) for one in stored["per_class"].values())
-        total = sum(int(one.get("objects", 0)) for one in by_size)
+        by_size = (one["by_size"].get(size, _NO_SIZE) for one in stored["per_class"].values())
+        total = sum(one["objects"] for one in by_size)
         ticks.append(f"{size}\n{counted(f'{total:,}', 'object')}")
     ap = number(stored["AP"])
     axes.axhline(ap, color=style.BLACK, linestyle="--", linewidth=1.2, label="all sizes")
@@ -234,10 +240,10 @@ def _draw_sizes(axes: Any, stored: dict[str, Any]) -> None:
     style.legend(axes)
 
 
-def _draw_classes_by_size(axes: Any, classes: dict[str, dict[str, Any]]) -> None:
+def _draw_classes_by_size(axes: Any, classes: dict[str, ClassMetrics]) -> None:
     rows = np.arange(len(classes))
     by_size = [one["by_size"] for one in classes.values()]
-    values = np.array([[number(one.get(s, {}).get("AP")) for one in by_size] for s in _SIZES])
+    values = np.array([[number(one.get(s, _NO_SIZE)["AP"]) for one in by_size] for s in _SIZES])
     lowest = np.nan_to_num(np.fmin.reduce(values))  # [sizes, K] -> [K]
     highest = np.nan_to_num(np.fmax.reduce(values))
     axes.barh(rows, highest - lowest, left=lowest, height=0.16, color=style.PALE, zorder=1)

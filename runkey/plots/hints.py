@@ -7,7 +7,6 @@ that we measured (docs/guide/), or keeps a training from ending.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runkey.files import parse_json
 from runkey.params import as_text
 from runkey.plots.log import GrowingLog, Series, TrainingLog, number
 from runkey.progress import WIDTH
@@ -348,6 +348,6 @@ def _sampled(log: TrainingLog, pattern: str) -> float:
 def _parsed(value: Any) -> Any:
     """Parse a parameter that MLflow has as JSON text; plain words are no JSON."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        return parse_json(value) if isinstance(value, str) else value
     except ValueError:
         return value

@@ -6,7 +6,6 @@ are not in order (a training that was resumed with another `runtime.log_every`).
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_left
 from collections import Counter
@@ -20,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runkey.errors import DataError
+from runkey.files import parse_json
 
+_MOST_STEPS, _LATEST = 1e12, 1e11
 SAMPLES = "system.jsonl"
 """Utilisation and memory of the machine, every few seconds; a training without MLflow has none."""
 
@@ -52,8 +53,11 @@ class TrainingLog:
 
     def add(self, entry: dict[str, Any]) -> None:
         """Add one more line of the log."""
-        if isinstance(entry.get("values"), dict) and isinstance(entry.get("step"), int):
-            self._add_values(_point(entry, entry["step"]))
+        if isinstance(entry.get("values"), dict):
+            if _counts_up_to(entry.get("step"), _MOST_STEPS) and _counts_up_to(
+                entry.get("time"), _LATEST
+            ):
+                self._add_values(_point(entry, int(entry["step"])))
             return
         fields = entry.get("fields", entry)
         if isinstance(fields, dict):
@@ -137,7 +141,7 @@ class GrowingLog:
         for entry in added:
             self.log.add(entry)
         for entry in chain.from_iterable(sampled):
-            if isinstance(entry.get("values"), dict) and "time" in entry:
+            if isinstance(entry.get("values"), dict) and _counts_up_to(entry.get("time"), _LATEST):
                 self.log.samples.append(_point(entry, len(self.log.samples) + 1))
 
     def _added(self, path: Path) -> list[dict[str, Any]]:
@@ -149,7 +153,7 @@ class GrowingLog:
         found = []
         for line in whole.decode(errors="replace").splitlines():
             with suppress(ValueError):  # a crash cut it short
-                found.append(json.loads(line))
+                found.append(parse_json(line))
         return [entry for entry in found if isinstance(entry, dict)]
 
 
@@ -170,6 +174,11 @@ def number(value: object) -> float:
     except (TypeError, ValueError):
         return math.nan
     return result if math.isfinite(result) else math.nan
+
+
+def _counts_up_to(value: object, most: float) -> bool:
+    """Return True for a number from 0 on; what else a line has there is no step and no time."""
+    return isinstance(value, int | float) and 0 <= value < most
 
 
 def _point(entry: dict[str, Any], step: int) -> Point:

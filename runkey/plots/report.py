@@ -8,22 +8,24 @@ that their folder is a run's artifacts or the workspace it was trained in.
 from __future__ import annotations
 
 import base64
-import json
+import logging
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import cycle, product
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic import Field
 
 from runkey import __version__, paths
-from runkey.evaluation.files import METRICS_JSON
-from runkey.files import write_atomically
+from runkey.evaluation.files import METRICS_JSON, Metrics
+from runkey.files import LARGE, FormatError, read_json, write_atomically
 from runkey.identity.key import PARTS
 from runkey.identity.record import KEY, KEY_JSON, LoggedRun, Record, RunManifest
 from runkey.params import as_text, changed_params, load_params
@@ -34,6 +36,8 @@ from runkey.plots.log import TrainingLog, read_log
 from runkey.plots.sheets import printable
 from runkey.progress import escaped
 from runkey.units import counted, format_seconds
+
+logger = logging.getLogger(__name__)
 
 _LOG = paths.LOGS / "train.jsonl"
 _METRICS = f"{paths.EVALUATION}/{METRICS_JSON}"
@@ -88,6 +92,25 @@ _COLOURS = [colour for colour in style.CYCLE if colour != style.YELLOW]
 _SHORT = 12
 
 
+class _Code(TypedDict, total=False):
+    files: dict[str, str]
+
+
+class _Environment(TypedDict, total=False):
+    packages: list[Annotated[list[str], Field(min_length=3)]]
+
+
+class _Parts(TypedDict, total=False):
+    code: _Code
+    environment: _Environment
+
+
+class _KeyJson(TypedDict):
+    """What the page shows of key.json."""
+
+    preimages: _Parts
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReportedRun(Record):
     """One run of a report, with its files as far as it came."""
@@ -136,14 +159,19 @@ class ReportedRun(Record):
         run = self.run
         return "" if run.ended_ms is None else format_seconds((run.ended_ms - run.started_ms) / 1e3)
 
-    def json(self, path: str) -> Any:
-        """Return the contents of a JSON file; {} if the run has no such file."""
+    def json(self, path: str, form: Any = dict[str, Any]) -> Any:
+        """Return the object in a JSON file; {} if there is none, or a damaged one (a warning)."""
         file = self.folder / path
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        with suppress(FileNotFoundError):
+            try:
+                return read_json(file, form, LARGE)
+            except FormatError as error:
+                logger.warning(f"{file}: {error}; the report does without it")
+        return {}
 
     def scores(self) -> dict[str, Any]:
         """Return COCO metrics, those of each class under `per_class`; the last ones known."""
-        if final := self.json(_METRICS):
+        if final := self.json(_METRICS, Metrics):
             return dict(final)
         metrics = self.run.metrics
         last = next((p.values for p in reversed(self.log.epochs) if "val/AP" in p.values), {})
@@ -323,7 +351,7 @@ def _differences(runs: Sequence[ReportedRun]) -> dict[str, list[list[str]]]:
         `parameters`, files of the `code` by their hashes, `packages`, `environment`, `scores`, and
         the AP of each of the `classes`.
     """
-    hashed = [run.json(KEY_JSON).get("preimages", {}) for run in runs]
+    hashed = [run.json(KEY_JSON, _KeyJson).get("preimages", {}) for run in runs]
     files = [parts.get("code", {}).get("files", {}) for parts in hashed]
     packages = [
         {name: f"{version} {build}" for name, version, build, *_ in found}

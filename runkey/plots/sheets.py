@@ -17,6 +17,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 from runkey.data.index import ClassName, ImageRecord
 from runkey.evaluation.per_image import ImageScore, Judgement, rank_images
+from runkey.files import write_atomically
 from runkey.plots.style import BLACK, BLUE, CYCLE, GREY, VERMILLION
 from runkey.units import counted
 
@@ -270,14 +271,13 @@ class _Sheet:
 
     def save(self, path: Path) -> Path:
         """Write a JPEG of at most `MAX_BYTES`: lower its quality first, then its size."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         image = self.image
         while True:
             for quality in range(88, 50, -6):
                 data = io.BytesIO()
                 image.save(data, "JPEG", quality=quality, optimize=True)
                 if data.tell() <= MAX_BYTES:
-                    path.write_bytes(data.getvalue())
+                    write_atomically(path, data.getvalue())
                     return path
             image = ImageOps.scale(image, 0.85, Image.Resampling.LANCZOS)
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
+from runkey.files import write_atomically
 from runkey.plots.log import Series
 
 if TYPE_CHECKING:
@@ -61,12 +62,13 @@ def drawing(
         if not any(axes.has_data() or axes.texts for axes in panels):
             for axes in panels:
                 show_empty(axes, empty)
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".svg":
             # Neither date nor version in the file, whose bytes depend on the numbers alone.
-            figure.savefig(path, metadata={"Date": None, "Creator": None})
+            data = io.BytesIO()
+            figure.savefig(data, format="svg", metadata={"Date": None, "Creator": None})
+            write_atomically(path, data.getvalue())
         else:
-            path.write_bytes(_small_png(figure))
+            write_atomically(path, _small_png(figure))
 
 
 def _small_png(figure: Figure) -> bytes:
@@ -83,8 +85,7 @@ def _small_png(figure: Figure) -> bytes:
 
 def write_table(path: Path, table: pd.DataFrame, digits: str | None = "%.6g") -> Path:
     """Write a CSV table that `dvc plots show` and `dvc plots diff` draw."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(path, index=False, float_format=digits, lineterminator="\n")
+    write_atomically(path, table.to_csv(index=False, float_format=digits, lineterminator="\n"))
     return path
 
 

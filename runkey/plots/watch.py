@@ -129,7 +129,8 @@ class News:
 
 def total_steps(log: TrainingLog) -> int:
     """Return the optimizer steps of the whole training; 0 if they were not logged."""
-    return int(log.last_event("training_start").get("total_steps", 0))
+    total = log.last_event("training_start").get("total_steps", 0)
+    return total if isinstance(total, int) and 0 <= total < 1e12 else 0
 
 
 def seconds_left(log: TrainingLog, now: float) -> float:

@@ -10,14 +10,11 @@ import re
 import urllib.parse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from runkey.files import expect, parse_json
 from runkey.identity.key import ANY_SCHEMA
 from runkey.identity.record import KEY, LoggedRun
-
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter
 
 LATEST_MS = 253_402_300_799_000
 """The last second of the year 9999, after which Python has no dates."""
@@ -150,34 +147,11 @@ class Refusal:
 
 
 def parsed[T](kind: type[T], data: bytes | str) -> T:
-    """Return the JSON of a stranger as an object; ValueError, in one line, if it is another one.
-
-    Also for JSON that is too deep, numbers that are too long, and texts that are no Unicode.
-    """
-    return _checked(kind, data, from_json=True)
+    """Return the JSON of a stranger as an object; FormatError if it is another one."""
+    return checked(kind, parse_json(data))
 
 
 def checked[T](kind: type[T], value: Any) -> T:
-    """Return a part of parsed JSON as an object; ValueError, in one line, if it is another one."""
-    return _checked(kind, value, from_json=False)
-
-
-def _checked[T](kind: type[T], value: Any, *, from_json: bool) -> T:
-    # Imported here: commands that ask no server start without it.
-    from pydantic import ValidationError
-
-    one: Any = kind
-    adapter: TypeAdapter[T] = _adapter(one)
-    try:
-        return adapter.validate_json(value) if from_json else adapter.validate_python(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(": ".join(filter(None, [where, first["msg"]]))[:200]) from None
-
-
-@cache
-def _adapter(kind: Any) -> Any:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(kind)
+    """Return a part of parsed JSON as an object; FormatError if it is another one."""
+    found: T = expect(kind, value)
+    return found

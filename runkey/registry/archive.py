@@ -18,15 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeInt
 from safetensors import SafetensorError, safe_open
 
+from runkey import files
 from runkey.errors import RegistryError
-from runkey.files import replacing
+from runkey.files import LARGE, FormatError, WriteError, read_text, replacing
 from runkey.hashing import hash_stream, sha256_file
 from runkey.identity.key import ANY_SCHEMA
 from runkey.progress import progress
-from runkey.units import MIB
+from runkey.units import MIB, format_bytes
 
 _LONGEST_NAME = 1000
 _DRIVE = re.compile(r"^[A-Za-z]:")
@@ -40,19 +41,13 @@ def parse_json[T](form: type[T], source: Path | bytes, where: str) -> T:
     RegistryError if the file is not there, or is not of this form: it names the first wrong value.
     """
     try:
-        data = source.read_bytes() if isinstance(source, Path) else source
-        return TypeAdapter(form).validate_json(data, strict=True)
+        text = read_text(source, LARGE) if isinstance(source, Path) else source
+        parsed: T = files.parse_json(text, form)
     except FileNotFoundError:
         raise RegistryError(f"{where}: not there") from None
-    except ValidationError as error:
-        raise RegistryError(f"{where}: {first_fault(error)}; refused") from None
-
-
-def first_fault(error: ValidationError) -> str:
-    """Say what is wrong with a value from elsewhere, and where in it."""
-    fault = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(map(str, fault["loc"]))
-    return f"{place[:80]!r}: {fault['msg']}" if place else fault["msg"]
+    except FormatError as error:
+        raise RegistryError(f"{where}: {error}; refused") from None
+    return parsed
 
 
 def safe_path(name: str, where: str) -> str:
@@ -170,7 +165,7 @@ def pack(folder: Path, key: str, target: Path) -> Index:
     index = Index(key, listed, "archive1")
     try:
         with (
-            replacing(target) as written,
+            replacing(target, wanted=index.size) as written,
             zipfile.ZipFile(written, "w") as archive,
             progress("pack", index.size, "bytes") as steps,
         ):
@@ -183,8 +178,10 @@ def pack(folder: Path, key: str, target: Path) -> Index:
                 ):
                     shutil.copyfileobj(source, copy, MIB)
                 steps.advance(listed[name].size)
-    except OSError as error:
-        raise RegistryError(f"{target}: {error.strerror or error}") from None
+    except WriteError:
+        raise
+    except OSError as error:  # of a file that is packed
+        raise RegistryError(f"{error.filename or target}: {error.strerror or error}") from None
     return index
 
 
@@ -200,8 +197,9 @@ def unpack(file: Path, folder: Path) -> Index:
             free = shutil.disk_usage(folder).free
             if index.size > free - _LEFT_FREE:
                 raise RegistryError(
-                    f"{file.name}: unpacks to {index.size / 1e9:.1f} GB, and {free / 1e9:.1f} GB"
-                    " are free"
+                    f"{file.name}: unpacking needs {format_bytes(index.size + _LEFT_FREE)},"
+                    f" {format_bytes(_LEFT_FREE)} of it to spare, and {format_bytes(free)} are free"
+                    f" in {folder.parent}; make room there"
                 )
             with progress("unpack", index.size, "bytes") as steps:
                 for name, member in index.members.items():

@@ -8,6 +8,7 @@ so that the page "Models" shows one entry for a key, and tags hold what the clai
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import secrets
@@ -20,13 +21,15 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from runkey.errors import RegistryError
-from runkey.files import write_atomically
+from runkey.files import FormatError, expect, read_json, write_atomically
 from runkey.identity.key import ANY_KEY, ANY_SCHEMA
 from runkey.identity.record import Record, this_host
 from runkey.paths import is_server
 from runkey.processes import Process, is_running, this_process
 from runkey.registry.answers import LATEST_MS, Model, parsed
 from runkey.registry.rest import AbsentError, RestClient, RestError, UnreachedError
+
+logger = logging.getLogger(__name__)
 
 State = Literal["running", "finished", "failed"]
 StateNow = Literal[State, "dead", "silent"]
@@ -52,16 +55,11 @@ class Owner(Process):
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Self:
         """Return the owner that `asdict` gave; ValueError if fields are missing or wrong."""
-        try:
-            owner = cls(**stored)
-        except TypeError as error:
-            raise ValueError(str(error)) from None
-        if not all(isinstance(n, int) and 0 <= n < 2**63 for n in (owner.pid, owner.started)):
-            raise ValueError("pid and started must be whole numbers")
-        if not all(
-            isinstance(t, str) for t in (owner.host, owner.nonce, owner.boot, owner.namespace)
-        ):
-            raise ValueError("host, nonce, boot and namespace must be texts")
+        owner: Self = expect(cls, stored)
+        if stored != asdict(owner):  # of another version: which process it is cannot be told
+            raise FormatError("holds other fields than this runkey's")
+        if not all(0 <= n < 2**63 for n in (owner.pid, owner.started)):
+            raise FormatError("pid and started must be whole numbers")
         return owner
 
 
@@ -253,12 +251,11 @@ class FileClaims(Claims):
         for path in self._folder.glob(f"{prefix}*{_END}"):
             if named := _split_name(path.name.removesuffix(_END)):
                 try:
-                    yield _parse(*named, json.loads(path.read_bytes()))
+                    yield _parse(*named, read_json(path))
                 except FileNotFoundError:
                     continue  # removed since the folder was listed
-                except OSError as error:
-                    raise RegistryError(f"{path}: {error.strerror}") from None
-                except (ValueError, RecursionError):
+                except FormatError as error:
+                    logger.warning(f"{path}: {error}; counts as a claim without an owner")
                     yield _parse(*named, {})
 
 

@@ -10,7 +10,6 @@ nothing names), shared snapshots.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from runkey import paths
 from runkey.errors import RegistryError
+from runkey.files import parse_json
 from runkey.hashing import sha256_file
 from runkey.identity.key import ANY_KEY, FILE_PARAMS, SCHEMAS, short_key
 from runkey.identity.record import KEY_JSON, ORIGIN, Record, RunPointer
@@ -174,7 +174,7 @@ def _started_from(
     """Return the hashes of the files that a run's parameter named: a path, or a run's key."""
     with suppress(RegistryError, ValueError, KeyError, OSError):
         with scope.library.open_file(scope.library.with_details(child), KEY_JSON) as file:
-            preimages = json.load(file)["preimages"]
+            preimages = parse_json(file.read())["preimages"]
         return set(_SHA256.findall(str(preimages["params"][name])))
     # Without its key.json: by the key that it names.
     named = [r for r in records if value and short_key(value) == r.key[: len(short_key(value))]]

@@ -8,7 +8,6 @@ code by a git diff, data image by image or file by file. Then come metrics and w
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any, Literal
 from runkey import paths
 from runkey.data.index import IMAGE_LIST, ImageList, read_image_list
 from runkey.errors import DataError, RegistryError
+from runkey.files import parse_json
 from runkey.identity.code import RULE, code_rule, hash_code
 from runkey.identity.dvc_yaml import PIPELINE, read_yaml_text
 from runkey.identity.key import PARTS, Recipe, make_recipe, older_rule
@@ -171,7 +171,7 @@ def _recipe(record: Record, data: bytes | None) -> Recipe | None:
     if data is None:
         return None
     try:
-        recipe = Recipe.from_dict(json.loads(data))
+        recipe = Recipe.from_dict(parse_json(data))
     except (ValueError, AttributeError):
         raise RegistryError(
             f"{record.label}: {KEY_JSON}: not JSON (run {record.run.run_id});"
@@ -193,7 +193,7 @@ def _images(data: bytes | None, notes: list[str]) -> ImageList | None:
 def _installed_packages(data: bytes | None) -> dict[str, str]:
     """Installed packages in a run.json; {} if it has none or cannot be read."""
     try:
-        return dict(json.loads(data or b"{}")["witness"]["packages"])
+        return dict(parse_json(data or b"{}")["witness"]["packages"])
     except (ValueError, KeyError, TypeError):
         return {}
 

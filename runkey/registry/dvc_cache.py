@@ -10,7 +10,6 @@ DVC keeps the objects of all outputs of an entry, also of those with `cache: fal
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from runkey.errors import RegistryError
+from runkey.files import LARGE, read_json
 from runkey.hashing import hash_stream, sha256_file
 from runkey.identity.dvc_yaml import cache_folder, read_yaml_text
 from runkey.identity.record import Record, StoredFile
@@ -140,7 +140,7 @@ class DvcCache:
     def listing(self, md5: str) -> dict[str, str]:
         """Return the md5 by path of the files in a folder; none where its object is no list."""
         try:
-            return _md5s(json.loads(self.object_path(md5).read_bytes()), "relpath")
+            return _md5s(read_json(self.object_path(md5), most=LARGE), "relpath")
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 

@@ -7,16 +7,15 @@ which is derived from the lock; in a conda environment all packages and builds w
 from __future__ import annotations
 
 import filecmp
-import json
 import os
 import platform
-import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from runkey.errors import RegistryError
+from runkey.files import copy_atomically, read_json
 from runkey.identity.environment import (
     LockedPackage,
     environment_preimage,
@@ -136,7 +135,7 @@ def _conda_lists(
     installed, files = dict[str, str](), set[str]()
     for path in sorted((prefix / "conda-meta").glob("*.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_json(path)
             installed[str(record["name"])] = f"{record['version']} {record['build']}"
             files |= set(record.get("files", ()))
         except (ValueError, KeyError, TypeError):
@@ -189,5 +188,5 @@ def export_environment(root: Path, record: Record, target: Path) -> list[Path]:
             raise RegistryError(f"{record.label}: the lock in its snapshot is not that of its key")
         target.mkdir(parents=True, exist_ok=True)
         for path in files:
-            shutil.copyfile(folder / path.name, path)
+            copy_atomically(folder / path.name, path)
     return files

@@ -7,7 +7,6 @@ generation has replaced; worktrees and half-written files that no process uses.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ import psutil
 
 from runkey import paths
 from runkey.errors import RegistryError, RunkeyError
+from runkey.files import read_json
 from runkey.identity.key import ANY_SCHEMA, short_key
 from runkey.identity.record import Record, RunPointer
 from runkey.identity.record_cache import remove_record
@@ -206,7 +206,7 @@ def _snapshot(record: Record) -> str | None:
 def current_key(root: Path) -> str | None:
     """Return the key of the result in the working tree."""
     try:
-        return str(json.loads((root / paths.RUN_JSON).read_text(encoding="utf-8"))["key"])
+        return str(read_json(root / paths.RUN_JSON)["key"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -20,7 +20,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from sqlite3 import Connection
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from runkey import paths
 from runkey.errors import RecipeError, RegistryError, RunkeyError
@@ -28,7 +28,6 @@ from runkey.identity import record_cache
 from runkey.identity.key import ANY_KEY, ANY_SCHEMA, SCHEMA, SCHEMAS, SHORT
 from runkey.identity.record import DETAILS, KEY, Details, LoggedRun, Record, age
 from runkey.progress import each
-from runkey.registry.answers import parsed
 from runkey.registry.query import RUN, Query, choose, filters, order_by, select, value_of
 from runkey.registry.rest import RestClient, RestError, UnreachedError
 
@@ -168,11 +167,9 @@ def _add_details(record: Record, data: bytes, label: str = "") -> Record:
     """Return the record with the details in its record.json; errors name its `label`, if any."""
     where = f"{label}{DETAILS} of run {record.run.run_id}"
     try:
-        return replace(record, details=Details.from_dict(parsed(dict[str, Any], data), where))
+        return replace(record, details=Details.parse(data, where))
     except RecipeError as error:
         raise RegistryError(str(error)) from None
-    except ValueError:
-        raise RegistryError(f"{where}: not JSON") from None
 
 
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "HTTP_404", "NOT_FOUND")

@@ -12,7 +12,6 @@ entry's name and runs whatever the entry says.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import re
@@ -28,11 +27,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, Protocol, TypedDict
 
 from pydantic import ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError, with_config
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from runkey.errors import ParamsError, RecipeError, RegistryError
-from runkey.files import replacing
+from runkey.files import first_fault, replacing
 from runkey.hashing import sha256_bytes, sha256_file
 from runkey.identity.key import DATA_PATH, FILE_PARAMS, Recipe, short_key
 from runkey.identity.record import (
@@ -48,9 +45,10 @@ from runkey.identity.record import (
     Record,
 )
 from runkey.params import override, parse_params
+from runkey.params.load import parse_yaml
 from runkey.paths import LOGS, PARAMS, RUN_JSON
 from runkey.progress import each
-from runkey.registry.archive import check_weights, first_fault, parse_json, safe_path
+from runkey.registry.archive import check_weights, parse_json, safe_path
 from runkey.registry.dvc_cache import DIR, DvcCache, files_of, linked, md5_file
 from runkey.registry.snapshot import changed_files, checked_out, git
 from runkey.units import MIB
@@ -362,8 +360,9 @@ def collect(
 def _place(target: Path, data: Path | str) -> None:
     """Write a file whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    size = data.stat().st_size if isinstance(data, Path) else len(data)
     # Not beside the target: DVC takes any file in a folder of entries for an entry.
-    with replacing(target, target.parents[1]) as file:
+    with replacing(target, target.parents[1], wanted=size) as file:
         if isinstance(data, Path):
             with data.open("rb") as source:
                 shutil.copyfileobj(source, file, MIB)
@@ -545,14 +544,13 @@ def _check_entry(path: str, text: str) -> CheckedEntry:
     if len(text) > _LARGEST_ENTRY or _ANCHOR.search(text):
         raise RegistryError(f"{where}: too long, or YAML with anchors or tags; refused")
     try:
-        tree = YAML(typ="safe", pure=True).load(io.StringIO(text))
+        tree = parse_yaml(text)
         entry = TypeAdapter(_Entry).validate_python(tree, strict=True)
         by_path = {**tree, "outs": [item["path"] for item in entry["outs"]]}
         hashes = _dvc_hash(by_path), _dvc_hash(tree)
     except ValidationError as error:
         raise RegistryError(f"{where}: not of DVC's form: {first_fault(error)}; refused") from None
-    # ruamel raises ValueError and others for odd scalars; json for values that DVC does not write.
-    except (YAMLError, ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError):  # the latter: values that JSON has not
         raise RegistryError(f"{where}: not YAML as DVC writes it; refused") from None
     if (match[2], match[3]) != hashes:
         raise RegistryError(f"{where}: its contents do not hash to its name; refused")

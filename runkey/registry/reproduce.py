@@ -9,7 +9,6 @@ the metrics are compared within a tolerance.
 from __future__ import annotations
 
 import io
-import json
 import logging
 import math
 import os
@@ -26,7 +25,7 @@ from typing import Any, TextIO
 
 from runkey import paths
 from runkey.errors import RecipeError, RegistryError, RunkeyError
-from runkey.evaluation.files import METRICS_JSON
+from runkey.evaluation.files import METRICS_JSON, read_metrics
 from runkey.files import write_atomically
 from runkey.hashing import sha256_file
 from runkey.identity.dvc_yaml import (
@@ -380,7 +379,7 @@ def _train_again(
     recorded = {path: file.sha256 for path, file in details.files.items()}
     written = {path: sha256_file(root / path) for path in IDENTICAL if (root / path).is_file()}
     # This file has all of COCO's metrics; those that DVC tracks are a few of them.
-    stored = json.loads((root / paths.EVALUATION / METRICS_JSON).read_text(encoding="utf-8"))
+    stored = read_metrics(root / paths.EVALUATION / METRICS_JSON)
     metrics = {f"eval/{n}": float(v) for n, v in stored.items() if isinstance(v, int | float)}
     comparison = compare_runs(
         RunResult(details.witness, recorded, record.run.metrics),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections import Counter
@@ -11,6 +10,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
+from runkey.files import FormatError, expect, parse_json
 from runkey.identity.key import older_rule
 from runkey.identity.record import HINT, KEY, RESUMED_AFTER, TAKEN, Details, LoggedRun, Record
 from runkey.registry.query import NAMES, Field, Value, find_field, number
@@ -133,8 +133,8 @@ def describe(
     yield "decision", run.tags.get("decision", "")
     yield "last reuse", run.tags.get("reused", "")
     yield "taken", run.tags.get(TAKEN, "")
-    hints = (json.loads(run.tags[tag]) for tag in sorted(run.tags) if tag.startswith(HINT))
-    yield from _titled("hints", (f"{hint.get('seen')}; {hint.get('change')}" for hint in hints))
+    hints = (text for tag, text in sorted(run.tags.items()) if tag.startswith(HINT))
+    yield from _titled("hints", map(_hint, hints))
     yield from _metrics(run.metrics)
     yield from _params(run, every_param=every_param)
     if details:
@@ -147,6 +147,14 @@ def describe(
     yield "MLflow run", f"{run.run_id} in experiment {run.experiment_id}"
     yield "artifacts", run.artifact_uri
     yield "page", page
+
+
+def _hint(text: str) -> str:
+    try:
+        hint = expect(dict[str, str], parse_json(text))
+    except FormatError as error:
+        return f"not readable ({error})"
+    return f"{hint.get('seen')}; {hint.get('change')}"
 
 
 def _status(run: LoggedRun, status: str) -> str:

@@ -6,7 +6,6 @@ the other checks run anyway.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from runkey.errors import RunkeyError
+from runkey.files import parse_json
 from runkey.hashing import hash_stream, sha256_file
 from runkey.identity.key import PARTS, Recipe, older_rule
 from runkey.identity.record import DETAILS, KEY, KEY_JSON, ORIGIN, Details, Record, this_host
@@ -269,11 +269,11 @@ def _check_key(report: Report) -> str:
     way_out = f"`runkey get {report.record.label}` says which file is damaged"
     fault, name = partial(report.add, "fault", way_out=way_out), KEY_JSON
     try:
-        report.recipe = stated = Recipe.from_dict(json.loads(report.read(name)))
+        report.recipe = stated = Recipe.from_dict(parse_json(report.read(name)))
         if stated.key != report.record.key:
             return fault(f"{name}: is of key {stated.key}, the run of {report.record.key}")
         name = RUN_JSON.as_posix()
-        manifest: dict[str, Any] = json.loads(report.read(name))
+        manifest: dict[str, Any] = parse_json(report.read(name))
         key, parts, run_id = (manifest.get(field) for field in ("key", "parts", "run_id"))
     except (*_UNREADABLE, ValueError, AttributeError) as error:  # the latter two: other JSON
         return fault(report.why(name, error))

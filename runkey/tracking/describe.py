@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from runkey.errors import ParamsError
+from runkey.files import FormatError
 from runkey.identity.dvc_yaml import tracked_md5
 from runkey.params import Params, as_text, parse_params
+from runkey.params.load import parse_yaml
 from runkey.tracking.store import Store, tracked
 
 _NAME_CHARACTERS = 80
@@ -91,8 +90,8 @@ def committed_params(root: Path) -> Params | None:
     try:
         show = ["git", "-C", str(root), "show", "HEAD:./params.yaml"]
         shown = subprocess.run(show, capture_output=True, check=True, encoding="utf-8", timeout=20)
-        return parse_params(YAML(typ="safe", pure=True).load(shown.stdout))
-    except (OSError, subprocess.SubprocessError, YAMLError, ParamsError):
+        return parse_params(parse_yaml(shown.stdout))
+    except (OSError, subprocess.SubprocessError, FormatError, ParamsError):
         return None
 
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runkey.files import json_safe, write_atomically
+from runkey.files import json_safe, parse_json, write_atomically
 from runkey.units import MIB, counted
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ _MAX_WAITING_BYTES = 64 * MIB
 
 def _parse(line: bytes) -> Entry | None:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
         is_whole = {"time", "step", "values"} <= {*entry} or {"time", "event", "fields"} <= {*entry}
     except (ValueError, TypeError):
         return None

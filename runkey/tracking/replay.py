@@ -13,9 +13,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 from runkey.errors import TrackingError
-from runkey.files import write_atomically
+from runkey.files import expect, read_json, write_atomically
 from runkey.identity.key import ANY_SCHEMA, SCHEMAS
 from runkey.identity.record import DETAILS, POINTER, Details, LoggedRun, RunPointer
 from runkey.identity.record_cache import update_record
@@ -81,9 +82,9 @@ def read_training(folder: Path) -> TrainingRun:
     """Read the training saved in a folder; TrackingError if there is none."""
     path = folder / DESCRIPTION
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        description = RunDescription(**stored["description"])
-        experiment = stored["experiment"]
+        stored = read_json(path)
+        description = expect(RunDescription, stored["description"])
+        experiment = expect(str, stored["experiment"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TrackingError(f"{path}: not the description of a training ({error})") from None
     return TrainingRun(experiment, description, folder, (folder / LOG, folder / SAMPLES))
@@ -93,7 +94,7 @@ def read_end(folder: Path) -> TrainingEnd | None:
     """Read how it ended; None: interrupted, or MLflow has everything. TrackingError if damaged."""
     path = folder / ENDED
     try:
-        return TrainingEnd(**json.loads(path.read_text(encoding="utf-8")))
+        return cast("TrainingEnd", read_json(path, TrainingEnd))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:

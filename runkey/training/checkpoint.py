@@ -31,7 +31,7 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor
 
-from runkey.files import sync_folder
+from runkey.files import parse_json, sync_folder
 from runkey.training.tensors import all_finite, map_tensors, named_tensors
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
 
 def _parse(line: bytes) -> dict[str, Any]:
     with suppress(ValueError):
-        facts = json.loads(line)
+        facts = parse_json(line)
         if isinstance(facts, dict):
             return facts
     raise DamagedError("its facts are no JSON object")

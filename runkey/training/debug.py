@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import pickle
 from collections import defaultdict
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from runkey.data.dataset import Batch, GlobalBatch, normalise
 from runkey.errors import TrainingError
+from runkey.files import parse_json, replacing
 from runkey.params import Params, parse_params
 from runkey.training.build import (
     Replacements,
@@ -402,7 +402,8 @@ class Bundle:
         """Write the file, of tensors, numbers and text; raise TrainingError if that fails."""
         data = vars(self) | {"batch": [_as_plain(micro_batch) for micro_batch in self.batch]}
         try:
-            torch.save({"format": _FORMAT, **data}, path)
+            with replacing(path) as temporary:
+                torch.save({"format": _FORMAT, **data}, temporary)
         except (OSError, RuntimeError) as error:
             raise TrainingError(f"{path}: cannot be written: {error}") from error
 
@@ -581,6 +582,6 @@ def _log_entries(log: Path) -> Iterator[dict[str, Any]]:
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     for line in text.splitlines():
         with suppress(ValueError):
-            entry = json.loads(line)
+            entry = parse_json(line)
             if isinstance(entry, dict):
                 yield entry

@@ -219,9 +219,9 @@ def test_quiet(world, capsys):
     ("content", "message"),
     [
         (None, "not found; run `dvc repro evaluate` first"),
-        ("[{", "no JSON"),
-        ('{"a": 1}', "not COCO's results format"),
-        ('[{"image_id": 1}]', "not COCO's results format"),
+        ("[{", "not JSON"),
+        ('{"a": 1}', "Input should be a valid array; `dvc repro -f evaluate` writes it again"),
+        ('[{"image_id": 1}]', "0.category_id: Field required"),
     ],
 )
 def test_unusable_results_file(tmp_path, content, message):

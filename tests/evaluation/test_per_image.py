@@ -155,7 +155,9 @@ def test_missing_or_damaged_curves(tmp_path):
     with pytest.raises(DataError, match=r"pr\.json: not found; run `dvc repro evaluate`"):
         read_output(tmp_path / "pr.json")
     (tmp_path / "pr.json").write_text('{"iou": [')
-    with pytest.raises(DataError, match=r"pr\.json: no JSON .*; run `dvc repro -f evaluate`"):
+    with pytest.raises(
+        DataError, match=r"pr\.json: not JSON .*; `dvc repro -f evaluate` writes it again"
+    ):
         read_output(tmp_path / "pr.json")
 
 

@@ -86,8 +86,14 @@ def test_the_witness_names_the_commit_and_whether_the_tree_is_clean(project):
     ("text", "message"),
     [
         (None, "run.json: not found; `dvc repro train` writes it"),
-        ("{", "run.json: not JSON; `dvc checkout run.json` restores it"),
-        ("[]", "run.json: not a run's manifest, which holds key, stage, parts, run_id, witness"),
+        (
+            "{",
+            "run.json: not a run's manifest (not JSON (line 1, column 2: ",
+        ),
+        (
+            "[]",
+            "run.json: not a run's manifest (Input should be a dictionary or ",
+        ),
         ('{"schema": "run1", "key": "rk2-0"}', "run.json: not a run's manifest"),
         ('{"schema": "run0"}', "run.json: schema 'run0'; this runkey reads run1"),
     ],

@@ -142,20 +142,49 @@ def test_bad_value_is_named_with_what_is_allowed(kind):
     assert "\n" not in str(caught.value)
 
 
+GIT = "; mend it, or get the last one back from git"
+DEEP = "p.yaml: nested more than 100 levels deep"
 BAD_FILES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "p.yaml: holds no parameters; run `make preset NAME=sample`"),
     "a list": (b"- 1\n", "p.yaml: holds no parameters; run `make preset NAME=sample`"),
-    "not YAML": (b"lr: [1\nseed: 2", "p.yaml line 2: not YAML: expected ',' or ']', but got ':'"),
+    "not YAML": (
+        b"lr: [1\nseed: 2",
+        f"p.yaml: not YAML (line 2: expected ',' or ']', but got ':'){GIT}",
+    ),
     "a key twice": (
         b"lr: 1\nlr: 2\n",
-        'p.yaml line 2: not YAML: found duplicate key "lr" with value "2" (original value: "1")',
+        'p.yaml: not YAML (line 2: found duplicate key "lr" with value "2" (original value: "1"))'
+        + GIT,
     ),
     "a Python object": (
         b"lr: !!python/object:os.system 1",
-        "p.yaml line 1: not YAML: could not determine a constructor for the tag "
-        "'tag:yaml.org,2002:python/object:os.system'",
+        "p.yaml: not YAML (line 1: could not determine a constructor for the tag "
+        f"'tag:yaml.org,2002:python/object:os.system'){GIT}",
     ),
-    "not UTF-8": (b"lr: 1 # \xff", "p.yaml: not UTF-8 text (invalid start byte)"),
+    "not UTF-8": (b"lr: 1 # \xff", f"p.yaml: byte 8 is not UTF-8{GIT}"),
+    "a date that is none": (
+        b"a: 2020-13-45",
+        f"p.yaml: not YAML (month must be in 1..12){GIT}",
+    ),
+    "no number": (
+        b"lr: !!int abc",
+        f"p.yaml: not YAML (invalid literal for int() with base 10: 'abc'){GIT}",
+    ),
+    "5,000 digits": (
+        b"lr: " + b"1" * 5000,
+        "p.yaml: not YAML (Exceeds the limit (4300 digits) for integer string conversion: value has"
+        f" 5000 digits; use sys.set_int_max_str_digits() to increase the limit){GIT}",
+    ),
+    "500 digits": (b"lr: " + b"1" * 500, f"p.yaml: holds a number of more than 40 digits{GIT}"),
+    "brackets": (b"lr: " + b"[" * 60_000, DEEP + GIT),
+    "indents": (b"lr:\n" + b"- " * 300 + b"1", DEEP + GIT),
+    "aliases of aliases": (
+        b"lr: [&a [x,x,x,x,x,x,x,x,x], "
+        + b", ".join(b"&%c [%s]" % (n + 1, b",".join([b"*%c" % n] * 9)) for n in range(97, 104))
+        + b"]",
+        f"{DEEP}, or aliases of aliases{GIT}",
+    ),
+    "an alias of itself": (b"lr: &a [*a]", f"{DEEP}, or aliases of aliases{GIT}"),
     "keys missing": (b"data:\n  path: data\n", "p.yaml: lr is missing; seed is missing"),
 }
 
@@ -177,7 +206,7 @@ def test_missing_file_and_folder_are_named(tmp_path):
     (tmp_path / "folder.yaml").mkdir()
     with pytest.raises(ParamsError) as caught:
         load_params(tmp_path / "folder.yaml")
-    assert str(caught.value) == "folder.yaml: cannot be read (Is a directory)"
+    assert str(caught.value) == f"folder.yaml: cannot be read (Is a directory){GIT}"
 
 
 @pytest.mark.parametrize(

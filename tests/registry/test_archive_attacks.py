@@ -115,7 +115,9 @@ def test_a_bomb_that_says_its_size(archive: Path, colleague: Path) -> None:
         index["members"]["run/zeros"] = {"size": 10**18, "sha256": "0" * 64}
 
     rewrite(archive, change)
-    assert "unpacks to 1000000000.0 GB" in refused(archive, colleague)
+    assert "unpacking needs 1000000000.1 GB, 67.1 MB of it to spare, and" in refused(
+        archive, colleague
+    )
 
 
 def test_a_changed_byte(archive: Path, colleague: Path) -> None:

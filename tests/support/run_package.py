@@ -132,8 +132,12 @@ def add_entry(root: Path, path: str, text: str) -> None:
 
 @pytest.fixture(scope="session")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
-    """A run with one stage, `train`, whose outputs are model/ and run.json."""
-    root = new_checkout(tmp_path_factory.mktemp("ready") / "checkout")
+    return make_ready(tmp_path_factory.mktemp("ready"))
+
+
+def make_ready(folder: Path) -> Ready:
+    """Make a run with one stage, `train`, whose outputs are model/ and run.json."""
+    root = new_checkout(folder / "checkout")
     files = {
         "model/weights.safetensors": weights(),
         "model/key.json": json.dumps(RECIPE.as_dict()).encode(),

@@ -1,0 +1,89 @@
+"""What reads files beside the commands of `runkey`, for `benchmarks.attack`: stages and loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from runkey.data.cache import open_cache
+from runkey.data.index import read_classes, read_image_list, read_index
+from runkey.identity.dvc_yaml import tracked_md5
+from runkey.identity.record import RunManifest, RunPointer
+from runkey.memory.batch_shapes import prepared_shapes
+from runkey.model.weights import load_model
+from runkey.params import load_params
+from runkey.params.render import head_of, render
+from runkey.pipeline.prepare import own_data_note, prepare_data
+from runkey.plots.curves import write_plot_tables, write_training_plots
+from runkey.plots.evaluation import write_evaluation_plots
+from runkey.registry.archive import check_weights
+from runkey.tracking.describe import read_dataset
+from runkey.tracking.log import JsonlLog
+from runkey.training.checkpoint import newest_fingerprint
+
+Names = Mapping[str, str]
+
+
+def _preset(root: Path, _: Names) -> None:
+    path = root / "presets" / "sample.yaml"
+    params = load_params(path)
+    render(params, head_of(path.read_text(encoding="utf-8")))
+
+
+def _curves(root: Path, _: Names) -> None:
+    (root / "plots").mkdir(exist_ok=True)
+    write_plot_tables(root / "logs" / "train.jsonl", root / "plots")
+    write_training_plots(root / "logs" / "train.jsonl", root / "plots")
+
+
+def _evaluation(root: Path, _: Names) -> None:
+    (root / "plots").mkdir(exist_ok=True)
+    where = (root / "prepared", root / "evaluation", root / "data", root / "plots")
+    write_evaluation_plots(*where, images=2)
+
+
+def _prepared(root: Path, _: Names) -> None:
+    prepared = root / "prepared"
+    read_classes(prepared / "classes.json")
+    for split in ("train", "val"):
+        read_index(prepared / f"{split}.json")
+        open_cache(prepared, split)
+    read_image_list((prepared / "images.json").read_bytes(), "images.json")
+    prepared_shapes(load_params(root / "params.yaml"), prepared)
+
+
+def _resume(root: Path, names: Names) -> None:
+    path = root / ".runkey" / names["OTHER"] / "train.jsonl"
+    log = JsonlLog(path, quiet=True)
+    log.resume({"log_bytes": 100})
+    log.log({"train/loss": 1.0}, 5)
+    log.close()
+
+
+def _checkpoint(root: Path, names: Names) -> None:
+    from runkey.training.checkpoint import FolderCheckpoints, Interval
+    from tests.support.checkpoint_kit import FINGERPRINT
+
+    folder = root / ".runkey" / names["OTHER"]
+    newest_fingerprint(folder)
+    FolderCheckpoints(folder, FINGERPRINT, interval=Interval(0), retry_seconds=0.0).load()
+
+
+READERS: dict[str, Callable[[Path, Names], object]] = {
+    "stage:prepare": lambda root, _: prepare_data(root),
+    "stage:own_data_note": lambda root, _: own_data_note(root),
+    "read:preset": _preset,
+    "read:curves": _curves,
+    "read:evaluation": _evaluation,
+    "read:prepared": _prepared,
+    "read:resume": _resume,
+    "read:checkpoint": _checkpoint,
+    "read:manifest": lambda root, _: RunManifest.read(root / "run.json"),
+    "read:pointer": lambda root, names: RunPointer.read(root / ".runkey" / names["OTHER"]),
+    "read:dataset": lambda root, _: read_dataset(root, "data", {}),
+    "read:part": lambda root, _: tracked_md5("data/train", root),
+    "read:model": lambda root, _: load_model(root / "model"),
+    "read:check": lambda root, _: check_weights(
+        root / "model" / "weights.safetensors", "weights.safetensors"
+    ),
+}

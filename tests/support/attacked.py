@@ -1,0 +1,194 @@
+"""A checkout in which everything lies that a command reads, made in seconds: nothing is trained.
+
+Data, prepared/, model/, evaluation/ and logs/ are made by the stages' own code; the runs of the
+store are recorded as training records them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runkey.data.index import read_classes
+from runkey.data.prepare import prepare
+from runkey.evaluation.files import write_results
+from runkey.identity.key import Recipe, make_recipe
+from runkey.identity.record import Hardware, RunManifest, RunPointer, capture_environment
+from runkey.model.detr import build_model
+from runkey.model.weights import CardClass, ModelCard, Sizes, save_model
+from runkey.params import load_params, parse_params
+from runkey.params.render import render
+from runkey.registry.archive import pack
+from runkey.registry.claims import Claim, FileClaims, this_owner
+from runkey.tracking.describe import RunDescription
+from runkey.tracking.store import Store, open_client
+from runkey.training.checkpoint import FolderCheckpoints, Interval
+from tests.support.checkpoint_kit import FINGERPRINT, Training
+from tests.support.logs import write_log
+from tests.support.project import REPOSITORY, TINY, draw_data
+from tests.support.records import key_of, make_run
+from tests.support.report_runs import SIZES, files_of
+from tests.support.run_package import RECIPE, git, make_ready
+
+_CPU = Hardware(device="cpu x86_64", micro_batch=4, world_size=1, threads=1)
+OTHER = key_of("other")
+"""Key of a training that was interrupted."""
+
+
+def make_checkout(root: Path) -> None:
+    """Make it in an empty folder."""
+    _tracked_files(root)
+    params = load_params(root / "params.yaml")
+    prepare(params.data, params.seed, root, root / "prepared", params.model.num_queries)
+    _results(root)
+    recipe = make_recipe("train", root, params)
+    _runs(root, recipe)
+    ready = make_ready(root.parent / "ready")
+    pack(ready.folder, RECIPE.key, root / "run.zip")
+    shutil.rmtree(root.parent / "ready")
+
+
+def _tracked_files(root: Path) -> None:
+    for name in ("runkey", "stages", "presets"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPOSITORY / name, root / name, ignore=ignored)
+    for name in ("dvc.yaml", "conda-lock.yml", "requirements.txt", ".gitignore", ".dvcignore"):
+        shutil.copy(REPOSITORY / name, root / name)
+    (root / ".dvc").mkdir()
+    (root / ".dvc" / "config").write_text("[core]\n    analytics = false\n    remote = seed\n")
+    (root / "params.yaml").write_text(render(parse_params(TINY), "# tiny"))
+    short = [line for line in (root / "params.yaml").read_text().splitlines() if line.strip()]
+    short = [line for line in short if not line.lstrip().startswith("#")]
+    (root / "params.yaml").write_text("\n".join(short) + "\n")
+    draw_data(root / "data")
+    listed = [
+        {
+            "md5": _cached(root, path.read_bytes()),
+            "relpath": path.relative_to(root / "data").as_posix(),
+        }
+        for path in sorted((root / "data").rglob("*"))
+        if path.is_file()
+    ]
+    md5 = _cached(root, json.dumps(listed).encode(), ".dir")
+    (root / "data.dvc").write_text(
+        f"outs:\n- md5: {md5}\n  size: 1\n  nfiles: {len(listed)}\n  hash: md5\n  path: data\n"
+    )
+    (root / "dvc.lock").write_text(
+        "schema: '2.0'\nstages:\n  prepare:\n    cmd: python -m stages.prepare\n    deps:\n"
+        f"    - path: data\n      hash: md5\n      md5: {md5}\n      size: 1\n"
+    )
+    git(root, "init", "-q")
+    git(root, "add", "-A")
+    git(root, "commit", "-q", "-m", "start")
+
+
+def _cached(root: Path, content: bytes, suffix: str = "") -> str:
+    md5 = hashlib.md5(content).hexdigest() + suffix
+    path = root / ".dvc" / "cache" / "files" / "md5" / md5[:2] / md5[2:]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return md5
+
+
+def _results(root: Path) -> None:
+    """What the stages train and evaluate leave."""
+    params = load_params(root / "params.yaml")
+    classes = read_classes(root / "prepared" / "classes.json")
+    torch.manual_seed(0)
+    model = build_model(params.model, len(classes))
+    sizes = Sizes(params.data.short_sides[-1], params.data.long_side)
+    save_model(
+        root / "model",
+        model.state_dict(),
+        ModelCard(params.model, tuple(CardClass(c.index, c.id, c.name) for c in classes), sizes),
+    )
+    (root / "logs").mkdir()
+    write_log(root / "logs" / "train.jsonl", epochs=3)
+    (root / "logs" / "system.jsonl").write_text(
+        '{"time": 1, "values": {"system/cpu_utilization_percentage": 50}}\n' * 3
+    )
+    _evaluation(root / "evaluation", [one.name for one in classes])
+    (root / "metrics").mkdir()
+    numbers = {"seconds": 61.5, "best_epoch": 2, "best_step": 4, "epochs": 2}
+    (root / "metrics" / "train.json").write_text(json.dumps(numbers))
+    (root / "metrics" / "evaluate.json").write_text('{"AP": 0.5, "AP50": 0.7, "AP75": null}')
+
+
+def _evaluation(folder: Path, names: list[str]) -> None:
+    folder.mkdir()
+    one = {"AP": 0.4, "AP50": 0.6, "AR": 0.5, "objects": 6, "by_size": SIZES}
+    whole = {"AP": 0.4, "AP50": 0.6, "AP_small": None, "loss": 2.5}
+    (folder / "metrics.json").write_text(
+        json.dumps(whole | {"per_class": dict.fromkeys(names, one)})
+    )
+    curve = {"iou": [0.5, 0.75], "recall": [0.0, 0.5, 1.0]}
+    classes = [
+        {"name": name, "objects": 6, "ap": 0.4, "precision": [[1, 0.5, 0], [0.5, 0.2, 0]]}
+        for name in names
+    ]
+    (folder / "precision_recall.json").write_text(json.dumps(curve | {"classes": classes}))
+    found: Any = [
+        {"image_id": image, "category_id": 3, "bbox": [4.0, 4.0, 16.0, 14.0], "score": 0.9}
+        for image in range(1, 7)
+    ]
+    write_results(folder / "predictions.json", found)
+
+
+def _runs(root: Path, recipe: Recipe) -> None:
+    home, database = root / ".runkey", root / "mlflow.db"
+    home.mkdir()
+    store = Store(f"sqlite:///{database}", root / "mlartifacts", home)
+    open_client(store).search_experiments()
+    parts = {f"key.{part}": digest for part, digest in recipe.parts.items()}
+    key_json = json.dumps(recipe.as_dict()).encode()
+    (root / "model" / "key.json").write_bytes(key_json)
+    folder = root.parent / "files"
+    folder.mkdir()
+    files = files_of(folder, "complete", 0.5) | {"model/key.json": key_json, "run.json": b"{}"}
+    shutil.rmtree(folder)
+    hint = {"event.hint.overfit": '{"seen": "a gap", "change": "more data"}'}
+    done = make_run(
+        root,
+        recipe.key,
+        files=files,
+        params={"lr": "0.001", "seed": "0", "key": recipe.key, **parts},
+        tags={"key": recipe.key, "device": "cpu", **hint},
+    )
+    assert done.details
+    artifacts = root / "mlartifacts" / done.run.run_id / "artifacts"
+    (artifacts / "record.json").write_text(done.details.as_json())
+    make_run(root, OTHER, status="RUNNING", with_details=False, name="interrupted")
+    environment = capture_environment(root, recipe, _CPU)
+    manifest = RunManifest(
+        key=recipe.key,
+        stage="train",
+        parts=recipe.parts,
+        run_id=done.run.run_id,
+        witness=environment,
+    )
+    manifest.write(root / "run.json")
+    claims = FileClaims(home / "claims")
+    for key, state in ((recipe.key, "finished"), (OTHER, "running")):
+        run_id = done.run.run_id if state == "finished" else "b" * 32
+        assert claims.make(
+            Claim(key=key, generation=1, owner=this_owner(), state=state, run_id=run_id, since_ms=1)  # type: ignore[arg-type]
+        )
+    training = home / OTHER
+    write_log(training / "train.jsonl", epochs=1)
+    RunPointer(store.uri, run_id="b" * 32, sent={"train.jsonl": 10}).write(training)
+    about = {"experiment": "tiny", "description": asdict(RunDescription("x", {"key": OTHER}, {}))}
+    (training / "description.json").write_text(json.dumps(about))
+    kit = Training()
+    for _ in range(2):
+        kit.step()
+        kit.evaluate()
+        checkpoints = FolderCheckpoints(
+            training, FINGERPRINT, interval=Interval(0), retry_seconds=0
+        )
+        checkpoints.save(kit.checkpoint(), wait=True)
