@@ -2,10 +2,13 @@
 
 from runkey import paths
 from runkey.errors import report_errors
+from runkey.identity.audit import watch_reads
 from runkey.pipeline.prepare import prepare_data
 from runkey.progress import log_to_terminal
 
 if __name__ == "__main__":
     with report_errors():
         log_to_terminal()
-        prepare_data(paths.workspace())
+        root = paths.workspace()
+        watch_reads(root, "prepare")
+        prepare_data(root)

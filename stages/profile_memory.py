@@ -10,12 +10,14 @@ from pathlib import Path
 
 from runkey import paths
 from runkey.errors import report_errors
+from runkey.identity.audit import watch_reads
 from runkey.progress import log_to_terminal
 
 
 def main() -> None:
     """Write memory/, or with `--predict` or `--trial` a part of it."""
     root = paths.workspace()
+    watch_reads(root, "profile_memory")
     if "--trial" in sys.argv:
         from runkey.pipeline.step_factory import run_trial_job
 

@@ -2,6 +2,7 @@
 
 from runkey import paths
 from runkey.errors import report_errors
+from runkey.identity.audit import watch_loader, watch_reads
 from runkey.identity.key import make_recipe
 from runkey.params import load_params
 from runkey.pipeline.once import once
@@ -12,6 +13,7 @@ from runkey.training.ranks import is_follower, launched_by_torchrun, monitor_lea
 def main() -> None:
     """Write model/, run.json, logs/ and metrics/train.json."""
     root = paths.workspace()
+    watch_reads(root, "train")
     params = load_params(root / paths.PARAMS)
     if is_follower():
         monitor = monitor_leader()
@@ -33,6 +35,8 @@ def main() -> None:
             dismiss(params)
 
 
+if __name__ == "__mp_main__":  # a loader process
+    watch_loader(paths.workspace(), "train")
 if __name__ == "__main__":
     with report_errors():
         main()

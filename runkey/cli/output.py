@@ -19,6 +19,7 @@ from typer import Argument, Exit, Option
 from runkey import paths
 from runkey.errors import RunkeyError
 from runkey.files import json_safe
+from runkey.identity import inputs
 from runkey.identity.key import ANY_SCHEMA, SCHEMAS
 from runkey.progress import WIDTH, escaped, say
 from runkey.registry.claims import Claims, open_claims
@@ -66,6 +67,14 @@ def claims() -> Claims:
     """Return the claims of that store."""
     place = store()
     return open_claims(place.uri, place.home)
+
+
+def tree_note() -> str:
+    """Say that run.json of the current folder's repository is of another key than its files."""
+    try:
+        return inputs.tree_note(workspace())
+    except RunkeyError:  # outside a repository
+        return ""
 
 
 def trainings(key: str) -> list[Path]:

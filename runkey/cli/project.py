@@ -20,6 +20,7 @@ from runkey.cli import output
 from runkey.cli.output import AsJson, Key
 from runkey.errors import DataError, ModelError, ParamsError, RecipeError, RegistryError
 from runkey.files import FormatError, expect, read_json, write_atomically
+from runkey.identity.inputs import Inputs
 from runkey.identity.key import FILE_PARAMS, NO_FILE, make_recipe, short_key
 from runkey.identity.key import explain as lines_of
 from runkey.progress import say
@@ -201,6 +202,8 @@ def summary(as_json: AsJson = False) -> None:
         ("make ui", "MLflow's pages on all runs" if run.get("run_id") else _NOT_RECORDED),
         *_next(root),
     ]
+    if note := output.tree_note() or _data_note(root):
+        rows.append(("but", note))
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         output.print_beside(f"  {name:<{width}}  ", text)
@@ -208,6 +211,18 @@ def summary(as_json: AsJson = False) -> None:
 
 def _three(value: float | None) -> str:
     return "none" if value is None else f"{value:.3f}"
+
+
+def _data_note(root: Path) -> str:
+    """Say which input of the stages is not what the key says; empty if all are."""
+    from runkey.params import load_params
+
+    try:
+        params = load_params(root / paths.PARAMS)
+        Inputs(root, params, make_recipe("train", root, params), output.store().home).check()
+    except RecipeError as error:
+        return str(error)
+    return ""
 
 
 def _next(root: Path) -> list[tuple[str, str]]:

@@ -90,6 +90,8 @@ def list_runs(
     output.print_table(chosen, rows, right=right, whole=("key", "when", "status", "AP", "took"))
     for rule, count in Counter(filter(None, (older_rule(r.key) for r in found))).items():
         say(f"{count} of these: {rule}")
+    if note := output.tree_note():
+        output.print_beside("", note)
 
 
 def show_run(

@@ -148,6 +148,7 @@ def verify(
 
     record = find_run(output.library(), key)
     report = verify_run(record, _sources(quick=quick))
+    report.findings += _tree_result()
     title = (f"{record.label}  ", f"{record.run.name or 'without a name'}  (run {report.run_id})")
     lines = [line for result in report.findings for line in _lines(result)]
     lines.append(report.summary)
@@ -169,6 +170,7 @@ def _verify_all(*, quick: bool, as_json: bool) -> None:
     beside += [
         CheckResult("record", "fault", text, "`runkey index` writes it again") for text in torn
     ]
+    beside += _tree_result()
     beside += find_unrecorded(store.uri, {record.run.run_id for record in records})
     sources = _sources(quick=quick)
     reports = []
@@ -183,6 +185,13 @@ def _verify_all(*, quick: bool, as_json: bool) -> None:
     lines = [line for result in beside for line in _lines(result)]
     total = f"{counted(len(reports), 'run')} in {runs.place}: {summarize(results)}"
     output.print_answer(answer, *lines, total, as_json=as_json, yes=right)
+
+
+def _tree_result() -> list[CheckResult]:
+    """Warn if the current folder's files have another key than its run.json."""
+    from runkey.registry.verify import CheckResult
+
+    return [CheckResult("workspace", "warning", note) for note in [output.tree_note()] if note]
 
 
 def _sources(*, quick: bool) -> Sources:

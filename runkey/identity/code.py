@@ -1,8 +1,9 @@
 """The repository's files that a stage can import, and their hashes, read from syntax trees.
 
 Nothing is imported, so this takes milliseconds and also finds imports inside functions and by
-`import_module("a.b")`.  It cannot find names that are built at run time: after a run,
-`imported_files` lists what was really imported, and `undeclared` compares the two.
+`import_module("a.b")`, under any name: a text that names a module counts as its import.  It cannot
+find names that are built at run time: `imported_files` lists what was really imported, `undeclared`
+compares the two, and `runkey.identity.audit` refuses such a file when it is imported.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import ast
 import functools
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.machinery import all_suffixes
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -40,7 +43,12 @@ RULE, BYTES = "ast1", "bytes"
 """Rules by which a file of code is hashed: by its syntax tree; in `rk1-` keys by its bytes.  A rule
 has another name whenever the same file would give another hash."""
 
-_CALLS = ("import_module", "__import__")
+_MODULE_ENDS = tuple(all_suffixes())
+"""What Python imports: `x.so` before `x.py` before `x.pyc`."""
+_IMPORTERS = (b"__import__", b"import_module", b"importlib", b"pkgutil", b"runpy")
+_DOTTED = re.compile(rb"""["']\.*[^\W\d]\w*(?:\.\w+)+["']""")
+"""A text that may be the name of a module in a package."""
+_NAME = re.compile(r"\.*[^\W\d]\w*(\.\w+)*")
 _BODIES = ("body", "orelse", "finalbody", "handlers", "cases")
 """Fields of statements that hold other statements."""
 
@@ -72,8 +80,9 @@ def _reached(start: Iterable[str], tree: _Tree, excluded: Sequence[str]) -> tupl
         file = waiting.pop()
         if file not in found and not is_excluded(file, excluded):
             found.add(file)
-            for name in _read(file, (tree.root / file).read_bytes()).imports:
-                waiting += tree.files_of(name)
+            if file.endswith(".py"):
+                for name in _read(file, (tree.root / file).read_bytes()).imports:
+                    waiting += tree.files_of(name)
     return tuple(sorted(found))
 
 
@@ -150,8 +159,8 @@ class _Tree:
             inner = f"{folder}{part}/"
             if part in folders and "__init__.py" in self._listed(inner)[2]:
                 files.append(f"{inner}__init__.py")
-            elif f"{part}.py" in names:
-                return [*files, f"{folder}{part}.py"]
+            elif own := [f"{part}{end}" for end in _MODULE_ENDS if f"{part}{end}" in names]:
+                return [*files, *(f"{folder}{name}" for name in own)]
             elif part not in folders:
                 return files
             folder = inner
@@ -194,8 +203,10 @@ def _imports(path: str, source: bytes, tree: ast.Module) -> tuple[str, ...]:
             base = "." * node.level + (node.module or "")
             dot = "." if node.module else ""
             names += [base, *(f"{base}{dot}{alias.name}" for alias in node.names)]
-    if any(name.encode() in source for name in _CALLS):
-        names += _imported_by_name(tree)
+    is_importer = any(name in source for name in _IMPORTERS)
+    if is_importer or _DOTTED.search(source):
+        texts = _texts(tree)
+        names += texts if is_importer else (text for text in texts if "." in text)
     package = PurePosixPath(path).parent.parts
     return tuple(dict.fromkeys(_absolute(name, package) for name in names))
 
@@ -218,15 +229,13 @@ def _import_statements(body: Iterable[ast.AST]) -> Iterator[ast.Import | ast.Imp
                 yield from _import_statements(getattr(node, part, ()))
 
 
-def _imported_by_name(tree: ast.AST) -> Iterator[str]:
-    """Yield the literal names in `importlib.import_module("a.b")` and `__import__("a.b")`."""
-    for node in ast.walk(tree):
-        match node:
-            case ast.Call(
-                func=ast.Attribute(attr=called) | ast.Name(id=called),
-                args=[ast.Constant(value=str(name)), *_],
-            ) if called in _CALLS:
-                yield name
+def _texts(tree: ast.AST) -> list[str]:
+    """Return the texts in a file that may name a module, whatever function imports it."""
+    nodes = list(ast.walk(tree))
+    docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
+    constants = (n for n in nodes if isinstance(n, ast.Constant) and n not in docstrings)
+    texts = (node.value for node in constants)
+    return [text for text in texts if isinstance(text, str) and _NAME.fullmatch(text)]
 
 
 # --- syntax trees

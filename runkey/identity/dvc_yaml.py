@@ -168,34 +168,56 @@ def tracked_md5(path: str, root: Path) -> str | None:
     if file is None:
         return None
     tracked = PurePosixPath(file.removesuffix(".dvc"))
-    try:
-        outs = read_yaml_text(root / file)["outs"]
-        md5 = next(str(out["md5"]) for out in outs if out["path"] == tracked.name)
-    except (ValueError, KeyError, TypeError, StopIteration):
-        raise RecipeError(
-            f"{file}: holds no md5 of {tracked.name}; `dvc add {tracked}` writes it"
-        ) from None
     if PurePosixPath(path) == tracked:
-        return f"md5:{md5}"
-    listed = _read_list(md5, root)
-    if listed is None:
+        return f"md5:{_pointer_md5(file, root)}"
+    part = tracked_files(path, root)
+    if part is None:
         raise RecipeError(
             f"{file}: the md5 of {path}, a part of {tracked}, is not known, since DVC's cache does"
             f" not hold the list of files in {tracked}; run `dvc pull {file}`"
         )
+    if not part:
+        inner = PurePosixPath(path).relative_to(tracked)
+        raise RecipeError(f"{file}: {tracked} has no {inner}; `dvc add {tracked}` lists it anew")
+    return f"md5:{part[''] if '' in part else folder_md5(part)}"
+
+
+def tracked_files(path: str, root: Path) -> dict[str, str] | None:
+    """Return md5 by name, relative to `path`, of the files at a path that DVC tracks.
+
+    The name of a tracked file is "" itself.  None if DVC's cache does not hold the list.
+    """
+    file = pointer_of(path, root)
+    assert file is not None
+    tracked, md5 = PurePosixPath(file.removesuffix(".dvc")), _pointer_md5(file, root)
+    if not md5.endswith(".dir"):
+        return {"": md5} if PurePosixPath(path) == tracked else {}
+    listed = _read_list(md5, root)
+    if listed is None or PurePosixPath(path) == tracked:
+        return listed
     inner = PurePosixPath(path).relative_to(tracked).as_posix()
     if inner in listed:
-        return f"md5:{listed[inner]}"
-    part = [
-        {"md5": listed[name], "relpath": name.removeprefix(f"{inner}/")}
-        for name in sorted(listed)
-        if name.startswith(f"{inner}/")
-    ]
-    if not part:
-        raise RecipeError(f"{file}: {tracked} has no {inner}; `dvc add {tracked}` lists it anew")
-    # As DVC hashes a folder's list of files.
-    digest = hashlib.md5(json.dumps(part, sort_keys=True).encode(), usedforsecurity=False)
-    return f"md5:{digest.hexdigest()}.dir"
+        return {"": listed[inner]}
+    start = f"{inner}/"
+    return {n.removeprefix(start): listed[n] for n in listed if n.startswith(start)}
+
+
+def folder_md5(files: Mapping[str, str]) -> str:
+    """Return the md5 that DVC gives a folder with these files, md5 by name."""
+    listed = [{"md5": files[name], "relpath": name} for name in sorted(files)]
+    text = json.dumps(listed, sort_keys=True).encode()
+    return f"{hashlib.md5(text, usedforsecurity=False).hexdigest()}.dir"
+
+
+def _pointer_md5(file: str, root: Path) -> str:
+    tracked = PurePosixPath(file.removesuffix(".dvc"))
+    try:
+        outs = read_yaml_text(root / file)["outs"]
+        return next(str(out["md5"]) for out in outs if out["path"] == tracked.name)
+    except (ValueError, KeyError, TypeError, StopIteration):
+        raise RecipeError(
+            f"{file}: holds no md5 of {tracked.name}; `dvc add {tracked}` writes it"
+        ) from None
 
 
 def pointer_of(path: str, root: Path) -> str | None:
@@ -209,9 +231,12 @@ def _read_list(md5: str, root: Path) -> dict[str, str] | None:
     folder = cache_folder(root)
     # DVC 2 put it in the second place.
     for base in (folder / "files" / "md5", folder):
+        path = base / md5[:2] / md5[2:]
         with suppress(OSError, ValueError, KeyError, TypeError):
-            items = read_json(base / md5[:2] / md5[2:], most=LARGE)
-            return {str(item["relpath"]): str(item["md5"]) for item in items}
+            digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+            if digest == md5.removesuffix(".dir"):
+                items = read_json(path, most=LARGE)
+                return {str(item["relpath"]): str(item["md5"]) for item in items}
     return None
 
 

@@ -11,14 +11,23 @@ hashes of their outputs: a key that depends on outputs could not be looked up be
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Self
 
 from runkey.errors import RecipeError
 from runkey.hashing import canonical_json, sha256_bytes
-from runkey.identity.code import BYTES, EXCLUDED, RULE, code_rule, hash_files, import_closure
+from runkey.identity.code import (
+    BYTES,
+    EXCLUDED,
+    RULE,
+    code_rule,
+    hash_files,
+    import_closure,
+    is_excluded,
+)
 from runkey.identity.dvc_yaml import Stage, chain, covers, meets, read_pipeline, tracked_md5
 from runkey.identity.environment import environment_preimage
 from runkey.paths import LOCK, PARAMS
@@ -48,6 +57,11 @@ FILE_PARAMS = ("model.backbone_weights", "model.init_from")
 """Values that may name weights: their hash enters the key instead of a path or a run's key."""
 NO_FILE = (None, "none", "imagenet")
 """Values of these that name no file."""
+
+_NOBODY_READS = re.compile(
+    r"\.DS_Store|\._.*|\..*\.sw[a-p]|\.git(ignore|attributes|keep)|\.dvcignore"
+)
+"""Hidden files that file managers, editors, git and DVC keep; all others are in the key."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +204,7 @@ def _data_and_files(
     """
     outs = [out for stage in stages for out in stage.outs]
     deps = [d for s in stages for d in s.deps if not any(meets(d, out) for out in outs)]
-    where = str(flat[DATA_PATH]).rstrip("/")
+    where = str(PurePosixPath(flat[DATA_PATH]))  # as `read_pipeline` gives paths
     data: dict[str, str] = {}
     files: set[str] = set()
     for dep in dict.fromkeys([where, *deps]):
@@ -205,15 +219,22 @@ def _data_and_files(
 
 
 def _other_files(dep: str, root: Path) -> set[str]:
-    """Return the files at a declared path that Python does not import, such as templates."""
+    """Return the files at a declared path that Python does not import, such as templates.
+
+    A declared file counts whatever it is: code may read it, or run it without importing it.
+    """
     path = root / dep
     if not path.exists():
         raise RecipeError(f"dvc.yaml: {dep} is a dependency and does not exist")
-    found = {file.relative_to(root) for file in (path, *path.rglob("*")) if file.is_file()}
+    if path.is_file():
+        return set() if is_excluded(dep) else {dep}
+    found = {file.relative_to(root) for file in path.rglob("*") if file.is_file()}
     return {
         file.as_posix()
         for file in found
-        if file.suffix not in (".py", ".pyc") and not any(p.startswith(".") for p in file.parts)
+        if file.suffix != ".py"
+        and "__pycache__" not in file.parts
+        and not _NOBODY_READS.fullmatch(file.name)
     }
 
 

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import re
 import secrets
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -287,8 +288,16 @@ def hashed_files(root: Path, places: Iterable[Path]) -> dict[str, StoredFile]:
 # --- run.json
 
 _VARIABLES = ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHASHSEED", "PYTHONPATH")
+_KERNELS = ("ATEN_", "DNNL_", "MKL_", "NPY_", "ONEDNN_", "OPENBLAS_")
+"""Prefixes: choice of kernels, so of the order in which numbers are added."""
+_ONLY_THREADS = re.compile("NUM_THREADS|VERBOSE")
+_VECTOR_FLAGS = (
+    *("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_bf16"),
+)
 _FAMILIES = (
-    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "ATEN_"),
+    *_KERNELS,
+    *("OMP_", "GOMP_", "KMP_"),
     *("TORCH_", "PYTORCH_", "CUDA_", "CUBLAS_", "CUDNN_", "NCCL_", "NVIDIA_", "TORCHINDUCTOR_"),
 )
 """Prefixes: threads, kernels and precision of arithmetic, search paths of libraries."""
@@ -308,6 +317,32 @@ class Hardware:
     """Threads of one process's operators."""
     precision: str = "off"
     """Mixed precision that was used: off, bf16 or fp16."""
+    cpu: str = ""
+    """See `describe_cpu`; empty in older runs."""
+
+
+def describe_cpu(capability: str) -> str:
+    """Describe what decides how this machine's CPU rounds: instructions, model, variables.
+
+    Such as `AVX2: Intel(R) Xeon(R) CPU @ 2.20GHz (avx2 fma avx512f), ATEN_CPU_CAPABILITY=avx2`.
+
+    Args:
+        capability: the instruction set that torch's own kernels use. Those of oneDNN and MKL follow
+            from the CPU's flags and model.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    fields = {
+        name.strip(): value.strip()
+        for name, _, value in (line.partition(":") for line in reversed(text.splitlines()))
+    }
+    flags = [flag for flag in _VECTOR_FLAGS if flag in fields.get("flags", "").split()]
+    model = fields.get("model name") or platform.processor() or platform.machine()
+    chosen = {n: v for n, v in sorted(os.environ.items()) if v and n.startswith(_KERNELS)}
+    variables = (f"{n}={v}" for n, v in chosen.items() if not _ONLY_THREADS.search(n))
+    return ", ".join([f"{capability}: {model} ({' '.join(flags)})", *variables])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from runkey.evaluation.files import (
 )
 from runkey.evaluation.run import to_results_json
 from runkey.files import write_json
+from runkey.identity.inputs import Inputs, check_unchanged
 from runkey.identity.key import make_recipe
 from runkey.model.weights import load_model
 from runkey.params import load_params
@@ -35,10 +36,14 @@ def evaluate(root: Path) -> None:
     Raises:
         ModelError: model/ cannot be read.
         DataError: the data set is not prepared.
+        RecipeError: what this reads is not that of the run.
     """
     params = load_params(root / paths.PARAMS)
     want_bars(params.runtime.progress)
-    run, key = FinishedRun(params, root), make_recipe("evaluate", root, params).key
+    run, recipe = FinishedRun(params, root), make_recipe("evaluate", root, params)
+    inputs = Inputs(root, params, recipe, paths.store_root() / paths.HOME)
+    inputs.check()
+    run.check(params)
     device, _ = choose_device(params.runtime.device)
     configure_torch(
         params.seed,
@@ -56,7 +61,9 @@ def evaluate(root: Path) -> None:
     write_json(root / paths.METRICS / "evaluate.json", few | {"val_loss": loss})
     write_results(out / PREDICTIONS, to_results_json(evaluation.detections, validation.classes))
     write_precision_recall(out / PRECISION_RECALL, evaluation.result)
-    run.add_evaluation(key, evaluation.metrics("eval/"))
+    check_unchanged(root, recipe)
+    inputs.check()
+    run.add_evaluation(recipe.key, evaluation.metrics("eval/"))
     example = root / params.data.path / validation.records[0].file
     run.save_model(f"detector-{card.model.preset}", example)
     images = counted(len(validation.records), "held-out image")

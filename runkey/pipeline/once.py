@@ -18,9 +18,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runkey import paths
-from runkey.errors import RecipeError, RegistryError, TrackingError, TrainingError
+from runkey.errors import (
+    RecipeError,
+    RegistryError,
+    RunkeyError,
+    TrackingError,
+    TrainingError,
+)
 from runkey.files import copy_atomically
 from runkey.identity.dvc_yaml import covers, read_pipeline
+from runkey.identity.inputs import Inputs, check_unchanged
 from runkey.identity.key import Recipe, short_key
 from runkey.identity.record import REPRODUCES, Details, LoggedRun, Record, RunPointer, this_host
 from runkey.identity.record_cache import update_record
@@ -96,6 +103,7 @@ class KeyClaim:
     """The right to train a key, and what is known when training begins."""
 
     store: Store
+    inputs: Inputs
     claim: HeldClaim | None
     """The claim in the store; None if nothing is recorded, or no claim could be made."""
     folder: Path
@@ -131,9 +139,11 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[KeyClaim | None
     """Claim the key for this process; yield None if a result is reused, which is in place then.
 
     Raises RegistryError if another process trains the key and `runtime.wait` is false, or if a file
-    that the run needs cannot be kept with it.
+    that the run needs cannot be kept with it; RecipeError if the inputs are not what the key says.
     """
     store, label = locate_store(), f"key {short_key(recipe.key)}"
+    inputs = Inputs(root, params, recipe, store.home)
+    inputs.check()
     library = open_library(store.uri, store.home) if params.runtime.mlflow else None
     repeats = _to_repeat(library, recipe.key) if library else None
     first = repeats.run.run_id if repeats else None
@@ -154,14 +164,28 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[KeyClaim | None
         return
     with decision.claim or nullcontext() as held:
         snapshot = take_snapshot(root, paths.store_root(), recipe) if library else None
+        if library and not snapshot:
+            logger.warning(
+                f"{root}: not a git repository, so no snapshot keeps the code of this run, and it"
+                " cannot be reproduced; `git init` before the next one"
+            )
         # The runs of dead owners, without the one that this training continues.
         pointer = RunPointer.read(folder)
         dead = tuple(r for r in decision.superseded if pointer is None or r != pointer.run_id)
-        claim = KeyClaim(store, held, folder, decision.line, snapshot, dead, repeats)
+        claim = KeyClaim(store, inputs, held, folder, decision.line, snapshot, dead, repeats)
         yield claim
         if held:
             held.finish()
     _clear(claim)
+    try:
+        check_unchanged(root, recipe)
+        inputs.check()
+    except RunkeyError as error:
+        # DVC would note the result in dvc.lock for the files as they are now.
+        raise RecipeError(
+            f"{error}; the run is recorded under {short_key(recipe.key)}, and this stage ends here,"
+            " since DVC would take its result for that of the files as they are now: run it again"
+        ) from None
 
 
 def _send_saved(store: Store, folder: Path, label: str) -> None:

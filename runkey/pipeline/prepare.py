@@ -10,6 +10,8 @@ from runkey.data.index import read_classes, read_index
 from runkey.data.prepare import prepare
 from runkey.errors import DataError
 from runkey.identity.dvc_yaml import read_yaml_text
+from runkey.identity.inputs import Inputs
+from runkey.identity.key import make_recipe
 from runkey.params import load_params
 from runkey.plots.sheets import contact_sheet
 from runkey.progress import want_bars
@@ -19,13 +21,21 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_data(root: Path) -> None:
-    """Write prepared/ of a workspace; DataError if the data are not there, or a check stops."""
+    """Write prepared/ of a workspace.
+
+    Raises:
+        DataError: the data are not there, or a check stops.
+        RecipeError: they are not what their .dvc file says.
+    """
     params = load_params(root / paths.PARAMS)
     want_bars(params.runtime.progress)
-    out = root / paths.PREPARED
+    out, home = root / paths.PREPARED, paths.store_root() / paths.HOME
+    inputs = Inputs(root, params, make_recipe("prepare", root, params), home)
+    inputs.begin_prepare()
     prepare(params.data, params.seed, root, out, params.model.num_queries)
     records, classes = read_index(out / "train.json"), read_classes(out / "classes.json")
     contact_sheet(records, classes, root / params.data.path, out / "contact_sheet.jpg")
+    inputs.end_prepare()
     logger.info(f"{counted(len(classes), 'class')}; see prepared/contact_sheet.jpg")
     note = own_data_note(root)
     if note is not None:

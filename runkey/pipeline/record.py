@@ -17,9 +17,12 @@ from typing import Any
 import torch
 
 from runkey import paths
-from runkey.errors import DataError, RegistryError, TrackingError
+from runkey.data.cache import open_cache
+from runkey.data.index import SplitName
+from runkey.errors import DataError, RecipeError, RegistryError, TrackingError
 from runkey.evaluation.pyfunc import PYFUNC_COLUMNS
 from runkey.files import LARGE, expect, read_json, write_json
+from runkey.identity.inputs import tree_note
 from runkey.identity.key import Recipe
 from runkey.identity.record import (
     DETAILS,
@@ -35,6 +38,7 @@ from runkey.identity.record import (
     RunManifest,
     StoredFile,
     capture_environment,
+    describe_cpu,
     hashed_files,
     this_host,
 )
@@ -75,6 +79,13 @@ class Run:
     device: torch.device
     precision: str
     world_size: int
+
+    def check(self) -> None:
+        """Raise if another process took the key over, or if what training reads changed."""
+        self.claim.check()
+        splits: tuple[SplitName, ...] = ("train", "val")
+        cached = all(open_cache(self.root / paths.PREPARED, split) for split in splits)
+        self.claim.inputs.check("none" if cached else "images")
 
     @property
     def device_name(self) -> str:
@@ -130,6 +141,7 @@ def save_run(run: Run, tracker: TrackedRun) -> str | None:
     Returns the MLflow run's id, None if there is none.
     """
     root, claim = run.root, run.claim
+    run.check()
     write_json(root / KEY_JSON, run.recipe.as_dict())
     hardware = Hardware(
         device=run.device_name,
@@ -137,6 +149,7 @@ def save_run(run: Run, tracker: TrackedRun) -> str | None:
         world_size=run.world_size,
         threads=torch.get_num_threads(),
         precision=run.precision,
+        cpu=describe_cpu(torch.backends.cpu.get_cpu_capability()),
     )
     witness = capture_environment(root, run.recipe, hardware)
     audit = _audit(witness.undeclared_files)
@@ -152,7 +165,6 @@ def save_run(run: Run, tracker: TrackedRun) -> str | None:
         witness=witness,
     )
     manifest.write(root / paths.RUN_JSON)
-    claim.check()
     assert tracker.jsonl
     details = _details(run, witness, with_log=not tracker.jsonl.lost_lines)
     with tempfile.TemporaryDirectory() as folder:
@@ -220,7 +232,8 @@ class FinishedRun:
         """Find the run in the store in use; MLflow is opened in the background."""
         self._root = root
         self._store = locate_store()
-        self.record = _recorded_run(self._store, RunManifest.read(root / paths.RUN_JSON))
+        self._manifest = RunManifest.read(root / paths.RUN_JSON)
+        self.record = _recorded_run(self._store, self._manifest)
         self._details = self.record.details if self.record else None
         self._mlflow: TrackedRun | None = None
         if params.runtime.mlflow and self.record:
@@ -231,6 +244,23 @@ class FinishedRun:
             logger.info(
                 "MLflow: the training was not recorded there, so there is nothing to add to"
             )
+
+    def check(self, params: Params) -> None:
+        """Check that the workspace's files have the run's key, and that model/ is the run's.
+
+        Raises:
+            RecipeError: another key, or another file; the text names it.
+        """
+        if note := tree_note(self._root, params):
+            raise RecipeError(note)
+        recorded = self._details.files if self._details else {}
+        for path, file in hashed_files(self._root, (paths.MODEL,)).items():
+            if recorded and recorded.get(path) != file:
+                run = f"run {self.record.run.run_id[:8]}" if self.record else "its run"
+                raise RecipeError(
+                    f"{path}: not what {run} recorded; `dvc checkout --force {paths.MODEL}`"
+                    " restores it, or `dvc repro`"
+                )
 
     def add_evaluation(self, key: str, metrics: Mapping[str, float]) -> None:
         """Record an evaluation and copies of its files, unless the run has these very metrics.

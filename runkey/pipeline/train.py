@@ -16,8 +16,9 @@ from torch import nn
 
 from runkey import paths
 from runkey.data.cache import open_cache
-from runkey.errors import Interrupted
+from runkey.errors import Interrupted, RecipeError
 from runkey.files import write_json
+from runkey.identity.inputs import check_unchanged
 from runkey.identity.key import Recipe
 from runkey.memory.choose import MemoryPlan, plan_memory
 from runkey.memory.measure import CALIBRATION
@@ -28,6 +29,7 @@ from runkey.pipeline.once import KeyClaim
 from runkey.pipeline.record import Run, recorded, save_run
 from runkey.pipeline.validation import build_validation
 from runkey.plots.hints import HintingTracker, class_scores
+from runkey.tracking.replay import clear_training
 from runkey.training.build import TrainContext, TrainData, build_training
 from runkey.training.checkpoint import (
     Fingerprint,
@@ -59,7 +61,12 @@ def train(params: Params, root: Path, recipe: Recipe, claim: KeyClaim) -> None:
     """Train a model on the prepared data of `root`, write the stage's outputs, record the run.
 
     An interrupted training is resumed from the checkpoints in the claim's folder.
+
+    Raises:
+        RecipeError: what it reads is not, or not any more, what the key says.
     """
+    # All code is imported now, maybe hours after the key was made: others may have trained it.
+    check_unchanged(root, recipe)
     runtime, batch_size = params.runtime, params.training.batch_size
     get_initial_weights(params, root)
     with Interrupts() as interrupts, locked(claim.folder):
@@ -85,11 +92,16 @@ def train(params: Params, root: Path, recipe: Recipe, claim: KeyClaim) -> None:
             context = build_training(params, len(data.class_names), device, world, data)
             precision = context.step.precision.name
             run = Run(params, root, recipe, claim, plan, device, precision, world.size)
-            _train(run, context, interrupts)
+            try:
+                _train(run, context, interrupts)
+            except RecipeError:
+                # Which checkpoints have seen the changed files is not known.
+                clear_training(claim.folder, everything=False)
+                raise
 
 
 def _train(run: Run, context: TrainContext, interrupts: Interrupts) -> None:
-    params, root, claim = run.params, run.root, run.claim
+    params, root = run.params, run.root
     validation = build_validation(params, params.model, root, run.device)
     with recorded(run) as tracker, ExitStack() as ending:
         checkpoints = _checkpoints(run)
@@ -98,7 +110,7 @@ def _train(run: Run, context: TrainContext, interrupts: Interrupts) -> None:
         hinting = HintingTracker(tracker.jsonl, tracker.jsonl.path, params.flat(runtime=True))
 
         def evaluate(module: nn.Module) -> Mapping[str, float]:
-            claim.check()
+            run.check()
             evaluation = validation(module, by_size=False)
             hinting.set_class_scores(class_scores(evaluation.result.per_class))
             return evaluation.metrics("val/")

@@ -84,7 +84,7 @@ other files hold times and names."""
 _COMPARED = re.compile(r"eval/(?!loss_)")
 """Metrics of the evaluation; of the losses only their sum."""
 WITNESS_CLASS = (
-    *("device", "micro_batch", "world_size", "threads", "precision"),
+    *("device", "cpu", "micro_batch", "world_size", "threads", "precision"),
     *("interpreter", "package_differences"),
 )
 """Fields of a witness that make its class."""
@@ -195,6 +195,8 @@ def compare_runs(first: RunResult, repeat: RunResult) -> RunComparison:
 
 
 def _class_text(value: Any) -> str:
+    if value is None:
+        return "not recorded"  # an older run
     return f"{counted(len(value), 'other version')}" if isinstance(value, list) else str(value)
 
 

@@ -209,6 +209,7 @@ def _environment(details: Details) -> Iterator[Row]:
         f"mixed precision {ran.get('precision', '?')}",
     ]
     yield "ran on", f"{details.host}: {_listed(items)}"
+    yield "", str(ran.get("cpu", ""))
     yield "", str(ran.get("interpreter", ""))
     yield from _titled("packages", ran.get("package_differences") or ["as locked"])
     yield from _titled("undeclared", ran.get("undeclared_files") or ())

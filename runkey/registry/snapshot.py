@@ -68,18 +68,59 @@ def git_bytes(root: Path, *arguments: str, **options: Unpack[GitOptions]) -> byt
             capture_output=True,
             check=False,
         )
-    except FileNotFoundError:
-        raise RegistryError("git: not installed; the code of a run is kept with it") from None
+    except OSError as error:
+        raise RegistryError(
+            f"git: not installed, or not to be started ({error.strerror})"
+        ) from None
     if done.returncode not in options.get("accept", (0,)):
         output = (done.stderr.strip() or done.stdout.strip()).decode("utf-8", "replace")
         lines = (output or "no message").splitlines()
-        raise RegistryError(f"git {arguments[0]}: {lines[-1].removeprefix('fatal: ')}")
+        cause = next((line for line in lines if line.startswith("fatal: ")), lines[-1])
+        raise RegistryError(f"git {arguments[0]}: {cause.removeprefix('fatal: ').rstrip(':')}")
     return done.stdout
 
 
 def has_git(root: Path) -> bool:
-    """Return True if `root` lies in a git repository and git is installed."""
-    return _succeeds(root, "rev-parse", "--git-dir")
+    """Return True if `root` lies in a git repository; False if none is at or above it.
+
+    Raises:
+        RegistryError: there is one, and git does not read it: it is another user's, or damaged, or
+            git is not installed.
+    """
+    place = _repository(root.resolve())
+    if place is None:
+        return False
+    try:
+        # Not a repository that lies further up.
+        git(root, "rev-parse", "--git-dir", env={_CEILINGS: str(place.parent), "LC_ALL": "C"})
+    except RegistryError as error:
+        way_out = "`git status` there says more; restore it, or clone again"
+        if "dubious ownership" in str(error):
+            way_out = f"`git config --global --add safe.directory {place}` lets git read it"
+        elif shutil.which("git") is None:
+            way_out = "install git"
+        why = str(error).removeprefix("git rev-parse: ")
+        raise RegistryError(
+            f"{place / '.git'}: git does not read it, so no snapshot would keep the code of a run"
+            f" ({why}); {way_out}"
+        ) from None
+    return True
+
+
+_CEILINGS = "GIT_CEILING_DIRECTORIES"
+
+
+def _repository(root: Path) -> Path | None:
+    """Return the nearest folder with `.git`, as far up as git itself looks."""
+    ceilings = os.environ.get(_CEILINGS, "").split(os.pathsep)
+    across = bool(os.environ.get("GIT_DISCOVERY_ACROSS_FILESYSTEM"))
+    for folder in (root, *root.parents):
+        is_other_disk = not across and folder.stat().st_dev != root.stat().st_dev
+        if folder != root and (is_other_disk or str(folder) in ceilings):
+            break
+        if os.path.lexists(folder / ".git"):
+            return folder
+    return None
 
 
 def has_commit(root: Path, oid: str) -> bool:
@@ -185,8 +226,8 @@ def take_snapshot(workspace: Path, store_root: Path, recipe: Recipe) -> str | No
         The commit; HEAD itself if nothing differs from it; None outside git.
 
     Raises:
-        RegistryError: the run needs a file that git ignores, or an untracked one that is too large;
-            the text names it.
+        RegistryError: git does not read the repository; the run needs a file that git ignores, or
+            an untracked one that is too large. The text names it.
     """
     if not (has_git(workspace) and has_git(store_root)):
         return None

@@ -34,7 +34,7 @@ class CheckResult:
     """The result of one check, or one thing that it found wrong."""
 
     check: str
-    """files, key, mlflow, snapshot, dvc cache or environment."""
+    """files, key, mlflow, snapshot, dvc cache, environment or workspace."""
     state: State
     """A warning is worth knowing and no fault: the run is what it says it is."""
     text: str

@@ -135,6 +135,13 @@ def test_what_only_excluded_files_import_is_not_undeclared():
         "importlib.import_module('runkey.unused')",
         "import_module('.unused', 'runkey')",
         "__import__('runkey.unused')",
+        "from importlib import import_module as im\nim('runkey.unused')",
+        "load = getattr(importlib, 'import_module')\nload('runkey.unused')",
+        "import_module(name='.unused', package='runkey')",
+        "for name in ('json', 'runkey.unused'):\n    import_module(name)",
+        "import runpy\nrunpy.run_module('runkey.unused')",
+        "from runkey.model.net import im\nim('runkey.unused')",
+        "import pkgutil\npkgutil.resolve_name('runkey.unused')",
     ],
 )
 def test_a_module_that_a_literal_names_is_followed(project, call):
@@ -142,6 +149,30 @@ def test_a_module_that_a_literal_names_is_followed(project, call):
         f"import importlib\nfrom importlib import import_module\n{call}\n"
     )
     assert "runkey/unused.py" in import_closure("stages.train", project)
+
+
+def test_a_text_that_names_a_module_counts_without_any_import_function(project):
+    (project / "runkey/late.py").write_text(
+        "from runkey.model.net import im\nim('runkey.unused')\n"
+    )
+    assert "runkey/unused.py" in import_closure("stages.train", project)
+    (project / "runkey/late.py").write_text("'runkey.unused'  # 'runkey.unused'\n")
+    assert "runkey/unused.py" not in import_closure("stages.train", project)
+
+
+@pytest.mark.parametrize(
+    "name", ["fast.cpython-312-x86_64-linux-gnu.so", "fast.abi3.so", "fast.pyc"]
+)
+def test_a_module_that_is_no_source_is_followed(project, name):
+    """Python takes `fast.so` before `fast.py`."""
+    (project / "runkey/late.py").write_text("import fast\n")
+    (project / "fast.py").touch()
+    (project / name).write_bytes(b"\x7fELF\r\n\xff")
+    closure = import_closure("stages.train", project)
+    assert {"fast.py", name} <= set(closure)
+    before = hash_files(closure, project)
+    (project / name).write_bytes(b"\x7fELF\r\n\xfe")
+    assert [n for n, h in hash_files(closure, project).items() if h != before[n]] == [name]
 
 
 def test_an_import_inside_any_statement_is_followed(project):

@@ -338,3 +338,33 @@ def test_a_key_is_known_without_torch_mlflow_or_dvc():
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("name", [".table.json", ".cache/table.json", "sub/old.pyc", "x.so"])
+def test_every_file_in_a_declared_folder_that_dvc_depends_on_counts(project, name):
+    before = make_recipe("train", project).key
+    path = project / "runkey/data" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("1")
+    key = make_recipe("train", project).key
+    path.write_text("2")
+    assert len({before, key, make_recipe("train", project).key}) == 3
+
+
+@pytest.mark.parametrize(
+    "name", [".DS_Store", "._x.py", ".net.py.swp", ".gitignore", "__pycache__/a.pyc"]
+)
+def test_what_tools_leave_behind_does_not(project, name):
+    before = make_recipe("train", project).key
+    path = project / "runkey/data" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("1")
+    assert make_recipe("train", project).key == before
+
+
+@pytest.mark.parametrize("path", ["./data", "data/", ".//data"])
+def test_every_spelling_of_the_data_folder_gives_the_same_key(project, path):
+    before = make_recipe("train", project).key
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(f"{text}data: {{path: {path}}}\n")
+    assert make_recipe("train", project).key == before

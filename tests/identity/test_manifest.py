@@ -1,7 +1,9 @@
 """run.json and the witness in it."""
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy
@@ -9,7 +11,7 @@ import pytest
 
 from runkey.errors import RecipeError
 from runkey.identity.key import make_recipe
-from runkey.identity.record import Hardware, RunManifest, capture_environment
+from runkey.identity.record import Hardware, RunManifest, capture_environment, describe_cpu
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -117,3 +119,44 @@ def test_the_witness_keeps_variables_that_libraries_read_and_no_others(project, 
     assert witness.variables["OMP_NUM_THREADS"] == "3"
     assert witness.variables["PYTHONPATH"] == "somewhere"
     assert "secret" not in witness.variables.values()
+
+
+DESCRIBE = """
+import torch
+from runkey.identity.record import describe_cpu
+print(describe_cpu(torch.backends.cpu.get_cpu_capability()))
+numbers = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0))
+print(torch.softmax(numbers, 1).exp().sum(1).tolist())
+"""
+
+
+def test_the_instructions_that_torch_uses_are_in_the_class():
+    """In real processes: what torch takes from its variable changes the last bits."""
+    told = {}
+    for name, value in [("ATEN_CPU_CAPABILITY", "default"), ("OMP_WAIT_POLICY", "PASSIVE")]:
+        done = subprocess.run(
+            [sys.executable, "-c", DESCRIBE],
+            cwd=REPOSITORY,
+            env={**os.environ, name: value, "MKL_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        told[name] = done.stdout.splitlines()
+    plain, other = told["OMP_WAIT_POLICY"], told["ATEN_CPU_CAPABILITY"]
+    assert other[0].startswith("DEFAULT: ")
+    assert other[0].endswith("), ATEN_CPU_CAPABILITY=default")
+    assert plain[0].endswith(")")  # threads are a field of their own
+    if plain[0].startswith("DEFAULT: "):
+        pytest.skip("a CPU without vector instructions")
+    assert other[1] != plain[1]
+
+
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR"])
+def test_a_variable_that_chooses_kernels_is_in_the_class(monkeypatch, name):
+    before = describe_cpu("AVX2")
+    monkeypatch.setenv(name, "SSE41")
+    assert describe_cpu("AVX2") == f"{before}, {name}=SSE41"
+    monkeypatch.setenv("MKL_NUM_THREADS", "3")
+    monkeypatch.setenv("ONEDNN_VERBOSE", "1")
+    assert describe_cpu("AVX2") == f"{before}, {name}=SSE41"

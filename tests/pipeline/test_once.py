@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,57 @@ def test_a_file_that_the_run_needs_and_git_ignores_stops_it_before_training(root
     assert "runkey/training/private.py" in done.stderr
     assert done.stderr.count("\n") == 1
     assert "training 1" not in done.stdout
+
+
+def test_a_repository_that_git_does_not_read_stops_it_before_training(root: Path) -> None:
+    (root / ".git/HEAD").unlink()
+    done = train(root, ok=False)
+    assert done.stderr.startswith(f"error: {root}/.git: git does not read it, so no snapshot would")
+    assert done.stderr.count("\n") == 1
+    shutil.rmtree(root / ".git")
+    assert f"warning: {root}: not a git repository, so no snapshot keeps the code" in " ".join(
+        train(root, ok=False).stdout.split()
+    )
+
+
+def test_nothing_is_reused_for_other_inputs_than_the_key_names(root: Path) -> None:
+    make_run(root, make_recipe("train", root).key)
+    (root / "prepared").mkdir()
+    error = train(root, ok=False).stderr
+    assert error.startswith("error: prepared/inputs.json: not found, so what prepared/ was made")
+    (root / "prepared").rmdir()
+    (root / "data").mkdir()
+    (root / "data/image.jpg").touch()
+    error = train(root, ok=False).stderr
+    assert error.startswith("error: data: not what data.dvc says, so the key would be of other")
+    assert error.count("\n") == 1
+    assert not (root / "run.json").exists()
+
+
+def test_commands_say_that_the_files_have_another_key_than_run_json(root: Path) -> None:
+    key = make_recipe("train", root).key
+    record = make_run(root, key)
+
+    def tell(*arguments: str) -> str:
+        command = [sys.executable, "-m", "runkey", *arguments]
+        done = subprocess.run(
+            command, cwd=root, env=clean_environment(), capture_output=True, text=True, check=False
+        )
+        return " ".join(done.stdout.split())
+
+    (root / "metrics").mkdir(exist_ok=True)
+    (root / "metrics/train.json").write_text('{"seconds": 1, "best_epoch": 1}')
+    (root / "metrics/evaluate.json").write_text('{"AP": 0, "AP50": 0, "AP75": 0}')
+    (root / "run.json").write_text(f'{{"key": "{key}", "stage": "train", "run_id": null}}')
+    commands = (["list"], ["verify", record.label], ["verify", "--all"], ["summary"])
+    note = f"run.json is of {record.label}, the files here now have the key rk2-"
+    assert note not in tell("list")
+    text = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(text.replace("\nseed: 0", "\nseed: 1"))
+    assert [note in tell(*command) for command in commands] == [True] * len(commands)
+    (root / "params.yaml").write_text(text)
+    (root / "prepared").mkdir()
+    assert "prepared/inputs.json: not found" in tell("summary")
 
 
 def test_ctrl_c_leaves_who_waits_in_one_line(root: Path) -> None:

@@ -12,6 +12,7 @@ from runkey.registry.reproduce import AP_TOLERANCE, LOSS_TOLERANCE, RunResult, c
 
 WITNESS: dict[str, Any] = {
     "device": "cpu x86_64",
+    "cpu": "AVX2: A CPU (avx2 fma)",
     "micro_batch": 8,
     "world_size": 1,
     "threads": 1,
@@ -108,3 +109,14 @@ def test_other_packages_are_another_kind_of_machine() -> None:
 def test_a_run_without_weights_cannot_be_compared() -> None:
     with pytest.raises(RegistryError, match=r"model/weights\.safetensors: the run recorded none"):
         compare_runs(RunResult(WITNESS, {}, {}), FIRST)
+
+
+def test_other_instructions_are_another_class() -> None:
+    """Rounding differs; of an older run they are not known."""
+    other = "DEFAULT: A CPU (avx2 fma), ATEN_CPU_CAPABILITY=default"
+    again = compare_runs(FIRST, RunResult(WITNESS | {"cpu": other}, CHANGED, METRICS))
+    assert again.class_differences == (f"cpu {WITNESS['cpu']} | {other}",)
+    assert again.holds
+    older = {name: value for name, value in WITNESS.items() if name != "cpu"}
+    again = compare_runs(RunResult(older, HASHES, METRICS), RunResult(WITNESS, CHANGED, METRICS))
+    assert again.class_differences == (f"cpu not recorded | {WITNESS['cpu']}",)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -260,6 +261,77 @@ def test_outside_git_there_is_none(repository, monkeypatch):
         path.rmdir() if path.is_dir() else path.unlink()
     (repository.root / ".git").rmdir()
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(repository.root.parent))
+    assert take(repository)[1] is None
+
+
+def remove_head(git):
+    (git / "HEAD").unlink()
+
+
+def break_config(git):
+    (git / "config").write_text("[core\n")
+
+
+def lose_main_repository(git):
+    shutil.rmtree(git)
+    git.write_text("gitdir: /nowhere/.git/worktrees/x\n")
+
+
+def empty(git):
+    shutil.rmtree(git)
+    git.mkdir()
+
+
+def belong_to_somebody_else(git):
+    for path in (git.parent, git):
+        os.chown(path, 12345, 12345)
+
+
+REFUSED = {
+    remove_head: "not a git repository",
+    break_config: "bad config line",
+    lose_main_repository: "not a git repository: /nowhere",
+    empty: "not a git repository",
+    belong_to_somebody_else: "detected dubious ownership",
+}
+
+
+@pytest.mark.parametrize(("damage", "why"), REFUSED.items())
+@pytest.mark.parametrize("below", [True, False])
+def test_a_repository_that_git_does_not_read_is_refused(repository, damage, why, below):
+    """Also if another repository, further up, could take the snapshot."""
+    if damage is belong_to_somebody_else and os.geteuid():
+        pytest.skip("only root can give files away")
+    if below:
+        repository.git("init", "-q", cwd=repository.root.parent)
+    git = repository.root / ".git"
+    damage(git)
+    with pytest.raises(RegistryError) as caught:
+        take(repository)
+    line = str(caught.value)
+    assert line.startswith(f"{git}: git does not read it, so no snapshot would keep the code of a")
+    assert why in line
+    assert "\n" not in line
+    if damage is belong_to_somebody_else:
+        command = line.split("`")[-2]
+        assert command == f"git config --global --add safe.directory {git.parent}"
+
+
+def test_the_way_out_of_dubious_ownership(repository, monkeypatch, tmp_path):
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "settings"))
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own tests use it
+    with pytest.raises(RegistryError) as caught:
+        take(repository)
+    command = str(caught.value).split("`")[-2].split(" ", maxsplit=5)
+    subprocess.run(command, check=True)
+    assert take(repository)[1] == repository.git("rev-parse", "HEAD")
+
+
+def test_a_repository_without_git_installed_is_refused(repository, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RegistryError, match=r"\.git: git does not read it.*; install git$"):
+        take(repository)
+    shutil.rmtree(repository.root / ".git")
     assert take(repository)[1] is None
 
 
