@@ -253,13 +253,13 @@ class FinishedRun:
         """
         if note := tree_note(self._root, params):
             raise RecipeError(note)
-        recorded = self._details.files if self._details else {}
+        if self.record is None or self._details is None:
+            return
         for path, file in hashed_files(self._root, (paths.MODEL,)).items():
-            if recorded and recorded.get(path) != file:
-                run = f"run {self.record.run.run_id[:8]}" if self.record else "its run"
+            if self._details.files.get(path) != file:
                 raise RecipeError(
-                    f"{path}: not what {run} recorded; `dvc checkout --force {paths.MODEL}`"
-                    " restores it, or `dvc repro`"
+                    f"{path}: not what run {self.record.run.run_id[:8]} recorded; `dvc checkout"
+                    f" --force {paths.MODEL}` restores it, or `dvc repro`"
                 )
 
     def add_evaluation(self, key: str, metrics: Mapping[str, float]) -> None:

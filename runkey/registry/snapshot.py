@@ -94,12 +94,13 @@ def has_git(root: Path) -> bool:
         # Not a repository that lies further up.
         git(root, "rev-parse", "--git-dir", env={_CEILINGS: str(place.parent), "LC_ALL": "C"})
     except RegistryError as error:
+        why = str(error).removeprefix("git rev-parse: ")
         way_out = "`git status` there says more; restore it, or clone again"
-        if "dubious ownership" in str(error):
+        if (owner := "detected dubious ownership") in why:
+            why = owner
             way_out = f"`git config --global --add safe.directory {place}` lets git read it"
         elif shutil.which("git") is None:
             way_out = "install git"
-        why = str(error).removeprefix("git rev-parse: ")
         raise RegistryError(
             f"{place / '.git'}: git does not read it, so no snapshot would keep the code of a run"
             f" ({why}); {way_out}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_other_parameters_and_a_model_that_is_another(project: Project) -> None:
     params.write_text(text.replace("\nseed: 0", "\nseed: 1"))
     line = refused(project, "repro", "-s", "evaluate", "--force")
     assert line.startswith("prepared/: made from other params than there are now")
-    params.write_text(text.replace("\nlr: ", "\nlr: 1"))
+    params.write_text(re.sub(r"\nlr: \S+", "\nlr: 0.002", text))
     line = refused(project, "repro", "-s", "evaluate", "--force")
     assert line.startswith("run.json is of rk2-")
     params.write_text(text)

@@ -38,8 +38,12 @@ def test_a_right_run(checkout: Checkout, call: Call) -> None:
     assert code == 0
     lines = out.splitlines()
     assert lines[0].startswith(f"{checkout.record.label}  baseline  (run ")
-    assert [line.split()[0] for line in lines[1:-1]] == ["ok"] * 6
-    assert lines[-1] == "no faults"
+    assert [line.split()[0] for line in lines[1:7]] == ["ok"] * 6
+    # This checkout's files have no key: its stages are no modules.
+    assert lines[7].startswith(
+        f"  warning  workspace    run.json is of {checkout.record.label}; the"
+    )
+    assert lines[-1] == "no faults, 1 warning"
 
 
 def test_a_damaged_run_is_a_no(checkout: Checkout, call: Call) -> None:
@@ -47,7 +51,7 @@ def test_a_damaged_run_is_a_no(checkout: Checkout, call: Call) -> None:
     code, out, _ = call(checkout.record.key)
     assert code == 3
     assert "FAULT files model/weights.pt: 7 bytes, recorded 200 (run " in " ".join(out.split())
-    assert out.splitlines()[-1] == "1 fault"
+    assert out.splitlines()[-1] == "1 fault, 1 warning"
     code, out, _ = call(checkout.record.key, "--json")
     assert code == 3
     assert json.loads(out)["right"] is False
@@ -60,7 +64,7 @@ def test_all_runs_have_a_line(checkout: Checkout, call: Call) -> None:
         "ok",
         f"{checkout.record.label}:{checkout.record.run.run_id[:8]}",
     ]
-    assert out.splitlines()[-1].endswith("/.runkey/runs.sqlite: no faults")
+    assert out.splitlines()[-1].endswith("/.runkey/runs.sqlite: no faults, 1 warning")
     (checkout.artifacts / "run.json").unlink()
     code, out, _ = call("--all", "--quick")
     assert code == 3
