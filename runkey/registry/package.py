@@ -31,7 +31,7 @@ from pydantic import ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationE
 from runkey.errors import ParamsError, RecipeError, RegistryError
 from runkey.files import first_fault, replacing
 from runkey.hashing import sha256_bytes, sha256_file
-from runkey.identity.key import DATA_PATH, FILE_PARAMS, Recipe, short_key
+from runkey.identity.key import DATA_PATH, FILE_PARAMS, SCHEMA, Recipe, short_key
 from runkey.identity.record import (
     ARTIFACTS,
     CONTENT,
@@ -44,7 +44,7 @@ from runkey.identity.record import (
     LoggedRun,
     Record,
 )
-from runkey.params import override, parse_params
+from runkey.params import as_text, override, parse_params
 from runkey.params.load import parse_yaml
 from runkey.paths import LOGS, PARAMS, RUN_JSON
 from runkey.progress import each
@@ -54,6 +54,9 @@ from runkey.registry.snapshot import changed_files, checked_out, git
 from runkey.units import MIB
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_PARAM = 6000
+"""Characters that MLflow keeps."""
 
 RUN = "run"
 OBJECTS = "objects"
@@ -156,8 +159,8 @@ def check(folder: Path, key: str, where: str) -> Package:
 
     Raises:
         RegistryError: it is incomplete, a file differs from its recorded hash, its key.json does
-            not give that key, its run.json names another, or a file could run code when it is
-            loaded; the text names it.
+            not give that key, its run.json names another, its MLflow run shows other parameters, or
+            a file could run code when it is loaded; the text names it.
     """
     files = folder / RUN / ARTIFACTS
     stored = parse_json(_Content, folder / RUN / CONTENT, f"{where}: {CONTENT}")
@@ -175,6 +178,14 @@ def check(folder: Path, key: str, where: str) -> Package:
         if found != key:
             raise RegistryError(
                 f"{where}: {what} has another key, {short_key(str(found))}, than {short_key(key)}"
+            )
+    keyed = {f"{KEY}.{part}": digest for part, digest in recipe.parts.items()}
+    keyed |= {n: v for n, v in recipe.preimages["params"].items() if n not in FILE_PARAMS}
+    for name in keyed.keys() & stored["params"].keys() if recipe.schema == SCHEMA else ():
+        shown, text = stored["params"][name], as_text(keyed[name])
+        if shown != text[:_LONGEST_PARAM]:
+            raise RegistryError(
+                f"{where}: its run has {name} = {shown!r:.60}, and its key {text:.60}; refused"
             )
     if details.stage != recipe.stage:
         raise RegistryError(f"{where}: {DETAILS} is of the stage {details.stage[:40]!r}; refused")

@@ -92,3 +92,12 @@ def test_a_pickle_under_the_name_of_safetensors(package: Path, colleague: Path) 
 def test_weights_of_an_older_run_are_taken(ready: Ready, package: Path) -> None:
     record_weights(package, torch_weights(), "model/weights.pt")
     assert check(package, ready.key, "run.zip").key == ready.key
+
+
+@pytest.mark.parametrize("name", ["lr", "key.params"])
+@pytest.mark.parametrize("shown", ["0.7", "", "0"])
+def test_parameters_that_the_list_of_runs_would_show(
+    package: Path, colleague: Path, name: str, shown: str
+) -> None:
+    change_json(package / RUN / CONTENT, lambda stored: stored["params"].update({name: shown}))
+    assert f"its run has {name} = {shown!r}, and its key" in refused(packed(package), colleague)
