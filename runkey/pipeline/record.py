@@ -51,7 +51,7 @@ from runkey.registry.library import canonical, open_library
 from runkey.tracking.describe import describe_run, log_model
 from runkey.tracking.mlflow_run import TRAIN_LOG, TrackedRun, open_run
 from runkey.tracking.store import Store, locate_store
-from runkey.tracking.sync import RunSender, TrainingRun
+from runkey.tracking.sync import RunSender, TrainingRun, legal_name
 from runkey.training.guard import REPORTS
 
 logger = logging.getLogger(__name__)
@@ -271,10 +271,12 @@ class FinishedRun:
             return
         # A record is JSON, which has no NaN; MLflow has.
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        if self._details and self._details.evaluations.get(key) == finite:
+        shown = self.record.run.metrics if self.record else {}
+        is_newest = all(shown.get(legal_name(name)) == value for name, value in finite.items())
+        if is_newest and self._details and self._details.evaluations.get(key) == finite:
             self._mlflow.close()
             return
-        self._mlflow.log(metrics, 0)
+        self._mlflow.log_again(metrics)
         files = hashed_files(self._root, (paths.EVALUATION, paths.METRICS / "evaluate.json"))
         self._add(files, {key: finite})
 

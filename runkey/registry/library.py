@@ -390,7 +390,9 @@ def _all_runs(uri: str) -> Iterator[LoggedRun]:
 def _opened(uri: str) -> Iterator[Connection]:
     """Open the database read-only; it is not created if it is not there."""
     path = Path(uri.removeprefix(SQLITE))
-    if not path.is_file():
+    if path.exists() and not path.is_file():
+        raise RegistryError(f"{path}: not a file; move it away: the next run makes a database")
+    if not path.exists():
         raise RegistryError(f"{path}: not found; `make repro` records the first run")
     address = f"{path.resolve().as_uri()}?mode=ro"
     try:

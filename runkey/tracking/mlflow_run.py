@@ -136,6 +136,12 @@ class TrackedRun:
         elif self._sender:
             self._sender.entries.append({"time": time.time(), "step": step, "values": values})
 
+    def log_again(self, values: Mapping[str, float]) -> None:
+        """Record metrics of a finished run, behind earlier values; equal ones are not repeated."""
+        if self._sender:
+            entry = {"time": time.time(), "step": None, "values": dict(values)}
+            self._sender.entries.append(entry)
+
     def tag(self, name: str, value: str) -> None:
         """Set a tag of the MLflow run."""
         if self._sender:

@@ -140,6 +140,7 @@ def open_client(store: Store) -> MlflowClient:
     quiet_mlflow()  # mlflow sets its own level when it is imported
     if store.database:
         _make_database(store.database)
+        _look_into(store.database)
     client = MlflowClient(store.full_uri)
     _adopt_moved(store)
     return client
@@ -233,6 +234,17 @@ def _make_database(path: Path) -> None:
         except OSError:  # another process was faster, or the file system has no hard links
             if not path.exists():
                 draft.rename(path)
+
+
+def _look_into(path: Path) -> None:
+    """Raise at once if the database cannot be read: MLflow tries for 100 seconds.
+
+    TrackingError, or the sqlite3.Error.
+    """
+    if not path.is_file():
+        raise TrackingError(f"{path}: not a file; move it away: the next run makes a database")
+    with closing(sqlite3.connect(path, timeout=10.0)) as database:
+        database.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
 
 @contextmanager

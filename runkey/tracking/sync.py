@@ -219,6 +219,9 @@ class RunSender:
             self._superseded.pop()
         for name in self._tails:
             self._send_log(name)
+        for entry in self.entries.left:
+            if entry["step"] is None:
+                self._give_step(entry)
         self.entries.send(lambda entries: self._log([m for e in entries for m in metrics_of(e)]))
         self.tags.send(lambda tags: self._log(tags=dict(tags)))
         self.artifacts.send(self._log_artifacts, 1)
@@ -352,6 +355,21 @@ class RunSender:
                 self.last_answer = time.monotonic()
             else:
                 logger.warning(f"MLflow: {path} is not there and was not kept with the run")
+
+    def _give_step(self, entry: Entry) -> None:
+        """Put values behind the last ones of their names; drop those that the run has there.
+
+        MLflow shows the value of the last step, and both of two at the same step.
+        """
+        behind, values = 0, {}
+        for name, value in entry["values"].items():
+            history = self._client.get_metric_history(self.run_id, legal_name(name))
+            last = max(history, key=lambda one: (one.step, one.timestamp), default=None)
+            behind = max(behind, last.step + 1 if last else 0)
+            if last is None or repr(last.value) != repr(float(value)):
+                values[name] = value
+        # Changed in place: an attempt that is repeated must send the very same points.
+        entry |= {"step": behind, "values": values}
 
     def _lacking(self, metrics: Iterable[Metric]) -> list[Metric]:
         """Return the metrics that the run did not have when it was first asked for their name."""
