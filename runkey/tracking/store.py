@@ -170,7 +170,7 @@ def _way_out(text: str) -> str:
         " move it away: the next run makes a new one",
         "readonly|unable to open": "make the file and its folder writable",
         "locked": "another process writes to it; try again",
-        "full|disk I/O": "make room on the disk",
+        "full|disk I/O|No space left": "make room on the disk",
     }
     return next((f"; {way}" for error, way in ways.items() if re.search(error, text)), "")
 
