@@ -101,12 +101,9 @@ fix: env-tools ## Mend what ruff can mend, and format
 	$(TOOLS)/ruff check --fix
 	$(TOOLS)/ruff format
 
-# Columns without the code and the files that differ too, nor what is the same in all; AP75 would make
-# DVC fold another one at 100 columns.
 .PHONY: experiments
-experiments: env ## DVC's table of this commit's experiments: what differs between them
-	@$(BIN)/dvc exp show --no-pager --only-changed --hide-queued \
-	  --drop '/|^(Created|AP75|data|evaluation|logs|memory|model|plots|prepared|run.json|conda-lock.yml)$$'
+experiments: env ## DVC's experiments of this commit: AP, losses, seconds, and what differs
+	@$(BIN)/python -m runkey experiments
 
 .PHONY: ui
 ui: env ## MLflow's pages on the runs made here (PORT=5000)

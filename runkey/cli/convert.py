@@ -53,7 +53,7 @@ def convert(
     drop: Annotated[bool, Option("--drop", help="Leave out what cannot be read.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a COCO folder of YOLO or Pascal VOC labels (`make env-convert`); images are copied."""
+    """Make a COCO folder of YOLO or Pascal VOC labels; needs `make env-convert`."""
     if not source.is_dir():
         raise DataError(f"{source}: no such folder")
     if target.exists():

@@ -1,14 +1,18 @@
-"""`runkey report`, `runkey draw` and `runkey watch`: pages and plots of a run."""
+"""`runkey report`, `draw`, `watch` and `experiments`: pages, plots and tables of runs."""
 
 from __future__ import annotations
 
+import csv
 import logging
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 import webbrowser
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -88,6 +92,56 @@ def draw(as_json: AsJson = False) -> None:
             summary()
         except DataError as error:
             say(f"no result to show: {error}")
+
+
+_SCORES = ("AP", "AP50", "val_loss", "train_loss", "seconds")
+_NO_PARAMS = {"Experiment", "rev", "typ", "Created", "parent", "State", "Executor", "AP75"}
+_NO_PARAMS |= {"epochs", "best_epoch", *_SCORES}
+
+
+def experiments(as_json: AsJson = False) -> None:
+    """Print DVC's experiments of this commit: AP, losses, time, what differs."""
+    dvc = str(Path(sys.executable).with_name("dvc"))
+    # Paths of code and outputs, whose hashes differ too, have a `/` or are these.
+    hashes = "/|^(data|evaluation|logs|memory|model|plots|prepared|run.json|conda-lock.yml)$"
+    command = [dvc, "exp", "show", "--csv", "--hide-queued", "--drop", hashes]
+    try:
+        asked = subprocess.run(
+            command, cwd=output.workspace(), capture_output=True, text=True, check=True
+        )
+    except FileNotFoundError:
+        raise RunkeyError(f"{dvc}: not found; `make env` installs it") from None
+    except subprocess.CalledProcessError as error:
+        why = (error.stderr.strip() or "no message").splitlines()[-1]
+        raise RunkeyError(f"dvc exp show: {why}") from None
+    rows = list(csv.DictReader(asked.stdout.splitlines()))
+    commit = next((row for row in rows if row["rev"] != "workspace"), {})
+    names = [name for name in commit if name not in _NO_PARAMS]
+    leaves = Counter(name.rpartition(".")[2] for name in names)
+    columns = ["experiment", *_SCORES, "differs"]
+    shown = []
+    for row in rows:
+        # DVC gives a failed experiment the metrics of the working tree.
+        is_done = row["State"] not in ("Failed", "Running")
+        scores = [_number(row.get(name, "")) if is_done else "" for name in _SCORES]
+        changed = [name for name in names if row[name] != commit[name]]
+        short = {name: name.rpartition(".")[2] for name in changed}
+        items = (f"{short[n] if leaves[short[n]] == 1 else n}={row[n]}" for n in changed)
+        shown.append([_experiment(row), *scores, " ".join(items)])
+    if as_json:
+        output.print_json([dict(zip(columns, cells, strict=True)) for cells in shown])
+    else:
+        output.print_table(columns, shown, right=_SCORES, whole=("experiment", *_SCORES))
+
+
+def _experiment(row: Mapping[str, str]) -> str:
+    """Return the name of an experiment, or of a commit, and its state if it is not done."""
+    name = row["Experiment"] or row["rev"]
+    return name if row["State"] in ("", "Success") else f"{name} ({row['State'].lower()})"
+
+
+def _number(text: str) -> str:
+    return f"{float(text):.3g}" if text else ""
 
 
 def _run(address: str, folder: Path) -> ReportedRun:

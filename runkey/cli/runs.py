@@ -18,6 +18,7 @@ from runkey.cli import output
 from runkey.cli.output import AsJson, Key
 from runkey.errors import RegistryError
 from runkey.identity.key import older_rule, short_key
+from runkey.identity.record import CLASS_AP
 from runkey.progress import say
 from runkey.registry import show
 from runkey.registry.claims import status_now
@@ -57,8 +58,8 @@ def list_runs(
         Option(
             "--columns",
             "-c",
-            help="Names separated by commas: key, when, status, AP, took, name, where, or any"
-            " metric, parameter or tag. A leading + adds to the default ones.",
+            help="Names separated by commas: key, when, status, AP, took, name, data, where, or"
+            " any metric, parameter or tag. A leading + adds to the default ones.",
         ),
     ] = "",
     as_json: AsJson = False,
@@ -87,7 +88,8 @@ def list_runs(
     table = show.table(found, chosen, states, time.time())
     right = [name for name, cells in table.items() if show.is_number_column(name, cells)]
     rows = zip(*table.values(), strict=True)
-    output.print_table(chosen, rows, right=right, whole=("key", "when", "status", "AP", "took"))
+    whole = ("key", "when", "status", "AP", "took", "data")
+    output.print_table(chosen, rows, right=right, whole=whole)
     for rule, count in Counter(filter(None, (older_rule(r.key) for r in found))).items():
         say(f"{count} of these: {rule}")
     if note := output.tree_note():
@@ -207,7 +209,7 @@ def print_diff(a: Side, b: Side, diff: Diff, *, patch: bool, limit: int | None) 
     _print_data(diff, limit)
     _pairs("environment", diff.packages, limit)
     _print_artifacts(diff, limit)
-    _print_metrics(diff)
+    _print_metrics(diff, limit)
     _pairs("witness (no part of the key)", diff.witness, None)
     _pairs("installed packages (no part of the key)", diff.installed, limit)
     notes = [f"note on A: {note}" for note in a.notes]
@@ -295,15 +297,17 @@ def _print_artifacts(diff: Diff, limit: int | None) -> None:
         _section(title, ("sha256", "A", "B"), rows, limit)
 
 
-def _print_metrics(diff: Diff) -> None:
+def _print_metrics(diff: Diff, limit: int | None) -> None:
     rows = []
-    for pair in diff.metrics:
+    classes = [pair for pair in diff.metrics if pair.name.startswith(f"{CLASS_AP}/")]
+    for pair in [pair for pair in diff.metrics if pair not in classes] + classes[:limit]:
         a, b = ("-" if value is None else f"{value:.6g}" for value in (pair.a, pair.b))
         rows.append((pair.name, a, b, "" if "-" in (a, b) else f"{pair.b - pair.a:+.3g}"))
     if rows or diff.equal_metrics:
         numbers = ("A", "B", "B - A")
-        title = f"metrics: {diff.equal_metrics} the same, {len(rows)} not"
+        title = f"metrics: {diff.equal_metrics} the same, {len(diff.metrics)} not"
         _section(title, ("", *numbers), rows, None, right=numbers)
+        _more(len(classes), limit)
 
 
 def _pairs(what: str, pairs: Sequence[Pair], limit: int | None) -> None:

@@ -125,10 +125,12 @@ def _checkout() -> Checkout:
     """This checkout; copies of runs go to the experiment of params.yaml."""
     from runkey.params import load_params
     from runkey.registry.share import Checkout
+    from runkey.tracking.describe import committed_params
     from runkey.tracking.transfer import StoreRuns
 
     root, store = output.workspace(), output.store()
-    runs = StoreRuns(store, load_params(root / paths.PARAMS).runtime.experiment)
+    experiment = load_params(root / paths.PARAMS).runtime.experiment
+    runs = StoreRuns(store, experiment, committed_params(root))
     return Checkout(root, store.home, output.library(), runs)
 
 

@@ -223,7 +223,7 @@ def ui(
         say(*_pages(store.uri, experiment))
         return
     try:
-        with served(store, port) as (address, server):
+        with served(store, port, experiment) as (address, server):
             say(*_pages(address, experiment))
             say("Ctrl-C ends it")
             server.wait()

@@ -44,7 +44,9 @@ REPRODUCTION_OF = "reproduction_of"
 RESUMED, RESUMED_AFTER = "resumed", "resumed.after"
 """Tags: how often the training was resumed; after which steps, and when."""
 HINT = "event.hint."
-"""Prefix of the tags that hold hints: JSON of what was `seen` and what to `change`."""
+"""Prefix of the tags that hold hints; those of older runs are JSON with `seen` and `change`."""
+CLASS_AP = "class_AP"
+"""What stands before `/` in the metrics that hold the AP of a class each."""
 KEY = "key"
 """Name of the MLflow tag and param that hold the key; each part is the param `key.<part>`."""
 NOT_KEPT = ("system/",)
@@ -61,8 +63,8 @@ TAKEN = "taken"
 
 POINTER = "run_id"
 """File name of the `RunPointer`."""
-TOKEN = "training"
-"""Tag of an MLflow run that holds its training's token."""
+TOKEN = "mlflow.runkey.training"
+"""Tag of an MLflow run that holds its training's token; MLflow's pages hide it."""
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 

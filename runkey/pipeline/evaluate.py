@@ -21,7 +21,7 @@ from runkey.identity.inputs import Inputs, check_unchanged
 from runkey.identity.key import make_recipe
 from runkey.model.weights import load_model
 from runkey.params import load_params
-from runkey.pipeline.record import FinishedRun
+from runkey.pipeline.record import FinishedRun, class_metrics
 from runkey.pipeline.validation import build_validation
 from runkey.progress import want_bars
 from runkey.training.device import choose_device, configure_torch
@@ -63,11 +63,14 @@ def evaluate(root: Path) -> None:
     write_precision_recall(out / PRECISION_RECALL, evaluation.result)
     check_unchanged(root, recipe)
     inputs.check()
-    run.add_evaluation(recipe.key, evaluation.metrics("eval/"))
+    images = counted(len(validation.records), "held-out image")
+    scores = f"{_scores(evaluation.result)} on {images}"
+    run.describe(f"**{scores}** ({_details(evaluation.result)})")
+    by_class = class_metrics(evaluation.result.per_class)
+    run.add_evaluation(recipe.key, evaluation.metrics("eval/") | by_class)
     example = root / params.data.path / validation.records[0].file
     run.save_model(f"detector-{card.model.preset}", example)
-    images = counted(len(validation.records), "held-out image")
-    logger.info(f"{_scores(evaluation.result)} on {images}")
+    logger.info(scores)
     logger.info(_details(evaluation.result))
 
 

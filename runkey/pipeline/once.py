@@ -73,6 +73,7 @@ def reuse_teams(team: Library, record: Record, root: Path, store: Store, params:
     TrackingError if MLflow refuses.
     """
     # Imported here: mlflow's import takes longer than the rest of a reuse.
+    from runkey.tracking.describe import committed_params
     from runkey.tracking.transfer import StoreRuns
 
     experiment = params.runtime.experiment
@@ -85,7 +86,7 @@ def reuse_teams(team: Library, record: Record, root: Path, store: Store, params:
         for path in outputs:
             copy_atomically(package.files / path, root / path)
         note_taken(package, f"reused from {team.place}")
-        StoreRuns(store, experiment).write(package.run)
+        StoreRuns(store, experiment, committed_params(root)).write(package.run)
 
 
 def _outputs(record: Record, root: Path, params: Params) -> list[str]:

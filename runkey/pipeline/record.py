@@ -8,11 +8,11 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,7 @@ from runkey.files import LARGE, expect, read_json, write_json
 from runkey.identity.inputs import tree_note
 from runkey.identity.key import Recipe
 from runkey.identity.record import (
+    CLASS_AP,
     DETAILS,
     KEY,
     KEY_JSON,
@@ -47,16 +48,28 @@ from runkey.memory.choose import MemoryPlan
 from runkey.params import Params
 from runkey.pipeline.once import KeyClaim
 from runkey.plots.curves import write_training_plots
+from runkey.plots.hints import lasting_hints
+from runkey.plots.log import read_log
 from runkey.registry.library import canonical, open_library
-from runkey.tracking.describe import describe_run, log_model
+from runkey.tracking.describe import (
+    DIFFERS,
+    describe_in_words,
+    describe_run,
+    log_model,
+    note_tags,
+)
 from runkey.tracking.mlflow_run import TRAIN_LOG, TrackedRun, open_run
 from runkey.tracking.store import Store, locate_store
 from runkey.tracking.sync import RunSender, TrainingRun, legal_name
 from runkey.training.guard import REPORTS
 
+if TYPE_CHECKING:
+    from runkey.evaluation.coco import ClassResult
+
 logger = logging.getLogger(__name__)
 
 _MOST_NAMES = 5
+_CLASS_CHARACTERS = 200
 _OUTPUTS = (paths.MODEL, paths.LOGS, paths.RUN_JSON, paths.METRICS / "train.json")
 _BESIDE = (
     paths.PARAMS,
@@ -225,6 +238,22 @@ def _data_counts(root: Path) -> dict[str, int]:
     }
 
 
+def class_metrics(per_class: Iterable[ClassResult]) -> dict[str, float]:
+    """Return the AP of each class that has objects, by the names of MLflow's metrics.
+
+    MLflow takes `/` for a folder; two names that become the same one get their category ids.
+    """
+    scores: dict[str, float] = {}
+    for one in per_class:
+        if one.ap is None:
+            continue
+        name = legal_name(one.name.replace("/", "_"))[:_CLASS_CHARACTERS].strip(" .") or "_"
+        while f"{CLASS_AP}/{name}" in scores:
+            name += f" id {one.category_id}"
+        scores[f"{CLASS_AP}/{name}"] = one.ap
+    return scores
+
+
 class FinishedRun:
     """The recorded run that run.json names, to add an evaluation or pictures to."""
 
@@ -261,6 +290,17 @@ class FinishedRun:
                     f"{path}: not what run {self.record.run.run_id[:8]} recorded; `dvc checkout"
                     f" --force {paths.MODEL}` restores it, or `dvc repro`"
                 )
+
+    def describe(self, result: str) -> None:
+        """Describe the run by its result, what differs from the baseline, and lasting hints."""
+        if self._mlflow is None or self.record is None:
+            return
+        log, run = self._root / TRAIN_LOG, self.record.run
+        hints = lasting_hints(read_log(log), run.params) if log.is_file() else []
+        shown = [f"{hint.seen}; {hint.change}" for hint in hints]
+        text = describe_in_words(run.tags.get(DIFFERS, "not known"), result, shown)
+        for name, value in note_tags(text).items():
+            self._mlflow.tag(name, value)
 
     def add_evaluation(self, key: str, metrics: Mapping[str, float]) -> None:
         """Record an evaluation and copies of its files, unless the run has these very metrics.

@@ -250,8 +250,19 @@ def _run_cache(scope: Scope, pointers: set[str]) -> Iterator[Item]:
         for path in cache.naming(pointer):
             place = cache.runs / path
             name = f"{place.parent.name[:12]}/{place.name[:12]}"
-            why = "DVC would restore the result instead of training"
-            yield Item("run-cache", name, why, size_of(place), 0.0, partial(remove_path, place))
+            why = "by it DVC would restore the result"
+            yield Item("run-cache", name, why, size_of(place), 0.0, partial(_remove_entry, place))
+
+
+def _remove_entry(path: Path) -> None:
+    """Delete an entry; DVC fails at a folder of entries that is empty."""
+    folder = path.parent
+    if folder.is_dir() and [one.name for one in folder.iterdir()] == [path.name]:
+        going = folder.with_name(f".{folder.name}")
+        folder.rename(going)  # at once: a deletion may be killed
+        remove_path(going)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _snapshots(scope: Scope, key: str, records: list[Record], is_whole: bool) -> Iterator[Item]:

@@ -39,7 +39,7 @@ from runkey.registry.answers import (
     checked,
     parsed,
 )
-from runkey.units import MIB
+from runkey.units import MIB, counted
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +104,8 @@ class RestClient:
             except ValueError as error:
                 faults.append(str(error))
         if faults:
-            those = "a run is" if len(faults) == 1 else f"{len(faults)} runs are"
-            logger.warning(f"{self.address}: {those} damaged there and left out ({faults[0]})")
+            runs = counted(len(faults), "run")
+            logger.warning(f"{self.address}: {runs} damaged there and left out ({faults[0]})")
 
     def run(self, run_id: str) -> LoggedRun | None:
         """Return a run by its MLflow id; None where there is none, or it was deleted."""
@@ -169,7 +169,7 @@ class RestClient:
                 break
             tokens.add(token)
             query = {**query, "page_token": token}
-        raise self._strange(f"{path}: pages without end, {count} items so far")
+        raise self._strange(f"{path}: pages without end, {counted(count, 'item')} so far")
 
     def artifact(self, run_id: str, path: str, largest: int | None = None) -> Artifact:
         """Open a run's artifact, wherever the server keeps it; the caller closes it.

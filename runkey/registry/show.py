@@ -12,16 +12,26 @@ from typing import Any
 
 from runkey.files import FormatError, expect, parse_json
 from runkey.identity.key import older_rule
-from runkey.identity.record import HINT, KEY, RESUMED_AFTER, TAKEN, Details, LoggedRun, Record
+from runkey.identity.record import (
+    CLASS_AP,
+    HINT,
+    KEY,
+    RESUMED_AFTER,
+    TAKEN,
+    Details,
+    LoggedRun,
+    Record,
+)
 from runkey.registry.query import NAMES, Field, Value, find_field, number
 from runkey.units import counted, format_age, format_bytes
 
-COLUMNS = ("key", "when", "status", "AP", "took", "name", "where")
+COLUMNS = ("key", "when", "status", "AP", "took", "name", "data", "where")
 """Default columns of `runkey list`."""
 RIGHT = ("AP", "took")
 """Columns that are flush right."""
 
 _RUN_DIGITS = 4
+_DATA_DIGITS = 6
 _DIGEST = re.compile("[0-9a-f]{40,64}")
 _DIGITS = 12
 _DAY_SECONDS = 86_400.0
@@ -41,6 +51,7 @@ def table(
         "when": lambda r: ago(r.run.started_ms, now),
         "AP": lambda r: average_precision(r.run),
         "took": lambda r: _took(r.run),
+        "data": lambda r: _data(r.run),
         "where": lambda r: " ".join(filter(None, map(r.run.tags.get, ("host", "device")))),
     }
     for column in columns:
@@ -98,6 +109,13 @@ def _plain(field: Field) -> Callable[[Record], str]:
     return show
 
 
+def _data(run: LoggedRun) -> str:
+    """Tell data sets apart: the first digits of their hash, and the folder if it is not data/."""
+    folder = run.params.get("data.path", "data").rstrip("/").rpartition("/")[2]
+    digits = run.parts["data"][:_DATA_DIGITS]
+    return digits if folder == "data" else f"{folder} {digits}".rstrip()
+
+
 def _took(run: LoggedRun) -> str:
     return "" if run.ended_ms is None else format_age((run.ended_ms - run.started_ms) / 1000)
 
@@ -105,7 +123,8 @@ def _took(run: LoggedRun) -> str:
 # --- runkey show
 
 _FIRST = ("AP", "AP50", "AP75", "loss")
-_GROUPS = ("eval", "val", "train")
+_GROUPS = ("eval", CLASS_AP, "val", "train")
+_MOST_CLASSES = 20
 
 Row = tuple[str, str]
 """A label, empty if the row continues the one before, and a text of any length, which is not broken
@@ -150,8 +169,11 @@ def describe(
 
 
 def _hint(text: str) -> str:
+    """Return a hint's text; the tags of older runs are JSON."""
+    if not text.startswith("{"):
+        return text
     try:
-        hint = expect(dict[str, str], parse_json(text))
+        hint = expect(dict[str, Any], parse_json(text))
     except FormatError as error:
         return f"not readable ({error})"
     return f"{hint.get('seen')}; {hint.get('change')}"
@@ -175,8 +197,19 @@ def _metrics(metrics: Mapping[str, float]) -> Iterator[Row]:
 
     names = {_split(name): name for name in metrics}
     for head, group in groupby(sorted(names, key=order), key=itemgetter(0)):
-        values = (f"{parts[1]} {_short(metrics[names[parts]])}" for parts in group)
-        yield head or "metrics", _listed(values)
+        values = {parts[1]: metrics[names[parts]] for parts in group}
+        if head == CLASS_AP:
+            yield "AP by class", _listed(_worst(values))
+        else:
+            yield head or "metrics", _listed(f"{n} {_short(v)}" for n, v in values.items())
+
+
+def _worst(scores: Mapping[str, float]) -> Iterator[str]:
+    """Yield the AP of the classes, the worst first."""
+    names = sorted(scores, key=lambda name: scores[name])
+    yield from (f"{name} {_short(scores[name])}" for name in names[:_MOST_CLASSES])
+    if len(names) > _MOST_CLASSES:
+        yield f"and {len(names) - _MOST_CLASSES} more"
 
 
 def _short(value: float) -> str:

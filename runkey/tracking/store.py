@@ -17,12 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runkey import paths
 from runkey.errors import RunkeyError, TrackingError
@@ -211,6 +213,8 @@ def experiment_id(client: MlflowClient, store: Store, name: str) -> str:
         )
     # Another process may set it at the same time, and a server may forbid it: not worth a run.
     with suppress(MlflowException):
+        if NOTE not in experiment.tags:
+            client.set_experiment_tag(experiment.experiment_id, NOTE, " ".join(_ABOUT.split()))
         if is_due(experiment.tags):
             client.set_experiment_tag(experiment.experiment_id, VIEW_TAG, view_text())
     return str(experiment.experiment_id)
@@ -305,6 +309,12 @@ def set_tag(
             raise TrackingError(f"{store.database}: {error}") from None
 
 
+NOTE = "mlflow.note.content"
+"""Tag that holds the description of a run or an experiment."""
+_ABOUT = """Training runs of runkey. A run's name says which parameters differ from the committed
+ones, and its description gives the result. `eval/AP` is COCO's AP on the held-out images, 0 to 1,
+and `class_AP/...` that of each class. The tag `key` is a hash of the code, parameters, data and
+packages: `runkey show KEY` in a terminal prints all that is known of a run."""
 VIEW = "runkey"
 """Name of the view that selects the columns of MLflow's run list."""
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
@@ -359,11 +369,48 @@ def is_due(tags: Mapping[str, str]) -> bool:
 
 _START_SECONDS = 180.0
 _HOST = "127.0.0.1"
+_APP = "runkey"
+"""Entry point `mlflow.app` of pyproject.toml, `create_app`."""
+_START_PAGE = "RUNKEY_START_PAGE"
+"""Environment variable of the server: name of the experiment whose runs the address shows."""
+# MLflow's own settings of a browser, by the names under which its pages keep them. Without them a
+# new browser shows the menu of generative AI, an assistant, and a notice about usage data.
+_BROWSER = """<script>
+for (const [name, value] of Object.entries({
+  "mlflow.workflowType_v1": "machine_learning",
+  "mlflow.settings.telemetry.enabled_v1": false,
+  "mlflow.telemetry.info.alert.dismissed_v1": true,
+  "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": true,
+})) if (localStorage.getItem(name) === null) localStorage.setItem(name, JSON.stringify(value))
+const experiment = EXPERIMENT
+if (experiment && ["", "#/"].includes(location.hash))
+  fetch("ajax-api/2.0/mlflow/experiments/get-by-name?experiment_name=" + experiment)
+    .then(answer => answer.json())
+    .then(answer => location.replace(`#/experiments/${answer.experiment.experiment_id}/runs?VIEW`))
+</script>"""
+
+
+def create_app() -> Any:
+    """Return MLflow's server, whose pages open in model training and send no usage data."""
+    from mlflow.server import app as flask
+    from mlflow.server.fastapi_app import app
+
+    experiment = json.dumps(urllib.parse.quote(os.environ.get(_START_PAGE, "")))
+    view = f"viewStateShareKey={VIEW}&workflowType=machine_learning"
+    script = _BROWSER.replace("EXPERIMENT", experiment).replace("VIEW", view)
+    page = Path(str(flask.static_folder), "index.html").read_text(encoding="utf-8")
+    whole = page.replace("<head>", f"<head>{script}", 1)
+    flask.view_functions["serve"] = lambda: flask.response_class(whole, mimetype="text/html")
+    return app
 
 
 @contextmanager
-def served(store: Store, port: int) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def served(
+    store: Store, port: int, experiment: str = ""
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Serve MLflow's pages on a local store until the block ends; yield address and process.
+
+    The address shows the runs of the experiment, if one is named.
 
     Raises:
         TrackingError: there is no store yet, the port is taken, or MLflow does not start.
@@ -372,7 +419,7 @@ def served(store: Store, port: int) -> Iterator[tuple[str, subprocess.Popen[str]
         raise TrackingError(f"{store.database}: not found; `make repro` records the first run")
     port = free_port(port)
     logger.info("starting MLflow's server (some 10 s) ...")
-    process = start_server(store, port)
+    process = start_server(store, port, experiment)
     try:
         address = f"http://{_HOST}:{port}"
         wait_until_healthy(address, process)
@@ -381,12 +428,13 @@ def served(store: Store, port: int) -> Iterator[tuple[str, subprocess.Popen[str]
         stop_server(process)
 
 
-def start_server(store: Store, port: int) -> subprocess.Popen[str]:
+def start_server(store: Store, port: int, experiment: str = "") -> subprocess.Popen[str]:
     """Start `mlflow server` with one worker on a local port; end it with `stop_server`."""
     quiet_mlflow()
     # Without this, jobs (for generative AI) are a second process of 240 MB.
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     environment.pop("MLFLOW_TRACKING_URI", None)
+    environment[_START_PAGE] = experiment
     environment["MLFLOW_BACKEND_STORE_URI"] = store.full_uri  # every user can read command lines
     command = [
         sys.executable,
@@ -402,6 +450,10 @@ def start_server(store: Store, port: int) -> subprocess.Popen[str]:
     ]
     if store.artifacts:
         command += ["--default-artifact-root", store.artifacts.as_uri()]
+    if entry_points(group="mlflow.app", name=_APP):
+        command += ["--app-name", _APP]
+    else:
+        logger.warning("MLflow's pages as MLflow ships them: `make env` installs ours")
     # A session of its own, to end the process that serves together with the one that starts it.
     return subprocess.Popen(
         command,

@@ -7,7 +7,6 @@ again with the same time is one entry in MLflow.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -20,11 +19,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from runkey.identity.record import RESUMED, RESUMED_AFTER, TOKEN, LoggedRun, RunPointer
+from runkey.identity.record import HINT, RESUMED, RESUMED_AFTER, TOKEN, LoggedRun, RunPointer
 from runkey.paths import Address
-from runkey.tracking.describe import RunDescription
+from runkey.tracking.describe import RunDescription, is_edited
 from runkey.tracking.log import ALWAYS_NEW, Entry, read_log
-from runkey.tracking.store import MAX_METRICS, Store, experiment_id, open_client
+from runkey.tracking.store import MAX_METRICS, NOTE, Store, experiment_id, open_client
 from runkey.tracking.transfer import logged_run
 from runkey.units import counted
 
@@ -57,6 +56,19 @@ def metrics_of(entry: Entry) -> list[Metric]:
 def legal_name(name: str) -> str:
     """Replace what MLflow refuses in names (such as brackets of a class name) by underscores."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:250]
+
+
+def event_text(kind: str, fields: Mapping[str, Any]) -> str:
+    """Write an event for people: a hint as a sentence, others as `step 40, epoch 3`."""
+    if f"event.{kind}".startswith(HINT):
+        return f"{fields.get('seen')}; {fields.get('change')}"
+    return ", ".join(f"{name} {_plain(value)}" for name, value in fields.items())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_plain, value)) or "none"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(slots=True)
@@ -97,7 +109,7 @@ class LogTail:
         """Add a line; of a metric that the step has already, nothing."""
         if "event" in entry:
             kind, fields = entry["event"], entry["fields"]
-            self.tags[f"event.{kind}"] = json.dumps(fields)
+            self.tags[f"event.{kind}"] = event_text(kind, fields)
             if kind in ALWAYS_NEW:
                 when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["time"]))
                 self.resumed += (f"step {fields.get('step')} at {when}",)
@@ -223,7 +235,7 @@ class RunSender:
             if entry["step"] is None:
                 self._give_step(entry)
         self.entries.send(lambda entries: self._log([m for e in entries for m in metrics_of(e)]))
-        self.tags.send(lambda tags: self._log(tags=dict(tags)))
+        self.tags.send(self._log_tags)
         self.artifacts.send(self._log_artifacts, 1)
 
     def end(self, status: Status, ended_ms: int | None = None) -> None:
@@ -307,6 +319,8 @@ class RunSender:
         params, tags = run.data.params, run.data.tags
         lacking = {n: v for n, v in description.params.items() if legal_name(n) not in params}
         changed = {n: v for n, v in description.tags.items() if tags.get(legal_name(n)) != v}
+        if is_edited(tags):
+            changed.pop(NOTE, None)
         if lacking and description.dataset:
             entity = Dataset(source_type="local", **description.dataset)
             context = InputTag("mlflow.data.context", "training")
@@ -346,6 +360,13 @@ class RunSender:
             tags=[RunTag(legal_name(n), text[:_TAG_CHARACTERS]) for n, text in tags.items()],
         )
         self.last_answer = time.monotonic()
+
+    def _log_tags(self, tags: Iterable[tuple[str, str]]) -> None:
+        """Log tags, but not a description in place of a user's own."""
+        values = dict(tags)
+        if NOTE in values and is_edited(self._client.get_run(self.run_id).data.tags):
+            del values[NOTE]
+        self._log(tags=values)
 
     def _log_artifacts(self, artifacts: Iterable[tuple[Path, str]]) -> None:
         for path, folder in artifacts:

@@ -28,6 +28,7 @@ from runkey.identity.record import (
 )
 from runkey.identity.record_cache import update_record
 from runkey.progress import Steps, each, progress
+from runkey.tracking.describe import copied_name
 from runkey.tracking.store import (
     MAX_METRICS,
     Store,
@@ -37,6 +38,8 @@ from runkey.tracking.store import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+    from runkey.params import Params
 
 LOOK_SECONDS = 0.3
 _MOST_FILES, _DEEPEST = 20_000, 30
@@ -92,6 +95,9 @@ class StoreRuns:
     store: Store
     experiment: str
     """Name of the experiment that copies go to."""
+    baseline: Params | None = None
+    """The committed parameters of this checkout, to name copies of other checkouts' runs by what
+    differs; None: copies keep their names."""
 
     def read(self, run_id: str, folder: Path) -> dict[str, Any]:
         """Copy a run to `CONTENT` and `ARTIFACTS` in a folder that exists; return the `CONTENT`."""
@@ -143,14 +149,13 @@ class StoreRuns:
             for half in client.search_runs([where], f"tags.{ORIGIN} = '{origin}'", max_results=100):
                 if KEY not in half.data.tags:
                     client.delete_run(half.info.run_id)
-            made = client.create_run(
-                where, content["started_ms"], {ORIGIN: origin}, content["name"]
-            )
+            key = content["tags"].get(KEY) or content["params"][KEY]
+            name = copied_name(content["name"], key, content["params"], self.baseline)
+            made = client.create_run(where, content["started_ms"], {ORIGIN: origin}, name)
             run_id = str(made.info.run_id)
             _write_values(client, run_id, content)
             _write_files(client, run_id, folder / ARTIFACTS)
             client.set_terminated(run_id, content["status"], end_time=content["ended_ms"])
-            key = content["tags"].get(KEY) or content["params"][KEY]
             params = [Param(KEY, content["params"][KEY])] if KEY in content["params"] else []
             client.log_batch(run_id, params=params, tags=[RunTag(KEY, key)])
             run = logged_run(client.get_run(run_id))

@@ -55,8 +55,13 @@ def own_plurals(file: Path, plurals: set[str]) -> Iterator[str]:
     source = file.read_text()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.JoinedStr):
-            for value, after in zip(node.values, node.values[1:], strict=False):
-                if isinstance(value, ast.FormattedValue) and isinstance(after, ast.Constant):
+            parts = [ast.Constant(""), *node.values]
+            for before, value, after in zip(parts, node.values, node.values[1:], strict=False):
+                # `3 of 8 images` counts the 3.
+                is_whole = isinstance(before, ast.Constant) and str(before.value).endswith(" of ")
+                if is_whole or not isinstance(after, ast.Constant):
+                    continue
+                if isinstance(value, ast.FormattedValue):
                     noun = re.match(r" ([a-z]+)\b", str(after.value))
                     if noun and noun[1] in plurals and not _is_no_count(value):
                         yield f"{file.name}:{node.lineno}: {ast.unparse(node)}"
@@ -66,7 +71,7 @@ def own_plurals(file: Path, plurals: set[str]) -> Iterator[str]:
 
 def _is_no_count(value: ast.FormattedValue) -> bool:
     """Return True for names, and for numbers with decimals."""
-    return ast.unparse(value.value).endswith(("name", "run_id")) or "." in ast.unparse(
+    return ast.unparse(value.value).endswith(("name", "run_id", "suffix")) or "." in ast.unparse(
         value.format_spec or ast.Constant("")
     )
 

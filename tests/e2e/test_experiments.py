@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from runkey.tracking.store import (
 )
 from tests.support.points import read_jsonl
 from tests.support.project import Project, clean_environment, in_one_line, queue_workers
+from tests.support.terminal import on_terminal, screen
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -193,23 +193,36 @@ def rows_of(spec: dict[str, Any]) -> list[dict[str, Any]]:
     return list(spec["data"]["values"])
 
 
-def test_the_table_of_experiments_has_what_differs(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
-    told = (REPOSITORY / "Makefile").read_text()
-    command = re.search(r"dvc (exp show .*?)\n\n", told, re.DOTALL)
-    assert command
-    words = shlex.split(command[1].replace("\\\n", " ").replace("$$", "$"))
-    shown = project.dvc(*words)
-    heads = next(line for line in shown.splitlines() if "Experiment" in line).split()
-    assert heads[0] == "Experiment"
-    assert set(heads) >= {"train_loss", "val_loss", "lr"}
-    # So short a training finds nothing, perhaps, and then nothing of it differs.
-    found = [run.data.metrics for run in runs(project).values()]
-    differ = {n for n in ("AP", "AP50") if len({m[f"eval/{n}"] for m in found}) > 1}
-    assert {"AP", "AP50"} & set(heads) == differ
-    assert not {"Created", "epochs", "runkey/data", "model", "…"} & set(heads)
+def test_the_table_of_experiments_has_ap_first_after_a_queue_too(project: Project) -> None:
+    command = [sys.executable, "-m", "runkey", "experiments"]
+    code, written = on_terminal(command, cwd=project.root, env=clean_environment(), columns=80)
+    assert code == 0, written
+    lines = [line for line in screen(written) if line]
+    heads = lines[0].split()
+    assert heads == ["experiment", "AP", "AP50", "val_loss", "train_loss", "seconds", "differs"]
+    assert max(map(len, lines)) <= 80
+    shown = json.loads(project.run(*command, "--json").stdout)
+    assert {row["differs"] for row in shown} >= {"lr=0.0003", "lr=0.0004", "lr=5e-05", ""}
+    assert all(row["AP"] for row in shown)
+    assert [row["experiment"] for row in shown[:2]] == ["workspace", "master"]
+    # A failed one has the metrics of the working tree in DVC's own table.
+    subprocess.run(
+        [Path(sys.executable).with_name("dvc"), "exp", "run", "--queue", "-S", "lr=-1"],
+        cwd=project.root,
+        env=clean_environment(),
+        check=True,
+    )
+    project.dvc("queue", "start", "-j", "1")
+    end = time.monotonic() + 300
+    while "Failed" not in project.dvc("queue", "status"):
+        assert time.monotonic() < end
+        time.sleep(3)
+    (failed,) = (
+        row
+        for row in json.loads(project.run(*command, "--json").stdout)
+        if row["experiment"].endswith(" (failed)")
+    )
+    assert (failed["AP"], failed["seconds"], failed["differs"]) == ("", "", "lr=-1")
 
 
 def test_training_ends_well_when_mlflow_goes_away_in_the_middle(

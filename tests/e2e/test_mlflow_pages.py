@@ -114,13 +114,43 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 def test_the_run_list_shows_what_matters_at_once(page: Page, addresses: list[str]) -> None:
     page.open(addresses[0])
-    page.wait_for(*AP, "Ask questions about your experiments")
-    _close_assistant(page)
     columns = ("eval/AP", "eval/AP50", "lr", "training.epochs", "key.data", "device", "Dataset")
     values = ("0.6681", "0.6127", "0.001", "0.0005", *(d * 64 for d in "ab023"), DATA)
     page.wait_for(*AP, *columns, *values)
     page.screenshot(SCREENSHOTS / "mlflow_runs.png")
     _asks_nobody_else(page, addresses[0])
+
+
+def test_a_new_browser_lands_on_the_runs_and_nothing_is_collected(
+    addresses: list[str], tmp_path: Path
+) -> None:
+    server = addresses[0].partition("/#")[0]
+    with open_chromium(tmp_path, 2000, 1000) as first:
+        first.open(server)
+        text = first.wait_for(*AP, "eval/AP", "Training runs of runkey")
+        assert f"{server}/#/experiments/1/runs" in first.evaluate("location.href")
+        for unwanted in ("collects usage data", "Observability", "Ask questions about"):
+            assert unwanted not in text
+        first.open(f"{server}/#/")  # the link `Home`
+        first.evaluate("location.hash = '#/'")
+        assert "collects usage data" not in first.wait_for("Welcome to MLflow")
+        first.evaluate("location.hash = '#/settings'")
+        first.wait_for("Enable telemetry", "Off")
+        _asks_nobody_else(first, server)
+        first.evaluate("localStorage.setItem('mlflow.workflowType_v1', '\"genai\"')")
+        first.open(f"{server}/?again#/experiments")
+        first.wait_for("detection")
+        kept = first.evaluate("localStorage.getItem('mlflow.workflowType_v1')")
+        assert kept == '"genai"', "what a user chose stays"
+
+
+def test_the_run_page_tells_the_result_and_what_differs(page: Page, addresses: list[str]) -> None:
+    page.open(addresses[0])
+    page.wait_for(*AP)
+    runs = "[...document.querySelectorAll('a')].find(one => one.innerText === 'lr=0.0005').click()"
+    page.evaluate(runs)
+    page.wait_for("Parameters that differ from the committed ones: lr 0.001 -> 0.0005.")
+    page.screenshot(SCREENSHOTS / "mlflow_run.png")
 
 
 def test_the_comparison_says_what_differs(page: Page, addresses: list[str]) -> None:
@@ -139,11 +169,6 @@ document.querySelectorAll('[role=switch]').forEach(one => {
   if (one.getAttribute('aria-checked') === 'false') one.click()
 })
 """
-
-
-def _close_assistant(page: Page) -> None:
-    """MLflow opens it on the right when a browser comes for the first time."""
-    page.evaluate("document.querySelector('[aria-label=Close]').click()")
 
 
 def _asks_nobody_else(page: Page, address: str) -> None:

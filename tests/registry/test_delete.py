@@ -58,6 +58,8 @@ def experiment(house, name, pointer):
 
 
 def entries(house):
+    """Paths of run-cache entries; DVC fails at a folder of them that is empty."""
+    assert all(any(folder.iterdir()) for folder in house.root.glob(".dvc/cache/runs/*/*"))
     return {p.relative_to(house.root).as_posix() for p in house.root.glob(".dvc/cache/runs/*/*/*")}
 
 

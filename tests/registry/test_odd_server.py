@@ -126,7 +126,7 @@ def test_a_damaged_run_is_left_out_and_named(tmp_path: Path, said: list[str]) ->
     assert [record.run.run_id for record in found] == [RUN]
     assert [record.key for record in found] == [KEY]  # never a run of another key
     (line,) = said
-    assert line.startswith(f"{server.address}: a run is damaged there and left out (info.status: ")
+    assert line.startswith(f"{server.address}: 1 run damaged there and left out (info.status: ")
 
 
 def test_a_redirect_is_named_and_never_followed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from runkey import paths
+from runkey.hashing import sha256_bytes
 from runkey.registry.claims import Claim, FileClaims, this_owner
 from runkey.registry.library import LocalLibrary
 from runkey.tracking.store import free_port
@@ -50,14 +51,15 @@ def test_list(runs: Path, run: Run) -> None:
     code, out, err = run("list")
     lines = out.splitlines()
     assert (code, err) == (0, "")
-    assert lines[0].split() == ["key", "when", "status", "AP", "took", "name", "where"]
+    assert lines[0].split() == ["key", "when", "status", "AP", "took", "name", "data", "where"]
     assert [line.split()[0] for line in lines[1:] if line.startswith("rk2-")] == [
         f"{B[:16]}:dddd", C[:16], f"{B[:16]}:bbbb", A[:16],
     ]  # fmt: skip
     assert "(reproduction)" in out
-    assert "baseline (resumed 2x)" in out
+    assert "baseline (resumed" in out
     assert "(0.250)" in out
     assert "big cuda H200" in out
+    assert f" {sha256_bytes(f'data{A}'.encode())[:6]}" in out
     assert max(map(len, lines)) <= 100
 
 
@@ -87,7 +89,7 @@ def test_columns(runs: Path, run: Run) -> None:
     assert out.splitlines()[0].split()[-2:] == ["where", "epochs"]
     assert out.splitlines()[1].split()[-1] == "12"
     _, out, _ = run("list", "--columns", "+AP,epochs,epochs", "--limit", "1")
-    assert out.splitlines()[0].split()[-3:] == ["name", "where", "epochs"], "each column once"
+    assert out.splitlines()[0].split()[-3:] == ["data", "where", "epochs"], "each column once"
 
 
 def test_mistakes_are_one_line(runs: Path, run: Run) -> None:

@@ -21,7 +21,11 @@ _PIECE = re.compile(r"\x1b\[([0-9;?]*)([a-zA-Z])|([\s\S])")
 
 
 def on_terminal(
-    command: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = None
+    command: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    columns: int = COLUMNS,
 ) -> tuple[int, str]:
     """Run a command whose three streams are a terminal.
 
@@ -29,7 +33,7 @@ def on_terminal(
         Its exit code, and all that it wrote, control sequences included.
     """
     ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, columns, 0, 0))
     kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
     process = subprocess.Popen(
         command,

@@ -8,14 +8,29 @@ from pathlib import Path
 
 import pytest
 
-from runkey.params import Params, parse_params
-from runkey.tracking.describe import committed_params, describe_run, read_dataset, run_name
+from runkey.params import Params, as_text, parse_params
+from runkey.tracking.describe import (
+    DIFFERS,
+    committed_params,
+    copied_name,
+    describe_in_words,
+    describe_run,
+    is_edited,
+    note_tags,
+    read_dataset,
+    run_name,
+)
+from runkey.tracking.store import NOTE
 
 BASE = {"lr": 1e-3, "seed": 0}
 
 
 def params(**changes: object) -> Params:
     return parse_params(BASE | changes)
+
+
+def texts(values: Params) -> dict[str, str]:
+    return {name: as_text(value) for name, value in values.flat().items()}
 
 
 @pytest.mark.parametrize(
@@ -40,18 +55,20 @@ def params(**changes: object) -> Params:
     ],
 )
 def test_the_name_says_what_differs(changes: dict[str, object], name: str) -> None:
-    assert run_name(params(**changes), params()) == name
+    assert run_name(texts(params(**changes)), texts(params())) == name
 
 
 def test_the_name_has_a_bounded_length() -> None:
-    name = run_name(params(data={"path": "x" * 300}), params())
+    name = run_name(texts(params(data={"path": "x" * 300})), texts(params()))
     assert len(name) == 80
     assert name.endswith("…")
 
 
 def test_without_a_commit_the_defaults_are_the_baseline(tmp_path: Path) -> None:
     assert committed_params(tmp_path) is None
-    assert run_name(params(training={"epochs": 7}), None) == "epochs=7"
+    changed = params(training={"epochs": 7})
+    run = describe_run(changed, tmp_path, key="rk2-7", parts={}, tags={}, counts={})
+    assert run.name == "epochs=7"
 
 
 def commit(folder: Path, params: str) -> None:
@@ -95,3 +112,39 @@ def test_the_key_and_its_parts_are_params(tmp_path: Path) -> None:
     assert run.params["data.short_sides"] == "[120]"
     assert not [name for name in run.params if name.startswith("runtime.")]
     assert run.tags["device"] == "cpu"
+
+
+def test_the_description_says_what_differs_the_result_and_hints(tmp_path: Path) -> None:
+    commit(tmp_path, "lr: 0.001\nseed: 4\n")
+    changed = params(lr=0.002, seed=4, training={"epochs": 7})
+    epochs = params().training.epochs
+    run = describe_run(changed, tmp_path, key="rk2-7", parts={}, tags={}, counts={})
+    differs = f"lr 0.001 -> 0.002, training.epochs {epochs} -> 7"
+    assert run.tags[DIFFERS] == differs
+    assert run.tags[NOTE] == f"Parameters that differ from the committed ones: {differs}."
+    assert describe_in_words("none", "**AP 0.5**", ["it waits; raise workers"]) == (
+        "**AP 0.5**\n\nParameters that differ from the committed ones: none.\n\n"
+        "Hints:\n\n- it waits; raise workers"
+    )
+
+
+def test_a_description_that_a_user_changed_is_known() -> None:
+    ours = note_tags("AP 0.5")
+    assert not is_edited({})
+    assert not is_edited(ours)
+    assert is_edited(ours | {NOTE: "AP 0.5, the one for the paper"})
+    assert is_edited({NOTE: "mine"})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "copied"),
+    [
+        ("baseline", {"lr": 5e-5, "training": {"epochs": 12}}, "lr=5e-05 epochs=12"),
+        ("baseline", {"lr": 0.001}, "rk2-7777777777"),  # other code or data
+        ("lr=3", {"lr": 0.9}, "lr=3"),
+    ],
+)
+def test_a_copy_is_no_baseline_here(name: str, changes: dict[str, object], copied: str) -> None:
+    theirs = texts(params(**changes)) | {"key": "rk2-7", "key.code": "c", "gone.param": "1"}
+    assert copied_name(name, "rk2-7777777777", theirs, params()) == copied
+    assert copied_name(name, "rk2-7777777777", theirs, None) == name

@@ -153,7 +153,7 @@ def test_other_values_are_said_and_the_first_stay(tmp_path: Path, said: list[str
         log.close()
     assert [entry["values"]["train/loss"] for entry in read_jsonl(path)] == [1.0, 0.5, 1.0]
     assert said == [
-        f"{path}: 2 steps that were trained again came to other values (the first is step 0);"
+        f"{path}: training again came to other values in 2 steps (the first is step 0);"
         " the log has the earlier ones"
     ]
 

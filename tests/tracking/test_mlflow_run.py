@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from runkey.tracking.describe import note_tags
 from runkey.tracking.log import JsonlLog
 from runkey.tracking.mlflow_run import Pace, SystemSampler, TrackedRun
-from runkey.tracking.store import Store, open_client
-from runkey.tracking.sync import RunSender, TrainingRun
+from runkey.tracking.store import NOTE, Store, open_client
+from runkey.tracking.sync import RunSender, TrainingRun, event_text
 from tests.support.mlflow_store import DIGEST, FAST, description, start_run, until
 from tests.support.points import read_jsonl
 from tests.support.trainer import begin, log_of
@@ -59,6 +60,50 @@ def test_an_existing_run_is_added_to_and_stays_finished(
     assert run.data.metrics["eval/AP"] == 0.6
     assert run.info.status == "FINISHED"
     assert said == []
+
+
+def test_a_description_is_renewed_until_a_user_writes_one(store: Store, said: list[str]) -> None:
+    client = open_client(store)
+
+    def describe(text: str) -> str:
+        later = TrackedRun(None, RunSender(store, run_id), pace=FAST)
+        for name, value in note_tags(text).items():
+            later.tag(name, value)
+        later.close()
+        return str(client.get_run(run_id).data.tags[NOTE])
+
+    run_id = str(start_run(store).close())
+    assert describe("AP 0.5") == "AP 0.5"
+    assert describe("AP 0.6") == "AP 0.6"
+    client.set_tag(run_id, NOTE, "AP 0.6, for the paper")
+    assert describe("AP 0.7") == "AP 0.6, for the paper"
+    experiment = client.get_experiment(client.get_run(run_id).info.experiment_id)
+    assert "COCO's AP on the held-out images" in experiment.tags[NOTE]
+    client.set_experiment_tag(experiment.experiment_id, NOTE, "ours")
+    start_run(store).close()
+    assert client.get_experiment(experiment.experiment_id).tags[NOTE] == "ours"
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "text"),
+    [
+        (
+            "hint.loader",
+            {"step": 9, "seen": "it waits", "change": "raise lr"},
+            "it waits; raise lr",
+        ),
+        ("skipped_step", {"step": 49, "image_ids": [4, 7]}, "step 49, image_ids 4 7"),
+        (
+            "class_scores",
+            {"mean_AP50": 0.21156789, "never_found": []},
+            "mean_AP50 0.211568, never_found none",
+        ),
+        ("odd", {}, ""),
+    ],
+)
+def test_the_tag_of_an_event_is_for_people(kind: str, fields: dict[str, object], text: str) -> None:
+    assert event_text(kind, fields) == text
 
 
 def test_system_metrics_are_sampled(store: Store, said: list[str], tmp_path: Path) -> None:
