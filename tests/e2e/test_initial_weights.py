@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from runkey.hashing import sha256_file
-from tests.support.project import Project
+from tests.support.project import Project, in_one_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -27,7 +27,7 @@ def test_a_run_starts_from_a_key_and_a_wrong_one_costs_nothing(project: Project)
 
     params.write_text(text.replace("init_from: null", f"init_from: {first[:12]}"))
     said = project.dvc("repro", "train")
-    assert "initial weights: " in said
+    assert "initial weights: " in in_one_line(said)
     assert "  dropped " not in said
     keyed = project.json("model/key.json")["preimages"]["params"]["model.init_from"]
     assert keyed.startswith(f"sha256:{weights} model.json:")
