@@ -131,12 +131,17 @@ def rebuild(path: Path, records: Iterable[Record]) -> Rebuilt:
             found = database.execute("SELECT * FROM runs WHERE run = ?", (run,)).fetchone()
             cached = dict(found) if found else {"written_ns": 0}
             written_ns = cached["written_ns"]
-            if written_ns < began_ns and cached != row | {"written_ns": written_ns}:
+            # Written after now: before the clock was set back.
+            is_old = written_ns < began_ns or written_ns > time.time_ns()
+            if is_old and cached != row | {"written_ns": written_ns}:
                 database.execute(_DELETE, (run,))
                 database.execute(_WRITE, row)
                 counts.written += 1
         # A run that began after the runs of MLflow were read is newer, and not in `rows`.
-        old = database.execute("SELECT run FROM runs WHERE written_ns < ?", (began_ns,)).fetchall()
+        old = database.execute(
+            "SELECT run FROM runs WHERE written_ns < ? OR written_ns > ?",
+            (began_ns, time.time_ns()),
+        ).fetchall()
         gone = [(run,) for (run,) in old if run not in rows]
         database.executemany(_DELETE, gone)
         counts.removed = len(gone)

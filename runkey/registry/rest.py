@@ -344,8 +344,8 @@ def _tls() -> ssl.SSLContext:
     file = os.environ.get(_CERTIFICATE)
     try:
         context = ssl.create_default_context(cafile=file)
-    except OSError as error:  # ssl.SSLError is one
-        why = error.strerror or "holds no certificate"
+    except OSError as error:
+        why = "holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
         raise RegistryError(f"{_CERTIFICATE}={file}: {why}") from None
     if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() == "true":
         context.check_hostname = False

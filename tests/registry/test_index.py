@@ -108,6 +108,18 @@ def test_a_lost_or_damaged_cache_is_made_anew(
     assert run("list", "--json") == before
 
 
+def test_records_written_before_the_clock_was_set_back_are_mended(
+    recorded: tuple[Store, list[Record]], run: Run
+) -> None:
+    store, _ = recorded
+    before = run("list", "--json")
+    with closing(sqlite3.connect(store.home / "runs.sqlite")) as cache, cache:
+        cache.execute("UPDATE runs SET name = 'wrong', written_ns = written_ns + 1000000000000000")
+    assert run("list", "--json") != before
+    assert json.loads(run("index", "--json")[1]) == {"runs": 5, "written": 5, "removed": 0}
+    assert run("list", "--json") == before
+
+
 @pytest.mark.parametrize("damage", ["text", "cut", "other version"])
 @pytest.mark.parametrize("written_to", [False, True])
 def test_a_damaged_cache_is_rebuilt_by_the_command_that_reads_it(

@@ -6,7 +6,12 @@ import copy
 import itertools
 import json
 import os
+import shutil
+import socket
+import ssl
+import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -177,3 +182,52 @@ def test_claims_that_contradict_themselves_are_no_endless_loop(tmp_path: Path) -
         library = open_library(server.address, tmp_path)
         line = decide(library, open_claims(server.address, tmp_path), KEY, rhythm=FAST).line
     assert line.endswith("claim 1 can be neither made nor read; trained here without a claim")
+
+
+class TlsServer(OddServer):
+    """The server behind a certificate that no authority signed."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.certificate, key = folder / "certificate.pem", folder / "key.pem"
+        names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+        make = [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-days",
+            "2",
+            *names,
+        ]
+        subprocess.run([*make, "-keyout", key, "-out", self.certificate], check=True)
+        self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._tls.load_cert_chain(self.certificate, key)
+
+    def _serve(self, connection: socket.socket) -> None:
+        with suppress(OSError):  # the client does not trust it
+            super()._serve(self._tls.wrap_socket(connection, server_side=True))
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_tls_works_with_the_certificate_and_says_which_variable_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variable = "MLFLOW_TRACKING_SERVER_CERT_PATH"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    with TlsServer(tmp_path) as server:
+        address = server.address.replace("http:", "https:")
+        with pytest.raises(UnreachedError, match=rf"self-signed .*name its .* in {variable}"):
+            RestClient(address).run(RUN)
+        for path, why in {"none.pem": "No such file", "key.pem": "holds no certificate"}.items():
+            monkeypatch.setenv(variable, str(tmp_path / path))
+            with pytest.raises(RegistryError, match=rf"{variable}=.*{path}: {why}"):
+                RestClient(address)
+        monkeypatch.setenv(variable, str(server.certificate))
+        run = RestClient(address).run(RUN)
+        assert run is not None
+        assert run.run_id == RUN
