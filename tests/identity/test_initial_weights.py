@@ -93,11 +93,10 @@ def test_what_cannot_be_loaded_is_said_in_one_line(project, value, said):
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_may_not_be_read(project, monkeypatch):
+def test_a_file_that_cannot_be_read(project):
     write(project / "got")
-    monkeypatch.setattr("os.getuid", lambda: 1)
     path = project / "got/model/weights.safetensors"
     path.unlink()
     path.symlink_to("/proc/self/mem")
-    with pytest.raises(RecipeError, match=r"no such file|holds no|cannot be read"):
+    with pytest.raises(RecipeError, match=r"got: cannot be read \("):
         identity(project, "got")
