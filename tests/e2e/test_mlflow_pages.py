@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,13 +79,22 @@ def record(root: Path, name: str, digit: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def addresses(checkout: Path) -> Iterator[list[str]]:
+def addresses(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """What `runkey ui` names: the run list, the comparison of the last runs."""
+    # The package as installed from this checkout, whatever is installed now.
+    installed = tmp_path_factory.mktemp("installed") / "runkey-9.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: runkey\nVersion: 9\n")
+    (app,) = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["entry-points"][
+        "mlflow.app"
+    ].items()
+    (installed / "entry_points.txt").write_text(f"[mlflow.app]\n{' = '.join(app)}\n")
+    python_path = f"{REPOSITORY}{os.pathsep}{installed.parent}"
     command = [sys.executable, "-m", "runkey", "ui", "--port", str(free_port())]
     process = subprocess.Popen(
         command,
         cwd=checkout,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         text=True,
     )
