@@ -20,6 +20,8 @@ export PATH := $(if $(filter /%,$(BIN)),$(BIN),$(CURDIR)/$(BIN)):$(PATH)
 export PYTHONPATH :=
 export PYTHONNOUSERSITE := 1
 unexport PYTHONHOME PYTHONSAFEPATH PYTHONOPTIMIZE PYTHONINSPECT PYTHONWARNINGS
+# DVC asks for the user's name, which a container's may lack.
+export LOGNAME ?= user
 # In the locale C Python reads no path with an umlaut from a .pth file.
 ifneq (,$(filter C POSIX,$(LC_ALL)))
 export LC_ALL := C.UTF-8

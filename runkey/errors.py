@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from runkey.progress import escaped, folded, say
-
 _KILLED = 128
 """Exit code of shells after a signal: this and its number."""
 
@@ -80,8 +78,7 @@ def report_early_interrupt() -> None:
         if not issubclass(kind, KeyboardInterrupt) or _wants_traceback():
             sys.__excepthook__(kind, error, trace)
             return
-        say("interrupted", stderr=True)
-        sys.stderr.flush()
+        os.write(2, b"interrupted\n")
         os._exit(_KILLED + signal.SIGINT)
 
     sys.excepthook = hook
@@ -103,6 +100,9 @@ def report_errors() -> Iterator[None]:
     try:
         yield
     except (RunkeyError, OSError, KeyboardInterrupt) as error:
+        # Imported here: until `report_early_interrupt` is called, Ctrl-C is a traceback.
+        from runkey.progress import escaped, folded, say
+
         if _wants_traceback():
             raise
         line, code = str(error) or "interrupted", _KILLED + signal.SIGINT

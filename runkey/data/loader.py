@@ -5,6 +5,7 @@ Batches are made by worker processes or, without any, in this process; the bytes
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import parent_process
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,14 +90,25 @@ class BatchStream:
             self._loader._iterator = None
 
 
+_EXHAUSTED = (errno.ENOSPC, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
+_BROKEN = (ConnectionError, FileNotFoundError)
+
+
 @contextmanager
 def _killed_workers_reported() -> Iterator[None]:
     """Convert the errors that torch raises for a killed worker to a `DataError`."""
     try:
         yield
-    # The last three: it was killed while one of its tensors was being fetched.
-    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+    # All but the first: it was killed while one of its tensors was being fetched.
+    except (RuntimeError, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in _EXHAUSTED:
+            raise DataError(
+                f"loader processes cannot be started ({error.strerror}); give /dev/shm more room"
+                " (`docker run --shm-size=4g`), or lower runtime.workers in params.yaml (0: none)"
+            ) from error
         if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
+            raise
+        if isinstance(error, OSError) and not isinstance(error, _BROKEN):
             raise
         raise DataError(
             "a loader process was killed, usually because memory or /dev/shm ran out; "
@@ -119,6 +132,8 @@ def _start_worker(_: int) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_trainer, daemon=True).start()
+    # A batch that finds no room in /dev/shm would be dropped with a traceback, and waited for.
+    setattr(Queue, "_on_queue_feeder_error", staticmethod(lambda *_: os._exit(1)))  # noqa: B010
 
 
 def resolve_workers(

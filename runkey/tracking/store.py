@@ -116,6 +116,10 @@ def quiet_mlflow() -> None:
     """Turn off MLflow's telemetry and chatter; call it before mlflow is first imported."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    try:
+        Path.home()
+    except RuntimeError:  # a container's user without a name; mlflow looks for a login there
+        os.environ["HOME"] = "/nonexistent"
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # This logger prints the traceback of every database error that is also raised.

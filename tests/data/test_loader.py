@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -148,6 +150,41 @@ def test_a_killed_worker_is_told_of_in_one_line(records, train_loader):
     worker.kill()
     with pytest.raises(DataError, match=r"^a loader process was killed.*runtime\.workers"):
         list(windows)
+
+
+READS = """
+import numpy
+from runkey.data.loader import BatchStream
+from runkey.errors import DataError
+try:
+    list(BatchStream(numpy.zeros((4, 50000)), 1, 1, False).batches([0, 1, 2, 3]))
+except DataError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small /dev/shm")
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        ("4k", "loader processes cannot be started (No space left on device); give /dev/shm more"),
+        ("60k", "a loader process was killed, usually because memory or /dev/shm ran out; lower"),
+    ],
+)
+def test_a_full_dev_shm_is_told_of_in_one_line(size, says):
+    """With no room for locks, and with room for these and not for batches."""
+    mounted = f"mount -t tmpfs -o size={size} tmpfs /dev/shm && exec {sys.executable} -c '{READS}'"
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", mounted],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if "unshare:" in done.stderr or "mount:" in done.stderr:
+        pytest.skip("no mounts here")
+    assert done.stdout.startswith(says), done.stderr
+    assert done.stderr == ""
 
 
 def test_a_worker_that_was_killed_between_two_epochs_too(records, train_loader):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -200,3 +201,25 @@ def test_the_database_follows_the_umask(tmp_path: Path, umask: int) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "mlflow.db").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
+def test_a_user_without_a_name_and_a_home():
+    """As a container's with `--user 54321`."""
+    code = "import sys; from pathlib import Path\n"
+    code += "from runkey.tracking.store import locate_store, open_client\n"
+    code += "open_client(locate_store(Path(sys.argv[1])))\n"
+    without = {n: v for n, v in os.environ.items() if n not in ("HOME", "USER", "LOGNAME")}
+    command = ["setpriv", "--reuid=54321", "--clear-groups", sys.executable]
+    if subprocess.run([*command, "-c", ""], env=without, check=False).returncode:
+        pytest.skip("another user cannot start this Python")
+    target = Path(tempfile.mkdtemp())  # pytest's folders are root's alone
+    target.chmod(0o777)
+    try:
+        done = subprocess.run(
+            [*command, "-c", code, target], env=without, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert (target / "mlflow.db").is_file()
+    finally:
+        shutil.rmtree(target)
