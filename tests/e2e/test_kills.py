@@ -1,8 +1,18 @@
-"""The short form of `python -m benchmarks.training_kills`: the real stage, killed and stopped."""
+"""The short forms of `python -m benchmarks.kills` and `training_kills`: real stages, killed."""
 
 import pytest
 
+from benchmarks import kills
 from benchmarks.training_kills import run
+from tests.support.kill_commands import CASES
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_stage_ends_as_if_undisturbed(tmp_path):
+    (row,) = kills.run(tmp_path, [case for case in CASES if case.name == "prepare"], 2, seed=1)
+    assert [fault for played in row.rounds for fault in played.faults] == []
+    assert sum(played.kills.total() for played in row.rounds) == 2
 
 
 @pytest.mark.slow

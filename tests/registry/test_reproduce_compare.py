@@ -100,9 +100,7 @@ def test_without_numbers_only_the_bits_count() -> None:
 def test_other_packages_are_another_kind_of_machine() -> None:
     packages = {"package_differences": ["torch: locked 2, installed 1"]}
     again = compare_runs(FIRST, RunResult(WITNESS | packages, CHANGED, METRICS))
-    assert again.class_differences == (
-        "package_differences 0 other versions | 1 other version",
-    )
+    assert again.class_differences == ("package_differences 0 other versions | 1 other version",)
     assert again.holds
 
 
