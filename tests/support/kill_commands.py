@@ -567,15 +567,17 @@ DAMAGES = tuple(
 def run_queue() -> int:
     """Queue an experiment, work the queue off, return 1 if the experiment failed."""
     dvc = [sys.executable, "-m", "dvc"]
-    subprocess.run([*dvc, "exp", "run", "--queue", "-S", LR], check=True)
+    queue = [*dvc, "exp", "run", "--queue", "-S", LR]
+    said = subprocess.run(queue, capture_output=True, text=True, check=True).stdout
+    name = said.split("'")[-2]  # DVC shows an earlier one, whose worker was killed, as Running
     subprocess.run([*dvc, "queue", "start"], check=True)
     end = time.monotonic() + _LONGEST_SECONDS / 2
     while time.monotonic() < end:
         rows = subprocess.run([*dvc, "queue", "status"], capture_output=True, text=True, check=True)
-        states = re.findall(r"(?m)\b(Queued|Running|Success|Failed)\b", rows.stdout)
-        if "Queued" not in states and "Running" not in states:
+        (state,) = re.findall(rf"(?m)^\S+ +{name} .* (\w+)\s*$", rows.stdout)
+        if state not in ("Queued", "Running"):
             sys.stdout.write(rows.stdout)
-            return 0 if "Success" in states else 1
+            return 0 if state == "Success" else 1
         time.sleep(1)
     return 1
 
