@@ -29,7 +29,6 @@ from runkey.data.coco import is_hidden, split_in
 from runkey.data.report import escaped
 from runkey.errors import DataError, LockError, RunkeyError
 from runkey.files import FormatError, read_text, write_atomically
-from runkey.params.load import parse_yaml
 from runkey.progress import each, say
 from runkey.units import counted
 
@@ -318,6 +317,8 @@ class _Yolo(_Labels):
         return {index: str(name) for index, name in names.items()}, keypoints
 
     def _load(self, path: Path) -> dict[str, Any]:
+        from runkey.params.load import parse_yaml
+
         try:
             settings = parse_yaml(read_text(path))
         except (FormatError, FileNotFoundError) as error:

@@ -11,12 +11,14 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from runkey.errors import DataError
 from runkey.files import write_atomically
-from runkey.params import Checks
 from runkey.units import counted
+
+if TYPE_CHECKING:
+    from runkey.params import Checks
 
 LINES_PER_KIND = 20
 _LONGEST_NAME = 120
@@ -95,7 +97,7 @@ class Findings:
             continues without the item, so that all faults are known before the data is refused.
         """
         policy: str = getattr(self.checks, kind)
-        options = get_args(Checks.model_fields[kind].annotation)
+        options = get_args(type(self.checks).model_fields[kind].annotation)
         if not fixed:
             policy = "fail" if policy == "fix" else policy
             options = tuple(option for option in options if option != "fix")

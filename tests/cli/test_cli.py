@@ -68,6 +68,14 @@ def test_help_imports_neither_torch_nor_mlflow() -> None:
     assert out.stdout.splitlines()[-1] == "slow: []"
 
 
+def test_commands_that_read_no_parameters_do_not_import_their_schema() -> None:
+    code = "import sys, runkey.cli; print('runkey.params' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False False\n"
+
+
 def test_module_runs(repository: Path) -> None:
     out = subprocess.run(
         [sys.executable, "-m", "runkey", "params"],
