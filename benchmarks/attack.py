@@ -36,6 +36,8 @@ REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "attack.md"
 _REAL_SHARE = 50
 _MOST_SECONDS = 20.0
+PLANTED = "ATTACK_PLANTED"
+"""Environment variable of the tests: faults, separated by commas, that attacks meet in turn."""
 _STILL = 1.0
 """Seconds of work, without which an attack that takes longer than that waits for something."""
 _FRESH = 40
@@ -183,9 +185,11 @@ def run(
     """Run attacks in worker processes; return what came of each, by group."""
     from tests.support.attacked import make_checkout
 
-    (folder / "template").mkdir()
-    make_checkout(folder / "template")
-    chosen = {name: GROUPS[name][0] for name in only or GROUPS}
+    if not (folder / "template").is_dir():
+        (folder / "template").mkdir()
+        make_checkout(folder / "template")
+    # Several groups in one worker: `params+records`.
+    chosen = {name: sum(GROUPS[one][0] for one in name.split("+")) for name in only or GROUPS}
     found: dict[str, list[dict[str, Any]]] = {}
     for name, weight in chosen.items():
         share = -(-count * weight // sum(chosen.values()))
@@ -316,6 +320,8 @@ def work(group: str, numbers: range, seed: int, box: Path) -> None:
         print(json.dumps(what), file=out)
 
     attacker = attack.Attacker(group, seed, box, checkout, tell)
+    if planted := os.environ.get(PLANTED):
+        attacker.plant(planted.split(","))
     tell({"verdict": "ready"})
     for number in numbers:
         tell(attacker.attack(number))
@@ -345,12 +351,25 @@ class Attacker:
         self.took_in = False
         """Whether an archive was accepted, so that the checkout holds its run."""
 
+    def plant(self, names: list[str]) -> None:
+        """Give each command a fault, so that a test sees the harness find it."""
+        outside = self.box.parent / "planted"
+        faults: dict[str, Callable[[], object]] = {
+            "traceback": lambda: {}["planted"],
+            "outside": lambda: outside.write_text("planted"),
+            "executed": lambda: os.system("true"),
+            "crash": lambda: os.kill(os.getpid(), 11),
+            "no line": lambda: sys.exit(1),
+        }
+        turn = iter(names)
+        self._call = lambda _: faults[next(turn)]()  # type: ignore[method-assign, assignment]
+
     def attack(self, number: int) -> dict[str, Any]:
         """Run one attack; return its verdict, what was done, and the text that was printed."""
         draw = random.Random(f"{self.seed}:{self.group}:{number}")
         if self.group == "answers":
             return self._answers(number)
-        target = draw.choice(GROUPS[self.group][1])
+        target = draw.choice([one for name in self.group.split("+") for one in GROUPS[name][1]])
         self._renew(number)
         path = self._path(target.path, draw)
         before = path.read_bytes()
@@ -374,7 +393,7 @@ class Attacker:
             "seconds": round(seconds, 2),
             "text": text[-3000:],
         }
-        self.took_in = self.group == "archives" and found["verdict"] == "accepted"
+        self.took_in = command.startswith("import") and found["verdict"] == "accepted"
         if self.watch.events:
             found["text"] = "\n".join(self.watch.events[:5])
         return found

@@ -81,7 +81,7 @@ def list_runs(
         output.print_json([record.as_dict() for record in found])
         return
     if not found:
-        say(f"no run{' fulfils that' if where else ''} in {runs.place}")
+        say(f"no run{' fulfils that' if where else ''} in {runs.place}{_lost(where)}")
         return
     now = output.claims()
     states = {record.run.run_id: status_now(record, now) for record in found}
@@ -94,6 +94,14 @@ def list_runs(
         say(f"{count} of these: {rule}")
     if note := output.tree_note():
         output.print_beside("", note)
+
+
+def _lost(where: list[str] | None) -> str:
+    """Name the way out if MLflow's database is there, and the cache of its runs is not."""
+    store = output.store()
+    if where or store.is_server or not store.database or not store.database.is_file():
+        return ""
+    return "; if it was lost, `runkey index` reads the runs from MLflow again"
 
 
 def show_run(

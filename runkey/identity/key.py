@@ -45,6 +45,8 @@ OLDER = {"rk1": "bytes of the code"}
 SCHEMAS = (SCHEMA, *OLDER)
 ANY_SCHEMA = "rk[12]"
 """Regular expression and glob that match the rule of any key."""
+TRAINING = re.compile(rf"{ANY_SCHEMA}-[0-9a-f]{{64}}(-repeats-[0-9a-f]{{8}})?")
+"""Names of the folders of trainings, see `runkey.paths.training_folder`; a copy has another one."""
 ANY_KEY = "rk"
 """Prefix of every key."""
 SHORT = 12

@@ -159,6 +159,8 @@ def _is_damage(error: sqlite3.Error) -> bool:
 def _change(path: Path, change: Callable[[sqlite3.Connection], object]) -> None:
     """Change the cache in one transaction; a damaged one is made anew."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise OSError(f"{path}: a folder, where the cache of runs should be; move it away")
     try:
         try:
             _commit(path, change, _VERSION)

@@ -199,7 +199,7 @@ def unpack(file: Path, folder: Path) -> Index:
                 raise RegistryError(
                     f"{file.name}: unpacking needs {format_bytes(index.size + _LEFT_FREE)},"
                     f" {format_bytes(_LEFT_FREE)} of it to spare, and {format_bytes(free)} are free"
-                    f" in {folder.parent}; make room there"
+                    f" in {folder.parents[1]}; make room there"
                 )
             with progress("unpack", index.size, "bytes") as steps:
                 for name, member in index.members.items():

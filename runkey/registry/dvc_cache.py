@@ -40,6 +40,8 @@ def download(library: Library, record: Record, paths: Iterable[str], target: Pat
             and the run.
     """
     chosen = {path: _recorded(record, path) for path in paths}
+    if target.exists() and not target.is_dir():
+        raise RegistryError(f"{target}: a file, and a folder is wanted; name another one")
     total = sum(stored.size for stored in chosen.values())
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ import psutil
 from runkey import paths
 from runkey.errors import RegistryError, RunkeyError
 from runkey.files import read_json
-from runkey.identity.key import ANY_SCHEMA, short_key
+from runkey.identity.key import ANY_SCHEMA, TRAINING, short_key
 from runkey.identity.record import Record, RunPointer
 from runkey.identity.record_cache import remove_record
 from runkey.registry.claims import Claim, Claims, newest, state_now
@@ -34,6 +34,12 @@ from runkey.training.lock import LOCK, holder_of
 
 _QUIET_SECONDS = 3600.0
 """How long a folder without a lock must be unchanged."""
+_OUTPUTS = (
+    *(paths.PREPARED, paths.MEMORY, paths.MODEL, paths.LOGS, paths.EVALUATION),
+    *(paths.METRICS, paths.PLOTS),
+)
+_TEMPORARY = re.compile(r"\..+\.(\d{1,9})-[0-9a-f]{8}")
+"""Names of files that are being written, see `runkey.files.replacing`: the process is in them."""
 _HALF_WRITTEN_SECONDS = 86400.0
 """Longer than any file takes to be written."""
 
@@ -45,8 +51,6 @@ Kind = Literal[
 # fmt: on
 """The last four are for `runkey.registry.delete`, which also deletes finished runs."""
 _REPEATS = "-repeats-"
-_TRAINING = re.compile(rf"{ANY_SCHEMA}-[0-9a-f]{{64}}({_REPEATS}[0-9a-f]{{8}})?")
-"""Names of folders of trainings, see `paths.training_folder`."""
 _REPEAT_SECONDS = 86400.0
 """After this time an interrupted `runkey reproduce` has to start again."""
 _ENDED = ("FAILED", "KILLED")
@@ -112,7 +116,7 @@ class Scope:
     def trainings(self) -> dict[Path, str | None]:
         """Folders of trainings, each with why no training will resume from it; None: one may."""
         folders = sorted(self.home.glob(f"{ANY_SCHEMA}-*/"))
-        return {f: _why_obsolete(self, f) for f in folders if _TRAINING.fullmatch(f.name)}
+        return {f: _why_obsolete(self, f) for f in folders if TRAINING.fullmatch(f.name)}
 
     def is_trained_now(self, key: str) -> bool:
         """Return True if the key is, or may be, trained now: an owner may not be visible here."""
@@ -296,8 +300,16 @@ def _leftovers(scope: Scope) -> Iterator[Item]:
         *scope.home.parent.glob(".runkey-*"),
         *scope.root.glob(".run.json.[0-9]*"),
     ]
+    for folder in (scope.root, scope.home, *map(scope.root.joinpath, _OUTPUTS)):
+        places += [path for path in folder.glob(".*-*") if _TEMPORARY.fullmatch(path.name)]
     for path in sorted(set(places)):
-        if scope.now - _changed(path) >= _HALF_WRITTEN_SECONDS:
+        named = _TEMPORARY.fullmatch(path.name)
+        least = _HALF_WRITTEN_SECONDS
+        if named and not psutil.pid_exists(int(named[1])):
+            least = _QUIET_SECONDS  # the process may be one of another machine
+        elif (path / LOCK).is_file() and holder_of(path) is None:
+            least = 0.0
+        if scope.now - _changed(path) >= least:
             why = "half written, by a process that is gone"
             yield _item(scope, "leftover", path, str(path), why)
 

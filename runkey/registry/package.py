@@ -51,6 +51,7 @@ from runkey.progress import each
 from runkey.registry.archive import check_weights, parse_json, safe_path
 from runkey.registry.dvc_cache import DIR, DvcCache, files_of, linked, md5_file
 from runkey.registry.snapshot import changed_files, checked_out, git
+from runkey.training.lock import locked
 from runkey.units import MIB
 
 logger = logging.getLogger(__name__)
@@ -101,10 +102,18 @@ def object_path(folder: Path, md5: str) -> Path:
 
 @contextmanager
 def staging(home: Path, what: str) -> Iterator[Path]:
-    """Make a temporary folder in `Store.home`; it is deleted afterwards."""
+    """Make a temporary folder in `Store.home`; it is deleted afterwards.
+
+    The lock in it shows `runkey gc` that a process which was killed left it.
+    """
     home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{what}-", dir=home) as folder:
-        yield Path(folder)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{what}-", dir=home) as folder,
+        locked(Path(folder)),
+    ):
+        inner = Path(folder, "files")
+        inner.mkdir()
+        yield inner
 
 
 def note_taken(package: Package, how: str) -> None:

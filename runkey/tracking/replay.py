@@ -17,7 +17,7 @@ from typing import cast
 
 from runkey.errors import TrackingError
 from runkey.files import expect, read_json, write_atomically
-from runkey.identity.key import ANY_SCHEMA, SCHEMAS
+from runkey.identity.key import ANY_SCHEMA, SCHEMAS, TRAINING
 from runkey.identity.record import DETAILS, POINTER, Details, LoggedRun, RunPointer
 from runkey.identity.record_cache import update_record
 from runkey.tracking.describe import RunDescription
@@ -113,7 +113,8 @@ def find_training(home: Path, address: str) -> Path | None:
     for folder in sorted(path.parent for path in home.glob(f"{ANY_SCHEMA}-*/{DESCRIPTION}")):
         pointer = RunPointer.read(folder)
         run_id = (pointer and pointer.run_id) or ""
-        if folder.name.startswith(begins) and run_id.startswith(run):
+        is_training = TRAINING.fullmatch(folder.name)
+        if is_training and folder.name.startswith(begins) and run_id.startswith(run):
             found[folder] = run_id
     if len(found) > 1:
         several = ", ".join(f"{path.name[:16]}:{run_id[:8]}" for path, run_id in found.items())

@@ -85,3 +85,26 @@ def test_half_written_files_of_long_ago(house, tmp_path):
     house.apply()
     assert not any(path.exists() for path in old)
     assert (house.home / "runs/.now.5").exists()
+
+
+def test_what_a_killed_export_leaves_is_named_at_once(house):
+    code = (
+        "import os, sys; from pathlib import Path; from runkey.files import replacing\n"
+        "from runkey.registry.package import staging\n"
+        "root = Path(sys.argv[1])\n"
+        "with staging(root / '.runkey', 'export') as folder, replacing(root / 'run.zip') as file:\n"
+        "    (folder / 'part').write_bytes(bytes(1000)); file.write(b'x'); file.flush()\n"
+        "    print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(house.root)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert house.items() == []
+        process.kill()
+    (item,) = house.items()
+    assert (item.kind, item.size) == ("leftover", 1000)
+    assert ".export-" in item.name
+    (archive,) = (i for i in house.items(now=time.time() + 4000) if "run.zip" in i.name)
+    archive.remove()
+    item.remove()
+    assert house.items(now=time.time() + 4000) == []
