@@ -301,7 +301,12 @@ class Watch:
     def _check(self, what: str, path: Any) -> None:
         if isinstance(path, int):
             return
-        place = os.path.realpath(os.fsdecode(path))
+        name = Path(os.fsdecode(path))
+        # Removing or replacing a link leaves what it points to.
+        keeps = what.endswith(("remove", "rename", "symlink", "link"))
+        place = str(
+            Path(os.path.realpath(name.parent), name.name) if keeps else os.path.realpath(name)
+        )
         if not place.startswith((*self._inside, "/dev/null", "/dev/tty", "/proc/self", "/dev/shm")):
             self.events.append(f"{what} {place}")
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import numpy as np
-from pydantic import ConfigDict, with_config
+from pydantic import ConfigDict, Field, with_config
 
 from runkey.errors import DataError
 from runkey.files import LARGE, FormatError, read_json, write_atomically
@@ -33,7 +33,7 @@ class CocoDetection(TypedDict):
 
     image_id: int
     category_id: int
-    bbox: list[float]
+    bbox: Annotated[list[float], Field(min_length=4, max_length=4)]
     """Left, top, width, height in pixels of the original image."""
     score: float
 

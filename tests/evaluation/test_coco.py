@@ -221,6 +221,10 @@ def test_quiet(world, capsys):
         (None, "not found; run `dvc repro evaluate` first"),
         ("[{", "not JSON"),
         ('{"a": 1}', "Input should be a valid array; `dvc repro -f evaluate` writes it again"),
+        (
+            '[{"image_id": 1, "category_id": 1, "bbox": [1, 2], "score": 1}]',
+            "0.bbox: List should have at least 4 items",
+        ),
         ('[{"image_id": 1}]', "0.category_id: Field required"),
     ],
 )
