@@ -304,9 +304,8 @@ class Watch:
         name = Path(os.fsdecode(path))
         # Removing or replacing a link leaves what it points to.
         keeps = what.endswith(("remove", "rename", "symlink", "link"))
-        place = str(
-            Path(os.path.realpath(name.parent), name.name) if keeps else os.path.realpath(name)
-        )
+        whole = Path(os.path.realpath(name.parent), name.name)
+        place = str(whole) if keeps else os.path.realpath(name)
         if not place.startswith((*self._inside, "/dev/null", "/dev/tty", "/proc/self", "/dev/shm")):
             self.events.append(f"{what} {place}")
 
