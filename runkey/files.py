@@ -53,7 +53,7 @@ class WriteError(RunkeyError, OSError):
         text = f"{path}: cannot be written ({error.strerror or error})"
         if error.errno in _NO_ROOM:
             text += f"; {room(path, wanted)}; make room there and run it again"
-        super().__init__(error.errno, text, str(path))
+        super().__init__(error.errno, error.strerror or str(error), str(path))
         self.text = text
 
     def __str__(self) -> str:
