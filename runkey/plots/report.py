@@ -105,7 +105,7 @@ class _Parts(TypedDict, total=False):
     environment: _Environment
 
 
-class _KeyJson(TypedDict):
+class _KeyJson(TypedDict, total=False):
     """What the page shows of key.json."""
 
     preimages: _Parts

@@ -68,6 +68,6 @@ def test_the_model_is_recorded_once_loads_and_detects(
 
 def test_a_store_that_refuses_is_told_in_one_line(store: Store, tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(b"any")
-    with pytest.raises(TrackingError, match=r"^MLflow: the model is not recorded \(") as refused:
+    with pytest.raises(TrackingError, match=r"db: the model is not recorded \(") as refused:
         log_model(store, "f" * 32, "detector", tmp_path / "image.png", PYFUNC_COLUMNS, {})
     assert "\n" not in str(refused.value)

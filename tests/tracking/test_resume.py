@@ -188,7 +188,7 @@ def test_a_mark_that_is_lost_doubles_nothing(store: Store, folder: Path, said: l
     assert_the_same_points(folder / "train.jsonl", store, str(pointer.run_id))
 
 
-def test_a_folder_that_refuses_the_pointer_costs_one_line(
+def test_a_folder_that_refuses_the_pointer_costs_a_line_each_way(
     store: Store, folder: Path, said: list[str]
 ) -> None:
     (folder / POINTER).mkdir(parents=True)
@@ -196,8 +196,9 @@ def test_a_folder_that_refuses_the_pointer_costs_one_line(
     log_steps(tracker, 1, 3)
     run_id = tracker.close()
     assert said == [
+        f"{folder / POINTER}: cannot be read (Is a directory); a new MLflow run takes its place",
         f"{folder}: cannot be written (Is a directory); if training is interrupted now, it may go"
-        " on in another MLflow run"
+        " on in another MLflow run",
     ]
     assert_the_same_points(folder / "train.jsonl", store, str(run_id))
 
