@@ -28,6 +28,9 @@ METRICS = Path("metrics")
 PLOTS = Path("plots")
 HOME = Path(".runkey")
 """Beside the store: records, claims, checkpoints, work of `runkey reproduce`."""
+DATABASE = "mlflow.db"
+STATE_FOLDERS = (".dvc", ".git", "mlartifacts", "mlruns", HOME.as_posix())
+"""In which DVC, git, MLflow and runkey keep their own files."""
 
 
 LOGIN = (

@@ -69,10 +69,13 @@ def claims() -> Claims:
     return open_claims(place.uri, place.home)
 
 
-def tree_note() -> str:
-    """Say that run.json of the current folder's repository is of another key than its files."""
+def tree_note(home: Path | None = None) -> str:
+    """Say that run.json of the current folder's repository is of another key than its files.
+
+    `home` is `Store.home`, where the answer is kept until a file changes; None: always look.
+    """
     try:
-        return inputs.tree_note(workspace())
+        return inputs.tree_note(workspace(), home=home)
     except RunkeyError:  # outside a repository
         return ""
 

@@ -92,7 +92,7 @@ def list_runs(
     output.print_table(chosen, rows, right=right, whole=whole)
     for rule, count in Counter(filter(None, (older_rule(r.key) for r in found))).items():
         say(f"{count} of these: {rule}")
-    if note := output.tree_note():
+    if note := output.tree_note(output.store().home):
         output.print_beside("", note)
 
 

@@ -22,10 +22,8 @@ from runkey.identity.dvc_yaml import chain, covers, pointer_of, read_pipeline, t
 from runkey.identity.initial_weights import CARD, weights_file
 from runkey.identity.key import DATA_PATH, FILE_PARAMS, make_recipe
 from runkey.params import load_params
-from runkey.paths import HOME, LOCK, MEMORY, PARAMS
+from runkey.paths import DATABASE, LOCK, MEMORY, PARAMS, STATE_FOLDERS
 
-_STATE = (".dvc", ".git", "mlartifacts", "mlruns", HOME.as_posix())
-"""Folders in which DVC, git, MLflow and runkey keep their own files."""
 _MEASURED = (MEMORY / "measured.json").as_posix()
 """What this machine measured; it chooses the micro-batch, which the run environment holds."""
 _TELLING = tuple(e for e in EXCLUDED if e.endswith("/") or e.startswith("runkey/pipeline/"))
@@ -99,7 +97,7 @@ class _Watch:
             raise self._refusal(name, imported=imported and name.endswith(".py"))
 
     def _covers(self, name: str) -> bool:
-        if name.split("/")[0] in _STATE or name.startswith("mlflow.db") or name == _MEASURED:
+        if name.split("/")[0] in STATE_FOLDERS or name.startswith(DATABASE) or name == _MEASURED:
             return True
         if any(covers(out, name) for out in self._outs):
             return True

@@ -10,20 +10,34 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
+import re
 import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
 
 from runkey.errors import RecipeError, RunkeyError
 from runkey.files import LARGE, read_json, write_json
+from runkey.hashing import sha256_bytes
 from runkey.identity.dvc_yaml import folder_md5, pointer_of, tracked_files, tracked_md5
-from runkey.identity.key import DATA_PATH, PARTS, Recipe, make_recipe, part_digest, short_key
-from runkey.paths import PREPARED, RUN_JSON
+from runkey.identity.key import (
+    DATA_PATH,
+    FILE_PARAMS,
+    NO_FILE,
+    PARTS,
+    Recipe,
+    make_recipe,
+    part_digest,
+    short_key,
+)
+from runkey.paths import DATABASE, PREPARED, RUN_JSON, STATE_FOLDERS
+from runkey.progress import each
 
 if TYPE_CHECKING:
     from runkey.params import Params
@@ -33,6 +47,11 @@ logger = logging.getLogger(__name__)
 INPUTS = PREPARED / "inputs.json"
 HASHES = "hashes.sqlite"
 """File in `Store.home`: md5 of files, by which an unchanged file is not read again."""
+NOTE = "tree.json"
+"""File in `Store.home`: the newest answer of `tree_note`, and the state of the files then."""
+_NO_CODE = re.compile(r"\.venv.*|\..*_cache|__pycache__")
+_MOST_FILES = 5000
+_MANY_FILES = 2000
 _SCHEMA, _MAKER = "inputs1", "prepare"
 DataRead = Literal["all", "images", "none"]
 """Which tracked data a stage reads; training reads no JSON, and no image that is cached."""
@@ -51,6 +70,11 @@ class _Stored(TypedDict):
     files: dict[str, str]
 
 
+class _Note(TypedDict):
+    state: str
+    note: str
+
+
 class _Named(TypedDict):
     stage: str
     key: str
@@ -63,19 +87,21 @@ class FileHashes:
     set, are the same.  If `HASHES` cannot be read or written, all are hashed.
     """
 
-    def __init__(self, home: Path) -> None:
-        """Args: home: `Store.home`."""
+    def __init__(self, home: Path, unsaved: dict[tuple[int, ...], str] | None = None) -> None:
+        """Args: home: `Store.home`; unsaved: takes the hashes that `HASHES` cannot take."""
         self._path = home / HASHES
-        self._known: dict[tuple[int, ...], str] = {}
-        self._new: list[tuple[float | str, ...]] = []
+        self._unsaved = {} if unsaved is None else unsaved
+        self._known = dict(self._unsaved)
+        self._new: list[tuple[tuple[int, ...], str, float]] = []
         try:
             with closing(self._open()) as database:
                 rows = database.execute("SELECT * FROM hashes")
-                self._known = {row[:5]: row[5] for row in rows}
+                self._known |= {row[:5]: row[5] for row in rows}
         except (sqlite3.OperationalError, OSError) as error:
             logger.debug(f"{self._path}: {error}")
         except sqlite3.DatabaseError:
-            self._path.unlink()  # damaged
+            with suppress(OSError):  # a read-only folder
+                self._path.unlink()  # damaged
 
     def _open(self) -> sqlite3.Connection:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +120,7 @@ class FileHashes:
             md5 = hashlib.file_digest(file, "md5").hexdigest()
         now = time.time()
         if now * 1e9 - max(times) > _TICK_NS:
-            self._new.append((*state, md5, now))
+            self._new.append((state, md5, now))
         return md5
 
     def close(self) -> None:
@@ -104,11 +130,13 @@ class FileHashes:
         try:
             with closing(self._open()) as database, database:
                 values = ", ".join("?" * 7)
-                database.executemany(f"INSERT OR REPLACE INTO hashes VALUES ({values})", self._new)
+                rows = ((*state, md5, now) for state, md5, now in self._new)
+                database.executemany(f"INSERT OR REPLACE INTO hashes VALUES ({values})", rows)
                 old = time.time() - _KEPT_SECONDS
                 database.execute("DELETE FROM hashes WHERE hashed < ?", (old,))
         except (sqlite3.Error, OSError) as error:  # a full disk, a read-only folder
             logger.debug(f"{self._path}: {error}")
+            self._unsaved.update({state: md5 for state, md5, _ in self._new})
 
 
 class Inputs:
@@ -124,6 +152,8 @@ class Inputs:
             home: `Store.home`.
         """
         self._root, self._home = root, home
+        self._unsaved: dict[tuple[int, ...], str] = {}
+        self._cost, self._checked = 0.0, -math.inf
         prepare = recipe if recipe.stage == _MAKER else make_recipe(_MAKER, root, params)
         # As far as DVC runs prepare again when one changes.
         code = part_digest("code", prepare.preimages["code"]["files"])
@@ -141,21 +171,29 @@ class Inputs:
         Raises:
             RecipeError: a file differs; the text names it and the way out.
         """
-        with closing(FileHashes(self._home)) as hashes:
+        began = time.monotonic()
+        with closing(FileHashes(self._home, self._unsaved)) as hashes:
             if data != "none":
                 self._check_data(hashes, data)
             if (self._root / PREPARED).is_dir():
                 self._check_prepared(hashes)
+        self._checked = time.monotonic()
+        self._cost = self._checked - began
+
+    def check_again(self, data: DataRead) -> None:
+        """Check, unless that takes more than 1% of the time: many files on a network drive do."""
+        if time.monotonic() - self._checked >= 100 * self._cost:
+            self.check(data)
 
     def begin_prepare(self) -> None:
         """Check the data before prepare reads them."""
         (self._root / INPUTS).unlink(missing_ok=True)
-        with closing(FileHashes(self._home)) as hashes:
+        with closing(FileHashes(self._home, self._unsaved)) as hashes:
             self._check_data(hashes)
 
     def end_prepare(self) -> None:
         """Write `INPUTS`, when prepare has written all else; RecipeError if the data changed."""
-        with closing(FileHashes(self._home)) as hashes:
+        with closing(FileHashes(self._home, self._unsaved)) as hashes:
             self._check_data(hashes)
             folder = self._root / PREPARED
             files = {name: hashes.md5(folder / name) for name in sorted(_walk(folder))}
@@ -179,7 +217,9 @@ class Inputs:
                 f" key would name what this stage does not read; {way_out}"
             )
         folder = self._root / PREPARED
-        for name in sorted((_walk(folder) | files.keys()) - {INPUTS.name}):
+        # Hidden ones are of file managers and network drives; no stage reads them.
+        there = {name for name in _walk(folder) if not PurePosixPath(name).name.startswith(".")}
+        for name in sorted((there | files.keys()) - {INPUTS.name}):
             path = folder / name
             if name not in files or not path.is_file() or hashes.md5(path) != files[name]:
                 raise RecipeError(f"{PREPARED / name}: not as prepare wrote it; {way_out}")
@@ -188,8 +228,9 @@ class Inputs:
         for one in self._data:
             path = self._root / one.path
             differing = one.differing(path, hashes) if path.exists() else []
-            if read == "images":
-                differing = [file for file in differing if not file.endswith(".json")]
+            if read == "images":  # and none that is not listed, see `runkey.identity.audit`
+                listed = one.listed or {"": ""}
+                differing = [f for f in differing if f in listed and not f.endswith(".json")]
             if differing and not self._is_clean_by_dvc(one, differing):
                 tracked, more = one.pointer.removesuffix(".dvc"), len(differing) - 1
                 file = one.place_of(differing[0])
@@ -242,7 +283,9 @@ class _Tracked(NamedTuple):
         if listed is None:  # DVC's cache has no list of them
             found = {name: hashes.md5(path / name) for name in there}
             return [] if self.md5 == f"md5:{folder_md5(found)}" else [""]
-        same = {n for n in there & listed.keys() if hashes.md5(path / n) == listed[n]}
+        both = sorted(there & listed.keys())
+        shown = each(f"compare {self.path}", both, "files") if len(both) > _MANY_FILES else both
+        same = {name for name in shown if hashes.md5(path / name) == listed[name]}
         return sorted((there | listed.keys()) - same)
 
 
@@ -260,23 +303,78 @@ def _walk(folder: Path) -> set[str]:
     return {f"{top}/{name}"[start:] for top, _, names in os.walk(folder) for name in names}
 
 
-def tree_note(root: Path, params: Params | None = None) -> str:
+def tree_note(root: Path, params: Params | None = None, home: Path | None = None) -> str:
     """Say that run.json is of another key than the files here have; empty if it is not.
 
     Whether the data are as their .dvc files say is not looked at.
+
+    Args:
+        root: the workspace.
+        params: of it, if they are read already.
+        home: `Store.home`, where the answer is kept until a file changes; None: always look.
     """
     try:
         stored = read_json(root / RUN_JSON, _Named)
         stage, key = stored["stage"], stored["key"]
     except (OSError, ValueError):
         return ""
+    state = _tree_state(root) if home else None
+    if home and state and (known := _kept_note(home, state)) is not None:
+        return known
     try:
-        now = make_recipe(stage, root, params).key
+        recipe = make_recipe(stage, root, params)
     except RunkeyError as error:
         return f"{RUN_JSON} is of {short_key(key)}; the key of the files here is not known: {error}"
-    if now == key:
-        return ""
-    return (
-        f"{RUN_JSON} is of {short_key(key)}, the files here now have the key {short_key(now)};"
-        f" `runkey diff {short_key(key)} .` says why, `dvc repro` trains it"
-    )
+    values = recipe.preimages["params"]
+    has_weights = any(values.get(name) not in NO_FILE for name in FILE_PARAMS)
+    note = ""
+    if recipe.key != key:
+        # DVC sees the name of the weights, not the file.
+        force = ", with `-f` if weights changed that it names" if has_weights else ""
+        note = (
+            f"{RUN_JSON} is of {short_key(key)}, the files here now have the key"
+            f" {short_key(recipe.key)}; `runkey diff {short_key(key)} .` says why, `dvc repro`"
+            f" trains it{force}"
+        )
+    if home and state and not has_weights:
+        with suppress(OSError):  # a read-only folder
+            write_json(home / NOTE, {"state": state, "note": note})
+    return note
+
+
+def _kept_note(home: Path, state: str) -> str | None:
+    try:
+        kept = read_json(home / NOTE, _Note)
+    except (OSError, ValueError):
+        return None
+    return kept["note"] if kept["state"] == state else None
+
+
+def _tree_state(root: Path) -> str | None:
+    """Hash names, sizes and times of all files that a key may cover, which takes milliseconds.
+
+    None if that is no proof, because a file was just changed, or would take long: in a folder with
+    more than `_MOST_FILES` files, or with links to folders.
+    """
+    package = Path(__file__).parents[1]
+    tops = [root] if package.is_relative_to(root) else [root, package]
+    newest, states = 0, [f"{root} {sys.version} {os.uname()}"]
+    for top, folders, names in chain.from_iterable(map(os.walk, tops)):
+        tracked = {name.removesuffix(".dvc") for name in names if name.endswith(".dvc")}
+        others = {*STATE_FOLDERS, *tracked} if Path(top) in tops else tracked
+        folders[:] = [n for n in folders if n not in others and not _NO_CODE.fullmatch(n)]
+        if any(os.path.islink(f"{top}/{name}") for name in folders):  # noqa: PTH114 - fast
+            return None
+        for path in (f"{top}/{name}" for name in names if not name.startswith(DATABASE)):
+            try:
+                found = os.stat(path)  # noqa: PTH116 - fast
+            except OSError:
+                return None
+            times = (found.st_mtime_ns, found.st_ctime_ns)
+            newest = max(newest, *times)
+            states.append(f"{path} {found.st_ino} {found.st_size} {times}")
+        if len(states) > _MOST_FILES:
+            return None
+    if time.time_ns() - newest <= _TICK_NS:
+        return None
+    return sha256_bytes("\0".join(sorted(states)).encode("utf-8", "surrogateescape"))

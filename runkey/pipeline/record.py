@@ -93,12 +93,16 @@ class Run:
     precision: str
     world_size: int
 
-    def check(self) -> None:
-        """Raise if another process took the key over, or if what training reads changed."""
+    def check(self, *, at_end: bool = True) -> None:
+        """Raise if another process took the key over, or if what training reads changed.
+
+        Between epochs the second is left out where it would take long.
+        """
         self.claim.check()
         splits: tuple[SplitName, ...] = ("train", "val")
         cached = all(open_cache(self.root / paths.PREPARED, split) for split in splits)
-        self.claim.inputs.check("none" if cached else "images")
+        inputs = self.claim.inputs
+        (inputs.check if at_end else inputs.check_again)("none" if cached else "images")
 
     @property
     def device_name(self) -> str:

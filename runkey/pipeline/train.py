@@ -110,7 +110,7 @@ def _train(run: Run, context: TrainContext, interrupts: Interrupts) -> None:
         hinting = HintingTracker(tracker.jsonl, tracker.jsonl.path, params.flat(runtime=True))
 
         def evaluate(module: nn.Module) -> Mapping[str, float]:
-            run.check()
+            run.check(at_end=False)
             evaluation = validation(module, by_size=False)
             hinting.set_class_scores(class_scores(evaluation.result.per_class))
             return evaluation.metrics("val/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -13,11 +14,13 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import RecipeError
+from runkey.identity import inputs
 from runkey.identity.inputs import HASHES, INPUTS, FileHashes, Inputs, check_unchanged, tree_note
 from runkey.identity.key import make_recipe
 from runkey.params import load_params
 from tests.support.identity_project import FILES
 
+REPOSITORY = Path(__file__).parents[2]
 PICTURE = "images/ü 1.jpg"
 DATA = {"annotations/train.json": '{"id": 1}', PICTURE: "one", "images/2.jpg": "two"}
 CODE = "runkey/data/boxes.py"
@@ -157,6 +160,57 @@ def test_training_reads_images_alone(root: Path) -> None:
     assert PICTURE in refused(lambda: inputs.check("images"))
 
 
+def test_a_new_file_in_the_data_does_not_end_a_training(root: Path) -> None:
+    inputs = read(root)
+    write(root / "all/one/images/new.jpg", "of the next version")
+    inputs.check("images")
+    assert "new.jpg" in refused(inputs.check)
+
+
+def test_files_of_file_managers_and_network_drives_do_not_matter(root: Path) -> None:
+    shutil.copy(REPOSITORY / ".dvcignore", root)
+    inputs = read(root)
+    for name in (".DS_Store", "._1.jpg", ".nfs000123", "Thumbs.db"):
+        write(root / "all/one/images" / name, "")
+    for name in (".DS_Store", ".nfs000123"):
+        write(root / "prepared" / name, "")
+    inputs.check()
+
+
+def test_a_check_between_epochs_takes_a_hundredth_of_the_time(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = read(root)
+    inputs.check_again("images")
+    write(root / "all/one" / PICTURE, "another")
+    monkeypatch.setattr(inputs, "_cost", 60.0)  # as of 100,000 files on a network drive
+    inputs.check_again("images")
+    monkeypatch.setattr(inputs, "_cost", 0.0)
+    assert PICTURE in refused(lambda: inputs.check_again("images"))
+    monkeypatch.setattr(inputs, "_cost", 60.0)
+    assert PICTURE in refused(lambda: inputs.check("images"))
+
+
+def test_hashes_that_cannot_be_written_are_made_once(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / ".runkey").rename(root / "away")
+    write(root / ".runkey", "no folder, so nothing is written in it")
+    monkeypatch.setattr(inputs, "_TICK_NS", 0)
+    made, digest = [], hashlib.file_digest
+
+    def count(*args: object) -> object:
+        made.append(args)
+        return digest(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(hashlib, "file_digest", count)
+    read_now = read(root)
+    read_now.check()
+    assert len(made) == 6  # of data, lone.txt and prepared/
+    read_now.check()
+    assert len(made) == 6
+
+
 def test_dvc_add_while_it_runs_does_not_change_what_was_read(root: Path) -> None:
     inputs, recipe = read(root), make_recipe("train", root)
     write(root / "all/one" / PICTURE, "another")
@@ -218,7 +272,7 @@ def test_an_unchanged_file_is_not_read_again(tmp_path: Path) -> None:
     assert not hashes._new  # it is too young: a change in the same tick of the clock is not seen
     found = path.stat()
     state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    hashes._new.append((*state, "0" * 32, 2e9))
+    hashes._new.append((state, "0" * 32, 2e9))
     hashes.close()
     assert FileHashes(home).md5(path) == "0" * 32
     edit_unseen(path, "next")
@@ -240,3 +294,51 @@ def test_it_is_said_that_the_files_have_another_key_than_run_json(root: Path) ->
     )
     write(root / "params.yaml", "lr: [")
     assert "the key of the files here is not known: params.yaml" in tree_note(root)
+
+
+def test_the_answer_is_kept_until_a_file_changes(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "_TICK_NS", 0)
+    home = root / ".runkey"
+    key = make_recipe("train", root).key
+    write(root / "run.json", json.dumps({"stage": "train", "key": key}))
+    assert tree_note(root, home=home) == ""
+    made = []
+
+    def count(*args: object) -> object:
+        made.append(args)
+        return make_recipe(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(inputs, "make_recipe", count)
+    write(home / "claims" / "some", "changes nothing")
+    write(root / "all" / "one" / "more.txt", "all.dvc says what is in all/")
+    assert tree_note(root, home=home) == ""
+    assert not made
+    for name in (CODE, "params.yaml", "all.dvc"):
+        text = (root / name).read_text()
+        edit_unseen(root / name, text.replace("1", "2").replace("3", "4"))
+        tree_note(root, home=home)
+        assert len(made) == 1, name
+        made.clear()
+    write(root / "torch.py", "")  # hides the installed one
+    tree_note(root, home=home)
+    assert len(made) == 1
+
+
+def test_the_answer_is_not_kept_where_files_may_change_unseen(
+    root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    home = root / ".runkey"
+    key = make_recipe("train", root).key
+    write(root / "run.json", json.dumps({"stage": "train", "key": key}))
+    tree_note(root, home=home)
+    assert not (home / inputs.NOTE).exists()  # a file is younger than the clock's tick
+    monkeypatch.setattr(inputs, "_TICK_NS", 0)
+    (root / "linked").symlink_to(tmp_path)
+    tree_note(root, home=home)
+    assert not (home / inputs.NOTE).exists()
+    (root / "linked").unlink()
+    monkeypatch.setattr(inputs, "_MOST_FILES", 5)
+    tree_note(root, home=home)
+    assert not (home / inputs.NOTE).exists()
