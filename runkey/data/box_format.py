@@ -26,6 +26,8 @@ _CHANCE = 1e-9
 """Boxes are in percent if by chance so few data sets would have all of them in that corner."""
 _LEAST_SPREAD = 1 / 16
 """Standard deviation of the boxes' centres, as a fraction of the unit: less is a fixed place."""
+_FAR_LARGER = 1.8
+"""Side of an image / unit; boxes in pixels, spread so around the side's middle, reach over it."""
 
 
 def is_finite(value: Any) -> bool:
@@ -102,8 +104,9 @@ def whole_of_unit(
 ) -> int:
     """Return 100 or 1000 if that is the image's whole size in these boxes; 0 if they are pixels.
 
-    Nearly all boxes lie within that unit, in images so much larger that chance does not explain
-    it, and not at one place, as a logo or a gauge would.
+    Nearly all boxes lie within that unit, in so many far larger images that chance does not explain
+    it, and not at one place, as a logo or a gauge would. Images of 1024 or 1280 pixels are no sign
+    of thousandths: objects are rarely at their right edge.
 
     Args:
         boxes_xywh: [N, 4], with sides above 0.
@@ -115,7 +118,7 @@ def whole_of_unit(
     for unit in (100, 1000):
         slack = unit * _ROUNDING / 10
         inside = ((low >= -slack) & (high <= unit + slack)).all(1)
-        by_chance = np.log(np.minimum(1.0, unit / own)).sum() if len(own) else 0.0
+        by_chance = np.log(unit / own[own >= _FAR_LARGER * unit]).sum()
         if inside.mean() < _NEARLY_ALL or by_chance > math.log(_CHANCE):
             continue
         if ((low + high)[inside] / 2).std(0).min() > _LEAST_SPREAD * unit:
@@ -152,12 +155,10 @@ def doubled(
         x, y = np.floor(corners + shift).astype(np.int64).T
         cells = ((images * 8191 + kinds) * 524287 + x) * 6700417 + y  # wraps around: only a hash
         order = np.argsort(cells, kind="stable")
-        ends = np.flatnonzero(np.diff(cells[order])) + 1
-        if len(ends) + 1 == len(cells):
-            continue
-        for cell in np.split(order, ends):
-            if len(cell) > 1:
-                _match(cell.tolist(), boxes, images, kinds, first)
+        changes = np.flatnonzero(np.diff(cells[order])) + 1
+        bounds = np.array([0, *changes, len(order)])
+        for at in np.flatnonzero(np.diff(bounds) > 1):
+            _match(order[bounds[at] : bounds[at + 1]].tolist(), boxes, images, kinds, first)
     return first
 
 

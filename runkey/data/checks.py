@@ -118,8 +118,8 @@ class _Tally:
 
     frames: list[tuple[CocoImage, tuple[float, float], float]] = field(default_factory=list)
     """Of each accepted image: its size in the JSON's pixels, and the scale to the file's."""
-    large_areas: list[float] = field(default_factory=list)
-    """Areas that are larger than their box, as multiples of it."""
+    large_areas: list[tuple[float, float]] = field(default_factory=list)
+    """Areas that are larger than their box, each also as a multiple of it."""
     copies: dict[bytes, CheckedImage] = field(default_factory=dict)
     """The first image of each file's digest."""
     relabelled: int = 0
@@ -331,30 +331,26 @@ class SourceChecks:
                 f"{relabelled} of {len(images)} images are copies of others with other objects",
                 f"list each image once, with all its objects, {way_out}",
             )
-        large = self.tally.large_areas
-        if self._too_many(len(large), total):
+        large = np.array(self.tally.large_areas).reshape(-1, 2)
+        # One area for boxes of all sizes is a placeholder, and says nothing about the boxes.
+        is_placeholder = len(large) and np.ptp(large[:, 0]) == 0 < np.ptp(large[:, 1])
+        if self._too_many(len(large), total) and not is_placeholder:
             self.findings.refuse(
                 name,
-                f"{len(large)} of {total} areas are larger than their box, {np.median(large):.3g} "
-                "times as large: the boxes were scaled, and the areas not",
+                f"{len(large)} of {total} areas are larger than their box, "
+                f"{np.median(large[:, 1]):.3g} times as large: the boxes were scaled, and the "
+                "areas not",
                 f"mend the export, {way_out}",
             )
 
     def _likely_cause(self) -> str:
-        rows = [
-            (box, frame)
-            for image, frame, _ in self.tally.frames
-            for box in box_format.sound_boxes([a.bbox for a in image.annotations])
-        ]
-        boxes, frames = (
-            (
-                np.array(column, dtype=np.float64).reshape(len(rows), -1)
-                for column in zip(*rows, strict=True)
-            )
-            if rows
-            else (np.zeros((0, 4)),) * 2
-        )
-        return box_format.likely_cause(boxes, frames)
+        boxes: list[list[float]] = []
+        frames: list[tuple[float, float]] = []
+        for image, frame, _ in self.tally.frames:
+            sound = box_format.sound_boxes([a.bbox for a in image.annotations])
+            boxes += sound
+            frames += [frame] * len(sound)
+        return box_format.likely_cause(np.array(boxes), np.array(frames))
 
     def _check_scaling(self) -> None:
         """Refuse to scale boxes down that all fit the files as they are."""
@@ -472,7 +468,7 @@ class SourceChecks:
         of_box = (sound[2] + scale[0]) * (sound[3] + scale[1])  # a mask's last row counts or not
         area = float(area) * scale[0] * scale[1]
         if area > of_box:
-            self.tally.large_areas.append(area / (sound[2] * sound[3]))
+            self.tally.large_areas.append((annotation.area, area / (sound[2] * sound[3])))
             what = f"area {_show(annotation.area)} is larger than the box {_show(annotation.bbox)}"
             mend("bad_area", what, "taken from the box")
             area = box[2] * box[3]

@@ -56,7 +56,8 @@ class PixelRange:
         if 2 * len(self.flat) > self.images:
             yield (
                 f"{len(self.flat)} of {self.images} images use less than a quarter of the values 0 "
-                f"to 255, such as {self.flat[0]}; if they were made from more bits, scale them to 8"
+                f"to 255, such as {self.flat[0]}; if they come from 12-bit or 16-bit files, scale "
+                "those to 0..255"
             )
 
     def _wide_notes(self, black: float, white: float) -> Iterator[str]:

@@ -94,6 +94,17 @@ def test_thousandths_in_large_images():
         assert whole_of_unit(boxes_xywh, np.tile(np.array(size, float), (20, 1)), images) == unit
 
 
+@pytest.mark.parametrize("case", ["anywhere in tiles", "one in the middle"])
+def test_boxes_in_images_somewhat_above_the_unit_are_pixels(case):
+    rng, count = np.random.default_rng(0), 500
+    size, side = ((1024, 1024), 10) if case == "anywhere in tiles" else ((1280, 960), 300)
+    spread = rng.uniform(side / 2, 1024 - side / 2, (count, 2))
+    centres = spread if side == 10 else rng.normal(np.array(size) / 2, 70, (count, 2))
+    boxes_xywh = np.hstack((centres - side / 2, np.full((count, 2), float(side))))
+    sizes = np.tile(np.array(size, float), (count, 1))
+    assert whole_of_unit(boxes_xywh, sizes, np.arange(count)) == 0
+
+
 def test_a_logo_in_the_corner_is_no_box_in_percent(photos):
     boxes(photos, lambda x, y, w, h: [10 + x / 400, 12 + y / 300, 80.0, 60.0])
     without_areas(photos)
@@ -134,6 +145,15 @@ def test_boxes_scaled_without_their_areas(photos):
         entry["area"] = entry["bbox"][2] * entry["bbox"][3] / 16
         entry["bbox"] = [v / 2 for v in entry["bbox"]]
     assert any("every `area` is 0.25 of its box" in note for note in photos.run().notes)
+
+
+@pytest.mark.parametrize("area", [10_000, WIDTH * HEIGHT])
+def test_one_area_for_all_boxes_is_a_placeholder(photos, area):
+    for entry in photos.train["annotations"]:
+        entry["area"] = area
+    assert photos.run().counts == {"bad_area": {"fix": COUNT}}
+    record = index(photos)[1]
+    assert record.areas[0] == pytest.approx(record.boxes_xywh[0][2] * record.boxes_xywh[0][3])
 
 
 # Left out or clipped by default.
