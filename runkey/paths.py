@@ -29,6 +29,7 @@ PLOTS = Path("plots")
 HOME = Path(".runkey")
 """Beside the store: records, claims, checkpoints, work of `runkey reproduce`."""
 DATABASE = "mlflow.db"
+SQLITE = "sqlite:///"
 STATE_FOLDERS = (".dvc", ".git", "mlartifacts", "mlruns", HOME.as_posix())
 """In which DVC, git, MLflow and runkey keep their own files."""
 
@@ -80,6 +81,16 @@ def _host(rest: str) -> str:
 def is_server(address: str) -> bool:
     """Return True if a store's address is that of a tracking server."""
     return address.startswith(("http://", "https://"))
+
+
+def home_of(root: Path) -> Path:
+    """Return `HOME` of the store in use: beside a sqlite file that `MLFLOW_TRACKING_URI` names.
+
+    `root` is the main checkout.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    beside = (root / uri.removeprefix(SQLITE)).parent if uri.startswith(SQLITE) else root
+    return beside / HOME
 
 
 def records(home: Path, uri: str = "") -> Path:

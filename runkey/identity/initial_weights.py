@@ -27,7 +27,7 @@ CARD = "model.json"
 """Beside the weights of a saved model: its classes, by which rows of heads are matched."""
 
 _KEY = re.compile(rf"(?:({ANY_SCHEMA})-)?([0-9a-f]{{4,64}})")
-_FOLDER = Path("initial")
+COPIES = Path("initial")
 """Below `paths.HOME`: copies of runs' models, in a folder named by the hash of the weights."""
 
 
@@ -67,8 +67,12 @@ def weights_file(path: Path) -> Path:
     return next((file for file in files if file.is_file()), path / WEIGHTS)
 
 
-def find_initial_weights(name: str, value: str, root: Path) -> InitialWeights:
+def find_initial_weights(
+    name: str, value: str, root: Path, main: Path | None = None
+) -> InitialWeights:
     """Find the weights that the parameter `name` gives, without reading more than their hash.
+
+    `main` is the checkout whose store has the run of a key; None: `DVC_ROOT` or `root`.
 
     Raises:
         RecipeError: there is no such file, folder or run, it holds no weights, or several keys
@@ -83,7 +87,7 @@ def find_initial_weights(name: str, value: str, root: Path) -> InitialWeights:
         )
     key = _KEY.fullmatch(value)
     if not path.exists() and key:
-        return _of_run(where, key, root)
+        return _of_run(where, key, main or _main(root))
     file = weights_file(path)
     if not file.is_file():
         raise RecipeError(
@@ -110,12 +114,16 @@ def readable_path(value: str, root: Path) -> Path:
     """
     key = _KEY.fullmatch(value)
     is_run = key is not None and not (root / value).exists()
-    return _of_run(value, key, root).file if key and is_run else root / value
+    return _of_run(value, key, _main(root)).file if key and is_run else root / value
 
 
-def _of_run(where: str, key: re.Match[str], root: Path) -> InitialWeights:
-    home = Path(os.environ.get("DVC_ROOT") or root) / paths.HOME
-    cache = paths.records(home, os.environ.get("MLFLOW_TRACKING_URI", ""))
+def _main(root: Path) -> Path:
+    return Path(os.environ.get("DVC_ROOT") or root)
+
+
+def _of_run(where: str, key: re.Match[str], main: Path) -> InitialWeights:
+    home = paths.home_of(main)
+    cache = paths.records(home, os.environ.get("MLFLOW_TRACKING_URI", "").strip())
     schemas = [key[1]] if key[1] else list(SCHEMAS)
     found: list[Record] = []
     with open_records(cache, partial=True) as database:
@@ -138,7 +146,7 @@ def _of_run(where: str, key: re.Match[str], root: Path) -> InitialWeights:
         for file in (WEIGHTS, OLD_WEIGHTS):
             weights, card = files.get(f"{folder}/{file}"), files.get(f"{folder}/{CARD}")
             if weights:
-                target = home / _FOLDER / weights.sha256[:16] / folder / file
+                target = home / COPIES / weights.sha256[:16] / folder / file
                 return InitialWeights(target, weights.sha256, card.sha256 if card else None, record)
     raise RecipeError(
         f"{where}: what is recorded of that run here has no weights; `runkey show {key[0]}` asks "

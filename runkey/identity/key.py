@@ -135,10 +135,13 @@ def older_rule(key: str) -> str:
     return f"key by the older rule {schema} ({OLDER[schema]})" if schema in OLDER else ""
 
 
-def make_recipe(stage: str, root: Path, params: Params | None = None) -> Recipe:
+def make_recipe(
+    stage: str, root: Path, params: Params | None = None, main: Path | None = None
+) -> Recipe:
     """Return the recipe of a stage of dvc.yaml for the files in `root` as they are now.
 
-    `params` are the checked parameters, read from params.yaml if None.
+    `params` are the checked parameters, read from params.yaml if None. `main` is the checkout in
+    whose store a run's key is looked up that `model.init_from` names; None: `DVC_ROOT` or `root`.
 
     Raises:
         RecipeError: something that the key covers is missing; the text names it.
@@ -158,7 +161,7 @@ def make_recipe(stage: str, root: Path, params: Params | None = None) -> Recipe:
     hashes = hash_files(sorted(files), root)
     preimages = {
         "code": {"rule": RULE, "files": hashes, "excluded": sorted(EXCLUDED)},
-        "params": _params(stages, flat, root),
+        "params": _params(stages, flat, root, main),
         "data": data,
         "environment": environment_preimage(root / LOCK),
     }
@@ -178,7 +181,9 @@ def part_digest(kind: str, preimage: Any, schema: str = SCHEMA) -> str:
         raise RecipeError(f"{PARAMS}: a text holds half a character, {half}") from None
 
 
-def _params(stages: Iterable[Stage], flat: Mapping[str, Any], root: Path) -> dict[str, Any]:
+def _params(
+    stages: Iterable[Stage], flat: Mapping[str, Any], root: Path, main: Path | None
+) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
     for stage in stages:
         for name in stage.params:
@@ -193,7 +198,7 @@ def _params(stages: Iterable[Stage], flat: Mapping[str, Any], root: Path) -> dic
             # Imported here: it reads records, which hold keys.
             from runkey.identity.initial_weights import find_initial_weights
 
-            chosen[name] = find_initial_weights(name, value, root).identity
+            chosen[name] = find_initial_weights(name, value, root, main).identity
     return chosen
 
 

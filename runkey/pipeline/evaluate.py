@@ -41,7 +41,7 @@ def evaluate(root: Path) -> None:
     params = load_params(root / paths.PARAMS)
     want_bars(params.runtime.progress)
     run, recipe = FinishedRun(params, root), make_recipe("evaluate", root, params)
-    inputs = Inputs(root, params, recipe, paths.store_root() / paths.HOME)
+    inputs = Inputs(root, params, recipe, paths.home_of(paths.store_root()))
     inputs.check()
     run.check(params)
     device, _ = choose_device(params.runtime.device)

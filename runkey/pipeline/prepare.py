@@ -29,7 +29,7 @@ def prepare_data(root: Path) -> None:
     """
     params = load_params(root / paths.PARAMS)
     want_bars(params.runtime.progress)
-    out, home = root / paths.PREPARED, paths.store_root() / paths.HOME
+    out, home = root / paths.PREPARED, paths.home_of(paths.store_root())
     inputs = Inputs(root, params, make_recipe("prepare", root, params), home)
     inputs.begin_prepare()
     prepare(params.data, params.seed, root, out, params.model.num_queries)

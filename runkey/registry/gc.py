@@ -2,7 +2,7 @@
 
 That is: runs that failed or whose process is gone, with a snapshot that no other run needs, unless
 a training could resume them; folders of trainings whose key a finished run has; claims that a newer
-generation has replaced; worktrees and half-written files that no process uses.
+generation has replaced; worktrees and half-written files that no process uses; copies of weights.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import psutil
 from runkey import paths
 from runkey.errors import RegistryError, RunkeyError
 from runkey.files import read_json
+from runkey.identity.initial_weights import COPIES, OLD_WEIGHTS, WEIGHTS
 from runkey.identity.key import ANY_SCHEMA, TRAINING, short_key
 from runkey.identity.record import Record, RunPointer
 from runkey.identity.record_cache import remove_record
@@ -45,7 +46,7 @@ _HALF_WRITTEN_SECONDS = 86400.0
 
 # fmt: off
 Kind = Literal[
-    "run", "checkpoint", "claim", "worktree", "leftover",
+    "run", "checkpoint", "claim", "worktree", "leftover", "weights",
     "model", "experiment", "run-cache", "snapshot",
 ]
 # fmt: on
@@ -133,7 +134,13 @@ def collect(scope: Scope, older_than_days: float = 0.0) -> list[Item]:
     least = older_than_days * 86400
     runs = [item for item in _runs(scope) if item.age_seconds >= least]
     going = {item.name.rpartition(":")[2] for item in runs}
-    others = chain(_checkpoints(scope), _claims(scope, going), _worktrees(scope), _leftovers(scope))
+    others = chain(
+        _checkpoints(scope),
+        _claims(scope, going),
+        _worktrees(scope),
+        _leftovers(scope),
+        _initial_weights(scope),
+    )
     return [*runs, *(item for item in others if item.age_seconds >= least)]
 
 
@@ -295,6 +302,7 @@ def _leftovers(scope: Scope) -> Iterator[Item]:
         *scope.home.glob("runs/.*"),
         *scope.home.glob("claims/.*"),
         *scope.home.glob(".*-*"),  # of publish, fetch, export and import
+        *scope.home.glob(f"{COPIES}/*/.runkey-*"),
         # Of downloads, and of MLflow's database, which need not be in the checkout.
         *scope.root.glob(".runkey-*"),
         *scope.home.parent.glob(".runkey-*"),
@@ -312,6 +320,27 @@ def _leftovers(scope: Scope) -> Iterator[Item]:
         if scope.now - _changed(path) >= least:
             why = "half written, by a process that is gone"
             yield _item(scope, "leftover", path, str(path), why)
+
+
+def _initial_weights(scope: Scope) -> Iterator[Item]:
+    """Copies of weights that trainings began with, if the run that they are of still has them."""
+    for path in sorted(scope.home.glob(f"{COPIES}/*/")):
+        sources = (r for r in scope.records if _has_weights(scope.library, r, path.name))
+        source = next(sources, None)
+        if source and not path.is_symlink() and scope.now - _changed(path) >= _QUIET_SECONDS:
+            why = f"a copy; {source.label} has them"
+            yield _item(scope, "weights", path, f"{COPIES}/{path.name}", why)
+
+
+def _has_weights(library: Library, record: Record, digest: str) -> bool:
+    if record.run.status != "FINISHED" or record.details is None:
+        return False
+    for path in (f"{paths.MODEL}/{name}" for name in (WEIGHTS, OLD_WEIGHTS)):
+        stored = record.details.files.get(path)
+        if stored and stored.sha256.startswith(digest):
+            with suppress(RegistryError, OSError), library.open_file(record, path) as file:
+                return file.seek(0, os.SEEK_END) == stored.size
+    return False
 
 
 def _has_processes(path: Path) -> bool:

@@ -33,8 +33,6 @@ from runkey.registry.rest import RestClient, RestError, UnreachedError
 
 logger = logging.getLogger(__name__)
 
-SQLITE = "sqlite:///"
-
 
 class LocalLibrary:
     """The runs of a store on this machine, read from its cache.
@@ -50,7 +48,7 @@ class LocalLibrary:
         `home` and `uri` are those of the `Store`; the default is mlflow.db beside `home`.
         """
         self.home = home
-        self._uri = uri or f"{SQLITE}{home.parent / 'mlflow.db'}"
+        self._uri = uri or f"{paths.SQLITE}{home.parent / 'mlflow.db'}"
         self.path = paths.records(home, self._uri)
         self.place = str(self.path)
         self._on_damage = on_damage
@@ -131,8 +129,8 @@ class LocalLibrary:
         try:
             return answer()
         except record_cache.DamagedCacheError as damage:
-            database = Path(self._uri.removeprefix(SQLITE))
-            if self._uri.startswith(SQLITE) and database.is_file():
+            database = Path(self._uri.removeprefix(paths.SQLITE))
+            if self._uri.startswith(paths.SQLITE) and database.is_file():
                 try:
                     self.rebuild()
                 except (RegistryError, OSError):
@@ -360,7 +358,7 @@ def run_reader(uri: str) -> ReadRun | None:
     """Return a reader of a store's runs; None for a database that only MLflow itself can read."""
     if paths.is_server(uri):
         return RestClient(uri).run
-    if not uri.startswith(SQLITE):
+    if not uri.startswith(paths.SQLITE):
         return None
 
     def read(run_id: str) -> LoggedRun | None:
@@ -372,7 +370,7 @@ def run_reader(uri: str) -> ReadRun | None:
 
 def finished_runs(uri: str) -> set[str]:
     """List the MLflow ids of all finished runs that have a key; empty if not a sqlite store."""
-    if not uri.startswith(SQLITE):
+    if not uri.startswith(paths.SQLITE):
         return set()
     with _opened(uri) as database:
         return {run for (run,) in database.execute(f"{_KEYED} AND status = 'FINISHED'", (KEY,))}
@@ -389,7 +387,7 @@ def _all_runs(uri: str) -> Iterator[LoggedRun]:
 @contextmanager
 def _opened(uri: str) -> Iterator[Connection]:
     """Open the database read-only; it is not created if it is not there."""
-    path = Path(uri.removeprefix(SQLITE))
+    path = Path(uri.removeprefix(paths.SQLITE))
     if path.exists() and not path.is_file():
         raise RegistryError(f"{path}: not a file; move it away: the next run makes a database")
     if not path.exists():

@@ -399,7 +399,7 @@ def _train_again(
 def _check_key(record: Record, library: Library, main: Path, root: Path) -> None:
     """Stop if the checked-out tree is of another key than the run; nothing of it is executed."""
     recipe = read_recipe(library, record)
-    found = make_recipe(recipe.stage, root)
+    found = make_recipe(recipe.stage, root, main=main)
     differing = [] if found.key == record.key else _differing(recipe, found, main, root)
     if not differing:
         logger.info("its key is the run's")

@@ -21,7 +21,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 MAX_METRICS = 1000
 """MLflow's limit on one request."""
 
-_SQLITE = "sqlite:///"
 
 # Set before mlflow is imported. The last three bound how long a call to a dead server takes: with
 # MLflow's defaults (7 retries, 120 s each) that is a quarter of an hour.
@@ -76,7 +75,9 @@ class Store:
     @property
     def database(self) -> Path | None:
         """The sqlite file; None for a server or another database."""
-        return Path(self.uri.removeprefix(_SQLITE)) if self.uri.startswith(_SQLITE) else None
+        return (
+            Path(self.uri.removeprefix(paths.SQLITE)) if self.uri.startswith(paths.SQLITE) else None
+        )
 
     @property
     def cache(self) -> Path:
@@ -99,17 +100,17 @@ def locate_store(root: Path | None = None) -> Store:
         TrackingError: the path of the database holds a `?`, where MLflow takes it to end.
     """
     root = (root or paths.store_root()).resolve()
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or f"{_SQLITE}{root / 'mlflow.db'}"
-    if uri.startswith(_SQLITE):
-        uri = f"{_SQLITE}{root / uri.removeprefix(_SQLITE)}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or f"{paths.SQLITE}{root / 'mlflow.db'}"
+    if uri.startswith(paths.SQLITE):
+        database = root / uri.removeprefix(paths.SQLITE)
+        uri = f"{paths.SQLITE}{database}"
         if "?" in uri:
             raise TrackingError(
-                f"{uri.removeprefix(_SQLITE)}: MLflow takes the path of a database to end at `?`;"
+                f"{database}: MLflow takes the path of a database to end at `?`;"
                 " rename the folder, or set MLFLOW_TRACKING_URI to sqlite:////another/mlflow.db"
             )
     artifacts = None if paths.is_server(uri) else root / "mlartifacts"
-    store = Store(uri, artifacts, root / paths.HOME)
-    return replace(store, home=store.database.parent / paths.HOME) if store.database else store
+    return Store(uri, artifacts, paths.home_of(root))
 
 
 def quiet_mlflow() -> None:
@@ -236,7 +237,7 @@ def _make_database(path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".runkey-", dir=path.parent) as folder:
         draft = Path(folder) / path.name
         draft.touch()  # sqlite would leave out the group's right to write, whatever the umask
-        MlflowClient(f"{_SQLITE}{draft}")
+        MlflowClient(f"{paths.SQLITE}{draft}")
         try:
             path.hardlink_to(draft)
         except OSError:  # another process was faster, or the file system has no hard links

@@ -57,6 +57,19 @@ def test_the_key_of_a_training_holds_the_identity(project):
     assert len(keys) == 1
 
 
+def test_a_run_is_found_in_the_store_in_use(project, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    make_run(other, KEY, files=FILES)
+    with pytest.raises(RecipeError, match="no finished run of that key"):
+        find_initial_weights(NAME, KEY, project)
+    # The worktree of `runkey reproduce` has no store of its own.
+    assert find_initial_weights(NAME, KEY, project, main=other).run.key == KEY
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}/mlflow.db")
+    found = find_initial_weights(NAME, KEY, project)
+    assert found.run.key == KEY
+    assert found.file.is_relative_to(other / ".runkey")
+
+
 def test_a_finished_run_is_taken_and_no_repetition_of_it(project):
     make_run(project, KEY, "0" * 32, status="FAILED", files={"model/weights.pt": b"half"})
     make_run(project, KEY, "1" * 32, files=FILES, tags={"key": KEY, "reproduction_of": "2" * 32})

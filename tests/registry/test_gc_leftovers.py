@@ -108,3 +108,20 @@ def test_what_a_killed_export_leaves_is_named_at_once(house):
     archive.remove()
     item.remove()
     assert house.items(now=time.time() + 4000) == []
+
+
+def test_copies_of_weights_that_their_run_still_has(house):
+    files = {"model/weights.safetensors": b"weights"}
+    record = make_run(house.root, KEY, files=files)
+    digest = record.details.files["model/weights.safetensors"].sha256
+    copy, lost = (house.folder(f"initial/{name}") for name in (digest[:16], "0" * 16))
+    for folder in (copy, lost):
+        (folder / "model").mkdir()
+        (folder / "model/weights.safetensors").write_bytes(b"weights")
+    assert house.items() == []  # a training may be reading it
+    later = time.time() + 7200
+    assert house.offered(now=later) == {("weights", f"initial/{copy.name}")}
+    (
+        house.root / "mlartifacts" / record.run.run_id / "artifacts/model/weights.safetensors"
+    ).unlink()
+    assert house.offered(now=later) == set()
