@@ -26,7 +26,7 @@ from typer import Argument, Option
 from runkey.cli import output
 from runkey.cli.output import AsJson
 from runkey.data.coco import is_hidden, split_in
-from runkey.data.report import escaped
+from runkey.data.report import shortened
 from runkey.errors import DataError, LockError, RunkeyError
 from runkey.files import FormatError, read_text, write_atomically
 from runkey.progress import each, say
@@ -173,7 +173,7 @@ class _Labels:
 
     def fault(self, path: Path, what: str) -> None:
         """Record what cannot be read."""
-        self.faults.append(f"{escaped(str(path.relative_to(self.source)))}: {escaped(what)}")
+        self.faults.append(f"{shortened(str(path.relative_to(self.source)))}: {shortened(what)}")
 
     def note(self, what: str, item: str) -> None:
         """Record an item that is converted, or left out by the user's own lists."""
@@ -181,7 +181,7 @@ class _Labels:
 
     def notes(self) -> list[str]:
         """Return one line for each kind of note."""
-        return [f"{what}: {len(i)}, such as {escaped(i[0])}" for what, i in self._noted.items()]
+        return [f"{what}: {len(i)}, such as {shortened(i[0])}" for what, i in self._noted.items()]
 
     def image_of(self, label: Path, name: str = "") -> _Image | None:
         """Return a label's image; if there is none, or one with another label, it is a fault.

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeGuard
 from unicodedata import category, normalize
 
 from runkey.data.index import ClassName
-from runkey.data.report import Findings, escaped
+from runkey.data.report import Findings, shortened
 from runkey.errors import DataError
 from runkey.files import LARGE, FormatError, read_text, unique
 
@@ -227,7 +227,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _names(data: Path, paths: list[Path]) -> str:
-    names = [escaped(path.relative_to(data).as_posix()) for path in paths[:_MOST_LISTED]]
+    names = [shortened(path.relative_to(data).as_posix()) for path in paths[:_MOST_LISTED]]
     more = [f"and {len(paths) - _MOST_LISTED} more"] if len(paths) > _MOST_LISTED else []
     return ", ".join(names + more)
 
@@ -266,7 +266,7 @@ class CocoImage:
     @property
     def item(self) -> str:
         """Return its name in messages."""
-        return f"image {self.id} ({escaped(self.name)})"
+        return f"image {self.id} ({shortened(self.name)})"
 
 
 @dataclass(slots=True)
@@ -331,7 +331,7 @@ def _cut_foreign_folders(source: Source, images: list[CocoImage], findings: Find
             for image, name in zip(images, cut, strict=True):
                 image.name = "/".join(name)
             folders = f"the folders {'/'.join(shared[:start])}" if start > 0 else "their folders"
-            what = f"file names are read without {escaped(folders)}{form}"
+            what = f"file names are read without {shortened(folders)}{form}"
             findings.notes.append(f"{source.shown_json}: {what}")
             return
 
@@ -347,14 +347,14 @@ def merge_classes(parts: list[Coco], findings: Findings) -> list[ClassName]:
         for number, name in part.categories.items():
             if merged.setdefault(number, name) != name:
                 what = (
-                    f"category {number} is {escaped(name)}, but {escaped(merged[number])} "
+                    f"category {number} is {shortened(name)}, but {shortened(merged[number])} "
                     f"in {first}"
                 )
                 findings.refuse(last, what, "give train and val the same categories")
     ids: dict[str, int] = {}
     for number, name in sorted(merged.items()):
         if ids.setdefault(name, number) != number:
-            what = f"category name {escaped(name)} has the ids {ids[name]} and {number}"
+            what = f"category name {shortened(name)} has the ids {ids[name]} and {number}"
             findings.refuse(last, what, "give every category one id and its own name")
     return [ClassName(index, number, merged[number]) for index, number in enumerate(sorted(merged))]
 
@@ -480,4 +480,4 @@ def _integer(value: Any) -> int | None:
 
 
 def _value(entry: dict[str, Any], name: str) -> str:
-    return f"is {escaped(json.dumps(entry[name]))}" if name in entry else "is missing"
+    return f"is {shortened(json.dumps(entry[name]))}" if name in entry else "is missing"

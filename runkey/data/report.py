@@ -19,9 +19,10 @@ from runkey.units import counted
 
 if TYPE_CHECKING:
     from runkey.params import Checks
+from runkey.progress import escaped
 
 LINES_PER_KIND = 20
-_LONGEST_NAME = 120
+_LONGEST_TEXT = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ class Findings:
         return lines or ["  nothing found wrong"]
 
 
-def escaped(name: str) -> str:
-    """Return a name from a JSON, escaped and shortened for a one-line message."""
-    shown = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in name)
-    return shown if len(shown) <= _LONGEST_NAME else shown[:_LONGEST_NAME] + "..."
+def shortened(text: str) -> str:
+    """Return a text from a data set for a message: one line, escaped, of limited length."""
+    shown = escaped(text, newlines=True)
+    return shown if len(shown) <= _LONGEST_TEXT else shown[:_LONGEST_TEXT] + "..."
