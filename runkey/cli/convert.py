@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -91,16 +91,13 @@ def _globox() -> Any:
 
     That folder goes last: globox's own packages are those of this environment.
     """
-    folders = output.workspace().glob(".venv-convert/lib/python3*/site-packages")
-    for folder in (None, *folders):
-        if folder:
-            sys.path.append(str(folder))
-        try:
-            from globox import BoundingBox
-        except ImportError:
-            continue
-        return BoundingBox
-    raise LockError("`runkey convert` needs globox, which is not installed; run `make env-convert`")
+    sys.path += map(str, output.workspace().glob(".venv-convert/lib/python3*/site-packages"))
+    try:
+        from globox import BoundingBox
+    except ImportError:
+        text = "`runkey convert` needs globox, which is not installed; run `make env-convert`"
+        raise LockError(text) from None
+    return BoundingBox
 
 
 @dataclass(slots=True)
@@ -117,7 +114,6 @@ class _Labels:
     """The images of a folder and what its label files say about them."""
 
     suffix: str
-    _OTHERS = ({"train", "val"}, {"train", "test"}, {"val", "test"})
 
     def __init__(self, source: Path, boxes: Any) -> None:
         self.source, self.boxes = source, boxes
@@ -208,7 +204,7 @@ class _Labels:
 
         labels/cam1 and images/cam2 do not, if several images have that name.
         """
-        if {split_in(label), split_in(picture)} in self._OTHERS:
+        if len({split_in(label), split_in(picture)} - {None}) > 1:
             return False
         differ = set(label.parts) ^ set(picture.parts)
         return self._unique or all(map(_USUAL.fullmatch, differ))
@@ -440,9 +436,9 @@ def _write(
         (out / "annotations").mkdir(parents=True)
         try:
             for split, images in splits.items():
+                base = Path(os.path.commonpath([image.path.parent for image in images]))
                 path = out / f"annotations/instances_{split}.json"
-                write_atomically(path, json.dumps(_coco(images, ids)))
-                base = _shared_folder(images)
+                write_atomically(path, json.dumps(_coco(images, ids, base)))
                 for image in each(f"copy {split}", images, "images"):
                     copy = out / "images" / split / image.path.relative_to(base)
                     copy.parent.mkdir(parents=True, exist_ok=True)
@@ -460,17 +456,7 @@ def _write(
     return after
 
 
-def _shared_folder(images: Sequence[_Image]) -> Path:
-    """The deepest folder that has all images."""
-    first, *_ = (image.path.parent for image in images)
-    shared = set(first.parents) | {first}
-    for image in images:
-        shared &= set(image.path.parents)
-    return max(shared, key=lambda folder: len(folder.parts))
-
-
-def _coco(images: Sequence[_Image], ids: dict[str, int]) -> dict[str, Any]:
-    base = _shared_folder(images)
+def _coco(images: list[_Image], ids: dict[str, int], base: Path) -> dict[str, Any]:
     annotations: list[dict[str, Any]] = []
     entries = []
     for number, image in enumerate(images, start=1):
