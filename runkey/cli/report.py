@@ -25,6 +25,7 @@ from runkey.cli import output
 from runkey.cli.output import AsJson
 from runkey.cli.project import summary
 from runkey.errors import DataError, RegistryError, RunkeyError
+from runkey.files import WriteError
 from runkey.identity.key import short_key
 from runkey.progress import log_to_terminal, say
 from runkey.registry.dvc_cache import download
@@ -69,8 +70,8 @@ def report(
         target = to or Path("-".join(["report", *digits[:4]]) + ".html")
         try:
             write_report(runs, target)
-        except OSError as error:
-            raise RunkeyError(f"{target}: {error.strerror}; name another one with --to") from None
+        except WriteError as error:
+            raise RunkeyError(f"{error}; name another one with --to") from None
     answer = {"page": str(target), "keys": [run.key for run in runs]}
     output.print_answer(answer, str(target), as_json=as_json)
     if browser:

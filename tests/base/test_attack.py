@@ -26,7 +26,7 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_attacks_of_a_fixed_seed(box: Path) -> None:
-    found = run(box, 40, 1, [SHORT])[SHORT]
+    found = run(box, 15, 1, [SHORT])[SHORT]
     assert [one for one in found if one["verdict"] in BAD] == []
     assert {one["verdict"] for one in found} == {"accepted", "refused"}
 

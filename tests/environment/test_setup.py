@@ -287,7 +287,15 @@ def lose_module(clone):
     return clone
 
 
-@pytest.mark.parametrize("how", [move, copy_beside, break_command, lose_module])
+@pytest.mark.parametrize(
+    "how",
+    [
+        break_command,
+        lose_module,
+        pytest.param(move, marks=pytest.mark.slow),
+        pytest.param(copy_beside, marks=pytest.mark.slow),
+    ],
+)
 def test_a_dvc_that_does_not_start_is_installed_anew(clone_with_python, how):
     links = require_dvc(clone_with_python)
     assert set_up(clone_with_python, **links).returncode == 0
