@@ -59,6 +59,8 @@ _TABLE = """CREATE TABLE IF NOT EXISTS hashes (
     device INTEGER, inode INTEGER, size INTEGER, modified INTEGER, changed INTEGER,
     md5 TEXT, hashed REAL, PRIMARY KEY (device, inode)
 )"""
+_FIND = """SELECT md5 FROM hashes
+    WHERE device = ? AND inode = ? AND size = ? AND modified = ? AND changed = ?"""
 _KEPT_SECONDS = 60 * 86_400.0
 _BUSY_SECONDS = 20.0
 _TICK_NS = 2_000_000_000
@@ -91,12 +93,11 @@ class FileHashes:
         """Args: home: `Store.home`; unsaved: takes the hashes that `HASHES` cannot take."""
         self._path = home / HASHES
         self._unsaved = {} if unsaved is None else unsaved
-        self._known = dict(self._unsaved)
         self._new: list[tuple[tuple[int, ...], str, float]] = []
+        self._database: sqlite3.Connection | None = None
         try:
-            with closing(self._open()) as database:
-                rows = database.execute("SELECT * FROM hashes")
-                self._known |= {row[:5]: row[5] for row in rows}
+            self._database = self._open()
+            self._database.execute("BEGIN")  # one lock for all reads
         except (sqlite3.OperationalError, OSError) as error:
             logger.debug(f"{self._path}: {error}")
         except sqlite3.DatabaseError:
@@ -114,8 +115,8 @@ class FileHashes:
         found = path.stat()
         times = (found.st_mtime_ns, found.st_ctime_ns)
         state = (found.st_dev, found.st_ino, found.st_size, *times)
-        if state in self._known:
-            return self._known[state]
+        if known := self._unsaved.get(state) or self._stored(state):
+            return known
         with path.open("rb") as file:
             md5 = hashlib.file_digest(file, "md5").hexdigest()
         now = time.time()
@@ -123,8 +124,23 @@ class FileHashes:
             self._new.append((state, md5, now))
         return md5
 
+    def _stored(self, state: tuple[int, ...]) -> str | None:
+        # One by one: those of all experiments' copies of the data would not fit into memory.
+        if self._database is None:
+            return None
+        try:
+            row = self._database.execute(_FIND, state).fetchone()
+        except sqlite3.Error as error:
+            logger.debug(f"{self._path}: {error}")
+            self._database.close()
+            self._database = None
+            return None
+        return str(row[0]) if row else None
+
     def close(self) -> None:
         """Write the new hashes."""
+        if self._database:
+            self._database.close()
         if not self._new:
             return
         try:
@@ -330,7 +346,7 @@ def tree_note(root: Path, params: Params | None = None, home: Path | None = None
     note = ""
     if recipe.key != key:
         # DVC sees the name of the weights, not the file.
-        force = ", with `-f` if weights changed that it names" if has_weights else ""
+        force = " (`dvc repro -f`, if weights were changed in place)" if has_weights else ""
         note = (
             f"{RUN_JSON} is of {short_key(key)}, the files here now have the key"
             f" {short_key(recipe.key)}; `runkey diff {short_key(key)} .` says why, `dvc repro`"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 
 from runkey.errors import RecipeError
 from runkey.identity.initial_weights import find_initial_weights
+from runkey.identity.inputs import tree_note
 from runkey.identity.key import make_recipe
 from tests.support.records import key_of, make_run
 
@@ -55,6 +57,18 @@ def test_the_key_of_a_training_holds_the_identity(project):
         assert recipe.preimages["params"][NAME] == identity(project, KEY)
         keys.add(recipe.key)
     assert len(keys) == 1
+
+
+def test_weights_that_change_in_place_are_named_with_the_way_out(project):
+    write(project / "start")
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text.replace("model:\n", "model:\n  init_from: start\n"))
+    key = make_recipe("train", project).key
+    (project / "run.json").write_text(json.dumps({"stage": "train", "key": key}))
+    home = project / ".runkey"
+    assert tree_note(project, home=home) == ""
+    write(project / "start", {"model/weights.safetensors": b"changed"})
+    assert "`dvc repro -f`" in tree_note(project, home=home)
 
 
 def test_a_run_is_found_in_the_store_in_use(project, tmp_path, monkeypatch):
