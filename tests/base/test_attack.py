@@ -31,6 +31,7 @@ def test_attacks_of_a_fixed_seed(box: Path) -> None:
     assert {one["verdict"] for one in found} == {"accepted", "refused"}
 
 
+@pytest.mark.slow
 def test_the_harness_sees_planted_faults(box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PLANTED, ",".join(FAULTS))
     found = run(box, len(FAULTS), 0, ["weights"])["weights"]

@@ -33,7 +33,7 @@ def write(path: Path, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """all/ tracked as a whole, with the sets `one` and `other`; `lone.txt` tracked by itself."""
+    """all/ tracked as a whole, with the sets `one` and `other`; `lone.txt` by itself; prepared."""
     root = tmp_path_factory.mktemp("inputs") / "repository"
     for name, text in FILES.items():
         write(root / name, text)
@@ -52,20 +52,18 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for arguments in (["init", "-q"], ["add", "-q", "all", "lone.txt"]):
         command = [str(Path(sys.executable).with_name("dvc")), *arguments]
         subprocess.run(command, cwd=root, check=True, capture_output=True)
+    inputs = read(root, "prepare")
+    inputs.begin_prepare()
+    for name, text in {"train.json": "[1]", "cache_train.npy": "pixels"}.items():
+        write(root / "prepared" / name, text)
+    inputs.end_prepare()
     return root
 
 
 @pytest.fixture
 def root(template: Path, tmp_path: Path) -> Path:
-    """A copy with a prepared/ of its own."""
-    copy = tmp_path / "repository"
-    shutil.copytree(template, copy)
-    inputs = read(copy, "prepare")
-    inputs.begin_prepare()
-    for name, text in {"train.json": "[1]", "cache_train.npy": "pixels"}.items():
-        write(copy / "prepared" / name, text)
-    inputs.end_prepare()
-    return copy
+    """A copy to change."""
+    return Path(shutil.copytree(template, tmp_path / "repository"))
 
 
 def read(root: Path, stage: str = "train") -> Inputs:
