@@ -34,7 +34,7 @@ def test_an_unknown_stage_is_one_line():
     assert done.returncode == 1
     assert done.stderr == (
         "error: dvc.yaml: no stage nothing;"
-        " there are prepare, profile_memory, train, evaluate, plots\n"
+        " there are check, prepare, profile_memory, train, evaluate, plots\n"
     )
 
 
