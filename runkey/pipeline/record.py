@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -341,20 +342,21 @@ class FinishedRun:
     def _add(self, files: dict[str, StoredFile], evaluations: dict[str, dict[str, float]]) -> None:
         """Copy files of the workspace to the run, note both in its record, and close it."""
         assert self._mlflow
-        for path in files:
-            _copy(self._root, path, self._mlflow)
-        if self._details is None:
-            self._mlflow.close()
-            return
-        self._details = replace(
-            self._details,
-            files=self._details.files | files,
-            evaluations=self._details.evaluations | evaluations,
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            record = Path(folder) / DETAILS
-            record.write_text(self._details.as_json(), encoding="utf-8")
-            self._mlflow.artifact(record)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            # Copies: after a kill of DVC its stage runs on, and a new DVC removes its outputs.
+            for path in files:
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self._root / path, folder / path)
+                _copy(folder, path, self._mlflow)
+            if self._details is not None:
+                self._details = replace(
+                    self._details,
+                    files=self._details.files | files,
+                    evaluations=self._details.evaluations | evaluations,
+                )
+                (folder / DETAILS).write_text(self._details.as_json(), encoding="utf-8")
+                self._mlflow.artifact(folder / DETAILS)
             self._mlflow.close()
 
     def save_model(self, name: str, example: Path) -> None:

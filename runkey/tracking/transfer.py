@@ -7,6 +7,7 @@ the folder's layout.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -149,6 +150,8 @@ class StoreRuns:
             for half in client.search_runs([where], f"tags.{ORIGIN} = '{origin}'", max_results=100):
                 if KEY not in half.data.tags:
                     client.delete_run(half.info.run_id)
+                    if self.store.artifacts:
+                        shutil.rmtree(self.store.artifacts / half.info.run_id, ignore_errors=True)
             key = content["tags"].get(KEY) or content["params"][KEY]
             name = copied_name(content["name"], key, content["params"], self.baseline)
             made = client.create_run(where, content["started_ms"], {ORIGIN: origin}, name)

@@ -83,7 +83,9 @@ def test_a_half_copy_is_deleted_by_the_next(ready: Ready, archive: Path, store: 
     client = open_client(store)
     experiment = client.create_experiment("tests", (store.home.parent / "mlartifacts").as_uri())
     half = client.create_run(experiment, tags={ORIGIN: "a" * 32})
+    client.log_text(half.info.run_id, "half", "dvc.json")
     done = take(archive, store)
+    assert not (store.home.parent / "mlartifacts" / half.info.run_id).exists()
     assert client.get_run(half.info.run_id).info.lifecycle_stage == "deleted"
     found = client.search_runs([experiment], f"tags.{ORIGIN} = '{'a' * 32}'")
     assert [run.info.run_id for run in found] == [done.run_id]

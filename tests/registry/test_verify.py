@@ -14,6 +14,7 @@ import pytest
 
 from runkey.identity.record import DETAILS
 from runkey.registry.dvc_cache import DvcCache, files_of
+from runkey.registry.library import LocalLibrary
 from tests.support.recorded_checkout import FILES, Checkout
 from tests.support.records import write_record
 
@@ -246,8 +247,16 @@ def test_what_was_otherwise_when_it_ran_is_a_warning(checkout: Checkout) -> None
 
 
 def test_a_record_without_what_it_should_hold(checkout: Checkout) -> None:
-    checkout.change_details(witness={}, snapshot=5, evaluations={"rk2-e": None})
-    assert {check for check, _ in faults(checkout)} == {"mlflow", "snapshot", "environment"}
+    checkout.change_details(witness={}, snapshot="0" * 40)
+    assert {check for check, _ in faults(checkout)} == {"snapshot", "environment"}
+
+
+def test_a_record_of_other_types_is_left_out_and_named(
+    checkout: Checkout, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkout.change_details(snapshot=5)
+    assert LocalLibrary(checkout.records.parent).matching("rk2-") == []
+    assert "`runkey index` writes it again" in caplog.text
 
 
 def test_runs_that_did_not_finish(checkout: Checkout) -> None:

@@ -9,13 +9,17 @@ import json
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
+from collections import OrderedDict
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.tracking._tracking_service import utils
 
 from runkey.hashing import sha256_file
 from runkey.identity.code import RULE, hash_files
@@ -82,9 +86,9 @@ class Checkout:
 
     def change_details(self, **changes: Any) -> None:
         """Write the record otherwise, in both places."""
-        details = replace(self.details, **changes)
+        details, artifacts = replace(self.details, **changes), self.artifacts
         write_record(self.records, replace(self.record, details=details))
-        (self.artifacts / DETAILS).write_text(details.as_json())
+        (artifacts / DETAILS).write_text(details.as_json())
 
     def verify(self, *, quick: bool = False, is_shared: bool = False) -> Report:
         store = locate_store(self.root)
@@ -239,4 +243,9 @@ def checkout(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Che
     # Else what is missing in the copy would be found in the original.
     uri = copy.record.run.artifact_uri.replace(made.as_uri(), root.as_uri())
     update_record(copy.records, replace(copy.record.run, artifact_uri=uri))
+    monkeypatch.setattr(utils, "_artifact_repos_cache", OrderedDict())  # of the same run's id
+    with closing(sqlite3.connect(root / "mlflow.db")) as database, database:
+        for table, column in (("runs", "artifact_uri"), ("experiments", "artifact_location")):
+            change = f"UPDATE {table} SET {column} = replace({column}, ?, ?)"
+            database.execute(change, (made.as_uri(), root.as_uri()))
     return copy

@@ -10,6 +10,7 @@ are watched by hooks, operations by a dispatch mode.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import weakref
@@ -168,6 +169,7 @@ class Recorder(TorchDispatchMode):
         """Run one optimizer step over micro-batches of these sizes."""
         batches = tuple(synthetic_batch(one, self.fields) for one in micro_batches)
         self._outside = {storage_key(x) for x in _tensors(batches)}
+        gc.collect(1)  # what the step before left
         before = tuple(self._alive.values())
         self._log, self._marks = [], []
         self._start("forward")
@@ -392,9 +394,23 @@ def _tensors(batches: GlobalBatch) -> Iterator[Tensor]:
 
 
 @contextmanager
+def _no_collection() -> Iterator[None]:
+    """Hold off the garbage collector: when it runs differs, and so would the blocks it frees."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@contextmanager
 def recorder(factory: StepFactory, fields: BatchFields, gpu: Gpu) -> Iterator[Recorder]:
     """Build what trains on a fake GPU, ready to record steps."""
     with (
+        _no_collection(),
         torch_private.fake_tensors(),
         torch_private.fake_cuda(gpu.capability, has_bf16=gpu.has_bf16, attention=gpu.attention),
     ):
