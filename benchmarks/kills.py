@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -56,24 +57,25 @@ def run(folder: Path, cases: Sequence[Case], kills: int, seed: int) -> list[Row]
     rng, bench = random.Random(seed), Bench(folder)
     rows = {case.name: Row(case) for case in cases}
     done = 0
-    while done < kills:
-        for case in cases:
-            if done >= kills:
-                break
-            began = time.monotonic()
-            wanted = 1 if case.damage else min(rng.choice([1, 1, 2]), kills - done)
-            played = play(bench, case, rng, wanted)
-            done += 1 if case.damage else played.kills.total()
-            rows[case.name].rounds.append(played)
-            what = played.damaged or dict(played.kills)
-            codes = [code for code, _ in played.lives]
-            seconds = time.monotonic() - began
-            print(
-                f"{done}/{kills} {case.name}: {what}, exit codes {codes}, {seconds:.0f} s",
-                flush=True,
-            )
-            for told in (*played.leftovers, *(f"FAULT {f}" for f in played.faults)):
-                print(f"    {told}", flush=True)
+    with suppress(KeyboardInterrupt):  # the table is of what was done
+        while done < kills:
+            for case in cases:
+                if done >= kills:
+                    break
+                began = time.monotonic()
+                wanted = 1 if case.damage else min(rng.choice([1, 1, 2]), kills - done)
+                played = play(bench, case, rng, wanted)
+                done += 1 if case.damage else played.kills.total()
+                rows[case.name].rounds.append(played)
+                what = played.damaged or dict(played.kills)
+                codes = [code for code, _ in played.lives]
+                seconds = time.monotonic() - began
+                print(
+                    f"{done}/{kills} {case.name}: {what}, exit codes {codes}, {seconds:.0f} s",
+                    flush=True,
+                )
+                for told in (*played.leftovers, *(f"FAULT {f}" for f in played.faults)):
+                    print(f"    {told}", flush=True)
     return list(rows.values())
 
 
