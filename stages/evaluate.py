@@ -3,7 +3,6 @@
 from runkey import paths
 from runkey.errors import report_errors
 from runkey.identity.audit import watch_loader, watch_reads
-from runkey.pipeline.evaluate import evaluate
 from runkey.progress import log_to_terminal
 
 if __name__ == "__mp_main__":  # a loader process
@@ -13,4 +12,7 @@ if __name__ == "__main__":
         log_to_terminal()
         root = paths.workspace()
         watch_reads(root, "evaluate")
+        # Imported here: what modules read when they are imported is watched too.
+        from runkey.pipeline.evaluate import evaluate
+
         evaluate(root)

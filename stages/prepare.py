@@ -3,7 +3,6 @@
 from runkey import paths
 from runkey.errors import report_errors
 from runkey.identity.audit import watch_reads
-from runkey.pipeline.prepare import prepare_data
 from runkey.progress import log_to_terminal
 
 if __name__ == "__main__":
@@ -11,4 +10,7 @@ if __name__ == "__main__":
         log_to_terminal()
         root = paths.workspace()
         watch_reads(root, "prepare")
+        # Imported here: what modules read when they are imported is watched too.
+        from runkey.pipeline.prepare import prepare_data
+
         prepare_data(root)

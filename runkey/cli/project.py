@@ -25,7 +25,7 @@ from runkey.identity.key import FILE_PARAMS, NO_FILE, make_recipe, short_key
 from runkey.identity.key import explain as lines_of
 from runkey.progress import say
 from runkey.registry.library import find_run
-from runkey.units import counted
+from runkey.units import counted, format_seconds
 
 if TYPE_CHECKING:
     from runkey.params import Params
@@ -192,11 +192,11 @@ def summary(as_json: AsJson = False) -> None:
         output.print_json({"key": run["key"], "run": run["run_id"]} | trained | evaluated)
         return
     numbers = [f"{name} {_three(evaluated[name])}" for name in ("AP", "AP50", "AP75")]
-    minutes, seconds = divmod(round(max(0.0, min(trained["seconds"], 1e9))), 60)
+    took = format_seconds(min(trained["seconds"], 1e9))
     key = short_key(str(run["key"]))
     rows = [
         ("result", "   ".join(numbers) + "   (COCO, on the held-out images)"),
-        ("training", f"{minutes} min {seconds:02d} s, weights of epoch {trained['best_epoch']}"),
+        ("training", f"{took}, weights of epoch {trained['best_epoch']}"),
         ("key", f"{key}   (runkey show {key})"),
         *((str(place), text) for place, text in _PLACES if (root / place).exists()),
         ("make ui", "MLflow's pages on all runs" if run.get("run_id") else _NOT_RECORDED),

@@ -191,6 +191,8 @@ def unpack(file: Path, folder: Path) -> Index:
     RegistryError if it is no archive of ours, is damaged, or is made to do harm: it says how. What
     was written until then stays in the folder.
     """
+    if file.exists() and not file.is_file():  # a pipe or a device may have no end
+        raise RegistryError(f"{file.name}: not a file; save the archive to one first")
     try:
         with zipfile.ZipFile(file) as archive:
             index = _read_index(archive, file.name)

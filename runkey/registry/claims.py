@@ -179,9 +179,11 @@ def status_now(record: Record, claims: Claims) -> str:
     claim = None
     with suppress(UnreachedError):
         claim = newest(claims, record.key)
-    if claim is None or claim.run_id is None:
+    if claim is None:
         return record.run.status
-    alive = claim.run_id == record.run.run_id and state_now(claim) in ("running", "silent")
+    # A claim that was taken over names its run only when that goes on.
+    alive = claim.run_id in (None, record.run.run_id)
+    alive = alive and state_now(claim) in ("running", "silent")
     return record.run.status if alive else DEAD
 
 

@@ -116,6 +116,18 @@ def test_a_file_that_is_no_part_of_the_key_is_refused(project: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("stage", ["prepare", "profile_memory", "train", "evaluate"])
+def test_what_modules_read_when_they_are_imported_is_watched(stage: str) -> None:
+    """Stages import what they run after `watch_reads`; `ranks` tells train who it is."""
+    text = f"import sys, stages.{stage}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", text], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    late = ("data", "model", "memory", "evaluation", "plots", "training", f"pipeline.{stage}")
+    found = {name for name in done.stdout.split() for part in late if name == f"runkey.{part}"}
+    assert found <= ({"runkey.training"} if stage == "train" else set())
+
+
 def test_the_way_out_puts_it_into_the_key(project: Path) -> None:
     (project / "stages/probe.py").touch()
     before = make_recipe("probe", project).key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import zipfile
 from collections.abc import Callable
@@ -126,6 +127,14 @@ def test_a_changed_byte(archive: Path, colleague: Path) -> None:
 
     rewrite(archive, change)
     assert f"'{FILE}' is not what index.json lists" in refused(archive, colleague)
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_a_device_or_a_folder(colleague: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for place in (pipe, Path("/dev/zero"), tmp_path):
+        assert f"{place.name}: not a file" in refused(place, colleague)
 
 
 def test_what_is_no_archive(colleague: Path, tmp_path: Path) -> None:

@@ -107,14 +107,17 @@ def test_mistakes_are_one_line(runs: Path, run: Run) -> None:
         assert err.startswith("error: ")
 
 
-def test_a_run_whose_process_is_gone_does_not_look_alive(runs: Path, run: Run) -> None:
+@pytest.mark.parametrize("run_id", ["c" * 32, None])  # None: killed just after it took over
+def test_a_run_whose_process_is_gone_does_not_look_alive(
+    runs: Path, run: Run, run_id: str | None
+) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", _OWNER], cwd=REPOSITORY, check=True, capture_output=True, text=True
     )
     claims = FileClaims(runs / ".runkey" / "claims")
     owner = type(this_owner()).from_dict(json.loads(ended.stdout))
     claim = Claim(
-        key=C, generation=1, owner=owner, state="running", run_id="c" * 32, beat=1, since_ms=0
+        key=C, generation=1, owner=owner, state="running", run_id=run_id, beat=1, since_ms=0
     )
     assert claims.make(claim)
     _, out, _ = run("list", "--where", "status=RUNNING")
