@@ -115,7 +115,9 @@ def experiments(as_json: AsJson = False) -> None:
     except subprocess.CalledProcessError as error:
         why = (error.stderr.strip() or "no message").splitlines()[-1]
         raise RunkeyError(f"dvc exp show: {why}") from None
-    rows = list(csv.DictReader(asked.stdout.splitlines()))
+    # DVC leaves out the columns that no row fills: `State` where nothing failed or was queued.
+    always = {"Experiment": "", "State": ""}
+    rows = [always | row for row in csv.DictReader(asked.stdout.splitlines())]
     commit = next((row for row in rows if row["rev"] != "workspace"), {})
     names = [name for name in commit if name not in _NO_PARAMS]
     leaves = Counter(name.rpartition(".")[2] for name in names)
