@@ -81,7 +81,9 @@ def find_initial_weights(
     """
     where = f"{paths.PARAMS}: {name} = {value}"
     path = root / value
-    if Path(os.path.abspath(path)).is_relative_to(root.absolute() / paths.MODEL):  # noqa: PTH100
+    # Not of the file itself: DVC may have made it a link into its cache.
+    folders = (path.absolute(), weights_file(path).parent)
+    if any(f.resolve().is_relative_to((root / paths.MODEL).resolve()) for f in folders):
         raise RecipeError(
             f"{where}: is what train writes, and DVC deletes it before; name the run's key instead"
         )

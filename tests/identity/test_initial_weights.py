@@ -100,6 +100,8 @@ def test_a_finished_run_is_taken_and_no_repetition_of_it(project):
         ("empty", "empty: holds no weights.safetensors; name a weights file"),
         ("model", "model: is what train writes, and DVC deletes it before; name the run's key"),
         ("./model/weights.safetensors", "is what train writes, and DVC deletes it before"),
+        (".", ".: is what train writes, and DVC deletes it before"),
+        ("link", "link: is what train writes, and DVC deletes it before"),
         ("rk2-0123456789ab", "no such file, and no finished run of that key is recorded here"),
         (key_of("running")[:16], "no finished run of that key is recorded here"),
         (key_of("bare")[:16], "what is recorded of that run here has no weights"),
@@ -108,6 +110,7 @@ def test_a_finished_run_is_taken_and_no_repetition_of_it(project):
 )
 def test_what_cannot_be_loaded_is_said_in_one_line(project, value, said):
     (project / "empty").mkdir()
+    (project / "link").symlink_to("model")
     write(project)
     make_run(project, key_of("running"), status="RUNNING", files=FILES)
     make_run(project, key_of("bare"), "3" * 32, files={"run.json": b"{}"})
