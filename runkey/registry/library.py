@@ -343,7 +343,7 @@ ReadRun = Callable[[str], LoggedRun | None]
 """Returns a run by its MLflow id; None where there is none, or it was deleted. Raises RegistryError
 if the store cannot be read."""
 
-_BUSY_SECONDS = 20.0
+_BUSY_SECONDS = 15.0
 _RUN = (
     "SELECT run_uuid AS run_id, experiment_id, name AS run_name, status, start_time, end_time,"
     " artifact_uri FROM runs WHERE run_uuid = ? AND lifecycle_stage = 'active'"
@@ -399,7 +399,10 @@ def _opened(uri: str) -> Iterator[Connection]:
             yield database
     # The latter three: a table holds something that MLflow cannot have written.
     except (sqlite3.Error, ValueError, KeyError, TypeError) as error:
-        raise RegistryError(f"{path}: MLflow's database cannot be read ({error})") from None
+        way_out = "; another process writes to it; try again" if "locked" in str(error) else ""
+        raise RegistryError(
+            f"{path}: MLflow's database cannot be read ({error}){way_out}"
+        ) from None
 
 
 def _read_from_sqlite(database: Connection, run_id: str) -> LoggedRun | None:

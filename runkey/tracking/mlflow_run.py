@@ -97,7 +97,8 @@ class Pace:
     close_seconds: float = 120.0
     """How long `close` waits for an answer of MLflow; it gives up after three failures."""
     killed_seconds: float = 10.0
-    """The same when training was interrupted, perhaps by a scheduler that kills soon."""
+    """The same when training was interrupted, perhaps by a scheduler that kills soon, and when the
+    last call to MLflow failed: a silent server takes 20 s for each."""
 
 
 class TrackedRun:
@@ -119,6 +120,7 @@ class TrackedRun:
         self._sender, self._sampler, self._pace = sender, sampler, pace
         self._status: Status = "FINISHED"
         self._error: str | None = None
+        self._failed = 0.0
         self._wake, self._closing = Event(), Event()
         self._thread = Thread(target=self._work, args=(sender,), name="mlflow", daemon=True)
         if sender:
@@ -153,12 +155,17 @@ class TrackedRun:
             self._sender.artifacts.append((path, folder))
 
     def run_id(self, wait_seconds: float = 30.0) -> str | None:
-        """Return the MLflow run's id; None without MLflow, or if it was not made in time."""
+        """Return the MLflow run's id; None without MLflow, or if it was not made in time.
+
+        It does not wait for an MLflow that failed.
+        """
         if self._sender is None:
             return None
         if not self._sender.run_id and not self._closing.is_set():
             self._wake.set()
-            self._sender.created.wait(wait_seconds)
+            end = time.monotonic() + wait_seconds
+            while not (self._error or self._sender.created.wait(0.1)) and time.monotonic() < end:
+                pass
         return self._sender.run_id or None
 
     def finish_logs(self) -> None:
@@ -187,12 +194,14 @@ class TrackedRun:
 
     def _end(self, sender: RunSender, status: Status) -> None:
         """Wait for the thread to end the run, as long as MLflow answers."""
-        self._status = status
-        sender.last_answer = time.monotonic()
+        self._status, began = status, time.monotonic()
         self._closing.set()
         self._wake.set()
-        patience = self._pace.killed_seconds if status == "KILLED" else self._pace.close_seconds
-        while self._thread.is_alive() and time.monotonic() - sender.last_answer < patience:
+        while self._thread.is_alive():
+            is_short = status == "KILLED" or sender.last_answer < self._failed
+            patience = self._pace.killed_seconds if is_short else self._pace.close_seconds
+            if time.monotonic() - max(began, sender.last_answer) > patience:
+                return
             self._thread.join(0.1)
 
     def _save(self, sender: RunSender, status: Status) -> None:
@@ -234,6 +243,7 @@ class TrackedRun:
             # Whatever MLflow, its database driver or the network raises must not reach training.
             except Exception as error:  # noqa: BLE001
                 is_first, self._error = self._error is None, in_one_line(error)
+                self._failed = time.monotonic()
                 if is_first:
                     logger.warning(
                         f"MLflow: {self._error}; the work goes on, values are kept and sent later"

@@ -182,11 +182,19 @@ def _way_out(text: str) -> str:
     return next((f"; {way}" for error, way in ways.items() if re.search(error, text)), "")
 
 
+# Before the cause of a failed request; the address is named anyway.
+_REQUEST = re.compile(
+    r"API request to \S+ failed with exception |\w*Pool\(host=[^)]*\): "
+    r"|Max retries exceeded with url: \S+ "
+)
+
+
 def in_one_line(error: BaseException, characters: int = 160) -> str:
     """Shorten an error to one line; of a database error keep the cause, without the statement."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = without_logins(" ".join(f"{type(error).__name__}: {error}".split()))
+    text = _REQUEST.sub("", text)
     if re.search(r"\berror code 40[13]\b|\b40[13] Client Error\b", text):
         return f"{text[:characters]}; {paths.LOGIN}"
     return text if len(text) <= characters else text[: characters - 1] + "…"

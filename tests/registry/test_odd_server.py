@@ -20,7 +20,7 @@ from runkey import http_limits
 from runkey.errors import RegistryError, RunkeyError
 from runkey.registry.claims import open_claims
 from runkey.registry.library import open_library
-from runkey.registry.once import HeldClaim, decide
+from runkey.registry.once import HeldClaim, Rhythm, decide
 from runkey.registry.rest import RestClient, UnreachedError
 from tests.support import odd_server
 from tests.support.claims import FAST, a_claim
@@ -167,6 +167,20 @@ def test_the_beat_outlives_every_answer(said: list[str], tmp_path: Path) -> None
         until(lambda: len(server.asked) >= count + 3)
         held.check()
     assert any("training goes on" in line for line in said)
+
+
+def test_a_silent_server_is_not_asked_again_and_again(said: list[str], tmp_path: Path) -> None:
+    """Each question takes the whole limit: two before a training, none more at its end."""
+    with OddServer(OddAnswer("nothing", SLOW["nothing"])) as server:
+        claims = open_claims(server.address, tmp_path)
+        line = decide(open_library(server.address, tmp_path), claims, KEY).line
+        assert line.endswith("trained here without a claim")
+        assert len(server.asked) == 2
+        with HeldClaim(claims, a_claim(), Rhythm(beat_seconds=1.0)) as held:
+            until(lambda: any("training goes on" in text for text in said))
+            count = len(server.asked)
+            held.finish()
+        assert (held.claim.state, len(server.asked)) == ("finished", count)
 
 
 def test_claims_that_contradict_themselves_are_no_endless_loop(tmp_path: Path) -> None:

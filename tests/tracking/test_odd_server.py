@@ -10,7 +10,8 @@ import pytest
 
 from runkey.errors import TrackingError
 from runkey.identity.record import Details
-from runkey.tracking.store import Store
+from runkey.tracking.mlflow_run import Pace
+from runkey.tracking.store import Store, in_one_line
 from runkey.tracking.transfer import StoreRuns, delete_run, write_details
 from tests.support import odd_server
 from tests.support.mlflow_store import FAST
@@ -87,3 +88,23 @@ def test_training_goes_on_and_keeps_its_values(name: str, tmp_path: Path, said: 
     assert [entry["step"] for entry in read_jsonl(log_of(tracker).path)] == [1, 2, 3]
     assert any("the work goes on" in line for line in said)
     assert said[-1].startswith("MLflow: `runkey replay rk2-")
+
+
+def test_a_silent_server_does_not_hold_a_training_that_ends(tmp_path: Path) -> None:
+    pace = Pace(flush_seconds=0.2, retry_seconds=0.3, close_seconds=60, killed_seconds=0.5)
+    with OddServer(OddAnswer("nothing", SLOW["nothing"])) as server:
+        tracker = begin(Store(server.address, None, tmp_path), tmp_path / "key", pace=pace)
+        tracker.log({"train/loss": 1.0}, 1)
+        began = time.monotonic()
+        assert tracker.run_id(60) is None
+        assert tracker.close() is None
+        assert time.monotonic() - began < 20
+    assert [entry["step"] for entry in read_jsonl(log_of(tracker).path)] == [1]
+
+
+def test_the_cause_of_a_failed_request_is_what_is_printed() -> None:
+    before = (
+        "API request to http://h/api failed with exception HTTPConnectionPool(host='h', port=1)"
+    )
+    error = OSError(f"{before}: Max retries exceeded with url: /api (Caused by 'too many 500')")
+    assert in_one_line(error) == "OSError: (Caused by 'too many 500')"
