@@ -52,6 +52,8 @@ class Address(str):
     """With the login, percent-encoded."""
     login: tuple[str, str]
     """User and password; empty where there is none."""
+    hides: bool
+    """Whether there is a login, or a password or token behind a `?`."""
 
     def __new__(cls, text: str) -> Self:
         """Args: text: a URL or SQLAlchemy address; of a server's, a `/` at the end is dropped."""
@@ -64,6 +66,7 @@ class Address(str):
         address = super().__new__(cls, _QUERY_LOGIN.sub(r"\1...", f"{scheme}{mark}{host}"))
         user, colon, word = rest.removesuffix(host).removesuffix("@").partition(":")
         address.login = unquote(user), unquote(word)
+        address.hides = any(address.login) or bool(_QUERY_LOGIN.search(host))
         login = colon.join(quote(part, safe="") for part in address.login)
         address.full = f"{scheme}{mark}{login}@{host}" if login else text
         return address

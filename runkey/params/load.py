@@ -69,7 +69,7 @@ def parse_params(tree: Any, source: str = "params.yaml") -> Params:
     if not isinstance(tree, dict):
         raise ParamsError(f"{source}: holds no parameters; run `make preset NAME=sample`")
     for name, value in _texts(tree):
-        if any((address := Address(value)).login):
+        if (address := Address(value)).hides:
             raise ParamsError(
                 f"{source}: {name} holds a login, which git and every run would keep; write"
                 f" {address}, and {LOGIN}"

@@ -95,6 +95,8 @@ def test_what_is_no_login_stays(text: str) -> None:
     ("section", "name", "value"),
     [
         ("runtime", "team_server", "http://anna:geheim@host:5000"),
+        ("runtime", "team_server", "postgresql://host/db?user=u&password=geheim"),
+        ("runtime", "team_server", "https://host:5000/?token=geheim"),
         ("runtime", "experiment", "https://token@host/x"),
         ("data", "path", "s3://id:geheim@bucket/data"),
         ("model", "init_from", "https://anna:geheim@host/weights.safetensors"),
