@@ -194,15 +194,17 @@ def run(
     for name, weight in chosen.items():
         share = -(-count * weight // sum(chosen.values()))
         began = time.monotonic()
-        found[name] = list(_supervise(folder, name, share, seed))
+        found[name] = list(_supervise(folder, name, range(share), seed))
         verdicts = Counter(one["verdict"] for one in found[name])
         print(f"{name}: {dict(verdicts)} in {time.monotonic() - began:.0f} s", file=sys.stderr)
     return found
 
 
-def _supervise(folder: Path, group: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
+def _supervise(
+    folder: Path, group: str, numbers: range, seed: int
+) -> Iterator[dict[str, Any]]:
     """Yield the results of a group's attacks; a worker that dies or hangs is started again."""
-    done = 0
+    done, count = numbers.start, numbers.stop
     while done < count:
         command = [
             sys.executable,
