@@ -7,6 +7,7 @@ from pathlib import Path
 
 from runkey.data.cache import open_cache
 from runkey.data.index import read_classes, read_image_list, read_index
+from runkey.files import read_plain
 from runkey.identity.dvc_yaml import tracked_md5
 from runkey.identity.record import RunManifest, RunPointer
 from runkey.memory.batch_shapes import prepared_shapes
@@ -48,7 +49,7 @@ def _prepared(root: Path, _: Names) -> None:
     for split in ("train", "val"):
         read_index(prepared / f"{split}.json")
         open_cache(prepared, split)
-    read_image_list((prepared / "images.json").read_bytes(), "images.json")
+    read_image_list(read_plain(prepared / "images.json"), "images.json")
     prepared_shapes(load_params(root / "params.yaml"), prepared)
 
 

@@ -127,6 +127,26 @@ def write_json(path: Path, value: Any) -> None:
 
 # Reading.
 
+_NOT_PLAIN = "a folder or a device, not a file"
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a file to read its bytes; OSError if there is none, or it is no plain file.
+
+    A pipe that nobody writes to would wait for ever, and /dev/zero has no end.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, _NOT_PLAIN, str(path))
+    return os.fdopen(file, "rb")
+
+
+def read_plain(path: Path) -> bytes:
+    """Read a file's bytes, see `open_plain`."""
+    with open_plain(path) as file:
+        return file.read()
+
 
 def read_text(path: Path, most: int = SMALL) -> str:
     """Read text in UTF-8, with or without a byte order mark, or in UTF-16 or UTF-32 as JSON may be.
@@ -136,18 +156,17 @@ def read_text(path: Path, most: int = SMALL) -> str:
         FormatError: it is no plain file, cannot be read, is larger than `most` bytes or no text.
     """
     try:
-        # Opening a pipe that nobody writes to would wait for ever.
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(file, "rb") as source:
-            status = os.fstat(file)
-            if not stat.S_ISREG(status.st_mode):
-                raise FormatError("a folder or a device, not a file")
-            data = source.read(most + 1) if status.st_size <= most else b""
+        with open_plain(path) as source:
+            size = os.fstat(source.fileno()).st_size
+            data = source.read(most + 1) if size <= most else b""
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise FormatError(f"cannot be read ({error.strerror})") from None
-    if status.st_size > most or len(data) > most:
+        why = (
+            error.strerror if error.strerror == _NOT_PLAIN else f"cannot be read ({error.strerror})"
+        )
+        raise FormatError(why) from None
+    if size > most or len(data) > most:
         raise FormatError(f"larger than {format_bytes(most)}, the most that is read")
     return decode(data)
 

@@ -160,7 +160,7 @@ def _run(address: str, folder: Path) -> ReportedRun:
     else:  # it runs or was interrupted: its logs are in its training folder
         training = paths.training_folder(output.store().home, record.key, record.reproduction_of)
         (folder / _LOG.parent).mkdir(parents=True)
-        for log in training.glob("*.jsonl"):
+        for log in filter(Path.is_file, training.glob("*.jsonl")):
             shutil.copy(log, folder / _LOG.parent)
     return recorded_run(record, folder)
 

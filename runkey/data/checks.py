@@ -32,6 +32,7 @@ from runkey.data.coco import Coco, CocoAnnotation, CocoImage
 from runkey.data.index import ImageRecord
 from runkey.data.pixel_range import FLAT_VARIANCE, WIDE_VALUES, PixelRange, is_flat
 from runkey.data.report import Findings
+from runkey.files import read_plain
 from runkey.params import Checks, Data
 from runkey.progress import progress
 from runkey.units import GIB
@@ -553,7 +554,7 @@ def _decode(path: Path, data: Data) -> tuple[bytes, Image.Image, int, str, NDArr
         if size > most_pixels * _BYTES_PER_PIXEL + _BYTES_OF_METADATA:
             what = f"has {size} bytes, more than data.max_megapixels allows"
             raise _FileError("too_large_image", what)
-        content = path.read_bytes()
+        content = read_plain(path)
     except OSError as error:
         raise _FileError("unreadable_image", f"cannot be read ({error.strerror})") from None
     fault = "is no image of a known format" if content else "is empty"

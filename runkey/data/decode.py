@@ -20,6 +20,7 @@ from torch import Tensor
 
 from runkey.data.index import IntensityRange
 from runkey.errors import DataError
+from runkey.files import read_plain
 
 # PIL's own limit warns at 89 and fails at 179 megapixels. `data.max_megapixels` replaces it; it is
 # checked by the header before any pixel is decoded.
@@ -144,7 +145,7 @@ def decode_rgb(
         DataError: the file is missing or has changed since `prepare`.
     """
     try:
-        content = path.read_bytes()
+        content = read_plain(path)
         with open_image(content) as image:
             pixels = np.array(to_rgb(image, intensity_range))
     # PIL's decoders raise almost any type (struct.error, SyntaxError, IndexError) on bad bytes.

@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from runkey.errors import RecipeError
+from runkey.files import read_plain
 from runkey.hashing import sha256_bytes
 
 EXCLUDED = (
@@ -81,7 +82,7 @@ def _reached(start: Iterable[str], tree: _Tree, excluded: Sequence[str]) -> tupl
         if file not in found and not is_excluded(file, excluded):
             found.add(file)
             if file.endswith(".py"):
-                for name in _read(file, (tree.root / file).read_bytes()).imports:
+                for name in _read(file, read_plain(tree.root / file)).imports:
                     waiting += tree.files_of(name)
     return tuple(sorted(found))
 
@@ -108,7 +109,7 @@ def hash_code(path: str, data: bytes, rule: str = RULE) -> str:
 
 def hash_files(paths: Iterable[str], root: Path) -> dict[str, str]:
     """Return the hash of each file by its path, see `hash_code`."""
-    return {path: hash_code(path, (root / path).read_bytes()) for path in paths}
+    return {path: hash_code(path, read_plain(root / path)) for path in paths}
 
 
 def imported_files(root: Path) -> tuple[list[str], list[str]]:

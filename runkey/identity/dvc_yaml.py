@@ -16,7 +16,15 @@ from typing import Any
 import yaml
 
 from runkey.errors import RecipeError, RegistryError
-from runkey.files import LARGE, FormatError, check_tree, check_yaml, read_json, read_text
+from runkey.files import (
+    LARGE,
+    FormatError,
+    check_tree,
+    check_yaml,
+    read_json,
+    read_plain,
+    read_text,
+)
 from runkey.paths import PARAMS
 
 PIPELINE = Path("dvc.yaml")
@@ -233,7 +241,7 @@ def _read_list(md5: str, root: Path) -> dict[str, str] | None:
     for base in (folder / "files" / "md5", folder):
         path = base / md5[:2] / md5[2:]
         with suppress(OSError, ValueError, KeyError, TypeError):
-            digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+            digest = hashlib.md5(read_plain(path), usedforsecurity=False).hexdigest()
             if digest == md5.removesuffix(".dir"):
                 items = read_json(path, most=LARGE)
                 return {str(item["relpath"]): str(item["md5"]) for item in items}

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
 
 from runkey.errors import RecipeError, RunkeyError
-from runkey.files import LARGE, read_json, write_json
+from runkey.files import LARGE, open_plain, read_json, write_json
 from runkey.hashing import sha256_bytes
 from runkey.identity.dvc_yaml import folder_md5, pointer_of, tracked_files, tracked_md5
 from runkey.identity.key import (
@@ -106,6 +106,8 @@ class FileHashes:
 
     def _open(self) -> sqlite3.Connection:
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._path.exists() and not self._path.is_file():  # sqlite would wait at a pipe
+            raise OSError("not a file")
         database = sqlite3.connect(self._path, timeout=_BUSY_SECONDS)
         database.execute(_TABLE)
         return database
@@ -117,7 +119,7 @@ class FileHashes:
         state = (found.st_dev, found.st_ino, found.st_size, *times)
         if known := self._unsaved.get(state) or self._stored(state):
             return known
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             md5 = hashlib.file_digest(file, "md5").hexdigest()
         now = time.time()
         if now * 1e9 - max(times) > _TICK_NS:

@@ -76,6 +76,8 @@ def open_records(path: Path, *, partial: bool = False) -> Iterator[sqlite3.Conne
                 raise DamagedCacheError(f"{path}: not found, older records are; {way_out}")
             yield None
             return
+        if not path.is_file():  # sqlite waits for ever where a pipe is
+            raise RegistryError(_not_a_file(path))
         address = f"{path.absolute().as_uri()}?mode=ro"
         with closing(sqlite3.connect(address, uri=True, timeout=_BUSY_SECONDS)) as database:
             database.row_factory = sqlite3.Row
@@ -152,6 +154,10 @@ def rebuild(path: Path, records: Iterable[Record]) -> Rebuilt:
     return counts
 
 
+def _not_a_file(path: Path) -> str:
+    return f"{path}: not a file; move it away, and `runkey index` writes it again from MLflow"
+
+
 def _is_damage(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED
 
@@ -159,8 +165,8 @@ def _is_damage(error: sqlite3.Error) -> bool:
 def _change(path: Path, change: Callable[[sqlite3.Connection], object]) -> None:
     """Change the cache in one transaction; a damaged one is made anew."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise OSError(f"{path}: a folder, where the cache of runs should be; move it away")
+    if path.exists() and not path.is_file():
+        raise OSError(_not_a_file(path))
     try:
         try:
             _commit(path, change, _VERSION)

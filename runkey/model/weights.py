@@ -25,7 +25,7 @@ from torch import Tensor
 
 from runkey import params
 from runkey.errors import ModelError
-from runkey.files import expect, read_json, write_atomically, write_json
+from runkey.files import expect, open_plain, read_json, write_atomically, write_json
 from runkey.identity import initial_weights
 from runkey.model.detr import Detector, build_model
 from runkey.units import counted
@@ -127,11 +127,13 @@ def _read_state(path: Path) -> _State:
     loaded: Any
     try:
         if path.suffix == ".safetensors":
-            loaded = safetensors.torch.load_file(path)
+            with open_plain(path):
+                loaded = safetensors.torch.load_file(path)
         else:
             # The reference's checkpoints hold their command line too; it is only read past.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                loaded = torch.load(path, map_location="cpu", weights_only=True)
+            names = torch.serialization.safe_globals([argparse.Namespace])
+            with names, open_plain(path) as file:
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, PickleError, RuntimeError, EOFError, ValueError, KeyError) as error:
         text = str(error).strip() or "cut short"
         raise ValueError(
@@ -161,6 +163,8 @@ def load_model(folder: Path) -> tuple[Detector, ModelCard]:
         state = _read_state(path)
     except FileNotFoundError:
         raise ModelError(f"{path}: not found; run `dvc repro train` first") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:
         raise ModelError(f"{path}: damaged; run `dvc repro train` again") from None
     detector = build_model(card.model, len(card.classes))

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runkey.errors import DataError
-from runkey.files import parse_json
+from runkey.files import open_plain, parse_json
 
 _MOST_STEPS, _LATEST = 1e12, 1e11
 SAMPLES = "system.jsonl"
@@ -145,7 +145,7 @@ class GrowingLog:
                 self.log.samples.append(_point(entry, len(self.log.samples) + 1))
 
     def _added(self, path: Path) -> list[dict[str, Any]]:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             file.seek(self._ends[path])
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]

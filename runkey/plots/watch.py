@@ -19,6 +19,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from runkey.files import open_plain
 from runkey.plots.hints import Hint, all_hints, logged_hints
 from runkey.plots.log import SAMPLES, GrowingLog, Point, Series, TrainingLog
 from runkey.progress import WIDTH, escaped
@@ -64,7 +65,7 @@ def follow(path: Path, title: str, params: Mapping[str, Any], is_alive: Callable
     name, for hints; {} if not known. Return True if it ended, False if it was interrupted.
     """
     # A training's folder is removed once it is recorded; an open file can still be read.
-    with path.open("rb") as file, _display(title, params) as show:
+    with open_plain(path) as file, _display(title, params) as show:
         growing = GrowingLog(Path(f"/proc/self/fd/{file.fileno()}"), path.with_name(SAMPLES))
         while True:
             alive = is_alive()  # before reading, so that the last lines are read, too

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from runkey import files
 from runkey.errors import RegistryError
-from runkey.files import LARGE, FormatError, WriteError, read_text, replacing
+from runkey.files import LARGE, FormatError, WriteError, open_plain, read_text, replacing
 from runkey.hashing import hash_stream, sha256_file
 from runkey.identity.key import ANY_SCHEMA
 from runkey.progress import progress
@@ -87,6 +87,10 @@ def check_weights(path: Path, name: str) -> None:
     file will be called.
     """
     lower = name.lower()
+    try:
+        open_plain(path).close()
+    except OSError as error:
+        raise RegistryError(f"{name}: {error.strerror}; refused") from None
     if lower.endswith(_PICKLES):
         raise RegistryError(f"{name}: a pickle can run any code when it is loaded; refused")
     if lower.endswith(".safetensors"):
@@ -194,7 +198,7 @@ def unpack(file: Path, folder: Path) -> Index:
     if file.exists() and not file.is_file():  # a pipe or a device may have no end
         raise RegistryError(f"{file.name}: not a file; save the archive to one first")
     try:
-        with zipfile.ZipFile(file) as archive:
+        with open_plain(file) as source, zipfile.ZipFile(source) as archive:
             index = _read_index(archive, file.name)
             free = shutil.disk_usage(folder).free
             if index.size > free - _LEFT_FREE:

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from runkey.errors import RegistryError
-from runkey.files import LARGE, read_json
+from runkey.files import LARGE, open_plain, read_json
 from runkey.hashing import hash_stream, sha256_file
 from runkey.identity.dvc_yaml import cache_folder, read_yaml_text
 from runkey.identity.record import Record, StoredFile
@@ -222,7 +222,7 @@ def files_of(
 
 def md5_file(path: Path) -> str:
     """Return the hex md5 of a file's bytes, as DVC names it."""
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
 
 

@@ -24,6 +24,7 @@ from typing import BinaryIO, cast
 
 from runkey import paths
 from runkey.errors import RecipeError, RegistryError, RunkeyError
+from runkey.files import open_plain, read_plain
 from runkey.identity import record_cache
 from runkey.identity.key import ANY_KEY, ANY_SCHEMA, SCHEMA, SCHEMAS, SHORT
 from runkey.identity.record import DETAILS, KEY, Details, LoggedRun, Record, age
@@ -77,7 +78,7 @@ class LocalLibrary:
     def open_file(self, record: Record, path: str) -> AbstractContextManager[BinaryIO]:
         """Open an artifact for reading; RegistryError, with file and run, if it is not there."""
         try:
-            return self.path_of(record, path).open("rb")
+            return open_plain(self.path_of(record, path))
         except OSError as error:
             why = error.strerror or error
             raise RegistryError(
@@ -118,7 +119,7 @@ class LocalLibrary:
 
     def _with_artifact(self, record: Record) -> Record:
         with suppress(FileNotFoundError):
-            return _add_details(record, self.path_of(record, DETAILS).read_bytes())
+            return _add_details(record, read_plain(self.path_of(record, DETAILS)))
         return record
 
     def _ask(self, question: Callable[[Connection], list[Record]]) -> list[Record]:

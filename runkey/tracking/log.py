@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runkey.files import json_safe, parse_json, write_atomically
+from runkey.files import json_safe, open_plain, parse_json, write_atomically
 from runkey.units import MIB, counted
 
 logger = logging.getLogger(__name__)
@@ -240,6 +240,8 @@ class JsonlLog:
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            open_plain(self.path).close()
         self._unshare()
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self._size = 0

@@ -31,7 +31,7 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor
 
-from runkey.files import parse_json, sync_folder
+from runkey.files import open_plain, parse_json, sync_folder
 from runkey.training.tensors import all_finite, map_tensors, named_tensors
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], Any, str]:
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, str]]:
     """Open a file behind its first line; yield it and the hash that it says it has."""
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             line = file.read(_FIRST_LINE)
             if not line.startswith(_MAGIC):
                 raise DamagedError("it is no checkpoint")
