@@ -19,6 +19,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from io import BufferedReader
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -130,7 +131,7 @@ def write_json(path: Path, value: Any) -> None:
 _NOT_PLAIN = "a folder or a device, not a file"
 
 
-def open_plain(path: Path) -> BinaryIO:
+def open_plain(path: Path) -> BufferedReader:
     """Open a file to read its bytes; OSError if there is none, or it is no plain file.
 
     A pipe that nobody writes to would wait for ever, and /dev/zero has no end.
