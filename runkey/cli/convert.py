@@ -91,12 +91,16 @@ def _globox() -> Any:
 
     That folder goes last: globox's own packages are those of this environment.
     """
-    sys.path += map(str, output.workspace().glob(".venv-convert/lib/python3*/site-packages"))
+    folders = map(str, output.workspace().glob(".venv-convert/lib/python3*/site-packages"))
+    path = sys.path
     try:
+        sys.path = [*path, *folders]
         from globox import BoundingBox
     except ImportError:
         text = "`runkey convert` needs globox, which is not installed; run `make env-convert`"
         raise LockError(text) from None
+    finally:
+        sys.path = path
     return BoundingBox
 
 

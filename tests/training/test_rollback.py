@@ -101,9 +101,9 @@ def test_stops_with_a_report_when_going_back_does_not_help(events, tmp_path):
     # Skipped: 5, 6; back after 7; 7 is known, and 8, 9 in a row: 8 is known after 9.
     assert line.startswith("step 8 (lr 0.00")
     report = tmp_path / "bad-step-7.json"
-    assert f"; already rolled back 1 times; see {report}, and `runkey debug-step --step 7`" in line
+    assert f"; already rolled back 1 time; see {report}, and `runkey debug-step --step 7`" in line
     content = json.loads(report.read_text())
-    assert content["outcome"] == "stopped: already rolled back 1 times"
+    assert content["outcome"] == "stopped: already rolled back 1 time"
     assert [(one["at"], one["to"]) for one in content["rollbacks"]] == [(7, 4)]
     assert [skip["step"] for skip in content["skips"]] == [7, 8]
     assert len(content["skips"][0]["image_ids"]) == 8
