@@ -329,7 +329,7 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("name", ["a?b#c%20d ü\u202f", 'it\'s "$HOME" `id` &;('])
+@pytest.mark.parametrize("name", ["a?b#c%20d \u202fü", 'it\'s "$HOME" `id` &;('])
 def test_odd_variables_folders_and_a_uv_toml_above(clone_with_python, name):
     links = require_dvc(clone_with_python)
     clone = clone_with_python.parent / name
