@@ -182,6 +182,8 @@ def play(bench: Bench, case: Case, rng: random.Random, kills: int) -> Round:
                 done.faults.append(f"traceback: {text[-1500:]}")
             if "unable to read: 'dvc.lock'" in text:
                 (bench.work / case.folder / "dvc.lock").unlink()  # docs/troubleshooting.md
+            elif "Unable to read RWLock-file" in text:
+                (bench.work / case.folder / ".dvc/tmp/rwlock").unlink()  # the same
             elif not killed and code:
                 done.faults.append(f"exit code {code}, not killed: {text[-1500:]}")
             seconds = time.monotonic() - began
