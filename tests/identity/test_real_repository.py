@@ -142,7 +142,13 @@ def candidates(name, value):
         yield from (value + 1, value - 1, value * 0.5, value + 0.125, value * 2)
     elif isinstance(value, list):
         yield from ([*value, 640], value[:-1], [number + 1 for number in value])
-    yield from (1, 0.5, [0, 2047], "weights.pt" if name in FILE_PARAMS else "val/AP50", "http://a.example")
+    yield from (
+        1,
+        0.5,
+        [0, 2047],
+        "weights.pt" if name in FILE_PARAMS else "val/AP50",
+        "http://a.example",
+    )
 
 
 def nested(flat):
