@@ -7,6 +7,7 @@ from pathlib import Path
 
 from runkey.data.cache import open_cache
 from runkey.data.index import read_classes, read_image_list, read_index
+from runkey.data.prepare import prepare
 from runkey.files import read_plain
 from runkey.identity.dvc_yaml import tracked_md5
 from runkey.identity.record import RunManifest, RunPointer
@@ -14,7 +15,7 @@ from runkey.memory.batch_shapes import prepared_shapes
 from runkey.model.weights import load_model
 from runkey.params import load_params
 from runkey.params.render import head_of, render
-from runkey.pipeline.prepare import own_data_note, prepare_data
+from runkey.pipeline.prepare import own_data_note
 from runkey.plots.curves import write_plot_tables, write_training_plots
 from runkey.plots.evaluation import write_evaluation_plots
 from runkey.registry.archive import check_weights
@@ -41,6 +42,12 @@ def _evaluation(root: Path, _: Names) -> None:
     (root / "plots").mkdir(exist_ok=True)
     where = (root / "prepared", root / "evaluation", root / "data", root / "plots")
     write_evaluation_plots(*where, images=2)
+
+
+def _prepare(root: Path, _: Names) -> None:
+    """The stage, without its look at data.dvc, which refuses any changed file at once."""
+    params = load_params(root / "params.yaml")
+    prepare(params.data, params.seed, root, root / "prepared", params.model.num_queries)
 
 
 def _prepared(root: Path, _: Names) -> None:
@@ -71,7 +78,7 @@ def _checkpoint(root: Path, names: Names) -> None:
 
 
 READERS: dict[str, Callable[[Path, Names], object]] = {
-    "stage:prepare": lambda root, _: prepare_data(root),
+    "stage:prepare": _prepare,
     "stage:own_data_note": lambda root, _: own_data_note(root),
     "read:preset": _preset,
     "read:curves": _curves,

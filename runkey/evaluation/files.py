@@ -144,7 +144,8 @@ def read_precision_recall(path: Path) -> Curves:
     stored: Curves = read_output(path, Curves)
     shape = (len(stored["iou"]), len(stored["recall"]))
     for one in stored["classes"]:
-        if one["precision"] is not None and np.shape(one["precision"]) != shape:
+        rows = one["precision"]
+        if rows is not None and [len(row) for row in rows] != [shape[1]] * shape[0]:
             raise DataError(f"{path}: class {one['name']!a}: precision is not of {shape}; {_AGAIN}")
     return stored
 

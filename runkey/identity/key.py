@@ -117,6 +117,8 @@ class Recipe:
                 raise RecipeError(f"key.json: its contents do not hash to its key {stored['key']}")
         except (KeyError, TypeError) as error:
             raise RecipeError(f"key.json: lacks {error}") from None
+        except ValueError as error:  # of NaN and infinity, which are no JSON
+            raise RecipeError(f"key.json: {error}") from None
         code = recipe.preimages["code"]
         rule = code_rule(code) if isinstance(code, Mapping) else None
         if rule not in (RULE, BYTES):

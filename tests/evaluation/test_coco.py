@@ -18,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 from runkey.data.index import ClassName, ImageRecord
 from runkey.errors import DataError, ModelError
 from runkey.evaluation.coco import SUMMARY_NAMES, evaluate_results
-from runkey.evaluation.files import read_results, write_results
+from runkey.evaluation.files import read_precision_recall, read_results, write_results
 from runkey.evaluation.run import Evaluation, evaluate_detections, to_results_json
 from tests.support.shared import shared_data
 
@@ -234,6 +234,15 @@ def test_unusable_results_file(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(DataError, match=message):
         read_results(path)
+
+
+@pytest.mark.parametrize("precision", [[[0.1, 0.2], [0.3]], [[0.1, 0.2]], [[], []]])
+def test_curves_of_other_lengths_are_refused(tmp_path, precision):
+    path = tmp_path / "precision_recall.json"
+    one = {"name": "kite", "objects": 1, "ap": 0.1, "precision": precision}
+    path.write_text(json.dumps({"iou": [0.5, 0.75], "recall": [0, 1], "classes": [one]}))
+    with pytest.raises(DataError, match=r"class 'kite': precision is not of \(2, 2\)"):
+        read_precision_recall(path)
 
 
 def test_sample_sized_evaluation_is_quick(world):
