@@ -191,7 +191,7 @@ def test_the_shape_of_a_key_and_its_round_trip(project):
         Recipe.from_dict(stored)
     with pytest.raises(RecipeError, match="schema 'rk0'"):
         Recipe.from_dict({**stored, "schema": "rk0"})
-    with pytest.raises(RecipeError, match="key.json: Out of range float"):
+    with pytest.raises(RecipeError, match=r"key\.json: Out of range float"):
         Recipe.from_dict({**stored, "cmd": {"train": float("nan")}})
     for schema in ("rk1", "rk2"):
         with pytest.raises(RecipeError, match="lacks 'stage'"):
