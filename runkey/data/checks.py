@@ -332,7 +332,7 @@ class SourceChecks:
                 f"{relabelled} of {len(images)} images are copies of others with other objects",
                 f"list each image once, with all its objects, {way_out}",
             )
-        large = np.array(self.tally.large_areas).reshape(-1, 2)
+        large = np.array(self.tally.large_areas, dtype=np.float64).reshape(-1, 2)
         # One area for boxes of all sizes is a placeholder, and says nothing about the boxes.
         is_placeholder = len(large) and np.ptp(large[:, 0]) == 0 < np.ptp(large[:, 1])
         if self._too_many(len(large), total) and not is_placeholder:
@@ -351,7 +351,7 @@ class SourceChecks:
             sound = box_format.sound_boxes([a.bbox for a in image.annotations])
             boxes += sound
             frames += [frame] * len(sound)
-        return box_format.likely_cause(np.array(boxes), np.array(frames))
+        return box_format.likely_cause(np.array(boxes, dtype=np.float64), np.array(frames))
 
     def _check_scaling(self) -> None:
         """Refuse to scale boxes down that all fit the files as they are."""

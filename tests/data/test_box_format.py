@@ -147,7 +147,7 @@ def test_boxes_scaled_without_their_areas(photos):
     assert any("every `area` is 0.25 of its box" in note for note in photos.run().notes)
 
 
-@pytest.mark.parametrize("area", [10_000, WIDTH * HEIGHT])
+@pytest.mark.parametrize("area", [10_000, WIDTH * HEIGHT, 10**30])
 def test_one_area_for_all_boxes_is_a_placeholder(photos, area):
     for entry in photos.train["annotations"]:
         entry["area"] = area
