@@ -105,6 +105,23 @@ class _Parts(TypedDict, total=False):
     environment: _Environment
 
 
+class _Objects(TypedDict, total=False):
+    objects: int
+
+
+class _Statistics(TypedDict, total=False):
+    """A split of statistics.json."""
+
+    images: int
+    images_without_objects: int
+    objects: int
+    crowd_regions: int
+    objects_per_image: dict[str, float]
+    classes: dict[str, _Objects]
+    sizes_by_area: dict[str, int]
+    box_side_pixels: dict[str, float]
+
+
 class _KeyJson(TypedDict, total=False):
     """What the page shows of key.json."""
 
@@ -168,6 +185,10 @@ class ReportedRun(Record):
             except FormatError as error:
                 logger.warning(f"{file}: {error}; the report does without it")
         return {}
+
+    def statistics(self) -> dict[str, _Statistics]:
+        """Return the statistics of each split of the data; {} if they are not known."""
+        return dict(self.json("prepared/statistics.json", dict[str, _Statistics]))
 
     def scores(self) -> dict[str, Any]:
         """Return COCO metrics, those of each class under `per_class`; the last ones known."""

@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -118,10 +119,11 @@ def _holds_pickle(path: Path, name: str) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(member.lower().endswith(_PICKLES) for member in archive.namelist())
-    except (zipfile.BadZipFile, NotImplementedError) as error:
+    except _DAMAGED as error:
         raise RegistryError(f"{name}: a damaged zip ({error}); refused") from None
 
 
+_DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError)
 INDEX = "index.json"
 
 _LARGEST_INDEX = 64 * MIB
@@ -216,7 +218,7 @@ def unpack(file: Path, folder: Path) -> Index:
     except FileNotFoundError:
         raise RegistryError(f"{file}: no such file") from None
     # zipfile raises NotImplementedError for unknown methods, RuntimeError for passwords.
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+    except (*_DAMAGED, RuntimeError, EOFError, ValueError) as error:
         raise RegistryError(f"{file.name}: not an archive of runs, or damaged ({error})") from None
     except OSError as error:
         raise RegistryError(f"{error.filename or file}: {error.strerror or error}") from None

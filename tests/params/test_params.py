@@ -206,7 +206,7 @@ def test_missing_file_and_folder_are_named(tmp_path):
     (tmp_path / "folder.yaml").mkdir()
     with pytest.raises(ParamsError) as caught:
         load_params(tmp_path / "folder.yaml")
-    assert str(caught.value) == f"folder.yaml: cannot be read (Is a directory){GIT}"
+    assert str(caught.value) == f"folder.yaml: a folder or a device, not a file{GIT}"
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,17 @@ def test_what_is_no_archive(colleague: Path, tmp_path: Path) -> None:
     assert "no such file" in refused(file, colleague)
 
 
+def test_data_that_cannot_be_unpacked(archive: Path, colleague: Path) -> None:
+    with zipfile.ZipFile(archive) as file:
+        member = next(one for one in file.infolist() if one.compress_type == zipfile.ZIP_DEFLATED)
+    content = bytearray(archive.read_bytes())
+    header = content[member.header_offset :][:30]
+    lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    content[member.header_offset + 30 + lengths] = 0x07  # a kind of block that there is not
+    archive.write_bytes(content)
+    assert "not an archive of runs, or damaged (Error -3" in refused(archive, colleague)
+
+
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])
 def test_a_cut_archive(archive: Path, colleague: Path, kept: float) -> None:
     content = archive.read_bytes()

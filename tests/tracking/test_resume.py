@@ -196,7 +196,7 @@ def test_a_folder_that_refuses_the_pointer_costs_a_line_each_way(
     log_steps(tracker, 1, 3)
     run_id = tracker.close()
     assert said == [
-        f"{folder / POINTER}: cannot be read (Is a directory); a new MLflow run takes its place",
+        f"{folder / POINTER}: a folder or a device, not a file; a new MLflow run takes its place",
         f"{folder}: cannot be written (Is a directory); if training is interrupted now, it may go"
         " on in another MLflow run",
     ]

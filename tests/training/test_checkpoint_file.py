@@ -82,7 +82,7 @@ def test_another_kind_of_file_is_refused(tmp_path, content):
 def test_a_file_that_is_not_there_or_is_a_folder(tmp_path):
     with pytest.raises(DamagedError, match="No such file"):
         read_file(tmp_path / "none.ckpt")
-    with pytest.raises(DamagedError, match="Is a directory"):
+    with pytest.raises(DamagedError, match="a folder or a device, not a file"):
         read_file(tmp_path)
 
 
