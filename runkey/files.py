@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and read with limits, whoever wrote them.
+"""Write files whole or not at all; read other programs' files with limits.
 
 `read_json`, `parse_json` and `read_text` are the one way in for text that the program did not make
 in the same process: size, encoding, depth, digits, repeated names and types are checked, and every
@@ -134,7 +134,7 @@ _NOT_PLAIN = "a folder or a device, not a file"
 def open_plain(path: Path) -> BufferedReader:
     """Open a file to read its bytes; OSError if there is none, or it is no plain file.
 
-    A pipe that nobody writes to would wait for ever, and /dev/zero has no end.
+    Reading a pipe without a writer never returns, and /dev/zero never ends.
     """
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(file).st_mode):

@@ -75,7 +75,7 @@ def reproduce(
 
 
 def _ask(record: Record, foreign: ForeignCode) -> None:
-    """Ask whether to execute code of others; RegistryError if nobody can answer, or says no."""
+    """Ask whether to execute other people's code; RegistryError on no or without a terminal."""
     text = f"{record.label}: {foreign}"
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise RegistryError(f"{text}; --trust executes it")

@@ -240,7 +240,7 @@ class _Search:
                     generation = claim.generation + 1 if claim else 1
                     held = self._make(generation)
                     losses[generation] += 1
-                    # Whoever was first shows up in the next look, or the store contradicts itself.
+                    # The next look shows the first claim, unless the store contradicts itself.
                     if not held and losses[generation] > _MOST_LOSSES:
                         waits_for = None
                         raise RegistryError(
@@ -249,7 +249,7 @@ class _Search:
                 reached = time.monotonic()
             except RegistryError as error:
                 if isinstance(error, RestError) and error.status in (401, 403):
-                    raise  # to train for hours and not be able to record it helps nobody
+                    raise  # the training could not be recorded
                 # A process that waits for a training survives a restart of the server.
                 if waits_for is None or time.monotonic() - reached > self.rhythm.dead_after:
                     line = f"{self.label}: {error}; trained here without a claim"
