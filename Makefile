@@ -53,11 +53,11 @@ PYTEST = OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
   -n logical --maxprocesses 4 --dist loadscope --durations 10
 
 .PHONY: test
-test: env env-tools env-convert ## The tests, 5 to 9 minutes on 2 cores; ARGS="-k name" for some of them
+test: env env-tools env-convert env-export ## The tests, 5 to 9 minutes on 2 cores; ARGS="-k name" for some of them
 	$(PYTEST) $(ARGS)
 
 .PHONY: test-all
-test-all: env env-tools env-convert ## The slow tests too: whole pipelines, experiments in a queue
+test-all: env env-tools env-convert env-export ## The slow tests too: whole pipelines, experiments in a queue
 	$(PYTEST) -m "not gpu" $(ARGS)
 
 .PHONY: reference
@@ -137,6 +137,8 @@ requirements: env env-tools ## Derive requirements.txt from conda-lock.yml, and 
 	$(COMPILE) environment/tools/requirements.in --output-file environment/tools/requirements.txt
 	$(COMPILE) --no-deps environment/convert/requirements.in \
 	  --output-file environment/convert/requirements.txt
+	$(COMPILE) --no-deps environment/export/requirements.in \
+	  --output-file environment/export/requirements.txt
 
 .PHONY: env
 env: ## Set up .venv (the other targets do it themselves)
@@ -150,10 +152,14 @@ env-tools: ## Set up .venv-tools, the developers' tools (the other targets do it
 env-convert: env ## Set up .venv-convert: what `runkey convert` reads YOLO and Pascal VOC with
 	@sh environment/setup.sh .venv-convert environment/convert/requirements.txt
 
+.PHONY: env-export
+env-export: env ## Set up .venv-export: ONNX, ONNX Runtime, OpenVINO, video (seconds, 400 MB)
+	@sh environment/setup.sh .venv-export environment/export/requirements.txt
+
 .PHONY: clean
 clean: ## Remove environments and caches (not data, models or runs)
-	rm -rf .venv .venv-tools .venv-convert .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .site
-	rm -rf runkey.egg-info build dist
+	rm -rf .venv .venv-tools .venv-convert .venv-export .site
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache runkey.egg-info build dist
 	find runkey stages tests -name __pycache__ -prune -exec rm -rf {} +
 
 # Pulled when it is missing or when data.dvc is newer; the folder's own time is the mark.
