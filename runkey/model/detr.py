@@ -128,7 +128,7 @@ class Detr(Detector):
         """Detect objects as in `Detector.forward`; logits [L, B, Q, K + 1], no-object last."""
         memory = self.encode(images, padding_mask)
         decoder = self.transformer.decoder
-        cross = [cast(Attention, layer.multihead_attn) for layer in decoder.layers]
+        cross = [cast(Attention, layer.multihead_attn) for layer in decoder.active_layers]
         keys_values = project_memory(cross, memory.tokens, memory.position)
         position = self.query_embed.weight[None]
         x = torch.zeros_like(position).expand(len(images), -1, -1)
@@ -136,6 +136,7 @@ class Detr(Detector):
         for index, pair in enumerate(keys_values):
             x = decoder.run(index, x, position, position, pair, None, memory.mask)
             hidden.append(x)
+        hidden += [x] * (len(decoder.layers) - len(hidden))  # a dropped layer passes its input on
         with without_autocast(images.device):
             states = decoder.norm(full_precision(torch.stack(hidden)))
             return Outputs(self.class_embed(states), self.bbox_embed(states).sigmoid())
@@ -424,7 +425,8 @@ class FastDetr(Detector):
         layer refines; `noised` is read for its mask.
         """
         decoder = self.transformer.decoder
-        cross = [cast(ConditionalAttention, layer.multihead_attn) for layer in decoder.layers]
+        layers = decoder.active_layers
+        cross = [cast(ConditionalAttention, layer.multihead_attn) for layer in layers]
         keys_values = project_memory_conditional(cross, memory.tokens, memory.position)
         mask = None if noised is None else noised.mask
         states, boxes_cxcywh = [], []
@@ -438,6 +440,9 @@ class FastDetr(Detector):
             boxes_cxcywh.append(refined.sigmoid())
             # Detached: each layer learns from its own loss only (Deformable DETR).
             box_logits = refined.detach()
+        dropped = len(decoder.layers) - len(layers)  # they repeat the prediction before them
+        states += states[-1:] * dropped
+        boxes_cxcywh += boxes_cxcywh[-1:] * dropped
         with without_autocast(x.device):
             return self.class_embed(torch.stack(states)), torch.stack(boxes_cxcywh)
 

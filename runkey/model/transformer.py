@@ -284,8 +284,15 @@ class Stack(nn.Module):
         super().__init__()
         self.dim, self.checkpointing = dim, checkpointing
         self.layers = nn.ModuleList(layers)
+        self.depth: int | None = None
+        """Layers that run in training, from the first on (`model.layer_drop`); None: all."""
         if norm:
             self.norm = nn.LayerNorm(dim)
+
+    @property
+    def active_layers(self) -> list[nn.Module]:
+        """The layers that run; in evaluation all."""
+        return list(self.layers)[: self.depth if self.training else None]
 
     def run(self, index: int, *inputs: object) -> Tensor:
         """Run layer `index`, under activation checkpointing if it is on."""

@@ -276,6 +276,9 @@ class Model(Section):
     """Transformer encoder layers."""
     decoder_layers: PositiveInt = 2
     """Transformer decoder layers, each with its own loss."""
+    layer_drop: Fraction = 0.0
+    """Probability that a training step runs only the first decoder layers, a random number of them:
+    the trained model can then be cut.  0: all layers in every step."""
     num_queries: PositiveInt = 30
     """Detections per image; at least the largest number of objects in an image."""
     dropout: BelowOne = 0.0
@@ -291,6 +294,8 @@ class Model(Section):
             yield f"hidden_dim {width} is not a multiple of num_heads {self.num_heads}"
         if width % 4:
             yield f"hidden_dim {width} is not a multiple of 4 (sine and cosine of x and y)"
+        if self.layer_drop and self.decoder_layers == 1:
+            yield "layer_drop needs at least 2 decoder_layers"
         if self.preset == "detr" and self.denoising.groups:
             yield "denoising needs preset fast; set denoising.groups to 0"
         if self.backbone == "compact" and self.dilation:

@@ -252,6 +252,7 @@ def _build_step(
         channels_last=training.channels_last,
         clipper=Clipper(device=device, **params.optimizer.clip.model_dump()),
         world=world,
+        layer_drop=params.model.layer_drop,
     )
     if world.size > 1:  # ranks that start with different weights would stay different
         model.load_state_dict(world.broadcast(host_weights(model) if world.is_main else {}))

@@ -40,7 +40,7 @@ from runkey.training.checkpoint import (
     read_facts,
     read_file,
 )
-from runkey.training.device import choose_device, seed_step
+from runkey.training.device import choose_device
 from runkey.training.guard import REPORTS, find_pins
 from runkey.training.loop import take_step
 from runkey.training.state import LoopState
@@ -351,7 +351,9 @@ def diagnose(
     watched = replace(parts, criterion=criterion)
     parts.optimizer.zero_grad()
     with probe.watching():
-        losses = accumulate_gradients(watched, batch, reseed=partial(seed_step, seed, step, rank))
+        losses = accumulate_gradients(
+            watched, batch, reseed=partial(parts.reseed, seed, step, rank)
+        )
     parts.statistics.restore(losses.statistics, torch.ones((), device=parts.device))
     parts.optimizer.zero_grad()
     values = {name: float(value) for name, value in losses.values.items()}

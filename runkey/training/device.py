@@ -146,3 +146,16 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
     too; without dropout and denoising there is none.
     """
     torch.manual_seed(derive_seed(seed, "step", step, rank))
+
+
+def draw_depth(layer_drop: float, layers: int, seed: int, step: int) -> int:
+    """Draw how many of the decoder's layers run in a step, from the first on.
+
+    With probability `layer_drop` it is uniform in 1 .. layers - 1, else all: LayerDrop (Fan et al.
+    2020) that drops from the end, as nested dropout does (Rippel et al. 2014). A function of (seed,
+    step): the same for all micro-batches and ranks, and torch's generator is left alone.
+    """
+    uniform = derive_seed(seed, "depth", step) / 2**63
+    if uniform >= layer_drop:
+        return layers
+    return 1 + min(int(uniform / layer_drop * (layers - 1)), layers - 2)

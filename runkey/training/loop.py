@@ -20,7 +20,6 @@ from runkey.errors import DataError, Interrupted, ModelError, StoppedError, Trai
 from runkey.progress import Steps, progress, want_bars
 from runkey.training.build import Evaluate, Tracker, TrainContext, describe, safe_tracker
 from runkey.training.checkpoint import Checkpoint, FolderCheckpoints
-from runkey.training.device import seed_step
 from runkey.training.distributed import (
     Interrupts,
     LostRankError,
@@ -107,7 +106,7 @@ def take_step(
     The plateau schedule goes by `watched`, its metric at each evaluation so far.
     """
     factor = context.schedule.factor(state.step, watched)
-    reseed = partial(seed_step, context.seed, state.step, context.world.rank)
+    reseed = partial(context.step.reseed, context.seed, state.step, context.world.rank)
     with _explained(state.step + 1, batch, context.step.optimizer):
         result = train_step(context.step, batch, factor, limit=state.limit, reseed=reseed)
     if context.ema is not None:

@@ -16,6 +16,7 @@ import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from runkey.data.dataset import Batch, GlobalBatch, normalise
 from runkey.errors import StoppedError
 from runkey.model.criterion import Criterion, Losses, Normaliser
+from runkey.model.detr import Detector
 from runkey.model.matcher import Targets
-from runkey.training.device import Precision
+from runkey.training.device import Precision, draw_depth, seed_step
 from runkey.training.distributed import World
 from runkey.training.optimizer import (
     Clipper,
@@ -102,6 +104,8 @@ class TrainStep:
     clipper: Clipper
     world: World = field(default_factory=World)
     """The ranks that share each global batch."""
+    layer_drop: float = 0.0
+    """`model.layer_drop`; above 0 the model is a `Detector`."""
 
     @property
     def device(self) -> torch.device:
@@ -112,6 +116,13 @@ class TrainStep:
     def statistics(self) -> RunningStatistics:
         """The model's running statistics."""
         return RunningStatistics(self.model)
+
+    def reseed(self, seed: int, step: int, rank: int) -> None:
+        """Make a step's noise and its number of decoder layers a function of the arguments."""
+        seed_step(seed, step, rank)
+        if self.layer_drop:
+            decoder = cast(Detector, self.model).transformer.decoder
+            decoder.depth = draw_depth(self.layer_drop, len(decoder.layers), seed, step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +185,8 @@ def train_step(
     if scaler is not None:
         scale = scaler.scale(torch.ones((), device=parts.device))
         scaler.unscale_(optimizer)
+    if parts.layer_drop:
+        _fill_gradients(optimizer)
     gradients = [p.grad for p in trained_parameters(optimizer) if p.grad is not None]
     clipped = parts.clipper.clip(gradients)
     skipped = (~(clipped.before.isfinite() & losses.values["loss"].isfinite())).float()
@@ -192,6 +205,13 @@ def train_step(
         scalars["train/loss_scale"] = scale
     kept = replace(losses, statistics=[])  # frees what is not needed any more
     return StepResult(kept, scalars, current_rates(optimizer))
+
+
+def _fill_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Give dropped layers gradients of zero, as the sum over several ranks does."""
+    for parameter in trained_parameters(optimizer):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def accumulate_gradients(

@@ -10,7 +10,7 @@ import torch
 
 from runkey.errors import TrainingError
 from runkey.hashing import sha256_file
-from runkey.memory.batch_shapes import single_shape
+from runkey.memory.batch_shapes import prepared_shapes, single_shape
 from runkey.memory.choose import card_of, cards, plan_memory, shown_images
 from runkey.memory.measure import (
     Correction,
@@ -50,6 +50,17 @@ def test_prediction(prediction):
     assert model.limit_pixels(3) == 3 * 90 * 120
     assert model.replays[-1].batches >= 200
     assert all(one.reserved_bytes >= one.allocated_bytes for one in model.replays)
+
+
+def test_layer_drop_needs_the_memory_of_a_whole_step(small_params, prepared):
+    """The largest step is one that drops nothing; a dropped layer has its state from the first."""
+    found = []
+    for layer_drop in (0.0, 0.5):
+        params = override(small_params, {"model.decoder_layers": 2, "model.layer_drop": layer_drop})
+        shapes = prepared_shapes(params, prepared)
+        factory = lambda other: step_factory(other, 8)  # noqa: E731
+        found.append(predict(params, shapes, factory, alternatives=False).model)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(
