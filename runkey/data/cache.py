@@ -1,4 +1,7 @@
-"""Decoded images of a split in one flat file, shrunk to the largest size that training needs.
+"""Decoded images of a split in one flat file.
+
+Those of train are shrunk to the largest size that training needs, those of val are resized as
+`evaluate` reads them.
 
 prepared/cache_train.npy    uint8, one dimension: the images' [h, w, 3] bytes, concatenated
 prepared/cache_train.json   {"offsets": [...], "shapes": [[h, w], ...]}   in the index's order
@@ -119,7 +122,7 @@ class Scratch:
 def cached_size(
     width: int, height: int, short_sides: Sequence[int], long_side: int
 ) -> tuple[int, int]:
-    """Return the (width, height) of a cached image: `HEADROOM` times the largest output size.
+    """Return the (width, height) of train's cached image: `HEADROOM` times the largest output.
 
     It is never larger than the image. As in resizing, the long side's bound takes precedence.
     """

@@ -8,6 +8,7 @@ Python's lock; the same pass shrinks the pixels for the cache and sums them for 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import posixpath
 import re
@@ -26,10 +27,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from runkey.data import box_format, decode
+from runkey.data.augment import evaluation_size
 from runkey.data.box_format import is_finite
 from runkey.data.cache import Place, Scratch, cached_size, shrink
 from runkey.data.coco import Coco, CocoAnnotation, CocoImage
-from runkey.data.index import ImageRecord
+from runkey.data.index import ImageRecord, SplitName
 from runkey.data.pixel_range import FLAT_VARIANCE, WIDE_VALUES, PixelRange, is_flat
 from runkey.data.report import Findings
 from runkey.files import read_plain
@@ -81,8 +83,8 @@ class CheckedImage:
     """SHA-256 of the file."""
     sums: NDArray[np.int64]
     """[2, 3]: sum and sum of squares of the stored pixels, 0..255, in each channel."""
-    place: Place | None
-    """Of its pixels in the scratch file; None: it is not cached."""
+    places: Mapping[SplitName, Place]
+    """Of its pixels in the scratch file, for the cache of each split that it may be in."""
 
     @property
     def classes(self) -> frozenset[int]:
@@ -101,8 +103,8 @@ class _Scan:
     """What decoding will apply; see `exif_rotation`."""
     digest: bytes
     sums: NDArray[np.int64]
-    pixels: NDArray[np.uint8] | None
-    """[h, w, 3], rotated and shrunk for the cache; None without a cache."""
+    pixels: Mapping[SplitName, NDArray[np.uint8]]
+    """[h, w, 3], rotated and resized for the cache of each split that it may be in."""
     scale: tuple[float, float] = (1.0, 1.0)
     """Of boxes, from the JSON's size to the file's."""
     values: NDArray[np.int64] | None = None
@@ -147,17 +149,29 @@ class SourceChecks:
         would need more than `data.cache_gib`; only some are in memory at a time.
         """
         start = len(self.findings.items)
-        data, images = self.data, self._listed_images()
-        # One JSON holds both splits; the limit applies to each.
-        split = self.coco.source.split
-        share = 1.0 if split != "data" else max(data.val_fraction, 1 - data.val_fraction)
-        sizes = (cached_size(i.width, i.height, data.short_sides, data.long_side) for i in images)
-        size = sum(width * height * 3 for width, height in sizes) * share
-        for image, future in self._scan_images(images, cached=size <= data.cache_gib * GIB):
+        images = self._listed_images()
+        for image, future in self._scan_images(images, self._cached_splits(images)):
             with suppress(_LeftOut):
                 yield self._accept(image, future)
         self._check_fractions(start)
         self._check_scaling()
+
+    def _cached_splits(self, images: list[CocoImage]) -> tuple[SplitName, ...]:
+        """The splits of the JSON whose images fit into a cache."""
+        data, split = self.data, self.coco.source.split
+        # One JSON holds both splits; the limit applies to each.
+        shares: dict[SplitName, float] = {"train": 1 - data.val_fraction, "val": data.val_fraction}
+        if split != "data":
+            shares = {split: 1.0}
+        pixels: dict[SplitName, int] = {
+            "train": sum(
+                math.prod(cached_size(i.width, i.height, data.short_sides, data.long_side))
+                for i in images
+            ),
+            "val": sum(math.prod(evaluation_size(data, i.height, i.width)) for i in images),
+        }
+        limit = data.cache_gib * GIB
+        return tuple(one for one, share in shares.items() if 3 * pixels[one] * share <= limit)
 
     def _mend(self, kind: str, what: str, image_id: int, file: str = "", **more: Any) -> None:
         """Record a fault; raise `_LeftOut` unless its policy is `fix`."""
@@ -371,7 +385,7 @@ class SourceChecks:
             )
 
     def _scan_images(
-        self, images: list[CocoImage], *, cached: bool
+        self, images: list[CocoImage], cached: tuple[SplitName, ...]
     ) -> Iterator[tuple[CocoImage, Future[_Scan]]]:
         """Scan each image once, in order, some of them ahead of the consumer."""
         source = self.coco.source
@@ -424,12 +438,11 @@ class SourceChecks:
         decoding = (*scan.frame, *scan.rotation)
         columns = (boxes, labels, areas, crowd, ids)
         record = ImageRecord(image.id, image.file, *decoding, *columns, intensity_range)
-        checked = CheckedImage(record, scan.digest, scan.sums, None)
+        checked = CheckedImage(record, scan.digest, scan.sums, {})
         self._check_copy(image, checked)
         self._count(image, scan)
-        if scan.pixels is not None:
-            checked = replace(checked, place=self.scratch.append(scan.pixels))
-        return checked
+        places = {split: self.scratch.append(pixels) for split, pixels in scan.pixels.items()}
+        return replace(checked, places=places)
 
     def _count(self, image: CocoImage, scan: _Scan) -> None:
         frame = (scan.frame[0] / scan.scale[0], scan.frame[1] / scan.scale[1])
@@ -476,17 +489,20 @@ class SourceChecks:
         return box, area
 
 
-def _scan_image(path: Path, listed: CocoImage, data: Data, cached: bool) -> _Scan:
+def _scan_image(path: Path, listed: CocoImage, data: Data, cached: tuple[SplitName, ...]) -> _Scan:
     content, rgb, orientation, mode, values = _decode(path, data)
     frame, rotation, scale, faults = _orient(listed, rgb.size, orientation, data.checks)
     if mode:
         faults.insert(
             int(orientation != 1), ("unusual_mode", f"is of mode {mode}", "converted to RGB")
         )
-    pixels = None
-    if cached:
+    pixels: dict[SplitName, NDArray[np.uint8]] = {}
+    if "train" in cached:
         small = shrink(rgb, data.short_sides, data.long_side)
-        pixels = decode.turn(np.asarray(small), *rotation)
+        pixels["train"] = decode.turn(np.asarray(small), *rotation)
+    if "val" in cached:
+        upright = decode.turn(np.asarray(rgb), *rotation)
+        pixels["val"] = decode.resize(upright, evaluation_size(data, *upright.shape[:2]))
     counts = np.array(rgb.histogram(), dtype=np.int64).reshape(3, 256)
     levels = np.arange(256, dtype=np.int64)
     sums = np.stack((counts @ levels, counts @ levels**2))
@@ -513,16 +529,19 @@ def _orient(
     faults: list[_Fault] = []
     rotation, against = (0, False), False
     boxes = []
-    if size != stated or orientation in decode.TURNED:
+    if size != stated or orientation in decode.SIDEWAYS:
         boxes = box_format.sound_boxes([a.bbox for a in listed.annotations])
     if checks.exif_rotation == "fix":
-        against = orientation in decode.TURNED and box_format.contradicts(stated, boxes)
+        against = orientation in decode.SIDEWAYS and box_format.contradicts(stated, boxes)
         believed = stated[::-1] if against else stated
         rotation = decode.exif_rotation(orientation, size, believed)
-    frame = size[::-1] if rotation[0] else size
+    frame = size[::-1] if rotation[0] % 180 else size
     if orientation != 1:
         what = f"is to be turned by EXIF (orientation {orientation})"
-        faults.append(("exif_rotation", what, _turned(*rotation, "boxes" if against else "size")))
+        reason = "EXIF says"
+        if orientation in decode.SIDEWAYS and size[0] != size[1]:
+            reason = "its boxes fit" if against else "its size in the JSON says"
+        faults.append(("exif_rotation", what, f"{_turned(*rotation)}, as {reason}"))
     if against:
         stated = stated[::-1]
         what = (
@@ -579,15 +598,10 @@ def _decode(path: Path, data: Data) -> tuple[bytes, Image.Image, int, str, NDArr
         raise _FileError("unreadable_image", fault) from None
 
 
-def _turned(rotate: int, mirror: bool, witness: str) -> str:
-    """Say what is done about EXIF; `witness`, its size or its boxes in the JSON, decides."""
-    says = {"size": "its size in the JSON says", "boxes": "its boxes fit"}[witness]
-    if rotate or mirror:
-        first = "mirrored and " if mirror else ""
-        return f"{first}turned clockwise by {rotate} degrees, as {says}"
-    if witness == "boxes":
-        return f"not turned, as {says}"
-    return "not turned, as its size in the JSON does not ask for it"
+def _turned(rotate: int, mirror: bool) -> str:
+    """Say how an image is turned."""
+    steps = ["mirrored"] * mirror + [f"turned clockwise by {rotate} degrees"] * (rotate > 0)
+    return " and ".join(steps) or "not turned"
 
 
 def _sound_box(bbox: list[Any], scale: tuple[float, float], mend: Callable[..., None]) -> _Box:

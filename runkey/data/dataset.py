@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from runkey.data.augment import Augmentation, AugmentParams, augment_boxes, augment_image
 from runkey.data.cache import ImageCache
-from runkey.data.decode import decode_rgb
+from runkey.data.decode import decode_rgb, resize
 from runkey.data.index import ImageRecord, IntensityRange
 from runkey.errors import RunkeyError
 
@@ -140,8 +140,8 @@ class BatchMaker(Dataset["Batch | RunkeyError"]):
     """The data folder, which `table.files` are relative to."""
     cache: ImageCache | None
     augmentation: Augmentation | None
-    """Draws the colour factors and says how much of a box must stay visible; None: colours do not
-    change, and every box is kept that has area."""
+    """Draws the colour factors and says how much of a box must stay visible; None (evaluation):
+    colours do not change, every box is kept that has area, and `decode.resize` makes the size."""
     max_objects: int
     """Most boxes of an image, the largest ones are kept; 0: no limit."""
 
@@ -153,7 +153,7 @@ class BatchMaker(Dataset["Batch | RunkeyError"]):
         images = padded.permute(0, 3, 1, 2)
         objects = []
         for i, (index, augment) in enumerate(request.images):
-            image = self._image(index)
+            image = self._image(index, augment.size)
             valid = images[i, :, : augment.size[0], : augment.size[1]]
             valid.copy_(augment_image(image, augment))
             objects.append(self.visible_objects(index, augment, (image.shape[1], image.shape[2])))
@@ -202,10 +202,15 @@ class BatchMaker(Dataset["Batch | RunkeyError"]):
         boxes_cxcywh = np.concatenate(((low + high) / 2.0, high - low), axis=1)
         return boxes_cxcywh, self.table.labels[part][keep]
 
-    def _image(self, index: int) -> Tensor:
+    def _image(self, index: int, size: tuple[int, int]) -> Tensor:
         if self.cache is not None:
-            return self.cache.image(index)
-        return decode_rgb(self.folder / self.table.files[index], *self.table.decoding[index])
+            image = self.cache.image(index)
+        else:
+            image = decode_rgb(self.folder / self.table.files[index], *self.table.decoding[index])
+        if self.augmentation is None and image.shape[1:] != size:
+            pixels = np.array(resize(image.permute(1, 2, 0).numpy(), size))
+            return torch.from_numpy(pixels).permute(2, 0, 1)
+        return image
 
 
 def normalise(batch: Batch, *, channels_last: bool = False) -> tuple[Tensor, Tensor]:

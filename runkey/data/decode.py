@@ -30,9 +30,13 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # Not EPS or WMF: PIL runs another program for those. JPEG includes the MPO of phones.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
-# EXIF's orientations that show in the size -> (clockwise degrees, mirrored before rotating).
-TURNED = {5: (270, True), 6: (90, False), 7: (90, True), 8: (270, False)}
-
+# EXIF's orientations -> (clockwise degrees, mirrored before rotating).
+TURNED = {
+    **{2: (0, True), 3: (180, False), 4: (180, True)},
+    **{5: (270, True), 6: (90, False), 7: (90, True), 8: (270, False)},
+}
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF's orientations of images that are stored on their side."""
 
 _WIDE_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 """PIL's modes of grey images of more than 8 bits."""
@@ -61,17 +65,20 @@ def exif_orientation(image: Image.Image) -> int:
 def exif_rotation(
     orientation: int, size: tuple[int, int], stated: tuple[int, int]
 ) -> tuple[int, bool]:
-    """Return the rotation to apply: EXIF's, if the JSON's size is that of the rotated image.
+    """Return the rotation that shows an image upright by EXIF, unless the JSON contradicts it.
 
-    That is so if stored and rotated image differ in being upright and the JSON has the rotated
-    one's shape. Rotations by 180 degrees, mirror images and squares leave no trace in the size,
-    so they are not applied. `size` and `stated` are (width, height) as stored and in the JSON.
+    An image on its side (orientations 5 to 8) stays as stored if the JSON has the shape that is
+    stored: its boxes then lie in the stored pixels. Mirror images, rotations by 180 degrees and
+    squares leave no trace in the size, so they are applied. `size` and `stated` are (width, height)
+    as stored and in the JSON.
 
     Returns:
         Clockwise degrees, and whether to mirror left-right first.
     """
-    one_lies = (size[1] - size[0]) * (stated[1] - stated[0]) < 0
-    return TURNED.get(orientation, (0, False)) if one_lies else (0, False)
+    as_stored = (size[1] - size[0]) * (stated[1] - stated[0]) > 0
+    if orientation in SIDEWAYS and as_stored:
+        return 0, False
+    return TURNED.get(orientation, (0, False))
 
 
 def is_unusual(image: Image.Image) -> bool:
@@ -132,6 +139,17 @@ def turn(pixels: NDArray[np.uint8], rotate: int, mirror: bool) -> NDArray[np.uin
     if mirror:
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(np.rot90(pixels, k=-(rotate // 90)))
+
+
+def resize(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Resize an upright image [H, W, 3] to (height, width) as evaluation and inference do.
+
+    PIL's bilinear filter, antialiased when shrinking. An image of that size is returned itself.
+    """
+    if pixels.shape[:2] == size:
+        return pixels
+    resized = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR)
+    return np.asarray(resized)
 
 
 def decode_rgb(

@@ -195,7 +195,7 @@ class _Preparation:
         }
 
     def _write_cache(self, split: SplitName, images: list[CheckedImage]) -> str:
-        places = [image.place for image in images if image.place is not None]
+        places = [image.places[split] for image in images if split in image.places]
         size = sum(height * width * 3 for _, height, width in places)
         if len(places) < len(images) or size > self.data.cache_gib * GIB:
             limit = f"data.cache_gib: {self.data.cache_gib:g}"

@@ -27,7 +27,7 @@ class Detections:
     labels: Tensor
     """int64 [n], class indices 0..K-1."""
     boxes_xyxy: Tensor
-    """float [n, 4] in pixels of the original image; they may reach beyond its edges."""
+    """float [n, 4] in pixels of the original image, inside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Postprocess:
         `original_sizes` is int [B, 2], (height, width) of the original images, pixels.
         """
         logits = full_precision(outputs.logits[-1])
-        boxes_xyxy = cxcywh_to_xyxy(full_precision(outputs.boxes_cxcywh[-1]))
+        boxes_xyxy = cxcywh_to_xyxy(full_precision(outputs.boxes_cxcywh[-1])).clamp(0, 1)
         sizes = original_sizes.to(boxes_xyxy.device, boxes_xyxy.dtype)
         boxes_xyxy = boxes_xyxy * sizes.flip(1).repeat(1, 2)[:, None]
         if self.softmax:

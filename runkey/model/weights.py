@@ -58,8 +58,6 @@ class Sizes:
     """Short side after resizing."""
     long_side: int
     """Upper bound of the long side; it takes precedence over the short side."""
-    cached: bool = False
-    """Whether images were first shrunk for prepare's cache. Older models do not record it."""
     intensity_range: tuple[float, float] | None = None
     """Of grey images of more than 8 bits, as in `data.intensity_range`."""
 

@@ -86,8 +86,8 @@ class Checks(Section):
     boxes if both sides differ by the same factor; keep them if they fit the file as they are; fail
     otherwise."""
     exif_rotation: Literal["fix", "drop", "fail"] = "fix"
-    """Image with an EXIF orientation.  fix: rotate it if the JSON's size matches the rotated
-    image, else leave it as stored."""
+    """Image with an EXIF orientation.  fix: turn it upright, unless the JSON has the stored size of
+    an image that lies on its side."""
     unusual_mode: Literal["fix", "drop", "fail"] = "fix"
     """Grey, palette, CMYK, transparent or 16-bit image.  fix: convert it to 8-bit RGB."""
     duplicate_image: Literal["drop", "fail"] = "fail"

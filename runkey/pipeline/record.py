@@ -21,7 +21,6 @@ from runkey import paths
 from runkey.data.cache import open_cache
 from runkey.data.index import SplitName
 from runkey.errors import DataError, RecipeError, RegistryError, TrackingError
-from runkey.evaluation.pyfunc import PYFUNC_COLUMNS
 from runkey.files import LARGE, expect, read_json, write_json
 from runkey.identity.inputs import tree_note
 from runkey.identity.key import Recipe
@@ -365,7 +364,7 @@ class FinishedRun:
             return
         try:
             run_id, tags = self.record.run.run_id, {KEY: self.record.key}
-            log_model(self._store, run_id, name, example, PYFUNC_COLUMNS, tags)
+            log_model(self._store, run_id, name, example, self._root / paths.MODEL, tags)
         except TrackingError as error:
             logger.info(str(error))
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from torch import nn
 
 from runkey import paths
-from runkey.data.cache import open_cache
 from runkey.errors import Interrupted, RecipeError
 from runkey.files import write_json
 from runkey.identity.inputs import check_unchanged
@@ -125,10 +124,9 @@ def _train(run: Run, context: TrainContext, interrupts: Interrupts) -> None:
         )
         tracker.finish_logs()
         assert result.best
-        cached = open_cache(root / paths.PREPARED, "val") is not None
         section = params.data
         shorter, longer = max(section.short_sides), section.long_side
-        sizes = Sizes(shorter, longer, cached, section.intensity_range)
+        sizes = Sizes(shorter, longer, section.intensity_range)
         classes = tuple(CardClass(c.index, c.id, c.name) for c in validation.classes)
         card = ModelCard(params.model, classes, sizes)
         save_model(root / paths.MODEL, result.best_weights, card)

@@ -26,9 +26,10 @@ from runkey.evaluation.files import (
     read_results,
 )
 from runkey.evaluation.per_image import BINS, Calibration, calibration, confusion, judge_images
+from runkey.inference.draw import printable
 from runkey.plots import style
 from runkey.plots.log import number
-from runkey.plots.sheets import class_name, detection_sheet, printable
+from runkey.plots.sheets import class_name, detection_sheet
 from runkey.units import counted
 
 _MAX_CLASSES = 20

@@ -28,12 +28,12 @@ from runkey.evaluation.files import METRICS_JSON, Metrics
 from runkey.files import LARGE, FormatError, read_json, write_atomically
 from runkey.identity.key import PARTS
 from runkey.identity.record import KEY, KEY_JSON, LoggedRun, Record, RunManifest
+from runkey.inference.draw import printable
 from runkey.params import as_text, changed_params, load_params
 from runkey.plots import style
 from runkey.plots.curves import write_training_plots
 from runkey.plots.hints import CLASS_SCORES, EVENT, Hint, all_hints
 from runkey.plots.log import TrainingLog, read_log
-from runkey.plots.sheets import printable
 from runkey.progress import escaped
 from runkey.units import counted, format_seconds
 

@@ -5,35 +5,32 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache
 from itertools import chain
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.ft2font import FT2Font
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from runkey.data.index import ClassName, ImageRecord
 from runkey.evaluation.per_image import ImageScore, Judgement, rank_images
 from runkey.files import write_atomically
-from runkey.plots.style import BLACK, BLUE, CYCLE, GREY, VERMILLION
+from runkey.inference.draw import (
+    Box,
+    LabelledBox,
+    class_colour,
+    find_font,
+    label_fewer,
+    paint_boxes,
+    printable,
+)
+from runkey.plots.style import BLUE, GREY, VERMILLION
 from runkey.units import counted
 
 MAX_BYTES = 150_000
 RIGHT, WRONG = BLUE, VERMILLION
 _INK, _PAPER, _BLANK = "#222222", "#FFFFFF", "#DFE3E6"
-# Black lines vanish on dark photographs; white ones have a dark outline.
-_CLASS_COLOURS = tuple(_PAPER if colour == BLACK else colour for colour in CYCLE)
 _WIDTH, _MARGIN, _GAP, _LINE = 1100, 16, 8, 20
 _ROW_HEIGHT, _MAX_ROWS, _MAX_IMAGES = 190, 4, 24
-_LABEL_SIZE = 11
-_MAX_LABELS = 10
-"""An image with more boxes shows fewer labels, which would cover what they name."""
-
-Box = tuple[float, float, float, float]
-"""Left, top, right, bottom in pixels of the sheet."""
 
 
 def contact_sheet(
@@ -99,31 +96,15 @@ def detection_sheet(
     return sheet.save(path)
 
 
-@dataclass(frozen=True, slots=True)
-class LabelledBox:
-    """A box on an image, with its class and score."""
-
-    box_xywh: tuple[float, float, float, float]
-    """In pixels of the image."""
-    colour: str
-    name: str
-    """Of the class."""
-    score: float | None = None
-    is_crowd: bool = False
-    """A crowd region is drawn dashed."""
-    is_labelled: bool = True
-    """Whether name and score are written."""
-
-
 def class_boxes(record: ImageRecord, classes: list[ClassName]) -> list[LabelledBox]:
     """Return the ground truth of an image, coloured by class."""
-    return _label_fewer(_truth(record, classes, list(map(class_colour, record.labels))), None)
+    return label_fewer(_truth(record, classes, list(map(class_colour, record.labels))), None)
 
 
 def truth_boxes(score: ImageScore, classes: list[ClassName]) -> list[LabelledBox]:
     """Return the ground truth of an evaluated image, coloured by found or missed."""
     colours = [RIGHT if found else WRONG for found in score.found]
-    return _label_fewer(_truth(score.record, classes, colours), WRONG)
+    return label_fewer(_truth(score.record, classes, colours), WRONG)
 
 
 def detection_boxes(score: ImageScore, classes: list[ClassName]) -> list[LabelledBox]:
@@ -132,22 +113,12 @@ def detection_boxes(score: ImageScore, classes: list[ClassName]) -> list[Labelle
         LabelledBox(d.box_xywh, RIGHT if d.right else WRONG, class_name(classes[d.label]), d.score)
         for d in score.shown
     ]
-    return _label_fewer(boxes, WRONG)
-
-
-def class_colour(index: int) -> str:
-    """Return the colour of a class; of more than eight classes, some share one."""
-    return _CLASS_COLOURS[index % len(_CLASS_COLOURS)]
+    return label_fewer(boxes, WRONG)
 
 
 def class_name(one: ClassName) -> str:
     """Return the name of a class, or its category id if the font lacks a letter of the name."""
     return printable(one.name, f"class {one.id}")
-
-
-def printable(text: str, instead: str) -> str:
-    """Return `text`, or `instead` if it is blank or the font lacks a letter of it."""
-    return text if text.strip() and _letters().issuperset(map(ord, text)) else instead
 
 
 def _truth(record: ImageRecord, classes: list[ClassName], colours: list[str]) -> list[LabelledBox]:
@@ -158,53 +129,6 @@ def _truth(record: ImageRecord, classes: list[ClassName], colours: list[str]) ->
             record.boxes_xywh, names, record.crowd, colours, strict=True
         )
     ]
-
-
-def _label_fewer(boxes: list[LabelledBox], always: str | None) -> list[LabelledBox]:
-    """Of many boxes, label those of the colour `always`, and the largest of each class."""
-    if len(boxes) <= _MAX_LABELS:
-        return boxes
-
-    def area(box: LabelledBox) -> float:
-        return box.box_xywh[2] * box.box_xywh[3]
-
-    largest = {box.name: area(box) for box in sorted(boxes, key=area)}
-    return [
-        replace(box, is_labelled=box.colour == always or area(box) == largest[box.name])
-        for box in boxes
-    ]
-
-
-def place_label(
-    width: float, box: Box, frame: Box, labels: Sequence[Box], boxes: Sequence[Box] = ()
-) -> Box | None:
-    """Find a place for a label of `width` pixels at a box, inside the frame of the image.
-
-    Return None if other `labels` take all places; of those left, choose the one that covers least
-    of the image's `boxes`.
-    """
-    height = _LABEL_SIZE + 4
-    left, top, right, bottom = box
-    places = []
-    for x, y in (
-        (left - 1, top - height - 1),
-        (left - 1, bottom + 2),
-        (right + 1 - width, top - height - 1),
-        (right + 1 - width, bottom + 2),
-        (right + 3, top - 1),
-        (left - 2 - width, top - 1),
-        (left - 1, top - 1),
-    ):
-        x, y = min(max(round(x), frame[0]), frame[2] - width), round(y)
-        place = (x, y, x + width, y + height)
-        if x >= frame[0] and y >= frame[1] and y + height <= frame[3]:
-            places.append(place)
-    free = [p for p in places if not any(_shared_area(p, label) for label in labels)]
-
-    def hidden(place: Box) -> float:
-        return sum(_shared_area(place, b) / max(1, _shared_area(b, b)) for b in boxes)
-
-    return min(free, key=hidden, default=None)
 
 
 class _Sheet:
@@ -218,7 +142,7 @@ class _Sheet:
         self, at: tuple[float, float], text: str, size: int, *, bold: bool = False, ink: str = _INK
     ) -> float:
         """Write a line with its top left corner at `at`; return where it ends, in pixels."""
-        font = _font(size, bold=bold)
+        font = find_font(size, bold=bold)
         self._draw.text(at, text, fill=ink, font=font)
         return at[0] + font.getlength(text)
 
@@ -240,34 +164,7 @@ class _Sheet:
         self._draw.rectangle((left, top, right - 1, bottom - 1), fill=_BLANK)
         self.image.paste(picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=2), (x, y))
         placed = [(_scaled(box.box_xywh, scale, x, y, frame), box) for box in boxes]
-        placed.sort(key=lambda pair: -_shared_area(pair[0], pair[0]))
-        for place, box in placed:
-            self._outline(place, box)
-        labels: list[Box] = []
-        for place, box in placed:
-            text = box.name if box.score is None else f"{box.name} {box.score:.2f}"
-            width = _font(_LABEL_SIZE).getlength(text) + 6
-            at = place_label(width, place, frame, labels, [one for one, _ in placed])
-            if box.is_labelled and at:
-                labels.append(at)
-                self._draw.rectangle((at[0], at[1], at[2] - 1, at[3] - 1), fill=box.colour)
-                is_light = ImageColor.getcolor(box.colour, "L") > 140  # type: ignore[operator]
-                ink = _INK if is_light else _PAPER
-                self.write((at[0] + 3, at[1] + 1), text, _LABEL_SIZE, ink=ink)
-
-    def _outline(self, place: Box, box: LabelledBox) -> None:
-        """Draw two pixels of colour within a dark line, so that they show on any background."""
-        left, top, right, bottom = map(round, place)
-        if box.is_crowd:
-            for x in range(left, right, 8):
-                for y in (top, bottom):
-                    self._draw.line((x, y, min(x + 4, right), y), fill=box.colour, width=2)
-            for y in range(top, bottom, 8):
-                for x in (left, right):
-                    self._draw.line((x, y, x, min(y + 4, bottom)), fill=box.colour, width=2)
-            return
-        self._draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=_INK)
-        self._draw.rectangle((left, top, right, bottom), outline=box.colour, width=2)
+        paint_boxes(self._draw, placed, frame)
 
     def save(self, path: Path) -> Path:
         """Write a JPEG of at most `MAX_BYTES`: lower its quality first, then its size."""
@@ -311,7 +208,7 @@ def _legend(classes: list[ClassName], counts: Counter[int]) -> list[list[tuple[s
     x = float(_MARGIN)
     for number, one in enumerate(classes):
         text = f"{_shorten(class_name(one), 160, 12)} {counts[one.index]:,}"
-        width = 18 + _font(12).getlength(text) + 18
+        width = 18 + find_font(12).getlength(text) + 18
         is_full = x + width > _WIDTH - _MARGIN - (120 if len(lines) == 2 else 0)
         if is_full and len(lines) == 2:
             lines[-1].append((_BLANK, f"and {len(classes) - number} more"))
@@ -365,28 +262,8 @@ def _scaled(box_xywh: Box, scale: float, x: float, y: float, frame: Box) -> Box:
     )
 
 
-def _shared_area(one: Box, other: Box) -> float:
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    return max(0.0, width) * max(0.0, height)
-
-
-@cache
-def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Return DejaVu Sans, which has more alphabets than Pillow's own font; `size` in pixels."""
-    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    path = str(fonts / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"))
-    # Every Pillow has the basic layout; another one moves letters from machine to machine.
-    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
-
-
-@cache
-def _letters() -> frozenset[int]:
-    return frozenset(FT2Font(str(_font(12).path)).get_charmap())
-
-
 def _shorten(text: str, width: float, size: int) -> str:
     """Cut a line at its end so that it fits into `width` pixels."""
     shorter = (text[:end] + "…" for end in range(len(text) - 1, -1, -1))
-    fitting = (line for line in chain([text], shorter) if _font(size).getlength(line) <= width)
+    fitting = (line for line in chain([text], shorter) if find_font(size).getlength(line) <= width)
     return next(fitting, "…")

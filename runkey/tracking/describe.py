@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -170,14 +171,13 @@ def log_model(
     run_id: str,
     name: str,
     example: Path,
-    outputs: Mapping[str, str],
+    model_folder: Path,
     tags: Mapping[str, str],
 ) -> str:
     """Log a run's `model/` as MLflow's model and return its id; of an earlier one, if there is one.
 
-    It has a signature, with the MLflow type of each column that it returns (`outputs`), and an
-    example, an image file. `mlflow.pytorch.log_model` would trace and pickle the model (10 s) and
-    store its weights twice.
+    It holds a copy of `model_folder`, and has a signature and an example, an image file.
+    `mlflow.pytorch.log_model` would trace and pickle the model (10 s).
 
     Raises:
         TrackingError: MLflow refuses or cannot be reached.
@@ -192,15 +192,15 @@ def log_model(
             run.info.experiment_id, name, source_run_id=run_id, tags=dict(tags)
         )
         with tempfile.TemporaryDirectory() as folder:
-            _save_model(Path(folder), run_id, example, outputs)
+            _save_model(Path(folder), run_id, example, model_folder)
             client.log_model_artifacts(model.model_id, f"{folder}/model")
         client.finalize_logged_model(model.model_id, "READY")
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         return str(model.model_id)
 
 
-def _save_model(folder: Path, run_id: str, example: Path, outputs: Mapping[str, str]) -> None:
-    """Write to `folder`/model what MLflow loads: a run's id, by which the weights are found."""
+def _save_model(folder: Path, run_id: str, example: Path, model_folder: Path) -> None:
+    """Write to `folder`/model what MLflow loads: the model, and the id of its run."""
     with warnings.catch_warnings():
         # Importing them warns of MLflow's own type hints and of outdated packages.
         warnings.simplefilter("ignore")
@@ -209,17 +209,19 @@ def _save_model(folder: Path, run_id: str, example: Path, outputs: Mapping[str, 
         from mlflow.pyfunc import save_model
         from mlflow.types.schema import ColSpec, Schema
 
-    (folder / "data").mkdir()
+        from runkey.inference.pyfunc import OUTPUT_COLUMNS
+
+    shutil.copytree(model_folder, folder / "data")
     (folder / "data" / "run.json").write_text(json.dumps({"run_id": run_id}) + "\n")
     # MLflow compares column names with a range, which pandas 3 refuses for its string type.
     columns = pd.Index(["image"], dtype=object)
     save_model(
         str(folder / "model"),
-        loader_module="runkey.evaluation.pyfunc",
+        loader_module="runkey.inference.pyfunc",
         data_path=str(folder / "data"),
         signature=ModelSignature(
             Schema([ColSpec("binary", "image")]),
-            Schema([ColSpec(kind, column) for column, kind in outputs.items()]),
+            Schema([ColSpec(kind, column) for column, kind in OUTPUT_COLUMNS.items()]),
         ),
         input_example=pd.DataFrame([[example.read_bytes()]], columns=columns),
         pip_requirements=[f"{package}=={version(package)}" for package in _NEEDED],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from runkey.data.cache import HEADROOM, Scratch, cached_size, open_cache, write_cache
 from runkey.data.decode import decode_rgb
@@ -111,14 +113,37 @@ def test_prepare_caches_small_images_as_they_are(folder):
         assert torch.equal(cache.image(index), decoded)
 
 
-def test_prepare_shrinks_large_images(folder):
+def test_prepare_shrinks_large_images_of_train(folder):
     folder.run(short_sides=(10,), long_side=20)
+
+    cache = open_cache(folder.out, "train")
+
+    assert cache.image(0).shape == (3, 14, 18)
+    whole = decode_rgb(folder.data / "train/a.jpg", 0, False).float()
+    assert torch.allclose(cache.image(0).float().mean((1, 2)), whole.mean((1, 2)), atol=4)
+
+
+@pytest.mark.parametrize("short_side", [10, 45])
+def test_the_val_cache_holds_the_pixels_of_evaluation(folder, short_side):
+    folder.run(short_sides=(short_side,), long_side=60)
 
     cache = open_cache(folder.out, "val")
 
-    assert cache.image(0).shape == (3, 14, 18)
-    whole = decode_rgb(folder.data / "val/d.jpg", 0, False).float()
-    assert torch.allclose(cache.image(0).float().mean((1, 2)), whole.mean((1, 2)), atol=4)
+    for index, record in enumerate(read_index(folder.out / "val.json")):
+        with Image.open(folder.data / record.file) as image:
+            size = (short_side * 4 // 3, short_side)
+            wanted = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
+        assert np.array_equal(cache.image(index).permute(1, 2, 0).numpy(), wanted)
+
+
+def test_one_json_gives_both_caches(folder):
+    annotations = folder.data / "annotations"
+    (annotations / "instances_train.json").write_text(json.dumps(folder.train))
+    (annotations / "instances_train.json").rename(folder.data / "all.json")
+    folder.prepare(short_sides=(10,), long_side=20, val_fraction=0.4)
+
+    assert open_cache(folder.out, "val").image(0).shape == (3, 10, 13)
+    assert open_cache(folder.out, "train").image(0).shape == (3, 14, 18)
 
 
 def test_no_cache_where_it_would_be_too_large(folder, logged):

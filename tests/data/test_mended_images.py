@@ -43,12 +43,12 @@ def test_exif_is_followed_where_the_json_has_the_turned_size(folder, orientation
     decoded = decode_rgb(folder.data / record.file, record.rotate, record.mirror)
     assert decoded.shape == (3, 40, 30)
     assert torch.equal(open_cache(folder.out, "train").image(1), decoded)
-    assert only_item(folder)["done"].startswith(
-        ("turned clockwise by", "mirrored and turned clockwise by")
-    )
+    done = only_item(folder)["done"]
+    assert done.startswith(("turned clockwise by", "mirrored and turned clockwise by"))
+    assert done.endswith(" degrees, as its size in the JSON says")
 
 
-@pytest.mark.parametrize("orientation", [2, 3, 4, 6])
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 def test_exif_is_not_followed_where_the_json_has_the_stored_size(folder, orientation):
     tags = Image.Exif()
     tags[0x0112] = orientation
@@ -58,7 +58,30 @@ def test_exif_is_not_followed_where_the_json_has_the_stored_size(folder, orienta
     assert (index(folder)[2].rotate, index(folder)[2].mirror) == (0, False)
     item = only_item(folder)
     assert item["kind"] == "exif_rotation"
-    assert item["done"] == "not turned, as its size in the JSON does not ask for it"
+    assert item["done"] == "not turned, as its size in the JSON says"
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "rotation", "done"),
+    [
+        (2, (40, 30), (0, True), "mirrored"),
+        (3, (40, 30), (180, False), "turned clockwise by 180 degrees"),
+        (4, (40, 30), (180, True), "mirrored and turned clockwise by 180 degrees"),
+        (6, (30, 30), (90, False), "turned clockwise by 90 degrees"),
+    ],
+)
+def test_exif_is_followed_where_no_size_can_contradict(folder, orientation, size, rotation, done):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    folder.picture(5).resize(size).save(folder.data / "train/b.jpg", exif=tags)
+    folder.train["images"][1].update(width=size[0], height=size[1])
+    folder.train["annotations"][2].update(bbox=[0, 0, 30, 30], area=900)
+    folder.run()
+
+    record = index(folder)[2]
+    assert (record.rotate, record.mirror) == rotation
+    assert (record.width, record.height) == size
+    assert only_item(folder)["done"] == f"{done}, as EXIF says"
 
 
 def test_broken_exif_is_no_reason_to_lose_an_image(folder):

@@ -8,14 +8,12 @@ from PIL import Image
 
 from runkey.errors import DataError
 from runkey.evaluation.per_image import judge_images
+from runkey.inference.draw import class_colour, place_label, printable
 from runkey.plots.sheets import (
     class_boxes,
-    class_colour,
     contact_sheet,
     detection_boxes,
     detection_sheet,
-    place_label,
-    printable,
     truth_boxes,
 )
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runkey.data.augment import evaluation_size
 from runkey.data.cache import cached_size, write_cache
 from runkey.data.dataset import Batch, GlobalBatch
-from runkey.data.decode import decode_rgb
+from runkey.data.decode import decode_rgb, resize
 from runkey.data.index import ImageRecord, write_index
 from runkey.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
 from runkey.params import Augment, Data, Model, Params, Runtime, Training
@@ -82,8 +83,11 @@ class Workspace:
         def images() -> Iterator[np.ndarray]:
             for record in records:
                 image = decode_rgb(self.root / "data" / record.file, record.rotate, record.mirror)
-                size = cached_size(record.width, record.height, data.short_sides, data.long_side)
                 array = image.permute(1, 2, 0).numpy()
+                if split == "val":
+                    yield resize(array, evaluation_size(data, record.height, record.width))
+                    continue
+                size = cached_size(record.width, record.height, data.short_sides, data.long_side)
                 yield np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BILINEAR))
 
         write_cache(self.prepared, split, images())

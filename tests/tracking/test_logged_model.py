@@ -1,7 +1,8 @@
-"""A run's model in MLflow: with signature and example, without a second copy of the weights."""
+"""A run's model in MLflow: with signature, example and weights."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from PIL import Image
 
 from runkey.errors import TrackingError
-from runkey.evaluation.pyfunc import PYFUNC_COLUMNS
+from runkey.hashing import sha256_file
+from runkey.inference.pyfunc import OUTPUT_COLUMNS
 from runkey.model.detr import build_model
 from runkey.model.weights import CardClass, ModelCard, Sizes, save_model
 from runkey.params import Model
@@ -28,6 +30,10 @@ def test_the_model_is_recorded_once_loads_and_detects(
     model = Model(hidden_dim=32, num_heads=2, feedforward_dim=48, num_queries=8)
     card = ModelCard(model, CLASSES, Sizes(48, 80))
     save_model(tmp_path / "model", build_model(model, 2).state_dict(), card)
+    half = {"score": 0.0, "precision": 1, "recall": 1, "f1": 1}
+    weights = sha256_file(tmp_path / "model" / "weights.safetensors")
+    scores = {"iou": 0.5, "weights": weights, "classes": {"a": half, "b": half}}
+    (tmp_path / "model" / "thresholds.json").write_text(json.dumps(scores))
     pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
     client = open_client(store)
@@ -39,7 +45,7 @@ def test_the_model_is_recorded_once_loads_and_detects(
         run_id,
         "detector-fast",
         tmp_path / "image.png",
-        PYFUNC_COLUMNS,
+        tmp_path / "model",
         {"key": "rk2-1"},
     )
     model_id = log_model(*arguments)
@@ -48,16 +54,16 @@ def test_the_model_is_recorded_once_loads_and_detects(
     assert (recorded.name, recorded.source_run_id) == ("detector-fast", run_id)
     assert recorded.tags["key"] == "rk2-1"
     kept = [path for path in (tmp_path / "mlartifacts" / "models").rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in kept) < 100_000  # no weights among them
+    assert "weights.safetensors" in {path.name for path in kept}
 
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     loaded = mlflow.pyfunc.load_model(f"models:/{model_id}")
     assert loaded.metadata.get_input_schema().input_names() == ["image"]
-    assert loaded.metadata.get_output_schema().input_names() == list(PYFUNC_COLUMNS)
+    assert loaded.metadata.get_output_schema().input_names() == list(OUTPUT_COLUMNS)
     found = loaded.predict(loaded.input_example)
-    assert list(found.columns) == list(PYFUNC_COLUMNS)
+    assert list(found.columns) == list(OUTPUT_COLUMNS)
     assert len(found) > 1
     assert set(found["class"]) <= {"a", "b"}
     assert found["score"].is_monotonic_decreasing
@@ -69,5 +75,5 @@ def test_the_model_is_recorded_once_loads_and_detects(
 def test_a_store_that_refuses_is_told_in_one_line(store: Store, tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(b"any")
     with pytest.raises(TrackingError, match=r"db: the model is not recorded \(") as refused:
-        log_model(store, "f" * 32, "detector", tmp_path / "image.png", PYFUNC_COLUMNS, {})
+        log_model(store, "f" * 32, "detector", tmp_path / "image.png", tmp_path / "model", {})
     assert "\n" not in str(refused.value)

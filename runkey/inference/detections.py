@@ -1,0 +1,174 @@
+"""The detections of one image: what a model answers, to filter, draw and convert.
+
+found = model("a.jpg")
+found.boxes_xyxy, found.scores, found.names
+found.above({"car": 0.4, "bus": 0.6}).draw().save("a.png")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runkey.errors import ModelError
+from runkey.model.weights import CardClass
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class CocoRow(TypedDict):
+    """A detection in COCO's results format."""
+
+    image_id: int
+    category_id: int
+    bbox: list[float]
+    """[left, top, width, height], pixels."""
+    score: float
+
+
+class Detection(TypedDict):
+    """A detection as plain values."""
+
+    name: str
+    score: float
+    box_xyxy: list[float]
+    """[left, top, right, bottom], pixels."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Detections:
+    """The n detections of one image, best first."""
+
+    boxes_xyxy: NDArray[np.float32]
+    """[n, 4]: left, top, right, bottom in pixels of the upright image, inside it."""
+    scores: NDArray[np.float32]
+    """[n] in 0..1, descending."""
+    labels: NDArray[np.int64]
+    """[n], class indices 0..K-1."""
+    classes: Sequence[CardClass]
+    """All K classes of the model, by index."""
+    image_size: tuple[int, int]
+    """(height, width) of the upright image, pixels."""
+    image: NDArray[np.uint8] | None = None
+    """The upright image [H, W, 3] RGB; None if it was not kept."""
+    source: str = ""
+    """Where the image came from, such as its path."""
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __iter__(self) -> Iterator[Detection]:
+        """Yield each detection as plain values: name, score, box_xyxy."""
+        rows = zip(self.names, self.scores.tolist(), self.boxes_xyxy.tolist(), strict=True)
+        return (Detection(name=name, score=score, box_xyxy=box) for name, score, box in rows)
+
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{one['name']} {one['score']:.2f}" for one in list(self)[:3])
+        more = f" and {len(self) - 3} more" if len(self) > 3 else ""
+        return f"Detections({self.source or 'image'}: {rows or 'none'}{more})"
+
+    @property
+    def names(self) -> list[str]:
+        """Return the class name of each detection."""
+        return [self.classes[label].name for label in self.labels.tolist()]
+
+    def keep(self, which: NDArray[Any]) -> Detections:
+        """Return the detections at the positions `which` [m], or where it is True [n]."""
+        boxes, scores, labels = self.boxes_xyxy[which], self.scores[which], self.labels[which]
+        return replace(self, boxes_xyxy=boxes, scores=scores, labels=labels)
+
+    def above(self, score: float | Mapping[str, float]) -> Detections:
+        """Return the detections of at least this score.
+
+        Args:
+            score: for all classes, or by class name; a class that is not named keeps all.
+
+        Raises:
+            ModelError: the model has no class of a name.
+        """
+        return self.keep(self.scores >= score_limits(score, self.classes)[self.labels])
+
+    def nms(self, iou: float) -> Detections:
+        """Drop each detection that overlaps a better one of its class by more than `iou`.
+
+        Greedy non-maximum suppression within each class.
+        """
+        import torch
+        from torchvision.ops import batched_nms
+
+        boxes_xyxy, scores, labels = map(
+            torch.from_numpy, (self.boxes_xyxy, self.scores, self.labels)
+        )
+        return self.keep(np.sort(batched_nms(boxes_xyxy, scores, labels, iou).numpy()))
+
+    def draw(self) -> Image.Image:
+        """Draw boxes with names and scores, coloured by class, into a copy of the image.
+
+        Raises:
+            ModelError: the image was not kept.
+        """
+        from runkey.inference.draw import LabelledBox, class_colour, draw_boxes, label_fewer
+
+        if self.image is None:
+            raise ModelError(f"{self.source or 'image'}: not kept, so that nothing can be drawn")
+        boxes = [
+            LabelledBox(
+                (box[0], box[1], box[2] - box[0], box[3] - box[1]), class_colour(label), name, score
+            )
+            for box, label, name, score in zip(
+                self.boxes_xyxy.tolist(),
+                self.labels.tolist(),
+                self.names,
+                self.scores.tolist(),
+                strict=True,
+            )
+        ]
+        return draw_boxes(self.image, label_fewer(boxes))
+
+    def to_supervision(self) -> Any:
+        """Convert to `supervision.Detections`, with names in `data["class_name"]`.
+
+        Raises:
+            LockError: the package supervision is not installed.
+        """
+        from runkey.inference.extras import import_extra
+
+        supervision = import_extra("supervision")
+        return supervision.Detections(
+            xyxy=self.boxes_xyxy.copy(),
+            confidence=self.scores.copy(),
+            class_id=self.labels.copy(),
+            data={"class_name": np.array(self.names, dtype=str)},
+        )
+
+    def to_coco(self, image_id: int) -> list[CocoRow]:
+        """Convert to COCO's results format, with the data's category ids."""
+        boxes = self.boxes_xyxy.astype(np.float64).reshape(-1, 4)
+        boxes_xywh = np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]).tolist()
+        scores = self.scores.astype(np.float64).tolist()
+        return [
+            CocoRow(image_id=image_id, category_id=self.classes[label].id, bbox=box, score=score)
+            for label, box, score in zip(self.labels.tolist(), boxes_xywh, scores, strict=True)
+        ]
+
+
+def score_limits(
+    score: float | Mapping[str, float], classes: Sequence[CardClass]
+) -> NDArray[np.float32]:
+    """Return the least score of each class, [K]; a class that is not named has 0.
+
+    Raises:
+        ModelError: the model has no class of a name.
+    """
+    if not isinstance(score, Mapping):
+        return np.full(len(classes), score, dtype=np.float32)
+    names = [one.name for one in classes]
+    if unknown := sorted(set(score) - set(names)):
+        shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+        raise ModelError(f"score: no class {unknown[0]!r}; the model has {shown}")
+    return np.array([score.get(name, 0.0) for name in names], dtype=np.float32)

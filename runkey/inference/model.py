@@ -1,0 +1,291 @@
+"""A loaded model: images in, detections out.
+
+    model = load_model_folder(Path("model"))
+    found = model("a.jpg")                       # Detections
+    for found in model.stream(paths): ...        # many images, in constant memory
+
+Images go through the network in batches of one shape without padding, as in `evaluate`, so that the
+batch size does not change the result.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import batched
+from pathlib import Path
+from typing import Any, Literal, Protocol, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from runkey import params
+from runkey.data.dataset import Batch, normalise
+from runkey.errors import ModelError
+from runkey.files import FormatError, read_json
+from runkey.hashing import sha256_file
+from runkey.inference.detections import Detections, score_limits
+from runkey.inference.preprocess import Preprocess, Source, read_image, source_name
+from runkey.inference.thresholds import (
+    DEFAULT_SCORE,
+    THRESHOLDS,
+    class_keys,
+    read_thresholds,
+    score_by_class,
+)
+from runkey.model.detr import Detector
+from runkey.model.postprocess import build_postprocess
+from runkey.model.weights import WEIGHTS, CardClass, Sizes, load_model
+
+logger = logging.getLogger(__name__)
+
+_KEY_JSON = "key.json"
+
+Score = float | Mapping[str, float] | Literal["auto"]
+"""Least score of a detection: for all classes, by class name (others: auto), or `auto`: each
+class's score of best F1 on the val images, from `evaluate`."""
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceCard:
+    """What is known of a model beside its weights."""
+
+    classes: tuple[CardClass, ...]
+    """The K classes, in order of their index."""
+    sizes: Sizes
+    """Of the images that it was evaluated on."""
+    key: str | None = None
+    """Of the run that trained it."""
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    """Score of the best F1 by class name; empty if the model was not evaluated."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """The rest of an export's card.json: data, licence, environment."""
+
+
+class Network(Protocol):
+    """What runs a model's forward pass; n is at most 100."""
+
+    def __call__(
+        self, images: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
+        """Run a batch of one shape.
+
+        Args:
+            images: uint8 [B, 3, h, w], as `Preprocess` makes them.
+
+        Returns:
+            Scores float32 [B, n], descending; labels int64 [B, n]; boxes xyxy float32 [B, n, 4],
+            fractions of the width and height in 0..1.
+        """
+
+
+class EagerNetwork:
+    """The detector in torch, as `evaluate` runs it."""
+
+    def __init__(self, detector: Detector, model: params.Model, device: torch.device) -> None:
+        """Args: detector: in evaluation mode. model: its parameters. device: where it runs."""
+        self._detector = detector.to(device)
+        self._postprocess, self._device = build_postprocess(model), device
+
+    @torch.no_grad()
+    def __call__(
+        self, images: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
+        """See `Network`."""
+        count, _, height, width = images.shape
+        batch = Batch(
+            images=torch.from_numpy(images),
+            sizes=torch.tensor([[height, width]] * count),
+            boxes_cxcywh=torch.zeros(0, 4),
+            labels=torch.zeros(0, dtype=torch.int64),
+            counts=(0,) * count,
+            image_ids=(0,) * count,
+            original_sizes=torch.ones(count, 2, dtype=torch.int64),
+        ).to(self._device)
+        found = self._postprocess(self._detector(*normalise(batch)), batch.original_sizes)
+        scores, labels, boxes = (
+            torch.stack([getattr(one, name) for one in found]).cpu().numpy()
+            for name in ("scores", "labels", "boxes_xyxy")
+        )
+        return scores, labels, boxes
+
+
+class Model:
+    """A detector with its preprocessing and thresholds."""
+
+    def __init__(self, card: InferenceCard, network: Network) -> None:
+        """Args: card: classes, sizes, thresholds. network: what runs the model."""
+        self.card, self.network = card, network
+        self.preprocess = Preprocess(card.sizes)
+
+    def __repr__(self) -> str:
+        names = ", ".join(one.name for one in self.card.classes[:4])
+        more = " ..." if len(self.card.classes) > 4 else ""
+        key = self.card.key[:12] if self.card.key else "no key"
+        return f"Model({key}: {len(self.card.classes)} classes: {names}{more})"
+
+    @overload
+    def __call__(
+        self,
+        source: Source | torch.Tensor,
+        score: Score = ...,
+        nms: float | None = ...,
+        batch_size: int = ...,
+    ) -> Detections: ...
+
+    @overload
+    def __call__(
+        self,
+        source: list[Any] | tuple[Any, ...],
+        score: Score = ...,
+        nms: float | None = ...,
+        batch_size: int = ...,
+    ) -> list[Detections]: ...
+
+    def __call__(
+        self, source: Any, score: Score = "auto", nms: float | None = None, batch_size: int = 8
+    ) -> Detections | list[Detections]:
+        """Detect the objects of an image, or of each image of a list.
+
+        Args:
+            source: an image, see `Source`, or a list of images of any kinds and sizes.
+            score: least score; 0 gives the 100 best detections that COCO's metrics count.
+            nms: drop a detection that overlaps a better one of its class by more than this IoU;
+                None: none, as DETR needs no suppression.
+            batch_size: most images in one forward pass.
+
+        Returns:
+            Detections of an image, or a list of them in the order of the images.
+
+        Raises:
+            DataError: an image cannot be read; one line names it.
+            ModelError: `score` names a class that the model does not have.
+        """
+        if isinstance(source, list | tuple):
+            return list(self.stream(source, score, nms, batch_size))
+        (found,) = self.stream([source], score, nms, batch_size)
+        return found
+
+    def stream(
+        self,
+        sources: Iterable[Source | torch.Tensor],
+        score: Score = "auto",
+        nms: float | None = None,
+        batch_size: int = 8,
+    ) -> Iterator[Detections]:
+        """Yield the detections of each image in order; at most `batch_size` images are in memory.
+
+        Arguments and errors are those of a call.
+        """
+        limits = self.score_limits(score)
+        for some in batched(sources, batch_size):
+            images = [read_image(one, self.card.sizes.intensity_range) for one in some]
+            names = [source_name(one) for one in some]
+            for found in self.detect(images, names):
+                shown = found.keep(found.scores >= limits[found.labels])
+                yield shown if nms is None else shown.nms(nms)
+
+    def detect(
+        self, images: Sequence[NDArray[np.uint8]], sources: Sequence[str] = ()
+    ) -> list[Detections]:
+        """Detect without a threshold: at most 100 detections of each image.
+
+        Args:
+            images: upright RGB images, uint8 [H, W, 3] each, of any sizes; all go through the
+                network at once, grouped by their shape after resizing.
+            sources: name of each image, for `Detections.source`.
+        """
+        rows_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        pixels = [self.preprocess(image) for image in images]
+        for row, one in enumerate(pixels):
+            rows_of[one.shape].append(row)
+        found: dict[int, Detections] = {}
+        for rows in rows_of.values():
+            answers = self.network(np.stack([pixels[row] for row in rows]))
+            for row, scores, labels, fractions in zip(rows, *answers, strict=True):
+                image = images[row]
+                height, width = image.shape[:2]
+                frame = np.array([width, height, width, height], dtype=np.float32)
+                found[row] = Detections(
+                    boxes_xyxy=fractions * frame,
+                    scores=scores,
+                    labels=labels,
+                    classes=self.card.classes,
+                    image_size=(height, width),
+                    image=image,
+                    source=sources[row] if sources else "",
+                )
+        return [found[row] for row in range(len(images))]
+
+    def score_limits(self, score: Score) -> NDArray[np.float32]:
+        """Return the least score of each class, [K].
+
+        Raises:
+            ModelError: `score` names a class that the model does not have.
+        """
+        if isinstance(score, str) and score != "auto":
+            raise ModelError(f"score: {score!r}; give a number, 'auto', or numbers by class name")
+        if not isinstance(score, str | Mapping):
+            return score_limits(float(score), self.card.classes)
+        known = self.card.thresholds
+        auto = {name: known.get(name, DEFAULT_SCORE) for name in class_keys(self.card.classes)}
+        chosen = score if isinstance(score, Mapping) else {}
+        if not known and len(chosen) < len(auto):
+            logger.info(
+                f"score {DEFAULT_SCORE}: no {THRESHOLDS} of these weights; `dvc repro evaluate`"
+                " writes evaluation/thresholds.json"
+            )
+        score_limits(chosen, self.card.classes)  # refuses unknown names
+        return score_limits(auto | dict(chosen), self.card.classes)
+
+
+def load_model_folder(path: Path | str, device: str | torch.device | None = None) -> Model:
+    """Load a saved model: the folder `model/` of a run, or of an export.
+
+    Args:
+        path: a folder with model.json and weights.safetensors.
+        device: such as `cpu` or `cuda:1`; None: the GPU if there is one.
+
+    Raises:
+        ModelError: the folder holds no model, or a damaged one.
+    """
+    folder = Path(path)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    detector, card = load_model(folder)
+    network = EagerNetwork(detector, card.model, torch.device(device))
+    return Model(
+        InferenceCard(
+            classes=card.classes,
+            sizes=card.sizes,
+            key=_key(folder),
+            thresholds=find_thresholds(folder),
+        ),
+        network,
+    )
+
+
+def find_thresholds(folder: Path) -> Mapping[str, float]:
+    """Return the thresholds of a saved model's weights, by class name; empty if there are none.
+
+    They lie in the folder, or in `../evaluation/` beside it.
+    """
+    weights = folder / WEIGHTS
+    for path in (folder / THRESHOLDS, folder.absolute().parent / "evaluation" / THRESHOLDS):
+        if path.is_file() and weights.is_file():
+            thresholds = read_thresholds(path)
+            if thresholds["weights"] == sha256_file(weights):
+                return score_by_class(thresholds)
+    return {}
+
+
+def _key(folder: Path) -> str | None:
+    """The key in key.json beside the weights."""
+    try:
+        key = read_json(folder / _KEY_JSON, dict[str, Any]).get("key")
+    except (OSError, FormatError):
+        return None
+    return key if isinstance(key, str) else None
