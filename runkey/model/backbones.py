@@ -22,8 +22,9 @@ def conv_norm(conv: nn.Conv2d, norm: Any, x: Tensor) -> Tensor:
     """Compute `norm(conv(x))`; a frozen norm only scales the kernel.
 
     That saves a pass over the activations and keeps them in the convolution's dtype under autocast.
+    A norm that was folded into the convolution is `nn.Identity`.
     """
-    if isinstance(norm, nn.BatchNorm2d):
+    if isinstance(norm, nn.BatchNorm2d | nn.Identity):
         out: Tensor = norm(conv(x))
         return out
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -131,6 +132,11 @@ class ResNet(Body):
     def forward(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] to features [B, C, H / stride, W / stride]."""
         x = F.relu(conv_norm(self.conv1, self.bn1, images), inplace=True)
+        if torch.compiler.is_exporting():
+            # torch's size of a pooled map depends on whether the map's is even: a graph for every
+            # size fills it up to even ones. Zeros win over nothing after ReLU.
+            height, width = x.shape[2:]
+            x = F.pad(x, (0, (width + 1) // 2 * 2 - width, 0, (height + 1) // 2 * 2 - height))
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = self.run_stage(stage, x)

@@ -32,6 +32,7 @@ from runkey.model.transformer import (
     Stack,
     Transformer,
     grid_centres,
+    is_traced,
     project_memory,
     sine,
 )
@@ -73,6 +74,8 @@ class Detector(nn.Module):
         self.input_norm = input_norm
         self.transformer = transformer
         self.grid_position = grid_position
+        self.last_layer_only = False
+        """Whether only the last decoder layer predicts (L = 1): enough for detections."""
 
     def encode(self, images: Tensor, padding_mask: Tensor | None) -> Memory:
         """Run backbone, projection and encoder; `forward` describes the arguments."""
@@ -131,12 +134,14 @@ class Detr(Detector):
         cross = [cast(Attention, layer.multihead_attn) for layer in decoder.active_layers]
         keys_values = project_memory(cross, memory.tokens, memory.position)
         position = self.query_embed.weight[None]
-        x = torch.zeros_like(position).expand(len(images), -1, -1)
+        x = torch.zeros_like(position).expand(images.shape[0], -1, -1)
         hidden = []
         for index, pair in enumerate(keys_values):
             x = decoder.run(index, x, position, position, pair, None, memory.mask)
             hidden.append(x)
         hidden += [x] * (len(decoder.layers) - len(hidden))  # a dropped layer passes its input on
+        if self.last_layer_only:
+            hidden = hidden[-1:]
         with without_autocast(images.device):
             states = decoder.norm(full_precision(torch.stack(hidden)))
             return Outputs(self.class_embed(states), self.bbox_embed(states).sigmoid())
@@ -192,8 +197,9 @@ class ProposalHead(nn.Module):
         """
         tokens, initial, scores = self._candidates(memory, num_queries)
         best = scores.topk(num_queries, dim=1).indices[..., None]
-        selected = tokens.take_along_dim(best, dim=1)
-        start = initial.expand(len(tokens), -1, -1).take_along_dim(best, dim=1)
+        # Not take_along_dim, which ONNX does not have.
+        selected = tokens.gather(1, best.expand(-1, -1, tokens.shape[2]))
+        start = initial.expand(tokens.shape[0], -1, -1).gather(1, best.expand(-1, -1, 4))
         box_logits = self.bbox_embed(selected) + start.to(tokens.dtype)
         proposals = Proposals(self.class_embed(selected), box_logits.sigmoid())
         return proposals, box_logits.detach()
@@ -209,7 +215,8 @@ class ProposalHead(nn.Module):
             padding = memory.padding.flatten(1)[..., None]
             tokens = tokens.masked_fill(padding, 0.0)
             initial = initial.masked_fill(padding, 0.0)
-        missing = max(0, least - tokens.shape[1])
+        # A traced graph is for images of any size.
+        missing = least if is_traced() else max(0, least - tokens.shape[1])
         if missing:
             tokens, initial = (F.pad(x, (0, 0, 0, missing)) for x in (tokens, initial))
         with torch.no_grad():
@@ -218,7 +225,7 @@ class ProposalHead(nn.Module):
                 filled = F.pad(padding[..., 0], (0, missing), value=True)
                 scores = scores.masked_fill(filled, -math.inf)
             elif missing:
-                scores[:, -missing:] = -math.inf
+                scores = F.pad(scores[:, :-missing], (0, missing), value=-math.inf)
         return tokens, initial, scores
 
 
@@ -274,7 +281,7 @@ def project_memory_conditional(
     pairs = []
     for layer, content, place in zip(layers, contents, places, strict=True):
         key, value = content.chunk(2, dim=-1)
-        place = layer.split_heads(place).expand(len(memory), -1, -1, -1)
+        place = layer.split_heads(place).expand(memory.shape[0], -1, -1, -1)
         pairs.append((torch.cat([layer.split_heads(key), place], dim=-1), layer.split_heads(value)))
     return pairs
 
@@ -397,7 +404,7 @@ class FastDetr(Detector):
         num_queries = self.query_content.num_embeddings
         with without_autocast(images.device):
             proposals, box_logits = self.proposal_head(memory, num_queries)
-        content = self.query_content.weight.expand(len(images), -1, -1)
+        content = self.query_content.weight.expand(images.shape[0], -1, -1)
         noised = None
         if self.denoiser is not None and self.training and targets is not None:
             noised = self.denoiser(targets, num_queries)
@@ -443,6 +450,8 @@ class FastDetr(Detector):
         dropped = len(decoder.layers) - len(layers)  # they repeat the prediction before them
         states += states[-1:] * dropped
         boxes_cxcywh += boxes_cxcywh[-1:] * dropped
+        if self.last_layer_only:
+            states, boxes_cxcywh = states[-1:], boxes_cxcywh[-1:]
         with without_autocast(x.device):
             return self.class_embed(torch.stack(states)), torch.stack(boxes_cxcywh)
 

@@ -44,21 +44,43 @@ class Postprocess:
 
         `original_sizes` is int [B, 2], (height, width) of the original images, pixels.
         """
-        logits = full_precision(outputs.logits[-1])
-        boxes_xyxy = cxcywh_to_xyxy(full_precision(outputs.boxes_cxcywh[-1])).clamp(0, 1)
+        scores, labels, boxes_xyxy = self.select(outputs.logits[-1], outputs.boxes_cxcywh[-1])
         sizes = original_sizes.to(boxes_xyxy.device, boxes_xyxy.dtype)
         boxes_xyxy = boxes_xyxy * sizes.flip(1).repeat(1, 2)[:, None]
-        if self.softmax:
-            scores, labels = logits.softmax(-1)[..., :-1].max(-1)
-            scores, query = scores.sort(dim=1, descending=True, stable=True)
-            labels = labels.take_along_dim(query, dim=1)
-        else:
-            # A stable sort: topk's choice among equal scores differs between devices.
-            scores, pair = logits.sigmoid().flatten(1).sort(dim=1, descending=True, stable=True)
-            scores, pair = scores[:, :_MAX_DETECTIONS], pair[:, :_MAX_DETECTIONS]
-            labels, query = pair % logits.shape[-1], pair // logits.shape[-1]
-        boxes_xyxy = boxes_xyxy.take_along_dim(query[..., None], dim=1)
         return [Detections(*image) for image in zip(scores, labels, boxes_xyxy, strict=True)]
+
+    def select(self, logits: Tensor, boxes_cxcywh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Select the best detections of each image, best first.
+
+        Args:
+            logits: [B, Q, K], with softmax [B, Q, K + 1].
+            boxes_cxcywh: [B, Q, 4] in 0..1.
+
+        Returns:
+            Scores [B, n] in 0..1, labels int64 [B, n], boxes xyxy [B, n, 4] as fractions of the
+            image's size, clipped to 0..1; n is at most 100.
+        """
+        logits = full_precision(logits)
+        boxes_xyxy = cxcywh_to_xyxy(full_precision(boxes_cxcywh)).clamp(0, 1)
+        if self.softmax:
+            best, classes = logits.softmax(-1)[..., :-1].max(-1)
+            scores, query = _best(best)
+            labels = classes.gather(1, query)
+        else:
+            scores, pair = _best(logits.sigmoid().flatten(1))
+            labels, query = pair % logits.shape[-1], pair // logits.shape[-1]
+        return scores, labels, boxes_xyxy.gather(1, query[..., None].expand(-1, -1, 4))
+
+
+def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest scores [B, n] of [B, N], descending, and their indices int64 [B, n]."""
+    if torch.onnx.is_in_onnx_export():
+        # ONNX's TopK takes the first of equal scores, as a stable sort does.
+        top = scores.topk(min(int(scores.shape[1]), _MAX_DETECTIONS), dim=1)
+        return top.values, top.indices
+    # A stable sort: topk's choice among equal scores differs between devices.
+    values, indices = scores.sort(dim=1, descending=True, stable=True)
+    return values[:, :_MAX_DETECTIONS], indices[:, :_MAX_DETECTIONS]
 
 
 def build_postprocess(model: params.Model) -> Postprocess:

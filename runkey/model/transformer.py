@@ -33,6 +33,12 @@ def sine(radians: Tensor, dim: int, temperature: float) -> Tensor:
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 
+def is_traced() -> bool:
+    """Return True while a graph is recorded, whose shapes are symbols (export, compilation)."""
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return torch.compiler.is_compiling() or bool(tracing)
+
+
 class GridPosition:
     """The encoding of every token's position, relative to the valid height and width.
 
@@ -53,27 +59,27 @@ class GridPosition:
 
         `padding` is bool [B, h, w], True on padding; None: no padding.
         """
-        if padding is not None:
-            return self._encode(*_valid_rows_columns(padding, shape, device))
+        # What is computed while a graph is recorded is no tensor to keep.
+        if padding is not None or is_traced():
+            return self._encode(*_steps(padding, shape, device))
         key = (*shape, device)
         if key not in self._unpadded:
             if len(self._unpadded) >= _MAX_SHAPES:
                 self._unpadded.clear()
             # A tensor made in inference mode could not be used in training later.
             with torch.inference_mode(False):
-                self._unpadded[key] = self._encode(*_valid_rows_columns(None, shape, device))
+                self._unpadded[key] = self._encode(*_steps(None, shape, device))
         return self._unpadded[key]
 
-    def _encode(self, valid_rows: Tensor, valid_columns: Tensor) -> Tensor:
-        y = sine(self._radians(valid_rows), self.dim // 2, self.temperature)
-        x = sine(self._radians(valid_columns), self.dim // 2, self.temperature)
+    def _encode(self, rows: Tensor, columns: Tensor) -> Tensor:
+        y = sine(self._radians(rows), self.dim // 2, self.temperature)
+        x = sine(self._radians(columns), self.dim // 2, self.temperature)
         grid = torch.broadcast_tensors(y[:, :, None], x[:, None])  # type: ignore[no-untyped-call]
         return torch.cat(grid, dim=-1).flatten(1, 2)
 
-    def _radians(self, valid: Tensor) -> Tensor:
-        """Positions [B, n] along one axis; `valid` is bool [B, n]."""
-        # Counted in integers: a sum of floats has no deterministic algorithm on a GPU.
-        steps = valid.cumsum(1).float()
+    def _radians(self, steps: Tensor) -> Tensor:
+        """Positions [B, n] along one axis; `steps` is int64 [B, n], see `_steps`."""
+        steps = steps.float()
         length = steps[:, -1:] + 1e-6
         return ((steps - 0.5) if self.centred else steps) / length * (2 * math.pi)
 
@@ -84,20 +90,21 @@ def grid_centres(padding: Tensor | None, shape: tuple[int, int], device: torch.d
     A token on padding gets the position of the last valid row or column. Arguments as for
     `GridPosition`; returns float32 [B or 1, S, 2], (x, y).
     """
-    rows, columns = _valid_rows_columns(padding, shape, device)
-    y, x = ((n.cumsum(1) - 0.5) / n.sum(1, keepdim=True) for n in (rows, columns))
+    y, x = ((n - 0.5) / n[:, -1:] for n in _steps(padding, shape, device))
     grid = torch.broadcast_tensors(x[:, None], y[:, :, None])  # type: ignore[no-untyped-call]
     return torch.stack(grid, dim=-1).flatten(1, 2)
 
 
-def _valid_rows_columns(
+def _steps(
     padding: Tensor | None, shape: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Bool [B or 1, h] and [B or 1, w], True on rows and columns that hold image."""
+    """Int64 [B or 1, h] and [B or 1, w]: how many rows and columns hold image, up to each."""
     if padding is None:
-        rows, columns = (torch.ones(1, n, dtype=torch.bool, device=device) for n in shape)
-        return rows, columns
-    return ~padding[:, :, 0], ~padding[:, 0, :]
+        height, width = shape
+        rows = torch.arange(1, height + 1, device=device)
+        return rows[None], torch.arange(1, width + 1, device=device)[None]
+    # Counted in integers: a sum of floats has no deterministic algorithm on a GPU.
+    return (~padding[:, :, 0]).cumsum(1), (~padding[:, 0, :]).cumsum(1)
 
 
 class Attention(nn.Module):
