@@ -3,6 +3,7 @@
 evaluation/metrics.json            the twelve COCO metrics, and those of each class
 evaluation/predictions.json        all detections, in COCO's results format
 evaluation/precision_recall.json   curves of each class at each IoU threshold
+evaluation/thresholds.json         score of each class's best F1, see `runkey.inference.thresholds`
 
 Numbers keep all their digits, so any COCO evaluation of predictions.json gives the same metrics.
 """

@@ -15,11 +15,15 @@ from runkey.evaluation.files import (
     write_precision_recall,
     write_results,
 )
+from runkey.evaluation.per_image import judge_images
 from runkey.evaluation.run import to_results_json
+from runkey.evaluation.thresholds import best_thresholds, describe_thresholds
 from runkey.files import write_json
+from runkey.hashing import sha256_file
 from runkey.identity.inputs import Inputs, check_unchanged
 from runkey.identity.key import make_recipe
-from runkey.model.weights import load_model
+from runkey.inference.thresholds import THRESHOLDS
+from runkey.model.weights import WEIGHTS, load_model
 from runkey.params import load_params
 from runkey.pipeline.record import FinishedRun, class_metrics
 from runkey.pipeline.validation import build_validation
@@ -59,8 +63,13 @@ def evaluate(root: Path) -> None:
     # Few, for DVC's tables; all numbers are in evaluation/metrics.json.
     few = {name: evaluation.result.summary[name] for name in ("AP", "AP50", "AP75")}
     write_json(root / paths.METRICS / "evaluate.json", few | {"val_loss": loss})
-    write_results(out / PREDICTIONS, to_results_json(evaluation.detections, validation.classes))
+    results = to_results_json(evaluation.detections, validation.classes)
+    write_results(out / PREDICTIONS, results)
     write_precision_recall(out / PRECISION_RECALL, evaluation.result)
+    judged = judge_images(validation.records, validation.classes, results)
+    weights = sha256_file(root / paths.MODEL / WEIGHTS)
+    thresholds = best_thresholds(judged, validation.classes, weights)
+    write_json(out / THRESHOLDS, thresholds)
     check_unchanged(root, recipe)
     inputs.check()
     images = counted(len(validation.records), "held-out image")
@@ -70,6 +79,7 @@ def evaluate(root: Path) -> None:
     run.add_evaluation(recipe.key, evaluation.metrics("eval/") | by_class)
     example = root / params.data.path / validation.records[0].file
     run.save_model(f"detector-{card.model.preset}", example)
+    logger.info(describe_thresholds(thresholds))
     logger.info(scores)
     logger.info(_details(evaluation.result))
 

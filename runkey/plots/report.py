@@ -29,6 +29,7 @@ from runkey.files import LARGE, FormatError, read_json, write_atomically
 from runkey.identity.key import PARTS
 from runkey.identity.record import KEY, KEY_JSON, LoggedRun, Record, RunManifest
 from runkey.inference.draw import printable
+from runkey.inference.thresholds import THRESHOLDS, Thresholds
 from runkey.params import as_text, changed_params, load_params
 from runkey.plots import style
 from runkey.plots.curves import write_training_plots
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 _LOG = paths.LOGS / "train.jsonl"
 _METRICS = f"{paths.EVALUATION}/{METRICS_JSON}"
+_THRESHOLDS = f"{paths.EVALUATION}/{THRESHOLDS}"
 _UNUSED = (
     *("model/weights", "model/model.json", "evaluation/predictions.json", "prepared/images.json"),
     "plots/report.html",
@@ -48,7 +50,10 @@ _UNUSED = (
 """Files, by the beginning of their paths, that are large and in no report."""
 _REGULAR_EVENTS = ("training_start", "training_end", CLASS_SCORES)
 SCORES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_100", "loss")
-CLASS_COLUMNS = ("class", "objects", "AP", "AP50", "AR", "AP small", "AP medium", "AP large")
+CLASS_COLUMNS = (
+    *("class", "objects", "AP", "AP50", "AR", "AP small", "AP medium", "AP large"),
+    *("best F1", "at score"),
+)
 _ENVIRONMENT = {
     "device": "device",
     "threads": "threads",
@@ -221,11 +226,14 @@ class ReportedRun(Record):
     def classes(self) -> list[list[str]]:
         """Tabulate the COCO metrics of each class, in `CLASS_COLUMNS`, the worst first."""
         per_class: Mapping[str, Mapping[str, Any]] = self.scores().get("per_class", {})
+        thresholds = self.json(_THRESHOLDS, Thresholds).get("classes", {})
         rows = []
         for name in sorted(per_class, key=lambda name: (per_class[name].get("AP") or 0.0, name)):
             one = per_class[name]
             sizes = (one.get("by_size", {}).get(size, {}) for size in ("small", "medium", "large"))
             values = [one.get(n) for n in ("AP", "AP50", "AR")] + [s.get("AP") for s in sizes]
+            threshold: Mapping[str, Any] = thresholds.get(name) or {}
+            values += [threshold.get("f1"), threshold.get("score")]
             rows.append([name, f"{one.get('objects', 0):,}", *map(_number, values)])
         return rows
 

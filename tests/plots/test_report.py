@@ -68,6 +68,8 @@ def test_a_page_of_a_run(a_run, capsys):
     assert "lr 0.0001" in page.text  # parameters
     assert "cpu x86_64" in page.text
     assert "白血球 & co" in page.text
+    assert "best F1 at score" in page.text
+    assert "0.847 0.432" in page.text
     assert "<script>alert(1)</script>" in page.text  # as text, not as a tag
     assert len([a for a in page.addresses if a.startswith("data:image/png")]) == 6
     assert Path("page.html").stat().st_size < 1_000_000

@@ -19,6 +19,13 @@ CLASSES = {
     "<script>alert(1)</script>": {"AP": 0.4, "AP50": 0.6, "AR": 0.5, "objects": 7},
     "白血球 & co": {"AP": 0.7, "AP50": 0.9, "AR": 0.8, "objects": 5},
 }
+THRESHOLDS = {
+    "iou": 0.5,
+    "weights": "ab" * 32,
+    "classes": {
+        name: {"score": 0.4321, "precision": 0.9, "recall": 0.8, "f1": 0.8471} for name in CLASSES
+    },
+}
 SIZES = {
     "small": {"AP": 0.3, "objects": 3},
     "medium": {"AP": 0.6, "objects": 4},
@@ -53,6 +60,7 @@ def files_of(folder: Path, kind: str, ap: float) -> dict[str, bytes]:
         "evaluation/metrics.json": json.dumps(scores).encode(),
         "evaluation/confusion.png": picture.read_bytes(),
         "evaluation/predictions.json": b"[]",
+        "evaluation/thresholds.json": json.dumps(THRESHOLDS).encode(),
         "prepared/statistics.json": json.dumps({"train": of_split, "val": of_split}).encode(),
         "model/weights.pt": b"weights",
         "model/key.json": json.dumps({"preimages": preimages}).encode(),
