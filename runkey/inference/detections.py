@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from runkey.errors import ModelError
 from runkey.model.weights import CardClass
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 class CocoRow(TypedDict):
@@ -109,26 +107,17 @@ class Detections:
     def draw(self) -> Image.Image:
         """Draw boxes with names and scores, coloured by class, into a copy of the image.
 
+        An image whose long side is below 640 pixels is enlarged, above 1600 reduced, so that lines
+        and letters can be read.
+
         Raises:
             ModelError: the image was not kept.
         """
-        from runkey.inference.draw import LabelledBox, class_colour, draw_boxes, label_fewer
+        from runkey.inference.draw import draw_detections
 
         if self.image is None:
             raise ModelError(f"{self.source or 'image'}: not kept, so that nothing can be drawn")
-        boxes = [
-            LabelledBox(
-                (box[0], box[1], box[2] - box[0], box[3] - box[1]), class_colour(label), name, score
-            )
-            for box, label, name, score in zip(
-                self.boxes_xyxy.tolist(),
-                self.labels.tolist(),
-                self.names,
-                self.scores.tolist(),
-                strict=True,
-            )
-        ]
-        return draw_boxes(self.image, label_fewer(boxes))
+        return draw_detections(Image.fromarray(self.image), self)
 
     def to_supervision(self) -> Any:
         """Convert to `supervision.Detections`, with names in `data["class_name"]`.

@@ -16,23 +16,22 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
 from runkey.files import write_atomically
+from runkey.inference.draw import BLACK as BLACK
+from runkey.inference.draw import BLUE as BLUE
+from runkey.inference.draw import CYCLE as CYCLE
+from runkey.inference.draw import GREEN as GREEN
+from runkey.inference.draw import ORANGE as ORANGE
+from runkey.inference.draw import PURPLE as PURPLE
+from runkey.inference.draw import SKY as SKY
+from runkey.inference.draw import VERMILLION as VERMILLION
+from runkey.inference.draw import YELLOW as YELLOW
 from runkey.plots.log import Series
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# Okabe and Ito (2008): distinct with any kind of colour blindness.
-BLUE = "#0072B2"
-ORANGE = "#E69F00"
-GREEN = "#009E73"
-VERMILLION = "#D55E00"
-PURPLE = "#CC79A7"
-SKY = "#56B4E9"
-YELLOW = "#F0E442"
-BLACK = "#222222"
 GREY = "#8A8A8A"
 PALE = "#EEF1F4"
-CYCLE = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK, YELLOW)
 
 _SETTINGS = Path(__file__).with_name("figures.mplstyle")
 _DPI = 100
