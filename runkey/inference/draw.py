@@ -49,7 +49,7 @@ DRAWN_SIDES = (640, 1600)
 """Least and most pixels of a drawn image's long side; a smaller image is enlarged by a
 whole number, a larger one reduced."""
 _MAX_DRAWN_LABELS = 40
-_LABELS_ON_A_SIDE = 60
+_LABELS_ON_A_SIDE = 50
 """Letters' heights that the long side of a drawn image holds."""
 
 Box = tuple[float, float, float, float]

@@ -171,12 +171,12 @@ def test_plain_values_and_repr() -> None:
 
 def test_drawing_marks_the_boxes_in_a_copy() -> None:
     large = np.full((300, 400, 3), 90, np.uint8)
-    picture = replace(FOUND, boxes_xyxy=FOUND.boxes_xyxy * 5, image=large).draw()
-    assert picture.size == (400, 300)
+    picture = replace(FOUND, image=large).draw()  # its boxes are of an image of 80 x 60
+    assert picture.size == (800, 600)
     assert (large == 90).all()
     pixels = np.asarray(picture)
-    assert (pixels[120, 250] == (230, 159, 0)).all()  # the second class's orange, left edge
-    assert (pixels[100, 300] == 90).all()
+    assert (pixels[240, 500] == (230, 159, 0)).all()  # the second class's orange, left edge
+    assert (pixels[200, 600] == 90).all()
     bare = Detections(FOUND.boxes_xyxy, FOUND.scores, FOUND.labels, CLASSES, (60, 80))
     with pytest.raises(ModelError, match="not kept"):
         bare.draw()

@@ -1,0 +1,415 @@
+"""Predict on many images and videos, one after the other, in constant memory.
+
+    found = find_sources(["photos/"], out=Path("predictions"))
+    summary = predict(model, found, Path("predictions"), Options())
+
+Threads decode, resize and draw; this one runs the network, on batches of one shape.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import signal
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from itertools import batched
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from runkey.errors import DataError, ModelError
+from runkey.files import write_json
+from runkey.inference.detections import Detections
+from runkey.inference.draw import DRAWN_SIDES, fitted
+from runkey.inference.model import Model, Score
+from runkey.inference.sources import (
+    Found,
+    Frame,
+    Reading,
+    Skipped,
+    count_frames,
+    find_sources,
+    read_frames,
+)
+from runkey.inference.tile import Tiling, ViewDetections, merge_views
+from runkey.inference.writers import (
+    DEFAULT_KINDS,
+    KINDS,
+    MARK,
+    About,
+    Outputs,
+    Prediction,
+    claim_folder,
+    match_ids,
+    read_image_ids,
+    write_skipped,
+)
+from runkey.progress import Steps, progress
+from runkey.units import MIB, counted
+from runkey.version import __version__
+
+__all__ = ["Options", "Summary", "find_sources", "parse_score", "predict"]
+
+logger = logging.getLogger(__name__)
+
+_GROUPED = 4
+"""Batches whose images are grouped by shape."""
+_HELD = 256 * MIB
+"""Bytes of decoded images that wait for the network, at most."""
+_FRAME_QUALITY = 95
+_SHOWN = 8
+"""Classes of a score's error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line chooses."""
+
+    score: Score = "auto"
+    """Least score: of all classes, by class name, or `auto`."""
+    nms: float | None = None
+    """IoU above which the worse of two boxes of a class is dropped; None: kept."""
+    tiling: Tiling | None = None
+    """None: each image as a whole."""
+    batch_size: int = 8
+    workers: int | None = None
+    """Threads that decode and draw; None: the cores of this process, at most 8."""
+    every: int = 1
+    """Frame stride of videos."""
+    kinds: Sequence[str] = DEFAULT_KINDS
+    """Of `runkey.inference.writers.KINDS`."""
+    coco: Path | None = None
+    """COCO file with the ids of the images."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Written into `MARK`: the model, the sources."""
+
+    def __post_init__(self) -> None:
+        if unknown := [kind for kind in self.kinds if kind not in KINDS]:
+            raise DataError(f"--write {unknown[0]}: not one of {', '.join(KINDS)}")
+        if "results" in self.kinds and self.coco is None:
+            raise DataError("--write results: --coco FILE is wanted, which holds the images' ids")
+        if self.nms is not None and not 0 < self.nms <= 1:
+            raise DataError(f"--nms {self.nms:g}: an IoU above 0, at most 1")
+
+
+@dataclass(slots=True)
+class Summary:
+    """What a run of `predict` did."""
+
+    folder: Path
+    images: int = 0
+    objects: Counter[str] = field(default_factory=Counter)
+    """Detections by class name."""
+    skipped: list[Skipped] = field(default_factory=list)
+    first_of_several: list[str] = field(default_factory=list)
+    """Animations and files of several pages, of which the first image was taken."""
+    seconds: float = 0.0
+    was_there: bool = False
+    """Whether the folder held earlier predictions."""
+    kinds: tuple[str, ...] = ()
+
+
+def parse_score(text: str) -> Score:
+    """Parse `auto`, a number, or `name=number,...`.
+
+    Raises:
+        DataError: it is none of these, or a number is not in 0..1.
+    """
+    if text.strip() == "auto":
+        return "auto"
+    if "=" not in text:
+        return _fraction(text, text)
+    parts = (part.rpartition("=") for part in text.split(","))
+    return {name.strip(): _fraction(number, text) for name, _, number in parts}
+
+
+def _fraction(number: str, text: str) -> float:
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise DataError(f"--score {text}: auto, a number from 0 to 1, or car=0.4,bus=0.6")
+    return value
+
+
+def predict(model: Model, found: Found, folder: Path, options: Options) -> Summary:
+    """Predict on all sources, and write the outputs that `options.kinds` names.
+
+    Args:
+        model: a loaded model.
+        found: of `find_sources`.
+        folder: of the outputs; what an earlier run wrote there is replaced.
+        options: how.
+
+    Raises:
+        DataError: there is nothing to predict on, or the folder holds something else.
+        ModelError: a score names an unknown class, or the model gives NaN.
+        KeyboardInterrupt: after Ctrl-C; what was predicted until then is written.
+    """
+    if not found.sources and not found.skipped:
+        raise DataError(f"{found.base}: no images and no videos there")
+    limits = model.score_limits(options.score)
+    ids = _image_ids(found, options)
+    names = [one.name for one in model.card.classes]
+    scores = dict(zip(names, map(float, np.round(limits, 4)), strict=True))
+    about = {"program": f"runkey predict {__version__}", "key": model.card.key, "score": scores}
+    mark = {
+        **about,
+        "nms": options.nms,
+        "tile": options.tiling and asdict(options.tiling),
+        **options.about,
+    }
+    summary = Summary(folder, skipped=list(found.skipped))
+    summary.was_there = claim_folder(folder, {**mark, "finished": False})
+    workers = _workers() if options.workers is None else options.workers
+    started, finished = time.monotonic(), False
+    total = sum(count_frames(one, options.every) if one.is_video else 1 for one in found.sources)
+    shared = About(model.card.classes, found.base, total, about, ids, workers)
+    outputs = Outputs(folder, options.kinds, shared)
+    run = _Run(model, limits, options, outputs.kinds, summary)
+    try:
+        with (
+            _delayed_interrupts() as delayed,
+            outputs,
+            progress("predict", total, "images") as steps,
+        ):
+            for one in run.predictions(found, workers, steps):
+                with delayed():
+                    outputs.add(one)
+        finished = True
+    finally:
+        summary.kinds = outputs.kinds
+        summary.images, summary.seconds = outputs.images, time.monotonic() - started
+        for index, count in outputs.objects.items():
+            summary.objects[names[index]] += count
+        write_skipped(folder, ((one.name, one.reason) for one in summary.skipped))
+        mark |= {"images": summary.images, "skipped": len(summary.skipped), "finished": finished}
+        write_json(folder / MARK, mark)
+    return summary
+
+
+class _Run:
+    """The way of images through decoding, network and thresholds."""
+
+    def __init__(
+        self,
+        model: Model,
+        limits: NDArray[np.float32],
+        options: Options,
+        kinds: Sequence[str],
+        summary: Summary,
+    ) -> None:
+        self._model, self._limits, self._options = model, limits, options
+        self._summary = summary
+        self._with_frames = "frames" in kinds
+        self._side = DRAWN_SIDES[1] if "images" in kinds else 420 if "sheet" in kinds else 0
+
+    def predictions(self, found: Found, workers: int, steps: Steps) -> Iterator[Prediction]:
+        """Yield the predictions of all images, in order."""
+        # With tiles, whole images wait: each may be large.
+        ahead = 1 if self._options.tiling else max(2 * workers, self._options.batch_size)
+        reading = Reading(
+            self._options.every, workers, ahead, self._model.card.sizes.intensity_range
+        )
+        loaded = read_frames(found.sources, self._load, reading)
+        with closing(loaded):
+            for images in self._groups(loaded, steps):
+                for image, detections in zip(images, self._detect(images), strict=True):
+                    steps.advance()
+                    yield self._prediction(image, detections)
+
+    def _groups(self, loaded: Iterator[_Loaded | Skipped], steps: Steps) -> Iterator[list[_Loaded]]:
+        """Collect images until there are enough of them for batches of one shape."""
+        most = 1 if self._options.tiling else _GROUPED * self._options.batch_size
+        group: list[_Loaded] = []
+        size = 0
+        for one in loaded:
+            if isinstance(one, Skipped):
+                self._summary.skipped.append(one)
+                steps.advance()
+                continue
+            if one.frame.has_more:
+                self._summary.first_of_several.append(one.frame.source.name)
+            group.append(one)
+            size += one.bytes
+            if len(group) >= most or size > _HELD:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
+
+    def _load(self, frame: Frame) -> _Loaded:
+        """Keep of a decoded image what is needed later; threads call this."""
+        picture = jpeg = None
+        if self._side:
+            picture = fitted(Image.fromarray(frame.image), self._side)
+        if self._with_frames and frame.video:
+            data = io.BytesIO()
+            Image.fromarray(frame.image).save(data, "JPEG", quality=_FRAME_QUALITY)
+            jpeg = data.getvalue()
+        size = (frame.image.shape[0], frame.image.shape[1])
+        pixels = frame.image if self._options.tiling else self._model.preprocess(frame.image)
+        return _Loaded(_without_image(frame), size, pixels, picture, jpeg)
+
+    def _detect(self, images: Sequence[_Loaded]) -> list[Detections]:
+        if self._options.tiling:
+            return [self._detect_tiled(one, self._options.tiling) for one in images]
+        rows_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for row, one in enumerate(images):
+            rows_of[one.pixels.shape].append(row)
+        found: dict[int, Detections] = {}
+        for rows in rows_of.values():
+            for some in batched(rows, self._options.batch_size):
+                answers = self._model.network(np.stack([images[row].pixels for row in some]))
+                for row, scores, labels, fractions in zip(some, *answers, strict=True):
+                    height, width = images[row].size
+                    frame = np.array([width, height, width, height], dtype=np.float32)
+                    all_of_it = self._detections(images[row], scores, labels, fractions * frame)
+                    found[row] = all_of_it.keep(scores >= self._limits[labels])
+        return [self._suppressed(found[row]) for row in range(len(images))]
+
+    def _detect_tiled(self, image: _Loaded, tiling: Tiling) -> Detections:
+        views = tiling.views(*image.size)
+        found: list[ViewDetections] = []
+        for some in [views[:1], *batched(views[1:], self._options.batch_size)]:
+            cuts = (image.pixels[top:bottom, left:right] for left, top, right, bottom in some)
+            answers = self._model.network(np.stack([self._model.preprocess(cut) for cut in cuts]))
+            found += [
+                ViewDetections(view, *answer) for view, *answer in zip(some, *answers, strict=True)
+            ]
+        merged = merge_views(found, image.size, tiling, self._limits)
+        return self._suppressed(self._detections(image, *merged))
+
+    def _detections(
+        self,
+        image: _Loaded,
+        scores: NDArray[np.float32],
+        labels: NDArray[np.int64],
+        boxes_xyxy: NDArray[np.float32],
+    ) -> Detections:
+        if not (np.isfinite(scores).all() and np.isfinite(boxes_xyxy).all()):
+            raise ModelError(
+                f"{image.frame.source.name}: the model predicts NaN or infinity; train again with a"
+                " lower lr or with optimizer.clip"
+            )
+        return Detections(
+            boxes_xyxy=boxes_xyxy,
+            scores=scores,
+            labels=labels,
+            classes=self._model.card.classes,
+            image_size=image.size,
+            source=image.frame.source.place,
+        )
+
+    def _suppressed(self, found: Detections) -> Detections:
+        return found if self._options.nms is None else found.nms(self._options.nms)
+
+    def _prediction(self, image: _Loaded, detections: Detections) -> Prediction:
+        frame = image.frame
+        return Prediction(
+            name=frame.source.name,
+            stem=frame.source.stem,
+            place=frame.source.place,
+            detections=detections,
+            picture=image.picture,
+            frame=image.jpeg,
+            video=frame.video,
+            number=frame.number,
+            seconds=frame.seconds,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A decoded image, as far as it is needed."""
+
+    frame: Frame
+    """Without pixels."""
+    size: tuple[int, int]
+    """Height and width."""
+    pixels: NDArray[np.uint8]
+    """The network's input [3, h, w]; with tiles the whole image [H, W, 3]."""
+    picture: Image.Image | None
+    """To draw on."""
+    jpeg: bytes | None
+
+    @property
+    def bytes(self) -> int:
+        """Return the memory that it takes."""
+        drawn = 3 * self.picture.width * self.picture.height if self.picture else 0
+        return self.pixels.nbytes + drawn + len(self.jpeg or b"")
+
+
+def _without_image(frame: Frame) -> Frame:
+    return Frame(
+        frame.source,
+        np.empty((0, 0, 3), np.uint8),
+        frame.video,
+        frame.number,
+        frame.seconds,
+        frame.has_more,
+    )
+
+
+def _image_ids(found: Found, options: Options) -> dict[str, int]:
+    """Return the ids that --coco FILE gives the images, and log how many it lacks or has more."""
+    if options.coco is None:
+        return {}
+    known = read_image_ids(options.coco)
+    ids = match_ids([one.name for one in found.sources if not one.is_video], known)
+    if not ids:
+        raise DataError(f"{options.coco}: names none of the images")
+    unknown, left = len(found.sources) - len(ids), len(known) - len(ids)
+    if unknown:
+        logger.warning(f"{options.coco}: lacks {counted(f'{unknown:,}', 'image')} of the sources")
+    if left:
+        logger.warning(
+            f"{options.coco}: has {counted(f'{left:,}', 'image')} more, without predictions"
+        )
+    return ids
+
+
+def _workers() -> int:
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+@contextmanager
+def _delayed_interrupts() -> Iterator[Any]:
+    """Yield a context in which Ctrl-C waits for the end of the block; it must not cut a row."""
+    if threading.current_thread() is not threading.main_thread():
+        yield nullcontext
+        return
+    state = {"inside": False, "asked": False}
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: Any) -> None:  # noqa: ARG001
+        if state["inside"]:
+            state["asked"] = True
+        else:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def delayed() -> Iterator[None]:
+        state["inside"] = True
+        try:
+            yield
+        finally:
+            state["inside"] = False
+        if state["asked"]:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield delayed
+    finally:
+        signal.signal(signal.SIGINT, before)
