@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 from runkey.files import write_atomically
 
 if TYPE_CHECKING:
-    from runkey.inference.detections import Detections
+    import numpy as np
+    from numpy.typing import NDArray
 
 BLUE = "#0072B2"
 ORANGE = "#E69F00"
@@ -72,7 +73,23 @@ class LabelledBox:
     """Whether name and score are written."""
 
 
-def draw_detections(picture: Image.Image, found: Detections) -> Image.Image:
+class Drawable(Protocol):
+    """The n detections of an image, see `runkey.inference.detections.Detections`."""
+
+    # Not that class itself: pictures are drawn again when the code changes that this file imports.
+    @property
+    def boxes_xyxy(self) -> NDArray[np.float32]: ...  # noqa: D102
+    @property
+    def scores(self) -> NDArray[np.float32]: ...  # noqa: D102
+    @property
+    def labels(self) -> NDArray[np.int64]: ...  # noqa: D102
+    @property
+    def names(self) -> list[str]: ...  # noqa: D102
+    @property
+    def image_size(self) -> tuple[int, int]: ...  # noqa: D102
+
+
+def draw_detections(picture: Image.Image, found: Drawable) -> Image.Image:
     """Draw detections into a copy of their image, whose long side becomes one of `DRAWN_SIDES`.
 
     `picture` is the image, of any size: boxes are scaled from that of the detections.
@@ -95,7 +112,7 @@ def draw_detections(picture: Image.Image, found: Detections) -> Image.Image:
     return canvas.image
 
 
-def detected_boxes(found: Detections) -> list[LabelledBox]:
+def detected_boxes(found: Drawable) -> list[LabelledBox]:
     """Return detections as boxes to be drawn, coloured by class."""
     return [
         LabelledBox((x1, y1, x2 - x1, y2 - y1), class_colour(label), class_text(name, label), score)
