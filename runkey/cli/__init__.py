@@ -16,7 +16,7 @@ from typing import Annotated
 from typer import Exit, Option, Typer
 
 from runkey import __version__
-from runkey.cli import convert, debug, memory, project, report, runs, share, store, verify
+from runkey.cli import convert, debug, memory, project, report, runs, share, store, use, verify
 from runkey.errors import report_errors
 from runkey.progress import WIDTH, log_to_terminal, say
 
@@ -46,6 +46,7 @@ app.command("list")(runs.list_runs)
 app.command("memory")(memory.memory)
 app.command("open")(runs.open_page)
 app.command("params")(project.show)
+app.command("predict")(use.predict)
 app.command("preset")(project.preset)
 app.command("publish")(share.publish)
 app.command("replay")(store.replay)

@@ -1,0 +1,184 @@
+"""`runkey predict`: the commands that use a trained model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from runkey.cli import output
+from runkey.cli.output import AsJson
+from runkey.errors import DataError
+from runkey.progress import say
+from runkey.units import counted, format_seconds
+
+if TYPE_CHECKING:
+    from runkey.inference.predict import Summary
+
+_SHOWN = 10
+"""Skipped files that are named on the screen."""
+_PARTS = {
+    "json": "predictions.json",
+    "results": "results.json",
+    "csv": "predictions.csv",
+    "yolo": "yolo/",
+    "voc": "voc/",
+    "labelme": "labelme/",
+    "cvat": "cvat.xml",
+    "images": "images/",
+    "sheet": "sheet.jpg",
+    "frames": "frames/",
+}
+
+
+def predict(
+    model: Annotated[
+        str,
+        Argument(metavar="MODEL", help="Key of a run, folder model/, or an exported model."),
+    ],
+    sources: Annotated[
+        list[str],
+        Argument(
+            metavar="SOURCES",
+            help="Images, folders (with all below), globs, videos; - for a list on stdin.",
+        ),
+    ],
+    out: Annotated[Path, Option("--out", help="Folder to write.")] = Path("predictions"),
+    write: Annotated[
+        str,
+        Option(
+            "--write",
+            help="Of json, csv, images (drawn), sheet, yolo, voc, labelme, cvat, frames (of"
+            " videos), results (COCO's, with --coco).",
+        ),
+    ] = "json,csv,images,sheet",
+    score: Annotated[
+        str,
+        Option(
+            "--score",
+            help="Least score: a number, ball=0.4,cube=0.6 (others: auto), or auto: each class's"
+            " score of best F1 on the run's val images.",
+        ),
+    ] = "auto",
+    nms: Annotated[
+        float | None,
+        Option("--nms", help="Drop a box that overlaps a better one of its class by more (IoU)."),
+    ] = None,
+    tile: Annotated[
+        str | None,
+        Option(
+            "--tile",
+            help="For small objects in large images: tiles of that width in the image's pixels, or"
+            " WIDTHxHEIGHT.",
+        ),
+    ] = None,
+    overlap: Annotated[
+        float, Option("--overlap", help="Of neighbouring tiles, as a fraction of their side.")
+    ] = 0.2,
+    every: Annotated[int, Option("--every", min=1, help="Take each N-th frame of a video.")] = 1,
+    coco: Annotated[
+        Path | None, Option("--coco", help="COCO file whose image ids are used.", dir_okay=False)
+    ] = None,
+    batch_size: Annotated[int, Option("--batch-size", min=1, help="Images at once.")] = 8,
+    workers: Annotated[
+        int | None, Option("--workers", min=0, help="Threads that decode and draw [cores].")
+    ] = None,
+    device: Annotated[
+        str | None, Option("--device", help="cpu, cuda, cuda:1 [the GPU, if there is one].")
+    ] = None,
+    allow_urls: Annotated[
+        bool, Option("--allow-urls", help="Fetch sources that are http addresses.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Detect objects in images and videos; write lists, labels and drawn images.
+
+    Files that cannot be read are named, listed in OUT/skipped.csv, and the exit code is 3; it is 0
+    if all were read, 1 after an error. Ctrl-C keeps what was written. OUT must be new or empty, or
+    hold the files of an earlier predict, which are replaced.
+    """
+    from runkey.inference.model import load_model_folder
+    from runkey.inference.predict import Options, find_sources, parse_score
+    from runkey.inference.predict import predict as predict_all
+    from runkey.inference.tile import parse_tiling
+
+    about = {"model": model, "sources": sources}
+    listed = sys.stdin if "-" in sources else ()
+    found = find_sources(sources, out=out, allow_urls=allow_urls, listed=listed)
+    chosen = parse_score(score)
+    loaded = load_model_folder(model, device=device)
+    sizes = loaded.card.sizes
+    options = Options(
+        score=chosen,
+        nms=nms,
+        tiling=parse_tiling(tile, overlap, sizes.short_side, sizes.long_side) if tile else None,
+        batch_size=batch_size,
+        workers=workers,
+        every=every,
+        kinds=[kind.strip() for kind in write.split(",") if kind.strip()],
+        coco=coco,
+        about=about,
+    )
+    summary = predict_all(loaded, found, out, options)
+    if not summary.images:
+        _say_skipped(summary)
+        raise DataError(f"{found.base}: nothing could be read; {out}/skipped.csv says why")
+    answer = _answer(summary)
+    if as_json:
+        output.print_json(answer)
+    else:
+        _say_summary(summary, found.others)
+    if summary.skipped:
+        _say_skipped(summary)
+        output.answer_no()
+
+
+def _answer(summary: Summary) -> dict[str, Any]:
+    return {
+        "folder": str(summary.folder),
+        "images": summary.images,
+        "detections": dict(summary.objects),
+        "skipped": [{"file": one.name, "reason": one.reason} for one in summary.skipped],
+        "first_of_several": summary.first_of_several,
+        "seconds": round(summary.seconds, 2),
+    }
+
+
+def _say_summary(summary: Summary, others: int) -> None:
+    """Print what was done, and where it lies."""
+    if summary.was_there:
+        say(f"{summary.folder}/ held earlier predictions: files of the same name are replaced")
+    if others:
+        say(f"left out: {counted(f'{others:,}', 'file')} that are neither images nor videos")
+    if several := summary.first_of_several:
+        what = "an animation or a file of several pages; its first image is taken"
+        if len(several) > 1:
+            what = f"and {len(several) - 1:,} more: animations or files of several pages; the first"
+            what += " image of each is taken"
+        say(f"{several[0]}: {what}" if len(several) == 1 else f"{several[0]} {what}")
+    speed = summary.images / max(summary.seconds, 1e-9)
+    total = summary.objects.total()
+    line = f"{counted(f'{summary.images:,}', 'image')}, {counted(f'{total:,}', 'detection')}"
+    say(f"{line} in {format_seconds(summary.seconds)} ({speed:.3g} images/s)")
+    classes = [f"{name} {count:,}" for name, count in summary.objects.most_common(8)]
+    more = len(summary.objects) - len(classes)
+    if classes:
+        output.print_beside(
+            "  ", ", ".join(classes) + (f" and {more} more classes" if more else "")
+        )
+    parts = ", ".join(_PARTS[kind] for kind in summary.kinds if kind != "frames")
+    output.print_beside(f"{summary.folder}/  ", parts)
+
+
+def _say_skipped(summary: Summary) -> None:
+    for one in summary.skipped[:_SHOWN]:
+        say(f"skipped {one.name}: {one.reason}", stderr=True)
+    count = len(summary.skipped)
+    more = f"; {count - _SHOWN:,} more are not shown" if count > _SHOWN else ""
+    if count:
+        say(
+            f"skipped {counted(f'{count:,}', 'file')}{more}: {summary.folder}/skipped.csv",
+            stderr=True,
+        )
