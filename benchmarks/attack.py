@@ -8,6 +8,10 @@ runs a command that reads it.  A worker runs many in one process: the command's 
 arguments; whatever leaves it, other than its one line and exit code, is a traceback.  One attack in
 `_REAL_SHARE` is a real process.  An audit hook sees every file that is opened for writing and
 every program that is started; a payload that is executed makes a file.
+
+An attack proves nothing if the command refuses any file: one in `_SOUND_SHARE` is preceded by a
+command on the sound checkout, which has to accept it, and the results count by target how many
+different lines refused the changed files.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import json
 import os
 import platform
 import random
+import re
 import select
 import shutil
 import subprocess
@@ -29,12 +34,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "attack.md"
 _REAL_SHARE = 50
+_SOUND_SHARE = 10
 _MOST_SECONDS = 20.0
 PLANTED = "ATTACK_PLANTED"
 """Environment variable of the tests: faults, separated by commas, that attacks meet in turn."""
@@ -43,9 +50,11 @@ _STILL = 1.0
 _FRESH = 40
 """Attacks between two fresh copies of the checkout; what was changed is put back after each."""
 
-Verdict = str
+Found = dict[str, Any]
+"""What came of an attack: number, target, what was done, verdict, seconds, printed text."""
 GOOD = ("accepted", "refused")
-BAD = ("traceback", "hang", "outside", "executed", "crash", "no line")
+SOUND = "sound refused"
+BAD = ("traceback", "hang", "outside", "executed", "crash", "no line", SOUND)
 
 
 @dataclass(frozen=True)
@@ -55,59 +64,60 @@ class Target:
     path: str
     """Below the checkout; KEY and OTHER stand for the two keys, * for any of several files."""
     kind: str
-    """json, jsonl, yaml, zip, weights, image, sqlite or bytes."""
-    commands: tuple[str, ...]
-    """Of `runkey`, with words between spaces; `stage:NAME` or `read:NAME` for other code."""
+    """One of those of `tests.support.odd_files.odd_content`."""
+    reads: str
+    """Commands of `runkey`, separated by `; `; `stage:NAME` or `read:NAME` for other code."""
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands; one that is there twice is drawn twice as often."""
+        return self.reads.split("; ")
 
 
-_READING = (
-    "list",
-    "show KEY",
-    "gc",
-    "summary",
-    "list --where AP>0.1",
-    "verify KEY",
-    "show OTHER",
-    "diff KEY .",
-)
-_DVC = ("key", "key --explain", "stage:own_data_note", "diff . KEY", "read:dataset")
+_READING = "list; show KEY; gc; summary; list --where AP>0.1; verify KEY; show OTHER; diff KEY ."
+_DVC = "key; key --explain; stage:own_data_note; diff . KEY; read:dataset"
+_YOLO = "convert yolo there --format yolo; convert yolo there --format yolo --drop"
+_VOC = "convert voc there --format voc; convert voc there --format voc --drop"
+_ARTIFACTS = "mlartifacts/*/artifacts"
 GROUPS: dict[str, tuple[int, tuple[Target, ...]]] = {
     # Weight, targets.
     "data": (
-        24,
+        22,
         (
-            Target("data/annotations/instances_train.json", "json", ("stage:prepare",)),
-            Target("data/annotations/instances_val.json", "json", ("stage:prepare",)),
-            Target("data/train/*", "image", ("stage:prepare",)),
+            Target("data/annotations/instances_train.json", "json", "stage:prepare"),
+            Target("data/annotations/instances_val.json", "json", "stage:prepare"),
+            Target("data/train/*", "image", "stage:prepare"),
+        ),
+    ),
+    "labels": (
+        8,
+        (
+            Target("yolo/labels/*/*", "rows", _YOLO),
+            Target("yolo/data.yaml", "yaml", _YOLO),
+            Target("yolo/images/train/*", "image", _YOLO),
+            Target("voc/Annotations/*", "xml", _VOC),
+            Target("voc/ImageSets/Main/*", "rows", _VOC),
         ),
     ),
     "params": (
-        18,
+        16,
         (
-            Target("params.yaml", "yaml", ("params", "params", "params", "key", "summary", "gc")),
-            Target("presets/sample.yaml", "yaml", ("read:preset",)),
+            Target("params.yaml", "yaml", "params; params; params; key; summary; gc"),
+            Target("presets/sample.yaml", "yaml", "read:preset"),
         ),
     ),
     "records": (
-        20,
+        18,
         (
-            Target("run.json", "json", ("summary", "gc", "read:manifest", "verify KEY")),
-            Target("model/key.json", "json", ("report",)),
-            Target("metrics/*", "json", ("summary",)),
+            Target("run.json", "json", "summary; gc; read:manifest; verify KEY"),
+            Target("model/key.json", "json", "report"),
+            Target("metrics/*", "json", "summary"),
             Target(".runkey/claims/*", "json", _READING),
-            Target(
-                ".runkey/OTHER/run_id",
-                "json",
-                ("gc", "read:pointer", "replay OTHER", "watch OTHER"),
-            ),
-            Target(".runkey/OTHER/description.json", "json", ("replay OTHER", "watch OTHER")),
-            Target("mlartifacts/*/artifacts/record.json", "json", ("index", "verify KEY")),
-            Target("mlartifacts/*/artifacts/model/key.json", "json", ("verify KEY", "diff KEY .")),
-            Target(
-                "mlartifacts/*/artifacts/run.json",
-                "json",
-                ("verify KEY", "diff KEY .", "get KEY --to there"),
-            ),
+            Target(".runkey/OTHER/run_id", "json", "gc; read:pointer; replay OTHER; watch OTHER"),
+            Target(".runkey/OTHER/description.json", "json", "replay OTHER; watch OTHER"),
+            Target(f"{_ARTIFACTS}/record.json", "json", "index; verify KEY"),
+            Target(f"{_ARTIFACTS}/model/key.json", "json", "verify KEY; diff KEY ."),
+            Target(f"{_ARTIFACTS}/run.json", "json", "verify KEY; diff KEY .; get KEY --to there"),
             Target(".runkey/runs.sqlite", "sqlite", _READING),
             Target(".runkey/runs.sqlite", "bytes", _READING),
         ),
@@ -117,32 +127,30 @@ GROUPS: dict[str, tuple[int, tuple[Target, ...]]] = {
         (
             Target("dvc.yaml", "yaml", _DVC),
             Target("data.dvc", "yaml", _DVC),
-            Target("dvc.lock", "yaml", ("diff . KEY",)),
-            Target("conda-lock.yml", "yaml", ("key", "env check")),
-            Target("requirements.txt", "bytes", ("env check",)),
-            Target(".dvc/config", "bytes", ("key", "gc")),
-            Target(".dvc/cache/files/md5/*/*.dir", "json", ("diff . KEY", "read:part")),
+            Target("dvc.lock", "yaml", "diff . KEY"),
+            Target("conda-lock.yml", "yaml", "key; env check"),
+            Target("requirements.txt", "bytes", "env check"),
+            Target(".dvc/config", "bytes", "key; gc"),
+            Target(".dvc/cache/files/md5/*/*.dir", "json", "diff . KEY; read:part"),
         ),
     ),
     "logs": (
-        10,
+        8,
         (
-            Target("logs/train.jsonl", "jsonl", ("read:curves", "report", "summary", "watch")),
-            Target("logs/system.jsonl", "jsonl", ("read:curves", "report")),
-            Target(
-                ".runkey/OTHER/train.jsonl", "jsonl", ("watch OTHER", "report OTHER", "read:resume")
-            ),
-            Target("evaluation/*", "json", ("read:evaluation", "read:evaluation", "report")),
-            Target("prepared/*.json", "json", ("read:prepared", "read:evaluation", "report")),
+            Target("logs/train.jsonl", "jsonl", "read:curves; report; summary; watch"),
+            Target("logs/system.jsonl", "jsonl", "read:curves; report"),
+            Target(".runkey/OTHER/train.jsonl", "jsonl", "watch OTHER; report OTHER; read:resume"),
+            Target("evaluation/*", "json", "read:evaluation; read:evaluation; report"),
+            Target("prepared/*.json", "json", "read:prepared; read:evaluation; report"),
         ),
     ),
-    "archives": (8, (Target("run.zip", "zip", ("import run.zip",)),)),
+    "archives": (8, (Target("run.zip", "zip", "import run.zip"),)),
     "weights": (
         6,
         (
-            Target("model/weights.safetensors", "weights", ("read:model", "read:check")),
-            Target("model/model.json", "json", ("read:model",)),
-            Target(".runkey/OTHER/*.pt", "bytes", ("read:checkpoint",)),
+            Target("model/weights.safetensors", "weights", "read:model; read:check"),
+            Target("model/model.json", "json", "read:model"),
+            Target(".runkey/OTHER/*.pt", "bytes", "read:checkpoint"),
         ),
     ),
     "answers": (6, ()),
@@ -150,17 +158,13 @@ GROUPS: dict[str, tuple[int, tuple[Target, ...]]] = {
 
 
 def main() -> None:
-    """Run the attacks, print what went wrong, write the table of results."""
+    """Run the attacks, print what went wrong, write the page of results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=GROUPS, action="append", default=[])
-    parser.add_argument(
-        "--out", type=Path, default=None, help=f"default: {RESULTS.name} of all groups"
-    )
-    parser.add_argument(
-        "--worker", nargs=3, metavar=("GROUP", "FROM", "TO"), help=argparse.SUPPRESS
-    )
+    parser.add_argument("--out", type=Path, help=f"default: {RESULTS.name} of all groups")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--box", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.worker:
@@ -170,18 +174,18 @@ def main() -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="attack-") as folder:
         found = run(Path(folder), asked.count, asked.seed, asked.only)
-    lines = table(found, asked, time.monotonic() - started)
-    print("\n".join(lines))
+    text = "\n".join(page(found, asked, time.monotonic() - started)) + "\n"
+    print(text)
     out = asked.out or (None if asked.only else RESULTS)
     if out:
-        out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        out.write_text(text, encoding="utf-8")
     if any(one["verdict"] in BAD for ones in found.values() for one in ones):
         raise SystemExit(1)
 
 
 def run(
     folder: Path, count: int, seed: int, only: list[str] | None = None
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, list[Found]]:
     """Run attacks in worker processes; return what came of each, by group."""
     from tests.support.attacked import make_checkout
 
@@ -190,172 +194,162 @@ def run(
         make_checkout(folder / "template")
     # Several groups in one worker: `params+records`.
     chosen = {name: sum(GROUPS[one][0] for one in name.split("+")) for name in only or GROUPS}
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[Found]] = {}
     for name, weight in chosen.items():
         share = -(-count * weight // sum(chosen.values()))
         began = time.monotonic()
-        found[name] = list(_supervise(folder, name, range(share), seed))
+        found[name] = list(_supervise(folder, name, share, seed))
         verdicts = Counter(one["verdict"] for one in found[name])
         print(f"{name}: {dict(verdicts)} in {time.monotonic() - began:.0f} s", file=sys.stderr)
     return found
 
 
-def _supervise(folder: Path, group: str, numbers: range, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield the results of a group's attacks; a worker that dies or hangs is started again."""
-    done, count = numbers.start, numbers.stop
+def _supervise(folder: Path, group: str, count: int, seed: int) -> Iterator[Found]:
+    """Yield what came of a group's attacks; a worker that dies or hangs is started again."""
+    done = 0
     while done < count:
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.attack",
-            "--box",
-            str(folder),
-            "--seed",
-            str(seed),
-        ]
-        with subprocess.Popen(
-            [*command, "--worker", group, str(done), str(count)],
-            cwd=REPOSITORY,
-            env=_environment(folder),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as worker:
-            assert worker.stdout
-            assert worker.stderr
-            what, limit = "the imports", 20 * _MOST_SECONDS
-            while done < count:
-                ready, _, _ = select.select([worker.stdout], [], [], limit)
-                line = worker.stdout.readline() if ready else ""
-                if not line:
-                    worker.kill()
-                    verdict = "crash" if ready else "hang"
-                    text = worker.stderr.read()[-2000:] if ready else f"more than {limit:.0f} s"
-                    yield {"number": done, "verdict": verdict, "what": what, "text": text}
-                    done += 1
-                    break
-                one = json.loads(line)
-                if one["verdict"] == "begun":
-                    what = one["what"]
-                elif one["verdict"] != "ready":
-                    yield one
-                    done += 1
-                limit = 10 * _MOST_SECONDS
+        for one in _lines(folder, group, done, count, seed):
+            if one["verdict"] in (*GOOD, *BAD):
+                yield one
+                done += one["verdict"] != SOUND
+
+
+def _lines(folder: Path, group: str, done: int, count: int, seed: int) -> Iterator[Found]:
+    """Yield what a worker tells; at last that it died or hangs.
+
+    Raises:
+        SystemExit: it cannot even start, which says nothing about any attack.
+    """
+    command = [sys.executable, "-m", "benchmarks.attack", "--box", str(folder)]
+    command += ["--seed", str(seed), "--worker", group, str(done), str(count)]
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
+            command, cwd=REPOSITORY, env=_environment(folder), stdout=subprocess.PIPE, stderr=errors
+        ) as worker,
+    ):
+        assert worker.stdout
+        one: Found = {}
+        while not (one.get("number") == count - 1 and one["verdict"] in (*GOOD, *BAD)):
+            limit = (10 if one else 20) * _MOST_SECONDS
+            ready, _, _ = select.select([worker.stdout], [], [], limit)
+            line = worker.stdout.readline() if ready else b""
+            if not line:
+                worker.kill()
+                text = f"more than {limit:.0f} s"
+                if ready:
+                    errors.seek(0)
+                    text = errors.read().decode("utf-8", "replace")[-2000:]
+                if not one:
+                    raise SystemExit(f"a worker cannot start: {text}")
+                yield one | {"verdict": "crash" if ready else "hang", "text": text}
+                return
+            one = json.loads(line)
+            yield one
 
 
 def _environment(folder: Path) -> dict[str, str]:
     strange = ("DVC_", "MLFLOW_", "GIT_", "PYTEST_", "RUNKEY_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(strange)}
-    for name in ("home", "tmp"):
-        (folder / name).mkdir(exist_ok=True)
     own = {"HOME": folder / "home", "TMPDIR": folder / "tmp", "MPLCONFIGDIR": folder / "home"}
-    return (
-        kept
-        | {name: str(path) for name, path in own.items()}
-        | {
-            "PYTHONPATH": str(REPOSITORY),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "OMP_NUM_THREADS": "1",
-            "DVC_NO_ANALYTICS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            # A question that fails waits and asks again while there is time: here there is none.
-            "MLFLOW_HTTP_REQUEST_TIMEOUT": "0.3",
-        }
-    )
+    for path in own.values():
+        path.mkdir(exist_ok=True)
+    return {
+        **kept,
+        **{name: str(path) for name, path in own.items()},
+        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "DVC_NO_ANALYTICS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        # A question that fails waits and asks again while there is time: here there is none.
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "0.3",
+        # No connection stays open, as each attack finds another file in the database's place.
+        "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",
+    }
 
 
 # --- a worker
+
+_PROGRAMS = (Path(sys.executable).name, "python", "git", "uv", "conda", "uname")
+"""What may be started."""
 
 
 class Watch:
     """What the process writes outside its folders, and which programs it starts."""
 
     def __init__(self, inside: tuple[Path, ...]) -> None:
-        self._inside = tuple(os.path.realpath(path) for path in inside)
+        own = tuple(os.path.realpath(path) for path in inside)
+        self._inside = (*own, "/dev/null", "/dev/tty", "/proc/self", "/dev/shm")
         self.events: list[str] = []
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             path, _, flags = arguments
-            if isinstance(path, str | bytes | os.PathLike) and flags & (
-                os.O_WRONLY | os.O_RDWR | os.O_CREAT
-            ):
-                self._check("outside: open", path)
+            writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if isinstance(path, str | bytes | os.PathLike) and writes:
+                self._check(event, path)
         elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod"):
-            self._check(f"outside: {event}", arguments[0])
+            self._check(event, arguments[0])
         elif event in ("os.rename", "os.link", "os.symlink"):
-            self._check(f"outside: {event}", arguments[1])
+            self._check(event, arguments[1])
         elif event == "subprocess.Popen":
-            program = Path(os.fsdecode(arguments[0])).name
-            if program not in (
-                "git",
-                Path(sys.executable).name,
-                "python",
-                "uv",
-                "conda",
-                "uname",
-            ):
+            if (program := Path(os.fsdecode(arguments[0])).name) not in _PROGRAMS:
                 self.events.append(f"executed: {program}")
         elif event in ("os.system", "os.exec", "os.posix_spawn"):
             self.events.append(f"executed: {event} {arguments[:1]}")
 
-    def _check(self, what: str, path: Any) -> None:
+    def _check(self, event: str, path: Any) -> None:
         if isinstance(path, int):
             return
         name = Path(os.fsdecode(path))
         # Removing or replacing a link leaves what it points to.
-        keeps = what.endswith(("remove", "rename", "symlink", "link"))
+        keeps = event.endswith(("remove", "rename", "symlink", "link"))
         whole = Path(os.path.realpath(name.parent), name.name)
         place = str(whole) if keeps else os.path.realpath(name)
-        if not place.startswith((*self._inside, "/dev/null", "/dev/tty", "/proc/self", "/dev/shm")):
-            self.events.append(f"{what} {place}")
+        if not place.startswith(self._inside):
+            self.events.append(f"outside: {event} {place}")
 
 
 def work(group: str, numbers: range, seed: int, box: Path) -> None:
     """Run attacks in this process; print a line of JSON on each."""
     out = os.fdopen(os.dup(1), "w", buffering=1)
-    silent = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silent, 1)
-    checkout = Path(tempfile.mkdtemp(prefix=f"box-{group}-", dir=box)) / "checkout"
-    shutil.copytree(box / "template", checkout, symlinks=True)
-    os.chdir(checkout)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     from benchmarks import attack  # not as __main__: what commands import is this module too
 
-    def tell(what: dict[str, Any]) -> None:
+    def tell(what: Found) -> None:
         print(json.dumps(what), file=out)
 
-    attacker = attack.Attacker(group, seed, box, checkout, tell)
+    attacker = attack.Attacker(group, seed, box, tell)
     if planted := os.environ.get(PLANTED):
         attacker.plant(planted.split(","))
     tell({"verdict": "ready"})
     for number in numbers:
+        if group == "answers":
+            tell(attacker.ask(number))
+            continue
+        if number % _SOUND_SHARE == 0 and not planted:
+            tell(attacker.read_sound(number))
         tell(attacker.attack(number))
 
 
 class Attacker:
     """Runs the attacks of a group in a checkout."""
 
-    def __init__(
-        self,
-        group: str,
-        seed: int,
-        box: Path,
-        checkout: Path,
-        tell: Callable[[dict[str, Any]], None],
-    ) -> None:
+    def __init__(self, group: str, seed: int, box: Path, tell: Callable[[Found], None]) -> None:
+        from benchmarks import attack_readers
         from tests.support.attacked import OTHER
 
-        self.tell = tell
-        self.group, self.seed, self.box, self.checkout = group, seed, box, checkout
-        self.names = {"OTHER": OTHER, "KEY": json.loads((checkout / "run.json").read_text())["key"]}
-        from benchmarks import attack_readers
-
+        self.group, self.seed, self.box, self.tell = group, seed, box, tell
+        self.targets = [one for name in group.split("+") for one in GROUPS[name][1]]
+        folder = Path(tempfile.mkdtemp(prefix=f"box-{group}-", dir=box))
+        self.checkout, self.template = folder / "checkout", box / "template"
+        self._restore(renewed=True)
+        key = json.loads((self.checkout / "run.json").read_text())["key"]
+        self.names = {"OTHER": OTHER, "KEY": key}
         self.readers = attack_readers.READERS
-        self.watch = Watch((checkout.parent, box / "tmp", box / "home"))
-        self.number = 0
-        self.took_in = False
-        """Whether an archive was accepted, so that the checkout holds its run."""
+        self.watch = Watch((folder, box / "tmp", box / "home"))
 
     def plant(self, names: list[str]) -> None:
         """Give each command a fault, so that a test sees the harness find it."""
@@ -370,20 +364,53 @@ class Attacker:
         turn = iter(names)
         self._call = lambda _: faults[next(turn)]()  # type: ignore[method-assign, assignment]
 
-    def attack(self, number: int) -> dict[str, Any]:
-        """Run one attack; return its verdict, what was done, and the text that was printed."""
+    def read_sound(self, number: int) -> Found:
+        """Run one of the commands on the sound checkout, each in its turn."""
+        pairs = [(one, command) for one in self.targets for command in dict.fromkeys(one.commands)]
+        target, command = pairs[number // _SOUND_SHARE % len(pairs)]
+        found = self._result(number, target, f"nothing; {command}", command, real=False)
+        self._restore(renewed=command.startswith("import"))
+        return found | {"verdict": "sound" if found["verdict"] == "accepted" else SOUND}
+
+    def attack(self, number: int) -> Found:
+        """Run one attack, which number and seed draw."""
+        from tests.support.odd_files import odd_content, place_odd
+
         draw = random.Random(f"{self.seed}:{self.group}:{number}")
-        if self.group == "answers":
-            return self._answers(number)
-        target = draw.choice([one for name in self.group.split("+") for one in GROUPS[name][1]])
-        self._renew(number)
-        path = self._path(target.path, draw)
+        target = draw.choice(self.targets)
+        pattern = target.path.replace("OTHER", self.names["OTHER"])
+        path = draw.choice(sorted(self.checkout.glob(pattern)))
         before = path.read_bytes()
         what, content = odd_content(target.kind, before, path, draw)
         command = draw.choice(target.commands)
-        self.tell({"verdict": "begun", "what": f"{path.name}: {what}; {command}"})
         real = number % _REAL_SHARE == 0 and ":" not in command
+        what = f"{path.relative_to(self.checkout)}: {what}; {command}{' in a process' * real}"
         place_odd(path, content)
+        found = self._result(number, target, what, command, real=real)
+        self._put_back(path, before)
+        took_in = command.startswith("import") and found["verdict"] == "accepted"
+        self._restore(renewed=took_in or (number + 1) % _FRESH == 0)
+        return found
+
+    def ask(self, number: int) -> Found:
+        """Ask everything of a server that answers as none should."""
+        from tests.support import odd_server
+
+        odd_server.DRIP_SECONDS = 0.05
+        answer = next(islice(odd_server.server_answers(self.seed), number, None))
+        one = {"number": number, "target": "every question", "what": str(answer)[:200]}
+        self.tell(one | {"verdict": "begun"})
+        with odd_server.OddServer() as server:
+            server.answer = answer
+            home = Path(tempfile.mkdtemp(dir=self.checkout.parent))
+            text = "\n".join(odd_server.faults(server.address, home))
+        verdict = "refused" if not text else "hang" if "took" in text else "traceback"
+        return one | {"verdict": verdict, "text": text[-3000:]}
+
+    def _result(self, number: int, target: Target, what: str, command: str, *, real: bool) -> Found:
+        """Run a command; tell what it is before, and return what came of it."""
+        one = {"number": number, "target": f"{target.path} ({target.kind})", "what": what}
+        self.tell(one | {"verdict": "begun"})
         self.watch.events.clear()
         began, used = time.monotonic(), time.process_time()
         code, text = self._run(command, real=real)
@@ -391,26 +418,17 @@ class Attacker:
         seconds, used = time.monotonic() - began, time.process_time() - used
         if _STILL < used < _MOST_SECONDS:
             seconds = min(seconds, _MOST_SECONDS)
-        self._put_back(path, before)
-        found = {
-            "number": number,
-            "what": f"{path.relative_to(self.checkout)}: {what}; {command}{' in a process' * real}",
-            "verdict": self._verdict(code, text, seconds),
-            "seconds": round(seconds, 2),
-            "text": text[-3000:],
-        }
-        self.took_in = command.startswith("import") and found["verdict"] == "accepted"
-        if self.watch.events:
-            found["text"] = "\n".join(self.watch.events[:5])
-        return found
+        verdict = self._verdict(code, text, seconds)
+        text = "\n".join(self.watch.events[:5]) or text[-3000:]
+        return one | {"verdict": verdict, "seconds": round(seconds, 2), "text": text}
 
-    def _verdict(self, code: int | None, text: str, seconds: float) -> Verdict:
+    def _verdict(self, code: int | None, text: str, seconds: float) -> str:
         from tests.support.odd_files import MARKER
 
         if any(self.checkout.parent.rglob(MARKER)) or (REPOSITORY / MARKER).exists():
             return "executed"
         if self.watch.events:
-            return "executed" if "executed" in self.watch.events[0] else "outside"
+            return self.watch.events[0].partition(":")[0]
         if code is None or "Traceback (most recent call last)" in text:
             return "traceback"
         if seconds > _MOST_SECONDS:
@@ -424,16 +442,11 @@ class Attacker:
         """Run a command; return its exit code, None for a traceback, and all that it printed."""
         words = [self.names.get(word, word) for word in command.split(" ")]
         if real:
-            done = subprocess.run(
-                [sys.executable, "-m", "runkey", *words],
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-                timeout=60,
-                check=False,
-            )
-            return done.returncode, done.stdout + done.stderr
-        printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+            line = [sys.executable, "-m", "runkey", *words]
+            done = subprocess.run(line, capture_output=True, timeout=60, check=False)
+            return done.returncode, (done.stdout + done.stderr).decode("utf-8", "replace")
+        data = io.BytesIO()
+        printed = io.TextIOWrapper(data, encoding="utf-8", write_through=True)
         code: int | None = 0
         with redirect_stdout(printed), redirect_stderr(printed):
             try:
@@ -443,26 +456,18 @@ class Attacker:
             except BaseException:  # noqa: BLE001 - this is what is looked for
                 code = None
                 printed.write(traceback.format_exc())
-        printed.seek(0)
-        data = printed.buffer.getvalue()  # type: ignore[attr-defined]
-        return code, data.decode("utf-8", "replace")
+        return code, data.getvalue().decode("utf-8", "replace")
 
     def _call(self, words: list[str]) -> None:
+        from runkey.cli import main as runkey
         from runkey.errors import report_errors
 
-        kind, colon, name = words[0].partition(":")
-        if colon:
+        if ":" in words[0]:
             with report_errors():
-                self.readers[f"{kind}:{name}"](self.checkout, self.names)
+                self.readers[words[0]](self.checkout, self.names)
             return
-        from runkey.cli import main as runkey
-
         sys.argv = ["runkey", *words]
         runkey()
-
-    def _path(self, pattern: str, draw: random.Random) -> Path:
-        pattern = pattern.replace("OTHER", self.names["OTHER"])
-        return draw.choice(sorted(self.checkout.glob(pattern)))
 
     def _put_back(self, path: Path, content: bytes) -> None:
         if path.is_dir() and not path.is_symlink():
@@ -472,156 +477,92 @@ class Attacker:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
 
-    def _renew(self, number: int) -> None:
-        """Copy the checkout anew now and then; a command may have changed it."""
-        changed = self.number and (number - self.number >= _FRESH or self.took_in)
-        if not changed and self.number:
-            for name in ("prepared", "plots", "there", "run.json", ".runkey", "mlflow.db"):
-                self._refresh(name)
-            return
-        if changed:
+    def _restore(self, *, renewed: bool) -> None:
+        """Copy anew what commands write, or the whole checkout."""
+        if renewed:
             shutil.rmtree(self.checkout, ignore_errors=True)
             self.checkout.mkdir(exist_ok=True)
-            shutil.copytree(self.box / "template", self.checkout, symlinks=True, dirs_exist_ok=True)
+            shutil.copytree(self.template, self.checkout, symlinks=True, dirs_exist_ok=True)
             os.chdir(self.checkout)
-        self.number = max(number, 1)
-
-    def _refresh(self, name: str) -> None:
-        source, target = self.box / "template" / name, self.checkout / name
-        if target.is_dir():
-            shutil.rmtree(target)
-        else:
-            target.unlink(missing_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target)
-        elif source.is_file():
-            shutil.copy2(source, target)
-
-    def _answers(self, number: int) -> dict[str, Any]:
-        """Ask everything of a server that answers as none should."""
-        from itertools import islice
-
-        from tests.support import odd_server
-        from tests.support.odd_server import OddServer, faults, server_answers
-
-        odd_server.DRIP_SECONDS = 0.05
-        answer = next(islice(server_answers(self.seed), number, None))
-        with OddServer() as server:
-            server.answer = answer
-            home = Path(tempfile.mkdtemp(dir=self.checkout.parent))
-            found = faults(server.address, home)
-        text = "\n".join(found)
-        verdict = "refused" if not found else "hang" if "took" in text else "traceback"
-        return {
-            "number": number,
-            "what": str(answer)[:200],
-            "verdict": verdict,
-            "text": text[-3000:],
-        }
-
-
-def odd_content(
-    kind: str, before: bytes, path: Path, draw: random.Random
-) -> tuple[str, bytes | str]:
-    """Return what takes the place of a file: bytes, or the name of something that is no file."""
-    from runkey.registry.archive import INDEX
-    from tests.support import odd_files
-
-    if draw.random() < 0.04:
-        what = draw.choice(("folder", "pipe", "link to itself", "link to /dev/zero", "gone"))
-        return what, what
-    if kind == "sqlite":
-        return odd_cells(path, draw), "changed"
-    if kind == "zip" and draw.random() < 0.8:
-        return odd_files.odd_zip(before, draw, INDEX)
-    if kind == "weights" and draw.random() < 0.6:
-        return odd_files.odd_safetensors(before, draw)
-    if kind == "image" and draw.random() < 0.5:
-        return odd_files.odd_png(draw)
-    if kind in ("json", "jsonl", "yaml"):
-        return odd_files.odd_text(before.decode(), kind, draw)
-    return odd_files.odd_bytes(before, draw)
-
-
-def odd_cells(path: Path, draw: random.Random) -> str:
-    """Change cells of the cache of runs, as a broken program would."""
-    import sqlite3
-    from contextlib import closing
-
-    from tests.support.odd_files import RAW_JSON, odd_value
-
-    columns = (
-        "run key name status started ended experiment artifact_uri metrics tags params details"
-    )
-    column = draw.choice(columns.split())
-    value = odd_value(draw)
-    if draw.random() < 0.4:
-        value = draw.choice(RAW_JSON)
-    elif not isinstance(value, str | float | None):
-        value = json.dumps(value)
-    if isinstance(value, str):
-        value = value.encode("utf-8", "replace").decode()
-    with closing(sqlite3.connect(path)) as database:
-        few = " WHERE rowid = 1" if draw.random() < 0.7 else ""
-        try:
-            database.execute(f"UPDATE runs SET {column} = ?{few}", (value,))
-        except sqlite3.IntegrityError:
-            database.execute("DELETE FROM runs")
-        database.commit()
-    return f"{column} = {str(value)[:60]!r}"
-
-
-def place_odd(path: Path, content: bytes | str) -> None:
-    """Put it in the place of a file."""
-    if content == "changed":
-        return
-    path.unlink()
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content == "folder":
-        path.mkdir()
-    elif content == "pipe":
-        os.mkfifo(path)
-    elif content.startswith("link"):
-        path.symlink_to(path if "itself" in content else "/dev/zero")
+            return
+        for name in ("prepared", "plots", "there", "run.json", ".runkey", "mlflow.db"):
+            source, target = self.template / name, self.checkout / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, target)
+            elif source.is_file():
+                shutil.copy2(source, target)
 
 
 # --- results
 
 
-def table(
-    found: dict[str, list[dict[str, Any]]], asked: argparse.Namespace, seconds: float
-) -> list[str]:
-    """Return the results as Markdown: counts by group, and each fault."""
-    total = sum(map(len, found.values()))
+def _kind(one: Found) -> str:
+    """What a refusal says in its last two lines, without the names and numbers of this one."""
+    said = " ".join(one["text"].splitlines()[-2:])
+    return re.sub(r"\S*[/\d]\S*|'[^']*'|\"[^\"]*\"", "…", said)
+
+
+def _rows(first: str, ones: dict[str, list[Found]]) -> list[str]:
+    """Return a table of counts by group or target, with the share of the commonest refusal."""
+    lines = [f"| {first} | attacks | accepted | refused | lines | {' | '.join(BAD)} |"]
+    lines += ["|" + "---|" * (5 + len(BAD))]
+    for name, some in ones.items():
+        counts = Counter(one["verdict"] for one in some)
+        refusals = Counter(_kind(one) for one in some if one["verdict"] == "refused")
+        often = max(refusals.values(), default=0) / (counts["refused"] or 1)
+        said = f"{len(refusals)}, {often:.0%}" if any(refusals) else "-"
+        numbers = (
+            sum(counts.values()) - counts[SOUND],
+            counts["accepted"],
+            counts["refused"],
+            said,
+        )
+        rest = (counts[verdict] for verdict in BAD)
+        lines.append(f"| {name} | {' | '.join(map(str, (*numbers, *rest)))} |")
+    return lines
+
+
+def page(found: dict[str, list[Found]], asked: argparse.Namespace, seconds: float) -> list[str]:
+    """Return the results as Markdown: counts by group and target, and each fault."""
+    every = [one for ones in found.values() for one in ones]
+    targets: defaultdict[str, list[Found]] = defaultdict(list)
+    faults: defaultdict[str, list[str]] = defaultdict(list)
+    for name, ones in found.items():
+        for one in ones:
+            targets[f"`{one['target']}`"].append(one)
+            if one["verdict"] in BAD:
+                last = ["", *one["text"].strip().splitlines()][-1]
+                where = f"{one['number']} ({one['what'][:120]})"
+                faults[f"{name} {one['verdict']}: {last[:160]}"].append(where)
+    git = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    only = "".join(f" --only {name}" for name in asked.only)
     lines = [
         "# Attacks on every reader",
         "",
-        f"    python -m benchmarks.attack --count {asked.count} --seed {asked.seed}",
+        f"    python -m benchmarks.attack --count {asked.count} --seed {asked.seed}{only}",
         "",
-        f"{total} attacks in {seconds / 60:.0f} min on {platform.machine()},"
-        f" {os.cpu_count()} cores, Python {platform.python_version()}.  `no line`: an exit code",
-        "without its one line.  `accepted`: the change did no harm, or the command went on without",
-        "the file.",
+        f"{sum(one['verdict'] != SOUND for one in every)} attacks in {seconds:.0f} s on"
+        f" {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()},"
+        f" {time.strftime('%Y-%m-%d')}, commit {commit.stdout.strip()}; the slowest took"
+        f" {max((one.get('seconds', 0.0) for one in every), default=0.0):.1f} s.",
         "",
-        "| group | attacks | accepted | refused | " + " | ".join(BAD) + " |",
-        "|" + "---|" * (4 + len(BAD)),
+        "`accepted`: the change did no harm, or the command went on without the file. `lines`: how",
+        "many different lines refused, and the share of the commonest: near 100%, the attacks did",
+        "not get past that check. `no line`: an exit code without its one line. `sound refused`:",
+        f"before each {_SOUND_SHARE}th attack a command reads the sound checkout, in turn.",
+        "",
+        *_rows("group", found),
+        "",
+        *_rows("target", targets),
     ]
-    for name, ones in found.items():
-        counts = Counter(one["verdict"] for one in ones)
-        numbers = [len(ones), *(counts[verdict] for verdict in (*GOOD, *BAD))]
-        lines.append(f"| {name} | " + " | ".join(map(str, numbers)) + " |")
-    kinds: defaultdict[str, list[str]] = defaultdict(list)
-    for name, ones in found.items():
-        for one in ones:
-            if one["verdict"] in BAD:
-                last = ["", *one["text"].strip().splitlines()][-1]
-                kinds[f"{name} {one['verdict']}: {last[:160]}"].append(
-                    f"{one['number']} ({one['what'][:120]})"
-                )
-    if kinds:
+    if faults:
         lines += ["", "Faults, by their last line:", ""]
-        lines += [f"- {len(ones)}x {text}: {ones[0]}" for text, ones in sorted(kinds.items())]
+        lines += [f"- {len(ones)}x {text}: {ones[0]}" for text, ones in sorted(faults.items())]
     return lines
 
 

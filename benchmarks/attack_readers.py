@@ -13,8 +13,7 @@ from runkey.identity.dvc_yaml import tracked_md5
 from runkey.identity.record import RunManifest, RunPointer
 from runkey.memory.batch_shapes import prepared_shapes
 from runkey.model.weights import load_model
-from runkey.params import load_params
-from runkey.params.render import head_of, render
+from runkey.params import load_params, render
 from runkey.pipeline.prepare import own_data_note
 from runkey.plots.curves import write_plot_tables, write_training_plots
 from runkey.plots.evaluation import write_evaluation_plots
@@ -27,9 +26,7 @@ Names = Mapping[str, str]
 
 
 def _preset(root: Path, _: Names) -> None:
-    path = root / "presets" / "sample.yaml"
-    params = load_params(path)
-    render(params, head_of(path.read_text(encoding="utf-8")))
+    render.main([str(root / "presets" / "sample.yaml")])
 
 
 def _curves(root: Path, _: Names) -> None:

@@ -143,10 +143,16 @@ def open_plain(path: Path) -> BufferedReader:
     return os.fdopen(file, "rb")
 
 
-def read_plain(path: Path) -> bytes:
-    """Read a file's bytes, see `open_plain`."""
+def read_plain(path: Path, most: int | None = None) -> bytes:
+    """Read a file's bytes, see `open_plain`; OSError also if they are more than `most`."""
     with open_plain(path) as file:
-        return file.read()
+        if most is None:
+            return file.read()
+        data = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else None
+    if data is None or len(data) > most:
+        text = f"larger than {format_bytes(most)}, the most that is read"
+        raise OSError(errno.EFBIG, text, str(path))
+    return data
 
 
 def read_text(path: Path, most: int = SMALL) -> str:
@@ -157,19 +163,13 @@ def read_text(path: Path, most: int = SMALL) -> str:
         FormatError: it is no plain file, cannot be read, is larger than `most` bytes or no text.
     """
     try:
-        with open_plain(path) as source:
-            size = os.fstat(source.fileno()).st_size
-            data = source.read(most + 1) if size <= most else b""
+        return decode(read_plain(path, most))
     except FileNotFoundError:
         raise
     except OSError as error:
-        why = (
-            error.strerror if error.strerror == _NOT_PLAIN else f"cannot be read ({error.strerror})"
-        )
+        ours = error.strerror == _NOT_PLAIN or error.errno == errno.EFBIG
+        why = error.strerror if ours else f"cannot be read ({error.strerror})"
         raise FormatError(why) from None
-    if size > most or len(data) > most:
-        raise FormatError(f"larger than {format_bytes(most)}, the most that is read")
-    return decode(data)
 
 
 def decode(data: bytes) -> str:
@@ -192,21 +192,29 @@ def parse_json(data: str | bytes, form: Any = Any) -> Any:
         FormatError: it is not JSON, is nested too deep, holds a name twice, a number of too many
             digits or half a character; or a value is missing or of a wrong type: the text names it.
     """
-    from pydantic import ValidationError  # 0.07 s
-
     text = decode(data) if isinstance(data, bytes) else data
     try:
         # The place of a fault, and names that are there twice, which pydantic does not see.
-        json.loads(text, object_pairs_hook=unique, parse_int=_whole)
+        tree = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise FormatError(f"not JSON ({where}: {error.msg})") from None
     except RecursionError:
         raise FormatError(f"nested more than {_DEEPEST} levels deep") from None
+    if form is Any and _is_plain(text):
+        return tree
+    from pydantic import ValidationError  # 0.07 s
+
     try:
         return _adapter(form).validate_json(text, strict=True)
     except ValidationError as error:
         raise FormatError(first_fault(error)) from None
+
+
+def _is_plain(text: str) -> bool:
+    """Return True if JSON cannot be too deep or hold half a character, written as an escape."""
+    few = text.count("{") + text.count("[") <= _DEEPEST
+    return few and "\\u" not in text and (text.isascii() or not _SURROGATE.search(text))
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -223,6 +231,9 @@ def _whole(digits: str) -> int:
     if len(digits) > _LONGEST_NUMBER:
         raise FormatError(f"holds a number of {len(digits)} digits")
     return int(digits)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=unique, parse_int=_whole)
 
 
 @cache

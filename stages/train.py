@@ -24,15 +24,12 @@ def main() -> None:
     log_to_terminal()
     recipe = make_recipe("train", root, params)
     with once(params, root, recipe) as claim:
-        if claim is not None:
-            # Imported here: a reused result needs no torch, whose import takes longer than that.
-            from runkey.pipeline.train import train
+        if claim is None and not launched_by_torchrun():
+            return
+        # Imported here: a reused result needs no torch, whose import takes longer than that.
+        from runkey.pipeline.train import train
 
-            train(params, root, recipe, claim)
-        elif launched_by_torchrun():
-            from runkey.pipeline.train import dismiss
-
-            dismiss(params)
+        train(params, root, recipe, claim)
 
 
 if __name__ == "__mp_main__":  # a loader process

@@ -28,7 +28,7 @@ from runkey.cli.output import AsJson
 from runkey.data.coco import is_hidden, split_in
 from runkey.data.report import shortened
 from runkey.errors import DataError, LockError, RunkeyError
-from runkey.files import FormatError, read_text, write_atomically
+from runkey.files import SMALL, FormatError, open_plain, read_plain, read_text, write_atomically
 from runkey.progress import each, say
 from runkey.units import counted
 
@@ -141,12 +141,14 @@ class _Labels:
 
     def read(self) -> None:
         """Read the images' sizes, then all labels; what is wrong is in `faults`."""
-        from runkey.data.decode import open_image
+        from PIL import Image
+
+        from runkey.data.decode import FORMATS
 
         pictures = [path for path in self.files if _PICTURE.fullmatch(path.suffix)]
         for path in each("read images", pictures, "images"):
             try:
-                with open_image(path.read_bytes()) as image:
+                with open_plain(path) as file, Image.open(file, formats=FORMATS) as image:
                     self.images[path] = _Image(path, image.size)
                 self._of_stem[path.stem].append(path)
             except Exception as error:  # noqa: BLE001 - PIL raises almost any type on bad bytes
@@ -157,9 +159,9 @@ class _Labels:
             raise DataError(f"{self.source}: no images")
         for path in each("read labels", self.labels(), "files"):
             try:
-                self.read_label(path, path.read_bytes())
+                self.read_label(path, read_plain(path, SMALL))
             except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
-                self.fault(path, f"cannot be read ({error})")
+                self.fault(path, f"cannot be read ({getattr(error, 'strerror', None) or error})")
         if not self.rows:
             raise DataError(f"{self.source}: no objects in {self.suffix} files; is --format right?")
 
@@ -218,7 +220,8 @@ class _Labels:
         try:
             box = list(read().ltwh)
         except Exception as error:  # noqa: BLE001 - globox has its own, assertions and ValueError
-            self.fault(label, f"{where}: {str(error).splitlines()[0]}")
+            lines = str(error).splitlines() or [type(error).__name__]
+            self.fault(label, f"{where}: {lines[0]}")
             return
         if not all(map(math.isfinite, box)):
             self.fault(label, f"{where}: box {box} is not finite")
@@ -238,7 +241,7 @@ class _Labels:
             if _is_list(path) and not of_other_task:
                 self._lists.append((_SPLITS[path.stem], path))
         for split, path in dict.fromkeys(self._lists):
-            for line in path.read_text("utf-8-sig", errors="replace").splitlines():
+            for line in _text(path).splitlines():
                 self._list(split, path, line.strip())
         if not self._of_split:
             for path in self.images:
@@ -302,7 +305,7 @@ class _Yolo(_Labels):
                     found[path] = (names, "kpt_shape" in settings)
         for path in [] if found else self.files:
             if path.name == "classes.txt" or path.suffix == ".names":
-                lines = path.read_text("utf-8-sig", errors="replace").rstrip().splitlines()
+                lines = _text(path).rstrip().splitlines()
                 found[path] = (dict(enumerate(map(str.strip, lines))), False)
         answers = list(found.values())
         if not answers or any(one != answers[0] for one in answers):
@@ -369,13 +372,17 @@ def _shared_end(one: PurePath, other: PurePath) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
+def _text(path: Path) -> str:
+    return read_plain(path, SMALL).decode("utf-8-sig", errors="replace")
+
+
 def _is_list(path: Path) -> bool:
     return path.suffix == ".txt" and path.stem in _SPLITS and not _has_numbers(path)
 
 
 def _has_numbers(path: Path) -> bool:
     """Return True if a text begins like a label of YOLO."""
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         words = file.readline(200).split()
     return len(words) > 4 and _whole(words[0].decode("latin-1")) is not None
 

@@ -1,13 +1,12 @@
 """The checks of `prepare`: ids and file names of a JSON, image files, boxes.
 
 A check calls `_mend(NAME, ...)`, or `_leave_out` if there is no fix; NAME is a field of
-`params.Checks`. Images are decoded once, in one thread per core, as PIL decodes and resizes without
-Python's lock; the same pass shrinks the pixels for the cache and sums them for the mean.
+`params.Checks`. Images are decoded once, by `runkey.data.scan` in one thread per core; the same
+pass shrinks the pixels for the cache and sums them for the mean.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import posixpath
@@ -19,29 +18,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from runkey.data import box_format, decode
+from runkey.data import box_format
 from runkey.data.augment import evaluation_size
 from runkey.data.box_format import is_finite
-from runkey.data.cache import Place, Scratch, cached_size, shrink
+from runkey.data.cache import Place, Scratch, cached_size
 from runkey.data.coco import Coco, CocoAnnotation, CocoImage
 from runkey.data.index import ImageRecord, SplitName
-from runkey.data.pixel_range import FLAT_VARIANCE, WIDE_VALUES, PixelRange, is_flat
+from runkey.data.pixel_range import PixelRange
 from runkey.data.report import Findings
-from runkey.files import read_plain
-from runkey.params import Checks, Data
+from runkey.data.scan import FileError, Scan, scan_image
+from runkey.params import Data
 from runkey.progress import progress
 from runkey.units import GIB
 
-# No format uses more bytes per pixel than 16-bit RGBA; a larger file is no such image.
-_BYTES_PER_PIXEL = 8
-_BYTES_OF_METADATA = 1 << 26
 _ABSOLUTE = re.compile("/|[A-Za-z]:")
 # A box that overhangs the image by less is rounding, clipped without a finding.
 TOLERANCE_PIXELS = 1.0
@@ -62,12 +56,6 @@ _REDUCED, _MANY = 0.75, 10
 
 _Box = tuple[float, float, float, float]
 """xywh, pixels."""
-_Fault = tuple[str, str, str]
-"""Name of the check, the fault, and what `fix` does."""
-
-
-class _FileError(Exception):
-    """A file that is no usable image; args: name of the check, the fault."""
 
 
 class _LeftOut(Exception):  # noqa: N818 - no error: the fault is recorded
@@ -90,29 +78,6 @@ class CheckedImage:
     def classes(self) -> frozenset[int]:
         """Return the classes of its objects, without crowd regions."""
         return frozenset(label for _, label, _ in self.record.objects())
-
-
-@dataclass(frozen=True, slots=True)
-class _Scan:
-    """The content of an image file."""
-
-    faults: list[_Fault]
-    frame: tuple[int, int]
-    """(width, height) after rotation, pixels: what boxes must fit into."""
-    rotation: tuple[int, bool]
-    """What decoding will apply; see `exif_rotation`."""
-    digest: bytes
-    sums: NDArray[np.int64]
-    pixels: Mapping[SplitName, NDArray[np.uint8]]
-    """[h, w, 3], rotated and resized for the cache of each split that it may be in."""
-    scale: tuple[float, float] = (1.0, 1.0)
-    """Of boxes, from the JSON's size to the file's."""
-    values: NDArray[np.int64] | None = None
-    """[65536]: pixels of each value, of a 16-bit grey image."""
-    is_wide: bool = False
-    """Grey of more than 8 bits, which `data.intensity_range` applies to."""
-    is_flat: bool = False
-    """Its 8-bit pixels use a small part of 0..255."""
 
 
 @dataclass(slots=True)
@@ -386,13 +351,13 @@ class SourceChecks:
 
     def _scan_images(
         self, images: list[CocoImage], cached: tuple[SplitName, ...]
-    ) -> Iterator[tuple[CocoImage, Future[_Scan]]]:
+    ) -> Iterator[tuple[CocoImage, Future[Scan]]]:
         """Scan each image once, in order, some of them ahead of the consumer."""
         source = self.coco.source
 
-        def submit(image: CocoImage) -> tuple[CocoImage, Future[_Scan]]:
+        def submit(image: CocoImage) -> tuple[CocoImage, Future[Scan]]:
             path = source.data / image.file
-            return image, pool.submit(_scan_image, path, image, self.data, cached)
+            return image, pool.submit(scan_image, path, image, self.data, cached)
 
         threads = len(os.sched_getaffinity(0))
         with (
@@ -409,12 +374,12 @@ class SourceChecks:
                 waiting.extend(map(submit, islice(rest, 1)))
                 steps.advance()
 
-    def _accept(self, image: CocoImage, future: Future[_Scan]) -> CheckedImage:
+    def _accept(self, image: CocoImage, future: Future[Scan]) -> CheckedImage:
         """Check a file against the JSON, then its boxes; keep those that are valid or mended."""
         file, item = self.coco.source.show(image.file), f"image {image.id}"
         try:
             scan = future.result()
-        except _FileError as error:
+        except FileError as error:
             kind, what = error.args
             self._leave_out(kind, f"{item} {what}", image.id, file)
         for kind, what, fixed in scan.faults:
@@ -444,7 +409,7 @@ class SourceChecks:
         places = {split: self.scratch.append(pixels) for split, pixels in scan.pixels.items()}
         return replace(checked, places=places)
 
-    def _count(self, image: CocoImage, scan: _Scan) -> None:
+    def _count(self, image: CocoImage, scan: Scan) -> None:
         frame = (scan.frame[0] / scan.scale[0], scan.frame[1] / scan.scale[1])
         self.tally.frames.append((image, frame, min(scan.scale)))
         self.pixels.add(image.file, scan.values, scan.is_flat)
@@ -463,7 +428,7 @@ class SourceChecks:
             self._leave_out("copied_image", what, image.id, dropped=kept)
 
     def _check_box(
-        self, image: CocoImage, annotation: CocoAnnotation, scan: _Scan
+        self, image: CocoImage, annotation: CocoAnnotation, scan: Scan
     ) -> tuple[_Box, float]:
         """The box and COCO's area in pixels of the file."""
 
@@ -489,73 +454,6 @@ class SourceChecks:
         return box, area
 
 
-def _scan_image(path: Path, listed: CocoImage, data: Data, cached: tuple[SplitName, ...]) -> _Scan:
-    content, rgb, orientation, mode, values = _decode(path, data)
-    frame, rotation, scale, faults = _orient(listed, rgb.size, orientation, data.checks)
-    if mode:
-        faults.insert(
-            int(orientation != 1), ("unusual_mode", f"is of mode {mode}", "converted to RGB")
-        )
-    pixels: dict[SplitName, NDArray[np.uint8]] = {}
-    if "train" in cached:
-        small = shrink(rgb, data.short_sides, data.long_side)
-        pixels["train"] = decode.turn(np.asarray(small), *rotation)
-    if "val" in cached:
-        upright = decode.turn(np.asarray(rgb), *rotation)
-        pixels["val"] = decode.resize(upright, evaluation_size(data, *upright.shape[:2]))
-    counts = np.array(rgb.histogram(), dtype=np.int64).reshape(3, 256)
-    levels = np.arange(256, dtype=np.int64)
-    sums = np.stack((counts @ levels, counts @ levels**2))
-    digest = hashlib.sha256(content).digest()
-    wide = values is not None
-    histogram = None
-    if values is not None and values.dtype.kind == "u":
-        histogram = np.bincount(values.ravel(), minlength=WIDE_VALUES)
-    total, squares = sums.sum(1).tolist()
-    size = 3 * rgb.width * rgb.height
-    flat = squares / size - (total / size) ** 2 < FLAT_VARIANCE and is_flat(counts.sum(0))
-    return _Scan(faults, frame, rotation, digest, sums, pixels, scale, histogram, wide, flat)
-
-
-def _orient(
-    listed: CocoImage, size: tuple[int, int], orientation: int, checks: Checks
-) -> tuple[tuple[int, int], tuple[int, bool], tuple[float, float], list[_Fault]]:
-    """Decide how to turn an image of the stored `size`, by EXIF, the JSON's size and the boxes.
-
-    Returns:
-        Size after rotation, rotation, scale of the boxes, and faults.
-    """
-    stated = (listed.width, listed.height)
-    faults: list[_Fault] = []
-    rotation, against = (0, False), False
-    boxes = []
-    if size != stated or orientation in decode.SIDEWAYS:
-        boxes = box_format.sound_boxes([a.bbox for a in listed.annotations])
-    if checks.exif_rotation == "fix":
-        against = orientation in decode.SIDEWAYS and box_format.contradicts(stated, boxes)
-        believed = stated[::-1] if against else stated
-        rotation = decode.exif_rotation(orientation, size, believed)
-    frame = size[::-1] if rotation[0] % 180 else size
-    if orientation != 1:
-        what = f"is to be turned by EXIF (orientation {orientation})"
-        reason = "EXIF says"
-        if orientation in decode.SIDEWAYS and size[0] != size[1]:
-            reason = "its boxes fit" if against else "its size in the JSON says"
-        faults.append(("exif_rotation", what, f"{_turned(*rotation)}, as {reason}"))
-    if against:
-        stated = stated[::-1]
-        what = (
-            f"is {listed.width}x{listed.height} in the JSON, but its boxes fit only "
-            f"{stated[0]}x{stated[1]}, as the image {'' if rotation[0] else 'not '}turned by EXIF"
-        )
-        faults.append(("size_mismatch", what, "width and height swapped, boxes kept"))
-    wrong = box_format.compare_sizes(frame, stated, boxes)
-    if wrong is None:
-        return frame, rotation, (1.0, 1.0), faults
-    faults.append(("size_mismatch", wrong.what, wrong.fixed))
-    return frame, rotation, wrong.scale, faults
-
-
 def _objects(record: ImageRecord) -> list[Any]:
     return sorted(zip(record.boxes_xywh, record.labels, record.crowd, strict=True))
 
@@ -563,45 +461,6 @@ def _objects(record: ImageRecord) -> list[Any]:
 def _kinds(kinds: Mapping[Any, str]) -> str:
     """Format how many items have which fault: `outside_box 12, overhanging_box 4`."""
     return ", ".join(f"{kind} {count}" for kind, count in Counter(kinds.values()).most_common())
-
-
-def _decode(path: Path, data: Data) -> tuple[bytes, Image.Image, int, str, NDArray[Any] | None]:
-    """The file's bytes, pixels as RGB, EXIF orientation, mode if unusual, values of wide grey."""
-    most_pixels = data.max_megapixels * 1e6
-    try:
-        size = path.stat().st_size
-        if size > most_pixels * _BYTES_PER_PIXEL + _BYTES_OF_METADATA:
-            what = f"has {size} bytes, more than data.max_megapixels allows"
-            raise _FileError("too_large_image", what)
-        content = read_plain(path)
-    except OSError as error:
-        raise _FileError("unreadable_image", f"cannot be read ({error.strerror})") from None
-    fault = "is no image of a known format" if content else "is empty"
-    try:
-        with decode.open_image(content) as image:
-            if image.width * image.height > most_pixels:
-                limit = f"more than data.max_megapixels: {data.max_megapixels:g}"
-                raise _FileError("too_large_image", f"is {image.width}x{image.height}, {limit}")
-            fault = "is cut short or damaged"
-            mode = image.mode if decode.is_unusual(image) else ""
-            orientation = decode.exif_orientation(image)
-            rgb, values = decode.to_rgb(image, data.intensity_range), decode.wide_values(image)
-            if values is not None:
-                mode += f", values {values.min():.6g} to {values.max():.6g}"
-            return content, rgb, orientation, mode, values
-    except decode.UnknownRangeError as error:
-        what = f"has {error}, which data.intensity_range can name"
-        raise _FileError("unreadable_image", what) from None
-    except (MemoryError, _FileError):
-        raise
-    except Exception:  # noqa: BLE001 - PIL raises almost any type on bad bytes
-        raise _FileError("unreadable_image", fault) from None
-
-
-def _turned(rotate: int, mirror: bool) -> str:
-    """Say how an image is turned."""
-    steps = ["mirrored"] * mirror + [f"turned clockwise by {rotate} degrees"] * (rotate > 0)
-    return " and ".join(steps) or "not turned"
 
 
 def _sound_box(bbox: list[Any], scale: tuple[float, float], mend: Callable[..., None]) -> _Box:

@@ -17,8 +17,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from runkey.errors import ParamsError
-from runkey.files import write_atomically
+from runkey.errors import ParamsError, report_errors
+from runkey.files import read_text, write_atomically
 from runkey.params.load import load_params
 from runkey.params.schema import LEVELS, Checks, Params, Section
 
@@ -66,12 +66,12 @@ def render_preset(name: str) -> str:
     files = preset_files()
     if name not in files:
         raise ParamsError(f"preset {name}: not found (known: {', '.join(files)})")
-    return render(load_params(files[name]), head_of(files[name].read_text(encoding="utf-8")))
+    return render(load_params(files[name]), head_of(read_text(files[name])))
 
 
 def describe_preset(name: str) -> str:
     """Return the first paragraph of the preset's header, on one line."""
-    paragraph = head_of(preset_files()[name].read_text(encoding="utf-8")).split("\n#\n")[0]
+    paragraph = head_of(read_text(preset_files()[name])).split("\n#\n")[0]
     return paragraph.replace("\n#", " ").lstrip("# ").removeprefix(f"{name}: ")
 
 
@@ -194,9 +194,9 @@ def _values(field: dict[str, Any]) -> str:
 def main(paths: list[str]) -> None:
     """Rewrite each file."""
     for path in map(Path, paths):
-        text = path.read_text(encoding="utf-8")
-        write_atomically(path, render(load_params(path), head_of(text)))
+        write_atomically(path, render(load_params(path), head_of(read_text(path))))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with report_errors():
+        main(sys.argv[1:])

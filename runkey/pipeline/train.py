@@ -56,14 +56,18 @@ _COMMAND = ["-m", "stages.train", *(one for one in sys.argv[1:] if one == "--tra
 """What the interpreter is started with for each other rank."""
 
 
-def train(params: Params, root: Path, recipe: Recipe, claim: KeyClaim) -> None:
+def train(params: Params, root: Path, recipe: Recipe, claim: KeyClaim | None) -> None:
     """Train a model on the prepared data of `root`, write the stage's outputs, record the run.
 
-    An interrupted training is resumed from the checkpoints in the claim's folder.
+    An interrupted training is resumed from the checkpoints in the claim's folder. Without a claim
+    only tell the ranks that torchrun launched that there is nothing to train.
 
     Raises:
         RecipeError: what it reads is not, or not any more, what the key says.
     """
+    if claim is None:
+        _dismiss(params)
+        return
     # All code is imported now, maybe hours after the key was made: others may have trained it.
     check_unchanged(root, recipe)
     runtime, batch_size = params.runtime, params.training.batch_size
@@ -158,8 +162,7 @@ def _checkpoints(run: Run) -> FolderCheckpoints:
 # Ranks other than 0.
 
 
-def dismiss(params: Params) -> None:
-    """Tell ranks that torchrun launched that there is nothing to train."""
+def _dismiss(params: Params) -> None:
     device, _ = choose_device(params.runtime.device)
     with join_world(device) as world:
         world.broadcast(None)

@@ -109,7 +109,7 @@ class Query:
 def choose[T](items: Iterable[T], query: Query, value: Callable[[T, Field], Value]) -> list[T]:
     """Return the items that a query selects, in its order; `value` returns an item's field."""
     kept = [item for item in items if query.holds(partial(value, item))]
-    kept.sort(key=lambda item: (-float(value(item, STARTED) or 0), str(value(item, RUN))))
+    kept.sort(key=lambda item: (-(number(value(item, STARTED)) or 0), str(value(item, RUN))))
     rows = [(value(item, query.sort), item) for item in kept]  # newest first
     absent = [item for found, item in rows if found is None]
     present = [(number(found), str(found), item) for found, item in rows if found is not None]

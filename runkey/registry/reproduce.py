@@ -234,11 +234,13 @@ def share_cache(main: Path, root: Path) -> None:
 def clean_environment(main: Path, more: Mapping[str, str]) -> dict[str, str]:
     """Return variables for DVC in another checkout, whose runs go to the store of `main`.
 
-    Variables that a stage, an experiment or a hook has set would name another checkout.
+    Variables that a stage, an experiment or a hook has set would name another checkout. DVC's
+    stages call `python`, which must be this one.
     """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     dropped = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_", *ELSEWHERE)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    return {**kept, "DVC_ROOT": str(main), **more}
+    return {**kept, "PATH": path, "DVC_ROOT": str(main), **more}
 
 
 # Training again.
@@ -341,9 +343,7 @@ def reproduce(
     with locked(folder):
         logger.info(f"snapshot {details.snapshot[:12]} is checked out in {folder}")
         try:
-            # DVC's stages call `python`; it must be this one.
-            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-            env = clean_environment(main, {REPRODUCES: run.run_id, "PATH": path})
+            env = clean_environment(main, {REPRODUCES: run.run_id})
             _check_key(record, library, main, root)
             _check_packages(record, details, root, any_environment=any_environment)
             share_cache(main, root)
@@ -357,9 +357,9 @@ def reproduce(
             raise
         if keep:
             logger.info(f"the worktree is kept: {folder}; `git worktree remove` ends it")
-            return repeat
-        with suppress(OSError):
-            remove_worktree(main, folder)
+        else:
+            with suppress(OSError):
+                remove_worktree(main, folder)
         return repeat
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import subprocess
@@ -25,6 +26,7 @@ from runkey.files import (
 )
 from runkey.identity.dvc_yaml import read_yaml_text
 from tests.support.checkpoint_kit import small_disk  # noqa: F401
+from tests.support.odd_files import RAW_JSON
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -56,6 +58,21 @@ def test_json_is_refused_in_one_line(text: str, why: str) -> None:
     said = str(caught.value)
     assert why.split("(line")[0] in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("raw", RAW_JSON, ids=range(len(RAW_JSON)))
+def test_small_and_large_json_are_read_with_the_same_strictness(raw: str) -> None:
+    """Text with few brackets is parsed once, other text twice; both are for a value of any type."""
+    brackets = "[]," * 200
+    for text in (f'{{"a": {raw}}}', f'["ü", {raw}]', f"[{raw}, 1.50, -0.0, 1e-7, null]"):
+        assert _outcome(f"[{brackets} {text}]", -1) == _outcome(f"[{text}]", -1)
+
+
+def _outcome(text: str, place: int) -> str:
+    try:
+        return json.dumps(parse_json(text)[place])
+    except FormatError:
+        return "refused"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])

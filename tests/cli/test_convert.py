@@ -246,6 +246,20 @@ SOUND = {"data.yaml": "names: [ball, cube]", "b.png": "", "b.txt": BOX}
 TREE = {"b.png": "", "b.xml": voc("b.png", voc_object("ball"))}
 
 
+@pytest.mark.parametrize("name", ["a.txt", "train.txt", "classes.txt"])
+def test_an_endless_file_is_not_read(root: Path, run: Run, name: str) -> None:
+    files = {"classes.txt": "ball\ncube\n", "a.png": "", "b.png": "", "b.txt": BOX}
+    to = write(root, files)
+    with (root / "from" / name).open("ab") as file:
+        file.write(b"\n")
+        file.truncate(64 << 30)
+    code, _, err = run("convert", "from", "to", "--format", "yolo")
+    assert code == 1
+    assert f"{name}: " in err
+    assert "larger than 16" in err
+    assert not to.exists()
+
+
 @pytest.mark.parametrize(
     ("files", "line"),
     [

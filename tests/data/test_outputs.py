@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from runkey import progress
-from runkey.data import checks
+from runkey.data import scan
 from runkey.data.cache import open_cache
 from runkey.data.index import read_classes, read_index
 from runkey.data.prepare import prepare
@@ -177,7 +177,7 @@ def test_a_full_disk_is_one_line(folder, monkeypatch):
     def enlarged(image, *rest):
         return image.resize((image.width * 20, image.height * 20))
 
-    monkeypatch.setattr(checks, "shrink", enlarged)
+    monkeypatch.setattr(scan, "shrink", enlarged)
     folder.write()
     folder.out.mkdir()
     (folder.out / "cache_train.npy.tmp").symlink_to(full)

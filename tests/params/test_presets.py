@@ -141,6 +141,15 @@ def test_render_keeps_values_and_head(tmp_path):
     assert all(line.strip() for line in head_of(text).splitlines())
 
 
+def test_render_reads_what_load_params_reads(tmp_path):
+    text = "# mine\nlr: 5e-5\nseed: 3\n"
+    for encoding in ("utf-8-sig", "utf-16", "utf-32"):
+        path = tmp_path / encoding
+        path.write_text(text, encoding=encoding)
+        main([str(path)])
+        assert head_of(path.read_text(encoding="utf-8")) == "# mine"
+
+
 def test_a_list_of_values_that_is_longer_than_a_line_is_wrapped(monkeypatch):
     schema = Schedule.model_json_schema()
     schema["properties"]["name"]["enum"].append("warmup_stable_decay_" * 2)

@@ -71,6 +71,26 @@ def test_damaged_records_are_named_and_left_out(
     assert all("\n" not in line and "`runkey index`" in line for line in said)
 
 
+@pytest.mark.parametrize(
+    "value", ["'?'", "'nan'", "x'ff00'", "'2020-13-45'", "''", "9e999", "NULL"]
+)
+@pytest.mark.parametrize("column", ["started", "ended", "name", "status"])
+def test_a_cell_of_a_wrong_type_spoils_no_other_run(
+    root: Path, library: LocalLibrary, said: list[str], column: str, value: str
+) -> None:
+    whole = make_run(root, key_of("a"))
+    torn = make_run(root, key_of("b"))
+    with closing(sqlite3.connect(library.place)) as database, database:
+        statement = f"UPDATE runs SET {column} = {value} WHERE run = ?"
+        database.execute(statement, (torn.run.run_id,))
+    for sort in ("started", "ended", "seconds", "name"):
+        condition = Condition(Field("run", "started"), ">", "0")
+        for conditions in ((), (condition,)):
+            found = library.find(Query(conditions=conditions, sort=Field("run", sort)))
+            assert whole in found
+    assert all("\n" not in line and torn.run.run_id in line for line in said)
+
+
 @pytest.mark.parametrize("damage", ["text", "cut", "other version", "folder"])
 def test_a_damaged_cache_is_named_and_made_anew_by_the_next_run(
     root: Path, library: LocalLibrary, damage: str

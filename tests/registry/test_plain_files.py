@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from runkey.data.checks import _decode
 from runkey.data.decode import decode_rgb
+from runkey.data.scan import _decode
 from runkey.files import open_plain, read_plain
 from runkey.hashing import sha256_file
 from runkey.identity.code import hash_files

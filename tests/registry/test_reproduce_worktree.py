@@ -113,4 +113,4 @@ def test_dvc_is_not_told_of_another_run(main: Path, monkeypatch: pytest.MonkeyPa
     assert "another" not in env.values()
     assert env["DVC_ROOT"] == str(main)
     assert env["RUNKEY_REPRODUCES"] == "abc"
-    assert env["PATH"] == os.environ["PATH"]
+    assert env["PATH"] == f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -47,6 +47,7 @@ def make_checkout(root: Path) -> None:
     params = load_params(root / "params.yaml")
     prepare(params.data, params.seed, root, root / "prepared", params.model.num_queries)
     _results(root)
+    _other_labels(root)
     recipe = make_recipe("train", root, params)
     _runs(root, recipe)
     ready = make_ready(root.parent / "ready")
@@ -58,8 +59,11 @@ def _tracked_files(root: Path) -> None:
     for name in ("runkey", "stages", "presets"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(REPOSITORY / name, root / name, ignore=ignored)
-    for name in ("dvc.yaml", "conda-lock.yml", "requirements.txt", ".gitignore", ".dvcignore"):
+    for name in ("dvc.yaml", "requirements.txt", ".gitignore", ".dvcignore"):
         shutil.copy(REPOSITORY / name, root / name)
+    # Of the packages a few: each key of an attack reads the file.
+    parts = (REPOSITORY / "conda-lock.yml").read_text().split("\n- name: ")
+    (root / "conda-lock.yml").write_text("\n- name: ".join(parts[:20]) + "\n")
     (root / ".dvc").mkdir()
     (root / ".dvc" / "config").write_text("[core]\n    analytics = false\n    remote = seed\n")
     (root / "params.yaml").write_text(render(parse_params(TINY), "# tiny"))
@@ -118,6 +122,38 @@ def _results(root: Path) -> None:
     numbers = {"seconds": 61.5, "best_epoch": 2, "best_step": 4, "epochs": 2}
     (root / "metrics" / "train.json").write_text(json.dumps(numbers))
     (root / "metrics" / "evaluate.json").write_text('{"AP": 0.5, "AP50": 0.7, "AP75": null}')
+
+
+def _other_labels(root: Path) -> None:
+    """What `runkey convert` reads: twelve images each for YOLO and for Pascal VOC."""
+    yolo, voc = root / "yolo", root / "voc"
+    for folder in ("images/train", "images/val", "labels/train", "labels/val"):
+        (yolo / folder).mkdir(parents=True)
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (voc / folder).mkdir(parents=True)
+    folders = "path: /data/set\ntrain: images/train\nval: images/val\n"
+    (yolo / "data.yaml").write_text(f"{folders}nc: 2\nnames:\n  0: red\n  1: blue\n")
+    for number in range(1, 13):
+        picture = root / "data" / "train" / f"train_{number}.png"
+        split = "train" if number % 2 else "val"
+        shutil.copy(picture, yolo / "images" / split / f"{number}.png")
+        (yolo / "labels" / split / f"{number}.txt").write_text(
+            "0 0.5 0.5 0.25 0.4\n1 0.25 0.3 0.125 0.2\n0 0.1 0.2 0.5 0.2 0.3 0.6\n"
+        )
+        shutil.copy(picture, voc / "JPEGImages" / f"{number}.png")
+        objects = "".join(
+            f"<object><name>{name}</name><difficult>0</difficult><bndbox><xmin>{left}</xmin>"
+            "<ymin>9</ymin><xmax>30</xmax><ymax>20</ymax></bndbox></object>"
+            for name, left in (("red", 4), ("blue", 12))
+        )
+        size = "<size><width>64</width><height>48</height><depth>3</depth></size>"
+        (voc / "Annotations" / f"{number}.xml").write_text(
+            f"<annotation><filename>{number}.png</filename>{size}{objects}</annotation>"
+        )
+    for split, first in (("train", 1), ("val", 7)):
+        lines = (f"{number}\n" for number in range(first, first + 6))
+        (voc / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(lines))
+    (root / ".venv-convert").symlink_to(REPOSITORY / ".venv-convert")
 
 
 def _evaluation(folder: Path, names: list[str]) -> None:
