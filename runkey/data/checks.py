@@ -34,7 +34,7 @@ from runkey.data.report import Findings
 from runkey.data.scan import FileError, Scan, scan_image
 from runkey.params import Data
 from runkey.progress import progress
-from runkey.units import GIB
+from runkey.units import GIB, counted
 
 _ABSOLUTE = re.compile("/|[A-Za-z]:")
 # A box that overhangs the image by less is rounding, clipped without a finding.
@@ -311,6 +311,12 @@ class SourceChecks:
                 f"{relabelled} of {len(images)} images are copies of others with other objects",
                 f"list each image once, with all its objects, {way_out}",
             )
+        elif relabelled and self.data.checks.copied_image == "drop":
+            self.findings.notes.append(
+                f"{name}: {counted(relabelled, 'image')} left out as copies had other objects than "
+                "the first; list each once, with all its objects (data.checks.copied_image: fail "
+                "stops at them)"
+            )
         large = np.array(self.tally.large_areas, dtype=np.float64).reshape(-1, 2)
         # One area for boxes of all sizes is a placeholder, and says nothing about the boxes.
         is_placeholder = len(large) and np.ptp(large[:, 0]) == 0 < np.ptp(large[:, 1])
@@ -412,7 +418,7 @@ class SourceChecks:
     def _count(self, image: CocoImage, scan: Scan) -> None:
         frame = (scan.frame[0] / scan.scale[0], scan.frame[1] / scan.scale[1])
         self.tally.frames.append((image, frame, min(scan.scale)))
-        self.pixels.add(image.file, scan.values, scan.is_flat)
+        self.pixels.add(image.file, scan.values, is_grey=scan.is_wide, is_flat=scan.is_flat)
 
     def _check_copy(self, image: CocoImage, checked: CheckedImage) -> None:
         """Leave out a file with the bytes of an earlier one."""

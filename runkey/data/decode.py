@@ -83,8 +83,16 @@ def exif_rotation(
 
 def is_unusual(image: Image.Image) -> bool:
     """Return True unless the pixels are 8-bit RGB without transparency."""
+    return image.mode != "RGB" or "transparency" in image.info or is_deep_colour(image)
+
+
+def is_deep_colour(image: Image.Image) -> bool:
+    """Return True for colour of 16 bits in each channel, of which PIL reads the upper 8.
+
+    The image must not have been loaded yet.
+    """
     raw_modes = (str(tile[3]) for tile in getattr(image, "tile", ()))
-    return image.mode != "RGB" or "transparency" in image.info or any(";16" in m for m in raw_modes)
+    return image.mode not in _WIDE_GREY and any(";16" in mode for mode in raw_modes)
 
 
 def wide_values(image: Image.Image) -> NDArray[Any] | None:

@@ -20,7 +20,7 @@ from runkey.data.augment import evaluation_size
 from runkey.data.cache import shrink
 from runkey.data.coco import CocoImage
 from runkey.data.index import SplitName
-from runkey.data.pixel_range import FLAT_VARIANCE, WIDE_VALUES, is_flat
+from runkey.data.pixel_range import FLAT_VARIANCE, WIDE_VALUES, is_flat, spread_bytes
 from runkey.files import read_plain
 from runkey.params import Checks, Data
 
@@ -54,7 +54,7 @@ class Scan:
     scale: tuple[float, float] = (1.0, 1.0)
     """Of boxes, from the JSON's size to the file's."""
     values: NDArray[np.int64] | None = None
-    """[65536]: pixels of each value, of a 16-bit grey image."""
+    """[65536]: pixels of each value, of a 16-bit image; of colour see `PixelRange.deep_values`."""
     is_wide: bool = False
     """Grey of more than 8 bits, which `data.intensity_range` applies to."""
     is_flat: bool = False
@@ -73,7 +73,7 @@ def scan_image(path: Path, listed: CocoImage, data: Data, cached: tuple[SplitNam
     Raises:
         FileError: it is no usable image.
     """
-    content, rgb, orientation, mode, values = _decode(path, data)
+    content, rgb, orientation, mode, values, is_deep = _decode(path, data)
     frame, rotation, scale, faults = _orient(listed, rgb.size, orientation, data.checks)
     if mode:
         faults.insert(
@@ -94,6 +94,8 @@ def scan_image(path: Path, listed: CocoImage, data: Data, cached: tuple[SplitNam
     histogram = None
     if values is not None and values.dtype.kind == "u":
         histogram = np.bincount(values.ravel(), minlength=WIDE_VALUES)
+    elif is_deep:
+        histogram = spread_bytes(counts.sum(0))
     total, squares = sums.sum(1).tolist()
     size = 3 * rgb.width * rgb.height
     flat = squares / size - (total / size) ** 2 < FLAT_VARIANCE and is_flat(counts.sum(0))
@@ -139,8 +141,15 @@ def _orient(
     return frame, rotation, wrong.scale, faults
 
 
-def _decode(path: Path, data: Data) -> tuple[bytes, Image.Image, int, str, NDArray[Any] | None]:
-    """The file's bytes, pixels as RGB, EXIF orientation, mode if unusual, values of wide grey."""
+def _decode(
+    path: Path, data: Data
+) -> tuple[bytes, Image.Image, int, str, NDArray[Any] | None, bool]:
+    """Read an image file.
+
+    Returns:
+        Its bytes, pixels as RGB, EXIF orientation, mode if unusual, values [H, W] of wide grey,
+        and whether it is 16-bit colour.
+    """
     most_pixels = data.max_megapixels * 1e6
     try:
         size = path.stat().st_size
@@ -158,11 +167,15 @@ def _decode(path: Path, data: Data) -> tuple[bytes, Image.Image, int, str, NDArr
                 raise FileError("too_large_image", f"is {image.width}x{image.height}, {limit}")
             fault = "is cut short or damaged"
             mode = image.mode if decode.is_unusual(image) else ""
+            is_deep = decode.is_deep_colour(image)
             orientation = decode.exif_orientation(image)
             rgb, values = decode.to_rgb(image, data.intensity_range), decode.wide_values(image)
             if values is not None:
                 mode += f", values {values.min():.6g} to {values.max():.6g}"
-            return content, rgb, orientation, mode, values
+            if is_deep:
+                lows, highs = zip(*rgb.getextrema(), strict=True)
+                mode += f" with 16 bits, upper bytes {min(lows)} to {max(highs)}"
+            return content, rgb, orientation, mode, values, is_deep
     except decode.UnknownRangeError as error:
         what = f"has {error}, which data.intensity_range can name"
         raise FileError("unreadable_image", what) from None

@@ -321,6 +321,15 @@ def test_copies_inside_a_split_are_kept_once(folder, copy):
     assert only_item(folder)["what"] == (
         "image 3 (c.jpg) has the same bytes as image 2 (train/b.jpg)"
     )
+    assert report.notes == []
+    entry = folder.train["annotations"][-1]
+    folder.train["annotations"][-1] = entry | {"category_id": 7}
+    assert folder.run().notes == [
+        "data/annotations/instances_train.json: 1 image left out as copies had other objects than "
+        "the first; list each once, with all its objects (data.checks.copied_image: fail stops at "
+        "them)"
+    ]
+    assert only_item(folder)["what"].endswith("(train/b.jpg), and other boxes or classes")
 
 
 def test_copies_with_other_objects_say_so(folder):

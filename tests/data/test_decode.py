@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from runkey.data.decode import FORMATS, TURNED, decode_rgb, is_unusual, open_image
 from runkey.errors import DataError
+from tests.support import deep_colour
 
 
 def pixels(path, rotate=0, mirror=False):
@@ -136,24 +137,12 @@ def test_every_format_that_is_promised_opens(folder, kind):
 
 
 def test_sixteen_bit_colour_is_unusual_though_pil_says_rgb(tmp_path):
-    # A PNG of one 16-bit RGB pixel, which PIL cannot write.
-    import struct
-    import zlib
-
-    def chunk(kind, body):
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
-    row = b"\0" + struct.pack(">HHH", 65535, 32768, 0)
-    body = header + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
-    path = tmp_path / "a.png"
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
-
-    with open_image(path.read_bytes()) as image:
-        assert is_unusual(image)
-    assert pixels(path)[0, 0].tolist() == [255, 128, 0]
+    for name, write in (("a.png", deep_colour.png), ("a.tif", deep_colour.tiff)):
+        path = tmp_path / name
+        path.write_bytes(write(np.array([[[65535, 32768, 0]]])))
+        with open_image(path.read_bytes()) as image:
+            assert is_unusual(image)
+        assert pixels(path)[0, 0].tolist() == [255, 128, 0]
 
 
 def test_pixels_may_be_written_to(folder, tmp_path):

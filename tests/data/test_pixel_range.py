@@ -14,6 +14,7 @@ from runkey.data.index import read_index
 from runkey.errors import DataError
 from runkey.inference.preprocess import Preprocess, read_image
 from runkey.model.weights import Sizes
+from tests.support import deep_colour
 from tests.support.coco_folder import index
 
 
@@ -48,6 +49,38 @@ def test_few_bits_in_a_16_bit_file_are_noted_and_can_be_scaled(folder, bits, suf
     assert np.array_equal(served, decoded)
     (first, *_) = image_table(read_index(folder.out / "train.json")).decoding
     assert first == (0, False, (0, most))
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+@pytest.mark.parametrize("write", [deep_colour.png, deep_colour.tiff])
+@pytest.mark.parametrize(("bits", "is_small"), [(10, True), (12, True), (16, False)])
+def test_few_bits_in_16_bit_colour_are_noted(folder, bits, is_small, write, alpha):
+    most = 2**bits - 1
+    for split, names in (("train", "abc"), ("val", "de")):
+        for name in names:
+            values = np.random.default_rng(ord(name)).integers(0, most, (30, 40, 3))
+            values[0, :2] = [[0], [most]]
+            if alpha:
+                values = np.concatenate([values, np.full((30, 40, 1), 65535)], axis=2)
+            (folder.data / split / f"{name}.jpg").write_bytes(write(values))
+    notes = [
+        f"the 16-bit colour images (5) use the values 0 to {most} of 0..65535, of which the upper "
+        "byte is read, so they have little contrast; scale the files to 0..65535 "
+        "(data.intensity_range is for grey images)"
+    ]
+    # A range for grey images changes nothing in these.
+    assert folder.run(intensity_range=(0, most)).notes == (notes if is_small else [])
+    mode = f"of mode {'RGBA' if alpha else 'RGB'} with 16 bits, upper bytes 0 to {most >> 8}"
+    assert mode in folder.report()["items"][0]["what"]
+
+
+def test_dark_colours_among_bright_ones_are_no_note(folder):
+    write = folder.data / "train/a.jpg"
+    write.write_bytes(deep_colour.png(np.random.default_rng(0).integers(0, 4096, (30, 40, 3))))
+    assert "16-bit colour images (1)" in folder.run().notes[0]
+    bright = np.random.default_rng(1).integers(0, 65536, (30, 40, 3))
+    (folder.data / "train/b.jpg").write_bytes(deep_colour.png(bright))
+    assert folder.run().notes == []
 
 
 @pytest.mark.parametrize("most", [16383 + 1000, 65535])
