@@ -106,6 +106,10 @@ install_project() {
     echo >&2 # uv's last line may not be ended
     stop "runkey could not be installed into $1; see the lines above, then try again"
   }
+  # Python drops blanks, also U+202F and the like, from the end of a line of a .pth file.
+  for path_file in "$1"/lib/python3.12/site-packages/__editable__.runkey-*.pth; do
+    printf '%s/.\n' "$PWD" >"$path_file"
+  done
   project_stamp >"$1/runkey.installed"
 }
 
@@ -132,7 +136,8 @@ fi
 [ "$(uname -sm)" = "Linux x86_64" ] || stop "the packages are locked for Linux on x86_64, not for $(uname -sm)"
 case $PWD in
   *:* | *"
-"*) stop "$PWD: PATH cannot hold a folder with a colon or a line break in its name; rename it" ;;
+"* | *"$(printf '\r')"* | *"$(printf '\t')"*)
+    stop "$PWD: PATH and scripts cannot hold a folder with a colon, tab or line break in its name; rename it" ;;
 esac
 python=$(find_python)
 is_whole || rm -rf "$folder"

@@ -329,7 +329,15 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("name", ["a?b#c%20d \u202fü", 'it\'s "$HOME" `id` &;('])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a?b#c%20d \u202fü",
+        'it\'s "$HOME" `id` &;(',
+        # Python drops these from the end of a line of a .pth file.
+        *(f"end{blank}" for blank in "\u202f\u00a0\u3000\u2028\u0085 "),
+    ],
+)
 def test_odd_variables_folders_and_a_uv_toml_above(clone_with_python, name):
     links = require_dvc(clone_with_python)
     clone = clone_with_python.parent / name
@@ -351,14 +359,15 @@ def test_odd_variables_folders_and_a_uv_toml_above(clone_with_python, name):
     assert (made.stdout, made.stderr) == (2 * f"{clone}/.venv\n", "")
 
 
-@pytest.mark.parametrize("name", ["co:lon", "line\nbreak"])
+@pytest.mark.parametrize("name", ["co:lon", "line\nbreak", "line\rbreak", "end\r", "a\ttab"])
 def test_a_folder_that_path_cannot_hold_is_one_line(clone_with_python, name):
     clone = clone_with_python.parent / name
     clone_with_python.rename(clone)
     done = set_up(clone)
     assert (done.returncode, done.stdout) == (1, "")
-    what = "PATH cannot hold a folder with a colon or a line break in its name; rename it"
-    assert done.stderr == f"error: {clone}: {what}\n"
+    shown = str(clone).replace("\r", "\n")  # as Python reads text
+    what = "PATH and scripts cannot hold a folder with a colon, tab or line break in its name"
+    assert done.stderr == f"error: {shown}: {what}; rename it\n"
     assert not (clone / ".venv").exists()
 
 
