@@ -87,8 +87,10 @@ def _draw_losses(axes: Any, log: TrainingLog) -> None:
     _, losses = log.series("val/loss")
     if len(gaps) == len(losses) and np.isfinite(gaps).any():
         at_best = gaps[evaluated == log.best_step()]
-        best = f"{at_best[0]:.3g} at the best epoch,\n" if len(at_best) else ""
-        label = f"generalisation gap:\n{best}{gaps[-1]:.3g} at the end"
+        places = [f"{at_best[0]:.3g} at the best epoch"] if len(at_best) else []
+        is_last = bool(places) and evaluated[-1] == log.best_step()
+        places.append("the last" if is_last else f"{gaps[-1]:.3g} at the end")
+        label = "generalisation gap:\n" + ",\n".join(places)
         look: dict[str, Any] = {"color": style.ORANGE, "alpha": 0.15, "linewidth": 0}
         axes.fill_between(evaluated, losses - gaps, losses, label=label, **look)
     finite = values[np.isfinite(values)]

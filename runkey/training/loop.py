@@ -420,8 +420,9 @@ def _gap_text(history: list[dict[str, float]], best_step: int) -> str:
     gaps = {epoch["step"]: epoch["val/loss_gap"] for epoch in history if "val/loss_gap" in epoch}
     if best_step not in gaps:
         return ""
-    last = list(gaps.values())[-1]
+    last = list(gaps)[-1]
+    at_end = ", the last" if last == best_step else f", {gaps[last]:.3g} at the end"
     return (
         f"; generalisation gap (val loss - train loss): {gaps[best_step]:.3g} at the best "
-        f"epoch, {last:.3g} at the end"
+        f"epoch{at_end}"
     )

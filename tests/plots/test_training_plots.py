@@ -28,7 +28,7 @@ from runkey.plots.curves import (
 from runkey.plots.log import GrowingLog, TrainingLog, read_log
 from runkey.plots.style import drawing
 from tests.support.figures import figure_of, labels_of
-from tests.support.logs import LOGS
+from tests.support.logs import LOGS, write_log
 
 MOST_BYTES = 150_000
 ROOT = Path(__file__).parents[2]
@@ -239,13 +239,15 @@ def test_threshold_is_the_one_that_was_logged(log_of, tmp_path):
 
 
 def test_the_gap_is_shown_at_the_best_epoch_and_at_the_end(log_of, tmp_path):
-    def drawn(kind):
-        log = read_log(log_of(kind))
-        return labels_of(figure_of(loss_and_ap, log, folder=tmp_path).axes[0], "generalisation")
+    def drawn(path):
+        figure = figure_of(loss_and_ap, read_log(path), folder=tmp_path)
+        return labels_of(figure.axes[0], "generalisation")
 
     expected = "generalisation gap:\n-0.5 at the best epoch,\n-0.167 at the end"
-    assert drawn("complete") == [expected]
-    assert drawn("no evaluation") == []
+    assert drawn(log_of("complete")) == [expected]
+    expected = "generalisation gap:\n-0.5 at the best epoch,\nthe last"
+    assert drawn(write_log(tmp_path / "log.jsonl", epochs=8)) == [expected]
+    assert drawn(log_of("no evaluation")) == []
 
 
 def test_the_rate_of_every_parameter_group_is_drawn(log_of, tmp_path):

@@ -78,3 +78,15 @@ def test_the_gap_and_what_was_kept_are_logged(events, lines):
     gaps = [epoch["val/loss_gap"] for epoch in result.history]
     assert gaps == [e["val/loss"] - e["train/epoch_loss"] for e in result.history]
     assert f"{gaps[1]:.3g} at the best epoch, {gaps[3]:.3g} at the end" in lines[-1]
+
+
+def test_the_gap_is_said_once_if_the_best_epoch_is_the_last(events, lines):
+    stopping = {"metric": "val/loss", "mode": "min"}
+    parameters = guarded(training={"evaluate_every": 1, "epochs": 3, "early_stopping": stopping})
+    values = iter([20.0, 16.0, 15.0])
+    result = train_detector(
+        parameters, evaluate=lambda _: {"val/loss": next(values)}, tracker=events
+    )
+    assert result.best.epoch == 3
+    gap = result.history[-1]["val/loss_gap"]
+    assert lines[-1].endswith(f"(val loss - train loss): {gap:.3g} at the best epoch, the last")
