@@ -308,9 +308,7 @@ def find_run(library: Library, address: str) -> Record:
     found = [r for r in found if r.run.run_id.startswith(run_id)]
     keys = sorted({record.key for record in found})
     if not keys:
-        raise RegistryError(
-            f"{address}: no run of that key in {library.place}; `runkey list` shows what is there"
-        )
+        raise no_such_run(library, address)
     if len(keys) > 1:
         length = SHORT + len(SCHEMA) + 1
         while len({key[:length] for key in keys}) < len(keys):
@@ -318,6 +316,14 @@ def find_run(library: Library, address: str) -> Record:
         shown = ", ".join(key[:length] for key in keys[:4]) + (" ..." if len(keys) > 4 else "")
         raise RegistryError(f"{address}: {len(keys)} keys begin so: {shown}; give more of it")
     return library.with_details(canonical(found))
+
+
+def no_such_run(library: Library, address: str) -> RegistryError:
+    """Return the error of an address that names no run."""
+    way_out = "`runkey list` shows what is there"
+    if isinstance(library, LocalLibrary) and not library.find(Query(limit=1)):
+        way_out = "it holds none; if they were lost, `runkey index` reads them from MLflow again"
+    return RegistryError(f"{address}: no run of that key in {library.place}; {way_out}")
 
 
 def canonical(runs: list[Record]) -> Record:

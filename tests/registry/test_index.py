@@ -95,6 +95,27 @@ def test_wrong_records_are_mended_and_strange_ones_removed(
     assert [same(record) for record in library.matching("")] == good
 
 
+@pytest.mark.parametrize("is_deleted", [True, False])
+def test_what_reads_a_lost_cache_names_the_command_that_makes_it_anew(
+    recorded: tuple[Store, list[Record]], run: Run, *, is_deleted: bool
+) -> None:
+    store, _ = recorded
+    store.cache.unlink()
+    if not is_deleted:
+        store.cache.touch()
+    way_out = "if it was lost, `runkey index` reads the runs from MLflow again"
+    assert run("list") == (0, f"no run in {store.cache}; {way_out}\n", "")
+    key = KEYS[0]
+    commands = [("diff", key, "."), ("export", key, "run.zip"), ("delete", key)]
+    for command in (*commands, *((name, key) for name in ("show", "verify", "get", "report"))):
+        code, out, err = run(*command)
+        assert (code, out, err.count("\n")) == (1, "", 1), command
+        assert "`runkey index` reads them from MLflow again" in err, command
+    run("index")
+    assert run("show", key)[0] == 0
+    assert "`runkey list` shows what is there" in run("show", "rk2-0000")[2]
+
+
 @pytest.mark.parametrize("content", [b"", b"no database" * 1000])
 def test_a_lost_or_damaged_cache_is_made_anew(
     recorded: tuple[Store, list[Record]], run: Run, content: bytes
