@@ -80,6 +80,15 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
         {"training": {"micro_batch": 0}},
         "training.micro_batch = 0: should be >= 1 or 'auto'",
     ),
+    "no epochs": ({"training": {"epochs": 0}}, "training.epochs = 0: should be >= 1"),
+    "too many epochs": (
+        {"training": {"epochs": 1_000_001}},
+        "training.epochs = 1000001: should be <= 1000000",
+    ),
+    "bool for epochs": (
+        {"training": {"epochs": True}},
+        "training.epochs = true: should be a number, not true or false",
+    ),
     "unknown choice": (
         {"model": {"backbone": "resnet19"}},
         "model.backbone = 'resnet19': should be 'compact', 'resnet18', 'resnet34', 'resnet50' or "

@@ -75,6 +75,42 @@ def test_a_page_of_a_run(a_run, capsys):
     assert Path("page.html").stat().st_size < 1_000_000
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        "[" * 100_000,
+        '{"train": null}',
+        '{"train": []}',
+        '{"train": {"images": "many"}}',
+        '{"train": {"images": 1e400}}',
+        '{"train": {"classes": ["ball"]}}',
+        '{"train": {"classes": {"ball": 7}}}',
+        '{"train": {"objects_per_image": {"mean": null}}}',
+        '{"train": {"box_side_pixels": {"5%": "wide"}}}',
+        '{"train": {"images": 1}, "train": {"images": 2}}',
+    ],
+)
+def test_odd_statistics_are_named_and_left_out(a_run, caplog, text):
+    name = "prepared/statistics.json"
+    page = report(a_run("odd", changed={name: text.encode()}).label)
+    assert "This run has no statistics of its data." in page.text
+    (line,) = (line for line in caplog.messages if name in line)
+    assert line.endswith("; the report does without it")
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "text", ['{"train": {}}', '{"train": {"classes": {"ball": {}}}, "val": {}}']
+)
+def test_statistics_without_some_values_are_shown(a_run, caplog, text):
+    page = report(a_run("few", changed={"prepared/statistics.json": text.encode()}).label)
+    assert "box side, pixels" in page.text
+    assert caplog.messages == []
+
+
 def test_default_name_and_json(a_run, capsys):
     record = a_run("one", kind="empty")
     app(["report", record.label, "--json"], standalone_mode=False)

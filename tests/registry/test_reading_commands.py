@@ -189,6 +189,17 @@ def test_get(runs: Path, run: Run) -> None:
     )
 
 
+def test_get_into_something_that_is_no_folder(runs: Path, run: Run) -> None:
+    (runs / "file").write_text("mine")
+    (runs / "link").symlink_to("nowhere")
+    for to in ("file", "file/inside", "link"):
+        for force in ([], ["--force"]):
+            code, out, err = run("get", A, "--to", to, *force)
+            assert (code, out, err.count("\n")) == (1, "", 1), err
+            assert err.startswith(f"error: {to}: "), err
+    assert (runs / "file").read_text() == "mine"
+
+
 def test_open(runs: Path, run: Run) -> None:
     code, out, err = run("open", A, "--port", "1")
     kind = "workflowType=machine_learning"

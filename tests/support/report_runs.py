@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -81,9 +81,15 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def a_run(checkout: Path, tmp_path: Path) -> Callable[..., Record]:
-    """Makes a finished run: name, AP, lr, kind of its log."""
+    """Makes a finished run: name, AP, lr, kind of its log, content of files that it has instead."""
 
-    def make(name: str, ap: float = 0.5, lr: str = "0.0001", kind: str = "complete") -> Record:
+    def make(
+        name: str,
+        ap: float = 0.5,
+        lr: str = "0.0001",
+        kind: str = "complete",
+        changed: Mapping[str, bytes] | None = None,
+    ) -> Record:
         key = key_of(name)
         folder = tmp_path / key
         folder.mkdir()
@@ -91,7 +97,7 @@ def a_run(checkout: Path, tmp_path: Path) -> Callable[..., Record]:
         return make_run(
             checkout,
             key,
-            files=files_of(folder, kind, ap),
+            files=files_of(folder, kind, ap) | dict(changed or {}),
             name=name,
             params={
                 **{"lr": lr, "seed": "0", "model.dropout": "0.1", "key": key},
