@@ -23,6 +23,8 @@ MEMORY = Path("memory")
 MODEL = Path("model")
 RUN_JSON = Path("run.json")
 LOGS = Path("logs")
+TRAIN_LOG = LOGS / "train.jsonl"
+"""In the folder of a training, and in a run, by the same name."""
 EVALUATION = Path("evaluation")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
@@ -104,14 +106,6 @@ def records(home: Path, uri: str = "") -> Path:
     if not is_server(uri):
         return home / "runs.sqlite"
     return home / f"runs-{sha256_bytes(Address(uri).encode())[:12]}.sqlite"
-
-
-def training_folder(home: Path, key: str, repeats: str | None = None) -> Path:
-    """Return the folder, below `Store.home`, of all that an interrupted training needs to continue.
-
-    `repeats` is the MLflow id of the run that is trained again to compare with it.
-    """
-    return home / (f"{key}-repeats-{repeats[:8]}" if repeats else key)
 
 
 def workspace(start: Path | None = None) -> Path:

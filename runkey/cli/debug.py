@@ -13,7 +13,7 @@ from runkey import paths
 from runkey.cli import output
 from runkey.cli.output import AsJson
 from runkey.errors import TrainingError
-from runkey.identity.key import make_recipe
+from runkey.identity.key import make_recipe, split_training
 from runkey.progress import log_to_terminal, say
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def debug_step(
     """
     import torch
 
-    from runkey.training.debug import LOG, Bundle, compare_with_log, diagnose_bundle, logged_losses
+    from runkey.training.debug import Bundle, compare_with_log, diagnose_bundle, logged_losses
 
     folder = None
     if run.endswith(".pt"):
@@ -67,7 +67,8 @@ def debug_step(
     say(*diagnosis.finding.lines())
     say("  ".join(f"{name} {value:.6g}" for name, value in diagnosis.losses.items()))
     if folder is not None:
-        if comparison := compare_with_log(diagnosis.losses, logged_losses(folder / LOG, number)):
+        log = folder / paths.TRAIN_LOG.name
+        if comparison := compare_with_log(diagnosis.losses, logged_losses(log, number)):
             say(comparison)
         say(f"replay it elsewhere: runkey debug-step {path}")
 
@@ -81,7 +82,7 @@ def _replayed(run: str, step: int | None, *, quiet: bool) -> tuple[Path, Bundle]
     params = load_params(root / paths.PARAMS)
     own = make_recipe("train", root, params).key
     folder = _folder(run or own)
-    key = folder.name.partition("-repeats-")[0]
+    key, _ = split_training(folder)
     if not quiet:
         log_to_terminal()
     if key != own:

@@ -20,7 +20,7 @@ from runkey import paths
 from runkey.errors import RunkeyError
 from runkey.files import json_safe
 from runkey.identity import inputs
-from runkey.identity.key import ANY_SCHEMA, SCHEMAS, TRAINING
+from runkey.identity.key import training_folders
 from runkey.progress import WIDTH, escaped, say
 from runkey.registry.claims import Claims, open_claims
 from runkey.registry.library import Library, open_library
@@ -82,9 +82,7 @@ def tree_note(home: Path | None = None) -> str:
 
 def trainings(key: str) -> list[Path]:
     """Return the folders beside that store of trainings whose key begins so, `rk2-` or not."""
-    begins = (key, *(f"{schema}-{key}" for schema in SCHEMAS))
-    folders = sorted(store().home.glob(f"{ANY_SCHEMA}-*/"))
-    return [f for f in folders if f.name.startswith(begins) and TRAINING.fullmatch(f.name)]
+    return training_folders(store().home, key)
 
 
 def print_json(value: Any) -> None:

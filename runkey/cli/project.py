@@ -234,7 +234,7 @@ def _next(root: Path) -> list[tuple[str, str]]:
     from runkey.plots.hints import lasting_hints
     from runkey.plots.log import read_log
 
-    log, params = root / paths.LOGS / "train.jsonl", load_params(root / paths.PARAMS)
+    log, params = root / paths.TRAIN_LOG, load_params(root / paths.PARAMS)
     hints = lasting_hints(read_log(log), params.flat(runtime=True)) if log.is_file() else []
     changes = [f"{hint.change}   (hint: {hint.kind})" for hint in hints[:_HINTS]]
     # On the sample the first gives AP +0.03 (docs/guide/schedules.md), and after it more steps do.

@@ -26,7 +26,8 @@ from runkey.cli.output import AsJson
 from runkey.cli.project import summary
 from runkey.errors import DataError, RegistryError, RunkeyError
 from runkey.files import WriteError
-from runkey.identity.key import short_key
+from runkey.identity.key import short_key, split_training, training_folder
+from runkey.paths import TRAIN_LOG
 from runkey.progress import log_to_terminal, say
 from runkey.registry.dvc_cache import download
 from runkey.registry.library import find_run, split_address
@@ -42,7 +43,6 @@ _BEFORE = re.compile(r"-m stages\.(prepare|profile_memory|train)\b|\bdvc\S* (rep
 _BEHIND = re.compile(r"-m (stages\.evaluate|runkey draw)\b")
 """Command lines of what trains soon, and of what runs after it."""
 _WORKSPACE = "."
-_LOG = paths.LOGS / "train.jsonl"
 
 
 def report(
@@ -158,10 +158,10 @@ def _run(address: str, folder: Path) -> ReportedRun:
         wanted = [path for path in record.details.files if is_shown(path)]
         download(runs, record, wanted, folder)
     else:  # it runs or was interrupted: its logs are in its training folder
-        training = paths.training_folder(output.store().home, record.key, record.reproduction_of)
-        (folder / _LOG.parent).mkdir(parents=True)
+        training = training_folder(output.store().home, record.key, record.reproduction_of)
+        (folder / TRAIN_LOG.parent).mkdir(parents=True)
         for log in filter(Path.is_file, training.glob("*.jsonl")):
-            shutil.copy(log, folder / _LOG.parent)
+            shutil.copy(log, folder / TRAIN_LOG.parent)
     return recorded_run(record, folder)
 
 
@@ -194,7 +194,7 @@ def _wait_for_start() -> None:
 
 
 def _is_trained(folder: Path) -> bool:
-    return (folder / _LOG.name).is_file() and holder_of(folder) is not None
+    return (folder / TRAIN_LOG.name).is_file() and holder_of(folder) is not None
 
 
 def _is_about_to_train() -> bool:
@@ -220,10 +220,10 @@ def _find(key: str | None, folder: Path) -> tuple[Path, str, Mapping[str, str]]:
     """
     if key:
         split_address(key)
-    logs = [folder / _LOG.name for folder in output.trainings((key or "").strip().lower())]
+    logs = [folder / TRAIN_LOG.name for folder in output.trainings((key or "").strip().lower())]
     if logs := [log for log in logs if log.is_file()]:
         log = max(logs, key=lambda log: (holder_of(log.parent) is not None, log.stat().st_mtime))
-        whole = log.parent.name.partition("-repeats-")[0]
+        whole, _ = split_training(log.parent)
         with suppress(RegistryError):  # the log is enough
             for run in (known.run for known in output.library().matching(whole)[-1:]):
                 return log, f"{short_key(whole)}  {run.name}".rstrip(), run.params
@@ -236,9 +236,9 @@ def _find(key: str | None, folder: Path) -> tuple[Path, str, Mapping[str, str]]:
                 f"{record.label}: {record.run.status}, and its log is not here but on {host};"
                 f" `runkey open {record.label}` names its MLflow page"
             )
-        download(output.library(), record, [_LOG.as_posix()], folder)
-        return folder / _LOG, f"{record.label}  {record.run.name}", record.run.params
-    if (log := output.workspace() / _LOG).is_file():
+        download(output.library(), record, [TRAIN_LOG.as_posix()], folder)
+        return folder / TRAIN_LOG, f"{record.label}  {record.run.name}", record.run.params
+    if (log := output.workspace() / TRAIN_LOG).is_file():
         return log, "the last training here", {}
     raise RunkeyError(
         f"{output.store().home}: nothing is trained here; `dvc repro` begins a training"

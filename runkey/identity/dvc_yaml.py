@@ -21,8 +21,7 @@ from runkey.files import (
     FormatError,
     check_tree,
     check_yaml,
-    read_json,
-    read_plain,
+    parse_json,
     read_text,
 )
 from runkey.paths import PARAMS
@@ -31,6 +30,9 @@ PIPELINE = Path("dvc.yaml")
 _OUTPUTS = ("outs", "metrics", "plots")
 _FROM_GIT = f"`git checkout {PIPELINE}` restores the last committed one"
 _TEMPLATE = re.compile(r"\$\{([^}]+)\}")
+DIR = ".dir"
+"""End of the md5 of a folder."""
+MD5 = re.compile(r"[0-9a-f]{32}(?:\.dir)?")
 _LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 
@@ -198,7 +200,7 @@ def tracked_files(path: str, root: Path) -> dict[str, str] | None:
     file = pointer_of(path, root)
     assert file is not None
     tracked, md5 = PurePosixPath(file.removesuffix(".dvc")), _pointer_md5(file, root)
-    if not md5.endswith(".dir"):
+    if not md5.endswith(DIR):
         return {"": md5} if PurePosixPath(path) == tracked else {}
     listed = _read_list(md5, root)
     if listed is None or PurePosixPath(path) == tracked:
@@ -214,7 +216,7 @@ def folder_md5(files: Mapping[str, str]) -> str:
     """Return the md5 that DVC gives a folder with these files, md5 by name."""
     listed = [{"md5": files[name], "relpath": name} for name in sorted(files)]
     text = json.dumps(listed, sort_keys=True).encode()
-    return f"{hashlib.md5(text, usedforsecurity=False).hexdigest()}.dir"
+    return f"{hashlib.md5(text, usedforsecurity=False).hexdigest()}{DIR}"
 
 
 def _pointer_md5(file: str, root: Path) -> str:
@@ -239,13 +241,28 @@ def _read_list(md5: str, root: Path) -> dict[str, str] | None:
     folder = cache_folder(root)
     # DVC 2 put it in the second place.
     for base in (folder / "files" / "md5", folder):
-        path = base / md5[:2] / md5[2:]
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            digest = hashlib.md5(read_plain(path), usedforsecurity=False).hexdigest()
-            if digest == md5.removesuffix(".dir"):
-                items = read_json(path, most=LARGE)
-                return {str(item["relpath"]): str(item["md5"]) for item in items}
+        listed = read_folder_list(base / md5[:2] / md5[2:], md5)
+        if listed is not None:
+            return listed
     return None
+
+
+def read_folder_list(path: Path, md5: str) -> dict[str, str] | None:
+    """Return md5 by path of the files in a folder, from DVC's list of it; None if damaged.
+
+    `md5` is that of the folder, which ends in `DIR`.
+    """
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        text = read_text(path, LARGE)
+        digest = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+        if digest == md5.removesuffix(DIR):
+            return md5s(parse_json(text), "relpath")
+    return None
+
+
+def md5s(items: Any, name: str) -> dict[str, str]:
+    """Return md5 by path of inputs, outputs or files; what is no md5 must not become a path."""
+    return {str(item[name]): item["md5"] for item in items if MD5.fullmatch(item["md5"])}
 
 
 def cache_folder(root: Path) -> Path:

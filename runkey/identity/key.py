@@ -45,8 +45,8 @@ OLDER = {"rk1": "bytes of the code"}
 SCHEMAS = (SCHEMA, *OLDER)
 ANY_SCHEMA = "rk[12]"
 """Regular expression and glob that match the rule of any key."""
-TRAINING = re.compile(rf"{ANY_SCHEMA}-[0-9a-f]{{64}}(-repeats-[0-9a-f]{{8}})?")
-"""Names of the folders of trainings, see `runkey.paths.training_folder`; a copy has another one."""
+_REPEATS = "-repeats-"
+_TRAINING = re.compile(rf"{ANY_SCHEMA}-[0-9a-f]{{64}}({_REPEATS}[0-9a-f]{{8}})?")
 ANY_KEY = "rk"
 """Prefix of every key."""
 SHORT = 12
@@ -245,6 +245,33 @@ def _other_files(dep: str, root: Path) -> set[str]:
         and "__pycache__" not in file.parts
         and not _NOBODY_READS.fullmatch(file.name)
     }
+
+
+# --- folders of trainings, below `Store.home`
+
+
+def training_folder(home: Path, key: str, repeats: str | None = None) -> Path:
+    """Return the folder of all that an interrupted training needs to continue.
+
+    `repeats` is the MLflow id of the run that is trained again to compare with it.
+    """
+    return home / (f"{key}{_REPEATS}{repeats[:8]}" if repeats else key)
+
+
+def training_folders(home: Path, begins: str = "") -> list[Path]:
+    """List the folders that are there of keys that begin so, with or without `rk2-`.
+
+    A folder that somebody copied or renamed, such as `rk2-...-backup`, is none.
+    """
+    names = (begins, *(f"{schema}-{begins}" for schema in SCHEMAS))
+    folders = sorted(home.glob(f"{ANY_SCHEMA}-*/"))
+    return [f for f in folders if f.name.startswith(names) and _TRAINING.fullmatch(f.name)]
+
+
+def split_training(folder: Path) -> tuple[str, str]:
+    """Return the key of a training's folder, and the first digits of the run that it repeats."""
+    key, _, repeats = folder.name.partition(_REPEATS)
+    return key, repeats
 
 
 # --- runkey key --explain

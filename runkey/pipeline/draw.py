@@ -18,7 +18,6 @@ from runkey.plots.curves import write_plot_tables, write_training_plots
 from runkey.plots.evaluation import write_evaluation_plots
 from runkey.plots.report import recorded_run, workspace_run, write_report
 from runkey.plots.sheets import contact_sheet
-from runkey.tracking.mlflow_run import TRAIN_LOG
 
 REPORT = paths.PLOTS / "report.html"
 
@@ -47,8 +46,8 @@ def draw(root: Path) -> None:
 def _draw_pictures(params: Params, root: Path, out: Path) -> list[Path]:
     prepared, evaluation = root / paths.PREPARED, root / paths.EVALUATION
     data = root / params.data.path
-    write_plot_tables(root / TRAIN_LOG, out)
-    write_training_plots(root / TRAIN_LOG, out)
+    write_plot_tables(root / paths.TRAIN_LOG, out)
+    write_training_plots(root / paths.TRAIN_LOG, out)
     write_evaluation_plots(prepared, evaluation, data, out, images=params.evaluate.sheet_images)
     train, classes = read_index(prepared / "train.json"), read_classes(prepared / "classes.json")
     contact_sheet(train, classes, data, out / "contact_sheet.jpg")

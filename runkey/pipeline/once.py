@@ -28,7 +28,7 @@ from runkey.errors import (
 from runkey.files import copy_atomically
 from runkey.identity.dvc_yaml import covers, read_pipeline
 from runkey.identity.inputs import Inputs, check_unchanged
-from runkey.identity.key import Recipe, short_key
+from runkey.identity.key import Recipe, short_key, training_folder
 from runkey.identity.record import REPRODUCES, Details, LoggedRun, Record, RunPointer, this_host
 from runkey.identity.record_cache import update_record
 from runkey.params import Params
@@ -148,7 +148,7 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[KeyClaim | None
     library = open_library(store.uri, store.home) if params.runtime.mlflow else None
     repeats = _to_repeat(library, recipe.key) if library else None
     first = repeats.run.run_id if repeats else None
-    folder = paths.training_folder(store.home, recipe.key, first)
+    folder = training_folder(store.home, recipe.key, first)
     decision: Decision | None
     if library and not first:
         if params.runtime.reuse:

@@ -58,7 +58,7 @@ from runkey.tracking.describe import (
     log_model,
     note_tags,
 )
-from runkey.tracking.mlflow_run import TRAIN_LOG, TrackedRun, open_run
+from runkey.tracking.mlflow_run import TrackedRun, open_run
 from runkey.tracking.store import Store, locate_store
 from runkey.tracking.sync import RunSender, TrainingRun, legal_name
 from runkey.training.guard import REPORTS
@@ -187,7 +187,7 @@ def save_run(run: Run, tracker: TrackedRun) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         # Only for the run's MLflow page: the stage `plots` draws them in the workspace.
         drawn = Path(folder)
-        write_training_plots(root / TRAIN_LOG, drawn / paths.PLOTS)
+        write_training_plots(root / paths.TRAIN_LOG, drawn / paths.PLOTS)
         curves = hashed_files(drawn, [paths.PLOTS])
         claim.details = replace(details, files=details.files | curves)
         (drawn / DETAILS).write_text(claim.details.as_json(), encoding="utf-8")
@@ -299,7 +299,7 @@ class FinishedRun:
         """Describe the run by its result, what differs from the baseline, and lasting hints."""
         if self._mlflow is None or self.record is None:
             return
-        log, run = self._root / TRAIN_LOG, self.record.run
+        log, run = self._root / paths.TRAIN_LOG, self.record.run
         hints = lasting_hints(read_log(log), run.params) if log.is_file() else []
         shown = [f"{hint.seen}; {hint.change}" for hint in hints]
         text = describe_in_words(run.tags.get(DIFFERS, "not known"), result, shown)

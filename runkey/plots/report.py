@@ -40,7 +40,6 @@ from runkey.units import counted, format_seconds
 
 logger = logging.getLogger(__name__)
 
-_LOG = paths.LOGS / "train.jsonl"
 _METRICS = f"{paths.EVALUATION}/{METRICS_JSON}"
 _THRESHOLDS = f"{paths.EVALUATION}/{THRESHOLDS}"
 _UNUSED = (
@@ -238,6 +237,11 @@ class ReportedRun(Record):
         return rows
 
 
+def _read_log(folder: Path) -> TrainingLog:
+    log = folder / paths.TRAIN_LOG
+    return read_log(log) if log.is_file() else TrainingLog()
+
+
 def is_shown(path: str) -> bool:
     """Return True if a report shows anything of a run's file."""
     return not path.startswith(_UNUSED)
@@ -245,7 +249,7 @@ def is_shown(path: str) -> bool:
 
 def recorded_run(record: Record, folder: Path) -> ReportedRun:
     """Return a run of a store, with a folder that has those of its files that are shown."""
-    log = read_log(folder / _LOG) if (folder / _LOG).is_file() else TrainingLog()
+    log = _read_log(folder)
     details = record.details
     witness = details.witness if details else {}
     return ReportedRun(run=record.run, details=details, folder=folder, log=log, witness=witness)
@@ -256,7 +260,7 @@ def workspace_run(root: Path) -> ReportedRun:
     manifest = RunManifest.read(root / paths.RUN_JSON)
     params = {n: as_text(v) for n, v in load_params(root / paths.PARAMS).flat().items()}
     params |= {KEY: manifest.key} | {f"{KEY}.{n}": digest for n, digest in manifest.parts.items()}
-    log = read_log(root / _LOG) if (root / _LOG).is_file() else TrainingLog()
+    log = _read_log(root)
     times = [round(1000 * point.seconds) for point in (*log.steps, *log.epochs)]
     places = {"run_id": manifest.run_id or "", "experiment_id": "", "artifact_uri": ""}
     ended = {"start_time": min(times, default=0), "end_time": max(times, default=None)}
@@ -308,8 +312,8 @@ def _pictures(run: ReportedRun) -> dict[str, dict[str, str]]:
         for part, (folders, titles) in _STORED.items()
     }
     with tempfile.TemporaryDirectory() as folder:
-        if (run.folder / _LOG).is_file():
-            *_, machine = write_training_plots(run.folder / _LOG, Path(folder))
+        if (run.folder / paths.TRAIN_LOG).is_file():
+            *_, machine = write_training_plots(run.folder / paths.TRAIN_LOG, Path(folder))
             if not run.log.samples:
                 machine.unlink()
         return pictures | {"curves": _embedded([Path(folder)], _CURVES)}

@@ -94,25 +94,11 @@ class Run:
 
 
 @dataclass(frozen=True)
-class RunAnswer:
-    """The answer to runs/get."""
-
-    run: Run
-
-
-@dataclass(frozen=True)
 class Experiment:
     """An experiment."""
 
     experiment_id: str
     tags: Sequence[Pair] = ()
-
-
-@dataclass(frozen=True)
-class ExperimentAnswer:
-    """The answer to experiments/get-by-name."""
-
-    experiment: Experiment
 
 
 @dataclass(frozen=True)
@@ -122,20 +108,6 @@ class Model:
     name: str
     tags: Sequence[Pair] = ()
     latest_versions: Sequence[Any] = ()
-
-
-@dataclass(frozen=True)
-class ModelAnswer:
-    """The answer to registered-models/get."""
-
-    registered_model: Model
-
-
-@dataclass(frozen=True)
-class Page:
-    """Where a search goes on, beside the list of what it found."""
-
-    next_page_token: str | None = None
 
 
 @dataclass(frozen=True)

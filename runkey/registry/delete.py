@@ -24,14 +24,14 @@ from runkey import paths
 from runkey.errors import RegistryError
 from runkey.files import parse_json
 from runkey.hashing import sha256_file
-from runkey.identity.key import ANY_KEY, FILE_PARAMS, SCHEMAS, short_key
+from runkey.identity.key import ANY_KEY, FILE_PARAMS, SCHEMAS, short_key, split_training
 from runkey.identity.record import KEY_JSON, ORIGIN, Record, RunPointer
 from runkey.identity.record_cache import remove_record
 from runkey.progress import each
 from runkey.registry.claims import Claim, Claims, newest, state_now, this_owner
 from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.gc import Item, Scope, artifacts_folder, current_key, remove_path, size_of
-from runkey.registry.library import split_address
+from runkey.registry.library import no_such_run, split_address
 from runkey.registry.once import Rhythm
 from runkey.registry.show import average_precision
 from runkey.registry.snapshot import git, has_git, snapshot_refs
@@ -102,17 +102,14 @@ def _find(scope: Scope, address: str) -> tuple[str, list[Record], bool]:
     keys = {record.key for record in records}
     if not records:  # what an interrupted deletion, or a training without MLflow, left
         claims = (claim.key for prefix in prefixes for claim in scope.claims.all(prefix))
-        folders = (folder.name.partition("-repeats-")[0] for folder in scope.trainings)
+        folders = (split_training(folder)[0] for folder in scope.trainings)
         keys = {*claims, *(key for key in folders if key.startswith(tuple(prefixes)))}
     if len(keys) > 1:
         shown = ", ".join(map(short_key, sorted(keys)[:4]))
         raise RegistryError(f"{address}: {len(keys)} keys begin so: {shown}; give more of it")
     found = [record for record in records if record.run.run_id.startswith(run_id)]
     if not keys or (run_id and not found):
-        raise RegistryError(
-            f"{address}: no run of that key in {scope.library.place}; `runkey list` shows what is"
-            " there"
-        )
+        raise no_such_run(scope.library, address)
     return keys.pop(), list(map(scope.library.with_details, found)), len(found) == len(records)
 
 

@@ -18,12 +18,19 @@ from functools import cache, cached_property, partial
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from runkey.errors import RegistryError
-from runkey.files import LARGE, open_plain, read_json
+from runkey.files import open_plain
 from runkey.hashing import hash_stream, sha256_file
-from runkey.identity.dvc_yaml import cache_folder, read_yaml_text
+from runkey.identity.dvc_yaml import (
+    DIR,
+    MD5,
+    cache_folder,
+    md5s,
+    read_folder_list,
+    read_yaml_text,
+)
 from runkey.identity.record import Record, StoredFile
 from runkey.progress import progress
 from runkey.registry.library import Library, inside
@@ -87,9 +94,6 @@ def _recorded(record: Record, path: str) -> StoredFile:
     return stored
 
 
-DIR = ".dir"
-"""End of the md5 of a folder."""
-MD5 = re.compile(r"[0-9a-f]{32}(?:\.dir)?")
 _ITEM = re.compile(rf"^- path: (.+)\n(?:  .*\n)*?  md5: ({MD5.pattern})$", re.MULTILINE)
 
 Items = set[tuple[str, str]]
@@ -141,10 +145,7 @@ class DvcCache:
 
     def listing(self, md5: str) -> dict[str, str]:
         """Return the md5 by path of the files in a folder; none where its object is no list."""
-        try:
-            return _md5s(read_json(self.object_path(md5), most=LARGE), "relpath")
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
+        return read_folder_list(self.object_path(md5), md5) or {}
 
     @cached_property
     def _scanned(self) -> dict[str, tuple[Items, Items]]:
@@ -170,7 +171,7 @@ class DvcCache:
         """The entry in a file; None if it is torn (DVC ignores it then, too)."""
         try:
             tree = read_yaml_text(self.runs / path)
-            return Entry(path, _md5s(tree.get("deps") or (), "path"), _md5s(tree["outs"], "path"))
+            return Entry(path, md5s(tree.get("deps") or (), "path"), md5s(tree["outs"], "path"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -224,8 +225,3 @@ def md5_file(path: Path) -> str:
     """Return the hex md5 of a file's bytes, as DVC names it."""
     with open_plain(path) as file:
         return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
-
-
-def _md5s(items: Any, name: str) -> dict[str, str]:
-    """md5 by path of inputs, outputs or files; what is no md5 must not become a path in a cache."""
-    return {str(item[name]): item["md5"] for item in items if MD5.fullmatch(item["md5"])}

@@ -25,7 +25,7 @@ from runkey import paths
 from runkey.errors import RegistryError, RunkeyError
 from runkey.files import read_json
 from runkey.identity.initial_weights import COPIES, OLD_WEIGHTS, WEIGHTS
-from runkey.identity.key import ANY_SCHEMA, TRAINING, short_key
+from runkey.identity.key import short_key, split_training, training_folders
 from runkey.identity.record import Record, RunPointer
 from runkey.identity.record_cache import remove_record
 from runkey.registry.claims import Claim, Claims, newest, state_now
@@ -51,7 +51,6 @@ Kind = Literal[
 ]
 # fmt: on
 """The last four are for `runkey.registry.delete`, which also deletes finished runs."""
-_REPEATS = "-repeats-"
 _REPEAT_SECONDS = 86400.0
 """After this time an interrupted `runkey reproduce` has to start again."""
 _ENDED = ("FAILED", "KILLED")
@@ -116,8 +115,7 @@ class Scope:
     @cached_property
     def trainings(self) -> dict[Path, str | None]:
         """Folders of trainings, each with why no training will resume from it; None: one may."""
-        folders = sorted(self.home.glob(f"{ANY_SCHEMA}-*/"))
-        return {f: _why_obsolete(self, f) for f in folders if TRAINING.fullmatch(f.name)}
+        return {folder: _why_obsolete(self, folder) for folder in training_folders(self.home)}
 
     def is_trained_now(self, key: str) -> bool:
         """Return True if the key is, or may be, trained now: an owner may not be visible here."""
@@ -225,12 +223,13 @@ def current_key(root: Path) -> str | None:
 def _checkpoints(scope: Scope) -> Iterator[Item]:
     for folder, why in scope.trainings.items():
         if why:
-            key, *repeats = folder.name.partition(_REPEATS)
-            yield _item(scope, "checkpoint", folder, "".join((short_key(key), *repeats, "/")), why)
+            key, _ = split_training(folder)
+            name = f"{short_key(key)}{folder.name.removeprefix(key)}/"
+            yield _item(scope, "checkpoint", folder, name, why)
 
 
 def _why_obsolete(scope: Scope, folder: Path) -> str | None:
-    key, _, repeats = folder.name.partition(_REPEATS)
+    key, repeats = split_training(folder)
     runs = map(scope.library.with_details, scope.library.matching(key))
     whole = [record for record in runs if record.is_whole]
     if repeats:  # a repeat has no claim: it has ended if nothing changes any more

@@ -11,7 +11,6 @@ entry's name and runs whatever the entry says.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -22,7 +21,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, Protocol, TypedDict
 
@@ -31,6 +29,7 @@ from pydantic import ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationE
 from runkey.errors import ParamsError, RecipeError, RegistryError
 from runkey.files import first_fault, replacing
 from runkey.hashing import sha256_bytes, sha256_file
+from runkey.identity.dvc_yaml import DIR, folder_md5
 from runkey.identity.key import DATA_PATH, FILE_PARAMS, SCHEMA, Recipe, short_key
 from runkey.identity.record import (
     ARTIFACTS,
@@ -49,7 +48,7 @@ from runkey.params.load import parse_yaml
 from runkey.paths import LOGS, PARAMS, RUN_JSON
 from runkey.progress import each
 from runkey.registry.archive import check_weights, parse_json, safe_path
-from runkey.registry.dvc_cache import DIR, DvcCache, files_of, linked, md5_file
+from runkey.registry.dvc_cache import DvcCache, files_of, linked, md5_file
 from runkey.registry.snapshot import changed_files, checked_out, git
 from runkey.training.lock import locked
 from runkey.units import MIB
@@ -518,13 +517,9 @@ def _md5s_in(root: Path, oid: str, paths: Iterable[str]) -> dict[str, str]:
             if names == [path]:
                 found[path] = md5_file(folder / path)
             elif names:
-                files = [
-                    {"md5": md5_file(folder / name), "relpath": name.removeprefix(f"{path}/")}
-                    for name in names
-                ]
-                files.sort(key=itemgetter("relpath"))
-                text = json.dumps(files, sort_keys=True)
-                found[path] = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest() + DIR
+                found[path] = folder_md5(
+                    {name.removeprefix(f"{path}/"): md5_file(folder / name) for name in names}
+                )
     return found
 
 

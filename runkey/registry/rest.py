@@ -27,18 +27,7 @@ from runkey.errors import RegistryError
 from runkey.http_limits import TIMEOUT, LimitedConnection, LimitedResponse, answer_seconds
 from runkey.identity.record import LoggedRun
 from runkey.paths import LOGIN, Address
-from runkey.registry.answers import (
-    Experiment,
-    ExperimentAnswer,
-    Model,
-    ModelAnswer,
-    Page,
-    Refusal,
-    Run,
-    RunAnswer,
-    checked,
-    parsed,
-)
+from runkey.registry.answers import Experiment, Model, Refusal, Run, checked, parsed
 from runkey.units import MIB, counted
 
 logger = logging.getLogger(__name__)
@@ -93,7 +82,7 @@ class RestClient:
     def experiment(self, name: str) -> Experiment:
         """Return an experiment; AbsentError if there is none."""
         answer = self.get("experiments/get-by-name", {"experiment_name": name})
-        return self._checked(ExperimentAnswer, answer).experiment
+        return self._checked(Experiment, answer.get("experiment"), "experiment")
 
     def runs(self, query: Mapping[str, Any]) -> Iterator[LoggedRun]:
         """Yield the runs of a search; a warning tells of those that are none and left out."""
@@ -110,9 +99,10 @@ class RestClient:
     def run(self, run_id: str) -> LoggedRun | None:
         """Return a run by its MLflow id; None where there is none, or it was deleted."""
         try:
-            run = self._checked(RunAnswer, self.get("runs/get", {"run_id": run_id})).run
+            answer = self.get("runs/get", {"run_id": run_id})
         except AbsentError:
             return None
+        run = self._checked(Run, answer.get("run"), "run")
         return None if run.info.lifecycle_stage == "deleted" else run.logged()
 
     def models(self, prefix: str) -> Iterator[Model]:
@@ -127,7 +117,7 @@ class RestClient:
             answer = self.get("registered-models/get", {"name": name})
         except AbsentError:
             return None
-        return self._checked(ModelAnswer, answer).registered_model
+        return self._checked(Model, answer.get("registered_model"), "registered_model")
 
     # How
 
@@ -163,7 +153,9 @@ class RestClient:
             items = self._checked(list[Any], answer.get(name, []), name)
             count += len(items)
             yield from items
-            if not (token := self._checked(Page, answer).next_page_token):
+            named = answer.get("next_page_token")
+            token = "" if named is None else self._checked(str, named, "next_page_token")
+            if not token:
                 return
             if token in tokens or asking > self._seconds + count / _ITEMS_PER_SECOND:
                 break

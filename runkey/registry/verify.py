@@ -17,11 +17,12 @@ from typing import Any, BinaryIO, Literal
 from runkey.errors import RunkeyError
 from runkey.files import parse_json
 from runkey.hashing import hash_stream, sha256_file
+from runkey.identity.dvc_yaml import DIR
 from runkey.identity.key import PARTS, Recipe, older_rule
 from runkey.identity.record import DETAILS, KEY, KEY_JSON, ORIGIN, Details, Record, this_host
 from runkey.paths import RUN_JSON
 from runkey.progress import Steps, progress
-from runkey.registry.dvc_cache import DIR, DvcCache, files_of, md5_file
+from runkey.registry.dvc_cache import DvcCache, files_of, md5_file
 from runkey.registry.library import Library, ReadRun, finished_runs
 from runkey.registry.snapshot import REFS, changed_files, has_commit, has_git, has_snapshot
 from runkey.units import counted

@@ -21,7 +21,6 @@ from runkey.tracking.sync import RunSender, Status, TrainingRun
 
 logger = logging.getLogger(__name__)
 
-TRAIN_LOG = paths.LOGS / replay.LOG
 SAMPLES = paths.LOGS / replay.SAMPLES
 """System metrics: CPU, memory and GPU."""
 _CLOSE_ATTEMPTS = 3
@@ -285,7 +284,7 @@ def open_run(
     between samples of system metrics (0: none). For `on_change` see `RunSender`.
     """
     folder = training.folder
-    log = JsonlLog(folder / TRAIN_LOG.name, shown=root / TRAIN_LOG)
+    log = JsonlLog(folder / paths.TRAIN_LOG.name, shown=root / paths.TRAIN_LOG)
     if store is None:
         return TrackedRun(log, None)
     logs, sampler = [log.path], None

@@ -17,15 +17,17 @@ from typing import cast
 
 from runkey.errors import TrackingError
 from runkey.files import expect, read_json, write_atomically
-from runkey.identity.key import ANY_SCHEMA, SCHEMAS, TRAINING
+from runkey.identity.key import training_folders
 from runkey.identity.record import DETAILS, POINTER, Details, LoggedRun, RunPointer
 from runkey.identity.record_cache import update_record
+from runkey.paths import TRAIN_LOG
 from runkey.tracking.describe import RunDescription
 from runkey.tracking.store import Store, tracked
 from runkey.tracking.sync import RunSender, Status, TrainingRun
 from runkey.training.lock import locked
 
-DESCRIPTION, ENDED, ARTIFACTS, LOG = "description.json", "ended.json", "artifacts", "train.jsonl"
+DESCRIPTION, ENDED, ARTIFACTS = "description.json", "ended.json", "artifacts"
+LOG = TRAIN_LOG.name
 SAMPLES = "system.jsonl"
 _FOR_MLFLOW = (DESCRIPTION, ENDED, ARTIFACTS, LOG, SAMPLES, POINTER)
 
@@ -108,13 +110,11 @@ def find_training(home: Path, address: str) -> Path | None:
     TrackingError if several trainings match.
     """
     key, _, run = address.strip().lower().partition(":")
-    begins = (key, *(f"{schema}-{key}" for schema in SCHEMAS))
     found: dict[Path, str] = {}
-    for folder in sorted(path.parent for path in home.glob(f"{ANY_SCHEMA}-*/{DESCRIPTION}")):
+    for folder in training_folders(home, key):
         pointer = RunPointer.read(folder)
         run_id = (pointer and pointer.run_id) or ""
-        is_training = TRAINING.fullmatch(folder.name)
-        if is_training and folder.name.startswith(begins) and run_id.startswith(run):
+        if (folder / DESCRIPTION).exists() and run_id.startswith(run):
             found[folder] = run_id
     if len(found) > 1:
         several = ", ".join(f"{path.name[:16]}:{run_id[:8]}" for path, run_id in found.items())

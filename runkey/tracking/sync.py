@@ -143,7 +143,7 @@ class TrainingRun:
     """Name of the MLflow experiment."""
     description: RunDescription
     folder: Path
-    """See `paths.training_folder`; holds the pointer to the MLflow run."""
+    """See `runkey.identity.key.training_folder`; holds the pointer to the MLflow run."""
     logs: tuple[Path, ...] = ()
     """Logs whose values and events the run gets."""
     supersedes: tuple[str, ...] = ()

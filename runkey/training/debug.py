@@ -26,6 +26,7 @@ from runkey.data.dataset import Batch, GlobalBatch, normalise
 from runkey.errors import TrainingError
 from runkey.files import parse_json, replacing
 from runkey.params import Params, parse_params
+from runkey.paths import TRAIN_LOG
 from runkey.training.build import (
     Replacements,
     TrainContext,
@@ -488,10 +489,6 @@ def build_bundle(folder: Path, step: int, *, key: str, params: Params, root: Pat
     )
 
 
-LOG = "train.jsonl"
-"""In a training's folder: the log that it writes as it goes."""
-
-
 @dataclass(frozen=True, slots=True)
 class Start:
     """Where a replay begins: a checkpoint, or the start of training."""
@@ -545,7 +542,7 @@ def replay(context: TrainContext, start: Start, step: int, folder: Path) -> Glob
         state = LoopState.from_plain(tensors["state"], {})
     evaluations = [
         (int(entry["step"]), float(entry["values"][context.watched_metric]))
-        for entry in _log_entries(folder / LOG)
+        for entry in _log_entries(folder / TRAIN_LOG.name)
         if context.watched_metric in entry.get("values", {})
     ]
     context.step.model.train()

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from runkey import paths
-from runkey.identity.key import make_recipe
+from runkey.identity.key import make_recipe, training_folder
 from runkey.identity.record import RunPointer
 from runkey.params import load_params
 from runkey.tracking.store import locate_store, open_client
@@ -47,7 +46,7 @@ def runs_of(project: Project, key: str) -> list[Any]:
 
 def test_killed_and_started_again_it_is_one_run(copy: Project) -> None:
     key, store = key_of(copy), locate_store(copy.root)
-    folder = paths.training_folder(store.home, key)
+    folder = training_folder(store.home, key)
     training = subprocess.Popen(
         [sys.executable, "-m", "stages.train"],
         cwd=copy.root,
@@ -88,7 +87,7 @@ def test_without_mlflow_it_ends_well_and_is_sent_later(copy: Project) -> None:
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     }
     done = copy.run(sys.executable, "-m", "stages.train", env=nobody)
-    folder = paths.training_folder(store.home, key)
+    folder = training_folder(store.home, key)
     way = f"MLflow: `runkey replay {key[:16]}` sends the rest from {folder}"
     assert way in in_one_line(done.stdout)
     assert list(folder.glob("*.ckpt")) == []

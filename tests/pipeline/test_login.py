@@ -16,11 +16,9 @@ import pytest
 from runkey.hashing import sha256_bytes
 from runkey.identity.key import make_recipe
 from runkey.identity.record import ARTIFACTS, CONTENT, DETAILS, Details, StoredFile
-from runkey.params import parse_params
-from runkey.params.render import render
 from runkey.tracking.store import Store, free_port, stop_server, wait_until_healthy
 from runkey.tracking.transfer import StoreRuns
-from tests.support.project import TINY, clean_environment, copy_repository
+from tests.support.project import TINY, clean_environment, commit_recipe
 from tests.support.run_package import weights
 
 pytestmark = [
@@ -62,12 +60,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def template(tmp_path_factory: pytest.TempPathFactory, host: str) -> Path:
     """A repository whose team has the server, and a run of its key there."""
     root = tmp_path_factory.mktemp("login") / "repository"
-    copy_repository(root)
     runtime = TINY["runtime"] | {"team_server": f"http://{host}"}
-    (root / "params.yaml").write_text(render(parse_params(TINY | {"runtime": runtime}), "# tiny"))
-    (root / "data.dvc").write_text("outs:\n- md5: 0123abcd.dir\n  path: data\n")
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "start"]):
-        subprocess.run(["git", *command], cwd=root, check=True, env=clean_environment())
+    commit_recipe(root, TINY | {"runtime": runtime})
     recipe, run = make_recipe("train", root), root.parent / "run"
     files = {
         "model/weights.safetensors": weights(),

@@ -12,25 +12,20 @@ import pytest
 
 from runkey.errors import RegistryError
 from runkey.identity.key import make_recipe
-from runkey.params import load_params, parse_params
-from runkey.params.render import render
+from runkey.params import load_params
 from runkey.pipeline.once import reuse_own
 from runkey.registry.claims import open_claims
 from runkey.registry.library import open_library
 from runkey.registry.once import decide
 from runkey.tracking.store import Store
-from tests.support.project import TINY, clean_environment, copy_repository
+from tests.support.project import TINY, clean_environment, commit_recipe
 from tests.support.records import FILES, make_run
 
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("once") / "repository"
-    copy_repository(root)
-    (root / "params.yaml").write_text(render(parse_params(TINY), "# tiny"))
-    (root / "data.dvc").write_text("outs:\n- md5: 0123abcd.dir\n  path: data\n")
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "start"]):
-        subprocess.run(["git", *command], cwd=root, check=True, env=clean_environment())
+    commit_recipe(root, TINY)
     return root
 
 

@@ -9,6 +9,7 @@ from runkey.cli import app
 from runkey.data.index import ListedImage
 from runkey.errors import RegistryError
 from runkey.identity.code import BYTES, RULE, hash_code
+from runkey.identity.dvc_yaml import folder_md5
 from runkey.identity.key import Recipe, make_recipe
 from runkey.registry.diff import compare, compare_images, run_side, tree_side
 from runkey.registry.library import LocalLibrary
@@ -221,17 +222,17 @@ def test_long_lists_are_cut(two):
 
 
 def test_without_lists_of_images_dvc_s_cache_names_files(two):
-    cache = two.root / ".dvc/cache/files/md5"
-    for md5, files in (
-        ("0123abcd", {"a.jpg": "1" * 32, "b.jpg": "2" * 32}),
-        ("4567cdef", {"b.jpg": "3" * 32, "c.jpg": "4" * 32}),
+    keys = []
+    for run_id, files in (
+        ("e", {"a.jpg": "1" * 32, "b.jpg": "2" * 32}),
+        ("f", {"b.jpg": "3" * 32, "c.jpg": "4" * 32}),
     ):
-        path = cache / md5[:2] / f"{md5[2:]}.dir"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps([{"md5": m, "relpath": f} for f, m in files.items()]))
-    two.write("data.dvc", "outs:\n- md5: 0123abcd.dir\n  path: data\n")
-    bare = record(two, "e", None)
-    diff = compare(*sides(two, bare.key, two.second.key), two.root)
+        md5 = folder_md5(files)
+        listed = [{"md5": files[name], "relpath": name} for name in sorted(files)]
+        two.write(f".dvc/cache/files/md5/{md5[:2]}/{md5[2:]}", json.dumps(listed))
+        two.write("data.dvc", f"outs:\n- md5: {md5}\n  path: data\n")
+        keys.append(record(two, run_id, None).key)
+    diff = compare(*sides(two, *keys), two.root)
     assert diff.images is None
     assert diff.files == {
         "added": ["data/c.jpg"],

@@ -2,7 +2,11 @@
 
 import time
 
+import pytest
+
+from runkey.identity.key import training_folders
 from runkey.identity.record import RunPointer
+from runkey.tracking.replay import DESCRIPTION, find_training
 from tests.support.collectable import KEY, held
 from tests.support.records import key_of, make_run
 
@@ -27,6 +31,23 @@ def test_a_training_without_a_claim_keeps_its_folder(house):
     with held(folder):
         assert house.items() == []
     assert [item.kind for item in house.items()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("suffix", ["-backup", ".bak", "-repeats-", f"-repeats-{'a' * 9}", "0"])
+def test_a_copy_of_a_folder_belongs_to_nobody(house, suffix):
+    """Somebody made it, and what it is for nobody else knows."""
+    make_run(house.root, KEY, "a" * 32)
+    copied, own = (house.folder(f"{KEY}{end}") for end in (suffix, ""))
+    for folder in (copied, own):
+        (folder / DESCRIPTION).write_text("{}")
+    assert training_folders(house.home) == training_folders(house.home, KEY[4:16]) == [own]
+    assert find_training(house.home, KEY[:12]) == own
+    (item,) = house.items()
+    assert item.name == f"{KEY[:16]}/"
+    house.apply()
+    assert copied.is_dir()
+    assert training_folders(house.home) == []
+    assert find_training(house.home, KEY[:12]) is None
 
 
 def test_a_failed_run_with_a_checkpoint_can_go_on_and_stays(house):

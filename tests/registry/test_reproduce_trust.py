@@ -15,12 +15,10 @@ import pytest
 from runkey.errors import RegistryError
 from runkey.identity.key import Recipe, make_recipe
 from runkey.identity.record import ORIGIN, TAKEN, Record
-from runkey.params import parse_params
-from runkey.params.render import render
 from runkey.registry.library import LocalLibrary
 from runkey.registry.reproduce import _check_key, _differing, foreign_code
 from runkey.registry.snapshot import add_worktree, git
-from tests.support.project import TINY, clean_environment, copy_repository
+from tests.support.project import TINY, clean_environment, commit_recipe
 from tests.support.records import FILES, make_run
 
 WHO = {f"GIT_{role}_{what}": "x" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
@@ -30,11 +28,7 @@ MARK = "import pathlib; pathlib.Path('/MARK').touch()\n"
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("trust") / "repository"
-    copy_repository(root)
-    (root / "params.yaml").write_text(render(parse_params(TINY), "# tiny"))
-    (root / "data.dvc").write_text("outs:\n- md5: 0123abcd.dir\n  path: data\n")
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "start"]):
-        git(root, *command, env=WHO)
+    commit_recipe(root, TINY)
     return root
 
 

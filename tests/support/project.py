@@ -101,6 +101,15 @@ def begin_project(root: Path, params: Mapping[str, Any]) -> Project:
     return begun
 
 
+def commit_recipe(root: Path, params: Mapping[str, Any]) -> None:
+    """Commit the copy with these parameters and a data.dvc whose data are not there."""
+    copy_repository(root)
+    (root / "params.yaml").write_text(render(parse_params(params), "# tiny"))
+    (root / "data.dvc").write_text("outs:\n- md5: 0123abcd.dir\n  path: data\n")
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "start"]):
+        subprocess.run(["git", *command], cwd=root, check=True, env=clean_environment())
+
+
 def in_one_line(said: str) -> str:
     """What stages said, without the line breaks that they put in after 100 columns."""
     return " ".join(said.split())

@@ -14,8 +14,8 @@ import torch
 
 from runkey.errors import TrainingError
 from runkey.model.criterion import build_criterion
+from runkey.paths import TRAIN_LOG
 from runkey.training.debug import (
-    LOG,
     Bundle,
     bad_steps,
     diagnose,
@@ -220,7 +220,7 @@ def test_from_a_killed_runs_folder_and_from_a_bundle_elsewhere(killed, tmp_path)
     found = diagnose(context.step, bad, seed=0, step=5)
     assert (found.finding.where, found.finding.module) == (how, LAYER)
     assert found.finding.image_ids == bad[0].image_ids
-    logged = logged_losses(folder / LOG, 6)
+    logged = logged_losses(folder / TRAIN_LOG.name, 6)
     assert len(logged) == 4
     assert {name: str(value) for name, value in logged.items()} == {
         name: str(value) for name, value in found.losses.items()
