@@ -290,7 +290,7 @@ def hashed_files(root: Path, places: Iterable[Path]) -> dict[str, StoredFile]:
 # --- run.json
 
 _VARIABLES = ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHASHSEED", "PYTHONPATH")
-_KERNELS = ("ATEN_", "DNNL_", "MKL_", "NPY_", "ONEDNN_", "OPENBLAS_")
+KERNEL_VARIABLES = ("ATEN_", "DNNL_", "MKL_", "NPY_", "ONEDNN_", "OPENBLAS_")
 """Prefixes: choice of kernels, so of the order in which numbers are added."""
 _ONLY_THREADS = re.compile("NUM_THREADS|VERBOSE")
 _VECTOR_FLAGS = (
@@ -298,7 +298,7 @@ _VECTOR_FLAGS = (
     *("amx_tile", "amx_bf16"),
 )
 _FAMILIES = (
-    *_KERNELS,
+    *KERNEL_VARIABLES,
     *("OMP_", "GOMP_", "KMP_"),
     *("TORCH_", "PYTORCH_", "CUDA_", "CUBLAS_", "CUDNN_", "NCCL_", "NVIDIA_", "TORCHINDUCTOR_"),
 )
@@ -342,7 +342,7 @@ def describe_cpu(capability: str) -> str:
     }
     flags = [flag for flag in _VECTOR_FLAGS if flag in fields.get("flags", "").split()]
     model = fields.get("model name") or platform.processor() or platform.machine()
-    chosen = {n: v for n, v in sorted(os.environ.items()) if v and n.startswith(_KERNELS)}
+    chosen = {n: v for n, v in sorted(os.environ.items()) if v and n.startswith(KERNEL_VARIABLES)}
     variables = (f"{n}={v}" for n, v in chosen.items() if not _ONLY_THREADS.search(n))
     return ", ".join([f"{capability}: {model} ({' '.join(flags)})", *variables])
 

@@ -11,7 +11,13 @@ import pytest
 
 from runkey.errors import RecipeError
 from runkey.identity.key import make_recipe
-from runkey.identity.record import Hardware, RunManifest, capture_environment, describe_cpu
+from runkey.identity.record import (
+    KERNEL_VARIABLES,
+    Hardware,
+    RunManifest,
+    capture_environment,
+    describe_cpu,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -130,6 +136,15 @@ print(torch.softmax(numbers, 1).exp().sum(1).tolist())
 """
 
 
+@pytest.fixture
+def plain_shell(monkeypatch):
+    """None of this shell's variables chooses kernels."""
+    for name in os.environ:
+        if name.startswith(KERNEL_VARIABLES):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("plain_shell")
 def test_the_instructions_that_torch_uses_are_in_the_class():
     """In real processes: what torch takes from its variable changes the last bits."""
     told = {}
@@ -152,6 +167,7 @@ def test_the_instructions_that_torch_uses_are_in_the_class():
     assert other[1] != plain[1]
 
 
+@pytest.mark.usefixtures("plain_shell")
 @pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR"])
 def test_a_variable_that_chooses_kernels_is_in_the_class(monkeypatch, name):
     before = describe_cpu("AVX2")
