@@ -7,7 +7,6 @@ faults, environments or runs differ).
 from __future__ import annotations
 
 import json
-import os
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -24,10 +23,11 @@ from runkey.identity.key import training_folders
 from runkey.progress import WIDTH, escaped, say
 from runkey.registry.claims import Claims, open_claims
 from runkey.registry.library import Library, open_library
-from runkey.tracking.store import Store, locate_store
+from runkey.tracking.store import find_store
 
 workspace, checkout = paths.workspace, paths.store_root
 """The repository that the current folder is in; the main checkout, whatever the current folder."""
+store = find_store
 
 NO = 3
 """Exit code of a command whose answer is no."""
@@ -36,25 +36,6 @@ NO_BREAK = "\N{NO-BREAK SPACE}"
 
 AsJson = Annotated[bool, Option("--json", help="Print JSON instead of text.")]
 Key = Annotated[str, Argument(help="Prefix of a key; KEY:RUN for one of its runs.")]
-
-
-def store() -> Store:
-    """Return the store that the current folder, `DVC_ROOT` or `MLFLOW_TRACKING_URI` names.
-
-    Outside a repository the address alone is enough: a server's, or a database's full path.
-    RunkeyError if no such address is set there.
-    """
-    try:
-        root = checkout()
-    except RunkeyError as error:
-        address = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
-        if not (paths.is_server(address) or address.startswith("sqlite:////")):
-            raise RunkeyError(
-                f"{error}, or set MLFLOW_TRACKING_URI to a server's address or"
-                " sqlite:////full/path/mlflow.db"
-            ) from None
-        root = Path.cwd()
-    return locate_store(root)
 
 
 def library(*, offline: bool = False) -> Library:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from runkey import paths
 from runkey.cli import output
 from runkey.cli.output import AsJson, Key
 from runkey.errors import RegistryError
@@ -24,6 +25,7 @@ from runkey.registry import show
 from runkey.registry.claims import status_now
 from runkey.registry.dvc_cache import download, in_the_way
 from runkey.registry.library import find_run
+from runkey.registry.models import THRESHOLDS
 from runkey.registry.query import Query, find_field, parse_condition
 from runkey.registry.rest import comparison_page, run_page
 from runkey.units import counted, format_bytes
@@ -152,7 +154,9 @@ def get(
     files = {
         path: stored
         for path, stored in sorted(record.details.files.items())
-        if not prefix or f"{path}/".startswith(f"{prefix}/")
+        if not prefix
+        or f"{path}/".startswith(f"{prefix}/")
+        or (prefix == paths.MODEL.as_posix() and path == THRESHOLDS)
     }
     if not files:
         known = sorted({path.split("/")[0] for path in record.details.files})

@@ -99,7 +99,7 @@ def predict(
     if all were read, 1 after an error. Ctrl-C keeps what was written. OUT must be new or empty, or
     hold the files of an earlier predict, which are replaced.
     """
-    from runkey.inference.model import load_model_folder
+    from runkey.api import load
     from runkey.inference.predict import Options, find_sources, parse_score
     from runkey.inference.predict import predict as predict_all
     from runkey.inference.tile import parse_tiling
@@ -108,7 +108,7 @@ def predict(
     listed = sys.stdin if "-" in sources else ()
     found = find_sources(sources, out=out, allow_urls=allow_urls, listed=listed)
     chosen = parse_score(score)
-    loaded = load_model_folder(model, device=device)
+    loaded = load(model, device)
     sizes = loaded.card.sizes
     options = Options(
         score=chosen,

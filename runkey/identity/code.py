@@ -25,6 +25,7 @@ from runkey.hashing import sha256_bytes
 
 EXCLUDED = (
     "runkey/__main__.py",
+    "runkey/api.py",
     "runkey/cli/",
     "runkey/errors.py",
     "runkey/identity/",

@@ -120,6 +120,7 @@ class Model:
         """Args: card: classes, sizes, thresholds. network: what runs the model."""
         self.card, self.network = card, network
         self.preprocess = Preprocess(card.sizes)
+        self._told = False
 
     def __repr__(self) -> str:
         names = ", ".join(one.name for one in self.card.classes[:4])
@@ -233,8 +234,9 @@ class Model:
         known = self.card.thresholds
         auto = {name: known.get(name, DEFAULT_SCORE) for name in class_keys(self.card.classes)}
         chosen = score if isinstance(score, Mapping) else {}
-        if not known and len(chosen) < len(auto):
-            logger.info(
+        if not known and len(chosen) < len(auto) and not self._told:
+            self._told = True
+            logger.warning(
                 f"score {DEFAULT_SCORE}: no {THRESHOLDS} of these weights; `dvc repro evaluate`"
                 " writes evaluation/thresholds.json"
             )

@@ -23,7 +23,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import Field
 
-from runkey import __version__, paths
+from runkey import paths
 from runkey.evaluation.files import METRICS_JSON, Metrics
 from runkey.files import LARGE, FormatError, read_json, write_atomically
 from runkey.identity.key import PARTS
@@ -37,6 +37,7 @@ from runkey.plots.hints import CLASS_SCORES, EVENT, Hint, all_hints
 from runkey.plots.log import TrainingLog, read_log
 from runkey.progress import escaped
 from runkey.units import counted, format_seconds
+from runkey.version import __version__
 
 logger = logging.getLogger(__name__)
 

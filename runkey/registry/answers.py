@@ -102,11 +102,19 @@ class Experiment:
 
 
 @dataclass(frozen=True)
+class Alias:
+    """A name for one version of a registered model."""
+
+    alias: str
+
+
+@dataclass(frozen=True)
 class Model:
     """A registered model."""
 
     name: str
     tags: Sequence[Pair] = ()
+    aliases: Sequence[Alias] = ()
     latest_versions: Sequence[Any] = ()
 
 

@@ -369,7 +369,7 @@ def run_reader(uri: str) -> ReadRun | None:
         return None
 
     def read(run_id: str) -> LoggedRun | None:
-        with _opened(uri) as database:
+        with opened(uri) as database:
             return _read_from_sqlite(database, run_id)
 
     return read
@@ -379,20 +379,20 @@ def finished_runs(uri: str) -> set[str]:
     """List the MLflow ids of all finished runs that have a key; empty if not a sqlite store."""
     if not uri.startswith(paths.SQLITE):
         return set()
-    with _opened(uri) as database:
+    with opened(uri) as database:
         return {run for (run,) in database.execute(f"{_KEYED} AND status = 'FINISHED'", (KEY,))}
 
 
 def _all_runs(uri: str) -> Iterator[LoggedRun]:
     """Yield all runs of a sqlite store that have a key, and show progress."""
-    with _opened(uri) as database:
+    with opened(uri) as database:
         for (run_id,) in each("index", database.execute(_KEYED, (KEY,)).fetchall(), "runs"):
             if run := _read_from_sqlite(database, run_id):
                 yield run
 
 
 @contextmanager
-def _opened(uri: str) -> Iterator[Connection]:
+def opened(uri: str) -> Iterator[Connection]:
     """Open the database read-only; it is not created if it is not there."""
     path = Path(uri.removeprefix(paths.SQLITE))
     if path.exists() and not path.is_file():

@@ -113,6 +113,25 @@ def locate_store(root: Path | None = None) -> Store:
     return Store(uri, artifacts, paths.home_of(root))
 
 
+def find_store() -> Store:
+    """Return the store that the current folder, `DVC_ROOT` or `MLFLOW_TRACKING_URI` names.
+
+    Outside a repository the address alone is enough: a server's, or a database's full path.
+    RunkeyError if no such address is set there.
+    """
+    try:
+        root = paths.store_root()
+    except RunkeyError as error:
+        address = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+        if not (paths.is_server(address) or address.startswith("sqlite:////")):
+            raise RunkeyError(
+                f"{error}, or set MLFLOW_TRACKING_URI to a server's address or"
+                " sqlite:////full/path/mlflow.db"
+            ) from None
+        root = Path.cwd()
+    return locate_store(root)
+
+
 def quiet_mlflow() -> None:
     """Turn off MLflow's telemetry and chatter; call it before mlflow is first imported."""
     for name, value in _ENVIRONMENT.items():
@@ -270,6 +289,13 @@ def _connected(path: Path) -> Iterator[sqlite3.Connection]:
         yield database
 
 
+_PLACES = (
+    *(("experiments", "artifact_location"), ("runs", "artifact_uri")),
+    *(("logged_models", "artifact_location"), ("model_versions", "storage_location")),
+)
+"""Tables and columns in which MLflow keeps absolute paths of artifacts."""
+
+
 def _adopt_moved(store: Store) -> None:
     """Point the database at the artifacts beside it if the checkout was moved or copied.
 
@@ -287,7 +313,7 @@ def _adopt_moved(store: Store) -> None:
             (f"file://%/{store.artifacts.name}", here),
         ).fetchall()
         for (old,) in moved if store.database.parent == store.artifacts.parent else ():
-            for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+            for table, column in _PLACES:
                 database.execute(
                     f"UPDATE {table} SET {column} = ? || substr({column}, ?)"
                     f" WHERE {column} = ? OR substr({column}, 1, ?) = ?",

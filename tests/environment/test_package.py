@@ -16,6 +16,8 @@ from ruamel.yaml import YAML
 
 import runkey
 from runkey.identity.environment import normalise_name, python_pins, read_lock
+from tests.support.records import key_of, make_run
+from tests.support.small_model import photograph
 
 REPOSITORY = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
@@ -183,6 +185,48 @@ def test_runkey_list_outside_of_any_repository(programs, tmp_path):
     relative = outside(*command, cwd=tmp_path, MLFLOW_TRACKING_URI="sqlite:///mlflow.db")
     assert relative.stderr.startswith("error: no folder with params.yaml")
     assert list(tmp_path.iterdir()) == []
+
+
+LOADED = """\
+import sys, runkey
+model = runkey.load(sys.argv[1])
+found = model([sys.argv[2], open(sys.argv[2], "rb").read()], score=0)
+print(runkey.__file__)
+print([len(one) for one in found], found[0].image_size, "ball" in found[0].names)
+print((found[0].boxes_xyxy == found[1].boxes_xyxy).all())
+"""
+
+
+def test_a_model_is_loaded_by_its_key_in_an_empty_folder(programs, small_model_folder, tmp_path):
+    key, store, here = key_of("a"), tmp_path / "store", tmp_path / "empty"
+    files = {f"model/{path.name}": path.read_bytes() for path in small_model_folder.iterdir()}
+    make_run(store, key, files=files)
+    here.mkdir()
+    photograph(1).save(tmp_path / "a.png")
+    address = f"sqlite:///{store}/mlflow.db"
+    command = (programs / "python", "-c", LOADED, key[:12], tmp_path / "a.png")
+    done = outside(*command, cwd=here, MLFLOW_TRACKING_URI=address)
+    assert done.returncode == 0, done.stderr
+    place, *answers = done.stdout.splitlines()
+    assert place.startswith(str(programs.parent))
+    assert answers == ["[24, 24] (60, 80) True", "True"]
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_types_of_the_package_are_seen_by_mypy(programs, tmp_path):
+    mypy = REPOSITORY / ".venv-tools/bin/mypy"
+    if not mypy.exists():
+        pytest.skip("`make env-tools` installs mypy")
+    (tmp_path / "use.py").write_text(
+        "import runkey\nmodel = runkey.load('model')\nreveal_type(model('a.jpg'))\n"
+        "reveal_type(model(['a.jpg']))\n"
+    )
+    command = (mypy, "--python-executable", programs / "python", "use.py")
+    done = outside(*command, cwd=tmp_path)
+    shown = re.findall(r'Revealed type is "(.*)"', done.stdout)
+    name = "runkey.inference.detections.Detections"
+    assert shown == [name, f"list[{name}]"], done.stdout
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ def stage(request: pytest.FixtureRequest) -> Stage:
     return STAGES[request.param]
 
 
-TELLING = ("runkey/errors.py", "runkey/progress.py", "runkey/version.py")
+TELLING = ("runkey/api.py", "runkey/errors.py", "runkey/progress.py", "runkey/version.py")
 """Draws nothing, nor do identity, params and the like, which `report` reads a run with."""
 
 
