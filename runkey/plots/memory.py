@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from dataclasses import replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runkey.memory.predict import Prediction
-from runkey.memory.trace.events import CLASSES, Timeline, timeline_of
+from runkey.memory.trace.events import CLASSES, Timeline, Trace, timeline_of
 from runkey.plots import style
 from runkey.units import GIB, MIB, counted
 
@@ -48,12 +49,24 @@ def draw_step(
         f"Memory of a training step: {counted(images, 'image')} of {height} x {width}, "
         f"{model.precision}, on a GPU"
     )
-    timeline = timeline_of(prediction.trace(images))
+    timeline = timeline_of(_in_fixed_order(prediction.trace(images)))
     paths = [folder / f"timeline{suffix}" for suffix in (".png", ".svg")]
     for path in paths:
         with style.drawing(path, "", height=4.4) as (axes,):
             _draw(axes, timeline, title, levels)
     return paths
+
+
+def _in_fixed_order(trace: Trace) -> Trace:
+    """Sort the frees between two allocations of a phase by block.
+
+    When autocast ends, torch frees its copies of the weights in the order of their addresses'
+    hashes, which differs from process to process.
+    """
+    starts = {mark.start for mark in trace.marks}
+    begins = (event.kind == "alloc" or i in starts for i, event in enumerate(trace.events))
+    ordered = sorted(zip(accumulate(begins), trace.events, strict=True))
+    return replace(trace, events=tuple(event for _, event in ordered))
 
 
 def _draw(axes: Any, timeline: Timeline, title: str, levels: Mapping[str, float]) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from runkey.cli.memory import as_dict, print_memory
 from runkey.memory.trace.events import timeline_of
+from runkey.params.render import render
 from runkey.plots.memory import draw_step
 from runkey.units import GIB
 
@@ -64,6 +65,36 @@ def test_the_picture_is_the_same_each_time(prediction, tmp_path):
     assert len(svg) < 600_000
     with Image.open(files[0][0]) as picture:
         assert picture.size[0] == 900
+
+
+DRAW = """
+import sys
+from pathlib import Path
+from runkey.memory.batch_shapes import prepared_shapes
+from runkey.memory.predict import predict
+from runkey.params import load_params
+from runkey.pipeline.step_factory import step_factory
+from runkey.plots.memory import draw_step
+folder = Path(sys.argv[1])
+params = load_params(folder / "params.yaml")
+shapes = prepared_shapes(params, folder / "prepared")
+factory = lambda other: step_factory(other, shapes.num_classes)
+draw_step(predict(params, shapes, factory, alternatives=False), 4, Path(sys.argv[2]), None)
+"""
+
+
+@pytest.mark.slow
+def test_processes_draw_the_same_picture(small_params, prepared, tmp_path):
+    """Addresses differ from process to process, and with them the order of some frees."""
+    (tmp_path / "params.yaml").write_text(render(small_params, "# small"))
+    (tmp_path / "prepared").symlink_to(prepared)
+    pictures = set()
+    for name in "abc":
+        drawn = tmp_path / name
+        command = [sys.executable, "-c", DRAW, str(tmp_path), str(drawn)]
+        subprocess.run(command, cwd=ROOT, check=True)
+        pictures.add(b"".join(path.read_bytes() for path in sorted(drawn.iterdir())))
+    assert len(pictures) == 1
 
 
 def test_a_budget_is_a_line_or_a_word(prediction, tmp_path):
