@@ -2,7 +2,7 @@
 
     python -m benchmarks.kills --kills 60                     # all; writes results/kills.md
     python -m benchmarks.kills --kills 4 --only train gc      # some of them; prints the table
-    python -m benchmarks.kills --kills 0 --damages 20         # damaged files only
+    python -m benchmarks.kills --kills 0 --damages 30         # damaged files only
 
 Compared with an undisturbed round: the bits of every output, MLflow's runs and points, records,
 run-cache entries, DVC's cache, files left over (which `runkey gc` must name and remove).  The
@@ -42,7 +42,7 @@ class Row:
         kills = sum((r.kills for r in self.rounds), Counter[str]())
         left = Counter(name for r in self.rounds for name in r.leftovers)
         faults = sum(bool(r.faults) for r in self.rounds)
-        damaged = ", ".join(sorted({r.damaged for r in self.rounds if r.damaged}))
+        damaged = ", ".join(dict.fromkeys(r.damaged for r in self.rounds if r.damaged))
         return [
             self.case.name,
             damaged or f"{kills['all']} + {kills['one']}",
@@ -55,7 +55,7 @@ class Row:
 def run(folder: Path, cases: Sequence[Case], kills: int, seed: int) -> list[Row]:
     """Play rounds of one or two kills, of each case in turn, until there were so many kills."""
     rng, bench = random.Random(seed), Bench(folder)
-    rows = {case.name: Row(case) for case in cases}
+    rows = {case.name: Row(case) for case in cases}  # a file damaged in several ways is one row
     done = 0
     with suppress(KeyboardInterrupt):  # the table is of what was done
         while done < kills:
@@ -74,8 +74,11 @@ def run(folder: Path, cases: Sequence[Case], kills: int, seed: int) -> list[Row]
                     f"{done}/{kills} {case.name}: {what}, exit codes {codes}, {seconds:.0f} s",
                     flush=True,
                 )
-                for told in (*played.leftovers, *(f"FAULT {f}" for f in played.faults)):
+                said = [text.strip().splitlines()[-1:] for code, text in played.lives if code]
+                for told in (*said, *played.leftovers, *(f"FAULT {f}" for f in played.faults)):
                     print(f"    {told}", flush=True)
+                if played.faults:
+                    print(played.lives[-1][1][-5000:], flush=True)
     return list(rows.values())
 
 
@@ -117,7 +120,7 @@ def main() -> int:
     """Run; exit code 1 if anything was not as it should be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=60, help="SIGKILLs, over all cases in turn")
-    parser.add_argument("--damages", type=int, default=20, help="damaged files, in turn")
+    parser.add_argument("--damages", type=int, default=len(DAMAGES), help="damaged files, in turn")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="cases; else all")
     parser.add_argument("--seed", type=int, default=0, help="decides when and how")
     parser.add_argument("--keep", type=Path, help="an empty folder to work in, and to leave")
