@@ -318,11 +318,11 @@ class FinishedRun:
         shown = self.record.run.metrics if self.record else {}
         is_newest = all(shown.get(legal_name(name)) == value for name, value in finite.items())
         if is_newest and self._details and self._details.evaluations.get(key) == finite:
-            self._mlflow.close()
+            self._close("evaluate")
             return
         self._mlflow.log_again(metrics)
         files = hashed_files(self._root, (paths.EVALUATION, paths.METRICS / "evaluate.json"))
-        self._add(files, {key: finite})
+        self._add("evaluate", files, {key: finite})
 
     def add_pictures(self, page: Path) -> None:
         """Record copies of plots/, unless the run has them.
@@ -334,11 +334,13 @@ class FinishedRun:
         files = hashed_files(self._root, (paths.PLOTS,))
         recorded = self._details.files if self._details else {}
         if all(recorded.get(n) == f for n, f in files.items() if n != page.as_posix()):
-            self._mlflow.close()
+            self._close("plots")
         else:
-            self._add(files, {})
+            self._add("plots", files, {})
 
-    def _add(self, files: dict[str, StoredFile], evaluations: dict[str, dict[str, float]]) -> None:
+    def _add(
+        self, stage: str, files: dict[str, StoredFile], evaluations: dict[str, dict[str, float]]
+    ) -> None:
         """Copy files of the workspace to the run, note both in its record, and close it."""
         assert self._mlflow
         with tempfile.TemporaryDirectory() as name:
@@ -356,7 +358,14 @@ class FinishedRun:
                 )
                 (folder / DETAILS).write_text(self._details.as_json(), encoding="utf-8")
                 self._mlflow.artifact(folder / DETAILS)
-            self._mlflow.close()
+            self._close(stage)
+
+    def _close(self, stage: str) -> None:
+        """Send what is left. The workspace has what MLflow does not take, so nothing is kept."""
+        assert self._mlflow
+        self._mlflow.close()
+        if not self._mlflow.is_whole:
+            logger.warning(f"MLflow: `dvc repro -f -s {stage}` sends it, when MLflow answers again")
 
     def save_model(self, name: str, example: Path) -> None:
         """Log the run's model in MLflow as `name`, with a signature and an example image."""

@@ -176,7 +176,7 @@ class TrackedRun:
     def close(self, status: Status = "FINISHED") -> str | None:
         """Send what is left, end the run and return its id, None if there is none.
 
-        What could not be sent stays in the training's folder; a warning names the command that
+        What of a training could not be sent stays in its folder; a warning names the command that
         sends it.
         """
         if self.jsonl:
@@ -244,9 +244,8 @@ class TrackedRun:
                 is_first, self._error = self._error is None, in_one_line(error)
                 self._failed = time.monotonic()
                 if is_first:
-                    logger.warning(
-                        f"MLflow: {self._error}; the work goes on, values are kept and sent later"
-                    )
+                    later = "values are kept and sent later" if sender.training else "tried again"
+                    logger.warning(f"MLflow: {self._error}; the work goes on, {later}")
                 pause = self._pace.retry_seconds
                 failures_closing += closing
             if closing:

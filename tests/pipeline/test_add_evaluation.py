@@ -52,3 +52,24 @@ def test_files_that_are_gone_before_are_no_evaluation(
     with pytest.raises(FileNotFoundError):
         run.add_evaluation("rk2-f", {"eval/AP": 0.75})
     assert "rk2-f" not in checkout.details.evaluations
+
+
+def test_what_mlflow_does_not_take_is_sent_by_the_stage_again(
+    checkout: Checkout, caplog: pytest.LogCaptureFixture
+) -> None:
+    there = checkout.artifacts / "evaluation"
+    kept = there.rename(there.with_name("aside"))
+    there.write_text("in the way of a folder")
+    FinishedRun(parse_params(TINY), checkout.root).add_evaluation("rk2-f", {"eval/AP": 0.75})
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert said[0].endswith("; the work goes on, tried again")
+    assert "lacks " in said[1]
+    assert said[2:] == ["MLflow: `dvc repro -f -s evaluate` sends it, when MLflow answers again"]
+    assert "rk2-f" not in checkout.details.evaluations
+
+    there.unlink()
+    kept.rename(there)
+    caplog.clear()
+    FinishedRun(parse_params(TINY), checkout.root).add_evaluation("rk2-f", {"eval/AP": 0.75})
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
+    assert checkout.details.evaluations["rk2-f"] == {"eval/AP": 0.75}
