@@ -92,8 +92,24 @@ class RunPointer:
                     return found
                 raise FormatError("sent: a negative number of bytes")
             except FormatError as error:
-                logger.warning(f"{folder / POINTER}: {error}; a new MLflow run takes its place")
+                logger.warning(
+                    f"{folder / POINTER}: {error}; training goes on in the MLflow run that its"
+                    " claim names, or else in a new one"
+                )
         return None
+
+    @classmethod
+    def restore(cls, folder: Path, uri: str, run_id: str) -> Self | None:
+        """Replace an unreadable pointer by one to a run of the store at `uri`; None without one.
+
+        The whole log is sent again: MLflow keeps a value that arrives twice once.
+        """
+        if not (folder / POINTER).is_file():
+            return None
+        pointer = cls(uri, run_id=run_id)
+        with suppress(OSError):  # the sender warns
+            pointer.write(folder)
+        return pointer
 
     def write(self, folder: Path) -> None:
         """Write it atomically to a training's folder."""

@@ -172,6 +172,8 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[KeyClaim | None
             )
         # The runs of dead owners, without the one that this training continues.
         pointer = RunPointer.read(folder)
+        if pointer is None and decision.superseded:
+            pointer = RunPointer.restore(folder, store.uri, decision.superseded[-1])
         dead = tuple(r for r in decision.superseded if pointer is None or r != pointer.run_id)
         claim = KeyClaim(store, inputs, held, folder, decision.line, snapshot, dead, repeats)
         yield claim

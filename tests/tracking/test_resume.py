@@ -16,6 +16,7 @@ from runkey.tracking.log import JsonlLog
 from runkey.tracking.replay import save_description
 from runkey.tracking.store import Store, open_client
 from runkey.tracking.sync import LogTail, RunSender, open_tail
+from tests.support.kill_commands import FORMS
 from tests.support.points import (
     assert_the_same_points,
     doubled_lines,
@@ -188,6 +189,30 @@ def test_a_mark_that_is_lost_doubles_nothing(store: Store, folder: Path, said: l
     assert_the_same_points(folder / "train.jsonl", store, str(pointer.run_id))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_damaged_pointer_is_that_of_the_claims_run(
+    store: Store, folder: Path, said: list[str], form: str
+) -> None:
+    position = interrupted(store, folder)
+    pointer = RunPointer.read(folder)
+    assert pointer is not None
+    run_id = str(pointer.run_id)
+    assert RunPointer.restore(folder / "another", store.uri, run_id) is None
+    path = folder / POINTER
+    path.write_bytes(FORMS[form](path.read_bytes()))
+    assert RunPointer.read(folder) is None
+    assert said.pop().startswith(f"{path}: ")
+
+    assert RunPointer.restore(folder, store.uri, run_id)
+    tracker = begin(store, folder)
+    assert tracker.jsonl
+    tracker.jsonl.resume(position)
+    log_steps(tracker, 21, 40)
+    assert tracker.close() == run_id
+    assert_the_same_points(folder / "train.jsonl", store, run_id)
+    assert said == []
+
+
 def test_a_folder_that_refuses_the_pointer_costs_a_line_each_way(
     store: Store, folder: Path, said: list[str]
 ) -> None:
@@ -196,7 +221,8 @@ def test_a_folder_that_refuses_the_pointer_costs_a_line_each_way(
     log_steps(tracker, 1, 3)
     run_id = tracker.close()
     assert said == [
-        f"{folder / POINTER}: a folder or a device, not a file; a new MLflow run takes its place",
+        f"{folder / POINTER}: a folder or a device, not a file; training goes on in the MLflow run"
+        " that its claim names, or else in a new one",
         f"{folder}: cannot be written (Is a directory); if training is interrupted now, it may go"
         " on in another MLflow run",
     ]
