@@ -20,6 +20,7 @@ from runkey.cli import output
 from runkey.cli.output import AsJson, Key
 from runkey.errors import DataError, ModelError, ParamsError, RecipeError, RegistryError
 from runkey.files import FormatError, expect, read_json, write_atomically
+from runkey.identity.initial_weights import check_same_weights, link_weights
 from runkey.identity.inputs import Inputs
 from runkey.identity.key import FILE_PARAMS, NO_FILE, make_recipe, short_key
 from runkey.identity.key import explain as lines_of
@@ -118,9 +119,11 @@ def _check(root: Path) -> None:
 
     try:
         params = load_params(root / paths.PARAMS)
-        make_recipe("train", root, params)
+        recipe = make_recipe("train", root, params)
+        check_same_weights(recipe, params.flat(), root)
         _check_weights(params, root)
         output.store()
+        link_weights(params.flat(), root)
     except (ParamsError, RecipeError, ModelError) as error:
         way_out = ""
         if "DVC_EXP_NAME" in os.environ and root == output.checkout():

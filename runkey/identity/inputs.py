@@ -348,7 +348,9 @@ def tree_note(root: Path, params: Params | None = None, home: Path | None = None
     note = ""
     if recipe.key != key:
         # DVC sees the name of the weights, not the file.
-        force = " (`dvc repro -f`, if weights were changed in place)" if has_weights else ""
+        force = (
+            " (`dvc repro -f -s train`, if weights were changed in place)" if has_weights else ""
+        )
         note = (
             f"{RUN_JSON} is of {short_key(key)}, the files here now have the key"
             f" {short_key(recipe.key)}; `runkey diff {short_key(key)} .` says why, `dvc repro`"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import sys
 
 import pytest
@@ -36,3 +38,27 @@ def test_a_run_starts_from_a_key_and_a_wrong_one_costs_nothing(project: Project)
     params.write_text(text.replace("init_from: null", "init_from: got"))
     done = project.run(sys.executable, "-m", "runkey", "key")
     assert done.stdout.strip() == project.json("run.json")["key"]
+
+
+def test_weights_that_change_in_place_are_trained_from_again(project: Project) -> None:
+    """DVC sees the name of the file; the stage `check` leaves a link to it as its output."""
+    params = project.root / "params.yaml"
+    text = params.read_text()
+    start = project.root / "start.safetensors"
+    shutil.copyfile(project.root / "model/weights.safetensors", start)
+    value = re.search(r"init_from: (\S+)", text)
+    assert value
+    params.write_text(text.replace(value[0], "init_from: start.safetensors"))
+    project.dvc("repro")
+    first = project.json("run.json")["key"]
+    assert "Data and pipelines are up to date." in project.dvc("repro")
+
+    shutil.copyfile(project.root / "model/weights.safetensors", start)
+    with pytest.raises(AssertionError, match="changed since model/ was") as refused:
+        project.dvc("repro")
+    assert "`dvc repro -f -s train` trains again" in in_one_line(str(refused.value))
+    assert project.json("run.json")["key"] == first
+    project.dvc("repro", "-f", "-s", "train")
+    assert "Running stage 'evaluate'" in project.dvc("repro")
+    assert project.json("run.json")["key"] != first
+    assert "Data and pipelines are up to date." in project.dvc("repro")

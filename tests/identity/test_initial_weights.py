@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from runkey.errors import RecipeError
-from runkey.identity.initial_weights import find_initial_weights
+from runkey.files import write_json
+from runkey.identity.initial_weights import (
+    LINKS,
+    check_same_weights,
+    find_initial_weights,
+    link_weights,
+)
 from runkey.identity.inputs import tree_note
 from runkey.identity.key import make_recipe
+from runkey.identity.record import KEY_JSON
+from runkey.params import load_params
 from tests.support.records import key_of, make_run
 
 NAME = "model.init_from"
@@ -68,7 +77,63 @@ def test_weights_that_change_in_place_are_named_with_the_way_out(project):
     home = project / ".runkey"
     assert tree_note(project, home=home) == ""
     write(project / "start", {"model/weights.safetensors": b"changed"})
-    assert "`dvc repro -f`" in tree_note(project, home=home)
+    assert "`dvc repro -f -s train`" in tree_note(project, home=home)
+
+
+def train(project, value):
+    """Leave what a training from some weights leaves: key.json, and parameters in dvc.lock."""
+    params = project / "params.yaml"
+    params.write_text(params.read_text().replace("model:\n", f"model:\n  init_from: {value}\n"))
+    write_json(project / KEY_JSON, make_recipe("train", project).as_dict())
+    model = {"init_from": value, "num_queries": 20}
+    lock = {"stages": {"train": {"params": {"params.yaml": {"model": model}}}}}
+    (project / "dvc.lock").write_text(json.dumps(lock))
+
+
+def check(project):
+    params = load_params(project / "params.yaml")
+    check_same_weights(make_recipe("train", project), params.flat(), project)
+    link_weights(params.flat(), project)
+
+
+def test_weights_that_dvc_takes_for_the_same_are_refused(project):
+    write(project / "start")
+    train(project, "start")
+    check(project)
+    for name, content in FILES.items():
+        write(project / "start", {name: b"changed"})
+        with pytest.raises(RecipeError, match="start: the file changed since model/ was trained"):
+            check(project)
+        write(project / "start", {name: content})
+    check(project)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("init_from: start", "init_from: other"), ("lr: 1e-4", "lr: 2e-4")]
+)
+def test_what_dvc_sees_itself_is_not_refused(project, old, new):
+    write(project / "start")
+    write(project / "other", dict.fromkeys(FILES, b"others"))
+    train(project, "start")
+    params = project / "params.yaml"
+    params.write_text(params.read_text().replace(old, new))
+    write(project / "start", {"model/weights.safetensors": b"changed"})
+    check(project)
+
+
+def test_links_lead_to_the_files_that_may_change(project):
+    make_run(project, KEY, files=FILES)
+    write(project / "start")
+    train(project, "start")
+    check(project)
+    links = {path.name: path.read_bytes() for path in (project / LINKS).iterdir()}
+    del links["README"]
+    assert links == {f"{NAME}.{Path(name).name}": data for name, data in FILES.items()}
+    (project / "model/key.json").unlink()
+    params = project / "params.yaml"
+    params.write_text(params.read_text().replace("init_from: start", f"init_from: {KEY}"))
+    check(project)
+    assert [path.name for path in (project / LINKS).iterdir()] == ["README"]
 
 
 def test_a_run_is_found_in_the_store_in_use(project, tmp_path, monkeypatch):
