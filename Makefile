@@ -39,7 +39,7 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 help: ## Print this list
 	@echo "usage: make TARGET"; echo
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | \
-	  while IFS='|' read -r target text; do printf '  %-13s %s\n' "$$target" "$$text"; done
+	  while IFS='|' read -r target text; do printf '  %-16s %s\n' "$$target" "$$text"; done
 
 .PHONY: repro
 repro: env data ## Environment, sample data, pipeline: ends with the key, the AP and where to look
@@ -57,7 +57,7 @@ test: env env-tools env-convert env-export ## The tests, 5 to 9 minutes on 2 cor
 	$(PYTEST) $(ARGS)
 
 .PHONY: test-all
-test-all: env env-tools env-convert env-export ## The slow tests too: whole pipelines, experiments in a queue
+test-all: env env-tools env-convert env-export env-test-servers ## The slow tests too: whole pipelines, experiments in a queue
 	$(PYTEST) -m "not gpu" $(ARGS)
 
 .PHONY: reference
@@ -139,6 +139,8 @@ requirements: env env-tools ## Derive requirements.txt from conda-lock.yml, and 
 	  --output-file environment/convert/requirements.txt
 	$(COMPILE) --no-deps environment/export/requirements.in \
 	  --output-file environment/export/requirements.txt
+	$(COMPILE) --no-deps environment/test-servers/requirements.in \
+	  --output-file environment/test-servers/requirements.txt
 
 .PHONY: env
 env: ## Set up .venv (the other targets do it themselves)
@@ -156,9 +158,13 @@ env-convert: env ## Set up .venv-convert: what `runkey convert` reads YOLO and P
 env-export: env ## Set up .venv-export: ONNX, ONNX Runtime, OpenVINO, video (seconds, 400 MB)
 	@sh environment/setup.sh .venv-export environment/export/requirements.txt
 
+.PHONY: env-test-servers
+env-test-servers: env ## Set up .venv-test-servers: a login for MLflow, a driver for PostgreSQL
+	@sh environment/setup.sh .venv-test-servers environment/test-servers/requirements.txt
+
 .PHONY: clean
 clean: ## Remove environments and caches (not data, models or runs)
-	rm -rf .venv .venv-tools .venv-convert .venv-export .site
+	rm -rf .venv .venv-tools .venv-convert .venv-export .venv-test-servers .site
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache runkey.egg-info build dist
 	find runkey stages tests -name __pycache__ -prune -exec rm -rf {} +
 

@@ -35,7 +35,7 @@ VALUES = set(
     gpu cuda cpu auto GiB SIGTERM blood-cells sample detection source torch venv runkey MLflow
     Connection refused Errno Address already in use No module named space left on device
     OperationalError database locked expected but found line document block mapping start
-    Expecting property name enclosed in double quotes Linux Darwin
+    Expecting property name enclosed in double quotes Linux Darwin check such directory
     """.split()  # noqa: SIM905
 )
 """Words that fill holes: names, short words, texts of the system, of sqlite, YAML and JSON."""

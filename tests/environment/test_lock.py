@@ -129,7 +129,10 @@ def test_the_pins_are_derived_by_a_command():
 
 @pytest.mark.parametrize(
     "name",
-    ["requirements.txt", *(f"environment/{one}/requirements.txt" for one in ("tools", "convert"))],
+    [
+        "requirements.txt",
+        *(f"environment/{one}/requirements.txt" for one in ("tools", "convert", "test-servers")),
+    ],
 )
 def test_every_requirement_has_a_hash_and_no_line_names_a_host(name):
     text = (REPOSITORY / name).read_text()
