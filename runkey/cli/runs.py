@@ -111,11 +111,21 @@ def show_run(
     every_param: Annotated[
         bool, Option("--all", help="Show all parameters, not only the changed ones.")
     ] = False,
+    lineage: Annotated[
+        bool,
+        Option("--lineage", help="Show from which run it was started, and which continue it."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show a run: status, key, metrics, parameters, environment, files, location."""
+    from runkey.registry.lineage import draw, family, rows
+
     runs, store = output.library(offline=True), output.store()
     record = find_run(runs, key)
+    if lineage:
+        tree = family(runs, record)
+        output.print_answer(tree.as_dict(), *draw(tree), as_json=as_json)
+        return
     others = [r for r in runs.matching(record.key) if r.run.run_id != record.run.run_id]
     status = status_now(record, output.claims())
     if as_json:
@@ -123,7 +133,10 @@ def show_run(
         output.print_json({**record.as_dict(), "status_now": status, "same_key": same_key})
         return
     page = run_page(runs.place, record.run) if store.is_server else ""
-    for label, text in show.describe(record, status, others, page, every_param=every_param):
+    described = show.describe(
+        record, status, others, page, every_param=every_param, lineage=rows(runs, record)
+    )
+    for label, text in described:
         if text:
             output.print_beside(f"{label:<{_LABEL}}", text)
 
@@ -251,6 +264,8 @@ def _print_verdict(a: Side, b: Side, diff: Diff) -> None:
         for name, pair in diff.parts.items()
     ]
     output.print_table(("part", "A", "B", ""), rows)
+    if diff.lineage:
+        say(f"\n{diff.lineage}")
 
 
 def _short(digest: str | None) -> str:

@@ -119,6 +119,25 @@ def find_initial_weights(
         raise RecipeError(f"{where}: cannot be read ({error.strerror})") from None
 
 
+def recorded_with(weights: str, cache: Path) -> list[Record]:
+    """Return the finished runs in a cache whose weights have that sha256, oldest first.
+
+    RegistryError if the cache cannot be read.
+    """
+    with open_records(cache, partial=True) as database:
+        condition = "status = 'FINISHED' AND instr(details, ?)"
+        rows = list(read_records(database, condition, (weights,))) if database else []
+    found = [one for one in rows if isinstance(one, Record) and weights in weights_of(one)]
+    return sorted(found, key=age)
+
+
+def weights_of(record: Record) -> set[str]:
+    """Return the sha256 of a run's weights, as far as it recorded any."""
+    files = record.details.files if record.details else {}
+    names = (f"{paths.MODEL}/{name}" for name in (WEIGHTS, OLD_WEIGHTS))
+    return {files[name].sha256 for name in names if name in files}
+
+
 def readable_path(value: str, root: Path) -> Path:
     """Return the path to read weights from: what `value` names, or the copy of a run's file.
 

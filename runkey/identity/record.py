@@ -27,7 +27,7 @@ from runkey.files import FormatError, expect, parse_json, read_json, read_text, 
 from runkey.hashing import sha256_file
 from runkey.identity.code import imported_files, undeclared
 from runkey.identity.environment import differences, installed_packages, read_requirements
-from runkey.identity.key import PARTS, Recipe, short_key
+from runkey.identity.key import ANY_SCHEMA, FILE_PARAMS, PARTS, SHORT, Recipe, short_key
 from runkey.paths import REQUIREMENTS
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,9 @@ REPRODUCES = "RUNKEY_REPRODUCES"
 """Environment variable: MLflow id of a finished run that the train stage repeats."""
 REPRODUCTION_OF = "reproduction_of"
 """Tag of such a repeat: the MLflow id of the run that it repeats."""
+STARTED_FROM, STARTED_WEIGHTS = "started_from", "started_from.weights"
+STARTED_PARAM = "started_from.param"
+"""Tags: the fields of `StartedFrom`, key first."""
 RESUMED, RESUMED_AFTER = "resumed", "resumed.after"
 """Tags: how often the training was resumed; after which steps, and when."""
 HINT = "event.hint."
@@ -189,6 +192,40 @@ class StoredFile:
     """In bytes."""
 
 
+_WHOLE_KEY, _SHA256 = re.compile(rf"{ANY_SCHEMA}-[0-9a-f]{{64}}"), re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartedFrom:
+    """The weights that a training began with."""
+
+    param: str
+    """The parameter that names them: `model.init_from` or `model.backbone_weights`."""
+    weights: str
+    """sha256 of the weights file."""
+    key: str | None
+    """Of the run that wrote them, the parent; None: no such run was recorded where it trained."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a hash or a key that is none."""
+        if not _SHA256.fullmatch(self.weights):
+            raise ValueError(f"{self.weights[:80]!r} is no sha256")
+        if self.key is not None and not _WHOLE_KEY.fullmatch(self.key):
+            raise ValueError(f"{self.key[:80]!r} is no key")
+        if self.param not in FILE_PARAMS:
+            raise ValueError(f"{self.param[:80]!r} is none of {', '.join(FILE_PARAMS)}")
+
+    @property
+    def label(self) -> str:
+        """The parent's short key, or the hash of the weights, for messages."""
+        return short_key(self.key) if self.key else f"weights {self.weights[:SHORT]}"
+
+    @property
+    def tags(self) -> dict[str, str | None]:
+        """MLflow tags."""
+        return {STARTED_FROM: self.key, STARTED_WEIGHTS: self.weights, STARTED_PARAM: self.param}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Details:
     """What a run records beside what MLflow has."""
@@ -212,6 +249,8 @@ class Details:
     """Metrics by the key of the stage `evaluate`."""
     outcomes: list[dict[str, Any]] = field(default_factory=list)
     """Results of `runkey reproduce`, oldest first; see `runkey.registry.reproduce`."""
+    started_from: StartedFrom | None = None
+    """None: from random or ImageNet weights, or a run of before this was recorded."""
     schema: str = SCHEMA
 
     def as_json(self) -> str:
@@ -270,6 +309,18 @@ class Record:
     def reproduction_of(self) -> str | None:
         """MLflow id of the run that this one repeated."""
         return self.run.tags.get(REPRODUCTION_OF)
+
+    @property
+    def started_from(self) -> StartedFrom | None:
+        """The weights that it began with; see `runkey.registry.lineage.origin` for older runs."""
+        if self.details and self.details.started_from:
+            return self.details.started_from
+        tags = self.run.tags
+        names = (STARTED_PARAM, STARTED_WEIGHTS)
+        with suppress(ValueError):  # anybody may edit tags
+            param, weights = (tags.get(name, "") for name in names)
+            return StartedFrom(param=param, weights=weights, key=tags.get(STARTED_FROM))
+        return None
 
     @property
     def label(self) -> str:
@@ -397,6 +448,7 @@ class RunManifest:
     run_id: str | None
     """MLflow run; None if it was not logged there."""
     witness: RunEnvironment
+    started_from: StartedFrom | None = None
     schema: str = field(default=MANIFEST_SCHEMA)
 
     def write(self, path: Path) -> None:

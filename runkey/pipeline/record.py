@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from runkey.identity.record import (
     Record,
     RunEnvironment,
     RunManifest,
+    StartedFrom,
     StoredFile,
     capture_environment,
     describe_cpu,
@@ -51,6 +53,7 @@ from runkey.plots.curves import write_training_plots
 from runkey.plots.hints import lasting_hints
 from runkey.plots.log import read_log
 from runkey.registry.library import canonical, open_library
+from runkey.registry.lineage import started_from
 from runkey.tracking.describe import (
     DIFFERS,
     describe_in_words,
@@ -93,6 +96,12 @@ class Run:
     precision: str
     world_size: int
 
+    @cached_property
+    def started_from(self) -> StartedFrom | None:
+        """The weights that it begins with; None: random or ImageNet's."""
+        keyed = self.recipe.preimages["params"]
+        return started_from(keyed, self.params.flat(), self.claim.store.cache)
+
     def check(self, *, at_end: bool = True) -> None:
         """Raise if another process took the key over, or if what training reads changed.
 
@@ -125,6 +134,7 @@ def recorded(run: Run) -> Iterator[TrackedRun]:
         "decision": claim.why,
         "snapshot": claim.snapshot,
         REPRODUCTION_OF: claim.repeats.run.run_id if claim.repeats else None,
+        **(run.started_from.tags if run.started_from else {}),
     }
     runtime = run.params.runtime
     description = describe_run(
@@ -180,6 +190,7 @@ def save_run(run: Run, tracker: TrackedRun) -> str | None:
         parts=run.recipe.parts,
         run_id=tracker.run_id(),
         witness=witness,
+        started_from=run.started_from,
     )
     manifest.write(root / paths.RUN_JSON)
     assert tracker.jsonl
@@ -221,6 +232,7 @@ def _details(run: Run, witness: RunEnvironment, *, with_log: bool) -> Details:
         snapshot=claim.snapshot,
         pointer_md5=pointer if "DVC_STAGE" in os.environ else None,
         decision=claim.why,
+        started_from=run.started_from,
     )
 
 

@@ -265,7 +265,9 @@ def workspace_run(root: Path) -> ReportedRun:
     times = [round(1000 * point.seconds) for point in (*log.steps, *log.epochs)]
     places = {"run_id": manifest.run_id or "", "experiment_id": "", "artifact_uri": ""}
     ended = {"start_time": min(times, default=0), "end_time": max(times, default=None)}
-    run = LoggedRun.from_mlflow({**places, **ended, "status": "FINISHED"}, params, {}, {})
+    began = manifest.started_from
+    tags = {name: value for name, value in (began.tags if began else {}).items() if value}
+    run = LoggedRun.from_mlflow({**places, **ended, "status": "FINISHED"}, params, {}, tags)
     witness = asdict(manifest.witness)
     return ReportedRun(run=run, details=None, folder=root, log=log, witness=witness)
 

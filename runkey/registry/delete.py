@@ -20,18 +20,18 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from runkey import paths
 from runkey.errors import RegistryError
-from runkey.files import parse_json
 from runkey.hashing import sha256_file
-from runkey.identity.key import ANY_KEY, FILE_PARAMS, SCHEMAS, short_key, split_training
-from runkey.identity.record import KEY_JSON, ORIGIN, Record, RunPointer
+from runkey.identity.initial_weights import weights_of
+from runkey.identity.key import ANY_KEY, SCHEMAS, short_key, split_training
+from runkey.identity.record import ORIGIN, Record, RunPointer, StartedFrom
 from runkey.identity.record_cache import remove_record
 from runkey.progress import each
 from runkey.registry.claims import Claim, Claims, newest, state_now, this_owner
 from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.gc import Item, Scope, artifacts_folder, current_key, remove_path, size_of
 from runkey.registry.library import no_such_run, split_address
+from runkey.registry.lineage import origin
 from runkey.registry.once import Rhythm
 from runkey.registry.show import average_precision
 from runkey.registry.snapshot import git, has_git, snapshot_refs
@@ -39,7 +39,6 @@ from runkey.training.lock import holder_of
 
 logger = logging.getLogger(__name__)
 
-_SHA256 = re.compile("[0-9a-f]{64}")
 _EXPERIMENT = re.compile("refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/.+")
 _APPLIED = "refs/exps/exec/EXEC_APPLY"
 """DVC's note of the experiment that was applied last."""
@@ -146,59 +145,30 @@ def _gives_signs(claims: Claims, claim: Claim, rhythm: Rhythm) -> bool:
 def _check_descendants(scope: Scope, records: list[Record]) -> None:
     """Refuse the only copy of weights that a run which stays was started from."""
     going = {record.run.run_id for record in records}
-    hashes = {
-        file.sha256: record
-        for record in records
-        if record.details
-        for path, file in record.details.files.items()
-        if path.startswith(f"{paths.MODEL}/")
-    }
-    if not hashes:
+    parents = {weights: record for record in records for weights in weights_of(record)}
+    if not parents:
         return
     staying = [r for r in scope.library.matching(ANY_KEY) if r.run.run_id not in going]
     for child in staying:
-        for name in FILE_PARAMS:
-            value = child.run.params.get(name, "none")
-            if value in ("none", "null", "imagenet"):
-                continue
-            for digest in _started_from(scope, child, name, value, records) & hashes.keys():
-                _check_copy(scope, hashes[digest], child, (name, value, digest), staying)
+        began = origin(scope.library, child)
+        if began and began.weights in parents and not _has_copy(scope, child, began, staying):
+            parent, value = parents[began.weights].label, child.run.params.get(began.param, "")
+            raise RegistryError(
+                f"{parent}: {child.label} was started from its weights ({began.param}), and there"
+                f" is no other copy here; name {child.label} too, or put the file of `runkey get"
+                f" {parent} --only model` at {value}"
+            )
 
 
-def _started_from(
-    scope: Scope, child: Record, name: str, value: str, records: list[Record]
-) -> set[str]:
-    """Return the hashes of the files that a run's parameter named: a path, or a run's key."""
-    with suppress(RegistryError, ValueError, KeyError, OSError):
-        with scope.library.open_file(scope.library.with_details(child), KEY_JSON) as file:
-            preimages = parse_json(file.read())["preimages"]
-        return set(_SHA256.findall(str(preimages["params"][name])))
-    # Without its key.json: by the key that it names.
-    named = [r for r in records if value and short_key(value) == r.key[: len(short_key(value))]]
-    return {file.sha256 for r in named if r.details for file in r.details.files.values()}
-
-
-def _check_copy(
-    scope: Scope,
-    parent: Record,
-    child: Record,
-    used: tuple[str, str, str],
-    staying: list[Record],
-) -> None:
-    name, value, digest = used
+def _has_copy(scope: Scope, child: Record, began: StartedFrom, staying: list[Record]) -> bool:
+    """Return True if weights are in a run that stays, or in a file that the parameter names."""
     for other in staying:
         details = scope.library.with_details(other).details
-        if details and any(file.sha256 == digest for file in details.files.values()):
-            return
-    place = scope.root / value
+        if details and any(file.sha256 == began.weights for file in details.files.values()):
+            return True
+    place = scope.root / child.run.params.get(began.param, "")
     files = [place] if place.is_file() else sorted(place.glob("*")) if place.is_dir() else []
-    if any(file.is_file() and sha256_file(file) == digest for file in files):
-        return
-    raise RegistryError(
-        f"{parent.label}: {child.label} was started from its weights ({name}), and there is no"
-        f" other copy here; name {child.label} too, or put the file of `runkey get {parent.label}"
-        f" --only model` at {value}"
-    )
+    return any(file.is_file() and sha256_file(file) == began.weights for file in files)
 
 
 def _items(scope: Scope, key: str, records: list[Record], *, is_whole: bool) -> Iterator[Item]:

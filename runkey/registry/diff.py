@@ -21,10 +21,12 @@ from runkey.errors import DataError, RegistryError
 from runkey.files import parse_json
 from runkey.identity.code import RULE, code_rule, hash_code
 from runkey.identity.dvc_yaml import PIPELINE, read_yaml_text
-from runkey.identity.key import PARTS, Recipe, make_recipe, older_rule
+from runkey.identity.initial_weights import weights_of
+from runkey.identity.key import PARTS, SHORT, Recipe, make_recipe, older_rule
 from runkey.identity.record import KEY_JSON, Record
 from runkey.registry.dvc_cache import DvcCache, files_of
 from runkey.registry.library import Library, find_run
+from runkey.registry.lineage import initial_weights
 from runkey.registry.snapshot import git, git_bytes, has_commit, same_code
 
 ReadFile = Callable[[str], bytes | None]
@@ -355,6 +357,8 @@ class Diff:
     """The differences of A and B. Every `Pair` is of values that differ."""
 
     same_key: bool
+    lineage: str
+    """Whether one was started from the other's weights, or both from the same; empty if not."""
     parts: dict[str, Pair]
     """Hashes of every part, also of equal ones."""
     commands: list[Pair]
@@ -394,6 +398,7 @@ def compare(a: Side, b: Side, root: Path) -> Diff:
     left_out = [dict.fromkeys(code.get("excluded", ()), True) for code in (code_a, code_b)]
     return Diff(
         same_key=a.key == b.key,
+        lineage=_lineage(a, b),
         parts={part: Pair(part, a.parts.get(part), b.parts.get(part)) for part in PARTS},
         commands=differing(a.recipe.cmd, b.recipe.cmd) if a.recipe and b.recipe else [],
         params=differing(a.params, b.params) if known else _as_texts(a.params, b.params),
@@ -410,6 +415,24 @@ def compare(a: Side, b: Side, root: Path) -> Diff:
         equal_metrics=sum(metrics_a[n] == metrics_b[n] for n in metrics_a.keys() & metrics_b),
         equal_artifacts=sum(kept_a[n] == kept_b[n] for n in kept_a.keys() & kept_b),
     )
+
+
+def _initial_weights(side: Side) -> str:
+    began = side.record.started_from if side.record else None
+    return began.weights if began else initial_weights(side.preimage("params"))[1]
+
+
+def _lineage(a: Side, b: Side) -> str:
+    began_a, began_b = map(_initial_weights, (a, b))
+    own_a, own_b = (weights_of(side.record) if side.record else set() for side in (a, b))
+    if began_b in own_a:
+        return "B was started from the weights of A"
+    if began_a in own_b:
+        return "A was started from the weights of B"
+    if began_a and began_a == began_b:
+        both = next((s.record.started_from for s in (a, b) if s.record), None)
+        return f"both were started from {both.label if both else f'weights {began_a[:SHORT]}'}"
+    return ""
 
 
 def _as_texts(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Pair]:

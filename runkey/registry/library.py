@@ -184,6 +184,7 @@ class ServerLibrary:
         self.client = RestClient(address)
         self.place = self.client.address
         self._cache, self._offline = LocalLibrary(home, uri=address), offline
+        self.path = self._cache.path
 
     def matching(self, prefix: str) -> list[Record]:
         """See `LocalLibrary`."""

@@ -51,7 +51,7 @@ def table(
         "when": lambda r: ago(r.run.started_ms, now),
         "AP": lambda r: average_precision(r.run),
         "took": lambda r: _took(r.run),
-        "data": lambda r: _data(r.run),
+        "data": lambda r: data_label(r.run),
         "where": lambda r: " ".join(filter(None, map(r.run.tags.get, ("host", "device")))),
     }
     for column in columns:
@@ -109,7 +109,7 @@ def _plain(field: Field) -> Callable[[Record], str]:
     return show
 
 
-def _data(run: LoggedRun) -> str:
+def data_label(run: LoggedRun) -> str:
     """Tell data sets apart: the first digits of their hash, and the folder if it is not data/."""
     folder = run.params.get("data.path", "data").rstrip("/").rpartition("/")[2]
     digits = run.parts["data"][:_DATA_DIGITS]
@@ -132,11 +132,17 @@ at a NO-BREAK SPACE."""
 
 
 def describe(
-    record: Record, status: str, others: Sequence[Record], page: str, *, every_param: bool
+    record: Record,
+    status: str,
+    others: Sequence[Record],
+    page: str,
+    *,
+    every_param: bool,
+    lineage: Iterable[Row] = (),
 ) -> Iterator[Row]:
     """Yield what is known of a run, as rows; without `every_param` only the changed parameters.
 
-    Rows without a text are not shown.
+    Rows without a text are not shown. `lineage`: see `runkey.registry.lineage.rows`.
     """
     run, details = record.run, record.details
     yield from _titled("key", [record.key, older_rule(record.key)])
@@ -145,6 +151,7 @@ def describe(
     yield "name", run.name
     if record.reproduction_of:
         yield "repeats", f"run {record.reproduction_of}"
+    yield from lineage
     if run.resumed:
         times = "once" if run.resumed == 1 else counted(run.resumed, "time")
         yield "resumed", f"{times}, after {run.tags.get(RESUMED_AFTER, '?')}"

@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
 from runkey.hashing import sha256_file
+from runkey.tracking.store import locate_store, open_client
 from tests.support.project import Project, in_one_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def test_a_run_starts_from_a_key_and_a_wrong_one_costs_nothing(project: Project) -> None:
+def test_a_run_starts_from_a_key_and_a_wrong_one_costs_nothing(
+    project: Project, tmp_path: Path
+) -> None:
     first = project.json("run.json")["key"]
     weights = sha256_file(project.root / "model/weights.safetensors")
     params = project.root / "params.yaml"
@@ -34,10 +38,46 @@ def test_a_run_starts_from_a_key_and_a_wrong_one_costs_nothing(project: Project)
     keyed = project.json("model/key.json")["preimages"]["params"]["model.init_from"]
     assert keyed.startswith(f"sha256:{weights} model.json:")
 
-    project.run(sys.executable, "-m", "runkey", "get", first[:12], "--to", "got")
+    second = project.json("run.json")
+    began = {"param": "model.init_from", "weights": weights, "key": first}
+    assert second["started_from"] == began
+
+    runkey(project, "get", first[:12], "--to", "got")
     params.write_text(text.replace("init_from: null", "init_from: got"))
-    done = project.run(sys.executable, "-m", "runkey", "key")
-    assert done.stdout.strip() == project.json("run.json")["key"]
+    assert runkey(project, "key").strip() == second["key"]
+
+    # The parent is found by the hash of the weights, so the folder counts too.
+    assert "lr: 0.001" in params.read_text()
+    params.write_text(params.read_text().replace("lr: 0.001", "lr: 0.002"))
+    project.dvc("repro", "train")
+    third = project.json("run.json")
+    assert third["started_from"] == began
+    store = locate_store(project.root)
+    tags = open_client(store).get_run(third["run_id"]).data.tags
+    assert (tags["started_from"], tags["started_from.weights"]) == (first, weights)
+    runkey(project, "report", "--to", "page.html")
+    assert f"{first[:16]} (model.init_from)" in (project.root / "page.html").read_text()
+
+    shown = runkey(project, "show", first)
+    assert f"continued by {second['key'][:16]}" in shown
+    assert f"started from {first[:16]}" in runkey(project, "show", third["key"])
+    lines = runkey(project, "show", third["key"], "--lineage").splitlines()
+    assert [line.split("  ")[0] for line in lines] == [
+        first[:16],
+        f"|- {second['key'][:16]}",
+        f"`- {third['key'][:16]}",
+    ]
+    assert lines[2].endswith("<- this run")
+    compared = runkey(project, "diff", first, third["key"])
+    assert "B was started from the weights of A" in compared
+
+    # Export and import keep it; in a store of its own the parent is missing.
+    away = Project(tmp_path / "away")
+    project.run("git", "clone", "-q", ".", str(away.root))
+    runkey(project, "export", third["key"], str(tmp_path / "third.zip"))
+    runkey(away, "import", str(tmp_path / "third.zip"))
+    told = runkey(away, "show", third["key"], "--lineage")
+    assert told.startswith(f"{first[:16]}: missing here; `runkey fetch {first[:16]}`")
 
 
 def test_weights_that_change_in_place_are_trained_from_again(project: Project) -> None:
@@ -62,3 +102,7 @@ def test_weights_that_change_in_place_are_trained_from_again(project: Project) -
     assert "Running stage 'evaluate'" in project.dvc("repro")
     assert project.json("run.json")["key"] != first
     assert "Data and pipelines are up to date." in project.dvc("repro")
+
+
+def runkey(project: Project, *words: str) -> str:
+    return project.run(sys.executable, "-m", "runkey", *words).stdout
