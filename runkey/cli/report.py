@@ -13,7 +13,7 @@ import tempfile
 import time
 import webbrowser
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,11 +26,13 @@ from runkey.cli.output import AsJson
 from runkey.cli.project import summary
 from runkey.errors import DataError, RegistryError, RunkeyError
 from runkey.files import WriteError
+from runkey.identity.initial_weights import weights_file
 from runkey.identity.key import short_key, split_training, training_folder
 from runkey.paths import TRAIN_LOG
 from runkey.progress import log_to_terminal, say
 from runkey.registry.dvc_cache import download
 from runkey.registry.library import find_run, split_address
+from runkey.registry.models import copy_model
 from runkey.training.lock import holder_of
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ _BEFORE = re.compile(r"-m stages\.(prepare|profile_memory|train)\b|\bdvc\S* (rep
 _BEHIND = re.compile(r"-m (stages\.evaluate|runkey draw)\b")
 """Command lines of what trains soon, and of what runs after it."""
 _WORKSPACE = "."
+_EXAMPLE_BYTES = 300_000
+"""Of an image file that goes into a page."""
 
 
 def report(
@@ -56,10 +60,21 @@ def report(
         Path | None, Option("--to", help="The file [report-KEY.html].", dir_okay=False)
     ] = None,
     browser: Annotated[bool, Option("--browser", help="Open it in the web browser.")] = False,
+    to_try: Annotated[
+        bool,
+        Option("--try", help="Write a page to try a run's model on images, in the browser."),
+    ] = False,
+    image: Annotated[
+        Path | None,
+        Option("--image", help="Example image for --try [a validation image].", exists=True),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a page about a run, or about what differs between runs; it opens offline."""
     from runkey.plots.report import write_report
+
+    if image and not to_try:
+        raise RunkeyError(f"--image {image}: goes with --try")
 
     with tempfile.TemporaryDirectory(prefix="runkey-report-") as folder:
         runs = [
@@ -67,15 +82,59 @@ def report(
             for number, address in enumerate(keys or [_WORKSPACE])
         ]
         digits = [run.label.partition("-")[2].replace(":", "-") for run in runs]
-        target = to or Path("-".join(["report", *digits[:4]]) + ".html")
+        kind = "try" if to_try else "report"
+        target = to or Path("-".join([kind, *digits[:4]]) + ".html")
         try:
-            write_report(runs, target)
+            if to_try:
+                _write_try_page(runs, target, image)
+            else:
+                write_report(runs, target)
         except WriteError as error:
             raise RunkeyError(f"{error}; name another one with --to") from None
     answer = {"page": str(target), "keys": [run.key for run in runs]}
     output.print_answer(answer, str(target), as_json=as_json)
     if browser:
         webbrowser.open(target.resolve().as_uri())
+
+
+def _write_try_page(runs: Sequence[ReportedRun], target: Path, image: Path | None) -> None:
+    """Write a page to try the model of a run."""
+    if len(runs) > 1:
+        raise RunkeyError("--try takes one run; name one key")
+    # Imported here: torch takes seconds.
+    from runkey.inference.model import load_model_folder
+    from runkey.inference.try_page import TryPage, check_size, export_network, write_try_page
+
+    run, title = runs[0], f"{runs[0].label} {runs[0].run.name}".rstrip()
+    is_here = run.folder == output.workspace()
+    home = output.store().home
+    model = run.folder / paths.MODEL if is_here else copy_model(output.library(), home, run)
+    if (weights := weights_file(model)).is_file():
+        check_size(weights.stat().st_size, title)
+    card = load_model_folder(model, "cpu").card
+    score = run.scores().get("AP")
+    about = "" if score is None else f"AP {score:.3f} on the validation images"
+    example = image or _example(run)
+    picture = (example.name, example.read_bytes()) if example else None
+    write_try_page(TryPage(card, export_network(model), title, about, picture), target)
+
+
+def _example(run: ReportedRun) -> Path | None:
+    """Return a small validation image with several objects, if the workspace has the run's data."""
+    from runkey.data.index import read_index
+    from runkey.identity.record import RunManifest
+
+    root = output.workspace()
+    with suppress(RunkeyError, OSError):
+        if RunManifest.read(root / paths.RUN_JSON).parts["data"] == run.run.parts["data"]:
+            folder = root / run.params.get("data.path", "data")
+            images = sorted(read_index(root / paths.PREPARED / "val.json"), key=lambda one: one.id)
+            several = [folder / one.file for one in images if len(one.labels) > 2] or [
+                folder / one.file for one in images
+            ]
+            small = (file for file in several if file.stat().st_size < _EXAMPLE_BYTES)
+            return next(small, None)
+    return None
 
 
 def draw(as_json: AsJson = False) -> None:

@@ -49,7 +49,7 @@ def started_from(
     digits = str(params[name]).rpartition("-")[2] or "-"
     named = [run for run in runs if run.key.partition("-")[2].startswith(digits)]
     chosen = canonical(named or runs) if runs else None
-    return StartedFrom(param=name, weights=weights, key=chosen and chosen.key)
+    return StartedFrom(param=name, weights=weights, key=chosen.key if chosen else None)
 
 
 def initial_weights(keyed: Mapping[str, Any]) -> tuple[str, str]:
