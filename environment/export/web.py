@@ -45,9 +45,7 @@ def main() -> None:
         archive = Path(folder) / done.stdout.split()[-1]
         digest = hashlib.sha512(archive.read_bytes()).digest()
         if integrity != f"sha512-{base64.b64encode(digest).decode()}":
-            sys.exit(
-                f"error: {name} {version}: its hash is not the one in {_LOCK}; nothing is installed"
-            )
+            sys.exit(f"error: {name} {version}: not the package that {_LOCK.name} has the hash of")
         target.mkdir(parents=True, exist_ok=True)
         stamp.unlink(missing_ok=True)
         with tarfile.open(archive) as package:

@@ -131,11 +131,11 @@ def recorded_with(weights: str, cache: Path) -> list[Record]:
     return sorted(found, key=age)
 
 
-def weights_of(record: Record) -> set[str]:
-    """Return the sha256 of a run's weights, as far as it recorded any."""
+def weights_of(record: Record) -> list[str]:
+    """Return the sha256 of a run's weights, first the file that is read; empty without any."""
     files = record.details.files if record.details else {}
     names = (f"{paths.MODEL}/{name}" for name in (WEIGHTS, OLD_WEIGHTS))
-    return {files[name].sha256 for name in names if name in files}
+    return [files[name].sha256 for name in names if name in files]
 
 
 def readable_path(value: str, root: Path) -> Path:

@@ -424,7 +424,7 @@ def _initial_weights(side: Side) -> str:
 
 def _lineage(a: Side, b: Side) -> str:
     began_a, began_b = map(_initial_weights, (a, b))
-    own_a, own_b = (weights_of(side.record) if side.record else set() for side in (a, b))
+    own_a, own_b = (weights_of(side.record) if side.record else [] for side in (a, b))
     if began_b in own_a:
         return "B was started from the weights of A"
     if began_a in own_b:

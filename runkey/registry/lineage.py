@@ -72,10 +72,9 @@ def origin(library: Library, record: Record) -> StartedFrom | None:
         with library.open_file(library.with_details(record), KEY_JSON) as file:
             keyed = parse_json(file.read())["preimages"]["params"]
         return started_from(keyed, values, library.path)
-    with suppress(RegistryError):  # without its key.json: by the key that it names
+    with suppress(RegistryError, IndexError):  # without its key.json: by the key that it names
         parent = find_run(library, values[named[0]])
-        for weights in weights_of(parent):
-            return StartedFrom(param=named[0], weights=weights, key=parent.key)
+        return StartedFrom(param=named[0], weights=weights_of(parent)[0], key=parent.key)
     return None
 
 
@@ -93,7 +92,7 @@ def children(library: Library, record: Record) -> list[Record]:
     if isinstance(library, LocalLibrary):
         fields = [(Field("params", name), "!=", _NO_FILE[0]) for name in FILE_PARAMS]
     else:  # to ask a server for all runs would take long
-        fields = [(Field("tags", STARTED_WEIGHTS), "=", one) for one in sorted(weights)]
+        fields = [(Field("tags", STARTED_WEIGHTS), "=", one) for one in weights]
     queries = [Query(conditions=(Condition(*one),), descending=False) for one in fields]
     found: dict[str, list[Record]] = {}
     for child in (one for query in queries for one in library.find(query)):
