@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from PIL import ImageColor
 
 from runkey import __version__
@@ -143,7 +142,7 @@ def write_try_page(page: TryPage, path: Path) -> Path:
         wasm=_packed(runtime[_WASM]),
         model=_packed(page.network),
         picture=page.example and base64.b64encode(page.example[1]).decode(),
-        script=Markup(script),
+        script=script,
         script_hash=f"sha256-{digest}",
     )
     data = text.encode()
@@ -204,9 +203,9 @@ def _card(page: TryPage) -> dict[str, Any]:
     }
 
 
-def _json(value: Mapping[str, Any]) -> Markup:
+def _json(value: Mapping[str, Any]) -> str:
     """Return JSON that may stand in a script element: no `<` ends it."""
-    return Markup(json.dumps(value).replace("<", "\\u003c"))
+    return json.dumps(value).replace("<", "\\u003c")
 
 
 def _packed(data: bytes) -> str:
