@@ -24,7 +24,6 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import ImageColor
 
-from runkey import __version__
 from runkey.errors import LockError, ModelError
 from runkey.files import write_atomically
 from runkey.inference.draw import class_colour
@@ -34,6 +33,7 @@ from runkey.inference.module import EXPORTED, InferenceModule
 from runkey.inference.thresholds import DEFAULT_SCORE, class_keys
 from runkey.model.weights import load_model
 from runkey.units import counted, format_bytes
+from runkey.version import __version__
 
 MOST_BYTES = 8_000_000
 """Of the page: what a phone opens and an e-mail carries."""
