@@ -203,7 +203,10 @@ def _experiment(row: Mapping[str, str]) -> str:
 
 
 def _number(text: str) -> str:
-    return f"{float(text):.3g}" if text else ""
+    try:
+        return f"{float(text):.3g}"
+    except ValueError:  # empty, or `!` where a commit lacks the file
+        return ""
 
 
 def _run(address: str, folder: Path) -> ReportedRun:

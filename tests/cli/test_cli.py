@@ -229,20 +229,34 @@ def test_summary_shows_the_result_and_where_to_look(repository: Path, run: Run) 
     }
 
 
-def test_experiments_where_none_was_queued_or_failed(repository: Path, run: Run) -> None:
-    """DVC's table has no column `State` then."""
-    (repository / "m.json").write_text('{"AP": 0.5, "AP50": 0.75}')
-    (repository / "dvc.yaml").write_text("metrics:\n- m.json\n")
+def _commit(repository: Path) -> None:
     dvc, git = str(Path(sys.executable).with_name("dvc")), ["git", "-c", "user.name=t"]
     for command in (
         [dvc, "init", "-q"],
         [*git, "add", "."],
-        [*git, "-c", "user.email=t@t", "commit", "-q", "-m", "metrics"],
+        [*git, "-c", "user.email=t@t", "commit", "-q", "-m", "start"],
     ):
         subprocess.run(command, cwd=repository, check=True)
+
+
+def test_experiments_where_none_was_queued_or_failed(repository: Path, run: Run) -> None:
+    """DVC's table has no column `State` then."""
+    (repository / "m.json").write_text('{"AP": 0.5, "AP50": 0.75}')
+    (repository / "dvc.yaml").write_text("metrics:\n- m.json\n")
+    _commit(repository)
     code, out, _ = run("experiments", "--json")
     assert code == 0
     assert [(row["AP"], row["differs"]) for row in json.loads(out)] == [("0.5", "")] * 2
+
+
+def test_experiments_before_the_results_are_committed(repository: Path, run: Run) -> None:
+    """As after `make repro` in a new clone: DVC writes `!` for what a commit lacks."""
+    (repository / "dvc.yaml").write_text("metrics:\n- m.json\n")
+    _commit(repository)
+    (repository / "m.json").write_text('{"AP": 0.5, "AP50": 0.75}')
+    code, out, _ = run("experiments", "--json")
+    assert code == 0
+    assert [row["AP"] for row in json.loads(out)] == ["0.5", ""]
 
 
 def test_ui_without_a_store_says_what_to_do(

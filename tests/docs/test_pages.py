@@ -24,6 +24,7 @@ PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`[^`\n]+`")
 MAKE = re.compile(r"(?:^|[`$;&|(] *|\bthen )make ([a-z][a-z-]*)", re.MULTILINE)
+TEST = re.compile(r"(tests/[\w/]+\.py)::(\w+)")
 RUNKEY = re.compile(r"(?<!--name )\brunkey ([a-z][a-z-]*(?: [^`\n#;|&)]*)?)")
 
 
@@ -50,6 +51,12 @@ def test_python_imports_what_exists(page: Path) -> None:
             elif isinstance(node, ast.Import):
                 for one in node.names:
                     importlib.import_module(one.name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_tests_exist(page: Path) -> None:
+    for path, name in TEST.findall(page.read_text(encoding="utf-8")):
+        assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path}::{name}"
 
 
 def check_command(words: list[str], known: dict[tuple[str, ...], Any]) -> None:
