@@ -118,7 +118,7 @@ def show_run(
     as_json: AsJson = False,
 ) -> None:
     """Show a run: status, key, metrics, parameters, environment, files, location."""
-    from runkey.registry.lineage import draw, family, rows
+    from runkey.registry.lineage import children, draw, family, origin, rows
 
     runs, store = output.library(offline=True), output.store()
     record = find_run(runs, key)
@@ -130,7 +130,11 @@ def show_run(
     status = status_now(record, output.claims())
     if as_json:
         same_key = [other.as_dict()["run"] for other in others]
-        output.print_json({**record.as_dict(), "status_now": status, "same_key": same_key})
+        began = origin(runs, record)
+        answer = {**record.as_dict(), "status_now": status, "same_key": same_key}
+        answer |= {"started_from": asdict(began) if began else None}
+        answer |= {"continued_by": [child.key for child in children(runs, record)]}
+        output.print_json(answer)
         return
     page = run_page(runs.place, record.run) if store.is_server else ""
     described = show.describe(

@@ -78,7 +78,9 @@ def test_show_names_parent_and_children(make: Make, run: Run) -> None:
     _, out, _ = run("show", A)
     assert "started from" not in out
     assert f"continued by {B[:16]}" in out
-    assert json.loads(run("show", B, "--json")[1])["details"]["started_from"]["key"] == A
+    shown = json.loads(run("show", B, "--json")[1])
+    assert shown["started_from"] == shown["details"]["started_from"]
+    assert (shown["started_from"]["key"], shown["continued_by"]) == (A, [C, D])
 
 
 def test_the_tree(make: Make, run: Run) -> None:

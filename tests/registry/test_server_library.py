@@ -14,6 +14,7 @@ from runkey.errors import RegistryError
 from runkey.identity.record import Record
 from runkey.registry.dvc_cache import download
 from runkey.registry.library import LocalLibrary, ServerLibrary, find_run, open_library
+from runkey.registry.lineage import children, draw, family, origin, parent_of
 from runkey.registry.query import Field, Query, parse_condition
 from runkey.tracking.store import (
     Store,
@@ -56,6 +57,22 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
         yield server, LocalLibrary(root / ".runkey")
     finally:
         stop_server(process)
+
+
+def test_lineage_is_the_same(both: Both) -> None:
+    """A server finds children by a tag; the cache goes through the parameters."""
+    for library in both:
+        parent, child = (find_run(library, key) for key in KEYS[1:3])
+        assert [one.key for one in children(library, parent)] == [KEYS[2]]
+        assert children(library, child) == []
+        began = origin(library, child)
+        assert began
+        assert began.key == KEYS[1]
+        found = parent_of(library, began)
+        assert found
+        assert found.key == KEYS[1]
+        lines = list(draw(family(library, child)))
+        assert [line.split()[0] for line in lines] == [KEYS[1][:16], "`-"]
 
 
 def same(record: Record) -> str:
