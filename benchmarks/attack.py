@@ -32,6 +32,7 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from itertools import islice
@@ -74,15 +75,16 @@ class Target:
         return self.reads.split("; ")
 
 
-_READING = "list; show KEY; gc; summary; list --where AP>0.1; verify KEY; show OTHER; diff KEY ."
-_DVC = "key; key --explain; stage:own_data_note; diff . KEY; read:dataset"
+_RECORDS = "list; show KEY; gc; list --where AP>0.1; verify KEY; show OTHER; diff KEY ."
+_CLAIMS = "list; gc; list --where AP>0.1; show OTHER"
+_DVC = "key; key --explain; diff . KEY"
 _YOLO = "convert yolo there --format yolo; convert yolo there --format yolo --drop"
 _VOC = "convert voc there --format voc; convert voc there --format voc --drop"
 _ARTIFACTS = "mlartifacts/*/artifacts"
 GROUPS: dict[str, tuple[int, tuple[Target, ...]]] = {
     # Weight, targets.
     "data": (
-        22,
+        26,
         (
             Target("data/annotations/instances_train.json", "json", "stage:prepare"),
             Target("data/annotations/instances_val.json", "json", "stage:prepare"),
@@ -90,7 +92,7 @@ GROUPS: dict[str, tuple[int, tuple[Target, ...]]] = {
         ),
     ),
     "labels": (
-        8,
+        6,
         (
             Target("yolo/labels/*/*", "rows", _YOLO),
             Target("yolo/data.yaml", "yaml", _YOLO),
@@ -100,60 +102,60 @@ GROUPS: dict[str, tuple[int, tuple[Target, ...]]] = {
         ),
     ),
     "params": (
-        16,
+        20,
         (
-            Target("params.yaml", "yaml", "params; params; params; key; summary; gc"),
+            Target("params.yaml", "yaml", "params; params; params; key; summary"),
             Target("presets/sample.yaml", "yaml", "read:preset"),
         ),
     ),
     "records": (
         18,
         (
-            Target("run.json", "json", "summary; gc; read:manifest; verify KEY"),
-            Target("model/key.json", "json", "report"),
+            Target("run.json", "json", "summary; read:manifest; verify KEY"),
+            Target("model/key.json", "json", "read:predictor"),
             Target("metrics/*", "json", "summary"),
-            Target(".runkey/claims/*", "json", _READING),
-            Target(".runkey/OTHER/run_id", "json", "gc; read:pointer; replay OTHER; watch OTHER"),
-            Target(".runkey/OTHER/description.json", "json", "replay OTHER; watch OTHER"),
+            Target(".runkey/claims/*", "json", _CLAIMS),
+            Target(".runkey/OTHER/run_id", "json", "gc; read:pointer; replay OTHER"),
+            Target(".runkey/OTHER/description.json", "json", "replay OTHER"),
             Target(f"{_ARTIFACTS}/record.json", "json", "index; verify KEY"),
             Target(f"{_ARTIFACTS}/model/key.json", "json", "verify KEY; diff KEY ."),
             Target(f"{_ARTIFACTS}/run.json", "json", "verify KEY; diff KEY .; get KEY --to there"),
-            Target(".runkey/runs.sqlite", "sqlite", _READING),
-            Target(".runkey/runs.sqlite", "bytes", _READING),
+            Target(".runkey/runs.sqlite", "sqlite", _RECORDS),
+            Target(".runkey/runs.sqlite", "bytes", _RECORDS),
         ),
     ),
     "dvc": (
-        14,
+        12,
         (
             Target("dvc.yaml", "yaml", _DVC),
-            Target("data.dvc", "yaml", _DVC),
+            Target("data.dvc", "yaml", f"{_DVC}; stage:own_data_note; read:dataset"),
             Target("dvc.lock", "yaml", "diff . KEY"),
             Target("conda-lock.yml", "yaml", "key; env check"),
             Target("requirements.txt", "bytes", "env check"),
-            Target(".dvc/config", "bytes", "key; gc"),
-            Target(".dvc/cache/files/md5/*/*.dir", "json", "diff . KEY; read:part"),
+            Target(".dvc/config", "bytes", "read:part"),
+            Target(".dvc/cache/files/md5/*/*.dir", "json", "read:part"),
         ),
     ),
     "logs": (
-        8,
+        4,
         (
-            Target("logs/train.jsonl", "jsonl", "read:curves; report; summary; watch"),
+            Target("logs/train.jsonl", "jsonl", "read:curves; report; summary"),
             Target("logs/system.jsonl", "jsonl", "read:curves; report"),
             Target(".runkey/OTHER/train.jsonl", "jsonl", "watch OTHER; report OTHER; read:resume"),
             Target("evaluation/*", "json", "read:evaluation; read:evaluation; report"),
             Target("prepared/*.json", "json", "read:prepared; read:evaluation; report"),
         ),
     ),
-    "archives": (8, (Target("run.zip", "zip", "import run.zip"),)),
+    "archives": (6, (Target("run.zip", "zip", "import run.zip"),)),
     "weights": (
-        6,
+        4,
         (
             Target("model/weights.safetensors", "weights", "read:model; read:check"),
             Target("model/model.json", "json", "read:model"),
             Target(".runkey/OTHER/*.pt", "bytes", "read:checkpoint"),
         ),
     ),
-    "answers": (6, ()),
+    "answers": (4, ()),
 }
 
 
@@ -163,6 +165,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=GROUPS, action="append", default=[])
+    parser.add_argument("--jobs", type=int, default=1, help="groups that run at the same time")
     parser.add_argument("--out", type=Path, help=f"default: {RESULTS.name} of all groups")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--box", type=Path, help=argparse.SUPPRESS)
@@ -173,7 +176,7 @@ def main() -> None:
         return
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="attack-") as folder:
-        found = run(Path(folder), asked.count, asked.seed, asked.only)
+        found = run(Path(folder), asked.count, asked.seed, asked.only, asked.jobs)
     text = "\n".join(page(found, asked, time.monotonic() - started)) + "\n"
     print(text)
     out = asked.out or (None if asked.only else RESULTS)
@@ -184,7 +187,7 @@ def main() -> None:
 
 
 def run(
-    folder: Path, count: int, seed: int, only: list[str] | None = None
+    folder: Path, count: int, seed: int, only: list[str] | None = None, jobs: int = 1
 ) -> dict[str, list[Found]]:
     """Run attacks in worker processes; return what came of each, by group."""
     from tests.support.attacked import make_checkout
@@ -194,14 +197,17 @@ def run(
         make_checkout(folder / "template")
     # Several groups in one worker: `params+records`.
     chosen = {name: sum(GROUPS[one][0] for one in name.split("+")) for name in only or GROUPS}
-    found: dict[str, list[Found]] = {}
-    for name, weight in chosen.items():
-        share = -(-count * weight // sum(chosen.values()))
+
+    def attacked(name: str) -> list[Found]:
         began = time.monotonic()
-        found[name] = list(_supervise(folder, name, share, seed))
-        verdicts = Counter(one["verdict"] for one in found[name])
+        share = -(-count * chosen[name] // sum(chosen.values()))
+        found = list(_supervise(folder, name, share, seed))
+        verdicts = Counter(one["verdict"] for one in found)
         print(f"{name}: {dict(verdicts)} in {time.monotonic() - began:.0f} s", file=sys.stderr)
-    return found
+        return found
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return dict(zip(chosen, pool.map(attacked, chosen), strict=True))
 
 
 def _supervise(folder: Path, group: str, count: int, seed: int) -> Iterator[Found]:
@@ -276,20 +282,26 @@ _PROGRAMS = (Path(sys.executable).name, "python", "git", "uv", "conda", "uname")
 
 
 class Watch:
-    """What the process writes outside its folders, and which programs it starts."""
+    """What the process reads, what it writes outside its folders, which programs it starts."""
 
     def __init__(self, inside: tuple[Path, ...]) -> None:
         own = tuple(os.path.realpath(path) for path in inside)
         self._inside = (*own, "/dev/null", "/dev/tty", "/proc/self", "/dev/shm")
         self.events: list[str] = []
+        self.read: set[str] = set()
+        """Paths of files that were opened; of a database a URI."""
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             path, _, flags = arguments
             writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            if isinstance(path, str | bytes | os.PathLike) and writes:
-                self._check(event, path)
+            if isinstance(path, str | bytes | os.PathLike):
+                self.read.add(f"{Path.cwd()}/{os.fsdecode(path)}")
+                if writes:
+                    self._check(event, path)
+        elif event == "sqlite3.connect":
+            self.read.add(os.fsdecode(arguments[0]))
         elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod"):
             self._check(event, arguments[0])
         elif event in ("os.rename", "os.link", "os.symlink"):
@@ -368,7 +380,12 @@ class Attacker:
         """Run one of the commands on the sound checkout, each in its turn."""
         pairs = [(one, command) for one in self.targets for command in dict.fromkeys(one.commands)]
         target, command = pairs[number // _SOUND_SHARE % len(pairs)]
+        self.watch.read.clear()
         found = self._result(number, target, f"nothing; {command}", command, real=False)
+        files = [str(path.relative_to(self.checkout)) for path in self._files(target)]
+        opened = tuple(name.partition("?")[0] for name in self.watch.read)
+        if not any(name.endswith(f"/{one}") for one in files for name in opened):
+            found |= {"verdict": SOUND, "text": f"{command}: does not open {target.path}"}
         self._restore(renewed=command.startswith("import"))
         return found | {"verdict": "sound" if found["verdict"] == "accepted" else SOUND}
 
@@ -378,8 +395,7 @@ class Attacker:
 
         draw = random.Random(f"{self.seed}:{self.group}:{number}")
         target = draw.choice(self.targets)
-        pattern = target.path.replace("OTHER", self.names["OTHER"])
-        path = draw.choice(sorted(self.checkout.glob(pattern)))
+        path = draw.choice(self._files(target))
         before = path.read_bytes()
         what, content = odd_content(target.kind, before, path, draw)
         command = draw.choice(target.commands)
@@ -391,6 +407,9 @@ class Attacker:
         took_in = command.startswith("import") and found["verdict"] == "accepted"
         self._restore(renewed=took_in or (number + 1) % _FRESH == 0)
         return found
+
+    def _files(self, target: Target) -> list[Path]:
+        return sorted(self.checkout.glob(target.path.replace("OTHER", self.names["OTHER"])))
 
     def ask(self, number: int) -> Found:
         """Ask everything of a server that answers as none should."""
@@ -547,8 +566,8 @@ def page(found: dict[str, list[Found]], asked: argparse.Namespace, seconds: floa
         f"    python -m benchmarks.attack --count {asked.count} --seed {asked.seed}{only}",
         "",
         f"{sum(one['verdict'] != SOUND for one in every)} attacks in {seconds:.0f} s on"
-        f" {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()},"
-        f" {time.strftime('%Y-%m-%d')}, commit {commit.stdout.strip()}; the slowest took"
+        f" {platform.machine()}, {asked.jobs} of {os.cpu_count()} cores, Python"
+        f" {platform.python_version()}, {time.strftime('%Y-%m-%d')}, commit {commit.stdout.strip()}; the slowest took"
         f" {max((one.get('seconds', 0.0) for one in every), default=0.0):.1f} s.",
         "",
         "`accepted`: the change did no harm, or the command went on without the file. `lines`: how",

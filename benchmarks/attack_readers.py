@@ -11,6 +11,7 @@ from runkey.data.prepare import prepare
 from runkey.files import read_plain
 from runkey.identity.dvc_yaml import tracked_md5
 from runkey.identity.record import RunManifest, RunPointer
+from runkey.inference.model import load_model_folder
 from runkey.memory.batch_shapes import prepared_shapes
 from runkey.model.weights import load_model
 from runkey.params import load_params, render
@@ -87,6 +88,7 @@ READERS: dict[str, Callable[[Path, Names], object]] = {
     "read:pointer": lambda root, names: RunPointer.read(root / ".runkey" / names["OTHER"]),
     "read:dataset": lambda root, _: read_dataset(root, "data", {}),
     "read:part": lambda root, _: tracked_md5("data/train", root),
+    "read:predictor": lambda root, _: load_model_folder(root / "model", "cpu"),
     "read:model": lambda root, _: load_model(root / "model"),
     "read:check": lambda root, _: check_weights(
         root / "model" / "weights.safetensors", "weights.safetensors"

@@ -8,6 +8,7 @@ store is away.  `runkey index` writes the file again from MLflow.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
 import time
@@ -152,6 +153,18 @@ def rebuild(path: Path, records: Iterable[Record]) -> Rebuilt:
     _change(path, change)
     shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # what runkey 0.1 kept
     return counts
+
+
+def sqlite_way_out(text: str) -> str:
+    """Say what helps against an error of MLflow's sqlite file, after `; `; empty if unknown."""
+    ways = {
+        "malformed|not a database|no such table|no such column": "put a copy of the file back, or"
+        " move it away: the next run makes a new one",
+        "readonly|unable to open": "make the file and its folder writable",
+        "locked": "another process writes to it; try again",
+        "full|disk I/O|No space left": "make room on the disk",
+    }
+    return next((f"; {way}" for error, way in ways.items() if re.search(error, text)), "")
 
 
 def _not_a_file(path: Path) -> str:

@@ -93,12 +93,17 @@ class Claim:
     @property
     def who(self) -> str:
         """For messages: the owner, or that it is unknown."""
-        return self.owner.label if self.owner else "an unreadable claim"
+        return self.owner.label if self.owner else "an unknown process"
 
     @property
-    def since(self) -> str:
-        """For messages: local date and time."""
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since_ms / 1000))
+    def line(self) -> str:
+        """For messages: who trains the key, and since when by local time, if that is known."""
+        if not self.owner:
+            return "its claim cannot be read, so a process may train it"
+        if not self.since_ms:
+            return f"{self.who} trains it"
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since_ms / 1000))
+        return f"{self.who} trains it since {since}"
 
     def is_same(self, other: Claim | None) -> bool:
         """Return True if both are the same claim, whatever its state and beat are."""

@@ -116,9 +116,7 @@ def _check_quiet(scope: Scope, key: str, rhythm: Rhythm) -> None:
     """Refuse a key that is trained now."""
     claim = newest(scope.claims, key)
     if claim and (state_now(claim) == "running" or _gives_signs(scope.claims, claim, rhythm)):
-        raise RegistryError(
-            f"{short_key(key)}: {claim.who} trains it since {claim.since}; end that first, or wait"
-        )
+        raise RegistryError(f"{short_key(key)}: {claim.line}; end that first, or wait")
     for folder in scope.trainings:
         holder = holder_of(folder) if folder.name.startswith(key) else None
         if holder is not None:

@@ -407,7 +407,7 @@ def opened(uri: str) -> Iterator[Connection]:
             yield database
     # The latter three: a table holds something that MLflow cannot have written.
     except (sqlite3.Error, ValueError, KeyError, TypeError) as error:
-        way_out = "; another process writes to it; try again" if "locked" in str(error) else ""
+        way_out = record_cache.sqlite_way_out(str(error))
         raise RegistryError(
             f"{path}: MLflow's database cannot be read ({error}){way_out}"
         ) from None

@@ -263,7 +263,7 @@ class _Search:
                     continue
                 if claim and not claim.is_same(waits_for):
                     waits_for = claim
-                    text = f"{self.label}: {claim.who} trains it since {claim.since}"
+                    text = f"{self.label}: {claim.line}"
                     if not wait:
                         way_out = "set runtime.wait to true to wait for its result"
                         raise RegistryError(f"{text}; {way_out}, or try again later")

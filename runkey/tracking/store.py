@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from runkey import paths
 from runkey.errors import RunkeyError, TrackingError
 from runkey.http_limits import SECONDS, TIMEOUT
+from runkey.identity.record_cache import sqlite_way_out
 from runkey.progress import without_logins
 
 if TYPE_CHECKING:
@@ -185,20 +186,8 @@ def tracked(store: Store, what: str) -> Iterator[MlflowClient]:
         raise
     # Answers of a strange server end in a dozen kinds of errors in MLflow.
     except Exception as error:  # noqa: BLE001
-        way_out = _way_out(str(error)) if store.database else ""
+        way_out = sqlite_way_out(str(error)) if store.database else ""
         raise TrackingError(f"{store.uri}: {what} ({in_one_line(error)}){way_out}") from None
-
-
-def _way_out(text: str) -> str:
-    """Say what helps against an error of sqlite."""
-    ways = {
-        "malformed|not a database|no such table|no such column": "put a copy of the file back, or"
-        " move it away: the next run makes a new one",
-        "readonly|unable to open": "make the file and its folder writable",
-        "locked": "another process writes to it; try again",
-        "full|disk I/O|No space left": "make room on the disk",
-    }
-    return next((f"; {way}" for error, way in ways.items() if re.search(error, text)), "")
 
 
 # Before the cause of a failed request; the address is named anyway.
@@ -493,15 +482,18 @@ def start_server(store: Store, port: int, experiment: str = "") -> subprocess.Po
         command += ["--app-name", _APP]
     else:
         logger.warning("MLflow's pages as MLflow ships them: `make env` installs ours")
+    errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
     # A session of its own, to end the process that serves together with the one that starts it.
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command,
         env=environment,
         text=True,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=errors,
         start_new_session=True,
     )
+    process.stderr = errors  # for `wait_until_healthy`
+    return process
 
 
 def stop_server(process: subprocess.Popen[str], kill: bool = False) -> None:
@@ -516,11 +508,30 @@ def wait_until_healthy(address: str, process: subprocess.Popen[str]) -> None:
     end = time.monotonic() + _START_SECONDS
     while time.monotonic() < end:
         if process.poll() is not None:
-            raise TrackingError(f"mlflow server ended with code {process.returncode}")
+            raise TrackingError(
+                f"mlflow server ended with code {process.returncode}{_why(process)}"
+            )
         with suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
             return
         time.sleep(0.3)
     raise TrackingError(f"mlflow server did not answer at {address} in {_START_SECONDS:.0f} s")
+
+
+def _why(process: subprocess.Popen[str]) -> str:
+    """Return the last line that a server wrote before it ended, and what helps."""
+    if not process.stderr:
+        return ""
+    process.stderr.seek(0)
+    lines = process.stderr.read().split("\n")
+    last = without_logins(next((line.strip() for line in reversed(lines) if line.strip()), ""))[
+        :200
+    ]
+    if "No module named" in last:
+        return (
+            f" ({last}): install that driver into .venv, or set MLFLOW_TRACKING_URI to the address"
+            " of a server that uses the database"
+        )
+    return f" ({last}); is MLFLOW_TRACKING_URI right?"
 
 
 def free_port(port: int = 0) -> int:

@@ -67,7 +67,8 @@ def test_a_torn_file_is_a_claim_of_nobody_that_only_time_ends(
     found = newest(claims, KEY)
     assert found
     assert (found.generation, found.owner, found.state) == (1, None, "running")
-    assert found.who == "an unreadable claim"
+    assert found.who == "an unknown process"
+    assert found.line == "its claim cannot be read, so a process may train it"
     assert state_now(found) == "silent"
     assert not claims.make(a_claim())
     assert claims.make(a_claim(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -179,6 +180,41 @@ def test_a_damaged_cache_that_cannot_be_rebuilt_is_named(
     code, out, err = run("list")
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "`runkey index` writes it again" in err
+
+
+@pytest.mark.parametrize("data", [b"", b"no database" * 100, b"SQLite format 3\0" + bytes(5000)])
+def test_a_database_without_tables_is_named_with_the_way_out(
+    recorded: tuple[Store, list[Record]], run: Run, data: bytes
+) -> None:
+    store, _ = recorded
+    assert store.database
+    store.database.write_bytes(data)
+    code, out, err = run("index")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert f"{store.database}: MLflow's database cannot be read (" in err
+    assert "put a copy of the file back, or move it away: the next run makes a new one" in err
+    assert run("list")[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("address", "line"),
+    [
+        (
+            "postgresql://me:hidden@nowhere/x",
+            r"code 1 \(ModuleNotFoundError: No module named '\w+'\): install that driver into",
+        ),
+        ("klingon://nowhere/x", r"code \d \(.*\); is MLFLOW_TRACKING_URI right\?"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why(
+    root: Path, run: Run, monkeypatch: pytest.MonkeyPatch, address: str, line: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    code, _, err = run("index")
+    assert code == 1
+    assert re.search(f"^error: mlflow server ended with {line}", err, re.MULTILINE)
+    assert "hidden" not in err
 
 
 @pytest.mark.slow

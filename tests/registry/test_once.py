@@ -156,7 +156,7 @@ def test_an_unseen_owner_is_followed_when_its_beat_stands_still(
 def test_a_torn_claim_is_followed_when_time_is_up(decide: Any, claims: FileClaims) -> None:
     claims.make(a_claim())
     Path(claims.place, f"{KEY}.g1.json").write_text('{"key":', encoding="utf-8")
-    assert "an unreadable claim was dead (no sign of life" in decide().line
+    assert "claim of an unknown process was dead (no sign of life" in decide().line
 
 
 def test_a_failed_training_is_followed_and_leaves_no_run_to_end(
