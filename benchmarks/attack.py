@@ -567,7 +567,8 @@ def page(found: dict[str, list[Found]], asked: argparse.Namespace, seconds: floa
         "",
         f"{sum(one['verdict'] != SOUND for one in every)} attacks in {seconds:.0f} s on"
         f" {platform.machine()}, {asked.jobs} of {os.cpu_count()} cores, Python"
-        f" {platform.python_version()}, {time.strftime('%Y-%m-%d')}, commit {commit.stdout.strip()}; the slowest took"
+        f" {platform.python_version()}, {time.strftime('%Y-%m-%d')}, commit"
+        f" {commit.stdout.strip()}; the slowest took"
         f" {max((one.get('seconds', 0.0) for one in every), default=0.0):.1f} s.",
         "",
         "`accepted`: the change did no harm, or the command went on without the file. `lines`: how",
