@@ -16,18 +16,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import batched
 from pathlib import Path
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from runkey import params
-from runkey.data.dataset import Batch, normalise
 from runkey.errors import ModelError
 from runkey.files import FormatError, read_json
 from runkey.hashing import sha256_file
 from runkey.inference.detections import Detections, score_limits
+from runkey.inference.module import InferenceModule
+from runkey.inference.networks import CARD_JSON, Network, TorchNetwork, open_export
 from runkey.inference.preprocess import Preprocess, Source, read_image, source_name
 from runkey.inference.thresholds import (
     DEFAULT_SCORE,
@@ -36,8 +36,6 @@ from runkey.inference.thresholds import (
     read_thresholds,
     score_by_class,
 )
-from runkey.model.detr import Detector
-from runkey.model.postprocess import build_postprocess
 from runkey.model.weights import WEIGHTS, CardClass, Sizes, load_model
 
 logger = logging.getLogger(__name__)
@@ -63,54 +61,6 @@ class InferenceCard:
     """Score of the best F1 by class name; empty if the model was not evaluated."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """The rest of an export's card.json: data, licence, environment."""
-
-
-class Network(Protocol):
-    """What runs a model's forward pass; n is at most 100."""
-
-    def __call__(
-        self, images: NDArray[np.uint8]
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
-        """Run a batch of one shape.
-
-        Args:
-            images: uint8 [B, 3, h, w], as `Preprocess` makes them.
-
-        Returns:
-            Scores float32 [B, n], descending; labels int64 [B, n]; boxes xyxy float32 [B, n, 4],
-            fractions of the width and height in 0..1.
-        """
-
-
-class EagerNetwork:
-    """The detector in torch, as `evaluate` runs it."""
-
-    def __init__(self, detector: Detector, model: params.Model, device: torch.device) -> None:
-        """Args: detector: in evaluation mode. model: its parameters. device: where it runs."""
-        self._detector = detector.to(device)
-        self._postprocess, self._device = build_postprocess(model), device
-
-    @torch.no_grad()
-    def __call__(
-        self, images: NDArray[np.uint8]
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
-        """See `Network`."""
-        count, _, height, width = images.shape
-        batch = Batch(
-            images=torch.from_numpy(images),
-            sizes=torch.tensor([[height, width]] * count),
-            boxes_cxcywh=torch.zeros(0, 4),
-            labels=torch.zeros(0, dtype=torch.int64),
-            counts=(0,) * count,
-            image_ids=(0,) * count,
-            original_sizes=torch.ones(count, 2, dtype=torch.int64),
-        ).to(self._device)
-        found = self._postprocess(self._detector(*normalise(batch)), batch.original_sizes)
-        scores, labels, boxes = (
-            torch.stack([getattr(one, name) for one in found]).cpu().numpy()
-            for name in ("scores", "labels", "boxes_xyxy")
-        )
-        return scores, labels, boxes
 
 
 class Model:
@@ -245,11 +195,12 @@ class Model:
 
 
 def load_model_folder(path: Path | str, device: str | torch.device | None = None) -> Model:
-    """Load a saved model: the folder `model/` of a run, or of an export.
+    """Load a saved model: the folder `model/` of a run, or an export.
 
     Args:
-        path: a folder with model.json and weights.safetensors.
-        device: such as `cpu` or `cuda:1`; None: the GPU if there is one.
+        path: a folder with model.json and weights.safetensors, or what `open_export` opens.
+        device: such as `cpu` or `cuda:1`; None: the GPU if there is one. ONNX Runtime and OpenVINO
+            run on the CPU.
 
     Raises:
         ModelError: the folder holds no model, or a damaged one.
@@ -257,8 +208,10 @@ def load_model_folder(path: Path | str, device: str | torch.device | None = None
     folder = Path(path)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if folder.is_file() or (folder / CARD_JSON).is_file():
+        return _load_export(folder, device)
     detector, card = load_model(folder)
-    network = EagerNetwork(detector, card.model, torch.device(device))
+    network = TorchNetwork(InferenceModule(detector), device)
     return Model(
         InferenceCard(
             classes=card.classes,
@@ -267,6 +220,22 @@ def load_model_folder(path: Path | str, device: str | torch.device | None = None
             thresholds=find_thresholds(folder),
         ),
         network,
+    )
+
+
+def _load_export(path: Path, device: str | torch.device) -> Model:
+    export = open_export(path, device)
+    card = export.card
+    known = ("format", "key", "classes", "sizes", "thresholds")
+    return Model(
+        InferenceCard(
+            classes=tuple(CardClass(**one) for one in card["classes"]),
+            sizes=Sizes(**card["sizes"]),
+            key=card["key"],
+            thresholds=card["thresholds"],
+            about={name: value for name, value in card.items() if name not in known},
+        ),
+        export.network,
     )
 
 

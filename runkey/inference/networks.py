@@ -1,0 +1,265 @@
+"""What runs a model's forward pass: torch, ONNX Runtime, OpenVINO, or an exported torch program.
+
+    network = OnnxNetwork(Path("model.onnx"))
+    scores, labels, boxes_xyxy = network(images)         # uint8 [B, 3, h, w], of one shape
+
+`open_export` opens what `runkey export-model` wrote, with its card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NotRequired, Protocol, TypedDict, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from runkey.errors import LockError, ModelError
+from runkey.files import FormatError, expect, parse_json, read_json
+from runkey.inference.extras import import_extra
+from runkey.units import counted
+
+Arrays = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]
+"""Scores [B, n], labels [B, n], boxes xyxy [B, n, 4]; see `Network`."""
+INPUT, OUTPUTS = "images", ("scores", "labels", "boxes_xyxy")
+"""Names of an exported model's input and outputs."""
+CARD_JSON, METADATA = "card.json", "runkey"
+"""The card's file, and its name in an ONNX file's metadata."""
+FILES = {"onnx": "model.onnx", "torch": "model.pt2", "openvino": "model.xml"}
+"""The model's file by export format."""
+_FORMAT = 1
+_FORMATS = {Path(name).suffix: format_ for format_, name in FILES.items()}
+
+
+class Network(Protocol):
+    """What runs a model's forward pass; n is at most 100."""
+
+    def __call__(self, images: NDArray[np.uint8]) -> Arrays:
+        """Run a batch of one shape.
+
+        Args:
+            images: uint8 [B, 3, h, w], as `Preprocess` makes them.
+
+        Returns:
+            Scores float32 [B, n], descending; labels int64 [B, n]; boxes xyxy float32 [B, n, 4],
+            fractions of the width and height in 0..1.
+        """
+
+
+class TorchNetwork:
+    """A module in torch, such as `InferenceModule`; without options, what `evaluate` computes."""
+
+    def __init__(self, module: nn.Module, device: torch.device | str = "cpu") -> None:
+        """Args: module: uint8 images to scores, labels and boxes. device: where it runs."""
+        self.device = torch.device(device)
+        self.module = module.to(self.device)
+
+    @torch.no_grad()
+    def __call__(self, images: NDArray[np.uint8]) -> Arrays:
+        """See `Network`."""
+        answers = self.module(torch.from_numpy(images).to(self.device))
+        return cast(Arrays, tuple(answer.cpu().numpy() for answer in answers))
+
+
+class ExportedTorchNetwork(TorchNetwork):
+    """A program that `torch.export` saved (`.pt2`). Loading a file can run code that is in it."""
+
+    def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
+        """Load a program; ModelError if the file is damaged."""
+        with _readable(path, "torch"):
+            program = torch.export.load(path)
+        super().__init__(program.module(), device)
+
+
+class OnnxNetwork:
+    """An ONNX file in ONNX Runtime, on the CPU."""
+
+    def __init__(self, model: Path | bytes, *, threads: int | None = None) -> None:
+        """Load a model from a file or its bytes; `threads`: of one run, None: all cores.
+
+        Raises:
+            LockError: ONNX Runtime is not installed.
+            ModelError: the file is damaged, or something else.
+        """
+        runtime = import_extra("onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 3  # errors
+        with _readable(model, "ONNX Runtime"):
+            self.session = runtime.InferenceSession(
+                model if isinstance(model, bytes) else str(model),
+                options,
+                providers=["CPUExecutionProvider"],
+            )
+            wanted = (INPUT, *OUTPUTS)
+            names = [one.name for one in (*self.session.get_inputs(), *self.session.get_outputs())]
+            if tuple(names) != wanted:
+                raise ValueError(f"its tensors are {', '.join(names)}, not {', '.join(wanted)}")
+
+    @property
+    def card(self) -> Card | None:
+        """The card in the file's metadata."""
+        text = self.session.get_modelmeta().custom_metadata_map.get(METADATA)
+        return None if text is None else _check_card(parse_json(text), METADATA)
+
+    def __call__(self, images: NDArray[np.uint8]) -> Arrays:
+        """See `Network`."""
+        return cast(Arrays, tuple(self.session.run(list(OUTPUTS), {INPUT: images})))
+
+
+class OpenVinoNetwork:
+    """A model in OpenVINO's format (model.xml beside model.bin), on the CPU."""
+
+    def __init__(self, path: Path, *, precision: str = "fp32", threads: int | None = None) -> None:
+        """Load a model.
+
+        Args:
+            path: of the .xml file, or of an ONNX file.
+            precision: of its arithmetic, `fp32` or `bf16`; quantised layers stay as they are.
+            threads: of one run; None: all cores.
+
+        Raises:
+            LockError: OpenVINO is not installed.
+            ModelError: the file is damaged.
+        """
+        core = import_extra("openvino").Core()
+        # OpenVINO would take bf16 by itself where the processor has it.
+        hints = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
+        if threads:
+            hints["INFERENCE_NUM_THREADS"] = str(threads)
+        with _readable(path, "OpenVINO"):
+            self.model = core.compile_model(core.read_model(str(path)), "CPU", hints)
+
+    def __call__(self, images: NDArray[np.uint8]) -> Arrays:
+        """See `Network`."""
+        answers = self.model([images])
+        scores, labels, boxes = (answers[index] for index in range(len(OUTPUTS)))
+        return scores, labels.astype(np.int64), boxes
+
+
+class _Class(TypedDict):
+    index: int
+    id: int
+    name: str
+
+
+class _Sizes(TypedDict):
+    short_side: int
+    long_side: int
+    intensity_range: tuple[float, float] | None
+
+
+class Card(TypedDict):
+    """card.json of an export: what its reader needs to know."""
+
+    format: int
+    key: str | None
+    """Of the run that trained the model."""
+    export: str
+    """`onnx`, `torch` or `openvino`."""
+    precision: str
+    """`fp32`, `bf16` or `int8`."""
+    file: str
+    """The model's file, beside the card."""
+    classes: list[_Class]
+    sizes: _Sizes
+    """Of images, pixels; see `runkey.model.weights.Sizes`."""
+    thresholds: dict[str, float]
+    """Score of the best F1 on the val images, by class name."""
+    weights: NotRequired[str]
+    """sha256 of the trained weights."""
+    preset: NotRequired[str]
+    data: NotRequired[dict[str, Any]]
+    licence: NotRequired[list[str]]
+    environment: NotRequired[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What `runkey export-model` wrote, ready to run."""
+
+    card: Card
+    network: Network
+
+
+def open_export(path: Path, device: torch.device | str = "cpu") -> Export:
+    """Open an export: its folder, or the model's file in it; an ONNX file needs nothing beside it.
+
+    Args:
+        path: a folder with card.json, or a file .onnx, .pt2 or .xml.
+        device: where an exported torch program runs; the others run on the CPU.
+
+    Raises:
+        LockError: what runs it is not installed.
+        ModelError: no export, or a damaged one.
+    """
+    if path.is_dir():
+        card = read_export_card(path / CARD_JSON)
+        file = path / Path(card["file"]).name
+        return Export(card, open_network(file, card["precision"], device))
+    if path.suffix not in _FORMATS:
+        known = ", ".join(_FORMATS)
+        raise ModelError(f"{path}: no exported model; its files end with {known}")
+    if path.suffix == ".onnx":
+        network = OnnxNetwork(path)
+        return Export(network.card or read_export_card(path.with_name(CARD_JSON)), network)
+    card = read_export_card(path.with_name(CARD_JSON))
+    return Export(card, open_network(path, card["precision"], device))
+
+
+def open_network(path: Path, precision: str, device: torch.device | str = "cpu") -> Network:
+    """Open the model's file of an export; see `open_export`."""
+    if not path.is_file():
+        raise ModelError(f"{path}: not found; export the model again")
+    openers: Mapping[str, Callable[[], Network]] = {
+        ".onnx": lambda: OnnxNetwork(path),
+        ".pt2": lambda: ExportedTorchNetwork(path, device),
+        ".xml": lambda: OpenVinoNetwork(path, precision=precision),
+    }
+    return openers[path.suffix]()
+
+
+def read_export_card(path: Path) -> Card:
+    """Read card.json.
+
+    Raises:
+        ModelError: it is missing, damaged or of another format.
+    """
+    try:
+        return _check_card(read_json(path), str(path))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: not found; `runkey export-model` writes it") from None
+    except FormatError as error:
+        raise ModelError(f"{path}: no card of an export ({error})") from None
+
+
+def _check_card(tree: Any, where: str) -> Card:
+    if isinstance(tree, dict) and tree.get("format") != _FORMAT:
+        raise ModelError(f"{where}: format {tree.get('format')}, this program reads {_FORMAT}")
+    try:
+        card: Card = expect(Card, tree)
+    except FormatError as error:
+        raise ModelError(f"{where}: no card of an export ({error})") from None
+    if Path(card["file"]).name != card["file"] or Path(card["file"]).suffix not in _FORMATS:
+        raise ModelError(f"{where}: file {card['file']!r}: no model's file beside the card")
+    if [one["index"] for one in card["classes"]] != list(range(len(card["classes"]))):
+        raise ModelError(f"{where}: {counted(len(card['classes']), 'class')} out of order")
+    return card
+
+
+@contextmanager
+def _readable(model: Path | bytes, reader: str) -> Iterator[None]:
+    """Turn what a reader raises on a damaged file, of any type, into one line."""
+    try:
+        yield
+    except (LockError, ModelError):
+        raise
+    except Exception as error:  # noqa: BLE001
+        reason = " ".join(str(error).split())[:120]
+        name = str(model) if isinstance(model, Path) else "the model's bytes"
+        raise ModelError(f"{name}: {reader} cannot read it ({reason})") from None
