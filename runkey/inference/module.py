@@ -34,6 +34,8 @@ class InferenceOptions:
     """Leave out the heads of the other decoder layers, which only losses need."""
     channels_last: bool = False
     """Run the backbone in this memory format."""
+    bf16: bool = False
+    """Compute convolutions and matrix products in bfloat16 (`torch.autocast`), heads in float32."""
     decoder_layers: int | None = None
     """Run only so many, from the first; None: all."""
     proposals_only: bool = False
@@ -81,7 +83,9 @@ class InferenceModule(nn.Module):
         pixels = images.to(torch.float32) * self.scale + self.offset
         if self.options.channels_last:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return self.postprocess.select(*self._predict(pixels))
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.options.bf16):
+            logits, boxes_cxcywh = self._predict(pixels)
+        return self.postprocess.select(logits, boxes_cxcywh)
 
     def _predict(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, Q, C] and boxes cxcywh [B, Q, 4] of normalised images."""

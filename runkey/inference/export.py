@@ -1,0 +1,205 @@
+"""Write a model as ONNX, as a torch program or for OpenVINO, to be run without this project.
+
+The graphs take any batch, height and width. `runkey.pipeline.export` compares what is written here
+with the model itself before it is called done.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from runkey.errors import ModelError
+from runkey.files import write_atomically, write_json
+from runkey.inference.extras import import_extra
+from runkey.inference.module import InferenceModule, InferenceOptions
+from runkey.inference.networks import CARD_JSON, FILES, INPUT, METADATA, OUTPUTS, Card
+from runkey.model.backbones import Compact
+from runkey.model.detr import Detector
+
+Format = Literal["onnx", "torch", "openvino"]
+Precision = Literal["fp32", "bf16", "int8"]
+
+RUNTIMES = {"onnx": "onnxruntime", "torch": "torch", "openvino": "openvino"}
+"""The package that runs each format."""
+DETECT_PY = "detect.py"
+_OPSET = 17
+_EXAMPLE = (2, 3, 96, 128)
+_REFUSED = {
+    ("onnx", "bf16"): "ONNX Runtime has no bf16 on processors; take --format openvino, or int8",
+    ("torch", "int8"): "a torch program has no int8 here; take --format onnx or openvino",
+}
+
+
+def check_choice(export: Format, precision: Precision) -> None:
+    """Check that the packages are there, and that the format has that precision.
+
+    Raises:
+        LockError: a package is not installed.
+        ModelError: the format does not have the precision.
+    """
+    if (export, precision) in _REFUSED:
+        raise ModelError(f"{export} {precision}: {_REFUSED[export, precision]}")
+    if export != "torch":
+        import_extra("onnx")
+        import_extra(RUNTIMES[export])
+    if precision == "int8":
+        import_extra("onnxruntime")
+
+
+def write_export(
+    detector: Detector,
+    card: Card,
+    folder: Path,
+    *,
+    options: InferenceOptions,
+    calibration: Sequence[NDArray[np.uint8]] = (),
+) -> None:
+    """Write the model's file, card.json and detect.py into a folder.
+
+    Args:
+        detector: a trained one; it is not changed.
+        card: says the format, the precision and the file's name; it is written as it is.
+        folder: made if it is not there.
+        options: what else makes the network faster; see `InferenceOptions`.
+        calibration: for int8, images uint8 [3, h, w] that activations are measured on; empty: the
+            convolutions stay in fp32.
+
+    Raises:
+        ModelError: `options` do not fit the detector.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / card["file"]
+    if card["export"] == "torch":
+        options = replace(options, bf16=card["precision"] == "bf16")
+        write_program(detector, options, path)
+    else:
+        model = to_onnx(InferenceModule(detector, options))
+        if card["precision"] == "int8":
+            model = quantised(model, calibration)
+        if card["export"] == "onnx":
+            write_atomically(path, _with_card(model, card))
+        else:
+            _write_openvino(model, path)
+    write_json(folder / CARD_JSON, card)
+    shutil.copyfile(Path(__file__).parent / "templates" / DETECT_PY, folder / DETECT_PY)
+
+
+def to_onnx(module: InferenceModule) -> bytes:
+    """Convert a module to an ONNX model with free batch, height and width."""
+    import_extra("onnx")
+    buffer = io.BytesIO()
+    free = {INPUT: {0: "batch", 2: "height", 3: "width"}}
+    free |= {name: {0: "batch"} for name in OUTPUTS}
+    with _quiet():
+        # By tracing: torch's newer exporter takes ten times as long, and more packages.
+        torch.onnx.export(
+            module,
+            (torch.zeros(_EXAMPLE, dtype=torch.uint8),),
+            buffer,
+            dynamo=False,
+            opset_version=_OPSET,
+            input_names=[INPUT],
+            output_names=list(OUTPUTS),
+            dynamic_axes=free,
+        )
+    return buffer.getvalue()
+
+
+def write_program(detector: Detector, options: InferenceOptions, path: Path) -> None:
+    """Write a program of `torch.export` with free batch, height and width.
+
+    Its least height and width are one pixel more than the backbone's stride.
+    """
+    module = InferenceModule(detector, options)
+    least = 9 if isinstance(detector.backbone[0].body, Compact) else 33
+    sides = {axis: torch.export.Dim(f"axis{axis}", min=least) for axis in (2, 3)}
+    free = {0: torch.export.Dim("batch"), **sides}
+    example = torch.zeros(_EXAMPLE, dtype=torch.uint8)
+    with _quiet():
+        program = torch.export.export(module, (example,), dynamic_shapes=(free,))
+    torch.export.save(program, path)
+
+
+def quantised(model: bytes, images: Sequence[NDArray[np.uint8]]) -> bytes:
+    """Quantise an ONNX model to int8.
+
+    Convolutions get ranges that are measured on images (per channel; the first and the projection
+    behind the backbone stay in fp32), matrix products the ranges of each run.
+
+    Args:
+        model: see `to_onnx`.
+        images: uint8 [3, h, w]; none: convolutions stay in fp32.
+    """
+    onnx, quantization = import_extra("onnx"), import_extra("onnxruntime.quantization")
+    batches = iter([{INPUT: image[None]} for image in images])
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+        def get_next(self) -> Any:
+            return next(batches, None)
+
+    nodes = onnx.load_model_from_string(model).graph.node
+    convolutions = [node.name for node in nodes if node.op_type == "Conv"]
+    with TemporaryDirectory() as name, _quiet():
+        start, middle, end = (str(Path(name) / f"{step}.onnx") for step in range(3))
+        Path(start).write_bytes(model)
+        if images:
+            quantization.quantize_static(
+                start,
+                middle,
+                Reader(),
+                quant_format=quantization.QuantFormat.QDQ,
+                op_types_to_quantize=["Conv"],
+                nodes_to_exclude=[convolutions[0], convolutions[-1]],
+                per_channel=True,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+            )
+            start = middle
+        quantization.quantize_dynamic(start, end, op_types_to_quantize=["MatMul", "Gemm"])
+        return Path(end).read_bytes()
+
+
+def versions(export: Format) -> dict[str, str]:
+    """Return the versions of Python and of the packages that made an export and run it."""
+    names = {"torch", "numpy", "pillow", RUNTIMES[export]} | ({"onnx"} if export != "torch" else set())
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in sorted(names)}
+
+
+def _with_card(model: bytes, card: Card) -> bytes:
+    """The ONNX model with the card in its metadata."""
+    onnx = import_extra("onnx")
+    proto = onnx.load_model_from_string(model)
+    proto.producer_name = "runkey"
+    onnx.helper.set_model_props(proto, {METADATA: json.dumps(card, ensure_ascii=False)})
+    return cast(bytes, proto.SerializeToString())
+
+
+def _write_openvino(model: bytes, path: Path) -> None:
+    openvino = import_extra("openvino")
+    with TemporaryDirectory() as name:
+        source = Path(name) / FILES["onnx"]
+        source.write_bytes(model)
+        openvino.save_model(openvino.Core().read_model(source), path, compress_to_fp16=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what exporters warn of: traced constants, their own future."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
