@@ -1,16 +1,18 @@
-"""`runkey predict`: the commands that use a trained model."""
+"""`runkey predict` and `export-model`: the commands that use a trained model."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
 from runkey.cli import output
 from runkey.cli.output import AsJson
-from runkey.errors import DataError
+from runkey.errors import DataError, RunkeyError
 from runkey.progress import say
 from runkey.units import counted, format_seconds
 
@@ -182,3 +184,67 @@ def _say_skipped(summary: Summary) -> None:
             f"skipped {counted(f'{count:,}', 'file')}{more}: {summary.folder}/skipped.csv",
             stderr=True,
         )
+
+
+def export_model(
+    model: Annotated[
+        str, Argument(metavar="MODEL", help="Key of a run, folder model/, or what `get` wrote.")
+    ],
+    export: Annotated[
+        Literal["onnx", "torch", "openvino"],
+        Option("--format", help="torch: a program of torch.export (.pt2)."),
+    ] = "onnx",
+    precision: Annotated[Literal["fp32", "bf16", "int8"], Option("--precision")] = "fp32",
+    out: Annotated[Path | None, Option("--out", help="Folder to make [FORMAT-PRECISION].")] = None,
+    images: Annotated[
+        list[Path] | None,
+        Option(
+            "--images",
+            help="Image or folder of images to compare on, instead of the run's val images; repeat"
+            " it for several. fp32 only.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, Option("--limit", min=1, help="Compare on so many of the val images.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model that runs without this project: ONNX, torch or OpenVINO.
+
+    The folder holds the model, card.json, detect.py and parity.json. Before it is called done the
+    export is compared with the model on the run's val images: in fp32 scores must agree within 1e-5
+    and AP to three digits; bf16 and int8 may lose 0.2 points of AP. One that does not pass is left
+    under OUT.refused, exit code 3. The result is recorded on the run.
+    """
+    from runkey.inference.sources import find_sources
+    from runkey.pipeline.export import Choice, describe, export_model
+
+    choice = Choice(export, precision)
+    found = find_sources(map(str, images)).sources if images else []
+    done = export_model(
+        _folder_of(model),
+        out or Path(choice.name),
+        choice,
+        store=_or_none(output.store),
+        root=_or_none(output.workspace),
+        images=[Path(one.place) for one in found if not one.is_video],
+        limit=limit,
+    )
+    answer = {"folder": str(done.folder), "bytes": done.size, "recorded": done.recorded}
+    parity = asdict(done.parity) | {"text": done.parity.text}
+    output.print_answer(
+        answer | {"parity": parity}, *describe(done), as_json=as_json, yes=done.parity.passed
+    )
+
+
+def _or_none[T](ask: Callable[[], T]) -> T | None:
+    """What there is of the repository; None outside of one."""
+    try:
+        return ask()
+    except RunkeyError:
+        return None
+
+
+def _folder_of(model: str) -> Path:
+    path = Path(model)
+    return path / "model" if (path / "model").is_dir() else path

@@ -251,6 +251,9 @@ class Details:
     """Results of `runkey reproduce`, oldest first; see `runkey.registry.reproduce`."""
     started_from: StartedFrom | None = None
     """None: from random or ImageNet weights, or a run of before this was recorded."""
+    exports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """How far each exported model is from this one, by format and precision: `onnx-fp32`; see
+    `runkey.pipeline.export.Parity`."""
     schema: str = SCHEMA
 
     def as_json(self) -> str:

@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -110,7 +110,7 @@ def to_onnx(module: InferenceModule) -> bytes:
         torch.onnx.export(
             module,
             (torch.zeros(_EXAMPLE, dtype=torch.uint8),),
-            buffer,
+            cast(Any, buffer),
             dynamo=False,
             opset_version=_OPSET,
             input_names=[INPUT],
@@ -146,12 +146,7 @@ def quantised(model: bytes, images: Sequence[NDArray[np.uint8]]) -> bytes:
         images: uint8 [3, h, w]; none: convolutions stay in fp32.
     """
     onnx, quantization = import_extra("onnx"), import_extra("onnxruntime.quantization")
-    batches = iter([{INPUT: image[None]} for image in images])
-
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
-        def get_next(self) -> Any:
-            return next(batches, None)
-
+    reader = _Reader({INPUT: image[None]} for image in images)
     nodes = onnx.load_model_from_string(model).graph.node
     convolutions = [node.name for node in nodes if node.op_type == "Conv"]
     with TemporaryDirectory() as name, _quiet():
@@ -161,7 +156,7 @@ def quantised(model: bytes, images: Sequence[NDArray[np.uint8]]) -> bytes:
             quantization.quantize_static(
                 start,
                 middle,
-                Reader(),
+                reader,
                 quant_format=quantization.QuantFormat.QDQ,
                 op_types_to_quantize=["Conv"],
                 nodes_to_exclude=[convolutions[0], convolutions[-1]],
@@ -174,9 +169,19 @@ def quantised(model: bytes, images: Sequence[NDArray[np.uint8]]) -> bytes:
         return Path(end).read_bytes()
 
 
+class _Reader:
+    """Hands ONNX Runtime the inputs that it measures activations on."""
+
+    def __init__(self, inputs: Iterable[dict[str, Any]]) -> None:
+        self._inputs = iter(inputs)
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self._inputs, None)
+
+
 def versions(export: Format) -> dict[str, str]:
     """Return the versions of Python and of the packages that made an export and run it."""
-    names = {"torch", "numpy", "pillow", RUNTIMES[export]} | ({"onnx"} if export != "torch" else set())
+    names = {"torch", "numpy", "pillow", RUNTIMES[export], *(["onnx"] * (export != "torch"))}
     return {"python": sys.version.split()[0]} | {name: version(name) for name in sorted(names)}
 
 

@@ -10,6 +10,7 @@ rounding differs, and what leaves out layers loses AP. Shapes: B images, n detec
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
@@ -83,7 +84,8 @@ class InferenceModule(nn.Module):
         pixels = images.to(torch.float32) * self.scale + self.offset
         if self.options.channels_last:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.options.bf16):
+        bf16 = torch.autocast(pixels.device.type, torch.bfloat16)
+        with bf16 if self.options.bf16 else nullcontext():
             logits, boxes_cxcywh = self._predict(pixels)
         return self.postprocess.select(logits, boxes_cxcywh)
 

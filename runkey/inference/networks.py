@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ class ExportedTorchNetwork(TorchNetwork):
 
     def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
         """Load a program; ModelError if the file is damaged."""
-        with _readable(path, "torch"):
+        with _readable(path, "torch"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a buffer that is only read
             program = torch.export.load(path)
         super().__init__(program.module(), device)
 
@@ -174,9 +176,16 @@ class Card(TypedDict):
     weights: NotRequired[str]
     """sha256 of the trained weights."""
     preset: NotRequired[str]
+    options: NotRequired[dict[str, Any]]
+    """Those of `InferenceOptions` that are set."""
+    parts: NotRequired[dict[str, str]]
+    """Digests of the key's four parts."""
     data: NotRequired[dict[str, Any]]
+    """md5 and number of the training data's images."""
     licence: NotRequired[list[str]]
-    environment: NotRequired[dict[str, Any]]
+    """What the training data say of their licences and authors."""
+    environment: NotRequired[dict[str, str]]
+    """Versions of Python and of the packages that made the export."""
 
 
 @dataclass(frozen=True, slots=True)
