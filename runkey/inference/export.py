@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import shutil
 import sys
 import warnings
@@ -204,7 +205,12 @@ def _write_openvino(model: bytes, path: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what exporters warn of: traced constants, their own future."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Hide what exporters warn of: traced constants, their own future, a step that needs none."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -9,7 +9,6 @@ run's, else given ones. An export that differs by more than its precision may is
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tempfile
@@ -24,7 +23,7 @@ import torch
 
 from runkey.errors import DataError, ModelError, RegistryError
 from runkey.evaluation.run import evaluate_detections
-from runkey.files import FormatError, read_json, write_json
+from runkey.files import FormatError, json_safe, read_json, write_json
 from runkey.hashing import sha256_file
 from runkey.identity.record import DETAILS, Record
 from runkey.identity.record_cache import update_record
@@ -327,7 +326,8 @@ def _parity_json(card: Card, choice: Choice, parity: Parity) -> dict[str, Any]:
     if choice.is_exact:
         limits = {"score_difference": MAX_SCORE_DIFFERENCE, "ap_difference": MAX_AP_DIFFERENCE}
     named = {"key": card["key"], "export": card["export"], "precision": card["precision"]}
-    return {"format": 1, **named, **asdict(parity), "limits": limits}
+    parts: dict[str, Any] = json_safe({**named, **asdict(parity), "limits": limits})
+    return {"format": 1} | parts
 
 
 def _record(store: Store | None, key: str | None, choice: Choice, parity: Parity, size: int) -> str:
@@ -355,7 +355,7 @@ def add_export(store: Store, record: Record, name: str, parity: Parity, size: in
     outcome = "passed" if parity.passed else f"refused: {'; '.join(parity.faults)}"
     exports: dict[str, Any] = {name: {"time": int(time.time()), **asdict(parity), **finite}}
     if details:
-        details = replace(details, exports=details.exports | json.loads(json.dumps(exports)))
+        details = replace(details, exports=details.exports | json_safe(exports))
 
     def changed(now: Any) -> None:
         update_record(store.cache, now, details)
