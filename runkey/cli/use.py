@@ -216,13 +216,14 @@ def export_model(
     and AP to three digits; bf16 and int8 may lose 0.2 points of AP. One that does not pass is left
     under OUT.refused, exit code 3. The result is recorded on the run.
     """
+    from runkey.api import find_model
     from runkey.inference.sources import find_sources
     from runkey.pipeline.export import Choice, describe, export_model
 
     choice = Choice(export, precision)
     found = find_sources(map(str, images)).sources if images else []
     done = export_model(
-        _folder_of(model),
+        find_model(model),
         out or Path(choice.name),
         choice,
         store=_or_none(output.store),
@@ -243,8 +244,3 @@ def _or_none[T](ask: Callable[[], T]) -> T | None:
         return ask()
     except RunkeyError:
         return None
-
-
-def _folder_of(model: str) -> Path:
-    path = Path(model)
-    return path / "model" if (path / "model").is_dir() else path

@@ -29,7 +29,8 @@ FIRST_PARTY = {"runkey", "stages"}
 NOT_IMPORTED = {"dvc-s3", "nvidia-ml-py"}
 # mlflow's own HTTP client, which `runkey.tracking.mlflow_http` limits; `make env-convert`.
 PROVIDED = {"requests": "mlflow-skinny", "urllib3": "requests"}
-OPTIONAL = {"globox"}
+OPTIONAL = {"globox": "convert", "onnxruntime": "export", "openvino": "export"}
+"""The folder in environment/ that pins each."""
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
 
 
@@ -60,11 +61,12 @@ def test_what_is_imported_is_what_is_declared():
         used |= packages & set(declared())
         if not packages & set(declared()):
             unknown.add(name)
-    assert unknown == {*PROVIDED} | OPTIONAL, "not declared in pyproject.toml"
+    assert unknown == {*PROVIDED, *OPTIONAL}, "not declared in pyproject.toml"
     for name, package in PROVIDED.items():
         assert any(re.match(rf"{name}\b", one) for one in importlib.metadata.requires(package))
-    for name in OPTIONAL:
-        assert f"{name}==" in (REPOSITORY / "environment/convert/requirements.txt").read_text()
+    for name, folder in OPTIONAL.items():
+        pins = REPOSITORY / "environment" / folder / "requirements.txt"
+        assert f"{name}==" in pins.read_text()
     assert set(declared()) - used <= NOT_IMPORTED, "declared and not imported"
 
 
