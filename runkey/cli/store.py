@@ -21,7 +21,7 @@ from runkey.progress import each, log_to_terminal, say
 from runkey.registry.library import LocalLibrary, ServerLibrary, find_run
 from runkey.registry.query import Condition, Field, Query
 from runkey.registry.rest import comparison_page, list_page
-from runkey.tracking.store import VIEW, Store, served
+from runkey.tracking.store import VIEW, Store, has_own_pages, served
 from runkey.units import counted, format_bytes
 
 if TYPE_CHECKING:
@@ -220,20 +220,20 @@ def ui(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     store = output.store()
     if store.is_server:
-        say(*_pages(store.uri, experiment))
+        say(*_pages(store.uri, experiment, VIEW))
         return
     try:
         with served(store, port, experiment) as (address, server):
-            say(*_pages(address, experiment))
+            say(*_pages(address, experiment, "" if has_own_pages() else VIEW))
             say("Ctrl-C ends it")
             server.wait()
     except KeyboardInterrupt:
         say("stopped")
 
 
-def _pages(address: str, experiment: str) -> list[str]:
-    """Return lines that name the run list and the comparison of the last runs."""
-    lines = ["all runs", f"  {list_page(address, experiment, VIEW)}"]
+def _pages(address: str, experiment: str, view: str) -> list[str]:
+    """Return lines that name the run list, in a shared view, and the comparison of the last runs."""
+    lines = ["all runs", f"  {list_page(address, experiment, view)}"]
     finished = Condition(Field("run", "status"), "=", "FINISHED")
     newest = Query(conditions=(finished,), limit=_COMPARED)
     last = [record.run for record in output.library().find(newest)]

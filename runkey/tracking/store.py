@@ -369,19 +369,20 @@ _COLUMNS = {
     "attributes.`Dataset`": 200,
 }
 """Width in pixels of each column after name and time, from the left, by MLflow's names."""
+_STATE = {
+    "orderByKey": "attributes.start_time",
+    "orderByAsc": False,
+    "selectedColumns": list(_COLUMNS),
+    "columnOrder": list(_COLUMNS),
+    "columnWidths": _COLUMNS,
+}
+"""Order and columns of the run list, as MLflow's pages keep them."""
 
 
 def view_text() -> str:
     """Return the tag's value: a named view as MLflow's pages save one, its state as JSON text."""
-    state = {
-        "orderByKey": "attributes.start_time",
-        "orderByAsc": False,
-        "selectedColumns": list(_COLUMNS),
-        "columnOrder": list(_COLUMNS),
-        "columnWidths": _COLUMNS,
-    }
     view = {"name": VIEW, "createdAt": _VERSION_MS, "updatedAt": _VERSION_MS}
-    return json.dumps(view | {"state": json.dumps(state)})
+    return json.dumps(view | {"state": json.dumps(_STATE)})
 
 
 def is_due(tags: Mapping[str, str]) -> bool:
@@ -402,19 +403,25 @@ _APP = "runkey"
 _START_PAGE = "RUNKEY_START_PAGE"
 """Environment variable of the server: name of the experiment whose runs the address shows."""
 # MLflow's own settings of a browser, by the names under which its pages keep them. Without them a
-# new browser shows the menu of generative AI, an assistant, and a notice about usage data.
+# new browser shows the menu of generative AI, an assistant, and a notice about usage data. The
+# columns are put where the pages keep those that a user chose: of a shared view they say in a bar
+# that it is one. They are there before the pages' own scripts run, so the request has to block.
 _BROWSER = """<script>
-for (const [name, value] of Object.entries({
-  "mlflow.workflowType_v1": "machine_learning",
-  "mlflow.settings.telemetry.enabled_v1": false,
-  "mlflow.telemetry.info.alert.dismissed_v1": true,
-  "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": true,
-})) if (localStorage.getItem(name) === null) localStorage.setItem(name, JSON.stringify(value))
-const experiment = EXPERIMENT
-if (experiment && ["", "#/"].includes(location.hash))
-  fetch("ajax-api/2.0/mlflow/experiments/get-by-name?experiment_name=" + experiment)
-    .then(answer => answer.json())
-    .then(answer => location.replace(`#/experiments/${answer.experiment.experiment_id}/runs?VIEW`))
+const preset = (name, value) =>
+  localStorage.getItem(name) ?? localStorage.setItem(name, JSON.stringify(value))
+preset("mlflow.workflowType_v1", "machine_learning")
+preset("mlflow.settings.telemetry.enabled_v1", false)
+preset("mlflow.telemetry.info.alert.dismissed_v1", true)
+preset("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", true)
+const asked = new XMLHttpRequest()
+asked.open("GET", "ajax-api/2.0/mlflow/experiments/get-by-name?experiment_name=EXPERIMENT", false)
+if ("EXPERIMENT") asked.send()
+if (asked.status === 200) {
+  const id = JSON.parse(asked.responseText).experiment.experiment_id
+  preset(`MLflowLocalStorage-1.1-ExperimentPage-["${id}"]-ReactComponentState`, STATE)
+  if (["", "#/"].includes(location.hash))
+    location.replace(`#/experiments/${id}/runs?workflowType=machine_learning`)
+}
 </script>"""
 
 
@@ -423,13 +430,17 @@ def create_app() -> Any:
     from mlflow.server import app as flask
     from mlflow.server.fastapi_app import app
 
-    experiment = json.dumps(urllib.parse.quote(os.environ.get(_START_PAGE, "")))
-    view = f"viewStateShareKey={VIEW}&workflowType=machine_learning"
-    script = _BROWSER.replace("EXPERIMENT", experiment).replace("VIEW", view)
+    experiment = urllib.parse.quote(os.environ.get(_START_PAGE, ""), safe="")
+    script = _BROWSER.replace("EXPERIMENT", experiment).replace("STATE", json.dumps(_STATE))
     page = Path(str(flask.static_folder), "index.html").read_text(encoding="utf-8")
     whole = page.replace("<head>", f"<head>{script}", 1)
     flask.view_functions["serve"] = lambda: flask.response_class(whole, mimetype="text/html")
     return app
+
+
+def has_own_pages() -> bool:
+    """Return True if the servers that start here show the pages of `create_app`."""
+    return bool(entry_points(group="mlflow.app", name=_APP))
 
 
 @contextmanager
@@ -478,7 +489,7 @@ def start_server(store: Store, port: int, experiment: str = "") -> subprocess.Po
     ]
     if store.artifacts:
         command += ["--default-artifact-root", store.artifacts.as_uri()]
-    if entry_points(group="mlflow.app", name=_APP):
+    if has_own_pages():
         command += ["--app-name", _APP]
     else:
         logger.warning("MLflow's pages as MLflow ships them: `make env` installs ours")

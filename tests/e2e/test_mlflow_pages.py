@@ -128,6 +128,7 @@ def test_the_run_list_shows_what_matters_at_once(page: Page, addresses: list[str
     values = ("0.6681", "0.6127", "0.001", "0.0005", *(d * 64 for d in "ab023"), DATA)
     page.wait_for(*AP, *columns, *values)
     page.screenshot(SCREENSHOTS / "mlflow_runs.png")
+    assert "shared view" not in page.text()
     _asks_nobody_else(page, addresses[0])
 
 
@@ -152,6 +153,13 @@ def test_a_new_browser_lands_on_the_runs_and_nothing_is_collected(
         first.wait_for("detection")
         kept = first.evaluate("localStorage.getItem('mlflow.workflowType_v1')")
         assert kept == '"genai"', "what a user chose stays"
+        columns = f"JSON.parse(localStorage.getItem('{_COLUMNS}')).selectedColumns"
+        assert first.evaluate(columns)[:2] == ["duration", "metrics.`eval/AP`"]
+        chosen = '{"selectedColumns": ["params.`seed`"]}'
+        first.evaluate(f"localStorage.setItem('{_COLUMNS}', '{chosen}')")
+        first.open(f"{server}/?columns#/experiments/1/runs")
+        assert "eval/AP50" not in first.wait_for(*AP, "seed")
+        assert first.evaluate(columns) == ["params.`seed`"], "what a user chose stays"
 
 
 def test_the_run_page_tells_the_result_and_what_differs(page: Page, addresses: list[str]) -> None:
@@ -174,6 +182,8 @@ def test_the_comparison_says_what_differs(page: Page, addresses: list[str]) -> N
     _asks_nobody_else(page, addresses[1])
 
 
+_COLUMNS = 'MLflowLocalStorage-1.1-ExperimentPage-["1"]-ReactComponentState'
+"""Where MLflow's pages keep the columns that a user chose for the first experiment."""
 _SHOW_DIFFERENCES = """
 document.querySelectorAll('[role=switch]').forEach(one => {
   if (one.getAttribute('aria-checked') === 'false') one.click()
