@@ -232,7 +232,7 @@ def ui(
 
 
 def _pages(address: str, experiment: str, view: str) -> list[str]:
-    """Return lines that name the run list, in a shared view, and the comparison of the last runs."""
+    """Return lines that name the run list (in a shared view) and the last runs' comparison."""
     lines = ["all runs", f"  {list_page(address, experiment, view)}"]
     finished = Condition(Field("run", "status"), "=", "FINISHED")
     newest = Query(conditions=(finished,), limit=_COMPARED)
