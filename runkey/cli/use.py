@@ -1,7 +1,8 @@
-"""`runkey predict` and `export-model`: the commands that use a trained model."""
+"""`runkey predict`, `export-model` and `promote`: the commands that use a trained model."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument, Option
 
 from runkey.cli import output
-from runkey.cli.output import AsJson
-from runkey.errors import DataError, RunkeyError
+from runkey.cli.output import AsJson, Key
+from runkey.errors import DataError, RegistryError, RunkeyError
+from runkey.identity.key import ANY_SCHEMA, short_key
 from runkey.progress import say
+from runkey.registry.library import find_run, run_reader
 from runkey.units import counted, format_seconds
 
 if TYPE_CHECKING:
@@ -244,3 +247,54 @@ def _or_none[T](ask: Callable[[], T]) -> T | None:
         return ask()
     except RunkeyError:
         return None
+
+
+_NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)
+_CLAIM = re.compile(rf"{ANY_SCHEMA}-[0-9a-f]{{64}}")
+"""Registered models of such names are claims, see `runkey.registry.claims`."""
+
+
+def promote(
+    key: Key,
+    alias: Annotated[
+        str, Option("--alias", help="Name for the version, such as production or staging.")
+    ] = "production",
+    name: Annotated[
+        str | None, Option("--name", help="Of the registered model [that of the experiment].")
+    ] = None,
+    remove: Annotated[bool, Option("--remove", help="Take the alias away from the run.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a run's model a version in MLflow's model registry, and point an alias at it.
+
+    `models:/NAME@ALIAS` then names it in MLflow, in `runkey.load` and in `runkey predict`.
+    """
+    from runkey.tracking.logged_model import promote as promote_run
+    from runkey.tracking.logged_model import withdraw
+
+    for text, flag in ((alias, "--alias"), (name or "-", "--name")):
+        if not _NAME.fullmatch(text) or _CLAIM.match(text):
+            raise RegistryError(
+                f"{flag} {text}: letters, digits, `_`, `-` and `.` only, and no key"
+            )
+    record = find_run(output.library(), key)
+    done = (withdraw if remove else promote_run)(output.store(), record, alias, name)
+    address = f"models:/{done.name}@{done.alias}"
+    label = f"{record.label}: {done.name} version {done.version}"
+    lines = [f"{label} is {address}"]
+    if remove:
+        lines = [f"{label} is no longer {address}"]
+    elif done.before:
+        lines.append(f"before: version {done.before[0]}, {_label_of(done.before[1])}")
+    answer = {
+        **{"key": record.key, "run": done.run_id, "name": done.name, "version": done.version},
+        **{"alias": None if remove else done.alias, "address": address, "before": done.before},
+    }
+    output.print_answer(answer, *lines, as_json=as_json)
+
+
+def _label_of(run_id: str) -> str:
+    """The key of an MLflow run, for messages."""
+    read = run_reader(output.store().full_uri)
+    run = read(run_id) if read else None
+    return short_key(run.key) if run else f"run {run_id[:8]}"

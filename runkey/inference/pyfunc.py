@@ -25,8 +25,9 @@ OUTPUT_COLUMNS = {
     **dict.fromkeys(("x1", "y1", "x2", "y2"), "double"),
 }
 """Columns of the answer, with MLflow's types."""
-PREDICT_PARAMS: dict[str, tuple[str, Any]] = {"score": ("string", "auto"), "nms": ("double", 0.0)}
-"""Parameters of a request, with MLflow's type and the default; nms 0: none."""
+AUTO = -1.0
+PREDICT_PARAMS: dict[str, tuple[str, float]] = {"score": ("double", AUTO), "nms": ("double", 0.0)}
+"""Parameters of a request, with MLflow's type and the default; score -1: auto; nms 0: none."""
 
 
 def _load_pyfunc(path: str) -> PyfuncDetector:
@@ -47,9 +48,9 @@ class PyfuncDetector:
         Args:
             frame: a DataFrame with the column `image`: a file's bytes, or the same as a base64
                 string; a list of those works too.
-            params: `score`: least score, a number or `auto` (each class's score of best F1 on the
-                val images); `nms`: IoU above which the worse of two boxes of a class is dropped, 0
-                for none.
+            params: `score`: least score; -1 (the default): each class's score of best F1 on the val
+                images; `nms`: IoU above which the worse of two boxes of a class is dropped, 0 for
+                none.
 
         Returns:
             DataFrame with `OUTPUT_COLUMNS`: the image's row, its detections by descending score,
@@ -61,7 +62,8 @@ class PyfuncDetector:
         import pandas as pd
 
         chosen = params or {}
-        score, nms = _score(chosen.get("score", "auto")), float(chosen.get("nms") or 0.0)
+        least, nms = float(chosen.get("score", AUTO)), float(chosen.get("nms", 0.0))
+        score: Score = "auto" if least == AUTO else least
         contents = frame["image"] if hasattr(frame, "columns") else frame
         images = (_content(one, row) for row, one in enumerate(contents))
         found = self.model.stream(images, score, nms or None)
@@ -71,15 +73,6 @@ class PyfuncDetector:
 
 def _rows(number: int, found: Detections) -> list[tuple[Any, ...]]:
     return [(number, one["name"], one["score"], *one["box_xyxy"]) for one in found]
-
-
-def _score(given: Any) -> Score:
-    if given == "auto":
-        return "auto"
-    try:
-        return float(given)
-    except (TypeError, ValueError):
-        raise DataError(f"score: {given!r}; give 'auto' or a number in 0..1") from None
 
 
 def _content(image: Any, row: int) -> bytes:

@@ -74,11 +74,11 @@ def evaluate(root: Path) -> None:
     inputs.check()
     images = counted(len(validation.records), "held-out image")
     scores = f"{_scores(evaluation.result)} on {images}"
-    run.describe(f"**{scores}** ({_details(evaluation.result)})")
-    by_class = class_metrics(evaluation.result.per_class)
-    run.add_evaluation(recipe.key, evaluation.metrics("eval/") | by_class)
-    example = root / params.data.path / validation.records[0].file
-    run.save_model(f"detector-{card.model.preset}", example)
+    result = f"**{scores}** ({_details(evaluation.result)})"
+    run.describe(result)
+    metrics = evaluation.metrics("eval/") | class_metrics(evaluation.result.per_class)
+    run.add_evaluation(recipe.key, metrics)
+    run.save_model(card.model.preset, result, metrics)
     logger.info(describe_thresholds(thresholds))
     logger.info(scores)
     logger.info(_details(evaluation.result))

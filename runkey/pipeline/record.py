@@ -20,15 +20,14 @@ import torch
 
 from runkey import paths
 from runkey.data.cache import open_cache
-from runkey.data.index import SplitName
+from runkey.data.index import SplitName, read_index
 from runkey.errors import DataError, RecipeError, RegistryError, TrackingError
 from runkey.files import LARGE, expect, read_json, write_json
 from runkey.identity.inputs import tree_note
-from runkey.identity.key import Recipe
+from runkey.identity.key import Recipe, short_key
 from runkey.identity.record import (
     CLASS_AP,
     DETAILS,
-    KEY,
     KEY_JSON,
     ORIGIN,
     REPRODUCTION_OF,
@@ -46,6 +45,7 @@ from runkey.identity.record import (
     this_host,
 )
 from runkey.identity.record_cache import update_record
+from runkey.inference.thresholds import THRESHOLDS
 from runkey.memory.choose import MemoryPlan
 from runkey.params import Params
 from runkey.pipeline.once import KeyClaim
@@ -58,9 +58,9 @@ from runkey.tracking.describe import (
     DIFFERS,
     describe_in_words,
     describe_run,
-    log_model,
     note_tags,
 )
+from runkey.tracking.logged_model import ModelDescription, log_model
 from runkey.tracking.mlflow_run import TrackedRun, open_run
 from runkey.tracking.store import Store, locate_store
 from runkey.tracking.sync import RunSender, TrainingRun, legal_name
@@ -275,7 +275,7 @@ class FinishedRun:
 
     def __init__(self, params: Params, root: Path) -> None:
         """Find the run in the store in use; MLflow is opened in the background."""
-        self._root = root
+        self._root, self._data = root, params.data.path
         self._store = locate_store()
         self._manifest = RunManifest.read(root / paths.RUN_JSON)
         self.record = _recorded_run(self._store, self._manifest)
@@ -379,13 +379,24 @@ class FinishedRun:
         if not self._mlflow.is_whole:
             logger.warning(f"MLflow: `dvc repro -f -s {stage}` sends it, when MLflow answers again")
 
-    def save_model(self, name: str, example: Path) -> None:
-        """Log the run's model in MLflow as `name`, with a signature and an example image."""
+    def save_model(self, preset: str, result: str, metrics: Mapping[str, float]) -> None:
+        """Log the run's model in MLflow, with the `result` and `metrics` of its evaluation."""
         if self._mlflow is None or self.record is None:
             return
+        key, root = self.record.key, self._root
+        text = f'{result}\n\nKey `{key}`. `runkey.load("{short_key(key)}")` loads it in Python.'
+        described = ModelDescription(
+            name=f"detector-{preset}-{short_key(key)}",
+            key=key,
+            text=text,
+            metrics={n: v for n, v in metrics.items() if math.isfinite(v)},
+        )
+        files = {path.name: path for path in sorted((root / paths.MODEL).iterdir())}
+        files[THRESHOLDS] = root / paths.EVALUATION / THRESHOLDS
+        example = read_index(root / paths.PREPARED / "val.json")[0].file
         try:
-            run_id, tags = self.record.run.run_id, {KEY: self.record.key}
-            log_model(self._store, run_id, name, example, self._root / paths.MODEL, tags)
+            run_id = self.record.run.run_id
+            log_model(self._store, run_id, described, files, root / self._data / example)
         except TrackingError as error:
             logger.info(str(error))
 

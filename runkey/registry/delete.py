@@ -32,6 +32,7 @@ from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.gc import Item, Scope, artifacts_folder, current_key, remove_path, size_of
 from runkey.registry.library import no_such_run, split_address
 from runkey.registry.lineage import origin
+from runkey.registry.models import check_not_promoted
 from runkey.registry.once import Rhythm
 from runkey.registry.show import average_precision
 from runkey.registry.snapshot import git, has_git, snapshot_refs
@@ -75,7 +76,8 @@ def plan(scope: Scope, addresses: Iterable[str], rhythm: Rhythm | None = None) -
 
     Raises:
         RegistryError: there is nothing of an address, several keys begin so, a key is trained now,
-            or a run that stays was started from weights of which no other copy is here.
+            a run that stays was started from weights of which no other copy is here, or an alias
+            of MLflow's model registry names a run.
     """
     chosen: dict[str, list[Record]] = {}
     whole: dict[str, Claim | None] = {}
@@ -89,6 +91,7 @@ def plan(scope: Scope, addresses: Iterable[str], rhythm: Rhythm | None = None) -
         _check_quiet(scope, key, rhythm or Rhythm())
     records = [record for some in chosen.values() for record in some]
     _check_descendants(scope, records)
+    check_not_promoted(scope.library.uri, records)
     items = [_items(scope, key, some, is_whole=key in whole) for key, some in chosen.items()]
     return Deletion(scope, [*chain(*items)], whole, _notes(scope, records))
 

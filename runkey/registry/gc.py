@@ -24,10 +24,12 @@ import psutil
 from runkey import paths
 from runkey.errors import RegistryError, RunkeyError
 from runkey.files import read_json
-from runkey.identity.initial_weights import COPIES, OLD_WEIGHTS, WEIGHTS
+from runkey.identity import initial_weights
+from runkey.identity.initial_weights import OLD_WEIGHTS, WEIGHTS
 from runkey.identity.key import short_key, split_training, training_folders
 from runkey.identity.record import Record, RunPointer
 from runkey.identity.record_cache import remove_record
+from runkey.registry import models
 from runkey.registry.claims import Claim, Claims, newest, state_now
 from runkey.registry.library import Library, LocalLibrary
 from runkey.registry.snapshot import git, has_git, remove_worktree, snapshot_refs
@@ -301,7 +303,8 @@ def _leftovers(scope: Scope) -> Iterator[Item]:
         *scope.home.glob("runs/.*"),
         *scope.home.glob("claims/.*"),
         *scope.home.glob(".*-*"),  # of publish, fetch, export and import
-        *scope.home.glob(f"{COPIES}/*/.runkey-*"),
+        *scope.home.glob(f"{initial_weights.COPIES}/*/.runkey-*"),
+        *scope.home.glob(f"{models.COPIES}/*/.runkey-*"),
         # Of downloads, and of MLflow's database, which need not be in the checkout.
         *scope.root.glob(".runkey-*"),
         *scope.home.parent.glob(".runkey-*"),
@@ -322,13 +325,17 @@ def _leftovers(scope: Scope) -> Iterator[Item]:
 
 
 def _initial_weights(scope: Scope) -> Iterator[Item]:
-    """Copies of weights that trainings began with, if the run that they are of still has them."""
-    for path in sorted(scope.home.glob(f"{COPIES}/*/")):
+    """Copies of weights that trainings began with, or that were loaded to be used.
+
+    They are listed if the run that they are of still has them.
+    """
+    folders = (initial_weights.COPIES, models.COPIES)
+    for path in sorted(one for folder in folders for one in scope.home.glob(f"{folder}/*/")):
         sources = (r for r in scope.records if _has_weights(scope.library, r, path.name))
         source = next(sources, None)
         if source and not path.is_symlink() and scope.now - _changed(path) >= _QUIET_SECONDS:
             why = f"a copy; {source.label} has them"
-            yield _item(scope, "weights", path, f"{COPIES}/{path.name}", why)
+            yield _item(scope, "weights", path, f"{path.parent.name}/{path.name}", why)
 
 
 def _has_weights(library: Library, record: Record, digest: str) -> bool:

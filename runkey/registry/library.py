@@ -49,8 +49,8 @@ class LocalLibrary:
         `home` and `uri` are those of the `Store`; the default is mlflow.db beside `home`.
         """
         self.home = home
-        self._uri = uri or f"{paths.SQLITE}{home.parent / 'mlflow.db'}"
-        self.path = paths.records(home, self._uri)
+        self.uri = uri or f"{paths.SQLITE}{home.parent / 'mlflow.db'}"
+        self.path = paths.records(home, self.uri)
         self.place = str(self.path)
         self._on_damage = on_damage
 
@@ -114,7 +114,7 @@ class LocalLibrary:
             return record_cache.rebuild(
                 self.path, _complete(source.matching(ANY_KEY), source.with_details)
             )
-        runs = (Record(run=run, details=None) for run in _all_runs(self._uri))
+        runs = (Record(run=run, details=None) for run in _all_runs(self.uri))
         return record_cache.rebuild(self.path, _complete(runs, self._with_artifact))
 
     def _with_artifact(self, record: Record) -> Record:
@@ -130,15 +130,15 @@ class LocalLibrary:
         try:
             return answer()
         except record_cache.DamagedCacheError as damage:
-            database = Path(self._uri.removeprefix(paths.SQLITE))
-            if self._uri.startswith(paths.SQLITE) and database.is_file():
+            database = Path(self.uri.removeprefix(paths.SQLITE))
+            if self.uri.startswith(paths.SQLITE) and database.is_file():
                 try:
                     self.rebuild()
                 except (RegistryError, OSError):
                     raise damage from None
             elif not damage.is_partial:
                 raise
-            elif not paths.is_server(self._uri):
+            elif not paths.is_server(self.uri):
                 self._on_damage(str(damage))
         return answer(whole=False)
 
@@ -182,7 +182,7 @@ class ServerLibrary:
     def __init__(self, address: str, home: Path, *, offline: bool = False) -> None:
         """Send nothing yet; `offline`: answer from the cache if the server does not answer."""
         self.client = RestClient(address)
-        self.place = self.client.address
+        self.uri = self.place = self.client.address
         self._cache, self._offline = LocalLibrary(home, uri=address), offline
         self.path = self._cache.path
 

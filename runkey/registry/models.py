@@ -189,6 +189,6 @@ def check_not_promoted(uri: str, records: list[Record]) -> None:
             names = ", ".join(map(str, aliases))
             raise RegistryError(
                 f"{record.label}: run {record.run.run_id[:8]} is promoted as {names}; promote"
-                f" another run first (`runkey promote KEY --name {aliases[0].name} --alias"
-                f" {aliases[0].alias}`), or `runkey promote {short_key(record.key)} --remove`"
+                f" another run first, or `runkey promote {short_key(record.key)} --name"
+                f" {aliases[0].name} --alias {aliases[0].alias} --remove`"
             )

@@ -1,18 +1,14 @@
-"""Describe a run to MLflow: name, parameters, tags and data set, and later its model."""
+"""Describe a run to MLflow: name, parameters, tags and data set."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
-import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 from runkey.errors import ParamsError
@@ -22,7 +18,7 @@ from runkey.identity.dvc_yaml import tracked_md5
 from runkey.identity.key import short_key
 from runkey.params import Params, as_text, parse_params
 from runkey.params.load import parse_yaml
-from runkey.tracking.store import NOTE, Store, tracked
+from runkey.tracking.store import NOTE
 
 _NAME_CHARACTERS = 80
 _NAME_ITEMS = 4
@@ -161,68 +157,3 @@ def read_dataset(root: Path, data_path: str, counts: Mapping[str, int]) -> dict[
     source, profile = json.dumps({"uri": data_path}), json.dumps(dict(counts))
     digest = md5.removeprefix("md5:")
     return {"name": Path(data_path).name, "digest": digest, "source": source, "profile": profile}
-
-
-_NEEDED = ("mlflow", "numpy", "pandas", "pillow", "torch", "torchvision")
-
-
-def log_model(
-    store: Store,
-    run_id: str,
-    name: str,
-    example: Path,
-    model_folder: Path,
-    tags: Mapping[str, str],
-) -> str:
-    """Log a run's `model/` as MLflow's model and return its id; of an earlier one, if there is one.
-
-    It holds a copy of `model_folder`, and has a signature and an example, an image file.
-    `mlflow.pytorch.log_model` would trace and pickle the model (10 s).
-
-    Raises:
-        TrackingError: MLflow refuses or cannot be reached.
-    """
-    with tracked(store, "the model is not recorded") as client:
-        from mlflow.entities import LoggedModelOutput
-
-        run = client.get_run(run_id)
-        if run.outputs and run.outputs.model_outputs:
-            return str(run.outputs.model_outputs[0].model_id)
-        model = client.create_logged_model(
-            run.info.experiment_id, name, source_run_id=run_id, tags=dict(tags)
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            _save_model(Path(folder), run_id, example, model_folder)
-            client.log_model_artifacts(model.model_id, f"{folder}/model")
-        client.finalize_logged_model(model.model_id, "READY")
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-        return str(model.model_id)
-
-
-def _save_model(folder: Path, run_id: str, example: Path, model_folder: Path) -> None:
-    """Write to `folder`/model what MLflow loads: the model, and the id of its run."""
-    with warnings.catch_warnings():
-        # Importing them warns of MLflow's own type hints and of outdated packages.
-        warnings.simplefilter("ignore")
-        import pandas as pd
-        from mlflow.models.signature import ModelSignature
-        from mlflow.pyfunc import save_model
-        from mlflow.types.schema import ColSpec, Schema
-
-        from runkey.inference.pyfunc import OUTPUT_COLUMNS
-
-    shutil.copytree(model_folder, folder / "data")
-    (folder / "data" / "run.json").write_text(json.dumps({"run_id": run_id}) + "\n")
-    # MLflow compares column names with a range, which pandas 3 refuses for its string type.
-    columns = pd.Index(["image"], dtype=object)
-    save_model(
-        str(folder / "model"),
-        loader_module="runkey.inference.pyfunc",
-        data_path=str(folder / "data"),
-        signature=ModelSignature(
-            Schema([ColSpec("binary", "image")]),
-            Schema([ColSpec(kind, column) for column, kind in OUTPUT_COLUMNS.items()]),
-        ),
-        input_example=pd.DataFrame([[example.read_bytes()]], columns=columns),
-        pip_requirements=[f"{package}=={version(package)}" for package in _NEEDED],
-    )

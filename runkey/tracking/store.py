@@ -280,7 +280,8 @@ def _connected(path: Path) -> Iterator[sqlite3.Connection]:
 
 _PLACES = (
     *(("experiments", "artifact_location"), ("runs", "artifact_uri")),
-    *(("logged_models", "artifact_location"), ("model_versions", "storage_location")),
+    ("logged_models", "artifact_location"),
+    *(("model_versions", "source"), ("model_versions", "storage_location")),
 )
 """Tables and columns in which MLflow keeps absolute paths of artifacts."""
 

@@ -70,7 +70,8 @@ def write_details(
 def delete_run(store: Store, run_id: str) -> None:
     """Move a run and its models to MLflow's trash (for `mlflow gc`); leave its artifacts alone.
 
-    A run that is in the trash already, or that MLflow does not know, is no error.
+    Versions of registered models that are of the run are deleted. A run that is in the trash
+    already, or that MLflow does not know, is no error.
 
     Raises:
         TrackingError: the store cannot be reached, or refuses.
@@ -83,6 +84,8 @@ def delete_run(store: Store, run_id: str) -> None:
             if run.info.lifecycle_stage != "deleted":
                 for model in run.outputs.model_outputs if run.outputs else ():
                     client.delete_logged_model(model.model_id)
+                for one in client.search_model_versions(f"run_id = '{run_id}'"):
+                    client.delete_model_version(one.name, one.version)
                 client.delete_run(run_id)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":

@@ -16,7 +16,7 @@ import pytest
 from runkey.errors import RegistryError, TrackingError
 from runkey.identity.record import Details
 from runkey.registry.library import LocalLibrary
-from runkey.tracking.describe import log_model
+from runkey.tracking.logged_model import ModelDescription, log_model
 from runkey.tracking.store import Store, locate_store
 from runkey.tracking.transfer import StoreRuns, delete_run, write_details
 from tests.support.mlflow_store import fill, start_run
@@ -74,7 +74,7 @@ def ask(store: Store, folder: Path) -> list[str]:
         lambda: StoreRuns(store, "detection").read(RUN, folder),
         lambda: delete_run(store, RUN),
         lambda: write_details(store, RUN, Details.from_dict(RECORD, "")),
-        lambda: log_model(store, RUN, "detector", folder, {}, {}),
+        lambda: log_model(store, RUN, ModelDescription("a", "rk2-1", "", {}), {}, folder),
         lambda: LocalLibrary(store.home, uri=store.uri).rebuild(),
     ):
         try:

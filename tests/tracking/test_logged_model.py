@@ -1,79 +1,163 @@
-"""A run's model in MLflow: with signature, example and weights."""
+"""A run's model in MLflow: complete in itself, described, registered under an alias."""
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
-import torch
-from PIL import Image
 
-from runkey.errors import TrackingError
+from runkey.errors import RegistryError, TrackingError
 from runkey.hashing import sha256_file
+from runkey.identity.record import LoggedRun, Record
 from runkey.inference.pyfunc import OUTPUT_COLUMNS
-from runkey.model.detr import build_model
-from runkey.model.weights import CardClass, ModelCard, Sizes, save_model
-from runkey.params import Model
-from runkey.tracking.describe import log_model
+from runkey.registry.models import Promotion, promotions, registered_run
+from runkey.tracking.logged_model import ModelDescription, log_model, promote, withdraw
 from runkey.tracking.store import Store, experiment_id, open_client
 from runkey.tracking.transfer import delete_run
+from tests.support.small_model import photograph
 
-CLASSES = (CardClass(0, 7, "a"), CardClass(1, 3, "b"))
+
+class Logged:
+    """Runs of a store whose model is logged."""
+
+    def __init__(self, store: Store, model: Path, folder: Path) -> None:
+        self.store, self.client, self.folder = store, open_client(store), folder
+        names = ("ball", "cube & more")
+        low = {"score": 0.0, "precision": 1, "recall": 1, "f1": 1}
+        weights = sha256_file(model / "weights.safetensors")
+        thresholds = {"iou": 0.5, "weights": weights, "classes": dict.fromkeys(names, low)}
+        (folder / "thresholds.json").write_text(json.dumps(thresholds))
+        self.files = {path.name: path for path in sorted(model.iterdir())}
+        self.files["thresholds.json"] = folder / "thresholds.json"
+        self.example = folder / "image.png"
+        photograph(3).save(self.example)
+        self.experiment = experiment_id(self.client, store, "detection")
+
+    def run(self, digit: str) -> Record:
+        key = f"rk2-{digit * 64}"
+        run = self.client.create_run(self.experiment, tags={"key": key}, run_name=digit)
+        self.client.log_param(run.info.run_id, "key", key)
+        info = {**dict(run.info), "run_name": digit}
+        return Record(run=LoggedRun.from_mlflow(info, {"key": key}, {}, {}), details=None)
+
+    def log(self, record: Record, ap: float = 0.5) -> str:
+        name = f"detector-fast-{record.label}"
+        described = ModelDescription(name, record.key, f"**AP {ap}**", {"eval/AP": ap})
+        return log_model(self.store, record.run.run_id, described, self.files, self.example)
 
 
-def test_the_model_is_recorded_once_loads_and_detects(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def logged(store: Store, small_model_folder: Path, tmp_path: Path) -> Logged:
+    return Logged(store, small_model_folder, tmp_path)
+
+
+def test_the_model_is_complete_and_has_signature_example_metrics_and_description(
+    logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.manual_seed(0)
-    model = Model(hidden_dim=32, num_heads=2, feedforward_dim=48, num_queries=8)
-    card = ModelCard(model, CLASSES, Sizes(48, 80))
-    save_model(tmp_path / "model", build_model(model, 2).state_dict(), card)
-    half = {"score": 0.0, "precision": 1, "recall": 1, "f1": 1}
-    weights = sha256_file(tmp_path / "model" / "weights.safetensors")
-    scores = {"iou": 0.5, "weights": weights, "classes": {"a": half, "b": half}}
-    (tmp_path / "model" / "thresholds.json").write_text(json.dumps(scores))
-    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "image.png")
-    client = open_client(store)
-    run_id = client.create_run(experiment_id(client, store, "detection")).info.run_id
-    client.log_artifacts(run_id, str(tmp_path / "model"), "model")
-
-    arguments = (
-        store,
-        run_id,
-        "detector-fast",
-        tmp_path / "image.png",
-        tmp_path / "model",
-        {"key": "rk2-1"},
-    )
-    model_id = log_model(*arguments)
-    assert log_model(*arguments) == model_id
-    recorded = client.get_logged_model(model_id)
-    assert (recorded.name, recorded.source_run_id) == ("detector-fast", run_id)
-    assert recorded.tags["key"] == "rk2-1"
-    kept = [path for path in (tmp_path / "mlartifacts" / "models").rglob("*") if path.is_file()]
-    assert "weights.safetensors" in {path.name for path in kept}
+    record = logged.run("a")
+    model_id = logged.log(record)
+    assert logged.log(record) == model_id
+    recorded = logged.client.get_logged_model(model_id)
+    assert recorded.name == "detector-fast-rk2-aaaaaaaaaaaa"
+    assert recorded.source_run_id == record.run.run_id
+    assert recorded.tags["key"] == record.key
+    assert recorded.tags["mlflow.note.content"] == "**AP 0.5**"
+    assert {one.key: one.value for one in recorded.metrics} == {"eval/AP": 0.5}
+    artifacts = Path(recorded.artifact_location.removeprefix("file://"))
+    data = {path.name for path in (artifacts / "data/data").iterdir()}
+    assert data == {"model.json", "weights.safetensors", "thresholds.json", "run.json"}
+    code = {path.relative_to(artifacts).as_posix() for path in (artifacts / "code").rglob("*.py")}
+    assert "code/runkey/inference/pyfunc.py" in code
+    assert not any(part in str(code) for part in ("runkey/api.py", "/tracking/", "/registry/"))
 
     import mlflow
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", logged.store.uri)
     loaded = mlflow.pyfunc.load_model(f"models:/{model_id}")
     assert loaded.metadata.get_input_schema().input_names() == ["image"]
     assert loaded.metadata.get_output_schema().input_names() == list(OUTPUT_COLUMNS)
     found = loaded.predict(loaded.input_example)
     assert list(found.columns) == list(OUTPUT_COLUMNS)
-    assert len(found) > 1
-    assert set(found["class"]) <= {"a", "b"}
+    assert len(found) == 24
+    assert set(found["class"]) <= {"ball", "cube & more"}
     assert found["score"].is_monotonic_decreasing
+    corners = found[["x1", "y1", "x2", "y2"]].to_numpy()
+    assert (corners >= 0).all()
+    assert (corners <= [80, 60, 80, 60]).all()
 
-    delete_run(store, run_id)
-    assert client.search_logged_models([recorded.experiment_id]) == []
+    content = logged.example.read_bytes()
+    columns = pd.Index(["image"], dtype=object)
+    text = pd.DataFrame([[base64.b64encode(content).decode()]], columns=columns)
+    assert np.array_equal(loaded.predict(text)["score"], found["score"])
+    least = float(found["score"].median())
+    some = loaded.predict(loaded.input_example, params={"score": least})
+    assert 0 < len(some) < 24
 
 
-def test_a_store_that_refuses_is_told_in_one_line(store: Store, tmp_path: Path) -> None:
-    (tmp_path / "image.png").write_bytes(b"any")
+def test_another_evaluation_gives_another_model_only_if_its_files_differ(logged: Logged) -> None:
+    record = logged.run("a")
+    first = logged.log(record)
+    assert logged.log(record, ap=0.6) == first
+    recorded = logged.client.get_logged_model(first)
+    assert recorded.tags["mlflow.note.content"] == "**AP 0.6**"
+    text = logged.files["thresholds.json"].read_text()
+    logged.files["thresholds.json"].write_text(text.replace("0.0", "0.25"))
+    second = logged.log(record)
+    assert second != first
+    assert promote(logged.store, record, "production").version == "1"
+    (version,) = logged.client.search_model_versions("name = 'detection'")
+    assert version.source == logged.client.get_logged_model(second).artifact_location
+
+
+def test_promoting_moves_the_alias_and_says_from_where(logged: Logged) -> None:
+    one, two = logged.run("a"), logged.run("b")
+    logged.log(one)
+    model_id = logged.log(two)
+    first = promote(logged.store, one, "production")
+    assert (first.name, first.version, first.before) == ("detection", "1", None)
+    assert promote(logged.store, one, "production") == first
+    second = promote(logged.store, two, "production")
+    assert (second.version, second.before) == ("2", ("1", one.run.run_id))
+    assert promote(logged.store, one, "staging").version == "1"
+    uri = logged.store.full_uri
+    assert promotions(uri) == [
+        Promotion("detection", "production", two.run.run_id),
+        Promotion("detection", "staging", one.run.run_id),
+    ]
+    for reference, record in (
+        ("models:/detection@production", two),
+        ("models:/detection/1", one),
+        (f"models:/{model_id}", two),
+    ):
+        assert registered_run(uri, reference) == record.run.run_id
+    with pytest.raises(RegistryError, match="models:/detection/3: no model of a run"):
+        registered_run(uri, "models:/detection/3")
+    with pytest.raises(TrackingError, match=r"detection@production is of run .*nothing is removed"):
+        withdraw(logged.store, one, "production")
+    withdraw(logged.store, two, "production")
+    assert [str(found) for found in promotions(uri)] == ["detection@staging"]
+
+    delete_run(logged.store, one.run.run_id)
+    names = {model.name for model in logged.client.search_logged_models([logged.experiment])}
+    assert names == {f"detector-fast-{two.label}"}
+    versions = logged.client.search_model_versions("name = 'detection'")
+    assert [one.version for one in versions] in (["2"], [2])
+
+
+def test_a_run_that_was_not_evaluated_is_refused(logged: Logged) -> None:
+    record = logged.run("a")
+    with pytest.raises(TrackingError, match=r"has no model in MLflow, .*`dvc repro -f evaluate`"):
+        promote(logged.store, record, "production")
+    assert logged.client.search_registered_models() == []
+
+
+def test_a_store_that_refuses_is_told_in_one_line(logged: Logged) -> None:
+    described = ModelDescription("detector", "rk2-1", "", {})
     with pytest.raises(TrackingError, match=r"db: the model is not recorded \(") as refused:
-        log_model(store, "f" * 32, "detector", tmp_path / "image.png", tmp_path / "model", {})
-    assert "\n" not in str(refused.value)
+        log_model(logged.store, "f" * 32, described, logged.files, logged.example)
+    assert not re.search("\n", str(refused.value))
