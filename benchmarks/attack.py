@@ -289,7 +289,7 @@ class Watch:
         self._inside = (*own, "/dev/null", "/dev/tty", "/proc/self", "/dev/shm")
         self.events: list[str] = []
         self.read: set[str] = set()
-        """Paths of files that were opened; of a database a URI."""
+        """Paths of files that were opened, after a slash; of a database a URI."""
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -297,7 +297,7 @@ class Watch:
             path, _, flags = arguments
             writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
             if isinstance(path, str | bytes | os.PathLike):
-                self.read.add(f"{Path.cwd()}/{os.fsdecode(path)}")
+                self.read.add(f"/{os.fsdecode(path)}")
                 if writes:
                     self._check(event, path)
         elif event == "sqlite3.connect":
