@@ -155,7 +155,7 @@ env-convert: env ## Set up .venv-convert: what `runkey convert` reads YOLO and P
 	@sh environment/setup.sh .venv-convert environment/convert/requirements.txt
 
 .PHONY: env-export
-env-export: env ## Set up .venv-export: ONNX, ONNX Runtime (for browsers too), OpenVINO, video (400 MB)
+env-export: env ## Set up .venv-export: ONNX, ONNX Runtime, OpenVINO, video, pages to try (400 MB)
 	@sh environment/setup.sh .venv-export environment/export/requirements.txt
 	@$(BIN)/python environment/export/web.py .venv-export
 
