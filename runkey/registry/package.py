@@ -49,6 +49,7 @@ from runkey.paths import LOGS, PARAMS, RUN_JSON
 from runkey.progress import each
 from runkey.registry.archive import check_weights, parse_json, safe_path
 from runkey.registry.dvc_cache import DvcCache, files_of, linked, md5_file
+from runkey.registry.query import number
 from runkey.registry.snapshot import changed_files, checked_out, git
 from runkey.training.lock import locked
 from runkey.units import MIB
@@ -335,11 +336,18 @@ class DvcPart:
 
 
 def collect(
-    cache: DvcCache, pointer_md5: str | None, label: str, *, with_data: bool = False
+    cache: DvcCache,
+    pointer_md5: str | None,
+    label: str,
+    params: Mapping[str, str] | None = None,
+    *,
+    with_data: bool = False,
 ) -> DvcPart:
     """Find what a checkout's cache holds of a run, given its `Details.pointer_md5`.
 
-    `with_data` also takes the raw data, which `data.dvc` has a remote for.
+    Stages of other `params`, as MLflow has the run's, may have had the same outputs, such as
+    `prepare` with another seed; their entries are left out. `with_data` also takes the raw data,
+    which `data.dvc` has a remote for.
 
     Raises:
         RegistryError: the cache has no entry of the run, or lacks an object that one names.
@@ -355,7 +363,11 @@ def collect(
             f"{label}: DVC's cache in {cache.folder} has no entry of this run; it can be handed on"
             " only from the checkout that trained or fetched it"
         )
-    chain = cache.chain(entry)
+    chain = [
+        one
+        for one in cache.chain(entry)
+        if one.path == entry.path or not _is_of_others(cache.runs / one.path, params or {})
+    ]
     names: dict[str, str] = {}
     for one in chain:
         deps = one.deps.items() if with_data else ()
@@ -374,6 +386,18 @@ def collect(
         names,
         "dvc1",
     )
+
+
+def _is_of_others(path: Path, params: Mapping[str, str]) -> bool:
+    """Return True if an entry holds another value of a run's parameter."""
+    tree = parse_yaml(path.read_text(encoding="utf-8"))
+    values = dict(leaves((tree.get("params") or {}).get(str(PARAMS)) or {}))
+    for name in values.keys() & params.keys() - set(FILE_PARAMS):
+        given = as_text(values[name])
+        both = number(given), number(params[name])
+        if given[:_LONGEST_PARAM] != params[name] and (None in both or both[0] != both[1]):
+            return True
+    return False
 
 
 def _place(target: Path, data: Path | str) -> None:

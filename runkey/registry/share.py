@@ -109,7 +109,7 @@ class Carried:
 def export_run(record: Record, here: Checkout, target: Path, *, with_data: bool = False) -> Carried:
     """Write a run of this machine's store to an archive, with the raw data if wanted."""
     details, cache = _whole(record), DvcCache(here.root)
-    part = collect(cache, details.pointer_md5, record.label, with_data=with_data)
+    part = collect(cache, details.pointer_md5, record.label, record.run.params, with_data=with_data)
     with staging(here.home, "export") as folder, progress("export", 3, "parts") as steps:
         steps.advance(0, "run from MLflow")
         package = read_run(here.runs, record, folder, record.label)
@@ -190,7 +190,7 @@ def publish(record: Record, here: Checkout, team: Team, *, with_data: bool = Fal
     Nothing is sent before all three places have answered.
     """
     details, cache = _whole(record), DvcCache(here.root)
-    part = collect(cache, details.pointer_md5, record.label, with_data=with_data)
+    part = collect(cache, details.pointer_md5, record.label, record.run.params, with_data=with_data)
     done = _handed(record, part, team)
     done.dvc = team.dvc.check()
     if details.snapshot:

@@ -19,7 +19,16 @@ from runkey.registry.share import Carried, Checkout, export_run, import_run
 from runkey.registry.snapshot import has_snapshot
 from runkey.tracking.store import Store, open_client
 from runkey.tracking.transfer import StoreRuns
-from tests.support.run_package import CODE_MD5, Ready, add_entry, add_object, entry_text
+from tests.support.run_package import (
+    CODE_MD5,
+    DEPS,
+    Ready,
+    add_entry,
+    add_folder,
+    add_object,
+    entry_text,
+    weights,
+)
 
 
 def checkout(store: Store, runs: StoreRuns | None = None) -> Checkout:
@@ -126,6 +135,27 @@ def test_each_evaluation_of_a_run_is_handed_on(ready: Ready, archive: Path, stor
     shutil.rmtree(DvcCache(root).runs)
     assert done.files == take(archive.with_name("more.zip"), store).files
     assert len(collect(DvcCache(root), ready.pointer_md5, "rk2-test").entries) == 3
+
+
+def test_a_stage_of_another_run_with_the_same_outputs_is_left_out(
+    ready: Ready, archive: Path, store: Store
+) -> None:
+    """`prepare` writes the same splits whatever the seed."""
+    root = store.home.parent
+    take(archive, store)
+    prepared = add_object(root, b"splits")
+    outs = {"model": add_folder(root, {"weights.safetensors": weights(5)})}
+    pointer = add_object(root, b"another run.json")
+    add_entry(root, *entry_text({"prepared.json": prepared}, outs | {"run.json": pointer}))
+    for seed in (1, 1.0, 2):
+        params = {"params.yaml": {"seed": seed, "model": {"init_from": "x"}, "unknown": 3}}
+        add_entry(root, *entry_text(DEPS, {"prepared.json": prepared}, params=params))
+    cache = DvcCache(root)
+    assert len(collect(cache, pointer, "rk2-test").entries) == 4
+    named = {"seed": "1", "model.init_from": "y"}
+    own = collect(cache, pointer, "rk2-test", named).entries
+    assert len(own) == 3
+    assert not any("seed: 2" in text for text in own.values())
 
 
 def test_a_failed_run_is_not_handed_on(ready: Ready, archive: Path, store: Store) -> None:
