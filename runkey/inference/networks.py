@@ -182,6 +182,8 @@ class Card(TypedDict):
     """Digests of the key's four parts."""
     data: NotRequired[dict[str, Any]]
     """md5 and number of the training data's images."""
+    started_from: NotRequired[dict[str, str | None]]
+    """Key of the run whose weights training began with, their sha256, the parameter's name."""
     licence: NotRequired[list[str]]
     """What the training data say of their licences and authors."""
     environment: NotRequired[dict[str, str]]

@@ -13,21 +13,18 @@ import base64
 import gzip
 import hashlib
 import json
-import tempfile
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import ImageColor
 
 from runkey.errors import LockError, ModelError
 from runkey.files import write_atomically
 from runkey.inference.draw import class_colour
-from runkey.inference.extras import import_extra
+from runkey.inference.export import to_onnx
 from runkey.inference.model import InferenceCard
 from runkey.inference.module import EXPORTED, InferenceModule
 from runkey.inference.thresholds import DEFAULT_SCORE, class_keys
@@ -40,7 +37,6 @@ MOST_BYTES = 8_000_000
 _HERE = Path(__file__).parent
 _RUNTIME = Path(__file__).parents[2] / ".venv-export" / "onnxruntime-web"
 _CODE, _WASM = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
-_OUTPUTS = ("scores", "labels", "boxes_xyxy")
 _SCRIPTS = ("try_pixels.js", "try_page.js")
 _LICENCE = """MIT License
 
@@ -98,19 +94,7 @@ def export_network(folder: Path) -> bytes:
         ModelError: the folder holds no model, or a damaged one.
         LockError: ONNX is not installed.
     """
-    import_extra("onnx")
-    module = InferenceModule(load_model(folder)[0], EXPORTED)
-    free = {"images": {0: "batch", 2: "height", 3: "width"}}
-    free |= {name: {0: "batch"} for name in _OUTPUTS}
-    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of the exporter, on its own way of tracing
-        made = Path(place) / "model.onnx"
-        torch.onnx.export(
-            module, (torch.zeros(1, 3, 120, 160, dtype=torch.uint8),), made,
-            input_names=["images"], output_names=list(_OUTPUTS), dynamic_axes=free,
-            opset_version=17, dynamo=False,
-        )  # fmt: skip
-        return made.read_bytes()
+    return to_onnx(InferenceModule(load_model(folder)[0], EXPORTED))
 
 
 def write_try_page(page: TryPage, path: Path) -> Path:

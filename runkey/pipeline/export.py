@@ -36,6 +36,7 @@ from runkey.model.weights import WEIGHTS, ModelCard, load_model
 from runkey.pipeline.run_images import Pixels, Sample, find_sample
 from runkey.progress import progress
 from runkey.registry.library import canonical, open_library
+from runkey.registry.lineage import started_from
 from runkey.tracking.mlflow_run import TrackedRun
 from runkey.tracking.store import Store
 from runkey.tracking.sync import RunSender
@@ -160,7 +161,7 @@ def export_model(
             f"{choice.name}: AP lost cannot be measured on {sample.what}, which have no ground"
             " truth; export in the run's repository, or take --precision fp32"
         )
-    made = _card(model, card, recipe, choice, sample)
+    made = _card(model, card, recipe, choice, sample, store)
     out.parent.mkdir(parents=True, exist_ok=True)
     calibrations = (sample.calibration(), []) if choice.precision == "int8" else ([],)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
@@ -294,6 +295,7 @@ def _card(
     recipe: Mapping[str, Any] | None,
     choice: Choice,
     sample: Sample,
+    store: Store | None,
 ) -> Card:
     sizes = card.sizes
     made: Card = {
@@ -318,6 +320,9 @@ def _card(
     if recipe:
         made["parts"] = recipe.get("parts", {})
         made["data"] = {"md5": recipe["preimages"].get("data")}
+        cache = store.cache if store else None
+        if began := started_from(recipe["preimages"]["params"], {}, cache):
+            made["started_from"] = asdict(began)
     return cast(Card, dict(made) | dict(sample.about))
 
 

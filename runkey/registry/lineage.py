@@ -30,23 +30,23 @@ _NO_FILE = ("null", "none", "imagenet")
 
 
 def started_from(
-    keyed: Mapping[str, Any], params: Mapping[str, Any], cache: Path
+    keyed: Mapping[str, Any], params: Mapping[str, Any], cache: Path | None
 ) -> StartedFrom | None:
     """Return what a training begins with; its parent is found by the hash of the weights.
 
     Args:
         keyed: parameters as the key has them: a file's hash in place of its name.
-        params: parameters as params.yaml has them.
-        cache: of the runs in the store, see `runkey.paths.records`.
+        params: parameters as params.yaml has them; empty: not known.
+        cache: of the runs in the store, see `runkey.paths.records`; None: no store.
     """
     name, weights = initial_weights(keyed)
     if not weights:
         return None
     runs: list[Record] = []
     with suppress(RegistryError):
-        runs = recorded_with(weights, cache)
+        runs = recorded_with(weights, cache) if cache else []
     # Several runs may have the same weights: the one that is named, else the oldest.
-    digits = str(params[name]).rpartition("-")[2] or "-"
+    digits = str(params.get(name, "")).rpartition("-")[2] or "-"
     named = [run for run in runs if run.key.partition("-")[2].startswith(digits)]
     chosen = canonical(named or runs) if runs else None
     return StartedFrom(param=name, weights=weights, key=chosen.key if chosen else None)

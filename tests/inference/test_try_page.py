@@ -28,6 +28,8 @@ from runkey.params import Model as ModelParams
 from tests.support.chromium import Page, open_chromium
 
 SCRIPTS = Path(try_page.__file__).parent
+INSTALLED = (SCRIPTS.parents[1] / ".venv-export/onnxruntime-web/version").is_file()
+needs_runtime = pytest.mark.skipif(not INSTALLED, reason="`make env-export` with npm installs it")
 CLASSES = (CardClass(0, 4, "ball"), CardClass(1, 9, "</script>cube"))
 SHAPES = (
     *((192, 256), (100, 100), (50, 70), (333, 517), (7, 500), (1, 1), (33, 1), (600, 801)),
@@ -177,6 +179,7 @@ def check_equal(page: Page, model: Model, content: bytes) -> None:
 
 
 @pytest.mark.slow
+@needs_runtime
 def test_the_page_detects_what_the_model_does(model: tuple[Model, Path], tmp_path: Path) -> None:
     loaded, path = model
     assert path.stat().st_size < 8_000_000
@@ -198,6 +201,7 @@ def test_the_page_detects_what_the_model_does(model: tuple[Model, Path], tmp_pat
 
 
 @pytest.mark.slow
+@needs_runtime
 def test_the_controls(model: tuple[Model, Path], tmp_path: Path) -> None:
     loaded, path = model
     with open_chromium(tmp_path, 1200, 900) as page:

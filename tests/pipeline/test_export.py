@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,14 @@ from typer.testing import CliRunner
 
 from runkey.cli import app
 from runkey.errors import DataError, ModelError
+from runkey.hashing import sha256_bytes
 from runkey.inference.extras import import_extra
 from runkey.pipeline import export
 from runkey.pipeline.export import Choice, export_model
 from runkey.pipeline.run_images import Pixels, Sample
+from runkey.tracking.store import Store
 from tests.support.exportable import save_images, save_small_model, write_best_scores
+from tests.support.records import key_of, make_run
 
 REPOSITORY = Path(__file__).parents[2]
 INSTALLED = any(REPOSITORY.glob(".venv-export/lib/python3*/site-packages"))
@@ -149,3 +153,19 @@ def test_without_images_the_reason_and_the_way_out_are_said(model, tmp_path):
         " key.json beside it); or name some by --images"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_card_names_the_run_that_it_was_started_from(model, tmp_path):
+    parent = make_run(tmp_path, key_of("parent"), files={"model/weights.safetensors": b"start"})
+    child = shutil.copytree(model, tmp_path / "model")
+    weights = sha256_bytes(b"start")
+    preimages = {"params": {"model.init_from": f"sha256:{weights}", "seed": 0}, "data": {}}
+    recipe = {"key": key_of("child"), "parts": {}, "preimages": preimages}
+    (child / "key.json").write_text(json.dumps(recipe))
+    store = Store(f"sqlite:///{tmp_path / 'mlflow.db'}", None, tmp_path / ".runkey")
+    images = save_images(tmp_path / "images")
+    for one, key in ((store, parent.key), (None, None)):
+        done = export_model(child, tmp_path / f"{key}", Choice(), store=one, images=images)
+        card = json.loads((done.folder / "card.json").read_text())
+        expected = {"param": "model.init_from", "weights": weights, "key": key}
+        assert card["started_from"] == expected
