@@ -193,7 +193,8 @@ def predict(model: Model, found: Found, folder: Path, options: Options) -> Summa
         for index, count in outputs.objects.items():
             summary.objects[names[index]] += count
         write_skipped(folder, ((one.name, one.reason) for one in summary.skipped))
-        mark |= {"images": summary.images, "skipped": len(summary.skipped), "finished": finished}
+        mark |= {"images": summary.images, "skipped": len(summary.skipped)}
+        mark |= {"seconds": round(summary.seconds, 2), "finished": finished}
         write_json(folder / MARK, mark)
     return summary
 

@@ -314,7 +314,8 @@ def _read_still[T](
         image = read_image(data, intensity_range)
         return _made(source, make, Frame(source, image, has_more=_has_more(data)))
     except DataError as error:
-        return Skipped(source.name, str(error).removeprefix("image bytes: "))
+        reason = str(error).removeprefix("image bytes: ").partition("; runkey reads")[0]
+        return Skipped(source.name, reason)
     except MemoryError:
         return Skipped(source.name, "too large for the memory of this machine")
 
