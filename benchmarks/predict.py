@@ -249,6 +249,7 @@ def average_precision(truth: Path, results: Path, most: int = 300) -> tuple[floa
 
     with contextlib.redirect_stdout(io.StringIO()):
         objects = COCO(str(truth))
+        objects.dataset.setdefault("info", {})  # loadRes copies it
         run = COCOeval(objects, objects.loadRes(str(results)), "bbox")
         run.params.maxDets = [1, 10, most]
         run.evaluate()

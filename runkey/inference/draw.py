@@ -239,12 +239,14 @@ class Canvas:
         for place, box in placed:
             self._outline(place, box, line)
         labels: list[Box] = []
+        others = [place for place, _ in placed]
         for place, box in placed:
+            if not box.is_labelled:
+                continue
             text = box.name if box.score is None else f"{box.name} {box.score:.2f}"
             width = _font(label_size).getlength(text) + 6
-            others = [one for one, _ in placed]
             at = place_label(width, place, frame, labels, others, label_size + 4)
-            if box.is_labelled and at:
+            if at:
                 labels.append(at)
                 self._draw.rectangle((at[0], at[1], at[2] - 1, at[3] - 1), fill=box.colour)
                 is_light = ImageColor.getcolor(box.colour, "L") > 140  # type: ignore[operator]

@@ -39,6 +39,7 @@ from runkey.inference.draw import (
     draw_detections,
     draw_rows,
     fitted,
+    label_fewer,
 )
 from runkey.model.weights import CardClass
 from runkey.units import MIB, counted
@@ -481,7 +482,12 @@ class _Sheet:
             assert one.picture is not None
             small = fitted(one.picture, _THUMBNAIL)
             self._kept.append(
-                (self._seen, SheetImage(one.size, partial(_same, small), detected_boxes(found)))
+                (
+                    self._seen,
+                    SheetImage(
+                        one.size, partial(_same, small), label_fewer(detected_boxes(found), None)
+                    ),
+                )
             )
             if len(self._kept) >= 2 * SHEET_IMAGES:
                 self._every *= 2
