@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +44,31 @@ def main() -> None:
     parser.add_argument("--many", type=int, default=10_000)
     parser.add_argument("--out", type=Path, default=RESULT)
     chosen = parser.parse_args()
+    parts: list[str] = []
     with tempfile.TemporaryDirectory(prefix="predict-") as name:
         folder = Path(name)
         photos = sorted(chosen.data.glob("train*/*.jpg")) + sorted(chosen.data.glob("val*/*.jpg"))
-        parts = [
-            _mixed(chosen.model[0], photos, folder / "mixed"),
-            _memory(chosen.model, photos, folder, chosen.many),
-            _tiles(chosen.model[0], chosen.data, folder / "mosaic"),
-        ]
+        counts = (COUNT, chosen.many)
+        for count in counts:
+            link_photos(photos, folder / str(count), count)
+        for part in (
+            partial(_mixed, chosen.model[0], photos, folder / "mixed"),
+            partial(_tiles, chosen.model[0], chosen.data, folder / "mosaic"),
+            partial(_lists, chosen.model, len(photos), folder, counts),
+            partial(_drawn, chosen.model[0], folder, counts),
+        ):
+            parts.append(part())
+            chosen.out.write_text("\n".join([_head(), *parts]), encoding="utf-8")
+
+
+def _head() -> str:
     load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
-    head = (
+    return (
         "# Predicting on many files\n\n`python -m benchmarks.predict --model MODEL... --data data`,"
         f" {time.strftime('%Y-%m-%d')}; {len(os.sched_getaffinity(0))} cores"
         f" ({platform.machine()}), Python {platform.python_version()}; one thread of arithmetic;"
-        f" load at the end {load}.\n"
+        f" load at the end {load}, which stretches seconds but not CPU seconds.\n"
     )
-    chosen.out.write_text("\n".join([head, *parts]), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -164,43 +174,65 @@ def make_mixed(photos: list[Path], folder: Path) -> dict[str, int]:
 # Memory and speed with many files.
 
 
-def _memory(models: list[Path], photos: list[Path], folder: Path, many: int) -> str:
-    rows = []
-    for count in (COUNT, many):
-        files = folder / str(count)
-        files.mkdir()
-        for number in range(count):
-            (files / f"{number:06}.jpg").symlink_to(photos[number % len(photos)])
-    cases = [(models[0], count, "json,csv,images,sheet") for count in (COUNT, many)]
-    cases += [(model, count, "json,csv") for model in models for count in (COUNT, many)]
-    for model, count, kinds in cases:
-        out = folder / f"out-{count}-{len(rows)}"
-        done = _predict(
-            model, folder / str(count), "--out", out, "--write", kinds, "--workers", "1"
-        )
-        rows.append((model.name, count, kinds, done))
+def link_photos(photos: list[Path], folder: Path, count: int) -> None:
+    """Make a folder of `count` links to the photos, each as often as needed."""
+    folder.mkdir()
+    for number in range(count):
+        (folder / f"{number:06}.jpg").symlink_to(photos[number % len(photos)].resolve())
+
+
+_COLUMNS = ["| images | peak MiB | s | CPU s |", "|---|---|---|---|"]
+
+
+def _row(count: int, done: Measured) -> str:
+    return f"| {count:,} | {done.peak_mib:.0f} | {done.wall:.0f} | {done.cpu:.0f} |"
+
+
+def _growth(counts: tuple[int, int], few: Measured, many: Measured) -> str:
+    """Say what the images beyond the first take."""
+    more = counts[1] - counts[0]
+    rate = more / (many.cpu - few.cpu)
+    growth = many.peak_mib / few.peak_mib - 1
+    return (
+        f"The other {more:,} images take {growth:+.1%} of memory and {1000 / rate:.1f} ms of CPU"
+        f" each: {rate:.0f} images a CPU second.\n"
+    )
+
+
+def _lists(models: list[Path], photos: int, folder: Path, counts: tuple[int, int]) -> str:
+    """JSON and CSV of many images, by each model."""
     lines = [
-        "## Memory and speed\n",
-        f"Of the sample's {len(photos)} images, linked as often as needed; one thread decodes.\n",
-        "| model | images | outputs | peak MiB | s | CPU s | images a CPU second |",
-        "|---|---|---|---|---|---|---|",
+        "## Many images, lists only\n",
+        f"The sample's {photos} images, linked as often as needed; `--write json,csv --workers 1`.\n",
     ]
-    for name, count, kinds, done in rows:
-        rate = count / done.cpu
-        shown = f"{done.peak_mib:.0f} | {done.wall:.0f} | {done.cpu:.0f} | {rate:.0f}"
-        lines.append(f"| {name} | {count:,} | {kinds.replace(',', ', ')} | {shown} |")
-    for model in models:
-        first, last = (
-            next(d for n, c, k, d in rows if (n, c, k) == (model.name, count, "json,csv"))
-            for count in (COUNT, many)
-        )
-        rate = (many - COUNT) / (last.cpu - first.cpu)
-        growth = last.peak_mib / first.peak_mib - 1
-        lines.append(
-            f"\n{model.name}: the {many - COUNT:,} images more take {growth:+.1%} of memory, and"
-            f" {rate:.0f} a CPU second once the program has started."
-        )
-    return "\n".join([*lines, ""])
+    for number, model in enumerate(models):
+        done = [
+            _predict(
+                model, folder / str(count), "--out", folder / f"lists-{number}-{count}",
+                "--write", "json,csv", "--workers", "1",
+            )
+            for count in counts
+        ]  # fmt: skip
+        lines += [f"{_kind(model)}:\n", *_COLUMNS, *map(_row, counts, done)]
+        lines.append("\n" + _growth(counts, *done))
+    return "\n".join(lines)
+
+
+def _kind(model: Path) -> str:
+    """Say what runs a model."""
+    if (model / "model.json").is_file():
+        return "PyTorch, eager"
+    return "ONNX Runtime" if list(model.glob("*.onnx")) else model.name
+
+
+def _drawn(model: Path, folder: Path, counts: tuple[int, int]) -> str:
+    """The default outputs of many images."""
+    done = [
+        _predict(model, folder / str(count), "--out", folder / f"drawn-{count}", "--workers", "1")
+        for count in counts
+    ]
+    head = ["## Many images, with drawn images and the sheet\n", *_COLUMNS]
+    return "\n".join([*head, *map(_row, counts, done), "\n" + _growth(counts, *done)])
 
 
 # Small objects in large images.

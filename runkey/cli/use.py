@@ -41,7 +41,10 @@ _PARTS = {
 def predict(
     model: Annotated[
         str,
-        Argument(metavar="MODEL", help="Key of a run, folder model/, or an exported model."),
+        Argument(
+            metavar="MODEL",
+            help="Key of a run, folder (model/ or an export), exported file, models:/NAME@ALIAS.",
+        ),
     ],
     sources: Annotated[
         list[str],

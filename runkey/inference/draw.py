@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 from runkey.files import write_atomically
+from runkey.units import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -329,6 +330,7 @@ class SheetImage:
 
 def draw_rows(
     path: Path,
+    total: int,
     title: str,
     classes: Iterable[tuple[int, str]],
     objects: Counter[int],
@@ -338,7 +340,8 @@ def draw_rows(
 
     Args:
         path: of the file.
-        title: above the sheet; `{}` in it becomes the number of images that are shown.
+        total: how many images there are; the title begins with how many of them are shown.
+        title: what follows there.
         classes: (index, name) in the order of the legend.
         objects: how many objects of each class the legend says.
         images: those that fit are drawn.
@@ -348,7 +351,9 @@ def draw_rows(
     rows = _rows(images)
     sheet = Sheet(top + sum(height + GAP for _, height in rows) + MARGIN - GAP)
     shown = sum(len(row) for row, _ in rows)
-    sheet.write((MARGIN, MARGIN - 4), title.format(f"{shown:,}"), 16, bold=True)
+    some = f"{shown:,} of " if shown < total else ""
+    title = f"{some}{counted(f'{total:,}', 'image')}{title}"
+    sheet.write((MARGIN, MARGIN - 4), title, 16, bold=True)
     for number, line in enumerate(legend):
         sheet.write_legend(MARGIN + 24 + LINE * number, line)
     for row, height in rows:

@@ -499,14 +499,13 @@ class _Sheet:
             return
         count = min(SHEET_IMAGES, len(self._kept))
         chosen = [self._kept[i * len(self._kept) // count][1] for i in range(count)]
-        title = f"{{}} of {counted(f'{self._seen:,}', 'image')} · "
-        title += counted(f"{self._objects.total():,}", "detection")
+        title = f" · {counted(f'{self._objects.total():,}', 'detection')}"
         classes = [
             (one.index, class_text(one.name, one.index))
             for one in self._about.classes
             if self._objects[one.index]
         ]
-        draw_rows(self._path, title, classes, self._objects, chosen)
+        draw_rows(self._path, self._seen, title, classes, self._objects, chosen)
 
 
 def _same(image: Image.Image) -> Image.Image:

@@ -42,8 +42,7 @@ def contact_sheet(
     count = min(SHEET_IMAGES, len(records))
     chosen = [records[i * len(records) // count] for i in range(count)]
     objects = Counter(label for record in records for _, label, _ in record.objects())
-    title = f"{{}} of {counted(f'{len(records):,}', 'image')}"
-    title += f" · {counted(f'{objects.total():,}', 'object')}"
+    title = f" · {counted(f'{objects.total():,}', 'object')}"
     title += f" · {counted(f'{len(classes):,}', 'class')}"
     images = [
         SheetImage(
@@ -53,7 +52,8 @@ def contact_sheet(
         )
         for record in chosen
     ]
-    return draw_rows(path, title, [(c.index, class_name(c)) for c in classes], objects, images)
+    named = [(one.index, class_name(one)) for one in classes]
+    return draw_rows(path, len(records), title, named, objects, images)
 
 
 def detection_sheet(
