@@ -203,7 +203,7 @@ def _lists(models: list[Path], photos: int, folder: Path, counts: tuple[int, int
     """JSON and CSV of many images, by each model."""
     lines = [
         "## Many images, lists only\n",
-        f"The sample's {photos} images, linked as often as needed; `--write json,csv --workers 1`.\n",
+        f"The sample's {photos} images, linked as often as needed, with `--write json,csv`.\n",
     ]
     for number, model in enumerate(models):
         done = [
