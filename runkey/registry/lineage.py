@@ -90,10 +90,13 @@ def children(library: Library, record: Record) -> list[Record]:
     """Return the runs that were started from a run's weights, one of each key, oldest first."""
     weights = weights_of(record)
     if isinstance(library, LocalLibrary):
-        fields = [(Field("params", name), "!=", _NO_FILE[0]) for name in FILE_PARAMS]
+        asked = [
+            tuple(Condition(Field("params", name), "!=", none) for none in _NO_FILE)
+            for name in FILE_PARAMS
+        ]
     else:  # to ask a server for all runs would take long
-        fields = [(Field("tags", STARTED_WEIGHTS), "=", one) for one in weights]
-    queries = [Query(conditions=(Condition(*one),), descending=False) for one in fields]
+        asked = [(Condition(Field("tags", STARTED_WEIGHTS), "=", one),) for one in weights]
+    queries = [Query(conditions=conditions, descending=False) for conditions in asked]
     found: dict[str, list[Record]] = {}
     for child in (one for query in queries for one in library.find(query)):
         began = origin(library, child)
