@@ -209,6 +209,7 @@ def measure(root: Path, uri: str, key: str) -> list[tuple[str, float, str]]:
         ("list", "--limit", "20", "--sort", "AP"),
         ("list", "--limit", "20", "--where", "seed=3", "--where", "AP>0.9"),
         ("list", "--limit", "20", "--sort", "lr"),
+        ("list", "--limit", "20", "--where", "AP>0.5", "--sort", "lr"),
     )
     for command in commands:
         if uri.startswith("http") and command[-2:] == ("--sort", "lr"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +83,23 @@ def test_show_names_parent_and_children(make: Make, run: Run) -> None:
     shown = json.loads(run("show", B, "--json")[1])
     assert shown["started_from"] == shown["details"]["started_from"]
     assert (shown["started_from"]["key"], shown["continued_by"]) == (A, [C, D])
+
+
+@pytest.mark.parametrize("weights", ["none", "imagenet", "null"])
+def test_runs_that_began_with_no_file_are_not_read(
+    make: Make, run: Run, root: Path, weights: str
+) -> None:
+    """Of ten thousand runs these are nearly all."""
+    make(A)
+    other = make(B)
+    params = other.run.params | {"model.backbone_weights": weights}
+    write_record(
+        root / ".runkey" / "runs.sqlite", replace(other, run=replace(other.run, params=params))
+    )
+    with closing(sqlite3.connect(root / ".runkey" / "runs.sqlite")) as database, database:
+        database.execute("UPDATE runs SET details = '{' WHERE key = ?", (B,))
+    code, _, err = run("show", A)
+    assert (code, err) == (0, "")
 
 
 def test_the_tree(make: Make, run: Run) -> None:
