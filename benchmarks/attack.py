@@ -324,6 +324,11 @@ class Watch:
             self.events.append(f"outside: {event} {place}")
 
 
+def _queued_seconds() -> float:
+    """Return how long this thread has waited for a core so far."""
+    return int(Path("/proc/thread-self/schedstat").read_text(encoding="ascii").split()[1]) / 1e9
+
+
 def work(group: str, numbers: range, seed: int, box: Path) -> None:
     """Run attacks in this process; print a line of JSON on each."""
     out = os.fdopen(os.dup(1), "w", buffering=1)
@@ -431,10 +436,10 @@ class Attacker:
         one = {"number": number, "target": f"{target.path} ({target.kind})", "what": what}
         self.tell(one | {"verdict": "begun"})
         self.watch.events.clear()
-        began, used = time.monotonic(), sum(os.times()[:4])
+        began, used = time.monotonic() - _queued_seconds(), sum(os.times()[:4])
         code, text = self._run(command, real=real)
         # On a busy machine 20 s by the clock may be 2 s of work: then only standing still counts.
-        seconds, used = time.monotonic() - began, sum(os.times()[:4]) - used
+        seconds, used = time.monotonic() - _queued_seconds() - began, sum(os.times()[:4]) - used
         if _STILL < used < _MOST_SECONDS:
             seconds = min(seconds, _MOST_SECONDS)
         verdict = self._verdict(code, text, seconds)
