@@ -1,4 +1,4 @@
-"""`runkey predict`, `export-model` and `promote`: the commands that use a trained model."""
+"""`runkey predict`, `export-model`, `speed` and `promote`: the commands that use a model."""
 
 from __future__ import annotations
 
@@ -213,6 +213,15 @@ def export_model(
     limit: Annotated[
         int | None, Option("--limit", min=1, help="Compare on so many of the val images.")
     ] = None,
+    max_ap_loss: Annotated[
+        float | None,
+        Option(
+            "--max-ap-loss",
+            min=0,
+            help="Take the fastest choice of `runkey speed` that loses at most so many points of"
+            " AP, in place of --format and --precision.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a model that runs without this project: ONNX, torch or OpenVINO.
@@ -226,10 +235,15 @@ def export_model(
     from runkey.inference.sources import find_sources
     from runkey.pipeline.export import Choice, describe, export_model
 
-    choice = Choice(export, precision)
+    folder, choice = find_model(model), Choice(export, precision)
+    if max_ap_loss is not None:
+        from runkey.pipeline.speed import fastest_export
+
+        choice, name = fastest_export(folder, max_ap_loss)
+        say(f"{name}: the fastest of `runkey speed` that loses at most {max_ap_loss:g} points")
     found = find_sources(map(str, images)).sources if images else []
     done = export_model(
-        find_model(model),
+        folder,
         out or Path(choice.name),
         choice,
         store=_or_none(output.store),
@@ -242,6 +256,61 @@ def export_model(
     output.print_answer(
         answer | {"parity": parity}, *describe(done), as_json=as_json, yes=done.parity.passed
     )
+
+
+def speed(
+    model: Annotated[
+        str, Argument(metavar="MODEL", help="Key of a run, folder model/, or what `get` wrote.")
+    ],
+    max_ap_loss: Annotated[
+        float, Option("--max-ap-loss", min=0, help="Points of AP that a choice may lose.")
+    ] = 0.2,
+    limit: Annotated[
+        int, Option("--limit", min=0, help="Measure AP on so many of the val images; 0: all.")
+    ] = 500,
+    batch: Annotated[int, Option("--batch", min=1, help="Images of a timed forward pass.")] = 1,
+    threads: Annotated[int, Option("--threads", min=1)] = 1,
+    seconds: Annotated[
+        float, Option("--seconds", min=0, help="Wall time to spend on timing.")
+    ] = 60.0,
+    runtimes: Annotated[
+        str | None,
+        Option(
+            "--runtimes",
+            help="Of torch, compiled (torch.compile; minutes), onnx, openvino, tensorrt (GPU)"
+            " [a CPU: torch,onnx,openvino; a GPU: torch,compiled,onnx,tensorrt].",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, Option("--device", help="Such as cpu or cuda:1 [the GPU if there is one].")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure AP and time of every way to run a model: runtimes, number formats, fewer layers.
+
+    Nothing is trained. Networks run in turn, and medians of their times are compared. The table,
+    speed.json and a picture go into speed/ beside the model, and to its run.
+    """
+    from runkey.api import find_model
+    from runkey.pipeline import speed as measuring
+
+    folder = find_model(model)
+    options = measuring.SpeedOptions(
+        limit=limit or None,
+        batch=batch,
+        threads=threads,
+        seconds=seconds,
+        runtimes=measuring.parse_runtimes(runtimes),
+    )
+    report = measuring.measure_speed(folder, _or_none(output.workspace), options, device)
+    recorded = measuring.save_speed(report, folder, _or_none(output.store))
+    if as_json:
+        output.print_json(measuring.as_dict(report, max_ap_loss) | {"recorded": recorded})
+        return
+    columns, rows = measuring.table(report)
+    output.print_table(columns, rows, right=columns[1:], whole=columns[1:])
+    for line in [*measuring.describe(report, model, max_ap_loss), recorded]:
+        output.print_beside("", line)
 
 
 def _or_none[T](ask: Callable[[], T]) -> T | None:

@@ -91,7 +91,7 @@ def write_export(
     else:
         model = to_onnx(InferenceModule(detector, options))
         if card["precision"] == "int8":
-            model = quantised(model, calibration)
+            model = quantised(model, calibration, matrices=card["export"] == "onnx")
         if card["export"] == "onnx":
             write_atomically(path, _with_card(model, card))
         else:
@@ -136,7 +136,7 @@ def write_program(detector: Detector, options: InferenceOptions, path: Path) -> 
     torch.export.save(program, path)
 
 
-def quantised(model: bytes, images: Sequence[NDArray[np.uint8]]) -> bytes:
+def quantised(model: bytes, images: Sequence[NDArray[np.uint8]], *, matrices: bool = True) -> bytes:
     """Quantise an ONNX model to int8.
 
     Convolutions get ranges that are measured on images (per channel; the first and the projection
@@ -145,6 +145,7 @@ def quantised(model: bytes, images: Sequence[NDArray[np.uint8]]) -> bytes:
     Args:
         model: see `to_onnx`.
         images: uint8 [3, h, w]; none: convolutions stay in fp32.
+        matrices: quantise matrix products, too. OpenVINO is faster without.
     """
     onnx, quantization = import_extra("onnx"), import_extra("onnxruntime.quantization")
     reader = _Reader({INPUT: image[None]} for image in images)
@@ -166,6 +167,8 @@ def quantised(model: bytes, images: Sequence[NDArray[np.uint8]]) -> bytes:
                 weight_type=quantization.QuantType.QInt8,
             )
             start = middle
+        if not matrices:
+            return Path(start).read_bytes()
         quantization.quantize_dynamic(start, end, op_types_to_quantize=["MatMul", "Gemm"])
         return Path(end).read_bytes()
 

@@ -1,0 +1,244 @@
+"""Inference time against the reference DETR, and images a second from JPEG files.
+
+    python -m benchmarks.inference latency --reference .reference/detr [--backbones r50 r101]
+    python -m benchmarks.inference throughput --model model --images data/images
+
+`latency`: one image, one thread, random weights that the reference and this project share. All
+networks are in one process and run in turn, the reference in eager mode among them, so that what
+else the machine does meets all of them alike; medians of processor time. `throughput`: whole
+`Model`s, from files to detections. Both need `make env-export`, and write what they measured to
+benchmarks/results/inference.json, from which `table` prints the tables of results/inference.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from runkey import params
+from runkey.identity.record import describe_cpu
+from runkey.inference.model import Model, load_model_folder
+from runkey.inference.module import InferenceOptions
+from runkey.inference.speed import AS_EVALUATED, Choice, NetworkOpener, time_networks
+from runkey.model.detr import build_model
+from runkey.model.weights import load_model
+from runkey.params import load_params
+
+REPOSITORY = Path(__file__).parents[1]
+RESULT = REPOSITORY / "benchmarks" / "results" / "inference.json"
+NUM_CLASSES = 91
+FOLDED = InferenceOptions(fold_norms=True, last_layer_only=True)
+CHANNELS_LAST = InferenceOptions(fold_norms=True, last_layer_only=True, channels_last=True)
+CHOICES = (
+    AS_EVALUATED,
+    Choice("torch", "fp32", FOLDED),
+    Choice("torch", "fp32", CHANNELS_LAST),
+    Choice("torch", "bf16", CHANNELS_LAST),
+    Choice("onnx", "fp32", FOLDED),
+    Choice("openvino", "fp32", FOLDED),
+    Choice("openvino", "bf16", FOLDED),
+)
+REFERENCE = "reference DETR, eager"
+
+
+def main() -> None:
+    """Measure, and add the result to the file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    latency = commands.add_parser("latency")
+    latency.add_argument("--reference", type=Path, required=True, help="work tree of DETR")
+    latency.add_argument("--backbones", nargs="+", default=["r50", "r101"])
+    latency.add_argument("--sizes", nargs="+", default=["800x1066", "480x640"])
+    latency.add_argument("--rounds", type=int, default=7)
+    throughput = commands.add_parser("throughput")
+    throughput.add_argument("--model", type=Path, required=True)
+    throughput.add_argument("--images", type=Path, required=True)
+    throughput.add_argument("--batch", type=int, default=8)
+    throughput.add_argument("--rounds", type=int, default=5)
+    commands.add_parser("table")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    if chosen.command == "table":
+        print_tables()
+        return
+    found = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    if chosen.command == "latency":
+        for backbone in chosen.backbones:
+            for size in chosen.sizes:
+                height, width = map(int, size.split("x"))
+                row = measure_latency(chosen.reference, backbone, height, width, chosen.rounds)
+                found.setdefault("latency", {})[f"{backbone} {size}"] = row
+    else:
+        found["throughput"] = measure_throughput(
+            chosen.model, chosen.images, chosen.batch, chosen.rounds
+        )
+    found["machine"] = machine()
+    RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print_tables()
+
+
+def machine() -> dict[str, Any]:
+    """Describe what the numbers were measured on."""
+    names = ("torch", "onnxruntime", "openvino", "numpy", "Pillow")
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return {
+        "cpu": describe_cpu(torch.backends.cpu.get_cpu_capability()),
+        "cores": os.cpu_count(),
+        "load": [round(one, 1) for one in os.getloadavg()],
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).date().isoformat(),
+        **found,
+    }
+
+
+def measure_latency(
+    reference: Path, backbone: str, height: int, width: int, rounds: int
+) -> dict[str, Any]:
+    """Time one image of a size in the reference and in every choice; milliseconds."""
+    section = load_params(REPOSITORY / "presets" / f"coco-detr-{backbone}.yaml").model
+    section = section.model_copy(update={"backbone_weights": "none"})
+    torch.manual_seed(0)
+    theirs = build_reference(reference, section)
+    detector = build_model(section, NUM_CLASSES).eval()
+    detector.load_state_dict(theirs.state_dict())
+    image = np.random.default_rng(0).integers(0, 256, (1, 3, height, width), dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        opener = NetworkOpener(detector, Path(folder), threads=1)
+        networks: dict[Any, Callable[[NDArray[np.uint8]], Any]] = {
+            REFERENCE: reference_network(theirs, reference)
+        }
+        networks |= {choice: opener.open(choice) for choice in CHOICES}
+        check_same(networks, image)
+        times = time_networks(networks, [image], seconds=0, least=rounds)
+    return {
+        str(getattr(choice, "name", choice)): [round(one.cpu_ms, 1), round(one.wall_ms, 1)]
+        for choice, one in times.items()
+    }
+
+
+def build_reference(folder: Path, section: params.Model) -> nn.Module:
+    """Build the reference's model for our parameters, with random weights."""
+    sys.path.insert(0, str(folder.resolve()))
+    detr, backbone = (importlib.import_module(f"models.{name}") for name in ("detr", "backbone"))
+    # The rank that is not the main one does not download weights.
+    backbone.is_main_process = lambda: False
+    arguments = Namespace(
+        dataset_file="coco",
+        device="cpu",
+        masks=False,
+        hidden_dim=section.hidden_dim,
+        position_embedding="sine",
+        lr_backbone=1e-5,
+        backbone=section.backbone,
+        dilation=section.dilation,
+        dropout=0.1,
+        nheads=section.num_heads,
+        dim_feedforward=section.feedforward_dim,
+        enc_layers=section.encoder_layers,
+        dec_layers=section.decoder_layers,
+        pre_norm=False,
+        num_queries=section.num_queries,
+        aux_loss=True,
+        set_cost_class=1,
+        set_cost_bbox=5,
+        set_cost_giou=2,
+        bbox_loss_coef=5,
+        giou_loss_coef=2,
+        eos_coef=0.1,
+    )
+    model: nn.Module = detr.build(arguments)[0]
+    return model.eval()
+
+
+def reference_network(model: nn.Module, folder: Path) -> Callable[[NDArray[np.uint8]], Any]:
+    """The reference as its `evaluate` runs it: normalised, padded into a batch, postprocessed."""
+    sys.path.insert(0, str(folder.resolve()))
+    misc, detr = importlib.import_module("util.misc"), importlib.import_module("models.detr")
+    postprocess = detr.PostProcess()
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+    @torch.no_grad()
+    def run(images: NDArray[np.uint8]) -> Any:
+        pixels = [(torch.from_numpy(image).float() / 255 - mean) / std for image in images]
+        outputs = model(misc.nested_tensor_from_tensor_list(pixels))
+        (found,) = postprocess(outputs, torch.tensor([images.shape[2:]]))
+        best = found["scores"].sort(descending=True, stable=True)
+        return best.values[None].numpy(), found["labels"][best.indices][None].numpy(), None
+
+    return run
+
+
+def check_same(
+    networks: dict[Any, Callable[[NDArray[np.uint8]], Any]], image: NDArray[np.uint8]
+) -> None:
+    """Raise unless the fp32 networks give the reference's scores."""
+    scores = {name: np.asarray(network(image)[0])[0] for name, network in networks.items()}
+    for name, found in scores.items():
+        difference = float(np.abs(found - scores[REFERENCE]).max())
+        if getattr(name, "precision", "fp32") == "fp32" and difference > 1e-4:
+            raise SystemExit(f"{name}: scores differ from the reference's by {difference:.2g}")
+
+
+def measure_throughput(model: Path, images: Path, batch: int, rounds: int) -> dict[str, Any]:
+    """Count images a second from JPEG files to detections, in batches, for each choice."""
+    files = sorted(images.rglob("*.jpg"))
+    base, (detector, _) = load_model_folder(model, "cpu"), load_model(model)
+    found: dict[str, list[tuple[float, float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        opener = NetworkOpener(detector, Path(folder), threads=1)
+        models = {one.name: Model(base.card, opener.open(one)) for one in CHOICES}
+        for number in range(rounds + 1):
+            for name, one in models.items():
+                cpu, wall = time.process_time(), time.perf_counter()
+                count = sum(1 for _ in one.stream(files, batch_size=batch))
+                used = time.process_time() - cpu, time.perf_counter() - wall
+                if number:  # the first is for warming up
+                    found.setdefault(name, []).append((count / used[0], count / used[1]))
+    rates = {
+        name: [round(median(cpu for cpu, _ in rows), 1), round(median(wall for _, wall in rows), 1)]
+        for name, rows in found.items()
+    }
+    return {"files": len(files), "batch": batch, "rounds": rounds, "rates": rates}
+
+
+def print_tables() -> None:
+    """Print the Markdown tables of results/inference.md."""
+    found = json.loads(RESULT.read_text())
+    for title, row in found.get("latency", {}).items():
+        print(f"\n| {title} | CPU ms | wall ms | x |\n|---|---|---|---|")
+        base = row[REFERENCE][0]
+        for name, (cpu, wall) in row.items():
+            print(f"| {name} | {cpu:.0f} | {wall:.0f} | {base / cpu:.2f} |")
+    if rates := found.get("throughput", {}).get("rates"):
+        print("\n| sample | images a CPU second | a wall second |\n|---|---|---|")
+        for name, (cpu, wall) in rates.items():
+            print(f"| {name} | {cpu:.0f} | {wall:.0f} |")
+    print(f"\n{json.dumps(found['machine'])}")
+
+
+if __name__ == "__main__":
+    main()
