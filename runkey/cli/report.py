@@ -103,14 +103,14 @@ def _write_try_page(runs: Sequence[ReportedRun], target: Path, image: Path | Non
         raise RunkeyError("--try takes one run; name one key")
     # Imported here: torch takes seconds.
     from runkey.inference.model import load_model_folder
-    from runkey.inference.try_page import TryPage, check_size, export_network, write_try_page
+    from runkey.inference.try_page import TryPage, check_before, export_network, write_try_page
 
     run, title = runs[0], f"{runs[0].label} {runs[0].run.name}".rstrip()
     is_here = run.folder == output.workspace()
     home = output.store().home
     model = run.folder / paths.MODEL if is_here else copy_model(output.library(), home, run)
     if (weights := weights_file(model)).is_file():
-        check_size(weights.stat().st_size, title)
+        check_before(weights.stat().st_size, title)
     card = load_model_folder(model, "cpu").card
     score = run.scores().get("AP")
     about = "" if score is None else f"AP {score:.3f} on the validation images"

@@ -73,16 +73,18 @@ class TryPage:
     """Name and bytes of an image file that is in the page."""
 
 
-def check_size(weights: int, what: str) -> None:
-    """Refuse a model that cannot fit before it is exported: float32 weights hardly compress.
+def check_before(weights: int, what: str) -> None:
+    """Check what would stop a page, before any work: float32 weights hardly compress.
 
     Args:
         weights: bytes of the weights file.
         what: name of the model, for the message.
 
     Raises:
+        LockError: ONNX Runtime for browsers is not installed.
         ModelError: the page would be larger than `MOST_BYTES`.
     """
+    _read_runtime("version")
     if weights > MOST_BYTES:
         raise _too_large(what, f"its weights alone are {format_bytes(weights)}")
 
@@ -119,7 +121,7 @@ def write_try_page(page: TryPage, path: Path) -> Path:
         thresholds=_thresholds(card),
         made=f"Made by runkey {__version__}"
         + (f" of {card.key}" if card.key else "")
-        + f", with ONNX Runtime {(_RUNTIME / 'version').read_text().split()[1]}",
+        + f", with ONNX Runtime {_read_runtime('version').decode().split()[1]}",
         licence=_LICENCE,
         card=_json(_card(page)),
         runtime=_packed(runtime[_CODE]),

@@ -21,7 +21,7 @@ from runkey.data.augment import resized_size
 from runkey.errors import LockError, ModelError
 from runkey.inference import try_page
 from runkey.inference.model import InferenceCard, Model, load_model_folder
-from runkey.inference.try_page import TryPage, check_size, export_network, write_try_page
+from runkey.inference.try_page import TryPage, check_before, export_network, write_try_page
 from runkey.model.detr import build_model
 from runkey.model.weights import CardClass, ModelCard, Sizes, save_model
 from runkey.params import Model as ModelParams
@@ -102,17 +102,22 @@ def test_the_script_drops_the_overlapping_boxes_that_torchvision_drops() -> None
 def test_a_model_that_cannot_fit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_size(2_400_000, "rk2-0123")
+    (tmp_path / "version").write_text("onnxruntime-web 1.0.0 sha512-\n")
+    monkeypatch.setattr(try_page, "_RUNTIME", tmp_path)
+    check_before(2_400_000, "rk2-0123")
     with pytest.raises(ModelError) as refused:
-        check_size(166_000_000, "rk2-0123 baseline")
+        check_before(166_000_000, "rk2-0123 baseline")
     assert str(refused.value) == (
         "rk2-0123 baseline: too large for a page to try, its weights alone are 166.0 MB of 8.0 MB;"
         " `runkey predict` detects with it"
     )
     page = TryPage(InferenceCard(CLASSES, Sizes(48, 80)), b"", "rk2-0123")
-    monkeypatch.setattr(try_page, "_RUNTIME", tmp_path)
-    with pytest.raises(LockError, match=r"onnxruntime-web.*not installed.*`make env-export`"):
-        write_try_page(page, tmp_path / "page.html")
+    for stop in (
+        lambda: write_try_page(page, tmp_path / "page.html"),
+        lambda: (tmp_path / "version").unlink() or check_before(1, "rk2-0123"),
+    ):
+        with pytest.raises(LockError, match=r"onnxruntime-web.*not installed.*`make env-export`"):
+            stop()
     for name, size in (("ort.wasm.bundle.min.mjs", 10), ("ort-wasm-simd-threaded.wasm", 6_500_000)):
         (tmp_path / name).write_bytes(np.random.default_rng(0).bytes(size))
     (tmp_path / "version").write_text("onnxruntime-web 1.0.0 sha512-\n")
