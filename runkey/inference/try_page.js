@@ -37,12 +37,16 @@ function compute(planes, height, width) {
 
 /** Decode an image file as runkey.inference.preprocess does: upright, 8-bit RGB, over white. */
 async function decode(blob) {
-  const why = unreadable(new Uint8Array(await blob.slice(0, 32).arrayBuffer()));
+  const bytes = new Uint8Array(await blob.arrayBuffer());
+  const why = unreadable(bytes);
   if (why) throw new Error(why);
-  const options = { imageOrientation: 'from-image', colorSpaceConversion: 'none' };
-  const picture = await createImageBitmap(blob, options).catch(() => {
+  const orientation = webpOrientation(bytes);
+  const imageOrientation = orientation === 1 ? 'from-image' : 'none';
+  const options = { imageOrientation, colorSpaceConversion: 'none' };
+  const stored = await createImageBitmap(blob, options).catch(() => {
     throw new Error('no image that this browser reads');
   });
+  const picture = turned(stored, orientation);
   const { height, width } = picture;
   const canvas = new OffscreenCanvas(width, height);
   const context = canvas.getContext('2d', { willReadFrequently: true });
@@ -51,6 +55,28 @@ async function decode(blob) {
   context.fillRect(0, 0, width, height);
   context.drawImage(picture, 0, 0);
   return { picture, height, width, rgba: context.getImageData(0, 0, width, height).data };
+}
+
+/** Return a picture turned upright by EXIF's orientation. */
+function turned(picture, orientation) {
+  if (orientation === 1) return picture;
+  const { height, width } = picture;
+  const matrices = {
+    2: [-1, 0, 0, 1, width, 0],
+    3: [-1, 0, 0, -1, width, height],
+    4: [1, 0, 0, -1, 0, height],
+    5: [0, 1, 1, 0, 0, 0],
+    6: [0, 1, -1, 0, height, 0],
+    7: [0, -1, -1, 0, height, width],
+    8: [0, -1, 1, 0, 0, width],
+  };
+  const size = orientation > 4 ? [height, width] : [width, height];
+  const canvas = new OffscreenCanvas(...size);
+  const context = canvas.getContext('2d');
+  context.imageSmoothingEnabled = false;
+  context.setTransform(...matrices[orientation]);
+  context.drawImage(picture, 0, 0);
+  return canvas;
 }
 
 /**

@@ -145,3 +145,37 @@ export function unreadable(bytes) {
   const isWideGrey = isPng && bytes[24] === 16 && (bytes[25] === 0 || bytes[25] === 4);
   return isWideGrey ? 'grey with 16 bits, which a browser cuts to 8; use `runkey predict`' : '';
 }
+
+/** Return EXIF's orientation, 1 to 8, of a WebP file, which browsers do not apply; else 1. */
+export function webpOrientation(bytes) {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  const word = (at) => String.fromCharCode(...bytes.subarray(at, at + 4));
+  if (word(0) !== 'RIFF' || word(8) !== 'WEBP') return 1;
+  for (let at = 12; at + 8 <= bytes.length; ) {
+    const size = view.getUint32(at + 4, true);
+    if (word(at) === 'EXIF') {
+      return tiffOrientation(bytes.subarray(at + 8, Math.min(bytes.length, at + 8 + size)));
+    }
+    at += 8 + size + (size % 2);
+  }
+  return 1;
+}
+
+function tiffOrientation(bytes) {
+  const prefix = String.fromCharCode(...bytes.subarray(0, 4)) === 'Exif' ? 6 : 0;
+  const view = new DataView(bytes.buffer, bytes.byteOffset + prefix, bytes.byteLength - prefix);
+  try {
+    const little = view.getUint8(0) === 0x49;
+    const table = view.getUint32(4, little);
+    for (let i = 0; i < view.getUint16(table, little); i++) {
+      const entry = table + 2 + 12 * i;
+      if (view.getUint16(entry, little) === 0x0112) {
+        const value = view.getUint16(entry + 8, little);
+        return value >= 1 && value <= 8 ? value : 1;
+      }
+    }
+  } catch {
+    // Damaged: as without it.
+  }
+  return 1;
+}

@@ -41,6 +41,8 @@ from runkey.files import write_json
 from runkey.hashing import sha256_file
 from runkey.identity.record import Record
 from runkey.inference.extras import import_extra
+from runkey.inference.model import load_model_folder
+from runkey.inference.try_page import TryPage, export_network, write_try_page
 from runkey.model.detr import build_model
 from runkey.model.weights import CardClass, ModelCard, Sizes, load_model, save_model
 from runkey.params import Params, load_params
@@ -49,7 +51,9 @@ from runkey.pipeline.export import Choice, export_model
 from runkey.pipeline.validation import build_validation
 from runkey.tracking.logged_model import ModelDescription, log_model, promote
 from runkey.tracking.store import Store, experiment_id, free_port, locate_store, open_client
+from tests.support.chromium import open_chromium
 from tests.support.records import key_of, make_run, write_record
+from tests.support.tried import RUNTIME, detect
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -267,6 +271,27 @@ def predicted(evaluated: Evaluated, folder: Path) -> Rows:
     return rows
 
 
+def tried(evaluated: Evaluated, folder: Path) -> Rows:
+    """In the page to try a model, opened from its file in Chromium."""
+    card = load_model_folder(evaluated.root / "model", "cpu").card
+    made = TryPage(card, export_network(evaluated.root / "model"), "sample")
+    rows, times = [], []
+    with open_chromium(folder) as page:
+        page.open(write_try_page(made, folder / "try.html").as_uri())
+        page.wait_for("Ready.")
+        for record, path in zip(evaluated.records, evaluated.images, strict=True):
+            found = detect(page, path.read_bytes())
+            times.append(found["milliseconds"]["all"])
+            for one in found["detections"]:
+                left, top, right, bottom = one["box"]
+                bbox, label = [left, top, right - left, bottom - top], one["label"]
+                ids = {"image_id": record.id, "category_id": evaluated.classes[label].id}
+                rows.append(CocoDetection(**ids, bbox=bbox, score=one["score"]))
+        assert (page.errors, page.requests_elsewhere(page.requests[0])) == ([], [])
+    sys.stdout.write(f"in the page: {np.median(times):.0f} ms an image\n")
+    return rows
+
+
 def test_every_door_has_the_ap_of_evaluate(
     evaluated: Evaluated, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +329,8 @@ def test_every_door_has_the_ap_of_evaluate(
         choice = Choice("onnx", "fp32")
         export_model(Path("model"), tmp_path / "onnx", choice, store=None, images=images)
         doors["ONNX"] = evaluated.loaded(tmp_path / "onnx")
+        if RUNTIME.is_file() and shutil.which("chromium"):
+            doors["runkey report --try"] = tried(evaluated, tmp_path)
     scores = {door: evaluated.ap(rows) for door, rows in doors.items()}
     for door, ap in scores.items():
         sys.stdout.write(f"{door:45} AP {ap:.4f}, {len(doors[door]):,} detections\n")

@@ -26,10 +26,12 @@ from runkey.model.detr import build_model
 from runkey.model.weights import CardClass, ModelCard, Sizes, save_model
 from runkey.params import Model as ModelParams
 from tests.support.chromium import Page, open_chromium
+from tests.support.tried import RUNTIME, detect
 
 SCRIPTS = Path(try_page.__file__).parent
-INSTALLED = (SCRIPTS.parents[1] / ".venv-export/onnxruntime-web/version").is_file()
-needs_runtime = pytest.mark.skipif(not INSTALLED, reason="`make env-export` with npm installs it")
+needs_runtime = pytest.mark.skipif(
+    not RUNTIME.is_file(), reason="`make env-export` with npm installs ONNX Runtime for browsers"
+)
 CLASSES = (CardClass(0, 4, "ball"), CardClass(1, 9, "</script>cube"))
 SHAPES = (
     *((192, 256), (100, 100), (50, 70), (333, 517), (7, 500), (1, 1), (33, 1), (600, 801)),
@@ -155,18 +157,6 @@ def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
     return data.getvalue()
 
 
-def detect(page: Page, content: bytes) -> dict[str, Any]:
-    """What the page finds in an image file."""
-    code = (
-        "(async (text) => { const data = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));"
-        " const { picture, ...found } = await runkey.detect(new Blob([data]));"
-        f" return found; }})('{base64.b64encode(content).decode()}')"
-    )
-    result = page.call("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)
-    assert "exceptionDetails" not in result, result["exceptionDetails"]
-    return dict(result["result"]["value"])
-
-
 def check_equal(page: Page, model: Model, content: bytes) -> None:
     """Compare the page's detections of an image file with the model's in Python."""
     found, expected = detect(page, content), model(content, score=0)
@@ -200,6 +190,9 @@ def test_the_page_detects_what_the_model_does(model: tuple[Model, Path], tmp_pat
             exif = Image.Exif()
             exif[0x0112] = orientation
             check_equal(page, loaded, encoded(picture(160, 120), "JPEG", exif=exif))
+            check_equal(page, loaded, encoded(picture(160, 120), exif=exif))
+            turned = encoded(picture(160, 120), "WEBP", exif=exif, lossless=True)
+            check_equal(page, loaded, turned)
         assert page.errors == []
         # The file itself, and the runtime that the page holds.
         assert [one.partition(":")[0] for one in page.requests] == ["file", "blob"]
