@@ -24,7 +24,7 @@ from runkey.inference.model import Model, load_model_folder
 from runkey.inference.predict import Options, Summary, find_sources, parse_score, predict
 from runkey.inference.tile import Tiling
 from runkey.params import Checks, Data
-from tests.support.small_model import photograph
+from tests.support.small_model import film, has_av, photograph
 
 SIZES = ((80, 60), (90, 40), (80, 60), (60, 80), (160, 120), (80, 60), (300, 200))
 
@@ -391,3 +391,26 @@ def test_the_sheet_shows_images_of_the_whole_run(tmp_path: Path, model: Model) -
         assert kept[0] == 0
         assert kept[-1] > 950
         assert len(kept) >= 24
+
+
+@pytest.mark.skipif(not has_av(), reason="`make env-export` installs PyAV")
+def test_labels_of_a_video_have_its_frames_beside_them(model: Model, images: Path) -> None:
+    film(images / "clip.mp4")
+    summary = run(model, images, "json", "csv", "yolo", "labelme", every=5)
+    out = images.parent / "out"
+    names = ["clip_frame_000000", "clip_frame_000005"]
+    assert summary.images == 9
+    assert sorted(path.stem for path in (out / "frames").iterdir()) == names
+    assert {f"{name}.txt" for name in names} <= {p.name for p in (out / "yolo/labels").iterdir()}
+    label = read(out / f"labelme/{names[1]}.json")
+    with Image.open(out / "labelme" / label["imagePath"]) as frame:
+        assert frame.size == (64, 48) == (label["imageWidth"], label["imageHeight"])
+    entry = next(
+        one
+        for one in read(out / "predictions.json")["images"]
+        if one["file_name"] == f"{names[1]}.jpg"
+    )
+    assert (entry["video"], entry["frame"], entry["seconds"]) == ("clip.mp4", 5, 1.0)
+    with (out / "predictions.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["file"] == "clip.mp4"]
+    assert {(row["frame"], row["seconds"]) for row in rows} == {("0", "0.0"), ("5", "1.0")}

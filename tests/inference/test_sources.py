@@ -15,7 +15,6 @@ from PIL import Image
 
 from runkey.errors import DataError, LockError
 from runkey.inference import sources
-from runkey.inference.extras import import_extra
 from runkey.inference.sources import (
     Frame,
     InputFile,
@@ -25,7 +24,7 @@ from runkey.inference.sources import (
     find_sources,
     read_frames,
 )
-from tests.support.small_model import photograph
+from tests.support.small_model import film, has_av, photograph
 
 
 def write(root: Path, *names: str) -> None:
@@ -241,28 +240,6 @@ def test_an_answer_that_is_too_large_and_a_server_that_is_not_there(
 
 
 # Videos.
-
-
-def has_av() -> bool:
-    try:
-        import_extra("av")
-    except LockError:
-        return False
-    return True
-
-
-def film(path: Path, frames: int = 10, *, rate: int = 5) -> None:
-    """Write a video whose frame k is grey of value 20 k."""
-    av = import_extra("av")
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for number in range(frames):
-            pixels = np.full((48, 64, 3), 20 * number, np.uint8)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
 
 
 @pytest.mark.skipif(not has_av(), reason="`make env-export` installs PyAV")

@@ -1,4 +1,4 @@
-"""A small detector with random weights, saved as training saves it."""
+"""A small detector with random weights, saved as training saves it; images and films for it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from runkey.errors import LockError
+from runkey.inference.extras import import_extra
 from runkey.model.detr import build_model
 from runkey.model.weights import CardClass, ModelCard, Sizes, save_model
 from runkey.params import Model as ModelParams
@@ -36,3 +38,25 @@ def photograph(seed: int, width: int = 80, height: int = 60) -> Image.Image:
         top, left = rng.integers(0, height - 8), rng.integers(0, width - 8)
         pixels[top : top + 12, left : left + 16] = rng.integers(0, 256, 3)
     return Image.fromarray(pixels.astype(np.uint8))
+
+
+def has_av() -> bool:
+    try:
+        import_extra("av")
+    except LockError:
+        return False
+    return True
+
+
+def film(path: Path, frames: int = 10, *, rate: int = 5) -> None:
+    """Write a video whose frame k is grey of value 20 k."""
+    av = import_extra("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(frames):
+            pixels = np.full((48, 64, 3), 20 * number, np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
