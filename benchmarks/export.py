@@ -1,10 +1,10 @@
 """Export the sample's run in every format, and large models; measure AP, size and time.
 
-    python -m benchmarks.export --run CHECKOUT
+    python -m benchmarks.export --run CHECKOUT [--parts sample alone large]
 
-CHECKOUT is a repository whose `dvc repro` has trained the sample.  `results/export.md` is written
-anew.  Seconds are of one thread's processor time, so that what else the machine does counts little.
-The last part installs onnxruntime, numpy and pillow into an empty environment.
+CHECKOUT is a repository whose `dvc repro` has trained the sample.  `results/export.md` is written;
+`--parts` measures some of it anew.  The part `alone` installs onnxruntime, numpy and pillow into an
+empty environment.
 """
 
 from __future__ import annotations
@@ -135,8 +135,11 @@ def large(out: Path) -> list[str]:
     return table(("model", "format", "scores within", "MB", "s", "wall s"), rows)
 
 
-def alone(checkout: Path, folder: Path, out: Path) -> list[str]:
+def alone(checkout: Path, out: Path) -> list[str]:
     """Run an export's detect.py in an environment of its own, on the val images."""
+    choice = Choice()
+    folder = out / "alone"
+    export_model(checkout / "model", folder, choice, store=None, root=checkout)
     from pycocotools.coco import COCO as Truth  # noqa: N811
     from pycocotools.cocoeval import COCOeval
 
@@ -169,32 +172,47 @@ def alone(checkout: Path, folder: Path, out: Path) -> list[str]:
         judged.accumulate()
         judged.summarize()
     ap = f"AP {judged.stats[0]:.5f} on {len(ids)} val images"
-    return [
-        f"{', '.join(PACKAGES)}: {size:.0f} MB. `{folder.name}/detect.py`: {ap}, {wall:.0f} s.",
-        "",
-    ]
+    about = f"{', '.join(PACKAGES)}: {size:.0f} MB. `detect.py` of the ONNX export in fp32:"
+    return [f"{about} {ap}, {wall:.0f} s.", ""]
+
+
+PARTS = {
+    "sample": "The sample's run, gate included",
+    "alone": "detect.py in an empty environment",
+    "large": "Large models, random weights, one image of 480 x 640",
+}
 
 
 def main() -> None:
-    """Measure, and write the page."""
+    """Measure the chosen parts, and write the page; it keeps the others."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    lines = [
-        "# Exports", "",
-        f"`python -m benchmarks.export --run CHECKOUT`, {time.strftime('%Y-%m-%d')}; one thread of"
-        f" {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}."
-        "  Seconds are processor time; wall times are of a machine that did other work too.", "",
-    ]  # fmt: skip
+    checkout = chosen.run.absolute()
+    kept = RESULT.read_text().split("\n## ")[1:] if RESULT.is_file() else []
+    sections = {text.split("\n")[0]: text for text in kept}
     with tempfile.TemporaryDirectory() as name:
         out = Path(name)
-        lines += ["## The sample's run, gate included", "", *sample(chosen.run.absolute(), out)]
-        lines += ["## detect.py in an empty environment", ""]
-        lines += alone(chosen.run.absolute(), out / "onnx-fp32", out)
-        lines += ["## Large models, random weights, one image of 480 x 640", "", *large(out)]
-    load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
-    RESULT.write_text("\n".join([*lines, f"Load at the end: {load}."]) + "\n")
+        measure = {
+            "sample": lambda: sample(checkout, out),
+            "alone": lambda: alone(checkout, out),
+            "large": lambda: large(out),
+        }
+        for part in chosen.parts:
+            lines = measure[part]()
+            load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
+            lines += [f"{time.strftime('%Y-%m-%d')}; load at the end: {load}.", ""]
+            sections[PARTS[part]] = "\n".join([PARTS[part], "", *lines])
+    about = (
+        f"`python -m benchmarks.export --run CHECKOUT`; one thread of {platform.machine()}, Python"
+        f" {platform.python_version()}, torch {torch.__version__}. `s` is processor time, `wall s`"
+        " of a machine that does other work too."
+    )
+    written = [sections[title] for title in PARTS.values() if title in sections]
+    text = "\n## ".join([f"# Exports\n\n{about}\n", *written])
+    RESULT.write_text(text.rstrip() + "\n")
 
 
 if __name__ == "__main__":

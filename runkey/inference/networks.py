@@ -78,6 +78,19 @@ class ExportedTorchNetwork(TorchNetwork):
             warnings.simplefilter("ignore")  # of a buffer that is only read
             program = torch.export.load(path)
         super().__init__(program.module(), device)
+        self._name = path
+
+    def __call__(self, images: NDArray[np.uint8]) -> Arrays:
+        """See `Network`; ModelError for images smaller than the program takes."""
+        try:
+            return super().__call__(images)
+        except AssertionError as error:  # how torch says that a shape is none of the program's
+            height, width = images.shape[2:]
+            reason = " ".join(str(error).split())[:80]
+            raise ModelError(
+                f"{self._name}: takes no images of {width}x{height} after resizing ({reason});"
+                " export as onnx, which takes any size"
+            ) from None
 
 
 class OnnxNetwork:

@@ -77,6 +77,8 @@ def test_an_exported_torch_program(preset, precision, tmp_path):
         images = images_of(*shape)
         apart = np.abs(network(images)[0] - model(images)[0]).max()
         assert apart < 1e-5 if precision == "fp32" else 1e-4 < apart < 0.1
+    with pytest.raises(ModelError, match=r"model\.pt2: takes no images of 80x8 after resizing \("):
+        network(images_of(1, 8, 80))
 
 
 def test_int8_quantises_convolutions_by_images_and_products_by_each_run(detector):

@@ -93,6 +93,15 @@ def test_folded_norms_and_last_heads_change_rounding_alone(name, channels_last):
     assert all(torch.equal(before[name], value) for name, value in detector.state_dict().items())
 
 
+def test_bf16_changes_scores_by_little_and_gives_float32():
+    detector = detector_of("fast")
+    images = images_of(2, 64, 80)
+    scores, _, boxes = InferenceModule(detector, InferenceOptions(bf16=True))(images)
+    apart = (scores - InferenceModule(detector)(images)[0]).abs().max()
+    assert 1e-5 < apart < 0.05
+    assert scores.dtype == boxes.dtype == torch.float32
+
+
 def test_a_cut_decoder_is_the_layer_before_the_cut():
     for name in ("fast", "detr"):
         detector = detector_of(name)
