@@ -147,7 +147,7 @@ def alone(checkout: Path, out: Path) -> list[str]:
     uv = (sys.executable, "-m", "uv", "--quiet")
     subprocess.run([*uv, "venv", "--python", sys.executable, out / "environment"], check=True)
     subprocess.run([*uv, "pip", "install", "--python", python, *PACKAGES], check=True)
-    files = (file for file in python.parents[1].rglob("*") if file.is_file())
+    files = (file for file in python.parents[1].rglob("*") if not file.is_symlink())
     size = sum(file.stat().st_size for file in files) / 1e6
     truth_file = checkout / "data/annotations/instances_val.json"
     ids = {one["file_name"]: one["id"] for one in json.loads(truth_file.read_text())["images"]}
