@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +37,7 @@ from runkey import params
 from runkey.identity.record import describe_cpu
 from runkey.inference.model import Model, load_model_folder
 from runkey.inference.module import InferenceOptions
+from runkey.inference.preprocess import read_image
 from runkey.inference.speed import AS_EVALUATED, Choice, NetworkOpener, time_networks
 from runkey.model.detr import build_model
 from runkey.model.weights import load_model
@@ -55,6 +56,7 @@ CHOICES = (
     Choice("onnx", "fp32", FOLDED),
     Choice("openvino", "fp32", FOLDED),
     Choice("openvino", "bf16", FOLDED),
+    Choice("openvino", "int8", FOLDED),
 )
 REFERENCE = "reference DETR, eager"
 
@@ -73,6 +75,8 @@ def main() -> None:
     throughput.add_argument("--images", type=Path, required=True)
     throughput.add_argument("--batch", type=int, default=8)
     throughput.add_argument("--rounds", type=int, default=5)
+    for command in (latency, throughput):
+        command.add_argument("--only", nargs="+", help="choices whose name begins so")
     commands.add_parser("table")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
@@ -80,15 +84,18 @@ def main() -> None:
         print_tables()
         return
     found = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    choices = [one for one in CHOICES if one.name.startswith(tuple(chosen.only or ("",)))]
     if chosen.command == "latency":
         for backbone in chosen.backbones:
             for size in chosen.sizes:
                 height, width = map(int, size.split("x"))
-                row = measure_latency(chosen.reference, backbone, height, width, chosen.rounds)
+                row = measure_latency(
+                    chosen.reference, backbone, (height, width), choices, chosen.rounds
+                )
                 found.setdefault("latency", {})[f"{backbone} {size}"] = row
     else:
         found["throughput"] = measure_throughput(
-            chosen.model, chosen.images, chosen.batch, chosen.rounds
+            chosen.model, chosen.images, choices, chosen.batch, chosen.rounds
         )
     found["machine"] = machine()
     RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -115,22 +122,29 @@ def machine() -> dict[str, Any]:
 
 
 def measure_latency(
-    reference: Path, backbone: str, height: int, width: int, rounds: int
+    reference: Path,
+    backbone: str,
+    size: tuple[int, int],
+    choices: Sequence[Choice],
+    rounds: int,
 ) -> dict[str, Any]:
-    """Time one image of a size in the reference and in every choice; milliseconds."""
+    """Time one image of a size in the reference and in each choice; milliseconds."""
     section = load_params(REPOSITORY / "presets" / f"coco-detr-{backbone}.yaml").model
     section = section.model_copy(update={"backbone_weights": "none"})
     torch.manual_seed(0)
     theirs = build_reference(reference, section)
     detector = build_model(section, NUM_CLASSES).eval()
     detector.load_state_dict(theirs.state_dict())
-    image = np.random.default_rng(0).integers(0, 256, (1, 3, height, width), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (1, 3, *size), dtype=np.uint8)
     with tempfile.TemporaryDirectory() as folder:
-        opener = NetworkOpener(detector, Path(folder), threads=1)
+        # Random images: of int8 only the time is meant.
+        opener = NetworkOpener(
+            detector, Path(folder), threads=1, calibration=lambda: [image[0, :, :96, :128]]
+        )
         networks: dict[Any, Callable[[NDArray[np.uint8]], Any]] = {
             REFERENCE: reference_network(theirs, reference)
         }
-        networks |= {choice: opener.open(choice) for choice in CHOICES}
+        networks |= {choice: opener.open(choice) for choice in choices}
         check_same(networks, image)
         times = time_networks(networks, [image], seconds=0, least=rounds)
     return {
@@ -203,14 +217,17 @@ def check_same(
             raise SystemExit(f"{name}: scores differ from the reference's by {difference:.2g}")
 
 
-def measure_throughput(model: Path, images: Path, batch: int, rounds: int) -> dict[str, Any]:
+def measure_throughput(
+    model: Path, images: Path, choices: Sequence[Choice], batch: int, rounds: int
+) -> dict[str, Any]:
     """Count images a second from JPEG files to detections, in batches, for each choice."""
     files = sorted(images.rglob("*.jpg"))
     base, (detector, _) = load_model_folder(model, "cpu"), load_model(model)
     found: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        opener = NetworkOpener(detector, Path(folder), threads=1)
-        models = {one.name: Model(base.card, opener.open(one)) for one in CHOICES}
+        some = [base.preprocess(read_image(file)) for file in files[:64]]
+        opener = NetworkOpener(detector, Path(folder), threads=1, calibration=lambda: some)
+        models = {one.name: Model(base.card, opener.open(one)) for one in choices}
         for number in range(rounds + 1):
             for name, one in models.items():
                 cpu, wall = time.process_time(), time.perf_counter()
