@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,10 +94,21 @@ class ExportedTorchNetwork(TorchNetwork):
 
 
 class OnnxNetwork:
-    """An ONNX file in ONNX Runtime, on the CPU."""
+    """An ONNX file in ONNX Runtime."""
 
-    def __init__(self, model: Path | bytes, *, threads: int | None = None) -> None:
-        """Load a model from a file or its bytes; `threads`: of one run, None: all cores.
+    def __init__(
+        self,
+        model: Path | bytes,
+        *,
+        threads: int | None = None,
+        providers: Sequence[Any] = ("CPUExecutionProvider",),
+    ) -> None:
+        """Load a model.
+
+        Args:
+            model: file, or its bytes.
+            threads: of one run; None: all cores.
+            providers: where it runs, by ONNX Runtime's names, or pairs of name and options.
 
         Raises:
             LockError: ONNX Runtime is not installed.
@@ -111,7 +122,7 @@ class OnnxNetwork:
             self.session = runtime.InferenceSession(
                 model if isinstance(model, bytes) else str(model),
                 options,
-                providers=["CPUExecutionProvider"],
+                providers=list(providers),
             )
             wanted = (INPUT, *OUTPUTS)
             names = [one.name for one in (*self.session.get_inputs(), *self.session.get_outputs())]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ SPEED_JSON, FRONTIER_PNG = Path("speed/speed.json"), Path("speed/frontier.png")
 _FORMAT = 1
 
 Runtime = Literal["torch", "compiled", "onnx", "openvino", "tensorrt"]
-Precision = Literal["fp32", "bf16", "int8"]
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
 
 AS_TRAINED = InferenceOptions()
 
@@ -104,9 +104,10 @@ def format_choices(runtimes: Sequence[Runtime], *, on_gpu: bool = False) -> list
         choices.append(Choice("onnx", "fp32", _FOLDED))
         choices += [] if on_gpu else [Choice("onnx", "int8", _FOLDED)]
     if "openvino" in runtimes and not on_gpu:
-        choices += [Choice("openvino", one, _FOLDED) for one in get_args(Precision)]
+        in_openvino: tuple[Precision, ...] = ("fp32", "bf16", "int8")
+        choices += [Choice("openvino", one, _FOLDED) for one in in_openvino]
     if "tensorrt" in runtimes and on_gpu:
-        choices.append(Choice("tensorrt", "bf16", _FOLDED))
+        choices.append(Choice("tensorrt", "fp16", _FOLDED))
     return choices
 
 
@@ -337,7 +338,18 @@ class NetworkOpener:
         path = self._onnx(choice)
         if choice.runtime == "openvino":
             return OpenVinoNetwork(path, precision=choice.precision, threads=self._threads)
-        return OnnxNetwork(path, threads=self._threads)
+        return OnnxNetwork(path, threads=self._threads, providers=self._providers(choice))
+
+    def _providers(self, choice: Choice) -> list[Any]:
+        """Where ONNX Runtime runs a choice; on a GPU what has no kernel there runs on the CPU."""
+        if self._device.type != "cuda":
+            return ["CPUExecutionProvider"]
+        device = {"device_id": self._device.index or 0}
+        providers: list[Any] = [("CUDAExecutionProvider", device), "CPUExecutionProvider"]
+        if choice.runtime == "tensorrt":
+            half = {"trt_fp16_enable": choice.precision == "fp16"}
+            providers.insert(0, ("TensorrtExecutionProvider", device | half))
+        return providers
 
     def _onnx(self, choice: Choice) -> Path:
         """Write the ONNX file of a choice's options, quantised for int8, unless it is there."""

@@ -24,7 +24,7 @@ from runkey.hashing import sha256_file
 from runkey.identity.record import DETAILS, Record, describe_cpu, hashed_files
 from runkey.identity.record_cache import update_record
 from runkey.inference.detections import Detections
-from runkey.inference.export import Format
+from runkey.inference.export import Format, Precision
 from runkey.inference.extras import import_extra
 from runkey.inference.networks import Network
 from runkey.inference.speed import (
@@ -216,21 +216,21 @@ def missing_runtimes(runtimes: Sequence[Runtime], *, on_gpu: bool) -> dict[str, 
     """Return the runtimes that this machine lacks, each with the reason and the way out."""
     missing: dict[str, str] = {}
     for runtime, module in _PACKAGES.items():
-        if runtime in runtimes:
-            try:
-                import_extra("onnx")
-                import_extra(module)
-            except LockError as error:
-                missing[runtime] = str(error)
+        try:
+            import_extra("onnx")
+            import_extra(module)
+        except LockError as error:
+            missing[runtime] = str(error)
     if "compiled" in runtimes and not on_gpu and not (shutil.which("g++") or shutil.which("c++")):
         missing["compiled"] = "torch.compile needs a C++ compiler (g++)"
-    if "tensorrt" in runtimes:
-        providers = []
-        if on_gpu and "onnx" not in missing:
-            providers = import_extra("onnxruntime").get_available_providers()
-        if "TensorrtExecutionProvider" not in providers:
-            missing["tensorrt"] = "needs a GPU and onnxruntime-gpu with TensorRT"
-    return missing
+    providers = []
+    if on_gpu and not missing:
+        providers = import_extra("onnxruntime").get_available_providers()
+    if on_gpu and "CUDAExecutionProvider" not in providers:
+        missing.setdefault("onnx", "needs onnxruntime-gpu in place of onnxruntime")
+    if "TensorrtExecutionProvider" not in providers:
+        missing["tensorrt"] = "needs a GPU, onnxruntime-gpu and TensorRT"
+    return {name: why for name, why in missing.items() if name in runtimes}
 
 
 def timed_batches(sample: Sample, batch: int) -> list[NDArray[np.uint8]]:
@@ -318,7 +318,7 @@ def fastest_export(folder: Path, max_ap_loss: float) -> tuple[export.Choice, str
     """
     choice = find_report(folder).pick(max_ap_loss, exported=True).choice
     chosen = export.Choice(
-        cast(Format, choice.runtime), choice.precision, choice.options, max_ap_loss
+        cast(Format, choice.runtime), cast(Precision, choice.precision), choice.options, max_ap_loss
     )
     return chosen, choice.name
 

@@ -16,7 +16,7 @@ _RUNTIMES = {
     "openvino": ("OpenVINO", style.GREEN),
     "tensorrt": ("TensorRT", style.PURPLE),
 }
-_MARKERS = {"fp32": "o", "bf16": "s", "int8": "^"}
+_MARKERS = {"fp32": "o", "bf16": "s", "fp16": "D", "int8": "^"}
 
 
 def draw_frontier(report: SpeedReport, path: Path) -> Path:
