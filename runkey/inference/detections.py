@@ -7,6 +7,7 @@ found.above({"car": 0.4, "bus": 0.6}).draw().save("a.png")
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
@@ -127,7 +128,9 @@ class Detections:
         """
         from runkey.inference.extras import import_extra
 
-        supervision = import_extra("supervision")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # without OpenCV it says that it does without
+            supervision = import_extra("supervision")
         return supervision.Detections(
             xyxy=self.boxes_xyxy.copy(),
             confidence=self.scores.copy(),

@@ -32,7 +32,7 @@ _NOT_SERVED = ("runkey/api.py",)
 """What the loader's package names and serving does without."""
 _NEEDED = (
     *("mlflow", "torch", "torchvision", "safetensors", "numpy", "pandas", "scipy", "pillow"),
-    *("matplotlib", "pydantic", "pyyaml"),
+    *("matplotlib", "pydantic", "pyyaml", "rich", "ruamel.yaml"),
 )
 """Packages that the served code imports."""
 _CONTENT = "runkey.content"

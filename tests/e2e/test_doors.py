@@ -193,8 +193,8 @@ def environment_without_runkey(folder: Path) -> Path:
     uvicorn = folder / "bin/uvicorn"
     uvicorn.write_text(f'#!/bin/sh\nexec {folder}/bin/python -m uvicorn "$@"\n')
     uvicorn.chmod(0o755)
-    missing = subprocess.run([folder / "bin/python", "-P", "-c", "import runkey"], check=False)
-    assert missing.returncode == 1
+    command = [folder / "bin/python", "-P", "-c", "import runkey"]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 1
     return folder / "bin"
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from runkey.errors import DataError, ModelError
+from runkey.errors import DataError, LockError, ModelError
 from runkey.hashing import sha256_file
 from runkey.inference.detections import Detections
+from runkey.inference.extras import import_extra
 from runkey.inference.model import Model, load_model_folder
 from runkey.model.detr import build_model
 from runkey.model.weights import CardClass, ModelCard, Sizes, save_model
@@ -159,6 +160,21 @@ def test_coco_rows_have_the_data_s_category_ids() -> None:
     }
     assert [row["category_id"] for row in rows] == [4, 4, 9, 9]
     json.dumps(rows)
+
+
+def test_supervision_takes_them() -> None:
+    try:
+        found = FOUND.to_supervision()
+    except LockError:
+        pytest.skip("`make env-export` installs it")
+    supervision = import_extra("supervision")
+    assert isinstance(found, supervision.Detections)
+    assert np.array_equal(found.xyxy, FOUND.boxes_xyxy)
+    assert found.class_id.tolist() == [0, 0, 1, 1]
+    assert found.data["class_name"].tolist() == FOUND.names
+    drawn = supervision.BoxAnnotator().annotate(FOUND.image.copy(), found)
+    assert (drawn != FOUND.image).any()
+    assert len(found[found.confidence > 0.75]) == 2
 
 
 def test_plain_values_and_repr() -> None:

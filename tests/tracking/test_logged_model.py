@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import json
 import re
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +54,22 @@ class Logged:
         return log_model(self.store, record.run.run_id, described, self.files, self.example)
 
 
+def imported_packages(folder: Path) -> set[str]:
+    """The packages that the code in a folder imports, at its top or in a function."""
+    names = set[str]()
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Import):
+                names |= {one.name.split(".")[0] for one in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.split(".")[0])
+    providers = packages_distributions()
+    return {
+        re.sub("_", "-", providers[name][0].lower())
+        for name in names - set(sys.stdlib_module_names) - {"runkey"}
+    }
+
+
 @pytest.fixture
 def logged(store: Store, small_model_folder: Path, tmp_path: Path) -> Logged:
     return Logged(store, small_model_folder, tmp_path)
@@ -74,6 +93,10 @@ def test_the_model_is_complete_and_has_signature_example_metrics_and_description
     code = {path.relative_to(artifacts).as_posix() for path in (artifacts / "code").rglob("*.py")}
     assert "code/runkey/inference/pyfunc.py" in code
     assert not any(part in str(code) for part in ("runkey/api.py", "/tracking/", "/registry/"))
+    required = re.findall(
+        r"^([\w.-]+)==", (artifacts / "requirements.txt").read_text(), re.MULTILINE
+    )
+    assert imported_packages(artifacts / "code") <= {name.lower() for name in required}
 
     import mlflow
 
