@@ -21,7 +21,7 @@ import torch
 from runkey import paths
 from runkey.data.cache import open_cache
 from runkey.data.index import SplitName, read_index
-from runkey.errors import DataError, RecipeError, RegistryError, TrackingError
+from runkey.errors import DataError, ParamsError, RecipeError, RegistryError, TrackingError
 from runkey.files import LARGE, expect, read_json, write_json
 from runkey.identity.inputs import tree_note
 from runkey.identity.key import Recipe, short_key
@@ -47,7 +47,8 @@ from runkey.identity.record import (
 from runkey.identity.record_cache import update_record
 from runkey.inference.thresholds import THRESHOLDS
 from runkey.memory.choose import MemoryPlan
-from runkey.params import Params
+from runkey.params import Params, load_params
+from runkey.params.render import render
 from runkey.pipeline.once import KeyClaim
 from runkey.plots.curves import write_training_plots
 from runkey.plots.hints import lasting_hints
@@ -199,15 +200,32 @@ def save_run(run: Run, tracker: TrackedRun) -> str | None:
         # Only for the run's MLflow page: the stage `plots` draws them in the workspace.
         drawn = Path(folder)
         write_training_plots(root / paths.TRAIN_LOG, drawn / paths.PLOTS)
-        curves = hashed_files(drawn, [paths.PLOTS])
-        claim.details = replace(details, files=details.files | curves)
+        own = [paths.PLOTS]
+        if _params_changed(run):
+            text = render(run.params, "# As it was trained; the file was changed meanwhile.")
+            (drawn / paths.PARAMS).write_text(text, encoding="utf-8")
+            own.append(paths.PARAMS)
+        written = hashed_files(drawn, own)
+        claim.details = replace(details, files=details.files | written)
         (drawn / DETAILS).write_text(claim.details.as_json(), encoding="utf-8")
-        for top, names in ((root, details.files), (drawn, [*curves, DETAILS])):
+        given = [name for name in details.files if name not in written]
+        for top, names in ((root, given), (drawn, [*written, DETAILS])):
             for name in names:
                 _copy(top, name, tracker)
         run_id = tracker.close()
     claim.is_whole = tracker.is_whole
     return run_id
+
+
+def _params_changed(run: Run) -> bool:
+    """Return True if params.yaml has other values now than those that this run was trained with.
+
+    `dvc exp run -S` writes them before DVC's lock refuses it.
+    """
+    try:
+        return load_params(run.root / paths.PARAMS) != run.params
+    except ParamsError:
+        return True
 
 
 def _audit(files: Sequence[str]) -> str:

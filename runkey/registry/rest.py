@@ -2,7 +2,8 @@
 
 Paths and names are MLflow's own: `api/2.0/mlflow/...`, `get-artifact`.  Login and certificates come
 from the variables that MLflow reads: `MLFLOW_TRACKING_` with `USERNAME`, `PASSWORD`, `TOKEN`,
-`INSECURE_TLS`, `SERVER_CERT_PATH`; a login also from `~/.mlflow/credentials`.
+`INSECURE_TLS`, `SERVER_CERT_PATH`, and `REQUESTS_CA_BUNDLE`; a login also from
+`~/.mlflow/credentials`.
 """
 
 from __future__ import annotations
@@ -330,15 +331,20 @@ def _login(address: Address) -> dict[str, str]:
 
 
 _CERTIFICATE = "MLFLOW_TRACKING_SERVER_CERT_PATH"
+_BUNDLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+"""What MLflow's client, which is requests, reads beside it."""
 
 
 def _tls() -> ssl.SSLContext:
-    file = os.environ.get(_CERTIFICATE)
+    names = (name for name in (_CERTIFICATE, *_BUNDLES) if os.environ.get(name))
+    name = next(names, _CERTIFICATE)
+    path = os.environ.get(name) or None
+    file, folder = (None, path) if path and Path(path).is_dir() else (path, None)
     try:
-        context = ssl.create_default_context(cafile=file)
+        context = ssl.create_default_context(cafile=file, capath=folder)
     except OSError as error:
         why = "holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
-        raise RegistryError(f"{_CERTIFICATE}={file}: {why}") from None
+        raise RegistryError(f"{name}={path}: {why}") from None
     if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() == "true":
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from runkey.identity.key import make_recipe
+from runkey.params import load_params, parse_params
 from tests.support.project import Project, clean_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -95,3 +98,39 @@ def test_code_that_changes_while_it_trains(project: Project) -> None:
     assert "LATE" in loop.read_text()
     assert project.json("run.json")["key"] == key
     assert key[:16] in project.run(sys.executable, "-m", "runkey", "list").stdout
+
+
+def test_a_second_dvc_changes_the_parameters_while_the_first_trains(project: Project) -> None:
+    """`dvc exp run -S` may write params.yaml before it finds that DVC is locked."""
+    params = project.root / "params.yaml"
+    text = params.read_text().replace("  epochs: 2\n", "  epochs: 60\n")
+    params.write_text(text)
+    key = make_recipe("train", project.root).key
+    dvc = str(Path(sys.executable).with_name("dvc"))
+    folder = project.root / ".runkey" / key
+    with (project.root.parent / "said").open("w+") as said:
+        first = subprocess.Popen(
+            [dvc, "repro", "train"], cwd=project.root, env=clean_environment(), stdout=said,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        while not list(folder.glob("*.ckpt")):
+            assert first.poll() is None
+            time.sleep(0.05)
+        second = subprocess.run(
+            [dvc, "exp", "run", "-S", "lr=0.0005"], cwd=project.root, env=clean_environment(),
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert second.returncode
+        assert "lock" in second.stderr
+        # It has written it, or not, by where it was refused.
+        params.write_text(re.sub(r"\nlr: \S+", "\nlr: 0.0005", params.read_text()))
+        assert first.wait(600)
+        said.seek(0)
+        line = " ".join(said.read().split())
+    assert f"the params of key {key[:16]} changed since this began; the run is recorded" in line
+    run_id = project.json("run.json")["run_id"]
+    assert project.json("run.json")["key"] == key
+    recorded = load_params(project.root / f"mlartifacts/{run_id}/artifacts/params.yaml")
+    assert recorded == parse_params(YAML(typ="safe", pure=True).load(text))
+    params.write_text(text)
+    assert f"finished run {run_id[:8]} of here is reused" in project.dvc("repro", "train")

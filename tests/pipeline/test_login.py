@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,12 @@ from runkey.tracking.store import Store, free_port, stop_server, wait_until_heal
 from runkey.tracking.transfer import StoreRuns
 from tests.support.project import TINY, clean_environment, commit_recipe
 from tests.support.run_package import weights
+from tests.support.team_servers import needs_packages, with_packages
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
-    pytest.mark.skipif(not find_spec("flask_wtf"), reason="MLflow's login needs Flask-WTF"),
+    needs_packages,
 ]
 WORD = "geheim-lang@/%1"
 ENCODED = "geheim-lang%40%2F%251"
@@ -46,8 +46,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     own |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with contextlib.chdir(folder), (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            [*command, "--workers", "1"], env=os.environ | own, text=True, stdout=log, stderr=log,
-            start_new_session=True,
+            [*command, "--workers", "1"], env=with_packages(dict(os.environ) | own), text=True,
+            stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
         wait_until_healthy(f"http://127.0.0.1:{port}", process)

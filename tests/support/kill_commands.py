@@ -185,8 +185,9 @@ def play(bench: Bench, case: Case, rng: random.Random, kills: int) -> Round:
                 done.faults.append(f"traceback: {text[-1500:]}")
             if "unable to read: 'dvc.lock'" in text or "'./dvc.lock' validation failed" in text:
                 (bench.work / case.folder / "dvc.lock").unlink()  # docs/troubleshooting.md
-            elif "Unable to read RWLock-file" in text:
-                (bench.work / case.folder / ".dvc/tmp/rwlock").unlink()  # the same
+            elif "Unable to read RWLock-file" in text or "it is being blocked by" in text:
+                # The same; the second is of a killed DVC whose number another process has by now.
+                (bench.work / case.folder / ".dvc/tmp/rwlock").unlink()
             elif not killed and code:
                 done.faults.append(f"exit code {code}, not killed: {text[-1500:]}")
             seconds = time.monotonic() - began

@@ -16,7 +16,7 @@ import torch
 
 from runkey.plots.curves import write_plot_tables
 from runkey.training.checkpoint import read_file
-from tests.support.points import doubled, doubled_lines, points_of_log
+from tests.support.points import doubled, doubled_lines, points_of_log, read_jsonl
 
 _WEIGHTS = "model/weights.safetensors"
 _OF_THE_DAY = ("second", "wait")
@@ -44,7 +44,7 @@ def digests(root: Path, final: Path) -> dict[str, str]:
 
 def log_of(root: Path) -> list[Any]:
     """The log without times, paces, and events that tell of the day's machine."""
-    entries = map(json.loads, (root / "logs/train.jsonl").read_text().splitlines())
+    entries = read_jsonl(root / "logs/train.jsonl")
     return [
         _without_clock({name: value for name, value in entry.items() if name != "time"})
         for entry in entries

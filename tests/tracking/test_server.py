@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from runkey.registry.claims import open_claims
+from runkey.registry.library import open_library
+from runkey.registry.once import decide
 from runkey.registry.rest import list_page
 from runkey.tracking.mlflow_run import Pace
 from runkey.tracking.replay import send_saved
 from runkey.tracking.store import VIEW, Store, experiment_id, open_client
 from tests.support.mlflow_store import Server, until
 from tests.support.points import assert_the_same_points, read_jsonl
+from tests.support.stored_runs import log_runs
 from tests.support.trainer import begin, log_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -61,3 +65,36 @@ def test_a_server_that_dies_comes_back_and_dies_for_good(
     assert (sent.run_id, sent.status, sent.values) == (run_id, "FINISHED", 1)
     assert_the_same_points(kept / "train.jsonl", remote, run_id)
     assert send_saved(remote, kept).values == 0
+
+
+def test_a_server_that_comes_back_on_another_port(
+    server: Server, store: Store, tmp_path: Path
+) -> None:
+    """What is not sent yet goes to the same run; a finished run is found and its files are read."""
+    first = Store(server.address, None, tmp_path)
+    tracker = begin(first, tmp_path / "key", pace=PACE)
+    tracker.log({"train/loss": 2.0}, 1)
+    run_id = tracker.run_id(120)
+    assert run_id is not None
+    server.kill()
+    tracker.log({"train/loss": 1.0}, 2)
+    assert tracker.close() == run_id
+    kept = shutil.copytree(tmp_path / "key", tmp_path / "kept")
+
+    moved = Server(store)
+    assert moved.address != server.address
+    moved.start()
+    try:
+        there = Store(moved.address, None, tmp_path)
+        sent = send_saved(there, tmp_path / "key")
+        assert (sent.run_id, sent.status) == (run_id, "FINISHED")
+        assert sent.values in (1, 2)  # the first was perhaps under way
+        assert_the_same_points(kept / "train.jsonl", there, run_id)
+
+        made = log_runs(store, tmp_path)[0]
+        library = open_library(moved.address, tmp_path)
+        found = decide(library, open_claims(moved.address, tmp_path), made.key)
+        assert found.record is not None
+        assert found.record.run.run_id == made.run.run_id
+    finally:
+        moved.kill()
