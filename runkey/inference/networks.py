@@ -117,6 +117,8 @@ class OnnxNetwork:
         runtime = import_extra("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads or 0
+        # Threads that wait in a loop double the CPU time, which decoding needs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors
         with _readable(model, "ONNX Runtime"):
             self.session = runtime.InferenceSession(
