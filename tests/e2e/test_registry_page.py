@@ -71,8 +71,10 @@ def test_the_walk_gives_what_it_shows(team: Team) -> None:
     mine.run("git", "checkout", "-q", "params.yaml")
     mine.dvc("repro")
     colleague = team.clone("colleague")
-    steps = walk()
-    first_shown, second_shown = _keys(steps)
+    first_shown, second_shown = _keys(walk())
+    known = {first_shown, second_shown}
+    # A run that starts from another one is shown, and not trained here.
+    steps = [step for step in walk() if {key[:8] for key in KEY.findall(step.command)} <= known]
     real = {first_shown: team.key, second_shown: second}
     for step in steps:
         _type(step, colleague if step.who else mine, real)
@@ -82,11 +84,10 @@ def test_the_walk_gives_what_it_shows(team: Team) -> None:
 
 
 def _keys(steps: list[Typed]) -> tuple[str, str]:
-    """The two keys of the page's runs, cut to what all mentions of them have."""
+    """The keys of the page's first two runs, cut to what all mentions of them have."""
     text = "\n".join("\n".join([step.command, *step.shown]) for step in steps)
-    short = list(dict.fromkeys(key[:8] for key in KEY.findall(text)))
-    assert len(short) == 2, short
-    return short[0], short[1]
+    first, second, *_ = dict.fromkeys(key[:8] for key in KEY.findall(text))
+    return first, second
 
 
 def _type(step: Typed, project: Project, real: dict[str, str]) -> None:
