@@ -200,7 +200,9 @@ def export_model(
         Literal["onnx", "torch", "openvino"],
         Option("--format", help="torch: a program of torch.export (.pt2)."),
     ] = "onnx",
-    precision: Annotated[Literal["fp32", "bf16", "int8"], Option("--precision")] = "fp32",
+    precision: Annotated[
+        Literal["fp32", "bf16", "int8"], Option("--precision", help="Number format.")
+    ] = "fp32",
     out: Annotated[Path | None, Option("--out", help="Folder to make [FORMAT-PRECISION].")] = None,
     images: Annotated[
         list[Path] | None,
@@ -269,7 +271,7 @@ def speed(
         int, Option("--limit", min=0, help="Measure AP on so many of the val images; 0: all.")
     ] = 500,
     batch: Annotated[int, Option("--batch", min=1, help="Images of a timed forward pass.")] = 1,
-    threads: Annotated[int, Option("--threads", min=1)] = 1,
+    threads: Annotated[int, Option("--threads", min=1, help="Cores that each way uses.")] = 1,
     seconds: Annotated[
         float, Option("--seconds", min=0, help="Wall time to spend on timing.")
     ] = 60.0,

@@ -139,7 +139,9 @@ def undeclared(
     for path in files:
         if is_excluded(path, excluded):
             module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-            known |= {path, *_reached(tree.files_of(module), tree, ())}
+            # Not on into other excluded rooms: those that were imported have a turn of their own.
+            others = [entry for entry in excluded if not is_excluded(path, [entry])]
+            known |= {path, *_reached(tree.files_of(module), tree, others)}
     return tuple(sorted(files - known))
 
 
