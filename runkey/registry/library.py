@@ -321,10 +321,10 @@ def find_run(library: Library, address: str) -> Record:
 
 def no_such_run(library: Library, address: str) -> RegistryError:
     """Return the error of an address that names no run."""
-    way_out = "`runkey list` shows what is there"
+    there = "; `runkey list` shows what is there"
     if isinstance(library, LocalLibrary) and not library.find(Query(limit=1)):
-        way_out = "it holds none; if they were lost, `runkey index` reads them from MLflow again"
-    return RegistryError(f"{address}: no run of that key in {library.place}; {way_out}")
+        there = ", which holds no runs; `runkey index` reads lost ones from MLflow again"
+    return RegistryError(f"{address}: no run of that key in {library.place}{there}")
 
 
 def canonical(runs: list[Record]) -> Record:

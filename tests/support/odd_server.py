@@ -462,7 +462,7 @@ def questions(address: str, home: Path) -> dict[str, Callable[[], object]]:
         "download": lambda: download(library, record, ["run.json"], home / "downloaded"),
         "run_reader": lambda: (run_reader(address) or (lambda _: None))(RUN),
         "list_page": lambda: list_page(address, "detection", "runkey"),
-        "claims": lambda: [f"{one.who} {one.since} {state_now(one)}" for one in claims.all()],
+        "claims": lambda: [f"{one.line}: {state_now(one)}" for one in claims.all()],
         "make": lambda: claims.make(claim),
         "update": lambda: claims.update(claim),
         "remove": lambda: claims.remove(claim),
