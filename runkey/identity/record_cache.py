@@ -82,6 +82,7 @@ def open_records(path: Path, *, partial: bool = False) -> Iterator[sqlite3.Conne
         address = f"{path.absolute().as_uri()}?mode=ro"
         with closing(sqlite3.connect(address, uri=True, timeout=_BUSY_SECONDS)) as database:
             database.row_factory = sqlite3.Row
+            database.text_factory = _text
             database.execute("BEGIN")
             version = database.execute("PRAGMA user_version").fetchone()[0]
             if version == _PARTIAL and not partial:
@@ -94,6 +95,14 @@ def open_records(path: Path, *, partial: bool = False) -> Iterator[sqlite3.Conne
     except sqlite3.Error as error:
         kind = DamagedCacheError if _is_damage(error) else RegistryError
         raise kind(f"{path}: {error}; {way_out}") from None
+
+
+def _text(data: bytes) -> str | bytes:
+    """Decode a text; what is not UTF-8 stays bytes, or the cell would end a query for all runs."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
 
 
 def read_records(

@@ -221,6 +221,8 @@ class FileClaims(Claims):
 
     def __init__(self, folder: Path) -> None:
         self._folder, self.place = folder, str(folder)
+        self._named: set[str] = set()
+        """Warnings given: a process that waits reads its claims every two seconds."""
 
     def make(self, claim: Claim) -> bool:
         """See `Claims`."""
@@ -262,7 +264,10 @@ class FileClaims(Claims):
                 except FileNotFoundError:
                     continue  # removed since the folder was listed
                 except FormatError as error:
-                    logger.warning(f"{path}: {error}; counts as a claim without an owner")
+                    warning = f"{path}: {error}; counts as a claim without an owner"
+                    if warning not in self._named:
+                        self._named.add(warning)
+                        logger.warning(warning)
                     yield _parse(*named, {})
 
 

@@ -66,7 +66,10 @@ class LocalLibrary:
         """Return the runs that a query selects, in its order; see `matching`."""
 
         def question(database: Connection) -> list[Record]:
-            chosen = choose(select(database, query), query, lambda row, field: row[field])
+            rows, damaged = select(database, query)
+            for run in damaged:
+                list(self._read(database, "run = ?", run))  # says what is wrong with it
+            chosen = choose(rows, query, lambda row, field: row[field])
             return [one for row in chosen for one in self._read(database, "run = ?", str(row[RUN]))]
 
         return self._ask(question)

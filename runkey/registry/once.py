@@ -267,7 +267,10 @@ class _Search:
                     if not wait:
                         way_out = "set runtime.wait to true to wait for its result"
                         raise RegistryError(f"{text}; {way_out}, or try again later")
-                    logger.info(f"{text}; waiting for its result (Ctrl-C leaves)")
+                    what = "its result"
+                    if not claim.owner:  # a live one writes its claim again at its next beat
+                        what = f"a sign of life for {self.rhythm.dead_after:.0f} s"
+                    logger.info(f"{text}; waiting for {what} (Ctrl-C leaves)")
             time.sleep(self.rhythm.poll_seconds)
         if waits_for:
             waited = time.monotonic() - begin

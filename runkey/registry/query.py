@@ -122,20 +122,39 @@ def choose[T](items: Iterable[T], query: Query, value: Callable[[T, Field], Valu
     return ([item for _, _, item in present] + absent)[: query.limit]
 
 
-def select(database: Connection, query: Query) -> list[dict[Field, Value]]:
-    """Return what `choose` needs of every run in the cache whose key begins with the prefix."""
+def select(database: Connection, query: Query) -> tuple[list[dict[Field, Value]], list[str]]:
+    """Read what `choose` needs of every run in the cache whose key begins with the prefix.
+
+    Returns:
+        The values of each run, and the MLflow ids of those whose values are damaged, left out.
+    """
+    kinds = sorted({field.kind for field in query.fields} - {"run"})
     columns = [
-        f"json_extract({field.kind}, ?)"
+        f"CASE WHEN json_valid({field.kind}) THEN json_extract({field.kind}, ?) END"
         if field.kind != "run"
         else field.name.replace("seconds", "(ended - started) / 1000")
         for field in query.fields
     ]
+    # json_extract and json_type of what is no JSON would end the query for all runs.
+    whole = [
+        f"CASE WHEN json_valid({kind}) THEN json_type({kind}) = 'object' ELSE 0 END"
+        for kind in kinds
+    ]
     names = [f'$."{field.name}"' for field in query.fields if field.kind != "run"]
     rows = database.execute(
-        f"SELECT {', '.join(columns)} FROM runs WHERE key >= ? AND key < ?",
+        f"SELECT {', '.join([*columns, ' AND '.join(whole) or '1'])} FROM runs"
+        " WHERE key >= ? AND key < ?",
         (*names, query.prefix, f"{query.prefix}~"),
     )
-    return [dict(zip(query.fields, row, strict=True)) for row in rows]
+    found: list[dict[Field, Value]] = []
+    damaged: list[str] = []
+    for *values, is_whole in rows:
+        row = dict(zip(query.fields, values, strict=True))
+        if is_whole:
+            found.append(row)
+        else:
+            damaged.append(str(row[RUN]))
+    return found, damaged
 
 
 def value_of(record: Record, field: Field) -> Value:

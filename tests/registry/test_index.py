@@ -111,7 +111,7 @@ def test_what_reads_a_lost_cache_names_the_command_that_makes_it_anew(
     for command in (*commands, *((name, key) for name in ("show", "verify", "get", "report"))):
         code, out, err = run(*command)
         assert (code, out, err.count("\n")) == (1, "", 1), command
-        assert "`runkey index` reads them from MLflow again" in err, command
+        assert "`runkey index` reads lost ones from MLflow again" in err, command
     run("index")
     assert run("show", key)[0] == 0
     assert "`runkey list` shows what is there" in run("show", "rk2-0000")[2]

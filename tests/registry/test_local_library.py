@@ -10,13 +10,14 @@ import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from runkey.errors import RegistryError
 from runkey.identity.record_cache import remove_record, update_record
 from runkey.registry.library import LocalLibrary
-from runkey.registry.query import Condition, Field, Query
+from runkey.registry.query import Condition, Field, Kind, Query
 from tests.support.records import key_of, make_run, write_record
 
 REPOSITORY = Path(__file__).parents[2]
@@ -72,7 +73,8 @@ def test_damaged_records_are_named_and_left_out(
 
 
 @pytest.mark.parametrize(
-    "value", ["'?'", "'nan'", "x'ff00'", "'2020-13-45'", "''", "9e999", "NULL"]
+    "value",
+    ["'?'", "'nan'", "x'ff00'", "CAST(x'ff' AS TEXT)", "'2020-13-45'", "''", "9e999", "NULL"],
 )
 @pytest.mark.parametrize("column", ["started", "ended", "name", "status"])
 def test_a_cell_of_a_wrong_type_spoils_no_other_run(
@@ -89,6 +91,30 @@ def test_a_cell_of_a_wrong_type_spoils_no_other_run(
             found = library.find(Query(conditions=conditions, sort=Field("run", sort)))
             assert whole in found
     assert all("\n" not in line and torn.run.run_id in line for line in said)
+
+
+@pytest.mark.parametrize("value", ["'{'", "'[]'", "NULL", "x'00ff'", "CAST(x'7b22ff' AS TEXT)"])
+@pytest.mark.parametrize("column", ["metrics", "params", "tags"])
+def test_a_question_about_damaged_values_answers_for_the_other_runs(
+    root: Path, library: LocalLibrary, said: list[str], column: Kind, value: str
+) -> None:
+    values: Any = {column: {"lr": 0.1 if column == "metrics" else "0.1"}}
+    whole, torn = (make_run(root, key_of(name), **values) for name in "ab")
+    with closing(sqlite3.connect(library.place)) as database, database:
+        statement = f"UPDATE runs SET {column} = {value} WHERE run = ?"
+        database.execute(statement, (torn.run.run_id,))
+    field = Field(column, "lr")
+    questions = (
+        Query(sort=field),
+        Query(conditions=(Condition(field, ">", "0"),)),
+        Query(conditions=(Condition(field, ">", "0"),), sort=field, limit=1),
+        Query(),
+    )
+    for query in questions:
+        assert library.find(query) == [whole]
+        (line,) = said
+        assert f"run {torn.run.run_id}: its record is damaged" in line
+        said.clear()
 
 
 @pytest.mark.parametrize("damage", ["text", "cut", "other version", "folder"])

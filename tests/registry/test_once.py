@@ -153,10 +153,15 @@ def test_an_unseen_owner_is_followed_when_its_beat_stands_still(
     assert len(said) == 1
 
 
-def test_a_torn_claim_is_followed_when_time_is_up(decide: Any, claims: FileClaims) -> None:
+def test_a_torn_claim_is_followed_when_time_is_up(
+    decide: Any, claims: FileClaims, said: list[str]
+) -> None:
     claims.make(a_claim())
     Path(claims.place, f"{KEY}.g1.json").write_text('{"key":', encoding="utf-8")
     assert "claim of an unknown process was dead (no sign of life" in decide().line
+    damaged, waits = said  # once each, however often the claim was read
+    assert "g1.json: not JSON" in damaged
+    assert "waiting for a sign of life for 1 s (Ctrl-C leaves)" in waits
 
 
 def test_a_failed_training_is_followed_and_leaves_no_run_to_end(
