@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import shutil
 import sys
 import warnings
@@ -28,7 +27,15 @@ from runkey.errors import ModelError
 from runkey.files import write_atomically, write_json
 from runkey.inference.extras import import_extra
 from runkey.inference.module import InferenceModule, InferenceOptions
-from runkey.inference.networks import CARD_JSON, FILES, INPUT, METADATA, OUTPUTS, Card
+from runkey.inference.networks import (
+    CARD_JSON,
+    FILES,
+    INPUT,
+    METADATA,
+    OUTPUTS,
+    Card,
+    quiet_logging,
+)
 from runkey.model.backbones import Compact
 from runkey.model.detr import Detector
 
@@ -209,11 +216,6 @@ def _write_openvino(model: bytes, path: Path) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hide what exporters warn of: traced constants, their own future, a step that needs none."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    with quiet_logging(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -27,7 +27,7 @@ from runkey.files import FormatError, read_json
 from runkey.hashing import sha256_file
 from runkey.inference.detections import Detections, score_limits
 from runkey.inference.module import InferenceModule
-from runkey.inference.networks import CARD_JSON, Network, TorchNetwork, open_export
+from runkey.inference.networks import CARD_JSON, Network, TorchNetwork, find_device, open_export
 from runkey.inference.preprocess import Preprocess, Source, read_image, source_name
 from runkey.inference.thresholds import (
     DEFAULT_SCORE,
@@ -148,6 +148,9 @@ class Model:
             images: upright RGB images, uint8 [H, W, 3] each, of any sizes; all go through the
                 network at once, grouped by their shape after resizing.
             sources: name of each image, for `Detections.source`.
+
+        Raises:
+            ModelError: the model predicts NaN or infinity.
         """
         rows_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
         pixels = [self.preprocess(image) for image in images]
@@ -158,6 +161,7 @@ class Model:
             answers = self.network(np.stack([pixels[row] for row in rows]))
             for row, scores, labels, fractions in zip(rows, *answers, strict=True):
                 image = images[row]
+                check_finite(sources[row] if sources else "image", scores, fractions)
                 height, width = image.shape[:2]
                 frame = np.array([width, height, width, height], dtype=np.float32)
                 found[row] = Detections(
@@ -194,6 +198,15 @@ class Model:
         return score_limits(auto | dict(chosen), self.card.classes)
 
 
+def check_finite(name: str, scores: NDArray[np.float32], boxes: NDArray[np.float32]) -> None:
+    """Raise ModelError, which names the image, if a score or a box is NaN or infinite."""
+    if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
+        raise ModelError(
+            f"{name}: the model predicts NaN or infinity; train again with a lower lr or with"
+            " optimizer.clip"
+        )
+
+
 def load_model_folder(path: Path | str, device: str | torch.device | None = None) -> Model:
     """Load a saved model: the folder `model/` of a run, or an export.
 
@@ -203,11 +216,10 @@ def load_model_folder(path: Path | str, device: str | torch.device | None = None
             run on the CPU.
 
     Raises:
-        ModelError: the folder holds no model, or a damaged one.
+        ModelError: the folder holds no model, or a damaged one; or there is no such device.
     """
     folder = Path(path)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device(device)
     if folder.is_file() or (folder / CARD_JSON).is_file():
         return _load_export(folder, device)
     detector, card = load_model(folder)

@@ -8,19 +8,22 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, Protocol, TypedDict, cast
+from typing import Annotated, Any, NotRequired, Protocol, TypedDict, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, FiniteFloat
 from torch import nn
 
-from runkey.errors import LockError, ModelError
+from runkey.errors import LockError, ModelError, RunkeyError
 from runkey.files import FormatError, expect, parse_json, read_json
 from runkey.inference.extras import import_extra
 from runkey.units import counted
@@ -54,6 +57,25 @@ class Network(Protocol):
         """
 
 
+def find_device(name: torch.device | str | None) -> torch.device:
+    """Return a device that computes here; None: the GPU if there is one, else the CPU.
+
+    Raises:
+        ModelError: there is no such device.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            f"device {name}: not to be had ({_one_line(error)[:60]}); give cpu, cuda or cuda:1, or"
+            " leave it out"
+        ) from None
+    return device
+
+
 class TorchNetwork:
     """A module in torch, such as `InferenceModule`; without options, what `evaluate` computes."""
 
@@ -74,8 +96,10 @@ class ExportedTorchNetwork(TorchNetwork):
 
     def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
         """Load a program; ModelError if the file is damaged."""
-        with _readable(path, "torch"), warnings.catch_warnings():
+        with _readable(path, "torch"), warnings.catch_warnings(), quiet_logging():
             warnings.simplefilter("ignore")  # of a buffer that is only read
+            if not zipfile.is_zipfile(path):
+                raise ValueError("cut short, or no program")
             program = torch.export.load(path)
         super().__init__(program.module(), device)
         self._name = path
@@ -114,6 +138,7 @@ class OnnxNetwork:
             LockError: ONNX Runtime is not installed.
             ModelError: the file is damaged, or something else.
         """
+        self._name = str(model) if isinstance(model, Path) else "the model's bytes"
         runtime = import_extra("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads or 0
@@ -135,7 +160,12 @@ class OnnxNetwork:
     def card(self) -> Card | None:
         """The card in the file's metadata."""
         text = self.session.get_modelmeta().custom_metadata_map.get(METADATA)
-        return None if text is None else _check_card(parse_json(text), METADATA)
+        if text is None:
+            return None
+        try:
+            return _check_card(parse_json(text), self._name)
+        except FormatError as error:
+            raise ModelError(f"{self._name}: no card of an export ({error})") from None
 
     def __call__(self, images: NDArray[np.uint8]) -> Arrays:
         """See `Network`."""
@@ -188,16 +218,77 @@ class OpenVinoNetwork:
         return self._compiled[shape]
 
 
+class CheckedNetwork:
+    """A network of unknown origin: what it raises or answers wrongly becomes one line."""
+
+    def __init__(self, network: Network, name: str, classes: int) -> None:
+        """Args: network: any. name: of its file, for messages. classes: how many it knows."""
+        self.network, self.name, self._classes = network, name, classes
+
+    def __call__(self, images: NDArray[np.uint8]) -> Arrays:
+        """See `Network`.
+
+        Raises:
+            ModelError: the network fails, or does not answer what `Network` says. NaN is let
+                through: who knows the image names it.
+        """
+        try:
+            answers = self.network(images)
+        except RunkeyError:
+            raise
+        except Exception as error:  # noqa: BLE001 - each runtime has its own types
+            size = f"{images.shape[3]}x{images.shape[2]}"
+            raise ModelError(
+                f"{self.name}: fails on {counted(len(images), 'image')} of {size} after resizing"
+                f" ({_one_line(error)})"
+            ) from None
+        if fault := self._fault(answers, len(images)):
+            raise ModelError(f"{self.name}: {fault}; `runkey export-model` writes what fits")
+        scores, labels, boxes = answers
+        return (
+            scores.astype(np.float32, copy=False),
+            labels.astype(np.int64, copy=False),
+            boxes.astype(np.float32, copy=False),
+        )
+
+    def _fault(self, answers: Arrays, images: int) -> str | None:
+        scores, labels, boxes = answers
+        shapes = ", ".join(str(list(one.shape)) for one in answers)
+        if scores.ndim != 2 or len(scores) != images:
+            return f"answers of shapes {shapes} to {counted(images, 'image')}"
+        if labels.shape != scores.shape or boxes.shape != (*scores.shape, 4):
+            return f"answers of shapes {shapes} do not fit together"
+        kinds = "".join(one.dtype.kind for one in answers)
+        if kinds not in ("fif", "fuf"):
+            return f"answers of types {', '.join(str(one.dtype) for one in answers)}"
+        if labels.size and not 0 <= labels.min() <= labels.max() < self._classes:
+            wrong = labels.min() if labels.min() < 0 else labels.max()
+            return f"class index {wrong}, and its card has {counted(self._classes, 'class')}"
+        for what, values in (("score", scores), ("box corner", boxes)):
+            if outside := values[(values < -_ROUNDING) | (values > 1 + _ROUNDING)].tolist():
+                return f"{what} {outside[0]:g} is not in 0..1"
+        if (boxes[..., 2:] < boxes[..., :2] - _ROUNDING).any():
+            return "a box ends before it begins"
+        return None
+
+
+_ROUNDING = 1e-3
+"""By which int8 or bf16 may leave 0..1."""
+_Fraction = Annotated[float, Field(ge=0, le=1)]
+_ShortSide = Annotated[int, Field(ge=1, le=2**14)]
+_LongSide = Annotated[int, Field(ge=1, le=2**32)]
+
+
 class _Class(TypedDict):
     index: int
-    id: int
+    id: Annotated[int, Field(ge=-(2**63), lt=2**63)]
     name: str
 
 
 class _Sizes(TypedDict):
-    short_side: int
-    long_side: int
-    intensity_range: tuple[float, float] | None
+    short_side: _ShortSide
+    long_side: _LongSide
+    intensity_range: tuple[FiniteFloat, FiniteFloat] | None
 
 
 class Card(TypedDict):
@@ -215,7 +306,7 @@ class Card(TypedDict):
     classes: list[_Class]
     sizes: _Sizes
     """Of images, pixels; see `runkey.model.weights.Sizes`."""
-    thresholds: dict[str, float]
+    thresholds: dict[str, _Fraction]
     """Score of the best F1 on the val images, by class name."""
     weights: NotRequired[str]
     """sha256 of the trained weights."""
@@ -256,15 +347,19 @@ def open_export(path: Path, device: torch.device | str = "cpu") -> Export:
     if path.is_dir():
         card = read_export_card(path / CARD_JSON)
         file = path / Path(card["file"]).name
-        return Export(card, open_network(file, card["precision"], device))
+        return _checked(card, open_network(file, card["precision"], device), file)
     if path.suffix not in _FORMATS:
         known = ", ".join(_FORMATS)
         raise ModelError(f"{path}: no exported model; its files end with {known}")
     if path.suffix == ".onnx":
         network = OnnxNetwork(path)
-        return Export(network.card or read_export_card(path.with_name(CARD_JSON)), network)
+        return _checked(network.card or read_export_card(path.with_name(CARD_JSON)), network, path)
     card = read_export_card(path.with_name(CARD_JSON))
-    return Export(card, open_network(path, card["precision"], device))
+    return _checked(card, open_network(path, card["precision"], device), path)
+
+
+def _checked(card: Card, network: Network, file: Path) -> Export:
+    return Export(card, CheckedNetwork(network, str(file), len(card["classes"])))
 
 
 def open_network(path: Path, precision: str, device: torch.device | str = "cpu") -> Network:
@@ -302,6 +397,9 @@ def _check_card(tree: Any, where: str) -> Card:
         raise ModelError(f"{where}: no card of an export ({error})") from None
     if Path(card["file"]).name != card["file"] or Path(card["file"]).suffix not in _FORMATS:
         raise ModelError(f"{where}: file {card['file']!r}: no model's file beside the card")
+    low, high = card["sizes"]["intensity_range"] or (0.0, 1.0)
+    if not low < high:
+        raise ModelError(f"{where}: sizes.intensity_range: {low:g} to {high:g}")
     if [one["index"] for one in card["classes"]] != list(range(len(card["classes"]))):
         raise ModelError(f"{where}: {counted(len(card['classes']), 'class')} out of order")
     return card
@@ -315,6 +413,20 @@ def _readable(model: Path | bytes, reader: str) -> Iterator[None]:
     except (LockError, ModelError):
         raise
     except Exception as error:  # noqa: BLE001
-        reason = " ".join(str(error).split())[:120]
         name = str(model) if isinstance(model, Path) else "the model's bytes"
-        raise ModelError(f"{name}: {reader} cannot read it ({reason})") from None
+        raise ModelError(f"{name}: {reader} cannot read it ({_one_line(error)})") from None
+
+
+@contextmanager
+def quiet_logging() -> Iterator[None]:
+    """Hide what others log, such as the tracebacks of `torch.export.load`."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__

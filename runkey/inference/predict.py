@@ -26,11 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runkey.errors import DataError, ModelError
+from runkey.errors import DataError
 from runkey.files import write_json
 from runkey.inference.detections import Detections
 from runkey.inference.draw import DRAWN_SIDES, fitted
-from runkey.inference.model import Model, Score
+from runkey.inference.model import Model, Score, check_finite
 from runkey.inference.sources import (
     Found,
     Frame,
@@ -218,7 +218,7 @@ class _Run:
     def predictions(self, found: Found, workers: int, steps: Steps) -> Iterator[Prediction]:
         """Yield the predictions of all images, in order."""
         # With tiles, whole images wait: each may be large.
-        ahead = 1 if self._options.tiling else max(2 * workers, self._options.batch_size)
+        ahead = 1 if self._options.tiling else max(2 * workers, min(self._options.batch_size, 64))
         reading = Reading(
             self._options.every, workers, ahead, self._model.card.sizes.intensity_range
         )
@@ -285,6 +285,7 @@ class _Run:
         for some in [views[:1], *batched(views[1:], self._options.batch_size)]:
             cuts = (image.pixels[top:bottom, left:right] for left, top, right, bottom in some)
             answers = self._model.network(np.stack([self._model.preprocess(cut) for cut in cuts]))
+            check_finite(image.frame.source.name, answers[0], answers[2])
             found += [
                 ViewDetections(view, *answer) for view, *answer in zip(some, *answers, strict=True)
             ]
@@ -298,11 +299,7 @@ class _Run:
         labels: NDArray[np.int64],
         boxes_xyxy: NDArray[np.float32],
     ) -> Detections:
-        if not (np.isfinite(scores).all() and np.isfinite(boxes_xyxy).all()):
-            raise ModelError(
-                f"{image.frame.source.name}: the model predicts NaN or infinity; train again with a"
-                " lower lr or with optimizer.clip"
-            )
+        check_finite(image.frame.source.name, scores, boxes_xyxy)
         return Detections(
             boxes_xyxy=boxes_xyxy,
             scores=scores,

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import Annotated, Protocol, TypedDict
+
+from pydantic import Field
 
 from runkey.errors import ModelError
 from runkey.files import FormatError, read_json
@@ -24,7 +26,7 @@ DEFAULT_SCORE = 0.5
 class ClassThreshold(TypedDict):
     """The score that maximises a class's F1, and what it gives there, 0..1."""
 
-    score: float
+    score: Annotated[float, Field(ge=0, le=1)]
     precision: float
     recall: float
     f1: float

@@ -9,6 +9,7 @@ Models of runkey 0.1 hold `weights.pt` instead: `{"model": state dict}` by `torc
 from __future__ import annotations
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ WEIGHTS, OLD_WEIGHTS, CARD = (
     initial_weights.CARD,
 )
 _FORMAT = 1
+_LARGEST_SIDE = 2**32
+"""As in params.yaml."""
 
 _State = dict[str, Tensor]
 """Tensors by name."""
@@ -61,6 +64,15 @@ class Sizes:
     intensity_range: tuple[float, float] | None = None
     """Of grey images of more than 8 bits, as in `data.intensity_range`."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for sizes that no image has."""
+        for side in (self.short_side, self.long_side):
+            if not 1 <= side <= _LARGEST_SIDE:
+                raise ValueError(f"sizes: {side}; from 1 to {_LARGEST_SIDE} pixels")
+        low, high = self.intensity_range or (0.0, 1.0)
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"sizes.intensity_range: {low:g} to {high:g}")
+
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
@@ -72,6 +84,11 @@ class ModelCard:
     """The K classes, in order of their index."""
     sizes: Sizes
     """Of the images that it was evaluated on."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for classes out of order."""
+        if [one.index for one in self.classes] != list(range(len(self.classes))):
+            raise ValueError(f"classes: {counted(len(self.classes), 'class')} out of order")
 
 
 def save_model(folder: Path, state: Mapping[str, Tensor], card: ModelCard) -> None:
@@ -165,13 +182,24 @@ def load_model(folder: Path) -> tuple[Detector, ModelCard]:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:
         raise ModelError(f"{path}: damaged; run `dvc repro train` again") from None
-    detector = build_model(card.model, len(card.classes))
     try:
+        _check_dimensions(card.model, state)
+        detector = build_model(card.model, len(card.classes))
         detector.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ModelError(f"{path}: does not fit {CARD} beside it ({reason})") from None
     return detector.eval(), card
+
+
+def _check_dimensions(model: params.Model, state: _State) -> None:
+    """Raise ValueError for a model that is larger than its weights, before memory is taken."""
+    largest = max(max(tensor.shape, default=0) for tensor in state.values())
+    for name in ("hidden_dim", "feedforward_dim", "num_queries"):
+        if (value := getattr(model, name)) > largest:
+            raise ValueError(f"model.{name}: {value}, and no tensor has more than {largest} rows")
+    if (layers := model.encoder_layers + model.decoder_layers) > len(state):
+        raise ValueError(f"{layers} layers, and {counted(len(state), 'tensor')}")
 
 
 # Initial weights.

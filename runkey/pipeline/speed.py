@@ -26,7 +26,7 @@ from runkey.identity.record_cache import update_record
 from runkey.inference.detections import Detections
 from runkey.inference.export import Format, Precision
 from runkey.inference.extras import import_extra
-from runkey.inference.networks import Network
+from runkey.inference.networks import Network, find_device
 from runkey.inference.speed import (
     AS_EVALUATED,
     FRONTIER_PNG,
@@ -100,7 +100,7 @@ def measure_speed(
     detector, card = load_model(folder)
     recipe = _recipe(folder)
     sample = find_sample(card, recipe, root, limit=options.limit)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(device)
     on_gpu = device.type == "cuda"
     asked = options.runtimes or (ON_GPU if on_gpu else ON_CPU)
     left_out = missing_runtimes(asked, on_gpu=on_gpu)

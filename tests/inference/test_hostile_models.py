@@ -1,0 +1,226 @@
+"""Models from elsewhere: each odd card, network or file ends in one line, and none gives nonsense.
+
+The networks answer constants, so that each fault of an answer is tried alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from runkey.errors import ModelError
+from runkey.inference.extras import import_extra
+from runkey.inference.model import InferenceCard, Model, load_model_folder
+from runkey.inference.networks import CheckedNetwork, OnnxNetwork, TorchNetwork, find_device
+from runkey.inference.predict import Options, find_sources, predict
+from runkey.inference.thresholds import read_thresholds
+from runkey.inference.tile import Tiling
+from tests.inference.test_export import SITE, card_of
+from tests.support.exportable import CLASSES, SIZES, save_images, save_small_model
+
+needs_onnx = pytest.mark.skipif(SITE is None, reason="`make env-export` installs ONNX Runtime")
+SCORES = np.array([[0.9, 0.8]], np.float32)
+LABELS = np.array([[0, 1]])
+BOXES = np.array([[[0, 0, 0.5, 0.5], [0.1, 0.1, 0.2, 0.2]]], np.float32)
+IMAGES = np.zeros((1, 3, 48, 64), np.uint8)
+
+
+class Constant(nn.Module):
+    """Answers the same to any image."""
+
+    def __init__(self, *answers: np.ndarray) -> None:
+        super().__init__()
+        self.answers = tuple(map(torch.from_numpy, answers))
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.answers
+
+
+@pytest.mark.parametrize(
+    ("answers", "line"),
+    [
+        ((SCORES * 37, LABELS, BOXES), "score 33.3 is not in 0..1"),
+        ((-SCORES, LABELS, BOXES), "score -0.9 is not in 0..1"),
+        ((SCORES * np.inf, LABELS, BOXES), "score inf is not in 0..1"),
+        ((SCORES, LABELS + 7, BOXES), "class index 8, and its card has 2 classes"),
+        ((SCORES, LABELS - 1, BOXES), "class index -1, and its card has 2 classes"),
+        ((SCORES, LABELS, BOXES * 500), "box corner 250 is not in 0..1"),
+        ((SCORES, LABELS, 1 - BOXES), "a box ends before it begins"),
+        ((SCORES, LABELS.astype(np.float32), BOXES), "answers of types float32, float32, float32"),
+        ((SCORES, LABELS[:, :1], BOXES), "shapes [1, 2], [1, 1], [1, 2, 4] do not fit together"),
+        ((SCORES[0], LABELS[0], BOXES[0]), "answers of shapes [2], [2], [2, 4] to 1 image"),
+        (
+            tuple(np.repeat(one, 2, 0) for one in (SCORES, LABELS, BOXES)),
+            "answers of shapes [2, 2], [2, 2], [2, 2, 4] to 1 image",
+        ),
+    ],
+)
+def test_a_networks_answer_is_checked(answers, line):
+    network = CheckedNetwork(TorchNetwork(Constant(*answers)), "a.onnx", len(CLASSES))
+    with pytest.raises(ModelError) as caught:
+        network(IMAGES)
+    assert str(caught.value).startswith("a.onnx: ")
+    assert line in str(caught.value)
+
+
+def test_other_types_of_a_right_answer_are_taken():
+    odd = (SCORES.astype(np.float64), LABELS.astype(np.int32), BOXES.astype(np.float64))
+    network = CheckedNetwork(TorchNetwork(Constant(*odd)), "a.onnx", len(CLASSES))
+    scores, labels, boxes = network(IMAGES)
+    assert (scores.dtype, labels.dtype, boxes.dtype) == (np.float32, np.int64, np.float32)
+    none = tuple(one[:, :0] for one in (SCORES, LABELS, BOXES))
+    assert CheckedNetwork(TorchNetwork(Constant(*none)), "a", 2)(IMAGES)[0].shape == (1, 0)
+
+
+@pytest.mark.parametrize("which", [0, 2])
+def test_nan_is_no_image_without_detections(which, tmp_path):
+    answers = [SCORES, LABELS, BOXES]
+    answers[which] = answers[which] * np.nan
+    network = CheckedNetwork(TorchNetwork(Constant(*answers)), "a.onnx", len(CLASSES))
+    model = Model(InferenceCard(CLASSES, SIZES), network)
+    image = save_images(tmp_path / "images", 1)[0]
+    with pytest.raises(ModelError, match=r"0\.png: the model predicts NaN or infinity"):
+        model(image)
+    for tiling in (None, Tiling(40, 40)):
+        found = find_sources([str(image)])
+        with pytest.raises(ModelError, match=r"0\.png: the model predicts NaN or infinity"):
+            predict(model, found, tmp_path / "out", Options(tiling=tiling, batch_size=1))
+
+
+def onnx_of(answers=(SCORES, LABELS, BOXES), external: str | None = None) -> bytes:
+    """A model of constants, with a tensor in the file `external`."""
+    onnx = import_extra("onnx")
+    names = ("scores", "labels", "boxes_xyxy")
+    tensors = [
+        onnx.numpy_helper.from_array(one, f"{name}_")
+        for one, name in zip(answers, names, strict=True)
+    ]
+    nodes = [onnx.helper.make_node("Identity", [f"{name}_"], [name]) for name in names]
+    if external:
+        far = onnx.TensorProto(name="far", data_type=1, dims=[4], data_location=1)
+        for key, value in (("location", external), ("offset", "0"), ("length", "16")):
+            entry = far.external_data.add()
+            entry.key, entry.value = key, value
+        tensors.append(far)
+        nodes.append(onnx.helper.make_node("Add", ["far", "far"], ["sum"]))
+    outputs = [
+        onnx.helper.make_tensor_value_info(
+            name, onnx.helper.np_dtype_to_tensor_dtype(one.dtype), one.shape
+        )
+        for one, name in zip(answers, names, strict=True)
+    ]
+    image = onnx.helper.make_tensor_value_info("images", 2, ["b", 3, "h", "w"])
+    graph = onnx.helper.make_graph(nodes, "g", [image], outputs, initializer=tensors)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    onnx.helper.set_model_props(model, {"runkey": json.dumps(card_of("onnx"))})
+    return model.SerializeToString()
+
+
+@needs_onnx
+@pytest.mark.parametrize("place", ["../secret.bin", "absolute", "sub/../../secret.bin"])
+def test_an_onnx_file_reads_nothing_outside_its_folder(place, tmp_path):
+    (tmp_path / "secret.bin").write_bytes(bytes(16))
+    (tmp_path / "m" / "sub").mkdir(parents=True)
+    where = str(tmp_path / "secret.bin") if place == "absolute" else place
+    (tmp_path / "m" / "a.onnx").write_bytes(onnx_of(external=where))
+    with pytest.raises(ModelError, match=r"a\.onnx: ONNX Runtime cannot read it \("):
+        load_model_folder(tmp_path / "m" / "a.onnx")
+    (tmp_path / "m" / "a.onnx").write_bytes(onnx_of())
+    assert len(load_model_folder(tmp_path / "m" / "a.onnx")(np.zeros((9, 9, 3), np.uint8))) == 2
+
+
+@needs_onnx
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 9999, '{"format": 1}', '{"format": NaN}'])
+def test_a_damaged_card_in_the_metadata_is_one_line(text, tmp_path):
+    onnx = import_extra("onnx")
+    model = onnx.load_model_from_string(onnx_of())
+    onnx.helper.set_model_props(model, {"runkey": text})
+    (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError) as caught:
+        OnnxNetwork(tmp_path / "a.onnx").card  # noqa: B018
+    assert str(caught.value).startswith(f"{tmp_path}/a.onnx: ")
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"sizes": {"short_side": 0, "long_side": 9, "intensity_range": None}}, "greater than"),
+        ({"sizes": {"short_side": 9**9, "long_side": 9, "intensity_range": None}}, "less than"),
+        ({"sizes": {"short_side": 9, "long_side": 9, "intensity_range": [5, 1]}}, "5 to 1"),
+        ({"sizes": {"short_side": 9, "long_side": 9, "intensity_range": [0, 1e999]}}, "finite"),
+        ({"thresholds": {"ball": float("nan")}}, "thresholds.ball"),
+        ({"thresholds": {"ball": 1e300}}, "thresholds.ball"),
+        ({"thresholds": {"ball": -1}}, "thresholds.ball"),
+        ({"classes": [{"index": 0, "id": 10**30, "name": "ball"}]}, "classes.0.id"),
+        ({"classes": [{"index": 1, "id": 1, "name": "ball"}]}, "1 class out of order"),
+    ],
+)
+def test_a_card_holds_no_odd_number(change, line, tmp_path):
+    (tmp_path / "model.onnx").write_bytes(onnx_of())
+    (tmp_path / "card.json").write_text(json.dumps(card_of("onnx") | change))
+    with pytest.raises(ModelError, match=r"card\.json: ") as caught:
+        load_model_folder(tmp_path)
+    assert line in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"sizes": {"short_side": 0, "long_side": 80}}, "sizes: 0; from 1"),
+        ({"classes": [{"index": 1, "id": 1, "name": "a"}]}, "1 class out of order"),
+        ({"model": {"hidden_dim": 2**30}}, "model.hidden_dim: 1073741824, and no tensor has"),
+        ({"model": {"num_queries": 2**30}}, "model.num_queries: 1073741824, and no tensor"),
+        ({"model": {"decoder_layers": 10**6}}, "1000001 layers, and "),
+    ],
+)
+def test_model_json_takes_no_memory_that_its_weights_do_not(change, line, tmp_path):
+    folder = save_small_model(tmp_path / "model")
+    card = json.loads((folder / "model.json").read_text())
+    if "model" in change:
+        change = {"model": card["model"] | change["model"]}
+    (folder / "model.json").write_text(json.dumps(card | change))
+    with pytest.raises(ModelError) as caught:
+        load_model_folder(folder, "cpu")
+    assert line in str(caught.value)
+
+
+@pytest.mark.parametrize("score", ["NaN", "1e300", "-0.1", "Infinity", "null", '"0.5"'])
+def test_thresholds_are_fractions(score, tmp_path):
+    path = tmp_path / "thresholds.json"
+    text = (
+        '{"iou": 1, "weights": "", "classes": {"ball": {%s "precision": 1, "recall": 1, "f1": 0}}}'
+    )
+    path.write_text(text % '"score": 0.5,')
+    assert read_thresholds(path)["classes"]["ball"]["score"] == 0.5
+    path.write_text(text % f'"score": {score},')
+    with pytest.raises(ModelError, match=r"thresholds\.json: classes\.ball\.score"):
+        read_thresholds(path)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "foo", "meta", "", "xpu"])
+def test_a_device_that_is_not_there_is_one_line(name):
+    with pytest.raises(ModelError, match=r"not to be had .*leave it out"):
+        find_device(name)
+    assert find_device("cpu").type == "cpu"
+
+
+@needs_onnx
+@pytest.mark.parametrize("data", [b"", b"PK", b"PK\x05\x06" + bytes(18), b"x" * 5000])
+def test_a_damaged_torch_program_is_one_line_without_a_log(data, tmp_path, capfd):
+    (tmp_path / "model.pt2").write_bytes(data)
+    (tmp_path / "card.json").write_text(json.dumps(card_of("torch")))
+    with pytest.raises(ModelError, match=r"model\.pt2: torch cannot read it"):
+        load_model_folder(tmp_path)
+    assert capfd.readouterr().err == ""
+
+
+def test_the_small_models_of_these_tests_are_sound(tmp_path: Path):
+    folder = save_small_model(tmp_path / "model")
+    assert load_model_folder(folder, "cpu")(np.zeros((60, 80, 3), np.uint8), score=0).scores.size
