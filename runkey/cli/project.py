@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
+from pydantic import FiniteFloat
 from typer import Argument, Option, Typer
 
 from runkey import paths
@@ -248,7 +249,7 @@ def _next(root: Path) -> list[tuple[str, str]]:
 
 
 class _Trained(TypedDict):
-    seconds: float
+    seconds: FiniteFloat
     best_epoch: int
 
 

@@ -268,7 +268,8 @@ class Details:
         _check_schema(stored.get("schema"), SCHEMA, where)
         try:
             made: Self = expect(cls, stored)
-        except FormatError as error:
+            json.dumps([made.witness, made.evaluations, made.exports], allow_nan=False)
+        except ValueError as error:
             raise RecipeError(f"{where}: not a run's record ({error})") from None
         return made
 

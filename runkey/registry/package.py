@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal, NotRequired, Protocol, TypedDict
 from pydantic import ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError, with_config
 
 from runkey.errors import ParamsError, RecipeError, RegistryError
-from runkey.files import first_fault, replacing
+from runkey.files import LARGE, first_fault, read_json, replacing
 from runkey.hashing import sha256_bytes, sha256_file
 from runkey.identity.dvc_yaml import DIR, folder_md5
 from runkey.identity.key import DATA_PATH, FILE_PARAMS, SCHEMA, Recipe, short_key
@@ -118,7 +118,7 @@ def staging(home: Path, what: str) -> Iterator[Path]:
 
 def note_taken(package: Package, how: str) -> None:
     """Note in a run that is to be copied how it came here, whatever its maker noted."""
-    content = json.loads((package.run / CONTENT).read_text(encoding="utf-8"))
+    content = read_json(package.run / CONTENT, most=LARGE)
     content["tags"][TAKEN] = f"{how} on {time.strftime('%Y-%m-%d')}"
     (package.run / CONTENT).write_text(json.dumps(content), encoding="utf-8")
 

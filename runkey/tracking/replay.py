@@ -18,7 +18,7 @@ from typing import cast
 from runkey.errors import TrackingError
 from runkey.files import expect, read_json, write_atomically
 from runkey.identity.key import training_folders
-from runkey.identity.record import DETAILS, POINTER, Details, LoggedRun, RunPointer
+from runkey.identity.record import DETAILS, KEY, POINTER, Details, LoggedRun, RunPointer
 from runkey.identity.record_cache import update_record
 from runkey.paths import TRAIN_LOG
 from runkey.tracking.describe import RunDescription
@@ -87,6 +87,7 @@ def read_training(folder: Path) -> TrainingRun:
         stored = read_json(path)
         description = expect(RunDescription, stored["description"])
         experiment = expect(str, stored["experiment"])
+        expect(str, description.params.get(KEY))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TrackingError(f"{path}: not the description of a training ({error})") from None
     return TrainingRun(experiment, description, folder, (folder / LOG, folder / SAMPLES))

@@ -17,7 +17,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from runkey.errors import TrackingError
-from runkey.files import json_safe
+from runkey.files import LARGE, json_safe, read_json
 from runkey.identity.record import (
     ARTIFACTS,
     CONTENT,
@@ -147,7 +147,7 @@ class StoreRuns:
         with tracked(self.store, "the run could not be written") as client:
             from mlflow.entities import Param, RunTag
 
-            content = json.loads((folder / CONTENT).read_text(encoding="utf-8"))
+            content = read_json(folder / CONTENT, most=LARGE)
             origin = content["tags"].get(ORIGIN, content["run_id"])
             where = experiment_id(client, self.store, self.experiment)
             for half in client.search_runs([where], f"tags.{ORIGIN} = '{origin}'", max_results=100):

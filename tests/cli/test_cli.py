@@ -229,6 +229,17 @@ def test_summary_shows_the_result_and_where_to_look(repository: Path, run: Run) 
     }
 
 
+@pytest.mark.parametrize("seconds", ["NaN", "Infinity", "-1e999"])
+def test_summary_refuses_a_time_that_is_no_number(repository: Path, run: Run, seconds: str) -> None:
+    (repository / "metrics").mkdir()
+    text = f'{{"seconds": {seconds}, "best_epoch": 28}}'
+    (repository / "metrics" / "train.json").write_text(text)
+    code, _, err = run("summary")
+    assert code == 1
+    assert err.startswith("error: metrics/train.json: seconds: Input should be a finite number")
+    assert err.count("\n") == 1
+
+
 def _commit(repository: Path) -> None:
     dvc, git = str(Path(sys.executable).with_name("dvc")), ["git", "-c", "user.name=t"]
     for command in (

@@ -14,11 +14,12 @@ from runkey.errors import RegistryError, TrackingError
 from runkey.identity.record import ORIGIN
 from runkey.registry.dvc_cache import DvcCache, files_of
 from runkey.registry.library import LocalLibrary
-from runkey.registry.package import collect
+from runkey.registry.package import CONTENT, RUN, collect
 from runkey.registry.share import Carried, Checkout, export_run, import_run
 from runkey.registry.snapshot import has_snapshot
 from runkey.tracking.store import Store, open_client
 from runkey.tracking.transfer import StoreRuns
+from tests.support.attacks import packed
 from tests.support.run_package import (
     CODE_MD5,
     DEPS,
@@ -185,3 +186,16 @@ def test_all_that_is_made_follows_the_umask(archive: Path, store: Store, umask: 
         if "files" in path.parts and path.is_file():  # DVC's objects are read-only
             full = 0o444
         assert path.stat().st_mode & 0o777 == full & ~umask, path
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_run_in_another_encoding_is_taken(
+    ready: Ready, store: Store, tmp_path: Path, encoding: str
+) -> None:
+    """JSON may be in each of them, and what reads it first takes each."""
+    package = shutil.copytree(ready.folder, tmp_path / "package")
+    content = package / RUN / CONTENT
+    content.write_bytes(content.read_text(encoding="utf-8").encode(encoding))
+    carried = take(packed(package, ready.key), store)
+    assert [run.key for run in LocalLibrary(store.home).matching(ready.key)] == [ready.key]
+    assert carried

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from runkey.errors import RecipeError
 from runkey.hashing import sha256_bytes
 from runkey.identity.record import Details, LoggedRun, Record, StartedFrom
 from runkey.identity.record_cache import remove_record
@@ -217,3 +219,17 @@ def test_diff_says_who_began_with_whom(make: Make, run: Run, root: Path) -> None
     assert "A was started from the weights of B" in run("diff", C, A)[1]
     assert f"both were started from {A[:16]}" in run("diff", B, C)[1]
     assert "started from" not in run("diff", A, A)[1]
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("where", ["witness", "evaluations", "exports"])
+def test_a_record_of_numbers_that_json_lacks_is_refused(
+    make: Make, where: str, number: float
+) -> None:
+    """Else `runkey index`, which writes it on, ends in a traceback."""
+    make(A)
+    details = make(B, A).details
+    assert details
+    stored = json.loads(details.as_json()) | {where: {"a": {"b": number}}}
+    with pytest.raises(RecipeError, match="here: not a run's record"):
+        Details.parse(json.dumps(stored), "here")

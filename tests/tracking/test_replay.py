@@ -13,9 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from runkey.cli import app
+from runkey.errors import TrackingError
 from runkey.identity.record import DETAILS, RunPointer
 from runkey.registry.library import open_library
-from runkey.tracking.replay import ARTIFACTS, ENDED
+from runkey.tracking.replay import ARTIFACTS, DESCRIPTION, ENDED, read_training
 from runkey.tracking.store import Store, open_client
 from tests.support.mlflow_store import RECORD
 from tests.support.points import assert_the_same_points
@@ -186,3 +187,15 @@ def test_a_training_that_goes_on_is_left_alone(
 
 def test_an_unknown_key_is_said(run: Run) -> None:
     assert "no run of that key" in run("rk2-abcd", code=1)
+
+
+@pytest.mark.parametrize("key", ["missing", None, 7])
+def test_a_description_without_a_key_is_one_line(folder: Path, key: object) -> None:
+    """The others of its faults are in tests/base/test_attack.py."""
+    params = {"lr": "0.1"} if key == "missing" else {"lr": "0.1", "key": key}
+    description = {"name": "a", "params": params, "tags": {}, "dataset": None, "started_ms": 1}
+    folder.mkdir(parents=True)
+    text = json.dumps({"description": description, "experiment": "tests"})
+    (folder / DESCRIPTION).write_text(text)
+    with pytest.raises(TrackingError, match=r"description.json: not the description of a training"):
+        read_training(folder)
