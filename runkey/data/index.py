@@ -13,7 +13,9 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
+
+from pydantic import Field
 
 from runkey.errors import DataError
 from runkey.files import LARGE, FormatError, parse_json, read_json, write_atomically
@@ -64,6 +66,16 @@ class ImageRecord:
         """Return (box_xywh, label, area) of each annotation that is no crowd region."""
         rows = zip(self.boxes_xywh, self.labels, self.areas, self.crowd, strict=True)
         return [(box, label, area) for box, label, area, crowd in rows if not crowd]
+
+
+class CocoDetection(TypedDict):
+    """One detection in COCO's results format."""
+
+    image_id: int
+    category_id: int
+    bbox: Annotated[list[float], Field(min_length=4, max_length=4)]
+    """Left, top, width, height in pixels of the original image."""
+    score: float
 
 
 def write_classes(path: Path, classes: list[ClassName]) -> None:

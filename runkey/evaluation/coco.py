@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from runkey.data.index import ClassName, ImageRecord
-from runkey.evaluation.files import CocoDetection
+from runkey.data.index import ClassName, CocoDetection, ImageRecord
 
 SIZES = ("small", "medium", "large")
 """COCO's: areas up to 32 x 32 pixels, up to 96 x 96, and above."""

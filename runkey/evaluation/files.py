@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
-from pydantic import ConfigDict, Field, with_config
+from pydantic import ConfigDict, with_config
 
+from runkey.data.index import CocoDetection
 from runkey.errors import DataError
 from runkey.files import LARGE, FormatError, read_json, write_atomically
 
@@ -27,16 +28,6 @@ if TYPE_CHECKING:
 METRICS_JSON = "metrics.json"
 PREDICTIONS = "predictions.json"
 PRECISION_RECALL = "precision_recall.json"
-
-
-class CocoDetection(TypedDict):
-    """One detection in COCO's results format."""
-
-    image_id: int
-    category_id: int
-    bbox: Annotated[list[float], Field(min_length=4, max_length=4)]
-    """Left, top, width, height in pixels of the original image."""
-    score: float
 
 
 class SizeMetrics(TypedDict):

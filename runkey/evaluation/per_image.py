@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from runkey.data.index import ClassName, ImageRecord
-from runkey.evaluation.files import CocoDetection
+from runkey.data.index import ClassName, CocoDetection, ImageRecord
 
 MATCH_IOU = 0.5
 BINS = 10

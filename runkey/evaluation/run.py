@@ -11,17 +11,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from runkey.data.dataset import Batch, normalise
-from runkey.data.index import ClassName, ImageRecord
+from runkey.data.index import ClassName, CocoDetection, ImageRecord
 from runkey.errors import ModelError
 from runkey.evaluation.coco import CocoResult, evaluate_results
-from runkey.evaluation.files import CocoDetection
 from runkey.model.criterion import Criterion
 from runkey.model.matcher import Targets
 from runkey.model.postprocess import Detections, Postprocess
@@ -29,6 +28,17 @@ from runkey.progress import progress
 from runkey.units import counted
 
 AutocastFactory = Callable[[], AbstractContextManager[object]]
+
+
+class Detected(Protocol):
+    """Detections of an image as tensors or arrays, see `runkey.model.postprocess.Detections`."""
+
+    @property
+    def scores(self) -> Any: ...  # noqa: D102
+    @property
+    def labels(self) -> Any: ...  # noqa: D102
+    @property
+    def boxes_xyxy(self) -> Any: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +146,7 @@ class Validation:
 def evaluate_detections(
     records: list[ImageRecord],
     classes: list[ClassName],
-    detections: Mapping[int, Detections],
+    detections: Mapping[int, Detected],
     *,
     by_size: bool = True,
 ) -> CocoResult:
@@ -155,7 +165,7 @@ def evaluate_detections(
 
 
 def to_results_json(
-    detections: Mapping[int, Detections], classes: list[ClassName]
+    detections: Mapping[int, Detected], classes: list[ClassName]
 ) -> list[CocoDetection]:
     """Convert detections to COCO's results format, image by image, with the data's category ids.
 

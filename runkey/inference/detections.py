@@ -16,18 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from runkey.data.index import CocoDetection
 from runkey.errors import ModelError
+from runkey.inference.thresholds import class_keys
 from runkey.model.weights import CardClass
-
-
-class CocoRow(TypedDict):
-    """A detection in COCO's results format."""
-
-    image_id: int
-    category_id: int
-    bbox: list[float]
-    """[left, top, width, height], pixels."""
-    score: float
 
 
 class Detection(TypedDict):
@@ -138,29 +130,43 @@ class Detections:
             data={"class_name": np.array(self.names, dtype=str)},
         )
 
-    def to_coco(self, image_id: int) -> list[CocoRow]:
+    def to_coco(self, image_id: int) -> list[CocoDetection]:
         """Convert to COCO's results format, with the data's category ids."""
         boxes = self.boxes_xyxy.astype(np.float64).reshape(-1, 4)
         boxes_xywh = np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]).tolist()
         scores = self.scores.astype(np.float64).tolist()
         return [
-            CocoRow(image_id=image_id, category_id=self.classes[label].id, bbox=box, score=score)
+            CocoDetection(
+                image_id=image_id, category_id=self.classes[label].id, bbox=box, score=score
+            )
             for label, box, score in zip(self.labels.tolist(), boxes_xywh, scores, strict=True)
         ]
 
 
 def score_limits(
-    score: float | Mapping[str, float], classes: Sequence[CardClass]
+    score: float | Mapping[str, float],
+    classes: Sequence[CardClass],
+    others: Mapping[str, float] = {},
 ) -> NDArray[np.float32]:
-    """Return the least score of each class, [K]; a class that is not named has 0.
+    """Return the least score of each class, [K].
+
+    Args:
+        score: for all classes, or by name; classes of the same name are told apart by their
+            category id, `car (3)`, and `car` names all of them.
+        classes: of the model.
+        others: of the classes that `score` does not name, by `class_keys`; 0 if not there.
 
     Raises:
         ModelError: the model has no class of a name.
     """
     if not isinstance(score, Mapping):
         return np.full(len(classes), score, dtype=np.float32)
-    names = [one.name for one in classes]
-    if unknown := sorted(set(score) - set(names)):
-        shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+    keys, names = class_keys(classes), [one.name for one in classes]
+    if unknown := sorted(set(score) - set(keys) - set(names)):
+        shown = ", ".join(keys[:8]) + (" ..." if len(keys) > 8 else "")
         raise ModelError(f"score: no class {unknown[0]!r}; the model has {shown}")
-    return np.array([score.get(name, 0.0) for name in names], dtype=np.float32)
+    limits = [
+        score.get(key, score.get(name, others.get(key, 0.0)))
+        for key, name in zip(keys, names, strict=True)
+    ]
+    return np.array(limits, dtype=np.float32)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import batched
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from runkey.errors import ModelError
 from runkey.files import FormatError, read_json
 from runkey.hashing import sha256_file
+from runkey.identity.key import short_key
+from runkey.identity.record import KEY_JSON
 from runkey.inference.detections import Detections, score_limits
 from runkey.inference.module import InferenceModule
 from runkey.inference.networks import CARD_JSON, Network, TorchNetwork, find_device, open_export
@@ -39,8 +41,6 @@ from runkey.inference.thresholds import (
 from runkey.model.weights import WEIGHTS, CardClass, Sizes, load_model
 
 logger = logging.getLogger(__name__)
-
-_KEY_JSON = "key.json"
 
 Score = float | Mapping[str, float] | Literal["auto"]
 """Least score of a detection: for all classes, by class name (others: auto), or `auto`: each
@@ -75,7 +75,7 @@ class Model:
     def __repr__(self) -> str:
         names = ", ".join(one.name for one in self.card.classes[:4])
         more = " ..." if len(self.card.classes) > 4 else ""
-        key = self.card.key[:12] if self.card.key else "no key"
+        key = short_key(self.card.key) if self.card.key else "no key"
         return f"Model({key}: {len(self.card.classes)} classes: {names}{more})"
 
     @overload
@@ -102,18 +102,19 @@ class Model:
         """Detect the objects of an image, or of each image of a list.
 
         Args:
-            source: an image, see `Source`, or a list of images of any kinds and sizes.
+            source: an image, see `Source`, or a list or tuple of images of any kinds and sizes.
             score: least score; 0 gives the 100 best detections that COCO's metrics count.
             nms: drop a detection that overlaps a better one of its class by more than this IoU;
                 None: none, as DETR needs no suppression.
             batch_size: most images in one forward pass.
 
         Returns:
-            Detections of an image, or a list of them in the order of the images.
+            Detections of an image; of a list or tuple, also of one image, a list of them in order.
 
         Raises:
             DataError: an image cannot be read; one line names it.
-            ModelError: `score` names a class that the model does not have.
+            ModelError: `score` names a class that the model does not have, or the model predicts
+                NaN or infinity.
         """
         if isinstance(source, list | tuple):
             return list(self.stream(source, score, nms, batch_size))
@@ -152,28 +153,67 @@ class Model:
         Raises:
             ModelError: the model predicts NaN or infinity.
         """
-        rows_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        names = sources or [""] * len(images)
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
         pixels = [self.preprocess(image) for image in images]
+        found = self.detect_resized(pixels, sizes, names)
+        return [replace(one, image=image) for one, image in zip(found, images, strict=True)]
+
+    def detect_resized(
+        self,
+        pixels: Sequence[NDArray[np.uint8]],
+        sizes: Sequence[tuple[int, int]],
+        sources: Sequence[str],
+        batch_size: int | None = None,
+    ) -> list[Detections]:
+        """Detect without a threshold in images that are resized already.
+
+        Args:
+            pixels: uint8 [3, h, w] each, of `Preprocess`; those of one shape go through the network
+                together.
+            sizes: (height, width) of the images before.
+            sources: their names.
+            batch_size: most images in one forward pass; None: all of one shape.
+
+        Raises:
+            ModelError: the model predicts NaN or infinity.
+        """
+        rows_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for row, one in enumerate(pixels):
             rows_of[one.shape].append(row)
         found: dict[int, Detections] = {}
         for rows in rows_of.values():
-            answers = self.network(np.stack([pixels[row] for row in rows]))
-            for row, scores, labels, fractions in zip(rows, *answers, strict=True):
-                image = images[row]
-                check_finite(sources[row] if sources else "image", scores, fractions)
-                height, width = image.shape[:2]
-                frame = np.array([width, height, width, height], dtype=np.float32)
-                found[row] = Detections(
-                    boxes_xyxy=fractions * frame,
-                    scores=scores,
-                    labels=labels,
-                    classes=self.card.classes,
-                    image_size=(height, width),
-                    image=image,
-                    source=sources[row] if sources else "",
-                )
-        return [found[row] for row in range(len(images))]
+            for some in batched(rows, batch_size or len(rows)):
+                answers = self.network(np.stack([pixels[row] for row in some]))
+                for row, scores, labels, fractions in zip(some, *answers, strict=True):
+                    frame = np.array(sizes[row][::-1] * 2, dtype=np.float32)
+                    found[row] = self.detections(
+                        scores, labels, fractions * frame, sizes[row], sources[row]
+                    )
+        return [found[row] for row in range(len(pixels))]
+
+    def detections(
+        self,
+        scores: NDArray[np.float32],
+        labels: NDArray[np.int64],
+        boxes_xyxy: NDArray[np.float32],
+        size: tuple[int, int],
+        source: str,
+    ) -> Detections:
+        """Make the detections of an image of that (height, width), boxes in its pixels.
+
+        Raises:
+            ModelError: a score or a box is NaN or infinite.
+        """
+        check_finite(source or "image", scores, boxes_xyxy)
+        return Detections(
+            boxes_xyxy=boxes_xyxy,
+            scores=scores,
+            labels=labels,
+            classes=self.card.classes,
+            image_size=size,
+            source=source,
+        )
 
     def score_limits(self, score: Score) -> NDArray[np.float32]:
         """Return the least score of each class, [K].
@@ -186,7 +226,7 @@ class Model:
         if not isinstance(score, str | Mapping):
             return score_limits(float(score), self.card.classes)
         known = self.card.thresholds
-        auto = {name: known.get(name, DEFAULT_SCORE) for name in class_keys(self.card.classes)}
+        auto = {key: known.get(key, DEFAULT_SCORE) for key in class_keys(self.card.classes)}
         chosen = score if isinstance(score, Mapping) else {}
         if not known and len(chosen) < len(auto) and not self._told:
             self._told = True
@@ -194,8 +234,7 @@ class Model:
                 f"score {DEFAULT_SCORE}: no {THRESHOLDS} of these weights; `dvc repro evaluate`"
                 " writes evaluation/thresholds.json"
             )
-        score_limits(chosen, self.card.classes)  # refuses unknown names
-        return score_limits(auto | dict(chosen), self.card.classes)
+        return score_limits(chosen, self.card.classes, auto)
 
 
 def check_finite(name: str, scores: NDArray[np.float32], boxes: NDArray[np.float32]) -> None:
@@ -268,7 +307,7 @@ def find_thresholds(folder: Path) -> Mapping[str, float]:
 def _key(folder: Path) -> str | None:
     """The key in key.json beside the weights."""
     try:
-        key = read_json(folder / _KEY_JSON, dict[str, Any]).get("key")
+        key = read_json(folder / Path(KEY_JSON).name, dict[str, Any]).get("key")
     except (OSError, FormatError):
         return None
     return key if isinstance(key, str) else None

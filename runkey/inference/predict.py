@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -40,6 +40,7 @@ from runkey.inference.sources import (
     find_sources,
     read_frames,
 )
+from runkey.inference.thresholds import class_keys
 from runkey.inference.tile import Tiling, ViewDetections, merge_views
 from runkey.inference.writers import (
     DEFAULT_KINDS,
@@ -161,7 +162,8 @@ def predict(model: Model, found: Found, folder: Path, options: Options) -> Summa
     limits = model.score_limits(options.score)
     ids = _image_ids(found, options)
     names = [one.name for one in model.card.classes]
-    scores = dict(zip(names, map(float, np.round(limits, 4)), strict=True))
+    keys = class_keys(model.card.classes)
+    scores = dict(zip(keys, map(float, np.round(limits, 4)), strict=True))
     about = {"program": f"runkey predict {__version__}", "key": model.card.key, "score": scores}
     mark = {
         **about,
@@ -265,19 +267,13 @@ class _Run:
     def _detect(self, images: Sequence[_Loaded]) -> list[Detections]:
         if self._options.tiling:
             return [self._detect_tiled(one, self._options.tiling) for one in images]
-        rows_of: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for row, one in enumerate(images):
-            rows_of[one.pixels.shape].append(row)
-        found: dict[int, Detections] = {}
-        for rows in rows_of.values():
-            for some in batched(rows, self._options.batch_size):
-                answers = self._model.network(np.stack([images[row].pixels for row in some]))
-                for row, scores, labels, fractions in zip(some, *answers, strict=True):
-                    height, width = images[row].size
-                    frame = np.array([width, height, width, height], dtype=np.float32)
-                    all_of_it = self._detections(images[row], scores, labels, fractions * frame)
-                    found[row] = all_of_it.keep(scores >= self._limits[labels])
-        return [self._suppressed(found[row]) for row in range(len(images))]
+        found = self._model.detect_resized(
+            [one.pixels for one in images],
+            [one.size for one in images],
+            [one.frame.source.place for one in images],
+            self._options.batch_size,
+        )
+        return [self._suppressed(one.keep(one.scores >= self._limits[one.labels])) for one in found]
 
     def _detect_tiled(self, image: _Loaded, tiling: Tiling) -> Detections:
         views = tiling.views(*image.size)
@@ -290,23 +286,8 @@ class _Run:
                 ViewDetections(view, *answer) for view, *answer in zip(some, *answers, strict=True)
             ]
         merged = merge_views(found, image.size, tiling, self._limits)
-        return self._suppressed(self._detections(image, *merged))
-
-    def _detections(
-        self,
-        image: _Loaded,
-        scores: NDArray[np.float32],
-        labels: NDArray[np.int64],
-        boxes_xyxy: NDArray[np.float32],
-    ) -> Detections:
-        check_finite(image.frame.source.name, scores, boxes_xyxy)
-        return Detections(
-            boxes_xyxy=boxes_xyxy,
-            scores=scores,
-            labels=labels,
-            classes=self._model.card.classes,
-            image_size=image.size,
-            source=image.frame.source.place,
+        return self._suppressed(
+            self._model.detections(*merged, image.size, image.frame.source.place)
         )
 
     def _suppressed(self, found: Detections) -> Detections:

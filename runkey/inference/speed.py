@@ -28,6 +28,7 @@ from pydantic import TypeAdapter
 from runkey.errors import ModelError
 from runkey.files import FormatError, expect, read_json, write_json
 from runkey.hashing import sha256_file
+from runkey.identity.key import short_key
 from runkey.inference.export import quantised, to_onnx
 from runkey.inference.module import InferenceModule, InferenceOptions
 from runkey.inference.networks import Network, OnnxNetwork, OpenVinoNetwork, TorchNetwork
@@ -250,7 +251,7 @@ class SpeedReport:
             if not among:
                 raise ModelError(
                     f"{SPEED_JSON}: holds no choice that can be exported; run `make env-export`,"
-                    f" then `runkey speed {self.key[:12]}`"
+                    f" then `runkey speed {short_key(self.key)}`"
                 )
             loss = 100 * (self.base.ap - max(among))
             raise ModelError(

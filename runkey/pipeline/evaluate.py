@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from runkey import paths
@@ -55,7 +57,8 @@ def evaluate(root: Path) -> None:
         cpu_threads=params.training.cpu_threads,
     )
     model, card = load_model(root / paths.MODEL)
-    validation = build_validation(params, card.model, root, device)
+    # In fp32 whatever training.precision is, as everything that uses the model computes.
+    validation = replace(build_validation(params, card.model, root, device), autocast=nullcontext)
     evaluation = validation(model.to(device))
     out = root / paths.EVALUATION
     loss = evaluation.losses["loss"]

@@ -21,25 +21,21 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from runkey.errors import DataError, ModelError, RegistryError
+from runkey.errors import DataError, ModelError
 from runkey.evaluation.run import evaluate_detections
-from runkey.files import FormatError, json_safe, read_json, write_json
+from runkey.files import json_safe, write_json
 from runkey.hashing import sha256_file
-from runkey.identity.record import DETAILS, Record
-from runkey.identity.record_cache import update_record
+from runkey.inference.detections import Detections
 from runkey.inference.export import Format, Precision, check_choice, versions, write_export
 from runkey.inference.model import find_thresholds
 from runkey.inference.module import EXPORTED, InferenceModule, InferenceOptions
 from runkey.inference.networks import FILES, Arrays, Card, Network, TorchNetwork, open_export
-from runkey.model.postprocess import Detections
 from runkey.model.weights import WEIGHTS, ModelCard, load_model
-from runkey.pipeline.run_images import Pixels, Sample, find_sample
+from runkey.pipeline.record import Addition, add_to_run
+from runkey.pipeline.run_images import Sample, detections_by_image, find_sample, read_recipe
 from runkey.progress import progress
-from runkey.registry.library import canonical, open_library
 from runkey.registry.lineage import started_from
-from runkey.tracking.mlflow_run import TrackedRun
 from runkey.tracking.store import Store
-from runkey.tracking.sync import RunSender
 from runkey.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -49,11 +45,13 @@ MAX_SCORE_DIFFERENCE = 1e-5
 """Of an fp32 export, between its scores and the model's, best to worst."""
 MAX_AP_DIFFERENCE = 5e-4
 """Of an fp32 export: AP is equal to three digits."""
+MIN_BOXES_EQUAL = 0.9
+"""Of an fp32 export that is compared without ground truth. Scores of other detections may be so
+near that two change their rank."""
+_NEAR = 1e-3
+"""Fraction of the image by which equal boxes may differ."""
 MAX_AP_LOSS = 0.2
 """Of an export in bf16 or int8, points of AP (of 100)."""
-_CALIBRATION_IMAGES = 64
-_LARGEST_JSON = 200e6
-"""Bytes of a COCO file that is read for its licences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +88,8 @@ class Parity:
     """The largest between scores of the same rank in an image."""
     labels_equal: float
     """Part of the detections whose rank has the same class."""
+    boxes_equal: float
+    """Part of the detections whose rank has the same class and, within 0.1% of the image, box."""
     box_difference: float
     """The largest of boxes with the same class at the same rank, as a fraction of the image."""
     ap: float | None
@@ -154,7 +154,7 @@ def export_model(
         raise ModelError(f"{out}: is there already; name a new folder with --out")
     check_choice(choice.format, choice.precision)
     detector, card = load_model(model)
-    recipe = _recipe(model)
+    recipe = read_recipe(model)
     sample = find_sample(card, recipe, root, images, limit)
     if not sample.records and not choice.is_exact:
         raise DataError(
@@ -181,7 +181,7 @@ def export_model(
             shutil.rmtree(target)
         folder.rename(target)
     size = sum(file.stat().st_size for file in target.glob("model.*"))
-    recorded = _record(store, made["key"], choice, parity, size)
+    recorded = add_to_run(store, made["key"], _addition(choice, parity, size))
     return Exported(target, made, parity, size, recorded)
 
 
@@ -210,27 +210,29 @@ def compare_export(
         same = TorchNetwork(InferenceModule(detector, cut))  # type: ignore[arg-type]
     exported = open_export(folder).network
     found: dict[str, dict[int, Detections]] = {"export": {}, "model": {}}
-    differences, equal, total = [0.0, 0.0], 0, 0
+    differences, equal, near, total = [0.0, 0.0], 0, 0, 0
     with progress("compare", sample.count, "images") as steps:
         for pixels in sample.batches():
             answers = exported(pixels.images)
             expected = same(pixels.images)
             reference = expected if same is whole else whole(pixels.images)
-            found["export"] |= _by_image(answers, pixels)
-            found["model"] |= _by_image(reference, pixels)
-            difference, box_difference, hits = _differences(answers, expected)
+            found["export"] |= detections_by_image(answers, pixels)
+            found["model"] |= detections_by_image(reference, pixels)
+            difference, box_difference, hits, close = _differences(answers, expected)
             differences = [max(differences[0], difference), max(differences[1], box_difference)]
-            equal, total = equal + hits, total + answers[1].size
+            equal, near, total = equal + hits, near + close, total + answers[1].size
             steps.advance(len(pixels.ids))
     scores = [_ap(sample, found[name]) for name in ("export", "model")]
     lost = None if None in scores else 100 * (scores[1] - scores[0])  # type: ignore[operator]
-    faults = tuple(_faults(choice, differences[0], lost))
+    boxes_equal = near / max(total, 1)
+    faults = tuple(_faults(choice, differences[0], boxes_equal, lost))
     return Parity(
         passed=not faults,
         compared=sample.what,
         images=sample.count,
         score_difference=differences[0],
         labels_equal=equal / max(total, 1),
+        boxes_equal=boxes_equal,
         box_difference=differences[1],
         ap=scores[0],
         ap_model=scores[1],
@@ -239,23 +241,16 @@ def compare_export(
     )
 
 
-def _by_image(answers: Arrays, pixels: Pixels) -> dict[int, Detections]:
-    found = {}
-    for id_, size, scores, labels, boxes in zip(pixels.ids, pixels.sizes, *answers, strict=True):
-        frame = np.array([size[1], size[0], size[1], size[0]], dtype=np.float32)
-        tensors = (torch.from_numpy(np.array(part)) for part in (scores, labels, boxes * frame))
-        found[id_] = Detections(*tensors)
-    return found
-
-
-def _differences(answers: Arrays, expected: Arrays) -> tuple[float, float, int]:
-    """The largest difference of scores, of boxes with the same class, and how many have it."""
+def _differences(answers: Arrays, expected: Arrays) -> tuple[float, float, int, int]:
+    """The largest differences of scores and boxes, and how many classes, and boxes, are equal."""
     (scores, labels, boxes), (their_scores, their_labels, their_boxes) = answers, expected
     if scores.shape != their_scores.shape or not np.isfinite(scores).all():
-        return float("inf"), float("inf"), 0
+        return float("inf"), float("inf"), 0, 0
     same = labels == their_labels
     apart = np.abs(boxes - their_boxes).max(-1)[same]
-    return float(np.abs(scores - their_scores).max()), float(apart.max(initial=0)), int(same.sum())
+    farthest = float("inf") if np.isnan(apart).any() else float(apart.max(initial=0))
+    near = int((apart < _NEAR).sum())
+    return float(np.abs(scores - their_scores).max()), farthest, int(same.sum()), near
 
 
 def _ap(sample: Sample, found: Mapping[int, Detections]) -> float | None:
@@ -267,10 +262,14 @@ def _ap(sample: Sample, found: Mapping[int, Detections]) -> float | None:
         return 0.0
 
 
-def _faults(choice: Choice, score_difference: float, lost: float | None) -> Iterator[str]:
+def _faults(
+    choice: Choice, score_difference: float, boxes_equal: float, lost: float | None
+) -> Iterator[str]:
     if choice.is_exact:
         if not score_difference <= MAX_SCORE_DIFFERENCE:
             yield f"scores differ by {score_difference:.1e}, at most {MAX_SCORE_DIFFERENCE:.0e}"
+        if lost is None and boxes_equal < MIN_BOXES_EQUAL:
+            yield f"{boxes_equal:.0%} of the boxes are equal, at least {MIN_BOXES_EQUAL:.0%}"
         if lost is not None and not abs(lost) < 100 * MAX_AP_DIFFERENCE:
             yield f"AP differs by {abs(lost):.2f} points; it must be equal to three digits"
     elif lost is not None and not lost <= choice.max_ap_loss:
@@ -278,15 +277,6 @@ def _faults(choice: Choice, score_difference: float, lost: float | None) -> Iter
 
 
 # --- card, parity.json, the run's record
-
-
-def _recipe(model: Path) -> Mapping[str, Any] | None:
-    """Contents of the key.json beside the weights."""
-    try:
-        recipe = read_json(model / "key.json", dict[str, Any])
-        return recipe if isinstance(recipe["preimages"]["params"], dict) else None
-    except (OSError, FormatError, KeyError, TypeError):
-        return None
 
 
 def _card(
@@ -335,47 +325,18 @@ def _parity_json(card: Card, choice: Choice, parity: Parity) -> dict[str, Any]:
     return {"format": 1} | parts
 
 
-def _record(store: Store | None, key: str | None, choice: Choice, parity: Parity, size: int) -> str:
-    """Add the comparison to the run's record and to its MLflow page; return a line about it."""
-    if store is None or key is None:
-        return "not recorded: the run is not known"
-    try:
-        library = open_library(store.uri, store.home)
-        runs = library.matching(key)
-        if not runs:
-            return f"not recorded: no run of this key in {library.place}"
-        record = library.with_details(canonical(runs))
-    except RegistryError as error:
-        return f"not recorded: {error}"
-    return add_export(store, record, choice.name, parity, size)
-
-
-def add_export(store: Store, record: Record, name: str, parity: Parity, size: int) -> str:
-    """Record an export's comparison: metrics and a tag in MLflow, and in the run's record."""
-    run, details = record.run, record.details
+def _addition(choice: Choice, parity: Parity, size: int) -> Addition:
+    """What is recorded on the run: metrics, a tag, and the comparison in its record."""
     values: dict[str, float] = {"size_mb": size / 1e6, "score_difference": parity.score_difference}
     if parity.ap is not None and parity.ap_lost is not None:
         values |= {"AP": parity.ap, "AP_lost": parity.ap_lost}
-    finite = {n: value for n, value in values.items() if np.isfinite(value)}
+    finite = {name: value for name, value in values.items() if np.isfinite(value)}
     outcome = "passed" if parity.passed else f"refused: {'; '.join(parity.faults)}"
-    exports: dict[str, Any] = {name: {"time": int(time.time()), **asdict(parity), **finite}}
-    if details:
-        details = replace(details, exports=details.exports | json_safe(exports))
-
-    def changed(now: Any) -> None:
-        update_record(store.cache, now, details)
-
-    tracked = TrackedRun(None, RunSender(store, run.run_id, on_change=changed))
-    tracked.log_again({f"export/{name}/{n}": value for n, value in finite.items()})
-    tracked.tag(f"export.{name}", f"{outcome} ({parity.text})")
-    with tempfile.TemporaryDirectory() as folder:
-        if details:
-            path = Path(folder) / DETAILS
-            path.write_text(details.as_json(), encoding="utf-8")
-            tracked.artifact(path)
-        tracked.close()
-    where = f"run {run.run_id[:8]}"
-    return f"recorded on {where}" if tracked.is_whole else f"not recorded on {where}"
+    return Addition(
+        metrics={f"export/{choice.name}/{name}": value for name, value in finite.items()},
+        tags={f"export.{choice.name}": f"{outcome} ({parity.text})"},
+        exports={choice.name: {"time": int(time.time()), **asdict(parity), **finite}},
+    )
 
 
 def describe(exported: Exported) -> list[str]:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from runkey import paths
 from runkey.data.cache import open_cache
 from runkey.data.index import SplitName, read_index
 from runkey.errors import DataError, ParamsError, RecipeError, RegistryError, TrackingError
-from runkey.files import LARGE, expect, read_json, write_json
+from runkey.files import LARGE, expect, json_safe, read_json, write_json
 from runkey.identity.inputs import tree_note
 from runkey.identity.key import Recipe, short_key
 from runkey.identity.record import (
@@ -373,21 +373,14 @@ class FinishedRun:
     ) -> None:
         """Copy files of the workspace to the run, note both in its record, and close it."""
         assert self._mlflow
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            # Copies: after a kill of DVC its stage runs on, and a new DVC removes its outputs.
-            for path in files:
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self._root / path, folder / path)
-                _copy(folder, path, self._mlflow)
+        with _copies(self._root, files, self._mlflow) as folder:
             if self._details is not None:
                 self._details = replace(
                     self._details,
                     files=self._details.files | files,
                     evaluations=self._details.evaluations | evaluations,
                 )
-                (folder / DETAILS).write_text(self._details.as_json(), encoding="utf-8")
-                self._mlflow.artifact(folder / DETAILS)
+                _send_details(self._details, folder, self._mlflow)
             self._close(stage)
 
     def _close(self, stage: str) -> None:
@@ -420,6 +413,73 @@ class FinishedRun:
 
     def _changed(self, run: LoggedRun) -> None:
         update_record(self._store.cache, run, self._details)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Addition:
+    """What is added to a run after its end."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    files: Sequence[Path] = ()
+    """Relative to `root`; they get the same paths among the run's artifacts."""
+    root: Path = Path()
+    exports: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """See `Details.exports`."""
+
+
+def add_to_run(store: Store | None, key: str | None, addition: Addition) -> str:
+    """Add to the run of a key, in MLflow and in its record; return a line about it."""
+    if store is None or key is None:
+        missing = "the current folder is in no repository" if key else "the run is not known"
+        return f"not recorded: {missing}"
+    try:
+        library = open_library(store.uri, store.home)
+        runs = library.matching(key)
+        if not runs:
+            return f"not recorded: no run of this key in {library.place}"
+        record = library.with_details(canonical(runs))
+    except RegistryError as error:
+        return f"not recorded: {error}"
+    details = record.details
+    hashed = hashed_files(addition.root, addition.files)
+    if details:
+        exports = details.exports | json_safe(dict(addition.exports))
+        details = replace(details, files=details.files | hashed, exports=exports)
+
+    def changed(run: LoggedRun) -> None:
+        update_record(store.cache, run, details)
+
+    tracked = TrackedRun(None, RunSender(store, record.run.run_id, on_change=changed))
+    tracked.log_again(addition.metrics)
+    for name, text in addition.tags.items():
+        tracked.tag(name, text)
+    with _copies(addition.root, hashed, tracked) as folder:
+        if details:
+            _send_details(details, folder, tracked)
+        tracked.close()
+    where = f"run {record.run.run_id[:8]}"
+    return f"recorded on {where}" if tracked.is_whole else f"not recorded on {where}"
+
+
+@contextmanager
+def _copies(root: Path, files: Iterable[str], tracker: TrackedRun) -> Iterator[Path]:
+    """Send copies of files, in a folder that is there until the block ends.
+
+    After a kill of DVC its stage runs on, and a new DVC removes its outputs.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for path in files:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / path, folder / path)
+            _copy(folder, path, tracker)
+        yield folder
+
+
+def _send_details(details: Details, folder: Path, tracker: TrackedRun) -> None:
+    (folder / DETAILS).write_text(details.as_json(), encoding="utf-8")
+    tracker.artifact(folder / DETAILS)
 
 
 def _recorded_run(store: Store, manifest: RunManifest) -> Record | None:

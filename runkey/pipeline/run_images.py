@@ -29,6 +29,9 @@ from runkey.evaluation.run import same_shape_batches
 from runkey.files import FormatError, read_json
 from runkey.identity.inputs import Inputs
 from runkey.identity.key import make_recipe
+from runkey.identity.record import KEY_JSON
+from runkey.inference.detections import Detections
+from runkey.inference.networks import Arrays
 from runkey.inference.preprocess import Preprocess, read_image
 from runkey.model.weights import ModelCard
 from runkey.params import Params, load_params
@@ -39,6 +42,15 @@ _LARGEST_JSON = 200_000_000
 """Bytes of a COCO file that is read for its licences."""
 
 
+def read_recipe(model: Path) -> Mapping[str, Any] | None:
+    """Read the key.json beside a model's weights; None if there is none, or a damaged one."""
+    try:
+        recipe = read_json(model / Path(KEY_JSON).name, dict[str, Any])
+        return recipe if recipe["key"] and isinstance(recipe["preimages"]["params"], dict) else None
+    except (OSError, FormatError, KeyError, TypeError):
+        return None
+
+
 class Pixels(NamedTuple):
     """Images of one shape, preprocessed."""
 
@@ -47,6 +59,15 @@ class Pixels(NamedTuple):
     ids: tuple[int, ...]
     sizes: tuple[tuple[int, int], ...]
     """(height, width) of the original images."""
+
+
+def detections_by_image(answers: Arrays, pixels: Pixels) -> dict[int, Detections]:
+    """Return a network's detections in pixels, by image id; their classes have no names."""
+    found = {}
+    for id_, size, scores, labels, boxes in zip(pixels.ids, pixels.sizes, *answers, strict=True):
+        frame = np.array(size[::-1] * 2, dtype=np.float32)
+        found[id_] = Detections(boxes * frame, scores, labels, classes=(), image_size=size)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,10 @@ import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from runkey.errors import LockError, ModelError, RegistryError
+from runkey.errors import LockError, ModelError
 from runkey.evaluation.run import evaluate_detections
-from runkey.files import FormatError, read_json
 from runkey.hashing import sha256_file
-from runkey.identity.record import DETAILS, Record, describe_cpu, hashed_files
-from runkey.identity.record_cache import update_record
+from runkey.identity.record import describe_cpu
 from runkey.inference.detections import Detections
 from runkey.inference.export import Format, Precision
 from runkey.inference.extras import import_extra
@@ -45,13 +43,17 @@ from runkey.inference.speed import (
 from runkey.model.detr import FastDetr
 from runkey.model.weights import WEIGHTS, load_model
 from runkey.pipeline import export
-from runkey.pipeline.run_images import Pixels, Sample, find_sample
+from runkey.pipeline.record import Addition, add_to_run
+from runkey.pipeline.run_images import (
+    Pixels,
+    Sample,
+    detections_by_image,
+    find_sample,
+    read_recipe,
+)
 from runkey.plots.speed import draw_frontier
 from runkey.progress import each
-from runkey.registry.library import canonical, open_library
-from runkey.tracking.mlflow_run import TrackedRun
 from runkey.tracking.store import Store, in_one_line
-from runkey.tracking.sync import RunSender
 from runkey.units import counted
 
 ON_CPU: tuple[Runtime, ...] = ("torch", "onnx", "openvino")
@@ -98,7 +100,12 @@ def measure_speed(
     """
     torch.set_num_threads(options.threads)
     detector, card = load_model(folder)
-    recipe = _recipe(folder)
+    recipe = read_recipe(folder)
+    if recipe is None:
+        raise ModelError(
+            f"{folder}: no key.json, which names the run whose val images are needed; give a run's"
+            " key or its model/"
+        )
     sample = find_sample(card, recipe, root, limit=options.limit)
     device = find_device(device)
     on_gpu = device.type == "cuda"
@@ -134,17 +141,6 @@ def measure_speed(
     return replace(report, measured=measured, left_out=left_out | bench.failed)
 
 
-def _recipe(folder: Path) -> dict[str, Any]:
-    try:
-        recipe = read_json(folder / "key.json", dict[str, Any])
-        return recipe if str(recipe["key"]) else {}
-    except (OSError, FormatError, KeyError):
-        raise ModelError(
-            f"{folder}: no key.json, which names the run whose val images are needed; give a run's"
-            " key or its model/"
-        ) from None
-
-
 @dataclass
 class _Bench:
     opener: NetworkOpener
@@ -178,27 +174,13 @@ def average_precision(
     network: Network, sample: Sample, nms: float | None = None
 ) -> tuple[float, float]:
     """Return AP and AP50 of a network on val images, 0..1."""
-    found: dict[int, Any] = {}
+    found: dict[int, Detections] = {}
     for pixels in sample.batches():
-        found |= _by_image(network, pixels, nms)
+        found |= detections_by_image(network(pixels.images), pixels)
+    if nms is not None:
+        found = {image_id: one.nms(nms) for image_id, one in found.items()}
     result = evaluate_detections(sample.records, sample.classes, found, by_size=False)
     return result.summary["AP"] or 0.0, result.summary["AP50"] or 0.0
-
-
-def _by_image(network: Network, pixels: Pixels, nms: float | None) -> dict[int, Detections]:
-    found = {}
-    answers = zip(*network(pixels.images), strict=True)
-    for image_id, size, answer in zip(pixels.ids, pixels.sizes, answers, strict=True):
-        one = _detections(answer, size)
-        found[image_id] = one if nms is None else one.nms(nms)
-    return found
-
-
-def _detections(answer: Sequence[NDArray[Any]], size: tuple[int, int]) -> Detections:
-    """Detections in pixels of an image of that (height, width); their classes have no names."""
-    scores, labels, fractions = answer
-    frame = np.array([size[1], size[0], size[1], size[0]], dtype=np.float32)
-    return Detections(fractions * frame, scores, labels, classes=(), image_size=size)
 
 
 def _with_nms(network: Network, iou: float | None) -> Callable[[NDArray[np.uint8]], object]:
@@ -206,8 +188,10 @@ def _with_nms(network: Network, iou: float | None) -> Callable[[NDArray[np.uint8
         return network
 
     def run(images: NDArray[np.uint8]) -> object:
-        answers = zip(*network(images), strict=True)
-        return [_detections(one, (1, 1)).nms(iou) for one in answers]
+        count = len(images)
+        pixels = Pixels(images, tuple(range(count)), ((1, 1),) * count)
+        found = detections_by_image(network(images), pixels)
+        return [one.nms(iou) for one in found.values()]
 
     return run
 
@@ -273,41 +257,13 @@ def save_speed(report: SpeedReport, folder: Path, store: Store | None) -> str:
     write_report(top / SPEED_JSON, report)
     draw_frontier(report, top / FRONTIER_PNG)
     place = f"{top / SPEED_JSON.parent}/: {SPEED_JSON.name}, {FRONTIER_PNG.name}"
-    if store is None:
-        return f"{place}; not recorded: the current folder is in no repository"
-    try:
-        library = open_library(store.uri, store.home)
-        runs = library.matching(report.key)
-        if not runs:
-            return f"{place}; not recorded: no run of this key in {library.place}"
-        record = library.with_details(canonical(runs))
-    except RegistryError as error:
-        return f"{place}; not recorded: {error}"
-    return f"{place}; {_add_to_run(store, record, top, report)}"
-
-
-def _add_to_run(store: Store, record: Record, top: Path, report: SpeedReport) -> str:
-    details = record.details
-    if details:
-        files = hashed_files(top, [SPEED_JSON, FRONTIER_PNG])
-        details = replace(details, files=details.files | files)
-    tracked = TrackedRun(
-        None,
-        RunSender(
-            store, record.run.run_id, on_change=lambda now: update_record(store.cache, now, details)
-        ),
+    fastest = report.pick(_FORMAT_LOSS)
+    addition = Addition(
+        tags={"speed": f"{fastest.choice.name}: {_gain(report, fastest)}"},
+        files=[SPEED_JSON, FRONTIER_PNG],
+        root=top,
     )
-    with tempfile.TemporaryDirectory() as name:
-        for path in (SPEED_JSON, FRONTIER_PNG):
-            tracked.artifact(top / path, path.parent.as_posix())
-        if details:
-            (Path(name) / DETAILS).write_text(details.as_json(), encoding="utf-8")
-            tracked.artifact(Path(name) / DETAILS)
-        fastest = report.pick(_FORMAT_LOSS)
-        tracked.tag("speed", f"{fastest.choice.name}: {_gain(report, fastest)}")
-        tracked.close()
-    where = f"run {record.run.run_id[:8]}"
-    return f"recorded on {where}" if tracked.is_whole else f"not recorded on {where}"
+    return f"{place}; {add_to_run(store, report.key, addition)}"
 
 
 def fastest_export(folder: Path, max_ap_loss: float) -> tuple[export.Choice, str]:

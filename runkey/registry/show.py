@@ -169,6 +169,7 @@ def describe(
         ended = ": it ended too early" if run.ended_ms else " yet: they are written at the end"
         yield "details", f"none{ended}"
     yield from _titled("same key", map(_other, others))
+    yield from _titled("exports", _exports(details))
     yield from _files(details)
     yield "MLflow run", f"{run.run_id} in experiment {run.experiment_id}"
     yield "artifacts", run.artifact_uri
@@ -279,6 +280,18 @@ def _other(other: Record) -> str:
     what = "reproduction" if other.reproduction_of else "another run"
     when = _time(other.run.started_ms, "%Y-%m-%d %H:%M")
     return f"{address(other)} {what}, {other.run.status}, {when}"
+
+
+def _exports(details: Details | None) -> Iterator[str]:
+    """Yield a line for each exported model: format, precision, AP and its change."""
+    for name, parity in sorted(details.exports.items()) if details else ():
+        kind, _, precision = name.partition("-")
+        ap, lost = parity.get("ap"), parity.get("ap_lost")
+        score = "AP not measured"
+        if isinstance(ap, float) and isinstance(lost, float):
+            score = f"AP {ap:.3f} ({round(-lost, 2) + 0.0:+.2f} points)"
+        refused = "" if parity.get("passed") else ", refused"
+        yield f"{kind} {precision}, {score}{refused}"
 
 
 def _files(details: Details | None) -> Iterator[Row]:

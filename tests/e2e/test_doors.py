@@ -29,11 +29,16 @@ import pytest
 import torch
 
 import runkey
-from runkey.data.index import ClassName, ImageRecord, read_classes, read_index
+from runkey.data.index import (
+    ClassName,
+    CocoDetection,
+    ImageRecord,
+    read_classes,
+    read_index,
+)
 from runkey.data.prepare import prepare
 from runkey.errors import LockError
 from runkey.evaluation.coco import evaluate_results
-from runkey.evaluation.files import CocoDetection
 from runkey.evaluation.per_image import judge_images
 from runkey.evaluation.run import to_results_json
 from runkey.evaluation.thresholds import best_thresholds

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.predict import average_precision
-from tests.support.project import Project
+from tests.support.project import TINY, Project, begin_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -26,7 +26,20 @@ def by_image(rows: list[Any]) -> dict[int, list[tuple[float, ...]]]:
     return found
 
 
-def test_the_detections_are_those_that_evaluate_judged(project: Project) -> None:
+@pytest.fixture(params=["auto", "bf16"])
+def evaluated(request: pytest.FixtureRequest, tmp_path: Path) -> Project:
+    """A project after `dvc repro`, with each training.precision."""
+    if request.param == "auto":
+        made: Project = request.getfixturevalue("project")
+        return made
+    training = TINY["training"] | {"precision": request.param}
+    begun = begin_project(tmp_path / "repository", TINY | {"training": training})
+    begun.dvc("repro evaluate")
+    return begun
+
+
+def test_the_detections_are_those_that_evaluate_judged(evaluated: Project) -> None:
+    project = evaluated
     truth = project.root / "data/annotations/instances_val.json"
     done = project.run(
         *(sys.executable, "-m", "runkey", "predict", "model", "data/val", "--score", "0"),

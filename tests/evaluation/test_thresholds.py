@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runkey.data.index import ClassName, ImageRecord
-from runkey.evaluation.files import CocoDetection
+from runkey.data.index import ClassName, CocoDetection, ImageRecord
 from runkey.evaluation.per_image import judge_images
 from runkey.evaluation.thresholds import best_thresholds, describe_thresholds
 

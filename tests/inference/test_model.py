@@ -112,6 +112,41 @@ def test_auto_takes_the_thresholds_of_these_weights(
         path.unlink()
 
 
+def test_classes_of_one_name_have_thresholds_of_their_own(model: Model) -> None:
+    classes = (CardClass(0, 4, "ball"), CardClass(1, 9, "ball"), CardClass(2, 11, "cube"))
+    card = replace(model.card, classes=classes, thresholds={"ball (4)": 0.25, "ball (9)": 0.75})
+    limits = Model(card, model.network).score_limits
+    assert limits("auto").tolist() == [0.25, 0.75, 0.5]
+    assert limits({"ball": 0.125}).tolist() == [0.125, 0.125, 0.5]
+    assert limits({"ball": 0.125, "ball (9)": 0.375}).tolist() == [0.125, 0.375, 0.5]
+    with pytest.raises(
+        ModelError, match=r"no class 'bal'; the model has ball \(4\), ball \(9\), cube"
+    ):
+        limits({"bal": 0.5})
+
+
+def test_nan_is_no_empty_answer(model: Model) -> None:
+    def network(pixels: np.ndarray) -> tuple[np.ndarray, ...]:
+        scores, labels, boxes = model.network(pixels)
+        return scores, labels, boxes * np.float32("nan")
+
+    with pytest.raises(ModelError, match=r"array of shape .*: the model predicts NaN"):
+        Model(model.card, network)(images(1)[0])
+
+
+def test_a_list_or_tuple_of_one_image_gives_a_list(model: Model) -> None:
+    (image,) = images(1)
+    assert len(model(image, score=0)) == 24
+    for one in ([image], (image,)):
+        (found,) = model(one, score=0)
+        assert found.image_size == SHAPES[0]
+
+
+def test_its_name_is_short(model: Model) -> None:
+    card = replace(model.card, key="rk2-" + "ab" * 32)
+    assert repr(Model(card, model.network)) == "Model(rk2-abababababab: 2 classes: ball, cube)"
+
+
 def test_thresholds_and_unknown_names(model: Model) -> None:
     found = model(images(1)[0], score=0)
     least = float(np.median(found.scores))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,40 @@ def test_a_weight_that_was_changed_after_the_export_is_refused(model, tmp_path, 
     assert CliRunner().invoke(app, words).exit_code == 0
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["images", "out", "out.refused"], "nothing else is left"
+
+
+def test_without_ground_truth_boxes_are_compared(model, tmp_path, monkeypatch):
+    images = save_images(tmp_path / "images")
+    opened = export.open_export
+
+    class Shifted:
+        def __init__(self, network, offset):
+            self.network, self.offset = network, offset
+
+        def __call__(self, pixels):
+            scores, labels, boxes = self.network(pixels)
+            return scores, labels, boxes + np.float32(self.offset)
+
+    for number, offset in enumerate((0.05, float("nan"))):
+        monkeypatch.setattr(
+            export,
+            "open_export",
+            lambda folder, by=offset: replace(
+                opened(folder), network=Shifted(opened(folder).network, by)
+            ),
+        )
+        out = tmp_path / f"out{number}"
+        done = export_model(model, out, Choice(), store=None, images=images)
+        assert done.parity.faults == ("0% of the boxes are equal, at least 90%",)
+        assert done.folder == tmp_path / f"out{number}.refused"
+
+
+def test_a_damaged_key_file_is_no_run(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model")
+    for text in ("[]", "{}", '{"key": "rk2-1"}', '{"key": "rk2-1", "preimages": []}'):
+        (folder / "key.json").write_text(text)
+        with pytest.raises(DataError, match="which run made the model is not known"):
+            export_model(folder, tmp_path / "o", Choice(), store=None, root=tmp_path)
 
 
 def sample_of(model_answers, count: int = 20) -> Sample:

@@ -29,7 +29,9 @@ needs_runtimes = pytest.mark.skipif(not INSTALLED, reason="`make env-export` ins
 def model(tmp_path, monkeypatch):
     """A model with a key, and val images with boxes that it finds."""
     folder = save_small_model(tmp_path / "model")
-    (folder / "key.json").write_text(json.dumps({"key": "rk2-" + "ab" * 32}))
+    (folder / "key.json").write_text(
+        json.dumps({"key": "rk2-" + "ab" * 32, "preimages": {"params": {}}})
+    )
     sample = sample_of(TorchNetwork(InferenceModule(load_model(folder)[0])))
     images = [pixels.images[0] for pixels in sample.batches()][:4]
     sample = replace(sample, calibration=lambda: images)

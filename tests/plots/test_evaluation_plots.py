@@ -13,11 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runkey.data.index import ClassName, ImageRecord, write_classes, write_index
+from runkey.data.index import (
+    ClassName,
+    CocoDetection,
+    ImageRecord,
+    write_classes,
+    write_index,
+)
 from runkey.errors import DataError
 from runkey.evaluation.coco import evaluate_results
 from runkey.evaluation.files import (
-    CocoDetection,
     read_output,
     write_metrics,
     write_precision_recall,

@@ -158,6 +158,19 @@ def test_show(runs: Path, run: Run) -> None:
     assert "none yet" in out
 
 
+def test_show_lists_exports(root: Path, run: Run) -> None:
+    exports = {
+        "openvino-int8": {"passed": False, "ap": 0.62, "ap_lost": 0.513},
+        "onnx-fp32": {"passed": True, "ap": 0.625, "ap_lost": 0.0},
+        "torch-fp32": {"passed": True, "ap": None, "ap_lost": None},
+    }
+    make_run(root, B, exports=exports)
+    _, out, _ = run("show", B)
+    assert "exports      onnx fp32, AP 0.625 (+0.00 points)\n" in out
+    assert "             openvino int8, AP 0.620 (-0.51 points), refused\n" in out
+    assert "             torch fp32, AP not measured\n" in out
+
+
 def test_show_says_what_reproducing_it_gave(root: Path, run: Run) -> None:
     whole = {"when_ms": 0, "run_id": "e" * 32, "host": "big", "identical": True, "reproduced": True}
     near = {"identical": False, "reproduced": True, "class_differences": ["threads 1 | 2"]}

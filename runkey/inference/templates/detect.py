@@ -28,7 +28,7 @@ def load_network(path):
     if CARD["export"] == "openvino":
         import openvino
 
-        hint = {"INFERENCE_PRECISION_HINT": "bf16" if CARD["precision"] == "bf16" else "f32"}
+        hint = {"INFERENCE_PRECISION_HINT": "f32" if CARD["precision"] == "fp32" else "bf16"}
         model = openvino.Core().compile_model(path, "CPU", hint)
         return lambda images: [model([images])[index] for index in range(3)]
     import torch
