@@ -14,15 +14,16 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 
 from runkey.errors import DataError, ModelError
-from runkey.evaluation.run import evaluate_detections
+from runkey.evaluation.per_image import judge_images
+from runkey.evaluation.run import evaluate_detections, to_results_json
+from runkey.evaluation.thresholds import best_thresholds
 from runkey.files import json_safe, write_json
 from runkey.hashing import sha256_file
 from runkey.inference.detections import Detections
@@ -30,6 +31,8 @@ from runkey.inference.export import Format, Precision, check_choice, versions, w
 from runkey.inference.model import find_thresholds
 from runkey.inference.module import EXPORTED, InferenceModule, InferenceOptions
 from runkey.inference.networks import FILES, Arrays, Card, Network, TorchNetwork, open_export
+from runkey.inference.thresholds import score_by_class
+from runkey.model.detr import Detector
 from runkey.model.weights import WEIGHTS, ModelCard, load_model
 from runkey.pipeline.record import Addition, add_to_run
 from runkey.pipeline.run_images import Sample, detections_by_image, find_sample, read_recipe
@@ -72,9 +75,14 @@ class Choice:
     @property
     def is_exact(self) -> bool:
         """Whether nothing but rounding in fp32 may differ."""
-        options = self.options
-        cut = options.proposals_only or options.decoder_layers is not None
-        return self.precision == "fp32" and not cut
+        return self.precision == "fp32" and self.cut == InferenceOptions()
+
+    @property
+    def cut(self) -> InferenceOptions:
+        """The options that leave out layers, so that scores are others."""
+        return InferenceOptions(
+            decoder_layers=self.options.decoder_layers, proposals_only=self.options.proposals_only
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +170,7 @@ def export_model(
             " truth; export in the run's repository, or take --precision fp32"
         )
     made = _card(model, card, recipe, choice, sample, store)
+    made["thresholds"] = _thresholds(model, detector, choice, sample)
     out.parent.mkdir(parents=True, exist_ok=True)
     calibrations = (sample.calibration(), []) if choice.precision == "int8" else ([],)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
@@ -188,9 +197,7 @@ def export_model(
 # --- the comparison
 
 
-def compare_export(
-    detector: torch.nn.Module, folder: Path, choice: Choice, sample: Sample
-) -> Parity:
+def compare_export(detector: Detector, folder: Path, choice: Choice, sample: Sample) -> Parity:
     """Run an export and the model on the same images.
 
     Args:
@@ -199,15 +206,10 @@ def compare_export(
         choice: what was exported: it decides how far the two may differ.
         sample: the images, and their ground truth.
     """
-    cut = replace(
-        InferenceOptions(),
-        decoder_layers=choice.options.decoder_layers,
-        proposals_only=choice.options.proposals_only,
-    )
-    whole: Network = TorchNetwork(InferenceModule(detector))  # type: ignore[arg-type]
+    whole: Network = TorchNetwork(InferenceModule(detector))
     same = whole
-    if cut != InferenceOptions():
-        same = TorchNetwork(InferenceModule(detector, cut))  # type: ignore[arg-type]
+    if choice.cut != InferenceOptions():
+        same = TorchNetwork(InferenceModule(detector, choice.cut))
     exported = open_export(folder).network
     found: dict[str, dict[int, Detections]] = {"export": {}, "model": {}}
     differences, equal, near, total = [0.0, 0.0], 0, 0, 0
@@ -300,7 +302,7 @@ def _card(
             "long_side": sizes.long_side,
             "intensity_range": sizes.intensity_range,
         },
-        "thresholds": dict(find_thresholds(model)),
+        "thresholds": {},
         "preset": card.model.preset,
         "options": {name: value for name, value in asdict(choice.options).items() if value},
         "environment": versions(choice.format),
@@ -314,6 +316,21 @@ def _card(
         if began := started_from(recipe["preimages"]["params"], {}, cache):
             made["started_from"] = asdict(began)
     return cast(Card, dict(made) | dict(sample.about))
+
+
+def _thresholds(
+    model: Path, detector: Detector, choice: Choice, sample: Sample
+) -> dict[str, float]:
+    """Each class's score of best F1; without some layers, measured again on the sample."""
+    if choice.cut == InferenceOptions():
+        return dict(find_thresholds(model))
+    network = TorchNetwork(InferenceModule(detector, choice.cut))
+    found: dict[int, Detections] = {}
+    for pixels in sample.batches():
+        found |= detections_by_image(network(pixels.images), pixels)
+    results = to_results_json(found, sample.classes)
+    judged = judge_images(sample.records, sample.classes, results)
+    return dict(score_by_class(best_thresholds(judged, sample.classes, weights="")))
 
 
 def _parity_json(card: Card, choice: Choice, parity: Parity) -> dict[str, Any]:

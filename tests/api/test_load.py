@@ -81,6 +81,20 @@ def test_a_run_s_files_are_copied_once_and_checked(
         runkey.load(record.label)
 
 
+def test_outside_a_repository(
+    record: Record, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(RunkeyError, match="or set MLFLOW_TRACKING_URI to a server's address or"):
+        runkey.load(record.label)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{checkout}/mlflow.db")
+    assert runkey.load(record.label).card.key == record.key
+    assert not list(elsewhere.iterdir())
+    assert (checkout / ".runkey/models").is_dir()
+
+
 def test_an_mlflow_run_and_one_of_a_key_s_runs(record: Record, checkout: Path) -> None:
     assert runkey.load(f"{record.label}:{record.run.run_id[:6]}").card.key == record.key
     with pytest.raises(RunkeyError, match=r"mlflow\.db: not found; `make repro` records"):

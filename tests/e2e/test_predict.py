@@ -34,7 +34,7 @@ def evaluated(request: pytest.FixtureRequest, tmp_path: Path) -> Project:
         return made
     training = TINY["training"] | {"precision": request.param}
     begun = begin_project(tmp_path / "repository", TINY | {"training": training})
-    begun.dvc("repro evaluate")
+    begun.dvc("repro", "evaluate")
     return begun
 
 

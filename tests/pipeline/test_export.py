@@ -15,6 +15,9 @@ from runkey.cli import app
 from runkey.errors import DataError, ModelError
 from runkey.hashing import sha256_bytes
 from runkey.inference.extras import import_extra
+from runkey.inference.module import EXPORTED, InferenceModule
+from runkey.inference.networks import TorchNetwork
+from runkey.model.weights import load_model
 from runkey.pipeline import export
 from runkey.pipeline.export import Choice, export_model
 from runkey.pipeline.run_images import Pixels, Sample
@@ -143,10 +146,6 @@ def sample_of(model_answers, count: int = 20) -> Sample:
 
 def test_ap_lost_decides_on_int8(model, tmp_path, monkeypatch):
     """With the calibration that was drawn, then without, then not at all."""
-    from runkey.inference.module import InferenceModule
-    from runkey.inference.networks import TorchNetwork
-    from runkey.model.weights import load_model
-
     sample = sample_of(TorchNetwork(InferenceModule(load_model(model)[0])))
     given = [pixels.images[0] for pixels in sample.batches()][:4]
     object.__setattr__(sample, "calibration", lambda: given)
@@ -172,6 +171,27 @@ def test_ap_lost_decides_on_int8(model, tmp_path, monkeypatch):
     done = export_model(model, tmp_path / "never", never, store=None)
     assert done.folder == tmp_path / "never.refused"
     assert done.parity.faults[0].startswith("loses ")
+
+
+def test_a_model_without_some_layers_gets_thresholds_of_its_own(model, tmp_path, monkeypatch):
+    detector, _ = load_model(model)
+    cut = replace(EXPORTED, proposals_only=True)
+    sample = sample_of(TorchNetwork(InferenceModule(detector, cut)))
+    monkeypatch.setattr(export, "find_sample", lambda *arguments: sample)
+    whole = export_model(model, tmp_path / "whole", Choice(max_ap_loss=100), store=None)
+    assert whole.card["thresholds"] == {"ball": 0.25}
+    done = export_model(model, tmp_path / "cut", Choice(options=cut, max_ap_loss=100), store=None)
+    assert done.parity.passed
+    best = [
+        (int(labels[0, 0]), float(scores[0, 0]))
+        for scores, labels, _ in map(
+            TorchNetwork(InferenceModule(detector, cut)),
+            (pixels.images for pixels in sample.batches()),
+        )
+    ]
+    name = ("ball", "cube")[best[0][0]]
+    assert 0 < done.card["thresholds"][name] <= max(score for _, score in best)
+    assert done.card["thresholds"] != {"ball": 0.25}
 
 
 def test_without_ground_truth_only_fp32_can_be_judged(model, tmp_path):
