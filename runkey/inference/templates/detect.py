@@ -3,7 +3,7 @@
     python detect.py a.jpg b.png                         # each class's best threshold (card.json)
     python detect.py --score 0.3 --draw drawn/ *.jpg     # one threshold; drawn images
 
-Needs numpy, pillow, and what card.json names as "export": onnxruntime, openvino or torch.
+Needs numpy, pillow and what runs the model: onnxruntime, openvino or torch ("export" in card.json).
 """
 
 import argparse
