@@ -37,7 +37,7 @@ _SAMPLE_MAKER = Path(__file__).parents[2] / "sample-data" / "make_sample.py"
 _HINTS = 2
 _NOT_RECORDED = "(this run was not recorded in MLflow)"
 _PLACES = (
-    (paths.MODEL, "weights, classes and parameters"),
+    (paths.MODEL, "what `runkey predict model FOLDER` detects objects with"),
     (paths.PREPARED / "contact_sheet.jpg", "the data with its boxes"),
     (paths.PLOTS / "report.html", "all of it on one page, for a browser"),
     (paths.PLOTS / "best.jpg", "images that went well, truth beside prediction"),

@@ -142,7 +142,7 @@ def show_run(
     )
     for label, text in described:
         if text:
-            output.print_beside(f"{label:<{_LABEL}}", text)
+            output.print_beside(f"{label:<{_LABEL - 1}} ", text)
 
 
 def get(

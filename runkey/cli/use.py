@@ -159,7 +159,10 @@ def _say_summary(summary: Summary, others: int) -> None:
     if summary.was_there:
         say(f"{summary.folder}/ held earlier predictions: files of the same name are replaced")
     if others:
-        say(f"left out: {counted(f'{others:,}', 'file')} that are neither images nor videos")
+        what = "that is neither an image nor a video"
+        if others > 1:
+            what = "that are neither images nor videos"
+        say(f"left out: {counted(f'{others:,}', 'file')} {what}")
     if several := summary.first_of_several:
         what = "an animation or a file of several pages; its first image is taken"
         if len(several) > 1:

@@ -97,7 +97,7 @@ class Options:
         if unknown := [kind for kind in self.kinds if kind not in KINDS]:
             raise DataError(f"--write {unknown[0]}: not one of {', '.join(KINDS)}")
         if "results" in self.kinds and self.coco is None:
-            raise DataError("--write results: --coco FILE is wanted, which holds the images' ids")
+            raise DataError("--write results: needs --coco FILE, which holds the images' ids")
         if self.nms is not None and not 0 < self.nms <= 1:
             raise DataError(f"--nms {self.nms:g}: an IoU above 0, at most 1")
 

@@ -123,6 +123,8 @@ def _took(run: LoggedRun) -> str:
 # --- runkey show
 
 _FIRST = ("AP", "AP50", "AP75", "loss")
+_EXPORT = "export/"
+"""Before the name of an export in its metrics: `export/onnx-fp32/AP`."""
 _GROUPS = ("eval", CLASS_AP, "val", "train")
 _MOST_CLASSES = 20
 
@@ -208,8 +210,12 @@ def _metrics(metrics: Mapping[str, float]) -> Iterator[Row]:
         values = {parts[1]: metrics[names[parts]] for parts in group}
         if head == CLASS_AP:
             yield "AP by class", _listed(_worst(values))
+            continue
+        listed = _listed(f"{n} {_short(v)}" for n, v in values.items())
+        if head.startswith(_EXPORT):
+            yield "export", f"{head.removeprefix(_EXPORT)}: {listed}"
         else:
-            yield head or "metrics", _listed(f"{n} {_short(v)}" for n, v in values.items())
+            yield head or "metrics", listed
 
 
 def _worst(scores: Mapping[str, float]) -> Iterator[str]:

@@ -38,7 +38,7 @@ def test_what_it_prints(run: Run, images: Path, model: str) -> None:
     code, out, err = run("predict", model, "photos", "--score", "0", "--workers", "1")
     assert code == 0
     lines = out.splitlines()
-    assert lines[0] == "left out: 1 file that are neither images nor videos"
+    assert lines[0] == "left out: 1 file that is neither an image nor a video"
     assert lines[1].startswith("4 images, 96 detections in ")
     assert lines[1].endswith(" images/s)")
     assert "ball" in lines[2]

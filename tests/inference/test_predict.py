@@ -192,7 +192,7 @@ def test_results_have_the_ids_of_a_coco_file(
     path.write_text(json.dumps({"images": [{"id": 5, "file_name": "gone.png"}]}))
     with pytest.raises(DataError, match="names none of the images"):
         run(model, images, "results", coco=path)
-    with pytest.raises(DataError, match="--coco FILE is wanted"):
+    with pytest.raises(DataError, match="needs --coco FILE"):
         run(model, images, "results")
 
 

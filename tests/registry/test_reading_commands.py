@@ -31,7 +31,7 @@ def runs(root: Path) -> Path:
     changed = {"lr": "5e-05", "seed": "1", "training.epochs": "12", "key": B}
     make_run(
         root, B, "b" * 32, started_ms=1_700_000_100_000, params=changed, name="lr=5e-05",
-        metrics={"eval/AP": 0.625, "eval/AP50": 0.8, "train/loss": 1.0},
+        metrics={"eval/AP": 0.625, "eval/AP50": 0.8, "train/loss": 1.0, "export/onnx-int8/AP": 0.6},
         tags={"key": B, "host": "big", "device": "cuda H200", "decision": "no run: trained",
               "event.hint.loader": '{"seen": "it waits", "change": "raise runtime.workers"}',
               "reused": "today on small: finished run bbbbbbbb of big is reused"},
@@ -144,6 +144,7 @@ def test_show(runs: Path, run: Run) -> None:
     assert "weights.pt 7 B" in out
     assert max(len(line) for line in out.splitlines() if "file://" not in line) <= 100
     assert "\ndecision     no run: trained\n" in out
+    assert "\nexport       onnx-int8: AP 0.600\n" in out
     assert "\nlast reuse   today on small: finished run bbbbbbbb of big is reused\n" in out
     _, everything, _ = run("show", B, "--all")
     assert "training.epochs = 12" in everything
