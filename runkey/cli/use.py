@@ -91,7 +91,8 @@ def predict(
     ] = None,
     batch_size: Annotated[int, Option("--batch-size", min=1, help="Images at once.")] = 8,
     workers: Annotated[
-        int | None, Option("--workers", min=0, help="Threads that decode and draw [cores].")
+        int | None,
+        Option("--workers", min=0, max=256, help="Threads that decode and draw [cores]."),
     ] = None,
     device: Annotated[
         str | None, Option("--device", help="cpu, cuda, cuda:1 [the GPU, if there is one].")
@@ -111,8 +112,9 @@ def predict(
     from runkey.inference.predict import Options, find_sources, parse_score
     from runkey.inference.predict import predict as predict_all
     from runkey.inference.tile import parse_tiling
+    from runkey.inference.writers import as_utf8
 
-    about = {"model": model, "sources": sources}
+    about = {"model": as_utf8(model), "sources": list(map(as_utf8, sources))}
     listed = sys.stdin if "-" in sources else ()
     found = find_sources(sources, out=out, allow_urls=allow_urls, listed=listed)
     chosen = parse_score(score)

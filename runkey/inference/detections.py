@@ -7,6 +7,7 @@ found.above({"car": 0.4, "bus": 0.6}).draw().save("a.png")
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -88,7 +89,12 @@ class Detections:
         """Drop each detection that overlaps a better one of its class by more than `iou`.
 
         Greedy non-maximum suppression within each class.
+
+        Raises:
+            ModelError: `iou` is not above 0 and at most 1.
         """
+        if not 0 < iou <= 1:
+            raise ModelError(f"nms {iou:g}: give an IoU above 0, at most 1")
         import torch
         from torchvision.ops import batched_nms
 
@@ -157,8 +163,12 @@ def score_limits(
         others: of the classes that `score` does not name, by `class_keys`; 0 if not there.
 
     Raises:
-        ModelError: the model has no class of a name.
+        ModelError: the model has no class of a name, or a score is NaN.
     """
+    named = score if isinstance(score, Mapping) else {"": score}
+    for name, value in named.items():
+        if math.isnan(value):
+            raise ModelError(f"score {f'{name}=' * bool(name)}nan: give a number from 0 to 1")
     if not isinstance(score, Mapping):
         return np.full(len(classes), score, dtype=np.float32)
     keys, names = class_keys(classes), [one.name for one in classes]

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import batched
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from runkey.errors import DataError
-from runkey.files import write_json
+from runkey.files import LARGE, FormatError, read_json, write_json
 from runkey.inference.detections import Detections
 from runkey.inference.draw import DRAWN_SIDES, fitted
 from runkey.inference.model import Model, Score, check_finite
@@ -50,8 +50,7 @@ from runkey.inference.writers import (
     Outputs,
     Prediction,
     claim_folder,
-    match_ids,
-    read_image_ids,
+    held_folder,
     write_skipped,
 )
 from runkey.progress import Steps, progress
@@ -172,32 +171,35 @@ def predict(model: Model, found: Found, folder: Path, options: Options) -> Summa
         **options.about,
     }
     summary = Summary(folder, skipped=list(found.skipped))
-    summary.was_there = claim_folder(folder, {**mark, "finished": False})
-    workers = _workers() if options.workers is None else options.workers
-    started, finished = time.monotonic(), False
-    total = sum(count_frames(one, options.every) if one.is_video else 1 for one in found.sources)
-    shared = About(model.card.classes, found.base, total, about, ids, workers)
-    outputs = Outputs(folder, options.kinds, shared)
-    run = _Run(model, limits, options, outputs.kinds, summary)
-    try:
-        with (
-            _delayed_interrupts() as delayed,
-            outputs,
-            progress("predict", total, "images") as steps,
-        ):
-            for one in run.predictions(found, workers, steps):
-                with delayed():
-                    outputs.add(one)
-        finished = True
-    finally:
-        summary.kinds = outputs.kinds
-        summary.images, summary.seconds = outputs.images, time.monotonic() - started
-        for index, count in outputs.objects.items():
-            summary.objects[names[index]] += count
-        write_skipped(folder, ((one.name, one.reason) for one in summary.skipped))
-        mark |= {"images": summary.images, "skipped": len(summary.skipped)}
-        mark |= {"seconds": round(summary.seconds, 2), "finished": finished}
-        write_json(folder / MARK, mark)
+    with held_folder(folder):
+        summary.was_there = claim_folder(folder, {**mark, "finished": False})
+        workers = _workers() if options.workers is None else options.workers
+        started, finished = time.monotonic(), False
+        total = sum(
+            count_frames(one, options.every) if one.is_video else 1 for one in found.sources
+        )
+        shared = About(model.card.classes, found.base, total, about, ids, workers)
+        outputs = Outputs(folder, options.kinds, shared)
+        run = _Run(model, limits, options, outputs.kinds, summary)
+        try:
+            with (
+                _delayed_interrupts() as delayed,
+                outputs,
+                progress("predict", total, "images") as steps,
+            ):
+                for one in run.predictions(found, workers, steps):
+                    with delayed():
+                        outputs.add(one)
+            finished = True
+        finally:
+            summary.kinds = outputs.kinds
+            summary.images, summary.seconds = outputs.images, time.monotonic() - started
+            for index, count in outputs.objects.items():
+                summary.objects[names[index]] += count
+            write_skipped(folder, ((one.name, one.reason) for one in summary.skipped))
+            mark |= {"images": summary.images, "skipped": len(summary.skipped)}
+            mark |= {"seconds": round(summary.seconds, 2), "finished": finished}
+            write_json(folder / MARK, mark)
     return summary
 
 
@@ -356,6 +358,40 @@ def _image_ids(found: Found, options: Options) -> dict[str, int]:
             f"{options.coco}: has {counted(f'{left:,}', 'image')} more, without predictions"
         )
     return ids
+
+
+def read_image_ids(path: Path) -> dict[str, int]:
+    """Return the ids of a COCO file's images by `file_name`.
+
+    Raises:
+        DataError: it cannot be read, or holds no such list.
+    """
+    try:
+        coco = read_json(path, most=LARGE)
+        entries = {str(one["file_name"]): int(one["id"]) for one in coco["images"]}
+    except FileNotFoundError:
+        raise DataError(f"{path}: not found") from None
+    except (FormatError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: no COCO file with a list of images ({error})") from None
+    return entries
+
+
+def match_ids(names: Sequence[str], ids: Mapping[str, int]) -> dict[str, int]:
+    """Return the ids of images by their name here, which may have other folders above it.
+
+    A file matches by its whole name, else by the last part of it if only one image has that.
+    """
+    lasts = Counter(PurePosixPath(name).name for name in ids)
+    own = Counter(PurePosixPath(name).name for name in names)
+    by_last = {PurePosixPath(name).name: number for name, number in ids.items()}
+    found = {}
+    for name in names:
+        last = PurePosixPath(name).name
+        if name in ids:
+            found[name] = ids[name]
+        elif lasts[last] == own[last] == 1:
+            found[name] = by_last[last]
+    return found
 
 
 def _workers() -> int:

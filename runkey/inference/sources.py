@@ -13,7 +13,7 @@ import glob
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,6 +29,7 @@ from runkey.data.decode import open_image
 from runkey.data.index import IntensityRange
 from runkey.errors import DataError, LockError
 from runkey.files import open_plain
+from runkey.hashing import sha256_bytes
 from runkey.http_limits import LimitedConnection, answer_seconds
 from runkey.inference.extras import import_extra
 from runkey.inference.preprocess import read_image
@@ -46,6 +47,11 @@ _LARGEST_FILE = GIB
 _MOST_REDIRECTS = 3
 _ODD_NAME = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 """Characters that XML cannot hold, or that no UTF-8 is made of."""
+_FRAME_STEM = re.compile(r"(.+)_frame_\d{6,}")
+"""Stem of a video's frame."""
+_LONGEST_STEM = 200
+"""Bytes; with a frame's number and a suffix below the 255 of file systems."""
+_OUTPUT_SUFFIXES = (".jpg", ".txt", ".xml", ".json")
 _ADDRESS = re.compile(r"(?i)https?://")
 
 
@@ -196,7 +202,7 @@ class _Finder:
     def _add_folder(self, root: Path) -> None:
         self._folders.append(str(root))
         seen = {root.resolve()}
-        for folder, below, files in os.walk(root, followlinks=True):
+        for folder, below, files in os.walk(root, onerror=self._unread, followlinks=True):
             here = Path(folder)
             # A link to a folder above would never end.
             below[:] = sorted(
@@ -215,28 +221,33 @@ class _Finder:
                 else:
                     self.found.others += 1
 
+    def _unread(self, error: OSError) -> None:
+        """Add a folder that cannot be listed, such as one without the right to read it."""
+        reason = f"a folder that cannot be read ({error.strerror})"
+        self.found.skipped.append(Skipped(os.fspath(error.filename or "."), reason))
+
     def finish(self) -> Found:
         """Name all places."""
         found = self.found
         if self._folders:
             found.base = Path(os.path.commonpath(self._folders))
         names: dict[str, str] = {}
-        for place in self._places:
-            if _ADDRESS.match(place):
-                names[place] = _address_name(place, set(names.values()))
-            else:
-                names[place] = Path(place).relative_to(found.base).as_posix()
-        stems = Counter(_without_suffix(name) for name in names.values())
+        addresses = [place for place in self._places if _ADDRESS.match(place)]
+        for place in self._places.keys() - addresses:
+            names[place] = Path(place).relative_to(found.base).as_posix()
+        taken = set(names.values())
+        for place in addresses:
+            names[place] = _address_name(place, taken)
+            taken.add(names[place])
+        videos = {names[place] for place, is_video in self._places.items() if is_video}
+        stems = _stems([names[place] for place in self._places], videos)
         for place, is_video in self._places.items():
             name = names[place]
             if _ODD_NAME.search(name):
                 reason = "its name holds a control character or is not UTF-8; rename it"
                 found.skipped.append(Skipped(ascii(name)[1:-1], reason))
                 continue
-            stem = _without_suffix(name)
-            found.sources.append(
-                InputFile(place, name, stem if stems[stem] == 1 else name, is_video)
-            )
+            found.sources.append(InputFile(place, name, stems[name], is_video))
         return found
 
 
@@ -254,6 +265,45 @@ def _suffix(name: str) -> str:
 def _without_suffix(name: str) -> str:
     path = PurePosixPath(name)
     return path.with_suffix("").as_posix() if path.suffix else name
+
+
+def _stems(names: Sequence[str], videos: Set[str]) -> dict[str, str]:
+    """Return a stem for each name, so that no file of one source is also one of another.
+
+    It is the name without suffix, with it where another source differs in nothing else, and
+    numbered where that is taken too: `a.jpg`, `a.png` and `a.jpg.png` would share `a.jpg`.
+    """
+    short = Counter(map(_without_suffix, names))
+    wanted = {name: _cut(_without_suffix(name), name, short) for name in names}
+    counts = Counter(wanted.values())
+    folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+    films = {match[1] for name in short if (match := _FRAME_STEM.fullmatch(name))}
+    taken: set[str] = set()
+    found = {}
+    for name, stem in wanted.items():
+        chosen, number = stem, 1
+        while (
+            chosen in taken
+            or (chosen != stem and chosen in counts)
+            or any(f"{chosen}{suffix}" in folders for suffix in _OUTPUT_SUFFIXES)
+            or (name in videos and chosen in films)
+        ):
+            number += 1
+            chosen = f"{stem}_{number}"
+        taken.add(chosen)
+        found[name] = chosen
+    return found
+
+
+def _cut(stem: str, name: str, short: Mapping[str, int]) -> str:
+    """Return the stem, or the name where others have that stem; not too long for a file's name."""
+    chosen = stem if short[stem] == 1 else name
+    folder, slash, last = chosen.rpartition("/")
+    data = last.encode("utf-8", "surrogateescape")
+    if len(data) <= _LONGEST_STEM:
+        return chosen
+    begin = data[: _LONGEST_STEM - 9].decode("utf-8", "ignore")
+    return f"{folder}{slash}{begin}~{sha256_bytes(data)[:8]}"
 
 
 def _address_name(address: str, taken: set[str]) -> str:
@@ -331,9 +381,11 @@ def _read_file(place: str) -> bytes:
     try:
         with open_plain(Path(place)) as file:
             size = os.fstat(file.fileno()).st_size
-            if size > _LARGEST_FILE:
+            # A file may grow while it is read.
+            data = file.read(_LARGEST_FILE + 1) if size <= _LARGEST_FILE else b""
+            if (size := max(size, len(data))) > _LARGEST_FILE:
                 raise DataError(f"{format_bytes(size)}; at most {format_bytes(_LARGEST_FILE)}")
-            return file.read()
+            return data
     except FileNotFoundError:
         raise DataError("not found") from None
     except OSError as error:
@@ -393,12 +445,17 @@ def _download(address: str) -> bytes:
 def count_frames(source: InputFile, every: int) -> int:
     """Return how many frames of a video are read, as its header says; 1 if it does not."""
     try:
-        av = import_extra("av")
-        with av.open(source.place) as container:
+        with _opened(source.place) as container:
             frames = int(container.streams.video[0].frames)
     except Exception:  # noqa: BLE001 - reading the frames says what is wrong
         return 1
     return max(1, -(-frames // every))
+
+
+def _opened(place: str) -> Any:
+    """Open a video that is a plain file, and that names no other files or addresses to be read."""
+    open_plain(Path(place)).close()
+    return import_extra("av").open(place, options={"protocol_whitelist": "file"})
 
 
 def _video_frames(source: InputFile, every: int) -> Iterator[Frame]:
@@ -411,7 +468,7 @@ def _video_frames(source: InputFile, every: int) -> Iterator[Frame]:
     av = import_extra("av")
     number = -1
     try:
-        with av.open(source.place) as container:
+        with _opened(source.place) as container:
             if not container.streams.video:
                 raise DataError("holds no video")
             stream = container.streams.video[0]

@@ -10,6 +10,7 @@ and get their own name at the end; also after Ctrl-C, with what was written unti
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 import os
@@ -19,9 +20,8 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, Self
 from xml.sax import saxutils
@@ -29,7 +29,7 @@ from xml.sax import saxutils
 from PIL import Image
 
 from runkey.errors import DataError
-from runkey.files import LARGE, FormatError, WriteError, read_json, replacing, write_json
+from runkey.files import WriteError, replacing, write_json
 from runkey.inference.detections import Detections
 from runkey.inference.draw import (
     SHEET_IMAGES,
@@ -72,6 +72,9 @@ _LABELS = ("yolo", "voc", "labelme", "cvat")
 _OWN = (MARK, SKIPPED, JSON, RESULTS, CSV, SHEET, CVAT, YOLO, VOC, LABELME, IMAGES, FRAMES)
 _QUALITY = 90
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+_CONTROLS = re.compile("[\x00-\x1f]+")
+_YAML_ODD = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
+"""Characters that YAML takes for line breaks, or refuses."""
 _THUMBNAIL = 420
 """Pixels of the long side of an image that waits for the sheet."""
 
@@ -143,14 +146,13 @@ class Outputs:
         self.images = 0
         self.objects: Counter[int] = Counter()
         """Detections by class index."""
-        self._stack = ExitStack()
         kinds = list(dict.fromkeys(kinds))
         if any(kind in _LABELS for kind in kinds) and "frames" not in kinds:
             kinds.append("frames")
         self.kinds = tuple(kinds)
-        self.writers: list[Writer] = []
-        for kind in kinds:
-            self.writers.append(_WRITERS[kind](folder, about, self._stack))
+        with ExitStack() as stack:
+            self.writers = [_WRITERS[kind](folder, about, stack) for kind in kinds]
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -177,13 +179,12 @@ def claim_folder(folder: Path, about: Mapping[str, Any]) -> bool:
     Raises:
         DataError: it holds something else.
     """
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise DataError(f"{folder}: not a folder; name a new one with --out")
+    _check_folder(folder)
     inside = sorted(one.name for one in folder.iterdir()) if folder.is_dir() else []
     is_own = MARK in inside
     if is_own:  # temporary files of a run that was killed
         for name in inside:
-            if name.startswith(tuple(f".{own}." for own in _OWN)):
+            if name.startswith(tuple(f".{own}." for own in _OWN)) and (folder / name).is_file():
                 (folder / name).unlink()
     if inside and not is_own:
         raise DataError(
@@ -194,12 +195,42 @@ def claim_folder(folder: Path, about: Mapping[str, Any]) -> bool:
     return is_own
 
 
+@contextmanager
+def held_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder while predictions are written to it; it is made if it is not there.
+
+    Raises:
+        DataError: another process writes there.
+    """
+    _check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"{folder}: another `runkey predict` writes there now; name another with --out"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise DataError(f"{folder}: not a folder; name a new one with --out")
+
+
 class _Files:
     """Writes many small files below a folder; a link in the place of one is replaced."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._made: set[Path] = set()
+        self._real = Path(os.path.realpath(folder.parent), folder.name)
 
     def put(self, name: str, data: bytes) -> None:
         path = self.folder / name
@@ -207,6 +238,9 @@ class _Files:
         try:
             if path.parent not in self._made:
                 path.parent.mkdir(parents=True, exist_ok=True)
+                place = Path(os.path.realpath(path.parent))
+                if place != self._real / path.parent.relative_to(self.folder):
+                    raise DataError(f"{path.parent}: a link to {place}; remove it")
                 self._made.add(path.parent)
             temporary.write_bytes(data)
             temporary.replace(path)
@@ -302,13 +336,12 @@ class _Yolo:
     def __init__(self, folder: Path, about: About, stack: ExitStack) -> None:  # noqa: ARG002
         self._files = _Files(folder / YOLO)
         names = {one.index: one.name for one in about.classes}
-        lines = [f"path: {json.dumps(str(about.base), ensure_ascii=False)}", "train: .", "val: ."]
-        lines += [
-            "names:",
-            *(f"  {i}: {json.dumps(n, ensure_ascii=False)}" for i, n in names.items()),
-        ]
+        lines = [f"path: {_yaml(str(about.base))}", "train: .", "val: .", "names:"]
+        lines += [f"  {index}: {_yaml(name)}" for index, name in names.items()]
         self._files.put("data.yaml", "\n".join([*lines, ""]).encode())
-        self._files.put("classes.txt", "".join(f"{name}\n" for name in names.values()).encode())
+        # A line for each class: what would break a line becomes a space.
+        classes = [_YAML_ODD.sub(" ", _CONTROLS.sub(" ", name)) for name in names.values()]
+        self._files.put("classes.txt", "".join(f"{name}\n" for name in classes).encode())
 
     def add(self, one: Prediction) -> None:
         width, height = one.size
@@ -388,7 +421,7 @@ class _Labelme:
             "imageHeight": height,
             "imageWidth": width,
         }
-        self._files.put(own, json.dumps(label, indent=1, ensure_ascii=False).encode())
+        self._files.put(own, as_utf8(json.dumps(label, indent=1, ensure_ascii=False)).encode())
 
     def finish(self) -> None:
         pass
@@ -484,9 +517,7 @@ class _Sheet:
             self._kept.append(
                 (
                     self._seen,
-                    SheetImage(
-                        one.size, partial(_same, small), label_fewer(detected_boxes(found), None)
-                    ),
+                    SheetImage(one.size, small.copy, label_fewer(detected_boxes(found), None)),
                 )
             )
             if len(self._kept) >= 2 * SHEET_IMAGES:
@@ -506,10 +537,6 @@ class _Sheet:
             if self._objects[one.index]
         ]
         draw_rows(self._path, self._seen, title, classes, self._objects, chosen)
-
-
-def _same(image: Image.Image) -> Image.Image:
-    return image
 
 
 _WRITERS: dict[str, Callable[[Path, About, ExitStack], Writer]] = {
@@ -532,40 +559,6 @@ def write_skipped(folder: Path, rows: Iterator[tuple[str, str]]) -> None:
         file.write(_csv_rows([("file", "reason"), *rows]))
 
 
-def read_image_ids(path: Path) -> dict[str, int]:
-    """Return the ids of a COCO file's images by `file_name`.
-
-    Raises:
-        DataError: it cannot be read, or holds no such list.
-    """
-    try:
-        coco = read_json(path, most=LARGE)
-        entries = {str(one["file_name"]): int(one["id"]) for one in coco["images"]}
-    except FileNotFoundError:
-        raise DataError(f"{path}: not found") from None
-    except (FormatError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: no COCO file with a list of images ({error})") from None
-    return entries
-
-
-def match_ids(names: Sequence[str], ids: Mapping[str, int]) -> dict[str, int]:
-    """Return the ids of images by their name here, which may have other folders above it.
-
-    A file matches by its whole name, else by the last part of it if only one image has that.
-    """
-    lasts = Counter(PurePosixPath(name).name for name in ids)
-    own = Counter(PurePosixPath(name).name for name in names)
-    by_last = {PurePosixPath(name).name: number for name, number in ids.items()}
-    found = {}
-    for name in names:
-        last = PurePosixPath(name).name
-        if name in ids:
-            found[name] = ids[name]
-        elif lasts[last] == own[last] == 1:
-            found[name] = by_last[last]
-    return found
-
-
 def _pixels(value: float) -> str:
     return f"{value:.2f}"
 
@@ -579,6 +572,17 @@ def _quoted(text: str) -> str:
     return saxutils.quoteattr(_CONTROL.sub("", text))
 
 
+def as_utf8(text: str) -> str:
+    """Return a text that UTF-8 can hold: other bytes of a path become escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _yaml(text: str) -> str:
+    """Quote a text for YAML, whose double quotes are those of JSON but for some characters."""
+    quoted = json.dumps(as_utf8(text), ensure_ascii=False)
+    return _YAML_ODD.sub(lambda found: f"\\u{ord(found[0]):04x}", quoted)
+
+
 def _dump(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
 
@@ -586,4 +590,4 @@ def _dump(value: Any) -> bytes:
 def _csv_rows(rows: Any) -> bytes:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode()
+    return as_utf8(text.getvalue()).encode()

@@ -224,3 +224,14 @@ def test_a_damaged_torch_program_is_one_line_without_a_log(data, tmp_path, capfd
 def test_the_small_models_of_these_tests_are_sound(tmp_path: Path):
     folder = save_small_model(tmp_path / "model")
     assert load_model_folder(folder, "cpu")(np.zeros((60, 80, 3), np.uint8), score=0).scores.size
+
+
+def test_a_score_or_an_iou_of_nan_is_refused(tmp_path):
+    model = Model(InferenceCard(CLASSES, SIZES), TorchNetwork(Constant(SCORES, LABELS, BOXES)))
+    image = save_images(tmp_path / "images", 1)[0]
+    for score in (float("nan"), {"ball": float("nan")}):
+        with pytest.raises(ModelError, match="nan: give a number from 0 to 1"):
+            model(image, score=score)
+    for iou in (float("nan"), 0.0, -1.0, 2.0):
+        with pytest.raises(ModelError, match="give an IoU above 0, at most 1"):
+            model(image, nms=iou)
