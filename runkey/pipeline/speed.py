@@ -282,7 +282,7 @@ def fastest_export(folder: Path, max_ap_loss: float) -> tuple[export.Choice, str
 def table(report: SpeedReport) -> tuple[list[str], list[list[str]]]:
     """Return the columns and rows of the table; `*` marks the frontier."""
     best = report.frontier()
-    columns = ["choice", "AP", "AP lost", "CPU ms", "wall ms", "times as fast"]
+    columns = ["choice", "AP", "AP lost", "CPU ms", "wall ms", "speedup"]
     rows = [
         [
             f"{'*' if one in best else ' '} {one.choice.name}",

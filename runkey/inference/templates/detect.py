@@ -9,6 +9,7 @@ Needs numpy, pillow and what runs the model: onnxruntime, openvino or torch ("ex
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ def load_network(path):
         return lambda images: [model([images])[index] for index in range(3)]
     import torch
 
+    warnings.filterwarnings("ignore", "The given buffer is not writable")  # of torch.export.load
     program = torch.export.load(path).module()
     return lambda images: [answer.numpy() for answer in program(torch.from_numpy(images))]
 
@@ -94,6 +96,7 @@ if __name__ == "__main__":
             for one in found:
                 text, pen = f"{one['class']} {one['score']:.2f}", ImageDraw.Draw(image)
                 pen.rectangle(one["box_xyxy"], outline="red", width=2)
-                pen.text(one["box_xyxy"][:2], text, fill="red")
+                pen.rectangle(pen.textbbox(one["box_xyxy"][:2], text), fill="red")
+                pen.text(one["box_xyxy"][:2], text, fill="white")
             image.save(chosen.draw / f"{path.stem}.png")
     sys.exit(failed)
