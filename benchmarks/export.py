@@ -32,7 +32,7 @@ from runkey.inference.export import write_export
 from runkey.inference.module import EXPORTED, InferenceModule
 from runkey.inference.networks import FILES, TorchNetwork, open_export
 from runkey.model.detr import build_model
-from runkey.pipeline.export import Choice, export_model
+from runkey.pipeline.export import ExportChoice, export_model
 
 REPOSITORY = Path(__file__).parents[1]
 RESULT = REPOSITORY / "benchmarks" / "results" / "export.md"
@@ -84,7 +84,7 @@ def sample(checkout: Path, out: Path) -> list[str]:
     for export, precision in CHOICES:
         row: dict[str, Any] = {}
         with timed(row):
-            choice = Choice(export, precision)
+            choice = ExportChoice(export, precision)
             folder = out / choice.name
             done = export_model(checkout / "model", folder, choice, store=None, root=checkout)
         parity = done.parity
@@ -137,7 +137,7 @@ def large(out: Path) -> list[str]:
 
 def alone(checkout: Path, out: Path) -> list[str]:
     """Run an export's detect.py in an environment of its own, on the val images."""
-    choice = Choice()
+    choice = ExportChoice()
     folder = out / "alone"
     export_model(checkout / "model", folder, choice, store=None, root=checkout)
     from pycocotools.coco import COCO as Truth  # noqa: N811

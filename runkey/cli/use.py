@@ -240,9 +240,9 @@ def export_model(
     """
     from runkey.api import find_model
     from runkey.inference.sources import find_sources
-    from runkey.pipeline.export import Choice, describe, export_model
+    from runkey.pipeline.export import ExportChoice, describe, export_model
 
-    folder, choice = find_model(model), Choice(export, precision)
+    folder, choice = find_model(model), ExportChoice(export, precision)
     if max_ap_loss is not None:
         from runkey.pipeline.speed import fastest_export
 

@@ -58,7 +58,7 @@ MAX_AP_LOSS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ExportChoice:
     """What to export."""
 
     format: Format = "onnx"
@@ -135,7 +135,7 @@ class Exported:
 def export_model(
     model: Path,
     out: Path,
-    choice: Choice,
+    choice: ExportChoice,
     *,
     store: Store | None,
     root: Path | None = None,
@@ -197,7 +197,9 @@ def export_model(
 # --- the comparison
 
 
-def compare_export(detector: Detector, folder: Path, choice: Choice, sample: Sample) -> Parity:
+def compare_export(
+    detector: Detector, folder: Path, choice: ExportChoice, sample: Sample
+) -> Parity:
     """Run an export and the model on the same images.
 
     Args:
@@ -265,7 +267,7 @@ def _ap(sample: Sample, found: Mapping[int, Detections]) -> float | None:
 
 
 def _faults(
-    choice: Choice, score_difference: float, boxes_equal: float, lost: float | None
+    choice: ExportChoice, score_difference: float, boxes_equal: float, lost: float | None
 ) -> Iterator[str]:
     if choice.is_exact:
         if not score_difference <= MAX_SCORE_DIFFERENCE:
@@ -285,7 +287,7 @@ def _card(
     model: Path,
     card: ModelCard,
     recipe: Mapping[str, Any] | None,
-    choice: Choice,
+    choice: ExportChoice,
     sample: Sample,
     store: Store | None,
 ) -> Card:
@@ -319,7 +321,7 @@ def _card(
 
 
 def _thresholds(
-    model: Path, detector: Detector, choice: Choice, sample: Sample
+    model: Path, detector: Detector, choice: ExportChoice, sample: Sample
 ) -> dict[str, float]:
     """Each class's score of best F1; without some layers, measured again on the sample."""
     if choice.cut == InferenceOptions():
@@ -333,7 +335,7 @@ def _thresholds(
     return dict(score_by_class(best_thresholds(judged, sample.classes, weights="")))
 
 
-def _parity_json(card: Card, choice: Choice, parity: Parity) -> dict[str, Any]:
+def _parity_json(card: Card, choice: ExportChoice, parity: Parity) -> dict[str, Any]:
     limits: dict[str, float] = {"ap_lost": choice.max_ap_loss}
     if choice.is_exact:
         limits = {"score_difference": MAX_SCORE_DIFFERENCE, "ap_difference": MAX_AP_DIFFERENCE}
@@ -342,7 +344,7 @@ def _parity_json(card: Card, choice: Choice, parity: Parity) -> dict[str, Any]:
     return {"format": 1} | parts
 
 
-def _addition(choice: Choice, parity: Parity, size: int) -> Addition:
+def _addition(choice: ExportChoice, parity: Parity, size: int) -> Addition:
     """What is recorded on the run: metrics, a tag, and the comparison in its record."""
     values: dict[str, float] = {"size_mb": size / 1e6, "score_difference": parity.score_difference}
     if parity.ap is not None and parity.ap_lost is not None:

@@ -266,14 +266,14 @@ def save_speed(report: SpeedReport, folder: Path, store: Store | None) -> str:
     return f"{place}; {add_to_run(store, report.key, addition)}"
 
 
-def fastest_export(folder: Path, max_ap_loss: float) -> tuple[export.Choice, str]:
+def fastest_export(folder: Path, max_ap_loss: float) -> tuple[export.ExportChoice, str]:
     """Return what to export, and its name: the fastest measured choice that loses little.
 
     Raises:
         ModelError: the model's speed was not measured, or no choice loses so little.
     """
     choice = find_report(folder).pick(max_ap_loss, exported=True).choice
-    chosen = export.Choice(
+    chosen = export.ExportChoice(
         cast(Format, choice.runtime), cast(Precision, choice.precision), choice.options, max_ap_loss
     )
     return chosen, choice.name

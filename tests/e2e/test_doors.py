@@ -52,7 +52,7 @@ from runkey.model.detr import build_model
 from runkey.model.weights import CardClass, ModelCard, Sizes, load_model, save_model
 from runkey.params import Params, load_params
 from runkey.params.render import render_preset
-from runkey.pipeline.export import Choice, export_model
+from runkey.pipeline.export import ExportChoice, export_model
 from runkey.pipeline.validation import build_validation
 from runkey.tracking.logged_model import ModelDescription, log_model, promote
 from runkey.tracking.store import Store, experiment_id, free_port, locate_store, open_client
@@ -331,7 +331,7 @@ def test_every_door_has_the_ap_of_evaluate(
         pass
     else:
         images = evaluated.images[:2]
-        choice = Choice("onnx", "fp32")
+        choice = ExportChoice("onnx", "fp32")
         export_model(Path("model"), tmp_path / "onnx", choice, store=None, images=images)
         doors["ONNX"] = evaluated.loaded(tmp_path / "onnx")
         if RUNTIME.is_file() and shutil.which("chromium"):

@@ -19,7 +19,7 @@ from runkey.inference.module import EXPORTED, InferenceModule
 from runkey.inference.networks import TorchNetwork
 from runkey.model.weights import load_model
 from runkey.pipeline import export
-from runkey.pipeline.export import Choice, export_model
+from runkey.pipeline.export import ExportChoice, export_model
 from runkey.pipeline.run_images import Pixels, Sample
 from runkey.tracking.store import Store
 from tests.support.exportable import save_images, save_small_model, write_best_scores
@@ -49,7 +49,7 @@ def change_weights(file: Path, by: float) -> None:
 
 def test_an_export_passes_and_says_what_was_compared(model, tmp_path):
     images = save_images(tmp_path / "images")
-    done = export_model(model, tmp_path / "out", Choice(), store=None, images=images)
+    done = export_model(model, tmp_path / "out", ExportChoice(), store=None, images=images)
     assert done.parity.passed
     assert done.folder == tmp_path / "out"
     assert done.parity.compared == "4 given images"
@@ -64,7 +64,7 @@ def test_an_export_passes_and_says_what_was_compared(model, tmp_path):
     assert card["environment"]["onnxruntime"]
     assert done.recorded == "not recorded: the run is not known"
     with pytest.raises(ModelError, match="out: is there already; name a new folder with --out"):
-        export_model(model, tmp_path / "out", Choice(), store=None, images=images)
+        export_model(model, tmp_path / "out", ExportChoice(), store=None, images=images)
 
 
 @pytest.mark.parametrize("by", [1.001, float("nan")])
@@ -111,7 +111,7 @@ def test_without_ground_truth_boxes_are_compared(model, tmp_path, monkeypatch):
             ),
         )
         out = tmp_path / f"out{number}"
-        done = export_model(model, out, Choice(), store=None, images=images)
+        done = export_model(model, out, ExportChoice(), store=None, images=images)
         assert done.parity.faults == ("0% of the boxes are equal, at least 90%",)
         assert done.folder == tmp_path / f"out{number}.refused"
 
@@ -121,7 +121,7 @@ def test_a_damaged_key_file_is_no_run(model, tmp_path):
     for text in ("[]", "{}", '{"key": "rk2-1"}', '{"key": "rk2-1", "preimages": []}'):
         (folder / "key.json").write_text(text)
         with pytest.raises(DataError, match="which run made the model is not known"):
-            export_model(folder, tmp_path / "o", Choice(), store=None, root=tmp_path)
+            export_model(folder, tmp_path / "o", ExportChoice(), store=None, root=tmp_path)
 
 
 def sample_of(model_answers, count: int = 20) -> Sample:
@@ -150,14 +150,14 @@ def test_ap_lost_decides_on_int8(model, tmp_path, monkeypatch):
     given = [pixels.images[0] for pixels in sample.batches()][:4]
     object.__setattr__(sample, "calibration", lambda: given)
     monkeypatch.setattr(export, "find_sample", lambda *arguments: sample)
-    choice = Choice(precision="int8", max_ap_loss=100)
+    choice = ExportChoice(precision="int8", max_ap_loss=100)
     done = export_model(model, tmp_path / "loose", choice, store=None)
     assert done.parity.passed
     assert done.parity.ap_model > 0.5
     assert json.loads((done.folder / "parity.json").read_text())["calibration_images"] == 4
     lost = done.parity.ap_lost
     assert lost == pytest.approx(100 * (done.parity.ap_model - done.parity.ap))
-    strict = Choice(precision="int8", max_ap_loss=lost - 0.01)
+    strict = ExportChoice(precision="int8", max_ap_loss=lost - 0.01)
     write, tried = export.write_export, []
 
     def counted(*arguments, **options):
@@ -167,7 +167,7 @@ def test_ap_lost_decides_on_int8(model, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "write_export", counted)
     done = export_model(model, tmp_path / "strict", strict, store=None)
     assert tried == [4, 0]
-    never = Choice(precision="int8", max_ap_loss=-200)
+    never = ExportChoice(precision="int8", max_ap_loss=-200)
     done = export_model(model, tmp_path / "never", never, store=None)
     assert done.folder == tmp_path / "never.refused"
     assert done.parity.faults[0].startswith("loses ")
@@ -178,9 +178,11 @@ def test_a_model_without_some_layers_gets_thresholds_of_its_own(model, tmp_path,
     cut = replace(EXPORTED, proposals_only=True)
     sample = sample_of(TorchNetwork(InferenceModule(detector, cut)))
     monkeypatch.setattr(export, "find_sample", lambda *arguments: sample)
-    whole = export_model(model, tmp_path / "whole", Choice(max_ap_loss=100), store=None)
+    whole = export_model(model, tmp_path / "whole", ExportChoice(max_ap_loss=100), store=None)
     assert whole.card["thresholds"] == {"ball": 0.25}
-    done = export_model(model, tmp_path / "cut", Choice(options=cut, max_ap_loss=100), store=None)
+    done = export_model(
+        model, tmp_path / "cut", ExportChoice(options=cut, max_ap_loss=100), store=None
+    )
     assert done.parity.passed
     best = [
         (int(labels[0, 0]), float(scores[0, 0]))
@@ -197,12 +199,14 @@ def test_a_model_without_some_layers_gets_thresholds_of_its_own(model, tmp_path,
 def test_without_ground_truth_only_fp32_can_be_judged(model, tmp_path):
     images = save_images(tmp_path / "images")
     with pytest.raises(DataError, match="onnx-int8: AP lost cannot be measured on 4 given images"):
-        export_model(model, tmp_path / "o", Choice(precision="int8"), store=None, images=images)
+        export_model(
+            model, tmp_path / "o", ExportChoice(precision="int8"), store=None, images=images
+        )
 
 
 def test_without_images_the_reason_and_the_way_out_are_said(model, tmp_path):
     with pytest.raises(DataError) as caught:
-        export_model(model, tmp_path / "o", Choice(), store=None, root=tmp_path)
+        export_model(model, tmp_path / "o", ExportChoice(), store=None, root=tmp_path)
     assert str(caught.value) == (
         "no val images of the run to compare on: which run made the model is not known (no"
         " key.json beside it); or name some by --images"
@@ -220,7 +224,7 @@ def test_the_card_names_the_run_that_it_was_started_from(model, tmp_path):
     store = Store(f"sqlite:///{tmp_path / 'mlflow.db'}", None, tmp_path / ".runkey")
     images = save_images(tmp_path / "images")
     for one, key in ((store, parent.key), (None, None)):
-        done = export_model(child, tmp_path / f"{key}", Choice(), store=one, images=images)
+        done = export_model(child, tmp_path / f"{key}", ExportChoice(), store=one, images=images)
         card = json.loads((done.folder / "card.json").read_text())
         expected = {"param": "model.init_from", "weights": weights, "key": key}
         assert card["started_from"] == expected
