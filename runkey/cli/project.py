@@ -171,7 +171,7 @@ def sample_data(
     force: Annotated[bool, Option("--force", help="Overwrite existing sample data.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw the sample data, numbered balls, from scikit-learn's digits and photographs."""
+    """Draw the sample data, numbered balls, from scikit-learn's digits and photos."""
     target = out or output.workspace() / "data"
     if not force and target.exists() and any(target.iterdir()):
         raise DataError(f"{target}: is not empty; name another folder, or use --force")

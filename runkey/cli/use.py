@@ -293,7 +293,7 @@ def speed(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure AP and time of every way to run a model: runtimes, number formats, fewer layers.
+    """Measure AP and time of each way to run a model: runtime, number format, layers.
 
     Nothing is trained. Networks run in turn, and medians of their times are compared. The table,
     speed.json and a picture go into speed/ beside the model, and to its run.
@@ -344,7 +344,7 @@ def promote(
     remove: Annotated[bool, Option("--remove", help="Take the alias away from the run.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a run's model a version in MLflow's model registry, and point an alias at it.
+    """Register a run's model in MLflow, and point an alias at its version.
 
     `models:/NAME@ALIAS` then names it in MLflow, in `runkey.load` and in `runkey predict`.
     """

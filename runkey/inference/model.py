@@ -39,6 +39,7 @@ from runkey.inference.thresholds import (
     score_by_class,
 )
 from runkey.model.weights import WEIGHTS, CardClass, Sizes, load_model
+from runkey.units import counted
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Model:
         names = ", ".join(one.name for one in self.card.classes[:4])
         more = " ..." if len(self.card.classes) > 4 else ""
         key = short_key(self.card.key) if self.card.key else "no key"
-        return f"Model({key}: {len(self.card.classes)} classes: {names}{more})"
+        return f"Model({key}: {counted(len(self.card.classes), 'class')}: {names}{more})"
 
     @overload
     def __call__(

@@ -34,6 +34,7 @@ from runkey.inference.module import InferenceModule, InferenceOptions
 from runkey.inference.networks import Network, OnnxNetwork, OpenVinoNetwork, TorchNetwork
 from runkey.model.detr import Detector
 from runkey.model.weights import WEIGHTS
+from runkey.units import counted
 
 SPEED_JSON, FRONTIER_PNG = Path("speed/speed.json"), Path("speed/frontier.png")
 """Beside `model/`, as evaluation/ is."""
@@ -75,8 +76,7 @@ class Choice:
         if options.proposals_only:
             parts.append("proposals only")
         elif options.decoder_layers is not None:
-            plural = "s" if options.decoder_layers > 1 else ""
-            parts.append(f"{options.decoder_layers} decoder layer{plural}")
+            parts.append(counted(options.decoder_layers, "decoder layer"))
         return parts + ([] if self.nms is None else [f"NMS {self.nms:g}"])
 
 

@@ -199,7 +199,7 @@ def _check_dimensions(model: params.Model, state: _State) -> None:
         if (value := getattr(model, name)) > largest:
             raise ValueError(f"model.{name}: {value}, and no tensor has more than {largest} rows")
     if (layers := model.encoder_layers + model.decoder_layers) > len(state):
-        raise ValueError(f"{layers} layers, and {counted(len(state), 'tensor')}")
+        raise ValueError(f"{counted(layers, 'layer')}, and {counted(len(state), 'tensor')}")
 
 
 # Initial weights.
