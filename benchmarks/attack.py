@@ -34,10 +34,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from benchmarks.attack_targets import GROUPS, Target
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "attack.md"
@@ -56,107 +57,6 @@ Found = dict[str, Any]
 GOOD = ("accepted", "refused")
 SOUND = "sound refused"
 BAD = ("traceback", "hang", "outside", "executed", "crash", "no line", SOUND)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A file, what it holds, and the commands that read it."""
-
-    path: str
-    """Below the checkout; KEY and OTHER stand for the two keys, * for any of several files."""
-    kind: str
-    """One of those of `tests.support.odd_files.odd_content`."""
-    reads: str
-    """Commands of `runkey`, separated by `; `; `stage:NAME` or `read:NAME` for other code."""
-
-    @property
-    def commands(self) -> list[str]:
-        """The commands; one that is there twice is drawn twice as often."""
-        return self.reads.split("; ")
-
-
-_RECORDS = "list; show KEY; gc; list --where AP>0.1; verify KEY; show OTHER; diff KEY ."
-_CLAIMS = "list; gc; list --where AP>0.1; show OTHER"
-_DVC = "key; key --explain; diff . KEY"
-_YOLO = "convert yolo there --format yolo; convert yolo there --format yolo --drop"
-_VOC = "convert voc there --format voc; convert voc there --format voc --drop"
-_ARTIFACTS = "mlartifacts/*/artifacts"
-GROUPS: dict[str, tuple[int, tuple[Target, ...]]] = {
-    # Weight, targets.
-    "data": (
-        26,
-        (
-            Target("data/annotations/instances_train.json", "json", "stage:prepare"),
-            Target("data/annotations/instances_val.json", "json", "stage:prepare"),
-            Target("data/train/*", "image", "stage:prepare"),
-        ),
-    ),
-    "labels": (
-        6,
-        (
-            Target("yolo/labels/*/*", "rows", _YOLO),
-            Target("yolo/data.yaml", "yaml", _YOLO),
-            Target("yolo/images/train/*", "image", _YOLO),
-            Target("voc/Annotations/*", "xml", _VOC),
-            Target("voc/ImageSets/Main/*", "rows", _VOC),
-        ),
-    ),
-    "params": (
-        20,
-        (
-            Target("params.yaml", "yaml", "params; params; params; key; summary"),
-            Target("presets/sample.yaml", "yaml", "read:preset"),
-        ),
-    ),
-    "records": (
-        18,
-        (
-            Target("run.json", "json", "summary; read:manifest; verify KEY"),
-            Target("model/key.json", "json", "read:predictor"),
-            Target("metrics/*", "json", "summary"),
-            Target(".runkey/claims/*", "json", _CLAIMS),
-            Target(".runkey/OTHER/run_id", "json", "gc; read:pointer; replay OTHER"),
-            Target(".runkey/OTHER/description.json", "json", "replay OTHER"),
-            Target(f"{_ARTIFACTS}/record.json", "json", "index; verify KEY"),
-            Target(f"{_ARTIFACTS}/model/key.json", "json", "verify KEY; diff KEY ."),
-            Target(f"{_ARTIFACTS}/run.json", "json", "verify KEY; diff KEY .; get KEY --to there"),
-            Target(".runkey/runs.sqlite", "sqlite", _RECORDS),
-            Target(".runkey/runs.sqlite", "bytes", _RECORDS),
-        ),
-    ),
-    "dvc": (
-        12,
-        (
-            Target("dvc.yaml", "yaml", _DVC),
-            Target("data.dvc", "yaml", f"{_DVC}; stage:own_data_note; read:dataset"),
-            Target("dvc.lock", "yaml", "diff . KEY"),
-            Target("conda-lock.yml", "yaml", "key; env check"),
-            Target("requirements.txt", "bytes", "env check"),
-            Target(".dvc/config", "bytes", "read:part"),
-            Target(".dvc/cache/files/md5/*/*.dir", "json", "read:part"),
-        ),
-    ),
-    "logs": (
-        4,
-        (
-            Target("logs/train.jsonl", "jsonl", "read:curves; report; summary"),
-            Target("logs/system.jsonl", "jsonl", "read:curves; report"),
-            Target(".runkey/OTHER/train.jsonl", "jsonl", "watch OTHER; report OTHER; read:resume"),
-            Target("evaluation/*", "json", "read:evaluation; read:evaluation; report"),
-            Target("prepared/*.json", "json", "read:prepared; read:evaluation; report"),
-        ),
-    ),
-    "archives": (6, (Target("run.zip", "zip", "import run.zip"),)),
-    "weights": (
-        4,
-        (
-            Target("model/weights.safetensors", "weights", "read:model; read:check"),
-            Target("model/model.json", "json", "read:model"),
-            Target(".runkey/OTHER/*.pt", "bytes", "read:checkpoint"),
-        ),
-    ),
-    "answers": (4, ()),
-}
 
 
 def main() -> None:
@@ -359,12 +259,14 @@ class Attacker:
         from tests.support.attacked import OTHER
 
         self.group, self.seed, self.box, self.tell = group, seed, box, tell
-        self.targets = [one for name in group.split("+") for one in GROUPS[name][1]]
         folder = Path(tempfile.mkdtemp(prefix=f"box-{group}-", dir=box))
         self.checkout, self.template = folder / "checkout", box / "template"
         self._restore(renewed=True)
         key = json.loads((self.checkout / "run.json").read_text())["key"]
         self.names = {"OTHER": OTHER, "KEY": key}
+        every = [one for name in group.split("+") for one in GROUPS[name][1]]
+        # Without `make env-export` there is no export to attack.
+        self.targets = [one for one in every if self._files(one)]
         self.readers = attack_readers.READERS
         self.watch = Watch((folder, box / "tmp", box / "home"))
 

@@ -11,7 +11,7 @@ from runkey.data.prepare import prepare
 from runkey.files import read_plain
 from runkey.identity.dvc_yaml import tracked_md5
 from runkey.identity.record import RunManifest, RunPointer
-from runkey.inference.model import load_model_folder
+from runkey.inference.model import find_thresholds, load_model_folder
 from runkey.memory.batch_shapes import prepared_shapes
 from runkey.model.weights import load_model
 from runkey.params import load_params, render
@@ -75,6 +75,12 @@ def _checkpoint(root: Path, names: Names) -> None:
     FolderCheckpoints(folder, FINGERPRINT, interval=Interval(0), retry_seconds=0.0).load()
 
 
+def _export(root: Path, name: str) -> None:
+    """Run an export on an image, which also its network answers."""
+    image = root / "data" / "train" / "train_1.png"
+    load_model_folder(root / name, "cpu")(image, score="auto")
+
+
 READERS: dict[str, Callable[[Path, Names], object]] = {
     "stage:prepare": _prepare,
     "stage:own_data_note": lambda root, _: own_data_note(root),
@@ -89,6 +95,9 @@ READERS: dict[str, Callable[[Path, Names], object]] = {
     "read:dataset": lambda root, _: read_dataset(root, "data", {}),
     "read:part": lambda root, _: tracked_md5("data/train", root),
     "read:predictor": lambda root, _: load_model_folder(root / "model", "cpu"),
+    "read:thresholds": lambda root, _: find_thresholds(root / "model"),
+    "read:export": lambda root, _: _export(root, "export"),
+    "read:onnx": lambda root, _: _export(root, "export/model.onnx"),
     "read:model": lambda root, _: load_model(root / "model"),
     "read:check": lambda root, _: check_weights(
         root / "model" / "weights.safetensors", "weights.safetensors"

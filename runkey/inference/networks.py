@@ -24,7 +24,7 @@ from pydantic import Field, FiniteFloat
 from torch import nn
 
 from runkey.errors import LockError, ModelError, RunkeyError
-from runkey.files import FormatError, expect, parse_json, read_json
+from runkey.files import FormatError, expect, open_plain, parse_json, read_json
 from runkey.inference.extras import import_extra
 from runkey.units import counted
 
@@ -146,6 +146,8 @@ class OnnxNetwork:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors
         with _readable(model, "ONNX Runtime"):
+            if isinstance(model, Path):
+                open_plain(model).close()
             self.session = runtime.InferenceSession(
                 model if isinstance(model, bytes) else str(model),
                 options,
@@ -193,6 +195,9 @@ class OpenVinoNetwork:
         if threads:
             hints["INFERENCE_NUM_THREADS"] = str(threads)
         with _readable(path, "OpenVINO"):
+            files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+            for file in files:  # a pipe would be waited for
+                open_plain(file).close()
             self._model = core.read_model(str(path))
         self._core, self._hints = core, hints
         self._compiled: dict[tuple[int, ...], Any] = {}

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.attack import BAD, GROUPS, PLANTED, REPOSITORY, run
 from tests.support.once import made_once
 
-SHORT = "params+records+dvc+archives+weights"
+SHORT = "params+records+dvc+archives+weights+exports"
 """In one process; the other groups draw pictures or ask servers, which takes minutes."""
 FAULTS = ["traceback", "outside", "executed", "no line", "crash"]
 
@@ -26,7 +26,7 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_attacks_of_a_fixed_seed(box: Path) -> None:
-    found = run(box, 15, 1, [SHORT])[SHORT]
+    found = run(box, 20, 1, [SHORT])[SHORT]
     assert [one for one in found if one["verdict"] in BAD] == []
     assert {one["verdict"] for one in found} == {"accepted", "refused"}
 

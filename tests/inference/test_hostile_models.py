@@ -6,6 +6,7 @@ The networks answer constants, so that each fault of an answer is tried alone.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,15 @@ import torch
 from torch import nn
 
 from runkey.errors import ModelError
+from runkey.inference.export import write_export
 from runkey.inference.extras import import_extra
 from runkey.inference.model import InferenceCard, Model, load_model_folder
+from runkey.inference.module import EXPORTED
 from runkey.inference.networks import CheckedNetwork, OnnxNetwork, TorchNetwork, find_device
 from runkey.inference.predict import Options, find_sources, predict
 from runkey.inference.thresholds import read_thresholds
 from runkey.inference.tile import Tiling
+from runkey.model.weights import load_model
 from tests.inference.test_export import SITE, card_of
 from tests.support.exportable import CLASSES, SIZES, save_images, save_small_model
 
@@ -224,6 +228,24 @@ def test_a_damaged_torch_program_is_one_line_without_a_log(data, tmp_path, capfd
 def test_the_small_models_of_these_tests_are_sound(tmp_path: Path):
     folder = save_small_model(tmp_path / "model")
     assert load_model_folder(folder, "cpu")(np.zeros((60, 80, 3), np.uint8), score=0).scores.size
+
+
+@needs_onnx
+@pytest.mark.parametrize("odd", ["pipe", "/dev/zero", "cut", "gone"])
+def test_an_openvino_model_with_an_odd_bin_is_one_line(odd, tmp_path):
+    detector, _ = load_model(save_small_model(tmp_path / "model"))
+    write_export(detector, card_of("openvino"), tmp_path / "out", options=EXPORTED)
+    weights = tmp_path / "out" / "model.bin"
+    data = weights.read_bytes()
+    weights.unlink()
+    if odd == "pipe":
+        os.mkfifo(weights)
+    elif odd == "/dev/zero":
+        weights.symlink_to(odd)
+    elif odd == "cut":
+        weights.write_bytes(data[:-9])
+    with pytest.raises(ModelError, match=r"model\.xml: OpenVINO cannot read it \("):
+        load_model_folder(tmp_path / "out")
 
 
 def test_a_score_or_an_iou_of_nan_is_refused(tmp_path):

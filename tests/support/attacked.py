@@ -17,11 +17,16 @@ import torch
 
 from runkey.data.index import read_classes
 from runkey.data.prepare import prepare
+from runkey.errors import LockError
 from runkey.evaluation.files import write_results
 from runkey.identity.key import Recipe, make_recipe
 from runkey.identity.record import Hardware, RunManifest, RunPointer, capture_environment
+from runkey.inference.export import write_export
+from runkey.inference.extras import import_extra
+from runkey.inference.module import EXPORTED
+from runkey.inference.networks import Card
 from runkey.model.detr import build_model
-from runkey.model.weights import CardClass, ModelCard, Sizes, save_model
+from runkey.model.weights import CardClass, ModelCard, Sizes, load_model, save_model
 from runkey.params import load_params, parse_params
 from runkey.params.render import render
 from runkey.registry.archive import pack
@@ -30,6 +35,7 @@ from runkey.tracking.describe import RunDescription
 from runkey.tracking.store import Store, experiment_id, open_client
 from runkey.training.checkpoint import FolderCheckpoints, Interval
 from tests.support.checkpoint_kit import FINGERPRINT, Training
+from tests.support.exportable import write_best_scores
 from tests.support.logs import write_log
 from tests.support.project import REPOSITORY, TINY, draw_data
 from tests.support.records import key_of, make_run
@@ -107,21 +113,46 @@ def _results(root: Path) -> None:
     torch.manual_seed(0)
     model = build_model(params.model, len(classes))
     sizes = Sizes(params.data.short_sides[-1], params.data.long_side)
-    save_model(
-        root / "model",
-        model.state_dict(),
-        ModelCard(params.model, tuple(CardClass(c.index, c.id, c.name) for c in classes), sizes),
-    )
+    rows = tuple(CardClass(c.index, c.id, c.name) for c in classes)
+    save_model(root / "model", model.state_dict(), ModelCard(params.model, rows, sizes))
     (root / "logs").mkdir()
     write_log(root / "logs" / "train.jsonl", epochs=3)
     (root / "logs" / "system.jsonl").write_text(
         '{"time": 1, "values": {"system/cpu_utilization_percentage": 50}}\n' * 3
     )
     _evaluation(root / "evaluation", [one.name for one in classes])
+    write_best_scores(root / "model", **{one.name: 0.25 for one in classes})
+    (root / "model" / "thresholds.json").rename(root / "evaluation" / "thresholds.json")
+    _export(root)
     (root / "metrics").mkdir()
     numbers = {"seconds": 61.5, "best_epoch": 2, "best_step": 4, "epochs": 2}
     (root / "metrics" / "train.json").write_text(json.dumps(numbers))
     (root / "metrics" / "evaluate.json").write_text('{"AP": 0.5, "AP50": 0.7, "AP75": null}')
+
+
+def _export(root: Path) -> None:
+    """What `runkey export-model` writes; nothing without the packages of `make env-export`."""
+    try:
+        import_extra("onnx")
+        import_extra("onnxruntime")
+    except LockError:
+        return
+    detector, card = load_model(root / "model")
+    made: Card = {
+        "format": 1,
+        "key": None,
+        "export": "onnx",
+        "precision": "fp32",
+        "file": "model.onnx",
+        "classes": [{"index": one.index, "id": one.id, "name": one.name} for one in card.classes],
+        "sizes": {
+            "short_side": card.sizes.short_side,
+            "long_side": card.sizes.long_side,
+            "intensity_range": None,
+        },
+        "thresholds": {one.name: 0.25 for one in card.classes},
+    }
+    write_export(detector, made, root / "export", options=EXPORTED)
 
 
 def _other_labels(root: Path) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from runkey.hashing import sha256_bytes
+from runkey.inference.extras import import_extra
 from runkey.registry.archive import INDEX
 
 MARKER = "called-by-a-file"
@@ -78,7 +79,8 @@ def odd_content(
     """Change a file of a kind; for sqlite in its place.
 
     Args:
-        kind: json, jsonl, yaml, xml, rows (words in lines), zip, weights, image, sqlite or bytes.
+        kind: json, jsonl, yaml, xml, rows (words in lines), zip, weights, image, sqlite,
+            onnx (its metadata) or bytes.
         before: what is in the file at `path`.
 
     Returns:
@@ -95,6 +97,8 @@ def odd_content(
         return _odd_safetensors(before, draw)
     if kind == "image" and draw.random() < 0.5:
         return _odd_png(draw)
+    if kind == "onnx":
+        return _odd_metadata(before, draw)
     if kind in ("json", "jsonl", "yaml", "xml", "rows"):
         return odd_text(before.decode(), kind, draw)
     return odd_bytes(before, draw)
@@ -282,6 +286,15 @@ def _odd_safetensors(data: bytes, draw: random.Random) -> tuple[str, bytes]:
     length = int.from_bytes(data[:8], "little")
     what, header = _odd_json(data[8 : 8 + length].decode(), draw)
     return what, len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+def _odd_metadata(data: bytes, draw: random.Random) -> tuple[str, bytes]:
+    """Change the card in the metadata of an ONNX file."""
+    model = import_extra("onnx").load_model_from_string(data)
+    (entry,) = model.metadata_props
+    what, text = _odd_json(entry.value, draw)
+    entry.value = text.decode("utf-8", "replace")
+    return what, model.SerializeToString()
 
 
 def _odd_zip(data: bytes, draw: random.Random, index: str) -> tuple[str, bytes]:
