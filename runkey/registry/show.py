@@ -124,7 +124,7 @@ def _took(run: LoggedRun) -> str:
 
 _FIRST = ("AP", "AP50", "AP75", "loss")
 _EXPORT = "export/"
-"""Before the name of an export in its metrics: `export/onnx-fp32/AP`."""
+"""Metrics of exports, `export/onnx-fp32/AP`, are in the run's record too."""
 _GROUPS = ("eval", CLASS_AP, "val", "train")
 _MOST_CLASSES = 20
 
@@ -205,17 +205,13 @@ def _metrics(metrics: Mapping[str, float]) -> Iterator[Row]:
         head, leaf = parts
         return (*_GROUPS, head).index(head), head, (*_FIRST, leaf).index(leaf), leaf
 
-    names = {_split(name): name for name in metrics}
+    names = {_split(name): name for name in metrics if not name.startswith(_EXPORT)}
     for head, group in groupby(sorted(names, key=order), key=itemgetter(0)):
         values = {parts[1]: metrics[names[parts]] for parts in group}
         if head == CLASS_AP:
             yield "AP by class", _listed(_worst(values))
-            continue
-        listed = _listed(f"{n} {_short(v)}" for n, v in values.items())
-        if head.startswith(_EXPORT):
-            yield "export", f"{head.removeprefix(_EXPORT)}: {listed}"
         else:
-            yield head or "metrics", listed
+            yield head or "metrics", _listed(f"{n} {_short(v)}" for n, v in values.items())
 
 
 def _worst(scores: Mapping[str, float]) -> Iterator[str]:
@@ -289,15 +285,18 @@ def _other(other: Record) -> str:
 
 
 def _exports(details: Details | None) -> Iterator[str]:
-    """Yield a line for each exported model: format, precision, AP and its change."""
+    """Yield a line for each exported model: format, precision, AP and its change, size."""
     for name, parity in sorted(details.exports.items()) if details else ():
         kind, _, precision = name.partition("-")
         ap, lost = parity.get("ap"), parity.get("ap_lost")
         score = "AP not measured"
         if isinstance(ap, float) and isinstance(lost, float):
             score = f"AP {ap:.3f} ({round(-lost, 2) + 0.0:+.2f} points)"
-        refused = "" if parity.get("passed") else ", refused"
-        yield f"{kind} {precision}, {score}{refused}"
+        size = parity.get("size_mb")
+        parts = [f"{kind} {precision}", score]
+        parts += [format_bytes(round(1e6 * size))] if isinstance(size, float) else []
+        parts += [] if parity.get("passed") else ["refused"]
+        yield _listed(parts)
 
 
 def _files(details: Details | None) -> Iterator[Row]:

@@ -31,7 +31,7 @@ def runs(root: Path) -> Path:
     changed = {"lr": "5e-05", "seed": "1", "training.epochs": "12", "key": B}
     make_run(
         root, B, "b" * 32, started_ms=1_700_000_100_000, params=changed, name="lr=5e-05",
-        metrics={"eval/AP": 0.625, "eval/AP50": 0.8, "train/loss": 1.0, "export/onnx-int8/AP": 0.6},
+        metrics={"eval/AP": 0.625, "eval/AP50": 0.8, "train/loss": 1.0},
         tags={"key": B, "host": "big", "device": "cuda H200", "decision": "no run: trained",
               "event.hint.loader": '{"seen": "it waits", "change": "raise runtime.workers"}',
               "reused": "today on small: finished run bbbbbbbb of big is reused"},
@@ -144,7 +144,6 @@ def test_show(runs: Path, run: Run) -> None:
     assert "weights.pt 7 B" in out
     assert max(len(line) for line in out.splitlines() if "file://" not in line) <= 100
     assert "\ndecision     no run: trained\n" in out
-    assert "\nexport       onnx-int8: AP 0.600\n" in out
     assert "\nlast reuse   today on small: finished run bbbbbbbb of big is reused\n" in out
     _, everything, _ = run("show", B, "--all")
     assert "training.epochs = 12" in everything
@@ -162,12 +161,13 @@ def test_show(runs: Path, run: Run) -> None:
 def test_show_lists_exports(root: Path, run: Run) -> None:
     exports = {
         "openvino-int8": {"passed": False, "ap": 0.62, "ap_lost": 0.513},
-        "onnx-fp32": {"passed": True, "ap": 0.625, "ap_lost": 0.0},
+        "onnx-fp32": {"passed": True, "ap": 0.625, "ap_lost": 0.0, "size_mb": 2.6},
         "torch-fp32": {"passed": True, "ap": None, "ap_lost": None},
     }
-    make_run(root, B, exports=exports)
+    make_run(root, B, exports=exports, metrics={"export/onnx-fp32/AP": 0.625})
     _, out, _ = run("show", B)
-    assert "exports      onnx fp32, AP 0.625 (+0.00 points)\n" in out
+    assert "exports      onnx fp32, AP 0.625 (+0.00 points), 2.6 MB\n" in out
+    assert "onnx-fp32" not in out
     assert "             openvino int8, AP 0.620 (-0.51 points), refused\n" in out
     assert "             torch fp32, AP not measured\n" in out
 
