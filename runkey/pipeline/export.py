@@ -10,6 +10,8 @@ run's, else given ones. An export that differs by more than its precision may is
 from __future__ import annotations
 
 import logging
+import os
+import re
 import shutil
 import tempfile
 import time
@@ -173,7 +175,9 @@ def export_model(
     made["thresholds"] = _thresholds(model, detector, choice, sample)
     out.parent.mkdir(parents=True, exist_ok=True)
     calibrations = (sample.calibration(), []) if choice.precision == "int8" else ([],)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
+    _remove_killed(out)
+    prefix = f".{out.name}-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent) as name:
         for number, calibration in enumerate(calibrations):
             folder = Path(name) / str(number)
             write_export(detector, made, folder, options=choice.options, calibration=calibration)
@@ -192,6 +196,15 @@ def export_model(
     size = sum(file.stat().st_size for file in target.glob("model.*"))
     recorded = add_to_run(store, made["key"], _addition(choice, parity, size))
     return Exported(target, made, parity, size, recorded)
+
+
+def _remove_killed(out: Path) -> None:
+    """Remove the temporary folders of exports to `out` whose process is gone."""
+    temporary = re.compile(rf"\.{re.escape(out.name)}-(\d+)-[a-z0-9_]{{8}}")
+    for folder in out.parent.iterdir():
+        match = temporary.fullmatch(folder.name)
+        if match and not Path("/proc", match[1]).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # --- the comparison

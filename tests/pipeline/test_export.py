@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +67,19 @@ def test_an_export_passes_and_says_what_was_compared(model, tmp_path):
     assert done.recorded == "not recorded: the run is not known"
     with pytest.raises(ModelError, match="out: is there already; name a new folder with --out"):
         export_model(model, tmp_path / "out", ExportChoice(), store=None, images=images)
+
+
+def test_what_killed_exports_to_the_folder_left_is_removed(model, tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = f".out-{gone.pid}-a1_bcdef"
+    others = [f".out-{os.getpid()}-a1_bcdef", f".out-2-{gone.pid}-a1_bcdef", ".out-mine"]
+    for name in (left, *others):
+        (tmp_path / name / "0").mkdir(parents=True)
+    images = save_images(tmp_path / "images")
+    export_model(model, tmp_path / "out", ExportChoice(), store=None, images=images)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"images", "out", *others}
 
 
 @pytest.mark.parametrize("by", [1.001, float("nan")])
