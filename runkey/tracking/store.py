@@ -513,6 +513,8 @@ def stop_server(process: subprocess.Popen[str], kill: bool = False) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL if kill else signal.SIGTERM)
     process.wait()
+    if process.stderr:
+        process.stderr.close()
 
 
 def wait_until_healthy(address: str, process: subprocess.Popen[str]) -> None:
