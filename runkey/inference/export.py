@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from runkey.errors import ModelError
-from runkey.files import write_atomically, write_json
+from runkey.files import room, write_atomically, write_json
 from runkey.inference.extras import import_extra
 from runkey.inference.module import InferenceModule, InferenceOptions
 from runkey.inference.networks import (
@@ -34,6 +34,7 @@ from runkey.inference.networks import (
     METADATA,
     OUTPUTS,
     Card,
+    one_line,
     quiet_logging,
 )
 from runkey.model.backbones import Compact
@@ -140,7 +141,10 @@ def write_program(detector: Detector, options: InferenceOptions, path: Path) -> 
     example = torch.zeros(_EXAMPLE, dtype=torch.uint8)
     with _quiet():
         program = torch.export.export(module, (example,), dynamic_shapes=(free,))
-    torch.export.save(program, path)
+    # Not to the file: on a full disk torch's own writer ends the process.
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    write_atomically(path, buffer.getvalue())
 
 
 def quantised(model: bytes, images: Sequence[NDArray[np.uint8]], *, matrices: bool = True) -> bytes:
@@ -209,8 +213,13 @@ def _write_openvino(model: bytes, path: Path) -> None:
     openvino = import_extra("openvino")
     with TemporaryDirectory() as name:
         source = Path(name) / FILES["onnx"]
-        source.write_bytes(model)
-        openvino.save_model(openvino.Core().read_model(source), path, compress_to_fp16=False)
+        write_atomically(source, model)
+        try:
+            openvino.save_model(openvino.Core().read_model(source), path, compress_to_fp16=False)
+        except RuntimeError as error:
+            raise ModelError(
+                f"{path}: OpenVINO cannot write it ({one_line(error)}); {room(path, len(model))}"
+            ) from None
 
 
 @contextmanager

@@ -29,7 +29,14 @@ from runkey.identity.key import short_key
 from runkey.identity.record import KEY_JSON
 from runkey.inference.detections import Detections, score_limits
 from runkey.inference.module import InferenceModule
-from runkey.inference.networks import CARD_JSON, Network, TorchNetwork, find_device, open_export
+from runkey.inference.networks import (
+    CARD_JSON,
+    Network,
+    TorchNetwork,
+    find_device,
+    open_export,
+    read_export_card,
+)
 from runkey.inference.preprocess import Preprocess, Source, read_image, source_name
 from runkey.inference.thresholds import (
     DEFAULT_SCORE,
@@ -276,6 +283,12 @@ def load_model_folder(path: Path | str, device: str | torch.device | None = None
 
 
 def _load_export(path: Path, device: str | torch.device) -> Model:
+    file = Path(read_export_card(path / CARD_JSON)["file"]) if path.is_dir() else path
+    if file.suffix == ".pt2":
+        logger.warning(
+            f"{path}: a torch program can run code that is in it; load only what you, or somebody"
+            " whom you trust, exported"
+        )
     export = open_export(path, device)
     card = export.card
     known = ("format", "key", "classes", "sizes", "thresholds")

@@ -70,7 +70,7 @@ def find_device(name: torch.device | str | None) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(
-            f"device {name}: not to be had ({_one_line(error)[:60]}); give cpu, cuda or cuda:1, or"
+            f"device {name}: not to be had ({one_line(error)[:60]}); give cpu, cuda or cuda:1, or"
             " leave it out"
         ) from None
     return device
@@ -245,7 +245,7 @@ class CheckedNetwork:
             size = f"{images.shape[3]}x{images.shape[2]}"
             raise ModelError(
                 f"{self.name}: fails on {counted(len(images), 'image')} of {size} after resizing"
-                f" ({_one_line(error)})"
+                f" ({one_line(error)})"
             ) from None
         if fault := self._fault(answers, len(images)):
             raise ModelError(f"{self.name}: {fault}; `runkey export-model` writes what fits")
@@ -419,7 +419,7 @@ def _readable(model: Path | bytes, reader: str) -> Iterator[None]:
         raise
     except Exception as error:  # noqa: BLE001
         name = str(model) if isinstance(model, Path) else "the model's bytes"
-        raise ModelError(f"{name}: {reader} cannot read it ({_one_line(error)})") from None
+        raise ModelError(f"{name}: {reader} cannot read it ({one_line(error)})") from None
 
 
 @contextmanager
@@ -433,5 +433,6 @@ def quiet_logging() -> Iterator[None]:
         logging.disable(before)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return what an error says, on one line."""
     return " ".join(str(error).split())[:120] or type(error).__name__

@@ -26,7 +26,7 @@ COPIES = Path("models")
 """Below `Store.home`: copies of runs' models, in folders named by the sha256 of their weights."""
 THRESHOLDS = f"{paths.EVALUATION}/thresholds.json"
 _REFERENCE = re.compile(
-    r"models:/(?:(?P<id>m-[0-9a-f]{32})|(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+)))"
+    r"models:/(?:(?P<id>m-[0-9a-f]{32})|(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>[0-9]{1,18})))"
 )
 
 
@@ -91,8 +91,7 @@ def _ask_server(
     client = RestClient(uri)
     try:
         if id:
-            answer = client.get(f"logged-models/{id}").get("model", {}).get("info", {})
-            return _text(answer.get("source_run_id"))
+            return _text(client.get(f"logged-models/{id}"), "model", "info", "source_run_id")
         if alias:
             query = {"name": str(name), "alias": alias}
             answer = client.get("registered-models/alias", query)
@@ -101,10 +100,13 @@ def _ask_server(
             answer = client.get("model-versions/get", query)
     except AbsentError:
         return None
-    return _text(answer.get("model_version", {}).get("run_id"))
+    return _text(answer, "model_version", "run_id")
 
 
-def _text(value: object) -> str | None:
+def _text(value: object, *names: str) -> str | None:
+    """Return the text under names within each other, if there is one: any server may answer."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
     return value if isinstance(value, str) and value else None
 
 
@@ -163,8 +165,9 @@ def _promotions_of_server(client: RestClient) -> list[Promotion]:
     for model in client.models(""):
         for one in model.aliases:
             query = {"name": model.name, "alias": one.alias}
-            answer = client.get("registered-models/alias", query).get("model_version", {})
-            found.append(Promotion(model.name, one.alias, _text(answer.get("run_id")) or ""))
+            answer = client.get("registered-models/alias", query)
+            run_id = _text(answer, "model_version", "run_id") or ""
+            found.append(Promotion(model.name, one.alias, run_id))
     return found
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import runkey
+from runkey.api import find_model
 from runkey.errors import RunkeyError
 from runkey.hashing import sha256_file
 from runkey.identity.record import Record
@@ -157,3 +158,23 @@ def test_what_import_runkey_gives() -> None:
     assert all(one.__doc__ for one in found)
     with pytest.raises(AttributeError, match="module 'runkey' has no attribute 'lode'"):
         runkey.lode  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        *("models:/a/99999999999999999999999", "models:/a/" + "9" * 5000, "models:/a/\u0661"),
+        *(
+            "models:/../x@y",
+            "models:/" + "x" * 5000 + "@y",
+            "models:/\udcff@x",
+            "models:/a@\x1b[2J",
+        ),
+        *("runs:/", "runs:/../../etc", "runs:/\udcff", "runs:/%00", "", "\x00", "x" * 5000, "rk2-"),
+    ],
+)
+def test_an_odd_reference_is_one_line(record: Record, reference: str) -> None:
+    assert find_model(record.key).is_dir()
+    with pytest.raises(RunkeyError) as caught:
+        find_model(reference)
+    assert "\n" not in str(caught.value).replace(reference, "")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -257,3 +259,42 @@ def test_a_score_or_an_iou_of_nan_is_refused(tmp_path):
     for iou in (float("nan"), 0.0, -1.0, 2.0):
         with pytest.raises(ModelError, match="give an IoU above 0, at most 1"):
             model(image, nms=iou)
+
+
+@needs_onnx
+def test_a_torch_program_is_loaded_with_a_warning(tmp_path, caplog):
+    detector, _ = load_model(save_small_model(tmp_path / "model"))
+    for export in ("torch", "onnx"):
+        write_export(detector, card_of(export), tmp_path / export, options=EXPORTED)
+    load_model_folder(tmp_path / "onnx", "cpu")
+    assert "code" not in caplog.text
+    for place in (tmp_path / "torch", tmp_path / "torch" / "model.pt2"):
+        caplog.clear()
+        load_model_folder(place, "cpu")
+        assert f"{place}: a torch program can run code that is in it" in caplog.text
+
+
+@needs_onnx
+@pytest.mark.parametrize("export", ["torch", "onnx", "openvino"])
+def test_an_export_that_does_not_fit_on_the_disk_is_one_line(export, tmp_path):
+    save_small_model(tmp_path / "model")
+    script = (
+        "import json, resource\n"
+        "from pathlib import Path\n"
+        "from runkey.errors import report_errors\n"
+        "from runkey.inference.export import write_export\n"
+        "from runkey.inference.module import EXPORTED\n"
+        "from runkey.model.weights import load_model\n"
+        f"detector, _ = load_model(Path({str(tmp_path / 'model')!r}))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
+        f"card = json.loads({json.dumps(card_of(export))!r})\n"
+        "with report_errors():\n"
+        f"    write_export(detector, card, Path({str(tmp_path / 'out')!r}), options=EXPORTED)\n"
+    )
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    line = [sys.executable, "-c", script]
+    done = subprocess.run(line, capture_output=True, text=True, env=here, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "written" in done.stderr or "write" in done.stderr

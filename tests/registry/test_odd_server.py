@@ -159,7 +159,8 @@ def test_the_beat_outlives_every_answer(said: list[str], tmp_path: Path) -> None
         OddServer() as server,
         HeldClaim(open_claims(server.address, tmp_path), a_claim(), FAST) as held,
     ):
-        for answer in itertools.islice(server_answers(1), 200, 300):
+        to_all = (answer for answer in server_answers(1) if not answer.only)
+        for answer in itertools.islice(to_all, 200, 300):
             server.answer = answer
             time.sleep(0.01)
         server.answer = None

@@ -31,6 +31,7 @@ from runkey.identity.record import Details, LoggedRun, Record
 from runkey.registry.claims import open_claims, state_now, status_now
 from runkey.registry.dvc_cache import download
 from runkey.registry.library import open_library, run_reader
+from runkey.registry.models import promotions, registered_run
 from runkey.registry.once import decide
 from runkey.registry.query import Field, Query
 from runkey.registry.rest import list_page
@@ -89,6 +90,9 @@ RIGHT: dict[str, Any] = {
     "registered-models/search": {"registered_models": [_MODEL]},
     "registered-models/get": {"registered_model": _MODEL},
     "registered-models/create": {"registered_model": _MODEL},
+    "registered-models/alias": {"model_version": {"run_id": RUN}},
+    "model-versions/get": {"model_version": {"run_id": RUN}},
+    "logged-models/": {"model": {"info": {"source_run_id": RUN}}},
     "metrics/get-history": {"metrics": _RUN["data"]["metrics"]},
     "artifacts/list": {"files": [{"path": "run.json", "is_dir": False, "file_size": 2}]},
     "mlflow-artifacts/artifacts?": {"files": []},
@@ -461,6 +465,10 @@ def questions(address: str, home: Path) -> dict[str, Callable[[], object]]:
         "open_file": read,
         "download": lambda: download(library, record, ["run.json"], home / "downloaded"),
         "run_reader": lambda: (run_reader(address) or (lambda _: None))(RUN),
+        "alias": lambda: registered_run(address, "models:/detection@production"),
+        "version": lambda: registered_run(address, "models:/detection/1"),
+        "model id": lambda: registered_run(address, f"models:/m-{'0' * 32}"),
+        "promotions": lambda: [str(one) for one in promotions(address)],
         "list_page": lambda: list_page(address, "detection", "runkey"),
         "claims": lambda: [f"{one.line}: {state_now(one)}" for one in claims.all()],
         "make": lambda: claims.make(claim),
