@@ -121,7 +121,8 @@ def test_a_changed_plot_is_drawn_again_and_nothing_else_runs(project: Project) -
     assert (recorded / curve.name).read_bytes() == before[0]
     style = project.root / "runkey/plots/style.py"
     code = style.read_text()
-    style.write_text(code.replace('BLUE = "#0072B2"', 'BLUE = "#0000FF"'))
+    assert code.count('\nGREY = "') == 1
+    style.write_text(code.replace('\nGREY = "', '\nBLUE = "#0000FF"\nGREY = "'))
     assert re.findall(r"Running stage '(\w+)'", project.dvc("repro")) == ["plots"]
     assert curve.read_bytes() != before[0]
     assert report.read_bytes() != before[1]
