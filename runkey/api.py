@@ -2,7 +2,7 @@
 
 import runkey
 
-model = runkey.load("rk2-cbfb")
+model = runkey.load("rk2-8cd8")
 found = model("photo.jpg")
 print(found.names, found.scores, found.boxes_xyxy)
 """
@@ -39,7 +39,7 @@ def load(reference: str | os.PathLike[str], device: str | torch.device | None = 
     its files are copied once into `.runkey/models/` beside the store, and their hashes are checked.
 
     Args:
-        reference: a run's key or the beginning of one (`rk2-cbfb`, `cbfb`), a folder (`model/`,
+        reference: a run's key or the beginning of one (`rk2-8cd8`, `8cd8`), a folder (`model/`,
             what `runkey get` or `runkey export-model` wrote), an exported file (`model.onnx`),
             `runs:/ID` with an MLflow id, or `models:/NAME@ALIAS` of MLflow's model registry.
         device: such as `cpu` or `cuda:1`; None: the GPU if there is one.
