@@ -216,9 +216,11 @@ NAMES = (
 
 def test_class_names_break_no_format(tmp_path):
     photograph(1).save(tmp_path / "a <&\"'.png")
+    inner = tmp_path / "in" / "here"
+    inner.mkdir(parents=True)
     for first in range(len(NAMES)):
         names = NAMES[first:] + NAMES[:first]
-        out = tmp_path / f"out{first}"
+        out = inner / f"out{first}"
         written(out, tmp_path / "a <&\"'.png", model=model_of(*names))
         assert list(yaml.safe_load((out / "yolo/data.yaml").read_text())["names"].values()) == [
             *names
@@ -234,7 +236,7 @@ def test_class_names_break_no_format(tmp_path):
             assert [row["class"] for row in csv.DictReader(file)] == list(names[:2])
         coco = json.loads((out / "predictions.json").read_text())
         assert [one["name"] for one in coco["categories"]] == list(names)
-        assert not list(tmp_path.parent.rglob("up*"))
+        assert not list(tmp_path.rglob("up*"))
 
 
 def test_classes_of_one_name_have_each_its_own_score(tmp_path):
