@@ -18,6 +18,9 @@ from runkey.files import FormatError, read_text
 from runkey.identity.dvc_yaml import read_yaml_text
 from runkey.paths import LOCK, workspace
 
+EXTRAS = ".venv-export"
+"""Folder of what `make env-export` installs; no stage needs it and no lock holds it."""
+
 PLATFORM = "linux-64"
 _PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)")
 
@@ -137,13 +140,15 @@ def installed_cuda() -> str | None:
 def installed_packages() -> dict[str, str]:
     """Return version by normalised name of every distribution that this interpreter can import.
 
-    This project itself is left out: the key has its code file by file.
+    This project itself is left out: the key has its code file by file. So is `EXTRAS`, which may be
+    on the path of a process that exported a model.
     """
     # Here: it takes 0.03 s, and no key needs it.
     import importlib.metadata
 
     found: dict[str, str] = {}
-    for distribution in importlib.metadata.distributions():
+    folders = [folder for folder in sys.path if EXTRAS not in Path(folder).parts]
+    for distribution in importlib.metadata.distributions(path=folders):
         metadata = distribution.metadata  # each access parses the file again
         if metadata["Name"]:
             # Python imports the first on the path.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from runkey.errors import LockError
+from runkey.identity.environment import EXTRAS
 
 _REPOSITORY = Path(__file__).parents[2]
 
@@ -26,7 +27,7 @@ def import_extra(module: str) -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError:
-        folders = map(str, _REPOSITORY.glob(".venv-export/lib/python3*/site-packages"))
+        folders = map(str, _REPOSITORY.glob(f"{EXTRAS}/lib/python3*/site-packages"))
         sys.path += [folder for folder in folders if folder not in sys.path]
     try:
         return import_module(module)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import RegistryError
-from runkey.identity.environment import installed_packages, read_lock
+from runkey.identity.environment import EXTRAS, installed_packages, read_lock
 from runkey.registry.environment import PackageDifference, compare_environment
 
 REPOSITORY = Path(__file__).parents[2]
@@ -184,3 +184,13 @@ def test_a_conda_environment_that_is_not_this_interpreters_is_not_looked_at(
     monkeypatch.setattr(sys, "prefix", str(folder / ".venv"))
     found = compare_environment(folder)
     assert found.against == "requirements.txt"
+
+
+def test_packages_of_exports_are_not_this_environments(folder, tmp_path, monkeypatch):
+    """A process that exported a model has them on its path."""
+    site = tmp_path / EXTRAS / "lib" / "python3.12" / "site-packages"
+    (site / "onnx-1.22.0.dist-info").mkdir(parents=True)
+    (site / "onnx-1.22.0.dist-info" / "METADATA").write_text("Name: onnx\nVersion: 1.22.0\n")
+    monkeypatch.syspath_prepend(site)
+    assert importlib.metadata.version("onnx") == "1.22.0"
+    assert "onnx" not in installed_packages()
