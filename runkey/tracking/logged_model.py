@@ -100,9 +100,10 @@ def _logged(client: MlflowClient, run_id: str, content: str | None) -> str | Non
     """The newest model of a run with these files; `content` None: with any that are complete."""
     run = client.get_run(run_id)
     outputs = run.outputs.model_outputs if run.outputs else []
-    for one in reversed(outputs):
-        tags = client.get_logged_model(one.model_id).tags
-        if tags.get(_CONTENT) == content or (content is None and _CONTENT in tags):
+    # MLflow gives them in no order.
+    models = [client.get_logged_model(one.model_id) for one in outputs]
+    for one in sorted(models, key=lambda model: model.creation_timestamp, reverse=True):
+        if one.tags.get(_CONTENT) == content or (content is None and _CONTENT in one.tags):
             return str(one.model_id)
     return None
 
@@ -110,17 +111,22 @@ def _logged(client: MlflowClient, run_id: str, content: str | None) -> str | Non
 def _log_metrics(
     client: MlflowClient, run_id: str, model_id: str, metrics: Mapping[str, float]
 ) -> None:
-    """Put the run's metrics on the page of its model, unless it has them."""
+    """Put the run's metrics on the page of its model, unless it has them.
+
+    MLflow adds them to the run as well, but for a point that is there: so each has the time and
+    step of the run's own.
+    """
     from mlflow.entities import Metric
 
     shown = client.get_logged_model(model_id).metrics or []
     have = {one.key: one.value for one in shown}
-    now = time.time_ns() // 1_000_000
-    new = [
-        Metric(name, value, now, 0, model_id=model_id)
-        for name, value in metrics.items()
-        if have.get(name) != value
-    ]
+    now, new = time.time_ns() // 1_000_000, []
+    for name, value in metrics.items():
+        if have.get(name) != value:
+            points = client.get_metric_history(run_id, name)
+            same = [(one.step, one.timestamp) for one in points if one.value == value]
+            step, timestamp = max(same, default=(0, now))
+            new.append(Metric(name, value, timestamp, step, model_id=model_id))
     if new:
         client.log_batch(run_id, metrics=new)
 

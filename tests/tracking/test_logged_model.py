@@ -75,6 +75,26 @@ def logged(store: Store, small_model_folder: Path, tmp_path: Path) -> Logged:
     return Logged(store, small_model_folder, tmp_path)
 
 
+@pytest.mark.parametrize("step", [0, 3])
+def test_the_metrics_of_a_model_double_no_point_of_its_run(logged: Logged, step: int) -> None:
+    """MLflow writes a metric that names a model into the run too."""
+    record = logged.run("a")
+    run_id = record.run.run_id
+    logged.client.log_metric(run_id, "eval/AP", 0.5, 1_700_000_000_000, step)
+    logged.log(record)
+    logged.log(record)
+    points = logged.client.get_metric_history(run_id, "eval/AP")
+    assert [(one.value, one.timestamp, one.step) for one in points] == [
+        (0.5, 1_700_000_000_000, step)
+    ]
+    logged.client.log_metric(run_id, "eval/AP", 0.6, 1_700_000_000_001, step + 1)
+    model_id = logged.log(record, 0.6)
+    points = logged.client.get_metric_history(run_id, "eval/AP")
+    assert sorted(one.value for one in points) == [0.5, 0.6]
+    shown = logged.client.get_logged_model(model_id).metrics
+    assert {one.key: one.value for one in shown} == {"eval/AP": 0.6}
+
+
 def test_the_model_is_complete_and_has_signature_example_metrics_and_description(
     logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
