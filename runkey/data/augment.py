@@ -19,16 +19,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from runkey.params import Augment, Data
+from runkey.params import Augment, Data, Params
 
-Purpose = Literal["order", "windows", "geometry", "colour"]
+Purpose = Literal["order", "windows", "geometry", "colour", "zoom_out", "mosaic"]
 """What random numbers are for; the name is hashed. "windows" orders an epoch's global batches."""
 
 OUTSIDE_RGB = (124, 116, 104)
 """Colour of output pixels outside the source: ImageNet's mean, which is normalised to about 0."""
 UNBOUNDED = 2**31
 """A long side without effect, for the reference's resize before its crop."""
-_GEOMETRY_DRAWS = 8
+CROP_STEPS = 10
+"""A crop by fractions has sides of n/10 of the image's, so that its possible shapes are few."""
+MOSAIC_IMAGES = 4
+_MOSAIC_CENTRE = (0.3, 0.7)
+"""Range of the point where a mosaic's images meet, as a fraction of width and height."""
+_GEOMETRY_DRAWS, _ZOOM_OUT_DRAWS, _MOSAIC_DRAWS = 8, 4, 32
 
 _MASK = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
@@ -126,6 +131,12 @@ class AugmentParams:
     """The part of the image that fills the output; it may extend beyond the image."""
     flip: bool = False
     """Mirror left-right after resizing."""
+    tiles: tuple[Tile, ...] = ()
+    """The images of a mosaic, which fill the output; `region` and `flip` then mean nothing."""
+
+    def images(self, index: int) -> tuple[Tile, ...]:
+        """Return the images that fill the output: the tiles, or the one at `index`."""
+        return self.tiles or (Tile(index, self),)
 
     def spans(self, source: tuple[int, int]) -> tuple[Span, Span]:
         """Round the region to whole pixels of a source (height, width); return (x, y)."""
@@ -134,6 +145,19 @@ class AugmentParams:
             _span(region.left, region.width, source[1], self.size[1]),
             _span(region.top, region.height, source[0], self.size[0]),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """An image, or a part of one, in an output."""
+
+    index: int
+    """The image's position in the index."""
+    augment: AugmentParams
+    """Its geometry; the size is the tile's."""
+    left: int = 0
+    top: int = 0
+    """Of its upper left corner in the output, pixels."""
 
 
 def _span(first: float, length: float, source: int, out: int) -> Span:
@@ -195,13 +219,30 @@ class Augmentation:
 
     seed: int
     data: Data
+    plain_from: int | None = None
+    """First epoch without zoom-out and mosaic; None: they never end."""
 
     def draw(
         self, epoch: int, ids: Sequence[int], sizes: Sequence[tuple[int, int]]
     ) -> list[AugmentParams]:
-        """Draw the geometry of the images `ids`, whose original (height, width) are `sizes`."""
+        """Draw the geometry of the images `ids`, whose original (height, width) are `sizes`.
+
+        A mosaic takes its other images from `ids`, so these must be the whole training split.
+        """
         draws = uniforms(self.seed, epoch, "geometry", ids, _GEOMETRY_DRAWS)
-        return [self._params(u, size) for u, size in zip(draws.tolist(), sizes, strict=True)]
+        canvases = self._canvases(epoch, ids)
+        drawn = [
+            self._params(u, size, canvas)
+            for u, size, canvas in zip(draws.tolist(), sizes, canvases, strict=True)
+        ]
+        chance = self.data.augment.mosaic_probability
+        if not chance or self._is_plain(epoch) or len(ids) < MOSAIC_IMAGES:
+            return drawn
+        mosaics = uniforms(self.seed, epoch, "mosaic", ids, _MOSAIC_DRAWS)
+        for i in np.flatnonzero(mosaics[:, 0] < chance).tolist():
+            if min(drawn[i].size) > 1:
+                drawn[i] = self._mosaic(mosaics[i, 1:].tolist(), i, sizes, drawn[i].size)
+        return drawn
 
     def draw_colour(self, epoch: int, ids: Sequence[int]) -> NDArray[np.float32] | None:
         """Draw factors of brightness, contrast and, if it varies, saturation.
@@ -218,15 +259,69 @@ class Augmentation:
         draws = uniforms(self.seed, epoch, "colour", ids, len(spread))
         return (1.0 + spread * (2.0 * draws - 1.0)).astype(np.float32)
 
-    def _params(self, u: list[float], size: tuple[int, int]) -> AugmentParams:
+    def _is_plain(self, epoch: int) -> bool:
+        return self.plain_from is not None and epoch >= self.plain_from
+
+    def _canvases(self, epoch: int, ids: Sequence[int]) -> list[Region]:
+        """What each image is shown on: itself, or by zoom-out a larger canvas around it.
+
+        SSD's expansion (Liu et al. 2016, arXiv:1512.02325, section 3.6): the canvas's sides are
+        the image's times a uniform number, the place of the image on it is uniform too.
+        """
+        augment = self.data.augment
+        if not augment.zoom_out_probability or self._is_plain(epoch):
+            return [WHOLE] * len(ids)
+        draws = uniforms(self.seed, epoch, "zoom_out", ids, _ZOOM_OUT_DRAWS)
+        canvases = []
+        for chance, size, right, down in draws.tolist():
+            ratio = 1.0 + (augment.zoom_out_max - 1.0) * size
+            larger = Region((1.0 - ratio) * right, (1.0 - ratio) * down, ratio, ratio)
+            canvases.append(larger if chance < augment.zoom_out_probability else WHOLE)
+        return canvases
+
+    def _params(self, u: list[float], size: tuple[int, int], canvas: Region) -> AugmentParams:
         """Parameters from eight uniform numbers, each with one fixed meaning."""
         data, augment = self.data, self.data.augment
         short_side = data.short_sides[_below(u[1], len(data.short_sides))]
-        region = _zoomed(augment, u[3:7])
+        region = _inside(canvas, _zoomed(augment, u[3:7]))
         if u[2] < augment.crop_probability:
-            region, size = _cropped(augment, size, u[3:])
+            crop = _cropped_by_fraction if augment.crop_fraction else _cropped
+            region, size = crop(augment, size, u[3:])
         out = resized_size(*size, short_side, data.long_side)
         return AugmentParams(out, region, flip=u[0] < augment.flip_probability)
+
+    def _mosaic(
+        self, u: list[float], index: int, sizes: Sequence[tuple[int, int]], out: tuple[int, int]
+    ) -> AugmentParams:
+        """Four images around a random point of an output of unchanged size, from 31 numbers.
+
+        Mosaic of YOLOv4 (Bochkovskiy et al. 2020, arXiv:2004.10934, section 3.4). Each image is
+        reduced until it just covers its tile, then zoomed, stretched, shifted and mirrored like a
+        single image. The image at `index` comes into any of the tiles.
+        """
+        low, high = _MOSAIC_CENTRE
+        y, x = (round(side * (low + (high - low) * v)) for side, v in zip(out, u, strict=False))
+        images = _with_others(index, len(sizes), u[2:5])
+        first = _below(u[5], MOSAIC_IMAGES)
+        tiles = []
+        for number in range(MOSAIC_IMAGES):
+            lower, right = divmod(number, 2)
+            size = (out[0] - y if lower else y, out[1] - x if right else x)
+            image = images[(first + number) % MOSAIC_IMAGES]
+            own = u[6 + 6 * number :][:6]
+            region = _inside(
+                _cover(sizes[image], size, own[0]), _zoomed(self.data.augment, own[2:])
+            )
+            flip = own[1] < self.data.augment.flip_probability
+            augment = AugmentParams(size, region, flip)
+            tiles.append(Tile(image, augment, x if right else 0, y if lower else 0))
+        return AugmentParams(out, tiles=tuple(tiles))
+
+
+def build_augmentation(params: Params) -> Augmentation:
+    """Build the augmentation of a training."""
+    plain = params.data.augment.plain_epochs
+    return Augmentation(params.seed, params.data, max(0, params.training.epochs - plain))
 
 
 def _below(u: float, count: int) -> int:
@@ -242,6 +337,59 @@ def _zoomed(augment: Augment, u: Sequence[float]) -> Region:
     left = (1.0 - width) / 2.0 + augment.shift * right
     top = (1.0 - height) / 2.0 + augment.shift * down
     return Region(left, top, width, height)
+
+
+def _inside(outer: Region, inner: Region) -> Region:
+    """The region `inner`, given as fractions of the region `outer`, in those of the image."""
+    return Region(
+        outer.left + outer.width * inner.left,
+        outer.top + outer.height * inner.top,
+        outer.width * inner.width,
+        outer.height * inner.height,
+    )
+
+
+def _cover(source: tuple[int, int], tile: tuple[int, int], u: float) -> Region:
+    """The largest region of a source (height, width) with the tile's ratio, at a random place."""
+    ratio = (tile[1] * source[0]) / (tile[0] * source[1])
+    width, height = min(1.0, ratio), min(1.0, 1.0 / ratio)
+    return Region(u * (1.0 - width), u * (1.0 - height), width, height)
+
+
+def _with_others(index: int, count: int, u: Sequence[float]) -> list[int]:
+    """`index`, and for each uniform number another integer in [0, count); all are different."""
+    chosen = [index]
+    for value in u:
+        other = _below(value, count - len(chosen))
+        for one in sorted(chosen):  # the other-th of those that are not chosen yet
+            other += other >= one
+        chosen.append(other)
+    return chosen
+
+
+def _cropped_by_fraction(
+    augment: Augment, size: tuple[int, int], u: Sequence[float]
+) -> tuple[Region, tuple[int, int]]:
+    """A random crop whose sides are fractions of the image's; also return its (height, width).
+
+    As in SSD (see `_canvases`), but no overlap with an object is asked for, so that a crop does
+    not depend on the boxes.
+    """
+    sides = crop_fractions(augment)
+    width, height = sides[_below(u[1], len(sides))], sides[_below(u[2], len(sides))]
+    region = Region(u[3] * (1.0 - width), u[4] * (1.0 - height), width, height)
+    return region, crop_size(size, height, width)
+
+
+def crop_fractions(augment: Augment) -> list[float]:
+    """Return every side that a crop by fractions can have, as a fraction of the image's."""
+    low = max(1, math.ceil(augment.crop_fraction * CROP_STEPS - 1e-9))
+    return [n / CROP_STEPS for n in range(low, CROP_STEPS + 1)]
+
+
+def crop_size(size: tuple[int, int], height: float, width: float) -> tuple[int, int]:
+    """Return the (height, width) in pixels of a crop by fractions of an image of `size`."""
+    return max(1, round(size[0] * height)), max(1, round(size[1] * width))
 
 
 def _cropped(

@@ -17,7 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from runkey.data.augment import Augmentation, AugmentParams, augment_boxes, augment_image
+from runkey.data.augment import (
+    Augmentation,
+    AugmentParams,
+    Tile,
+    augment_boxes,
+    augment_image,
+)
 from runkey.data.cache import ImageCache
 from runkey.data.decode import decode_rgb, resize
 from runkey.data.index import ImageRecord, IntensityRange
@@ -153,10 +159,14 @@ class BatchMaker(Dataset["Batch | RunkeyError"]):
         images = padded.permute(0, 3, 1, 2)
         objects = []
         for i, (index, augment) in enumerate(request.images):
-            image = self._image(index, augment.size)
-            valid = images[i, :, : augment.size[0], : augment.size[1]]
-            valid.copy_(augment_image(image, augment))
-            objects.append(self.visible_objects(index, augment, (image.shape[1], image.shape[2])))
+            sources = []
+            for tile in augment.images(index):
+                image = self._image(tile.index, tile.augment.size)
+                rows = slice(tile.top, tile.top + tile.augment.size[0])
+                columns = slice(tile.left, tile.left + tile.augment.size[1])
+                images[i, :, rows, columns].copy_(augment_image(image, tile.augment))
+                sources.append((image.shape[1], image.shape[2]))
+            objects.append(self.visible_objects(index, augment, sources))
         boxes_cxcywh, labels = zip(*objects, strict=True)
         ids = tuple(self.table.ids[index] for index, _ in request.images)
         colour = None
@@ -181,26 +191,45 @@ class BatchMaker(Dataset["Batch | RunkeyError"]):
             return error
 
     def visible_objects(
-        self, index: int, augment: AugmentParams, source: tuple[int, int]
+        self,
+        index: int,
+        augment: AugmentParams,
+        sources: Sequence[tuple[int, int]] | None = None,
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Compute the boxes and labels of an augmented image; no pixel is read.
 
-        `source` is the (height, width) of the decoded image, pixels. Returns boxes cxcywh [n, 4],
-        fractions of the output, and labels [n].
+        `sources` are the (height, width) of the decoded images, pixels, one or those of a mosaic;
+        None: the originals' sizes. Returns boxes cxcywh [n, 4], fractions of the output, and
+        labels [n].
         """
-        part = slice(*self.table.starts[index : index + 2])
+        tiles = augment.images(index)
+        if sources is None:
+            sources = [self.table.sizes[tile.index] for tile in tiles]
+        kept, kept_labels = [], []
+        for tile, source in zip(tiles, sources, strict=True):
+            boxes, labels = self._visible_in(tile, source)
+            kept.append(boxes + [tile.left, tile.top] * 2)
+            kept_labels.append(labels)
+        boxes_xyxy, labels = np.concatenate(kept), np.concatenate(kept_labels)
+        if self.max_objects and len(labels) > self.max_objects:
+            sides = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
+            largest = np.argsort(-sides.prod(axis=1), kind="stable")[: self.max_objects]
+            keep = np.sort(largest)
+            boxes_xyxy, labels = boxes_xyxy[keep], labels[keep]
+        boxes_xyxy = boxes_xyxy / (augment.size[::-1] * 2)
+        low, high = boxes_xyxy[:, :2], boxes_xyxy[:, 2:]
+        return np.concatenate(((low + high) / 2.0, high - low), axis=1), labels
+
+    def _visible_in(
+        self, tile: Tile, source: tuple[int, int]
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Boxes xyxy in pixels of the tile, and labels, of the objects that are seen in it."""
+        part = slice(*self.table.starts[tile.index : tile.index + 2])
         source_xyxy = self.table.boxes_xyxy[part] * (source[::-1] * 2)
-        boxes_xyxy, visible = augment_boxes(source_xyxy, source, augment)
+        boxes_xyxy, visible = augment_boxes(source_xyxy, source, tile.augment)
         least = self.augmentation.data.augment.min_visible if self.augmentation else 0.0
         keep = np.flatnonzero(visible > least)
-        if self.max_objects and len(keep) > self.max_objects:
-            sides = boxes_xyxy[keep, 2:] - boxes_xyxy[keep, :2]
-            largest = np.argsort(-sides.prod(axis=1), kind="stable")[: self.max_objects]
-            keep = keep[np.sort(largest)]
-        kept_xyxy = boxes_xyxy[keep] / (augment.size[::-1] * 2)
-        low, high = kept_xyxy[:, :2], kept_xyxy[:, 2:]
-        boxes_cxcywh = np.concatenate(((low + high) / 2.0, high - low), axis=1)
-        return boxes_cxcywh, self.table.labels[part][keep]
+        return boxes_xyxy[keep], self.table.labels[part][keep]
 
     def _image(self, index: int, size: tuple[int, int]) -> Tensor:
         if self.cache is not None:

@@ -22,7 +22,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from runkey import paths
-from runkey.data.augment import Augmentation, AugmentParams, evaluation_size
+from runkey.data.augment import (
+    Augmentation,
+    AugmentParams,
+    build_augmentation,
+    evaluation_size,
+)
 from runkey.data.cache import open_cache
 from runkey.data.dataset import Batch, BatchMaker, GlobalBatch, Request, image_table
 from runkey.data.index import SplitName, read_index
@@ -215,7 +220,7 @@ def build_train_loader(
     Raises:
         DataError: there is no index, it holds no image, or its cache is damaged.
     """
-    augmentation = Augmentation(params.seed, params.data)
+    augmentation = build_augmentation(params)
     maker = _maker(params, root, "train", augmentation)
     table = maker.table
     workers, reason = resolve_workers(params.runtime.workers, maker.cache is not None, world_size)

@@ -8,12 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import batched
+from itertools import batched, product
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runkey.data.augment import UNBOUNDED, Augmentation, crop_sides, permutation, resized_size
+from runkey.data.augment import (
+    MOSAIC_IMAGES,
+    UNBOUNDED,
+    Augmentation,
+    crop_fractions,
+    crop_sides,
+    crop_size,
+    permutation,
+    resized_size,
+)
 from runkey.data.dataset import AugmentedImage
 from runkey.data.index import ImageRecord
 from runkey.params import Data, Params
@@ -96,6 +105,13 @@ def reachable_shapes(data: Data, records: Iterable[ImageRecord]) -> set[Shape]:
 
 def _crops(data: Data, sizes: set[Shape]) -> set[Shape]:
     """Every shape that the random crop can cut out of images of `sizes`."""
+    if data.augment.crop_fraction:
+        sides = crop_fractions(data.augment)
+        return {
+            crop_size(size, height, width)
+            for size in sizes
+            for height, width in product(sides, sides)
+        }
     ranges = set()
     for size in sizes:
         for short_side in data.augment.crop_short_sides:
@@ -152,13 +168,18 @@ def _least(pairs: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int6
     return first, order[at, 1]
 
 
-def most_objects(records: Sequence[ImageRecord], batch_size: int, max_objects: int) -> int:
+def most_objects(
+    records: Sequence[ImageRecord], batch_size: int, max_objects: int, *, mosaic: bool = False
+) -> int:
     """Return the most boxes that a training batch of `batch_size` different images can hold.
 
-    Of one image there are at most `max_objects`; 0: no limit. Crowd regions do not count.
+    Of one image there are at most `max_objects`; 0: no limit. Crowd regions do not count. With
+    `mosaic`, every image may be one of the four images that have the most boxes.
     """
-    counts = sorted((len(r.objects()) for r in records), reverse=True)[:batch_size]
-    return sum(min(count, max_objects) if max_objects else count for count in counts)
+    counts = sorted((len(r.objects()) for r in records), reverse=True)
+    if mosaic and len(counts) >= MOSAIC_IMAGES:
+        counts = [sum(counts[:MOSAIC_IMAGES])] * len(counts)
+    return sum(min(n, max_objects) if max_objects else n for n in counts[:batch_size])
 
 
 def max_objects(params: Params) -> int:

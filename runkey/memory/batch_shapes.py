@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from runkey.data.augment import Augmentation
+from runkey.data.augment import build_augmentation
 from runkey.data.dataset import AugmentedImage, BatchMaker, image_table
 from runkey.data.index import ImageRecord, read_classes, read_index
 from runkey.data.sampler import (
@@ -90,7 +90,7 @@ def shape_statistics(params: Params, records: Sequence[ImageRecord]) -> ShapeSta
     shapes = reachable_shapes(params.data, records)
     grouped = params.data.group_by_aspect
     sizes = range(1, params.training.batch_size + 1)
-    limit = max_objects(params)
+    limit, mosaic = max_objects(params), params.data.augment.mosaic_probability > 0
     return ShapeStatistics(
         shapes=len(shapes),
         padded_shapes=len(padded_shapes(shapes, _PADDED_TOGETHER, grouped=grouped)),
@@ -98,7 +98,7 @@ def shape_statistics(params: Params, records: Sequence[ImageRecord]) -> ShapeSta
         worst=worst_batch_shape(shapes, _PADDED_TOGETHER, grouped=grouped),
         worst_ungrouped=worst_batch_shape(shapes, _PADDED_TOGETHER, grouped=False),
         worst_grouped=worst_batch_shape(shapes, _PADDED_TOGETHER, grouped=True),
-        objects=tuple(most_objects(records, images, limit) for images in sizes),
+        objects=tuple(most_objects(records, n, limit, mosaic=mosaic) for n in sizes),
     )
 
 
@@ -115,7 +115,7 @@ def sample_steps(
     """
     data = params.data
     table = image_table(records)
-    augmentation = Augmentation(params.seed, data)
+    augmentation = build_augmentation(params)
     sampler = GlobalBatchSampler(augmentation, table.ids, table.sizes, params.training.batch_size)
     maker = BatchMaker(table, Path(), None, augmentation, max_objects(params))
     steps: list[Step] = []
@@ -127,10 +127,7 @@ def sample_steps(
 
 
 def _sizes_of(maker: BatchMaker, run: Sequence[AugmentedImage]) -> MicroBatch:
-    sizes = maker.table.sizes
-    objects = [
-        len(maker.visible_objects(index, augment, sizes[index])[1]) for index, augment in run
-    ]
+    objects = [len(maker.visible_objects(index, augment)[1]) for index, augment in run]
     return MicroBatch(
         images=len(run),
         height=max(augment.size[0] for _, augment in run),

@@ -155,13 +155,25 @@ class Augment(Section):
     shift: Fraction = 0.1
     """Largest translation, as a fraction of width and height.  0: none."""
     crop_probability: Fraction = 0.0
-    """Probability of DETR's random crop, which replaces zoom, aspect and shift."""
+    """Probability of a random crop, which replaces zoom, aspect, shift and zoom-out."""
+    crop_fraction: BelowOne = 0.0
+    """Smallest side of the random crop as a fraction of the image's, in steps of 0.1, for images of
+    any size.  0: in pixels, by the next three values, made for training at 800 pixels."""
     crop_short_sides: tuple[PositiveInt, ...] = (400, 500, 600)
     """Short sides, in pixels, one of which the image is resized to before the random crop."""
     crop_min: PositiveInt = 384
     """Smallest side of the random crop, in pixels after that resize."""
     crop_max: PositiveInt = 600
     """Largest side of the random crop, in pixels after that resize."""
+    zoom_out_probability: Fraction = 0.0
+    """Probability that an image is shown smaller, at a random place of a grey canvas (SSD)."""
+    zoom_out_max: Annotated[float, Field(ge=1, le=16), _not_bool] = 4.0
+    """Largest side of that canvas / side of the image; uniform between 1 and this."""
+    mosaic_probability: Fraction = 0.0
+    """Probability of a mosaic: the image and three others, reduced, in the four corners of the
+    output (YOLOv4)."""
+    plain_epochs: Count = 0
+    """Last epochs, without zoom-out and mosaic."""
     min_visible: BelowOne = 0.35
     """Keep a box if more than this fraction of its area stays inside the image."""
     brightness: Fraction = 0.2

@@ -19,9 +19,10 @@ DATA = Data(
     short_sides=(30, 40),
     long_side=60,
     augment=Augment(
-        crop_probability=0.3, crop_short_sides=(50, 60), crop_min=20, crop_max=40, saturation=0.1
+        crop_probability=0.3, crop_short_sides=(50, 60), crop_min=20, crop_max=40, saturation=0.1,
+        zoom_out_probability=0.3, mosaic_probability=0.4,
     ),
-)
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -34,7 +34,13 @@ def dealt_shapes(data, records, epochs, batch, micro):
     return single, padded
 
 
-@pytest.mark.parametrize("augment", [Augment(), CROP], ids=["zoom", "crop"])
+FRACTION = Augment(crop_probability=0.5, crop_fraction=0.5, mosaic_probability=0.2)
+MIXED = Augment(zoom_out_probability=0.5, mosaic_probability=0.5)
+
+
+@pytest.mark.parametrize(
+    "augment", [Augment(), CROP, FRACTION, MIXED], ids=["zoom", "crop", "fraction", "mosaic"]
+)
 @pytest.mark.parametrize("grouped", [True, False])
 def test_census_is_what_is_dealt_no_less_and_no_more(make_record, augment, grouped):
     data = Data(short_sides=(10, 16), long_side=24, augment=augment, group_by_aspect=grouped)
@@ -87,3 +93,7 @@ def test_most_objects(make_record):
     assert most_objects(records, 2, 0) == 14
     assert most_objects(records, 2, 6) == 11
     assert most_objects(records, 100, 0) == 18
+    assert most_objects(records, 1, 0, mosaic=True) == 18
+    assert most_objects(records, 2, 16, mosaic=True) == 32
+    assert most_objects(records, 100, 16, mosaic=True) == 80
+    assert most_objects(records[:3], 2, 0, mosaic=True) == 12
