@@ -45,7 +45,7 @@ def _evaluation(root: Path, _: Names) -> None:
 def _prepare(root: Path, _: Names) -> None:
     """The stage, without its look at data.dvc, which refuses any changed file at once."""
     params = load_params(root / "params.yaml")
-    prepare(params.data, params.seed, root, root / "prepared", params.model.num_queries)
+    prepare(params.data, root, root / "prepared", params.model.num_queries)
 
 
 def _prepared(root: Path, _: Names) -> None:

@@ -104,7 +104,7 @@ def _record(
 def sampled(params: Params, images: int, count: int) -> list[tuple[MicroBatch, ...]]:
     """Sample steps of one micro-batch of `images` images, as the training sampler does."""
     params = override(params, {"training.batch_size": images})
-    return sample_steps(params, records(), images, count)
+    return sample_steps(params, records(), images, count, params.seed)
 
 
 def write_prediction(folder: Path) -> None:

@@ -58,11 +58,11 @@ _MANY_CROWDS = 0.05
 Splits = dict[SplitName, list[CheckedImage]]
 
 
-def prepare(data: Data, seed: int, root: Path, out: Path, num_queries: int) -> Findings:
+def prepare(data: Data, root: Path, out: Path, num_queries: int) -> Findings:
     """Check the data set below `root`, replace the outputs in `out`, and log the report.
 
-    `seed` chooses the validation images if the data set has one JSON; images with more objects
-    than the model's `num_queries` are noted. Returns what report.json holds.
+    Images with more objects than the model's `num_queries` are noted. Returns what report.json
+    holds.
 
     Raises:
         DataError: the data set has a fault whose policy is `fail`, or cannot be used at all. All
@@ -76,7 +76,7 @@ def prepare(data: Data, seed: int, root: Path, out: Path, num_queries: int) -> F
     try:
         with closing(Scratch(out / "scratch.tmp")) as scratch:
             sources = find_sources(root / data.path, data.path.rstrip("/"))
-            _Preparation(data, out, findings, scratch).run(sources, seed, num_queries)
+            _Preparation(data, out, findings, scratch).run(sources, num_queries)
     except DataError as error:
         if not findings.failures:
             findings.refuse(data.path, str(error), "stopped")
@@ -93,7 +93,7 @@ class _Preparation:
     findings: Findings
     scratch: Scratch
 
-    def run(self, sources: list[Source], seed: int, num_queries: int) -> None:
+    def run(self, sources: list[Source], num_queries: int) -> None:
         """Check, split and write the data of one or two JSON files."""
         read = [read_coco(source, self.findings) for source in sources]
         classes = merge_classes(read, self.findings)
@@ -107,7 +107,7 @@ class _Preparation:
         if len(parts) == 2:
             parts[0] = self._without_leaks(parts, sources)
         self.findings.stop_if_failed()
-        train, val = parts if len(parts) == 2 else self._split(parts[0], sources[0], seed)
+        train, val = parts if len(parts) == 2 else self._split(parts[0], sources[0])
         splits: Splits = {"train": train, "val": val}
         way = f"add annotated images or see what was left out in {self.findings.report}"
         for (split, images), source in zip(splits.items(), (sources[0], sources[-1]), strict=True):
@@ -156,9 +156,7 @@ class _Preparation:
             )
         return kept
 
-    def _split(
-        self, images: list[CheckedImage], source: Source, seed: int
-    ) -> list[list[CheckedImage]]:
+    def _split(self, images: list[CheckedImage], source: Source) -> list[list[CheckedImage]]:
         """Split a data set with one JSON; the checks have left out copies of an image."""
         if len(images) < 2:
             raise DataError(
@@ -166,7 +164,7 @@ class _Preparation:
                 f"(not counting copies) passed the checks; add images or see {self.findings.report}"
             )
         classes_of = {image.record.id: image.classes for image in images}
-        held = choose_val(classes_of, self.data.val_fraction, seed)
+        held = choose_val(classes_of, self.data.val_fraction, self.data.split_seed)
         parts: list[list[CheckedImage]] = [[], []]
         for image in images:
             parts[image.record.id in held].append(image)

@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from runkey.data.augment import build_augmentation
@@ -24,11 +23,14 @@ from runkey.data.sampler import (
 )
 from runkey.errors import DataError
 from runkey.memory.trace.events import MicroBatch
-from runkey.params import Params
+from runkey.params import Params, override
 from runkey.units import counted
 
 # From two images on, a batch can pad to the largest height and the largest width at once.
 _PADDED_TOGETHER = 2
+
+_SEEDS = (0, 1, 2)
+"""Of the sampled steps, whatever `seed` a training has: the prediction holds for every seed."""
 
 Step = tuple[MicroBatch, ...]
 """The micro-batches of an optimizer step."""
@@ -103,7 +105,7 @@ def shape_statistics(params: Params, records: Sequence[ImageRecord]) -> ShapeSta
 
 
 def sample_steps(
-    params: Params, records: Sequence[ImageRecord], micro_batch: int, count: int
+    params: Params, records: Sequence[ImageRecord], micro_batch: int, count: int, seed: int
 ) -> list[Step]:
     """Return the first optimizer steps of the training sampler, as shapes; opens no image.
 
@@ -112,10 +114,11 @@ def sample_steps(
         records: the training split, not empty.
         micro_batch: most images of a micro-batch.
         count: least number of micro-batches; the last step is whole.
+        seed: in place of `params.seed`.
     """
     data = params.data
     table = image_table(records)
-    augmentation = build_augmentation(params)
+    augmentation = build_augmentation(override(params, {"seed": seed}))
     sampler = GlobalBatchSampler(augmentation, table.ids, table.sizes, params.training.batch_size)
     maker = BatchMaker(table, Path(), None, augmentation, max_objects(params))
     steps: list[Step] = []
@@ -165,10 +168,15 @@ def prepared_shapes(params: Params, prepared: Path) -> BatchShapes:
         DataError: prepare has not run, or left no image.
     """
     records = read_index(prepared / "train.json")
+
+    def sample(images: int, count: int) -> list[Step]:
+        part = -(-count // len(_SEEDS))
+        return [s for seed in _SEEDS for s in sample_steps(params, records, images, part, seed)]
+
     return BatchShapes(
         statistics=shape_statistics(params, records),
         statistics_under=lambda other: shape_statistics(other, records),
-        sample=partial(sample_steps, params, records),
+        sample=sample,
         num_classes=len(read_classes(prepared / "classes.json")),
     )
 

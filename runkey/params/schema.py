@@ -7,6 +7,8 @@ schema; the range comes from its type.  To add a parameter, add a field here; th
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self, cast, get_args
 
@@ -53,6 +55,23 @@ NonNegativeFloat = Annotated[float, Field(ge=0), _not_bool]
 Fraction = Annotated[float, Field(ge=0, le=1), _not_bool]
 BelowOne = Annotated[float, Field(ge=0, lt=1), _not_bool]
 OpenFraction = Annotated[float, Field(gt=0, lt=1), _not_bool]
+
+
+def _check_group_by(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            groups = re.compile(value).groups
+    except (re.error, OverflowError, RecursionError, Warning) as error:
+        raise ValueError(f"not a regular expression ({error})") from None
+    if groups != 1:
+        raise ValueError(
+            f"has {groups} groups; put what related images share into one pair of parentheses,"
+            r" such as (video\d+)_"
+        )
+    return value
 
 
 Level = Literal["strict", "repair", "drop"]
@@ -116,7 +135,8 @@ class Checks(Section):
     """`area` that is not a positive number, or larger than its box.  fix: use the box's width x
     height."""
     leaked_image: Literal["drop", "fail"] = "fail"
-    """Same file, by name or by content, in train and val.  drop: remove it from train."""
+    """Same file, by name or by content, in two of train, val and test.  drop: keep it in test, or
+    in val if it is not in test."""
 
     @model_validator(mode="before")
     @classmethod
@@ -195,8 +215,17 @@ class Data(Section):
     path: str = "data"
     """Folder with annotations/ and images, relative to the repository; tracked by data.dvc."""
     val_fraction: OpenFraction = 0.2
-    """Fraction of the images used for validation.  Ignored if the data come with a train and a val
-    JSON."""
+    """Fraction of the images used for validation: early stopping and the choice of weights see
+    them.  Ignored if the data come with a val JSON."""
+    test_fraction: BelowOne = 0.0
+    """Fraction of the images that nothing but evaluate sees, taken from what val leaves.  Ignored
+    if the data come with a test JSON.  0: no test split."""
+    group_by: Annotated[str | None, BeforeValidator(_check_group_by)] = None
+    """Regular expression, searched in the file name, whose one group names what related images
+    share (a video, a patient): `(video\\d+)_`.  The split keeps them together.  null: each image
+    by itself."""
+    split_seed: Annotated[int, Field(ge=0, lt=2**32), _not_bool] = 0
+    """Seed of the split, apart from `seed`: another `seed` trains on the same images."""
     max_megapixels: PositiveFloat = 100.0
     """Largest image that is decoded, in 10^6 pixels; see checks.too_large_image."""
     max_bad_fraction: Fraction = 0.2
@@ -223,6 +252,12 @@ class Data(Section):
     augment: Augment = Augment()
 
     def _faults(self) -> Iterator[str]:
+        held = self.val_fraction + self.test_fraction
+        if held >= 1:
+            yield (
+                f"val_fraction {self.val_fraction:g} and test_fraction {self.test_fraction:g}"
+                " leave no image for train; their sum should be < 1"
+            )
         low, high = self.intensity_range or (0, 1)
         if low >= high:
             yield f"intensity_range {[low, high]} must rise"

@@ -32,7 +32,7 @@ def prepare_data(root: Path) -> None:
     out, home = root / paths.PREPARED, paths.home_of(paths.store_root())
     inputs = Inputs(root, params, make_recipe("prepare", root, params), home)
     inputs.begin_prepare()
-    prepare(params.data, params.seed, root, out, params.model.num_queries)
+    prepare(params.data, root, out, params.model.num_queries)
     records, classes = read_index(out / "train.json"), read_classes(out / "classes.json")
     contact_sheet(records, classes, root / params.data.path, out / "contact_sheet.jpg")
     inputs.end_prepare()

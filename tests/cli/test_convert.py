@@ -151,7 +151,7 @@ def test_yolo_without_splits_is_one_json_that_prepare_splits(root: Path, run: Ru
 
     found = boxes(to, "all")
     assert [len(found[name]) for name in ("a.png", "b.png", "c.png", "sub/a.png")] == [2, 0, 1, 1]
-    kept = prepare(Data(path="to", val_fraction=0.3), 0, root, root / "prepared", 10).kept
+    kept = prepare(Data(path="to", val_fraction=0.3), root, root / "prepared", 10).kept
     assert sum(split["objects"] for split in kept.values()) == 4
 
 

@@ -117,7 +117,7 @@ def test_one_json_is_split(folder, name, image_folder):
     (folder.data / name).write_text(json.dumps(folder.train))
     folder.prepare(val_fraction=0.25)
     assert files(folder, "val") == before
-    folder.prepare(val_fraction=0.25, seed=1)
+    folder.prepare(val_fraction=0.25, split_seed=1)
     assert files(folder, "val") != before
 
 

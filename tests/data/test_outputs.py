@@ -189,7 +189,7 @@ def test_a_full_disk_is_one_line(folder, monkeypatch):
 @pytest.mark.parametrize("name", ["blood-cells", "coco-tiny"])
 def test_shared_data_sets_pass_with_the_defaults(name, tmp_path, logged):
     root = shared_data(name).parent
-    report = prepare(Data(path=name), 0, root, tmp_path / "prepared", 50)
+    report = prepare(Data(path=name), root, tmp_path / "prepared", 50)
 
     assert not report.failures
     train = read_index(tmp_path / "prepared/train.json")
@@ -222,7 +222,7 @@ def peak_kib():
 
 root = Path(sys.argv[1])
 before = peak_kib()
-prepare(Data(), 0, root, root / "prepared", 20)
+prepare(Data(), root, root / "prepared", 20)
 print(peak_kib() - before)
 """
 

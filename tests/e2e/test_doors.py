@@ -145,7 +145,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evaluated]:
     (root / "params.yaml").write_text(render_preset("sample"))
     params = load_params(root / "params.yaml")
     sample_data(root)
-    prepare(params.data, 0, root, root / "prepared", params.model.num_queries)
+    prepare(params.data, root, root / "prepared", params.model.num_queries)
     if trained:
         shutil.copytree(Path(trained) / "model", root / "model")
     else:

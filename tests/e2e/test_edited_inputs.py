@@ -63,7 +63,7 @@ def test_edited_data_and_single_stages(project: Project) -> None:
 def test_other_parameters_and_a_model_that_is_another(project: Project) -> None:
     params = project.root / "params.yaml"
     text = params.read_text()
-    params.write_text(text.replace("\nseed: 0", "\nseed: 1"))
+    params.write_text(text.replace("\n  split_seed: 0", "\n  split_seed: 1"))
     line = refused(project, "repro", "-s", "evaluate", "--force")
     assert line.startswith("prepared/: made from other params than there are now")
     params.write_text(re.sub(r"\nlr: \S+", "\nlr: 0.002", text))
@@ -76,6 +76,16 @@ def test_other_parameters_and_a_model_that_is_another(project: Project) -> None:
     assert line.startswith("model/weights.safetensors: not what run ")
     project.dvc("checkout", "--force", "model")
     project.dvc("repro", "-s", "evaluate", "--force")
+
+
+def test_another_seed_neither_splits_nor_profiles_again(project: Project) -> None:
+    params = project.root / "params.yaml"
+    text = params.read_text()
+    params.write_text(text.replace("\nseed: 0", "\nseed: 1"))
+    ran = re.findall(r"Running stage '(\w+)'", project.dvc("repro"))
+    assert ran == ["check", "train", "evaluate", "plots"]
+    params.write_text(text)
+    project.dvc("repro")
 
 
 def test_code_that_changes_while_it_trains(project: Project) -> None:

@@ -67,7 +67,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_all_doors_find_the_same_boxes(root: Path, small_model_folder: Path) -> None:
     data = Data(path="data", short_sides=(48,), long_side=80)
-    prepare(data, 0, root, root / "prepared", 12)
+    prepare(data, root, root / "prepared", 12)
     records = read_index(root / "prepared/val.json")
     assert {(r.width, r.height) for r in records} == {UPRIGHT.size}
     detector, card = load_model(small_model_folder)

@@ -92,7 +92,7 @@ def test_the_list_is_a_data_set_for_prepare(model: Model, images: Path) -> None:
     images.rename(root / "data/images")
     (images.parent / "out/predictions.json").rename(root / "data/annotations/instances_all.json")
     checks = Checks(duplicate_object="drop")
-    prepare(Data(checks=checks, val_fraction=0.3, max_bad_fraction=1.0), 0, root, root / "p", 100)
+    prepare(Data(checks=checks, val_fraction=0.3, max_bad_fraction=1.0), root, root / "p", 100)
     report = read(root / "p/report.json")
     assert report
 

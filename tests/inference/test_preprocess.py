@@ -127,7 +127,7 @@ def prepare_sample(root: Path, **options: Any) -> Prepared:
         text = json.dumps(content)
         (root / f"data/annotations/instances_{split}.json").write_text(text)
     data = Data(path="data", short_sides=(96,), long_side=128, checks=CHECKS, **options)
-    prepare(data, 0, root, root / "prepared", 12)
+    prepare(data, root, root / "prepared", 12)
     classes = read_classes(root / "prepared/classes.json")
     torch.manual_seed(0)
     detector = build_model(MODEL, len(classes)).eval()

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from runkey.data.index import ClassName, write_classes, write_index
 from runkey.errors import TrainingError
 from runkey.hashing import sha256_file
-from runkey.memory.batch_shapes import prepared_shapes, single_shape
+from runkey.memory.batch_shapes import prepared_shapes, sample_steps, single_shape
 from runkey.memory.choose import card_of, cards, plan_memory, shown_images
 from runkey.memory.measure import (
     Correction,
@@ -24,7 +25,7 @@ from runkey.memory.measure import (
     this_platform,
     write_cpu,
 )
-from runkey.memory.predict import predict, read_model, write_model
+from runkey.memory.predict import WORKSPACE_SHARE, predict, read_model, write_model
 from runkey.params import override
 from runkey.pipeline.step_factory import step_factory
 from runkey.units import GIB, MIB
@@ -61,6 +62,25 @@ def test_layer_drop_needs_the_memory_of_a_whole_step(small_params, prepared):
         factory = lambda other: step_factory(other, 8)  # noqa: E731
         found.append(predict(params, shapes, factory, alternatives=False).model)
     assert found[0] == found[1]
+
+
+def test_every_seed_has_one_prediction(small_params, make_record, tmp_path):
+    """Its bound holds for the steps of any seed, also where each image has its own shape."""
+    records = [make_record(i, 160 - i % 5 * 9, 90 + i % 7 * 11, boxes=i % 7) for i in range(40)]
+    write_index(tmp_path / "train.json", records)
+    write_classes(tmp_path / "classes.json", [ClassName(i, i + 1, str(i)) for i in range(8)])
+    varied = override(small_params, {"data.short_sides": (60, 70, 80, 90)})
+    found = []
+    for seed in (0, 7):
+        shapes = prepared_shapes(override(varied, {"seed": seed}), tmp_path)
+        factory = lambda other: step_factory(other, 8)  # noqa: E731
+        found.append(predict(varied, shapes, factory, alternatives=False))
+    assert found[0].model == found[1].model
+    template, upper = found[0].template, found[0].model.gpu.upper
+    for seed in range(3, 11):
+        steps = sample_steps(varied, records, 5, 40, seed)
+        held = template.replay(steps, WORKSPACE_SHARE).reserved
+        assert held <= upper(5), seed
 
 
 @pytest.mark.parametrize(

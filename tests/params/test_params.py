@@ -135,6 +135,30 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
         {"data": {"augment": {"crop_min": 700}}},
         "data.augment: crop_min 700 is larger than crop_max 600",
     ),
+    "no image for train": (
+        {"data": {"val_fraction": 0.5, "test_fraction": 0.5}},
+        "data: val_fraction 0.5 and test_fraction 0.5 leave no image for train; their sum should be"
+        " < 1",
+    ),
+    "group that does not compile": (
+        {"data": {"group_by": "(a"}},
+        "data.group_by = '(a': not a regular expression (missing ), unterminated subpattern at"
+        " position 0)",
+    ),
+    "pattern that warns": (
+        {"data": {"group_by": "([[a])"}},
+        "data.group_by = '([[a])': not a regular expression (Possible nested set at position 2)",
+    ),
+    "pattern without a group": (
+        {"data": {"group_by": r"video\d+"}},
+        r"data.group_by = 'video\\d+': has 0 groups; put what related images share into one pair of"
+        r" parentheses, such as (video\d+)_",
+    ),
+    "pattern with two groups": (
+        {"data": {"group_by": "(a)(b)"}},
+        "data.group_by = '(a)(b)': has 2 groups; put what related images share into one pair of"
+        r" parentheses, such as (video\d+)_",
+    ),
     "two faults": (
         {"lr": 5, "seed": -1},
         "lr = 5: should be <= 1; seed = -1: should be >= 0",

@@ -51,7 +51,7 @@ def make_checkout(root: Path) -> None:
     """Make it in an empty folder."""
     _tracked_files(root)
     params = load_params(root / "params.yaml")
-    prepare(params.data, params.seed, root, root / "prepared", params.model.num_queries)
+    prepare(params.data, root, root / "prepared", params.model.num_queries)
     _results(root)
     _other_labels(root)
     recipe = make_recipe("train", root, params)

@@ -86,11 +86,11 @@ class Folder:
             if text is not None:
                 self.path(split).write_bytes(text)
 
-    def prepare(self, seed: int = 0, num_queries: int = 20, **data: Any) -> Findings:
+    def prepare(self, num_queries: int = 20, **data: Any) -> Findings:
         """Write the JSON files and run the stage's work on them."""
         checks = Checks(**data.pop("checks", {}))
         section = Data(checks=checks, **data)
-        return prepare(section, seed, self.root, self.out, num_queries)
+        return prepare(section, self.root, self.out, num_queries)
 
     def run(self, **options: Any) -> Findings:
         self.write()
