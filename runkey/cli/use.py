@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -108,29 +108,35 @@ def predict(
     if all were read, 1 after an error. Ctrl-C keeps what was written. OUT must be new or empty, or
     hold the files of an earlier predict, which are replaced.
     """
-    from runkey.api import load
-    from runkey.inference.predict import Options, find_sources, parse_score
-    from runkey.inference.predict import predict as predict_all
+    from runkey.inference.options import Options, as_utf8, parse_score
+    from runkey.inference.sources import find_sources
     from runkey.inference.tile import parse_tiling
-    from runkey.inference.writers import as_utf8
+    from runkey.pipeline.find_model import find_model
 
-    about = {"model": as_utf8(model), "sources": list(map(as_utf8, sources))}
-    listed = sys.stdin if "-" in sources else ()
-    found = find_sources(sources, out=out, allow_urls=allow_urls, listed=listed)
-    chosen = parse_score(score)
-    loaded = load(model, device)
-    sizes = loaded.card.sizes
     options = Options(
-        score=chosen,
+        score=parse_score(score),
         nms=nms,
-        tiling=parse_tiling(tile, overlap, sizes.short_side, sizes.long_side) if tile else None,
+        tiling=parse_tiling(tile, overlap, 3, 4) if tile else None,
         batch_size=batch_size,
         workers=workers,
         every=every,
         kinds=[kind.strip() for kind in write.split(",") if kind.strip()],
         coco=coco,
-        about=about,
+        about={"model": as_utf8(model), "sources": list(map(as_utf8, sources))},
     )
+    listed = sys.stdin if "-" in sources else ()
+    found = find_sources(sources, out=out, allow_urls=allow_urls, listed=listed)
+    found.check()
+    folder = find_model(model)
+    # torch takes seconds to import: from here on, what was asked for is known to be right.
+    from runkey.inference.model import load_model_folder
+    from runkey.inference.predict import predict as predict_all
+
+    loaded = load_model_folder(folder, device)
+    if tile:
+        sizes = loaded.card.sizes
+        tiling = parse_tiling(tile, overlap, sizes.short_side, sizes.long_side)
+        options = replace(options, tiling=tiling)
     summary = predict_all(loaded, found, out, options)
     if not summary.images:
         _say_skipped(summary)
@@ -238,9 +244,9 @@ def export_model(
     and AP to three digits; bf16 and int8 may lose 0.2 points of AP. One that does not pass is left
     under OUT.refused, exit code 3. The result is recorded on the run.
     """
-    from runkey.api import find_model
     from runkey.inference.sources import find_sources
     from runkey.pipeline.export import ExportChoice, describe, export_model
+    from runkey.pipeline.find_model import find_model
 
     folder, choice = find_model(model), ExportChoice(export, precision)
     if max_ap_loss is not None:
@@ -298,8 +304,8 @@ def speed(
     Nothing is trained. Networks run in turn, and medians of their times are compared. The table,
     speed.json and a picture go into speed/ beside the model, and to its run.
     """
-    from runkey.api import find_model
     from runkey.pipeline import speed as measuring
+    from runkey.pipeline.find_model import find_model
 
     folder = find_model(model)
     options = measuring.SpeedOptions(

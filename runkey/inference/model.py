@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import batched
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from runkey.inference.networks import (
     open_export,
     read_export_card,
 )
+from runkey.inference.options import Score
 from runkey.inference.preprocess import Preprocess, Source, read_image, source_name
 from runkey.inference.thresholds import (
     DEFAULT_SCORE,
@@ -49,10 +50,6 @@ from runkey.model.weights import WEIGHTS, CardClass, Sizes, load_model
 from runkey.units import counted
 
 logger = logging.getLogger(__name__)
-
-Score = float | Mapping[str, float] | Literal["auto"]
-"""Least score of a detection: for all classes, by class name (others: auto), or `auto`: each
-class's score of best F1 on the val images, from `evaluate`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,8 @@ from runkey.errors import DataError
 from runkey.files import LARGE, FormatError, read_json, write_json
 from runkey.inference.detections import Detections
 from runkey.inference.draw import DRAWN_SIDES, fitted
-from runkey.inference.model import Model, Score, check_finite
+from runkey.inference.model import Model, check_finite
+from runkey.inference.options import Options, parse_score
 from runkey.inference.sources import (
     Found,
     Frame,
@@ -43,8 +44,6 @@ from runkey.inference.sources import (
 from runkey.inference.thresholds import class_keys
 from runkey.inference.tile import Tiling, ViewDetections, merge_views
 from runkey.inference.writers import (
-    DEFAULT_KINDS,
-    KINDS,
     MARK,
     About,
     Outputs,
@@ -70,37 +69,6 @@ _SHOWN = 8
 """Classes of a score's error."""
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the command line chooses."""
-
-    score: Score = "auto"
-    """Least score: of all classes, by class name, or `auto`."""
-    nms: float | None = None
-    """IoU above which the worse of two boxes of a class is dropped; None: kept."""
-    tiling: Tiling | None = None
-    """None: each image as a whole."""
-    batch_size: int = 8
-    workers: int | None = None
-    """Threads that decode and draw; None: the cores of this process, at most 8."""
-    every: int = 1
-    """Frame stride of videos."""
-    kinds: Sequence[str] = DEFAULT_KINDS
-    """Of `runkey.inference.writers.KINDS`."""
-    coco: Path | None = None
-    """COCO file with the ids of the images."""
-    about: Mapping[str, Any] = field(default_factory=dict)
-    """Written into `MARK`: the model, the sources."""
-
-    def __post_init__(self) -> None:
-        if unknown := [kind for kind in self.kinds if kind not in KINDS]:
-            raise DataError(f"--write {unknown[0]}: not one of {', '.join(KINDS)}")
-        if "results" in self.kinds and self.coco is None:
-            raise DataError("--write results: needs --coco FILE, which holds the images' ids")
-        if self.nms is not None and not 0 < self.nms <= 1:
-            raise DataError(f"--nms {self.nms:g}: an IoU above 0, at most 1")
-
-
 @dataclass(slots=True)
 class Summary:
     """What a run of `predict` did."""
@@ -118,30 +86,6 @@ class Summary:
     kinds: tuple[str, ...] = ()
 
 
-def parse_score(text: str) -> Score:
-    """Parse `auto`, a number, or `name=number,...`.
-
-    Raises:
-        DataError: it is none of these, or a number is not in 0..1.
-    """
-    if text.strip() == "auto":
-        return "auto"
-    if "=" not in text:
-        return _fraction(text, text)
-    parts = (part.rpartition("=") for part in text.split(","))
-    return {name.strip(): _fraction(number, text) for name, _, number in parts}
-
-
-def _fraction(number: str, text: str) -> float:
-    try:
-        value = float(number)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise DataError(f"--score {text}: auto, a number from 0 to 1, or car=0.4,bus=0.6")
-    return value
-
-
 def predict(model: Model, found: Found, folder: Path, options: Options) -> Summary:
     """Predict on all sources, and write the outputs that `options.kinds` names.
 
@@ -156,8 +100,7 @@ def predict(model: Model, found: Found, folder: Path, options: Options) -> Summa
         ModelError: a score names an unknown class, or the model gives NaN.
         KeyboardInterrupt: after Ctrl-C; what was predicted until then is written.
     """
-    if not found.sources and not found.skipped:
-        raise DataError(f"{found.base}: no images and no videos there")
+    found.check()
     limits = model.score_limits(options.score)
     ids = _image_ids(found, options)
     names = [one.name for one in model.card.classes]

@@ -16,7 +16,8 @@ from typing import Any
 
 from runkey.errors import DataError
 from runkey.inference.detections import Detections
-from runkey.inference.model import Model, Score, load_model_folder
+from runkey.inference.model import Model, load_model_folder
+from runkey.inference.options import Score
 
 OUTPUT_COLUMNS = {
     "image": "long",

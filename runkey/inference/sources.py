@@ -25,14 +25,12 @@ from urllib.parse import unquote, urljoin, urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from runkey.data.decode import open_image
 from runkey.data.index import IntensityRange
 from runkey.errors import DataError, LockError
 from runkey.files import open_plain
 from runkey.hashing import sha256_bytes
 from runkey.http_limits import LimitedConnection, answer_seconds
 from runkey.inference.extras import import_extra
-from runkey.inference.preprocess import read_image
 from runkey.progress import without_logins
 from runkey.units import GIB, format_bytes
 
@@ -110,6 +108,11 @@ class Found:
     """Listed, but not there."""
     others: int = 0
     """Files in folders that are neither images nor videos."""
+
+    def check(self) -> None:
+        """Raise DataError if there is nothing to predict on."""
+        if not self.sources and not self.skipped:
+            raise DataError(f"{self.base}: no images and no videos there")
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,6 +362,8 @@ def _read_still[T](
     source: InputFile, make: Callable[[Frame], T], intensity_range: IntensityRange | None
 ) -> T | Skipped:
     """Read a file or an address, and decode it."""
+    from runkey.inference.preprocess import read_image  # torch
+
     try:
         data = _download(source.place) if source.is_address else _read_file(source.place)
         image = read_image(data, intensity_range)
@@ -394,6 +399,8 @@ def _read_file(place: str) -> bytes:
 
 def _has_more(data: bytes) -> bool:
     """Return True for an animation or a file of several pages; a phone's MPO is neither."""
+    from runkey.data.decode import open_image  # torch
+
     try:
         with open_image(data) as image:
             return image.format != "MPO" and bool(getattr(image, "is_animated", False))

@@ -41,33 +41,25 @@ from runkey.inference.draw import (
     fitted,
     label_fewer,
 )
+from runkey.inference.options import (
+    CSV,
+    CVAT,
+    FRAMES,
+    IMAGES,
+    JSON,
+    LABELME,
+    RESULTS,
+    SHEET,
+    VOC,
+    YOLO,
+    as_utf8,
+)
 from runkey.model.weights import CardClass
 from runkey.units import MIB, counted
 
 MARK = "predict.json"
 """File that says what wrote a folder; a folder without it is not written to."""
 SKIPPED = "skipped.csv"
-JSON, RESULTS, CSV, SHEET, CVAT = (
-    "predictions.json",
-    "results.json",
-    "predictions.csv",
-    "sheet.jpg",
-    "cvat.xml",
-)
-YOLO, VOC, LABELME, IMAGES, FRAMES = "yolo", "voc", "labelme", "images", "frames"
-KINDS = {
-    "json": f"{JSON}: a COCO file with scores, which `prepare` and labelling tools read",
-    "results": f"{RESULTS}: COCO's results format, with the image ids of --coco FILE",
-    "csv": f"{CSV}: a row for each detection",
-    "yolo": f"{YOLO}/: a text file for each image, and data.yaml",
-    "voc": f"{VOC}/: Pascal VOC's XML for each image",
-    "labelme": f"{LABELME}/: labelme's JSON for each image",
-    "cvat": f"{CVAT}: CVAT's XML 1.1 for images",
-    "images": f"{IMAGES}/: images with drawn boxes",
-    "sheet": f"{SHEET}: some images, evenly chosen, on one picture",
-    "frames": f"{FRAMES}/: frames of videos as JPEG files, which labels are for",
-}
-DEFAULT_KINDS = ("json", "csv", "images", "sheet")
 _LABELS = ("yolo", "voc", "labelme", "cvat")
 _OWN = (MARK, SKIPPED, JSON, RESULTS, CSV, SHEET, CVAT, YOLO, VOC, LABELME, IMAGES, FRAMES)
 _QUALITY = 90
@@ -570,11 +562,6 @@ def _escaped(text: str) -> str:
 
 def _quoted(text: str) -> str:
     return saxutils.quoteattr(_CONTROL.sub("", text))
-
-
-def as_utf8(text: str) -> str:
-    """Return a text that UTF-8 can hold: other bytes of a path become escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _yaml(text: str) -> str:

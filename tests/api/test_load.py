@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import runkey
-from runkey.api import find_model
 from runkey.errors import RunkeyError
 from runkey.hashing import sha256_file
 from runkey.identity.record import Record
+from runkey.pipeline.find_model import find_model
 from tests.support.records import key_of, make_run
 from tests.support.small_model import photograph
 

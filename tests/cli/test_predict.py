@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,41 @@ def test_errors_are_one_line_and_leave_nothing(run: Run, images: Path, model: st
     code, _, err = run("predict", "nowhere", "photos")
     assert code == 1
     assert "nowhere" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nowhere", "photos"),
+        ("model", "gone.jpg"),
+        ("model", "photos/*.tif"),
+        ("model", "photos", "--score", "2"),
+        ("model", "photos", "--write", "xml"),
+        ("model", "photos", "--tile", "wide"),
+        ("model", "photos", "--nms", "2"),
+        ("model", "photos", "--coco", "gone.json"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_torch_is_imported(
+    images: Path, model: str, arguments: tuple[str, ...]
+) -> None:
+    (images.parent / "model").symlink_to(model)
+    code = (
+        "import sys; from runkey.cli import main\n"
+        f"sys.argv = ['runkey', 'predict', *{arguments!r}]\n"
+        "try: main()\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=images.parent,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (process.returncode, process.stdout) == (1, "False\n"), process.stderr
+    assert process.stderr.startswith("error: ")
 
 
 def test_a_list_on_stdin(

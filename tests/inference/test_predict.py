@@ -21,7 +21,9 @@ from runkey.errors import DataError, ModelError
 from runkey.files import WriteError
 from runkey.inference import writers
 from runkey.inference.model import Model, load_model_folder
-from runkey.inference.predict import Options, Summary, find_sources, parse_score, predict
+from runkey.inference.options import DEFAULT_KINDS, Options, parse_score
+from runkey.inference.predict import Summary, predict
+from runkey.inference.sources import find_sources
 from runkey.inference.tile import Tiling
 from runkey.params import Checks, Data
 from tests.support.small_model import film, has_av, photograph
@@ -238,7 +240,7 @@ def test_labels_for_labelme_and_cvat(model: Model, images: Path) -> None:
 
 
 def test_drawn_images_and_the_sheet(model: Model, images: Path) -> None:
-    summary = run(model, images, *writers.DEFAULT_KINDS, score=best(model, images))
+    summary = run(model, images, *DEFAULT_KINDS, score=best(model, images))
     out = images.parent / "out"
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.jpg")) == [
         *(f"images/{n}.jpg" for n in (0, 1, 2, 4, 5, 6)),
@@ -254,7 +256,7 @@ def test_drawn_images_and_the_sheet(model: Model, images: Path) -> None:
     with Image.open(out / "sheet.jpg") as sheet:
         assert sheet.width == 1100
     assert (out / "sheet.jpg").stat().st_size <= 150_000
-    assert summary.kinds == writers.DEFAULT_KINDS
+    assert summary.kinds == DEFAULT_KINDS
 
 
 def test_bad_files_are_skipped_and_listed(model: Model, images: Path) -> None:
