@@ -338,7 +338,8 @@ def _detach_chain(root: Tensor) -> None:
         chain.append(node)
         following = [one for one, _ in node.next_functions if one is not None]
         node = following[0] if len(following) == 1 and len(node._input_metadata) == 1 else None
-    for held in gc.get_objects():
+    # While nothing is collected (`record.recorder`), all new objects are in the first generation.
+    for held in gc.get_objects(None if gc.isenabled() else 0):
         if issubclass(type(held), Tensor) and held.grad_fn in chain:
             held.detach_()
 
