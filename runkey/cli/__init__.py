@@ -29,6 +29,7 @@ app = Typer(
     context_settings={"max_content_width": WIDTH},
 )
 app.command("convert")(convert.convert)
+app.command("debug-images")(debug.debug_images)
 app.command("debug-step")(debug.debug_step)
 app.command("delete")(store.delete)
 app.command("diff")(runs.diff)

@@ -1,4 +1,8 @@
-"""`runkey debug-step [KEY | BUNDLE]`: replay one step, and find where its numbers went wrong."""
+"""`runkey debug-step`, `debug-images`: look into a training.
+
+`debug-step [KEY | BUNDLE]` replays one step, and finds where its numbers went wrong; `debug-images`
+draws the augmented images of an epoch.
+"""
 
 from __future__ import annotations
 
@@ -71,6 +75,37 @@ def debug_step(
         if comparison := compare_with_log(diagnosis.losses, logged_losses(log, number)):
             say(comparison)
         say(f"replay it elsewhere: runkey debug-step {path}")
+
+
+def debug_images(
+    epoch: Annotated[int, Option(min=1, help="Epoch, from 1.")] = 1,
+    out: Annotated[Path, Option(help="JPEG to write.")] = Path("training-images.jpg"),
+    as_json: AsJson = False,
+) -> None:
+    """Draw training images with their boxes as params.yaml has them augmented.
+
+    They are the first batches of that epoch: the same images, pixels and boxes that a training with
+    these parameters gets. `dvc repro prepare` must have run.
+    """
+    from runkey.data.index import read_classes
+    from runkey.data.loader import build_train_loader
+    from runkey.params import load_params
+    from runkey.plots.sheets import training_sheet
+
+    root = output.workspace()
+    params = load_params(root / paths.PARAMS)
+    # In this process: a few images are not worth starting others.
+    runtime = params.runtime.model_copy(update={"workers": 0})
+    params = params.model_copy(update={"runtime": runtime})
+    classes = read_classes(root / paths.PREPARED / "classes.json")
+    loader = build_train_loader(params, root, params.training.batch_size)
+    batches = (batch for step in loader.epoch(epoch - 1) for batch in step)
+    training_sheet(batches, classes, out, total=len(loader.sampler.ids), epoch=epoch)
+    output.print_answer(
+        {"epoch": epoch, "picture": str(out)},
+        f"training images of epoch {epoch}, with their boxes: {out}",
+        as_json=as_json,
+    )
 
 
 def _replayed(run: str, step: int | None, *, quiet: bool) -> tuple[Path, Bundle]:

@@ -177,8 +177,9 @@ class Augment(Section):
     crop_probability: Fraction = 0.0
     """Probability of a random crop, which replaces zoom, aspect, shift and zoom-out."""
     crop_fraction: BelowOne = 0.0
-    """Smallest side of the random crop as a fraction of the image's, in steps of 0.1, for images of
-    any size.  0: in pixels, by the next three values, made for training at 800 pixels."""
+    """Smallest side of the random crop as a fraction of the image's, in steps of 0.1.  0: DETR's
+    crop, by the next three values, of 0.48 to 1 of an image's long and 0.64 to 1 of its short
+    side."""
     crop_short_sides: tuple[PositiveInt, ...] = (400, 500, 600)
     """Short sides, in pixels, one of which the image is resized to before the random crop."""
     crop_min: PositiveInt = 384

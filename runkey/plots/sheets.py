@@ -1,10 +1,12 @@
-"""Contact sheets: images with their boxes and class names, and ground truth beside detections."""
+"""Sheets of images with boxes: of a data set, of training, and ground truth beside detections."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -28,6 +30,9 @@ from runkey.inference.draw import (
 )
 from runkey.plots.style import BLUE, GREY, VERMILLION
 from runkey.units import counted
+
+if TYPE_CHECKING:
+    from runkey.data.dataset import Batch
 
 RIGHT, WRONG = BLUE, VERMILLION
 
@@ -54,6 +59,63 @@ def contact_sheet(
     ]
     named = [(one.index, class_name(one)) for one in classes]
     return draw_rows(path, len(records), title, named, objects, images)
+
+
+def training_sheet(
+    batches: Iterable[Batch], classes: list[ClassName], path: Path, *, total: int, epoch: int
+) -> Path:
+    """Draw augmented training images with their boxes, as the model sees them, as a JPEG.
+
+    Args:
+        batches: of the training loader; no more are read than the sheet holds.
+        classes: of the data set.
+        path: of the file.
+        total: number of training images.
+        epoch: that the batches are of, from 1; for the title.
+    """
+    images: list[SheetImage] = []
+    objects: Counter[int] = Counter()
+    for batch in batches:
+        images += _augmented(batch, classes, objects)
+        if len(images) >= SHEET_IMAGES:
+            break
+    named = [(one.index, class_name(one)) for one in classes]
+    title = f" in training, epoch {epoch}"
+    return draw_rows(path, total, title, named, objects, images[:SHEET_IMAGES])
+
+
+def _augmented(
+    batch: Batch, classes: list[ClassName], objects: Counter[int]
+) -> Iterator[SheetImage]:
+    """The images of a batch with colours and boxes of training; count their objects."""
+    import torch
+
+    from runkey.data.dataset import colour_constants, normalise
+
+    mean, std = colour_constants(torch.device("cpu"))
+    pixels = (normalise(batch)[0].permute(0, 2, 3, 1) * std + mean).round().clamp(0, 255)
+    shown = pixels.to(torch.uint8).numpy()
+    ends = np.cumsum(batch.counts)[:-1]
+    each = zip(
+        shown,
+        batch.sizes.tolist(),
+        np.split(batch.boxes_cxcywh.numpy(), ends),
+        np.split(batch.labels.numpy(), ends),
+        strict=True,
+    )
+    for image, (height, width), boxes_cxcywh, labels in each:
+        picture = Image.fromarray(image[:height, :width])
+        sides = boxes_cxcywh.astype(np.float64) * ([width, height] * 2)
+        boxes = [
+            LabelledBox(
+                (cx - w / 2, cy - h / 2, w, h), class_colour(label), class_name(classes[label])
+            )
+            for (cx, cy, w, h), label in zip(sides.tolist(), labels.tolist(), strict=True)
+        ]
+        objects.update(labels.tolist())
+        yield SheetImage(
+            (width, height), partial(Image.Image.copy, picture), label_fewer(boxes, None)
+        )
 
 
 def detection_sheet(
