@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
@@ -17,6 +20,18 @@ def counted(count: int | str, noun: str) -> str:
         return f"{count} {noun}es"
     consonant = noun.endswith("y") and noun[-2] not in "aeiou"
     return f"{count} {noun[:-1]}ies" if consonant else f"{count} {noun}s"
+
+
+def format_score(metrics: Mapping[str, Any], name: str) -> str:
+    """Format a metric, with its 95% interval if that is known: `0.673 (95%: 0.652 to 0.694)`.
+
+    The interval's ends are the metrics NAME_low and NAME_high.
+    """
+    value, low, high = (metrics.get(f"{name}{end}") for end in ("", "_low", "_high"))
+    if value is None:
+        return "none"
+    known = isinstance(low, float) and isinstance(high, float)
+    return f"{value:.3f} (95%: {low:.3f} to {high:.3f})" if known else f"{value:.3f}"
 
 
 def format_bytes(count: float) -> str:

@@ -12,7 +12,7 @@ import textwrap
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
 
 from pydantic import FiniteFloat
 from typer import Argument, Option, Typer
@@ -28,7 +28,7 @@ from runkey.identity.key import FILE_PARAMS, NO_FILE, make_recipe, short_key
 from runkey.identity.key import explain as lines_of
 from runkey.progress import say
 from runkey.registry.library import find_run
-from runkey.units import counted, format_seconds
+from runkey.units import counted, format_score, format_seconds
 
 if TYPE_CHECKING:
     from runkey.params import Params
@@ -230,11 +230,12 @@ def summary(as_json: AsJson = False) -> None:
     if as_json:
         output.print_json({"key": run["key"], "run": run["run_id"]} | trained | evaluated)
         return
-    numbers = [f"{name} {_three(evaluated[name])}" for name in ("AP", "AP50", "AP75")]
+    ap, ap50, ap75 = (f"{n} {format_score(evaluated, n)}" for n in ("AP", "AP50", "AP75"))
     took = format_seconds(min(trained["seconds"], 1e9))
     key = short_key(str(run["key"]))
     rows = [
-        ("result", "   ".join(numbers) + "   (COCO, on the held-out images)"),
+        ("result", f"{ap}   (COCO, on the held-out images)"),
+        ("", f"{ap50}   {ap75}"),
         ("training", f"{took}, weights of epoch {trained['best_epoch']}"),
         ("key", f"{key}   (runkey show {key})"),
         *((str(place), text) for place, text in _PLACES if (root / place).exists()),
@@ -246,10 +247,6 @@ def summary(as_json: AsJson = False) -> None:
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         output.print_beside(f"  {name:<{width}}  ", text)
-
-
-def _three(value: float | None) -> str:
-    return "none" if value is None else f"{value:.3f}"
 
 
 def _data_note(root: Path) -> str:
@@ -290,7 +287,11 @@ class _Trained(TypedDict):
 
 class _Evaluated(TypedDict):
     AP: float | None
+    AP_low: NotRequired[float | None]
+    AP_high: NotRequired[float | None]
     AP50: float | None
+    AP50_low: NotRequired[float | None]
+    AP50_high: NotRequired[float | None]
     AP75: float | None
 
 

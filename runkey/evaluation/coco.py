@@ -22,6 +22,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from runkey.data.index import ClassName, CocoDetection, ImageRecord
+from runkey.evaluation.intervals import ClassMatches, collect_matches
 
 SIZES = ("small", "medium", "large")
 """COCO's: areas up to 32 x 32 pixels, up to 96 x 96, and above."""
@@ -74,6 +75,8 @@ class CocoResult:
     """[R]: 0.00, 0.01, ... 1.00, at which precision is given."""
     precision: NDArray[np.float64]
     """[K, T, R]: largest precision at that recall or beyond; NaN for a class without objects."""
+    matches: tuple[ClassMatches, ...]
+    """Of each class, from which `runkey.evaluation.intervals` computes how sure the metrics are."""
 
 
 def evaluate_results(
@@ -142,6 +145,7 @@ def _result(run: Any, records: list[ImageRecord], classes: list[ClassName]) -> C
         iou_thresholds=run.params.iouThrs,
         recalls=run.params.recThrs,
         precision=np.where(precision < 0, np.nan, precision),
+        matches=collect_matches(run, order),
     )
 
 

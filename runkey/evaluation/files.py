@@ -3,6 +3,7 @@
 evaluation/metrics.json            the twelve COCO metrics, and those of each class
 evaluation/predictions.json        all detections, in COCO's results format
 evaluation/precision_recall.json   curves of each class at each IoU threshold
+evaluation/resampled.json          AP on resampled sets of the images, to compare runs in pairs
 evaluation/thresholds.json         score of each class's best F1, see `runkey.inference.thresholds`
 
 Numbers keep all their digits, so any COCO evaluation of predictions.json gives the same metrics.
@@ -12,22 +13,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 from pydantic import ConfigDict, with_config
 
-from runkey.data.index import CocoDetection
+from runkey.data.index import ClassName, CocoDetection, ImageRecord
 from runkey.errors import DataError
 from runkey.files import LARGE, FormatError, read_json, write_atomically
+from runkey.hashing import sha256_bytes
 
 if TYPE_CHECKING:
     from runkey.evaluation.coco import CocoResult
+    from runkey.evaluation.intervals import Bootstrap, Interval
 
 METRICS_JSON = "metrics.json"
 PREDICTIONS = "predictions.json"
 PRECISION_RECALL = "precision_recall.json"
+RESAMPLED = "resampled.json"
 
 
 class SizeMetrics(TypedDict):
@@ -38,10 +43,17 @@ class SizeMetrics(TypedDict):
 
 
 class ClassMetrics(TypedDict):
-    """The metrics of a class; None where it has no object."""
+    """The metrics of a class; None where it has no object.
+
+    Evaluations from before there were intervals have none.
+    """
 
     AP: float | None
+    AP_low: NotRequired[float | None]
+    AP_high: NotRequired[float | None]
     AP50: float | None
+    AP50_low: NotRequired[float | None]
+    AP50_high: NotRequired[float | None]
     AR: float | None
     objects: int
     by_size: dict[str, SizeMetrics]
@@ -53,6 +65,20 @@ class Metrics(TypedDict):
 
     AP: float | None
     per_class: dict[str, ClassMetrics]
+
+
+class Resampled(TypedDict):
+    """resampled.json: AP on the same sets of images for every model.
+
+    Two runs are paired if they agree in `truth`.
+    """
+
+    truth: str
+    """sha256 of the images' ids and objects, and of the class names."""
+    deviations: dict[str, float | None]
+    """`Bootstrap.deviations`, by metric."""
+    AP: list[float | None]
+    AP50: list[float | None]
 
 
 class _Curve(TypedDict):
@@ -85,10 +111,21 @@ def read_results(path: Path) -> list[CocoDetection]:
     return results
 
 
-def write_metrics(path: Path, result: CocoResult, **more: float) -> None:
+def ends(intervals: Mapping[str, Interval | None]) -> dict[str, float | None]:
+    """Return the ends of intervals by name: AP_low, AP_high, AP50_low, ...; None where unknown."""
+    found: dict[str, float | None] = {}
+    for name, one in intervals.items():
+        found |= {
+            f"{name}_low": one.low if one else None,
+            f"{name}_high": one.high if one else None,
+        }
+    return found
+
+
+def write_metrics(path: Path, result: CocoResult, found: Bootstrap, **more: float) -> None:
     """Write metrics.json; `more` are further metrics, such as the loss, after the twelve.
 
-    Null stands where nothing of that size or class exists.
+    Null stands where nothing of that size or class exists, and where an interval is not known.
     """
     repeated = Counter(c.name for c in result.per_class)
     per_class = {
@@ -96,14 +133,34 @@ def write_metrics(path: Path, result: CocoResult, **more: float) -> None:
             "AP": c.ap,
             "AP50": c.ap50,
             "AR": c.ar,
+            **ends(intervals),
             "objects": c.objects,
             "by_size": {n: {"AP": s.ap, "objects": s.objects} for n, s in c.by_size.items()},
         }
-        for c in result.per_class
+        for c, intervals in zip(result.per_class, found.per_class, strict=True)
     }
-    content = {**result.summary, **more, "per_class": per_class}
+    content = {**result.summary, **ends(found.intervals), **more, "per_class": per_class}
     # Unlike `write_json`, this takes the NaN that the loss of a diverged model may be.
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_resampled(
+    path: Path, found: Bootstrap, records: Sequence[ImageRecord], classes: Sequence[ClassName]
+) -> None:
+    """Write resampled.json for the ground truth of `records`."""
+    truth = [
+        [r.id, r.boxes_xywh, r.labels, r.areas, r.crowd]
+        for r in sorted(records, key=lambda r: r.id)
+    ]
+    digest = sha256_bytes(json.dumps([[c.name for c in classes], truth]).encode())
+    content = {"truth": digest, "deviations": found.deviations, **found.resampled}
+    write_atomically(path, json.dumps(content) + "\n")
+
+
+def read_resampled(path: Path) -> Resampled:
+    """Read resampled.json; see `read_output`."""
+    stored: Resampled = read_output(path, Resampled)
+    return stored
 
 
 def write_precision_recall(path: Path, result: CocoResult) -> None:

@@ -13,10 +13,14 @@ from runkey.evaluation.files import (
     METRICS_JSON,
     PRECISION_RECALL,
     PREDICTIONS,
+    RESAMPLED,
+    ends,
     write_metrics,
     write_precision_recall,
+    write_resampled,
     write_results,
 )
+from runkey.evaluation.intervals import bootstrap, describe_few_objects
 from runkey.evaluation.per_image import judge_images
 from runkey.evaluation.run import to_results_json
 from runkey.evaluation.thresholds import best_thresholds, describe_thresholds
@@ -31,9 +35,11 @@ from runkey.pipeline.record import FinishedRun, class_metrics
 from runkey.pipeline.validation import build_validation
 from runkey.progress import want_bars
 from runkey.training.device import choose_device, configure_torch
-from runkey.units import counted
+from runkey.units import counted, format_score
 
 logger = logging.getLogger(__name__)
+
+_OTHERS = ("AP50", "AP75")
 
 
 def evaluate(root: Path) -> None:
@@ -62,10 +68,13 @@ def evaluate(root: Path) -> None:
     evaluation = validation(model.to(device))
     out = root / paths.EVALUATION
     loss = evaluation.losses["loss"]
-    write_metrics(out / METRICS_JSON, evaluation.result, loss=loss)
+    resampled = bootstrap(evaluation.result.matches, evaluation.result.recalls)
+    write_metrics(out / METRICS_JSON, evaluation.result, resampled, loss=loss)
+    write_resampled(out / RESAMPLED, resampled, validation.records, validation.classes)
     # Few, for DVC's tables; all numbers are in evaluation/metrics.json.
-    few = {name: evaluation.result.summary[name] for name in ("AP", "AP50", "AP75")}
-    write_json(root / paths.METRICS / "evaluate.json", few | {"val_loss": loss})
+    few = {name: evaluation.result.summary[name] for name in ("AP", *_OTHERS)}
+    few |= ends(resampled.intervals) | {"val_loss": loss}
+    write_json(root / paths.METRICS / "evaluate.json", few)
     results = to_results_json(evaluation.detections, validation.classes)
     write_results(out / PREDICTIONS, results)
     write_precision_recall(out / PRECISION_RECALL, evaluation.result)
@@ -76,21 +85,20 @@ def evaluate(root: Path) -> None:
     check_unchanged(root, recipe)
     inputs.check()
     images = counted(len(validation.records), "held-out image")
-    scores = f"{_scores(evaluation.result)} on {images}"
+    others = ", ".join(f"{n} {format_score({n: few[n]}, n)}" for n in _OTHERS)
+    scores = f"AP {format_score(few, 'AP')}, {others} on {images}"
     result = f"**{scores}** ({_details(evaluation.result)})"
     run.describe(result)
     metrics = evaluation.metrics("eval/") | class_metrics(evaluation.result.per_class)
+    metrics |= {f"eval/{n}": v for n, v in ends(resampled.intervals).items() if v is not None}
     run.add_evaluation(recipe.key, metrics)
     run.save_model(card.model.preset, result, metrics)
     logger.info(describe_thresholds(thresholds))
-    logger.info(scores)
+    objects = sum(one.objects for one in evaluation.result.per_class)
+    if note := describe_few_objects(objects, few["AP"], resampled.intervals["AP"]):
+        logger.info(note)
     logger.info(_details(evaluation.result))
-
-
-def _scores(result: CocoResult) -> str:
-    """Such as `AP 0.661, AP50 0.927, AP75 0.774`."""
-    scores = [(name, result.summary[name]) for name in ("AP", "AP50", "AP75")]
-    return ", ".join(f"{name} {'none' if v is None else f'{v:.3f}'}" for name, v in scores)
+    logger.info(scores)
 
 
 def _details(result: CocoResult) -> str:

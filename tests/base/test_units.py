@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runkey.units import counted
+from runkey.units import counted, format_score
 
 REPOSITORY = Path(__file__).parents[2]
 FILES = sorted([*REPOSITORY.glob("runkey/**/*.py"), *REPOSITORY.glob("stages/*.py")])
@@ -37,6 +37,20 @@ FILES = sorted([*REPOSITORY.glob("runkey/**/*.py"), *REPOSITORY.glob("stages/*.p
 )
 def test_a_count(count: int | str, noun: str, text: str) -> None:
     assert counted(count, noun) == text
+
+
+@pytest.mark.parametrize(
+    ("metrics", "text"),
+    [
+        ({"AP": 0.67294, "AP_low": 0.6516, "AP_high": 0.694}, "0.673 (95%: 0.652 to 0.694)"),
+        ({"AP": 0.67294, "AP_low": None, "AP_high": None}, "0.673"),
+        ({"AP": 0.0}, "0.000"),
+        ({"AP": None, "AP_low": 0.1, "AP_high": 0.2}, "none"),
+        ({}, "none"),
+    ],
+)
+def test_a_score(metrics: dict[str, float | None], text: str) -> None:
+    assert format_score(metrics, "AP") == text
 
 
 def nouns() -> set[str]:

@@ -207,11 +207,13 @@ def test_summary_shows_the_result_and_where_to_look(repository: Path, run: Run) 
     (repository / "metrics").mkdir()
     (repository / "model").mkdir()
     (repository / "metrics" / "train.json").write_text('{"seconds": 272.4, "best_epoch": 28}')
-    (repository / "metrics" / "evaluate.json").write_text('{"AP": 0.6314, "AP50": 0.9, "AP75": 0}')
+    scores = {"AP": 0.6314, "AP_low": 0.6, "AP_high": 0.66, "AP50": 0.9, "AP75": 0}
+    (repository / "metrics" / "evaluate.json").write_text(json.dumps(scores))
     (repository / "run.json").write_text('{"key": "rk2-0123456789abcdef", "run_id": "cafe"}')
     code, out, _ = run("summary")
     assert code == 0
-    assert "AP 0.631   AP50 0.900   AP75 0.000" in out
+    assert "AP 0.631 (95%: 0.600 to 0.660)   (COCO, on the held-out images)\n" in out
+    assert "  AP50 0.900   AP75 0.000\n" in out
     assert "4 min 32 s, weights of epoch 28" in out
     assert "rk2-0123456789ab   (runkey show rk2-0123456789ab)\n" in out
     assert "MLflow's pages on all runs" in out
@@ -223,9 +225,7 @@ def test_summary_shows_the_result_and_where_to_look(repository: Path, run: Run) 
         "run": "cafe",
         "seconds": 272.4,
         "best_epoch": 28,
-        "AP": 0.6314,
-        "AP50": 0.9,
-        "AP75": 0,
+        **scores,
     }
 
 

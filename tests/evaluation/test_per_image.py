@@ -9,6 +9,7 @@ from runkey.data.index import ClassName, ImageRecord
 from runkey.errors import DataError
 from runkey.evaluation.coco import evaluate_results
 from runkey.evaluation.files import read_output, write_metrics, write_precision_recall
+from runkey.evaluation.intervals import bootstrap
 from runkey.evaluation.per_image import calibration, confusion, judge_images, rank_images
 from runkey.evaluation.run import to_results_json
 
@@ -123,13 +124,19 @@ def test_files(world, tmp_path):
     result = evaluate_results(
         made.records, made.classes, to_results_json(made.detections, made.classes)
     )
-    write_metrics(tmp_path / "m" / "metrics.json", result, loss=0.25)
+    write_metrics(
+        tmp_path / "m" / "metrics.json",
+        result,
+        bootstrap(result.matches, result.recalls),
+        loss=0.25,
+    )
     saved = read_output(tmp_path / "m" / "metrics.json")
     assert saved["AP"] == result.summary["AP"]
     assert saved["loss"] == 0.25
     nothing = {"AP": None, "objects": 0}
     assert saved["per_class"]["class 90"] == {
-        **{"AP": None, "AP50": None, "AR": None, "objects": 0},
+        **{"AP": None, "AP_low": None, "AP_high": None, "AR": None, "objects": 0},
+        **{"AP50": None, "AP50_low": None, "AP50_high": None},
         "by_size": {"small": nothing, "medium": nothing, "large": nothing},
     }
 
@@ -146,7 +153,7 @@ def test_classes_of_one_name_keep_both_numbers(world, tmp_path):
     made = world(seed=6, category_ids=(1, 2))
     twins = [ClassName(0, 1, "cat"), ClassName(1, 2, "cat")]
     result = evaluate_results(made.records, twins, to_results_json(made.detections, twins))
-    write_metrics(tmp_path / "metrics.json", result)
+    write_metrics(tmp_path / "metrics.json", result, bootstrap(result.matches, result.recalls))
     saved = read_output(tmp_path / "metrics.json")
     assert set(saved["per_class"]) == {"cat (1)", "cat (2)"}
 

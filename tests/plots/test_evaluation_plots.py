@@ -28,6 +28,7 @@ from runkey.evaluation.files import (
     write_precision_recall,
     write_results,
 )
+from runkey.evaluation.intervals import bootstrap
 from runkey.plots.evaluation import (
     confusion_matrix,
     precision_recall,
@@ -77,7 +78,7 @@ def evaluated(tmp_path, records, classes, results) -> tuple[Path, Path]:
     write_index(prepared / "val.json", records)
     write_classes(prepared / "classes.json", classes)
     result = evaluate_results(records, classes, results)
-    write_metrics(evaluation / "metrics.json", result)
+    write_metrics(evaluation / "metrics.json", result, bootstrap(result.matches, result.recalls))
     write_precision_recall(evaluation / "precision_recall.json", result)
     write_results(evaluation / "predictions.json", results)
     return prepared, evaluation
