@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runkey.data.augment import build_augmentation
+from runkey.data.augment import Augmentation
 from runkey.data.dataset import AugmentedImage, BatchMaker, image_table
 from runkey.data.index import ImageRecord, read_classes, read_index
 from runkey.data.sampler import (
@@ -23,7 +23,7 @@ from runkey.data.sampler import (
 )
 from runkey.errors import DataError
 from runkey.memory.trace.events import MicroBatch
-from runkey.params import Params, override
+from runkey.params import Params
 from runkey.units import counted
 
 # From two images on, a batch can pad to the largest height and the largest width at once.
@@ -118,7 +118,8 @@ def sample_steps(
     """
     data = params.data
     table = image_table(records)
-    augmentation = build_augmentation(override(params, {"seed": seed}))
+    # With zoom-out and mosaic to the end: `training.epochs` is no parameter of the prediction.
+    augmentation = Augmentation(seed, data)
     sampler = GlobalBatchSampler(augmentation, table.ids, table.sizes, params.training.batch_size)
     maker = BatchMaker(table, Path(), None, augmentation, max_objects(params))
     steps: list[Step] = []

@@ -70,9 +70,16 @@ def test_images_are_needed():
     )
 
 
-def test_sampled_steps_are_those_of_the_real_loader(make_record, tmp_path):
+@pytest.mark.parametrize(
+    "augment",
+    [
+        Augment(crop_probability=0.5, crop_short_sides=(40, 50), crop_min=20, crop_max=40),
+        Augment(zoom_out_probability=0.5, mosaic_probability=0.7),
+    ],
+    ids=["crop", "mosaic"],
+)
+def test_sampled_steps_are_those_of_the_real_loader(make_record, tmp_path, augment):
     """Shapes and boxes of every forward pass of two epochs, without an image being opened."""
-    augment = Augment(crop_probability=0.5, crop_short_sides=(40, 50), crop_min=20, crop_max=40)
     data = Data(short_sides=(32, 48), long_side=64, augment=augment)
     records = [
         make_record(i, *((64, 48), (48, 64), (50, 50))[i % 3], boxes=i % 5) for i in range(20)
@@ -93,3 +100,16 @@ def test_sampled_steps_are_those_of_the_real_loader(make_record, tmp_path):
         assert [(len(b), b.images.shape[2], b.images.shape[3], max(b.counts)) for b in window] == [
             (p.images, p.height, p.width, p.objects) for p in passes
         ]
+
+
+def test_plain_epochs_do_not_change_what_is_predicted(make_record):
+    """`training.epochs` is no parameter of the stage, and whole batches have fewer objects."""
+    records = [make_record(i, 64, 48, boxes=3) for i in range(20)]
+    mosaic = Augment(mosaic_probability=1.0, zoom=0, shift=0, min_visible=0)
+    steps = []
+    for plain_epochs in (0, 1000):
+        augment = mosaic.model_copy(update={"plain_epochs": plain_epochs})
+        params = loader_params(Data(augment=augment), batch_size=4, max_objects=100)
+        steps.append(sample_steps(params, records, micro_batch=4, count=12, seed=3))
+    assert steps[0] == steps[1]
+    assert max(part.objects for step in steps[0] for part in step) > 6
