@@ -13,17 +13,15 @@ benchmarks/results/inference.json, from which `table` prints the tables of resul
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import platform
-import sys
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from runkey import params
+from benchmarks.reference import Reference, open_reference
 from runkey.identity.record import describe_cpu
 from runkey.inference.model import Model, load_model_folder
 from runkey.inference.module import InferenceOptions
@@ -66,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     latency = commands.add_parser("latency")
-    latency.add_argument("--reference", type=Path, required=True, help="work tree of DETR")
+    latency.add_argument("--reference", type=Path, required=True, help="a clone or mirror of DETR")
     latency.add_argument("--backbones", nargs="+", default=["r50", "r101"])
     latency.add_argument("--sizes", nargs="+", default=["800x1066", "480x640"])
     latency.add_argument("--rounds", type=int, default=7)
@@ -86,13 +84,14 @@ def main() -> None:
     found = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
     choices = [one for one in CHOICES if one.name.startswith(tuple(chosen.only or ("",)))]
     if chosen.command == "latency":
-        for backbone in chosen.backbones:
-            for size in chosen.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            reference = open_reference(chosen.reference, Path(folder))
+            for backbone, size in product(chosen.backbones, chosen.sizes):
                 height, width = map(int, size.split("x"))
-                row = measure_latency(
-                    chosen.reference, backbone, (height, width), choices, chosen.rounds
-                )
+                row = measure_latency(reference, backbone, (height, width), choices, chosen.rounds)
                 found.setdefault("latency", {})[f"{backbone} {size}"] = row
+                found["machine"] = machine()
+                RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     else:
         found["throughput"] = measure_throughput(
             chosen.model, chosen.images, choices, chosen.batch, chosen.rounds
@@ -109,7 +108,7 @@ def machine() -> dict[str, Any]:
     for name in names:
         try:
             found[name] = version(name)
-        except importlib.metadata.PackageNotFoundError:
+        except PackageNotFoundError:
             found[name] = "none"
     return {
         "cpu": describe_cpu(torch.backends.cpu.get_cpu_capability()),
@@ -122,7 +121,7 @@ def machine() -> dict[str, Any]:
 
 
 def measure_latency(
-    reference: Path,
+    reference: Reference,
     backbone: str,
     size: tuple[int, int],
     choices: Sequence[Choice],
@@ -132,7 +131,7 @@ def measure_latency(
     section = load_params(REPOSITORY / "presets" / f"coco-detr-{backbone}.yaml").model
     section = section.model_copy(update={"backbone_weights": "none"})
     torch.manual_seed(0)
-    theirs = build_reference(reference, section)
+    theirs = reference.build(section)[0].eval()
     detector = build_model(section, NUM_CLASSES).eval()
     detector.load_state_dict(theirs.state_dict())
     image = np.random.default_rng(0).integers(0, 256, (1, 3, *size), dtype=np.uint8)
@@ -142,7 +141,7 @@ def measure_latency(
             detector, Path(folder), threads=1, calibration=lambda: [image[0, :, :96, :128]]
         )
         networks: dict[Any, Callable[[NDArray[np.uint8]], Any]] = {
-            REFERENCE: reference_network(theirs, reference)
+            REFERENCE: reference_network(reference, theirs)
         }
         networks |= {choice: opener.open(choice) for choice in choices}
         check_same(networks, image)
@@ -153,52 +152,16 @@ def measure_latency(
     }
 
 
-def build_reference(folder: Path, section: params.Model) -> nn.Module:
-    """Build the reference's model for our parameters, with random weights."""
-    sys.path.insert(0, str(folder.resolve()))
-    detr, backbone = (importlib.import_module(f"models.{name}") for name in ("detr", "backbone"))
-    # The rank that is not the main one does not download weights.
-    backbone.is_main_process = lambda: False
-    arguments = Namespace(
-        dataset_file="coco",
-        device="cpu",
-        masks=False,
-        hidden_dim=section.hidden_dim,
-        position_embedding="sine",
-        lr_backbone=1e-5,
-        backbone=section.backbone,
-        dilation=section.dilation,
-        dropout=0.1,
-        nheads=section.num_heads,
-        dim_feedforward=section.feedforward_dim,
-        enc_layers=section.encoder_layers,
-        dec_layers=section.decoder_layers,
-        pre_norm=False,
-        num_queries=section.num_queries,
-        aux_loss=True,
-        set_cost_class=1,
-        set_cost_bbox=5,
-        set_cost_giou=2,
-        bbox_loss_coef=5,
-        giou_loss_coef=2,
-        eos_coef=0.1,
-    )
-    model: nn.Module = detr.build(arguments)[0]
-    return model.eval()
-
-
-def reference_network(model: nn.Module, folder: Path) -> Callable[[NDArray[np.uint8]], Any]:
+def reference_network(reference: Reference, model: nn.Module) -> Callable[[NDArray[np.uint8]], Any]:
     """The reference as its `evaluate` runs it: normalised, padded into a batch, postprocessed."""
-    sys.path.insert(0, str(folder.resolve()))
-    misc, detr = importlib.import_module("util.misc"), importlib.import_module("models.detr")
-    postprocess = detr.PostProcess()
+    postprocess = reference.detr.PostProcess()
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
     @torch.no_grad()
     def run(images: NDArray[np.uint8]) -> Any:
         pixels = [(torch.from_numpy(image).float() / 255 - mean) / std for image in images]
-        outputs = model(misc.nested_tensor_from_tensor_list(pixels))
+        outputs = model(reference.misc.nested_tensor_from_tensor_list(pixels))
         (found,) = postprocess(outputs, torch.tensor([images.shape[2:]]))
         best = found["scores"].sort(descending=True, stable=True)
         return best.values[None].numpy(), found["labels"][best.indices][None].numpy(), None

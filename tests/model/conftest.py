@@ -1,3 +1,3 @@
 """The fixtures of this folder's tests, from tests/support."""
 
-from tests.support.reference_detr import build_reference, detr_params, formula, reference
+from tests.support.reference_detr import detr_params, formula, reference

@@ -60,14 +60,14 @@ def run_ours(model_params, formula, scene):
 
 def run_reference(reference, built, formula, scene):
     images, padding, targets = scene
-    net, criterion, weights = built
+    net, criterion = built
     net, criterion = net.double().train(), criterion.double()
     # The reference rounds this weight to float32, which would show at 1e-8.
     criterion.empty_weight[-1] = criterion.eos_coef
     formula.fill(net)
-    outputs = net(reference.nested(images, padding))
+    outputs = net(reference.misc.NestedTensor(images, padding))
     losses = criterion(outputs, as_dicts(targets))
-    total = sum(losses[name] * weight for name, weight in weights.items())
+    total = sum(losses[name] * weight for name, weight in criterion.weight_dict.items())
     total.backward()
     layers = [*outputs["aux_outputs"], outputs]
     logits = torch.stack([layer["pred_logits"] for layer in layers])
@@ -91,36 +91,36 @@ def layer_names(num_layers):
         ("resnet101", True),
     ],
 )
-def test_state_dict_has_the_references_names(backbone, dilation, detr_params, build_reference):
+def test_state_dict_has_the_references_names(backbone, dilation, detr_params, reference):
     model = detr_params(backbone=backbone, dilation=dilation)
     with torch.device("meta"):  # names and shapes, without the seconds that random weights take
-        theirs, ours = build_reference(model)[0], build_model(model, K)
+        theirs, ours = reference.build(model)[0], build_model(model, K)
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
     trained = {name for name, p in theirs.named_parameters() if p.requires_grad}
     assert {name for name, p in ours.named_parameters() if p.requires_grad} == trained
 
 
-def test_state_dict_loads_with_its_values(detr_params, build_reference):
-    theirs, ours = build_reference(detr_params())[0], build_model(detr_params(), K)
+def test_state_dict_loads_with_its_values(detr_params, reference):
+    theirs, ours = reference.build(detr_params())[0], build_model(detr_params(), K)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor), name
 
 
-def test_live_norms_load_the_references_state_dict_too(detr_params, build_reference):
+def test_live_norms_load_the_references_state_dict_too(detr_params, reference):
     model = detr_params(norm="live", frozen_stages=0)
-    build_model(model, K).load_state_dict(build_reference(model)[0].state_dict(), strict=True)
+    build_model(model, K).load_state_dict(reference.build(model)[0].state_dict(), strict=True)
 
 
 @pytest.mark.parametrize(
     ("backbone", "dilation"), [("resnet18", False), ("resnet50", False), ("resnet50", True)]
 )
 def test_outputs_losses_and_gradients_are_the_references(
-    backbone, dilation, detr_params, build_reference, reference, formula, scene
+    backbone, dilation, detr_params, reference, formula, scene
 ):
     model = detr_params(backbone=backbone, dilation=dilation)
     net, outputs, losses, layers = run_ours(model, formula, scene)
-    built = build_reference(model)
+    built = reference.build(model)
     their_net, theirs, their_losses, their_total = run_reference(reference, built, formula, scene)
 
     torch.testing.assert_close(outputs.logits, theirs.logits, rtol=0, atol=TOLERANCE)
@@ -141,13 +141,13 @@ def test_outputs_losses_and_gradients_are_the_references(
             assert worst <= TOLERANCE * scale + 1e-15, f"{name}: {worst} of {scale}"
 
 
-def test_detections_are_the_references(detr_params, build_reference, reference, formula, scene):
+def test_detections_are_the_references(detr_params, reference, formula, scene):
     model = detr_params()
-    built = build_reference(model)
+    built = reference.build(model)
     outputs = run_reference(reference, built, formula, scene)[1]
     sizes = torch.tensor([[480, 640], [333, 500]])
     last = {"pred_logits": outputs.logits[-1], "pred_boxes": outputs.boxes_cxcywh[-1]}
-    theirs = reference.postprocess()(last, sizes)
+    theirs = reference.detr.PostProcess()(last, sizes)
     for ours, expected in zip(build_postprocess(model)(outputs, sizes), theirs, strict=True):
         order = expected["scores"].sort(descending=True, stable=True).indices
         torch.testing.assert_close(ours.scores, expected["scores"][order])
@@ -160,9 +160,9 @@ def test_golden_numbers_of_the_reference(detr_params, formula, scene, request):
     model = detr_params()
     if os.environ.get("RUNKEY_WRITE_GOLDEN"):
         reference = request.getfixturevalue("reference")
-        built = request.getfixturevalue("build_reference")(model)
+        built = reference.build(model)
         net, outputs, losses, total = run_reference(reference, built, formula, scene)
-        weighted = {n: losses[n].item() for n in built[2]}
+        weighted = {n: losses[n].item() for n in built[1].weight_dict}
         golden = summary(net, outputs) | {"total": total.item(), "losses": weighted}
         GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
     golden = json.loads(GOLDEN.read_text())

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import io
 import os
-import subprocess
-import sys
-import tarfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.reference import Reference, open_reference
 from runkey import params
 from runkey.model.matcher import Targets
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMIT = "29901c5"
 
 
 def fill_by_formula(module: nn.Module) -> None:
@@ -95,61 +90,9 @@ def _reference_repository() -> Path | None:
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Namespace:
-    """The reference implementation's `build`, its matcher and losses, checked out of a mirror."""
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The reference implementation, checked out of a clone or a mirror."""
     repository = _reference_repository()
     if repository is None:
         pytest.skip("needs the reference DETR: `make reference`, or set RUNKEY_DETR_REFERENCE")
-    folder = tmp_path_factory.mktemp("reference")
-    archive = subprocess.run(
-        ["git", "-C", str(repository), "archive", COMMIT, "models", "util"],
-        check=True,
-        capture_output=True,
-    )
-    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
-        files.extractall(folder, filter="data")
-    sys.path.insert(0, str(folder))
-    try:
-        detr = importlib.import_module("models.detr")
-        backbone = importlib.import_module("models.backbone")
-        misc = importlib.import_module("util.misc")
-    finally:
-        sys.path.remove(str(folder))
-    # The rank that is not the main one does not download weights.
-    backbone.is_main_process = lambda: False
-    return Namespace(build=detr.build, nested=misc.NestedTensor, postprocess=detr.PostProcess)
-
-
-@pytest.fixture
-def build_reference(reference: Namespace):
-    """(model, criterion, loss weights) of the reference for our parameters, dropout off, K = 91."""
-
-    def build(model: params.Model) -> tuple[nn.Module, nn.Module, dict[str, float]]:
-        arguments = Namespace(
-            dataset_file="coco",
-            device=str(torch.get_default_device()),
-            masks=False,
-            hidden_dim=model.hidden_dim,
-            position_embedding="sine",
-            lr_backbone=1e-5,
-            backbone=model.backbone,
-            dilation=model.dilation,
-            dropout=0.0,
-            nheads=model.num_heads,
-            dim_feedforward=model.feedforward_dim,
-            enc_layers=model.encoder_layers,
-            dec_layers=model.decoder_layers,
-            pre_norm=False,
-            num_queries=model.num_queries,
-            aux_loss=True,
-            set_cost_class=1,
-            set_cost_bbox=5,
-            set_cost_giou=2,
-            bbox_loss_coef=5,
-            giou_loss_coef=2,
-            eos_coef=model.loss.no_object,
-        )
-        net, criterion, _ = reference.build(arguments)
-        return net, criterion, criterion.weight_dict
-
-    return build
+    return open_reference(repository, tmp_path_factory.mktemp("reference"))
