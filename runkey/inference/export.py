@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -46,6 +45,25 @@ Precision = Literal["fp32", "bf16", "int8"]
 RUNTIMES = {"onnx": "onnxruntime", "torch": "torch", "openvino": "openvino"}
 """The package that runs each format."""
 DETECT_PY = "detect.py"
+_LOADERS = {
+    "openvino": """\
+    import openvino
+
+    hint = {"INFERENCE_PRECISION_HINT": "f32" if CARD["precision"] == "fp32" else "bf16"}
+    model = openvino.Core().compile_model(path, "CPU", hint)
+    return lambda images: list(model([images]).values())
+""",
+    "torch": """\
+    import warnings
+
+    import torch
+
+    warnings.filterwarnings("ignore", "The given buffer is not writable")  # of torch.export.load
+    program = torch.export.load(path).module()
+    return lambda images: [answer.numpy() for answer in program(torch.from_numpy(images))]
+""",
+}
+"""The lines of `load_network` in detect.py, which itself is for ONNX."""
 _OPSET = 17
 _EXAMPLE = (2, 3, 96, 128)
 _REFUSED = {
@@ -105,7 +123,18 @@ def write_export(
         else:
             _write_openvino(model, path)
     write_json(folder / CARD_JSON, card)
-    shutil.copyfile(Path(__file__).parent / "templates" / DETECT_PY, folder / DETECT_PY)
+    write_atomically(folder / DETECT_PY, detect_py(card["export"]))
+
+
+def detect_py(export: str) -> str:
+    """Return the text of the program beside an export."""
+    text = (Path(__file__).parent / "templates" / DETECT_PY).read_text(encoding="utf-8")
+    if export == "onnx":
+        return text
+    loader = text[text.index("    import onnxruntime") : text.index("\n\ndef read_image")]
+    install = text[text.index("onnxruntime, numpy") : text.index('\n"""\n')]
+    text = text.replace(install, f"{RUNTIMES[export]}, numpy and pillow.")
+    return text.replace(loader, _LOADERS[export])
 
 
 def to_onnx(module: InferenceModule) -> bytes:

@@ -211,17 +211,21 @@ def test_detect_py_sees_what_the_loader_sees_without_this_project(exported, tmp_
             assert image.size == found.image_size[::-1] == read_image(drawn).shape[1::-1]
 
 
-def test_detect_py_runs_an_int8_export_for_openvino_as_the_loader_does(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("export", "precision"), [("openvino", "int8"), ("torch", "fp32")])
+def test_detect_py_runs_other_exports_as_the_loader_does(tmp_path, monkeypatch, export, precision):
     monkeypatch.setattr(networks, "_MOST_SHAPES", 0)  # compiled for any shape, as in detect.py
     detector, _ = load_model(save_small_model(tmp_path / "model"))
-    card = card_of("openvino", "int8", thresholds={"ball": 0, "cube": 0})
+    card = card_of(export, precision, thresholds={"ball": 0, "cube": 0})
     images = [image[0] for image in (images_of(1, 48, 64), images_of(1, 60, 48))]
     write_export(detector, card, tmp_path / "out", options=EXPORTED, calibration=images)
+    assert "onnx" not in (tmp_path / "out/detect.py").read_text()
     path = save_images(tmp_path / "in")[0]
+    alone = ALONE.replace('"torch", ', "") if export == "torch" else ALONE
     done = subprocess.run(
-        [sys.executable, "-I", "-c", ALONE, str(tmp_path / "out/detect.py"), path],
+        [sys.executable, "-I", "-c", alone, str(tmp_path / "out/detect.py"), path],
         capture_output=True, text=True, cwd=tmp_path, check=True,
     )  # fmt: skip
+    assert not done.stderr
     found = load_model_folder(tmp_path / "out")(path, score=0)
     scores = [one["score"] for one in json.loads(done.stdout)["detections"]]
     np.testing.assert_allclose(scores, found.scores, atol=1e-5)

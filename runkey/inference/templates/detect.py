@@ -3,40 +3,30 @@
     python detect.py a.jpg b.png                         # each class's best threshold (card.json)
     python detect.py --score 0.3 --draw drawn/ *.jpg     # one threshold; drawn images
 
-Needs numpy, pillow and what runs the model: onnxruntime, openvino or torch ("export" in card.json).
+Needs onnxruntime, numpy and pillow; of onnxruntime's own dependencies it needs numpy alone:
+pip install --no-deps onnxruntime numpy pillow
 """
 
 import argparse
 import json
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageOps
 
 CARD = json.loads(Path(__file__).with_name("card.json").read_text(encoding="utf-8"))
-SIZES, CLASSES, LIMITS = CARD["sizes"], CARD["classes"], CARD["thresholds"]
+SIZES, BEST = CARD["sizes"], CARD["thresholds"]
+CLASSES = [{"class": one["name"], "id": one["id"]} for one in CARD["classes"]]
+LIMITS = [BEST.get(one["class"], BEST.get("{class} ({id})".format(**one), 0.5)) for one in CLASSES]
 
 
 def load_network(path):
     """Return what maps uint8 images [1, 3, h, w] to scores, labels, boxes (xyxy, fractions)."""
-    if CARD["export"] == "onnx":
-        import onnxruntime
+    import onnxruntime
 
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return lambda images: session.run(None, {"images": images})
-    if CARD["export"] == "openvino":
-        import openvino
-
-        hint = {"INFERENCE_PRECISION_HINT": "f32" if CARD["precision"] == "fp32" else "bf16"}
-        model = openvino.Core().compile_model(path, "CPU", hint)
-        return lambda images: [model([images])[index] for index in range(3)]
-    import torch
-
-    warnings.filterwarnings("ignore", "The given buffer is not writable")  # of torch.export.load
-    program = torch.export.load(path).module()
-    return lambda images: [answer.numpy() for answer in program(torch.from_numpy(images))]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images})
 
 
 def read_image(path):
@@ -58,21 +48,28 @@ def read_image(path):
 
 def detect(network, image, score=None):
     """Return the detections of an image, best first; boxes in its pixels."""
-    short, low, high = SIZES["short_side"], min(image.size), max(image.size)
-    if high / low * short > SIZES["long_side"]:
-        short = max(1, round(SIZES["long_side"] * low / high))
+    low, high = min(image.size), max(image.size)
+    short = min(SIZES["short_side"], max(1, round(SIZES["long_side"] * low / high)))
     long = min(int(short * high / low), max(SIZES["long_side"], short))
     size = (long, short) if image.height <= image.width else (short, long)
     pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-    answers = [answer[0] for answer in network(np.ascontiguousarray(pixels)[None])]
-    found = []
-    for value, label, box in zip(*answers, strict=True):
-        name, id_ = CLASSES[label]["name"], CLASSES[label]["id"]
-        limit = LIMITS.get(name, LIMITS.get(f"{name} ({id_})", 0.5)) if score is None else score
-        if value >= limit:
-            box_xyxy = (box * np.float32(image.size * 2)).tolist()
-            found.append({"class": name, "id": id_, "score": float(value), "box_xyxy": box_xyxy})
-    return found
+    scores, labels, boxes = (answer[0] for answer in network(np.ascontiguousarray(pixels)[None]))
+    found = zip(scores, labels, boxes * np.float32(image.size * 2), strict=True)
+    return [
+        {**CLASSES[label], "score": float(value), "box_xyxy": box.tolist()}
+        for value, label, box in found
+        if value >= (LIMITS[label] if score is None else score)
+    ]
+
+
+def draw(image, found):
+    """Draw boxes and names into an image."""
+    pen = ImageDraw.Draw(image)
+    for one in found:
+        box, text = one["box_xyxy"], f"{one['class']} {one['score']:.2f}"
+        pen.rectangle(box, outline="red", width=2)
+        pen.rectangle(pen.textbbox(box[:2], text), fill="red")
+        pen.text(box[:2], text, fill="white")
 
 
 if __name__ == "__main__":
@@ -92,11 +89,7 @@ if __name__ == "__main__":
         found = detect(network, image, chosen.score)
         print(json.dumps({"file": str(path), "detections": found}, ensure_ascii=False))
         if chosen.draw:
+            draw(image, found)
             chosen.draw.mkdir(parents=True, exist_ok=True)
-            for one in found:
-                text, pen = f"{one['class']} {one['score']:.2f}", ImageDraw.Draw(image)
-                pen.rectangle(one["box_xyxy"], outline="red", width=2)
-                pen.rectangle(pen.textbbox(one["box_xyxy"][:2], text), fill="red")
-                pen.text(one["box_xyxy"][:2], text, fill="white")
             image.save(chosen.draw / f"{path.stem}.png")
     sys.exit(failed)
