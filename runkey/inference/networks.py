@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import warnings
 import zipfile
@@ -219,8 +220,30 @@ class OpenVinoNetwork:
             model = self._model.clone()
             if shape:
                 model.reshape(list(shape))
-            self._compiled[shape] = self._core.compile_model(model, "CPU", self._hints)
+            with _own_signal_stack():
+                self._compiled[shape] = self._core.compile_model(model, "CPU", self._hints)
         return self._compiled[shape]
+
+
+class _SignalStack(ctypes.Structure):
+    """C's `stack_t`."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def _own_signal_stack() -> Iterator[None]:
+    """Put this thread's signal stack back at the end.
+
+    OpenVINO's compiler leaves a smaller one, on which a signal such as Ctrl-C has ended processes
+    with PYTHONFAULTHANDLER.
+    """
+    before, libc = _SignalStack(), ctypes.CDLL(None)
+    libc.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        libc.sigaltstack(ctypes.byref(before), None)
 
 
 class CheckedNetwork:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -229,6 +232,29 @@ def test_detect_py_runs_other_exports_as_the_loader_does(tmp_path, monkeypatch, 
     found = load_model_folder(tmp_path / "out")(path, score=0)
     scores = [one["score"] for one in json.loads(done.stdout)["detections"]]
     np.testing.assert_allclose(scores, found.scores, atol=1e-5)
+
+
+class SignalStack(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+    @classmethod
+    def now(cls) -> tuple[int, int, int]:
+        found = cls()
+        ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
+        return found.start, found.flags, found.size
+
+
+def test_openvino_leaves_the_signal_stack_of_the_process(tmp_path):
+    """Its compiler sets a smaller one, on which a signal ended processes with faulthandler."""
+    detector, _ = load_model(save_small_model(tmp_path / "model"))
+    write_export(detector, card_of("openvino"), tmp_path / "out", options=EXPORTED)
+    before = SignalStack.now()
+    network = open_export(tmp_path / "out").network
+    for shape in SHAPES:
+        network(images_of(*shape))
+    assert SignalStack.now() == before
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_options_are_exported(tmp_path):
