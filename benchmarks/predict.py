@@ -1,10 +1,10 @@
 """`runkey predict`: memory and time on odd files and on ten times as many; AP with tiles.
 
-    python -m benchmarks.predict --model MODEL... --data DATA [--many 10000] [--out FILE]
+    python -m benchmarks.predict --model MODEL... --data DATA [--many 10000] [--parts mixed drawn]
 
 MODEL is a folder `model/` of the sample, or an export of it; DATA the sample's `data/`. Each
 measurement is a process of its own with one thread of arithmetic, so that seconds of CPU can be
-compared. Writes `benchmarks/results/predict.md` (10 minutes).
+compared. Writes `benchmarks/results/predict.md`, and keeps what `--parts` does not measure anew.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ MIB = 2**20
 COUNT, BROKEN, GREY, DEEP, TURNED, ANIMATED = 1000, 20, 40, 40, 80, 20
 CELL = (256, 192)
 """Width and height of an image in a mosaic."""
+PARTS = {
+    "mixed": f"{COUNT:,} mixed files",
+    "tiles": "Small objects in large images: tiles",
+    "lists": "Many images, lists only",
+    "drawn": "Many images, with drawn images and the sheet",
+}
 TILES = (None, "256", "256x256", "192", "128")
 
 
@@ -42,32 +48,39 @@ def main() -> None:
     parser.add_argument("--model", type=Path, nargs="+", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--many", type=int, default=10_000)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, default=RESULT)
     chosen = parser.parse_args()
-    parts: list[str] = []
+    kept = chosen.out.read_text().split("\n## ")[1:] if chosen.out.is_file() else []
+    sections = {text.split("\n")[0]: text for text in kept}
     with tempfile.TemporaryDirectory(prefix="predict-") as name:
         folder = Path(name)
         photos = sorted(chosen.data.glob("train*/*.jpg")) + sorted(chosen.data.glob("val*/*.jpg"))
         counts = (COUNT, chosen.many)
         for count in counts:
             link_photos(photos, folder / str(count), count)
-        for part in (
-            partial(_mixed, chosen.model[0], photos, folder / "mixed"),
-            partial(_tiles, chosen.model[0], chosen.data, folder / "mosaic"),
-            partial(_lists, chosen.model, len(photos), folder, counts),
-            partial(_drawn, chosen.model[0], folder, counts),
-        ):
-            parts.append(part())
-            chosen.out.write_text("\n".join([_head(), *parts]), encoding="utf-8")
+        measure = {
+            "mixed": partial(_mixed, chosen.model[0], photos, folder / "mixed"),
+            "tiles": partial(_tiles, chosen.model[0], chosen.data, folder / "mosaic"),
+            "lists": partial(_lists, chosen.model, len(photos), folder, counts),
+            "drawn": partial(_drawn, chosen.model[0], folder, counts),
+        }
+        for part in chosen.parts:
+            load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
+            text = (
+                f"{PARTS[part]}\n\n{measure[part]()}\n{time.strftime('%Y-%m-%d')}; load {load}.\n"
+            )
+            sections[PARTS[part]] = text
+            written = [sections[title] for title in PARTS.values() if title in sections]
+            chosen.out.write_text("\n## ".join([_head(), *written]), encoding="utf-8")
 
 
 def _head() -> str:
-    load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
     return (
-        "# Predicting on many files\n\n`python -m benchmarks.predict --model MODEL... --data data`,"
-        f" {time.strftime('%Y-%m-%d')}; {len(os.sched_getaffinity(0))} cores"
-        f" ({platform.machine()}), Python {platform.python_version()}; one thread of arithmetic;"
-        f" load at the end {load}, which stretches seconds but not CPU seconds.\n"
+        "# Predicting on many files\n\n`python -m benchmarks.predict --model MODEL... --data data`;"
+        f" {len(os.sched_getaffinity(0))} cores ({platform.machine()}), Python"
+        f" {platform.python_version()}; one thread of arithmetic. Other work on the machine stretches"
+        " seconds but not CPU seconds.\n"
     )
 
 
@@ -113,7 +126,6 @@ def _mixed(model: Path, photos: list[Path], folder: Path) -> str:
     made = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     said = done.output.replace(str(folder / "out"), "OUT").replace(f"{folder}/", "")
     lines = [
-        f"## {COUNT:,} mixed files\n",
         f"{made}. Exit code {done.code}, {len(skipped)} skipped, {written / 1e6:.0f} MB written.",
         "\n```\n" + said.strip() + "\n```\n",
         "| outputs | s | CPU s | peak MiB |",
@@ -202,7 +214,6 @@ def _growth(counts: tuple[int, int], few: Measured, many: Measured) -> str:
 def _lists(models: list[Path], photos: int, folder: Path, counts: tuple[int, int]) -> str:
     """JSON and CSV of many images, by each model."""
     lines = [
-        "## Many images, lists only\n",
         f"The sample's {photos} images, linked as often as needed, with `--write json,csv`.\n",
     ]
     for number, model in enumerate(models):
@@ -231,8 +242,7 @@ def _drawn(model: Path, folder: Path, counts: tuple[int, int]) -> str:
         _predict(model, folder / str(count), "--out", folder / f"drawn-{count}", "--workers", "1")
         for count in counts
     ]
-    head = ["## Many images, with drawn images and the sheet\n", *_COLUMNS]
-    return "\n".join([*head, *map(_row, counts, done), "\n" + _growth(counts, *done)])
+    return "\n".join([*_COLUMNS, *map(_row, counts, done), "\n" + _growth(counts, *done)])
 
 
 # Small objects in large images.
@@ -295,7 +305,6 @@ def _tiles(model: Path, data: Path, folder: Path) -> str:
     truth = make_mosaics(data, folder / "images", side)
     count = len(json.loads(truth.read_text())["images"])
     lines = [
-        "## Small objects in large images: tiles\n",
         f"{side * side} val images of the sample side by side on a canvas of"
         f" {side * CELL[0]}x{side * CELL[1]} pixels, {count} canvases, some 70 objects on each. The"
         " model was trained on images of 160x120 pixels.\n",
