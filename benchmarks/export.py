@@ -174,7 +174,8 @@ def alone(checkout: Path, out: Path) -> list[str]:
         judged.accumulate()
         judged.summarize()
     ap = f"AP {judged.stats[0]:.5f} on {len(ids)} val images"
-    about = f"{', '.join(PACKAGES)}, nothing else: {size:.1f} MB. `detect.py` of the ONNX export in fp32:"
+    about = f"{', '.join(PACKAGES)}, nothing else: {size:.1f} MB."
+    about += " `detect.py` of the ONNX export in fp32:"
     return [f"{about} {ap}, {wall:.0f} s.", ""]
 
 

@@ -79,8 +79,8 @@ def _head() -> str:
     return (
         "# Predicting on many files\n\n`python -m benchmarks.predict --model MODEL... --data data`;"
         f" {len(os.sched_getaffinity(0))} cores ({platform.machine()}), Python"
-        f" {platform.python_version()}; one thread of arithmetic. Other work on the machine stretches"
-        " seconds but not CPU seconds.\n"
+        f" {platform.python_version()}; one thread of arithmetic. Other work on the machine"
+        " stretches seconds but not CPU seconds.\n"
     )
 
 

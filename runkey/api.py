@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     import torch
 
 
-def load(reference: str | os.PathLike[str], device: str | torch.device | None = None) -> Model:
+def load(
+    reference: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    *,
+    trust: bool = False,
+) -> Model:
     """Load a trained model.
 
     A run is looked up in the store of the current repository, or that `MLFLOW_TRACKING_URI` names;
@@ -32,12 +37,14 @@ def load(reference: str | os.PathLike[str], device: str | torch.device | None = 
             what `runkey get` or `runkey export-model` wrote), an exported file (`model.onnx`),
             `runs:/ID` with an MLflow id, or `models:/NAME@ALIAS` of MLflow's model registry.
         device: such as `cpu` or `cuda:1`; None: the GPU if there is one.
+        trust: load a torch export (`model.pt2`) too, which can execute code that is in it.
 
     Returns:
         A model to be called with an image or a list of them; see `Model.__call__`.
 
     Raises:
-        ModelError: a folder or file holds no model, or a damaged one.
+        ModelError: a folder or file holds no model, a damaged one, or a torch export that is not
+            trusted.
         RegistryError: no such run, or its files are missing or changed.
     """
-    return load_model_folder(find_model(reference), device)
+    return load_model_folder(find_model(reference), device, trust=trust)

@@ -38,68 +38,94 @@ _PARTS = {
 }
 
 
+_Model = Annotated[
+    str,
+    Argument(
+        metavar="MODEL",
+        help="Key of a run, folder (model/ or an export), exported file, models:/NAME@ALIAS.",
+    ),
+]
+_SavedModel = Annotated[
+    str, Argument(metavar="MODEL", help="Key of a run, folder model/, or what `get` wrote.")
+]
+_Sources = Annotated[
+    list[str],
+    Argument(
+        metavar="SOURCES",
+        help="Images, folders (with all below), globs, videos; - for a list on stdin.",
+    ),
+]
+_Write = Annotated[
+    str,
+    Option(
+        "--write",
+        help="Of json, csv, images (drawn), sheet, yolo, voc, labelme, cvat, frames (of videos),"
+        " results (COCO's, with --coco).",
+    ),
+]
+_Score = Annotated[
+    str,
+    Option(
+        "--score",
+        help="Least score: a number, ball=0.4,cube=0.6 (others: auto), or auto: each class's score"
+        " of best F1 on the run's val images.",
+    ),
+]
+_Nms = Annotated[
+    float | None,
+    Option("--nms", help="Drop a box that overlaps a better one of its class by more (IoU)."),
+]
+_Tile = Annotated[
+    str | None,
+    Option(
+        "--tile",
+        help="For small objects in large images: tiles of that width in the image's pixels, or"
+        " WIDTHxHEIGHT.",
+    ),
+]
+_Overlap = Annotated[
+    float, Option("--overlap", help="Of neighbouring tiles, as a fraction of their side.")
+]
+_Every = Annotated[int, Option("--every", min=1, help="Take each N-th frame of a video.")]
+_Coco = Annotated[
+    Path | None, Option("--coco", help="COCO file whose image ids are used.", dir_okay=False)
+]
+_Workers = Annotated[
+    int | None, Option("--workers", min=0, max=256, help="Threads that decode and draw [cores].")
+]
+_Device = Annotated[
+    str | None, Option("--device", help="cpu, cuda, cuda:1 [the GPU, if there is one].")
+]
+_Urls = Annotated[bool, Option("--allow-urls", help="Fetch sources that are http addresses.")]
+_Images = Annotated[
+    list[Path] | None,
+    Option(
+        "--images",
+        help="Image or folder of images to compare on, instead of the run's val images; repeat it"
+        " for several. fp32 only.",
+    ),
+]
+_Trust = Annotated[
+    bool, Option("--trust", help="Load a torch export, which can execute code that is in it.")
+]
+
+
 def predict(
-    model: Annotated[
-        str,
-        Argument(
-            metavar="MODEL",
-            help="Key of a run, folder (model/ or an export), exported file, models:/NAME@ALIAS.",
-        ),
-    ],
-    sources: Annotated[
-        list[str],
-        Argument(
-            metavar="SOURCES",
-            help="Images, folders (with all below), globs, videos; - for a list on stdin.",
-        ),
-    ],
+    model: _Model,
+    sources: _Sources,
     out: Annotated[Path, Option("--out", help="Folder to write.")] = Path("predictions"),
-    write: Annotated[
-        str,
-        Option(
-            "--write",
-            help="Of json, csv, images (drawn), sheet, yolo, voc, labelme, cvat, frames (of"
-            " videos), results (COCO's, with --coco).",
-        ),
-    ] = "json,csv,images,sheet",
-    score: Annotated[
-        str,
-        Option(
-            "--score",
-            help="Least score: a number, ball=0.4,cube=0.6 (others: auto), or auto: each class's"
-            " score of best F1 on the run's val images.",
-        ),
-    ] = "auto",
-    nms: Annotated[
-        float | None,
-        Option("--nms", help="Drop a box that overlaps a better one of its class by more (IoU)."),
-    ] = None,
-    tile: Annotated[
-        str | None,
-        Option(
-            "--tile",
-            help="For small objects in large images: tiles of that width in the image's pixels, or"
-            " WIDTHxHEIGHT.",
-        ),
-    ] = None,
-    overlap: Annotated[
-        float, Option("--overlap", help="Of neighbouring tiles, as a fraction of their side.")
-    ] = 0.2,
-    every: Annotated[int, Option("--every", min=1, help="Take each N-th frame of a video.")] = 1,
-    coco: Annotated[
-        Path | None, Option("--coco", help="COCO file whose image ids are used.", dir_okay=False)
-    ] = None,
+    write: _Write = "json,csv,images,sheet",
+    score: _Score = "auto",
+    nms: _Nms = None,
+    tile: _Tile = None,
+    overlap: _Overlap = 0.2,
+    every: _Every = 1,
+    coco: _Coco = None,
     batch_size: Annotated[int, Option("--batch-size", min=1, help="Images at once.")] = 8,
-    workers: Annotated[
-        int | None,
-        Option("--workers", min=0, max=256, help="Threads that decode and draw [cores]."),
-    ] = None,
-    device: Annotated[
-        str | None, Option("--device", help="cpu, cuda, cuda:1 [the GPU, if there is one].")
-    ] = None,
-    allow_urls: Annotated[
-        bool, Option("--allow-urls", help="Fetch sources that are http addresses.")
-    ] = False,
+    workers: _Workers = None,
+    device: _Device = None,
+    allow_urls: _Urls = False,
+    trust: _Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Detect objects in images and videos; write lists, labels and drawn images.
@@ -124,31 +150,24 @@ def predict(
         coco=coco,
         about={"model": as_utf8(model), "sources": list(map(as_utf8, sources))},
     )
-    listed = sys.stdin if "-" in sources else ()
-    found = find_sources(sources, out=out, allow_urls=allow_urls, listed=listed)
+    found = find_sources(sources, out=out, allow_urls=allow_urls, listed=sys.stdin)
     found.check()
     folder = find_model(model)
     # torch takes seconds to import: from here on, what was asked for is known to be right.
     from runkey.inference.model import load_model_folder
     from runkey.inference.predict import predict as predict_all
 
-    loaded = load_model_folder(folder, device)
+    loaded = load_model_folder(folder, device, trust=trust)
     if tile:
         sizes = loaded.card.sizes
         tiling = parse_tiling(tile, overlap, sizes.short_side, sizes.long_side)
         options = replace(options, tiling=tiling)
     summary = predict_all(loaded, found, out, options)
-    if not summary.images:
-        _say_skipped(summary)
-        raise DataError(f"{found.base}: nothing could be read; {out}/skipped.csv says why")
-    answer = _answer(summary)
-    if as_json:
-        output.print_json(answer)
-    else:
+    if as_json and summary.images:
+        output.print_json(_answer(summary))
+    elif summary.images:
         _say_summary(summary, found.others)
-    if summary.skipped:
-        _say_skipped(summary)
-        output.answer_no()
+    _finish(summary, found.base)
 
 
 def _answer(summary: Summary) -> dict[str, Any]:
@@ -191,22 +210,22 @@ def _say_summary(summary: Summary, others: int) -> None:
     output.print_beside(f"{summary.folder}/  ", parts)
 
 
-def _say_skipped(summary: Summary) -> None:
+def _finish(summary: Summary, base: Path) -> None:
+    """Name the files that were skipped, and set the exit code."""
     for one in summary.skipped[:_SHOWN]:
         say(f"skipped {one.name}: {one.reason}", stderr=True)
-    count = len(summary.skipped)
+    count, listed = len(summary.skipped), f"{summary.folder}/skipped.csv"
     more = f"; {count - _SHOWN:,} more are not shown" if count > _SHOWN else ""
     if count:
-        say(
-            f"skipped {counted(f'{count:,}', 'file')}{more}: {summary.folder}/skipped.csv",
-            stderr=True,
-        )
+        say(f"skipped {counted(f'{count:,}', 'file')}{more}: {listed}", stderr=True)
+    if not summary.images:
+        raise DataError(f"{base}: nothing could be read; {listed} says why")
+    if count:
+        output.answer_no()
 
 
 def export_model(
-    model: Annotated[
-        str, Argument(metavar="MODEL", help="Key of a run, folder model/, or what `get` wrote.")
-    ],
+    model: _SavedModel,
     export: Annotated[
         Literal["onnx", "torch", "openvino"],
         Option("--format", help="torch: a program of torch.export (.pt2)."),
@@ -215,14 +234,7 @@ def export_model(
         Literal["fp32", "bf16", "int8"], Option("--precision", help="Number format.")
     ] = "fp32",
     out: Annotated[Path | None, Option("--out", help="Folder to make [FORMAT-PRECISION].")] = None,
-    images: Annotated[
-        list[Path] | None,
-        Option(
-            "--images",
-            help="Image or folder of images to compare on, instead of the run's val images; repeat"
-            " it for several. fp32 only.",
-        ),
-    ] = None,
+    images: _Images = None,
     limit: Annotated[
         int | None, Option("--limit", min=1, help="Compare on so many of the val images.")
     ] = None,
@@ -272,9 +284,7 @@ def export_model(
 
 
 def speed(
-    model: Annotated[
-        str, Argument(metavar="MODEL", help="Key of a run, folder model/, or what `get` wrote.")
-    ],
+    model: _SavedModel,
     max_ap_loss: Annotated[
         float, Option("--max-ap-loss", min=0, help="Points of AP that a choice may lose.")
     ] = 0.2,
@@ -294,9 +304,7 @@ def speed(
             " [a CPU: torch,onnx,openvino; a GPU: torch,compiled,onnx,tensorrt].",
         ),
     ] = None,
-    device: Annotated[
-        str | None, Option("--device", help="Such as cpu or cuda:1 [the GPU if there is one].")
-    ] = None,
+    device: _Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure AP and time of each way to run a model: runtime, number format, layers.

@@ -251,21 +251,25 @@ def check_finite(name: str, scores: NDArray[np.float32], boxes: NDArray[np.float
         )
 
 
-def load_model_folder(path: Path | str, device: str | torch.device | None = None) -> Model:
+def load_model_folder(
+    path: Path | str, device: str | torch.device | None = None, *, trust: bool = False
+) -> Model:
     """Load a saved model: the folder `model/` of a run, or an export.
 
     Args:
         path: a folder with model.json and weights.safetensors, or what `open_export` opens.
         device: such as `cpu` or `cuda:1`; None: the GPU if there is one. ONNX Runtime and OpenVINO
             run on the CPU.
+        trust: load a program of `torch.export` too, which can execute code that is in it.
 
     Raises:
-        ModelError: the folder holds no model, or a damaged one; or there is no such device.
+        ModelError: the folder holds no model, or a damaged one; there is no such device; or it is a
+            torch program that is not trusted.
     """
     folder = Path(path)
     device = find_device(device)
     if folder.is_file() or (folder / CARD_JSON).is_file():
-        return _load_export(folder, device)
+        return _load_export(folder, device, trust=trust)
     detector, card = load_model(folder)
     network = TorchNetwork(InferenceModule(detector), device)
     return Model(
@@ -279,12 +283,13 @@ def load_model_folder(path: Path | str, device: str | torch.device | None = None
     )
 
 
-def _load_export(path: Path, device: str | torch.device) -> Model:
+def _load_export(path: Path, device: str | torch.device, *, trust: bool) -> Model:
     file = Path(read_export_card(path / CARD_JSON)["file"]) if path.is_dir() else path
-    if file.suffix == ".pt2":
-        logger.warning(
-            f"{path}: a torch program can run code that is in it; load only what you, or somebody"
-            " whom you trust, exported"
+    if file.suffix == ".pt2" and not trust:
+        raise ModelError(
+            f"{path}: a torch program can execute code that is in it; if you trust whoever exported"
+            " it, say so: `runkey predict --trust`, `runkey.load(..., trust=True)`; ONNX and"
+            " OpenVINO exports execute none"
         )
     export = open_export(path, device)
     card = export.card

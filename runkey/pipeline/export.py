@@ -176,8 +176,7 @@ def export_model(
     out.parent.mkdir(parents=True, exist_ok=True)
     calibrations = (sample.calibration(), []) if choice.precision == "int8" else ([],)
     _remove_killed(out)
-    prefix = f".{out.name}-{os.getpid()}-"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent) as name:
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-{os.getpid()}-", dir=out.parent) as name:
         for number, calibration in enumerate(calibrations):
             folder = Path(name) / str(number)
             write_export(detector, made, folder, options=choice.options, calibration=calibration)
@@ -187,8 +186,7 @@ def export_model(
             if parity.passed:
                 break
             if number + 1 < len(calibrations):
-                why = "; ".join(parity.faults)
-                logger.info(f"{parity.text}: {why}; trying with convolutions in fp32")
+                logger.info(f"{parity.text}: {'; '.join(parity.faults)}; now convolutions in fp32")
         target = out if parity.passed else out.with_name(f"{out.name}.refused")
         if target != out and target.is_dir():
             shutil.rmtree(target)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+import runkey
 from runkey.errors import ModelError
 from runkey.inference.export import write_export
 from runkey.inference.extras import import_extra
@@ -262,16 +263,21 @@ def test_a_score_or_an_iou_of_nan_is_refused(tmp_path):
 
 
 @needs_onnx
-def test_a_torch_program_is_loaded_with_a_warning(tmp_path, caplog):
+def test_a_torch_program_is_loaded_only_if_it_is_trusted(tmp_path, monkeypatch):
     detector, _ = load_model(save_small_model(tmp_path / "model"))
     for export in ("torch", "onnx"):
         write_export(detector, card_of(export), tmp_path / export, options=EXPORTED)
+    opened = []
+    load = torch.export.load
+    monkeypatch.setattr(torch.export, "load", lambda file: opened.append(file) or load(file))
     load_model_folder(tmp_path / "onnx", "cpu")
-    assert "code" not in caplog.text
+    image = np.zeros((60, 80, 3), np.uint8)
     for place in (tmp_path / "torch", tmp_path / "torch" / "model.pt2"):
-        caplog.clear()
-        load_model_folder(place, "cpu")
-        assert f"{place}: a torch program can run code that is in it" in caplog.text
+        with pytest.raises(ModelError, match=f"{place}: a torch program can execute code"):
+            runkey.load(place, "cpu")
+        assert not opened
+        assert runkey.load(place, "cpu", trust=True)(image, score=0).scores.size
+        assert opened.pop() == tmp_path / "torch" / "model.pt2"
 
 
 @needs_onnx

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -262,6 +263,41 @@ def test_frames_of_a_video(tmp_path: Path) -> None:
     (bad,) = (one for one in answers if isinstance(one, Skipped))
     assert bad.name == "cut.mp4"
     assert bad.reason == "holds no video"
+
+
+@pytest.mark.skipif(not has_av(), reason="`make env-export` installs PyAV")
+@pytest.mark.parametrize(
+    ("matrix", "size", "corner"),
+    [
+        ((1, 0, 0, 1), (64, 48), (0, 0)),
+        ((0, 1, -1, 0), (48, 64), (1, 0)),  # a phone held upright: clockwise
+        ((-1, 0, 0, -1), (64, 48), (1, 1)),
+        ((0, -1, 1, 0), (48, 64), (0, 1)),
+    ],
+)
+def test_a_phones_video_is_turned_upright(
+    matrix: tuple[int, ...], size: tuple[int, int], corner: tuple[int, int], tmp_path: Path
+) -> None:
+    """A player shows the pixel (x, y) at (a x + c y, b x + d y); the file says a, b, c, d."""
+    film(tmp_path / "clip.mp4", 2, corner=True)
+    content = bytearray((tmp_path / "clip.mp4").read_bytes())
+    begin = content.index(b"tkhd") + 44
+    a, b, c, d = (65536 * one for one in matrix)  # 16.16 fixed point
+    content[begin : begin + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 2**30)
+    (tmp_path / "clip.mp4").write_bytes(content)
+    frames = read(find_sources([str(tmp_path / "clip.mp4")]))
+    for frame in frames:
+        assert isinstance(frame, Frame)
+        assert Image.fromarray(frame.image).size == size
+        height, width = frame.image.shape[:2]
+        white = {
+            (x, y)
+            for x in (0, 1)
+            for y in (0, 1)
+            if frame.image[4 if y == 0 else height - 5, 4 if x == 0 else width - 5].min() > 200
+        }
+        assert white == {corner}
+    assert len(frames) == 2
 
 
 def test_a_video_without_its_package_is_one_line(

@@ -48,14 +48,16 @@ def has_av() -> bool:
     return True
 
 
-def film(path: Path, frames: int = 10, *, rate: int = 5) -> None:
-    """Write a video whose frame k is grey of value 20 k."""
+def film(path: Path, frames: int = 10, *, rate: int = 5, corner: bool = False) -> None:
+    """Write a video whose frame k is grey of value 20 k; with a white corner, top left."""
     av = import_extra("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for number in range(frames):
             pixels = np.full((48, 64, 3), 20 * number, np.uint8)
+            if corner:
+                pixels[:16, :16] = 255
             for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
                 container.mux(packet)
         for packet in stream.encode():
