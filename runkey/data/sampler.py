@@ -6,6 +6,8 @@ is already ordered, so their size does not change what a step learns from.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import batched, product
@@ -17,6 +19,7 @@ from runkey.data.augment import (
     MOSAIC_IMAGES,
     UNBOUNDED,
     Augmentation,
+    AugmentParams,
     crop_fractions,
     crop_sides,
     crop_size,
@@ -48,8 +51,9 @@ def _by_aspect[T](items: Iterable[T], shape: Callable[[T], Shape], grouped: bool
 class GlobalBatchSampler:
     """Deals the images of an epoch into batches of `batch_size`; the last may be smaller.
 
-    With `data.group_by_aspect`, a batch holds only landscape or only portrait outputs. The
-    remainders of both form the last one or two batches, so that every epoch has equally many.
+    With `data.group_by_aspect`, a batch holds only landscape or only portrait outputs, all of about
+    one of `data.short_sides`. What is left of these groups is dealt in their order, so that every
+    epoch has equally many batches.
     """
 
     augmentation: Augmentation
@@ -69,7 +73,7 @@ class GlobalBatchSampler:
         order = permutation(seed, epoch, "order", self.ids)
         dealt: list[Sequence[int]] = []
         rest: list[int] = []
-        for group in _by_aspect(order, lambda image: augments[image].size, grouped):
+        for group in self._groups(order, augments) if grouped else [order]:
             whole = len(group) - len(group) % self.batch_size
             dealt += batched(group[:whole], self.batch_size)
             rest += group[whole:]
@@ -79,6 +83,15 @@ class GlobalBatchSampler:
         for batch in batches:
             batch.sort(key=lambda image: (is_portrait(image[1].size), *image[1].size))
         return batches
+
+    def _groups(self, order: Sequence[int], augments: Sequence[AugmentParams]) -> list[list[int]]:
+        """Images by orientation and, smallest first, by the short side that holds their output."""
+        steps = sorted(self.augmentation.data.short_sides)
+        groups = defaultdict[tuple[bool, int], list[int]](list)
+        for image in order:
+            size = augments[image].size
+            groups[is_portrait(size), bisect_left(steps, min(size))].append(image)
+        return [groups[key] for key in sorted(groups)]
 
 
 def micro_batches(

@@ -243,8 +243,8 @@ class Data(Section):
     """Upper bound of the long side after resizing, in pixels; takes precedence over
     short_sides."""
     group_by_aspect: bool = True
-    """Put landscape and portrait images into separate batches, which halves the largest padded
-    shape."""
+    """Put landscape and portrait images, and those of each of the short_sides, into batches of
+    their own: less padding, and half the largest padded shape."""
     cache_gib: NonNegativeFloat = 1.0
     """Largest cache of decoded images per split, in GiB.  A split that needs more is decoded in
     every epoch.  0: no cache."""
