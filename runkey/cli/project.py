@@ -95,6 +95,7 @@ def show(
 
         say(reference().rstrip("\n"))
         return
+    from runkey.model.backbones import check as check_body
     from runkey.params import load_params
 
     root = output.workspace()
@@ -103,6 +104,7 @@ def show(
         return
     params = load_params(root / paths.PARAMS)
     values = params.flat(runtime=True)
+    check_body(params.model)
     _check_weights(params, root)
     lines = (f"{name} = {json.dumps(value)}" for name, value in values.items())
     output.print_answer(values, *lines, as_json=as_json)
@@ -117,12 +119,14 @@ def _check_weights(params: Params, root: Path) -> None:
 
 def _check(root: Path) -> None:
     """Raise what would stop a later stage, whose outputs DVC removes before it runs."""
+    from runkey.model.backbones import check as check_body
     from runkey.params import load_params
 
     try:
         params = load_params(root / paths.PARAMS)
         recipe = make_recipe("train", root, params)
         check_same_weights(recipe, params.flat(), root)
+        check_body(params.model)
         _check_weights(params, root)
         output.store()
         link_weights(params.flat(), root)

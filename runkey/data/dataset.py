@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,9 +30,15 @@ from runkey.data.decode import decode_rgb, resize
 from runkey.data.index import ImageRecord, IntensityRange
 from runkey.errors import RunkeyError
 
-# Mean and standard deviation of ImageNet in 0..1; torchvision's weights were trained with them.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+
+class Normalisation(NamedTuple):
+    """Mean and standard deviation of RGB in 0..1; `runkey.model.backbones` says a body's."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 GREY_WEIGHTS = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in a grey value (ITU-R BT.601), as in PIL and torchvision."""
 
@@ -242,8 +249,10 @@ class BatchMaker(Dataset["Batch | RunkeyError"]):
         return image
 
 
-def normalise(batch: Batch, *, channels_last: bool = False) -> tuple[Tensor, Tensor]:
-    """Apply the batch's colour factors, then (x / 255 - mean) / std with ImageNet's numbers.
+def normalise(
+    batch: Batch, by: Normalisation = IMAGENET, *, channels_last: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Apply the batch's colour factors, then (x / 255 - mean) / std.
 
     For brightness b, contrast c and saturation s of an image with mean m (over its valid pixels
     and channels): y = c b x + (1 - c) b m, then s y + (1 - s) grey(y). Values are not clipped, so
@@ -258,7 +267,7 @@ def normalise(batch: Batch, *, channels_last: bool = False) -> tuple[Tensor, Ten
     device = batch.images.device
     rows = torch.arange(height, device=device) < batch.sizes[:, :1]
     columns = torch.arange(width, device=device) < batch.sizes[:, 1:]
-    scale, offset = _affine(batch)
+    scale, offset = _affine(batch, by)
     nhwc = batch.images.permute(0, 2, 3, 1)
     pixels = nhwc.to(torch.float32, memory_format=torch.contiguous_format)
     if batch.colour is not None and batch.colour.shape[1] == 3:
@@ -274,9 +283,9 @@ def normalise(batch: Batch, *, channels_last: bool = False) -> tuple[Tensor, Ten
     return (images if channels_last else images.contiguous()), padding
 
 
-def _affine(batch: Batch) -> tuple[Tensor, Tensor]:
+def _affine(batch: Batch, by: Normalisation) -> tuple[Tensor, Tensor]:
     """Factor and summand, [B, 3] each, that normalise a uint8 value."""
-    mean, std = colour_constants(batch.images.device)
+    mean, std = colour_constants(batch.images.device, by)
     if batch.colour is None:
         return (1.0 / std).expand(len(batch), 3), (-mean / std).expand(len(batch), 3)
     brightness, contrast = batch.colour[:, 0:1], batch.colour[:, 1:2]
@@ -288,9 +297,9 @@ def _affine(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def colour_constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return ImageNet's mean and std on a 0..255 scale, [3] each; cached, as copying syncs."""
-    mean, std = torch.tensor(IMAGENET_MEAN) * 255.0, torch.tensor(IMAGENET_STD) * 255.0
+def colour_constants(device: torch.device, by: Normalisation = IMAGENET) -> tuple[Tensor, Tensor]:
+    """Return mean and std on a 0..255 scale, [3] each; cached, as copying syncs."""
+    mean, std = torch.tensor(by.mean) * 255.0, torch.tensor(by.std) * 255.0
     return mean.to(device), std.to(device)
 
 

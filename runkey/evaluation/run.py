@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runkey.data.dataset import Batch, normalise
+from runkey.data.dataset import IMAGENET, Batch, Normalisation, normalise
 from runkey.data.index import ClassName, CocoDetection, ImageRecord
 from runkey.errors import ModelError
 from runkey.evaluation.coco import CocoResult, evaluate_results
@@ -64,6 +64,7 @@ def detect(
     device: torch.device,
     autocast: AutocastFactory = nullcontext,
     on_batch: Callable[[Any, Batch], None] = lambda outputs, batch: None,  # noqa: ARG005
+    normalisation: Normalisation = IMAGENET,
 ) -> dict[int, Detections]:
     """Detect the objects of all batches; return them by image id.
 
@@ -80,7 +81,7 @@ def detect(
             for batch in (part for mixed in batches for part in same_shape_batches(mixed)):
                 on_device = batch.to(device)
                 with autocast():
-                    outputs = model(*normalise(on_device))
+                    outputs = model(*normalise(on_device, normalisation))
                 found = postprocess(outputs, batch.original_sizes.to(device))
                 for image_id, of_image in zip(batch.image_ids, found, strict=True):
                     detections[image_id] = Detections(
@@ -110,6 +111,8 @@ class Validation:
     postprocess: Postprocess
     criterion: Criterion
     autocast: AutocastFactory = nullcontext
+    normalisation: Normalisation = IMAGENET
+    """Of the images of the models."""
 
     def __call__(self, model: nn.Module, *, by_size: bool = True) -> Evaluation:
         """Evaluate a model that is on the device; `by_size`: see `evaluate_results`.
@@ -134,7 +137,13 @@ class Validation:
                 steps.advance(len(batch))
 
             detections = detect(
-                model, self.postprocess, self.batches, self.device, self.autocast, on_batch
+                model,
+                self.postprocess,
+                self.batches,
+                self.device,
+                self.autocast,
+                on_batch,
+                self.normalisation,
             )
         if boxes != sum(counts):
             raise ValueError(f"batches hold {boxes} boxes, records {sum(counts)}")

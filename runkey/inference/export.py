@@ -36,7 +36,6 @@ from runkey.inference.networks import (
     one_line,
     quiet_logging,
 )
-from runkey.model.backbones import Compact
 from runkey.model.detr import Detector
 
 Format = Literal["onnx", "torch", "openvino"]
@@ -161,10 +160,10 @@ def to_onnx(module: InferenceModule) -> bytes:
 def write_program(detector: Detector, options: InferenceOptions, path: Path) -> None:
     """Write a program of `torch.export` with free batch, height and width.
 
-    Its least height and width are one pixel more than the backbone's stride.
+    Its least height and width are one pixel more than the backbone's largest stride.
     """
     module = InferenceModule(detector, options)
-    least = 9 if isinstance(detector.backbone[0].body, Compact) else 33
+    least = detector.body.strides[-1] + 1
     sides = {axis: torch.export.Dim(f"axis{axis}", min=least) for axis in (2, 3)}
     free = {0: torch.export.Dim("batch"), **sides}
     example = torch.zeros(_EXAMPLE, dtype=torch.uint8)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from runkey.data.dataset import colour_constants
+from runkey.data.dataset import Normalisation, colour_constants
 from runkey.errors import ModelError
 from runkey.model.detr import Detector, Detr, FastDetr, without_autocast
 from runkey.model.postprocess import Postprocess
@@ -66,7 +66,8 @@ class InferenceModule(nn.Module):
         self.options = options
         self.detector = _shortened(detector, options) if options != InferenceOptions() else detector
         self.postprocess = Postprocess(softmax=isinstance(detector, Detr))
-        mean, std = colour_constants(torch.device("cpu"))
+        body = detector.body
+        mean, std = colour_constants(torch.device("cpu"), Normalisation(body.mean, body.std))
         self.register_buffer("scale", (1.0 / std)[:, None, None], persistent=False)
         self.register_buffer("offset", (-mean / std)[:, None, None], persistent=False)
         self.eval().requires_grad_(False)

@@ -25,10 +25,11 @@ from pydantic import Field, TypeAdapter
 from runkey.errors import TrainingError
 from runkey.files import read_json, write_atomically
 from runkey.memory.batch_shapes import BatchShapes, ShapeStatistics
-from runkey.memory.template import AllocatorReplay, Template, other_shape, replay_steps
+from runkey.memory.template import AllocatorReplay, Grid, Template, other_shape, replay_steps
 from runkey.memory.trace.events import MicroBatch, Trace, timeline_of
 from runkey.memory.trace.gpu import Gpu
 from runkey.memory.trace.record import BatchFields, StepFactory, recorder
+from runkey.model.backbones import spec_of, strides_of
 from runkey.params import Params, override
 from runkey.progress import each
 from runkey.units import MIB
@@ -217,15 +218,15 @@ def predict(
         factory_for: returns what builds the step under some parameters.
         alternatives: predict the same training with one parameter changed, too.
     """
-    batch_size, stride = params.training.batch_size, _token_stride(params)
+    batch_size, grid = params.training.batch_size, _grid(params)
     few, many = shapes.worst(_FEW), shapes.worst(_MANY)
     queries = params.model.num_queries if params.model.preset == "fast" else 0
-    shape = other_shape((many.height, many.width), stride, queries)
+    shape = other_shape((many.height, many.width), grid, queries)
     other = MicroBatch(_CONFIRMED, *shape, many.objects)
     unseen_shape = max(1, shape[0] - 5), max(1, shape[1] - 3)
     unseen = MicroBatch(_CONFIRMED + 2, *unseen_shape, many.objects)
     *traces, check = _trace(params, shapes, factory_for, (few, many, other, unseen))
-    template = Template(traces, stride)
+    template = Template(traces, grid)
     replays = tuple(
         replay_steps(template, shapes.steps(images, count), WORKSPACE_SHARE)
         for images, count in zip((_FEW, max(batch_size, _MANY)), _REPLAYED, strict=True)
@@ -271,7 +272,7 @@ def _alternatives(
         changed = override(params, values)
         step, batches = template, shapes
         if changed.data == params.data:
-            step = Template(_trace(changed, shapes, factory_for, sizes), _token_stride(changed))
+            step = Template(_trace(changed, shapes, factory_for, sizes), _grid(changed))
         else:
             batches = replace(shapes, statistics=shapes.statistics_under(changed))
         text = ", ".join(f"{field}: {_yaml(value)}" for field, value in values.items())
@@ -301,11 +302,9 @@ def _yaml(value: Any) -> str:
     return str(value).lower()
 
 
-def _token_stride(params: Params) -> int:
-    """Return the pixels from token to token."""
-    if params.model.backbone == "compact":
-        return 8
-    return 16 if params.model.dilation else 32
+def _grid(params: Params) -> Grid:
+    """Return the cells that the body makes of an image."""
+    return Grid(strides_of(params.model), spec_of(params.model.backbone).pad_multiple)
 
 
 def batch_fields(params: Params, num_classes: int) -> BatchFields:
@@ -351,7 +350,6 @@ def _partial_sums_bytes(params: Params, one: MicroBatch) -> int:
     See `reduction` in benchmarks/gpu_workspaces.py: two float32 numbers for each that is summed
     over all tokens, and no more than all blocks of the largest GPU have at once.
     """
-    stride, model = _token_stride(params), params.model
-    tokens = one.images * -(-one.height // stride) * -(-one.width // stride)
+    model, tokens = params.model, one.images * _grid(params).tokens(one.height, one.width)
     widest = max(model.feedforward_dim, 2 * model.decoder_layers * model.hidden_dim)
     return min(9 * tokens * widest, _MOST_PARTIAL_SUMS)

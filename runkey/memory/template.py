@@ -7,6 +7,7 @@ the dependence on images; a third one, of another shape, tells the quantities ap
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -23,19 +24,50 @@ from runkey.units import MIB
 _STRIDES = (1, 2, 4, 8, 16, 32)
 # Attention kernels round the number of tokens up to these.
 _PADS = (8, 16, 32)
+# Rows and columns that TF's SAME padding adds before kernels of 3 and 5.
+_SAME = (1, 3)
 
 
-def quantities(one: MicroBatch, stride: int) -> NDArray[np.int64]:
-    """Return what a block's bytes can be proportional to: constant first, simple before composed.
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The cells that a body makes of an image."""
 
-    `stride` is the pixels from token to token.
+    strides: tuple[int, ...]
+    """Pixels from token to token of each level, finest first."""
+    pad_multiple: int = 1
+    """The body sees images that are padded to multiples of so many pixels."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Return True for one level of unpadded images."""
+        return len(self.strides) == 1 and self.pad_multiple == 1
+
+    def tokens(self, height: int, width: int) -> int:
+        """Return the tokens of an image of all levels."""
+        return sum(-(-height // stride) * -(-width // stride) for stride in self.strides)
+
+
+def quantities(one: MicroBatch, grid: Grid) -> NDArray[np.int64]:
+    """Return what a block's bytes can be proportional to: first constants, then images times them.
+
+    Simple numbers come before composed ones.
     """
-    cells = _cells(one.height, one.width)
-    tokens = cells[stride]
+    tokens = grid.tokens(one.height, one.width)
     padded = [-(-tokens // pad) * pad for pad in _PADS]
-    rows, columns = -(-one.height // stride), -(-one.width // stride)
-    plain = [1, one.height, one.width, rows, columns, *cells.values()]
+    plain = [1]
+    if grid.pad_multiple > 1:  # before those of the image, which are never larger
+        sides, multiple = (one.height, one.width), grid.pad_multiple
+        height, width = (-(-side // multiple) * multiple for side in sides)
+        plain += [height, width, *_cells(height, width).values()]
+        for more in _SAME:
+            plain += [(height // s + more) * (width // s + more) for s in _STRIDES]
+    plain += [one.height, one.width]
+    for stride in grid.strides:
+        plain += [-(-one.height // stride), -(-one.width // stride)]
+    plain += _cells(one.height, one.width).values()
     plain += [*padded, tokens * tokens, *(tokens * number for number in padded)]
+    if len(grid.strides) > 1:
+        plain.append(tokens)
     # The second half begins with the images alone.
     return np.array([*plain, *(one.images * number for number in plain)], dtype=np.int64)
 
@@ -52,52 +84,56 @@ def _cells(height: int, width: int) -> dict[int, int]:
 _SMALLER, _LARGER = (0.8, 0.75, 0.7, 0.65, 0.6, 0.55), (1.3, 1.4, 1.5, 1.6, 1.7, 1.8)
 
 
-def other_shape(worst: Shape, stride: int, queries: int = 0) -> Shape:
+def other_shape(worst: Shape, grid: Grid, queries: int = 0) -> Shape:
     """Return a shape that tells quantities apart, and that training treats like `worst`.
 
     Attention pads masks whose rows are no multiple of 8 or 16 tokens, and two-stage selection adds
     tokens if there are fewer than `queries`. Both allocate: both shapes must need it, or neither.
     The shape is smaller; larger, if all smaller ones lack tokens; `worst`, if no shape will do.
     """
-    (height, width), wanted = worst, _treatment(worst, stride, queries)
+    (height, width), wanted = worst, _treatment(worst, grid, queries)
     for parts in (_SMALLER, _LARGER):
+        steps = range(0, 2 * grid.strides[-1], 3)
+        # Where more must be told apart, the sides vary one by one.
+        together = [(less, less) for less in steps]
+        apart = together if grid.is_plain else list(itertools.product(steps, steps))
         shapes = [
-            (max(1, round(height * part) - less), max(1, round(width * part * 0.87) - less))
+            (max(1, round(height * part) - rows), max(1, round(width * part * 0.87) - columns))
             for part in parts
-            for less in range(0, 2 * stride, 3)
+            for rows, columns in apart
         ]
-        aligned = [one for one in shapes if _treatment(one, stride, queries)[:-1] == wanted[:-1]]
-        alike = [one for one in aligned if _treatment(one, stride, queries) == wanted]
+        aligned = [one for one in shapes if _treatment(one, grid, queries)[:-1] == wanted[:-1]]
+        alike = [one for one in aligned if _treatment(one, grid, queries) == wanted]
         if alike or not aligned:
             break
-    return max(alike, key=lambda one: _count_told_apart(worst, one, stride), default=worst)
+    return max(alike, key=lambda one: _count_told_apart(worst, one, grid), default=worst)
 
 
-def _treatment(shape: Shape, stride: int, queries: int) -> tuple[bool, ...]:
-    tokens = _cells(*shape)[stride]
+def _treatment(shape: Shape, grid: Grid, queries: int) -> tuple[bool, ...]:
+    tokens = grid.tokens(*shape)
     return tokens % 8 == 0, tokens % 16 == 0, tokens < queries
 
 
-def _count_told_apart(worst: Shape, shape: Shape, stride: int) -> int:
+def _count_told_apart(worst: Shape, shape: Shape, grid: Grid) -> int:
     """Count the quantities that grow differently from one shape to the other."""
-    one, other = (quantities(MicroBatch(1, *s, 0), stride) for s in (worst, shape))
+    one, other = (quantities(MicroBatch(1, *s, 0), grid) for s in (worst, shape))
     return len(np.unique(one / other))
 
 
 class Laws:
     """Bytes of every block of a trace, for a micro-batch of any size."""
 
-    def __init__(self, sizes: NDArray[np.int64], traced: Sequence[MicroBatch], stride: int) -> None:
+    def __init__(self, sizes: NDArray[np.int64], traced: Sequence[MicroBatch], grid: Grid) -> None:
         """Find which of `quantities` each block is proportional to.
 
         Args:
             sizes: [traces, blocks] bytes.
             traced: [traces] micro-batches; the first two differ in the images only.
-            stride: pixels from token to token.
+            grid: of the body.
         """
-        known = np.stack([quantities(one, stride) for one in traced]).astype(np.float64)
+        known = np.stack([quantities(one, grid) for one in traced]).astype(np.float64)
         blocks = sizes.shape[1]
-        self._stride, self._index = stride, np.zeros(blocks, dtype=np.int64)
+        self._grid, self._index = grid, np.zeros(blocks, dtype=np.int64)
         self._slope, self._constant = np.zeros(blocks), np.zeros(blocks)
         unknown = np.ones(blocks, dtype=bool)
         for column, values in enumerate(known.T):
@@ -116,7 +152,7 @@ class Laws:
 
     def bytes(self, one: MicroBatch) -> NDArray[np.int64]:
         """Return the bytes of each block for such a micro-batch."""
-        values = self._constant + self._slope * quantities(one, self._stride)[self._index]
+        values = self._constant + self._slope * quantities(one, self._grid)[self._index]
         return np.rint(values).astype(np.int64)
 
 
@@ -128,13 +164,13 @@ _LEAST_WORKSPACE = MIB
 class Template:
     """A step over two micro-batches, of which the second stands for all later ones."""
 
-    def __init__(self, traces: Sequence[Trace], stride: int) -> None:
+    def __init__(self, traces: Sequence[Trace], grid: Grid) -> None:
         """Find the law of each block.
 
         Args:
             traces: of the same step, each over two equal micro-batches. The first two differ in the
                 images only, the third in the shape too.
-            stride: pixels from token to token.
+            grid: of the body.
 
         Raises:
             ValueError: the traces differ in more than bytes.
@@ -145,7 +181,7 @@ class Template:
         if any(kind != kinds[0] for kind in kinds) or len({one.marks for one in traces}) > 1:
             raise ValueError("the traced steps allocate different blocks")
         sizes = np.array([[e.bytes for e in events if e.kind == "alloc"] for events in every])
-        self.laws = Laws(sizes, [trace.micro_batches[0] for trace in traces], stride)
+        self.laws = Laws(sizes, [trace.micro_batches[0] for trace in traces], grid)
         self._trace = trace = traces[0]
         self._replacements = _replacements(trace)
         moves = [

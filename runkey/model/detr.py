@@ -13,14 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runkey import params
-from runkey.model.backbones import Backbone, Compact, ResNet
+from runkey.model.backbones import BodySpec, build_backbone
+from runkey.model.backbones.layers import Backbone
 from runkey.model.boxes import full_precision
 from runkey.model.matcher import DenoisingOutputs, Outputs, Proposals, Targets
 from runkey.model.transformer import (
@@ -70,16 +71,21 @@ class Detector(nn.Module):
         super().__init__()
         # The reference keeps a positional encoding beside its backbone: hence "backbone.0.".
         self.backbone = nn.ModuleList([backbone])
-        self.input_proj = nn.Conv2d(backbone.num_channels, transformer.encoder.dim, kernel_size=1)
+        self.input_proj = nn.Conv2d(backbone.channels[0], transformer.encoder.dim, kernel_size=1)
         self.input_norm = input_norm
         self.transformer = transformer
         self.grid_position = grid_position
         self.last_layer_only = False
         """Whether only the last decoder layer predicts (L = 1): enough for detections."""
 
+    @property
+    def body(self) -> BodySpec:
+        """What its body says of itself."""
+        return cast(Backbone, self.backbone[0]).spec
+
     def encode(self, images: Tensor, padding_mask: Tensor | None) -> Memory:
         """Run backbone, projection and encoder; `forward` describes the arguments."""
-        features, padding = self.backbone[0](images, padding_mask)
+        [(features, padding)] = self.backbone[0](images, padding_mask)
         features = self.input_proj(features)
         height, width = features.shape[-2:]
         position = self.grid_position(padding, (height, width), features.device)
@@ -470,24 +476,16 @@ def build_model(model: params.Model, num_classes: int) -> Detector:
 
     With preset detr and frozen norms its state dict has exactly the names of the reference
     implementation (Carion et al. 2020). Pretrained weights: see `runkey.model.weights`.
+
+    Raises:
+        ParamsError: the backbone does not have what the parameters ask of it.
     """
     kind = Detr if model.preset == "detr" else FastDetr
-    backbone, transformer = _backbone(model), _transformer(model)
+    backbone, transformer = build_backbone(model), _transformer(model)
     detector = kind(backbone, transformer, num_classes=num_classes, num_queries=model.num_queries)
     if isinstance(detector, FastDetr) and model.denoising.groups:
         detector.denoiser = Denoiser(model.hidden_dim, num_classes, **dict(model.denoising))
     return detector
-
-
-def _backbone(model: params.Model) -> Backbone:
-    options: dict[str, Any] = {
-        "frozen_norm": model.norm == "frozen",
-        "frozen_stages": model.frozen_stages,
-        "checkpointing": model.checkpointing,
-    }
-    if model.backbone == "compact":
-        return Backbone(Compact(**options))
-    return Backbone(ResNet(model.backbone, dilation=model.dilation, **options))
 
 
 def _transformer(model: params.Model) -> Transformer:

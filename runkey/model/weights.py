@@ -28,6 +28,7 @@ from runkey import params
 from runkey.errors import ModelError
 from runkey.files import expect, open_plain, read_json, write_atomically, write_json
 from runkey.identity import initial_weights
+from runkey.model import backbones
 from runkey.model.detr import Detector, build_model
 from runkey.units import counted
 
@@ -325,9 +326,10 @@ def _source(model: params.Model, root: Path) -> PretrainedWeights | None:
     if model.backbone_weights == "none":
         return None
     if model.backbone_weights == "imagenet":
-        return _as_backbone("torchvision's ImageNet weights", _imagenet(model.backbone))
+        own = _imagenet(model.backbone)
+        return _as_backbone("torchvision's ImageNet weights", model.backbone, own)
     file = read_source(initial_weights.readable_path(model.backbone_weights, root))
-    return _as_backbone(file.name, file.state)
+    return _as_backbone(file.name, model.backbone, file.state)
 
 
 def _usable(state: _State, target_is_fast: bool) -> tuple[_State, list[str]]:
@@ -436,13 +438,12 @@ def _imagenet(backbone: str) -> _State:
     return state
 
 
-def _as_backbone(name: str, state: _State) -> PretrainedWeights:
+def _as_backbone(name: str, body: str, state: _State) -> PretrainedWeights:
     """Return the backbone of a detector, or a backbone's own weights by a detector's names."""
     prefix = "backbone.0.body."
     own = {n: tensor for n, tensor in state.items() if n.startswith(prefix)}
-    # fc is the classifier of ImageNet's 1000 classes.
-    bare = {prefix + n: tensor for n, tensor in state.items() if not n.startswith("fc.")}
-    return PretrainedWeights(name, own or bare, None)
+    bare = own or {prefix + n: tensor for n, tensor in backbones.rename(body, state).items()}
+    return PretrainedWeights(name, bare, None)
 
 
 def _warnings(model: params.Model) -> tuple[str, ...]:

@@ -298,8 +298,10 @@ class Model(Section):
     preset: Literal["fast", "detr"] = "fast"
     """detr: architecture and losses of the reference.  fast: a variant that converges on small
     data."""
-    backbone: Literal["compact", "resnet18", "resnet34", "resnet50", "resnet101"] = "compact"
-    """Image features.  compact: 2 convolutions, 2 residual blocks, stride 8, for small images."""
+    backbone: str = "compact"
+    """Image features.  compact: 2 convolutions, 2 residual blocks, stride 8, for small images.
+    lite0: EfficientNet-Lite0, stride 16, for pretrained weights on a CPU.  resnet18, resnet34,
+    resnet50, resnet101: torchvision's, stride 32."""
     backbone_weights: str = "none"
     """Initial weights of the backbone: none (random), imagenet (torchvision's, downloaded once), or
     a file with a state dict."""
@@ -312,8 +314,9 @@ class Model(Section):
     norm: Literal["live", "frozen"] = "live"
     """Batch norm.  live: batch statistics.  frozen: constants, as in DETR; needs pretrained
     weights."""
-    frozen_stages: Annotated[int, Field(ge=0, le=5), _not_bool] = 0
-    """Backbone stages that are not trained: 1 the stem, 2 also layer1 (as in DETR), ..."""
+    frozen_stages: Count = 0
+    """Backbone stages that are not trained: 1 the stem, 2 also layer1 (as in DETR) or blocks.0, ...
+    compact has 3, a ResNet 5, lite0 8."""
     hidden_dim: PositiveInt = 96
     """Width D of the transformer; a multiple of 4 and of num_heads."""
     num_heads: PositiveInt = 6
@@ -346,14 +349,6 @@ class Model(Section):
             yield "layer_drop needs at least 2 decoder_layers"
         if self.preset == "detr" and self.denoising.groups:
             yield "denoising needs preset fast; set denoising.groups to 0"
-        if self.backbone == "compact" and self.dilation:
-            yield "dilation needs a ResNet backbone"
-        if self.dilation and self.backbone in ("resnet18", "resnet34"):
-            yield f"dilation needs resnet50 or resnet101, not {self.backbone}"
-        if self.backbone == "compact" and self.backbone_weights == "imagenet":
-            yield "backbone_weights imagenet needs a ResNet backbone"
-        if self.backbone == "compact" and self.frozen_stages > 3:
-            yield f"frozen_stages {self.frozen_stages}: backbone compact has 3"
 
 
 class Clip(Section):

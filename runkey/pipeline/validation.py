@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 
 from runkey import paths
+from runkey.data.dataset import Normalisation
 from runkey.data.index import read_classes, read_index
 from runkey.data.loader import build_eval_loader
 from runkey.evaluation.run import Validation
+from runkey.model.backbones import spec_of
 from runkey.model.criterion import build_criterion
 from runkey.model.postprocess import build_postprocess
 from runkey.params import Model, Params
@@ -20,6 +22,7 @@ def build_validation(params: Params, model: Model, root: Path, device: torch.dev
     """Build the validation of a model on a workspace's prepared data; DataError without them."""
     prepared = root / paths.PREPARED
     classes = read_classes(prepared / "classes.json")
+    spec = spec_of(model.backbone)
     return Validation(
         records=read_index(prepared / "val.json"),
         classes=classes,
@@ -28,4 +31,5 @@ def build_validation(params: Params, model: Model, root: Path, device: torch.dev
         postprocess=build_postprocess(model),
         criterion=build_criterion(model, len(classes)),
         autocast=build_precision(params.training.precision, device).autocast,
+        normalisation=Normalisation(spec.mean, spec.std),
     )

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from runkey import paths
-from runkey.data.dataset import GlobalBatch
+from runkey.data.dataset import GlobalBatch, Normalisation
 from runkey.data.index import read_classes
 from runkey.data.loader import TrainLoader, build_train_loader
 from runkey.errors import TrainingError
+from runkey.model.backbones import spec_of
 from runkey.model.criterion import Criterion, build_criterion
 from runkey.model.detr import build_model
 from runkey.model.weights import load_initial_weights
@@ -240,7 +241,7 @@ def _build_step(
     params: Params, model: nn.Module, criterion: Criterion, device: torch.device, world: World
 ) -> TrainStep:
     """Move the model to the device and build what trains it."""
-    training = params.training
+    training, spec = params.training, spec_of(params.model.backbone)
     model = model.to(device)
     if training.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -252,6 +253,7 @@ def _build_step(
         channels_last=training.channels_last,
         clipper=Clipper(device=device, **params.optimizer.clip.model_dump()),
         world=world,
+        normalisation=Normalisation(spec.mean, spec.std),
         layer_drop=params.model.layer_drop,
     )
     if world.size > 1:  # ranks that start with different weights would stay different

@@ -346,7 +346,7 @@ def diagnose(
 
     Its parts are in the state before it, which `step` steps were done before, by this rank.
     """
-    broken = _broken_before(parts.model, batch, parts.channels_last)
+    broken = _broken_before(parts, batch)
     probe = Probe(parts, batch)
     criterion: Any = probe
     watched = replace(parts, criterion=criterion)
@@ -361,14 +361,12 @@ def diagnose(
     return Diagnosis(broken or probe.finding, values)
 
 
-def _broken_before(
-    model: nn.Module, batch: GlobalBatch, channels_last: bool
-) -> DebugFinding | None:
-    for name, tensor in model.state_dict().items():
+def _broken_before(parts: TrainStep, batch: GlobalBatch) -> DebugFinding | None:
+    for name, tensor in parts.model.state_dict().items():
         if not all_finite([tensor]):
             return DebugFinding("weights", name, tensors={name: _summarise(tensor)})
     for number, micro_batch in enumerate(batch, start=1):
-        images, _ = normalise(micro_batch, channels_last=channels_last)
+        images, _ = normalise(micro_batch, parts.normalisation, channels_last=parts.channels_last)
         if bad := _bad_rows(images, micro_batch.image_ids):
             return DebugFinding("image", "", "", number, bad, _summaries({"images": images}))
         boxes, counts = micro_batch.boxes_cxcywh, list(micro_batch.counts)

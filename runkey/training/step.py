@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from runkey.data.dataset import Batch, GlobalBatch, normalise
+from runkey.data.dataset import IMAGENET, Batch, GlobalBatch, Normalisation, normalise
 from runkey.errors import StoppedError
 from runkey.model.criterion import Criterion, Losses, Normaliser
 from runkey.model.detr import Detector
@@ -104,6 +104,8 @@ class TrainStep:
     clipper: Clipper
     world: World = field(default_factory=World)
     """The ranks that share each global batch."""
+    normalisation: Normalisation = IMAGENET
+    """Of the model's images."""
     layer_drop: float = 0.0
     """`model.layer_drop`; above 0 the model is a `Detector`."""
 
@@ -325,7 +327,9 @@ def _add_gradients(
 def _forward(parts: TrainStep, micro_batch: Batch, normaliser: Normaliser) -> Losses:
     """Compute the losses of one micro-batch in the chosen precision."""
     micro_batch = micro_batch.to(parts.device)
-    images, padding_mask = normalise(micro_batch, channels_last=parts.channels_last)
+    images, padding_mask = normalise(
+        micro_batch, parts.normalisation, channels_last=parts.channels_last
+    )
     targets = Targets(micro_batch.boxes_cxcywh, micro_batch.labels, micro_batch.counts)
     with parts.precision.autocast():
         outputs = parts.model(images, padding_mask, targets)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from runkey.data.dataset import IMAGENET_MEAN, IMAGENET_STD, Batch, normalise
+from runkey.data.dataset import IMAGENET, Batch, normalise
 
 
 def make_batch(sizes, colour=None, padded=None, seed=0, channels_last=True):
@@ -35,7 +35,7 @@ def formula(pixels, factors):
     if len(factors) == 3:
         grey = np.tensordot([0.299, 0.587, 0.114], x, 1)
         x = factors[2] * x + (1 - factors[2]) * grey
-    mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
+    mean, std = np.array(IMAGENET.mean), np.array(IMAGENET.std)
     return (x / 255 - mean[:, None, None]) / std[:, None, None]
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from runkey.memory.template import Laws, Template, other_shape, quantities
+from runkey.memory.template import Grid, Laws, Template, other_shape, quantities
 from runkey.memory.trace.events import CLASSES, MicroBatch, break_down, timeline_of
 from runkey.memory.trace.gpu import Gpu
 from runkey.memory.trace.record import BatchFields, recorder
@@ -16,7 +16,7 @@ from runkey.pipeline.step_factory import step_factory
 SEEN = (
     MicroBatch(2, 90, 120, 6),
     MicroBatch(4, 90, 120, 6),
-    MicroBatch(3, *other_shape((90, 120), 8), 6),
+    MicroBatch(3, *other_shape((90, 120), Grid((8,))), 6),
 )
 UNSEEN = MicroBatch(5, 83, 108, 6), MicroBatch(1, 90, 120, 6), MicroBatch(7, 88, 70, 6)
 
@@ -31,7 +31,7 @@ def traces(small_params):
 
 @pytest.fixture(scope="module")
 def template(traces):
-    return Template(traces[1:4], stride=8)
+    return Template(traces[1:4], Grid((8,)))
 
 
 def lives(trace):
@@ -79,15 +79,15 @@ def test_a_workspace_comes_and_goes(template):
 
 
 def test_laws_are_found_and_what_has_none_is_bounded():
-    stride, worst = 32, (800, 1333)
-    other = other_shape(worst, stride)
+    grid, worst = Grid((32,)), (800, 1333)
+    other = other_shape(worst, grid)
     passes = [MicroBatch(2, *worst, 9), MicroBatch(4, *worst, 9), MicroBatch(3, *other, 9)]
-    known = np.stack([quantities(one, stride) for one in passes])
+    known = np.stack([quantities(one, grid) for one in passes])
     sizes = np.concatenate((known * 12, [[100 + 7], [100 + 14], [90]]), axis=1)
-    laws = Laws(sizes, passes, stride)
+    laws = Laws(sizes, passes, grid)
     new = MicroBatch(5, 640, 901, 9)
     assert laws.loose == 1
-    assert (laws.bytes(new)[:-1] == quantities(new, stride) * 12).all()
+    assert (laws.bytes(new)[:-1] == quantities(new, grid) * 12).all()
     # 100 + 3.5 an image, whatever the shape.
     assert laws.bytes(passes[0])[-1] >= 107
     assert laws.bytes(MicroBatch(8, 10, 10, 9))[-1] == 128
@@ -99,7 +99,7 @@ def test_laws_are_found_and_what_has_none_is_bounded():
 )
 def test_the_other_shape_has_enough_tokens_if_the_largest_has(queries, other):
     """Of 300 x 470 pixels, 10 x 15 tokens."""
-    assert other_shape((300, 470), 32, queries) == other
+    assert other_shape((300, 470), Grid((32,)), queries) == other
     tokens = -(-other[0] // 32) * -(-other[1] // 32)
     assert (tokens >= queries) is (queries <= 150)
     assert tokens % 8 != 0
@@ -108,7 +108,7 @@ def test_the_other_shape_has_enough_tokens_if_the_largest_has(queries, other):
 def test_traces_that_differ_in_more_than_bytes_are_refused(traces):
     shorter = replace(traces[2], events=traces[2].events[:-1])
     with pytest.raises(ValueError, match="different blocks"):
-        Template([traces[1], shorter], stride=8)
+        Template([traces[1], shorter], Grid((8,)))
 
 
 def test_breakdown_adds_up_to_the_peak(template):

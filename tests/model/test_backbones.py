@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,10 +11,14 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from runkey import params
-from runkey.model.backbones import ResNet, conv_norm
+from runkey.errors import ParamsError
+from runkey.model.backbones import build_backbone, check, spec_of
+from runkey.model.backbones.layers import conv_norm
 from runkey.model.detr import build_model
 
-PLAIN = {"dilation": False, "frozen_norm": False, "frozen_stages": 0, "checkpointing": False}
+
+def body_of(name, **settings):
+    return build_backbone(params.Model(backbone=name, **settings)).body
 
 
 @pytest.fixture
@@ -23,20 +29,20 @@ def images(formula):
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_features_are_torchvisions(name, images):
     theirs = getattr(torchvision.models, name)(weights=None).eval()
-    ours = ResNet(name, **PLAIN).eval()
+    ours = body_of(name).eval()
     missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert missing == []
     assert unexpected == ["fc.weight", "fc.bias"]
     trunk = nn.Sequential(*list(theirs.children())[:-2])
-    torch.testing.assert_close(ours(images), trunk(images))
-    assert ours(images).shape == (2, ours.num_channels, 2, 3)
+    torch.testing.assert_close(ours(images), [trunk(images)])
+    assert ours(images)[0].shape == (2, spec_of(name).channels[-1], 2, 3)
 
 
 def test_frozen_norms_are_live_norms_in_evaluation(images):
     images = images.double()
-    live = ResNet("resnet18", **PLAIN).double()
+    live = body_of("resnet18").double()
     live(images)  # moves the running statistics
-    frozen = ResNet("resnet18", **PLAIN | {"frozen_norm": True}).double()
+    frozen = body_of("resnet18", norm="frozen").double()
     frozen.load_state_dict(live.state_dict(), strict=True)
     torch.testing.assert_close(frozen(images), live.eval()(images))
     assert not [n for n, _ in frozen.named_parameters() if "bn" in n]
@@ -52,9 +58,9 @@ def test_frozen_norm_keeps_the_activations_dtype(formula):
 
 @pytest.mark.parametrize("stages", [0, 1, 2, 5])
 def test_frozen_stages_do_not_train(stages, images):
-    body = ResNet("resnet18", **PLAIN | {"frozen_stages": stages}).train()
+    body = body_of("resnet18", frozen_stages=stages).train()
     before = copy.deepcopy(body.state_dict())
-    body(images).sum().backward() if stages < 5 else body(images)
+    body(images)[0].sum().backward() if stages < 5 else body(images)
     frozen = ("conv1", "bn1", "layer1.", "layer2.", "layer3.", "layer4.")[: stages + (stages > 0)]
     for name, parameter in body.named_parameters():
         assert parameter.requires_grad != name.startswith(frozen), name
@@ -63,7 +69,7 @@ def test_frozen_stages_do_not_train(stages, images):
             assert torch.equal(value, before[name]) == name.startswith(frozen), name
 
 
-@pytest.mark.parametrize("backbone", ["compact", "resnet18"])
+@pytest.mark.parametrize("backbone", ["compact", "resnet18", "lite0"])
 @pytest.mark.parametrize("preset", ["fast", "detr"])
 def test_checkpointing_changes_no_number(backbone, preset, images):
     """Outputs, gradients, and the norms' statistics, which must not be counted twice."""
@@ -84,3 +90,37 @@ def test_checkpointing_changes_no_number(backbone, preset, images):
         assert (ours.grad is None) == (theirs.grad is None), name
         if ours.grad is not None:
             assert torch.equal(ours.grad, theirs.grad), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"backbone": "resnet19"},
+            "model.backbone = 'resnet19': should be one of compact, resnet18, resnet34, resnet50,"
+            " resnet101, lite0",
+        ),
+        (
+            {"dilation": True},
+            "model.dilation = true: needs resnet50 or resnet101, not compact",
+        ),
+        ({"frozen_stages": 4}, "model.frozen_stages = 4: backbone compact has 3"),
+        (
+            {"backbone": "lite0", "backbone_weights": "imagenet"},
+            "model.backbone_weights = imagenet: needs resnet18, resnet34, resnet50, resnet101,"
+            " not lite0",
+        ),
+    ],
+)
+def test_what_a_body_does_not_have_is_refused(settings, text):
+    model = params.Model(**settings)
+    for refuses in (check, build_backbone):
+        with pytest.raises(ParamsError) as raised:
+            refuses(model)
+        assert str(raised.value) == text
+
+
+def test_bodies_are_known_without_torch():
+    code = "import sys; from runkey.model.backbones import check, spec_of; spec_of('lite0')"
+    code += "; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -90,9 +90,8 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
         "training.epochs = true: should be a number, not true or false",
     ),
     "unknown choice": (
-        {"model": {"backbone": "resnet19"}},
-        "model.backbone = 'resnet19': should be 'compact', 'resnet18', 'resnet34', 'resnet50' or "
-        "'resnet101'",
+        {"model": {"norm": "batch"}},
+        "model.norm = 'batch': should be 'live' or 'frozen'",
     ),
     "unknown choice of precision": (
         {"training": {"precision": "fp8"}},

@@ -30,7 +30,7 @@ from runkey.memory.trace import torch_private
 from runkey.memory.trace.events import BlockClass, Event, Kind, Mark, MicroBatch, Phase, Trace
 from runkey.memory.trace.gpu import Gpu
 from runkey.memory.trace.torch_private import TorchDispatchMode, next_sequence_number, storage_key
-from runkey.model import backbones
+from runkey.model.backbones import layers
 from runkey.model.matcher import Matcher
 from runkey.units import KIB
 
@@ -187,7 +187,7 @@ class Recorder(TorchDispatchMode):
     def watching(self) -> Iterator[None]:
         """Log what operations allocate, by module of the model; matches are fixed.
 
-        Residual blocks and their convolutions are run by functions of `runkey.model.backbones`, not
+        Residual blocks and their convolutions are run by functions of `backbones.layers`, not
         called as modules, so these functions are wrapped too.
         """
         self._names = {id(module): path for path, module in self.built.model.named_modules()}
@@ -209,8 +209,8 @@ class Recorder(TorchDispatchMode):
             nn.modules.module.register_module_forward_hook(
                 lambda *_: self._leave(), always_call=True
             ),
-            patch.object(backbones, "residual_block", watched(backbones.residual_block)),
-            patch.object(backbones, "conv_norm", watched(backbones.conv_norm)),
+            patch.object(layers, "residual_block", watched(layers.residual_block)),
+            patch.object(layers, "conv_norm", watched(layers.conv_norm)),
             fixed_matches(),
             self,
         ):
