@@ -234,7 +234,7 @@ class _Labels:
         image.objects.append((name, box))
 
     def splits(self) -> dict[str, list[_Image]]:
-        """Return the images of train and val (and test), or of the whole if there are no two."""
+        """Return the images of train, val and test, or of the whole if only one has any."""
         for path in self.files:
             # VOC has lists for other tasks in ImageSets/Layout and ImageSets/Segmentation.
             of_other_task = path.parts[-3:-2] == ("ImageSets",) and path.parent.name != "Main"
@@ -249,11 +249,6 @@ class _Labels:
                     self._of_split[said].add(path)
         if not self._of_split["train"] or not (self._of_split["val"] | self._of_split["test"]):
             return {"all": list(self.images.values())}
-        if not self._of_split["val"]:
-            self._of_split["val"] = self._of_split.pop("test")
-            self.note(
-                "images of test, used as val, as there is no val", str(len(self._of_split["val"]))
-            )
         listed = set().union(*self._of_split.values())
         for path in self.images:
             if path not in listed:

@@ -67,6 +67,8 @@ class CheckedImage:
     """An accepted image on its way into a split."""
 
     record: ImageRecord
+    name: str
+    """Its file_name in the JSON."""
     digest: bytes
     """SHA-256 of the file."""
     sums: NDArray[np.int64]
@@ -105,6 +107,8 @@ class SourceChecks:
     findings: Findings
     scratch: Scratch
     pixels: PixelRange
+    shares: Mapping[SplitName, float]
+    """Fraction of the images that each split gets."""
     tally: _Tally = field(default_factory=_Tally)
 
     def accepted_images(self) -> Iterator[CheckedImage]:
@@ -122,21 +126,19 @@ class SourceChecks:
         self._check_scaling()
 
     def _cached_splits(self, images: list[CocoImage]) -> tuple[SplitName, ...]:
-        """The splits of the JSON whose images fit into a cache."""
-        data, split = self.data, self.coco.source.split
-        # One JSON holds both splits; the limit applies to each.
-        shares: dict[SplitName, float] = {"train": 1 - data.val_fraction, "val": data.val_fraction}
-        if split != "data":
-            shares = {split: 1.0}
-        pixels: dict[SplitName, int] = {
-            "train": sum(
-                math.prod(cached_size(i.width, i.height, data.short_sides, data.long_side))
-                for i in images
-            ),
-            "val": sum(math.prod(evaluation_size(data, i.height, i.width)) for i in images),
-        }
+        """The splits of the JSON whose images fit into a cache; the limit applies to each."""
+        data = self.data
+        trained = sum(
+            math.prod(cached_size(i.width, i.height, data.short_sides, data.long_side))
+            for i in images
+        )
+        held = sum(math.prod(evaluation_size(data, i.height, i.width)) for i in images)
         limit = data.cache_gib * GIB
-        return tuple(one for one, share in shares.items() if 3 * pixels[one] * share <= limit)
+        return tuple(
+            split
+            for split, share in self.shares.items()
+            if 3 * (trained if split == "train" else held) * share <= limit
+        )
 
     def _mend(self, kind: str, what: str, image_id: int, file: str = "", **more: Any) -> None:
         """Record a fault; raise `_LeftOut` unless its policy is `fix`."""
@@ -409,10 +411,12 @@ class SourceChecks:
         decoding = (*scan.frame, *scan.rotation)
         columns = (boxes, labels, areas, crowd, ids)
         record = ImageRecord(image.id, image.file, *decoding, *columns, intensity_range)
-        checked = CheckedImage(record, scan.digest, scan.sums, {})
+        checked = CheckedImage(record, image.name, scan.digest, scan.sums, {})
         self._check_copy(image, checked)
         self._count(image, scan)
-        places = {split: self.scratch.append(pixels) for split, pixels in scan.pixels.items()}
+        distinct = {id(pixels): pixels for pixels in scan.pixels.values()}  # of val and test: one
+        stored = {one: self.scratch.append(pixels) for one, pixels in distinct.items()}
+        places = {split: stored[id(pixels)] for split, pixels in scan.pixels.items()}
         return replace(checked, places=places)
 
     def _count(self, image: CocoImage, scan: Scan) -> None:

@@ -1,6 +1,7 @@
 """Find the JSON files of a COCO data set in the layouts that tools write, and read them.
 
-A JSON of train and one of val, or one that `prepare` splits. Faults of single entries are findings.
+A JSON of train and one of val, of test or of both, or one that `prepare` splits. Faults of single
+entries are findings.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, TypeGuard, cast
 from unicodedata import category, normalize
 
-from runkey.data.index import ClassName
+from runkey.data.index import ClassName, SplitName
 from runkey.data.report import Findings, shortened
 from runkey.errors import DataError
 from runkey.files import LARGE, FormatError, read_text, unique
@@ -46,8 +47,8 @@ _LISTED = "the lists images, annotations and categories"
 class Source:
     """One JSON, and the folders that may hold its images."""
 
-    split: Literal["train", "val", "data"]
-    """data: the data set has one JSON and is split by `data.val_fraction`."""
+    split: SplitName | Literal["data"]
+    """data: the data set has one JSON."""
     data: Path
     """The data folder."""
     json: Path
@@ -102,7 +103,7 @@ class Source:
 
 
 def find_sources(data: Path, shown: str) -> list[Source]:
-    """Find the JSON files of a data folder, called `shown` in messages: train and val, or one.
+    """Find the JSON files of a data folder, called `shown` in messages: train and others, or one.
 
     Raises:
         DataError: there is no folder, no JSON, or more than one candidate.
@@ -112,16 +113,16 @@ def find_sources(data: Path, shown: str) -> list[Source]:
             f"{shown}: no such folder; run `dvc pull data.dvc` or set data.path in params.yaml"
         )
     instances = _jsons(data, _INSTANCES)
-    if pair := _pair(data, shown, instances, one_each=False):
-        return pair
+    if found := _splits(data, shown, instances, one_each=False):
+        return found
     shallow = _jsons(data, _SHALLOW)
     deep = [path for path in _jsons(data, _DEEP) if path not in shallow]
-    upper, lower = (_pair(data, shown, paths, one_each=True) for paths in (shallow, deep))
+    upper, lower = (_splits(data, shown, paths, one_each=True) for paths in (shallow, deep))
     candidates = shallow or deep
     if lower and shallow:
         candidates = shallow + deep
-    elif pair := upper or lower:
-        return pair
+    elif found := upper or lower:
+        return found
     elif len(instances) == 1 and {path.parent for path in candidates} == {instances[0].parent}:
         rest = [path for path in candidates if path != instances[0]]  # of other tasks
         return [_source("data", data, shown, instances[0], _not_used(data, rest))]
@@ -147,43 +148,59 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _pair(data: Path, shown: str, paths: list[Path], *, one_each: bool) -> list[Source]:
-    """Take the JSON of train and that of val, else test; [] if a split has none (or several)."""
-    of_split: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
+def _splits(data: Path, shown: str, paths: list[Path], *, one_each: bool) -> list[Source]:
+    """Take the JSON of train, and those of val and test; [] if a split has none (or several).
+
+    COCO's image_info_test*.json lists images without annotations: it is of no split.
+    """
+    of_split: dict[SplitName, list[Path]] = {"train": [], "val": [], "test": []}
     for path in paths:
-        if split := split_in(path.relative_to(data)):
+        split = split_in(path.relative_to(data))
+        if split and not path.stem.lower().startswith("image_info"):
             of_split[split].append(path)
-    train, val = of_split["train"], of_split["val"] or of_split["test"]
-    if not train or not val or (one_each and len(train) + len(val) > 2):
+    train, val, test = of_split.values()
+    if not train or not (val or test):
         return []
-    for several in (train, val):
-        if len(several) > 1:
+    notes = []
+    unclear = test[:] if val and len(test) > 1 else []
+    if unclear:
+        names = _names(data, unclear)
+        notes.append(f"not used: {names}; to have a test split, leave one JSON of test")
+        test.clear()
+    if one_each and max(map(len, of_split.values())) > 1:
+        return []
+    for found in of_split.values():
+        if len(found) > 1:
             raise DataError(
-                f"{shown}/annotations: more than one JSON of a split ({_names(data, several)}); "
+                f"{shown}/annotations: more than one JSON of a split ({_names(data, found)}); "
                 "leave one of them"
             )
-    notes = []
-    if not of_split["val"]:
-        notes.append(f"{_names(data, val)} is used as val, as there is no JSON of val")
-    notes += _not_used(data, [path for path in paths if path not in (*train, *val)])
-    first = _source("train", data, shown, train[0], notes)
-    return [first, _source("val", data, shown, val[0])]
+    if not val:
+        what = f"{_names(data, train)} is split, as there is no JSON of val"
+        notes.append(f"{what} (data.val_fraction)")
+    used = [*train, *val, *test, *unclear]
+    notes += _not_used(data, [path for path in paths if path not in used])
+    return [
+        _source(split, data, shown, found[0], notes if split == "train" else ())
+        for split, found in of_split.items()
+        if found
+    ]
 
 
 def _not_used(data: Path, paths: list[Path]) -> list[str]:
     return [f"not used: {_names(data, paths)}"] if paths else []
 
 
-def split_in(path: Path) -> str | None:
+def split_in(path: Path) -> SplitName | None:
     """Return train, val or test, as a file's name says, else one of its folders'."""
     for part in (path.stem, *reversed(path.parts[:-1])):
         if found := _SPLIT.match(part):
-            return found[1].lower()
+            return cast("SplitName", found[1].lower())
     return None
 
 
 def _source(
-    split: Literal["train", "val", "data"],
+    split: SplitName | Literal["data"],
     data: Path,
     shown: str,
     path: Path,
@@ -282,8 +299,10 @@ class Coco:
     """Name of each category id."""
 
 
-def read_coco(source: Source, findings: Findings) -> Coco:
+def read_coco(source: Source, findings: Findings) -> Coco | None:
     """Read a COCO JSON; faults of single entries are findings.
+
+    None for a JSON of test without annotations, such as a competition gives away: a note says so.
 
     Raises:
         DataError: it is no JSON object with the lists images, annotations and categories.
@@ -292,6 +311,9 @@ def read_coco(source: Source, findings: Findings) -> Coco:
     raw = _parse(source.json, shown)
     if not isinstance(raw, dict):
         raise DataError(f"{shown}: not an object with {_LISTED}; export it as COCO detection")
+    if source.split == "test" and not raw.get("annotations"):
+        findings.notes.append(f"not used: {shown}: it has no annotations, so it is no test split")
+        return None
     for name in _LISTS:
         if not isinstance(raw.get(name), list):
             raise DataError(f"{shown}: no list `{name}`; export it as COCO detection ({_LISTED})")
@@ -337,25 +359,28 @@ def _cut_foreign_folders(source: Source, images: list[CocoImage], findings: Find
 
 
 def merge_classes(parts: list[Coco], findings: Findings) -> list[ClassName]:
-    """Merge the categories of one or two JSON files into classes 0..K-1, sorted by id.
+    """Merge the categories of the JSON files into classes 0..K-1, sorted by id.
 
     What the files disagree about is a finding.
     """
-    first, last = parts[0].source.shown_json, parts[-1].source.shown_json
     merged: dict[int, str] = {}
+    first: dict[int, str] = {}
     for part in parts:
+        shown = part.source.shown_json
         for number, name in part.categories.items():
+            first.setdefault(number, shown)
             if merged.setdefault(number, name) != name:
                 what = (
                     f"category {number} is {shortened(name)}, but {shortened(merged[number])} "
-                    f"in {first}"
+                    f"in {first[number]}"
                 )
-                findings.refuse(last, what, "give train and val the same categories")
+                findings.refuse(shown, what, "give all splits the same categories")
     ids: dict[str, int] = {}
     for number, name in sorted(merged.items()):
         if ids.setdefault(name, number) != number:
             what = f"category name {shortened(name)} has the ids {ids[name]} and {number}"
-            findings.refuse(last, what, "give every category one id and its own name")
+            shown = parts[-1].source.shown_json
+            findings.refuse(shown, what, "give every category one id and its own name")
     return [ClassName(index, number, merged[number]) for index, number in enumerate(sorted(merged))]
 
 

@@ -1,6 +1,6 @@
 """What `prepare` writes for later stages: classes, the index of each split, the list of images.
 
-    prepared/classes.json  prepared/train.json  prepared/val.json
+    prepared/classes.json  prepared/train.json  prepared/val.json  prepared/test.json
     prepared/images.json    {"schema": "images1", "splits": {"train": {"a.jpg": [3, "...", "..."]}}}
 
 images.json (9 MB for COCO) is kept with every run: two such lists tell which images were added,
@@ -21,7 +21,7 @@ from runkey.errors import DataError
 from runkey.files import LARGE, FormatError, parse_json, read_json, write_atomically
 from runkey.hashing import sha256_json
 
-SplitName = Literal["train", "val"]
+SplitName = Literal["train", "val", "test"]
 IntensityRange = tuple[float, float]
 """Values of a grey image of more than 8 bits that become black and white."""
 

@@ -1,28 +1,28 @@
-"""Check a COCO folder, split it if it has one JSON, and write what training reads.
+"""Check a COCO folder, split it where it is not, and write what training reads.
 
 prepared/   classes.json  train.json  val.json  images.json  statistics.json  report.json
             cache_train.npy  cache_train.json  cache_val.npy  cache_val.json   (if they fit)
+            test.json  cache_test.npy  cache_test.json   (if there is a test split)
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runkey.data.cache import Scratch, write_cache
 from runkey.data.checks import CheckedImage, SourceChecks
-from runkey.data.coco import Source, find_sources, merge_classes, read_coco
+from runkey.data.coco import Coco, Source, find_sources, merge_classes, read_coco
 from runkey.data.index import (
     IMAGE_LIST,
     ClassName,
@@ -33,6 +33,7 @@ from runkey.data.index import (
 )
 from runkey.data.pixel_range import PixelRange
 from runkey.data.report import Findings
+from runkey.data.split import list_groups, shared_groups, split_images
 from runkey.errors import DataError
 from runkey.files import write_atomically
 from runkey.params import Data
@@ -41,9 +42,11 @@ from runkey.units import GIB, MIB, counted
 logger = logging.getLogger(__name__)
 
 _REPORT = "report.json"
+_SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 _OUTPUTS = (
-    *("classes.json", "train.json", "val.json", IMAGE_LIST, "statistics.json", _REPORT),
-    *("cache_train.npy", "cache_train.json", "cache_val.npy", "cache_val.json"),
+    *("classes.json", IMAGE_LIST, "statistics.json", _REPORT),
+    *(f"{split}.json" for split in _SPLITS),
+    *(f"cache_{split}.{end}" for split in _SPLITS for end in ("npy", "json")),
 )
 _LISTED_NAMES = 10
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -56,6 +59,7 @@ _MANY_CROWDS = 0.05
 """Fraction of the annotations; COCO has 0.012."""
 
 Splits = dict[SplitName, list[CheckedImage]]
+"""In the order train, val, test; without test if there is none."""
 
 
 def prepare(data: Data, root: Path, out: Path, num_queries: int) -> Findings:
@@ -94,81 +98,115 @@ class _Preparation:
     scratch: Scratch
 
     def run(self, sources: list[Source], num_queries: int) -> None:
-        """Check, split and write the data of one or two JSON files."""
-        read = [read_coco(source, self.findings) for source in sources]
+        """Check, split and write the data of the JSON files."""
+        read = [c for source in sources if (c := read_coco(source, self.findings)) is not None]
         classes = merge_classes(read, self.findings)
         if any(item.kind == "structure" for item in self.findings.items):
             self.findings.stop_if_failed()  # other checks need the classes
         labels = {entry.id: entry.index for entry in classes}
-        parts, pixels = [], PixelRange()
+        fractions = self._missing(read)
+        splits, pixels = Splits(), PixelRange()
         for coco in read:
-            checks = SourceChecks(coco, self.data, labels, self.findings, self.scratch, pixels)
-            parts.append(list(checks.accepted_images()))
-        if len(parts) == 2:
-            parts[0] = self._without_leaks(parts, sources)
+            split: SplitName = "train" if coco.source.split == "data" else coco.source.split
+            shares: dict[SplitName, float] = {split: 1.0}
+            if split == "train":
+                shares = {split: 1 - sum(fractions.values()), **fractions}
+            common = (self.findings, self.scratch, pixels, shares)
+            checks = SourceChecks(coco, self.data, labels, *common)
+            splits[split] = list(checks.accepted_images())
+        shown: dict[SplitName, str] = dict.fromkeys(_SPLITS, read[0].source.shown_json)
+        shown |= {c.source.split: c.source.shown_json for c in read if c.source.split != "data"}
+        self._drop_leaks(splits, shown)
         self.findings.stop_if_failed()
-        train, val = parts if len(parts) == 2 else self._split(parts[0], sources[0])
-        splits: Splits = {"train": train, "val": val}
-        way = f"add annotated images or see what was left out in {self.findings.report}"
-        for (split, images), source in zip(splits.items(), (sources[0], sources[-1]), strict=True):
-            # Sorted, so that the index does not depend on the order of the JSON.
-            images.sort(key=lambda image: image.record.id)
-            if not images:
-                raise DataError(f"{source.shown_json}: no image is left for {split}; {way}")
-            if not any(image.classes for image in images):
-                crowd = sum(len(image.record.crowd) for image in images)
-                what = f"all {crowd} annotations for {split} are crowd regions" if crowd else ""
-                raise DataError(
-                    f"{source.shown_json}: "
-                    + (
-                        f"{what}, which are not learnt; {_CROWD_WAY_OUT}"
-                        if crowd
-                        else f"no image for {split} has an object; {way}"
-                    )
-                )
+        self._note_shared_groups(splits)
+        if fractions:
+            self._split(splits, fractions, shown["train"])
+        for split in splits:
+            self._check_split(split, splits[split], shown[split])
+        splits = {split: splits[split] for split in _SPLITS if split in splits}
         self._write(splits, classes)
         self.findings.notes += _notes(splits, classes, num_queries)
         self.findings.notes += pixels.notes(self.data.intensity_range)
         for line in self.findings.lines():
             logger.info(line)
 
-    def _without_leaks(
-        self, parts: list[list[CheckedImage]], sources: list[Source]
-    ) -> list[CheckedImage]:
-        """Train without the images that are also in val, by name or by content."""
-        train, val = parts
-        held: dict[str | bytes, CheckedImage] = {}
-        for image in val:
-            held[image.record.file] = held[image.digest] = image
-        kept = []
-        for image in train:
-            twin = held.get(image.record.file) or held.get(image.digest)
-            if twin is None:
-                kept.append(image)
-                continue
-            self.findings.add(
-                "leaked_image",
-                sources[0].shown_json,
-                f"image {image.record.id} ({image.record.file}) is image {twin.record.id} "
-                f"({twin.record.file}) of {sources[1].shown_json} too",
-                image_id=image.record.id,
-                dropped="left out of train",
-            )
-        return kept
+    def _missing(self, read: list[Coco]) -> dict[SplitName, float]:
+        """Return the fraction of each split that is wanted and that has no JSON."""
+        given = {coco.source.split for coco in read}
+        wanted: dict[SplitName, float] = {
+            "val": self.data.val_fraction,
+            "test": self.data.test_fraction,
+        }
+        return {split: part for split, part in wanted.items() if part and split not in given}
 
-    def _split(self, images: list[CheckedImage], source: Source) -> list[list[CheckedImage]]:
-        """Split a data set with one JSON; the checks have left out copies of an image."""
-        if len(images) < 2:
+    def _drop_leaks(self, splits: Splits, shown: dict[SplitName, str]) -> None:
+        """Take the images from train and val that are also in test or val, by name or content."""
+        held: dict[str | bytes, tuple[CheckedImage, SplitName]] = {}
+        for split in reversed(_SPLITS):
+            kept = []
+            for image in splits.get(split, ()):
+                keys = (image.record.file, image.digest)
+                twin, of_split = next((held[key] for key in keys if key in held), (None, split))
+                if twin is None:
+                    kept.append(image)
+                    continue
+                self.findings.add(
+                    "leaked_image",
+                    shown[split],
+                    f"image {image.record.id} ({image.record.file}) is image {twin.record.id} "
+                    f"({twin.record.file}) of {shown[of_split]} too",
+                    image_id=image.record.id,
+                    dropped=f"left out of {split}",
+                )
+            for image in kept:
+                held[image.record.file] = held[image.digest] = image, split
+            if split in splits:
+                splits[split] = kept
+
+    def _note_shared_groups(self, splits: Splits) -> None:
+        """Note the groups of `data.group_by` that two JSON files share."""
+        pattern = self.data.group_by
+        if pattern is None or len(splits) < 2:
+            return
+        names = {split: [image.name for image in images] for split, images in splits.items()}
+        if shared := shared_groups(names, pattern):
+            self.findings.notes.append(
+                f"data.group_by: {counted(len(shared), 'group')} in more than one JSON "
+                f"({list_groups(shared)}): AP is too high if their images are alike"
+            )
+
+    def _split(self, splits: Splits, fractions: dict[SplitName, float], shown: str) -> None:
+        """Split train by `fractions`; the checks have left out copies of an image."""
+        images = splits["train"]
+        if len(images) <= len(fractions):
+            names = " and ".join(["train", *fractions])
             raise DataError(
-                f"{source.shown_json}: train and val need an image each, but only {len(images)} "
+                f"{shown}: {names} need an image each, but only {len(images)} "
                 f"(not counting copies) passed the checks; add images or see {self.findings.report}"
             )
-        classes_of = {image.record.id: image.classes for image in images}
-        held = choose_val(classes_of, self.data.val_fraction, self.data.split_seed)
-        parts: list[list[CheckedImage]] = [[], []]
-        for image in images:
-            parts[image.record.id in held].append(image)
-        return parts
+        classes_of = {image.name: image.classes for image in images}
+        found = split_images(classes_of, fractions, self.data.split_seed, self.data.group_by)
+        self.findings.notes += found.notes
+        for split in ("train", *fractions):
+            splits[split] = [image for image in images if found.split_of[image.name] == split]
+
+    def _check_split(self, split: SplitName, images: list[CheckedImage], shown: str) -> None:
+        """Sort a split by id, whatever the JSON's order; refuse it without images or objects."""
+        way = f"add annotated images or see what was left out in {self.findings.report}"
+        images.sort(key=lambda image: image.record.id)
+        if not images:
+            raise DataError(f"{shown}: no image is left for {split}; {way}")
+        if not any(image.classes for image in images):
+            crowd = sum(len(image.record.crowd) for image in images)
+            what = f"all {crowd} annotations for {split} are crowd regions" if crowd else ""
+            raise DataError(
+                f"{shown}: "
+                + (
+                    f"{what}, which are not learnt; {_CROWD_WAY_OUT}"
+                    if crowd
+                    else f"no image for {split} has an object; {way}"
+                )
+            )
 
     def _write(self, splits: Splits, classes: list[ClassName]) -> None:
         write_classes(self.out / "classes.json", classes)
@@ -314,101 +352,3 @@ def _quantiles(values: NDArray[np.float64]) -> dict[str, float]:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.5g}")
-
-
-def choose_val(
-    classes_of: Mapping[int, frozenset[int]], val_fraction: float, seed: int
-) -> frozenset[int]:
-    """Choose the validation images by image id, with every class in train and val.
-
-    Iterative stratification for multi-label data (Sechidis, Tsoumakas, Vlahavas 2011). Hashes of
-    seed and image id replace random numbers, so the order of the JSON does not matter.
-    A class of two images or more is in both splits, unless other classes of the same few images
-    prevent it; then, and if only one image has it, it is in train.
-
-    `classes_of` holds the classes of each image id, none for an image without objects. Of two
-    images or more, at least one is chosen and not all.
-    """
-    order = sorted(classes_of, key=lambda n: hashlib.sha256(f"{seed}:{n}".encode()).digest())
-    split = _Stratification(classes_of, order, val_fraction)
-    for label in sorted(split.members, key=lambda label: (len(split.members[label]), label)):
-        split.assign(label)
-    split.assign_empty()
-    for label in sorted(split.members):
-        split.repair(label)
-    split.balance()
-    return frozenset(split.val)
-
-
-class _Stratification:
-    """The growing splits. All randomness is in `order`."""
-
-    def __init__(
-        self, classes_of: Mapping[int, frozenset[int]], order: list[int], fraction: float
-    ) -> None:
-        self.classes_of, self.order, self.fraction = classes_of, order, fraction
-        self.wanted = min(max(1, round(fraction * len(order))), len(order) - 1)
-        self.val: set[int] = set()
-        self.placed: set[int] = set()
-        self.held: Counter[int] = Counter()
-        """Images of each class in val."""
-        self.members: dict[int, list[int]] = defaultdict(list)
-        """Images of each class, in `order`."""
-        for number in order:
-            for label in classes_of[number]:
-                self.members[label].append(number)
-
-    def put(self, number: int, in_val: bool) -> None:
-        self.placed.add(number)
-        if in_val != (number in self.val):
-            self.val ^= {number}
-            count = self.held.update if in_val else self.held.subtract
-            count(self.classes_of[number])
-
-    def assign(self, label: int) -> None:
-        """Assign the images of a class that no rarer class has assigned."""
-        count = len(self.members[label])
-        quota = min(max(1, round(self.fraction * count)), count - 1)
-        for number in self.members[label]:
-            if number not in self.placed:
-                self.put(number, self.held[label] < quota)
-
-    def assign_empty(self) -> None:
-        """Fill val up to its size with images without objects."""
-        for number in self.order:
-            if not self.classes_of[number]:
-                self.put(number, len(self.val) < self.wanted)
-
-    def repair(self, label: int) -> None:
-        """Move an image of a class that is in one split only, if other classes allow it."""
-        held, count = self.held[label], len(self.members[label])
-        if count < 2 or 0 < held < count:
-            return
-        for number in self.members[label]:
-            to_val = held == 0
-            if self._allowed(number, to_val, slack=False):
-                self.put(number, to_val)
-                return
-        if held:  # a class that is never evaluated is better than one that is never trained
-            self.put(self.members[label][0], in_val=False)
-
-    def balance(self) -> None:
-        """Move images until val has its size, as long as every class keeps its share."""
-        for number in self.order:
-            if len(self.val) == self.wanted:
-                return
-            to_val = len(self.val) < self.wanted
-            if (number in self.val) != to_val and self._allowed(number, to_val, slack=True):
-                self.put(number, to_val)
-
-    def _allowed(self, number: int, to_val: bool, slack: bool) -> bool:
-        """True if a move keeps each class in both splits (slack: and its share about right)."""
-        for label in self.classes_of[number]:
-            count = len(self.members[label])
-            share = self.fraction * count if slack else 0.0
-            after = self.held[label] + (1 if to_val else -1)
-            most = min(count - 1, math.ceil(share) if slack else count)
-            fits = after <= most if to_val else after >= max(1, math.floor(share))
-            if not fits:
-                return False
-        return True

@@ -83,9 +83,10 @@ def scan_image(path: Path, listed: CocoImage, data: Data, cached: tuple[SplitNam
     if "train" in cached:
         small = shrink(rgb, data.short_sides, data.long_side)
         pixels["train"] = decode.turn(np.asarray(small), *rotation)
-    if "val" in cached:
+    if held := [split for split in cached if split != "train"]:
         upright = decode.turn(np.asarray(rgb), *rotation)
-        pixels["val"] = decode.resize(upright, evaluation_size(data, *upright.shape[:2]))
+        resized = decode.resize(upright, evaluation_size(data, *upright.shape[:2]))
+        pixels |= dict.fromkeys(held, resized)
     counts = np.array(rgb.histogram(), dtype=np.int64).reshape(3, 256)
     levels = np.arange(256, dtype=np.int64)
     sums = np.stack((counts @ levels, counts @ levels**2))

@@ -135,66 +135,52 @@ def move(folder, jsons, images):
 
 
 @pytest.mark.parametrize(
-    ("jsons", "images", "note"),
+    ("jsons", "images"),
     [
         pytest.param(
             ("annotations/instances_Train.json", "annotations/instances_Validation.json"),
             ("images/Train", "images/Validation"),
-            None,
             id="CVAT",
-        ),
-        pytest.param(
-            ("annotations/instances_train.json", "annotations/instances_Test.json"),
-            ("images/train", "images/Test"),
-            "annotations/instances_Test.json is used as val, as there is no JSON of val",
-            id="Datumaro, test",
         ),
         pytest.param(
             ("train/_annotations.coco.json", "valid/_annotations.coco.json"),
             ("train", "valid"),
-            None,
             id="Roboflow",
         ),
         pytest.param(
             ("train/labels.json", "validation/labels.json"),
             ("train/data", "validation/data"),
-            None,
             id="FiftyOne",
         ),
         pytest.param(
             ("train/annotations/instances.json", "val/annotations/instances.json"),
             ("train/images", "val/images"),
-            None,
             id="Supervisely",
         ),
         pytest.param(
             ("train/annotations/instances_default.json", "VAL/annotations/instances_default.json"),
             ("train/images/default", "VAL/images/default"),
-            None,
             id="CVAT, a task each",
         ),
-        pytest.param(("train.json", "val.json"), ("images", "images"), None, id="labelme2coco"),
+        pytest.param(("train.json", "val.json"), ("images", "images"), id="labelme2coco"),
         pytest.param(
             ("annotations/train_labels.json", "annotations/val_labels.json"),
             ("images", "images"),
-            None,
             id="AutoGluon",
         ),
         pytest.param(
             ("labels/coco_training.json", "labels/coco_valid.json"),
             ("images/train", "images/valid"),
-            None,
             id="images beside the labels",
         ),
         pytest.param(
             ("job 7/annotations/instances_train.json", "job 7/annotations/instances_val.json"),
             ("job 7/Images/train", "job 7/Images/val"),
-            None,
             id="one folder deeper",
         ),
     ],
 )
-def test_train_and_val_of_tools(folder, jsons, images, note):
+def test_train_and_val_of_tools(folder, jsons, images):
     """macOS's and Windows's own files are beside all of them, and names differ in case."""
     move(folder, jsons, images)
     for path in [folder.data / one for one in (*jsons, *images)]:
@@ -206,12 +192,180 @@ def test_train_and_val_of_tools(folder, jsons, images, note):
 
     report = folder.prepare()
 
-    assert (report.items, report.notes) == ([], [note] if note else [])
+    assert (report.items, report.notes) == ([], [])
     assert files(folder, "train") == [f"{images[0]}/{name}.jpg" for name in "abc"]
     assert files(folder, "val") == [f"{images[1]}/{name}.jpg" for name in "de"]
 
 
-def test_val_is_taken_before_test_and_what_is_left_is_named(folder):
+@pytest.mark.parametrize(
+    ("jsons", "images"),
+    [
+        pytest.param(
+            tuple(f"annotations/instances_{one}.json" for one in ("Train", "Validation", "Test")),
+            ("images/Train", "images/Validation", "images/Test"),
+            id="CVAT, Datumaro",
+        ),
+        pytest.param(
+            tuple(f"annotations/instances_{one}2017.json" for one in ("train", "val", "test")),
+            ("train2017", "val2017", "test2017"),
+            id="COCO",
+        ),
+        pytest.param(
+            tuple(f"{one}/_annotations.coco.json" for one in ("train", "valid", "test")),
+            ("train", "valid", "test"),
+            id="Roboflow",
+        ),
+        pytest.param(
+            tuple(f"{one}/labels.json" for one in ("train", "validation", "test")),
+            ("train/data", "validation/data", "test/data"),
+            id="FiftyOne",
+        ),
+        pytest.param(("train.json", "val.json", "test.json"), ("images",) * 3, id="labelme2coco"),
+        pytest.param(
+            tuple(f"{one}/annotations/instances.json" for one in ("train", "val", "test")),
+            ("train/images", "val/images", "test/images"),
+            id="Supervisely",
+        ),
+    ],
+)
+def test_a_third_json_is_the_test_split(folder, jsons, images):
+    """Its ids may be those of other splits, and a list of images without boxes is beside it."""
+    move(folder, jsons[:2], images[:2])
+    add_test(folder, jsons[2], images[2])
+    if jsons[0].startswith("annotations/"):
+        (folder.data / "annotations/image_info_test2017.json").write_text('{"images": []}')
+    report = folder.prepare(test_fraction=0.3)
+
+    assert report.items == []
+    assert files(folder, "train") == [f"{images[0]}/{name}.jpg" for name in "abc"]
+    assert files(folder, "val") == [f"{images[1]}/{name}.jpg" for name in "de"]
+    assert files(folder, "test") == [f"{images[2]}/{name}.jpg" for name in "gf"]
+    assert report.kept["test"] == {"images": 2, "objects": 2, "crowd_regions": 0}
+    cached = json.loads((folder.out / "cache_test.json").read_text())
+    assert len(cached["shapes"]) == 2
+    assert list(json.loads((folder.out / "statistics.json").read_text())) == [
+        *("train", "val", "test")
+    ]
+
+
+def add_test(folder, json_path, image_folder):
+    """A JSON of two images that neither train nor val has."""
+    entries = [
+        {"id": number, "file_name": f"{name}.jpg", "width": 40, "height": 30}
+        for number, name in ((12, "f"), (11, "g"))
+    ]
+    boxes = [
+        {"id": n, "image_id": n, "category_id": 1, "bbox": [1, 2, 3, 4], "iscrowd": 0}
+        for n in (11, 12)
+    ]
+    content = {"images": entries, "annotations": boxes, "categories": folder.val["categories"]}
+    for path in (json_path, f"{image_folder}/f.jpg"):
+        (folder.data / path).parent.mkdir(parents=True, exist_ok=True)
+    (folder.data / json_path).write_text(json.dumps(content))
+    for name in "fg":
+        folder.picture(ord(name)).save(folder.data / f"{image_folder}/{name}.jpg", quality=90)
+
+
+def test_without_val_it_is_split_off_train_and_test_stays_test(folder):
+    one_json(folder, "annotations/instances_train.json", "train")
+    add_test(folder, "annotations/instances_test.json", "test")
+    report = folder.prepare(val_fraction=0.25)
+
+    assert report.notes[:-1] == [
+        "annotations/instances_train.json is split, as there is no JSON of val (data.val_fraction)"
+    ]
+    sizes = {split: kept["images"] for split, kept in report.kept.items()}
+    assert sizes == {"train": 15, "val": 5, "test": 2}
+    assert len(json.loads((folder.out / "cache_val.json").read_text())["shapes"]) == 5
+
+
+def test_a_test_split_of_one_json_and_of_train(folder):
+    one_json(folder, "result.json", "images")
+    report = folder.prepare(val_fraction=0.25, test_fraction=0.2)
+    assert [kept["images"] for kept in report.kept.values()] == [11, 5, 4]
+    of_three = [set(files(folder, split)) for split in ("train", "val", "test")]
+    assert len(set.union(*of_three)) == 20
+    assert len(json.loads((folder.out / "cache_test.json").read_text())["shapes"]) == 4
+
+    folder.prepare(val_fraction=0.25)
+    assert set(files(folder, "val")) == of_three[1]
+    assert not list(folder.out.glob("*test*"))
+
+
+def test_test_is_taken_from_train_if_val_has_a_json(folder):
+    one_json(folder, "annotations/instances_train.json", "train")
+    (folder.data / "val").mkdir()
+    add_test(folder, "annotations/instances_val.json", "val")
+    report = folder.prepare(test_fraction=0.25)
+    assert {s: kept["images"] for s, kept in report.kept.items()} == {
+        "train": 15,
+        "val": 2,
+        "test": 5,
+    }
+    assert files(folder, "val") == ["val/g.jpg", "val/f.jpg"]
+
+
+def test_two_jsons_of_test_are_not_used(folder):
+    folder.write()
+    for name in ("test-dev", "test_hard"):
+        add_test(folder, f"annotations/instances_{name}.json", "test")
+    assert folder.prepare().notes == [
+        "not used: annotations/instances_test-dev.json, annotations/instances_test_hard.json; to"
+        " have a test split, leave one JSON of test"
+    ]
+    assert not (folder.out / "test.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "copied", "policy", "left"),
+    [
+        ("a", "train", "fail", None),
+        ("a", "train", "drop", {"train": "bc", "val": "de", "test": "gf"}),
+        ("d", "val", "drop", {"train": "abc", "val": "e", "test": "gf"}),
+    ],
+)
+def test_leaks_into_test(folder, name, copied, policy, left):
+    """The picture of train or val is in test too, under another name: it stays in test."""
+    folder.write()
+    add_test(folder, "annotations/instances_test.json", "test")
+    shutil.copy(folder.data / f"{copied}/{name}.jpg", folder.data / "test/f.jpg")
+    if policy == "fail":
+        with pytest.raises(DataError) as caught:
+            folder.prepare(checks={"leaked_image": policy})
+        assert str(caught.value).startswith(
+            "data/annotations/instances_train.json: image 1 (train/a.jpg) is image 12 (test/f.jpg)"
+            " of data/annotations/instances_test.json too; "
+        )
+        return
+    report = folder.prepare(checks={"leaked_image": policy})
+    assert [item.done for item in report.items] == [f"left out of {copied}"]
+    for split, names in left.items():
+        assert files(folder, split) == [f"{split}/{one}.jpg" for one in names]
+
+
+def test_groups_are_kept_together_and_a_shared_one_is_noted(folder):
+    one_json(folder, "result.json", "images")
+    pattern = r"^(\d)\d\.png"  # 10 to 19, and 20
+    report = folder.prepare(val_fraction=0.4, group_by=pattern)
+    assert report.notes[0] == (
+        "data.group_by: 2 groups of images stay together; 9 images without a match, each by itself"
+    )
+    tens = {f"images/{number}.png" for number in range(10, 20)}
+    assert tens <= set(files(folder, "train")) or not tens & set(files(folder, "train"))
+    with pytest.raises(DataError, match=r"matches no file name, such as '1\.png'"):
+        folder.prepare(group_by="(patient)")
+
+
+def test_a_group_in_two_jsons_is_noted(folder):
+    folder.write()
+    assert folder.prepare(group_by=r"([a-e])\.jpg").notes == []
+    assert folder.prepare(group_by=r"[a-e](\.jpg)").notes == [
+        "data.group_by: 1 group in more than one JSON ('.jpg'): AP is too high if their images are"
+        " alike"
+    ]
+
+
+def test_a_test_json_without_annotations_is_no_test_split(folder):
     move(
         folder, ("train/_annotations.coco.json", "valid/_annotations.coco.json"), ("train", "valid")
     )
@@ -220,8 +374,11 @@ def test_val_is_taken_before_test_and_what_is_left_is_named(folder):
     for name in "de":  # other images of the same names
         folder.picture(9).save(folder.data / f"test/{name}.jpg")
 
-    assert folder.prepare().notes == ["not used: test/_annotations.coco.json"]
+    assert folder.prepare().notes == [
+        "not used: data/test/_annotations.coco.json: it has no annotations, so it is no test split"
+    ]
     assert files(folder, "val") == ["valid/d.jpg", "valid/e.jpg"]
+    assert not (folder.out / "test.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,6 @@ CASES = [
     Case(
         "train and val disagree",
         categories("val", {"id": 1, "name": "ball"}, {"id": 7, "name": "cone"}),
-        f"{VAL}: category 7 is cone, but cube in {TRAIN}; give train and val the same categories",
+        f"{VAL}: category 7 is cone, but cube in {TRAIN}; give all splits the same categories",
     ),
 ]

@@ -33,6 +33,10 @@ def one_image_alone(folder: Any) -> None:
     folder.texts["val"] = None
 
 
+def no_val(folder: Any) -> None:
+    folder.texts["val"] = None
+
+
 CASES = [
     Case(
         "a copy of a train image in val",
@@ -71,6 +75,20 @@ CASES = [
         lambda folder: folder.train.update(annotations=[]),
         f"{TRAIN}: no image for train has an object; "
         "add annotated images or see what was left out in prepared/report.json",
+    ),
+    Case(
+        "a pattern that matches nothing",
+        no_val,
+        "params.yaml: data.group_by = '(case_.)': matches no file name, such as 'a.jpg'; mend the "
+        "pattern, or set it to null",
+        {"group_by": "(case_.)"},
+    ),
+    Case(
+        "one group to split",
+        no_val,
+        "params.yaml: data.group_by = '([._]jpg)': makes 1 group of images for 2 splits; use a "
+        "pattern that makes smaller groups",
+        {"group_by": "([._]jpg)"},
     ),
     Case(
         "one image to split",
