@@ -156,8 +156,6 @@ class Detr(Detector):
 # Preset `fast`.
 
 
-# Width and height of a token's initial box, as fractions of the image's.
-_INITIAL_SIZE = 0.1
 # Logit of probability 0.01: most queries match nothing (RetinaNet, Lin et al. 2017).
 PRIOR_LOGIT = -math.log((1 - 0.01) / 0.01)
 # Ratio of wavelengths for positions in 0..1 (DAB-DETR); DETR's 10000 hardly separates them.
@@ -184,10 +182,11 @@ def box_head(dim: int) -> MLP:
 class ProposalHead(nn.Module):
     """Two-stage selection (Deformable DETR, Zhu et al. 2021): the best tokens propose boxes."""
 
-    def __init__(self, dim: int, num_classes: int) -> None:
+    def __init__(self, dim: int, num_classes: int, initial_box: float) -> None:
         super().__init__()
         self.class_embed = class_head(dim, num_classes)
         self.bbox_embed = box_head(dim)
+        self.initial_box = initial_box
 
     def forward(self, memory: Memory, num_queries: int) -> tuple[Proposals, Tensor]:
         """Select the Q tokens with the highest score in any class.
@@ -216,7 +215,7 @@ class ProposalHead(nn.Module):
         Tokens on padding, and those added to reach `least`, are all equal and come last: the
         selection does not depend on how far an image is padded.
         """
-        tokens, initial = full_precision(memory.tokens), _initial_boxes(memory)
+        tokens, initial = full_precision(memory.tokens), self._initial_boxes(memory)
         if memory.padding is not None:
             padding = memory.padding.flatten(1)[..., None]
             tokens = tokens.masked_fill(padding, 0.0)
@@ -234,11 +233,10 @@ class ProposalHead(nn.Module):
                 scores = F.pad(scores[:, :-missing], (0, missing), value=-math.inf)
         return tokens, initial, scores
 
-
-def _initial_boxes(memory: Memory) -> Tensor:
-    """A box of one size around each token's centre: logits of cxcywh [B or 1, S, 4]."""
-    centres = grid_centres(memory.padding, memory.shape, memory.tokens.device)
-    return torch.cat((centres, torch.full_like(centres, _INITIAL_SIZE)), dim=-1).logit()
+    def _initial_boxes(self, memory: Memory) -> Tensor:
+        """A box of one size around each token's centre: logits of cxcywh [B or 1, S, 4]."""
+        centres = grid_centres(memory.padding, memory.shape, memory.tokens.device)
+        return torch.cat((centres, torch.full_like(centres, self.initial_box)), dim=-1).logit()
 
 
 class ConditionalAttention(Attention):
@@ -389,13 +387,19 @@ class FastDetr(Detector):
     """Learned query content, positions from proposed boxes, one sigmoid per class."""
 
     def __init__(
-        self, backbone: Backbone, transformer: Transformer, *, num_classes: int, num_queries: int
+        self,
+        backbone: Backbone,
+        transformer: Transformer,
+        *,
+        num_classes: int,
+        num_queries: int,
+        initial_box: float = 0.1,
     ) -> None:
         dim = transformer.encoder.dim
         position = GridPosition(dim, temperature=_TEMPERATURE, centred=True)
         # Normalised token by token: statistics over the image would depend on its padding.
         super().__init__(backbone, transformer, nn.LayerNorm(dim), position)
-        self.proposal_head = ProposalHead(dim, num_classes)
+        self.proposal_head = ProposalHead(dim, num_classes, initial_box)
         self.query_content = nn.Embedding(num_queries, dim)
         self.query_position = MLP(2 * dim, dim, dim, 2)
         self.class_embed = class_head(dim, num_classes)
@@ -480,10 +484,17 @@ def build_model(model: params.Model, num_classes: int) -> Detector:
     Raises:
         ParamsError: the backbone does not have what the parameters ask of it.
     """
-    kind = Detr if model.preset == "detr" else FastDetr
-    backbone, transformer = build_backbone(model), _transformer(model)
-    detector = kind(backbone, transformer, num_classes=num_classes, num_queries=model.num_queries)
-    if isinstance(detector, FastDetr) and model.denoising.groups:
+    backbone, transformer, queries = build_backbone(model), _transformer(model), model.num_queries
+    if model.preset == "detr":
+        return Detr(backbone, transformer, num_classes=num_classes, num_queries=queries)
+    detector = FastDetr(
+        backbone,
+        transformer,
+        num_classes=num_classes,
+        num_queries=queries,
+        initial_box=model.initial_box,
+    )
+    if model.denoising.groups:
         detector.denoiser = Denoiser(model.hidden_dim, num_classes, **dict(model.denoising))
     return detector
 

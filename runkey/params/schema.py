@@ -332,6 +332,9 @@ class Model(Section):
     the trained model can then be cut.  0: all layers in every step."""
     num_queries: PositiveInt = 30
     """Detections per image; at least the largest number of objects in an image."""
+    initial_box: OpenFraction = 0.1
+    """Sides of the box that each image token starts from, as a fraction of the image's; preset fast
+    only.  Best near the median of box_side_of_image in prepared/statistics.json."""
     dropout: BelowOne = 0.0
     """Dropout probability in the transformer.  DETR: 0.1."""
     checkpointing: bool = False

@@ -68,6 +68,13 @@ def test_outputs_have_the_stated_shapes_and_precision(net, formula):
     assert 0 <= outputs.boxes_cxcywh.min() <= outputs.boxes_cxcywh.max() <= 1
 
 
+@pytest.mark.parametrize("side", [0.1, 0.4])
+def test_the_first_boxes_of_a_new_model_have_the_size_of_the_parameter(side, small, formula):
+    net = build_model(small.model_copy(update={"initial_box": side}), K)
+    boxes_cxcywh = net(formula.images(1, 40, 56).float(), None).proposals.boxes_cxcywh
+    torch.testing.assert_close(boxes_cxcywh[..., 2:], torch.full((1, 10, 2), side))
+
+
 def test_fewer_tokens_than_queries_are_filled_up(net, formula):
     outputs = net(formula.images(2, 16, 16).float(), None)
     assert outputs.proposals.logits.shape == (2, 10, K)
