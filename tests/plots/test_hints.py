@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 
 from runkey.evaluation.coco import ClassResult
+from runkey.params import load_params
 from runkey.plots.hints import (
     CLASS_SCORES,
+    DATA,
     Hint,
     HintingTracker,
     all_hints,
     class_scores,
+    data_facts,
     find_hints,
     lasting_hints,
     logged_hints,
@@ -27,6 +30,7 @@ from runkey.tracking.log import JsonlLog
 ROOT = Path(__file__).parents[2]
 PARAMS = {
     "lr": 1e-4,
+    "model.backbone_weights": "none",
     "optimizer.clip.mode": "norm",
     "optimizer.clip.threshold": 0.5,
     "training.batch_size": 8,
@@ -93,6 +97,32 @@ CASES = {
 }
 
 
+FACTS = {
+    "images": 400,
+    "objects": 1809,
+    "judged_objects": 441,
+    "quarter_below": 11.2,
+    "stride": 8,
+    "rare": [],
+    "rare_count": 0,
+}
+"""Of the sample: data that call for no hint."""
+CASES |= {
+    "scratch": ({DATA: FACTS | {"images": 160, "objects": 173}}, [], "only 160 images with 173"),
+    "small_objects": ({DATA: FACTS | {"quarter_below": 4.8}}, [], "are under 4.8 pixels"),
+    "few_objects": (
+        {DATA: FACTS | {"rare": ["king (8)"], "rare_count": 1}},
+        [],
+        "1 class with under 10 objects to train on: king (8)",
+    ),
+    "few_val": (
+        {DATA: FACTS | {"judged_objects": 46}},
+        [],
+        "measured on 46 objects: an AP50 of 0.8",
+    ),
+}
+
+
 @pytest.mark.parametrize("kind", CASES)
 def test_each_hint_comes_when_it_should_and_alone(kind):
     changed, machine, seen = CASES[kind]
@@ -101,6 +131,79 @@ def test_each_hint_comes_when_it_should_and_alone(kind):
     assert seen in hint.seen
     assert "." in hint.change or "lr" in hint.change  # names a parameter
     assert max(map(len, hint.lines())) <= 100
+
+
+def test_data_that_call_for_nothing():
+    assert find_hints(made(**{DATA: FACTS}), PARAMS) == []
+    few = FACTS | {"images": 160, "objects": 173}
+    for weights in ({"model.backbone_weights": "imagenet"}, {"model.init_from": "rk2-8cd8"}):
+        assert find_hints(made(**{DATA: few}), PARAMS | weights) == []
+
+
+def statistics(path: Path, **train: object) -> Path:
+    """A statistics.json as prepare writes it, of the sample but for `train`."""
+    of_train = {
+        "images": 400,
+        "objects": 1809,
+        "classes": {"one": {"objects": 237, "images": 182}, "two": {"objects": 218, "images": 170}},
+        "box_side_of_image": {"5%": 0.068, "25%": 0.092, "50%": 0.15},
+        "image_sizes": {"most_common": [{"width": 256, "height": 192, "images": 400}]},
+    } | train
+    path.write_text(json.dumps({"train": of_train, "val": {"objects": 441}}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("train", "kinds"),
+    [
+        ({}, []),
+        ({"images": 160, "objects": 173}, ["scratch"]),
+        ({"box_side_of_image": {"25%": 0.05}}, ["small_objects"]),
+        ({"classes": {"king": {"objects": 8, "images": 8}}}, ["few_objects"]),
+    ],
+)
+def test_what_the_data_call_for_is_logged_before_the_first_step(tmp_path, caplog, train, kinds):
+    params = load_params(ROOT / "presets/sample.yaml")
+    facts = data_facts(statistics(tmp_path / "statistics.json", **train), params)
+    assert facts["stride"] == 8
+    path = tmp_path / "train.jsonl"
+    caplog.set_level("INFO")
+    for _ in range(2):  # the second training starts again, before the first checkpoint
+        tracker = JsonlLog(path)
+        hinting = HintingTracker(tracker, path, params.flat(runtime=True), facts)
+        hinting.resume(None)
+        hinting.event("training_start", device="cpu")
+        hinting.log({"train/loss": 1.0}, 1)
+        tracker.close()
+    log = read_log(path)
+    assert [hint.kind for hint in logged_hints(log)] == kinds
+    assert [hint.kind for hint in lasting_hints(log, params.flat())] == kinds
+    assert len(caplog.messages) == len(kinds)
+    assert path.read_text().count('"hint.') == len(kinds)
+
+
+def test_statistics_that_cannot_be_read_give_no_hint(tmp_path):
+    params = load_params(ROOT / "presets/sample.yaml")
+    file = tmp_path / "statistics.json"
+    assert data_facts(file, params) == {}
+    for text in ("[]", "{", '{"train": {}, "val": 3}', '{"train": null}'):
+        file.write_text(text)
+        assert data_facts(file, params) == {}
+
+
+def test_ap_that_no_longer_rises():
+    def hints(scores: list[float]) -> list[Hint]:
+        log = TrainingLog()
+        for epoch, score in enumerate(scores, 1):
+            values = {"train/epoch_loss": 10 / (1 + epoch), "val/AP": score, "train/epoch": epoch}
+            log.add({"step": 10 * epoch, "time": epoch, "values": values})
+        return find_hints(log, PARAMS)
+
+    rising = [0.1, 0.2, 0.25, 0.28, 0.3, 0.31]
+    assert hints(rising + [0.3] * 4) == []
+    (hint,) = hints(rising + [0.305] * 5)
+    assert (hint.kind, hint.seen) == ("plateau", "AP has not risen since epoch 6 (0.310)")
+    assert hints([0.01] * 12) == []  # learns nothing: `lr_low`, or wrong boxes
 
 
 def test_a_healthy_training_gets_none():
