@@ -1,4 +1,4 @@
-"""Cost of augmentation: ms to make a training image of a batch, with the cache and without.
+"""Cost of augmentation: CPU ms to make a training image of a batch, with the cache and without.
 
     python benchmarks/augment.py --prepared CHECKOUT [--prepared CHECKOUT] [--rounds 5]
 
@@ -23,6 +23,7 @@ import torch
 
 from runkey import paths
 from runkey.data.loader import TrainLoader, build_train_loader
+from runkey.data.sampler import micro_batches
 from runkey.params import Params, load_params
 
 RESULT = Path(__file__).parent / "results" / "augment.md"
@@ -49,7 +50,7 @@ def main() -> None:
     torch.set_num_threads(1)
     text = "# Cost of augmentation\n\n"
     text += "`python benchmarks/augment.py --prepared CHECKOUT ...`, "
-    text += f"{date.today()}; {os.cpu_count()} cores ({platform.machine()}), one used, Python "
+    text += f"{date.today()}; {os.cpu_count()} cores ({platform.machine()}), CPU time of one, Python "
     text += f"{platform.python_version()}, torch {torch.__version__}; {chosen.rounds} rounds of "
     text += (
         f"{_IMAGES} images, all settings in turn; medians, with the least and the most. Draws are "
@@ -72,9 +73,9 @@ def _measured(root: Path, rounds: int) -> str:
     drawn: dict[str, list[float]] = {name: [] for name in SETTINGS}
     for number in range(rounds):
         for name, loader in loaders.items():
-            start = time.perf_counter()
+            start = time.process_time()
             batches = loader.sampler.global_batches(number)
-            drawn[name].append((time.perf_counter() - start) / len(loader.sampler.ids))
+            drawn[name].append((time.process_time() - start) / len(loader.sampler.ids))
             del batches
             cached[name].append(_seconds(loader, number))
             decoded[name].append(_seconds(_without_cache(loader), number))
@@ -86,7 +87,32 @@ def _measured(root: Path, rounds: int) -> str:
     for name in SETTINGS:
         values = (cached[name], decoded[name], drawn[name])
         lines.append(f"| {name} | " + " | ".join(map(_text, values)) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + _padding(params, root)
+
+
+def _padding(params: Params, root: Path) -> str:
+    """What several short sides cost, in padded pixels against the largest one alone."""
+    largest = max(params.data.short_sides)
+    several = tuple(round(largest * part) for part in (0.75, 0.875, 1.0))
+
+    def pixels(**values: Any) -> float:
+        data = params.data.model_copy(update=values)
+        loader = _loader(params.model_copy(update={"data": data}), root, {})
+        shapes = [
+            [augment.size for _, augment in part]
+            for epoch in range(5)
+            for step in loader.sampler.global_batches(epoch)
+            for part in micro_batches(step, len(step), grouped=data.group_by_aspect)
+        ]
+        return float(sum(len(p) * max(h for h, _ in p) * max(w for _, w in p) for p in shapes))
+
+    alone = pixels(short_sides=(largest,), group_by_aspect=True)
+    together = pixels(short_sides=several, group_by_aspect=True) / alone
+    mixed = pixels(short_sides=several, group_by_aspect=False) / alone
+    return (
+        f"\n`short_sides` {list(several)} in batches of 8: {together:.2f} of the padded pixels of "
+        f"{largest} alone; {mixed:.2f} with `group_by_aspect: false`.\n"
+    )
 
 
 def _loader(params: Params, root: Path, values: dict[str, Any]) -> TrainLoader:
@@ -116,12 +142,12 @@ def _seconds(loader: TrainLoader, epoch: int) -> float:
     """Seconds an image of the first images of an epoch, without the draws."""
     steps = loader.epoch(epoch)
     images = sum(len(batch) for batch in next(steps))  # draws the whole epoch
-    images, start = 0, time.perf_counter()
+    images, start = 0, time.process_time()
     for step in steps:
         images += sum(map(len, step))
         if images >= _IMAGES:
             break
-    return (time.perf_counter() - start) / images
+    return (time.process_time() - start) / images
 
 
 def _text(seconds: list[float]) -> str:
