@@ -34,7 +34,7 @@ class Patches(nn.Module):
         self.conv = nn.Conv2d(3, 96, 8, stride=8)
 
     def forward(self, images):
-        return self.conv(images)
+        return [self.conv(images)]
 
 
 @pytest.mark.parametrize("preset", ["fast", "detr"])
