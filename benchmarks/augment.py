@@ -50,8 +50,10 @@ def main() -> None:
     torch.set_num_threads(1)
     text = "# Cost of augmentation\n\n"
     text += "`python benchmarks/augment.py --prepared CHECKOUT ...`, "
-    text += f"{date.today()}; {os.cpu_count()} cores ({platform.machine()}), CPU time of one, Python "
-    text += f"{platform.python_version()}, torch {torch.__version__}; {chosen.rounds} rounds of "
+    text += f"{date.today()}; {os.cpu_count()} cores ({platform.machine()}), CPU time of one, "
+    text += (
+        f"Python {platform.python_version()}, torch {torch.__version__}; {chosen.rounds} rounds of "
+    )
     text += (
         f"{_IMAGES} images, all settings in turn; medians, with the least and the most. Draws are "
     )
