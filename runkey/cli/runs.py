@@ -339,6 +339,8 @@ def _print_metrics(diff: Diff, limit: int | None) -> None:
         title = f"metrics: {diff.equal_metrics} the same, {len(diff.metrics)} not"
         _section(title, ("", *numbers), rows, None, right=numbers)
         _more(len(classes), limit)
+    for score in diff.scores:
+        output.print_beside("  B - A  ", str(score))
 
 
 def _pairs(what: str, pairs: Sequence[Pair], limit: int | None) -> None:

@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
-from scipy.special import stdtrit
 
 from runkey.units import counted
 
@@ -173,6 +171,8 @@ def _cumulative(
     times: NDArray[np.int32],
 ) -> Floats:
     """[ends, B]: how many detections of the entries `counted` there are up to each end."""
+    from scipy.sparse import csr_array  # here: comparisons of runs do not wait for its import
+
     part = np.searchsorted(ends, counted)  # the first end at or behind each entry
     inside = part < len(ends)
     shape = (len(ends), len(times))
@@ -310,6 +310,8 @@ def _deviations(values: Floats, counts: NDArray[np.int64]) -> float | None:
     Returns:
         None if only single images hold objects, or if nothing varies.
     """
+    from scipy.special import stdtrit
+
     if counts.max(initial=0) < 2:
         return None
     count = np.nansum(~np.isnan(values), axis=1)

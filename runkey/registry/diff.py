@@ -18,7 +18,9 @@ from typing import Any, Literal
 from runkey import paths
 from runkey.data.index import IMAGE_LIST, ImageList, read_image_list
 from runkey.errors import DataError, RegistryError
-from runkey.files import parse_json
+from runkey.evaluation.files import RESAMPLED, Resampled
+from runkey.evaluation.noise import ScoreDifference, compare_scores
+from runkey.files import expect, parse_json
 from runkey.identity.code import RULE, code_rule, hash_code
 from runkey.identity.dvc_yaml import PIPELINE, read_yaml_text
 from runkey.identity.initial_weights import weights_of
@@ -57,6 +59,8 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Pair]:
 TREE = "."
 """Address of the working tree."""
 IMAGES_JSON = f"{paths.PREPARED}/{IMAGE_LIST}"
+RESAMPLED_JSON = f"{paths.EVALUATION}/{RESAMPLED}"
+_EVAL = "eval/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,8 @@ class Side:
     read: ReadFile | None
     """Reads its files; None: they are not here."""
     images: ImageList | None
+    resampled: Resampled | None = None
+    """None: it was not evaluated, or before there were intervals."""
     packages: dict[str, str] = field(default_factory=dict)
     """Installed version by name; empty if unknown."""
     notes: list[str] = field(default_factory=list)
@@ -112,6 +118,7 @@ def run_side(library: Library, address: str, root: Path) -> Side:
             return None
 
     recipe = _recipe(record, artifact(KEY_JSON))
+    has_intervals = record.details and RESAMPLED_JSON in record.details.files
     oid = record.details.snapshot if record.details else record.run.tags.get("snapshot")
     read = _snapshot_reader(root, oid)
     if read is None:
@@ -125,6 +132,7 @@ def run_side(library: Library, address: str, root: Path) -> Side:
         record=record,
         read=read,
         images=_images(artifact(IMAGES_JSON), notes),
+        resampled=_resampled(artifact(RESAMPLED_JSON), notes) if has_intervals else None,
         packages=_installed_packages(artifact(str(paths.RUN_JSON))),
         notes=notes,
     )
@@ -189,6 +197,15 @@ def _images(data: bytes | None, notes: list[str]) -> ImageList | None:
         return None if data is None else read_image_list(data, IMAGES_JSON)
     except DataError as error:
         notes.append(str(error))
+        return None
+
+
+def _resampled(data: bytes | None, notes: list[str]) -> Resampled | None:
+    try:
+        found: Resampled | None = None if data is None else expect(Resampled, parse_json(data))
+        return found
+    except ValueError as error:
+        notes.append(f"{RESAMPLED_JSON}: {error}; its AP is not compared in pairs")
         return None
 
 
@@ -377,6 +394,8 @@ class Diff:
     packages: list[Pair]
     """Locked packages as `version build`; if these are equal, as hashes."""
     metrics: list[Pair]
+    scores: list[ScoreDifference]
+    """AP and AP50 of runs, and whether they differ by more than noise."""
     witness: list[Pair]
     installed: list[Pair]
     """Installed versions, if known of both runs."""
@@ -409,12 +428,18 @@ def compare(a: Side, b: Side, root: Path) -> Diff:
         files=_data_files(data_a, data_b, root) if known and images is None else None,
         packages=_packages(a, b) if known else [],
         metrics=differing(metrics_a, metrics_b) if on_both else [],
+        scores=compare_scores(_scores(a), _scores(b), a.resampled, b.resampled) if on_both else [],
         witness=differing(_witness(a), _witness(b)) if on_both else [],
         installed=differing(a.packages, b.packages) if a.packages and b.packages else [],
         artifacts=differing(kept_a, kept_b),
         equal_metrics=sum(metrics_a[n] == metrics_b[n] for n in metrics_a.keys() & metrics_b),
         equal_artifacts=sum(kept_a[n] == kept_b[n] for n in kept_a.keys() & kept_b),
     )
+
+
+def _scores(side: Side) -> dict[str, float]:
+    logged = side.record.run.metrics if side.record else {}
+    return {n.removeprefix(_EVAL): value for n, value in logged.items() if n.startswith(_EVAL)}
 
 
 def _initial_weights(side: Side) -> str:

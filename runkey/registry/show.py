@@ -23,7 +23,7 @@ from runkey.identity.record import (
     Record,
 )
 from runkey.registry.query import NAMES, Field, Value, find_field, number
-from runkey.units import counted, format_age, format_bytes
+from runkey.units import counted, format_age, format_bytes, format_score
 
 COLUMNS = ("key", "when", "status", "AP", "took", "name", "data", "where")
 """Default columns of `runkey list`."""
@@ -35,6 +35,8 @@ _DATA_DIGITS = 6
 _DIGEST = re.compile("[0-9a-f]{40,64}")
 _DIGITS = 12
 _DAY_SECONDS = 86_400.0
+_SHORT_FROM = 0.00995
+"""A smaller half of an interval is shown with three digits, not two."""
 
 
 def table(
@@ -85,10 +87,18 @@ def address(record: Record) -> str:
 
 
 def average_precision(run: LoggedRun) -> str:
-    """Format the COCO AP on the held-out images; in brackets the last AP measured in training."""
+    """Format the COCO AP on the held-out images; in brackets the last AP measured in training.
+
+    Half the length of the 95% interval follows, where it is known: `0.673 ±.03`.
+    """
     final, last = map(run.metrics.get, (NAMES["AP"], "val/AP"))
     if final is not None:
-        return f"{final:.3f}"
+        low, high = (run.metrics.get(f"{NAMES['AP']}_{end}") for end in ("low", "high"))
+        if low is None or high is None:
+            return f"{final:.3f}"
+        half = (high - low) / 2
+        digits = 2 if half >= _SHORT_FROM else 3
+        return f"{final:.3f} ±{half:.{digits}f}".replace("±0.", "±.")
     return "" if last is None else f"({last:.3f})"
 
 
@@ -211,7 +221,17 @@ def _metrics(metrics: Mapping[str, float]) -> Iterator[Row]:
         if head == CLASS_AP:
             yield "AP by class", _listed(_worst(values))
         else:
-            yield head or "metrics", _listed(f"{n} {_short(v)}" for n, v in values.items())
+            yield head or "metrics", _listed(_with_intervals(values))
+
+
+def _with_intervals(values: Mapping[str, float]) -> Iterator[str]:
+    """Yield name and value of each metric; the ends of an interval stand beside its metric."""
+    for name, value in values.items():
+        base, _, end = name.rpartition("_")
+        if end in ("low", "high") and f"{base}_low" in values and f"{base}_high" in values:
+            continue
+        has_interval = f"{name}_low" in values and f"{name}_high" in values
+        yield f"{name} {format_score(values, name) if has_interval else _short(value)}"
 
 
 def _worst(scores: Mapping[str, float]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -319,3 +320,36 @@ def test_a_snapshot_is_verified_by_the_rule_of_its_key(two):
         # An earlier snapshot lacks the comment, which only the older rule counts.
         wrong = changed_files(two.root, two.second.details.snapshot, code)
         assert list(wrong) == (["runkey/net.py"] if rule == BYTES else [])
+
+
+def test_a_difference_within_noise_is_called_so(two):
+    scores = {"eval/AP": 0.5, "eval/AP_low": 0.4, "eval/AP_high": 0.6}
+    better = {"eval/AP": 0.55, "eval/AP_low": 0.45, "eval/AP_high": 0.65}
+
+    def files(truth, *values):
+        content = {"truth": truth, "deviations": {"AP": 2.0, "AP50": 2.0}}
+        content |= {"AP": list(values), "AP50": list(values)}
+        return {"evaluation/resampled.json": json.dumps(content).encode()}
+
+    addresses = []
+    for digit, metrics, stored in (
+        ("5", scores, files("t", 0.4, 0.5, 0.6)),
+        ("6", better, files("t", 0.44, 0.55, 0.66)),
+        ("7", better, files("other images", 0.45, 0.55, 0.65)),
+        ("8", better, {"evaluation/resampled.json": b'{"truth": 1}'}),
+    ):
+        key = "rk2-" + digit * 64
+        make_run(two.root, key, digit * 32, files=stored, metrics=metrics)
+        addresses.append(key)
+    told = json.loads(run(addresses[0], addresses[1], "--json"))
+    (ap,) = told["scores"]
+    assert ap["is_paired"]
+    assert not ap["is_noise"]
+    assert ap["interval"]["low"] == pytest.approx(0.05 - 2 * np.std([0.04, 0.05, 0.06]), abs=1e-6)
+    assert "AP: +0.050 (95%: +0.034 to +0.066, paired by image): more than noise" in run(
+        addresses[0], addresses[1]
+    )
+    for other in addresses[2:]:
+        said = " ".join(run(addresses[0], other).split())
+        assert "AP: +0.050; the 95% intervals of the two, on different images, overlap" in said
+    assert "evaluation/resampled.json: truth: Input should be a valid string" in said

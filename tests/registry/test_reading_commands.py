@@ -31,7 +31,8 @@ def runs(root: Path) -> Path:
     changed = {"lr": "5e-05", "seed": "1", "training.epochs": "12", "key": B}
     make_run(
         root, B, "b" * 32, started_ms=1_700_000_100_000, params=changed, name="lr=5e-05",
-        metrics={"eval/AP": 0.625, "eval/AP50": 0.8, "train/loss": 1.0},
+        metrics={"eval/AP": 0.625, "eval/AP_low": 0.5996, "eval/AP_high": 0.65,
+                 "eval/AP50": 0.8, "train/loss": 1.0},
         tags={"key": B, "host": "big", "device": "cuda H200", "decision": "no run: trained",
               "event.hint.loader": '{"seen": "it waits", "change": "raise runtime.workers"}',
               "reused": "today on small: finished run bbbbbbbb of big is reused"},
@@ -56,8 +57,9 @@ def test_list(runs: Path, run: Run) -> None:
         f"{B[:16]}:dddd", C[:16], f"{B[:16]}:bbbb", A[:16],
     ]  # fmt: skip
     assert "(reproduction)" in out
-    assert "baseline (resumed" in out
+    assert "(resumed 2x)" in out
     assert "(0.250)" in out
+    assert "  0.625 ±.03  " in out
     assert "big cuda H200" in out
     assert f" {sha256_bytes(f'data{A}'.encode())[:6]}" in out
     assert max(map(len, lines)) <= 100
@@ -137,7 +139,14 @@ print(json.dumps(vars(this_owner())))
 def test_show(runs: Path, run: Run) -> None:
     code, out, err = run("show", B[4:12])
     assert (code, err) == (0, "")
-    for part in (B, "FINISHED", "AP 0.625, AP50 0.800", "lr=5e-05", "b" * 32, "as locked"):
+    for part in (
+        B,
+        "FINISHED",
+        "AP 0.625 (95%: 0.600 to 0.650), AP50 0.800\n",
+        "lr=5e-05",
+        "b" * 32,
+        "as locked",
+    ):
         assert part in out, part
     assert "hints        it waits; raise runtime.workers" in out
     assert f"{B[:16]}:dddd reproduction, FINISHED" in out

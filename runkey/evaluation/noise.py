@@ -1,0 +1,87 @@
+"""Whether the AP of two runs differs by more than the noise of their held-out images.
+
+    compare_scores(metrics_a, metrics_b, resampled_a, resampled_b)
+
+Runs that were evaluated on the same images are compared in pairs: the images that are hard for one
+are hard for the other, and cancel out of the difference. Else their intervals are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from runkey.evaluation.files import Resampled
+from runkey.evaluation.intervals import METRICS, Interval, difference_interval
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreDifference:
+    """The difference of a metric of two runs, and whether it is within noise."""
+
+    name: str
+    difference: float
+    """B - A."""
+    interval: Interval | None
+    """95% interval of the difference, of runs that are compared in pairs; None also where their
+    resampled metrics do not differ."""
+    is_paired: bool
+    is_noise: bool
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        start = f"{self.name}: {self.difference:+.3f}"
+        if not self.is_paired:
+            verdict = "overlap: may be noise" if self.is_noise else "do not overlap: no noise"
+            return f"{start}; the 95% intervals of the two, on different images, {verdict}"
+        if self.interval is None:
+            return f"{start} on the same images, whatever images are drawn"
+        verdict = "within noise" if self.is_noise else "more than noise"
+        low, high = self.interval.low, self.interval.high
+        return f"{start} (95%: {low:+.3f} to {high:+.3f}, paired by image): {verdict}"
+
+
+def compare_scores(
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    resampled_a: Resampled | None,
+    resampled_b: Resampled | None,
+) -> list[ScoreDifference]:
+    """Compare AP and AP50 of two runs, as far as both have them with intervals.
+
+    Args:
+        a: metrics by name: AP, AP_low, AP_high, ...
+        b: those of the other run.
+        resampled_a: see `runkey.evaluation.files.Resampled`; None: not at hand.
+        resampled_b: that of the other run.
+    """
+    found = []
+    for name in METRICS:
+        first, second = a.get(name), b.get(name)
+        if not isinstance(first, float) or not isinstance(second, float):
+            continue
+        difference = second - first
+        if resampled_a and resampled_b and resampled_a["truth"] == resampled_b["truth"]:
+            found.append(_paired(name, difference, resampled_a, resampled_b))
+        elif (one := _interval(a, name)) and (other := _interval(b, name)):
+            overlap = one.low <= other.high and other.low <= one.high
+            found.append(ScoreDifference(name, difference, None, False, overlap))
+    return found
+
+
+def _paired(name: str, difference: float, a: Resampled, b: Resampled) -> ScoreDifference:
+    values_a, values_b = (one["AP"] if name == "AP" else one["AP50"] for one in (a, b))
+    known = [one for one in (a["deviations"].get(name), b["deviations"].get(name)) if one]
+    interval = None
+    if known:
+        interval = difference_interval(values_a, values_b, difference, max(known))
+    is_noise = interval.low <= 0 <= interval.high if interval else not difference
+    return ScoreDifference(name, difference, interval, True, is_noise)
+
+
+def _interval(metrics: Mapping[str, Any], name: str) -> Interval | None:
+    low, high = (metrics.get(f"{name}_{end}") for end in ("low", "high"))
+    if isinstance(low, float) and isinstance(high, float):
+        return Interval(low, high)
+    return None
