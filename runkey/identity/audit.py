@@ -19,8 +19,8 @@ from types import FrameType
 from runkey.errors import RecipeError
 from runkey.identity.code import EXCLUDED, imported_files, is_excluded, undeclared
 from runkey.identity.dvc_yaml import chain, covers, pointer_of, read_pipeline, tracked_files
-from runkey.identity.initial_weights import CARD, weights_file
-from runkey.identity.key import DATA_PATH, FILE_PARAMS, make_recipe
+from runkey.identity.initial_weights import used_files
+from runkey.identity.key import DATA_PATH, make_recipe
 from runkey.params import load_params
 from runkey.paths import DATABASE, LOCK, MEMORY, PARAMS, STATE_FOLDERS
 
@@ -148,8 +148,6 @@ class _Watch:
     @cached_property
     def _files(self) -> set[str]:
         code = make_recipe(self._stage, self._root).preimages["code"]["files"]
-        values = {str(self._flat[name]) for name in FILE_PARAMS}
-        weights = [weights_file(self._root / value) for value in values]
-        places = (str(place) for file in weights for place in (file, file.with_name(CARD)))
-        read = {place.removeprefix(self._start) for place in places}
+        weights = used_files(self._flat, self._root)
+        read = {str(file).removeprefix(self._start) for file in weights}
         return {*code, *read, str(LOCK), str(PARAMS)}

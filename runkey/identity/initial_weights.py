@@ -1,4 +1,4 @@
-"""Where initial weights come from: a file, a folder of a saved model, or a recorded run's key.
+"""Where initial weights come from: a published file, a file, a saved model's folder, a run's key.
 
     find_initial_weights("model.init_from", "rk2-4d50533b2310", root).identity
 
@@ -22,6 +22,14 @@ from runkey.files import LARGE, read_json
 from runkey.hashing import sha256_file
 from runkey.identity.dvc_yaml import read_yaml_text
 from runkey.identity.key import ANY_SCHEMA, FILE_PARAMS, NO_FILE, SCHEMAS, Recipe, short_key
+from runkey.identity.pinned_weights import (
+    DETECTORS,
+    FOLDER,
+    INIT_FROM,
+    PACKAGES,
+    PinnedWeights,
+    pinned_by,
+)
 from runkey.identity.record import KEY_JSON, Record, age
 from runkey.identity.record_cache import open_records, read_records
 
@@ -50,8 +58,10 @@ class InitialWeights:
     sha256: str
     card: str | None
     """sha256 of the card beside it; None: it has none."""
-    run: Record | None
+    run: Record | None = None
     """The run that it is taken from."""
+    published: PinnedWeights | None = None
+    """What it is downloaded as, by `runkey.pipeline.initial_weights`."""
 
     @property
     def identity(self) -> str:
@@ -78,18 +88,28 @@ def weights_file(path: Path) -> Path:
 
 
 def find_initial_weights(
-    name: str, value: str, root: Path, main: Path | None = None
+    name: str, value: str, root: Path, main: Path | None = None, backbone: str = ""
 ) -> InitialWeights:
     """Find the weights that the parameter `name` gives, without reading more than their hash.
 
-    `main` is the checkout whose store has the run of a key; None: `DVC_ROOT` or `root`.
+    Args:
+        name: of the parameter.
+        value: of the parameter.
+        root: the workspace.
+        main: the checkout whose store has the run of a key, and that downloads go to; None:
+            `DVC_ROOT` or `root`.
+        backbone: value of `model.backbone`.
 
     Raises:
-        RecipeError: there is no such file, folder or run, it holds no weights, or several keys
-            begin so.
+        RecipeError: there is no such file, folder, run or published file, it holds no weights, or
+            several keys begin so.
         RegistryError: the records of runs cannot be read.
     """
     where = f"{paths.PARAMS}: {name} = {value}"
+    if row := _published(where, name, value, backbone):
+        return InitialWeights(
+            (main or _main(root)) / FOLDER / row.file, row.sha256, None, None, row
+        )
     path = root / value
     # Not of the file itself: DVC may have made it a link into its cache.
     folders = (path.absolute(), weights_file(path).parent)
@@ -102,21 +122,53 @@ def find_initial_weights(
         return _of_run(where, key, main or _main(root))
     file = weights_file(path)
     if not file.is_file():
+        lack = f"holds no {WEIGHTS}" if path.is_dir() else "no such file"
+        known = DETECTORS if name == INIT_FROM else ("imagenet", *PACKAGES)
         raise RecipeError(
-            f"{where}: holds no {WEIGHTS}; name a weights file, a folder that `runkey get` made, "
-            "or a run's key"
-            if path.is_dir()
-            else f"{where}: no such file; name a weights file, a folder that `runkey get` made, or "
-            "a run's key"
+            f"{where}: {lack}; name a weights file, a folder that `runkey get` made, a run's key,"
+            f" or {', '.join(known)}"
         )
     card = file.with_name(CARD)
     has_card = file.name in (WEIGHTS, OLD_WEIGHTS) and card.is_file()
     try:
-        return InitialWeights(
-            file, sha256_file(file), sha256_file(card) if has_card else None, None
-        )
+        return InitialWeights(file, sha256_file(file), sha256_file(card) if has_card else None)
     except OSError as error:
         raise RecipeError(f"{where}: cannot be read ({error.strerror})") from None
+
+
+def _published(where: str, name: str, value: str | None, backbone: str) -> PinnedWeights | None:
+    try:
+        return pinned_by(name, value, backbone)
+    except LookupError as error:
+        raise RecipeError(f"{where}: {error.args[0]}") from None
+
+
+def own_files(values: Mapping[str, Any], root: Path) -> dict[str, list[Path]]:
+    """Return the weights files, with their cards, that parameters name by a path.
+
+    Args:
+        values: the parameters under dotted names.
+        root: the workspace.
+
+    Returns:
+        Absolute paths of files that are there, by parameter. A run's key and published weights
+        name none, since what they mean cannot change.
+    """
+    found: dict[str, list[Path]] = {}
+    for name in FILE_PARAMS:
+        value = values[name]
+        if value in NO_FILE or _published(name, name, value, values["model.backbone"]):
+            continue
+        file = weights_file(root / value).absolute()
+        found[name] = [one for one in (file, file.with_name(CARD)) if one.is_file()]
+    return found
+
+
+def used_files(values: Mapping[str, Any], root: Path) -> list[Path]:
+    """Return all weights files that a stage may read: those of `own_files`, and downloads."""
+    own = [file for files in own_files(values, root).values() for file in files]
+    rows = [_published(n, n, values[n], values["model.backbone"]) for n in FILE_PARAMS]
+    return own + [_main(root).absolute() / FOLDER / row.file for row in rows if row]
 
 
 def recorded_with(weights: str, cache: Path) -> list[Record]:
@@ -138,11 +190,13 @@ def weights_of(record: Record) -> list[str]:
     return [files[name].sha256 for name in names if name in files]
 
 
-def readable_path(value: str, root: Path) -> Path:
-    """Return the path to read weights from: what `value` names, or the copy of a run's file.
+def readable_path(name: str, value: str, root: Path, backbone: str) -> Path:
+    """Return the path to read weights from: what `value` names, a download, or a run's copy.
 
-    RecipeError or RegistryError if it is a key, and there is no such run.
+    RecipeError or RegistryError if there are no such weights or no such run.
     """
+    if row := _published(name, name, value, backbone):
+        return _main(root) / FOLDER / row.file
     key = _KEY.fullmatch(value)
     is_run = key is not None and not (root / value).exists()
     return _of_run(value, key, _main(root)).file if key and is_run else root / value
@@ -192,12 +246,9 @@ def link_weights(values: Mapping[str, Any], root: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / "README").write_text(_ABOUT_LINKS)
-    for name in FILE_PARAMS:
-        if values[name] not in NO_FILE:
-            file = weights_file(root / values[name]).absolute()
-            for one in (file, file.with_name(CARD)):
-                if one.is_file():  # a run's key names none that could change
-                    (folder / f"{name}.{one.name}").symlink_to(one)
+    for name, files in own_files(values, root).items():
+        for one in files:
+            (folder / f"{name}.{one.name}").symlink_to(one)
 
 
 def _main(root: Path) -> Path:

@@ -30,6 +30,7 @@ from runkey.identity.code import (
 )
 from runkey.identity.dvc_yaml import Stage, chain, covers, meets, read_pipeline, tracked_md5
 from runkey.identity.environment import environment_preimage
+from runkey.identity.pinned_weights import BACKBONE_WEIGHTS, INIT_FROM
 from runkey.paths import LOCK, PARAMS
 from runkey.progress import WIDTH
 from runkey.units import counted
@@ -55,9 +56,9 @@ PARTS = ("code", "params", "data", "environment")
 
 DATA_PATH = "data.path"
 """Not hashed: the data part hashes what is there, wherever it is."""
-FILE_PARAMS = ("model.backbone_weights", "model.init_from")
+FILE_PARAMS = (BACKBONE_WEIGHTS, INIT_FROM)
 """Values that may name weights: their hash enters the key instead of a path or a run's key."""
-NO_FILE = (None, "none", "imagenet")
+NO_FILE = (None, "none")
 """Values of these that name no file."""
 
 _NOBODY_READS = re.compile(
@@ -200,7 +201,8 @@ def _params(
             # Imported here: it reads records, which hold keys.
             from runkey.identity.initial_weights import find_initial_weights
 
-            chosen[name] = find_initial_weights(name, value, root, main).identity
+            backbone = flat["model.backbone"]
+            chosen[name] = find_initial_weights(name, value, root, main, backbone).identity
     return chosen
 
 

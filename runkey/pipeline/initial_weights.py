@@ -12,20 +12,25 @@ from runkey.identity.key import FILE_PARAMS, NO_FILE
 from runkey.params import Params
 from runkey.registry.dvc_cache import download
 from runkey.registry.library import open_library
+from runkey.registry.weights import get_weights
 from runkey.tracking.store import locate_store
 
 
 def get_initial_weights(params: Params, root: Path) -> list[InitialWeights]:
-    """Find the files that the parameters name, and copy those of a run to where they are read.
+    """Find the files that the parameters name; download published ones, and copy those of a run.
 
     Raises:
-        RecipeError: there is no such file, folder or run.
-        RegistryError: the run's files are missing or not what it recorded.
+        RecipeError: there is no such file, folder, run or published file.
+        RegistryError: the run's files are missing or not what it recorded, or a download failed.
     """
     values = params.flat()
     named = {name: values[name] for name in FILE_PARAMS if values[name] not in NO_FILE}
-    found = [find_initial_weights(name, value, root) for name, value in named.items()]
+    backbone = params.model.backbone
+    found = [find_initial_weights(n, v, root, backbone=backbone) for n, v in named.items()]
     for one in found:
+        if one.published is not None:
+            get_weights(one.published, one.file.parents[1])
+            continue
         there = one.file.is_file() and sha256_file(one.file) == one.sha256
         if one.run is not None and not there:
             store = locate_store()

@@ -25,8 +25,8 @@ from typing import Any, TypedDict, Unpack
 from runkey.errors import RegistryError, RunkeyError
 from runkey.identity.code import code_rule, hash_code, import_closure
 from runkey.identity.dvc_yaml import PIPELINE, Stage, covers, pointer_of, read_pipeline
-from runkey.identity.initial_weights import CARD, weights_file
-from runkey.identity.key import DATA_PATH, FILE_PARAMS, NO_FILE, Recipe, short_key
+from runkey.identity.initial_weights import own_files
+from runkey.identity.key import DATA_PATH, Recipe, short_key
 from runkey.params import load_params
 from runkey.paths import LOCK, PARAMS, REQUIREMENTS
 
@@ -158,18 +158,16 @@ def needed_files(root: Path, recipe: Recipe) -> set[str]:
         paths |= set(import_closure(Stage(name, cmd, (), (), ()).module, root, ()))
     for dep in recipe.preimages["data"]:
         paths.add(str(flat[DATA_PATH]).rstrip("/") if dep == "data" else dep)
-    for name in FILE_PARAMS:
-        if _lies_inside(flat.get(name)):
-            file = weights_file(root / str(flat[name]))
-            found = [f for f in (file, file.with_name(CARD)) if f.is_file()]  # none: a run's key
-            paths |= {f.relative_to(root).as_posix() for f in found}
+    for name, found in own_files(flat, root.absolute()).items():
+        if _lies_inside(flat[name]):
+            paths |= {f.relative_to(root.absolute()).as_posix() for f in found}
     return {file for path in paths for file in _real_files(pointer_of(path, root) or path, root)}
 
 
 def _lies_inside(value: object) -> bool:
     """Return True if a parameter names a file of the repository; the key has the hash of others."""
     path = PurePosixPath(str(value))
-    return value not in NO_FILE and not path.is_absolute() and ".." not in path.parts
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _real_files(path: str, root: Path) -> Iterator[str]:

@@ -36,7 +36,7 @@ VALUES = set(
     Connection refused Errno Address already in use No module named space left on device
     OperationalError database locked expected but found line document block mapping start
     ModuleNotFoundError psycopg2 no such table runs onnx
-    Expecting property name enclosed in double quotes Linux Darwin check such directory
+    Expecting property name enclosed in double quotes Linux Darwin check such directory uv
     """.split()  # noqa: SIM905
 )
 """Words that fill holes: names, short words, texts of the system, of sqlite, YAML and JSON."""

@@ -105,11 +105,6 @@ def test_checkpointing_changes_no_number(backbone, preset, images):
             "model.dilation = true: needs resnet50 or resnet101, not compact",
         ),
         ({"frozen_stages": 4}, "model.frozen_stages = 4: backbone compact has 3"),
-        (
-            {"backbone": "lite0", "backbone_weights": "imagenet"},
-            "model.backbone_weights = imagenet: needs resnet18, resnet34, resnet50, resnet101,"
-            " not lite0",
-        ),
     ],
 )
 def test_what_a_body_does_not_have_is_refused(settings, text):

@@ -44,7 +44,7 @@ def served(tmp_path, monkeypatch):
     (tmp_path / "main").mkdir()
     with serving(tmp_path / "hub") as server:
         address = f"{server.address}/small.pth"
-        yield server, PinnedWeights("small", "small.pth", SHA256, len(DATA), "MIT", address)
+        yield server, PinnedWeights("small", "small.pth", SHA256, len(DATA), "MIT", address, "any")
 
 
 def left(tmp_path):

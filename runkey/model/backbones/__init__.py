@@ -52,15 +52,12 @@ class BodySpec:
     """Images are padded to multiples of so many pixels; 1: not at all."""
     dilates: bool = False
     """Whether `model.dilation` can replace the last stride."""
-    imagenet: bool = False
-    """Whether torchvision has its weights, for `model.backbone_weights: imagenet`."""
 
 
 _RESNET: dict[str, Any] = {
     "stages": 5,
     "strides": (4, 8, 16, 32),
     "default_stride": 32,
-    "imagenet": True,
 }
 _WIDE: dict[str, Any] = {"channels": (256, 512, 1024, 2048), "dilates": True}
 _SPECS: dict[str, tuple[str, BodySpec]] = {
@@ -133,9 +130,6 @@ def check(model: params.Model) -> None:
     if model.dilation and not spec.dilates:
         some = " or ".join(name for name, (_, one) in _SPECS.items() if one.dilates)
         raise ParamsError(f"model.dilation = true: needs {some}, not {spec.name}")
-    if model.backbone_weights == "imagenet" and not spec.imagenet:
-        some = ", ".join(name for name, (_, one) in _SPECS.items() if one.imagenet)
-        raise ParamsError(f"model.backbone_weights = imagenet: needs {some}, not {spec.name}")
 
 
 def build_backbone(model: params.Model) -> Backbone:
