@@ -222,7 +222,7 @@ def promote(store: Store, record: Record, alias: str, name: str | None = None) -
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        version_now = _version(client, name, model_id) or _add_version(
+        version_now = _version(client, name, model_id, run_id) or _add_version(
             client, name, model_id, record
         )
         before = _aliased(client, name, alias)
@@ -257,11 +257,12 @@ def _experiment_name(client: MlflowClient, record: Record) -> str:
     return str(client.get_experiment(record.run.experiment_id).name)
 
 
-def _version(client: MlflowClient, name: str, model_id: str) -> str | None:
+def _version(client: MlflowClient, name: str, model_id: str, run_id: str) -> str | None:
     """The version of a registered model that is this logged model."""
-    found = client.search_model_versions(f"name = '{name}'")
+    # Not by name: MLflow's filters know no way to write a quote.
+    found = client.search_model_versions(f"run_id = '{run_id}'")
     source = client.get_logged_model(model_id).artifact_location
-    same = [str(one.version) for one in found if one.source == source]
+    same = [str(one.version) for one in found if one.name == name and one.source == source]
     return same[0] if same else None
 
 

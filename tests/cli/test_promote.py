@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +18,7 @@ import pytest
 import runkey
 from runkey.errors import RunkeyError
 from runkey.identity.record import Record
-from runkey.registry.models import check_not_promoted
+from runkey.registry.models import check_not_promoted, registered_run
 from runkey.tracking.logged_model import ModelDescription, log_model
 from runkey.tracking.store import Store, experiment_id, open_client
 from tests.support.records import key_of, make_run, write_record
@@ -34,8 +38,8 @@ def evaluated(
     stored = {f"model/{name}": path.read_bytes() for name, path in files.items()}
     photograph(1).save(tmp_path / "a.png")
 
-    def make(name: str, *, is_logged: bool = True) -> Record:
-        key, experiment = key_of(name), experiment_id(client, store, "detection")
+    def make(name: str, *, is_logged: bool = True, experiment: str = "detection") -> Record:
+        key, experiment = key_of(name), experiment_id(client, store, experiment)
         run_id = client.create_run(experiment, tags={"key": key}).info.run_id
         client.log_param(run_id, "key", key)
         record = make_run(tmp_path, key, run_id, files=stored)
@@ -85,3 +89,49 @@ def test_what_cannot_be_promoted_is_one_line(evaluated, run):
     code, _, err = run("promote", record.label, "--remove")
     assert code == 1
     assert "detection@production names no model; nothing is removed" in " ".join(err.split())
+
+
+KILLED = """
+import os, signal, sys
+from mlflow import MlflowClient
+
+name, when, *words = sys.argv[1:]
+original = getattr(MlflowClient, name)
+
+def killing(*arguments, **options):
+    if when == "after":
+        original(*arguments, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+setattr(MlflowClient, name, killing)
+from runkey.cli import main
+sys.argv[1:] = words
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_promote_that_was_killed_is_done_again_and_doubles_nothing(evaluated, run, store, when):
+    record, client = evaluated("a"), open_client(store)
+    for name in ("create_registered_model", "create_model_version", "set_registered_model_alias"):
+        command = [sys.executable, "-c", KILLED, name, when, "promote", record.label]
+        path = {"PYTHONPATH": str(Path(runkey.__file__).parents[1])}
+        done = subprocess.run(command, env=os.environ | path, capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    code, out, err = run("promote", record.label)
+    assert (code, err) == (0, "")
+    assert out == f"{record.label}: detection version 1 is models:/detection@production\n"
+    assert len(client.search_registered_models()) == 1
+    (version,) = client.search_model_versions("name = 'detection'")
+    assert version.run_id == record.run.run_id
+
+
+def test_a_quote_in_the_experiments_name_is_promoted_too(evaluated, run, store):
+    record = evaluated("a", experiment='Anna\'s "cells"')
+    for _ in range(2):
+        code, out, err = run("promote", record.label, "--json")
+        assert (code, err) == (0, "")
+        answer = json.loads(out)
+        assert (answer["name"], answer["version"]) == ('Anna\'s "cells"', "1")
+    assert registered_run(store.full_uri, answer["address"]) == record.run.run_id

@@ -19,6 +19,7 @@ from torchvision.ops import batched_nms
 
 from runkey.data.augment import resized_size
 from runkey.errors import LockError, ModelError
+from runkey.files import WriteError
 from runkey.inference import try_page
 from runkey.inference.model import InferenceCard, Model, load_model_folder
 from runkey.inference.try_page import TryPage, check_before, export_network, write_try_page
@@ -155,6 +156,18 @@ def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
     data = io.BytesIO()
     image.save(data, form, **options)
     return data.getvalue()
+
+
+def test_a_full_disk_leaves_no_half_page(
+    model: tuple[Model, Path], small_disk: Path, tmp_path: Path
+) -> None:
+    """The page has some 5 MB, the disk two."""
+    folder = model[1].parent / "model"
+    page = TryPage(model[0].card, export_network(folder), "rk2-0123", "", None)
+    with pytest.raises(WriteError, match=r"page.html.*No space left on device") as full:
+        write_try_page(page, small_disk / "page.html")
+    assert "\n" not in str(full.value)
+    assert not list(small_disk.iterdir())
 
 
 def check_equal(page: Page, model: Model, content: bytes) -> None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from runkey.cli import app
 from runkey.errors import ModelError
+from runkey.files import WriteError
 from runkey.inference.module import InferenceModule
 from runkey.inference.networks import TorchNetwork
 from runkey.inference.speed import AS_EVALUATED, FRONTIER_PNG, SPEED_JSON, find_report, write_report
@@ -19,6 +20,7 @@ from runkey.model.weights import load_model
 from runkey.pipeline import export, speed
 from tests.pipeline.test_export import sample_of
 from tests.support.exportable import save_small_model
+from tests.support.mlflow_store import fill
 
 REPOSITORY = Path(__file__).parents[2]
 INSTALLED = any(REPOSITORY.glob(".venv-export/lib/python3*/site-packages"))
@@ -117,3 +119,19 @@ def test_a_report_of_other_weights_is_not_taken(model, tmp_path):
     write_report(tmp_path / SPEED_JSON, replace(report, weights="0" * 64))
     with pytest.raises(ModelError, match="of other weights"):
         speed.fastest_export(model, 1.0)
+
+
+@pytest.mark.parametrize(("free", "written"), [(0, set()), (12288, {"speed.json"})])
+def test_on_a_full_disk_a_file_is_whole_or_not_there(model, tmp_path, small_disk, free, written):
+    (tmp_path / "speed").symlink_to(small_disk)
+    filler = fill(small_disk)
+    with filler.open("r+b") as file:
+        file.truncate(filler.stat().st_size - free)
+    done = run("speed", str(model), "--runtimes", "torch", "--seconds", "0")
+    assert isinstance(done.exception, WriteError)
+    line = str(done.exception)
+    assert "No space left on device" in line
+    assert "\n" not in line
+    assert {path.name for path in small_disk.iterdir()} == {"filler"} | written
+    if written:
+        assert find_report(model).images == 20

@@ -1,0 +1,3 @@
+"""The fixtures of this folder's tests, from tests/support."""
+
+from tests.support.mlflow_store import small_disk
