@@ -58,12 +58,16 @@ class PyfuncDetector:
             boxes in pixels of the upright image, inside it.
 
         Raises:
-            DataError: an image cannot be read.
+            DataError: an image cannot be read, or a parameter is not in its range.
         """
         import pandas as pd
 
         chosen = params or {}
         least, nms = float(chosen.get("score", AUTO)), float(chosen.get("nms", 0.0))
+        if least != AUTO and not 0 <= least <= 1:
+            raise DataError(f"score {least:g}: from 0 to 1, or {AUTO:g} for each class's threshold")
+        if not 0 <= nms <= 1:
+            raise DataError(f"nms {nms:g}: an IoU from 0 (none) to 1")
         score: Score = "auto" if least == AUTO else least
         contents = frame["image"] if hasattr(frame, "columns") else frame
         images = (_content(one, row) for row, one in enumerate(contents))

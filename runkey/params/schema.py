@@ -578,7 +578,7 @@ class Params(Section):
 
         Without `runtime`, that section is left out, as it is not part of the key.
         """
-        return _flatten(self.model_dump(mode="json", exclude=set() if runtime else {"runtime"}))
+        return flatten(self.model_dump(mode="json", exclude=set() if runtime else {"runtime"}))
 
     def written(self) -> dict[str, Any]:
         """Return the values as params.yaml has them: `data.checks` as a level and exceptions."""
@@ -587,11 +587,12 @@ class Params(Section):
         return tree
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested parameters by dotted name."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat

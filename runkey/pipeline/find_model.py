@@ -8,7 +8,7 @@ from pathlib import Path
 from runkey import paths
 from runkey.errors import ModelError, RegistryError, RunkeyError
 from runkey.files import FormatError, read_json
-from runkey.identity.key import SCHEMAS
+from runkey.identity.key import SCHEMAS, SHORT
 from runkey.identity.record import KEY_JSON, Record
 from runkey.registry.library import find_run, open_library, run_reader, split_address
 from runkey.registry.models import copy_model, registered_run
@@ -38,11 +38,15 @@ def find_model(reference: str | os.PathLike[str]) -> Path:
             f"{text}: no such file or folder, and no key; give a run's key (`runkey list`), a"
             " folder such as model/, an exported file, runs:/ID or models:/NAME@ALIAS"
         ) from None
-    here = None if run_id else _workspace_model(schema, digits)
-    if here:
-        return here
+    begins = [f"{schema}-{digits}"] if schema else [f"{one}-{digits}" for one in SCHEMAS]
+    here = None if run_id else _workspace_model(begins)
+    if here and len(digits) >= SHORT:
+        return here[1]
     store = find_store()
     library = open_library(store.full_uri, store.home, offline=True)
+    # The working tree's own run need not be in the store, but another key may begin so too.
+    if here and {one.key for begin in begins for one in library.matching(begin)} <= {here[0]}:
+        return here[1]
     return copy_model(library, store.home, find_run(library, text))
 
 
@@ -60,15 +64,14 @@ def _model_in(path: Path) -> Path:
     return found
 
 
-def _workspace_model(schema: str, digits: str) -> Path | None:
-    """The workspace's own model/, if it is of that key."""
+def _workspace_model(begins: list[str]) -> tuple[str, Path] | None:
+    """The workspace's key and its model/, if the key has one of these beginnings."""
     try:
         root = paths.workspace()
-        key = read_json(root / KEY_JSON, dict[str, object])["key"]
+        key = str(read_json(root / KEY_JSON, dict[str, object])["key"])
     except (RunkeyError, OSError, FormatError, KeyError):
         return None
-    begins = [f"{schema}-{digits}"] if schema else [f"{one}-{digits}" for one in SCHEMAS]
-    return root / paths.MODEL if str(key).startswith(tuple(begins)) else None
+    return (key, root / paths.MODEL) if key.startswith(tuple(begins)) else None
 
 
 def _of_run(store: Store, run_id: str, reference: str) -> Path:

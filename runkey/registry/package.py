@@ -45,6 +45,7 @@ from runkey.identity.record import (
 )
 from runkey.params import as_text, override, parse_params
 from runkey.params.load import parse_yaml
+from runkey.params.schema import flatten
 from runkey.paths import LOGS, PARAMS, RUN_JSON
 from runkey.progress import each
 from runkey.registry.archive import check_weights, parse_json, safe_path
@@ -59,9 +60,7 @@ logger = logging.getLogger(__name__)
 _LONGEST_PARAM = 6000
 """Characters that MLflow keeps."""
 
-RUN = "run"
-OBJECTS = "objects"
-BUNDLE = "snapshot.bundle"
+RUN, OBJECTS, BUNDLE = "run", "objects", "snapshot.bundle"
 
 
 class Runs(Protocol):
@@ -219,7 +218,6 @@ def check(folder: Path, key: str, where: str) -> Package:
 
 # DVC's part of a run.
 
-
 FILE = "dvc.json"
 """Artifact of a published run that holds the `DvcPart`."""
 
@@ -308,17 +306,12 @@ class DvcPart:
         """Compare the files of the run's own entry with those that the run recorded."""
         for name in own:
             # A log that lost lines is no output of the run.
-            if (
-                name not in details.files
-                and not name.endswith("/")
-                and LOGS not in Path(name).parents
-            ):
+            is_kept = name.endswith("/") or LOGS in Path(name).parents
+            if name not in details.files and not is_kept:
                 raise RegistryError(f"{name}: in DVC's entry, and the run recorded no such file")
         for name in details.outputs:
             if name not in details.files or name not in own:
-                raise RegistryError(
-                    f"{name}: an output of the run, and not among its files or DVC's"
-                )
+                raise RegistryError(f"{name}: an output of the run; not among its files or DVC's")
             if sha256_file(path_of(own[name])) != details.files[name].sha256:
                 raise RegistryError(
                     f"{name}: DVC object {own[name]} is not the file that the run recorded"
@@ -391,7 +384,7 @@ def collect(
 def _is_of_others(path: Path, params: Mapping[str, str]) -> bool:
     """Return True if an entry holds another value of a run's parameter."""
     tree = parse_yaml(path.read_text(encoding="utf-8"))
-    values = dict(leaves((tree.get("params") or {}).get(str(PARAMS)) or {}))
+    values = flatten((tree.get("params") or {}).get(str(PARAMS)) or {})
     for name in values.keys() & params.keys() - set(FILE_PARAMS):
         given = as_text(values[name])
         both = number(given), number(params[name])
@@ -451,7 +444,7 @@ class CheckedEntry:
 
         if not is_later and self.cmd not in recipe.cmd.values():
             contradict("not a command of the run's key")
-        values = dict(leaves(self.params.get(str(PARAMS)) or {}))
+        values = flatten(self.params.get(str(PARAMS)) or {})
         for name in values.keys() & recipe.preimages["params"].keys():
             given, keyed = values[name], recipe.preimages["params"][name]
             if name in FILE_PARAMS and str(keyed).startswith("sha256:"):
@@ -469,15 +462,6 @@ class CheckedEntry:
                 contradict(f"reads other data, {path}, than the run's key")
             if (path, md5) not in made and stated != f"md5:{md5}":
                 self.code[path] = md5
-
-
-def leaves(tree: Mapping[Any, Any], start: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted name and value of what nested parameters hold."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{start}{name}.")
-        else:
-            yield f"{start}{name}", value
 
 
 def _other_params(values: Mapping[str, Any], recipe: Recipe) -> str:
@@ -548,7 +532,6 @@ def _md5s_in(root: Path, oid: str, paths: Iterable[str]) -> dict[str, str]:
 
 
 # The form of a run-cache entry.
-
 
 _ENTRY_PATH = re.compile(r"([0-9a-f]{2})/(\1[0-9a-f]{62})/([0-9a-f]{64})")
 _LARGEST_ENTRY = 4 * MIB

@@ -49,11 +49,11 @@ from runkey.identity.record import (
     this_host,
 )
 from runkey.params import load_params
+from runkey.params.schema import flatten
 from runkey.paths import PARAMS
 from runkey.registry.archive import parse_json
 from runkey.registry.environment import compare_environment
 from runkey.registry.library import Library
-from runkey.registry.package import leaves
 from runkey.registry.snapshot import (
     ELSEWHERE,
     add_worktree,
@@ -422,7 +422,7 @@ def _differing(recipe: Recipe, found: Recipe, main: Path, root: Path) -> list[st
     if changed_files(main, git(root, "rev-parse", "HEAD"), recipe.preimages["code"]):
         differing.append("code")
     keyed, now = recipe.preimages["params"], found.preimages["params"]
-    written = {name for name, _ in leaves(read_yaml_text(root / PARAMS) or {})}
+    written = set(flatten(read_yaml_text(root / PARAMS) or {}))
     # A shorthand, such as data.checks.level, stands in keys as what it means.
     short = tuple(f"{name.rpartition('.')[0]}." for name in written - keyed.keys() if "." in name)
     compared = {n for n in keyed.keys() & now.keys() if n in written or n.startswith(short)}

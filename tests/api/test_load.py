@@ -126,6 +126,20 @@ def test_the_workspace_s_own_model_needs_no_store(checkout: Path, files: dict[st
     assert runkey.load(key_of("a")[:12]).card.thresholds == {}
 
 
+def test_a_beginning_that_another_key_has_too_is_refused(
+    record: Record, checkout: Path, files: dict[str, bytes]
+) -> None:
+    for path, content in files.items():
+        (checkout / path).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / path).write_bytes(content)
+    begin = record.key[:8]
+    assert find_model(begin) == checkout / "model"
+    make_run(checkout, f"{begin}{'0' * 60}", files=files)
+    with pytest.raises(RunkeyError, match=f"{begin}: 2 keys begin so"):
+        find_model(begin)
+    assert find_model(record.label) == checkout / "model"
+
+
 @pytest.mark.parametrize(
     ("reference", "message"),
     [

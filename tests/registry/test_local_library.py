@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -138,7 +139,11 @@ def test_a_damaged_cache_is_named_and_made_anew_by_the_next_run(
                 database.execute("PRAGMA user_version = 1")
         case "folder":
             cache.mkdir()
-    for ask in (lambda: library.find(Query()), lambda: library.matching("rk2-")):
+    asked: list[Callable[[], object]] = [
+        lambda: library.find(Query()),
+        lambda: library.matching("rk2-"),
+    ]
+    for ask in asked:
         with pytest.raises(RegistryError, match="`runkey index` writes it again") as caught:
             ask()
         assert str(cache) in str(caught.value)

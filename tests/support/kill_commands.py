@@ -8,7 +8,6 @@ it again until it ends by itself, and compares the work folder with that of a ro
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -28,7 +27,9 @@ from typing import Any
 
 import psutil
 
+from runkey.hashing import sha256_bytes
 from runkey.identity.record import RunPointer
+from runkey.registry.dvc_cache import md5_file
 from runkey.tracking.store import Store, free_port, start_server, stop_server, wait_until_healthy
 from tests.support.kill_digest import log_of
 from tests.support.kill_project import parameters
@@ -229,12 +230,13 @@ def _kill(process: subprocess.Popen[bytes], rng: random.Random, after: float, wo
 
 def processes(work: Path) -> list[psutil.Process]:
     """Processes whose current folder is in the work folder."""
-    found = []
-    for process in psutil.process_iter(["cwd", "status"]):
-        cwd = process.info["cwd"]
-        if cwd and Path(cwd).is_relative_to(work) and process.info["status"] != "zombie":
-            found.append(process)
-    return found
+    return [
+        process
+        for process in psutil.process_iter(["cwd", "status"])
+        if process.info["status"] != "zombie"
+        and process.info["cwd"]
+        and Path(process.info["cwd"]).is_relative_to(work)
+    ]
 
 
 def end_all(work: Path) -> None:
@@ -255,10 +257,8 @@ def outcome(bench: Bench, case: Case) -> dict[str, Any]:
     faults = [f"DVC's cache: {name} is damaged" for name in _damaged_objects(root)]
     faults += [f"unreadable run-cache entry {p.name}" for p in _entries(root) if not p.read_text()]
     found: dict[str, Any] = {"bits": _bits(root), "entries": _entry_names(root)}
-    for name, database in (
-        ("MLflow", root / "mlflow.db"),
-        ("server", bench.work / "server/mlflow.db"),
-    ):
+    databases = {"MLflow": root / "mlflow.db", "server": bench.work / "server/mlflow.db"}
+    for name, database in databases.items():
         if database.exists():
             found[f"{name} runs"], doubled = _runs_of(database)
             faults += [f"{name} has twice {point}" for point in doubled]
@@ -267,7 +267,7 @@ def outcome(bench: Bench, case: Case) -> dict[str, Any]:
             rows = database.execute("SELECT key, status FROM runs").fetchall()
         found["records"] = Counter(f"{key[:12]} {status}" for key, status in rows)
     if (root / "logs/train.jsonl").exists():
-        found["log"] = _sha256(json.dumps(log_of(root)).encode())
+        found["log"] = sha256_bytes(json.dumps(log_of(root)).encode())
     found["files"] = _names(bench.work)
     found["faults"] = faults
     return found
@@ -317,7 +317,7 @@ def _bits(root: Path) -> dict[str, str]:
     for top in _TREES:
         for path in sorted((root / top).rglob("*")):
             if path.is_file() and path.name != "measured.json":
-                found[path.relative_to(root).as_posix()] = _sha256(_without_clock(path))
+                found[path.relative_to(root).as_posix()] = sha256_bytes(_without_clock(path))
     return found
 
 
@@ -355,20 +355,19 @@ def _entries(root: Path) -> list[Path]:
 
 def _entry_names(root: Path) -> Counter[str]:
     """Number of run-cache entries by command; those behind run.json differ from run to run."""
-    return Counter(
-        re.sub(r"(?m)^cmd: ", "", p.read_text()).partition("\n")[0] for p in _entries(root)
-    )
+    first_lines = (p.read_text().partition("\n")[0] for p in _entries(root))
+    return Counter(line.removeprefix("cmd: ") for line in first_lines)
 
 
 def _damaged_objects(root: Path) -> list[str]:
     """Objects of DVC's cache whose bytes are not those of their name."""
-    wrong = []
-    for path in (root / ".dvc/cache/files/md5").rglob("*"):
-        name = path.parent.name + path.name
-        is_object = path.is_file() and re.fullmatch(r"[0-9a-f]{32}(\.dir)?", name)
-        if is_object and hashlib.md5(path.read_bytes()).hexdigest() != name.removesuffix(".dir"):
-            wrong.append(name)
-    return wrong
+    objects = (p for p in (root / ".dvc/cache/files/md5").rglob("*") if p.is_file())
+    names = {path: path.parent.name + path.name.removesuffix(".dir") for path in objects}
+    return [
+        name
+        for path, name in names.items()
+        if re.fullmatch("[0-9a-f]{32}", name) and md5_file(path) != name
+    ]
 
 
 def _files(work: Path) -> Iterator[Path]:
@@ -387,10 +386,6 @@ def _names(work: Path) -> Counter[str]:
     """Files of the work folder, ids in their names left out; of claims, whether there are any."""
     names = Counter(_normal(work, path) for path in _files(work))
     return Counter({name: 1 if "/claims/" in name else n for name, n in names.items()})
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _copy_tree(source: Path, target: Path) -> None:
@@ -532,6 +527,7 @@ def _damage(pattern: str, form: str) -> Callable[[Path], str]:
 
 
 _TRAIN = ("dvc", "repro", "train")
+_FETCH = ("runkey", "fetch", "{key}", "--server", "{address}")
 
 CASES = (
     Case("prepare", "begun", ("dvc", "repro", "prepare")),
@@ -546,13 +542,7 @@ CASES = (
     Case("export", "done", ("runkey", "export", "{key}", "../run.zip", "--force")),
     Case("import", "exported", ("runkey", "import", "../run.zip"), folder="second"),
     Case("publish", "served", ("runkey", "publish", "{key}", "--server", "{address}"), server=True),
-    Case(
-        "fetch",
-        "published",
-        ("runkey", "fetch", "{key}", "--server", "{address}"),
-        folder="second",
-        server=True,
-    ),
+    Case("fetch", "published", _FETCH, folder="second", server=True),
     Case("reproduce", "done", ("runkey", "reproduce", "{key}")),
     Case("exp run --temp", "done", ("dvc", "exp", "run", "--temp", "-S", LR)),
     Case("exp run --queue", "done", ("tests.support.kill_commands", "queue")),

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from runkey.errors import RegistryError, TrackingError
+from runkey.errors import DataError, RegistryError, TrackingError
 from runkey.hashing import sha256_file
 from runkey.identity.record import LoggedRun, Record
 from runkey.inference.pyfunc import OUTPUT_COLUMNS
@@ -140,6 +140,10 @@ def test_the_model_is_complete_and_has_signature_example_metrics_and_description
     least = float(found["score"].median())
     some = loaded.predict(loaded.input_example, params={"score": least})
     assert 0 < len(some) < 24
+    for wrong in ({"score": 1.5}, {"score": -0.5}, {"nms": -1.0}, {"nms": 2.0}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(DataError, match=f"{name} {value:g}: "):
+            loaded.predict(loaded.input_example, params=wrong)
 
 
 def test_another_evaluation_gives_another_model_only_if_its_files_differ(logged: Logged) -> None:
