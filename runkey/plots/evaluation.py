@@ -233,8 +233,10 @@ def _draw_sizes(axes: Any, stored: Metrics) -> None:
         by_size = (one["by_size"].get(size, _NO_SIZE) for one in stored["per_class"].values())
         total = sum(one["objects"] for one in by_size)
         ticks.append(f"{size}\n{counted(f'{total:,}', 'object')}")
-    ap = number(stored["AP"])
+    ap, low, high = (number(stored.get(f"AP{end}")) for end in ("", "_low", "_high"))
     axes.axhline(ap, color=style.BLACK, linestyle="--", linewidth=1.2, label="all sizes")
+    if low < high:
+        axes.axhspan(low, high, color=style.GREY, alpha=0.25, linewidth=0, label="95%")
     axes.set_xticks(range(len(ticks)), ticks)
     axes.set_ylabel("AP, 0 to 1")
     axes.grid(visible=False, axis="x")
@@ -250,12 +252,25 @@ def _draw_classes_by_size(axes: Any, classes: dict[str, ClassMetrics]) -> None:
     axes.barh(rows, highest - lowest, left=lowest, height=0.16, color=style.PALE, zorder=1)
     for of_size, (label, colour, shape) in zip(values, _SIZES.values(), strict=True):
         axes.scatter(of_size, rows, color=colour, marker=shape, s=30, label=label, zorder=3)
+    _draw_class_intervals(axes, list(classes.values()))
     names = [printable(name, f"class {row + 1}") for row, name in enumerate(classes)]
     axes.set_yticks(rows, [style.cut(name, 18) for name in names])
     axes.invert_yaxis()
     axes.set_xlabel("AP, 0 to 1")
     axes.grid(visible=False, axis="y")
     style.legend(axes)
+
+
+def _draw_class_intervals(axes: Any, classes: Sequence[ClassMetrics]) -> None:
+    """Draw the AP of all sizes and its 95% interval, of the classes that have one."""
+    ends = [[number(one.get(f"AP_{end}")) for one in classes] for end in ("low", "high")]
+    low, high = np.array(ends)
+    ap = np.array([number(one["AP"]) for one in classes])
+    rows = np.flatnonzero(np.isfinite(high))
+    look: dict[str, Any] = {"fmt": "|", "color": style.BLACK, "capsize": 3, "markersize": 9}
+    if len(rows):
+        errors = np.stack([ap - low, high - ap])[:, rows]
+        axes.errorbar(ap[rows], rows, xerr=errors, label="all, 95%", zorder=2, lw=1, **look)
 
 
 def reliability(scores: Calibration, path: Path) -> Path:

@@ -24,7 +24,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import Field
 
 from runkey import paths
-from runkey.evaluation.files import METRICS_JSON, Metrics
+from runkey.evaluation.files import METRICS_JSON, RESAMPLED, Metrics, Resampled
+from runkey.evaluation.noise import compare_scores
 from runkey.files import LARGE, FormatError, read_json, write_atomically
 from runkey.identity.key import PARTS
 from runkey.identity.record import KEY, KEY_JSON, LoggedRun, Record, RunManifest
@@ -42,6 +43,7 @@ from runkey.version import __version__
 logger = logging.getLogger(__name__)
 
 _METRICS = f"{paths.EVALUATION}/{METRICS_JSON}"
+_RESAMPLED = f"{paths.EVALUATION}/{RESAMPLED}"
 _THRESHOLDS = f"{paths.EVALUATION}/{THRESHOLDS}"
 _UNUSED = (
     *("model/weights", "model/model.json", "evaluation/predictions.json", "prepared/images.json"),
@@ -51,7 +53,8 @@ _UNUSED = (
 _REGULAR_EVENTS = ("training_start", "training_end", CLASS_SCORES)
 SCORES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_100", "loss")
 CLASS_COLUMNS = (
-    *("class", "objects", "AP", "AP50", "AR", "AP small", "AP medium", "AP large"),
+    *("class", "objects", "AP", "95% interval", "AP50", "AR"),
+    *("AP small", "AP medium", "AP large"),
     *("best F1", "at score"),
 )
 _ENVIRONMENT = {
@@ -207,6 +210,10 @@ class ReportedRun(Record):
                 return {name.removeprefix(prefix): values[name] for name in known}
         return {}
 
+    def resampled(self) -> Resampled | None:
+        """Return its AP on resampled sets of images; None if it has none, or damaged ones."""
+        return self.json(_RESAMPLED, Resampled) or None
+
     def hints(self) -> list[Hint]:
         """Return the hints that the training logged, and those that its log gives now."""
         return all_hints(self.log, self.params)
@@ -231,10 +238,11 @@ class ReportedRun(Record):
         for name in sorted(per_class, key=lambda name: (per_class[name].get("AP") or 0.0, name)):
             one = per_class[name]
             sizes = (one.get("by_size", {}).get(size, {}) for size in ("small", "medium", "large"))
-            values = [one.get(n) for n in ("AP", "AP50", "AR")] + [s.get("AP") for s in sizes]
+            values = [one.get(n) for n in ("AP50", "AR")] + [s.get("AP") for s in sizes]
             threshold: Mapping[str, Any] = thresholds.get(name) or {}
             values += [threshold.get("f1"), threshold.get("score")]
-            rows.append([name, f"{one.get('objects', 0):,}", *map(_number, values)])
+            first = [f"{one.get('objects', 0):,}", _number(one.get("AP")), _interval(one, "AP")]
+            rows.append([name, *first, *map(_number, values)])
         return rows
 
 
@@ -284,6 +292,7 @@ def write_report(runs: Sequence[ReportedRun], path: Path) -> Path:
     )
     environment.globals["counted"] = counted
     environment.filters |= {"number": _number, "text": _text, "changed": changed_params}
+    environment.filters["interval"] = _interval
     several = len(runs) > 1
     page = environment.get_template("page.html.jinja").render(
         title=", ".join(f"{run.label} {run.run.name}".strip() for run in runs),
@@ -410,8 +419,20 @@ def _differences(runs: Sequence[ReportedRun]) -> dict[str, list[list[str]]]:
             for name, *values in _differing(machines, _names(machines), "")
         ],
         "scores": [["duration", *(run.duration for run in runs)], *metrics],
+        "noise": _noise(runs),
         "classes": _compare_numbers(per_class, _names(per_class)),
     }
+
+
+def _noise(runs: Sequence[ReportedRun]) -> list[list[str]]:
+    """Return run and text of each AP that is compared with the first run's."""
+    first, *others = runs
+    scores, resampled = first.scores(), first.resampled()
+    return [
+        [run.label, str(found)]
+        for run in others
+        for found in compare_scores(scores, run.scores(), resampled, run.resampled())
+    ]
 
 
 def _names(values: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -441,6 +462,13 @@ def _compare_numbers(values: Sequence[Mapping[str, Any]], names: Iterable[str]) 
         if any(value is not None for value in found):
             rows.append([name, _number(first), *map(add, map(_number, others), changes)])
     return rows
+
+
+def _interval(metrics: Mapping[str, Any], name: str) -> str:
+    """Format the 95% interval of a metric; empty if it is not known."""
+    low, high = (metrics.get(f"{name}_{end}") for end in ("low", "high"))
+    known = isinstance(low, float) and isinstance(high, float)
+    return f"{_number(low)} to {_number(high)}" if known else ""
 
 
 def _number(value: Any) -> str:

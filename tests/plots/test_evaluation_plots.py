@@ -30,12 +30,13 @@ from runkey.evaluation.files import (
 )
 from runkey.evaluation.intervals import bootstrap
 from runkey.plots.evaluation import (
+    ap_by_size,
     confusion_matrix,
     precision_recall,
     write_evaluation_plots,
     write_precision_recall_table,
 )
-from tests.support.figures import figure_of
+from tests.support.figures import figure_of, labels_of
 
 MOST_BYTES = 150_000
 # Mathematics for matplotlib, long, without letters in the font, from right to left.
@@ -201,3 +202,19 @@ def test_settings_of_a_user_or_a_notebook_change_no_byte(tmp_path):
     subprocess.run(command, cwd=tmp_path / "here", env=environment, check=True)
 
     assert (tmp_path / "there.svg").read_bytes() == (tmp_path / "here.svg").read_bytes()
+
+
+def test_ap_is_drawn_with_its_interval_where_there_is_one(tmp_path):
+    def of(ap, **ends):
+        return {"AP": ap, "AP50": ap, "AR": ap, "objects": 5, "by_size": {}} | ends
+
+    classes = {"of before": of(0.4), "kite": of(0.6, AP_low=0.3, AP_high=0.8)}
+    stored = {"AP": 0.5, "AP_low": 0.45, "AP_high": 0.56, "per_class": classes}
+    left, right = figure_of(ap_by_size, stored, folder=tmp_path).axes
+    assert labels_of(left, "95%") == ["95%"]
+    (bars,) = right.containers[-1:]
+    ((start, end),) = bars.lines[2][0].get_segments()
+    assert (*start, *end) == pytest.approx((0.3, 1, 0.8, 1))  # in the row of the second class
+    older = {"AP": 0.5, "per_class": {"of before": of(0.4)}}
+    left, right = figure_of(ap_by_size, older, folder=tmp_path).axes
+    assert labels_of(left, "95%") == labels_of(right, "all") == []

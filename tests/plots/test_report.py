@@ -135,6 +135,31 @@ def test_of_two_runs_only_what_differs_is_on_top(a_run):
     assert page.text.count("The whole report of this run") == 2
 
 
+def test_how_sure_ap_is_stands_beside_it(a_run):
+    def files(ap, truth, *values):
+        scores = {"AP": ap, "AP_low": ap - 0.04, "AP_high": ap + 0.03, "AP50": 0.8}
+        one = {"AP": ap, "AP_low": ap - 0.1, "AP_high": ap + 0.1, "AP50": 0.6, "AR": 0.5}
+        scores["per_class"] = {"kite": one | {"objects": 7, "by_size": {}}}
+        resampled = {"truth": truth, "deviations": {"AP": 2.0, "AP50": None}}
+        resampled |= {"AP": values, "AP50": values}
+        return {
+            "evaluation/metrics.json": json.dumps(scores).encode(),
+            "evaluation/resampled.json": json.dumps(resampled).encode(),
+        }
+
+    one = a_run("lr=0.0001", changed=files(0.5, "images", 0.4, 0.5, 0.6))
+    two = a_run("lr=0.0005", changed=files(0.55, "images", 0.44, 0.55, 0.66))
+    three = a_run("lr=0.0009", changed=files(0.52, "others", 0.5, 0.5, 0.6))
+    text = report(one.label).text
+    assert "AP 0.500 95%: 0.460 to 0.530 AP50 0.800" in text
+    assert "kite 7 0.500 0.400 to 0.600 0.600 0.500" in text
+    top, _, _ = report(one.label, two.label, three.label).text.partition("The whole report")
+    assert (
+        f"{two.label} AP: +0.050 (95%: +0.034 to +0.066, paired by image): more than noise" in top
+    )
+    assert f"{three.label} AP: +0.020; the 95% intervals of the two, on different images" in top
+
+
 def test_runs_of_one_key_say_so(a_run):
     one = a_run("one", kind="empty")
     page = report(one.label, one.label)
