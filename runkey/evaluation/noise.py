@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from runkey.evaluation.files import Resampled
 from runkey.evaluation.intervals import METRICS, Interval, difference_interval
@@ -24,8 +24,8 @@ class ScoreDifference:
     difference: float
     """B - A."""
     interval: Interval | None
-    """95% interval of the difference, of runs that are compared in pairs; None also where their
-    resampled metrics do not differ."""
+    """95% interval of the difference, of runs that are compared in pairs; None also of equal
+    ones."""
     is_paired: bool
     is_noise: bool
 
@@ -36,7 +36,7 @@ class ScoreDifference:
             verdict = "overlap: may be noise" if self.is_noise else "do not overlap: no noise"
             return f"{start}; the 95% intervals of the two, on different images, {verdict}"
         if self.interval is None:
-            return f"{start} on the same images, whatever images are drawn"
+            return f"{start}: the same on each of these images"
         verdict = "within noise" if self.is_noise else "more than noise"
         low, high = self.interval.low, self.interval.high
         return f"{start} (95%: {low:+.3f} to {high:+.3f}, paired by image): {verdict}"
@@ -59,29 +59,40 @@ def compare_scores(
     found = []
     for name in METRICS:
         first, second = a.get(name), b.get(name)
-        if not isinstance(first, float) or not isinstance(second, float):
+        if not _is_share(first) or not _is_share(second):
             continue
-        difference = second - first
-        if resampled_a and resampled_b and resampled_a["truth"] == resampled_b["truth"]:
-            found.append(_paired(name, difference, resampled_a, resampled_b))
+        if paired := _paired(name, second - first, resampled_a, resampled_b):
+            found.append(paired)
         elif (one := _interval(a, name)) and (other := _interval(b, name)):
             overlap = one.low <= other.high and other.low <= one.high
-            found.append(ScoreDifference(name, difference, None, False, overlap))
+            found.append(ScoreDifference(name, second - first, None, False, overlap))
     return found
 
 
-def _paired(name: str, difference: float, a: Resampled, b: Resampled) -> ScoreDifference:
+def _paired(
+    name: str, difference: float, a: Resampled | None, b: Resampled | None
+) -> ScoreDifference | None:
+    """Compare in pairs; None if the runs were evaluated on different images, or it is not known."""
+    if a is None or b is None or a["truth"] != b["truth"]:
+        return None
     values_a, values_b = (one["AP"] if name == "AP" else one["AP50"] for one in (a, b))
-    known = [one for one in (a["deviations"].get(name), b["deviations"].get(name)) if one]
-    interval = None
-    if known:
-        interval = difference_interval(values_a, values_b, difference, max(known))
-    is_noise = interval.low <= 0 <= interval.high if interval else not difference
-    return ScoreDifference(name, difference, interval, True, is_noise)
+    if len(values_a) != len(values_b):  # of another number of sets
+        return None
+    if values_a == values_b and not difference:
+        return ScoreDifference(name, difference, None, True, True)
+    reach = max(one["deviations"].get(name) or 0.0 for one in (a, b))
+    if not reach > 0 or not all(map(_is_share, filter(None, (*values_a, *values_b)))):
+        return None
+    interval = difference_interval(values_a, values_b, difference, reach)
+    if interval is None:
+        return None
+    return ScoreDifference(name, difference, interval, True, interval.low <= 0 <= interval.high)
+
+
+def _is_share(value: object) -> TypeGuard[float]:
+    return isinstance(value, float) and 0 <= value <= 1
 
 
 def _interval(metrics: Mapping[str, Any], name: str) -> Interval | None:
     low, high = (metrics.get(f"{name}_{end}") for end in ("low", "high"))
-    if isinstance(low, float) and isinstance(high, float):
-        return Interval(low, high)
-    return None
+    return Interval(low, high) if _is_share(low) and _is_share(high) else None

@@ -75,7 +75,7 @@ def test_two_equal_models(made, tmp_path):
     a, resampled = evaluated(made, tmp_path, "a")
     ap = compare_scores(a, a, resampled, resampled)[0]
     assert (ap.difference, ap.interval, ap.is_noise) == (0, None, True)
-    assert str(ap) == "AP: +0.000 on the same images, whatever images are drawn"
+    assert str(ap) == "AP: +0.000: the same on each of these images"
 
 
 def test_other_images_are_compared_by_their_intervals(made, tmp_path):
@@ -86,6 +86,31 @@ def test_other_images_are_compared_by_their_intervals(made, tmp_path):
     assert not ap.is_paired
     assert not ap.is_noise
     assert "do not overlap" in str(ap)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"AP": []},
+        {"AP": [None] * 3},
+        {"AP": [1e308, -1e308, 1e308]},
+        {"AP": [float("nan"), 0.5, 0.5]},
+        {"deviations": {}},
+        {"deviations": {"AP": -1.0}},
+        {"deviations": {"AP": None}},
+    ],
+)
+def test_odd_values_are_compared_by_the_intervals_at_most(change):
+    good = {"truth": "t", "deviations": {"AP": 2.0}, "AP": [0.1, 0.2, 0.4], "AP50": []}
+    scores = {"AP": 0.2, "AP_low": 0.1, "AP_high": 0.4}
+    first = good | {"deviations": {}} if "deviations" in change else good
+    (ap,) = compare_scores(scores, scores | {"AP": 0.25}, first, good | change)
+    assert not ap.is_paired
+    assert ap.is_noise
+    assert compare_scores(scores, {"AP": 1e300}, good, good) == []
+    (no_end,) = compare_scores(scores, scores | {"AP_low": float("nan")}, good, good)
+    assert no_end.is_paired
+    assert compare_scores(scores, scores | {"AP_low": float("nan")}, good, None) == []
 
 
 def test_runs_without_intervals_are_not_judged(made, tmp_path):
