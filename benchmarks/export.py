@@ -1,6 +1,6 @@
 """Export the sample's run in every format, and large models; measure AP, size and time.
 
-    python -m benchmarks.export --run CHECKOUT [--parts sample alone large]
+    python -m benchmarks.export --run CHECKOUT [--parts sample alone large gate]
 
 CHECKOUT is a repository whose `dvc repro` has trained the sample.  `results/export.md` is written;
 `--parts` measures some of it anew.  The part `alone` installs onnxruntime, numpy and pillow into an
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,15 @@ import numpy as np
 import torch
 
 from runkey import params
+from runkey.data.index import ImageRecord, read_classes, read_index
+from runkey.inference.detections import Detections
 from runkey.inference.export import write_export
 from runkey.inference.module import EXPORTED, InferenceModule
 from runkey.inference.networks import FILES, TorchNetwork, open_export
 from runkey.model.detr import build_model
-from runkey.pipeline.export import ExportChoice, export_model
+from runkey.model.weights import ModelCard, Sizes
+from runkey.pipeline.export import ExportChoice, compare_export, export_model
+from runkey.pipeline.run_images import detections_by_image, find_sample
 
 REPOSITORY = Path(__file__).parents[1]
 RESULT = REPOSITORY / "benchmarks" / "results" / "export.md"
@@ -179,10 +184,68 @@ def alone(checkout: Path, out: Path) -> list[str]:
     return [f"{about} {ap}, {wall:.0f} s.", ""]
 
 
+def gate(checkout: Path, out: Path) -> list[str]:
+    """Compare exports of R50 and R101 with the models on the sample's val images.
+
+    Their weights are random, so the ground truth is what the model itself finds best.
+    """
+    records = read_index(checkout / "prepared/val.json")
+    classes = read_classes(checkout / "prepared/classes.json")
+    files = [checkout / "data" / record.file for record in records]
+    card = ModelCard(params.Model(), (), Sizes(120, 160))
+    images = find_sample(card, None, None, files)
+    rows: list[tuple[Any, ...]] = []
+    for name in ("detr, R50", "detr, R101"):
+        torch.manual_seed(0)
+        detector = build_model(params.Model(**LARGE[name]), len(classes)).eval()
+        network, truth = TorchNetwork(InferenceModule(detector)), []
+        for pixels in images.batches():
+            for number, found in detections_by_image(network(pixels.images), pixels).items():
+                truth.append(with_truth(records[number], number, found))
+        sample = replace(images, records=truth, classes=classes)
+        for export in FILES:
+            row: dict[str, Any] = {}
+            made: Any = {"format": 1, "key": None, "export": export, "precision": "fp32",
+                         "file": FILES[export], "thresholds": {},
+                         "classes": [{"index": one.index, "id": one.id, "name": one.name}
+                                     for one in classes],
+                         "sizes": {"short_side": 120, "long_side": 160, "intensity_range": None}
+                         }  # fmt: skip
+            folder = out / f"gate-{name}-{export}"
+            with timed(row):
+                write_export(detector, made, folder, options=EXPORTED)
+                parity = compare_export(detector, folder, ExportChoice(export), sample)
+            shutil.rmtree(folder)
+            seconds = f"{row['seconds']:.0f}", f"{row['wall']:.0f}"
+            aps = f"{parity.ap:.5f}", f"{parity.ap_model:.5f}"
+            passes = "yes" if parity.passed else "no"
+            rows.append((name, export, *aps, f"{parity.score_difference:.0e}", *seconds, passes))
+            print(*rows[-1], flush=True)
+    head = ("model", "format", "AP", "the model's AP", "scores within", "s", "wall s", "passes")
+    about = f"{len(files)} images of 160 x 120; the truth is what the model itself finds best."
+    return [about, "", *table(head, rows)]
+
+
+def with_truth(record: ImageRecord, number: int, found: Detections) -> ImageRecord:
+    """Return the record, under a number, with the four best detections as its objects."""
+    boxes = found.boxes_xyxy[:4].astype(float)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    return replace(
+        record,
+        id=number,
+        boxes_xywh=tuple(map(tuple, np.hstack([boxes[:, :2], sides]).tolist())),
+        labels=tuple(found.labels[:4].tolist()),
+        areas=tuple(sides.prod(1).tolist()),
+        crowd=(False,) * 4,
+        annotation_ids=tuple(range(4)),
+    )
+
+
 PARTS = {
     "sample": "The sample's run, gate included",
     "alone": "detect.py in an empty environment",
     "large": "Large models, random weights, one image of 480 x 640",
+    "gate": "R50 and R101 through the gate, random weights, the sample's val images",
 }
 
 
@@ -202,6 +265,7 @@ def main() -> None:
             "sample": lambda: sample(checkout, out),
             "alone": lambda: alone(checkout, out),
             "large": lambda: large(out),
+            "gate": lambda: gate(checkout, out),
         }
         for part in chosen.parts:
             lines = measure[part]()

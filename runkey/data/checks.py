@@ -356,6 +356,12 @@ class SourceChecks:
                 "are: width and height in the JSON seem to be placeholders",
                 "write the sizes of the files",
             )
+        elif boxes:  # too few to tell
+            self.findings.notes.append(
+                f"{self.coco.source.shown_json}: size_mismatch: fix scales {counted(boxes, 'box')}"
+                " down, and all would fit their files as they are: look at contact_sheet.jpg; if"
+                " width and height in the JSON are placeholders, write the sizes of the files"
+            )
 
     def _scan_images(
         self, images: list[CocoImage], cached: tuple[SplitName, ...]

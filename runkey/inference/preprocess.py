@@ -31,6 +31,8 @@ Source = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image |
 of 16 bits, or floats in 0..1."""
 MAX_MEGAPIXELS = 500.0
 """A larger file is refused before it is decoded (a decompression bomb)."""
+_STRIP = 2**22
+"""Pixels that are copied at once."""
 _SHAPES = "an array is [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], a torch tensor [3, H, W]"
 
 
@@ -120,7 +122,17 @@ def _upright(
             " bits, or floats in 0..1"
         ) from None
     rotation = decode.TURNED.get(orientation, (0, False))
-    return decode.turn(np.asarray(rgb), *rotation)
+    return decode.turn(_pixels(rgb), *rotation)
+
+
+def _pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """The pixels [H, W, 3]; in strips, as PIL would hold them twice beside the image."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        pixels[top : top + rows] = np.asarray(strip)
+    return pixels
 
 
 def _from_array(source: Any, name: str, intensity_range: IntensityRange | None) -> Image.Image:

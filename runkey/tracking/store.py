@@ -54,6 +54,10 @@ _ENVIRONMENT = {
 }
 
 
+_LOCKED_SECONDS = 5.0
+"""For which a locked database is waited for; a writer locks it for milliseconds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Store:
     """An MLflow tracking store."""
@@ -268,7 +272,7 @@ def _look_into(path: Path) -> None:
     """
     if not path.is_file():
         raise TrackingError(f"{path}: not a file; move it away: the next run makes a database")
-    with closing(sqlite3.connect(path, timeout=10.0)) as database:
+    with closing(sqlite3.connect(path, timeout=_LOCKED_SECONDS)) as database:
         database.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
 

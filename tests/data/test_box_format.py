@@ -228,6 +228,17 @@ def test_placeholders_of_the_same_shape_are_not_scaled(photos):
     assert "would scale 20 boxes, which all fit their files as they are" in said
 
 
+def test_few_boxes_that_fit_either_way_are_scaled_with_a_note(photos):
+    """Whether their sizes are placeholders cannot be told from so few."""
+    photos.train["images"][:4] = [
+        image | {"width": 640, "height": 480} for image in photos.train["images"][:4]
+    ]
+    report = photos.run(checks={"size_mismatch": "fix"})
+    assert report.counts == {"size_mismatch": {"fix": 4}}
+    (note,) = (one for one in report.notes if "size_mismatch" in one)
+    assert "fix scales 4 boxes down, and all would fit their files as they are" in note
+
+
 @pytest.mark.parametrize("factor", [0.5, 1 / 3, 1.7])
 def test_images_resized_after_labelling_are_scaled(photos, factor):
     """The sides are rounded to pixels, so that their factors differ a little."""

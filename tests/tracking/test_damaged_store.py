@@ -137,4 +137,4 @@ def test_a_locked_database_is_one_line(store: Store) -> None:
         began = time.monotonic()
         with pytest.raises(TrackingError, match=r"locked\); another process writes to it; try"):
             delete_run(store, RUN)
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 15  # 5 of them wait for the lock
