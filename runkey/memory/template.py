@@ -26,6 +26,8 @@ _STRIDES = (1, 2, 4, 8, 16, 32)
 _PADS = (8, 16, 32)
 # Rows and columns that TF's SAME padding adds before kernels of 3 and 5.
 _SAME = (1, 3)
+# Tokens of a ViT beside its patches: none, a class token, that and four registers.
+_PREFIX = (0, 1, 5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,6 @@ def quantities(one: MicroBatch, grid: Grid) -> NDArray[np.int64]:
     Simple numbers come before composed ones.
     """
     tokens = grid.tokens(one.height, one.width)
-    padded = [-(-tokens // pad) * pad for pad in _PADS]
     plain = [1]
     if grid.pad_multiple > 1:  # before those of the image, which are never larger
         sides, multiple = (one.height, one.width), grid.pad_multiple
@@ -61,15 +62,23 @@ def quantities(one: MicroBatch, grid: Grid) -> NDArray[np.int64]:
         plain += [height, width, *_cells(height, width).values()]
         for more in _SAME:
             plain += [(height // s + more) * (width // s + more) for s in _STRIDES]
+        for more in _PREFIX:
+            plain += _sequence((height // multiple) * (width // multiple) + more)
     plain += [one.height, one.width]
     for stride in grid.strides:
         plain += [-(-one.height // stride), -(-one.width // stride)]
     plain += _cells(one.height, one.width).values()
-    plain += [*padded, tokens * tokens, *(tokens * number for number in padded)]
+    plain += _sequence(tokens)[1:]
     if len(grid.strides) > 1:
         plain.append(tokens)
     # The second half begins with the images alone.
     return np.array([*plain, *(one.images * number for number in plain)], dtype=np.int64)
+
+
+def _sequence(tokens: int) -> list[int]:
+    """Return what attention over tokens allocates: by tokens, rounded up, and by pairs of them."""
+    padded = [-(-tokens // pad) * pad for pad in _PADS]
+    return [tokens, *padded, tokens * tokens, *(tokens * number for number in padded)]
 
 
 def _cells(height: int, width: int) -> dict[int, int]:

@@ -4,8 +4,9 @@
 numbers. `FastDetr` converges on small data: two-stage selection of reference boxes, conditional
 cross-attention, box refinement from layer to layer, and denoising queries; each class names its
 paper.
-Shapes: B images, H x W pixels, h x w tokens, S = h * w, Q queries, P denoising queries, T = P + Q,
-L decoder layers, K classes, D width, H heads, N boxes of all images, G denoising groups.
+Shapes: B images, H x W pixels, h x w tokens of a level, S tokens of all levels, Q queries,
+P denoising queries, T = P + Q, L decoder layers, K classes, D width, H heads, N boxes of all
+images, G denoising groups.
 """
 
 from __future__ import annotations
@@ -40,6 +41,16 @@ from runkey.model.transformer import (
 
 
 @dataclass(frozen=True, slots=True)
+class Level:
+    """The cells of a feature level."""
+
+    shape: tuple[int, int]
+    """(h, w)."""
+    padding: Tensor | None
+    """bool [B, h, w], True on padding; None: no padding."""
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """The encoder's output tokens."""
 
@@ -47,10 +58,10 @@ class Memory:
     """[B, S, D]."""
     position: Tensor
     """[B or 1, S, D]."""
-    shape: tuple[int, int]
-    """(h, w)."""
+    levels: list[Level]
+    """Of which the tokens are, one after the other."""
     padding: Tensor | None
-    """bool [B, h, w], True on padding; None: no padding."""
+    """bool [B, S], True on padding; None: no padding."""
     mask: Tensor | None
     """bool [B, 1, 1, S], True where a token may be attended to; None: everywhere."""
 
@@ -71,7 +82,14 @@ class Detector(nn.Module):
         super().__init__()
         # The reference keeps a positional encoding beside its backbone: hence "backbone.0.".
         self.backbone = nn.ModuleList([backbone])
-        self.input_proj = nn.Conv2d(backbone.channels[0], transformer.encoder.dim, kernel_size=1)
+        dim = transformer.encoder.dim
+        projections = [nn.Conv2d(channels, dim, kernel_size=1) for channels in backbone.channels]
+        self.level_embed: nn.Parameter | None = None
+        """[levels, D], added to the positions; None for one level, as in the reference."""
+        self.input_proj: nn.Conv2d | nn.ModuleList = projections[0]
+        if len(projections) > 1:
+            self.input_proj = nn.ModuleList(projections)
+            self.level_embed = nn.Parameter(torch.randn(len(projections), dim))
         self.input_norm = input_norm
         self.transformer = transformer
         self.grid_position = grid_position
@@ -84,17 +102,31 @@ class Detector(nn.Module):
         return cast(Backbone, self.backbone[0]).spec
 
     def encode(self, images: Tensor, padding_mask: Tensor | None) -> Memory:
-        """Run backbone, projection and encoder; `forward` describes the arguments."""
-        [(features, padding)] = self.backbone[0](images, padding_mask)
-        features = self.input_proj(features)
-        height, width = features.shape[-2:]
-        position = self.grid_position(padding, (height, width), features.device)
-        # float32 under autocast: in half precision neighbouring tokens look alike.
-        position = position.to(torch.promote_types(features.dtype, position.dtype))
-        mask = None if padding is None else ~padding.flatten(1)[:, None, None, :]
-        tokens = self.input_norm(features.flatten(2).transpose(1, 2))
+        """Run backbone, projections and encoder; `forward` describes the arguments."""
+        found = self.backbone[0](images, padding_mask)
+        projections: list[nn.Module] = [self.input_proj]
+        if self.level_embed is not None:
+            projections = list(cast(nn.ModuleList, self.input_proj))
+        levels, every, positions = [], [], []
+        for number, projection in enumerate(projections):
+            features, padding = found[number]
+            found[number] = None  # the model keeps no features longer than it needs them
+            features = projection(features)
+            height, width = features.shape[-2:]
+            position = self.grid_position(padding, (height, width), features.device)
+            # float32 under autocast: in half precision neighbouring tokens look alike.
+            position = position.to(torch.promote_types(features.dtype, position.dtype))
+            if self.level_embed is not None:
+                position = position + self.level_embed[number]
+            levels.append(Level((height, width), padding))
+            every.append(features.flatten(2).transpose(1, 2))
+            positions.append(position)
+        tokens, position = self.input_norm(_joined(every)), _joined(positions)
+        masks = [level.padding.flatten(1) for level in levels if level.padding is not None]
+        padding = _joined(masks) if masks else None
+        mask = None if padding is None else ~padding[:, None, None, :]
         tokens = self.transformer.encode(tokens, position, mask)
-        return Memory(tokens, position, (height, width), padding, mask)
+        return Memory(tokens, position, levels, padding, mask)
 
     def forward(
         self, images: Tensor, padding_mask: Tensor | None, targets: Targets | None = None
@@ -108,6 +140,11 @@ class Detector(nn.Module):
             targets: the true boxes; only read in training, to make denoising queries.
         """
         raise NotImplementedError
+
+
+def _joined(levels: list[Tensor]) -> Tensor:
+    """Join the levels' tokens [B, S, ...]."""
+    return levels[0] if len(levels) == 1 else torch.cat(levels, dim=1)
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
@@ -217,7 +254,7 @@ class ProposalHead(nn.Module):
         """
         tokens, initial = full_precision(memory.tokens), self._initial_boxes(memory)
         if memory.padding is not None:
-            padding = memory.padding.flatten(1)[..., None]
+            padding = memory.padding[..., None]
             tokens = tokens.masked_fill(padding, 0.0)
             initial = initial.masked_fill(padding, 0.0)
         # A traced graph is for images of any size.
@@ -234,9 +271,15 @@ class ProposalHead(nn.Module):
         return tokens, initial, scores
 
     def _initial_boxes(self, memory: Memory) -> Tensor:
-        """A box of one size around each token's centre: logits of cxcywh [B or 1, S, 4]."""
-        centres = grid_centres(memory.padding, memory.shape, memory.tokens.device)
-        return torch.cat((centres, torch.full_like(centres, self.initial_box)), dim=-1).logit()
+        """A box around each token's centre: logits of cxcywh [B or 1, S, 4]."""
+        boxes = []
+        for number, level in enumerate(memory.levels):
+            centres = grid_centres(level.padding, level.shape, memory.tokens.device)
+            # Twice as large from level to level (Deformable DETR), as the strides are.
+            size = self.initial_box * 2.0 ** (number - len(memory.levels) // 2)
+            size = min(size, max(self.initial_box, 0.9))  # logits are of numbers below 1
+            boxes.append(torch.cat((centres, torch.full_like(centres, size)), dim=-1).logit())
+        return _joined(boxes)
 
 
 class ConditionalAttention(Attention):

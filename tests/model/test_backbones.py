@@ -12,7 +12,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from runkey import params
 from runkey.errors import ParamsError
-from runkey.model.backbones import build_backbone, check, spec_of
+from runkey.model.backbones import build_backbone, check, spec_of, strides_of
 from runkey.model.backbones.layers import conv_norm
 from runkey.model.detr import build_model
 
@@ -97,12 +97,16 @@ def test_checkpointing_changes_no_number(backbone, preset, images):
     [
         (
             {"backbone": "resnet19"},
-            "model.backbone = 'resnet19': should be one of compact, resnet18, resnet34, resnet50,"
-            " resnet101, lite0",
+            "model.backbone = 'resnet19': should be compact, resnet18, resnet34, resnet50,"
+            " resnet101, lite0 or timm:NAME",
         ),
         (
             {"dilation": True},
             "model.dilation = true: needs resnet50 or resnet101, not compact",
+        ),
+        (
+            {"feature_strides": (8, 16)},
+            "model.feature_strides = [8, 16]: backbone compact has no 16, but 4, 8",
         ),
         ({"frozen_stages": 4}, "model.frozen_stages = 4: backbone compact has 3"),
     ],
@@ -119,3 +123,36 @@ def test_bodies_are_known_without_torch():
     code = "import sys; from runkey.model.backbones import check, spec_of; spec_of('lite0')"
     code += "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("backbone", ["compact", "resnet18", "resnet50", "lite0"])
+@pytest.mark.parametrize("preset", ["fast", "detr"])
+def test_several_levels_become_tokens(backbone, preset):
+    """Each level's tokens are its cells; a mask changes no number, and all levels are trained."""
+    strides = (4, 8) if backbone == "compact" else (8, 16, 32)
+    model = params.Model(
+        backbone=backbone, preset=preset, feature_strides=strides, hidden_dim=32, num_heads=4
+    )
+    torch.manual_seed(0)
+    net = build_model(model, 3)
+    images = torch.randn(2, 3, 64, 96)
+    memory = net.encode(images, None)
+    cells = [(-(-64 // stride), -(-96 // stride)) for stride in strides]
+    assert [level.shape for level in memory.levels] == cells
+    assert memory.tokens.shape == (2, sum(h * w for h, w in cells), 32)
+    assert strides_of(model) == strides
+    mask = torch.zeros(2, 64, 96, dtype=torch.bool)
+    torch.testing.assert_close(net(images, mask).logits, net(images, None).logits)
+    outputs = net(images, None)
+    (outputs.logits.square().sum() + outputs.boxes_cxcywh.square().sum()).backward()
+    for name, parameter in net.named_parameters():
+        if name.startswith(("level_embed", "input_proj", "backbone")):
+            assert parameter.grad is not None, name
+
+
+def test_dilation_changes_the_last_stride():
+    model = params.Model(backbone="resnet50", dilation=True)
+    assert strides_of(model) == (16,)
+    both = model.model_copy(update={"feature_strides": (8, 16)})
+    assert strides_of(both) == (8, 16)
+    assert build_backbone(both).channels == (512, 2048)

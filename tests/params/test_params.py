@@ -89,6 +89,10 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
         {"training": {"epochs": True}},
         "training.epochs = true: should be a number, not true or false",
     ),
+    "feature levels that do not rise": (
+        {"model": {"feature_strides": [16, 8]}},
+        "model: feature_strides [16, 8] must rise",
+    ),
     "unknown choice": (
         {"model": {"norm": "batch"}},
         "model.norm = 'batch': should be 'live' or 'frozen'",

@@ -94,26 +94,48 @@ def spec_of(name: str) -> BodySpec:
     Raises:
         ParamsError: there is no such body.
     """
+    if name.startswith("timm:"):
+        spec: BodySpec = _file_of(name).spec_of(name)
+        return spec
     if name not in _SPECS:
-        raise ParamsError(f"model.backbone = '{name}': should be one of {', '.join(_SPECS)}")
+        known = ", ".join(_SPECS)
+        raise ParamsError(f"model.backbone = '{name}': should be {known} or timm:NAME")
     return _SPECS[name][1]
 
 
 def levels_of(model: params.Model) -> list[int]:
-    """Return the positions in `BodySpec.strides` of the levels that a model uses."""
+    """Return the positions in `BodySpec.strides` of the levels that a model uses.
+
+    Raises:
+        ParamsError: the body has no level of a stride in `model.feature_strides`.
+    """
     spec = spec_of(model.backbone)
-    return [spec.strides.index(spec.default_stride)]
+    if model.feature_strides == "auto":
+        return [spec.strides.index(spec.default_stride)]
+    # Of two levels of one stride, which dilation makes, the later one.
+    positions = {stride: level for level, stride in enumerate(_all_strides(model, spec))}
+    if missing := [stride for stride in model.feature_strides if stride not in positions]:
+        raise ParamsError(
+            f"model.feature_strides = {list(model.feature_strides)}: backbone {spec.name} has no"
+            f" {missing[0]}, but {', '.join(map(str, positions))}"
+        )
+    return [positions[stride] for stride in model.feature_strides]
 
 
 def strides_of(model: params.Model) -> tuple[int, ...]:
-    """Return the pixels from token to token of each level that a model uses, finest first."""
-    spec = spec_of(model.backbone)
-    strides = [spec.strides[level] for level in levels_of(model)]
-    return tuple(stride // 2 if _is_dilated(model, stride) else stride for stride in strides)
+    """Return the pixels from token to token of each level that a model uses, finest first.
+
+    Raises:
+        ParamsError: see `levels_of`.
+    """
+    every = _all_strides(model, spec_of(model.backbone))
+    return tuple(every[level] for level in levels_of(model))
 
 
-def _is_dilated(model: params.Model, stride: int) -> bool:
-    return model.dilation and stride == spec_of(model.backbone).strides[-1]
+def _all_strides(model: params.Model, spec: BodySpec) -> tuple[int, ...]:
+    if not model.dilation:
+        return spec.strides
+    return (*spec.strides[:-1], spec.strides[-1] // 2)
 
 
 def check(model: params.Model) -> None:
@@ -123,6 +145,7 @@ def check(model: params.Model) -> None:
         ParamsError: there is no such body, or it has no such thing.
     """
     spec = spec_of(model.backbone)
+    levels_of(model)
     if model.frozen_stages > spec.stages:
         raise ParamsError(
             f"model.frozen_stages = {model.frozen_stages}: backbone {spec.name} has {spec.stages}"
@@ -152,7 +175,7 @@ def rename(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _file_of(name: str) -> Any:
     """Return the module of a body."""
     # Imported here, as they import torch; by name, as the key follows imports.
-    from runkey.model.backbones import compact, lite, resnet
+    from runkey.model.backbones import compact, lite, resnet, timm
 
-    spec_of(name)
-    return {"compact": compact, "lite": lite, "resnet": resnet}[_SPECS[name][0]]
+    files = {"compact": compact, "lite": lite, "resnet": resnet}
+    return timm if name.startswith("timm:") else files[_SPECS[name][0]]
