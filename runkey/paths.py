@@ -18,6 +18,8 @@ from runkey.hashing import sha256_bytes
 PARAMS = Path("params.yaml")
 LOCK = Path("conda-lock.yml")
 REQUIREMENTS = Path("requirements.txt")
+INITIAL_WEIGHTS = Path(".initial_weights")
+"""Links to weights that parameters name, the output of the stage `check`."""
 PREPARED = Path("prepared")
 MEMORY = Path("memory")
 MODEL = Path("model")

@@ -24,7 +24,7 @@ from runkey.files import (
     parse_json,
     read_text,
 )
-from runkey.paths import PARAMS
+from runkey.paths import INITIAL_WEIGHTS, PARAMS
 
 PIPELINE = Path("dvc.yaml")
 _OUTPUTS = ("outs", "metrics", "plots")
@@ -120,7 +120,8 @@ def _stage(name: str, entry: Any, values: Mapping[str, Any]) -> Stage:
     return Stage(
         name=name,
         cmd=" ".join(_TEMPLATE.sub(value_of, entry["cmd"]).split()),
-        deps=paths("deps"),
+        # In keys stand the hashes of the weights that it leads to, and no stage `check`.
+        deps=tuple(p for p in paths("deps") if p != INITIAL_WEIGHTS.name),
         params=tuple(p for item in listed("params") for p in _param_names(name, item)),
         outs=tuple(out for key in _OUTPUTS for out in paths(key)),
     )

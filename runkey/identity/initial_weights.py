@@ -12,16 +12,14 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runkey import paths
 from runkey.errors import RecipeError
-from runkey.files import LARGE, read_json
 from runkey.hashing import sha256_file
-from runkey.identity.dvc_yaml import read_yaml_text
-from runkey.identity.key import ANY_SCHEMA, FILE_PARAMS, NO_FILE, SCHEMAS, Recipe, short_key
+from runkey.identity.key import ANY_SCHEMA, FILE_PARAMS, NO_FILE, SCHEMAS, short_key
 from runkey.identity.pinned_weights import (
     DETECTORS,
     FOLDER,
@@ -30,7 +28,7 @@ from runkey.identity.pinned_weights import (
     PinnedWeights,
     pinned_by,
 )
-from runkey.identity.record import KEY_JSON, Record, age
+from runkey.identity.record import Record, age
 from runkey.identity.record_cache import open_records, read_records
 
 WEIGHTS = "weights.safetensors"
@@ -40,10 +38,9 @@ CARD = "model.json"
 """Beside the weights of a saved model: its classes, by which rows of heads are matched."""
 
 _KEY = re.compile(rf"(?:({ANY_SCHEMA})-)?([0-9a-f]{{4,64}})")
-LINKS = Path(".initial_weights")
 _ABOUT_LINKS = """\
 Links to the weights that params.yaml names, made by `runkey params --check`, so that `dvc repro`
-sees when a file changes. Delete this folder if DVC says that a file in it does not exist.
+trains again when a file changes. Delete this folder if DVC says that a file in it does not exist.
 """
 COPIES = Path("initial")
 """Below `paths.HOME`: copies of runs' models, in a folder named by the hash of the weights."""
@@ -202,47 +199,12 @@ def readable_path(name: str, value: str, root: Path, backbone: str) -> Path:
     return _of_run(value, key, _main(root)).file if key and is_run else root / value
 
 
-def check_same_weights(recipe: Recipe, values: Mapping[str, Any], root: Path) -> None:
-    """Check that DVC sees all that differs from the run whose model is in model/.
-
-    DVC compares the names of weights files, so it would keep model/ if only their content changed.
-
-    Args:
-        recipe: of the stage `train`, as the files are now.
-        values: the parameters under dotted names.
-        root: the workspace.
-
-    Raises:
-        RecipeError: weights alone were changed, under the name that dvc.lock has.
-    """
-    try:
-        trained = Recipe.from_dict(read_json(root / KEY_JSON, dict[str, Any], LARGE))
-        lock = read_yaml_text(root / "dvc.lock")["stages"][recipe.stage]["params"]
-        locked = {name: lock[paths.PARAMS.name]["model"].get(_field(name)) for name in FILE_PARAMS}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecipeError):
-        return  # nothing is trained, or other checks name the fault
-    then, now = trained.preimages["params"], recipe.preimages["params"]
-    changed = {name: then.get(name) for name in FILE_PARAMS if then.get(name) != now.get(name)}
-    otherwise = replace(recipe, preimages={**recipe.preimages, "params": now | changed})
-    names = [name for name in changed if locked[name] == str(values[name])]
-    if names and len(names) == len(changed) and otherwise.key == trained.key:
-        raise RecipeError(
-            f"{paths.PARAMS}: {names[0]} = {values[names[0]]}: the file changed since model/ was"
-            " trained from it, and DVC sees its name alone; `dvc repro -f -s train` trains again,"
-            " then `dvc repro`"
-        )
-
-
-def _field(name: str) -> str:
-    return name.removeprefix("model.")
-
-
 def link_weights(values: Mapping[str, Any], root: Path) -> None:
-    """Make `LINKS`, the output of the stage `check`, for parameters under dotted names.
+    """Make the output of the stage `check`, for parameters under dotted names.
 
-    DVC hashes an output through links, and runs the stage again when the content has changed.
+    DVC hashes it through the links, so that `train` runs again when the content has changed.
     """
-    folder = root / LINKS
+    folder = root / paths.INITIAL_WEIGHTS
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / "README").write_text(_ABOUT_LINKS)

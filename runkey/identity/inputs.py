@@ -347,14 +347,10 @@ def tree_note(root: Path, params: Params | None = None, home: Path | None = None
     has_weights = any(values.get(name) not in NO_FILE for name in FILE_PARAMS)
     note = ""
     if recipe.key != key:
-        # DVC sees the name of the weights, not the file.
-        force = (
-            " (`dvc repro -f -s train`, if weights were changed in place)" if has_weights else ""
-        )
         note = (
             f"{RUN_JSON} is of {short_key(key)}, the files here now have the key"
             f" {short_key(recipe.key)}; `runkey diff {short_key(key)} .` says why, `dvc repro`"
-            f" trains it{force}"
+            " trains it"
         )
     if home and state and not has_weights:
         with suppress(OSError):  # a read-only folder

@@ -32,6 +32,7 @@ from runkey.identity.dvc_yaml import (
     read_yaml_text,
 )
 from runkey.identity.record import Record, StoredFile
+from runkey.paths import INITIAL_WEIGHTS
 from runkey.progress import progress
 from runkey.registry.library import Library, inside
 
@@ -154,7 +155,7 @@ class DvcCache:
         for file in self.runs.glob("*/*/*"):
             with suppress(OSError):  # a temporary file of DVC, or deleted meanwhile
                 deps, _, outs = file.read_text("utf-8", "replace").partition("\nouts:\n")
-                items = set(_ITEM.findall(deps)), set(_ITEM.findall(outs))
+                items = _without_links(_ITEM.findall(deps)), set(_ITEM.findall(outs))
                 found[file.relative_to(self.runs).as_posix()] = items
         return found
 
@@ -171,9 +172,15 @@ class DvcCache:
         """The entry in a file; None if it is torn (DVC ignores it then, too)."""
         try:
             tree = read_yaml_text(self.runs / path)
-            return Entry(path, md5s(tree.get("deps") or (), "path"), md5s(tree["outs"], "path"))
+            deps = _without_links(md5s(tree.get("deps") or (), "path").items())
+            return Entry(path, dict(deps), md5s(tree["outs"], "path"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
+
+
+def _without_links(deps: Iterable[tuple[str, str]]) -> Items:
+    """Leave out the links to initial weights, whose hash is a parameter of the key."""
+    return {(path, md5) for path, md5 in deps if path != INITIAL_WEIGHTS.name}
 
 
 def linked(

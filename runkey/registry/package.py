@@ -46,7 +46,7 @@ from runkey.identity.record import (
 from runkey.params import as_text, override, parse_params
 from runkey.params.load import parse_yaml
 from runkey.params.schema import flatten
-from runkey.paths import LOGS, PARAMS, RUN_JSON
+from runkey.paths import INITIAL_WEIGHTS, LOGS, PARAMS, RUN_JSON
 from runkey.progress import each
 from runkey.registry.archive import check_weights, parse_json, safe_path
 from runkey.registry.dvc_cache import DvcCache, files_of, linked, md5_file
@@ -580,6 +580,7 @@ def _check_entry(path: str, text: str) -> CheckedEntry:
         {safe_path(item["path"], where): item["md5"] for item in entry[kind]}
         for kind in ("deps", "outs")
     )
+    deps.pop(INITIAL_WEIGHTS.name, None)  # their hash is a parameter of the key
     return CheckedEntry(path, entry["cmd"], deps, entry.get("params", {}), outs)
 
 
