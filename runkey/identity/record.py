@@ -28,6 +28,7 @@ from runkey.hashing import sha256_file
 from runkey.identity.code import imported_files, undeclared
 from runkey.identity.environment import differences, installed_packages, read_requirements
 from runkey.identity.key import ANY_SCHEMA, FILE_PARAMS, PARTS, SHORT, Recipe, short_key
+from runkey.identity.pinned_weights import pinned_of
 from runkey.paths import REQUIREMENTS
 
 logger = logging.getLogger(__name__)
@@ -217,8 +218,17 @@ class StartedFrom:
 
     @property
     def label(self) -> str:
-        """The parent's short key, or the hash of the weights, for messages."""
+        """The parent's short key, or the name or hash of the weights, for messages."""
+        if self.key is None and (row := pinned_of(self.weights)):
+            return row.name
         return short_key(self.key) if self.key else f"weights {self.weights[:SHORT]}"
+
+    @property
+    def about(self) -> str:
+        """One line about the weights: published ones with their licence, others by their hash."""
+        if row := pinned_of(self.weights):
+            return row.about
+        return f"sha256 {self.weights}{f' of {short_key(self.key)}' if self.key else ''}"
 
     @property
     def tags(self) -> dict[str, str | None]:

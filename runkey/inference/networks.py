@@ -347,6 +347,8 @@ class Card(TypedDict):
     """md5 and number of the training data's images."""
     started_from: NotRequired[dict[str, str | None]]
     """Key of the run whose weights training began with, their sha256, the parameter's name."""
+    pretrained: NotRequired[dict[str, str]]
+    """Published weights that training began with: name, file, sha256, licence."""
     licence: NotRequired[list[str]]
     """What the training data say of their licences and authors."""
     environment: NotRequired[dict[str, str]]

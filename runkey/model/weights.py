@@ -76,6 +76,20 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
+class Pretrained:
+    """Published weights that training began with, by itself or by way of another run's."""
+
+    name: str
+    """As `runkey weights` lists them."""
+    file: str
+    sha256: str
+    licence: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.file}, sha256 {self.sha256}, {self.licence})"
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCard:
     """The parameters, classes and image sizes of a saved model."""
 
@@ -85,6 +99,8 @@ class ModelCard:
     """The K classes, in order of their index."""
     sizes: Sizes
     """Of the images that it was evaluated on."""
+    pretrained: Pretrained | None = None
+    """Whose licence the weights may carry; None: none, or weights that are not known."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for classes out of order."""

@@ -92,7 +92,8 @@ def evaluate(root: Path) -> None:
     metrics = evaluation.metrics("eval/") | class_metrics(evaluation.result.per_class)
     metrics |= {f"eval/{n}": v for n, v in ends(resampled.intervals).items() if v is not None}
     run.add_evaluation(recipe.key, metrics)
-    run.save_model(card.model.preset, result, metrics)
+    began = f"\n\nTrained from published weights: {card.pretrained}." if card.pretrained else ""
+    run.save_model(card.model.preset, f"{result}{began}", metrics)
     logger.info(describe_thresholds(thresholds))
     objects = sum(one.objects for one in evaluation.result.per_class)
     if note := describe_few_objects(objects, few["AP"], resampled.intervals["AP"]):

@@ -320,6 +320,8 @@ def _card(
         "options": {name: value for name, value in asdict(choice.options).items() if value},
         "environment": versions(choice.format),
     }
+    if card.pretrained:
+        made["pretrained"] = asdict(card.pretrained)
     if (model / WEIGHTS).is_file():
         made["weights"] = sha256_file(model / WEIGHTS)
     if recipe:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runkey import paths
 from runkey.data.index import read_classes
 from runkey.hashing import sha256_file
 from runkey.identity.initial_weights import InitialWeights, find_initial_weights
 from runkey.identity.key import FILE_PARAMS, NO_FILE
+from runkey.identity.pinned_weights import BACKBONE_WEIGHTS, INIT_FROM, pinned_of
 from runkey.params import Params
 from runkey.registry.dvc_cache import download
 from runkey.registry.library import open_library
 from runkey.registry.weights import get_weights
 from runkey.tracking.store import locate_store
+
+if TYPE_CHECKING:
+    from runkey.model.weights import Pretrained
 
 
 def get_initial_weights(params: Params, root: Path) -> list[InitialWeights]:
@@ -37,6 +42,24 @@ def get_initial_weights(params: Params, root: Path) -> list[InitialWeights]:
             library = open_library(store.full_uri, store.home)
             download(library, one.run, one.run_files, one.file.parent.parent)
     return found
+
+
+def pretrained_of(params: Params, root: Path) -> Pretrained | None:
+    """Return the published weights that training begins with, by itself or by way of a model's.
+
+    They are known by their hash, also where a file of another name holds them. A folder or run says
+    in its card what it began with.
+    """
+    from runkey.model.weights import Pretrained, read_card  # they import torch
+
+    values = params.flat()
+    name = INIT_FROM if values[INIT_FROM] is not None else BACKBONE_WEIGHTS
+    if values[name] in NO_FILE:
+        return None
+    found = find_initial_weights(name, values[name], root, backbone=params.model.backbone)
+    if row := found.published or pinned_of(found.sha256):
+        return Pretrained(row.name, row.file, row.sha256, row.licence)
+    return read_card(found.file.parent).pretrained if found.card else None
 
 
 def check_initial_weights(params: Params, root: Path) -> None:

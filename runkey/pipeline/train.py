@@ -23,7 +23,7 @@ from runkey.memory.choose import MemoryPlan, plan_memory
 from runkey.memory.measure import CALIBRATION
 from runkey.model.weights import CardClass, ModelCard, Sizes, save_model
 from runkey.params import Params
-from runkey.pipeline.initial_weights import get_initial_weights
+from runkey.pipeline.initial_weights import get_initial_weights, pretrained_of
 from runkey.pipeline.once import KeyClaim
 from runkey.pipeline.record import Run, recorded, save_run
 from runkey.pipeline.validation import build_validation
@@ -134,7 +134,7 @@ def _train(run: Run, context: TrainContext, interrupts: Interrupts) -> None:
         shorter, longer = max(section.short_sides), section.long_side
         sizes = Sizes(shorter, longer, section.intensity_range)
         classes = tuple(CardClass(c.index, c.id, c.name) for c in validation.classes)
-        card = ModelCard(params.model, classes, sizes)
+        card = ModelCard(params.model, classes, sizes, pretrained_of(params, root))
         save_model(root / paths.MODEL, result.best_weights, card)
         # Few numbers, since `dvc metrics show` prints them in one line.
         last = result.history[-1]

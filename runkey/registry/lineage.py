@@ -19,6 +19,7 @@ from runkey.errors import RegistryError
 from runkey.files import parse_json
 from runkey.identity.initial_weights import recorded_with, weights_of
 from runkey.identity.key import FILE_PARAMS, short_key
+from runkey.identity.pinned_weights import pinned_of
 from runkey.identity.record import KEY_JSON, STARTED_WEIGHTS, Record, StartedFrom
 from runkey.registry.library import Library, LocalLibrary, canonical, find_run
 from runkey.registry.query import Condition, Field, Query
@@ -124,7 +125,8 @@ def _about(record: Record) -> str:
 
 def _missing(began: StartedFrom) -> str:
     if began.key is None:
-        return f"{began.label} of no recorded run"
+        row = pinned_of(began.weights)
+        return row.about if row else f"{began.label} of no recorded run"
     short = short_key(began.key)
     return f"{short}: missing here; `runkey fetch {short}` looks on the team's server"
 

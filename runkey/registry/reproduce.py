@@ -368,6 +368,8 @@ def _train_again(
 ) -> tuple[RunComparison, dict[str, Any]]:
     """Train and evaluate in the worktree; compare."""
     _fetch_data(root, env, output)
+    if began := record.started_from:
+        logger.info(f"initial weights: {began.about}")
     (root / "dvc.lock").unlink(missing_ok=True)
     logger.info("training again: dvc repro without its run-cache")
     begin = time.monotonic()

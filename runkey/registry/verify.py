@@ -19,12 +19,14 @@ from runkey.files import parse_json
 from runkey.hashing import hash_stream, sha256_file
 from runkey.identity.dvc_yaml import DIR
 from runkey.identity.key import PARTS, Recipe, older_rule
+from runkey.identity.pinned_weights import FOLDER, pinned_of
 from runkey.identity.record import DETAILS, KEY, KEY_JSON, ORIGIN, Details, Record, this_host
 from runkey.paths import RUN_JSON
 from runkey.progress import Steps, progress
 from runkey.registry.dvc_cache import DvcCache, files_of, md5_file
 from runkey.registry.library import Library, ReadRun, finished_runs
 from runkey.registry.snapshot import REFS, changed_files, has_commit, has_git, has_snapshot
+from runkey.registry.weights import is_here
 from runkey.units import counted
 
 State = Literal["ok", "warning", "fault"]
@@ -230,6 +232,21 @@ def _check_files(report: Report) -> str:
     return f"{counted(len(files), 'file')}, {size / 1e6:.1f} MB: {how} as recorded"
 
 
+def _check_initial_weights(report: Report) -> str:
+    """Name the weights that it began with; of published ones, look at the download."""
+    began = report.record.started_from
+    if began is None:
+        return ""
+    row = pinned_of(began.weights)
+    path = report.sources.root / FOLDER / row.file if row else None
+    if row is None or path is None or not path.exists():
+        return began.about if row is None else f"{began.about}; not in {FOLDER}/"
+    if not report.sources.quick and not is_here(row, report.sources.root):
+        text = f"{FOLDER / row.file}: other bytes than {began.about}"
+        return report.add("warning", text, f"`runkey weights {row.name}` downloads it again")
+    return f"{began.about}; in {FOLDER}/"
+
+
 def _copy_in_cache(report: Report, path: str) -> Path | None:
     """The object in DVC's cache that holds an artifact as recorded, if there is one."""
     cache = report.sources.cache
@@ -395,6 +412,7 @@ def _check_witness(report: Report) -> None:
 _CHECKS: tuple[tuple[str, Callable[[Report], str | None]], ...] = (
     ("files", _check_record_file),
     ("files", _check_files),
+    ("weights", _check_initial_weights),
     ("key", _check_key),
     ("mlflow", _check_mlflow),
     ("snapshot", _check_snapshot),

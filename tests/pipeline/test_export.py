@@ -18,7 +18,7 @@ from runkey.errors import DataError, ModelError
 from runkey.hashing import sha256_bytes
 from runkey.inference.extras import import_extra
 from runkey.inference.module import EXPORTED, InferenceModule
-from runkey.inference.networks import TorchNetwork
+from runkey.inference.networks import TorchNetwork, read_export_card
 from runkey.model.weights import load_model
 from runkey.pipeline import export
 from runkey.pipeline.export import ExportChoice, export_model
@@ -243,3 +243,14 @@ def test_the_card_names_the_run_that_it_was_started_from(model, tmp_path):
         card = json.loads((done.folder / "card.json").read_text())
         expected = {"param": "model.init_from", "weights": weights, "key": key}
         assert card["started_from"] == expected
+
+
+def test_the_card_carries_the_licence_of_published_weights(model, tmp_path):
+    child = shutil.copytree(model, tmp_path / "model")
+    pretrained = {"name": "resnet18", "file": "r.pth", "sha256": "0" * 64, "licence": "MIT"}
+    card = json.loads((child / "model.json").read_text())
+    (child / "model.json").write_text(json.dumps(card | {"pretrained": pretrained}))
+    images = save_images(tmp_path / "images")
+    done = export_model(child, tmp_path / "out", ExportChoice(), store=None, images=images)
+    assert json.loads((done.folder / "card.json").read_text())["pretrained"] == pretrained
+    assert read_export_card(done.folder / "card.json")["pretrained"] == pretrained

@@ -21,9 +21,22 @@ from runkey.identity import pinned_weights
 from runkey.identity.initial_weights import find_initial_weights
 from runkey.identity.pinned_weights import DETECTORS, FOLDER, IMAGENET, PACKAGES
 from runkey.model.detr import build_model
-from runkey.model.weights import coco_names, load_initial_weights
+from runkey.model.weights import (
+    CardClass,
+    ModelCard,
+    Pretrained,
+    Sizes,
+    coco_names,
+    load_initial_weights,
+    read_card,
+    save_model,
+)
 from runkey.params import parse_params
-from runkey.pipeline.initial_weights import check_initial_weights, get_initial_weights
+from runkey.pipeline.initial_weights import (
+    check_initial_weights,
+    get_initial_weights,
+    pretrained_of,
+)
 from runkey.registry.weights import MIRROR
 from tests.support.weights_server import serving
 
@@ -116,6 +129,25 @@ def test_imagenet_is_downloaded_checked_and_loaded(hub, tmp_path, monkeypatch):
     path = (tmp_path / "main" / FOLDER / row.file).rename(tmp_path / "own.pth")
     own = find_initial_weights("model.backbone_weights", path.name, tmp_path)
     assert own.identity == f"sha256:{row.sha256}"
+
+
+def test_a_card_says_whose_weights_a_model_goes_back_to(hub, tmp_path, monkeypatch):
+    """By the table, by the hash of a file of another name, and by the card of a model."""
+    theirs = torchvision.models.resnet18(weights=None).state_dict()
+    row = publish(monkeypatch, hub, IMAGENET, "resnet18", theirs)
+    monkeypatch.setitem(pinned_weights._BY_HASH, row.sha256, row)
+    expected = Pretrained("resnet18", row.file, row.sha256, "BSD-3-Clause")
+    first = params(backbone="resnet18", backbone_weights="imagenet")
+    assert pretrained_of(first, tmp_path) == expected
+    (tmp_path / "copy.pth").write_bytes((hub.folder / row.file).read_bytes())
+    copied = params(backbone="resnet18", backbone_weights="copy.pth")
+    assert pretrained_of(copied, tmp_path) == expected
+    card = ModelCard(first.model, (CardClass(0, 1, "a"),), Sizes(48, 64), expected)
+    save_model(tmp_path / "got", build_model(first.model, 1).state_dict(), card)
+    assert read_card(tmp_path / "got") == card
+    again = params(backbone="resnet18", init_from="got", backbone_weights="none")
+    assert pretrained_of(again, tmp_path) == expected
+    assert pretrained_of(params(), tmp_path) is None
 
 
 def test_other_bytes_are_refused_before_they_are_read(hub, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import pytest
 
 from runkey.errors import RecipeError
 from runkey.hashing import sha256_bytes
+from runkey.identity.pinned_weights import IMAGENET
 from runkey.identity.record import Details, LoggedRun, Record, StartedFrom
 from runkey.identity.record_cache import remove_record
 from runkey.registry.library import LocalLibrary, find_run
@@ -85,6 +86,23 @@ def test_show_names_parent_and_children(make: Make, run: Run) -> None:
     shown = json.loads(run("show", B, "--json")[1])
     assert shown["started_from"] == shown["details"]["started_from"]
     assert (shown["started_from"]["key"], shown["continued_by"]) == (A, [C, D])
+
+
+def test_published_weights_are_named_with_their_licence(make: Make, run: Run, root: Path) -> None:
+    row = IMAGENET["lite0"]
+    began = StartedFrom(param="model.backbone_weights", weights=row.sha256, key=None)
+    tags = {name: tag for name, tag in began.tags.items() if tag}
+    one = make(A)
+    write_record(
+        root / ".runkey" / "runs.sqlite",
+        replace(one, run=replace(one.run, tags=one.run.tags | tags)),
+    )
+    out = " ".join(run("show", A)[1].split())
+    assert f"started from {row.name}: {row.file} of " in out
+    assert f"sha256 {row.sha256}, Apache-2.0 (model.backbone_weights)" in out
+    lines = run("show", A, "--lineage")[1].splitlines()
+    assert lines[0].startswith(f"{row.name}: {row.file}")
+    assert lines[1].startswith(f"`- {A[:16]}")
 
 
 @pytest.mark.parametrize("weights", ["none", "imagenet", "null"])

@@ -12,9 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from runkey.identity.record import DETAILS
+from runkey.hashing import sha256_bytes
+from runkey.identity import pinned_weights
+from runkey.identity.pinned_weights import IMAGENET
+from runkey.identity.record import DETAILS, StartedFrom
 from runkey.registry.dvc_cache import DvcCache, files_of
 from runkey.registry.library import LocalLibrary
+from runkey.registry.verify import Report, Sources, _check_initial_weights
 from tests.support.recorded_checkout import FILES, Checkout
 from tests.support.records import write_record
 
@@ -276,3 +280,40 @@ def test_reports_are_plain_json(checkout: Checkout) -> None:
     told = json.loads(json.dumps(checkout.verify().as_dict()))
     assert told["right"] is True
     assert len(told["findings"]) == 6
+
+
+def test_the_weights_that_a_run_began_with_are_named_and_hashed(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made with a small file in the place of a published one."""
+    data = b"published"
+    row = replace(IMAGENET["resnet18"], sha256=sha256_bytes(data))
+    monkeypatch.setitem(pinned_weights._BY_HASH, row.sha256, row)
+    for digest, about in (
+        (row.sha256, f"resnet18: {row.file} of {row.address}, sha256 {row.sha256}, BSD-3-Clause"),
+        ("0" * 64, f"sha256 {'0' * 64}"),
+    ):
+        began = StartedFrom(param="model.backbone_weights", weights=digest, key=None)
+        tags = {name: tag for name, tag in began.tags.items() if tag}
+        run = checkout.record.run
+        record = replace(checkout.record, run=replace(run, tags=run.tags | tags))
+        sources = Sources(
+            library=LocalLibrary(checkout.root / ".runkey"),
+            stored=None,
+            root=checkout.root,
+            is_shared=False,
+        )
+        report = Report(record, sources)
+        assert _check_initial_weights(report).startswith(about)
+        assert report.findings == []
+        if digest != row.sha256:
+            continue
+        path = checkout.root / ".weights" / row.file
+        path.parent.mkdir()
+        path.write_bytes(data)
+        assert _check_initial_weights(report).endswith("in .weights/")
+        path.write_bytes(data[:-1])
+        assert _check_initial_weights(report) == ""
+        assert [(f.state, f.way_out) for f in report.findings] == [
+            ("warning", "`runkey weights resnet18` downloads it again")
+        ]
