@@ -21,6 +21,7 @@ from runkey.identity.inputs import check_unchanged
 from runkey.identity.key import Recipe
 from runkey.memory.choose import MemoryPlan, plan_memory
 from runkey.memory.measure import CALIBRATION
+from runkey.model.backbones import strides_of
 from runkey.model.weights import CardClass, ModelCard, Sizes, save_model
 from runkey.params import Params
 from runkey.pipeline.initial_weights import get_initial_weights, pretrained_of
@@ -110,7 +111,8 @@ def _train(run: Run, context: TrainContext, interrupts: Interrupts) -> None:
         checkpoints = _checkpoints(run)
         ending.callback(checkpoints.finish)
         assert tracker.jsonl
-        facts = data_facts(root / paths.PREPARED / "statistics.json", params)
+        stride = strides_of(params.model)[0]
+        facts = data_facts(root / paths.PREPARED / "statistics.json", params, stride)
         settings = params.flat(runtime=True)
         hinting = HintingTracker(tracker.jsonl, tracker.jsonl.path, settings, facts)
 

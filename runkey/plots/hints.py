@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runkey.files import parse_json, read_json
-from runkey.model.backbones import strides_of
 from runkey.params import Params, as_text
 from runkey.plots.log import GrowingLog, Series, TrainingLog, number
 from runkey.progress import WIDTH
@@ -128,10 +127,11 @@ def class_scores(per_class: Sequence[ClassResult]) -> dict[str, Any]:
     }
 
 
-def data_facts(statistics: Path, params: Params) -> dict[str, Any]:
+def data_facts(statistics: Path, params: Params, stride: int) -> dict[str, Any]:
     """Summarise prepare's statistics.json for the log; {} if it cannot be read.
 
-    Sizes of objects are those after resizing, for an image of the most common size.
+    Sizes of objects are those after resizing, for an image of the most common size. `stride` is the
+    pixels from cell to cell of the model's finest features.
     """
     data = params.data
     try:
@@ -153,7 +153,7 @@ def data_facts(statistics: Path, params: Params) -> dict[str, Any]:
     rare = [f"{name[:60]} ({count})" for name, count in counts.items() if 0 < count < FEW_OBJECTS]
     return facts | {
         "quarter_below": round(quarter, 1),
-        "stride": strides_of(params.model)[0],
+        "stride": stride,
         "rare": rare[: 4 * _MAX_NAMES],
         "rare_count": len(rare),
     }

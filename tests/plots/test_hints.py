@@ -164,8 +164,7 @@ def statistics(path: Path, **train: object) -> Path:
 )
 def test_what_the_data_call_for_is_logged_before_the_first_step(tmp_path, caplog, train, kinds):
     params = load_params(ROOT / "presets/sample.yaml")
-    facts = data_facts(statistics(tmp_path / "statistics.json", **train), params)
-    assert facts["stride"] == 8
+    facts = data_facts(statistics(tmp_path / "statistics.json", **train), params, stride=8)
     path = tmp_path / "train.jsonl"
     caplog.set_level("INFO")
     for _ in range(2):  # the second training starts again, before the first checkpoint
@@ -185,10 +184,10 @@ def test_what_the_data_call_for_is_logged_before_the_first_step(tmp_path, caplog
 def test_statistics_that_cannot_be_read_give_no_hint(tmp_path):
     params = load_params(ROOT / "presets/sample.yaml")
     file = tmp_path / "statistics.json"
-    assert data_facts(file, params) == {}
+    assert data_facts(file, params, 8) == {}
     for text in ("[]", "{", '{"train": {}, "val": 3}', '{"train": null}'):
         file.write_text(text)
-        assert data_facts(file, params) == {}
+        assert data_facts(file, params, 8) == {}
 
 
 def test_ap_that_no_longer_rises():
