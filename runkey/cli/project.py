@@ -12,7 +12,7 @@ import textwrap
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict
 
 from pydantic import FiniteFloat
 from typer import Argument, Option, Typer
@@ -234,11 +234,15 @@ def summary(as_json: AsJson = False) -> None:
         output.print_json({"key": run["key"], "run": run["run_id"]} | trained | evaluated)
         return
     ap, ap50, ap75 = (f"{n} {format_score(evaluated, n)}" for n in ("AP", "AP50", "AP75"))
+    kind, val = "held-out", evaluated.get("val")
+    if evaluated.get("split") == "test":
+        kind = "test"
     took = format_seconds(min(trained["seconds"], 1e9))
     key = short_key(str(run["key"]))
     rows = [
-        ("result", f"{ap}   (COCO, on the held-out images)"),
+        ("result", f"{ap}   (COCO, on the {kind} images)"),
         ("", f"{ap50}   {ap75}"),
+        *([("on val", f"AP {format_score(val, 'AP')}")] if val else []),
         ("training", f"{took}, weights of epoch {trained['best_epoch']}"),
         ("key", f"{key}   (runkey show {key})"),
         *((str(place), text) for place, text in _PLACES if (root / place).exists()),
@@ -288,7 +292,7 @@ class _Trained(TypedDict):
     best_epoch: int
 
 
-class _Evaluated(TypedDict):
+class _Scores(TypedDict):
     AP: float | None
     AP_low: NotRequired[float | None]
     AP_high: NotRequired[float | None]
@@ -296,6 +300,11 @@ class _Evaluated(TypedDict):
     AP50_low: NotRequired[float | None]
     AP50_high: NotRequired[float | None]
     AP75: float | None
+
+
+class _Evaluated(_Scores):
+    split: NotRequired[Literal["val", "test"]]
+    val: NotRequired[_Scores]
 
 
 class _Run(TypedDict):

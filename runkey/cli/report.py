@@ -156,7 +156,9 @@ def draw(as_json: AsJson = False) -> None:
 
 _SCORES = ("AP", "AP50", "val_loss", "train_loss", "seconds")
 _NO_PARAMS = {"Experiment", "rev", "typ", "Created", "parent", "State", "Executor", "AP75"}
-_NO_PARAMS |= {"epochs", "best_epoch", *_SCORES}
+_NO_PARAMS |= {"epochs", "best_epoch", "split", "test_loss", *_SCORES}
+_METRIC = re.compile(r"(val\.)?AP\d*(_low|_high)?")
+"""Metrics of `evaluate` that are no column here: of the other split, and the ends of intervals."""
 
 
 def experiments(as_json: AsJson = False) -> None:
@@ -178,22 +180,25 @@ def experiments(as_json: AsJson = False) -> None:
     always = {"Experiment": "", "State": ""}
     rows = [always | row for row in csv.DictReader(asked.stdout.splitlines())]
     commit = next((row for row in rows if row["rev"] != "workspace"), {})
-    names = [name for name in commit if name not in _NO_PARAMS]
+    names = [name for name in commit if name not in _NO_PARAMS and not _METRIC.fullmatch(name)]
+    scores_of: tuple[str, ...] = _SCORES
+    if any(row.get("split") == "test" for row in rows):
+        scores_of = (*_SCORES[:2], "split", *_SCORES[2:])
     leaves = Counter(name.rpartition(".")[2] for name in names)
-    columns = ["experiment", *_SCORES, "differs"]
+    columns = ["experiment", *scores_of, "differs"]
     shown = []
     for row in rows:
         # DVC gives a failed experiment the metrics of the working tree.
         is_done = row["State"] not in ("Failed", "Running")
-        scores = [_number(row.get(name, "")) if is_done else "" for name in _SCORES]
-        changed = [name for name in names if row[name] != commit[name]]
+        scores = [_number(row.get(name, "")) if is_done else "" for name in scores_of]
+        changed = [name for name in names if row[name] != commit.get(name)]
         short = {name: name.rpartition(".")[2] for name in changed}
         items = (f"{short[n] if leaves[short[n]] == 1 else n}={row[n]}" for n in changed)
         shown.append([_experiment(row), *scores, " ".join(items)])
     if as_json:
         output.print_json([dict(zip(columns, cells, strict=True)) for cells in shown])
     else:
-        output.print_table(columns, shown, right=_SCORES, whole=("experiment", *_SCORES))
+        output.print_table(columns, shown, right=_SCORES, whole=("experiment", *scores_of))
 
 
 def _experiment(row: Mapping[str, str]) -> str:
@@ -203,6 +208,8 @@ def _experiment(row: Mapping[str, str]) -> str:
 
 
 def _number(text: str) -> str:
+    if text in ("val", "test"):
+        return text
     try:
         return f"{float(text):.3g}"
     except ValueError:  # empty, or `!` where a commit lacks the file

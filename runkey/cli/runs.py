@@ -26,7 +26,7 @@ from runkey.registry.claims import status_now
 from runkey.registry.dvc_cache import download, in_the_way
 from runkey.registry.library import find_run
 from runkey.registry.models import THRESHOLDS
-from runkey.registry.query import Query, find_field, parse_condition
+from runkey.registry.query import NAMES, Query, find_field, parse_condition
 from runkey.registry.rest import comparison_page, run_page
 from runkey.units import counted, format_bytes
 
@@ -60,8 +60,8 @@ def list_runs(
         Option(
             "--columns",
             "-c",
-            help="Names separated by commas: key, when, status, AP, took, name, data, where, or"
-            " any metric, parameter or tag. A leading + adds to the default ones.",
+            help="Names separated by commas: key, when, status, AP, split, took, name, data, where,"
+            " or any metric, parameter or tag. A leading + adds to the default ones.",
         ),
     ] = "",
     as_json: AsJson = False,
@@ -87,11 +87,18 @@ def list_runs(
         return
     now = output.claims()
     states = {record.run.run_id: status_now(record, now) for record in found}
+    if not names or columns.startswith("+"):
+        chosen = show.with_split(chosen, found)
     table = show.table(found, chosen, states, time.time())
     right = [name for name, cells in table.items() if show.is_number_column(name, cells)]
     rows = zip(*table.values(), strict=True)
     whole = ("key", "when", "status", "AP", "took", "data")
     output.print_table(chosen, rows, right=right, whole=whole)
+    if NAMES["AP"] in (query.sort.name, *(c.field.name for c in query.conditions)):
+        splits = Counter(filter(None, (show.split_of(r.run) for r in found)))
+        if len(splits) > 1:
+            shares = " and ".join(f"of {split} in {runs}" for split, runs in splits.items())
+            say(f"AP is {shares} runs; --where split=test compares within one split")
     for rule, count in Counter(filter(None, (older_rule(r.key) for r in found))).items():
         say(f"{count} of these: {rule}")
     if note := output.tree_note(output.store().home):

@@ -4,7 +4,10 @@ evaluation/metrics.json            the twelve COCO metrics, and those of each cl
 evaluation/predictions.json        all detections, in COCO's results format
 evaluation/precision_recall.json   curves of each class at each IoU threshold
 evaluation/resampled.json          AP on resampled sets of the images, to compare runs in pairs
-evaluation/thresholds.json         score of each class's best F1, see `runkey.inference.thresholds`
+evaluation/thresholds.json         score of each class's best F1 on val, see
+                                   `runkey.inference.thresholds`
+evaluation/val/                    if there is a test split, whose files the ones above are: the
+                                   first four of val
 
 Numbers keep all their digits, so any COCO evaluation of predictions.json gives the same metrics.
 """
@@ -20,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 import numpy as np
 from pydantic import ConfigDict, with_config
 
-from runkey.data.index import ClassName, CocoDetection, ImageRecord
+from runkey.data.index import ClassName, CocoDetection, ImageRecord, SplitName
 from runkey.errors import DataError
 from runkey.files import LARGE, FormatError, read_json, write_atomically
 from runkey.hashing import sha256_bytes
@@ -33,6 +36,8 @@ METRICS_JSON = "metrics.json"
 PREDICTIONS = "predictions.json"
 PRECISION_RECALL = "precision_recall.json"
 RESAMPLED = "resampled.json"
+OTHER = "val"
+"""Folder of the evaluation on val, if there is a test split."""
 
 
 class SizeMetrics(TypedDict):
@@ -64,6 +69,8 @@ class Metrics(TypedDict):
     """metrics.json: COCO's twelve and the loss beside the metrics of each class."""
 
     AP: float | None
+    split: NotRequired[SplitName]
+    """Of the images; evaluations from before there was a test split have none: val."""
     per_class: dict[str, ClassMetrics]
 
 
@@ -122,8 +129,10 @@ def ends(intervals: Mapping[str, Interval | None]) -> dict[str, float | None]:
     return found
 
 
-def write_metrics(path: Path, result: CocoResult, found: Bootstrap, **more: float) -> None:
-    """Write metrics.json; `more` are further metrics, such as the loss, after the twelve.
+def write_metrics(
+    path: Path, result: CocoResult, found: Bootstrap, *, split: SplitName = "val", **more: float
+) -> None:
+    """Write metrics.json of a split; `more` are further metrics, such as the loss.
 
     Null stands where nothing of that size or class exists, and where an interval is not known.
     """
@@ -139,7 +148,8 @@ def write_metrics(path: Path, result: CocoResult, found: Bootstrap, **more: floa
         }
         for c, intervals in zip(result.per_class, found.per_class, strict=True)
     }
-    content = {**result.summary, **ends(found.intervals), **more, "per_class": per_class}
+    scores = {**result.summary, **ends(found.intervals), **more}
+    content = {"split": split, **scores, "per_class": per_class}
     # Unlike `write_json`, this takes the NaN that the loss of a diverged model may be.
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 

@@ -95,22 +95,29 @@ class Judgement:
     images: tuple[ImageScore, ...]
     """In the order of the records."""
     threshold: float
-    """The score threshold that maximises the F1 of all images together."""
+    """The score threshold: the one that maximises the F1 of all images together, or that of val."""
     detections: tuple[MatchedBox, ...]
     """Those of any score, without those in a crowd region of their class."""
 
 
 def judge_images(
-    records: list[ImageRecord], classes: list[ClassName], results: list[CocoDetection]
+    records: list[ImageRecord],
+    classes: list[ClassName],
+    results: list[CocoDetection],
+    threshold: float | None = None,
 ) -> Judgement:
-    """Match the detections of every image, given in COCO's results format, with its objects."""
+    """Match the detections of every image, given in COCO's results format, with its objects.
+
+    `threshold`: the score threshold; None: the one that maximises the F1 of these images.
+    """
     label_of = {c.id: c.index for c in classes}
     by_image: dict[int, list[CocoDetection]] = defaultdict(list)
     for found in results:
         by_image[found["image_id"]].append(found)
     matches = [_match(record, by_image[record.id], label_of) for record in records]
     every = [box for of_image in matches for box in of_image]
-    threshold = _best_threshold(every, sum(len(record.objects()) for record in records))
+    if threshold is None:
+        threshold = _best_threshold(every, sum(len(record.objects()) for record in records))
     scored = [
         ImageScore(record, tuple(box for box in of_image if box.score >= threshold))
         for record, of_image in zip(records, matches, strict=True)

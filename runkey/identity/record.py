@@ -51,6 +51,8 @@ HINT = "event.hint."
 """Prefix of the tags that hold hints; those of older runs are JSON with `seen` and `change`."""
 CLASS_AP = "class_AP"
 """What stands before `/` in the metrics that hold the AP of a class each."""
+SPLIT = "split"
+"""Tag that names the split that the result is of, test or val; of older runs it is val."""
 KEY = "key"
 """Name of the MLflow tag and param that hold the key; each part is the param `key.<part>`."""
 NOT_KEPT = ("system/",)
@@ -171,6 +173,11 @@ class LoggedRun:
     def key(self) -> str:
         """`rk2-<64 hex digits>`; of older runs `rk1-`."""
         return self.params.get(KEY) or self.tags[KEY]
+
+    @property
+    def split(self) -> str:
+        """The split that the result (`eval/AP`, the AP of classes) is of: test or val."""
+        return self.tags.get(SPLIT, "val")
 
     @property
     def resumed(self) -> int:

@@ -31,6 +31,7 @@ from runkey.identity.record import (
     KEY_JSON,
     ORIGIN,
     REPRODUCTION_OF,
+    SPLIT,
     Details,
     Hardware,
     LoggedRun,
@@ -336,10 +337,10 @@ class FinishedRun:
         for name, value in note_tags(text).items():
             self._mlflow.tag(name, value)
 
-    def add_evaluation(self, key: str, metrics: Mapping[str, float]) -> None:
+    def add_evaluation(self, key: str, metrics: Mapping[str, float], split: SplitName) -> None:
         """Record an evaluation and copies of its files, unless the run has these very metrics.
 
-        `key` is that of the stage `evaluate`.
+        `key` is that of the stage `evaluate`; `split` is the one that the result is of.
         """
         if self._mlflow is None:
             return
@@ -347,10 +348,12 @@ class FinishedRun:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         shown = self.record.run.metrics if self.record else {}
         is_newest = all(shown.get(legal_name(name)) == value for name, value in finite.items())
+        is_newest &= self.record is not None and self.record.run.tags.get(SPLIT) == split
         if is_newest and self._details and self._details.evaluations.get(key) == finite:
             self._close("evaluate")
             return
         self._mlflow.log_again(metrics)
+        self._mlflow.tag(SPLIT, split)
         files = hashed_files(self._root, (paths.EVALUATION, paths.METRICS / "evaluate.json"))
         self._add("evaluate", files, {key: finite})
 

@@ -1,4 +1,4 @@
-"""The evaluation on the val split, the same during training and in the evaluate stage."""
+"""The evaluation on a held-out split, the same during training and in the evaluate stage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from runkey import paths
 from runkey.data.dataset import Normalisation
-from runkey.data.index import read_classes, read_index
+from runkey.data.index import SplitName, read_classes, read_index
 from runkey.data.loader import build_eval_loader
 from runkey.evaluation.run import Validation
 from runkey.model.backbones import spec_of
@@ -18,15 +18,17 @@ from runkey.params import Model, Params
 from runkey.training.device import build_precision
 
 
-def build_validation(params: Params, model: Model, root: Path, device: torch.device) -> Validation:
+def build_validation(
+    params: Params, model: Model, root: Path, device: torch.device, split: SplitName = "val"
+) -> Validation:
     """Build the validation of a model on a workspace's prepared data; DataError without them."""
     prepared = root / paths.PREPARED
     classes = read_classes(prepared / "classes.json")
     spec = spec_of(model.backbone)
     return Validation(
-        records=read_index(prepared / "val.json"),
+        records=read_index(prepared / f"{split}.json"),
         classes=classes,
-        batches=build_eval_loader(params, root),
+        batches=build_eval_loader(params, root, split),
         device=device,
         postprocess=build_postprocess(model),
         criterion=build_criterion(model, len(classes)),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from runkey.data.index import read_classes, read_index
 from runkey.evaluation.files import (
     METRICS_JSON,
+    OTHER,
     PRECISION_RECALL,
     PREDICTIONS,
     ClassMetrics,
@@ -34,7 +35,7 @@ from runkey.units import counted
 
 _MAX_CLASSES = 20
 _MAX_NAMED = 8
-_NO_OBJECTS = "no class has objects in the validation split"
+_NO_OBJECTS = "no class has objects in the held-out split"
 _SIZES = {
     "small": ("small, to 32² px", style.ORANGE, "o"),
     "medium": ("medium, to 96² px", style.GREEN, "s"),
@@ -54,10 +55,15 @@ def write_evaluation_plots(
     confusion.csv and precision_recall.csv, for `dvc plots`, are written beside the pictures.
     `ImageRecord.file` is relative to `data_folder`; with 0 `images` a sheet there are no sheets.
     """
-    records, classes = read_index(prepared / "val.json"), read_classes(prepared / "classes.json")
+    classes = read_classes(prepared / "classes.json")
     curves = read_precision_recall(evaluation / PRECISION_RECALL)
     metrics = read_metrics(evaluation / METRICS_JSON)
-    judged = judge_images(records, classes, read_results(evaluation / PREDICTIONS))
+    records, threshold = read_index(prepared / "val.json"), None
+    if metrics.get("split") == "test":
+        results = read_results(evaluation / OTHER / PREDICTIONS)
+        threshold = judge_images(records, classes, results).threshold
+        records = read_index(prepared / "test.json")
+    judged = judge_images(records, classes, read_results(evaluation / PREDICTIONS), threshold)
     names = [class_name(one) for one in classes]
     counted = confusion(judged, len(classes))
     written = [

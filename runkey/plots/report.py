@@ -24,7 +24,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import Field
 
 from runkey import paths
-from runkey.evaluation.files import METRICS_JSON, RESAMPLED, Metrics, Resampled
+from runkey.evaluation.files import METRICS_JSON, OTHER, RESAMPLED, Metrics, Resampled
 from runkey.evaluation.noise import compare_scores
 from runkey.files import LARGE, FormatError, read_json, write_atomically
 from runkey.identity.key import PARTS
@@ -44,10 +44,11 @@ logger = logging.getLogger(__name__)
 
 _METRICS = f"{paths.EVALUATION}/{METRICS_JSON}"
 _RESAMPLED = f"{paths.EVALUATION}/{RESAMPLED}"
+_OTHER_METRICS = f"{paths.EVALUATION}/{OTHER}/{METRICS_JSON}"
 _THRESHOLDS = f"{paths.EVALUATION}/{THRESHOLDS}"
 _UNUSED = (
-    *("model/weights", "model/model.json", "evaluation/predictions.json", "prepared/images.json"),
-    "plots/report.html",
+    *("model/weights", "model/model.json", "prepared/images.json", "plots/report.html"),
+    *("evaluation/predictions.json", "evaluation/val/predictions.json"),
 )
 """Files, by the beginning of their paths, that are large and in no report."""
 _REGULAR_EVENTS = ("training_start", "training_end", CLASS_SCORES)
@@ -213,6 +214,24 @@ class ReportedRun(Record):
     def resampled(self) -> Resampled | None:
         """Return its AP on resampled sets of images; None if it has none, or damaged ones."""
         return self.json(_RESAMPLED, Resampled) or None
+
+    @property
+    def split(self) -> str:
+        """The split that `scores` are of: test or val."""
+        if not self.is_evaluated:
+            return "val"
+        return str(self.scores().get("split", self.run.split))
+
+    def scores_of(self, split: str) -> dict[str, Any]:
+        """Return what `scores` does, of a split; {} if nothing is known of it."""
+        if split == self.split:
+            return self.scores()
+        if split != OTHER:
+            return {}
+        if found := self.json(_OTHER_METRICS, Metrics):
+            return dict(found)
+        metrics, prefix = self.run.metrics, f"eval/{OTHER}/"
+        return {n.removeprefix(prefix): v for n, v in metrics.items() if n.startswith(prefix)}
 
     def hints(self) -> list[Hint]:
         """Return the hints that the training logged, and those that its log gives now."""
@@ -403,11 +422,22 @@ def _differences(runs: Sequence[ReportedRun]) -> dict[str, list[list[str]]]:
         for found in (parts.get("environment", {}).get("packages", ()) for parts in hashed)
     ]
     machines = [run.environment() for run in runs]
-    per_class = [
-        {name: one.get("AP") for name, one in run.scores().get("per_class", {}).items()}
-        for run in runs
-    ]
-    metrics = _compare_numbers([run.scores() for run in runs], SCORES)
+    splits = sorted({run.split for run in runs}, reverse=True)
+    metrics, classes = list[list[str]](), list[list[str]]()
+    for split in splits:
+        # An AP of val is never compared with one of test.
+        scores = [run.scores_of(split) for run in runs]
+        per_class = [
+            {name: one.get("AP") for name, one in found.get("per_class", {}).items()}
+            for found in scores
+        ]
+        rows = (
+            _compare_numbers(scores, SCORES),
+            _compare_numbers(per_class, _names(per_class)),
+        )
+        of_split = f" on {split}" if len(splits) > 1 or split != "val" else ""
+        for found, known in zip((metrics, classes), rows, strict=True):
+            found += [[f"{name}{of_split}", *values] for name, *values in known]
     parts = [run.run.parts for run in runs]
     return {
         "parts": _differing(parts, PARTS, missing="", length=_SHORT),
@@ -420,7 +450,7 @@ def _differences(runs: Sequence[ReportedRun]) -> dict[str, list[list[str]]]:
         ],
         "scores": [["duration", *(run.duration for run in runs)], *metrics],
         "noise": _noise(runs),
-        "classes": _compare_numbers(per_class, _names(per_class)),
+        "classes": classes,
     }
 
 

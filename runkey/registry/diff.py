@@ -9,7 +9,7 @@ code by a git diff, data image by image or file by file. Then come metrics and w
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -25,7 +25,7 @@ from runkey.identity.code import RULE, code_rule, hash_code
 from runkey.identity.dvc_yaml import PIPELINE, read_yaml_text
 from runkey.identity.initial_weights import weights_of
 from runkey.identity.key import PARTS, SHORT, Recipe, make_recipe, older_rule
-from runkey.identity.record import KEY_JSON, Record
+from runkey.identity.record import CLASS_AP, KEY_JSON, LoggedRun, Record
 from runkey.registry.dvc_cache import DvcCache, files_of
 from runkey.registry.library import Library, find_run
 from runkey.registry.lineage import initial_weights
@@ -405,11 +405,30 @@ class Diff:
     equal_artifacts: int
 
 
+def metrics_by_split(run: LoggedRun, splits: Collection[str]) -> dict[str, float]:
+    """Return a run's metrics; if `splits` are several, by names that say of which split they are.
+
+    So val's AP of a run with a test split meets val's AP of one without, and test's meets none.
+    """
+    if len(splits) < 2:
+        return run.metrics
+    named = {}
+    for name, value in run.metrics.items():
+        head, _, leaf = name.partition("/")
+        if head in ("eval", CLASS_AP) and "/" not in leaf:
+            name = f"{head}/{run.split}/{leaf}"
+        named[name] = value
+    return named
+
+
 def compare(a: Side, b: Side, root: Path) -> Diff:
     """Compare two sides; the DVC cache of the checkout `root` may have the data."""
     known = a.recipe is not None and b.recipe is not None
     kept_a, kept_b = (_kept(side) if a.key == b.key else {} for side in (a, b))
-    metrics_a, metrics_b = (s.record.run.metrics if s.record else {} for s in (a, b))
+    splits = {side.record.run.split for side in (a, b) if side.record}
+    metrics_a, metrics_b = (
+        metrics_by_split(side.record.run, splits) if side.record else {} for side in (a, b)
+    )
     on_both = a.record is not None and b.record is not None
     data_a, data_b = a.preimage("data"), b.preimage("data")
     images = compare_images(a.images, b.images) if a.images and b.images else None

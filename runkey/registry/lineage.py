@@ -23,7 +23,7 @@ from runkey.identity.pinned_weights import pinned_of
 from runkey.identity.record import KEY_JSON, STARTED_WEIGHTS, Record, StartedFrom
 from runkey.registry.library import Library, LocalLibrary, canonical, find_run
 from runkey.registry.query import Condition, Field, Query
-from runkey.registry.show import Row, average_precision, data_label
+from runkey.registry.show import Row, average_precision, data_label, split_of
 
 _HASHED = re.compile(r"sha256:([0-9a-f]{64})")
 _NO_FILE = ("null", "none", "imagenet")
@@ -120,6 +120,7 @@ def rows(library: Library, record: Record) -> Iterator[Row]:
 def _about(record: Record) -> str:
     run, ap = record.run, average_precision(record.run)
     score = f"AP {ap}" if ap else run.status.lower()
+    score += " on test" if split_of(run) == "test" else ""
     return f"{record.label}  {score}  data {data_label(run)}  {run.name}".rstrip()
 
 
@@ -156,6 +157,7 @@ class Relative:
             "run_id": run.run_id if run else None,
             "name": run.name if run else None,
             "AP": run.metrics.get("eval/AP") if run else None,
+            "split": run.split if run else None,
             "data": run.parts["data"] if run else None,
             "is_asked": self.is_asked,
             "children": [child.as_dict() for child in self.children],

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 
 from runkey.errors import RegistryError
 from runkey.identity.key import ANY_KEY
-from runkey.identity.record import KEY, LoggedRun, Record, Status
+from runkey.identity.record import KEY, SPLIT, LoggedRun, Record, Status
 
 Kind = Literal["run", "params", "metrics", "tags"]
 Value = str | float | None
@@ -32,7 +32,16 @@ ATTRIBUTES = ("key", "run", "name", "status", "started", "ended", "seconds")
 """Attributes of every run; times in milliseconds since 1970, seconds from start to end."""
 NAMES = {"AP": "eval/AP", "AP50": "eval/AP50", "AP75": "eval/AP75"}
 """Short names of metrics in commands."""
-TAGS = ("decision", "device", "host", "micro_batch", "precision", "reproduction_of", "snapshot")
+TAGS = (
+    "decision",
+    "device",
+    "host",
+    "micro_batch",
+    "precision",
+    "reproduction_of",
+    "snapshot",
+    SPLIT,
+)
 """Tags that need no `tags.` before their name."""
 # A value that begins with another operator is a mistake, such as `AP=>0.6` or `AP==0.6`.
 _CONDITION = re.compile(r"\s*([\w\-. :/]+?)\s*(>=|<=|!=|=|>|<|~)\s*([^\s=<>!~].*?)\s*")
@@ -54,11 +63,15 @@ class Field:
         """Return its value in a run, or None."""
         if self.kind == "run":
             return _attribute(run, self.name)
+        if self == _SPLIT:
+            return run.split
         values: dict[str, str] | dict[str, float] = getattr(run, self.kind)
         return values.get(self.name)
 
 
 STARTED, RUN = Field("run", "started"), Field("run", "run")
+_SPLIT = Field("tags", SPLIT)
+"""Older runs have no such tag: their results are of val."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +152,10 @@ def select(database: Connection, query: Query) -> tuple[list[dict[Field, Value]]
     whole = [
         f"CASE WHEN json_valid({kind}) THEN json_type({kind}) = 'object' ELSE 0 END"
         for kind in kinds
+    ]
+    columns = [
+        f"COALESCE({column}, 'val')" if field == _SPLIT else column
+        for column, field in zip(columns, query.fields, strict=True)
     ]
     names = [f'$."{field.name}"' for field in query.fields if field.kind != "run"]
     rows = database.execute(
@@ -297,7 +314,7 @@ def _column(field: Field) -> str | None:
 def _terms(condition: Condition) -> tuple[list[str], bool]:
     """Return terms, one of which holds for every run of the condition; and if only for such."""
     field, value, column = condition.field, number(condition.value), _column(condition.field)
-    if column is None or any(mark in condition.value for mark in "'\"\\`"):
+    if column is None or field == _SPLIT or any(mark in condition.value for mark in "'\"\\`"):
         return [""], False
     if field.kind == "metrics" or field in map(partial(Field, "run"), _TIMES):
         if value is None or not math.isfinite(value) or condition.operator == "~":

@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 from runkey import paths
 from runkey.errors import RecipeError, RegistryError, RunkeyError
-from runkey.evaluation.files import METRICS_JSON, read_metrics
+from runkey.evaluation.files import METRICS_JSON, OTHER, read_metrics
 from runkey.files import write_atomically
 from runkey.hashing import sha256_file
 from runkey.identity.dvc_yaml import (
@@ -78,10 +78,10 @@ LOSS_TOLERANCE = 0.05
 """Relative, of losses, which have no upper bound."""
 WEIGHTS = ("model/weights.safetensors", "model/weights.pt")
 """The weights file; older runs have the latter."""
-IDENTICAL = (*WEIGHTS, "evaluation/predictions.json")
+IDENTICAL = (*WEIGHTS, "evaluation/predictions.json", "evaluation/val/predictions.json")
 """Files that are compared bit by bit: the weights, and the predictions on the held-out images. The
 other files hold times and names."""
-_COMPARED = re.compile(r"eval/(?!loss_)")
+_COMPARED = re.compile(r"eval/(val/)?(?!loss_|val/)")
 """Metrics of the evaluation; of the losses only their sum."""
 WITNESS_CLASS = (
     *("device", "cpu", "micro_batch", "world_size", "threads", "precision"),
@@ -383,8 +383,7 @@ def _train_again(
     recorded = {path: file.sha256 for path, file in details.files.items()}
     written = {path: sha256_file(root / path) for path in IDENTICAL if (root / path).is_file()}
     # This file has all of COCO's metrics; those that DVC tracks are a few of them.
-    stored = read_metrics(root / paths.EVALUATION / METRICS_JSON)
-    metrics = {f"eval/{n}": float(v) for n, v in stored.items() if isinstance(v, int | float)}
+    metrics = _metrics_of(root / paths.EVALUATION, "eval/")
     comparison = compare_runs(
         RunResult(details.witness, recorded, record.run.metrics),
         RunResult(vars(manifest.witness), written, metrics),
@@ -396,6 +395,14 @@ def _train_again(
         "seconds": seconds,
         **comparison.as_dict(),
     }
+
+
+def _metrics_of(evaluation: Path, prefix: str) -> dict[str, float]:
+    """Return the metrics in an evaluation's folder, those of the other split behind `val/`."""
+    stored = read_metrics(evaluation / METRICS_JSON)
+    found = {f"{prefix}{n}": float(v) for n, v in stored.items() if isinstance(v, int | float)}
+    other = evaluation / OTHER
+    return found | (_metrics_of(other, f"{prefix}{OTHER}/") if other.is_dir() else {})
 
 
 def _check_key(record: Record, library: Library, main: Path, root: Path) -> None:

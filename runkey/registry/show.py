@@ -17,6 +17,7 @@ from runkey.identity.record import (
     HINT,
     KEY,
     RESUMED_AFTER,
+    SPLIT,
     TAKEN,
     Details,
     LoggedRun,
@@ -52,6 +53,7 @@ def table(
         "status": lambda r: states[r.run.run_id],
         "when": lambda r: ago(r.run.started_ms, now),
         "AP": lambda r: average_precision(r.run),
+        SPLIT: lambda r: split_of(r.run),
         "took": lambda r: _took(r.run),
         "data": lambda r: data_label(r.run),
         "where": lambda r: " ".join(filter(None, map(r.run.tags.get, ("host", "device")))),
@@ -102,6 +104,21 @@ def average_precision(run: LoggedRun) -> str:
     return "" if last is None else f"({last:.3f})"
 
 
+def split_of(run: LoggedRun) -> str:
+    """Return the split that `average_precision` is of; empty if there is none."""
+    if NAMES["AP"] in run.metrics:
+        return run.split
+    return "val" if "val/AP" in run.metrics else ""
+
+
+def with_split(columns: Sequence[str], records: Iterable[Record]) -> list[str]:
+    """Return columns with the split behind the AP, if the AP of any run is of test."""
+    if "AP" not in columns or SPLIT in columns or {split_of(r.run) for r in records} <= {"", "val"}:
+        return list(columns)
+    place = list(columns).index("AP") + 1
+    return [*columns[:place], SPLIT, *columns[place:]]
+
+
 def _plain(field: Field) -> Callable[[Record], str]:
     def show(record: Record) -> str:
         value = field.of(record.run)
@@ -135,7 +152,7 @@ def _took(run: LoggedRun) -> str:
 _FIRST = ("AP", "AP50", "AP75", "loss")
 _EXPORT = "export/"
 """Metrics of exports, `export/onnx-fp32/AP`, are in the run's record too."""
-_GROUPS = ("eval", CLASS_AP, "val", "train")
+_GROUPS = ("eval", "eval/val", CLASS_AP, "val", "train")
 _MOST_CLASSES = 20
 
 Row = tuple[str, str]
@@ -173,7 +190,7 @@ def describe(
     yield "taken", run.tags.get(TAKEN, "")
     hints = (text for tag, text in sorted(run.tags.items()) if tag.startswith(HINT))
     yield from _titled("hints", map(_hint, hints))
-    yield from _metrics(run.metrics)
+    yield from _metrics(run.metrics, run.split)
     yield from _params(run, every_param=every_param)
     if details:
         yield from _environment(details)
@@ -208,8 +225,12 @@ def _time(milliseconds: float, form: str = "%Y-%m-%d %H:%M:%S") -> str:
     return time.strftime(form, time.localtime(milliseconds / 1000))
 
 
-def _metrics(metrics: Mapping[str, float]) -> Iterator[Row]:
-    """Yield a row for each group, `eval` first, and in each the AP first."""
+def _metrics(metrics: Mapping[str, float], split: str) -> Iterator[Row]:
+    """Yield a row for each group, `eval` first, and in each the AP first.
+
+    `split` is the one that the result is of; it is shown if it is not val.
+    """
+    of_split = "" if split == "val" else f" {split}"
 
     def order(parts: tuple[str, str]) -> tuple[int, str, int, str]:
         head, leaf = parts
@@ -219,7 +240,10 @@ def _metrics(metrics: Mapping[str, float]) -> Iterator[Row]:
     for head, group in groupby(sorted(names, key=order), key=itemgetter(0)):
         values = {parts[1]: metrics[names[parts]] for parts in group}
         if head == CLASS_AP:
-            yield "AP by class", _listed(_worst(values))
+            text = _listed(_worst(values))
+            yield "AP by class", f"{text} (on {split})" if of_split else text
+        elif head == "eval":
+            yield f"eval{of_split}", _listed(f"{n} {_short(v)}" for n, v in values.items())
         else:
             yield head or "metrics", _listed(_with_intervals(values))
 

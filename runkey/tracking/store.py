@@ -346,7 +346,8 @@ NOTE = "mlflow.note.content"
 """Tag that holds the description of a run or an experiment."""
 _ABOUT = """Training runs of runkey. A run's name says which parameters differ from the committed
 ones, and its description gives the result. `eval/AP` is COCO's AP on the held-out images, 0 to 1,
-and `class_AP/...` that of each class. The tag `key` is a hash of the code, parameters, data and
+and `class_AP/...` that of each class: on test where the tag `split` says so (then `eval/val/AP` is
+that on val), else on val. The tag `key` is a hash of the code, parameters, data and
 packages: `runkey show KEY` in a terminal prints all that is known of a run."""
 VIEW = "runkey"
 """Name of the view that selects the columns of MLflow's run list."""

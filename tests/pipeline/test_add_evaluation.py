@@ -30,11 +30,14 @@ def test_files_that_are_removed_meanwhile_are_recorded_all_the_same(
     monkeypatch.setattr(TrackedRun, "close", removing)
     folder.chmod(0o755)
     (folder / "new.json").write_text("{}")
-    FinishedRun(parse_params(TINY), checkout.root).add_evaluation("rk2-f", {"eval/AP": 0.75})
+    FinishedRun(parse_params(TINY), checkout.root).add_evaluation(
+        "rk2-f", {"eval/AP": 0.75}, "test"
+    )
     assert (checkout.artifacts / "evaluation/new.json").read_text() == "{}"
     assert checkout.details.evaluations["rk2-f"] == {"eval/AP": 0.75}
     stored = json.loads((checkout.artifacts / "record.json").read_text())
     assert "evaluation/new.json" in stored["files"]
+    assert checkout.record.run.split == "test"
 
 
 def test_files_that_are_gone_before_are_no_evaluation(
@@ -50,7 +53,7 @@ def test_files_that_are_gone_before_are_no_evaluation(
 
     monkeypatch.setattr(shutil, "copyfile", removing)
     with pytest.raises(FileNotFoundError):
-        run.add_evaluation("rk2-f", {"eval/AP": 0.75})
+        run.add_evaluation("rk2-f", {"eval/AP": 0.75}, "test")
     assert "rk2-f" not in checkout.details.evaluations
 
 
@@ -60,7 +63,9 @@ def test_what_mlflow_does_not_take_is_sent_by_the_stage_again(
     there = checkout.artifacts / "evaluation"
     kept = there.rename(there.with_name("aside"))
     there.write_text("in the way of a folder")
-    FinishedRun(parse_params(TINY), checkout.root).add_evaluation("rk2-f", {"eval/AP": 0.75})
+    FinishedRun(parse_params(TINY), checkout.root).add_evaluation(
+        "rk2-f", {"eval/AP": 0.75}, "test"
+    )
     said = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert said[0].endswith("; the work goes on, tried again")
     assert "lacks " in said[1]
@@ -70,6 +75,8 @@ def test_what_mlflow_does_not_take_is_sent_by_the_stage_again(
     there.unlink()
     kept.rename(there)
     caplog.clear()
-    FinishedRun(parse_params(TINY), checkout.root).add_evaluation("rk2-f", {"eval/AP": 0.75})
+    FinishedRun(parse_params(TINY), checkout.root).add_evaluation(
+        "rk2-f", {"eval/AP": 0.75}, "test"
+    )
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
     assert checkout.details.evaluations["rk2-f"] == {"eval/AP": 0.75}

@@ -104,6 +104,27 @@ def test_every_evaluation_gives_every_picture(image_set, tmp_path, kind, count, 
             assert len(picture.convert("RGB").getcolors(100_000)) > 2  # something is drawn
 
 
+def test_detections_on_test_are_drawn_above_the_threshold_of_val(image_set, tmp_path):
+    """On test the best threshold would show all detections of score 0.3, on val it is 0.9."""
+    records, classes, folder = image_set([(64, 48)] * 3)
+
+    def detections(score):
+        return [
+            CocoDetection(image_id=r.id, category_id=classes[k].id, bbox=list(box), score=score)
+            for r in records
+            for box, k in zip(r.boxes_xywh, r.labels, strict=True)
+        ]
+
+    prepared, evaluation = evaluated(tmp_path, records, classes, detections(0.3))
+    write_index(prepared / "test.json", records)
+    write_results(evaluation / "val/predictions.json", detections(0.9))
+    metrics = evaluation / "metrics.json"
+    metrics.write_text(metrics.read_text().replace('"split": "val"', '"split": "test"'))
+    write_evaluation_plots(prepared, evaluation, folder, tmp_path, images=0)
+    with (tmp_path / "confusion.csv").open(newline="") as file:
+        assert {row["detected"] for row in csv.DictReader(file)} == {"(missed)"}
+
+
 def test_the_table_of_confusion_has_a_row_for_each_object(image_set, tmp_path):
     records, classes, folder = image_set([(64, 48)] * 3)
     files = evaluated(tmp_path, records, classes, found(records, classes, "good"))

@@ -160,6 +160,28 @@ def test_how_sure_ap_is_stands_beside_it(a_run):
     assert f"{three.label} AP: +0.020; the 95% intervals of the two, on different images" in top
 
 
+def test_an_ap_of_test_is_not_compared_with_one_of_val(a_run):
+    def scores(split, ap):
+        ball = {"AP": ap, "AP50": ap, "AR": ap, "objects": 3, "by_size": {}}
+        return json.dumps({"split": split, "AP": ap, "per_class": {"ball": ball}}).encode()
+
+    files = {
+        "evaluation/metrics.json": scores("test", 0.612),
+        "evaluation/val/metrics.json": scores("val", 0.655),
+    }
+    of_test, of_val = a_run("tested", changed=files), a_run("older", ap=0.5)
+    page = report(of_test.label)
+    assert "Results on the test split" in page.text
+    assert "on val, which chose the weights, AP is 0.655" in page.text
+    assert "AP 0.612" in page.text
+    page = report(of_val.label, of_test.label)
+    assert "AP on test 0.612" in page.text
+    assert "AP on val 0.500 0.655 (+0.155)" in page.text
+    assert "ball on test 0.612" in page.text
+    assert "Results on the test split" in page.text
+    assert "Results on the validation split" in page.text
+
+
 def test_runs_of_one_key_say_so(a_run):
     one = a_run("one", kind="empty")
     page = report(one.label, one.label)
