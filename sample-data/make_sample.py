@@ -3,8 +3,8 @@
     runkey sample-data [FOLDER]
 
 Every image has its own random generator, keyed by (seed, split, index), so the data set comes out
-the same, byte for byte, under the locked versions. The licence text is part of it, so it still
-names the file's former place.
+the same, byte for byte, under the locked versions. Test came later: it takes the digits that no
+picture of train or val shows, and parts of another photograph.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from runkey.errors import DataError
 WIDTH = 256
 HEIGHT = 192
 SEED = 2026
-COUNTS: dict[SplitName, int] = {"train": 400, "val": 100}
+COUNTS: dict[SplitName, int] = {"train": 400, "val": 100, "test": 100}
+_STREAMS: dict[SplitName, int] = {"train": 0, "val": 1, "test": 3}
+"""In the keys of the random generators."""
+_SOURCES_STREAM = 2
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 # As in pool; number 8 is not quite black, so that its shading is visible.
 COLOURS = (
@@ -46,6 +49,8 @@ MOST_BALLS = 8
 MOST_OVERLAP = 0.35
 _TRAIN_DIGITS = 0.8
 _TRAIN_WIDTH = 0.65
+# Left, top, right, bottom of the portrait's parts: flag, backdrop, two of the uniform; no face.
+_TEST_PARTS = ((0, 0, 150, 600), (375, 0, 512, 320), (0, 400, 210, 600), (300, 400, 512, 600))
 _JPEG_QUALITY = 72
 _MOST_NOISE = 0.8  # grey levels, standard deviation
 
@@ -194,6 +199,10 @@ _DIGITS_CREDIT = (
     "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning "
     "Repository, 1998; CC BY 4.0"
 )
+_PHOTO_CREDIT: dict[SplitName, str] = {
+    **dict.fromkeys(("train", "val"), "photographs by danielbuechele and vultilion"),
+    "test": "photograph by James S. Davis, United States Navy",
+}
 _LICENSE = {
     "id": 1,
     "name": "CC BY 2.0 (photographs), CC BY 4.0 (digits); see LICENSE.txt",
@@ -203,9 +212,9 @@ _LICENSE_TEXT = """\
 Numbered balls: sample data of runkey
 =====================================
 
-500 pictures of 256 x 192 pixels (400 train, 100 val) in COCO format, made by
-runkey/data/sample.py from what comes with scikit-learn.  They may be used, changed and given away,
-if this text goes with them.
+600 pictures of 256 x 192 pixels (400 train, 100 val, 100 test) in COCO format, made by
+sample-data/make_sample.py from what comes with scikit-learn and matplotlib.  They may be used,
+changed and given away, if this text goes with them.
 
 Digits
   Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning
@@ -220,6 +229,12 @@ Photographs (scikit-learn's load_sample_images; authors as its README names them
   Licence: CC BY 2.0, https://creativecommons.org/licenses/by/2.0/
   Changed: cropped, mirrored, darkened or lightened, balls laid upon them.
 
+Photograph of test (matplotlib's sample data)
+  grace_hopper.jpg  portrait of Commodore Grace M. Hopper by James S. Davis, 1984, a work of the
+                    United States Navy and so in the public domain
+  Changed: only flag, backdrop and uniform used; cropped, mirrored, darkened or lightened, balls
+  laid upon it.
+
 Drawing (balls, shadows, layout) and annotations
   By the authors of runkey; CC BY 4.0.
 """
@@ -227,17 +242,18 @@ Drawing (balls, shadows, layout) and annotations
 
 @dataclass(frozen=True, slots=True)
 class SampleSources:
-    """scikit-learn's pictures, divided between the splits."""
+    """Digits and photographs, divided between the splits."""
 
     photos: dict[SplitName, list[NDArray[np.uint8]]]
-    """[H, W, 3]: the left part of each photograph for train, the right part for val."""
+    """[H, W, 3]: of scikit-learn's photographs the left part of each for train, the right part for
+    val; for test parts of matplotlib's portrait."""
     digits_8x8: NDArray[np.float64]
     rows: dict[SplitName, list[NDArray[np.int64]]]
     """By split and number: rows of `digits_8x8`."""
 
 
 def make_sample(out: Path) -> dict[SplitName, tuple[int, int]]:
-    """Write the data set: annotations/, train/, val/ and LICENSE.txt.
+    """Write the data set: annotations/, train/, val/, test/ and LICENSE.txt.
 
     Args:
         out: the folder; files of an earlier call are replaced.
@@ -248,11 +264,11 @@ def make_sample(out: Path) -> dict[SplitName, tuple[int, int]]:
     Raises:
         DataError: `out` holds something that this function does not write.
     """
-    known = {"annotations", "train", "val", "LICENSE.txt"}
+    known = {"annotations", *COUNTS, "LICENSE.txt"}
     strange = sorted(p.name for p in out.iterdir() if p.name not in known) if out.is_dir() else []
     if strange:
         raise DataError(f"{out}: holds {strange[0]}, no sample data; name a new or an empty folder")
-    for name in ("annotations", "train", "val"):
+    for name in ("annotations", *COUNTS):
         shutil.rmtree(out / name, ignore_errors=True)
         (out / name).mkdir(parents=True)
     (out / "LICENSE.txt").write_text(_LICENSE_TEXT, encoding="utf-8", newline="\n")
@@ -277,21 +293,17 @@ def make_picture(
     sources: SampleSources, split: SplitName, index: int
 ) -> tuple[NDArray[np.uint8], list[Ball]]:
     """Draw image `index` of a split; it does not depend on other images."""
-    rng = np.random.default_rng([SEED, list(COUNTS).index(split), index])
-    background = _background(sources.photos[split], rng)
-    balls: list[Ball] = []
-    for _ in range(int(rng.integers(1, MOST_BALLS + 1))):
-        ball = _place(balls, sources.rows[split], rng)
-        if ball is not None:
-            balls.append(ball)
+    crop, balls, rng = layout(sources, split, index)
+    background = _background(sources.photos[split], crop)
     sigma = float(rng.uniform(0, _MOST_NOISE))
     noise = rng.standard_normal((HEIGHT, WIDTH, 3)) * sigma
     return draw_picture(background, balls, sources.digits_8x8, noise), balls
 
 
 def load_sources() -> SampleSources:
-    """Load scikit-learn's digits and photographs, and divide them between train and val."""
+    """Load digits and photographs, and divide them between the splits."""
     # Imported here because it takes a second.
+    from matplotlib import get_data_path
     from sklearn.datasets import load_digits, load_sample_images
 
     with warnings.catch_warnings():
@@ -299,31 +311,85 @@ def load_sources() -> SampleSources:
         warnings.simplefilter("ignore", DeprecationWarning)
         digits, target = load_digits(return_X_y=True)
         photos = load_sample_images().images
-    rng = np.random.default_rng([SEED, len(COUNTS)])
+    portrait = Image.open(Path(get_data_path()) / "sample_data/grace_hopper.jpg")
+    rng = np.random.default_rng([SEED, _SOURCES_STREAM])
     of_number = [rng.permutation(np.flatnonzero(target == n + 1)) for n in range(len(NUMBERS))]
     rows = [np.split(found, [round(len(found) * _TRAIN_DIGITS)]) for found in of_number]
     parts = [np.split(photo, [round(photo.shape[1] * _TRAIN_WIDTH)], axis=1) for photo in photos]
-    return SampleSources(
-        photos={split: [part[i] for part in parts] for i, split in enumerate(COUNTS)},
+    first: tuple[SplitName, ...] = ("train", "val")
+    sources = SampleSources(
+        photos={split: [part[i] for part in parts] for i, split in enumerate(first)},
         digits_8x8=np.asarray(digits, dtype=np.float64).reshape(-1, 8, 8),
-        rows={split: [part[i] for part in rows] for i, split in enumerate(COUNTS)},
+        rows={split: [part[i] for part in rows] for i, split in enumerate(first)},
     )
+    shown = [row for split in first for row in _shown_digits(sources, split)]
+    sources.photos["test"] = [np.asarray(portrait.crop(box)) for box in _TEST_PARTS]
+    sources.rows["test"] = [np.setdiff1d(found, shown) for found in of_number]
+    return sources
 
 
-def _background(photos: list[NDArray[np.uint8]], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """A random crop of a photograph, perhaps mirrored, darker or lighter: [H, W, 3]."""
-    photo = photos[int(rng.integers(len(photos)))]
+def _shown_digits(sources: SampleSources, split: SplitName) -> list[int]:
+    """Return the digits, as rows, on the balls of all pictures of a split."""
+    laid = (layout(sources, split, index)[1] for index in range(COUNTS[split]))
+    return [ball.digit for balls in laid for ball in balls]
+
+
+def layout(
+    sources: SampleSources, split: SplitName, index: int
+) -> tuple[Crop, list[Ball], np.random.Generator]:
+    """Choose background and balls of a picture; return its generator for the rest, too."""
+    rng = np.random.default_rng([SEED, _STREAMS[split], index])
+    crop = _choose_crop(sources.photos[split], rng)
+    balls: list[Ball] = []
+    for _ in range(int(rng.integers(1, MOST_BALLS + 1))):
+        ball = _place(balls, sources.rows[split], rng)
+        if ball is not None:
+            balls.append(ball)
+    return crop, balls, rng
+
+
+@dataclass(frozen=True, slots=True)
+class Crop:
+    """What a picture shows of a photograph."""
+
+    photo: int
+    """Index."""
+    left: int
+    """Pixels."""
+    top: int
+    width: int
+    height: int
+    is_mirrored: bool
+    brightness: float
+    """Factor."""
+
+
+def _choose_crop(photos: list[NDArray[np.uint8]], rng: np.random.Generator) -> Crop:
+    """Choose a random crop, perhaps mirrored, darker or lighter."""
+    number = int(rng.integers(len(photos)))
+    photo = photos[number]
     height, width = photo.shape[:2]
     largest = min(width, height * WIDTH // HEIGHT)
     crop_width = int(rng.integers(min(180, largest), largest + 1))
     crop_height = crop_width * HEIGHT // WIDTH
     left = int(rng.integers(width - crop_width + 1))
     top = int(rng.integers(height - crop_height + 1))
-    image = Image.fromarray(photo[top : top + crop_height, left : left + crop_width])
-    crop = np.asarray(image.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), dtype=np.float64)
-    if rng.random() < 0.5:
-        crop = crop[:, ::-1]
-    return np.rint(np.clip(crop * rng.uniform(0.55, 1.1), 0, 255)).astype(np.uint8)
+    is_mirrored = rng.random() < 0.5
+    brightness = rng.uniform(0.55, 1.1)
+    return Crop(number, left, top, crop_width, crop_height, is_mirrored, brightness)
+
+
+def _background(photos: list[NDArray[np.uint8]], crop: Crop) -> NDArray[np.uint8]:
+    """Cut a crop out of its photograph: [HEIGHT, WIDTH, 3]."""
+    rows, columns = (
+        slice(crop.top, crop.top + crop.height),
+        slice(crop.left, crop.left + crop.width),
+    )
+    image = Image.fromarray(photos[crop.photo][rows, columns])
+    pixels = np.asarray(image.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), dtype=np.float64)
+    if crop.is_mirrored:
+        pixels = pixels[:, ::-1]
+    return np.rint(np.clip(pixels * crop.brightness, 0, 255)).astype(np.uint8)
 
 
 def _place(
@@ -358,7 +424,7 @@ def _overlap(left: int, top: int, diameter: int, other: Ball) -> float:
 
 
 def _image_id(split: SplitName, index: int) -> int:
-    """1..400 in train, 1001..1100 in val."""
+    """1..400 in train, 1001..1100 in val, 2001..2100 in test."""
     return 1 + index + 1000 * list(COUNTS).index(split)
 
 
@@ -374,7 +440,7 @@ def _coco(split: SplitName, laid: dict[int, list[Ball]]) -> dict[str, Any]:
             "description": f"Numbered balls, {split} split: sample data of runkey",
             "version": "1",
             "year": 2026,
-            "contributor": f"{_DIGITS_CREDIT}; photographs by danielbuechele and vultilion",
+            "contributor": f"{_DIGITS_CREDIT}; {_PHOTO_CREDIT[split]}",
         },
         "licenses": [_LICENSE],
         "images": [{"id": number, "file_name": _file_name(number), **size} for number in laid],

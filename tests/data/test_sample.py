@@ -1,4 +1,4 @@
-"""The numbered balls: the same bytes every time, sound boxes, no digit in both splits."""
+"""The numbered balls: the same bytes every time, sound boxes, no digit in two splits."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ COUNTS, NUMBERS, WIDTH, HEIGHT = sample.COUNTS, sample.NUMBERS, sample.WIDTH, sa
 Ball, coverage, digit_ink = sample.Ball, sample.coverage, sample.digit_ink
 draw_picture, load_sources = sample.draw_picture, sample.load_sources
 make_picture, make_sample = sample.make_picture, sample.make_sample
+FIRST = "83b72bbe1b6cd1d63babc388fcee552606a6e1a1c9ad7290ed1981e4421ce610"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_remake_is_what_the_repository_ships(remade):
     out = YAML(typ="safe", pure=True).load((ROOT / "data.dvc").read_text())["outs"][0]
     if out.get("remote") == "seed" and sample_is_current(out["md5"]):
         assert out["md5"] == made
-        assert out["nfiles"] == 503
+        assert out["nfiles"] == 604
 
 
 def sample_is_current(md5: str) -> bool:
@@ -65,21 +66,21 @@ def sample_is_current(md5: str) -> bool:
 
 
 def test_shipped_objects_are_named_by_their_content():
-    """What git carries is unchanged (no end-of-line conversion, no lost file), within 5 MB."""
+    """What git carries is unchanged (no end-of-line conversion, no lost file), within 6 MB."""
     objects = [p for p in (ROOT / "sample-data/files/md5").rglob("*") if p.is_file()]
     for path in objects:
         named = (path.parent.name + path.name).removesuffix(".dir")
         assert hashlib.md5(path.read_bytes()).hexdigest() == named
-    assert len(objects) == 504
-    assert sum(path.stat().st_size for path in objects) <= 5_000_000
+    assert len(objects) == 605
+    assert sum(path.stat().st_size for path in objects) <= 6_000_000
 
 
 def test_counts_and_size(remade, annotations):
     folder, made = remade
     assert {split: len(list((folder / split).glob("*.jpg"))) for split in COUNTS} == COUNTS
     assert {split: len(tree["images"]) for split, tree in annotations.items()} == COUNTS
-    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= 5_000_000
-    assert {split: images for split, (images, _) in made.items()} == {"train": 400, "val": 100}
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= 6_000_000
+    assert {s: images for s, (images, _) in made.items()} == {"train": 400, "val": 100, "test": 100}
     for split, tree in annotations.items():
         for image in tree["images"]:
             with Image.open(folder / split / image["file_name"]) as opened:
@@ -90,7 +91,8 @@ def test_counts_and_size(remade, annotations):
 def test_authors_and_licences_are_stated(remade, annotations):
     folder, _ = remade
     text = (folder / "LICENSE.txt").read_text()
-    for name in ("Alpaydin", "Kaynak", "danielbuechele", "vultilion", "CC BY 2.0", "CC BY 4.0"):
+    authors = ("Alpaydin", "Kaynak", "danielbuechele", "vultilion", "James S. Davis")
+    for name in (*authors, "CC BY 2.0", "CC BY 4.0", "public domain"):
         assert name in text
     for tree in annotations.values():
         assert {image["license"] for image in tree["images"]} == {tree["licenses"][0]["id"]}
@@ -132,23 +134,52 @@ def test_boxes_lie_inside_and_overlap_little(annotations):
 def test_every_size_and_number_is_there(annotations):
     areas = [box["area"] for tree in annotations.values() for box in tree["annotations"]]
     parts = Counter("S" if a < 32**2 else "M" if a < 96**2 else "L" for a in areas)
-    assert 2000 <= len(areas) <= 2500
+    assert 2400 <= len(areas) <= 3000
     assert parts["S"] / len(areas) == pytest.approx(0.46, abs=0.05)
     assert parts["M"] / len(areas) == pytest.approx(0.48, abs=0.05)
     assert parts["L"] / len(areas) == pytest.approx(0.056, abs=0.02)
-    for split, least in (("train", 180), ("val", 40)):
+    for split, least in (("train", 180), ("val", 40), ("test", 40)):
         count = Counter(box["category_id"] for box in annotations[split]["annotations"])
         assert set(count) == set(range(1, 9))
         assert min(count.values()) >= least
 
 
-def test_no_digit_is_in_both_splits(sources):
+def test_test_shows_no_digit_and_no_photograph_of_train_or_val(sources):
+    shown = {
+        split: {
+            ball.digit
+            for index in range(COUNTS[split])
+            for ball in sample.layout(sources, split, index)[1]
+        }
+        for split in COUNTS
+    }
+    assert not shown["test"] & (shown["train"] | shown["val"])
+    assert min(map(len, sources.rows["test"])) >= 20
+    for photo in sources.photos["test"]:
+        assert photo.shape[2] == 3
+        assert not any(
+            np.array_equal(photo[:9, :9], other[:9, :9])
+            for s in ("train", "val")
+            for other in sources.photos[s]
+        )
+
+
+def test_train_and_val_are_the_bytes_that_they_were(remade):
+    """Those of the first 500 images, before there was test."""
+    folder, _ = remade
+    names = sorted(p for s in ("train", "val") for p in (folder / s).iterdir())
+    names += [folder / f"annotations/instances_{s}.json" for s in ("train", "val")]
+    digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in names))
+    assert digest.hexdigest() == FIRST
+
+
+def test_no_digit_is_in_train_and_val(sources):
     train = {int(row) for rows in sources.rows["train"] for row in rows}
     val = {int(row) for rows in sources.rows["val"] for row in rows}
     assert not train & val
     assert len(val) / (len(train) + len(val)) == pytest.approx(0.2, abs=0.005)
     shown = {split: set() for split in COUNTS}
-    for split in COUNTS:
+    for split in ("train", "val"):
         for index in range(12):
             _, balls = make_picture(sources, split, index)
             shown[split] |= {ball.digit for ball in balls}
