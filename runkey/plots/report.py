@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 _METRICS = f"{paths.EVALUATION}/{METRICS_JSON}"
 _RESAMPLED = f"{paths.EVALUATION}/{RESAMPLED}"
+_OTHER_RESAMPLED = f"{paths.EVALUATION}/{OTHER}/{RESAMPLED}"
 _OTHER_METRICS = f"{paths.EVALUATION}/{OTHER}/{METRICS_JSON}"
 _THRESHOLDS = f"{paths.EVALUATION}/{THRESHOLDS}"
 _UNUSED = (
@@ -211,9 +212,11 @@ class ReportedRun(Record):
                 return {name.removeprefix(prefix): values[name] for name in known}
         return {}
 
-    def resampled(self) -> Resampled | None:
+    def resampled_of(self, split: str) -> Resampled | None:
         """Return its AP on resampled sets of images; None if it has none, or damaged ones."""
-        return self.json(_RESAMPLED, Resampled) or None
+        if split == self.split:
+            return self.json(_RESAMPLED, Resampled) or None
+        return (self.json(_OTHER_RESAMPLED, Resampled) or None) if split == OTHER else None
 
     @property
     def split(self) -> str:
@@ -455,14 +458,16 @@ def _differences(runs: Sequence[ReportedRun]) -> dict[str, list[list[str]]]:
 
 
 def _noise(runs: Sequence[ReportedRun]) -> list[list[str]]:
-    """Return run and text of each AP that is compared with the first run's."""
+    """Return run and text of each AP that is compared with the first run's, on one split."""
     first, *others = runs
-    scores, resampled = first.scores(), first.resampled()
-    return [
-        [run.label, str(found)]
-        for run in others
-        for found in compare_scores(scores, run.scores(), resampled, run.resampled())
-    ]
+    found = []
+    for run in others:
+        split = first.split if run.split == first.split else OTHER
+        scores = (first.scores_of(split), run.scores_of(split))
+        resampled = (first.resampled_of(split), run.resampled_of(split))
+        for one in compare_scores(*scores, *resampled):
+            found.append([run.label, str(one) if run.split == first.split else f"{split}: {one}"])
+    return found
 
 
 def _names(values: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from typing import Any, Literal
 from runkey import paths
 from runkey.data.index import IMAGE_LIST, ImageList, read_image_list
 from runkey.errors import DataError, RegistryError
-from runkey.evaluation.files import RESAMPLED, Resampled
+from runkey.evaluation.files import OTHER, RESAMPLED, Resampled
 from runkey.evaluation.noise import ScoreDifference, compare_scores
 from runkey.files import expect, parse_json
 from runkey.identity.code import RULE, code_rule, hash_code
@@ -60,6 +60,7 @@ TREE = "."
 """Address of the working tree."""
 IMAGES_JSON = f"{paths.PREPARED}/{IMAGE_LIST}"
 RESAMPLED_JSON = f"{paths.EVALUATION}/{RESAMPLED}"
+_OF_VAL = f"{paths.EVALUATION}/{OTHER}/{RESAMPLED}"
 _EVAL = "eval/"
 
 
@@ -80,6 +81,8 @@ class Side:
     images: ImageList | None
     resampled: Resampled | None = None
     """None: it was not evaluated, or before there were intervals."""
+    resampled_val: Resampled | None = None
+    """The same on val, of a run whose result is of test."""
     packages: dict[str, str] = field(default_factory=dict)
     """Installed version by name; empty if unknown."""
     notes: list[str] = field(default_factory=list)
@@ -118,7 +121,7 @@ def run_side(library: Library, address: str, root: Path) -> Side:
             return None
 
     recipe = _recipe(record, artifact(KEY_JSON))
-    has_intervals = record.details and RESAMPLED_JSON in record.details.files
+    kept = record.details.files if record.details else {}
     oid = record.details.snapshot if record.details else record.run.tags.get("snapshot")
     read = _snapshot_reader(root, oid)
     if read is None:
@@ -132,7 +135,8 @@ def run_side(library: Library, address: str, root: Path) -> Side:
         record=record,
         read=read,
         images=_images(artifact(IMAGES_JSON), notes),
-        resampled=_resampled(artifact(RESAMPLED_JSON), notes) if has_intervals else None,
+        resampled=_resampled(artifact, RESAMPLED_JSON, notes) if RESAMPLED_JSON in kept else None,
+        resampled_val=_resampled(artifact, _OF_VAL, notes) if _OF_VAL in kept else None,
         packages=_installed_packages(artifact(str(paths.RUN_JSON))),
         notes=notes,
     )
@@ -200,12 +204,13 @@ def _images(data: bytes | None, notes: list[str]) -> ImageList | None:
         return None
 
 
-def _resampled(data: bytes | None, notes: list[str]) -> Resampled | None:
+def _resampled(read: ReadFile, path: str, notes: list[str]) -> Resampled | None:
+    data = read(path)
     try:
         found: Resampled | None = None if data is None else expect(Resampled, parse_json(data))
         return found
     except ValueError as error:
-        notes.append(f"{RESAMPLED_JSON}: {error}; its AP is not compared in pairs")
+        notes.append(f"{path}: {error}; its AP is not compared in pairs")
         return None
 
 
@@ -447,7 +452,7 @@ def compare(a: Side, b: Side, root: Path) -> Diff:
         files=_data_files(data_a, data_b, root) if known and images is None else None,
         packages=_packages(a, b) if known else [],
         metrics=differing(metrics_a, metrics_b) if on_both else [],
-        scores=compare_scores(_scores(a), _scores(b), a.resampled, b.resampled) if on_both else [],
+        scores=_compare_scores(a, b, splits) if on_both else [],
         witness=differing(_witness(a), _witness(b)) if on_both else [],
         installed=differing(a.packages, b.packages) if a.packages and b.packages else [],
         artifacts=differing(kept_a, kept_b),
@@ -456,9 +461,24 @@ def compare(a: Side, b: Side, root: Path) -> Diff:
     )
 
 
-def _scores(side: Side) -> dict[str, float]:
+def _compare_scores(a: Side, b: Side, splits: Collection[str]) -> list[ScoreDifference]:
+    """Compare the results; those on val, if one is of val and the other of test."""
+    if len(splits) < 2:
+        return compare_scores(_scores(a), _scores(b), a.resampled, b.resampled)
+    sides = [
+        (_scores(side, f"{_EVAL}{OTHER}/"), side.resampled_val)
+        if side.record and side.record.run.split == "test"
+        else (_scores(side), side.resampled)
+        for side in (a, b)
+    ]
+    (scores_a, resampled_a), (scores_b, resampled_b) = sides
+    found = compare_scores(scores_a, scores_b, resampled_a, resampled_b)
+    return [replace(one, name=f"{one.name} on val") for one in found]
+
+
+def _scores(side: Side, prefix: str = _EVAL) -> dict[str, float]:
     logged = side.record.run.metrics if side.record else {}
-    return {n.removeprefix(_EVAL): value for n, value in logged.items() if n.startswith(_EVAL)}
+    return {n.removeprefix(prefix): value for n, value in logged.items() if n.startswith(prefix)}
 
 
 def _initial_weights(side: Side) -> str:

@@ -242,10 +242,9 @@ def _metrics(metrics: Mapping[str, float], split: str) -> Iterator[Row]:
         if head == CLASS_AP:
             text = _listed(_worst(values))
             yield "AP by class", f"{text} (on {split})" if of_split else text
-        elif head == "eval":
-            yield f"eval{of_split}", _listed(f"{n} {_short(v)}" for n, v in values.items())
         else:
-            yield head or "metrics", _listed(_with_intervals(values))
+            label = f"eval{of_split}" if head == "eval" else head or "metrics"
+            yield label, _listed(_with_intervals(values))
 
 
 def _with_intervals(values: Mapping[str, float]) -> Iterator[str]:

@@ -78,16 +78,6 @@ def test_other_parameters_and_a_model_that_is_another(project: Project) -> None:
     project.dvc("repro", "-s", "evaluate", "--force")
 
 
-def test_another_seed_neither_splits_nor_profiles_again(project: Project) -> None:
-    params = project.root / "params.yaml"
-    text = params.read_text()
-    params.write_text(text.replace("\nseed: 0", "\nseed: 1"))
-    ran = re.findall(r"Running stage '(\w+)'", project.dvc("repro"))
-    assert ran == ["check", "train", "evaluate", "plots"]
-    params.write_text(text)
-    project.dvc("repro")
-
-
 def test_code_that_changes_while_it_trains(project: Project) -> None:
     """The run is right, and recorded; DVC does not note it for the code of now."""
     loop = project.root / "runkey/training/loop.py"
