@@ -275,7 +275,8 @@ def _draw_class_intervals(axes: Any, classes: Sequence[ClassMetrics]) -> None:
     rows = np.flatnonzero(np.isfinite(high))
     look: dict[str, Any] = {"fmt": "|", "color": style.BLACK, "capsize": 3, "markersize": 9}
     if len(rows):
-        errors = np.stack([ap - low, high - ap])[:, rows]
+        # Ends are rounded to 6 digits, so that one may lie beyond an AP of nearly 0.
+        errors = np.maximum(0, np.stack([ap - low, high - ap]))[:, rows]
         axes.errorbar(ap[rows], rows, xerr=errors, label="all, 95%", zorder=2, lw=1, **look)
 
 
