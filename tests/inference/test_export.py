@@ -61,6 +61,22 @@ def assert_same(answers, expected, within: float) -> None:
         np.testing.assert_allclose(got, wanted, rtol=0, atol=within)
 
 
+ODD = [(2, 97, 131), (1, 64, 96), (2, 35, 200)]
+
+
+@pytest.mark.parametrize("strides", ["auto", (8, 16, 32)])
+@pytest.mark.parametrize("export", ["torch", "onnx", "openvino"])
+def test_a_body_that_pads_gives_its_numbers_for_odd_sizes(export, strides, tmp_path):
+    """What is exported pads, and cuts off, as the model does; the two are what `evaluate` runs."""
+    changes = {"backbone": "lite0", "feature_strides": strides}
+    detector, _ = load_model(save_small_model(tmp_path / "model", **changes))
+    write_export(detector, card_of(export), tmp_path / "out", options=EXPORTED)
+    network, model = open_export(tmp_path / "out").network, TorchNetwork(InferenceModule(detector))
+    for shape in ODD:
+        images = images_of(*shape)
+        assert_same(network(images), model(images), 2e-5)
+
+
 @pytest.mark.parametrize("export", ["onnx", "openvino"])
 def test_an_export_gives_the_models_numbers_for_any_batch_and_size(detector, export, tmp_path):
     write_export(detector, card_of(export), tmp_path / "out", options=EXPORTED)

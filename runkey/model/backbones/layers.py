@@ -164,7 +164,9 @@ class Backbone(nn.Module):
 def _cut(x: Tensor, height: int, width: int) -> Tensor:
     """Return the upper left [B, C, height, width] of a map."""
     if is_traced():
-        return x[:, :, :height, :width]
+        # Not slices: torch.export wants to prove that they are within the map.
+        rows, columns = (torch.arange(n, device=x.device) for n in (height, width))
+        return x.index_select(2, rows).index_select(3, columns)
     # Unlike slices, it allocates the same blocks whether or not something is cut off.
     return F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
 
