@@ -56,7 +56,7 @@ def test_a_published_run_is_promoted_timed_and_loaded_elsewhere(team: Team, tmp_
     assert files == {"speed/speed.json", "speed/frontier.png"}
 
     with pytest.raises(AssertionError, match="is promoted as tiny@production"):
-        on_server(team.first, team, "delete", label, "--apply")
+        on_server(team.first, team, "delete", label, "--server", "--apply")
     gone = on_server(team.first, team, "promote", label, "--remove")
     assert gone == f"{label}: tiny version 1 is no longer models:/tiny@production\n"
 
