@@ -113,8 +113,8 @@ ui: env ## MLflow's pages on the runs made here (PORT=5000)
 	@$(BIN)/python -m runkey ui --port $(PORT)
 
 .PHONY: preset
-preset: env ## Write the preset NAME as a complete, commented params.yaml (NAME=sample)
-	@$(BIN)/python -m runkey preset $(NAME)
+preset: env ## Write preset NAME as params.yaml (NAME=sample; auto: chosen for data/)
+	@$(BIN)/python -m runkey preset $(NAME) $(ARGS)
 
 .PHONY: weights
 weights: env ## Download ImageNet weights of lite0 into .weights/ (WEIGHTS=detr-r50 for others)

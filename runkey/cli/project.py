@@ -28,7 +28,7 @@ from runkey.identity.key import FILE_PARAMS, NO_FILE, make_recipe, short_key
 from runkey.identity.key import explain as lines_of
 from runkey.progress import say
 from runkey.registry.library import find_run
-from runkey.units import counted, format_score, format_seconds
+from runkey.units import counted, format_bytes, format_score, format_seconds
 
 if TYPE_CHECKING:
     from runkey.params import Params
@@ -48,36 +48,114 @@ _PLACES = (
 
 
 def preset(
-    name: Annotated[str, Argument(help="Name of the preset; none: list them.")] = "",
+    name: Annotated[
+        str, Argument(help="Name of the preset; auto: chosen for data/; none: list them.")
+    ] = "",
     force: Annotated[
         bool, Option("--force", help="Overwrite changes that are not committed.")
     ] = False,
+    minutes: Annotated[
+        float, Option("--minutes", min=0.5, help="With auto: time to train, on this machine.")
+    ] = 10.0,
+    to_stdout: Annotated[
+        bool, Option("--print", help="Print the params.yaml instead of writing it.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a preset as a complete params.yaml; without a name, list them."""
+    """Write a preset as a complete params.yaml; without a name, list them.
+
+    auto looks at the data and the machine, runs some training steps, and proposes a preset, the
+    image size, the epochs for the time and more, each with its reason.
+    """
     from runkey.params import render  # 0.3 s
 
     if not name:
         about = {known: _about(render.describe_preset(known)) for known in render.preset_files()}
-        lines = (f"{known:<16} {text}" for known, text in about.items())
-        output.print_answer(about, *lines, as_json=as_json)
+        about[_AUTO] = "chosen for the data in data/ and for this machine (--minutes 10)"
+        rows = (f"{known:<16} {text}" for known, text in about.items())
+        output.print_answer(about, *rows, as_json=as_json)
         return
-    new = render.render_preset(name)
     # The repository's, or a new one in a folder with stages/.
     root = Path().resolve() if Path("stages").is_dir() else output.workspace()
+    answer: dict[str, Any] = {"preset": name}
+    lines: list[output.Line] = []
+    if name == _AUTO:
+        # What is not committed is refused before the steps are run.
+        _check_kept(root, None, force=force or to_stdout)
+        new, more, lines = _propose(root, minutes)
+        answer |= more
+    else:
+        new = render.render_preset(name)
+    if to_stdout:
+        say(new.rstrip("\n"))
+        return
+    written = _check_kept(root, new.encode(), force=force)
+    if written:
+        write_atomically(root / paths.PARAMS, new)
+    now = " already"
+    if written:
+        now = "" if name == _AUTO else f": {_about(render.describe_preset(name))}"
+    lines.append(f"params.yaml is preset {name}{now}")
+    output.print_answer(answer | {"written": written}, *lines, as_json=as_json)
+
+
+_AUTO = "auto"
+
+
+def _check_kept(root: Path, new: bytes | None, *, force: bool) -> bool:
+    """Return True if params.yaml is not `new`; ParamsError if changes in it would be lost."""
     target = root / paths.PARAMS
     old = target.read_bytes() if target.is_file() else None
-    written = old != new.encode()
-    if written:
-        if old is not None and not force and not _is_kept(old, target):
-            raise ParamsError(
-                "params.yaml: has changes that are not committed; commit them, or use --force to"
-                " overwrite them"
-            )
-        write_atomically(target, new)
-    now = f": {_about(render.describe_preset(name))}" if written else " already"
-    answer = {"preset": name, "written": written}
-    output.print_answer(answer, f"params.yaml is preset {name}{now}", as_json=as_json)
+    if old == new and old is not None:
+        return False
+    if old is not None and not force and not _is_kept(old, target):
+        raise ParamsError(
+            "params.yaml: has changes that are not committed; commit them, or use --force to"
+            " overwrite them"
+        )
+    return True
+
+
+def _propose(root: Path, minutes: float) -> tuple[str, dict[str, Any], list[output.Line]]:
+    """Return a proposal's params.yaml, its values for JSON, and its reasons."""
+    from runkey.params import load_params, render
+    from runkey.pipeline.propose import propose
+    from runkey.pipeline.survey import measure_speed, survey_data, survey_machine
+
+    target = root / paths.PARAMS
+    now = load_params(target if target.is_file() else render.preset_files()["sample"])
+    facts = survey_data(root, now)  # its errors come before torch is imported
+    found = propose(facts, survey_machine(root, now), now, minutes, measure_speed)
+    width = max(len(subject) for subject, _ in found.reasons)
+    lines: list[output.Line] = [(f"{s:<{width}}  ", reason) for s, reason in found.reasons]
+    lines += [(f"{'but':<{width}}  ", warning) for warning in found.warnings]
+    if missing := _missing_weights(found.params.model.backbone_weights):
+        lines.append((f"{'next':<{width}}  ", missing))
+    head = [f"# auto: {found.preset} for {minutes:g} minutes, by `runkey preset auto`.", "#"]
+    for subject, reason in [*found.reasons, *(("but", warning) for warning in found.warnings)]:
+        head += textwrap.wrap(
+            f"{subject}: {reason}", 98, initial_indent="# ", subsequent_indent="#   ",
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+    answer = {
+        "from": found.preset,
+        "changes": found.changes,
+        "reasons": [{"subject": subject, "reason": reason} for subject, reason in found.reasons],
+        "warnings": found.warnings,
+    }
+    return render.render(found.params, "\n".join(head)), answer, lines
+
+
+def _missing_weights(name: str) -> str:
+    """Say how to get published weights that are not here yet; empty if nothing is missing."""
+    from runkey.identity.pinned_weights import find_pinned
+    from runkey.registry.weights import is_here
+
+    with suppress(LookupError):
+        wanted = find_pinned(name)
+        if not is_here(wanted, output.checkout()):
+            return f"`make weights` gets {wanted.name} ({format_bytes(wanted.size or 0)})"
+    return ""
 
 
 def show(

@@ -255,7 +255,8 @@ def _data(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
             "small_objects",
             f"a quarter of the objects are under {quarter:.3g} pixels after resizing, and the"
             f" features' cells are {stride:g} pixels apart",
-            "raise {data.short_sides} and {data.long_side}; `runkey preset auto` says how far",
+            "take finer features ({model.feature_strides}: [8]), or raise {data.short_sides} and"
+            " {data.long_side}; `runkey preset auto` says how far",
         )
     rare = facts.get("rare", [])
     if rare:
