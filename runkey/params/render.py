@@ -57,16 +57,22 @@ def preset_files() -> dict[str, Path]:
     return {path.stem: path for path in sorted(files)}
 
 
+def preset_file(name: str) -> Path:
+    """Return the file of a preset; ParamsError if there is none."""
+    files = preset_files()
+    if name not in files:
+        raise ParamsError(f"preset {name}: not found (known: {', '.join(files)})")
+    return files[name]
+
+
 def render_preset(name: str) -> str:
     """Return the complete, commented params.yaml of a preset.
 
     Raises:
         ParamsError: there is no such preset, or its file is faulty.
     """
-    files = preset_files()
-    if name not in files:
-        raise ParamsError(f"preset {name}: not found (known: {', '.join(files)})")
-    return render(load_params(files[name]), head_of(read_text(files[name])))
+    file = preset_file(name)
+    return render(load_params(file), head_of(read_text(file)))
 
 
 def describe_preset(name: str) -> str:

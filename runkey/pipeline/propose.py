@@ -19,7 +19,7 @@ import numpy as np
 
 from runkey.model.backbones import spec_of, strides_of
 from runkey.params import Params, load_params, override
-from runkey.params.render import preset_files
+from runkey.params.render import preset_file
 from runkey.pipeline.survey import DataFacts, Machine, Speed
 from runkey.plots.hints import FEW_OBJECTS, FEW_VAL, half_width
 from runkey.units import GIB, counted, format_seconds
@@ -91,7 +91,7 @@ def propose(
     """
     name, why = _choose_preset(facts, machine, minutes)
     kept = {n: v for n, v in now.flat(runtime=True).items() if n.startswith(_KEPT)}
-    preset = override(load_params(preset_files()[name]), kept)
+    preset = override(load_params(preset_file(name)), kept)
     plan = _Plan(preset, facts, minutes * 60, measure)
     plan.note("data", _describe(facts))
     plan.note("machine", str(machine))
