@@ -349,12 +349,17 @@ class FinishedRun:
         shown = self.record.run.metrics if self.record else {}
         is_newest = all(shown.get(legal_name(name)) == value for name, value in finite.items())
         is_newest &= self.record is not None and self.record.run.tags.get(SPLIT) == split
-        if is_newest and self._details and self._details.evaluations.get(key) == finite:
+        files = hashed_files(self._root, (paths.EVALUATION, paths.METRICS / "evaluate.json"))
+        if (
+            is_newest
+            and self._details
+            and self._details.evaluations.get(key) == finite
+            and all(self._details.files.get(path) == file for path, file in files.items())
+        ):
             self._close("evaluate")
             return
         self._mlflow.log_again(metrics)
         self._mlflow.tag(SPLIT, split)
-        files = hashed_files(self._root, (paths.EVALUATION, paths.METRICS / "evaluate.json"))
         self._add("evaluate", files, {key: finite})
 
     def add_pictures(self, page: Path) -> None:

@@ -292,7 +292,7 @@ def _worktrees(scope: Scope) -> Iterator[Item]:
     for path in sorted(scope.home.glob("reproduce/*/")):
         quiet = (path / LOCK).is_file() or scope.now - _changed(path) >= _QUIET_SECONDS
         # A stage runs on for a while after `runkey reproduce` itself, which locks it, was killed.
-        if path.is_symlink() or not quiet or holder_of(path) is not None or _has_processes(path):
+        if path.is_symlink() or not quiet or holder_of(path) is not None or has_processes(path):
             continue
         yield _item(scope, "worktree", path, f"reproduce/{path.name}", "no process works in it")
 
@@ -349,7 +349,7 @@ def _has_weights(library: Library, record: Record, digest: str) -> bool:
     return False
 
 
-def _has_processes(path: Path) -> bool:
+def has_processes(path: Path) -> bool:
     """Return True if a process of this machine has its current folder in `path`."""
     top = path.resolve()
     folders = (process.info["cwd"] for process in psutil.process_iter(["cwd"]))

@@ -53,6 +53,7 @@ from runkey.params.schema import flatten
 from runkey.paths import PARAMS
 from runkey.registry.archive import parse_json
 from runkey.registry.environment import compare_environment
+from runkey.registry.gc import has_processes
 from runkey.registry.library import Library
 from runkey.registry.snapshot import (
     ELSEWHERE,
@@ -63,7 +64,7 @@ from runkey.registry.snapshot import (
     remove_worktree,
 )
 from runkey.registry.verify import first_few
-from runkey.training.lock import locked
+from runkey.training.lock import LOCK, holder_of, locked
 from runkey.units import counted
 
 logger = logging.getLogger(__name__)
@@ -338,10 +339,16 @@ def reproduce(
     if details.snapshot is None:
         why = "its code was not kept (it ran outside git); it cannot be reproduced"
         raise RegistryError(f"{label}: {why}")
-    folder = home / "reproduce" / f"{label}-{os.getpid()}"
-    root = add_worktree(main, details.snapshot, folder, f"`runkey fetch {label}` brings it")
+    folder = left_behind(home / "reproduce", label, details.snapshot)
+    if folder:
+        root = folder / git(main, "rev-parse", "--show-prefix")
+        began = f"goes on in {folder}, where it was interrupted"
+    else:
+        folder = home / "reproduce" / f"{label}-{os.getpid()}"
+        root = add_worktree(main, details.snapshot, folder, f"`runkey fetch {label}` brings it")
+        began = f"snapshot {details.snapshot[:12]} is checked out in {folder}"
     with locked(folder):
-        logger.info(f"snapshot {details.snapshot[:12]} is checked out in {folder}")
+        logger.info(began)
         try:
             env = clean_environment(main, {REPRODUCES: run.run_id})
             _check_key(record, library, main, root)
@@ -349,7 +356,9 @@ def reproduce(
             share_cache(main, root)
             repeat = _train_again(record, details, root, env, output)
         except RunkeyError as error:
-            raise RegistryError(f"{error}; its worktree is left in {folder}") from None
+            raise RegistryError(
+                f"{error}; its worktree is left in {folder}, where the same command goes on"
+            ) from None
         except KeyboardInterrupt:
             with suppress(OSError):
                 remove_worktree(main, folder)
@@ -363,6 +372,25 @@ def reproduce(
         return repeat
 
 
+def left_behind(folder: Path, label: str, snapshot: str) -> Path | None:
+    """Return a worktree of a reproduction that was killed or failed; None if there is none.
+
+    Its training is recorded, or can be resumed: another one would be recorded a second time.
+    """
+    for path in sorted(folder.glob(f"{label}-*/")):
+        # Locked after the checkout, so it is whole.
+        if path.is_symlink() or not (path / LOCK).is_file() or holder_of(path) is not None:
+            continue
+        with suppress(RegistryError):
+            if git(path, "rev-parse", "HEAD") == snapshot:
+                if has_processes(path):  # a stage outlives a DVC that was killed
+                    logger.info(f"waiting for the stage that still runs in {path}")
+                    while has_processes(path):
+                        time.sleep(1)
+                return path
+    return None
+
+
 def _train_again(
     record: Record, details: Details, root: Path, env: Mapping[str, str], output: TextIO
 ) -> tuple[RunComparison, dict[str, Any]]:
@@ -370,7 +398,10 @@ def _train_again(
     _fetch_data(root, env, output)
     if began := record.started_from:
         logger.info(f"initial weights: {began.about}")
-    (root / "dvc.lock").unlink(missing_ok=True)
+    # The snapshot's own; another one is of this reproduction, which was interrupted.
+    committed = git(root, "ls-tree", "HEAD", "dvc.lock")
+    if committed and not git(root, "diff", "--name-only", "HEAD", "--", "dvc.lock"):
+        (root / "dvc.lock").unlink()
     logger.info("training again: dvc repro without its run-cache")
     begin = time.monotonic()
     _dvc(["repro", "--no-run-cache", "--no-commit", TARGET], root, env, output)

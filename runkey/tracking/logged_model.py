@@ -61,6 +61,8 @@ def log_model(
 ) -> str:
     """Log a run's model and return its id; of an earlier one, if that has the same files.
 
+    One that was cut off, by a kill, is completed.
+
     It holds weights, thresholds and the code that runs them, and has a signature and an example.
     `mlflow.pytorch.log_model` would trace and pickle the model (10 s).
 
@@ -78,19 +80,14 @@ def log_model(
     with tracked(store, "the model is not recorded") as client:
         from mlflow.entities import LoggedModelOutput
 
-        run = client.get_run(run_id)
         known = _logged(client, run_id, content)
         if known is None:
-            tags = {KEY: described.key, _CONTENT: content}
-            model = client.create_logged_model(
-                run.info.experiment_id, described.name, source_run_id=run_id, tags=tags
-            )
+            known = _begun(client, run_id, described, content)
             with tempfile.TemporaryDirectory() as folder:
                 _save_model(Path(folder), run_id, files, example)
-                client.log_model_artifacts(model.model_id, f"{folder}/model")
-            client.finalize_logged_model(model.model_id, "READY")
-            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-            known = str(model.model_id)
+                client.log_model_artifacts(known, f"{folder}/model")
+            client.finalize_logged_model(known, "READY")
+            client.log_outputs(run_id, [LoggedModelOutput(known, step=0)])
         client.set_logged_model_tags(known, {NOTE: described.text})
         _log_metrics(client, run_id, known, described.metrics)
         return known
@@ -106,6 +103,21 @@ def _logged(client: MlflowClient, run_id: str, content: str | None) -> str | Non
         if one.tags.get(_CONTENT) == content or (content is None and _CONTENT in one.tags):
             return str(one.model_id)
     return None
+
+
+def _begun(client: MlflowClient, run_id: str, described: ModelDescription, content: str) -> str:
+    """Return the id of a model with these files that is no output of the run yet, or of a new one.
+
+    A process that was killed leaves one.
+    """
+    experiment = client.get_run(run_id).info.experiment_id
+    found = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
+    for one in found:
+        if one.tags.get(_CONTENT) == content:
+            return str(one.model_id)
+    tags = {KEY: described.key, _CONTENT: content}
+    made = client.create_logged_model(experiment, described.name, source_run_id=run_id, tags=tags)
+    return str(made.model_id)
 
 
 def _log_metrics(

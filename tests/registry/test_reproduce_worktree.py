@@ -11,8 +11,9 @@ import pytest
 
 from runkey.errors import RegistryError
 from runkey.identity.dvc_yaml import cache_folder
-from runkey.registry.reproduce import clean_environment, share_cache
+from runkey.registry.reproduce import clean_environment, left_behind, share_cache
 from runkey.registry.snapshot import add_worktree, git, remove_worktree
+from runkey.training.lock import locked
 
 WHO = {
     f"GIT_{role}_{what}": value
@@ -60,6 +61,34 @@ def test_it_is_made_and_taken_away(main: Path, tmp_path: Path) -> None:
     assert not folder.exists()
     assert len(git(main, "worktree", "list").splitlines()) == 1
     assert git(main, "status", "--porcelain") == ""
+
+
+def test_an_interrupted_reproduction_goes_on_where_it_was(main: Path, tmp_path: Path) -> None:
+    oid, home = git(main, "rev-parse", "HEAD"), tmp_path / "reproduce"
+    half = home / "a-0"  # killed while it was checked out
+    add_worktree(main, oid, half, "fetch it")
+    assert left_behind(home, "a", oid) is None
+    whole = home / "a-1"
+    add_worktree(main, oid, whole, "fetch it")
+    with locked(whole):
+        pass
+    assert left_behind(home, "a", oid) == whole
+    assert left_behind(home, "a", "0" * 40) is None
+    assert left_behind(home, "b", oid) is None
+    stage = subprocess.Popen(["sleep", "1.5"], cwd=whole)
+    assert left_behind(home, "a", oid) == whole
+    assert stage.poll() is not None  # it waited for the stage
+    held = "import sys; from pathlib import Path; from runkey.training.lock import locked\n"
+    held += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", held, str(whole)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert other.stdout
+    assert other.stdout.readline() == b"held\n"
+    assert left_behind(home, "a", oid) is None
+    other.communicate()
 
 
 def test_a_missing_snapshot_says_how_to_get_it(main: Path, tmp_path: Path) -> None:

@@ -161,6 +161,29 @@ def test_another_evaluation_gives_another_model_only_if_its_files_differ(logged:
     assert version.source == logged.client.get_logged_model(second).artifact_location
 
 
+@pytest.mark.parametrize("cut_off", ["log_model_artifacts", "log_outputs"])
+def test_a_model_that_a_kill_cut_off_is_completed(
+    logged: Logged, monkeypatch: pytest.MonkeyPatch, cut_off: str
+) -> None:
+    from mlflow import MlflowClient
+
+    def kill(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    record = logged.run("a")
+    with monkeypatch.context() as during:
+        during.setattr(MlflowClient, cut_off, kill)
+        with pytest.raises(KeyboardInterrupt):
+            logged.log(record)
+    model_id = logged.log(record)
+    (only,) = logged.client.search_logged_models([logged.experiment])
+    assert (only.model_id, only.status) == (model_id, "READY")
+    outputs = logged.client.get_run(record.run.run_id).outputs
+    assert outputs
+    assert [one.model_id for one in outputs.model_outputs] == [model_id]
+    assert logged.client.list_logged_model_artifacts(model_id)
+
+
 def test_promoting_moves_the_alias_and_says_from_where(logged: Logged) -> None:
     one, two = logged.run("a"), logged.run("b")
     logged.log(one)
