@@ -238,7 +238,7 @@ def weights(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Download published weights into .weights/, checked by hash; without a name, list them."""
+    """Download published weights, checked by hash; without a name, list them."""
     from runkey.identity.pinned_weights import all_pinned, find_pinned
     from runkey.registry.weights import get_weights, is_here
 

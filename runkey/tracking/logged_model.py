@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runkey.errors import TrackingError
+from runkey.files import read_json
 from runkey.hashing import sha256_file, sha256_json
 from runkey.identity.code import import_closure
+from runkey.identity.initial_weights import CARD
 from runkey.identity.key import short_key
+from runkey.identity.pinned_weights import TIMM_BODY
 from runkey.identity.record import KEY, Record
 from runkey.tracking.store import NOTE, Store, tracked
 
@@ -34,7 +37,7 @@ _NEEDED = (
     *("mlflow", "torch", "torchvision", "safetensors", "numpy", "pandas", "scipy", "pillow"),
     *("matplotlib", "pydantic", "pyyaml", "rich", "ruamel.yaml"),
 )
-"""Packages that the served code imports."""
+"""Packages that the served code imports, whatever the model."""
 _CONTENT = "runkey.content"
 """Tag of a logged model: hash of the files that it is loaded from."""
 _RUN_JSON = "run.json"
@@ -175,8 +178,20 @@ def _save_model(folder: Path, run_id: str, files: Mapping[str, Path], example: P
                 ),
             ),
             input_example=pd.DataFrame([[example.read_bytes()]], columns=columns),
-            pip_requirements=[f"{package}=={version(package)}" for package in _NEEDED],
+            pip_requirements=[
+                f"{package}=={version(package)}" for package in packages_of(files[CARD])
+            ],
         )
+
+
+def packages_of(card: Path) -> tuple[str, ...]:
+    """Return the packages that serve a model.
+
+    Args:
+        card: its `model.json`.
+    """
+    backbone = str(read_json(card)["model"]["backbone"])
+    return (*_NEEDED, "timm") if backbone.startswith(TIMM_BODY) else _NEEDED
 
 
 def _copy_code(folder: Path) -> Path:

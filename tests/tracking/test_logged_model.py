@@ -18,11 +18,19 @@ from runkey.errors import DataError, RegistryError, TrackingError
 from runkey.hashing import sha256_file
 from runkey.identity.record import LoggedRun, Record
 from runkey.inference.pyfunc import OUTPUT_COLUMNS
+from runkey.model.weights import ModelCard, Sizes, save_model
+from runkey.params import Model
 from runkey.registry.models import Promotion, promotions, registered_run
-from runkey.tracking.logged_model import ModelDescription, log_model, promote, withdraw
+from runkey.tracking.logged_model import (
+    ModelDescription,
+    log_model,
+    packages_of,
+    promote,
+    withdraw,
+)
 from runkey.tracking.store import Store, experiment_id, open_client
 from runkey.tracking.transfer import delete_run
-from tests.support.small_model import photograph
+from tests.support.small_model import CLASSES, photograph
 
 
 class Logged:
@@ -55,7 +63,10 @@ class Logged:
 
 
 def imported_packages(folder: Path) -> set[str]:
-    """The packages that the code in a folder imports, at its top or in a function."""
+    """The packages that the code in a folder imports, at its top or in a function.
+
+    Of a package that is not installed the name of the import stands for it.
+    """
     names = set[str]()
     for file in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_bytes())):
@@ -65,7 +76,7 @@ def imported_packages(folder: Path) -> set[str]:
                 names.add(node.module.split(".")[0])
     providers = packages_distributions()
     return {
-        re.sub("_", "-", providers[name][0].lower())
+        re.sub("_", "-", providers.get(name, [name])[0].lower())
         for name in names - set(sys.stdlib_module_names) - {"runkey"}
     }
 
@@ -73,6 +84,15 @@ def imported_packages(folder: Path) -> set[str]:
 @pytest.fixture
 def logged(store: Store, small_model_folder: Path, tmp_path: Path) -> Logged:
     return Logged(store, small_model_folder, tmp_path)
+
+
+@pytest.mark.parametrize("backbone", ["lite0", "timm:convnext_atto"])
+def test_a_model_requires_timm_if_its_body_is_of_timm(tmp_path: Path, backbone: str) -> None:
+    card = ModelCard(Model(backbone=backbone), CLASSES, Sizes(48, 80))
+    save_model(tmp_path, {}, card)
+    required = packages_of(tmp_path / "model.json")
+    assert "torch" in required
+    assert ("timm" in required) == backbone.startswith("timm:")
 
 
 @pytest.mark.parametrize("step", [0, 3])
@@ -116,7 +136,9 @@ def test_the_model_is_complete_and_has_signature_example_metrics_and_description
     required = re.findall(
         r"^([\w.-]+)==", (artifacts / "requirements.txt").read_text(), re.MULTILINE
     )
-    assert imported_packages(artifacts / "code") <= {name.lower() for name in required}
+    # timm is imported for its own networks alone.
+    imported = imported_packages(artifacts / "code")
+    assert imported - {name.lower() for name in required} == {"timm"}
 
     import mlflow
 
