@@ -176,7 +176,8 @@ def test_unknown_preset_names_the_known(repository: Path, run: Run) -> None:
     code, _, err = run("preset", "nix")
     assert code == 1
     assert err == (
-        "error: preset nix: not found (known: blood-cells, coco-detr-r101, coco-detr-r50, sample)\n"
+        "error: preset nix: not found"
+        " (known: blood-cells, coco-detr-r101, coco-detr-r50, photos, sample)\n"
     )
 
 
