@@ -146,9 +146,8 @@ def test_preset_from_a_folder_below_is_written_at_the_root(
 def test_presets_are_listed_in_short_lines(repository: Path, run: Run) -> None:
     code, out, _ = run("preset")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == sorted(
-        path.stem for path in (REPOSITORY / "presets").iterdir()
-    )
+    names = sorted(path.stem for path in (REPOSITORY / "presets").iterdir())
+    assert [line.split()[0] for line in out.splitlines()] == [*names, "auto"]
     assert max(map(len, out.splitlines())) <= 100
 
 
