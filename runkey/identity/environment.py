@@ -188,6 +188,7 @@ CONDA_ONLY = frozenset(
         "fastapi",  # names fastapi-core and its extras
         "mlflow-ui",  # its files are in the wheel of mlflow
         "pyarrow",  # names pyarrow-core and its libraries
+        "python-gil",  # says that the interpreter has its global lock
         "python-gssapi",  # optional in conda's own builds of other packages
         "pyu2f",  # likewise
         "pywin32-on-windows",  # empty on Linux

@@ -30,8 +30,6 @@ WORST = {"padded": (100, 118), "aligned": (96, 128)}
 @pytest.mark.parametrize("worst", WORST.values(), ids=WORST.keys())
 @pytest.mark.parametrize("name", BODIES)
 def test_every_size_is_predicted(small_params, name, worst):
-    if name.startswith("timm:"):
-        pytest.importorskip("timm", reason="timm is not installed")
     values = {"model.backbone": name.split(",")[0], "data.long_side": 128, **BODIES[name]}
     params = override(small_params, values)
     shapes = single_shape(params, worst, objects=5, num_classes=3)

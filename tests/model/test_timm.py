@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
@@ -11,7 +12,6 @@ from runkey.errors import ParamsError
 from runkey.model.backbones import build_backbone, check, rename, spec_of, strides_of
 from runkey.model.detr import build_model
 
-timm = pytest.importorskip("timm", reason="timm is not installed")
 CONVNEXT, VIT = "timm:convnext_atto", "timm:vit_tiny_patch16_224"
 
 

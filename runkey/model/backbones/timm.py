@@ -1,6 +1,7 @@
 """Any network of timm that gives feature maps, such as `timm:convnext_atto` (Wightman 2019).
 
-timm is imported where it is used. Parameters have timm's names under `model.`.
+timm is imported where it is used, so models with other bodies do without. Parameters have timm's
+names under `model.`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def _create(name: str) -> Any:
         import timm
     except ImportError:
         raise ParamsError(
-            f"model.backbone = '{name}': timm is not installed; add it to environment.yml, then run"
-            " `make lock env`"
+            f"model.backbone = '{name}': timm is not installed; run `make env`, or elsewhere"
+            " `pip install timm`"
         ) from None
     plain = name.removeprefix(PREFIX)
     if not timm.is_model(plain):
