@@ -146,8 +146,10 @@ def candidates(name, value):
         1,
         0.5,
         [0, 2047],
+        [8],
         "weights.pt" if name in FILE_PARAMS else "val/AP50",
         "http://a.example",
+        r"(video\d+)_",
     )
 
 
