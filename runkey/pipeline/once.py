@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,7 +30,15 @@ from runkey.files import copy_atomically
 from runkey.identity.dvc_yaml import covers, read_pipeline
 from runkey.identity.inputs import Inputs, check_unchanged
 from runkey.identity.key import Recipe, short_key, training_folder
-from runkey.identity.record import REPRODUCES, Details, LoggedRun, Record, RunPointer, this_host
+from runkey.identity.record import (
+    REPRODUCES,
+    REPRODUCES_SINCE,
+    Details,
+    LoggedRun,
+    Record,
+    RunPointer,
+    this_host,
+)
 from runkey.identity.record_cache import update_record
 from runkey.params import Params
 from runkey.registry.claims import open_claims
@@ -154,6 +163,11 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[KeyClaim | None
         if params.runtime.reuse:
             _send_saved(store, folder, label)
         decision = _reuse_or_train(params, root, recipe, store, library)
+    elif library and (repeat := _earlier_repeat(library, recipe.key, first)):
+        line = f"{label}: run {repeat.run.run_id[:8]}, recorded before the interruption, is taken"
+        logger.info(line)
+        reuse_own(library, repeat, root, store, params, line)
+        decision = None
     else:
         how = "without looking for a run (runtime.mlflow is false)"
         if first:
@@ -255,3 +269,11 @@ def _to_repeat(library: Library, key: str) -> Record | None:
         if record.run.run_id == wanted:
             return record
     raise RegistryError(f"{REPRODUCES}: run {wanted} of key {key} is not in {library.place}")
+
+
+def _earlier_repeat(library: Library, key: str, first: str | None) -> Record | None:
+    """Return the whole run that an interrupted reproduction of the run `first` recorded."""
+    since = int(os.environ.get(REPRODUCES_SINCE) or sys.maxsize)
+    found = [r for r in library.matching(key) if r.reproduction_of == first]
+    recent = [r for r in found if r.run.status == "FINISHED" and r.run.started_ms >= since]
+    return next((r for r in map(library.with_details, recent) if r.is_whole), None)

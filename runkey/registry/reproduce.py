@@ -42,6 +42,7 @@ from runkey.identity.record import (
     KEY_JSON,
     ORIGIN,
     REPRODUCES,
+    REPRODUCES_SINCE,
     TAKEN,
     Details,
     Record,
@@ -339,10 +340,12 @@ def reproduce(
     if details.snapshot is None:
         why = "its code was not kept (it ran outside git); it cannot be reproduced"
         raise RegistryError(f"{label}: {why}")
+    env = clean_environment(main, {REPRODUCES: run.run_id})
     folder = left_behind(home / "reproduce", label, details.snapshot)
     if folder:
         root = folder / git(main, "rev-parse", "--show-prefix")
         began = f"goes on in {folder}, where it was interrupted"
+        env[REPRODUCES_SINCE] = str((folder / LOCK).stat().st_mtime_ns // 1_000_000)
     else:
         folder = home / "reproduce" / f"{label}-{os.getpid()}"
         root = add_worktree(main, details.snapshot, folder, f"`runkey fetch {label}` brings it")
@@ -350,7 +353,6 @@ def reproduce(
     with locked(folder):
         logger.info(began)
         try:
-            env = clean_environment(main, {REPRODUCES: run.run_id})
             _check_key(record, library, main, root)
             _check_packages(record, details, root, any_environment=any_environment)
             share_cache(main, root)
@@ -365,6 +367,7 @@ def reproduce(
             logger.info(f"interrupted; {folder} is {'left' if folder.exists() else 'removed'}")
             raise
         if keep:
+            (folder / LOCK).unlink(missing_ok=True)  # the next one trains again
             logger.info(f"the worktree is kept: {folder}; `git worktree remove` ends it")
         else:
             with suppress(OSError):

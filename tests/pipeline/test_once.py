@@ -12,6 +12,7 @@ import pytest
 
 from runkey.errors import RegistryError
 from runkey.identity.key import make_recipe
+from runkey.identity.record import REPRODUCES, REPRODUCES_SINCE, REPRODUCTION_OF
 from runkey.params import load_params
 from runkey.pipeline.once import reuse_own
 from runkey.registry.claims import open_claims
@@ -36,11 +37,13 @@ def root(template: Path, tmp_path: Path) -> Path:
     return copy
 
 
-def train(root: Path, *options: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
+def train(
+    root: Path, *options: str, ok: bool = True, **variables: str
+) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, *options, "-m", "stages.train"],
         cwd=root,
-        env=clean_environment(),
+        env=clean_environment() | variables,
         capture_output=True,
         text=True,
         timeout=120,
@@ -64,6 +67,20 @@ def test_a_finished_run_is_taken_before_torch_is_imported(root: Path) -> None:
     imported = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "runkey.registry.once" in imported
     assert not {"torch", "mlflow", "dvc", "numpy"} & imported
+
+
+@pytest.mark.parametrize("since", ["1700000000000", "1700000000001", ""])
+def test_an_interrupted_reproduction_takes_the_run_that_it_recorded(root: Path, since: str) -> None:
+    key = make_recipe("train", root).key
+    first = make_run(root, key)
+    repeat = make_run(root, key, "b" * 32, tags={"key": key, REPRODUCTION_OF: first.run.run_id})
+    again = {REPRODUCES: first.run.run_id, REPRODUCES_SINCE: since}
+    is_own = since == "1700000000000"  # when the repeat was started
+    # Else it trains, which stops early, as the data are not there.
+    done = train(root, ok=is_own, **again)
+    taken = f"run {repeat.run.run_id[:8]}, recorded before the interruption, is taken"
+    assert (taken in " ".join(done.stdout.split())) is is_own
+    assert (root / "run.json").exists() is is_own
 
 
 def test_a_comment_in_the_model_takes_the_finished_run(root: Path) -> None:
