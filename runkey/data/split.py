@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from unicodedata import normalize
 
 from runkey.data.index import SplitName
 from runkey.errors import DataError
@@ -91,9 +92,9 @@ def _groups(classes_of: Mapping[str, Collection[int]], group_by: str | None) -> 
     named: defaultdict[str, list[str]] = defaultdict(list)
     alone: list[str] = []
     for name in sorted(classes_of):
-        found = re.search(group_by, name) if group_by else None
-        if found and found[1] is not None:
-            named[found[1]].append(name)
+        group = _group_of(name, group_by) if group_by else None
+        if group is not None:
+            named[group].append(name)
         else:
             alone.append(name)
     if group_by and not named:
@@ -104,6 +105,12 @@ def _groups(classes_of: Mapping[str, Collection[int]], group_by: str | None) -> 
     # The first character keeps a group from having the name of an image.
     groups = [_group(f"/{name}", images, classes_of, True) for name, images in named.items()]
     return groups + [_group(name, [name], classes_of, False) for name in alone]
+
+
+def _group_of(name: str, group_by: str) -> str | None:
+    """Return what the pattern finds in a name; composed accents and separate ones are equal."""
+    found = re.search(normalize("NFC", group_by), normalize("NFC", name))
+    return found[1] if found else None
 
 
 def _group(
@@ -118,9 +125,8 @@ def shared_groups(names_of: Mapping[SplitName, Iterable[str]], group_by: str) ->
     seen: defaultdict[str, set[SplitName]] = defaultdict(set)
     for split, names in names_of.items():
         for name in names:
-            found = re.search(group_by, name)
-            if found and found[1] is not None:
-                seen[found[1]].add(split)
+            if (group := _group_of(name, group_by)) is not None:
+                seen[group].add(split)
     return sorted(name for name, splits in seen.items() if len(splits) > 1)
 
 

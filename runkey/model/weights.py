@@ -167,9 +167,8 @@ def _read_state(path: Path) -> _State:
             with names, open_plain(path) as file:
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, PickleError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        text = str(error).strip() or "cut short"
         raise ValueError(
-            f"no weights file that is safe to load ({text.splitlines()[0][:90]}); save its tensors"
+            f"no weights file that is safe to load ({_reason(error)}); save its tensors"
             ' alone with torch.save({"model": model.state_dict()}, file)'
         ) from None
     if isinstance(loaded, dict):
@@ -181,6 +180,14 @@ def _read_state(path: Path) -> _State:
     if odd:
         raise ValueError(f"{odd[0]!r} is no tensor; expected a state dict, or 'model'")
     return loaded
+
+
+def _reason(error: Exception) -> str:
+    """Say in a few words why a weights file could not be read."""
+    if isinstance(error, PickleError | KeyError):  # torch's text is a page, or a byte's number
+        return "torch.save has not written it, or it holds more than tensors"
+    text = str(error).strip()
+    return text.splitlines()[0][:90] if text else "cut short"
 
 
 def load_model(folder: Path) -> tuple[Detector, ModelCard]:

@@ -95,6 +95,8 @@ def _faults(error: ValidationError) -> list[str]:
     for fault in error.errors():
         where = [part for part in fault["loc"] if not _is_union_branch(part)]
         name = ".".join(str(part) for part in where)
+        if any(known.startswith(f"{name}.") for known in texts):
+            continue  # of a list whose entry is named already
         if fault["type"] == "extra_forbidden":
             texts[name] = f"unknown key {name}{_suggest(where)}"
         elif fault["type"] == "missing":

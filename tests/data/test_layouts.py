@@ -12,6 +12,7 @@ from unicodedata import normalize
 import pytest
 
 from runkey.data.index import read_index
+from runkey.data.split import split_images
 from runkey.errors import DataError
 
 
@@ -354,6 +355,13 @@ def test_groups_are_kept_together_and_a_shared_one_is_noted(folder):
     assert tens <= set(files(folder, "train")) or not tens & set(files(folder, "train"))
     with pytest.raises(DataError, match=r"matches no file name, such as '1\.png'"):
         folder.prepare(group_by="(patient)")
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_groups_do_not_depend_on_the_unicode_form(form):
+    names = [normalize(form, f"für{number}.jpg") for number in range(3)] + ["a.jpg", "b.jpg"]
+    found = split_images({name: {0} for name in names}, {"val": 0.4}, 0, "(für)")
+    assert {found.split_of[name] for name in names[:3]} == {"train"}
 
 
 def test_a_group_in_two_jsons_is_noted(folder):

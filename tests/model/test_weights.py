@@ -185,7 +185,8 @@ def test_a_detectors_backbone_serves_as_backbone_weights(tmp_path):
 
 
 def wrong_files(folder):
-    (folder / "text.pt").write_text("no weights")
+    (folder / "text.pt").write_text("hello")
+    (folder / "page.pt").write_text("<html>404</html>")
     torch.save({"model": torch.nn.Linear(1, 1)}, folder / "code.pt")
     torch.save({"model": {"weight": 3}}, folder / "number.pt")
     torch.save([1, 2], folder / "list.pt")
@@ -198,8 +199,9 @@ def wrong_files(folder):
     ("file", "text"),
     [
         ("absent.pt", "not found"),
-        ("text.pt", "no weights file that is safe to load"),
-        ("code.pt", "no weights file that is safe to load"),
+        ("text.pt", "safe to load (torch.save has not written it, or it holds more than tensors);"),
+        ("page.pt", "safe to load (torch.save has not written it, or it holds more than tensors);"),
+        ("code.pt", "safe to load (torch.save has not written it, or it holds more than tensors);"),
         ("cut.pt", "no weights file that is safe to load"),
         ("number.pt", "'weight' is no tensor"),
         ("list.pt", "holds no state dict"),

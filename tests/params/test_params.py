@@ -89,6 +89,15 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
         {"training": {"epochs": True}},
         "training.epochs = true: should be a number, not true or false",
     ),
+    "empty name of weights": (
+        {"model": {"init_from": "", "backbone_weights": ""}},
+        "model.backbone_weights = '': should not be empty; "
+        "model.init_from = '': should not be empty",
+    ),
+    "feature level of no pixels": (
+        {"model": {"feature_strides": [8, 0]}},
+        "model.feature_strides.1 = 0: should be >= 1",
+    ),
     "feature levels that do not rise": (
         {"model": {"feature_strides": [16, 8]}},
         "model: feature_strides [16, 8] must rise",
