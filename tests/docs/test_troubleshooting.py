@@ -30,7 +30,7 @@ OTHERS = (
 BESIDE = ("tests/support/chromium.py", "tests/environment/test_lock.py", "benchmarks/run_table.py")
 VALUES = set(
     """error warning hint note ERROR WARNING
-    F ball balls cube cone Platelets gone val/mAP lrr vm nothing fast target following many
+    F photos ball balls cube cone Platelets gone val/mAP lrr vm nothing fast target following many
     fix drop or is true id key image images file annotation categories process best data train val
     gpu cuda cpu auto GiB SIGTERM blood-cells sample detection source torch venv runkey MLflow
     Connection refused Errno Address already in use No module named space left on device
