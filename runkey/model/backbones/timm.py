@@ -10,7 +10,7 @@ import copy
 import difflib
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ def _create(name: str) -> Any:
         close = difflib.get_close_matches(plain, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ParamsError(f"model.backbone = '{name}': timm {timm.__version__} lacks it{hint}")
-    options = {"pretrained": False, "features_only": True, "feature_cls": "getter"}
+    options: dict[str, Any] = {"pretrained": False, "features_only": True, "feature_cls": "getter"}
     config = timm.get_pretrained_cfg(plain)
     sizes: list[dict[str, Any]] = [{}]
     if config is not None and config.fixed_input_size:  # position tables that can be resized
@@ -71,7 +71,9 @@ def spec_of(name: str) -> BodySpec:
 
     config = timm.get_pretrained_cfg(name.removeprefix(PREFIX))
     strides = tuple(sorted(levels))
-    normalisation = {} if config is None else {"mean": config.mean, "std": config.std}
+    normalisation: dict[str, Any] = (
+        {} if config is None else {"mean": config.mean, "std": config.std}
+    )
     return BodySpec(
         name=name,
         stages=len(levels),
@@ -133,9 +135,9 @@ class Timm(nn.Module):
         self._indices = [index for index, _, _ in used]
         self.model = _without_head(_new(spec.name), self._indices)
         if model.norm == "frozen":
-            from timm.layers import freeze_batch_norm_2d
+            import timm.layers
 
-            self.model = freeze_batch_norm_2d(self.model)
+            self.model = cast("Any", timm.layers).freeze_batch_norm_2d(self.model)
         self._frozen: list[nn.Module] = []
         if model.frozen_stages:
             self._freeze(levels[spec.strides[model.frozen_stages - 1]][2])
