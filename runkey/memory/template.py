@@ -98,7 +98,8 @@ def other_shape(worst: Shape, grid: Grid, queries: int = 0) -> Shape:
 
     Attention pads masks whose rows are no multiple of 8 or 16 tokens, and two-stage selection adds
     tokens if there are fewer than `queries`. Both allocate: both shapes must need it, or neither.
-    The shape is smaller; larger, if all smaller ones lack tokens; `worst`, if no shape will do.
+    Slices of a level of one row or column need no copies, so both must have such a level, or none.
+    The shape is smaller; larger, if no smaller one will do; `worst`, if no shape will do.
     """
     (height, width), wanted = worst, _treatment(worst, grid, queries)
     for parts in (_SMALLER, _LARGER):
@@ -111,16 +112,16 @@ def other_shape(worst: Shape, grid: Grid, queries: int = 0) -> Shape:
             for part in parts
             for rows, columns in apart
         ]
-        aligned = [one for one in shapes if _treatment(one, grid, queries)[:-1] == wanted[:-1]]
-        alike = [one for one in aligned if _treatment(one, grid, queries) == wanted]
-        if alike or not aligned:
+        alike = [one for one in shapes if _treatment(one, grid, queries) == wanted]
+        if alike:
             break
     return max(alike, key=lambda one: _count_told_apart(worst, one, grid), default=worst)
 
 
 def _treatment(shape: Shape, grid: Grid, queries: int) -> tuple[bool, ...]:
     tokens = grid.tokens(*shape)
-    return tokens % 8 == 0, tokens % 16 == 0, tokens < queries
+    single = (side <= stride for stride in grid.strides for side in shape)
+    return tokens % 8 == 0, tokens % 16 == 0, *single, tokens < queries
 
 
 def _count_told_apart(worst: Shape, shape: Shape, grid: Grid) -> int:

@@ -105,6 +105,15 @@ def test_the_other_shape_has_enough_tokens_if_the_largest_has(queries, other):
     assert tokens % 8 != 0
 
 
+@pytest.mark.parametrize(("worst", "single"), [((45, 60), False), ((30, 60), True)])
+def test_both_shapes_have_a_level_of_one_row_or_neither(worst, single):
+    """Slices of one row are copied nowhere, so that the steps would have different blocks."""
+    height, width = other_shape(worst, Grid((8, 16, 32), 32))
+    assert (height <= 32) == single
+    assert width > 32
+    assert (height, width) != worst
+
+
 def test_traces_that_differ_in_more_than_bytes_are_refused(traces):
     shorter = replace(traces[2], events=traces[2].events[:-1])
     with pytest.raises(ValueError, match="different blocks"):
