@@ -67,6 +67,9 @@ GROUPS: dict[str, tuple[int, tuple[Target, ...]]] = {
             Target(f"{_ARTIFACTS}/record.json", "json", "index; verify KEY"),
             Target(f"{_ARTIFACTS}/model/key.json", "json", "verify KEY; diff KEY ."),
             Target(f"{_ARTIFACTS}/run.json", "json", "verify KEY; diff KEY .; get KEY --to there"),
+            Target(
+                f"{_ARTIFACTS}/evaluation/resampled.json", "json", "diff KEY KEY; report KEY KEY"
+            ),
             Target(".runkey/runs.sqlite", "sqlite", _RECORDS),
             Target(".runkey/runs.sqlite", "bytes", _RECORDS),
         ),

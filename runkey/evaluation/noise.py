@@ -16,6 +16,10 @@ from runkey.evaluation.files import Resampled
 from runkey.evaluation.intervals import METRICS, Interval, difference_interval
 
 
+_MOST_DEVIATIONS = 20.0
+"""Above those of two images, the fewest with an interval: a larger number is damage."""
+
+
 @dataclass(frozen=True, slots=True)
 class ScoreDifference:
     """The difference of a metric of two runs, and whether it is within noise."""
@@ -81,7 +85,9 @@ def _paired(
     if values_a == values_b and not difference:
         return ScoreDifference(name, difference, None, True, True)
     reach = max(one["deviations"].get(name) or 0.0 for one in (a, b))
-    if not reach > 0 or not all(map(_is_share, filter(None, (*values_a, *values_b)))):
+    if not 0 < reach <= _MOST_DEVIATIONS or not all(
+        map(_is_share, filter(None, (*values_a, *values_b)))
+    ):
         return None
     interval = difference_interval(values_a, values_b, difference, reach)
     if interval is None:

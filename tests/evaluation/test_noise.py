@@ -97,6 +97,7 @@ def test_other_images_are_compared_by_their_intervals(made, tmp_path):
         {"AP": [float("nan"), 0.5, 0.5]},
         {"deviations": {}},
         {"deviations": {"AP": -1.0}},
+        {"deviations": {"AP": 1e308}},
         {"deviations": {"AP": None}},
     ],
 )

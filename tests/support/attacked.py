@@ -18,7 +18,7 @@ import torch
 from runkey.data.index import read_classes
 from runkey.data.prepare import prepare
 from runkey.errors import LockError
-from runkey.evaluation.files import write_results
+from runkey.evaluation.files import RESAMPLED, write_results
 from runkey.identity.key import Recipe, make_recipe
 from runkey.identity.record import Hardware, RunManifest, RunPointer, capture_environment
 from runkey.inference.export import write_export
@@ -43,6 +43,10 @@ from tests.support.report_runs import SIZES, files_of
 from tests.support.run_package import RECIPE, git, make_ready
 
 _CPU = Hardware(device="cpu x86_64", micro_batch=4, world_size=1, threads=1)
+_RESAMPLES = json.dumps(
+    {"truth": "0" * 64, "deviations": {"AP": 2.0, "AP50": 2.0}}
+    | {name: [0.4, None, 0.5, 0.6] for name in ("AP", "AP50")}
+).encode()
 OTHER = key_of("other")
 """Key of a training that was interrupted."""
 
@@ -205,6 +209,7 @@ def _evaluation(folder: Path, names: list[str]) -> None:
         for image in range(1, 7)
     ]
     write_results(folder / "predictions.json", found)
+    (folder / RESAMPLED).write_bytes(_RESAMPLES)
 
 
 def _runs(root: Path, recipe: Recipe) -> None:
@@ -222,6 +227,7 @@ def _runs(root: Path, recipe: Recipe) -> None:
     folder = root.parent / "files"
     folder.mkdir()
     files = files_of(folder, "complete", 0.5) | {"model/key.json": key_json, "run.json": b"{}"}
+    files[f"evaluation/{RESAMPLED}"] = _RESAMPLES
     shutil.rmtree(folder)
     hint = {"event.hint.overfit": '{"seen": "a gap", "change": "more data"}'}
     done = make_run(
