@@ -15,7 +15,6 @@ from typing import Any, TypeGuard
 from runkey.evaluation.files import Resampled
 from runkey.evaluation.intervals import METRICS, Interval, difference_interval
 
-
 _MOST_DEVIATIONS = 20.0
 """Above those of two images, the fewest with an interval: a larger number is damage."""
 
