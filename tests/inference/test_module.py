@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from runkey import params
-from runkey.data.dataset import Batch, normalise
+from runkey.data.dataset import Batch, Normalisation, normalise
 from runkey.errors import ModelError
 from runkey.inference.module import EXPORTED, InferenceModule, InferenceOptions
 from runkey.model.detr import build_model
@@ -22,6 +22,8 @@ MODELS = {
     "R50-DC5": params.Model(
         preset="detr", backbone="resnet50", norm="frozen", dilation=True, **SMALL
     ),
+    "fast lite0": params.Model(backbone="lite0", norm="frozen", **SMALL),
+    "fast lite0 levels": params.Model(backbone="lite0", feature_strides=(8, 16, 32), **SMALL),
 }
 
 
@@ -57,7 +59,7 @@ def evaluated(detector, preset, images):
         image_ids=tuple(range(count)),
         original_sizes=torch.ones(count, 2, dtype=torch.int64),
     )
-    pixels, _ = normalise(batch)
+    pixels, _ = normalise(batch, Normalisation(detector.body.mean, detector.body.std))
     with torch.no_grad():
         outputs = detector(pixels, None)
         return build_postprocess(preset)(outputs, batch.original_sizes)
@@ -66,7 +68,7 @@ def evaluated(detector, preset, images):
 @pytest.mark.parametrize("name", MODELS)
 def test_it_gives_the_bits_of_evaluate(name):
     detector = detector_of(name)
-    images = images_of(2, 64, 80)
+    images = images_of(2, 61, 83)
     expected = evaluated(detector, MODELS[name], images)
     scores, labels, boxes = InferenceModule(detector)(images)
     assert scores.dtype == boxes.dtype == torch.float32
@@ -84,7 +86,7 @@ def test_it_gives_the_bits_of_evaluate(name):
 def test_folded_norms_and_last_heads_change_rounding_alone(name, channels_last):
     detector = detector_of(name)
     before = copy.deepcopy(detector.state_dict())
-    images = images_of(2, 64, 80)
+    images = images_of(2, 61, 83)
     options = InferenceOptions(fold_norms=True, last_layer_only=True, channels_last=channels_last)
     module = InferenceModule(detector, options)
     assert not any(hasattr(part, "running_var") for part in module.modules())
