@@ -4,10 +4,11 @@
     .venv/bin/python benchmarks/photos.py photos -S model.frozen_stages=4 -S lr=5e-4 SET=FOLDER ...
     .venv/bin/python benchmarks/photos.py --table            # the table of all results so far
 
-A set is a COCO folder; it is prepared once, into --work.  The epochs are set so that the whole
-schedule, evaluations included, takes the CPU seconds of one thread: a few steps and an evaluation
-are measured first.  AP is that of the weights that `train` keeps, on the set's val images.  Each
-training adds a line to benchmarks/results/photos.jsonl.  Sets of images: benchmarks/photo_sets.py.
+A set is a COCO folder; it is prepared once, into --work (remove that after a change of the split).
+The epochs are set so that the whole schedule, evaluations included, takes the CPU seconds of one
+thread: a few steps and an evaluation are measured first.  AP is that of the weights that `train`
+keeps, on the set's val images.  Each training adds a line to benchmarks/results/photos.jsonl.  Sets
+of images: benchmarks/photo_sets.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import logging
 import math
 import statistics
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -137,8 +139,8 @@ def train(workspace: Workspace, params: Params) -> dict[str, Any]:
 
 def run(wanted: argparse.Namespace) -> None:
     """Train the arm on every set with every seed, and keep each result."""
-    changes = {"training.cpu_threads": 1, "training.micro_batch": wanted.micro_batch or "auto"}
-    changes |= {"data.checks": {"level": "drop"}} | dict(wanted.changes)
+    changes: dict[str, Any] = {"training.cpu_threads": 1, "data.checks": {"level": "drop"}}
+    changes |= dict(wanted.changes)
     tree = parse_yaml((REPOSITORY / f"presets/{wanted.preset}.yaml").read_text())
     shown = " ".join(f"{name}={json.dumps(value)}" for name, value in wanted.changes)
     for name, folder in wanted.sets:
@@ -214,9 +216,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300.0, help="CPU seconds of a training")
     parser.add_argument("--epochs", type=int, help="in place of the measured number")
     parser.add_argument("--evaluations", type=int, default=6, help="of a training")
-    parser.add_argument("--micro-batch", type=int, default=0)
     parser.add_argument("--seeds", type=lambda t: [int(s) for s in t.split(",")], default=[0])
-    parser.add_argument("--work", type=Path, default=REPOSITORY / ".photos")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "runkey-photos"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
     wanted = parser.parse_args()
