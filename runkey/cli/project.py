@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import runpy
 import textwrap
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict
 
 from pydantic import FiniteFloat
-from typer import Argument, Option, Typer
+from typer import Argument, BadParameter, Option, Typer
 
 from runkey import paths
 from runkey.cli import output
@@ -55,7 +56,8 @@ def preset(
         bool, Option("--force", help="Overwrite changes that are not committed.")
     ] = False,
     minutes: Annotated[
-        float, Option("--minutes", min=0.5, help="With auto: time to train, on this machine.")
+        float,
+        Option("--minutes", min=0.5, max=1e6, help="With auto: time to train, on this machine."),
     ] = 10.0,
     to_stdout: Annotated[
         bool, Option("--print", help="Print the params.yaml instead of writing it.")
@@ -80,6 +82,8 @@ def preset(
     answer: dict[str, Any] = {"preset": name}
     lines: list[output.Line] = []
     if name == _AUTO:
+        if math.isnan(minutes):
+            raise BadParameter("nan is no number of minutes", param_hint="'--minutes'")
         # What is not committed is refused before the steps are run.
         _check_kept(root, None, force=force or to_stdout)
         new, more, lines = _propose(root, minutes)

@@ -34,6 +34,8 @@ _LARGE_MINUTES = 600.0
 _FINEST = 8
 """Pixels from cell to cell: features of 4 have four times as many tokens."""
 _SIZE_STEP, _LEAST_SIZE = 32, 192
+_LARGEST_SIZE = 1344
+"""About that of detectors on COCO; what is small there needs tiles."""
 _FEW_EPOCHS, _MOST_EPOCHS = 12, 100
 """Below the first, smaller images are worth more than objects that are too small for them."""
 _EVALUATIONS = 10
@@ -240,7 +242,8 @@ class _Plan:
     def _size_for_objects(self) -> int:
         """Return the smallest long side, from the preset's on, at which few objects are small."""
         base = self._preset.data.long_side
-        largest = max(base, max(self._facts.median_size) // _SIZE_STEP * _SIZE_STEP)
+        sides = min(_LARGEST_SIZE, max(self._facts.median_size))
+        largest = max(base, sides // _SIZE_STEP * _SIZE_STEP)
         sizes: Iterable[int] = range(base, largest + 1, _SIZE_STEP)
         return next((s for s in sizes if self._small_side(s) >= self._stride), largest)
 
@@ -261,6 +264,8 @@ class _Plan:
             return
         if long < wanted:
             way = "more minutes allow larger images; or cut the images into tiles"
+        elif long >= _LARGEST_SIZE:
+            way = "cut the images into tiles"
         else:
             way = "the images are no larger: cut larger ones into tiles, or photograph from nearer"
         self._warnings.append(f"1 object in 10 is under {stride} pixels, and hard to find; {way}")

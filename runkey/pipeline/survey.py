@@ -150,6 +150,8 @@ def survey_data(root: Path, params: Params) -> DataFacts:
         facts = _read_data(root, params)
     if not facts.train.objects:
         raise DataError(f"{facts.read}: no object to learn")
+    if facts.val and not facts.val.objects:
+        raise DataError(f"{facts.read}: no object in val, on which AP is measured")
     return facts
 
 
@@ -197,7 +199,9 @@ def _read_data(root: Path, params: Params) -> DataFacts:
     parts: dict[str, SplitFacts] = {one.source.split: _facts_of_coco(one, names) for one in read}
     train = parts.pop("train", None) or parts.pop("data")
     shown = " and ".join(source.shown_json for source in sources)
-    return DataFacts(train, parts.get("val"), parts.get("test"), shown)
+    test = parts.get("test")
+    test = test if test and test.objects else None  # as `prepare` has it
+    return DataFacts(train, parts.get("val"), test, shown)
 
 
 def _facts_of_coco(coco: Coco, names: dict[int, str]) -> SplitFacts:
@@ -207,10 +211,11 @@ def _facts_of_coco(coco: Coco, names: dict[int, str]) -> SplitFacts:
     for one in coco.annotations:
         if one.crowd or one.image_id not in sizes or one.category_id not in names:
             continue
-        with suppress(TypeError, ValueError):
+        with suppress(TypeError, ValueError, OverflowError):
             _, _, width, height = map(float, one.bbox)
             if 0 < width < np.inf and 0 < height < np.inf:
-                boxes.append((height, width, *sizes[one.image_id]))
+                rows, columns = sizes[one.image_id]
+                boxes.append((min(height, rows), min(width, columns), rows, columns))
                 classes[names[one.category_id]] += 1
                 counts[one.image_id] += 1
     return _split(list(sizes.values()), boxes, classes, max(counts.values(), default=0))

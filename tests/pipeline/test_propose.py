@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -194,8 +195,10 @@ def test_decoded_images_are_kept_where_they_fit(root: Path) -> None:
     assert (
         load_params(PHOTOS).data.cache_gib == proposed(root_with(root, 160)).params.data.cache_gib
     )
-    # Up to 3 bytes x 1.35 x 1.35 x 256 x 352 pixels an image: 0.46 GiB for 1,000.
-    assert proposed(root_with(root, 5_000), 600).params.data.cache_gib == 3.0
+    data = load_params(PHOTOS).data
+    pixels = 1.35 * max(data.short_sides) * 1.35 * data.long_side
+    needed = math.ceil(5_000 * 3 * pixels / 2**30)
+    assert proposed(root_with(root, 5_000), 600).params.data.cache_gib == needed > data.cache_gib
     small = replace(MACHINE, disk_bytes=2**30)
     assert proposed(root_with(root, 5_000), 600, machine=small).params.data.cache_gib == 1.0
 
@@ -237,6 +240,39 @@ def test_data_that_are_not_there(root: Path, run: Run) -> None:
     file.write_text(json.dumps(coco))
     with pytest.raises(DataError, match="no object to learn"):
         survey_data(root, load_params(PHOTOS))
+    write_data(root)
+    write_data(root, val=1)
+    (root / "data/annotations/instances_val.json").write_text(json.dumps(coco))
+    with pytest.raises(DataError, match="no object in val, on which AP is measured"):
+        survey_data(root, load_params(PHOTOS))
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf", "1e300", "0", "-1"])
+def test_no_number_of_minutes(root: Path, run: Run, minutes: str) -> None:
+    write_data(root)
+    code, _, err = run("preset", "auto", "--minutes", minutes, "--print")
+    assert code != 0
+    assert "--minutes" in err
+
+
+def test_odd_boxes_and_images(root: Path) -> None:
+    write_data(root)
+    file = root / "data/annotations/instances_train.json"
+    coco = json.loads(file.read_text())
+    for one, side in zip(coco["annotations"], (1e300, 10**400, "x", -5, None), strict=False):
+        one["bbox"] = [0, 0, side, side]
+    file.write_text(json.dumps(coco))
+    facts = survey_data(root, load_params(PHOTOS))
+    assert facts.train.objects == 156
+    assert facts.train.boxes.max() == SIZE[0]
+    for one in coco["images"]:
+        one |= {"width": 20_000, "height": 15_000}
+    for one in coco["annotations"]:
+        one["bbox"] = [0, 0, 20, 20]
+    file.write_text(json.dumps(coco))
+    found = proposed(root, 600)
+    assert found.params.data.long_side == 1344
+    assert "cut the images into tiles" in found.warnings[0]
 
 
 def test_as_it_is_typed_with_real_training_steps(root: Path, run: Run) -> None:
