@@ -207,7 +207,7 @@ def test_pascal_voc(root: Path, run: Run) -> None:
 
 @pytest.mark.parametrize("labels", ["{}", "{}/labels", "annotations/{}"])
 def test_voc_files_of_one_name_in_several_folders(root: Path, run: Run, labels: str) -> None:
-    """Roboflow's (beside the images), and trees that mirror each other; test stands for val."""
+    """Roboflow's (beside the images), and trees that mirror each other; test stays test."""
     files: dict[str, str | bytes] = {}
     for split, box in (("train", "0 0 5 5"), ("test", "1 1 7 7")):
         files[f"{split}/a.png"] = ""
@@ -215,7 +215,7 @@ def test_voc_files_of_one_name_in_several_folders(root: Path, run: Run, labels: 
     to = write(root, files)
     assert run("convert", "from", "to", "--format", "voc")[0] == 0
     assert boxes(to, "train") == {"a.png": [("ball", 0, 0, 5, 5)]}
-    assert boxes(to, "val") == {"a.png": [("ball", 1, 1, 6, 6)]}
+    assert boxes(to, "test") == {"a.png": [("ball", 1, 1, 6, 6)]}
 
 
 def test_a_label_is_never_taken_for_one_of_another_folder(root: Path, run: Run) -> None:
