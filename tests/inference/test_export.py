@@ -245,7 +245,7 @@ def test_detect_py_runs_other_exports_as_the_loader_does(tmp_path, monkeypatch, 
         capture_output=True, text=True, cwd=tmp_path, check=True,
     )  # fmt: skip
     assert not done.stderr
-    found = load_model_folder(tmp_path / "out")(path, score=0)
+    found = load_model_folder(tmp_path / "out", trust=True)(path, score=0)
     scores = [one["score"] for one in json.loads(done.stdout)["detections"]]
     np.testing.assert_allclose(scores, found.scores, atol=1e-5)
 
