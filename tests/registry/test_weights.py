@@ -218,6 +218,21 @@ def test_weights_that_cannot_be_written_are_no_network_error(served, tmp_path):
         get_weights(row, tmp_path / "main")
 
 
+@pytest.mark.parametrize("kind", ["file", "link to nothing", "folder in place of the file"])
+def test_what_is_no_folder_of_weights_is_named(kind, served, tmp_path):
+    _, row = served
+    place = tmp_path / "main/.weights"
+    place.parent.mkdir(exist_ok=True)
+    if kind == "file":
+        place.write_text("")
+    elif kind == "link to nothing":
+        place.symlink_to("nothing")
+    else:
+        (place / row.file).mkdir(parents=True)
+    with pytest.raises(WriteError, match=r"\.weights.*: .*cannot be written"):
+        get_weights(row, tmp_path / "main")
+
+
 def test_a_mirror_takes_the_place_of_every_address(served, tmp_path, monkeypatch):
     server, row = served
     monkeypatch.setenv(MIRROR, f"{server.address}/")
