@@ -316,13 +316,12 @@ def summary(as_json: AsJson = False) -> None:
         output.print_json({"key": run["key"], "run": run["run_id"]} | trained | evaluated)
         return
     ap, ap50, ap75 = (f"{n} {format_score(evaluated, n)}" for n in ("AP", "AP50", "AP75"))
-    kind, val = "held-out", evaluated.get("val")
-    if evaluated.get("split") == "test":
-        kind = "test"
+    val = evaluated.get("val")
+    split_name = "test" if evaluated.get("split") == "test" else "held-out"
     took = format_seconds(min(trained["seconds"], 1e9))
     key = short_key(str(run["key"]))
     rows = [
-        ("result", f"{ap}   (COCO, on the {kind} images)"),
+        ("result", f"{ap}   (COCO, on the {split_name} images)"),
         ("", f"{ap50}   {ap75}"),
         *([("on val", f"AP {format_score(val, 'AP')}")] if val else []),
         ("training", f"{took}, weights of epoch {trained['best_epoch']}"),

@@ -97,8 +97,8 @@ def list_runs(
     if NAMES["AP"] in (query.sort.name, *(c.field.name for c in query.conditions)):
         splits = Counter(filter(None, (show.split_of(r.run) for r in found)))
         if len(splits) > 1:
-            shares = " and ".join(f"of {split} in {runs}" for split, runs in splits.items())
-            say(f"AP is {shares} runs; --where split=test compares within one split")
+            shares = (f"of {split} in {counted(runs, 'run')}" for split, runs in splits.items())
+            say(f"AP is {' and '.join(shares)}; --where split=test compares within one split")
     for rule, count in Counter(filter(None, (older_rule(r.key) for r in found))).items():
         say(f"{count} of these: {rule}")
     if note := output.tree_note(output.store().home):

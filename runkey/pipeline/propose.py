@@ -111,9 +111,10 @@ def propose(
 def _describe(facts: DataFacts) -> str:
     train, val = facts.train, facts.val
     height, width = facts.median_size
-    images = f"{train.images:,}{f' + {val.images:,}' if val else ''} images"
+    images = f"{train.images:,} + {val.images:,}" if val else f"{train.images:,}"
     return (
-        f"{images} of about {width} x {height} pixels, {counted(len(train.classes), 'class')},"
+        f"{counted(images, 'image')} of about {width} x {height} pixels,"
+        f" {counted(len(train.classes), 'class')},"
         f" {counted(f'{train.objects + (val.objects if val else 0):,}', 'object')} ({facts.read})"
     )
 
@@ -121,7 +122,10 @@ def _describe(facts: DataFacts) -> str:
 def _choose_preset(facts: DataFacts, machine: Machine, minutes: float) -> tuple[str, str]:
     images = facts.train.images
     if images > _LARGE_DATA and machine.gpu and minutes >= _LARGE_MINUTES:
-        return _LARGE_PRESET, f"{images:,} images, a GPU and {format_seconds(minutes * 60)}"
+        return (
+            _LARGE_PRESET,
+            f"{counted(f'{images:,}', 'image')}, a GPU and {format_seconds(minutes * 60)}",
+        )
     why = f"starts from pretrained weights, which {counted(f'{images:,}', 'image')} need"
     if images > _LARGE_DATA:
         why = (
@@ -245,13 +249,13 @@ class _Plan:
         sides = min(_LARGEST_SIZE, max(self._facts.median_size))
         largest = max(base, sides // _SIZE_STEP * _SIZE_STEP)
         sizes: Iterable[int] = range(base, largest + 1, _SIZE_STEP)
-        return next((s for s in sizes if self._small_side(s) >= self._stride), largest)
+        return next((one for one in sizes if self._small_side(one) >= self._stride), largest)
 
     def _least_size(self) -> int:
         """Return the smallest long side that objects allow where time is short."""
         base = self._preset.data.long_side
         sizes = range(min(base, _LEAST_SIZE), base + 1, _SIZE_STEP)
-        return next((s for s in sizes if self._small_side(s) >= 2 * self._stride), base)
+        return next((one for one in sizes if self._small_side(one) >= 2 * self._stride), base)
 
     def _explain_size(self, long: int, wanted: int) -> None:
         small, stride = self._small_side(long), self._stride
@@ -329,7 +333,7 @@ class _Plan:
         needed = images * one / GIB
         room = min(machine.memory_bytes / 2, machine.disk_bytes / 4) / GIB
         if data.cache_gib < needed <= room:
-            reason = f"holds all {images:,} images decoded; {room:.0f} GiB may be taken"
+            reason = f"holds {counted(f'{images:,}', 'image')} decoded; {room:.0f} GiB may be taken"
             self.change({"data.cache_gib": float(math.ceil(needed))}, reason)
 
     def warnings(self) -> Iterable[str]:
@@ -359,10 +363,10 @@ def few_val(objects: int) -> str:
 
 
 def _memory(speed: Speed, machine: Machine) -> str:
-    where = "GPU's" if machine.gpu else "machine's"
+    where = "the GPU" if machine.gpu else "the machine"
     return (
-        f"{speed.peak_bytes / GIB:.1f} GiB were used at the peak, of the {where}"
-        f" {machine.memory_bytes / GIB:.1f} GiB"
+        f"{speed.peak_bytes / GIB:.1f} GiB of the {machine.memory_bytes / GIB:.1f} GiB of {where}"
+        " were used at the peak"
     )
 
 
