@@ -120,7 +120,7 @@ def test_a_lock_that_is_not_installed_stops_it(project: Project) -> None:
         project.run("git", "worktree", "remove", "--force", "other")
     assert done.returncode == 1
     line = done.stderr.strip().splitlines()[-1]
-    assert "1 packages are not as requirements.txt of then locks them: numpy: locked 9" in line
+    assert "not as requirements.txt of then locks them: 1 package: numpy: locked 9" in line
     assert "--any-environment goes on" in line
     left = Path(line.rpartition(" left in ")[2].removesuffix(", where the same command goes on"))
     assert left.is_dir()
