@@ -47,9 +47,11 @@ def test_list_has_a_column_as_soon_as_one_is_of_test(runs: Path, run: Run) -> No
 
 
 def test_order_by_ap_says_that_the_splits_differ(runs: Path, run: Run) -> None:
-    rest = " runs; --where split=test compares within one split"
-    assert f"AP is of val in 2 and of test in 1{rest}" in run("list", "--sort", "AP")[1]
-    assert f"AP is of test in 1 and of val in 2{rest}" in run("list", "--where", "AP>0.1")[1]
+    rest = "; --where split=test compares within one split"
+    sorted_by = run("list", "--sort", "AP")[1]
+    assert f"AP is of val in 2 runs and of test in 1 run{rest}" in sorted_by
+    chosen = run("list", "--where", "AP>0.1")[1]
+    assert f"AP is of test in 1 run and of val in 2 runs{rest}" in chosen
     assert "compares within" not in run("list")[1]
     assert "compares within" not in run("list", "--sort", "AP", "--where", "split=val")[1]
 
