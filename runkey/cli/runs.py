@@ -19,7 +19,7 @@ from runkey.cli import output
 from runkey.cli.output import AsJson, Key
 from runkey.errors import RegistryError
 from runkey.identity.key import older_rule, short_key
-from runkey.identity.record import CLASS_AP
+from runkey.identity.record import CLASS_AP, Record
 from runkey.progress import say
 from runkey.registry import show
 from runkey.registry.claims import status_now
@@ -94,15 +94,20 @@ def list_runs(
     rows = zip(*table.values(), strict=True)
     whole = ("key", "when", "status", "AP", "took", "data")
     output.print_table(chosen, rows, right=right, whole=whole)
-    if NAMES["AP"] in (query.sort.name, *(c.field.name for c in query.conditions)):
-        splits = Counter(filter(None, (show.split_of(r.run) for r in found)))
-        if len(splits) > 1:
-            shares = (f"of {split} in {counted(runs, 'run')}" for split, runs in splits.items())
-            say(f"AP is {' and '.join(shares)}; --where split=test compares within one split")
+    _say_mixed_splits(query, found)
     for rule, count in Counter(filter(None, (older_rule(r.key) for r in found))).items():
         say(f"{count} of these: {rule}")
     if note := output.tree_note(output.store().home):
         output.print_beside("", note)
+
+
+def _say_mixed_splits(query: Query, found: list[Record]) -> None:
+    """Say it if a list is chosen or sorted by AP, and that is not of one split."""
+    if NAMES["AP"] in (query.sort.name, *(c.field.name for c in query.conditions)):
+        splits = Counter(filter(None, (show.split_of(one.run) for one in found)))
+        if len(splits) > 1:
+            shares = (f"of {split} in {counted(count, 'run')}" for split, count in splits.items())
+            say(f"AP is {' and '.join(shares)}; --where split=test compares within one split")
 
 
 def _lost(where: list[str] | None) -> str:

@@ -341,17 +341,8 @@ def reproduce(
         why = "its code was not kept (it ran outside git); it cannot be reproduced"
         raise RegistryError(f"{label}: {why}")
     env = clean_environment(main, {REPRODUCES: run.run_id})
-    folder = left_behind(home / "reproduce", label, details.snapshot)
-    if folder:
-        root = folder / git(main, "rev-parse", "--show-prefix")
-        began = f"goes on in {folder}, where it was interrupted"
-        env[REPRODUCES_SINCE] = str((folder / LOCK).stat().st_mtime_ns // 1_000_000)
-    else:
-        folder = home / "reproduce" / f"{label}-{os.getpid()}"
-        root = add_worktree(main, details.snapshot, folder, f"`runkey fetch {label}` brings it")
-        began = f"snapshot {details.snapshot[:12]} is checked out in {folder}"
+    folder, root = _begin(home / "reproduce", label, details.snapshot, main, env)
     with locked(folder):
-        logger.info(began)
         try:
             _check_key(record, library, main, root)
             _check_packages(record, details, root, any_environment=any_environment)
@@ -373,6 +364,24 @@ def reproduce(
             with suppress(OSError):
                 remove_worktree(main, folder)
         return repeat
+
+
+def _begin(
+    home: Path, label: str, snapshot: str, main: Path, env: dict[str, str]
+) -> tuple[Path, Path]:
+    """Return a worktree and the workspace in it: what was left behind, or a new checkout.
+
+    `env` then says since when an interrupted reproduction has been going on.
+    """
+    folder = left_behind(home, label, snapshot)
+    if folder:
+        logger.info(f"goes on in {folder}, where it was interrupted")
+        env[REPRODUCES_SINCE] = str((folder / LOCK).stat().st_mtime_ns // 1_000_000)
+        return folder, folder / git(main, "rev-parse", "--show-prefix")
+    folder = home / f"{label}-{os.getpid()}"
+    root = add_worktree(main, snapshot, folder, f"`runkey fetch {label}` brings it")
+    logger.info(f"snapshot {snapshot[:12]} is checked out in {folder}")
+    return folder, root
 
 
 def left_behind(folder: Path, label: str, snapshot: str) -> Path | None:
