@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import shutil
@@ -46,8 +47,8 @@ class SplitFacts:
     """[images, 2] height and width of the originals, pixels."""
     boxes: NDArray[np.float64]
     """[objects, 4] height and width of each box and of its image, pixels."""
-    classes: Counter[str]
-    """Objects of each class."""
+    names: NDArray[np.str_]
+    """[objects] class of each box."""
     most_objects: int
     """Objects in the fullest image."""
 
@@ -62,10 +63,31 @@ class SplitFacts:
         return len(self.boxes)
 
     @property
-    def median_side(self) -> float:
-        """Return the median sqrt(width x height) of the boxes, as a part of the image's."""
+    def classes(self) -> Counter[str]:
+        """Count the objects of each class."""
+        return Counter(self.names.tolist())
+
+    @property
+    def sides(self) -> NDArray[np.float64]:
+        """Return sqrt(width x height) of every box, as a part of the image's."""
         heights, widths, image_heights, image_widths = self.boxes.T
-        return float(np.median(np.sqrt(heights * widths / (image_heights * image_widths))))
+        sides: NDArray[np.float64] = np.sqrt(heights * widths / (image_heights * image_widths))
+        return sides
+
+    @property
+    def median_side(self) -> float:
+        """Return the median of `sides`."""
+        return float(np.median(self.sides))
+
+    @property
+    def size_spread(self) -> float:
+        """Return the standard deviation of log(side) within the classes; 0.2: about 20%.
+
+        Blood cells have 0.14, raccoons 0.32, kangaroos 0.49, COCO's objects 0.8.
+        """
+        logs = np.log(self.sides)
+        within = [logs[self.names == name].var() * count for name, count in self.classes.items()]
+        return math.sqrt(sum(within) / self.objects)
 
     def sides_at(self, short_side: int, long_side: int) -> NDArray[np.float64]:
         """Return sqrt(width x height) of every box, pixels, after resizing as `evaluate` does."""
@@ -167,25 +189,25 @@ def _is_current(root: Path, params: Params) -> bool:
 
 
 def _facts_of(records: list[ImageRecord], names: list[str]) -> SplitFacts:
-    boxes, classes, most = [], Counter[str](), 0
+    boxes, classes, most = [], [], 0
     for one in records:
         objects = one.objects()
         most = max(most, len(objects))
         boxes += [(box[3], box[2], one.height, one.width) for box, _, _ in objects]
-        classes.update(names[label] for _, label, _ in objects)
+        classes += [names[label] for _, label, _ in objects]
     return _split([(one.height, one.width) for one in records], boxes, classes, most)
 
 
 def _split(
     sizes: list[tuple[int, int]],
     boxes: list[tuple[float, float, int, int]],
-    classes: Counter[str],
+    names: list[str],
     most_objects: int,
 ) -> SplitFacts:
     return SplitFacts(
         np.array(sizes, dtype=float).reshape(-1, 2),
         np.array(boxes, dtype=float).reshape(-1, 4),
-        classes,
+        np.array(names, dtype=str),
         most_objects,
     )
 
@@ -207,7 +229,7 @@ def _read_data(root: Path, params: Params) -> DataFacts:
 def _facts_of_coco(coco: Coco, names: dict[int, str]) -> SplitFacts:
     """Count what `prepare` will most likely keep: boxes of four numbers with an area."""
     sizes = {one.id: (one.height, one.width) for one in coco.images}
-    boxes, classes, counts = [], Counter[str](), Counter[int]()
+    boxes, classes, counts = [], [], Counter[int]()
     for one in coco.annotations:
         if one.crowd or one.image_id not in sizes or one.category_id not in names:
             continue
@@ -216,7 +238,7 @@ def _facts_of_coco(coco: Coco, names: dict[int, str]) -> SplitFacts:
             if 0 < width < np.inf and 0 < height < np.inf:
                 rows, columns = sizes[one.image_id]
                 boxes.append((min(height, rows), min(width, columns), rows, columns))
-                classes[names[one.category_id]] += 1
+                classes.append(names[one.category_id])
                 counts[one.image_id] += 1
     return _split(list(sizes.values()), boxes, classes, max(counts.values(), default=0))
 

@@ -150,6 +150,37 @@ def test_queries_hold_the_fullest_image(root: Path) -> None:
     assert model.denoising.groups == 1
 
 
+def write_cells(root: Path, *, images: int = 100, per_image: int = 12, spread: float = 0.1) -> None:
+    """Write images that are full of objects, whose log sizes lie `spread` around one size."""
+    write_data(root, train=images)
+    file = root / "data/annotations/instances_train.json"
+    coco = json.loads(file.read_text())
+    coco["annotations"] = [
+        {"id": n, "image_id": n % images, "category_id": 1, "bbox": [0, 0, side, side]}
+        for n in range(images * per_image)
+        for side in (90 * math.exp(spread * (-1) ** n),)
+    ]
+    file.write_text(json.dumps(coco))
+
+
+def test_many_small_objects_of_one_size_are_learnt_from_random_weights(root: Path) -> None:
+    write_cells(root)
+    found = proposed(root)
+    assert (found.preset, found.params.model.backbone) == ("blood-cells", "compact")
+    assert found.params.model.backbone_weights == "none"
+    why = "blood-cells: 1,200 objects, 12 in an image, whose sizes spread by only 10% within"
+    assert dict(found.reasons)["preset"].startswith(why)
+    assert found.params.model.initial_box == 0.16  # 90 / sqrt(640 x 480)
+    assert found.params.data.long_side == load_params(preset_files()["blood-cells"]).data.long_side
+    for others in (
+        {"spread": 0.4},  # perspective, or several magnifications
+        {"images": 50},
+        {"images": 400, "per_image": 3},
+    ):
+        write_cells(root, **others)
+        assert proposed(root).preset == "photos"
+
+
 def test_boxes_start_at_the_size_of_the_objects(root: Path) -> None:
     for side, start in ((200, 0.36), (4, 0.02), (470, 0.85)):  # of sqrt(640 x 480)
         write_data(root, side=side)
