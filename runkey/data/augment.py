@@ -130,7 +130,7 @@ class AugmentParams:
     region: Region = WHOLE
     """The part of the image that fills the output; it may extend beyond the image."""
     flip: bool = False
-    """Mirror left-right after resizing."""
+    """Mirror the output left-right."""
     tiles: tuple[Tile, ...] = ()
     """The images of a mosaic, which fill the output; `region` and `flip` then mean nothing."""
 
@@ -172,25 +172,33 @@ def _span(first: float, length: float, source: int, out: int) -> Span:
     return Span(start, stop, to, min(max(to_stop, to + 1), out))
 
 
-def augment_image(image: Tensor, augment: AugmentParams) -> Tensor:
-    """Crop and resize in one resampling, bilinear with antialiasing, then mirror.
+def augment_image(image: Tensor, augment: AugmentParams, out: Tensor | None = None) -> Tensor:
+    """Crop, mirror and resize in one resampling, bilinear with antialiasing.
 
-    From uint8 [3, h, w] to uint8 [3, *augment.size], in the memory format of `image`; the output is
-    `OUTSIDE_RGB` outside the source.
+    From uint8 [3, h, w] to uint8 [3, *augment.size], in `out` if it is given; the output is
+    `OUTSIDE_RGB` outside the source. Channels last in memory is fast.
     """
+    if out is None:
+        out = torch.empty(*augment.size, 3, dtype=torch.uint8).permute(2, 0, 1)
     x, y = augment.spans((image.shape[1], image.shape[2]))
     part = image[:, y.start : y.stop, x.start : x.stop]
     target = (y.to_stop - y.to, x.to_stop - x.to)
+    grows = math.prod(target) > part.shape[1] * part.shape[2]
+    if augment.flip and grows:  # mirroring first gives the same bits, of fewer pixels
+        part = part.flip(-1)
     if part.shape[1:] != target:
         # As a batch of one that torch recognises as channels last: 2.4 times faster.
         one = part.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
         part = functional.interpolate(one, size=target, mode="bilinear", antialias=True)[0]
+    if augment.flip and not grows:
+        part = part.flip(-1)
     if target != augment.size:
-        colour = torch.tensor(OUTSIDE_RGB, dtype=torch.uint8)
-        out = colour.repeat(*augment.size, 1).permute(2, 0, 1)
-        out[:, y.to : y.to_stop, x.to : x.to_stop] = part
-        part = out
-    return part.flip(-1) if augment.flip else part
+        out.copy_(torch.tensor(OUTSIDE_RGB, dtype=torch.uint8)[:, None, None])
+        left = augment.size[1] - x.to_stop if augment.flip else x.to
+        out[:, y.to : y.to_stop, left : left + target[1]] = part
+    else:
+        out.copy_(part)
+    return out
 
 
 def augment_boxes(

@@ -6,7 +6,9 @@ Shapes: B images, H x W padded pixels, N boxes of all images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from runkey.data.augment import (
     Augmentation,
@@ -162,16 +164,17 @@ class BatchMaker(Dataset["Batch | RunkeyError"]):
         """Read, resample and pad the images of a request; a DataError names an unreadable one."""
         height = max(augment.size[0] for _, augment in request.images)
         width = max(augment.size[1] for _, augment in request.images)
-        padded = torch.zeros(len(request.images), height, width, 3, dtype=torch.uint8)
-        images = padded.permute(0, 3, 1, 2)
+        images = _empty_images(len(request.images), height, width)
         objects = []
         for i, (index, augment) in enumerate(request.images):
+            images[i, :, augment.size[0] :].zero_()
+            images[i, :, : augment.size[0], augment.size[1] :].zero_()
             sources = []
             for tile in augment.images(index):
                 image = self._image(tile.index, tile.augment.size)
                 rows = slice(tile.top, tile.top + tile.augment.size[0])
                 columns = slice(tile.left, tile.left + tile.augment.size[1])
-                images[i, :, rows, columns].copy_(augment_image(image, tile.augment))
+                augment_image(image, tile.augment, images[i, :, rows, columns])
                 sources.append((image.shape[1], image.shape[2]))
             objects.append(self.visible_objects(index, augment, sources))
         boxes_cxcywh, labels = zip(*objects, strict=True)
@@ -247,6 +250,20 @@ class BatchMaker(Dataset["Batch | RunkeyError"]):
             pixels = np.array(resize(image.permute(1, 2, 0).numpy(), size))
             return torch.from_numpy(pixels).permute(2, 0, 1)
         return image
+
+
+def _empty_images(count: int, height: int, width: int) -> Tensor:
+    """Return uint8 [count, 3, height, width], channels last, for a batch.
+
+    In a loader process it is in shared memory, where torch would copy it. Elsewhere NumPy takes
+    huge pages for it, since the first write to a small one takes longer than a resize.
+    """
+    shape = (count, height, width, 3)
+    if get_worker_info() is not None:
+        with suppress(RuntimeError):  # no room, which `loader._start_worker` deals with
+            shared = torch.UntypedStorage._new_shared(math.prod(shape))
+            return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.empty(shape, np.uint8)).permute(0, 3, 1, 2)
 
 
 def normalise(

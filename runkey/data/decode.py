@@ -9,18 +9,22 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageChops
-from torch import Tensor
 
 from runkey.data.index import IntensityRange
 from runkey.errors import DataError
 from runkey.files import read_plain
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # PIL's own limit warns at 89 and fails at 179 megapixels. `data.max_megapixels` replaces it; it is
 # checked by the header before any pixel is decoded.
@@ -40,6 +44,10 @@ SIDEWAYS = (5, 6, 7, 8)
 
 _WIDE_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 """PIL's modes of grey images of more than 8 bits."""
+
+
+_SKIPPED = frozenset((0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))
+"""JPEG segments before the frame's header: tables, restart interval, comment, applications."""
 
 
 class UnknownRangeError(ValueError):
@@ -170,10 +178,14 @@ def decode_rgb(
     Raises:
         DataError: the file is missing or has changed since `prepare`.
     """
+    import torch  # here, since the other functions do without
+
     try:
         content = read_plain(path)
-        with open_image(content) as image:
-            pixels = np.array(to_rgb(image, intensity_range))
+        pixels = _decode_plain_jpeg(content)
+        if pixels is None:
+            with open_image(content) as image:
+                pixels = np.array(to_rgb(image, intensity_range))
     # PIL's decoders raise almost any type (struct.error, SyntaxError, IndexError) on bad bytes.
     except Exception as error:
         reason = "not found" if isinstance(error, FileNotFoundError) else f"unreadable ({error})"
@@ -181,3 +193,62 @@ def decode_rgb(
             f"{path}: {reason}, though prepare accepted it; run `dvc repro prepare` again"
         ) from error
     return torch.from_numpy(turn(pixels, rotate, mirror)).permute(2, 0, 1)
+
+
+def _decode_plain_jpeg(content: bytes) -> NDArray[np.uint8] | None:
+    """Decode by torchvision's libjpeg-turbo, which copies less than PIL; None: PIL has to do it."""
+    import torch
+
+    decode = _jpeg_decoder() if _is_plain_jpeg(content) else None
+    if decode is None:
+        return None
+    try:
+        return decode(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+    except RuntimeError:  # a damaged file, of which PIL knows more
+        return None
+
+
+def _is_plain_jpeg(content: bytes) -> bool:
+    """Return True for a baseline or progressive JPEG of 8 bits, grey or of three components."""
+    at = 2
+    while content.startswith(b"\xff\xd8\xff") and at + 9 < len(content) and content[at] == 0xFF:
+        marker = content[at + 1]
+        if marker in (0xC0, 0xC2):
+            return content[at + 4] == 8 and content[at + 9] in (1, 3)
+        if marker not in _SKIPPED:
+            return False
+        at += 2 + int.from_bytes(content[at + 2 : at + 4])
+    return False
+
+
+@cache
+def _jpeg_decoder() -> Callable[[Tensor], NDArray[np.uint8]] | None:
+    """Return torchvision's decoder of JPEG bytes, if its pixels are PIL's here.
+
+    Only its library is loaded: importing torchvision takes seconds.
+    """
+    import torch
+
+    found = find_spec("torchvision")
+    library = Path(found.origin or "").with_name("image.so") if found else None
+    if library is None or not library.is_file():
+        return None
+
+    def decode(data: Tensor) -> NDArray[np.uint8]:
+        pixels: Tensor = torch.ops.image.decode_jpeg(data, 3, False)  # 3: as RGB
+        return pixels.permute(1, 2, 0).numpy()
+
+    try:
+        torch.ops.load_library(str(library))
+        pattern = (np.arange(61 * 43 * 3, dtype=np.uint32) ** 2 % 251).astype(np.uint8)
+        image = Image.fromarray(pattern.reshape(43, 61, 3))
+        for one in (image, image.convert("L")):
+            for subsampling, progressive in ((0, False), (1, True), (2, False)):
+                file = io.BytesIO()
+                one.save(file, "JPEG", subsampling=subsampling, progressive=progressive)
+                data = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+                if not np.array_equal(decode(data), np.asarray(Image.open(file).convert("RGB"))):
+                    return None
+    except (OSError, RuntimeError, AttributeError):  # of another torch, or without libjpeg
+        return None
+    return decode

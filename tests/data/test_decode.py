@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
+from runkey.data import decode
 from runkey.data.decode import FORMATS, TURNED, decode_rgb, is_unusual, open_image
 from runkey.errors import DataError
 from tests.support import deep_colour
@@ -165,3 +168,58 @@ def test_a_file_that_went_missing_or_broke_after_prepare(folder, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DataError, match=r"a\.jpg: unreadable \(.*truncated.*run `dvc repro"):
         decode_rgb(path, 0, False)
+
+
+JPEGS = {
+    "plain": {},
+    "coarse": {"quality": 10},
+    "fine": {"quality": 100, "subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_rows": 1},
+    "RGB": {"keep_rgb": True, "subsampling": 0},
+}
+
+
+@pytest.mark.parametrize("grey", [False, True])
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+@pytest.mark.parametrize("size", [(1, 1), (17, 31), (160, 120)])
+def test_torchvision_decodes_jpegs_to_the_pixels_of_pil(folder, options, size, grey):
+    picture = folder.picture(1, *size).filter(ImageFilter.GaussianBlur(1))
+    if grey and "keep_rgb" not in options:
+        picture = picture.convert("L")
+    file = io.BytesIO()
+    picture.save(file, "JPEG", **options)
+
+    decoded = decode._decode_plain_jpeg(file.getvalue())
+
+    assert np.array_equal(decoded, np.asarray(Image.open(file).convert("RGB")))
+
+
+def test_other_files_are_left_to_pil(folder, tmp_path):
+    """CMYK, another format, and a JPEG that is cut short, of which PIL says what is wrong."""
+    file = io.BytesIO()
+    folder.picture(1).convert("CMYK").save(file, "JPEG")
+    assert decode._decode_plain_jpeg(file.getvalue()) is None
+    for kind in ("PNG", "JPEG2000"):
+        folder.picture(1).save(file := io.BytesIO(), kind)
+        assert decode._decode_plain_jpeg(file.getvalue()) is None
+    folder.picture(1, 160, 120).save(file := io.BytesIO(), "JPEG")
+    for kept in (2, 3, 20, 160, 2000):
+        assert decode._decode_plain_jpeg(file.getvalue()[:kept]) is None
+    (tmp_path / "a.jpg").write_bytes(file.getvalue()[:2000])
+    with pytest.raises(DataError, match="truncated"):
+        decode_rgb(tmp_path / "a.jpg", 0, False)
+
+
+def test_torchvision_itself_is_not_imported(folder, tmp_path):
+    """It takes seconds, in every loader process."""
+    folder.picture(1).save(tmp_path / "a.jpg")
+    code = (
+        "import sys; from pathlib import Path; from runkey.data import decode;"
+        "assert 'torch' not in sys.modules;"
+        "decode.decode_rgb(Path(sys.argv[1]), 0, False); assert decode._jpeg_decoder();"
+        "assert 'torchvision' not in sys.modules;"
+        "import torchvision.io; torchvision.io.read_image(sys.argv[1])"  # beside it, as models do
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.jpg"], check=True)

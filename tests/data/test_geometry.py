@@ -95,6 +95,21 @@ def test_boxes_follow_pixels_within_a_pixel(augment):
     assert flipped > 60
 
 
+@pytest.mark.parametrize("size", [(31, 47), (300, 200), (101, 256), (100, 150)])
+def test_mirroring_before_or_after_resizing_gives_the_same_bits(size):
+    """Where the image grows it is mirrored first, as it has fewer pixels then."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (100, 150, 3), dtype=torch.uint8, generator=generator)
+    image = image.permute(2, 0, 1)
+    for region in (Region(), Region(0.1, 0.3, 0.6, 0.5), Region(-0.4, -0.2, 1.7, 1.3)):
+        plain = augment_image(image, AugmentParams(size, region))
+        padded = torch.zeros(size[0] + 3, size[1] + 5, 3, dtype=torch.uint8).permute(2, 0, 1)
+        out = padded[:, : size[0], : size[1]]
+        augment_image(image, AugmentParams(size, region, flip=True), out)
+        assert torch.equal(out.flip(-1), plain)
+        assert int(padded.sum()) == int(plain.sum())
+
+
 def test_outside_is_mean_grey_and_the_rest_is_the_image():
     image = torch.full((40, 60, 3), 200, dtype=torch.uint8).permute(2, 0, 1)
     out = augment_image(image, AugmentParams((60, 120), Region(-0.5, -0.25, 2.0, 1.5)))
