@@ -11,7 +11,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 import torch
@@ -23,6 +23,11 @@ from runkey.params import Augment, Data, Params
 
 Purpose = Literal["order", "windows", "geometry", "colour", "zoom_out", "mosaic"]
 """What random numbers are for; the name is hashed. "windows" orders an epoch's global batches."""
+
+Ids = Sequence[int] | NDArray[np.int64]
+"""Image ids."""
+Sizes = Sequence[tuple[int, int]] | NDArray[np.int64]
+"""(height, width) of images, pixels."""
 
 OUTSIDE_RGB = (124, 116, 104)
 """Colour of output pixels outside the source: ImageNet's mean, which is normalised to about 0."""
@@ -56,16 +61,16 @@ def philox(counters: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uin
     return np.stack((c0, c1, c2, c3), axis=1)
 
 
-def uniforms(
-    seed: int, epoch: int, purpose: Purpose, ids: Sequence[int], draws: int
-) -> NDArray[np.float64]:
+def uniforms(seed: int, epoch: int, purpose: Purpose, ids: Ids, draws: int) -> NDArray[np.float64]:
     """Draw independent uniform numbers in [0, 1), with 32 random bits each.
 
     They are a pure function of the arguments; there is no random state. Each seed, epoch, purpose
     and image id (modulo 2^64) has numbers of its own: a row of the returned [len(ids), draws].
     """
     blocks = -(-draws // 4)
-    wide = np.array([i & 0xFFFFFFFFFFFFFFFF for i in ids], dtype=np.uint64).repeat(blocks)
+    if not isinstance(ids, np.ndarray):
+        ids = np.array([i & 0xFFFFFFFFFFFFFFFF for i in ids], dtype=np.uint64)
+    wide = ids.astype(np.uint64).repeat(blocks)
     block = np.tile(np.arange(blocks, dtype=np.uint64), len(ids))
     counters = np.stack((block, wide & _MASK, wide >> _HALF, np.zeros_like(block)), axis=1)
     digest = hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=8).digest()
@@ -73,10 +78,9 @@ def uniforms(
     return words.reshape(len(ids), blocks * 4)[:, :draws] / 2.0**32
 
 
-def permutation(seed: int, epoch: int, purpose: Purpose, ids: Sequence[int]) -> list[int]:
+def permutation(seed: int, epoch: int, purpose: Purpose, ids: Ids) -> NDArray[np.int64]:
     """Return positions 0..len(ids)-1 in random order: sorted by one `uniforms` number per id."""
-    draws = uniforms(seed, epoch, purpose, ids, 1)[:, 0]
-    return [int(i) for i in np.argsort(draws, kind="stable")]
+    return np.argsort(uniforms(seed, epoch, purpose, ids, 1)[:, 0], kind="stable")
 
 
 def resized_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
@@ -91,6 +95,18 @@ def resized_size(height: int, width: int, short_side: int, long_side: int) -> tu
         short_side = max(1, round(long_side * low / high))
     long = min(int(short_side * high / low), max(long_side, short_side))
     return (short_side, long) if height <= width else (long, short_side)
+
+
+def resized_sizes(
+    sizes: NDArray[np.int64], short_side: NDArray[np.int64], long_side: int
+) -> NDArray[np.int64]:
+    """Return `resized_size` of many (height, width), [N, 2], each with its short side, [N]."""
+    low, high = sizes.min(axis=1), sizes.max(axis=1)
+    fitting = np.maximum(1, np.rint(long_side * low / high).astype(np.int64))
+    short = np.where(high / low * short_side > long_side, fitting, short_side)
+    long = np.minimum((short * high / low).astype(np.int64), np.maximum(long_side, short))
+    upright = sizes[:, 0] <= sizes[:, 1]
+    return np.stack((np.where(upright, short, long), np.where(upright, long, short)), axis=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +237,35 @@ def augment_boxes(
     return boxes, visible / np.maximum(whole, np.finfo(np.float64).tiny)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Draws(Sequence["AugmentParams"]):
+    """The geometry of an epoch's images: all output sizes, the rest when it is asked for."""
+
+    augmentation: Augmentation
+    originals: NDArray[np.int64]
+    """[N, 2]: (height, width) of the images, pixels."""
+    sizes: NDArray[np.int64]
+    """[N, 2]: output (height, width), pixels."""
+    geometry: NDArray[np.float64]
+    """[N, 8] uniform numbers; each has one fixed meaning."""
+    zoom_outs: NDArray[np.float64] | None
+    """[N, 4] uniform numbers; None: no zoom-out."""
+    mosaics: NDArray[np.float64] | None
+    """[N, 32] uniform numbers; None: no mosaic."""
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @overload
+    def __getitem__(self, index: int) -> AugmentParams: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[AugmentParams]: ...
+    def __getitem__(self, index: int | slice) -> AugmentParams | list[AugmentParams]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.augmentation.params(self, range(len(self))[index])
+
+
 @dataclass(frozen=True, slots=True)
 class Augmentation:
     """Draws the random parameters of training images; see `params.Data`."""
@@ -230,27 +275,35 @@ class Augmentation:
     plain_from: int | None = None
     """First epoch without zoom-out and mosaic; None: they never end."""
 
-    def draw(
-        self, epoch: int, ids: Sequence[int], sizes: Sequence[tuple[int, int]]
-    ) -> list[AugmentParams]:
+    def draw(self, epoch: int, ids: Ids, sizes: Sizes) -> Draws:
         """Draw the geometry of the images `ids`, whose original (height, width) are `sizes`.
 
         A mosaic takes its other images from `ids`, so these must be the whole training split.
         """
-        draws = uniforms(self.seed, epoch, "geometry", ids, _GEOMETRY_DRAWS)
-        canvases = self._canvases(epoch, ids)
-        drawn = [
-            self._params(u, size, canvas)
-            for u, size, canvas in zip(draws.tolist(), sizes, canvases, strict=True)
-        ]
-        chance = self.data.augment.mosaic_probability
-        if not chance or self._is_plain(epoch) or len(ids) < MOSAIC_IMAGES:
-            return drawn
-        mosaics = uniforms(self.seed, epoch, "mosaic", ids, _MOSAIC_DRAWS)
-        for i in np.flatnonzero(mosaics[:, 0] < chance).tolist():
-            if min(drawn[i].size) > 1:
-                drawn[i] = self._mosaic(mosaics[i, 1:].tolist(), i, sizes, drawn[i].size)
-        return drawn
+        augment, plain = self.data.augment, self._is_plain(epoch)
+        zoom_outs = mosaics = None
+        if augment.zoom_out_probability and not plain:
+            zoom_outs = uniforms(self.seed, epoch, "zoom_out", ids, _ZOOM_OUT_DRAWS)
+        if augment.mosaic_probability and not plain and len(ids) >= MOSAIC_IMAGES:
+            mosaics = uniforms(self.seed, epoch, "mosaic", ids, _MOSAIC_DRAWS)
+        geometry = uniforms(self.seed, epoch, "geometry", ids, _GEOMETRY_DRAWS)
+        originals = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
+        outputs = self._output_sizes(geometry, originals)
+        return Draws(self, originals, outputs, geometry, zoom_outs, mosaics)
+
+    def params(self, drawn: Draws, index: int) -> AugmentParams:
+        """Compute the geometry of one image of a draw."""
+        canvas = WHOLE
+        if drawn.zoom_outs is not None:
+            canvas = self._canvas(drawn.zoom_outs[index].tolist())
+        size = tuple(drawn.originals[index].tolist())
+        params = self._params(drawn.geometry[index].tolist(), size, canvas)
+        if drawn.mosaics is None or min(params.size) == 1:
+            return params
+        chance, *mosaic = drawn.mosaics[index].tolist()
+        if chance >= self.data.augment.mosaic_probability:
+            return params
+        return self._mosaic(mosaic, index, drawn.originals, params.size)
 
     def draw_colour(self, epoch: int, ids: Sequence[int]) -> NDArray[np.float32] | None:
         """Draw factors of brightness, contrast and, if it varies, saturation.
@@ -270,22 +323,31 @@ class Augmentation:
     def _is_plain(self, epoch: int) -> bool:
         return self.plain_from is not None and epoch >= self.plain_from
 
-    def _canvases(self, epoch: int, ids: Sequence[int]) -> list[Region]:
-        """What each image is shown on: itself, or by zoom-out a larger canvas around it.
+    def _canvas(self, u: list[float]) -> Region:
+        """What an image is shown on: itself, or by zoom-out a larger canvas around it.
 
         SSD's expansion (Liu et al. 2016, arXiv:1512.02325, section 3.6): the canvas's sides are
         the image's times a uniform number, the place of the image on it is uniform too.
         """
-        augment = self.data.augment
-        if not augment.zoom_out_probability or self._is_plain(epoch):
-            return [WHOLE] * len(ids)
-        draws = uniforms(self.seed, epoch, "zoom_out", ids, _ZOOM_OUT_DRAWS)
-        canvases = []
-        for chance, size, right, down in draws.tolist():
-            ratio = 1.0 + (augment.zoom_out_max - 1.0) * size
-            larger = Region((1.0 - ratio) * right, (1.0 - ratio) * down, ratio, ratio)
-            canvases.append(larger if chance < augment.zoom_out_probability else WHOLE)
-        return canvases
+        augment, (chance, size, right, down) = self.data.augment, u
+        if chance >= augment.zoom_out_probability:
+            return WHOLE
+        ratio = 1.0 + (augment.zoom_out_max - 1.0) * size
+        return Region((1.0 - ratio) * right, (1.0 - ratio) * down, ratio, ratio)
+
+    def _output_sizes(
+        self, u: NDArray[np.float64], originals: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Return the output (height, width) that `_params` computes, of all images, [N, 2]."""
+        data, augment = self.data, self.data.augment
+        sizes = originals.copy()
+        rows = np.flatnonzero(u[:, 2] < augment.crop_probability)
+        if len(rows):
+            crop = _crop_sizes_by_fraction if augment.crop_fraction else _crop_sizes
+            sizes[rows] = crop(augment, originals[rows], u[rows, 3:])
+        short_sides = np.array(data.short_sides)
+        chosen = short_sides[_all_below(u[:, 1], len(short_sides))]
+        return resized_sizes(sizes, chosen, data.long_side)
 
     def _params(self, u: list[float], size: tuple[int, int], canvas: Region) -> AugmentParams:
         """Parameters from eight uniform numbers, each with one fixed meaning."""
@@ -299,7 +361,7 @@ class Augmentation:
         return AugmentParams(out, region, flip=u[0] < augment.flip_probability)
 
     def _mosaic(
-        self, u: list[float], index: int, sizes: Sequence[tuple[int, int]], out: tuple[int, int]
+        self, u: list[float], index: int, sizes: NDArray[np.int64], out: tuple[int, int]
     ) -> AugmentParams:
         """Four images around a random point of an output of unchanged size, from 31 numbers.
 
@@ -318,7 +380,7 @@ class Augmentation:
             image = images[(first + number) % MOSAIC_IMAGES]
             own = u[6 + 6 * number :][:6]
             region = _inside(
-                _cover(sizes[image], size, own[0]), _zoomed(self.data.augment, own[2:])
+                _cover(sizes[image].tolist(), size, own[0]), _zoomed(self.data.augment, own[2:])
             )
             flip = own[1] < self.data.augment.flip_probability
             augment = AugmentParams(size, region, flip)
@@ -330,6 +392,10 @@ def build_augmentation(params: Params) -> Augmentation:
     """Build the augmentation of a training."""
     plain = params.data.augment.plain_epochs
     return Augmentation(params.seed, params.data, max(0, params.training.epochs - plain))
+
+
+def _all_below(u: NDArray[np.float64], count: int | NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.minimum((u * count).astype(np.int64), count - 1)
 
 
 def _below(u: float, count: int) -> int:
@@ -357,7 +423,7 @@ def _inside(outer: Region, inner: Region) -> Region:
     )
 
 
-def _cover(source: tuple[int, int], tile: tuple[int, int], u: float) -> Region:
+def _cover(source: Sequence[int], tile: tuple[int, int], u: float) -> Region:
     """The largest region of a source (height, width) with the tile's ratio, at a random place."""
     ratio = (tile[1] * source[0]) / (tile[0] * source[1])
     width, height = min(1.0, ratio), min(1.0, 1.0 / ratio)
@@ -415,6 +481,28 @@ def _cropped(
     left, top = _below(u[3], width - crop_width + 1), _below(u[4], height - crop_height + 1)
     region = Region(left / width, top / height, crop_width / width, crop_height / height)
     return region, (crop_height, crop_width)
+
+
+def _crop_sizes(
+    augment: Augment, sizes: NDArray[np.int64], u: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """The (height, width) of `_cropped`, of many images, [N, 2]."""
+    short_sides = np.array(augment.crop_short_sides)
+    chosen = short_sides[_all_below(u[:, 0], len(short_sides))]
+    high = np.minimum(resized_sizes(sizes, chosen, UNBOUNDED), augment.crop_max)
+    low = np.minimum(augment.crop_min, high)
+    sides: NDArray[np.int64] = low + _all_below(u[:, [2, 1]], high - low + 1)
+    return sides
+
+
+def _crop_sizes_by_fraction(
+    augment: Augment, sizes: NDArray[np.int64], u: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """The (height, width) of `_cropped_by_fraction`, of many images, [N, 2]."""
+    sides = np.array(crop_fractions(augment))
+    parts = sides[_all_below(u[:, [2, 1]], len(sides))]
+    cropped: NDArray[np.int64] = np.maximum(1, np.rint(sizes * parts).astype(np.int64))
+    return cropped
 
 
 def crop_sides(augment: Augment, side: int) -> tuple[int, int]:

@@ -261,7 +261,8 @@ def _empty_images(count: int, height: int, width: int) -> Tensor:
     shape = (count, height, width, 3)
     if get_worker_info() is not None:
         with suppress(RuntimeError):  # no room, which `loader._start_worker` deals with
-            shared = torch.UntypedStorage._new_shared(math.prod(shape))
+            size = math.prod(shape)
+            shared = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
             return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape).permute(0, 3, 1, 2)
     return torch.from_numpy(np.empty(shape, np.uint8)).permute(0, 3, 1, 2)
 

@@ -239,7 +239,7 @@ def _jpeg_decoder() -> Callable[[Tensor], NDArray[np.uint8]] | None:
         return pixels.permute(1, 2, 0).numpy()
 
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
         pattern = (np.arange(61 * 43 * 3, dtype=np.uint32) ** 2 % 251).astype(np.uint8)
         image = Image.fromarray(pattern.reshape(43, 61, 3))
         for one in (image, image.convert("L")):

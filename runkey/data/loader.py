@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import parent_process
@@ -29,7 +29,14 @@ from runkey.data.augment import (
     evaluation_size,
 )
 from runkey.data.cache import open_cache
-from runkey.data.dataset import Batch, BatchMaker, GlobalBatch, Request, image_table
+from runkey.data.dataset import (
+    AugmentedImage,
+    Batch,
+    BatchMaker,
+    GlobalBatch,
+    Request,
+    image_table,
+)
 from runkey.data.index import SplitName, read_index
 from runkey.data.sampler import GlobalBatchSampler, is_portrait, max_objects, micro_batches
 from runkey.errors import DataError, RunkeyError
@@ -40,6 +47,16 @@ logger = logging.getLogger(__name__)
 MOST_WORKERS = 8
 
 
+@dataclass
+class _Queue:
+    """The requests of the next pass; torch iterates over it when a pass starts."""
+
+    requests: Iterable[Request] = ()
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.requests)
+
+
 class BatchStream:
     """Makes requested batches in order; worker processes are kept between passes."""
 
@@ -48,8 +65,7 @@ class BatchStream:
 
         Each makes `prefetch` batches ahead. With `pin_memory` and a GPU, batches are page-locked.
         """
-        self._queue: list[Request] = []
-        """The requests of the next pass; torch iterates over it when a pass starts."""
+        self._queue = _Queue()
         parallel: dict[str, Any] = {}
         if workers:
             context = torch.multiprocessing.get_context("forkserver")
@@ -71,18 +87,22 @@ class BatchStream:
             **parallel,
         )
 
-    def batches(self, requests: Sequence[Request]) -> Iterator[Batch]:
+    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
         """Yield the batch of each request; an earlier pass that is not at its end is over.
+
+        The requests are taken as far ahead as the worker processes make batches.
 
         Raises:
             DataError: an image cannot be read, or a worker process was killed.
         """
-        self._queue[:] = requests
+        self._queue.requests = requests
         with _killed_workers_reported():  # a worker may have died since the last pass
             results = iter(self._loader)
-        for _ in requests:
+        while True:
             with _killed_workers_reported():
-                result = next(results)
+                result = next(results, None)
+            if result is None:
+                return
             if isinstance(result, RunkeyError):
                 raise result
             yield result
@@ -184,13 +204,21 @@ class TrainLoader:
             DataError: an image cannot be read, or a worker process was killed.
         """
         grouped = self.sampler.augmentation.data.group_by_aspect
-        steps = [
-            micro_batches(images[self.rank :: self.world_size], self.micro_batch, grouped=grouped)
-            for images in self.sampler.global_batches(epoch)[start_step:]
-        ]
-        batches = self.stream.batches([Request(part, epoch) for parts in steps for part in parts])
-        for parts in steps:
-            yield tuple(next(batches) for _ in parts)
+        plan = self.sampler.global_batches(epoch)[start_step:]
+        waiting: dict[int, list[Sequence[AugmentedImage]]] = {}
+        """The micro-batches of the steps that are requested and not all yielded."""
+
+        def parts(step: int) -> list[Sequence[AugmentedImage]]:
+            if step not in waiting:
+                own = plan[step][self.rank :: self.world_size]
+                waiting[step] = micro_batches(own, self.micro_batch, grouped=grouped)
+            return waiting[step]
+
+        steps = range(len(plan))
+        batches = self.stream.batches(Request(p, epoch) for step in steps for p in parts(step))
+        for step in steps:
+            yield tuple(next(batches) for _ in parts(step))
+            del waiting[step]
 
     def close(self) -> None:
         """End the worker processes."""

@@ -6,11 +6,10 @@ is already ordered, so their size does not change what a step learns from.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import batched, product
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,9 @@ from runkey.data.augment import (
     MOSAIC_IMAGES,
     UNBOUNDED,
     Augmentation,
-    AugmentParams,
+    Draws,
+    Ids,
+    Sizes,
     crop_fractions,
     crop_sides,
     crop_size,
@@ -57,41 +58,65 @@ class GlobalBatchSampler:
     """
 
     augmentation: Augmentation
-    ids: Sequence[int]
+    ids: Ids
     """Image ids, in index order."""
-    sizes: Sequence[Shape]
+    sizes: Sizes
     """Original (height, width) of the same images, pixels."""
     batch_size: int
 
-    def global_batches(self, epoch: int) -> list[list[AugmentedImage]]:
+    def global_batches(self, epoch: int) -> EpochPlan:
         """Return the epoch's global batches, which hold every image once.
 
         Within a batch, images are sorted by output shape, so that micro-batches have less padding.
         """
         seed, grouped = self.augmentation.seed, self.augmentation.data.group_by_aspect
-        augments = self.augmentation.draw(epoch, self.ids, self.sizes)
+        draws = self.augmentation.draw(epoch, self.ids, self.sizes)
         order = permutation(seed, epoch, "order", self.ids)
-        dealt: list[Sequence[int]] = []
-        rest: list[int] = []
-        for group in self._groups(order, augments) if grouped else [order]:
+        dealt: list[NDArray[np.int64]] = []
+        rest: list[NDArray[np.int64]] = []
+        for group in self._groups(order, draws.sizes) if grouped else [order]:
             whole = len(group) - len(group) % self.batch_size
-            dealt += batched(group[:whole], self.batch_size)
-            rest += group[whole:]
-        dealt += batched(rest, self.batch_size)
+            dealt += list(group[:whole].reshape(-1, self.batch_size))
+            rest.append(group[whole:])
+        left = np.concatenate(rest)
+        dealt += [left[i : i + self.batch_size] for i in range(0, len(left), self.batch_size)]
         shuffled = permutation(seed, epoch, "windows", range(len(dealt)))
-        batches = [[(image, augments[image]) for image in dealt[i]] for i in shuffled]
-        for batch in batches:
-            batch.sort(key=lambda image: (is_portrait(image[1].size), *image[1].size))
-        return batches
+        return EpochPlan(draws, [dealt[i] for i in shuffled])
 
-    def _groups(self, order: Sequence[int], augments: Sequence[AugmentParams]) -> list[list[int]]:
+    def _groups(
+        self, order: NDArray[np.int64], sizes: NDArray[np.int64]
+    ) -> list[NDArray[np.int64]]:
         """Images by orientation and, smallest first, by the short side that holds their output."""
-        steps = sorted(self.augmentation.data.short_sides)
-        groups = defaultdict[tuple[bool, int], list[int]](list)
-        for image in order:
-            size = augments[image].size
-            groups[is_portrait(size), bisect_left(steps, min(size))].append(image)
-        return [groups[key] for key in sorted(groups)]
+        steps = np.sort(np.array(self.augmentation.data.short_sides))
+        of_step = np.searchsorted(steps, sizes.min(axis=1))
+        portrait = sizes[:, 0] > sizes[:, 1]
+        groups = (portrait * (len(steps) + 1) + of_step)[order]
+        ordered = np.argsort(groups, kind="stable")
+        ends = np.flatnonzero(np.diff(groups[ordered])) + 1
+        return np.split(order[ordered], ends)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EpochPlan(Sequence["list[AugmentedImage]"]):
+    """The global batches of an epoch; each is made when it is asked for."""
+
+    draws: Draws
+    batches: Sequence[NDArray[np.int64]]
+    """Positions in the index of each batch's images."""
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @overload
+    def __getitem__(self, index: int) -> list[AugmentedImage]: ...
+    @overload
+    def __getitem__(self, index: slice) -> EpochPlan: ...
+    def __getitem__(self, index: int | slice) -> list[AugmentedImage] | EpochPlan:
+        if isinstance(index, slice):
+            return EpochPlan(self.draws, self.batches[index])
+        batch = [(image, self.draws[image]) for image in self.batches[index].tolist()]
+        batch.sort(key=lambda image: (is_portrait(image[1].size), *image[1].size))
+        return batch
 
 
 def micro_batches(

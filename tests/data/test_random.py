@@ -45,8 +45,8 @@ def test_uniform_and_uncorrelated():
 
 
 def test_permutation_is_one():
-    order = permutation(3, 1, "order", range(1000))
+    order = permutation(3, 1, "order", range(1000)).tolist()
     assert sorted(order) == list(range(1000))
     assert order != list(range(1000))
-    assert order != permutation(3, 2, "order", range(1000))
-    assert permutation(3, 1, "order", []) == []
+    assert order != permutation(3, 2, "order", range(1000)).tolist()
+    assert permutation(3, 1, "order", []).tolist() == []

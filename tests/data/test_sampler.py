@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 
+import numpy as np
 import pytest
 
 from runkey.data.augment import Augmentation
@@ -70,10 +72,10 @@ def test_batches_come_in_random_order():
 
 
 def test_seed_and_epoch_decide():
-    first = make_sampler(50, 8).global_batches(3)
-    assert first == make_sampler(50, 8).global_batches(3)
-    assert first != make_sampler(50, 8).global_batches(4)
-    assert first != make_sampler(50, 8, seed=1).global_batches(3)
+    first = list(make_sampler(50, 8).global_batches(3))
+    assert first == list(make_sampler(50, 8).global_batches(3))
+    assert first != list(make_sampler(50, 8).global_batches(4))
+    assert first != list(make_sampler(50, 8, seed=1).global_batches(3))
 
 
 @pytest.mark.parametrize("grouped", [True, False])
@@ -118,3 +120,40 @@ def test_batches_hold_outputs_of_one_short_side():
     mixed_without, waste_without = padded(False)
     assert mixed_without > 120
     assert waste < waste_without / 4
+
+
+AUGMENTS = {
+    "none": Augment(),
+    "DETR's crop": Augment(
+        crop_probability=0.5, crop_short_sides=(400, 500, 600), crop_min=384, crop_max=600
+    ),
+    "crop by fractions": Augment(
+        crop_probability=0.7, crop_fraction=0.3, zoom_out_probability=0.5, mosaic_probability=0.4
+    ),
+}
+
+
+@pytest.mark.parametrize("augment", AUGMENTS.values(), ids=AUGMENTS)
+@pytest.mark.parametrize(
+    ("short", "long"), [((120,), 160), ((800, 480, 512), 1333), ((90, 120), 120)]
+)
+def test_sizes_are_planned_as_they_are_made(augment, short, long):
+    """All sizes of an epoch at once are those of the images one by one, extreme ones too."""
+    rng = random.Random(0)
+    sizes = [(rng.randint(1, 900), rng.randint(1, 900)) for _ in range(1000)] + [(1, 5000)]
+    data = Data(short_sides=short, long_side=long, augment=augment)
+    draws = Augmentation(3, data).draw(1, range(len(sizes)), sizes)
+    assert draws.sizes.tolist() == [list(one.size) for one in draws]
+
+
+def test_a_plan_is_made_when_it_is_asked_for():
+    """COCO's epoch is planned in a tenth of a second; a batch takes microseconds more."""
+    sizes = np.random.default_rng(0).integers(300, 641, (118_287, 2))
+    data = Data(short_sides=(480, 800), long_side=1333, augment=AUGMENTS["DETR's crop"])
+    sampler = GlobalBatchSampler(Augmentation(0, data), np.arange(len(sizes)), sizes, 64)
+    start = time.process_time()
+    plan = sampler.global_batches(1)
+    assert time.process_time() - start < 0.6
+    assert len(plan) == 1849
+    assert len(plan[-1]) == 64
+    assert plan[5:][0] == plan[5]
