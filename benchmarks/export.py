@@ -124,7 +124,9 @@ def large(out: Path) -> list[str]:
         for export in FILES:
             row: dict[str, Any] = {}
             card: Any = {"format": 1, "key": None, "export": export, "precision": "fp32",
-                         "file": FILES[export], "classes": [], "thresholds": {},
+                         "file": FILES[export], "thresholds": {},
+                         "classes": [{"index": one, "id": one, "name": str(one)}
+                                     for one in range(91)],
                          "sizes": {"short_side": 480, "long_side": 640, "intensity_range": None}
                          }  # fmt: skip
             folder = out / f"{name}-{export}"

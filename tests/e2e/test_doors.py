@@ -2,8 +2,9 @@
 
     RUNKEY_SAMPLE_RUN=FOLDER make test-all ARGS="tests/e2e/test_doors.py -s"
 
-prints a table. The folder is a checkout after `make repro`; without it the model has random
-weights, and the ground truth is what it finds best, so that any other preprocessing lowers AP.
+prints a table. The folder is a checkout after `make repro`, of any data with `val/`; without it the
+model has random weights, and the ground truth is what it finds best, so that any other
+preprocessing lowers AP.
 """
 
 from __future__ import annotations
@@ -142,13 +143,16 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evaluated]:
     root = tmp_path_factory.mktemp("doors") / "checkout"
     trained = os.environ.get("RUNKEY_SAMPLE_RUN")
     (root / "stages").mkdir(parents=True)
-    (root / "params.yaml").write_text(render_preset("sample"))
-    params = load_params(root / "params.yaml")
-    sample_data(root)
-    prepare(params.data, root, root / "prepared", params.model.num_queries)
     if trained:
-        shutil.copytree(Path(trained) / "model", root / "model")
+        shutil.copyfile(Path(trained) / "params.yaml", root / "params.yaml")
+        for name in ("data", "model"):
+            shutil.copytree(Path(trained) / name, root / name)
     else:
+        (root / "params.yaml").write_text(render_preset("sample"))
+        sample_data(root)
+    params = load_params(root / "params.yaml")
+    prepare(params.data, root, root / "prepared", params.model.num_queries)
+    if not trained:
         random_model(root, params)
     detector, card = load_model(root / "model")
     validation = build_validation(params, card.model, root, torch.device("cpu"))
