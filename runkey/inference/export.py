@@ -65,6 +65,8 @@ _LOADERS = {
 """The lines of `load_network` in detect.py, which itself is for ONNX."""
 _OPSET = 17
 _EXAMPLE = (2, 3, 96, 128)
+_FEW, _MOST_HALF = 256, 60_000.0
+"""Fewer numbers are not worth a node; float16 ends at 65,504."""
 _REFUSED = {
     ("onnx", "bf16"): "ONNX Runtime has no bf16 on processors; take --format openvino, or int8",
     ("torch", "int8"): "a torch program has no int8 here; take --format onnx or openvino",
@@ -155,6 +157,29 @@ def to_onnx(module: InferenceModule) -> bytes:
             dynamic_axes=free,
         )
     return buffer.getvalue()
+
+
+def halve_weights(network: bytes) -> bytes:
+    """Store the weights of an ONNX model in float16; it computes in float32 as before.
+
+    Small tensors, and those with numbers that float16 cannot hold, stay as they are.
+    """
+    onnx = import_extra("onnx")
+    model = onnx.load_from_string(network)
+    casts = []
+    for weight in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(weight)
+        if values.dtype != np.float32 or values.size < _FEW or np.abs(values).max() > _MOST_HALF:
+            continue
+        name = weight.name
+        weight.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), f"{name}.half"))
+        to = onnx.TensorProto.FLOAT
+        casts.append(onnx.helper.make_node("Cast", [f"{name}.half"], [name], to=to))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    halved: bytes = model.SerializeToString()
+    return halved
 
 
 def write_program(detector: Detector, options: InferenceOptions, path: Path) -> None:

@@ -24,7 +24,7 @@ from PIL import ImageColor
 from runkey.errors import LockError, ModelError
 from runkey.files import write_atomically
 from runkey.inference.draw import class_colour
-from runkey.inference.export import to_onnx
+from runkey.inference.export import halve_weights, to_onnx
 from runkey.inference.model import InferenceCard
 from runkey.inference.module import EXPORTED, InferenceModule
 from runkey.inference.thresholds import DEFAULT_SCORE, class_keys
@@ -100,13 +100,23 @@ def export_network(folder: Path) -> bytes:
 
 
 def write_try_page(page: TryPage, path: Path) -> Path:
-    """Write a page.
+    """Write a page; if it would be too large, with weights in half precision.
 
     Raises:
         LockError: ONNX Runtime for browsers is not installed.
         ModelError: the page would be larger than `MOST_BYTES`.
         WriteError: the file cannot be written.
     """
+    data = _render(page, page.network)
+    if len(data) > MOST_BYTES and page.network:
+        data = _render(page, halve_weights(page.network), ", weights in half precision")
+    if len(data) > MOST_BYTES:
+        raise _too_large(page.title, f"its page has {format_bytes(len(data))}")
+    write_atomically(path, data)
+    return path
+
+
+def _render(page: TryPage, network: bytes, note: str = "") -> bytes:
     runtime = {name: _read_runtime(name) for name in (_CODE, _WASM)}
     script = "".join((_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -121,21 +131,17 @@ def write_try_page(page: TryPage, path: Path) -> Path:
         thresholds=_thresholds(card),
         made=f"Made by runkey {__version__}"
         + (f" of {card.key}" if card.key else "")
-        + f", with ONNX Runtime {_read_runtime('version').decode().split()[1]}",
+        + f", with ONNX Runtime {_read_runtime('version').decode().split()[1]}{note}",
         licence=_LICENCE,
         card=_json(_card(page)),
         runtime=_packed(runtime[_CODE]),
         wasm=_packed(runtime[_WASM]),
-        model=_packed(page.network),
+        model=_packed(network),
         picture=page.example and base64.b64encode(page.example[1]).decode(),
         script=script,
         script_hash=f"sha256-{digest}",
     )
-    data = text.encode()
-    if len(data) > MOST_BYTES:
-        raise _too_large(page.title, f"its page has {format_bytes(len(data))}")
-    write_atomically(path, data)
-    return path
+    return text.encode()
 
 
 def _too_large(what: str, why: str) -> ModelError:

@@ -21,7 +21,10 @@ from runkey.data.augment import resized_size
 from runkey.errors import LockError, ModelError
 from runkey.files import WriteError
 from runkey.inference import try_page
+from runkey.inference.export import halve_weights, to_onnx
+from runkey.inference.extras import import_extra
 from runkey.inference.model import InferenceCard, Model, load_model_folder
+from runkey.inference.module import EXPORTED, InferenceModule
 from runkey.inference.try_page import TryPage, check_before, export_network, write_try_page
 from runkey.model.detr import build_model
 from runkey.model.weights import CardClass, ModelCard, Sizes, save_model
@@ -127,6 +130,37 @@ def test_a_model_that_cannot_fit_is_refused(
     with pytest.raises(ModelError, match=r"rk2-0123: too large .* its page has 8\.7 MB of 8\.0 MB"):
         write_try_page(page, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_model_that_just_does_not_fit_gets_weights_in_half_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        onnx, runtime = import_extra("onnx"), import_extra("onnxruntime")
+    except LockError as error:
+        pytest.skip(str(error))
+    params = ModelParams(hidden_dim=32, num_heads=2, feedforward_dim=48, num_queries=12)
+    torch.manual_seed(0)
+    module = InferenceModule(build_model(params, 2), EXPORTED)
+    network = to_onnx(module)
+    halved = halve_weights(network)
+    assert len(halved) < 0.65 * len(network)  # the rest is the graph
+    onnx.checker.check_model(onnx.load_from_string(halved), full_check=True)
+    image = {"images": np.random.default_rng(0).integers(0, 256, (1, 3, 48, 80), dtype=np.uint8)}
+    whole, half = (runtime.InferenceSession(one).run(None, image)[0] for one in (network, halved))
+    assert 0 < np.abs(np.sort(whole) - np.sort(half)).max() < 2e-3
+
+    (tmp_path / "version").write_text("onnxruntime-web 1.0.0 sha512-\n")
+    monkeypatch.setattr(try_page, "_RUNTIME", tmp_path)
+    for name in ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"):
+        (tmp_path / name).write_bytes(b"")
+    page = TryPage(InferenceCard(CLASSES, Sizes(48, 80)), network, "rk2-0123")
+    path = tmp_path / "page.html"
+    size = write_try_page(page, path).stat().st_size
+    assert "half precision" not in path.read_text()
+    monkeypatch.setattr(try_page, "MOST_BYTES", size - 1)
+    assert write_try_page(page, path).stat().st_size < 0.7 * size
+    assert ", weights in half precision. It finds" in path.read_text()
 
 
 # The page itself.
