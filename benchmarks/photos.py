@@ -99,7 +99,7 @@ class Pace:
                 take_step(context, state, batch, [])
                 step += 1
         stepped = time.process_time()
-        validation(context.evaluated_module.eval(), by_size=False)
+        validation(context.evaluated_module.eval())
         evaluation = time.process_time() - stepped
         return cls(built, (stepped - started) / _STEPS, evaluation)
 
@@ -117,7 +117,7 @@ def train(workspace: Workspace, params: Params) -> dict[str, Any]:
     validation = build_validation(params, params.model, workspace.root, CPU)
 
     def evaluate(module: nn.Module) -> Mapping[str, float]:
-        metrics = validation(module, by_size=False).metrics("val/")
+        metrics = validation(module).metrics("val/")
         seconds = time.process_time() - started
         point = {"AP": metrics["val/AP"], "AP50": metrics["val/AP50"], "loss": metrics["val/loss"]}
         curve.append({name: round(value, 4) for name, value in point.items()})

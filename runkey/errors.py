@@ -37,6 +37,10 @@ class StoppedError(TrainingError):
     """Training cannot go on here and now; it can from where it stopped, elsewhere or later."""
 
 
+class EvaluationError(RunkeyError):
+    """The metrics of an evaluation cannot be relied on."""
+
+
 class RecipeError(RunkeyError):
     """The key of a stage cannot be made: something that enters it is missing or unreadable."""
 

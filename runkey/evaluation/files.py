@@ -25,7 +25,8 @@ from pydantic import ConfigDict, with_config
 
 from runkey.data.index import ClassName, CocoDetection, ImageRecord, SplitName
 from runkey.errors import DataError
-from runkey.files import LARGE, FormatError, read_json, write_atomically
+from runkey.evaluation.detections import DetectionArrays
+from runkey.files import LARGE, FormatError, read_json, replacing, write_atomically
 from runkey.hashing import sha256_bytes
 
 if TYPE_CHECKING:
@@ -106,16 +107,23 @@ class Curves(TypedDict):
 _AGAIN = "`dvc repro -f evaluate` writes it again"
 
 
-def write_results(path: Path, results: list[CocoDetection]) -> None:
+def write_results(path: Path, found: DetectionArrays, classes: Sequence[ClassName]) -> None:
     """Write detections in COCO's results format, one a line."""
-    lines = ",\n".join(json.dumps(found) for found in results)
-    write_atomically(path, f"[\n{lines}\n]\n" if results else "[]\n")
+    with replacing(path) as file:
+        start = "[\n"
+        for row in found.rows(classes):
+            file.write(f"{start}{json.dumps(row)}".encode())
+            start = ",\n"
+        file.write(b"[]\n" if not len(found) else b"\n]\n")
 
 
-def read_results(path: Path) -> list[CocoDetection]:
+def read_results(path: Path, classes: Sequence[ClassName]) -> DetectionArrays:
     """Read detections in COCO's results format; a DataError names a file that is no such list."""
-    results: list[CocoDetection] = read_output(path, list[CocoDetection])
-    return results
+    rows: list[CocoDetection] = read_output(path, list[CocoDetection])
+    try:
+        return DetectionArrays.from_results(rows, classes)
+    except KeyError as error:
+        raise DataError(f"{path}: unknown category_id {error}; {_AGAIN}") from None
 
 
 def ends(intervals: Mapping[str, Interval | None]) -> dict[str, float | None]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,42 +55,6 @@ class ClassMatches:
     """[T, D]: whether it counts as nothing, since it lies in a crowd region."""
     objects: NDArray[np.int64]
     """[I]: number of objects in each image, without crowd regions."""
-
-
-def collect_matches(run: Any, order: Sequence[int]) -> tuple[ClassMatches, ...]:
-    """Collect the matches of a COCOeval after `evaluate()`, for objects of all sizes.
-
-    Args:
-        run: the COCOeval; its first area range is the one of all sizes.
-        order: indices into `run.params.catIds`, in the order of the class list.
-    """
-    images, areas = len(run.params.imgIds), len(run.params.areaRng)
-    thresholds = len(run.params.iouThrs)
-    collected = []
-    for k in order:
-        start = k * areas * images
-        found = run.evalImgs[start : start + images]
-        known = [(i, one) for i, one in enumerate(found) if one is not None]
-        objects = np.zeros(images, dtype=np.int64)
-        for i, one in known:
-            objects[i] = np.count_nonzero(np.asarray(one["gtIgnore"]) == 0)
-        scores = np.concatenate([[], *(one["dtScores"] for _, one in known)])
-        counts = [len(one["dtScores"]) for _, one in known]
-        index = np.repeat(np.array([i for i, _ in known], dtype=np.int64), counts)
-        none = np.zeros((thresholds, 0), dtype=bool)
-        matched = np.concatenate([none, *(one["dtMatches"] > 0 for _, one in known)], axis=1)
-        ignored = np.concatenate([none, *(one["dtIgnore"] > 0 for _, one in known)], axis=1)
-        by_score = np.argsort(-scores, kind="stable")
-        collected.append(
-            ClassMatches(
-                images=index[by_score],
-                scores=scores[by_score],
-                right=(matched & ~ignored)[:, by_score],
-                ignored=ignored[:, by_score],
-                objects=objects,
-            )
-        )
-    return tuple(collected)
 
 
 def average_precision(one: ClassMatches, times: NDArray[np.int32], recalls: Floats) -> Floats:

@@ -6,39 +6,57 @@ Detections above the threshold are matched at IoU 0.5, and an image is ranked by
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runkey.data.index import ClassName, CocoDetection, ImageRecord
+from runkey.data.index import ImageRecord
+from runkey.evaluation.detections import DetectionArrays
+from runkey.evaluation.matching import ObjectArrays, box_iou, find_pairs, match_greedily
 
 MATCH_IOU = 0.5
 BINS = 10
 
 
-@dataclass(frozen=True, slots=True)
-class MatchedBox:
-    """A detection and its match, for any threshold.
+@dataclass(frozen=True, slots=True, eq=False)
+class MatchedBoxes:
+    """n detections and what they match, for any threshold.
 
     Matching goes by descending score, so detections below a threshold do not change those above.
     """
 
-    label: int
-    """Class index."""
-    box_xywh: tuple[float, float, float, float]
-    score: float
-    target: int
-    """Index of the matched box in the record, which no better detection has matched; -1: none."""
-    iou: float
-    """With the matched box; 0 without one."""
+    labels: NDArray[np.int64]
+    """[n]: class indices."""
+    boxes_xywh: NDArray[np.float64]
+    """[n, 4]."""
+    scores: NDArray[np.float64]
+    """[n]."""
+    targets: NDArray[np.int64]
+    """[n]: index of the matched box in the record, which no better detection has matched; -1:
+    none."""
+    ious: NDArray[np.float64]
+    """[n]: with the matched box; 0 without one."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     @property
-    def right(self) -> bool:
-        """Whether it matches an object of its class."""
-        return self.target >= 0
+    def right(self) -> NDArray[np.bool_]:
+        """[n]: whether each matches an object of its class."""
+        return self.targets >= 0
+
+    def keep(self, which: NDArray[np.bool_] | slice) -> MatchedBoxes:
+        """Return some of them."""
+        return MatchedBoxes(
+            self.labels[which],
+            self.boxes_xywh[which],
+            self.scores[which],
+            self.targets[which],
+            self.ious[which],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +64,19 @@ class ImageScore:
     """One image's detections above the threshold, against its ground truth."""
 
     record: ImageRecord
-    shown: tuple[MatchedBox, ...]
+    shown: MatchedBoxes
     """By descending score, without those in a crowd region of their class."""
 
     @property
     def found(self) -> tuple[bool, ...]:
         """For each box of the record, whether a detection matches it; False for crowds."""
-        taken = {box.target for box in self.shown}
+        taken = set(self.shown.targets.tolist())
         return tuple(place in taken for place in range(len(self.record.labels)))
 
     @property
     def mean_iou(self) -> float:
         """Mean IoU of the matches; 0 without any."""
-        ious = [box.iou for box in self.shown if box.right]
+        ious = self.shown.ious[self.shown.right].tolist()
         return sum(ious) / len(ious) if ious else 0.0
 
     @property
@@ -69,7 +87,7 @@ class ImageScore:
     @property
     def right(self) -> int:
         """Number of detections that match an object."""
-        return sum(box.right for box in self.shown)
+        return int(np.count_nonzero(self.shown.right))
 
     @property
     def false(self) -> int:
@@ -96,33 +114,28 @@ class Judgement:
     """In the order of the records."""
     threshold: float
     """The score threshold: the one that maximises the F1 of all images together, or that of val."""
-    detections: tuple[MatchedBox, ...]
+    detections: MatchedBoxes
     """Those of any score, without those in a crowd region of their class."""
 
 
 def judge_images(
-    records: list[ImageRecord],
-    classes: list[ClassName],
-    results: list[CocoDetection],
-    threshold: float | None = None,
+    records: Sequence[ImageRecord], found: DetectionArrays, threshold: float | None = None
 ) -> Judgement:
-    """Match the detections of every image, given in COCO's results format, with its objects.
+    """Match the detections of every image with its objects.
 
     `threshold`: the score threshold; None: the one that maximises the F1 of these images.
     """
-    label_of = {c.id: c.index for c in classes}
-    by_image: dict[int, list[CocoDetection]] = defaultdict(list)
-    for found in results:
-        by_image[found["image_id"]].append(found)
-    matches = [_match(record, by_image[record.id], label_of) for record in records]
-    every = [box for of_image in matches for box in of_image]
+    images, boxes = _match(records, found)
     if threshold is None:
-        threshold = _best_threshold(every, sum(len(record.objects()) for record in records))
-    scored = [
-        ImageScore(record, tuple(box for box in of_image if box.score >= threshold))
-        for record, of_image in zip(records, matches, strict=True)
-    ]
-    return Judgement(tuple(scored), threshold, tuple(every))
+        threshold = _best_threshold(boxes, sum(len(record.objects()) for record in records))
+    above = boxes.scores >= threshold
+    ends = np.searchsorted(images[above], np.arange(len(records) + 1)).tolist()
+    shown = boxes.keep(above)
+    scored = (
+        ImageScore(record, shown.keep(slice(*part)))
+        for record, part in zip(records, pairwise(ends), strict=True)
+    )
+    return Judgement(tuple(scored), threshold, boxes)
 
 
 def rank_images(scores: Sequence[ImageScore], *, best: bool) -> list[ImageScore]:
@@ -136,57 +149,50 @@ def rank_images(scores: Sequence[ImageScore], *, best: bool) -> list[ImageScore]
     return sorted(scores, key=lambda s: (s.f1, -s.missed - s.false, s.record.id))
 
 
-def _overlaps(
-    boxes_xywh: Sequence[Sequence[float]],
-    others_xywh: Sequence[Sequence[float]],
-    crowd: Sequence[bool],
-) -> NDArray[np.float64]:
-    """IoU of each pair, [n, m]; for a crowd, the part of the box that lies in it."""
-    from pycocotools.mask import iou  # here, as the report of a run is drawn without it
-
-    shape = (len(boxes_xywh), len(others_xywh))
-    if 0 in shape:
-        return np.zeros(shape)
-    boxes, others = (np.array(some, dtype=np.float64) for some in (boxes_xywh, others_xywh))
-    overlaps: NDArray[np.float64] = iou(boxes, others, crowd)
-    return overlaps
-
-
 def _match(
-    record: ImageRecord, results: list[CocoDetection], label_of: dict[int, int]
-) -> list[MatchedBox]:
-    """Match greedily by descending score, as COCO does; drop detections in a crowd."""
-    results = sorted(results, key=lambda found: -found["score"])
-    overlaps = _overlaps([found["bbox"] for found in results], record.boxes_xywh, record.crowd)
-    crowd = np.array(record.crowd, dtype=bool)
-    labels = np.array(record.labels, dtype=np.int64)
-    free = ~crowd
-    matches = []
-    for found, overlap in zip(results, overlaps, strict=True):
-        label = label_of[found["category_id"]]
-        fits = (labels == label) & (overlap >= MATCH_IOU)
-        target, iou = -1, 0.0
-        if (fits & free).any():
-            target = int(np.argmax(np.where(fits & free, overlap, -1)))
-            free[target], iou = False, float(overlap[target])
-        elif (fits & crowd).any():
-            continue
-        left, top, width, height = found["bbox"]
-        box = (left, top, width, height)
-        matches.append(MatchedBox(label, box, found["score"], target, iou))
-    return matches
+    records: Sequence[ImageRecord], found: DetectionArrays
+) -> tuple[NDArray[np.int64], MatchedBoxes]:
+    """Match by descending score, as COCO does; drop detections in a crowd.
+
+    Returns:
+        The index of each detection's record, and the detections, by record and descending score.
+    """
+    index = {record.id: i for i, record in enumerate(records)}
+    images = np.array([index.get(id_, -1) for id_ in found.ids.tolist()], dtype=np.int64)
+    images = images[found.images]
+    order = np.lexsort((-found.scores, images))
+    order = order[np.count_nonzero(images < 0) :]
+    images, found = images[order], found.keep(order)
+    objects = ObjectArrays.from_records(records)
+    classes = 1 + max(found.labels.max(initial=0), objects.labels.max(initial=0))
+    groups = images * classes + found.labels
+    by_group = np.argsort(groups, kind="stable")
+    groups, boxes_xywh = groups[by_group], found.boxes_xywh[by_group]
+    wanted = objects.images * classes + objects.labels
+    pairs = find_pairs(groups, boxes_xywh, objects, wanted, MATCH_IOU, first_of_equal=True)
+    crowd = objects.crowd
+    matches = match_greedily(pairs, groups, np.array([MATCH_IOU]), crowd[:, None], crowd)
+    chosen = matches.pairs[:, 0, 0]
+    rows, chosen = by_group[matches.detections[chosen >= 0]], chosen[chosen >= 0]
+    which = pairs.objects[chosen]
+    targets, ious = np.full(len(images), -1), np.zeros(len(images))
+    firsts = np.searchsorted(objects.images, images[rows])
+    targets[rows], ious[rows] = which - firsts, pairs.ious[chosen]
+    keep = np.ones(len(images), dtype=bool)
+    keep[rows[crowd[which]]] = False
+    boxes = MatchedBoxes(found.labels, found.boxes_xywh, found.scores, targets, ious)
+    return images[keep], boxes.keep(keep)
 
 
-def _best_threshold(matches: list[MatchedBox], objects: int) -> float:
+def _best_threshold(boxes: MatchedBoxes, objects: int) -> float:
     """Return the highest score that maximises F1 = 2 right / (shown + objects)."""
-    if not matches:
+    if not len(boxes):
         return 0.0
-    scores = np.array([box.score for box in matches])
-    order = np.argsort(-scores, kind="stable")
-    right = np.cumsum([matches[i].right for i in order])
+    order = np.argsort(-boxes.scores, kind="stable")
+    right = np.cumsum(boxes.right[order])
     f1 = 2 * right / (np.arange(1, len(order) + 1) + objects)
     # A threshold shows all detections of its score, so only the last of equal scores counts.
-    descending = scores[order]
+    descending = boxes.scores[order]
     last = np.append(descending[1:] != descending[:-1], True)
     return float(descending[np.argmax(np.where(last, f1, -1))])
 
@@ -206,20 +212,23 @@ def confusion(judged: Judgement, classes: int) -> NDArray[np.int64]:
 
 def _count_pairs(counts: NDArray[np.int64], image: ImageScore) -> None:
     """Count one image; each false detection and missed object is background until they pair."""
-    record, background = image.record, len(counts) - 1
-    rows = zip(image.found, record.crowd, record.labels, record.boxes_xywh, strict=True)
-    missed = [(label, box) for found, crowd, label, box in rows if not (found or crowd)]
-    false = [box for box in image.shown if not box.right]
-    for shown in image.shown:
-        counts[shown.label if shown.right else background, shown.label] += 1
-    for label, _ in missed:
-        counts[label, background] += 1
-    overlaps = _overlaps(
-        [shown.box_xywh for shown in false], [box for _, box in missed], [False] * len(missed)
-    )
+    record, shown, background = image.record, image.shown, len(counts) - 1
+    missed = ~(np.array(image.found, dtype=bool) | np.array(record.crowd, dtype=bool))
+    missed_labels = np.array(record.labels, dtype=np.int64)[missed]
+    false_labels = shown.labels[~shown.right]
+    np.add.at(counts, (np.where(shown.right, shown.labels, background), shown.labels), 1)
+    np.add.at(counts, (missed_labels, background), 1)
+    boxes = shown.boxes_xywh[~shown.right]
+    others = np.array(record.boxes_xywh, dtype=np.float64).reshape(-1, 4)[missed]
+    shape = (len(boxes), len(others))
+    overlaps = box_iou(
+        np.repeat(boxes, shape[1], axis=0),
+        np.tile(others, (shape[0], 1)),
+        np.zeros(shape[0] * shape[1], dtype=bool),
+    ).reshape(shape)
     while overlaps.size and overlaps.max() >= MATCH_IOU:
-        d, o = np.unravel_index(np.argmax(overlaps), overlaps.shape)
-        detected, true = false[d].label, missed[o][0]
+        d, o = np.unravel_index(np.argmax(overlaps), shape)
+        detected, true = false_labels[d], missed_labels[o]
         counts[true, detected] += 1
         counts[background, detected] -= 1
         counts[true, background] -= 1
@@ -250,9 +259,8 @@ class Calibration:
 
 def calibration(judged: Judgement, least_score: float = 0.0) -> Calibration:
     """Bin all detections of at least `least_score`, by 0 to 0.1, 0.1 to 0.2, ..."""
-    shown = [d for d in judged.detections if d.score >= least_score]
-    scores = np.array([d.score for d in shown], dtype=np.float64)
-    right = np.array([d.right for d in shown], dtype=np.float64)
+    shown = judged.detections.keep(judged.detections.scores >= least_score)
+    scores, right = shown.scores, shown.right.astype(np.float64)
     bin_of = np.minimum((scores * BINS).astype(np.int64), BINS - 1)
     counts = np.bincount(bin_of, minlength=BINS)
     with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin

@@ -11,34 +11,22 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from runkey.data.dataset import IMAGENET, Batch, Normalisation, normalise
-from runkey.data.index import ClassName, CocoDetection, ImageRecord
-from runkey.errors import ModelError
+from runkey.data.index import ClassName, ImageRecord
 from runkey.evaluation.coco import CocoResult, evaluate_results
+from runkey.evaluation.detections import Detected, DetectionArrays
 from runkey.model.criterion import Criterion
 from runkey.model.matcher import Targets
-from runkey.model.postprocess import Detections, Postprocess
+from runkey.model.postprocess import Detections, Postprocess, unpack
 from runkey.progress import progress
 from runkey.units import counted
 
 AutocastFactory = Callable[[], AbstractContextManager[object]]
-
-
-class Detected(Protocol):
-    """Detections of an image as tensors or arrays, see `runkey.model.postprocess.Detections`."""
-
-    @property
-    def scores(self) -> Any: ...  # noqa: D102
-    @property
-    def labels(self) -> Any: ...  # noqa: D102
-    @property
-    def boxes_xyxy(self) -> Any: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +34,7 @@ class Evaluation:
     """The result of a `Validation`."""
 
     result: CocoResult
-    detections: dict[int, Detections]
-    """By image id, on the host."""
+    detections: DetectionArrays
     losses: dict[str, float]
     """"loss" and its parts, over all images together as one batch."""
 
@@ -72,7 +59,7 @@ def detect(
     model(images [B, 3, H, W], padding_mask [B, H, W]). `on_batch` receives the outputs and their
     batch, whose images have one shape.
     """
-    detections: dict[int, Detections] = {}
+    found: list[tuple[tuple[int, ...], Tensor]] = []
     was_training = model.training
     model.eval()
     try:
@@ -82,17 +69,19 @@ def detect(
                 on_device = batch.to(device)
                 with autocast():
                     outputs = model(*normalise(on_device, normalisation))
-                found = postprocess(outputs, batch.original_sizes.to(device))
-                for image_id, of_image in zip(batch.image_ids, found, strict=True):
-                    detections[image_id] = Detections(
-                        scores=of_image.scores.float().cpu(),
-                        labels=of_image.labels.cpu(),
-                        boxes_xyxy=of_image.boxes_xyxy.float().cpu(),
-                    )
+                packed = postprocess.pack(outputs, batch.original_sizes).float()
+                # One copy for a batch, into page-locked memory, that nothing waits for.
+                found.append((batch.image_ids, packed.to("cpu", non_blocking=True)))
                 on_batch(outputs, on_device)
     finally:
         model.train(was_training)
-    return detections
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return {
+        image_id: one
+        for ids, packed in found
+        for image_id, one in zip(ids, unpack(packed), strict=True)
+    }
 
 
 @dataclass(frozen=True)
@@ -114,8 +103,8 @@ class Validation:
     normalisation: Normalisation = IMAGENET
     """Of the images of the models."""
 
-    def __call__(self, model: nn.Module, *, by_size: bool = True) -> Evaluation:
-        """Evaluate a model that is on the device; `by_size`: see `evaluate_results`.
+    def __call__(self, model: nn.Module) -> Evaluation:
+        """Evaluate a model that is on the device.
 
         Raises:
             ModelError: the model predicts NaN or infinity.
@@ -148,58 +137,29 @@ class Validation:
         if boxes != sum(counts):
             raise ValueError(f"batches hold {boxes} boxes, records {sum(counts)}")
         losses = {name: float(value) for name, value in sums.items()}
-        result = evaluate_detections(self.records, self.classes, detections, by_size=by_size)
-        return Evaluation(result, detections, losses)
+        found = _join(self.records, detections)
+        return Evaluation(evaluate_results(self.records, self.classes, found), found, losses)
 
 
 def evaluate_detections(
-    records: list[ImageRecord],
-    classes: list[ClassName],
-    detections: Mapping[int, Detected],
-    *,
-    by_size: bool = True,
+    records: list[ImageRecord], classes: list[ClassName], detections: Mapping[int, Detected]
 ) -> CocoResult:
     """Evaluate the detections of every image of `records`; otherwise as `evaluate_results`.
 
     Raises:
         ModelError: a score or a box is not finite.
     """
+    return evaluate_results(records, classes, _join(records, detections))
+
+
+def _join(records: list[ImageRecord], detections: Mapping[int, Detected]) -> DetectionArrays:
     wanted, got = {record.id for record in records}, set(detections)
     if wanted != got:
         raise ValueError(
             f"detections missing of {counted(len(wanted - got), 'image')}, there of "
             f"{counted(len(got - wanted), 'unknown image')}"
         )
-    return evaluate_results(records, classes, to_results_json(detections, classes), by_size=by_size)
-
-
-def to_results_json(
-    detections: Mapping[int, Detected], classes: list[ClassName]
-) -> list[CocoDetection]:
-    """Convert detections to COCO's results format, image by image, with the data's category ids.
-
-    Raises:
-        ModelError: a score or a box is NaN or infinite; names the image.
-    """
-    results: list[CocoDetection] = []
-    for image_id, found in detections.items():
-        scores = np.asarray(found.scores, dtype=np.float64)
-        boxes = np.asarray(found.boxes_xyxy, dtype=np.float64).reshape(-1, 4)
-        if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
-            raise ModelError(
-                f"image {image_id}: the model predicts NaN or infinity; "
-                "train again with a lower lr or with optimizer.clip"
-            )
-        boxes_xywh = np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]).tolist()
-        results += [
-            CocoDetection(
-                image_id=int(image_id), category_id=classes[label].id, bbox=box, score=score
-            )
-            for label, box, score in zip(
-                found.labels.tolist(), boxes_xywh, scores.tolist(), strict=True
-            )
-        ]
-    return results
+    return DetectionArrays.from_images(detections)
 
 
 def same_shape_batches(batch: Batch) -> Iterator[Batch]:

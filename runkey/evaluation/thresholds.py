@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 
 import numpy as np
 
 from runkey.data.index import ClassName
-from runkey.evaluation.per_image import MATCH_IOU, Judgement, MatchedBox
+from runkey.evaluation.per_image import MATCH_IOU, Judgement, MatchedBoxes
 from runkey.inference.thresholds import ClassThreshold, Thresholds, class_keys
 
 _DIGITS = 6
@@ -29,20 +29,18 @@ def best_thresholds(judged: Judgement, classes: list[ClassName], weights: str) -
         weights: sha256 of the file of the weights that detected.
     """
     objects = Counter(label for one in judged.images for _, label, _ in one.record.objects())
-    found: dict[int, list[MatchedBox]] = defaultdict(list)
-    for box in judged.detections:
-        found[box.label].append(box)
+    found = judged.detections
     best = {
-        name: _best(found[one.index], objects[one.index])
+        name: _best(found.keep(found.labels == one.index), objects[one.index])
         for name, one in zip(class_keys(classes), classes, strict=True)
     }
     return Thresholds(iou=MATCH_IOU, weights=weights, classes=best)
 
 
-def _best(boxes: list[MatchedBox], objects: int) -> ClassThreshold | None:
-    scores = np.array([box.score for box in boxes])
+def _best(boxes: MatchedBoxes, objects: int) -> ClassThreshold | None:
+    scores = boxes.scores
     order = np.argsort(-scores, kind="stable")
-    right = np.cumsum([boxes[i].right for i in order])
+    right = np.cumsum(boxes.right[order])
     if not len(order) or not right[-1]:
         return None
     shown = np.arange(1, len(order) + 1)

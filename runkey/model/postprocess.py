@@ -38,16 +38,30 @@ class Postprocess:
     """True: each query's best class that is not no-object (DETR). False: the 100 best pairs of
     query and class (Deformable DETR, Zhu et al. 2021)."""
 
-    @torch.no_grad()
     def __call__(self, outputs: Outputs, original_sizes: Tensor) -> list[Detections]:
         """Convert the outputs of a batch; returns one `Detections` per image, on their device.
 
         `original_sizes` is int [B, 2], (height, width) of the original images, pixels.
         """
+        return unpack(self.pack(outputs, original_sizes))
+
+    @torch.no_grad()
+    def pack(self, outputs: Outputs, original_sizes: Tensor) -> Tensor:
+        """Convert the outputs of a batch to one tensor, to copy it from the device at once.
+
+        Args:
+            outputs: of B images.
+            original_sizes: int [B, 2], (height, width) of the original images, pixels.
+
+        Returns:
+            [B, n, 6]: box xyxy in pixels, score, class index; see `unpack`.
+        """
         scores, labels, boxes_xyxy = self.select(outputs.logits[-1], outputs.boxes_cxcywh[-1])
-        sizes = original_sizes.to(boxes_xyxy.device, boxes_xyxy.dtype)
+        sizes = original_sizes.to(boxes_xyxy.device, boxes_xyxy.dtype, non_blocking=True)
         boxes_xyxy = boxes_xyxy * sizes.flip(1).repeat(1, 2)[:, None]
-        return [Detections(*image) for image in zip(scores, labels, boxes_xyxy, strict=True)]
+        # float32 holds whole numbers to 2^24.
+        rest = torch.stack([scores.to(boxes_xyxy.dtype), labels.to(boxes_xyxy.dtype)], dim=-1)
+        return torch.cat([boxes_xyxy, rest], dim=-1)
 
     def select(self, logits: Tensor, boxes_cxcywh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Select the best detections of each image, best first.
@@ -70,6 +84,13 @@ class Postprocess:
             scores, pair = _best(logits.sigmoid().flatten(1))
             labels, query = pair % logits.shape[-1], pair // logits.shape[-1]
         return scores, labels, boxes_xyxy.gather(1, query[..., None].expand(-1, -1, 4))
+
+
+def unpack(packed: Tensor) -> list[Detections]:
+    """Return the detections of each image of `Postprocess.pack`; its tensor holds their memory."""
+    labels = packed[..., 5].to(torch.int64)
+    images = zip(packed[..., 4], labels, packed[..., :4], strict=True)
+    return [Detections(*image) for image in images]
 
 
 def _best(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -550,6 +550,8 @@ class Runtime(Section):
     measured from the last checkpoint's cost, and at least 15 s apart."""
     log_every: PositiveInt = 10
     """Optimizer steps between logged points."""
+    cross_check: bool = True
+    """Compute the metrics of evaluate with pycocotools too, and stop if one differs."""
     progress: bool = True
     """Show a progress bar on a terminal."""
     mlflow: bool = True

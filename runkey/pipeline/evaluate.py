@@ -12,8 +12,10 @@ from typing import Any
 from torch import nn
 
 from runkey import paths
-from runkey.data.index import CocoDetection, SplitName
+from runkey.data.index import SplitName
 from runkey.evaluation.coco import SIZES, CocoResult
+from runkey.evaluation.cross_check import check_metrics
+from runkey.evaluation.detections import DetectionArrays
 from runkey.evaluation.files import (
     METRICS_JSON,
     OTHER,
@@ -28,7 +30,7 @@ from runkey.evaluation.files import (
 )
 from runkey.evaluation.intervals import Bootstrap, bootstrap, describe_few_objects
 from runkey.evaluation.per_image import judge_images
-from runkey.evaluation.run import Evaluation, Validation, to_results_json
+from runkey.evaluation.run import Evaluation, Validation
 from runkey.evaluation.thresholds import best_thresholds, describe_thresholds
 from runkey.files import write_json
 from runkey.hashing import sha256_file
@@ -81,7 +83,8 @@ def evaluate(root: Path) -> None:
         # In fp32 whatever training.precision is, as everything that uses the model computes.
         validation = replace(validation, autocast=nullcontext)
         folder = out / OTHER if evaluated else out
-        evaluated.append(_evaluate_split(split, validation, model, folder))
+        check = params.runtime.cross_check
+        evaluated.append(_evaluate_split(split, validation, model, folder, cross_check=check))
     headline, val = evaluated[0], evaluated[-1]
     losses = {f"{one.split}_loss": one.loss for one in evaluated}
     few = headline.few() | {"split": headline.split} | losses
@@ -90,7 +93,7 @@ def evaluate(root: Path) -> None:
     write_json(root / paths.METRICS / "evaluate.json", few)
     weights = sha256_file(root / paths.MODEL / WEIGHTS)
     # By val alone: what was chosen by test would look better on test than it is.
-    judged = judge_images(val.validation.records, val.validation.classes, val.results)
+    judged = judge_images(val.validation.records, val.detections)
     thresholds = best_thresholds(judged, val.validation.classes, weights)
     write_json(out / THRESHOLDS, thresholds)
     check_unchanged(root, recipe)
@@ -117,11 +120,14 @@ class _Evaluated:
     validation: Validation
     evaluation: Evaluation
     resampled: Bootstrap
-    results: list[CocoDetection]
 
     @property
     def result(self) -> CocoResult:
         return self.evaluation.result
+
+    @property
+    def detections(self) -> DetectionArrays:
+        return self.evaluation.detections
 
     @property
     def loss(self) -> float:
@@ -146,23 +152,23 @@ class _Evaluated:
 
 
 def _evaluate_split(
-    split: SplitName, validation: Validation, model: nn.Module, out: Path
+    split: SplitName, validation: Validation, model: nn.Module, out: Path, *, cross_check: bool
 ) -> _Evaluated:
     """Evaluate on a split, and write its files."""
     evaluation = validation(model)
     result, loss = evaluation.result, evaluation.losses["loss"]
+    if cross_check:
+        check_metrics(result, validation.records, validation.classes, evaluation.detections)
     resampled = bootstrap(result.matches, result.recalls)
     write_metrics(out / METRICS_JSON, result, resampled, loss=loss, split=split)
     write_resampled(out / RESAMPLED, resampled, validation.records, validation.classes)
-    results = to_results_json(evaluation.detections, validation.classes)
-    write_results(out / PREDICTIONS, results)
+    write_results(out / PREDICTIONS, evaluation.detections, validation.classes)
     write_precision_recall(out / PRECISION_RECALL, result)
     return _Evaluated(
         split=split,
         validation=validation,
         evaluation=evaluation,
         resampled=resampled,
-        results=results,
     )
 
 

@@ -23,8 +23,9 @@ from typing import Any, cast
 import numpy as np
 
 from runkey.errors import DataError, ModelError
+from runkey.evaluation.detections import DetectionArrays
 from runkey.evaluation.per_image import judge_images
-from runkey.evaluation.run import evaluate_detections, to_results_json
+from runkey.evaluation.run import evaluate_detections
 from runkey.evaluation.thresholds import best_thresholds
 from runkey.files import json_safe, write_json
 from runkey.hashing import sha256_file
@@ -343,8 +344,7 @@ def _thresholds(
     found: dict[int, Detections] = {}
     for pixels in sample.batches():
         found |= detections_by_image(network(pixels.images), pixels)
-    results = to_results_json(found, sample.classes)
-    judged = judge_images(sample.records, sample.classes, results)
+    judged = judge_images(sample.records, DetectionArrays.from_images(found))
     return dict(score_by_class(best_thresholds(judged, sample.classes, weights="")))
 
 

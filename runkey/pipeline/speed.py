@@ -179,7 +179,7 @@ def average_precision(
         found |= detections_by_image(network(pixels.images), pixels)
     if nms is not None:
         found = {image_id: one.nms(nms) for image_id, one in found.items()}
-    result = evaluate_detections(sample.records, sample.classes, found, by_size=False)
+    result = evaluate_detections(sample.records, sample.classes, found)
     return result.summary["AP"] or 0.0, result.summary["AP50"] or 0.0
 
 

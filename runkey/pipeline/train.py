@@ -118,7 +118,7 @@ def _train(run: Run, context: TrainContext, interrupts: Interrupts) -> None:
 
         def evaluate(module: nn.Module) -> Mapping[str, float]:
             run.check(at_end=False)
-            evaluation = validation(module, by_size=False)
+            evaluation = validation(module)
             hinting.set_class_scores(class_scores(evaluation.result.per_class))
             return evaluation.metrics("val/")
 

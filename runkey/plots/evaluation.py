@@ -60,10 +60,10 @@ def write_evaluation_plots(
     metrics = read_metrics(evaluation / METRICS_JSON)
     records, threshold = read_index(prepared / "val.json"), None
     if metrics.get("split") == "test":
-        results = read_results(evaluation / OTHER / PREDICTIONS)
-        threshold = judge_images(records, classes, results).threshold
+        found = read_results(evaluation / OTHER / PREDICTIONS, classes)
+        threshold = judge_images(records, found).threshold
         records = read_index(prepared / "test.json")
-    judged = judge_images(records, classes, read_results(evaluation / PREDICTIONS), threshold)
+    judged = judge_images(records, read_results(evaluation / PREDICTIONS, classes), threshold)
     names = [class_name(one) for one in classes]
     counted = confusion(judged, len(classes))
     written = [

@@ -164,9 +164,16 @@ def truth_boxes(score: ImageScore, classes: list[ClassName]) -> list[LabelledBox
 
 def detection_boxes(score: ImageScore, classes: list[ClassName]) -> list[LabelledBox]:
     """Return the detections in an evaluated image, coloured by right or wrong."""
+    shown = score.shown
     boxes = [
-        LabelledBox(d.box_xywh, RIGHT if d.right else WRONG, class_name(classes[d.label]), d.score)
-        for d in score.shown
+        LabelledBox((x, y, w, h), RIGHT if right else WRONG, class_name(classes[label]), value)
+        for (x, y, w, h), right, label, value in zip(
+            shown.boxes_xywh.tolist(),
+            shown.right.tolist(),
+            shown.labels.tolist(),
+            shown.scores.tolist(),
+            strict=True,
+        )
     ]
     return label_fewer(boxes, WRONG)
 

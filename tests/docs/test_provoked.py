@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from runkey.cli import app
 from runkey.errors import RunkeyError
-from runkey.evaluation.run import to_results_json
+from runkey.evaluation.detections import DetectionArrays
 from runkey.params import EarlyStopping, load_params
 from runkey.params.render import render_preset
 from runkey.training.device import choose_device
@@ -91,7 +91,7 @@ def elsewhere(_: Path) -> None:
 
 def no_number(_: Path) -> None:
     found = SimpleNamespace(scores=[math.nan], labels=[0], boxes_xyxy=[[0, 0, 1, 1]])
-    to_results_json({17: found}, [])
+    DetectionArrays.from_images({17: found})
 
 
 PROVOKED = {

@@ -40,8 +40,8 @@ from runkey.data.index import (
 from runkey.data.prepare import prepare
 from runkey.errors import LockError
 from runkey.evaluation.coco import evaluate_results
+from runkey.evaluation.detections import DetectionArrays
 from runkey.evaluation.per_image import judge_images
-from runkey.evaluation.run import to_results_json
 from runkey.evaluation.thresholds import best_thresholds
 from runkey.files import write_json
 from runkey.hashing import sha256_file
@@ -85,7 +85,8 @@ class Evaluated:
         return [self.root / self.params.data.path / record.file for record in self.records]
 
     def ap(self, rows: Rows) -> float:
-        value = evaluate_results(self.records, self.classes, rows).summary["AP"]
+        found = DetectionArrays.from_results(rows, self.classes)
+        value = evaluate_results(self.records, self.classes, found).summary["AP"]
         assert value is not None
         return value
 
@@ -156,12 +157,13 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evaluated]:
         random_model(root, params)
     detector, card = load_model(root / "model")
     validation = build_validation(params, card.model, root, torch.device("cpu"))
-    rows = to_results_json(validation(detector).detections, validation.classes)
+    arrays = validation(detector).detections
+    rows = list(arrays.rows(validation.classes))
     records, classes = read_index(root / "prepared/val.json"), validation.classes
     if not trained:
         records = [with_truth(record, rows, classes) for record in records]
     weights = root / "model/weights.safetensors"
-    judged = judge_images(records, classes, rows)
+    judged = judge_images(records, arrays)
     (root / "evaluation").mkdir()
     path = root / "evaluation/thresholds.json"
     write_json(path, best_thresholds(judged, classes, sha256_file(weights)))

@@ -18,8 +18,9 @@ from pycocotools.cocoeval import COCOeval
 from runkey.data.index import ClassName, ImageRecord
 from runkey.errors import DataError, ModelError
 from runkey.evaluation.coco import SUMMARY_NAMES, evaluate_results
+from runkey.evaluation.detections import DetectionArrays
 from runkey.evaluation.files import read_precision_recall, read_results, write_results
-from runkey.evaluation.run import Evaluation, evaluate_detections, to_results_json
+from runkey.evaluation.run import Evaluation, evaluate_detections
 from tests.support.shared import shared_data
 
 
@@ -105,22 +106,15 @@ def test_each_class_equals_pycocotools_on_that_class_alone(world, tmp_path, name
     assert [c.category_id for c in ours.per_class] == [c.id for c in made.classes]
 
 
-def test_leaving_out_sizes_changes_no_other_number(world):
-    made = world(seed=9, crowd_share=0.1)
-    full = evaluate_detections(made.records, made.classes, made.detections)
-    quick = evaluate_detections(made.records, made.classes, made.detections, by_size=False)
-    for name, value in full.summary.items():
-        sized = name.endswith(("small", "medium", "large"))
-        assert quick.summary[name] == (None if sized else value)
-    assert quick.per_class == tuple(replace(c, by_size={}) for c in full.per_class)
-
-
 def test_the_saved_file_gives_the_same_numbers(world, tmp_path):
     made = world(seed=11, crowd_share=0.1)
     direct = evaluate_detections(made.records, made.classes, made.detections)
     path = tmp_path / "new" / "predictions.json"
-    write_results(path, to_results_json(made.detections, made.classes))
-    again = evaluate_results(made.records, made.classes, read_results(path))
+    found = DetectionArrays.from_images(made.detections)
+    write_results(path, found, made.classes)
+    lines = ",\n".join(map(json.dumps, found.rows(made.classes)))
+    assert path.read_text() == f"[\n{lines}\n]\n"
+    again = evaluate_results(made.records, made.classes, read_results(path, made.classes))
     assert again.summary == direct.summary
     assert np.array_equal(again.precision, direct.precision, equal_nan=True)
 
@@ -136,7 +130,7 @@ def test_order_of_images_does_not_matter(world):
 
 def test_nothing_detected_is_zero(world):
     made = world(seed=3)
-    empty = to_results_json({}, made.classes)
+    empty = DetectionArrays.from_images({})
     summary = evaluate_results(made.records, made.classes, empty).summary
     assert summary["AP"] == 0
     assert summary["AR_100"] == 0
@@ -147,7 +141,7 @@ def test_nothing_to_find_is_undefined_and_not_logged(boxes):
     found = boxes(np.array([0.5]), np.array([0]), np.array([[1, 1, 5, 5]]))
     result = evaluate_detections([record], [ClassName(0, 1, "a")], {4: found})
     assert set(result.summary.values()) == {None}
-    assert Evaluation(result, {}, {}).metrics("val/") == {}
+    assert Evaluation(result, DetectionArrays.from_images({}), {}).metrics("val/") == {}
     assert np.isnan(result.precision).all()
     assert result.per_class[0].objects == 0
 
@@ -226,6 +220,10 @@ def test_quiet(world, capsys):
             "0.bbox: List should have at least 4 items",
         ),
         ('[{"image_id": 1}]', "0.category_id: Field required"),
+        (
+            '[{"image_id": 1, "category_id": 8, "bbox": [1, 2, 3, 4], "score": 1}]',
+            "unknown category_id 8; `dvc repro -f evaluate` writes it again",
+        ),
     ],
 )
 def test_unusable_results_file(tmp_path, content, message):
@@ -233,7 +231,7 @@ def test_unusable_results_file(tmp_path, content, message):
     if content is not None:
         path.write_text(content)
     with pytest.raises(DataError, match=message):
-        read_results(path)
+        read_results(path, [ClassName(0, 1, "a")])
 
 
 @pytest.mark.parametrize("precision", [[[0.1, 0.2], [0.3]], [[0.1, 0.2]], [[], []]])

@@ -8,10 +8,10 @@ import pytest
 from runkey.data.index import ClassName, ImageRecord
 from runkey.errors import DataError
 from runkey.evaluation.coco import evaluate_results
+from runkey.evaluation.detections import DetectionArrays
 from runkey.evaluation.files import read_output, write_metrics, write_precision_recall
 from runkey.evaluation.intervals import bootstrap
 from runkey.evaluation.per_image import calibration, confusion, judge_images, rank_images
-from runkey.evaluation.run import to_results_json
 
 CLASSES = [ClassName(0, 5, "ball"), ClassName(1, 9, "cube")]
 
@@ -40,8 +40,12 @@ def found(image_id, category_id, box, score):
 BOX, NEAR, FAR = (10, 10, 40, 40), (12, 10, 40, 40), (60, 60, 20, 20)
 
 
+def arrays(results):
+    return DetectionArrays.from_results(results, CLASSES)
+
+
 def judge(records, results):
-    judged = judge_images(records, CLASSES, results)
+    judged = judge_images(records, arrays(results))
     return {s.record.id: s for s in judged.images}, judged.threshold
 
 
@@ -59,7 +63,7 @@ def test_counts_of_one_image():
     )
     assert threshold == 0.6  # F1 .75; at 0.9 it is .5
     image = images[1]
-    assert [b.right for b in image.shown] == [True, False, False, True]
+    assert image.shown.right.tolist() == [True, False, False, True]
     assert (image.right, image.false, image.missed) == (2, 2, 0)
     assert image.f1 == pytest.approx(4 / 6)
     assert image.mean_iou == pytest.approx((38 / 42 + 1) / 2)
@@ -96,7 +100,7 @@ def test_best_and_worst_first():
         found(2, 5, BOX, 0.9),
         found(4, 5, BOX, 0.95),
     ]
-    scores = judge_images(records, CLASSES, results).images
+    scores = judge_images(records, arrays(results)).images
     assert [s.record.id for s in rank_images(scores, best=True)] == [2, 1, 3, 4]
     assert [s.record.id for s in rank_images(scores, best=False)] == [3, 4, 1, 2]
 
@@ -104,11 +108,10 @@ def test_best_and_worst_first():
 def test_counting_agrees_with_coco_on_recall(world):
     """At threshold 0, matches over objects is COCO's recall at IoU 0.5."""
     made = world(seed=4, crowd_share=0.2, detections_per_image=40)
-    results = to_results_json(made.detections, made.classes)
-    for r in results:  # one score, so the best threshold shows everything
-        r["score"] = 0.5
-    scores = judge_images(made.records, made.classes, results).images
-    result = evaluate_results(made.records, made.classes, results)
+    found = DetectionArrays.from_images(made.detections)
+    found.scores[:] = 0.5  # one score, so the best threshold shows everything
+    scores = judge_images(made.records, found).images
+    result = evaluate_results(made.records, made.classes, found)
     for c, name in enumerate(made.classes):
         right = sum(
             f and label == c
@@ -122,7 +125,7 @@ def test_counting_agrees_with_coco_on_recall(world):
 def test_files(world, tmp_path):
     made = world(seed=6, unused_classes=(2,))
     result = evaluate_results(
-        made.records, made.classes, to_results_json(made.detections, made.classes)
+        made.records, made.classes, DetectionArrays.from_images(made.detections)
     )
     write_metrics(
         tmp_path / "m" / "metrics.json",
@@ -152,7 +155,7 @@ def test_files(world, tmp_path):
 def test_classes_of_one_name_keep_both_numbers(world, tmp_path):
     made = world(seed=6, category_ids=(1, 2))
     twins = [ClassName(0, 1, "cat"), ClassName(1, 2, "cat")]
-    result = evaluate_results(made.records, twins, to_results_json(made.detections, twins))
+    result = evaluate_results(made.records, twins, DetectionArrays.from_images(made.detections))
     write_metrics(tmp_path / "metrics.json", result, bootstrap(result.matches, result.recalls))
     saved = read_output(tmp_path / "metrics.json")
     assert set(saved["per_class"]) == {"cat (1)", "cat (2)"}
@@ -170,8 +173,8 @@ def test_missing_or_damaged_curves(tmp_path):
 
 def test_numbers_by_size_are_those_of_coco(world):
     made = world(seed=8, images=40)
-    results = to_results_json(made.detections, made.classes)
-    result = evaluate_results(made.records, made.classes, results)
+    found = DetectionArrays.from_images(made.detections)
+    result = evaluate_results(made.records, made.classes, found)
     for size in ("small", "medium", "large"):
         of_size = [c.by_size[size] for c in result.per_class]
         aps = [s.ap for s in of_size if s.ap is not None]
@@ -179,31 +182,24 @@ def test_numbers_by_size_are_those_of_coco(world):
         assert [s.ap is None for s in of_size] == [s.objects == 0 for s in of_size]
     for c in result.per_class:
         assert sum(s.objects for s in c.by_size.values()) == c.objects
-    quick = evaluate_results(made.records, made.classes, results, by_size=False)
-    assert all(c.by_size == {} for c in quick.per_class)
 
 
 def test_confusion_counted_by_hand():
     records = [record(1, (0, BOX), (1, FAR)), record(2, (1, FAR)), record(3, (0, BOX), crowd={0})]
-    judged = judge_images(
-        records,
-        CLASSES,
-        [
-            found(1, 5, NEAR, 0.9),  # right
-            found(1, 5, FAR, 0.9),  # a cube taken for a ball
-            found(2, 9, BOX, 0.9),  # nothing is there; and the cube is missed
-            found(3, 5, BOX, 0.9),  # in a crowd: does not count
-        ],
-    )
+    results = [
+        found(1, 5, NEAR, 0.9),  # right
+        found(1, 5, FAR, 0.9),  # a cube taken for a ball
+        found(2, 9, BOX, 0.9),  # nothing is there; and the cube is missed
+        found(3, 5, BOX, 0.9),  # in a crowd: does not count
+    ]
+    judged = judge_images(records, arrays(results))
     assert judged.threshold == 0.9
     assert confusion(judged, 2).tolist() == [[1, 0, 0], [1, 0, 1], [0, 1, 0]]
 
 
 def test_confusion_agrees_with_the_images(world):
     made = world(seed=9, crowd_share=0.1)
-    judged = judge_images(
-        made.records, made.classes, to_results_json(made.detections, made.classes)
-    )
+    judged = judge_images(made.records, DetectionArrays.from_images(made.detections))
     counts = confusion(judged, len(made.classes))
     assert np.trace(counts) == sum(image.right for image in judged.images)
     assert counts[:-1].sum() == sum(image.objects for image in judged.images)
@@ -214,11 +210,11 @@ def test_confusion_agrees_with_the_images(world):
 def test_calibration_counted_by_hand():
     records = [record(n, (0, BOX)) for n in range(1, 5)]
     results = [found(n, 5, BOX if n < 4 else FAR, 0.95) for n in range(1, 5)]
-    judged = judge_images(records, CLASSES, [*results, found(1, 9, BOX, 0.02)])
+    judged = judge_images(records, arrays([*results, found(1, 9, BOX, 0.02)]))
     result = calibration(judged)
     assert result.counts.tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0, 4]
     assert result.shares_right[[0, 9]].tolist() == [0, 0.75]
     assert np.isnan(result.mean_scores[1])
     assert result.error == pytest.approx((4 * 0.2 + 0.02) / 5)
     assert calibration(judged, least_score=0.05).error == pytest.approx(0.2)
-    assert calibration(judge_images(records, CLASSES, [])).error == 0
+    assert calibration(judge_images(records, arrays([]))).error == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from runkey.data.index import ClassName, CocoDetection, ImageRecord
+from runkey.evaluation.detections import DetectionArrays
 from runkey.evaluation.per_image import judge_images
 from runkey.evaluation.thresholds import best_thresholds, describe_thresholds
 
@@ -13,6 +14,10 @@ CLASSES = [ClassName(0, 4, "ball"), ClassName(1, 9, "cube"), ClassName(2, 11, "c
 
 def found(category: int, score: float, left: float) -> CocoDetection:
     return CocoDetection(image_id=1, category_id=category, bbox=[left, 0, 10, 10], score=score)
+
+
+def arrays(results: list[CocoDetection]) -> DetectionArrays:
+    return DetectionArrays.from_results(results, CLASSES)
 
 
 @pytest.fixture
@@ -45,7 +50,7 @@ def test_the_score_of_the_best_f1_of_each_class(record: ImageRecord) -> None:
         found(4, 0.1, 40),  # right: 6 / (6 + 3) = .667 again, at the lower score
         found(9, 0.7, 100),
     ]
-    judged = judge_images([record], CLASSES, results)
+    judged = judge_images([record], arrays(results))
     thresholds = best_thresholds(judged, CLASSES, "ab")
     assert thresholds == {
         "iou": 0.5,
@@ -62,12 +67,12 @@ def test_the_score_of_the_best_f1_of_each_class(record: ImageRecord) -> None:
 
 def test_equal_scores_are_shown_together(record: ImageRecord) -> None:
     results = [found(4, 0.5, 0), found(4, 0.5, 20), found(4, 0.5, 120), found(4, 0.4, 40)]
-    judged = judge_images([record], CLASSES, results)
+    judged = judge_images([record], arrays(results))
     best = best_thresholds(judged, CLASSES, "")["classes"]["ball"]
     assert best == {"score": 0.4, "precision": 0.75, "recall": 1.0, "f1": pytest.approx(0.857143)}
 
 
 def test_without_detections_there_is_no_threshold(record: ImageRecord) -> None:
-    thresholds = best_thresholds(judge_images([record], CLASSES, []), CLASSES, "")
+    thresholds = best_thresholds(judge_images([record], arrays([])), CLASSES, "")
     assert set(thresholds["classes"].values()) == {None}
     assert describe_thresholds(thresholds) == "no class was found in val: no score thresholds"

@@ -22,6 +22,7 @@ from runkey.data.index import (
 )
 from runkey.errors import DataError
 from runkey.evaluation.coco import evaluate_results
+from runkey.evaluation.detections import DetectionArrays
 from runkey.evaluation.files import (
     read_output,
     write_metrics,
@@ -78,10 +79,11 @@ def evaluated(tmp_path, records, classes, results) -> tuple[Path, Path]:
     prepared.mkdir()
     write_index(prepared / "val.json", records)
     write_classes(prepared / "classes.json", classes)
-    result = evaluate_results(records, classes, results)
+    arrays = DetectionArrays.from_results(results, classes)
+    result = evaluate_results(records, classes, arrays)
     write_metrics(evaluation / "metrics.json", result, bootstrap(result.matches, result.recalls))
     write_precision_recall(evaluation / "precision_recall.json", result)
-    write_results(evaluation / "predictions.json", results)
+    write_results(evaluation / "predictions.json", arrays, classes)
     return prepared, evaluation
 
 
@@ -117,7 +119,8 @@ def test_detections_on_test_are_drawn_above_the_threshold_of_val(image_set, tmp_
 
     prepared, evaluation = evaluated(tmp_path, records, classes, detections(0.3))
     write_index(prepared / "test.json", records)
-    write_results(evaluation / "val/predictions.json", detections(0.9))
+    better = DetectionArrays.from_results(detections(0.9), classes)
+    write_results(evaluation / "val/predictions.json", better, classes)
     metrics = evaluation / "metrics.json"
     metrics.write_text(metrics.read_text().replace('"split": "val"', '"split": "test"'))
     write_evaluation_plots(prepared, evaluation, folder, tmp_path, images=0)

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from runkey.errors import DataError
+from runkey.evaluation.detections import DetectionArrays
 from runkey.evaluation.per_image import judge_images
 from runkey.inference.draw import class_colour, place_label, printable
 from runkey.plots.sheets import (
@@ -44,6 +45,10 @@ def predicted(records, classes, *, right=True):
         for r in records
         for box, label in zip(r.boxes_xywh, r.labels, strict=True)
     ]
+
+
+def judged(records, classes, results):
+    return judge_images(records, DetectionArrays.from_results(results, classes))
 
 
 def test_contact_sheet_of_odd_sizes_and_names(image_set, tmp_path):
@@ -87,7 +92,7 @@ def test_best_and_worst(image_set, tmp_path):
     records, classes, folder = image_set([(200, 150), (150, 200), (90, 90), (300, 60)])
     good = predicted(records[:2], classes) + predicted(records[2:], classes, right=False)
     best = detection_sheet(
-        judge_images(records, classes, good),
+        judged(records, classes, good),
         classes,
         folder,
         tmp_path / "best.jpg",
@@ -95,7 +100,7 @@ def test_best_and_worst(image_set, tmp_path):
         images=2,
     )
     worst = detection_sheet(
-        judge_images(records, classes, good),
+        judged(records, classes, good),
         classes,
         folder,
         tmp_path / "worst.jpg",
@@ -112,7 +117,11 @@ def test_detection_sheet_of_odd_sizes_and_names(image_set, tmp_path, best):
     records, classes, folder = image_set(ODD_SIZES, NAMES, boxes=6)
     found = predicted(records, classes, right=best)
     path = detection_sheet(
-        judge_images(records, classes, found), classes, folder, tmp_path / "s.jpg", best=best
+        judged(records, classes, found),
+        classes,
+        folder,
+        tmp_path / "s.jpg",
+        best=best,
     )
     assert path.stat().st_size < MOST_BYTES
 
@@ -120,10 +129,10 @@ def test_detection_sheet_of_odd_sizes_and_names(image_set, tmp_path, best):
 def test_nothing_detected_and_nothing_to_detect(image_set, tmp_path):
     records, classes, folder = image_set([(64, 48)] * 3, boxes=0)
     assert detection_sheet(
-        judge_images(records, classes, []), classes, folder, tmp_path / "a.jpg", best=True
+        judged(records, classes, []), classes, folder, tmp_path / "a.jpg", best=True
     ).is_file()
     assert detection_sheet(
-        judge_images([], classes, []), classes, folder, tmp_path / "b.jpg", best=False
+        judged([], classes, []), classes, folder, tmp_path / "b.jpg", best=False
     ).is_file()
 
 
@@ -133,10 +142,18 @@ def test_same_bytes_again(image_set, tmp_path):
     once = contact_sheet(records, classes, folder, tmp_path / "1.jpg").read_bytes()
     assert contact_sheet(records, classes, folder, tmp_path / "2.jpg").read_bytes() == once
     once = detection_sheet(
-        judge_images(records, classes, found), classes, folder, tmp_path / "3.jpg", best=True
+        judged(records, classes, found),
+        classes,
+        folder,
+        tmp_path / "3.jpg",
+        best=True,
     )
     again = detection_sheet(
-        judge_images(records, classes, found), classes, folder, tmp_path / "4.jpg", best=True
+        judged(records, classes, found),
+        classes,
+        folder,
+        tmp_path / "4.jpg",
+        best=True,
     )
     assert once.read_bytes() == again.read_bytes()
 
@@ -153,7 +170,7 @@ def test_crowded_images_keep_a_name_of_each_class_and_all_faults(image_set):
     names = [box.name for box in class_boxes(record, classes) if box.is_labelled]
     assert sorted(names) == ["one", "one (crowd)", "two"]
     found = predicted([record], classes)[:20]
-    [score] = judge_images([record], classes, found).images
+    [score] = judged([record], classes, found).images
     missed = [box for box in truth_boxes(score, classes) if box.colour == "#D55E00"]
     assert len(missed) >= 10
     assert all(box.is_labelled for box in missed)

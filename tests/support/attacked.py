@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from runkey.data.index import read_classes
+from runkey.data.index import ClassName, read_classes
 from runkey.data.prepare import prepare
 from runkey.errors import LockError
+from runkey.evaluation.detections import DetectionArrays
 from runkey.evaluation.files import RESAMPLED, write_results
 from runkey.identity.key import Recipe, make_recipe
 from runkey.identity.record import Hardware, RunManifest, RunPointer, capture_environment
@@ -208,7 +209,8 @@ def _evaluation(folder: Path, names: list[str]) -> None:
         {"image_id": image, "category_id": 3, "bbox": [4.0, 4.0, 16.0, 14.0], "score": 0.9}
         for image in range(1, 7)
     ]
-    write_results(folder / "predictions.json", found)
+    kite = [ClassName(0, 3, "kite")]
+    write_results(folder / "predictions.json", DetectionArrays.from_results(found, kite), kite)
     (folder / RESAMPLED).write_bytes(_RESAMPLES)
 
 
