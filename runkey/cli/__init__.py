@@ -16,7 +16,19 @@ from typing import Annotated
 from typer import Exit, Option, Typer
 
 from runkey import __version__
-from runkey.cli import convert, debug, memory, project, report, runs, share, store, use, verify
+from runkey.cli import (
+    convert,
+    debug,
+    memory,
+    profile,
+    project,
+    report,
+    runs,
+    share,
+    store,
+    use,
+    verify,
+)
 from runkey.errors import report_errors
 from runkey.progress import WIDTH, log_to_terminal, say
 
@@ -50,6 +62,7 @@ app.command("open")(runs.open_page)
 app.command("params")(project.show)
 app.command("predict")(use.predict)
 app.command("preset")(project.preset)
+app.command("profile")(profile.profile)
 app.command("promote")(use.promote)
 app.command("publish")(share.publish)
 app.command("replay")(store.replay)

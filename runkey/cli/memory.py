@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from runkey.params import Params
 
 
+Changes = Annotated[
+    list[str] | None,
+    Option("--set-param", "-S", help="NAME=VALUE instead of params.yaml's; repeatable."),
+]
 _COLUMNS = {
     "parameters": ("parameter", "buffer"),
     "gradients": ("gradient",),
@@ -136,10 +140,7 @@ _CLASSES = 80
 
 
 def memory(
-    changes: Annotated[
-        list[str] | None,
-        Option("--set-param", "-S", help="NAME=VALUE instead of params.yaml's; repeatable."),
-    ] = None,
+    changes: Changes = None,
     shape: Annotated[
         str, Option(help="Padded HEIGHTxWIDTH of every batch; needs no prepared data.")
     ] = "",
@@ -155,7 +156,7 @@ def memory(
     from runkey.params import load_params, override
 
     root = output.workspace()
-    params = override(load_params(root / paths.PARAMS), _parsed(changes or []))
+    params = override(load_params(root / paths.PARAMS), parse_changes(changes or []))
     if batch > params.training.batch_size:
         params = override(params, {"training.batch_size": batch})
     # Hide the GPU from torch, so that the prediction is the same with and without one.
@@ -179,8 +180,8 @@ def memory(
         print_memory(prediction, images)
 
 
-def _parsed(changes: list[str]) -> dict[str, Any]:
-    """Values by name, read as YAML 1.2, as in `dvc exp run -S`."""
+def parse_changes(changes: list[str]) -> dict[str, Any]:
+    """Return values by name, read as YAML 1.2, as in `dvc exp run -S`."""
     from runkey.params.load import parse_yaml
 
     values = {}

@@ -68,11 +68,6 @@ def find_hints(log: TrainingLog, params: Mapping[str, Any]) -> list[Hint]:
     `params` are the resolved parameters by dotted name, or their JSON texts; {} if not known.
     """
     settings = {name: _parsed(value) for name, value in params.items()}
-
-    def with_value(found: re.Match[str]) -> str:
-        name = found[1]
-        return f"{name} (now {as_text(settings[name])})" if name in settings else name
-
     found = [*_data(log, settings)]
     if len(log.epochs) >= 2:
         found += _machine(log, settings)
@@ -80,7 +75,17 @@ def find_hints(log: TrainingLog, params: Mapping[str, Any]) -> list[Hint]:
         found += _overfitting(log)
         found += _classes(log)
         found += _plateau(log)
-    return [replace(one, change=re.sub(r"{([\w.]+)}", with_value, one.change)) for one in found]
+    return [with_values(one, settings) for one in found]
+
+
+def with_values(hint: Hint, settings: Mapping[str, Any]) -> Hint:
+    """Replace each {name} in the change by the parameter's name with its value."""
+
+    def with_value(found: re.Match[str]) -> str:
+        name = found[1]
+        return f"{name} (now {as_text(settings[name])})" if name in settings else name
+
+    return replace(hint, change=re.sub(r"{([\w.]+)}", with_value, hint.change))
 
 
 def logged_hints(log: TrainingLog) -> list[Hint]:
@@ -408,30 +413,46 @@ def _plateau(log: TrainingLog) -> Iterator[Hint]:
         )
 
 
-_LOADER_SHARE = 0.15
-_BUSY_PERCENT = 60
+WAIT_SHARE = 0.15
+BUSY_SHARE = 0.6
 _FULL_PERCENT = {"host": 92, "GPU": 97}
 _EMPTY_PERCENT = 40
+
+
+_WHOLE = "set {training.micro_batch} to auto, so that a step needs fewer passes"
+
+
+def loader_hint(share: float) -> Hint:
+    """Return the hint of a training that waits for data for a share, 0..1, of its time."""
+    return Hint(
+        "loader",
+        f"training waits for data {share:.0%} of its time",
+        "raise {runtime.workers} or {runtime.prefetch}; or {data.cache_gib}, to keep decoded"
+        " images",
+    )
+
+
+def host_hint(share: float) -> Hint:
+    """Return the hint of a training whose GPU is busy for a share, 0..1, of the time."""
+    return Hint(
+        "host",
+        f"the GPU is busy {share:.0%} of the time though data is ready: the host is slower",
+        _WHOLE,
+    )
 
 
 def _machine(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
     """Find waits for data, full host memory, an idle GPU, and full or unused GPU memory."""
     waits = _recent(log, "train/data_wait_share")
     waiting = float(np.median(waits)) if len(waits) else math.nan
-    if len(waits) >= _LEAST_VALUES and waiting >= _LOADER_SHARE:
-        yield Hint(
-            "loader",
-            f"training waits for data {waiting:.0%} of its time",
-            "raise {runtime.workers} or {runtime.prefetch}; or {data.cache_gib}, to keep decoded"
-            " images",
-        )
+    if len(waits) >= _LEAST_VALUES and waiting >= WAIT_SHARE:
+        yield loader_hint(waiting)
     if len(log.samples) < _LEAST_VALUES:
         return
     images = number(settings.get("training.batch_size"))
     # `auto` already takes all images of the step that fit. More images a step are no advice: the
     # sample's AP is 0.57 with 32 (benchmarks/results/techniques.json), since there are fewer steps.
     is_split = number(settings.get("training.micro_batch")) < images
-    whole = "set {training.micro_batch} to auto, so that a step needs fewer passes"
     full = _sampled(log, "system_memory_usage_percentage")
     if full >= _FULL_PERCENT["host"]:
         yield Hint(
@@ -440,12 +461,8 @@ def _machine(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
             "lower {runtime.workers} or {data.cache_gib}",
         )
     busy = _sampled(log, "gpu_*_utilization_percentage")
-    if is_split and busy < _BUSY_PERCENT and waiting < _LOADER_SHARE:
-        yield Hint(
-            "host",
-            f"the GPU is busy {busy:.0f}% of the time though data is ready: the host is slower",
-            whole,
-        )
+    if is_split and busy < 100 * BUSY_SHARE and waiting < WAIT_SHARE:
+        yield host_hint(busy / 100)
     memory = _sampled(log, "gpu_*_memory_usage_percentage")
     if memory >= _FULL_PERCENT["GPU"]:
         yield Hint(
@@ -454,7 +471,7 @@ def _machine(log: TrainingLog, settings: Mapping[str, Any]) -> Iterator[Hint]:
             "lower {training.micro_batch} or {memory.budget_gib}",
         )
     elif is_split and memory < _EMPTY_PERCENT:
-        yield Hint("gpu_memory", f"only {memory:.0f}% of the GPU's memory is in use", whole)
+        yield Hint("gpu_memory", f"only {memory:.0f}% of the GPU's memory is in use", _WHOLE)
 
 
 def _recent(log: TrainingLog, name: str) -> NDArray[np.float64]:
