@@ -250,7 +250,8 @@ class SourceChecks:
         example = _show(boxes[int(within.argmax())].tolist())
         lie = f"{count} of {total} boxes lie between 0 and 1, such as {example}"
         if count == total:
-            lie = f"all {total} boxes lie between 0 and 1, such as {example}"
+            those = "the only box lies" if total == 1 else f"all {counted(total, 'box')} lie"
+            lie = f"{those} between 0 and 1, such as {example}"
         if self._too_many(count, total):
             what = f"{lie}: parts of the image's size, as in YOLO's files"
             self.findings.refuse(shown, what, way_out)
@@ -352,8 +353,8 @@ class SourceChecks:
         if boxes >= _MANY:
             self.findings.refuse(
                 self.coco.source.shown_json,
-                f"size_mismatch: fix would scale {boxes} boxes, which all fit their files as they "
-                "are: width and height in the JSON seem to be placeholders",
+                f"size_mismatch: fix would scale {counted(boxes, 'box')}, which all fit their files"
+                " as they are: width and height in the JSON seem to be placeholders",
                 "write the sizes of the files",
             )
         elif boxes:  # too few to tell

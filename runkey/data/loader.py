@@ -41,6 +41,7 @@ from runkey.data.index import SplitName, read_index
 from runkey.data.sampler import GlobalBatchSampler, is_portrait, max_objects, micro_batches
 from runkey.errors import DataError, RunkeyError
 from runkey.params import Params
+from runkey.units import counted
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ def resolve_workers(
         return 0, "the images are in the decoded cache"
     cores = len(os.sched_getaffinity(0))
     share = max(1, cores // world_size)
-    return min(share, MOST_WORKERS), f"{share} cores, at most {MOST_WORKERS} used"
+    return min(share, MOST_WORKERS), f"{counted(share, 'core')}, at most {MOST_WORKERS} used"
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ class Validation:
                 self.normalisation,
             )
         if boxes != sum(counts):
-            raise ValueError(f"batches hold {boxes} boxes, records {sum(counts)}")
+            raise ValueError(f"batches hold {counted(boxes, 'box')}, records {sum(counts)}")
         losses = {name: float(value) for name, value in sums.items()}
         found = _join(self.records, detections)
         return Evaluation(evaluate_results(self.records, self.classes, found), found, losses)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runkey.data.sampler import Shape
+from runkey.errors import TrainingError
 from runkey.memory.trace.events import Event, MicroBatch, Trace, round_up
 from runkey.units import MIB
 
@@ -171,6 +172,21 @@ _CONVOLUTIONS = ("backbone.", "input_proj")
 _LEAST_WORKSPACE = MIB
 
 
+def _difference(a: Trace, events: list[Event], b: Trace, others: list[Event]) -> str:
+    """Name the first module that allocates other blocks in one of two traces."""
+    pairs = itertools.zip_longest(events, others)
+    event = next((one or other for one, other in pairs if one != other), None)
+    first, second = (
+        f"{one.images} x {one.height} x {one.width}"
+        for one in (a.micro_batches[0], b.micro_batches[0])
+    )
+    return (
+        f"memory cannot be predicted: {getattr(event, 'module', '') or 'the step'} allocates other"
+        f" tensors for {second} (images x height x width) than for {first}; take another"
+        " model.backbone, or other data.short_sides and data.long_side"
+    )
+
+
 class Template:
     """A step over two micro-batches, of which the second stands for all later ones."""
 
@@ -183,13 +199,14 @@ class Template:
             grid: of the body.
 
         Raises:
-            ValueError: the traces differ in more than bytes.
+            TrainingError: the traces differ in more than bytes.
         """
         traces = [_numbered(trace) for trace in traces]
         every = [[*sorted(one.before, key=lambda e: e.block), *one.events] for one in traces]
         kinds = [[event._replace(bytes=0) for event in events] for events in every]
-        if any(kind != kinds[0] for kind in kinds) or len({one.marks for one in traces}) > 1:
-            raise ValueError("the traced steps allocate different blocks")
+        for trace, kind in zip(traces[1:], kinds[1:], strict=True):
+            if kind != kinds[0] or trace.marks != traces[0].marks:
+                raise TrainingError(_difference(traces[0], kinds[0], trace, kind))
         sizes = np.array([[e.bytes for e in events if e.kind == "alloc"] for events in every])
         self.laws = Laws(sizes, [trace.micro_batches[0] for trace in traces], grid)
         self._trace = trace = traces[0]

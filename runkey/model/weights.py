@@ -362,8 +362,8 @@ def _check_body(source: str, target: Mapping[str, Tensor], new: Sequence[str]) -
     if 2 * fits < len(body):
         missing = next(name for name in new if name.startswith(_BODY)).removeprefix(_BODY)
         raise ModelError(
-            f"{source}: {fits} of the body's {len(body)} tensors fit, under half ({missing} does"
-            " not); set model.backbone to the body that the weights are of"
+            f"{source}: {fits} of the body's {counted(len(body), 'tensor')} fit, under half"
+            f" ({missing} does not); set model.backbone to the body that the weights are of"
         )
 
 

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from runkey.units import counted
+
 
 class Section(BaseModel):
     """A section of params.yaml: checked when built, immutable, unknown keys refused."""
@@ -69,8 +71,8 @@ def _check_group_by(value: Any) -> Any:
         raise ValueError(f"not a regular expression ({error})") from None
     if groups != 1:
         raise ValueError(
-            f"has {groups} groups; put what related images share into one pair of parentheses,"
-            r" such as (video\d+)_"
+            f"has {counted(groups, 'group')}; put what related images share into one pair of"
+            r" parentheses, such as (video\d+)_"
         )
     return value
 

@@ -56,7 +56,7 @@ def table(
         SPLIT: lambda r: split_of(r.run),
         "took": lambda r: _took(r.run),
         "data": lambda r: data_label(r.run),
-        "where": lambda r: " ".join(filter(None, map(r.run.tags.get, ("host", "device")))),
+        "where": lambda r: _where(r.run),
     }
     for column in columns:
         if column not in show:
@@ -141,6 +141,11 @@ def data_label(run: LoggedRun) -> str:
     folder = run.params.get("data.path", "data").rstrip("/").rpartition("/")[2]
     digits = run.parts["data"][:_DATA_DIGITS]
     return digits if folder == "data" else f"{folder} {digits}".rstrip()
+
+
+def _where(run: LoggedRun) -> str:
+    # Without the one architecture that there are packages for, which would fold the table.
+    return " ".join(filter(None, map(run.tags.get, ("host", "device")))).removesuffix(" x86_64")
 
 
 def _took(run: LoggedRun) -> str:

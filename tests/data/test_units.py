@@ -15,6 +15,14 @@ def test_each_split_is_looked_at(folder):
         folder.prepare()
 
 
+def test_a_split_of_one_box(folder):
+    in_parts(folder, "val")
+    del folder.val["annotations"][1:]
+    folder.write()
+    with pytest.raises(DataError, match=r"instances_val\.json: the only box lies between 0 and 1"):
+        folder.prepare()
+
+
 def test_one_box_of_less_than_a_pixel_is_a_speck(folder):
     folder.train["annotations"][1] |= {"bbox": [0.5, 0.5, 0.4, 0.4], "area": 0.16}
     folder.write()

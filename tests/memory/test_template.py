@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from runkey.errors import TrainingError
 from runkey.memory.template import Grid, Laws, Template, other_shape, quantities
 from runkey.memory.trace.events import CLASSES, MicroBatch, break_down, timeline_of
 from runkey.memory.trace.gpu import Gpu
@@ -116,8 +117,13 @@ def test_both_shapes_have_a_level_of_one_row_or_neither(worst, single):
 
 def test_traces_that_differ_in_more_than_bytes_are_refused(traces):
     shorter = replace(traces[2], events=traces[2].events[:-1])
-    with pytest.raises(ValueError, match="different blocks"):
+    with pytest.raises(TrainingError) as refused:
         Template([traces[1], shorter], Grid((8,)))
+    assert str(refused.value) == (
+        "memory cannot be predicted: the step allocates other tensors for 4 x 90 x 120 (images x"
+        " height x width) than for 2 x 90 x 120; take another model.backbone, or other"
+        " data.short_sides and data.long_side"
+    )
 
 
 def test_breakdown_adds_up_to_the_peak(template):
