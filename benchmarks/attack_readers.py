@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from runkey.data.cache import open_cache
-from runkey.data.index import read_classes, read_image_list, read_index
+from runkey.data.image_list import read_image_list
+from runkey.data.index import index_file, read_classes, read_index
 from runkey.data.prepare import prepare
 from runkey.files import read_plain
 from runkey.identity.dvc_yaml import tracked_md5
@@ -52,7 +53,7 @@ def _prepared(root: Path, _: Names) -> None:
     prepared = root / "prepared"
     read_classes(prepared / "classes.json")
     for split in ("train", "val"):
-        read_index(prepared / f"{split}.json")
+        read_index(index_file(prepared, split))
         open_cache(prepared, split)
     read_image_list(read_plain(prepared / "images.json"), "images.json")
     prepared_shapes(load_params(root / "params.yaml"), prepared)

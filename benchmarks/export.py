@@ -191,7 +191,7 @@ def gate(checkout: Path, out: Path) -> list[str]:
 
     Their weights are random, so the ground truth is what the model itself finds best.
     """
-    records = read_index(checkout / "prepared/val.json")
+    records = read_index(checkout / "prepared/val.safetensors")
     classes = read_classes(checkout / "prepared/classes.json")
     files = [checkout / "data" / record.file for record in records]
     card = ModelCard(params.Model(), (), Sizes(120, 160))

@@ -198,13 +198,15 @@ def parse_changes(changes: list[str]) -> dict[str, Any]:
 
 def _batch_shapes(params: Params, root: Path, shape: str) -> BatchShapes:
     """The batches of the prepared data, or of one shape."""
+    from runkey.data.index import index_file
     from runkey.memory.batch_shapes import prepared_shapes, single_shape
 
     if not shape:
         prepared = root / paths.PREPARED
-        if not (prepared / "train.json").is_file():
+        index = index_file(prepared, "train")
+        if not index.is_file():
             raise DataError(
-                f"{prepared / 'train.json'}: not found; run `dvc repro prepare`, or name a shape: "
+                f"{index}: not found; run `dvc repro prepare`, or name a shape: "
                 "`runkey memory --shape 800x1333`"
             )
         return prepared_shapes(params, prepared)

@@ -121,14 +121,16 @@ def _write_try_page(runs: Sequence[ReportedRun], target: Path, image: Path | Non
 
 def _example(run: ReportedRun) -> Path | None:
     """Return a small validation image with several objects, if the workspace has the run's data."""
-    from runkey.data.index import read_index
+    from runkey.data.index import index_file, read_index
     from runkey.identity.record import RunManifest
 
     root = output.workspace()
     with suppress(RunkeyError, OSError):
         if RunManifest.read(root / paths.RUN_JSON).parts["data"] == run.run.parts["data"]:
             folder = root / run.params.get("data.path", "data")
-            images = sorted(read_index(root / paths.PREPARED / "val.json"), key=lambda one: one.id)
+            images = sorted(
+                read_index(index_file(root / paths.PREPARED, "val")), key=lambda one: one.id
+            )
             several = [folder / one.file for one in images if len(one.labels) > 2] or [
                 folder / one.file for one in images
             ]

@@ -7,6 +7,7 @@ Shapes: B images, H x W padded pixels, N boxes of all images.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from runkey.data.augment import (
 )
 from runkey.data.cache import ImageCache
 from runkey.data.decode import decode_rgb, resize
-from runkey.data.index import ImageRecord, IntensityRange
+from runkey.data.index import Index
 from runkey.errors import RunkeyError
 
 
@@ -107,52 +108,12 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageTable:
-    """A split's index as arrays: a tenth of the records' memory, and quick to send to workers.
-
-    Crowd regions are left out, as they are not trained on.
-    """
-
-    ids: tuple[int, ...]
-    files: tuple[str, ...]
-    decoding: tuple[tuple[int, bool, IntensityRange | None], ...]
-    """(rotate, mirror, intensity_range) of each record."""
-    sizes: tuple[tuple[int, int], ...]
-    """Original (height, width), pixels."""
-    starts: NDArray[np.int64]
-    """[images + 1]: the boxes of image i are starts[i] to starts[i + 1]."""
-    boxes_xyxy: NDArray[np.float64]
-    """[N, 4], fractions of the image's width and height."""
-    labels: NDArray[np.int64]
-    """[N], class indices."""
-
-
-def image_table(records: Sequence[ImageRecord]) -> ImageTable:
-    """Convert an index to a table."""
-    objects = [record.objects() for record in records]
-    every = [row for of_image in objects for row in of_image]
-    counts = [len(of_image) for of_image in objects]
-    boxes_xyxy = np.array([box for box, _, _ in every], dtype=np.float64).reshape(-1, 4)
-    boxes_xyxy[:, 2:] += boxes_xyxy[:, :2]
-    frames = np.array([(r.width, r.height) * 2 for r in records], dtype=np.float64).reshape(-1, 4)
-    return ImageTable(
-        ids=tuple(r.id for r in records),
-        files=tuple(r.file for r in records),
-        decoding=tuple((r.rotate, r.mirror, r.intensity_range) for r in records),
-        sizes=tuple((r.height, r.width) for r in records),
-        starts=np.cumsum([0, *counts], dtype=np.int64),
-        boxes_xyxy=boxes_xyxy / frames.repeat(counts, axis=0),
-        labels=np.array([label for _, label, _ in every], dtype=np.int64),
-    )
-
-
-@dataclass(frozen=True, slots=True)
 class BatchMaker(Dataset["Batch | RunkeyError"]):
     """Makes the batches of one split; in a loader process, torch calls it by `[request]`."""
 
-    table: ImageTable
+    index: Index
     folder: Path
-    """The data folder, which `table.files` are relative to."""
+    """The data folder, which the names of files are relative to."""
     cache: ImageCache | None
     augmentation: Augmentation | None
     """Draws the colour factors and says how much of a box must stay visible; None (evaluation):
@@ -178,7 +139,8 @@ class BatchMaker(Dataset["Batch | RunkeyError"]):
                 sources.append((image.shape[1], image.shape[2]))
             objects.append(self.visible_objects(index, augment, sources))
         boxes_cxcywh, labels = zip(*objects, strict=True)
-        ids = tuple(self.table.ids[index] for index, _ in request.images)
+        chosen = [index for index, _ in request.images]
+        ids = tuple(self.index.ids[chosen].tolist())
         colour = None
         if self.augmentation is not None and request.epoch is not None:
             colour = self.augmentation.draw_colour(request.epoch, ids)
@@ -189,7 +151,7 @@ class BatchMaker(Dataset["Batch | RunkeyError"]):
             labels=torch.from_numpy(np.concatenate(labels)),
             counts=tuple(map(len, labels)),
             image_ids=ids,
-            original_sizes=torch.tensor([self.table.sizes[index] for index, _ in request.images]),
+            original_sizes=torch.from_numpy(self.index.sizes[chosen]),
             colour=None if colour is None else torch.from_numpy(colour),
         )
 
@@ -214,7 +176,7 @@ class BatchMaker(Dataset["Batch | RunkeyError"]):
         """
         tiles = augment.images(index)
         if sources is None:
-            sources = [self.table.sizes[tile.index] for tile in tiles]
+            sources = [self.index.size(tile.index) for tile in tiles]
         kept, kept_labels = [], []
         for tile, source in zip(tiles, sources, strict=True):
             boxes, labels = self._visible_in(tile, source)
@@ -234,18 +196,18 @@ class BatchMaker(Dataset["Batch | RunkeyError"]):
         self, tile: Tile, source: tuple[int, int]
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Boxes xyxy in pixels of the tile, and labels, of the objects that are seen in it."""
-        part = slice(*self.table.starts[tile.index : tile.index + 2])
-        source_xyxy = self.table.boxes_xyxy[part] * (source[::-1] * 2)
+        fractions, labels = self.index.objects(tile.index)
+        source_xyxy = fractions * (source[::-1] * 2)
         boxes_xyxy, visible = augment_boxes(source_xyxy, source, tile.augment)
         least = self.augmentation.data.augment.min_visible if self.augmentation else 0.0
         keep = np.flatnonzero(visible > least)
-        return boxes_xyxy[keep], self.table.labels[part][keep]
+        return boxes_xyxy[keep], labels[keep]
 
     def _image(self, index: int, size: tuple[int, int]) -> Tensor:
         if self.cache is not None:
             image = self.cache.image(index)
         else:
-            image = decode_rgb(self.folder / self.table.files[index], *self.table.decoding[index])
+            image = decode_rgb(self.folder / self.index.file(index), *self.index.decoding(index))
         if self.augmentation is None and image.shape[1:] != size:
             pixels = np.array(resize(image.permute(1, 2, 0).numpy(), size))
             return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -255,8 +217,8 @@ class BatchMaker(Dataset["Batch | RunkeyError"]):
 def _empty_images(count: int, height: int, width: int) -> Tensor:
     """Return uint8 [count, 3, height, width], channels last, for a batch.
 
-    In a loader process it is in shared memory, where torch would copy it. Elsewhere NumPy takes
-    huge pages for it, since the first write to a small one takes longer than a resize.
+    In a loader process it is in shared memory, where torch would copy it. Elsewhere it is in the
+    memory of a batch that is gone: the first write to new pages takes longer than a resize.
     """
     shape = (count, height, width, 3)
     if get_worker_info() is not None:
@@ -264,7 +226,23 @@ def _empty_images(count: int, height: int, width: int) -> Tensor:
             size = math.prod(shape)
             shared = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
             return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape).permute(0, 3, 1, 2)
-    return torch.from_numpy(np.empty(shape, np.uint8)).permute(0, 3, 1, 2)
+    size = math.prod(shape)
+    fitting = sum(len(buffer) >= size for buffer in _FREE)
+    buffer = _FREE.pop(fitting - 1) if fitting else np.empty(size, np.uint8)
+    part = buffer[:size]  # lives as long as a tensor of this memory
+    weakref.finalize(part, _give_back, buffer).atexit = False
+    return torch.from_numpy(part).view(shape).permute(0, 3, 1, 2)
+
+
+_FREE: list[NDArray[np.uint8]] = []
+"""Memory of batches that are gone, the largest first."""
+_MOST_FREE = 2
+
+
+def _give_back(buffer: NDArray[np.uint8]) -> None:
+    _FREE.append(buffer)
+    _FREE.sort(key=len, reverse=True)
+    del _FREE[_MOST_FREE:]
 
 
 def normalise(

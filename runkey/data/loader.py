@@ -35,9 +35,8 @@ from runkey.data.dataset import (
     BatchMaker,
     GlobalBatch,
     Request,
-    image_table,
 )
-from runkey.data.index import SplitName, read_index
+from runkey.data.index import SplitName, index_file, read_index
 from runkey.data.sampler import GlobalBatchSampler, is_portrait, max_objects, micro_batches
 from runkey.errors import DataError, RunkeyError
 from runkey.params import Params
@@ -251,11 +250,11 @@ def build_train_loader(
     """
     augmentation = build_augmentation(params)
     maker = _maker(params, root, "train", augmentation)
-    table = maker.table
+    index = maker.index
     workers, reason = resolve_workers(params.runtime.workers, maker.cache is not None, world_size)
     if rank == 0:
-        logger.info(f"training images: {len(table.ids)}; loader processes: {workers} ({reason})")
-    sampler = GlobalBatchSampler(augmentation, table.ids, table.sizes, params.training.batch_size)
+        logger.info(f"training images: {len(index)}; loader processes: {workers} ({reason})")
+    sampler = GlobalBatchSampler(augmentation, index.ids, index.sizes, params.training.batch_size)
     stream = BatchStream(maker, workers, params.runtime.prefetch, params.runtime.pin_memory)
     return TrainLoader(sampler, stream, micro_batch, rank, world_size)
 
@@ -273,7 +272,7 @@ def build_eval_loader(params: Params, root: Path, split: SplitName = "val") -> E
     # Sorted by aspect, then size; landscape and portrait apart if training has it so.
     images = [
         (i, AugmentParams(evaluation_size(params.data, *size)))
-        for i, size in enumerate(maker.table.sizes)
+        for i, size in enumerate(maker.index.sizes.tolist())
     ]
     images.sort(key=lambda image: (is_portrait(s := image[1].size), s[1] / s[0], s[0]))
     parts = micro_batches(images, params.evaluate.batch_size, grouped=params.data.group_by_aspect)
@@ -285,14 +284,12 @@ def _maker(
 ) -> BatchMaker:
     """The maker of a split; without augmentation it keeps every box."""
     prepared = root / paths.PREPARED
-    records = read_index(prepared / f"{split}.json")
-    if not records:
-        raise DataError(
-            f"{prepared / split}.json: holds no image; see prepared/report.json for what was "
-            "dropped"
-        )
+    path = index_file(prepared, split)
+    index = read_index(path)
+    if not len(index):
+        raise DataError(f"{path}: holds no image; see prepared/report.json for what was dropped")
     return BatchMaker(
-        table=image_table(records),
+        index=index,
         folder=root / params.data.path,
         cache=open_cache(prepared, split),
         augmentation=augmentation,

@@ -1,8 +1,8 @@
 """Check a COCO folder, split it where it is not, and write what training reads.
 
-prepared/   classes.json  train.json  val.json  images.json  statistics.json  report.json
-            cache_train.npy  cache_train.json  cache_val.npy  cache_val.json   (if they fit)
-            test.json  cache_test.npy  cache_test.json   (if there is a test split)
+prepared/   classes.json  images.json  statistics.json  report.json
+            train.safetensors  val.safetensors  (and test, if there is a test split)
+            cache_train.npy  cache_train.json  ...   (of each split, if they fit)
 """
 
 from __future__ import annotations
@@ -23,14 +23,8 @@ from numpy.typing import NDArray
 from runkey.data.cache import Scratch, write_cache
 from runkey.data.checks import CheckedImage, SourceChecks
 from runkey.data.coco import Coco, Source, find_sources, merge_classes, read_coco
-from runkey.data.index import (
-    IMAGE_LIST,
-    ClassName,
-    SplitName,
-    write_classes,
-    write_image_list,
-    write_index,
-)
+from runkey.data.image_list import IMAGE_LIST, write_image_list
+from runkey.data.index import ClassName, SplitName, index_file, write_classes, write_index
 from runkey.data.pixel_range import PixelRange
 from runkey.data.report import Findings
 from runkey.data.split import list_groups, shared_groups, split_images
@@ -45,7 +39,7 @@ _REPORT = "report.json"
 _SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 _OUTPUTS = (
     *("classes.json", IMAGE_LIST, "statistics.json", _REPORT),
-    *(f"{split}.json" for split in _SPLITS),
+    *(index_file(Path(), split).name for split in _SPLITS),
     *(f"cache_{split}.{end}" for split in _SPLITS for end in ("npy", "json")),
 )
 _LISTED_NAMES = 10
@@ -212,7 +206,7 @@ class _Preparation:
         write_classes(self.out / "classes.json", classes)
         statistics: dict[SplitName, dict[str, Any]] = {}
         for split, images in splits.items():
-            write_index(self.out / f"{split}.json", [image.record for image in images])
+            write_index(index_file(self.out, split), [image.record for image in images])
             statistics[split] = numbers = _describe(images, classes)
             cached = self._write_cache(split, images)
             logger.info(

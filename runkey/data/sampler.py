@@ -28,7 +28,7 @@ from runkey.data.augment import (
     resized_size,
 )
 from runkey.data.dataset import AugmentedImage
-from runkey.data.index import ImageRecord
+from runkey.data.index import ImageRecord, Index
 from runkey.params import Data, Params
 
 Shape = tuple[int, int]
@@ -130,9 +130,10 @@ def micro_batches(
     return [chunk for part in parts for chunk in batched(part, micro_batch)]
 
 
-def reachable_shapes(data: Data, records: Iterable[ImageRecord]) -> set[Shape]:
+def reachable_shapes(data: Data, records: Sequence[ImageRecord]) -> set[Shape]:
     """Return every shape that an image of `records` can have in a training batch."""
-    sizes = {(record.height, record.width) for record in records}
+    distinct = np.unique(Index.of(records).sizes, axis=0)
+    sizes = {(height, width) for height, width in distinct.tolist()}
     augment, shapes = data.augment, set[Shape]()
     if augment.crop_probability < 1.0:
         shapes |= _resized(data, sizes)
@@ -214,7 +215,7 @@ def most_objects(
     Of one image there are at most `max_objects`; 0: no limit. Crowd regions do not count. With
     `mosaic`, every image may be one of the four images that have the most boxes.
     """
-    counts = sorted((len(r.objects()) for r in records), reverse=True)
+    counts = np.sort(Index.of(records).object_counts())[::-1].tolist()
     if mosaic and len(counts) >= MOSAIC_IMAGES:
         counts = [sum(counts[:MOSAIC_IMAGES])] * len(counts)
     return sum(min(n, max_objects) if max_objects else n for n in counts[:batch_size])

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runkey.data.augment import Augmentation
-from runkey.data.dataset import AugmentedImage, BatchMaker, image_table
-from runkey.data.index import ImageRecord, read_classes, read_index
+from runkey.data.dataset import AugmentedImage, BatchMaker
+from runkey.data.index import ImageRecord, Index, index_file, read_classes, read_index
 from runkey.data.sampler import (
     GlobalBatchSampler,
     Shape,
@@ -88,7 +88,7 @@ def shape_statistics(params: Params, records: Sequence[ImageRecord]) -> ShapeSta
         DataError: there are no training images.
     """
     if not records:
-        raise DataError("prepared/train.json: no training images; see prepared/report.json")
+        raise DataError("prepared/train.safetensors: no training images; see prepared/report.json")
     shapes = reachable_shapes(params.data, records)
     grouped = params.data.group_by_aspect
     sizes = range(1, params.training.batch_size + 1)
@@ -117,11 +117,11 @@ def sample_steps(
         seed: in place of `params.seed`.
     """
     data = params.data
-    table = image_table(records)
+    index = Index.of(records)
     # With zoom-out and mosaic to the end: `training.epochs` is no parameter of the prediction.
     augmentation = Augmentation(seed, data)
-    sampler = GlobalBatchSampler(augmentation, table.ids, table.sizes, params.training.batch_size)
-    maker = BatchMaker(table, Path(), None, augmentation, max_objects(params))
+    sampler = GlobalBatchSampler(augmentation, index.ids, index.sizes, params.training.batch_size)
+    maker = BatchMaker(index, Path(), None, augmentation, max_objects(params))
     steps: list[Step] = []
     every = itertools.chain.from_iterable(map(sampler.global_batches, itertools.count()))
     while sum(map(len, steps)) < count:
@@ -168,7 +168,7 @@ def prepared_shapes(params: Params, prepared: Path) -> BatchShapes:
     Raises:
         DataError: prepare has not run, or left no image.
     """
-    records = read_index(prepared / "train.json")
+    records = read_index(index_file(prepared, "train"))
 
     def sample(images: int, count: int) -> list[Step]:
         part = -(-count // len(_SEEDS))

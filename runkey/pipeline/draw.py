@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from runkey import paths
-from runkey.data.index import read_classes, read_index
+from runkey.data.index import index_file, read_classes, read_index
 from runkey.files import copy_atomically
 from runkey.params import Params, load_params
 from runkey.pipeline.record import FinishedRun
@@ -49,6 +49,9 @@ def _draw_pictures(params: Params, root: Path, out: Path) -> list[Path]:
     write_plot_tables(root / paths.TRAIN_LOG, out)
     write_training_plots(root / paths.TRAIN_LOG, out)
     write_evaluation_plots(prepared, evaluation, data, out, images=params.evaluate.sheet_images)
-    train, classes = read_index(prepared / "train.json"), read_classes(prepared / "classes.json")
+    train, classes = (
+        read_index(index_file(prepared, "train")),
+        read_classes(prepared / "classes.json"),
+    )
     contact_sheet(train, classes, data, out / "contact_sheet.jpg")
     return sorted(out.iterdir())

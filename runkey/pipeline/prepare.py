@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from runkey import paths
-from runkey.data.index import read_classes, read_index
+from runkey.data.index import index_file, read_classes, read_index
 from runkey.data.prepare import prepare
 from runkey.errors import DataError
 from runkey.identity.dvc_yaml import read_yaml_text
@@ -33,7 +33,7 @@ def prepare_data(root: Path) -> None:
     inputs = Inputs(root, params, make_recipe("prepare", root, params), home)
     inputs.begin_prepare()
     prepare(params.data, root, out, params.model.num_queries)
-    records, classes = read_index(out / "train.json"), read_classes(out / "classes.json")
+    records, classes = read_index(index_file(out, "train")), read_classes(out / "classes.json")
     contact_sheet(records, classes, root / params.data.path, out / "contact_sheet.jpg")
     inputs.end_prepare()
     logger.info(f"{counted(len(classes), 'class')}; see prepared/contact_sheet.jpg")

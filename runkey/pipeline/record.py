@@ -20,7 +20,7 @@ import torch
 
 from runkey import paths
 from runkey.data.cache import open_cache
-from runkey.data.index import SplitName, read_index
+from runkey.data.index import SplitName, index_file, read_index
 from runkey.errors import DataError, ParamsError, RecipeError, RegistryError, TrackingError
 from runkey.files import LARGE, expect, json_safe, read_json, write_json
 from runkey.identity.inputs import tree_note
@@ -412,7 +412,7 @@ class FinishedRun:
         )
         files = {path.name: path for path in sorted((root / paths.MODEL).iterdir())}
         files[THRESHOLDS] = root / paths.EVALUATION / THRESHOLDS
-        example = read_index(root / paths.PREPARED / "val.json")[0].file
+        example = read_index(index_file(root / paths.PREPARED, "val"))[0].file
         try:
             run_id = self.record.run.run_id
             log_model(self._store, run_id, described, files, root / self._data / example)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from runkey import paths
 from runkey.data.coco import find_sources
 from runkey.data.decode import decode_rgb
-from runkey.data.index import ClassName, ImageRecord, read_classes, read_index
+from runkey.data.index import ClassName, ImageRecord, index_file, read_classes, read_index
 from runkey.data.loader import build_eval_loader
 from runkey.errors import DataError, RunkeyError
 from runkey.evaluation.run import same_shape_batches
@@ -141,7 +141,7 @@ def _own_params(recipe: Mapping[str, Any], root: Path) -> Params:
     ]
     if differing:
         raise DataError(f"{paths.PARAMS}: other than the run's: {', '.join(differing[:3])}")
-    if not (root / paths.PREPARED / "val.json").is_file():
+    if not index_file(root / paths.PREPARED, "val").is_file():
         raise DataError(f"{paths.PREPARED}/: not found; run `dvc repro prepare`")
     Inputs(root, params, make_recipe("evaluate", root, params), paths.home_of(root)).check("images")
     return params
@@ -151,7 +151,8 @@ def _own(
     card: ModelCard, recipe: Mapping[str, Any], params: Params, root: Path, limit: int | None
 ) -> Sample:
     prepared = root / paths.PREPARED
-    records, train = read_index(prepared / "val.json"), read_index(prepared / "train.json")
+    records = list(read_index(index_file(prepared, "val")))
+    train = read_index(index_file(prepared, "train"))
     count = len(records)
     draw = np.random.default_rng(int(recipe["preimages"]["params"]["seed"]))
     picked = draw.choice(len(train), min(_CALIBRATION_IMAGES, len(train)), replace=False)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from runkey import paths
 from runkey.data.coco import Coco, find_sources, merge_classes, read_coco
-from runkey.data.index import ImageRecord, read_classes, read_index
+from runkey.data.index import Index, index_file, read_classes, read_index
 from runkey.data.report import Findings
 from runkey.errors import DataError, RunkeyError, TrainingError
 from runkey.identity.inputs import Inputs
@@ -163,9 +163,9 @@ def survey_data(root: Path, params: Params) -> DataFacts:
     """
     prepared = root / paths.PREPARED
     facts = None
-    if (prepared / "train.json").is_file() and _is_current(root, params):
+    if index_file(prepared, "train").is_file() and _is_current(root, params):
         names = [one.name for one in read_classes(prepared / "classes.json")]
-        files = (prepared / f"{split}.json" for split in ("train", "val", "test"))
+        files = (index_file(prepared, split) for split in ("train", "val", "test"))
         train, val, *test = (_facts_of(read_index(one), names) for one in files if one.is_file())
         facts = DataFacts(train, val, test[0] if test else None, f"{paths.PREPARED}/")
     else:
@@ -188,14 +188,11 @@ def _is_current(root: Path, params: Params) -> bool:
     return False
 
 
-def _facts_of(records: list[ImageRecord], names: list[str]) -> SplitFacts:
-    boxes, classes, most = [], [], 0
-    for one in records:
-        objects = one.objects()
-        most = max(most, len(objects))
-        boxes += [(box[3], box[2], one.height, one.width) for box, _, _ in objects]
-        classes += [names[label] for _, label, _ in objects]
-    return _split([(one.height, one.width) for one in records], boxes, classes, most)
+def _facts_of(index: Index, names: list[str]) -> SplitFacts:
+    own, counts, sizes = ~index.crowd, index.object_counts(), index.sizes.astype(np.float64)
+    boxes = np.concatenate((index.boxes_xywh[own][:, [3, 2]], sizes.repeat(counts, axis=0)), axis=1)
+    classes = np.array(names, dtype=str)[index.labels[own]]
+    return SplitFacts(sizes, boxes, classes, int(counts.max(initial=0)))
 
 
 def _split(

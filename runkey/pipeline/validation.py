@@ -8,7 +8,7 @@ import torch
 
 from runkey import paths
 from runkey.data.dataset import Normalisation
-from runkey.data.index import SplitName, read_classes, read_index
+from runkey.data.index import SplitName, index_file, read_classes, read_index
 from runkey.data.loader import build_eval_loader
 from runkey.evaluation.run import Validation
 from runkey.model.backbones import spec_of
@@ -26,7 +26,7 @@ def build_validation(
     classes = read_classes(prepared / "classes.json")
     spec = spec_of(model.backbone)
     return Validation(
-        records=read_index(prepared / f"{split}.json"),
+        records=list(read_index(index_file(prepared, split))),
         classes=classes,
         batches=build_eval_loader(params, root, split),
         device=device,

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.colors import LinearSegmentedColormap
 from numpy.typing import NDArray
 
-from runkey.data.index import read_classes, read_index
+from runkey.data.index import index_file, read_classes, read_index
 from runkey.evaluation.files import (
     METRICS_JSON,
     OTHER,
@@ -58,11 +58,11 @@ def write_evaluation_plots(
     classes = read_classes(prepared / "classes.json")
     curves = read_precision_recall(evaluation / PRECISION_RECALL)
     metrics = read_metrics(evaluation / METRICS_JSON)
-    records, threshold = read_index(prepared / "val.json"), None
+    records, threshold = list(read_index(index_file(prepared, "val"))), None
     if metrics.get("split") == "test":
         found = read_results(evaluation / OTHER / PREDICTIONS, classes)
         threshold = judge_images(records, found).threshold
-        records = read_index(prepared / "test.json")
+        records = list(read_index(index_file(prepared, "test")))
     judged = judge_images(records, read_results(evaluation / PREDICTIONS, classes), threshold)
     names = [class_name(one) for one in classes]
     counted = confusion(judged, len(classes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from runkey.data.index import ClassName, ImageRecord
+from runkey.data.index import ClassName, ImageRecord, Index
 from runkey.evaluation.per_image import ImageScore, Judgement, rank_images
 from runkey.inference.draw import (
     GAP,
@@ -38,7 +38,7 @@ RIGHT, WRONG = BLUE, VERMILLION
 
 
 def contact_sheet(
-    records: list[ImageRecord], classes: list[ClassName], data_folder: Path, path: Path
+    records: Sequence[ImageRecord], classes: list[ClassName], data_folder: Path, path: Path
 ) -> Path:
     """Draw images of a split, evenly chosen, with their ground truth, as a JPEG.
 
@@ -46,7 +46,8 @@ def contact_sheet(
     """
     count = min(SHEET_IMAGES, len(records))
     chosen = [records[i * len(records) // count] for i in range(count)]
-    objects = Counter(label for record in records for _, label, _ in record.objects())
+    index = Index.of(records)
+    objects = Counter(index.labels[~index.crowd].tolist())
     title = f" · {counted(f'{objects.total():,}', 'object')}"
     title += f" · {counted(f'{len(classes):,}', 'class')}"
     images = [

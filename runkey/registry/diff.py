@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from runkey import paths
-from runkey.data.index import IMAGE_LIST, ImageList, read_image_list
+from runkey.data.image_list import IMAGE_LIST, ImageList, read_image_list
 from runkey.errors import DataError, RegistryError
 from runkey.evaluation.files import OTHER, RESAMPLED, Resampled
 from runkey.evaluation.noise import ScoreDifference, compare_scores

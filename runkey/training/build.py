@@ -212,7 +212,9 @@ def build_training(
     detector = build_model(params.model, num_classes) if replace.model is None else None
     loader = replace.loader or (build_loader(params, data, device, world) if data else _NoData())
     if loader.steps_per_epoch == 0:
-        raise TrainingError("prepared/train.json: no training images; see prepared/report.json")
+        raise TrainingError(
+            "prepared/train.safetensors: no training images; see prepared/report.json"
+        )
     if detector and data and world.is_main:
         loaded = load_initial_weights(detector, params.model, data.class_names, data.root)
         for line in loaded.lines():

@@ -20,7 +20,7 @@ def prepared(root):
     """A checkout with twelve red images, each with one box, and zoom-out in every image."""
     records = [_record(i, (60, 80)) for i in range(12)]
     (root / "prepared").mkdir()
-    write_index(root / "prepared/train.json", records)
+    write_index(root / "prepared/train.safetensors", records)
     write_classes(root / "prepared/classes.json", [ClassName(i, i, f"ball {i}") for i in range(3)])
     for record in records:
         path = root / "data" / record.file

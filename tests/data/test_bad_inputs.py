@@ -29,7 +29,7 @@ def test_bad_input_is_refused_in_one_line(folder, case):
     report = folder.report()
     assert report["passed"] is False
     assert any(item["policy"] == "fail" for item in report["items"])
-    assert not (folder.out / "train.json").exists()
+    assert not (folder.out / "train.safetensors").exists()
 
 
 def test_no_data_folder(folder):
@@ -61,7 +61,7 @@ def test_all_faults_are_found_before_the_first_is_told(folder):
 
 def test_a_failed_run_leaves_no_index_of_an_earlier_one(folder):
     folder.run()
-    assert (folder.out / "train.json").exists()
+    assert (folder.out / "train.safetensors").exists()
     folder.train["annotations"][0]["category_id"] = 99
 
     with pytest.raises(DataError):

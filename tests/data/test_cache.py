@@ -104,7 +104,7 @@ def test_cached_size(size, wanted):
 
 def test_prepare_caches_small_images_as_they_are(folder):
     folder.run(short_sides=(30,), long_side=40)
-    records = read_index(folder.out / "train.json")
+    records = read_index(folder.out / "train.safetensors")
     cache = open_cache(folder.out, "train")
 
     assert len(cache) == len(records) == 3
@@ -129,7 +129,7 @@ def test_the_val_cache_holds_the_pixels_of_evaluation(folder, short_side):
 
     cache = open_cache(folder.out, "val")
 
-    for index, record in enumerate(read_index(folder.out / "val.json")):
+    for index, record in enumerate(read_index(folder.out / "val.safetensors")):
         with Image.open(folder.data / record.file) as image:
             size = (short_side * 4 // 3, short_side)
             wanted = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))

@@ -63,6 +63,24 @@ def test_boxes_of_a_batch_are_where_the_pixels_are(workspace, make_record, train
     assert seen == 40
 
 
+def test_memory_of_a_batch_is_used_again_when_it_is_gone_and_not_before(
+    workspace, make_record, train_loader, per_image
+):
+    """Also if only a part of it is kept; what it held before is not seen."""
+    workspace.write([make_record(i, (60 + i, 80), boxes=1) for i in range(12)])
+    data = Data(short_sides=(40, 60), long_side=80)
+    loader = train_loader(data, batch_size=3)
+    kept = [per_image(window) for window in loader.epoch(0)]
+    places = [batch.images.data_ptr() for window in loader.epoch(0) for batch in window]
+    assert len(set(places)) < len(places)
+    batches = [batch for window in loader.epoch(0) for batch in window]
+    assert len({batch.images.data_ptr() for batch in batches}) == len(batches)
+    parts = [(batch.images[0, 0], batch.images[0, 0].clone()) for batch in batches]
+    del batches
+    assert [per_image(window) for window in loader.epoch(0)] == kept
+    assert all(torch.equal(part, copy) for part, copy in parts)
+
+
 def test_exif_turns_reach_the_loader(workspace, make_record, eval_loader, plain):
     """Width, height and boxes of a record are those after turning."""
     draw(workspace.root / "data/images/0.png", 80, 60, (0, 0, 20, 10))

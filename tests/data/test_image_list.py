@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from runkey.data.index import (
-    IMAGE_LIST,
-    ClassName,
-    ImageRecord,
-    ListedImage,
-    read_image_list,
-    write_image_list,
-)
+from runkey.data.image_list import IMAGE_LIST, ListedImage, read_image_list, write_image_list
+from runkey.data.index import ClassName, ImageRecord
 from runkey.errors import DataError
 
 

@@ -31,11 +31,11 @@ def test_gaps_in_category_ids_are_closed_in_the_order_of_ids(folder):
 
 def test_the_index_does_not_depend_on_the_order_of_the_json(folder):
     folder.run()
-    before = (folder.out / "train.json").read_bytes()
+    before = (folder.out / "train.safetensors").read_bytes()
     folder.train["images"].reverse()
     folder.run()
 
-    assert (folder.out / "train.json").read_bytes() == before
+    assert (folder.out / "train.safetensors").read_bytes() == before
 
 
 def test_missing_area_and_iscrowd(folder):

@@ -17,7 +17,7 @@ from runkey.errors import DataError
 
 
 def files(folder, split):
-    return [record.file for record in read_index(folder.out / f"{split}.json")]
+    return [record.file for record in read_index(folder.out / f"{split}.safetensors")]
 
 
 def one_json(folder, name, image_folder):
@@ -314,7 +314,7 @@ def test_two_jsons_of_test_are_not_used(folder):
         "not used: annotations/instances_test-dev.json, annotations/instances_test_hard.json; to"
         " have a test split, leave one JSON of test"
     ]
-    assert not (folder.out / "test.json").exists()
+    assert not (folder.out / "test.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_a_test_json_without_annotations_is_no_test_split(folder):
         "not used: data/test/_annotations.coco.json: it has no annotations, so it is no test split"
     ]
     assert files(folder, "val") == ["valid/d.jpg", "valid/e.jpg"]
-    assert not (folder.out / "test.json").exists()
+    assert not (folder.out / "test.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_no_index_and_an_empty_index(workspace, train_loader, eval_loader):
     with pytest.raises(DataError, match="dvc repro prepare"):
         train_loader(DATA)
     workspace.write([])
-    with pytest.raises(DataError, match=r"train\.json: holds no image"):
+    with pytest.raises(DataError, match=r"train\.safetensors: holds no image"):
         eval_loader(DATA)
 
 

@@ -145,7 +145,7 @@ def test_the_cache_follows_the_index_after_drops(folder):
     folder.run(checks={"missing_image": "drop"}, short_sides=(30,), long_side=40)
 
     cache = open_cache(folder.out, "train")
-    for position, record in enumerate(read_index(folder.out / "train.json")):
+    for position, record in enumerate(read_index(folder.out / "train.safetensors")):
         decoded = decode_rgb(folder.data / record.file, 0, False)
         assert torch.equal(cache.image(position), decoded)
 

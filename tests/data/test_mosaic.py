@@ -17,7 +17,8 @@ from runkey.data.augment import (
     augment_image,
     build_augmentation,
 )
-from runkey.data.dataset import BatchMaker, image_table
+from runkey.data.dataset import BatchMaker
+from runkey.data.index import Index
 from runkey.data.sampler import GlobalBatchSampler
 from runkey.memory.batch_shapes import shape_statistics
 from runkey.params import Augment, Data
@@ -226,12 +227,12 @@ def dealt(augment: Augment, records, limit: int):
     """Objects of every image over some epochs, in the sampler's batches of 4."""
     data = Data(short_sides=(60,), long_side=90, augment=augment)
     params = loader_params(data, batch_size=4, max_objects=limit)
-    drawn, table = build_augmentation(params), image_table(records)
-    maker = BatchMaker(table, None, None, drawn, limit)
-    sampler = GlobalBatchSampler(drawn, table.ids, table.sizes, 4)
+    drawn, index = build_augmentation(params), Index.of(records)
+    maker = BatchMaker(index, None, None, drawn, limit)
+    sampler = GlobalBatchSampler(drawn, index.ids, index.sizes, 4)
     for epoch in range(40):
         for batch in sampler.global_batches(epoch):
-            yield [maker.visible_objects(index, one) for index, one in batch]
+            yield [maker.visible_objects(image, one) for image, one in batch]
     yield shape_statistics(params, records).objects
 
 

@@ -43,8 +43,8 @@ def test_two_runs_write_the_same_bytes(folder):
             "images.json",
             "report.json",
             "statistics.json",
-            "train.json",
-            "val.json",
+            "train.safetensors",
+            "val.safetensors",
         ),
     ]
     assert all(str(folder.root).encode() not in content for content in first.values())
@@ -192,8 +192,8 @@ def test_shared_data_sets_pass_with_the_defaults(name, tmp_path, logged):
     report = prepare(Data(path=name), root, tmp_path / "prepared", 50)
 
     assert not report.failures
-    train = read_index(tmp_path / "prepared/train.json")
-    val = read_index(tmp_path / "prepared/val.json")
+    train = read_index(tmp_path / "prepared/train.safetensors")
+    val = read_index(tmp_path / "prepared/val.safetensors")
     assert len(open_cache(tmp_path / "prepared", "train")) == len(train)
     if name == "blood-cells":
         assert report.counts == {"empty_box": {"drop": 2}}

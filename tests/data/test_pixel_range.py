@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from runkey.data.cache import open_cache
-from runkey.data.dataset import image_table
 from runkey.data.decode import decode_rgb
 from runkey.data.index import read_index
 from runkey.errors import DataError
@@ -47,8 +46,8 @@ def test_few_bits_in_a_16_bit_file_are_noted_and_can_be_scaled(folder, bits, suf
     assert torch.equal(open_cache(folder.out, "train").image(0), decoded)
     served = Preprocess(Sizes(30, 40, (0, most)))(read_image(folder.data / record.file, (0, most)))
     assert np.array_equal(served, decoded)
-    (first, *_) = image_table(read_index(folder.out / "train.json")).decoding
-    assert first == (0, False, (0, most))
+    found = read_index(folder.out / "train.safetensors")
+    assert found.decoding(0) == (0, False, (0, most))
 
 
 @pytest.mark.parametrize("alpha", [False, True])
@@ -88,7 +87,6 @@ def test_a_range_that_is_used_is_no_note(folder, most):
     fill(folder, 0, most)
     assert folder.run().notes == []
     assert index(folder)[1].intensity_range is None
-    assert "intensity_range" not in (folder.out / "train.json").read_text()
 
 
 def test_a_hot_pixel_does_not_hide_a_small_range(folder):

@@ -159,7 +159,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evaluated]:
     validation = build_validation(params, card.model, root, torch.device("cpu"))
     arrays = validation(detector).detections
     rows = list(arrays.rows(validation.classes))
-    records, classes = read_index(root / "prepared/val.json"), validation.classes
+    records, classes = read_index(root / "prepared/val.safetensors"), validation.classes
     if not trained:
         records = [with_truth(record, rows, classes) for record in records]
     weights = root / "model/weights.safetensors"

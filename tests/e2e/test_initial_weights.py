@@ -28,7 +28,7 @@ def test_a_run_starts_from_a_key_and_a_wrong_one_costs_nothing(
     params.write_text(text.replace("init_from: null", "init_from: rk2-00000000"))
     with pytest.raises(AssertionError, match="no finished run of that key is recorded here"):
         project.dvc("repro")
-    assert (project.root / "prepared/train.json").is_file()
+    assert (project.root / "prepared/train.safetensors").is_file()
     assert sha256_file(project.root / "model/weights.safetensors") == weights
 
     params.write_text(text.replace("init_from: null", f"init_from: {first[:12]}"))

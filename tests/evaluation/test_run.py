@@ -81,7 +81,7 @@ def prepared(tmp_path_factory):
                 annotation_ids=tuple(range(count)),
             )
         )
-    write_index(root / "prepared" / "val.json", records)
+    write_index(root / "prepared" / "val.safetensors", records)
     return root
 
 
@@ -93,7 +93,7 @@ def evaluation(root, preset, batch_size):
     torch.manual_seed(0)
     section = MODELS[preset]
     model = Double(build_model(section, len(CLASSES)))
-    records = read_index(root / "prepared" / "val.json")
+    records = read_index(root / "prepared" / "val.safetensors")
     return validation(records, loader(root, batch_size), section)(model)
 
 
@@ -172,7 +172,9 @@ def test_loss_is_that_of_one_batch(prepared):
         outputs = model(*normalise(batch))
     targets = Targets(batch.boxes_cxcywh, batch.labels, batch.counts)
     expected = criterion(outputs, targets, criterion.normaliser(batch.counts))
-    records = [r for r in read_index(prepared / "prepared" / "val.json") if r.id in batch.image_ids]
+    records = [
+        r for r in read_index(prepared / "prepared" / "val.safetensors") if r.id in batch.image_ids
+    ]
     found = validation(records, [batch], section)(model)
     assert found.losses["loss"] == pytest.approx(float(expected.total), rel=1e-6)
     parts = [v for k, v in found.losses.items() if k.startswith("loss_")]
@@ -181,7 +183,7 @@ def test_loss_is_that_of_one_batch(prepared):
 
 def test_boxes_are_in_original_pixels_and_ids_are_the_data_sets(prepared):
     found = evaluation(prepared, "fast", 3)
-    ids = {r.id for r in read_index(prepared / "prepared" / "val.json")}
+    ids = {r.id for r in read_index(prepared / "prepared" / "val.safetensors")}
     assert set(found.detections.ids.tolist()) == ids
     widest = (found.detections.boxes_xywh[:, :2] + found.detections.boxes_xywh[:, 2:]).max()
     assert 64 < widest < 200  # the longest side of an original is 96 pixels
@@ -216,6 +218,6 @@ def test_nan_weights_are_one_line(prepared):
     model = build_model(section, 3)
     for parameter in model.parameters():
         nn.init.constant_(parameter, float("nan"))
-    records = read_index(prepared / "prepared" / "val.json")
+    records = read_index(prepared / "prepared" / "val.safetensors")
     with pytest.raises(RunkeyError, match=r"^image \d+: the model predicts NaN"):
         validation(records, loader(prepared, 4), section)(model)

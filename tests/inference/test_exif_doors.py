@@ -68,7 +68,7 @@ def root(tmp_path: Path) -> Path:
 def test_all_doors_find_the_same_boxes(root: Path, small_model_folder: Path) -> None:
     data = Data(path="data", short_sides=(48,), long_side=80)
     prepare(data, root, root / "prepared", 12)
-    records = read_index(root / "prepared/val.json")
+    records = read_index(root / "prepared/val.safetensors")
     assert {(r.width, r.height) for r in records} == {UPRIGHT.size}
     detector, card = load_model(small_model_folder)
     loader = build_eval_loader(loader_params(data, batch_size=8), root)

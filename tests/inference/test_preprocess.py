@@ -131,7 +131,7 @@ def prepare_sample(root: Path, **options: Any) -> Prepared:
     classes = read_classes(root / "prepared/classes.json")
     torch.manual_seed(0)
     detector = build_model(MODEL, len(classes)).eval()
-    return Prepared(root, data, read_index(root / "prepared/val.json"), classes, detector)
+    return Prepared(root, data, read_index(root / "prepared/val.safetensors"), classes, detector)
 
 
 def with_truth(record: ImageRecord, found: Detections) -> ImageRecord:

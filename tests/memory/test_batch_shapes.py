@@ -66,7 +66,7 @@ def test_images_are_needed():
     with pytest.raises(DataError) as caught:
         shape_statistics(loader_params(Data(), batch_size=1), [])
     assert str(caught.value) == (
-        "prepared/train.json: no training images; see prepared/report.json"
+        "prepared/train.safetensors: no training images; see prepared/report.json"
     )
 
 
@@ -86,7 +86,7 @@ def test_sampled_steps_are_those_of_the_real_loader(make_record, tmp_path, augme
     ]
     (tmp_path / "prepared").mkdir()
     (tmp_path / "data").mkdir()
-    write_index(tmp_path / "prepared/train.json", records)
+    write_index(tmp_path / "prepared/train.safetensors", records)
     params = loader_params(data, seed=3, batch_size=6, max_objects=3)
     windows = sample_steps(params, records, micro_batch=4, count=12, seed=3)
     for record in records:  # only now is there anything to open

@@ -128,8 +128,8 @@ def test_without_data_it_says_what_to_do(tmp_path):
     result = command(folder=tmp_path)
     assert result.returncode == 1
     assert result.stderr == (
-        f"error: {tmp_path}/prepared/train.json: not found; run `dvc repro prepare`, or name a "
-        "shape: `runkey memory --shape 800x1333`\n"
+        f"error: {tmp_path}/prepared/train.safetensors: not found; run `dvc repro prepare`, or "
+        "name a shape: `runkey memory --shape 800x1333`\n"
     )
 
 

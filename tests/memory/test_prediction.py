@@ -67,7 +67,7 @@ def test_layer_drop_needs_the_memory_of_a_whole_step(small_params, prepared):
 def test_every_seed_has_one_prediction(small_params, make_record, tmp_path):
     """Its bound holds for the steps of any seed, also where each image has its own shape."""
     records = [make_record(i, 160 - i % 5 * 9, 90 + i % 7 * 11, boxes=i % 7) for i in range(40)]
-    write_index(tmp_path / "train.json", records)
+    write_index(tmp_path / "train.safetensors", records)
     write_classes(tmp_path / "classes.json", [ClassName(i, i + 1, str(i)) for i in range(8)])
     varied = override(small_params, {"data.short_sides": (60, 70, 80, 90)})
     found = []

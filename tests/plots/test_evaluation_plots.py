@@ -77,7 +77,7 @@ def evaluated(tmp_path, records, classes, results) -> tuple[Path, Path]:
     """The files that `prepare` and `evaluate` write."""
     prepared, evaluation = tmp_path / "prepared", tmp_path / "evaluation"
     prepared.mkdir()
-    write_index(prepared / "val.json", records)
+    write_index(prepared / "val.safetensors", records)
     write_classes(prepared / "classes.json", classes)
     arrays = DetectionArrays.from_results(results, classes)
     result = evaluate_results(records, classes, arrays)
@@ -118,7 +118,7 @@ def test_detections_on_test_are_drawn_above_the_threshold_of_val(image_set, tmp_
         ]
 
     prepared, evaluation = evaluated(tmp_path, records, classes, detections(0.3))
-    write_index(prepared / "test.json", records)
+    write_index(prepared / "test.safetensors", records)
     better = DetectionArrays.from_results(detections(0.9), classes)
     write_results(evaluation / "val/predictions.json", better, classes)
     metrics = evaluation / "metrics.json"

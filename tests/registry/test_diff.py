@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from runkey.cli import app
-from runkey.data.index import ListedImage
+from runkey.data.image_list import ListedImage
 from runkey.errors import RegistryError
 from runkey.identity.code import BYTES, RULE, hash_code
 from runkey.identity.dvc_yaml import folder_md5

@@ -102,7 +102,7 @@ class Folder:
 
 def index(folder: Folder, split: str = "train") -> dict[int, ImageRecord]:
     """What `prepare` left in the index of a split, by image id."""
-    return {record.id: record for record in read_index(folder.out / f"{split}.json")}
+    return {record.id: record for record in read_index(folder.out / f"{split}.safetensors")}
 
 
 def only_item(folder: Folder) -> Any:

@@ -563,7 +563,7 @@ DAMAGES = tuple(
         ("dvc.lock", "interrupted", _TRAIN, "dvc.lock"),
         ("run.json", "trained", _EVALUATE, "run.json"),
         ("model", "trained", _EVALUATE, "model/*.safetensors"),
-        ("prepared", "prepared", ("dvc", "repro", "profile_memory"), "prepared/train.json"),
+        ("prepared", "prepared", ("dvc", "repro", "profile_memory"), "prepared/train.safetensors"),
     )
 )
 """Each kind of file in each form."""

@@ -62,7 +62,7 @@ def prepared(
     folder = tmp_path_factory.mktemp("workspace") / "prepared"
     folder.mkdir()
     records = [make_record(i, 160, 120, boxes=i % 7) for i in range(12)]
-    write_index(folder / "train.json", records)
+    write_index(folder / "train.safetensors", records)
     write_classes(folder / "classes.json", [ClassName(i, i + 1, str(i)) for i in range(8)])
     return folder
 

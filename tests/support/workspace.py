@@ -68,7 +68,7 @@ class Workspace:
 
     def write(self, records: list[ImageRecord], split: str = "train") -> None:
         """Write the index, and noise as an image where there is no file yet."""
-        write_index(self.prepared / f"{split}.json", records)
+        write_index(self.prepared / f"{split}.safetensors", records)
         for record in records:
             path = self.root / "data" / record.file
             if not path.exists():
