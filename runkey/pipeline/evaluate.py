@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from runkey import paths
-from runkey.data.index import SplitName
+from runkey.data.index import SplitName, index_file
 from runkey.evaluation.coco import SIZES, CocoResult
 from runkey.evaluation.cross_check import check_metrics
 from runkey.evaluation.detections import DetectionArrays
@@ -75,7 +75,7 @@ def evaluate(root: Path) -> None:
     model, card = load_model(root / paths.MODEL)
     model = model.to(device)
     out = root / paths.EVALUATION
-    has_test = (root / paths.PREPARED / "test.json").is_file()
+    has_test = index_file(root / paths.PREPARED, "test").is_file()
     splits: tuple[SplitName, ...] = ("test", "val") if has_test else ("val",)
     evaluated: list[_Evaluated] = []
     for split in splits:
