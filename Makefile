@@ -67,6 +67,10 @@ reference: ## Clone the reference DETR to .reference/: its parity tests are skip
 	  git clone --quiet https://github.com/facebookresearch/detr .reference/detr
 	git -C .reference/detr checkout --quiet 29901c5
 
+.PHONY: bench
+bench: env env-bench reference ## Speed against the peers on this CPU, 20 minutes; ARGS="--images COCO" for the loader too
+	$(BIN)/python -m benchmarks.speed $(ARGS)
+
 # Commands of benchmarks/, which run on a bare GPU machine too; here with the locked environment.
 GPU_RESULTS := benchmarks/results/gpu
 
@@ -144,6 +148,8 @@ requirements: env env-tools ## Derive requirements.txt from conda-lock.yml, and 
 	  --output-file environment/convert/requirements.txt
 	$(COMPILE) --no-deps environment/export/requirements.in \
 	  --output-file environment/export/requirements.txt
+	$(COMPILE) --no-deps environment/bench/requirements.in \
+	  --output-file environment/bench/requirements.txt
 	$(COMPILE) --no-deps environment/test-servers/requirements.in \
 	  --output-file environment/test-servers/requirements.txt
 
@@ -164,13 +170,17 @@ env-export: env ## Set up .venv-export: ONNX, ONNX Runtime, OpenVINO, video, pag
 	@sh environment/setup.sh .venv-export environment/export/requirements.txt
 	@$(BIN)/python environment/export/web.py .venv-export
 
+.PHONY: env-bench
+env-bench: env ## Set up .venv-bench: the peers of `make bench`
+	@sh environment/setup.sh .venv-bench environment/bench/requirements.txt
+
 .PHONY: env-test-servers
 env-test-servers: env ## Set up .venv-test-servers: a login for MLflow, a driver for PostgreSQL
 	@sh environment/setup.sh .venv-test-servers environment/test-servers/requirements.txt
 
 .PHONY: clean
 clean: ## Remove environments and caches (not data, models or runs)
-	rm -rf .venv .venv-tools .venv-convert .venv-export .venv-test-servers .site
+	rm -rf .venv .venv-tools .venv-convert .venv-export .venv-bench .venv-test-servers .site
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache runkey.egg-info build dist
 	find runkey stages tests -name __pycache__ -prune -exec rm -rf {} +
 

@@ -86,15 +86,18 @@ class SyntheticLoader:
         """Nothing to end."""
 
 
-def make_batch(number: int, images: int, size: tuple[int, int]) -> Batch:
-    """A batch with 1 to 8 boxes an image; the last image is smaller, so there is padding."""
+def make_batch(number: int, images: int, size: tuple[int, int], *, padded: bool = True) -> Batch:
+    """A batch with 1 to 8 boxes an image; the last image is smaller if there is padding."""
     rng = torch.Generator().manual_seed(number)
     counts = tuple(int(n) for n in torch.randint(1, 9, (images,), generator=rng))
     sizes = torch.tensor([size] * images)
-    sizes[-1, 0] = max(1, size[0] * 3 // 4)
+    pixels = torch.randint(0, 256, (images, *size, 3), dtype=torch.uint8, generator=rng)
+    if padded:
+        sizes[-1, 0] = max(1, size[0] * 3 // 4)
+        pixels[-1, sizes[-1, 0] :] = 0
     boxes = sum(counts)
     return Batch(
-        images=torch.randint(0, 256, (images, 3, *size), dtype=torch.uint8, generator=rng),
+        images=pixels.permute(0, 3, 1, 2),
         sizes=sizes,
         boxes_cxcywh=torch.rand(boxes, 4, generator=rng) * 0.4 + 0.3,
         labels=torch.randint(0, CLASSES, (boxes,), generator=rng),

@@ -101,9 +101,11 @@ def main() -> None:
     print_tables()
 
 
-def machine() -> dict[str, Any]:
-    """Describe what the numbers were measured on."""
-    names = ("torch", "onnxruntime", "openvino", "numpy", "Pillow")
+VERSIONS = ("torch", "onnxruntime", "openvino", "numpy", "Pillow")
+
+
+def machine(names: Sequence[str] = VERSIONS) -> dict[str, Any]:
+    """Describe what the numbers were measured on, with the versions of packages."""
     found = {}
     for name in names:
         try:

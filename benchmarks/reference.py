@@ -3,7 +3,7 @@
     reference = open_reference(Path(".reference/detr"), Path("somewhere/empty"))
     network, criterion = reference.build(load_params(Path("params.yaml")).model)
 
-`make reference` clones it. The parity tests and `benchmarks.inference` use it.
+`make reference` clones it. The parity tests and the benchmarks use it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import io
 import subprocess
 import sys
 import tarfile
+import warnings
 from argparse import Namespace
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,11 @@ class Reference:
 
     detr: Any
     misc: Any
+    coco: Any
+    """Its `datasets.coco`; None without pycocotools."""
 
-    def build(self, model: params.Model) -> tuple[nn.Module, nn.Module]:
-        """Return the network, with random weights and without dropout, and its losses; K = 91."""
+    def build(self, model: params.Model, dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
+        """Return the network, with random weights, and its losses; K = 91."""
         arguments = Namespace(
             dataset_file="coco",
             device=str(torch.get_default_device()),
@@ -44,7 +48,7 @@ class Reference:
             lr_backbone=1e-5,
             backbone=model.backbone,
             dilation=model.dilation,
-            dropout=0.0,
+            dropout=dropout,
             nheads=model.num_heads,
             dim_feedforward=model.feedforward_dim,
             enc_layers=model.encoder_layers,
@@ -59,14 +63,16 @@ class Reference:
             giou_loss_coef=2,
             eos_coef=model.loss.no_object,
         )
-        network, criterion, _ = self.detr.build(arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision calls its way of asking for none outdated
+            network, criterion, _ = self.detr.build(arguments)
         return network, criterion
 
 
 def open_reference(repository: Path, folder: Path) -> Reference:
     """Check the reference out of a clone or a mirror into an empty folder, and import it."""
     archive = subprocess.run(
-        ["git", "-C", str(repository), "archive", COMMIT, "models", "util"],
+        ["git", "-C", str(repository), "archive", COMMIT, "models", "util", "datasets"],
         check=True,
         capture_output=True,
     )
@@ -76,8 +82,9 @@ def open_reference(repository: Path, folder: Path) -> Reference:
     try:
         names = ("models.detr", "models.backbone", "util.misc")
         detr, backbone, misc = map(importlib.import_module, names)
+        coco = importlib.import_module("datasets.coco") if find_spec("pycocotools") else None
     finally:
         sys.path.remove(str(folder))
     # The rank that is not the main one does not download weights.
     backbone.is_main_process = lambda: False  # type: ignore[attr-defined]
-    return Reference(detr, misc)
+    return Reference(detr, misc, coco)
