@@ -289,30 +289,38 @@ def _refuse_readers(path: str, tree: ast.Module) -> None:
                 )
 
 
+@functools.cache
+def _written_fields(kind: type[ast.AST]) -> tuple[tuple[str, str], ...]:
+    """Return the fields of a kind of node that count, each with how it begins in the text."""
+    return tuple((name, f"{name}=") for name in kind._fields if name not in _NOT_WRITTEN)
+
+
 def _write(node: Any, text: list[str], loggers: frozenset[str]) -> None:
     """Append a node, or a field's plain value, in canonical form.
 
     Fields that are None or empty are left out, so that new optional fields of a later Python
     change nothing.
     """
+    kind = type(node)
+    if kind is ast.Constant:
+        text.append(f"Constant({_plain(node.value)})")
+        return
     if not isinstance(node, ast.AST):
         text.append(_plain(node))
         return
-    kind = type(node)
     text.append(f"{kind.__name__}(")
-    if kind is ast.Constant:
-        text.append(_plain(node.value))  # type: ignore[attr-defined]
-    else:
-        for name in kind._fields:
-            value = getattr(node, name, None)
-            if value is None or name in _NOT_WRITTEN:
-                continue
-            if isinstance(value, list):
-                _write_list(name, value, text, loggers)
-            else:
-                text.append(f"{name}=")
-                _write(value, text, loggers)
-                text.append(",")
+    for name, begin in _written_fields(kind):
+        value = getattr(node, name, None)
+        if value is None:
+            continue
+        if type(value) is list:
+            _write_list(name, value, text, loggers)
+        elif type(value) is str:
+            text.append(f"{begin}{value!a},")
+        else:
+            text.append(begin)
+            _write(value, text, loggers)
+            text.append(",")
     text.append(")")
 
 

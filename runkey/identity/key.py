@@ -10,9 +10,11 @@ hashes of their outputs: a key that depends on outputs could not be looked up be
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Self
@@ -159,16 +161,30 @@ def make_recipe(
     flat = params.flat()
     stages = chain(read_pipeline(root, flat), stage)
     data, files = _data_and_files(stages, flat, root)
-    for each in stages:
-        files |= {*import_closure(each.module, root, EXCLUDED)}
-    hashes = hash_files(sorted(files), root)
+    with _without_collections():
+        for each in stages:
+            files |= {*import_closure(each.module, root, EXCLUDED)}
+        hashes = hash_files(sorted(files), root)
+        environment = environment_preimage(root / LOCK)
     preimages = {
         "code": {"rule": RULE, "files": hashes, "excluded": sorted(EXCLUDED)},
         "params": _params(stages, flat, root, main),
         "data": data,
-        "environment": environment_preimage(root / LOCK),
+        "environment": environment,
     }
     return Recipe(stage, {one.name: one.cmd for one in stages}, preimages)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Do not look for cycles among the nodes of parsed files: there are none, and it takes long."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def part_digest(kind: str, preimage: Any, schema: str = SCHEMA) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from runkey.cli import app
+from runkey.cli import COMMANDS, app
 from runkey.params.render import render_preset
 from tests.support.command_line import REPOSITORY, Run
 
@@ -53,27 +53,43 @@ def test_every_command_that_ends_speaks_json() -> None:
     assert without == ["ui", "watch"]  # those show something until it is over
 
 
-def test_help_imports_neither_torch_nor_mlflow() -> None:
+def imported_by(*arguments: str) -> set[str]:
+    """Names of the modules that a command has imported when it ends; of packages the whole name."""
     code = (
-        "import sys; sys.argv = ['runkey', 'params']\n"
+        f"import sys; sys.argv = ['runkey', *{arguments!r}]\n"
         "from runkey.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "slow = {'torch', 'mlflow', 'dvc', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
-        "print('slow:', sorted(slow))"
+        "print('\\n' + ' '.join(sys.modules))"
     )
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
-    assert out.stdout.splitlines()[-1] == "slow: []"
+    return set(out.stdout.splitlines()[-1].split())
+
+
+def test_parameters_are_read_without_slow_packages() -> None:
+    slow = {"torch", "mlflow", "dvc", "numpy", "pandas", "scipy", "sklearn", "matplotlib", "rich"}
+    assert not slow & imported_by("params")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("no-such-command",)])
+def test_no_command_is_imported_to_list_them(arguments: tuple[str, ...]) -> None:
+    modules = imported_by(*arguments)
+    own = {name for name in modules if name.split(".")[0] == "runkey"}
+    below = ("cli", "errors", "files", "hashing", "paths", "progress", "units", "version")
+    assert own <= {"runkey", *(f"runkey.{name}" for name in below)}
+    assert not {"pydantic", "yaml", "ruamel.yaml", "numpy", "urllib.request"} & modules
+
+
+def test_the_list_of_commands_says_what_each_says_itself() -> None:
+    group = typer.main.get_command(app)
+    for name, (_, text) in COMMANDS.items():
+        assert group.commands[name].get_short_help_str(200) == text, name
 
 
 def test_commands_that_read_no_parameters_do_not_import_their_schema() -> None:
-    code = "import sys, runkey.cli; print('runkey.params' in sys.modules, 'numpy' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "False False\n"
+    assert not {"runkey.params", "numpy"} & imported_by("list")
 
 
 def test_module_runs(repository: Path) -> None:
