@@ -71,18 +71,9 @@ reference: ## Clone the reference DETR to .reference/: its parity tests are skip
 bench: env env-bench reference ## Speed against the peers on this CPU, 20 minutes; ARGS="--images COCO" for the loader too
 	$(BIN)/python -m benchmarks.speed $(ARGS)
 
-# Commands of benchmarks/, which run on a bare GPU machine too; here with the locked environment.
-GPU_RESULTS := benchmarks/results/gpu
-
 .PHONY: gpu-checks
-gpu-checks: env data ## On a GPU machine: memory, syncs, skipped steps, resume, the sample (25 minutes)
-	mkdir -p $(GPU_RESULTS)
-	$(BIN)/python -m benchmarks.gpu_memory predict $(GPU_RESULTS)/predicted.json
-	$(BIN)/python -m benchmarks.gpu_memory measure $(GPU_RESULTS)/predicted.json $(GPU_RESULTS)
-	$(BIN)/python -m benchmarks.gpu_random_shapes predict $(GPU_RESULTS)/predicted
-	$(BIN)/python -m benchmarks.gpu_random_shapes run $(GPU_RESULTS)/predicted $(GPU_RESULTS)
-	$(BIN)/python -m benchmarks.gpu_training --out $(GPU_RESULTS)
-	$(BIN)/python -m benchmarks.gpu_pipeline --runs .gpu-runs --out $(GPU_RESULTS)
+gpu-checks: env reference ## On a GPU machine: steps against the reference, profile, inference, memory (12 minutes)
+	$(BIN)/python -m benchmarks.gpu_checks $(ARGS)
 
 # A fresh start each time: Sphinx warns only about the pages that it reads anew.
 .PHONY: docs

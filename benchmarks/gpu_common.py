@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,39 @@ from runkey.data.dataset import Batch, GlobalBatch
 from runkey.params import Params, parse_params
 
 CLASSES = 8
+
+
+class Report:
+    """A JSON file that is written anew after every number; and until when there is time."""
+
+    def __init__(self, path: Path, facts: dict[str, Any], deadline: float) -> None:
+        """Begin a file with facts; `deadline` is a time of `time.monotonic`."""
+        self.path, self.content, self._deadline = path, facts, deadline
+        self._started = time.monotonic()
+        self.add("complete", False)
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until what has not begun should be left out."""
+        return self._deadline - time.monotonic()
+
+    def add(self, name: str, value: Any) -> None:
+        """Write a value, or add rows to a list."""
+        if isinstance(value, list):
+            value = [*self.content.get(name, []), *value]
+        self.content[name] = value
+        self.content["seconds"] = round(time.monotonic() - self._started, 1)
+        text = json.dumps(self.content, indent=1) + "\n"
+        self.path.write_text(text, encoding="utf-8")
+
+    def leave_out(self, what: str) -> None:
+        """Note what there was no time for."""
+        print(f"{what}: left out, no time", flush=True)
+        self.add("left_out", [what])
+
+    def end(self) -> None:
+        """Say that the file is whole."""
+        self.add("complete", True)
 
 
 def about(device: torch.device) -> dict[str, Any]:

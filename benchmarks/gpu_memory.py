@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_bound import stated_bounds
+from benchmarks.gpu_common import Report
 from benchmarks.gpu_steps import (
     end_history,
     log_fake_step,
@@ -34,9 +34,11 @@ from benchmarks.gpu_steps import (
 from benchmarks.gpu_workspaces import KernelGpu
 from benchmarks.memory_replay import replay_training
 from runkey.data.dataset import colour_constants
+from runkey.memory.batch_shapes import BatchShapes, ShapeStatistics
+from runkey.memory.predict import predict as predict_memory
 from runkey.memory.trace.events import MicroBatch
 from runkey.memory.trace.record import BatchFields, fixed_matches, recorder, synthetic_batch
-from runkey.params import Params, load_params
+from runkey.params import Params, load_params, override
 from runkey.pipeline.step_factory import build_step, step_factory
 from runkey.training.device import choose_device
 from runkey.units import MIB
@@ -63,13 +65,16 @@ class Configuration:
     logged: bool = False
     """Whether a step's operations are written down."""
     passes: int = 1
+    changes: tuple[tuple[str, Any], ...] = ()
+    """Other parameters, by dotted name."""
 
     @property
     def name(self) -> str:
         """For files and messages."""
         kept = "checkpoints" if self.checkpointing else "all"
         shape = f"{self.batch}x{self.height}x{self.width}"
-        return f"{self.preset}-{self.precision}-{kept}-{shape}-{self.passes}"
+        changed = "".join(f"-{value}" for _, value in self.changes).replace(" ", "")
+        return f"{self.preset}{changed}-{self.precision}-{kept}-{shape}-{self.passes}"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -82,7 +87,7 @@ class Configuration:
         tree = load_params(PRESETS / f"{self.preset}.yaml").model_dump()
         tree["training"] = tree["training"] | {"precision": self.precision}
         tree["model"] = tree["model"] | {"checkpointing": self.checkpointing}
-        return Params.model_validate(tree)
+        return override(Params.model_validate(tree), dict(self.changes))
 
     @property
     def window(self) -> tuple[MicroBatch, ...]:
@@ -118,10 +123,80 @@ def configurations() -> list[Configuration]:
     return grid + others
 
 
+def stated_bounds(
+    params: Params, shape: tuple[int, int], objects: int, classes: int, images: int
+) -> tuple[int, ...]:
+    """Most bytes that the allocator holds, for micro-batches of 1, 2, ... images of one shape.
+
+    Args:
+        params: what is trained.
+        shape: padded (height, width), pixels.
+        objects: boxes of an image.
+        classes: K.
+        images: most images.
+    """
+    statistics = ShapeStatistics(1, 1, shape, shape, shape, shape, (objects,))
+
+    def sample(count: int, batches: int) -> list[tuple[MicroBatch, ...]]:
+        one = MicroBatch(count, *shape, objects)
+        return [(one,), (one, one)] * (batches // 3)
+
+    shapes = BatchShapes(statistics, lambda _: statistics, sample, classes)
+    params = override(params, {"training.batch_size": images})
+    predicted = predict_memory(
+        params, shapes, lambda changed: step_factory(changed, classes), alternatives=False
+    )
+    return predicted.model.gpu.upper_bytes
+
+
+def bodies() -> list[Configuration]:
+    """The 8 of G10: pretrained and timm bodies, several levels, shapes that G1 lacks."""
+    weights = ("model.backbone_weights", "none")
+
+    def of(preset: str, precision: str, batch: int, height: int, width: int, **model: Any) -> Any:
+        changes = tuple((f"model.{name}", value) for name, value in model.items())
+        return Configuration(
+            preset, precision, False, batch, height, width, changes=(weights, *changes)
+        )
+
+    return [
+        of("photos", "bf16", 16, 384, 512),
+        of("photos", "off", 8, 608, 800, feature_strides=[8, 16]),
+        of("photos", "bf16", 8, 480, 640, backbone="timm:convnext_tiny"),
+        of("photos", "off", 4, 512, 512, backbone="timm:vit_small_patch16_224"),
+        of("photos", "bf16", 8, 576, 768, backbone="timm:resnet18", frozen_stages=0),
+        of("photos", "off", 8, 448, 448, backbone="resnet50", frozen_stages=2),
+        of("coco-detr-r50", "bf16", 6, 704, 1056, dilation=True),
+        of("coco-detr-r101", "bf16", 3, 1056, 704),
+    ]
+
+
+def check_bodies(device: torch.device, report_: Report, _: Path) -> None:
+    """G10: predicted against measured memory, one configuration after the other.
+
+    Without a GPU the first one alone is predicted, which tries the script itself.
+    """
+    if device.type != "cuda":
+        small = Configuration("sample", "off", False, 2, 60, 80)
+        report_.add("predicted", predict([small], HOPPER))
+        return
+    for one in bodies():
+        if report_.seconds_left < 25:
+            report_.leave_out(one.name)
+            continue
+        predicted = predict([one], present_gpu())
+        (row,) = report(predicted, list(measure([one], report_.path.parent)))["configurations"]
+        report_.add("configurations", [row])
+        if abs(row["errors"]["allocated"]) > 0.03 or row["above_bound"]:
+            report_.add("not_within_3_percent", [one.name])
+
+
 def predict(chosen: list[Configuration], gpu: KernelGpu) -> dict[str, Any]:
     """Allocated and reserved bytes of each, alone in its process, after `STEPS` steps."""
     predicted: dict[str, Any] = {}
-    models = itertools.groupby(chosen, key=lambda c: (c.preset, c.precision, c.checkpointing))
+    models = itertools.groupby(
+        chosen, key=lambda c: (c.preset, c.precision, c.checkpointing, c.changes)
+    )
     for _, group in models:
         predicted |= _predict_model(list(group), gpu)
     return {"gpu": asdict(gpu), "torch": torch.__version__, "configurations": predicted}

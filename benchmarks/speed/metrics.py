@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,17 @@ from benchmarks.speed.pairs import OURS, Row, check
 from benchmarks.speed.peers import find_packages
 from runkey.data.index import ClassName, ImageRecord
 from runkey.evaluation.coco import SUMMARY_NAMES, evaluate_results
+from runkey.evaluation.detections import DetectionArrays
 
 IMAGES, DETECTIONS, CLASSES = 5000, 100, 80
 PYCOCOTOOLS, FASTER, HOTCOCO = "pycocotools", "faster-coco-eval", "hotcoco"
+FROM_LIST = f"{OURS}, from COCO's list of detections"
 _WIDTH, _HEIGHT = 640, 480
 
 
 def measure_metrics(rounds: int, images: int = IMAGES) -> Iterator[Row]:
     """Time the twelve numbers, from the detections in memory on."""
-    names = (OURS, PYCOCOTOOLS, FASTER, HOTCOCO)
+    names = (OURS, FROM_LIST, PYCOCOTOOLS, FASTER, HOTCOCO)
     name = f"COCO metrics, {images:,} images x {DETECTIONS} detections x {CLASSES} classes"
     times: dict[str, list[float]] = {one: [] for one in names}
     extra: dict[str, dict[str, float]] = {}
@@ -114,8 +117,8 @@ def _in_process(contestant: str, truth: Path, detections: Path) -> dict[str, Any
     return found
 
 
-def _ours(truth: Path, results: list[Any]) -> Callable[[], list[float]]:
-    """As an evaluation during training does it: from the index and a list of detections."""
+def _ours(truth: Path, results: list[Any], *, arrays: bool) -> Callable[[], list[float]]:
+    """As an evaluation does it, whose detections are `arrays`, or from a list in COCO's format."""
     content = json.loads(truth.read_text(encoding="utf-8"))
     classes = [
         ClassName(number, one["id"], one["name"])
@@ -141,9 +144,11 @@ def _ours(truth: Path, results: list[Any]) -> Callable[[], list[float]]:
         )
         for image in content["images"]
     ]
+    found = DetectionArrays.from_results(results, classes) if arrays else None
 
     def run() -> list[float]:
-        summary = evaluate_results(records, classes, results).summary
+        detections = found or DetectionArrays.from_results(results, classes)
+        summary = evaluate_results(records, classes, detections).summary
         return [-1.0 if summary[name] is None else summary[name] for name in SUMMARY_NAMES]
 
     return run
@@ -169,7 +174,8 @@ def _peer(module: str, evaluators: str, name: str) -> Any:
 
 
 _PREPARE = {
-    OURS: _ours,
+    OURS: partial(_ours, arrays=True),
+    FROM_LIST: partial(_ours, arrays=False),
     PYCOCOTOOLS: _peer("pycocotools.coco", "pycocotools.cocoeval", "COCOeval"),
     FASTER: _peer("faster_coco_eval", "faster_coco_eval", "COCOeval_faster"),
     HOTCOCO: _peer("hotcoco", "hotcoco", "COCOeval"),

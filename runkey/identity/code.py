@@ -301,7 +301,7 @@ def _write(node: Any, text: list[str], loggers: frozenset[str]) -> None:
     Fields that are None or empty are left out, so that new optional fields of a later Python
     change nothing.
     """
-    kind = type(node)
+    kind: Any = type(node)
     if kind is ast.Constant:
         text.append(f"Constant({_plain(node.value)})")
         return
