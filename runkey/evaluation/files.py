@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
@@ -110,11 +111,12 @@ _AGAIN = "`dvc repro -f evaluate` writes it again"
 def write_results(path: Path, found: DetectionArrays, classes: Sequence[ClassName]) -> None:
     """Write detections in COCO's results format, one a line."""
     with replacing(path) as file:
-        start = "[\n"
-        for row in found.rows(classes):
-            file.write(f"{start}{json.dumps(row)}".encode())
-            start = ",\n"
-        file.write(b"[]\n" if not len(found) else b"\n]\n")
+        file.write(b"[\n" if len(found) else b"[")
+        for number, rows in enumerate(batched(found.rows(classes), 10_000)):
+            # No value is text, so that this stands between rows alone.
+            lines = json.dumps(rows)[1:-1].replace("}, {", "},\n{")
+            file.write(f",\n{lines}".encode() if number else lines.encode())
+        file.write(b"\n]\n" if len(found) else b"]\n")
 
 
 def read_results(path: Path, classes: Sequence[ClassName]) -> DetectionArrays:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from runkey.model.matcher import Outputs
-from runkey.model.postprocess import Postprocess
+from runkey.model.postprocess import Postprocess, unpack
 
 
 @pytest.fixture
@@ -58,3 +58,22 @@ def test_half_precision_outputs_give_full_precision_boxes(outputs):
     half = Outputs(outputs.logits.bfloat16(), outputs.boxes_cxcywh.bfloat16())
     (found, _) = Postprocess(softmax=False)(half, SIZES)
     assert found.boxes_xyxy.dtype == found.scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_tensor_holds_the_bits_of_all(dtype):
+    """What one copy takes from the device, with as many classes as there are anywhere."""
+    logits = torch.randn(1, 2, 40, 20_000, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    outputs = Outputs(logits, torch.rand(1, 2, 40, 4, dtype=dtype))
+    postprocess = Postprocess(softmax=False)
+    scores, labels, boxes_xyxy = postprocess.select(logits[-1], outputs.boxes_cxcywh[-1])
+    packed = postprocess.pack(outputs, SIZES)
+    assert packed.shape == (2, 100, 6)
+    assert packed.dtype == dtype
+    for image, found in enumerate(unpack(packed)):
+        assert torch.equal(found.scores, scores[image])
+        assert torch.equal(found.labels, labels[image])
+        height, width = SIZES[image].tolist()
+        sides = torch.tensor([width, height, width, height], dtype=dtype)
+        assert torch.equal(found.boxes_xyxy, boxes_xyxy[image] * sides)
+    assert labels.max() > 10_000
