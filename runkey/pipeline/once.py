@@ -105,6 +105,11 @@ def _outputs(record: Record, root: Path, params: Params) -> list[str]:
     for path in record.details.outputs:
         if ".." in path.split("/") or not any(covers(out, path) for out in stage.outs):
             raise RegistryError(f"{record.label}: {path}: no output of the stage {stage.name}")
+    for out in stage.outs:  # a log that lost lines is not kept
+        if out != paths.LOGS.as_posix() and not any(covers(out, p) for p in record.details.outputs):
+            raise RegistryError(
+                f"{record.label}: its record has no {out}, which {stage.name} writes"
+            )
     return record.details.outputs
 
 

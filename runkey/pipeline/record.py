@@ -23,6 +23,7 @@ from runkey.data.cache import open_cache
 from runkey.data.index import SplitName, index_file, read_index
 from runkey.errors import DataError, ParamsError, RecipeError, RegistryError, TrackingError
 from runkey.files import LARGE, expect, json_safe, read_json, write_json
+from runkey.identity.dvc_yaml import covers
 from runkey.identity.inputs import tree_note
 from runkey.identity.key import Recipe, short_key
 from runkey.identity.record import (
@@ -237,7 +238,14 @@ def _audit(files: Sequence[str]) -> str:
 
 def _details(run: Run, witness: RunEnvironment, *, with_log: bool) -> Details:
     root, claim = run.root, run.claim
-    outputs = hashed_files(root, _OUTPUTS if with_log else [p for p in _OUTPUTS if p != paths.LOGS])
+    wanted = _OUTPUTS if with_log else [p for p in _OUTPUTS if p != paths.LOGS]
+    outputs = hashed_files(root, wanted)
+    for path in wanted:
+        if not any(covers(path.as_posix(), name) for name in outputs):
+            raise RegistryError(
+                f"{root / path}: gone, though this training has just written it; another dvc or"
+                " git in this folder may have removed it; run it again, to go on from the checkpoint"
+            )
     environment = asdict(witness)
     for long in ("packages", "files"):  # run.json has them
         environment.pop(long)

@@ -125,6 +125,17 @@ def test_a_record_cannot_write_beside_the_outputs(root: Path, path: str) -> None
     assert not (root / "model").exists()
 
 
+@pytest.mark.parametrize("lacks", ["metrics/train.json", "run.json"])
+def test_a_record_that_lacks_an_output_is_not_reused(root: Path, lacks: str) -> None:
+    """DVC would end the stage for it, now and at each later try."""
+    key = make_recipe("train", root).key
+    record = make_run(root, key, files={path: FILES[path] for path in FILES if path != lacks})
+    done = train(root, ok=False)
+    said = " ".join(done.stdout.split())
+    assert f"{record.label}: its record has no {lacks}, which train writes; not reused" in said
+    assert not (root / "model").exists()
+
+
 def test_a_key_that_is_trained_elsewhere_is_left_when_asked_to(root: Path) -> None:
     text = (root / "params.yaml").read_text()
     (root / "params.yaml").write_text(text.replace("\n  wait: true\n", "\n  wait: false\n"))
