@@ -244,7 +244,7 @@ def _details(run: Run, witness: RunEnvironment, *, with_log: bool) -> Details:
         if not any(covers(path.as_posix(), name) for name in outputs):
             raise RegistryError(
                 f"{root / path}: gone, though this training has just written it; another dvc or"
-                " git in this folder may have removed it; run it again: it goes on from there"
+                " git in this folder may have removed it; run it again to resume from a checkpoint"
             )
     environment = asdict(witness)
     for long in ("packages", "files"):  # run.json has them
