@@ -372,6 +372,7 @@ _ADVICE: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
+_OR_QUERIES = " or {model.num_queries}"
 _LOST_SHARE = 0.3
 """More than a process that has its data waits by itself."""
 
@@ -396,6 +397,8 @@ def find_verdict(profile: StepProfile, params: Params) -> Hint:
         return sum(one.seconds if is_idle else one.busy_seconds for one in parts)
 
     name, (names, change) = max(_ADVICE.items(), key=lambda one: cost(one[1][0]))
+    if not params.model.denoising.groups:
+        change = change.replace(", {model.num_queries} or {model.denoising.groups}", _OR_QUERIES)
     whole = cost(tuple(one.name for one in at_work))
     seen = f"{name} takes the largest part of a step, {cost(names) / whole:.0%}"
     lost = 1 - sum(one.cpu_seconds for one in at_work) / seconds

@@ -193,7 +193,7 @@ def profiled(busy: float | None = None, passes: float = 1.0, **seconds: float) -
             profiled(0.9, backbone=0.3, encoder=0.2, decoder=0.2, heads=0.2),
             "slowest",
             "the decoder with its heads takes the largest part of a step, 44%",
-            "model.num_queries (now 30)",
+            "model.decoder_layers (now 2) or model.num_queries (now 30)",
         ),
         (
             profiled(0.3, backbone=0.3, encoder=0.2),
