@@ -59,12 +59,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cpu tries the script itself")
     parser.add_argument("--minutes", type=float, default=12.0)
     parser.add_argument("--reference", type=Path, default=Path(".reference/detr"))
-    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if unknown := set(chosen.checks) - set(CHECKS):
         parser.error(f"no check {', '.join(sorted(unknown))}; there are {', '.join(CHECKS)}")
     chosen.out.mkdir(parents=True, exist_ok=True)
-    if chosen.seconds is not None:
+    if chosen.until is not None:
         run_here(chosen.checks[0], chosen)
         return
     sys.exit(1 if run_all(chosen) else 0)
@@ -75,7 +75,7 @@ def run_here(name: str, chosen: argparse.Namespace) -> None:
     file, check, _ = CHECKS[name]
     device = torch.device(chosen.device)
     path = chosen.out / f"{file}.json"
-    report = Report(path, {"check": name} | about(device), time.monotonic() + chosen.seconds)
+    report = Report(path, {"check": name} | about(device), chosen.until)
     check(device, report, chosen.reference)
     report.end()
 
@@ -93,7 +93,7 @@ def run_all(chosen: argparse.Namespace) -> list[str]:
         start = time.monotonic()
         try:
             code = subprocess.run(
-                [*command, "--seconds", f"{seconds:.0f}"], timeout=seconds + _GRACE_SECONDS
+                [*command, "--until", f"{start + seconds}"], timeout=seconds + _GRACE_SECONDS
             ).returncode
         except subprocess.TimeoutExpired:
             code = None

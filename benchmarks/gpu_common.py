@@ -23,7 +23,7 @@ class Report:
     """A JSON file that is written anew after every number; and until when there is time."""
 
     def __init__(self, path: Path, facts: dict[str, Any], deadline: float) -> None:
-        """Begin a file with facts; `deadline` is a time of `time.monotonic`."""
+        """Begin a file with facts; `deadline` is a time of `time.monotonic`, as in any process."""
         self.path, self.content, self._deadline = path, facts, deadline
         self._started = time.monotonic()
         self.add("complete", False)

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-
 from runkey.errors import RecipeError, RegistryError
 from runkey.files import (
     LARGE,
@@ -33,7 +31,6 @@ _TEMPLATE = re.compile(r"\$\{([^}]+)\}")
 DIR = ".dir"
 """End of the md5 of a folder."""
 MD5 = re.compile(r"[0-9a-f]{32}(?:\.dir)?")
-_LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 
 def read_yaml_text(path: Path) -> Any:
@@ -43,8 +40,11 @@ def read_yaml_text(path: Path) -> Any:
         FileNotFoundError: there is no such file.
         FormatError: it is not YAML in UTF-8; the text gives the line.
     """
+    import yaml  # what reads no pipeline saves its import
+
+    loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
     try:
-        return check_tree(yaml.load(check_yaml(read_text(path)), _LOADER))
+        return check_tree(yaml.load(check_yaml(read_text(path)), loader))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""

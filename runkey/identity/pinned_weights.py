@@ -8,7 +8,6 @@ which torch checks them. `runkey.registry.weights` downloads them into `.weights
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,5 +230,7 @@ def _named(param: str, value: str, backbone: str) -> PinnedWeights | None:
 
 def _similar(name: str, known: Iterable[str]) -> str:
     known = list(known)
+    import difflib
+
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     return " or ".join(close) or ("one of " if len(known) > 1 else "") + ", ".join(known)

@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from difflib import get_close_matches
 from functools import partial
 from itertools import product
 from operator import eq, ge, gt, le, lt, ne
@@ -202,6 +201,8 @@ def find_field(name: str, known: Callable[[], Sequence[LoggedRun]]) -> Field:
     if not known() or "/" in name:
         return Field("metrics" if "/" in name else "params", name)
     leaves = {n.rpartition(".")[2] for n in names["params"]}
+    from difflib import get_close_matches
+
     near = get_close_matches(name, [*ATTRIBUTES, *NAMES, *leaves, *set().union(*names.values())])
     hint = f"; like it: {', '.join(near)}" if near else "; `runkey show KEY --all` lists the names"
     raise RegistryError(f"{name}: no run has a value of that name{hint}")

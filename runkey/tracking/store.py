@@ -22,7 +22,6 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -446,6 +445,8 @@ def create_app() -> Any:
 
 def has_own_pages() -> bool:
     """Return True if the servers that start here show the pages of `create_app`."""
+    from importlib.metadata import entry_points  # with zipfile and email: 10 ms
+
     return bool(entry_points(group="mlflow.app", name=_APP))
 
 
