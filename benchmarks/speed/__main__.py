@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--label", default="now", help="column of the table")
     parser.add_argument("--quick", action="store_true", help="tiny: tries the script itself")
     chosen = parser.parse_args()
+    commit = _commit()  # of what is measured, before the results change a file
     found = json.loads(JSON.read_text(encoding="utf-8")) if JSON.is_file() else {}
     if "table" in chosen.parts:
         TABLE.write_text(table(found), encoding="utf-8")
@@ -71,7 +72,7 @@ def main() -> None:
                 _print(row)
             column = found.setdefault(chosen.label, {"rows": {}})
             column["rows"] |= rows
-            column |= {"commit": _commit(), "machine": machine(VERSIONS)}
+            column |= {"commit": commit, "machine": machine(VERSIONS)}
             print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
             if not chosen.quick:
                 JSON.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -119,8 +120,9 @@ def table(found: dict[str, Any]) -> str:
         " are processor time; a ratio is the peer's time divided by the line's, in the same round:"
         " above 1, the line is faster. Medians of the rounds, quartiles in brackets. The peers are"
         f" the reference DETR (facebookresearch/detr {COMMIT}) and those of"
-        " `environment/bench/requirements.in`. All have the same weights and inputs, and their"
-        " losses, scores and metrics were compared with runkey's before the clock started.",
+        " `environment/bench/requirements.in`. All have the same weights and inputs, train the same"
+        " parameters, and had their losses, scores and metrics compared with runkey's before the"
+        " clock started. With a load above 1 other programs ran beside it.",
         "",
     ]
     text += [_about(label, column) for label, column in found.items()]
