@@ -39,8 +39,7 @@ class SoftmaxLoss:
             images: int64 [N], image of each box.
             labels: int64 [N], class of each box.
         """
-        log_sum = logits.logsumexp(-1).transpose(0, 1)[images]
-        return -(logits[:, images, :, labels] - log_sum).exp()
+        return logits.softmax(-1)[:, images, :, labels].neg_()
 
     def loss(
         self,
@@ -60,7 +59,7 @@ class SoftmaxLoss:
         classes = torch.full_like(logits[:, 0], self.num_classes, dtype=torch.int64)
         classes[matched] = labels
         weights = torch.ones_like(logits[0])
-        weights[self.num_classes] = self.no_object
+        weights[self.num_classes :].fill_(self.no_object)  # assigned to an index, a number syncs
         return F.cross_entropy(logits, classes, weights, reduction="sum")
 
 
@@ -88,7 +87,7 @@ class QualityLoss:
     def loss(self, logits: Tensor, matched: Tensor, labels: Tensor, iou: Tensor) -> Tensor:
         """Sum the weighted binary cross entropy; arguments as for `SoftmaxLoss.loss`."""
         weights = logits.detach().sigmoid() ** self.gamma
-        weights[matched, labels] = 1.0
+        weights[matched, labels] = weights.new_ones(())  # a plain number would sync
         quality = torch.zeros_like(weights)
         quality[matched, labels] = iou.to(weights.dtype)
         return F.binary_cross_entropy_with_logits(logits, quality, weights, reduction="sum")
