@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from runkey import params
 from runkey.model.backbones import BodySpec, build_backbone
-from runkey.model.backbones.layers import Backbone
+from runkey.model.backbones.layers import Backbone, Pointwise
 from runkey.model.boxes import full_precision
 from runkey.model.matcher import DenoisingOutputs, Outputs, Proposals, Targets
 from runkey.model.transformer import (
@@ -83,7 +83,7 @@ class Detector(nn.Module):
         # The reference keeps a positional encoding beside its backbone: hence "backbone.0.".
         self.backbone = nn.ModuleList([backbone])
         dim = transformer.encoder.dim
-        projections = [nn.Conv2d(channels, dim, kernel_size=1) for channels in backbone.channels]
+        projections = [Pointwise(channels, dim) for channels in backbone.channels]
         self.level_embed: nn.Parameter | None = None
         """[levels, D], added to the positions; None for one level, as in the reference."""
         self.input_proj: nn.Conv2d | nn.ModuleList = projections[0]

@@ -25,7 +25,7 @@ from runkey.model.criterion import Criterion, build_criterion
 from runkey.model.detr import build_model
 from runkey.model.weights import load_initial_weights
 from runkey.params import Params, Runtime, Training
-from runkey.training.device import build_precision, configure_torch
+from runkey.training.device import build_precision, configure_torch, keep_freed_memory
 from runkey.training.distributed import World
 from runkey.training.optimizer import Clipper, Ema, build_optimizer, trained_parameters
 from runkey.training.schedule import Schedule, build_schedule
@@ -203,6 +203,8 @@ def build_training(
             f" {counted(training.batch_size, 'image')} of a step: some have none;"
             " lower runtime.processes"
         )
+    if device.type == "cpu":
+        keep_freed_memory()
     configure_torch(
         params.seed,
         deterministic=training.deterministic,

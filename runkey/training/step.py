@@ -326,14 +326,26 @@ def _add_gradients(
 
 def _forward(parts: TrainStep, micro_batch: Batch, normaliser: Normaliser) -> Losses:
     """Compute the losses of one micro-batch in the chosen precision."""
+    padded = is_padded(micro_batch)
     micro_batch = micro_batch.to(parts.device)
     images, padding_mask = normalise(
         micro_batch, parts.normalisation, channels_last=parts.channels_last
     )
     targets = Targets(micro_batch.boxes_cxcywh, micro_batch.labels, micro_batch.counts)
     with parts.precision.autocast():
-        outputs = parts.model(images, padding_mask, targets)
+        outputs = parts.model(images, padding_mask if padded else None, targets)
         return parts.criterion(outputs, targets, normaliser)
+
+
+def is_padded(batch: Batch) -> bool:
+    """Return True if an image of a batch on the host is smaller than the others.
+
+    Without padding there is no mask, and attention has faster kernels. Sizes without values, of a
+    step whose memory is predicted, count as padded: that takes more memory.
+    """
+    if type(batch.sizes) is not Tensor:
+        return True
+    return batch.sizes.tolist() != [list(batch.images.shape[2:])] * len(batch)
 
 
 def image_ids_of(batch: GlobalBatch) -> tuple[int, ...]:

@@ -5,7 +5,13 @@ import torch
 from torch import nn
 
 from runkey.model.detr import ConditionalAttention, project_memory_conditional
-from runkey.model.transformer import Attention, GridPosition, grid_centres, project_memory
+from runkey.model.transformer import (
+    Attention,
+    GridPosition,
+    dropout,
+    grid_centres,
+    project_memory,
+)
 
 D, H, B, T, S = 16, 4, 2, 5, 7
 
@@ -109,3 +115,32 @@ def test_positions_made_in_inference_mode_serve_in_training():
     weight = torch.ones(D, D, requires_grad=True)
     (position(None, (3, 4), torch.device("cpu")) @ weight).sum().backward()
     assert weight.grad is not None
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.ones(333, 1001, requires_grad=True)  # no multiple of the bits drawn at once
+    out = dropout(x, 0.3)
+    assert (out == 0).double().mean().item() == pytest.approx(0.3, abs=3e-3)
+    assert out.detach().double().mean().item() == pytest.approx(1.0, abs=5e-3)
+    out.sum().backward()
+    assert torch.equal(x.grad, out)  # a kept element passes on what it was scaled by
+    # Neighbours are drawn independently: no bits are used twice.
+    kept = (out > 0).double()
+    for rows, columns in ((0, 1), (0, 4), (1, 0)):
+        both = kept[: 333 - rows, : 1001 - columns] * kept[rows:, columns:]
+        assert both.mean().item() == pytest.approx(0.49, abs=5e-3)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x, 0.3), out)
+
+
+def test_attention_with_dropout_is_attention_on_average(random, mask):
+    layer = Attention(D, H, 0.2).double().train()
+    x, position = random(B, S, D), random(1, S, D)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        found = torch.stack([layer.attend_self(x, position, mask) for _ in range(2000)])
+        expected = layer.eval().attend_self(x, position, mask)
+    deviation = found.std(0) / 2000**0.5
+    assert (found.mean(0) - expected).abs().max() < 5 * deviation.max()
+    assert found.std(0).min() > 0

@@ -6,14 +6,14 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from runkey import params
 from runkey.errors import ParamsError
 from runkey.model.backbones import build_backbone, check, spec_of, strides_of
-from runkey.model.backbones.layers import conv_norm
+from runkey.model.backbones.layers import FrozenNorm, conv_norm, convolve
 from runkey.model.detr import build_model
 
 
@@ -28,8 +28,9 @@ def images(formula):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_features_are_torchvisions(name, images):
-    theirs = getattr(torchvision.models, name)(weights=None).eval()
-    ours = body_of(name).eval()
+    images = images.double()  # in float32 another algorithm of a convolution shows
+    theirs = getattr(torchvision.models, name)(weights=None).double().eval()
+    ours = body_of(name).double().eval()
     missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert missing == []
     assert unexpected == ["fc.weight", "fc.bias"]
@@ -50,10 +51,63 @@ def test_frozen_norms_are_live_norms_in_evaluation(images):
 
 def test_frozen_norm_keeps_the_activations_dtype(formula):
     """A float32 scale would turn bfloat16 activations into float32 ones, twice the memory."""
-    conv, norm = nn.Conv2d(3, 4, 3, bias=False), FrozenBatchNorm2d(4)
+    conv, norm = nn.Conv2d(3, 4, 3, bias=False), FrozenNorm(4)
     with torch.autocast("cpu", torch.bfloat16):
         out = conv_norm(conv, norm, formula.images(1, 8, 8).float())
     assert out.dtype == torch.bfloat16
+
+
+def by_definition(norm, x):
+    """Torchvision's frozen batch norm."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return (x - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
+
+
+def test_what_a_frozen_norm_keeps_follows_its_constants_and_the_kernel(formula):
+    """Whatever changes them: loading, a cast, a copy that is averaged, an optimizer."""
+    conv, norm = nn.Conv2d(3, 4, 3, bias=False).requires_grad_(False), FrozenNorm(4)
+    pair, images = nn.Sequential(conv, norm), formula.images(1, 8, 8).float()
+    norm.keeps_kernel = True
+
+    def check(pair):
+        conv, norm = pair
+        x = images.to(conv.weight.dtype)
+        torch.testing.assert_close(conv_norm(conv, norm, x), by_definition(norm, conv(x)))
+
+    check(pair)
+    state = {name: torch.rand_like(value) + 0.5 for name, value in pair.state_dict().items()}
+    pair.load_state_dict(state | {"1.num_batches_tracked": torch.tensor(3)})
+    check(pair)
+    kept = norm.kernel(conv)
+    assert norm.kernel(conv) is kept
+    twin = copy.deepcopy(pair)
+    torch._foreach_lerp_([twin[0].weight], [torch.rand_like(conv.weight)], 0.5)
+    check(twin)
+    assert norm.kernel(conv) is kept
+    conv.weight.mul_(2.0)
+    check(pair)
+    conv.weight = nn.Parameter(torch.rand_like(conv.weight), requires_grad=False)
+    check(pair)
+    check(pair.double())
+    pair.float()
+    with torch.inference_mode():
+        check(pair)
+    conv.requires_grad_(True)
+    conv_norm(conv, norm, images).sum().backward()
+    assert conv.weight.grad is not None
+
+
+@pytest.mark.parametrize("images", [1, 16])
+@pytest.mark.parametrize(("side", "stride"), [(8, 1), (32, 1), (32, 2)])
+def test_convolutions_of_one_pixel_are_torchs(images, side, stride):
+    """In values and gradients, whichever algorithm computes them."""
+    conv = nn.Conv2d(6, 5, 1, stride)
+    x = torch.randn(images, 6, side, side, requires_grad=True)
+    results = []
+    for out in (F.conv2d(x, conv.weight, conv.bias, stride), convolve(conv, x, *conv.parameters())):
+        inputs = (x, *conv.parameters())
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("stages", [0, 1, 2, 5])

@@ -57,8 +57,10 @@ class ToyModel(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(8 * (SIZE // 4) ** 2, QUERIES * (CLASSES + 4))
 
-    def forward(self, images: Tensor, padding_mask: Tensor, targets: object = None) -> ToyOutputs:
-        assert images.shape[0] == padding_mask.shape[0]
+    def forward(
+        self, images: Tensor, padding_mask: Tensor | None, targets: object = None
+    ) -> ToyOutputs:
+        assert padding_mask is None or images.shape[0] == padding_mask.shape[0]
         features = self.backbone(images.to(self.head.weight.dtype)).flatten(1)
         out = self.head(self.dropout(features)).view(-1, QUERIES, CLASSES + 4)
         out = out.to(torch.promote_types(out.dtype, torch.float32))

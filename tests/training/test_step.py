@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from runkey import params
+from runkey.data.dataset import normalise
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
+from runkey.model.matcher import Targets
 from runkey.training.device import Precision
 from runkey.training.optimizer import Clipper, Ema, build_optimizer, trained_parameters
 from runkey.training.step import TrainStep, accumulate_gradients, train_step
@@ -286,3 +288,35 @@ def test_a_step_waits_once_for_the_gpu(dtype, clip):
         torch.cuda.set_sync_debug_mode("default")
     assert [result.skipped.item() for result in results] == [0, 1]
     assert all(tensor.isfinite().all() for tensor in ema.module.state_dict().values())
+
+
+def test_a_batch_of_full_images_is_computed_without_a_mask():
+    """The same numbers but for rounding; the smaller image of another batch keeps its mask."""
+    seen = []
+
+    class Watched(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images, padding_mask, targets):
+            seen.append(padding_mask)
+            return self.model(images, padding_mask, targets)
+
+    parts = real("fast")
+    model, criterion = parts.model, parts.criterion
+    parts = dataclasses.replace(parts, model=Watched(model))
+    (full,) = toy.make_window([1, 2], 2, size=32)
+    accumulate_gradients(parts, (full,))
+    gradients = [p.grad.clone() for p in model.parameters()]
+    smaller = dataclasses.replace(full, sizes=torch.tensor([[32, 32], [32, 24]]))
+    accumulate_gradients(parts, (smaller,))
+    assert seen[0] is None
+    assert seen[1].sum() == 32 * 8
+    model.zero_grad()
+    images, mask = normalise(full)
+    targets = Targets(full.boxes_cxcywh, full.labels, full.counts)
+    losses = criterion(model(images, mask, targets), targets, criterion.normaliser(full.counts))
+    losses.total.backward()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)

@@ -22,29 +22,104 @@ from runkey.model.backbones import BodySpec
 from runkey.model.transformer import is_traced
 
 
-def conv_norm(conv: nn.Conv2d, norm: Any, x: Tensor) -> Tensor:
+class FrozenNorm(nn.Module):
+    """Batch norm with constants, under torchvision's names: `scale` * x + `shift`.
+
+    Scale and shift are computed when the constants are loaded, moved or cast.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.keeps_kernel = False
+        """Whether the convolution before it is never trained: their product is kept, too."""
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self._fold()
+
+    def _fold(self) -> None:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", self.bias - self.running_mean * scale, persistent=False)
+        self._kernel: tuple[Tensor, int, Tensor] | None = None
+
+    def _apply(self, *arguments: Any, **options: Any) -> FrozenNorm:
+        super()._apply(*arguments, **options)
+        self._fold()
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        state_dict.pop(f"{prefix}num_batches_tracked", None)  # of a live norm
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._fold()
+
+    def kernel(self, conv: nn.Conv2d) -> Tensor:
+        """Return the convolution's kernel times the scale."""
+        weight = conv.weight
+        if not self.keeps_kernel or weight.requires_grad or is_traced() or weight.is_inference():
+            return weight * self.scale[:, None, None, None]
+        kept = self._kernel
+        if kept is None or kept[0] is not weight or kept[1] != weight._version:
+            with torch.inference_mode(False), torch.no_grad():
+                kernel = weight * self.scale[:, None, None, None]
+            self._kernel = kept = weight, weight._version, kernel
+        return kept[2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [B, C, h, w]."""
+        return x * self.scale[:, None, None] + self.shift[:, None, None]
+
+
+def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """Compute `norm(conv(x))`; a frozen norm only scales the kernel.
 
     That saves a pass over the activations and keeps them in the convolution's dtype under autocast.
     A norm that was folded into the convolution is `nn.Identity`.
     """
-    if isinstance(norm, nn.BatchNorm2d | nn.Identity):
-        out: Tensor = norm(conv(x))
-        return out
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    shift = norm.bias - norm.running_mean * scale
-    kernel = conv.weight * scale[:, None, None, None]
-    return F.conv2d(x, kernel, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+    if isinstance(norm, FrozenNorm):
+        return convolve(conv, x, norm.kernel(conv), norm.shift)
+    out: Tensor = norm(convolve(conv, x, conv.weight, conv.bias))
+    return out
+
+
+def convolve(conv: nn.Conv2d, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute `conv(x)` with another kernel and bias, by the fast one of a CPU's algorithms."""
+    is_plain = x.device.type == "cpu" and x.dtype == torch.float32 and not is_traced()
+    is_large = x.shape[0] * x.shape[2] * x.shape[3] >= _MANY_CELLS
+    dilation = conv.dilation
+    if conv.kernel_size == (1, 1) and is_plain and is_large:
+        dilation = (2, 2)
+    return F.conv2d(x, kernel, bias, conv.stride, conv.padding, dilation, conv.groups)
+
+
+class Pointwise(nn.Conv2d):
+    """A convolution of one pixel that `convolve` computes."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 1)
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return convolve(self, input, weight, bias)
+
+
+# With one thread and fewer than 16 images torch takes its own algorithm for kernels of one pixel,
+# but oneDNN's for dilated ones. A dilation changes nothing about one pixel, and oneDNN takes 4 to
+# 27% less time, unless the map is small (benchmarks/results/step.md).
+_MANY_CELLS = 512
 
 
 def norm_layer(*, frozen: bool, eps: float) -> Callable[[int], nn.Module]:
-    """Return what builds a norm: batch norm, or torchvision's with fixed buffers."""
-    if not frozen:
-        return partial(nn.BatchNorm2d, eps=eps)
-    # Imported here because it takes as long as torch's own import.
-    from torchvision.ops import FrozenBatchNorm2d
-
-    return partial(cast(Any, FrozenBatchNorm2d), eps=eps)
+    """Return what builds a norm: batch norm, or constants in its place."""
+    return partial(FrozenNorm if frozen else nn.BatchNorm2d, eps=eps)
 
 
 def residual_block(block: Any, x: Tensor) -> Tensor:
@@ -57,7 +132,7 @@ def residual_block(block: Any, x: Tensor) -> Tensor:
     out = conv_norm(block.conv2, block.bn2, out)
     if hasattr(block, "conv3"):
         out = conv_norm(block.conv3, block.bn3, F.relu(out, inplace=True))
-    return F.relu(out + shortcut, inplace=True)
+    return F.relu(out.add_(shortcut), inplace=True)
 
 
 class Body(nn.Module):
@@ -96,6 +171,9 @@ class Body(nn.Module):
         for stage in self.stages()[: self.frozen_stages]:
             for module in stage:
                 module.requires_grad_(False)
+                for norm in module.modules():
+                    if isinstance(norm, FrozenNorm):
+                        norm.keeps_kernel = True
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Body:

@@ -91,7 +91,7 @@ class Inverted(nn.Module):
         """Map [B, inputs, h, w] to [B, outputs, h / stride, w / stride]."""
         wide = _relu6(self.conv_dw, self.bn2, _relu6(self.conv_pw, self.bn1, x))
         out = layers.conv_norm(self.conv_pwl, self.bn3, wide)
-        return out + x if self.adds else out
+        return out.add_(x) if self.adds else out
 
 
 class Lite(layers.Body):
