@@ -181,7 +181,7 @@ def _giou(found: Tensor, true: Tensor) -> Tensor:
 
 def _area(sizes: Tensor) -> Tensor:
     """Multiply widths and heights [2, N, M], none below 0, in place."""
-    width, height = sizes.clamp_(min=0)
+    width, height = sizes.clamp_(min=0).unbind()
     return width.mul_(height)
 
 

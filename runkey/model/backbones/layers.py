@@ -53,7 +53,7 @@ class FrozenNorm(nn.Module):
         self._kernel: tuple[Tensor, int, Tensor] | None = None
 
     def _apply(self, *arguments: Any, **options: Any) -> FrozenNorm:
-        super()._apply(*arguments, **options)
+        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
         self._fold()
         return self
 
@@ -87,7 +87,7 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """
     if isinstance(norm, FrozenNorm):
         return convolve(conv, x, norm.kernel(conv), norm.shift)
-    out: Tensor = norm(convolve(conv, x, conv.weight, conv.bias))
+    out: Tensor = norm(conv(x))
     return out
 
 
@@ -104,8 +104,8 @@ def convolve(conv: nn.Conv2d, x: Tensor, kernel: Tensor, bias: Tensor | None) ->
 class Pointwise(nn.Conv2d):
     """A convolution of one pixel that `convolve` computes."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, 1)
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, 1, bias=bias)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return convolve(self, input, weight, bias)

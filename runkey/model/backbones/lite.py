@@ -37,7 +37,10 @@ _Norm = Callable[[int], nn.Module]
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     # With stride 2 `_same` pads.
     padding = kernel // 2 if stride == 1 else 0
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
+    if kernel == 1:
+        conv: nn.Conv2d = layers.Pointwise(inputs, outputs, bias=False)
+    else:
+        conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
     # As timm, for the outputs of a group: activations keep their variance.
     nn.init.normal_(conv.weight, 0.0, (2.0 * groups / (kernel**2 * outputs)) ** 0.5)
     return conv
