@@ -39,6 +39,8 @@ def detector_of(name):
             module.bias.data.normal_(0, 0.1)
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    # Frozen norms compute their scale when their constants are loaded.
+    detector.load_state_dict(detector.state_dict())
     return detector
 
 

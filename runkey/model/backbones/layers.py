@@ -25,7 +25,8 @@ from runkey.model.transformer import is_traced
 class FrozenNorm(nn.Module):
     """Batch norm with constants, under torchvision's names: `scale` * x + `shift`.
 
-    Scale and shift are computed when the constants are loaded, moved or cast.
+    Scale and shift are computed when the constants are loaded, moved or cast; after a change in
+    place, load the state dict again.
     """
 
     weight: Tensor
