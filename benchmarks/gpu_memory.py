@@ -163,7 +163,7 @@ def bodies() -> list[Configuration]:
         of("photos", "bf16", 16, 384, 512),
         of("photos", "off", 8, 608, 800, feature_strides=[8, 16]),
         of("photos", "bf16", 8, 480, 640, backbone="timm:convnext_tiny"),
-        of("photos", "off", 4, 512, 512, backbone="timm:vit_small_patch16_224"),
+        of("photos", "off", 4, 512, 512, backbone="timm:vit_small_patch16_224", frozen_stages=0),
         of("photos", "bf16", 8, 576, 768, backbone="timm:resnet18", frozen_stages=0),
         of("photos", "off", 8, 448, 448, backbone="resnet50", frozen_stages=2),
         of("coco-detr-r50", "bf16", 6, 704, 1056, dilation=True),
