@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 
 from benchmarks.run_table import machine
 from benchmarks.techniques.outcome import outcome
-from benchmarks.techniques.variants import Variant
+from benchmarks.techniques.variants import BASELINE, Variant
 from runkey.params.render import render_preset
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -98,7 +98,7 @@ def _write_params(variant: Variant, seed: int, path: Path, *, mlflow: bool) -> N
         "runtime.progress": False,
         "runtime.system_metrics_seconds": 1.0 if mlflow else 0.0,
     }
-    for name, value in (fixed | variant.settings).items():
+    for name, value in (fixed | BASELINE | variant.settings).items():
         *sections, last = name.split(".")
         place: Any = params
         for section in sections:

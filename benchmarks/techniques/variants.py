@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+BASELINE: dict[str, Any] = {
+    "schedule.name": "cosine",
+    "model.initial_box": 0.1,
+    "training.epochs": 24,
+}
+"""What the sample's preset was when the results were measured; each variant changes this."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -15,7 +22,8 @@ class Variant:
     pages: tuple[str, ...]
     """Those of docs/guide that have it in their table."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Parameters by dotted name; what is not named is as in presets/sample.yaml."""
+    """Parameters by dotted name; what is not named is as in `BASELINE`, then as in
+    presets/sample.yaml."""
     seeds: int = 1
     """How many seeds there are at least, from 0 on."""
     device: str = "cpu"

@@ -95,7 +95,7 @@ def no_number(_: Path) -> None:
 
 
 PROVOKED = {
-    "unknown key": parameters(("  epochs: 24", "  epoch: 24")),
+    "unknown key": parameters(("  epochs: 26", "  epoch: 26")),
     "no number": parameters(("lr: 0.001", "lr: fast")),
     "three at once": parameters(
         ("  hidden_dim: 96", "  hidden_dim: 15"),

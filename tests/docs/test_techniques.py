@@ -10,7 +10,7 @@ import pytest
 from benchmarks.techniques.collect import CURVES, FOLDER
 from benchmarks.techniques.pictures import PICTURES, draw
 from benchmarks.techniques.tables import GUIDE, fill, read_rows, table
-from benchmarks.techniques.variants import VARIANTS
+from benchmarks.techniques.variants import BASELINE, VARIANTS
 from runkey.params import load_params
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def test_a_picture_is_drawn_from_runs_in_the_results(page: str, tmp_path: Path) 
 
 
 def test_variants_change_what_there_is() -> None:
-    known = load_params(ROOT / "presets" / "sample.yaml").flat(runtime=True)
+    known = load_params(ROOT / "presets" / "sample.yaml").flat(runtime=True) | BASELINE
     for variant in VARIANTS:
         assert set(variant.settings) <= set(known), variant.name
         for name, value in variant.settings.items():
