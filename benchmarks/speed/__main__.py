@@ -5,7 +5,7 @@
 
 Needs `make reference` and `make env-bench`.  Losses, scores or metrics are compared before anything
 is timed; contestants run in turn; a ratio is that of one round.  results/speed.json keeps the
-numbers by label, each part as soon as it is measured; results/speed.md is the table of them.
+numbers by label, each as soon as it is measured; results/speed.md is the table of them.
 Without `--images`, a folder with COCO's annotations/ and train2017/, the loader is left out.
 """
 
@@ -46,7 +46,7 @@ VERSIONS = (
 
 
 def main() -> None:
-    """Measure, and write the file and the table after each part."""
+    """Measure, and write the file and the table after each number."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS, "table"], default=[])
     parser.add_argument("--reference", type=Path, default=Path(".reference/detr"))
@@ -66,17 +66,16 @@ def main() -> None:
                 print(f"{name}: left out; name COCO's folder with --images")
                 continue
             start = time.perf_counter()
-            rows: dict[str, Any] = {}
             for row in measures[name]():
-                rows[row.name] = row.summary()
                 _print(row)
-            column = found.setdefault(chosen.label, {"rows": {}})
-            column["rows"] |= rows
-            column |= {"commit": commit, "machine": machine(VERSIONS)}
-            print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-            if not chosen.quick:
+                if chosen.quick:
+                    continue
+                column = found.setdefault(chosen.label, {"rows": {}})
+                column["rows"][row.name] = row.summary()
+                column |= {"commit": commit, "machine": machine(VERSIONS)}
                 JSON.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
                 TABLE.write_text(table(found), encoding="utf-8")
+            print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def parts(

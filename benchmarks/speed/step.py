@@ -140,7 +140,7 @@ def _measure_losses(model: Model, theirs: nn.Module, images: int, boxes: int, ro
     def ours() -> float:
         total = criterion(Outputs(logits, predicted), targets, normaliser).total
         total.backward()
-        return float(total)
+        return total.item()
 
     def reference_losses() -> float:
         layers = [
@@ -149,7 +149,7 @@ def _measure_losses(model: Model, theirs: nn.Module, images: int, boxes: int, ro
         found = theirs({**layers[-1], "aux_outputs": layers[:-1]}, each)
         total = sum(found[part] * weight for part, weight in theirs.weight_dict.items())
         total.backward()
-        return float(total)
+        return total.item()
 
     name = f"matching and losses, batch {images}, {boxes} boxes an image"
     agreement = check(name, {DETR: relative(reference_losses(), ours())}, 1e-4)
