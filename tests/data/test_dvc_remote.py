@@ -73,7 +73,7 @@ def test_data_dvc_alone_names_the_seed_remote():
 def test_pull_then_own_data(clone):
     """One story, for every dvc call takes seconds."""
     dvc(clone, "pull", "data.dvc")
-    assert len(list(clone.glob("data/*/*.jpg"))) == 500
+    assert len(list(clone.glob("data/*/*.jpg"))) == 600
     assert git(clone, "status", "--porcelain") == ""
     assert "up to date" in dvc(clone, "status")
     assert own_data_note(clone) is None
@@ -95,7 +95,7 @@ def test_pull_then_own_data(clone):
     (clone / "data.dvc").write_text(text)
     assert own_data_note(clone) is None
     dvc(clone, "push")
-    assert len([p for p in (clone / ".dvc/store").rglob("*") if p.is_file()]) == 505
+    assert len([p for p in (clone / ".dvc/store").rglob("*") if p.is_file()]) == 606
     assert git(clone, "status", "--porcelain").split() == ["M", "data.dvc"]
 
 
