@@ -64,7 +64,7 @@ def failed(project: Project) -> str:
 def test_the_training_stops_with_a_report(project: Project, failed: str) -> None:
     [line] = [line for line in failed.splitlines() if line.startswith("error: step ")]
     assert "loss or gradients were not finite in 2 of the last" in line
-    assert "already rolled back 1 times; see " in line
+    assert "already rolled back 1 time; see " in line
     assert "`runkey debug-step --step 3`" in line
     skipped = "is skipped: loss or gradients are not finite (micro-batch 1: logits of "
     assert skipped in in_one_line(failed)
