@@ -69,7 +69,7 @@ def test_the_training_stops_with_a_report(project: Project, failed: str) -> None
     skipped = "is skipped: loss or gradients are not finite (micro-batch 1: logits of "
     assert skipped in in_one_line(failed)
     [report] = project.root.glob(".runkey/rk2-*/bad-step-3.json")
-    assert json.loads(report.read_text())["outcome"] == "stopped: already rolled back 1 times"
+    assert json.loads(report.read_text())["outcome"] == "stopped: already rolled back 1 time"
     # MLflow's run has them too, and is marked as failed.
     kept = {path.name for path in project.root.glob("mlartifacts/*/artifacts/reports/*.json")}
     assert kept == {"bad-step-1.json", "bad-step-3.json"}
