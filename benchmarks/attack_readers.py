@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from runkey.data.cache import open_cache
 from runkey.data.image_list import read_image_list
 from runkey.data.index import index_file, read_classes, read_index
 from runkey.data.prepare import prepare
@@ -54,7 +53,6 @@ def _prepared(root: Path, _: Names) -> None:
     read_classes(prepared / "classes.json")
     for split in ("train", "val"):
         read_index(index_file(prepared, split))
-        open_cache(prepared, split)
     read_image_list(read_plain(prepared / "images.json"), "images.json")
     prepared_shapes(load_params(root / "params.yaml"), prepared)
 

@@ -126,7 +126,10 @@ def workspace(start: Path | None = None) -> Path:
     )
 
 
-def store_root() -> Path:
-    """The main checkout: `DVC_ROOT` where DVC set it, so that runs from temporary folders last."""
+def store_root(root: Path | None = None) -> Path:
+    """The main checkout: `DVC_ROOT` where DVC set it, so that runs from temporary folders last.
+
+    Elsewhere it is the workspace `root`, which is looked for if it is not known.
+    """
     from_dvc = os.environ.get("DVC_ROOT")
-    return Path(from_dvc).resolve() if from_dvc else workspace()
+    return Path(from_dvc).resolve() if from_dvc else root or workspace()

@@ -11,15 +11,15 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional
 
 from runkey.params import Augment, Data, Params
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Purpose = Literal["order", "windows", "geometry", "colour", "zoom_out", "mosaic"]
 """What random numbers are for; the name is hashed. "windows" orders an epoch's global batches."""
@@ -194,6 +194,9 @@ def augment_image(image: Tensor, augment: AugmentParams, out: Tensor | None = No
     From uint8 [3, h, w] to uint8 [3, *augment.size], in `out` if it is given; the output is
     `OUTSIDE_RGB` outside the source. Channels last in memory is fast.
     """
+    import torch  # here, since `prepare` does without
+    from torch.nn import functional
+
     if out is None:
         out = torch.empty(*augment.size, 3, dtype=torch.uint8).permute(2, 0, 1)
     x, y = augment.spans((image.shape[1], image.shape[2]))

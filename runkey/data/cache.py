@@ -1,176 +1,160 @@
-"""Decoded images of a split in one flat file.
+"""Decoded images of a split in one flat file, made when a loader first needs it.
 
-Those of train are shrunk to the largest size that training needs, those of val are resized as
-`evaluate` reads them.
+    .runkey/decoded/<digest>.npy    uint8, one dimension: the images' [h, w, 3] bytes, concatenated
 
-prepared/cache_train.npy    uint8, one dimension: the images' [h, w, 3] bytes, concatenated
-prepared/cache_train.json   {"offsets": [...], "shapes": [[h, w], ...]}   in the index's order
+It is beside the store and outside DVC's outputs, so experiments share it and DVC keeps no copies.
+A missing or damaged file costs time alone: pixels are those of `CachePlan` with it and without.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, chain
+import logging
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
-from pydantic import Field
-from torch import Tensor
 
-from runkey.errors import DataError
-from runkey.files import LARGE, FormatError, read_json, write_atomically
+from runkey.data.augment import resized_sizes
+from runkey.data.image_list import IMAGE_LIST
+from runkey.data.index import Index
+from runkey.files import replacing
+from runkey.hashing import sha256_bytes
+from runkey.params import Data
+from runkey.paths import home_of, store_root
+from runkey.units import GIB
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 HEADROOM = 1.35
 """Cached size relative to the largest output size: zooming in by augmentation (exp(0.25) = 1.28
 by default) needs the additional pixels."""
 _HEADER_BYTES = 128  # NumPy pads the header of a flat array to this, whatever the length
+_FORMAT = b"decoded1"
+_KEPT_FILES = 8
+"""The most recently used are kept; experiments with other sizes make others."""
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Which images of a split are kept decoded, the first ones of the index, and in which size."""
+
+    shapes: NDArray[np.int64]
+    """[k, 2]: (height, width) of the first k images, pixels."""
+    shrinks: bool
+    """All images of a training are resized to their shape first, whether they come from the cache
+    or from files. Where the cache has only some, none are, so that it does not change pixels."""
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int64]:
+        """[k + 1]: where the pixels of each image begin, bytes."""
+        return np.cumsum([0, *(3 * self.shapes.prod(axis=1)).tolist()], dtype=np.int64)
+
+
+def plan_cache(data: Data, index: Index, *, training: bool) -> CachePlan:
+    """Choose the images of a split that fit into `data.cache_gib`.
+
+    For training they are kept in `HEADROOM` times their largest output, and never larger than the
+    image; for evaluation as it reads them, so that its pixels are the same without the cache.
+    """
+    if training:
+        shapes = shrunk_sizes(index.sizes, data)
+    else:
+        largest = np.full(len(index), max(data.short_sides))
+        shapes = resized_sizes(index.sizes, largest, data.long_side)
+    limit = data.cache_gib * GIB
+    if len(shapes) and 3 * shapes.prod(axis=1).sum() <= limit:
+        return CachePlan(shapes, shrinks=training)
+    if training:
+        shapes = index.sizes
+    fitting = np.searchsorted(np.cumsum(3 * shapes.prod(axis=1)), limit, side="right")
+    return CachePlan(shapes[:fitting], shrinks=False)
+
+
+def shrunk_sizes(sizes: NDArray[np.int64], data: Data) -> NDArray[np.int64]:
+    """Return (height, width) of train's cached images, [N, 2]; the long side's bound wins."""
+    short, long = sizes.min(axis=1), sizes.max(axis=1)
+    wanted = np.minimum(max(data.short_sides) / short, data.long_side / long)
+    scale = np.minimum(1.0, HEADROOM * wanted)[:, None]
+    shrunk: NDArray[np.int64] = np.maximum(1, np.rint(sizes * scale).astype(np.int64))
+    return shrunk
 
 
 class ImageCache:
-    """A split's decoded images, memory-mapped: opening is free, and processes share the pages."""
+    """The decoded images of a plan, memory-mapped: opening is free, processes share the pages."""
 
-    def __init__(self, path: Path, offsets: list[int], shapes: list[list[int]]) -> None:
-        """Map the file; `open_cache` reads offsets and shapes."""
-        self._table = path, offsets, shapes
+    def __init__(self, path: Path, plan: CachePlan) -> None:
+        """Map the file; OSError or ValueError if it is not there or not of the plan's size."""
+        self._path, self._plan = path, plan
         self._bytes: NDArray[np.uint8] = np.load(path, mmap_mode="r")
+        if path.stat().st_size != _HEADER_BYTES + plan.offsets[-1]:
+            raise ValueError("of another size")
 
     def __len__(self) -> int:
-        return len(self._table[1])
+        return len(self._plan.shapes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the file's name: a worker process maps the file itself."""
-        return ImageCache, self._table
+        return ImageCache, (self._path, self._plan)
 
     def image(self, index: int) -> Tensor:
         """Read the image at a position of the index, turned: a copy, which may be modified.
 
         Returns uint8 [3, h, w] RGB, channels last in memory.
         """
-        _, offsets, shapes = self._table
-        height, width = shapes[index]
-        flat = np.array(self._bytes[offsets[index] : offsets[index] + height * width * 3])
+        import torch  # here, since `prepare` does without
+
+        start, stop = self._plan.offsets[index : index + 2].tolist()
+        height, width = self._plan.shapes[index].tolist()
+        flat = np.array(self._bytes[start:stop])
         return torch.from_numpy(flat).view(height, width, 3).permute(2, 0, 1)
 
 
-class _Table(TypedDict):
-    offsets: list[int]
-    shapes: list[Annotated[list[int], Field(min_length=2, max_length=2)]]
+def cache_file(prepared: Path, index: Index, plan: CachePlan) -> Path:
+    """Return the file of a plan's images, by the content of these and of the index."""
+    listed, indexed = prepared / IMAGE_LIST, index.path
+    parts = [_FORMAT, plan.shapes.tobytes(), str(plan.shrinks).encode()]
+    parts += [file.read_bytes() for file in (listed, indexed) if file and file.is_file()]
+    digest = sha256_bytes(b"".join(bytes.fromhex(sha256_bytes(part)) for part in parts))
+    return home_of(store_root(prepared.parent)) / "decoded" / f"{digest[:32]}.npy"
 
 
-def open_cache(folder: Path, split: str) -> ImageCache | None:
-    """Open a split's cache in `folder` (prepared/); None if prepare made none.
-
-    Raises:
-        DataError: the cache's two files do not fit each other.
-    """
-    data, path = _files(folder, split)
-    if not path.is_file():
+def open_cache(path: Path, plan: CachePlan) -> ImageCache | None:
+    """Open the file of a plan's images; None if there is none that is whole, or no image."""
+    if not len(plan.shapes):
         return None
     try:
-        table: _Table = read_json(path, _Table, LARGE)
-    except FormatError as error:
-        raise DataError(f"{path}: {error}; run `dvc repro --force prepare`") from None
-    want = _HEADER_BYTES + sum(h * w * 3 for h, w in table["shapes"])
-    starts = list(accumulate((h * w * 3 for h, w in table["shapes"]), initial=0))[:-1]
-    if table["offsets"] != starts or min(chain.from_iterable(table["shapes"]), default=1) < 1:
-        raise DataError(f"{path}: offsets and shapes do not fit; run `dvc repro --force prepare`")
-    have = data.stat().st_size if data.is_file() else 0
-    if have != want:
-        raise DataError(f"{data}: {have} bytes, not {want}; run `dvc repro --force prepare`")
-    return ImageCache(data, table["offsets"], table["shapes"])
+        cache = ImageCache(path, plan)
+    except (OSError, ValueError, EOFError):
+        return None
+    with suppress(OSError):
+        os.utime(path)  # it is in use, see `_KEPT_FILES`
+    return cache
 
 
-Place = tuple[int, int, int]
-"""Of an image in a scratch file: offset in bytes, height, width."""
+def write_cache(path: Path, plan: CachePlan, images: Iterable[NDArray[np.uint8]]) -> None:
+    """Write the images [h, w, 3] of a plan; without room for them, log so.
 
-
-class Scratch:
-    """Decoded images in a temporary file, until it is known which of them enter a cache."""
-
-    def __init__(self, path: Path) -> None:
-        """Create an empty file."""
-        self._path = path
-        self._file = path.open("w+b")
-
-    def append(self, pixels: NDArray[np.uint8]) -> Place:
-        """Append uint8 pixels [h, w, 3], and return their place."""
-        start = self._file.tell()
-        try:
-            self._file.write(np.ascontiguousarray(pixels).data)
-        except OSError as error:
-            raise _disk_error(self._path, error) from error
-        return start, int(pixels.shape[0]), int(pixels.shape[1])
-
-    def read(self, places: Iterable[Place]) -> Iterator[NDArray[np.uint8]]:
-        """Yield the images at these places; nothing may be appended after that."""
-        for start, height, width in places:
-            self._file.seek(start)
-            data = self._file.read(height * width * 3)
-            yield np.frombuffer(data, dtype=np.uint8).reshape(height, width, 3)
-
-    def close(self) -> None:
-        """Delete the file."""
-        self._file.close()
-        self._path.unlink(missing_ok=True)
-
-
-def cached_size(
-    width: int, height: int, short_sides: Sequence[int], long_side: int
-) -> tuple[int, int]:
-    """Return the (width, height) of train's cached image: `HEADROOM` times the largest output.
-
-    It is never larger than the image. As in resizing, the long side's bound takes precedence.
+    The least recently used files beside it are deleted.
     """
-    wanted = min(max(short_sides) / min(width, height), long_side / max(width, height))
-    scale = min(1.0, HEADROOM * wanted)
-    return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-def shrink(image: Image.Image, short_sides: Sequence[int], long_side: int) -> Image.Image:
-    """Resize an image to its `cached_size`."""
-    size = cached_size(image.width, image.height, short_sides, long_side)
-    if size == image.size:
-        return image
-    return image.resize(size, Image.Resampling.BICUBIC)  # PIL's shrinking is antialiased
-
-
-def write_cache(folder: Path, split: str, images: Iterable[NDArray[np.uint8]]) -> None:
-    """Write uint8 images [h, w, 3] in the index's order; equal images give equal bytes.
-
-    The table is written last, so an interrupted run leaves no cache that opens.
-    """
-    data, table = _files(folder, split)
-    temporary = data.with_name(data.name + ".tmp")
-    shapes = []
+    size = int(plan.offsets[-1])
     try:
-        with temporary.open("wb") as file:
-            file.write(b"\0" * _HEADER_BYTES)
+        with replacing(path, wanted=size) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (size,)}
+            np.lib.format.write_array_header_1_0(file, header)
+            assert file.tell() == _HEADER_BYTES
             for pixels in images:
                 file.write(np.ascontiguousarray(pixels).data)
-                shapes.append(pixels.shape[:2])
-            *offsets, total = accumulate((h * w * 3 for h, w in shapes), initial=0)
-            file.seek(0)
-            header = {"descr": "|u1", "fortran_order": False, "shape": (total,)}
-            np.lib.format.write_array_header_1_0(file, header)
-        temporary.replace(data)
-        write_atomically(table, json.dumps({"offsets": offsets, "shapes": shapes}) + "\n")
+        others = sorted(path.parent.glob("*.npy"), key=lambda one: -one.stat().st_mtime)
+        for old in others[_KEPT_FILES:]:
+            old.unlink(missing_ok=True)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _disk_error(data, error) from error
-
-
-def _disk_error(path: Path, error: OSError) -> DataError:
-    return DataError(
-        f"{path}: cannot be written ({error.strerror}); make room or set data.cache_gib: 0 "
-        "in params.yaml"
-    )
-
-
-def _files(folder: Path, split: str) -> tuple[Path, Path]:
-    """The pixels and the table."""
-    return folder / f"cache_{split}.npy", folder / f"cache_{split}.json"
+        logger.info(f"images are decoded in every epoch: {error}; or set data.cache_gib: 0")

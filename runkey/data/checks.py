@@ -2,12 +2,11 @@
 
 A check calls `_mend(NAME, ...)`, or `_leave_out` if there is no fix; NAME is a field of
 `params.Checks`. Images are decoded once, by `runkey.data.scan` in one thread per core; the same
-pass shrinks the pixels for the cache and sums them for the mean.
+pass sums the pixels for the mean.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import posixpath
 import re
@@ -16,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -24,17 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runkey.data import box_format
-from runkey.data.augment import evaluation_size
 from runkey.data.box_format import is_finite
-from runkey.data.cache import Place, Scratch, cached_size
 from runkey.data.coco import Coco, CocoAnnotation, CocoImage
-from runkey.data.index import ImageRecord, SplitName
+from runkey.data.index import ImageRecord
 from runkey.data.pixel_range import PixelRange
 from runkey.data.report import Findings
 from runkey.data.scan import FileError, Scan, scan_image
 from runkey.params import Data
 from runkey.progress import progress
-from runkey.units import GIB, counted
+from runkey.units import counted
 
 _ABSOLUTE = re.compile("/|[A-Za-z]:")
 # A box that overhangs the image by less is rounding, clipped without a finding.
@@ -73,8 +70,6 @@ class CheckedImage:
     """SHA-256 of the file."""
     sums: NDArray[np.int64]
     """[2, 3]: sum and sum of squares of the stored pixels, 0..255, in each channel."""
-    places: Mapping[SplitName, Place]
-    """Of its pixels in the scratch file, for the cache of each split that it may be in."""
 
     @property
     def classes(self) -> frozenset[int]:
@@ -105,40 +100,21 @@ class SourceChecks:
     labels: Mapping[int, int]
     """Class index of each category id."""
     findings: Findings
-    scratch: Scratch
     pixels: PixelRange
-    shares: Mapping[SplitName, float]
-    """Fraction of the images that each split gets."""
     tally: _Tally = field(default_factory=_Tally)
 
     def accepted_images(self) -> Iterator[CheckedImage]:
         """Check the entries, then every file against the JSON, then its boxes against the image.
 
-        Yields the accepted images in order. Their pixels are in the scratch file, unless they
-        would need more than `data.cache_gib`; only some are in memory at a time.
+        Yields the accepted images in order; the pixels of only some are in memory at a time.
         """
         start = len(self.findings.items)
         images = self._listed_images()
-        for image, future in self._scan_images(images, self._cached_splits(images)):
+        for image, future in self._scan_images(images):
             with suppress(_LeftOut):
                 yield self._accept(image, future)
         self._check_fractions(start)
         self._check_scaling()
-
-    def _cached_splits(self, images: list[CocoImage]) -> tuple[SplitName, ...]:
-        """The splits of the JSON whose images fit into a cache; the limit applies to each."""
-        data = self.data
-        trained = sum(
-            math.prod(cached_size(i.width, i.height, data.short_sides, data.long_side))
-            for i in images
-        )
-        held = sum(math.prod(evaluation_size(data, i.height, i.width)) for i in images)
-        limit = data.cache_gib * GIB
-        return tuple(
-            split
-            for split, share in self.shares.items()
-            if 3 * (trained if split == "train" else held) * share <= limit
-        )
 
     def _mend(self, kind: str, what: str, image_id: int, file: str = "", **more: Any) -> None:
         """Record a fault; raise `_LeftOut` unless its policy is `fix`."""
@@ -364,15 +340,13 @@ class SourceChecks:
                 " width and height in the JSON are placeholders, write the sizes of the files"
             )
 
-    def _scan_images(
-        self, images: list[CocoImage], cached: tuple[SplitName, ...]
-    ) -> Iterator[tuple[CocoImage, Future[Scan]]]:
+    def _scan_images(self, images: list[CocoImage]) -> Iterator[tuple[CocoImage, Future[Scan]]]:
         """Scan each image once, in order, some of them ahead of the consumer."""
         source = self.coco.source
 
         def submit(image: CocoImage) -> tuple[CocoImage, Future[Scan]]:
             path = source.data / image.file
-            return image, pool.submit(scan_image, path, image, self.data, cached)
+            return image, pool.submit(scan_image, path, image, self.data)
 
         threads = len(os.sched_getaffinity(0))
         with (
@@ -418,13 +392,10 @@ class SourceChecks:
         decoding = (*scan.frame, *scan.rotation)
         columns = (boxes, labels, areas, crowd, ids)
         record = ImageRecord(image.id, image.file, *decoding, *columns, intensity_range)
-        checked = CheckedImage(record, image.name, scan.digest, scan.sums, {})
+        checked = CheckedImage(record, image.name, scan.digest, scan.sums)
         self._check_copy(image, checked)
         self._count(image, scan)
-        distinct = {id(pixels): pixels for pixels in scan.pixels.values()}  # of val and test: one
-        stored = {one: self.scratch.append(pixels) for one, pixels in distinct.items()}
-        places = {split: stored[id(pixels)] for split, pixels in scan.pixels.items()}
-        return replace(checked, places=places)
+        return checked
 
     def _count(self, image: CocoImage, scan: Scan) -> None:
         frame = (scan.frame[0] / scan.scale[0], scan.frame[1] / scan.scale[1])

@@ -28,7 +28,7 @@ from runkey.data.augment import (
     augment_boxes,
     augment_image,
 )
-from runkey.data.cache import ImageCache
+from runkey.data.cache import CachePlan, ImageCache
 from runkey.data.decode import decode_rgb, resize
 from runkey.data.index import Index
 from runkey.errors import RunkeyError
@@ -120,6 +120,8 @@ class BatchMaker(Dataset["Batch | RunkeyError"]):
     colours do not change, every box is kept that has area, and `decode.resize` makes the size."""
     max_objects: int
     """Most boxes of an image, the largest ones are kept; 0: no limit."""
+    plan: CachePlan | None = None
+    """Of the cache; says what is made of images from files too."""
 
     def make(self, request: Request) -> Batch:
         """Read, resample and pad the images of a request; a DataError names an unreadable one."""
@@ -132,7 +134,7 @@ class BatchMaker(Dataset["Batch | RunkeyError"]):
             images[i, :, : augment.size[0], augment.size[1] :].zero_()
             sources = []
             for tile in augment.images(index):
-                image = self._image(tile.index, tile.augment.size)
+                image = self.image(tile.index, tile.augment.size)
                 rows = slice(tile.top, tile.top + tile.augment.size[0])
                 columns = slice(tile.left, tile.left + tile.augment.size[1])
                 augment_image(image, tile.augment, images[i, :, rows, columns])
@@ -203,15 +205,25 @@ class BatchMaker(Dataset["Batch | RunkeyError"]):
         keep = np.flatnonzero(visible > least)
         return boxes_xyxy[keep], labels[keep]
 
-    def _image(self, index: int, size: tuple[int, int]) -> Tensor:
-        if self.cache is not None:
+    def image(self, index: int, size: tuple[int, int]) -> Tensor:
+        """Read an image, uint8 [3, h, w]; without augmentation in an output (height, width)."""
+        if self.cache is not None and index < len(self.cache):
             image = self.cache.image(index)
         else:
-            image = decode_rgb(self.folder / self.index.file(index), *self.index.decoding(index))
+            shrunk = None
+            if self.plan is not None and self.plan.shrinks:
+                shrunk = _shape(self.plan.shapes[index])
+            path = self.folder / self.index.file(index)
+            image = decode_rgb(path, *self.index.decoding(index), shrunk)
         if self.augmentation is None and image.shape[1:] != size:
             pixels = np.array(resize(image.permute(1, 2, 0).numpy(), size))
             return torch.from_numpy(pixels).permute(2, 0, 1)
         return image
+
+
+def _shape(pair: NDArray[np.int64]) -> tuple[int, int]:
+    height, width = pair.tolist()
+    return height, width
 
 
 def _empty_images(count: int, height: int, width: int) -> Tensor:

@@ -169,9 +169,15 @@ def resize(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8
 
 
 def decode_rgb(
-    path: Path, rotate: int, mirror: bool, intensity_range: IntensityRange | None = None
+    path: Path,
+    rotate: int,
+    mirror: bool,
+    intensity_range: IntensityRange | None = None,
+    shrunk: tuple[int, int] | None = None,
 ) -> Tensor:
     """Decode an image that `prepare` has accepted, and turn and scale it as its record says.
+
+    It is resized to `shrunk`, (height, width) after turning, as `cache.CachePlan` says.
 
     Returns uint8 [3, H, W] RGB, channels last in memory (resizing is faster so); may be modified.
 
@@ -180,19 +186,45 @@ def decode_rgb(
     """
     import torch  # here, since the other functions do without
 
+    pixels = _accepted(path, intensity_range, _decode_plain_jpeg)
+    if shrunk is not None:
+        pixels = _shrink(pixels, shrunk[::-1] if rotate % 180 else shrunk)
+    return torch.from_numpy(turn(pixels, rotate, mirror)).permute(2, 0, 1)
+
+
+def decode_pixels(
+    path: Path, rotate: int, mirror: bool, intensity_range: IntensityRange | None = None
+) -> NDArray[np.uint8]:
+    """Return what `decode_rgb` does, [H, W, 3], without torch."""
+    return turn(_accepted(path, intensity_range, lambda _: None), rotate, mirror)
+
+
+def _accepted(
+    path: Path,
+    intensity_range: IntensityRange | None,
+    decode: Callable[[bytes], NDArray[np.uint8] | None],
+) -> NDArray[np.uint8]:
+    """Decode a file that `prepare` has accepted, by PIL where `decode` returns None."""
     try:
         content = read_plain(path)
-        pixels = _decode_plain_jpeg(content)
+        pixels = decode(content)
         if pixels is None:
             with open_image(content) as image:
                 pixels = np.array(to_rgb(image, intensity_range))
+        return pixels
     # PIL's decoders raise almost any type (struct.error, SyntaxError, IndexError) on bad bytes.
     except Exception as error:
         reason = "not found" if isinstance(error, FileNotFoundError) else f"unreadable ({error})"
         raise DataError(
             f"{path}: {reason}, though prepare accepted it; run `dvc repro prepare` again"
         ) from error
-    return torch.from_numpy(turn(pixels, rotate, mirror)).permute(2, 0, 1)
+
+
+def _shrink(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    if pixels.shape[:2] == size:
+        return pixels
+    small = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC)
+    return np.array(small)  # PIL's shrinking is antialiased
 
 
 def _decode_plain_jpeg(content: bytes) -> NDArray[np.uint8] | None:

@@ -11,14 +11,18 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import batched
 from multiprocessing import parent_process
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from runkey import paths
@@ -28,7 +32,7 @@ from runkey.data.augment import (
     build_augmentation,
     evaluation_size,
 )
-from runkey.data.cache import open_cache
+from runkey.data.cache import CachePlan, cache_file, open_cache, plan_cache, write_cache
 from runkey.data.dataset import (
     AugmentedImage,
     Batch,
@@ -40,6 +44,7 @@ from runkey.data.index import SplitName, index_file, read_index
 from runkey.data.sampler import GlobalBatchSampler, is_portrait, max_objects, micro_batches
 from runkey.errors import DataError, RunkeyError
 from runkey.params import Params
+from runkey.progress import progress
 from runkey.units import counted
 
 logger = logging.getLogger(__name__)
@@ -249,9 +254,9 @@ def build_train_loader(
         DataError: there is no index, it holds no image, or its cache is damaged.
     """
     augmentation = build_augmentation(params)
-    maker = _maker(params, root, "train", augmentation)
+    maker = _maker(params, root, "train", augmentation, makes_cache=rank == 0)
     index = maker.index
-    workers, reason = resolve_workers(params.runtime.workers, maker.cache is not None, world_size)
+    workers, reason = resolve_workers(params.runtime.workers, _in_cache(maker), world_size)
     if rank == 0:
         logger.info(f"training images: {len(index)}; loader processes: {workers} ({reason})")
     sampler = GlobalBatchSampler(augmentation, index.ids, index.sizes, params.training.batch_size)
@@ -267,7 +272,7 @@ def build_eval_loader(params: Params, root: Path, split: SplitName = "val") -> E
     """
     maker = _maker(params, root, split, None)
     runtime = params.runtime
-    workers, _ = resolve_workers(runtime.workers, maker.cache is not None)
+    workers, _ = resolve_workers(runtime.workers, _in_cache(maker))
     stream = BatchStream(maker, workers, runtime.prefetch, runtime.pin_memory)
     # Sorted by aspect, then size; landscape and portrait apart if training has it so.
     images = [
@@ -280,7 +285,12 @@ def build_eval_loader(params: Params, root: Path, split: SplitName = "val") -> E
 
 
 def _maker(
-    params: Params, root: Path, split: SplitName, augmentation: Augmentation | None
+    params: Params,
+    root: Path,
+    split: SplitName,
+    augmentation: Augmentation | None,
+    *,
+    makes_cache: bool = True,
 ) -> BatchMaker:
     """The maker of a split; without augmentation it keeps every box."""
     prepared = root / paths.PREPARED
@@ -288,10 +298,56 @@ def _maker(
     index = read_index(path)
     if not len(index):
         raise DataError(f"{path}: holds no image; see prepared/report.json for what was dropped")
-    return BatchMaker(
+    plan = plan_cache(params.data, index, training=augmentation is not None)
+    maker = BatchMaker(
         index=index,
         folder=root / params.data.path,
-        cache=open_cache(prepared, split),
+        plan=plan,
+        cache=None,
         augmentation=augmentation,
         max_objects=max_objects(params) if augmentation else 0,
     )
+    if not len(plan.shapes):
+        return maker
+    file = cache_file(prepared, index, plan)
+    cache = open_cache(file, plan)
+    if cache is None and makes_cache:
+        write_cache(file, plan, _decoded(maker, plan, split))
+        cache = open_cache(file, plan)
+    return replace(maker, cache=cache)
+
+
+def _in_cache(maker: BatchMaker) -> bool:
+    return maker.cache is not None and len(maker.cache) == len(maker.index)
+
+
+def _decoded(maker: BatchMaker, plan: CachePlan, split: str) -> Iterator[NDArray[np.uint8]]:
+    """Decode the images of a plan, in one thread per core; some are ahead of the consumer."""
+    shapes = plan.shapes.tolist()
+
+    def decode(index: int) -> NDArray[np.uint8]:
+        height, width = shapes[index]
+        pixels = maker.image(index, (height, width)).permute(1, 2, 0).numpy()
+        if pixels.shape[:2] != (height, width):
+            path = maker.folder / maker.index.file(index)
+            raise DataError(f"{path}: of another size than prepare saw; run `dvc repro prepare`")
+        return pixels
+
+    threads = len(os.sched_getaffinity(0))
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        progress(f"decode {split}", len(shapes), "images") as steps,
+    ):
+        for part in batched(range(len(shapes)), 8 * threads):
+            for pixels in pool.map(decode, part):
+                yield pixels
+                steps.advance()
+
+
+def is_cached(params: Params, root: Path, split: SplitName) -> bool:
+    """Return True if all images that a training reads of a split are in the decoded cache."""
+    prepared = root / paths.PREPARED
+    index = read_index(index_file(prepared, split))
+    plan = plan_cache(params.data, index, training=split == "train")
+    complete = len(plan.shapes) == len(index) > 0
+    return complete and open_cache(cache_file(prepared, index, plan), plan) is not None

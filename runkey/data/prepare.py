@@ -2,7 +2,6 @@
 
 prepared/   classes.json  images.json  statistics.json  report.json
             train.safetensors  val.safetensors  (and test, if there is a test split)
-            cache_train.npy  cache_train.json  ...   (of each split, if they fit)
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +18,6 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from runkey.data.cache import Scratch, write_cache
 from runkey.data.checks import CheckedImage, SourceChecks
 from runkey.data.coco import Coco, Source, find_sources, merge_classes, read_coco
 from runkey.data.image_list import IMAGE_LIST, write_image_list
@@ -31,7 +28,7 @@ from runkey.data.split import list_groups, shared_groups, split_images
 from runkey.errors import DataError
 from runkey.files import write_atomically
 from runkey.params import Data
-from runkey.units import GIB, MIB, counted
+from runkey.units import counted
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +37,6 @@ _SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 _OUTPUTS = (
     *("classes.json", IMAGE_LIST, "statistics.json", _REPORT),
     *(index_file(Path(), split).name for split in _SPLITS),
-    *(f"cache_{split}.{end}" for split in _SPLITS for end in ("npy", "json")),
 )
 _LISTED_NAMES = 10
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -72,9 +68,8 @@ def prepare(data: Data, root: Path, out: Path, num_queries: int) -> Findings:
     shown = (out.relative_to(root) if out.is_relative_to(root) else out) / _REPORT
     findings = Findings(data.checks, shown.as_posix())
     try:
-        with closing(Scratch(out / "scratch.tmp")) as scratch:
-            sources = find_sources(root / data.path, data.path.rstrip("/"))
-            _Preparation(data, out, findings, scratch).run(sources, num_queries)
+        sources = find_sources(root / data.path, data.path.rstrip("/"))
+        _Preparation(data, out, findings).run(sources, num_queries)
     except DataError as error:
         if not findings.failures:
             findings.refuse(data.path, str(error), "stopped")
@@ -89,7 +84,6 @@ class _Preparation:
     data: Data
     out: Path
     findings: Findings
-    scratch: Scratch
 
     def run(self, sources: list[Source], num_queries: int) -> None:
         """Check, split and write the data of the JSON files."""
@@ -102,11 +96,7 @@ class _Preparation:
         splits, pixels = Splits(), PixelRange()
         for coco in read:
             split: SplitName = "train" if coco.source.split == "data" else coco.source.split
-            shares: dict[SplitName, float] = {split: 1.0}
-            if split == "train":
-                shares = {split: 1 - sum(fractions.values()), **fractions}
-            common = (self.findings, self.scratch, pixels, shares)
-            checks = SourceChecks(coco, self.data, labels, *common)
+            checks = SourceChecks(coco, self.data, labels, self.findings, pixels)
             splits[split] = list(checks.accepted_images())
         shown: dict[SplitName, str] = dict.fromkeys(_SPLITS, read[0].source.shown_json)
         shown |= {c.source.split: c.source.shown_json for c in read if c.source.split != "data"}
@@ -208,12 +198,10 @@ class _Preparation:
         for split, images in splits.items():
             write_index(index_file(self.out, split), [image.record for image in images])
             statistics[split] = numbers = _describe(images, classes)
-            cached = self._write_cache(split, images)
             logger.info(
                 f"{split}: {counted(len(images), 'image')}, {numbers['images_without_objects']} "
                 f"without objects; {counted(numbers['objects'], 'object')}, "
-                f"{counted(numbers['crowd_regions'], 'crowd region')}; "
-                f"{cached}"
+                f"{counted(numbers['crowd_regions'], 'crowd region')}"
             )
         listed = {s: [(i.record, i.digest) for i in images] for s, images in splits.items()}
         write_image_list(self.out / IMAGE_LIST, listed, classes)
@@ -223,15 +211,6 @@ class _Preparation:
             split: {name: numbers[name] for name in ("images", "objects", "crowd_regions")}
             for split, numbers in statistics.items()
         }
-
-    def _write_cache(self, split: SplitName, images: list[CheckedImage]) -> str:
-        places = [image.places[split] for image in images if split in image.places]
-        size = sum(height * width * 3 for _, height, width in places)
-        if len(places) < len(images) or size > self.data.cache_gib * GIB:
-            limit = f"data.cache_gib: {self.data.cache_gib:g}"
-            return f"not cached, as it would take more than {limit}"
-        write_cache(self.out, split, self.scratch.read(places))
-        return f"{size / MIB:.1f} MiB cached"
 
 
 def _notes(splits: Splits, classes: list[ClassName], num_queries: int) -> Iterator[str]:

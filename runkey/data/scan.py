@@ -1,12 +1,11 @@
 """Read an image file once for `prepare`: its pixels, how to turn it, and what is wrong with it.
 
-`scan_image` runs in several threads, as PIL decodes and resizes without Python's lock.
+`scan_image` runs in several threads, as PIL decodes without Python's lock.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from runkey.data import box_format, decode
-from runkey.data.augment import evaluation_size
-from runkey.data.cache import shrink
 from runkey.data.coco import CocoImage
-from runkey.data.index import SplitName
 from runkey.data.pixel_range import FLAT_VARIANCE, WIDE_VALUES, is_flat, spread_bytes
 from runkey.files import read_plain
 from runkey.params import Checks, Data
@@ -49,8 +45,6 @@ class Scan:
     """SHA-256 of the file."""
     sums: NDArray[np.int64]
     """[2, 3]: sum and sum of squares of the stored pixels, 0..255, in each channel."""
-    pixels: Mapping[SplitName, NDArray[np.uint8]]
-    """[h, w, 3], rotated and resized for the cache of each split that it may be in."""
     scale: tuple[float, float] = (1.0, 1.0)
     """Of boxes, from the JSON's size to the file's."""
     values: NDArray[np.int64] | None = None
@@ -61,14 +55,13 @@ class Scan:
     """Its 8-bit pixels use a small part of 0..255."""
 
 
-def scan_image(path: Path, listed: CocoImage, data: Data, cached: tuple[SplitName, ...]) -> Scan:
+def scan_image(path: Path, listed: CocoImage, data: Data) -> Scan:
     """Read an image file and compare it with its entry in the JSON.
 
     Args:
         path: of the file.
         listed: the entry, with its annotations.
-        data: limits, checks and sizes.
-        cached: the splits for whose cache its pixels are resized.
+        data: limits and checks.
 
     Raises:
         FileError: it is no usable image.
@@ -79,14 +72,6 @@ def scan_image(path: Path, listed: CocoImage, data: Data, cached: tuple[SplitNam
         faults.insert(
             int(orientation != 1), ("unusual_mode", f"is of mode {mode}", "converted to RGB")
         )
-    pixels: dict[SplitName, NDArray[np.uint8]] = {}
-    if "train" in cached:
-        small = shrink(rgb, data.short_sides, data.long_side)
-        pixels["train"] = decode.turn(np.asarray(small), *rotation)
-    if held := [split for split in cached if split != "train"]:
-        upright = decode.turn(np.asarray(rgb), *rotation)
-        resized = decode.resize(upright, evaluation_size(data, *upright.shape[:2]))
-        pixels |= dict.fromkeys(held, resized)
     counts = np.array(rgb.histogram(), dtype=np.int64).reshape(3, 256)
     levels = np.arange(256, dtype=np.int64)
     sums = np.stack((counts @ levels, counts @ levels**2))
@@ -100,7 +85,7 @@ def scan_image(path: Path, listed: CocoImage, data: Data, cached: tuple[SplitNam
     total, squares = sums.sum(1).tolist()
     size = 3 * rgb.width * rgb.height
     flat = squares / size - (total / size) ** 2 < FLAT_VARIANCE and is_flat(counts.sum(0))
-    return Scan(faults, frame, rotation, digest, sums, pixels, scale, histogram, wide, flat)
+    return Scan(faults, frame, rotation, digest, sums, scale, histogram, wide, flat)
 
 
 def _orient(

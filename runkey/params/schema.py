@@ -249,8 +249,8 @@ class Data(Section):
     """Put landscape and portrait images, and those of each of the short_sides, into batches of
     their own: less padding, and half the largest padded shape."""
     cache_gib: NonNegativeFloat = 1.0
-    """Largest cache of decoded images per split, in GiB.  A split that needs more is decoded in
-    every epoch.  0: no cache."""
+    """Largest cache of decoded images per split, in GiB.  Images beyond it are decoded in every
+    epoch.  0: no cache."""
     max_objects: Count = 0
     """Objects per training image; the largest are kept.  0: as many as the model has queries."""
     augment: Augment = Augment()

@@ -352,7 +352,7 @@ class _Plan:
 
     def _choose_cache(self, machine: Machine) -> None:
         """Keep decoded images if memory and disk hold them: large ones take long to decode."""
-        from runkey.data.cache import HEADROOM  # torch
+        from runkey.data.cache import HEADROOM
 
         data, facts = self.params.data, self._facts
         images = max(facts.train.images, facts.val.images if facts.val else 0)

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runkey import paths
-from runkey.data.cache import open_cache
 from runkey.data.index import SplitName, index_file, read_index
+from runkey.data.loader import is_cached
 from runkey.errors import DataError, ParamsError, RecipeError, RegistryError, TrackingError
 from runkey.files import LARGE, expect, json_safe, read_json, write_json
 from runkey.identity.dvc_yaml import covers
@@ -112,7 +112,7 @@ class Run:
         """
         self.claim.check()
         splits: tuple[SplitName, ...] = ("train", "val")
-        cached = all(open_cache(self.root / paths.PREPARED, split) for split in splits)
+        cached = all(is_cached(self.params, self.root, split) for split in splits)
         inputs = self.claim.inputs
         (inputs.check if at_end else inputs.check_again)("none" if cached else "images")
 

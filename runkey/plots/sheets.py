@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from runkey.data.decode import decode_pixels
 from runkey.data.index import ClassName, ImageRecord, Index
 from runkey.evaluation.per_image import ImageScore, Judgement, rank_images
 from runkey.inference.draw import (
@@ -218,9 +219,5 @@ def _caption(score: ImageScore) -> str:
 
 
 def _load(record: ImageRecord, data_folder: Path) -> Image.Image:
-    from runkey.data.decode import decode_rgb  # imports torch, which a report does without
-
-    pixels = decode_rgb(
-        data_folder / record.file, record.rotate, record.mirror, record.intensity_range
-    )
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    turned = (record.rotate, record.mirror, record.intensity_range)
+    return Image.fromarray(decode_pixels(data_folder / record.file, *turned))

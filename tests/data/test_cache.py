@@ -1,19 +1,23 @@
-"""The decoded cache: what goes in comes out, whoever asks."""
+"""The decoded cache: what goes in comes out, whoever asks, and without it pixels are the same."""
 
 from __future__ import annotations
 
-import json
+import os
 import pickle
+import random
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from runkey.data.cache import HEADROOM, Scratch, cached_size, open_cache, write_cache
+from runkey.data import cache as module
+from runkey.data.cache import CachePlan, cache_file, open_cache, plan_cache, shrunk_sizes
+from runkey.data.cache import write_cache as write
 from runkey.data.decode import decode_rgb
-from runkey.data.index import read_index
-from runkey.errors import DataError
+from runkey.data.index import Index, read_index
+from runkey.data.loader import is_cached
+from runkey.params import Data
+from tests.support.workspace import loader_params
 
 
 def images():
@@ -22,69 +26,60 @@ def images():
     return [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in sizes]
 
 
-def test_round_trip(tmp_path):
-    write_cache(tmp_path, "train", images())
+def plan_of(pictures):
+    return CachePlan(np.array([one.shape[:2] for one in pictures], dtype=np.int64), shrinks=False)
 
-    cache = open_cache(tmp_path, "train")
 
+@pytest.fixture
+def path(tmp_path):
+    write(tmp_path / "a.npy", plan_of(images()), images())
+    return tmp_path / "a.npy"
+
+
+def test_round_trip(path):
+    cache = open_cache(path, plan_of(images()))
     assert len(cache) == 4
+    message = pickle.dumps(cache)
+    assert len(message) < 2000
     for index, pixels in enumerate(images()):
-        image = cache.image(index)
-        assert image.dtype == torch.uint8
-        assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels)
+        for opened in (cache, pickle.loads(message)):  # noqa: S301
+            image = opened.image(index)
+            assert image.dtype == torch.uint8
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels)
+            image.zero_()  # changes nothing of the cache
+            assert opened.image(index).any()
 
 
-def test_it_is_a_plain_npy_file(tmp_path):
-    write_cache(tmp_path, "val", images())
-
-    flat = np.load(tmp_path / "cache_val.npy")
-
+def test_it_is_a_plain_npy_file(path):
+    flat = np.load(path)
     assert flat.shape == (sum(pixels.size for pixels in images()),)
     assert np.array_equal(flat[:45].reshape(3, 5, 3), images()[0])
 
 
-def test_no_cache(tmp_path):
-    assert open_cache(tmp_path, "train") is None
+def test_a_missing_or_damaged_file_is_none(path):
+    content = path.read_bytes()
+    for broken in (content[:-1], content + b"x" * 3, content[:50], b""):
+        path.write_bytes(broken)
+        assert open_cache(path, plan_of(images())) is None
+    path.write_bytes(content)
+    assert open_cache(path, plan_of(images()[:3])) is None
+    assert open_cache(path.with_name("b.npy"), plan_of(images())) is None
 
 
-def test_pickled_for_a_worker_it_holds_no_pixels(tmp_path):
-    write_cache(tmp_path, "train", [np.zeros((300, 300, 3), np.uint8), *images()])
-
-    message = pickle.dumps(open_cache(tmp_path, "train"))
-
-    assert len(message) < 2000
-    assert np.array_equal(pickle.loads(message).image(1).permute(1, 2, 0).numpy(), images()[0])  # noqa: S301
-
-
-def test_writing_to_an_image_leaves_the_cache_alone(tmp_path):
-    write_cache(tmp_path, "train", images())
-    cache = open_cache(tmp_path, "train")
-
-    cache.image(3).zero_()
-
-    assert cache.image(3).any()
+def test_the_least_recently_used_are_deleted(path):
+    for number in range(12):
+        other = path.with_name(f"{number}.npy")
+        write(other, plan_of(images()), images())
+        os.utime(other, (number, number))
+        open_cache(path, plan_of(images()))
+    kept = sorted(one.name for one in path.parent.iterdir())
+    assert len(kept) == module._KEPT_FILES
+    assert {"a.npy", "11.npy", "10.npy"} < set(kept)
 
 
-def test_a_cache_cut_short_is_refused(tmp_path):
-    write_cache(tmp_path, "train", images())
-    path = tmp_path / "cache_train.npy"
-    path.write_bytes(path.read_bytes()[:-1])
-
-    with pytest.raises(DataError, match=r"cache_train\.npy: 3817 bytes, not 3818; run `dvc repro"):
-        open_cache(tmp_path, "train")
-
-
-def test_scratch_gives_back_any_choice_in_any_order(tmp_path):
-    scratch = Scratch(tmp_path / "scratch.tmp")
-    places = [scratch.append(pixels) for pixels in images()]
-
-    chosen = list(scratch.read([places[3], places[0]]))
-
-    assert places == [(0, 3, 5), (45, 7, 2), (87, 1, 1), (90, 40, 30)]
-    assert np.array_equal(chosen[0], images()[3])
-    assert np.array_equal(chosen[1], images()[0])
-    scratch.close()
-    assert not (tmp_path / "scratch.tmp").exists()
+def test_where_it_cannot_be_written_a_line_says_so(path, logged):
+    write(path / "b.npy", plan_of(images()), images())
+    assert logged()[-1].startswith(f"images are decoded in every epoch: {path}/b.npy: cannot be")
 
 
 @pytest.mark.parametrize(
@@ -97,62 +92,86 @@ def test_scratch_gives_back_any_choice_in_any_order(tmp_path):
         ((10_000, 1), (216, 1)),
     ],
 )
-def test_cached_size(size, wanted):
-    assert pytest.approx(1.35) == HEADROOM
-    assert cached_size(*size, short_sides=(60, 120), long_side=160) == wanted
+def test_size_of_the_cached_images_of_train(size, wanted):
+    data = Data(short_sides=(60, 120), long_side=160)
+    assert shrunk_sizes(np.array([size]), data).tolist() == [list(wanted)]
 
 
-def test_prepare_caches_small_images_as_they_are(folder):
-    folder.run(short_sides=(30,), long_side=40)
-    records = read_index(folder.out / "train.safetensors")
-    cache = open_cache(folder.out, "train")
-
-    assert len(cache) == len(records) == 3
-    for index, record in enumerate(records):
-        decoded = decode_rgb(folder.data / record.file, record.rotate, record.mirror)
-        assert torch.equal(cache.image(index), decoded)
-
-
-def test_prepare_shrinks_large_images_of_train(folder):
-    folder.run(short_sides=(10,), long_side=20)
-
-    cache = open_cache(folder.out, "train")
-
-    assert cache.image(0).shape == (3, 14, 18)
-    whole = decode_rgb(folder.data / "train/a.jpg", 0, False).float()
-    assert torch.allclose(cache.image(0).float().mean((1, 2)), whole.mean((1, 2)), atol=4)
+@pytest.fixture
+def records(workspace, make_record):
+    rng = random.Random(0)
+    made = [
+        make_record(i, (rng.randint(30, 90), rng.randint(30, 90)), rotate=90 * (i % 2), boxes=i % 3)
+        for i in range(20)
+    ]
+    workspace.write(made)
+    return made
 
 
-@pytest.mark.parametrize("short_side", [10, 45])
-def test_the_val_cache_holds_the_pixels_of_evaluation(folder, short_side):
-    folder.run(short_sides=(short_side,), long_side=60)
-
-    cache = open_cache(folder.out, "val")
-
-    for index, record in enumerate(read_index(folder.out / "val.safetensors")):
-        with Image.open(folder.data / record.file) as image:
-            size = (short_side * 4 // 3, short_side)
-            wanted = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
-        assert np.array_equal(cache.image(index).permute(1, 2, 0).numpy(), wanted)
+DATA = Data(short_sides=(20, 30), long_side=40)
 
 
-def test_one_json_gives_both_caches(folder):
-    annotations = folder.data / "annotations"
-    (annotations / "instances_train.json").write_text(json.dumps(folder.train))
-    (annotations / "instances_train.json").rename(folder.data / "all.json")
-    folder.prepare(short_sides=(10,), long_side=20, val_fraction=0.4)
+@pytest.mark.parametrize("mib", [0.04, 0.06, 1])
+def test_without_the_file_pixels_are_the_same(
+    workspace, records, train_loader, eval_loader, per_window, per_image, mib
+):
+    """Of all images, or of some; whether it was deleted, cannot be made, or is made."""
+    data = DATA.model_copy(update={"cache_gib": mib / 1024})
+    plan = plan_cache(data, Index.of(records), training=True)
+    assert (len(plan.shapes) == 20) == plan.shrinks == (mib == 1)
+    assert len(plan.shapes) >= 3
+    folder = workspace.root / ".runkey"
+    params = loader_params(data, cached=True)
+    assert not is_cached(params, workspace.root, "train")
+    want = per_window(train_loader(data, cached=True).epoch(0))
+    assert is_cached(params, workspace.root, "train") == (mib == 1)
+    seen = per_image(eval_loader(data, cached=True))
+    assert seen == per_image(eval_loader(data))
+    files = list(folder.glob("decoded/*.npy"))
+    assert len(files) >= 1
+    assert per_window(train_loader(data, cached=True).epoch(0)) == want
+    for file in files:
+        file.unlink()
+    (folder / "decoded").rmdir()
+    (folder / "decoded").write_text("no folder")
+    assert per_window(train_loader(data, cached=True, rank=0).epoch(0)) == want
+    assert per_image(eval_loader(data, cached=True)) == seen
+    uncached = per_window(train_loader(data).epoch(0))
+    assert (uncached == want) == (mib != 1)
 
-    assert open_cache(folder.out, "val").image(0).shape == (3, 10, 13)
-    assert open_cache(folder.out, "train").image(0).shape == (3, 14, 18)
+
+def test_images_of_train_are_shrunk_as_they_are_stored(workspace, records, train_loader):
+    data = Data(short_sides=(20,), long_side=40)
+    train_loader(data, cached=True)
+    plan = plan_cache(data, Index.of(records), training=True)
+    index = read_index(workspace.prepared / "train.safetensors")
+    cache = open_cache(cache_file(workspace.prepared, index, plan), plan)
+    shrunk = 0
+    for i, record in enumerate(records):
+        path = workspace.root / "data" / record.file
+        whole = decode_rgb(path, record.rotate, record.mirror)
+        assert cache.image(i).shape[1:] == tuple(plan.shapes[i].tolist())
+        if cache.image(i).shape == whole.shape:
+            assert torch.equal(cache.image(i), whole)
+        else:
+            shrunk += 1
+            means = (image.float().mean((1, 2)) for image in (cache.image(i), whole))
+            assert torch.allclose(*means, atol=4)
+    assert shrunk > 10
 
 
-def test_no_cache_where_it_would_be_too_large(folder, logged):
-    folder.run(cache_gib=0.0)
-    assert open_cache(folder.out, "train") is None
-    assert any("not cached" in line for line in logged())
+def test_another_image_is_in_another_file(folder):
+    """Its pixels are named by the images' content, so an old file is never taken."""
 
-    just_val = (2 * 40 * 30 * 3 + 1) / 2**30
-    folder.run(cache_gib=just_val, short_sides=(30,), long_side=40)
-    assert open_cache(folder.out, "train") is None
-    assert len(open_cache(folder.out, "val")) == 2
-    assert not list(folder.out.glob("*.tmp"))
+    def file():
+        folder.run()
+        index = read_index(folder.out / "train.safetensors")
+        return cache_file(folder.out, index, plan_cache(Data(), index, training=True))
+
+    before = file()
+    assert before == file()
+    folder.picture(99).save(folder.data / "train/a.jpg")
+    assert file() != before
+    index = read_index(folder.out / "train.safetensors")
+    other = plan_cache(Data(short_sides=(10,)), index, training=True)
+    assert cache_file(folder.out, index, other) != file()

@@ -34,10 +34,8 @@ def test_boxes_of_a_batch_are_where_the_pixels_are(workspace, make_record, train
         records.append(make_record(i, (height, width), boxes_xywh=(xywh,), labels=(i % 5,)))
     workspace.write(records)
     data = Data(short_sides=(60, 80), long_side=120, augment=Augment(min_visible=0))
-    if cached:
-        workspace.cache(records, data)
     seen = 0
-    for window in train_loader(data, batch_size=8, micro_batch=3).epoch(0):
+    for window in train_loader(data, batch_size=8, micro_batch=3, cached=cached).epoch(0):
         for batch in window:
             assert (batch.images.dtype, batch.sizes.dtype) == (torch.uint8, torch.int64)
             assert (batch.boxes_cxcywh.dtype, batch.labels.dtype) == (torch.float32, torch.int64)

@@ -242,8 +242,6 @@ def test_a_third_json_is_the_test_split(folder, jsons, images):
     assert files(folder, "val") == [f"{images[1]}/{name}.jpg" for name in "de"]
     assert files(folder, "test") == [f"{images[2]}/{name}.jpg" for name in "gf"]
     assert report.kept["test"] == {"images": 2, "objects": 2, "crowd_regions": 0}
-    cached = json.loads((folder.out / "cache_test.json").read_text())
-    assert len(cached["shapes"]) == 2
     assert list(json.loads((folder.out / "statistics.json").read_text())) == [
         *("train", "val", "test")
     ]
@@ -277,7 +275,6 @@ def test_without_val_it_is_split_off_train_and_test_stays_test(folder):
     ]
     sizes = {split: kept["images"] for split, kept in report.kept.items()}
     assert sizes == {"train": 15, "val": 5, "test": 2}
-    assert len(json.loads((folder.out / "cache_val.json").read_text())["shapes"]) == 5
 
 
 def test_a_test_split_of_one_json_and_of_train(folder):
@@ -286,7 +283,6 @@ def test_a_test_split_of_one_json_and_of_train(folder):
     assert [kept["images"] for kept in report.kept.values()] == [11, 5, 4]
     of_three = [set(files(folder, split)) for split in ("train", "val", "test")]
     assert len(set.union(*of_three)) == 20
-    assert len(json.loads((folder.out / "cache_test.json").read_text())["shapes"]) == 4
 
     folder.prepare(val_fraction=0.25)
     assert set(files(folder, "val")) == of_three[1]

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from runkey.data.cache import open_cache
 from runkey.data.decode import decode_rgb
-from runkey.data.index import read_index
 from tests.support.coco_folder import index, only_item
 
 
@@ -42,7 +39,6 @@ def test_exif_is_followed_where_the_json_has_the_turned_size(folder, orientation
     assert record.boxes_xywh == ((0, 0, 30, 40),)
     decoded = decode_rgb(folder.data / record.file, record.rotate, record.mirror)
     assert decoded.shape == (3, 40, 30)
-    assert torch.equal(open_cache(folder.out, "train").image(1), decoded)
     done = only_item(folder)["done"]
     assert done.startswith(("turned clockwise by", "mirrored and turned clockwise by"))
     assert done.endswith(" degrees, as its size in the JSON says")
@@ -107,8 +103,7 @@ def test_unusual_modes_are_converted_and_reported(folder, mode):
         ("unusual_mode", "fix", "converted to RGB")
     )
     assert item["file"] == f"data/train/{name}"
-    decoded = decode_rgb(folder.data / "train" / name, 0, False)
-    assert torch.equal(open_cache(folder.out, "train").image(1), decoded)
+    assert decode_rgb(folder.data / "train" / name, 0, False).shape[0] == 3
 
 
 def broken(folder):
@@ -135,19 +130,6 @@ def test_a_dropped_image_goes_with_its_annotations(folder, kind, change):
     assert report.kept["train"] == {"images": 2, "objects": 1, "crowd_regions": 0}
     assert report.counts == {kind: {"drop": 1}}
     assert only_item(folder)["image_id"] == 1
-    cache = open_cache(folder.out, "train")
-    assert len(cache) == 2
-
-
-def test_the_cache_follows_the_index_after_drops(folder):
-    (folder.data / "train/a.jpg").unlink()
-    folder.train["images"].reverse()
-    folder.run(checks={"missing_image": "drop"}, short_sides=(30,), long_side=40)
-
-    cache = open_cache(folder.out, "train")
-    for position, record in enumerate(read_index(folder.out / "train.safetensors")):
-        decoded = decode_rgb(folder.data / record.file, 0, False)
-        assert torch.equal(cache.image(position), decoded)
 
 
 def test_duplicate_image_keeps_the_first(folder):
@@ -168,5 +150,4 @@ def test_a_leaked_image_is_left_out_of_train(folder):
 
     assert sorted(index(folder)) == [1, 2]
     assert sorted(index(folder, "val")) == [11, 12]
-    assert len(open_cache(folder.out, "train")) == 2
     assert only_item(folder)["done"] == "left out of train"

@@ -78,12 +78,10 @@ def filled(shape, boxes_xyxy, margin: float) -> np.ndarray:
 @pytest.mark.parametrize("cached", [False, True])
 def test_boxes_are_where_the_pixels_are(workspace, make_record, train_loader, augment, cached):
     """Every box is red up to a pixel, and all that is red lies in a box up to a pixel."""
-    records = paint(workspace, make_record)
+    paint(workspace, make_record)
     data = Data(short_sides=(60, 90), long_side=130, augment=augment)
-    if cached:
-        workspace.cache(records, data)
     margin, seen = 1.5 if cached else 1.0, Counter()
-    loader = train_loader(data, batch_size=8, micro_batch=3)
+    loader = train_loader(data, batch_size=8, micro_batch=3, cached=cached)
     for batch in (batch for epoch in (0, 1) for window in loader.epoch(epoch) for batch in window):
         boxes, labels = batch.boxes_cxcywh.split(batch.counts), batch.labels.split(batch.counts)
         for i in range(len(batch)):

@@ -14,8 +14,6 @@ import pytest
 from PIL import Image
 
 from runkey import progress
-from runkey.data import scan
-from runkey.data.cache import open_cache
 from runkey.data.index import read_classes, read_index
 from runkey.data.prepare import prepare
 from runkey.data.report import LINES_PER_KIND
@@ -37,7 +35,6 @@ def test_two_runs_write_the_same_bytes(folder):
 
     assert outputs(folder) == first
     assert sorted(first) == [
-        *("cache_train.json", "cache_train.npy", "cache_val.json", "cache_val.npy"),
         *(
             "classes.json",
             "images.json",
@@ -95,9 +92,7 @@ def test_a_good_data_set_says_so(folder, logged):
     folder.run()
     said = logged()
 
-    assert said[0] == (
-        "train: 3 images, 1 without objects; 3 objects, 0 crowd regions; 0.0 MiB cached"
-    )
+    assert said[0] == ("train: 3 images, 1 without objects; 3 objects, 0 crowd regions")
     assert said[-1] == "  nothing found wrong"
 
 
@@ -164,26 +159,9 @@ def test_pil_does_not_warn_about_large_images(folder, monkeypatch):
     folder.train["images"][1].update(file_name="b.png", width=19_000, height=5_000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report = folder.run(checks={"unusual_mode": "fix"}, cache_gib=0.0)
+        report = folder.run(checks={"unusual_mode": "fix"})
 
     assert report.counts == {"unusual_mode": {"fix": 1}}
-
-
-def test_a_full_disk_is_one_line(folder, monkeypatch):
-    full = Path("/dev/full")
-    if not full.exists():
-        pytest.skip("needs /dev/full")
-
-    def enlarged(image, *rest):
-        return image.resize((image.width * 20, image.height * 20))
-
-    monkeypatch.setattr(scan, "shrink", enlarged)
-    folder.write()
-    folder.out.mkdir()
-    (folder.out / "cache_train.npy.tmp").symlink_to(full)
-
-    with pytest.raises(DataError, match=r"cache_train\.npy: cannot be written \(No space left"):
-        folder.prepare()
 
 
 @pytest.mark.parametrize("name", ["blood-cells", "coco-tiny"])
@@ -194,7 +172,6 @@ def test_shared_data_sets_pass_with_the_defaults(name, tmp_path, logged):
     assert not report.failures
     train = read_index(tmp_path / "prepared/train.safetensors")
     val = read_index(tmp_path / "prepared/val.safetensors")
-    assert len(open_cache(tmp_path / "prepared", "train")) == len(train)
     if name == "blood-cells":
         assert report.counts == {"empty_box": {"drop": 2}}
         assert [(i.image_id, i.annotation_id) for i in report.items] == [(300, 3951), (305, 4005)]

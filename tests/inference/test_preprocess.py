@@ -15,9 +15,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from runkey.data.cache import open_cache
 from runkey.data.index import ClassName, ImageRecord, read_classes, read_index
-from runkey.data.loader import build_eval_loader
+from runkey.data.loader import build_eval_loader, is_cached
 from runkey.data.prepare import prepare
 from runkey.errors import DataError
 from runkey.evaluation.run import detect, evaluate_detections
@@ -78,7 +77,7 @@ class Prepared:
 
     def evaluated(self) -> dict[int, Detections]:
         """As `evaluate` detects."""
-        loader = build_eval_loader(loader_params(self.data), self.root)
+        loader = build_eval_loader(loader_params(self.data, cached=True), self.root)
         return detect(self.detector, build_postprocess(MODEL), loader, CPU)
 
     def served(self) -> dict[int, Detections]:
@@ -100,7 +99,7 @@ class Prepared:
         }
 
     def is_cached(self) -> bool:
-        return open_cache(self.root / "prepared", "val") is not None
+        return is_cached(loader_params(self.data, cached=True), self.root, "val")
 
 
 def prepare_sample(root: Path, **options: Any) -> Prepared:
@@ -153,10 +152,10 @@ def test_the_served_model_detects_what_evaluate_detects(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
     prepared = prepare_sample(tmp_path, **options)
-    assert prepared.is_cached() == (not options)
     assert len(prepared.records) == 10
     assert any(record.rotate for record in prepared.records)
     evaluated = prepared.evaluated()
+    assert prepared.is_cached() == (not options)
     served = prepared.served()
     assert evaluated.keys() == served.keys()
     for image_id, found in evaluated.items():
@@ -181,7 +180,7 @@ def test_the_served_model_detects_what_evaluate_detects(
 @pytest.mark.parametrize("options", [{}, {"cache_gib": 0}], ids=["cached", "not cached"])
 def test_the_pixels_are_those_of_the_loader(tmp_path: Path, options: dict[str, Any]) -> None:
     prepared = prepare_sample(tmp_path, **options)
-    loader = build_eval_loader(loader_params(prepared.data, batch_size=1), tmp_path)
+    loader = build_eval_loader(loader_params(prepared.data, batch_size=1, cached=True), tmp_path)
     batches = {batch.image_ids[0]: batch for batch in loader}
     preprocess = Preprocess(SIZES)
     for record in prepared.records:

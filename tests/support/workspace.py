@@ -13,10 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runkey.data.augment import evaluation_size
-from runkey.data.cache import cached_size, write_cache
 from runkey.data.dataset import Batch, GlobalBatch
-from runkey.data.decode import decode_rgb, resize
 from runkey.data.index import ImageRecord, write_index
 from runkey.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
 from runkey.params import Augment, Data, Model, Params, Runtime, Training
@@ -73,24 +70,10 @@ class Workspace:
             path = self.root / "data" / record.file
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                shape = (record.height, record.width, 3)
+                sides = (record.height, record.width)[:: -1 if record.rotate % 180 else 1]
+                shape = (*sides, 3)
                 pixels = np.random.default_rng(record.id).integers(0, 256, shape, dtype=np.uint8)
                 Image.fromarray(pixels).save(path)
-
-    def cache(self, records: list[ImageRecord], data: Data, split: str = "train") -> None:
-        """Write the decoded cache that prepare would."""
-
-        def images() -> Iterator[np.ndarray]:
-            for record in records:
-                image = decode_rgb(self.root / "data" / record.file, record.rotate, record.mirror)
-                array = image.permute(1, 2, 0).numpy()
-                if split == "val":
-                    yield resize(array, evaluation_size(data, record.height, record.width))
-                    continue
-                size = cached_size(record.width, record.height, data.short_sides, data.long_side)
-                yield np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BILINEAR))
-
-        write_cache(self.prepared, split, images())
 
 
 @pytest.fixture
@@ -107,8 +90,11 @@ def loader_params(
     workers: int = 0,
     prefetch: int = 4,
     max_objects: int = 1000,
+    cached: bool = False,
 ) -> Params:
-    """Parameters of a loader; the others have their defaults."""
+    """Parameters of a loader, without decoded cache unless `cached`; others have their defaults."""
+    if not cached:
+        data = data.model_copy(update={"cache_gib": 0.0})
     return Params(
         lr=1e-3,
         seed=seed,
