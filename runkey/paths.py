@@ -31,7 +31,9 @@ EVALUATION = Path("evaluation")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
 HOME = Path(".runkey")
-"""Beside the store: records, claims, checkpoints, work of `runkey reproduce`."""
+"""Beside the store: records, claims, checkpoints, decoded images, work of `runkey reproduce`."""
+DECODED = "decoded"
+"""In `HOME`, see `runkey.data.cache`."""
 DATABASE = "mlflow.db"
 SQLITE = "sqlite:///"
 STATE_FOLDERS = (".dvc", ".git", "mlartifacts", "mlruns", HOME.as_posix())

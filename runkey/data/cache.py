@@ -1,6 +1,7 @@
 """Decoded images of a split in one flat file, made when a loader first needs it.
 
-    .runkey/decoded/<digest>.npy    uint8, one dimension: the images' [h, w, 3] bytes, concatenated
+    .runkey/decoded/<digest>.npy    uint8, one dimension: the images' [h, w, 3] bytes, concatenated;
+                                    then 32 bytes, the sha256 of these
 
 It is beside the store and outside DVC's outputs, so experiments share it and DVC keeps no copies.
 A missing or damaged file costs time alone: pixels are those of `CachePlan` with it and without.
@@ -8,8 +9,10 @@ A missing or damaged file costs time alone: pixels are those of `CachePlan` with
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import platform
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,14 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import __version__ as pil_version
+from PIL import features
 
+from runkey.data import decode
 from runkey.data.augment import resized_sizes
 from runkey.data.image_list import IMAGE_LIST
 from runkey.data.index import Index
 from runkey.files import replacing
-from runkey.hashing import sha256_bytes
+from runkey.hashing import sha256_bytes, sha256_file
 from runkey.params import Data
-from runkey.paths import home_of, store_root
+from runkey.paths import DECODED, home_of, store_root
 from runkey.units import GIB
 
 if TYPE_CHECKING:
@@ -38,7 +44,8 @@ HEADROOM = 1.35
 """Cached size relative to the largest output size: zooming in by augmentation (exp(0.25) = 1.28
 by default) needs the additional pixels."""
 _HEADER_BYTES = 128  # NumPy pads the header of a flat array to this, whatever the length
-_FORMAT = b"decoded1"
+_DIGEST_BYTES = 32
+_FORMAT = "decoded1"
 _KEPT_FILES = 8
 """The most recently used are kept; experiments with other sizes make others."""
 
@@ -94,16 +101,22 @@ class ImageCache:
     def __init__(self, path: Path, plan: CachePlan) -> None:
         """Map the file; OSError or ValueError if it is not there or not of the plan's size."""
         self._path, self._plan = path, plan
-        self._bytes: NDArray[np.uint8] = np.load(path, mmap_mode="r")
-        if path.stat().st_size != _HEADER_BYTES + plan.offsets[-1]:
+        size = int(plan.offsets[-1])
+        if path.stat().st_size != _HEADER_BYTES + size + _DIGEST_BYTES:
             raise ValueError("of another size")
+        self._bytes = np.memmap(path, np.uint8, "r", offset=_HEADER_BYTES)
+
+    def is_whole(self) -> bool:
+        """Return True if the bytes are those that were written; it reads all of them."""
+        pixels, digest = np.split(self._bytes, [-_DIGEST_BYTES])
+        return hashlib.sha256(pixels.data).digest() == digest.tobytes()
 
     def __len__(self) -> int:
         return len(self._plan.shapes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the file's name: a worker process maps the file itself."""
-        return ImageCache, (self._path, self._plan)
+        """Pickle the file's name: a worker process maps the file, or reads images if it is gone."""
+        return open_cache, (self._path, self._plan)
 
     def image(self, index: int) -> Tensor:
         """Read the image at a position of the index, turned: a copy, which may be modified.
@@ -119,21 +132,28 @@ class ImageCache:
 
 
 def cache_file(prepared: Path, index: Index, plan: CachePlan) -> Path:
-    """Return the file of a plan's images, by the content of these and of the index."""
-    listed, indexed = prepared / IMAGE_LIST, index.path
-    parts = [_FORMAT, plan.shapes.tobytes(), str(plan.shrinks).encode()]
-    parts += [file.read_bytes() for file in (listed, indexed) if file and file.is_file()]
-    digest = sha256_bytes(b"".join(bytes.fromhex(sha256_bytes(part)) for part in parts))
-    return home_of(store_root(prepared.parent)) / "decoded" / f"{digest[:32]}.npy"
+    """Return the file of a plan's images, by their content, the index and what decodes them."""
+    libjpeg = features.version("libjpeg_turbo")
+    parts = [_FORMAT, pil_version, libjpeg, platform.machine(), plan.shrinks]
+    parts += [sha256_bytes(plan.shapes.tobytes())]
+    files = (Path(decode.__file__), prepared / IMAGE_LIST, index.path)
+    parts += [sha256_file(file) for file in files if file and file.is_file()]
+    digest = sha256_bytes(repr(parts).encode())
+    return home_of(store_root(prepared.parent)) / DECODED / f"{digest[:32]}.npy"
 
 
-def open_cache(path: Path, plan: CachePlan) -> ImageCache | None:
-    """Open the file of a plan's images; None if there is none that is whole, or no image."""
+def open_cache(path: Path, plan: CachePlan, *, checked: bool = False) -> ImageCache | None:
+    """Open the file of a plan's images; None if there is none of its size, or no image.
+
+    If it is to be `checked`, it is None for damaged bytes too.
+    """
     if not len(plan.shapes):
         return None
     try:
         cache = ImageCache(path, plan)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError):
+        return None
+    if checked and not cache.is_whole():
         return None
     with suppress(OSError):
         os.utime(path)  # it is in use, see `_KEPT_FILES`
@@ -151,10 +171,14 @@ def write_cache(path: Path, plan: CachePlan, images: Iterable[NDArray[np.uint8]]
             header = {"descr": "|u1", "fortran_order": False, "shape": (size,)}
             np.lib.format.write_array_header_1_0(file, header)
             assert file.tell() == _HEADER_BYTES
+            digest = hashlib.sha256()
             for pixels in images:
-                file.write(np.ascontiguousarray(pixels).data)
+                data = np.ascontiguousarray(pixels).data
+                digest.update(data)
+                file.write(data)
+            file.write(digest.digest())
         others = sorted(path.parent.glob("*.npy"), key=lambda one: -one.stat().st_mtime)
         for old in others[_KEPT_FILES:]:
             old.unlink(missing_ok=True)
     except OSError as error:
-        logger.info(f"images are decoded in every epoch: {error}; or set data.cache_gib: 0")
+        logger.info(f"images are decoded in every epoch: {error}")

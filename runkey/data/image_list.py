@@ -37,6 +37,10 @@ class ListedImage:
     content: str
     """Digest of the file's bytes."""
 
+    def is_of(self, sha256: str) -> bool:
+        """Return True if the file's bytes have this hex sha256."""
+        return sha256[:_DIGITS] == self.content
+
 
 ImageList = Mapping[str, Mapping[str, ListedImage]]
 """Images by split and path."""

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,9 +40,12 @@ from runkey.data.dataset import (
     GlobalBatch,
     Request,
 )
+from runkey.data.image_list import IMAGE_LIST, ListedImage, read_image_list
 from runkey.data.index import SplitName, index_file, read_index
 from runkey.data.sampler import GlobalBatchSampler, is_portrait, max_objects, micro_batches
 from runkey.errors import DataError, RunkeyError
+from runkey.files import read_plain
+from runkey.hashing import sha256_file
 from runkey.params import Params
 from runkey.progress import progress
 from runkey.units import counted
@@ -251,7 +254,7 @@ def build_train_loader(
     """Build the loader of a workspace's training split; rank 0 logs the number of workers.
 
     Raises:
-        DataError: there is no index, it holds no image, or its cache is damaged.
+        DataError: there is no index, it holds no image, or an image to cache cannot be read.
     """
     augmentation = build_augmentation(params)
     maker = _maker(params, root, "train", augmentation, makes_cache=rank == 0)
@@ -268,7 +271,7 @@ def build_eval_loader(params: Params, root: Path, split: SplitName = "val") -> E
     """Build the loader of a split without augmentation, in batches of `evaluate.batch_size`.
 
     Raises:
-        DataError: there is no index, it holds no image, or its cache is damaged.
+        DataError: there is no index, it holds no image, or an image to cache cannot be read.
     """
     maker = _maker(params, root, split, None)
     runtime = params.runtime
@@ -310,7 +313,7 @@ def _maker(
     if not len(plan.shapes):
         return maker
     file = cache_file(prepared, index, plan)
-    cache = open_cache(file, plan)
+    cache = open_cache(file, plan, checked=True)
     if cache is None and makes_cache:
         write_cache(file, plan, _decoded(maker, plan, split))
         cache = open_cache(file, plan)
@@ -322,15 +325,24 @@ def _in_cache(maker: BatchMaker) -> bool:
 
 
 def _decoded(maker: BatchMaker, plan: CachePlan, split: str) -> Iterator[NDArray[np.uint8]]:
-    """Decode the images of a plan, in one thread per core; some are ahead of the consumer."""
+    """Decode the images of a plan, in one thread per core; some are ahead of the consumer.
+
+    They are those that `prepare` listed: what is cached outlives a file that was changed since.
+    """
     shapes = plan.shapes.tolist()
+    path = maker.index.path and maker.index.path.with_name(IMAGE_LIST)
+    listed: Mapping[str, ListedImage] = {}
+    if path and path.is_file():
+        listed = read_image_list(read_plain(path), str(path)).get(split, {})
 
     def decode(index: int) -> NDArray[np.uint8]:
         height, width = shapes[index]
         pixels = maker.image(index, (height, width)).permute(1, 2, 0).numpy()
-        if pixels.shape[:2] != (height, width):
-            path = maker.folder / maker.index.file(index)
-            raise DataError(f"{path}: of another size than prepare saw; run `dvc repro prepare`")
+        name = maker.index.file(index)
+        differs = name in listed and not listed[name].is_of(sha256_file(maker.folder / name))
+        if differs or pixels.shape[:2] != (height, width):
+            image = maker.folder / name
+            raise DataError(f"{image}: not what prepare read; run `dvc repro prepare` again")
         return pixels
 
     threads = len(os.sched_getaffinity(0))

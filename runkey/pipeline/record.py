@@ -112,7 +112,10 @@ class Run:
         """
         self.claim.check()
         splits: tuple[SplitName, ...] = ("train", "val")
-        cached = all(is_cached(self.params, self.root, split) for split in splits)
+        # The other ranks do not wait for the cache that rank 0 makes.
+        cached = self.world_size == 1 and all(
+            is_cached(self.params, self.root, split) for split in splits
+        )
         inputs = self.claim.inputs
         (inputs.check if at_end else inputs.check_again)("none" if cached else "images")
 

@@ -2,7 +2,8 @@
 
 That is: runs that failed or whose process is gone, with a snapshot that no other run needs, unless
 a training could resume them; folders of trainings whose key a finished run has; claims that a newer
-generation has replaced; worktrees and half-written files that no process uses; copies of weights.
+generation has replaced; worktrees and half-written files that no process uses; copies of weights;
+decoded images.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ _HALF_WRITTEN_SECONDS = 86400.0
 
 # fmt: off
 Kind = Literal[
-    "run", "checkpoint", "claim", "worktree", "leftover", "weights",
+    "run", "checkpoint", "claim", "worktree", "leftover", "weights", "images",
     "model", "experiment", "run-cache", "snapshot",
 ]
 # fmt: on
@@ -140,6 +141,7 @@ def collect(scope: Scope, older_than_days: float = 0.0) -> list[Item]:
         _worktrees(scope),
         _leftovers(scope),
         _initial_weights(scope),
+        _decoded_images(scope),
     )
     return [*runs, *(item for item in others if item.age_seconds >= least)]
 
@@ -310,7 +312,8 @@ def _leftovers(scope: Scope) -> Iterator[Item]:
         *scope.home.parent.glob(".runkey-*"),
         *scope.root.glob(".run.json.[0-9]*"),
     ]
-    for folder in (scope.root, scope.home, *map(scope.root.joinpath, _OUTPUTS)):
+    decoded = scope.home / paths.DECODED
+    for folder in (scope.root, scope.home, decoded, *map(scope.root.joinpath, _OUTPUTS)):
         places += [path for path in folder.glob(".*-*") if _TEMPORARY.fullmatch(path.name)]
     for path in sorted(set(places)):
         named = _TEMPORARY.fullmatch(path.name)
@@ -336,6 +339,14 @@ def _initial_weights(scope: Scope) -> Iterator[Item]:
         if source and not path.is_symlink() and scope.now - _changed(path) >= _QUIET_SECONDS:
             why = f"a copy; {source.label} has them"
             yield _item(scope, "weights", path, f"{path.parent.name}/{path.name}", why)
+
+
+def _decoded_images(scope: Scope) -> Iterator[Item]:
+    """What loaders decoded, see `runkey.data.cache`; the time of a file is that of its last use."""
+    for path in sorted(scope.home.glob(f"{paths.DECODED}/*.npy")):
+        if scope.now - _changed(path) >= _QUIET_SECONDS:
+            name, why = f"{paths.DECODED}/{path.name}", "a loader makes them again"
+            yield _item(scope, "images", path, name, why)
 
 
 def _has_weights(library: Library, record: Record, digest: str) -> bool:

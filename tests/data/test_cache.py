@@ -15,7 +15,8 @@ from runkey.data.cache import CachePlan, cache_file, open_cache, plan_cache, shr
 from runkey.data.cache import write_cache as write
 from runkey.data.decode import decode_rgb
 from runkey.data.index import Index, read_index
-from runkey.data.loader import is_cached
+from runkey.data.loader import build_train_loader, is_cached
+from runkey.errors import DataError
 from runkey.params import Data
 from tests.support.workspace import loader_params
 
@@ -64,6 +65,25 @@ def test_a_missing_or_damaged_file_is_none(path):
     path.write_bytes(content)
     assert open_cache(path, plan_of(images()[:3])) is None
     assert open_cache(path.with_name("b.npy"), plan_of(images())) is None
+
+
+def test_changed_bytes_are_found_before_a_training(path):
+    assert open_cache(path, plan_of(images()), checked=True)
+    content = bytearray(path.read_bytes())
+    for place in (128, len(content) - 33, len(content) - 1):
+        content[place] ^= 1
+        path.write_bytes(content)
+        assert open_cache(path, plan_of(images()))
+        assert open_cache(path, plan_of(images()), checked=True) is None
+        content[place] ^= 1
+
+
+def test_a_worker_does_without_a_file_that_was_deleted(path):
+    cache = open_cache(path, plan_of(images()))
+    message = pickle.dumps(cache)
+    path.unlink()
+    assert pickle.loads(message) is None  # noqa: S301
+    assert np.array_equal(cache.image(0).permute(1, 2, 0).numpy(), images()[0])
 
 
 def test_the_least_recently_used_are_deleted(path):
@@ -158,6 +178,16 @@ def test_images_of_train_are_shrunk_as_they_are_stored(workspace, records, train
             means = (image.float().mean((1, 2)) for image in (cache.image(i), whole))
             assert torch.allclose(*means, atol=4)
     assert shrunk > 10
+
+
+def test_an_image_that_changed_since_prepare_is_not_cached(folder):
+    folder.run()
+    (folder.root / "prepared").mkdir(exist_ok=True)
+    params = loader_params(Data(), cached=True)
+    folder.picture(99).save(folder.data / "train/a.jpg")
+    with pytest.raises(DataError, match=r"train/a\.jpg: not what prepare read"):
+        build_train_loader(params, folder.root, 2)
+    assert not list(folder.root.glob(".runkey/decoded/*"))
 
 
 def test_another_image_is_in_another_file(folder):

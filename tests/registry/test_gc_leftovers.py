@@ -110,6 +110,21 @@ def test_what_a_killed_export_leaves_is_named_at_once(house):
     assert house.items(now=time.time() + 4000) == []
 
 
+def test_decoded_images_that_were_not_used_lately(house):
+    folder = house.home / "decoded"
+    folder.mkdir(parents=True)
+    for name in ("a.npy", "b.npy", ".c.npy.999999999-0123abcd"):
+        (folder / name).write_bytes(bytes(1000))
+    os.utime(folder / "a.npy", (1e9, 1e9))
+    os.utime(folder / ".c.npy.999999999-0123abcd", (1e9, 1e9))
+    assert {(item.kind, item.size) for item in house.items()} == {
+        ("images", 1000),
+        ("leftover", 1000),
+    }
+    house.apply()
+    assert [path.name for path in folder.iterdir()] == ["b.npy"]
+
+
 def test_copies_of_weights_that_their_run_still_has(house):
     files = {"model/weights.safetensors": b"weights"}
     record = make_run(house.root, KEY, files=files)
