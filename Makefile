@@ -68,11 +68,11 @@ reference: ## Clone the reference DETR to .reference/: its parity tests are skip
 	git -C .reference/detr checkout --quiet 29901c5
 
 .PHONY: bench
-bench: env env-bench reference ## Speed against the peers on this CPU, 20 minutes; ARGS="--images COCO" for the loader too
+bench: env env-bench reference ## Speed against the peers on this CPU, 20 minutes; ARGS="--images COCO"
 	$(BIN)/python -m benchmarks.speed $(ARGS)
 
 .PHONY: gpu-checks
-gpu-checks: env reference ## On a GPU machine: steps against the reference, profile, inference, memory (12 minutes)
+gpu-checks: env reference ## On a GPU machine: steps, profile, inference, memory (12 minutes)
 	$(BIN)/python -m benchmarks.gpu_checks $(ARGS)
 
 # A fresh start each time: Sphinx warns only about the pages that it reads anew.

@@ -69,7 +69,7 @@ class KilledError(Exception):
 @pytest.mark.parametrize("steps", [(8, 9), (10,), (9, 10, 11)], ids=str)
 def test_an_interrupted_training_goes_back_in_the_same_way(tmp_path, steps):
     change = poisoned({6, 7, 8})
-    parameters = guarded({"spike_history": 3, "spike_score": 1.0})
+    parameters = guarded({"spike_history": 3, "spike_score": 0.5})
     train_detector(parameters, loader=SquaresLoader(change=change), folder=tmp_path / "whole")
 
     def killed_before(step):
