@@ -34,7 +34,7 @@ def profile(
     """Run some training steps on the prepared data; show where their time goes.
 
     The steps are those of a training with params.yaml, five to warm up and one to count
-    arithmetic beside those asked for. Nothing is kept: no weights, no run. `dvc repro prepare`
+    arithmetic beside those asked for. It keeps no weights and no run. `dvc repro prepare`
     must have run.
     """
     from runkey.params import load_params, override
