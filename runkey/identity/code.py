@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from runkey.errors import RecipeError
 from runkey.files import read_plain
 from runkey.hashing import sha256_bytes
+from runkey.identity.kept import keep
 
 EXCLUDED = (
     "runkey/__main__.py",
@@ -185,6 +186,13 @@ class _Module(NamedTuple):
 # The stages of a pipeline share most of their files, and parsing takes the time.
 @functools.cache
 def _read(path: str, source: bytes) -> _Module:
+    name = sha256_bytes(f"{path}\0".encode() + source)
+    imports, digest, fault = keep(f"code {name}", lambda: _parse(path, source))
+    return _Module(tuple(imports), RecipeError(fault) if fault else digest)
+
+
+def _parse(path: str, source: bytes) -> list[Any]:
+    """Return a file's imports, its digest, and why it has none, or ""."""
     try:
         tree = ast.parse(source.replace(b"\r\n", b"\n"), path)
     except SyntaxError as error:
@@ -193,12 +201,12 @@ def _read(path: str, source: bytes) -> _Module:
         raise RecipeError(f"{path}: cannot be parsed ({error})") from None
     imports = _imports(path, source, tree)
     try:
-        return _Module(imports, syntax_digest(path, tree))
+        return [imports, syntax_digest(path, tree), ""]
     except RecipeError as error:
-        return _Module(imports, error)
+        return [imports, "", str(error)]
 
 
-def _imports(path: str, source: bytes, tree: ast.Module) -> tuple[str, ...]:
+def _imports(path: str, source: bytes, tree: ast.Module) -> list[str]:
     names: list[str] = []
     for node in _import_statements(tree.body):
         if isinstance(node, ast.Import):
@@ -212,7 +220,7 @@ def _imports(path: str, source: bytes, tree: ast.Module) -> tuple[str, ...]:
         texts = _texts(tree)
         names += texts if is_importer else (text for text in texts if "." in text)
     package = PurePosixPath(path).parent.parts
-    return tuple(dict.fromkeys(_absolute(name, package) for name in names))
+    return list(dict.fromkeys(_absolute(name, package) for name in names))
 
 
 def _absolute(name: str, package: tuple[str, ...]) -> str:

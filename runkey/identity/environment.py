@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from runkey.errors import LockError, report_errors
-from runkey.files import FormatError, read_text
+from runkey.files import FormatError, read_plain, read_text
+from runkey.hashing import sha256_bytes
 from runkey.identity.dvc_yaml import read_yaml_text
+from runkey.identity.kept import keep
 from runkey.paths import LOCK, workspace
 
 EXTRAS = ".venv-export"
@@ -89,7 +91,17 @@ def _package(entry: Mapping[str, Any]) -> LockedPackage:
 
 def environment_preimage(lock: Path, platform: str = PLATFORM) -> dict[str, Any]:
     """Return what the environment part hashes: the platform and its packages."""
-    return {"platform": platform, "packages": [p.row() for p in read_lock(lock, platform)]}
+
+    def read() -> dict[str, Any]:
+        return {"platform": platform, "packages": [p.row() for p in read_lock(lock, platform)]}
+
+    if not lock.is_file():
+        return read()  # says what is missing
+    sha256 = sha256_bytes(read_plain(lock))
+    found = keep(f"lock {platform} {sha256}", read)
+    if sha256_bytes(read_plain(lock)) != sha256:
+        raise LockError(f"{lock.name}: changed while it was read; repeat the command")
+    return found
 
 
 def normalise_name(name: str) -> str:

@@ -32,8 +32,9 @@ from runkey.identity.code import (
 )
 from runkey.identity.dvc_yaml import Stage, chain, covers, meets, read_pipeline, tracked_md5
 from runkey.identity.environment import environment_preimage
+from runkey.identity.kept import KEPT, kept_values
 from runkey.identity.pinned_weights import BACKBONE_WEIGHTS, INIT_FROM
-from runkey.paths import LOCK, PARAMS
+from runkey.paths import LOCK, PARAMS, home_of, store_root
 from runkey.progress import WIDTH
 from runkey.units import counted
 
@@ -161,7 +162,7 @@ def make_recipe(
     flat = params.flat()
     stages = chain(read_pipeline(root, flat), stage)
     data, files = _data_and_files(stages, flat, root)
-    with _without_collections():
+    with _without_collections(), kept_values(home_of(main or store_root(root)) / KEPT):
         for each in stages:
             files |= {*import_closure(each.module, root, EXCLUDED)}
         hashes = hash_files(sorted(files), root)

@@ -146,7 +146,7 @@ COVERED = (
     "open('params.yaml'); open('conda-lock.yml'); open('data/1.jpg')",
     "Path('prepared').mkdir(); Path('prepared/a').write_text(''); open('prepared/a')",
     "open('new.txt', 'w'); open('new.txt', 'a'); os.listdir('extra')",
-    "Path('.runkey').mkdir(); Path('.runkey/log').write_text(''); open('.runkey/log')",
+    "Path('.runkey').mkdir(exist_ok=True); Path('.runkey/log').write_text(''); open('.runkey/log')",
     "import runkey.registry.query",  # on the exclude list, as is what it imports
     "open('/etc/hostname'); open(0)",  # outside the repository
 )

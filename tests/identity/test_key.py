@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import RecipeError
+from runkey.identity import code
+from runkey.identity import kept as kept_module
 from runkey.identity.environment import environment_preimage
 from runkey.identity.key import (
     PARTS,
@@ -370,3 +372,67 @@ def test_every_spelling_of_the_data_folder_gives_the_same_key(project, path):
     text = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(f"{text}data: {{path: {path}}}\n")
     assert make_recipe("train", project).key == before
+
+
+@pytest.fixture
+def kept(project):
+    """The file of the digests that a first look at the code left."""
+    forget()
+    make_recipe("train", project)
+    return project / ".runkey/kept.json"
+
+
+def forget():
+    code._read.cache_clear()
+    kept_module._values.clear()
+
+
+def test_code_that_was_hashed_before_is_not_parsed_again(project, kept, monkeypatch):
+    first = make_recipe("train", project)
+    forget()
+    monkeypatch.setattr(code, "_parse", lambda path, _: pytest.fail(f"{path} is parsed"))
+    assert make_recipe("train", project) == first
+
+
+def test_only_what_changed_is_parsed_again(project, kept, monkeypatch):
+    edit(project, "runkey/model/net.py", "import width", "import width\nx = 1")
+    forget()
+    parsed, parse = [], code._parse
+    monkeypatch.setattr(
+        code, "_parse", lambda path, data: (parsed.append(path), parse(path, data))[1]
+    )
+    changed = make_recipe("train", project)
+    assert parsed == ["runkey/model/net.py"]
+    kept.unlink()
+    forget()
+    assert make_recipe("train", project) == changed
+
+
+DAMAGES = {
+    "empty": lambda text: "",
+    "cut": lambda text: text[: len(text) // 2],
+    "a digest changed": lambda text: re.sub(
+        r'"[0-9a-f]{64}",\n', f'"{"0" * 64}",\n', text, count=1
+    ),
+    "of another rule": lambda text: re.sub(r'"check": "\w+"', f'"check": "{"0" * 64}"', text),
+    "no object": lambda text: "[1, 2]",
+    "not UTF-8": lambda text: "\udcff",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_of_digests_changes_no_key(project, kept, damage):
+    first, text = make_recipe("train", project), kept.read_text()
+    kept.write_bytes(DAMAGES[damage](text).encode(errors="surrogateescape"))
+    assert kept.read_text(errors="replace") != text
+    forget()
+    assert make_recipe("train", project) == first
+    assert kept.read_text() == text
+
+
+def test_a_folder_that_takes_no_file_of_digests_has_the_same_key(project, kept):
+    first = make_recipe("train", project)
+    kept.unlink()
+    kept.mkdir()
+    forget()
+    assert make_recipe("train", project) == first
