@@ -67,6 +67,8 @@ class Page:
         self.errors: list[str] = []
         """Errors in its console, and exceptions that nobody caught."""
         self._loaded: set[str] = set()
+        self._documents: list[str] = []
+        """The page's own, in order, as the ids of what loaded them; without frames."""
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.call(f"{domain}.enable")
         self.call("Page.setLifecycleEventsEnabled", enabled=True)
@@ -149,7 +151,8 @@ class Page:
 
     def _until_loaded(self, loader: str, address: str) -> None:
         end = time.monotonic() + _LOAD_SECONDS
-        while loader not in self._loaded:
+        # A document that made way for another one may have taken the news of its load with it.
+        while loader not in self._loaded and loader not in self._documents[:-1]:
             left = end - time.monotonic()
             assert left > 0, f"not loaded after {_LOAD_SECONDS:.0f} s: {address}"
             with suppress(TimeoutError):
@@ -163,6 +166,8 @@ class Page:
                 self.posts.append(params["request"]["url"])
         elif method == "Page.lifecycleEvent" and params["name"] == "load":
             self._loaded.add(params["loaderId"])
+        elif method == "Page.frameNavigated" and "parentId" not in params["frame"]:
+            self._documents.append(params["frame"]["loaderId"])
         elif method == "Target.attachedToTarget":
             for command in ("Network.enable", "Runtime.runIfWaitingForDebugger"):
                 self._send({"method": command, "sessionId": params["sessionId"]})
