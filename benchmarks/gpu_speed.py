@@ -42,7 +42,7 @@ from runkey.training.step import accumulate_gradients, train_step
 PRESETS = Path(__file__).parents[1] / "presets"
 FLOOR_MS = {"compute": 11.0, "traffic": 13.4}
 """Of a step of 16 images in bf16 on an H200: at 790 TFLOP/s, at 3.0 TB/s."""
-PRECISIONS = {"bf16": "bf16", "tf32": "off", "fp32": "off"}
+PRECISIONS = {"bf16": "bf16", "tf32": "tf32", "fp32": "off"}
 """What is measured, and `training.precision` for it."""
 _ROUNDS, _WARM_UP = 10, 4
 _TINY: dict[str, Any] = {

@@ -244,7 +244,7 @@ def predict(
     precision = params.training.precision
     model = MemoryModel(
         batch_size=batch_size,
-        precision={"auto": "bf16", "off": "fp32"}.get(precision, precision),
+        precision={"auto": "bf16", "off": "fp32", "tf32": "fp32"}.get(precision, precision),
         shapes=shapes.statistics,
         gpu=estimate,
         cpu=fp32[0] if fp32 else estimate.line,
@@ -283,7 +283,7 @@ def _alternatives(
 
 def _changes(params: Params) -> dict[str, dict[str, Any]]:
     """Name of each alternative to the parameters that it changes."""
-    data, is_fp32 = params.data, params.training.precision == "off"
+    data, is_fp32 = params.data, params.training.precision in ("off", "tf32")
     sides = tuple(max(1, round(side * _SMALLER)) for side in data.short_sides)
     long_side = max(1, round(data.long_side * _SMALLER))
     grouped = data.group_by_aspect

@@ -491,9 +491,9 @@ class Training(Section):
     """Images per optimizer step (the global batch), whatever the memory."""
     micro_batch: PositiveInt | Literal["auto"] = "auto"
     """Images per forward pass.  auto: as many as fit on the device, by memory.json."""
-    precision: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "off", "tf32", "bf16", "fp16"] = "auto"
     """Mixed precision; boxes, costs and losses stay in fp32.  auto: bf16 on a GPU that supports
-    it, off on a CPU."""
+    it, off on a CPU.  tf32: fp32, whose products a GPU rounds to 10 bits.  off: exact fp32."""
     ema_decay: BelowOne = 0.0
     """Decay per step of the moving average of the weights, which is evaluated and saved.  After n
     steps it is at most (1 + n) / (10 + n).  0: no average."""

@@ -25,7 +25,7 @@ from runkey.model.criterion import Criterion, build_criterion
 from runkey.model.detr import build_model
 from runkey.model.weights import load_initial_weights
 from runkey.params import Params, Runtime, Training
-from runkey.training.device import build_precision, configure_torch, keep_freed_memory
+from runkey.training.device import allow_tf32, build_precision, configure_torch, keep_freed_memory
 from runkey.training.distributed import World
 from runkey.training.optimizer import Clipper, Ema, build_optimizer, trained_parameters
 from runkey.training.schedule import Schedule, build_schedule
@@ -249,11 +249,13 @@ def _build_step(
     model = model.to(device)
     if training.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    precision = build_precision(training.precision, device)
+    allow_tf32(precision.tf32)
     step = TrainStep(
         model=model,
         criterion=criterion,
         optimizer=build_optimizer(model, params.optimizer, params.lr),
-        precision=build_precision(training.precision, device),
+        precision=precision,
         channels_last=training.channels_last,
         clipper=Clipper(device=device, **params.optimizer.clip.model_dump()),
         world=world,
@@ -292,7 +294,9 @@ def describe(context: TrainContext) -> dict[str, object]:
     step, settings = context.step, context.settings
     stopping = settings.early_stopping
     dtype, reason = step.precision.dtype, step.precision.reason
-    precision = "fp32" if dtype is None else f"{dtype} autocast".removeprefix("torch.")
+    precision = "TF32" if step.precision.tf32 else "fp32"
+    if dtype is not None:
+        precision = f"{dtype} autocast".removeprefix("torch.")
     trained = sum(p.numel() for p in trained_parameters(step.optimizer))
     everything = sum(p.numel() for p in step.model.parameters())
     logger.info(f"precision: {precision} ({reason})")

@@ -75,7 +75,7 @@ _LARGEST_KEPT = 2**30
 """Bytes; larger blocks are given back."""
 
 
-_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"off": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,14 @@ class Precision:
     """None: fp32 throughout."""
     reason: str = ""
     """Why, in a few words, for the log."""
+    tf32: bool = False
+    """Whether a GPU may multiply fp32 numbers as TF32."""
 
     @property
     def name(self) -> str:
-        """As in `training.precision`: off, bf16 or fp16."""
-        return next(name for name, dtype in _DTYPES.items() if dtype is self.dtype)
+        """As in `training.precision`: off, tf32, bf16 or fp16."""
+        names = (name for name, dtype in _DTYPES.items() if dtype is self.dtype)
+        return "tf32" if self.tf32 else next(names)
 
     @cached_property
     def scaler(self) -> GradScaler | None:
@@ -108,7 +111,7 @@ class Precision:
 def build_precision(precision: str, device: torch.device) -> Precision:
     """Choose the autocast dtype for `training.precision`: auto is bf16 where the GPU has it."""
     on_gpu = device.type == "cuda"
-    # Ampere was the first with bf16.
+    # Ampere was the first with bf16 and TF32.
     has_bf16 = on_gpu and torch.cuda.get_device_capability(device)[0] >= 8
     if precision == "auto":
         if has_bf16:
@@ -124,7 +127,9 @@ def build_precision(precision: str, device: torch.device) -> Precision:
     elif precision == "bf16" and not has_bf16:
         slow = "the GPU only emulates it: slow"
         reason += f", though {slow if on_gpu else 'it is slower than fp32 on a CPU without AMX'}"
-    return Precision(device, _DTYPES[precision], reason)
+    elif precision == "tf32" and not has_bf16:
+        reason += f", though the {'GPU' if on_gpu else 'CPU'} has no TF32: fp32"
+    return Precision(device, _DTYPES[precision], reason, precision == "tf32" and has_bf16)
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -147,6 +152,7 @@ def configure_torch(
     """
     # cuBLAS reads this once, when its first handle is made.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    allow_tf32(False)  # torch allows it for convolutions
     # Benchmarking picks kernels by their time on the day, and padded shapes vary from step to step.
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(deterministic)
@@ -158,6 +164,12 @@ def configure_torch(
     elif processes > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
     torch.manual_seed(derive_seed(seed, "init"))
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let GPUs round the factors of fp32 products to TF32, in this process, or not."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:

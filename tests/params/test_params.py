@@ -108,7 +108,7 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown choice of precision": (
         {"training": {"precision": "fp8"}},
-        "training.precision = 'fp8': should be 'auto', 'off', 'bf16' or 'fp16'",
+        "training.precision = 'fp8': should be 'auto', 'off', 'tf32', 'bf16' or 'fp16'",
     ),
     "empty list": ({"data": {"short_sides": []}}, "data.short_sides = []: should not be empty"),
     "wrong entry of a list": (

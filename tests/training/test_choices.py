@@ -27,6 +27,7 @@ CPU = torch.device("cpu")
     [
         ("auto", None, "auto: mixed precision does not pay on a CPU"),
         ("off", None, "asked for"),
+        ("tf32", None, "asked for, though the CPU has no TF32: fp32"),
         ("bf16", torch.bfloat16, "asked for, though it is slower than fp32 on a CPU without AMX"),
         ("fp16", torch.float16, "asked for; losses are scaled"),
     ],
@@ -47,6 +48,22 @@ def test_automatic_precision_on_a_gpu(monkeypatch, capability, dtype, reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     device = torch.device("cuda", 0)
     assert build_precision("auto", device) == Precision(device, dtype, reason)
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "name"),
+    [
+        ((8, 0), "tf32", "tf32"),
+        ((7, 5), "tf32", "off"),
+        ((8, 0), "off", "off"),
+        ((8, 0), "bf16", "bf16"),
+    ],
+)
+def test_tf32_only_where_it_is_asked_for(monkeypatch, capability, precision, name):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    found = build_precision(precision, torch.device("cuda", 0))
+    assert found.name == name
+    assert found.tf32 == (name == "tf32")
 
 
 def test_only_fp16_scales_losses():
@@ -191,6 +208,8 @@ def test_set_up_settles_the_kernels(monkeypatch):
     configure_torch(3, deterministic=True)
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     first = torch.rand(3)
     configure_torch(3, deterministic=False)
