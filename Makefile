@@ -141,6 +141,8 @@ requirements: env env-tools ## Derive requirements.txt from conda-lock.yml, and 
 	  --output-file environment/export/requirements.txt
 	$(COMPILE) --no-deps environment/bench/requirements.in \
 	  --output-file environment/bench/requirements.txt
+	$(COMPILE) --no-deps environment/search/requirements.in \
+	  --output-file environment/search/requirements.txt
 	$(COMPILE) --no-deps environment/test-servers/requirements.in \
 	  --output-file environment/test-servers/requirements.txt
 
@@ -165,13 +167,17 @@ env-export: env ## Set up .venv-export: ONNX, ONNX Runtime, OpenVINO, video, pag
 env-bench: env ## Set up .venv-bench: the peers of `make bench`
 	@sh environment/setup.sh .venv-bench environment/bench/requirements.txt
 
+.PHONY: env-search
+env-search: env ## Set up .venv-search: Optuna, for `runkey sweep --tpe`
+	@sh environment/setup.sh .venv-search environment/search/requirements.txt
+
 .PHONY: env-test-servers
 env-test-servers: env ## Set up .venv-test-servers: a login for MLflow, a driver for PostgreSQL
 	@sh environment/setup.sh .venv-test-servers environment/test-servers/requirements.txt
 
 .PHONY: clean
 clean: ## Remove environments and caches (not data, models or runs)
-	rm -rf .venv .venv-tools .venv-convert .venv-export .venv-bench .venv-test-servers .site
+	rm -rf .venv .venv-tools .venv-convert .venv-export .venv-bench .venv-search .venv-test-servers .site
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache runkey.egg-info build dist
 	find runkey stages tests -name __pycache__ -prune -exec rm -rf {} +
 

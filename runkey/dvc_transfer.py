@@ -30,6 +30,10 @@ from runkey.progress import QUIET, Steps, progress
 from runkey.units import counted
 
 
+class NoUsableRemoteError(RegistryError):
+    """No remote is set that other machines can read."""
+
+
 @dataclass(frozen=True)
 class DvcRemote:
     """A DVC remote of a checkout.
@@ -43,13 +47,14 @@ class DvcRemote:
     """As `dvc remote list` shows it; None: DVC's default."""
 
     def check(self) -> str:
-        """Return the remote's address; refuse a folder inside the checkout."""
+        """Return the remote's address, once it has answered; refuse a folder of the checkout."""
         with self._opened() as (repo, remote):
+            remote.fs.exists(remote.path)
             root = Path(repo.root_dir).resolve()
             local = isinstance(remote.fs, LocalFileSystem)
             if local and root in Path(remote.path).resolve().parents:
                 name = self.name or repo.config["core"].get("remote")
-                raise RegistryError(
+                raise NoUsableRemoteError(
                     f"DVC remote {name} is a folder of this checkout, which other machines cannot"
                     f" read; `dvc remote modify {name} url <address>` sets your team's"
                 )
@@ -97,7 +102,7 @@ class DvcRemote:
             raise RegistryError(text) from None
         except NoRemoteError:
             text = "DVC has no default remote; `dvc remote add -d store <address>`"
-            raise RegistryError(text) from None
+            raise NoUsableRemoteError(text) from None
         except NotDvcRepoError:
             raise RegistryError(f"{self.root}: not a DVC repository; `dvc init`") from None
         # Every storage's driver raises its own kinds: no log-in, no network, no space.

@@ -11,10 +11,14 @@ from types import TracebackType
 
 _KILLED = 128
 """Exit code of shells after a signal: this and its number."""
+TRY_ELSEWHERE = os.EX_TEMPFAIL
+"""Exit code 75, of a `StoppedError`."""
 
 
 class RunkeyError(Exception):
     """Base of everything that a user can cause and mend."""
+
+    exit_code = 1
 
 
 class ParamsError(RunkeyError):
@@ -35,6 +39,8 @@ class TrainingError(RunkeyError):
 
 class StoppedError(TrainingError):
     """Training cannot go on here and now; it can from where it stopped, elsewhere or later."""
+
+    exit_code = TRY_ELSEWHERE
 
 
 class EvaluationError(RunkeyError):
@@ -94,7 +100,7 @@ def _wants_traceback() -> bool:
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Print a `RunkeyError` as one line on stderr and exit with 1; after Ctrl-C with 130.
+    """Print a `RunkeyError` as one line on stderr and exit with its code; after Ctrl-C with 130.
 
     On a terminal the line is folded at 100 columns; where it is piped it stays one, to be searched.
     `Interrupted` exits as a shell does: 143 after SIGTERM, 130 after SIGINT.
@@ -111,7 +117,7 @@ def report_errors() -> Iterator[None]:
             raise
         line, code = str(error) or "interrupted", _KILLED + signal.SIGINT
         if isinstance(error, RunkeyError):
-            line, code = f"error: {error}", 1
+            line, code = f"error: {error}", error.exit_code
         elif isinstance(error, OSError):
             # Of a file that the command names or makes: a full disk, a missing right, a folder.
             place = f"{error.filename}: " if error.filename else ""

@@ -130,6 +130,14 @@ COMMANDS = {
         "use.speed",
         "Measure AP and time of each way to run a model: runtime, number format, layers.",
     ),
+    "sweep": (
+        "sweep.sweep",
+        "Train a grid, a list, random points or a search over parameters, each key once.",
+    ),
+    "trial": (
+        "sweep.trial",
+        "Train a snapshot with changed parameters, in a worktree; safe to start anywhere.",
+    ),
     "summary": ("project.summary", "Show the result of the last pipeline, and where to look next."),
     "ui": (
         "store.ui",

@@ -1,7 +1,7 @@
 """What commands share: the store of the current folder; tables for people, JSON for scripts.
 
 Exit codes: 0 done or yes, 1 an error, 2 a wrong command line, 3 the answer is no (`verify` found
-faults, environments or runs differ).
+faults, environments or runs differ), 75 an error that may not come again elsewhere or later.
 """
 
 from __future__ import annotations

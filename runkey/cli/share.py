@@ -51,7 +51,7 @@ def export_run(
 
     if file.exists() and not force:
         raise RegistryError(f"{file}: is there already; name another, or say --force")
-    here = _checkout()
+    here = this_checkout()
     record = find_run(here.library, key)
     done = share.export_run(record, here, file, with_data=with_data)
     packed = file.stat().st_size
@@ -68,7 +68,7 @@ def import_run(
     """Import a run from a file, all of it checked; `dvc repro` then restores it."""
     from runkey.registry import share
 
-    here = _checkout()
+    here = this_checkout()
     done = share.import_run(file, here)
     state = "taken in as" if done.is_new else "was here already as"
     verified = f"{counted(done.files, 'file')} ({format_bytes(done.size)}) verified"
@@ -87,7 +87,7 @@ def publish(
     """Publish a run to the team: results, DVC's entries, snapshot and MLflow run."""
     from runkey.registry import share
 
-    here, team = _checkout(), _team(remote, git_remote, server)
+    here, team = this_checkout(), team_of(remote, git_remote, server)
     record = find_run(here.library, key)
     done = share.publish(record, here, team, with_data=with_data)
     lines = _parts(done, f"sent to {done.dvc}")
@@ -107,7 +107,7 @@ def fetch(
     """Get a published run from the team, so that `dvc repro` restores it."""
     from runkey.registry import share
 
-    here, team = _checkout(), _team(remote, git_remote, server)
+    here, team = this_checkout(), team_of(remote, git_remote, server)
     record = find_run(team.library, key)
     done = share.fetch(record, here, team)
     title = f"{short_key(done.key)}: fetched; `dvc repro` restores it where the tree has this key"
@@ -121,7 +121,7 @@ _STATES = {
 }
 
 
-def _checkout() -> Checkout:
+def this_checkout() -> Checkout:
     """This checkout; copies of runs go to the experiment of params.yaml."""
     from runkey.params import load_params
     from runkey.registry.share import Checkout
@@ -134,7 +134,7 @@ def _checkout() -> Checkout:
     return Checkout(root, store.home, output.library(), runs)
 
 
-def _team(remote: str, git_remote: str, server: str) -> Team:
+def team_of(remote: str, git_remote: str, server: str) -> Team:
     """The team's places; its server is the option's, that of params.yaml, or the environment's."""
     from runkey.dvc_transfer import DvcRemote
     from runkey.params import load_params  # 0.3 s

@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Self
 
@@ -174,6 +174,17 @@ def make_recipe(
         "environment": environment,
     }
     return Recipe(stage, {one.name: one.cmd for one in stages}, preimages)
+
+
+def with_params(recipe: Recipe, root: Path, params: Params, main: Path | None = None) -> Recipe:
+    """Return the recipe of the same files and data with other parameters, in milliseconds.
+
+    Arguments and errors are those of `make_recipe`; `data.path` must be the same.
+    """
+    flat = params.flat()
+    stages = chain(read_pipeline(root, flat), recipe.stage)
+    changed = {"params": _params(stages, flat, root, main)}
+    return replace(recipe, preimages={**recipe.preimages, **changed})
 
 
 @contextmanager

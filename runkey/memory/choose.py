@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from runkey.errors import TrainingError
+from runkey.errors import StoppedError
 from runkey.hashing import sha256_file
 from runkey.memory.measure import (
     MemoryBudget,
@@ -95,13 +95,13 @@ def choose(
         alternatives: changes of params.yaml, and the bytes that one image would take with each.
 
     Raises:
-        TrainingError: not even one image fits; names what would make it fit.
+        StoppedError: not even one image fits; names what would make it fit.
     """
     if micro_batch is not None:
         return Choice(*split_evenly(batch_size, micro_batch), "training.micro_batch")
     fits = largest_fitting(bound, batch_size, budget.bytes)
     if not fits:
-        raise TrainingError(_nothing_fits(bound(1), budget, alternatives or {}))
+        raise StoppedError(_nothing_fits(bound(1), budget, alternatives or {}))
     if saved is not None and saved <= fits:
         return Choice(saved, -(-batch_size // saved), "the checkpoint's")
     return Choice(*split_evenly(batch_size, fits), f"up to {fits} fit")
@@ -143,7 +143,7 @@ def plan_memory(
         processes: number of processes that share each optimizer step.
 
     Raises:
-        TrainingError: there is no memory.json for these parameters, or nothing fits.
+        TrainingError: there is no memory.json for these parameters, or nothing fits (StoppedError).
     """
     training = params.training
     model, digest = read_model(folder / MODEL, training.batch_size), sha256_file(folder / MODEL)

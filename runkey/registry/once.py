@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from runkey.errors import RecipeError, RegistryError, RunkeyError
+from runkey.errors import RecipeError, RegistryError, RunkeyError, StoppedError
 from runkey.identity.key import short_key
 from runkey.identity.record import Record
 from runkey.registry.claims import Claim, Claims, newest, state_now, this_owner
@@ -206,6 +206,33 @@ def decide(
     return search.decide(wait=wait)
 
 
+def wait_for_other(
+    library: Library, claims: Claims, key: str, *, wait: bool = True, rhythm: Rhythm | None = None
+) -> Record | None:
+    """Return the whole run of a key, after another process that trains it has ended.
+
+    None: there is none, and nobody trains it, so that this machine may.
+
+    Raises:
+        StoppedError: another process trains it and `wait` is False.
+        RegistryError: the store cannot be reached.
+    """
+    search = _Search([library], claims, key, (), rhythm or Rhythm())
+    waits_for: Claim | None = None
+    while (found := search.find_run()) is None:
+        claim = newest(claims, key)
+        if claim is None or claim.state != "running" or search.death_of(claim):
+            found = search.find_run()  # it may have ended since
+            break
+        if not claim.is_same(waits_for):
+            waits_for = claim
+            if not wait:
+                raise StoppedError(f"{search.label}: {claim.line}")
+            logger.info(f"{search.label}: {claim.line}; waiting for its result (Ctrl-C leaves)")
+        time.sleep(search.rhythm.poll_seconds)
+    return found.record if found else None
+
+
 @dataclass
 class _Search:
     """Looks for a finished run of a key, or for the right to train it."""
@@ -234,7 +261,7 @@ class _Search:
             try:
                 # The claim is read before the runs: if it is finished, the run is among them then.
                 claim = newest(self.claims, self.key)
-                death = self._death_of(claim) if claim and claim.state == "running" else None
+                death = self.death_of(claim) if claim and claim.state == "running" else None
                 is_free = claim is None or claim.state != "running" or death is not None
                 if is_free and not (found := self.find_run()):
                     generation = claim.generation + 1 if claim else 1
@@ -299,7 +326,7 @@ class _Search:
         runs.sort(key=lambda record: record.reproduction_of is not None)
         return next((r for r in map(library.with_details, runs) if r.is_whole), None)
 
-    def _death_of(self, claim: Claim) -> str | None:
+    def death_of(self, claim: Claim) -> str | None:
         """Return why the claim, as just read, counts as dead, or None.
 
         Its beat must stand still by this process's clock.  Only time in which this process looked

@@ -8,14 +8,10 @@ the metrics are compared within a tolerance.
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -26,14 +22,9 @@ from typing import Any, TextIO
 from runkey import paths
 from runkey.errors import RecipeError, RegistryError, RunkeyError
 from runkey.evaluation.files import METRICS_JSON, OTHER, read_metrics
-from runkey.files import write_atomically
 from runkey.hashing import sha256_file
 from runkey.identity.dvc_yaml import (
-    cache_folder,
-    chain,
     covers,
-    pointer_of,
-    read_config,
     read_pipeline,
     read_yaml_text,
 )
@@ -53,11 +44,17 @@ from runkey.params import load_params
 from runkey.params.schema import flatten
 from runkey.paths import PARAMS
 from runkey.registry.archive import parse_json
+from runkey.registry.checkout import (
+    TARGET,
+    clean_environment,
+    fetch_data,
+    run_dvc,
+    share_cache,
+)
 from runkey.registry.environment import compare_environment
 from runkey.registry.gc import has_processes
 from runkey.registry.library import Library
 from runkey.registry.snapshot import (
-    ELSEWHERE,
     add_worktree,
     changed_files,
     git,
@@ -202,56 +199,9 @@ def _class_text(value: Any) -> str:
     return f"{counted(len(value), 'other version')}" if isinstance(value, list) else str(value)
 
 
-# The checkout of a snapshot, with the DVC cache and data of the main checkout.
-
-
-def share_cache(main: Path, root: Path) -> None:
-    """Let DVC in a checkout use the main checkout's cache and remotes.
-
-    Relative addresses are relative to the settings that hold them. A remote whose folder exists in
-    the other checkout, such as sample-data, is used there; any other is the main checkout's.
-    """
-    settings, other = main / ".dvc", root / ".dvc"
-    shared, local = read_config(settings / "config"), read_config(settings / "config.local")
-    local.read_dict({"cache": {"dir": str(cache_folder(main))}})
-    sections = (*shared.sections(), *local.sections())
-    for section in (s for s in sections if s.strip("'").startswith("remote ")):
-        options = dict(local[section]) if section in local else {}
-        if shared.has_option(section, "url"):
-            options = {"url": shared[section]["url"]} | options
-        local[section] = {}
-        for name, value in options.items():
-            path = value.strip("\"'")
-            is_path = name == "url" or name.endswith(("file", "path"))
-            if not is_path or "://" in path or Path(path).expanduser().is_absolute():
-                local[section][name] = value
-            elif name != "url" or not (other / path).is_dir():
-                local[section][name] = str((settings / path).resolve())
-    text = io.StringIO()
-    local.write(text)
-    # It may hold the remotes' passwords; a link of the snapshot is replaced, not followed.
-    write_atomically(other / "config.local", text.getvalue(), mode=0o600)
-
-
-def clean_environment(main: Path, more: Mapping[str, str]) -> dict[str, str]:
-    """Return variables for DVC in another checkout, whose runs go to the store of `main`.
-
-    Variables that a stage, an experiment or a hook has set would name another checkout. DVC's
-    stages call `python`, which must be this one.
-    """
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    dropped = ("DVC_ROOT", "DVC_STAGE", "DVC_EXP_", *ELSEWHERE)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    return {**kept, "PATH": path, "DVC_ROOT": str(main), **more}
-
-
 # Training again.
 
 
-TARGET = "evaluate"
-"""The stage to run; those before it run as well."""
-_PATIENCE = 30.0
-"""Seconds that an interrupted pipeline has to end by itself."""
 _SHOWN = 10
 """Most names of files that a question lists."""
 
@@ -407,7 +357,7 @@ def _train_again(
     record: Record, details: Details, root: Path, env: Mapping[str, str], output: TextIO
 ) -> tuple[RunComparison, dict[str, Any]]:
     """Train and evaluate in the worktree; compare."""
-    _fetch_data(root, env, output)
+    fetch_data(root, env, output)
     if began := record.started_from:
         logger.info(f"initial weights: {began.about}")
     # The snapshot's own; another one is of this reproduction, which was interrupted.
@@ -416,7 +366,7 @@ def _train_again(
         (root / "dvc.lock").unlink()
     logger.info("training again: dvc repro without its run-cache")
     begin = time.monotonic()
-    _dvc(["repro", "--no-run-cache", "--no-commit", TARGET], root, env, output)
+    run_dvc(["repro", "--no-run-cache", "--no-commit", TARGET], root, env, output)
     seconds = round(time.monotonic() - begin, 1)
     manifest = RunManifest.read(root / paths.RUN_JSON)
     if manifest.run_id == record.run.run_id:
@@ -516,51 +466,3 @@ def _check_packages(record: Record, details: Details, root: Path, *, any_environ
             f"{text}; `runkey env export {record.label}` gives the lists to install from,"
             " --any-environment goes on as it is"
         )
-
-
-def _fetch_data(root: Path, env: Mapping[str, str], output: TextIO) -> None:
-    """Check out the data by their hash: from DVC's cache, else from their remote."""
-    flat = load_params(root / PARAMS).flat()
-    stages = chain(read_pipeline(root, flat), TARGET)
-    wanted = [str(flat["data.path"]).rstrip("/"), *(dep for one in stages for dep in one.deps)]
-    for file in dict.fromkeys(filter(None, (pointer_of(dep, root) for dep in wanted))):
-        try:
-            _dvc(["checkout", "--quiet", file], root, env, subprocess.DEVNULL)
-            logger.info(f"{file}: data from DVC's cache, by their hash")
-        except RegistryError:
-            logger.info(f"{file}: not whole in DVC's cache; it is pulled")
-            _dvc(["pull", file], root, env, output)
-
-
-def _dvc(arguments: list[str], root: Path, env: Mapping[str, str], output: TextIO | int) -> None:
-    """Run DVC in the worktree; an interruption ends it, the stage and its workers together.
-
-    Raises:
-        RegistryError: it failed.
-    """
-    command = ["-m", "dvc", *arguments]
-    child = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=root,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        code = child.wait()
-    except BaseException:
-        # First as Ctrl-C does, so that MLflow records the end of the run; at last those of the
-        # group that outlive their leader.
-        for number, seconds in ((signal.SIGINT, _PATIENCE), (signal.SIGTERM, 5.0)):
-            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(child.pid, number)
-                child.wait(seconds)
-                break
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-        raise
-    if code:
-        raise RegistryError(f"python {' '.join(command)}: failed with exit code {code}")

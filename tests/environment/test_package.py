@@ -29,7 +29,7 @@ FIRST_PARTY = {"runkey", "stages"}
 NOT_IMPORTED = {"dvc-s3", "nvidia-ml-py"}
 # mlflow's own HTTP client, which `runkey.tracking.mlflow_http` limits; `make env-convert`.
 PROVIDED = {"requests": "mlflow-skinny", "urllib3": "requests"}
-OPTIONAL = {"globox": "convert", "onnxruntime": "export"}
+OPTIONAL = {"globox": "convert", "onnxruntime": "export", "optuna": "search"}
 """The folder in environment/ that pins each."""
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
 

@@ -11,7 +11,8 @@ import pytest
 
 from runkey.errors import RegistryError
 from runkey.identity.dvc_yaml import cache_folder
-from runkey.registry.reproduce import clean_environment, left_behind, share_cache
+from runkey.registry.checkout import clean_environment, share_cache
+from runkey.registry.reproduce import left_behind
 from runkey.registry.snapshot import add_worktree, git, remove_worktree
 from runkey.training.lock import locked
 

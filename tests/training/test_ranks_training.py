@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from runkey.errors import TRY_ELSEWHERE
 from runkey.training.distributed import World
 from tests.support import rank_trainings
 from tests.support.rank_trainings import STEPS
@@ -73,7 +74,7 @@ def test_a_killed_rank_ends_all_and_a_restart_resumes_exactly(train, tmp_path, w
     began = time.monotonic()
     (code, _, said), (killed, _, _) = train("killed in a step", "1", "3")
     assert killed == -9
-    assert code == 1
+    assert code == TRY_ELSEWHERE
     line = said.splitlines()[-1]
     assert line.startswith("error: rank 1 (process ")
     assert "ended while training; training ends on all ranks; stopped after step " in line
