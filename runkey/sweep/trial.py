@@ -36,6 +36,7 @@ from runkey.params.render import head_of, render
 from runkey.paths import LOCK, PARAMS, REQUIREMENTS
 from runkey.registry.checkout import clean_environment, fetch_data, run_dvc, share_cache
 from runkey.registry.claims import newest, open_claims, state_now
+from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.gc import has_processes
 from runkey.registry.library import Library
 from runkey.registry.once import wait_for_other
@@ -214,14 +215,16 @@ def _check_writing(server: RestClient, experiment: str) -> None:
 
 
 def _data_bytes(root: Path) -> int:
-    """Return the size of all data that .dvc files of the checkout track."""
+    """Return the size of the data that .dvc files of the checkout track and DVC's cache lacks."""
+    cache = DvcCache(root)
     outs = [
         out
         for file in root.glob("*.dvc")
         if file.is_file()
         for out in (read_yaml_text(file) or {}).get("outs", ())
     ]
-    return sum(int(out.get("size", 0)) for out in outs)
+    missing = (out for out in outs if not cache.object_path(str(out["md5"])).exists())
+    return sum(int(out.get("size", 0)) for out in missing)
 
 
 # Training.
@@ -245,7 +248,7 @@ def _train(
     top = folder / "tree"
     root, done = _worktree(place.root, oid, top, folder / "checked-out"), None
     write_atomically(root / PARAMS, render(params, head_of(read_text(root / PARAMS))))
-    share_cache(place.root, root)
+    share_cache(place.root, root, links=True)
     env = clean_environment(place.root, _VARIABLES, python_of(place.root, root, place.store.home))
     with _Relay(output) as relay:
         try:
