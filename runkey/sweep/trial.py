@@ -40,7 +40,7 @@ from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.gc import has_processes
 from runkey.registry.library import Library
 from runkey.registry.once import wait_for_other
-from runkey.registry.rest import AbsentError, RestClient, UnreachedError
+from runkey.registry.rest import RestClient, UnreachedError
 from runkey.registry.share import Checkout, Team, publish
 from runkey.registry.snapshot import (
     REFS,
@@ -188,7 +188,7 @@ def check_places(place: Place, params: Params) -> None:
     StoppedError if that may be otherwise on another machine or later.
     """
     if place.store.is_server:
-        _check_writing(RestClient(place.store.uri), params.runtime.experiment)
+        RestClient(place.store.uri).check_writes(params.runtime.experiment)
     if place.team:
         try:
             git(place.root, "ls-remote", "--quiet", place.team.git, "HEAD")
@@ -202,16 +202,6 @@ def check_places(place: Place, params: Params) -> None:
             f"{home}: {format_bytes(free)} are free, and a trial takes {format_bytes(needed)}; make"
             " room, or name another store by MLFLOW_TRACKING_URI"
         )
-
-
-def _check_writing(server: RestClient, experiment: str) -> None:
-    """Raise RestError if the server does not let this login write to the experiment."""
-    try:
-        number = server.experiment(experiment).experiment_id
-    except AbsentError:
-        number = server.post("experiments/create", {"name": experiment})["experiment_id"]
-    tag = {"experiment_id": number, "key": "runkey.trials", "value": "yes"}
-    server.post("experiments/set-experiment-tag", tag, repeat=True)
 
 
 def _data_bytes(root: Path) -> int:
