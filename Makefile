@@ -145,6 +145,7 @@ requirements: env env-tools ## Derive requirements.txt from conda-lock.yml, and 
 	  --output-file environment/search/requirements.txt
 	$(COMPILE) --no-deps environment/test-servers/requirements.in \
 	  --output-file environment/test-servers/requirements.txt
+	$(COMPILE) environment/ray/requirements.in --output-file environment/ray/requirements.txt
 
 .PHONY: env
 env: ## Set up .venv (the other targets do it themselves)
@@ -175,9 +176,14 @@ env-search: env ## Set up .venv-search: Optuna, for `runkey sweep --tpe`
 env-test-servers: env ## Set up .venv-test-servers: a login for MLflow, a driver for PostgreSQL
 	@sh environment/setup.sh .venv-test-servers environment/test-servers/requirements.txt
 
+.PHONY: env-ray
+env-ray: env ## Set up .venv-ray: Ray, for `runkey sweep --on ray` (210 MB)
+	@sh environment/setup.sh .venv-ray environment/ray/requirements.txt
+
 .PHONY: clean
 clean: ## Remove environments and caches (not data, models or runs)
-	rm -rf .venv .venv-tools .venv-convert .venv-export .venv-bench .venv-search .venv-test-servers .site
+	rm -rf .venv .venv-tools .venv-convert .venv-export .venv-bench .venv-search .venv-test-servers
+	rm -rf .venv-ray .site
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache runkey.egg-info build dist
 	find runkey stages tests -name __pycache__ -prune -exec rm -rf {} +
 

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -25,7 +25,7 @@ from runkey.cli import output
 from runkey.cli.output import AsJson
 from runkey.cli.project import summary
 from runkey.errors import DataError, RegistryError, RunkeyError
-from runkey.files import WriteError
+from runkey.files import WriteError, read_json
 from runkey.identity.initial_weights import weights_file
 from runkey.identity.key import short_key, split_training, training_folder
 from runkey.paths import TRAIN_LOG
@@ -159,12 +159,18 @@ def draw(as_json: AsJson = False) -> None:
 _SCORES = ("AP", "AP50", "val_loss", "train_loss", "seconds")
 _NO_PARAMS = {"Experiment", "rev", "typ", "Created", "parent", "State", "Executor", "AP75"}
 _NO_PARAMS |= {"epochs", "best_epoch", "split", "test_loss", *_SCORES}
+_TASKS = ".dvc/tmp/exps/run"
+"""Where DVC keeps what it knows of each task of its queue."""
 _METRIC = re.compile(r"(val\.)?AP\d*(_low|_high)?")
 """Metrics of `evaluate` that are no column here: of the other split, and the ends of intervals."""
 
 
 def experiments(as_json: AsJson = False) -> None:
-    """Print DVC's experiments of this commit: AP, losses, time, what differs."""
+    """Print DVC's experiments of this commit: AP, losses, time, what differs.
+
+    Tasks of DVC's queue whose worker was killed are named, with the commands that start them again.
+    """
+    log_to_terminal(stderr=True)
     dvc = str(Path(sys.executable).with_name("dvc"))
     # Paths of code and outputs, whose hashes differ too, have a `/` or are these.
     hashes = "/|^(data|evaluation|logs|memory|model|plots|prepared|run.json|conda-lock.yml)$"
@@ -176,8 +182,9 @@ def experiments(as_json: AsJson = False) -> None:
     except FileNotFoundError:
         raise RunkeyError(f"{dvc}: not found; `make env` installs it") from None
     except subprocess.CalledProcessError as error:
-        why = (error.stderr.strip() or "no message").splitlines()[-1]
-        raise RunkeyError(f"dvc exp show: {why}") from None
+        lines = (error.stderr.strip() or "no message").splitlines()
+        why = next((line for line in lines if line.startswith("ERROR: ")), lines[-1])
+        raise RunkeyError(f"dvc exp show: {why.removeprefix('ERROR: ')}") from None
     # DVC leaves out the columns that no row fills: `State` where nothing failed or was queued.
     always = {"Experiment": "", "State": ""}
     rows = [always | row for row in csv.DictReader(asked.stdout.splitlines())]
@@ -188,7 +195,7 @@ def experiments(as_json: AsJson = False) -> None:
         scores_of = (*_SCORES[:2], "split", *_SCORES[2:])
     leaves = Counter(name.rpartition(".")[2] for name in names)
     columns = ["experiment", *scores_of, "differs"]
-    shown = []
+    shown, lost = [], _lost_tasks([row["rev"] for row in rows if row["State"] == "Running"])
     for row in rows:
         # DVC gives a failed experiment the metrics of the working tree.
         is_done = row["State"] not in ("Failed", "Running")
@@ -196,6 +203,10 @@ def experiments(as_json: AsJson = False) -> None:
         changed = [name for name in names if row[name] != commit.get(name)]
         short = {name: name.rpartition(".")[2] for name in changed}
         items = (f"{short[n] if leaves[short[n]] == 1 else n}={row[n]}" for n in changed)
+        if (rev := row["rev"]) in lost:
+            changes = " ".join(f"-S {name}={row[name]}" for name in changed)
+            logger.warning(_lost_line(row["Experiment"] or rev, changes, lost[rev]))
+            row["State"] = "Lost"
         shown.append([_experiment(row), *scores, " ".join(items)])
     if as_json:
         output.print_json([dict(zip(columns, cells, strict=True)) for cells in shown])
@@ -207,6 +218,46 @@ def _experiment(row: Mapping[str, str]) -> str:
     """Return the name of an experiment, or of a commit, and its state if it is not done."""
     name = row["Experiment"] or row["rev"]
     return name if row["State"] in ("", "Success") else f"{name} ({row['State'].lower()})"
+
+
+def _lost_tasks(revs: Sequence[str]) -> dict[str, int]:
+    """Return the tasks, among those that DVC calls running, whose worker is gone.
+
+    DVC never finds that out by itself. The value is the process that trains on, 0 if there is none.
+    """
+    if not revs:
+        return {}
+    import psutil
+
+    root, workers, trainings = output.checkout(), 0, dict.fromkeys(revs, 0)
+    for process in psutil.process_iter(["cwd", "cmdline"]):
+        command = " ".join(process.info["cmdline"] or ())
+        workers += "exp queue-worker" in command and process.info["cwd"] == str(root)
+        for rev in revs:
+            if "exp exec-run" in command and f"{root}/{_TASKS}/{rev}" in command:
+                trainings[rev] = process.pid
+    return {
+        rev: pid
+        for rev, pid in trainings.items()
+        # A worker that lives has set a task up, or its files say how it ended.
+        if not workers or (not pid and _has_not_ended(root / _TASKS, rev))
+    }
+
+
+def _has_not_ended(tasks: Path, rev: str) -> bool:
+    """Return True if DVC started the process of a task, and nobody noted its end."""
+    files = tasks.glob(f"{rev}*/{rev}*.json")
+    return any(read_json(file, dict[str, Any]).get("returncode") is None for file in files)
+
+
+def _lost_line(name: str, changes: str, pid: int) -> str:
+    """Say that a task is lost, and what to do."""
+    before = f"wait until process {pid} has trained, then " if pid else ""
+    return (
+        f"{name}: its queue worker was killed, and DVC calls it running for good; {before}run `dvc"
+        f" queue kill {name}`, `dvc queue remove {name}` and `dvc exp run --queue {changes}`: the"
+        " training goes on from its checkpoint, and a finished one is reused"
+    )
 
 
 def _number(text: str) -> str:

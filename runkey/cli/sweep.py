@@ -227,7 +227,16 @@ def _executor(on: str, begun: Sweep, placement: Placement, logs: Path, jobs: int
             budget_bytes=placement.budget_bytes,
             peak_of=begun.peak,
         )
-    raise BadParameter(f"{on!r} is none of local", param_hint="'--on'")
+    engine, _, address = on.partition(":")
+    if engine == "ray":
+        from runkey.sweep.ray import RayExecutor
+
+        return RayExecutor(begun.place.root, address or "auto", logs)
+    if on == "slurm":
+        from runkey.sweep.slurm import SlurmExecutor
+
+        return SlurmExecutor(begun.place.root, logs)
+    raise BadParameter(f"{on!r} is none of local, ray, ray:ADDRESS, slurm", param_hint="'--on'")
 
 
 def _head(begun: Sweep, executor: Executor) -> str:

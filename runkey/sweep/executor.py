@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Protocol
 
 from runkey.errors import TRY_ELSEWHERE
-from runkey.files import read_text
 from runkey.units import MIB
 
 _PATIENCE = 60.0
 """Seconds that a cancelled trial has to write its checkpoint and to end."""
 _MOST_SAID = 1 * MIB
-"""Bytes of a log that are looked through for its last line."""
+"""Bytes at the end of a log that are looked through for its last line."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ class LocalExecutor:
             if code is not None:
                 del self._running[key]
                 # Killed by a signal that nobody here sent: for want of memory, most likely.
-                ended.append(Ended(key, TRY_ELSEWHERE if code < 0 else code, last_line(one.log)))
+                ended.append(Ended(key, TRY_ELSEWHERE if code < 0 else code, last_line_of(one.log)))
         return ended
 
     def cancel(self, key: str) -> None:
@@ -190,8 +189,18 @@ class LocalExecutor:
         self._running.clear()
 
 
-def last_line(log: Path) -> str:
-    """Return the last error that a trial printed, else its last line."""
-    lines = [line.strip() for line in read_text(log, _MOST_SAID).splitlines() if line.strip()]
+def last_line(printed: str) -> str:
+    """Return the last error among what a trial printed, else its last line."""
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or [""])[-1]
+
+
+def last_line_of(log: Path) -> str:
+    """Return the same of a log's end; "" if there is no log."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _MOST_SAID))
+            return last_line(file.read().decode("utf-8", "replace"))
+    except FileNotFoundError:
+        return ""

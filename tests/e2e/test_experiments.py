@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from runkey.identity.key import make_recipe, training_folder
@@ -25,7 +28,14 @@ from runkey.tracking.store import (
     wait_until_healthy,
 )
 from tests.support.points import read_jsonl
-from tests.support.project import Project, clean_environment, in_one_line, queue_workers
+from tests.support.project import (
+    Project,
+    clean_environment,
+    in_one_line,
+    queue_workers,
+    stop_queue,
+    wait_for,
+)
 from tests.support.terminal import on_terminal, screen
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -271,6 +281,49 @@ def test_training_ends_well_when_mlflow_goes_away_in_the_middle(
     entries = list(read_jsonl(copy.root / "logs" / "train.jsonl"))
     assert entries[-1]["event"] == "training_end"
     assert (copy.root / "model" / "weights.safetensors").is_file()
+
+
+def test_a_task_whose_queue_worker_was_killed_is_named_and_goes_on(
+    project: Project, tmp_path: Path
+) -> None:
+    copy = Project(tmp_path / "copy")
+    shutil.copytree(project.root, copy.root, ignore=shutil.ignore_patterns("mlartifacts", "tmp"))
+    params = (copy.root / "params.yaml").read_text()
+    params = params.replace("  epochs: 2\n", "  epochs: 400\n")
+    params = params.replace("  checkpoint_seconds: auto\n", "  checkpoint_seconds: 0\n")
+    (copy.root / "params.yaml").write_text(params)
+    copy.run("git", "commit", "-q", "-a", "-m", "long")
+    copy.dvc("exp", "run", "--queue", "-S", "lr=7e-4")
+    copy.dvc("queue", "start", "-j", "1")
+    try:
+        wait_for(lambda: any(copy.root.glob(".runkey/rk2-*/step-*.ckpt")), "a checkpoint")
+        assert "(lost)" not in copy.run(sys.executable, "-m", "runkey", "experiments").stdout
+        for pid in queue_workers(copy.root):
+            os.kill(pid, signal.SIGKILL)
+        assert not queue_workers(copy.root)
+        shown = copy.run(sys.executable, "-m", "runkey", "experiments")
+        said = in_one_line(shown.stderr)
+        assert "(lost)" in shown.stdout
+        (training,) = re.findall(r"wait until process (\d+) has trained, then", said)
+        for process in [*psutil.Process(int(training)).children(recursive=True)]:
+            process.kill()
+        os.kill(int(training), signal.SIGKILL)
+        shown = copy.run(sys.executable, "-m", "runkey", "experiments")
+        said = in_one_line(shown.stderr)
+        assert "wait until" not in said
+        commands = re.findall(r"`dvc ([^`]+)`", said)
+        assert [command.split()[0] for command in commands] == ["queue", "queue", "exp"]
+        assert commands[-1] == "exp run --queue -S lr=0.0007"
+        for command in commands:
+            copy.dvc(*command.split())
+        copy.dvc("queue", "start", "-j", "1")
+        outputs = copy.root / ".dvc/tmp/exps/run"
+        wait_for(
+            lambda: any("resuming after step" in f.read_text() for f in outputs.glob("*/*.out")),
+            "the training to go on",
+        )
+    finally:
+        stop_queue(copy)
 
 
 def await_queue(project: Project) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +211,14 @@ def stop_queue(project: Project) -> None:
         time.sleep(0.5)
     for pid in queue_workers(project.root):
         os.kill(pid, 9)
+
+
+def wait_for(happened: Callable[[], object], what: str, seconds: float = 300.0) -> None:
+    """Wait for something that another process does."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, f"{what}: not within {seconds:g} s"
+        time.sleep(0.2)
 
 
 def queue_workers(root: Path) -> list[int]:
