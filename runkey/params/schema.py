@@ -566,6 +566,9 @@ class Runtime(Section):
     """Reuse the result of a finished run with the same key instead of training again."""
     wait: bool = True
     """If another process trains the same key, wait for its result; false: stop at once."""
+    require_claim: bool = True
+    """With a server: stop before training if it does not answer, refuses the login, or does not let
+    it write.  false: train without a claim then; values are kept and sent later."""
     team_server: str = Field(default="none", pattern=r"^(none|https?://\S+)$")
     """MLflow server (http or https) that `runkey publish` copies runs to and from which runs are
     reused.  none: the server of MLFLOW_TRACKING_URI, if it names one."""

@@ -43,7 +43,7 @@ from runkey.identity.record_cache import update_record
 from runkey.params import Params
 from runkey.registry.claims import open_claims
 from runkey.registry.dvc_cache import download
-from runkey.registry.library import Library, open_library
+from runkey.registry.library import Library, NotStoredError, ServerLibrary, open_library
 from runkey.registry.once import Decision, HeldClaim, decide
 from runkey.registry.package import note_taken, read_run, staging
 from runkey.registry.rest import RestClient
@@ -239,6 +239,11 @@ def _reuse_or_train(
     is_other = team != "none" and team.rstrip("/") != store.uri.rstrip("/")
     elsewhere = (open_library(team, store.home),) if is_other else ()
     damaged: set[str] = set()
+
+    def check_writes() -> None:
+        if params.runtime.require_claim and store.is_server:
+            RestClient(store.uri).check_writes(params.runtime.experiment)
+
     while True:
         decision = decide(
             library,
@@ -248,6 +253,8 @@ def _reuse_or_train(
             wait=params.runtime.wait,
             elsewhere=elsewhere,
             not_this=damaged,
+            require=params.runtime.require_claim,
+            before_claim=check_writes,
         )
         logger.info(decision.line)
         if decision.record is None:
@@ -259,10 +266,24 @@ def _reuse_or_train(
             else:
                 reuse_teams(decision.library, decision.record, root, store, params)
         except (RegistryError, TrackingError) as error:
+            if params.runtime.require_claim and _is_away(decision.library, decision.record):
+                way_out = "try again when it is up; runtime.reuse: false trains it again"
+                raise RegistryError(f"{error}; not reused: {way_out}") from None
             logger.warning(f"{error}; not reused")
             damaged.add(decision.record.run.run_id)
         else:
             return None
+
+
+def _is_away(library: Library, record: Record) -> bool:
+    """Return True if a server does not say whether it has a run's files: they may be whole."""
+    try:
+        with library.open_file(record, paths.RUN_JSON.as_posix()):
+            return False
+    except NotStoredError:
+        return False
+    except RegistryError:
+        return isinstance(library, ServerLibrary)
 
 
 def _to_repeat(library: Library, key: str) -> Record | None:

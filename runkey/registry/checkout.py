@@ -32,8 +32,11 @@ _PATIENCE = 30.0
 """Seconds that an interrupted pipeline has to end by itself."""
 
 
-def share_cache(main: Path, root: Path) -> None:
+def share_cache(main: Path, root: Path, *, links: bool = False) -> None:
     """Let DVC in a checkout use the main checkout's cache and remotes.
+
+    With `links` its files are links into the cache, read-only, unless the settings say otherwise:
+    so many checkouts of large data take no more room than one.
 
     Relative addresses are relative to the settings that hold them. A remote whose folder exists in
     the other checkout, such as sample-data, is used there; any other is the main checkout's.
@@ -41,6 +44,8 @@ def share_cache(main: Path, root: Path) -> None:
     settings, other = main / ".dvc", root / ".dvc"
     shared, local = read_config(settings / "config"), read_config(settings / "config.local")
     local.read_dict({"cache": {"dir": str(cache_folder(main))}})
+    if links and not shared.has_option("cache", "type"):
+        local.read_dict({"cache": {"type": "reflink,hardlink,copy"}})
     sections = (*shared.sections(), *local.sections())
     for section in (s for s in sections if s.strip("'").startswith("remote ")):
         options = dict(local[section]) if section in local else {}

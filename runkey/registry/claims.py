@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import secrets
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,7 +28,7 @@ from runkey.identity.record import Record, this_host
 from runkey.paths import is_server
 from runkey.processes import Process, is_running, this_process
 from runkey.registry.answers import LATEST_MS, Model, parsed
-from runkey.registry.rest import AbsentError, RestClient, RestError, UnreachedError
+from runkey.registry.rest import AbsentError, ExistsError, RestClient, UnreachedError
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,8 @@ class Claim:
     run_id: str | None = None
     """MLflow run, once it is known."""
     beat: int = 0
-    """Counted up by the owner while it lives (the heartbeat)."""
+    """The heartbeat, which rises while the owner lives: on a server its time in milliseconds since
+    1970 when it was written, elsewhere a count."""
     since_ms: int = 0
     """Creation time by the owner's clock, in milliseconds since 1970; only shown."""
 
@@ -125,6 +127,25 @@ class Claims(ABC):
         """Return all claims whose key begins so, by key and generation."""
         return sorted(self._read(prefix), key=lambda claim: (claim.key, claim.generation))
 
+    def newest(self, key: str, first: int = 1) -> Claim | None:
+        """Return the generation of a key that counts, if there is any.
+
+        `first`: a generation that was there; only it and later ones need to be looked for.
+        """
+        generations = [claim for claim in self.of(key) if claim.generation >= first]
+        return generations[-1] if generations else None
+
+    def next_beat(self, beat: int) -> int:
+        """Return the beat to write after this one."""
+        return beat + 1
+
+    @abstractmethod
+    def age_seconds(self, claim: Claim) -> float | None:
+        """Return the seconds since the last beat of a claim that was just read.
+
+        Only the clock of the store counts, not those of owner and reader; None: it is not known.
+        """
+
     @abstractmethod
     def make(self, claim: Claim) -> bool:
         """Create a claim atomically; False if another process has its name."""
@@ -157,8 +178,7 @@ class Claims(ABC):
 
 def newest(claims: Claims, key: str) -> Claim | None:
     """Return the generation of a key that counts, if there is any."""
-    generations = claims.of(key)
-    return generations[-1] if generations else None
+    return claims.newest(key)
 
 
 def state_now(claim: Claim) -> StateNow:
@@ -250,6 +270,16 @@ class FileClaims(Claims):
             raise RegistryError(f"{path}: {error.strerror}") from None
         return is_there
 
+    def age_seconds(self, claim: Claim) -> float | None:
+        """See `Claims`; on a network the file's server sets both times."""
+        try:
+            with tempfile.TemporaryFile(dir=self._folder) as now:
+                now.write(b"now")
+                now.flush()
+                return os.fstat(now.fileno()).st_mtime - self._path(claim).stat().st_mtime
+        except OSError:  # a folder that only others may write to, a claim that was deleted
+            return None
+
     def _delete(self, claim: Claim) -> None:
         self._path(claim).unlink(missing_ok=True)
 
@@ -272,6 +302,8 @@ class FileClaims(Claims):
 
 
 _TAG = "runkey."
+_FIRST_TIME = 10**12
+"""Beats from here on are times: older versions of runkey count them from 0 on servers too."""
 
 
 class ServerClaims(Claims):
@@ -292,9 +324,7 @@ class ServerClaims(Claims):
         }
         try:
             self._client.post("registered-models/create", content, repeat=True)
-        except RestError as error:
-            if error.code != "RESOURCE_ALREADY_EXISTS":
-                raise
+        except ExistsError:
             # The first answer may have been lost: then the name is there and ours.
             model = self._client.model(_name(claim))
             if not (model and claim.is_same(_parse_model(model, claim.key, claim.generation))):
@@ -315,6 +345,33 @@ class ServerClaims(Claims):
             return False
         self._written[claim.name] = tags
         return True
+
+    def newest(self, key: str, first: int = 1) -> Claim | None:
+        """See `Claims`.
+
+        A search goes through all models of the server; names are found by the database's index.
+        Generations have no gaps but those that somebody made by deleting models.
+        """
+        found, generation = None, first
+        while True:
+            claim = Claim(key=key, generation=generation)
+            model = self._client.model(_name(claim))
+            if model:
+                found = _parse_model(model, key, generation)
+            elif generation > first:
+                return found
+            generation += 1
+
+    def next_beat(self, beat: int) -> int:
+        """See `Claims`."""
+        return max(beat + 1, self._client.now_ms() or 0)
+
+    def age_seconds(self, claim: Claim) -> float | None:
+        """See `Claims`."""
+        now_ms = self._client.now_ms()
+        if now_ms is None or claim.beat < _FIRST_TIME:
+            return None
+        return (now_ms - claim.beat) / 1000
 
     def _delete(self, claim: Claim) -> None:
         model = self._client.model(_name(claim))

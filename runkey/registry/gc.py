@@ -290,13 +290,15 @@ def _raise_with_path(_: object, path: str, error: BaseException) -> None:
 
 
 def _worktrees(scope: Scope) -> Iterator[Item]:
-    """The worktrees of `runkey reproduce` that no process uses."""
-    for path in sorted(scope.home.glob("reproduce/*/")):
+    """The worktrees of `runkey reproduce` and `runkey trial` that no process uses."""
+    for path in sorted(chain(*(scope.home.glob(f"{one}/*/") for one in ("reproduce", "trials")))):
         quiet = (path / LOCK).is_file() or scope.now - _changed(path) >= _QUIET_SECONDS
-        # A stage runs on for a while after `runkey reproduce` itself, which locks it, was killed.
+        # A stage runs on for a while after the command itself, which locks it, was killed.
         if path.is_symlink() or not quiet or holder_of(path) is not None or has_processes(path):
             continue
-        yield _item(scope, "worktree", path, f"reproduce/{path.name}", "no process works in it")
+        yield _item(
+            scope, "worktree", path, f"{path.parent.name}/{path.name}", "no process works in it"
+        )
 
 
 def _leftovers(scope: Scope) -> Iterator[Item]:

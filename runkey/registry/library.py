@@ -35,6 +35,10 @@ from runkey.registry.rest import RestClient, RestError, UnreachedError
 logger = logging.getLogger(__name__)
 
 
+class NotStoredError(RegistryError):
+    """A run has no such artifact, for certain: its store answered."""
+
+
 class LocalLibrary:
     """The runs of a store on this machine, read from its cache.
 
@@ -79,14 +83,16 @@ class LocalLibrary:
         return record
 
     def open_file(self, record: Record, path: str) -> AbstractContextManager[BinaryIO]:
-        """Open an artifact for reading; RegistryError, with file and run, if it is not there."""
+        """Open an artifact for reading; RegistryError, with file and run, if it cannot be read.
+
+        `NotStoredError` where there is none.
+        """
         try:
             return open_plain(self.path_of(record, path))
         except OSError as error:
             why = error.strerror or error
-            raise RegistryError(
-                f"{record.label}: {path}: {why} (run {record.run.run_id})"
-            ) from None
+            kind = NotStoredError if isinstance(error, FileNotFoundError) else RegistryError
+            raise kind(f"{record.label}: {path}: {why} (run {record.run.run_id})") from None
 
     def path_of(self, record: Record, path: str) -> Path:
         """Return where an artifact is, or would be; see `artifacts` and `inside`."""
@@ -174,7 +180,6 @@ def _add_details(record: Record, data: bytes, label: str = "") -> Record:
         raise RegistryError(str(error)) from None
 
 
-_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "HTTP_404", "NOT_FOUND")
 _PAGE = 1000
 """Runs per answer; MLflow allows 50,000, but a thousand are 15 MB already."""
 
@@ -229,9 +234,9 @@ class ServerLibrary:
             data = self.client.artifact_bytes(record.run.run_id, DETAILS)
         except RegistryError as error:
             away = self._offline and isinstance(error, UnreachedError)
-            if away or (isinstance(error, RestError) and error.code in _ABSENT):
+            if away or (isinstance(error, RestError) and error.is_absent):
                 return record
-            raise
+            raise _behind(error, record, DETAILS) from None
         whole = _add_details(record, data, f"{record.label}: ")
         with suppress(OSError):  # a cache that cannot be written is no reason to stop
             record_cache.update_record(self._cache.path, whole.run, whole.details)
@@ -245,9 +250,11 @@ class ServerLibrary:
             file = self.client.artifact(record.run.run_id, inner, stored.size if stored else None)
             return cast("AbstractContextManager[BinaryIO]", file)
         except RestError as error:
-            raise RegistryError(
-                f"{record.label}: {path}: not to be had (run {record.run.run_id}; {error})"
-            ) from None
+            if error.is_absent:
+                raise NotStoredError(
+                    f"{record.label}: {path}: not to be had (run {record.run.run_id}; {error})"
+                ) from None
+            raise _behind(error, record, path) from None
 
     def _search(
         self, filter_string: str, order: tuple[str, ...] = (), page: int | None = None
@@ -264,6 +271,15 @@ class ServerLibrary:
         if question["experiment_ids"]:
             for run in self.client.runs(question):
                 yield Record(run=run, details=None)
+
+
+def _behind[E: RegistryError](error: E, record: Record, path: str) -> E:
+    """Return the error of an artifact's request, with its store if the server itself answered."""
+    if not isinstance(error, RestError) or error.status < 500:
+        return error
+    store = f"is the store behind it up? It keeps {record.run.artifact_uri}"
+    text = f"{record.label}: {path}: {error}; {store}"
+    return type(error)(text, error.code, error.status)
 
 
 Library = LocalLibrary | ServerLibrary

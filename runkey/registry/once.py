@@ -12,16 +12,16 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from runkey.errors import RecipeError, RegistryError, RunkeyError, StoppedError
 from runkey.identity.key import short_key
 from runkey.identity.record import Record
-from runkey.registry.claims import Claim, Claims, newest, state_now, this_owner
+from runkey.registry.claims import Claim, Claims, FileClaims, state_now, this_owner
 from runkey.registry.library import Library
-from runkey.registry.rest import RestError
+from runkey.registry.rest import RestError, UnreachedError
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,23 @@ class Rhythm:
 
     beat_seconds: float = 10.0
     dead_after: float = 60.0
-    """A claim whose beat does not change for so long is dead, by the waiting process's clock."""
+    """A claim whose last beat is so old is dead, by the clock of the store that keeps it."""
     poll_seconds: float = 2.0
-    """Between two reads of a waiting process."""
+    """Between two reads of a waiting process; after a while they become fewer."""
+    longest_poll: float = 10.0
+
+    @property
+    def sure_after(self) -> float:
+        """Seconds for which a claim that is old must stand still before the eyes of its heir.
+
+        Longer than from one beat to the next: after a stop of the server, or of the whole machine,
+        all claims are old, and their owners alive.
+        """
+        return min(1.5 * self.beat_seconds, self.dead_after)
+
+    def pause(self, waited: float) -> float:
+        """Return the seconds until the next look of a process that waited for so long."""
+        return min(max(self.poll_seconds, waited / 20), max(self.longest_poll, self.poll_seconds))
 
 
 _MOST_LOSSES = 10
@@ -55,7 +69,7 @@ class HeldClaim:
         self._writing = threading.RLock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="claim", daemon=True)
-        self._looked = _clock()
+        self._looked = self._reached = _clock()
         self._taken_by: Claim | None = None
         self._unreached = False
 
@@ -83,7 +97,7 @@ class HeldClaim:
         process was stopped, the machine slept); else the writing thread does.
         """
         # A server that does not answer blocks the writing thread, and must not block training.
-        late = _clock() - self._looked > self._rhythm.dead_after / 2
+        late = _clock() - self._reached > self._rhythm.dead_after / 2
         if late and self._writing.acquire(blocking=False):
             try:
                 self._try_to_write()
@@ -100,7 +114,7 @@ class HeldClaim:
         """Mark the key as trained, the run being recorded whole; raises as `check` does."""
         with self._writing:
             changes: dict[str, Any] = {"run_id": run_id or self.claim.run_id, "state": "finished"}
-            if self._unreached and _clock() - self._looked < self._rhythm.beat_seconds:
+            if self._unreached and _clock() - self._reached < self._rhythm.beat_seconds:
                 # A silent server takes 20 s. Others will find the run, or no sign of life.
                 self.claim = replace(self.claim, **changes)
             else:
@@ -108,7 +122,8 @@ class HeldClaim:
             self.check()
 
     def _keep(self) -> None:
-        while not self._ended.wait(self._rhythm.beat_seconds):
+        # Soon after a server came back, since others look for this beat then.
+        while not self._ended.wait(self._rhythm.beat_seconds / (4 if self._unreached else 1)):
             with self._writing:
                 if self._taken_by or self.claim.state != "running":
                     return
@@ -122,15 +137,21 @@ class HeldClaim:
         logged, since others would take a claim without a beat for dead.
         """
         self.claim = replace(self.claim, **changes)
+        rhythm, now = self._rhythm, _clock()
+        # Nobody takes over a claim that beats: one look in three beats is enough, but after a gap.
+        is_due = now - self._looked > 2.5 * rhythm.beat_seconds
+        has_gap = now - self._reached > rhythm.dead_after / 2
         try:
-            if self._is_lost():
+            if (changes or is_due or has_gap) and self._is_lost():
                 return
-            self.claim = replace(self.claim, beat=self.claim.beat + 1)
+            self.claim = replace(self.claim, beat=self._claims.next_beat(self.claim.beat))
             # Deleted by hand: the name is free, so it is made again, or somebody else did.
             if not self._claims.update(self.claim) and not self._claims.make(self.claim):
                 self._is_lost()
+            self._reached = now
         except Exception as error:  # noqa: BLE001 - see above
-            self._looked = _clock()  # so that `check` does not look at every step
+            self._reached = _clock()  # so that `check` does not look at every step
+            self._looked = 0.0
             if not self._unreached:
                 self._unreached = True
                 why = str(error) if isinstance(error, RunkeyError) else f"unexpected {error!r}"
@@ -145,11 +166,19 @@ class HeldClaim:
 
     def _is_lost(self) -> bool:
         """Read who holds the newest claim; return True if it is another process."""
-        last = newest(self._claims, self.claim.key)
+        last = self._claims.newest(self.claim.key, self.claim.generation)
         self._looked = _clock()
         if last is not None and not self.claim.is_same(last):
             self._taken_by = last
         return self._taken_by is not None
+
+
+_REQUIRED = "not trained without a claim (runtime.require_claim: false does so)"
+
+
+def _refuses(error: RunkeyError) -> bool:
+    """Return True if a server refuses the login, or what it may do."""
+    return isinstance(error, RestError) and error.status in (401, 403)
 
 
 def _clock() -> float:
@@ -183,6 +212,8 @@ def decide(
     elsewhere: Sequence[Library] = (),
     not_this: Collection[str] = (),
     rhythm: Rhythm | None = None,
+    require: bool = False,
+    before_claim: Callable[[], object] = lambda: None,
 ) -> Decision:
     """Find a run of the key, or make this process the one that trains it.
 
@@ -195,12 +226,18 @@ def decide(
         elsewhere: further stores to look in, such as the team's server.
         not_this: MLflow ids of damaged runs, which are not offered again.
         rhythm: how often to read and write claims.
+        require: no claim, no training: a server that does not answer, or refuses, is an error.
+        before_claim: called before a training is begun; may raise what a server refuses.
 
     Raises:
-        RegistryError: another process trains it and `wait` is False.
+        RegistryError: another process trains it and `wait` is False, or there is no claim and
+            `require` is True.
     """
-    search = _Search([library, *elsewhere], claims, key, not_this, rhythm or Rhythm())
+    search = _Search(
+        [library, *elsewhere], claims, key, not_this, rhythm or Rhythm(), require, before_claim
+    )
     if not reuse:
+        before_claim()
         line = f"{search.label}: trained without looking for a run (runtime.reuse is false)"
         return Decision(line=line)
     return search.decide(wait=wait)
@@ -217,10 +254,10 @@ def wait_for_other(
         StoppedError: another process trains it and `wait` is False.
         RegistryError: the store cannot be reached.
     """
-    search = _Search([library], claims, key, (), rhythm or Rhythm())
+    search = _Search([library], claims, key, (), rhythm or Rhythm(), require=True)
     waits_for: Claim | None = None
     while (found := search.find_run()) is None:
-        claim = newest(claims, key)
+        claim = claims.newest(key)
         if claim is None or claim.state != "running" or search.death_of(claim):
             found = search.find_run()  # it may have ended since
             break
@@ -242,9 +279,15 @@ class _Search:
     key: str
     not_this: Collection[str]
     rhythm: Rhythm
+    require: bool = False
+    before_claim: Callable[[], object] = lambda: None
     seen: Claim | None = None
     looked: float = 0.0
     still: float = 0.0
+    first: int = 1
+    """A generation that was there: claims are read from it on."""
+    pause: float = 0.0
+    """Seconds before this look."""
 
     @property
     def label(self) -> str:
@@ -255,12 +298,16 @@ class _Search:
         begin = reached = time.monotonic()
         waits_for: Claim | None = None
         losses: Counter[int] = Counter()
-        found = self.find_run()  # most often there is a run: claims are not read
+        try:
+            found = self.find_run()  # most often there is a run: claims are not read
+        except RegistryError as error:
+            raise self._stopped(error) from None
         while found is None:
             held = None
             try:
                 # The claim is read before the runs: if it is finished, the run is among them then.
-                claim = newest(self.claims, self.key)
+                claim = self.claims.newest(self.key, self.first)
+                self.first = claim.generation if claim else self.first
                 death = self.death_of(claim) if claim and claim.state == "running" else None
                 is_free = claim is None or claim.state != "running" or death is not None
                 if is_free and not (found := self.find_run()):
@@ -275,10 +322,13 @@ class _Search:
                         )
                 reached = time.monotonic()
             except RegistryError as error:
-                if isinstance(error, RestError) and error.status in (401, 403):
-                    raise  # the training could not be recorded
+                must = self.require and not isinstance(self.claims, FileClaims)
+                if must and _refuses(error):
+                    raise self._stopped(error) from None
                 # A process that waits for a training survives a restart of the server.
                 if waits_for is None or time.monotonic() - reached > self.rhythm.dead_after:
+                    if must:
+                        raise self._stopped(error) from None
                     line = f"{self.label}: {error}; trained here without a claim"
                     # Without a wait the runs were just looked up.
                     return (self.find_run() if waits_for else None) or Decision(line=line)
@@ -298,18 +348,29 @@ class _Search:
                     if not claim.owner:  # a live one writes its claim again at its next beat
                         what = f"a sign of life for {self.rhythm.dead_after:.0f} s"
                     logger.info(f"{text}; waiting for {what} (Ctrl-C leaves)")
-            time.sleep(self.rhythm.poll_seconds)
+            self.pause = self.rhythm.pause(time.monotonic() - begin)
+            time.sleep(self.pause)
         if waits_for:
             waited = time.monotonic() - begin
             return replace(found, line=f"{found.line}, after {waited:.0f} s of waiting")
         return found
 
+    def _stopped(self, error: RegistryError) -> RegistryError:
+        return RegistryError(f"{error}; {_REQUIRED}")
+
     def find_run(self) -> Decision | None:
-        """Return the decision to reuse the first store's whole run, if there is one."""
+        """Return the decision to reuse the first store's whole run, if there is one.
+
+        RegistryError if a server cannot be asked, and the training requires one.
+        """
         for number, library in enumerate(self.libraries):
             try:
                 record = self._whole_run(library)
             except (RegistryError, RecipeError) as error:
+                # Who cannot look would train again what is there; a team's server may be away.
+                away = isinstance(error, UnreachedError) and number == 0
+                if self.require and (away or isinstance(error, RestError)):
+                    raise
                 logger.warning(f"{self.label}: not looked up in {library.place}: {error}")
                 continue
             if record and record.details:
@@ -329,33 +390,42 @@ class _Search:
     def death_of(self, claim: Claim) -> str | None:
         """Return why the claim, as just read, counts as dead, or None.
 
-        Its beat must stand still by this process's clock.  Only time in which this process looked
-        counts: if it was stopped together with the owner, it must not find the owner dead when
-        both continue.
+        Its last beat must be old by the store's clock, and its beat must stand still for a while
+        before this process's eyes.  Where the store's clock is not known, that alone counts.  Only
+        time in which this process looked counts: if it was stopped together with the owner, it must
+        not find the owner dead when both continue.
         """
         if state_now(claim) == "dead":
             return "process gone"
         now = time.monotonic()
         if claim == self.seen:
-            self.still += min(now - self.looked, 2 * self.rhythm.poll_seconds)
+            self.still += min(now - self.looked, 2 * max(self.pause, self.rhythm.poll_seconds))
         else:
             self.seen, self.still = claim, 0.0
-        self.looked = now
-        if self.still >= self.rhythm.dead_after:
-            return f"no sign of life for {self.still:.0f} s"
+        self.looked, silent = now, self.still
+        if self.still >= self.rhythm.sure_after:
+            silent = max(silent, self.claims.age_seconds(claim) or 0.0)
+        if silent >= self.rhythm.dead_after:
+            return f"no sign of life for {silent:.0f} s"
         return None
 
     def _make(self, generation: int) -> HeldClaim | None:
         """Claim a generation for this process; None: another process was first."""
+        self.before_claim()
         claim = Claim(
             key=self.key,
             generation=generation,
             owner=this_owner(),
+            beat=self.claims.next_beat(0),
             since_ms=time.time_ns() // 1_000_000,
         )
         # A process that was stopped before this line may make a generation that others have
         # superseded and removed: only the newest one counts.
-        won = self.claims.make(claim) and claim.is_same(newest(self.claims, self.key))
+        if not self.claims.make(claim):
+            return None
+        last = self.claims.of(self.key)[-1:]
+        self.first = last[0].generation if last else generation
+        won = bool(last) and claim.is_same(last[0])
         return HeldClaim(self.claims, claim, self.rhythm) if won else None
 
     def _won(self, held: HeldClaim, before: Claim | None, death: str | None) -> Decision:
@@ -384,6 +454,8 @@ class _Search:
 
         More than one, if an owner died before it could end the run that it replaced.
         """
+        if generation == 1:
+            return ()
         try:
             earlier = [c for c in self.claims.of(self.key) if c.generation < generation]
         except RegistryError as error:

@@ -20,6 +20,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,15 @@ from runkey.errors import RegistryError
 from runkey.http_limits import TIMEOUT, LimitedConnection, LimitedResponse, answer_seconds
 from runkey.identity.record import LoggedRun
 from runkey.paths import LOGIN, Address
-from runkey.registry.answers import Experiment, Model, Refusal, Run, checked, parsed
+from runkey.registry.answers import (
+    LATEST_MS,
+    Experiment,
+    Model,
+    Refusal,
+    Run,
+    checked,
+    parsed,
+)
 from runkey.units import MIB, counted
 
 logger = logging.getLogger(__name__)
@@ -54,9 +64,18 @@ class RestError(RegistryError):
         super().__init__(text)
         self.code, self.status = code, status
 
+    @property
+    def is_absent(self) -> bool:
+        """True if the server says clearly that there is no such thing."""
+        return self.code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "HTTP_404")
+
 
 class AbsentError(RestError):
     """The server has no such thing: RESOURCE_DOES_NOT_EXIST."""
+
+
+class ExistsError(RestError):
+    """The server has that already: RESOURCE_ALREADY_EXISTS."""
 
 
 class RestClient:
@@ -67,6 +86,8 @@ class RestClient:
         self.address = Address(address)
         self._seconds = answer_seconds()
         self._headers = _login(self.address)
+        self._ahead_ms: int | None = None
+        """The server's clock less the time since boot, by its last answer."""
         # An opener of its own: urllib's shared one keeps the proxies of its first use for ever.
         is_secure = self.address.startswith("https:")
         tls = [_HttpsHandler(context=_tls())] if is_secure else []
@@ -119,6 +140,27 @@ class RestClient:
         except AbsentError:
             return None
         return self._checked(Model, answer.get("registered_model"), "registered_model")
+
+    def now_ms(self) -> int | None:
+        """Return the server's time in milliseconds since 1970, right to 2 s or one answer's delay.
+
+        It goes on from the `Date` of the last answer; None if no answer had one yet.
+        """
+        return None if self._ahead_ms is None else self._ahead_ms + _since_boot_ms()
+
+    def check_writes(self, experiment: str) -> None:
+        """Raise RestError if the login may not record runs in an experiment, which is made.
+
+        A tag of the experiment asks for the same permission as a run in it.
+        """
+        try:
+            found = self.experiment(experiment).experiment_id
+        except AbsentError:
+            with suppress(ExistsError):  # another process was faster
+                self.post("experiments/create", {"name": experiment}, repeat=True)
+            found = self.experiment(experiment).experiment_id
+        tag = {"experiment_id": found, "key": "runkey.writes", "value": "checked before trainings"}
+        self.post("experiments/set-experiment-tag", tag, repeat=True)
 
     # How
 
@@ -178,6 +220,12 @@ class RestClient:
         query = urllib.parse.urlencode({"run_uuid": run_id, "path": path})
         return self._ask("GET", f"get-artifact?{query}", _read)
 
+    def _set_clock(self, date: str | None) -> None:
+        with suppress(ValueError, TypeError, OverflowError):  # no date, or none that is one
+            now_ms = int(parsedate_to_datetime(date or "").timestamp() * 1000)
+            if 0 < now_ms <= LATEST_MS:
+                self._ahead_ms = now_ms - _since_boot_ms()
+
     def _strange(self, why: str) -> RegistryError:
         text = f"did not answer as an MLflow server does ({why}); is the address right?"
         return RegistryError(f"{self.address}: {text}")
@@ -219,9 +267,11 @@ class RestClient:
                 try:
                     left = max(end - time.monotonic(), 0.1)
                     answer = self._opener.open(request, None, left)
+                    self._set_clock(answer.headers.get("Date"))
                 except urllib.error.HTTPError as error:
                     with error:
-                        raise _refusal(self.address, error) from None
+                        self._set_clock(error.headers.get("Date"))
+                        raise _refusal(self.address, error, path) from None
                 return read(answer)
             except RestError as error:
                 failure: RegistryError = error
@@ -299,7 +349,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def _unreached(address: str, error: Exception) -> UnreachedError:
     why: Any = getattr(error, "reason", None) or error
-    hint = "does the server run there?"
+    hint = "does the server run there? MLFLOW_TRACKING_URI or runtime.team_server names it"
     if isinstance(why, ssl.SSLCertVerificationError):
         why, hint = why.verify_message, f"name its certificate in {_CERTIFICATE}"
     elif isinstance(why, ssl.SSLError) and why.reason == "WRONG_VERSION_NUMBER":
@@ -310,24 +360,40 @@ def _unreached(address: str, error: Exception) -> UnreachedError:
     return UnreachedError(f"{address}: cannot be reached ({text[:200]}); {hint}")
 
 
+def _since_boot_ms() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
+
+
 def _login(address: Address) -> dict[str, str]:
     """Return the header of the address's own login, else of the one that MLflow would use."""
     name, word = address.login
     if not (name and word):
-        stored, file = configparser.ConfigParser(), Path("~/.mlflow/credentials").expanduser()
-        try:
-            stored.read(file, encoding="utf-8")
-            name, word = (
-                os.environ.get(variable.upper(), "") or stored.get("mlflow", variable, fallback="")
-                for variable in ("mlflow_tracking_username", "mlflow_tracking_password")
-            )
-        except (configparser.Error, UnicodeDecodeError):
-            raise RegistryError(f"{file}: not of MLflow's form, [mlflow] and two lines") from None
+        variables = ("mlflow_tracking_username", "mlflow_tracking_password")
+        name, word = (os.environ.get(variable.upper(), "") for variable in variables)
+        if not (name and word):
+            stored = _credentials()
+            name, word = name or stored.get(variables[0], ""), word or stored.get(variables[1], "")
     token = os.environ.get("MLFLOW_TRACKING_TOKEN")
     if name and word:
         pair = base64.b64encode(f"{name}:{word}".encode()).decode()
         return {"Authorization": f"Basic {pair}"}
     return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _credentials() -> Mapping[str, str]:
+    """Return what `~/.mlflow/credentials` says; RegistryError if it cannot be read."""
+    parser, file = configparser.ConfigParser(), Path("~/.mlflow/credentials")
+    try:
+        file = file.expanduser()
+        with file.open(encoding="utf-8") as lines:
+            parser.read_file(lines)
+        return dict(parser["mlflow"]) if "mlflow" in parser else {}
+    except (RuntimeError, FileNotFoundError, NotADirectoryError):  # no home, no such file
+        return {}
+    except (configparser.Error, UnicodeDecodeError):
+        raise RegistryError(f"{file}: not of MLflow's form, [mlflow] and two lines") from None
+    except OSError as error:
+        raise RegistryError(f"{file}: cannot be read ({error.strerror}); {LOGIN}") from None
 
 
 _CERTIFICATE = "MLFLOW_TRACKING_SERVER_CERT_PATH"
@@ -351,7 +417,7 @@ def _tls() -> ssl.SSLContext:
     return context
 
 
-def _refusal(address: str, error: urllib.error.HTTPError) -> RestError:
+def _refusal(address: str, error: urllib.error.HTTPError, path: str) -> RestError:
     """Return MLflow's own error, if the answer has one."""
     try:
         refused = parsed(Refusal, error.read())
@@ -359,12 +425,16 @@ def _refusal(address: str, error: urllib.error.HTTPError) -> RestError:
     except ValueError:
         code, text = f"HTTP_{error.code}", f"HTTP {error.code} {error.reason}"
     if error.code in (401, 403):
-        why = "no login, or a wrong one" if error.code == 401 else "this login may not do that"
-        return RestError(f"{address}: {why} (HTTP {error.code}); {LOGIN}", code, error.code)
+        why = "no login, or a wrong one (HTTP 401);"
+        if error.code == 403:
+            asked = path.partition("?")[0].removeprefix(f"{_API}/")
+            why = f"this login may not do that (HTTP 403, {asked}); ask for permission EDIT, or"
+        return RestError(f"{address}: {why} {LOGIN}", code, error.code)
     if 300 <= error.code < 400:
         text += f": it is at another address, {error.headers.get('Location') or 'not said which'}"
-    kind = AbsentError if code == "RESOURCE_DOES_NOT_EXIST" else RestError
-    return kind(f"{address}: {' '.join(text.split())[:300]}", code, error.code)
+    kinds = {"RESOURCE_DOES_NOT_EXIST": AbsentError, "RESOURCE_ALREADY_EXISTS": ExistsError}
+    line = f"{address}: {' '.join(text.split())[:300]}"
+    return kinds.get(code, RestError)(line, code, error.code)
 
 
 # --- addresses of MLflow's pages

@@ -27,7 +27,7 @@ from runkey.identity.record import ORIGIN, Details, Record
 from runkey.progress import each, progress
 from runkey.registry.archive import pack, parse_json, unpack
 from runkey.registry.dvc_cache import DvcCache
-from runkey.registry.library import Library
+from runkey.registry.library import Library, NotStoredError
 from runkey.registry.package import (
     BUNDLE,
     FILE,
@@ -305,5 +305,5 @@ def _is_published(record: Record, server: Library) -> bool:
     try:
         with server.open_file(record, FILE):
             return True
-    except RegistryError:
+    except NotStoredError:
         return False

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from runkey.errors import TRY_ELSEWHERE, TrainingError
+from runkey.errors import TRY_ELSEWHERE, RegistryError, TrainingError
 from runkey.identity.key import ANY_KEY, Recipe, make_recipe, training_folder, with_params
 from runkey.identity.record import Record
 from runkey.params import Params
@@ -27,11 +27,13 @@ from runkey.registry.claims import newest, open_claims, state_now
 from runkey.sweep.executor import Executor, Trial
 from runkey.sweep.space import Point, as_changes
 from runkey.sweep.trial import AP, Place, finished
+from runkey.training.lock import holder_of
 
 logger = logging.getLogger(__name__)
 
 State = Literal["finished", "elsewhere", "waiting", "running", "failed", "pruned"]
 _POLL_SECONDS = 1.0
+_RETRY_SECONDS = 15.0
 _MOST_TRIES = 3
 """Of a trial that ends with code 75 and that no other process trains."""
 _VAL_AP = "val/AP"
@@ -52,6 +54,8 @@ class Entry:
     note: str = ""
     """Why it failed or was pruned, or who trains it."""
     tries: int = 0
+    retry_at: float = 0.0
+    """By the monotonic clock, seconds."""
     epoch: int = 0
     curve: dict[int, float] = field(default_factory=dict)
     """val AP by epoch, as far as it was trained here."""
@@ -200,10 +204,12 @@ class Sweep:
         if record := finished(self.place.library, entry.key):
             entry.state, entry.ap, entry.note = "finished", record.run.metrics[AP], ""
             return
+        entry.state, entry.note = "waiting", ""
         claim = newest(self._claims, entry.key)
-        is_alive = claim and claim.state == "running" and state_now(claim) != "dead"
-        entry.state = "elsewhere" if is_alive else "waiting"
-        entry.note = claim.line if claim and is_alive else ""
+        if claim and claim.state == "running" and state_now(claim) != "dead":
+            entry.state, entry.note = "elsewhere", claim.line
+        elif (holder := holder_of(self.place.folder(entry.key))) is not None:
+            entry.state, entry.note = "elsewhere", f"process {holder} prepares it"
 
     def run(self, executor: Executor, changed: Callable[[Entry], object]) -> None:
         """Train what is not finished; `changed` is called with each entry that changes."""
@@ -230,13 +236,14 @@ class Sweep:
         self, executor: Executor, running: dict[str, Entry], changed: Callable[[Entry], object]
     ) -> None:
         """Submit what there is room for; those that others train last, to wait for their result."""
-        ready = [e for e in self.entries if e.state == "waiting" and e.key not in running]
+        now = time.monotonic()
+        ready = [e for e in self.entries if e.state == "waiting" and e.retry_at <= now]
         nothing_else = not ready and not any(e.state == "running" for e in self.entries)
         if nothing_else:
-            ready = [e for e in self.entries if e.state == "elsewhere" and e.key not in running]
+            ready = [e for e in self.entries if e.state == "elsewhere"]
         for entry in ready:
             if entry.key in running:
-                continue  # of two points with the same key
+                continue
             bound = self.peak(entry.key)
             trial = replace(entry.trial, peak_bytes=bound, wait=nothing_else)
             if not executor.has_room(trial):
@@ -249,7 +256,7 @@ class Sweep:
                 changed(entry)
 
     def _log_file(self, key: str) -> Path:
-        return training_folder(self.place.store.home, key) / TRAIN_LOG
+        return training_folder(self.place.store.home, key) / TRAIN_LOG.name
 
     def _follow(self, entry: Entry) -> bool:
         """Read how far a training here is; return True if it was evaluated since."""
@@ -267,16 +274,22 @@ class Sweep:
         """Note how a trial ended, on every point of its key."""
         if entry.state == "pruned":
             return
-        for one in self.entries:
-            if one.key == entry.key:
+        entry.retry_at = time.monotonic() + _RETRY_SECONDS
+        same = [one for one in self.entries if one.key == entry.key]
+        for one in same:
+            one.state = "waiting"
+        try:
+            for one in same:
                 self.look(one)
+        except RegistryError as error:  # the server is away: the next try finds out
+            logger.warning(f"{entry.trial.label}: {error}")
+            return
         if entry.state != "waiting":
             return
         entry.tries += 1
         if code != TRY_ELSEWHERE or entry.tries >= _MOST_TRIES:
-            for one in self.entries:
-                if one.key == entry.key:
-                    one.state, one.note = "failed", said.removeprefix("error: ")
+            for one in same:
+                one.state, one.note = "failed", said.removeprefix("error: ")
 
     def expected_seconds(self) -> tuple[float, int] | None:
         """Return how long the trainings of this sweep take one after the other, and by what.

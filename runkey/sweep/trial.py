@@ -36,10 +36,11 @@ from runkey.params.render import head_of, render
 from runkey.paths import LOCK, PARAMS, REQUIREMENTS
 from runkey.registry.checkout import clean_environment, fetch_data, run_dvc, share_cache
 from runkey.registry.claims import newest, open_claims, state_now
+from runkey.registry.dvc_cache import DvcCache
 from runkey.registry.gc import has_processes
 from runkey.registry.library import Library
 from runkey.registry.once import wait_for_other
-from runkey.registry.rest import AbsentError, RestClient, UnreachedError
+from runkey.registry.rest import RestClient, UnreachedError
 from runkey.registry.share import Checkout, Team, publish
 from runkey.registry.snapshot import (
     REFS,
@@ -187,7 +188,7 @@ def check_places(place: Place, params: Params) -> None:
     StoppedError if that may be otherwise on another machine or later.
     """
     if place.store.is_server:
-        _check_writing(RestClient(place.store.uri), params.runtime.experiment)
+        RestClient(place.store.uri).check_writes(params.runtime.experiment)
     if place.team:
         try:
             git(place.root, "ls-remote", "--quiet", place.team.git, "HEAD")
@@ -203,25 +204,17 @@ def check_places(place: Place, params: Params) -> None:
         )
 
 
-def _check_writing(server: RestClient, experiment: str) -> None:
-    """Raise RestError if the server does not let this login write to the experiment."""
-    try:
-        number = server.experiment(experiment).experiment_id
-    except AbsentError:
-        number = server.post("experiments/create", {"name": experiment})["experiment_id"]
-    tag = {"experiment_id": number, "key": "runkey.trials", "value": "yes"}
-    server.post("experiments/set-experiment-tag", tag, repeat=True)
-
-
 def _data_bytes(root: Path) -> int:
-    """Return the size of all data that .dvc files of the checkout track."""
+    """Return the size of the data that .dvc files of the checkout track and DVC's cache lacks."""
+    cache = DvcCache(root)
     outs = [
         out
         for file in root.glob("*.dvc")
         if file.is_file()
         for out in (read_yaml_text(file) or {}).get("outs", ())
     ]
-    return sum(int(out.get("size", 0)) for out in outs)
+    missing = (out for out in outs if not cache.object_path(str(out["md5"])).exists())
+    return sum(int(out.get("size", 0)) for out in missing)
 
 
 # Training.
@@ -245,7 +238,7 @@ def _train(
     top = folder / "tree"
     root, done = _worktree(place.root, oid, top, folder / "checked-out"), None
     write_atomically(root / PARAMS, render(params, head_of(read_text(root / PARAMS))))
-    share_cache(place.root, root)
+    share_cache(place.root, root, links=True)
     env = clean_environment(place.root, _VARIABLES, python_of(place.root, root, place.store.home))
     with _Relay(output) as relay:
         try:

@@ -35,7 +35,7 @@ VALUES = set(
     gpu cuda cpu auto GiB SIGTERM blood-cells sample detection source torch venv runkey MLflow
     Connection refused Errno Address already in use No module named space left on device
     OperationalError database locked expected but found line document block mapping start
-    ModuleNotFoundError psycopg2 no such table runs onnx
+    ModuleNotFoundError psycopg2 no such table runs onnx HTTP INTERNAL SERVER
     Expecting property name enclosed in double quotes Linux Darwin check such directory uv
     """.split()  # noqa: SIM905
 )

@@ -63,6 +63,9 @@ def test_a_command_ends_in_one_line(name: str, project: Project) -> None:
 @pytest.mark.parametrize("name", ["nothing", "cut off", "500"])
 def test_the_train_stage_keeps_what_it_could_not_send(name: str, project: Project) -> None:
     shutil.rmtree(project.root / "model")
+    params = project.root / "params.yaml"
+    text = params.read_text()
+    params.write_text(text.replace("require_claim: true", "require_claim: false"))
     with OddServer(OddAnswer(name, FAULTS[name])) as server:
         code, said, seconds = call(project, server.address, "stages.train")
     assert code == 0, said

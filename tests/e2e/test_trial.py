@@ -83,7 +83,7 @@ def test_a_killed_trial_goes_on_with_the_same_bits(project: Project, tmp_path: P
     while not any(
         "epoch_loss" in log.read_text()
         for folder in set(home.glob("rk2-*")) - known
-        for log in folder.glob("logs/train.jsonl")
+        for log in folder.glob("train.jsonl")
     ):
         assert started.poll() is None, "it ended before it could be killed"
         time.sleep(0.05)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -34,7 +35,9 @@ CUT_OFF = {
 
 
 @contextmanager
-def serve(answers: Answers, otherwise: bytes = WHOLE) -> Iterator[tuple[str, list[str]]]:
+def serve(
+    answers: Answers, otherwise: bytes = WHOLE, to_get: bytes = b""
+) -> Iterator[tuple[str, list[str]]]:
     """A server that gives each of `answers` once and then always `otherwise`; what it was sent."""
     asked: list[str] = []
 
@@ -42,7 +45,8 @@ def serve(answers: Answers, otherwise: bytes = WHOLE) -> Iterator[tuple[str, lis
         def answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
             asked.append(f"{self.command} {self.path} {body}")
-            self.wfile.write(answers.pop(0) if answers else otherwise)
+            usual = to_get if to_get and self.command == "GET" else otherwise
+            self.wfile.write(answers.pop(0) if answers else usual)
             self.close_connection = True
 
         do_GET = do_POST = do_PATCH = do_DELETE = answer  # noqa: N815
@@ -105,7 +109,11 @@ def test_one_that_is_always_cut_off_is_one_line(kind: str) -> None:
 
 
 NOTHING = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
-STRANGE = b'HTTP/1.1 200 OK\r\nContent-Length: 27\r\n\r\n{"registered_models": [{}]}'
+ABSENT = (
+    b"HTTP/1.1 404 NOT FOUND\r\nContent-Length: 43\r\n\r\n"
+    b'{"error_code": "RESOURCE_DOES_NOT_EXIST"  }'
+)
+STRANGE = b'HTTP/1.1 200 OK\r\nContent-Length: 24\r\n\r\n{"registered_model": {}}'
 
 
 @pytest.mark.parametrize(
@@ -114,17 +122,18 @@ STRANGE = b'HTTP/1.1 200 OK\r\nContent-Length: 27\r\n\r\n{"registered_models": [
         ([CUT_OFF["before the stated length"]], ""),
         ([CUT_OFF["half JSON"]], ""),
         ([CUT_OFF["before the stated length"]] * ATTEMPTS, "cannot be reached"),
-        ([STRANGE], "did not answer as an MLflow server does (name: Field required)"),
+        ([STRANGE], "did not answer as an MLflow server does (registered_model: name: Field req"),
     ],
 )
 def test_the_beat_of_a_claim_goes_on(answers: Answers, told: str, said: list[str]) -> None:
-    with serve([*answers], NOTHING) as (address, asked):
+    with serve([*answers], NOTHING, ABSENT) as (address, asked):
 
         def beats() -> int:
             return sum("runkey.beat" in line for line in asked)
 
         claims = ServerClaims(RestClient(address))
-        with HeldClaim(claims, a_claim(), FAST) as held:
+        # With 0 it looks at every beat.
+        with HeldClaim(claims, a_claim(), replace(FAST, dead_after=0)) as held:
             until(lambda: beats() > 2)
             held.check()
             held.finish("ab")

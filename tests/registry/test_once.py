@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 import time
@@ -15,9 +16,11 @@ from runkey.errors import RegistryError
 from runkey.registry import once
 from runkey.registry.claims import Claim, Claims, FileClaims, newest, open_claims
 from runkey.registry.library import open_library
-from runkey.registry.once import Decision
+from runkey.registry.once import Decision, Rhythm
+from runkey.registry.rest import RestError
 from runkey.tracking.store import free_port
 from tests.support.claims import FAST, KEY, a_claim, owner_of
+from tests.support.odd_server import OddAnswer, OddServer, body
 from tests.support.records import make_run
 
 
@@ -143,14 +146,59 @@ def test_a_killed_owner_is_followed_at_once(
 def test_an_unseen_owner_is_followed_when_its_beat_stands_still(
     decide: Any, claims: FileClaims, said: list[str]
 ) -> None:
-    claim = a_claim()
-    assert claim.owner
-    claims.make(replace(claim, owner=replace(claim.owner, host="far", boot="another")))
     begin = time.monotonic()
+    claims.make(unseen_claim())
     decision = decide()
     assert time.monotonic() - begin > FAST.dead_after
-    assert f"claim of far:{claim.owner.pid} was dead (no sign of life for 1 s)" in decision.line
+    assert "claim of far:7 was dead (no sign of life for 1 s)" in decision.line
     assert len(said) == 1
+
+
+def unseen_claim() -> Claim:
+    """The claim of a process on another machine."""
+    claim = a_claim()
+    assert claim.owner
+    return replace(claim, owner=replace(claim.owner, host="far", pid=7, boot="another"))
+
+
+def test_the_time_of_a_dead_owner_began_with_its_last_beat(
+    decide: Any, claims: FileClaims, said: list[str]
+) -> None:
+    """By the clock of the file system: who comes later waits for one more beat, and no minute."""
+    claims.make(unseen_claim())
+    path = Path(claims.place, f"{KEY}.g1.json")
+    os.utime(path, (path.stat().st_mtime - 7200, path.stat().st_mtime - 7200))
+    decision = decide(rhythm=replace(FAST, dead_after=3600))
+    assert "claim of far:7 was dead (no sign of life for 7200 s)" in decision.line
+
+
+def test_an_owner_that_beats_again_after_a_stop_of_all_is_alive(
+    decide: Any, claims: FileClaims, said: list[str]
+) -> None:
+    """Server, owner and watcher stood still for hours, and go on."""
+    theirs = unseen_claim()
+    claims.make(theirs)
+    path = Path(claims.place, f"{KEY}.g1.json")
+    os.utime(path, (path.stat().st_mtime - 7200, path.stat().st_mtime - 7200))
+    looked = threading.Event()
+
+    class Watched(FileClaims):
+        def newest(self, key: str, first: int = 1) -> Claim | None:
+            looked.set()
+            return super().newest(key, first)
+
+    def live() -> None:
+        looked.wait()
+        claims.update(replace(theirs, beat=1))
+        time.sleep(1)
+        claims.update(replace(theirs, state="failed"))
+
+    owner = threading.Thread(target=live)
+    owner.start()
+    rhythm = Rhythm(beat_seconds=2, dead_after=3600, poll_seconds=0.02)
+    decision = decide(claims=Watched(Path(claims.place)), rhythm=rhythm)
+    owner.join()
+    assert decision.line.endswith("training by far:7 failed: trained here as generation 2")
 
 
 def test_a_torn_claim_is_followed_when_time_is_up(
@@ -241,6 +289,42 @@ def test_training_does_not_depend_on_a_server(decide: Any, tmp_path: Path, said:
     assert decide(elsewhere=[away]).claim
     assert len(said) >= 1
     assert f"not looked up in {away.place}" in said[-1]
+
+
+def test_a_claim_that_is_required_is_one_line(decide: Any, tmp_path: Path, said: list[str]) -> None:
+    claims = unreachable(tmp_path)
+    with pytest.raises(RegistryError) as caught:
+        decide(claims=claims, require=True)
+    assert str(caught.value).startswith(f"{claims.place}: cannot be reached")
+    assert "MLFLOW_TRACKING_URI or runtime.team_server names it" in str(caught.value)
+    assert str(caught.value).endswith(
+        "not trained without a claim (runtime.require_claim: false does so)"
+    )
+    assert said == []
+
+
+def test_claims_in_files_need_no_server(decide: Any, tmp_path: Path, said: list[str]) -> None:
+    away = open_library(f"http://127.0.0.1:{free_port()}", tmp_path)
+    assert decide(elsewhere=[away], require=True).claim
+
+
+@pytest.mark.parametrize("status", ["401 Unauthorized", "403 Forbidden", "500 Oops"])
+def test_a_server_that_refuses_to_look_ends_it(decide: Any, tmp_path: Path, status: str) -> None:
+    with OddServer(OddAnswer("refuses", body("", status=status))) as server:
+        team = open_library(server.address, tmp_path)
+        with pytest.raises(RegistryError, match=f"HTTP {status[:3]}.*runtime.require_claim"):
+            decide(elsewhere=[team], require=True)
+        assert decide(elsewhere=[team]).claim
+
+
+def test_what_may_not_be_written_is_no_claim(decide: Any, claims: FileClaims) -> None:
+    def refuse() -> None:
+        raise RestError("there: this login may not do that", "PERMISSION_DENIED", 403)
+
+    with pytest.raises(RestError, match="may not"):
+        decide(before_claim=refuse, reuse=False)
+    assert "without a claim" in decide(before_claim=refuse).line
+    assert claims.all() == []
 
 
 class Interrupted(FileClaims):

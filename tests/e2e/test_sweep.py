@@ -1,0 +1,103 @@
+"""`runkey sweep` with real trials: a killed driver, and two clones with overlapping sweeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.project import TINY, Project, begin_project, clean_environment
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
+SWEEP = (sys.executable, "-m", "runkey", "sweep", "--json", "-S", "training.epochs=1")
+
+
+def begin_sweep(
+    project: Project, *arguments: str, env: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """Start a sweep; its lines come on stderr, and at its end its answer on stdout."""
+    return subprocess.Popen(
+        [*SWEEP, *arguments],
+        cwd=project.root,
+        env=clean_environment() | dict(env or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def result(sweep: subprocess.Popen[str]) -> dict[str, Any]:
+    out, said = sweep.communicate()
+    assert sweep.returncode == 0, said
+    answer: dict[str, Any] = json.loads(out)
+    return answer
+
+
+def finished_runs(
+    project: Project, keys: list[str], env: Mapping[str, str] | None = None
+) -> dict[str, int]:
+    """The number of finished runs of each key in the store."""
+    command = (sys.executable, "-m", "runkey", "list", "--json", "--limit", "1000")
+    runs = json.loads(project.run(*command, env=env).stdout)
+    done = [one["key"] for one in runs if one["run"]["status"] == "FINISHED"]
+    return {key: done.count(key) for key in keys}
+
+
+def test_a_killed_driver_started_again_trains_each_key_once(project: Project) -> None:
+    line = ("-S", "seed=11,12,13,14")
+    first = begin_sweep(project, *line)
+    assert first.stderr
+    for said in first.stderr:
+        if "finished, AP" in said:
+            break
+    else:
+        pytest.fail("it ended before a trial was finished")
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    again = begin_sweep(project, *line)
+    assert again.stderr
+    head = again.stderr.readline()
+    assert head.startswith("4 points: 1 finished"), head
+    answer = result(again)
+    assert [one["state"] for one in answer["points"]] == ["finished"] * 4
+    keys = [one["key"] for one in answer["points"]]
+    assert finished_runs(project, keys) == dict.fromkeys(keys, 1)
+    assert answer["best"] in keys
+    folder = Path(answer["folder"])
+    assert {"sweep.json", "table.csv", "parallel.png"} <= {one.name for one in folder.iterdir()}
+    third = begin_sweep(project, *line)
+    assert third.stderr
+    assert third.stderr.readline() == "4 points: 4 finished\n"
+    assert result(third)["sweep"] == answer["sweep"]
+
+
+def test_overlapping_sweeps_of_two_clones_train_each_key_once(address: str, tmp_path: Path) -> None:
+    first = begin_project(tmp_path / "first", TINY)
+    remote = str(tmp_path / "remote.git")
+    first.run("git", "init", "-q", "--bare", remote)
+    first.run("git", "remote", "add", "origin", remote)
+    first.dvc("remote", "modify", "store", "url", str(tmp_path / "store"))
+    first.run("git", "commit", "-q", "-a", "-m", "remotes")
+    first.run("git", "push", "-q", "origin", "HEAD")
+    first.dvc("push", "data.dvc")
+    second = Project(tmp_path / "second")
+    subprocess.run(["git", "clone", "-q", remote, str(second.root)], check=True)
+    server = {"MLFLOW_TRACKING_URI": address}
+    one = begin_sweep(first, "-S", "seed=1,2,3", env=server)
+    other = begin_sweep(second, "-S", "seed=3,2,4", env=server)
+    answers = [result(sweep) for sweep in (one, other)]
+    points = [point for answer in answers for point in answer["points"]]
+    assert [point["state"] for point in points] == ["finished"] * 6
+    keys = sorted({point["key"] for point in points})
+    assert len(keys) == 4
+    assert finished_runs(first, keys, server) == dict.fromkeys(keys, 1)
+    # Published: whichever clone trained it.
+    listed = first.run("git", "ls-remote", "origin", "refs/runkey/*").stdout
+    assert all(key in listed for key in keys)
