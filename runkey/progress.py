@@ -54,6 +54,7 @@ class Steps:
         `what` is done now, such as `epoch 3/20`, with a text beside it; empty ones change nothing.
         """
         self.done += amount
+        note_movement()
         text, what = escaped(text, newlines=True), escaped(what, newlines=True)
         self.text, self.what = text or self.text, what or self.what
         if self._show:
@@ -62,6 +63,34 @@ class Steps:
 
 QUIET = Steps("", 0, "")
 """Shows nothing."""
+
+# Whether the training of this process moves. A claim's beat stops when it does not.
+
+_moved: float | None = None
+"""When it last moved; None: no training is watched."""
+
+
+@contextmanager
+def movement_watched() -> Iterator[None]:
+    """Watch, in the block, that steps are taken: each step, and each bar's advance, is noted."""
+    global _moved
+    _moved = time.monotonic()
+    try:
+        yield
+    finally:
+        _moved = None
+
+
+def note_movement() -> None:
+    """Note that something was done, if movement is watched."""
+    global _moved
+    if _moved is not None:
+        _moved = time.monotonic()
+
+
+def seconds_still() -> float:
+    """Return the seconds since the last movement; 0 if it is not watched."""
+    return 0.0 if (moved := _moved) is None else time.monotonic() - moved
 
 
 def want_bars(wanted: bool) -> None:

@@ -48,7 +48,8 @@ from runkey.training.distributed import (
 )
 from runkey.training.lock import locked
 from runkey.training.loop import fit
-from runkey.training.ranks import RankMonitor, launched_ranks
+from runkey.training.rank_monitor import RankMonitor
+from runkey.training.ranks import launched_ranks
 from runkey.units import counted
 
 logger = logging.getLogger(__name__)
@@ -190,7 +191,7 @@ def follow(params: Params, root: Path, monitor: RankMonitor | None) -> None:
     except SharedError:
         raise SystemExit(1) from None
     except LostRankError as error:
-        if error.rank:
+        if error.rank and monitor:  # rank 0, which is beside this process, reports it
             raise SystemExit(1) from None
         raise
     except Interrupted as stop:

@@ -19,6 +19,7 @@ from typing import Any, Self
 from runkey.errors import RecipeError, RegistryError, RunkeyError, StoppedError
 from runkey.identity.key import short_key
 from runkey.identity.record import Record
+from runkey.progress import seconds_still
 from runkey.registry.claims import Claim, Claims, FileClaims, state_now, this_owner
 from runkey.registry.library import Library
 from runkey.registry.rest import RestError, UnreachedError
@@ -36,6 +37,8 @@ class Rhythm:
     poll_seconds: float = 2.0
     """Between two reads of a waiting process; after a while they become fewer."""
     longest_poll: float = 10.0
+    stuck_after: float = 600.0
+    """A training without a step, or progress of an evaluation, for so long has no beat."""
 
     @property
     def sure_after(self) -> float:
@@ -58,8 +61,8 @@ _MOST_LOSSES = 10
 class HeldClaim:
     """The claim of this process, a context manager around its training.
 
-    Inside the block a thread writes the beat.  Leaving the block without `finish` marks the
-    training as failed.  All methods may be called from several threads.
+    Inside the block a thread writes the beat, unless training is stuck.  Leaving the block without
+    `finish` marks the training as failed.  All methods may be called from several threads.
     """
 
     def __init__(self, claims: Claims, claim: Claim, rhythm: Rhythm) -> None:
@@ -71,7 +74,7 @@ class HeldClaim:
         self._thread = threading.Thread(target=self._keep, name="claim", daemon=True)
         self._looked = self._reached = _clock()
         self._taken_by: Claim | None = None
-        self._unreached = False
+        self._unreached = self._stuck = False
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -127,7 +130,20 @@ class HeldClaim:
             with self._writing:
                 if self._taken_by or self.claim.state != "running":
                     return
-                self._try_to_write()
+                if not self._is_stuck():
+                    self._try_to_write()
+
+    def _is_stuck(self) -> bool:
+        """Return True if training takes no steps; log when that begins and ends."""
+        before, self._stuck = self._stuck, seconds_still() > self._rhythm.stuck_after
+        if self._stuck and not before:
+            logger.warning(
+                f"claim of {short_key(self.claim.key)}: no step for {seconds_still():.0f} s; its"
+                " beat stops until there is one, and others may train the same key"
+            )
+        elif before and not self._stuck:
+            logger.info(f"claim of {short_key(self.claim.key)}: training moves, beats again")
+        return self._stuck
 
     def _try_to_write(self, **changes: Any) -> None:
         """Write the claim with its next beat, unless another process has taken over.

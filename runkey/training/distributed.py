@@ -5,7 +5,8 @@ is; without them there is one process, and everything here does nothing, on the 
 
 Two process groups connect the ranks. The hosts' group carries small Python objects (counts of
 boxes, signals, metrics) and waits as long as it takes: rank 0 evaluates and writes while the others
-wait. The devices' group carries sums of tensors.
+wait. The devices' group carries sums of tensors. Beside them `runkey.training.rank_monitor` watches
+the other ranks, and disconnects the hosts' group when one is lost: gloo would wait for it for ever.
 
 torch's DistributedDataParallel is not used. It sums gradients during the last backward pass, so a
 rank whose memory runs out there leaves the others in the middle of an exchange, which its reducer
@@ -17,13 +18,18 @@ and one all-reduce sums all gradients when every rank has reported success
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import secrets
 import signal
+import socket
+import stat
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -32,12 +38,21 @@ from typing import Any, Literal, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from runkey.data.dataset import GlobalBatch
-from runkey.errors import Interrupted, RunkeyError, StoppedError
+from runkey.errors import Interrupted, RunkeyError, StoppedError, TrainingError
 from runkey.processes import this_process
 from runkey.training.device import check_gpus
-from runkey.training.ranks import RankMonitor, launched_by_torchrun, read_place
+from runkey.training.rank_monitor import (
+    WAKE,
+    Peer,
+    RankMonitor,
+    address_towards,
+    connect_ranks,
+    interface_of,
+)
+from runkey.training.ranks import launched_by_torchrun, read_place
 from runkey.units import counted
 
 logger = logging.getLogger("runkey")
@@ -63,7 +78,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         """The one that has come; None: none."""
-        self._held = False
+        self._held = self._gives_up = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -71,6 +86,7 @@ class Interrupts:
         if threading.current_thread() is threading.main_thread():
             signals = (signal.SIGTERM, signal.SIGINT)
             self._before = {number: signal.signal(number, self._handle) for number in signals}
+            self._before[WAKE] = signal.signal(WAKE, self._give_up)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -90,18 +106,23 @@ class Interrupts:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Let a signal end this block, inside `held`."""
+        """Let a signal, or the loss of another rank, end this block, inside `held`."""
         self._held = False
         self.check()
+        self._gives_up = True
         try:
             yield
         finally:
-            self._held = True
+            self._gives_up, self._held = False, True
 
     def check(self) -> None:
         """Raise Interrupted if a signal has come."""
         if self.signal is not None:
             raise Interrupted(self.signal)
+
+    def _give_up(self, *_: object) -> None:
+        if self._gives_up:  # what all ranks exchange afterwards names the rank
+            raise LostRankError("another rank is lost")
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None:
@@ -121,12 +142,12 @@ class SharedError(StoppedError):
 
 
 class LostRankError(StoppedError):
-    """Another rank has ended."""
+    """Another rank has ended, is suspended, or cannot be reached."""
 
     def __init__(self, text: str, rank: int | None = None) -> None:
         super().__init__(text)
         self.rank = rank
-        """The one that ended, if that is known."""
+        """Which one, if that is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,16 +263,12 @@ def join_world(device: torch.device, monitor: RankMonitor | None = None) -> Iter
             f" {counted(world.size - 1, 'process')} that WORLD_SIZE={world.size} names (if it is"
             " left over: Ctrl-C, `unset RANK WORLD_SIZE`)"
         )
-    with _without_stdout(), _ended_by_signals():
-        dist.init_process_group(
-            "gloo", rank=world.rank, world_size=world.size, timeout=_AS_LONG_AS_IT_TAKES
-        )
-    group = dist.new_group(backend="nccl") if device.type == "cuda" else None
-    processes = dict(enumerate(world.gather(this_process())))
-    level = logger.level
-    if not world.is_main:
-        logger.setLevel(logging.CRITICAL + 1)
-    with closing(RankMonitor(world.rank, processes)) as everyone:
+    grace = _GPU_SECONDS if device.type == "cuda" else _STEP_SECONDS
+    with closing(_Start(world, grace).wait(monitor)) as everyone:
+        group = dist.new_group(backend="nccl") if device.type == "cuda" else None
+        level = logger.level
+        if not world.is_main:
+            logger.setLevel(logging.CRITICAL + 1)
         if monitor:
             monitor.close()
         try:
@@ -264,6 +281,179 @@ def join_world(device: torch.device, monitor: RankMonitor | None = None) -> Iter
             everyone.stand_down()
             dist.destroy_process_group()
             logger.setLevel(level)
+
+
+_GPU_SECONDS = 10.0
+"""Time for a process to end when a rank is lost: what a GPU waits for cannot be interrupted."""
+_STEP_SECONDS = 600.0
+"""The same on a CPU, where all waiting is: a step may take long, and rank 0 saves a checkpoint."""
+_UNRESOLVED_SECONDS = 30.0
+"""A name that cannot be resolved for so long is an error: DNS may learn it late."""
+_SAY_SECONDS = 20.0
+"""Time after which a rank says what it waits for."""
+_START_SECONDS = 600.0
+"""Time for all ranks to come when rank 0 is there: a cluster may start them one by one."""
+_GROUP_SECONDS = 60.0
+"""Time to connect ranks that are all there."""
+
+
+class _Start(threading.Thread):
+    """Connects this rank to the others, in a thread: torch waits without looking at signals.
+
+    Followers wait for rank 0 as long as it takes, since it may wait for another training of the
+    same key.
+    """
+
+    def __init__(self, world: World, grace: float) -> None:
+        super().__init__(name="rank start", daemon=True)
+        self._world, self._grace = world, grace
+        self._host, self._port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._doing = f"rank 0 at {self._host}:{self._port}"
+        self._end: float | None = None
+        self._monitor: RankMonitor | None = None
+        self._error: Exception | None = None
+
+    def wait(self, before: RankMonitor | None) -> RankMonitor:
+        """Return the monitor of all ranks when they are connected.
+
+        Args:
+            before: a monitor of the ranks that are known so far.
+
+        Raises:
+            TrainingError: the name of rank 0's machine cannot be resolved.
+            StoppedError: a rank does not come or cannot be reached.
+            LostRankError: a rank was lost meanwhile.
+        """
+        self.start()
+        say_at = time.monotonic() + _SAY_SECONDS
+        while self.is_alive():
+            self.join(0.1)
+            now = time.monotonic()
+            where = f"rank {self._world.rank} on {socket.gethostname()}"
+            if now > say_at:
+                say_at = float("inf")
+                sys.stderr.write(f"{where} still waits for {self._doing} (Ctrl-C ends it)\n")
+            if self._end and now > self._end:
+                raise StoppedError(
+                    f"{where} waited too long for {self._doing}; start all ranks, with the same"
+                    " MASTER_ADDR and MASTER_PORT"
+                )
+            for monitor in (before, self._monitor):
+                if lost := monitor.found() if monitor else None:
+                    raise LostRankError(f"{lost.text}; training ends on all ranks", lost.rank)
+        if self._error:
+            raise self._error
+        assert self._monitor
+        return self._monitor
+
+    def run(self) -> None:
+        """Connect; called by the thread."""
+        try:
+            self._connect()
+        except Exception as error:  # noqa: BLE001  raised in the main thread
+            self._error = error
+
+    def _connect(self) -> None:
+        rank, size = self._world.rank, self._world.size
+        alone = os.environ.get("LOCAL_WORLD_SIZE", "").strip() == str(size)
+        address = self._own_address(alone=alone)
+        if interface := interface_of(address):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            if not address.startswith("127."):
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+        store = self._open_store()
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.create_server((address, 0), family=family, backlog=size) as listener:
+            mine = Peer(
+                rank=rank,
+                process=this_process(),
+                host=socket.gethostname(),
+                address=address,
+                port=listener.getsockname()[1],
+            )
+            store.set(str(rank), json.dumps([secrets.token_hex(16), mine.as_dict()]))
+            cards = self._cards(store)
+            peers = {number: Peer.from_dict(card) for number, (_, card) in cards.items()}
+            self._end = time.monotonic() + _GROUP_SECONDS
+            self._doing = "connections to the other ranks"
+            token = cards[0][0]
+            links = connect_ranks(rank, peers, listener, token, _GROUP_SECONDS / 2)
+        self._monitor = RankMonitor(rank, peers, links, grace=self._grace)
+        self._doing = "gloo's connections (GLOO_SOCKET_IFNAME names its network interface)"
+        before = _connections()
+        with _without_stdout():
+            dist.init_process_group(
+                "gloo",
+                store=PrefixStore("gloo", store),
+                rank=rank,
+                world_size=size,
+                timeout=_AS_LONG_AS_IT_TAKES,
+            )
+        opened = _connections().items() - before.items()
+        self._monitor.disconnect = lambda: _shut(dict(opened))
+
+    def _own_address(self, *, alone: bool) -> str:
+        """Return this machine's address for the other ranks; wait until rank 0's has a name."""
+        end = time.monotonic() + _UNRESOLVED_SECONDS
+        while True:
+            try:
+                return address_towards(self._host, self._port, alone=alone)
+            except OSError as error:
+                if time.monotonic() > end:
+                    raise TrainingError(
+                        f"environment: MASTER_ADDR={self._host} cannot be resolved or reached from"
+                        f" {socket.gethostname()} ({error.strerror}); set it to an address of"
+                        " rank 0's machine"
+                    ) from None
+            time.sleep(0.5)
+
+    def _open_store(self) -> Store:
+        """Return the store where ranks find each other: rank 0's, or that of torchrun's agent."""
+        is_host = self._world.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        while not is_host:  # torch would log each try
+            with suppress(OSError), socket.create_connection((self._host, self._port), timeout=5):
+                break
+            time.sleep(0.2)
+        store = TCPStore(
+            self._host, self._port, is_master=is_host, wait_for_workers=False, multi_tenant=True
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return PrefixStore(f"runkey/{attempt}", store)
+
+    def _cards(self, store: Store) -> dict[int, tuple[str, dict[str, Any]]]:
+        """Return how each rank introduced itself; wait until all have."""
+        missing = list(range(self._world.size))
+        while missing:
+            if self._end is None and (self._world.is_main or missing[0] != 0):
+                self._end = time.monotonic() + _START_SECONDS
+            names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+            self._doing = (
+                f"{'rank' if len(missing) == 1 else 'ranks'} {names} of {self._world.size}"
+            )
+            time.sleep(0.05)
+            missing = [rank for rank in missing if not store.check([str(rank)])]
+        return {rank: json.loads(store.get(str(rank))) for rank in range(self._world.size)}
+
+
+def _connections() -> dict[int, tuple[Any, Any]]:
+    """Return both addresses of each TCP connection that this process has, by descriptor."""
+    found = {}
+    for descriptor in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208
+        with suppress(OSError):
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(descriptor)) as copy:
+                if copy.type == socket.SOCK_STREAM and copy.family != socket.AF_UNIX:
+                    found[descriptor] = (copy.getsockname(), copy.getpeername())
+    return found
+
+
+def _shut(connections: Mapping[int, tuple[Any, Any]]) -> None:
+    """Shut connections down that are still the same; what waits for them fails at once."""
+    for descriptor, addresses in _connections().items():
+        if connections.get(descriptor) == addresses:
+            with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as copy:
+                copy.shutdown(socket.SHUT_RDWR)
 
 
 def count_ranks(processes: int | Literal["auto"], device: torch.device, images: int) -> int:
@@ -295,21 +485,6 @@ def _without_stdout() -> Iterator[None]:
         os.dup2(saved, 1)
         os.close(saved)
         os.close(nothing)
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let a signal end this process at once: torch waits without looking at Python's handlers."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def synchronised_batches(

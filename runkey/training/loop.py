@@ -17,7 +17,7 @@ import torch
 
 from runkey.data.dataset import GlobalBatch
 from runkey.errors import DataError, Interrupted, ModelError, StoppedError, TrainingError
-from runkey.progress import Steps, progress, want_bars
+from runkey.progress import Steps, movement_watched, note_movement, progress, want_bars
 from runkey.training.build import Evaluate, Tracker, TrainContext, describe, safe_tracker
 from runkey.training.checkpoint import Checkpoint, FolderCheckpoints
 from runkey.training.distributed import (
@@ -88,7 +88,7 @@ def fit(
     trainer = _Trainer(context, evaluate, safe_tracker(tracker), checkpoints, interrupts)
     try:
         trainer.resume(limit)
-        with interrupts.held():
+        with interrupts.held(), movement_watched():
             trainer.train()
         world.shutdown()
         world.gather(None)  # only now may each rank end alone
@@ -297,6 +297,7 @@ class _Trainer:
         batches = context.loader.epoch(state.epoch, state.step - state.epoch * per_epoch)
         for batch, waited in timed(synchronised_batches(batches, context.world, self.interrupts)):
             result = take_step(context, state, batch, watched)
+            note_movement()
             seconds = self.clock.lap()
             state.seconds += seconds
             # Passes on the values of the step before: what a step's values lead to is decided one

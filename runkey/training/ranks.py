@@ -14,88 +14,13 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from multiprocessing.connection import wait
 from typing import NamedTuple
 
 from runkey.errors import TrainingError
-from runkey.processes import Process, this_process, without_interrupts
-
-_NOTICE_SECONDS = 5.0
-"""Time for a dying process to be gone after its connection broke."""
-_END_SECONDS = 10.0
-"""Time for this process to notice by itself; a GPU that waits for a dead rank never does."""
-
-
-class LostRank(NamedTuple):
-    """A process that ended too early."""
-
-    rank: int
-    text: str
-    """In words."""
-
-
-class RankMonitor:
-    """A thread that notices when another rank on this machine dies, through the kernel (pidfd).
-
-    When one dies, this process gets some seconds to notice by itself; if it does not, the thread
-    ends it. Ranks on other machines are monitored by their launcher.
-    """
-
-    def __init__(self, rank: int, processes: Mapping[int, Process]) -> None:
-        """Start monitoring processes by their rank, but for this one, which has rank `rank`."""
-        self._rank = rank
-        self._monitored: dict[int, LostRank] = {}
-        self._lost: LostRank | None = None
-        self._found, self._stood_down = threading.Event(), threading.Event()
-        here = this_process()
-        for number, process in processes.items():
-            if process != here and here.is_beside(process):
-                text = f"rank {number} (process {process.pid}) ended while training"
-                try:
-                    self._monitored[os.pidfd_open(process.pid)] = LostRank(number, text)
-                except ProcessLookupError:
-                    self._lost = LostRank(number, text)
-        self._wake = os.eventfd(0)
-        self._thread = threading.Thread(target=self._wait, name="rank monitor", daemon=True)
-        self._open = [*self._monitored, self._wake]
-        self._thread.start()
-
-    def lost(self) -> LostRank | None:
-        """Return which rank of this machine died; the caller ends this process itself."""
-        self._stood_down.set()
-        self._found.wait(_NOTICE_SECONDS)
-        return self._lost
-
-    def stand_down(self) -> None:
-        """Let other ranks end from here on: training is over."""
-        self._stood_down.set()
-
-    def close(self) -> None:
-        """Stop monitoring, if that has not been done yet."""
-        self._stood_down.set()
-        if self._thread.is_alive():
-            os.eventfd_write(self._wake, 1)
-            self._thread.join()
-        while self._open:
-            os.close(self._open.pop())
-
-    def _wait(self) -> None:
-        if not self._lost:
-            ready = wait([*self._monitored, self._wake])
-            ended = [rank for descriptor, rank in self._monitored.items() if descriptor in ready]
-            if not ended:
-                return
-            self._lost = ended[0]
-        self._found.set()
-        if not self._stood_down.wait(_END_SECONDS):
-            line = f"error: {self._lost.text}, and rank {self._rank} waited for it: ended, too\n"
-            sys.stderr.write(line)
-            sys.stderr.flush()
-            os._exit(1)
-
+from runkey.processes import without_interrupts
+from runkey.training.rank_monitor import RankMonitor, local_peer
 
 _LEADER = "RUNKEY_RANK_0_PID"
 """Environment variable of the ranks that rank 0 launched."""
@@ -152,7 +77,7 @@ def monitor_leader() -> RankMonitor | None:
     pid = os.environ.get(_LEADER)
     if pid is None:
         return None
-    return RankMonitor(int(os.environ["RANK"]), {0: this_process(int(pid))})
+    return RankMonitor(int(os.environ["RANK"]), {0: local_peer(0, int(pid))})
 
 
 @contextmanager
@@ -181,8 +106,8 @@ def launched_ranks(size: int, arguments: Sequence[str]) -> Iterator[RankMonitor 
             with without_interrupts():
                 process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
             processes.append(process)
-        pids = {rank: this_process(p.pid) for rank, p in enumerate(processes, start=1)}
-        with closing(RankMonitor(0, pids)) as monitor:
+        others = {rank: local_peer(rank, p.pid) for rank, p in enumerate(processes, start=1)}
+        with closing(RankMonitor(0, others)) as monitor:
             yield monitor
         with suppress(subprocess.TimeoutExpired):
             for process in processes:  # they end by themselves

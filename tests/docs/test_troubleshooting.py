@@ -34,6 +34,7 @@ VALUES = set(
     fix drop or is true id key image images file annotation categories process best data train val
     gpu cuda cpu auto GiB SIGTERM blood-cells sample detection source torch venv runkey MLflow
     Connection refused Errno Address already in use No module named space left on device
+    Name or service not known rank ranks
     OperationalError database locked expected but found line document block mapping start
     ModuleNotFoundError psycopg2 no such table runs onnx HTTP INTERNAL SERVER
     Expecting property name enclosed in double quotes Linux Darwin check such directory uv

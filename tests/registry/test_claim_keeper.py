@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from runkey.errors import RegistryError
+from runkey.progress import movement_watched, note_movement
 from runkey.registry.claims import Claim, FileClaims, newest
 from runkey.registry.once import HeldClaim, Rhythm
 from tests.support.claims import FAST, KEY, a_claim
@@ -47,6 +48,18 @@ def test_the_beat_goes_on_and_the_run_is_told(claims: FileClaims, said: list[str
     time.sleep(0.2)
     assert stored(claims).beat == beat
     assert said == []
+
+
+def test_the_beat_stops_while_training_takes_no_step(claims: FileClaims, said: list[str]) -> None:
+    with movement_watched(), held_claim(claims, replace(FAST, stuck_after=0.5)) as held:
+        until(lambda: any("no step for" in line for line in said))
+        beat = stored(claims).beat
+        time.sleep(4 * FAST.beat_seconds)
+        assert stored(claims).beat == beat
+        note_movement()
+        until(lambda: stored(claims).beat > beat)
+        held.finish()
+    assert said[-1].endswith(": training moves, beats again")
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -6,6 +6,7 @@ OUT with the rank in place of `%`.  Torchrun's variables say which rank it is.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from runkey import params
 from runkey.errors import report_errors
 from runkey.model.criterion import build_criterion
 from runkey.model.detr import build_model
+from runkey.training import rank_monitor
 from runkey.training.device import Precision
 from runkey.training.distributed import World, join_world
 from runkey.training.optimizer import Clipper, build_optimizer
@@ -124,6 +126,7 @@ def scarce(world: World, mib: str) -> Any:
 
 def main(scenario: str, out: str, *arguments: str) -> None:
     torch.set_num_threads(1)
+    rank_monitor.SILENT_SECONDS = float(os.environ.get("SILENT_SECONDS", "20"))
     with join_world(CPU) as world:
         result = globals()[scenario](world, *arguments)
         torch.save(result, out.replace("%", str(world.rank)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from runkey.errors import TRY_ELSEWHERE
 from runkey.training.distributed import World
 from tests.support import rank_trainings
 from tests.support.rank_trainings import STEPS
+from tests.support.start_ranks import command
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +84,26 @@ def test_a_killed_rank_ends_all_and_a_restart_resumes_exactly(train, tmp_path, w
     assert line.endswith(f" of {STEPS}; {GOES_ON}")
     assert "Traceback" not in said
     assert time.monotonic() - began < 100
+    resumed_exactly(train, tmp_path, whole)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_suspended_rank_ends_the_other_and_a_restart_resumes_exactly(
+    start, train, tmp_path, whole, rank
+):
+    """Its connections stay open: gloo would wait for it for ever."""
+    arguments = (str(tmp_path / "checkpoints"), "SIGSTOP", str(rank), "5")
+    ranks = start(command("train", tmp_path, *arguments), SILENT_SECONDS="10")
+    _, said = ranks.processes[1 - rank].communicate(timeout=200)
+    assert ranks.processes[1 - rank].returncode == 1
+    line = said.splitlines()[-1]
+    assert line.startswith(f"error: rank {rank} (process {ranks.processes[rank].pid} on ")
+    assert f" s (suspended, swapping or cut off: look at {socket.gethostname()}); training" in line
+    ranks.processes[rank].send_signal(signal.SIGCONT)
+    _, said = ranks.processes[rank].communicate(timeout=200)
+    assert said.splitlines()[-1].startswith(
+        f"error: the others ended without this rank: rank {rank} (process "
+    )
     resumed_exactly(train, tmp_path, whole)
 
 
