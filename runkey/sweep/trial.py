@@ -342,7 +342,12 @@ def python_of(main: Path, root: Path, home: Path) -> str:
 
 def _publish(place: Place, record: Record) -> None:
     """Publish a finished run to the team; StoppedError if that fails, since the run is kept."""
-    if not place.team:
+    details = record.details
+    if not (place.team and details):
+        return
+    is_here = details.snapshot is None or has_commit(place.root, details.snapshot)
+    if not (is_here and DvcCache(place.root).entry_of(details.pointer_md5 or "")):
+        logger.info(f"{record.label}: published by {details.host}, where it was trained")
         return
     try:
         done = publish(record, place.here, place.team)
