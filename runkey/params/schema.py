@@ -550,6 +550,10 @@ class Runtime(Section):
     checkpoint_seconds: NonNegativeFloat | Literal["auto"] = "auto"
     """Seconds between checkpoints.  0: after every optimizer step.  auto: at most 1% of the time,
     measured from the last checkpoint's cost, and at least 15 s apart."""
+    share_checkpoint_minutes: NonNegativeFloat = 10.0
+    """Minutes between copies of the newest checkpoint to the MLflow server, from which another
+    machine goes on; more if they take 1% of the time.  Without a server there are none.  0: send
+    none, and take none from there."""
     log_every: PositiveInt = 10
     """Optimizer steps between logged points."""
     cross_check: bool = True

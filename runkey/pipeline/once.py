@@ -41,6 +41,7 @@ from runkey.identity.record import (
 )
 from runkey.identity.record_cache import update_record
 from runkey.params import Params
+from runkey.registry.checkpoints import remove_all
 from runkey.registry.claims import open_claims
 from runkey.registry.dvc_cache import download
 from runkey.registry.library import Library, NotStoredError, ServerLibrary, open_library
@@ -199,6 +200,8 @@ def once(params: Params, root: Path, recipe: Recipe) -> Iterator[KeyClaim | None
         if held:
             held.finish()
     _clear(claim)
+    if held and claim.is_whole and isinstance(library, ServerLibrary):
+        _remove_shared(library, recipe.key)
     try:
         check_unchanged(root, recipe)
         inputs.check()
@@ -228,6 +231,14 @@ def _clear(claim: KeyClaim) -> None:
             clear_training(claim.folder, everything=claim.is_whole)
     except (TrainingError, OSError) as error:  # another process trains there; a read-only folder
         logger.info(f"{claim.folder}: not removed ({error})")
+
+
+def _remove_shared(library: ServerLibrary, key: str) -> None:
+    """Delete the checkpoints on the server that nobody needs any more."""
+    try:
+        remove_all(library, key)
+    except RegistryError as error:
+        logger.warning(f"checkpoints on the server stay there: {error}; `runkey gc` names them")
 
 
 def _reuse_or_train(

@@ -27,6 +27,7 @@ from runkey.params import Params
 from runkey.pipeline.initial_weights import get_initial_weights, pretrained_of
 from runkey.pipeline.once import KeyClaim
 from runkey.pipeline.record import Run, recorded, save_run
+from runkey.pipeline.share import receive_checkpoint, shared_checkpoints
 from runkey.pipeline.validation import build_validation
 from runkey.plots.hints import HintingTracker, class_scores, data_facts
 from runkey.tracking.replay import clear_training
@@ -77,6 +78,7 @@ def train(params: Params, root: Path, recipe: Recipe, claim: KeyClaim | None) ->
     with Interrupts() as interrupts, locked(claim.folder):
         device, reason = choose_device(runtime.device)
         ranks = count_ranks(runtime.processes, device, batch_size)
+        receive_checkpoint(claim, params, root)
         saved = newest_fingerprint(claim.folder)
         plan = plan_memory(
             params,
@@ -123,14 +125,15 @@ def _train(run: Run, context: TrainContext, interrupts: Interrupts) -> None:
             hinting.set_class_scores(class_scores(evaluation.result.per_class))
             return evaluation.metrics("val/")
 
-        result = fit(
-            context,
-            evaluate,
-            tracker=hinting,
-            checkpoints=checkpoints,
-            interrupts=interrupts,
-            limit=run.plan.limit_pixels,
-        )
+        with shared_checkpoints(run.claim, params):
+            result = fit(
+                context,
+                evaluate,
+                tracker=hinting,
+                checkpoints=checkpoints,
+                interrupts=interrupts,
+                limit=run.plan.limit_pixels,
+            )
         tracker.finish_logs()
         assert result.best
         section = params.data

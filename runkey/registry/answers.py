@@ -119,6 +119,16 @@ class Model:
 
 
 @dataclass(frozen=True)
+class ArtifactFile:
+    """A file or folder among a run's artifacts."""
+
+    path: str
+    is_dir: bool = False
+    file_size: int | None = None
+    """In bytes."""
+
+
+@dataclass(frozen=True)
 class Refusal:
     """MLflow's answer to a request that it refuses."""
 

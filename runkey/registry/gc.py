@@ -1,9 +1,9 @@
 """Find what may be deleted from a store: never a finished run, nor the only copy of anything.
 
 That is: runs that failed or whose process is gone, with a snapshot that no other run needs, unless
-a training could resume them; folders of trainings whose key a finished run has; claims that a newer
-generation has replaced; worktrees and half-written files that no process uses; copies of weights;
-decoded images.
+a training could resume them; folders of trainings whose key a finished run has, and checkpoints of
+such a key on a server; claims that a newer generation has replaced; worktrees and half-written
+files that no process uses; copies of weights; decoded images.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from runkey.identity.key import short_key, split_training, training_folders
 from runkey.identity.record import Record, RunPointer
 from runkey.identity.record_cache import remove_record
 from runkey.registry import models
+from runkey.registry.checkpoints import FOLDER, all_shared
 from runkey.registry.claims import Claim, Claims, newest, state_now
 from runkey.registry.library import Library, LocalLibrary
 from runkey.registry.snapshot import git, has_git, remove_worktree, snapshot_refs
@@ -49,7 +50,7 @@ _HALF_WRITTEN_SECONDS = 86400.0
 
 # fmt: off
 Kind = Literal[
-    "run", "checkpoint", "claim", "worktree", "leftover", "weights", "images",
+    "run", "checkpoint", "shared", "claim", "worktree", "leftover", "weights", "images",
     "model", "experiment", "run-cache", "snapshot",
 ]
 # fmt: on
@@ -137,6 +138,7 @@ def collect(scope: Scope, older_than_days: float = 0.0) -> list[Item]:
     going = {item.name.rpartition(":")[2] for item in runs}
     others = chain(
         _checkpoints(scope),
+        _shared_checkpoints(scope),
         _claims(scope, going),
         _worktrees(scope),
         _leftovers(scope),
@@ -230,6 +232,20 @@ def _checkpoints(scope: Scope) -> Iterator[Item]:
             key, _ = split_training(folder)
             name = f"{short_key(key)}{folder.name.removeprefix(key)}/"
             yield _item(scope, "checkpoint", folder, name, why)
+
+
+def _shared_checkpoints(scope: Scope) -> Iterator[Item]:
+    """Checkpoints on a server that no training will go on from: a run of their key is finished."""
+    if isinstance(scope.library, LocalLibrary):
+        return
+    for record, place in all_shared(scope.library):
+        others = map(scope.library.with_details, scope.library.matching(record.key))
+        whole = next((other for other in others if other.is_whole), None)
+        if whole and not scope.is_trained_now(record.key):
+            name = f"{record.label}:{record.run.run_id[:8]}/{FOLDER}/"
+            why = f"run {whole.run.run_id[:8]} of its key is finished"
+            age = scope.age(record.run.ended_ms or record.run.started_ms)
+            yield Item("shared", name, why, place.size(), age, place.clear)
 
 
 def _why_obsolete(scope: Scope, folder: Path) -> str | None:

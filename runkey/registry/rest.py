@@ -19,12 +19,12 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from runkey.errors import RegistryError
 from runkey.http_limits import TIMEOUT, LimitedConnection, LimitedResponse, answer_seconds
@@ -32,6 +32,7 @@ from runkey.identity.record import LoggedRun
 from runkey.paths import LOGIN, Address
 from runkey.registry.answers import (
     LATEST_MS,
+    ArtifactFile,
     Experiment,
     Model,
     Refusal,
@@ -45,6 +46,9 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 _API = "api/2.0/mlflow"
+_FILES = "api/2.0/mlflow-artifacts/artifacts"
+_STORED_PER_SECOND = 1e6
+"""Bytes that a server is given a second for, when it passes a file on to its store."""
 _MOST_PAGES = 1000
 _ITEMS_PER_SECOND = 20
 """That earn a long search more time."""
@@ -225,6 +229,45 @@ class RestClient:
             now_ms = int(parsedate_to_datetime(date or "").timestamp() * 1000)
             if 0 < now_ms <= LATEST_MS:
                 self._ahead_ms = now_ms - _since_boot_ms()
+
+    def artifact_files(self, run_id: str, folder: str) -> Iterator[ArtifactFile]:
+        """Yield what is in a folder of a run's artifacts; nothing if there is no such folder."""
+        query = {"run_id": run_id, "path": folder}
+        for one in self.pages("artifacts/list", query, "files"):
+            yield self._checked(ArtifactFile, one, "files")
+
+    def store_file(self, path: str, pieces: Iterable[bytes], size: int) -> None:
+        """Send a file of `size` bytes to a path in the server's own artifact store, once.
+
+        What `pieces` raises comes through, and the server then has no whole file.
+        """
+        self._on_store("PUT", path, pieces, size)
+
+    def remove_file(self, path: str) -> None:
+        """Delete a file, or a folder with all in it, from the server's own artifact store."""
+        self._on_store("DELETE", path)
+
+    def _on_store(
+        self, method: str, path: str, pieces: Iterable[bytes] | None = None, size: int = 0
+    ) -> None:
+        headers = self._headers
+        if pieces is not None:
+            kind = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
+            headers = headers | kind
+        address = f"{self.address}/{_FILES}/{urllib.parse.quote(path)}"
+        request: Any = urllib.request.Request(
+            address, data=cast("Any", pieces), headers=headers, method=method
+        )
+        try:
+            # The time of each piece, and of the answer, which comes when the file is in the store.
+            seconds = self._seconds + size / _STORED_PER_SECOND
+            with self._opener.open(request, None, seconds) as answer:
+                answer.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                raise _refusal(self.address, error, f"{_FILES}/{path}") from None
+        except (OSError, HTTPException, ValueError) as error:
+            raise _unreached(self.address, error) from None
 
     def _strange(self, why: str) -> RegistryError:
         text = f"did not answer as an MLflow server does ({why}); is the address right?"

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runkey.files import json_safe, open_plain, parse_json, write_atomically
+from runkey.files import FormatError, json_safe, open_plain, parse_json, write_atomically
 from runkey.units import MIB, counted
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ ALWAYS_NEW = ("resumed",)
 """Events that are never a repetition of an earlier one."""
 _WALL_TIME = ("seconds", "per_second", "data_wait_share")
 """Endings of the names of values that measure the machine's speed, which differ in every run."""
+_NOT_FINITE = ("nan", "inf", "-inf")
 _BYTES, _LOST = "log_bytes", "log_lost_lines"
 _MAX_WAITING_BYTES = 64 * MIB
 """Bound on the lines kept in memory while the disk is full: about 100,000 lines."""
@@ -61,6 +62,33 @@ def read_log(path: Path, start: int = 0, stop: int = sys.maxsize) -> Iterator[tu
                     return
                 if entry := _parse(line):
                     yield start, entry
+
+
+def check_log(path: Path) -> None:
+    """Raise FormatError unless each whole line of a log that came from elsewhere is an entry."""
+    with open_plain(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n") and not _is_sound(_parse(line)):
+                raise FormatError(f"{path.name}, line {number}: no entry of a training log")
+
+
+def _is_sound(entry: Any) -> bool:
+    if not isinstance(entry, dict) or type(entry["time"]) not in (int, float):
+        return False
+    if "event" in entry:
+        fields = entry["fields"]
+        fits = isinstance(entry["event"], str) and isinstance(fields, dict)
+        return fits and _is_step(fields.get("step", 0))
+    values = entry["values"]
+    return (
+        _is_step(entry["step"])
+        and isinstance(values, dict)
+        and all(type(v) in (int, float) or v in _NOT_FINITE for v in values.values())
+    )
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
 
 
 def _broken_lines(path: Path, stop: int) -> int:

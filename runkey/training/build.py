@@ -173,9 +173,10 @@ class TrainContext:
         return self.step.model if self.ema is None else self.ema.module
 
     def restore(self, parts: Mapping[str, Any]) -> None:
-        """Load the state dicts of a checkpoint's parts."""
+        """Load the state dicts of a checkpoint's parts; one without a loss scaler is of a CPU."""
         for name, part in self.parts.items():
-            part.load_state_dict(parts[name])
+            if name in parts or name != "scaler":
+                part.load_state_dict(parts[name])
 
 
 def build_training(

@@ -91,6 +91,36 @@ def find_checkpoints(folder: Path) -> list[CheckpointName]:
     return sorted(found, key=lambda one: (one.step, not one.is_anchor), reverse=True)
 
 
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """The files in a training's folder that it could resume from, and that no other may miss."""
+
+    step: int
+    names: tuple[str, ...]
+    """Best weights, the anchor to roll back to, and last the newest checkpoint."""
+
+
+def newest_files(folder: Path) -> CheckpointFiles | None:
+    """List what the newest checkpoint in a folder needs; None: there is none that can be read.
+
+    Another thread may remove the files as soon as there are newer ones. Hashes are not checked.
+    """
+    found = find_checkpoints(folder)
+    if not found:
+        return None
+    newest = found[0]
+    anchors = [one for one in found if one.is_anchor and one.step <= newest.step]
+    needed = [*anchors[:1], newest] if not newest.is_anchor else [newest]
+    best: list[str] = []
+    for one in needed:
+        try:
+            name = read_facts(folder / one.name)["best"]
+        except (DamagedError, KeyError):
+            return None
+        best += [name] if name and name not in best else []
+    return CheckpointFiles(newest.step, (*best, *(one.name for one in needed)))
+
+
 def obsolete(names: Iterable[CheckpointName]) -> list[CheckpointName]:
     """List those to remove: all but the newest two, and the anchors these may be rolled back to.
 
@@ -410,7 +440,7 @@ class FolderCheckpoints:
         for name in names:
             path = self.path / name.name
             try:
-                return self._read(path)
+                return self.read(path)
             except DamagedError as error:
                 logger.info(f"{path}: {error}; the one before it is used, if there is one")
                 # Else it would count as one of the two newest, which are kept.
@@ -418,7 +448,8 @@ class FolderCheckpoints:
                     path.rename(path.with_name(path.name + BAD))
         return None
 
-    def _read(self, path: Path) -> Checkpoint:
+    def read(self, path: Path) -> Checkpoint:
+        """Read a checkpoint and its best weights; DamagedError if one is not whole, or not ours."""
         facts, tensors, _ = read_file(path)
         if not facts.keys() >= {"step", "fingerprint", "best", "best_hash"}:
             raise DamagedError("it is another kind of file")
