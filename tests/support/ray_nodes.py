@@ -58,6 +58,11 @@ class RayCluster:
             )
         self.nodes.append(process)
 
+    def has_joined(self, number: int) -> bool:
+        """Whether a node has said that it runs."""
+        assert self.nodes[number].poll() is None, (self.folder / f"node{number}.out").read_text()
+        return "Ray runtime started" in (self.folder / f"node{number}.out").read_text()
+
     def kill(self, number: int) -> None:
         """Kill everything on a node at once."""
         self.nodes[number].kill()
