@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 
 from runkey import paths
-from runkey.files import FormatError
+from runkey.files import FormatError, read_text
 from runkey.hashing import canonical_json
-from runkey.identity.dvc_yaml import read_pipeline, read_yaml_text
+from runkey.identity.dvc_yaml import read_pipeline
 from runkey.memory.choose import plan_memory
 from runkey.memory.measure import CALIBRATION, memory_budget
 from runkey.memory.predict import MODEL
 from runkey.memory.trace.gpu import Gpu
 from runkey.params import Params
+from runkey.params.load import parse_yaml
 from runkey.registry.snapshot import git
 from runkey.sweep.trial import Place
 from runkey.training.device import choose_device
@@ -54,7 +55,7 @@ class Placement:
         group = canonical_json(self._group(params))
         if group not in self._bounds:
             trees = (self._place.root, self._place.folder(key) / "tree" / self._prefix)
-            tree = next((one for one in trees if self._is_of(one, params)), None)
+            tree = next((one for one in trees if is_of(one, params)), None)
             if tree is None:
                 return None
             trials = self._place.store.home / CALIBRATION
@@ -69,17 +70,18 @@ class Placement:
         names = {*stages[_STAGE].params, *stages["prepare"].params, "training"}
         return {n: v for n, v in flat.items() if n in names or n.split(".")[0] in names}
 
-    def _is_of(self, folder: Path, params: Params) -> bool:
-        """Return True if the memory.json of a workspace was made with these parameters."""
-        if not (folder / paths.MEMORY / MODEL).is_file():
-            return False
-        try:
-            stages = (read_yaml_text(folder / "dvc.lock") or {})["stages"]
-            locked = stages[_STAGE]["params"][paths.PARAMS.name] | {}
-            locked |= stages["prepare"]["params"][paths.PARAMS.name]
-        except (FileNotFoundError, FormatError, KeyError, TypeError):
-            return False
-        return all(_at(params, name) == value for name, value in locked.items())
+
+def is_of(folder: Path, params: Params) -> bool:
+    """Return True if the memory.json of a workspace was made with these parameters."""
+    if not (folder / paths.MEMORY / MODEL).is_file():
+        return False
+    try:
+        stages = parse_yaml(read_text(folder / "dvc.lock"))["stages"]
+        locked = stages[_STAGE]["params"][paths.PARAMS.name] | {}
+        locked |= stages["prepare"]["params"][paths.PARAMS.name]
+    except (FileNotFoundError, FormatError, KeyError, TypeError):
+        return False
+    return all(_at(params, name) == value for name, value in locked.items())
 
 
 def _at(params: Params, name: str) -> object:

@@ -1,4 +1,4 @@
-"""`runkey sweep` on Ray and Slurm: a node and the driver are killed, and 8 keys are trained once."""
+"""`runkey sweep` on Ray and Slurm: node and driver are killed, and 8 keys are trained once."""
 
 from __future__ import annotations
 
@@ -33,12 +33,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 POINTS = ("-S", "lr=1e-4,2e-4,3e-4,4e-4", "-S", "seed=0,1")
 # 60 steps, of which each is kept: what is lost is at most the step that ran.
-RUNTIME = {
-    "log_every": 1,
-    "checkpoint_seconds": 0.0,
-} | (
-    {"share_checkpoint_minutes": 1e-5} if "share_checkpoint_minutes" in Runtime.model_fields else {}
-)
+RUNTIME = {"log_every": 1, "checkpoint_seconds": 0.0}
+if "share_checkpoint_minutes" in Runtime.model_fields:
+    RUNTIME["share_checkpoint_minutes"] = 1e-5
 PARAMS = TINY | {
     "training": {"epochs": 20, "batch_size": 4, "evaluate_every": 10},
     "runtime": TINY["runtime"] | RUNTIME,

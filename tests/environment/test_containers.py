@@ -87,7 +87,8 @@ def test_each_instruction_is_docker_s_and_names_what_is_here() -> None:
 def test_the_image_has_the_lock_s_cuda_and_is_found_by_make() -> None:
     found = instructions()
     text = (REPOSITORY / "conda-lock.yml").read_text()
-    (version,) = set(re.findall(r"^- name: cuda-version\n  version: '?([\d.]+)", text, re.MULTILINE))
+    locked = re.findall(r"^- name: cuda-version\n  version: '?([\d.]+)", text, re.MULTILINE)
+    (version,) = set(locked)
     base = [value for name, value in found if name == "FROM"][-1]
     assert re.match(rf"nvidia/cuda:{re.escape(version)}\.\d+-base-", base)
     pairs = [
@@ -108,12 +109,11 @@ def check_fields(value: Any, name: str, path: str = "") -> None:
     if isinstance(value, list):
         for one in value:
             check_fields(one, name, path)
-    elif isinstance(value, dict):
-        if name not in FREE:
-            known = FIELDS.get(f"{path}.{name}", FIELDS.get(name, "")).split()
-            assert set(value) <= set(known), f"{path}.{name}: {set(value) - set(known)}"
-            for key, one in value.items():
-                check_fields(one, key, name)
+    elif isinstance(value, dict) and name not in FREE:
+        known = FIELDS.get(f"{path}.{name}", FIELDS.get(name, "")).split()
+        assert set(value) <= set(known), f"{path}.{name}: {set(value) - set(known)}"
+        for key, one in value.items():
+            check_fields(one, key, name)
 
 
 def test_the_job_has_documented_fields_alone() -> None:
