@@ -224,7 +224,7 @@ def _executor(on: str, begun: Sweep, placement: Placement, logs: Path, jobs: int
             begun.place.root,
             logs,
             jobs=jobs or placement.jobs,
-            budget_bytes=placement.budget_bytes,
+            devices=placement.devices,
             peak_of=begun.peak,
         )
     engine, _, address = on.partition(":")

@@ -241,6 +241,7 @@ class Sweep:
         nothing_else = not ready and not any(e.state == "running" for e in self.entries)
         if nothing_else:
             ready = [e for e in self.entries if e.state == "elsewhere"]
+        ready.sort(key=lambda entry: -(self.peak(entry.key) or 0))  # the largest first
         for entry in ready:
             if entry.key in running:
                 continue

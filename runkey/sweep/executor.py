@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from runkey.errors import TRY_ELSEWHERE
+from runkey.sweep.packing import Request, place
 from runkey.units import MIB
 
 _PATIENCE = 60.0
@@ -97,6 +98,7 @@ class _Started:
     trial: Trial
     process: subprocess.Popen[bytes]
     log: Path
+    device: str
 
 
 class LocalExecutor:
@@ -110,7 +112,7 @@ class LocalExecutor:
         logs: Path,
         *,
         jobs: int,
-        budget_bytes: int,
+        devices: Mapping[str, int],
         peak_of: Callable[[str], int | None] = lambda _: None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
@@ -120,11 +122,12 @@ class LocalExecutor:
             root: the checkout to run in.
             logs: folder for what each trial prints, `<key>.log`.
             jobs: most trials at once.
-            budget_bytes: what all of them may take on the device.
+            devices: what all of them may take on each device, in bytes, by its name in
+                CUDA_VISIBLE_DEVICES; "" is the only device.
             peak_of: the bound of a running trial whose own was not known when it was submitted.
             environment: variables of the trials; None: this process's.
         """
-        self._root, self._logs, self._jobs, self._budget = root, logs, jobs, budget_bytes
+        self._root, self._logs, self._jobs, self._devices = root, logs, jobs, devices
         self._peak_of, self._environment = peak_of, environment
         self._running: dict[str, _Started] = {}
 
@@ -133,31 +136,47 @@ class LocalExecutor:
         return self._jobs
 
     def has_room(self, trial: Trial) -> bool:
-        """Return True if nothing runs, or all bounds together are within the budget."""
-        if not self._running:
-            return True
+        """Return True if a device is empty, or all bounds together are within what one has."""
+        return self._device_for(trial) is not None
+
+    def _device_for(self, trial: Trial) -> str | None:
+        """Return the device to start a trial on now, None if there is none."""
+        running: dict[str, list[int | None]] = {name: [] for name in self._devices}
+        for key, one in self._running.items():
+            running[one.device].append(one.trial.peak_bytes or self._peak_of(key))
         if len(self._running) >= self._jobs:
-            return False
-        running = (one.trial.peak_bytes or self._peak_of(key) for key, one in self._running.items())
-        bounds = [trial.peak_bytes, *running]
-        known = [bound for bound in bounds if bound is not None]
-        return len(known) == len(bounds) and sum(known) <= self._budget
+            return None
+        if trial.peak_bytes is not None:
+            free = {
+                name: self._devices[name] - sum(peak or self._devices[name] for peak in peaks)
+                for name, peaks in running.items()
+            }
+            count = {name: len(peaks) for name, peaks in running.items()}
+            if placed := place([Request(trial.key, trial.peak_bytes)], free, count):
+                return placed[0][1]
+        return next((name for name, peaks in running.items() if not peaks), None)
 
     def submit(self, trial: Trial) -> None:
         """See `Executor`."""
         self._logs.mkdir(parents=True, exist_ok=True)
-        log = self._logs / f"{trial.key}.log"
+        log, device = self._logs / f"{trial.key}.log", self._device_for(trial) or ""
+        environment = os.environ if self._environment is None else self._environment
+        visible = {"CUDA_VISIBLE_DEVICES": device} if device else {}
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "runkey", *trial.arguments],
+                self.command(trial),
                 cwd=self._root,
-                env=self._environment,
+                env={**environment, **visible},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches the driver alone, which cancels
             )
-        self._running[trial.key] = _Started(trial, process, log)
+        self._running[trial.key] = _Started(trial, process, log, device)
+
+    def command(self, trial: Trial) -> list[str]:
+        """Return the command that runs a trial."""
+        return [sys.executable, "-m", "runkey", *trial.arguments]
 
     def poll(self) -> list[Ended]:
         """See `Executor`."""

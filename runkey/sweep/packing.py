@@ -11,6 +11,7 @@ do not depend on its neighbours.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -53,30 +54,29 @@ def request_bytes(
 
 
 def place(
-    waiting: Iterable[Request], free: Mapping[str, int], slots: Mapping[str, int] | None = None
+    waiting: Iterable[Request], free: Mapping[str, int], running: Mapping[str, int] | None = None
 ) -> list[tuple[Request, str]]:
     """Choose which requests start now, and on which device.
 
-    The largest come first, each on the device with the least room that holds it, so that room for
-    other large ones stays; smaller ones fill what is left.
+    The largest come first, each on the device with the fewest trainings that has room for it, and
+    of these on the one with the least room, so that room for other large ones stays. Smaller ones
+    fill what is left.
 
     Args:
         waiting: requests in any order; those that find no room are left out of the result.
         free: room of each device in bytes: its `room_bytes` less the requests that run there.
-        slots: how many more trainings each device may run, where cores limit them too.
+        running: trainings that run on each device; none where it is left out.
 
     Returns:
         Requests and the names of their devices, in the order in which they start.
     """
-    room, left = dict(free), dict(slots or {})
+    room, count = dict(free), Counter(running or {})
     placed = []
     for request in sorted(waiting, key=lambda one: (-one.bytes, one.name)):
-        fitting = [name for name in room if room[name] >= request.bytes and left.get(name, 1) > 0]
-        if fitting:
-            device = min(fitting, key=lambda name: (room[name], name))
+        if fitting := [name for name in room if room[name] >= request.bytes]:
+            device = min(fitting, key=lambda name: (count[name], room[name], name))
             room[device] -= request.bytes
-            if device in left:
-                left[device] -= 1
+            count[device] += 1
             placed.append((request, device))
     return placed
 

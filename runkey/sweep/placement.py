@@ -34,14 +34,23 @@ class Placement:
         self._outside = 0
         if self._device.type == "cuda":
             self._outside = Gpu(torch.cuda.get_device_capability(self._device)).context_bytes
-        self.budget_bytes = memory_budget("device", self._device, self._outside).bytes
-        """What all trials on the device may take together."""
+        self.devices = self._budgets()
+        """What all trials may take together on each device, by its name in CUDA_VISIBLE_DEVICES."""
         self._bounds: dict[str, int] = {}
 
         cores, threads = len(os.sched_getaffinity(0)), params.training.cpu_threads
         at_once = cores // threads if isinstance(threads, int) else 1
         self.jobs = cores if self._device.type == "cuda" else max(1, at_once)
         """Trainings that the cores are enough for."""
+
+    def _budgets(self) -> dict[str, int]:
+        count = torch.cuda.device_count() if self._device.type == "cuda" else 1
+        if count == 1:
+            return {"": memory_budget("device", self._device, 0).bytes}
+        named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = named.split(",") if named else map(str, range(count))
+        devices = (torch.device("cuda", index) for index in range(count))
+        return {n: memory_budget("device", d, 0).bytes for n, d in zip(names, devices, strict=True)}
 
     def bound(self, params: Params, key: str) -> int | None:
         """Return the most bytes that a training takes on the device; None: not predicted yet.
