@@ -146,6 +146,8 @@ requirements: env env-tools ## Derive requirements.txt from conda-lock.yml, and 
 	$(COMPILE) --no-deps environment/test-servers/requirements.in \
 	  --output-file environment/test-servers/requirements.txt
 	$(COMPILE) environment/ray/requirements.in --output-file environment/ray/requirements.txt
+	$(COMPILE) --constraint requirements.txt environment/team-server/requirements.in \
+	  --output-file environment/team-server/requirements.txt
 
 .PHONY: env
 env: ## Set up .venv (the other targets do it themselves)
@@ -183,7 +185,7 @@ env-ray: env ## Set up .venv-ray: Ray, for `runkey sweep --on ray` (210 MB)
 .PHONY: clean
 clean: ## Remove environments and caches (not data, models or runs)
 	rm -rf .venv .venv-tools .venv-convert .venv-export .venv-bench .venv-search .venv-test-servers
-	rm -rf .venv-ray .site
+	rm -rf .venv-ray .venv-team-server .site
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache runkey.egg-info build dist
 	find runkey stages tests -name __pycache__ -prune -exec rm -rf {} +
 

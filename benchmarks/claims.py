@@ -4,6 +4,11 @@
     python -m benchmarks.claims server                   # a real `mlflow server` on sqlite
     python -m benchmarks.claims containers               # files, a pid namespace for each process
     python -m benchmarks.claims server --uri http://...  # a server that runs already
+    python -m benchmarks.claims many --uri http://... --processes 200    # workers of a large team
+
+`many` does what so many workers ask of a server, in threads: each looks its key up and claims it,
+beats for a while, and ends.  `--fill 100000 --database postgresql://...` puts so many keys with
+finished runs into the server's database first.  CPU seconds are those of all processes but its own.
 
 Every round asks for two keys.  First all ask, one trains, the others get its files.  Then all ask
 again, the owner is killed (SIGKILL) somewhere in its training, one of the others takes over.
@@ -16,13 +21,21 @@ import contextlib
 import json
 import secrets
 import statistics
+import subprocess
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Self
+
+import psutil
 
 from runkey.registry.claims import open_claims
-from runkey.registry.once import Rhythm
+from runkey.registry.library import open_library
+from runkey.registry.once import Rhythm, decide
+from runkey.registry.rest import RestClient
 from runkey.tracking.store import Store, free_port, start_server, stop_server, wait_until_healthy
 from tests.support.claim_rounds import CONTAINER, QUICK, Askers, Outcome
 from tests.support.records import key_of
@@ -92,19 +105,155 @@ def server(root: Path) -> Iterator[str]:
         stop_server(process)
 
 
+FILL = """
+INSERT INTO registered_models (workspace, name, creation_time, last_updated_time, description)
+  SELECT 'default', key, 1, 1, '' FROM keys;
+INSERT INTO registered_model_tags (workspace, name, key, value)
+  SELECT 'default', key, tag, value FROM keys, (VALUES ('runkey.owner', '{}'), ('runkey.beat', '9'),
+  ('runkey.run', 'x'), ('runkey.state', 'finished'), ('runkey.since_ms', '1')) AS t (tag, value);
+INSERT INTO runs (run_uuid, name, status, start_time, end_time, lifecycle_stage, artifact_uri,
+  experiment_id) SELECT md5(key), 'filled', 'FINISHED', 1, 2, 'active', 'mlflow-artifacts:/0/x', 0
+  FROM keys;
+INSERT INTO tags (key, value, run_uuid) SELECT 'key', key, md5(key) FROM keys;
+INSERT INTO tags (key, value, run_uuid) SELECT tag, 'x', md5(key) FROM keys,
+  (VALUES ('device'), ('host'), ('mlflow.user'), ('mlflow.source.name'), ('snapshot')) AS t (tag);
+ANALYZE;
+"""
+
+
+def fill(database: str, keys: int) -> None:
+    """Put finished runs and their claims into a server's database."""
+    made = "CREATE TEMP TABLE keys AS SELECT 'rk2-' || encode(sha256(('f' || n)::bytea), 'hex') AS"
+    made += f" key FROM generate_series(1, {keys}) AS n;"
+    subprocess.run(["psql", "-q", "-1", database], input=made + FILL, text=True, check=True)
+
+
+class Meter:
+    """Counts the requests of all clients, and their seconds, by kind."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self._ask = RestClient._ask
+
+    def __enter__(self) -> Self:
+        ask = self._ask
+
+        def timed(client: RestClient, method: str, path: str, *args: Any, **more: Any) -> Any:
+            began = time.monotonic()
+            try:
+                return ask(client, method, path, *args, **more)
+            finally:
+                kind = path.partition("?")[0].removeprefix("api/2.0/mlflow/")
+                self.seconds[kind].append(time.monotonic() - began)
+
+        RestClient._ask = timed  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        RestClient._ask = self._ask  # type: ignore[method-assign]
+
+    def take(self, wall: float, cpu: float) -> dict[str, object]:
+        """What was asked since the last call."""
+        taken, self.seconds = self.seconds, defaultdict(list)
+        every = sorted(second for some in taken.values() for second in some)
+        count = max(1, len(every))
+        return {
+            "wall s": round(wall, 1),
+            "requests": len(every),
+            "requests/s": round(len(every) / wall, 1),
+            "server CPU ms/request": round(1000 * cpu / count, 1),
+            "median s": round(statistics.median(every or [0.0]), 3),
+            "95% s": round(every[int(0.95 * (count - 1))] if every else 0.0, 3),
+            "kinds": {
+                kind: [len(some), round(statistics.median(some), 3)]
+                for kind, some in sorted(taken.items())
+            },
+        }
+
+
+def cpu_of(pids: Sequence[int]) -> float:
+    """CPU seconds of processes and all that they started."""
+    total = 0.0
+    for pid in pids:
+        root = psutil.Process(pid)
+        for process in (root, *root.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def many(
+    uri: str, root: Path, clients: int, seconds: float, pids: Sequence[int]
+) -> dict[str, object]:
+    """Let so many workers train a key each at the same time; what that asks of the server."""
+    begun, over, done = (
+        threading.Barrier(clients + 1),
+        threading.Event(),
+        threading.Barrier(clients + 1),
+    )
+    faults: list[str] = []
+
+    def work(number: int) -> None:
+        key = key_of(f"{root}-{number}")
+        time.sleep(seconds / 2 * number / clients)
+        try:
+            decision = decide(open_library(uri, root), open_claims(uri, root), key, require=True)
+            assert decision.claim, decision.line
+            with decision.claim as held:
+                begun.wait()
+                over.wait()
+                held.check()
+                held.finish("ab")
+        except Exception as error:  # noqa: BLE001  counted
+            faults.append(str(error)[:200])
+            begun.abort()
+        done.wait()
+
+    with Meter() as meter:
+        threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(clients)]
+        began, cpu = time.monotonic(), cpu_of(pids)
+        for thread in threads:
+            thread.start()
+        begun.wait()
+        starts = meter.take(time.monotonic() - began, cpu_of(pids) - cpu)
+        began, cpu = time.monotonic(), cpu_of(pids)
+        time.sleep(seconds)
+        beats = meter.take(time.monotonic() - began, cpu_of(pids) - cpu)
+        began, cpu = time.monotonic(), cpu_of(pids)
+        over.set()
+        done.wait()
+        ends = meter.take(time.monotonic() - began, cpu_of(pids) - cpu)
+    return {"clients": clients, "starts": starts, "beats": beats, "ends": ends, "faults": faults}
+
+
 def main() -> None:
     """Play, and print the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("where", choices=["files", "server", "containers"])
+    parser.add_argument("where", choices=["files", "server", "containers", "many"])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--uri", help="address of a server that runs already")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of beating, with `many`")
+    parser.add_argument("--fill", type=int, default=0, help="keys to put into --database first")
+    parser.add_argument("--pids", type=int, nargs="*", default=[], help="of MLflow and PostgreSQL")
+    parser.add_argument("--database", default="", help="the server's, as psql takes it")
     options = parser.parse_args()
+    if options.fill:
+        fill(options.database, options.fill)
     with contextlib.ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="runkey-")))
         uri = f"sqlite:///{root / 'mlflow.db'}"
         if options.where == "server":
             uri = options.uri or stack.enter_context(server(root))
+        if options.where == "many":
+            uri = options.uri or stack.enter_context(server(root))
+            print(
+                json.dumps(
+                    many(uri, root, options.processes, options.seconds, options.pids), indent=1
+                )
+            )
+            return
         unseen = options.where == "containers"
         rhythm, prefix = (UNSEEN, CONTAINER) if unseen else (QUICK, ())
         askers = Askers(uri, root, options.processes, rhythm, prefix)

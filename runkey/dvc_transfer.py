@@ -16,7 +16,7 @@ from threading import Lock
 from typing import Any, override
 
 from dvc.config import NoRemoteError, RemoteNotFoundError
-from dvc.exceptions import NotDvcRepoError
+from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.fs import HTTPFileSystem, LocalFileSystem
 from dvc.fs import generic as copying
 from dvc.repo import Repo
@@ -89,11 +89,8 @@ class DvcRemote:
     @contextmanager
     def _opened(self) -> Iterator[tuple[Repo, Any]]:
         """The repository and the remote's object database; DVC shows no bars of its own."""
-        logger = logging.getLogger("dvc")
-        level = logger.level
-        logger.setLevel(logging.CRITICAL)
         try:
-            with Repo(str(self.root)) as repo:
+            with _quiet(), Repo(str(self.root)) as repo:
                 yield repo, repo.cloud.get_remote_odb(self.name, "push")
         except RegistryError:
             raise
@@ -110,8 +107,31 @@ class DvcRemote:
             text = " ".join(f"{type(error).__name__}: {error}".split())
             name = self.name or "(default)"
             raise RegistryError(f"DVC remote {name}: {text[:300]}") from None
-        finally:
-            logger.setLevel(level)
+
+
+def commit_stages(root: Path, stages: Iterable[str]) -> None:
+    """Put the outputs of stages into DVC's cache as they are, with run-cache entries.
+
+    RegistryError if an input or output is not there.
+    """
+    try:
+        with _quiet(), Repo(str(root)) as repo:
+            for stage in stages:
+                repo.commit(stage, force=True)
+    except DvcException as error:
+        raise RegistryError(f"`dvc commit {stage}`: {error}; `dvc repro` takes the run") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let DVC log nothing."""
+    logger = logging.getLogger("dvc")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _move(repo: Repo, source: Any, target: Any, objects: Mapping[str, int], what: str) -> int:

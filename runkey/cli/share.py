@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -131,7 +132,13 @@ def this_checkout() -> Checkout:
     root, store = output.workspace(), output.store()
     experiment = load_params(root / paths.PARAMS).runtime.experiment
     runs = StoreRuns(store, experiment, committed_params(root))
-    return Checkout(root, store.home, output.library(), runs)
+
+    def commit(stages: Collection[str]) -> None:
+        from runkey.dvc_transfer import commit_stages
+
+        commit_stages(root, stages)
+
+    return Checkout(root, store.home, output.library(), runs, commit)
 
 
 def team_of(remote: str, git_remote: str, server: str) -> Team:

@@ -28,7 +28,7 @@ from runkey.identity.record import ORIGIN, Record, RunPointer, StartedFrom
 from runkey.identity.record_cache import remove_record
 from runkey.progress import each
 from runkey.registry.claims import Claim, Claims, newest, state_now, this_owner
-from runkey.registry.dvc_cache import DvcCache
+from runkey.registry.dvc_cache import DvcCache, pointer_md5
 from runkey.registry.gc import Item, Scope, artifacts_folder, current_key, remove_path, size_of
 from runkey.registry.library import no_such_run, split_address
 from runkey.registry.lineage import origin
@@ -173,9 +173,13 @@ def _has_copy(scope: Scope, child: Record, began: StartedFrom, staying: list[Rec
 
 
 def _items(scope: Scope, key: str, records: list[Record], *, is_whole: bool) -> Iterator[Item]:
-    pointers = {r.details.pointer_md5 for r in records if r.details} - {None}
-    yield from _experiments(scope, {str(pointer) for pointer in pointers})
-    yield from _run_cache(scope, {str(pointer) for pointer in pointers})
+    pointers = set[str]()
+    for record in records:
+        with suppress(RegistryError):  # its artifacts are elsewhere, and so is DVC's part
+            pointers.add(pointer_md5(scope.library, record) or "")
+    pointers.discard("")
+    yield from _experiments(scope, pointers)
+    yield from _run_cache(scope, pointers)
     yield from _snapshots(scope, key, records, is_whole)
     ids = {record.run.run_id for record in records}
     for folder in scope.trainings:

@@ -32,9 +32,9 @@ from runkey.identity.dvc_yaml import (
     read_yaml_text,
 )
 from runkey.identity.record import Record, StoredFile
-from runkey.paths import INITIAL_WEIGHTS
+from runkey.paths import INITIAL_WEIGHTS, RUN_JSON
 from runkey.progress import progress
-from runkey.registry.library import Library, inside
+from runkey.registry.library import Library, NotStoredError, inside
 
 
 def download(library: Library, record: Record, paths: Iterable[str], target: Path) -> None:
@@ -75,6 +75,21 @@ def download(library: Library, record: Record, paths: Iterable[str], target: Pat
         raise RegistryError(f"{error.filename or target}: {error.strerror or error}") from None
     except HTTPException as error:
         raise RegistryError(f"{library.place}: the connection broke ({error!r})") from None
+
+
+def pointer_md5(library: Library, record: Record) -> str | None:
+    """Return the md5 of a run's run.json, by which DVC's entry of the run is found.
+
+    Of a run that DVC did not start, the file itself tells it: DVC has it since `dvc repro` took the
+    run, or `dvc commit` its outputs. None: the run has no such file.
+    """
+    if record.details and record.details.pointer_md5:
+        return record.details.pointer_md5
+    try:
+        with library.open_file(record, RUN_JSON.as_posix()) as file:
+            return hashlib.md5(file.read(), usedforsecurity=False).hexdigest()
+    except NotStoredError:
+        return None
 
 
 def in_the_way(record: Record, paths: Iterable[str], target: Path) -> list[str]:

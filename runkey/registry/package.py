@@ -282,7 +282,8 @@ class DvcPart:
         for one in files.values():
             for name, md5 in one.items():
                 check_weights(path_of(md5), name)
-        start = next((p for p, one in files.items() if details.pointer_md5 in one.values()), None)
+        pointer = details.pointer_md5 or md5_file(package.files / RUN_JSON)
+        start = next((p for p, one in files.items() if pointer in one.values()), None)
         if start is None:
             raise RegistryError(f"{FILE}: not of this run: no entry has its run.json")
         read = {p: (set(one.deps.items()), set(one.outs.items())) for p, one in entries.items()}
@@ -330,13 +331,13 @@ class DvcPart:
 
 def collect(
     cache: DvcCache,
-    pointer_md5: str | None,
+    pointer_md5: str,
     label: str,
     params: Mapping[str, str] | None = None,
     *,
     with_data: bool = False,
 ) -> DvcPart:
-    """Find what a checkout's cache holds of a run, given its `Details.pointer_md5`.
+    """Find what a checkout's cache holds of a run, given the md5 of its run.json.
 
     Stages of other `params`, as MLflow has the run's, may have had the same outputs, such as
     `prepare` with another seed; their entries are left out. `with_data` also takes the raw data,
@@ -345,16 +346,11 @@ def collect(
     Raises:
         RegistryError: the cache has no entry of the run, or lacks an object that one names.
     """
-    if pointer_md5 is None:
-        raise RegistryError(
-            f"{label}: was not trained by `dvc repro`, so DVC has nothing that could be handed on;"
-            " `dvc repro` trains it so"
-        )
     entry = cache.entry_of(pointer_md5)
     if entry is None:
         raise RegistryError(
-            f"{label}: DVC's cache in {cache.folder} has no entry of this run; it can be handed on"
-            " only from the checkout that trained or fetched it"
+            f"{label}: DVC's cache in {cache.folder} has no entry of this run; `dvc repro` where"
+            " the tree has this key takes the run and makes one, then it can be handed on"
         )
     chain = [
         one

@@ -15,18 +15,25 @@ or a place cannot be reached, and TrackingError if MLflow refuses; the text name
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
-from runkey.errors import RegistryError
+from runkey.errors import RegistryError, RunkeyError
+from runkey.hashing import sha256_file
+from runkey.identity.dvc_yaml import chain, read_pipeline
+from runkey.identity.inputs import Inputs
+from runkey.identity.key import make_recipe
 from runkey.identity.record import ORIGIN, Details, Record
+from runkey.params import load_params
+from runkey.paths import PARAMS
 from runkey.progress import each, progress
 from runkey.registry.archive import pack, parse_json, unpack
-from runkey.registry.dvc_cache import DvcCache
+from runkey.registry.dvc_cache import DvcCache, pointer_md5
 from runkey.registry.library import Library, NotStoredError
 from runkey.registry.package import (
     BUNDLE,
@@ -55,6 +62,8 @@ from runkey.registry.snapshot import (
 )
 from runkey.units import counted
 
+logger = logging.getLogger(__name__)
+
 
 class Remote(Protocol):
     """A DVC remote; `runkey.dvc_transfer.DvcRemote` implements it with DVC."""
@@ -78,6 +87,8 @@ class Checkout:
     """`Store.home`; temporary folders are made in it."""
     library: Library
     runs: Runs
+    commit: Callable[[Collection[str]], object] = lambda _: None
+    """Puts the outputs of stages into DVC's cache, as `dvc commit` does."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +119,8 @@ class Carried:
 
 def export_run(record: Record, here: Checkout, target: Path, *, with_data: bool = False) -> Carried:
     """Write a run of this machine's store to an archive, with the raw data if wanted."""
-    details, cache = _whole(record), DvcCache(here.root)
-    part = collect(cache, details.pointer_md5, record.label, record.run.params, with_data=with_data)
+    details = _whole(record)
+    part, cache = _collected(record, here, details, with_data=with_data), DvcCache(here.root)
     with staging(here.home, "export") as folder, progress("export", 3, "parts") as steps:
         steps.advance(0, "run from MLflow")
         package = read_run(here.runs, record, folder, record.label)
@@ -189,8 +200,8 @@ def publish(record: Record, here: Checkout, team: Team, *, with_data: bool = Fal
 
     Nothing is sent before all three places have answered.
     """
-    details, cache = _whole(record), DvcCache(here.root)
-    part = collect(cache, details.pointer_md5, record.label, record.run.params, with_data=with_data)
+    details = _whole(record)
+    part = _collected(record, here, details, with_data=with_data)
     done = _handed(record, part, team)
     done.dvc = team.dvc.check()
     if details.snapshot:
@@ -277,6 +288,36 @@ def _whole(record: Record) -> Details:
         f"{record.label}: run {record.run.run_id} is {record.run.status}{lacks}; only a finished"
         " run that was recorded whole can be handed on"
     )
+
+
+def _collected(record: Record, here: Checkout, details: Details, *, with_data: bool) -> DvcPart:
+    """Find what DVC holds of a run.
+
+    Outputs of a run that torchrun or a person started, not DVC, are put into its cache first.
+    """
+    pointer = pointer_md5(here.library, record) or ""
+    if not DvcCache(here.root).entry_of(pointer) and _is_in_place(record, here, details):
+        params = load_params(here.root / PARAMS)
+        stages = chain(read_pipeline(here.root, params.flat()), details.stage)
+        here.commit([stage.name for stage in stages])
+    cache = DvcCache(here.root)
+    return collect(cache, pointer, record.label, record.run.params, with_data=with_data)
+
+
+def _is_in_place(record: Record, here: Checkout, details: Details) -> bool:
+    """Return True if a checkout has a run's key, and its inputs and outputs byte for byte."""
+    for path in details.outputs:
+        file = here.root / path
+        if not file.is_file() or sha256_file(file) != details.files[path].sha256:
+            return False
+    try:
+        params = load_params(here.root / PARAMS)
+        recipe = make_recipe(details.stage, here.root, params)
+        Inputs(here.root, params, recipe, here.home).check()
+    except RunkeyError as error:
+        logger.info(f"{record.label}: not put into DVC's cache from this checkout: {error}")
+        return False
+    return recipe.key == record.key
 
 
 def _put_in_place(package: Package, here: Checkout, how: str) -> tuple[str, bool]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.clones import Team, runkey
-from tests.support.project import Project
+from tests.support.project import Project, clean_environment, in_one_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -81,3 +81,52 @@ def test_an_archive_does_the_same_without_a_server(team: Team, tmp_path: Path) -
     assert taken["is_new"]
     assert re.findall(r"Running stage '(\w+)'", timed_repro(fourth)) == ["check"]
     same_results(team.first, fourth)
+
+
+BY_HAND = ("-m", "stages.train")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", *BY_HAND)
+
+
+@pytest.mark.parametrize("command", [BY_HAND, TORCHRUN], ids=["by hand", "torchrun"])
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "after dvc repro"])
+def test_what_dvc_did_not_start_is_published_and_fetched(
+    team: Team, command: tuple[str, ...], at_once: bool
+) -> None:
+    name = f"{len(command)}-{at_once}"
+    maker, taker = team.clone(f"maker-{name}"), team.clone(f"taker-{name}")
+    for project in (maker, taker):
+        params = project.root / "params.yaml"
+        seed = 100 + 2 * len(command) + at_once
+        params.write_text(params.read_text().replace("seed: 0", f"seed: {seed}", 1))
+    maker.dvc("repro", "profile_memory")
+    maker.run(sys.executable, *command)
+    key = maker.json("run.json")["key"]
+    if not at_once:
+        (maker.root / "model/weights.safetensors").unlink()
+        assert "is reused" in maker.dvc("repro", "train")
+    assert "published\n" in runkey(maker, "publish", key)
+    assert json.loads(runkey(taker, "fetch", key, "--json"))["state"] == "new"
+    printed = taker.dvc("repro", "train")
+    assert "Running stage 'train'" not in printed
+    same_results(maker, taker)
+
+
+def test_what_is_gone_from_the_checkout_is_named(team: Team) -> None:
+    maker = team.clone("maker-gone")
+    params = maker.root / "params.yaml"
+    params.write_text(params.read_text().replace("seed: 0", "seed: 99", 1))
+    maker.dvc("repro", "profile_memory")
+    maker.run(sys.executable, *BY_HAND)
+    key = maker.json("run.json")["key"]
+    (maker.root / "model/weights.safetensors").write_bytes(b"")
+    done = subprocess.run(
+        [sys.executable, "-m", "runkey", "publish", key],
+        cwd=maker.root,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    said = in_one_line(done.stderr)
+    assert "has no entry of this run; `dvc repro` where the tree has this key takes the run" in said

@@ -15,6 +15,7 @@ import pytest
 from runkey.hashing import sha256_bytes
 from runkey.identity.key import make_recipe
 from runkey.identity.record import ARTIFACTS, CONTENT, DETAILS, Details, StoredFile
+from runkey.registry.rest import RestClient
 from runkey.tracking.store import Store, free_port, stop_server, wait_until_healthy
 from runkey.tracking.transfer import StoreRuns
 from tests.support.project import TINY, clean_environment, commit_recipe
@@ -67,6 +68,7 @@ def template(tmp_path_factory: pytest.TempPathFactory, host: str) -> Path:
         "model/weights.safetensors": weights(),
         "model/key.json": json.dumps(recipe.as_dict()).encode(),
         "run.json": json.dumps({"key": recipe.key, "parts": recipe.parts}).encode(),
+        "metrics/train.json": b"{}",
     }
     for path, content in files.items():
         (run / ARTIFACTS / path).parent.mkdir(parents=True, exist_ok=True)
@@ -172,3 +174,38 @@ def test_without_a_right_login_the_variables_are_named(
     for command in (["list"], ["ui"], ["fetch", "rk2-0000"]):
         code, said = start(root, "runkey", *command, **own)
         assert (code, names in said) == (1, True), said
+
+
+def other_key(root: Path) -> None:
+    """Change a parameter: no run of this key is on the server."""
+    text = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(text.replace("seed: 0", "seed: 7"))
+
+
+@pytest.mark.parametrize("permission", ["READ", "NO_PERMISSIONS"])
+def test_who_may_not_write_does_not_train(root: Path, host: str, permission: str) -> None:
+    admin = RestClient(f"http://admin:{ENCODED}@{host}")
+    admin.check_writes("tiny")
+    name, number = f"user-{permission}", admin.experiment("tiny").experiment_id
+    admin.post("users/create", {"username": name, "password": "a-long-password"})
+    grant = {"experiment_id": number, "username": name, "permission": permission}
+    admin.post("experiments/permissions/create", grant)
+    login = {"MLFLOW_TRACKING_USERNAME": name, "MLFLOW_TRACKING_PASSWORD": "a-long-password"}
+    own = {"MLFLOW_TRACKING_URI": f"http://{host}"} | login
+    if permission == "READ":  # is enough to reuse
+        assert "is reused" in start(root, "stages.train", **own)[1]
+    other_key(root)
+    code, said = start(root, "stages.train", **own)
+    assert code == 1, said
+    assert f"error: http://{host}: this login may not do that (HTTP 403, experiments/" in said
+    assert "ask for permission EDIT, or set MLFLOW_TRACKING_USERNAME" in said
+    assert said.count("error: ") == 1
+    assert admin.model(make_recipe("train", root).key) is None  # no claim
+
+
+def test_a_server_that_is_down_ends_it_before_training(root: Path) -> None:
+    away = f"http://127.0.0.1:{free_port()}"
+    code, said = start(root, "stages.train", MLFLOW_TRACKING_URI=away)
+    assert code == 1, said
+    assert said.startswith(f"error: {away}: cannot be reached ([Errno 111] Connection refused)")
+    assert "MLFLOW_TRACKING_URI or runtime.team_server names it; not trained without a" in said

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from runkey.errors import RegistryError, TrackingError
-from runkey.identity.record import ORIGIN
-from runkey.registry.dvc_cache import DvcCache, files_of
+from runkey.identity.record import DETAILS, ORIGIN
+from runkey.identity.record_cache import update_record
+from runkey.registry.dvc_cache import DvcCache, files_of, pointer_md5
 from runkey.registry.library import LocalLibrary
 from runkey.registry.package import CONTENT, RUN, collect
 from runkey.registry.share import Carried, Checkout, export_run, import_run
@@ -199,3 +200,29 @@ def test_a_run_in_another_encoding_is_taken(
     carried = take(packed(package, ready.key), store)
     assert [run.key for run in LocalLibrary(store.home).matching(ready.key)] == [ready.key]
     assert carried
+
+
+def test_a_run_that_dvc_did_not_start_is_found_by_its_file(
+    ready: Ready, archive: Path, store: Store
+) -> None:
+    """As torchrun and a person start it; `dvc repro` took it, or `dvc commit` its outputs."""
+    root = store.home.parent
+    take(archive, store)
+    library = LocalLibrary(store.home)
+    (record,) = library.matching(ready.key)
+    assert record.details
+    details = replace(record.details, pointer_md5=None)
+    library.path_of(record, DETAILS).write_text(details.as_json())
+    update_record(store.cache, record.run, details)
+    (record,) = library.matching(ready.key)
+    assert pointer_md5(library, record) == ready.pointer_md5
+    by_hand = archive.with_name("by-hand.zip")
+    export_run(record, checkout(store), by_hand)
+    shutil.rmtree(DvcCache(root).folder)
+    take(by_hand, store)
+    assert DvcCache(root).entry_of(ready.pointer_md5)
+    shutil.rmtree(DvcCache(root).runs)
+    with pytest.raises(
+        RegistryError, match="`dvc repro` where the tree has this key takes the run"
+    ):
+        export_run(record, checkout(store), archive.with_name("gone.zip"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from runkey.dvc_transfer import commit_stages
 from runkey.errors import RegistryError
 from runkey.identity.dvc_yaml import cache_folder
 from runkey.registry.dvc_cache import DvcCache, files_of, md5_file
@@ -24,6 +25,25 @@ def test_a_runs_entry_and_those_around_it(checkout: Checkout) -> None:
     outs = [set(one.outs) for one in cache.chain(entry)]
     assert outs == [{"prepared"}, set(entry.outs), {"evaluation"}]
     assert cache.chain(entry)[1] == entry
+
+
+def test_outputs_that_dvc_did_not_make_are_put_into_its_cache(checkout: Checkout) -> None:
+    pointer = md5_file(checkout.root / "run.json")
+    before = DvcCache(checkout.root).entry_of(pointer)
+    shutil.rmtree(cache_folder(checkout.root))
+    assert DvcCache(checkout.root).entry_of(pointer) is None
+    commit_stages(checkout.root, ["prepare", "train"])
+    cache = DvcCache(checkout.root)
+    entry = cache.entry_of(pointer)
+    assert entry == before
+    files = files_of(entry.outs, cache.listing)
+    assert all(cache.object_path(md5).is_file() for md5 in files.values())
+    assert [set(one.outs) for one in cache.chain(entry)] == [{"prepared"}, set(entry.outs)]
+    shutil.rmtree(checkout.root / "model")
+    with pytest.raises(
+        RegistryError, match=r"`dvc commit train`.*model.*`dvc repro` takes the run"
+    ):
+        commit_stages(checkout.root, ["prepare", "train"])
 
 
 def test_all_objects_are_there_uncached_outputs_too(checkout: Checkout) -> None:

@@ -1,11 +1,14 @@
-"""Servers that a team may have: with TLS, on PostgreSQL, with MLflow's login."""
+"""Servers that a team may have: with TLS, on PostgreSQL, with MLflow's login, S3."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
+import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,6 +119,30 @@ def postgres() -> Iterator[Postgres]:
         running.start()
         yield running
         running.end()
+
+
+@contextmanager
+def s3_server(port: int) -> Iterator[str]:
+    """A store that speaks S3, moto's; it forgets everything when the block ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "--port", str(port)],
+        env=with_packages(dict(os.environ)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        while True:
+            assert process.poll() is None
+            try:
+                urllib.request.urlopen(address, timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield address
+    finally:
+        process.kill()
+        process.wait()
 
 
 def self_signed(folder: Path) -> tuple[Path, Path]:
