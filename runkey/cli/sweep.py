@@ -244,13 +244,14 @@ def _head(begun: Sweep, executor: Executor) -> str:
     entries, counts = begun.entries, Counter(one.state for one in begun.entries)
     parts = [f"{counts['finished']} finished", f"{counts['elsewhere']} running elsewhere"]
     parts += [f"{counts['failed']} that cannot run", f"{counts['waiting']} to train"]
+    parts.append(f"{begun.source.count - len(entries)} to be proposed")
     shown = [part for part in parts if not part.startswith("0 ")]
     text = f"{counted(begun.source.count, 'point')}: {', '.join(shown)}"
     expected = begun.expected_seconds() if counts["waiting"] else None
     if expected and len(entries) == begun.source.count:
         seconds, runs = expected
         at_once = min(executor.capacity(), counts["waiting"])
-        text += f"; about {format_seconds(seconds / at_once)} on {executor.place}"
+        text += f"; about {format_seconds(seconds / at_once)} of training on {executor.place}"
         text += f", {at_once} at a time, by the times of {counted(runs, 'earlier run')}"
     return text
 
