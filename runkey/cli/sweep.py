@@ -153,6 +153,9 @@ def sweep(
     say(_head(begun, executor), stderr=as_json)
     _print_points(begun.entries, stderr=as_json)
     if dry:
+        if as_json:
+            listed = [one.as_dict() for one in begun.entries]
+            output.print_json({"sweep": record.key, "points": listed})
         return
     if executor.is_remote:
         push_commit(place, commit)

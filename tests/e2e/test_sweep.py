@@ -78,6 +78,15 @@ def test_a_killed_driver_started_again_trains_each_key_once(project: Project) ->
     assert result(third)["sweep"] == answer["sweep"]
 
 
+def test_what_fits_nowhere_is_not_started_and_names_the_way_out(project: Project) -> None:
+    printed = project.run(*SWEEP, "-S", "memory.budget_gib=0.3,8", "--dry-run").stderr
+    head, small, large = printed.splitlines()
+    assert head.startswith("2 points: 1 that cannot run, 1 to train")
+    assert "failed: memory.budget_gib: a training step of one image takes up to" in small
+    assert "it fit" in small or "use a smaller model" in small
+    assert large.endswith("to train")
+
+
 def test_overlapping_sweeps_of_two_clones_train_each_key_once(address: str, tmp_path: Path) -> None:
     first = begin_project(tmp_path / "first", TINY)
     remote = str(tmp_path / "remote.git")
