@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -275,6 +276,9 @@ _STATES = {
 }
 
 
+_EVERY_SECONDS = 60.0
+
+
 @contextmanager
 def _board(begun: Sweep, record: SweepRecord) -> Iterator[Callable[[Entry], None]]:
     """Show the trainings as a table on a terminal, else a line for each change; keep the record."""
@@ -291,11 +295,15 @@ def _board(begun: Sweep, record: SweepRecord) -> Iterator[Callable[[Entry], None
         say(f"{text} ({over} of {begun.source.count} are over)", stderr=True)
 
     def changed(one: Entry) -> None:
+        nonlocal printed
         record.write(entries)
-        if not live:
+        # Of an evaluation only now and then: a sweep has thousands.
+        is_evaluation = one.state == "running" and one.epoch
+        if not live and not (is_evaluation and time.monotonic() < printed + _EVERY_SECONDS):
             print_line(one)
+            printed = time.monotonic()
 
-    live = sys.stderr.isatty()
+    live, printed = sys.stderr.isatty(), time.monotonic()
     if not live:
         yield changed
         return
