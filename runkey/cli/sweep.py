@@ -283,6 +283,7 @@ _EVERY_SECONDS = 60.0
 def _board(begun: Sweep, record: SweepRecord) -> Iterator[Callable[[Entry], None]]:
     """Show the trainings as a table on a terminal, else a line for each change; keep the record."""
     entries = begun.entries
+    live, printed = sys.stderr.isatty(), time.monotonic()
 
     def print_line(one: Entry) -> None:
         over = sum(entry.is_over for entry in entries)
@@ -303,7 +304,6 @@ def _board(begun: Sweep, record: SweepRecord) -> Iterator[Callable[[Entry], None
             print_line(one)
             printed = time.monotonic()
 
-    live, printed = sys.stderr.isatty(), time.monotonic()
     if not live:
         yield changed
         return
