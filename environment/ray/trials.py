@@ -74,7 +74,7 @@ def run_trial(job: dict, board) -> dict:  # noqa: ANN001
             stderr=subprocess.STDOUT,
         )
         started = {"event": "started", "log": str(log), "pid": process.pid}
-        ray.get(board.add.remote(place | started))
+        board.add.remote(place | started)  # a task that waits for an answer gives its CPU away
         code = process.wait()
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     return place | {"event": "ended", "code": code, "text": "".join(lines[-SHOWN_LINES:])}
@@ -165,8 +165,9 @@ class Trials:
         references = list(self.running)
         done, _ = ray.wait(references, num_returns=len(references), timeout=POLL_SECONDS)
         for event in ray.get(self.board.take.remote()):
-            self.started[event["key"]] = event
-            write(event)
+            if event["key"] in self.running.values():
+                self.started[event["key"]] = event
+                write(event)
         for reference in done:
             key = self.running.pop(reference)
             self.started.pop(key, None)
