@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,16 +168,7 @@ class SlurmExecutor:
     def _send(self, trials: list[Trial]) -> None:
         self._logs.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="array-", dir=self._logs))
-        lines = (f"{one.key} {shlex.join(one.arguments)}\n" for one in trials)
-        write_atomically(folder / _TRIALS, "".join(lines))
-        script = _SCRIPT.format(
-            folder=shlex.quote(str(folder)),
-            options="".join(f"#SBATCH {option}\n" for option in self._options(trials)),
-            python=shlex.quote(sys.executable),
-            elsewhere=TRY_ELSEWHERE,
-            most=_MOST_RESTARTS,
-        )
-        write_atomically(folder / "script", script)
+        write_batch(folder, trials, self._options(trials))
         command = ["sbatch", "--parsable", f"--comment={folder}", f"--array=0-{len(trials) - 1}"]
         command += [f"--chdir={self._root}", f"--output={folder}/%a.log", "--open-mode=append"]
         said = _ask(*command, "--requeue", str(folder / "script"))
@@ -210,6 +202,26 @@ class SlurmExecutor:
         while self._running and time.monotonic() < end:
             self.poll()
             time.sleep(1.0)
+
+
+def write_batch(folder: Path, trials: Sequence[Trial], options: Iterable[str]) -> None:
+    """Write an array's list of trials, and the script that each of its tasks runs.
+
+    Args:
+        folder: of the array.
+        trials: one for each task, in the order of the tasks.
+        options: of sbatch, for the script's head.
+    """
+    lines = (f"{one.key} {shlex.join(one.arguments)}\n" for one in trials)
+    write_atomically(folder / _TRIALS, "".join(lines))
+    script = _SCRIPT.format(
+        folder=shlex.quote(str(folder)),
+        options="".join(f"#SBATCH {option}\n" for option in options),
+        python=shlex.quote(sys.executable),
+        elsewhere=TRY_ELSEWHERE,
+        most=_MOST_RESTARTS,
+    )
+    write_atomically(folder / "script", script)
 
 
 def _end_of(key: str, task: _Task) -> Ended:
