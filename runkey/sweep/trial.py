@@ -10,6 +10,7 @@ process trains is waited for, and an interrupted one goes on from its checkpoint
 from __future__ import annotations
 
 import fcntl
+import io
 import logging
 import os
 import re
@@ -24,15 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from runkey.errors import RegistryError, RunkeyError, StoppedError
+from ruamel.yaml import YAML
+
+from runkey.errors import ParamsError, RegistryError, RunkeyError, StoppedError
 from runkey.files import copy_atomically, read_text, write_atomically
 from runkey.hashing import sha256_file
 from runkey.identity.dvc_yaml import read_yaml_text
-from runkey.identity.key import Recipe, make_recipe, short_key
+from runkey.identity.key import make_recipe, short_key
 from runkey.identity.record import Record
 from runkey.params import Params, load_params
-from runkey.params.load import override
-from runkey.params.render import head_of, render
 from runkey.paths import LOCK, PARAMS, REQUIREMENTS
 from runkey.registry.checkout import clean_environment, fetch_data, run_dvc, share_cache
 from runkey.registry.claims import newest, open_claims, state_now
@@ -117,8 +118,8 @@ def run_trial(
     """
     try:
         oid = find_commit(place.root, commit)
-        recipe, params = recipe_of(place.root, oid, changes)
-        key, folder = recipe.key, place.folder(recipe.key)
+        key, params = key_of(place.root, oid, changes)
+        folder = place.folder(key)
         logger.info(f"key {short_key(key)}: snapshot {oid[:12]}")
         if not params.runtime.mlflow:
             raise RegistryError("runtime.mlflow: a trial has to be recorded; set it to true")
@@ -127,9 +128,8 @@ def run_trial(
             claims = open_claims(place.store.uri, place.store.home)
             wait_for_other(place.library, claims, key, wait=wait)
             with _held(folder, wait=wait):
-                record = finished(place.library, key) or _train(
-                    place, recipe, params, oid, folder, output
-                )
+                record = finished(place.library, key)
+                record = record or _train(place, key, changes, oid, folder, output)
         _publish(place, record)
     except UnreachedError as error:
         raise StoppedError(str(error)) from None
@@ -162,21 +162,57 @@ def push_commit(place: Place, commit: str) -> None:
     git(place.root, "push", "--quiet", "--no-verify", "origin", f"{commit}:{SNAPSHOTS}/{commit}")
 
 
-def recipe_of(root: Path, oid: str, changes: Mapping[str, Any]) -> tuple[Recipe, Params]:
-    """Return the recipe and parameters of a commit with changed values, from its own files."""
+def key_of(root: Path, oid: str, changes: Mapping[str, Any]) -> tuple[str, Params]:
+    """Return the key of a commit with changed values, and parameters that say where it runs.
+
+    A commit of another version of runkey has other defaults, so its own code makes its key; the
+    parameters are then those of the checkout `root`.
+    """
     listed = git(root, "ls-tree", "-r", "-z", "--name-only", "--full-tree", oid).split("\0")
     with checked_out(root, oid, filter(None, listed)) as tree:
         share_cache(root, tree)
-        params = write_params(tree, changes)
-        return make_recipe("train", tree, params, root), params
+        set_params(tree, changes)
+        if _is_this_version(tree):
+            params = load_params(tree / PARAMS)
+            return make_recipe("train", tree, params, root).key, params
+        done = subprocess.run(
+            [sys.executable, "-m", "runkey", "key"],
+            cwd=tree,
+            env=clean_environment(root, {}),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            said = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise RunkeyError(f"commit {oid[:12]}: {said.removeprefix('error: ')}")
+        return done.stdout.strip(), load_params(root / PARAMS)
 
 
-def write_params(root: Path, changes: Mapping[str, Any]) -> Params:
-    """Change values in a workspace's params.yaml; return all of them."""
-    file = root / PARAMS
-    params = override(load_params(file), changes)
-    write_atomically(file, render(params, head_of(read_text(file))))
-    return params
+def set_params(root: Path, changes: Mapping[str, Any]) -> None:
+    """Change values in a workspace's params.yaml, and nothing else in it."""
+    yaml, file, text = YAML(), root / PARAMS, io.StringIO()
+    tree = yaml.load(read_text(file))
+    for name, value in changes.items():
+        section, *rest = tree, *name.split(".")
+        for part in rest[:-1]:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise ParamsError(f"{name}: {part} is not a section of params.yaml")
+        section[rest[-1]] = value
+    yaml.dump(tree, text)
+    write_atomically(file, text.getvalue())
+
+
+def _is_this_version(tree: Path) -> bool:
+    """Return True if a tree's code of parameters and keys is the one that runs here."""
+    here = Path(__file__).parents[1]
+    files = [f for room in ("params", "identity") for f in (here / room).glob("*.py")]
+    others = [tree / "runkey" / file.relative_to(here) for file in files]
+    return all(
+        other.is_file() and other.read_bytes() == file.read_bytes()
+        for file, other in zip(files, others, strict=True)
+    )
 
 
 # Refused before anything is trained.
@@ -232,12 +268,12 @@ def _held(folder: Path, *, wait: bool) -> Iterator[None]:
 
 
 def _train(
-    place: Place, recipe: Recipe, params: Params, oid: str, folder: Path, output: TextIO
+    place: Place, key: str, changes: Mapping[str, Any], oid: str, folder: Path, output: TextIO
 ) -> Record:
     """Run the pipeline in the trial's worktree, remove that, and return the run."""
     top = folder / "tree"
     root, done = _worktree(place.root, oid, top, folder / "checked-out"), None
-    write_atomically(root / PARAMS, render(params, head_of(read_text(root / PARAMS))))
+    set_params(root, changes)
     share_cache(place.root, root, links=True)
     env = clean_environment(place.root, _VARIABLES, python_of(place.root, root, place.store.home))
     with _Relay(output) as relay:
@@ -250,11 +286,11 @@ def _train(
         except RegistryError as error:
             done = error
     if done:
-        _raise(place, recipe.key, relay, done, top)
-    record = finished(place.library, recipe.key)
+        _raise(place, key, relay, done, top)
+    record = finished(place.library, key)
     if record is None:
         raise RegistryError(
-            f"{short_key(recipe.key)}: dvc repro went through in {top}, and no finished run is in"
+            f"{short_key(key)}: dvc repro went through in {top}, and no finished run is in"
             f" {place.library.place}"
         )
     with suppress(OSError):

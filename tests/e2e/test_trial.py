@@ -13,6 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
+from runkey.errors import RunkeyError
+from runkey.registry.snapshot import git
+from runkey.sweep.trial import key_of
 from runkey.tracking.store import free_port
 from tests.support.project import TINY, Project, clean_environment, commit_recipe
 
@@ -111,3 +114,17 @@ def test_it_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     assert code == 75
     assert server in line
     assert not (tmp_path / ".runkey/trials").exists()
+
+
+def test_a_commit_of_another_version_makes_its_key_by_its_own_code(tmp_path: Path) -> None:
+    commit_recipe(tmp_path, TINY)
+    first = git(tmp_path, "rev-parse", "HEAD")
+    schema = tmp_path / "runkey/params/schema.py"
+    schema.write_text(schema.read_text() + "\n# another version\n")
+    who = ("-c", "user.name=Tester", "-c", "user.email=tester@example.org")
+    git(tmp_path, *who, "commit", "-q", "-a", "-m", "comment")
+    second = git(tmp_path, "rev-parse", "HEAD")
+    keys = [key_of(tmp_path, oid, {"seed": 3, "data.long_side": 80})[0] for oid in (first, second)]
+    assert keys[0] == keys[1]
+    with pytest.raises(RunkeyError, match="unknown key sed; did you mean seed"):
+        key_of(tmp_path, second, {"sed": 3})
