@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 _COMPARED = 3
 """Newest runs that `runkey ui` compares."""
-_ONLY_HERE = "runs and claims are on {place}, which gc leaves alone; this is about this machine"
+_ONLY_HERE = (
+    "runs and claims are on {place}, which gc leaves alone; this is about this machine, and about"
+    " checkpoints there that are of no more use"
+)
 
 
 def gc(

@@ -177,10 +177,9 @@ class CheckpointSender:
         found = newest_files(self.folder)
         if found is None or (self.sent and found.step == self.sent.step):
             return look
-        if self._place is None and (place := self._open_place()) is None:
+        self._place = self._place or self._open_place()
+        if self._place is None:
             return look
-        elif self._place is None:
-            self._place = place
         began = time.thread_time()
         with ExitStack() as opened:
             try:
@@ -201,6 +200,8 @@ class CheckpointSender:
         assert self._place
         before, is_first = self.sent, self.sent is None
         self._number += 1
+        if is_first:  # what is sent half is found, and deleted
+            self._place.tag(f"step {step} of generation {self.generation}")
         known = before.files if before else {}
         listed: dict[str, SharedFile] = {}
         for name, file in files.items():

@@ -39,6 +39,7 @@ FOLDER = TAG = "checkpoints"
 _LARGEST_MANIFEST = MIB
 _LEFT_FREE = 256 * MIB
 """Bytes that receiving leaves on the disk."""
+_MOST_FILES = 8
 _MOST_READ = 3
 """Manifests of one run that are read, the newest ones."""
 _NAME = re.compile(r"(?:step|anchor)-\d{8,12}\.ckpt|best-\d{8,12}-[0-9a-f]{12}\.pt|train\.jsonl")
@@ -80,6 +81,8 @@ class Manifest:
                 raise ValueError(f"{ascii(file.path)[:100]}: no file of a checkpoint")
             if file.size < 0 or not re.fullmatch(r"[0-9a-f]{64}", file.sha256):
                 raise ValueError(f"{name}: no size or no hash")
+        if len(self.files) > _MOST_FILES:
+            raise ValueError(f"{len(self.files)} files")
         if self.checkpoint not in self.files and self.anchor not in self.files:
             raise ValueError(f"no checkpoint of step {self.step}")
         if not _KEY.fullmatch(self.key) or min(self.generation, self.number) < 1:
