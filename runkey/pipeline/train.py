@@ -191,11 +191,11 @@ def follow(params: Params, root: Path, monitor: RankMonitor | None) -> None:
                 data = TrainData.read(root, plan.micro_batch)
                 context = build_training(params, len(data.class_names), device, world, data)
                 fit(context, _never, interrupts=interrupts, limit=plan.limit_pixels)
-    except SharedError:
-        raise SystemExit(1) from None
+    except SharedError as error:
+        raise SystemExit(error.exit_code) from None
     except LostRankError as error:
         if error.rank and monitor:  # rank 0, which is beside this process, reports it
-            raise SystemExit(1) from None
+            raise SystemExit(error.exit_code) from None
         raise
     except Interrupted as stop:
         raise SystemExit(stop.exit_code) from None

@@ -141,6 +141,12 @@ class SharedError(StoppedError):
     """An error of one rank, raised on all of them at the same place; rank 0 reports it."""
 
 
+class SharedFaultError(SharedError):
+    """One that would come again elsewhere, such as an image that cannot be read."""
+
+    exit_code = RunkeyError.exit_code
+
+
 class LostRankError(StoppedError):
     """Another rank has ended, is suspended, or cannot be reached."""
 
@@ -192,18 +198,21 @@ class World:
         if self.size == 1:
             return [work()]
         mine: Any = None
-        fault, number = "", None
+        fault, code, number = "", 0, None
         try:
             mine = work()
         except RunkeyError as error:
             fault = f"rank {self.rank} of {self.size}: {error}" if named else str(error)
+            code = error.exit_code
         except Interrupted as stop:
             number = stop.number
-        results, faults, numbers = zip(*self.gather((mine, fault, number)), strict=True)
+        everyone = self.gather((mine, fault, code, number))
+        results, faults, codes, numbers = zip(*everyone, strict=True)
         if any(faults) or any(numbers):
             self.shutdown()
-        for fault in filter(None, faults):
-            raise SharedError(fault)
+        for fault, code in zip(faults, codes, strict=True):
+            if fault:
+                raise (SharedError if code == SharedError.exit_code else SharedFaultError)(fault)
         for number in filter(None, numbers):
             raise Interrupted(number)
         return list(results)

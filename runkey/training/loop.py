@@ -125,7 +125,7 @@ def _explained(step: int, batch: GlobalBatch, optimizer: torch.optim.Optimizer) 
     except TrainingError as error:
         lr = current_rates(optimizer)["train/lr"]
         if isinstance(error, SharedError):
-            raise SharedError(f"step {step} (lr {lr:.3g}), {error}") from error
+            raise type(error)(f"step {step} (lr {lr:.3g}), {error}") from error
         ids = shown_ids(image_ids_of(batch))
         raise type(error)(f"step {step} (lr {lr:.3g}, images {ids}): {error}") from error
     except (RuntimeError, MemoryError) as error:

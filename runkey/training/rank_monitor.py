@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Self
 
-from runkey.errors import StoppedError
+from runkey.errors import TRY_ELSEWHERE, StoppedError
 from runkey.processes import Process, this_process
 
 BEAT_SECONDS = 2.0
@@ -175,7 +175,7 @@ class RankMonitor:
             if self._stood_down.wait(self._grace):
                 return
         _print(f"error: {lost.text}, and rank {self._rank} waited for it: ended, too")
-        os._exit(1)
+        os._exit(TRY_ELSEWHERE)
 
     def _wait(self) -> LostRank | None:
         """Send beats until a rank is lost; None: monitoring was stopped."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from runkey.errors import TRY_ELSEWHERE
 from runkey.hashing import sha256_file
@@ -111,3 +112,19 @@ def test_torchrun_trains(project, whole):
     done = project.run(sys.executable, *TORCHRUN)
     assert done.stdout.count("2 processes, this one on device cpu") == 1
     assert project.json("run.json")["witness"]["world_size"] == 2
+
+
+@pytest.mark.gpu
+def test_two_gpus_train_over_nccl_and_give_the_same_model_again(tmp_path):
+    """Where there are two; nobody has run this yet."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    asked = {"runtime": TINY["runtime"] | {"processes": 2, "device": "cuda", "reuse": False}}
+    asked["training"] = TINY["training"] | {"deterministic": True}
+    project = begin_project(tmp_path / "repository", TINY | asked)
+    for stage in ("prepare", "profile_memory", "train"):
+        project.run(sys.executable, "-m", f"stages.{stage}")
+    assert project.json("run.json")["witness"]["world_size"] == 2
+    first = weights_of(project)["weights.safetensors"]
+    project.run(sys.executable, *STAGE)
+    assert weights_of(project)["weights.safetensors"] == first

@@ -5,18 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import nn
 
 from runkey.data.dataset import Batch, GlobalBatch
 from runkey.errors import DataError
+from runkey.registry.claims import FileClaims, newest
+from runkey.registry.once import HeldClaim, Rhythm
 from runkey.training.checkpoint import FolderCheckpoints, Interval
 from runkey.training.device import configure_torch
 from runkey.training.distributed import Interrupts, World
+from tests.support.claims import KEY, a_claim
 from tests.support.fitting import fit
 from tests.support.toy import (
     MemoryTracker,
@@ -28,7 +34,9 @@ from tests.support.toy import (
     val_loss,
 )
 
-EPOCHS = 3
+EPOCHS = int(os.environ.get("EPOCHS", "3"))
+STEP_SECONDS = float(os.environ.get("STEP_SECONDS", "0"))
+"""Added to each step."""
 STEPS = 3 * EPOCHS
 
 
@@ -42,6 +50,7 @@ class SharedLoader(ToyLoader):
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[GlobalBatch]:
         windows = super().epoch(epoch, start_step)
         for number, window in enumerate(windows, start=epoch * 3 + start_step + 1):
+            time.sleep(STEP_SECONDS)
             ids = [image_id for batch in window for image_id in batch.image_ids]
             if number == self.step:
                 self._act()
@@ -134,6 +143,23 @@ def train(
         "parts": content.parts if content else {},
         "events": [kind for kind, _ in tracker.events],
     }
+
+
+def endure(world: World, folder: str) -> None:
+    """Train under a claim in `folder`, and write the weights, as the stage does."""
+    root, held = Path(folder), None
+    if world.is_main:
+        claims = FileClaims(root / ".runkey/claims")
+        last = newest(claims, KEY)
+        claim = a_claim(last.generation + 1 if last else 1)
+        assert claims.make(claim)
+        held = HeldClaim(claims, claim, Rhythm())
+    with held or nullcontext():
+        result = train(world, str(root / "checkpoints"))
+        if held:
+            (root / "model").mkdir(exist_ok=True)
+            save_file(result["best"], root / "model/weights.safetensors")
+            held.finish()
 
 
 def _evaluate(module: nn.Module) -> dict[str, float]:

@@ -23,7 +23,7 @@ from runkey.training.device import Precision
 from runkey.training.distributed import World, join_world
 from runkey.training.optimizer import Clipper, build_optimizer
 from runkey.training.step import TrainStep, accumulate_gradients
-from tests.support.rank_trainings import train  # noqa: F401  a scenario
+from tests.support.rank_trainings import endure, train  # noqa: F401  scenarios
 from tests.support.toy import ToyCriterion, ToyModel, make_window
 
 CPU = torch.device("cpu")
@@ -112,9 +112,23 @@ def statistics(world: World, windows: Sequence[list[int]]) -> list[dict[str, Any
     return found
 
 
-def accumulation(world: World) -> tuple[Any, Any]:
+def live_loss(world: World, shares: Sequence[list[int]]) -> float:
+    """Loss of a step of the real model with live batch norm: a forward pass for each share.
+
+    Several ranks take one share each.
+    """
+    parts = real("fast", world)
+    parts.model.train()
+    mine = shares if world.size == 1 else [shares[world.rank]]
+    window = [b for ids in mine for b in make_window(ids, 8, dtype=torch.float64, size=32)]
+    return accumulate_gradients(parts, tuple(window)).values["loss"].item()
+
+
+def accumulation(world: World) -> tuple[Any, Any, float]:
     """All that tests/training/test_ranks_gradients.py looks at."""
-    return gradients(world), statistics(world, ([1, 2, 3, 4], [7]))
+    shares = [WINDOWS["whole"][rank :: world.size] for rank in range(world.size)]
+    windows = ([1, 2, 3, 4], [7])
+    return gradients(world), statistics(world, windows), live_loss(world, shares)
 
 
 def scarce(world: World, mib: str) -> Any:

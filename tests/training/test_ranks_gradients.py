@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from runkey.training.distributed import World
-from tests.support.ranks import PRESETS, WINDOWS, gradients, statistics
+from tests.support.ranks import PRESETS, WINDOWS, gradients, live_loss, statistics
 
 ALONE = World()
 
@@ -40,7 +40,7 @@ def test_ranks_and_micro_batches_change_no_gradient(two_ranks):
 
 def same_bits(ranks):
     first = ranks[0][0]
-    for found, _ in ranks[1:]:
+    for found, *_ in ranks[1:]:
         for case, (losses, whole) in first.items():
             other_losses, other = found[case]
             assert all(torch.equal(whole[name], other[name]) for name in whole)
@@ -70,3 +70,11 @@ def test_running_statistics_are_the_mean_of_the_ranks(two_ranks):
         assert (shares[0][name] - mean).abs().max() > 1e-4
         assert not torch.equal(one_image[name], first[name])
     assert one_image["backbone.1.num_batches_tracked"] == 2
+
+
+def test_live_batch_norm_is_why_two_ranks_start_at_another_loss(two_ranks):
+    """It normalises each forward pass by itself: ranks are like micro-batches of those images."""
+    whole = WINDOWS["whole"]
+    as_ranks = live_loss(ALONE, [whole[0::2], whole[1::2]])
+    assert [found[2] for found in two_ranks] == pytest.approx([as_ranks, as_ranks], rel=1e-10)
+    assert abs(live_loss(ALONE, [whole]) - as_ranks) > 0.1

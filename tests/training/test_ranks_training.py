@@ -95,7 +95,7 @@ def test_a_suspended_rank_ends_the_other_and_a_restart_resumes_exactly(
     arguments = (str(tmp_path / "checkpoints"), "SIGSTOP", str(rank), "5")
     ranks = start(command("train", tmp_path, *arguments), SILENT_SECONDS="10")
     _, said = ranks.processes[1 - rank].communicate(timeout=200)
-    assert ranks.processes[1 - rank].returncode == 1
+    assert ranks.processes[1 - rank].returncode == TRY_ELSEWHERE
     line = said.splitlines()[-1]
     assert line.startswith(f"error: rank {rank} (process {ranks.processes[rank].pid} on ")
     assert f" s (suspended, swapping or cut off: look at {socket.gethostname()}); training" in line
@@ -111,7 +111,7 @@ def test_a_suspended_rank_ends_the_other_and_a_restart_resumes_exactly(
 @pytest.mark.parametrize("step", [1, 5, 9])
 def test_rank_0_killed(train, tmp_path, whole, step):
     (killed, _, _), (code, _, said) = train("SIGKILL", "0", str(step))
-    assert (killed, code) == (-9, 1)
+    assert (killed, code) == (-9, TRY_ELSEWHERE)
     line = said.splitlines()[-1]
     assert line.startswith("error: rank 0 (process ")
     assert line.endswith("`dvc repro` goes on from rank 0's newest checkpoint")
