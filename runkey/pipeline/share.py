@@ -140,6 +140,8 @@ class CheckpointSender:
             )
             self._last.set()
             self._thread.join(seconds)
+            if not self.failures and (self.sent is None or self.sent.step != found.step):
+                logger.warning("it was not sent: no answer in time, or no MLflow run yet")
         self.abandon()
 
     # What follows runs in the thread.
