@@ -25,11 +25,20 @@ POLL_SECONDS = 0.5
 TRY_ELSEWHERE = 75
 SHOWN_LINES = 20
 """Last lines of a trial's output, sent back with its exit code."""
-# The trial ends with the worker that runs it, however that ends: the kernel sends it SIGTERM.
-WITH_PARENT = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); "
-    "os.getppid() == int(sys.argv[1]) or sys.exit(75); os.execvp(sys.argv[2], sys.argv[2:])"
+# Runs between a worker and its trial.  When a sweep ends, Ray kills a worker's children and process
+# group.  The trial is the child of this program, in another group; the kernel sends it SIGTERM when
+# this program dies, so that it writes a checkpoint.
+GUARD = f"""\
+import ctypes, signal, subprocess, sys
+die_with_parent = ctypes.CDLL(None).prctl
+die_with_parent(1, signal.SIGKILL)
+trial = subprocess.Popen(
+    sys.argv[1:], start_new_session=True, preexec_fn=lambda: die_with_parent(1, signal.SIGTERM)
 )
+signal.signal(signal.SIGTERM, lambda *_: trial.terminate())
+code = trial.wait()
+sys.exit({TRY_ELSEWHERE} if code < 0 else code)
+"""
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
@@ -60,7 +69,7 @@ def run_trial(job: dict, board) -> dict:  # noqa: ANN001
     log = folder / job["log"]
     log.parent.mkdir(parents=True, exist_ok=True)
     own = folder / ".venv/bin/python"
-    command = [sys.executable, "-c", WITH_PARENT, str(os.getpid())]
+    command = [sys.executable, "-c", GUARD]
     command += [str(own) if own.exists() else job["python"], "-m", "runkey", *job["arguments"]]
     # A worker's other variables name Ray's own Python.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHON"))}

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runkey.errors import TRY_ELSEWHERE, RunkeyError
+from runkey.errors import RunkeyError
 from runkey.sweep.executor import Ended, Trial, last_line
 
 logger = logging.getLogger(__name__)
@@ -131,8 +131,8 @@ class RayExecutor:
                 logger.info(f"{event['key'][:12]} runs on {event['host']}, log {event['log']}")
             elif event["key"] in self._running:
                 self._running.discard(event["key"])
-                code = event["code"] if event["code"] >= 0 else TRY_ELSEWHERE  # killed by a signal
-                self._ended.append(Ended(event["key"], code, last_line(event["text"])))
+                said = last_line(event["text"])
+                self._ended.append(Ended(event["key"], event["code"], said))
         ended, self._ended = self._ended, []
         return ended
 
