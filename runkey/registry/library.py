@@ -20,15 +20,16 @@ from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from sqlite3 import Connection
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from runkey import paths
 from runkey.errors import RecipeError, RegistryError, RunkeyError
-from runkey.files import open_plain, read_plain
+from runkey.files import FormatError, open_plain, read_plain
 from runkey.identity import record_cache
 from runkey.identity.key import ANY_KEY, ANY_SCHEMA, SCHEMA, SCHEMAS, SHORT
 from runkey.identity.record import DETAILS, KEY, Details, LoggedRun, Record, age
 from runkey.progress import each
+from runkey.registry.answers import checked
 from runkey.registry.query import RUN, Query, choose, filters, order_by, select, value_of
 from runkey.registry.rest import RestClient, RestError, UnreachedError
 
@@ -234,7 +235,7 @@ class ServerLibrary:
             data = self.client.artifact_bytes(record.run.run_id, DETAILS)
         except RegistryError as error:
             away = self._offline and isinstance(error, UnreachedError)
-            if away or (isinstance(error, RestError) and error.is_absent):
+            if away or self._is_absent(error, record, DETAILS):
                 return record
             raise _behind(error, record, DETAILS) from None
         whole = _add_details(record, data, f"{record.label}: ")
@@ -250,11 +251,28 @@ class ServerLibrary:
             file = self.client.artifact(record.run.run_id, inner, stored.size if stored else None)
             return cast("AbstractContextManager[BinaryIO]", file)
         except RestError as error:
-            if error.is_absent:
+            if self._is_absent(error, record, inner):
                 raise NotStoredError(
                     f"{record.label}: {path}: not to be had (run {record.run.run_id}; {error})"
                 ) from None
             raise _behind(error, record, path) from None
+
+    def _is_absent(self, error: RegistryError, record: Record, path: str) -> bool:
+        """Return True if an error means for certain that a run has no such artifact.
+
+        Of a file that S3 has not, MLflow says HTTP 500, as of a store that is down; it lists the
+        files of a store that is up.
+        """
+        if not isinstance(error, RestError) or error.is_absent or error.status < 500:
+            return isinstance(error, RestError) and error.is_absent
+        folder = str(PurePosixPath(path).parent).removeprefix(".")
+        query = {"run_id": record.run.run_id} | ({"path": folder} if folder else {})
+        try:
+            answer = self.client.get("artifacts/list", query)
+            files = checked(list[dict[str, Any]], answer.get("files", []))
+        except (RegistryError, FormatError):
+            return False
+        return not any(one.get("path") == path for one in files)
 
     def _search(
         self, filter_string: str, order: tuple[str, ...] = (), page: int | None = None

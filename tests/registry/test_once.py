@@ -15,7 +15,7 @@ import pytest
 from runkey.errors import RegistryError
 from runkey.registry import once
 from runkey.registry.claims import Claim, Claims, FileClaims, newest, open_claims
-from runkey.registry.library import open_library
+from runkey.registry.library import NotStoredError, ServerLibrary, open_library
 from runkey.registry.once import Decision, Rhythm
 from runkey.registry.rest import RestError
 from runkey.tracking.store import free_port
@@ -357,3 +357,21 @@ def test_who_waits_does_not_outlast_a_server_that_is_gone(
     decision = decide(claims=Interrupted(Path(claims.place), 10**9))
     assert decision.claim is None
     assert decision.line.endswith("cannot be reached; trained here without a claim")
+
+
+@pytest.mark.parametrize(
+    ("fails", "path", "kind"),
+    [
+        ("get-artifact", "dvc.json", NotStoredError),  # not listed: S3 has it not
+        ("get-artifact", "run.json", RestError),  # listed
+        ("", "dvc.json", RestError),  # S3 is down: it lists nothing
+    ],
+)
+def test_an_error_of_the_store_is_not_an_absent_file(
+    tmp_path: Path, fails: str, path: str, kind: type[RegistryError]
+) -> None:
+    record = make_run(tmp_path, KEY)
+    with OddServer(OddAnswer("fails", body("", status="500 Oops"), fails)) as server:
+        library = ServerLibrary(server.address, tmp_path)
+        with pytest.raises(kind):
+            library.open_file(record, path)
