@@ -33,6 +33,7 @@ EXCLUDED = (
     "runkey/plots/",
     "runkey/progress.py",
     "runkey/registry/",
+    "runkey/sweep/",
     "runkey/tracking/",
     "runkey/training/progress.py",
     "runkey/version.py",
