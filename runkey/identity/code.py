@@ -39,6 +39,7 @@ EXCLUDED = (
     "runkey/version.py",
     "runkey/pipeline/once.py",
     "runkey/pipeline/record.py",
+    "runkey/pipeline/share.py",
 )
 """Files that do not change a run's results: command line, telemetry, pictures, errors, progress,
 and the code of the keys themselves (which `runkey.identity.key.SCHEMA` stands for).  A folder ends
