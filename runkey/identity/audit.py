@@ -51,7 +51,9 @@ def watch_loader(root: Path, stage: str) -> None:
 class _Watch:
     def __init__(self, root: Path, stage: str) -> None:
         self._root, self._stage, self._start = root, stage, f"{root}/"
-        homes = (f"{Path(home).resolve()}/" for home in (sys.prefix, sys.base_prefix))
+        # An environment may be a link, such as a .venv that clones share.
+        named = [Path(home) for home in (sys.prefix, sys.base_prefix)]
+        homes = {f"{path}/" for home in named for path in (home, home.resolve())}
         self._homes = tuple(home for home in homes if home.startswith(self._start))
         self._allowed: set[str] = set()
         self._local = threading.local()

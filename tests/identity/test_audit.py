@@ -70,11 +70,13 @@ stages:
 }
 
 
-def run(project: Path, *texts: str, before: str = "pass") -> list[str]:
+def run(
+    project: Path, *texts: str, before: str = "pass", python: str | Path = sys.executable
+) -> list[str]:
     """Run the stage `probe` with some statements in it; return what it printed, a line of each."""
     (project / "stages/probe.py").write_text(MAIN.format(texts=texts, before=before))
     done = subprocess.run(
-        [sys.executable, "-m", "stages.probe"],
+        [python, "-m", "stages.probe"],
         cwd=project,
         env={**os.environ, "PYTHONPATH": ""},
         capture_output=True,
@@ -154,6 +156,12 @@ COVERED = (
 
 def test_what_the_key_covers_is_read(project: Path) -> None:
     assert run(project, *COVERED) == ["done"] * len(COVERED)
+
+
+def test_an_environment_may_be_a_link(project: Path) -> None:
+    (project / ".venv").symlink_to(sys.prefix)
+    python = project / ".venv/bin/python"
+    assert run(project, "import numpy", before="import ruamel.yaml", python=python) == ["done"]
 
 
 @pytest.mark.parametrize(
