@@ -256,6 +256,8 @@ class ServerLibrary:
                     f"{record.label}: {path}: not to be had (run {record.run.run_id}; {error})"
                 ) from None
             raise _behind(error, record, path) from None
+        except UnreachedError as error:
+            raise _behind(error, record, path) from None
 
     def _is_absent(self, error: RegistryError, record: Record, path: str) -> bool:
         """Return True if an error means for certain that a run has no such artifact.
@@ -293,10 +295,12 @@ class ServerLibrary:
 
 def _behind[E: RegistryError](error: E, record: Record, path: str) -> E:
     """Return the error of an artifact's request, with its store if the server itself answered."""
-    if not isinstance(error, RestError) or error.status < 500:
-        return error
     store = f"is the store behind it up? It keeps {record.run.artifact_uri}"
     text = f"{record.label}: {path}: {error}; {store}"
+    if isinstance(error, UnreachedError):  # MLflow itself waits long for S3
+        return type(error)(text)
+    if not isinstance(error, RestError) or error.status < 500:
+        return error
     return type(error)(text, error.code, error.status)
 
 
