@@ -66,6 +66,7 @@ def test_the_tree_as_it_stands_and_what_it_needs_beside(repository):
     repository.write("staged.txt", "new, and known to git\n")
     repository.git("add", "staged.txt")
     (repository.root / "gone.txt").unlink()
+    make_recipe("train", repository.root)  # what it parsed is kept in .runkey/
     before = state(repository)
 
     key, oid = take(repository)
