@@ -119,7 +119,8 @@ class Detector(nn.Module):
             if self.level_embed is not None:
                 position = position + self.level_embed[number]
             levels.append(Level((height, width), padding))
-            every.append(features.flatten(2).transpose(1, 2))
+            # torch multiplies strided tokens by other kernels where weights need no gradient.
+            every.append(features.flatten(2).transpose(1, 2).contiguous())
             positions.append(position)
         tokens, position = self.input_norm(_joined(every)), _joined(positions)
         masks = [level.padding.flatten(1) for level in levels if level.padding is not None]
