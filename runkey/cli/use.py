@@ -265,7 +265,8 @@ def export_model(
         from runkey.pipeline.speed import fastest_export
 
         choice, name = fastest_export(folder, max_ap_loss)
-        say(f"{name}: the fastest of `runkey speed` that loses at most {max_ap_loss:g} points")
+        lost = counted(f"{max_ap_loss:g}", "point")
+        say(f"{name}: the fastest of `runkey speed` that loses at most {lost}")
     found = find_sources(map(str, images)).sources if images else []
     done = export_model(
         folder,

@@ -309,7 +309,8 @@ def describe(report: SpeedReport, model: str, max_ap_loss: float) -> list[str]:
     try:
         fastest = report.pick(max_ap_loss)
         lines.append(
-            f"fastest that loses at most {max_ap_loss:g} points: {fastest.choice.name},"
+            f"fastest that loses at most {counted(f'{max_ap_loss:g}', 'point')}:"
+            f" {fastest.choice.name},"
             f" {_gain(report, fastest)}, AP {fastest.ap:.3f} ({base.ap:.3f})"
         )
         written = report.pick(max_ap_loss, exported=True)

@@ -31,7 +31,7 @@ from runkey.identity.record import LoggedRun, Record
 from runkey.registry.library import ServerLibrary
 from runkey.registry.query import Condition, Field, Query
 from runkey.registry.rest import RestClient
-from runkey.units import MIB, format_bytes
+from runkey.units import MIB, counted, format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Manifest:
             if file.size < 0 or not re.fullmatch(r"[0-9a-f]{64}", file.sha256):
                 raise ValueError(f"{name}: no size or no hash")
         if len(self.files) > _MOST_FILES:
-            raise ValueError(f"{len(self.files)} files")
+            raise ValueError(counted(len(self.files), "file"))
         if self.checkpoint not in self.files and self.anchor not in self.files:
             raise ValueError(f"no checkpoint of step {self.step}")
         if not _KEY.fullmatch(self.key) or min(self.generation, self.number) < 1:

@@ -128,7 +128,7 @@ class RayExecutor:
             if event["event"] == "gone":
                 raise RunkeyError(f"{self.place}: {self._why()}; see {self._errors}")
             if event["event"] == "started":
-                logger.info(f"{event['key'][:12]} runs on {event['host']}, log {event['log']}")
+                logger.info(f"{event['key'][:12]} is on {event['host']}, log {event['log']}")
             elif event["key"] in self._running:
                 self._running.discard(event["key"])
                 said = last_line(event["text"])

@@ -103,7 +103,7 @@ def grid(space: Space) -> list[Point]:
             raise ParamsError(f"-S {name}={allowed.kind}:...: a range needs --random N or --tpe N")
     lists = [one.values for one in space.values() if isinstance(one, Choices)]
     if (count := math.prod(map(len, lists))) > MOST_POINTS:
-        raise ParamsError(f"the grid has {count:,} points, at most {MOST_POINTS:,} are allowed")
+        raise ParamsError(f"the grid has {count:,} of at most {MOST_POINTS:,} points")
     return [dict(zip(space, values, strict=True)) for values in itertools.product(*lists)]
 
 
