@@ -302,6 +302,7 @@ class FileClaims(Claims):
 
 
 _TAG = "runkey."
+_MOST_GENERATIONS = 1000
 _FIRST_TIME = 10**12
 """Beats from here on are times: older versions of runkey count them from 0 on servers too."""
 
@@ -352,15 +353,17 @@ class ServerClaims(Claims):
         A search goes through all models of the server; names are found by the database's index.
         Generations have no gaps but those that somebody made by deleting models.
         """
-        found, generation = None, first
-        while True:
+        found = None
+        for generation in range(first, first + _MOST_GENERATIONS):
             claim = Claim(key=key, generation=generation)
             model = self._client.model(_name(claim))
             if model:
                 found = _parse_model(model, key, generation)
             elif generation > first:
                 return found
-            generation += 1
+        raise RegistryError(
+            f"{self._client.address}: has more than {_MOST_GENERATIONS} claims of {key}; is it MLflow?"
+        )
 
     def next_beat(self, beat: int) -> int:
         """See `Claims`."""

@@ -143,7 +143,10 @@ class RestClient:
             answer = self.get("registered-models/get", {"name": name})
         except AbsentError:
             return None
-        return self._checked(Model, answer.get("registered_model"), "registered_model")
+        found = self._checked(Model, answer.get("registered_model"), "registered_model")
+        if found.name != name:
+            raise self._strange(f"registered_model: {found.name[:100]!r}, asked for {name}")
+        return found
 
     def now_ms(self) -> int | None:
         """Return the server's time in milliseconds since 1970, right to 2 s or one answer's delay.
