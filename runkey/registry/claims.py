@@ -361,9 +361,8 @@ class ServerClaims(Claims):
                 found = _parse_model(model, key, generation)
             elif generation > first:
                 return found
-        raise RegistryError(
-            f"{self._client.address}: has more than {_MOST_GENERATIONS} claims of {key}; is it MLflow?"
-        )
+        count = f"more than {_MOST_GENERATIONS} claims of {key}"
+        raise RegistryError(f"{self._client.address}: has {count}; does it run MLflow?")
 
     def next_beat(self, beat: int) -> int:
         """See `Claims`."""

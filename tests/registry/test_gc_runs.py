@@ -115,6 +115,9 @@ class Elsewhere:
     def matching(self, prefix):
         return [replace(record, details=None) for record in self.library.matching(prefix)]
 
+    def find(self, query):
+        return self.library.find(query)
+
     def with_details(self, record):
         return next(r for r in self.library.matching(record.key) if r.run == record.run)
 
