@@ -216,7 +216,7 @@ def _evaluation(folder: Path, names: list[str]) -> None:
 
 def _runs(root: Path, recipe: Recipe) -> None:
     home, database = root / ".runkey", root / "mlflow.db"
-    home.mkdir()
+    home.mkdir(exist_ok=True)
     store = Store(f"sqlite:///{database}", root / "mlartifacts", home)
     client = open_client(store)
     place = experiment_id(client, store, "tiny")
