@@ -245,7 +245,7 @@ def _lost_tasks(revs: Sequence[str]) -> dict[str, int]:
 
 
 def _has_not_ended(tasks: Path, rev: str) -> bool:
-    """Return True if DVC started the process of a task, and nobody noted its end."""
+    """Return True if DVC started the process of a task and has not recorded its end."""
     files = tasks.glob(f"{rev}*/{rev}*.json")
     return any(read_json(file, dict[str, Any]).get("returncode") is None for file in files)
 

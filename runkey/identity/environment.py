@@ -93,15 +93,15 @@ def environment_preimage(lock: Path, platform: str = PLATFORM) -> dict[str, Any]
     """Return what the environment part hashes: the platform and its packages."""
 
     def read() -> dict[str, Any]:
-        return {"platform": platform, "packages": [p.row() for p in read_lock(lock, platform)]}
+        packages = [p.row() for p in read_lock(lock, platform)]
+        if sha256_bytes(read_plain(lock)) != sha256:  # before the value is kept
+            raise LockError(f"{lock.name}: changed while it was read; repeat the command")
+        return {"platform": platform, "packages": packages}
 
     if not lock.is_file():
-        return read()  # says what is missing
+        read_lock(lock, platform)  # says what is missing
     sha256 = sha256_bytes(read_plain(lock))
-    found = keep(f"lock {platform} {sha256}", read)
-    if sha256_bytes(read_plain(lock)) != sha256:
-        raise LockError(f"{lock.name}: changed while it was read; repeat the command")
-    return found
+    return keep(f"lock {platform} {sha256}", read)
 
 
 def normalise_name(name: str) -> str:

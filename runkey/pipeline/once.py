@@ -234,7 +234,7 @@ def _clear(claim: KeyClaim) -> None:
 
 
 def _remove_shared(library: ServerLibrary, key: str) -> None:
-    """Delete the checkpoints on the server that nobody needs any more."""
+    """Delete the key's checkpoints from the server: its run is recorded."""
     try:
         remove_all(library, key)
     except RegistryError as error:

@@ -304,7 +304,7 @@ def shared_checkpoints(claim: KeyClaim, params: Params) -> Iterator[CheckpointSe
         sender.abandon()
 
 
-# Going on from a checkpoint that another machine has sent. Whoever may write to the server made it.
+# Resuming from another machine's checkpoint, which anyone who may write to the server can forge.
 
 
 def receive_checkpoint(claim: KeyClaim, params: Params, root: Path) -> None:

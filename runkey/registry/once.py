@@ -154,7 +154,7 @@ class HeldClaim:
         """
         self.claim = replace(self.claim, **changes)
         rhythm, now = self._rhythm, _clock()
-        # Nobody takes over a claim that beats: one look in three beats is enough, but after a gap.
+        # A claim that beats is not taken over: every third beat looks, and the first after a gap.
         is_due = now - self._looked > 2.5 * rhythm.beat_seconds
         has_gap = now - self._reached > rhythm.dead_after / 2
         try:
@@ -264,7 +264,7 @@ def wait_for_other(
 ) -> Record | None:
     """Return the whole run of a key, after another process that trains it has ended.
 
-    None: there is none, and nobody trains it, so that this machine may.
+    None: there is none and no process trains it, so this machine may.
 
     Raises:
         StoppedError: another process trains it and `wait` is False.

@@ -185,7 +185,7 @@ class LocalExecutor:
             code = one.process.poll()
             if code is not None:
                 del self._running[key]
-                # Killed by a signal that nobody here sent: for want of memory, most likely.
+                # Killed by a signal of another program: most likely memory ran out.
                 ended.append(Ended(key, TRY_ELSEWHERE if code < 0 else code, last_line_of(one.log)))
         return ended
 
