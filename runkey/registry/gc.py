@@ -2,8 +2,8 @@
 
 That is: runs that failed or whose process is gone, with a snapshot that no other run needs, unless
 a training could resume them; folders of trainings whose key a finished run has, and checkpoints of
-such a key on a server; claims that a newer generation has replaced; worktrees and half-written
-files that no process uses; copies of weights; decoded images.
+such a key on a server; claims that a newer generation has replaced; worktrees, environments and
+half-written files that no process uses; copies of weights; decoded images.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ _HALF_WRITTEN_SECONDS = 86400.0
 
 # fmt: off
 Kind = Literal[
-    "run", "checkpoint", "shared", "claim", "worktree", "leftover", "weights", "images",
+    "run", "checkpoint", "shared", "claim", "worktree", "environment", "leftover", "weights",
+    "images",
     "model", "experiment", "run-cache", "snapshot",
 ]
 # fmt: on
@@ -141,6 +142,7 @@ def collect(scope: Scope, older_than_days: float = 0.0) -> list[Item]:
         _shared_checkpoints(scope),
         _claims(scope, going),
         _worktrees(scope),
+        _environments(scope),
         _leftovers(scope),
         _initial_weights(scope),
         _decoded_images(scope),
@@ -317,6 +319,21 @@ def _worktrees(scope: Scope) -> Iterator[Item]:
         )
 
 
+def _environments(scope: Scope) -> Iterator[Item]:
+    """What `runkey trial` installed for commits with another lock and no process uses.
+
+    The lock's time is that of the last trial, see `runkey.sweep.trial.python_of`.
+    """
+    for path in sorted(scope.home.glob("environments/*/")):
+        lock = path / LOCK
+        used = lock.stat().st_mtime if lock.is_file() else _changed(path)
+        if path.is_symlink() or scope.now - used < _QUIET_SECONDS or has_processes(path):
+            continue
+        remove, name = partial(remove_path, path), f"environments/{path.name}"
+        why = "no process uses it; a trial installs it again"
+        yield Item("environment", name, why, size_of(path), scope.age(used * 1000), remove)
+
+
 def _leftovers(scope: Scope) -> Iterator[Item]:
     """Files that were being written when their process died."""
     places = [
@@ -379,10 +396,13 @@ def _has_weights(library: Library, record: Record, digest: str) -> bool:
 
 
 def has_processes(path: Path) -> bool:
-    """Return True if a process of this machine has its current folder in `path`."""
+    """Return True if a process of this machine was started from, or works in, a folder."""
     top = path.resolve()
-    folders = (process.info["cwd"] for process in psutil.process_iter(["cwd"]))
-    return any(folder and Path(folder).is_relative_to(top) for folder in folders)
+    return any(
+        place and Path(place).is_relative_to(top)
+        for process in psutil.process_iter(["cwd", "cmdline"])
+        for place in (process.info["cwd"], *(process.info["cmdline"] or ())[:1])
+    )
 
 
 def _changed(path: Path) -> float:

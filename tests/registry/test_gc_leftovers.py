@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+import venv
 from dataclasses import replace
 
 from runkey.registry.claims import this_owner
@@ -52,6 +53,23 @@ def test_worktrees_nobody_works_in(house):
     assert "rk2-ended-1" not in listed
     assert "rk2-used-2" in listed
     assert unknown.exists()
+
+
+def test_environments_that_no_trial_uses(house):
+    path = house.folder("environments/0123456789ab")
+    venv.create(path / "packages", symlinks=True)
+    (path / "lock").touch()
+    python = path / "packages/bin/python"
+    assert house.items() == []  # a trial began within the hour
+    os.utime(path / "lock", (0, 0))
+    child = subprocess.Popen([python, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        assert house.items() == []
+    finally:
+        child.communicate(b"\n", timeout=20)
+    assert house.offered() == {("environment", "environments/0123456789ab")}
+    house.apply()
+    assert not path.exists()
 
 
 def test_a_worktree_that_git_does_not_know_goes_too(house):
