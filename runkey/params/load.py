@@ -169,6 +169,12 @@ def override(params: Params, changes: Mapping[str, Any]) -> Params:
         ParamsError: as `load_params`.
     """
     tree = params.written()
+    set_values(tree, changes)
+    return parse_params(tree)
+
+
+def set_values(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Set values by dotted name in the tree of a params.yaml; ParamsError if one cannot be."""
     for name, value in changes.items():
         section, *rest = tree, *name.split(".")
         for part in rest[:-1]:
@@ -176,7 +182,6 @@ def override(params: Params, changes: Mapping[str, Any]) -> Params:
             if not isinstance(section, dict):
                 raise ParamsError(f"{name}: {part} is not a section of params.yaml")
         section[rest[-1]] = value
-    return parse_params(tree)
 
 
 def as_text(value: object) -> str:

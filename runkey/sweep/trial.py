@@ -27,13 +27,14 @@ from typing import Any, TextIO
 
 from ruamel.yaml import YAML
 
-from runkey.errors import ParamsError, RegistryError, RunkeyError, StoppedError
+from runkey.errors import RegistryError, RunkeyError, StoppedError
 from runkey.files import copy_atomically, read_text, write_atomically
 from runkey.hashing import sha256_file
 from runkey.identity.dvc_yaml import read_yaml_text
 from runkey.identity.key import make_recipe, short_key
 from runkey.identity.record import Record
 from runkey.params import Params, load_params
+from runkey.params.load import set_values
 from runkey.paths import LOCK, PARAMS, REQUIREMENTS
 from runkey.registry.checkout import clean_environment, fetch_data, run_dvc, share_cache
 from runkey.registry.claims import newest, open_claims, state_now
@@ -193,13 +194,7 @@ def set_params(root: Path, changes: Mapping[str, Any]) -> None:
     """Change values in a workspace's params.yaml, and nothing else in it."""
     yaml, file, text = YAML(), root / PARAMS, io.StringIO()
     tree = yaml.load(read_text(file))
-    for name, value in changes.items():
-        section, *rest = tree, *name.split(".")
-        for part in rest[:-1]:
-            section = section.setdefault(part, {})
-            if not isinstance(section, dict):
-                raise ParamsError(f"{name}: {part} is not a section of params.yaml")
-        section[rest[-1]] = value
+    set_values(tree, changes)
     yaml.dump(tree, text)
     write_atomically(file, text.getvalue())
 
