@@ -148,14 +148,16 @@ def plan_memory(
     training = params.training
     model, digest = read_model(folder / MODEL, training.batch_size), sha256_file(folder / MODEL)
     outside = 0
+    # Gradients are copied into buckets while others are still computed: at most all of them.
+    buckets = model.gradient_bytes if processes > 1 else 0
     if device.type == "cpu":
         # The line that was measured for this very memory.json, else the predicted one.
-        bound, alternatives = _on_cpu(model, read_line(folder, digest) or cpu_line(model.cpu))
+        line = read_line(folder, digest) or cpu_line(model.cpu)
+        bound, alternatives = _on_cpu(model, line, buckets)
     else:
         gpu = Gpu(torch.cuda.get_device_capability(device))
         found = correction(read_trials(trials), this_platform(device), digest)
         outside = found.outside_bytes or gpu.context_bytes
-        buckets = model.gradient_bytes if processes > 1 else 0
         in_fp32 = training.precision == "auto" and not gpu.has_bf16
         bound, alternatives = _on_gpu(model, found.factor, buckets, in_fp32=in_fp32)
     budget = memory_budget(params.memory.budget_gib, device, outside)
@@ -175,15 +177,15 @@ def plan_memory(
     )
 
 
-def _on_cpu(model: MemoryModel, line: Line) -> tuple[Bound, dict[str, int]]:
-    """Return the bound, and the bytes of one image with each change of params.yaml."""
+def _on_cpu(model: MemoryModel, line: Line, buckets: int) -> tuple[Bound, dict[str, int]]:
+    """Return the bound, and the bytes of one image with each change, both plus `buckets`, bytes."""
     alternatives = {}
     for one in model.alternatives:
         if one.name not in ("bf16", "fp32"):
             part = one.estimate.line.bytes_per_image / model.gpu.line.bytes_per_image
             smaller = replace(line, bytes_per_image=line.bytes_per_image * part)
-            alternatives[one.change] = smaller.at(1)
-    return line.at, alternatives
+            alternatives[one.change] = smaller.at(1) + buckets
+    return lambda images: line.at(images) + buckets, alternatives
 
 
 def _on_gpu(

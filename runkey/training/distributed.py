@@ -8,12 +8,12 @@ boxes, signals, metrics) and waits as long as it takes: rank 0 evaluates and wri
 wait. The devices' group carries sums of tensors. Beside them `runkey.training.rank_monitor` watches
 the other ranks, and disconnects the hosts' group when one is lost: gloo would wait for it for ever.
 
-torch's DistributedDataParallel is not used. It sums gradients during the last backward pass, so a
-rank whose memory runs out there leaves the others in the middle of an exchange, which its reducer
-cannot recover from; and it needs a forward pass on ranks that have no image of a small last batch.
-Here each rank accumulates its share alone, can discard it and try again in smaller micro-batches,
-and one all-reduce sums all gradients when every rank has reported success
-(`runkey.training.optimizer`). The cost is that this exchange does not overlap with a backward pass.
+torch's DistributedDataParallel is not used. A rank whose memory runs out in the last backward pass
+leaves the others in the middle of an exchange, which its reducer cannot recover from; and it needs
+a forward pass on ranks that have no image of a small last batch. Here, too, gradients are sent in
+buckets while the last backward pass goes on (`runkey.training.optimizer.GradientExchange`), but a
+rank always sends all of them, zeros if it has to. Then each reports whether its part counts; if one
+does not, all ranks discard the sums and compute the global batch again.
 """
 
 from __future__ import annotations
@@ -231,6 +231,21 @@ class World:
         if self.size > 1:
             with self._naming_lost_ranks():
                 dist.all_reduce(tensor, group=self.device_group if tensor.is_cuda else None)
+
+    def start_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
+        """Start what `all_reduce` does, on several ranks; return a function that waits for it.
+
+        All ranks start the same sums in the same order. The tensor must not be used before.
+        """
+        group = self.device_group if tensor.is_cuda else None
+        with self._naming_lost_ranks():
+            work = dist.all_reduce(tensor, group=group, async_op=True)
+
+        def wait() -> None:
+            with self._naming_lost_ranks():
+                work.wait()
+
+        return wait
 
     def shutdown(self) -> None:
         """Allow other ranks to end: all have reached the same end."""

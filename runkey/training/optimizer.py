@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -255,20 +256,100 @@ def _flatten(tensors: list[Tensor], layout: FlatLayout) -> Tensor:
 
 # Gradients over ranks.
 
+_BUCKET_BYTES = 25 * 2**20
+"""Most bytes of a bucket, unless one parameter has more."""
+_FEWEST_BUCKETS = 4
+"""Of a model that is smaller; the costs of each are measured by `benchmarks.ranks`."""
 
-def sum_gradients(parameters: Iterable[Tensor], world: World) -> None:
-    """Make each gradient the sum over ranks, the same bits on all of them.
 
-    They travel in one flat tensor, into which they are copied once a step: by then the activations
-    are gone, so the copy does not add to the step's peak of memory. A rank without a gradient (it
-    has no image of this global batch) adds zero. All ranks have the parameters in the same order.
+class GradientExchange:
+    """Sum of each gradient over ranks, sent in buckets while a backward pass computes the others.
+
+        with exchange.overlap():       # in a rank's last micro-batch
+            loss.backward()
+        exchange.finish()
+
+    A bucket is copied into one flat tensor, of which its gradients are views afterwards, and sent
+    when all its gradients and all buckets before it are finished. So the copy adds one bucket to
+    the memory of a step. Every rank sends the same buckets in the same order, whatever happens to
+    it: `finish` sends those that are left, with zeros for gradients that are missing. The sums are
+    the same bits on all ranks, and do not depend on when a bucket is sent.
     """
-    for group, layout in flat_groups(parameters):
-        flat = group[0].new_zeros(layout.size)
+
+    def __init__(self, parameters: Iterable[Tensor], world: World) -> None:
+        """Plan the buckets.
+
+        Args:
+            parameters: on all ranks in the same order, about that in which a backward pass finishes
+                their gradients.
+            world: the ranks.
+        """
+        self._world = world
+        self._buckets = [(group, FlatLayout(group)) for group in _buckets(list(parameters))]
+        self._index = {id(p): i for i, (group, _) in enumerate(self._buckets) for p in group}
+        self._missing: list[set[int]] = []
+        self._waits: list[Callable[[], None]] = []
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a part of this rank's gradients has been sent, and `finish` was not called."""
+        return bool(self._waits)
+
+    @contextmanager
+    def overlap(self) -> Iterator[None]:
+        """Send each bucket as soon as a backward pass in this block has finished it."""
+        self._missing = [{id(p) for p in group} for group, _ in self._buckets]
+        hooks = [
+            p.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
+            for group, _ in self._buckets
+            for p in group
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _note(self, parameter: Tensor) -> None:
+        """Take note of a finished gradient; called by the backward pass."""
+        index = self._index[id(parameter)]
+        if index < len(self._waits):
+            raise RuntimeError("a gradient has changed after it was sent to the other ranks")
+        self._missing[index].discard(id(parameter))
+        while len(self._waits) < len(self._buckets) and not self._missing[len(self._waits)]:
+            self._send()
+
+    def finish(self) -> None:
+        """Send the buckets that are left, and wait for all; raises LostRankError."""
+        while len(self._waits) < len(self._buckets):
+            self._send()
+        waits, self._waits = self._waits, []
+        for wait in waits:
+            wait()
+
+    @torch.no_grad()
+    def _send(self) -> None:
+        group, layout = self._buckets[len(self._waits)]
+        has_all = all(p.grad is not None for p in group)
+        flat = group[0].new_empty(layout.size) if has_all else group[0].new_zeros(layout.size)
         views = layout.views(flat)
         ours = [(v, p.grad) for v, p in zip(views, group, strict=True) if p.grad is not None]
         if ours:
             torch._foreach_copy_([v for v, _ in ours], [g for _, g in ours])
         for parameter, view in zip(group, views, strict=True):
             parameter.grad = view
-        world.all_reduce(flat)
+        self._waits.append(self._world.start_all_reduce(flat))
+
+
+def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield parameters of one dtype, in order, as many as fit in a bucket."""
+    size = min(_BUCKET_BYTES, sum(p.nbytes for p in parameters) // _FEWEST_BUCKETS)
+    bucket: list[Tensor] = []
+    for parameter in parameters:
+        held = sum(p.nbytes for p in bucket)
+        if bucket and (held + parameter.nbytes > size or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket

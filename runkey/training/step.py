@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import cast
@@ -31,10 +32,10 @@ from runkey.training.device import Precision, draw_depth, seed_step
 from runkey.training.distributed import World
 from runkey.training.optimizer import (
     Clipper,
+    GradientExchange,
     current_rates,
     guarded_step,
     set_rates,
-    sum_gradients,
     trained_parameters,
 )
 from runkey.training.tensors import flat_groups
@@ -118,6 +119,14 @@ class TrainStep:
     def statistics(self) -> RunningStatistics:
         """The model's running statistics."""
         return RunningStatistics(self.model)
+
+    @cached_property
+    def exchange(self) -> GradientExchange:
+        """Of the gradients, with the other ranks."""
+        trained = {id(p) for p in trained_parameters(self.optimizer)}
+        parameters = [p for p in self.model.parameters() if id(p) in trained]
+        # Backward passes finish about in this order: heads, decoder, encoder, backbone.
+        return GradientExchange(reversed(parameters), self.world)
 
     def reseed(self, seed: int, step: int, rank: int) -> None:
         """Make a step's noise and its number of decoder layers a function of the arguments."""
@@ -226,7 +235,9 @@ def accumulate_gradients(
 
     When memory runs out, this rank's gradients are discarded and its share is computed again in
     smaller micro-batches, from the same random state and running statistics: the result is what it
-    would be had the limit been known. If this raises, running statistics are as they were before.
+    would be had the limit been known. If the rank had sent a part of them to the others by then,
+    all ranks compute their shares again. If this raises, running statistics are as they were
+    before.
 
     Arguments as for `train_step`. The share is empty if there are fewer images than ranks.
 
@@ -239,14 +250,15 @@ def accumulate_gradients(
     ids = tuple(image_id for share in shares for _, some in share for image_id in some)
     normaliser = parts.criterion.normaliser(counts)
     before = parts.statistics.copy()
+    splits: list[Split] = []
 
     def undo() -> None:
         parts.optimizer.zero_grad()
         parts.statistics.restore(before, torch.ones((), device=parts.device))
 
-    def accumulate() -> BatchLosses:
+    def accumulate() -> BatchLosses | None:
+        """Return None if this rank's gradients do not count and a part of them has been sent."""
         nonlocal limit
-        splits: list[Split] = []
         while True:
             reseed()
             result = _add_gradients(parts, split_batches(batch, limit), normaliser)
@@ -257,39 +269,53 @@ def accumulate_gradients(
             torch.cuda.empty_cache()  # does nothing without a GPU
             splits.append(_halve(result))
             limit = splits[-1].limit
+            if parts.exchange.has_begun:
+                return None
 
     try:
-        losses = accumulate() if parts.world.size == 1 else _over_ranks(parts, accumulate)
+        losses = _over_ranks(parts, accumulate, undo)
     except BaseException:
         undo()
         raise
     return replace(losses, image_ids=ids, statistics=before)
 
 
-def _over_ranks(parts: TrainStep, accumulate: Callable[[], BatchLosses]) -> BatchLosses:
-    """Accumulate on every rank; when all are done, sum gradients, losses and statistics."""
+def _over_ranks(
+    parts: TrainStep, accumulate: Callable[[], BatchLosses | None], undo: Callable[[], None]
+) -> BatchLosses:
+    """Accumulate on every rank until all have succeeded; sum gradients, losses and statistics."""
     world, scaler = parts.world, parts.precision.scaler
+    if world.size == 1:
+        alone = accumulate()
+        assert alone  # nothing is sent
+        return alone
     zero = torch.zeros((), device=parts.device)
     if scaler is not None:  # makes the scaler's factor, if this rank has no image to do so
         scaler.scale(zero)
     mine = BatchLosses({})
 
-    def work() -> tuple[tuple[str, ...], tuple[str, ...], tuple[Split, ...]]:
+    def work() -> tuple[bool, tuple[str, ...], tuple[str, ...], tuple[Split, ...]]:
         nonlocal mine
-        mine = accumulate()
-        return tuple(mine.values), mine.faults, mine.splits
+        try:
+            result = accumulate()
+        finally:  # the others wait for this rank's part, whatever has become of it
+            parts.exchange.finish()
+        mine = result or BatchLosses({})
+        return result is not None, tuple(mine.values), mine.faults, mine.splits
 
     received = world.together(work)
-    sum_gradients(trained_parameters(parts.optimizer), world)
+    while not all(counts for counts, *_ in received):
+        undo()
+        received = world.together(work)
     parts.statistics.average(world)
-    names = next(names for names, _, _ in received if names)
+    names = next(names for _, names, _, _ in received if names)
     values = torch.stack([mine.values.get(name, zero) for name in names]).double()
     world.all_reduce(values)
     return BatchLosses(
         dict(zip(names, values, strict=True)),
         tuple(
             f"rank {rank}, {fault}"
-            for rank, (_, faults, _) in enumerate(received)
+            for rank, (_, _, faults, _) in enumerate(received)
             for fault in faults
         ),
         tuple(split for *_, splits in received for split in splits),
@@ -302,16 +328,19 @@ def _add_gradients(
     """Add up gradients; return the losses and faults, or the micro-batch that did not fit.
 
     In the latter case nothing refers to what was computed: the exception, whose traceback holds
-    every tensor on the way, ends in here.
+    every tensor on the way, ends in here. The last backward pass sends what it has finished to the
+    other ranks.
     """
     scaler = parts.precision.scaler
     sums: dict[str, Tensor] = {}
     faults = []
     for number, micro_batch in enumerate(batch, start=1):
+        sends = number == len(batch) and parts.world.size > 1
         try:
             losses = _forward(parts, micro_batch, normaliser)
             total = losses.total if scaler is None else scaler.scale(losses.total)
-            total.backward()  # type: ignore[no-untyped-call]
+            with parts.exchange.overlap() if sends else nullcontext():
+                total.backward()  # type: ignore[no-untyped-call]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

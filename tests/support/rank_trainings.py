@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from runkey.data.dataset import Batch, GlobalBatch
 from runkey.errors import DataError
@@ -82,6 +82,20 @@ class Deadly(ToyCriterion):
         return super().__call__(*arguments)
 
 
+def _kill_in_backward(model: ToyModel, deadly_pass: int) -> None:
+    """End this process in a backward pass (from 1), before its last gradient."""
+    left = deadly_pass
+
+    def count(_: Tensor) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    first = cast(nn.Conv2d, model.backbone[0])
+    first.weight.register_post_accumulate_grad_hook(count)  # type: ignore[no-untyped-call]
+
+
 def without_clock(values: dict[str, float]) -> dict[str, float]:
     return {k: v for k, v in values.items() if "per_second" not in k and "wait" not in k}
 
@@ -94,8 +108,9 @@ def train(
     Args:
         world: the ranks.
         folder: of the checkpoints, one after each step.
-        act: what happens: nothing, `unreadable`, a signal's name, `killed in a step`, or `poisoned`
-            (the step and the one after it have a loss that is not finite; two are too many).
+        act: what happens: nothing, `unreadable`, a signal's name, `killed in a step`, `killed in
+            backward` (when a part of the gradients has been sent), or `poisoned` (the step and the
+            one after it have a loss that is not finite; two are too many).
         rank: which rank it happens to.
         step: the step that it happens before or in, from 1.
     """
@@ -121,9 +136,12 @@ def train(
     )
     tracker = MemoryTracker()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+    model = ToyModel(dropout=0.3)
+    if mine == "killed in backward":
+        _kill_in_backward(model, 2 * int(step))
     with Interrupts() as interrupts:
         result = fit(
-            ToyModel(dropout=0.3),
+            model,
             criterion,  # type: ignore[arg-type]
             SharedLoader(world, mine, int(step)),
             _evaluate if world.is_main else _nobody_asks,

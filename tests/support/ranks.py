@@ -138,6 +138,13 @@ def scarce(world: World, mib: str) -> Any:
     return on_rank_1(world, mib)
 
 
+def exchange(world: World, scenario: str, *arguments: str) -> Any:
+    """Call a function of tests/support/exchange.py, which needs this file."""
+    from tests.support import exchange as scenarios
+
+    return getattr(scenarios, scenario)(world, *arguments)
+
+
 def main(scenario: str, out: str, *arguments: str) -> None:
     torch.set_num_threads(1)
     rank_monitor.SILENT_SECONDS = float(os.environ.get("SILENT_SECONDS", "20"))

@@ -73,9 +73,10 @@ def resumed_exactly(train, folder: Path, whole: list[Any]) -> None:
     assert same(logged, whole[0]["logged"][-len(logged) :])
 
 
-def test_a_killed_rank_ends_all_and_a_restart_resumes_exactly(train, tmp_path, whole):
+@pytest.mark.parametrize("act", ["killed in a step", "killed in backward"])
+def test_a_killed_rank_ends_all_and_a_restart_resumes_exactly(train, tmp_path, whole, act):
     began = time.monotonic()
-    (code, _, said), (killed, _, _) = train("killed in a step", "1", "3")
+    (code, _, said), (killed, _, _) = train(act, "1", "3")
     assert killed == -9
     assert code == TRY_ELSEWHERE
     line = said.splitlines()[-1]
