@@ -126,13 +126,13 @@ def compare(link: str, case: str, rounds: int) -> dict[str, list[float]]:
         return found
 
 
-def print_comparison(link: str, rounds: int) -> None:
+def print_comparison(link: str, cases: list[str], rounds: int) -> None:
     """Print a table of medians and quartiles."""
     if reason := why_not():
         raise SystemExit(f"ranks: {reason}")
     print("| each rank | cable | sent after backward, ms | during it, ms | less time |")
     print("|---|---|---|---|---|")
-    for case in CASES:
+    for case in cases:
         found = compare(link, case, rounds)
         cells = []
         for kind in ("after", "during"):
@@ -150,13 +150,14 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--link", help="rate of the cable: 1gbit, none, ...")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--rounds", type=int, default=15, help="steps of each kind")
     parser.add_argument("--steps", choices=CASES, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.steps:
         return time_steps(asked.steps, asked.rounds)
     if asked.link:
-        return print_comparison(asked.link, asked.rounds)
+        return print_comparison(asked.link, asked.cases, asked.rounds)
     if not asked.checkout:
         parser.error("--checkout or --link is needed")
     print("| processes | images/s | times one process |\n|---|---|---|")
