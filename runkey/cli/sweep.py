@@ -63,14 +63,15 @@ def trial(
 
 
 def _end_by_signals() -> None:
-    """End as Ctrl-C does when a process manager or a closed terminal says so."""
+    """End in one line after Ctrl-C, and as then if a process manager or a closed terminal asks."""
 
     def stop(number: int, _: Any) -> None:
         text = f"stopped by {signal.Signals(number).name}; the same command goes on"
         raise Interrupted(signal.Signals(number), text)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as after `nohup`
+            signal.signal(number, stop)
 
 
 def _place() -> Place:
@@ -163,6 +164,10 @@ def sweep(
     try:
         with _board(begun, record) as changed:
             begun.run(executor, changed)
+    except KeyboardInterrupt:
+        running = sum(one.state == "running" for one in begun.entries)
+        say(f"ending {counted(running, 'trial')}; a training writes a checkpoint", stderr=True)
+        raise
     finally:
         executor.close()
         record.write(begun.entries)

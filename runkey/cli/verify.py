@@ -54,7 +54,8 @@ def reproduce(
         _ask(record, foreign)
     # A process manager or a closed terminal ends it as Ctrl-C does: the pipeline ends first.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as after `nohup`
+            signal.signal(number, signal.default_int_handler)
     log_to_terminal(stderr=True)
     comparison, outcome = repeat_run(
         record,

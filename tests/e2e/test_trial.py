@@ -128,3 +128,14 @@ def test_a_commit_of_another_version_makes_its_key_by_its_own_code(tmp_path: Pat
     assert keys[0] == keys[1]
     with pytest.raises(RunkeyError, match="unknown key sed; did you mean seed"):
         key_of(tmp_path, second, {"sed": 3})
+
+
+def test_nohup_keeps_the_end_of_a_terminal_away() -> None:
+    code = "import os, signal; from runkey.cli import sweep; sweep._end_by_signals();"
+    code += " os.kill(os.getpid(), signal.SIGHUP); print('goes on')"
+    plain = [sys.executable, "-c", code]
+    outputs = [
+        subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        for command in (plain, ["nohup", *plain])
+    ]
+    assert outputs == ["", "goes on\n"]
