@@ -39,7 +39,8 @@ _PAUSE_SECONDS = 5.0
 """Between two questions to the controller, which all users of a cluster share."""
 _PATIENCE = 60.0
 # Slurm starts the script in the checkout. Before a time limit it sends USR1 (to this shell alone),
-# when it cancels the task TERM; both ask the training for a checkpoint.
+# when it cancels the task TERM; both ask the training for a checkpoint. A task that Slurm starts
+# again because its node was lost waits until the claim of the process there counts as dead.
 _SCRIPT = """\
 #!/bin/sh
 {options}
@@ -52,6 +53,8 @@ trap stop TERM INT
 rm -f "$task.code"
 eval "set -- $(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$folder/trials")"
 shift
+if [ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] && [ ! -e "$task.again" ]; then set -- "$@" --wait; fi
+rm -f "$task.again"
 {python} -m runkey "$@" &
 child=$!
 wait "$child"
@@ -59,6 +62,7 @@ code=$?
 while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done
 if [ -n "$again" ] || [ $code = {elsewhere} ]; then
   if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {most} ]; then
+    : > "$task.again"
     exec scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
   fi
 fi

@@ -20,6 +20,7 @@ from tests.support.project import wait_for
 TRIALS = [
     Trial("rk2-1", "0123abc", ("lr=0.1",)),
     Trial("rk2-2", "0123abc", ("model.backbone=timm:a b's",)),
+    Trial("rk2-3", "0123abc", (), wait=False),
 ]
 # Stands in for `python -m runkey`: says what it was asked, then waits or ends as the test wants.
 RUNKEY = """\
@@ -40,8 +41,8 @@ class Task:
 
     def __init__(self, folder: Path, code: str, *, index: int = 1, restarts: str = "") -> None:
         self.batch, self.index = folder / "batch", index
-        self.batch.mkdir()
-        (folder / "runkey").mkdir()
+        self.batch.mkdir(exist_ok=True)
+        (folder / "runkey").mkdir(exist_ok=True)
         (folder / "runkey/__init__.py").touch()
         (folder / "runkey/__main__.py").write_text(RUNKEY)
         scontrol = folder / "scontrol"
@@ -92,6 +93,18 @@ def test_code_75_asks_for_another_start_up_to_five_times(tmp_path: Path) -> None
     last = Task(tmp_path / "last", "75", index=0, restarts="5")
     assert last.code == "75"
     assert not last.asked.exists()
+
+
+def test_after_the_loss_of_its_node_it_waits_for_the_claim_of_the_dead(tmp_path: Path) -> None:
+    asked = ["trial", "0123abc", "--no-wait"]
+    lost = Task(tmp_path, "0", index=2, restarts="1")
+    assert lost.code == "0"
+    assert lost.out.read_text() == f"{[*asked, '--wait']}\n"
+    # But not where it asked for another start itself.
+    assert Task(tmp_path, "75", index=2).code == ""
+    again = Task(tmp_path, "0", index=2, restarts="1")
+    assert again.code == "0"
+    assert again.out.read_text() == f"{asked}\n"
 
 
 def test_before_its_time_is_over_it_stops_the_trial_and_asks_for_more(tmp_path: Path) -> None:
