@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,12 +33,12 @@ ENCODED = "geheim-lang%40%2F%251"
 NAMED = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": WORD}
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`host:port` of a real server that asks for a login."""
-    folder, port = tmp_path_factory.mktemp("guarded"), free_port()
+@contextlib.contextmanager
+def server(folder: Path, permission: str) -> Iterator[str]:
+    """`host:port` of a real server that asks for a login; the permission is everybody's."""
+    port = free_port()
     (folder / "auth.ini").write_text(
-        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{folder}/auth.db\n"
+        f"[mlflow]\ndefault_permission = {permission}\ndatabase_uri = sqlite:///{folder}/auth.db\n"
         f"admin_username = admin\nadmin_password = {WORD.replace('%', '%%')}\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
     )
@@ -55,6 +56,12 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"127.0.0.1:{port}"
     finally:
         stop_server(process)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with server(tmp_path_factory.mktemp("guarded"), "READ") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +164,7 @@ def test_an_address_with_a_login_is_used_and_not_shown(root: Path, host: str) ->
     dead = {"MLFLOW_TRACKING_URI": f"http://admin:{ENCODED}@127.0.0.1:9/"}
     for command in (["list"], ["ui"], ["publish", key], ["gc"], ["replay", key]):
         code, shown = start(root, "runkey", *command, **dead)
-        assert code == (0 if command == ["gc"] else 1), shown
+        assert code == 1, shown
         assert "geheim" not in shown
         assert "http://127.0.0.1:9" in shown
 
@@ -196,6 +203,27 @@ def test_who_may_only_read_reuses_and_does_not_train(root: Path, host: str) -> N
     assert "ask for permission EDIT, or set MLFLOW_TRACKING_USERNAME" in said
     assert said.count("error: ") == 1
     assert admin.model(make_recipe("train", root).key) is None  # no claim
+
+
+def test_where_nobody_sees_what_others_recorded_nothing_is_trained(
+    root: Path, tmp_path: Path
+) -> None:
+    text = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(re.sub(r"team_server: \S+", "team_server: none", text))
+    (tmp_path / "closed").mkdir()
+    with server(tmp_path / "closed", "NO_PERMISSIONS") as closed:
+        admin = RestClient(f"http://admin:{ENCODED}@{closed}")
+        admin.post("users/create", {"username": "berta", "password": "a-long-password"})
+        login = {"MLFLOW_TRACKING_USERNAME": "berta", "MLFLOW_TRACKING_PASSWORD": "a-long-password"}
+        own = {"MLFLOW_TRACKING_URI": f"http://{closed}"} | login
+        code, said = start(root, "stages.train", **own)
+        assert code == 1, said
+        asked = "(HTTP 403, registered-models/get)"
+        assert f"error: http://{closed}: this login may not do that {asked}" in said
+        assert "ask for permission EDIT" in said
+        assert said.count("error: ") == 1
+        assert not (root / "model/weights.safetensors").exists()
+        assert list(admin.models("rk2-")) == []  # no claim
 
 
 def test_a_server_that_is_down_ends_it_before_training(root: Path) -> None:
