@@ -114,7 +114,7 @@ def test_a_stopped_sweep_ends_its_trials_and_goes_on(
 
 def trained_steps(folders: Collection[Path]) -> dict[str, int]:
     """The last logged step of each training, by key."""
-    found = {}
+    found: dict[str, int] = {}
     for log in (folder / TRAIN_LOG.name for folder in folders):
         if log.exists():
             steps = [one["step"] for one in read_jsonl(log) if "values" in one and "step" in one]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import queue
+import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.claims import server
-from tests.support.claim_rounds import QUICK, Asker, Event
+from tests.support.claim_rounds import CONTAINER, QUICK, Asker, Event
 from tests.support.records import key_of
 
 COMPILER = shutil.which("cc")
@@ -58,6 +60,11 @@ def place(name: str, folder: Path) -> Iterator[str]:
         yield f"sqlite:///{folder / 'mlflow.db'}"
 
 
+def shifted(library: Path, days: int) -> tuple[str, ...]:
+    """Run a command under another date."""
+    return ("env", f"LD_PRELOAD={library}", f"SHIFT_SECONDS={days * 86400}")
+
+
 def following(events: queue.Queue[Event], kind: str) -> Event:
     while (event := events.get(timeout=120))["event"] != kind:
         assert event["event"] not in ("error", "lost", "alone"), event
@@ -72,12 +79,9 @@ def test_clocks_do_not_end_a_claim(
     events: queue.Queue[Event] = queue.Queue()
     with place(where, tmp_path) as uri:
         owner, waiter = (
-            Asker(
-                number, uri, tmp_path, events, QUICK,
-                ("env", f"LD_PRELOAD={library}", f"SHIFT_SECONDS={day * 86400}"),
-            )
+            Asker(number, uri, tmp_path, events, QUICK, shifted(library, day))
             for number, day in enumerate(days)
-        )  # fmt: skip
+        )
         try:
             for _ in range(2):
                 following(events, "ready")
@@ -101,6 +105,48 @@ def test_clocks_do_not_end_a_claim(
             # The clocks differ indeed.
             began = [event["claim"]["since_ms"] for event in (second, again)]
             assert (began[1] - began[0]) / 86_400_000 == pytest.approx(days[1] - days[0], abs=0.01)
+            following(events, "trained")
+        finally:
+            owner.close()
+            waiter.close()
+
+
+@pytest.mark.parametrize("days", [(1, -1), (-1, 1)], ids=["owner ahead", "owner behind"])
+@pytest.mark.parametrize("where", ["local", "server"])
+def test_an_owner_that_nobody_sees_is_dead_by_the_clock_of_the_store(
+    where: str, days: tuple[int, int], library: Path, tmp_path: Path
+) -> None:
+    if subprocess.run([*CONTAINER, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("pid namespaces are not permitted here")
+    events: queue.Queue[Event] = queue.Queue()
+    with place(where, tmp_path) as uri:
+        owner, waiter = (
+            Asker(number, uri, tmp_path, events, QUICK, (*shifted(library, day), *prefix))
+            for number, (day, prefix) in enumerate(zip(days, (CONTAINER, ()), strict=True))
+        )
+        try:
+            for _ in range(2):
+                following(events, "ready")
+            owner.ask(KEY, 0, seconds=600)
+            following(events, "trains")
+            waiter.ask(KEY, 0, seconds=0.1)
+            assert following(events, "said")["asker"] == waiter.number  # it waits
+            with pytest.raises(queue.Empty):
+                events.get(timeout=QUICK.dead_after / 4)
+            waiter.close()
+            owner.send(9)
+            owner.process.wait()
+            time.sleep(QUICK.dead_after + QUICK.beat_seconds)
+            # Who asks only now needs not wait for as long again.
+            waiter = Asker(2, uri, tmp_path, events, QUICK, shifted(library, days[1]))
+            following(events, "ready")
+            began = time.monotonic()
+            waiter.ask(KEY, 0, seconds=0.1)
+            again = following(events, "trains")
+            found = re.search(r"\(no sign of life for (\d+) s\): taken over", again["line"])
+            assert found
+            assert QUICK.dead_after <= int(found[1]) < 10 * QUICK.dead_after
+            assert again["at"] - began < QUICK.dead_after
             following(events, "trained")
         finally:
             owner.close()
