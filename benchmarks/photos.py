@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "runkey-photos"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
-    wanted = parser.parse_args()
+    wanted = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING)
     if wanted.table:
         print(table(wanted.results))

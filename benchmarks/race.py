@@ -1,6 +1,7 @@
-"""A race from random weights: AP against CPU seconds, with RT-DETRv2 and D-FINE of transformers.
+r"""A race from random weights: AP against CPU seconds, with RT-DETRv2 and D-FINE of transformers.
 
-    python -m benchmarks.race sample=data blood-cells=../shared/data/blood-cells --seconds 600
+    python -m benchmarks.race sample=data blood-cells=../shared/data/blood-cells \
+        raccoons:sample=../shared/data/raccoons --rate 5
     python -m benchmarks.race --table
 
 Needs `make env-bench`.  The peers are their smallest models (RT-DETRv2-S, D-FINE-N), built from
@@ -52,8 +53,8 @@ from runkey.training.state import LoopState
 
 RESULTS = REPOSITORY / "benchmarks/results/race.jsonl"
 CPU = torch.device("cpu")
-_EPOCHS = 1000
-"""More than anyone trains; a preset with a constant rate knows no end."""
+_EPOCHS = 999
+"""More than anyone trains here; a preset with a constant rate knows no end."""
 MOMENTS = (60.0, 120.0, 300.0, 600.0)
 """CPU seconds after which the weights are evaluated."""
 
@@ -264,12 +265,16 @@ def race(
 def run(wanted: argparse.Namespace) -> None:
     """Race on every set with every seed, and keep each result."""
     torch.set_num_threads(1)
-    for name, folder in wanted.sets:
-        preset = parse_params(parse_yaml((REPOSITORY / f"presets/{name}.yaml").read_text()))
+    for name, recipe, folder in wanted.sets:
+        preset = parse_params(parse_yaml((REPOSITORY / f"presets/{recipe}.yaml").read_text()))
         fixed = {
             "training.cpu_threads": 1,
             "data.checks": {"level": "drop"},
-            "training.epochs": 999,
+            "training.epochs": _EPOCHS,
+            # As many steps as the preset's.
+            "schedule.warmup_fraction": preset.schedule.warmup_fraction
+            * preset.training.epochs
+            / _EPOCHS,
         }
         for seed in wanted.seeds:
             params = override(preset, fixed | {"seed": seed})
@@ -315,15 +320,16 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def _set(text: str) -> tuple[str, Path]:
-    name, _, folder = text.partition("=")
-    return name, Path(folder)
+def _set(text: str) -> tuple[str, str, Path]:
+    label, _, folder = text.partition("=")
+    name, _, preset = label.partition(":")
+    return name, preset or name, Path(folder)
 
 
 def main() -> None:
     """Race, or print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("sets", nargs="*", type=_set, metavar="PRESET=FOLDER")
+    parser.add_argument("sets", nargs="*", type=_set, metavar="NAME[:PRESET]=FOLDER")
     parser.add_argument(
         "--contestants",
         nargs="+",

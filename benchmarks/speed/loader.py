@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
-from itertools import count, islice
+from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from benchmarks.speed.peers import DETR
 from benchmarks.speed.step import parameters
 from runkey import paths
 from runkey.data.dataset import GlobalBatch, normalise
+from runkey.data.decode import decode_rgb
 from runkey.data.loader import build_eval_loader, build_train_loader
 from runkey.data.prepare import prepare
 from runkey.params import Params, override
@@ -54,6 +55,7 @@ def measure_loader(reference: Reference, images: Path, rounds: int) -> Iterator[
             DETR: _reference(reference, images),
             NORMALISED: _ours(*files, on_cpu=True),
             CACHED_NORMALISED: _ours(*cached, on_cpu=True),
+            "runkey's decoding alone": _decoding(images),
         }
         name = "a training image of COCO's JPEG files"
         difference = {DETR: _pixel_difference(reference, images, *files)}
@@ -81,6 +83,17 @@ def _ours(params: Params, root: Path, *, on_cpu: bool = False) -> Callable[[], N
         for (batch,) in islice(steps, _ROUND_IMAGES // BATCH):
             if on_cpu:
                 normalise(batch)
+
+    return make
+
+
+def _decoding(images: Path) -> Callable[[], None]:
+    """The least that a batch without a cache takes: its files, read and decoded."""
+    files = cycle(sorted((images / "train2017").glob("*.jpg")))
+
+    def make() -> None:
+        for file in islice(files, _ROUND_IMAGES):
+            decode_rgb(file, 0, mirror=False)
 
     return make
 

@@ -1,4 +1,8 @@
-"""A training step and the losses: against the reference DETR and transformers, same weights."""
+"""A training step and the losses: against the reference DETR and transformers, same weights.
+
+Beside them stand the convolutions of runkey's step, and these with its matrix products: the same
+calls on the same tensors, and nothing else. No step with these kernels is faster.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from benchmarks.gpu_common import make_batch
 from benchmarks.reference import Reference
@@ -70,6 +76,13 @@ def _measure_step(reference: Reference, threads: int, padded: bool, rounds: int,
         DETR: peer_step(theirs, reference_loss),
         TRANSFORMERS: peer_step(transformers, transformers_loss),
     }
+    with Recorded() as recorded:
+        train_step(parts, (batch,), 0.0)
+    parts.model.load_state_dict(theirs.state_dict())
+    contestants |= {
+        "runkey's convolutions alone": lambda: recorded.replay(CONVOLUTIONS),
+        "these and its matrix products": lambda: recorded.replay(CONVOLUTIONS | PRODUCTS),
+    }
     # Without dropout, which draws other numbers in each.
     for model in (parts.model, theirs, transformers):
         model.eval()
@@ -82,6 +95,32 @@ def _measure_step(reference: Reference, threads: int, padded: bool, rounds: int,
     return Row(
         name + suffix, time_in_turn(contestants, rounds, warm_up=2), (DETR, TRANSFORMERS), agreement
     )
+
+
+_ATEN = torch.ops.aten
+CONVOLUTIONS = {_ATEN.convolution.default, _ATEN.convolution_backward.default}
+PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default}
+
+
+class Recorded(TorchDispatchMode):
+    """Keeps the calls of torch's convolutions and matrix products, with their tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Keep the call if it is one of these, and run it."""
+        if func in CONVOLUTIONS | PRODUCTS:
+            kept = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
+            self._calls.append((func, kept, kwargs or {}))
+        return func(*args, **kwargs or {})
+
+    def replay(self, wanted: set[Any]) -> None:
+        """Repeat the calls of some operators; the results are freed at once."""
+        for func, args, kwargs in self._calls:
+            if func in wanted:
+                func(*args, **kwargs)
 
 
 def peer_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
