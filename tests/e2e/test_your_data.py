@@ -15,7 +15,7 @@ import pytest
 from tests.support.project import REPOSITORY, Project, copy_repository
 from tests.support.shared import shared_data
 
-EPOCHS = {"training.epochs=6": "training.epochs=1", "epochs: 70": "epochs: 2"}
+EPOCHS = {"training.epochs=6": "training.epochs=1", "epochs: 90": "epochs: 2"}
 """What the page trains, and what is trained here."""
 
 
@@ -56,7 +56,7 @@ def clone(tmp_path: Path) -> Iterator[Project]:
             (project.root / name).parent.mkdir(exist_ok=True)
             (project.root / name).write_bytes((REPOSITORY / name).read_bytes())
     preset = project.root / "presets/blood-cells.yaml"
-    preset.write_text(preset.read_text().replace("  epochs: 70", "  epochs: 2"))
+    preset.write_text(preset.read_text().replace("  epochs: 90", "  epochs: 2"))
     project.run("git", "init", "-q")
     project.run("git", "add", "-A")
     project.run("git", "commit", "-q", "-m", "start")
