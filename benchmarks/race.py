@@ -218,13 +218,13 @@ class Theirs(Contestant):
 
     def step(self, batch: GlobalBatch) -> None:
         """Take a step as the peers' training loops do."""
-        (one,) = batch
-        images, _ = normalise(one)
-        loss = self._peer.loss(images, split_targets(one))
-        if not loss.isfinite():
-            raise ValueError(f"step {self._steps}: the peer's loss is not finite")
         self._optimizer.zero_grad()
-        loss.backward()
+        for one in batch:  # more than one if images of two shapes are in it
+            images, _ = normalise(one)
+            loss = self._peer.loss(images, split_targets(one)) / len(batch)
+            if not loss.isfinite():
+                raise ValueError(f"step {self._steps}: the peer's loss is not finite")
+            loss.backward()
         nn.utils.clip_grad_norm_(self._peer.parameters(), self._recipe.clip)
         self._optimizer.step()
         self._schedule.step()
