@@ -61,11 +61,11 @@ def test_features_are_timms(name):
 
 def test_lite0_is_timms():
     """Our own lite0 computes what timm's does: the two are written apart."""
-    theirs = backbone_of("timm:tf_efficientnet_lite0", feature_strides=(8, 16, 32)).eval()
-    ours = backbone_of("lite0", feature_strides=(8, 16, 32)).eval()
+    theirs = backbone_of("timm:tf_efficientnet_lite0", feature_strides=(8, 16, 32)).eval().double()
+    ours = backbone_of("lite0", feature_strides=(8, 16, 32)).eval().double()
     state = {n.removeprefix("model."): x for n, x in theirs.body.state_dict().items()}
     ours.body.load_state_dict(rename("lite0", state))
-    images = torch.randn(1, 3, 97, 130)
+    images = torch.randn(1, 3, 97, 130, dtype=torch.float64)
     for (own, _), (other, _) in zip(ours(images, None), theirs(images, None), strict=True):
         torch.testing.assert_close(own, other)
 
