@@ -2,7 +2,7 @@
 
 import runkey
 
-model = runkey.load("rk2-e47e")
+model = runkey.load("rk2-b247")
 found = model("photo.jpg")
 print(found.names, found.scores, found.boxes_xyxy)
 """
@@ -33,7 +33,7 @@ def load(
     its files are copied once into `.runkey/models/` beside the store, and their hashes are checked.
 
     Args:
-        reference: a run's key or the beginning of one (`rk2-e47e`, `e47e`), a folder (`model/`,
+        reference: a run's key or the beginning of one (`rk2-b247`, `b247`), a folder (`model/`,
             what `runkey get` or `runkey export-model` wrote), an exported file (`model.onnx`),
             `runs:/ID` with an MLflow id, or `models:/NAME@ALIAS` of MLflow's model registry.
         device: such as `cpu` or `cuda:1`; None: the GPU if there is one.
