@@ -54,7 +54,7 @@ PYTEST = OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
   -n logical --maxprocesses 4 --dist loadscope --durations 10
 
 .PHONY: test
-test: env env-tools env-convert env-export ## The tests, 10 to 16 minutes on 2 cores; ARGS="-k name" for some of them
+test: env env-tools env-convert env-export ## The tests, 10 to 20 minutes on 2 cores; ARGS="-k name" for some of them
 	$(PYTEST) $(ARGS)
 
 .PHONY: test-all

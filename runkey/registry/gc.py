@@ -51,8 +51,7 @@ _HALF_WRITTEN_SECONDS = 86400.0
 # fmt: off
 Kind = Literal[
     "run", "checkpoint", "shared", "claim", "worktree", "environment", "leftover", "weights",
-    "images",
-    "model", "experiment", "run-cache", "snapshot",
+    "images", "model", "experiment", "run-cache", "snapshot",
 ]
 # fmt: on
 """The last four are for `runkey.registry.delete`, which also deletes finished runs."""

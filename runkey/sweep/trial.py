@@ -342,7 +342,7 @@ class _Relay:
 
     def _pass_on(self) -> None:
         for line in self._source:
-            with suppress(OSError, ValueError):  # nobody reads any more
+            with suppress(OSError, ValueError):  # the reader has gone
                 self._output.write(line)
                 self._output.flush()
             if line.startswith("error: "):

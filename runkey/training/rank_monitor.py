@@ -191,7 +191,7 @@ class RankMonitor:
             while True:
                 ready = selector.select(BEAT_SECONDS / 2 if self._links else None)
                 before, looked = looked, _clock()
-                if looked - before > SILENT_SECONDS / 2:  # suspended: nobody could be heard
+                if looked - before > SILENT_SECONDS / 2:  # suspended, so it heard none
                     for link in self._links.values():
                         link.heard = looked
                 for key, _ in ready:
